@@ -1,0 +1,86 @@
+/* num.h: scalar arithmetic whose result must be the same bits in every backend and compiler. */
+#ifndef SPARGE_COMMON_NUM_H
+#define SPARGE_COMMON_NUM_H
+
+#include <float.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "common/hd.h"
+
+#if defined(FLT_EVAL_METHOD) && FLT_EVAL_METHOD != 0
+#error "float must be computed in float: build with SSE2 arithmetic (-msse2 -mfpmath=sse)"
+#endif
+
+#define SPARGE_LOG2E 1.44269504088896340736f
+
+SPARGE_HD int64_t sparge_min(int64_t a, int64_t b) { return a < b ? a : b; }
+SPARGE_HD int64_t sparge_max(int64_t a, int64_t b) { return a > b ? a : b; }
+SPARGE_HD int64_t sparge_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); } /* a >= 0 */
+
+SPARGE_HD uint32_t sparge_float_bits(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+SPARGE_HD float sparge_bits_float(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+SPARGE_HD bool sparge_finite(float x)
+{
+    return (sparge_float_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
+
+/* Half away from zero, as roundf, for |x| < 2^22. The addend is the float below 1/2: with 1/2 itself
+ * 0.49999997 would round up. */
+SPARGE_HD int32_t sparge_round(float x)
+{
+    return (int32_t)(x + copysignf(0.49999997f, x));
+}
+
+/* 2^x for x <= 0, within 1 ulp: 1 at 0, subnormal or 0 below -126, 0 at -inf, NaN for NaN.
+ * 2^n by the exponent field, 2^f for f in [-1/2, 1/2] by a minimax polynomial of relative error 2e-9
+ * whose constant term is held at 1. Adding 1.5 * 2^23 rounds x to its nearest integer, which then
+ * stands in the low bits. */
+SPARGE_HD float sparge_exp2(float x)
+{
+    if (!(x >= -126.0f))
+        return x < -126.0f ? 0.0f : x;
+    const float shifted = x + 12582912.0f;
+    const float f = x - (shifted - 12582912.0f);
+    float p = 0x1.41fbbcp-13f;
+    p = fmaf(p, f, 0x1.5f3e52p-10f);
+    p = fmaf(p, f, 0x1.3b2d4cp-7f);
+    p = fmaf(p, f, 0x1.c6aee8p-5f);
+    p = fmaf(p, f, 0x1.ebfbdcp-3f);
+    p = fmaf(p, f, 0x1.62e43p-1f);
+    p = fmaf(p, f, 1.0f);
+    return p * sparge_bits_float((sparge_float_bits(shifted) + 127u) << 23);
+}
+
+/* A sum over channels has one order everywhere: channel c goes to partial c mod 16, then the
+ * partials fold 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+SPARGE_HD float sparge_dot(const float *a, const float *b, int64_t n)
+{
+    float partial[16] = { 0 };
+    int64_t c = 0;
+    for (; c + 16 <= n; c += 16)
+        for (int lane = 0; lane < 16; lane++)
+            partial[lane] = fmaf(a[c + lane], b[c + lane], partial[lane]);
+    for (int lane = 0; c + lane < n; lane++)
+        partial[lane] = fmaf(a[c + lane], b[c + lane], partial[lane]);
+    for (int half = 8; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            partial[lane] += partial[lane + half];
+    return partial[0];
+}
+
+#endif

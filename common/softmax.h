@@ -1,0 +1,78 @@
+/* softmax.h: one row of online softmax (Milakov & Gimelshein 2018; Algorithm 1 lines 11-13).
+ * Scores are in log2 units, s = (q . k) * scale * log2 e, so that every exponential is an exp2. */
+#ifndef SPARGE_COMMON_SOFTMAX_H
+#define SPARGE_COMMON_SOFTMAX_H
+
+#include "common/num.h"
+
+typedef struct sparge_row {
+    float max; /* m: the largest score so far; -inf before the first */
+    float sum; /* l: the sum of exp2(score - m) so far */
+} sparge_row;
+
+SPARGE_HD sparge_row sparge_row_empty(void)
+{
+    sparge_row row;
+    row.max = -INFINITY;
+    row.sum = 0.0f;
+    return row;
+}
+
+/* How near a block's largest score comes to the row's maximum, for the lambda test: +inf from a row
+ * that has no maximum yet, -inf (no vote) where the row sees no key of the block. */
+SPARGE_HD float sparge_row_gap(const sparge_row *row, float local)
+{
+    return local == -INFINITY ? -INFINITY : local - row->max;
+}
+
+/* Does a group of rows whose largest gap is this skip the block? Never without any visible key. */
+SPARGE_HD bool sparge_group_skips(float gap, float lambda)
+{
+    return gap > -INFINITY && gap <= lambda * SPARGE_LOG2E;
+}
+
+/* Raises the maximum to at least `local` and returns the factor by which everything that was
+ * accumulated under the old one shrinks. */
+SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
+{
+    if (!(local > row->max))
+        return 1.0f;
+    const float shrink = sparge_exp2(row->max - local);
+    row->max = local;
+    row->sum *= shrink;
+    return shrink;
+}
+
+/* exp2(scale * score - max): the weight of a score under a maximum that it cannot exceed, so that
+ * only the rounding of the product can; hence the min. */
+SPARGE_HD float sparge_weight(float score, float scale, float max)
+{
+    return sparge_exp2(fminf(0.0f, fmaf(score, scale, -max)));
+}
+
+/* The state of two disjoint sets of keys together; outputs add as o = a_share * o_a + b_share * o_b
+ * (unnormalised). */
+SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share, float *b_share)
+{
+    sparge_row both;
+    both.max = fmaxf(a.max, b.max);
+    *a_share = a.max == -INFINITY ? 0.0f : sparge_exp2(a.max - both.max);
+    *b_share = b.max == -INFINITY ? 0.0f : sparge_exp2(b.max - both.max);
+    both.sum = a.sum * *a_share + b.sum * *b_share;
+    return both;
+}
+
+/* What the accumulated output is multiplied by; a row that saw no key attends to nothing. */
+SPARGE_HD float sparge_row_norm(const sparge_row *row)
+{
+    return row->sum == 0.0f ? 0.0f : 1.0f / row->sum;
+}
+
+/* log of the sum of exp(natural score): -inf for a row that saw no key. */
+SPARGE_HD float sparge_row_lse(const sparge_row *row)
+{
+    return row->sum == 0.0f ? -INFINITY
+                            : (float)(((double)row->max + log2((double)row->sum)) * 0.69314718055994530942);
+}
+
+#endif

@@ -1,0 +1,282 @@
+/* driver.c: what the stages stand in: memory, loops over heads and blocks, non-finite rows, counters,
+ * traces, output. Nothing of the algorithm is here. */
+#include <stdlib.h>
+#include <time.h>
+
+#include "common/block_mask.h"
+#include "common/half.h"
+#include "ref/stage.h"
+
+/* Memory that is given back in one call; after a failure `failed` is true and every take is NULL. */
+typedef struct arena {
+    void *piece[32];
+    int pieces;
+    bool failed;
+} arena;
+
+static void *take(arena *a, int64_t count, size_t size)
+{
+    void *piece = NULL;
+    if (!a->failed && (uint64_t)count < (uint64_t)PTRDIFF_MAX / size)
+        piece = malloc(count ? (size_t)count * size : 1);
+    if (piece)
+        a->piece[a->pieces++] = piece;
+    else
+        a->failed = true;
+    return piece;
+}
+
+static void release(arena *a)
+{
+    while (a->pieces)
+        free(a->piece[--a->pieces]);
+}
+
+/* Copies n elements to place `at` of a traced array, in units of n; nothing where it is not wanted. */
+void sparge_ref_record(void *array, int64_t at, const void *from, int64_t n, size_t size)
+{
+    if (array && n)
+        memcpy((char *)array + (size_t)(at * n) * size, from, (size_t)n * size);
+}
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* ---- Stage 1 ---- */
+
+sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
+                                 const sparge_trace *trace)
+{
+    const sparge_geometry g =
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
+    const int64_t group = p->heads / p->kv_heads, longest = sparge_max(g.block_q, g.block_k);
+    arena a = { 0 };
+    const sparge_ref_predictor w = {
+        .p = p, .o = o, .trace = trace, .g = g, .mode = sparge_ref_mode_of(p, o),
+        .pool_k = take(&a, g.k_blocks * p->dim, sizeof(float)),
+        .summary_k = take(&a, g.k_blocks, sizeof(sparge_ref_summary)),
+        .similar_k = take(&a, g.k_blocks, sizeof(bool)),
+        .x = take(&a, longest * p->dim, sizeof(float)),
+        .pool = take(&a, p->dim, sizeof(float)),
+        .unit = take(&a, p->dim, sizeof(float)),
+        .mean = o->smooth_k ? take(&a, p->dim, sizeof(float)) : NULL,
+        .bad = take(&a, longest * p->dim, sizeof(bool)),
+        .s = take(&a, g.k_blocks, sizeof(float)),
+        .order = take(&a, g.k_blocks, sizeof(sparge_ref_scored)),
+    };
+    for (int64_t n = 0; n < p->batch * p->heads && !a.failed; n++) {
+        const int64_t b = n / p->heads, h = n % p->heads;
+        if (h % group == 0)
+            sparge_ref_summarize_keys(&w, b, h / group);
+        for (int64_t j = 0; j < g.k_blocks; j++)
+            w.similar_k[j] = w.mode.similar(&w.summary_k[j], sparge_ref_knobs(o, h)->theta);
+        for (int64_t i = 0; i < g.q_blocks; i++) {
+            uint32_t *kept = mask->bits + (n * g.q_blocks + i) * mask->words;
+            memset(kept, 0, (size_t)mask->words * sizeof *kept);
+            sparge_ref_predict_row(&w, b, h, i, kept);
+        }
+    }
+    release(&a);
+    return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+}
+
+/* ---- Stage 2: beside each tile ---- */
+
+static bool any(const bool *flag, int64_t n)
+{
+    for (int64_t e = 0; e < n; e++)
+        if (flag[e])
+            return true;
+    return false;
+}
+
+/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows, where
+ * they computed P.V. */
+void sparge_ref_spoil(const sparge_ref_attender *w)
+{
+    const sparge_ref_tile *tile = &w->tile;
+    for (int64_t t = 0; t < tile->keys; t++) {
+        const bool *v_bad = &w->v.bad[(tile->first_k + t) * w->v.dim];
+        const bool k_bad = any(&w->k.bad[(tile->first_k + t) * w->k.dim], w->k.dim);
+        if (!k_bad && !any(v_bad, w->v.dim))
+            continue;
+        for (int64_t r = 0; r < tile->rows; r++) {
+            if (t >= tile->seen[r])
+                continue;
+            w->spoilt[r] |= k_bad;
+            for (int64_t c = 0; tile->done[r] && c < w->v.dim; c++)
+                if (v_bad[c])
+                    tile->o[r * w->v.dim + c] = NAN;
+        }
+    }
+}
+
+void sparge_ref_count(sparge_ref_attender *w, int64_t j)
+{
+    const sparge_ref_tile *tile = &w->tile;
+    int64_t rows = 0;
+    for (int64_t r = 0; r < tile->rows; r++) {
+        rows += tile->done[r];
+        w->counts->qk_tokens += tile->seen[r];
+        w->counts->pv_tokens += tile->done[r] ? tile->seen[r] : 0;
+    }
+    w->counts->qk_done++;
+    w->pv_rows[tile->rows < w->g.block_q] += rows;
+    w->share[j] = (float)rows / (float)tile->rows;
+}
+
+/* ---- Stage 2: around each query block ---- */
+
+static void store(const sparge_out *out, int64_t at, float x)
+{
+    switch (out->dtype) {
+    case SPARGE_F32: ((float *)out->data)[at] = x; break;
+    case SPARGE_F16: ((uint16_t *)out->data)[at] = sparge_f32_to_f16(x); break;
+    case SPARGE_BF16: ((uint16_t *)out->data)[at] = sparge_f32_to_bf16(x); break;
+    }
+}
+
+/* Lines 20-21 for one row: o / l, and lse in natural units with the mean key put back. */
+static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64_t r)
+{
+    const sparge_problem *p = w->p;
+    const sparge_result *result = w->result;
+    const sparge_row *state = &w->tile.state[r];
+    const int64_t token = w->tile.first_q + r, line = (b * p->heads + h) * p->q_len + token;
+    const int64_t at = b * result->o.batch + h * result->o.head + token * result->o.token;
+    const bool empty = state->sum == 0.0f, spoilt = w->spoilt[r] && !empty;
+    for (int64_t c = 0; c < p->dim_v; c++)
+        store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * sparge_row_norm(state));
+    sparge_ref_record(result->trace->m, line, &state->max, 1, 4);
+    sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
+    if (!result->lse)
+        return;
+    result->lse[line] = spoilt ? NAN : sparge_row_lse(state);
+    if (w->mean && !empty) {
+        sparge_ref_load(&p->q, b, h, token, 1, p->dim, NULL, w->x, &w->q.bad[token * p->dim]);
+        result->lse[line] += w->o->scale * sparge_dot(w->x, w->mean, p->dim);
+    }
+}
+
+static void attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const sparge_mask *mask,
+                        const uint32_t *all)
+{
+    const sparge_geometry *g = &w->g;
+    const int64_t n = b * w->p->heads + h, lines = w->p->batch * w->p->heads * g->q_blocks;
+    w->pv_rows[0] = w->pv_rows[1] = 0;
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        const int64_t line = n * g->q_blocks + i, first = i * g->block_q;
+        const int64_t rows = sparge_block_rows(g->q_len, g->block_q, i);
+        w->counts->pairs += sparge_blocks_seen(g, i);
+        for (int64_t r = 0; r < rows; r++) {
+            w->spoilt[r] = any(&w->q.bad[(first + r) * w->q.dim], w->q.dim);
+            w->counts->tokens += sparge_max(0, sparge_last_key(g, first + r) + 1);
+        }
+        for (int64_t j = 0; j < g->k_blocks; j++)
+            w->share[j] = 0.0f;
+        sparge_ref_attend_block(w, i, mask ? mask->bits + line * mask->words : all,
+                                sparge_ref_knobs(w->o, h)->lambda);
+        for (int64_t r = 0; r < rows; r++)
+            finish_row(w, b, h, r);
+        sparge_ref_record(w->result->trace->pv_done, line, w->share, g->k_blocks, 4);
+        if (w->o->progress)
+            w->o->progress(w->o->user, (double)(line + 1) / (double)lines);
+    }
+    const int64_t short_rows = sparge_max(1, g->q_len % g->block_q);
+    w->counts->pv_done =
+        (double)w->pv_rows[0] / (double)g->block_q + (double)w->pv_rows[1] / (double)short_rows;
+}
+
+/* ---- Stage 2: around each head ---- */
+
+static sparge_ref_operand operand(arena *a, int64_t tokens, int64_t dim, int64_t block, int levels,
+                                  float slack, bool by_channel)
+{
+    const int64_t steps = sparge_ceil_div(tokens, block) * (by_channel ? dim : 1);
+    return (sparge_ref_operand){
+        .dim = dim, .block = block, .levels = levels, .slack = slack, .by_channel = by_channel,
+        .code = levels ? take(a, tokens * dim, sizeof(int16_t)) : NULL,
+        .value = levels ? NULL : take(a, tokens * dim, sizeof(float)),
+        .step = take(a, steps, sizeof(float)),
+        .bad = take(a, tokens * dim, sizeof(bool)),
+    };
+}
+
+static void record_codes(const sparge_ref_operand *x, int64_t head, int64_t tokens, int16_t *codes,
+                         float *steps)
+{
+    if (x->levels) {
+        const int64_t blocks = sparge_ceil_div(tokens, x->block);
+        sparge_ref_record(codes, head, x->code, tokens * x->dim, sizeof(int16_t));
+        sparge_ref_record(steps, head, x->step, x->by_channel ? blocks * x->dim : blocks, 4);
+    }
+}
+
+static void quantize_keys(const sparge_ref_attender *w, int64_t b, int64_t kv)
+{
+    const sparge_problem *p = w->p;
+    const sparge_trace *trace = w->result->trace;
+    const int64_t at = b * p->kv_heads + kv;
+    if (w->mean)
+        sparge_ref_mean(&p->k, b, kv, &w->g, p->dim, w->x, w->k.bad, w->mean);
+    sparge_ref_codes(w, &p->k, b, kv, p->k_len, w->mean, &w->k);
+    sparge_ref_codes(w, &p->v, b, kv, p->k_len, NULL, &w->v);
+    if (w->mean)
+        sparge_ref_record(trace->mean_k, at, w->mean, p->dim, 4);
+    record_codes(&w->k, at, p->k_len, trace->codes_k, trace->steps_k);
+    record_codes(&w->v, at, p->k_len, trace->codes_v, trace->steps_v);
+}
+
+sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
+                                const sparge_mask *mask, sparge_result *result)
+{
+    const double start = seconds();
+    const sparge_ref_mode mode = sparge_ref_mode_of(p, o);
+    const sparge_geometry g =
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
+    const int64_t longest = sparge_max(g.block_q, g.block_k), widest = sparge_max(p->dim, p->dim_v);
+    const int64_t group = p->heads / p->kv_heads, words = sparge_mask_row_words(g.k_blocks);
+    arena a = { 0 };
+    sparge_ref_attender w = {
+        .p = p, .o = o, .g = g, .mode = mode, .result = result,
+        .q = operand(&a, p->q_len, p->dim, g.block_q, mode.qk_levels, mode.slack, false),
+        .k = operand(&a, p->k_len, p->dim, g.block_k, mode.qk_levels, mode.slack, false),
+        .v = operand(&a, p->k_len, p->dim_v, g.block_k, mode.v_levels, 0.0f, true),
+        .x = take(&a, longest * widest, sizeof(float)),
+        .mean = o->smooth_k ? take(&a, p->dim, sizeof(float)) : NULL,
+        .tile = {
+            .s = take(&a, g.block_q * g.block_k, sizeof(float)),
+            .seen = take(&a, g.block_q, sizeof(int64_t)),
+            .local = take(&a, g.block_q, sizeof(float)),
+            .done = take(&a, g.block_q, sizeof(bool)),
+            .state = take(&a, g.block_q, sizeof(sparge_row)),
+            .o = take(&a, g.block_q * p->dim_v, sizeof(float)),
+            .product = take(&a, p->dim_v, sizeof(int32_t)),
+        },
+        .spoilt = take(&a, g.block_q, sizeof(bool)),
+        .share = take(&a, g.k_blocks, sizeof(float)),
+    };
+    uint32_t *all = take(&a, words, sizeof *all); /* a row that keeps every block: dense attention */
+    if (all)
+        memset(all, 0xff, (size_t)words * sizeof *all);
+    double quantizing = 0.0;
+    for (int64_t n = 0; n < p->batch * p->heads && !a.failed; n++) {
+        const int64_t b = n / p->heads, h = n % p->heads;
+        const double before = seconds();
+        if (h % group == 0)
+            quantize_keys(&w, b, h / group);
+        sparge_ref_codes(&w, &p->q, b, h, p->q_len, NULL, &w.q);
+        record_codes(&w.q, n, p->q_len, result->trace->codes_q, result->trace->steps_q);
+        quantizing += seconds() - before;
+        w.counts = &result->head_counts[n];
+        attend_head(&w, b, h, mask, all);
+    }
+    release(&a);
+    result->seconds_quantize = quantizing;
+    result->seconds_attend = seconds() - start - quantizing;
+    return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+}

@@ -1,0 +1,110 @@
+/* modes.c: everything of algorithm.md section 9 and 5 that is not the default: codes of 12 bits, no
+ * codes at all, and the rules of the paper as printed and of the authors' released kernels. */
+#include "ref/ref.h"
+
+/* ---- qk = float: the same loop, c = scale * log2 e ---- */
+
+static void score_float(const sparge_ref_operand *q, const sparge_ref_operand *k, sparge_ref_tile *tile)
+{
+    for (int64_t r = 0; r < tile->rows; r++)
+        for (int64_t t = 0; t < tile->keys; t++)
+            tile->s[r * tile->keys + t] = sparge_dot(&q->value[(tile->first_q + r) * q->dim],
+                                                     &k->value[(tile->first_k + t) * k->dim], q->dim);
+}
+
+/* ---- pv = float: P against the running maximum ---- */
+
+static void weigh_float(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+{
+    (void)p_levels;
+    sparge_row *state = &tile->state[r];
+    float *o = &tile->o[r * v->dim], sum = 0.0f;
+    const float shrink = sparge_row_raise(state, tile->local[r]);
+    for (int64_t c = 0; c < v->dim; c++)
+        o[c] *= shrink;
+    for (int64_t t = 0; t < tile->seen[r]; t++) {
+        const float p = sparge_weight(tile->s[r * tile->keys + t], tile->c, state->max);
+        const float *value = &v->value[(tile->first_k + t) * v->dim];
+        sum += p;
+        for (int64_t c = 0; c < v->dim; c++)
+            o[c] = fmaf(p, value[c], o[c]);
+    }
+    state->sum += sum;
+}
+
+/* ---- rules = paper: the algorithm as printed ---- */
+
+static bool similar_paper(const sparge_ref_summary *s, float theta)
+{
+    return s->finite && s->sim >= theta;
+}
+
+/* TopCdf as printed may keep no block at all. */
+static void select_paper(const sparge_ref_row *row, uint32_t *kept)
+{
+    sparge_ref_keep_mass(row, 0, kept);
+    sparge_ref_keep_dissimilar(row, kept);
+    sparge_ref_keep_diagonal(row, kept);
+    sparge_ref_keep_sink(row, kept);
+}
+
+/* Line 13 stands before the test of line 14: l grows even where P.V is skipped. */
+static void skipped_paper(sparge_ref_tile *tile, int64_t r)
+{
+    for (int64_t t = 0; t < tile->seen[r]; t++)
+        tile->state[r].sum +=
+            sparge_weight(tile->s[r * tile->keys + t], tile->c, tile->state[r].max);
+}
+
+/* ---- rules = upstream: the released kernels ---- */
+
+/* Padding and zero rows make their cosine 0/0, and a NaN is not above theta. */
+static bool similar_upstream(const sparge_ref_summary *s, float theta)
+{
+    return s->full && !s->zero_row && sparge_ref_similar(s, theta);
+}
+
+/* Top-k counts all key blocks, visible or not; the diagonal is not forced. */
+static void select_upstream(const sparge_ref_row *row, uint32_t *kept)
+{
+    sparge_ref_keep_mass(row, 1, kept);
+    sparge_ref_keep_best(row, (int64_t)(row->knobs->topk * (float)row->blocks), kept);
+    sparge_ref_keep_dissimilar(row, kept);
+    sparge_ref_keep_sink(row, kept);
+}
+
+sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options *o)
+{
+    sparge_ref_mode mode = {
+        .similar = sparge_ref_similar, .select = sparge_ref_select,
+        .score = sparge_ref_score, .weigh = sparge_ref_weigh,
+        .qk_levels = 127, .p_levels = 127, .v_levels = 127,
+        .predict_scale = o->scale,
+    };
+    if (o->qk == SPARGE_INT12)
+        mode.qk_levels = 2047;
+    if (o->qk == SPARGE_FLOAT) {
+        mode.qk_levels = 0;
+        mode.score = score_float;
+    }
+    if (o->pv == SPARGE_INT12)
+        mode.p_levels = mode.v_levels = 4095;
+    if (o->pv == SPARGE_FLOAT) {
+        mode.p_levels = mode.v_levels = 0;
+        mode.weigh = weigh_float;
+    }
+    if (o->rules != SPARGE_RULES_DEFAULT)
+        mode.predict_scale = 1.0f / sqrtf((float)p->dim);
+    if (o->rules == SPARGE_RULES_PAPER) {
+        mode.similar = similar_paper;
+        mode.select = select_paper;
+        mode.skipped = skipped_paper;
+    }
+    if (o->rules == SPARGE_RULES_UPSTREAM) {
+        mode.similar = similar_upstream;
+        mode.select = select_upstream;
+        mode.slack = 1e-7f;
+        mode.never_skip = o->block_q > o->block_k ? 2 : 1;
+    }
+    return mode;
+}

@@ -1,0 +1,259 @@
+/* oracle.c: attention by the textbook formula, softmax(scale * Q K^T) V (Sec 3.1), in double over
+ * the real inputs or over the codes of Sec 3.2, the judge of every backend.
+ *
+ * It shares no code with what it judges. Only what defines the codes (mean key, k minus that mean,
+ * steps, quotients) is f32. Non-finite inputs need no rule of their own: dequantise() makes them
+ * NaN, and NaN reaches exactly the results in which a kept and visible element has a part.
+ */
+#include "sparge.h"
+
+#include <float.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The library's front door (sparge.c) judges sizes, pointers and options for every entry alike. */
+extern sparge_status sparge_check(const sparge_problem *problem, const sparge_options *options,
+                                  bool needs_v, sparge_error *error);
+
+typedef struct rule {
+    float largest; /* code; 0: real values, no codes */
+    float extra;   /* what upstream adds to a step */
+} rule;
+
+typedef struct work {
+    const sparge_problem *problem;
+    const sparge_options *options;
+    const sparge_mask *mask; /* NULL: dense */
+    rule qk, pv;
+    bool smooth; /* are the keys used here k - mean? */
+    double scale;
+    int64_t q_blocks, k_blocks;
+    float *block;   /* [rows][channels] one block of q, k or v as it came */
+    float *mean;    /* [dim] of the keys of one kv head; 0 where they are not smoothed */
+    double *q;      /* [block_q][dim] one query block */
+    double *k, *v;  /* [k_len][dim], [k_len][dim_v] one kv head */
+    int64_t *key;   /* [k_len] the keys that the mask keeps for one query block, ascending */
+    double *weight; /* [k_len] what one row pays to each of them */
+} work;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static float element(const sparge_in *in, int64_t b, int64_t h, int64_t t, int64_t c)
+{
+    const int64_t at = b * in->batch + h * in->head + t * in->token + c;
+    if (in->dtype == SPARGE_F32)
+        return ((const float *)in->data)[at];
+    const uint32_t bits = ((const uint16_t *)in->data)[at];
+    if (in->dtype == SPARGE_BF16) { /* the upper half of a float */
+        const uint32_t wide = bits << 16;
+        float value;
+        memcpy(&value, &wide, sizeof value);
+        return value;
+    }
+    const int exponent = (int)(bits >> 10 & 31), fraction = (int)(bits & 1023);
+    float size = ldexpf((float)(1024 + fraction), exponent - 25);
+    if (exponent == 0)
+        size = ldexpf((float)fraction, -24); /* subnormal: no hidden 1 */
+    else if (exponent == 31)
+        size = fraction ? NAN : INFINITY;
+    return bits >> 15 ? -size : size;
+}
+
+/* What the codes of x[0], x[stride], ... stand for; they share one step (Sec 3.2). */
+static void dequantise(double *to, const float *x, int64_t count, int64_t stride, rule r)
+{
+    float top = 0.0f;
+    for (int64_t n = 0; n < count * stride; n += stride)
+        top = isfinite(x[n]) ? fmaxf(top, fabsf(x[n])) : top;
+    const float step = r.largest > 0.0f ? top / r.largest + r.extra : 0.0f;
+    for (int64_t n = 0; n < count * stride; n += stride) {
+        if (!isfinite(x[n]))
+            to[n] = NAN;
+        else if (!(r.largest > 0.0f))
+            to[n] = x[n];
+        else if (step < FLT_MIN) /* a subnormal step has too few digits to divide by */
+            to[n] = 0.0;
+        else
+            to[n] = (double)fmaxf(-r.largest, fminf(roundf(x[n] / step), r.largest)) * step;
+    }
+}
+
+/* f32 within a key block in row order, f64 over the blocks: the order is part of the definition. */
+static float mean_of_channel(const work *w, int64_t b, int64_t g, int64_t c)
+{
+    const int64_t k_len = w->problem->k_len;
+    double total = 0.0;
+    for (int64_t j = 0; j < w->k_blocks; j++) {
+        float sum = 0.0f;
+        const int64_t end = least((j + 1) * w->options->block_k, k_len);
+        for (int64_t t = j * w->options->block_k; t < end; t++) {
+            const float value = element(&w->problem->k, b, g, t, c);
+            sum += isfinite(value) ? value : 0.0f;
+        }
+        total += (double)sum;
+    }
+    return (float)(total / (double)k_len);
+}
+
+/* One kv head, as the mode wants it. A block of k has one step, one of v a step per channel. */
+static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
+{
+    const sparge_problem *p = w->problem;
+    for (int64_t c = 0; c < p->dim; c++)
+        w->mean[c] = w->smooth ? mean_of_channel(w, b, g, c) : 0.0f;
+    for (int64_t j = 0; j < w->k_blocks; j++) {
+        const int64_t first = j * w->options->block_k;
+        const int64_t rows = least(w->options->block_k, p->k_len - first);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < p->dim; c++)
+                w->block[r * p->dim + c] = element(&p->k, b, g, first + r, c) - w->mean[c];
+        dequantise(w->k + first * p->dim, w->block, rows * p->dim, 1, w->qk);
+        for (int64_t r = 0; needs_v && r < rows; r++)
+            for (int64_t c = 0; c < p->dim_v; c++)
+                w->block[r * p->dim_v + c] = element(&p->v, b, g, first + r, c);
+        for (int64_t c = 0; needs_v && c < p->dim_v; c++)
+            dequantise(w->v + first * p->dim_v + c, w->block + c, rows, p->dim_v, w->pv);
+    }
+}
+
+static bool kept(const sparge_mask *mask, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    const int64_t row = mask ? ((b * mask->heads + h) * mask->q_blocks + i) * mask->words : 0;
+    return !mask || (mask->bits[row + j / 32] >> j % 32 & 1);
+}
+
+/* Query block i of one head. o, lse and mass point at the block's own results, or are NULL. */
+static void attend(const work *w, int64_t b, int64_t h, int64_t i, double *o, double *lse,
+                   double *mass)
+{
+    const sparge_problem *p = w->problem;
+    const int64_t dim = p->dim, dim_v = p->dim_v, block_k = w->options->block_k;
+    const int64_t first = i * w->options->block_q;
+    const int64_t rows = least(w->options->block_q, p->q_len - first);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < dim; c++)
+            w->block[r * dim + c] = element(&p->q, b, h, first + r, c);
+    dequantise(w->q, w->block, rows * dim, 1, w->qk);
+    int64_t all = 0;
+    for (int64_t t = 0; t < p->k_len; t++)
+        if (kept(w->mask, b, h, i, t / block_k))
+            w->key[all++] = t;
+    for (int64_t j = 0; mass && j < w->k_blocks; j++)
+        mass[j] = 0.0;
+
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t last = p->k_len - 1; /* the last key that this row may see */
+        if (w->options->causal != SPARGE_CAUSAL_NONE)
+            last = first + r + (w->options->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0);
+        int64_t keys = all;
+        while (keys > 0 && w->key[keys - 1] > last)
+            keys--;
+
+        double top = -INFINITY, sum = 0.0, lost = 0.0;
+        for (int64_t n = 0; n < keys; n++) {
+            double dot = 0.0;
+            for (int64_t c = 0; c < dim; c++)
+                dot += w->q[r * dim + c] * w->k[w->key[n] * dim + c];
+            w->weight[n] = w->scale * dot;
+            top = fmax(top, w->weight[n]);
+        }
+        for (int64_t n = 0; n < keys; n++)
+            sum += w->weight[n] = exp(w->weight[n] - top);
+        for (int64_t c = 0; w->smooth && c < dim; c++) /* smoothing took this from every score */
+            lost += w->scale * (double)w->block[r * dim + c] * (double)w->mean[c];
+        if (lse)
+            lse[r] = keys > 0 ? top + log(sum) + lost : -INFINITY;
+
+        for (int64_t c = 0; o && c < dim_v; c++)
+            o[r * dim_v + c] = 0.0;
+        for (int64_t n = 0; n < keys; n++) {
+            const double share = w->weight[n] / sum;
+            for (int64_t c = 0; o && c < dim_v; c++)
+                o[r * dim_v + c] += share * w->v[w->key[n] * dim_v + c];
+            if (mass)
+                mass[w->key[n] / block_k] += share / (double)rows;
+        }
+    }
+}
+
+static sparge_status refuse(sparge_error *error, sparge_status status, const char *text)
+{
+    if (error)
+        snprintf(error->text, sizeof error->text, "%s", text);
+    return status;
+}
+
+sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_oracle_mode mode, double *o,
+                            double *lse, double *block_mass, sparge_error *error)
+{
+    if (!problem || !options)
+        return refuse(error, SPARGE_ERR_ARGUMENT, problem ? "options is NULL" : "problem is NULL");
+    sparge_status status = sparge_check(problem, options, o != NULL, error);
+    if (status != SPARGE_OK)
+        return status;
+    const int64_t heads = problem->heads, q_len = problem->q_len, k_len = problem->k_len;
+    const int64_t dim = problem->dim, dim_v = problem->dim_v;
+    const int64_t block_q = options->block_q, block_k = options->block_k;
+    work w = {.problem = problem, .options = options, .mask = mask};
+    w.q_blocks = (q_len + block_q - 1) / block_q;
+    w.k_blocks = (k_len + block_k - 1) / block_k;
+    if (mask && (mask->batch != problem->batch || mask->heads != heads ||
+                 mask->q_blocks != w.q_blocks || mask->k_blocks != w.k_blocks ||
+                 mask->words < (w.k_blocks + 31) / 32)) {
+        char text[sizeof error->text];
+        snprintf(text, sizeof text,
+                 "mask is [%lld][%lld][%lld][%lld] in %lld words, not [%lld][%lld][%lld][%lld]",
+                 (long long)mask->batch, (long long)mask->heads, (long long)mask->q_blocks,
+                 (long long)mask->k_blocks, (long long)mask->words, (long long)problem->batch,
+                 (long long)heads, (long long)w.q_blocks, (long long)w.k_blocks);
+        return refuse(error, SPARGE_ERR_SHAPE, text);
+    }
+    if (mode == SPARGE_ORACLE_CODES) {
+        const bool upstream = options->rules == SPARGE_RULES_UPSTREAM;
+        if (options->qk != SPARGE_FLOAT) /* to real scores smoothing makes no difference */
+            w.qk = options->qk == SPARGE_INT8 ? (rule){127.0f, upstream ? 1e-7f : 0.0f}
+                                              : (rule){2047.0f, 0.0f};
+        if (options->pv != SPARGE_FLOAT)
+            w.pv.largest = options->pv == SPARGE_INT8 ? 127.0f : 4095.0f;
+        w.smooth = options->smooth_k && options->qk != SPARGE_FLOAT;
+    }
+    w.scale = (double)(options->scale > 0.0f ? options->scale : 1.0f / sqrtf((float)dim));
+
+    const size_t keys = (size_t)k_len + 1; /* one more than needed: calloc(0) may be NULL */
+    w.block = calloc((size_t)(block_q + block_k), (size_t)(dim + dim_v) * sizeof(float));
+    w.mean = calloc((size_t)dim + 1, sizeof(float));
+    w.q = calloc((size_t)block_q, (size_t)(dim + 1) * sizeof(double));
+    w.k = calloc(keys, (size_t)(dim + 1) * sizeof(double));
+    w.v = calloc(keys, (size_t)(dim_v + 1) * sizeof(double));
+    w.key = calloc(keys, sizeof(int64_t));
+    w.weight = calloc(keys, sizeof(double));
+    if (!w.block || !w.mean || !w.q || !w.k || !w.v || !w.key || !w.weight) {
+        status = refuse(error, SPARGE_ERR_MEMORY, "no memory for the oracle's copy of one head");
+        goto done;
+    }
+
+    const int64_t blocks = problem->batch * heads * w.q_blocks;
+    for (int64_t at = 0; at < blocks; at++) { /* blocks within heads within batches */
+        const int64_t i = at % w.q_blocks, h = at / w.q_blocks % heads;
+        const int64_t b = at / w.q_blocks / heads, group = heads / problem->kv_heads;
+        if (i == 0 && h % group == 0)
+            load_keys(&w, b, h / group, o != NULL);
+        const int64_t row = at / w.q_blocks * q_len + i * block_q; /* in the packed outputs */
+        attend(&w, b, h, i, o ? o + row * dim_v : NULL, lse ? lse + row : NULL,
+               block_mass ? block_mass + at * w.k_blocks : NULL);
+        if (options->progress)
+            options->progress(options->user, (double)(at + 1) / (double)blocks);
+    }
+done:
+    free(w.block);
+    free(w.mean);
+    free(w.q);
+    free(w.k);
+    free(w.v);
+    free(w.key);
+    free(w.weight);
+    return status;
+}

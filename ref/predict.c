@@ -1,0 +1,149 @@
+/* predict.c: stage 1, which (query block, key block) pairs are worth computing.
+ * Sec 3.3, Algorithm 1 lines 4-6. */
+#include "ref/stage.h"
+
+#include <stdlib.h>
+
+#include "common/block_mask.h"
+
+/* Downward by score; equal ones by block, so that the mask is unique. */
+static int best_first(const void *a, const void *b)
+{
+    const sparge_ref_scored *x = a, *y = b;
+    if (x->s != y->s)
+        return x->s < y->s ? 1 : -1;
+    return x->block < y->block ? -1 : 1;
+}
+
+bool sparge_ref_similar(const sparge_ref_summary *s, float theta)
+{
+    return s->finite && s->sim > theta;
+}
+
+/* A block's share of softmax(S[i,:]) as an integer, so that a sum has one value in any order. */
+static uint64_t mass(const sparge_ref_row *row, int64_t place)
+{
+    const float below = row->order[place].s - row->order[0].s;
+    return (uint64_t)(sparge_exp2(below * SPARGE_LOG2E) * 0x1p30f);
+}
+
+/* TopCdf: the most probable blocks while their mass stays within tau, and at least so many. */
+void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *kept)
+{
+    if (row->knobs->tau == SPARGE_OFF)
+        return;
+    uint64_t total = 0, prefix = 0;
+    for (int64_t n = 0; n < row->finite; n++)
+        total += mass(row, n);
+    const double limit = (double)row->knobs->tau * (double)total;
+    for (int64_t n = 0; n < row->finite; n++) {
+        prefix += mass(row, n);
+        if (n >= least && !((double)prefix <= limit))
+            break;
+        sparge_mask_row_set(kept, row->order[n].block);
+    }
+}
+
+void sparge_ref_keep_best(const sparge_ref_row *row, int64_t count, uint32_t *kept)
+{
+    if (row->knobs->topk == SPARGE_OFF)
+        return;
+    for (int64_t n = 0; n < row->finite && n < sparge_max(1, count); n++)
+        sparge_mask_row_set(kept, row->order[n].block);
+}
+
+/* A block whose rows disagree has no meaningful mean: it is computed for everyone. (So is a pair
+ * whose score overflows.) */
+void sparge_ref_keep_dissimilar(const sparge_ref_row *row, uint32_t *kept)
+{
+    for (int64_t j = 0; j < row->visible; j++)
+        if (!row->q_similar || !row->k_similar[j] || !sparge_finite(row->s[j]))
+            sparge_mask_row_set(kept, j);
+}
+
+/* Without its last visible key in reach a causal row might see none at all. */
+void sparge_ref_keep_diagonal(const sparge_ref_row *row, uint32_t *kept)
+{
+    for (int64_t j = row->diagonal; j < row->diagonal_end; j++)
+        sparge_mask_row_set(kept, j);
+}
+
+void sparge_ref_keep_sink(const sparge_ref_row *row, uint32_t *kept)
+{
+    if (row->sink && row->visible)
+        sparge_mask_row_set(kept, 0);
+}
+
+/* Line 6: M[i,:]. */
+void sparge_ref_select(const sparge_ref_row *row, uint32_t *kept)
+{
+    const double share = (double)row->knobs->topk * (double)row->visible;
+    sparge_ref_keep_mass(row, 1, kept);
+    sparge_ref_keep_best(row, (int64_t)floor(share + 1e-5), kept);
+    sparge_ref_keep_dissimilar(row, kept);
+    sparge_ref_keep_diagonal(row, kept);
+    sparge_ref_keep_sink(row, kept);
+}
+
+/* Line 4, for K of one head. */
+void sparge_ref_summarize_keys(const sparge_ref_predictor *w, int64_t b, int64_t kv)
+{
+    const sparge_problem *p = w->p;
+    const sparge_geometry *g = &w->g;
+    const int64_t at = b * p->kv_heads + kv;
+    if (w->mean)
+        sparge_ref_mean(&p->k, b, kv, g, p->dim, w->x, w->bad, w->mean);
+    for (int64_t j = 0; j < g->k_blocks; j++) {
+        const int64_t rows = sparge_block_rows(g->k_len, g->block_k, j);
+        sparge_ref_load(&p->k, b, kv, j * g->block_k, rows, p->dim, w->mean, w->x, w->bad);
+        w->summary_k[j] = sparge_ref_summarize(w->x, w->bad, rows, g->block_k, p->dim,
+                                               &w->pool_k[j * p->dim], w->unit);
+        sparge_ref_record(w->trace->sim_k, at * g->k_blocks + j, &w->summary_k[j].sim, 1, 4);
+    }
+    sparge_ref_record(w->trace->pool_k, at, w->pool_k, g->k_blocks * p->dim, 4);
+    if (w->mean)
+        sparge_ref_record(w->trace->mean_k, at, w->mean, p->dim, 4);
+}
+
+/* Line 5: S[i,:], and its finite entries best first. */
+static void score_row(const sparge_ref_predictor *w, sparge_ref_row *row)
+{
+    const int64_t dim = w->p->dim;
+    for (int64_t j = 0; j < w->g.k_blocks; j++) {
+        w->s[j] = -INFINITY;
+        if (j < row->visible && w->similar_k[j])
+            w->s[j] = w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim);
+        if (sparge_finite(w->s[j]))
+            w->order[row->finite++] = (sparge_ref_scored){ w->s[j], j };
+    }
+    qsort(w->order, (size_t)row->finite, sizeof *w->order, best_first);
+}
+
+/* Lines 4-6 for one query block. */
+void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h, int64_t i, uint32_t *kept)
+{
+    const sparge_problem *p = w->p;
+    const sparge_geometry *g = &w->g;
+    const int64_t first = i * g->block_q, rows = sparge_block_rows(g->q_len, g->block_q, i);
+    sparge_ref_load(&p->q, b, h, first, rows, p->dim, NULL, w->x, w->bad);
+    const sparge_ref_summary q =
+        sparge_ref_summarize(w->x, w->bad, rows, g->block_q, p->dim, w->pool, w->unit);
+
+    const sparge_knobs *knobs = sparge_ref_knobs(w->o, h);
+    sparge_ref_row row = {
+        .s = w->s, .visible = sparge_blocks_seen(g, i), .blocks = g->k_blocks,
+        .k_similar = w->similar_k, .q_similar = w->mode.similar(&q, knobs->theta),
+        .knobs = knobs, .sink = w->o->sink, .order = w->order,
+    };
+    if (w->o->causal != SPARGE_CAUSAL_NONE) {
+        row.diagonal = sparge_max(0, sparge_last_key(g, first)) / g->block_k;
+        row.diagonal_end = row.visible;
+    }
+    score_row(w, &row);
+    w->mode.select(&row, kept);
+
+    const int64_t at = (b * p->heads + h) * g->q_blocks + i;
+    sparge_ref_record(w->trace->pool_q, at, w->pool, p->dim, 4);
+    sparge_ref_record(w->trace->sim_q, at, &q.sim, 1, 4);
+    sparge_ref_record(w->trace->s, at, w->s, g->k_blocks, 4);
+}

@@ -1,0 +1,420 @@
+/* sparge.c: the front door: checks every argument, fills in the defaults, hands over to a backend. */
+#include "sparge.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "common/block_mask.h"
+#include "common/geometry.h"
+#include "ref/ref.h"
+
+enum { MAX_BLOCK = 1024 };
+
+static const sparge_trace no_trace;
+
+/* ---- Names ---- */
+
+const char *sparge_status_string(sparge_status status)
+{
+    static const char *const name[] = { "ok", "bad argument", "sizes do not fit", "out of memory",
+                                        "not supported here", "device error" };
+    return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
+}
+
+const char *sparge_backend_string(sparge_backend backend)
+{
+    static const char *const name[] = { "auto", "ref", "cpu", "cuda" };
+    return (unsigned)backend < sizeof name / sizeof *name ? name[backend] : "unknown backend";
+}
+
+const char *sparge_isa_string(sparge_isa isa)
+{
+    static const char *const name[] = { "auto", "scalar", "avx2", "avxvnni", "avx512vnni" };
+    return (unsigned)isa < sizeof name / sizeof *name ? name[isa] : "unknown isa";
+}
+
+/* ---- What is here ---- */
+
+bool sparge_backend_built(sparge_backend backend)
+{
+    return backend == SPARGE_AUTO || backend == SPARGE_REF;
+}
+
+bool sparge_backend_available(sparge_backend backend) { return sparge_backend_built(backend); }
+
+bool sparge_isa_available(sparge_isa isa)
+{
+    switch (isa) {
+    case SPARGE_ISA_AUTO:
+    case SPARGE_ISA_SCALAR: return true;
+#if defined(__x86_64__)
+    case SPARGE_ISA_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case SPARGE_ISA_AVX512VNNI: return __builtin_cpu_supports("avx512vnni");
+#endif
+    default: return false;
+    }
+}
+
+/* ---- Errors: one sentence, the argument and its value ---- */
+
+static sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
+{
+    if (error) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(error->text, sizeof error->text, format, args);
+        va_end(args);
+    }
+    return status;
+}
+
+static sparge_status succeed(sparge_error *error)
+{
+    if (error)
+        error->text[0] = '\0';
+    return SPARGE_OK;
+}
+
+static sparge_status out_of_memory(sparge_error *error)
+{
+    return fail(error, SPARGE_ERR_MEMORY, "out of memory");
+}
+
+/* a * b * c * d * size in bytes, as far as memory could ever reach. */
+static bool fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
+{
+    int64_t n;
+    return !__builtin_mul_overflow(a, b, &n) && !__builtin_mul_overflow(n, c, &n) &&
+           !__builtin_mul_overflow(n, d, &n) && !__builtin_mul_overflow(n, (int64_t)size, &n);
+}
+
+/* NaN fails every one of these comparisons. */
+static bool in_range(float x, float low, float high) { return x >= low && x <= high; }
+
+static sparge_status check_knobs(const sparge_knobs *k, const char *whose, int64_t head,
+                                 sparge_error *error)
+{
+    const struct { const char *name; float value, low; bool may_be_off; float high; } knob[] = {
+        { "theta", k->theta, -1.0f, false, 1.0f },
+        { "tau", k->tau, 0.0f, true, 1.0f },
+        { "topk", k->topk, 0.0f, true, 1.0f },
+        { "lambda", k->lambda, -INFINITY, false, 0.0f },
+    };
+    for (size_t n = 0; n < sizeof knob / sizeof *knob; n++)
+        if (!in_range(knob[n].value, knob[n].low, knob[n].high) &&
+            !(knob[n].may_be_off && knob[n].value == SPARGE_OFF))
+            return fail(error, SPARGE_ERR_ARGUMENT, "%s is %g for %s %lld, it must be in [%g, %g]",
+                        knob[n].name, (double)knob[n].value, whose, (long long)head,
+                        (double)knob[n].low, (double)knob[n].high);
+    if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF)
+        return fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off for %s %lld", whose,
+                    (long long)head);
+    return SPARGE_OK;
+}
+
+static sparge_status check_view(const char *name, const void *data, sparge_dtype dtype, bool empty,
+                                sparge_error *error)
+{
+    if (!data && !empty)
+        return fail(error, SPARGE_ERR_ARGUMENT, "%s.data is NULL", name);
+    if ((unsigned)dtype > SPARGE_BF16)
+        return fail(error, SPARGE_ERR_ARGUMENT, "%s.dtype is %d, it must be one of sparge_dtype", name,
+                    (int)dtype);
+    return SPARGE_OK;
+}
+
+static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge_error *error)
+{
+    const struct { const char *name; int64_t value, low, high; } size[] = {
+        { "batch", p->batch, 0, INT64_MAX },        { "heads", p->heads, 1, INT64_MAX },
+        { "kv_heads", p->kv_heads, 1, INT64_MAX },  { "q_len", p->q_len, 0, INT64_MAX / 4 },
+        { "k_len", p->k_len, 0, INT64_MAX / 4 },    { "dim", p->dim, 1, SPARGE_MAX_DIM },
+        { "dim_v", needs_v ? p->dim_v : 1, 1, INT64_MAX },
+    };
+    for (size_t n = 0; n < sizeof size / sizeof *size; n++)
+        if (size[n].value < size[n].low || size[n].value > size[n].high)
+            return fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be %s %lld", size[n].name,
+                        (long long)size[n].value, size[n].value < size[n].low ? "at least" : "at most",
+                        (long long)(size[n].value < size[n].low ? size[n].low : size[n].high));
+    if (p->heads % p->kv_heads != 0)
+        return fail(error, SPARGE_ERR_SHAPE, "heads is %lld, it must be a multiple of kv_heads, %lld",
+                    (long long)p->heads, (long long)p->kv_heads);
+    const int64_t widest = needs_v && p->dim_v > p->dim ? p->dim_v : p->dim;
+    if (!fits(p->batch, p->heads, p->q_len, widest, 8) || !fits(p->batch, p->kv_heads, p->k_len, widest, 8))
+        return fail(error, SPARGE_ERR_SHAPE,
+                    "batch %lld x heads %lld x tokens %lld and %lld x channels %lld overflows",
+                    (long long)p->batch, (long long)p->heads, (long long)p->q_len, (long long)p->k_len,
+                    (long long)widest);
+    sparge_status status =
+        check_view("q", p->q.data, p->q.dtype, p->batch == 0 || p->q_len == 0, error);
+    if (!status)
+        status = check_view("k", p->k.data, p->k.dtype, p->batch == 0 || p->k_len == 0, error);
+    if (!status && needs_v)
+        status = check_view("v", p->v.data, p->v.dtype, p->batch == 0 || p->k_len == 0, error);
+    return status;
+}
+
+static sparge_status check_options(const sparge_problem *p, const sparge_options *o, sparge_error *error)
+{
+    const struct { const char *name; int64_t value, low, high; } number[] = {
+        { "backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA },
+        { "isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI },
+        { "threads", o->threads, 0, 65536 },
+        { "block_q", o->block_q, 1, MAX_BLOCK },
+        { "block_k", o->block_k, 1, MAX_BLOCK },
+        { "skip_rows", o->skip_rows, 0, INT64_MAX },
+        { "causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START },
+        { "qk", (int64_t)o->qk, SPARGE_INT8, SPARGE_FLOAT },
+        { "pv", (int64_t)o->pv, SPARGE_INT8, SPARGE_FLOAT },
+        { "rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM },
+    };
+    for (size_t n = 0; n < sizeof number / sizeof *number; n++)
+        if (number[n].value < number[n].low || number[n].value > number[n].high)
+            return fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be in [%lld, %lld]",
+                        number[n].name, (long long)number[n].value, (long long)number[n].low,
+                        (long long)number[n].high);
+    if (!(o->scale >= 0.0f && o->scale < INFINITY))
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "scale is %g, it must be finite and positive (or 0 for 1/sqrt(dim))",
+                    (double)o->scale);
+    if (o->pv == SPARGE_INT12 && o->block_k > 128)
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "block_k is %lld, with pv int12 it must be at most 128 for sums to fit int32",
+                    (long long)o->block_k);
+    sparge_status status = o->per_head ? SPARGE_OK : check_knobs(&o->knobs, "knobs of head", 0, error);
+    for (int64_t h = 0; o->per_head && h < p->heads && !status; h++)
+        status = check_knobs(&o->per_head[h], "per_head", h, error);
+    return status;
+}
+
+static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p,
+                                const sparge_options *o, sparge_error *error)
+{
+    const sparge_geometry g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, 0);
+    if (mask->batch != p->batch || mask->heads != p->heads || mask->q_blocks != g.q_blocks ||
+        mask->k_blocks != g.k_blocks || mask->words != sparge_mask_row_words(g.k_blocks))
+        return fail(error, SPARGE_ERR_SHAPE,
+                    "mask is [%lld, %lld, %lld, %lld], it must be [%lld, %lld, %lld, %lld]",
+                    (long long)mask->batch, (long long)mask->heads, (long long)mask->q_blocks,
+                    (long long)mask->k_blocks, (long long)p->batch, (long long)p->heads,
+                    (long long)g.q_blocks, (long long)g.k_blocks);
+    if (!mask->bits)
+        return fail(error, SPARGE_ERR_ARGUMENT, "mask.bits is NULL");
+    return SPARGE_OK;
+}
+
+sparge_status sparge_check(const sparge_problem *p, const sparge_options *o, bool needs_v,
+                           sparge_error *error)
+{
+    if (!p || !o)
+        return fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", p ? "options" : "problem");
+    sparge_status status = check_problem(p, needs_v, error);
+    if (!status)
+        status = check_options(p, o, error);
+    return status ? status : succeed(error);
+}
+
+/* ---- Options ---- */
+
+sparge_options sparge_options_default(sparge_rules rules)
+{
+    return (sparge_options){
+        .block_q = 128, .block_k = 64, .smooth_k = true, .rules = rules,
+        .knobs = { .theta = 0.6f, .tau = 0.98f, .topk = SPARGE_OFF,
+                   /* upstream's pvthreshd of 50, in its log2 units */
+                   .lambda = rules == SPARGE_RULES_UPSTREAM ? -50.0f / SPARGE_LOG2E : -INFINITY },
+    };
+}
+
+/* Fills in what 0 stands for, and names a backend that can do what is asked. */
+static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
+{
+    if (o->scale == 0.0f)
+        o->scale = 1.0f / sqrtf((float)p->dim);
+    if (o->skip_rows == 0)
+        o->skip_rows = o->rules == SPARGE_RULES_DEFAULT ? 64
+                     : o->rules == SPARGE_RULES_PAPER   ? sparge_ceil_div(o->block_q, 4)
+                                                        : o->block_q;
+    o->skip_rows = sparge_min(o->skip_rows, o->block_q);
+    const bool wants_isa = o->isa != SPARGE_ISA_AUTO && o->isa != SPARGE_ISA_SCALAR;
+    if (wants_isa && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
+        return fail(error, SPARGE_ERR_ARGUMENT, "isa is %s, which the %s backend does not have",
+                    sparge_isa_string(o->isa), sparge_backend_string(o->backend));
+    if (o->backend == SPARGE_AUTO)
+        o->backend = wants_isa ? SPARGE_CPU : SPARGE_REF;
+    if (!sparge_backend_built(o->backend))
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is %s, which this library was built without",
+                    sparge_backend_string(o->backend));
+    return SPARGE_OK;
+}
+
+/* ---- Masks ---- */
+
+sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem,
+                                const sparge_options *options, sparge_error *error)
+{
+    if (!mask)
+        return fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
+    *mask = (sparge_mask){ 0 };
+    const sparge_status status = sparge_check(problem, options, false, error);
+    if (status)
+        return status;
+    const sparge_geometry g = sparge_geometry_make(problem->q_len, problem->k_len, options->block_q,
+                                                   options->block_k, 0);
+    const int64_t words = sparge_mask_row_words(g.k_blocks);
+    if (!fits(problem->batch, problem->heads, g.q_blocks, words, sizeof *mask->bits))
+        return fail(error, SPARGE_ERR_SHAPE, "mask of %lld x %lld blocks a head overflows",
+                    (long long)g.q_blocks, (long long)g.k_blocks);
+    const int64_t total = problem->batch * problem->heads * g.q_blocks * words;
+    uint32_t *bits = calloc(total ? (size_t)total : 1, sizeof *bits);
+    if (!bits)
+        return out_of_memory(error);
+    *mask = (sparge_mask){ bits, problem->batch, problem->heads, g.q_blocks, g.k_blocks, words };
+    return succeed(error);
+}
+
+void sparge_mask_free(sparge_mask *mask)
+{
+    if (mask) {
+        free(mask->bits);
+        *mask = (sparge_mask){ 0 };
+    }
+}
+
+static uint32_t *mask_row(const sparge_mask *mask, int64_t batch, int64_t head, int64_t i)
+{
+    return mask->bits + ((batch * mask->heads + head) * mask->q_blocks + i) * mask->words;
+}
+
+bool sparge_mask_get(const sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j)
+{
+    return sparge_mask_row_get(mask_row(mask, batch, head, i), j);
+}
+
+void sparge_mask_set(sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j, bool keep)
+{
+    uint32_t *row = mask_row(mask, batch, head, i);
+    if (keep)
+        sparge_mask_row_set(row, j);
+    else
+        sparge_mask_row_clear(row, j);
+}
+
+/* ---- Counts ---- */
+
+double sparge_sparsity_qk(const sparge_counts *c)
+{
+    return c->pairs ? 1.0 - (double)c->qk_done / (double)c->pairs : 0.0;
+}
+
+double sparge_sparsity_pv(const sparge_counts *c)
+{
+    return c->pairs ? 1.0 - c->pv_done / (double)c->pairs : 0.0;
+}
+
+double sparge_sparsity(const sparge_counts *c)
+{
+    return (sparge_sparsity_qk(c) + sparge_sparsity_pv(c)) / 2.0;
+}
+
+static sparge_counts sum_of(const sparge_counts *head, int64_t n)
+{
+    sparge_counts sum = { 0 };
+    for (int64_t h = 0; h < n; h++) {
+        sum.pairs += head[h].pairs;
+        sum.qk_done += head[h].qk_done;
+        sum.pv_done += head[h].pv_done;
+        sum.tokens += head[h].tokens;
+        sum.qk_tokens += head[h].qk_tokens;
+        sum.pv_tokens += head[h].pv_tokens;
+    }
+    return sum;
+}
+
+/* ---- The two stages, and both ---- */
+
+sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
+                             sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
+{
+    sparge_status status = sparge_check(problem, options, false, error);
+    if (!status && !mask)
+        status = fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
+    if (!status)
+        status = check_mask(mask, problem, options, error);
+    if (status)
+        return status;
+    sparge_options o = *options;
+    status = resolve(problem, &o, error);
+    if (!status)
+        status = sparge_ref_predict(problem, &o, mask, trace ? trace : &no_trace);
+    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+}
+
+sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_result *result, sparge_error *error)
+{
+    sparge_status status = sparge_check(problem, options, true, error);
+    if (!status && !result)
+        status = fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
+    if (!status)
+        status = check_view("result.o", result->o.data, result->o.dtype,
+                            problem->batch == 0 || problem->q_len == 0, error);
+    if (!status && mask)
+        status = check_mask(mask, problem, options, error);
+    if (status)
+        return status;
+    sparge_options o = *options;
+    status = resolve(problem, &o, error);
+    if (status)
+        return status;
+
+    const int64_t heads = problem->batch * problem->heads;
+    sparge_counts *own = NULL;
+    sparge_result run = *result;
+    if (!run.head_counts)
+        run.head_counts = own = malloc(heads ? (size_t)heads * sizeof *own : 1);
+    if (!run.head_counts)
+        return out_of_memory(error);
+    memset(run.head_counts, 0, (size_t)heads * sizeof *run.head_counts);
+    if (!run.trace)
+        run.trace = &no_trace;
+    status = sparge_ref_attend(problem, &o, mask, &run);
+    result->counts = sum_of(run.head_counts, heads);
+    result->backend = o.backend;
+    result->isa = SPARGE_ISA_SCALAR;
+    result->threads = 1;
+    result->seconds_quantize = run.seconds_quantize;
+    result->seconds_attend = run.seconds_attend;
+    free(own);
+    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+}
+
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
+                               sparge_result *result, sparge_error *error)
+{
+    if (!result)
+        return fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
+    sparge_mask own = { 0 };
+    sparge_status status = SPARGE_OK;
+    if (!result->mask)
+        status = sparge_mask_alloc(&own, problem, options, error);
+    sparge_mask *mask = result->mask ? result->mask : &own;
+    const double start = seconds();
+    if (!status)
+        status = sparge_predict(problem, options, mask, result->trace, error);
+    result->seconds_predict = seconds() - start;
+    if (!status)
+        status = sparge_attend(problem, options, mask, result, error);
+    sparge_mask_free(&own);
+    return status;
+}

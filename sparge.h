@@ -1,0 +1,278 @@
+/* sparge.h: SpargeAttn, training-free block-sparse int8 attention (arXiv 2502.18137).
+ *
+ * One call for those who want one:
+ *
+ *     sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
+ *     sparge_result result = { .o = { o, SPARGE_F32, heads * n * d, n * d, d } };
+ *     sparge_error error;
+ *     if (sparge_attention(&problem, &options, &result, &error) != SPARGE_OK)
+ *         fprintf(stderr, "%s\n", error.text);
+ *
+ * and its two stages for those who want to look between them: sparge_predict() says which
+ * (query block, key block) pairs matter, sparge_attend() computes attention over those pairs.
+ *
+ * There is no global state: every call may run in any thread, on any backend, beside any other.
+ * Nothing here keeps a pointer after it returns. Sizes and strides are int64_t throughout.
+ */
+#ifndef SPARGE_H
+#define SPARGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPARGE_VERSION "0.1.0"
+#define SPARGE_MAX_DIM 256
+
+/* ---- What can go wrong ---------------------------------------------------------------- */
+
+typedef enum sparge_status {
+    SPARGE_OK = 0,
+    SPARGE_ERR_ARGUMENT,    /* a null pointer, or a value out of its range */
+    SPARGE_ERR_SHAPE,       /* sizes that do not fit together */
+    SPARGE_ERR_MEMORY,      /* an allocation failed; outputs are undefined, nothing leaks */
+    SPARGE_ERR_UNSUPPORTED, /* the backend is not built, or cannot run here, or cannot do this */
+    SPARGE_ERR_DEVICE,      /* CUDA reported an error */
+} sparge_status;
+
+/* One sentence that names the offending argument and its value; "" after success.
+ * Every function below takes NULL for it. */
+typedef struct sparge_error {
+    char text[256];
+} sparge_error;
+
+const char *sparge_status_string(sparge_status status);
+
+/* ---- What runs ------------------------------------------------------------------------ */
+
+/* AUTO is the fastest that can do what is asked; REF is the definition of the right answer. */
+typedef enum sparge_backend { SPARGE_AUTO, SPARGE_REF, SPARGE_CPU, SPARGE_CUDA } sparge_backend;
+
+/* The instruction set of the cpu backend. Results agree as far as they must on all of them. */
+typedef enum sparge_isa {
+    SPARGE_ISA_AUTO,
+    SPARGE_ISA_SCALAR,
+    SPARGE_ISA_AVX2,
+    SPARGE_ISA_AVXVNNI,
+    SPARGE_ISA_AVX512VNNI,
+} sparge_isa;
+
+const char *sparge_backend_string(sparge_backend backend);
+const char *sparge_isa_string(sparge_isa isa);
+bool sparge_backend_built(sparge_backend backend);     /* is it in this library? */
+bool sparge_backend_available(sparge_backend backend); /* and can it run on this machine? */
+bool sparge_isa_available(sparge_isa isa);             /* does this processor have it? */
+
+/* ---- What goes in and out ------------------------------------------------------------- */
+
+typedef enum sparge_dtype { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } sparge_dtype;
+
+/* Strided views [batch][head][token][channel]. Strides count elements, not bytes; channels are
+ * contiguous. On the cuda backend the pointers are device pointers. */
+typedef struct sparge_in {
+    const void *data;
+    sparge_dtype dtype;
+    int64_t batch, head, token; /* strides */
+} sparge_in;
+
+typedef struct sparge_out {
+    void *data;
+    sparge_dtype dtype;
+    int64_t batch, head, token; /* strides */
+} sparge_out;
+
+/* Query head h reads key head h / (heads / kv_heads). Lengths and batch may be 0. */
+typedef struct sparge_problem {
+    int64_t batch, heads, kv_heads; /* heads is a multiple of kv_heads */
+    int64_t q_len, k_len;           /* tokens */
+    int64_t dim, dim_v;             /* channels of q and k, at most 256; channels of v and o */
+    sparge_in q;                    /* [batch][heads][q_len][dim] */
+    sparge_in k;                    /* [batch][kv_heads][k_len][dim] */
+    sparge_in v;                    /* [batch][kv_heads][k_len][dim_v]; sparge_predict ignores it */
+} sparge_problem;
+
+/* ---- How ------------------------------------------------------------------------------ */
+
+/* END: query t sees keys up to t + k_len - q_len (FlashAttention >= 2.1).
+ * START: query t sees keys up to t (torch's is_causal). */
+typedef enum sparge_causal { SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START } sparge_causal;
+
+/* INT8 is the paper's; INT12 has 8 to 14 times less error in the same integer arithmetic;
+ * FLOAT quantises nothing and so separates the error of codes from the error of sparsity. */
+typedef enum sparge_precision { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT } sparge_precision;
+
+/* Whose decisions where the paper, its released kernels and this project differ: the table in
+ * ref/README.md. PAPER and UPSTREAM run on the reference backend alone. */
+typedef enum sparge_rules {
+    SPARGE_RULES_DEFAULT,
+    SPARGE_RULES_PAPER,
+    SPARGE_RULES_UPSTREAM,
+} sparge_rules;
+
+#define SPARGE_OFF (-1.0f) /* for tau and topk */
+
+/* What the paper tunes for each head (Sec 3.6). With tau and topk both on, a row keeps the union. */
+typedef struct sparge_knobs {
+    float theta;  /* a block is self-similar when its mean cosine exceeds theta; in [-1, 1] */
+    float tau;    /* keep the most probable key blocks up to this mass; in [0, 1], or SPARGE_OFF */
+    float topk;   /* keep this share of the visible key blocks; in [0, 1], or SPARGE_OFF */
+    float lambda; /* skip P.V where max(local max - running max) <= lambda; natural-log units,
+                     in [-inf, 0]; -inf never skips */
+} sparge_knobs;
+
+typedef struct sparge_options {
+    sparge_backend backend;
+    sparge_isa isa;               /* for the cpu backend */
+    int threads;                  /* 0: as many as OpenMP would take */
+    int64_t block_q, block_k;     /* rows of a query block, keys of a key block; 1 to 1024 */
+    int64_t skip_rows;            /* lambda is decided for this many rows at a time; 0: by the rules */
+    sparge_causal causal;
+    sparge_precision qk, pv;      /* of Q.K^T and of P.V */
+    float scale;                  /* of the scores, finite and > 0; 0 stands for 1/sqrt(dim) */
+    bool smooth_k;                /* subtract the mean key: softmax does not change, int8 error does */
+    bool sink;                    /* always keep key block 0 */
+    sparge_rules rules;
+    sparge_knobs knobs;           /* for every head, unless: */
+    const sparge_knobs *per_head; /* [heads], or NULL */
+    void (*progress)(void *user, double done); /* called now and then with 0..1, or NULL */
+    void *user;
+} sparge_options;
+
+/* The defaults of one rule set. For DEFAULT: 128 x 64 blocks, int8 and int8, smoothed keys,
+ * theta 0.6, tau 0.98, no topk, lambda -inf, not causal, no sink. */
+sparge_options sparge_options_default(sparge_rules rules);
+
+/* ---- The block mask ------------------------------------------------------------------- */
+
+/* bits[batch][head][q_block][words], bit j % 32 of word j / 32 is key block j; set = compute. */
+typedef struct sparge_mask {
+    uint32_t *bits;
+    int64_t batch, heads, q_blocks, k_blocks, words;
+} sparge_mask;
+
+/* Allocates an empty mask of the problem's shape under the options' block sizes. */
+sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem,
+                                const sparge_options *options, sparge_error *error);
+void sparge_mask_free(sparge_mask *mask); /* NULL and an empty mask are fine */
+bool sparge_mask_get(const sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j);
+void sparge_mask_set(sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j, bool keep);
+
+/* ---- What comes back beside the output ------------------------------------------------- */
+
+/* Exact counts. A pair is a (query block, key block) where some row may see some key; it costs two
+ * matrix products. Tokens are (query, key) pairs: the operations are 2 * dim of them for a score
+ * and 2 * dim_v for its weight. */
+typedef struct sparge_counts {
+    int64_t pairs;     /* visible pairs */
+    int64_t qk_done;   /* of those, Q.K^T computed */
+    double pv_done;    /* of those, P.V computed; a skipped group counts as its share of the rows */
+    int64_t tokens;    /* visible token pairs */
+    int64_t qk_tokens; /* of those, in computed Q.K^T */
+    int64_t pv_tokens; /* of those, in computed P.V */
+} sparge_counts;
+
+double sparge_sparsity_qk(const sparge_counts *counts); /* Q.K^T not done / pairs */
+double sparge_sparsity_pv(const sparge_counts *counts); /* P.V not done / pairs */
+double sparge_sparsity(const sparge_counts *counts);    /* the mean of both: the paper's (Sec 4.1) */
+
+/* Every stage, for looking between them and for finding where two backends part. The arrays are
+ * packed and belong to the caller; NULL is not wanted. Codes and steps of what is not quantised, and
+ * the mean key without smooth_k, are left as they were. */
+typedef struct sparge_trace {
+    float *mean_k;                          /* [batch][kv_heads][dim] */
+    float *pool_q, *pool_k;                 /* [batch][heads | kv_heads][q | k_blocks][dim] */
+    float *sim_q, *sim_k;                   /* [batch][heads | kv_heads][q | k_blocks] */
+    float *s;                               /* S: [batch][heads][q_blocks][k_blocks], natural units */
+    int16_t *codes_q, *codes_k, *codes_v;   /* [batch][heads | kv_heads][tokens][channels] */
+    float *steps_q, *steps_k;               /* [batch][heads | kv_heads][q | k_blocks] */
+    float *steps_v;                         /* [batch][kv_heads][k_blocks][dim_v] */
+    float *pv_done;                         /* [batch][heads][q_blocks][k_blocks], share of the rows */
+    float *m, *l;                           /* [batch][heads][q_len], m in log2 units */
+} sparge_trace;
+
+typedef struct sparge_result {
+    sparge_out o;               /* [batch][heads][q_len][dim_v] */
+    float *lse;                 /* [batch][heads][q_len], natural log, or NULL */
+    sparge_mask *mask;          /* sparge_attention leaves its mask here; an allocated one, or NULL */
+    const sparge_trace *trace;  /* or NULL */
+    sparge_counts *head_counts; /* [batch][heads], or NULL */
+    /* Filled in: */
+    sparge_counts counts;       /* the sum over all heads */
+    sparge_backend backend;     /* what ran */
+    sparge_isa isa;
+    int threads;
+    double seconds_predict, seconds_quantize, seconds_attend;
+} sparge_result;
+
+/* ---- Attention ------------------------------------------------------------------------ */
+
+/* Predicts a mask and attends over it. o row = 0 and lse = -inf for a row that may see no key. A
+ * non-finite q row or visible k row gives NaN in the rows it touches and nowhere else. */
+sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
+                               sparge_result *result, sparge_error *error);
+
+/* Stage 1 (Sec 3.3, Algorithm 1 lines 4-6): writes every word of an allocated mask. */
+sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
+                             sparge_mask *mask, const sparge_trace *trace, sparge_error *error);
+
+/* Stage 2 (Algorithm 1 lines 3, 7-22): attention over the kept pairs. A mask of NULL is dense
+ * attention by the same kernel. Bits of pairs that no row may see are ignored. */
+sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_result *result, sparge_error *error);
+
+/* ---- The oracle ------------------------------------------------------------------------ */
+
+/* Attention by the textbook formula in double precision; shares no code with any backend.
+ * REAL takes q, k and v as they are: the distance to it is quality. CODES takes them as the
+ * options' precisions define them (dequantised codes; v too unless pv is FLOAT): the distance to
+ * it is correctness. */
+typedef enum sparge_oracle_mode { SPARGE_ORACLE_REAL, SPARGE_ORACLE_CODES } sparge_oracle_mode;
+
+/* Packed arrays, each NULL when not wanted. A mask of NULL is dense. Host memory only.
+ *   o          [batch][heads][q_len][dim_v]
+ *   lse        [batch][heads][q_len], natural log
+ *   block_mass [batch][heads][q_blocks][k_blocks]: the attention that the rows of a query block pay
+ *              to a key block, averaged over the rows; rows that see no key count as 0.
+ * lambda and the thresholds play no part. Time grows as q_len * k_len, memory as k_len. */
+sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
+                            double *block_mass, sparge_error *error);
+
+/* ---- Token orders for images and video (Sec 3.7) ---------------------------------------- */
+
+typedef enum sparge_order {
+    SPARGE_ROW_MAJOR,    /* W fastest, then H, then T: the order of a packed [t][h][w] array */
+    SPARGE_COLUMN_MAJOR, /* H fastest, then W, then T */
+    SPARGE_TIME_MAJOR,   /* T fastest, then W, then H */
+    SPARGE_RANDOM,
+    SPARGE_HILBERT,      /* generalised to boxes of any size */
+} sparge_order;
+
+/* text_before, then t * h * w tokens in row-major order, then text_after: how a sequence arrives. */
+typedef struct sparge_grid {
+    int64_t t, h, w;
+    int64_t text_before, text_after; /* tokens that keep their place */
+} sparge_grid;
+
+const char *sparge_order_string(sparge_order order);
+
+/* index[p] is the arriving number of the token that the order puts at place p; a permutation of
+ * 0 .. text_before + t*h*w + text_after - 1. The seed matters to SPARGE_RANDOM alone. */
+sparge_status sparge_token_order(sparge_order order, const sparge_grid *grid, uint64_t seed,
+                                 int64_t *index, sparge_error *error);
+
+/* to[b][h][p][:] = from[b][h][index[p]][:], and its inverse to[b][h][index[p]][:] = from[b][h][p][:].
+ * Both views have the same dtype and must not overlap. index must be a permutation of 0 .. len-1. */
+sparge_status sparge_permute(const sparge_in *from, const sparge_out *to, int64_t batch, int64_t heads,
+                             int64_t len, int64_t dim, const int64_t *index, sparge_error *error);
+sparge_status sparge_unpermute(const sparge_in *from, const sparge_out *to, int64_t batch, int64_t heads,
+                               int64_t len, int64_t dim, const int64_t *index, sparge_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
