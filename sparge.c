@@ -9,6 +9,7 @@
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
+#include "ref/oracle.h"
 #include "ref/ref.h"
 
 enum { MAX_BLOCK = 1024 };
@@ -83,7 +84,7 @@ static sparge_status out_of_memory(sparge_error *error)
     return fail(error, SPARGE_ERR_MEMORY, "out of memory");
 }
 
-/* a * b * c * d * size in bytes, as far as memory could ever reach. */
+/* Can a * b * c * d things of this size be counted in bytes? */
 static bool fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
 {
     int64_t n;
@@ -143,7 +144,8 @@ static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge
         return fail(error, SPARGE_ERR_SHAPE, "heads is %lld, it must be a multiple of kv_heads, %lld",
                     (long long)p->heads, (long long)p->kv_heads);
     const int64_t widest = needs_v && p->dim_v > p->dim ? p->dim_v : p->dim;
-    if (!fits(p->batch, p->heads, p->q_len, widest, 8) || !fits(p->batch, p->kv_heads, p->k_len, widest, 8))
+    if (!fits(p->batch, p->heads, 1, 1, sizeof(sparge_counts)) ||
+        !fits(p->batch, p->heads, p->q_len, widest, 8) || !fits(p->batch, p->kv_heads, p->k_len, widest, 8))
         return fail(error, SPARGE_ERR_SHAPE,
                     "batch %lld x heads %lld x tokens %lld and %lld x channels %lld overflows",
                     (long long)p->batch, (long long)p->heads, (long long)p->q_len, (long long)p->k_len,
@@ -195,26 +197,41 @@ static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p
 {
     const sparge_geometry g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, 0);
     if (mask->batch != p->batch || mask->heads != p->heads || mask->q_blocks != g.q_blocks ||
-        mask->k_blocks != g.k_blocks || mask->words != sparge_mask_row_words(g.k_blocks))
+        mask->k_blocks != g.k_blocks)
         return fail(error, SPARGE_ERR_SHAPE,
                     "mask is [%lld, %lld, %lld, %lld], it must be [%lld, %lld, %lld, %lld]",
                     (long long)mask->batch, (long long)mask->heads, (long long)mask->q_blocks,
                     (long long)mask->k_blocks, (long long)p->batch, (long long)p->heads,
                     (long long)g.q_blocks, (long long)g.k_blocks);
+    if (mask->words < sparge_mask_row_words(g.k_blocks))
+        return fail(error, SPARGE_ERR_SHAPE, "mask.words is %lld, %lld blocks need at least %lld",
+                    (long long)mask->words, (long long)g.k_blocks,
+                    (long long)sparge_mask_row_words(g.k_blocks));
     if (!mask->bits)
         return fail(error, SPARGE_ERR_ARGUMENT, "mask.bits is NULL");
     return SPARGE_OK;
 }
 
-sparge_status sparge_check(const sparge_problem *p, const sparge_options *o, bool needs_v,
-                           sparge_error *error)
+/* Everything that is common to all entries; a mask of NULL is dense. */
+static sparge_status check(const sparge_problem *p, const sparge_options *o, bool needs_v,
+                           const sparge_mask *mask, sparge_error *error)
 {
     if (!p || !o)
         return fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", p ? "options" : "problem");
     sparge_status status = check_problem(p, needs_v, error);
     if (!status)
         status = check_options(p, o, error);
+    if (!status && mask)
+        status = check_mask(mask, p, o, error);
     return status ? status : succeed(error);
+}
+
+static sparge_status check_result(const sparge_problem *p, const sparge_result *result,
+                                  sparge_error *error)
+{
+    if (!result)
+        return fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
+    return check_view("result.o", result->o.data, result->o.dtype, p->batch == 0 || p->q_len == 0, error);
 }
 
 /* ---- Options ---- */
@@ -259,7 +276,7 @@ sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem
     if (!mask)
         return fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
     *mask = (sparge_mask){ 0 };
-    const sparge_status status = sparge_check(problem, options, false, error);
+    const sparge_status status = check(problem, options, false, NULL, error);
     if (status)
         return status;
     const sparge_geometry g = sparge_geometry_make(problem->q_len, problem->k_len, options->block_q,
@@ -339,11 +356,9 @@ static sparge_counts sum_of(const sparge_counts *head, int64_t n)
 sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
                              sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
 {
-    sparge_status status = sparge_check(problem, options, false, error);
-    if (!status && !mask)
-        status = fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
-    if (!status)
-        status = check_mask(mask, problem, options, error);
+    if (!mask)
+        return fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
+    sparge_status status = check(problem, options, false, mask, error);
     if (status)
         return status;
     sparge_options o = *options;
@@ -356,14 +371,9 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
 sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_result *result, sparge_error *error)
 {
-    sparge_status status = sparge_check(problem, options, true, error);
-    if (!status && !result)
-        status = fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
+    sparge_status status = check(problem, options, true, mask, error);
     if (!status)
-        status = check_view("result.o", result->o.data, result->o.dtype,
-                            problem->batch == 0 || problem->q_len == 0, error);
-    if (!status && mask)
-        status = check_mask(mask, problem, options, error);
+        status = check_result(problem, result, error);
     if (status)
         return status;
     sparge_options o = *options;
@@ -402,10 +412,12 @@ static double seconds(void)
 sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
                                sparge_result *result, sparge_error *error)
 {
-    if (!result)
-        return fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
+    sparge_status status = check(problem, options, true, result ? result->mask : NULL, error);
+    if (!status)
+        status = check_result(problem, result, error);
+    if (status)
+        return status;
     sparge_mask own = { 0 };
-    sparge_status status = SPARGE_OK;
     if (!result->mask)
         status = sparge_mask_alloc(&own, problem, options, error);
     sparge_mask *mask = result->mask ? result->mask : &own;
@@ -417,4 +429,17 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
         status = sparge_attend(problem, options, mask, result, error);
     sparge_mask_free(&own);
     return status;
+}
+
+sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
+                            double *block_mass, sparge_error *error)
+{
+    if ((unsigned)mode > SPARGE_ORACLE_CODES)
+        return fail(error, SPARGE_ERR_ARGUMENT, "mode is %d, it must be one of sparge_oracle_mode",
+                    (int)mode);
+    sparge_status status = check(problem, options, o != NULL, mask, error);
+    if (!status)
+        status = sparge_ref_oracle(problem, options, mask, mode, o, lse, block_mass);
+    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
 }

@@ -148,7 +148,8 @@ sparge_options sparge_options_default(sparge_rules rules);
 
 /* ---- The block mask ------------------------------------------------------------------- */
 
-/* bits[batch][head][q_block][words], bit j % 32 of word j / 32 is key block j; set = compute. */
+/* bits[batch][head][q_block][words], bit j % 32 of word j / 32 is key block j; set = compute. A row
+ * may be longer than its blocks need. */
 typedef struct sparge_mask {
     uint32_t *bits;
     int64_t batch, heads, q_blocks, k_blocks, words;

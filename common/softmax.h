@@ -54,11 +54,14 @@ SPARGE_HD float sparge_weight(float score, float scale, float max)
  * (unnormalised). */
 SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share, float *b_share)
 {
+    const float max = a.max > b.max ? a.max : b.max;
+    const float a_shrink = a.max == -INFINITY ? 0.0f : sparge_exp2(a.max - max);
+    const float b_shrink = b.max == -INFINITY ? 0.0f : sparge_exp2(b.max - max);
     sparge_row both;
-    both.max = fmaxf(a.max, b.max);
-    *a_share = a.max == -INFINITY ? 0.0f : sparge_exp2(a.max - both.max);
-    *b_share = b.max == -INFINITY ? 0.0f : sparge_exp2(b.max - both.max);
-    both.sum = a.sum * *a_share + b.sum * *b_share;
+    both.max = max;
+    both.sum = a.sum * a_shrink + b.sum * b_shrink;
+    *a_share = a_shrink;
+    *b_share = b_shrink;
     return both;
 }
 

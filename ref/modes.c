@@ -39,10 +39,11 @@ static bool similar_paper(const sparge_ref_summary *s, float theta)
     return s->finite && s->sim >= theta;
 }
 
-/* TopCdf as printed may keep no block at all. */
+/* TopCdf as printed may keep no block at all. (Top-k is not in the paper: as in the default.) */
 static void select_paper(const sparge_ref_row *row, uint32_t *kept)
 {
     sparge_ref_keep_mass(row, 0, kept);
+    sparge_ref_keep_best(row, sparge_ref_topk(row), kept);
     sparge_ref_keep_dissimilar(row, kept);
     sparge_ref_keep_diagonal(row, kept);
     sparge_ref_keep_sink(row, kept);
@@ -103,7 +104,7 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
     if (o->rules == SPARGE_RULES_UPSTREAM) {
         mode.similar = similar_upstream;
         mode.select = select_upstream;
-        mode.slack = 1e-7f;
+        mode.slack = o->qk == SPARGE_INT8 ? 1e-7f : 0.0f;
         mode.never_skip = o->block_q > o->block_k ? 2 : 1;
     }
     return mode;

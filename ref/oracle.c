@@ -5,17 +5,12 @@
  * steps, quotients) is f32. Non-finite inputs need no rule of their own: dequantise() makes them
  * NaN, and NaN reaches exactly the results in which a kept and visible element has a part.
  */
-#include "sparge.h"
+#include "ref/oracle.h"
 
 #include <float.h>
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* The library's front door (sparge.c) judges sizes, pointers and options for every entry alike. */
-extern sparge_status sparge_check(const sparge_problem *problem, const sparge_options *options,
-                                  bool needs_v, sparge_error *error);
 
 typedef struct rule {
     float largest; /* code; 0: real values, no codes */
@@ -178,39 +173,16 @@ static void attend(const work *w, int64_t b, int64_t h, int64_t i, double *o, do
     }
 }
 
-static sparge_status refuse(sparge_error *error, sparge_status status, const char *text)
+sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_options *options,
+                                const sparge_mask *mask, sparge_oracle_mode mode, double *o,
+                                double *lse, double *block_mass)
 {
-    if (error)
-        snprintf(error->text, sizeof error->text, "%s", text);
-    return status;
-}
-
-sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
-                            const sparge_mask *mask, sparge_oracle_mode mode, double *o,
-                            double *lse, double *block_mass, sparge_error *error)
-{
-    if (!problem || !options)
-        return refuse(error, SPARGE_ERR_ARGUMENT, problem ? "options is NULL" : "problem is NULL");
-    sparge_status status = sparge_check(problem, options, o != NULL, error);
-    if (status != SPARGE_OK)
-        return status;
     const int64_t heads = problem->heads, q_len = problem->q_len, k_len = problem->k_len;
-    const int64_t dim = problem->dim, dim_v = problem->dim_v;
+    const int64_t dim = problem->dim, dim_v = o ? problem->dim_v : 0;
     const int64_t block_q = options->block_q, block_k = options->block_k;
     work w = {.problem = problem, .options = options, .mask = mask};
     w.q_blocks = (q_len + block_q - 1) / block_q;
     w.k_blocks = (k_len + block_k - 1) / block_k;
-    if (mask && (mask->batch != problem->batch || mask->heads != heads ||
-                 mask->q_blocks != w.q_blocks || mask->k_blocks != w.k_blocks ||
-                 mask->words < (w.k_blocks + 31) / 32)) {
-        char text[sizeof error->text];
-        snprintf(text, sizeof text,
-                 "mask is [%lld][%lld][%lld][%lld] in %lld words, not [%lld][%lld][%lld][%lld]",
-                 (long long)mask->batch, (long long)mask->heads, (long long)mask->q_blocks,
-                 (long long)mask->k_blocks, (long long)mask->words, (long long)problem->batch,
-                 (long long)heads, (long long)w.q_blocks, (long long)w.k_blocks);
-        return refuse(error, SPARGE_ERR_SHAPE, text);
-    }
     if (mode == SPARGE_ORACLE_CODES) {
         const bool upstream = options->rules == SPARGE_RULES_UPSTREAM;
         if (options->qk != SPARGE_FLOAT) /* to real scores smoothing makes no difference */
@@ -222,6 +194,7 @@ sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options 
     }
     w.scale = (double)(options->scale > 0.0f ? options->scale : 1.0f / sqrtf((float)dim));
 
+    sparge_status status = SPARGE_OK;
     const size_t keys = (size_t)k_len + 1; /* one more than needed: calloc(0) may be NULL */
     w.block = calloc((size_t)(block_q + block_k), (size_t)(dim + dim_v) * sizeof(float));
     w.mean = calloc((size_t)dim + 1, sizeof(float));
@@ -231,7 +204,7 @@ sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options 
     w.key = calloc(keys, sizeof(int64_t));
     w.weight = calloc(keys, sizeof(double));
     if (!w.block || !w.mean || !w.q || !w.k || !w.v || !w.key || !w.weight) {
-        status = refuse(error, SPARGE_ERR_MEMORY, "no memory for the oracle's copy of one head");
+        status = SPARGE_ERR_MEMORY;
         goto done;
     }
 

@@ -44,6 +44,12 @@ void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *ke
     }
 }
 
+/* The share `topk` of the visible blocks; the addend makes 0.7f of 10 seven. */
+int64_t sparge_ref_topk(const sparge_ref_row *row)
+{
+    return (int64_t)floor((double)row->knobs->topk * (double)row->visible + 1e-5);
+}
+
 void sparge_ref_keep_best(const sparge_ref_row *row, int64_t count, uint32_t *kept)
 {
     if (row->knobs->topk == SPARGE_OFF)
@@ -77,9 +83,8 @@ void sparge_ref_keep_sink(const sparge_ref_row *row, uint32_t *kept)
 /* Line 6: M[i,:]. */
 void sparge_ref_select(const sparge_ref_row *row, uint32_t *kept)
 {
-    const double share = (double)row->knobs->topk * (double)row->visible;
     sparge_ref_keep_mass(row, 1, kept);
-    sparge_ref_keep_best(row, (int64_t)floor(share + 1e-5), kept);
+    sparge_ref_keep_best(row, sparge_ref_topk(row), kept);
     sparge_ref_keep_dissimilar(row, kept);
     sparge_ref_keep_diagonal(row, kept);
     sparge_ref_keep_sink(row, kept);

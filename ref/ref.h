@@ -119,6 +119,7 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
 bool sparge_ref_similar(const sparge_ref_summary *, float theta);
 void sparge_ref_select(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_mass(const sparge_ref_row *, int64_t least, uint32_t *kept); /* TopCdf, if tau */
+int64_t sparge_ref_topk(const sparge_ref_row *);
 void sparge_ref_keep_best(const sparge_ref_row *, int64_t count, uint32_t *kept); /* top-k, if topk */
 void sparge_ref_keep_dissimilar(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_diagonal(const sparge_ref_row *, uint32_t *kept);

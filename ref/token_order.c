@@ -109,7 +109,7 @@ static int64_t *hilbert(int64_t *place, int64_t start, side a, side b, side c)
     }
 
     const bool flat = longer(b, c) || odd(a);
-    if (!flat && !odd(b)) { /* where only one of b and c is odd, it has to be b */
+    if (!flat && !odd(b)) { /* if one of b and c is odd, it has to be b; else either will do */
         const side even = b;
         b = c;
         c = even;

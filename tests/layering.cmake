@@ -21,11 +21,11 @@ function(rule files ours system words)
 endfunction()
 
 rule("sparge\\.h" "-" "${standard}" "sparge.h includes the C library alone")
-rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|cpu/cpu\\.h|gpu/gpu\\.h|common/geometry\\.h|common/block_mask\\.h" "${standard}"
-     "sparge.c includes sparge.h, ref/ref.h, cpu/cpu.h, gpu/gpu.h, common/geometry.h, common/block_mask.h and the C library")
+rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|common/geometry\\.h|common/block_mask\\.h" "${standard}"
+     "sparge.c includes sparge.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, common/geometry.h, common/block_mask.h and the C library")
 rule("common/.*" "common/.*" "${standard}" "common/ includes common/ and the C library")
-rule("ref/(oracle|token_order)\\.c" "sparge\\.h" "${standard}"
-     "ref/oracle.c and ref/token_order.c include sparge.h and the C library, so that they share no mistake")
+rule("ref/(oracle|token_order)\\.[ch]" "sparge\\.h|ref/oracle\\.h" "${standard}"
+     "ref/oracle.c and ref/token_order.c include sparge.h, ref/oracle.h and the C library, so that they share no mistake")
 rule("ref/.*" "sparge\\.h|common/.*|ref/.*" "${standard}" "ref/ includes sparge.h, common/, ref/ and the C library")
 rule("cpu/.*" "sparge\\.h|common/.*|ref/ref\\.h|cpu/.*" "${standard}|omp\\.h|cpuid\\.h|${intrinsics}"
      "cpu/ includes sparge.h, common/, ref/ref.h, cpu/, the C library, OpenMP and, in a kernel file, intrinsics")

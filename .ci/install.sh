@@ -1,0 +1,38 @@
+# install.sh: what test.sh and reproduce.sh share: Debian packages and a Python environment.
+# Sourced, not run; expects the current directory to be the project's root.
+
+# Installs those of the named Debian packages that are missing: as root, through sudo, or not at all
+# with a line that says what to install.
+need_packages() {
+    local missing=() package
+    for package in "$@"; do
+        dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q '^install ok installed$' ||
+            missing+=("$package")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    local run=()
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! command -v sudo >/dev/null; then
+            echo "Please install these packages and run this again: apt-get install ${missing[*]}" >&2
+            exit 1
+        fi
+        run=(sudo)
+    fi
+    echo "Installing Debian packages: ${missing[*]}"
+    "${run[@]}" apt-get update -qq
+    "${run[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        "${missing[@]}" >/dev/null
+}
+
+# A virtual environment in build/venv that holds exactly what a requirements file pins.
+need_python() {
+    local requirements=$1 stamp=build/venv/installed.txt
+    cmp -s "$requirements" "$stamp" && return
+    echo "Installing Python packages into build/venv: $(tr '\n' ' ' <"$requirements")"
+    python3 -m venv --clear build/venv
+    build/venv/bin/pip install --quiet --disable-pip-version-check -r "$requirements"
+    cp "$requirements" "$stamp"
+}
+
+compiler_packages=(gcc libc6-dev cmake ninja-build pkg-config libjansson-dev libcairo2-dev fonts-dejavu-core)
+python_packages=(python3 python3-venv)

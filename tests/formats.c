@@ -1,0 +1,1295 @@
+/* formats.c: the program's files. Readers against bytes written out here, byte for byte; every kind
+ * of bad file against the line it earns; output files against all the ways to come to an end. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* unshare */
+#endif
+#include "tools/npy.h"
+#include "tools/output.h"
+#include "tools/safetensors.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <criterion/criterion.h>
+
+/* Lets an allocation that is too large return NULL under the sanitizers too. */
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
+
+/* ---- A folder of our own ---------------------------------------------------------------- */
+
+static char folder[256];
+
+static void folder_make(void)
+{
+    const char *const parent = getenv("TMPDIR");
+    snprintf(folder, sizeof folder, "%s/sparge-formats-XXXXXX",
+             parent && *parent ? parent : "/tmp");
+    cr_assert(mkdtemp(folder), "%s: %s", folder, strerror(errno));
+    cr_assert_eq(chmod(folder, 0755), 0);
+}
+
+/* The path of a name in the folder; good until the eighth call from here. */
+static const char *in_folder(const char *name)
+{
+    static char paths[8][PATH_MAX + 512];
+    static int next;
+    char *const path = paths[next++ % 8];
+    snprintf(path, sizeof paths[0], "%.255s/%s", folder, name);
+    return path;
+}
+
+/* Hidden files count. */
+static int folder_count(void)
+{
+    DIR *const d = opendir(folder);
+    cr_assert(d);
+    int count = 0;
+    for (const struct dirent *entry; (entry = readdir(d));)
+        count += strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0;
+    closedir(d);
+    return count;
+}
+
+static void folder_remove(void)
+{
+    DIR *const d = opendir(folder);
+    cr_assert(d);
+    for (const struct dirent *entry; (entry = readdir(d));)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            remove(in_folder(entry->d_name));
+    closedir(d);
+    rmdir(folder);
+}
+
+static void file_make(const char *name, const void *bytes, size_t size)
+{
+    FILE *const file = fopen(in_folder(name), "wb");
+    cr_assert(file && fwrite(bytes, 1, size, file) == size && fclose(file) == 0);
+}
+
+static void expect_file(const char *name, const char *text)
+{
+    char got[64] = "";
+    FILE *const file = fopen(in_folder(name), "rb");
+    cr_assert(file, "%s: %s", name, strerror(errno));
+    got[fread(got, 1, sizeof got - 1, file)] = '\0';
+    fclose(file);
+    cr_expect_str_eq(got, text, "%s holds '%s', not '%s'", name, got, text);
+}
+
+/* One line that holds all of these. */
+static void expect_says(const file_error *error, const char *what, const char *const says[],
+                        size_t count)
+{
+    cr_expect(!strchr(error->text, '\n') && strlen(error->text) < 400, "%s: %s", what, error->text);
+    for (size_t i = 0; i < count && says[i]; i++)
+        cr_expect(strstr(error->text, says[i]), "%s: '%s' does not say '%s'", what, error->text,
+                  says[i]);
+}
+
+#define BYTES(literal) literal, sizeof(literal) - 1
+
+static void expect_array(const array *got, array_type type, int rank, const int64_t *shape,
+                         const void *data)
+{
+    cr_assert_eq(got->type, type, "%s, not %s", array_type_string(got->type),
+                 array_type_string(type));
+    cr_assert_eq(got->rank, rank);
+    for (int d = 0; d < rank; d++)
+        cr_assert_eq(got->shape[d], shape[d]);
+    const size_t size = (size_t)array_count(got) * array_type_size(type);
+    cr_assert_arr_eq(got->data, data, size);
+}
+
+/* ---- Conversions ------------------------------------------------------------------------ */
+
+static float f32_of(array_type type, const void *element)
+{
+    array x;
+    cr_assert(array_alloc(type, 0, NULL, &x, NULL));
+    memcpy(x.data, element, array_type_size(type));
+    cr_assert(array_to_f32(&x, NULL));
+    cr_assert(x.type == ARRAY_F32 && x.rank == 0);
+    float f;
+    memcpy(&f, x.data, sizeof f);
+    array_free(&x);
+    return f;
+}
+
+static uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+Test(formats, half_literals)
+{
+    static const struct {
+        uint16_t half;
+        uint32_t bits;
+    } cases[] = {
+        {0x0000, 0x00000000}, {0x8000, 0x80000000}, /* zeros */
+        {0x0001, 0x33800000}, {0x8001, 0xb3800000}, /* 2^-24, the smallest */
+        {0x03ff, 0x387fc000}, {0x0400, 0x38800000}, /* the largest subnormal, the smallest normal */
+        {0x3c00, 0x3f800000}, {0xc000, 0xc0000000}, /* 1, -2 */
+        {0x3555, 0x3eaaa000}, {0x7bff, 0x477fe000}, /* a third, 65504 */
+        {0x7c00, 0x7f800000}, {0xfc00, 0xff800000}, /* infinities */
+        {0x7e00, 0x7fc00000}, {0xfe01, 0xffc02000}, /* NaNs keep sign and payload */
+        {0x7c01, 0x7f802000},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const uint32_t got = bits_of(f32_of(ARRAY_F16, &cases[i].half));
+        cr_expect_eq(got, cases[i].bits, "f16 %04x gives %08x", cases[i].half, got);
+    }
+}
+
+Test(formats, half_all)
+{
+    const int64_t shape[] = {65536};
+    array x;
+    cr_assert(array_alloc(ARRAY_F16, 1, shape, &x, NULL));
+    for (int i = 0; i < 65536; i++)
+        ((uint16_t *)x.data)[i] = (uint16_t)i;
+    cr_assert(array_to_f32(&x, NULL));
+    const float *const got = x.data;
+    for (int i = 0; i < 65536; i++) {
+        const int exponent = i >> 10 & 31, mantissa = i & 1023;
+        const double size = exponent == 31  ? (mantissa ? (double)NAN : (double)INFINITY)
+                            : exponent == 0 ? ldexp(mantissa, -24)
+                                            : ldexp(1024 + mantissa, exponent - 25);
+        const double want = i & 0x8000 ? -size : size;
+        cr_assert(isnan(want) ? isnan(got[i]) : (double)got[i] == want, "f16 %04x gives %a", i,
+                  (double)got[i]);
+        cr_assert_eq(!!signbit(got[i]), i >> 15);
+    }
+    array_free(&x);
+}
+
+Test(formats, bf16_literals)
+{
+    static const uint16_t cases[] = {0x0000, 0x8000, 0x0001, 0x007f, 0x0080, 0x3f80,
+                                     0xc040, 0x7f7f, 0x7f80, 0xff80, 0x7fc0, 0xff81};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        cr_expect_eq(bits_of(f32_of(ARRAY_BF16, &cases[i])), (uint32_t)cases[i] << 16, "bf16 %04x",
+                     cases[i]);
+}
+
+Test(formats, double_literals)
+{
+    static const struct {
+        double from;
+        float to;
+    } cases[] = {
+        {0.1, 0x1.99999ap-4f},
+        {0x1.000001p0, 1.0f},                 /* half way: to even, below */
+        {0x1.000003p0, 0x1.000004p0f},        /* half way: to even, above */
+        {0x1.0000010000001p0, 0x1.000002p0f}, /* past half way */
+        {0x1.fffffep127, 0x1.fffffep127f},
+        {0x1.ffffffp127, INFINITY},
+        {-1e300, -INFINITY},
+        {0x1p-149, 0x1p-149f},
+        {0x1.8p-149, 0x1p-148f},
+        {0x1p-150, 0.0f},
+        {-0.0, -0.0f},
+        {INFINITY, INFINITY},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        cr_expect_eq(bits_of(f32_of(ARRAY_F64, &cases[i].from)), bits_of(cases[i].to), "f64 %a",
+                     cases[i].from);
+    const double nan = (double)NAN;
+    cr_expect(isnan(f32_of(ARRAY_F64, &nan)));
+}
+
+Test(formats, integer_literals)
+{
+    cr_expect_eq(f32_of(ARRAY_U8, &(uint8_t){255}), 255.0f);
+    cr_expect_eq(f32_of(ARRAY_BOOL, &(uint8_t){1}), 1.0f);
+    cr_expect_eq(f32_of(ARRAY_BOOL, &(uint8_t){7}), 1.0f);
+    cr_expect_eq(f32_of(ARRAY_BOOL, &(uint8_t){0}), 0.0f);
+    cr_expect_eq(f32_of(ARRAY_I8, &(int8_t){-128}), -128.0f);
+    cr_expect_eq(f32_of(ARRAY_I16, &(int16_t){-32768}), -32768.0f);
+    cr_expect_eq(f32_of(ARRAY_I32, &(int32_t){16777217}), 16777216.0f);
+    cr_expect_eq(f32_of(ARRAY_I32, &(int32_t){INT32_MIN}), -0x1p31f);
+    cr_expect_eq(f32_of(ARRAY_I64, &(int64_t){INT64_MAX}), 0x1p63f);
+    cr_expect_eq(f32_of(ARRAY_I64, &(int64_t){-3}), -3.0f);
+}
+
+Test(formats, array_shapes)
+{
+    array x;
+    file_error error;
+    static const int64_t empty[] = {0, 5}, negative[] = {-1}, large[] = {1 << 30, 1 << 30, 8},
+                         hidden[] = {0, INT64_MAX, INT64_MAX};
+    cr_assert(array_alloc(ARRAY_F16, 2, empty, &x, &error));
+    cr_expect(array_count(&x) == 0 && x.data && array_to_f32(&x, &error) && x.data);
+    array_free(&x);
+    cr_expect(!x.data);
+    array_free(&x);
+    array_free(NULL);
+    cr_assert(array_alloc(ARRAY_I64, 0, NULL, &x, &error));
+    cr_expect_eq(array_count(&x), 1);
+    array_free(&x);
+
+    cr_expect(!array_alloc(ARRAY_F32, 1, negative, &x, &error) && !x.data && error.text[0]);
+    cr_expect(!array_alloc(ARRAY_F64, 3, large, &x, &error) && !x.data && error.text[0]);
+    cr_expect(!array_alloc(ARRAY_F32, 3, hidden, &x, NULL));
+    cr_expect(!array_alloc(ARRAY_U8, 9, (int64_t[9]){1, 1, 1, 1, 1, 1, 1, 1, 1}, &x, NULL));
+    size_t bytes;
+    cr_expect(array_bytes(ARRAY_U8, 1, (int64_t[]){PTRDIFF_MAX}, &bytes) && bytes == PTRDIFF_MAX);
+    cr_expect(!array_bytes(ARRAY_F16, 1, (int64_t[]){PTRDIFF_MAX / 2 + 1}, &bytes));
+
+    uint8_t one = 1;
+    array whole = {.type = ARRAY_U8, .rank = 1, .shape = {PTRDIFF_MAX}, .data = &one};
+    cr_expect(!array_to_f32(&whole, &error) && error.text[0]);
+    cr_expect(whole.type == ARRAY_U8 && whole.data == &one, "changed, though it failed");
+
+    char text[ARRAY_SHAPE_TEXT];
+    array_shape_string(0, NULL, text);
+    cr_expect_str_eq(text, "()");
+    array_shape_string(1, (int64_t[]){3}, text);
+    cr_expect_str_eq(text, "(3,)");
+    array_shape_string(3, (int64_t[]){2, 0, 4}, text);
+    cr_expect_str_eq(text, "(2, 0, 4)");
+    static const int64_t longest[8] = {INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX,
+                                       INT64_MAX, INT64_MAX, INT64_MAX, INT64_MAX};
+    array_shape_string(8, longest, text);
+    cr_expect_str_eq(text + strlen(text) - 4, "807)");
+}
+
+Test(formats, error_line)
+{
+    file_error error;
+    char name[600];
+    memset(name, 'a', sizeof name);
+    memcpy(name + sizeof name - 7, "/q.npy", 7);
+    cr_expect(!file_error_set(&error, name, "byte %d: bad", 3));
+    cr_expect(strncmp(error.text, "...aaa", 6) == 0 && strstr(error.text, "/q.npy: byte 3: bad"));
+    file_error_set(&error, "a\nb\x1b", "%s", "x\ty\x7f");
+    cr_expect_str_eq(error.text, "a?b?: x?y?");
+    file_error_set(&error, NULL, "%s", name);
+    cr_expect_eq(strlen(error.text), sizeof error.text - 1);
+    cr_expect(!file_error_set(NULL, "a", "b"));
+    file_error_clear(&error);
+    cr_expect_str_eq(error.text, "");
+    file_error_clear(NULL);
+}
+
+/* ---- .npy ------------------------------------------------------------------------------- */
+
+/* What is read from bytes[0 .. size) as a.npy. */
+static array npy_of(const char *bytes, size_t size)
+{
+    array x;
+    file_error error;
+    cr_assert(npy_read_memory((const uint8_t *)bytes, size, "a.npy", &x, &error), "%s", error.text);
+    cr_assert_str_eq(error.text, "");
+    return x;
+}
+
+Test(formats, npy_versions)
+{
+    static const struct {
+        const char *bytes;
+        size_t size;
+    } cases[] = {
+        {BYTES(
+            "\x93NUMPY\x01\x00\x3a\x00{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\n"
+            "\x00\x00\x80\x3f\x00\x00\x00\xc0")},
+        {BYTES("\x93NUMPY\x02\x00\x3a\x00\x00\x00"
+               "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\n"
+               "\x00\x00\x80\x3f\x00\x00\x00\xc0")},
+        {BYTES("\x93NUMPY\x03\x00\x3a\x00\x00\x00"
+               "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\n"
+               "\x00\x00\x80\x3f\x00\x00\x00\xc0")},
+    };
+    for (size_t i = 0; i < 3; i++) {
+        array x = npy_of(cases[i].bytes, cases[i].size);
+        expect_array(&x, ARRAY_F32, 1, (int64_t[]){2}, (float[]){1.0f, -2.0f});
+        array_free(&x);
+    }
+}
+
+/* A version 1.0 file around a dictionary; *size is the file's. */
+static const char *npy_file(const char *dictionary, const char *data, size_t bytes, size_t *size)
+{
+    static char file[2048];
+    const size_t length = strlen(dictionary);
+    cr_assert(10 + length + bytes <= sizeof file);
+    memcpy(file, "\x93NUMPY\x01\x00", 8);
+    file[8] = (char)(length & 255);
+    file[9] = (char)(length >> 8);
+    memcpy(file + 10, dictionary, length);
+    if (bytes > 0)
+        memcpy(file + 10 + length, data, bytes);
+    *size = 10 + length + bytes;
+    return file;
+}
+
+Test(formats, npy_types)
+{
+    static const struct {
+        const char *descr;
+        array_type type;
+        const char *data; /* 1 and 2 */
+        size_t bytes;
+    } cases[] = {
+        {"<f2", ARRAY_F16, BYTES("\x00\x3c\x00\x40")},
+        {"<f4", ARRAY_F32, BYTES("\x00\x00\x80\x3f\x00\x00\x00\x40")},
+        {"<f8", ARRAY_F64, BYTES("\0\0\0\0\0\0\xf0\x3f\0\0\0\0\0\0\0\x40")},
+        {"|u1", ARRAY_U8, BYTES("\x01\x02")},
+        {"|i1", ARRAY_I8, BYTES("\x01\x02")},
+        {"<i2", ARRAY_I16, BYTES("\x01\x00\x02\x00")},
+        {"<i4", ARRAY_I32, BYTES("\x01\0\0\0\x02\0\0\0")},
+        {"<i8", ARRAY_I64, BYTES("\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0")},
+        {"=f4", ARRAY_F32, BYTES("\x00\x00\x80\x3f\x00\x00\x00\x40")},
+        {"<u1", ARRAY_U8, BYTES("\x01\x02")},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        char dictionary[128];
+        snprintf(dictionary, sizeof dictionary,
+                 "{'descr': '%s', 'fortran_order': False, 'shape': (2,)}\n", cases[i].descr);
+        size_t size;
+        const char *const file = npy_file(dictionary, cases[i].data, cases[i].bytes, &size);
+        array x = npy_of(file, size);
+        expect_array(&x, cases[i].type, 1, (int64_t[]){2}, cases[i].data);
+        cr_assert(array_to_f32(&x, NULL));
+        expect_array(&x, ARRAY_F32, 1, (int64_t[]){2}, (float[]){1.0f, 2.0f});
+        array_free(&x);
+    }
+    size_t size;
+    const char *const file = npy_file("{'descr': '|b1', 'fortran_order': False, 'shape': (3,)}",
+                                      BYTES("\x01\x00\x01"), &size);
+    array x = npy_of(file, size);
+    expect_array(&x, ARRAY_BOOL, 1, (int64_t[]){3}, "\x01\x00\x01");
+    array_free(&x);
+}
+
+Test(formats, npy_spelling)
+{
+    static const struct {
+        const char *dictionary;
+        int rank;
+        int64_t shape[8];
+    } cases[] = {
+        {"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 2), }      \n", 2, {1, 2}},
+        {"{\"shape\":(1,2,),\"fortran_order\":True,\"descr\":\"|u1\"}", 2, {1, 2}},
+        {" \t{ 'fortran_order' :\nFalse , 'shape' : ( 2 , ) , 'descr' : '|u1' , } \r\n ", 1, {2}},
+        {"{'descr': '|u1', 'fortran_order': False, 'shape': (2L, 1L), }", 2, {2, 1}},
+        {"{'descr':'|u1','fortran_order':False,'shape':(1,1,1,2,1,1,1,1)}",
+         8,
+         {1, 1, 1, 2, 1, 1, 1, 1}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        size_t size;
+        const char *const file = npy_file(cases[i].dictionary, BYTES("\x05\x06"), &size);
+        array x = npy_of(file, size);
+        expect_array(&x, ARRAY_U8, cases[i].rank, cases[i].shape, "\x05\x06");
+        array_free(&x);
+    }
+}
+
+Test(formats, npy_sizes)
+{
+    size_t size;
+    const char *file =
+        npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': ()}", BYTES("\x05\x00"), &size);
+    array x = npy_of(file, size);
+    expect_array(&x, ARRAY_I16, 0, NULL, "\x05\x00");
+    array_free(&x);
+    for (int fortran = 0; fortran < 2; fortran++) {
+        file = npy_file(fortran ? "{'descr': '<f4', 'fortran_order': True, 'shape': (3, 0, 2)}"
+                                : "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 0, 2)}",
+                        NULL, 0, &size);
+        x = npy_of(file, size);
+        expect_array(&x, ARRAY_F32, 3, (int64_t[]){3, 0, 2}, "");
+        array_free(&x);
+    }
+}
+
+Test(formats, npy_fortran)
+{
+    size_t size;
+    const char *file = npy_file("{'descr': '|u1', 'fortran_order': True, 'shape': (2, 3)}",
+                                BYTES("\x01\x04\x02\x05\x03\x06"), &size);
+    array x = npy_of(file, size);
+    expect_array(&x, ARRAY_U8, 2, (int64_t[]){2, 3}, "\x01\x02\x03\x04\x05\x06");
+    array_free(&x);
+
+    /* Element [a][b][c] of (2, 3, 2) is abc; it lies at a + 2 b + 6 c. */
+    static const int16_t lies[] = {0, 100, 10, 110, 20, 120, 1, 101, 11, 111, 21, 121};
+    static const int16_t reads[] = {0, 1, 10, 11, 20, 21, 100, 101, 110, 111, 120, 121};
+    file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 3, 2)}",
+                    (const char *)lies, sizeof lies, &size);
+    x = npy_of(file, size);
+    expect_array(&x, ARRAY_I16, 3, (int64_t[]){2, 3, 2}, reads);
+    array_free(&x);
+
+    file =
+        npy_file("{'descr': '|u1', 'fortran_order': True, 'shape': (3,)}", BYTES("\1\2\3"), &size);
+    x = npy_of(file, size);
+    expect_array(&x, ARRAY_U8, 1, (int64_t[]){3}, "\1\2\3");
+    array_free(&x);
+}
+
+static void expect_npy_refused(const char *bytes, size_t size, const char *what,
+                               const char *const says[], size_t count)
+{
+    array x;
+    file_error error;
+    memset(&x, 0xff, sizeof x);
+    cr_expect(!npy_read_memory((const uint8_t *)bytes, size, "a.npy", &x, &error), "%s", what);
+    cr_expect(!x.data && x.rank == 0, "%s", what);
+    cr_expect(strncmp(error.text, "a.npy: byte ", 12) == 0, "%s: %s", what, error.text);
+    expect_says(&error, what, says, count);
+}
+
+Test(formats, npy_bad_bytes)
+{
+    static const struct {
+        const char *bytes;
+        size_t size;
+        const char *says[3]; /* place, problem, remedy */
+    } cases[] = {
+        {BYTES(""), {"byte 0:", "empty", "save it again"}},
+        {BYTES("\x93NUMPY"), {"byte 6:", "truncated", "copy or save"}},
+        {BYTES("\x93NUMPY\x01\x00\x10"), {"byte 9:", "truncated", "copy or save"}},
+        {BYTES("\x93NUMPY\x02\x00\x10\x00\x00"), {"byte 11:", "truncated", "copy or save"}},
+        {BYTES("0.5 0.25 0.125 1.0"), {"byte 0:", "not a .npy file", "numpy.save"}},
+        {BYTES("PK\x03\x04\x14\x00\x00\x00\x00\x00"), {"byte 0:", ".npz", "numpy.save"}},
+        {BYTES("\x93NUMPY\x00\x00\x02\x00{}"), {"byte 6:", "version 0.0", "numpy.save"}},
+        {BYTES("\x93NUMPY\x04\x00\x02\x00{}"), {"byte 6:", "version 4.0", "numpy.save"}},
+        {BYTES("\x93NUMPY\x01\x01\x02\x00{}"), {"byte 6:", "version 1.1", "numpy.save"}},
+        {BYTES("\x93NUMPY\x01\x00\x03\x00{}"),
+         {"byte 8:", "3 bytes is longer than the file", "copy"}},
+        {BYTES("\x93NUMPY\x02\x00\xff\xff\xff\xff{}"), {"byte 8:", "4294967295 bytes", "copy"}},
+        {BYTES("\x93NUMPY\x01\x00\x00\x00"), {"byte 10:", "a dictionary must begin", "numpy.save"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        expect_npy_refused(cases[i].bytes, cases[i].size, cases[i].says[1], cases[i].says, 3);
+}
+
+Test(formats, npy_bad_header)
+{
+    static const char again[] = "save it again with numpy.save";
+    static const struct {
+        const char *dictionary; /* from byte 10 on */
+        const char *says[3];    /* place, problem, remedy */
+    } cases[] = {
+        {"['descr']", {"byte 10:", "a dictionary must begin", again}},
+        {"{'descr': '<f4'", {"byte 25:", "a comma or the closing brace", again}},
+        {"{'descr': '<f4' 'shape': (2,)}", {"byte 26:", "a comma or the closing brace", again}},
+        {"{'descr': '<f4', ", {"byte 27:", "a quoted string is expected", again}},
+        {"{,}", {"byte 11:", "a quoted string is expected", again}},
+        {"{descr: '<f4'}", {"byte 11:", "a quoted string is expected", again}},
+        {"{'descr': <f4}", {"byte 20:", "a quoted string is expected", again}},
+        {"{'descr", {"byte 11:", "does not end", again}},
+        {"{'descr\"", {"byte 11:", "does not end", again}},
+        {"{'de\\x73cr': 1}", {"byte 11:", "none that numpy writes", again}},
+        {"{'0123456789012345678901234567890123456789': 1}", {"byte 11:", "none that numpy", again}},
+        {"{'descr' '<f4'}", {"byte 19:", "a colon", again}},
+        {"{'descr': '<f4', 'descr': '<f4'}", {"byte 27:", "this key appears twice", again}},
+        {"{'order': 'C'}", {"byte 11:", "the keys must be descr, fortran_order and shape", again}},
+        {"{}", {"byte 12:", "'descr' is missing", again}},
+        {"{'descr': '<f4', 'shape': (2,)}", {"byte 41:", "'fortran_order' is missing", again}},
+        {"{'descr': '<f4', 'fortran_order': False}", {"byte 50:", "'shape' is missing", again}},
+        {"{'fortran_order': 0}", {"byte 28:", "must be True or False", again}},
+        {"{'fortran_order': Fals", {"byte 28:", "must be True or False", again}},
+        {"{'shape': 3}", {"byte 20:", "shape must be a tuple", again}},
+        {"{'shape': [3]}", {"byte 20:", "shape must be a tuple", again}},
+        {"{'shape': (3)}", {"byte 23:", "(3,)", again}},
+        {"{'shape': (,)}", {"byte 21:", "shape must be a tuple", again}},
+        {"{'shape': (2,,3)}", {"byte 23:", "shape must be a tuple", again}},
+        {"{'shape': (2 3)}", {"byte 23:", "shape must be a tuple", again}},
+        {"{'shape': (2.5, 3)}", {"byte 22:", "shape must be a tuple", again}},
+        {"{'shape': (2, 3", {"byte 25:", "shape must be a tuple", again}},
+        {"{'shape': (2, -3)}", {"byte 24:", "negative size", again}},
+        {"{'shape': (1,1,1,1,1,1,1,1,1)}", {"byte 37:", "more than 8 sizes", again}},
+        {"{'shape': (9223372036854775808,)}", {"byte 39:", "overflows", again}},
+        {"{'descr': '>f4'}", {"byte 20:", "'>f4' is big-endian", "astype"}},
+        {"{'descr': '|O'}", {"byte 20:", "Python objects", "astype"}},
+        {"{'descr': 'f4'}", {"byte 20:", "'f4' is none of", "astype"}},
+        {"{'descr': '<'}", {"byte 20:", "'<' is none of", "astype"}},
+        {"{'descr': ''}", {"byte 20:", "'' is none of", "astype"}},
+        {"{'descr': '<u4'}", {"byte 20:", "'<u4' is none of f2 f4 f8 u1 b1 i1 i2 i4 i8", "astype"}},
+        {"{'descr': '<c8'}", {"byte 20:", "'<c8' is none of", "astype"}},
+        {"{'descr': '|V2'}", {"byte 20:", "bf16", ".safetensors"}},
+        {"{'descr': [('a', '<f4')]}", {"byte 20:", "structured", "save one field"}},
+        {"{'descr': ('<f4', (2,))}", {"byte 20:", "structured", "save one field"}},
+        {"{'descr': '|u1', 'fortran_order': False, 'shape': ()} x",
+         {"byte 64:", "text after", again}},
+        {"{'descr': '<f8', 'fortran_order': False, 'shape': (4611686018427387904, 4)}",
+         {"byte 10:", "(4611686018427387904, 4) of f64 overflows", "smaller"}},
+        {"{'descr': '<f8', 'fortran_order': False, 'shape': (0, 4611686018427387904, 4)}",
+         {"byte 10:", "overflows", "smaller"}},
+        {"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}",
+         {"byte 65:", "truncated: shape (2,) of f32 is 8 bytes from byte 65 on, not 0", "copy"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        size_t size;
+        const char *const file = npy_file(cases[i].dictionary, NULL, 0, &size);
+        expect_npy_refused(file, size, cases[i].dictionary, cases[i].says, 3);
+    }
+    size_t size;
+    const char *const file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
+                                      BYTES("123456789"), &size);
+    static const char *const says[] = {"byte 74:", "too long", "8 bytes from byte 66 on, not 9",
+                                       "again"};
+    expect_npy_refused(file, size, "too long", says, 4);
+    expect_npy_refused(file, size - 2, "truncated", (const char *[]){"byte 73:", "truncated"}, 2);
+}
+
+/* Every prefix of a good file is a bad one. */
+Test(formats, npy_prefixes)
+{
+    size_t size;
+    const char *const file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
+                                      BYTES("12345678"), &size);
+    array x = npy_of(file, size);
+    array_free(&x);
+    for (size_t n = 0; n < size; n++) {
+        uint8_t *const exact = malloc(n > 0 ? n : 1); /* for the address sanitizer */
+        cr_assert(exact);
+        memcpy(exact, file, n);
+        cr_expect(!npy_read_memory(exact, n, "a.npy", &x, NULL) && !x.data);
+        free(exact);
+    }
+}
+
+Test(formats, npy_write_bytes)
+{
+    static const char want[] =
+        "\x93NUMPY\x01\x00\x76\x00{'descr': '<f2', 'fortran_order': False, 'shape': (1, 3), }"
+        "                                                          \n"
+        "\x00\x3c\x00\x40\x00\x42";
+    array x;
+    cr_assert(array_alloc(ARRAY_F16, 2, (int64_t[]){1, 3}, &x, NULL));
+    memcpy(x.data, want + 128, 6);
+    char *got = NULL;
+    size_t size;
+    FILE *const stream = open_memstream(&got, &size);
+    file_error error;
+    cr_assert(npy_write(stream, "a.npy", &x, &error) && fclose(stream) == 0);
+    cr_expect_str_eq(error.text, "");
+    cr_expect_eq(size, sizeof want - 1);
+    cr_expect_arr_eq(got, want, sizeof want - 1);
+    free(got);
+    array_free(&x);
+}
+
+Test(formats, npy_round_trip)
+{
+    static const int64_t shapes[][8] = {{0}, {7}, {2, 3}, {2, 0, 3}, {1, 2, 1, 2, 1, 2, 1, 2}};
+    static const int ranks[] = {0, 1, 2, 3, 8};
+    for (int type = ARRAY_F16; type <= ARRAY_I64; type++)
+        for (size_t i = 0; type != ARRAY_BF16 && i < sizeof ranks / sizeof ranks[0]; i++) {
+            array want;
+            cr_assert(array_alloc((array_type)type, ranks[i], shapes[i], &want, NULL));
+            const size_t bytes = (size_t)array_count(&want) * array_type_size((array_type)type);
+            for (size_t n = 0; n < bytes; n++)
+                ((uint8_t *)want.data)[n] = (uint8_t)(n * 37 + 11);
+            char *text = NULL;
+            size_t size;
+            FILE *const stream = open_memstream(&text, &size);
+            cr_assert(npy_write(stream, "a.npy", &want, NULL) && fclose(stream) == 0);
+            cr_expect_eq((size - bytes) % 64, 0, "the data begin at byte %zu", size - bytes);
+            array got = npy_of(text, size);
+            expect_array(&got, want.type, want.rank, want.shape, want.data);
+            array_free(&got);
+            array_free(&want);
+            free(text);
+        }
+}
+
+Test(formats, npy_write_refused)
+{
+    array x;
+    file_error error;
+    cr_assert(array_alloc(ARRAY_BF16, 0, NULL, &x, NULL));
+    memset(x.data, 0, 2);
+    FILE *const full = fopen("/dev/full", "wb");
+    cr_assert(full && setvbuf(full, NULL, _IONBF, 0) == 0);
+    cr_expect(!npy_write(full, "a.npy", &x, &error));
+    expect_says(&error, "bf16", (const char *[]){"a.npy: ", "bf16", "convert to f32"}, 3);
+    cr_assert(array_to_f32(&x, NULL));
+    cr_expect(!npy_write(full, "a.npy", &x, &error));
+    expect_says(&error, "full", (const char *[]){"a.npy: ", "No space left", "free some space"}, 3);
+    fclose(full);
+    array_free(&x);
+}
+
+/* ---- Files to read ---------------------------------------------------------------------- */
+
+static void expect_unreadable(const char *path, const char *const says[], size_t count)
+{
+    array x[1];
+    file_error error;
+    memset(x, 0xff, sizeof x);
+    cr_expect(!npy_read(path, x, &error) && !x->data, "%s", path);
+    cr_expect(strncmp(error.text, path, strlen(path)) == 0, "%s", error.text);
+    expect_says(&error, path, says, count);
+    memset(x, 0xff, sizeof x);
+    cr_expect(!safetensors_read(path, (const char *[]){"q"}, 1, x, &error) && !x->data, "%s", path);
+    cr_expect(strncmp(error.text, path, strlen(path)) == 0, "%s", error.text);
+    expect_says(&error, path, says, count);
+}
+
+Test(formats, files, .init = folder_make, .fini = folder_remove)
+{
+    size_t size;
+    const char *const file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
+                                      BYTES("\x01\0\x02\0\x03\0\x04\0"), &size);
+    file_make("a.npy", file, size);
+    array x;
+    file_error error;
+    cr_assert(npy_read(in_folder("a.npy"), &x, &error), "%s", error.text);
+    expect_array(&x, ARRAY_I16, 2, (int64_t[]){2, 2}, (int16_t[]){1, 3, 2, 4});
+    array_free(&x);
+
+    expect_unreadable(in_folder("none"), (const char *[]){"No such file", "check the path"}, 2);
+    expect_unreadable(folder, (const char *[]){"is a directory", "name a file"}, 2);
+    expect_unreadable("/dev/zero", (const char *[]){"no regular file", "save it"}, 2);
+    file_make("empty", "", 0);
+    expect_unreadable(in_folder("empty"), (const char *[]){"byte 0: the file is empty", "save"}, 2);
+    cr_assert_eq(mkfifo(in_folder("pipe"), 0600), 0);
+    expect_unreadable(in_folder("pipe"), (const char *[]){"no regular file", "save it"}, 2);
+    expect_unreadable(in_folder("a.npy/b"), (const char *[]){"Not a directory", "check"}, 2);
+}
+
+/* Runs in a child that is nobody, where we are root; its exit status is the number of failures. */
+static int status_as_nobody(int (*run)(void))
+{
+    fflush(NULL);
+    const pid_t child = fork();
+    cr_assert(child >= 0);
+    if (child == 0) {
+        if (geteuid() == 0 && (setgid(65534) != 0 || setuid(65534) != 0))
+            _exit(99);
+        _exit(run());
+    }
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    cr_assert(WIFEXITED(status), "status %x", (unsigned)status);
+    return WEXITSTATUS(status);
+}
+
+static int read_forbidden(void)
+{
+    array x;
+    file_error error;
+    const bool read = npy_read(in_folder("a.npy"), &x, &error);
+    return read || !strstr(error.text, "a.npy: cannot open: Permission denied; allow reading it");
+}
+
+Test(formats, file_forbidden, .init = folder_make, .fini = folder_remove)
+{
+    file_make("a.npy", "x", 1);
+    cr_assert_eq(chmod(in_folder("a.npy"), 0), 0);
+    cr_expect_eq(status_as_nobody(read_forbidden), 0);
+}
+
+/* A file around a header; *size is the file's. */
+static const uint8_t *tensors_file(const char *header, const char *data, size_t bytes, size_t *size)
+{
+    static uint8_t file[4096];
+    const size_t length = strlen(header);
+    cr_assert(8 + length + bytes <= sizeof file);
+    memset(file, 0, 8);
+    file[0] = (uint8_t)(length & 255);
+    file[1] = (uint8_t)(length >> 8);
+    memcpy(file + 8, header, length);
+    if (bytes > 0)
+        memcpy(file + 8 + length, data, bytes);
+    *size = 8 + length + bytes;
+    return file;
+}
+
+static const char *const qkv[] = {"q", "k", "v"};
+
+/* A file of 2 TiB, nearly all a hole: honest, and more than memory holds. */
+Test(formats, file_larger_than_memory, .init = folder_make, .fini = folder_remove)
+{
+    size_t size;
+    const char *const file = npy_file(
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (2199023255552,)}", NULL, 0, &size);
+    file_make("a.npy", file, size);
+    if (truncate(in_folder("a.npy"), (off_t)((INT64_C(1) << 41) + (int64_t)size)) != 0)
+        cr_skip_test("this disk takes no file of 2 TiB");
+    void *volatile much = malloc((size_t)1 << 41); /* the address sanitizer refuses it by itself */
+    const struct rlimit limit = {1 << 30, 1 << 30};
+    cr_assert(!much || setrlimit(RLIMIT_AS, &limit) == 0);
+    free(much);
+    array x;
+    file_error error;
+    errno = 0;
+    cr_assert(!npy_read(in_folder("a.npy"), &x, &error));
+    cr_expect_eq(errno, ENOMEM);
+    expect_says(&error, "memory", (const char *[]){"a.npy: no memory for 2199023255552", "use a"},
+                2);
+
+    const uint8_t *const tensors =
+        tensors_file("{\"q\":{\"dtype\":\"F16\",\"shape\":[1099511627776],"
+                     "\"data_offsets\":[0,2199023255552]}}",
+                     NULL, 0, &size);
+    file_make("a.st", tensors, size);
+    cr_assert_eq(truncate(in_folder("a.st"), (off_t)((INT64_C(1) << 41) + (int64_t)size)), 0);
+    errno = 0;
+    cr_assert(!safetensors_read(in_folder("a.st"), qkv, 1, &x, &error));
+    cr_expect_eq(errno, ENOMEM);
+    expect_says(&error, "memory", (const char *[]){"key 'q': no memory for 2199023255552"}, 1);
+}
+
+/* A file that shrinks after its size was taken. */
+Test(formats, file_shrinks, .init = folder_make, .fini = folder_remove)
+{
+    file_make("a", "0123456789", 10);
+    file_input in;
+    file_error error;
+    char got[10] = "";
+    cr_assert(input_open(in_folder("a"), &in, &error) && in.size == 10);
+    cr_expect(input_read(&in, 4, 6, got) && memcmp(got, "456789", 6) == 0);
+    cr_expect(!input_read(&in, 4, 7, got) && strstr(error.text, "byte 10: truncated"));
+    cr_expect(!input_read(&in, SIZE_MAX, 1, got) && !input_read(&in, 1, SIZE_MAX, got));
+    cr_assert_eq(truncate(in_folder("a"), 6), 0);
+    cr_expect(!input_read(&in, 4, 6, got));
+    expect_says(&error, "shrunk", (const char *[]){"byte 6: ", "has shrunk", "nobody writes"}, 3);
+    input_close(&in);
+    input_close(&in);
+}
+
+/* ---- .safetensors ----------------------------------------------------------------------- */
+
+Test(formats, safetensors_literal, .init = folder_make, .fini = folder_remove)
+{
+    static const char file[] = "\xc2\0\0\0\0\0\0\0"
+                               "{\"__metadata__\":{\"format\":\"pt\"},"
+                               "\"v\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[6,10]},"
+                               "\"k\":{\"dtype\":\"BF16\",\"shape\":[],\"data_offsets\":[0,2]},"
+                               "\"q\":{\"dtype\":\"F16\",\"shape\":[2,1],\"data_offsets\":[2,6]}}"
+                               "\x80\xbf\x00\x3c\x00\x40\x00\x00\x80\x3f";
+    array x[3];
+    file_error error;
+    file_make("a.safetensors", file, sizeof file - 1);
+    for (int on_disk = 0; on_disk < 2; on_disk++) {
+        cr_assert(on_disk ? safetensors_read(in_folder("a.safetensors"), qkv, 3, x, &error)
+                          : safetensors_read_memory((const uint8_t *)file, sizeof file - 1, "a",
+                                                    qkv, 3, x, &error),
+                  "%s", error.text);
+        cr_expect_str_eq(error.text, "");
+        expect_array(&x[0], ARRAY_F16, 2, (int64_t[]){2, 1}, "\x00\x3c\x00\x40");
+        expect_array(&x[1], ARRAY_BF16, 0, NULL, "\x80\xbf");
+        expect_array(&x[2], ARRAY_F32, 1, (int64_t[]){1}, (float[]){1.0f});
+        for (int i = 0; i < 3; i++) {
+            cr_assert(array_to_f32(&x[i], &error));
+            cr_expect_eq(*(float *)x[i].data, i == 1 ? -1.0f : 1.0f);
+            array_free(&x[i]);
+        }
+    }
+}
+
+Test(formats, safetensors_layouts)
+{
+    static const struct {
+        const char *header;
+        size_t bytes;
+    } cases[] = {
+        /* Empty tensors lie where others begin and end; spaces pad; unwanted tensors of any type.
+         */
+        {"{\"a\":{\"dtype\":\"F16\",\"shape\":[0],\"data_offsets\":[0,0]},"
+         "\"q\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
+         "\"b\":{\"dtype\":\"F16\",\"shape\":[3,0],\"data_offsets\":[4,4]}}   ",
+         4},
+        {"{\"q\":{\"data_offsets\":[0,4],\"shape\":[1],\"dtype\":\"F32\",\"more\":null},"
+         "\"a\":{\"dtype\":\"F8_E4M3\",\"shape\":[1],\"data_offsets\":[4,5]}}",
+         5},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        size_t size;
+        const uint8_t *const file =
+            tensors_file(cases[i].header, "\x00\x00\x00\x40\x09", cases[i].bytes, &size);
+        array x;
+        file_error error;
+        cr_assert(safetensors_read_memory(file, size, "a", qkv, 1, &x, &error), "%s", error.text);
+        expect_array(&x, ARRAY_F32, 1, (int64_t[]){1}, (float[]){2.0f});
+        array_free(&x);
+        cr_expect(safetensors_read_memory(file, size, "a", NULL, 0, NULL, &error));
+    }
+}
+
+static void expect_tensors_refused(const uint8_t *file, size_t size, const char *what,
+                                   const char *const says[], size_t count)
+{
+    array x[3];
+    file_error error;
+    memset(x, 0xff, sizeof x);
+    cr_expect(!safetensors_read_memory(file, size, "a.st", qkv, 3, x, &error), "%s", what);
+    cr_expect(!x[0].data && !x[1].data && !x[2].data, "%s", what);
+    cr_expect(strncmp(error.text, "a.st: ", 6) == 0, "%s: %s", what, error.text);
+    expect_says(&error, what, says, count);
+}
+
+Test(formats, safetensors_bad_bytes)
+{
+    static const struct {
+        const char *bytes;
+        size_t size;
+        const char *says[3];
+    } cases[] = {
+        {BYTES(""), {"byte 0:", "empty", "save it again"}},
+        {BYTES("\x02\0\0\0\0\0\0"), {"byte 7:", "truncated", "copy"}},
+        {BYTES("\x03\0\0\0\0\0\0\0{}"), {"byte 0:", "3 bytes is longer than the file", "copy"}},
+        {BYTES("\x01\xe1\xf5\x05\0\0\0\0{}"), {"byte 0:", "100000001 bytes is longer", "format"}},
+        {BYTES("\xff\xff\xff\xff\xff\xff\xff\xff{}"), {"byte 0:", "18446744073709551615", "check"}},
+        {BYTES("\x93NUMPY\x01\x00{}"),
+         {"byte 0:", "longer than", "check that it is a .safetensors"}},
+        {BYTES("\0\0\0\0\0\0\0\0"),
+         {"byte 8:", "a JSON object must begin", "write the file again"}},
+        {BYTES("\x02\0\0\0\0\0\0\0[]"), {"byte 8:", "a JSON object must begin", "write the file"}},
+        {BYTES("\x03\0\0\0\0\0\0\0 {}"), {"byte 8:", "a JSON object must begin", "write the file"}},
+        {BYTES("\x02\0\0\0\0\0\0\0{}!"), {"byte 10:", "too long: 1 byte", "copy or write"}},
+        {BYTES("\x02\0\0\0\0\0\0\0{}"), {"key 'q'", "no such tensor", "it holds no tensor"}},
+        {BYTES("\x02\0\0\0\0\0\0\0{]"), {"byte 10:", "header: string or '}' expected", "write"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        expect_tensors_refused((const uint8_t *)cases[i].bytes, cases[i].size, cases[i].says[1],
+                               cases[i].says, 3);
+}
+
+Test(formats, safetensors_bad_header)
+{
+    static const char again[] = "write it again", two[] = "two integers, 0 <= begin <= end <= 8";
+    static const struct {
+        const char *header; /* 8 bytes of data follow */
+        const char *says[3];
+    } cases[] = {
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\"q\":0}",
+         {"byte 65:", "duplicate object key", "write the file again"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"dtype\":\"F32\"}}",
+         {"byte 35:", "duplicate object key", "write"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}} x",
+         {"byte 64:", "end of file expected", "write"}},
+        {"{\"q\":7}", {"key 'q'", two, again}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[2]}}", {"key 'q'", two, again}},
+        {"{\"q\":{\"data_offsets\":[0,8,9]}}", {"key 'q'", two, again}},
+        {"{\"q\":{\"data_offsets\":[0,8.0]}}", {"key 'q'", two, again}},
+        {"{\"q\":{\"data_offsets\":[8,0]}}", {"key 'q'", two, again}},
+        {"{\"q\":{\"data_offsets\":[-8,0]}}", {"key 'q'", two, again}},
+        {"{\"q\":{\"data_offsets\":[0,12]}}", {"key 'q'", two, "truncated"}},
+        {"{\"q\":{\"data_offsets\":[0,9223372036854775807]}}", {"key 'q'", two, "truncated"}},
+        {"{\"q\":{\"data_offsets\":[0,9223372036854775808]}}",
+         {"byte ", "too big integer", "write"}},
+        {"{\"q\":{\"data_offsets\":[0,5]},\"k\":{\"data_offsets\":[4,8]}}",
+         {"key 'k'", "overlapping 5", "write the file again"}},
+        {"{\"q\":{\"data_offsets\":[0,8]},\"k\":{\"data_offsets\":[4,4]}}",
+         {"key 'k'", "overlapping 8", "write the file again"}},
+        {"{\"q\":{\"data_offsets\":[0,4]},\"k\":{\"data_offsets\":[5,8]}}",
+         {"key 'k'", "begin at 5, leaving a hole from 4", "write the file again"}},
+        {"{\"q\":{\"data_offsets\":[4,8]}}",
+         {"key 'q'", "leaving a hole from 0", "write the file"}},
+        {"{\"q\":{\"data_offsets\":[0,4]}}", {"byte 40:", "too long: 4 bytes", "copy or write"}},
+        {"{\"x\":{\"data_offsets\":[4,8]},\"y\":{\"data_offsets\":[0,4]}}",
+         {"key 'q'", "no such tensor", "choose from y, x"}},
+        {"{\"q\":{\"data_offsets\":[0,8]}}", {"key 'q'", "dtype is none of F16, BF16", "convert"}},
+        {"{\"q\":{\"dtype\":\"F64\",\"shape\":[1],\"data_offsets\":[0,8]}}",
+         {"key 'q'", "dtype is none of F16, BF16 and F32", "convert"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"data_offsets\":[0,8]}}",
+         {"key 'q'", "shape must be", "reshape"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}",
+         {"key 'q'", "at most 8", "reshape"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[-1,-2],\"data_offsets\":[0,8]}}",
+         {"key 'q'", "integers of 0 or more", "reshape"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[2.0],\"data_offsets\":[0,8]}}",
+         {"key 'q'", "integers of 0 or more", "reshape"}},
+        {"{\"q\":{\"dtype\":\"F16\",\"shape\":[3],\"data_offsets\":[0,8]}}",
+         {"key 'q'", "shape (3,) of f16 does not fit the 8 bytes", "write the file again"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904,4],\"data_offsets\":[0,8]}}",
+         {"key 'q'", "does not fit the 8 bytes", "write the file again"}},
+        {"{\"q\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}",
+         {"key 'k'", "no such tensor", "choose from q"}}, /* after q has been read */
+        {"{\"\\u0000\":{\"data_offsets\":[0,8]}}", {"byte ", "\\u0000", "write the file again"}},
+        {"{\"\xff\":{\"data_offsets\":[0,8]}}",
+         {"byte ", "decode byte 0xff", "write the file again"}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        size_t size;
+        const uint8_t *const file = tensors_file(cases[i].header, "12345678", 8, &size);
+        expect_tensors_refused(file, size, cases[i].header, cases[i].says, 3);
+    }
+}
+
+Test(formats, safetensors_many_names)
+{
+    char header[2048] = "{";
+    for (int i = 0; i < 40; i++)
+        snprintf(header + strlen(header), sizeof header - strlen(header),
+                 "%s\"blocks.%d.\\nq\":{\"data_offsets\":[0,0]}", i > 0 ? "," : "", i);
+    strcat(header, "}");
+    size_t size;
+    const uint8_t *const file = tensors_file(header, NULL, 0, &size);
+    static const char *const says[] = {"choose from blocks.0.?q, blocks.1.?q", "..."};
+    expect_tensors_refused(file, size, "many names", says, 2);
+}
+
+Test(formats, safetensors_prefixes)
+{
+    size_t size;
+    const uint8_t *const file = tensors_file(
+        "{\"q\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "12345678", 8, &size);
+    array x;
+    cr_assert(safetensors_read_memory(file, size, "a", qkv, 1, &x, NULL));
+    array_free(&x);
+    for (size_t n = 0; n < size; n++) {
+        uint8_t *const exact = malloc(n > 0 ? n : 1); /* for the address sanitizer */
+        cr_assert(exact);
+        memcpy(exact, file, n);
+        cr_expect(!safetensors_read_memory(exact, n, "a", qkv, 1, &x, NULL) && !x.data);
+        free(exact);
+    }
+}
+
+/* ---- Output files ----------------------------------------------------------------------- */
+
+static output_file *output_make(const char *name, const char *text)
+{
+    file_error error;
+    output_file *const output = output_open(in_folder(name), &error);
+    cr_assert(output, "%s", error.text);
+    cr_assert_str_eq(error.text, "");
+    fputs(text, output_stream(output));
+    return output;
+}
+
+static void expect_commit(void)
+{
+    file_error error;
+    cr_expect(outputs_commit(&error), "%s", error.text);
+    cr_expect_str_eq(error.text, "");
+}
+
+static void expect_not_opened(const char *path, const char *problem, const char *remedy)
+{
+    file_error error;
+    cr_expect_null(output_open(path, &error), "%s", path);
+    cr_expect(strncmp(error.text, path, strlen(path)) == 0, "%s", error.text);
+    expect_says(&error, path, (const char *[]){problem, remedy}, 2);
+}
+
+Test(formats, output_commit, .init = folder_make, .fini = folder_remove)
+{
+    umask(027);
+    file_make("b", "old", 3);
+    cr_assert_eq(symlink("b", in_folder("link")), 0);
+    output_make("a", "new a");
+    output_make("link", "new b");
+    output_make("c", "");
+    expect_file("b", "old");
+    cr_expect(access(in_folder("a"), F_OK) != 0 && access(in_folder("c"), F_OK) != 0);
+    cr_expect_eq(folder_count(), 5); /* b, link and the hidden three */
+    expect_commit();
+    expect_file("a", "new a");
+    expect_file("b", "new b");
+    expect_file("c", "");
+    cr_expect_eq(folder_count(), 4);
+    struct stat status;
+    cr_assert(stat(in_folder("a"), &status) == 0);
+    cr_expect_eq(status.st_mode & 07777, 0640);
+    cr_assert(lstat(in_folder("link"), &status) == 0);
+    cr_expect(S_ISLNK(status.st_mode), "the link was replaced, not what it points to");
+
+    output_make("a", "newer"); /* the table is free again */
+    expect_commit();
+    expect_file("a", "newer");
+    expect_commit(); /* of nothing */
+}
+
+Test(formats, output_discard, .init = folder_make, .fini = folder_remove)
+{
+    file_make("a", "old", 3);
+    output_make("a", "new");
+    output_make("b", "new");
+    outputs_discard();
+    cr_expect_eq(folder_count(), 1);
+    expect_file("a", "old");
+    outputs_discard();
+    expect_commit();
+    cr_expect_eq(folder_count(), 1);
+}
+
+Test(formats, output_relative, .init = folder_make, .fini = folder_remove)
+{
+    cr_assert_eq(chdir(folder), 0);
+    output_file *const output = output_open("a", NULL);
+    cr_assert(output);
+    fputs("here", output_stream(output));
+    cr_expect_eq(folder_count(), 1);
+    expect_commit();
+    expect_file("a", "here");
+    cr_assert_eq(chdir("/"), 0);
+}
+
+Test(formats, output_bad_targets, .init = folder_make, .fini = folder_remove)
+{
+    char name[PATH_MAX + 8];
+    memset(name, 'a', sizeof name);
+    name[sizeof name - 1] = '\0';
+    file_error error;
+    cr_expect_null(output_open(name, &error));
+    expect_says(&error, "long", (const char *[]){"too long", "choose another"}, 2);
+    name[300] = '\0';
+    cr_expect_null(output_open(in_folder(name), &error));
+    expect_says(&error, "long", (const char *[]){"too long", "choose another"}, 2);
+
+    expect_not_opened(folder, "is a directory", "name a file in it");
+    expect_not_opened(in_folder("new/"), "is a directory", "name a file in it");
+    expect_not_opened("", "is a directory", "name a file in it");
+    expect_not_opened(in_folder("none/a"), "No such file or directory", "check the folder");
+    output_make("a", "");
+    expect_not_opened(in_folder("a"), "is already an output", "choose another name");
+    outputs_discard();
+    for (int i = 0; i < OUTPUT_MAX; i++) {
+        snprintf(name, sizeof name, "f%d", i);
+        output_make(name, name);
+    }
+    expect_not_opened(in_folder("one more"), "too many outputs", "write fewer");
+    cr_expect_eq(folder_count(), OUTPUT_MAX);
+    expect_commit();
+    expect_file("f0", "f0");
+    expect_file("f15", "f15");
+}
+
+static int open_forbidden(void)
+{
+    file_error error;
+    int wrong = output_open(in_folder("new"), &error) != NULL;
+    wrong += !strstr(error.text, "new: cannot create: Permission denied; check the folder");
+    wrong += output_open(in_folder("old"), &error) != NULL;
+    wrong += !strstr(error.text, "old: is write-protected; allow it (chmod +w)");
+    return wrong;
+}
+
+Test(formats, output_forbidden, .init = folder_make, .fini = folder_remove)
+{
+    file_make("old", "old", 3);
+    cr_assert_eq(chmod(in_folder("old"), 0444), 0);
+    cr_assert_eq(chmod(folder, 0555), 0);
+    cr_expect_eq(status_as_nobody(open_forbidden), 0);
+    cr_assert_eq(chmod(folder, 0755), 0);
+    cr_expect_eq(folder_count(), 1);
+    expect_file("old", "old");
+}
+
+Test(formats, output_direct, .init = folder_make, .fini = folder_remove)
+{
+    file_error error;
+    for (int i = 0; i < 2; i++) { /* twice at a time is fine */
+        output_file *const output = output_open("/dev/null", &error);
+        cr_assert(output, "%s", error.text);
+        fputs("x", output_stream(output));
+    }
+    expect_commit();
+    struct stat status;
+    cr_expect(stat("/dev/null", &status) == 0 && S_ISCHR(status.st_mode));
+
+    /* Standard output in a file: the file stays, and what stands in it. */
+    const int file = open(in_folder("log"), O_WRONLY | O_CREAT | O_APPEND, 0600);
+    cr_assert(file >= 0 && write(file, "first ", 6) == 6);
+    char name[32];
+    snprintf(name, sizeof name, "/dev/fd/%d", file);
+    output_file *const output = output_open(name, &error);
+    cr_assert(output, "%s", error.text);
+    fputs("second", output_stream(output));
+    expect_commit();
+    cr_expect_eq(write(file, " third", 6), 6);
+    close(file);
+    expect_file("log", "first second third");
+    cr_expect_eq(folder_count(), 1);
+}
+
+Test(formats, output_full_device, .init = folder_make, .fini = folder_remove)
+{
+    file_error error;
+    output_make("a", "whole");
+    output_file *const full = output_open("/dev/full", &error);
+    cr_assert(full, "%s", error.text);
+    fputs("x", output_stream(full));
+    cr_expect(!outputs_commit(&error));
+    expect_says(&error, "full", (const char *[]){"/dev/full: ", "No space left", "free some"}, 3);
+    cr_expect_eq(folder_count(), 0, "a file appeared though another could not");
+    cr_assert(output_open("/dev/full", &error)); /* the table is free again */
+    outputs_discard();
+}
+
+/* The error may strike at the last flush or long before it. */
+static void expect_limit(size_t size)
+{
+    static const char block[4096];
+    file_error error;
+    file_make("a", "old", 3);
+    output_file *const output = output_make("a", "");
+    output_make("b", "b");
+    bool written = true;
+    for (size_t n = 0; n < size; n += sizeof block)
+        written = fwrite(block, sizeof block, 1, output_stream(output)) == 1 && written;
+    errno = 0;
+    cr_expect(!outputs_commit(&error));
+    expect_says(&error, "limit", (const char *[]){"/a: cannot write: File too large", "free some"},
+                2);
+    cr_expect_eq(folder_count(), 1);
+    expect_file("a", "old");
+}
+
+Test(formats, output_file_too_large, .init = folder_make, .fini = folder_remove)
+{
+    const struct rlimit limit = {10000, RLIM_INFINITY};
+    cr_assert_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    expect_limit(12288);
+    expect_limit(1 << 20);
+}
+
+Test(formats, output_full_disk, .init = folder_make, .fini = folder_remove)
+{
+    if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
+        mount("sparge", folder, "tmpfs", 0, "size=64k") != 0)
+        cr_skip_test("mounting a small disk takes root: %s", strerror(errno));
+    static char block[4096];
+    file_error error;
+    for (int blocks = 15; blocks < 100; blocks += 40) {
+        file_make("a", "old", 3);
+        output_file *const output = output_make("a", "");
+        output_make("b", "b");
+        for (int n = 0; n < blocks; n++)
+            fwrite(block, sizeof block, 1, output_stream(output));
+        errno = 0;
+        const bool fits = blocks == 15; /* with the page of the old file, 16 in all */
+        if (fits)
+            outputs_discard();
+        else {
+            cr_expect(!outputs_commit(&error));
+            expect_says(&error, "disk", (const char *[]){"/a: cannot write: No space left"}, 1);
+        }
+        cr_expect_eq(folder_count(), 1);
+        expect_file("a", "old");
+    }
+    array x;
+    cr_assert(array_alloc(ARRAY_U8, 1, (int64_t[]){100000}, &x, NULL));
+    memset(x.data, 1, 100000);
+    output_file *const output = output_make("x.npy", "");
+    cr_expect(!npy_write(output_stream(output), "x.npy", &x, &error));
+    expect_says(&error, "npy", (const char *[]){"x.npy: cannot write: No space left", "free"}, 2);
+    outputs_discard();
+    array_free(&x);
+    cr_expect_eq(folder_count(), 1);
+    umount(folder);
+}
+
+/* A rename fails: what was renamed before stays, the others go. */
+Test(formats, output_rename_fails, .init = folder_make, .fini = folder_remove)
+{
+    output_make("a", "a");
+    output_make("b", "b");
+    output_make("c", "c");
+    cr_assert_eq(mkdir(in_folder("b"), 0700), 0);
+    file_error error;
+    cr_expect(!outputs_commit(&error));
+    expect_says(&error, "rename", (const char *[]){"/b: cannot rename", "directory", "choose"}, 3);
+    expect_file("a", "a");
+    cr_expect_eq(folder_count(), 2);
+}
+
+/* ---- Sudden ends ------------------------------------------------------------------------ */
+
+/* A child opens two outputs, says so, and then does as told. Returns its wait status. */
+static int end_of_child(void (*act)(void), int number)
+{
+    int ready[2];
+    cr_assert_eq(pipe(ready), 0);
+    fflush(NULL);
+    const pid_t child = fork();
+    cr_assert(child >= 0);
+    if (child == 0) {
+        for (int i = 0; i < 2; i++) {
+            output_file *const output = output_open(in_folder(i ? "b" : "a"), NULL);
+            if (!output || fputs("half", output_stream(output)) < 0)
+                _exit(98);
+        }
+        if (act)
+            act();
+        if (write(ready[1], "x", 1) == 1)
+            pause();
+        _exit(97);
+    }
+    char byte;
+    close(ready[1]);
+    if (number && read(ready[0], &byte, 1) == 1)
+        kill(child, number);
+    close(ready[0]);
+    int status;
+    cr_assert_eq(waitpid(child, &status, 0), child);
+    return status;
+}
+
+static void act_exit(void) { exit(3); }
+
+static void act_broken_pipe(void)
+{
+    int ends[2];
+    if (pipe(ends) == 0 && close(ends[0]) == 0 && write(ends[1], "x", 1) == 1)
+        _exit(96);
+}
+
+Test(formats, sudden_signals, .init = folder_make, .fini = folder_remove)
+{
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGXCPU};
+    file_make("a", "old", 3);
+    const struct rlimit none = {0, 0};
+    cr_assert_eq(setrlimit(RLIMIT_CORE, &none), 0);
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        const int status = end_of_child(NULL, numbers[i]);
+        cr_expect(WIFSIGNALED(status) && WTERMSIG(status) == numbers[i], "signal %d: status %x",
+                  numbers[i], (unsigned)status);
+        cr_expect_eq(folder_count(), 1, "signal %d leaves something", numbers[i]);
+        expect_file("a", "old");
+    }
+    const int status = end_of_child(act_broken_pipe, 0);
+    cr_expect(WIFSIGNALED(status) && WTERMSIG(status) == SIGPIPE, "status %x", (unsigned)status);
+    cr_expect_eq(folder_count(), 1);
+}
+
+Test(formats, sudden_exit, .init = folder_make, .fini = folder_remove)
+{
+    file_make("a", "old", 3);
+    const int status = end_of_child(act_exit, 0);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 3, "status %x", (unsigned)status);
+    cr_expect_eq(folder_count(), 1);
+    expect_file("a", "old");
+}
+
+static void act_hangup_then_commit(void)
+{
+    raise(SIGHUP);
+    _exit(outputs_commit(NULL) ? 0 : 1);
+}
+
+/* nohup: a signal ignored before stays ignored. */
+Test(formats, sudden_ignored, .init = folder_make, .fini = folder_remove)
+{
+    signal(SIGHUP, SIG_IGN);
+    const int status = end_of_child(act_hangup_then_commit, 0);
+    cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "status %x", (unsigned)status);
+    cr_expect_eq(folder_count(), 2);
+    expect_file("a", "half");
+    expect_file("b", "half");
+}

@@ -1,0 +1,372 @@
+#include "tests/problem.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- Dtypes, by arithmetic ---- */
+
+static size_t size_of(sparge_dtype dtype) { return dtype == SPARGE_F32 ? 4 : 2; }
+
+float round_to(sparge_dtype dtype, float x)
+{
+    if (dtype == SPARGE_F32 || x == 0.0f || !isfinite(x))
+        return x;
+    const int digits = dtype == SPARGE_F16 ? 11 : 8, lowest = dtype == SPARGE_F16 ? -14 : -126;
+    const int exponent = ilogbf(x) < lowest ? lowest : ilogbf(x);
+    const double ulp = ldexp(1.0, exponent - digits + 1), y = rint((double)x / ulp) * ulp;
+    if (fabs(y) >= ldexp(1.0, dtype == SPARGE_F16 ? 16 : 128))
+        return copysignf(INFINITY, x);
+    return y == 0.0 ? copysignf(0.0f, x) : (float)y;
+}
+
+static uint16_t encode(sparge_dtype dtype, float x)
+{
+    const int digits = dtype == SPARGE_F16 ? 11 : 8, bias = dtype == SPARGE_F16 ? 15 : 127;
+    const unsigned sign = signbit(x) ? 0x8000u : 0, top = dtype == SPARGE_F16 ? 0x7c00u : 0x7f80u;
+    if (isnan(x))
+        return (uint16_t)(sign | top | 1u);
+    if (isinf(x))
+        return (uint16_t)(sign | top);
+    const int exponent = x == 0.0f || ilogbf(x) < 1 - bias ? 1 - bias : ilogbf(x);
+    const int fraction = (int)ldexpf(fabsf(x), digits - 1 - exponent); /* exact: x has the dtype's digits */
+    return (uint16_t)(sign | (unsigned)(((exponent + bias - 1) << (digits - 1)) + fraction));
+}
+
+static float decode(sparge_dtype dtype, uint16_t bits)
+{
+    const int digits = dtype == SPARGE_F16 ? 11 : 8, bias = dtype == SPARGE_F16 ? 15 : 127;
+    const int exponent = (bits & 0x7fff) >> (digits - 1), fraction = bits & ((1 << (digits - 1)) - 1);
+    float x = ldexpf((float)(fraction + (1 << (digits - 1))), exponent - bias - digits + 1);
+    if (exponent == 0)
+        x = ldexpf((float)fraction, 1 - bias - digits + 1);
+    else if (exponent == 2 * bias + 1)
+        x = fraction ? NAN : INFINITY;
+    return bits & 0x8000 ? -x : x;
+}
+
+/* ---- Tensors ---- */
+
+int64_t tensor_count(const tensor *t) { return t->batch * t->heads * t->tokens * t->channels; }
+
+tensor tensor_make(int64_t batch, int64_t heads, int64_t tokens, int64_t channels, sparge_dtype dtype,
+                   tensor_layout layout)
+{
+    tensor t = { batch, heads, tokens, channels, .in = { .dtype = dtype } };
+    const int64_t pad = layout == PADDED ? 8 : layout == ODD ? 3 : layout == BACKWARD ? 1 : 0;
+    int64_t token = channels + pad, head = tokens * token + 2 * pad, base = 0;
+    if (layout == NHD) {
+        head = channels;
+        token = heads * channels;
+    }
+    const int64_t each = layout == NHD ? tokens * token : heads * head + 3 * pad;
+    int64_t elements = batch * each;
+    if (layout == ODD) {
+        base = 7;
+        elements += base;
+    }
+    t.in.batch = each;
+    t.in.head = head;
+    t.in.token = token;
+    if (layout == BACKWARD) { /* the first element of all lies where the last one's row began */
+        base = (batch ? batch - 1 : 0) * each + (heads ? heads - 1 : 0) * head +
+               (tokens ? tokens - 1 : 0) * token;
+        t.in.batch = -each;
+        t.in.head = -head;
+        t.in.token = -token;
+    }
+    t.bytes = (size_t)elements * size_of(dtype);
+    t.memory = check_alloc(t.bytes);
+    t.in.data = t.first = t.memory + (size_t)(tensor_count(&t) ? base : 0) * size_of(dtype);
+    t.x = check_alloc((size_t)tensor_count(&t) * sizeof *t.x);
+    t.used = check_alloc((size_t)elements * sizeof *t.used);
+    memset(t.used, 0, (size_t)elements * sizeof *t.used);
+    for (int64_t line = 0; line < batch * heads * tokens; line++) {
+        const int64_t b = line / tokens / heads, h = line / tokens % heads, n = line % tokens;
+        const int64_t at = base + b * t.in.batch + h * t.in.head + n * t.in.token;
+        memset(t.used + at, 1, (size_t)channels * sizeof *t.used);
+    }
+    return t;
+}
+
+void tensor_free(tensor *t)
+{
+    check_free(t->x);
+    check_free(t->used);
+    check_free(t->memory);
+    *t = (tensor){ 0 };
+}
+
+float *tensor_row(const tensor *t, int64_t b, int64_t h, int64_t token)
+{
+    return t->x + ((b * t->heads + h) * t->tokens + token) * t->channels;
+}
+
+/* Where row `line` of a tensor lies. */
+static void *stored_row(const tensor *t, int64_t line)
+{
+    const int64_t b = line / t->tokens / t->heads, h = line / t->tokens % t->heads, n = line % t->tokens;
+    const int64_t at = b * t->in.batch + h * t->in.head + n * t->in.token;
+    return t->first + at * (int64_t)size_of(t->in.dtype);
+}
+
+void tensor_write(tensor *t)
+{
+    for (int64_t line = 0; line < t->batch * t->heads * t->tokens; line++) {
+        float *x = t->x + line * t->channels;
+        void *row = stored_row(t, line);
+        for (int64_t c = 0; c < t->channels; c++)
+            x[c] = round_to(t->in.dtype, x[c]);
+        if (t->in.dtype == SPARGE_F32)
+            memcpy(row, x, (size_t)t->channels * sizeof *x);
+        else
+            for (int64_t c = 0; c < t->channels; c++)
+                ((uint16_t *)row)[c] = encode(t->in.dtype, x[c]);
+    }
+}
+
+void tensor_read(tensor *t)
+{
+    for (int64_t line = 0; line < t->batch * t->heads * t->tokens; line++) {
+        float *x = t->x + line * t->channels;
+        const void *row = stored_row(t, line);
+        if (t->in.dtype == SPARGE_F32)
+            memcpy(x, row, (size_t)t->channels * sizeof *x);
+        else
+            for (int64_t c = 0; c < t->channels; c++)
+                x[c] = decode(t->in.dtype, ((const uint16_t *)row)[c]);
+    }
+}
+
+sparge_out tensor_out(const tensor *t)
+{
+    return (sparge_out){ t->first, t->in.dtype, t->in.batch, t->in.head, t->in.token };
+}
+
+void tensor_fill(tensor *t, float low, float high)
+{
+    for (int64_t n = 0; n < tensor_count(t); n++)
+        t->x[n] = check_uniform(low, high);
+    tensor_write(t);
+}
+
+/* The first element of memory that is poison where an element of the tensor lies, or is not where none
+ * does; -1 when there is none. */
+static int64_t badly_written(const tensor *t)
+{
+    const size_t size = size_of(t->in.dtype);
+    for (size_t n = 0; n < t->bytes / size; n++) {
+        const char *at = t->memory + n * size;
+        bool poison = true;
+        for (size_t byte = 0; byte < size; byte++)
+            poison &= (unsigned char)at[byte] == 0xFF;
+        if (poison == t->used[n])
+            return (int64_t)n;
+    }
+    return -1;
+}
+
+/* ---- Problems ---- */
+
+int64_t blocks(int64_t len, int64_t block) { return (len + block - 1) / block; }
+
+shape shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len, int64_t dim,
+               int64_t dim_v)
+{
+    return (shape){ batch, heads, kv_heads, q_len, k_len, dim, dim_v, .q = SPARGE_F32 };
+}
+
+/* A slow drift of its own for each head, noise, and a common offset. */
+static void drift(tensor *t, float wave, float noise, float offset)
+{
+    for (int64_t line = 0; line < t->batch * t->heads; line++)
+        for (int64_t n = 0; n < t->tokens; n++)
+            for (int64_t c = 0; c < t->channels; c++)
+                t->x[(line * t->tokens + n) * t->channels + c] =
+                    wave * sinf(0.02f * (float)(n * (c % 5 + 1)) + (float)(c * c + line)) +
+                    noise * check_uniform(-1, 1) + offset * cosf((float)c);
+}
+
+problem problem_make(const shape *s)
+{
+    problem x = {
+        .p = { .batch = s->batch, .heads = s->heads, .kv_heads = s->kv_heads, .q_len = s->q_len,
+               .k_len = s->k_len, .dim = s->dim, .dim_v = s->dim_v },
+        .q = tensor_make(s->batch, s->heads, s->q_len, s->dim, s->q, s->layout_q),
+        .k = tensor_make(s->batch, s->kv_heads, s->k_len, s->dim, s->k, s->layout_k),
+        .v = tensor_make(s->batch, s->kv_heads, s->k_len, s->dim_v, s->v, s->layout_v),
+        .o = sparge_options_default(SPARGE_RULES_DEFAULT),
+    };
+    x.o.backend = SPARGE_REF;
+    x.o.block_q = x.o.block_k = 16;
+    x.o.qk = x.o.pv = SPARGE_FLOAT;
+    drift(&x.q, 0.8f, 0.8f, 0.0f);
+    drift(&x.k, 0.8f, 0.8f, 0.5f);
+    drift(&x.v, 0.7f, 0.5f, 0.0f);
+    for (int64_t n = 0; n < tensor_count(&x.v); n += s->dim_v)
+        x.v.x[n] += 2.0f;
+    problem_write(&x);
+    x.p.q = x.q.in;
+    x.p.k = x.k.in;
+    x.p.v = x.v.in;
+    return x;
+}
+
+void problem_write(problem *x)
+{
+    tensor_write(&x->q);
+    tensor_write(&x->k);
+    tensor_write(&x->v);
+}
+
+void problem_free(problem *x)
+{
+    tensor_free(&x->q);
+    tensor_free(&x->k);
+    tensor_free(&x->v);
+    sparge_mask_free(&x->mask);
+}
+
+int64_t problem_rows(const problem *x) { return x->p.batch * x->p.heads * x->p.q_len; }
+
+static void mask_empty(problem *x)
+{
+    sparge_error error;
+    sparge_mask_free(&x->mask);
+    check(sparge_mask_alloc(&x->mask, &x->p, &x->o, &error) == SPARGE_OK, "%s", error.text);
+}
+
+void mask_fill(problem *x, float share)
+{
+    mask_empty(x);
+    const sparge_mask *m = &x->mask;
+    for (int64_t n = 0; n < m->batch * m->heads * m->q_blocks * m->words * 32; n++)
+        if (check_uniform(0, 1) < share)
+            m->bits[n / 32] |= 1u << n % 32;
+}
+
+void mask_predict(problem *x)
+{
+    sparge_error error;
+    mask_empty(x);
+    check(sparge_predict(&x->p, &x->o, &x->mask, NULL, &error) == SPARGE_OK, "%s", error.text);
+}
+
+bool mask_has(const problem *x, int64_t b, int64_t h, int64_t i, int64_t j)
+{
+    const sparge_mask *m = &x->mask;
+    const int64_t row = ((b * m->heads + h) * m->q_blocks + i) * m->words;
+    return !m->bits || (m->bits[row + j / 32] >> j % 32 & 1);
+}
+
+/* ---- Answers ---- */
+
+static void *array(int64_t count, size_t size) { return check_alloc((size_t)count * size); }
+
+static answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
+{
+    const sparge_problem *p = &x->p;
+    const int64_t q_heads = p->batch * p->heads, kv_heads = p->batch * p->kv_heads;
+    const int64_t q_blocks = blocks(p->q_len, x->o.block_q), k_blocks = blocks(p->k_len, x->o.block_k);
+    return (answer){
+        .o = tensor_make(p->batch, p->heads, p->q_len, p->dim_v, dtype, layout),
+        .lse = array(q_heads * p->q_len, 4),
+        .head = array(q_heads, sizeof(sparge_counts)),
+        .trace = {
+            .mean_k = array(kv_heads * p->dim, 4),
+            .pool_q = array(q_heads * q_blocks * p->dim, 4),
+            .pool_k = array(kv_heads * k_blocks * p->dim, 4),
+            .sim_q = array(q_heads * q_blocks, 4),
+            .sim_k = array(kv_heads * k_blocks, 4),
+            .s = array(q_heads * q_blocks * k_blocks, 4),
+            .codes_q = array(q_heads * p->q_len * p->dim, 2),
+            .codes_k = array(kv_heads * p->k_len * p->dim, 2),
+            .codes_v = array(kv_heads * p->k_len * p->dim_v, 2),
+            .steps_q = array(q_heads * q_blocks, 4),
+            .steps_k = array(kv_heads * k_blocks, 4),
+            .steps_v = array(kv_heads * k_blocks * p->dim_v, 4),
+            .pv_done = array(q_heads * q_blocks * k_blocks, 4),
+            .m = array(q_heads * p->q_len, 4),
+            .l = array(q_heads * p->q_len, 4),
+        },
+    };
+}
+
+void answer_free(answer *a)
+{
+    sparge_trace *t = &a->trace;
+    void *const arrays[] = { a->lse, a->head, t->mean_k, t->pool_q, t->pool_k, t->sim_q, t->sim_k, t->s,
+                             t->codes_q, t->codes_k, t->codes_v, t->steps_q, t->steps_k, t->steps_v,
+                             t->pv_done, t->m, t->l };
+    for (size_t n = 0; n < sizeof arrays / sizeof *arrays; n++)
+        check_free(arrays[n]);
+    tensor_free(&a->o);
+}
+
+typedef struct snapshot {
+    const tensor *t;
+    void *copy;
+} snapshot;
+
+static snapshot snapshot_take(const tensor *t)
+{
+    return (snapshot){ t, memcpy(check_alloc(t->bytes), t->memory, t->bytes) };
+}
+
+static void snapshot_check(snapshot s, const char *name)
+{
+    check(!memcmp(s.copy, s.t->memory, s.t->bytes), "%s was written to", name);
+    check_free(s.copy);
+}
+
+/* The first of n floats that still is poison, or -1. */
+static int64_t unwritten(const float *x, int64_t n)
+{
+    static const unsigned char poison[] = { 0xFF, 0xFF, 0xFF, 0xFF };
+    for (int64_t e = 0; e < n; e++)
+        if (!memcmp(&x[e], poison, sizeof poison))
+            return e;
+    return -1;
+}
+
+static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bool predict, sparge_mask *mask)
+{
+    answer a = answer_make(x, dtype, layout);
+    a.result = (sparge_result){ .o = tensor_out(&a.o), .lse = a.lse, .mask = mask, .trace = &a.trace,
+                                .head_counts = a.head };
+    const snapshot q = snapshot_take(&x->q), k = snapshot_take(&x->k), v = snapshot_take(&x->v);
+    sparge_error error = { "poison" };
+    const sparge_status status =
+        predict ? sparge_attention(&x->p, &x->o, &a.result, &error)
+                : sparge_attend(&x->p, &x->o, x->mask.bits ? &x->mask : NULL, &a.result, &error);
+    check(status == SPARGE_OK, "%s", error.text);
+    check(error.text[0] == '\0', "text after success: %s", error.text);
+    snapshot_check(q, "q");
+    snapshot_check(k, "k");
+    snapshot_check(v, "v");
+    const int64_t wrong = badly_written(&a.o), rows = problem_rows(x);
+    check(wrong < 0, "element %lld of the memory of o was %s", (long long)wrong,
+          a.o.used[wrong < 0 ? 0 : wrong] ? "not written" : "written, which lies between rows");
+    check(unwritten(a.lse, rows) < 0, "lse[%lld] was not written", (long long)unwritten(a.lse, rows));
+    check(unwritten(a.trace.m, rows) < 0 && unwritten(a.trace.l, rows) < 0, "m or l was not written");
+    tensor_read(&a.o);
+    return a;
+}
+
+answer attend_to(const problem *x, sparge_dtype dtype, tensor_layout layout)
+{
+    return ask(x, dtype, layout, false, NULL);
+}
+
+answer attend(const problem *x) { return ask(x, SPARGE_F32, PACKED, false, NULL); }
+
+answer attention(const problem *x, sparge_mask *mask)
+{
+    return ask(x, SPARGE_F32, PACKED, true, mask);
+}
+
+void same_answer(const answer *got, const answer *want)
+{
+    check_same_as("o", got->o.x, want->o.x, tensor_count(&want->o));
+    check_same_as("lse", got->lse, want->lse, want->o.batch * want->o.heads * want->o.tokens);
+}

@@ -1,0 +1,821 @@
+"""Runs the sparge program as a user would: python3 program.py PATH-OF-SPARGE
+
+What it computes is compared with a float64 attention written here; of everything that can go wrong
+the exit code, the one line and the folder are looked at. Ends with "N passed, M failed".
+"""
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+
+import numpy as np
+
+PROGRAM = os.path.abspath(sys.argv[1])
+FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE = range(6)
+passed = failed = 0
+
+
+def check(ok, what, *seen):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok:
+        print("FAILED", what, *seen, flush=True)
+    return ok
+
+
+def sparge(*args, **how):
+    done = subprocess.run([PROGRAM, *map(str, args)], stdout=how.pop("stdout", subprocess.PIPE),
+                          stderr=how.pop("stderr", subprocess.PIPE), timeout=600, **how)
+    return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode()
+
+
+def listing():
+    return sorted(os.path.join(folder, name) for folder, folders, names in os.walk(".")
+                  for name in names + folders)
+
+
+def fine(*args, code=FINE, **how):
+    """Runs what must work; its one JSON object."""
+    got, out, err = sparge(*args, **how)
+    check(got == code and err == "", f"{args}: exit {code}, silent", got, err)
+    try:
+        check(out.endswith("}\n") and out.count("\n") == 1, f"{args}: one line", out[-60:])
+        return json.loads(out)
+    except ValueError:
+        check(False, f"{args}: JSON", out[:200])
+        return {}
+
+
+def wrong(code, words, *args, **how):
+    """Runs what must fail: the code, one line with these words, nothing printed, no file left."""
+    before = listing()
+    got, out, err = sparge(*args, **how)
+    check(got == code, f"{args}: exit {code}", got, err)
+    check(err.startswith("sparge: ") and err.endswith("\n") and err.count("\n") == 1 and
+          len(err) > 20, f"{args}: one line", repr(err))
+    words = [words] if isinstance(words, str) else words
+    check(all(w in err for w in words), f"{args}: says {words}", repr(err))
+    check(out == "", f"{args}: nothing on stdout", out[:100])
+    check(listing() == before, f"{args}: no file left", set(listing()) ^ set(before))
+
+
+# ---- An attention of our own -----------------------------------------------------------------
+
+def visible(nq, nk, causal):
+    t, s = np.arange(nq)[:, None], np.arange(nk)[None, :]
+    return s <= t + {None: nk, "end": nk - nq, "start": 0}[causal]
+
+
+def blocks_seen(nq, nk, causal, bq=128, bk=64):
+    v = visible(nq, nk, causal)
+    return np.array([[v[i:i + bq, j:j + bk].any() for j in range(0, nk, bk)]
+                     for i in range(0, nq, bq)]).reshape(-(-nq // bq), -(-nk // bk))
+
+
+def attention(q, k, v, causal=None, mask=None, bq=128, bk=64, scale=None):
+    """o and lse in float64 of [B,H,N,D]; mask [B,H,blocks,blocks]."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    nq, nk = q.shape[2], k.shape[2]
+    s = np.einsum("bhqd,bhkd->bhqk", q, k) * (scale or 1 / np.sqrt(q.shape[3]))
+    keep = np.broadcast_to(visible(nq, nk, causal), s.shape).copy()
+    if mask is not None:
+        keep &= np.repeat(np.repeat(mask, bq, 2)[:, :, :nq], bk, 3)[:, :, :, :nk] != 0
+    s[~keep] = -np.inf
+    top = s.max(-1, keepdims=True, initial=-np.inf)
+    p = np.exp(s - np.where(np.isfinite(top), top, 0))
+    total = p.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
+    return np.einsum("bhqk,bhkd->bhqd", p / np.where(total > 0, total, 1), v), lse
+
+
+def rows_l1(got, want):
+    size = np.abs(want).sum(-1)
+    apart = np.abs(got.astype(np.float64) - want).sum(-1)
+    return np.where(apart == 0, 0, apart / np.where(size > 0, size, 1e-300))
+
+
+def near(got, want, worst, what):
+    ok = got.shape == want.shape and bool((rows_l1(got, want) <= worst).all())
+    check(ok, what, got.shape, want.shape,
+          rows_l1(got, want).max(initial=0) if got.shape == want.shape else "")
+
+
+def random(seed, *shape):
+    """Neighbours are alike, so that there is something to predict."""
+    r = np.random.default_rng(seed)
+    x = np.cumsum(r.standard_normal(shape), -2) * 0.2
+    x = (x - x.mean(-2, keepdims=True)) + 0.3 * r.standard_normal(shape)
+    return x.astype(np.float32)
+
+
+def save(name, x):
+    np.save(name, x)
+    return name
+
+
+def save_safetensors(name, **tensors):
+    header, data = {}, b""
+    for key, (dtype, x) in tensors.items():
+        if dtype == "BF16":
+            raw = (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
+        else:
+            raw = x.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
+        header[key] = {"dtype": dtype, "shape": list(x.shape),
+                       "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(name, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + data)
+    return name
+
+
+EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
+KEYS = ("backend isa threads batch heads kv_heads q_len k_len dim dim_v block_q block_k pairs "
+        "sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict seconds_quantize "
+        "seconds_attend seconds_total tops tops_executed").split()
+CHECK_KEYS = "l1 worst_row_l1 cosine rmse mask_worst_row_l1".split()
+B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
+
+
+def files():
+    q, k, v = random(1, B, HQ, NQ, D), random(2, B, HK, NK, D), random(3, B, HK, NK, DV)
+    return q, k, v, [save("q.npy", q), save("k.npy", k), save("v.npy", v)]
+
+
+# ---- What works -----------------------------------------------------------------------------
+
+def test_forms():
+    q, k, v, qkv = files()
+    want, lse = attention(q, k, v)
+    x = fine("run", *qkv, "-o", "o.npy", "--lse-out", "l.npy", *EXACT)
+    check(list(x) == KEYS, "keys in their order", list(x))
+    check([x[n] for n in KEYS[3:12]] == [B, HQ, HK, NQ, NK, D, DV, 128, 64], "sizes", x)
+    check(x["pairs"] == B * HQ * 3 * 6 and x["sparsity"] == 0, "dense counts", x)
+    check(x["sparsity_per_head"] == [0] * (B * HQ), "flat, one a head", x)
+    tokens = B * HQ * NQ * NK
+    check(abs(x["tops"] * 1e12 * x["seconds_total"] / (2 * (D + DV) * tokens) - 1) < 1e-6, "tops")
+    check(abs(x["tops_executed"] / x["tops"] - 1) < 1e-6, "tops_executed when dense")
+    check(0 <= x["seconds_attend"] <= x["seconds_total"], "seconds")
+    near(np.load("o.npy"), want, 1e-5, "[B,H,N,D] f4")
+    check(np.load("o.npy").dtype == np.float32, "f4 out")
+    check(np.load("l.npy").shape == (B, HQ, NQ) and np.abs(np.load("l.npy") - lse).max() < 1e-4, "lse")
+
+    for x, name in zip((q, k, v), "qkv"):  # the same in other forms
+        save(f"{name}f.npy", np.asfortranarray(x))
+        save(f"{name}8.npy", x.astype(np.float64))
+        save(f"{name}2.npy", x.astype(np.float16))
+        save(f"{name}n.npy", x.transpose(0, 2, 1, 3))
+        save(f"{name}3.npy", x[1])
+        save(f"{name}3n.npy", x[1].transpose(1, 0, 2))
+        save(f"{name}1.npy", x[1, 1])
+    def run(kind, *more):
+        fine("run", *(f"{n}{kind}.npy" for n in "qkv"), "-o", "o.npy", *EXACT, *more)
+        return np.load("o.npy")
+    near(run("f"), want, 1e-5, "Fortran order")
+    got = run("8")
+    near(got, want, 1e-5, "f8")
+    check(got.dtype == np.float64, "f8 out")
+    got = run("2")
+    check(got.dtype == np.float16, "f2 out")
+    near(got, attention(*(np.load(f"{n}2.npy") for n in "qkv"))[0], 4e-3, "f2")
+    near(run("n", "--layout", "nhd"), want.transpose(0, 2, 1, 3), 1e-5, "[B,N,H,D]")
+    near(run("3"), want[1], 1e-5, "[H,N,D]")
+    near(run("3n", "--layout=nhd"), want[1].transpose(1, 0, 2), 1e-5, "[N,H,D]")
+    near(run("1"), attention(q[1:, 1:2], k[1:, 1:2], v[1:, 1:2])[0][0, 0], 1e-5, "[N,D]")
+    near(run("1", "--layout", "nhd"), attention(q[1:, 1:2], k[1:, 1:2], v[1:, 1:2])[0][0, 0], 1e-5,
+         "[N,D] is the same in nhd")
+    fine("run", "q8.npy", "k2.npy", "v.npy", "-o", "o.npy", *EXACT)
+    near(np.load("o.npy"), attention(q, np.load("k2.npy"), v)[0], 1e-5, "types may be mixed")
+
+    for dtype, worst in ("F32", 1e-5), ("F16", 4e-3), ("BF16", 1e-5):
+        round_ = {"F32": lambda x: x, "F16": lambda x: x.astype(np.float16),
+                  "BF16": lambda x: (x.view(np.uint32) >> 16 << 16).view(np.float32)}[dtype]
+        save_safetensors("x.safetensors", v=(dtype, v), q=(dtype, q), k=(dtype, k), other=(dtype, v))
+        fine("run", "x.safetensors", "-o", "o.npy", *EXACT)
+        near(np.load("o.npy"), attention(round_(q), round_(k), round_(v))[0], worst, dtype)
+        check(np.load("o.npy").dtype == (np.float16 if dtype == "F16" else np.float32), "type", dtype)
+    x = fine("run", *qkv)
+    check(list(x) == KEYS and listing().count("./o.npy") == 1, "without -o")
+
+
+def test_options():
+    q, k, v, qkv = files()
+    def run(*more):
+        x = fine("run", *qkv, "-o", "o.npy", "--mask-out", "m.npy", "--lse-out", "l.npy", *more)
+        return x, np.load("o.npy"), np.load("m.npy"), np.load("l.npy")
+    float_ = ["--qk", "f32", "--pv", "f32"]
+
+    for how, where in (["--causal"], "end"), (["--causal=end"], "end"), (["--causal=start"], "start"):
+        x, o, m, l = run(*EXACT, *how)
+        near(o, attention(q, k, v, where)[0], 1e-5, how)
+        check((m == blocks_seen(NQ, NK, where)).all(), how, "mask of dense is what is visible")
+        check(x["pairs"] == B * HQ * blocks_seen(NQ, NK, where).sum(), how, "pairs")
+        check(np.abs(l - attention(q, k, v, where)[1]).max() < 1e-4, how, "lse")
+    x, o, m, _ = run("--rules", "upstream", "--causal", *float_)
+    check((m <= blocks_seen(NQ, NK, "start")).all(), "upstream: causal from the start")
+    check(x["pairs"] == B * HQ * blocks_seen(NQ, NK, "start").sum(), "upstream: pairs")
+    run("--causal", *float_, "--rules", "upstream")
+    check((np.load("o.npy") == o).all(), "--rules counts wherever it stands")
+    check(run("--causal", *float_, "--rules", "upstream", "--lambda", "-inf")[0]["backend"] == "ref",
+          "rules and lambda")
+
+    x, o, m, _ = run("--theta", 1)  # nothing is similar: everything is kept
+    check(m.all() and x["sparsity"] == 0, "theta 1")
+    x, o, m, _ = run("--theta", -1, "--tau", 0)
+    check((m.sum(-1) == 1).all(), "tau 0 keeps one block of a row", m.sum(-1))
+    near(o, attention(q, k, v, mask=m)[0], 0.2, "int8 over its own mask")
+    check(abs(x["sparsity"] - 5 / 6) < 1e-6 and x["sparsity_qk"] == x["sparsity_pv"], "sparsity", x)
+    x, o, m, _ = run("--theta", -1, "--topk", 0.5)  # without tau: 3 of 6
+    check((m.sum(-1) == 3).all(), "topk turns tau off", m.sum(-1))
+    m1 = run("--theta", -1, "--topk", 0.5, "--tau", 1)[2]
+    check(m1.all(), "topk and tau: the union")
+    m1 = run("--theta", -1, "--tau", 0, "--sink")[2]
+    check(m1[..., 0].all() and (m1[..., 1:] <= run("--theta", -1, "--tau", 0)[2][..., 1:]).all(), "sink")
+    check(run("--theta", -1, "--tau", 0.5)[2].sum() < run("--theta", -1, "--tau", 0.98)[2].sum(), "tau")
+
+    o = run(*EXACT, "--scale", 0.03)[1]
+    near(o, attention(q, k, v, scale=0.03)[0], 1e-5, "scale")
+    x, o, m, _ = run("--block-q", 64, "--block-k", 32, *float_, "--tau", 0.5)
+    check(m.shape == (B, HQ, 5, 11) and x["block_q"] == 64 and x["block_k"] == 32, "blocks", m.shape)
+    near(o, attention(q, k, v, mask=m, bq=64, bk=32)[0], 1e-4, "blocks")
+    per_head = (1 - m.mean((2, 3))).ravel()
+    check(np.abs(x["sparsity_per_head"] - per_head).max() < 1e-6, "per head, from the mask")
+
+    error = {how: rows_l1(run("--dense", "--qk", how, "--pv", how)[1], attention(q, k, v)[0]).max()
+             for how in ("int8", "int12", "f32")}
+    check(error["f32"] < 1e-5 < 8 * error["int12"] < error["int8"] < 0.3, "precision", error)
+    check((run("--dense")[1] == run("--dense", "--qk=int8", "--pv=int8")[1]).all(), "int8 and int8")
+    one = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1], run("--dense", "--qk", "int8")[1]).max()
+    other = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1], run(*EXACT)[1]).max()
+    check(one > 1e-5 and other > 1e-5, "qk and pv apart", one, other)
+    shift = k + 300 * np.sign(random(9, 1, 1, 1, D))
+    save("k.npy", shift)
+    smooth = rows_l1(run("--dense")[1], attention(q, shift, v)[0]).max()
+    rough = rows_l1(run("--dense", "--no-smooth-k")[1], attention(q, shift, v)[0]).max()
+    check(smooth < 0.3 < rough, "--no-smooth-k", smooth, rough)
+    save("k.npy", k)
+
+    x = run("--theta", 1, "--lambda", 0)[0]
+    check(x["sparsity_pv"] > 0 == x["sparsity_qk"], "lambda drops P.V", x)
+    check(abs(x["sparsity"] - (x["sparsity_qk"] + x["sparsity_pv"]) / 2) < 1e-8, "the mean of both")
+    check(x["tops_executed"] < x["tops"], "tops_executed below tops")
+    check(run("--theta", 1, "--lambda", "-1e-3")[0]["sparsity_pv"] <= x["sparsity_pv"], "lambda")
+    check(run("--theta", 1, "--lambda", 0, "--skip-rows", 1)[0]["sparsity_pv"] > x["sparsity_pv"],
+          "skip-rows")
+    check(run("--backend", "ref")[0]["backend"] == "ref", "backend")
+    check(run("--threads", 1)[0]["threads"] == 1, "threads")
+    check((run("--threads", 2)[1] == run("--threads", 1)[1]).all(), "threads agree")
+    for isa in "scalar", "avx2":
+        code, out, _ = sparge("run", *qkv, "--isa", isa)
+        check(code == UNSUPPORTED or json.loads(out)["isa"] == isa, "isa", isa, out)
+
+
+def test_mask():
+    q, k, v, qkv = files()
+    mask = (np.random.default_rng(4).random((B, HQ, 3, 6)) < 0.4).astype(np.uint8)
+    mask[0, 1, 2] = 0  # rows that see nothing
+    save("m.npy", mask * 255)
+    save("b.npy", mask.astype(bool))
+    for name in "m.npy", "b.npy":
+        x = fine("run", *qkv, "--mask", name, "-o", "o.npy", "--mask-out", "out.npy", "--lse-out",
+                 "l.npy", "--qk", "f32", "--pv", "f32", "--check")
+        want, lse = attention(q, k, v, mask=mask)
+        near(np.load("o.npy"), want, 1e-5, "a given mask")
+        check((np.load("out.npy") == mask).all() and np.load("out.npy").dtype == np.uint8, "mask out")
+        check(not np.load("o.npy")[0, 1, 256:].any(), "a row that sees nothing is 0")
+        check((np.isneginf(np.load("l.npy")) == np.isneginf(lse)).all(), "its lse is -inf")
+        check(abs(x["sparsity"] - (1 - mask.mean())) < 1e-6, "sparsity of a mask", x["sparsity"])
+        dense = attention(q, k, v)[0]
+        o = np.load("o.npy").astype(np.float64)
+        l1 = np.abs(o - dense).sum() / np.abs(dense).sum()
+        check(abs(x["l1"] / l1 - 1) < 1e-6, "l1 against dense attention", x["l1"], l1)
+        check(abs(x["worst_row_l1"] / rows_l1(o, dense).max() - 1) < 1e-6, "worst_row_l1")
+        check(abs(x["rmse"] / np.sqrt(np.mean((o - dense)**2)) - 1) < 1e-6, "rmse")
+        cosine = (o * dense).sum() / np.linalg.norm(o) / np.linalg.norm(dense)
+        check(abs(x["cosine"] - cosine) < 1e-8, "cosine")
+        check(x["mask_worst_row_l1"] < 1e-5, "against the same mask", x["mask_worst_row_l1"])
+    fine("run", *qkv, "--mask", "m.npy", "--causal", "--mask-out", "out.npy")
+    check((np.load("out.npy") == mask * blocks_seen(NQ, NK, "end")).all(), "invisible blocks are 0")
+    fine("run", *qkv, "--mask-out", "out.npy", "-o", "a.npy")
+    fine("run", *qkv, "--mask", "out.npy", "-o", "b.npy")
+    check((np.load("a.npy") == np.load("b.npy")).all(), "the predicted mask, given")
+
+
+def test_check():
+    q, k, v, qkv = files()
+    x = fine("run", *qkv, "--check", *EXACT)
+    check(list(x) == KEYS + CHECK_KEYS, "keys of --check", list(x))
+    check(x["worst_row_l1"] == x["mask_worst_row_l1"] < 1e-5 and x["cosine"] > 0.999999, "dense", x)
+    x = fine("run", *qkv, "--check", "--tau", 0.3, "--theta", -1)
+    check(x["mask_worst_row_l1"] < x["worst_row_l1"] and x["l1"] < x["worst_row_l1"], "sparse", x)
+    q[0, 0, 5, 0] = np.nan
+    save("q.npy", q)
+    x = fine("run", *qkv, "--check", "-o", "o.npy", *EXACT)
+    check(np.isnan(np.load("o.npy")[0, 0, 5]).all() and x["worst_row_l1"] < 1e-5, "NaN of both", x)
+    save("e.npy", np.zeros((2, 0, 8), np.float32))
+    save("ev.npy", np.zeros((2, 0, 3), np.float32))
+    save("eq.npy", np.ones((2, 5, 8), np.float32))
+    x = fine("run", "eq.npy", "e.npy", "ev.npy", "-o", "o.npy", "--check", "--dump", "d")
+    check(x["sparsity"] == 0 and x["l1"] == 0 and x["tops"] == 0, "no keys", x)
+    check(np.load("o.npy").shape == (2, 5, 3) and not np.load("o.npy").any(), "no keys: 0")
+    x = fine("run", *[save(f"{n}.npy", x.transpose(0, 2, 1, 3)) for n, x in zip("qkv", (q, k, v))],
+             "--check", "--layout", "nhd", *EXACT)
+    check(x["worst_row_l1"] < 1e-5, "check of [B,N,H,D]", x)
+    save("e0.npy", np.zeros((0, 2, 5, 8), np.float16))
+    x = fine("run", "e0.npy", "e0.npy", "e0.npy", "-o", "o.npy", "--check", "--dump", "d", "--causal")
+    check(np.load("o.npy").shape == (0, 2, 5, 8) and x["sparsity_per_head"] == [], "no batch", x)
+    x = fine("run", "e.npy", "eq.npy", "eq.npy", "-o", "o.npy", "--check")
+    check(np.load("o.npy").shape == (2, 0, 8), "no queries")
+
+
+def test_dump_and_diff():
+    q, k, v, qkv = files()
+    fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
+    stages = dict(blocks=(2,), mean_k=(B, HK, D), pool_q=(B, HQ, 3, D), pool_k=(B, HK, 6, D),
+                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), s=(B, HQ, 3, 6), mask=(B, HQ, 3, 6),
+                  codes_q=(B, HQ, NQ, D), codes_k=(B, HK, NK, D), codes_v=(B, HK, NK, DV),
+                  steps_q=(B, HQ, 3), steps_k=(B, HK, 6), steps_v=(B, HK, 6, DV),
+                  pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ), l=(B, HQ, NQ), o=(B, HQ, NQ, DV))
+    check(sorted(os.listdir("d")) == sorted(n + ".npy" for n in stages), "stages", os.listdir("d"))
+    for name, shape in stages.items():
+        check(np.load(f"d/{name}.npy").shape == shape, "shape of", name)
+    load = lambda name: np.load(f"d/{name}.npy")
+    check(np.abs(load("mean_k") - k.mean(2)).max() < 1e-5, "mean_k")
+    smooth = k - load("mean_k")[:, :, None]
+    check(np.abs(load("pool_q")[:, :, 2] - q[:, :, 256:].mean(2)).max() < 1e-5, "pool_q")
+    check(np.abs(load("pool_k")[:, :, 1] - smooth[:, :, 64:128].mean(2)).max() < 1e-5, "pool_k")
+    unit = smooth / np.linalg.norm(smooth, axis=-1, keepdims=True)
+    sim = (unit[:, :, 64:128].sum(2)**2).sum(-1) / 64**2
+    check(np.abs(load("sim_k")[:, :, 1] - sim).max() < 1e-5, "sim_k")
+    back = load("codes_k")[:, :, :64] * load("steps_k")[:, :, :1, None]
+    check(np.abs(back - smooth[:, :, :64]).max() <= load("steps_k")[:, :, 0].max() * 0.51, "codes, steps")
+    check((load("blocks") == [128, 64]).all(), "blocks")
+    check((load("mask") == np.load("m.npy")).all() and (load("o") == np.load("o.npy")).all(), "mask, o")
+    check(((load("pv_done") > 0) == load("mask")).all(), "pv_done")
+    check(load("codes_q").dtype == np.int16, "codes are int16")
+    fine("run", *qkv, "--dump", "f", *EXACT, "--no-smooth-k")
+    check(sorted(os.listdir("f")) == sorted(n + ".npy" for n in "blocks mask pv_done m l o".split()),
+          "only what there is", os.listdir("f"))
+
+    fine("run", *qkv, "--dump", "same")
+    fine("run", *qkv, "--dump", "same", *EXACT)  # leaves nothing of what was there
+    check(len(os.listdir("same")) == 7, "an old dump is replaced", os.listdir("same"))
+    fine("run", *qkv, "--dump", "same", "--tau", 0.7)
+    x = fine("diff", "d", "same")
+    check(x["first_stage"] is None and len(x["stages"]) == 18, "equal dumps", x)
+    check([s["stage"] for s in x["stages"]][:8] ==
+          "blocks mean_k pool_k sim_k pool_q sim_q s mask".split(), "in the order of the algorithm")
+    fine("run", *qkv, "--dump", "d", "--tau", 0.7)  # over what is there
+    check(fine("diff", "d", "same")["first_stage"] is None, "dumped again")
+    changed = load("codes_v")
+    changed[1, 0, 70, 3] += 1
+    save("same/codes_v.npy", changed)
+    changed = load("m")
+    changed[0, 2, 290] *= 1 + 1e-5
+    save("same/m.npy", changed)
+    x = fine("diff", "d", "same", code=DIFFERENT)
+    check(x["first_stage"] == "codes_v" and x["first"] ==
+          dict(batch=1, kv_head=0, key=70, k_block=1, channel=3), "the first that differs", x["first"])
+    rows = {s["stage"]: s for s in x["stages"]}
+    check(rows["m"]["first"] == dict(batch=0, head=2, query=290, q_block=2) and
+          rows["m"]["different"] == 1, "m", rows["m"])
+    x = fine("diff", "d", "same", "--tolerance", 1, code=DIFFERENT)
+    check(x["first_stage"] == "codes_v", "integers are compared exactly")
+    save("same/codes_v.npy", load("codes_v"))
+    fine("diff", "d", "same", "--tolerance", 1e-4)
+    fine("diff", "d", "same", "--tolerance", 1e-6, code=DIFFERENT)
+    save("same/m.npy", load("m"))
+    changed = load("mask")
+    changed[1, 3, 2, 4] ^= 1
+    save("same/mask.npy", changed)
+    x = fine("diff", "d", "same", code=DIFFERENT)
+    check(x["first"] == dict(batch=1, head=3, q_block=2, k_block=4) and x["first_stage"] == "mask",
+          "mask", x["first"])
+    os.remove("same/mean_k.npy")
+    x = fine("diff", "d", "same", code=DIFFERENT)
+    check(x["first_stage"] == "mean_k", "a stage that is missing", x["first_stage"])
+    os.mkdir("empty")
+    wrong(FILE, "holds no dump", "diff", "empty", "empty")
+    wrong(FILE, ["d", "directory"], "diff", "d", "o.npy")
+    wrong(FILE, ["nowhere"], "diff", "d", "nowhere")
+
+
+def test_diff():
+    r = np.random.default_rng(5)
+    want = r.standard_normal((2, 3, 4, 5)).astype(np.float32)
+    got = want + r.standard_normal(want.shape).astype(np.float32) * 0.01
+    got[1, 2, 0] += 0.5
+    save("want.npy", want)
+    save("got.npy", got)
+    x = fine("diff", "got.npy", "want.npy")
+    l1 = np.abs(got - want).sum() / np.abs(want).sum()
+    check(abs(x["l1"] / l1 - 1) < 1e-5 and x["worst_row"] == [1, 2, 0], "l1 and the worst row", x)
+    check(abs(x["worst_row_l1"] / rows_l1(got, want).max() - 1) < 1e-5, "worst_row_l1")
+    check(abs(x["rmse"] / np.sqrt(np.mean((got - want)**2)) - 1) < 1e-5, "rmse")
+    check(x["nan_got"] == x["nan_want"] == 0 and x["first_nan_apart"] is None, "no NaN")
+    for bound in "--max-l1", "--max-worst":
+        at = x["l1" if bound == "--max-l1" else "worst_row_l1"]
+        fine("diff", "got.npy", "want.npy", bound, at * 1.001)
+        fine("diff", "got.npy", "want.npy", bound, at * 0.999, code=DIFFERENT)
+    x = fine("diff", "want.npy", "want.npy", "--max-l1", 0, "--max-worst", 0)
+    check(x["l1"] == x["worst_row_l1"] == x["rmse"] == 0 and abs(x["cosine"] - 1) < 1e-8, "the same", x)
+    want[0, 1, 2, 3] = got[0, 1, 2, 3] = np.nan
+    save("want.npy", want)
+    save("got.npy", got)
+    x = fine("diff", "got.npy", "want.npy")
+    check(x["first_nan_got"] == x["first_nan_want"] == [0, 1, 2, 3] and x["l1"] < 1, "NaN of both", x)
+    got[1, 0, 1, 4] = np.nan
+    save("got.npy", got)
+    x = fine("diff", "got.npy", "want.npy", code=DIFFERENT)
+    check(x["nan_got"] == 2 and x["nan_want"] == 1 and x["first_nan_apart"] == [1, 0, 1, 4] and
+          x["l1"] is None and x["worst_row"] == [1, 0, 1], "NaN of one", x)
+    save("a.npy", np.array([[0, 0], [np.inf, 1]], np.float64))
+    save("b.npy", np.array([[0, 0], [np.inf, 1]], np.float64))
+    check(fine("diff", "a.npy", "b.npy", "--max-worst", 0)["l1"] == 0, "infinite in both, rows of 0")
+    save("b.npy", np.array([[0, 0], [-np.inf, 1]], np.float64))
+    fine("diff", "a.npy", "b.npy", "--max-l1", 9, code=DIFFERENT)
+    save("a.npy", np.array([[0, 1e-9], [1, 1]], np.float64))
+    save("b.npy", np.array([[0, 0], [1, 1]], np.float16))
+    x = fine("diff", "a.npy", "b.npy", "--max-worst", 1e9, code=DIFFERENT)
+    check(x["worst_row_l1"] is None and x["worst_row"] == [0], "something where nothing is wanted", x)
+    save("a.npy", np.arange(4))
+    check(fine("diff", "a.npy", "a.npy")["worst_row"] == [], "integers, one axis")
+    wrong(FILE, ["a.npy", "b.npy", "(4,)", "(2, 2)"], "diff", "a.npy", "b.npy")
+    wrong(FILE, "nowhere.npy", "diff", "a.npy", "nowhere.npy")
+
+
+def pixels(name):
+    data = open(name, "rb").read()
+    at, packed = 8, b""
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at:at + 8])
+        body = data[at + 8:at + 8 + size]
+        if kind == b"IHDR":
+            width, height, depth, colour = struct.unpack(">IIBB", body[:10])
+        packed += body if kind == b"IDAT" else b""
+        at += size + 12
+    assert (depth, colour) == (8, 2)
+    raw, before, rows = zlib.decompress(packed), np.zeros(width * 3, np.int64), []
+    for y in range(height):
+        how, *line = raw[y * (3 * width + 1):(y + 1) * (3 * width + 1)]
+        line = np.array(line, np.int64)
+        for x in range(len(line)):  # the filters of PNG
+            a, b = (line[x - 3] if x > 2 else 0), before[x]
+            c = before[x - 3] if x > 2 else 0
+            p = a + b - c
+            paeth = a if abs(p - a) <= min(abs(p - b), abs(p - c)) else b if abs(p - b) <= abs(p - c) else c
+            line[x] = (line[x] + (0, a, b, (a + b) // 2, paeth)[how]) % 256
+        rows.append(line)
+        before = line
+    rgb = np.array(rows).reshape(height, width, 3)
+    return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
+
+
+def test_map():
+    q, k, v = random(1, 1, 512, 16), random(2, 1, 512, 16), random(3, 1, 512, 16)
+    qkv = [save("q.npy", q), save("k.npy", k), save("v.npy", v)]
+    def draw(*args):
+        code, out, err = sparge("map", *args)
+        check((code, out, err) == (0, "", ""), f"map {args}", code, out, err)
+        check(open("map.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n", f"map {args}: a PNG")
+    cell, swatch = 32 * 64, 12 * 12  # pixels of a block, and of its colour's sample
+    draw(*qkv[:2], "-o", "map.png", "--causal", "--tau", 0.5)
+    x = pixels("map.png")
+    fine("run", *qkv, "--causal", "--tau", 0.5, "--mask-out", "m.npy")
+    mask, seen = np.load("m.npy"), blocks_seen(512, 512, "end")
+    check((x == 0x33265C).sum() == swatch + mask.sum() * cell, "kept cells", (x == 0x33265C).sum())
+    check((x == 0xF6EFE6).sum() == swatch + (seen - mask).sum() * cell, "skipped cells")
+    line = x.shape[1] - 56  # under the head of the picture
+    check((x == 0xD9DBE2).sum() == swatch + line + 2 * (1 - seen).sum() * cell, "cells not visible")
+    check(not (x == 0xF0902E).any(), "no lambda, no third colour")
+    draw(*qkv[:2], "-o", "map.png", "--causal", "--map-out", "mass.npy")
+    s = np.where(visible(512, 512, "end"), q[0].astype(np.float64) @ k[0].T.astype(np.float64) / 4, -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    mass = (p / p.sum(-1, keepdims=True)).reshape(4, 128, 8, 64).sum(3).mean(1)
+    check(np.abs(np.load("mass.npy")[0, 0] - mass).max() < 1e-6, "the numbers of the map")
+    top, left = 202, 74  # of the first panel
+    centre = x[top + 32:top + 4 * 64:64, left + 16:]
+    right = centre[:, 256 + 24::32][:, :8]
+    check(((right == 0x33265C) == mask[0, 0]).all(), "where the cells of the mask are")
+    light = sum(centre[:, :256:32] >> shift & 255 for shift in (0, 8, 16))
+    order = np.argsort(mass[seen])
+    check((np.diff(light[seen][order]) <= 0).all() and (light[~seen] == sum((0xD9, 0xDB, 0xE2))).all(),
+          "more attention is darker", light, mass)
+    wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "m.png", "--map-out", "q.npy")
+    wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/m.png", "--map-out", "mass2.npy")
+    wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "m.png", "--map-out", "nowhere/mass.npy")
+    draw(*qkv, "-o", "map.png", "--lambda", 0, "--theta", 1, "--skip-rows", 1024)
+    x = pixels("map.png")
+    fine("run", *qkv, "--lambda", 0, "--theta", 1, "--skip-rows", 1024, "--dump", "d")
+    done = np.load("d/pv_done.npy")
+    check(set(np.unique(done)) == {0, 1}, "lambda drops some", np.unique(done))
+    check((x == 0xF0902E).sum() == swatch + (done == 0).sum() * cell, "cells that lambda drops")
+    check((x == 0x33265C).sum() == swatch + (done == 1).sum() * cell, "cells that it leaves")
+    draw(*qkv, "-o", "map.png")
+    save_safetensors("x.safetensors", q=("F32", q), k=("BF16", k))
+    draw("x.safetensors", "-o", "map.png")
+    wrong(FILE, ["x.safetensors", "v"], "map", "x.safetensors", "-o", "m.png", "--lambda", -3)
+    save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F16", v))
+    draw("x.safetensors", "-o", "map.png", "--lambda", -3)
+    big = random(1, 2, 3, 300, 16)
+    draw(save("big.npy", big), "big.npy", "-o", "map.png", "--block-q", 16, "--block-k", 16)
+    draw(save("e.npy", big[:, :, :0]), "big.npy", "-o", "map.png")
+    draw("big.npy", "e.npy", "-o", "map.png")
+    draw(save("e.npy", big[:0]), "e.npy", "-o", "map.png")
+    sparge("map", *qkv, "-o", "map.png", preexec_fn=lambda: os.close(2),
+           env={**os.environ, "FONTCONFIG_FILE": "/nowhere"})  # which complains on stderr
+    check(open("map.png", "rb").read(4) == b"\x89PNG", "nothing but the picture in its file")
+    os.remove("map.png")
+    wrong(USAGE, "-o", "map", *qkv)
+    wrong(USAGE, "q and k", "map", "-o", "map.png")
+    wrong(USAGE, "--lambda needs", "map", *qkv[:2], "-o", "map.png", "--lambda", -3)
+    wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "k.npy")
+    wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/map.png")
+    wrong(FILE, "No space left", "map", *qkv[:2], "-o", "/dev/full")
+    wrong(USAGE, ["map.png", "--block-q"], "map", save("wide.npy", np.zeros((1, 20000, 1), np.float32)),
+          "wide.npy", "-o", "map.png", "--block-q", 1, "--block-k", 1)
+    wrong(USAGE, "--mask", "map", *qkv, "-o", "map.png", "--mask", "m.npy")
+
+
+def test_map_memory():
+    """8192 x 8192 floats are 256 MiB; the map does with much less."""
+    limit = 192 << 20
+    little = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if sparge("info", preexec_fn=little)[0] != FINE:
+        print("skipped: map within 192 MiB (a sanitizer takes more)")
+        return
+    x = save("x.npy", random(1, 8192, 4))
+    code, _, err = sparge("map", x, x, "-o", "map.png", preexec_fn=little)
+    check(code == FINE, "map within 192 MiB", code, err)
+
+
+def test_info_and_help():
+    x = fine("info", "--json")
+    check(x["backends"]["ref"] == {"built": True, "available": True} and x["isa"]["scalar"], "info", x)
+    check(set(x["backends"]) == {"ref", "cpu", "cuda"} and "version" in x, "info", x)
+    code, out, err = sparge("info")
+    check(code == 0 and err == "" and x["version"] in out and "avx512vnni" in out, "info in words", out)
+    check(sparge("--version") == (0, f"sparge {x['version']}\n", ""), "--version")
+    code, out, err = sparge("--help")
+    check(code == 0 and err == "" and all(c in out for c in "run diff map order info".split()), "--help")
+    for command in "run", "diff", "map", "order", "info":
+        code, out, err = sparge(command, "--help")
+        check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
+    for option in ("--theta --tau --topk --lambda --sink --causal[= --scale --block-q --block-k --mask "
+                   "--no-smooth-k --skip-rows --rules --threads --backend --isa --dense --mask-out "
+                   "--qk --pv --lse-out --dump --check --layout").split():
+        check(option in sparge("run", "--help")[1], "run --help names", option)
+    wrong(USAGE, "info", "info", "x")
+
+
+def test_order():
+    def order(*args):
+        x = fine("order", *args, "-o", "i.npy")
+        index = np.load("i.npy")
+        check(index.dtype == np.int64 and sorted(index) == list(range(len(index))), "permutation", args)
+        return x, index
+    grid = np.arange(2 * 4 * 6).reshape(2, 4, 6)
+    check((order(2, 4, 6, "--order", "row")[1] == grid.ravel()).all(), "row")
+    check((order(2, 4, 6, "--order", "column")[1] == grid.transpose(0, 2, 1).ravel()).all(), "column")
+    check((order(2, 4, 6, "--order", "time")[1] == grid.transpose(1, 2, 0).ravel()).all(), "time")
+    one, two = (order(2, 4, 6, "--order", "random", "--seed", s)[1] for s in (1, 2))
+    check((one != two).any() and (one == order(2, 4, 6, "--order=random", "--seed=1")[1]).all(), "seed")
+    for args, before, after in ((2, 4, 6), 0, 0), ((3, 5, 7), 0, 0), ((2, 4, 6), 7, 3), ((1, 3, 1), 2, 0):
+        for name in "row", "column", "time", "random", "hilbert":
+            x, index = order(*args, "--order", name, "--text-before", before, "--text-after", after)
+            n = int(np.prod(args))
+            check((index[:before] == range(before)).all() and
+                  (index[before + n:] == range(before + n, before + n + after)).all(), "text stays")
+            place = np.array(np.unravel_index(index[before:before + n] - before, args))
+            steps = np.abs(np.diff(place)).sum(0)
+            check(x == dict(order=name, tokens=n + before + after, longer_steps=int((steps > 1).sum()),
+                            longest_step=int(steps.max())), "steps", x, steps)
+    check(fine("order", 4, 4, 4)["longer_steps"] == 0, "hilbert is what is meant, in unit steps")
+    check(fine("order", 4, 4, 4)["order"] == "hilbert", "hilbert is what is meant")
+    check(order(0, 4, 4)[0]["longest_step"] == 0, "no tokens")
+    os.remove("i.npy")
+    wrong(USAGE, "T, H and W", "order", 2, 3)
+    wrong(USAGE, "one side too many", "order", 2, 3, 4, 5)
+    wrong(USAGE, "T is '2x'", "order", "2x", 3, 4)
+    wrong(USAGE, "--order", "order", 2, 3, 4, "--order", "peano")
+    wrong(USAGE, "--seed", "order", 2, 3, 4, "--seed", -1)
+    wrong(USAGE, "too many", "order", 1 << 40, 1 << 40, 4)
+    wrong(USAGE, "H is", "order", 1, "99999999999999999999", 4)
+    wrong(FILE, "nowhere", "order", 1, 2, 3, "-o", "nowhere/i.npy")
+    wrong(FILE, "No space left", "order", 1, 2, 3000, "-o", "/dev/full")
+
+
+# ---- What goes wrong -------------------------------------------------------------------------
+
+def test_usage():
+    qkv = files()[3]
+    wrong(USAGE, "command is missing")
+    for name, meant in ("rum", "run"), ("dif", "diff"), ("maps", "map"), ("inof", "info"), ("oder", "order"):
+        wrong(USAGE, f"did you mean '{meant}'", name)
+    wrong(USAGE, "unknown command", "x" * 5000)
+    for args, words in [
+            (["--bogus"], "--bogus"), (["--tua", 1], "did you mean --tau"), (["-x"], "unknown option"),
+            (["--t", 1], "several"), (["--sink=1"], "no value"), (["--theta"], "needs a value"),
+            (["-o"], "needs a value"), (["--tau", 1.5], ["--tau", "[0, 1]"]), (["--tau=-0.1"], "[0, 1]"),
+            (["--tau", -1], "[0, 1]"), (["--theta", "nan"], "--theta"), (["--tau", "nan"], "--tau"),
+            (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"), (["--lambda", 0.5], "[-inf, 0]"),
+            (["--lambda", "inf"], "--lambda"), (["--theta", 1.01], "[-1, 1]"), (["--topk", 2], "--topk"),
+            (["--scale", 0], "--scale"), (["--scale", -1], "--scale"), (["--scale", "inf"], "--scale"),
+            (["--scale", "nan"], "--scale"), (["--scale", "1e-60"], "--scale"), (["--tau", "0.5x"], "0.5x"),
+            (["--tau", " 0.5"], "--tau"), (["--tau", ""], "--tau"), (["--block-q", "64.0"], "64.0"),
+            (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"), (["--block-q", "1e2"], "1e2"),
+            (["--block-k", "99999999999999999999"], "--block-k"), (["--threads", -1], "--threads"),
+            (["--threads", 70000], "--threads"), (["--skip-rows", -1], "--skip-rows"),
+            (["--causal=middle"], "none, end, start"), (["--rules", "mine"], "default, paper, upstream"),
+            (["--backend", "gpu"], "auto, ref, cpu, cuda"), (["--isa", "sse"], "avx512vnni"),
+            (["--qk", "int9"], "int8, int12, f32"), (["--pv", ""], "--pv"), (["--layout", "bhnd"], "hnd, nhd"),
+            (["--dense", "--mask", "q.npy"], "exclude"), (["more.npy"], "too many"),
+            (["--pv", "int12", "--block-k", 256], "128"), (["--isa", "avx2", "--backend", "ref"], "isa")]:
+        wrong(USAGE, words, "run", *qkv, *args)
+    wrong(USAGE, "q, k and v", "run")
+    wrong(USAGE, "q, k and v", "run", *qkv[:2])
+    for n, name in enumerate(qkv):
+        wrong(USAGE, [name, "is an input"], "run", *qkv, "-o", name)
+        os.symlink(name, f"link{n}")
+        wrong(USAGE, "is an input", "run", *qkv, "--lse-out", f"link{n}")
+    save("m.npy", np.ones((B, HQ, 3, 6), np.uint8))
+    wrong(USAGE, "is an input", "run", *qkv, "--mask", "m.npy", "--mask-out", "./m.npy")
+    wrong(FILE, "already", "run", *qkv, "-o", "same.npy", "--mask-out", "same.npy")
+    os.mkdir("d")
+    shutil.copy("q.npy", "d/o.npy")
+    wrong(USAGE, "is an input", "run", "d/o.npy", *qkv[1:], "--dump", "d")
+    wrong(USAGE, "--max-l1", "diff", *qkv[:2], "--max-l1", -1)
+    wrong(USAGE, "--tolerance", "diff", *qkv[:2], "--tolerance", "nan")
+    wrong(USAGE, "two", "diff", "q.npy")
+    code, out, err = sparge("run", "--sink", *qkv, "--", )
+    check(code == FINE, "options before, and --", err)
+    shutil.copy("q.npy", "-q.npy")
+    check(sparge("run", "--", "-q.npy", *qkv[1:])[0] == FINE, "a name that begins with -")
+
+
+def test_files():
+    q, k, v, qkv = files()
+    data = open("q.npy", "rb").read()
+    def bad(name, content):
+        with open(name, "wb") as f:
+            f.write(content)
+        return name
+    rest = qkv[1:]
+    wrong(FILE, "nowhere.npy", "run", "nowhere.npy", *rest, "-o", "o.npy")
+    wrong(FILE, ["short.npy"], "run", bad("short.npy", data[:-1]), *rest, "-o", "o.npy")
+    wrong(FILE, ["magic.npy"], "run", bad("magic.npy", b"XUMPY" + data[5:]), *rest, "-o", "o.npy")
+    wrong(FILE, ["empty.npy"], "run", bad("empty.npy", b""), *rest, "-o", "o.npy")
+    wrong(FILE, ["head.npy"], "run", bad("head.npy", data[:9]), *rest, "-o", "o.npy")
+    os.mkdir("folder")
+    wrong(FILE, ["folder", "directory"], "run", "folder", *rest, "-o", "o.npy")
+    wrong(FILE, ["q.npy"], "run", "q.npy", "-o", "o.npy")  # one file that is no .safetensors
+    wrong(FILE, "empty.npy", "run", "empty.npy", "-o", "o.npy")
+    st = open(save_safetensors("x.safetensors", q=("F32", q), k=("F32", k)), "rb").read()
+    wrong(FILE, ["x.safetensors", "v"], "run", "x.safetensors", "-o", "o.npy")
+    wrong(FILE, "cut.safetensors", "run", bad("cut.safetensors", st[:-3]), "-o", "o.npy")
+    wrong(FILE, "cut.safetensors", "run", bad("cut.safetensors", st[:20]), "-o", "o.npy")
+    wrong(FILE, ["s.safetensors", "(2, 4, 300, 24)", "(2, 2, 333, 20)"], "run",
+          save_safetensors("s.safetensors", q=("F32", q), k=("F32", v), v=("F32", v)))
+
+    shapes = [  # q, k, v, and what has to be said
+        ((2, 4, 9, 8), (2, 3, 9, 8), (2, 3, 9, 8), "multiple"),
+        ((2, 4, 9, 8), (3, 4, 9, 8), (3, 4, 9, 8), "batch"),
+        ((2, 4, 9, 8), (2, 4, 9, 6), (2, 4, 9, 6), "channels"),
+        ((2, 4, 9, 8), (4, 9, 8), (4, 9, 8), "axes")]
+    for a, b, c, word in shapes:
+        names = [save(f"{n}.npy", np.zeros(s, np.float32)) for n, s in zip("qkv", (a, b, c))]
+        wrong(FILE, ["q.npy", "k.npy", str(a), str(b), word], "run", *names, "-o", "o.npy")
+    for a, b in ((2, 4, 9, 8), (2, 4, 8, 8)), ((2, 4, 9, 8), (2, 2, 9, 8)):
+        names = [save(f"{n}.npy", np.zeros(s, np.float32)) for n, s in zip("qkv", (a, a, b))]
+        wrong(FILE, ["k.npy", "v.npy", str(a), str(b)], "run", *names, "-o", "o.npy")
+    for shape, word in ((8,), "[N,D]"), ((1, 1, 1, 8, 8), "[N,D]"), ((8, 257), "256"), ((8, 0), "channel"), \
+                       ((0, 8, 8), "head"), ((), "[N,D]"):
+        x = save("x.npy", np.zeros(shape, np.float32))
+        wrong(FILE, ["x.npy", word], "run", x, x, x, "-o", "o.npy")
+    x = save("x.npy", np.zeros((8, 8), np.int32))
+    wrong(FILE, ["x.npy", "i32"], "run", x, x, x, "-o", "o.npy")
+    x = save("x.npy", np.zeros((8, 8), np.complex64))
+    wrong(FILE, ["x.npy"], "run", x, x, x, "-o", "o.npy")
+
+    files()
+    for shape, type_ in ((B, HQ, 3, 5), np.uint8), ((HQ, 3, 6), bool), ((B, HK, 3, 6), bool), \
+                        ((B, HQ, 3, 6), np.float32):
+        save("m.npy", np.ones(shape, type_))
+        wrong(FILE, ["m.npy", f"{(B, HQ, 3, 6)}"], "run", *qkv, "--mask", "m.npy", "-o", "o.npy")
+    wrong(FILE, "nowhere.npy", "run", *qkv, "--mask", "nowhere.npy", "-o", "o.npy")
+    built = fine("info", "--json")["backends"]
+    for name, x in built.items():
+        if not x["available"]:
+            wrong(UNSUPPORTED, [name, "info"], "run", *qkv, "--backend", name, "-o", "o.npy",
+                  "--dump", "d")
+
+
+def test_writing():
+    qkv = files()[3]
+    outputs = ["-o", "o.npy", "--mask-out", "m.npy", "--lse-out", "l.npy", "--dump", "d"]
+    wrong(FILE, "nowhere", "run", *qkv, "-o", "nowhere/o.npy", "--dump", "d")
+    wrong(FILE, "folder", "run", *qkv, "-o", "o.npy", "--dump", "nowhere/folder")
+    wrong(FILE, "q.npy", "run", *qkv, "-o", "o.npy", "--dump", "q.npy")
+    os.mkdir("folder")
+    wrong(FILE, ["folder", "directory"], "run", *qkv, "-o", "folder", "--mask-out", "m.npy")
+    wrong(FILE, "No space left", "run", *qkv, "-o", "/dev/full", "--mask-out", "m.npy", "--dump", "d")
+    for limit in 1000, 100000:  # bytes of a file: as a full disk would be
+        small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        wrong(FILE, "too large", "run", *qkv, *outputs, preexec_fn=small)
+    with open("/dev/full", "w") as full:
+        for args in (["run", *qkv, *outputs], ["info"], ["info", "--json"], ["--help"], ["--version"],
+                     ["run", "--help"], ["diff", "q.npy", "q.npy"], ["order", 1, 2, 3, "-o", "i.npy"]):
+            wrong(FILE, ["standard output", "No space left"], *args, stdout=full)
+    wrong(FILE, "standard output", "run", *qkv, *outputs, preexec_fn=lambda: os.close(1))
+    for args in ["run", *qkv, *outputs], ["info"]:
+        read, write = os.pipe()
+        os.close(read)
+        wrong(FILE, "standard output", *args, stdout=write, preexec_fn=lambda: signal.signal(
+            signal.SIGPIPE, signal.SIG_DFL))
+        os.close(write)
+    code, _, _ = sparge("run", *qkv, "-o", "o.npy", preexec_fn=lambda: os.close(2))
+    check(code == FINE and os.path.exists("o.npy"), "stderr closed")
+    code, _, _ = sparge("run", *qkv, "-o", "o2.npy", preexec_fn=lambda: (os.close(0), os.close(2)))
+    check(code == FINE and np.load("o2.npy").shape == (B, HQ, NQ, DV), "stdin and stderr closed")
+    check(not [n for n in listing() if "tmp" in n], "no temporary file", listing())
+    before = open("o.npy", "rb").read()
+    code, _, _ = sparge("run", *qkv, "-o", "o.npy", "--tau", 0, "--dump", "nowhere/d")
+    check(code == FILE and open("o.npy", "rb").read() == before, "an old output stays when a run fails")
+    fine("run", *qkv, *outputs)
+    check(len(os.listdir("d")) == 18 and os.path.exists("l.npy"), "all of them")
+
+
+def test_memory():
+    limit = 150 << 20
+    little = lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if sparge("info", preexec_fn=little)[0] != FINE:
+        print("skipped: out of memory (a sanitizer takes more)")
+        return
+    big = save("big.npy", np.zeros((1, 3 << 17, 64), np.float32))
+    for args in (["run", big, big, big, "-o", "o.npy"], ["diff", big, big],
+                 ["order", 1, 1 << 15, 1 << 15, "-o", "i.npy"]):
+        wrong(MACHINE, "memory", *args, preexec_fn=little)
+
+
+def test_signals_and_progress():
+    """A picture that takes some seconds: watched on a terminal, and then interrupted."""
+    x = save("x.npy", random(1, 8, 4096, 32))
+    terminal, other = os.openpty()
+    started = time.monotonic()
+    child = subprocess.Popen([PROGRAM, "map", x, x, "-o", "map.png"], stderr=other,
+                             stdout=subprocess.PIPE)
+    os.close(other)
+    seen = b""
+    try:
+        while b"s left" not in seen:
+            seen += os.read(terminal, 4096)
+    except OSError:
+        pass
+    after = time.monotonic() - started
+    check(b" %, " in seen and b"s left" in seen, "progress on a terminal", seen[:100])
+    check(after > 1.9, "not in the first two seconds", after)
+    child.send_signal(signal.SIGINT)
+    child.wait()
+    os.close(terminal)
+    check(child.returncode == -signal.SIGINT, "ends by the signal", child.returncode)
+    check(listing() == ["./x.npy"], "interrupted: no file left", listing())
+
+
+def test_locale():
+    """A comma for a point must not come from the user's locale."""
+    qkv = files()[3]
+    x = fine("run", *qkv, "--tau", "0.5", env={**os.environ, "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE"})
+    check(isinstance(x.get("sparsity"), float), "numbers have a point", x)
+
+
+# The cache of fontconfig is never freed, which a build with AddressSanitizer would complain of.
+suppressions = tempfile.NamedTemporaryFile("w", suffix=".supp")
+suppressions.write("leak:libfontconfig\n")
+suppressions.flush()
+os.environ["LSAN_OPTIONS"] = f"suppressions={suppressions.name}:print_suppressions=0"
+
+for name, test in list(globals().items()):
+    if name.startswith("test_") and (len(sys.argv) < 3 or name in sys.argv[2:]):
+        here, folder = os.getcwd(), tempfile.mkdtemp(prefix="sparge-program-")
+        os.chdir(folder)
+        try:
+            test()
+        except Exception:
+            check(False, name, traceback.format_exc())
+        finally:
+            os.chdir(here)
+            shutil.rmtree(folder)
+print(f"{passed} passed, {failed} failed")
+sys.exit(failed > 0)

@@ -1,0 +1,158 @@
+/* dump.c: what the stages are called, how large they are, and their files. */
+#include "tools/dump.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "tools/npy.h"
+
+#define TRACE(field) offsetof(sparge_trace, field)
+
+const stage stages[STAGES] = {
+    [STAGE_BLOCKS] = {"blocks", "2", ARRAY_I64, ALWAYS, 0}, /* block_q, block_k */
+    {"mean_k", "bgd", ARRAY_F32, SMOOTHED, TRACE(mean_k)},
+    {"pool_k", "bgjd", ARRAY_F32, PREDICTED, TRACE(pool_k)},
+    {"sim_k", "bgj", ARRAY_F32, PREDICTED, TRACE(sim_k)},
+    {"pool_q", "bhid", ARRAY_F32, PREDICTED, TRACE(pool_q)},
+    {"sim_q", "bhi", ARRAY_F32, PREDICTED, TRACE(sim_q)},
+    {"s", "bhij", ARRAY_F32, PREDICTED, TRACE(s)},
+    [STAGE_MASK] = {"mask", "bhij", ARRAY_U8, ALWAYS, 0},
+    {"steps_q", "bhi", ARRAY_F32, QK_CODES, TRACE(steps_q)},
+    {"codes_q", "bhqd", ARRAY_I16, QK_CODES, TRACE(codes_q)},
+    {"steps_k", "bgj", ARRAY_F32, QK_CODES, TRACE(steps_k)},
+    {"codes_k", "bgkd", ARRAY_I16, QK_CODES, TRACE(codes_k)},
+    {"steps_v", "bgjv", ARRAY_F32, PV_CODES, TRACE(steps_v)},
+    {"codes_v", "bgkv", ARRAY_I16, PV_CODES, TRACE(codes_v)},
+    {"pv_done", "bhij", ARRAY_F32, ALWAYS, TRACE(pv_done)},
+    {"m", "bhq", ARRAY_F32, ALWAYS, TRACE(m)},
+    {"l", "bhq", ARRAY_F32, ALWAYS, TRACE(l)},
+    [STAGE_O] = {"o", "bhqv", ARRAY_F32, ALWAYS, 0},
+};
+
+static int64_t blocks(int64_t tokens, int64_t block)
+{
+    return tokens / block + (tokens % block > 0);
+}
+
+static int64_t axis_size(char axis, const sparge_problem *p, const sparge_options *o)
+{
+    switch (axis) {
+    case 'b': return p->batch;
+    case 'h': return p->heads;
+    case 'g': return p->kv_heads;
+    case 'q': return p->q_len;
+    case 'k': return p->k_len;
+    case 'i': return blocks(p->q_len, o->block_q);
+    case 'j': return blocks(p->k_len, o->block_k);
+    case 'd': return p->dim;
+    case 'v': return p->dim_v;
+    default: return 2;
+    }
+}
+
+bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, const sparge_options *o,
+                array *out, file_error *error)
+{
+    int64_t shape[ARRAY_MAX_RANK];
+    const int rank = (int)strlen(axes);
+    for (int d = 0; d < rank; d++)
+        shape[d] = axis_size(axes[d], p, o);
+    return array_alloc(type, rank, shape, out, error);
+}
+
+bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
+               file_error *error)
+{
+    const bool there[] = {
+        [ALWAYS] = true, [PREDICTED] = predicts, [SMOOTHED] = o->smooth_k,
+        [QK_CODES] = o->qk != SPARGE_FLOAT, [PV_CODES] = o->pv != SPARGE_FLOAT,
+    };
+    for (int n = 0; n < STAGES; n++) {
+        if (!there[stages[n].when] || n == STAGE_MASK || n == STAGE_O)
+            continue;
+        if (!dump_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
+            return false;
+        if (n != STAGE_BLOCKS)
+            memcpy((char *)&d->trace + stages[n].field, &d->array[n].data, sizeof(void *));
+    }
+    memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
+    return true;
+}
+
+void dump_path(const char *folder, int n, char path[PATH_MAX])
+{
+    snprintf(path, PATH_MAX, "%s/%s.npy", folder, stages[n].name);
+}
+
+exit_code dump_open(dump *d, const char *folder, file_error *error)
+{
+    d->folder = folder;
+    d->made = mkdir(folder, 0777) == 0;
+    if (!d->made && errno != EEXIST) {
+        file_error_set(error, folder, "cannot create this folder: %s; choose another",
+                       strerror(errno));
+        return EXIT_FILE;
+    }
+    for (int n = 0; n < STAGES; n++) {
+        char path[PATH_MAX];
+        dump_path(folder, n, path);
+        const bool wanted = d->array[n].data || n == STAGE_MASK || n == STAGE_O;
+        if (wanted && !(d->file[n] = output_open(path, error)))
+            return EXIT_FILE;
+    }
+    return EXIT_FINE;
+}
+
+bool dump_write(const dump *d, file_error *error)
+{
+    for (int n = 0; n < STAGES; n++)
+        if (d->file[n] &&
+            !npy_write(output_stream(d->file[n]), stages[n].name, &d->array[n], error))
+            return false;
+    return true;
+}
+
+void dump_tidy(const dump *d)
+{
+    for (int n = 0; n < STAGES && d->folder; n++) {
+        char path[PATH_MAX];
+        dump_path(d->folder, n, path);
+        if (!d->file[n])
+            unlink(path);
+    }
+}
+
+void dump_free(dump *d)
+{
+    for (int n = 0; n < STAGES; n++)
+        array_free(&d->array[n]);
+    if (d->made)
+        rmdir(d->folder);
+}
+
+bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)
+{
+    const int64_t next = (i + 1) * o->block_q;
+    int64_t last = (next < p->q_len ? next : p->q_len) - 1; /* row: the one that sees most */
+    if (o->causal == SPARGE_CAUSAL_END)
+        last += p->k_len - p->q_len;
+    return o->causal == SPARGE_CAUSAL_NONE || j * o->block_k <= last;
+}
+
+bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
+                array *out, file_error *error)
+{
+    if (!dump_alloc("bhij", ARRAY_U8, p, o, out, error))
+        return false;
+    uint8_t *keep = out->data;
+    for (int64_t b = 0; b < out->shape[0]; b++)
+        for (int64_t h = 0; h < out->shape[1]; h++)
+            for (int64_t i = 0; i < out->shape[2]; i++)
+                for (int64_t j = 0; j < out->shape[3]; j++)
+                    *keep++ = block_visible(p, o, i, j) &&
+                              (!mask || sparge_mask_get(mask, b, h, i, j));
+    return true;
+}

@@ -1,0 +1,58 @@
+/* dump.h: every stage of the algorithm as an array: a folder of .npy files. */
+#ifndef SPARGE_TOOLS_DUMP_H
+#define SPARGE_TOOLS_DUMP_H
+
+#include <limits.h>
+
+#include "tools/output.h"
+#include "tools/program.h"
+
+/* When a stage is there to be seen. */
+typedef enum stage_when { ALWAYS, PREDICTED, SMOOTHED, QK_CODES, PV_CODES } stage_when;
+
+typedef struct stage {
+    const char *name; /* of its file too, with .npy */
+    /* A letter an axis: b batch, h head, g key head, q query, k key, i query block, j key block,
+     * d channel of q and k, v channel of v, 2: two numbers. */
+    const char *axes;
+    array_type type;
+    stage_when when;
+    size_t field; /* of sparge_trace; 0 also for what is not in it */
+} stage;
+
+/* In the order of the algorithm. */
+enum { STAGE_BLOCKS, STAGE_MASK = 7, STAGE_O = 17, STAGES };
+extern const stage stages[STAGES];
+
+typedef struct dump {
+    array array[STAGES]; /* empty where there is nothing to see */
+    sparge_trace trace;  /* points into them */
+    output_file *file[STAGES];
+    const char *folder;
+    bool made; /* the folder is ours */
+} dump;
+
+/* The shape of one array of axes such as "bhij". */
+bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, const sparge_options *o,
+                array *out, file_error *error);
+/* The arrays of a run that predicts its mask, or does not: all but the mask and o, which every run
+ * has, with the block sizes filled in. */
+bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
+               file_error *error);
+/* The file of stage n. */
+void dump_path(const char *folder, int n, char path[PATH_MAX]);
+/* Makes the folder, and opens a file in it for each array, for the mask and for o. */
+exit_code dump_open(dump *d, const char *folder, file_error *error);
+bool dump_write(const dump *d, file_error *error);
+/* After outputs_commit: removes what an earlier dump left there of stages that this one lacks. */
+void dump_tidy(const dump *d);
+/* After outputs_discard or outputs_commit: a folder made here goes away again where it is empty. */
+void dump_free(dump *d);
+
+/* May some row of query block i see a key of block j? */
+bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
+/* uint8 [batch][heads][q_blocks][k_blocks]: 1 for the visible blocks of a mask; NULL: of all. */
+bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
+                array *out, file_error *error);
+
+#endif

@@ -1,0 +1,219 @@
+/* inputs.c: reads q, k, v and masks, and says what does not fit. */
+#include "tools/inputs.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "tools/npy.h"
+#include "tools/safetensors.h"
+
+static const char *const names[] = {"q", "k", "v"};
+
+/* The readers say in words what went wrong, and malloc in errno whether it was memory. */
+static exit_code read_npy(const char *path, array *out, file_error *error)
+{
+    errno = 0;
+    return npy_read(path, out, error) ? EXIT_FINE : errno == ENOMEM ? EXIT_MACHINE : EXIT_FILE;
+}
+
+static exit_code read_tensors(const attention_args *args, int count, inputs *out, file_error *error)
+{
+    if (args->files == 1) {
+        errno = 0;
+        return safetensors_read(args->file[0], names, count, out->tensor, error) ? EXIT_FINE
+             : errno == ENOMEM                                                   ? EXIT_MACHINE
+                                                                                 : EXIT_FILE;
+    }
+    for (int n = 0; n < args->files; n++) {
+        const exit_code code = read_npy(args->file[n], &out->tensor[n], error);
+        if (code)
+            return code;
+    }
+    return EXIT_FINE;
+}
+
+/* ---- What has to fit ---- */
+
+/* [batch, heads, tokens, channels] of a tensor of rank 2 to 4. */
+static void axes_of(const array *x, bool nhd, int64_t axis[4])
+{
+    axis[0] = x->rank == 4 ? x->shape[0] : 1;
+    axis[1] = x->rank == 2 ? 1 : x->shape[x->rank - (nhd ? 2 : 3)];
+    axis[2] = x->shape[x->rank - (nhd && x->rank > 2 ? 3 : 2)];
+    axis[3] = x->shape[x->rank - 1];
+}
+
+static exit_code unfit(const attention_args *args, const array *x, int n, int than, const char *why,
+                       file_error *error)
+{
+    char one[ARRAY_SHAPE_TEXT], other[ARRAY_SHAPE_TEXT] = "";
+    array_shape_string(x[n].rank, x[n].shape, one);
+    array_shape_string(x[than].rank, x[than].shape, other);
+    const char *const file = args->file[args->files == 1 ? 0 : n];
+    if (n == than)
+        file_error_set(error, file, "%s is %s %s, %s", names[n], array_type_string(x[n].type), one,
+                       why);
+    else
+        file_error_set(error, file, "%s is %s and %s in %.120s is %s: %s", names[n], one,
+                       names[than], args->file[args->files == 1 ? 0 : than], other, why);
+    return EXIT_FILE;
+}
+
+static exit_code check(const attention_args *args, const array *x, int count, int64_t axis[3][4],
+                       file_error *error)
+{
+    const int64_t *const q = axis[0], *const k = axis[1], *const v = axis[2];
+    for (int n = 0; n < count; n++) {
+        if (x[n].type > ARRAY_F64)
+            return unfit(args, x, n, n, "it must be of floats; convert it to f4", error);
+        if (x[n].rank < 2 || x[n].rank > 4)
+            return unfit(args, x, n, n, "it must be [N,D], [H,N,D] or [B,H,N,D]; reshape", error);
+        axes_of(&x[n], args->nhd, axis[n]);
+        if (axis[n][1] < 1 || axis[n][3] < 1)
+            return unfit(args, x, n, n, "it needs a head and a channel at least", error);
+        if (n < 2 && axis[n][3] > SPARGE_MAX_DIM)
+            return unfit(args, x, n, n, "it may have 256 channels at most", error);
+        if (x[n].rank != x[0].rank)
+            return unfit(args, x, 0, n, "they must have as many axes; reshape one", error);
+        if (axis[n][0] != q[0])
+            return unfit(args, x, 0, n, "they must have the same batch", error);
+        if (q[1] % axis[n][1] != 0)
+            return unfit(args, x, 0, n, "the heads of q must be a multiple of those of k and v; "
+                         "is --layout right?", error);
+    }
+    if (k[3] != q[3])
+        return unfit(args, x, 0, 1, "they must have as many channels", error);
+    if (count > 2 && (v[1] != k[1] || v[2] != k[2]))
+        return unfit(args, x, 1, 2, "they must have the same heads and tokens", error);
+    return EXIT_FINE;
+}
+
+/* ---- Q, K, V ---- */
+
+static sparge_in view_of(const array *x, const int64_t axis[4], bool nhd)
+{
+    const int64_t heads = axis[1], tokens = axis[2], channels = axis[3];
+    return (sparge_in){
+        .data = x->data,
+        .dtype = x->type == ARRAY_F16    ? SPARGE_F16
+                 : x->type == ARRAY_BF16 ? SPARGE_BF16
+                                         : SPARGE_F32,
+        .batch = heads * tokens * channels,
+        .head = nhd ? channels : tokens * channels,
+        .token = nhd ? heads * channels : channels,
+    };
+}
+
+exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, file_error *error)
+{
+    *out = (inputs){0};
+    const int count = args->files > 1 ? args->files : needs_v ? 3 : 2;
+    array *const x = out->tensor;
+    int64_t axis[3][4] = {{0}};
+    if (args->options.backend == SPARGE_CUDA && sparge_backend_available(SPARGE_CUDA)) {
+        file_error_set(error, NULL, "--backend cuda wants device memory, which this program does "
+                       "not fill; choose another");
+        return EXIT_UNSUPPORTED;
+    }
+    exit_code code = read_tensors(args, count, out, error);
+    if (!code)
+        code = check(args, x, count, axis, error);
+    out->type = x[0].type;
+    for (int n = 0; n < count && !code; n++)
+        if (x[n].type == ARRAY_F64 && !array_to_f32(&x[n], error))
+            code = EXIT_MACHINE;
+    if (code) {
+        inputs_free(out);
+        return code;
+    }
+    const int64_t *const q = axis[0], *const k = axis[1], *const v = axis[2];
+    out->rank = x[0].rank;
+    out->nhd = args->nhd;
+    out->problem = (sparge_problem){
+        .batch = q[0], .heads = q[1], .kv_heads = k[1], .q_len = q[2], .k_len = k[2], .dim = q[3],
+        .dim_v = v[3], .q = view_of(&x[0], q, args->nhd), .k = view_of(&x[1], k, args->nhd),
+        .v = view_of(&x[2], v, args->nhd),
+    };
+    return EXIT_FINE;
+}
+
+void inputs_free(inputs *in)
+{
+    for (int n = 0; n < 3; n++)
+        array_free(&in->tensor[n]);
+}
+
+/* ---- Beside them ---- */
+
+exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *options,
+                      sparge_mask *out, file_error *error)
+{
+    sparge_error why;
+    array x = {0};
+    const sparge_status status = sparge_mask_alloc(out, &in->problem, options, &why);
+    exit_code code = library_result(status, &why, error);
+    if (!code)
+        code = read_npy(path, &x, error);
+    if (code)
+        goto done;
+    const int64_t shape[] = {out->batch, out->heads, out->q_blocks, out->k_blocks};
+    if ((x.type != ARRAY_U8 && x.type != ARRAY_BOOL) || x.rank != 4 ||
+        memcmp(x.shape, shape, sizeof shape) != 0) {
+        char is[ARRAY_SHAPE_TEXT], must[ARRAY_SHAPE_TEXT];
+        array_shape_string(x.rank, x.shape, is);
+        array_shape_string(4, shape, must);
+        file_error_set(error, path, "the mask is %s %s, it must be u8 or bool %s: batch, heads, "
+                       "blocks of %" PRId64 " queries, blocks of %" PRId64 " keys",
+                       array_type_string(x.type), is, must, options->block_q, options->block_k);
+        code = EXIT_FILE;
+        goto done;
+    }
+    const uint8_t *keep = x.data;
+    for (int64_t b = 0; b < out->batch; b++)
+        for (int64_t h = 0; h < out->heads; h++)
+            for (int64_t i = 0; i < out->q_blocks; i++)
+                for (int64_t j = 0; j < out->k_blocks; j++)
+                    sparge_mask_set(out, b, h, i, j, *keep++ != 0);
+done:
+    array_free(&x);
+    return code;
+}
+
+exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error)
+{
+    const sparge_problem *const p = &in->problem;
+    const int64_t full[] = {p->batch, in->nhd ? p->q_len : p->heads, in->nhd ? p->heads : p->q_len,
+                            p->dim_v};
+    const int64_t plain[] = {p->q_len, p->dim_v};
+    const array_type type = in->type == ARRAY_F64 ? ARRAY_F64 : o->type;
+    if (!array_alloc(type, in->rank, in->rank == 2 ? plain : full + 4 - in->rank, out, error))
+        return EXIT_MACHINE;
+    const size_t row = (size_t)p->dim_v * array_type_size(o->type);
+    int64_t from = 0; /* rows */
+    for (int64_t b = 0; b < p->batch; b++)
+        for (int64_t h = 0; h < p->heads; h++)
+            for (int64_t t = 0; t < p->q_len; t++, from++) {
+                const int64_t to = in->nhd ? (b * p->q_len + t) * p->heads + h : from;
+                if (type == o->type)
+                    memcpy((char *)out->data + (size_t)to * row,
+                           (const char *)o->data + (size_t)from * row, row);
+                for (int64_t c = 0; type != o->type && c < p->dim_v; c++)
+                    ((double *)out->data)[to * p->dim_v + c] =
+                        ((const float *)o->data)[from * p->dim_v + c];
+            }
+    return EXIT_FINE;
+}
+
+exit_code inputs_spare(const char *output, const char *const *input, int n, file_error *error)
+{
+    struct stat to, from;
+    for (int i = 0; output && i < n && stat(output, &to) == 0; i++)
+        if (input[i] && stat(input[i], &from) == 0 && from.st_dev == to.st_dev &&
+            from.st_ino == to.st_ino && S_ISREG(to.st_mode)) {
+            file_error_set(error, output, "is an input; choose another name");
+            return EXIT_USAGE;
+        }
+    return EXIT_FINE;
+}

@@ -1,0 +1,29 @@
+/* inputs.h: files of q, k, v and of a mask as the library takes them, and o as the user gave q. */
+#ifndef SPARGE_TOOLS_INPUTS_H
+#define SPARGE_TOOLS_INPUTS_H
+
+#include "tools/options.h"
+
+typedef struct inputs {
+    array tensor[3];        /* q, k, v; what was not wanted is empty */
+    sparge_problem problem; /* views of them */
+    array_type type;        /* of q in its file */
+    int rank;               /* of all of them */
+    bool nhd;
+} inputs;
+
+/* Reads q and k, and v too where it is needed or has a file of its own. */
+exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, file_error *error);
+void inputs_free(inputs *in);
+
+/* A mask of uint8 or bool, [batch][heads][q_blocks][k_blocks]. */
+exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *options,
+                      sparge_mask *out, file_error *error);
+
+/* o [batch][heads][q_len][dim_v], in f16 or f32, in the type and with the axes of q. */
+exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error);
+
+/* Refuses an output that would replace one of n inputs; NULL is not a file. */
+exit_code inputs_spare(const char *output, const char *const *input, int n, file_error *error);
+
+#endif

@@ -1,0 +1,253 @@
+/* map.c: sparge map: the attention of every head, averaged over blocks, beside its mask. Fig 2. */
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tools/dump.h"
+#include "tools/inputs.h"
+#include "tools/npy.h"
+#include "tools/picture.h"
+#include "tools/progress.h"
+
+enum { MAP_OUT = 512 };
+
+static const struct argp_option map_options[] = {
+    {"map-out", MAP_OUT, "M.npy", 0, "write its numbers too, float64 [B,H,q blocks,k blocks]", 4},
+    {0},
+};
+
+typedef struct map_args {
+    options_base base;
+    attention_args attention;
+    const char *numbers;
+} map_args;
+
+static error_t map_parser(int key, char *text, struct argp_state *state)
+{
+    map_args *const a = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case MAP_OUT: a->numbers = text; return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp shared = {.options = attention_options, .parser = attention_parser};
+static const struct argp_child map_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp map_argp = {
+    .options = map_options,
+    .parser = map_parser,
+    .children = map_children,
+    .args_doc = "-o MAP.png Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors",
+    .doc = "A picture of the attention between blocks and of the mask that is predicted for it; "
+           "with V and --lambda also of what lambda drops.",
+};
+
+typedef struct map {
+    map_args args;
+    sparge_options options;
+    inputs in;
+    sparge_mask mask;
+    sparge_counts *counts;     /* [heads] */
+    array mass, keep, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, f32 */
+    array o;
+    char (*titles)[HEAD_TITLE];
+    char title[160], subtitle[160];
+    picture picture;
+} map;
+
+/* ---- The steps, in their order ---- */
+
+static exit_code read_files(map *m, file_error *error)
+{
+    const attention_args *const a = &m->args.attention;
+    const float plain = sparge_options_default(m->options.rules).knobs.lambda;
+    const bool asks_lambda = m->options.knobs.lambda != plain;
+    if (!a->files || !a->output) {
+        file_error_set(error, NULL, "map needs %s; see 'sparge map --help'",
+                       a->files ? "-o, the name of the picture" : "the files of q and k");
+        return EXIT_USAGE;
+    }
+    if (a->files == 2 && asks_lambda) {
+        file_error_set(error, NULL, "--lambda needs the file of v too, to show what it drops");
+        return EXIT_USAGE;
+    }
+    exit_code code = inputs_spare(a->output, a->file, 3, error);
+    if (!code)
+        code = inputs_spare(m->args.numbers, a->file, 3, error);
+    return code ? code : inputs_read(a, asks_lambda, &m->in, error);
+}
+
+/* The picture before there is anything on it: does it fit? */
+static exit_code plan(map *m, file_error *error)
+{
+    const sparge_problem *const p = &m->in.problem;
+    const sparge_options *const o = &m->options;
+    sparge_error why;
+    const exit_code code =
+        library_result(sparge_mask_alloc(&m->mask, p, o, &why), &why, error);
+    if (code)
+        return code;
+    m->picture = (picture){
+        .heads = p->batch * p->heads, .rows = m->mask.q_blocks, .columns = m->mask.k_blocks,
+        .block_q = o->block_q, .block_k = o->block_k,
+        .lambda = p->v.data && isfinite(o->knobs.lambda),
+    };
+    int64_t width, height;
+    if (picture_size(&m->picture, &width, &height))
+        return EXIT_FINE;
+    file_error_set(error, m->args.attention.output, "%lld heads of %lld x %lld blocks are larger "
+                   "than a picture of %d x %d; take larger --block-q and --block-k, or fewer heads",
+                   (long long)m->picture.heads, (long long)m->mask.q_blocks,
+                   (long long)m->mask.k_blocks, PICTURE_MAX, PICTURE_MAX);
+    return EXIT_USAGE;
+}
+
+static exit_code compute(map *m, file_error *error)
+{
+    const sparge_problem *const p = &m->in.problem;
+    sparge_options *const o = &m->options;
+    const bool attends = m->picture.lambda;
+    sparge_error why;
+    m->counts = calloc((size_t)m->picture.heads + 1, sizeof *m->counts);
+    m->titles = calloc((size_t)m->picture.heads + 1, sizeof *m->titles);
+    if (!m->counts || !m->titles || !dump_alloc("bhij", ARRAY_F64, p, o, &m->mass, error) ||
+        !dump_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
+        (attends && !dump_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
+        return EXIT_MACHINE;
+    sparge_status status = sparge_predict(p, o, &m->mask, NULL, &why);
+    progress watch = progress_begin("lambda");
+    o->progress = progress_tick;
+    o->user = &watch;
+    if (!status && attends) {
+        const sparge_trace trace = {.pv_done = m->pv_done.data};
+        sparge_result result = {
+            .o = {m->o.data, SPARGE_F32, p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v,
+                  p->dim_v},
+            .trace = &trace,
+            .head_counts = m->counts,
+        };
+        status = sparge_attend(p, o, &m->mask, &result, &why);
+        progress_end(&watch);
+    }
+    watch = progress_begin("attention map");
+    if (!status)
+        status = sparge_oracle(p, o, NULL, SPARGE_ORACLE_REAL, NULL, NULL, m->mass.data, &why);
+    progress_end(&watch);
+    if (status)
+        return library_result(status, &why, error);
+    return mask_array(&m->mask, p, o, &m->keep, error) ? EXIT_FINE : EXIT_MACHINE;
+}
+
+/* Of each block what is drawn, of each head its title. */
+static exit_code describe(map *m, file_error *error)
+{
+    (void)error;
+    const sparge_problem *const p = &m->in.problem;
+    const sparge_options *const o = &m->options;
+    const int64_t blocks = m->picture.rows * m->picture.columns;
+    double sum = 0.0;
+    for (int64_t n = 0; n < m->picture.heads; n++) {
+        sparge_counts *const c = &m->counts[n];
+        double kept = 0.0, all = 0.0;
+        for (int64_t at = n * blocks; at < (n + 1) * blocks; at++) {
+            const int64_t i = at / m->picture.columns % m->picture.rows;
+            const int64_t j = at % m->picture.columns;
+            const bool seen = block_visible(p, o, i, j), keep = ((uint8_t *)m->keep.data)[at];
+            float *const done = (float *)m->pv_done.data + at;
+            if (!m->picture.lambda) {
+                *done = 1.0f;
+                c->pairs += seen;
+                c->qk_done += keep;
+                c->pv_done += keep;
+            }
+            if (!keep)
+                *done = seen ? PICTURE_SKIPPED : PICTURE_UNSEEN;
+            all += ((double *)m->mass.data)[at];
+            kept += keep ? ((double *)m->mass.data)[at] : 0.0;
+        }
+        sum += sparge_sparsity(c);
+        char batch[32] = "";
+        if (p->batch > 1)
+            snprintf(batch, sizeof batch, "batch %lld, ", (long long)(n / p->heads));
+        snprintf(m->titles[n], HEAD_TITLE,
+                 "%shead %lld: sparsity %.3f, keeps %.1f %% of the attention", batch,
+                 (long long)(n % p->heads), sparge_sparsity(c),
+                 all > 0.0 ? 100.0 * kept / all : 100.0);
+    }
+    snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
+             (long long)p->k_len, m->picture.heads ? sum / (double)m->picture.heads : 0.0);
+    static const char *const causal[] = {"", "causal, ", "causal from the start, "};
+    char tau[32] = "", topk[32] = "", lambda[32] = "";
+    if (o->knobs.tau != SPARGE_OFF)
+        snprintf(tau, sizeof tau, ", τ %g", (double)o->knobs.tau);
+    if (o->knobs.topk != SPARGE_OFF)
+        snprintf(topk, sizeof topk, ", topk %g", (double)o->knobs.topk);
+    if (m->picture.lambda)
+        snprintf(lambda, sizeof lambda, ", λ %g", (double)o->knobs.lambda);
+    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, θ %g%s%s%s",
+             causal[o->causal], (long long)o->block_q, (long long)o->block_k,
+             (double)o->knobs.theta, tau, topk, lambda);
+    m->picture.mass = m->mass.data;
+    m->picture.done = m->pv_done.data;
+    m->picture.title = m->title;
+    m->picture.subtitle = m->subtitle;
+    m->picture.head_title = (const char (*)[HEAD_TITLE])m->titles;
+    return EXIT_FINE;
+}
+
+typedef struct sink {
+    FILE *stream;
+    int reason; /* why it failed: errno */
+} sink;
+
+static cairo_status_t write_bytes(void *to, const unsigned char *bytes, unsigned count)
+{
+    sink *const s = to;
+    if (fwrite(bytes, 1, count, s->stream) == count)
+        return CAIRO_STATUS_SUCCESS;
+    s->reason = errno;
+    return CAIRO_STATUS_WRITE_ERROR;
+}
+
+static exit_code write_files(map *m, file_error *error)
+{
+    output_file *const numbers = m->args.numbers ? output_open(m->args.numbers, error) : NULL;
+    if (m->args.numbers &&
+        (!numbers || !npy_write(output_stream(numbers), m->args.numbers, &m->mass, error)))
+        return EXIT_FILE;
+    output_file *const file = output_open(m->args.attention.output, error);
+    if (!file)
+        return EXIT_FILE;
+    sink to = {output_stream(file), 0};
+    cairo_surface_t *const surface = picture_draw(&m->picture);
+    const cairo_status_t status = cairo_surface_write_to_png_stream(surface, write_bytes, &to);
+    cairo_surface_destroy(surface);
+    if (status == CAIRO_STATUS_SUCCESS)
+        return outputs_commit(error) ? EXIT_FINE : EXIT_FILE;
+    file_error_set(error, m->args.attention.output, "cannot write: %s; choose another place",
+                   to.reason ? strerror(to.reason) : cairo_status_to_string(status));
+    return to.reason ? EXIT_FILE : EXIT_MACHINE;
+}
+
+exit_code map_command(int argc, char **argv, file_error *error)
+{
+    static exit_code (*const steps[])(map *, file_error *) = {
+        read_files, plan, compute, describe, write_files,
+    };
+    map m = {.args = {.base = {error}}};
+    exit_code code = attention_parse(&map_argp, argc, argv, &m.args.base, &m.args.attention);
+    m.options = m.args.attention.options;
+    for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
+        code = steps[n](&m, error);
+    free(m.counts);
+    free(m.titles);
+    array_free(&m.mass);
+    array_free(&m.keep);
+    array_free(&m.pv_done);
+    array_free(&m.o);
+    sparge_mask_free(&m.mask);
+    inputs_free(&m.in);
+    return code;
+}

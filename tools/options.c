@@ -1,0 +1,299 @@
+/* options.c: command lines by argp, and the options that run and map share. */
+#include "tools/options.h"
+
+#include <errno.h>
+#include <float.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- What is wrong, in one line ---------------------------------------------------------- */
+
+error_t options_wrong(struct argp_state *state, const char *format, ...)
+{
+    char text[256];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(text, sizeof text, format, values);
+    va_end(values);
+    const options_base *const base = state->input;
+    file_error_set(base->error, NULL, "%s; see '%s --help'", text, state->argv[0]);
+    return EINVAL;
+}
+
+error_t options_real(struct argp_state *state, const char *name, const char *text, double low,
+                     double high, double *to)
+{
+    char *end;
+    *to = strtod(text, &end);
+    if (end == text || *end || strchr(" \t\n\v\f\r", *text))
+        return options_wrong(state, "%s is '%.40s', which is not a number", name, text);
+    if (!(*to >= low && *to <= high)) /* NaN fails too */
+        return options_wrong(state, "%s is %.40s, it must be in [%g, %g]", name, text, low, high);
+    return 0;
+}
+
+error_t options_whole(struct argp_state *state, const char *name, const char *text, int64_t low,
+                      int64_t high, int64_t *to)
+{
+    char *end;
+    errno = 0;
+    *to = strtoll(text, &end, 10);
+    if (end == text || *end || strchr(" \t\n\v\f\r", *text))
+        return options_wrong(state, "%s is '%.40s', which is not a whole number", name, text);
+    if (errno || *to < low || *to > high)
+        return options_wrong(state, "%s is %.40s, it must be in [%lld, %lld]", name, text,
+                             (long long)low, (long long)high);
+    return 0;
+}
+
+error_t options_word(struct argp_state *state, const char *name, const char *text,
+                     const char *const *words, int *to)
+{
+    char all[128] = "";
+    for (*to = 0; words[*to]; ++*to) {
+        if (strcmp(words[*to], text) == 0)
+            return 0;
+        const size_t used = strlen(all);
+        snprintf(all + used, sizeof all - used, "%s%s", *to ? ", " : "", words[*to]);
+    }
+    return options_wrong(state, "%s is '%.40s', it must be one of %s", name, text, all);
+}
+
+int options_distance(const char *a, const char *b)
+{
+    enum { LONGEST = 32 };
+    int row[LONGEST + 1]; /* edits from the part of a so far to every start of b */
+    const int length = (int)strnlen(b, LONGEST);
+    for (int j = 0; j <= length; j++)
+        row[j] = j;
+    for (int i = 0; a[i] && i < LONGEST; i++) {
+        int diagonal = row[0];
+        row[0] = i + 1;
+        for (int j = 0; j < length; j++) {
+            const int change = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            const int edit = (row[j] < diagonal ? row[j] : diagonal) + 1;
+            row[j + 1] = change < edit ? change : edit;
+        }
+    }
+    return row[length];
+}
+
+/* ---- argp without its exits and its prints ----------------------------------------------- */
+
+/* Among the options of a command those that a word may stand for, and the one that is nearest. */
+typedef struct search {
+    const char *word;
+    size_t length;
+    int matches; /* 1 where one is the whole word */
+    bool whole;
+    const struct argp_option *match, *nearest;
+} search;
+
+static void search_options(const struct argp *argp, search *s)
+{
+    for (const struct argp_option *o = argp->options; o && (o->name || o->doc); o++) {
+        if (!o->name || s->whole)
+            continue;
+        if (strncmp(o->name, s->word, s->length) == 0) {
+            s->whole = strlen(o->name) == s->length;
+            s->matches = s->whole ? 1 : s->matches + 1;
+            s->match = o;
+        }
+        if (!s->nearest ||
+            options_distance(s->word, o->name) < options_distance(s->word, s->nearest->name))
+            s->nearest = o;
+    }
+    for (const struct argp_child *c = argp->children; c && c->argp; c++)
+        search_options(c->argp, s);
+}
+
+/* getopt says only that it failed; this says why. */
+static error_t explain(struct argp_state *state)
+{
+    const char *const text = state->argv[state->next > 1 ? state->next - 1 : 0];
+    if (strncmp(text, "--", 2) != 0) {
+        if (strcmp(text, "-o") == 0)
+            return options_wrong(state, "-o needs a value");
+        return options_wrong(state, "an unknown option at or after '%.60s'", text);
+    }
+    char word[64];
+    snprintf(word, sizeof word, "%.*s", (int)strcspn(text + 2, "="), text + 2);
+    search s = {.word = word, .length = strlen(word)};
+    search_options(state->root_argp, &s);
+    if (s.matches == 0)
+        return options_wrong(state, "unknown option --%s: did you mean --%s?", word,
+                             s.nearest->name);
+    if (s.matches > 1)
+        return options_wrong(state, "--%s may be several options", word);
+    return options_wrong(state, "--%s %s", s.match->name,
+                         s.match->arg ? "needs a value" : "takes no value");
+}
+
+typedef struct parse {
+    options_base base;
+    options_base *input; /* of the parser of a command */
+    bool help;
+} parse;
+
+static error_t root_parser(int key, char *text, struct argp_state *state)
+{
+    (void)text;
+    parse *const p = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT: state->child_inputs[0] = p->input; return 0;
+    case 'h': p->help = true; return ECANCELED;
+    case ARGP_KEY_ERROR: return p->help || p->base.error->text[0] ? 0 : explain(state);
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+exit_code options_parse(const struct argp *argp, int argc, char **argv, options_base *input)
+{
+    static const struct argp_option help[] = {{"help", 'h', 0, 0, "show this", -1}, {0}};
+    const struct argp_child children[] = {{argp, 0, NULL, 0}, {0}};
+    const struct argp root = {.options = help, .parser = root_parser, .children = children};
+    parse p = {*input, input, false};
+    file_error_clear(input->error);
+    const error_t failed =
+        argp_parse(&root, argc, argv, ARGP_NO_EXIT | ARGP_NO_ERRS | ARGP_NO_HELP, NULL, &p);
+    if (failed == ENOMEM) {
+        file_error_set(input->error, NULL, "no memory for the command line");
+        return EXIT_MACHINE;
+    }
+    if (p.help)
+        argp_help(&root, stdout, ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC, argv[0]);
+    return p.help ? EXIT_HELPED : failed ? EXIT_USAGE : EXIT_FINE;
+}
+
+/* ---- run and map -------------------------------------------------------------------------- */
+
+enum {
+    THETA = 256, TAU, TOPK, LAMBDA, SCALE, BLOCK_Q, BLOCK_K, SKIP_ROWS, THREADS,
+    SINK, NO_SMOOTH_K, CAUSAL, RULES, BACKEND, ISA, QK, PV, LAYOUT, /* from CAUSAL on: words */
+};
+
+const struct argp_option attention_options[] = {
+    {0, 0, 0, 0, "What is kept:", 1},
+    {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
+    {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
+    {"topk", TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
+    {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
+    {"sink", SINK, 0, 0, "always keep key block 0", 0},
+    {"rules", RULES, "WHOSE", 0, "default, paper or upstream", 0},
+    {0, 0, 0, 0, "What is computed:", 2},
+    {"causal", CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start", 0},
+    {"scale", SCALE, "X", 0, "of the scores (1/sqrt(channels))", 0},
+    {"block-q", BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
+    {"block-k", BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
+    {"skip-rows", SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
+    {"no-smooth-k", NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
+    {"qk", QK, "HOW", 0, "Q.K in int8, int12 or f32", 0},
+    {"pv", PV, "HOW", 0, "P.V in int8, int12 or f32", 0},
+    {0, 0, 0, 0, "By what:", 3},
+    {"backend", BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
+    {"isa", ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
+    {"threads", THREADS, "N", 0, "(0: as many as there are cores)", 0},
+    {0, 0, 0, 0, "Files:", 4},
+    {"layout", LAYOUT, "HOW", 0, "of the axes: hnd ([B,H,N,D], [H,N,D]) or nhd ([B,N,H,D])", 0},
+    {"output", 'o', "FILE", 0, "where to write", 0},
+    {0},
+};
+
+/* In the order of sparge.h. */
+static const struct choice {
+    const char *name;
+    const char *const words[6];
+} choices[] = {
+    [CAUSAL - CAUSAL] = {"--causal", {"none", "end", "start"}},
+    [RULES - CAUSAL] = {"--rules", {"default", "paper", "upstream"}},
+    [BACKEND - CAUSAL] = {"--backend", {"auto", "ref", "cpu", "cuda"}},
+    [ISA - CAUSAL] = {"--isa", {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"}},
+    [QK - CAUSAL] = {"--qk", {"int8", "int12", "f32"}},
+    [PV - CAUSAL] = {"--pv", {"int8", "int12", "f32"}},
+    [LAYOUT - CAUSAL] = {"--layout", {"hnd", "nhd"}},
+};
+
+static error_t choose(struct argp_state *state, attention_args *a, int key, const char *text)
+{
+    const struct choice *const c = &choices[key - CAUSAL];
+    int word = a->rules == SPARGE_RULES_UPSTREAM ? SPARGE_CAUSAL_START : SPARGE_CAUSAL_END;
+    const error_t error = text ? options_word(state, c->name, text, c->words, &word) : 0;
+    if (error)
+        return error;
+    switch (key) {
+    case CAUSAL: a->options.causal = (sparge_causal)word; break;
+    case RULES: a->rules = (sparge_rules)word; break;
+    case BACKEND: a->options.backend = (sparge_backend)word; break;
+    case ISA: a->options.isa = (sparge_isa)word; break;
+    case QK: a->options.qk = (sparge_precision)word; break;
+    case PV: a->options.pv = (sparge_precision)word; break;
+    default: a->nhd = word == 1; break;
+    }
+    return 0;
+}
+
+static error_t real_option(struct argp_state *state, const char *name, const char *text, double low,
+                           double high, float *to)
+{
+    double x;
+    const error_t error = options_real(state, name, text, low, high, &x);
+    *to = (float)x;
+    return error;
+}
+
+error_t attention_parser(int key, char *text, struct argp_state *state)
+{
+    attention_args *const a = state->input;
+    sparge_options *const o = &a->options;
+    int64_t threads = 0;
+    error_t error;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        *a = (attention_args){
+            .base = a->base, .options = sparge_options_default(a->rules), .rules = a->rules,
+        };
+        return 0;
+    case ARGP_KEY_ARG:
+        if (a->files == 3)
+            return options_wrong(state, "'%.60s' is one file too many", text);
+        a->file[a->files++] = text;
+        return 0;
+    case THETA: return real_option(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
+    case TAU: a->has_tau = true; return real_option(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
+    case TOPK: return real_option(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
+    case LAMBDA: return real_option(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
+    case SCALE: return real_option(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
+    case BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
+    case BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
+    case SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
+    case THREADS:
+        error = options_whole(state, "--threads", text, 0, 65536, &threads);
+        o->threads = (int)threads;
+        return error;
+    case SINK: o->sink = true; return 0;
+    case NO_SMOOTH_K: o->smooth_k = false; return 0;
+    case 'o': a->output = text; return 0;
+    case ARGP_KEY_END:
+        if (o->knobs.topk != SPARGE_OFF && !a->has_tau)
+            o->knobs.tau = SPARGE_OFF;
+        return 0;
+    default:
+        return key >= CAUSAL && key <= LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;
+    }
+}
+
+exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,
+                          attention_args *args)
+{
+    args->base = *input;
+    args->rules = SPARGE_RULES_DEFAULT;
+    const exit_code code = options_parse(argp, argc, argv, input);
+    if (code || args->rules == SPARGE_RULES_DEFAULT)
+        return code;
+    return options_parse(argp, argc, argv, input); /* with the defaults of those rules */
+}

@@ -1,0 +1,54 @@
+/* options.h: command lines, strictly: every mistake is one line that names it and what would do. */
+#ifndef SPARGE_TOOLS_OPTIONS_H
+#define SPARGE_TOOLS_OPTIONS_H
+
+#include <argp.h>
+
+#include "tools/program.h"
+
+/* ---- For every command ------------------------------------------------------------------ */
+
+/* What the input of every parser begins with. */
+typedef struct options_base {
+    file_error *error;
+} options_base;
+
+/* Parses by argp, but prints nothing except the help that --help asks for, and never exits. */
+exit_code options_parse(const struct argp *argp, int argc, char **argv, options_base *input);
+
+/* For the parsers: each leaves its line in the error of the input, and returns EINVAL. */
+__attribute__((format(printf, 2, 3))) error_t options_wrong(struct argp_state *state,
+                                                            const char *format, ...);
+error_t options_real(struct argp_state *state, const char *name, const char *text, double low,
+                     double high, double *to);
+error_t options_whole(struct argp_state *state, const char *name, const char *text, int64_t low,
+                      int64_t high, int64_t *to);
+/* The place of a word in a list that ends with NULL. */
+error_t options_word(struct argp_state *state, const char *name, const char *text,
+                     const char *const *words, int *to);
+
+int options_distance(const char *a, const char *b); /* edits between two words */
+
+/* ---- For run and map -------------------------------------------------------------------- */
+
+typedef struct attention_args {
+    options_base base;
+    sparge_options options;
+    bool nhd;            /* tokens before heads in the files */
+    const char *file[3]; /* q, k, v; or one that holds them all */
+    int files;
+    const char *output;
+    /* While parsing: */
+    sparge_rules rules;
+    bool has_tau;
+} attention_args;
+
+extern const struct argp_option attention_options[];
+error_t attention_parser(int key, char *text, struct argp_state *state); /* input: attention_args */
+
+/* As options_parse, where `args` is what attention_parser fills in: --rules counts from the start,
+ * wherever it stands. */
+exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,
+                          attention_args *args);
+
+#endif

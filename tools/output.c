@@ -1,0 +1,210 @@
+/* output.c: output files that appear whole or not at all: written beside their target under
+ * another name, renamed when all is well, removed when it is not. */
+#define _XOPEN_SOURCE 700 /* realpath */
+#include "tools/output.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+struct output_file {
+    FILE *stream;        /* NULL when closed */
+    atomic_bool pending; /* the temporary file may exist */
+    char path[PATH_MAX]; /* links resolved, where it exists */
+    char temporary[PATH_MAX];
+};
+
+/* A fixed table, because a signal handler may not follow pointers that change. */
+static output_file outputs[OUTPUT_MAX];
+static int count;
+
+/* ---- Leaving nothing behind ------------------------------------------------------------- */
+
+/* In this order: a signal between the two removes the file once more, which harms nobody. */
+static void output_unlink(output_file *output)
+{
+    if (atomic_load(&output->pending))
+        unlink(output->temporary);
+    atomic_store(&output->pending, false);
+}
+
+static void handle_signal(int number)
+{
+    for (int i = 0; i < OUTPUT_MAX; i++)
+        output_unlink(&outputs[i]);
+    signal(number, SIG_DFL);
+    raise(number); /* takes effect when this handler returns */
+}
+
+void outputs_discard(void)
+{
+    for (int i = 0; i < count; i++) {
+        if (outputs[i].stream)
+            fclose(outputs[i].stream);
+        outputs[i].stream = NULL;
+        output_unlink(&outputs[i]);
+    }
+    count = 0;
+}
+
+static void install(void)
+{
+    static const int signals[] = {SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGTERM, SIGXCPU};
+    static bool installed;
+    if (installed)
+        return;
+    installed = true;
+    atexit(outputs_discard);
+    signal(SIGXFSZ, SIG_IGN);
+    struct sigaction old, new = {.sa_handler = handle_signal};
+    sigfillset(&new.sa_mask);
+    for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++)
+        /* nohup, and shells for what they start in the background, have signals ignored: leave it.
+         */
+        if (sigaction(signals[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
+            sigaction(signals[i], &new, NULL);
+}
+
+/* ---- Opening ---------------------------------------------------------------------------- */
+
+static bool is_direct(const char *path, mode_t mode)
+{
+    return !S_ISREG(mode) || strcmp(path, "/dev/stdout") == 0 || strcmp(path, "/dev/stderr") == 0 ||
+           strncmp(path, "/dev/fd/", 8) == 0 || strncmp(path, "/proc/self/fd/", 14) == 0;
+}
+
+/* Creates a file beside output->path under a name that nobody has. Returns -1 after failure. */
+static int create_temporary(output_file *output)
+{
+    static int serial;
+    const char *const slash = strrchr(output->path, '/');
+    const size_t folder = slash ? (size_t)(slash + 1 - output->path) : 0;
+    int file;
+    do {
+        struct timespec now;
+        clock_gettime(CLOCK_REALTIME, &now);
+        char name[80];
+        const int length = snprintf(name, sizeof name, ".sparge-%ld-%ld-%d.tmp", (long)getpid(),
+                                    now.tv_nsec, serial++);
+        if (folder + (size_t)length >= PATH_MAX) {
+            errno = ENAMETOOLONG;
+            return -1;
+        }
+        memcpy(output->temporary, output->path, folder);
+        memcpy(output->temporary + folder, name, (size_t)length + 1);
+        /* Before the file exists: a signal right after open must find it. */
+        atomic_store(&output->pending, true);
+        file = open(output->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (file < 0)
+            atomic_store(&output->pending, false);
+    } while (file < 0 && errno == EEXIST);
+    return file;
+}
+
+output_file *output_open(const char *path, file_error *error)
+{
+    file_error_clear(error);
+    install();
+    output_file *const output = &outputs[count < OUTPUT_MAX ? count : 0];
+    struct stat status;
+    const bool exists = stat(path, &status) == 0;
+    const bool direct = exists && is_direct(path, status.st_mode);
+    const size_t length = strlen(path);
+    const char *wrong = NULL;
+    if (count == OUTPUT_MAX)
+        wrong = "too many outputs at a time; write fewer";
+    else if (exists ? S_ISDIR(status.st_mode) : length == 0 || path[length - 1] == '/')
+        wrong = "is a directory; name a file in it";
+    else if (length >= PATH_MAX || (!exists && errno == ENAMETOOLONG))
+        wrong = "the name is too long; choose another";
+    else if (exists && access(path, W_OK) != 0) /* a rename would replace what is protected */
+        wrong = "is write-protected; allow it (chmod +w) or choose another name";
+    else if (direct || !exists || !realpath(path, output->path))
+        memcpy(output->path, path, length + 1);
+    for (int i = 0; i < count && !direct && !wrong; i++)
+        if (strcmp(outputs[i].path, output->path) == 0)
+            wrong = "is already an output; choose another name";
+    if (wrong) {
+        file_error_set(error, path, "%s", wrong);
+        return NULL;
+    }
+
+    const int file =
+        direct ? open(path, O_WRONLY | O_APPEND | O_CLOEXEC) : create_temporary(output);
+    output->stream = file < 0 ? NULL : fdopen(file, "wb");
+    if (!output->stream) {
+        file_error_set(error, path, "cannot create: %s; check the folder, or choose another",
+                       strerror(errno));
+        if (file >= 0)
+            close(file);
+        output_unlink(output);
+        return NULL;
+    }
+    count++;
+    return output;
+}
+
+FILE *output_stream(output_file *output) { return output->stream; }
+
+/* ---- Finishing -------------------------------------------------------------------------- */
+
+/* Brings to the disk what stdio still holds, and to light the first error that anyone met. */
+static bool output_close(output_file *output, file_error *error)
+{
+    static const char probe[1 << 16];
+    const int file = fileno(output->stream);
+    const bool temporary = atomic_load(&output->pending), failed = ferror(output->stream);
+    errno = 0;
+    bool ok = fflush(output->stream) == 0 && !failed;
+    /* The reason of an earlier failure is lost. So is the file: write on, to meet it again. */
+    for (int i = 0; i < 4 && !ok && errno == 0 && temporary; i++)
+        if (write(file, probe, sizeof probe) > 0)
+            fsync(file);
+    /* Some file systems cannot sync, and say so by EINVAL. */
+    if (ok && temporary)
+        ok = fsync(file) == 0 || errno == EINVAL;
+    const int reason = errno;
+    const bool closed = fclose(output->stream) == 0;
+    output->stream = NULL;
+    if (ok && closed)
+        return true;
+    return file_error_set(error, output->path,
+                          "cannot write: %s; free some space or choose another "
+                          "folder",
+                          strerror(!ok ? reason ? reason : EIO : errno));
+}
+
+bool outputs_commit(file_error *error)
+{
+    file_error_clear(error);
+    bool ok = true;
+    for (int i = 0; i < count && ok; i++)
+        ok = output_close(&outputs[i], error);
+
+    /* All renames, or none: signals wait. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    for (int i = 0; i < count && ok; i++) {
+        if (!atomic_load(&outputs[i].pending))
+            continue;
+        ok = rename(outputs[i].temporary, outputs[i].path) == 0;
+        if (ok)
+            atomic_store(&outputs[i].pending, false);
+        else
+            file_error_set(error, outputs[i].path,
+                           "cannot rename a file to this: %s; choose another "
+                           "name",
+                           strerror(errno));
+    }
+    outputs_discard();
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return ok;
+}

@@ -1,0 +1,29 @@
+/* picture.h: the picture of sparge map: for every head its attention beside its mask. */
+#ifndef SPARGE_TOOLS_PICTURE_H
+#define SPARGE_TOOLS_PICTURE_H
+
+#include <cairo.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { PICTURE_MAX = 16384, HEAD_TITLE = 96 }; /* pixels of a side; bytes */
+
+/* Beside the share of a kept block that was computed, 0 to 1: */
+#define PICTURE_SKIPPED (-1.0f)
+#define PICTURE_UNSEEN (-2.0f) /* no row may see it */
+
+typedef struct picture {
+    int64_t heads, rows, columns;   /* query blocks, key blocks */
+    int64_t block_q, block_k;       /* tokens: cells have their proportions */
+    const double *mass;             /* [heads][rows][columns] attention */
+    const float *done;              /* [heads][rows][columns] */
+    bool lambda;                    /* is there anything to drop? */
+    const char *title, *subtitle;
+    const char (*head_title)[HEAD_TITLE]; /* [heads] */
+} picture;
+
+/* In pixels; false where it would be larger than PICTURE_MAX. */
+bool picture_size(const picture *p, int64_t *width, int64_t *height);
+cairo_surface_t *picture_draw(const picture *p); /* its status tells of errors */
+
+#endif

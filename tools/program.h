@@ -1,0 +1,40 @@
+/* program.h: what every command of the program keeps to: its exit codes, and how it speaks. */
+#ifndef SPARGE_TOOLS_PROGRAM_H
+#define SPARGE_TOOLS_PROGRAM_H
+
+#include <jansson.h>
+
+#include "sparge.h"
+#include "tools/array.h"
+
+typedef enum exit_code {
+    EXIT_FINE = 0,
+    EXIT_DIFFERENT = 1,   /* a comparison failed */
+    EXIT_USAGE = 2,       /* an unknown option, a value out of range */
+    EXIT_FILE = 3,        /* a file that cannot be read or written, or does not fit the others */
+    EXIT_UNSUPPORTED = 4, /* not on this machine, or not in this build */
+    EXIT_MACHINE = 5,     /* out of memory, or a device error */
+    EXIT_HELPED = -1,     /* --help was asked for and given: no error, and nothing more to do */
+} exit_code;
+
+/* A command leaves one line in *error where it returns more than EXIT_DIFFERENT, and prints nothing
+ * itself but its result. argv[0] is "sparge run" and the like. */
+exit_code run_command(int argc, char **argv, file_error *error);
+exit_code diff_command(int argc, char **argv, file_error *error);
+exit_code map_command(int argc, char **argv, file_error *error);
+exit_code info_command(int argc, char **argv, file_error *error);
+exit_code order_command(int argc, char **argv, file_error *error);
+
+/* What the library answered, as ours. */
+exit_code library_result(sparge_status status, const sparge_error *why, file_error *error);
+
+json_t *json_number(double x); /* null where JSON has no word for it */
+
+/* Prints one line of JSON, and makes sure that it arrived. Frees the object; NULL is an object for
+ * which there was no memory. */
+exit_code print_json(json_t *object, file_error *error);
+
+/* Whatever was printed has arrived, or an error. */
+exit_code flush_stdout(file_error *error);
+
+#endif
