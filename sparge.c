@@ -95,24 +95,26 @@ static bool fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
 /* NaN fails every one of these comparisons. */
 static bool in_range(float x, float low, float high) { return x >= low && x <= high; }
 
-static sparge_status check_knobs(const sparge_knobs *k, const char *whose, int64_t head,
-                                 sparge_error *error)
+/* head: of per_head, or -1 for the knobs of all. */
+static sparge_status check_knobs(const sparge_knobs *k, int64_t head, sparge_error *error)
 {
-    const struct { const char *name; float value, low; bool may_be_off; float high; } knob[] = {
-        { "theta", k->theta, -1.0f, false, 1.0f },
-        { "tau", k->tau, 0.0f, true, 1.0f },
-        { "topk", k->topk, 0.0f, true, 1.0f },
-        { "lambda", k->lambda, -INFINITY, false, 0.0f },
+    const struct { const char *name; float value, low, high; bool may_be_off; } knob[] = {
+        { "theta", k->theta, -1.0f, 1.0f, false },
+        { "tau", k->tau, 0.0f, 1.0f, true },
+        { "topk", k->topk, 0.0f, 1.0f, true },
+        { "lambda", k->lambda, -INFINITY, 0.0f, false },
     };
+    char where[64] = "";
+    if (head >= 0)
+        snprintf(where, sizeof where, " in per_head[%lld]", (long long)head);
     for (size_t n = 0; n < sizeof knob / sizeof *knob; n++)
         if (!in_range(knob[n].value, knob[n].low, knob[n].high) &&
             !(knob[n].may_be_off && knob[n].value == SPARGE_OFF))
-            return fail(error, SPARGE_ERR_ARGUMENT, "%s is %g for %s %lld, it must be in [%g, %g]",
-                        knob[n].name, (double)knob[n].value, whose, (long long)head,
-                        (double)knob[n].low, (double)knob[n].high);
+            return fail(error, SPARGE_ERR_ARGUMENT, "%s is %.9g%s, it must be in [%g, %g]%s",
+                        knob[n].name, (double)knob[n].value, where, (double)knob[n].low,
+                        (double)knob[n].high, knob[n].may_be_off ? " or SPARGE_OFF" : "");
     if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF)
-        return fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off for %s %lld", whose,
-                    (long long)head);
+        return fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off%s", where);
     return SPARGE_OK;
 }
 
@@ -144,8 +146,10 @@ static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge
         return fail(error, SPARGE_ERR_SHAPE, "heads is %lld, it must be a multiple of kv_heads, %lld",
                     (long long)p->heads, (long long)p->kv_heads);
     const int64_t widest = needs_v && p->dim_v > p->dim ? p->dim_v : p->dim;
-    if (!fits(p->batch, p->heads, 1, 1, sizeof(sparge_counts)) ||
-        !fits(p->batch, p->heads, p->q_len, widest, 8) || !fits(p->batch, p->kv_heads, p->k_len, widest, 8))
+    /* What is allocated is for at least one batch and one block, even where there are no tokens. */
+    const int64_t batch = sparge_max(1, p->batch);
+    if (!fits(batch, p->heads, sparge_max(MAX_BLOCK, p->q_len), widest, 8) ||
+        !fits(batch, p->kv_heads, sparge_max(MAX_BLOCK, p->k_len), widest, 8))
         return fail(error, SPARGE_ERR_SHAPE,
                     "batch %lld x heads %lld x tokens %lld and %lld x channels %lld overflows",
                     (long long)p->batch, (long long)p->heads, (long long)p->q_len, (long long)p->k_len,
@@ -186,9 +190,9 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         return fail(error, SPARGE_ERR_ARGUMENT,
                     "block_k is %lld, with pv int12 it must be at most 128 for sums to fit int32",
                     (long long)o->block_k);
-    sparge_status status = o->per_head ? SPARGE_OK : check_knobs(&o->knobs, "knobs of head", 0, error);
+    sparge_status status = o->per_head ? SPARGE_OK : check_knobs(&o->knobs, -1, error);
     for (int64_t h = 0; o->per_head && h < p->heads && !status; h++)
-        status = check_knobs(&o->per_head[h], "per_head", h, error);
+        status = check_knobs(&o->per_head[h], h, error);
     return status;
 }
 

@@ -138,7 +138,8 @@ typedef struct sparge_options {
     sparge_rules rules;
     sparge_knobs knobs;           /* for every head, unless: */
     const sparge_knobs *per_head; /* [heads], or NULL */
-    void (*progress)(void *user, double done); /* called now and then with 0..1, or NULL */
+    /* Called now and then with 0..1 by attention and by the oracle, from one thread; or NULL. */
+    void (*progress)(void *user, double done);
     void *user;
 } sparge_options;
 

@@ -46,7 +46,7 @@ SPARGE_HD int32_t sparge_round(float x)
     return (int32_t)(x + copysignf(0.49999997f, x));
 }
 
-/* 2^x for x <= 0, within 1 ulp: 1 at 0, subnormal or 0 below -126, 0 at -inf, NaN for NaN.
+/* 2^x for x <= 0, within 1 ulp and never above 1: 1 at 0, 0 below -126 and at -inf, NaN for NaN.
  * 2^n by the exponent field, 2^f for f in [-1/2, 1/2] by a minimax polynomial of relative error 2e-9
  * whose constant term is held at 1. Adding 1.5 * 2^23 rounds x to its nearest integer, which then
  * stands in the low bits. */

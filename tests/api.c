@@ -230,6 +230,8 @@ Test(api, oracle_refuses_an_unknown_mode)
     asked a = question();
     a.mode = (sparge_oracle_mode)2;
     refused(ORACLE, a, SPARGE_ERR_ARGUMENT, "mode is 2");
+    a.mode = SPARGE_ORACLE_CODES;
+    accepted(ORACLE, a, "codes");
 }
 
 /* Without o it reads no v, and its channels are nobody's business. */
@@ -497,7 +499,7 @@ Test(api, thresholds_out_of_range)
         point(&a);
         sparge_error error;
         sparge_predict(&a.p, &a.o, &a.m, NULL, &error);
-        check(strstr(error.text, check_text("per_head %d", LAST)), "it says \"%s\"", error.text);
+        check(strstr(error.text, check_text("per_head[%d]", LAST)), "it says \"%s\"", error.text);
         heads[LAST] = sound_ones;
         a.o.knobs = table[n].knobs;
         accepted(ALL, a, "the thresholds of all heads are not read when each has its own");
@@ -744,6 +746,35 @@ Test(api, mask_bits_lie_where_the_header_says)
                 check_equal(sparge_mask_get(&mask, b, h, i, j + 1), (bool)full);
         }
     check_free(bits);
+}
+
+/* Rows may lie further apart than their bits need; stage 1 writes what lies between. */
+Test(api, mask_rows_may_be_longer_than_their_bits)
+{
+    enum { WORDS = 3 };
+    uint32_t *wide = check_alloc(LINES * WORDS * 4);
+    outputs narrow;
+    for (int words = 1; words <= WORDS; words += WORDS - 1) {
+        asked a = question();
+        point(&a);
+        a.o.knobs = (sparge_knobs){ -1, 0.7f, SPARGE_OFF, -INFINITY };
+        a.m.bits = words == 1 ? out.bits : wide;
+        a.m.words = words;
+        for (int entry = PREDICT; entry <= ORACLE; entry *= 2) {
+            check_case("%d words, %s", words, entry_name(entry));
+            check(call(entry, &a, NULL) == SPARGE_OK, "refused");
+            if (words == 1)
+                continue;
+            for (int64_t e = 0; e < LINES * WORDS; e++)
+                check_equal(wide[e], e % WORDS ? 0u : narrow.bits[e / WORDS]);
+        }
+        if (words == 1)
+            narrow = out;
+    }
+    check_same(out.o, narrow.o, ROWS * DIM_V);
+    check_same(out.oracle_o, narrow.oracle_o, ROWS * DIM_V);
+    check_same(out.mass, narrow.mass, LINES * K_BLOCKS);
+    check_free(wide);
 }
 
 Test(api, sparsity_table)

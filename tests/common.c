@@ -186,6 +186,7 @@ Test(common, round_half_away)
 
 /* ---- exp2 ------------------------------------------------------------------------------- */
 
+/* The bits, which are not always the nearest float's: -1/2 and -3/2 stand on two sides of a tie. */
 Test(common, exp2_values)
 {
     static const struct { float x, y; } table[] = {
@@ -781,8 +782,9 @@ Test(common, weight)
         { 3.0f, 2.0f, 6.0f, 1.0f },       { 3.0f, 2.0f, 8.0f, 0.25f },     { -3.0f, 2.0f, -6.0f, 1.0f },
         { -3.0f, 2.0f, 4.0f, 0x1p-10f },  { 0.0f, 0.0f, 0.0f, 1.0f },      { 3.0f, 2.0f, 1000.0f, 0.0f },
         { 16129.0f, 0.0f, 0.5f, 0x1.6a09e8p-1f },
-        { 5.0f, 0x1.000002p0f, 0x1.400002p2f, 1.0f }, /* the product is 2^-23 above its rounding: no more than 1 */
-        { 5.0f, 0x1.000002p0f, 6.0f, 0x1.000006p-1f }, /* fused; rounded on the way it would be ...04 */
+        { 5.0f, 0x1.000002p0f, 0x1.400002p2f, 1.0f }, /* the product is 2^-23 above the maximum */
+        { 3.0f, 0x1.000002p0f, 4.0f, 0x1.000004p-1f }, /* ...06 from a product rounded on the way */
+        { 6.0f, 0x1.000002p0f, 7.0f, 0x1.000008p-1f }, /* ...0c */
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);

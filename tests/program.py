@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -128,7 +129,8 @@ def save_safetensors(name, **tensors):
     header, data = {}, b""
     for key, (dtype, x) in tensors.items():
         if dtype == "BF16":
-            raw = (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
+            bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+            raw = (bits >> 16).astype("<u2").tobytes()
         else:
             raw = x.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
         header[key] = {"dtype": dtype, "shape": list(x.shape),
@@ -139,6 +141,21 @@ def save_safetensors(name, **tensors):
     with open(name, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text + data)
     return name
+
+
+def full_device():
+    """A device without space, our own: a buggy program, run by root, could replace /dev/full."""
+    try:
+        os.mknod("full", 0o666 | stat.S_IFCHR, os.makedev(1, 7))
+        open("full", "w").close()
+        return "./full"
+    except OSError:
+        if os.path.lexists("full"):
+            os.remove("full")
+        if not os.access("/dev", os.W_OK) and stat.S_ISCHR(os.stat("/dev/full").st_mode):
+            return "/dev/full"
+        print("skipped: a device without space (none here, or none that is safe)")
+        return None
 
 
 EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
@@ -170,7 +187,8 @@ def test_forms():
     check(0 <= x["seconds_attend"] <= x["seconds_total"], "seconds")
     near(np.load("o.npy"), want, 1e-5, "[B,H,N,D] f4")
     check(np.load("o.npy").dtype == np.float32, "f4 out")
-    check(np.load("l.npy").shape == (B, HQ, NQ) and np.abs(np.load("l.npy") - lse).max() < 1e-4, "lse")
+    check(np.load("l.npy").shape == (B, HQ, NQ) and np.abs(np.load("l.npy") - lse).max() < 1e-4,
+          "lse")
 
     for x, name in zip((q, k, v), "qkv"):  # the same in other forms
         save(f"{name}f.npy", np.asfortranarray(x))
@@ -202,10 +220,12 @@ def test_forms():
     for dtype, worst in ("F32", 1e-5), ("F16", 4e-3), ("BF16", 1e-5):
         round_ = {"F32": lambda x: x, "F16": lambda x: x.astype(np.float16),
                   "BF16": lambda x: (x.view(np.uint32) >> 16 << 16).view(np.float32)}[dtype]
-        save_safetensors("x.safetensors", v=(dtype, v), q=(dtype, q), k=(dtype, k), other=(dtype, v))
+        save_safetensors("x.safetensors", v=(dtype, v), q=(dtype, q), k=(dtype, k),
+                         other=(dtype, v))
         fine("run", "x.safetensors", "-o", "o.npy", *EXACT)
         near(np.load("o.npy"), attention(round_(q), round_(k), round_(v))[0], worst, dtype)
-        check(np.load("o.npy").dtype == (np.float16 if dtype == "F16" else np.float32), "type", dtype)
+        check(np.load("o.npy").dtype == (np.float16 if dtype == "F16" else np.float32), "type",
+              dtype)
     x = fine("run", *qkv)
     check(list(x) == KEYS and listing().count("./o.npy") == 1, "without -o")
 
@@ -217,8 +237,8 @@ def test_options():
         return x, np.load("o.npy"), np.load("m.npy"), np.load("l.npy")
     float_ = ["--qk", "f32", "--pv", "f32"]
 
-    for how, where in (["--causal"], "end"), (["--causal=end"], "end"), (["--causal=start"], "start"):
-        x, o, m, l = run(*EXACT, *how)
+    for how, where in ("--causal", "end"), ("--causal=end", "end"), ("--causal=start", "start"):
+        x, o, m, l = run(*EXACT, how)
         near(o, attention(q, k, v, where)[0], 1e-5, how)
         check((m == blocks_seen(NQ, NK, where)).all(), how, "mask of dense is what is visible")
         check(x["pairs"] == B * HQ * blocks_seen(NQ, NK, where).sum(), how, "pairs")
@@ -228,8 +248,8 @@ def test_options():
     check(x["pairs"] == B * HQ * blocks_seen(NQ, NK, "start").sum(), "upstream: pairs")
     run("--causal", *float_, "--rules", "upstream")
     check((np.load("o.npy") == o).all(), "--rules counts wherever it stands")
-    check(run("--causal", *float_, "--rules", "upstream", "--lambda", "-inf")[0]["backend"] == "ref",
-          "rules and lambda")
+    x = run("--causal", *float_, "--rules", "upstream", "--lambda", "-inf")[0]
+    check(x["backend"] == "ref", "rules and lambda")
 
     x, o, m, _ = run("--theta", 1)  # nothing is similar: everything is kept
     check(m.all() and x["sparsity"] == 0, "theta 1")
@@ -242,13 +262,16 @@ def test_options():
     m1 = run("--theta", -1, "--topk", 0.5, "--tau", 1)[2]
     check(m1.all(), "topk and tau: the union")
     m1 = run("--theta", -1, "--tau", 0, "--sink")[2]
-    check(m1[..., 0].all() and (m1[..., 1:] <= run("--theta", -1, "--tau", 0)[2][..., 1:]).all(), "sink")
-    check(run("--theta", -1, "--tau", 0.5)[2].sum() < run("--theta", -1, "--tau", 0.98)[2].sum(), "tau")
+    check(m1[..., 0].all() and (m1[..., 1:] <= run("--theta", -1, "--tau", 0)[2][..., 1:]).all(),
+          "sink")
+    check(run("--theta", -1, "--tau", 0.5)[2].sum() < run("--theta", -1, "--tau", 0.98)[2].sum(),
+          "tau")
 
     o = run(*EXACT, "--scale", 0.03)[1]
     near(o, attention(q, k, v, scale=0.03)[0], 1e-5, "scale")
     x, o, m, _ = run("--block-q", 64, "--block-k", 32, *float_, "--tau", 0.5)
-    check(m.shape == (B, HQ, 5, 11) and x["block_q"] == 64 and x["block_k"] == 32, "blocks", m.shape)
+    check(m.shape == (B, HQ, 5, 11) and x["block_q"] == 64 and x["block_k"] == 32, "blocks",
+          m.shape)
     near(o, attention(q, k, v, mask=m, bq=64, bk=32)[0], 1e-4, "blocks")
     per_head = (1 - m.mean((2, 3))).ravel()
     check(np.abs(x["sparsity_per_head"] - per_head).max() < 1e-6, "per head, from the mask")
@@ -257,7 +280,8 @@ def test_options():
              for how in ("int8", "int12", "f32")}
     check(error["f32"] < 1e-5 < 8 * error["int12"] < error["int8"] < 0.3, "precision", error)
     check((run("--dense")[1] == run("--dense", "--qk=int8", "--pv=int8")[1]).all(), "int8 and int8")
-    one = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1], run("--dense", "--qk", "int8")[1]).max()
+    one = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1],
+                  run("--dense", "--qk", "int8")[1]).max()
     other = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1], run(*EXACT)[1]).max()
     check(one > 1e-5 and other > 1e-5, "qk and pv apart", one, other)
     shift = k + 300 * np.sign(random(9, 1, 1, 1, D))
@@ -293,7 +317,8 @@ def test_mask():
                  "l.npy", "--qk", "f32", "--pv", "f32", "--check")
         want, lse = attention(q, k, v, mask=mask)
         near(np.load("o.npy"), want, 1e-5, "a given mask")
-        check((np.load("out.npy") == mask).all() and np.load("out.npy").dtype == np.uint8, "mask out")
+        check((np.load("out.npy") == mask).all() and np.load("out.npy").dtype == np.uint8,
+              "mask out")
         check(not np.load("o.npy")[0, 1, 256:].any(), "a row that sees nothing is 0")
         check((np.isneginf(np.load("l.npy")) == np.isneginf(lse)).all(), "its lse is -inf")
         check(abs(x["sparsity"] - (1 - mask.mean())) < 1e-6, "sparsity of a mask", x["sparsity"])
@@ -334,7 +359,8 @@ def test_check():
              "--check", "--layout", "nhd", *EXACT)
     check(x["worst_row_l1"] < 1e-5, "check of [B,N,H,D]", x)
     save("e0.npy", np.zeros((0, 2, 5, 8), np.float16))
-    x = fine("run", "e0.npy", "e0.npy", "e0.npy", "-o", "o.npy", "--check", "--dump", "d", "--causal")
+    x = fine("run", "e0.npy", "e0.npy", "e0.npy", "-o", "o.npy", "--check", "--dump", "d",
+             "--causal")
     check(np.load("o.npy").shape == (0, 2, 5, 8) and x["sparsity_per_head"] == [], "no batch", x)
     x = fine("run", "e.npy", "eq.npy", "eq.npy", "-o", "o.npy", "--check")
     check(np.load("o.npy").shape == (2, 0, 8), "no queries")
@@ -360,13 +386,16 @@ def test_dump_and_diff():
     sim = (unit[:, :, 64:128].sum(2)**2).sum(-1) / 64**2
     check(np.abs(load("sim_k")[:, :, 1] - sim).max() < 1e-5, "sim_k")
     back = load("codes_k")[:, :, :64] * load("steps_k")[:, :, :1, None]
-    check(np.abs(back - smooth[:, :, :64]).max() <= load("steps_k")[:, :, 0].max() * 0.51, "codes, steps")
+    check(np.abs(back - smooth[:, :, :64]).max() <= load("steps_k")[:, :, 0].max() * 0.51,
+          "codes, steps")
     check((load("blocks") == [128, 64]).all(), "blocks")
-    check((load("mask") == np.load("m.npy")).all() and (load("o") == np.load("o.npy")).all(), "mask, o")
+    check((load("mask") == np.load("m.npy")).all() and (load("o") == np.load("o.npy")).all(),
+          "mask, o")
     check(((load("pv_done") > 0) == load("mask")).all(), "pv_done")
     check(load("codes_q").dtype == np.int16, "codes are int16")
     fine("run", *qkv, "--dump", "f", *EXACT, "--no-smooth-k")
-    check(sorted(os.listdir("f")) == sorted(n + ".npy" for n in "blocks mask pv_done m l o".split()),
+    there = "blocks mask pv_done m l o".split()
+    check(sorted(os.listdir("f")) == sorted(n + ".npy" for n in there),
           "only what there is", os.listdir("f"))
 
     fine("run", *qkv, "--dump", "same")
@@ -387,7 +416,8 @@ def test_dump_and_diff():
     save("same/m.npy", changed)
     x = fine("diff", "d", "same", code=DIFFERENT)
     check(x["first_stage"] == "codes_v" and x["first"] ==
-          dict(batch=1, kv_head=0, key=70, k_block=1, channel=3), "the first that differs", x["first"])
+          dict(batch=1, kv_head=0, key=70, k_block=1, channel=3), "the first that differs",
+          x["first"])
     rows = {s["stage"]: s for s in x["stages"]}
     check(rows["m"]["first"] == dict(batch=0, head=2, query=290, q_block=2) and
           rows["m"]["different"] == 1, "m", rows["m"])
@@ -430,12 +460,14 @@ def test_diff():
         fine("diff", "got.npy", "want.npy", bound, at * 1.001)
         fine("diff", "got.npy", "want.npy", bound, at * 0.999, code=DIFFERENT)
     x = fine("diff", "want.npy", "want.npy", "--max-l1", 0, "--max-worst", 0)
-    check(x["l1"] == x["worst_row_l1"] == x["rmse"] == 0 and abs(x["cosine"] - 1) < 1e-8, "the same", x)
+    check(x["l1"] == x["worst_row_l1"] == x["rmse"] == 0 and abs(x["cosine"] - 1) < 1e-8,
+          "the same", x)
     want[0, 1, 2, 3] = got[0, 1, 2, 3] = np.nan
     save("want.npy", want)
     save("got.npy", got)
     x = fine("diff", "got.npy", "want.npy")
-    check(x["first_nan_got"] == x["first_nan_want"] == [0, 1, 2, 3] and x["l1"] < 1, "NaN of both", x)
+    check(x["first_nan_got"] == x["first_nan_want"] == [0, 1, 2, 3] and x["l1"] < 1, "NaN of both",
+          x)
     got[1, 0, 1, 4] = np.nan
     save("got.npy", got)
     x = fine("diff", "got.npy", "want.npy", code=DIFFERENT)
@@ -443,13 +475,15 @@ def test_diff():
           x["l1"] is None and x["worst_row"] == [1, 0, 1], "NaN of one", x)
     save("a.npy", np.array([[0, 0], [np.inf, 1]], np.float64))
     save("b.npy", np.array([[0, 0], [np.inf, 1]], np.float64))
-    check(fine("diff", "a.npy", "b.npy", "--max-worst", 0)["l1"] == 0, "infinite in both, rows of 0")
+    check(fine("diff", "a.npy", "b.npy", "--max-worst", 0)["l1"] == 0,
+          "infinite in both, rows of 0")
     save("b.npy", np.array([[0, 0], [-np.inf, 1]], np.float64))
     fine("diff", "a.npy", "b.npy", "--max-l1", 9, code=DIFFERENT)
     save("a.npy", np.array([[0, 1e-9], [1, 1]], np.float64))
     save("b.npy", np.array([[0, 0], [1, 1]], np.float16))
     x = fine("diff", "a.npy", "b.npy", "--max-worst", 1e9, code=DIFFERENT)
-    check(x["worst_row_l1"] is None and x["worst_row"] == [0], "something where nothing is wanted", x)
+    check(x["worst_row_l1"] is None and x["worst_row"] == [0], "something where nothing is wanted",
+          x)
     save("a.npy", np.arange(4))
     check(fine("diff", "a.npy", "a.npy")["worst_row"] == [], "integers, one axis")
     wrong(FILE, ["a.npy", "b.npy", "(4,)", "(2, 2)"], "diff", "a.npy", "b.npy")
@@ -475,7 +509,9 @@ def pixels(name):
             a, b = (line[x - 3] if x > 2 else 0), before[x]
             c = before[x - 3] if x > 2 else 0
             p = a + b - c
-            paeth = a if abs(p - a) <= min(abs(p - b), abs(p - c)) else b if abs(p - b) <= abs(p - c) else c
+            paeth = b if abs(p - b) <= abs(p - c) else c
+            if abs(p - a) <= min(abs(p - b), abs(p - c)):
+                paeth = a
             line[x] = (line[x] + (0, a, b, (a + b) // 2, paeth)[how]) % 256
         rows.append(line)
         before = line
@@ -501,7 +537,8 @@ def test_map():
     check((x == 0xD9DBE2).sum() == swatch + line + 2 * (1 - seen).sum() * cell, "cells not visible")
     check(not (x == 0xF0902E).any(), "no lambda, no third colour")
     draw(*qkv[:2], "-o", "map.png", "--causal", "--map-out", "mass.npy")
-    s = np.where(visible(512, 512, "end"), q[0].astype(np.float64) @ k[0].T.astype(np.float64) / 4, -np.inf)
+    s = np.where(visible(512, 512, "end"), q[0].astype(np.float64) @ k[0].T.astype(np.float64) / 4,
+                 -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
     mass = (p / p.sum(-1, keepdims=True)).reshape(4, 128, 8, 64).sum(3).mean(1)
     check(np.abs(np.load("mass.npy")[0, 0] - mass).max() < 1e-6, "the numbers of the map")
@@ -511,7 +548,8 @@ def test_map():
     check(((right == 0x33265C) == mask[0, 0]).all(), "where the cells of the mask are")
     light = sum(centre[:, :256:32] >> shift & 255 for shift in (0, 8, 16))
     order = np.argsort(mass[seen])
-    check((np.diff(light[seen][order]) <= 0).all() and (light[~seen] == sum((0xD9, 0xDB, 0xE2))).all(),
+    check((np.diff(light[seen][order]) <= 0).all() and
+          (light[~seen] == sum((0xD9, 0xDB, 0xE2))).all(),
           "more attention is darker", light, mass)
     wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "m.png", "--map-out", "q.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/m.png", "--map-out", "mass2.npy")
@@ -543,8 +581,10 @@ def test_map():
     wrong(USAGE, "--lambda needs", "map", *qkv[:2], "-o", "map.png", "--lambda", -3)
     wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "k.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/map.png")
-    wrong(FILE, "No space left", "map", *qkv[:2], "-o", "/dev/full")
-    wrong(USAGE, ["map.png", "--block-q"], "map", save("wide.npy", np.zeros((1, 20000, 1), np.float32)),
+    if full := full_device():
+        wrong(FILE, "No space left", "map", *qkv[:2], "-o", full)
+    wrong(USAGE, ["map.png", "--block-q"], "map",
+          save("wide.npy", np.zeros((1, 20000, 1), np.float32)),
           "wide.npy", "-o", "map.png", "--block-q", 1, "--block-k", 1)
     wrong(USAGE, "--mask", "map", *qkv, "-o", "map.png", "--mask", "m.npy")
 
@@ -563,19 +603,22 @@ def test_map_memory():
 
 def test_info_and_help():
     x = fine("info", "--json")
-    check(x["backends"]["ref"] == {"built": True, "available": True} and x["isa"]["scalar"], "info", x)
+    check(x["backends"]["ref"] == {"built": True, "available": True} and x["isa"]["scalar"], "info",
+          x)
     check(set(x["backends"]) == {"ref", "cpu", "cuda"} and "version" in x, "info", x)
     code, out, err = sparge("info")
-    check(code == 0 and err == "" and x["version"] in out and "avx512vnni" in out, "info in words", out)
+    check(code == 0 and err == "" and x["version"] in out and "avx512vnni" in out, "info in words",
+          out)
     check(sparge("--version") == (0, f"sparge {x['version']}\n", ""), "--version")
     code, out, err = sparge("--help")
-    check(code == 0 and err == "" and all(c in out for c in "run diff map order info".split()), "--help")
+    check(code == 0 and err == "" and all(c in out for c in "run diff map order info".split()),
+          "--help")
     for command in "run", "diff", "map", "order", "info":
         code, out, err = sparge(command, "--help")
         check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
-    for option in ("--theta --tau --topk --lambda --sink --causal[= --scale --block-q --block-k --mask "
-                   "--no-smooth-k --skip-rows --rules --threads --backend --isa --dense --mask-out "
-                   "--qk --pv --lse-out --dump --check --layout").split():
+    for option in ("--theta --tau --topk --lambda --sink --causal[= --scale --block-q --block-k "
+                   "--mask --no-smooth-k --skip-rows --rules --threads --backend --isa --dense "
+                   "--mask-out --qk --pv --lse-out --dump --check --layout").split():
         check(option in sparge("run", "--help")[1], "run --help names", option)
     wrong(USAGE, "info", "info", "x")
 
@@ -584,15 +627,19 @@ def test_order():
     def order(*args):
         x = fine("order", *args, "-o", "i.npy")
         index = np.load("i.npy")
-        check(index.dtype == np.int64 and sorted(index) == list(range(len(index))), "permutation", args)
+        check(index.dtype == np.int64 and sorted(index) == list(range(len(index))), "permutation",
+              args)
         return x, index
     grid = np.arange(2 * 4 * 6).reshape(2, 4, 6)
     check((order(2, 4, 6, "--order", "row")[1] == grid.ravel()).all(), "row")
-    check((order(2, 4, 6, "--order", "column")[1] == grid.transpose(0, 2, 1).ravel()).all(), "column")
+    check((order(2, 4, 6, "--order", "column")[1] == grid.transpose(0, 2, 1).ravel()).all(),
+          "column")
     check((order(2, 4, 6, "--order", "time")[1] == grid.transpose(1, 2, 0).ravel()).all(), "time")
     one, two = (order(2, 4, 6, "--order", "random", "--seed", s)[1] for s in (1, 2))
-    check((one != two).any() and (one == order(2, 4, 6, "--order=random", "--seed=1")[1]).all(), "seed")
-    for args, before, after in ((2, 4, 6), 0, 0), ((3, 5, 7), 0, 0), ((2, 4, 6), 7, 3), ((1, 3, 1), 2, 0):
+    check((one != two).any() and (one == order(2, 4, 6, "--order=random", "--seed=1")[1]).all(),
+          "seed")
+    for args, before, after in ((2, 4, 6), 0, 0), ((3, 5, 7), 0, 0), ((2, 4, 6), 7, 3), \
+                               ((1, 3, 1), 2, 0):
         for name in "row", "column", "time", "random", "hilbert":
             x, index = order(*args, "--order", name, "--text-before", before, "--text-after", after)
             n = int(np.prod(args))
@@ -600,7 +647,8 @@ def test_order():
                   (index[before + n:] == range(before + n, before + n + after)).all(), "text stays")
             place = np.array(np.unravel_index(index[before:before + n] - before, args))
             steps = np.abs(np.diff(place)).sum(0)
-            check(x == dict(order=name, tokens=n + before + after, longer_steps=int((steps > 1).sum()),
+            check(x == dict(order=name, tokens=n + before + after,
+                            longer_steps=int((steps > 1).sum()),
                             longest_step=int(steps.max())), "steps", x, steps)
     check(fine("order", 4, 4, 4)["longer_steps"] == 0, "hilbert is what is meant, in unit steps")
     check(fine("order", 4, 4, 4)["order"] == "hilbert", "hilbert is what is meant")
@@ -614,7 +662,8 @@ def test_order():
     wrong(USAGE, "too many", "order", 1 << 40, 1 << 40, 4)
     wrong(USAGE, "H is", "order", 1, "99999999999999999999", 4)
     wrong(FILE, "nowhere", "order", 1, 2, 3, "-o", "nowhere/i.npy")
-    wrong(FILE, "No space left", "order", 1, 2, 3000, "-o", "/dev/full")
+    if full := full_device():
+        wrong(FILE, "No space left", "order", 1, 2, 3000, "-o", full)
 
 
 # ---- What goes wrong -------------------------------------------------------------------------
@@ -622,27 +671,37 @@ def test_order():
 def test_usage():
     qkv = files()[3]
     wrong(USAGE, "command is missing")
-    for name, meant in ("rum", "run"), ("dif", "diff"), ("maps", "map"), ("inof", "info"), ("oder", "order"):
+    for name, meant in dict(rum="run", dif="diff", maps="map", inof="info", oder="order").items():
         wrong(USAGE, f"did you mean '{meant}'", name)
     wrong(USAGE, "unknown command", "x" * 5000)
     for args, words in [
-            (["--bogus"], "--bogus"), (["--tua", 1], "did you mean --tau"), (["-x"], "unknown option"),
+            (["--bogus"], "--bogus"), (["--tua", 1], "did you mean --tau"),
+            (["-x"], "unknown option"),
             (["--t", 1], "several"), (["--sink=1"], "no value"), (["--theta"], "needs a value"),
-            (["-o"], "needs a value"), (["--tau", 1.5], ["--tau", "[0, 1]"]), (["--tau=-0.1"], "[0, 1]"),
+            (["-o"], "needs a value"), (["--tau", 1.5], ["--tau", "[0, 1]"]),
+            (["--tau=-0.1"], "[0, 1]"),
             (["--tau", -1], "[0, 1]"), (["--theta", "nan"], "--theta"), (["--tau", "nan"], "--tau"),
-            (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"), (["--lambda", 0.5], "[-inf, 0]"),
-            (["--lambda", "inf"], "--lambda"), (["--theta", 1.01], "[-1, 1]"), (["--topk", 2], "--topk"),
-            (["--scale", 0], "--scale"), (["--scale", -1], "--scale"), (["--scale", "inf"], "--scale"),
-            (["--scale", "nan"], "--scale"), (["--scale", "1e-60"], "--scale"), (["--tau", "0.5x"], "0.5x"),
+            (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"),
+            (["--lambda", 0.5], "[-inf, 0]"),
+            (["--lambda", "inf"], "--lambda"), (["--theta", 1.01], "[-1, 1]"),
+            (["--topk", 2], "--topk"),
+            (["--scale", 0], "--scale"), (["--scale", -1], "--scale"),
+            (["--scale", "inf"], "--scale"),
+            (["--scale", "nan"], "--scale"), (["--scale", "1e-60"], "--scale"),
+            (["--tau", "0.5x"], "0.5x"),
             (["--tau", " 0.5"], "--tau"), (["--tau", ""], "--tau"), (["--block-q", "64.0"], "64.0"),
-            (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"), (["--block-q", "1e2"], "1e2"),
+            (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"),
+            (["--block-q", "1e2"], "1e2"),
             (["--block-k", "99999999999999999999"], "--block-k"), (["--threads", -1], "--threads"),
             (["--threads", 70000], "--threads"), (["--skip-rows", -1], "--skip-rows"),
-            (["--causal=middle"], "none, end, start"), (["--rules", "mine"], "default, paper, upstream"),
+            (["--causal=middle"], "none, end, start"),
+            (["--rules", "mine"], "default, paper, upstream"),
             (["--backend", "gpu"], "auto, ref, cpu, cuda"), (["--isa", "sse"], "avx512vnni"),
-            (["--qk", "int9"], "int8, int12, f32"), (["--pv", ""], "--pv"), (["--layout", "bhnd"], "hnd, nhd"),
+            (["--qk", "int9"], "int8, int12, f32"), (["--pv", ""], "--pv"),
+            (["--layout", "bhnd"], "hnd, nhd"),
             (["--dense", "--mask", "q.npy"], "exclude"), (["more.npy"], "too many"),
-            (["--pv", "int12", "--block-k", 256], "128"), (["--isa", "avx2", "--backend", "ref"], "isa")]:
+            (["--pv", "int12", "--block-k", 256], "128"),
+            (["--isa", "avx2", "--backend", "ref"], "isa")]:
         wrong(USAGE, words, "run", *qkv, *args)
     wrong(USAGE, "q, k and v", "run")
     wrong(USAGE, "q, k and v", "run", *qkv[:2])
@@ -700,8 +759,8 @@ def test_files():
     for a, b in ((2, 4, 9, 8), (2, 4, 8, 8)), ((2, 4, 9, 8), (2, 2, 9, 8)):
         names = [save(f"{n}.npy", np.zeros(s, np.float32)) for n, s in zip("qkv", (a, a, b))]
         wrong(FILE, ["k.npy", "v.npy", str(a), str(b)], "run", *names, "-o", "o.npy")
-    for shape, word in ((8,), "[N,D]"), ((1, 1, 1, 8, 8), "[N,D]"), ((8, 257), "256"), ((8, 0), "channel"), \
-                       ((0, 8, 8), "head"), ((), "[N,D]"):
+    for shape, word in ((8,), "[N,D]"), ((1, 1, 1, 8, 8), "[N,D]"), ((8, 257), "256"), \
+                       ((8, 0), "channel"), ((0, 8, 8), "head"), ((), "[N,D]"):
         x = save("x.npy", np.zeros(shape, np.float32))
         wrong(FILE, ["x.npy", word], "run", x, x, x, "-o", "o.npy")
     x = save("x.npy", np.zeros((8, 8), np.int32))
@@ -730,14 +789,18 @@ def test_writing():
     wrong(FILE, "q.npy", "run", *qkv, "-o", "o.npy", "--dump", "q.npy")
     os.mkdir("folder")
     wrong(FILE, ["folder", "directory"], "run", *qkv, "-o", "folder", "--mask-out", "m.npy")
-    wrong(FILE, "No space left", "run", *qkv, "-o", "/dev/full", "--mask-out", "m.npy", "--dump", "d")
+    device = full_device()
+    if device:
+        wrong(FILE, "No space left", "run", *qkv, "-o", device, "--mask-out", "m.npy",
+              "--dump", "d")
     for limit in 1000, 100000:  # bytes of a file: as a full disk would be
         small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         wrong(FILE, "too large", "run", *qkv, *outputs, preexec_fn=small)
-    with open("/dev/full", "w") as full:
-        for args in (["run", *qkv, *outputs], ["info"], ["info", "--json"], ["--help"], ["--version"],
-                     ["run", "--help"], ["diff", "q.npy", "q.npy"], ["order", 1, 2, 3, "-o", "i.npy"]):
-            wrong(FILE, ["standard output", "No space left"], *args, stdout=full)
+    for args in (["run", *qkv, *outputs], ["info"], ["info", "--json"], ["--help"], ["--version"],
+                 ["run", "--help"], ["diff", "q.npy", "q.npy"], ["order", 1, 2, 3, "-o", "i.npy"]):
+        if device:
+            with open(device, "w") as full:
+                wrong(FILE, ["standard output", "No space left"], *args, stdout=full)
     wrong(FILE, "standard output", "run", *qkv, *outputs, preexec_fn=lambda: os.close(1))
     for args in ["run", *qkv, *outputs], ["info"]:
         read, write = os.pipe()
@@ -752,7 +815,8 @@ def test_writing():
     check(not [n for n in listing() if "tmp" in n], "no temporary file", listing())
     before = open("o.npy", "rb").read()
     code, _, _ = sparge("run", *qkv, "-o", "o.npy", "--tau", 0, "--dump", "nowhere/d")
-    check(code == FILE and open("o.npy", "rb").read() == before, "an old output stays when a run fails")
+    check(code == FILE and open("o.npy", "rb").read() == before,
+          "an old output stays when a run fails")
     fine("run", *qkv, *outputs)
     check(len(os.listdir("d")) == 18 and os.path.exists("l.npy"), "all of them")
 
@@ -796,7 +860,8 @@ def test_signals_and_progress():
 def test_locale():
     """A comma for a point must not come from the user's locale."""
     qkv = files()[3]
-    x = fine("run", *qkv, "--tau", "0.5", env={**os.environ, "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE"})
+    x = fine("run", *qkv, "--tau", "0.5",
+             env={**os.environ, "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE"})
     check(isinstance(x.get("sparsity"), float), "numbers have a point", x)
 
 

@@ -380,7 +380,7 @@ Test(properties, heads_and_batches_in_any_order)
         problem_free(&x);
         problem_free(&y);
     }
-    check(done[2] < done[1] && done[1] < done[0] && done[0] < done[3] && done[3] == 2.0 * PAIRS,
+    check(done[0] < done[3] && done[1] < done[3] && done[2] < done[3] && done[3] == 2.0 * PAIRS,
           "heads computed %g %g %g %g of P.V", done[0], done[1], done[2], done[3]);
 }
 

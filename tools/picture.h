@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { PICTURE_MAX = 16384, HEAD_TITLE = 96 }; /* pixels of a side; bytes */
+enum { PICTURE_MAX = 16384, HEAD_TITLE = 160 }; /* pixels of a side; bytes */
 
 /* Beside the share of a kept block that was computed, 0 to 1: */
 #define PICTURE_SKIPPED (-1.0f)
