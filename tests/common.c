@@ -549,6 +549,11 @@ Test(common, mask_bits)
     walk(row, 100, last); /* over three empty words */
     memset(row, 0, 16);
     walk(row, 128, (const int64_t[]){ 128 }); /* to the end of the last word and not beyond */
+    for (int64_t block = 0; block < 128; block++) { /* one alone, in every place of a word */
+        sparge_mask_row_set(row, block);
+        walk(row, 128, (const int64_t[]){ block, 128 });
+        sparge_mask_row_clear(row, block);
+    }
     memset(row, 0xFF, 16);
     check_equal(sparge_mask_row_count(row, 128), 128);
     check_free(row);

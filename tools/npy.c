@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 64, MAX_HEADER = 1 << 20 };
+enum { MAX_HEADER = 1 << 20, DATA_AT = 128 }; /* bytes; where we write data: aligned to 64 */
 
 static const char magic[6] = {'\x93', 'N', 'U', 'M', 'P', 'Y'};
 
@@ -303,20 +303,15 @@ bool npy_write(FILE *stream, const char *name, const array *from, file_error *er
     if (from->type == ARRAY_BF16)
         return file_error_set(error, name, "a .npy file cannot hold bf16; convert to f32 first");
     const size_t size = array_type_size(from->type), count = (size_t)array_count(from);
-    char shape[ARRAY_SHAPE_TEXT], text[512];
+    char shape[ARRAY_SHAPE_TEXT], file[DATA_AT + ARRAY_SHAPE_TEXT] = "\x93NUMPY\x01\x00\x76";
     array_shape_string(from->rank, from->shape, shape);
-    const int used =
-        snprintf(text, sizeof text, "{'descr': '%c%s', 'fortran_order': False, 'shape': %s, }",
-                 size == 1 ? '|' : '<', descriptions[from->type], shape);
-    /* Spaces and a line end fill up to the alignment. */
-    const size_t prefix = sizeof magic + 4;
-    const size_t length = (prefix + (size_t)used + ALIGNMENT) / ALIGNMENT * ALIGNMENT - prefix;
-    memset(text + used, ' ', length - (size_t)used);
-    text[length - 1] = '\n';
-    const uint8_t fixed[4] = {1, 0, (uint8_t)(length & 255), (uint8_t)(length >> 8)};
-    if (fwrite(magic, sizeof magic, 1, stream) == 1 &&
-        fwrite(fixed, sizeof fixed, 1, stream) == 1 && fwrite(text, length, 1, stream) == 1 &&
-        fwrite(from->data, size, count, stream) == count)
+    int used = 10; /* the sizes have 26 digits at most, as their product is below 2^63 */
+    used += snprintf(file + used, sizeof file - (size_t)used,
+                     "{'descr': '%c%s', 'fortran_order': False, 'shape': %s, }",
+                     size == 1 ? '|' : '<', descriptions[from->type], shape);
+    memset(file + used, ' ', DATA_AT - 1 - (size_t)used);
+    file[DATA_AT - 1] = '\n';
+    if (fwrite(file, DATA_AT, 1, stream) == 1 && fwrite(from->data, size, count, stream) == count)
         return true;
     return file_error_set(error, name, "cannot write: %s; free some space or choose another folder",
                           strerror(errno));
