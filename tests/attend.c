@@ -657,6 +657,33 @@ Test(attend, no_batch)
     problem_free(&x);
 }
 
+/* c = ((step_q * step_k) * scale) * log2 e, each product rounded: m of a row with one block of keys is
+ * c times its largest integer score, bit for bit. */
+Test(attend, units_of_the_scores)
+{
+    for (int64_t n = 0; n < 20; n++) {
+        check_case("units %lld", (long long)n);
+        const shape s = shape_of(1, 1, 1, 30, 16, 16, 1);
+        problem x = problem_make(&s);
+        x.o.qk = precisions[n % 2];
+        x.o.scale = check_uniform(0.05f, 0.5f);
+        answer a = attend(&x);
+        for (int64_t r = 0; r < 30; r++) {
+            int32_t top = INT32_MIN;
+            for (int64_t t = 0; t < 16; t++) {
+                int32_t score = 0;
+                for (int64_t c = 0; c < 16; c++)
+                    score += a.trace.codes_q[r * 16 + c] * a.trace.codes_k[t * 16 + c];
+                top = score > top ? score : top;
+            }
+            const float unit = a.trace.steps_q[r / 16] * a.trace.steps_k[0] * x.o.scale * (float)log2e;
+            check_equal(a.trace.m[r], unit * (float)top);
+        }
+        answer_free(&a);
+        problem_free(&x);
+    }
+}
+
 /* ---- Non-finite values ---- */
 
 static const float not_finite[] = { NAN, INFINITY, -INFINITY };
@@ -967,6 +994,13 @@ Test(attend, non_finite_in_what_lambda_skips)
     x.o.knobs.lambda = -INFINITY;
     a = attend(&x);
     check(isnan(a.o.x[0]) && isnan(a.o.x[1]) && isfinite(a.lse[0]), "NaN of v: %g", (double)a.o.x[0]);
+    answer_free(&a);
+    problem_free(&x);
+
+    x = by_hand(2, (float[]){ 20.0f, NAN, 21.0f }, 3, 2, 1, -5.0f); /* the NaN counts as 0, far below */
+    shares_are(&x, (float[]){ 1, 0, 1 });
+    a = attend(&x);
+    check(isnan(a.o.x[0]) && isnan(a.o.x[1]) && isnan(a.lse[0]), "NaN of k: %g", (double)a.o.x[0]);
     answer_free(&a);
     problem_free(&x);
 }

@@ -1075,6 +1075,7 @@ Test(formats, output_bad_targets, .init = folder_make, .fini = folder_remove)
     expect_not_opened(in_folder("none/a"), "No such file or directory", "check the folder");
     output_make("a", "");
     expect_not_opened(in_folder("a"), "is already an output", "choose another name");
+    expect_not_opened(in_folder("./a"), "is already an output", "choose another name");
     outputs_discard();
     for (int i = 0; i < OUTPUT_MAX; i++) {
         snprintf(name, sizeof name, "f%d", i);

@@ -20,6 +20,16 @@ file(GLOB headers RELATIVE ${ROOT} ${ROOT}/sparge.h ${ROOT}/common/*.h)
 if(NOT headers)
   message(FATAL_ERROR "headers: none under ROOT=${ROOT}")
 endif()
+# What follows the header: C has no empty programs, and hd.h declares nothing but works on both sides.
+set(use [[
+extern int alone;
+#if defined(SPARGE_HD) && defined(__CUDACC__)
+SPARGE_HD int called(void) { return 1; }
+__global__ void kernel(int *x) { *x = called(); }
+int host(void) { return called(); }
+#endif
+]])
+
 set(compiled 0)
 set(failed)
 foreach(name IN LISTS compilers)
@@ -28,8 +38,7 @@ foreach(name IN LISTS compilers)
     continue()
   endif()
   foreach(header IN LISTS headers)
-    # The declaration is there because C has no empty programs and hd.h declares nothing.
-    file(WRITE ${WORK}/header.txt "#include \"${header}\"\n#include \"${header}\"\nextern int alone;\n")
+    file(WRITE ${WORK}/header.txt "#include \"${header}\"\n#include \"${header}\"\n${use}")
     execute_process(COMMAND ${compiler_${name}} ${flags} -I${ROOT} ${WORK}/header.txt
       RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
     math(EXPR compiled "${compiled} + 1")

@@ -733,6 +733,7 @@ def test_files():
         return name
     rest = qkv[1:]
     wrong(FILE, "nowhere.npy", "run", "nowhere.npy", *rest, "-o", "o.npy")
+    wrong(FILE, ["./o.npy", "already an output"], "run", *qkv, "-o", "o.npy", "--mask-out", "./o.npy")
     wrong(FILE, ["short.npy"], "run", bad("short.npy", data[:-1]), *rest, "-o", "o.npy")
     wrong(FILE, ["magic.npy"], "run", bad("magic.npy", b"XUMPY" + data[5:]), *rest, "-o", "o.npy")
     wrong(FILE, ["empty.npy"], "run", bad("empty.npy", b""), *rest, "-o", "o.npy")

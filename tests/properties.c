@@ -960,7 +960,7 @@ Test(properties, strides_beyond_32_bits)
         answer_free(&a);
         problem_free(&x);
         if (!there)
-            cr_skip("a mapping of 2^33 bytes is not on this machine");
+            cr_skip("this machine has not the address space for 2^35 bytes four times");
     }
 }
 

@@ -108,6 +108,24 @@ static int create_temporary(output_file *output)
     return file;
 }
 
+/* The one spelling of a target, whether or not it exists; as it is where its folder does not. */
+static void resolve(const char *path, char to[PATH_MAX])
+{
+    char folder[PATH_MAX];
+    const char *const slash = strrchr(path, '/'), *const name = slash ? slash + 1 : path;
+    const size_t length = (size_t)(name - path);
+    memcpy(folder, length ? path : "./", length ? length : 2);
+    folder[length ? length : 2] = '\0';
+    if (realpath(path, to))
+        return;
+    if (!realpath(folder, to) || strlen(to) + 1 + strlen(name) >= PATH_MAX) {
+        memcpy(to, path, strlen(path) + 1);
+        return;
+    }
+    strcat(to, "/");
+    strcat(to, name);
+}
+
 output_file *output_open(const char *path, file_error *error)
 {
     file_error_clear(error);
@@ -126,8 +144,10 @@ output_file *output_open(const char *path, file_error *error)
         wrong = "the name is too long; choose another";
     else if (exists && access(path, W_OK) != 0) /* a rename would replace what is protected */
         wrong = "is write-protected; allow it (chmod +w) or choose another name";
-    else if (direct || !exists || !realpath(path, output->path))
+    else if (direct)
         memcpy(output->path, path, length + 1);
+    else
+        resolve(path, output->path);
     for (int i = 0; i < count && !direct && !wrong; i++)
         if (strcmp(outputs[i].path, output->path) == 0)
             wrong = "is already an output; choose another name";
