@@ -59,7 +59,7 @@ SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share
     const float b_shrink = b.max == -INFINITY ? 0.0f : sparge_exp2(b.max - max);
     sparge_row both;
     both.max = max;
-    both.sum = a.sum * a_shrink + b.sum * b_shrink;
+    both.sum = fmaf(a.sum, a_shrink, b.sum * b_shrink);
     *a_share = a_shrink;
     *b_share = b_shrink;
     return both;

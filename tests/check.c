@@ -96,9 +96,8 @@ void check_free(void *buffer)
 {
     if (!buffer)
         return;
-    const char *wrong = check_guards(buffer);
+    check_no_difference("check_free: ", check_guards(buffer));
     free((uint8_t *)buffer - GUARD - HEAD);
-    check(!wrong, "%s", wrong);
 }
 
 const char *check_distance(double got, double want, double tolerance)

@@ -1,14 +1,12 @@
 /* check.h: inputs that replay, buffers with guards, and comparisons that a NaN fails, on Criterion.
  *
- * Traps: a cr_log_warn in a passing test makes the program exit 1; a program whose tests were all
- * skipped exits 0, so CTest fails one that ran none; a test that cannot run here says "not on this
- * machine". */
+ * Traps: a cr_log_warn in a passing test makes the program exit 1; a program that ran no test exits 0,
+ * so CTest fails it; a test that cannot run here says "not on this machine". */
 #ifndef SPARGE_TESTS_CHECK_H
 #define SPARGE_TESTS_CHECK_H
 
 #include <stddef.h>
 #include <stdint.h>
-
 #include <criterion/criterion.h>
 
 /* Names the case that begins, as printf does, and starts the generator anew from SPARGE_SEED and the

@@ -370,7 +370,7 @@ def test_dump_and_diff():
     q, k, v, qkv = files()
     fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
     stages = dict(blocks=(2,), mean_k=(B, HK, D), pool_q=(B, HQ, 3, D), pool_k=(B, HK, 6, D),
-                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), s=(B, HQ, 3, 6), mask=(B, HQ, 3, 6),
+                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), S=(B, HQ, 3, 6), mask=(B, HQ, 3, 6),
                   codes_q=(B, HQ, NQ, D), codes_k=(B, HK, NK, D), codes_v=(B, HK, NK, DV),
                   steps_q=(B, HQ, 3), steps_k=(B, HK, 6), steps_v=(B, HK, 6, DV),
                   pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ), l=(B, HQ, NQ), o=(B, HQ, NQ, DV))
@@ -405,7 +405,7 @@ def test_dump_and_diff():
     x = fine("diff", "d", "same")
     check(x["first_stage"] is None and len(x["stages"]) == 18, "equal dumps", x)
     check([s["stage"] for s in x["stages"]][:8] ==
-          "blocks mean_k pool_k sim_k pool_q sim_q s mask".split(), "in the order of the algorithm")
+          "blocks mean_k pool_k sim_k pool_q sim_q S mask".split(), "in the order of the algorithm")
     fine("run", *qkv, "--dump", "d", "--tau", 0.7)  # over what is there
     check(fine("diff", "d", "same")["first_stage"] is None, "dumped again")
     changed = load("codes_v")

@@ -114,8 +114,8 @@ bool array_alloc(array_type type, int rank, const int64_t *shape, array *out, fi
     size_t bytes;
     if (!array_bytes(type, rank, shape, &bytes))
         return file_error_set(error, NULL,
-                              "no array has this shape; give at most %d sizes of 0 or "
-                              "more whose product fits in memory",
+                              "no array has this shape; give at most %d sizes of 0 or more whose "
+                              "product fits in memory",
                               ARRAY_MAX_RANK);
     void *const data = malloc(bytes > 0 ? bytes : 1);
     if (!data)
@@ -245,10 +245,10 @@ bool input_read(const file_input *from, size_t at, size_t size, void *to)
         if (n > 0)
             done += (size_t)n;
         else if (n == 0 || errno != EINTR)
-            return input_fail(from,
-                              "byte %zu: cannot read: %s; check the "
-                              "disk, and that nobody writes to the file",
-                              at + done, n < 0 ? strerror(errno) : "the file has shrunk");
+            return input_fail(
+                from,
+                "byte %zu: cannot read: %s; check the disk, and that nobody writes to the file",
+                at + done, n < 0 ? strerror(errno) : "the file has shrunk");
     }
     return true;
 }

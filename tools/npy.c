@@ -32,9 +32,7 @@ typedef struct header {
 
 static bool header_fail(const header *h, const char *wrong)
 {
-    return input_fail(h->in,
-                      "byte %zu: header: %s; save it again with "
-                      "numpy.save",
+    return input_fail(h->in, "byte %zu: header: %s; save it again with numpy.save",
                       h->start + h->at, wrong);
 }
 
@@ -74,8 +72,8 @@ static bool header_descr(header *h)
     const char first = header_peek(h);
     if (first == '[' || first == '(' || first == '{')
         return input_fail(h->in,
-                          "byte %zu: descr is a structured dtype; "
-                          "save one field of it: numpy.save(f, a['field'])",
+                          "byte %zu: descr is a structured dtype; save one field of it: "
+                          "numpy.save(f, a['field'])",
                           h->start + h->at);
     char descr[32];
     if (!header_string(h, descr))
@@ -87,9 +85,7 @@ static bool header_descr(header *h)
             header_skip(h, descr);
             return true;
         }
-    return input_fail(h->in,
-                      "byte %zu: descr '%s' %s; convert with "
-                      "a.astype('<f4')",
+    return input_fail(h->in, "byte %zu: descr '%s' %s; convert with a.astype('<f4')",
                       h->start + h->at, descr,
                       descr[0] == '>'           ? "is big-endian"
                       : strchr(descr, 'O')      ? "holds Python objects"
@@ -242,9 +238,7 @@ static bool read_data(const header *h, array *out)
     array_shape_string(h->rank, h->shape, shape);
     size_t need;
     if (!array_bytes(h->type, h->rank, h->shape, &need))
-        return input_fail(in,
-                          "byte %zu: header: shape %s of %s overflows; save "
-                          "a smaller array",
+        return input_fail(in, "byte %zu: header: shape %s of %s overflows; save a smaller array",
                           h->start, shape, type);
     if (need != have)
         return input_fail(in,

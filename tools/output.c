@@ -66,8 +66,7 @@ static void install(void)
     struct sigaction old, new = {.sa_handler = handle_signal};
     sigfillset(&new.sa_mask);
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++)
-        /* nohup, and shells for what they start in the background, have signals ignored: leave it.
-         */
+        /* nohup, and shells for background jobs, have signals ignored: leave them so. */
         if (sigaction(signals[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
             sigaction(signals[i], &new, NULL);
 }
@@ -196,8 +195,7 @@ static bool output_close(output_file *output, file_error *error)
     if (ok && closed)
         return true;
     return file_error_set(error, output->path,
-                          "cannot write: %s; free some space or choose another "
-                          "folder",
+                          "cannot write: %s; free some space or choose another folder",
                           strerror(!ok ? reason ? reason : EIO : errno));
 }
 
@@ -220,8 +218,7 @@ bool outputs_commit(file_error *error)
             atomic_store(&outputs[i].pending, false);
         else
             file_error_set(error, outputs[i].path,
-                           "cannot rename a file to this: %s; choose another "
-                           "name",
+                           "cannot rename a file to this: %s; choose another name",
                            strerror(errno));
     }
     outputs_discard();

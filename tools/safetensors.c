@@ -68,8 +68,7 @@ static bool parse_offsets(const table *t, tensor *to)
         return true;
     return input_fail(t->in,
                       "key '%.100s': data_offsets must be two integers, 0 <= begin <= end <= %zu, "
-                      "the bytes of data in the file (truncated?); copy "
-                      "or write it again",
+                      "the bytes of data in the file (truncated?); copy or write it again",
                       to->name, have);
 }
 
@@ -89,8 +88,7 @@ static bool check_cover(const table *t)
         if (t->tensors[i].begin != covered)
             return input_fail(t->in,
                               "key '%.100s': data_offsets begin at %" PRId64 ", %s %" PRId64
-                              ", the end of what comes before; write the "
-                              "file again",
+                              ", the end of what comes before; write the file again",
                               t->tensors[i].name, t->tensors[i].begin,
                               t->tensors[i].begin < covered ? "overlapping" : "leaving a hole from",
                               covered);
@@ -180,10 +178,8 @@ static bool read_tensor(const table *t, const char *name, array *out)
     int rank;
     int64_t shape[ARRAY_MAX_RANK];
     if (!parse_type(from, &type))
-        return input_fail(in,
-                          "key '%.100s': dtype is none of F16, BF16 and F32; "
-                          "convert it with .float()",
-                          name);
+        return input_fail(
+            in, "key '%.100s': dtype is none of F16, BF16 and F32; convert it with .float()", name);
     if (!parse_shape(from, &rank, shape))
         return input_fail(
             in,
@@ -198,10 +194,8 @@ static bool read_tensor(const table *t, const char *name, array *out)
                           " bytes of its data_offsets; write the file again",
                           name, text, array_type_string(type), from->end - from->begin);
     if (!array_alloc(type, rank, shape, out, NULL))
-        return input_fail(in,
-                          "key '%.100s': no memory for %zu bytes; use a "
-                          "smaller tensor",
-                          name, need);
+        return input_fail(in, "key '%.100s': no memory for %zu bytes; use a smaller tensor", name,
+                          need);
     return input_read(in, t->start + (size_t)from->begin, need, out->data);
 }
 
