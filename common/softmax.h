@@ -43,11 +43,12 @@ SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
     return shrink;
 }
 
-/* exp2(scale * score - max): the weight of a score under a maximum that it cannot exceed, so that
- * only the rounding of the product can; hence the min. */
+/* exp2(scale * score - max): the weight of a score under a maximum that it cannot exceed; only the
+ * rounding of the product can, and is cut. NaN for NaN, as fminf would not give. */
 SPARGE_HD float sparge_weight(float score, float scale, float max)
 {
-    return sparge_exp2(fminf(0.0f, fmaf(score, scale, -max)));
+    const float below = fmaf(score, scale, -max);
+    return sparge_exp2(below > 0.0f ? 0.0f : below);
 }
 
 /* The state of two disjoint sets of keys together; outputs add as o = a_share * o_a + b_share * o_b
@@ -65,17 +66,21 @@ SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share
     return both;
 }
 
+/* A row that saw no key. (A sum of 0 under a maximum is none: scores overflowed, and o is NaN.) */
+SPARGE_HD bool sparge_row_is_empty(const sparge_row *row) { return row->max == -INFINITY; }
+
 /* What the accumulated output is multiplied by; a row that saw no key attends to nothing. */
 SPARGE_HD float sparge_row_norm(const sparge_row *row)
 {
-    return row->sum == 0.0f ? 0.0f : 1.0f / row->sum;
+    return sparge_row_is_empty(row) ? 0.0f : 1.0f / row->sum;
 }
 
 /* log of the sum of exp(natural score): -inf for a row that saw no key. */
 SPARGE_HD float sparge_row_lse(const sparge_row *row)
 {
-    return row->sum == 0.0f ? -INFINITY
-                            : (float)(((double)row->max + log2((double)row->sum)) * 0.69314718055994530942);
+    if (sparge_row_is_empty(row))
+        return -INFINITY;
+    return (float)(((double)row->max + log2((double)row->sum)) * 0.69314718055994530942);
 }
 
 #endif

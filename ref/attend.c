@@ -63,7 +63,7 @@ void sparge_ref_weigh(const sparge_ref_operand *v, int p_levels, sparge_ref_tile
     memset(tile->product, 0, (size_t)v->dim * sizeof *tile->product);
     for (int64_t t = 0; t < tile->seen[r]; t++) {
         const float p = sparge_weight(tile->s[r * tile->keys + t], tile->c, tile->local[r]);
-        const int32_t code = (int32_t)((float)p_levels * p + 0.5f);
+        const int32_t code = p <= 1.0f ? (int32_t)((float)p_levels * p + 0.5f) : 0; /* not of NaN */
         const int16_t *v_code = &v->code[(tile->first_k + t) * v->dim];
         sum += code;
         for (int64_t c = 0; c < v->dim; c++)

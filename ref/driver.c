@@ -148,18 +148,18 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
     const sparge_row *state = &w->tile.state[r];
     const int64_t token = w->tile.first_q + r, line = (b * p->heads + h) * p->q_len + token;
     const int64_t at = b * result->o.batch + h * result->o.head + token * result->o.token;
-    const bool empty = state->sum == 0.0f, spoilt = w->spoilt[r] && !empty;
+    const bool empty = sparge_row_is_empty(state), spoilt = w->spoilt[r] && !empty;
+    if (result->lse) { /* before o, which may stand where q stood */
+        result->lse[line] = spoilt ? NAN : sparge_row_lse(state);
+        if (w->mean && !empty) {
+            sparge_ref_load(&p->q, b, h, token, 1, p->dim, NULL, w->x, &w->q.bad[token * p->dim]);
+            result->lse[line] += w->o->scale * sparge_dot(w->x, w->mean, p->dim);
+        }
+    }
     for (int64_t c = 0; c < p->dim_v; c++)
         store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * sparge_row_norm(state));
     sparge_ref_record(result->trace->m, line, &state->max, 1, 4);
     sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
-    if (!result->lse)
-        return;
-    result->lse[line] = spoilt ? NAN : sparge_row_lse(state);
-    if (w->mean && !empty) {
-        sparge_ref_load(&p->q, b, h, token, 1, p->dim, NULL, w->x, &w->q.bad[token * p->dim]);
-        result->lse[line] += w->o->scale * sparge_dot(w->x, w->mean, p->dim);
-    }
 }
 
 static void attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const sparge_mask *mask,

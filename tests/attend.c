@@ -1221,3 +1221,55 @@ Test(attend, huge_scores)
         problem_free(&x);
     }
 }
+
+/* ---- Scores that overflow ------------------------------------------------------------------------ */
+
+/* Finite inputs whose scores no float holds: the row says so with NaN, and is neither taken for a row
+ * without keys nor given equal weights. The second set makes inf - inf inside a dot product. */
+Test(attend, scores_that_overflow_give_nan)
+{
+    const float q[2][2] = { { 1e20f, 0.0f }, { 1e20f, 1e20f } };
+    const float k[2][6] = { { 1e20f, 0.0f, 5e19f, 0.0f, -1e20f, 0.0f },
+                            { 1e20f, -1e20f, 1e-20f, 0.0f, 0.0f, 1e-20f } };
+    const float v[3] = { 1.0f, 2.0f, 3.0f };
+    for (int set = 0; set < 2; set++)
+        for (int n = 0; n < 9; n++) {
+            check_case("set %d, qk %d, pv %d", set, n / 3, n % 3);
+            sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+            o.qk = (sparge_precision)(n / 3);
+            o.pv = (sparge_precision)(n % 3);
+            o.smooth_k = false;
+            if (set == 1 && (o.qk != SPARGE_FLOAT || o.pv != SPARGE_FLOAT))
+                continue; /* codes cancel exactly */
+            const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 1, .k_len = 3,
+                .dim = 2, .dim_v = 1, .q = { q[set], SPARGE_F32, 2, 2, 2 },
+                .k = { k[set], SPARGE_F32, 6, 6, 2 }, .v = { v, SPARGE_F32, 3, 3, 1 } };
+            float out = 0.0f, lse = 0.0f;
+            sparge_result r = { .o = { &out, SPARGE_F32, 1, 1, 1 }, .lse = &lse };
+            cr_assert_eq(sparge_attend(&p, &o, NULL, &r, NULL), SPARGE_OK);
+            check(isnan(out) && isnan(lse), "o %g, lse %g", (double)out, (double)lse);
+        }
+}
+
+/* o may stand where q stood: lse still reads the real q. */
+Test(attend, output_over_q)
+{
+    float q[64 * 8], k[64 * 8], v[64 * 8], o[64 * 8], lse[2][64];
+    check_case("in place");
+    for (int e = 0; e < 64 * 8; e++) {
+        q[e] = check_normal();
+        k[e] = check_normal() + 3.0f;
+        v[e] = check_normal();
+    }
+    const sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
+    const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 64, .k_len = 64,
+        .dim = 8, .dim_v = 8, .q = { q, SPARGE_F32, 0, 0, 8 }, .k = { k, SPARGE_F32, 0, 0, 8 },
+        .v = { v, SPARGE_F32, 0, 0, 8 } };
+    float *const place[] = { o, q };
+    for (int n = 0; n < 2; n++) {
+        sparge_result r = { .o = { place[n], SPARGE_F32, 0, 0, 8 }, .lse = lse[n] };
+        cr_assert_eq(sparge_attend(&p, &options, NULL, &r, NULL), SPARGE_OK);
+    }
+    check_same(q, o, 64 * 8);
+    check_same(lse[1], lse[0], 64);
+}
