@@ -186,9 +186,9 @@ static exit_code describe(map *m, file_error *error)
         snprintf(topk, sizeof topk, ", topk %g", (double)o->knobs.topk);
     if (m->picture.lambda)
         snprintf(lambda, sizeof lambda, ", λ %g", (double)o->knobs.lambda);
-    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, θ %g%s%s%s",
+    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, θ %g%s%s%s%s",
              causal[o->causal], (long long)o->block_q, (long long)o->block_k,
-             (double)o->knobs.theta, tau, topk, lambda);
+             (double)o->knobs.theta, tau, topk, lambda, o->sink ? ", sink" : "");
     m->picture.mass = m->mass.data;
     m->picture.done = m->pv_done.data;
     m->picture.title = m->title;
