@@ -5,7 +5,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
@@ -406,13 +405,6 @@ sparge_status sparge_attend(const sparge_problem *problem, const sparge_options 
     return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
 }
 
-static double seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
                                sparge_result *result, sparge_error *error)
 {
@@ -425,10 +417,10 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
     if (!result->mask)
         status = sparge_mask_alloc(&own, problem, options, error);
     sparge_mask *mask = result->mask ? result->mask : &own;
-    const double start = seconds();
+    const double start = sparge_ref_seconds();
     if (!status)
         status = sparge_predict(problem, options, mask, result->trace, error);
-    result->seconds_predict = seconds() - start;
+    result->seconds_predict = sparge_ref_seconds() - start;
     if (!status)
         status = sparge_attend(problem, options, mask, result, error);
     sparge_mask_free(&own);

@@ -39,7 +39,7 @@ void sparge_ref_record(void *array, int64_t at, const void *from, int64_t n, siz
         memcpy((char *)array + (size_t)(at * n) * size, from, (size_t)n * size);
 }
 
-static double seconds(void)
+double sparge_ref_seconds(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -234,7 +234,7 @@ static void quantize_keys(const sparge_ref_attender *w, int64_t b, int64_t kv)
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result)
 {
-    const double start = seconds();
+    const double start = sparge_ref_seconds();
     const sparge_ref_mode mode = sparge_ref_mode_of(p, o);
     const sparge_geometry g =
         sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
@@ -266,17 +266,17 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
     double quantizing = 0.0;
     for (int64_t n = 0; n < p->batch * p->heads && !a.failed; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;
-        const double before = seconds();
+        const double before = sparge_ref_seconds();
         if (h % group == 0)
             quantize_keys(&w, b, h / group);
         sparge_ref_codes(&w, &p->q, b, h, p->q_len, NULL, &w.q);
         record_codes(&w.q, n, p->q_len, result->trace->codes_q, result->trace->steps_q);
-        quantizing += seconds() - before;
+        quantizing += sparge_ref_seconds() - before;
         w.counts = &result->head_counts[n];
         attend_head(&w, b, h, mask, all);
     }
     release(&a);
     result->seconds_quantize = quantizing;
-    result->seconds_attend = seconds() - start - quantizing;
+    result->seconds_attend = sparge_ref_seconds() - start - quantizing;
     return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
 }

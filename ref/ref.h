@@ -18,6 +18,8 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result);
 
+double sparge_ref_seconds(void); /* since some moment; never runs backwards */
+
 /* The thresholds of one query head. */
 static inline const sparge_knobs *sparge_ref_knobs(const sparge_options *o, int64_t h)
 {
