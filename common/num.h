@@ -66,8 +66,16 @@ SPARGE_HD float sparge_exp2(float x)
     return p * sparge_bits_float((sparge_float_bits(shifted) + 127u) << 23);
 }
 
-/* A sum over channels has one order everywhere: channel c goes to partial c mod 16, then the
- * partials fold 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
+/* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials fold 8 + 8,
+ * 4 + 4, 2 + 2, 1 + 1. */
+SPARGE_HD float sparge_sum_of(float partial[16])
+{
+    for (int half = 8; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            partial[lane] += partial[lane + half];
+    return partial[0];
+}
+
 SPARGE_HD float sparge_dot(const float *a, const float *b, int64_t n)
 {
     float partial[16] = { 0 };
@@ -77,10 +85,7 @@ SPARGE_HD float sparge_dot(const float *a, const float *b, int64_t n)
             partial[lane] = fmaf(a[c + lane], b[c + lane], partial[lane]);
     for (int lane = 0; c + lane < n; lane++)
         partial[lane] = fmaf(a[c + lane], b[c + lane], partial[lane]);
-    for (int half = 8; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            partial[lane] += partial[lane + half];
-    return partial[0];
+    return sparge_sum_of(partial);
 }
 
 #endif

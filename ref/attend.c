@@ -74,7 +74,7 @@ void sparge_ref_weigh(const sparge_ref_operand *v, int p_levels, sparge_ref_tile
     const float *v_step = &v->step[tile->first_k / v->block * v->dim];
     state->sum += weight * (float)sum;
     for (int64_t c = 0; c < v->dim; c++)
-        o[c] = o[c] * shrink + weight * v_step[c] * (float)tile->product[c];
+        o[c] = fmaf(weight * v_step[c], (float)tile->product[c], o[c] * shrink);
 }
 
 /* Lines 14-16: a group of rows skips the tile when none of them comes near its maximum. */

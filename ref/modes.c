@@ -18,18 +18,18 @@ static void weigh_float(const sparge_ref_operand *v, int p_levels, sparge_ref_ti
 {
     (void)p_levels;
     sparge_row *state = &tile->state[r];
-    float *o = &tile->o[r * v->dim], sum = 0.0f;
+    float *o = &tile->o[r * v->dim], sum[16] = { 0 };
     const float shrink = sparge_row_raise(state, tile->local[r]);
     for (int64_t c = 0; c < v->dim; c++)
         o[c] *= shrink;
     for (int64_t t = 0; t < tile->seen[r]; t++) {
         const float p = sparge_weight(tile->s[r * tile->keys + t], tile->c, state->max);
         const float *value = &v->value[(tile->first_k + t) * v->dim];
-        sum += p;
+        sum[t % 16] += p;
         for (int64_t c = 0; c < v->dim; c++)
             o[c] = fmaf(p, value[c], o[c]);
     }
-    state->sum += sum;
+    state->sum += sparge_sum_of(sum);
 }
 
 /* ---- rules = paper: the algorithm as printed ---- */
