@@ -5,13 +5,15 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
+#include "cpu/cpu.h"
 #include "ref/oracle.h"
 #include "ref/ref.h"
 
-enum { MAX_BLOCK = 1024 };
+enum { MAX_BLOCK = 1024, MAX_THREADS = 1024 };
 
 static const sparge_trace no_trace;
 
@@ -38,25 +40,26 @@ const char *sparge_isa_string(sparge_isa isa)
 
 /* ---- What is here ---- */
 
+/* The stages of a backend: arguments are checked and options resolved by then, no trace is NULL. */
+static const struct stages {
+    sparge_status (*predict)(const sparge_problem *, const sparge_options *, sparge_mask *, const sparge_trace *);
+    sparge_status (*attend)(const sparge_problem *, const sparge_options *, const sparge_mask *, sparge_result *);
+    sparge_status (*attention)(const sparge_problem *, const sparge_options *, sparge_mask *, sparge_result *);
+} stages[] = {
+    [SPARGE_REF] = { sparge_ref_predict, sparge_ref_attend, sparge_ref_attention },
+    [SPARGE_CPU] = { sparge_cpu_predict, sparge_cpu_attend, sparge_cpu_attention },
+    [SPARGE_CUDA] = { 0 },
+};
+
 bool sparge_backend_built(sparge_backend backend)
 {
-    return backend == SPARGE_AUTO || backend == SPARGE_REF;
+    return backend == SPARGE_AUTO ||
+           ((unsigned)backend < sizeof stages / sizeof *stages && stages[backend].predict);
 }
 
 bool sparge_backend_available(sparge_backend backend) { return sparge_backend_built(backend); }
 
-bool sparge_isa_available(sparge_isa isa)
-{
-    switch (isa) {
-    case SPARGE_ISA_AUTO:
-    case SPARGE_ISA_SCALAR: return true;
-#if defined(__x86_64__)
-    case SPARGE_ISA_AVX2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case SPARGE_ISA_AVX512VNNI: return __builtin_cpu_supports("avx512vnni");
-#endif
-    default: return false;
-    }
-}
+bool sparge_isa_available(sparge_isa isa) { return isa == SPARGE_ISA_AUTO || sparge_cpu_has(isa); }
 
 /* ---- Errors: one sentence, the argument and its value ---- */
 
@@ -167,7 +170,7 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
     const struct { const char *name; int64_t value, low, high; } number[] = {
         { "backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA },
         { "isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI },
-        { "threads", o->threads, 0, 65536 },
+        { "threads", o->threads, 0, MAX_THREADS },
         { "block_q", o->block_q, 1, MAX_BLOCK },
         { "block_k", o->block_k, 1, MAX_BLOCK },
         { "skip_rows", o->skip_rows, 0, INT64_MAX },
@@ -249,6 +252,41 @@ sparge_options sparge_options_default(sparge_rules rules)
     };
 }
 
+/* The instruction set that SPARGE_ISA names, or the best one. */
+static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
+{
+    const char *name = getenv("SPARGE_ISA");
+    *isa = sparge_cpu_best();
+    if (!name || !*name || strcmp(name, sparge_isa_string(SPARGE_ISA_AUTO)) == 0)
+        return SPARGE_OK;
+    for (*isa = SPARGE_ISA_SCALAR; *isa <= SPARGE_ISA_AVX512VNNI; ++*isa)
+        if (strcmp(name, sparge_isa_string(*isa)) == 0)
+            return SPARGE_OK;
+    return fail(error, SPARGE_ERR_ARGUMENT, "SPARGE_ISA is '%.40s', which is no instruction set", name);
+}
+
+static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
+{
+    if (o->rules != SPARGE_RULES_DEFAULT)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "rules are not the default ones, which the ref backend alone has");
+    const bool named = o->isa != SPARGE_ISA_AUTO;
+    const sparge_status status = named ? SPARGE_OK : isa_of_environment(&o->isa, error);
+    if (status)
+        return status;
+    if (!sparge_cpu_has(o->isa)) {
+        char have[64] = "";
+        for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
+            if (sparge_cpu_has(isa))
+                snprintf(have + strlen(have), sizeof have - strlen(have), "%s%s", *have ? ", " : "",
+                         sparge_isa_string(isa));
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "%s is %s, which this processor lacks: it has %s",
+                    named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa), have);
+    }
+    if (o->threads == 0)
+        o->threads = (int)sparge_min(MAX_THREADS, sparge_cpu_threads());
+    return SPARGE_OK;
+}
+
 /* Fills in what 0 stands for, and names a backend that can do what is asked. */
 static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
 {
@@ -264,10 +302,14 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
         return fail(error, SPARGE_ERR_ARGUMENT, "isa is %s, which the %s backend does not have",
                     sparge_isa_string(o->isa), sparge_backend_string(o->backend));
     if (o->backend == SPARGE_AUTO)
-        o->backend = wants_isa ? SPARGE_CPU : SPARGE_REF;
+        o->backend = wants_isa || o->rules == SPARGE_RULES_DEFAULT ? SPARGE_CPU : SPARGE_REF;
     if (!sparge_backend_built(o->backend))
         return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is %s, which this library was built without",
                     sparge_backend_string(o->backend));
+    if (o->backend == SPARGE_CPU)
+        return resolve_cpu(o, error);
+    o->isa = SPARGE_ISA_SCALAR;
+    o->threads = 1;
     return SPARGE_OK;
 }
 
@@ -367,7 +409,39 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
     sparge_options o = *options;
     status = resolve(problem, &o, error);
     if (!status)
-        status = sparge_ref_predict(problem, &o, mask, trace ? trace : &no_trace);
+        status = stages[o.backend].predict(problem, &o, mask, trace ? trace : &no_trace);
+    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+}
+
+/* Stage 2 over `mask`, or both stages where there is one to predict. */
+static sparge_status run(const sparge_problem *problem, const sparge_options *options, sparge_mask *predicted,
+                         const sparge_mask *mask, sparge_result *result, sparge_error *error)
+{
+    sparge_options o = *options;
+    sparge_status status = resolve(problem, &o, error);
+    if (status)
+        return status;
+    const int64_t heads = problem->batch * problem->heads;
+    sparge_counts *own = NULL;
+    sparge_result now = *result;
+    now.seconds_predict = now.seconds_quantize = now.seconds_attend = 0.0;
+    if (!now.head_counts)
+        now.head_counts = own = malloc(heads ? (size_t)heads * sizeof *own : 1);
+    if (!now.head_counts)
+        return out_of_memory(error);
+    memset(now.head_counts, 0, (size_t)heads * sizeof *now.head_counts);
+    if (!now.trace)
+        now.trace = &no_trace;
+    status = predicted ? stages[o.backend].attention(problem, &o, predicted, &now)
+                       : stages[o.backend].attend(problem, &o, mask, &now);
+    result->counts = sum_of(now.head_counts, heads);
+    result->backend = o.backend;
+    result->isa = o.isa;
+    result->threads = o.threads;
+    result->seconds_predict = now.seconds_predict;
+    result->seconds_quantize = now.seconds_quantize;
+    result->seconds_attend = now.seconds_attend;
+    free(own);
     return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
 }
 
@@ -377,32 +451,7 @@ sparge_status sparge_attend(const sparge_problem *problem, const sparge_options 
     sparge_status status = check(problem, options, true, mask, error);
     if (!status)
         status = check_result(problem, result, error);
-    if (status)
-        return status;
-    sparge_options o = *options;
-    status = resolve(problem, &o, error);
-    if (status)
-        return status;
-
-    const int64_t heads = problem->batch * problem->heads;
-    sparge_counts *own = NULL;
-    sparge_result run = *result;
-    if (!run.head_counts)
-        run.head_counts = own = malloc(heads ? (size_t)heads * sizeof *own : 1);
-    if (!run.head_counts)
-        return out_of_memory(error);
-    memset(run.head_counts, 0, (size_t)heads * sizeof *run.head_counts);
-    if (!run.trace)
-        run.trace = &no_trace;
-    status = sparge_ref_attend(problem, &o, mask, &run);
-    result->counts = sum_of(run.head_counts, heads);
-    result->backend = o.backend;
-    result->isa = SPARGE_ISA_SCALAR;
-    result->threads = 1;
-    result->seconds_quantize = run.seconds_quantize;
-    result->seconds_attend = run.seconds_attend;
-    free(own);
-    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+    return status ? status : run(problem, options, NULL, mask, result, error);
 }
 
 sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
@@ -416,13 +465,8 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
     sparge_mask own = { 0 };
     if (!result->mask)
         status = sparge_mask_alloc(&own, problem, options, error);
-    sparge_mask *mask = result->mask ? result->mask : &own;
-    const double start = sparge_ref_seconds();
     if (!status)
-        status = sparge_predict(problem, options, mask, result->trace, error);
-    result->seconds_predict = sparge_ref_seconds() - start;
-    if (!status)
-        status = sparge_attend(problem, options, mask, result, error);
+        status = run(problem, options, result->mask ? result->mask : &own, NULL, result, error);
     sparge_mask_free(&own);
     return status;
 }

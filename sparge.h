@@ -126,8 +126,8 @@ typedef struct sparge_knobs {
 
 typedef struct sparge_options {
     sparge_backend backend;
-    sparge_isa isa;               /* for the cpu backend */
-    int threads;                  /* 0: as many as OpenMP would take */
+    sparge_isa isa;               /* of the cpu backend; AUTO: what the environment's SPARGE_ISA names, or the best */
+    int threads;                  /* of the cpu backend, at most 1024; 0: as many as OpenMP would take */
     int64_t block_q, block_k;     /* rows of a query block, keys of a key block; 1 to 1024 */
     int64_t skip_rows;            /* lambda is decided for this many rows at a time; 0: by the rules */
     sparge_causal causal;

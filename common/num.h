@@ -49,13 +49,12 @@ SPARGE_HD int32_t sparge_round(float x)
 /* 2^x for x <= 0, within 1 ulp and never above 1: 1 at 0, 0 below -126 and at -inf, NaN for NaN.
  * 2^n by the exponent field, 2^f for f in [-1/2, 1/2] by a minimax polynomial of relative error 2e-9
  * whose constant term is held at 1. Adding 1.5 * 2^23 rounds x to its nearest integer, which then
- * stands in the low bits. */
+ * stands in the low bits. No branch, so that a loop of it becomes vectors. */
 SPARGE_HD float sparge_exp2(float x)
 {
-    if (!(x >= -126.0f))
-        return x < -126.0f ? 0.0f : x;
-    const float shifted = x + 12582912.0f;
-    const float f = x - (shifted - 12582912.0f);
+    const float inside = x < -126.0f ? -126.0f : x;
+    const float shifted = inside + 12582912.0f;
+    const float f = inside - (shifted - 12582912.0f);
     float p = 0x1.41fbbcp-13f;
     p = fmaf(p, f, 0x1.5f3e52p-10f);
     p = fmaf(p, f, 0x1.3b2d4cp-7f);
@@ -63,7 +62,8 @@ SPARGE_HD float sparge_exp2(float x)
     p = fmaf(p, f, 0x1.ebfbdcp-3f);
     p = fmaf(p, f, 0x1.62e43p-1f);
     p = fmaf(p, f, 1.0f);
-    return p * sparge_bits_float((sparge_float_bits(shifted) + 127u) << 23);
+    p *= sparge_bits_float((sparge_float_bits(shifted) + 127u) << 23);
+    return x < -126.0f ? 0.0f : p;
 }
 
 /* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials fold 8 + 8,

@@ -280,3 +280,12 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
     result->seconds_attend = sparge_ref_seconds() - start - quantizing;
     return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
 }
+
+sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
+                                   sparge_result *result)
+{
+    const double start = sparge_ref_seconds();
+    const sparge_status status = sparge_ref_predict(p, o, mask, result->trace);
+    result->seconds_predict = sparge_ref_seconds() - start;
+    return status ? status : sparge_ref_attend(p, o, mask, result);
+}

@@ -7,9 +7,14 @@
 static void score_float(const sparge_ref_operand *q, const sparge_ref_operand *k, sparge_ref_tile *tile)
 {
     for (int64_t r = 0; r < tile->rows; r++)
-        for (int64_t t = 0; t < tile->keys; t++)
-            tile->s[r * tile->keys + t] = sparge_dot(&q->value[(tile->first_q + r) * q->dim],
-                                                     &k->value[(tile->first_k + t) * k->dim], q->dim);
+        for (int64_t t = 0; t < tile->keys; t++) {
+            const float *a = &q->value[(tile->first_q + r) * q->dim];
+            const float *b = &k->value[(tile->first_k + t) * k->dim];
+            float sum = 0.0f;
+            for (int64_t c = 0; c < q->dim; c++)
+                sum = fmaf(a[c], b[c], sum);
+            tile->s[r * tile->keys + t] = sum;
+        }
 }
 
 /* ---- pv = float: P against the running maximum ---- */

@@ -17,6 +17,8 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
                                  const sparge_trace *trace);
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result);
+sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
+                                   sparge_result *result); /* the one, then the other */
 
 double sparge_ref_seconds(void); /* since some moment; never runs backwards */
 

@@ -1,0 +1,114 @@
+/* avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4): vectors of 16 lanes, 32 registers; a vector is a whole panel. */
+#include <immintrin.h>
+
+#include "cpu/kernels.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* C of 6 x 4 vectors, 4 of B and a lane of A: 29 registers. */
+enum { LANES = 16, WIDTH = 4, HEIGHT = 6, HEIGHT_FLOATS = 6 };
+
+typedef __m512 floats;
+typedef __m512i ints;
+
+INLINE floats f_load(const float *x) { return _mm512_loadu_ps(x); }
+INLINE void f_store(float *to, floats x) { _mm512_storeu_ps(to, x); }
+INLINE floats f_all(float x) { return _mm512_set1_ps(x); }
+INLINE floats f_of(ints x) { return _mm512_cvtepi32_ps(x); }
+INLINE floats f_mul(floats a, floats b) { return _mm512_mul_ps(a, b); }
+INLINE floats f_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE ints i_load(const void *x) { return _mm512_loadu_si512(x); }
+INLINE ints i_zero(void) { return _mm512_setzero_si512(); }
+INLINE ints i_all(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE ints i_dot_bytes(ints c, ints a, ints b) { return _mm512_dpbusd_epi32(c, a, b); }
+INLINE ints i_dot_words(ints c, ints a, ints b) { return _mm512_dpwssd_epi32(c, a, b); }
+
+#include "cpu/vnni.h"
+
+/* ---- Softmax ---- */
+
+INLINE floats f_add(floats a, floats b) { return _mm512_add_ps(a, b); }
+INLINE floats f_sub(floats a, floats b) { return _mm512_sub_ps(a, b); }
+INLINE floats f_min(floats a, floats b) { return _mm512_min_ps(a, b); }
+INLINE floats f_max(floats a, floats b) { return _mm512_max_ps(a, b); }
+INLINE ints i_add(ints a, ints b) { return _mm512_add_epi32(a, b); }
+INLINE ints i_of(floats x) { return _mm512_cvttps_epi32(x); }
+INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32(x); }
+INLINE float f_most(floats x) { return _mm512_reduce_max_ps(x); }
+
+INLINE floats f_scale(floats x, floats shifted)
+{
+    const ints n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), n));
+}
+
+INLINE floats f_flush(floats x, floats p)
+{
+    return _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, f_all(-126.0f), _CMP_LT_OQ), p);
+}
+
+/* 8 + 8, 4 + 4, 2 + 2, 1 + 1: the order of sparge_sum_of. */
+INLINE float sum_of(const floats *x)
+{
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(*x), _mm512_extractf32x8_ps(*x, 1));
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+}
+
+INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
+{
+    ints sum = i_zero();
+    for (int n = 0; n < vectors; n++) {
+        const ints some = _mm512_max_epi32(code[n], i_zero());
+        _mm_storeu_si128((__m128i *)(to + n * LANES), _mm512_cvtepi32_epi8(some));
+        sum = i_add(sum, some);
+    }
+    return sum;
+}
+
+INLINE ints store_words(int16_t *to, const ints *code, int vectors)
+{
+    ints sum = i_zero();
+    for (int n = 0; n < vectors; n++) {
+        const ints some = _mm512_max_epi32(code[n], i_zero());
+        _mm256_storeu_si256((__m256i *)(to + n * LANES), _mm512_cvtepi32_epi16(some));
+        sum = i_add(sum, some);
+    }
+    return sum;
+}
+
+#include "cpu/weights.h"
+
+/* ---- Stages ---- */
+
+static float dot(const float *a, const float *b, int64_t n)
+{
+    floats sum = f_all(0.0f);
+    for (int64_t c = 0; c < n; c += LANES)
+        sum = f_fma(f_load(a + c), f_load(b + c), sum);
+    return sum_of(&sum);
+}
+
+static void widen(const uint16_t *from, int64_t n, float *to)
+{
+    int64_t e = 0;
+    for (; e + LANES <= n; e += LANES)
+        f_store(to + e, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + e))));
+    for (; e < n; e++)
+        to[e] = sparge_f16_to_f32(from[e]);
+}
+
+static void narrow(const float *from, int64_t n, uint16_t *to)
+{
+    for (int64_t e = 0; e < n; e++)
+        to[e] = sparge_f32_to_f16(from[e]);
+}
+
+void sparge_avx512vnni_kernels(sparge_kernels *k)
+{
+    stages(k);
+    vnni_products(k);
+    weights(k);
+    k->isa = SPARGE_ISA_AVX512VNNI;
+}

@@ -1,0 +1,206 @@
+/* products.h: the two matrix products in vectors, written once. An instruction set's file includes it after it has
+ * said what a vector is:
+ *
+ *     LANES, floats, ints             vectors of so many lanes of 32 bits
+ *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from ints
+ *     f_mul, f_fma                    a * b, and a * b + c rounded once
+ *     WIDTH, HEIGHT, HEIGHT_FLOATS    of a tile: vectors across, rows of integers and of floats
+ *
+ * and defines the tiles of integers. A tile is inlined with constant rows and vectors, so that C stays in registers. */
+#ifndef SPARGE_CPU_PRODUCTS_H
+#define SPARGE_CPU_PRODUCTS_H
+
+#include "cpu/kernels.h"
+
+enum { UNROLL = 2 }; /* steps of depth, which is a multiple of 16 */
+
+/* Where a part of C begins; a column is a vector. */
+typedef struct part {
+    int64_t row, column;
+} part;
+
+/* C = A B with what the starts say, of bytes or words. */
+INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH]);
+INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH]);
+
+/* Where a part begins in A, and in B, and how far apart its vectors are there, in bytes. */
+INLINE const void *a_of(const sparge_product *x, int64_t row, size_t size)
+{
+    return (const char *)x->a + (size_t)(row * x->a_stride) * size;
+}
+
+INLINE const void *b_of(const sparge_product *x, part at, size_t size)
+{
+    const int64_t first = at.column * LANES, panel = first / SPARGE_PANEL, lane = first % SPARGE_PANEL;
+    return (const char *)x->b + (size_t)(panel * x->depth * SPARGE_PANEL) * size + (size_t)lane * 4;
+}
+
+INLINE int64_t b_apart(const sparge_product *x, size_t size)
+{
+    return (int)LANES < (int)SPARGE_PANEL ? LANES * 4 : x->depth * SPARGE_PANEL * (int64_t)size;
+}
+
+/* C += A B. */
+INLINE void tile_floats(const sparge_product *x, part at, int rows, int vectors, floats c[HEIGHT_FLOATS][WIDTH])
+{
+    const float *row[HEIGHT_FLOATS], *b = b_of(x, at, sizeof *b);
+    const int64_t apart = b_apart(x, sizeof *b) / (int64_t)sizeof *b;
+    for (int r = 0; r < rows; r++)
+        row[r] = a_of(x, at.row + r, sizeof **row);
+    for (const float *end = b + x->depth * SPARGE_PANEL; b < end;)
+        for (int u = 0; u < UNROLL; u++, b += SPARGE_PANEL)
+            for (int r = 0; r < rows; r++) {
+                const floats a = f_all(*row[r]++);
+                for (int n = 0; n < vectors; n++)
+                    c[r][n] = f_fma(a, f_load(b + n * apart), c[r][n]);
+            }
+}
+
+/* ---- S = Q K^T ---- */
+
+typedef struct scored {
+    float *s;
+    int64_t stride;
+} scored;
+
+INLINE float *s_of(const scored *to, part at, int r, int n)
+{
+    return to->s + (at.row + r) * to->stride + (at.column + n) * LANES;
+}
+
+INLINE void score_ints(const scored *to, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+{
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            f_store(s_of(to, at, r, n), f_of(c[r][n]));
+}
+
+INLINE void score_part_bytes(const sparge_product *x, const void *to, part at, int rows, int vectors)
+{
+    ints c[HEIGHT][WIDTH];
+    tile_bytes(x, at, rows, vectors, c);
+    score_ints(to, at, rows, vectors, c);
+}
+
+INLINE void score_part_words(const sparge_product *x, const void *to, part at, int rows, int vectors)
+{
+    ints c[HEIGHT][WIDTH];
+    tile_words(x, at, rows, vectors, c);
+    score_ints(to, at, rows, vectors, c);
+}
+
+INLINE void score_part_floats(const sparge_product *x, const void *to, part at, int rows, int vectors)
+{
+    floats c[HEIGHT_FLOATS][WIDTH];
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            c[r][n] = f_all(0.0f);
+    tile_floats(x, at, rows, vectors, c);
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            f_store(s_of(to, at, r, n), c[r][n]);
+}
+
+/* ---- O += P V ---- */
+
+INLINE float *o_of(const sparge_fold *to, part at, int r, int n)
+{
+    return to->o + (at.row + r) * to->o_stride + (at.column + n) * LANES;
+}
+
+INLINE void fold_ints(const sparge_fold *to, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+{
+    for (int r = 0; r < rows; r++) {
+        const floats shrink = f_all(to->shrink[at.row + r]), weight = f_all(to->weight[at.row + r]);
+        for (int n = 0; n < vectors; n++) {
+            float *o = o_of(to, at, r, n);
+            const floats step = f_mul(weight, f_load(to->step + (at.column + n) * LANES));
+            f_store(o, f_fma(step, f_of(c[r][n]), f_mul(f_load(o), shrink)));
+        }
+    }
+}
+
+INLINE void fold_part_bytes(const sparge_product *x, const void *to, part at, int rows, int vectors)
+{
+    ints c[HEIGHT][WIDTH];
+    tile_bytes(x, at, rows, vectors, c);
+    fold_ints(to, at, rows, vectors, c);
+}
+
+INLINE void fold_part_words(const sparge_product *x, const void *to, part at, int rows, int vectors)
+{
+    ints c[HEIGHT][WIDTH];
+    tile_words(x, at, rows, vectors, c);
+    fold_ints(to, at, rows, vectors, c);
+}
+
+INLINE void fold_part_floats(const sparge_product *x, const void *to, part at, int rows, int vectors)
+{
+    const sparge_fold *f = to;
+    floats c[HEIGHT_FLOATS][WIDTH];
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            c[r][n] = f_mul(f_load(o_of(f, at, r, n)), f_all(f->shrink[at.row + r]));
+    tile_floats(x, at, rows, vectors, c);
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            f_store(o_of(f, at, r, n), c[r][n]);
+}
+
+/* ---- All parts of a product: columns outside, so that their panels stay in L1 while the rows pass ---- */
+
+typedef void part_of_product(const sparge_product *x, const void *to, part at, int rows, int vectors);
+
+INLINE void down(const sparge_product *x, const void *to, part_of_product *run, int height, int64_t column, int vectors)
+{
+    int64_t r = 0;
+    for (; r + height <= x->rows; r += height)
+        run(x, to, (part){ r, column }, height, vectors);
+    for (; height > 4 && r + 4 <= x->rows; r += 4)
+        run(x, to, (part){ r, column }, 4, vectors);
+    for (; r + 2 <= x->rows; r += 2)
+        run(x, to, (part){ r, column }, 2, vectors);
+    if (r < x->rows)
+        run(x, to, (part){ r, column }, 1, vectors);
+}
+
+INLINE void product(const sparge_product *x, const void *to, part_of_product *run, int height)
+{
+    const int64_t columns = x->panels * (SPARGE_PANEL / LANES);
+    int64_t column = 0;
+    for (; column + WIDTH <= columns; column += WIDTH)
+        down(x, to, run, height, column, WIDTH);
+    for (; (int)LANES == (int)SPARGE_PANEL && column < columns; column++)
+        down(x, to, run, height, column, 1);
+}
+
+static void score_bytes(const sparge_product *x, float *s, int64_t s_stride)
+{
+    product(x, &(scored){ s, s_stride }, score_part_bytes, HEIGHT);
+}
+
+static void score_words(const sparge_product *x, float *s, int64_t s_stride)
+{
+    product(x, &(scored){ s, s_stride }, score_part_words, HEIGHT);
+}
+
+static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
+{
+    product(x, &(scored){ s, s_stride }, score_part_floats, HEIGHT_FLOATS);
+}
+
+static void fold_bytes(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_bytes, HEIGHT); }
+static void fold_words(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_words, HEIGHT); }
+static void fold_floats(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_floats, HEIGHT_FLOATS); }
+
+static void products(sparge_kernels *k)
+{
+    k->score[SPARGE_BYTES] = score_bytes;
+    k->score[SPARGE_WORDS] = score_words;
+    k->score[SPARGE_FLOATS] = score_floats;
+    k->fold[SPARGE_BYTES] = fold_bytes;
+    k->fold[SPARGE_WORDS] = fold_words;
+    k->fold[SPARGE_FLOATS] = fold_floats;
+}
+
+#endif

@@ -1,0 +1,206 @@
+/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others overwrite. */
+#include "cpu/stages.h"
+
+static float dot(const float *a, const float *b, int64_t n) { return sparge_dot(a, b, n); }
+
+static void widen(const uint16_t *from, int64_t n, float *to)
+{
+    for (int64_t e = 0; e < n; e++)
+        to[e] = sparge_f16_to_f32(from[e]);
+}
+
+static void narrow(const float *from, int64_t n, uint16_t *to)
+{
+    for (int64_t e = 0; e < n; e++)
+        to[e] = sparge_f32_to_f16(from[e]);
+}
+
+/* ---- One row of a product: c [16] += a . panel ---- */
+
+static void row_bytes(const sparge_product *x, int64_t r, int64_t panel, int32_t *c)
+{
+    const uint8_t *a = (const uint8_t *)x->a + r * x->a_stride;
+    const int8_t *b = (const int8_t *)x->b + panel * x->depth * SPARGE_PANEL;
+    for (int64_t n = 0; n < SPARGE_PANEL; n++) {
+        c[n] = x->b_start[panel * SPARGE_PANEL + n];
+        for (int64_t e = 0; e < x->depth; e++)
+            c[n] += a[e] * b[(e / 4 * SPARGE_PANEL + n) * 4 + e % 4];
+    }
+}
+
+static void row_words(const sparge_product *x, int64_t r, int64_t panel, int32_t *c)
+{
+    const int64_t half = x->depth / 2;
+    const int16_t *a = (const int16_t *)x->a + r * x->a_stride;
+    const int16_t *b = (const int16_t *)x->b + panel * x->depth * SPARGE_PANEL;
+    for (int64_t n = 0; n < SPARGE_PANEL; n++) {
+        c[n] = 0;
+        for (int64_t e = 0; e < x->depth; e++) {
+            const int64_t pair = e < half ? e / 2 * 2 : (e - half) / 2 * 2 + 1;
+            c[n] += a[e] * b[(pair * SPARGE_PANEL + n) * 2 + e % 2];
+        }
+    }
+}
+
+static void row_floats(const sparge_product *x, int64_t r, int64_t panel, float *c)
+{
+    const float *a = (const float *)x->a + r * x->a_stride;
+    const float *b = (const float *)x->b + panel * x->depth * SPARGE_PANEL;
+    for (int64_t n = 0; n < SPARGE_PANEL; n++)
+        for (int64_t e = 0; e < x->depth; e++)
+            c[n] = fmaf(a[e], b[e * SPARGE_PANEL + n], c[n]);
+}
+
+/* ---- S = Q K^T ---- */
+
+static void score(const sparge_product *x, float *s, int64_t s_stride,
+                  void (*row)(const sparge_product *, int64_t, int64_t, int32_t *))
+{
+    for (int64_t r = 0; r < x->rows; r++)
+        for (int64_t panel = 0; panel < x->panels; panel++) {
+            int32_t c[SPARGE_PANEL];
+            row(x, r, panel, c);
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                s[r * s_stride + panel * SPARGE_PANEL + n] = (float)c[n];
+        }
+}
+
+static void score_bytes(const sparge_product *x, float *s, int64_t s_stride) { score(x, s, s_stride, row_bytes); }
+static void score_words(const sparge_product *x, float *s, int64_t s_stride) { score(x, s, s_stride, row_words); }
+
+static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
+{
+    for (int64_t r = 0; r < x->rows; r++)
+        for (int64_t panel = 0; panel < x->panels; panel++) {
+            float *c = s + r * s_stride + panel * SPARGE_PANEL;
+            memset(c, 0, SPARGE_PANEL * sizeof *c);
+            row_floats(x, r, panel, c);
+        }
+}
+
+/* ---- O += P V ---- */
+
+static void fold(const sparge_product *x, const sparge_fold *f,
+                 void (*row)(const sparge_product *, int64_t, int64_t, int32_t *))
+{
+    for (int64_t r = 0; r < x->rows; r++)
+        for (int64_t panel = 0; panel < x->panels; panel++) {
+            const float *step = f->step + panel * SPARGE_PANEL;
+            float *o = f->o + r * f->o_stride + panel * SPARGE_PANEL;
+            int32_t c[SPARGE_PANEL];
+            row(x, r, panel, c);
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                o[n] = fmaf(f->weight[r] * step[n], (float)c[n], o[n] * f->shrink[r]);
+        }
+}
+
+static void fold_bytes(const sparge_product *x, const sparge_fold *f) { fold(x, f, row_bytes); }
+static void fold_words(const sparge_product *x, const sparge_fold *f) { fold(x, f, row_words); }
+
+static void fold_floats(const sparge_product *x, const sparge_fold *f)
+{
+    for (int64_t r = 0; r < x->rows; r++)
+        for (int64_t panel = 0; panel < x->panels; panel++) {
+            float *o = f->o + r * f->o_stride + panel * SPARGE_PANEL;
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                o[n] *= f->shrink[r];
+            row_floats(x, r, panel, o);
+        }
+}
+
+/* ---- Softmax ---- */
+
+static void maxima(const sparge_scores *x, float *local)
+{
+    for (int64_t r = 0; r < x->rows; r++) {
+        const float *s = x->s + r * x->stride;
+        float lane[16];
+        for (int64_t n = 0; n < 16; n++)
+            lane[n] = -INFINITY;
+        for (int64_t t = 0; t < x->keys; t += 16)
+            for (int64_t n = 0; n < 16; n++)
+                lane[n] = s[t + n] > lane[n] ? s[t + n] : lane[n];
+        float max = lane[0];
+        for (int64_t n = 1; n < 16; n++)
+            max = lane[n] > max ? lane[n] : max;
+        local[r] = x->c * max;
+    }
+}
+
+/* sparge_weight, to the power of two. */
+static float below(const sparge_scores *x, int64_t at, float max)
+{
+    const float exponent = fmaf(x->s[at], x->c, max == -INFINITY ? 0.0f : -max);
+    return exponent > 0.0f ? 0.0f : exponent;
+}
+
+/* A NaN has code 0. */
+static int32_t p_code(const sparge_scores *x, int64_t at, float max, int levels)
+{
+    const float p = sparge_exp2(below(x, at, max));
+    return (int32_t)(p <= 1.0f ? (float)levels * p + 0.5f : 0.0f);
+}
+
+static void weigh_bytes(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+                        int32_t *start)
+{
+    (void)start;
+    for (int64_t r = 0; r < x->rows; r++) {
+        uint8_t *restrict to = (uint8_t *)p + r * p_stride;
+        int32_t codes = 0;
+        for (int64_t t = 0; t < x->keys; t++) {
+            const int32_t code = p_code(x, r * x->stride + t, max[r], 127);
+            to[t] = (uint8_t)code;
+            codes += code;
+        }
+        sum[r] = (float)codes;
+    }
+}
+
+static void weigh_words(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+                        int32_t *start)
+{
+    for (int64_t r = 0; r < x->rows; r++) {
+        int16_t *restrict to = (int16_t *)p + r * p_stride;
+        int32_t codes = 0;
+        for (int64_t t = 0; t < x->keys; t++) {
+            const int32_t code = p_code(x, r * x->stride + t, max[r], 4095);
+            to[t] = (int16_t)code;
+            codes += code;
+        }
+        sum[r] = (float)codes;
+        start[r] = words_start(to, x->keys);
+    }
+}
+
+static void weigh_floats(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+                         int32_t *start)
+{
+    (void)start;
+    for (int64_t r = 0; r < x->rows; r++) {
+        float *restrict to = (float *)p + r * p_stride, partial[16] = { 0 };
+        for (int64_t t = 0; t < x->keys; t++)
+            to[t] = sparge_exp2(below(x, r * x->stride + t, max[r]));
+        for (int64_t t = 0; t < x->keys; t += 16)
+            for (int64_t lane = 0; lane < 16; lane++)
+                partial[lane] += to[t + lane];
+        sum[r] = sparge_sum_of(partial);
+    }
+}
+
+void sparge_scalar_kernels(sparge_kernels *k)
+{
+    stages(k);
+    k->isa = SPARGE_ISA_SCALAR;
+    k->int8_scores = SPARGE_WORDS;
+    k->score[SPARGE_BYTES] = score_bytes;
+    k->score[SPARGE_WORDS] = score_words;
+    k->score[SPARGE_FLOATS] = score_floats;
+    k->fold[SPARGE_BYTES] = fold_bytes;
+    k->fold[SPARGE_WORDS] = fold_words;
+    k->fold[SPARGE_FLOATS] = fold_floats;
+    k->maxima = maxima;
+    k->weigh[SPARGE_BYTES] = weigh_bytes;
+    k->weigh[SPARGE_WORDS] = weigh_words;
+    k->weigh[SPARGE_FLOATS] = weigh_floats;
+}

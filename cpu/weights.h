@@ -1,0 +1,152 @@
+/* weights.h: softmax of a tile in vectors, written once: the largest score of each row, and P from S. An instruction
+ * set's file includes it after products.h and after it has said
+ *
+ *     f_add, f_sub, f_min, f_max      the latter two give b where a or b is a NaN
+ *     f_scale(p, x)                   p * 2^n for x = n + 1.5 * 2^23: n is added to the exponent. A NaN stays one
+ *     f_flush(x, p)                   p, or 0 where x < -126
+ *     f_most(x)                       the largest lane
+ *     i_zero, i_add, i_sum(x)         of ints; the sum of all lanes
+ *     i_of(x)                         truncated; of a NaN, the most negative one
+ *     store_bytes, store_words(to, x, vectors)    ints as uint8 and int16, negative ones as 0; returns their sums
+ *     sum_of(x)                       sparge_sum_of, of 16 lanes */
+#ifndef SPARGE_CPU_WEIGHTS_H
+#define SPARGE_CPU_WEIGHTS_H
+
+#include "cpu/stages.h"
+
+/* So many vectors go side by side through a polynomial, as many as two units need to be busy while each waits for
+ * itself: a step takes 4 cycles. */
+enum { BESIDE = 8, PARTIALS = SPARGE_PANEL / (int)LANES };
+
+static void maxima(const sparge_scores *x, float *local)
+{
+    for (int64_t r = 0; r < x->rows; r++) {
+        const float *s = x->s + r * x->stride;
+        floats most[PARTIALS];
+        for (int n = 0; n < PARTIALS; n++)
+            most[n] = f_load(s + n * LANES);
+        for (int64_t t = SPARGE_PANEL; t < x->keys; t += SPARGE_PANEL)
+            for (int n = 0; n < PARTIALS; n++)
+                most[n] = f_max(f_load(s + t + n * LANES), most[n]);
+        for (int n = 1; n < PARTIALS; n++)
+            most[0] = f_max(most[n], most[0]);
+        local[r] = x->c * f_most(most[0]);
+    }
+}
+
+/* One row of P on its way. */
+typedef struct weighing {
+    const float *s;
+    floats c, minus_max;
+    void *p;
+    ints codes;             /* the sum so far, in lanes */
+    floats total[PARTIALS]; /* the same of FLOATS */
+} weighing;
+
+/* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below -126, where p is 2^-126. */
+INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], floats p[BESIDE])
+{
+    static const float coefficient[] = { 0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f,
+                                         0x1.ebfbdcp-3f,  0x1.62e43p-1f,  1.0f };
+    const floats magic = f_all(12582912.0f), lowest = f_all(-126.0f);
+    floats f[BESIDE], shifted[BESIDE];
+    for (int n = 0; n < vectors; n++)
+        x[n] = f_min(f_all(0.0f), f_fma(f_load(w->s + t + n * LANES), w->c, w->minus_max));
+    for (int n = 0; n < vectors; n++) {
+        const floats inside = f_max(lowest, x[n]);
+        shifted[n] = f_add(inside, magic);
+        f[n] = f_sub(inside, f_sub(shifted[n], magic));
+        p[n] = f_all(0x1.41fbbcp-13f);
+    }
+    for (size_t e = 0; e < sizeof coefficient / sizeof *coefficient; e++)
+        for (int n = 0; n < vectors; n++)
+            p[n] = f_fma(p[n], f[n], f_all(coefficient[e]));
+    for (int n = 0; n < vectors; n++)
+        p[n] = f_scale(p[n], shifted[n]);
+}
+
+INLINE void codes_of(const weighing *w, int64_t t, int vectors, float levels, ints code[BESIDE])
+{
+    floats x[BESIDE], p[BESIDE];
+    powers(w, t, vectors, x, p);
+    for (int n = 0; n < vectors; n++)
+        code[n] = i_of(f_add(f_mul(f_all(levels), p[n]), f_all(0.5f)));
+}
+
+INLINE void weigh_some_bytes(weighing *w, int64_t t, int vectors)
+{
+    ints code[BESIDE];
+    codes_of(w, t, vectors, 127.0f, code);
+    w->codes = i_add(w->codes, store_bytes((uint8_t *)w->p + t, code, vectors));
+}
+
+INLINE void weigh_some_words(weighing *w, int64_t t, int vectors)
+{
+    ints code[BESIDE];
+    codes_of(w, t, vectors, 4095.0f, code);
+    w->codes = i_add(w->codes, store_words((int16_t *)w->p + t, code, vectors));
+}
+
+INLINE void weigh_some_floats(weighing *w, int64_t t, int vectors)
+{
+    floats x[BESIDE], p[BESIDE];
+    powers(w, t, vectors, x, p);
+    for (int n = 0; n < vectors; n++) {
+        p[n] = f_flush(x[n], p[n]);
+        f_store((float *)w->p + t + n * LANES, p[n]);
+        w->total[n % PARTIALS] = f_add(w->total[n % PARTIALS], p[n]);
+    }
+}
+
+INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float max, void *p,
+                          void (*some)(weighing *, int64_t t, int vectors))
+{
+    weighing w = { .s = x->s + r * x->stride, .c = f_all(x->c), .minus_max = f_all(max == -INFINITY ? 0.0f : -max),
+                   .p = p, .codes = i_zero() };
+    for (int n = 0; n < PARTIALS; n++)
+        w.total[n] = f_all(0.0f);
+    int64_t t = 0;
+    for (; t + BESIDE * LANES <= x->keys; t += BESIDE * LANES)
+        some(&w, t, BESIDE);
+    for (; t < x->keys; t += SPARGE_PANEL)
+        some(&w, t, PARTIALS);
+    return w;
+}
+
+static void weigh_bytes(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+                        int32_t *start)
+{
+    (void)start;
+    for (int64_t r = 0; r < x->rows; r++)
+        sum[r] = (float)i_sum(weigh_row(x, r, max[r], (uint8_t *)p + r * p_stride, weigh_some_bytes).codes);
+}
+
+static void weigh_words(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+                        int32_t *start)
+{
+    for (int64_t r = 0; r < x->rows; r++) {
+        int16_t *row = (int16_t *)p + r * p_stride;
+        sum[r] = (float)i_sum(weigh_row(x, r, max[r], row, weigh_some_words).codes);
+        start[r] = words_start(row, x->keys);
+    }
+}
+
+static void weigh_floats(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+                         int32_t *start)
+{
+    (void)start;
+    for (int64_t r = 0; r < x->rows; r++) {
+        const weighing w = weigh_row(x, r, max[r], (float *)p + r * p_stride, weigh_some_floats);
+        sum[r] = sum_of(w.total);
+    }
+}
+
+static void weights(sparge_kernels *k)
+{
+    k->maxima = maxima;
+    k->weigh[SPARGE_BYTES] = weigh_bytes;
+    k->weigh[SPARGE_WORDS] = weigh_words;
+    k->weigh[SPARGE_FLOATS] = weigh_floats;
+}
+
+#endif
