@@ -471,6 +471,22 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
     return status;
 }
 
+sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *peaks, sparge_error *error)
+{
+    if (!peaks)
+        return fail(error, SPARGE_ERR_ARGUMENT, "peaks is NULL");
+    sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+    const sparge_problem nothing = { .heads = 1, .kv_heads = 1, .dim = 1, .dim_v = 1 };
+    o.isa = isa;
+    o.threads = threads;
+    sparge_status status = check(&nothing, &o, false, NULL, error);
+    if (!status)
+        status = resolve_cpu(&o, error);
+    if (!status)
+        status = sparge_cpu_peaks(o.isa, o.threads, peaks);
+    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+}
+
 sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
                             double *block_mass, sparge_error *error)

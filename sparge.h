@@ -226,6 +226,18 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
 sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_result *result, sparge_error *error);
 
+/* ---- Ceilings ---------------------------------------------------------------------------- */
+
+/* What this machine can do at most, on all threads together: the best of a few trials. */
+typedef struct sparge_peaks {
+    double f32;   /* multiply-adds of floats in registers, operations per second (two each) */
+    double int8;  /* the dot product of bytes of the instruction set, the same way */
+    double bytes; /* reading main memory, bytes per second */
+} sparge_peaks;
+
+/* Takes about a second and 256 MiB. isa and threads as in sparge_options. */
+sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *peaks, sparge_error *error);
+
 /* ---- The oracle ------------------------------------------------------------------------ */
 
 /* Attention by the textbook formula in double precision; shares no code with any backend.

@@ -22,21 +22,20 @@ INLINE floats f_all(float x) { return _mm256_set1_ps(x); }
 INLINE floats f_of(ints x) { return _mm256_cvtepi32_ps(x); }
 INLINE floats f_mul(floats a, floats b) { return _mm256_mul_ps(a, b); }
 INLINE floats f_fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE ints i_load(const void *x) { return _mm256_loadu_si256(x); }
+INLINE ints i_all(int32_t x) { return _mm256_set1_epi32(x); }
+INLINE ints i_add(ints a, ints b) { return _mm256_add_epi32(a, b); }
+
+/* Exact while a is at most 127. */
+INLINE ints i_dot_bytes(ints c, ints a, ints b)
+{
+    return i_add(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
 
 #include "cpu/products.h"
 
-INLINE ints i_load(const void *x) { return _mm256_loadu_si256(x); }
-
-INLINE ints i_all(const void *x)
-{
-    int32_t lane;
-    memcpy(&lane, x, sizeof lane);
-    return _mm256_set1_epi32(lane);
-}
-
 INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
 {
-    const ints ones = _mm256_set1_epi16(1);
     const uint8_t *row[HEIGHT];
     const int8_t *b = b_of(x, at, sizeof *b);
     for (int r = 0; r < rows; r++) {
@@ -46,11 +45,9 @@ INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, 
     }
     for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
         for (int r = 0; r < rows; r++) {
-            const ints a = i_all(row[r] + e);
-            for (int n = 0; n < vectors; n++) {
-                const ints pairs = _mm256_maddubs_epi16(a, i_load(b + n * LANES * 4));
-                c[r][n] = _mm256_add_epi32(c[r][n], _mm256_madd_epi16(pairs, ones));
-            }
+            const ints a = i_lane(row[r] + e);
+            for (int n = 0; n < vectors; n++)
+                c[r][n] = i_dot_bytes(c[r][n], a, i_load(b + n * LANES * 4));
         }
 }
 
@@ -60,14 +57,15 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, 
     const int16_t *a = a_of(x, at.row, sizeof *a), *b = b_of(x, at, sizeof *b);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            c[r][n] = _mm256_add_epi32(i_all(x->a_start + at.row + r), i_load(x->b_start + (at.column + n) * LANES));
+            c[r][n] = i_add(i_all(x->a_start[at.row + r]), i_load(x->b_start + (at.column + n) * LANES));
     for (int64_t e = 0; e < half; e += 2, b += 4 * SPARGE_PANEL) {
         const ints first[WIDTH] = { i_load(b), i_load(b + 16) }, second[WIDTH] = { i_load(b + 32), i_load(b + 48) };
         for (int r = 0; r < rows; r++) {
-            const ints a1 = i_all(a + r * x->a_stride + e), a2 = i_all(a + r * x->a_stride + half + e);
-            for (int n = 0; n < vectors; n++)
-                c[r][n] = _mm256_add_epi32(c[r][n], _mm256_madd_epi16(_mm256_add_epi16(a1, second[n]),
-                                                                      _mm256_add_epi16(a2, first[n])));
+            const ints a1 = i_lane(a + r * x->a_stride + e), a2 = i_lane(a + r * x->a_stride + half + e);
+            for (int n = 0; n < vectors; n++) {
+                const ints sum1 = _mm256_add_epi16(a1, second[n]), sum2 = _mm256_add_epi16(a2, first[n]);
+                c[r][n] = i_add(c[r][n], _mm256_madd_epi16(sum1, sum2));
+            }
         }
     }
 }
@@ -79,7 +77,6 @@ INLINE floats f_sub(floats a, floats b) { return _mm256_sub_ps(a, b); }
 INLINE floats f_min(floats a, floats b) { return _mm256_min_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm256_max_ps(a, b); }
 INLINE ints i_zero(void) { return _mm256_setzero_si256(); }
-INLINE ints i_add(ints a, ints b) { return _mm256_add_epi32(a, b); }
 INLINE ints i_of(floats x) { return _mm256_cvttps_epi32(x); }
 
 INLINE floats f_scale(floats x, floats shifted)

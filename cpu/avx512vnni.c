@@ -9,19 +9,27 @@
 enum { LANES = 16, WIDTH = 4, HEIGHT = 6, HEIGHT_FLOATS = 6 };
 
 typedef __m512 floats;
-typedef __m512i ints;
+typedef int32_t ints __attribute__((vector_size(64), may_alias)); /* lanes, where __m512i is quadwords */
 
 INLINE floats f_load(const float *x) { return _mm512_loadu_ps(x); }
 INLINE void f_store(float *to, floats x) { _mm512_storeu_ps(to, x); }
 INLINE floats f_all(float x) { return _mm512_set1_ps(x); }
-INLINE floats f_of(ints x) { return _mm512_cvtepi32_ps(x); }
+INLINE floats f_of(ints x) { return _mm512_cvtepi32_ps((__m512i)x); }
 INLINE floats f_mul(floats a, floats b) { return _mm512_mul_ps(a, b); }
 INLINE floats f_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE ints i_load(const void *x) { return _mm512_loadu_si512(x); }
-INLINE ints i_zero(void) { return _mm512_setzero_si512(); }
-INLINE ints i_all(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE ints i_dot_bytes(ints c, ints a, ints b) { return _mm512_dpbusd_epi32(c, a, b); }
-INLINE ints i_dot_words(ints c, ints a, ints b) { return _mm512_dpwssd_epi32(c, a, b); }
+INLINE ints i_load(const void *x) { return (ints)_mm512_loadu_si512(x); }
+INLINE ints i_zero(void) { return (ints)_mm512_setzero_si512(); }
+INLINE ints i_all(int32_t x) { return (ints)_mm512_set1_epi32(x); }
+
+INLINE ints i_dot_bytes(ints c, ints a, ints b)
+{
+    return (ints)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+}
+
+INLINE ints i_dot_words(ints c, ints a, ints b)
+{
+    return (ints)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+}
 
 #include "cpu/vnni.h"
 
@@ -31,14 +39,14 @@ INLINE floats f_add(floats a, floats b) { return _mm512_add_ps(a, b); }
 INLINE floats f_sub(floats a, floats b) { return _mm512_sub_ps(a, b); }
 INLINE floats f_min(floats a, floats b) { return _mm512_min_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm512_max_ps(a, b); }
-INLINE ints i_add(ints a, ints b) { return _mm512_add_epi32(a, b); }
-INLINE ints i_of(floats x) { return _mm512_cvttps_epi32(x); }
-INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32(x); }
+INLINE ints i_add(ints a, ints b) { return a + b; }
+INLINE ints i_of(floats x) { return (ints)_mm512_cvttps_epi32(x); }
+INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE float f_most(floats x) { return _mm512_reduce_max_ps(x); }
 
 INLINE floats f_scale(floats x, floats shifted)
 {
-    const ints n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), n));
 }
 
@@ -60,9 +68,9 @@ INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
 {
     ints sum = i_zero();
     for (int n = 0; n < vectors; n++) {
-        const ints some = _mm512_max_epi32(code[n], i_zero());
+        const __m512i some = _mm512_max_epi32((__m512i)code[n], _mm512_setzero_si512());
         _mm_storeu_si128((__m128i *)(to + n * LANES), _mm512_cvtepi32_epi8(some));
-        sum = i_add(sum, some);
+        sum = i_add(sum, (ints)some);
     }
     return sum;
 }
@@ -71,9 +79,9 @@ INLINE ints store_words(int16_t *to, const ints *code, int vectors)
 {
     ints sum = i_zero();
     for (int n = 0; n < vectors; n++) {
-        const ints some = _mm512_max_epi32(code[n], i_zero());
+        const __m512i some = _mm512_max_epi32((__m512i)code[n], _mm512_setzero_si512());
         _mm256_storeu_si256((__m256i *)(to + n * LANES), _mm512_cvtepi32_epi16(some));
-        sum = i_add(sum, some);
+        sum = i_add(sum, (ints)some);
     }
     return sum;
 }

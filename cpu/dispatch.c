@@ -1,7 +1,8 @@
 /* dispatch.c: which instruction sets this processor and this operating system have, and their kernels. */
-#include "cpu/kernels.h"
+#include <stdatomic.h>
 
 #include "cpu/cpu.h"
+#include "cpu/kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,7 +25,7 @@ static unsigned saved_registers(void)
 
 static bool all(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
 
-bool sparge_cpu_has(sparge_isa isa)
+static bool detect(sparge_isa isa)
 {
     unsigned eax, ebx, ecx, edx, ecx1, eax71 = 0;
     if (isa == SPARGE_ISA_SCALAR)
@@ -46,8 +47,22 @@ bool sparge_cpu_has(sparge_isa isa)
     }
 }
 #else
-bool sparge_cpu_has(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR; }
+static bool detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR; }
 #endif
+
+/* A virtual machine traps CPUID, which then takes a good part of a small call: asked once, and then known. */
+bool sparge_cpu_has(sparge_isa isa)
+{
+    static atomic_uint known; /* bit isa, and bit 0 once it is */
+    unsigned bits = atomic_load_explicit(&known, memory_order_relaxed);
+    if (!bits) {
+        bits = 1;
+        for (sparge_isa each = SPARGE_ISA_SCALAR; each <= SPARGE_ISA_AVX512VNNI; each++)
+            bits |= (unsigned)detect(each) << each;
+        atomic_store_explicit(&known, bits, memory_order_relaxed);
+    }
+    return isa >= SPARGE_ISA_SCALAR && isa <= SPARGE_ISA_AVX512VNNI && bits >> isa & 1;
+}
 
 sparge_isa sparge_cpu_best(void)
 {

@@ -23,7 +23,7 @@ static int omp_get_thread_num(void) { return 0; }
 enum {
     WAVE_BYTES = 32 << 20, /* of K and V, unless one head needs more */
     CHUNK_BYTES = 8 << 20, /* of Q, unless the threads need more to share out */
-    CHUNK_TASKS = 32,      /* at least so many query blocks a thread */
+    CHUNK_TASKS = 32,      /* so many query blocks a thread */
     GROUP_ROWS = 64,       /* rows of a tile where lambda does not say: Q and S of one stay in L1 */
     ALIGNED = 64,          /* bytes: a cache line, and the widest vector */
 };
@@ -32,46 +32,28 @@ static const size_t size_of[SPARGE_FORMATS] = { 1, sizeof(int16_t), sizeof(float
 
 int sparge_cpu_threads(void) { return omp_get_max_threads(); }
 
-/* ---- Memory: pieces that are given back in one call; after a failure `failed` is true and every take NULL ---- */
+/* ---- Memory: one piece of it, laid out twice: to see how much, and in place. (The allocator keeps one freed piece
+ * for the next call; of many it gives the pages back, and every call would fault them in again.) ---- */
 
 typedef struct arena {
-    void **piece;
-    int64_t pieces, room;
-    bool failed;
+    char *base; /* NULL: only count */
+    size_t used;
+    bool overflows;
 } arena;
 
 static void *take(arena *a, int64_t count, size_t size)
 {
-    if (a->failed || a->pieces == a->room || (uint64_t)count >= ((uint64_t)PTRDIFF_MAX - ALIGNED) / size) {
-        a->failed = true;
+    if ((uint64_t)count >= ((uint64_t)PTRDIFF_MAX / 2 - a->used) / size) {
+        a->overflows = true;
         return NULL;
     }
-    char *piece = malloc((size_t)count * size + ALIGNED);
-    a->failed = !piece;
-    if (!piece)
-        return NULL;
-    a->piece[a->pieces++] = piece;
-    return piece + (ALIGNED - (uintptr_t)piece % ALIGNED);
-}
-
-static void *take_zeros(arena *a, int64_t count, size_t size)
-{
-    void *piece = take(a, count, size);
-    if (piece)
-        memset(piece, 0, (size_t)count * size);
+    char *piece = a->base ? a->base + a->used : NULL;
+    a->used += ((size_t)count * size + ALIGNED - 1) / ALIGNED * ALIGNED;
     return piece;
 }
 
-static void release(arena *a)
-{
-    while (a->pieces)
-        free(a->piece[--a->pieces]);
-    free(a->piece);
-}
-
-/* `depth` elements in each of `columns` columns, as B; or columns rows of depth as A. */
-static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks, int64_t stride,
-                              int64_t rows, int64_t starts, int64_t steps)
+static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks, int64_t stride, int64_t rows,
+                              int64_t starts, int64_t steps)
 {
     const int64_t block = rows * stride * (int64_t)size_of[format];
     return (sparge_operand){
@@ -82,37 +64,84 @@ static sparge_operand operand(arena *a, sparge_format format, int levels, int64_
     };
 }
 
-static sparge_scratch scratch(arena *a, const sparge_work *w)
+static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
 {
     const sparge_geometry *g = &w->g;
     const int64_t widest = sparge_max(w->k.stride, w->v.stride), longest = sparge_max(g->block_q, w->keys);
     const int64_t rows = sparge_max(w->group, w->o->skip_rows), tile = rows * (w->keys + SPARGE_PANEL);
-    sparge_scratch t = {
+    const int64_t ranked = w->predicts ? g->k_blocks : 0, attends = w->attends ? 1 : 0;
+    *t = (sparge_scratch){
         .x = take(a, longest * widest, sizeof(float)),
         .code = take(a, longest * widest, sizeof(int16_t)),
+        .unit = take(a, widest, sizeof(float)),
+        .rank = take(a, ranked, sizeof(float)),
+        .key = take(a, ranked, sizeof(uint32_t)),
+        .mass = take(a, ranked, sizeof(uint32_t)),
+        .place = take(a, ranked, sizeof(uint32_t)),
+        .s = take(a, attends * tile, sizeof(float)),
+        .p = take(a, attends * tile, size_of[w->v.format]),
+        .o = take(a, attends * g->block_q * w->v.stride, sizeof(float)),
+        .max = take(a, attends * g->block_q, sizeof(float)),
+        .sum = take(a, attends * g->block_q, sizeof(float)),
+        .local = take(a, attends * rows, sizeof(float)),
+        .shrink = take(a, attends * rows, sizeof(float)),
+        .weight = take(a, attends * rows, sizeof(float)),
+        .row_sum = take(a, attends * rows, sizeof(float)),
+        .p_start = take(a, attends * rows, sizeof(int32_t)),
+        .spoilt = take(a, attends * g->block_q, sizeof(bool)),
+        .share = take(a, attends * g->k_blocks, sizeof(float)),
     };
-    if (w->predicts) {
-        t.unit = take(a, widest, sizeof(float));
-        t.rank = take(a, g->k_blocks, sizeof(float));
-        t.key = take(a, g->k_blocks, sizeof(uint32_t));
-        t.mass = take(a, g->k_blocks, sizeof(uint32_t));
-        t.place = take(a, g->k_blocks, sizeof(uint32_t));
+}
+
+/* The levels of a precision's codes, and the format that its product runs in. */
+static int levels_of(sparge_precision precision, int int12_levels)
+{
+    return precision == SPARGE_INT8 ? 127 : precision == SPARGE_INT12 ? int12_levels : 0;
+}
+
+static sparge_format format_of(sparge_precision precision, sparge_format int8_format)
+{
+    return precision == SPARGE_INT8 ? int8_format : precision == SPARGE_INT12 ? SPARGE_WORDS : SPARGE_FLOATS;
+}
+
+static void lay_out(arena *a, sparge_work *w)
+{
+    const sparge_problem *p = w->p;
+    const sparge_geometry *g = &w->g;
+    const int64_t dim = sparge_padded(p->dim), dim_v = w->attends ? sparge_padded(p->dim_v) : 0;
+    const sparge_format qk = format_of(w->o->qk, w->kernels.int8_scores), pv = format_of(w->o->pv, SPARGE_BYTES);
+    const int qk_levels = levels_of(w->o->qk, 2047), pv_levels = levels_of(w->o->pv, 4095);
+
+    const int64_t heads = p->batch * p->kv_heads, group = p->heads / p->kv_heads;
+    const int64_t channels = dim * (int64_t)size_of[qk] + dim_v * (int64_t)size_of[pv];
+    const int64_t head_bytes = sparge_max(1, g->k_blocks * w->keys * channels);
+    const int64_t block_bytes = g->block_q * dim * (int64_t)size_of[qk];
+    w->wave = sparge_max(1, sparge_min(heads, WAVE_BYTES / head_bytes));
+    w->chunk = sparge_min(w->wave * group * g->q_blocks,
+                          sparge_max(CHUNK_BYTES / block_bytes, CHUNK_TASKS * (int64_t)w->o->threads));
+    const int64_t blocks = w->wave * g->k_blocks, packed = w->attends ? blocks : 0;
+
+    w->no_mean = take(a, sparge_max(dim, dim_v), sizeof(float));
+    w->mean = take(a, w->wave * dim, sizeof(float));
+    w->pv_rows = take(a, p->batch * p->heads, sizeof *w->pv_rows);
+    w->pool_k = take(a, w->predicts || w->o->smooth_k ? blocks * dim : 0, sizeof(float));
+    w->sim_k = take(a, w->predicts ? blocks : 0, sizeof(float));
+    w->bad = take(a, blocks, sizeof(uint8_t));
+    w->k = operand(a, qk, qk_levels, packed, dim, w->keys, w->keys, 1);
+    w->v = operand(a, pv, pv_levels, packed, dim_v, w->keys, dim_v, dim_v);
+    w->q = operand(a, qk, qk_levels, w->attends ? w->chunk : 0, dim, g->block_q, g->block_q, 1);
+    w->pool_q = take(a, w->predicts ? w->chunk * dim : 0, sizeof(float));
+    w->task = take(a, w->chunk, sizeof *w->task);
+    w->scratch = take(a, w->o->threads, sizeof *w->scratch);
+    for (int n = 0; n < w->o->threads; n++) {
+        sparge_scratch t;
+        lay_out_scratch(a, w, a->base ? &w->scratch[n] : &t);
     }
-    if (w->attends) {
-        t.s = take(a, tile, sizeof(float));
-        t.p = take(a, tile, size_of[w->v.format]);
-        t.o = take(a, g->block_q * w->v.stride, sizeof(float));
-        t.max = take(a, g->block_q, sizeof(float));
-        t.sum = take(a, g->block_q, sizeof(float));
-        t.local = take(a, rows, sizeof(float));
-        t.shrink = take(a, rows, sizeof(float));
-        t.weight = take(a, rows, sizeof(float));
-        t.row_sum = take(a, rows, sizeof(float));
-        t.p_start = take(a, rows, sizeof(int32_t));
-        t.spoilt = take(a, g->block_q, sizeof(bool));
-        t.share = take(a, g->k_blocks, sizeof(float));
+    if (a->base) {
+        memset(w->no_mean, 0, (size_t)sparge_max(dim, dim_v) * sizeof *w->no_mean);
+        memset(w->mean, 0, (size_t)(w->wave * dim) * sizeof *w->mean);
+        memset(w->pv_rows, 0, (size_t)(p->batch * p->heads) * sizeof *w->pv_rows);
     }
-    return t;
 }
 
 /* ---- The order of it all ---- */
@@ -198,95 +227,63 @@ static void attend_chunk(const sparge_work *w, int64_t *finished)
     }
 }
 
-/* The levels of a precision's codes, and the format that its product runs in. */
-static int levels_of(sparge_precision precision, int int12_levels)
+static void run_waves(sparge_work *w)
 {
-    return precision == SPARGE_INT8 ? 127 : precision == SPARGE_INT12 ? int12_levels : 0;
-}
-
-static sparge_format format_of(sparge_precision precision, sparge_format int8_format)
-{
-    return precision == SPARGE_INT8 ? int8_format : precision == SPARGE_INT12 ? SPARGE_WORDS : SPARGE_FLOATS;
+    const sparge_geometry *g = &w->g;
+    const int64_t heads = w->p->batch * w->p->kv_heads, blocks = w->p->heads / w->p->kv_heads * g->q_blocks;
+    int64_t finished = 0;
+    for (w->first_kv = 0; w->first_kv < heads; w->first_kv += w->wave) {
+        w->end_kv = sparge_min(heads, w->first_kv + w->wave);
+        const double start = sparge_ref_seconds();
+        pack_wave(w);
+        w->packing += sparge_ref_seconds() - start;
+        for (int64_t first = w->first_kv * blocks; first < w->end_kv * blocks; first += w->chunk) {
+            w->tasks = sparge_min(w->chunk, w->end_kv * blocks - first);
+            for (int64_t n = 0; n < w->tasks; n++)
+                w->task[n] = (sparge_task){ .head = (first + n) / g->q_blocks, .i = (first + n) % g->q_blocks, .slot = n };
+            const double begin = sparge_ref_seconds();
+            pack_chunk(w);
+            const double packed = sparge_ref_seconds();
+            if (w->predicts)
+                predict_chunk(w);
+            const double predicted = sparge_ref_seconds();
+            if (w->attends)
+                attend_chunk(w, &finished);
+            w->packing += packed - begin;
+            w->predicting += predicted - packed;
+            w->attending += sparge_ref_seconds() - predicted;
+        }
+    }
 }
 
 static sparge_status run(const sparge_problem *p, const sparge_options *o, sparge_mask *predicted,
                          const sparge_mask *mask, const sparge_trace *trace, sparge_result *result)
 {
-    enum { PIECES = 32, SCRATCH_PIECES = 24 };
-    const int64_t kv_heads = p->batch * p->kv_heads, group = p->heads / p->kv_heads;
     sparge_work w = {
         .p = p, .o = o, .trace = trace, .kernels = sparge_cpu_kernels(o->isa),
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
         .predicts = predicted, .attends = result, .predicted = predicted, .mask = mask, .result = result,
         .keys = sparge_padded(o->block_k), .group = GROUP_ROWS,
     };
-    const sparge_geometry *g = &w.g;
-    const int64_t dim = sparge_padded(p->dim), dim_v = w.attends ? sparge_padded(p->dim_v) : 0;
-    const sparge_format qk = format_of(o->qk, w.kernels.int8_scores), pv = format_of(o->pv, SPARGE_BYTES);
-    const int qk_levels = levels_of(o->qk, 2047), pv_levels = levels_of(o->pv, 4095);
-
-    const int64_t head_bytes = g->k_blocks * w.keys * (dim * (int64_t)size_of[qk] + dim_v * (int64_t)size_of[pv]);
-    const int64_t block_bytes = g->block_q * dim * (int64_t)size_of[qk];
-    const int64_t wave = sparge_max(1, sparge_min(kv_heads, WAVE_BYTES / sparge_max(1, head_bytes)));
-    const int64_t chunk = sparge_min(wave * group * g->q_blocks,
-                                     sparge_max(CHUNK_BYTES / block_bytes, CHUNK_TASKS * o->threads));
-    const int64_t all = wave * g->k_blocks, packed = w.attends ? all : 0;
-
-    arena a = { .room = PIECES + SCRATCH_PIECES * (int64_t)o->threads };
-    a.piece = calloc((size_t)a.room, sizeof *a.piece);
-    a.failed = !a.piece;
-    w.no_mean = take_zeros(&a, sparge_max(dim, dim_v), sizeof(float));
-    w.mean = take_zeros(&a, wave * dim, sizeof(float));
-    w.pool_k = take(&a, w.predicts || o->smooth_k ? all * dim : 0, sizeof(float));
-    w.sim_k = take(&a, w.predicts ? all : 0, sizeof(float));
-    w.bad = take(&a, all, sizeof(uint8_t));
-    w.k = operand(&a, qk, qk_levels, packed, dim, w.keys, w.keys, 1);
-    w.v = operand(&a, pv, pv_levels, packed, dim_v, w.keys, dim_v, dim_v);
-    w.q = operand(&a, qk, qk_levels, w.attends ? chunk : 0, dim, g->block_q, g->block_q, 1);
-    w.pool_q = take(&a, w.predicts ? chunk * dim : 0, sizeof(float));
-    w.task = take(&a, chunk, sizeof *w.task);
-    w.scratch = take(&a, o->threads, sizeof *w.scratch);
-    for (int n = 0; n < o->threads && !a.failed; n++)
-        w.scratch[n] = scratch(&a, &w);
-
-    w.pv_rows = take_zeros(&a, p->batch * p->heads, sizeof *w.pv_rows);
-
-    double predicting = 0.0, packing = 0.0, attending = 0.0;
-    int64_t finished = 0;
-    for (w.first_kv = 0; w.first_kv < kv_heads && !a.failed; w.first_kv += wave) {
-        const double start = sparge_ref_seconds();
-        w.end_kv = sparge_min(kv_heads, w.first_kv + wave);
-        pack_wave(&w);
-        packing += sparge_ref_seconds() - start;
-        const int64_t first = w.first_kv * group * g->q_blocks, end = w.end_kv * group * g->q_blocks;
-        for (int64_t block = first; block < end; block += chunk) {
-            w.tasks = sparge_min(chunk, end - block);
-            for (int64_t n = 0; n < w.tasks; n++)
-                w.task[n] = (sparge_task){ .head = (block + n) / g->q_blocks, .i = (block + n) % g->q_blocks,
-                                           .slot = n };
-            const double begin = sparge_ref_seconds();
-            pack_chunk(&w);
-            const double packed_at = sparge_ref_seconds();
-            if (w.predicts)
-                predict_chunk(&w);
-            const double predicted_at = sparge_ref_seconds();
-            if (w.attends)
-                attend_chunk(&w, &finished);
-            packing += packed_at - begin;
-            predicting += predicted_at - packed_at;
-            attending += sparge_ref_seconds() - predicted_at;
-        }
-    }
-    for (int64_t h = 0; h < p->batch * p->heads && w.attends && !a.failed; h++)
-        result->head_counts[h].pv_done = (double)w.pv_rows[h][0] / (double)g->block_q +
-                                         (double)w.pv_rows[h][1] / (double)sparge_max(1, g->q_len % g->block_q);
-    release(&a);
+    arena needed = { 0 };
+    lay_out(&needed, &w);
+    char *memory = needed.overflows ? NULL : malloc(needed.used + ALIGNED);
+    if (!memory)
+        return SPARGE_ERR_MEMORY;
+    arena a = { .base = memory + (ALIGNED - (uintptr_t)memory % ALIGNED) };
+    lay_out(&a, &w);
+    run_waves(&w);
     if (result) {
-        result->seconds_predict = predicting;
-        result->seconds_quantize = packing;
-        result->seconds_attend = attending;
+        const int64_t short_rows = sparge_max(1, p->q_len % o->block_q);
+        for (int64_t h = 0; h < p->batch * p->heads; h++)
+            result->head_counts[h].pv_done = (double)w.pv_rows[h][0] / (double)o->block_q +
+                                             (double)w.pv_rows[h][1] / (double)short_rows;
+        result->seconds_predict = w.predicting;
+        result->seconds_quantize = w.packing;
+        result->seconds_attend = w.attending;
     }
-    return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+    free(memory);
+    return SPARGE_OK;
 }
 
 sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,

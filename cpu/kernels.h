@@ -84,7 +84,8 @@ typedef struct sparge_kernels {
      * dim padded to 16 ---- */
     /* x = rows less mean [dim], non-finite elements 0. Was every element finite? */
     bool (*load)(const sparge_rows *rows, const float *mean, int64_t stride, float *x);
-    void (*sum)(const float *x, int64_t rows, int64_t stride, float *sum); /* in the order of rows */
+    /* The sum of the rows, in their order; x [rows][stride] is scratch. */
+    void (*sum)(const sparge_rows *rows, const float *no_mean, int64_t stride, float *x, float *sum);
     /* pool and the sum of unit rows, [stride]; returns the mean cosine. */
     float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit);
     /* Codes in [-levels, levels]; one step for the block, or one for each channel. */
@@ -112,6 +113,11 @@ typedef struct sparge_kernels {
     /* ---- One row of the output ---- */
     float (*dot)(const float *a, const float *b, int64_t n); /* as sparge_dot; n is a multiple of 16 */
     void (*store)(const float *o, int64_t n, float norm, sparge_dtype dtype, void *out);
+
+    /* ---- Ceilings: returns the operations done, a multiply-add being two ---- */
+    int64_t (*peak_floats)(int64_t rounds);
+    int64_t (*peak_bytes)(int64_t rounds);
+    float (*peak_read)(const float *x, int64_t n); /* a sum; n is a multiple of 16 */
 } sparge_kernels;
 
 /* The table of one instruction set, which the processor must have. */

@@ -22,8 +22,7 @@ static sparge_rows key_block(const sparge_work *w, const sparge_in *in, int64_t 
 void sparge_pack_sum(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t j)
 {
     const sparge_rows rows = key_block(w, &w->p->k, n, j, w->p->dim);
-    w->kernels.load(&rows, w->no_mean, w->k.stride, t->x);
-    w->kernels.sum(t->x, rows.rows, w->k.stride, w->pool_k + (n * w->g.k_blocks + j) * w->k.stride);
+    w->kernels.sum(&rows, w->no_mean, w->k.stride, t->x, w->pool_k + (n * w->g.k_blocks + j) * w->k.stride);
 }
 
 void sparge_pack_mean(const sparge_work *w, int64_t n)

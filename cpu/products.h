@@ -4,6 +4,7 @@
  *     LANES, floats, ints             vectors of so many lanes of 32 bits
  *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from ints
  *     f_mul, f_fma                    a * b, and a * b + c rounded once
+ *     i_all, i_dot_bytes              one int32 in every lane; c + the four products of a, unsigned, and b in a lane
  *     WIDTH, HEIGHT, HEIGHT_FLOATS    of a tile: vectors across, rows of integers and of floats
  *
  * and defines the tiles of integers. A tile is inlined with constant rows and vectors, so that C stays in registers. */
@@ -13,6 +14,14 @@
 #include "cpu/kernels.h"
 
 enum { UNROLL = 2 }; /* steps of depth, which is a multiple of 16 */
+
+/* Four bytes, or two words, in every lane. */
+INLINE ints i_lane(const void *x)
+{
+    int32_t lane;
+    memcpy(&lane, x, sizeof lane);
+    return i_all(lane);
+}
 
 /* Where a part of C begins; a column is a vector. */
 typedef struct part {
@@ -108,11 +117,12 @@ INLINE float *o_of(const sparge_fold *to, part at, int r, int n)
     return to->o + (at.row + r) * to->o_stride + (at.column + n) * LANES;
 }
 
+/* Without the pragmas gcc parks C in memory between the product and this. */
 INLINE void fold_ints(const sparge_fold *to, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
 {
-    for (int r = 0; r < rows; r++) {
+    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
         const floats shrink = f_all(to->shrink[at.row + r]), weight = f_all(to->weight[at.row + r]);
-        for (int n = 0; n < vectors; n++) {
+        _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++) {
             float *o = o_of(to, at, r, n);
             const floats step = f_mul(weight, f_load(to->step + (at.column + n) * LANES));
             f_store(o, f_fma(step, f_of(c[r][n]), f_mul(f_load(o), shrink)));
@@ -193,8 +203,45 @@ static void fold_bytes(const sparge_product *x, const sparge_fold *f) { product(
 static void fold_words(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_words, HEIGHT); }
 static void fold_floats(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_floats, HEIGHT_FLOATS); }
 
+/* ---- What the units can do at most: as many operations as fit, from registers ---- */
+
+enum { CHAINS = 12 }; /* sums side by side: more than a unit's latency, less than the registers */
+
+static int64_t peak_floats(int64_t rounds)
+{
+    floats sum[CHAINS];
+    for (int n = 0; n < CHAINS; n++)
+        sum[n] = f_all((float)n);
+    for (int64_t r = 0; r < rounds; r++)
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
+            sum[n] = f_fma(sum[n], f_all(0.5f), f_all(1.0f));
+    float last[LANES];
+    for (int n = 1; n < CHAINS; n++)
+        sum[0] = f_fma(sum[0], f_all(1.0f), sum[n]);
+    f_store(last, sum[0]);
+    return last[0] > 0.0f ? rounds * CHAINS * LANES * 2 : 0; /* which the compiler cannot know */
+}
+
+static int64_t peak_bytes(int64_t rounds)
+{
+    ints sum[CHAINS];
+    for (int n = 0; n < CHAINS; n++)
+        sum[n] = i_all(n);
+    const ints a = i_all(0x01020304), b = i_all((int32_t)rounds);
+    for (int64_t r = 0; r < rounds; r++)
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
+            sum[n] = i_dot_bytes(sum[n], a, b);
+    float last[LANES];
+    for (int n = 0; n < CHAINS; n++)
+        sum[0] = i_dot_bytes(sum[n], sum[0], b);
+    f_store(last, f_of(sum[0]));
+    return last[0] != 0.5f ? rounds * CHAINS * LANES * 4 * 2 : 0;
+}
+
 static void products(sparge_kernels *k)
 {
+    k->peak_floats = peak_floats;
+    k->peak_bytes = peak_bytes;
     k->score[SPARGE_BYTES] = score_bytes;
     k->score[SPARGE_WORDS] = score_words;
     k->score[SPARGE_FLOATS] = score_floats;

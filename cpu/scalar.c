@@ -188,9 +188,36 @@ static void weigh_floats(const sparge_scores *x, const float *max, void *p, int6
     }
 }
 
+/* ---- Ceilings ---- */
+
+static int64_t peak_floats(int64_t rounds)
+{
+    float sum[8] = { 0 };
+    for (int64_t r = 0; r < rounds; r++)
+        for (int n = 0; n < 8; n++)
+            sum[n] = fmaf(sum[n], 0.5f, 1.0f);
+    float all = 0.0f;
+    for (int n = 0; n < 8; n++)
+        all += sum[n];
+    return sparge_finite(all) ? rounds * 8 * 2 : 0;
+}
+
+static int64_t peak_bytes(int64_t rounds)
+{
+    uint32_t sum[8] = { 0 }, all = 0;
+    for (int64_t r = 0; r < rounds; r++)
+        for (uint32_t n = 0; n < 8; n++)
+            sum[n] = sum[n] * 3 + n;
+    for (int n = 0; n < 8; n++)
+        all += sum[n];
+    return all != 1 ? rounds * 8 * 2 : 0; /* which the compiler cannot know */
+}
+
 void sparge_scalar_kernels(sparge_kernels *k)
 {
     stages(k);
+    k->peak_floats = peak_floats;
+    k->peak_bytes = peak_bytes;
     k->isa = SPARGE_ISA_SCALAR;
     k->int8_scores = SPARGE_WORDS;
     k->score[SPARGE_BYTES] = score_bytes;

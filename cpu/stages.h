@@ -46,16 +46,35 @@ static bool load(const sparge_rows *in, const float *mean, int64_t stride, float
     return false;
 }
 
-static void sum_rows(const float *x, int64_t rows, int64_t stride, float *sum)
+/* Eight rows at a time, so that their sums stay in registers. */
+static void add_rows(const float *x, int64_t rows, int64_t apart, int64_t n, float *restrict sum)
 {
-    for (int64_t c = 0; c < stride; c++)
-        sum[c] = 0.0f;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < stride; c++)
-            sum[c] += x[r * stride + c];
+    int64_t r = 0;
+    for (; r + 8 <= rows; r += 8)
+        for (int64_t c = 0; c < n; c++)
+            for (int64_t e = 0; e < 8; e++)
+                sum[c] += x[(r + e) * apart + c];
+    for (; r < rows; r++)
+        for (int64_t c = 0; c < n; c++)
+            sum[c] += x[r * apart + c];
 }
 
-/* Eight rows at a time, so that their sums stay in registers. */
+static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride, float *x, float *sum)
+{
+    memset(sum, 0, (size_t)stride * sizeof *sum);
+    if (in->dtype == SPARGE_F32) { /* as they lie; a non-finite element would show in the sum */
+        bool finite = true;
+        add_rows(in->data, in->rows, in->token, in->dim, sum);
+        for (int64_t c = 0; c < in->dim; c++)
+            finite &= sparge_finite(sum[c]);
+        if (finite)
+            return;
+        memset(sum, 0, (size_t)stride * sizeof *sum);
+    }
+    load(in, no_mean, stride, x);
+    add_rows(x, in->rows, stride, stride, sum);
+}
+
 static float summarize(const float *x, int64_t rows, int64_t stride, float *restrict pool,
                        float *restrict unit)
 {
@@ -299,14 +318,15 @@ static void raise_rows(const sparge_group *g, int64_t rows, int levels)
 
 static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, void *out)
 {
-    float row[SPARGE_PANEL];
-    for (int64_t c = 0; c < n; c += SPARGE_PANEL) {
+    if (dtype == SPARGE_F32)
+        for (int64_t c = 0; c < n; c++)
+            ((float *)out)[c] = o[c] * norm;
+    for (int64_t c = 0; c < n && dtype != SPARGE_F32; c += SPARGE_PANEL) {
+        float row[SPARGE_PANEL];
         const int64_t some = sparge_min(SPARGE_PANEL, n - c);
         for (int64_t e = 0; e < some; e++)
             row[e] = o[c + e] * norm;
-        if (dtype == SPARGE_F32)
-            memcpy((float *)out + c, row, (size_t)some * sizeof(float));
-        else if (dtype == SPARGE_F16)
+        if (dtype == SPARGE_F16)
             narrow(row, some, (uint16_t *)out + c);
         else
             for (int64_t e = 0; e < some; e++)
@@ -314,8 +334,21 @@ static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, voi
     }
 }
 
+static float peak_read(const float *x, int64_t n)
+{
+    float sum[64] = { 0 };
+    for (int64_t e = 0; e + 64 <= n; e += 64)
+        for (int64_t lane = 0; lane < 64; lane++)
+            sum[lane] += x[e + lane];
+    float all = 0.0f;
+    for (int64_t lane = 0; lane < 64; lane++)
+        all += sum[lane];
+    return all;
+}
+
 static void stages(sparge_kernels *k)
 {
+    k->peak_read = peak_read;
     k->load = load;
     k->sum = sum_rows;
     k->summarize = summarize;

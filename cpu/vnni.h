@@ -1,20 +1,12 @@
 /* vnni.h: tiles of integers by the dot products of VNNI, on vectors of any length. Included, with products.h's
  * vectors, after
  *
- *     i_load, i_zero, i_all           ints from memory; 0 and one int32 in every lane
- *     i_dot_bytes(c, a, b)            c + the four products of unsigned a and signed b in a lane
- *     i_dot_words(c, a, b)            c + the two of signed words */
+ *     i_load, i_zero                  ints from memory, and 0
+ *     i_dot_words(c, a, b)            c + the two products of signed words in a lane */
 #ifndef SPARGE_CPU_VNNI_H
 #define SPARGE_CPU_VNNI_H
 
 #include "cpu/products.h"
-
-INLINE int32_t lane_of(const void *x)
-{
-    int32_t lane;
-    memcpy(&lane, x, sizeof lane);
-    return lane;
-}
 
 INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
 {
@@ -29,7 +21,7 @@ INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, 
     for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
         for (int r = 0; r < rows; r++)
             for (int n = 0; n < vectors; n++)
-                c[r][n] = i_dot_bytes(c[r][n], i_all(lane_of(row[r] + e)), i_load(b + n * apart));
+                c[r][n] = i_dot_bytes(c[r][n], i_lane(row[r] + e), i_load(b + n * apart));
 }
 
 /* The direct product has no excess, and so no use for the starts. */
@@ -46,7 +38,7 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, 
         for (int64_t at_half = e; at_half < x->depth; at_half += half, b += 2 * SPARGE_PANEL)
             for (int r = 0; r < rows; r++)
                 for (int n = 0; n < vectors; n++)
-                    c[r][n] = i_dot_words(c[r][n], i_all(lane_of(row[r] + at_half)), i_load(b + n * apart));
+                    c[r][n] = i_dot_words(c[r][n], i_lane(row[r] + at_half), i_load(b + n * apart));
 }
 
 /* Q and K of 8 bits are bytes too: the product is right for any unsigned A. */

@@ -60,6 +60,9 @@ typedef struct sparge_work {
     const sparge_mask *mask; /* NULL: dense */
     sparge_result *result;
 
+    int64_t wave, chunk; /* so many key heads, so many query blocks at a time */
+    double packing, predicting, attending; /* seconds */
+
     /* Of a wave of key heads, first_kv to end_kv of batch * kv_heads. */
     int64_t first_kv, end_kv;
     float *no_mean;   /* [stride] zeros */
