@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # test.sh: installs what is missing, builds, runs every test.
-#   ./test.sh              all presets: dev (gcc), clang, asan (address and undefined sanitizers)
+#   ./test.sh              all presets: dev (gcc), clang, asan (address and undefined sanitizers), tsan (threads)
 #   ./test.sh dev          the named presets alone
 #   ./test.sh --deps       installs and stops
 set -euo pipefail
@@ -11,11 +11,12 @@ case "${1:-}" in
 -h | --help) sed -n '2,5s/^# //p' "$0"; exit ;;
 esac
 
-need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libclang-rt-14-dev libcriterion-dev
+need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libclang-rt-14-dev \
+    libomp-14-dev libcriterion-dev "${emulator_packages[@]}"
 need_python experiments/requirements.txt
 [ "${1:-}" = --deps ] && exit
 
-[ $# -eq 0 ] && set -- dev clang asan
+[ $# -eq 0 ] && set -- dev clang asan tsan
 for preset in "$@"; do
     echo "== $preset"
     cmake --preset "$preset" >build/"$preset".configure.log || { cat build/"$preset".configure.log; exit 1; }

@@ -24,8 +24,8 @@ static void maxima(const sparge_scores *x, float *local)
         const float *s = x->s + r * x->stride;
         floats most[PARTIALS];
         for (int n = 0; n < PARTIALS; n++)
-            most[n] = f_load(s + n * LANES);
-        for (int64_t t = SPARGE_PANEL; t < x->keys; t += SPARGE_PANEL)
+            most[n] = f_all(-INFINITY); /* a NaN is passed over */
+        for (int64_t t = 0; t < x->keys; t += SPARGE_PANEL)
             for (int n = 0; n < PARTIALS; n++)
                 most[n] = f_max(f_load(s + t + n * LANES), most[n]);
         for (int n = 1; n < PARTIALS; n++)

@@ -1,0 +1,899 @@
+/* kernels.c: every kernel of one instruction set against plain C that stands here or in ref/ and common/, bit for
+ * bit. Without Criterion, files and threads, so that it also runs, linked statically, where little else does: under
+ * an emulator of a processor that the machine is not.
+ *
+ *     test_kernels --isa scalar|avx2|avxvnni|avx512vnni --draws N --seed S
+ *
+ * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the other, and at the end
+ * both are the same to the last byte. So inputs that were changed, padding that was written and guards are found by
+ * the comparison that finds wrong results. A draw depends on the seed, the kernel and its number alone.
+ *
+ * Exits 0, 1 at a difference, 2 for wrong arguments, 77 where the processor lacks the instruction set. */
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <sanitizer/asan_interface.h> /* its macros do nothing in a build without the sanitizer */
+
+#include "common/half.h"
+#include "cpu/cpu.h"
+#include "cpu/kernels.h"
+#include "ref/ref.h"
+
+enum { MOST_ROWS = 70, MOST_DEPTH = 256, MOST_PANELS = 20, MOST_COLUMNS = MOST_PANELS * SPARGE_PANEL };
+
+/* ---- Numbers that replay: SplitMix64 (Steele, Lea & Flood 2014) ---- */
+
+static uint64_t state;
+
+static uint64_t random_bits(void)
+{
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+static int64_t pick(int64_t first, int64_t last) { return first + (int64_t)(random_bits() % (uint64_t)(last - first + 1)); }
+static bool one_in(int64_t n) { return pick(1, n) == 1; }
+static float uniform(void) { return (float)(random_bits() >> 40) * 0x1p-23f - 1.0f; } /* [-1, 1) */
+
+/* The small ones more often: they have the tails, and cost little. */
+static int64_t size_up_to(int64_t last)
+{
+    const int64_t limit = one_in(8) ? last : one_in(3) ? (last + 2) / 3 : (last + 7) / 8;
+    return pick(1, limit);
+}
+
+static int64_t panels_up_to(int64_t last)
+{
+    static const int64_t most[] = { 1, 2, 3, 5, 6, 9 };
+    return sparge_min(last, one_in(4) ? most[pick(0, 5)] : size_up_to(last));
+}
+
+static int64_t depth_up_to(int64_t last) { return SPARGE_PANEL * size_up_to(last / SPARGE_PANEL); }
+
+/* ---- Memory, twice ---- */
+
+typedef enum kind { F32, F16, BF16, I8, U8, I16, I32, KINDS } kind;
+
+static const size_t size_of[KINDS] = { 4, 2, 2, 1, 1, 2, 4 };
+
+typedef struct pair {
+    void *got, *want;
+} pair;
+
+typedef struct array {
+    const char *name;
+    kind kind;
+    size_t at;
+    int64_t count, width; /* elements, elements of a row */
+} array;
+
+enum { MEMORY = 1 << 21, GUARD = 128, MOST_ARRAYS = 16 };
+static _Alignas(64) uint8_t memory[2][MEMORY];
+static array arrays[MOST_ARRAYS];
+static int used_arrays;
+static size_t top; /* the first byte that no array and no guard has */
+static char shape[160];
+
+static void forget(void)
+{
+    ASAN_UNPOISON_MEMORY_REGION(memory[0], MEMORY);
+    memset(memory[0], 0xFF, top);
+    memset(memory[1], 0xFF, top);
+    used_arrays = 0;
+    top = 0;
+    shape[0] = '\0';
+}
+
+/* Between guards, and as often as not one element beside where a vector would like it to be. */
+static pair make(const char *name, kind of, int64_t count, int64_t width)
+{
+    const size_t at = (top + GUARD + 63) / 64 * 64 + (size_t)pick(0, 1) * size_of[of];
+    const size_t end = at + (size_t)count * size_of[of];
+    if (end + GUARD > MEMORY || used_arrays == MOST_ARRAYS)
+        abort();
+    ASAN_POISON_MEMORY_REGION(memory[0] + top, at - top);
+    ASAN_POISON_MEMORY_REGION(memory[0] + end, GUARD);
+    arrays[used_arrays++] = (array){ name, of, at, count, width };
+    top = end + GUARD;
+    return (pair){ memory[0] + at, memory[1] + at };
+}
+
+/* Everything is filled in: the judge finds what the kernel finds. */
+static void settle(void)
+{
+    for (int n = 0; n < used_arrays; n++)
+        memcpy(memory[1] + arrays[n].at, memory[0] + arrays[n].at,
+               (size_t)arrays[n].count * size_of[arrays[n].kind]);
+}
+
+static float as_float(const array *a, const uint8_t *from, int64_t n)
+{
+    const uint8_t *at = from + a->at + (size_t)n * size_of[a->kind];
+    uint16_t half;
+    int16_t word;
+    int32_t lane;
+    memcpy(&half, at, size_of[a->kind] < 2 ? 1 : 2);
+    memcpy(&word, &half, 2);
+    memcpy(&lane, at, size_of[a->kind] < 4 ? 1 : 4);
+    switch (a->kind) {
+    case F32: return sparge_bits_float((uint32_t)lane);
+    case F16: return sparge_f16_to_f32(half);
+    case BF16: return sparge_bf16_to_f32(half);
+    case I8: return (float)(int8_t)*at;
+    case U8: return (float)*at;
+    case I16: return (float)word;
+    default: return (float)lane;
+    }
+}
+
+/* Any NaN is another's equal, since C does not say which one a sum gives; but what nobody wrote is all ones. */
+static bool differs(const array *a, int64_t n)
+{
+    static const uint8_t poison[4] = { 0xFF, 0xFF, 0xFF, 0xFF };
+    const size_t size = size_of[a->kind], at = a->at + (size_t)n * size;
+    if (!memcmp(memory[0] + at, memory[1] + at, size))
+        return false;
+    return a->kind > BF16 || !memcmp(memory[0] + at, poison, size) || !memcmp(memory[1] + at, poison, size) ||
+           !isnan(as_float(a, memory[0], n)) || !isnan(as_float(a, memory[1], n));
+}
+
+/* Says what differs most, if anything does. */
+static bool compare(const char *kernel, int64_t draw, uint64_t seed)
+{
+    bool same = true;
+    ASAN_UNPOISON_MEMORY_REGION(memory[0], MEMORY);
+    for (int i = 0; i < used_arrays; i++) {
+        const array *a = &arrays[i];
+        int64_t wrong = 0, worst = 0;
+        float apart = -1.0f;
+        if (!memcmp(memory[0] + a->at, memory[1] + a->at, (size_t)a->count * size_of[a->kind]))
+            continue;
+        for (int64_t n = 0; n < a->count; n++) {
+            if (!differs(a, n)) {
+                memcpy(memory[0] + a->at + (size_t)n * size_of[a->kind],
+                       memory[1] + a->at + (size_t)n * size_of[a->kind], size_of[a->kind]);
+                continue;
+            }
+            const float gap = fabsf(as_float(a, memory[0], n) - as_float(a, memory[1], n));
+            const float size = gap <= FLT_MAX ? gap : INFINITY;
+            if (size > apart) {
+                apart = size;
+                worst = n;
+            }
+            wrong++;
+        }
+        if (!wrong)
+            continue;
+        const double got = (double)as_float(a, memory[0], worst), want = (double)as_float(a, memory[1], worst);
+        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: %s[%" PRId64 "][%" PRId64 "] is %.9g (%a), should be "
+               "%.9g (%a); %" PRId64 " of %" PRId64 " differ\n", kernel, draw, seed, shape, a->name,
+               worst / a->width, worst % a->width, got, got, want, want, wrong, a->count);
+        same = false;
+    }
+    if (same && memcmp(memory[0], memory[1], top)) {
+        size_t n = 0;
+        while (memory[0][n] == memory[1][n])
+            n++;
+        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: a guard was written, byte %zu\n", kernel, draw, seed, shape, n);
+        same = false;
+    }
+    return same;
+}
+
+/* ---- What is in them ---- */
+
+/* Signed codes up to `most`, or unsigned ones: at random, all alike, alternating (a saturating sum of two products
+ * shows there), or few of them. */
+static void codes(int16_t *code, int64_t n, int64_t width, int most, bool is_signed)
+{
+    const int64_t style = pick(0, 9);
+    for (int64_t e = 0; e < n; e++) {
+        const int low = is_signed ? -most : 0;
+        int x = (int)pick(low, most);
+        if (style == 0)
+            x = most;
+        else if (style == 1)
+            x = low;
+        else if (style == 2)
+            x = e % width % 2 ? low : most;
+        else if (style == 3)
+            x = e / width % 2 ? low : most;
+        else if (style == 4)
+            x = one_in(5) ? x : 0;
+        else if (style == 5)
+            x = one_in(2) ? most : low;
+        code[e] = (int16_t)x;
+    }
+}
+
+typedef enum range { PLAIN, TINY, LARGE, ZEROS, MIXED, RANGES } range;
+
+static float value_of(range r)
+{
+    const float x = uniform();
+    switch (r) {
+    case PLAIN: return 4.0f * x;
+    case TINY: return x * 0x1p-125f;
+    case LARGE: return x * 0x1.8p127f;
+    case ZEROS: return one_in(4) ? x : 0.0f;
+    default: return ldexpf(x, (int)pick(-140, 126));
+    }
+}
+
+static range range_of(void) { return one_in(2) ? PLAIN : (range)pick(PLAIN, MIXED); }
+
+/* Finite rows, zero from dim to stride; some are zero as a whole, and some blocks hold whole multiples of 1/8: ties. */
+static void block_of_tokens(float *x, int64_t rows, int64_t dim, int64_t stride)
+{
+    const range r = range_of();
+    const bool eighths = one_in(4);
+    for (int64_t n = 0; n < rows; n++) {
+        const bool zero = one_in(12);
+        for (int64_t c = 0; c < stride; c++)
+            x[n * stride + c] = c >= dim || zero ? 0.0f : eighths ? (float)pick(-16, 16) / 8 : value_of(r);
+    }
+}
+
+static void values(float *x, int64_t n, range r)
+{
+    for (int64_t e = 0; e < n; e++)
+        x[e] = value_of(r);
+}
+
+/* ---- One block of tokens ---- */
+
+static int64_t padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPARGE_PANEL; }
+
+/* How a row lies in the caller's memory, forward or backward. */
+static void test_load(const sparge_kernels *k, sparge_format f)
+{
+    static float plain[MOST_ROWS * MOST_DEPTH];
+    static bool bad[MOST_ROWS * MOST_DEPTH];
+    (void)f;
+    const sparge_dtype dtype = (sparge_dtype)pick(SPARGE_F32, SPARGE_BF16);
+    const int64_t rows = size_up_to(MOST_ROWS), dim = size_up_to(MOST_DEPTH), stride = padded(dim);
+    const int64_t step = dim + (one_in(2) ? 0 : pick(0, 9)), token = one_in(4) ? -step : step;
+    const int64_t all = (rows - 1) * step + dim, first = token < 0 ? (rows - 1) * step : 0;
+    const pair in = make("in", dtype == SPARGE_F32 ? F32 : dtype == SPARGE_F16 ? F16 : BF16, all, step);
+    const pair mean = make("mean", F32, dim, dim), x = make("x", F32, rows * stride, stride);
+    const pair finite = make("finite", I32, 1, 1);
+    const bool some_bad = one_in(3), smooth = one_in(2);
+    const range r = range_of();
+    snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " rows of %" PRId64 ", %" PRId64 " apart", (int)dtype, rows, dim, token);
+    values(mean.got, dim, smooth ? r : PLAIN);
+    for (int64_t c = 0; c < dim && !smooth; c++)
+        ((float *)mean.got)[c] = 0.0f;
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t c = 0; c < dim; c++) {
+            const float special[] = { INFINITY, -INFINITY, NAN };
+            const float value = some_bad && one_in(40) ? special[pick(0, 2)] : value_of(r);
+            if (dtype == SPARGE_F32)
+                ((float *)in.got)[n * step + c] = value;
+            else if (dtype == SPARGE_F16)
+                ((uint16_t *)in.got)[n * step + c] = one_in(2) && some_bad ? (uint16_t)random_bits() : sparge_f32_to_f16(value);
+            else
+                ((uint16_t *)in.got)[n * step + c] = sparge_f32_to_bf16(value);
+        }
+    settle();
+    const size_t size = dtype == SPARGE_F32 ? 4 : 2;
+    const sparge_rows from = { (char *)in.got + (size_t)first * size, dtype, token, rows, dim };
+    *(int32_t *)finite.got = k->load(&from, mean.got, stride, x.got);
+
+    const sparge_in view = { (char *)in.want + (size_t)first * size, dtype, 0, 0, token };
+    bool none = true;
+    sparge_ref_load(&view, 0, 0, 0, rows, dim, mean.want, plain, bad);
+    for (int64_t n = 0; n < rows; n++)
+        for (int64_t c = 0; c < stride; c++) {
+            ((float *)x.want)[n * stride + c] = c < dim ? plain[n * dim + c] : 0.0f;
+            none &= c >= dim || !bad[n * dim + c];
+        }
+    *(int32_t *)finite.want = none;
+}
+
+/* A block as load leaves it. */
+typedef struct block {
+    int64_t rows, dim, stride;
+    pair x;
+} block;
+
+static block make_block(int64_t most_columns)
+{
+    block b = { .rows = size_up_to(MOST_ROWS), .dim = size_up_to(most_columns) };
+    b.stride = padded(b.dim);
+    b.x = make("x", F32, b.rows * b.stride, b.stride);
+    block_of_tokens(b.x.got, b.rows, b.dim, b.stride);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, b.rows, b.dim);
+    return b;
+}
+
+static void test_sum(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const block b = make_block(MOST_DEPTH);
+    const pair sum = make("sum", F32, b.stride, b.stride);
+    settle();
+    static float zeros[MOST_DEPTH], scratch[MOST_ROWS * MOST_DEPTH];
+    const sparge_rows rows = { b.x.got, SPARGE_F32, b.stride, b.rows, b.dim };
+    k->sum(&rows, zeros, b.stride, scratch, sum.got);
+    for (int64_t c = 0; c < b.stride; c++) {
+        float total = 0.0f;
+        for (int64_t r = 0; r < b.rows; r++)
+            total += ((float *)b.x.want)[r * b.stride + c];
+        ((float *)sum.want)[c] = total;
+    }
+}
+
+static void test_summarize(const sparge_kernels *k, sparge_format f)
+{
+    static float plain[MOST_ROWS * MOST_DEPTH];
+    static const bool bad[MOST_ROWS * MOST_DEPTH];
+    (void)f;
+    const block b = make_block(MOST_DEPTH);
+    const pair pool = make("pool", F32, b.stride, b.stride), unit = make("unit", F32, b.stride, b.stride);
+    const pair sim = make("sim", F32, 1, 1);
+    settle();
+    *(float *)sim.got = k->summarize(b.x.got, b.rows, b.stride, pool.got, unit.got);
+    for (int64_t r = 0; r < b.rows; r++)
+        memcpy(plain + r * b.dim, (float *)b.x.want + r * b.stride, (size_t)b.dim * sizeof *plain);
+    memset(pool.want, 0, (size_t)b.stride * sizeof(float));
+    memset(unit.want, 0, (size_t)b.stride * sizeof(float));
+    *(float *)sim.want = sparge_ref_summarize(plain, bad, b.rows, b.rows, b.dim, pool.want, unit.want).sim;
+}
+
+static int some_levels(void)
+{
+    static const int levels[] = { 127, 2047, 4095 };
+    return levels[pick(0, 2)];
+}
+
+static void test_quantize(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const block b = make_block(MOST_DEPTH);
+    const int levels = some_levels();
+    const pair code = make("code", I16, b.rows * b.stride, b.stride), step = make("step", F32, 1, 1);
+    settle();
+    *(float *)step.got = k->quantize(b.x.got, b.rows * b.stride, levels, code.got);
+    *(float *)step.want = sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, levels, 0.0f, code.want);
+}
+
+static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const block b = make_block(MOST_COLUMNS);
+    const int levels = some_levels();
+    const pair code = make("code", I16, b.rows * b.stride, b.stride), step = make("step", F32, b.stride, b.stride);
+    settle();
+    k->quantize_channels(b.x.got, b.rows, b.stride, levels, step.got, code.got);
+    for (int64_t c = 0; c < b.stride; c++)
+        ((float *)step.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride, levels, 0.0f,
+                                                      (int16_t *)code.want + c);
+}
+
+/* ---- Packing: the layouts of kernels.h, once more ---- */
+
+/* Where element (e, n) of B [panels][depth][16] stands. */
+static int64_t place(sparge_format f, int64_t depth, int64_t e, int64_t n)
+{
+    const int64_t panel = n / 16 * depth * 16, lane = n % 16, half = depth / 2;
+    if (f == SPARGE_BYTES) /* [depth / 4][16][4] */
+        return panel + e / 4 * 64 + lane * 4 + e % 4;
+    if (f == SPARGE_WORDS) { /* [depth / 4][2][16][2] */
+        const int64_t second = e >= half, within = second ? e - half : e;
+        return panel + within / 2 * 64 + second * 32 + lane * 2 + within % 2;
+    }
+    return panel + e * 16 + lane;
+}
+
+static const kind kind_of_a[SPARGE_FORMATS] = { U8, I16, F32 }, kind_of_b[SPARGE_FORMATS] = { I8, I16, F32 };
+
+static void put(void *to, kind of, int64_t at, int code, float value)
+{
+    if (of == F32)
+        ((float *)to)[at] = value;
+    else if (of == I16)
+        ((int16_t *)to)[at] = (int16_t)code;
+    else
+        ((uint8_t *)to)[at] = (uint8_t)code;
+}
+
+/* Codes or values [rows][stride] on their way into a product; element (r, c), 0 beyond the rows. */
+typedef struct source {
+    sparge_format f;
+    int64_t rows, stride;
+    pair from;
+} source;
+
+static source make_source(sparge_format f, int64_t most_rows, int64_t most_columns, int levels)
+{
+    source s = { .f = f, .rows = size_up_to(most_rows), .stride = depth_up_to(most_columns) };
+    s.from = make("from", f == SPARGE_FLOATS ? F32 : I16, s.rows * s.stride, s.stride);
+    if (f == SPARGE_FLOATS)
+        values(s.from.got, s.rows * s.stride, PLAIN);
+    else
+        codes(s.from.got, s.rows * s.stride, s.stride, f == SPARGE_BYTES ? 127 : levels, true);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, s.rows, s.stride);
+    return s;
+}
+
+static int code_at(const source *s, int64_t r, int64_t c)
+{
+    return s->f == SPARGE_FLOATS || r >= s->rows ? 0 : ((int16_t *)s->from.want)[r * s->stride + c];
+}
+
+static float value_at(const source *s, int64_t r, int64_t c)
+{
+    return s->f != SPARGE_FLOATS || r >= s->rows ? 0.0f : ((float *)s->from.want)[r * s->stride + c];
+}
+
+static void test_pack_rows(const sparge_kernels *k, sparge_format f)
+{
+    const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
+    const pair a = make("a", kind_of_a[f], s.rows * s.stride, s.stride), start = make("start", I32, s.rows, s.rows);
+    settle();
+    k->pack_rows[f](s.from.got, s.rows, s.stride, a.got, start.got);
+    for (int64_t r = 0; r < s.rows; r++) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < s.stride; c++) {
+            put(a.want, kind_of_a[f], r * s.stride + c, code_at(&s, r, c) + (f == SPARGE_BYTES ? 128 : 0), value_at(&s, r, c));
+            sum += c < s.stride / 2 ? code_at(&s, r, c) * code_at(&s, r, s.stride / 2 + c) : 0;
+        }
+        if (f == SPARGE_WORDS)
+            ((int32_t *)start.want)[r] = -sum;
+    }
+}
+
+static void test_pack_keys(const sparge_kernels *k, sparge_format f)
+{
+    const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
+    const int64_t columns = padded(s.rows), depth = s.stride;
+    const pair b = make("b", kind_of_b[f], columns * depth, depth * 16), start = make("start", I32, columns, columns);
+    settle();
+    k->pack_keys[f](s.from.got, s.rows, s.stride, b.got, start.got);
+    for (int64_t n = 0; n < columns; n++) {
+        int32_t sum = 0, product = 0;
+        for (int64_t e = 0; e < depth; e++) {
+            put(b.want, kind_of_b[f], place(f, depth, e, n), code_at(&s, n, e), value_at(&s, n, e));
+            sum += code_at(&s, n, e);
+            product += e < depth / 2 ? code_at(&s, n, e) * code_at(&s, n, depth / 2 + e) : 0;
+        }
+        if (f != SPARGE_FLOATS)
+            ((int32_t *)start.want)[n] = f == SPARGE_BYTES ? -128 * sum : -product;
+    }
+}
+
+static void test_pack_values(const sparge_kernels *k, sparge_format f)
+{
+    const source s = make_source(f, f == SPARGE_WORDS ? 128 : 200, MOST_COLUMNS / 2, 4095);
+    const int64_t depth = padded(s.rows), columns = s.stride;
+    const pair b = make("b", kind_of_b[f], columns * depth, depth * 16), start = make("start", I32, columns, columns);
+    settle();
+    k->pack_values[f](s.from.got, s.rows, s.stride, b.got, start.got);
+    for (int64_t n = 0; n < columns; n++) {
+        int32_t product = 0;
+        for (int64_t e = 0; e < depth; e++) {
+            put(b.want, kind_of_b[f], place(f, depth, e, n), code_at(&s, e, n), value_at(&s, e, n));
+            product += e < depth / 2 ? code_at(&s, e, n) * code_at(&s, depth / 2 + e, n) : 0;
+        }
+        if (f != SPARGE_FLOATS)
+            ((int32_t *)start.want)[n] = f == SPARGE_BYTES ? 0 : -product;
+    }
+}
+
+/* ---- One row of the prediction ---- */
+
+static void test_rank(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t n = size_up_to(MOST_ROWS), stride = depth_up_to(MOST_DEPTH);
+    const float scale = ldexpf(1.0f + uniform() / 2, (int)pick(-4, 2));
+    const pair pool = make("pool", F32, stride, stride), pools = make("pools", F32, n * stride, stride);
+    const pair s = make("s", F32, n, n);
+    values(pool.got, stride, range_of());
+    values(pools.got, n * stride, range_of());
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, n, stride);
+    settle();
+    k->rank(pool.got, pools.got, n, stride, scale, s.got);
+    for (int64_t j = 0; j < n; j++)
+        ((float *)s.want)[j] = scale * sparge_dot(pool.want, (float *)pools.want + j * stride, stride);
+}
+
+static void test_mass(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t n = size_up_to(300);
+    const float spread = ldexpf(1.0f, (int)pick(-3, one_in(4) ? 127 : 7));
+    const pair s = make("s", F32, n, n), mass = make("mass", I32, n, n);
+    float largest = -INFINITY;
+    for (int64_t j = 0; j < n; j++) {
+        ((float *)s.got)[j] = one_in(6) && j ? ((float *)s.got)[j - 1] : spread * uniform();
+        largest = fmaxf(largest, ((float *)s.got)[j]);
+    }
+    snprintf(shape, sizeof shape, "%" PRId64 " blocks", n);
+    settle();
+    k->mass(s.got, n, largest, mass.got);
+    for (int64_t j = 0; j < n; j++)
+        ((int32_t *)mass.want)[j] =
+            (int32_t)floor((double)sparge_exp2((((float *)s.want)[j] - largest) * SPARGE_LOG2E) * 0x1p30);
+}
+
+/* ---- The two products ---- */
+
+/* A and B by their coordinates, and as a kernel takes them. */
+typedef struct operands {
+    sparge_format f;
+    int64_t rows, panels, depth, a_stride;
+    pair a, b, a_start, b_start;
+} operands;
+
+static int16_t code_a[MOST_ROWS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS]; /* [rows][depth], [depth][columns] */
+static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS];
+
+/* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow. BYTES of A are
+ * within 127 where two products of them are added in 16 bits, and bytes of K come with a start. */
+static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_fold)
+{
+    operands x = { .f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9) };
+    const int levels = f == SPARGE_BYTES ? 127 : is_fold || one_in(2) ? 4095 : 2047;
+    const int bytes = k->isa == SPARGE_ISA_AVX2 || one_in(4) ? 127 : 255;
+    x.depth = depth_up_to(f == SPARGE_WORDS && levels == 4095 ? 128 : MOST_DEPTH);
+    x.a_stride = x.depth + (one_in(2) ? 0 : one_in(2) ? SPARGE_PANEL : pick(1, 20));
+    const int64_t columns = x.panels * SPARGE_PANEL, depth = x.depth;
+    x.a = make("a", kind_of_a[f], x.rows * x.a_stride, x.a_stride);
+    x.b = make("b", kind_of_b[f], columns * depth, depth * SPARGE_PANEL);
+    x.a_start = make("a_start", I32, x.rows, x.rows);
+    x.b_start = make("b_start", I32, columns, columns);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows, depth,
+             x.a_stride, x.panels);
+    codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : levels, f == SPARGE_WORDS && !is_fold);
+    codes(code_b, depth * columns, columns, levels, true);
+    values(value_a, f == SPARGE_FLOATS ? x.rows * depth : 0, range_of());
+    values(value_b, f == SPARGE_FLOATS ? depth * columns : 0, range_of());
+    for (int64_t r = 0; r < x.rows; r++) {
+        int32_t product = 0;
+        for (int64_t e = 0; e < depth; e++) {
+            put(x.a.got, kind_of_a[f], r * x.a_stride + e, code_a[r * depth + e], value_a[r * depth + e]);
+            product += e < depth / 2 ? code_a[r * depth + e] * code_a[r * depth + depth / 2 + e] : 0;
+        }
+        if (f == SPARGE_WORDS)
+            ((int32_t *)x.a_start.got)[r] = -product;
+    }
+    for (int64_t n = 0; n < columns; n++) {
+        int32_t product = 0;
+        for (int64_t e = 0; e < depth; e++) {
+            put(x.b.got, kind_of_b[f], place(f, depth, e, n), code_b[e * columns + n], value_b[e * columns + n]);
+            product += e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
+        }
+        if (f != SPARGE_FLOATS)
+            ((int32_t *)x.b_start.got)[n] = f == SPARGE_WORDS ? -product : is_fold ? 0 : (int32_t)pick(-4000000, 4000000);
+    }
+    return x;
+}
+
+static sparge_product product_of(const operands *x)
+{
+    return (sparge_product){ x->rows, x->panels, x->depth, x->a.got, x->a_stride, x->a_start.got, x->b.got, x->b_start.got };
+}
+
+/* Element (r, n) of C; for floats added to `from`. */
+static float product_at(const operands *x, int64_t r, int64_t n, float from)
+{
+    const int64_t columns = x->panels * SPARGE_PANEL, depth = x->depth;
+    if (x->f == SPARGE_FLOATS) {
+        for (int64_t e = 0; e < depth; e++)
+            from = fmaf(value_a[r * depth + e], value_b[e * columns + n], from);
+        return from;
+    }
+    int64_t sum = x->f == SPARGE_BYTES ? ((int32_t *)x->b_start.want)[n] : 0;
+    for (int64_t e = 0; e < depth; e++)
+        sum += code_a[r * depth + e] * code_b[e * columns + n];
+    if (sum != (int32_t)sum)
+        abort(); /* a draw that kernels.h does not allow */
+    return (float)sum;
+}
+
+static void test_score(const sparge_kernels *k, sparge_format f)
+{
+    const operands x = make_operands(k, f, false);
+    const int64_t columns = x.panels * SPARGE_PANEL, stride = columns + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
+    const pair s = make("s", F32, (x.rows - 1) * stride + columns, stride);
+    settle();
+    const sparge_product product = product_of(&x);
+    k->score[f](&product, s.got, stride);
+    for (int64_t r = 0; r < x.rows; r++)
+        for (int64_t n = 0; n < columns; n++)
+            ((float *)s.want)[r * stride + n] = product_at(&x, r, n, 0.0f);
+}
+
+static void test_fold(const sparge_kernels *k, sparge_format f)
+{
+    const operands x = make_operands(k, f, true);
+    const int64_t columns = x.panels * SPARGE_PANEL, stride = columns + (one_in(2) ? 0 : pick(0, 20));
+    const pair o = make("o", F32, (x.rows - 1) * stride + columns, stride), step = make("step", F32, columns, columns);
+    const pair shrink = make("shrink", F32, x.rows, x.rows), weight = make("weight", F32, x.rows, x.rows);
+    for (int64_t r = 0; r < x.rows; r++) {
+        ((float *)shrink.got)[r] = one_in(3) ? (float)pick(0, 1) : fabsf(uniform());
+        ((float *)weight.got)[r] = one_in(8) ? 0.0f : fabsf(uniform()) / 127;
+        values((float *)o.got + r * stride, columns, PLAIN);
+    }
+    values(step.got, columns, PLAIN);
+    settle();
+    const sparge_product product = product_of(&x);
+    const sparge_fold fold = { shrink.got, weight.got, step.got, o.got, stride };
+    k->fold[f](&product, &fold);
+    for (int64_t r = 0; r < x.rows; r++)
+        for (int64_t n = 0; n < columns; n++) {
+            float *to = (float *)o.want + r * stride + n;
+            const float kept = *to * ((float *)shrink.want)[r];
+            const float unit = ((float *)weight.want)[r] * ((float *)step.want)[n];
+            *to = f == SPARGE_FLOATS ? product_at(&x, r, n, kept) : fmaf(unit, product_at(&x, r, n, 0.0f), kept);
+        }
+}
+
+/* ---- Softmax ---- */
+
+/* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see little or nothing. */
+typedef struct scores {
+    pair s, max;
+    sparge_scores got;
+    int64_t all;
+} scores;
+
+static scores make_scores(void)
+{
+    const int64_t rows = size_up_to(MOST_ROWS), keys = depth_up_to(MOST_DEPTH);
+    const int64_t stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20)), all = (rows - 1) * stride + keys;
+    const bool special = one_in(4);
+    const float size = ldexpf(1.0f, (int)pick(0, one_in(4) ? 120 : 24));
+    scores x = { .s = make("s", F32, all, stride), .max = make("max", F32, rows, rows), .all = all };
+    x.got = (sparge_scores){ x.s.got, rows, keys, stride, one_in(20) ? 0x1p-149f : ldexpf(1.5f + uniform() / 2, (int)pick(-24, 4)) };
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t seen = one_in(3) ? pick(0, keys) : keys;
+        for (int64_t t = 0; t < keys; t++) {
+            const float odd[] = { INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN };
+            float score = size * uniform() + 0.0f; /* no -0: which of two zeros is larger is not said */
+            score = special && one_in(10) ? odd[pick(0, 5)] : one_in(8) ? 0.0f : rintf(score) + 0.0f;
+            ((float *)x.s.got)[r * stride + t] = t < seen ? score : -INFINITY;
+        }
+    }
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", c %a", rows, keys, stride, (double)x.got.c);
+    return x;
+}
+
+static float local_of(const scores *x, int64_t r)
+{
+    float max = -INFINITY;
+    for (int64_t t = 0; t < x->got.keys; t++) {
+        const float score = ((float *)x->s.got)[r * x->got.stride + t];
+        if (score > max)
+            max = score;
+    }
+    return x->got.c * max;
+}
+
+static void test_maxima(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const scores x = make_scores();
+    const pair local = make("local", F32, x.got.rows, x.got.rows);
+    settle();
+    k->maxima(&x.got, local.got);
+    for (int64_t r = 0; r < x.got.rows; r++)
+        ((float *)local.want)[r] = local_of(&x, r);
+}
+
+static void test_raise(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t rows = size_up_to(MOST_ROWS);
+    const int levels = one_in(3) ? 0 : some_levels();
+    const char *const names[] = { "max", "sum", "local", "shrink", "weight" };
+    pair x[5];
+    for (int n = 0; n < 5; n++)
+        x[n] = make(names[n], F32, rows, rows);
+    for (int64_t r = 0; r < rows; r++) {
+        const float spread = one_in(6) ? 1e4f : 20.0f, max = spread * uniform();
+        const bool first = one_in(4);
+        ((float *)x[0].got)[r] = first ? -INFINITY : max;
+        ((float *)x[1].got)[r] = first ? 0.0f : 100.0f * fabsf(uniform());
+        ((float *)x[2].got)[r] = one_in(5) ? -INFINITY : one_in(8) && !first ? max : one_in(20) ? NAN : spread * uniform();
+    }
+    snprintf(shape, sizeof shape, "%" PRId64 " rows, levels %d", rows, levels);
+    settle();
+    const sparge_group group = { x[0].got, x[1].got, x[2].got, x[3].got, x[4].got };
+    k->raise(&group, rows, levels);
+    for (int64_t r = 0; r < rows; r++) {
+        sparge_row row = { ((float *)x[0].want)[r], ((float *)x[1].want)[r] };
+        const float local = ((float *)x[2].want)[r];
+        ((float *)x[3].want)[r] = sparge_row_raise(&row, local);
+        ((float *)x[4].want)[r] = !levels             ? 1.0f
+                                : local == -INFINITY ? 0.0f /* adds nothing, whatever the maximum is */
+                                                      : sparge_exp2(local - row.max) / (float)levels;
+        ((float *)x[0].want)[r] = row.max;
+        ((float *)x[1].want)[r] = row.sum;
+    }
+}
+
+static void test_weigh(const sparge_kernels *k, sparge_format f)
+{
+    const scores x = make_scores();
+    const int64_t rows = x.got.rows, keys = x.got.keys, stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
+    const pair p = make("p", kind_of_a[f], (rows - 1) * stride + keys, stride);
+    const pair sum = make("sum", F32, rows, rows), start = make("start", I32, rows, rows);
+    const bool above = f == SPARGE_FLOATS || one_in(8);
+    for (int64_t r = 0; r < rows; r++)
+        ((float *)x.max.got)[r] = local_of(&x, r) + (above && one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
+    settle();
+    k->weigh[f](&x.got, x.max.got, p.got, stride, sum.got, start.got);
+    for (int64_t r = 0; r < rows; r++) {
+        const float max = ((float *)x.max.want)[r], levels = f == SPARGE_BYTES ? 127.0f : 4095.0f;
+        float partial[16] = { 0 };
+        int64_t total = 0, product = 0;
+        for (int64_t t = 0; t < keys; t++) {
+            const float score = ((float *)x.s.want)[r * x.got.stride + t];
+            const float weight = sparge_weight(score, x.got.c, max == -INFINITY ? 0.0f : max);
+            const int code = f != SPARGE_FLOATS && weight <= 1.0f ? (int)(levels * weight + 0.5f) : 0;
+            put(p.want, kind_of_a[f], r * stride + t, code, weight);
+            partial[t % 16] += weight;
+            total += code;
+        }
+        for (int64_t t = 0; t < keys / 2 && f == SPARGE_WORDS; t++)
+            product += ((int16_t *)p.want)[r * stride + t] * ((int16_t *)p.want)[r * stride + keys / 2 + t];
+        ((float *)sum.want)[r] = f == SPARGE_FLOATS ? sparge_sum_of(partial) : (float)total;
+        if (f == SPARGE_WORDS)
+            ((int32_t *)start.want)[r] = (int32_t)-product;
+    }
+}
+
+/* ---- One row of the output ---- */
+
+static void test_dot(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t n = depth_up_to(4 * MOST_DEPTH);
+    const pair a = make("a", F32, n, n), b = make("b", F32, n, n), dot = make("dot", F32, 1, 1);
+    values(a.got, n, range_of());
+    values(b.got, n, range_of());
+    snprintf(shape, sizeof shape, "%" PRId64 " elements", n);
+    settle();
+    *(float *)dot.got = k->dot(a.got, b.got, n);
+    *(float *)dot.want = sparge_dot(a.want, b.want, n);
+}
+
+static void test_store(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const sparge_dtype dtype = (sparge_dtype)pick(SPARGE_F32, SPARGE_BF16);
+    const int64_t n = size_up_to(MOST_COLUMNS);
+    const float norm = one_in(10) ? NAN : one_in(10) ? 0.0f : one_in(10) ? INFINITY : value_of(range_of());
+    const pair o = make("o", F32, n, n), out = make("out", dtype == SPARGE_F32 ? F32 : dtype == SPARGE_F16 ? F16 : BF16, n, n);
+    values(o.got, n, range_of());
+    for (int64_t c = 0; c < n; c++)
+        if (one_in(30))
+            ((float *)o.got)[c] = one_in(2) ? NAN : INFINITY;
+    snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " elements, norm %a", (int)dtype, n, (double)norm);
+    settle();
+    k->store(o.got, n, norm, dtype, out.got);
+    for (int64_t c = 0; c < n; c++) {
+        const float x = ((float *)o.want)[c] * norm;
+        if (dtype == SPARGE_F32)
+            ((float *)out.want)[c] = x;
+        else
+            ((uint16_t *)out.want)[c] = dtype == SPARGE_F16 ? sparge_f32_to_f16(x) : sparge_f32_to_bf16(x);
+    }
+}
+
+/* ---- All of them ---- */
+
+static const struct kernel {
+    const char *name;
+    void (*test)(const sparge_kernels *k, sparge_format f);
+    sparge_format f;
+} kernels[] = {
+    { "load", test_load, 0 },
+    { "sum", test_sum, 0 },
+    { "summarize", test_summarize, 0 },
+    { "quantize", test_quantize, 0 },
+    { "quantize_channels", test_quantize_channels, 0 },
+    { "pack_rows bytes", test_pack_rows, SPARGE_BYTES },
+    { "pack_rows words", test_pack_rows, SPARGE_WORDS },
+    { "pack_rows floats", test_pack_rows, SPARGE_FLOATS },
+    { "pack_keys bytes", test_pack_keys, SPARGE_BYTES },
+    { "pack_keys words", test_pack_keys, SPARGE_WORDS },
+    { "pack_keys floats", test_pack_keys, SPARGE_FLOATS },
+    { "pack_values bytes", test_pack_values, SPARGE_BYTES },
+    { "pack_values words", test_pack_values, SPARGE_WORDS },
+    { "pack_values floats", test_pack_values, SPARGE_FLOATS },
+    { "rank", test_rank, 0 },
+    { "mass", test_mass, 0 },
+    { "score bytes", test_score, SPARGE_BYTES },
+    { "score words", test_score, SPARGE_WORDS },
+    { "score floats", test_score, SPARGE_FLOATS },
+    { "maxima", test_maxima, 0 },
+    { "raise", test_raise, 0 },
+    { "weigh bytes", test_weigh, SPARGE_BYTES },
+    { "weigh words", test_weigh, SPARGE_WORDS },
+    { "weigh floats", test_weigh, SPARGE_FLOATS },
+    { "fold bytes", test_fold, SPARGE_BYTES },
+    { "fold words", test_fold, SPARGE_WORDS },
+    { "fold floats", test_fold, SPARGE_FLOATS },
+    { "dot", test_dot, 0 },
+    { "store", test_store, 0 },
+};
+enum { KERNELS = sizeof kernels / sizeof *kernels };
+
+static bool passes(const sparge_kernels *table, const struct kernel *kernel, int64_t draws, uint64_t seed)
+{
+    for (int64_t draw = 0; draw < draws; draw++) {
+        state = seed ^ 0xcbf29ce484222325u;
+        for (const char *c = kernel->name; *c; c++)
+            state = (state ^ (uint64_t)(unsigned char)*c) * 0x100000001b3u; /* FNV-1a */
+        state += (uint64_t)draw << 32;
+        forget();
+        kernel->test(table, kernel->f);
+        if (!compare(kernel->name, draw, seed))
+            return false;
+    }
+    return true;
+}
+
+static const char *isa_name(sparge_isa isa)
+{
+    static const char *const name[] = { "auto", "scalar", "avx2", "avxvnni", "avx512vnni" };
+    return name[isa];
+}
+
+/* With the shim, AVX-VNNI runs wherever AVX2 does. */
+static bool has(sparge_isa isa)
+{
+#ifdef SPARGE_AVXVNNI_SHIM
+    if (isa == SPARGE_ISA_AVXVNNI)
+        isa = SPARGE_ISA_AVX2;
+#endif
+    return sparge_cpu_has(isa);
+}
+
+int main(int count, char **word)
+{
+    sparge_isa isa = SPARGE_ISA_AUTO;
+    int64_t draws = 1000;
+    uint64_t seed = 250218137;
+    bool fine = count % 2;
+    for (int n = 1; n + 1 < count; n += 2) {
+        char *end = word[n + 1];
+        if (!strcmp(word[n], "--isa")) {
+            for (isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
+                ;
+            fine &= isa <= SPARGE_ISA_AVX512VNNI;
+            continue;
+        }
+        const uint64_t number = strtoull(word[n + 1], &end, 10);
+        fine &= end != word[n + 1] && !*end && (!strcmp(word[n], "--draws") || !strcmp(word[n], "--seed"));
+        if (!strcmp(word[n], "--draws"))
+            draws = (int64_t)number;
+        else
+            seed = number;
+    }
+    if (!fine || isa == SPARGE_ISA_AUTO) {
+        fprintf(stderr, "test_kernels --isa scalar|avx2|avxvnni|avx512vnni [--draws N] [--seed S]\n");
+        return 2;
+    }
+    const char *name = isa_name(isa);
+    if (!has(isa)) {
+        printf("%s is not on this machine\n", name);
+        return 77;
+    }
+    printf("kernels %s: seed %" PRIu64 "\n", name, seed);
+    const sparge_kernels table = sparge_cpu_kernels(isa);
+    int wrong = table.isa != isa;
+    if (wrong)
+        printf("the table is of %s\n", isa_name(table.isa));
+    top = MEMORY;
+    for (int n = 0; n < KERNELS; n++)
+        wrong += !passes(&table, &kernels[n], draws, seed);
+    printf("kernels %s: %" PRId64 " draws of %d kernels%s\n", name, draws, KERNELS, wrong ? ", FAILED" : "");
+    return wrong != 0;
+}
