@@ -424,6 +424,7 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
     const int64_t heads = problem->batch * problem->heads;
     sparge_counts *own = NULL;
     sparge_result now = *result;
+    now.workspace = 0;
     now.seconds_predict = now.seconds_quantize = now.seconds_attend = 0.0;
     if (!now.head_counts)
         now.head_counts = own = malloc(heads ? (size_t)heads * sizeof *own : 1);
@@ -438,6 +439,7 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
     result->backend = o.backend;
     result->isa = o.isa;
     result->threads = o.threads;
+    result->workspace = now.workspace;
     result->seconds_predict = now.seconds_predict;
     result->seconds_quantize = now.seconds_quantize;
     result->seconds_attend = now.seconds_attend;

@@ -207,6 +207,8 @@ typedef struct sparge_result {
     sparge_backend backend;     /* what ran */
     sparge_isa isa;
     int threads;
+    int64_t workspace; /* bytes that the cpu backend worked in, beside inputs and output; 0: not counted */
+    /* What the cpu backend does to q, k and v in one pass counts as quantize. */
     double seconds_predict, seconds_quantize, seconds_attend;
 } sparge_result;
 

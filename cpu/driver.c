@@ -278,6 +278,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         for (int64_t h = 0; h < p->batch * p->heads; h++)
             result->head_counts[h].pv_done = (double)w.pv_rows[h][0] / (double)o->block_q +
                                              (double)w.pv_rows[h][1] / (double)short_rows;
+        result->workspace = (int64_t)needed.used;
         result->seconds_predict = w.predicting;
         result->seconds_quantize = w.packing;
         result->seconds_attend = w.attending;

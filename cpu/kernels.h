@@ -92,7 +92,8 @@ typedef struct sparge_kernels {
     float (*quantize)(const float *x, int64_t n, int levels, int16_t *code);
     void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int levels, float *step, int16_t *code);
     /* Rows of x or code as A; as columns of B [panels(rows)][stride]; with depth running over the rows as
-     * B [panels(stride)][depth], zero from rows to depth. from is float for FLOATS, int16 codes otherwise. */
+     * B [panels(stride)][depth], zero from rows to depth. from is float for FLOATS, int16 codes otherwise. B begins
+     * where a lane may. */
     void (*pack_rows[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *a, int32_t *start);
     void (*pack_keys[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start);
     void (*pack_values[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start);

@@ -55,10 +55,13 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
     if (sparge_keys_seen(&w->g, x->first, x->j) < columns)
         *visible = hide(w, x, t->s, columns, stride);
 
-    /* Two zero steps make c 0 and every score 0; a c that is not 0 keeps -inf what it is. */
+    /* A step of 0, or two small ones, make c 0; a c that is not 0 keeps -inf what it is. The maxima become
+     * what c makes of them. */
     const float c = q->step[task->slot] * k->step[x->at] * w->o->scale * SPARGE_LOG2E;
     const sparge_scores s = { t->s, x->rows, columns, stride, c == 0.0f ? 0x1p-149f : c };
     run->maxima(&s, t->local);
+    for (int64_t r = 0; c == 0.0f && r < x->rows; r++)
+        t->local[r] = t->local[r] == -INFINITY ? -INFINITY : 0.0f * t->local[r];
     if (skips(t, x, lambda))
         return false;
 

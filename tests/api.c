@@ -912,9 +912,9 @@ Test(api, progress_rises_to_1)
 
 /* ---- Allocations that fail ------------------------------------------------------------------- */
 
-/* While armed, allocation number `fails` (from 0) returns NULL. Other threads and other code do not
- * run then. */
-static struct { bool armed; int64_t fails, calls, live; } heap;
+/* While armed, allocation number `fails` (from 0) returns NULL. Other code does not run then, and other
+ * threads do not allocate: `stray` counts those that do. */
+static struct { bool armed; int64_t fails, calls, live; pthread_t caller; int stray; } heap;
 
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
@@ -923,7 +923,12 @@ void *__wrap_malloc(size_t size);
 void *__wrap_calloc(size_t count, size_t size);
 void __wrap_free(void *p);
 
-static bool fails_now(void) { return heap.armed && heap.calls++ == heap.fails; }
+static bool fails_now(void)
+{
+    if (heap.armed && !pthread_equal(pthread_self(), heap.caller))
+        __atomic_fetch_add(&heap.stray, 1, __ATOMIC_RELAXED);
+    return heap.armed && heap.calls++ == heap.fails;
+}
 
 static void *counted(void *p)
 {
@@ -948,15 +953,18 @@ void __wrap_free(void *p)
 static int64_t survives(int entry, asked *a)
 {
     for (int64_t n = 0;; n++) {
-        check_case("%s, allocation %lld", entry_name(entry), (long long)n);
+        check_case("%s of %s, allocation %lld", entry_name(entry), sparge_backend_string(a->o.backend),
+                   (long long)n);
         sparge_error error;
         memset(&error, 'x', sizeof error);
+        heap.caller = pthread_self();
         heap.fails = n;
         heap.calls = heap.live = 0;
         heap.armed = true;
         const sparge_status status = call(entry, a, n % 2 ? NULL : &error);
         heap.armed = false;
         check(heap.live == 0, "%lld allocations leak", (long long)heap.live);
+        check(heap.stray == 0, "%d allocations in other threads", heap.stray);
         if (heap.calls <= n) {
             check(status == SPARGE_OK, "%s", sparge_status_string(status));
             return n;
@@ -967,24 +975,33 @@ static int64_t survives(int entry, asked *a)
     }
 }
 
+/* `way`: without and with smoothing, with the caller's mask and counts and with those of the call's own. */
+static void every_allocation_fails(int entry, sparge_backend backend, sparge_precision precision, int way)
+{
+    asked a = question();
+    point(&a);
+    a.o.backend = backend;
+    a.o.threads = backend == SPARGE_CPU ? 3 : 0;
+    a.o.qk = a.o.pv = precision;
+    a.o.smooth_k = way % 2;
+    if (way / 2) {
+        a.mask = entry == ALLOC || entry == PREDICT ? &a.m : NULL;
+        a.result.head_counts = NULL;
+    }
+    const int64_t allocations = survives(entry, &a);
+    check(allocations >= 1, "no allocation was seen: is the library static and --wrap in use?");
+    check(entry == ALLOC || backend == SPARGE_CPU || allocations >= 5, "%lld allocations", (long long)allocations);
+}
+
 Test(api, every_allocation_may_fail)
 {
     const int entries[] = { ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE };
     for (int64_t n = 0; n < COUNT(entries); n++)
         for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++)
-            for (int way = 0; way < 4; way++) {
-                asked a = question();
-                point(&a);
-                a.o.qk = a.o.pv = (sparge_precision)precision;
-                a.o.smooth_k = way % 2;
-                if (way / 2) { /* the mask and the counts of the call's own */
-                    a.mask = entries[n] == ALLOC || entries[n] == PREDICT ? &a.m : NULL;
-                    a.result.head_counts = NULL;
-                }
-                const int64_t allocations = survives(entries[n], &a);
-                check(allocations >= 1, "no allocation was seen: is the library static and --wrap in use?");
-                check(entries[n] == ALLOC || allocations >= 5, "%lld allocations", (long long)allocations);
-            }
+            for (int way = 0; way < 4; way++)
+                for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++)
+                    if (backend == SPARGE_REF || entries[n] & STAGES)
+                        every_allocation_fails(entries[n], backend, (sparge_precision)precision, way);
 }
 
 /* The outputs that stand in memory of their own are not handed out when they are half made. */
@@ -993,6 +1010,7 @@ Test(api, a_mask_that_could_not_be_allocated_is_empty)
     asked a = question();
     sparge_mask mask;
     memset(&mask, 0xFF, sizeof mask);
+    heap.caller = pthread_self();
     heap.fails = heap.calls = 0;
     heap.armed = true;
     const sparge_status status = sparge_mask_alloc(&mask, &a.p, &a.o, NULL);

@@ -1,12 +1,13 @@
-/* kernels.c: every kernel of one instruction set against plain C that stands here or in ref/ and common/, bit for
- * bit. Without Criterion, files and threads, so that it also runs, linked statically, where little else does: under
- * an emulator of a processor that the machine is not.
+/* kernels.c: every kernel of one instruction set against plain C that stands here or in ref/ and common/,
+ * bit for bit. Without Criterion, files and threads, so that it also runs, linked statically, where little
+ * else does: under an emulator of a processor that the machine is not.
  *
  *     test_kernels --isa scalar|avx2|avxvnni|avx512vnni --draws N --seed S
  *
- * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the other, and at the end
- * both are the same to the last byte. So inputs that were changed, padding that was written and guards are found by
- * the comparison that finds wrong results. A draw depends on the seed, the kernel and its number alone.
+ * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the other, and
+ * at the end both are the same to the last byte. So inputs that were changed, padding that was written and
+ * guards are found by the comparison that finds wrong results. A draw depends on the seed, the kernel and
+ * its number alone.
  *
  * Exits 0, 1 at a difference, 2 for wrong arguments, 77 where the processor lacks the instruction set. */
 #include <inttypes.h>
@@ -34,7 +35,10 @@ static uint64_t random_bits(void)
     return z ^ z >> 31;
 }
 
-static int64_t pick(int64_t first, int64_t last) { return first + (int64_t)(random_bits() % (uint64_t)(last - first + 1)); }
+static int64_t pick(int64_t first, int64_t last)
+{
+    return first + (int64_t)(random_bits() % (uint64_t)(last - first + 1));
+}
 static bool one_in(int64_t n) { return pick(1, n) == 1; }
 static float uniform(void) { return (float)(random_bits() >> 40) * 0x1p-23f - 1.0f; } /* [-1, 1) */
 
@@ -87,10 +91,10 @@ static void forget(void)
     shape[0] = '\0';
 }
 
-/* Between guards, and as often as not one element beside where a vector would like it to be. */
-static pair make(const char *name, kind of, int64_t count, int64_t width)
+/* Between guards, and as often as not `beside` bytes from where a vector would like it to be. */
+static pair make_beside(const char *name, kind of, int64_t count, int64_t width, size_t beside)
 {
-    const size_t at = (top + GUARD + 63) / 64 * 64 + (size_t)pick(0, 1) * size_of[of];
+    const size_t at = (top + GUARD + 63) / 64 * 64 + (size_t)pick(0, 1) * beside;
     const size_t end = at + (size_t)count * size_of[of];
     if (end + GUARD > MEMORY || used_arrays == MOST_ARRAYS)
         abort();
@@ -99,6 +103,17 @@ static pair make(const char *name, kind of, int64_t count, int64_t width)
     arrays[used_arrays++] = (array){ name, of, at, count, width };
     top = end + GUARD;
     return (pair){ memory[0] + at, memory[1] + at };
+}
+
+static pair make(const char *name, kind of, int64_t count, int64_t width)
+{
+    return make_beside(name, of, count, width, size_of[of]);
+}
+
+/* What is packed has lanes of 32 bits, and so has what is packed from codes. */
+static pair make_lanes(const char *name, kind of, int64_t count, int64_t width)
+{
+    return make_beside(name, of, count, width, 4);
 }
 
 /* Everything is filled in: the judge finds what the kernel finds. */
@@ -129,15 +144,17 @@ static float as_float(const array *a, const uint8_t *from, int64_t n)
     }
 }
 
-/* Any NaN is another's equal, since C does not say which one a sum gives; but what nobody wrote is all ones. */
+/* Any NaN is another's equal, since C does not say which one a sum gives; but what nobody
+ * wrote is all ones. */
 static bool differs(const array *a, int64_t n)
 {
     static const uint8_t poison[4] = { 0xFF, 0xFF, 0xFF, 0xFF };
     const size_t size = size_of[a->kind], at = a->at + (size_t)n * size;
     if (!memcmp(memory[0] + at, memory[1] + at, size))
         return false;
-    return a->kind > BF16 || !memcmp(memory[0] + at, poison, size) || !memcmp(memory[1] + at, poison, size) ||
-           !isnan(as_float(a, memory[0], n)) || !isnan(as_float(a, memory[1], n));
+    return a->kind > BF16 || !memcmp(memory[0] + at, poison, size) ||
+        !memcmp(memory[1] + at, poison, size) || !isnan(as_float(a, memory[0], n)) ||
+        !isnan(as_float(a, memory[1], n));
 }
 
 /* Says what differs most, if anything does. */
@@ -167,17 +184,20 @@ static bool compare(const char *kernel, int64_t draw, uint64_t seed)
         }
         if (!wrong)
             continue;
-        const double got = (double)as_float(a, memory[0], worst), want = (double)as_float(a, memory[1], worst);
-        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: %s[%" PRId64 "][%" PRId64 "] is %.9g (%a), should be "
-               "%.9g (%a); %" PRId64 " of %" PRId64 " differ\n", kernel, draw, seed, shape, a->name,
-               worst / a->width, worst % a->width, got, got, want, want, wrong, a->count);
+        const double got = (double)as_float(a, memory[0], worst),
+                     want = (double)as_float(a, memory[1], worst);
+        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: %s[%" PRId64 "][%" PRId64 "] is %.9g (%a), "
+               "should be %.9g (%a); %" PRId64 " of %" PRId64 " differ\n",
+               kernel, draw, seed, shape, a->name, worst / a->width, worst % a->width, got, got, want, want,
+               wrong, a->count);
         same = false;
     }
     if (same && memcmp(memory[0], memory[1], top)) {
         size_t n = 0;
         while (memory[0][n] == memory[1][n])
             n++;
-        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: a guard was written, byte %zu\n", kernel, draw, seed, shape, n);
+        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: a guard was written, byte %zu\n", kernel, draw,
+               seed, shape, n);
         same = false;
     }
     return same;
@@ -185,8 +205,8 @@ static bool compare(const char *kernel, int64_t draw, uint64_t seed)
 
 /* ---- What is in them ---- */
 
-/* Signed codes up to `most`, or unsigned ones: at random, all alike, alternating (a saturating sum of two products
- * shows there), or few of them. */
+/* Signed codes up to `most`, or unsigned ones: at random, all alike, alternating (a saturating sum of two
+ * products shows there), or few of them. */
 static void codes(int16_t *code, int64_t n, int64_t width, int most, bool is_signed)
 {
     const int64_t style = pick(0, 9);
@@ -225,7 +245,8 @@ static float value_of(range r)
 
 static range range_of(void) { return one_in(2) ? PLAIN : (range)pick(PLAIN, MIXED); }
 
-/* Finite rows, zero from dim to stride; some are zero as a whole, and some blocks hold whole multiples of 1/8: ties. */
+/* Finite rows, zero from dim to stride; some are zero as a whole, and some blocks hold whole multiples of
+ * 1/8: ties. */
 static void block_of_tokens(float *x, int64_t rows, int64_t dim, int64_t stride)
 {
     const range r = range_of();
@@ -262,7 +283,8 @@ static void test_load(const sparge_kernels *k, sparge_format f)
     const pair finite = make("finite", I32, 1, 1);
     const bool some_bad = one_in(3), smooth = one_in(2);
     const range r = range_of();
-    snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " rows of %" PRId64 ", %" PRId64 " apart", (int)dtype, rows, dim, token);
+    snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " rows of %" PRId64 ", %" PRId64 " apart",
+             (int)dtype, rows, dim, token);
     values(mean.got, dim, smooth ? r : PLAIN);
     for (int64_t c = 0; c < dim && !smooth; c++)
         ((float *)mean.got)[c] = 0.0f;
@@ -273,7 +295,8 @@ static void test_load(const sparge_kernels *k, sparge_format f)
             if (dtype == SPARGE_F32)
                 ((float *)in.got)[n * step + c] = value;
             else if (dtype == SPARGE_F16)
-                ((uint16_t *)in.got)[n * step + c] = one_in(2) && some_bad ? (uint16_t)random_bits() : sparge_f32_to_f16(value);
+                ((uint16_t *)in.got)[n * step + c] =
+                    one_in(2) && some_bad ? (uint16_t)random_bits() : sparge_f32_to_f16(value);
             else
                 ((uint16_t *)in.got)[n * step + c] = sparge_f32_to_bf16(value);
         }
@@ -311,17 +334,20 @@ static block make_block(int64_t most_columns)
 
 static void test_sum(const sparge_kernels *k, sparge_format f)
 {
+    static float zeros[MOST_DEPTH], scratch[MOST_ROWS * MOST_DEPTH];
     (void)f;
     const block b = make_block(MOST_DEPTH);
     const pair sum = make("sum", F32, b.stride, b.stride);
+    const int64_t bad = one_in(3) ? pick(0, b.rows * b.dim - 1) : -1; /* counts as 0 */
+    if (bad >= 0)
+        ((float *)b.x.got)[bad / b.dim * b.stride + bad % b.dim] = one_in(2) ? INFINITY : NAN;
     settle();
-    static float zeros[MOST_DEPTH], scratch[MOST_ROWS * MOST_DEPTH];
     const sparge_rows rows = { b.x.got, SPARGE_F32, b.stride, b.rows, b.dim };
     k->sum(&rows, zeros, b.stride, scratch, sum.got);
     for (int64_t c = 0; c < b.stride; c++) {
         float total = 0.0f;
         for (int64_t r = 0; r < b.rows; r++)
-            total += ((float *)b.x.want)[r * b.stride + c];
+            total += sparge_finite(((float *)b.x.want)[r * b.stride + c]) ? ((float *)b.x.want)[r * b.stride + c] : 0.0f;
         ((float *)sum.want)[c] = total;
     }
 }
@@ -365,7 +391,8 @@ static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
     (void)f;
     const block b = make_block(MOST_COLUMNS);
     const int levels = some_levels();
-    const pair code = make("code", I16, b.rows * b.stride, b.stride), step = make("step", F32, b.stride, b.stride);
+    const pair code = make("code", I16, b.rows * b.stride, b.stride),
+               step = make("step", F32, b.stride, b.stride);
     settle();
     k->quantize_channels(b.x.got, b.rows, b.stride, levels, step.got, code.got);
     for (int64_t c = 0; c < b.stride; c++)
@@ -388,7 +415,8 @@ static int64_t place(sparge_format f, int64_t depth, int64_t e, int64_t n)
     return panel + e * 16 + lane;
 }
 
-static const kind kind_of_a[SPARGE_FORMATS] = { U8, I16, F32 }, kind_of_b[SPARGE_FORMATS] = { I8, I16, F32 };
+static const kind kind_of_a[SPARGE_FORMATS] = { U8, I16, F32 },
+                  kind_of_b[SPARGE_FORMATS] = { I8, I16, F32 };
 
 static void put(void *to, kind of, int64_t at, int code, float value)
 {
@@ -410,7 +438,7 @@ typedef struct source {
 static source make_source(sparge_format f, int64_t most_rows, int64_t most_columns, int levels)
 {
     source s = { .f = f, .rows = size_up_to(most_rows), .stride = depth_up_to(most_columns) };
-    s.from = make("from", f == SPARGE_FLOATS ? F32 : I16, s.rows * s.stride, s.stride);
+    s.from = make_lanes("from", f == SPARGE_FLOATS ? F32 : I16, s.rows * s.stride, s.stride);
     if (f == SPARGE_FLOATS)
         values(s.from.got, s.rows * s.stride, PLAIN);
     else
@@ -432,13 +460,15 @@ static float value_at(const source *s, int64_t r, int64_t c)
 static void test_pack_rows(const sparge_kernels *k, sparge_format f)
 {
     const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
-    const pair a = make("a", kind_of_a[f], s.rows * s.stride, s.stride), start = make("start", I32, s.rows, s.rows);
+    const pair a = make("a", kind_of_a[f], s.rows * s.stride, s.stride),
+               start = make("start", I32, s.rows, s.rows);
     settle();
     k->pack_rows[f](s.from.got, s.rows, s.stride, a.got, start.got);
     for (int64_t r = 0; r < s.rows; r++) {
         int32_t sum = 0;
         for (int64_t c = 0; c < s.stride; c++) {
-            put(a.want, kind_of_a[f], r * s.stride + c, code_at(&s, r, c) + (f == SPARGE_BYTES ? 128 : 0), value_at(&s, r, c));
+            put(a.want, kind_of_a[f], r * s.stride + c, code_at(&s, r, c) + (f == SPARGE_BYTES ? 128 : 0),
+                value_at(&s, r, c));
             sum += c < s.stride / 2 ? code_at(&s, r, c) * code_at(&s, r, s.stride / 2 + c) : 0;
         }
         if (f == SPARGE_WORDS)
@@ -450,7 +480,8 @@ static void test_pack_keys(const sparge_kernels *k, sparge_format f)
 {
     const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
     const int64_t columns = padded(s.rows), depth = s.stride;
-    const pair b = make("b", kind_of_b[f], columns * depth, depth * 16), start = make("start", I32, columns, columns);
+    const pair b = make_lanes("b", kind_of_b[f], columns * depth, depth * 16),
+               start = make("start", I32, columns, columns);
     settle();
     k->pack_keys[f](s.from.got, s.rows, s.stride, b.got, start.got);
     for (int64_t n = 0; n < columns; n++) {
@@ -469,7 +500,8 @@ static void test_pack_values(const sparge_kernels *k, sparge_format f)
 {
     const source s = make_source(f, f == SPARGE_WORDS ? 128 : 200, MOST_COLUMNS / 2, 4095);
     const int64_t depth = padded(s.rows), columns = s.stride;
-    const pair b = make("b", kind_of_b[f], columns * depth, depth * 16), start = make("start", I32, columns, columns);
+    const pair b = make_lanes("b", kind_of_b[f], columns * depth, depth * 16),
+               start = make("start", I32, columns, columns);
     settle();
     k->pack_values[f](s.from.got, s.rows, s.stride, b.got, start.got);
     for (int64_t n = 0; n < columns; n++) {
@@ -529,11 +561,12 @@ typedef struct operands {
     pair a, b, a_start, b_start;
 } operands;
 
-static int16_t code_a[MOST_ROWS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS]; /* [rows][depth], [depth][columns] */
+/* A [rows][depth] and B [depth][columns]. */
+static int16_t code_a[MOST_ROWS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS];
 static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS];
 
-/* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow. BYTES of A are
- * within 127 where two products of them are added in 16 bits, and bytes of K come with a start. */
+/* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow. BYTES of
+ * A are within 127 where two products of them are added in 16 bits, and bytes of K come with a start. */
 static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_fold)
 {
     operands x = { .f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9) };
@@ -543,11 +576,11 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     x.a_stride = x.depth + (one_in(2) ? 0 : one_in(2) ? SPARGE_PANEL : pick(1, 20));
     const int64_t columns = x.panels * SPARGE_PANEL, depth = x.depth;
     x.a = make("a", kind_of_a[f], x.rows * x.a_stride, x.a_stride);
-    x.b = make("b", kind_of_b[f], columns * depth, depth * SPARGE_PANEL);
+    x.b = make_lanes("b", kind_of_b[f], columns * depth, depth * SPARGE_PANEL);
     x.a_start = make("a_start", I32, x.rows, x.rows);
     x.b_start = make("b_start", I32, columns, columns);
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows, depth,
-             x.a_stride, x.panels);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels",
+             x.rows, depth, x.a_stride, x.panels);
     codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : levels, f == SPARGE_WORDS && !is_fold);
     codes(code_b, depth * columns, columns, levels, true);
     values(value_a, f == SPARGE_FLOATS ? x.rows * depth : 0, range_of());
@@ -564,18 +597,21 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     for (int64_t n = 0; n < columns; n++) {
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
-            put(x.b.got, kind_of_b[f], place(f, depth, e, n), code_b[e * columns + n], value_b[e * columns + n]);
+            put(x.b.got, kind_of_b[f], place(f, depth, e, n), code_b[e * columns + n],
+                value_b[e * columns + n]);
             product += e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
         }
         if (f != SPARGE_FLOATS)
-            ((int32_t *)x.b_start.got)[n] = f == SPARGE_WORDS ? -product : is_fold ? 0 : (int32_t)pick(-4000000, 4000000);
+            ((int32_t *)x.b_start.got)[n] =
+                f == SPARGE_WORDS ? -product : is_fold ? 0 : (int32_t)pick(-4000000, 4000000);
     }
     return x;
 }
 
 static sparge_product product_of(const operands *x)
 {
-    return (sparge_product){ x->rows, x->panels, x->depth, x->a.got, x->a_stride, x->a_start.got, x->b.got, x->b_start.got };
+    return (sparge_product){ x->rows,     x->panels,      x->depth, x->a.got,
+                             x->a_stride, x->a_start.got, x->b.got, x->b_start.got };
 }
 
 /* Element (r, n) of C; for floats added to `from`. */
@@ -598,7 +634,8 @@ static float product_at(const operands *x, int64_t r, int64_t n, float from)
 static void test_score(const sparge_kernels *k, sparge_format f)
 {
     const operands x = make_operands(k, f, false);
-    const int64_t columns = x.panels * SPARGE_PANEL, stride = columns + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
+    const int64_t columns = x.panels * SPARGE_PANEL,
+                  stride = columns + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
     const pair s = make("s", F32, (x.rows - 1) * stride + columns, stride);
     settle();
     const sparge_product product = product_of(&x);
@@ -612,7 +649,8 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
 {
     const operands x = make_operands(k, f, true);
     const int64_t columns = x.panels * SPARGE_PANEL, stride = columns + (one_in(2) ? 0 : pick(0, 20));
-    const pair o = make("o", F32, (x.rows - 1) * stride + columns, stride), step = make("step", F32, columns, columns);
+    const pair o = make("o", F32, (x.rows - 1) * stride + columns, stride),
+               step = make("step", F32, columns, columns);
     const pair shrink = make("shrink", F32, x.rows, x.rows), weight = make("weight", F32, x.rows, x.rows);
     for (int64_t r = 0; r < x.rows; r++) {
         ((float *)shrink.got)[r] = one_in(3) ? (float)pick(0, 1) : fabsf(uniform());
@@ -629,13 +667,15 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
             float *to = (float *)o.want + r * stride + n;
             const float kept = *to * ((float *)shrink.want)[r];
             const float unit = ((float *)weight.want)[r] * ((float *)step.want)[n];
-            *to = f == SPARGE_FLOATS ? product_at(&x, r, n, kept) : fmaf(unit, product_at(&x, r, n, 0.0f), kept);
+            *to = f == SPARGE_FLOATS ? product_at(&x, r, n, kept)
+                                     : fmaf(unit, product_at(&x, r, n, 0.0f), kept);
         }
 }
 
 /* ---- Softmax ---- */
 
-/* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see little or nothing. */
+/* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see little or
+ * nothing. */
 typedef struct scores {
     pair s, max;
     sparge_scores got;
@@ -645,11 +685,13 @@ typedef struct scores {
 static scores make_scores(void)
 {
     const int64_t rows = size_up_to(MOST_ROWS), keys = depth_up_to(MOST_DEPTH);
-    const int64_t stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20)), all = (rows - 1) * stride + keys;
+    const int64_t stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20)),
+                  all = (rows - 1) * stride + keys;
     const bool special = one_in(4);
     const float size = ldexpf(1.0f, (int)pick(0, one_in(4) ? 120 : 24));
     scores x = { .s = make("s", F32, all, stride), .max = make("max", F32, rows, rows), .all = all };
-    x.got = (sparge_scores){ x.s.got, rows, keys, stride, one_in(20) ? 0x1p-149f : ldexpf(1.5f + uniform() / 2, (int)pick(-24, 4)) };
+    x.got = (sparge_scores){ x.s.got, rows, keys, stride,
+                             one_in(20) ? 0x1p-149f : ldexpf(1.5f + uniform() / 2, (int)pick(-24, 4)) };
     for (int64_t r = 0; r < rows; r++) {
         const int64_t seen = one_in(3) ? pick(0, keys) : keys;
         for (int64_t t = 0; t < keys; t++) {
@@ -659,7 +701,8 @@ static scores make_scores(void)
             ((float *)x.s.got)[r * stride + t] = t < seen ? score : -INFINITY;
         }
     }
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", c %a", rows, keys, stride, (double)x.got.c);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", c %a", rows, keys,
+             stride, (double)x.got.c);
     return x;
 }
 
@@ -699,7 +742,8 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
         const bool first = one_in(4);
         ((float *)x[0].got)[r] = first ? -INFINITY : max;
         ((float *)x[1].got)[r] = first ? 0.0f : 100.0f * fabsf(uniform());
-        ((float *)x[2].got)[r] = one_in(5) ? -INFINITY : one_in(8) && !first ? max : one_in(20) ? NAN : spread * uniform();
+        const float local = one_in(8) && !first ? max : one_in(20) ? NAN : spread * uniform();
+        ((float *)x[2].got)[r] = one_in(5) ? -INFINITY : local;
     }
     snprintf(shape, sizeof shape, "%" PRId64 " rows, levels %d", rows, levels);
     settle();
@@ -720,7 +764,8 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
 static void test_weigh(const sparge_kernels *k, sparge_format f)
 {
     const scores x = make_scores();
-    const int64_t rows = x.got.rows, keys = x.got.keys, stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
+    const int64_t rows = x.got.rows, keys = x.got.keys,
+                  stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
     const pair p = make("p", kind_of_a[f], (rows - 1) * stride + keys, stride);
     const pair sum = make("sum", F32, rows, rows), start = make("start", I32, rows, rows);
     const bool above = f == SPARGE_FLOATS || one_in(8);
@@ -769,7 +814,8 @@ static void test_store(const sparge_kernels *k, sparge_format f)
     const sparge_dtype dtype = (sparge_dtype)pick(SPARGE_F32, SPARGE_BF16);
     const int64_t n = size_up_to(MOST_COLUMNS);
     const float norm = one_in(10) ? NAN : one_in(10) ? 0.0f : one_in(10) ? INFINITY : value_of(range_of());
-    const pair o = make("o", F32, n, n), out = make("out", dtype == SPARGE_F32 ? F32 : dtype == SPARGE_F16 ? F16 : BF16, n, n);
+    const kind of = dtype == SPARGE_F32 ? F32 : dtype == SPARGE_F16 ? F16 : BF16;
+    const pair o = make("o", F32, n, n), out = make("out", of, n, n);
     values(o.got, n, range_of());
     for (int64_t c = 0; c < n; c++)
         if (one_in(30))
@@ -865,7 +911,8 @@ int main(int count, char **word)
     for (int n = 1; n + 1 < count; n += 2) {
         char *end = word[n + 1];
         if (!strcmp(word[n], "--isa")) {
-            for (isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
+            for (isa = SPARGE_ISA_SCALAR;
+                 isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
                 ;
             fine &= isa <= SPARGE_ISA_AVX512VNNI;
             continue;
@@ -894,6 +941,7 @@ int main(int count, char **word)
     top = MEMORY;
     for (int n = 0; n < KERNELS; n++)
         wrong += !passes(&table, &kernels[n], draws, seed);
-    printf("kernels %s: %" PRId64 " draws of %d kernels%s\n", name, draws, KERNELS, wrong ? ", FAILED" : "");
+    printf("kernels %s: %" PRId64 " draws of %d kernels%s\n", name, draws, KERNELS,
+           wrong ? ", FAILED" : "");
     return wrong != 0;
 }

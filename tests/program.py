@@ -301,9 +301,47 @@ def test_options():
     check(run("--backend", "ref")[0]["backend"] == "ref", "backend")
     check(run("--threads", 1)[0]["threads"] == 1, "threads")
     check((run("--threads", 2)[1] == run("--threads", 1)[1]).all(), "threads agree")
-    for isa in "scalar", "avx2":
-        code, out, _ = sparge("run", *qkv, "--isa", isa)
-        check(code == UNSUPPORTED or json.loads(out)["isa"] == isa, "isa", isa, out)
+    check(1 <= run("--threads", 0)[0]["threads"] <= 1024, "as many threads as there are cores")
+    check(run("--threads", 1024)[0]["threads"] == 1024, "the most threads")
+
+
+# What /proc/cpuinfo has to name for an instruction set; VNNI's 512-bit files use all of these.
+FLAGS = {"scalar": "", "avx2": "avx avx2 fma f16c", "avxvnni": "avx avx2 fma f16c avx_vnni",
+         "avx512vnni": "avx avx2 fma f16c avx512f avx512dq avx512bw avx512vl avx512_vnni"}
+
+
+def test_instruction_sets():
+    qkv = files()[3]
+    has = fine("info", "--json")["isa"]
+    check(set(has) == set(FLAGS), "the instruction sets", has)
+    if os.path.exists("/proc/cpuinfo") and os.uname().machine == "x86_64":
+        with open("/proc/cpuinfo") as f:
+            flags = next(line for line in f if line.startswith("flags")).split()
+        for isa, needed in FLAGS.items():
+            check(has[isa] == (set(needed.split()) <= set(flags)), "as /proc/cpuinfo says", isa, has)
+    here = [isa for isa in FLAGS if has[isa]]
+    here_in_words = "it has " + ", ".join(here)
+    outputs = {}
+    for isa in FLAGS:
+        env = dict(os.environ, SPARGE_ISA=isa)
+        if not has[isa]:
+            wrong(UNSUPPORTED, [isa, here_in_words], "run", *qkv, "--isa", isa, "-o", "o.npy")
+            wrong(UNSUPPORTED, ["SPARGE_ISA", isa, here_in_words], "run", *qkv, "-o", "o.npy", env=env)
+            continue
+        x = fine("run", *qkv, "--isa", isa, "-o", "o.npy")
+        check(x["isa"] == isa and x["backend"] == "cpu", "--isa", isa, x)
+        outputs[isa] = np.load("o.npy")
+        x = fine("run", *qkv, "-o", "o.npy", env=env)
+        check(x["isa"] == isa and x["backend"] == "cpu", "SPARGE_ISA", isa, x)
+        x = fine("run", *qkv, "--isa", "scalar", "-o", "o.npy", env=env)
+        check(x["isa"] == "scalar", "--isa before SPARGE_ISA", isa, x)
+    check(all((x == outputs["scalar"]).all() for x in outputs.values()), "the same on each")
+    clean = {name: value for name, value in os.environ.items() if name != "SPARGE_ISA"}
+    check(fine("run", *qkv, "-o", "o.npy", env=clean)["isa"] == here[-1], "the best is taken")
+    os.remove("o.npy")
+    wrong(USAGE, ["SPARGE_ISA", "sse9"], "run", *qkv, env=dict(os.environ, SPARGE_ISA="sse9"))
+    wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
+    check(fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
 
 
 def test_mask():
@@ -611,9 +649,9 @@ def test_info_and_help():
           out)
     check(sparge("--version") == (0, f"sparge {x['version']}\n", ""), "--version")
     code, out, err = sparge("--help")
-    check(code == 0 and err == "" and all(c in out for c in "run diff map order info".split()),
+    check(code == 0 and err == "" and all(c in out for c in "run diff map order bench info".split()),
           "--help")
-    for command in "run", "diff", "map", "order", "info":
+    for command in "run", "diff", "map", "order", "bench", "info":
         code, out, err = sparge(command, "--help")
         check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
     for option in ("--theta --tau --topk --lambda --sink --causal[= --scale --block-q --block-k "
@@ -666,6 +704,123 @@ def test_order():
         wrong(FILE, "No space left", "order", 1, 2, 3000, "-o", full)
 
 
+BENCH_KEYS = ("case mask isa threads q_len k_len dim heads sparsity ms ms_predict ms_quantize ms_attend "
+              "tops tops_executed pct_peak speedup_vs_f32 efficiency baseline_pct_peak").split()
+TIMES = BENCH_KEYS[9:]
+SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
+ONE = [*SMALL, "--threads", 1]
+
+
+def bench(*args, code=FINE):
+    """The cases of a bench by name; those that may not be timed only where that is expected."""
+    got, out, err = sparge("bench", "--json", *args)
+    check(got == code and (err == "") == (code == FINE), f"bench {args}: exit {code}", got, err)
+    check(code == FINE or (err.startswith("sparge: ") and err.count("\n") == 1), "one line", err)
+    rows = json.loads(out)
+    check(all(list(x) == BENCH_KEYS for x in rows), "keys in their order", rows)
+    return {x["case"]: x for x in rows}
+
+
+def test_bench():
+    rows = bench(*ONE, "--mask-kind", "random,banded,predicted", "--sparsity", "0,0.5,0.75")
+    check(list(rows) == ["int8/int8 dense"] + ["int8/int8 " + x for x in (
+        "random 0.5", "random 0.75", "banded 0.5", "banded 0.75", "predicted")], "cases", list(rows))
+    dense = rows["int8/int8 dense"]
+    check(dense["mask"] == "dense" and dense["sparsity"] == 0 and dense["ms_predict"] is None and
+          dense["efficiency"] is None and dense["tops"] == dense["tops_executed"], "dense", dense)
+    for name, x in rows.items():
+        check([x[n] for n in ("q_len", "k_len", "dim", "heads", "threads")] == [256, 256, 16, 1, 1], name,
+              x)
+        check(name.split()[1] == x["mask"] and sparge("info")[1].count(x["isa"]) == 1, name, x)
+        check(all(x[n] > 0 for n in TIMES if n not in ("ms_predict", "efficiency")), name, x)
+        check(abs(x["tops"] * x["ms"] / (2 * 32 * 256 * 256 * 1e-9) - 1) < 1e-6, name, "tops", x)
+        check(abs(x["tops_executed"] / x["tops"] / (1 - x["sparsity"]) - 1) < 1e-6, name, "executed", x)
+        check(x["baseline_pct_peak"] == dense["baseline_pct_peak"], name, "one baseline", x)
+        check(abs(x["speedup_vs_f32"] * x["ms"] / dense["speedup_vs_f32"] / dense["ms"] - 1) < 1e-6, name,
+              "speed-up", x)
+        if x is not dense:
+            check(abs(x["efficiency"] / ((1 - x["sparsity"]) * dense["ms_attend"] / x["ms_attend"]) - 1) <
+                  1e-6, name, "efficiency", x)
+            check(0 < x["ms_predict"] < x["ms"] and x["ms_attend"] < x["ms"], name, "parts", x)
+    check([round(x["sparsity"], 6) for x in rows.values()][:5] == [0, 0.5, 0.75, 0.5, 0.75], "imposed",
+          rows)
+    rows = bench(*ONE, "--qk", "int8,f32", "--pv", "int12,f32", "--sparsity", "0.5", "--heads", "1,2")
+    check([(x["pct_peak"] is None) for x in rows.values()] == [True, False, True, False],
+          "12 bits have no peak", rows)
+    rows = bench(*ONE, "--qk", "f32", "--pv", "f32", "--sparsity", 0, "--causal=none,end,start")
+    check(list(rows) == ["f32/f32 dense", "f32/f32 dense causal", "f32/f32 dense causal=start"], "causal",
+          list(rows))
+    for x in rows.values():
+        check(x["speedup_vs_f32"] == 1 and x["pct_peak"] == x["baseline_pct_peak"], "the baseline", x)
+    name, x = bench(*ONE, "--causal", "--sparsity", 0.9).popitem()
+    check(name == "int8/int8 random 0.9 causal" and 0.5 < x["sparsity"] < 0.8, "a block a row at least", x)
+
+    code, out, err = sparge("bench", *ONE, "--sparsity", "0,0.5")
+    check(code == FINE and err == "" and "peaks of" in out and "FMA peak" in out, "in words", out, err)
+    check([l.split()[:3] for l in out.splitlines()[-2:]] ==
+          [["int8/int8", "dense", "0.000"], ["int8/int8", "random", "0.5"]], "a line a case", out)
+
+
+def test_bench_capture():
+    tensors = {n: ("F16", random(s, 1, h, 200, 24)) for s, n, h in ((1, "q", 4), (2, "k", 2), (3, "v", 2))}
+    file = save_safetensors("x.safetensors", **tensors)
+    name, x = bench("--capture", file, "--threads", 1, "--repeat", 1, "--theta", -1, "--tau", 0).popitem()
+    check(name == "int8/int8 predicted" and [x[n] for n in ("q_len", "k_len", "dim", "heads")] ==
+          [200, 200, 24, 4] and x["sparsity"] == 0.75, "a capture", x)
+    bench("--capture", file, "--threads", 1, "--repeat", 1, "--lambda", "-1", "--causal", "--sink",
+          "--mask-kind", "predicted,random")
+    tensors["q"][1][0, 0, 5, 0] = np.nan
+    args = ["--capture", save_safetensors("nan.safetensors", **tensors), "--threads", 1, "--repeat", 1]
+    name, x = bench(*args, code=DIFFERENT).popitem()
+    check(all(x[n] is None for n in TIMES), "what is wrong is not timed", x)
+    code, out, err = sparge("bench", *args)
+    check(code == DIFFERENT and "NaN" in err and "failed its check" in out, "and says so", code, out, err)
+    wrong(FILE, "no tokens", "bench", "--capture",
+          save_safetensors("none.safetensors", **{n: (t, x[:, :, :0]) for n, (t, x) in tensors.items()}))
+    wrong(FILE, "nowhere", "bench", "--capture", "nowhere.safetensors")
+    wrong(FILE, ["x.safetensors", "'v'"], "bench", "--capture",
+          save_safetensors("x.safetensors", q=tensors["q"], k=tensors["k"]))
+    wrong(USAGE, "--capture has its own", "bench", "--capture", file, "--dim", 64)
+
+
+def test_bench_busy():
+    """Others at work: with one thread that is their matter, with several it is said."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        x = bench(*SMALL, "--threads", 2, "--sparsity", 0.5, code=DIFFERENT)["int8/int8 random 0.5"]
+        check(all(x[n] is None for n in TIMES), "not timed beside others", x)
+        code, out, err = sparge("bench", *SMALL, "--threads", 2, "--sparsity", 0.5)
+        check(code == DIFFERENT and "busy machine" in out and "other processes used" in err, out, err)
+        x = bench(*SMALL, "--threads", 2, "--sparsity", 0.5, "--allow-busy")["int8/int8 random 0.5 (busy)"]
+        check(x["ms"] > 0, "--allow-busy", x)
+        bench(*ONE, "--sparsity", 0.5)
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def test_bench_usage():
+    has = fine("info", "--json")["isa"]
+    for isa in (name for name, there in has.items() if not there):
+        wrong(UNSUPPORTED, [isa, *(n for n, there in has.items() if there)], "bench", *ONE, "--isa", isa)
+    for args, words in [
+            (["--mask-kind", "diagonal"], "random, banded, predicted"), (["--qk", "int8,int9"], "int9"),
+            (["--pv", "f16"], "int8, int12, f32"), (["--isa", "sse"], "avx512vnni"),
+            (["--causal=middle"], "none, end, start"), (["--q-len", "256,,512"], "empty item"),
+            (["--sparsity", ""], "empty item"), (["--threads", "1,"], "empty item"),
+            (["--sparsity", 1], "below 1"), (["--sparsity", "0.5,1.5"], "[0, 1]"),
+            (["--sparsity", -0.5], "[0, 1]"), (["--sparsity", "nan"], "[0, 1]"),
+            (["--q-len", 0], "--q-len"), (["--q-len", "4k"], "4k"),
+            (["--dim", 0], "[1, 256]"), (["--dim", 257], "[1, 256]"),
+            (["--heads", 0], "--heads"), (["--threads", 0], "[1, 1024]"),
+            (["--threads", 1025], "[1, 1024]"), (["--threads", "some"], "whole number"),
+            (["--repeat", 0], "--repeat"),
+            (["--tau", 2], "--tau"), (["--lambda", 1], "--lambda"), (["--bogus"], "--bogus"), (["x"], "x"),
+            (["--sparsity", ",".join(["0.5"] * 33)], "32"),
+            (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed")]:
+        wrong(USAGE, words, "bench", *ONE, *args)
+
+
 # ---- What goes wrong -------------------------------------------------------------------------
 
 def test_usage():
@@ -693,6 +848,7 @@ def test_usage():
             (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"),
             (["--block-q", "1e2"], "1e2"),
             (["--block-k", "99999999999999999999"], "--block-k"), (["--threads", -1], "--threads"),
+            (["--threads", 1025], ["--threads", "[0, 1024]"]), (["--threads", "x"], "--threads"),
             (["--threads", 70000], "--threads"), (["--skip-rows", -1], "--skip-rows"),
             (["--causal=middle"], "none, end, start"),
             (["--rules", "mine"], "default, paper, upstream"),
@@ -830,7 +986,8 @@ def test_memory():
         return
     big = save("big.npy", np.zeros((1, 3 << 17, 64), np.float32))
     for args in (["run", big, big, big, "-o", "o.npy"], ["diff", big, big],
-                 ["order", 1, 1 << 15, 1 << 15, "-o", "i.npy"]):
+                 ["order", 1, 1 << 15, 1 << 15, "-o", "i.npy"],
+                 ["bench", "--q-len", 1 << 18, "--dim", 256, "--threads", 1]):
         wrong(MACHINE, "memory", *args, preexec_fn=little)
 
 

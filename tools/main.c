@@ -20,6 +20,7 @@ static const struct {
     {"diff", diff_command, "the distance between two outputs, or where two dumps part"},
     {"map", map_command, "a picture of the attention and of the mask that was predicted"},
     {"order", order_command, "a token order for images and video"},
+    {"bench", bench_command, "how fast attention is here, beside what the machine can do"},
     {"info", info_command, "what is built, and what can run here"},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
@@ -126,7 +127,7 @@ int main(int argc, char **argv)
         const exit_code printed = flush_stdout(&error);
         code = printed ? printed : code;
     }
-    if (code > EXIT_DIFFERENT)
+    if (code > EXIT_DIFFERENT || (code == EXIT_DIFFERENT && error.text[0]))
         fprintf(stderr, "sparge: %s\n", error.text);
     return (int)code;
 }

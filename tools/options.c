@@ -272,7 +272,7 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     case BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
     case SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
     case THREADS:
-        error = options_whole(state, "--threads", text, 0, 65536, &threads);
+        error = options_whole(state, "--threads", text, 0, 1024, &threads);
         o->threads = (int)threads;
         return error;
     case SINK: o->sink = true; return 0;

@@ -17,13 +17,14 @@ typedef enum exit_code {
     EXIT_HELPED = -1,     /* --help was asked for and given: no error, and nothing more to do */
 } exit_code;
 
-/* A command leaves one line in *error where it returns more than EXIT_DIFFERENT, and prints nothing
- * itself but its result. argv[0] is "sparge run" and the like. */
+/* A command leaves one line in *error where it returns more than EXIT_DIFFERENT, and may where it
+ * returns that. It prints nothing itself but its result. argv[0] is "sparge run" and the like. */
 exit_code run_command(int argc, char **argv, file_error *error);
 exit_code diff_command(int argc, char **argv, file_error *error);
 exit_code map_command(int argc, char **argv, file_error *error);
 exit_code info_command(int argc, char **argv, file_error *error);
 exit_code order_command(int argc, char **argv, file_error *error);
+exit_code bench_command(int argc, char **argv, file_error *error);
 
 /* What the library answered, as ours. */
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error);

@@ -211,10 +211,10 @@ static exit_code report(run *r, file_error *error)
     for (int64_t h = 0; h < p->batch * p->heads; h++)
         json_array_append_new(per_head, json_number(sparge_sparsity(&x->head_counts[h])));
     json_t *const json = json_pack(
-        "{s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o,"
+        "{s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o,"
         " s:o, s:o, s:o, s:o, s:o, s:o}",
         "backend", sparge_backend_string(x->backend), "isa", sparge_isa_string(x->isa),
-        "threads", x->threads, "batch", (json_int_t)p->batch, "heads", (json_int_t)p->heads,
+        "threads", x->threads, "workspace_bytes", (json_int_t)x->workspace, "batch", (json_int_t)p->batch, "heads", (json_int_t)p->heads,
         "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len,
         "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v,
         "block_q", (json_int_t)r->options.block_q, "block_k", (json_int_t)r->options.block_k,

@@ -72,7 +72,7 @@ def main():
     args = parser.parse_args()
     manifest = json.loads((CAPTURE / "manifest.json").read_text())
 
-    print(f"{manifest['model']}, {manifest['tokens']} tokens, causal; one thread of the reference backend")
+    print(f"{manifest['model']}, {manifest['tokens']} tokens, causal")
     print(f"{'layer':>5} {'head':>4}  {'attention':9} {'math':4} {'sparsity':>8} {'qk only':>8} "
           f"{'rel. L1':>8} {'worst row':>9} {'seconds':>8}")
     rows, maps = [], []

@@ -1,0 +1,715 @@
+/* cpu.c: the cpu backend against the reference, bit for bit: masks, traces, counters, o and lse, on every
+ * instruction set that is here; and which backend and instruction set run at all. What the reference gives
+ * is tested elsewhere, what each kernel gives in kernels.c. */
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/problem.h"
+
+TestSuite(cpu);
+
+#define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
+
+enum { FIRST_ISA = SPARGE_ISA_SCALAR, LAST_ISA = SPARGE_ISA_AVX512VNNI };
+
+/* In words that do not make CTest skip the whole program. */
+Test(cpu, instruction_sets)
+{
+    for (int isa = FIRST_ISA; isa <= LAST_ISA; isa++)
+        cr_log_info("%s is %s", sparge_isa_string((sparge_isa)isa),
+                    sparge_isa_available((sparge_isa)isa) ? "tested" : "skipped: the processor lacks it");
+    check(sparge_isa_available(SPARGE_ISA_SCALAR), "scalar is everywhere");
+    check(sparge_backend_built(SPARGE_CPU) && sparge_backend_available(SPARGE_CPU),
+          "the cpu backend is not here");
+}
+
+/* ---- Two answers ---- */
+
+/* What nobody wrote is poison in both. */
+static void same_traces(const problem *x, const answer *got, const answer *want)
+{
+    const sparge_problem *p = &x->p;
+    const sparge_trace *a = &got->trace, *b = &want->trace;
+    const int64_t heads = p->batch * p->heads, kv = p->batch * p->kv_heads;
+    const int64_t lines = heads * blocks(p->q_len, x->o.block_q), columns = blocks(p->k_len, x->o.block_k);
+    check_same(a->mean_k, b->mean_k, kv * p->dim);
+    check_same(a->pool_q, b->pool_q, lines * p->dim);
+    check_same(a->pool_k, b->pool_k, kv * columns * p->dim);
+    check_same(a->sim_q, b->sim_q, lines);
+    check_same(a->sim_k, b->sim_k, kv * columns);
+    check_same(a->s, b->s, lines * columns);
+    check_same(a->codes_q, b->codes_q, heads * p->q_len * p->dim);
+    check_same(a->codes_k, b->codes_k, kv * p->k_len * p->dim);
+    check_same(a->codes_v, b->codes_v, kv * p->k_len * p->dim_v);
+    check_same(a->steps_q, b->steps_q, lines);
+    check_same(a->steps_k, b->steps_k, kv * columns);
+    check_same(a->steps_v, b->steps_v, kv * columns * p->dim_v);
+    check_same(a->pv_done, b->pv_done, lines * columns);
+    check_same(a->m, b->m, heads * p->q_len);
+    check_same(a->l, b->l, heads * p->q_len);
+}
+
+static void same_counts(const sparge_counts *got, const sparge_counts *want)
+{
+    check_equal(got->pairs, want->pairs);
+    check_equal(got->qk_done, want->qk_done);
+    check_equal(got->pv_done, want->pv_done);
+    check_equal(got->tokens, want->tokens);
+    check_equal(got->qk_tokens, want->qk_tokens);
+    check_equal(got->pv_tokens, want->pv_tokens);
+}
+
+static void same_everything(const problem *x, const answer *got, const answer *want)
+{
+    same_traces(x, got, want);
+    for (int64_t h = 0; h < x->p.batch * x->p.heads; h++)
+        same_counts(&got->head[h], &want->head[h]);
+    same_counts(&got->result.counts, &want->result.counts);
+    same_answer(got, want);
+}
+
+static void same_mask(const sparge_mask *got, const sparge_mask *want)
+{
+    check_same_as("mask", got->bits, want->bits, want->batch * want->heads * want->q_blocks * want->words);
+}
+
+/* A mask of the shape of x's, with words to spare and all bits set; the spare ones are to become 0. */
+static sparge_mask wide_mask(const problem *x, int64_t spare)
+{
+    const int64_t lines = x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q);
+    const int64_t k_blocks = blocks(x->p.k_len, x->o.block_k), words = blocks(k_blocks, 32) + spare;
+    return (sparge_mask){ check_alloc((size_t)(lines * words) * sizeof(uint32_t)), x->p.batch, x->p.heads,
+                          blocks(x->p.q_len, x->o.block_q), k_blocks, words };
+}
+
+/* ---- One question on every instruction set ---- */
+
+typedef enum way { ATTEND, ATTENTION } way; /* over x's mask; both stages */
+
+typedef struct reply {
+    answer a;
+    sparge_mask mask; /* what ATTENTION predicted */
+} reply;
+
+static reply ask(const problem *x, way how, sparge_dtype dtype, tensor_layout layout, int64_t spare)
+{
+    reply r = { 0 };
+    if (how == ATTEND) {
+        r.a = attend_to(x, dtype, layout);
+        return r;
+    }
+    r.mask = wide_mask(x, spare);
+    r.a = attention(x, &r.mask);
+    return r;
+}
+
+static void forget(reply *r)
+{
+    check_free(r->mask.bits);
+    answer_free(&r->a);
+}
+
+typedef struct totals {
+    int64_t cases, pairs, kept, skipped; /* P.V skipped, in tiles */
+} totals;
+
+/* On every instruction set, with each of these numbers of threads (a list that ends with 0). */
+static void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads,
+                        totals *sum)
+{
+    const int64_t spare = check_int(0, 2);
+    x->o.backend = SPARGE_REF;
+    x->o.isa = SPARGE_ISA_AUTO;
+    reply want = ask(x, how, dtype, layout, spare);
+    check_equal(want.a.result.backend, SPARGE_REF);
+    x->o.backend = SPARGE_CPU;
+    for (int isa = FIRST_ISA; isa <= LAST_ISA; isa++) {
+        if (!sparge_isa_available((sparge_isa)isa))
+            continue;
+        x->o.isa = (sparge_isa)isa;
+        for (const int *n = threads; *n; n++) {
+            x->o.threads = *n;
+            reply got = ask(x, how, dtype, layout, spare);
+            check_equal(got.a.result.backend, SPARGE_CPU);
+            check_equal(got.a.result.isa, (sparge_isa)isa);
+            check_equal(got.a.result.threads, *n);
+            if (how == ATTENTION)
+                same_mask(&got.mask, &want.mask);
+            same_everything(x, &got.a, &want.a);
+            forget(&got);
+        }
+        if (how == ATTENTION) { /* stage 1 alone gives the same mask */
+            sparge_mask alone = wide_mask(x, spare);
+            sparge_error error;
+            check(sparge_predict(&x->p, &x->o, &alone, NULL, &error) == SPARGE_OK, "%s", error.text);
+            same_mask(&alone, &want.mask);
+            check_free(alone.bits);
+        }
+    }
+    const sparge_counts *c = &want.a.result.counts;
+    if (sum) {
+        sum->cases++;
+        sum->pairs += c->pairs;
+        sum->kept += c->qk_done;
+        sum->skipped += (int64_t)((double)c->qk_done - c->pv_done);
+    }
+    forget(&want);
+}
+
+static void verify(problem *x, way how)
+{
+    static const int threads[] = { 1, 2, 0 };
+    verify_with(x, how, SPARGE_F32, PACKED, threads, NULL);
+}
+
+/* ---- Questions at random ---- */
+
+static void poke(tensor *t)
+{
+    const float special[] = { INFINITY, -INFINITY, NAN };
+    for (int64_t n = check_int(1, 3); n > 0 && tensor_count(t); n--)
+        t->x[check_int(0, tensor_count(t) - 1)] = special[check_int(0, 2)];
+}
+
+static void zero_some(tensor *t)
+{
+    const int64_t from = check_int(0, tensor_count(t)), end = check_int(from, tensor_count(t));
+    for (int64_t n = from; n < end; n++)
+        t->x[n] = 0.0f;
+}
+
+static sparge_knobs knobs_at_random(void)
+{
+    static const float share[] = { 0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f };
+    static const float lambda[] = { -INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f };
+    const int which = (int)check_int(1, 3);
+    return (sparge_knobs){ .theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
+                           .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
+                           .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
+                           .lambda = lambda[check_int(0, 5)] };
+}
+
+static sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
+static tensor_layout layout_at_random(void) { return (tensor_layout)check_int(PACKED, LAYOUTS - 1); }
+
+static int64_t channels_at_random(void)
+{
+    static const int64_t usual[] = { 1, 15, 16, 17, 32, 64, 80, 128 };
+    return check_int(0, 2) ? usual[check_int(0, 7)] : check_int(1, 140);
+}
+
+Test(cpu, questions_at_random)
+{
+    enum { CASES = 300 };
+    totals sum = { 0 };
+    for (int n = 0; n < CASES; n++) {
+        check_case("question %d", n);
+        const int64_t kv_heads = check_int(1, 2), longest = n % 10 ? 140 : 400;
+        const shape s = {
+            .batch = check_int(1, 2),
+            .heads = kv_heads * check_int(1, 3),
+            .kv_heads = kv_heads,
+            .q_len = check_int(1, longest),
+            .k_len = check_int(1, longest),
+            .dim = n % 25 ? channels_at_random() : 256,
+            .dim_v = n % 20 ? channels_at_random() : check_int(241, 300),
+            .q = dtype_at_random(),
+            .k = dtype_at_random(),
+            .v = dtype_at_random(),
+            .layout_q = layout_at_random(),
+            .layout_k = layout_at_random(),
+            .layout_v = layout_at_random(),
+        };
+        problem x = problem_make(&s);
+        x.o.block_q = check_int(0, 2) ? check_int(1, 130) : 128;
+        x.o.block_k = check_int(0, 2) ? check_int(1, 130) : 64;
+        x.o.qk = (sparge_precision)check_int(SPARGE_INT8, SPARGE_FLOAT);
+        x.o.pv = (sparge_precision)check_int(SPARGE_INT8, SPARGE_FLOAT);
+        if (x.o.pv == SPARGE_INT12 && x.o.block_k > 128)
+            x.o.block_k = 128;
+        x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
+        x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, 140);
+        x.o.smooth_k = check_int(0, 3) != 0;
+        x.o.sink = check_int(0, 2) == 0;
+        x.o.scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
+        x.o.knobs = knobs_at_random();
+        sparge_knobs each[6];
+        for (int h = 0; h < 6; h++)
+            each[h] = knobs_at_random();
+        if (check_int(0, 2) == 0)
+            x.o.per_head = each;
+        tensor *const tensors[] = { &x.q, &x.k, &x.v };
+        for (int t = 0; t < 3; t++) {
+            if (check_int(0, 7) == 0)
+                poke(tensors[t]);
+            if (check_int(0, 9) == 0)
+                zero_some(tensors[t]);
+        }
+        problem_write(&x);
+        const way how = check_int(0, 3) ? ATTENTION : ATTEND;
+        const sparge_dtype dtype = how == ATTEND ? dtype_at_random() : SPARGE_F32;
+        if (how == ATTEND && check_int(0, 3)) {
+            mask_fill(&x, check_uniform(0.2f, 0.9f));
+            if (check_int(0, 2) == 0)
+                for (int64_t line = 0; line < s.batch * s.heads * x.mask.q_blocks; line += 2)
+                    memset(x.mask.bits + line * x.mask.words, 0,
+                           (size_t)x.mask.words * sizeof *x.mask.bits);
+        }
+        const int threads[] = { (int)check_int(1, 3), 0 };
+        verify_with(&x, how, dtype, how == ATTEND ? layout_at_random() : PACKED, threads, &sum);
+        problem_free(&x);
+    }
+    cr_log_info("%lld questions, %lld of %lld pairs kept, P.V of %lld skipped", (long long)sum.cases,
+                (long long)sum.kept, (long long)sum.pairs, (long long)sum.skipped);
+    check(sum.kept < sum.pairs * 9 / 10 && sum.skipped > sum.kept / 50,
+          "too little was dropped or skipped");
+}
+
+/* Short blocks, remainders of every panel and a causal edge at every place. */
+Test(cpu, every_length)
+{
+    for (int64_t n = 0; n <= 150; n++) {
+        check_case("q_len %lld k_len %lld", (long long)n, (long long)(n * 37 % 151));
+        const shape s = shape_of(1, 2, 1, n, n * 37 % 151, 1 + n % 40, 1 + n * 7 % 40);
+        problem x = problem_make(&s);
+        x.o.block_q = 24;
+        x.o.block_k = n % 2 ? 16 : 21;
+        x.o.causal = (sparge_causal)(n % 3);
+        x.o.qk = (sparge_precision)(n / 3 % 3);
+        x.o.pv = (sparge_precision)(n / 9 % 3);
+        x.o.skip_rows = 1 + n % 24;
+        x.o.knobs = (sparge_knobs){ 0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY };
+        verify(&x, ATTENTION);
+        problem_free(&x);
+    }
+}
+
+/* Codes that are all 127 or all -127: what saturates, saturates here. */
+Test(cpu, extremes)
+{
+    const float corners[] = { 1.0f, -1.0f };
+    for (int way_of = 0; way_of < 8; way_of++)
+        for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
+            check_case("extremes %d, precision %d", way_of, precision);
+            const shape s = shape_of(1, 1, 1, 40, 128, precision == SPARGE_INT8 ? 256 : 128, 40);
+            problem x = problem_make(&s);
+            x.o.block_q = 32;
+            x.o.block_k = 128;
+            x.o.smooth_k = false;
+            x.o.qk = x.o.pv = (sparge_precision)precision;
+            for (int64_t n = 0; n < tensor_count(&x.q); n++)
+                x.q.x[n] = way_of & 4 && n % 2 ? -1.0f : 1.0f;
+            for (int64_t n = 0; n < tensor_count(&x.k); n++)
+                x.k.x[n] = corners[way_of & 1] * (way_of & 4 && n % 2 ? -1.0f : 1.0f);
+            for (int64_t n = 0; n < tensor_count(&x.v); n++)
+                x.v.x[n] = corners[way_of >> 1 & 1];
+            problem_write(&x);
+            verify(&x, ATTEND);
+            problem_free(&x);
+        }
+}
+
+/* Scores beyond every float, and steps of 0 or of subnormal codes. */
+Test(cpu, magnitudes)
+{
+    const float size[] = { 1e-45f, 1e-38f, 1e-30f, 1e-20f, 1e10f, 1e18f, 1e19f, 3e38f };
+    for (int64_t q = 0; q < COUNT(size); q++)
+        for (int64_t k = 0; k < COUNT(size); k++)
+            for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
+                check_case("q of %g, k of %g, precision %d", (double)size[q], (double)size[k], precision);
+                /* A row of nothing but -inf is NaN to the reference; of 0 and -0 either is the larger. */
+                if (size[q] * size[k] > 1e37f || (precision == SPARGE_FLOAT && size[q] * size[k] < 1e-35f))
+                    continue;
+                const shape s = shape_of(1, 1, 1, 20, 40, 8, 8);
+                problem x = problem_make(&s);
+                x.o.qk = x.o.pv = (sparge_precision)precision;
+                tensor_fill(&x.q, -size[q], size[q]);
+                tensor_fill(&x.k, -size[k], size[k]);
+                verify(&x, ATTENTION);
+                problem_free(&x);
+            }
+}
+
+/* ---- Threads and repetition ---- */
+
+Test(cpu, every_number_of_threads)
+{
+    static const int threads[] = { 1, 2, 3, 7, 16, 2, 2, 16, 0 };
+    for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
+        check_case("threads, precision %d", precision);
+        const shape s = shape_of(2, 4, 2, 200, 170, 40, 24);
+        problem x = problem_make(&s);
+        x.o.qk = x.o.pv = (sparge_precision)precision;
+        x.o.causal = SPARGE_CAUSAL_END;
+        x.o.skip_rows = 8;
+        x.o.scale = 0.5f;
+        x.o.knobs = (sparge_knobs){ 0.3f, 0.7f, SPARGE_OFF, -1.0f };
+        totals sum = { 0 };
+        verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, &sum);
+        check(sum.skipped > 0, "nothing was skipped");
+        problem_free(&x);
+    }
+}
+
+/* ---- Memory in portions: a wave of key heads, a chunk of its query blocks ---- */
+
+/* A key block is padded to 16 keys, so blocks of one key fill the 32 MiB of a wave with few tokens: three
+ * heads here, and the last wave is short. 36 query blocks of a wave are more than the
+ * chunk of 32 that one thread has. */
+Test(cpu, more_than_one_wave)
+{
+    static const int threads[] = { 1, 2, 0 };
+    for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision += 2) {
+        check_case("waves, precision %d", precision);
+        const int64_t keys = precision == SPARGE_FLOAT ? 300 : 700;
+        const shape s = shape_of(1, 8 * 12, 8, 5, keys, 256, 250);
+        problem x = problem_make(&s);
+        x.o.block_q = 1024;
+        x.o.block_k = 1;
+        x.o.qk = x.o.pv = (sparge_precision)precision;
+        x.o.knobs = (sparge_knobs){ -1.0f, 0.5f, SPARGE_OFF, -4.0f };
+        x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last wave, and of no other */
+        problem_write(&x);
+        verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
+        problem_free(&x);
+    }
+}
+
+/* 36 query blocks, 3 of each head, and chunks of 32. */
+Test(cpu, a_chunk_ends_within_a_head)
+{
+    static const int threads[] = { 1, 3, 0 };
+    check_case("chunks");
+    const shape s = shape_of(2, 6, 3, 700, 20, 256, 8);
+    problem x = problem_make(&s);
+    x.o.block_q = 300;
+    x.o.qk = SPARGE_FLOAT;
+    x.o.pv = SPARGE_INT12;
+    x.o.causal = SPARGE_CAUSAL_START;
+    x.o.knobs.tau = 0.5f;
+    verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
+    mask_fill(&x, 0.5f);
+    verify_with(&x, ATTEND, SPARGE_F32, PACKED, threads, NULL);
+    problem_free(&x);
+}
+
+/* ---- Where the output goes ---- */
+
+Test(cpu, output_in_the_place_of_q)
+{
+    for (int n = 0; n < 12; n++) {
+        check_case("in place %d", n);
+        const sparge_dtype dtype = (sparge_dtype)(n % 3);
+        shape s = shape_of(1, 4, 2, 100, 90, 48, 48);
+        s.q = dtype;
+        problem x = problem_make(&s);
+        x.o.block_q = 20;
+        x.o.backend = SPARGE_CPU;
+        x.o.threads = 3;
+        x.o.smooth_k = n / 3 % 2;
+        x.o.causal = SPARGE_CAUSAL_END;
+        x.o.qk = x.o.pv = n % 2 ? SPARGE_INT8 : SPARGE_FLOAT;
+        if (n >= 6)
+            x.q.x[48 * 33 + 5] = NAN;
+        problem_write(&x);
+        answer beside = attend_to(&x, dtype, PACKED);
+        float *lse = check_alloc((size_t)problem_rows(&x) * sizeof *lse);
+        sparge_result result = { .o = tensor_out(&x.q), .lse = lse };
+        sparge_error error;
+        check(sparge_attend(&x.p, &x.o, NULL, &result, &error) == SPARGE_OK, "%s", error.text);
+        tensor_read(&x.q);
+        check_same(x.q.x, beside.o.x, tensor_count(&x.q));
+        check_same(lse, beside.lse, problem_rows(&x));
+        check_free(lse);
+        answer_free(&beside);
+        problem_free(&x);
+    }
+}
+
+/* lse, traces and head_counts may be missing; o stays the same. */
+Test(cpu, only_o_is_wanted)
+{
+    for (int smooth = 0; smooth < 2; smooth++) {
+        check_case("only o, smooth %d", smooth);
+        const shape s = shape_of(1, 2, 1, 50, 60, 32, 16);
+        problem x = problem_make(&s);
+        x.o.backend = SPARGE_CPU;
+        x.o.smooth_k = smooth;
+        x.o.knobs.tau = 0.6f;
+        answer all = attention(&x, NULL);
+        tensor o = tensor_make(1, 2, 50, 16, SPARGE_F32, PACKED);
+        sparge_result result = { .o = tensor_out(&o) };
+        check(sparge_attention(&x.p, &x.o, &result, NULL) == SPARGE_OK, "call");
+        tensor_read(&o);
+        check_same(o.x, all.o.x, tensor_count(&o));
+        same_counts(&result.counts, &all.result.counts);
+        tensor_free(&o);
+        answer_free(&all);
+        problem_free(&x);
+    }
+}
+
+/* ---- Selection ---- */
+
+/* 350 key blocks whose scores are few different ones: ties at every place where a row may end. */
+Test(cpu, rows_of_the_mask_with_ties)
+{
+    const float share[] = { SPARGE_OFF, 0.0f, 0.3f, 0.5f, 0.98f, 1.0f };
+    for (int values = 1; values <= 50; values += values < 3 ? 1 : 47) {
+        const shape s = shape_of(1, 2, 1, 8, 700, 4, 1);
+        check_case("ties of %d", values);
+        problem x = problem_make(&s);
+        x.o.block_q = 4;
+        x.o.block_k = 2;
+        for (int64_t t = 0; t < 700; t++)
+            for (int64_t c = 0; c < 4; c++)
+                x.k.x[t * 4 + c] = (float)(t / 2 * 7919 % 350 % values) * 0.25f * (c % 2 ? -1.0f : 1.5f);
+        problem_write(&x);
+        for (int64_t tau = 0; tau < COUNT(share); tau++)
+            for (int64_t topk = tau == 0; topk < COUNT(share); topk++) {
+                check_case("ties of %d, tau %g, topk %g", values, (double)share[tau], (double)share[topk]);
+                x.o.knobs = (sparge_knobs){ -1.0f, share[tau], share[topk], -INFINITY };
+                x.o.smooth_k = topk % 2;
+                x.o.causal = (sparge_causal)(topk % 3);
+                x.o.sink = tau % 2;
+                verify(&x, ATTENTION);
+            }
+        problem_free(&x);
+    }
+}
+
+/* 1 to 700 key blocks with scores of every size: radix digits of every place. */
+Test(cpu, rows_of_the_mask_of_every_length)
+{
+    for (int64_t n = 1; n <= 700; n += 1 + n / 5) {
+        check_case("%lld key blocks", (long long)n);
+        const shape s = shape_of(1, 2, 2, 4, n, 3, 1);
+        problem x = problem_make(&s);
+        x.o.block_q = 2;
+        x.o.block_k = 1;
+        const float size = ldexpf(1.0f, (int)check_int(-10, 10));
+        tensor_fill(&x.q, -size, size);
+        tensor_fill(&x.k, -1, 1);
+        x.o.knobs = (sparge_knobs){ -1.0f, check_uniform(0.1f, 0.9f), check_int(0, 1) ? SPARGE_OFF : 0.25f,
+                                    -INFINITY };
+        verify(&x, ATTENTION);
+        x.o.knobs = (sparge_knobs){ -1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY };
+        verify(&x, ATTENTION);
+        problem_free(&x);
+    }
+}
+
+/* Bits of blocks that no row of the query block sees, and of words beyond the row, change nothing. */
+Test(cpu, a_mask_that_names_invisible_blocks)
+{
+    for (int causal = SPARGE_CAUSAL_END; causal <= SPARGE_CAUSAL_START; causal++) {
+        check_case("invisible, causal %d", causal);
+        const shape s = shape_of(1, 2, 1, 90, 60, 16, 8);
+        problem x = problem_make(&s);
+        x.o.causal = (sparge_causal)causal;
+        x.o.knobs.lambda = -1.0f;
+        x.mask = wide_mask(&x, 2);
+        const sparge_mask own = x.mask;
+        verify(&x, ATTEND);
+        x.o.backend = SPARGE_CPU;
+        answer all = attend(&x);
+        x.mask = (sparge_mask){ 0 };
+        answer dense = attend(&x);
+        same_everything(&x, &all, &dense);
+        answer_free(&all);
+        answer_free(&dense);
+        check_free(own.bits);
+        problem_free(&x);
+    }
+}
+
+/* ---- Nothing to do ---- */
+
+Test(cpu, empty_questions)
+{
+    const struct { int64_t batch, q_len, k_len; } size[] = {
+        { 0, 10, 20 }, { 1, 0, 20 }, { 1, 10, 0 }, { 1, 0, 0 }, { 0, 0, 0 }, { 2, 1, 1 },
+    };
+    for (int64_t n = 0; n < COUNT(size); n++)
+        for (int causal = 0; causal < 3; causal++) {
+            check_case("batch %lld, %lld queries, %lld keys, causal %d", (long long)size[n].batch,
+                       (long long)size[n].q_len, (long long)size[n].k_len, causal);
+            const shape s = shape_of(size[n].batch, 2, 1, size[n].q_len, size[n].k_len, 5, 7);
+            problem x = problem_make(&s);
+            x.o.causal = (sparge_causal)causal;
+            x.o.sink = true;
+            verify(&x, ATTENTION);
+            verify(&x, ATTEND);
+            problem_free(&x);
+        }
+}
+
+/* ---- Progress ---- */
+
+typedef struct heard {
+    pthread_t caller;
+    int calls, wrong;
+    double last;
+} heard;
+
+static void listen(void *user, double done)
+{
+    heard *h = user;
+    h->calls++;
+    h->wrong += !pthread_equal(pthread_self(), h->caller) || !(done > h->last) || !(done <= 1);
+    h->last = done;
+}
+
+/* With one thread it hears every query block; with more, those that the calling one did. */
+Test(cpu, progress_is_heard_in_the_calling_thread)
+{
+    for (int threads = 1; threads <= 7; threads += 3) {
+        check_case("progress, %d threads", threads);
+        const shape s = shape_of(1, 4, 2, 200, 60, 16, 8);
+        problem x = problem_make(&s);
+        heard h = { .caller = pthread_self() };
+        x.o.backend = SPARGE_CPU;
+        x.o.threads = threads;
+        x.o.progress = listen;
+        x.o.user = &h;
+        answer a = attention(&x, NULL);
+        check(h.wrong == 0, "%d of %d calls in another thread, not rising or beyond 1", h.wrong, h.calls);
+        if (threads == 1) {
+            check_equal(h.calls, 4 * 13);
+            check_equal(h.last, 1.0);
+        }
+        answer_free(&a);
+        problem_free(&x);
+    }
+}
+
+/* ---- What runs ---- */
+
+static problem small(void)
+{
+    const shape s = shape_of(1, 1, 1, 20, 20, 8, 8);
+    problem x = problem_make(&s);
+    x.o.backend = SPARGE_AUTO;
+    return x;
+}
+
+/* What ran, or what was refused and with which words. */
+static void runs(const problem *x, sparge_backend backend, sparge_isa isa)
+{
+    answer a = attention(x, NULL);
+    check_equal(a.result.backend, backend);
+    check_equal(a.result.isa, isa);
+    answer_free(&a);
+}
+
+static void refused(const problem *x, sparge_status status, const char *sentence)
+{
+    float o[20 * 8];
+    sparge_error error = { "" };
+    sparge_result result = { .o = { o, SPARGE_F32, 160, 160, 8 } };
+    const sparge_status got = sparge_attention(&x->p, &x->o, &result, &error);
+    check(got == status && !strncmp(error.text, sentence, strlen(sentence)), "%s: \"%s\"",
+          sparge_status_string(got), error.text);
+    sparge_mask mask = wide_mask(x, 0);
+    check_equal(sparge_predict(&x->p, &x->o, &mask, NULL, NULL), status);
+    check_equal(sparge_attend(&x->p, &x->o, NULL, &result, NULL), status);
+    check_free(mask.bits);
+}
+
+static sparge_isa best(void)
+{
+    sparge_isa isa = (sparge_isa)LAST_ISA;
+    while (!sparge_isa_available(isa))
+        isa--;
+    return isa;
+}
+
+Test(cpu, the_environment_names_an_instruction_set)
+{
+    check_case("SPARGE_ISA");
+    problem x = small();
+    const char *const no_choice[] = { NULL, "", "auto" };
+    for (int n = 0; n < 3; n++) {
+        if (no_choice[n])
+            setenv("SPARGE_ISA", no_choice[n], 1);
+        else
+            unsetenv("SPARGE_ISA");
+        runs(&x, SPARGE_CPU, best());
+    }
+    for (int isa = FIRST_ISA; isa <= LAST_ISA; isa++) {
+        setenv("SPARGE_ISA", sparge_isa_string((sparge_isa)isa), 1);
+        if (sparge_isa_available((sparge_isa)isa)) {
+            runs(&x, SPARGE_CPU, (sparge_isa)isa);
+            continue;
+        }
+        char have[128] = "";
+        for (int other = FIRST_ISA; other <= LAST_ISA; other++)
+            if (sparge_isa_available((sparge_isa)other)) {
+                strcat(have, *have ? ", " : "");
+                strcat(have, sparge_isa_string((sparge_isa)other));
+            }
+        const char *lacks = check_text("%s, which this processor lacks: it has %s",
+                                       sparge_isa_string((sparge_isa)isa), have);
+        refused(&x, SPARGE_ERR_UNSUPPORTED, check_text("SPARGE_ISA is %s", lacks));
+        x.o.isa = (sparge_isa)isa;
+        refused(&x, SPARGE_ERR_UNSUPPORTED, check_text("isa is %s", lacks));
+        x.o.isa = SPARGE_ISA_SCALAR; /* options.isa wins */
+        runs(&x, SPARGE_CPU, SPARGE_ISA_SCALAR);
+        x.o.isa = SPARGE_ISA_AUTO;
+    }
+    const char *const unknown[] = { "sse9", "SCALAR", "scalar ", "1", "avx" };
+    for (int64_t n = 0; n < COUNT(unknown); n++) {
+        setenv("SPARGE_ISA", unknown[n], 1);
+        refused(&x, SPARGE_ERR_ARGUMENT, check_text("SPARGE_ISA is '%s'", unknown[n]));
+    }
+    x.o.isa = best();
+    runs(&x, SPARGE_CPU, best());
+    x.o.isa = SPARGE_ISA_AUTO;
+    x.o.backend = SPARGE_REF; /* has none, and does not ask */
+    runs(&x, SPARGE_REF, SPARGE_ISA_SCALAR);
+    setenv("SPARGE_ISA", "scalar", 1);
+    x.o.backend = SPARGE_CPU;
+    x.o.isa = best();
+    runs(&x, SPARGE_CPU, best());
+    problem_free(&x);
+}
+
+Test(cpu, rules_that_the_reference_alone_has)
+{
+    problem x = small();
+    unsetenv("SPARGE_ISA");
+    for (int rules = SPARGE_RULES_PAPER; rules <= SPARGE_RULES_UPSTREAM; rules++) {
+        check_case("rules %d", rules);
+        x.o.rules = (sparge_rules)rules;
+        x.o.backend = SPARGE_AUTO;
+        runs(&x, SPARGE_REF, SPARGE_ISA_SCALAR);
+        x.o.backend = SPARGE_CPU;
+        refused(&x, SPARGE_ERR_UNSUPPORTED, "rules are not the default ones");
+        x.o.backend = SPARGE_AUTO;
+        x.o.isa = best() == SPARGE_ISA_SCALAR ? SPARGE_ISA_AVX2 : best();
+        refused(&x, SPARGE_ERR_UNSUPPORTED, "rules are not the default ones");
+        x.o.isa = SPARGE_ISA_AUTO;
+    }
+    problem_free(&x);
+}
+
+Test(cpu, numbers_of_threads)
+{
+    check_case("threads");
+    problem x = small();
+    x.o.threads = 1025;
+    refused(&x, SPARGE_ERR_ARGUMENT, "threads is 1025, it must be in [0, 1024]");
+    x.o.threads = -1;
+    refused(&x, SPARGE_ERR_ARGUMENT, "threads is -1");
+    x.o.threads = 0;
+    answer a = attention(&x, NULL);
+    check(a.result.threads >= 1 && a.result.threads <= 1024, "%d threads", a.result.threads);
+    answer_free(&a);
+    x.o.threads = 1024;
+    a = attention(&x, NULL);
+    check_equal(a.result.threads, 1024);
+    answer_free(&a);
+    problem_free(&x);
+}

@@ -1,0 +1,120 @@
+/* bench.h: sparge bench: what its parts hand to each other. bench.c runs them in this order:
+ * bench_args.c reads the lists, bench_inputs.c makes inputs and masks, bench_group.c the cases that are
+ * timed in turns, bench_check.c sees that they are right, bench_time.c times, bench_report.c prints. */
+#ifndef SPARGE_TOOLS_BENCH_H
+#define SPARGE_TOOLS_BENCH_H
+
+#include "tools/inputs.h"
+#include "tools/progress.h"
+
+/* ---- What is asked ----------------------------------------------------------------------- */
+
+enum { BENCH_LIST = 32, BENCH_CAUSALS = 3 };
+
+/* Numbers, or the places of words in their enum. */
+typedef struct bench_list {
+    double item[BENCH_LIST];
+    int count;
+} bench_list;
+
+/* Where the mask of a case comes from. RANDOM and BANDED are imposed. ONEDNN: dense, and not ours. */
+typedef enum bench_mask { BENCH_RANDOM, BENCH_BANDED, BENCH_PREDICTED, BENCH_DENSE, BENCH_ONEDNN } bench_mask;
+
+const char *bench_mask_string(bench_mask mask);
+
+typedef struct bench_args {
+    options_base base;
+    bench_list q_len, dim, heads, sparsity, mask, threads, isa, qk, pv, causal;
+    sparge_knobs knobs;
+    bool sink;
+    const char *capture; /* q, k and v; NULL: synthetic */
+    int64_t repeat;      /* rounds that count */
+    bool json, allow_busy;
+} bench_args;
+
+exit_code bench_parse(int argc, char **argv, bench_args *args);
+int bench_cores(void); /* that this process may use */
+
+/* ---- What is run ------------------------------------------------------------------------- */
+
+/* Seconds of a call: of all of it, and of its parts. NaN where a figure does not apply. */
+enum { BENCH_TOTAL, BENCH_PREDICT, BENCH_QUANTIZE, BENCH_ATTEND, BENCH_SECONDS };
+
+typedef struct bench_times {
+    double seconds[BENCH_SECONDS]; /* what one pass does for prediction and codes is QUANTIZE */
+} bench_times;
+
+/* One way to compute attention for the inputs of a group. */
+typedef struct bench_case {
+    sparge_precision qk, pv;
+    bench_mask kind;
+    double imposed;     /* the sparsity that was asked for; NaN where the predictor decides */
+    sparge_mask mask;   /* for PREDICTED the place of the result; no bits when dense */
+    int dense;          /* the case of the same precision without a mask */
+    bool shown;         /* asked for, not only compared with */
+    bool wrong;         /* its result did not pass the check */
+    bench_times *pass;
+    int passes, kept, room; /* kept: of the rounds that count */
+    bench_times median;
+    sparge_result result; /* of the last call */
+} bench_case;
+
+/* What runs under one choice of instruction set and threads, and how fast it could at most. */
+typedef struct bench_machine {
+    sparge_isa isa;
+    int threads;
+    sparge_peaks peaks;
+} bench_machine;
+
+/* The cases of one shape, instruction set and number of threads: timed in turns, so that whatever
+ * slows the machine down for a while slows all of them. cases[0] is dense f32, the baseline. */
+typedef struct bench_group {
+    const bench_args *args;
+    const inputs *in;
+    sparge_options options; /* without qk and pv */
+    bench_machine machine;
+    bench_case *cases;
+    int count;
+    array o, want;      /* [batch][heads][q_len][dim_v] */
+    sparge_mask spare;  /* where the predictor writes for a case whose mask is imposed */
+    double foreign;     /* cores that others used, at most, in a busy round; NaN: unknown */
+    bool busy;          /* too many: there are no times, or with --allow-busy disturbed ones */
+} bench_group;
+
+/* Of g, args to machine are given. */
+exit_code bench_group_make(bench_group *g, file_error *error);
+void bench_group_free(bench_group *g);
+
+sparge_options bench_options(const bench_group *g, const bench_case *c);
+
+/* Runs a case; leaves its output in g->o. */
+sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparge_error *why);
+
+/* bench_onednn.c: can it compute these, and does it: o is packed; false: no memory, or oneDNN refused. */
+bool bench_onednn_can(const bench_group *g);
+bool bench_onednn(const sparge_problem *p, int threads, float *o);
+
+/* ---- The parts --------------------------------------------------------------------------- */
+
+/* Normal numbers of variance 1 whose blocks of tokens are alike, from a fixed seed. */
+exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, file_error *error);
+exit_code bench_capture(const char *path, inputs *out, file_error *error);
+
+/* Keeps round((1 - sparsity) * visible) of the key blocks that each query block sees, at least 1. */
+void bench_impose(bench_mask kind, double sparsity, const sparge_problem *problem,
+                  const sparge_options *options, sparge_mask *mask);
+
+/* Sets c->wrong, and says why in `text`, where the result of a case cannot be trusted. */
+exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error);
+
+/* Fills in the medians, or sets g->busy; the watched share of the work goes on from `from` to `to`. */
+exit_code bench_time(bench_group *g, progress *watch, double from, double to, file_error *error);
+
+void bench_print_machine(void);
+void bench_print_peaks(const bench_machine *machine);
+void bench_print_group(const bench_group *g);
+bool bench_json_group(const bench_group *g, json_t *rows); /* false: no memory */
+/* "int8/int8 random 0.5", and " causal" where it is. */
+void bench_case_name(const bench_group *g, const bench_case *c, char text[64]);
+
+#endif

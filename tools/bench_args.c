@@ -1,0 +1,235 @@
+/* bench_args.c: the command line of sparge bench: lists, their defaults, and what does not fit. */
+#include <math.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tools/bench.h"
+
+enum { MAX_TOKENS = 1 << 24, MAX_HEADS = 1024, MAX_THREADS = 1024 };
+
+enum {
+    SPARSITY = 768, Q_LEN, DIM, HEADS, MASK_KIND, THREADS, ISA, QK, PV, CAUSAL,
+    CAPTURE, THETA, TAU, TOPK, LAMBDA, SINK, REPEAT, JSON, ALLOW_BUSY,
+};
+
+static const struct argp_option bench_options_[] = {
+    {0, 0, 0, 0, "Lists; every combination is a case:", 1},
+    {"q-len", Q_LEN, "N,...", 0, "queries, and as many keys (4096,8192; in the paper's Fig 10 22272)", 0},
+    {"dim", DIM, "D,...", 0, "channels of q, k and v (64,128)", 0},
+    {"heads", HEADS, "H,...", 0, "heads (1)", 0},
+    {"sparsity", SPARSITY, "X,...", 0, "of imposed masks (0,0.3,0.5,0.7,0.9); 0 is without a mask", 0},
+    {"mask-kind", MASK_KIND, "HOW,...", 0, "random and banded impose one, predicted takes what the "
+     "predictor gives (random; of a capture predicted)", 0},
+    {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
+    {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
+    {"qk", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
+    {"pv", PV, "HOW,...", 0, "P.V in int8, int12 or f32 (int8)", 0},
+    {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL, "none, end or start (none; alone: end)", 0},
+    {0, 0, 0, 0, "What is predicted:", 2},
+    {"capture", CAPTURE, "QKV.safetensors", 0, "q, k and v of a model instead of synthetic ones", 0},
+    {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
+    {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
+    {"topk", TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
+    {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
+    {"sink", SINK, 0, 0, "always keep key block 0", 0},
+    {0, 0, 0, 0, "How:", 3},
+    {"repeat", REPEAT, "N", 0, "rounds, of which the medians are taken (5)", 0},
+    {"json", JSON, 0, 0, "an array of objects instead of tables", 0},
+    {"allow-busy", ALLOW_BUSY, 0, 0, "time with several threads even beside other processes; the figures "
+     "are marked 'busy'", 0},
+    {0},
+};
+
+static const char *const masks[] = {"random", "banded", "predicted", NULL};
+static const char *const isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", NULL};
+static const char *const precisions[] = {"int8", "int12", "f32", NULL};
+static const char *const causals[] = {"none", "end", "start", NULL};
+
+const char *bench_mask_string(bench_mask mask)
+{
+    return mask == BENCH_DENSE ? "dense" : mask == BENCH_ONEDNN ? "onednn" : masks[mask];
+}
+
+int bench_cores(void)
+{
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set)
+                                                       : (int)sysconf(_SC_NPROCESSORS_ONLN);
+}
+
+/* ---- Lists ---- */
+
+/* What an item of a list may be: a whole number, a real one below `high`, or one of the words. */
+typedef struct item_kind {
+    const char *name;
+    const char *const *words; /* NULL: numbers */
+    int64_t low, high;        /* high of 0: a share, [0, 1) */
+} item_kind;
+
+static error_t parse_item(struct argp_state *state, const item_kind *kind, const char *text, double *to)
+{
+    int word = 0;
+    int64_t whole = 0;
+    error_t error;
+    if (kind->words) {
+        error = options_word(state, kind->name, text, kind->words, &word);
+        *to = word;
+    } else if (kind->high == 0) {
+        error = options_real(state, kind->name, text, 0.0, 1.0, to);
+        if (!error && *to == 1.0)
+            error = options_wrong(state, "%s is %.40s, it must be below 1: something has to be computed",
+                                  kind->name, text);
+    } else if (strcmp(kind->name, "--threads") == 0 && strcmp(text, "all") == 0) {
+        error = 0;
+        *to = bench_cores();
+    } else {
+        error = options_whole(state, kind->name, text, kind->low, kind->high, &whole);
+        *to = (double)whole;
+    }
+    return error;
+}
+
+static error_t parse_list(struct argp_state *state, const item_kind *kind, const char *text, bench_list *to)
+{
+    to->count = 0;
+    for (const char *at = text; at; to->count++) {
+        char item[64]; /* what is cut off is wrong in any case */
+        const size_t length = strcspn(at, ",");
+        snprintf(item, sizeof item, "%.*s", (int)(length < sizeof item ? length : sizeof item), at);
+        if (length == 0)
+            return options_wrong(state, "%s is '%.60s', which has an empty item", kind->name, text);
+        if (to->count == BENCH_LIST)
+            return options_wrong(state, "%s has more than %d items", kind->name, BENCH_LIST);
+        const error_t error = parse_item(state, kind, item, &to->item[to->count]);
+        if (error)
+            return error;
+        at = at[length] ? at + length + 1 : NULL;
+    }
+    return 0;
+}
+
+/* ---- Together ---- */
+
+static bool has(const bench_list *list, double item)
+{
+    for (int n = 0; n < list->count; n++)
+        if (list->item[n] == item)
+            return true;
+    return false;
+}
+
+static void default_to(bench_list *list, int count, const double *item)
+{
+    if (list->count > 0)
+        return;
+    memcpy(list->item, item, (size_t)count * sizeof *item);
+    list->count = count;
+}
+
+static error_t finish(struct argp_state *state, bench_args *a)
+{
+    if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
+        return options_wrong(state, "--capture has its own lengths, channels and heads; leave out --q-len, "
+                             "--dim and --heads");
+    default_to(&a->mask, 1, (const double[]){a->capture ? BENCH_PREDICTED : BENCH_RANDOM});
+    if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
+        return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; add "
+                             "random or banded to --mask-kind");
+    if (isnan(a->knobs.tau)) /* not given */
+        a->knobs.tau = a->knobs.topk == SPARGE_OFF
+                           ? sparge_options_default(SPARGE_RULES_DEFAULT).knobs.tau : SPARGE_OFF;
+    const int cores = bench_cores();
+    default_to(&a->q_len, 2, (const double[]){4096, 8192});
+    default_to(&a->dim, 2, (const double[]){64, 128});
+    default_to(&a->heads, 1, (const double[]){1});
+    default_to(&a->sparsity, 5, (const double[]){0.0, 0.3, 0.5, 0.7, 0.9});
+    default_to(&a->threads, cores > 1 ? 2 : 1, (const double[]){1, cores});
+    default_to(&a->isa, 1, (const double[]){SPARGE_ISA_AUTO});
+    default_to(&a->qk, 1, (const double[]){SPARGE_INT8});
+    default_to(&a->pv, 1, (const double[]){SPARGE_INT8});
+    default_to(&a->causal, 1, (const double[]){SPARGE_CAUSAL_NONE});
+    return 0;
+}
+
+static error_t parse_knob(struct argp_state *state, const char *name, const char *text, double low,
+                          double high, float *to)
+{
+    double x = 0.0;
+    const error_t error = options_real(state, name, text, low, high, &x);
+    *to = (float)x;
+    return error;
+}
+
+static error_t bench_parser(int key, char *text, struct argp_state *state)
+{
+    static const item_kind lists[] = {
+        [SPARSITY - SPARSITY] = {"--sparsity", NULL, 0, 0},
+        [Q_LEN - SPARSITY] = {"--q-len", NULL, 1, MAX_TOKENS},
+        [DIM - SPARSITY] = {"--dim", NULL, 1, SPARGE_MAX_DIM},
+        [HEADS - SPARSITY] = {"--heads", NULL, 1, MAX_HEADS},
+        [MASK_KIND - SPARSITY] = {"--mask-kind", masks, 0, 0},
+        [THREADS - SPARSITY] = {"--threads", NULL, 1, MAX_THREADS},
+        [ISA - SPARSITY] = {"--isa", isas, 0, 0},
+        [QK - SPARSITY] = {"--qk", precisions, 0, 0},
+        [PV - SPARSITY] = {"--pv", precisions, 0, 0},
+        [CAUSAL - SPARSITY] = {"--causal", causals, 0, 0},
+    };
+    bench_args *const a = state->input;
+    bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads, &a->mask,
+                              &a->threads,  &a->isa,   &a->qk,  &a->pv,    &a->causal};
+    sparge_knobs *const k = &a->knobs;
+    switch (key) {
+    case CAPTURE: a->capture = text; return 0;
+    case THETA: return parse_knob(state, "--theta", text, -1.0, 1.0, &k->theta);
+    case TAU: return parse_knob(state, "--tau", text, 0.0, 1.0, &k->tau);
+    case TOPK: return parse_knob(state, "--topk", text, 0.0, 1.0, &k->topk);
+    case LAMBDA: return parse_knob(state, "--lambda", text, -INFINITY, 0.0, &k->lambda);
+    case SINK: a->sink = true; return 0;
+    case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
+    case JSON: a->json = true; return 0;
+    case ALLOW_BUSY: a->allow_busy = true; return 0;
+    case ARGP_KEY_ARG:
+        return options_wrong(state, "bench takes no file but that of --capture, not '%.60s'", text);
+    case ARGP_KEY_END: return finish(state, a);
+    default:
+        if (key < SPARSITY || key > CAUSAL)
+            return ARGP_ERR_UNKNOWN;
+        return parse_list(state, &lists[key - SPARSITY], text ? text : "end", to[key - SPARSITY]);
+    }
+}
+
+static const struct argp bench_argp = {
+    .options = bench_options_,
+    .parser = bench_parser,
+    .doc = "How fast attention is here, beside what this machine can do at most. Every result is checked "
+           "before it is timed; what is compared is timed in turns; the medians are printed. Several "
+           "threads are not timed while other processes use more than a twentieth of a core.",
+};
+
+static exit_code check_isas(const bench_args *a)
+{
+    char there[64] = "";
+    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
+        if (sparge_isa_available(isa)) {
+            const size_t used = strlen(there);
+            snprintf(there + used, sizeof there - used, "%s%s", used ? ", " : "", sparge_isa_string(isa));
+        }
+    for (int n = 0; n < a->isa.count; n++)
+        if (!sparge_isa_available((sparge_isa)a->isa.item[n])) {
+            file_error_set(a->base.error, NULL, "--isa is %s, which this processor lacks; it has %s",
+                           isas[(int)a->isa.item[n]], there);
+            return EXIT_UNSUPPORTED;
+        }
+    return EXIT_FINE;
+}
+
+exit_code bench_parse(int argc, char **argv, bench_args *args)
+{
+    args->knobs = sparge_options_default(SPARGE_RULES_DEFAULT).knobs;
+    args->knobs.tau = NAN;
+    args->repeat = 5;
+    const exit_code code = options_parse(&bench_argp, argc, argv, &args->base);
+    return code ? code : check_isas(args);
+}

@@ -1,0 +1,243 @@
+/* bench_check.c: what sparge bench knows to be right before it takes the time of it.
+ *
+ * The oracle costs q_len * k_len * dim in double, so it judges two parts: the first tokens alone, computed
+ * by the same kernel with the same precision, kind of mask, instruction set and threads; and one query
+ * block of the whole. All of the whole is compared with the f32 kernel over the same mask, which sees what
+ * the two do not share. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "tools/bench.h"
+#include "tools/compare.h"
+
+enum { SAMPLE_TOKENS = 512, SAMPLE_KV_HEADS = 2 };
+enum { ROW_CHANNELS = 16 }; /* from which on single rows are judged */
+
+/* How far a case may be off, as relative L1: of all rows together, and of the worst of them. */
+typedef struct allowed {
+    double mean, row;
+} allowed;
+
+/* Against the oracle on the same codes only those of P err. A code is off by up to half a step, 1/sqrt(12)
+ * of one in the mean, and a step is 1/levels of the largest weight of its tile. With v independent of the
+ * weights, n = block_k of them make |o| err by at most sqrt(n) / (sqrt(12) levels) of itself, because
+ * sqrt(sum p^2), to which |o| is proportional, is at least the largest weight. So much is allowed, and
+ * twice that in a row. In a model tokens of large weight may have a small v (attention sinks): o is small
+ * there and the error is not. Measured on SmolLM2: 2.8 times in the mean and 16 in a row; 5 and 50 are
+ * allowed. What has no codes is rounded to f32, which was seen to cost 2e-6 in a row. */
+static allowed from_oracle(const sparge_options *o, bool captured)
+{
+    const double levels = o->pv == SPARGE_INT8 ? 127.0 : 4095.0;
+    const double coding = sqrt((double)o->block_k / 12.0) / levels;
+    if (o->pv == SPARGE_FLOAT)
+        return (allowed){1e-5, 1e-4};
+    return captured ? (allowed){5.0 * coding, 50.0 * coding} : (allowed){coding, 2.0 * coding};
+}
+
+/* Against f32 the codes of q, k and v err too. Their steps are a/levels with a = max/rms, 4.3 in a block
+ * of normal numbers: a score of q and k of variance 1 is off by sqrt(2) 4.3 / (sqrt(12) levels), which is
+ * 1.8 / levels, and o by as much of itself; v and P add half of that each, in squares: 2.2 / levels for
+ * all, and twice that is allowed, with the levels of the coarser. The scores of a model are larger: three
+ * times as much (SmolLM2: 4.7 / levels). Single rows may be far off where two keys compete: the mean alone
+ * counts. */
+static double from_f32(const sparge_options *o, bool captured)
+{
+    const double levels = o->qk == SPARGE_INT8 || o->pv == SPARGE_INT8 ? 127.0 : 2047.0;
+    return (captured ? 13.0 : 4.4) / levels;
+}
+
+/* ---- The first tokens against the oracle ---- */
+
+static sparge_problem sample_of(const sparge_problem *whole)
+{
+    sparge_problem p = *whole;
+    const int64_t group = p.heads / p.kv_heads;
+    p.batch = 1;
+    p.kv_heads = p.kv_heads < SAMPLE_KV_HEADS ? p.kv_heads : SAMPLE_KV_HEADS;
+    p.heads = p.kv_heads * group;
+    p.q_len = p.q_len < SAMPLE_TOKENS ? p.q_len : SAMPLE_TOKENS;
+    p.k_len = p.k_len < SAMPLE_TOKENS ? p.k_len : SAMPLE_TOKENS;
+    return p;
+}
+
+static sparge_result result_in(const array *o, const sparge_problem *p)
+{
+    return (sparge_result){
+        .o = {o->data, SPARGE_F32, p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v},
+    };
+}
+
+static sparge_status sample_mask(const bench_case *c, const sparge_problem *p, const sparge_options *o,
+                                 sparge_mask *mask, sparge_error *why)
+{
+    if (c->kind == BENCH_DENSE)
+        return SPARGE_OK;
+    const sparge_status status = sparge_mask_alloc(mask, p, o, why);
+    if (status || c->kind == BENCH_PREDICTED)
+        return status ? status : sparge_predict(p, o, mask, NULL, why);
+    bench_impose(c->kind, c->imposed, p, o, mask);
+    return SPARGE_OK;
+}
+
+/* The oracle knows no lambda: where there is one the reference judges, over the same mask. */
+static array_type judge_type(const sparge_options *o)
+{
+    return o->knobs.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
+}
+
+static sparge_status judge(const sparge_problem *p, const sparge_options *options, const sparge_mask *mask,
+                           array *want, sparge_error *why)
+{
+    if (options->knobs.lambda == -INFINITY)
+        return sparge_oracle(p, options, mask, SPARGE_ORACLE_CODES, want->data, NULL, NULL, why);
+    sparge_options reference = *options;
+    reference.backend = SPARGE_REF;
+    reference.isa = SPARGE_ISA_AUTO;
+    sparge_result result = result_in(want, p);
+    return sparge_attend(p, &reference, mask, &result, why);
+}
+
+static exit_code check_sample(const bench_group *g, const bench_case *c, comparison *to, file_error *error)
+{
+    const sparge_problem p = sample_of(&g->in->problem);
+    const sparge_options options = bench_options(g, c);
+    const int64_t shape[] = {1, p.heads, p.q_len, p.dim_v};
+    sparge_mask mask = {0};
+    array got = {0}, want = {0};
+    sparge_error why;
+    exit_code code = EXIT_MACHINE;
+    if (!array_alloc(ARRAY_F32, 4, shape, &got, error) ||
+        !array_alloc(judge_type(&options), 4, shape, &want, error))
+        goto done;
+    sparge_status status = sample_mask(c, &p, &options, &mask, &why);
+    const sparge_mask *const kept = mask.bits ? &mask : NULL;
+    sparge_result result = result_in(&got, &p);
+    if (!status)
+        status = sparge_attend(&p, &options, kept, &result, &why);
+    if (!status)
+        status = judge(&p, &options, kept, &want, &why);
+    if (!status)
+        *to = compare(&got, &want);
+    code = library_result(status, &why, error);
+done:
+    array_free(&got);
+    array_free(&want);
+    sparge_mask_free(&mask);
+    return code;
+}
+
+/* ---- One query block of the whole against the oracle ---- */
+
+static sparge_in view_from(const sparge_in *in, int64_t batch, int64_t head, int64_t token)
+{
+    sparge_in part = *in;
+    const int64_t element = batch * in->batch + head * in->head + token * in->token;
+    part.data = (const char *)in->data + element * (in->dtype == SPARGE_F32 ? 4 : 2);
+    return part;
+}
+
+/* The last block of the last head. Where queries count from the start and keys are more or fewer, what the
+ * last ones see cannot be said of them alone: there the first block. */
+static exit_code check_block(const bench_group *g, const bench_case *c, comparison *to, file_error *error)
+{
+    const sparge_problem *const whole = &g->in->problem;
+    sparge_options options = bench_options(g, c);
+    const bool start = options.causal == SPARGE_CAUSAL_START;
+    const int64_t i = start && whole->q_len != whole->k_len ? 0 : (whole->q_len - 1) / options.block_q;
+    if (start && whole->q_len == whole->k_len) /* then both alignments are one */
+        options.causal = SPARGE_CAUSAL_END;
+    const int64_t b = whole->batch - 1, h = whole->heads - 1, kv = whole->kv_heads - 1;
+    const int64_t first = i * options.block_q, left = whole->q_len - first;
+    sparge_problem p = *whole;
+    p.batch = p.heads = p.kv_heads = 1;
+    p.q_len = left < options.block_q ? left : options.block_q;
+    p.q = view_from(&whole->q, b, h, first);
+    p.k = view_from(&whole->k, b, kv, 0);
+    p.v = view_from(&whole->v, b, kv, 0);
+
+    const int64_t shape[] = {1, 1, p.q_len, p.dim_v};
+    sparge_mask mask = {0};
+    array got = {0}, want = {0};
+    sparge_error why;
+    exit_code code = EXIT_MACHINE;
+    if (!array_alloc(ARRAY_F32, 4, shape, &got, error) ||
+        !array_alloc(judge_type(&options), 4, shape, &want, error))
+        goto done;
+    memcpy(got.data, (const float *)g->o.data + ((b * whole->heads + h) * whole->q_len + first) * p.dim_v,
+           (size_t)(p.q_len * p.dim_v) * sizeof(float));
+    sparge_status status = c->mask.bits ? sparge_mask_alloc(&mask, &p, &options, &why) : SPARGE_OK;
+    for (int64_t j = 0; j < mask.k_blocks && !status; j++)
+        sparge_mask_set(&mask, 0, 0, 0, j, sparge_mask_get(&c->mask, b, h, i, j));
+    if (!status)
+        status = judge(&p, &options, mask.bits ? &mask : NULL, &want, &why);
+    if (!status)
+        *to = compare(&got, &want);
+    code = library_result(status, &why, error);
+done:
+    array_free(&got);
+    array_free(&want);
+    sparge_mask_free(&mask);
+    return code;
+}
+
+/* ---- The whole against f32 ---- */
+
+static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file_error *error)
+{
+    sparge_error why;
+    bench_times times;
+    sparge_status status = bench_run(g, c, &times, &why);
+    if (!status && (c->kind == BENCH_ONEDNN || c->qk != SPARGE_FLOAT || c->pv != SPARGE_FLOAT)) {
+        sparge_options exact = bench_options(g, c);
+        exact.qk = exact.pv = SPARGE_FLOAT;
+        sparge_result result = result_in(&g->want, &g->in->problem);
+        status = sparge_attend(&g->in->problem, &exact, c->mask.bits ? &c->mask : NULL, &result, &why);
+        if (!status)
+            *to = compare(&g->o, &g->want);
+    } else if (!status) { /* it is that kernel: what is left to see is that all of it is a number */
+        *to = compare(&g->o, &g->o);
+    }
+    return library_result(status, &why, error);
+}
+
+/* NaN is below no bound, and NaN on both sides is no agreement here. lambda decides for 64 rows at a time:
+ * a decision within rounding moves single rows. Of few channels |o| may happen to be next to nothing. */
+static bool near(const comparison *c, const allowed *most, bool rows)
+{
+    return c->nan_got == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
+}
+
+exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error)
+{
+    const sparge_options options = bench_options(g, c);
+    const bool rows = options.knobs.lambda == -INFINITY && g->in->problem.dim_v >= ROW_CHANNELS;
+    const allowed coding = from_oracle(&options, g->args->capture);
+    const double rounding = from_f32(&options, g->args->capture);
+    comparison sample = {.l1 = NAN}, block = {.l1 = NAN}, whole = {.l1 = NAN};
+    exit_code code = check_whole(g, c, &whole, error);
+    if (!code)
+        code = check_block(g, c, &block, error);
+    if (!code && c->kind != BENCH_ONEDNN) /* which has no smaller problem of its own */
+        code = check_sample(g, c, &sample, error);
+    else
+        sample = block;
+    if (code)
+        return code;
+    const bool sample_near = near(&sample, &coding, rows);
+    const bool oracle_near = sample_near && near(&block, &coding, rows);
+    const comparison *const worst = sample_near ? &block : &sample;
+    const bool numbers = sample.nan_got + block.nan_got + whole.nan_got == 0;
+    c->wrong = !(numbers && oracle_near && whole.l1 <= rounding);
+    char name[64];
+    bench_case_name(g, c, name);
+    if (!numbers)
+        snprintf(text, 256, "%s gives NaN, so it is not timed", name);
+    else if (!oracle_near)
+        snprintf(text, 256, "%s is %.2g (worst row %.2g) from the oracle, allowed are %.2g (%.2g); it is "
+                 "not timed", name, worst->l1, worst->worst_row_l1, coding.mean, coding.row);
+    else if (c->wrong)
+        snprintf(text, 256, "%s is %.2g from f32 over the same mask, allowed is %.2g; it is not timed",
+                 name, whole.l1, rounding);
+    return EXIT_FINE;
+}

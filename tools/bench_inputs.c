@@ -1,0 +1,128 @@
+/* bench_inputs.c: what sparge bench computes with: tensors like those of a model, and block masks. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "tools/bench.h"
+
+/* ---- Random numbers, the same everywhere ---- */
+
+static uint64_t random_bits(uint64_t *state) /* splitmix64 */
+{
+    uint64_t x = *state += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+static int64_t random_below(uint64_t *state, int64_t n)
+{
+    return (int64_t)(random_bits(state) % (uint64_t)n);
+}
+
+static float random_normal(uint64_t *state) /* Box and Muller's */
+{
+    static const double tau = 6.283185307179586;
+    const double u = ((double)(random_bits(state) >> 11) + 1.0) * 0x1p-53; /* (0, 1] */
+    const double turn = (double)(random_bits(state) >> 11) * 0x1p-53;
+    return (float)(sqrt(-2.0 * log(u)) * cos(tau * turn));
+}
+
+/* ---- Tensors ---- */
+
+/* Tokens of one block stand near one of a few topics, and so do the queries that ask for them: the
+ * predictor has something to find. Of the variance 3/4 is the topic's. */
+enum { TOPICS = 16, TOPIC_TOKENS = 128 };
+
+static void fill_topics(uint64_t *state, const float *topic, int64_t len, int64_t dim, float *x)
+{
+    const float common = sqrtf(0.75f), own = 0.5f;
+    for (int64_t t = 0, n = 0; t < len; t++) {
+        if (t % TOPIC_TOKENS == 0)
+            n = random_below(state, TOPICS);
+        for (int64_t c = 0; c < dim; c++)
+            x[t * dim + c] = fmaf(common, topic[n * dim + c], own * random_normal(state));
+    }
+}
+
+exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, file_error *error)
+{
+    *out = (inputs){.type = ARRAY_F32, .rank = 4};
+    const int64_t shape[] = {1, heads, len, dim}, head = len * dim;
+    float *const topic = malloc((size_t)(TOPICS * dim) * sizeof *topic);
+    bool ok = topic || file_error_set(error, NULL, "no memory for the inputs");
+    for (int n = 0; n < 3 && ok; n++)
+        ok = array_alloc(ARRAY_F32, 4, shape, &out->tensor[n], error);
+    for (int64_t h = 0; h < heads && ok; h++) {
+        uint64_t state = (uint64_t)h << 32;
+        for (int64_t n = 0; n < TOPICS * dim; n++)
+            topic[n] = random_normal(&state);
+        fill_topics(&state, topic, len, dim, (float *)out->tensor[0].data + h * head);
+        fill_topics(&state, topic, len, dim, (float *)out->tensor[1].data + h * head);
+        for (int64_t n = 0; n < head; n++) /* no structure in v: nothing hides an error of a weight */
+            ((float *)out->tensor[2].data)[h * head + n] = random_normal(&state);
+    }
+    free(topic);
+    if (!ok) {
+        inputs_free(out);
+        return EXIT_MACHINE;
+    }
+    sparge_in view[3];
+    for (int n = 0; n < 3; n++)
+        view[n] = (sparge_in){out->tensor[n].data, SPARGE_F32, heads * head, head, dim};
+    out->problem = (sparge_problem){
+        .batch = 1, .heads = heads, .kv_heads = heads, .q_len = len, .k_len = len, .dim = dim, .dim_v = dim,
+        .q = view[0], .k = view[1], .v = view[2],
+    };
+    return EXIT_FINE;
+}
+
+exit_code bench_capture(const char *path, inputs *out, file_error *error)
+{
+    const attention_args args = {.file = {path}, .files = 1};
+    const exit_code code = inputs_read(&args, true, out, error);
+    if (code)
+        return code;
+    if (out->problem.batch > 0 && out->problem.q_len > 0 && out->problem.k_len > 0)
+        return EXIT_FINE;
+    inputs_free(out);
+    file_error_set(error, path, "holds no tokens; there is nothing to time");
+    return EXIT_FILE;
+}
+
+/* ---- Masks ---- */
+
+/* Key blocks that some query of block i may see; they are the first ones. */
+static int64_t visible_blocks(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t k_blocks)
+{
+    const int64_t end = (i + 1) * o->block_q, last = (end < p->q_len ? end : p->q_len) - 1;
+    const int64_t offset = o->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0;
+    const int64_t keys = o->causal == SPARGE_CAUSAL_NONE ? p->k_len : last + offset + 1;
+    const int64_t blocks = keys <= 0 ? 0 : (keys + o->block_k - 1) / o->block_k;
+    return blocks < k_blocks ? blocks : k_blocks;
+}
+
+void bench_impose(bench_mask kind, double sparsity, const sparge_problem *p, const sparge_options *o,
+                  sparge_mask *mask)
+{
+    uint64_t state = 1;
+    for (int64_t row = 0; row < mask->batch * mask->heads * mask->q_blocks; row++) {
+        const int64_t b = row / mask->q_blocks / mask->heads, h = row / mask->q_blocks % mask->heads;
+        const int64_t i = row % mask->q_blocks, visible = visible_blocks(p, o, i, mask->k_blocks);
+        const int64_t share = llround((1.0 - sparsity) * (double)visible);
+        int64_t left = share > 0 ? share : visible > 0;
+        /* The key block under the middle of the query block, and as many on either side. */
+        const int64_t middle = (2 * i + 1) * o->block_q / (2 * o->block_k) +
+                               (o->causal == SPARGE_CAUSAL_END ? (p->k_len - p->q_len) / o->block_k : 0);
+        int64_t first = middle - left / 2;
+        first = first > visible - left ? visible - left : first;
+        first = first < 0 ? 0 : first;
+        for (int64_t j = 0; j < mask->k_blocks; j++) {
+            /* Of the blocks that remain, each is as likely as any other to be among those left. */
+            const bool keep = j >= visible             ? false
+                              : kind == BENCH_BANDED ? j >= first && j < first + left
+                                                     : random_below(&state, visible - j) < left;
+            sparge_mask_set(mask, b, h, i, j, keep);
+            left -= keep && kind != BENCH_BANDED;
+        }
+    }
+}

@@ -1,0 +1,201 @@
+/* bench_report.c: what sparge bench found out, as tables and as JSON. */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "tools/bench.h"
+
+/* The compiler of this program, and so of the library in the same build. */
+#ifdef __clang__
+static const char compiler[] = __VERSION__;
+#else
+static const char compiler[] = "gcc " __VERSION__;
+#endif
+
+/* ---- Figures from times; what has no time is NaN, and so is all that follows from it ---- */
+
+typedef struct figures {
+    double ms, ms_predict, ms_quantize, ms_attend;
+    double tops, tops_executed; /* effective: of all visible pairs, and really done; by the whole time */
+    double pct_peak;            /* executed, of the peak of its arithmetic */
+    double pct_fma;             /* effective, of the f32 peak */
+    double speedup, efficiency;
+    double pct_predict, pct_quantize; /* of the dense time of the same precision */
+    double baseline_pct_peak;
+} figures;
+
+/* Operations of a product over so many (query, key) pairs. */
+static double operations(int64_t tokens, int64_t channels)
+{
+    return 2.0 * (double)tokens * (double)channels;
+}
+
+/* 12-bit codes have no peak of their own: instruction sets compute them in different ways. */
+static double peak_of(const sparge_peaks *peaks, sparge_precision precision)
+{
+    return precision == SPARGE_INT8 ? peaks->int8 : precision == SPARGE_FLOAT ? peaks->f32 : NAN;
+}
+
+static double pct_peak_of(const bench_group *g, const bench_case *c)
+{
+    const sparge_problem *const p = &g->in->problem;
+    const sparge_counts *const n = &c->result.counts;
+    const double at_peak = operations(n->qk_tokens, p->dim) / peak_of(&g->machine.peaks, c->qk) +
+                           operations(n->pv_tokens, p->dim_v) / peak_of(&g->machine.peaks, c->pv);
+    return 100.0 * at_peak / c->median.seconds[BENCH_TOTAL];
+}
+
+static figures figures_of(const bench_group *g, const bench_case *c)
+{
+    const sparge_problem *const p = &g->in->problem;
+    const sparge_counts *const n = &c->result.counts;
+    const double *const s = c->median.seconds, *const dense = g->cases[c->dense].median.seconds;
+    const double all = operations(n->tokens, p->dim + p->dim_v);
+    const double done = operations(n->qk_tokens, p->dim) + operations(n->pv_tokens, p->dim_v);
+    return (figures){
+        .ms = 1e3 * s[BENCH_TOTAL],
+        .ms_predict = 1e3 * s[BENCH_PREDICT],
+        .ms_quantize = 1e3 * s[BENCH_QUANTIZE],
+        .ms_attend = 1e3 * s[BENCH_ATTEND],
+        .tops = 1e-12 * all / s[BENCH_TOTAL],
+        .tops_executed = 1e-12 * done / s[BENCH_TOTAL],
+        .pct_peak = pct_peak_of(g, c),
+        .pct_fma = 100.0 * all / s[BENCH_TOTAL] / g->machine.peaks.f32,
+        .speedup = g->cases[0].median.seconds[BENCH_TOTAL] / s[BENCH_TOTAL],
+        /* 1 if time were proportional to what is left to do; of dense attention there is nothing to say. */
+        .efficiency = c->kind == BENCH_DENSE || c->kind == BENCH_ONEDNN
+                          ? NAN : (1.0 - sparge_sparsity(n)) * dense[BENCH_ATTEND] / s[BENCH_ATTEND],
+        .pct_predict = 100.0 * s[BENCH_PREDICT] / dense[BENCH_TOTAL],
+        .pct_quantize = 100.0 * s[BENCH_QUANTIZE] / dense[BENCH_TOTAL],
+        .baseline_pct_peak = pct_peak_of(g, &g->cases[0]),
+    };
+}
+
+/* ---- Words ---- */
+
+static const char *precision_string(sparge_precision precision)
+{
+    static const char *const name[] = {"int8", "int12", "f32"};
+    return name[precision];
+}
+
+void bench_case_name(const bench_group *g, const bench_case *c, char text[64])
+{
+    static const char *const where[] = {"", " causal", " causal=start"};
+    char imposed[16] = "";
+    if (c->kind == BENCH_RANDOM || c->kind == BENCH_BANDED)
+        snprintf(imposed, sizeof imposed, " %.6g", c->imposed);
+    snprintf(text, 64, "%s/%s %s%s%s%s", precision_string(c->qk), precision_string(c->pv),
+             bench_mask_string(c->kind), imposed, where[g->options.causal],
+             g->busy && g->args->allow_busy ? " (busy)" : "");
+}
+
+static const char *plural(int64_t n) { return n == 1 ? "" : "s"; }
+
+/* ---- Tables ---- */
+
+void bench_print_machine(void)
+{
+    char model[128] = "unknown processor", line[256];
+    FILE *const file = fopen("/proc/cpuinfo", "r");
+    while (file && fgets(line, sizeof line, file))
+        if (strncmp(line, "model name", 10) == 0 && strchr(line, ':')) {
+            snprintf(model, sizeof model, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
+                     strchr(line, ':') + 2);
+            break;
+        }
+    if (file)
+        fclose(file);
+    const int cores = bench_cores();
+    printf("%s, %d core%s, sparge %s, %s\n", model, cores, plural(cores), SPARGE_VERSION, compiler);
+}
+
+void bench_print_peaks(const bench_machine *m)
+{
+    printf("peaks of %s, %d thread%s: f32 %.1f GFLOP/s, int8 %.1f GOP/s, memory %.1f GB/s\n",
+           sparge_isa_string(m->isa), m->threads, plural(m->threads), 1e-9 * m->peaks.f32,
+           1e-9 * m->peaks.int8, 1e-9 * m->peaks.bytes);
+}
+
+/* A cell of a table: a number, or a dash where there is none. */
+static void cell(int width, int decimals, double x)
+{
+    if (isfinite(x))
+        printf(" %*.*f", width, decimals, x);
+    else
+        printf(" %*s", width, "-");
+}
+
+static void print_case(const bench_group *g, const bench_case *c)
+{
+    char name[64];
+    bench_case_name(g, c, name);
+    const figures f = figures_of(g, c);
+    printf("%-30s", name);
+    cell(6, 3, sparge_sparsity(&c->result.counts));
+    if (c->wrong || !isfinite(f.ms)) {
+        printf("  %s\n", c->wrong ? "failed its check, not timed" : "busy machine, not timed");
+        return;
+    }
+    cell(10, 2, f.ms);
+    cell(8, 4, f.tops);
+    cell(8, 4, f.tops_executed);
+    cell(6, 1, f.pct_peak);
+    cell(6, 1, f.pct_fma);
+    cell(7, 2, f.speedup);
+    cell(6, 3, f.efficiency);
+    cell(7, 2, f.pct_predict);
+    cell(7, 2, f.pct_quantize);
+    putchar('\n');
+}
+
+void bench_print_group(const bench_group *g)
+{
+    const sparge_problem *const p = &g->in->problem;
+    const figures base = figures_of(g, &g->cases[0]);
+    const sparge_result *const ran = &g->cases[0].result;
+    printf("\nq_len %lld, k_len %lld, dim %lld, %lld head%s, %s %s, %d thread%s; dense f32: ",
+           (long long)p->q_len, (long long)p->k_len, (long long)p->dim, (long long)(p->batch * p->heads),
+           plural(p->batch * p->heads), sparge_backend_string(ran->backend),
+           sparge_isa_string(ran->isa), ran->threads, plural(ran->threads));
+    if (isfinite(base.ms))
+        printf("%.2f ms, %.1f %% of the FMA peak\n", base.ms, base.baseline_pct_peak);
+    else
+        puts("not timed");
+    if (g->busy)
+        printf("others used up to %.2f of a core meanwhile\n", g->foreign);
+    printf("%-30s %6s %10s %8s %8s %6s %6s %7s %6s %7s %7s\n", "case", "sparse", "ms", "TOPS", "done",
+           "%peak", "%FMA", "vs f32", "effic.", "%pred.", "%quant.");
+    for (int n = 0; n < g->count; n++)
+        if (g->cases[n].shown)
+            print_case(g, &g->cases[n]);
+}
+
+/* ---- JSON ---- */
+
+static json_t *json_case(const bench_group *g, const bench_case *c)
+{
+    const sparge_problem *const p = &g->in->problem;
+    const figures f = figures_of(g, c);
+    char name[64];
+    bench_case_name(g, c, name);
+    return json_pack(
+        "{s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "case", name, "mask", bench_mask_string(c->kind), "isa", sparge_isa_string(c->result.isa),
+        "threads", c->result.threads, "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len,
+        "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads,
+        "sparsity", json_number(sparge_sparsity(&c->result.counts)), "ms", json_number(f.ms),
+        "ms_predict", json_number(f.ms_predict), "ms_quantize", json_number(f.ms_quantize),
+        "ms_attend", json_number(f.ms_attend), "tops", json_number(f.tops),
+        "tops_executed", json_number(f.tops_executed), "pct_peak", json_number(f.pct_peak),
+        "speedup_vs_f32", json_number(f.speedup), "efficiency", json_number(f.efficiency),
+        "baseline_pct_peak", json_number(f.baseline_pct_peak));
+}
+
+bool bench_json_group(const bench_group *g, json_t *rows)
+{
+    for (int n = 0; n < g->count; n++)
+        if (g->cases[n].shown && json_array_append_new(rows, json_case(g, &g->cases[n])) != 0)
+            return false;
+    return true;
+}

@@ -1,0 +1,168 @@
+/* bench_time.c: takes the time of the cases of a group in turns, while nobody else uses the machine. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "tools/bench.h"
+
+/* A round of several threads lasts this long at least, in as many passes as it takes: the kernel counts
+ * in hundredths of a second, and a twentieth of a core has to be several of them. */
+static const double round_seconds = 1.0;
+static const double foreign_cores = 0.05; /* of other processes, beside which no time is taken */
+enum { ROUNDS_FOR_ONE = 3 };              /* rounds that are tried for each that has to count */
+
+/* ---- Who uses the processors ---- */
+
+typedef struct load {
+    double all, own, wall; /* seconds of all cores, of this process, of the clock */
+} load;
+
+/* all is NaN where the kernel does not say. Steal is what other guests of the host took. */
+static load load_now(void)
+{
+    load now = {.all = NAN};
+    FILE *const file = fopen("/proc/stat", "r");
+    if (file) {
+        unsigned long long user, nice, system, idle, wait, irq, softirq, steal;
+        if (fscanf(file, "cpu %llu %llu %llu %llu %llu %llu %llu %llu", &user, &nice, &system, &idle, &wait,
+                   &irq, &softirq, &steal) == 8)
+            now.all = (double)(user + nice + system + irq + softirq + steal) / (double)sysconf(_SC_CLK_TCK);
+        fclose(file);
+    }
+    struct rusage own;
+    getrusage(RUSAGE_SELF, &own);
+    now.own = (double)(own.ru_utime.tv_sec + own.ru_stime.tv_sec) +
+              1e-6 * (double)(own.ru_utime.tv_usec + own.ru_stime.tv_usec);
+    now.wall = progress_clock();
+    return now;
+}
+
+/* Cores that others used since then. */
+static double foreign_since(const load *then)
+{
+    const load now = load_now();
+    const double cores = (now.all - then->all - (now.own - then->own)) / (now.wall - then->wall);
+    return cores < 0.0 ? 0.0 : cores; /* NaN stays */
+}
+
+/* ---- Passes and rounds ---- */
+
+static bool keep_pass(bench_case *c, const bench_times *times, file_error *error)
+{
+    if (c->passes == c->room) {
+        const int room = c->room ? 2 * c->room : 16;
+        bench_times *const more = realloc(c->pass, (size_t)room * sizeof *more);
+        if (!more)
+            return file_error_set(error, NULL, "no memory for the times of %d passes", room);
+        c->pass = more;
+        c->room = room;
+    }
+    c->pass[c->passes++] = *times;
+    return true;
+}
+
+/* One call of each case. */
+static exit_code pass(bench_group *g, file_error *error)
+{
+    for (int n = 0; n < g->count; n++) {
+        if (g->cases[n].wrong)
+            continue;
+        bench_times times;
+        sparge_error why;
+        const sparge_status status = bench_run(g, &g->cases[n], &times, &why);
+        if (status)
+            return library_result(status, &why, error);
+        if (!keep_pass(&g->cases[n], &times, error))
+            return EXIT_MACHINE;
+    }
+    return EXIT_FINE;
+}
+
+static void drop_round(bench_group *g)
+{
+    for (int n = 0; n < g->count; n++)
+        g->cases[n].passes = g->cases[n].kept;
+}
+
+static void keep_round(bench_group *g)
+{
+    for (int n = 0; n < g->count; n++)
+        g->cases[n].kept = g->cases[n].passes;
+}
+
+/* *foreign: what others used meanwhile. */
+static exit_code round_of_passes(bench_group *g, double *foreign, file_error *error)
+{
+    const load before = load_now();
+    exit_code code;
+    do
+        code = pass(g, error);
+    while (!code && g->options.threads > 1 && progress_clock() - before.wall < round_seconds);
+    *foreign = foreign_since(&before);
+    return code;
+}
+
+/* ---- Medians ---- */
+
+static int by_size(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median_of(double *x, int n)
+{
+    if (n == 0)
+        return NAN;
+    qsort(x, (size_t)n, sizeof *x, by_size);
+    return (x[(n - 1) / 2] + x[n / 2]) / 2.0;
+}
+
+static exit_code medians(bench_case *c, file_error *error)
+{
+    double *const x = malloc(((size_t)c->kept + 1) * sizeof *x);
+    if (!x) {
+        file_error_set(error, NULL, "no memory for the times of %d passes", c->kept);
+        return EXIT_MACHINE;
+    }
+    for (int figure = 0; figure < BENCH_SECONDS; figure++) {
+        for (int n = 0; n < c->kept; n++)
+            x[n] = c->pass[n].seconds[figure];
+        c->median.seconds[figure] = median_of(x, c->kept);
+    }
+    free(x);
+    return EXIT_FINE;
+}
+
+exit_code bench_time(bench_group *g, progress *watch, double from, double to, file_error *error)
+{
+    const bool judged = g->options.threads > 1;
+    const int64_t most = ROUNDS_FOR_ONE * g->args->repeat;
+    exit_code code = EXIT_FINE;
+    int64_t counted = 0, discarded = 0;
+    while (counted < g->args->repeat && discarded < most && !code) {
+        double foreign;
+        code = round_of_passes(g, &foreign, error);
+        const bool busy = judged && !(foreign <= foreign_cores); /* also where it is unknown */
+        g->foreign = busy && !(foreign <= g->foreign) ? foreign : g->foreign;
+        if (busy && !g->args->allow_busy) {
+            drop_round(g);
+            discarded++;
+        } else {
+            g->busy |= busy;
+            keep_round(g);
+            counted++;
+        }
+        progress_tick(watch, from + (to - from) * (double)counted / (double)g->args->repeat);
+    }
+    if (counted < g->args->repeat) {
+        g->busy = true;
+        for (int n = 0; n < g->count; n++)
+            g->cases[n].kept = 0;
+    }
+    for (int n = 0; n < g->count && !code; n++)
+        code = medians(&g->cases[n], error);
+    return code;
+}
