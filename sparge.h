@@ -230,14 +230,14 @@ sparge_status sparge_attend(const sparge_problem *problem, const sparge_options 
 
 /* ---- Ceilings ---------------------------------------------------------------------------- */
 
-/* What this machine can do at most, on all threads together: the best of a few trials. */
+/* What this machine can do at most, on all threads together: medians of a few trials. */
 typedef struct sparge_peaks {
     double f32;   /* multiply-adds of floats in registers, operations per second (two each) */
     double int8;  /* the dot product of bytes of the instruction set, the same way */
     double bytes; /* reading main memory, bytes per second */
 } sparge_peaks;
 
-/* Takes about a second and 256 MiB. isa and threads as in sparge_options. */
+/* Takes half a second and 256 MiB. isa and threads as in sparge_options. */
 sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *peaks, sparge_error *error);
 
 /* ---- The oracle ------------------------------------------------------------------------ */

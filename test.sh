@@ -12,7 +12,7 @@ case "${1:-}" in
 esac
 
 need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libclang-rt-14-dev \
-    libomp-14-dev libcriterion-dev "${emulator_packages[@]}"
+    libomp-14-dev libdnnl-dev libcriterion-dev "${emulator_packages[@]}"
 need_python experiments/requirements.txt
 [ "${1:-}" = --deps ] && exit
 

@@ -79,11 +79,8 @@ INLINE floats f_max(floats a, floats b) { return _mm256_max_ps(a, b); }
 INLINE ints i_zero(void) { return _mm256_setzero_si256(); }
 INLINE ints i_of(floats x) { return _mm256_cvttps_epi32(x); }
 
-INLINE floats f_scale(floats x, floats shifted)
-{
-    const ints n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n));
-}
+INLINE ints i_power(floats x) { return _mm256_slli_epi32(_mm256_castps_si256(x), 23); }
+INLINE floats f_scale(floats p, ints n) { return _mm256_castsi256_ps(i_add(_mm256_castps_si256(p), n)); }
 
 INLINE floats f_flush(floats x, floats p)
 {

@@ -44,11 +44,8 @@ INLINE ints i_of(floats x) { return (ints)_mm512_cvttps_epi32(x); }
 INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE float f_most(floats x) { return _mm512_reduce_max_ps(x); }
 
-INLINE floats f_scale(floats x, floats shifted)
-{
-    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), n));
-}
+INLINE ints i_power(floats x) { return (ints)_mm512_slli_epi32(_mm512_castps_si512(x), 23); }
+INLINE floats f_scale(floats p, ints n) { return _mm512_castsi512_ps((__m512i)((ints)_mm512_castps_si512(p) + n)); }
 
 INLINE floats f_flush(floats x, floats p)
 {

@@ -79,7 +79,7 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         .mass = take(a, ranked, sizeof(uint32_t)),
         .place = take(a, ranked, sizeof(uint32_t)),
         .s = take(a, attends * tile, sizeof(float)),
-        .p = take(a, attends * tile, size_of[w->v.format]),
+        .p = take(a, w->v.format == SPARGE_FLOATS ? 0 : attends * tile, size_of[w->v.format]),
         .o = take(a, attends * g->block_q * w->v.stride, sizeof(float)),
         .max = take(a, attends * g->block_q, sizeof(float)),
         .sum = take(a, attends * g->block_q, sizeof(float)),
@@ -91,6 +91,8 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         .spoilt = take(a, attends * g->block_q, sizeof(bool)),
         .share = take(a, attends * g->k_blocks, sizeof(float)),
     };
+    if (w->v.format == SPARGE_FLOATS) /* P fits where S stood, and both would not fit L1 */
+        t->p = t->s;
 }
 
 /* The levels of a precision's codes, and the format that its product runs in. */

@@ -106,7 +106,8 @@ typedef struct sparge_kernels {
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
     void (*maxima)(const sparge_scores *, float *local);
     void (*raise)(const sparge_group *, int64_t rows, int levels); /* levels 0: P is not coded */
-    /* P of each row against max [rows], with its sum and, for WORDS, a_start. Columns: scores->keys. */
+    /* P of each row against max [rows], with its sum and, for WORDS, a_start. Columns: scores->keys. P of FLOATS may
+     * stand where S does. */
     void (*weigh[SPARGE_FORMATS])(const sparge_scores *, const float *max, void *p, int64_t p_stride, float *sum,
                                   int32_t *start);
     void (*fold[SPARGE_FORMATS])(const sparge_product *, const sparge_fold *);

@@ -178,7 +178,7 @@ static void weigh_floats(const sparge_scores *x, const float *max, void *p, int6
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {
-        float *restrict to = (float *)p + r * p_stride, partial[16] = { 0 };
+        float *to = (float *)p + r * p_stride, partial[16] = { 0 };
         for (int64_t t = 0; t < x->keys; t++)
             to[t] = sparge_exp2(below(x, r * x->stride + t, max[r]));
         for (int64_t t = 0; t < x->keys; t += 16)

@@ -37,6 +37,17 @@ static bool skips(const sparge_scratch *t, const group *x, float lambda)
     return sparge_group_skips(gap, lambda);
 }
 
+/* A row whose visible scores all overflowed to -inf has no weights, and so no output but NaN. */
+static void overflow(const sparge_work *w, sparge_scratch *t, const group *x)
+{
+    for (int64_t r = 0; r < x->rows; r++)
+        if (t->local[r] == -INFINITY && sparge_keys_seen(&w->g, x->first + r, x->j)) {
+            t->sum[x->i_row + r] = NAN;
+            for (int64_t c = 0; c < w->v.stride; c++)
+                t->o[(x->i_row + r) * w->v.stride + c] = NAN;
+        }
+}
+
 /* Line 10 to 16 for a group that sees some of the keys. Returns whether P.V was computed. */
 static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *task, const group *x, float lambda,
                  int64_t *visible)
@@ -70,6 +81,7 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
     run->weigh[v->format](&s, v->levels ? t->local : rows.max, t->p, stride, t->row_sum, t->p_start);
     for (int64_t r = 0; r < x->rows; r++)
         rows.sum[r] += t->weight[r] * t->row_sum[r];
+    overflow(w, t, x);
     const sparge_product products = {
         .rows = x->rows, .panels = v->stride / SPARGE_PANEL, .depth = columns,
         .a = t->p, .a_stride = stride, .a_start = t->p_start,

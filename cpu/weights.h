@@ -2,7 +2,7 @@
  * set's file includes it after products.h and after it has said
  *
  *     f_add, f_sub, f_min, f_max      the latter two give b where a or b is a NaN
- *     f_scale(p, x)                   p * 2^n for x = n + 1.5 * 2^23: n is added to the exponent. A NaN stays one
+ *     i_power(x), f_scale(p, i)       n, where an exponent stands, for x = n + 1.5 * 2^23; p * 2^n. A NaN stays one
  *     f_flush(x, p)                   p, or 0 where x < -126
  *     f_most(x)                       the largest lane
  *     i_zero, i_add, i_sum(x)         of ints; the sum of all lanes
@@ -46,23 +46,23 @@ typedef struct weighing {
 /* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below -126, where p is 2^-126. */
 INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], floats p[BESIDE])
 {
-    static const float coefficient[] = { 0x1.5f3e52p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f,
-                                         0x1.ebfbdcp-3f,  0x1.62e43p-1f,  1.0f };
+    static const float coefficient[] = { 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1.0f };
     const floats magic = f_all(12582912.0f), lowest = f_all(-126.0f);
-    floats f[BESIDE], shifted[BESIDE];
-    for (int n = 0; n < vectors; n++)
-        x[n] = f_min(f_all(0.0f), f_fma(f_load(w->s + t + n * LANES), w->c, w->minus_max));
+    floats f[BESIDE];
+    ints power[BESIDE];
     for (int n = 0; n < vectors; n++) {
-        const floats inside = f_max(lowest, x[n]);
-        shifted[n] = f_add(inside, magic);
-        f[n] = f_sub(inside, f_sub(shifted[n], magic));
-        p[n] = f_all(0x1.41fbbcp-13f);
+        x[n] = f_min(f_all(0.0f), f_fma(f_load(w->s + t + n * LANES), w->c, w->minus_max));
+        const floats inside = f_max(lowest, x[n]), shifted = f_add(inside, magic);
+        power[n] = i_power(shifted);
+        f[n] = f_sub(inside, f_sub(shifted, magic));
     }
+    for (int n = 0; n < vectors; n++)
+        p[n] = f_fma(f_all(0x1.41fbbcp-13f), f[n], f_all(0x1.5f3e52p-10f));
     for (size_t e = 0; e < sizeof coefficient / sizeof *coefficient; e++)
         for (int n = 0; n < vectors; n++)
             p[n] = f_fma(p[n], f[n], f_all(coefficient[e]));
     for (int n = 0; n < vectors; n++)
-        p[n] = f_scale(p[n], shifted[n]);
+        p[n] = f_scale(p[n], power[n]);
 }
 
 INLINE void codes_of(const weighing *w, int64_t t, int vectors, float levels, ints code[BESIDE])
@@ -105,6 +105,10 @@ INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float max, void *p,
                    .p = p, .codes = i_zero() };
     for (int n = 0; n < PARTIALS; n++)
         w.total[n] = f_all(0.0f);
+    if (x->keys == BESIDE * LANES) { /* a usual tile: without a loop around it gcc spills less */
+        some(&w, 0, BESIDE);
+        return w;
+    }
     int64_t t = 0;
     for (; t + BESIDE * LANES <= x->keys; t += BESIDE * LANES)
         some(&w, t, BESIDE);

@@ -286,6 +286,25 @@ Test(cpu, every_length)
     }
 }
 
+/* The longest rows of P, and a short block after them. */
+Test(cpu, the_largest_blocks)
+{
+    for (int n = 0; n < 4; n++) {
+        check_case("blocks of 1024, %d", n);
+        const shape s = shape_of(1, 1, 1, 70, 1100, 20, 12);
+        problem x = problem_make(&s);
+        x.o.block_q = 1024;
+        x.o.block_k = n % 2 ? 1000 : 1024;
+        x.o.skip_rows = 1024;
+        x.o.causal = n / 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
+        x.o.qk = n % 2 ? SPARGE_INT12 : SPARGE_INT8;
+        x.o.pv = n % 2 ? SPARGE_FLOAT : SPARGE_INT8;
+        x.o.knobs.lambda = -1.0f;
+        verify(&x, ATTENTION);
+        problem_free(&x);
+    }
+}
+
 /* Codes that are all 127 or all -127: what saturates, saturates here. */
 Test(cpu, extremes)
 {
@@ -478,6 +497,28 @@ Test(cpu, rows_of_the_mask_with_ties)
             }
         problem_free(&x);
     }
+}
+
+/* A quarter of the smallest float rounds to 0 or, below it, to -0; neither ranks above the other. */
+Test(cpu, zeros_of_both_signs_tie)
+{
+    check_case("zeros");
+    const shape s = shape_of(1, 1, 1, 4, 40, 1, 1);
+    problem x = problem_make(&s);
+    x.o.block_q = 4;
+    x.o.block_k = 1;
+    x.o.smooth_k = false;
+    x.o.scale = 0.25f;
+    for (int64_t n = 0; n < 4; n++)
+        x.q.x[n] = 0x1p-100f;
+    for (int64_t n = 0; n < 40; n++)
+        x.k.x[n] = n % 2 ? 0x1p-49f : -0x1p-49f;
+    problem_write(&x);
+    x.o.knobs = (sparge_knobs){ -1.0f, SPARGE_OFF, 0.3f, -INFINITY };
+    verify(&x, ATTENTION);
+    x.o.knobs = (sparge_knobs){ -1.0f, 0.5f, SPARGE_OFF, -INFINITY };
+    verify(&x, ATTENTION);
+    problem_free(&x);
 }
 
 /* 1 to 700 key blocks with scores of every size: radix digits of every place. */
@@ -712,4 +753,31 @@ Test(cpu, numbers_of_threads)
     check_equal(a.result.threads, 1024);
     answer_free(&a);
     problem_free(&x);
+}
+
+/* Of the reference's own NaN no backend may make a number. */
+Test(cpu, scores_that_all_overflow_give_nan)
+{
+    const float q[2] = { 1e20f, 1e20f };
+    float k[64], v[32];
+    for (int n = 0; n < 64; n++)
+        k[n] = -1e20f;
+    for (int n = 0; n < 32; n++)
+        v[n] = (float)n;
+    const sparge_problem p = { 1, 1, 1, 1, 32, 2, 1, { q, SPARGE_F32, 2, 2, 2 }, { k, SPARGE_F32, 64, 64, 2 },
+                               { v, SPARGE_F32, 32, 32, 1 } };
+    for (sparge_precision pv = SPARGE_INT8; pv <= SPARGE_FLOAT; pv++) {
+        float o[2], lse[2];
+        for (int n = 0; n < 2; n++) {
+            sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
+            options.backend = n ? SPARGE_CPU : SPARGE_REF;
+            options.qk = SPARGE_FLOAT;
+            options.pv = pv;
+            options.smooth_k = false;
+            sparge_result result = { .o = { &o[n], SPARGE_F32, 1, 1, 1 }, .lse = &lse[n] };
+            check(sparge_attend(&p, &options, NULL, &result, NULL) == SPARGE_OK, "pv %d", (int)pv);
+        }
+        check(o[0] != o[0] && o[1] != o[1], "pv %d: o is %g and %g", (int)pv, (double)o[0], (double)o[1]);
+        check_same(&lse[1], &lse[0], 1);
+    }
 }

@@ -159,7 +159,7 @@ def full_device():
 
 
 EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
-KEYS = ("backend isa threads batch heads kv_heads q_len k_len dim dim_v block_q block_k pairs "
+KEYS = ("backend isa threads workspace_bytes batch heads kv_heads q_len k_len dim dim_v block_q block_k pairs "
         "sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict seconds_quantize "
         "seconds_attend seconds_total tops tops_executed").split()
 CHECK_KEYS = "l1 worst_row_l1 cosine rmse mask_worst_row_l1".split()
@@ -711,18 +711,22 @@ SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
 ONE = [*SMALL, "--threads", 1]
 
 
-def bench(*args, code=FINE):
-    """The cases of a bench by name; those that may not be timed only where that is expected."""
+def bench(*args, code=FINE, other=False):
+    """The cases of a bench by name, and the baseline that is not ours where `other`."""
     got, out, err = sparge("bench", "--json", *args)
     check(got == code and (err == "") == (code == FINE), f"bench {args}: exit {code}", got, err)
     check(code == FINE or (err.startswith("sparge: ") and err.count("\n") == 1), "one line", err)
     rows = json.loads(out)
     check(all(list(x) == BENCH_KEYS for x in rows), "keys in their order", rows)
-    return {x["case"]: x for x in rows}
+    return {x["case"]: x for x in rows if other or x["mask"] != "onednn"}
 
 
 def test_bench():
-    rows = bench(*ONE, "--mask-kind", "random,banded,predicted", "--sparsity", "0,0.5,0.75")
+    rows = bench(*ONE, "--mask-kind", "random,banded,predicted", "--sparsity", "0,0.5,0.75", other=True)
+    other = rows.pop("f32/f32 onednn", None)
+    if other:  # where it is installed
+        check(other["mask"] == "onednn" and other["ms"] > 0 and other["pct_peak"] > 0 and
+              other["efficiency"] is None and other["ms_predict"] is None, "a baseline that is not ours", other)
     check(list(rows) == ["int8/int8 dense"] + ["int8/int8 " + x for x in (
         "random 0.5", "random 0.75", "banded 0.5", "banded 0.75", "predicted")], "cases", list(rows))
     dense = rows["int8/int8 dense"]

@@ -37,8 +37,9 @@ int bench_cores(void); /* that this process may use */
 
 /* ---- What is run ------------------------------------------------------------------------- */
 
-/* Seconds of a call: of all of it, and of its parts. NaN where a figure does not apply. */
-enum { BENCH_TOTAL, BENCH_PREDICT, BENCH_QUANTIZE, BENCH_ATTEND, BENCH_SECONDS };
+/* Seconds of a call, of all of it and of its parts, and the peaks of the machine in the same pass, in operations a
+ * second. NaN where a figure does not apply. */
+enum { BENCH_TOTAL, BENCH_PREDICT, BENCH_QUANTIZE, BENCH_ATTEND, BENCH_PEAK_F32, BENCH_PEAK_INT8, BENCH_SECONDS };
 
 typedef struct bench_times {
     double seconds[BENCH_SECONDS]; /* what one pass does for prediction and codes is QUANTIZE */

@@ -35,6 +35,8 @@ sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparg
         status = bench_onednn(p, g->machine.threads, g->o.data) ? SPARGE_OK : SPARGE_ERR_MEMORY;
         const double all = progress_clock() - start;
         r->counts = g->cases[0].result.counts;
+        r->isa = g->machine.isa;
+        r->threads = g->machine.threads;
         *times = (bench_times){{all, NAN, NAN, all}};
         return status;
     }
