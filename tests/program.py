@@ -178,7 +178,8 @@ def test_forms():
     want, lse = attention(q, k, v)
     x = fine("run", *qkv, "-o", "o.npy", "--lse-out", "l.npy", *EXACT)
     check(list(x) == KEYS, "keys in their order", list(x))
-    check([x[n] for n in KEYS[3:12]] == [B, HQ, HK, NQ, NK, D, DV, 128, 64], "sizes", x)
+    check([x[n] for n in KEYS[4:13]] == [B, HQ, HK, NQ, NK, D, DV, 128, 64], "sizes", x)
+    check(x["workspace_bytes"] > 0, "memory", x)
     check(x["pairs"] == B * HQ * 3 * 6 and x["sparsity"] == 0, "dense counts", x)
     check(x["sparsity_per_head"] == [0] * (B * HQ), "flat, one a head", x)
     tokens = B * HQ * NQ * NK
