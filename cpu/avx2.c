@@ -1,9 +1,9 @@
 /* avx2.c: AVX2, FMA and F16C (Haswell, Zen): vectors of 8 lanes, 16 registers.
  *
- * There is no dot product of signed bytes. vpmaddubsw adds two products of an unsigned and a signed byte in 16
- * bits with saturation: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. So P, whose codes are 0 .. 127, goes
- * through it, and Q and K are widened to 16 bits when they are packed. There vpmaddwd is limited by the two ports
- * that multiply; Winograd's product trades half of the multiplications for additions. */
+ * There is no dot product of signed bytes. vpmaddubsw adds two products of an unsigned and a signed byte in
+ * 16 bits with saturation: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. So P, whose codes are 0 .. 127,
+ * goes through it, and Q and K are widened to 16 bits when they are packed. There vpmaddwd is limited by
+ * the two ports that multiply; Winograd's product trades half of the multiplications for additions. */
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -59,7 +59,8 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, 
         for (int n = 0; n < vectors; n++)
             c[r][n] = i_add(i_all(x->a_start[at.row + r]), i_load(x->b_start + (at.column + n) * LANES));
     for (int64_t e = 0; e < half; e += 2, b += 4 * SPARGE_PANEL) {
-        const ints first[WIDTH] = { i_load(b), i_load(b + 16) }, second[WIDTH] = { i_load(b + 32), i_load(b + 48) };
+        const ints first[WIDTH] = {i_load(b), i_load(b + 16)},
+                   second[WIDTH] = {i_load(b + 32), i_load(b + 48)};
         for (int r = 0; r < rows; r++) {
             const ints a1 = i_lane(a + r * x->a_stride + e), a2 = i_lane(a + r * x->a_stride + half + e);
             for (int n = 0; n < vectors; n++) {
@@ -118,7 +119,8 @@ INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
         const bool all = n + 4 <= vectors;
         const ints low = _mm256_packus_epi32(code[n], code[n + 1]);
         const ints high = all ? _mm256_packus_epi32(code[n + 2], code[n + 3]) : i_zero();
-        const ints mixed = _mm256_packus_epi16(low, high), ordered = _mm256_permutevar8x32_epi32(mixed, in_order);
+        const ints mixed = _mm256_packus_epi16(low, high),
+                   ordered = _mm256_permutevar8x32_epi32(mixed, in_order);
         if (all)
             _mm256_storeu_si256((ints *)(to + n * LANES), ordered);
         else
@@ -145,7 +147,7 @@ INLINE ints store_words(int16_t *to, const ints *code, int vectors)
 
 static float dot(const float *a, const float *b, int64_t n)
 {
-    floats sum[2] = { f_all(0.0f), f_all(0.0f) };
+    floats sum[2] = {f_all(0.0f), f_all(0.0f)};
     for (int64_t c = 0; c < n; c += SPARGE_PANEL)
         for (int m = 0; m < 2; m++)
             sum[m] = f_fma(f_load(a + c + m * LANES), f_load(b + c + m * LANES), sum[m]);

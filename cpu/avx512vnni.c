@@ -1,4 +1,5 @@
-/* avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4): vectors of 16 lanes, 32 registers; a vector is a whole panel. */
+/* avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4): vectors of 16 lanes, 32 registers; a vector is a whole
+ * panel. */
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -45,7 +46,10 @@ INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE float f_most(floats x) { return _mm512_reduce_max_ps(x); }
 
 INLINE ints i_power(floats x) { return (ints)_mm512_slli_epi32(_mm512_castps_si512(x), 23); }
-INLINE floats f_scale(floats p, ints n) { return _mm512_castsi512_ps((__m512i)((ints)_mm512_castps_si512(p) + n)); }
+INLINE floats f_scale(floats p, ints n)
+{
+    return _mm512_castsi512_ps((__m512i)((ints)_mm512_castps_si512(p) + n));
+}
 
 INLINE floats f_flush(floats x, floats p)
 {

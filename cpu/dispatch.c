@@ -8,11 +8,18 @@
 #include <cpuid.h>
 
 enum { /* bits of CPUID, Intel's Software Developer's Manual, volume 2, CPUID */
-    FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29, /* leaf 1, ecx */
-    AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30, /* leaf 7, ebx */
-    AVX512VNNI = 1 << 11,                                                     /* leaf 7, ecx */
-    AVXVNNI = 1 << 4,                                                         /* leaf 7.1, eax */
-    YMM = 0x6, ZMM = 0xe6, /* XCR0: registers that the operating system saves */
+       FMA = 1 << 12,
+       OSXSAVE = 1 << 27,
+       AVX = 1 << 28,
+       F16C = 1 << 29, /* leaf 1, ecx */
+       AVX2 = 1 << 5,
+       AVX512F = 1 << 16,
+       AVX512DQ = 1 << 17,
+       AVX512BW = 1 << 30,   /* leaf 7, ebx */
+       AVX512VNNI = 1 << 11, /* leaf 7, ecx */
+       AVXVNNI = 1 << 4,     /* leaf 7.1, eax */
+       YMM = 0x6,
+       ZMM = 0xe6, /* XCR0: registers that the operating system saves */
 };
 static const unsigned AVX512VL = 1u << 31; /* leaf 7, ebx */
 
@@ -38,19 +45,23 @@ static bool detect(sparge_isa isa)
         __get_cpuid_count(7, 1, &eax71, &ebx, &ecx, &edx);
     const bool avx2 = all(saved, YMM) && all(ebx7, AVX2);
     switch (isa) {
-    case SPARGE_ISA_AVX2: return avx2;
-    case SPARGE_ISA_AVXVNNI: return avx2 && all(eax71, AVXVNNI);
+    case SPARGE_ISA_AVX2:
+        return avx2;
+    case SPARGE_ISA_AVXVNNI:
+        return avx2 && all(eax71, AVXVNNI);
     case SPARGE_ISA_AVX512VNNI:
         return avx2 && all(saved, ZMM) && all(ecx7, AVX512VNNI) &&
                all(ebx7, AVX512F | AVX512DQ | AVX512BW | AVX512VL);
-    default: return false;
+    default:
+        return false;
     }
 }
 #else
 static bool detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR; }
 #endif
 
-/* A virtual machine traps CPUID, which then takes a good part of a small call: asked once, and then known. */
+/* A virtual machine traps CPUID, which then takes a good part of a small call: asked once, and then known.
+ */
 bool sparge_cpu_has(sparge_isa isa)
 {
     static atomic_uint known; /* bit isa, and bit 0 once it is */

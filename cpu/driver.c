@@ -1,10 +1,10 @@
 /* driver.c: what the stages stand in: memory, threads and the order of it all.
  *
- * Key heads go in waves that fit a budget, and the query blocks of a wave in chunks, so that memory stays in
- * proportion to one wave however many heads there are. In a wave: the mean key, then K and V packed once for
- * every query head that reads them; in a chunk: Q packed, its rows of the mask, then attention, the rows with
- * most blocks first. A thread owns a query block from first to last, so no bit of the output depends on how
- * many threads there are or who came first. */
+ * Key heads go in waves that fit a budget, and the query blocks of a wave in chunks, so that memory stays
+ * in proportion to one wave however many heads there are. In a wave: the mean key, then K and V packed once
+ * for every query head that reads them; in a chunk: Q packed, its rows of the mask, then attention, the
+ * rows with most blocks first. A thread owns a query block from first to last, so no bit of the output
+ * depends on how many threads there are or who came first. */
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -28,12 +28,13 @@ enum {
     ALIGNED = 64,          /* bytes: a cache line, and the widest vector */
 };
 
-static const size_t size_of[SPARGE_FORMATS] = { 1, sizeof(int16_t), sizeof(float) };
+static const size_t size_of[SPARGE_FORMATS] = {1, sizeof(int16_t), sizeof(float)};
 
 int sparge_cpu_threads(void) { return omp_get_max_threads(); }
 
-/* ---- Memory: one piece of it, laid out twice: to see how much, and in place. (The allocator keeps one freed piece
- * for the next call; of many it gives the pages back, and every call would fault them in again.) ---- */
+/* ---- Memory: one piece of it, laid out twice: to see how much, and in place. (The allocator keeps one
+ * freed piece for the next call; of many it gives the pages back, and every call would fault them in
+ * again.) ---- */
 
 typedef struct arena {
     char *base; /* NULL: only count */
@@ -52,12 +53,17 @@ static void *take(arena *a, int64_t count, size_t size)
     return piece;
 }
 
-static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks, int64_t stride, int64_t rows,
-                              int64_t starts, int64_t steps)
+static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks, int64_t stride,
+                              int64_t rows, int64_t starts, int64_t steps)
 {
     const int64_t block = rows * stride * (int64_t)size_of[format];
     return (sparge_operand){
-        .format = format, .levels = levels, .stride = stride, .block = block, .starts = starts, .steps = steps,
+        .format = format,
+        .levels = levels,
+        .stride = stride,
+        .block = block,
+        .starts = starts,
+        .steps = steps,
         .data = take(a, blocks * block, 1),
         .start = take(a, blocks * starts, sizeof(int32_t)),
         .step = take(a, blocks * steps, sizeof(float)),
@@ -103,7 +109,9 @@ static int levels_of(sparge_precision precision, int int12_levels)
 
 static sparge_format format_of(sparge_precision precision, sparge_format int8_format)
 {
-    return precision == SPARGE_INT8 ? int8_format : precision == SPARGE_INT12 ? SPARGE_WORDS : SPARGE_FLOATS;
+    return precision == SPARGE_INT8    ? int8_format
+           : precision == SPARGE_INT12 ? SPARGE_WORDS
+                                       : SPARGE_FLOATS;
 }
 
 static void lay_out(arena *a, sparge_work *w)
@@ -111,7 +119,8 @@ static void lay_out(arena *a, sparge_work *w)
     const sparge_problem *p = w->p;
     const sparge_geometry *g = &w->g;
     const int64_t dim = sparge_padded(p->dim), dim_v = w->attends ? sparge_padded(p->dim_v) : 0;
-    const sparge_format qk = format_of(w->o->qk, w->kernels.int8_scores), pv = format_of(w->o->pv, SPARGE_BYTES);
+    const sparge_format qk = format_of(w->o->qk, w->kernels.int8_scores),
+                        pv = format_of(w->o->pv, SPARGE_BYTES);
     const int qk_levels = levels_of(w->o->qk, 2047), pv_levels = levels_of(w->o->pv, 4095);
 
     const int64_t heads = p->batch * p->kv_heads, group = p->heads / p->kv_heads;
@@ -242,7 +251,8 @@ static void run_waves(sparge_work *w)
         for (int64_t first = w->first_kv * blocks; first < w->end_kv * blocks; first += w->chunk) {
             w->tasks = sparge_min(w->chunk, w->end_kv * blocks - first);
             for (int64_t n = 0; n < w->tasks; n++)
-                w->task[n] = (sparge_task){ .head = (first + n) / g->q_blocks, .i = (first + n) % g->q_blocks, .slot = n };
+                w->task[n] = (sparge_task){
+                    .head = (first + n) / g->q_blocks, .i = (first + n) % g->q_blocks, .slot = n};
             const double begin = sparge_ref_seconds();
             pack_chunk(w);
             const double packed = sparge_ref_seconds();
@@ -262,24 +272,37 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
                          const sparge_mask *mask, const sparge_trace *trace, sparge_result *result)
 {
     sparge_work w = {
-        .p = p, .o = o, .trace = trace, .kernels = sparge_cpu_kernels(o->isa),
+        .p = p,
+        .o = o,
+        .trace = trace,
+        .kernels = sparge_cpu_kernels(o->isa),
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
-        .predicts = predicted, .attends = result, .predicted = predicted, .mask = mask, .result = result,
-        .keys = sparge_padded(o->block_k), .group = GROUP_ROWS,
+        .predicts = predicted,
+        .attends = result,
+        .predicted = predicted,
+        .mask = mask,
+        .result = result,
+        .keys = sparge_padded(o->block_k),
+        .group = GROUP_ROWS,
     };
-    arena needed = { 0 };
+    /* What would overflow the counts below could not be allocated either. */
+    const double tokens = (double)w.g.k_blocks * (double)w.keys + (double)w.g.q_blocks * (double)o->block_q;
+    const double channels = (double)p->dim + (result ? (double)p->dim_v : 0.0) + 2.0 * SPARGE_PANEL;
+    if (!(tokens * channels * (double)p->heads < 0x1p58))
+        return SPARGE_ERR_MEMORY;
+    arena needed = {0};
     lay_out(&needed, &w);
     char *memory = needed.overflows ? NULL : malloc(needed.used + ALIGNED);
     if (!memory)
         return SPARGE_ERR_MEMORY;
-    arena a = { .base = memory + (ALIGNED - (uintptr_t)memory % ALIGNED) };
+    arena a = {.base = memory + (ALIGNED - (uintptr_t)memory % ALIGNED)};
     lay_out(&a, &w);
     run_waves(&w);
     if (result) {
         const int64_t short_rows = sparge_max(1, p->q_len % o->block_q);
         for (int64_t h = 0; h < p->batch * p->heads; h++)
-            result->head_counts[h].pv_done = (double)w.pv_rows[h][0] / (double)o->block_q +
-                                             (double)w.pv_rows[h][1] / (double)short_rows;
+            result->head_counts[h].pv_done =
+                (double)w.pv_rows[h][0] / (double)o->block_q + (double)w.pv_rows[h][1] / (double)short_rows;
         result->workspace = (int64_t)needed.used;
         result->seconds_predict = w.predicting;
         result->seconds_quantize = w.packing;

@@ -6,21 +6,21 @@
  *     A [rows][depth]            row-major, as softmax and a head's queries come: Q, P
  *     B [panels][depth][16]      packed once for each key head: keys of K, channels of V
  *
- * Depth is padded to 16 with zeros, so that no product has a tail. A panel has its 16 columns in lanes of 32
- * bits, and a lane holds as much depth as it can:
+ * Depth is padded to 16 with zeros, so that no product has a tail. A panel has its 16 columns in lanes of
+ * 32 bits, and a lane holds as much depth as it can:
  *
  *     format   A          B, one panel                         exact while
  *     BYTES    uint8      [depth / 4][16][4] int8              A <= 127 on AVX2, any A elsewhere
- *     WORDS    int16      [depth / 4][2][16][2] int16          |A|, |B| <= 4095 and depth <= 128, or 2047 and 256
- *     FLOATS   float      [depth][16] float                    rounds as fmaf in the order of depth
+ *     WORDS    int16      [depth / 4][2][16][2] int16          |A|, |B| <= 4095 and depth <= 128, or 2047
+ * and 256 FLOATS   float      [depth][16] float                    rounds as fmaf in the order of depth
  *
  * WORDS keeps two pairs side by side: elements 2s and 2s + 1 of the first half of depth, then those of the
  * second half. That is what the inner product of Winograd (1968) needs: with x = A, y = B and ' for the
  * second half,  (x + y')(x' + y) = x y + x' y' + x x' + y y':  one multiplication for two, and sums that
- * depend on A or on B alone, which are subtracted by starting the accumulator at a_start + b_start. A kernel
- * that multiplies directly ignores them.
- * BYTES multiplies unsigned by signed. A query is signed and so stored as q + 128; the excess, 128 times the
- * sum of the key's codes, is subtracted by b_start. P is unsigned by nature and b_start 0. */
+ * depend on A or on B alone, which are subtracted by starting the accumulator at a_start + b_start. A
+ * kernel that multiplies directly ignores them. BYTES multiplies unsigned by signed. A query is signed and
+ * so stored as q + 128; the excess, 128 times the sum of the key's codes, is subtracted by b_start. P is
+ * unsigned by nature and b_start 0. */
 #ifndef SPARGE_CPU_KERNELS_H
 #define SPARGE_CPU_KERNELS_H
 
@@ -29,12 +29,7 @@
 
 enum { SPARGE_PANEL = 16 };
 
-typedef enum sparge_format {
-    SPARGE_BYTES,
-    SPARGE_WORDS,
-    SPARGE_FLOATS,
-    SPARGE_FORMATS
-} sparge_format;
+typedef enum sparge_format { SPARGE_BYTES, SPARGE_WORDS, SPARGE_FLOATS, SPARGE_FORMATS } sparge_format;
 
 /* Rows of one head in the caller's memory. */
 typedef struct sparge_rows {
@@ -48,10 +43,10 @@ typedef struct sparge_rows {
 typedef struct sparge_product {
     int64_t rows, panels, depth; /* depth is a multiple of 16 */
     const void *a;
-    int64_t a_stride;            /* elements from row to row */
-    const int32_t *a_start;      /* [rows] WORDS */
+    int64_t a_stride;       /* elements from row to row */
+    const int32_t *a_start; /* [rows] WORDS */
     const void *b;
-    const int32_t *b_start;      /* [panels * 16] WORDS, BYTES */
+    const int32_t *b_start; /* [panels * 16] WORDS, BYTES */
 } sparge_product;
 
 /* Where O += P V goes: o = o * shrink + weight * step * C, or without weight and step for FLOATS. */
@@ -64,16 +59,16 @@ typedef struct sparge_fold {
 
 /* A group of rows of S, -inf where a row must not look. */
 typedef struct sparge_scores {
-    const float *s; /* [rows][stride] in units of c */
+    const float *s;             /* [rows][stride] in units of c */
     int64_t rows, keys, stride; /* keys is a multiple of 16 */
     float c;                    /* to log2 units; > 0 */
 } sparge_scores;
 
 /* The rows of a group: m and l of the online softmax, and what the tile at hand does to them. */
 typedef struct sparge_group {
-    float *max, *sum;               /* m, l */
-    const float *local;             /* m_local; -inf where nothing is seen */
-    float *shrink, *weight;         /* of what was accumulated; of what is added */
+    float *max, *sum;       /* m, l */
+    const float *local;     /* m_local; -inf where nothing is seen */
+    float *shrink, *weight; /* of what was accumulated; of what is added */
 } sparge_group;
 
 typedef struct sparge_kernels {
@@ -90,13 +85,17 @@ typedef struct sparge_kernels {
     float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit);
     /* Codes in [-levels, levels]; one step for the block, or one for each channel. */
     float (*quantize)(const float *x, int64_t n, int levels, int16_t *code);
-    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int levels, float *step, int16_t *code);
+    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int levels, float *step,
+                              int16_t *code);
     /* Rows of x or code as A; as columns of B [panels(rows)][stride]; with depth running over the rows as
-     * B [panels(stride)][depth], zero from rows to depth. from is float for FLOATS, int16 codes otherwise. B begins
-     * where a lane may. */
-    void (*pack_rows[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *a, int32_t *start);
-    void (*pack_keys[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start);
-    void (*pack_values[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start);
+     * B [panels(stride)][depth], zero from rows to depth. from is float for FLOATS, int16 codes otherwise.
+     * B begins where a lane may. */
+    void (*pack_rows[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *a,
+                                      int32_t *start);
+    void (*pack_keys[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b,
+                                      int32_t *start);
+    void (*pack_values[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b,
+                                        int32_t *start);
 
     /* ---- One row of the prediction (ref/predict.c) ---- */
     void (*rank)(const float *pool, const float *pools, int64_t n, int64_t stride, float scale, float *s);
@@ -106,10 +105,10 @@ typedef struct sparge_kernels {
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
     void (*maxima)(const sparge_scores *, float *local);
     void (*raise)(const sparge_group *, int64_t rows, int levels); /* levels 0: P is not coded */
-    /* P of each row against max [rows], with its sum and, for WORDS, a_start. Columns: scores->keys. P of FLOATS may
-     * stand where S does. */
-    void (*weigh[SPARGE_FORMATS])(const sparge_scores *, const float *max, void *p, int64_t p_stride, float *sum,
-                                  int32_t *start);
+    /* P of each row against max [rows], with its sum and, for WORDS, a_start. Columns: scores->keys. P of
+     * FLOATS may stand where S does. */
+    void (*weigh[SPARGE_FORMATS])(const sparge_scores *, const float *max, void *p, int64_t p_stride,
+                                  float *sum, int32_t *start);
     void (*fold[SPARGE_FORMATS])(const sparge_product *, const sparge_fold *);
 
     /* ---- One row of the output ---- */

@@ -1,5 +1,5 @@
-/* pack.c: one pass over q, k and v: while a block is in cache it is smoothed, pooled, judged, coded and laid
- * out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
+/* pack.c: one pass over q, k and v: while a block is in cache it is smoothed, pooled, judged, coded and
+ * laid out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
 #include "cpu/work.h"
 
 sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first, int64_t rows,
@@ -7,7 +7,7 @@ sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int
 {
     const int64_t size = in->dtype == SPARGE_F32 ? 4 : 2;
     const int64_t at = head / heads * in->batch + head % heads * in->head + first * in->token;
-    return (sparge_rows){ (const char *)in->data + at * size, in->dtype, in->token, rows, dim };
+    return (sparge_rows){(const char *)in->data + at * size, in->dtype, in->token, rows, dim};
 }
 
 static sparge_rows key_block(const sparge_work *w, const sparge_in *in, int64_t n, int64_t j, int64_t dim)
@@ -28,7 +28,7 @@ void sparge_pack_sum(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t
 void sparge_pack_mean(const sparge_work *w, int64_t n)
 {
     float *mean = w->mean + n * w->k.stride;
-    double total[SPARGE_MAX_DIM] = { 0 };
+    double total[SPARGE_MAX_DIM] = {0};
     for (int64_t j = 0; j < w->g.k_blocks; j++)
         for (int64_t c = 0; c < w->p->dim; c++)
             total[c] += (double)w->pool_k[(n * w->g.k_blocks + j) * w->k.stride + c];
@@ -78,8 +78,10 @@ void sparge_pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, int64
         const int64_t first = (w->first_kv + n) * w->g.k_len + j * w->g.block_k;
         float *step = v->step + at * v->steps;
         w->kernels.quantize_channels(t->x, rows.rows, v->stride, v->levels, step, t->code);
-        sparge_trace_rows(w->trace->codes_v, first, rows.rows, w->p->dim_v, t->code, v->stride, sizeof(int16_t));
-        sparge_trace_rows(w->trace->steps_v, (w->first_kv + n) * blocks + j, 1, w->p->dim_v, step, v->stride, sizeof(float));
+        sparge_trace_rows(w->trace->codes_v, first, rows.rows, w->p->dim_v, t->code, v->stride,
+                          sizeof(int16_t));
+        sparge_trace_rows(w->trace->steps_v, (w->first_kv + n) * blocks + j, 1, w->p->dim_v, step,
+                          v->stride, sizeof(float));
     }
     w->kernels.pack_values[v->format](v->levels ? (void *)t->code : t->x, rows.rows, v->stride,
                                       v->data + at * v->block, v->start + at * v->starts);
@@ -105,8 +107,8 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, sparge_task *tas
     q->step[at] = 1.0f;
     if (q->levels) {
         q->step[at] = w->kernels.quantize(t->x, rows.rows * q->stride, q->levels, t->code);
-        sparge_trace_rows(trace->codes_q, task->head * g->q_len + first, rows.rows, w->p->dim, t->code, q->stride,
-                   sizeof(int16_t));
+        sparge_trace_rows(trace->codes_q, task->head * g->q_len + first, rows.rows, w->p->dim, t->code,
+                          q->stride, sizeof(int16_t));
         sparge_trace_rows(trace->steps_q, line, 1, 1, &q->step[at], 1, sizeof(float));
     }
     w->kernels.pack_rows[q->format](q->levels ? (void *)t->code : t->x, rows.rows, q->stride,

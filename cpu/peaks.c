@@ -1,6 +1,6 @@
-/* peaks.c: what this machine can do at most, measured: the ceilings that speeds are divided by. Medians, as those
- * speeds are: where the clock moves or a neighbour shares the core, the best moment of a ceiling would be held
- * against the usual one of a kernel. */
+/* peaks.c: what this machine can do at most, measured: the ceilings that speeds are divided by. Medians, as
+ * those speeds are: where the clock moves or a neighbour shares the core, the best moment of a ceiling
+ * would be held against the usual one of a kernel. */
 #include <stdlib.h>
 
 #ifdef _OPENMP
@@ -72,8 +72,8 @@ sparge_status sparge_cpu_peaks(sparge_isa isa, int threads, sparge_peaks *peaks)
         return SPARGE_ERR_MEMORY;
     for (int64_t n = 0; n < BUFFER; n++)
         x[n] = 1.0f;
-    *peaks = (sparge_peaks){ operation_rate(k.peak_floats, threads), operation_rate(k.peak_bytes, threads),
-                             read_rate(k.peak_read, x, threads) };
+    *peaks = (sparge_peaks){operation_rate(k.peak_floats, threads), operation_rate(k.peak_bytes, threads),
+                            read_rate(k.peak_read, x, threads)};
     free(x);
     return SPARGE_OK;
 }

@@ -1,13 +1,14 @@
-/* products.h: the two matrix products in vectors, written once. An instruction set's file includes it after it has
- * said what a vector is:
+/* products.h: the two matrix products in vectors, written once. An instruction set's file includes it after
+ * it has said what a vector is:
  *
  *     LANES, floats, ints             vectors of so many lanes of 32 bits
  *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from ints
  *     f_mul, f_fma                    a * b, and a * b + c rounded once
- *     i_all, i_dot_bytes              one int32 in every lane; c + the four products of a, unsigned, and b in a lane
- *     WIDTH, HEIGHT, HEIGHT_FLOATS    of a tile: vectors across, rows of integers and of floats
+ *     i_all, i_dot_bytes              one int32 in every lane; c + the four products of a, unsigned, and b
+ * in a lane WIDTH, HEIGHT, HEIGHT_FLOATS    of a tile: vectors across, rows of integers and of floats
  *
- * and defines the tiles of integers. A tile is inlined with constant rows and vectors, so that C stays in registers. */
+ * and defines the tiles of integers. A tile is inlined with constant rows and vectors, so that C stays in
+ * registers. */
 #ifndef SPARGE_CPU_PRODUCTS_H
 #define SPARGE_CPU_PRODUCTS_H
 
@@ -50,7 +51,8 @@ INLINE int64_t b_apart(const sparge_product *x, size_t size)
 }
 
 /* C += A B. */
-INLINE void tile_floats(const sparge_product *x, part at, int rows, int vectors, floats c[HEIGHT_FLOATS][WIDTH])
+INLINE void tile_floats(const sparge_product *x, part at, int rows, int vectors,
+                        floats c[HEIGHT_FLOATS][WIDTH])
 {
     const float *row[HEIGHT_FLOATS], *b = b_of(x, at, sizeof *b);
     const int64_t apart = b_apart(x, sizeof *b) / (int64_t)sizeof *b;
@@ -120,9 +122,11 @@ INLINE float *o_of(const sparge_fold *to, part at, int r, int n)
 /* Without the pragmas gcc parks C in memory between the product and this. */
 INLINE void fold_ints(const sparge_fold *to, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
 {
-    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++) {
+    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
+    {
         const floats shrink = f_all(to->shrink[at.row + r]), weight = f_all(to->weight[at.row + r]);
-        _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++) {
+        _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++)
+        {
             float *o = o_of(to, at, r, n);
             const floats step = f_mul(weight, f_load(to->step + (at.column + n) * LANES));
             f_store(o, f_fma(step, f_of(c[r][n]), f_mul(f_load(o), shrink)));
@@ -161,17 +165,18 @@ INLINE void fold_part_floats(const sparge_product *x, const void *to, part at, i
 
 typedef void part_of_product(const sparge_product *x, const void *to, part at, int rows, int vectors);
 
-INLINE void down(const sparge_product *x, const void *to, part_of_product *run, int height, int64_t column, int vectors)
+INLINE void down(const sparge_product *x, const void *to, part_of_product *run, int height, int64_t column,
+                 int vectors)
 {
     int64_t r = 0;
     for (; r + height <= x->rows; r += height)
-        run(x, to, (part){ r, column }, height, vectors);
+        run(x, to, (part){r, column}, height, vectors);
     for (; height > 4 && r + 4 <= x->rows; r += 4)
-        run(x, to, (part){ r, column }, 4, vectors);
+        run(x, to, (part){r, column}, 4, vectors);
     for (; r + 2 <= x->rows; r += 2)
-        run(x, to, (part){ r, column }, 2, vectors);
+        run(x, to, (part){r, column}, 2, vectors);
     if (r < x->rows)
-        run(x, to, (part){ r, column }, 1, vectors);
+        run(x, to, (part){r, column}, 1, vectors);
 }
 
 INLINE void product(const sparge_product *x, const void *to, part_of_product *run, int height)
@@ -186,22 +191,31 @@ INLINE void product(const sparge_product *x, const void *to, part_of_product *ru
 
 static void score_bytes(const sparge_product *x, float *s, int64_t s_stride)
 {
-    product(x, &(scored){ s, s_stride }, score_part_bytes, HEIGHT);
+    product(x, &(scored){s, s_stride}, score_part_bytes, HEIGHT);
 }
 
 static void score_words(const sparge_product *x, float *s, int64_t s_stride)
 {
-    product(x, &(scored){ s, s_stride }, score_part_words, HEIGHT);
+    product(x, &(scored){s, s_stride}, score_part_words, HEIGHT);
 }
 
 static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
 {
-    product(x, &(scored){ s, s_stride }, score_part_floats, HEIGHT_FLOATS);
+    product(x, &(scored){s, s_stride}, score_part_floats, HEIGHT_FLOATS);
 }
 
-static void fold_bytes(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_bytes, HEIGHT); }
-static void fold_words(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_words, HEIGHT); }
-static void fold_floats(const sparge_product *x, const sparge_fold *f) { product(x, f, fold_part_floats, HEIGHT_FLOATS); }
+static void fold_bytes(const sparge_product *x, const sparge_fold *f)
+{
+    product(x, f, fold_part_bytes, HEIGHT);
+}
+static void fold_words(const sparge_product *x, const sparge_fold *f)
+{
+    product(x, f, fold_part_words, HEIGHT);
+}
+static void fold_floats(const sparge_product *x, const sparge_fold *f)
+{
+    product(x, f, fold_part_floats, HEIGHT_FLOATS);
+}
 
 /* ---- What the units can do at most: as many operations as fit, from registers ---- */
 
@@ -213,8 +227,8 @@ static int64_t peak_floats(int64_t rounds)
     for (int n = 0; n < CHAINS; n++)
         sum[n] = f_all((float)n);
     for (int64_t r = 0; r < rounds; r++)
-        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
-            sum[n] = f_fma(sum[n], f_all(0.5f), f_all(1.0f));
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) sum[n] =
+            f_fma(sum[n], f_all(0.5f), f_all(1.0f));
     float last[LANES];
     for (int n = 1; n < CHAINS; n++)
         sum[0] = f_fma(sum[0], f_all(1.0f), sum[n]);
@@ -229,8 +243,7 @@ static int64_t peak_bytes(int64_t rounds)
         sum[n] = i_all(n);
     const ints a = i_all(0x01020304), b = i_all((int32_t)rounds);
     for (int64_t r = 0; r < rounds; r++)
-        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
-            sum[n] = i_dot_bytes(sum[n], a, b);
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) sum[n] = i_dot_bytes(sum[n], a, b);
     float last[LANES];
     for (int n = 0; n < CHAINS; n++)
         sum[0] = i_dot_bytes(sum[n], sum[0], b);

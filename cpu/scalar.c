@@ -1,4 +1,5 @@
-/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others overwrite. */
+/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others overwrite.
+ */
 #include "cpu/stages.h"
 
 static float dot(const float *a, const float *b, int64_t n) { return sparge_dot(a, b, n); }
@@ -65,8 +66,14 @@ static void score(const sparge_product *x, float *s, int64_t s_stride,
         }
 }
 
-static void score_bytes(const sparge_product *x, float *s, int64_t s_stride) { score(x, s, s_stride, row_bytes); }
-static void score_words(const sparge_product *x, float *s, int64_t s_stride) { score(x, s, s_stride, row_words); }
+static void score_bytes(const sparge_product *x, float *s, int64_t s_stride)
+{
+    score(x, s, s_stride, row_bytes);
+}
+static void score_words(const sparge_product *x, float *s, int64_t s_stride)
+{
+    score(x, s, s_stride, row_words);
+}
 
 static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
 {
@@ -178,7 +185,7 @@ static void weigh_floats(const sparge_scores *x, const float *max, void *p, int6
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {
-        float *to = (float *)p + r * p_stride, partial[16] = { 0 };
+        float *to = (float *)p + r * p_stride, partial[16] = {0};
         for (int64_t t = 0; t < x->keys; t++)
             to[t] = sparge_exp2(below(x, r * x->stride + t, max[r]));
         for (int64_t t = 0; t < x->keys; t += 16)
@@ -192,7 +199,7 @@ static void weigh_floats(const sparge_scores *x, const float *max, void *p, int6
 
 static int64_t peak_floats(int64_t rounds)
 {
-    float sum[8] = { 0 };
+    float sum[8] = {0};
     for (int64_t r = 0; r < rounds; r++)
         for (int n = 0; n < 8; n++)
             sum[n] = fmaf(sum[n], 0.5f, 1.0f);
@@ -204,7 +211,7 @@ static int64_t peak_floats(int64_t rounds)
 
 static int64_t peak_bytes(int64_t rounds)
 {
-    uint32_t sum[8] = { 0 }, all = 0;
+    uint32_t sum[8] = {0}, all = 0;
     for (int64_t r = 0; r < rounds; r++)
         for (uint32_t n = 0; n < 8; n++)
             sum[n] = sum[n] * 3 + n;

@@ -1,5 +1,5 @@
-/* select.c: one row of the block mask (ref/predict.c; Algorithm 1 lines 5 and 6), in time that grows as the row:
- * the reference sorts, this finds the score at which the sorted prefix ends. */
+/* select.c: one row of the block mask (ref/predict.c; Algorithm 1 lines 5 and 6), in time that grows as the
+ * row: the reference sorts, this finds the score at which the sorted prefix ends. */
 #include "common/block_mask.h"
 #include "cpu/work.h"
 #include "ref/ref.h"
@@ -19,14 +19,14 @@ static uint32_t order_of(float x)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* In the order of scores downward and blocks upward: the longest prefix of a mass within `limit`, at least one.
- * The key at which it ends is found by radix, eight bits at a time from the top. */
+/* In the order of scores downward and blocks upward: the longest prefix of a mass within `limit`, at least
+ * one. The key at which it ends is found by radix, eight bits at a time from the top. */
 static void keep_prefix(const ranked *row, double limit, uint32_t *kept)
 {
     uint64_t taken = 0;
     uint32_t end = 0, known = 0; /* the leading bits of that key, and where they stand */
     for (int shift = 24; shift >= 0; shift -= 8) {
-        uint64_t mass[256] = { 0 };
+        uint64_t mass[256] = {0};
         for (int64_t n = 0; n < row->n; n++)
             if ((row->key[n] & known) == end)
                 mass[row->key[n] >> shift & 255] += row->mass ? row->mass[n] : 1;
@@ -59,7 +59,8 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
     uint32_t *kept = w->predicted->bits + line * w->predicted->words;
     memset(kept, 0, (size_t)w->predicted->words * sizeof *kept);
 
-    /* Line 5: S[i,:]; what cannot be ranked is kept, as is everything for a query block that is not similar. */
+    /* Line 5: S[i,:]; what cannot be ranked is kept, as is everything for a query block that is not
+     * similar. */
     w->kernels.rank(w->pool_q + task->slot * w->q.stride, w->pool_k + key_blocks * w->k.stride, visible,
                     w->k.stride, w->o->scale, t->rank);
     const bool q_similar = task->finite && task->sim > knobs->theta;
@@ -82,7 +83,7 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
     sparge_trace_rows(w->trace->s, line, 1, g->k_blocks, t->rank, g->k_blocks, sizeof *t->rank);
 
     /* Line 6: M[i,:]. */
-    ranked row = { n, t->key, t->mass, t->place };
+    ranked row = {n, t->key, t->mass, t->place};
     if (knobs->tau != SPARGE_OFF) {
         uint64_t total = 0;
         for (int64_t e = 0; e < n; e++)
@@ -97,7 +98,8 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
         keep_prefix(&row, floor((double)knobs->topk * (double)visible + 1e-5), kept);
     }
     if (w->o->causal != SPARGE_CAUSAL_NONE)
-        for (int64_t j = sparge_max(0, sparge_last_key(g, task->i * g->block_q)) / g->block_k; j < visible; j++)
+        for (int64_t j = sparge_max(0, sparge_last_key(g, task->i * g->block_q)) / g->block_k; j < visible;
+             j++)
             sparge_mask_row_set(kept, j);
     if (w->o->sink && visible)
         sparge_mask_row_set(kept, 0);

@@ -8,9 +8,9 @@
 #include "common/half.h"
 #include "cpu/kernels.h"
 
-static float dot(const float *a, const float *b, int64_t n);       /* sparge_dot, n a multiple of 16 */
-static void widen(const uint16_t *from, int64_t n, float *to);     /* binary16, exact */
-static void narrow(const float *from, int64_t n, uint16_t *to);    /* binary16, to nearest even */
+static float dot(const float *a, const float *b, int64_t n);    /* sparge_dot, n a multiple of 16 */
+static void widen(const uint16_t *from, int64_t n, float *to);  /* binary16, exact */
+static void narrow(const float *from, int64_t n, uint16_t *to); /* binary16, to nearest even */
 
 static int64_t padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPARGE_PANEL; }
 
@@ -151,8 +151,7 @@ static void quantize_channels(const float *x, int64_t rows, int64_t stride, int 
         step[c] = step_of(step[c], levels);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < stride; c++)
-            code[r * stride + c] =
-                code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, levels);
+            code[r * stride + c] = code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, levels);
 }
 
 /* ---- Packing ---- */
@@ -268,7 +267,8 @@ static void pack_values_words(const void *from, int64_t rows, int64_t stride, vo
     memset(start, 0, (size_t)stride * sizeof *start);
     for (int64_t t = 0; t + half < rows; t++)
         for (int64_t c = 0; c < stride; c++)
-            start[c] -= ((const int16_t *)from)[t * stride + c] * ((const int16_t *)from)[(t + half) * stride + c];
+            start[c] -=
+                ((const int16_t *)from)[t * stride + c] * ((const int16_t *)from)[(t + half) * stride + c];
 }
 
 static void pack_values_floats(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
@@ -298,12 +298,13 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 
 /* ---- One tile ---- */
 
-/* sparge_row_raise for a vector of rows. A row that sees nothing of the tile keeps what it has. P that is not
- * coded is weighed against the running maximum, and needs no weight of its own. */
+/* sparge_row_raise for a vector of rows. A row that sees nothing of the tile keeps what it has. P that is
+ * not coded is weighed against the running maximum, and needs no weight of its own. */
 static void raise_rows(const sparge_group *g, int64_t rows, int levels)
 {
     const float unit = levels ? (float)levels : 1.0f, *restrict local = g->local;
-    float *restrict max = g->max, *restrict sum = g->sum, *restrict shrink = g->shrink, *restrict weight = g->weight;
+    float *restrict max = g->max, *restrict sum = g->sum, *restrict shrink = g->shrink,
+                    *restrict weight = g->weight;
     for (int64_t r = 0; r < rows; r++) {
         const float old = max[r], raised = local[r] > old ? local[r] : old;
         const float behind = local[r] == -INFINITY ? -INFINITY : local[r] - raised;
@@ -336,7 +337,7 @@ static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, voi
 
 static float peak_read(const float *x, int64_t n)
 {
-    float sum[64] = { 0 };
+    float sum[64] = {0};
     for (int64_t e = 0; e + 64 <= n; e += 64)
         for (int64_t lane = 0; lane < 64; lane++)
             sum[lane] += x[e + lane];

@@ -1,5 +1,5 @@
-/* tile.c: one query block through its kept key blocks (ref/attend.c; Algorithm 1 lines 7-21), a group of rows
- * at a time: the rows that decide lambda together. */
+/* tile.c: one query block through its kept key blocks (ref/attend.c; Algorithm 1 lines 7-21), a group of
+ * rows at a time: the rows that decide lambda together. */
 #include <string.h>
 
 #include "common/block_mask.h"
@@ -31,7 +31,7 @@ static bool skips(const sparge_scratch *t, const group *x, float lambda)
 {
     float gap = -INFINITY;
     for (int64_t r = 0; r < x->rows && lambda > -INFINITY; r++) {
-        const sparge_row state = { t->max[x->i_row + r], t->sum[x->i_row + r] };
+        const sparge_row state = {t->max[x->i_row + r], t->sum[x->i_row + r]};
         gap = fmaxf(gap, sparge_row_gap(&state, t->local[r]));
     }
     return sparge_group_skips(gap, lambda);
@@ -49,17 +49,22 @@ static void overflow(const sparge_work *w, sparge_scratch *t, const group *x)
 }
 
 /* Line 10 to 16 for a group that sees some of the keys. Returns whether P.V was computed. */
-static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *task, const group *x, float lambda,
-                 int64_t *visible)
+static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *task, const group *x,
+                 float lambda, int64_t *visible)
 {
     const sparge_kernels *run = &w->kernels;
     const sparge_operand *q = &w->q, *k = &w->k, *v = &w->v;
     const int64_t columns = sparge_padded(x->keys), stride = w->keys + SPARGE_PANEL;
     const int64_t q_row = task->slot * q->starts + x->i_row, size = q->block / q->starts;
     const sparge_product scores = {
-        .rows = x->rows, .panels = columns / SPARGE_PANEL, .depth = q->stride,
-        .a = q->data + q_row * size, .a_stride = q->stride, .a_start = q->start + q_row,
-        .b = k->data + x->at * k->block, .b_start = k->start + x->at * k->starts,
+        .rows = x->rows,
+        .panels = columns / SPARGE_PANEL,
+        .depth = q->stride,
+        .a = q->data + q_row * size,
+        .a_stride = q->stride,
+        .a_start = q->start + q_row,
+        .b = k->data + x->at * k->block,
+        .b_start = k->start + x->at * k->starts,
     };
     run->score[q->format](&scores, t->s, stride);
     *visible = x->rows * x->keys;
@@ -69,38 +74,44 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
     /* A step of 0, or two small ones, make c 0; a c that is not 0 keeps -inf what it is. The maxima become
      * what c makes of them. */
     const float c = q->step[task->slot] * k->step[x->at] * w->o->scale * SPARGE_LOG2E;
-    const sparge_scores s = { t->s, x->rows, columns, stride, c == 0.0f ? 0x1p-149f : c };
+    const sparge_scores s = {t->s, x->rows, columns, stride, c == 0.0f ? 0x1p-149f : c};
     run->maxima(&s, t->local);
     for (int64_t r = 0; c == 0.0f && r < x->rows; r++)
         t->local[r] = t->local[r] == -INFINITY ? -INFINITY : 0.0f * t->local[r];
     if (skips(t, x, lambda))
         return false;
 
-    const sparge_group rows = { t->max + x->i_row, t->sum + x->i_row, t->local, t->shrink, t->weight };
+    const sparge_group rows = {t->max + x->i_row, t->sum + x->i_row, t->local, t->shrink, t->weight};
     run->raise(&rows, x->rows, v->levels);
     run->weigh[v->format](&s, v->levels ? t->local : rows.max, t->p, stride, t->row_sum, t->p_start);
     for (int64_t r = 0; r < x->rows; r++)
         rows.sum[r] += t->weight[r] * t->row_sum[r];
     overflow(w, t, x);
     const sparge_product products = {
-        .rows = x->rows, .panels = v->stride / SPARGE_PANEL, .depth = columns,
-        .a = t->p, .a_stride = stride, .a_start = t->p_start,
-        .b = v->data + x->at * v->block, .b_start = v->start + x->at * v->starts,
+        .rows = x->rows,
+        .panels = v->stride / SPARGE_PANEL,
+        .depth = columns,
+        .a = t->p,
+        .a_stride = stride,
+        .a_start = t->p_start,
+        .b = v->data + x->at * v->block,
+        .b_start = v->start + x->at * v->starts,
     };
-    const sparge_fold into = { t->shrink, t->weight, v->step + x->at * v->steps, t->o + x->i_row * v->stride,
-                               v->stride };
+    const sparge_fold into = {t->shrink, t->weight, v->step + x->at * v->steps, t->o + x->i_row * v->stride,
+                              v->stride};
     run->fold[v->format](&products, &into);
     return true;
 }
 
-/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows, where they
- * computed P.V. Rare, and so it looks the elements up again. */
+/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows, where
+ * they computed P.V. Rare, and so it looks the elements up again. */
 static void spoil(const sparge_work *w, sparge_scratch *t, const group *x, int64_t kv, bool done)
 {
     const sparge_problem *p = w->p;
     for (int64_t key = 0; key < x->keys; key++) {
         const sparge_rows k = sparge_rows_of(&p->k, p->kv_heads, kv, x->j * w->g.block_k + key, 1, p->dim);
-        const sparge_rows v = sparge_rows_of(&p->v, p->kv_heads, kv, x->j * w->g.block_k + key, 1, p->dim_v);
+        const sparge_rows v =
+            sparge_rows_of(&p->v, p->kv_heads, kv, x->j * w->g.block_k + key, 1, p->dim_v);
         const float *mean = w->o->smooth_k ? w->mean + (kv - w->first_kv) * w->k.stride : w->no_mean;
         const bool bad = !w->kernels.load(&k, mean, w->k.stride, t->x);
         for (int64_t r = 0; r < x->rows; r++)
@@ -118,13 +129,13 @@ static void spoil(const sparge_work *w, sparge_scratch *t, const group *x, int64
     }
 }
 
-/* Lines 20-21 for one row: o / l, and lse in natural units with the mean key put back. q is read before o is
- * written, which may stand in the same place. */
+/* Lines 20-21 for one row: o / l, and lse in natural units with the mean key put back. q is read before o
+ * is written, which may stand in the same place. */
 static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_task *task, int64_t r)
 {
     const sparge_problem *p = w->p;
     const sparge_out *out = &w->result->o;
-    const sparge_row state = { t->max[r], t->sum[r] };
+    const sparge_row state = {t->max[r], t->sum[r]};
     const int64_t token = task->i * w->g.block_q + r, line = task->head * p->q_len + token;
     const bool empty = sparge_row_is_empty(&state);
     if (!task->finite || (w->result->lse && w->o->smooth_k)) {
@@ -140,7 +151,8 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
         }
         w->result->lse[line] = lse;
     }
-    const int64_t at = task->head / p->heads * out->batch + task->head % p->heads * out->head + token * out->token;
+    const int64_t at =
+        task->head / p->heads * out->batch + task->head % p->heads * out->head + token * out->token;
     w->kernels.store(t->o + r * w->v.stride, p->dim_v, spoilt ? NAN : sparge_row_norm(&state), out->dtype,
                      (char *)out->data + at * (out->dtype == SPARGE_F32 ? 4 : 2));
     sparge_trace_rows(w->trace->m, line, 1, 1, &state.max, 1, sizeof state.max);
@@ -173,8 +185,9 @@ void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *ta
         int64_t rows_done = 0;
         const int64_t at = (kv - w->first_kv) * g->k_blocks + j;
         for (int64_t r = 0; r < rows; r += together) {
-            const group x = { first + r, sparge_min(together, rows - r), r, j, at,
-                              sparge_block_rows(g->k_len, g->block_k, j) };
+            const group x = {first + r, sparge_min(together, rows - r),
+                             r,         j,
+                             at,        sparge_block_rows(g->k_len, g->block_k, j)};
             int64_t seen = 0;
             bool done = true; /* as a group that sees none of the keys counts */
             if (sparge_keys_seen(g, x.first + x.rows - 1, j))

@@ -1,5 +1,5 @@
-/* vnni.h: tiles of integers by the dot products of VNNI, on vectors of any length. Included, with products.h's
- * vectors, after
+/* vnni.h: tiles of integers by the dot products of VNNI, on vectors of any length. Included, with
+ * products.h's vectors, after
  *
  *     i_load, i_zero                  ints from memory, and 0
  *     i_dot_words(c, a, b)            c + the two products of signed words in a lane */

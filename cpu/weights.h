@@ -1,21 +1,19 @@
-/* weights.h: softmax of a tile in vectors, written once: the largest score of each row, and P from S. An instruction
- * set's file includes it after products.h and after it has said
+/* weights.h: softmax of a tile in vectors, written once: the largest score of each row, and P from S. An
+ * instruction set's file includes it after products.h and after it has said
  *
  *     f_add, f_sub, f_min, f_max      the latter two give b where a or b is a NaN
- *     i_power(x), f_scale(p, i)       n, where an exponent stands, for x = n + 1.5 * 2^23; p * 2^n. A NaN stays one
- *     f_flush(x, p)                   p, or 0 where x < -126
- *     f_most(x)                       the largest lane
- *     i_zero, i_add, i_sum(x)         of ints; the sum of all lanes
- *     i_of(x)                         truncated; of a NaN, the most negative one
- *     store_bytes, store_words(to, x, vectors)    ints as uint8 and int16, negative ones as 0; returns their sums
- *     sum_of(x)                       sparge_sum_of, of 16 lanes */
+ *     i_power(x), f_scale(p, i)       n, where an exponent stands, for x = n + 1.5 * 2^23; p * 2^n. A NaN
+ * stays one f_flush(x, p)                   p, or 0 where x < -126 f_most(x)                       the
+ * largest lane i_zero, i_add, i_sum(x)         of ints; the sum of all lanes i_of(x) truncated; of a NaN,
+ * the most negative one store_bytes, store_words(to, x, vectors)    ints as uint8 and int16, negative ones
+ * as 0; returns their sums sum_of(x)                       sparge_sum_of, of 16 lanes */
 #ifndef SPARGE_CPU_WEIGHTS_H
 #define SPARGE_CPU_WEIGHTS_H
 
 #include "cpu/stages.h"
 
-/* So many vectors go side by side through a polynomial, as many as two units need to be busy while each waits for
- * itself: a step takes 4 cycles. */
+/* So many vectors go side by side through a polynomial, as many as two units need to be busy while each
+ * waits for itself: a step takes 4 cycles. */
 enum { BESIDE = 8, PARTIALS = SPARGE_PANEL / (int)LANES };
 
 static void maxima(const sparge_scores *x, float *local)
@@ -43,10 +41,12 @@ typedef struct weighing {
     floats total[PARTIALS]; /* the same of FLOATS */
 } weighing;
 
-/* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below -126, where p is 2^-126. */
+/* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below -126, where p is 2^-126.
+ */
 INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], floats p[BESIDE])
 {
-    static const float coefficient[] = { 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f, 1.0f };
+    static const float coefficient[] = {0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f,
+                                        1.0f};
     const floats magic = f_all(12582912.0f), lowest = f_all(-126.0f);
     floats f[BESIDE];
     ints power[BESIDE];
@@ -101,8 +101,11 @@ INLINE void weigh_some_floats(weighing *w, int64_t t, int vectors)
 INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float max, void *p,
                           void (*some)(weighing *, int64_t t, int vectors))
 {
-    weighing w = { .s = x->s + r * x->stride, .c = f_all(x->c), .minus_max = f_all(max == -INFINITY ? 0.0f : -max),
-                   .p = p, .codes = i_zero() };
+    weighing w = {.s = x->s + r * x->stride,
+                  .c = f_all(x->c),
+                  .minus_max = f_all(max == -INFINITY ? 0.0f : -max),
+                  .p = p,
+                  .codes = i_zero()};
     for (int n = 0; n < PARTIALS; n++)
         w.total[n] = f_all(0.0f);
     if (x->keys == BESIDE * LANES) { /* a usual tile: without a loop around it gcc spills less */

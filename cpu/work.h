@@ -1,6 +1,6 @@
 /* work.h: what the cpu backend holds while it works, and its four steps: pack.c (one pass over q, k and v),
- * select.c (one row of the mask), tile.c (one query block through its key blocks), driver.c (memory, threads,
- * the order of it all). None of them knows an instruction set. */
+ * select.c (one row of the mask), tile.c (one query block through its key blocks), driver.c (memory,
+ * threads, the order of it all). None of them knows an instruction set. */
 #ifndef SPARGE_CPU_WORK_H
 #define SPARGE_CPU_WORK_H
 
@@ -10,20 +10,20 @@
 /* Q, K or V in blocks, each as a kernel wants it. */
 typedef struct sparge_operand {
     sparge_format format;
-    int levels;             /* codes are in [-levels, levels]; 0: values */
-    int64_t stride;         /* channels, padded to 16 */
-    int64_t block;          /* bytes of a block */
-    int64_t starts, steps;  /* of a block */
-    char *data;             /* [blocks][block] */
-    int32_t *start;         /* [blocks][starts] */
-    float *step;            /* [blocks][steps] */
+    int levels;            /* codes are in [-levels, levels]; 0: values */
+    int64_t stride;        /* channels, padded to 16 */
+    int64_t block;         /* bytes of a block */
+    int64_t starts, steps; /* of a block */
+    char *data;            /* [blocks][block] */
+    int32_t *start;        /* [blocks][starts] */
+    float *step;           /* [blocks][steps] */
 } sparge_operand;
 
 /* One query block of one head. */
 typedef struct sparge_task {
-    int64_t head, i;  /* batch * heads + head; query block */
-    int64_t slot;     /* its place in Q and pool_q */
-    int64_t cost;     /* key blocks to compute */
+    int64_t head, i; /* batch * heads + head; query block */
+    int64_t slot;    /* its place in Q and pool_q */
+    int64_t cost;    /* key blocks to compute */
     float sim;
     bool finite;
     sparge_counts counts; /* but for pv_done: */
@@ -32,17 +32,17 @@ typedef struct sparge_task {
 
 /* Where a thread works. */
 typedef struct sparge_scratch {
-    float *x, *unit;    /* a block of tokens on its way to codes */
+    float *x, *unit; /* a block of tokens on its way to codes */
     int16_t *code;
-    float *rank;        /* [k_blocks] S[i,:] */
-    uint32_t *key, *mass, *place; /* [k_blocks] select.c */
-    float *s, *o;       /* [group][keys + 16], [block_q][stride of V] */
-    void *p;            /* [group][keys + 16] in the format of V */
-    float *max, *sum;   /* [block_q] m and l */
+    float *rank;                              /* [k_blocks] S[i,:] */
+    uint32_t *key, *mass, *place;             /* [k_blocks] select.c */
+    float *s, *o;                             /* [group][keys + 16], [block_q][stride of V] */
+    void *p;                                  /* [group][keys + 16] in the format of V */
+    float *max, *sum;                         /* [block_q] m and l */
     float *local, *shrink, *weight, *row_sum; /* [group] */
-    int32_t *p_start;   /* [group] */
-    bool *spoilt;       /* [block_q] rows that met a non-finite query or key */
-    float *share;       /* [k_blocks] of the rows whose P.V was computed */
+    int32_t *p_start;                         /* [group] */
+    bool *spoilt;                             /* [block_q] rows that met a non-finite query or key */
+    float *share;                             /* [k_blocks] of the rows whose P.V was computed */
 } sparge_scratch;
 
 enum { SPARGE_BAD_KEY = 1, SPARGE_BAD_VALUE = 2 }; /* a block holds a non-finite element */
@@ -60,16 +60,16 @@ typedef struct sparge_work {
     const sparge_mask *mask; /* NULL: dense */
     sparge_result *result;
 
-    int64_t wave, chunk; /* so many key heads, so many query blocks at a time */
+    int64_t wave, chunk;                   /* so many key heads, so many query blocks at a time */
     double packing, predicting, attending; /* seconds */
 
     /* Of a wave of key heads, first_kv to end_kv of batch * kv_heads. */
     int64_t first_kv, end_kv;
-    float *no_mean;   /* [stride] zeros */
-    float *mean;      /* [key heads][stride] */
-    float *pool_k;    /* [key heads][k_blocks][stride]; sums of blocks before the mean is known */
-    float *sim_k;     /* [key heads][k_blocks] */
-    uint8_t *bad;     /* [key heads][k_blocks] */
+    float *no_mean; /* [stride] zeros */
+    float *mean;    /* [key heads][stride] */
+    float *pool_k;  /* [key heads][k_blocks][stride]; sums of blocks before the mean is known */
+    float *sim_k;   /* [key heads][k_blocks] */
+    uint8_t *bad;   /* [key heads][k_blocks] */
     sparge_operand k, v;
 
     /* Of a chunk of the wave's query blocks. */
@@ -91,9 +91,10 @@ static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
     return head / (p->heads / p->kv_heads);
 }
 
-/* Rows [first, first + rows) of a traced array [rows][dim], where it is wanted; from has padding up to stride. */
-static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, int64_t dim, const void *from,
-                                     int64_t stride, size_t size)
+/* Rows [first, first + rows) of a traced array [rows][dim], where it is wanted; from has padding up to
+ * stride. */
+static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, int64_t dim,
+                                     const void *from, int64_t stride, size_t size)
 {
     for (int64_t r = 0; array && r < rows && dim; r++)
         memcpy((char *)array + (size_t)((first + r) * dim) * size,

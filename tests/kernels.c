@@ -51,7 +51,7 @@ static int64_t size_up_to(int64_t last)
 
 static int64_t panels_up_to(int64_t last)
 {
-    static const int64_t most[] = { 1, 2, 3, 5, 6, 9 };
+    static const int64_t most[] = {1, 2, 3, 5, 6, 9};
     return sparge_min(last, one_in(4) ? most[pick(0, 5)] : size_up_to(last));
 }
 
@@ -61,7 +61,7 @@ static int64_t depth_up_to(int64_t last) { return SPARGE_PANEL * size_up_to(last
 
 typedef enum kind { F32, F16, BF16, I8, U8, I16, I32, KINDS } kind;
 
-static const size_t size_of[KINDS] = { 4, 2, 2, 1, 1, 2, 4 };
+static const size_t size_of[KINDS] = {4, 2, 2, 1, 1, 2, 4};
 
 typedef struct pair {
     void *got, *want;
@@ -100,9 +100,9 @@ static pair make_beside(const char *name, kind of, int64_t count, int64_t width,
         abort();
     ASAN_POISON_MEMORY_REGION(memory[0] + top, at - top);
     ASAN_POISON_MEMORY_REGION(memory[0] + end, GUARD);
-    arrays[used_arrays++] = (array){ name, of, at, count, width };
+    arrays[used_arrays++] = (array){name, of, at, count, width};
     top = end + GUARD;
-    return (pair){ memory[0] + at, memory[1] + at };
+    return (pair){memory[0] + at, memory[1] + at};
 }
 
 static pair make(const char *name, kind of, int64_t count, int64_t width)
@@ -134,13 +134,20 @@ static float as_float(const array *a, const uint8_t *from, int64_t n)
     memcpy(&word, &half, 2);
     memcpy(&lane, at, size_of[a->kind] < 4 ? 1 : 4);
     switch (a->kind) {
-    case F32: return sparge_bits_float((uint32_t)lane);
-    case F16: return sparge_f16_to_f32(half);
-    case BF16: return sparge_bf16_to_f32(half);
-    case I8: return (float)(int8_t)*at;
-    case U8: return (float)*at;
-    case I16: return (float)word;
-    default: return (float)lane;
+    case F32:
+        return sparge_bits_float((uint32_t)lane);
+    case F16:
+        return sparge_f16_to_f32(half);
+    case BF16:
+        return sparge_bf16_to_f32(half);
+    case I8:
+        return (float)(int8_t)*at;
+    case U8:
+        return (float)*at;
+    case I16:
+        return (float)word;
+    default:
+        return (float)lane;
     }
 }
 
@@ -148,13 +155,13 @@ static float as_float(const array *a, const uint8_t *from, int64_t n)
  * wrote is all ones. */
 static bool differs(const array *a, int64_t n)
 {
-    static const uint8_t poison[4] = { 0xFF, 0xFF, 0xFF, 0xFF };
+    static const uint8_t poison[4] = {0xFF, 0xFF, 0xFF, 0xFF};
     const size_t size = size_of[a->kind], at = a->at + (size_t)n * size;
     if (!memcmp(memory[0] + at, memory[1] + at, size))
         return false;
     return a->kind > BF16 || !memcmp(memory[0] + at, poison, size) ||
-        !memcmp(memory[1] + at, poison, size) || !isnan(as_float(a, memory[0], n)) ||
-        !isnan(as_float(a, memory[1], n));
+           !memcmp(memory[1] + at, poison, size) || !isnan(as_float(a, memory[0], n)) ||
+           !isnan(as_float(a, memory[1], n));
 }
 
 /* Says what differs most, if anything does. */
@@ -235,11 +242,16 @@ static float value_of(range r)
 {
     const float x = uniform();
     switch (r) {
-    case PLAIN: return 4.0f * x;
-    case TINY: return x * 0x1p-125f;
-    case LARGE: return x * 0x1.8p127f;
-    case ZEROS: return one_in(4) ? x : 0.0f;
-    default: return ldexpf(x, (int)pick(-140, 126));
+    case PLAIN:
+        return 4.0f * x;
+    case TINY:
+        return x * 0x1p-125f;
+    case LARGE:
+        return x * 0x1.8p127f;
+    case ZEROS:
+        return one_in(4) ? x : 0.0f;
+    default:
+        return ldexpf(x, (int)pick(-140, 126));
     }
 }
 
@@ -290,7 +302,7 @@ static void test_load(const sparge_kernels *k, sparge_format f)
         ((float *)mean.got)[c] = 0.0f;
     for (int64_t n = 0; n < rows; n++)
         for (int64_t c = 0; c < dim; c++) {
-            const float special[] = { INFINITY, -INFINITY, NAN };
+            const float special[] = {INFINITY, -INFINITY, NAN};
             const float value = some_bad && one_in(40) ? special[pick(0, 2)] : value_of(r);
             if (dtype == SPARGE_F32)
                 ((float *)in.got)[n * step + c] = value;
@@ -302,10 +314,10 @@ static void test_load(const sparge_kernels *k, sparge_format f)
         }
     settle();
     const size_t size = dtype == SPARGE_F32 ? 4 : 2;
-    const sparge_rows from = { (char *)in.got + (size_t)first * size, dtype, token, rows, dim };
+    const sparge_rows from = {(char *)in.got + (size_t)first * size, dtype, token, rows, dim};
     *(int32_t *)finite.got = k->load(&from, mean.got, stride, x.got);
 
-    const sparge_in view = { (char *)in.want + (size_t)first * size, dtype, 0, 0, token };
+    const sparge_in view = {(char *)in.want + (size_t)first * size, dtype, 0, 0, token};
     bool none = true;
     sparge_ref_load(&view, 0, 0, 0, rows, dim, mean.want, plain, bad);
     for (int64_t n = 0; n < rows; n++)
@@ -324,7 +336,7 @@ typedef struct block {
 
 static block make_block(int64_t most_columns)
 {
-    block b = { .rows = size_up_to(MOST_ROWS), .dim = size_up_to(most_columns) };
+    block b = {.rows = size_up_to(MOST_ROWS), .dim = size_up_to(most_columns)};
     b.stride = padded(b.dim);
     b.x = make("x", F32, b.rows * b.stride, b.stride);
     block_of_tokens(b.x.got, b.rows, b.dim, b.stride);
@@ -342,12 +354,14 @@ static void test_sum(const sparge_kernels *k, sparge_format f)
     if (bad >= 0)
         ((float *)b.x.got)[bad / b.dim * b.stride + bad % b.dim] = one_in(2) ? INFINITY : NAN;
     settle();
-    const sparge_rows rows = { b.x.got, SPARGE_F32, b.stride, b.rows, b.dim };
+    const sparge_rows rows = {b.x.got, SPARGE_F32, b.stride, b.rows, b.dim};
     k->sum(&rows, zeros, b.stride, scratch, sum.got);
     for (int64_t c = 0; c < b.stride; c++) {
         float total = 0.0f;
         for (int64_t r = 0; r < b.rows; r++)
-            total += sparge_finite(((float *)b.x.want)[r * b.stride + c]) ? ((float *)b.x.want)[r * b.stride + c] : 0.0f;
+            total += sparge_finite(((float *)b.x.want)[r * b.stride + c])
+                         ? ((float *)b.x.want)[r * b.stride + c]
+                         : 0.0f;
         ((float *)sum.want)[c] = total;
     }
 }
@@ -371,7 +385,7 @@ static void test_summarize(const sparge_kernels *k, sparge_format f)
 
 static int some_levels(void)
 {
-    static const int levels[] = { 127, 2047, 4095 };
+    static const int levels[] = {127, 2047, 4095};
     return levels[pick(0, 2)];
 }
 
@@ -415,8 +429,7 @@ static int64_t place(sparge_format f, int64_t depth, int64_t e, int64_t n)
     return panel + e * 16 + lane;
 }
 
-static const kind kind_of_a[SPARGE_FORMATS] = { U8, I16, F32 },
-                  kind_of_b[SPARGE_FORMATS] = { I8, I16, F32 };
+static const kind kind_of_a[SPARGE_FORMATS] = {U8, I16, F32}, kind_of_b[SPARGE_FORMATS] = {I8, I16, F32};
 
 static void put(void *to, kind of, int64_t at, int code, float value)
 {
@@ -437,7 +450,7 @@ typedef struct source {
 
 static source make_source(sparge_format f, int64_t most_rows, int64_t most_columns, int levels)
 {
-    source s = { .f = f, .rows = size_up_to(most_rows), .stride = depth_up_to(most_columns) };
+    source s = {.f = f, .rows = size_up_to(most_rows), .stride = depth_up_to(most_columns)};
     s.from = make_lanes("from", f == SPARGE_FLOATS ? F32 : I16, s.rows * s.stride, s.stride);
     if (f == SPARGE_FLOATS)
         values(s.from.got, s.rows * s.stride, PLAIN);
@@ -569,7 +582,7 @@ static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS]
  * A are within 127 where two products of them are added in 16 bits, and bytes of K come with a start. */
 static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_fold)
 {
-    operands x = { .f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9) };
+    operands x = {.f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9)};
     const int levels = f == SPARGE_BYTES ? 127 : is_fold || one_in(2) ? 4095 : 2047;
     const int bytes = k->isa == SPARGE_ISA_AVX2 || one_in(4) ? 127 : 255;
     x.depth = depth_up_to(f == SPARGE_WORDS && levels == 4095 ? 128 : MOST_DEPTH);
@@ -602,16 +615,17 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
             product += e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
         }
         if (f != SPARGE_FLOATS)
-            ((int32_t *)x.b_start.got)[n] =
-                f == SPARGE_WORDS ? -product : is_fold ? 0 : (int32_t)pick(-4000000, 4000000);
+            ((int32_t *)x.b_start.got)[n] = f == SPARGE_WORDS ? -product
+                                            : is_fold         ? 0
+                                                              : (int32_t)pick(-4000000, 4000000);
     }
     return x;
 }
 
 static sparge_product product_of(const operands *x)
 {
-    return (sparge_product){ x->rows,     x->panels,      x->depth, x->a.got,
-                             x->a_stride, x->a_start.got, x->b.got, x->b_start.got };
+    return (sparge_product){x->rows,     x->panels,      x->depth, x->a.got,
+                            x->a_stride, x->a_start.got, x->b.got, x->b_start.got};
 }
 
 /* Element (r, n) of C; for floats added to `from`. */
@@ -660,7 +674,7 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
     values(step.got, columns, PLAIN);
     settle();
     const sparge_product product = product_of(&x);
-    const sparge_fold fold = { shrink.got, weight.got, step.got, o.got, stride };
+    const sparge_fold fold = {shrink.got, weight.got, step.got, o.got, stride};
     k->fold[f](&product, &fold);
     for (int64_t r = 0; r < x.rows; r++)
         for (int64_t n = 0; n < columns; n++) {
@@ -689,13 +703,13 @@ static scores make_scores(void)
                   all = (rows - 1) * stride + keys;
     const bool special = one_in(4);
     const float size = ldexpf(1.0f, (int)pick(0, one_in(4) ? 120 : 24));
-    scores x = { .s = make("s", F32, all, stride), .max = make("max", F32, rows, rows), .all = all };
-    x.got = (sparge_scores){ x.s.got, rows, keys, stride,
-                             one_in(20) ? 0x1p-149f : ldexpf(1.5f + uniform() / 2, (int)pick(-24, 4)) };
+    scores x = {.s = make("s", F32, all, stride), .max = make("max", F32, rows, rows), .all = all};
+    x.got = (sparge_scores){x.s.got, rows, keys, stride,
+                            one_in(20) ? 0x1p-149f : ldexpf(1.5f + uniform() / 2, (int)pick(-24, 4))};
     for (int64_t r = 0; r < rows; r++) {
         const int64_t seen = one_in(3) ? pick(0, keys) : keys;
         for (int64_t t = 0; t < keys; t++) {
-            const float odd[] = { INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN };
+            const float odd[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN};
             float score = size * uniform() + 0.0f; /* no -0: which of two zeros is larger is not said */
             score = special && one_in(10) ? odd[pick(0, 5)] : one_in(8) ? 0.0f : rintf(score) + 0.0f;
             ((float *)x.s.got)[r * stride + t] = t < seen ? score : -INFINITY;
@@ -733,7 +747,7 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
     (void)f;
     const int64_t rows = size_up_to(MOST_ROWS);
     const int levels = one_in(3) ? 0 : some_levels();
-    const char *const names[] = { "max", "sum", "local", "shrink", "weight" };
+    const char *const names[] = {"max", "sum", "local", "shrink", "weight"};
     pair x[5];
     for (int n = 0; n < 5; n++)
         x[n] = make(names[n], F32, rows, rows);
@@ -747,15 +761,15 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
     }
     snprintf(shape, sizeof shape, "%" PRId64 " rows, levels %d", rows, levels);
     settle();
-    const sparge_group group = { x[0].got, x[1].got, x[2].got, x[3].got, x[4].got };
+    const sparge_group group = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
     k->raise(&group, rows, levels);
     for (int64_t r = 0; r < rows; r++) {
-        sparge_row row = { ((float *)x[0].want)[r], ((float *)x[1].want)[r] };
+        sparge_row row = {((float *)x[0].want)[r], ((float *)x[1].want)[r]};
         const float local = ((float *)x[2].want)[r];
         ((float *)x[3].want)[r] = sparge_row_raise(&row, local);
-        ((float *)x[4].want)[r] = !levels             ? 1.0f
-                                : local == -INFINITY ? 0.0f /* adds nothing, whatever the maximum is */
-                                                      : sparge_exp2(local - row.max) / (float)levels;
+        ((float *)x[4].want)[r] = !levels              ? 1.0f
+                                  : local == -INFINITY ? 0.0f /* adds nothing, whatever the maximum is */
+                                                       : sparge_exp2(local - row.max) / (float)levels;
         ((float *)x[0].want)[r] = row.max;
         ((float *)x[1].want)[r] = row.sum;
     }
@@ -775,7 +789,7 @@ static void test_weigh(const sparge_kernels *k, sparge_format f)
     k->weigh[f](&x.got, x.max.got, p.got, stride, sum.got, start.got);
     for (int64_t r = 0; r < rows; r++) {
         const float max = ((float *)x.max.want)[r], levels = f == SPARGE_BYTES ? 127.0f : 4095.0f;
-        float partial[16] = { 0 };
+        float partial[16] = {0};
         int64_t total = 0, product = 0;
         for (int64_t t = 0; t < keys; t++) {
             const float score = ((float *)x.s.want)[r * x.got.stride + t];
@@ -839,35 +853,35 @@ static const struct kernel {
     void (*test)(const sparge_kernels *k, sparge_format f);
     sparge_format f;
 } kernels[] = {
-    { "load", test_load, 0 },
-    { "sum", test_sum, 0 },
-    { "summarize", test_summarize, 0 },
-    { "quantize", test_quantize, 0 },
-    { "quantize_channels", test_quantize_channels, 0 },
-    { "pack_rows bytes", test_pack_rows, SPARGE_BYTES },
-    { "pack_rows words", test_pack_rows, SPARGE_WORDS },
-    { "pack_rows floats", test_pack_rows, SPARGE_FLOATS },
-    { "pack_keys bytes", test_pack_keys, SPARGE_BYTES },
-    { "pack_keys words", test_pack_keys, SPARGE_WORDS },
-    { "pack_keys floats", test_pack_keys, SPARGE_FLOATS },
-    { "pack_values bytes", test_pack_values, SPARGE_BYTES },
-    { "pack_values words", test_pack_values, SPARGE_WORDS },
-    { "pack_values floats", test_pack_values, SPARGE_FLOATS },
-    { "rank", test_rank, 0 },
-    { "mass", test_mass, 0 },
-    { "score bytes", test_score, SPARGE_BYTES },
-    { "score words", test_score, SPARGE_WORDS },
-    { "score floats", test_score, SPARGE_FLOATS },
-    { "maxima", test_maxima, 0 },
-    { "raise", test_raise, 0 },
-    { "weigh bytes", test_weigh, SPARGE_BYTES },
-    { "weigh words", test_weigh, SPARGE_WORDS },
-    { "weigh floats", test_weigh, SPARGE_FLOATS },
-    { "fold bytes", test_fold, SPARGE_BYTES },
-    { "fold words", test_fold, SPARGE_WORDS },
-    { "fold floats", test_fold, SPARGE_FLOATS },
-    { "dot", test_dot, 0 },
-    { "store", test_store, 0 },
+    {"load", test_load, 0},
+    {"sum", test_sum, 0},
+    {"summarize", test_summarize, 0},
+    {"quantize", test_quantize, 0},
+    {"quantize_channels", test_quantize_channels, 0},
+    {"pack_rows bytes", test_pack_rows, SPARGE_BYTES},
+    {"pack_rows words", test_pack_rows, SPARGE_WORDS},
+    {"pack_rows floats", test_pack_rows, SPARGE_FLOATS},
+    {"pack_keys bytes", test_pack_keys, SPARGE_BYTES},
+    {"pack_keys words", test_pack_keys, SPARGE_WORDS},
+    {"pack_keys floats", test_pack_keys, SPARGE_FLOATS},
+    {"pack_values bytes", test_pack_values, SPARGE_BYTES},
+    {"pack_values words", test_pack_values, SPARGE_WORDS},
+    {"pack_values floats", test_pack_values, SPARGE_FLOATS},
+    {"rank", test_rank, 0},
+    {"mass", test_mass, 0},
+    {"score bytes", test_score, SPARGE_BYTES},
+    {"score words", test_score, SPARGE_WORDS},
+    {"score floats", test_score, SPARGE_FLOATS},
+    {"maxima", test_maxima, 0},
+    {"raise", test_raise, 0},
+    {"weigh bytes", test_weigh, SPARGE_BYTES},
+    {"weigh words", test_weigh, SPARGE_WORDS},
+    {"weigh floats", test_weigh, SPARGE_FLOATS},
+    {"fold bytes", test_fold, SPARGE_BYTES},
+    {"fold words", test_fold, SPARGE_WORDS},
+    {"fold floats", test_fold, SPARGE_FLOATS},
+    {"dot", test_dot, 0},
+    {"store", test_store, 0},
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
@@ -888,7 +902,7 @@ static bool passes(const sparge_kernels *table, const struct kernel *kernel, int
 
 static const char *isa_name(sparge_isa isa)
 {
-    static const char *const name[] = { "auto", "scalar", "avx2", "avxvnni", "avx512vnni" };
+    static const char *const name[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"};
     return name[isa];
 }
 
@@ -911,8 +925,7 @@ int main(int count, char **word)
     for (int n = 1; n + 1 < count; n += 2) {
         char *end = word[n + 1];
         if (!strcmp(word[n], "--isa")) {
-            for (isa = SPARGE_ISA_SCALAR;
-                 isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
+            for (isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
                 ;
             fine &= isa <= SPARGE_ISA_AVX512VNNI;
             continue;

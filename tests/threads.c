@@ -1,5 +1,5 @@
-/* threads.c: the cpu backend under the thread sanitizer, whose runtime Criterion does not start under. With --race it
- * plants a race of its own, to see that one would be seen. */
+/* threads.c: the cpu backend under the thread sanitizer, whose runtime Criterion does not start under. With
+ * --race it plants a race of its own, to see that one would be seen. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +27,7 @@ static int compare(const sparge_problem *p, const sparge_options *options, float
 {
     for (int n = 0; n < 2; n++) {
         sparge_options now = *options;
-        sparge_result result = { .o = { o[n], SPARGE_F32, HEADS * TOKENS * DIM, TOKENS * DIM, DIM } };
+        sparge_result result = {.o = {o[n], SPARGE_F32, HEADS * TOKENS * DIM, TOKENS * DIM, DIM}};
         sparge_error error;
         now.threads = n ? 4 : 1;
         if (sparge_attention(p, &now, &result, &error)) {
@@ -58,13 +58,19 @@ int main(int argc, char **argv)
     if (argc > 1 && strcmp(argv[1], "--race") == 0)
         return plant_race();
     float *q = values(HEADS, 1), *k = values(KV_HEADS, 2), *v = values(KV_HEADS, 3);
-    float *o[2] = { values(HEADS, 4), values(HEADS, 5) };
+    float *o[2] = {values(HEADS, 4), values(HEADS, 5)};
     int failed = !(q && k && v && o[0] && o[1]);
     const sparge_problem p = {
-        BATCH, HEADS, KV_HEADS, TOKENS, TOKENS, DIM, DIM,
-        { q, SPARGE_F32, HEADS * TOKENS * DIM, TOKENS * DIM, DIM },
-        { k, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM },
-        { v, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM },
+        BATCH,
+        HEADS,
+        KV_HEADS,
+        TOKENS,
+        TOKENS,
+        DIM,
+        DIM,
+        {q, SPARGE_F32, HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
+        {k, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
+        {v, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
     };
     for (sparge_precision precision = SPARGE_INT8; precision <= SPARGE_FLOAT && !failed; precision++)
         for (int causal = 0; causal < 2 && !failed; causal++) {

@@ -18,7 +18,13 @@ typedef struct bench_list {
 } bench_list;
 
 /* Where the mask of a case comes from. RANDOM and BANDED are imposed. ONEDNN: dense, and not ours. */
-typedef enum bench_mask { BENCH_RANDOM, BENCH_BANDED, BENCH_PREDICTED, BENCH_DENSE, BENCH_ONEDNN } bench_mask;
+typedef enum bench_mask {
+    BENCH_RANDOM,
+    BENCH_BANDED,
+    BENCH_PREDICTED,
+    BENCH_DENSE,
+    BENCH_ONEDNN
+} bench_mask;
 
 const char *bench_mask_string(bench_mask mask);
 
@@ -37,9 +43,17 @@ int bench_cores(void); /* that this process may use */
 
 /* ---- What is run ------------------------------------------------------------------------- */
 
-/* Seconds of a call, of all of it and of its parts, and the peaks of the machine in the same pass, in operations a
- * second. NaN where a figure does not apply. */
-enum { BENCH_TOTAL, BENCH_PREDICT, BENCH_QUANTIZE, BENCH_ATTEND, BENCH_PEAK_F32, BENCH_PEAK_INT8, BENCH_SECONDS };
+/* Seconds of a call, of all of it and of its parts, and the peaks of the machine in the same pass, in
+ * operations a second. NaN where a figure does not apply. */
+enum {
+    BENCH_TOTAL,
+    BENCH_PREDICT,
+    BENCH_QUANTIZE,
+    BENCH_ATTEND,
+    BENCH_PEAK_F32,
+    BENCH_PEAK_INT8,
+    BENCH_SECONDS
+};
 
 typedef struct bench_times {
     double seconds[BENCH_SECONDS]; /* what one pass does for prediction and codes is QUANTIZE */
@@ -49,11 +63,11 @@ typedef struct bench_times {
 typedef struct bench_case {
     sparge_precision qk, pv;
     bench_mask kind;
-    double imposed;     /* the sparsity that was asked for; NaN where the predictor decides */
-    sparge_mask mask;   /* for PREDICTED the place of the result; no bits when dense */
-    int dense;          /* the case of the same precision without a mask */
-    bool shown;         /* asked for, not only compared with */
-    bool wrong;         /* its result did not pass the check */
+    double imposed;   /* the sparsity that was asked for; NaN where the predictor decides */
+    sparge_mask mask; /* for PREDICTED the place of the result; no bits when dense */
+    int dense;        /* the case of the same precision without a mask */
+    bool shown;       /* asked for, not only compared with */
+    bool wrong;       /* its result did not pass the check */
     bench_times *pass;
     int passes, kept, room; /* kept: of the rounds that count */
     bench_times median;
@@ -76,10 +90,10 @@ typedef struct bench_group {
     bench_machine machine;
     bench_case *cases;
     int count;
-    array o, want;      /* [batch][heads][q_len][dim_v] */
-    sparge_mask spare;  /* where the predictor writes for a case whose mask is imposed */
-    double foreign;     /* cores that others used, at most, in a busy round; NaN: unknown */
-    bool busy;          /* too many: there are no times, or with --allow-busy disturbed ones */
+    array o, want;     /* [batch][heads][q_len][dim_v] */
+    sparge_mask spare; /* where the predictor writes for a case whose mask is imposed */
+    double foreign;    /* cores that others used, at most, in a busy round; NaN: unknown */
+    bool busy;         /* too many: there are no times, or with --allow-busy disturbed ones */
 } bench_group;
 
 /* Of g, args to machine are given. */

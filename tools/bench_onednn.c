@@ -1,8 +1,9 @@
-/* bench_onednn.c: dense f32 attention out of oneDNN's matrix product: a baseline that is not ours, and a second
- * opinion on its result. FlashAttention in tiles as large as a GEMM likes them; softmax is left to the compiler. */
+/* bench_onednn.c: dense f32 attention out of oneDNN's matrix product: a baseline that is not ours, and a
+ * second opinion on its result. FlashAttention in tiles as large as a GEMM likes them; softmax is left to
+ * the compiler. */
 #include <math.h>
-#include <oneapi/dnnl/dnnl.h>
 #include <omp.h>
+#include <oneapi/dnnl/dnnl.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -10,22 +11,27 @@
 
 enum { ROWS = 256, KEYS = 512 };
 
-/* 2^x for x <= 0 by a polynomial that a compiler makes vectors of; 3e-7 of relative error is plenty here. */
+/* 2^x for x <= 0 by a polynomial that a compiler makes vectors of; 3e-7 of relative error is plenty here.
+ */
 static inline float power_of_two(float x)
 {
-    const float inside = x < -126.0f ? -126.0f : x, shifted = inside + 12582912.0f, f = inside - (shifted - 12582912.0f);
+    const float inside = x < -126.0f ? -126.0f : x, shifted = inside + 12582912.0f,
+                f = inside - (shifted - 12582912.0f);
     int32_t exponent;
     memcpy(&exponent, &shifted, sizeof exponent);
     exponent = (int32_t)((uint32_t)exponent + 127u) << 23;
     float power;
     memcpy(&power, &exponent, sizeof power);
-    return power * (1.0f + f * (0.69314718f + f * (0.24022651f + f * (0.05550332f + f * (0.00961843f + f * 0.00133977f)))));
+    return power *
+           (1.0f + f * (0.69314718f +
+                        f * (0.24022651f + f * (0.05550332f + f * (0.00961843f + f * 0.00133977f)))));
 }
 
 #if defined(__x86_64__)
 __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
 #endif
-static void softmax(float *s, int64_t rows, int64_t keys, float scale, float *max, float *sum, float *o, int64_t dim_v)
+static void
+softmax(float *s, int64_t rows, int64_t keys, float scale, float *max, float *sum, float *o, int64_t dim_v)
 {
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * keys, lane[16], top = max[r], total = 0.0f;
@@ -55,11 +61,14 @@ static void softmax(float *s, int64_t rows, int64_t keys, float scale, float *ma
     }
 }
 
-static bool attend_rows(const sparge_problem *p, float scale, int64_t head, int64_t first, float *s, float *o)
+static bool attend_rows(const sparge_problem *p, float scale, int64_t head, int64_t first, float *s,
+                        float *o)
 {
-    const int64_t kv = head / (p->heads / p->kv_heads), rows = p->q_len - first < ROWS ? p->q_len - first : ROWS;
+    const int64_t kv = head / (p->heads / p->kv_heads),
+                  rows = p->q_len - first < ROWS ? p->q_len - first : ROWS;
     const float *q = (const float *)p->q.data + head * p->q.head + first * p->q.token;
-    const float *k = (const float *)p->k.data + kv * p->k.head, *v = (const float *)p->v.data + kv * p->v.head;
+    const float *k = (const float *)p->k.data + kv * p->k.head,
+                *v = (const float *)p->v.data + kv * p->v.head;
     float max[ROWS], sum[ROWS] = {0};
     bool fine = true;
     for (int64_t r = 0; r < rows; r++)
@@ -67,11 +76,11 @@ static bool attend_rows(const sparge_problem *p, float scale, int64_t head, int6
     memset(o, 0, (size_t)(rows * p->dim_v) * sizeof *o);
     for (int64_t t = 0; t < p->k_len; t += KEYS) {
         const int64_t keys = p->k_len - t < KEYS ? p->k_len - t : KEYS;
-        fine &= dnnl_sgemm('N', 'T', rows, keys, p->dim, 1.0f, q, p->q.token, k + t * p->k.token, p->k.token, 0.0f, s,
-                           keys) == dnnl_success;
+        fine &= dnnl_sgemm('N', 'T', rows, keys, p->dim, 1.0f, q, p->q.token, k + t * p->k.token,
+                           p->k.token, 0.0f, s, keys) == dnnl_success;
         softmax(s, rows, keys, scale, max, sum, o, p->dim_v);
-        fine &= dnnl_sgemm('N', 'N', rows, p->dim_v, keys, 1.0f, s, keys, v + t * p->v.token, p->v.token, 1.0f, o,
-                           p->dim_v) == dnnl_success;
+        fine &= dnnl_sgemm('N', 'N', rows, p->dim_v, keys, 1.0f, s, keys, v + t * p->v.token, p->v.token,
+                           1.0f, o, p->dim_v) == dnnl_success;
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < p->dim_v; c++)

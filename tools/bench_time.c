@@ -68,10 +68,12 @@ static exit_code pass(bench_group *g, file_error *error)
 {
     sparge_peaks peaks;
     sparge_error failed;
-    const sparge_status measured = sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &failed);
+    const sparge_status measured =
+        sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &failed);
     if (measured)
         return library_result(measured, &failed, error);
-    const int first = g->cases[0].passes; /* another case in each pass: what follows a long one may find a slower clock */
+    const int first =
+        g->cases[0].passes; /* another case in each pass: what follows a long one may find a slower clock */
     for (int turn = 0; turn < g->count; turn++) {
         const int n = (first + turn) % g->count;
         if (g->cases[n].wrong)

@@ -214,7 +214,8 @@ static exit_code report(run *r, file_error *error)
         "{s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o,"
         " s:o, s:o, s:o, s:o, s:o, s:o}",
         "backend", sparge_backend_string(x->backend), "isa", sparge_isa_string(x->isa),
-        "threads", x->threads, "workspace_bytes", (json_int_t)x->workspace, "batch", (json_int_t)p->batch, "heads", (json_int_t)p->heads,
+        "threads", x->threads, "workspace_bytes", (json_int_t)x->workspace,
+        "batch", (json_int_t)p->batch, "heads", (json_int_t)p->heads,
         "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len,
         "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v,
         "block_q", (json_int_t)r->options.block_q, "block_k", (json_int_t)r->options.block_k,
