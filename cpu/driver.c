@@ -165,10 +165,16 @@ static int most_first(const void *a, const void *b)
     return x->slot < y->slot ? -1 : 1;
 }
 
+/* As many as were asked for, but none that would find nothing to do. */
+static int threads_for(const sparge_work *w, int64_t items)
+{
+    return (int)sparge_max(1, sparge_min(w->o->threads, items));
+}
+
 static void pack_wave(sparge_work *w)
 {
     const int64_t heads = w->end_kv - w->first_kv, blocks = w->g.k_blocks, all = heads * blocks;
-    const int threads = w->o->threads;
+    const int threads = threads_for(w, all);
     (void)threads;
     if (w->o->smooth_k) {
 #pragma omp parallel for num_threads(threads)
@@ -188,7 +194,7 @@ static void pack_wave(sparge_work *w)
 
 static void pack_chunk(const sparge_work *w)
 {
-    const int threads = w->o->threads;
+    const int threads = threads_for(w, w->tasks);
     (void)threads;
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < w->tasks; n++)
@@ -197,7 +203,7 @@ static void pack_chunk(const sparge_work *w)
 
 static void predict_chunk(const sparge_work *w)
 {
-    const int threads = w->o->threads;
+    const int threads = threads_for(w, w->tasks);
     (void)threads;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (int64_t n = 0; n < w->tasks; n++)
@@ -208,7 +214,7 @@ static void attend_chunk(const sparge_work *w, int64_t *finished)
 {
     const sparge_geometry *g = &w->g;
     const int64_t blocks = sparge_max(1, w->p->batch * w->p->heads * g->q_blocks);
-    const int threads = w->o->threads;
+    const int threads = threads_for(w, w->tasks);
     (void)threads;
     for (int64_t n = 0; n < w->tasks; n++) {
         const int64_t visible = sparge_blocks_seen(g, w->task[n].i);

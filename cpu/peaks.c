@@ -39,7 +39,7 @@ static double operation_rate(int64_t (*peak)(int64_t rounds), int threads)
 #pragma omp parallel num_threads(threads) reduction(+ : operations)
         operations += peak(rounds);
         const double seconds = sparge_ref_seconds() - start;
-        if (seconds < trial_seconds) {
+        if (seconds < trial_seconds && rounds < INT64_C(1) << 40) {
             rounds *= 2;
             continue;
         }

@@ -223,32 +223,33 @@ enum { CHAINS = 12 }; /* sums side by side: more than a unit's latency, less tha
 
 static int64_t peak_floats(int64_t rounds)
 {
-    floats sum[CHAINS];
+    floats sum[CHAINS], half = f_all(0.5f);
     for (int n = 0; n < CHAINS; n++)
         sum[n] = f_all((float)n);
-    for (int64_t r = 0; r < rounds; r++)
-        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) sum[n] =
-            f_fma(sum[n], f_all(0.5f), f_all(1.0f));
-    float last[LANES];
-    for (int n = 1; n < CHAINS; n++)
-        sum[0] = f_fma(sum[0], f_all(1.0f), sum[n]);
-    f_store(last, sum[0]);
-    return last[0] > 0.0f ? rounds * CHAINS * LANES * 2 : 0; /* which the compiler cannot know */
+    for (int64_t r = 0; r < rounds; r++) {
+        __asm__ volatile("" : "+x"(half)); /* another one each time, for all that the compiler knows */
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
+            sum[n] = f_fma(sum[n], half, half);
+    }
+    for (int n = 0; n < CHAINS; n++)
+        __asm__ volatile("" : : "x"(sum[n])); /* and someone wants the result */
+    return rounds * CHAINS * LANES * 2;
 }
 
 static int64_t peak_bytes(int64_t rounds)
 {
-    ints sum[CHAINS];
+    ints sum[CHAINS], a = i_all(0x01020304);
     for (int n = 0; n < CHAINS; n++)
         sum[n] = i_all(n);
-    const ints a = i_all(0x01020304), b = i_all((int32_t)rounds);
+    const ints b = a;
     for (int64_t r = 0; r < rounds; r++)
-        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) sum[n] = i_dot_bytes(sum[n], a, b);
-    float last[LANES];
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) {
+            __asm__ volatile("" : "+x"(a)); /* or the product would be the same, and taken out of the loop */
+            sum[n] = i_dot_bytes(sum[n], a, b);
+        }
     for (int n = 0; n < CHAINS; n++)
-        sum[0] = i_dot_bytes(sum[n], sum[0], b);
-    f_store(last, f_of(sum[0]));
-    return last[0] != 0.5f ? rounds * CHAINS * LANES * 4 * 2 : 0;
+        __asm__ volatile("" : : "x"(sum[n]));
+    return rounds * CHAINS * LANES * 4 * 2;
 }
 
 static void products(sparge_kernels *k)
