@@ -17,9 +17,9 @@ static inline float power_of_two(float x)
 {
     const float inside = x < -126.0f ? -126.0f : x, shifted = inside + 12582912.0f,
                 f = inside - (shifted - 12582912.0f);
-    int32_t exponent;
+    uint32_t exponent;
     memcpy(&exponent, &shifted, sizeof exponent);
-    exponent = (int32_t)((uint32_t)exponent + 127u) << 23;
+    exponent = (exponent + 127u) << 23;
     float power;
     memcpy(&power, &exponent, sizeof power);
     return power *
