@@ -34,23 +34,6 @@ INLINE ints i_dot_bytes(ints c, ints a, ints b)
 
 #include "cpu/products.h"
 
-INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
-{
-    const uint8_t *row[HEIGHT];
-    const int8_t *b = b_of(x, at, sizeof *b);
-    for (int r = 0; r < rows; r++) {
-        row[r] = a_of(x, at.row + r, sizeof **row);
-        for (int n = 0; n < vectors; n++)
-            c[r][n] = i_load(x->b_start + (at.column + n) * LANES);
-    }
-    for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
-        for (int r = 0; r < rows; r++) {
-            const ints a = i_lane(row[r] + e);
-            for (int n = 0; n < vectors; n++)
-                c[r][n] = i_dot_bytes(c[r][n], a, i_load(b + n * LANES * 4));
-        }
-}
-
 INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
 {
     const int64_t half = x->depth / 2;
@@ -161,13 +144,6 @@ static void widen(const uint16_t *from, int64_t n, float *to)
         f_store(to + e, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + e))));
     for (; e < n; e++)
         to[e] = sparge_f16_to_f32(from[e]);
-}
-
-/* vcvtps2ph would keep the payload of a NaN, which sparge_f32_to_f16 does not. */
-static void narrow(const float *from, int64_t n, uint16_t *to)
-{
-    for (int64_t e = 0; e < n; e++)
-        to[e] = sparge_f32_to_f16(from[e]);
 }
 
 void sparge_avx2_kernels(sparge_kernels *k)

@@ -108,12 +108,6 @@ static void widen(const uint16_t *from, int64_t n, float *to)
         to[e] = sparge_f16_to_f32(from[e]);
 }
 
-static void narrow(const float *from, int64_t n, uint16_t *to)
-{
-    for (int64_t e = 0; e < n; e++)
-        to[e] = sparge_f32_to_f16(from[e]);
-}
-
 void sparge_avx512vnni_kernels(sparge_kernels *k)
 {
     stages(k);

@@ -7,20 +7,12 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-enum { /* bits of CPUID, Intel's Software Developer's Manual, volume 2, CPUID */
-       FMA = 1 << 12,
-       OSXSAVE = 1 << 27,
-       AVX = 1 << 28,
-       F16C = 1 << 29, /* leaf 1, ecx */
-       AVX2 = 1 << 5,
-       AVX512F = 1 << 16,
-       AVX512DQ = 1 << 17,
-       AVX512BW = 1 << 30,   /* leaf 7, ebx */
-       AVX512VNNI = 1 << 11, /* leaf 7, ecx */
-       AVXVNNI = 1 << 4,     /* leaf 7.1, eax */
-       YMM = 0x6,
-       ZMM = 0xe6, /* XCR0: registers that the operating system saves */
-};
+/* Bits of CPUID: Intel's Software Developer's Manual, volume 2, CPUID. */
+enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };                 /* leaf 1, ecx */
+enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 };        /* leaf 7, ebx */
+enum { AVX512VNNI = 1 << 11 };                                                            /* leaf 7, ecx */
+enum { AVXVNNI = 1 << 4 };                                                              /* leaf 7.1, eax */
+enum { YMM = 0x6, ZMM = 0xe6 }; /* XCR0: registers that the operating system saves */
 static const unsigned AVX512VL = 1u << 31; /* leaf 7, ebx */
 
 static unsigned saved_registers(void)
@@ -60,8 +52,7 @@ static bool detect(sparge_isa isa)
 static bool detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR; }
 #endif
 
-/* A virtual machine traps CPUID, which then takes a good part of a small call: asked once, and then known.
- */
+/* A virtual machine traps CPUID, which then takes a good part of a small call: asked once. */
 bool sparge_cpu_has(sparge_isa isa)
 {
     static atomic_uint known; /* bit isa, and bit 0 once it is */

@@ -24,7 +24,6 @@ enum {
     WAVE_BYTES = 32 << 20, /* of K and V, unless one head needs more */
     CHUNK_BYTES = 8 << 20, /* of Q, unless the threads need more to share out */
     CHUNK_TASKS = 32,      /* so many query blocks a thread */
-    GROUP_ROWS = 64,       /* rows of a tile where lambda does not say: Q and S of one stay in L1 */
     ALIGNED = 64,          /* bytes: a cache line, and the widest vector */
 };
 
@@ -74,8 +73,8 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
 {
     const sparge_geometry *g = &w->g;
     const int64_t widest = sparge_max(w->k.stride, w->v.stride), longest = sparge_max(g->block_q, w->keys);
-    const int64_t rows = sparge_max(w->group, w->o->skip_rows), tile = rows * (w->keys + SPARGE_PANEL);
-    const int64_t ranked = w->predicts ? g->k_blocks : 0, attends = w->attends ? 1 : 0;
+    const int64_t rows = sparge_max(SPARGE_GROUP_ROWS, w->o->skip_rows), tile = rows * (w->keys + SPARGE_PANEL);
+    const int64_t ranked = w->predicted ? g->k_blocks : 0, attends = w->result ? 1 : 0;
     *t = (sparge_scratch){
         .x = take(a, longest * widest, sizeof(float)),
         .code = take(a, longest * widest, sizeof(int16_t)),
@@ -118,7 +117,7 @@ static void lay_out(arena *a, sparge_work *w)
 {
     const sparge_problem *p = w->p;
     const sparge_geometry *g = &w->g;
-    const int64_t dim = sparge_padded(p->dim), dim_v = w->attends ? sparge_padded(p->dim_v) : 0;
+    const int64_t dim = sparge_padded(p->dim), dim_v = w->result ? sparge_padded(p->dim_v) : 0;
     const sparge_format qk = format_of(w->o->qk, w->kernels.int8_scores),
                         pv = format_of(w->o->pv, SPARGE_BYTES);
     const int qk_levels = levels_of(w->o->qk, 2047), pv_levels = levels_of(w->o->pv, 4095);
@@ -130,18 +129,18 @@ static void lay_out(arena *a, sparge_work *w)
     w->wave = sparge_max(1, sparge_min(heads, WAVE_BYTES / head_bytes));
     w->chunk = sparge_min(w->wave * group * g->q_blocks,
                           sparge_max(CHUNK_BYTES / block_bytes, CHUNK_TASKS * (int64_t)w->o->threads));
-    const int64_t blocks = w->wave * g->k_blocks, packed = w->attends ? blocks : 0;
+    const int64_t blocks = w->wave * g->k_blocks, packed = w->result ? blocks : 0;
 
     w->no_mean = take(a, sparge_max(dim, dim_v), sizeof(float));
     w->mean = take(a, w->wave * dim, sizeof(float));
     w->pv_rows = take(a, p->batch * p->heads, sizeof *w->pv_rows);
-    w->pool_k = take(a, w->predicts || w->o->smooth_k ? blocks * dim : 0, sizeof(float));
-    w->sim_k = take(a, w->predicts ? blocks : 0, sizeof(float));
+    w->pool_k = take(a, w->predicted || w->o->smooth_k ? blocks * dim : 0, sizeof(float));
+    w->sim_k = take(a, w->predicted ? blocks : 0, sizeof(float));
     w->bad = take(a, blocks, sizeof(uint8_t));
     w->k = operand(a, qk, qk_levels, packed, dim, w->keys, w->keys, 1);
     w->v = operand(a, pv, pv_levels, packed, dim_v, w->keys, dim_v, dim_v);
-    w->q = operand(a, qk, qk_levels, w->attends ? w->chunk : 0, dim, g->block_q, g->block_q, 1);
-    w->pool_q = take(a, w->predicts ? w->chunk * dim : 0, sizeof(float));
+    w->q = operand(a, qk, qk_levels, w->result ? w->chunk : 0, dim, g->block_q, g->block_q, 1);
+    w->pool_q = take(a, w->predicted ? w->chunk * dim : 0, sizeof(float));
     w->task = take(a, w->chunk, sizeof *w->task);
     w->scratch = take(a, w->o->threads, sizeof *w->scratch);
     for (int n = 0; n < w->o->threads; n++) {
@@ -187,7 +186,7 @@ static void pack_wave(sparge_work *w)
     for (int64_t at = 0; at < all; at++) {
         sparge_scratch *t = &w->scratch[omp_get_thread_num()];
         sparge_pack_key(w, t, at / blocks, at % blocks);
-        if (w->attends)
+        if (w->result)
             sparge_pack_value(w, t, at / blocks, at % blocks);
     }
 }
@@ -262,10 +261,10 @@ static void run_waves(sparge_work *w)
             const double begin = sparge_ref_seconds();
             pack_chunk(w);
             const double packed = sparge_ref_seconds();
-            if (w->predicts)
+            if (w->predicted)
                 predict_chunk(w);
             const double predicted = sparge_ref_seconds();
-            if (w->attends)
+            if (w->result)
                 attend_chunk(w, &finished);
             w->packing += packed - begin;
             w->predicting += predicted - packed;
@@ -283,13 +282,10 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         .trace = trace,
         .kernels = sparge_cpu_kernels(o->isa),
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
-        .predicts = predicted,
-        .attends = result,
         .predicted = predicted,
         .mask = mask,
         .result = result,
         .keys = sparge_padded(o->block_k),
-        .group = GROUP_ROWS,
     };
     /* What would overflow the counts below could not be allocated either. */
     const double tokens = (double)w.g.k_blocks * (double)w.keys + (double)w.g.q_blocks * (double)o->block_q;

@@ -29,6 +29,8 @@
 
 enum { SPARGE_PANEL = 16 };
 
+static inline int64_t sparge_padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPARGE_PANEL; }
+
 typedef enum sparge_format { SPARGE_BYTES, SPARGE_WORDS, SPARGE_FLOATS, SPARGE_FORMATS } sparge_format;
 
 /* Rows of one head in the caller's memory. */

@@ -48,13 +48,13 @@ void sparge_pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t
     const bool finite =
         w->kernels.load(&rows, w->o->smooth_k ? w->mean + n * k->stride : w->no_mean, k->stride, t->x);
     w->bad[at] = finite ? 0 : SPARGE_BAD_KEY;
-    if (w->predicts) {
+    if (w->predicted) {
         float *pool = w->pool_k + at * k->stride;
         w->sim_k[at] = w->kernels.summarize(t->x, rows.rows, k->stride, pool, t->unit);
         sparge_trace_rows(trace->pool_k, line, 1, w->p->dim, pool, k->stride, sizeof(float));
         sparge_trace_rows(trace->sim_k, line, 1, 1, &w->sim_k[at], 1, sizeof(float));
     }
-    if (!w->attends)
+    if (!w->result)
         return;
     k->step[at] = 1.0f;
     if (k->levels) {
@@ -96,13 +96,13 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, sparge_task *tas
     const sparge_rows rows = sparge_rows_of(&w->p->q, w->p->heads, task->head, first,
                                             sparge_block_rows(g->q_len, g->block_q, task->i), w->p->dim);
     task->finite = w->kernels.load(&rows, w->no_mean, q->stride, t->x);
-    if (w->predicts) {
+    if (w->predicted) {
         float *pool = w->pool_q + at * q->stride;
         task->sim = w->kernels.summarize(t->x, rows.rows, q->stride, pool, t->unit);
         sparge_trace_rows(trace->pool_q, line, 1, w->p->dim, pool, q->stride, sizeof(float));
         sparge_trace_rows(trace->sim_q, line, 1, 1, &task->sim, 1, sizeof(float));
     }
-    if (!w->attends)
+    if (!w->result)
         return;
     q->step[at] = 1.0f;
     if (q->levels) {

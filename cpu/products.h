@@ -4,10 +4,11 @@
  *     LANES, floats, ints             vectors of so many lanes of 32 bits
  *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from ints
  *     f_mul, f_fma                    a * b, and a * b + c rounded once
- *     i_all, i_dot_bytes              one int32 in every lane; c + the four products of a, unsigned, and b
- * in a lane WIDTH, HEIGHT, HEIGHT_FLOATS    of a tile: vectors across, rows of integers and of floats
+ *     i_load, i_all                   ints from memory; one int32 in every lane
+ *     i_dot_bytes(c, a, b)            c + the four products of a, unsigned, and b in a lane
+ *     WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of integers and of floats
  *
- * and defines the tiles of integers. A tile is inlined with constant rows and vectors, so that C stays in
+ * and defines the tile of words. A tile is inlined with constant rows and vectors, so that C stays in
  * registers. */
 #ifndef SPARGE_CPU_PRODUCTS_H
 #define SPARGE_CPU_PRODUCTS_H
@@ -29,8 +30,7 @@ typedef struct part {
     int64_t row, column;
 } part;
 
-/* C = A B with what the starts say, of bytes or words. */
-INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH]);
+/* C = A B with what the starts say. */
 INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH]);
 
 /* Where a part begins in A, and in B, and how far apart its vectors are there, in bytes. */
@@ -48,6 +48,25 @@ INLINE const void *b_of(const sparge_product *x, part at, size_t size)
 INLINE int64_t b_apart(const sparge_product *x, size_t size)
 {
     return (int)LANES < (int)SPARGE_PANEL ? LANES * 4 : x->depth * SPARGE_PANEL * (int64_t)size;
+}
+
+/* C = b_start + A B. */
+INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+{
+    const uint8_t *row[HEIGHT];
+    const int8_t *b = b_of(x, at, sizeof *b);
+    const int64_t apart = b_apart(x, sizeof *b);
+    for (int r = 0; r < rows; r++) {
+        row[r] = a_of(x, at.row + r, sizeof **row);
+        for (int n = 0; n < vectors; n++)
+            c[r][n] = i_load(x->b_start + (at.column + n) * LANES);
+    }
+    for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
+        for (int r = 0; r < rows; r++) {
+            const ints a = i_lane(row[r] + e);
+            for (int n = 0; n < vectors; n++)
+                c[r][n] = i_dot_bytes(c[r][n], a, i_load(b + n * apart));
+        }
 }
 
 /* C += A B. */

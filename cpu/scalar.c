@@ -1,5 +1,4 @@
-/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others overwrite.
- */
+/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others overwrite. */
 #include "cpu/stages.h"
 
 static float dot(const float *a, const float *b, int64_t n) { return sparge_dot(a, b, n); }
@@ -8,12 +7,6 @@ static void widen(const uint16_t *from, int64_t n, float *to)
 {
     for (int64_t e = 0; e < n; e++)
         to[e] = sparge_f16_to_f32(from[e]);
-}
-
-static void narrow(const float *from, int64_t n, uint16_t *to)
-{
-    for (int64_t e = 0; e < n; e++)
-        to[e] = sparge_f32_to_f16(from[e]);
 }
 
 /* ---- One row of a product: c [16] += a . panel ---- */

@@ -1,18 +1,15 @@
 /* stages.h: every stage but the two matrix products, in plain C that a compiler turns into vectors. Each
  * instruction set's file includes it and so compiles it with its own flags: one text, the same bits.
  *
- * The including file defines the three functions that are declared here, and calls stages(&table). */
+ * The including file defines the two functions that are declared here, and calls stages(&table). */
 #ifndef SPARGE_CPU_STAGES_H
 #define SPARGE_CPU_STAGES_H
 
 #include "common/half.h"
 #include "cpu/kernels.h"
 
-static float dot(const float *a, const float *b, int64_t n);    /* sparge_dot, n a multiple of 16 */
-static void widen(const uint16_t *from, int64_t n, float *to);  /* binary16, exact */
-static void narrow(const float *from, int64_t n, uint16_t *to); /* binary16, to nearest even */
-
-static int64_t padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPARGE_PANEL; }
+static float dot(const float *a, const float *b, int64_t n);   /* sparge_dot, n a multiple of 16 */
+static void widen(const uint16_t *from, int64_t n, float *to); /* binary16, exact */
 
 /* ---- One block of tokens ---- */
 
@@ -191,7 +188,7 @@ static void pack_rows_floats(const void *from, int64_t rows, int64_t stride, voi
  * depth stand side by side, to 2n and 2n + 1. */
 static void transpose(const uint32_t *from, int64_t rows, int64_t lanes, bool halves, uint32_t *restrict to)
 {
-    for (int64_t t = 0; t < padded(rows); t++) {
+    for (int64_t t = 0; t < sparge_padded(rows); t++) {
         uint32_t *column = to + t / SPARGE_PANEL * lanes * SPARGE_PANEL + t % SPARGE_PANEL;
         const int64_t second = halves ? lanes / 2 : lanes, apart = halves ? 2 * SPARGE_PANEL : SPARGE_PANEL;
         for (int64_t n = 0; n < second; n++)
@@ -224,7 +221,7 @@ static void pack_keys_bytes(const void *from, int64_t rows, int64_t stride, void
 static void pack_keys_words(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
 {
     transpose(from, rows, stride / 2, true, b);
-    for (int64_t t = 0; t < padded(rows); t++)
+    for (int64_t t = 0; t < sparge_padded(rows); t++)
         start[t] = t < rows ? words_start((const int16_t *)from + t * stride, stride) : 0;
 }
 
@@ -236,7 +233,7 @@ static void pack_keys_floats(const void *from, int64_t rows, int64_t stride, voi
 
 static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
 {
-    const int64_t depth = padded(rows);
+    const int64_t depth = sparge_padded(rows);
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
         for (int64_t t = 0; t < depth; t += 4) {
             uint32_t *restrict lane = (uint32_t *)b + (c0 * depth + t * SPARGE_PANEL) / 4;
@@ -252,7 +249,7 @@ static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, vo
 
 static void pack_values_words(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
 {
-    const int64_t half = padded(rows) / 2;
+    const int64_t half = sparge_padded(rows) / 2;
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
         for (int64_t t = 0; t < 2 * half; t += 2) {
             const int64_t place = t < half ? 2 * t : 2 * (t - half) + 2;
@@ -275,8 +272,8 @@ static void pack_values_floats(const void *from, int64_t rows, int64_t stride, v
 {
     (void)start;
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
-        for (int64_t t = 0; t < padded(rows); t++) {
-            float *restrict to = (float *)b + c0 * padded(rows) + t * SPARGE_PANEL;
+        for (int64_t t = 0; t < sparge_padded(rows); t++) {
+            float *restrict to = (float *)b + c0 * sparge_padded(rows) + t * SPARGE_PANEL;
             for (int64_t c = 0; c < SPARGE_PANEL; c++)
                 to[c] = t < rows ? ((const float *)from)[t * stride + c0 + c] : 0.0f;
         }
@@ -327,11 +324,9 @@ static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, voi
         const int64_t some = sparge_min(SPARGE_PANEL, n - c);
         for (int64_t e = 0; e < some; e++)
             row[e] = o[c + e] * norm;
-        if (dtype == SPARGE_F16)
-            narrow(row, some, (uint16_t *)out + c);
-        else
-            for (int64_t e = 0; e < some; e++)
-                ((uint16_t *)out)[c + e] = sparge_f32_to_bf16(row[e]);
+        for (int64_t e = 0; e < some; e++) /* (vcvtps2ph would keep the payload of a NaN) */
+            ((uint16_t *)out)[c + e] =
+                dtype == SPARGE_F16 ? sparge_f32_to_f16(row[e]) : sparge_f32_to_bf16(row[e]);
     }
 }
 

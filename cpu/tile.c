@@ -166,7 +166,7 @@ void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *ta
     const int64_t kv = sparge_kv_of(w->p, task->head), line = task->head * g->q_blocks + task->i;
     const int64_t first = task->i * g->block_q, rows = sparge_block_rows(g->q_len, g->block_q, task->i);
     const int64_t visible = sparge_blocks_seen(g, task->i);
-    const int64_t together = lambda > -INFINITY ? w->o->skip_rows : sparge_min(w->group, g->block_q);
+    const int64_t together = lambda > -INFINITY ? w->o->skip_rows : sparge_min(SPARGE_GROUP_ROWS, g->block_q);
     const uint32_t *kept = w->mask ? w->mask->bits + line * w->mask->words : NULL;
     sparge_counts *counts = &task->counts;
 

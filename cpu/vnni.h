@@ -1,28 +1,12 @@
-/* vnni.h: tiles of integers by the dot products of VNNI, on vectors of any length. Included, with
+/* vnni.h: the tile of words by the dot products of VNNI, on vectors of any length. Included, with
  * products.h's vectors, after
  *
- *     i_load, i_zero                  ints from memory, and 0
+ *     i_zero                          ints of 0
  *     i_dot_words(c, a, b)            c + the two products of signed words in a lane */
 #ifndef SPARGE_CPU_VNNI_H
 #define SPARGE_CPU_VNNI_H
 
 #include "cpu/products.h"
-
-INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
-{
-    const uint8_t *row[HEIGHT];
-    const int8_t *b = b_of(x, at, sizeof *b);
-    const int64_t apart = b_apart(x, sizeof *b);
-    for (int r = 0; r < rows; r++) {
-        row[r] = a_of(x, at.row + r, sizeof **row);
-        for (int n = 0; n < vectors; n++)
-            c[r][n] = i_load(x->b_start + (at.column + n) * LANES);
-    }
-    for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < vectors; n++)
-                c[r][n] = i_dot_bytes(c[r][n], i_lane(row[r] + e), i_load(b + n * apart));
-}
 
 /* The direct product has no excess, and so no use for the starts. */
 INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])

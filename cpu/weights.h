@@ -2,11 +2,15 @@
  * instruction set's file includes it after products.h and after it has said
  *
  *     f_add, f_sub, f_min, f_max      the latter two give b where a or b is a NaN
- *     i_power(x), f_scale(p, i)       n, where an exponent stands, for x = n + 1.5 * 2^23; p * 2^n. A NaN
- * stays one f_flush(x, p)                   p, or 0 where x < -126 f_most(x)                       the
- * largest lane i_zero, i_add, i_sum(x)         of ints; the sum of all lanes i_of(x) truncated; of a NaN,
- * the most negative one store_bytes, store_words(to, x, vectors)    ints as uint8 and int16, negative ones
- * as 0; returns their sums sum_of(x)                       sparge_sum_of, of 16 lanes */
+ *     i_power(x)                      n, where an exponent stands, for x = n + 1.5 * 2^23
+ *     f_scale(p, i)                   p * 2^n for such an i; a NaN stays one
+ *     f_flush(x, p)                   p, or 0 where x < -126
+ *     f_most(x)                       the largest lane
+ *     i_zero, i_add, i_sum(x)         of ints; the sum of all lanes
+ *     i_of(x)                         truncated; of a NaN, the most negative one
+ *     store_bytes, store_words        (to, x, vectors): ints as uint8 and int16, negative ones as 0;
+ *                                     returns their sums
+ *     sum_of(x)                       sparge_sum_of, of 16 lanes */
 #ifndef SPARGE_CPU_WEIGHTS_H
 #define SPARGE_CPU_WEIGHTS_H
 
@@ -41,8 +45,8 @@ typedef struct weighing {
     floats total[PARTIALS]; /* the same of FLOATS */
 } weighing;
 
-/* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below -126, where p is 2^-126.
- */
+/* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below
+ * -126, where p is 2^-126. */
 INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], floats p[BESIDE])
 {
     static const float coefficient[] = {0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f,

@@ -45,6 +45,8 @@ typedef struct sparge_scratch {
     float *share;                             /* [k_blocks] of the rows whose P.V was computed */
 } sparge_scratch;
 
+enum { SPARGE_GROUP_ROWS = 64 }; /* of a tile where lambda does not say: Q and S of them stay in L1 */
+
 enum { SPARGE_BAD_KEY = 1, SPARGE_BAD_VALUE = 2 }; /* a block holds a non-finite element */
 
 typedef struct sparge_work {
@@ -53,12 +55,10 @@ typedef struct sparge_work {
     const sparge_trace *trace;
     sparge_geometry g;
     sparge_kernels kernels;
-    bool predicts, attends;
     int64_t keys;  /* of a key block, padded to 16 */
-    int64_t group; /* rows that a tile may have */
-    sparge_mask *predicted;
+    sparge_mask *predicted;  /* NULL: not asked for */
     const sparge_mask *mask; /* NULL: dense */
-    sparge_result *result;
+    sparge_result *result;   /* NULL: attention is not asked for */
 
     int64_t wave, chunk;                   /* so many key heads, so many query blocks at a time */
     double packing, predicting, attending; /* seconds */
@@ -82,8 +82,6 @@ typedef struct sparge_work {
 
     sparge_scratch *scratch; /* [threads] */
 } sparge_work;
-
-static inline int64_t sparge_padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPARGE_PANEL; }
 
 /* The key head, counted over the batch, that a query head of that kind reads. */
 static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)

@@ -796,16 +796,6 @@ Test(api, sparsity_table)
 
 /* ---- What comes back ------------------------------------------------------------------------- */
 
-static void same_counts(const sparge_counts *got, const sparge_counts *want)
-{
-    check_equal(got->pairs, want->pairs);
-    check_equal(got->qk_done, want->qk_done);
-    check_equal(got->pv_done, want->pv_done);
-    check_equal(got->tokens, want->tokens);
-    check_equal(got->qk_tokens, want->qk_tokens);
-    check_equal(got->pv_tokens, want->pv_tokens);
-}
-
 /* attention = predict, then attend; and the sum of the heads' counts. */
 Test(api, attention_is_both_stages)
 {

@@ -51,16 +51,6 @@ static void same_traces(const problem *x, const answer *got, const answer *want)
     check_same(a->l, b->l, heads * p->q_len);
 }
 
-static void same_counts(const sparge_counts *got, const sparge_counts *want)
-{
-    check_equal(got->pairs, want->pairs);
-    check_equal(got->qk_done, want->qk_done);
-    check_equal(got->pv_done, want->pv_done);
-    check_equal(got->tokens, want->tokens);
-    check_equal(got->qk_tokens, want->qk_tokens);
-    check_equal(got->pv_tokens, want->pv_tokens);
-}
-
 static void same_everything(const problem *x, const answer *got, const answer *want)
 {
     same_traces(x, got, want);

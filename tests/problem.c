@@ -370,3 +370,13 @@ void same_answer(const answer *got, const answer *want)
     check_same_as("o", got->o.x, want->o.x, tensor_count(&want->o));
     check_same_as("lse", got->lse, want->lse, want->o.batch * want->o.heads * want->o.tokens);
 }
+
+void same_counts(const sparge_counts *got, const sparge_counts *want)
+{
+    check_equal(got->pairs, want->pairs);
+    check_equal(got->qk_done, want->qk_done);
+    check_equal(got->pv_done, want->pv_done);
+    check_equal(got->tokens, want->tokens);
+    check_equal(got->qk_tokens, want->qk_tokens);
+    check_equal(got->pv_tokens, want->pv_tokens);
+}

@@ -84,6 +84,8 @@ answer attend(const problem *x); /* packed f32 */
 answer attention(const problem *x, sparge_mask *mask); /* both stages; mask may be NULL */
 void answer_free(answer *a);
 
+void same_counts(const sparge_counts *got, const sparge_counts *want);
+
 /* o and lse bit for bit. */
 void same_answer(const answer *got, const answer *want);
 
