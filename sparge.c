@@ -13,7 +13,7 @@
 #include "ref/oracle.h"
 #include "ref/ref.h"
 
-enum { MAX_BLOCK = 1024, MAX_THREADS = 1024 };
+enum { MAX_BLOCK = 1024 };
 
 static const sparge_trace no_trace;
 
@@ -170,7 +170,7 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
     const struct { const char *name; int64_t value, low, high; } number[] = {
         { "backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA },
         { "isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI },
-        { "threads", o->threads, 0, MAX_THREADS },
+        { "threads", o->threads, 0, SPARGE_MAX_THREADS },
         { "block_q", o->block_q, 1, MAX_BLOCK },
         { "block_k", o->block_k, 1, MAX_BLOCK },
         { "skip_rows", o->skip_rows, 0, INT64_MAX },
@@ -283,7 +283,7 @@ static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
                     named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa), have);
     }
     if (o->threads == 0)
-        o->threads = (int)sparge_min(MAX_THREADS, sparge_cpu_threads());
+        o->threads = (int)sparge_min(SPARGE_MAX_THREADS, sparge_cpu_threads());
     return SPARGE_OK;
 }
 

@@ -27,6 +27,7 @@ extern "C" {
 
 #define SPARGE_VERSION "0.1.0"
 #define SPARGE_MAX_DIM 256
+#define SPARGE_MAX_THREADS 1024
 
 /* ---- What can go wrong ---------------------------------------------------------------- */
 

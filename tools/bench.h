@@ -52,11 +52,11 @@ enum {
     BENCH_ATTEND,
     BENCH_PEAK_F32,
     BENCH_PEAK_INT8,
-    BENCH_SECONDS
+    BENCH_FIGURES
 };
 
 typedef struct bench_times {
-    double seconds[BENCH_SECONDS]; /* what one pass does for prediction and codes is QUANTIZE */
+    double figure[BENCH_FIGURES]; /* what one pass does for prediction and codes is QUANTIZE */
 } bench_times;
 
 /* One way to compute attention for the inputs of a group. */

@@ -81,11 +81,6 @@ static sparge_status sample_mask(const bench_case *c, const sparge_problem *p, c
 }
 
 /* The oracle knows no lambda: where there is one the reference judges, over the same mask. */
-static array_type judge_type(const sparge_options *o)
-{
-    return o->knobs.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
-}
-
 static sparge_status judge(const sparge_problem *p, const sparge_options *options, const sparge_mask *mask,
                            array *want, sparge_error *why)
 {
@@ -98,31 +93,42 @@ static sparge_status judge(const sparge_problem *p, const sparge_options *option
     return sparge_attend(p, &reference, mask, &result, why);
 }
 
+/* How far `got` lies from what the judge says. */
+static exit_code distance(const sparge_problem *p, const sparge_options *options, const sparge_mask *mask,
+                          const array *got, comparison *to, file_error *error)
+{
+    const int64_t shape[] = {1, p->heads, p->q_len, p->dim_v};
+    const array_type type = options->knobs.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
+    array want = {0};
+    if (!array_alloc(type, 4, shape, &want, error))
+        return EXIT_MACHINE;
+    sparge_error why;
+    const sparge_status status = judge(p, options, mask, &want, &why);
+    if (!status)
+        *to = compare(got, &want);
+    array_free(&want);
+    return library_result(status, &why, error);
+}
+
 static exit_code check_sample(const bench_group *g, const bench_case *c, comparison *to, file_error *error)
 {
     const sparge_problem p = sample_of(&g->in->problem);
     const sparge_options options = bench_options(g, c);
     const int64_t shape[] = {1, p.heads, p.q_len, p.dim_v};
     sparge_mask mask = {0};
-    array got = {0}, want = {0};
+    array got = {0};
+    if (!array_alloc(ARRAY_F32, 4, shape, &got, error))
+        return EXIT_MACHINE;
     sparge_error why;
-    exit_code code = EXIT_MACHINE;
-    if (!array_alloc(ARRAY_F32, 4, shape, &got, error) ||
-        !array_alloc(judge_type(&options), 4, shape, &want, error))
-        goto done;
     sparge_status status = sample_mask(c, &p, &options, &mask, &why);
     const sparge_mask *const kept = mask.bits ? &mask : NULL;
     sparge_result result = result_in(&got, &p);
     if (!status)
         status = sparge_attend(&p, &options, kept, &result, &why);
-    if (!status)
-        status = judge(&p, &options, kept, &want, &why);
-    if (!status)
-        *to = compare(&got, &want);
-    code = library_result(status, &why, error);
-done:
+    exit_code code = library_result(status, &why, error);
+    if (!code)
+        code = distance(&p, &options, kept, &got, to, error);
     array_free(&got);
-    array_free(&want);
     sparge_mask_free(&mask);
     return code;
 }
@@ -158,25 +164,19 @@ static exit_code check_block(const bench_group *g, const bench_case *c, comparis
 
     const int64_t shape[] = {1, 1, p.q_len, p.dim_v};
     sparge_mask mask = {0};
-    array got = {0}, want = {0};
-    sparge_error why;
-    exit_code code = EXIT_MACHINE;
-    if (!array_alloc(ARRAY_F32, 4, shape, &got, error) ||
-        !array_alloc(judge_type(&options), 4, shape, &want, error))
-        goto done;
+    array got = {0};
+    if (!array_alloc(ARRAY_F32, 4, shape, &got, error))
+        return EXIT_MACHINE;
     memcpy(got.data, (const float *)g->o.data + ((b * whole->heads + h) * whole->q_len + first) * p.dim_v,
            (size_t)(p.q_len * p.dim_v) * sizeof(float));
-    sparge_status status = c->mask.bits ? sparge_mask_alloc(&mask, &p, &options, &why) : SPARGE_OK;
+    sparge_error why;
+    const sparge_status status = c->mask.bits ? sparge_mask_alloc(&mask, &p, &options, &why) : SPARGE_OK;
     for (int64_t j = 0; j < mask.k_blocks && !status; j++)
         sparge_mask_set(&mask, 0, 0, 0, j, sparge_mask_get(&c->mask, b, h, i, j));
-    if (!status)
-        status = judge(&p, &options, mask.bits ? &mask : NULL, &want, &why);
-    if (!status)
-        *to = compare(&got, &want);
-    code = library_result(status, &why, error);
-done:
+    exit_code code = library_result(status, &why, error);
+    if (!code)
+        code = distance(&p, &options, mask.bits ? &mask : NULL, &got, to, error);
     array_free(&got);
-    array_free(&want);
     sparge_mask_free(&mask);
     return code;
 }

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "tools/bench.h"
+#include "tools/options.h"
 
 /* The compiler of this program, and so of the library in the same build. */
 #ifdef __clang__
@@ -42,14 +43,14 @@ static double pct_peak_of(const bench_group *g, const bench_case *c)
     const sparge_counts *const n = &c->result.counts;
     const double at_peak = operations(n->qk_tokens, p->dim) / peak_of(&g->machine.peaks, c->qk) +
                            operations(n->pv_tokens, p->dim_v) / peak_of(&g->machine.peaks, c->pv);
-    return 100.0 * at_peak / c->median.seconds[BENCH_TOTAL];
+    return 100.0 * at_peak / c->median.figure[BENCH_TOTAL];
 }
 
 static figures figures_of(const bench_group *g, const bench_case *c)
 {
     const sparge_problem *const p = &g->in->problem;
     const sparge_counts *const n = &c->result.counts;
-    const double *const s = c->median.seconds, *const dense = g->cases[c->dense].median.seconds;
+    const double *const s = c->median.figure, *const dense = g->cases[c->dense].median.figure;
     const double all = operations(n->tokens, p->dim + p->dim_v);
     const double done = operations(n->qk_tokens, p->dim) + operations(n->pv_tokens, p->dim_v);
     return (figures){
@@ -61,7 +62,7 @@ static figures figures_of(const bench_group *g, const bench_case *c)
         .tops_executed = 1e-12 * done / s[BENCH_TOTAL],
         .pct_peak = pct_peak_of(g, c),
         .pct_fma = 100.0 * all / s[BENCH_TOTAL] / g->machine.peaks.f32,
-        .speedup = g->cases[0].median.seconds[BENCH_TOTAL] / s[BENCH_TOTAL],
+        .speedup = g->cases[0].median.figure[BENCH_TOTAL] / s[BENCH_TOTAL],
         /* 1 if time were proportional to what is left to do; of dense attention there is nothing to say. */
         .efficiency = c->kind == BENCH_DENSE || c->kind == BENCH_ONEDNN
                           ? NAN : (1.0 - sparge_sparsity(n)) * dense[BENCH_ATTEND] / s[BENCH_ATTEND],
@@ -73,19 +74,13 @@ static figures figures_of(const bench_group *g, const bench_case *c)
 
 /* ---- Words ---- */
 
-static const char *precision_string(sparge_precision precision)
-{
-    static const char *const name[] = {"int8", "int12", "f32"};
-    return name[precision];
-}
-
 void bench_case_name(const bench_group *g, const bench_case *c, char text[64])
 {
     static const char *const where[] = {"", " causal", " causal=start"};
     char imposed[16] = "";
     if (c->kind == BENCH_RANDOM || c->kind == BENCH_BANDED)
         snprintf(imposed, sizeof imposed, " %.6g", c->imposed);
-    snprintf(text, 64, "%s/%s %s%s%s%s", precision_string(c->qk), precision_string(c->pv),
+    snprintf(text, 64, "%s/%s %s%s%s%s", options_precisions[c->qk], options_precisions[c->pv],
              bench_mask_string(c->kind), imposed, where[g->options.causal],
              g->busy && g->args->allow_busy ? " (busy)" : "");
 }

@@ -83,8 +83,8 @@ static exit_code pass(bench_group *g, file_error *error)
         const sparge_status status = bench_run(g, &g->cases[n], &times, &why);
         if (status)
             return library_result(status, &why, error);
-        times.seconds[BENCH_PEAK_F32] = peaks.f32;
-        times.seconds[BENCH_PEAK_INT8] = peaks.int8;
+        times.figure[BENCH_PEAK_F32] = peaks.f32;
+        times.figure[BENCH_PEAK_INT8] = peaks.int8;
         if (!keep_pass(&g->cases[n], &times, error))
             return EXIT_MACHINE;
     }
@@ -138,10 +138,10 @@ static exit_code medians(bench_case *c, file_error *error)
         file_error_set(error, NULL, "no memory for the times of %d passes", c->kept);
         return EXIT_MACHINE;
     }
-    for (int figure = 0; figure < BENCH_SECONDS; figure++) {
+    for (int figure = 0; figure < BENCH_FIGURES; figure++) {
         for (int n = 0; n < c->kept; n++)
-            x[n] = c->pass[n].seconds[figure];
-        c->median.seconds[figure] = median_of(x, c->kept);
+            x[n] = c->pass[n].figure[figure];
+        c->median.figure[figure] = median_of(x, c->kept);
     }
     free(x);
     return EXIT_FINE;
@@ -175,7 +175,7 @@ exit_code bench_time(bench_group *g, progress *watch, double from, double to, fi
     }
     for (int n = 0; n < g->count && !code; n++)
         code = medians(&g->cases[n], error);
-    g->machine.peaks.f32 = g->cases[0].median.seconds[BENCH_PEAK_F32];
-    g->machine.peaks.int8 = g->cases[0].median.seconds[BENCH_PEAK_INT8];
+    g->machine.peaks.f32 = g->cases[0].median.figure[BENCH_PEAK_F32];
+    g->machine.peaks.int8 = g->cases[0].median.figure[BENCH_PEAK_INT8];
     return code;
 }

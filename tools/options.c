@@ -36,6 +36,15 @@ error_t options_real(struct argp_state *state, const char *name, const char *tex
     return 0;
 }
 
+error_t options_float(struct argp_state *state, const char *name, const char *text, double low,
+                           double high, float *to)
+{
+    double x;
+    const error_t error = options_real(state, name, text, low, high, &x);
+    *to = (float)x;
+    return error;
+}
+
 error_t options_whole(struct argp_state *state, const char *name, const char *text, int64_t low,
                       int64_t high, int64_t *to)
 {
@@ -204,18 +213,24 @@ const struct argp_option attention_options[] = {
     {0},
 };
 
-/* In the order of sparge.h. */
+const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", NULL};
+const char *const options_precisions[] = {"int8", "int12", "f32", NULL};
+const char *const options_causals[] = {"none", "end", "start", NULL};
+static const char *const rules[] = {"default", "paper", "upstream", NULL};
+static const char *const backends[] = {"auto", "ref", "cpu", "cuda", NULL};
+static const char *const layouts[] = {"hnd", "nhd", NULL};
+
 static const struct choice {
     const char *name;
-    const char *const words[6];
+    const char *const *words;
 } choices[] = {
-    [CAUSAL - CAUSAL] = {"--causal", {"none", "end", "start"}},
-    [RULES - CAUSAL] = {"--rules", {"default", "paper", "upstream"}},
-    [BACKEND - CAUSAL] = {"--backend", {"auto", "ref", "cpu", "cuda"}},
-    [ISA - CAUSAL] = {"--isa", {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"}},
-    [QK - CAUSAL] = {"--qk", {"int8", "int12", "f32"}},
-    [PV - CAUSAL] = {"--pv", {"int8", "int12", "f32"}},
-    [LAYOUT - CAUSAL] = {"--layout", {"hnd", "nhd"}},
+    [CAUSAL - CAUSAL] = {"--causal", options_causals},
+    [RULES - CAUSAL] = {"--rules", rules},
+    [BACKEND - CAUSAL] = {"--backend", backends},
+    [ISA - CAUSAL] = {"--isa", options_isas},
+    [QK - CAUSAL] = {"--qk", options_precisions},
+    [PV - CAUSAL] = {"--pv", options_precisions},
+    [LAYOUT - CAUSAL] = {"--layout", layouts},
 };
 
 static error_t choose(struct argp_state *state, attention_args *a, int key, const char *text)
@@ -237,15 +252,6 @@ static error_t choose(struct argp_state *state, attention_args *a, int key, cons
     return 0;
 }
 
-static error_t real_option(struct argp_state *state, const char *name, const char *text, double low,
-                           double high, float *to)
-{
-    double x;
-    const error_t error = options_real(state, name, text, low, high, &x);
-    *to = (float)x;
-    return error;
-}
-
 error_t attention_parser(int key, char *text, struct argp_state *state)
 {
     attention_args *const a = state->input;
@@ -263,16 +269,16 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "'%.60s' is one file too many", text);
         a->file[a->files++] = text;
         return 0;
-    case THETA: return real_option(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
-    case TAU: a->has_tau = true; return real_option(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
-    case TOPK: return real_option(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
-    case LAMBDA: return real_option(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
-    case SCALE: return real_option(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
+    case THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
+    case TAU: a->has_tau = true; return options_float(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
+    case TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
+    case LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
+    case SCALE: return options_float(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
     case BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
     case BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
     case SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
     case THREADS:
-        error = options_whole(state, "--threads", text, 0, 1024, &threads);
+        error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &threads);
         o->threads = (int)threads;
         return error;
     case SINK: o->sink = true; return 0;

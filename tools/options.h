@@ -21,11 +21,16 @@ __attribute__((format(printf, 2, 3))) error_t options_wrong(struct argp_state *s
                                                             const char *format, ...);
 error_t options_real(struct argp_state *state, const char *name, const char *text, double low,
                      double high, double *to);
+error_t options_float(struct argp_state *state, const char *name, const char *text, double low,
+                      double high, float *to);
 error_t options_whole(struct argp_state *state, const char *name, const char *text, int64_t low,
                       int64_t high, int64_t *to);
 /* The place of a word in a list that ends with NULL. */
 error_t options_word(struct argp_state *state, const char *name, const char *text,
                      const char *const *words, int *to);
+
+/* Words in the order of sparge.h; NULL ends them. */
+extern const char *const options_isas[], *const options_precisions[], *const options_causals[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
 
