@@ -473,19 +473,36 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
     return status;
 }
 
+/* The instruction set and the threads that a measurement runs with. */
+static sparge_status resolve_measurement(sparge_isa isa, int threads, sparge_options *o, sparge_error *error)
+{
+    *o = sparge_options_default(SPARGE_RULES_DEFAULT);
+    o->isa = isa;
+    o->threads = threads;
+    const sparge_problem nothing = { .heads = 1, .kv_heads = 1, .dim = 1, .dim_v = 1 };
+    const sparge_status status = check(&nothing, o, false, NULL, error);
+    return status ? status : resolve_cpu(o, error);
+}
+
 sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *peaks, sparge_error *error)
 {
+    sparge_options o;
     if (!peaks)
         return fail(error, SPARGE_ERR_ARGUMENT, "peaks is NULL");
-    sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
-    const sparge_problem nothing = { .heads = 1, .kv_heads = 1, .dim = 1, .dim_v = 1 };
-    o.isa = isa;
-    o.threads = threads;
-    sparge_status status = check(&nothing, &o, false, NULL, error);
+    const sparge_status status = resolve_measurement(isa, threads, &o, error);
     if (!status)
-        status = resolve_cpu(&o, error);
+        *peaks = sparge_cpu_peaks(o.isa, o.threads);
+    return status;
+}
+
+sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *bytes, sparge_error *error)
+{
+    sparge_options o;
+    if (!bytes)
+        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is NULL");
+    sparge_status status = resolve_measurement(isa, threads, &o, error);
     if (!status)
-        status = sparge_cpu_peaks(o.isa, o.threads, peaks);
+        status = sparge_cpu_bandwidth(o.isa, o.threads, bytes);
     return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
 }
 

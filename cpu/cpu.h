@@ -17,6 +17,7 @@ sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o
 sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
                                    sparge_result *result);
 
-sparge_status sparge_cpu_peaks(sparge_isa isa, int threads, sparge_peaks *peaks);
+sparge_peaks sparge_cpu_peaks(sparge_isa isa, int threads);
+sparge_status sparge_cpu_bandwidth(sparge_isa isa, int threads, double *bytes);
 
 #endif

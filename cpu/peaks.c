@@ -64,16 +64,20 @@ static double read_rate(float (*read)(const float *x, int64_t n), const float *x
     return sum >= 0.0f ? median(rate) : 0.0; /* which the compiler cannot know */
 }
 
-sparge_status sparge_cpu_peaks(sparge_isa isa, int threads, sparge_peaks *peaks)
+sparge_peaks sparge_cpu_peaks(sparge_isa isa, int threads)
 {
     const sparge_kernels k = sparge_cpu_kernels(isa);
+    return (sparge_peaks){operation_rate(k.peak_floats, threads), operation_rate(k.peak_bytes, threads)};
+}
+
+sparge_status sparge_cpu_bandwidth(sparge_isa isa, int threads, double *bytes)
+{
     float *x = malloc(BUFFER * sizeof *x);
     if (!x)
         return SPARGE_ERR_MEMORY;
     for (int64_t n = 0; n < BUFFER; n++)
         x[n] = 1.0f;
-    *peaks = (sparge_peaks){operation_rate(k.peak_floats, threads), operation_rate(k.peak_bytes, threads),
-                            read_rate(k.peak_read, x, threads)};
+    *bytes = read_rate(sparge_cpu_kernels(isa).peak_read, x, threads);
     free(x);
     return SPARGE_OK;
 }

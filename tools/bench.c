@@ -41,6 +41,8 @@ static exit_code measure_machine(bench *b, int isa, int thread, file_error *erro
     *m = (bench_machine){.isa = ran.isa, .threads = options.threads};
     if (!status)
         status = sparge_measure_peaks(options.isa, options.threads, &m->peaks, &why);
+    if (!status)
+        status = sparge_measure_bandwidth(options.isa, options.threads, &m->bytes, &why);
     return library_result(status, &why, error);
 }
 

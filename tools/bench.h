@@ -79,6 +79,7 @@ typedef struct bench_machine {
     sparge_isa isa;
     int threads;
     sparge_peaks peaks;
+    double bytes; /* per second, from main memory */
 } bench_machine;
 
 /* The cases of one shape, instruction set and number of threads: timed in turns, so that whatever

@@ -109,7 +109,7 @@ void bench_print_peaks(const bench_machine *m)
 {
     printf("peaks of %s, %d thread%s: f32 %.1f GFLOP/s, int8 %.1f GOP/s, memory %.1f GB/s\n",
            sparge_isa_string(m->isa), m->threads, plural(m->threads), 1e-9 * m->peaks.f32,
-           1e-9 * m->peaks.int8, 1e-9 * m->peaks.bytes);
+           1e-9 * m->peaks.int8, 1e-9 * m->bytes);
 }
 
 /* A cell of a table: a number, or a dash where there is none. */
