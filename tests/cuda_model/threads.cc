@@ -1,0 +1,500 @@
+/* threads.cc: the scheduler. Each thread of a block is a fiber, a stack that is left where the thread has to
+ * wait and taken up again when what it waits for is there. One fiber runs at a time, so nothing here needs
+ * a lock, and a kernel can be stepped through in a debugger. */
+#include "tests/cuda_model/cuda_model.h"
+#include "tests/cuda_model/threads.h"
+
+#include <algorithm>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cuda_model {
+
+std::string report;
+
+namespace {
+
+enum : size_t { stack_bytes = 256 << 10, guard_bytes = 4096 };
+
+std::vector<char *> spare_stacks;
+std::vector<Block> resident;
+std::deque<Thread *> ready; /* in the order of their turns */
+const std::function<void()> *thread_body;
+Context scheduler;
+Thread *current; /* null while the scheduler runs */
+uint64_t random_state;
+bool failed;
+struct Misuse {}; /* thrown where a kernel goes wrong: `catch throw` in gdb stops there */
+
+char *take_stack()
+{
+    if (!spare_stacks.empty()) {
+        char *stack = spare_stacks.back();
+        spare_stacks.pop_back();
+        return stack;
+    }
+    void *map = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (map == MAP_FAILED || mprotect(map, guard_bytes, PROT_NONE)) {
+        perror("cuda_model: the stack of a thread");
+        abort();
+    }
+    return (char *)map + guard_bytes;
+}
+
+/* ---- Switching stacks --------------------------------------------------------------------- */
+
+__attribute__((no_sanitize("address"))) void thread_main();
+
+#if defined(__x86_64__) && defined(__ELF__) && !defined(CUDA_MODEL_UCONTEXT)
+
+/* cuda_model_switch(void **from, void *to): what the System V ABI lets a callee keep goes to the stack. */
+asm(R"(
+    .text
+    .type cuda_model_switch, @function
+cuda_model_switch:
+    .cfi_startproc
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    ret
+    .cfi_endproc
+    .size cuda_model_switch, . - cuda_model_switch
+)");
+extern "C" void cuda_model_switch(void **from, void *to);
+
+void change(Context &from, Context &to) { cuda_model_switch(&from.state, to.state); }
+
+/* As if thread_main had been called, by nobody, and had switched away in its first instruction. */
+void prepare(Context &c, char *stack)
+{
+    void **top = (void **)(stack + stack_bytes);
+    *--top = nullptr;
+    *--top = (void *)thread_main;
+    for (int n = 0; n < 6; n++)
+        *--top = nullptr;
+    c.state = top;
+}
+
+void release(Context &) {}
+
+#else
+
+#include <ucontext.h>
+
+void change(Context &from, Context &to)
+{
+    if (!from.state)
+        from.state = new ucontext_t;
+    swapcontext((ucontext_t *)from.state, (ucontext_t *)to.state);
+}
+
+void prepare(Context &c, char *stack)
+{
+    ucontext_t *u = new ucontext_t;
+    getcontext(u);
+    u->uc_stack.ss_sp = stack;
+    u->uc_stack.ss_size = stack_bytes;
+    u->uc_link = nullptr;
+    makecontext(u, thread_main, 0);
+    c.state = u;
+}
+
+void release(Context &c) { delete (ucontext_t *)c.state; }
+
+#endif
+
+void switch_stack(Context &from, Context &to, bool for_ever)
+{
+#ifdef CUDA_MODEL_ASAN
+    __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.stack, to.size);
+#endif
+    change(from, to);
+#ifdef CUDA_MODEL_ASAN
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+    (void)for_ever;
+}
+
+/* Back to the scheduler. After a mistake a thread is taken up once more, to unwind its stack. */
+void leave()
+{
+    switch_stack(current->context, scheduler, false);
+    if (failed)
+        throw Misuse();
+}
+
+/* ---- Messages ----------------------------------------------------------------------------- */
+
+std::string text(const char *format, ...)
+{
+    char line[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    return line;
+}
+
+std::string name(const Block &b) { return text("block (%u,%u,%u)", b.index.x, b.index.y, b.index.z); }
+
+void fail(const std::string &what)
+{
+    failed = true;
+    report = what;
+    if (!cuda_model_settings.quiet)
+        fprintf(stderr, "cuda_model: %s\n", what.c_str());
+}
+
+std::string describe(const Thread &t)
+{
+    const Block &b = *t.block;
+    const char *thing = (const char *)t.waits_on, *barriers = (const char *)b.barriers;
+    if (thing >= barriers && thing < barriers + sizeof b.barriers)
+        return text("%s, barrier %d with %u of %u threads", t.waits_for, (int)((const Barrier *)t.waits_on - b.barriers),
+                    ((const Barrier *)t.waits_on)->arrived, ((const Barrier *)t.waits_on)->expected);
+    if (thing >= (char *)b.shared && thing < (char *)b.shared + b.shared_bytes)
+        return text("%s, shared memory + %d: ", t.waits_for, (int)(thing - (char *)b.shared)) + describe_barrier(thing);
+    return t.waits_for;
+}
+
+/* A line for each run of threads of a block that wait for the same. */
+std::string waiting_threads(size_t most)
+{
+    std::string all;
+    size_t lines = 0;
+    for (const Block &b : resident)
+        for (size_t first = 0, last; first < b.threads.size(); first = last + 1) {
+            const Thread &t = b.threads[first];
+            const auto waits_too = [&](const Thread &other) {
+                return other.state == Thread::waiting && other.waits_on == t.waits_on &&
+                       !strcmp(other.waits_for, t.waits_for);
+            };
+            for (last = first; last + 1 < b.threads.size() && waits_too(b.threads[last + 1]);)
+                last++;
+            if (t.state == Thread::waiting && ++lines <= most)
+                all += "\n  " + name(b) + text(": %zu-%zu in ", first, last) + describe(t);
+        }
+    return lines > most ? all + text("\n  and %zu more", lines - most) : all;
+}
+
+/* ---- Blocks ------------------------------------------------------------------------------- */
+
+void start(Block &b, const Grid &grid, uint64_t n)
+{
+    const dim3 &size = grid.threads;
+    b.index = { (unsigned)(n % grid.blocks.x), (unsigned)(n / grid.blocks.x % grid.blocks.y),
+                (unsigned)(n / grid.blocks.x / grid.blocks.y) };
+    b.alive = (unsigned)b.threads.size();
+    b.copies.clear();
+    memset(b.barriers, 0, sizeof b.barriers);
+    memset(b.shared, 0xff, b.shared_bytes);
+    const auto form = [&](std::vector<Team> &teams, unsigned of) {
+        teams.clear();
+        for (unsigned first = 0; first < b.alive; first += of)
+            teams.push_back({ first, of, 0, first + of > b.alive ? first + of - b.alive : 0 });
+    };
+    form(b.warps, 32);
+    form(b.warpgroups, 128);
+    b.products.assign(b.warpgroups.size(), {});
+    for (unsigned rank = 0; rank < b.alive; rank++) {
+        Thread &t = b.threads[rank];
+        t.block = &b;
+        t.rank = rank;
+        t.index = { rank % size.x, rank / size.x % size.y, rank / size.x / size.y };
+        t.state = Thread::ready;
+        t.copies.clear();
+        t.copy_groups.clear();
+        prepare(t.context, (char *)t.context.stack);
+        ready.push_back(&t);
+    }
+}
+
+void take_turn(Thread &t)
+{
+    current = &t;
+    threadIdx = t.index;
+    blockIdx = t.block->index;
+    switch_stack(scheduler, t.context, false);
+    current = nullptr;
+}
+
+Thread &next_turn()
+{
+    if (cuda_model_settings.seed)
+        std::swap(ready.front(), ready[random_below(ready.size())]);
+    Thread &t = *ready.front();
+    ready.pop_front();
+    return t;
+}
+
+void complete(Barrier &b, Block &block)
+{
+    const unsigned yes = b.yes;
+    b.arrived = b.yes = 0;
+    wake(&b, 0, (unsigned)block.threads.size(), yes);
+}
+
+/* Barrier 0 waits for the threads that are left. */
+void say_goodbye()
+{
+    Block &b = *current->block;
+    for (Team *team : { &b.warps[current->rank / 32], &b.warpgroups[current->rank / 128] })
+        if (team->gone++, team->arrived)
+            misuse("returned while threads of its %s wait for it", team->size == 32 ? "warp" : "warpgroup");
+    b.alive--;
+    if (b.barriers[0].arrived && b.barriers[0].arrived == b.alive)
+        complete(b.barriers[0], b);
+}
+
+void thread_main()
+{
+#ifdef CUDA_MODEL_ASAN
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.size);
+#endif
+    try {
+        if (!failed) {
+            (*thread_body)();
+            say_goodbye();
+        }
+    } catch (const Misuse &) {
+    }
+    current->state = Thread::returned;
+    switch_stack(current->context, scheduler, true);
+}
+
+/* PTX ISA, wgmma and cp.async.bulk: what is in flight must be waited for before the thread exits. */
+void check_nothing_in_flight(const Block &b)
+{
+    for (const Products &p : b.products) {
+        bool any = !p.open.empty();
+        for (const std::vector<Product> &group : p.groups)
+            any = any || !group.empty();
+        if (any)
+            return fail(name(b) + text(": warpgroup %d returned before wgmma_wait for its products", (int)(&p - &b.products[0])));
+    }
+    if (!b.copies.empty())
+        fail(name(b) + text(": returned with %zu bulk copies that nobody waited for", b.copies.size()));
+}
+
+} // namespace
+
+Thread &self() { return *current; }
+
+void misuse(const char *format, ...)
+{
+    char line[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    fail(name(*current->block) + text(", thread %u: ", current->rank) + line);
+    throw Misuse();
+}
+
+uint32_t random_below(size_t n) /* splitmix64 */
+{
+    uint64_t x = random_state += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return (uint32_t)((x ^ x >> 31) % n);
+}
+
+bool run(const Grid &grid)
+{
+    const uint64_t blocks = (uint64_t)grid.blocks.x * grid.blocks.y * grid.blocks.z;
+    const unsigned threads = grid.threads.x * grid.threads.y * grid.threads.z;
+    failed = false;
+    random_state = cuda_model_settings.seed; /* the same order in every launch: one replays alone */
+    thread_body = &grid.thread;
+    blockDim = grid.threads;
+    gridDim = grid.blocks;
+    resident.resize((size_t)std::min<uint64_t>(blocks, std::max(1u, cuda_model_settings.resident_blocks)));
+    for (Block &b : resident) {
+        void *shared = nullptr;
+        if (posix_memalign(&shared, 1024, grid.shared_bytes))
+            abort();
+        b.shared = (uint8_t *)shared;
+        b.shared_bytes = grid.shared_bytes;
+        b.threads.resize(threads);
+        for (Thread &t : b.threads) {
+            t.context.stack = take_stack();
+            t.context.size = stack_bytes;
+        }
+    }
+    uint64_t next = 0;
+    for (Block &b : resident)
+        start(b, grid, next++);
+    while (!failed && !ready.empty()) {
+        Thread &t = next_turn();
+        take_turn(t);
+        if (t.state != Thread::returned)
+            continue;
+        release(t.context);
+        if (t.block->alive == 0) {
+            check_nothing_in_flight(*t.block);
+            if (next < blocks)
+                start(*t.block, grid, next++);
+        }
+    }
+    const std::string stuck = failed ? "" : waiting_threads(9);
+    if (!stuck.empty())
+        fail("no thread can go on:" + stuck);
+    ready.clear();
+    for (Block &b : resident) {
+        for (Thread &t : b.threads) {
+            if (t.state != Thread::returned) {
+                take_turn(t);
+                release(t.context);
+            }
+            spare_stacks.push_back((char *)const_cast<void *>(t.context.stack));
+        }
+        free(b.shared);
+    }
+    resident.clear();
+    return !failed;
+}
+
+/* ---- Waiting ------------------------------------------------------------------------------ */
+
+namespace {
+void mark(const void *thing, const char *call)
+{
+    current->state = Thread::waiting;
+    current->waits_on = thing;
+    current->waits_for = call;
+}
+} // namespace
+
+void wait_on(const void *thing, const char *call)
+{
+    mark(thing, call);
+    leave();
+}
+
+void wake(const void *thing, unsigned first, unsigned count, unsigned result)
+{
+    for (unsigned rank = first; rank < first + count; rank++) {
+        Thread &t = current->block->threads[rank];
+        if (t.state == Thread::waiting && t.waits_on == thing) {
+            t.state = Thread::ready;
+            t.result = result;
+            ready.push_back(&t);
+        }
+    }
+}
+
+void give_way()
+{
+    ready.push_back(current);
+    leave();
+}
+
+void together(std::vector<Team> &teams, const char *call, void *operand, Work work)
+{
+    Thread &t = *current;
+    Team &team = teams[t.rank / teams[0].size];
+    const char *kind = team.size == 32 ? "warp" : "warpgroup";
+    if (team.gone)
+        misuse("%s where %u threads of the %s have returned or never were", call, team.gone, kind);
+    t.operand = operand;
+    mark(&team, call);
+    if (++team.arrived == team.size) {
+        void *operands[128];
+        for (unsigned n = 0; n < team.size; n++) {
+            const Thread &other = t.block->threads[team.first + n];
+            if (strcmp(other.waits_for, call))
+                misuse("%s while thread %u of its %s is in %s", call, other.rank, kind, other.waits_for);
+            operands[n] = other.operand;
+        }
+        work(operands);
+        team.arrived = 0;
+        wake(&team, team.first, team.size, 0); /* itself too, so that turns stay in ascending order */
+    }
+    leave();
+}
+
+Values exchange(const char *call, unsigned mask, uint32_t mine)
+{
+    struct Operand {
+        uint32_t mine;
+        Values all;
+    } operand = { mine, {} };
+    if (mask != ~0u)
+        misuse("%s with mask %08x: the model knows full masks alone", call, mask);
+    together(self().block->warps, call, &operand, [](void *const *operands) {
+        Values all;
+        for (int n = 0; n < 32; n++)
+            all.of[n] = ((Operand *)operands[n])->mine;
+        for (int n = 0; n < 32; n++)
+            ((Operand *)operands[n])->all = all;
+    });
+    return operand.all;
+}
+
+int lane() { return (int)(current->rank % 32); }
+
+namespace {
+unsigned meet(int id, const char *call, unsigned expected, bool reduces, bool yes, bool waits)
+{
+    Block &block = *current->block;
+    Barrier &b = block.barriers[id];
+    if (b.arrived && (b.reduces != reduces || (id && b.expected != expected)))
+        misuse("%s(%d, %u) while others are at this barrier for %u threads or in another kind of call", call, id,
+               expected, b.expected);
+    b.expected = expected;
+    b.reduces = reduces;
+    b.yes += yes;
+    b.arrived++;
+    if (waits)
+        mark(&b, call);
+    if (b.arrived == b.expected)
+        complete(b, block);
+    if (waits)
+        leave();
+    return current->result;
+}
+
+unsigned meet_named(int id, const char *call, int threads, bool reduces, bool yes, bool waits)
+{
+    const int all = (int)current->block->threads.size();
+    if (id < 1 || id > 15 || threads < 32 || threads % 32 || threads > all)
+        misuse("%s(%d, %d): ids are 1 to 15, threads a multiple of 32 and at most %d", call, id, threads, all);
+    return meet(id, call, (unsigned)threads, reduces, yes, waits);
+}
+} // namespace
+
+int meet_block(const char *call, bool yes)
+{
+    return (int)meet(0, call, current->block->alive, strcmp(call, "__syncthreads") != 0, yes, true);
+}
+
+uint32_t shared_range(const char *call, const void *p, size_t bytes, size_t alignment)
+{
+    const Block &b = *current->block;
+    const uintptr_t at = (uintptr_t)p - (uintptr_t)b.shared;
+    if (at >= b.shared_bytes || bytes > b.shared_bytes - at)
+        misuse("%s: %zu bytes at shared memory + %td of %zu", call, bytes, (ptrdiff_t)at, b.shared_bytes);
+    if (at % alignment)
+        misuse("%s: shared memory + %zu is not aligned to %zu", call, (size_t)at, alignment);
+    return (uint32_t)at;
+}
+
+} // namespace cuda_model
+
+void named_sync(int id, int threads) { cuda_model::meet_named(id, "named_sync", threads, false, false, true); }
+void named_arrive(int id, int threads) { cuda_model::meet_named(id, "named_arrive", threads, false, false, false); }
+bool named_any(int id, int threads, bool yes)
+{
+    return cuda_model::meet_named(id, "named_any", threads, true, yes, true) != 0;
+}
+
+uint8_t *shared_memory() { return cuda_model::self().block->shared; }
+
+void cuda_model_threads() { fprintf(stderr, "cuda_model:%s\n", cuda_model::waiting_threads(1000).c_str()); }
