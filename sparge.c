@@ -10,10 +10,11 @@
 #include "common/block_mask.h"
 #include "common/geometry.h"
 #include "cpu/cpu.h"
+#include "gpu/gpu.h"
 #include "ref/oracle.h"
 #include "ref/ref.h"
 
-enum { MAX_BLOCK = 1024 };
+enum { MAX_BLOCK = 1024, MAX_RUNG = 5 };
 
 static const sparge_trace no_trace;
 
@@ -40,7 +41,8 @@ const char *sparge_isa_string(sparge_isa isa)
 
 /* ---- What is here ---- */
 
-/* The stages of a backend: arguments are checked and options resolved by then, no trace is NULL. */
+/* The stages of a backend on the host, whose failures are all of memory (gpu/gpu.h has those of cuda):
+ * arguments are checked and options resolved by then, no trace is NULL. */
 static const struct stages {
     sparge_status (*predict)(const sparge_problem *, const sparge_options *, sparge_mask *, const sparge_trace *);
     sparge_status (*attend)(const sparge_problem *, const sparge_options *, const sparge_mask *, sparge_result *);
@@ -48,16 +50,17 @@ static const struct stages {
 } stages[] = {
     [SPARGE_REF] = { sparge_ref_predict, sparge_ref_attend, sparge_ref_attention },
     [SPARGE_CPU] = { sparge_cpu_predict, sparge_cpu_attend, sparge_cpu_attention },
-    [SPARGE_CUDA] = { 0 },
 };
 
 bool sparge_backend_built(sparge_backend backend)
 {
-    return backend == SPARGE_AUTO ||
-           ((unsigned)backend < sizeof stages / sizeof *stages && stages[backend].predict);
+    return backend == SPARGE_CUDA ? sparge_cuda_built() : (unsigned)backend < SPARGE_CUDA;
 }
 
-bool sparge_backend_available(sparge_backend backend) { return sparge_backend_built(backend); }
+bool sparge_backend_available(sparge_backend backend)
+{
+    return backend == SPARGE_CUDA ? sparge_cuda_available() : sparge_backend_built(backend);
+}
 
 bool sparge_isa_available(sparge_isa isa) { return isa == SPARGE_ISA_AUTO || sparge_cpu_has(isa); }
 
@@ -84,6 +87,12 @@ static sparge_status succeed(sparge_error *error)
 static sparge_status out_of_memory(sparge_error *error)
 {
     return fail(error, SPARGE_ERR_MEMORY, "out of memory");
+}
+
+/* Puts a failure of memory in words where nobody has yet. */
+static sparge_status told(sparge_status status, sparge_error *error)
+{
+    return status == SPARGE_ERR_MEMORY && error && !error->text[0] ? out_of_memory(error) : status;
 }
 
 /* Can a * b * c * d things of this size be counted in bytes? */
@@ -176,8 +185,9 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         { "skip_rows", o->skip_rows, 0, INT64_MAX },
         { "causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START },
         { "qk", (int64_t)o->qk, SPARGE_INT8, SPARGE_FLOAT },
-        { "pv", (int64_t)o->pv, SPARGE_INT8, SPARGE_FLOAT },
+        { "pv", (int64_t)o->pv, SPARGE_INT8, SPARGE_FASTEST },
         { "rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM },
+        { "rung", o->rung, 0, MAX_RUNG },
     };
     for (size_t n = 0; n < sizeof number / sizeof *number; n++)
         if (number[n].value < number[n].low || number[n].value > number[n].high)
@@ -267,8 +277,10 @@ static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
 
 static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
 {
-    if (o->rules != SPARGE_RULES_DEFAULT)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "rules are not the default ones, which the ref backend alone has");
+    if (o->pv == SPARGE_HALF || o->pv == SPARGE_FP8)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "pv is %s, which the cpu backend does not have, but ref has",
+                    o->pv == SPARGE_HALF ? "HALF" : "FP8");
     const bool named = o->isa != SPARGE_ISA_AUTO;
     const sparge_status status = named ? SPARGE_OK : isa_of_environment(&o->isa, error);
     if (status)
@@ -287,7 +299,8 @@ static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
     return SPARGE_OK;
 }
 
-/* Fills in what 0 stands for, and names a backend that can do what is asked. */
+/* Fills in what 0 and FASTEST stand for, and names a backend that can do what is asked. AUTO is never cuda:
+ * whether a pointer is the host's or the device's, CUDA alone could tell. */
 static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
 {
     if (o->scale == 0.0f)
@@ -301,19 +314,41 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     if (wants_isa && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
         return fail(error, SPARGE_ERR_ARGUMENT, "isa is %s, which the %s backend does not have",
                     sparge_isa_string(o->isa), sparge_backend_string(o->backend));
+    if (o->rung && o->backend != SPARGE_CUDA)
+        return fail(error, SPARGE_ERR_ARGUMENT, "rung is %d, which is of the cuda backend: backend is %s",
+                    o->rung, sparge_backend_string(o->backend));
+    const bool on_cpu = o->rules == SPARGE_RULES_DEFAULT && o->pv != SPARGE_HALF && o->pv != SPARGE_FP8;
     if (o->backend == SPARGE_AUTO)
-        o->backend = wants_isa || o->rules == SPARGE_RULES_DEFAULT ? SPARGE_CPU : SPARGE_REF;
+        o->backend = wants_isa || on_cpu ? SPARGE_CPU : SPARGE_REF;
     if (!sparge_backend_built(o->backend))
         return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is %s, which this library was built without",
                     sparge_backend_string(o->backend));
+    if (o->rules != SPARGE_RULES_DEFAULT && o->backend != SPARGE_REF)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "rules are not the default ones, which the ref backend alone has");
+    if (o->pv == SPARGE_FASTEST && o->backend != SPARGE_CUDA)
+        o->pv = SPARGE_INT8;
     if (o->backend == SPARGE_CPU)
         return resolve_cpu(o, error);
     o->isa = SPARGE_ISA_SCALAR;
     o->threads = 1;
-    return SPARGE_OK;
+    return o->backend == SPARGE_CUDA ? told(sparge_cuda_resolve(p, o, error), error) : SPARGE_OK;
 }
 
 /* ---- Masks ---- */
+
+/* A mask of the problem's shape without bits. */
+static sparge_status shape_mask(sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
+                                sparge_error *error)
+{
+    const sparge_geometry g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, 0);
+    const int64_t words = sparge_mask_row_words(g.k_blocks);
+    if (!fits(p->batch, p->heads, g.q_blocks, words, sizeof *mask->bits))
+        return fail(error, SPARGE_ERR_SHAPE, "mask of %lld x %lld blocks a head overflows",
+                    (long long)g.q_blocks, (long long)g.k_blocks);
+    *mask = (sparge_mask){ NULL, p->batch, p->heads, g.q_blocks, g.k_blocks, words };
+    return SPARGE_OK;
+}
 
 sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem,
                                 const sparge_options *options, sparge_error *error)
@@ -321,20 +356,17 @@ sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem
     if (!mask)
         return fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
     *mask = (sparge_mask){ 0 };
-    const sparge_status status = check(problem, options, false, NULL, error);
+    sparge_mask shape;
+    sparge_status status = check(problem, options, false, NULL, error);
+    if (!status)
+        status = shape_mask(&shape, problem, options, error);
     if (status)
         return status;
-    const sparge_geometry g = sparge_geometry_make(problem->q_len, problem->k_len, options->block_q,
-                                                   options->block_k, 0);
-    const int64_t words = sparge_mask_row_words(g.k_blocks);
-    if (!fits(problem->batch, problem->heads, g.q_blocks, words, sizeof *mask->bits))
-        return fail(error, SPARGE_ERR_SHAPE, "mask of %lld x %lld blocks a head overflows",
-                    (long long)g.q_blocks, (long long)g.k_blocks);
-    const int64_t total = problem->batch * problem->heads * g.q_blocks * words;
-    uint32_t *bits = calloc(total ? (size_t)total : 1, sizeof *bits);
-    if (!bits)
+    const int64_t total = shape.batch * shape.heads * shape.q_blocks * shape.words;
+    shape.bits = calloc(total ? (size_t)total : 1, sizeof *shape.bits);
+    if (!shape.bits)
         return out_of_memory(error);
-    *mask = (sparge_mask){ bits, problem->batch, problem->heads, g.q_blocks, g.k_blocks, words };
+    *mask = shape;
     return succeed(error);
 }
 
@@ -408,9 +440,30 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
         return status;
     sparge_options o = *options;
     status = resolve(problem, &o, error);
+    if (!trace)
+        trace = &no_trace;
     if (!status)
-        status = stages[o.backend].predict(problem, &o, mask, trace ? trace : &no_trace);
-    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+        status = o.backend == SPARGE_CUDA ? sparge_cuda_predict(problem, &o, mask, trace, error)
+                                          : stages[o.backend].predict(problem, &o, mask, trace);
+    return told(status, error);
+}
+
+/* On the host every head's counts are there, for their sum. */
+static sparge_status run_on_host(const sparge_problem *p, const sparge_options *o, sparge_mask *predicted,
+                                 const sparge_mask *mask, sparge_result *now)
+{
+    const int64_t heads = p->batch * p->heads;
+    sparge_counts *own = NULL;
+    if (!now->head_counts)
+        now->head_counts = own = malloc(heads ? (size_t)heads * sizeof *own : 1);
+    if (!now->head_counts)
+        return SPARGE_ERR_MEMORY;
+    memset(now->head_counts, 0, (size_t)heads * sizeof *now->head_counts);
+    const sparge_status status = predicted ? stages[o->backend].attention(p, o, predicted, now)
+                                           : stages[o->backend].attend(p, o, mask, now);
+    now->counts = sum_of(now->head_counts, heads);
+    free(own);
+    return status;
 }
 
 /* Stage 2 over `mask`, or both stages where there is one to predict. */
@@ -421,30 +474,21 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
     sparge_status status = resolve(problem, &o, error);
     if (status)
         return status;
-    const int64_t heads = problem->batch * problem->heads;
-    sparge_counts *own = NULL;
-    sparge_result now = *result;
-    now.workspace = 0;
-    now.seconds_predict = now.seconds_quantize = now.seconds_attend = 0.0;
-    if (!now.head_counts)
-        now.head_counts = own = malloc(heads ? (size_t)heads * sizeof *own : 1);
-    if (!now.head_counts)
-        return out_of_memory(error);
-    memset(now.head_counts, 0, (size_t)heads * sizeof *now.head_counts);
-    if (!now.trace)
-        now.trace = &no_trace;
-    status = predicted ? stages[o.backend].attention(problem, &o, predicted, &now)
-                       : stages[o.backend].attend(problem, &o, mask, &now);
-    result->counts = sum_of(now.head_counts, heads);
-    result->backend = o.backend;
-    result->isa = o.isa;
-    result->threads = o.threads;
-    result->workspace = now.workspace;
-    result->seconds_predict = now.seconds_predict;
-    result->seconds_quantize = now.seconds_quantize;
-    result->seconds_attend = now.seconds_attend;
-    free(own);
-    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+    sparge_result now = {
+        .o = result->o, .lse = result->lse, .mask = result->mask, .head_counts = result->head_counts,
+        .trace = result->trace ? result->trace : &no_trace,
+        .backend = o.backend, .isa = o.isa, .threads = o.threads, .rung = o.rung, .pv = o.pv,
+    };
+    if (o.backend != SPARGE_CUDA)
+        status = run_on_host(problem, &o, predicted, mask, &now);
+    else if (predicted)
+        status = sparge_cuda_attention(problem, &o, predicted, &now, error);
+    else
+        status = sparge_cuda_attend(problem, &o, mask, &now, error);
+    now.trace = result->trace;
+    now.head_counts = result->head_counts;
+    *result = now;
+    return told(status, error);
 }
 
 sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
@@ -465,13 +509,71 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
     if (status)
         return status;
     sparge_mask own = { 0 };
-    if (!result->mask)
+    if (!result->mask && options->backend == SPARGE_CUDA) /* its bits stand in the workspace */
+        status = shape_mask(&own, problem, options, error);
+    else if (!result->mask)
         status = sparge_mask_alloc(&own, problem, options, error);
     if (!status)
         status = run(problem, options, result->mask ? result->mask : &own, NULL, result, error);
     sparge_mask_free(&own);
     return status;
 }
+
+/* ---- Devices ---- */
+
+sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge_options *options, bool lse,
+                                     int64_t *bytes, sparge_error *error)
+{
+    if (!bytes)
+        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is NULL");
+    sparge_problem sized = { 0 };
+    sparge_options o = { 0 };
+    if (problem) { /* sizes alone: any pointer will do */
+        sized = *problem;
+        sized.q.data = sized.k.data = sized.v.data = &sized;
+    }
+    sparge_mask shape;
+    sparge_status status = check(problem ? &sized : NULL, options, true, NULL, error);
+    if (!status)
+        status = shape_mask(&shape, problem, options, error);
+    if (!status) {
+        o = *options;
+        o.backend = SPARGE_CUDA;
+        status = resolve(problem, &o, error);
+    }
+    if (!status)
+        status = sparge_cuda_workspace(problem, &o, lse, bytes, error);
+    return told(status, error);
+}
+
+sparge_status sparge_device_alloc(int64_t bytes, void **data, sparge_error *error)
+{
+    if (!data)
+        return fail(error, SPARGE_ERR_ARGUMENT, "data is NULL");
+    *data = NULL;
+    if (bytes < 0)
+        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is %lld, it must be at least 0", (long long)bytes);
+    succeed(error);
+    return told(sparge_cuda_alloc(bytes, data, error), error);
+}
+
+void sparge_device_free(void *data)
+{
+    if (data)
+        sparge_cuda_free(data);
+}
+
+sparge_status sparge_device_copy(void *to, const void *from, int64_t bytes, sparge_error *error)
+{
+    if (bytes < 0)
+        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is %lld, it must be at least 0", (long long)bytes);
+    if (bytes > 0 && (!to || !from))
+        return fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", to ? "from" : "to");
+    succeed(error);
+    return told(sparge_cuda_copy(to, from, bytes, error), error);
+}
+
+/* ---- Ceilings ---- */
 
 /* The instruction set and the threads that a measurement runs with. */
 static sparge_status resolve_measurement(sparge_isa isa, int threads, sparge_options *o, sparge_error *error)
@@ -503,7 +605,7 @@ sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *byte
     sparge_status status = resolve_measurement(isa, threads, &o, error);
     if (!status)
         status = sparge_cpu_bandwidth(o.isa, o.threads, bytes);
-    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+    return told(status, error);
 }
 
 sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
@@ -516,5 +618,5 @@ sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options 
     sparge_status status = check(problem, options, o != NULL, mask, error);
     if (!status)
         status = sparge_ref_oracle(problem, options, mask, mode, o, lse, block_mass);
-    return status == SPARGE_ERR_MEMORY ? out_of_memory(error) : status;
+    return told(status, error);
 }

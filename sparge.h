@@ -50,7 +50,7 @@ const char *sparge_status_string(sparge_status status);
 
 /* ---- What runs ------------------------------------------------------------------------ */
 
-/* AUTO is the fastest that can do what is asked; REF is the definition of the right answer. */
+/* AUTO is the fastest on the host that can do what is asked; REF is the definition of the right answer. */
 typedef enum sparge_backend { SPARGE_AUTO, SPARGE_REF, SPARGE_CPU, SPARGE_CUDA } sparge_backend;
 
 /* The instruction set of the cpu backend. Results agree as far as they must on all of them. */
@@ -73,7 +73,8 @@ bool sparge_isa_available(sparge_isa isa);             /* does this processor ha
 typedef enum sparge_dtype { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } sparge_dtype;
 
 /* Strided views [batch][head][token][channel]. Strides count elements, not bytes; channels are
- * contiguous. On the cuda backend the pointers are device pointers. */
+ * contiguous. On the cuda backend these pointers, and those of masks, traces, lse and head_counts, are
+ * device pointers. */
 typedef struct sparge_in {
     const void *data;
     sparge_dtype dtype;
@@ -103,8 +104,19 @@ typedef struct sparge_problem {
 typedef enum sparge_causal { SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START } sparge_causal;
 
 /* INT8 is the paper's; INT12 has 8 to 14 times less error in the same integer arithmetic;
- * FLOAT quantises nothing and so separates the error of codes from the error of sparsity. */
-typedef enum sparge_precision { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT } sparge_precision;
+ * FLOAT quantises nothing and so separates the error of codes from the error of sparsity.
+ * HALF and FP8 are for P.V on tensor cores, defined by the ref backend: P and V rounded to binary16 (a v
+ * beyond 65504 is then not finite), or to e4m3 (P as 256 p, V by one step for each channel of a head); the
+ * cpu backend has neither. FASTEST, of pv alone, is what the backend does fastest on this machine: INT8,
+ * but FP8 or HALF on the cuda backend. */
+typedef enum sparge_precision {
+    SPARGE_INT8,
+    SPARGE_INT12,
+    SPARGE_FLOAT,
+    SPARGE_HALF,
+    SPARGE_FP8,
+    SPARGE_FASTEST,
+} sparge_precision;
 
 /* Whose decisions where the paper, its released kernels and this project differ: the table in
  * ref/README.md. PAPER and UPSTREAM run on the reference backend alone. */
@@ -139,9 +151,15 @@ typedef struct sparge_options {
     sparge_rules rules;
     sparge_knobs knobs;           /* for every head, unless: */
     const sparge_knobs *per_head; /* [heads], or NULL */
-    /* Called now and then with 0..1 by attention and by the oracle, from one thread; or NULL. */
+    /* Called now and then with 0..1 by attention, but not on cuda, and by the oracle, from one thread; or
+     * NULL. */
     void (*progress)(void *user, double done);
     void *user;
+    /* Of the cuda backend: */
+    int rung;        /* of the ladder in gpu/README.md, 1 to 5; 0: the best that can do this here */
+    void *stream;    /* a cudaStream_t: calls queue their work there and return; NULL: they wait for the end */
+    void *workspace; /* device memory to work in, or NULL: allocated and freed in the order of the stream */
+    int64_t workspace_bytes; /* of it: at least what sparge_workspace_bytes says */
 } sparge_options;
 
 /* The defaults of one rule set. For DEFAULT: 128 x 64 blocks, int8 and int8, smoothed keys,
@@ -157,7 +175,7 @@ typedef struct sparge_mask {
     int64_t batch, heads, q_blocks, k_blocks, words;
 } sparge_mask;
 
-/* Allocates an empty mask of the problem's shape under the options' block sizes. */
+/* Allocates an empty mask of the problem's shape under the options' block sizes, in host memory. */
 sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem,
                                 const sparge_options *options, sparge_error *error);
 void sparge_mask_free(sparge_mask *mask); /* NULL and an empty mask are fine */
@@ -183,8 +201,8 @@ double sparge_sparsity_pv(const sparge_counts *counts); /* P.V not done / pairs 
 double sparge_sparsity(const sparge_counts *counts);    /* the mean of both: the paper's (Sec 4.1) */
 
 /* Every stage, for looking between them and for finding where two backends part. The arrays are
- * packed and belong to the caller; NULL is not wanted. Codes and steps of what is not quantised, and
- * the mean key without smooth_k, are left as they were. */
+ * packed and belong to the caller; NULL is not wanted. Codes and steps of what is not in integers (FLOAT;
+ * of v also HALF and FP8), and the mean key without smooth_k, are left as they were. */
 typedef struct sparge_trace {
     float *mean_k;                          /* [batch][kv_heads][dim] */
     float *pool_q, *pool_k;                 /* [batch][heads | kv_heads][q | k_blocks][dim] */
@@ -204,12 +222,15 @@ typedef struct sparge_result {
     const sparge_trace *trace;  /* or NULL */
     sparge_counts *head_counts; /* [batch][heads], or NULL */
     /* Filled in: */
-    sparge_counts counts;       /* the sum over all heads */
+    sparge_counts counts;       /* the sum over all heads; 0 after a call that only queued its work */
     sparge_backend backend;     /* what ran */
     sparge_isa isa;
     int threads;
-    int64_t workspace; /* bytes that the cpu backend worked in, beside inputs and output; 0: not counted */
-    /* What the cpu backend does to q, k and v in one pass counts as quantize. */
+    int rung;
+    sparge_precision pv;
+    int64_t workspace; /* bytes that cpu or cuda worked in, beside inputs and output; 0: not counted */
+    /* What cpu and cuda do to q, k and v in one pass counts as quantize. On cuda these are the device's
+     * own times, 0 after a call that only queued its work. */
     double seconds_predict, seconds_quantize, seconds_attend;
 } sparge_result;
 
@@ -229,6 +250,19 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
 sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_result *result, sparge_error *error);
 
+/* ---- Devices --------------------------------------------------------------------------- */
+
+/* The bytes of workspace that calls of this problem under these options need on the cuda backend. The
+ * pointers in the problem are not looked at; `lse` as in the result. */
+sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge_options *options, bool lse,
+                                     int64_t *bytes, sparge_error *error);
+
+/* Device memory for programs that have no CUDA of their own. A copy goes from host or device memory to
+ * either, and is done when the call returns. */
+sparge_status sparge_device_alloc(int64_t bytes, void **data, sparge_error *error);
+void sparge_device_free(void *data); /* NULL is fine */
+sparge_status sparge_device_copy(void *to, const void *from, int64_t bytes, sparge_error *error);
+
 /* ---- Ceilings ---------------------------------------------------------------------------- */
 
 /* What this machine can do at most, on all threads together: medians of a few trials. */
@@ -247,8 +281,8 @@ sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *byte
 
 /* Attention by the textbook formula in double precision; shares no code with any backend.
  * REAL takes q, k and v as they are: the distance to it is quality. CODES takes them as the
- * options' precisions define them (dequantised codes; v too unless pv is FLOAT): the distance to
- * it is correctness. */
+ * options' precisions define them (dequantised codes; v too unless pv is FLOAT; FASTEST is taken for
+ * INT8): the distance to it is correctness. */
 typedef enum sparge_oracle_mode { SPARGE_ORACLE_REAL, SPARGE_ORACLE_CODES } sparge_oracle_mode;
 
 /* Packed arrays, each NULL when not wanted. A mask of NULL is dense. Host memory only.

@@ -156,8 +156,9 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
             result->lse[line] += w->o->scale * sparge_dot(w->x, w->mean, p->dim);
         }
     }
+    const float norm = sparge_row_norm(state);
     for (int64_t c = 0; c < p->dim_v; c++)
-        store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * sparge_row_norm(state));
+        store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * norm * w->tile.unit[c]);
     sparge_ref_record(result->trace->m, line, &state->max, 1, 4);
     sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
 }
@@ -225,6 +226,8 @@ static void quantize_keys(const sparge_ref_attender *w, int64_t b, int64_t kv)
         sparge_ref_mean(&p->k, b, kv, &w->g, p->dim, w->x, w->k.bad, w->mean);
     sparge_ref_codes(w, &p->k, b, kv, p->k_len, w->mean, &w->k);
     sparge_ref_codes(w, &p->v, b, kv, p->k_len, NULL, &w->v);
+    if (w->mode.narrow)
+        w->mode.narrow(&w->v, p->k_len, w->tile.unit);
     if (w->mean)
         sparge_ref_record(trace->mean_k, at, w->mean, p->dim, 4);
     record_codes(&w->k, at, p->k_len, trace->codes_k, trace->steps_k);
@@ -255,6 +258,7 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
             .done = take(&a, g.block_q, sizeof(bool)),
             .state = take(&a, g.block_q, sizeof(sparge_row)),
             .o = take(&a, g.block_q * p->dim_v, sizeof(float)),
+            .unit = take(&a, p->dim_v, sizeof(float)),
             .product = take(&a, p->dim_v, sizeof(int32_t)),
         },
         .spoilt = take(&a, g.block_q, sizeof(bool)),
@@ -263,6 +267,8 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
     uint32_t *all = take(&a, words, sizeof *all); /* a row that keeps every block: dense attention */
     if (all)
         memset(all, 0xff, (size_t)words * sizeof *all);
+    for (int64_t c = 0; c < p->dim_v && !a.failed; c++)
+        w.tile.unit[c] = 1.0f;
     double quantizing = 0.0;
     for (int64_t n = 0; n < p->batch * p->heads && !a.failed; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;

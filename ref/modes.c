@@ -1,5 +1,7 @@
 /* modes.c: everything of algorithm.md section 9 and 5 that is not the default: codes of 12 bits, no
- * codes at all, and the rules of the paper as printed and of the authors' released kernels. */
+ * codes at all, P.V as tensor cores do it in binary16 and in e4m3, and the rules of the paper as printed
+ * and of the authors' released kernels. */
+#include "common/half.h"
 #include "ref/ref.h"
 
 /* ---- qk = float: the same loop, c = scale * log2 e ---- */
@@ -17,11 +19,12 @@ static void score_float(const sparge_ref_operand *q, const sparge_ref_operand *k
         }
 }
 
-/* ---- pv = float: P against the running maximum ---- */
+/* ---- pv = float, half, fp8: P against the running maximum ---- */
 
-static void weigh_float(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+/* o takes P as `narrow` rounds it, l as it is: a GPU sums before it packs. */
+static void weigh_values(const sparge_ref_operand *v, sparge_ref_tile *tile, int64_t r,
+                         float (*narrow)(float))
 {
-    (void)p_levels;
     sparge_row *state = &tile->state[r];
     float *o = &tile->o[r * v->dim], sum[16] = { 0 };
     const float shrink = sparge_row_raise(state, tile->local[r]);
@@ -29,12 +32,62 @@ static void weigh_float(const sparge_ref_operand *v, int p_levels, sparge_ref_ti
         o[c] *= shrink;
     for (int64_t t = 0; t < tile->seen[r]; t++) {
         const float p = sparge_weight(tile->s[r * tile->keys + t], tile->c, state->max);
-        const float *value = &v->value[(tile->first_k + t) * v->dim];
+        const float *value = &v->value[(tile->first_k + t) * v->dim], rounded = narrow(p);
         sum[t % 16] += p;
         for (int64_t c = 0; c < v->dim; c++)
-            o[c] = fmaf(p, value[c], o[c]);
+            o[c] = fmaf(rounded, value[c], o[c]);
     }
     state->sum += sparge_sum_of(sum);
+}
+
+static float in_float(float x) { return x; }
+static float in_half(float x) { return sparge_f16_to_f32(sparge_f32_to_f16(x)); }
+static float in_e4m3(float x) { return sparge_e4m3_to_f32(sparge_f32_to_e4m3(x)); }
+
+/* 256 p stays below 448, and reaches down to weights of 2^-18. */
+static float in_256ths(float p) { return in_e4m3(256.0f * p) / 256.0f; }
+
+static void weigh_float(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+{
+    (void)p_levels;
+    weigh_values(v, tile, r, in_float);
+}
+
+static void weigh_half(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+{
+    (void)p_levels;
+    weigh_values(v, tile, r, in_half);
+}
+
+static void weigh_fp8(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+{
+    (void)p_levels;
+    weigh_values(v, tile, r, in_256ths);
+}
+
+/* What binary16 cannot hold is not finite. */
+static void narrow_half(const sparge_ref_operand *v, int64_t tokens, float *unit)
+{
+    (void)unit;
+    for (int64_t e = 0; e < tokens * v->dim; e++) {
+        const float x = in_half(v->value[e]);
+        v->bad[e] |= !sparge_finite(x);
+        v->value[e] = sparge_finite(x) ? x : 0.0f;
+    }
+}
+
+/* One step for each channel over all tokens, so that it can multiply after the last key. */
+static void narrow_fp8(const sparge_ref_operand *v, int64_t tokens, float *unit)
+{
+    for (int64_t c = 0; c < v->dim; c++) {
+        float max = 0.0f;
+        for (int64_t e = c; e < tokens * v->dim; e += v->dim)
+            max = fmaxf(max, fabsf(v->value[e]));
+        const float step = max / 448.0f;
+        unit[c] = step < FLT_MIN ? 0.0f : step;
+        for (int64_t e = c; e < tokens * v->dim; e += v->dim)
+            v->value[e] = step < FLT_MIN ? 0.0f : in_e4m3(v->value[e] / step);
+    }
 }
 
 /* ---- rules = paper: the algorithm as printed ---- */
@@ -95,9 +148,10 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
     }
     if (o->pv == SPARGE_INT12)
         mode.p_levels = mode.v_levels = 4095;
-    if (o->pv == SPARGE_FLOAT) {
+    if (o->pv == SPARGE_FLOAT || o->pv == SPARGE_HALF || o->pv == SPARGE_FP8) {
         mode.p_levels = mode.v_levels = 0;
-        mode.weigh = weigh_float;
+        mode.weigh = o->pv == SPARGE_HALF ? weigh_half : o->pv == SPARGE_FP8 ? weigh_fp8 : weigh_float;
+        mode.narrow = o->pv == SPARGE_HALF ? narrow_half : o->pv == SPARGE_FP8 ? narrow_fp8 : NULL;
     }
     if (o->rules != SPARGE_RULES_DEFAULT)
         mode.predict_scale = 1.0f / sqrtf((float)p->dim);

@@ -15,7 +15,16 @@
 typedef struct rule {
     float largest; /* code; 0: real values, no codes */
     float extra;   /* what upstream adds to a step */
+    int digits;    /* 0: codes are whole numbers; else binary digits of a floating code, and */
+    int lowest;    /* the exponent below which it loses them */
+    bool unscaled; /* the step is 1, and what exceeds the largest code is not finite */
+    bool by_head;  /* steps are of all tokens, not of a block's */
 } rule;
+
+static const rule int8 = {.largest = 127.0f}, int8_of_upstream = {.largest = 127.0f, .extra = 1e-7f};
+static const rule int12_of_qk = {.largest = 2047.0f}, int12_of_pv = {.largest = 4095.0f};
+static const rule binary16 = {.largest = 65504.0f, .digits = 11, .lowest = -14, .unscaled = true};
+static const rule e4m3 = {.largest = 448.0f, .digits = 4, .lowest = -6, .by_head = true};
 
 typedef struct work {
     const sparge_problem *problem;
@@ -31,6 +40,7 @@ typedef struct work {
     double *k, *v;  /* [k_len][dim], [k_len][dim_v] one kv head */
     int64_t *key;   /* [k_len] the keys that the mask keeps for one query block, ascending */
     double *weight; /* [k_len] what one row pays to each of them */
+    int64_t v_rows; /* keys whose v shares steps: a block's, or all */
 } work;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,13 +66,23 @@ static float element(const sparge_in *in, int64_t b, int64_t h, int64_t t, int64
     return bits >> 15 ? -size : size;
 }
 
+/* The nearest code to x, not yet cut at the largest. */
+static double nearest(double x, rule r)
+{
+    if (r.digits == 0 || x == 0.0)
+        return round(x);
+    const int exponent = ilogb(x) > r.lowest ? ilogb(x) : r.lowest;
+    const double ulp = ldexp(1.0, exponent + 1 - r.digits);
+    return rint(x / ulp) * ulp; /* ties to even */
+}
+
 /* What the codes of x[0], x[stride], ... stand for; they share one step (Sec 3.2). */
 static void dequantise(double *to, const float *x, int64_t count, int64_t stride, rule r)
 {
     float top = 0.0f;
     for (int64_t n = 0; n < count * stride; n += stride)
         top = isfinite(x[n]) ? fmaxf(top, fabsf(x[n])) : top;
-    const float step = r.largest > 0.0f ? top / r.largest + r.extra : 0.0f;
+    const float step = r.unscaled ? 1.0f : r.largest > 0.0f ? top / r.largest + r.extra : 0.0f;
     for (int64_t n = 0; n < count * stride; n += stride) {
         if (!isfinite(x[n]))
             to[n] = NAN;
@@ -70,8 +90,11 @@ static void dequantise(double *to, const float *x, int64_t count, int64_t stride
             to[n] = x[n];
         else if (step < FLT_MIN) /* a subnormal step has too few digits to divide by */
             to[n] = 0.0;
-        else
-            to[n] = (double)fmaxf(-r.largest, fminf(roundf(x[n] / step), r.largest)) * step;
+        else {
+            const double code = nearest((double)(x[n] / step), r), largest = (double)r.largest;
+            const double beyond = r.unscaled ? NAN : copysign(largest, code);
+            to[n] = (fabs(code) <= largest ? code : beyond) * (double)step;
+        }
     }
 }
 
@@ -92,7 +115,7 @@ static float mean_of_channel(const work *w, int64_t b, int64_t g, int64_t c)
     return (float)(total / (double)k_len);
 }
 
-/* One kv head, as the mode wants it. A block of k has one step, one of v a step per channel. */
+/* One kv head, as the mode wants it. A block of k has one step, one of v (or all of it) one per channel. */
 static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
 {
     const sparge_problem *p = w->problem;
@@ -105,10 +128,13 @@ static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
             for (int64_t c = 0; c < p->dim; c++)
                 w->block[r * p->dim + c] = element(&p->k, b, g, first + r, c) - w->mean[c];
         dequantise(w->k + first * p->dim, w->block, rows * p->dim, 1, w->qk);
-        for (int64_t r = 0; needs_v && r < rows; r++)
+    }
+    for (int64_t first = 0; needs_v && first < p->k_len; first += w->v_rows) {
+        const int64_t rows = least(w->v_rows, p->k_len - first);
+        for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < p->dim_v; c++)
                 w->block[r * p->dim_v + c] = element(&p->v, b, g, first + r, c);
-        for (int64_t c = 0; needs_v && c < p->dim_v; c++)
+        for (int64_t c = 0; c < p->dim_v; c++)
             dequantise(w->v + first * p->dim_v + c, w->block + c, rows, p->dim_v, w->pv);
     }
 }
@@ -186,17 +212,23 @@ sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_opti
     if (mode == SPARGE_ORACLE_CODES) {
         const bool upstream = options->rules == SPARGE_RULES_UPSTREAM;
         if (options->qk != SPARGE_FLOAT) /* to real scores smoothing makes no difference */
-            w.qk = options->qk == SPARGE_INT8 ? (rule){127.0f, upstream ? 1e-7f : 0.0f}
-                                              : (rule){2047.0f, 0.0f};
-        if (options->pv != SPARGE_FLOAT)
-            w.pv.largest = options->pv == SPARGE_INT8 ? 127.0f : 4095.0f;
+            w.qk = options->qk == SPARGE_INT12 ? int12_of_qk : upstream ? int8_of_upstream : int8;
+        switch (options->pv) {
+        case SPARGE_INT8: case SPARGE_FASTEST: w.pv = int8; break;
+        case SPARGE_INT12: w.pv = int12_of_pv; break;
+        case SPARGE_HALF: w.pv = binary16; break;
+        case SPARGE_FP8: w.pv = e4m3; break;
+        case SPARGE_FLOAT: break;
+        }
         w.smooth = options->smooth_k && options->qk != SPARGE_FLOAT;
     }
+    w.v_rows = w.pv.by_head ? k_len : block_k;
     w.scale = (double)(options->scale > 0.0f ? options->scale : 1.0f / sqrtf((float)dim));
 
     sparge_status status = SPARGE_OK;
     const size_t keys = (size_t)k_len + 1; /* one more than needed: calloc(0) may be NULL */
-    w.block = calloc((size_t)(block_q + block_k), (size_t)(dim + dim_v) * sizeof(float));
+    w.block = calloc((size_t)(block_q + (w.v_rows > block_k ? w.v_rows : block_k)),
+                     (size_t)(dim + dim_v) * sizeof(float));
     w.mean = calloc((size_t)dim + 1, sizeof(float));
     w.q = calloc((size_t)block_q, (size_t)(dim + 1) * sizeof(double));
     w.k = calloc(keys, (size_t)(dim + 1) * sizeof(double));

@@ -101,6 +101,7 @@ typedef struct sparge_ref_tile {
     bool *done;               /* [rows] P.V of this tile was computed */
     sparge_row *state;        /* [rows] m and l */
     float *o;                 /* [rows][dim_v], not yet divided by l */
+    float *unit;              /* [dim_v] what 1 in o stands for: 1, but under fp8 the step of V */
     int32_t *product;         /* [dim_v] one row of P.V, in codes */
 } sparge_ref_tile;
 
@@ -111,6 +112,8 @@ typedef struct sparge_ref_mode {
     /* Folds row r of a tile into m, l and o. p_levels: codes of P are 0 .. p_levels. */
     void (*weigh)(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *, int64_t r);
     void (*skipped)(sparge_ref_tile *, int64_t r); /* what a skipped row still does, or NULL */
+    /* Rounds one head of V, in values, as its precision has it, or NULL. */
+    void (*narrow)(const sparge_ref_operand *v, int64_t tokens, float *unit);
     int qk_levels, p_levels, v_levels;             /* 0: not quantised */
     float slack;                                   /* added to the steps of Q and K */
     int64_t never_skip;                            /* so many last kept blocks ignore lambda */

@@ -126,7 +126,7 @@ static void refused_as_it_stands(int entries, asked *a, sparge_status status, co
         memset(&error, 'x', sizeof error);
         const sparge_status got = call(entry, a, &error);
         check(memchr(error.text, '\0', sizeof error.text), "the sentence has no end");
-        check(got == status, "%s (%s)", sparge_status_string(got), error.text);
+        check(got == status && error.text[0], "%s (%s)", sparge_status_string(got), error.text);
         check(!strncmp(error.text, sentence, strlen(sentence)), "it says \"%s\"", error.text);
         check(!strchr(error.text, '\n'), "it says \"%s\"", error.text);
         check(call(entry, a, NULL) == status, "without an error to fill in");
@@ -430,8 +430,12 @@ Test(api, options_out_of_range)
         { "skip_rows is -1, ", offsetof(sparge_options, skip_rows), -1, 8 },
         { "causal is 3, it must be in [0, 2]", offsetof(sparge_options, causal), 3, 4 },
         { "qk is 3, it must be in [0, 2]", offsetof(sparge_options, qk), 3, 4 },
-        { "pv is 3, it must be in [0, 2]", offsetof(sparge_options, pv), 3, 4 },
+        { "qk is 4, ", offsetof(sparge_options, qk), SPARGE_FP8, 4 },
+        { "qk is 5, ", offsetof(sparge_options, qk), SPARGE_FASTEST, 4 },
+        { "pv is 6, it must be in [0, 5]", offsetof(sparge_options, pv), 6, 4 },
         { "rules is 3, it must be in [0, 2]", offsetof(sparge_options, rules), 3, 4 },
+        { "rung is 6, it must be in [0, 5]", offsetof(sparge_options, rung), 6, 4 },
+        { "rung is -1, ", offsetof(sparge_options, rung), -1, 4 },
     };
     cr_assert(sizeof(sparge_backend) == 4 && sizeof(int) == 4);
     for (int64_t n = 0; n < COUNT(table); n++) {
@@ -552,6 +556,167 @@ Test(api, masks_of_another_shape)
 
 /* ---- Backends and instruction sets ----------------------------------------------------------- */
 
+/* On a machine without a GPU cuda is refused in words, built or not. Where there is one, these questions
+ * are not for it: they point to host memory. */
+static void refused_by_cuda(asked a)
+{
+    static const char absent[] = "backend is cuda, which this library was built without";
+    a.o.backend = SPARGE_CUDA;
+    if (!sparge_backend_available(SPARGE_CUDA))
+        refused(STAGES, a, SPARGE_ERR_UNSUPPORTED, sparge_backend_built(SPARGE_CUDA) ? "" : absent);
+}
+
+Test(api, cuda_without_a_device)
+{
+    asked a = question();
+    refused_by_cuda(a);
+    a.result.head_counts = NULL;
+    a.result.lse = NULL;
+    refused_by_cuda(a);
+    for (int rung = 1; rung <= 5; rung++) {
+        a.o.rung = rung;
+        refused_by_cuda(a);
+    }
+    a = question();
+    for (int pv = SPARGE_INT8; pv <= SPARGE_FASTEST; pv++) {
+        a.o.pv = (sparge_precision)pv;
+        refused_by_cuda(a);
+    }
+    a = question();
+    a.o.backend = SPARGE_CUDA;
+    a.o.isa = SPARGE_ISA_AVX2;
+    refused(STAGES, a, SPARGE_ERR_ARGUMENT, "isa is avx2, which the cuda backend does not have");
+    a = question();
+    a.o.backend = SPARGE_CUDA;
+    a.o.rules = SPARGE_RULES_UPSTREAM;
+    refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
+            sparge_backend_built(SPARGE_CUDA) ? "rules are not" : "backend is cuda");
+    a = question();
+    a.o.backend = SPARGE_CUDA;
+    accepted(ALLOC | ORACLE, a, "masks and the oracle are the host's");
+}
+
+Test(api, rungs_are_of_cuda)
+{
+    static const sparge_backend backend[] = { SPARGE_AUTO, SPARGE_REF, SPARGE_CPU };
+    for (int64_t n = 0; n < COUNT(backend); n++) {
+        asked a = question();
+        a.o.backend = backend[n];
+        a.o.rung = 1 + (int)n;
+        refused(STAGES, a, SPARGE_ERR_ARGUMENT,
+                check_text("rung is %d, which is of the cuda backend: backend is %s", a.o.rung,
+                           sparge_backend_string(backend[n])));
+    }
+}
+
+/* Device memory: what is wrong whatever the machine, then what a machine without a device says. */
+Test(api, device_memory)
+{
+    char here[] = "as it was";
+    void *data = here;
+    sparge_error error = { "poison" };
+    check_equal(sparge_device_alloc(8, NULL, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "data is NULL");
+    check_equal(sparge_device_alloc(-1, &data, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "bytes is -1, it must be at least 0");
+    check(!data, "what was not allocated is safe to free");
+    check_equal(sparge_device_copy(here, here, INT64_MIN, &error), SPARGE_ERR_ARGUMENT);
+    check(!strncmp(error.text, "bytes is -9223372036854775808, ", 31), "it says \"%s\"", error.text);
+    check_equal(sparge_device_copy(NULL, here, 1, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "to is NULL");
+    check_equal(sparge_device_copy(here, NULL, 1, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "from is NULL");
+    check_equal(sparge_device_copy(here, NULL, 1, NULL), SPARGE_ERR_ARGUMENT);
+    sparge_device_free(NULL);
+    const bool available = sparge_backend_available(SPARGE_CUDA);
+    const sparge_status sound_one = available ? SPARGE_OK : SPARGE_ERR_UNSUPPORTED;
+    check_equal(sparge_device_copy(NULL, NULL, 0, NULL), sound_one);
+    for (int64_t bytes = 0; bytes <= 8; bytes += 8) {
+        check_case("%lld bytes", (long long)bytes);
+        data = here;
+        check_equal(sparge_device_alloc(bytes, &data, &error), sound_one);
+        check(available == !error.text[0], "it says \"%s\"", error.text);
+        check(available || !data, "what was not allocated is safe to free");
+        check_equal(sparge_device_copy(here, "12345678", bytes, &error), sound_one);
+        check(available == !error.text[0], "it says \"%s\"", error.text);
+        check(!memcmp(here, available && bytes ? "12345678" : "as it was", 8), "what was copied");
+        sparge_device_free(data);
+    }
+}
+
+/* The sizes of the workspace are a matter of sizes: no pointer is looked at, and cuda is meant whatever the
+ * options say. */
+Test(api, workspace_of_a_problem)
+{
+    asked a = question();
+    int64_t bytes = 77;
+    sparge_error error = { "poison" };
+    check_equal(sparge_workspace_bytes(&a.p, &a.o, true, NULL, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "bytes is NULL");
+    check_equal(sparge_workspace_bytes(NULL, &a.o, true, &bytes, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "problem is NULL");
+    check_equal(sparge_workspace_bytes(&a.p, NULL, true, &bytes, &error), SPARGE_ERR_ARGUMENT);
+    cr_assert_str_eq(error.text, "options is NULL");
+    a.p.q.data = a.p.k.data = a.p.v.data = NULL;
+    const bool available = sparge_backend_available(SPARGE_CUDA);
+    for (sparge_backend backend = SPARGE_AUTO; backend <= SPARGE_CUDA; backend++) {
+        check_case("the options say %s", sparge_backend_string(backend));
+        a.o.backend = backend;
+        a.o.rung = 1;
+        const sparge_status status = sparge_workspace_bytes(&a.p, &a.o, backend % 2, &bytes, &error);
+        check(status == (available ? SPARGE_OK : SPARGE_ERR_UNSUPPORTED) && available == !error.text[0],
+              "%s, \"%s\"", sparge_status_string(status), error.text);
+        check(status ? bytes == 77 : bytes >= 0, "%lld bytes", (long long)bytes);
+    }
+    bytes = 77;
+    a.o.block_k = 0;
+    check_equal(sparge_workspace_bytes(&a.p, &a.o, true, &bytes, &error), SPARGE_ERR_ARGUMENT);
+    check(!strncmp(error.text, "block_k is 0", 12), "it says \"%s\"", error.text);
+    a = question();
+    a.p.kv_heads = 3;
+    check_equal(sparge_workspace_bytes(&a.p, &a.o, true, &bytes, NULL), SPARGE_ERR_SHAPE);
+    a = question(); /* each tensor fits, the mask of one-token blocks does not */
+    a.p.batch = a.p.heads = a.p.kv_heads = a.p.dim = a.p.dim_v = a.o.block_q = a.o.block_k = 1;
+    a.p.q_len = a.p.k_len = INT64_C(1) << 58;
+    check_equal(sparge_workspace_bytes(&a.p, &a.o, true, &bytes, &error), SPARGE_ERR_SHAPE);
+    check(!strncmp(error.text, "mask of 288230376151711744", 26), "it says \"%s\"", error.text);
+    check_equal(bytes, (int64_t)77);
+}
+
+/* ref defines half and fp8, the cpu backend has neither, and what is fastest on both is int8. */
+Test(api, precisions_and_the_backends_that_have_them)
+{
+    float int8[ROWS * DIM_V];
+    for (int pv = SPARGE_INT8; pv <= SPARGE_FASTEST; pv++)
+        for (sparge_backend backend = SPARGE_AUTO; backend <= SPARGE_CPU; backend++) {
+            const bool narrow = pv == SPARGE_HALF || pv == SPARGE_FP8;
+            asked a = question();
+            a.o.pv = (sparge_precision)pv;
+            a.o.backend = backend;
+            if (narrow && backend == SPARGE_CPU) {
+                refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
+                        check_text("pv is %s, which the cpu backend", pv == SPARGE_HALF ? "HALF" : "FP8"));
+                continue;
+            }
+            a.result.pv = (sparge_precision)77;
+            a.result.rung = 77;
+            check_case("pv %d on %s", pv, sparge_backend_string(backend));
+            check(sparge_attention(&a.p, &a.o, &a.result, NULL) == SPARGE_OK, "refused");
+            check_equal(a.result.backend, narrow || backend == SPARGE_REF ? SPARGE_REF : SPARGE_CPU);
+            check_equal(a.result.pv, pv == SPARGE_FASTEST ? SPARGE_INT8 : (sparge_precision)pv);
+            check_equal(a.result.rung, 0);
+            if (pv == SPARGE_INT8)
+                memcpy(int8, out.o, sizeof int8);
+            check((pv == SPARGE_INT8 || pv == SPARGE_FASTEST) == !memcmp(out.o, int8, sizeof int8),
+                  "these have the bits of int8, the others have not");
+        }
+    asked a = question(); /* AUTO with a named instruction set is the cpu backend */
+    a.o.backend = SPARGE_AUTO;
+    a.o.isa = SPARGE_ISA_AVX2;
+    a.o.pv = SPARGE_FP8;
+    refused(STAGES, a, SPARGE_ERR_UNSUPPORTED, "pv is FP8, which the cpu backend");
+}
+
 Test(api, backends_that_are_not_built)
 {
     const sparge_backend backend[] = { SPARGE_CPU, SPARGE_CUDA };
@@ -635,6 +800,8 @@ Test(api, defaults)
         check_equal(o.knobs.theta, 0.6f);
         check_equal(o.knobs.tau, 0.98f);
         check_equal(o.knobs.topk, -1.0f);
+        check_equal(o.rung, 0);
+        check(!o.stream && !o.workspace && !o.workspace_bytes, "something of a device is set");
         if (rules == SPARGE_RULES_UPSTREAM) /* 50 in log2 units */
             check_close(o.knobs.lambda, -50 / 1.4426950408889634, 1e-5);
         else
@@ -862,11 +1029,15 @@ Test(api, result_says_what_ran)
     a.result.backend = SPARGE_CUDA;
     a.result.isa = SPARGE_ISA_AVX512VNNI;
     a.result.threads = -5;
+    a.result.rung = -5;
+    a.result.pv = SPARGE_FP8;
     a.result.seconds_predict = a.result.seconds_quantize = a.result.seconds_attend = -1;
     cr_assert_eq(sparge_attention(&a.p, &a.o, &a.result, NULL), SPARGE_OK);
     check_equal(a.result.backend, SPARGE_REF);
     check_equal(a.result.isa, SPARGE_ISA_SCALAR);
     check_equal(a.result.threads, 1);
+    check_equal(a.result.rung, 0);
+    check_equal(a.result.pv, SPARGE_INT8);
     check(a.result.seconds_predict >= 0 && a.result.seconds_quantize >= 0 && a.result.seconds_attend >= 0 &&
               a.result.seconds_predict + a.result.seconds_quantize + a.result.seconds_attend < 60, "seconds");
     check(a.result.o.data == out.o && a.result.lse == out.lse, "what the caller filled in has changed");
@@ -972,7 +1143,8 @@ static void every_allocation_fails(int entry, sparge_backend backend, sparge_pre
     point(&a);
     a.o.backend = backend;
     a.o.threads = backend == SPARGE_CPU ? 3 : 0;
-    a.o.qk = a.o.pv = precision;
+    a.o.qk = precision <= SPARGE_FLOAT ? precision : SPARGE_INT8;
+    a.o.pv = precision;
     a.o.smooth_k = way % 2;
     if (way / 2) {
         a.mask = entry == ALLOC || entry == PREDICT ? &a.m : NULL;
@@ -987,11 +1159,30 @@ Test(api, every_allocation_may_fail)
 {
     const int entries[] = { ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE };
     for (int64_t n = 0; n < COUNT(entries); n++)
-        for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++)
+        for (int precision = SPARGE_INT8; precision <= SPARGE_FP8; precision++)
             for (int way = 0; way < 4; way++)
                 for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++)
-                    if (backend == SPARGE_REF || entries[n] & STAGES)
+                    if (backend == SPARGE_REF || (entries[n] & STAGES && precision <= SPARGE_FLOAT))
                         every_allocation_fails(entries[n], backend, (sparge_precision)precision, way);
+}
+
+/* The mask of a call on cuda that nobody wants stands in its workspace: the host allocates none. (CUDA
+ * itself may allocate what it likes.) */
+Test(api, cuda_allocates_no_host_mask)
+{
+    asked a = question();
+    a.o.backend = SPARGE_CUDA;
+    a.result.head_counts = NULL;
+    if (sparge_backend_built(SPARGE_CUDA))
+        return;
+    heap.caller = pthread_self();
+    heap.fails = -1;
+    heap.calls = 0;
+    heap.armed = true;
+    const sparge_status status = sparge_attention(&a.p, &a.o, &a.result, NULL);
+    heap.armed = false;
+    check_equal(status, SPARGE_ERR_UNSUPPORTED);
+    check_equal(heap.calls, (int64_t)0);
 }
 
 /* The outputs that stand in memory of their own are not handed out when they are half made. */

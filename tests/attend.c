@@ -5,6 +5,8 @@
  * = p' + e with |e| <= min(1 / 2P, p') (a p' below 1 / 2P becomes 0), so that
  *     o - oracle = sum w e (v - oracle) / sum w (p' + e),    w = exp(tile maximum - row maximum),
  * and |o - oracle| <= range(v) * sum w min(1 / 2P, p') / l: the judge adds that sum up ("coding").
+ * Under half and fp8 P has D = 11 or 4 binary digits, 256 p of e4m3 as few below 2^-14 as p of binary16;
+ * l adds p itself, so that |o - oracle| <= max|v| * sum w min(p, max(2^-D p, 2^-D-14)) / l.
  * From the judge, which codes P as well, only those codes may part that f32 puts on the other side of
  * a rounding edge: the judge adds up what one code more or less can do there ("edge"). */
 #include <float.h>
@@ -22,8 +24,10 @@ TestSuite(attend);
 enum { LONGEST = 128 }; /* block that the judge takes */
 
 static const double log2e = 1.4426950408889634;
-static const sparge_precision precisions[] = { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT };
-static const char *const precision_names[] = { "int8", "int12", "float" };
+enum { QKS = 3, PVS = 5 }; /* so many of these are for qk and for pv */
+static const sparge_precision precisions[] = { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
+                                               SPARGE_FP8 };
+static const char *const precision_names[] = { "int8", "int12", "float", "half", "fp8" };
 
 static double larger(double a, double b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -93,6 +97,31 @@ static coded code(const float *x, int64_t tokens, int64_t dim, int64_t block, in
     return to;
 }
 
+/* The nearest number of so many binary digits, fewer below 2^lowest; ties to even. */
+static double nearest(double x, int digits, int lowest)
+{
+    const int exponent = x == 0.0 || ilogb(x) < lowest ? lowest : ilogb(x);
+    const double ulp = ldexp(1.0, exponent + 1 - digits);
+    return rint(x / ulp) * ulp;
+}
+
+/* V of one head as half and fp8 take it. */
+static coded narrowed(const float *x, int64_t tokens, int64_t dim, sparge_precision pv)
+{
+    coded to = code(x, tokens, dim, 1, 0, 0.0f, false, NULL);
+    for (int64_t c = 0; c < dim; c++) {
+        float top = 0.0f;
+        for (int64_t n = c; n < tokens * dim; n += dim)
+            top = fmaxf(top, fabsf(x[n]));
+        const float step = top / 448.0f;
+        for (int64_t n = c; n < tokens * dim; n += dim) {
+            const double e4m3 = step < FLT_MIN ? 0.0 : nearest((double)(x[n] / step), 4, -6);
+            to.value[n] = pv == SPARGE_HALF ? (double)round_to(SPARGE_F16, x[n]) : e4m3 * (double)step;
+        }
+    }
+    return to;
+}
+
 static void coded_free(coded *x)
 {
     free(x->code);
@@ -119,12 +148,13 @@ static void mean_key(const problem *x, int64_t b, int64_t kv, float *mean)
 
 typedef struct verdict {
     int qk_levels, pv_levels; /* 0: no codes */
+    int p_digits;             /* of half and fp8, or 0 */
     float extra;              /* added to the steps of q and k */
     int64_t group, exempt;    /* rows that decide lambda together; last kept blocks that ignore it */
     double *o;                /* [rows][dim_v] */
     double *m, *l, *lse;      /* [rows] natural units */
-    double *coding, *edge;    /* [rows] as above, in units of the range of v */
-    double *range;            /* [batch][heads][dim_v] of v, in codes */
+    double *coding, *edge;    /* [rows] as above, in units of range */
+    double *range;            /* [batch][heads][dim_v] of v, in codes; max|v| where l adds P unrounded */
     float *share;             /* [batch][heads][q_blocks][k_blocks] pv_done */
     sparge_counts *head;
     int64_t decided, skipped; /* groups */
@@ -148,7 +178,8 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
     for (int64_t c = 0; c < dim_v; c++)
         r->o[c] *= shrink;
     for (int64_t t = 0; t < seen; t++) {
-        double weight = exp(s[t] - m);
+        const double p_of_m = exp(s[t] - m);
+        double weight = p_of_m;
         if (w->pv_levels) {
             const double to_m = exp(local - m), p = exp(s[t] - local), at = P * p + 0.5;
             const double wrong = w->qk_levels ? 2e-7 * log2e * (local - s[t] + fabs(local)) : 3e-5;
@@ -157,7 +188,14 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
             if (fabs(at - round(at)) <= P * p * wrong + 4e-7 * (at + 1.0))
                 r->edge += to_m / P;
         }
-        r->l += weight;
+        if (w->p_digits) {
+            const double wrong = (w->qk_levels ? 2e-7 * log2e * (m - s[t] + 2.0 * fabs(m)) : 3e-5) + 4e-7;
+            weight = nearest(p_of_m, w->p_digits, -14);
+            r->coding += fmin(p_of_m, ldexp(fmax(p_of_m, 0x1p-14), -w->p_digits));
+            r->edge += nearest(p_of_m * (1.0 + wrong), w->p_digits, -14) -
+                       nearest(p_of_m * (1.0 - wrong), w->p_digits, -14);
+        }
+        r->l += w->p_digits ? p_of_m : weight;
         for (int64_t c = 0; c < dim_v; c++)
             r->o[c] += weight * v[t * dim_v + c];
     }
@@ -267,9 +305,11 @@ static verdict judge(const problem *x, const sparge_trace *trace)
     const sparge_options *o = &x->o;
     const int64_t rows = problem_rows(x), heads = p->batch * p->heads, group = p->heads / p->kv_heads;
     const int64_t q_blocks = blocks(p->q_len, o->block_q), k_blocks = blocks(p->k_len, o->block_k);
-    static const int qk_levels[] = { 127, 2047, 0 }, pv_levels[] = { 127, 4095, 0 };
+    static const int qk_levels[QKS] = { 127, 2047 }, pv_levels[PVS] = { 127, 4095 };
+    static const int p_digits[PVS] = { [SPARGE_HALF] = 11, [SPARGE_FP8] = 4 };
     verdict w = {
-        .qk_levels = qk_levels[o->qk], .pv_levels = pv_levels[o->pv], .margin = INFINITY,
+        .qk_levels = qk_levels[o->qk], .pv_levels = pv_levels[o->pv], .p_digits = p_digits[o->pv],
+        .margin = INFINITY,
         .extra = o->rules == SPARGE_RULES_UPSTREAM && o->qk == SPARGE_INT8 ? 1e-7f : 0.0f,
         .group = o->skip_rows ? o->skip_rows : o->rules == SPARGE_RULES_DEFAULT ? 64
                : o->rules == SPARGE_RULES_PAPER ? (o->block_q + 3) / 4 : o->block_q,
@@ -288,7 +328,8 @@ static verdict judge(const problem *x, const sparge_trace *trace)
         mean_key(x, b, kv, mean);
         coded k = code(key, p->k_len, p->dim, o->block_k, w.qk_levels, w.extra, false,
                        o->smooth_k ? mean : NULL);
-        coded v = code(value, p->k_len, p->dim_v, o->block_k, w.pv_levels, 0.0f, true, NULL);
+        coded v = w.p_digits ? narrowed(value, p->k_len, p->dim_v, o->pv)
+                             : code(value, p->k_len, p->dim_v, o->block_k, w.pv_levels, 0.0f, true, NULL);
         judge_codes(w.qk_levels, "k", n, &k, p->k_len, p->dim, k_blocks, trace->codes_k, trace->steps_k);
         judge_codes(w.pv_levels, "v", n, &v, p->k_len, p->dim_v, k_blocks * p->dim_v, trace->codes_v,
                     trace->steps_v);
@@ -305,7 +346,7 @@ static verdict judge(const problem *x, const sparge_trace *trace)
                     low = fmin(low, v.value[t * p->dim_v + c]);
                     high = fmax(high, v.value[t * p->dim_v + c]);
                 }
-                w.range[at * p->dim_v + c] = high - low;
+                w.range[at * p->dim_v + c] = w.p_digits ? larger(high, -low) : high - low;
             }
             for (int64_t i = 0; i < q_blocks; i++)
                 judge_block(x, b, h, i, &q, &k, &v, o->smooth_k ? mean : NULL, &w);
@@ -330,7 +371,7 @@ static void verdict_free(verdict *w)
 /* The worst over all problems, as shares of what is allowed; the worst rows' relative L1 by precision. */
 typedef struct tally {
     int64_t cases, against_oracle, decided, skipped;
-    double o, lse, oracle, row_l1[3][3]; /* [qk][pv] */
+    double o, lse, oracle, row_l1[QKS][PVS];
 } tally;
 
 /* The element of `got` furthest from `want` in units of what is allowed. NaN is further than all else. */
@@ -400,10 +441,11 @@ static void judge_agrees(const problem *x, const answer *a, const verdict *w, ta
             compare(&o, n * dim_v + c, (double)a->o.x[n * dim_v + c], want,
                     range * (w->edge[n] + 2e-5) + 2e-6 * fabs(want) + 1e-30);
         }
+        const double edge = w->pv_levels ? w->edge[n] : 0.0;
         const double score = 1e-6 * (1.0 + fabs(w->m[n])), lost = w->lse[n] - w->m[n] - log(w->l[n]);
         compare(&m, n, (double)a->trace.m[n], w->m[n] * log2e, 2.0 * score + 1e-5);
-        compare(&l, n, (double)a->trace.l[n], w->l[n], w->l[n] * (w->edge[n] + 3e-5 + score));
-        compare(&lse, n, (double)a->lse[n], w->lse[n], w->edge[n] + 3e-5 + score + 1e-6 * fabs(lost));
+        compare(&l, n, (double)a->trace.l[n], w->l[n], w->l[n] * (edge + 3e-5 + score));
+        compare(&lse, n, (double)a->lse[n], w->lse[n], edge + 3e-5 + score + 1e-6 * fabs(lost));
     }
     sum->o = larger(sum->o, worst_report(&o, "o against the judge", dim_v, x));
     sum->lse = larger(sum->lse, worst_report(&lse, "lse against the judge", 1, x));
@@ -429,9 +471,10 @@ static void oracle_agrees(const problem *x, const answer *a, const verdict *w, t
             compare(&o, n * dim_v + c, (double)a->o.x[n * dim_v + c], want[n * dim_v + c],
                     range * (w->coding[n] + w->edge[n] + 2e-5) + 1e-6 * fabs(want[n * dim_v + c]) + 1e-30);
         }
+        const double of_l = w->pv_levels ? w->coding[n] + w->edge[n] : 0.0;
         compare(&l1, n, off, 0.0, size);
         compare(&lse, n, (double)a->lse[n], want_lse[n],
-                -log1p(-fmin(0.9, w->coding[n] + w->edge[n])) + 5e-5 + 3e-6 * fabs(want_lse[n]));
+                -log1p(-fmin(0.9, of_l)) + 5e-5 + 3e-6 * fabs(want_lse[n]));
     }
     sum->oracle = larger(sum->oracle, worst_report(&o, "o against the oracle", dim_v, x));
     worst_report(&lse, "lse against the oracle", 1, x);
@@ -483,9 +526,9 @@ static void tally_log(const tally *sum)
                 "lambda skipped %lld of %lld groups", (long long)sum->cases,
                 (long long)sum->against_oracle, sum->o, sum->lse, sum->oracle, (long long)sum->skipped,
                 (long long)sum->decided);
-    for (int64_t n = 0; n < 9; n++)
-        cr_log_info("qk %-5s pv %-5s: worst row %.2e", precision_names[n / 3], precision_names[n % 3],
-                    sum->row_l1[n / 3][n % 3]);
+    for (int64_t n = 0; n < QKS * PVS; n++)
+        cr_log_info("qk %-5s pv %-5s: worst row %.2e", precision_names[n / PVS], precision_names[n % PVS],
+                    sum->row_l1[n / PVS][n % PVS]);
 }
 
 /* ---- Every pair of levels of every two factors ---- */
@@ -517,7 +560,7 @@ static const struct { const char *name; int64_t levels, level[MOST]; } factor[FA
     [SKIP_ROWS] = { "skip_rows", 5, { 0, 1, 16, 48, 1000 } },
     [LAMBDA] = { "-10 lambda", 4, { 1000, 0, 5, 20 } }, /* 1000: never */
     [QK] = { "qk", 3, { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT } },
-    [PV] = { "pv", 3, { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT } },
+    [PV] = { "pv", PVS, { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF, SPARGE_FP8 } },
     [RULES] = { "rules", 3, { SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM } },
     [SCALE] = { "100 scale", 2, { 0, 12 } },
 };
@@ -638,7 +681,7 @@ Test(attend, every_length)
         x.o.block_k = 16;
         x.o.causal = (sparge_causal)(n % 3);
         x.o.qk = precisions[n / 3 % 3];
-        x.o.pv = precisions[n / 9 % 3];
+        x.o.pv = precisions[n / 9 % PVS];
         x.o.knobs.lambda = n % 2 ? -1.0f : -INFINITY;
         x.o.skip_rows = 8;
         verify(&x, SPARGE_F32, PACKED, &sum);
@@ -781,7 +824,7 @@ static void spoilt_as_expected(problem *x, spoilt *bad, places *met)
 Test(attend, non_finite_values_spoil_their_rows_alone)
 {
     places met = { 0 };
-    for (int64_t n = 0; n < 108; n++) {
+    for (int64_t n = 0; n < 180; n++) {
         check_case("non-finite %lld", (long long)n);
         shape s = shape_of(2, 4, 2, 70, n % 4 ? 75 : 50, 8, 5);
         s.q = s.k = s.v = n % 5 == 4 ? SPARGE_BF16 : n % 5 == 3 ? SPARGE_F16 : SPARGE_F32;
@@ -790,11 +833,11 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
         x.o.block_k = 8;
         x.o.causal = (sparge_causal)(n % 3);
         x.o.qk = precisions[n / 3 % 3];
-        x.o.pv = precisions[n / 9 % 3];
-        x.o.smooth_k = n / 27 % 2;
+        x.o.pv = precisions[n / 9 % PVS];
+        x.o.smooth_k = n / 45 % 2;
         for (int64_t e = 0; e < tensor_count(&x.k); e += 64) /* so that no step is that of 0 - mean */
             x.k.x[e] = x.k.x[e + 1] = e % 128 ? 4.0f : -4.0f;
-        if (n / 54 == 0)
+        if (n / 90 == 0)
             mask_fill(&x, 0.3f);
         const int64_t q_count = check_int(0, 3), k_count = check_int(0, 2), v_count = check_int(0, 3);
         spoilt bad = { spoil(&x.q, q_count), spoil(&x.k, k_count), spoil(&x.v, v_count) };
@@ -812,12 +855,12 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
 /* Whole rows, and all that a mask skips: nothing of it may be read. */
 Test(attend, everything_non_finite_or_skipped)
 {
-    for (int64_t n = 0; n < 9; n++) {
-        check_case("all bad, qk %s pv %s", precision_names[n / 3], precision_names[n % 3]);
+    for (int64_t n = 0; n < QKS * PVS; n++) {
+        check_case("all bad, qk %s pv %s", precision_names[n / PVS], precision_names[n % PVS]);
         const shape s = shape_of(1, 2, 1, 40, 40, 8, 5);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n / 3];
-        x.o.pv = precisions[n % 3];
+        x.o.qk = precisions[n / PVS];
+        x.o.pv = precisions[n % PVS];
         places met = { 0 };
         spoilt bad = { zeros(tensor_count(&x.q), 1), zeros(tensor_count(&x.k), 1), zeros(tensor_count(&x.v), 1) };
         const int64_t all = n % 2 ? tensor_count(&x.k) : 16 * 8; /* every key, or the first block */
@@ -1028,7 +1071,7 @@ Test(attend, lambda_of_random_values)
         x.o.knobs.lambda = lambda;
         x.o.causal = (sparge_causal)(n % 2);
         x.o.qk = precisions[n % 5 % 3];
-        x.o.pv = precisions[n % 7 % 3];
+        x.o.pv = precisions[n % 7 % PVS];
         verify(&x, SPARGE_F32, PACKED, &sum);
         problem_free(&x);
     }
@@ -1120,14 +1163,14 @@ Test(attend, upstream_adds_to_the_steps)
 static void verify_all(const char *what, void (*prepare)(problem *))
 {
     tally sum = { 0 };
-    for (int64_t n = 0; n < 18; n++) {
-        check_case("%s, qk %s pv %s smooth %lld", what, precision_names[n % 3], precision_names[n / 3 % 3],
-                   (long long)(n / 9));
+    for (int64_t n = 0; n < 2 * QKS * PVS; n++) {
+        check_case("%s, qk %s pv %s smooth %lld", what, precision_names[n % QKS],
+                   precision_names[n / QKS % PVS], (long long)(n / QKS / PVS));
         const shape s = shape_of(1, 2, 1, 70, 90, 16, 8);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % 3];
-        x.o.pv = precisions[n / 3 % 3];
-        x.o.smooth_k = n / 9;
+        x.o.qk = precisions[n % QKS];
+        x.o.pv = precisions[n / QKS % PVS];
+        x.o.smooth_k = n / QKS / PVS;
         prepare(&x);
         problem_write(&x);
         verify(&x, SPARGE_F16, PADDED, &sum);
@@ -1163,20 +1206,80 @@ Test(attend, identical_keys) { verify_all("identical keys", identical_keys); }
 static void outlier(problem *x) { tensor_row(&x->v, 0, 0, 37)[2] = 1e4f; }
 Test(attend, one_large_value) { verify_all("v outlier", outlier); }
 
-/* Steps of exactly 1 or 1 / 16 (the largest is 127, 2047 / 16, 4095 / 16), and values at and beside the
- * middle between two codes. */
+/* Where l adds what o adds, o is 1; half and fp8 may be off by what they round P by. */
+static void ones(problem *x)
+{
+    for (int64_t n = 0; n < tensor_count(&x->v); n++)
+        x->v.x[n] = 1.0f;
+}
+Test(attend, values_of_one)
+{
+    verify_all("v of 1", ones);
+    for (int64_t n = 0; n < QKS * PVS; n++) {
+        check_case("v of 1, qk %s pv %s", precision_names[n % QKS], precision_names[n / QKS]);
+        const shape s = shape_of(1, 1, 1, 70, 90, 16, 8);
+        problem x = problem_make(&s);
+        x.o.qk = precisions[n % QKS];
+        x.o.pv = precisions[n / QKS];
+        ones(&x);
+        problem_write(&x);
+        answer a = attend(&x);
+        const double off = x.o.pv == SPARGE_HALF ? 0x1p-11 + 90 * 0x1p-25
+                         : x.o.pv == SPARGE_FP8  ? 0x1p-4 + 90 * 0x1p-18
+                                                 : 0.0;
+        for (int64_t e = 0; e < tensor_count(&a.o); e++)
+            check_close(a.o.x[e], 1.0, off + 1e-5);
+        answer_free(&a);
+        problem_free(&x);
+    }
+}
+
+/* 65519 rounds to the largest number of binary16; what lies further out spoils its channel as a NaN
+ * does. */
+Test(attend, values_that_binary16_cannot_hold)
+{
+    static const float large[] = { 65519.0f, 65520.0f, -1e30f, FLT_MAX };
+    const shape s = shape_of(1, 1, 1, 40, 48, 8, 5);
+    problem x = problem_make(&s);
+    x.o.pv = SPARGE_HALF;
+    for (int64_t n = 0; n < COUNT(large); n++) {
+        check_case("v of %g", (double)large[n]);
+        tensor_row(&x.v, 0, 0, 20)[3] = large[n];
+        problem_write(&x);
+        answer got = attend(&x);
+        tensor_row(&x.v, 0, 0, 20)[3] = n ? NAN : 65504.0f;
+        problem_write(&x);
+        answer want = attend(&x);
+        for (int64_t e = 0; e < tensor_count(&got.o); e++) {
+            const float o = got.o.x[e];
+            check(isnan(o) == (n && e % 5 == 3), "channel %d is %g", (int)(e % 5), (double)o);
+            if (!isnan(o))
+                check_equal(o, want.o.x[e]);
+        }
+        answer_free(&got);
+        answer_free(&want);
+    }
+    problem_free(&x);
+}
+
+/* Steps of exactly 1 or 1 / 16 (the largest is 127, 2047 / 16, 4095 / 16, 448), and values at and beside
+ * the middle between two codes. */
 static void ties(problem *x)
 {
     static const float middle[] = { 0.5f, 0.49999997f, 1.5f, 2.5f, 1.4999999f, 126.5f, 0.50000006f, 0.0f };
+    static const float half[] = { 0x1.002p0f, 0x1.002002p0f, 0x1.006p0f, 2049.0f, 2051.0f, 0x1p-25f,
+                                  0x3p-25f, 0.0f };
+    static const float fp8[] = { 0x1.1p0f, 0x1.100002p0f, 0x1.3p0f, 17.0f, 19.0f, 0x1p-10f, 0x3p-10f, 0.0f };
+    const float *const v_middle = x->o.pv == SPARGE_HALF ? half : x->o.pv == SPARGE_FP8 ? fp8 : middle;
     const float step = x->o.qk == SPARGE_INT12 ? 1.0f / 16 : 1.0f, top = x->o.qk == SPARGE_INT12 ? 2047 * step : 127;
     const float v_step = x->o.pv == SPARGE_INT12 ? 1.0f / 16 : 1.0f;
-    const float v_top = x->o.pv == SPARGE_INT12 ? 4095 * v_step : 127;
+    const float v_top = x->o.pv == SPARGE_INT12 ? 4095 * v_step : x->o.pv == SPARGE_FP8 ? 448 : 127;
     for (int64_t n = 0; n < tensor_count(&x->q); n++)
         x->q.x[n] = n % 64 == 5 ? top : (n % 3 ? step : -step) * middle[n % 8];
     for (int64_t n = 0; n < tensor_count(&x->k); n++)
         x->k.x[n] = n % 64 == 9 ? -top : (n % 3 ? step : -step) * middle[n * 3 % 8];
     for (int64_t n = 0; n < tensor_count(&x->v); n++)
-        x->v.x[n] = n / 8 % 5 == 2 ? v_top : (n % 3 ? v_step : -v_step) * middle[(n + n / 8) % 8];
+        x->v.x[n] = n / 8 % 5 == 2 ? v_top : (n % 3 ? v_step : -v_step) * v_middle[(n + n / 8) % 8];
     x->o.scale = 1e-3f;
 }
 Test(attend, values_between_codes) { verify_all("ties", ties); }
@@ -1193,8 +1296,8 @@ Test(attend, tiny_values) { verify_all("tiny", tiny); }
 /* Scores of +-1e4: only the largest key of a row weighs anything, and nothing is NaN. */
 Test(attend, huge_scores)
 {
-    for (int64_t n = 0; n < 18; n++) {
-        check_case("scores of 1e4, qk %s pv %s", precision_names[n % 3], precision_names[n / 3 % 3]);
+    for (int64_t n = 0; n < 2 * QKS * PVS; n++) {
+        check_case("scores of 1e4, qk %s pv %s", precision_names[n % QKS], precision_names[n / QKS % PVS]);
         const shape s = shape_of(1, 1, 1, 40, 50, 4, 2);
         problem x = problem_make(&s);
         for (int64_t e = 0; e < tensor_count(&x.q); e++)
@@ -1203,17 +1306,20 @@ Test(attend, huge_scores)
             for (int64_t c = 0; c < 4; c++)
                 x.k.x[t * 4 + c] = t == 20 ? 50.0f : t == 30 ? -50.0f : (float)(t % 7) - 3.0f;
         problem_write(&x);
-        x.o.qk = precisions[n % 3];
-        x.o.pv = precisions[n / 3 % 3];
-        x.o.smooth_k = n / 9;
+        x.o.qk = precisions[n % QKS];
+        x.o.pv = precisions[n / QKS % PVS];
+        x.o.smooth_k = n / QKS / PVS;
         x.o.knobs.lambda = n % 2 ? -5.0f : -INFINITY;
         answer a = attend(&x);
         worst o = { 0 }, lse = { 0 };
         for (int64_t r = 0; r < 40; r++) {
             const int64_t key = r % 2 ? 30 : 20;
             compare(&lse, r, (double)a.lse[r], 1e4, 100.0); /* codes of int8 are 1 % wide */
-            for (int64_t c = 0; c < 2; c++)
-                compare(&o, r * 2 + c, (double)a.o.x[r * 2 + c], (double)x.v.x[key * 2 + c], 0.02);
+            for (int64_t c = 0; c < 2; c++) {
+                const double v = (double)x.v.x[key * 2 + c];
+                const double off = x.o.pv == SPARGE_FP8 ? fabs(v) / 16 : 0.02;
+                compare(&o, r * 2 + c, (double)a.o.x[r * 2 + c], v, off);
+            }
         }
         worst_report(&o, "o", 2, &x);
         worst_report(&lse, "lse", 1, &x);
@@ -1233,13 +1339,13 @@ Test(attend, scores_that_overflow_give_nan)
                             { 1e20f, -1e20f, 1e-20f, 0.0f, 0.0f, 1e-20f } };
     const float v[3] = { 1.0f, 2.0f, 3.0f };
     for (int set = 0; set < 2; set++)
-        for (int n = 0; n < 9; n++) {
-            check_case("set %d, qk %d, pv %d", set, n / 3, n % 3);
+        for (int n = 0; n < QKS * PVS; n++) {
+            check_case("set %d, qk %s, pv %s", set, precision_names[n / PVS], precision_names[n % PVS]);
             sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
-            o.qk = (sparge_precision)(n / 3);
-            o.pv = (sparge_precision)(n % 3);
+            o.qk = precisions[n / PVS];
+            o.pv = precisions[n % PVS];
             o.smooth_k = false;
-            if (set == 1 && (o.qk != SPARGE_FLOAT || o.pv != SPARGE_FLOAT))
+            if (set == 1 && (o.qk != SPARGE_FLOAT || o.pv < SPARGE_FLOAT))
                 continue; /* codes cancel exactly */
             const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 1, .k_len = 3,
                 .dim = 2, .dim_v = 1, .q = { q[set], SPARGE_F32, 2, 2, 2 },

@@ -677,6 +677,50 @@ Test(common, half_every_pattern)
     }
 }
 
+Test(common, e4m3_values)
+{
+    static const struct { float x; uint8_t code; } table[] = {
+        { 0.0f, 0x00 },     { -0.0f, 0x80 },    { 1.0f, 0x38 },     { -1.0f, 0xb8 },      { 1.0625f, 0x38 },
+        { 1.1875f, 0x3a },  { 0x1p-6f, 0x08 },  { 0x7p-9f, 0x07 },  { 0x1p-9f, 0x01 },    { 0x1p-10f, 0 },
+        { -0x3p-10f, 0x82 }, { 0x1p-149f, 0 },  { 256.0f, 0x78 },   { 240.0f, 0x77 },     { 431.0f, 0x7d },
+        { 432.0f, 0x7e },   { 448.0f, 0x7e },   { 464.0f, 0x7e },   { 500.0f, 0x7e },     { -1e30f, 0xfe },
+        { FLT_MAX, 0x7e },  { INFINITY, 0x7e }, { -INFINITY, 0xfe }, { NAN, 0x7f },       { -NAN, 0x7f },
+        { 0x1.000002p-10f, 0x01 },
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("%a", (double)table[i].x);
+        check_equal(sparge_f32_to_e4m3(table[i].x), table[i].code);
+    }
+    check_equal(sparge_e4m3_to_f32(0x3b), 1.375f);
+    check_equal(sparge_e4m3_to_f32(0x83), -0x3p-9f);
+    check_equal(sparge_f32_to_e4m3(sparge_bits_float(0x7f800001)), (uint8_t)0x7f);
+}
+
+/* Every code widens to what its fields say and narrows to itself. Between every two neighbours the middle
+ * goes to the even one, and the floats beside it apart. */
+Test(common, e4m3_every_code_and_tie)
+{
+    for (uint32_t i = 0; i <= 0xff; i++) {
+        const uint8_t code = (uint8_t)i;
+        const int exponent = (int)(i >> 3 & 15), fraction = (int)(i & 7);
+        const float x = sparge_e4m3_to_f32(code);
+        check_case("code %02x", i);
+        if ((i & 0x7f) == 0x7f) {
+            cr_assert(isnan(x) && sparge_f32_to_e4m3(x) == 0x7f, "%a", (double)x);
+            continue;
+        }
+        const double size = exponent ? ldexp(8 + fraction, exponent - 10) : ldexp(fraction, -9);
+        check_equal(x, copysignf((float)size, i >> 7 ? -1.0f : 1.0f));
+        check_equal(sparge_f32_to_e4m3(x), code);
+        if ((i & 0x7f) == 0x7e)
+            continue;
+        const float middle = (x + sparge_e4m3_to_f32((uint8_t)(i + 1))) / 2;
+        check_equal(sparge_f32_to_e4m3(middle), (uint8_t)(i + (i & 1)));
+        check_equal(sparge_f32_to_e4m3(nextafterf(middle, 0.0f)), code);
+        check_equal(sparge_f32_to_e4m3(nextafterf(middle, copysignf(INFINITY, x))), (uint8_t)(i + 1));
+    }
+}
+
 /* Between every two neighbours: the middle goes to the even one, and the floats beside it apart. */
 Test(common, half_every_tie)
 {
@@ -724,10 +768,13 @@ Test(common, half_narrowing)
             continue;
         const float f = sparge_f16_to_f32(sparge_f32_to_f16(x));
         const float b = sparge_bf16_to_f32(sparge_f32_to_bf16(x));
+        const float e = sparge_e4m3_to_f32(sparge_f32_to_e4m3(x));
         if (f != rounded(x, 10, -14, 65536.0) || f != compiler_rounded(x) || signbit(f) != signbit(x))
             cr_assert_fail("%a to f16 is %a", (double)x, (double)f);
         if (b != rounded(x, 7, -126, 0x1p128) || signbit(b) != signbit(x))
             cr_assert_fail("%a to bf16 is %a", (double)x, (double)b);
+        if (e != fmaxf(-448.0f, fminf(rounded(x, 3, -6, 0x1p128), 448.0f)) || signbit(e) != signbit(x))
+            cr_assert_fail("%a to e4m3 is %a", (double)x, (double)e);
     }
 }
 

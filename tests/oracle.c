@@ -516,6 +516,106 @@ Test(oracle, int12_values_have_4095_levels)
     near("o", a.o[0], (4095 - 1) / 2.0, 1e-12);
 }
 
+/* Each query sees one key more (causal from the start), so that n * o minus the row before is v. */
+static void values_are(ask *a, int n, const double *want)
+{
+    a->opt.causal = SPARGE_CAUSAL_START;
+    answer(a, SPARGE_ORACLE_CODES);
+    double before = 0.0;
+    for (int t = 0; t < n; t++) {
+        near("v", a->o[t] * (t + 1) - before, want[t], 1e-12 * fabs(want[t]) + (t ? 1e-9 : 0.0));
+        before += want[t];
+    }
+}
+
+Test(oracle, half_values_are_rounded_to_binary16)
+{
+    /* The middles between two neighbours go to the even one: 1 + 2^-11 and 1 + 3 * 2^-11, 2049 and 2051;
+     * 1.5 * 2^-24 is a subnormal middle, 2^-25 the smallest. */
+    const float v[] = {1 + 0x1p-11f, 1 + 0x3p-11f, 2049, 2051, -0.1f};
+    ask a = question(5, 5, 1, 1, zeros, zeros, v);
+    a.opt.block_k = 2;
+    a.opt.pv = SPARGE_HALF;
+    values_are(&a, 5, (const double[]){1, 1 + 0x1p-9, 2048, 2052, -0.0999755859375});
+    const float small[] = {0x3p-25f, 0x1p-25f, 0x1.000002p-25f, -0x1p-26f};
+    const double to[] = {0x1p-23, 0, 0x1p-24, 0};
+    for (int n = 0; n < 4; n++) {
+        a = question(1, 1, 1, 1, zeros, zeros, small + n);
+        a.opt.pv = SPARGE_HALF;
+        answer(&a, SPARGE_ORACLE_CODES);
+        near("a small v", a.o[0], to[n], 0);
+    }
+}
+
+Test(oracle, what_binary16_cannot_hold_is_wild)
+{
+    const float v[] = {65519, 65520, -1e30f};
+    for (int n = 0; n < 3; n++) {
+        ask a = question(1, 1, 1, 1, zeros, zeros, v + n);
+        a.opt.pv = SPARGE_HALF;
+        answer(&a, SPARGE_ORACLE_CODES);
+        if (n == 0)
+            near("the largest", a.o[0], 65504, 0);
+        else
+            is_nan("beyond it", a.o[0]);
+        answer(&a, SPARGE_ORACLE_REAL);
+        near("real", a.o[0], (double)v[n], 0);
+        a.opt.pv = SPARGE_FP8;
+        answer(&a, SPARGE_ORACLE_CODES);
+        near("e4m3 has a step", a.o[0] / (double)v[n], 1, 1e-7);
+    }
+}
+
+Test(oracle, fp8_values_have_a_step_per_channel_of_all_keys)
+{
+    /* Two channels, blocks of 2 keys: steps 1 and 2, set by the last key; 17 and 19 are middles, between 16
+     * and 18 and between 18 and 20, 2^-9 the smallest code and 1.5 of it a middle. */
+    const float v[] = {17, 38, 19, -34, 0x3p-10f, 0x1p-8f, 0x1p-10f, 5, -448, 896};
+    ask a = question(5, 5, 1, 2, zeros, zeros, v);
+    a.opt.block_k = 2;
+    a.opt.pv = SPARGE_FP8;
+    a.opt.causal = SPARGE_CAUSAL_START;
+    answer(&a, SPARGE_ORACLE_CODES);
+    const double want[] = {16, 40, 20, -32, 0x1p-8, 0x1p-8, 0, 5, -448, 896};
+    double sum[2] = {0};
+    for (int n = 0; n < 10; n++) {
+        sum[n % 2] += want[n];
+        near("sum of v", a.o[n] * (n / 2 + 1), sum[n % 2], 1e-12);
+    }
+}
+
+Test(oracle, fp8_codes_are_quotients_in_float)
+{
+    /* 3.0357144 / (10 / 448) is 136 in float, the middle between 128 and 144, which goes to 128. In double,
+     * or as x * 448 / 10, it is a little more, and goes to 144. */
+    const float v[] = {10, 0x1.84924ap+1f};
+    const float step = 10.0f / 448.0f;
+    ask a = question(2, 2, 1, 1, zeros, zeros, v);
+    a.opt.pv = SPARGE_FP8;
+    values_are(&a, 2, (const double[]){448 * (double)step, 128 * (double)step});
+    const float zero[] = {0, 0, 0x1p-126f, 0x1p-120f};
+    for (int n = 0; n < 4; n += 2) {
+        a = question(2, 2, 1, 1, zeros, zeros, zero + n);
+        a.opt.pv = SPARGE_FP8;
+        values_are(&a, 2, (const double[]){0, 0}); /* no step, or a subnormal one */
+    }
+}
+
+Test(oracle, fp8_is_a_matter_of_values_alone)
+{
+    const float q[] = {1}, k[] = {0.3f}, v[] = {1};
+    ask a = question(1, 1, 1, 1, q, k, v);
+    a.opt.pv = SPARGE_FP8;
+    answer(&a, SPARGE_ORACLE_CODES);
+    near("lse", a.lse[0], (double)0.3f, 1e-15);
+    a.opt.pv = SPARGE_FASTEST;
+    const float other[] = {127, 0.4f};
+    a = question(1, 2, 1, 1, zeros, zeros, other);
+    a.opt.pv = SPARGE_FASTEST;
+    answer(&a, SPARGE_ORACLE_CODES);
+    near("fastest is int8", a.o[0], 127 / 2.0, 0);
+}
+
 Test(oracle, steps_below_the_smallest_normal_give_zeros)
 {
     const float q[] = {0x1p100f}, v[] = {1};

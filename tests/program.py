@@ -159,9 +159,9 @@ def full_device():
 
 
 EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
-KEYS = ("backend isa threads workspace_bytes batch heads kv_heads q_len k_len dim dim_v block_q block_k pairs "
-        "sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict seconds_quantize "
-        "seconds_attend seconds_total tops tops_executed").split()
+KEYS = ("backend isa threads rung pv workspace_bytes batch heads kv_heads q_len k_len dim dim_v "
+        "block_q block_k pairs sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict "
+        "seconds_quantize seconds_attend seconds_total tops tops_executed").split()
 CHECK_KEYS = "l1 worst_row_l1 cosine rmse mask_worst_row_l1".split()
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
 
@@ -178,8 +178,9 @@ def test_forms():
     want, lse = attention(q, k, v)
     x = fine("run", *qkv, "-o", "o.npy", "--lse-out", "l.npy", *EXACT)
     check(list(x) == KEYS, "keys in their order", list(x))
-    check([x[n] for n in KEYS[4:13]] == [B, HQ, HK, NQ, NK, D, DV, 128, 64], "sizes", x)
+    check([x[n] for n in KEYS[6:15]] == [B, HQ, HK, NQ, NK, D, DV, 128, 64], "sizes", x)
     check(x["workspace_bytes"] > 0, "memory", x)
+    check(x["rung"] == 0 and x["pv"] == "f32", "what ran", x)
     check(x["pairs"] == B * HQ * 3 * 6 and x["sparsity"] == 0, "dense counts", x)
     check(x["sparsity_per_head"] == [0] * (B * HQ), "flat, one a head", x)
     tokens = B * HQ * NQ * NK
@@ -280,6 +281,14 @@ def test_options():
     error = {how: rows_l1(run("--dense", "--qk", how, "--pv", how)[1], attention(q, k, v)[0]).max()
              for how in ("int8", "int12", "f32")}
     check(error["f32"] < 1e-5 < 8 * error["int12"] < error["int8"] < 0.3, "precision", error)
+    narrow = {}
+    for how in "f16", "fp8":
+        x, o = run("--dense", "--qk", "f32", "--pv", how)[:2]
+        narrow[how] = rows_l1(o, attention(q, k, v)[0]).max()
+        check(x["pv"] == how and x["backend"] == "ref", how, x)
+    check(error["f32"] < narrow["f16"] < 1e-3 < narrow["fp8"] < 0.2, "f16 and fp8", narrow)
+    x, o = run("--pv", "fastest")[:2]
+    check(x["pv"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(), "fastest of cpu", x)
     check((run("--dense")[1] == run("--dense", "--qk=int8", "--pv=int8")[1]).all(), "int8 and int8")
     one = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1],
                   run("--dense", "--qk", "int8")[1]).max()
@@ -342,7 +351,42 @@ def test_instruction_sets():
     os.remove("o.npy")
     wrong(USAGE, ["SPARGE_ISA", "sse9"], "run", *qkv, env=dict(os.environ, SPARGE_ISA="sse9"))
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
+    wrong(UNSUPPORTED, ["pv", "FP8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv", "fp8")
     check(fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
+
+
+def test_cuda():
+    """On a device, where there is one, what ref gives on the host."""
+    if not fine("info", "--json")["backends"]["cuda"]["available"]:
+        print("skipped: cuda is not on this machine, or not in this build")
+        return
+    q, k, v, qkv = files()
+    mask = save("given.npy", np.random.default_rng(4).random((B, HQ, 3, 6)) < 0.6)
+    def run(backend, *more):
+        x = fine("run", *qkv, "--backend", backend, "-o", "o.npy", "--mask-out", "m.npy", "--lse-out",
+                 "l.npy", "--dump", "d", *more)
+        return x, *(np.load(n) for n in ("o.npy", "m.npy", "l.npy", "d/pv_done.npy"))
+    for args in (["--causal", "--tau", 0.7, "--theta", 0.3], ["--mask", mask], ["--dense"]):
+        x, o, m, l, done = run("cuda", *args)
+        check(x["backend"] == "cuda" and 1 <= x["rung"] <= 5 and x["pv"] in ("f16", "fp8"), "what ran", x)
+        check(list(x) == KEYS and x["workspace_bytes"] > 0, "keys", x)
+        ref, want, m_ref, l_ref, done_ref = run("ref", *args, "--pv", x["pv"])
+        check((m == m_ref).all() and (done == done_ref).all(), args, "the mask")
+        near(o, want, 2e-2, f"o of {args}")
+        check(np.abs(l - l_ref).max() < 1e-3, args, "lse", np.abs(l - l_ref).max())
+        for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
+            check(x[key] == ref[key], args, key, x[key], ref[key])
+    x = run("cuda", "--rung", 1, "--pv", "f16")[0]
+    check(x["rung"] == 1 and x["pv"] == "f16", "--rung and --pv", x)
+    fine("run", *qkv, "--backend", "cuda", "--rung", 1, "--pv", "f16", "--check")
+    for name, x in zip("qkv", (q, k, v)):
+        save(f"{name}n.npy", x.transpose(0, 2, 1, 3).astype(np.float16))
+    fine("run", "qn.npy", "kn.npy", "vn.npy", "--layout", "nhd", "--dense", "--backend", "cuda", "-o",
+         "o.npy")
+    near(np.load("o.npy"), attention(q, k, v)[0].transpose(0, 2, 1, 3), 0.2, "f2 in nhd")
+    code, _, err = sparge("map", *qkv, "--backend", "cuda", "-o", "map.png", "--lambda", -2)
+    check(code == FINE and os.path.exists("map.png"), "map", err)
+    wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cuda", "--rules", "paper")
 
 
 def test_mask():
@@ -812,6 +856,7 @@ def test_bench_usage():
             (["--mask-kind", "diagonal"], "random, banded, predicted"), (["--qk", "int8,int9"], "int9"),
             (["--pv", "f16"], "int8, int12, f32"), (["--isa", "sse"], "avx512vnni"),
             (["--causal=middle"], "none, end, start"), (["--q-len", "256,,512"], "empty item"),
+            (["--backend", "cuda"], ["cuda", "cpu alone"]),
             (["--sparsity", ""], "empty item"), (["--threads", "1,"], "empty item"),
             (["--sparsity", 1], "below 1"), (["--sparsity", "0.5,1.5"], "[0, 1]"),
             (["--sparsity", -0.5], "[0, 1]"), (["--sparsity", "nan"], "[0, 1]"),
@@ -859,6 +904,11 @@ def test_usage():
             (["--rules", "mine"], "default, paper, upstream"),
             (["--backend", "gpu"], "auto, ref, cpu, cuda"), (["--isa", "sse"], "avx512vnni"),
             (["--qk", "int9"], "int8, int12, f32"), (["--pv", ""], "--pv"),
+            (["--qk", "f16"], "int8, int12, f32"), (["--qk", "fastest"], "int8, int12, f32"),
+            (["--pv", "f8"], "int8, int12, f32, f16, fp8, fastest"),
+            (["--rung", 0], "[1, 5]"), (["--rung", 6], "[1, 5]"), (["--rung", "mma"], "whole number"),
+            (["--rung", 4], ["rung is 4", "cuda", "auto"]),
+            (["--rung", 1, "--backend", "ref"], ["rung is 1", "cuda", "ref"]),
             (["--layout", "bhnd"], "hnd, nhd"),
             (["--dense", "--mask", "q.npy"], "exclude"), (["more.npy"], "too many"),
             (["--pv", "int12", "--block-k", 256], "128"),
@@ -941,6 +991,10 @@ def test_files():
         if not x["available"]:
             wrong(UNSUPPORTED, [name, "info"], "run", *qkv, "--backend", name, "-o", "o.npy",
                   "--dump", "d")
+            wrong(UNSUPPORTED, [name, "info"], "map", *qkv, "--backend", name, "-o", "map.png",
+                  "--lambda", -1)
+    if not built["cuda"]["available"]:
+        wrong(UNSUPPORTED, "cuda", "run", *qkv, "--backend", "cuda", "--rung", 4, "--pv", "f16")
 
 
 def test_writing():

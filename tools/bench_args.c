@@ -11,7 +11,7 @@ enum { MAX_TOKENS = 1 << 24, MAX_HEADS = 1024 };
 
 enum {
     SPARSITY = 768, Q_LEN, DIM, HEADS, MASK_KIND, THREADS, ISA, QK, PV, CAUSAL,
-    CAPTURE, THETA, TAU, TOPK, LAMBDA, SINK, REPEAT, JSON, ALLOW_BUSY,
+    CAPTURE, THETA, TAU, TOPK, LAMBDA, SINK, REPEAT, JSON, ALLOW_BUSY, BACKEND,
 };
 
 static const struct argp_option bench_options_[] = {
@@ -35,6 +35,7 @@ static const struct argp_option bench_options_[] = {
     {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", SINK, 0, 0, "always keep key block 0", 0},
     {0, 0, 0, 0, "How:", 3},
+    {"backend", BACKEND, "NAME", 0, "cpu: no other is timed", 0},
     {"repeat", REPEAT, "N", 0, "rounds, of which the medians are taken (5)", 0},
     {"json", JSON, 0, 0, "an array of objects instead of tables", 0},
     {"allow-busy", ALLOW_BUSY, 0, 0, "time with several threads even beside other processes; the figures "
@@ -160,8 +161,8 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
         [MASK_KIND - SPARSITY] = {"--mask-kind", masks, 0, 0},
         [THREADS - SPARSITY] = {"--threads", NULL, 1, SPARGE_MAX_THREADS},
         [ISA - SPARSITY] = {"--isa", options_isas, 0, 0},
-        [QK - SPARSITY] = {"--qk", options_precisions, 0, 0},
-        [PV - SPARSITY] = {"--pv", options_precisions, 0, 0},
+        [QK - SPARSITY] = {"--qk", options_first_precisions, 0, 0},
+        [PV - SPARSITY] = {"--pv", options_first_precisions, 0, 0},
         [CAUSAL - SPARSITY] = {"--causal", options_causals, 0, 0},
     };
     bench_args *const a = state->input;
@@ -178,6 +179,9 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;
+    case BACKEND:
+        return strcmp(text, "cpu") == 0
+                   ? 0 : options_wrong(state, "--backend is '%.40s', but bench times cpu alone", text);
     case ARGP_KEY_ARG:
         return options_wrong(state, "bench takes no file but that of --capture, not '%.60s'", text);
     case ARGP_KEY_END: return finish(state, a);

@@ -63,19 +63,30 @@ bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, cons
     return array_alloc(type, rank, shape, out, error);
 }
 
+bool stage_traced(int n) { return n != STAGE_BLOCKS && n != STAGE_MASK && n != STAGE_O; }
+
+int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
+{
+    int64_t bytes = (int64_t)array_type_size(stages[n].type);
+    for (const char *axis = stages[n].axes; *axis; axis++)
+        bytes *= axis_size(*axis, p, o);
+    return bytes;
+}
+
 bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
                file_error *error)
 {
     const bool there[] = {
         [ALWAYS] = true, [PREDICTED] = predicts, [SMOOTHED] = o->smooth_k,
-        [QK_CODES] = o->qk != SPARGE_FLOAT, [PV_CODES] = o->pv != SPARGE_FLOAT,
+        [QK_CODES] = o->qk != SPARGE_FLOAT,
+        [PV_CODES] = o->pv <= SPARGE_INT12 || (o->pv == SPARGE_FASTEST && o->backend != SPARGE_CUDA),
     };
     for (int n = 0; n < STAGES; n++) {
         if (!there[stages[n].when] || n == STAGE_MASK || n == STAGE_O)
             continue;
         if (!dump_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
             return false;
-        if (n != STAGE_BLOCKS)
+        if (stage_traced(n))
             memcpy((char *)&d->trace + stages[n].field, &d->array[n].data, sizeof(void *));
     }
     memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);

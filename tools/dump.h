@@ -35,6 +35,9 @@ typedef struct dump {
 /* The shape of one array of axes such as "bhij". */
 bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, const sparge_options *o,
                 array *out, file_error *error);
+/* Is stage n an array of sparge_trace, and of how many bytes? */
+bool stage_traced(int n);
+int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o);
 /* The arrays of a run that predicts its mask, or does not: all but the mask and o, which every run
  * has, with the block sizes filled in. */
 bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,

@@ -112,11 +112,6 @@ exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, fil
     const int count = args->files > 1 ? args->files : needs_v ? 3 : 2;
     array *const x = out->tensor;
     int64_t axis[3][4] = {{0}};
-    if (args->options.backend == SPARGE_CUDA && sparge_backend_available(SPARGE_CUDA)) {
-        file_error_set(error, NULL, "--backend cuda wants device memory, which this program does "
-                       "not fill; choose another");
-        return EXIT_UNSUPPORTED;
-    }
     exit_code code = read_tensors(args, count, out, error);
     if (!code)
         code = check(args, x, count, axis, error);

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tools/device.h"
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/npy.h"
@@ -116,7 +117,7 @@ static exit_code compute(map *m, file_error *error)
         !dump_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
         (attends && !dump_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
         return EXIT_MACHINE;
-    sparge_status status = sparge_predict(p, o, &m->mask, NULL, &why);
+    sparge_status status = device_predict(p, o, &m->mask, &why);
     progress watch = progress_begin("lambda");
     o->progress = progress_tick;
     o->user = &watch;
@@ -128,7 +129,8 @@ static exit_code compute(map *m, file_error *error)
             .trace = &trace,
             .head_counts = m->counts,
         };
-        status = sparge_attend(p, o, &m->mask, &result, &why);
+        double seconds;
+        status = device_attend(p, o, &m->mask, &result, &seconds, &why);
         progress_end(&watch);
     }
     watch = progress_begin("attention map");

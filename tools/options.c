@@ -182,7 +182,7 @@ exit_code options_parse(const struct argp *argp, int argc, char **argv, options_
 /* ---- run and map -------------------------------------------------------------------------- */
 
 enum {
-    THETA = 256, TAU, TOPK, LAMBDA, SCALE, BLOCK_Q, BLOCK_K, SKIP_ROWS, THREADS,
+    THETA = 256, TAU, TOPK, LAMBDA, SCALE, BLOCK_Q, BLOCK_K, SKIP_ROWS, THREADS, RUNG,
     SINK, NO_SMOOTH_K, CAUSAL, RULES, BACKEND, ISA, QK, PV, LAYOUT, /* from CAUSAL on: words */
 };
 
@@ -202,11 +202,12 @@ const struct argp_option attention_options[] = {
     {"skip-rows", SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
     {"no-smooth-k", NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
     {"qk", QK, "HOW", 0, "Q.K in int8, int12 or f32", 0},
-    {"pv", PV, "HOW", 0, "P.V in int8, int12 or f32", 0},
+    {"pv", PV, "HOW", 0, "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
     {0, 0, 0, 0, "By what:", 3},
     {"backend", BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
     {"isa", ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
     {"threads", THREADS, "N", 0, "(0: as many as there are cores)", 0},
+    {"rung", RUNG, "N", 0, "of the ladder of cuda, 1 to 5 (the best that can do it)", 0},
     {0, 0, 0, 0, "Files:", 4},
     {"layout", LAYOUT, "HOW", 0, "of the axes: hnd ([B,H,N,D], [H,N,D]) or nhd ([B,N,H,D])", 0},
     {"output", 'o', "FILE", 0, "where to write", 0},
@@ -214,7 +215,8 @@ const struct argp_option attention_options[] = {
 };
 
 const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", NULL};
-const char *const options_precisions[] = {"int8", "int12", "f32", NULL};
+const char *const options_precisions[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
+const char *const options_first_precisions[] = {"int8", "int12", "f32", NULL};
 const char *const options_causals[] = {"none", "end", "start", NULL};
 static const char *const rules[] = {"default", "paper", "upstream", NULL};
 static const char *const backends[] = {"auto", "ref", "cpu", "cuda", NULL};
@@ -228,7 +230,7 @@ static const struct choice {
     [RULES - CAUSAL] = {"--rules", rules},
     [BACKEND - CAUSAL] = {"--backend", backends},
     [ISA - CAUSAL] = {"--isa", options_isas},
-    [QK - CAUSAL] = {"--qk", options_precisions},
+    [QK - CAUSAL] = {"--qk", options_first_precisions},
     [PV - CAUSAL] = {"--pv", options_precisions},
     [LAYOUT - CAUSAL] = {"--layout", layouts},
 };
@@ -246,7 +248,7 @@ static error_t choose(struct argp_state *state, attention_args *a, int key, cons
     case BACKEND: a->options.backend = (sparge_backend)word; break;
     case ISA: a->options.isa = (sparge_isa)word; break;
     case QK: a->options.qk = (sparge_precision)word; break;
-    case PV: a->options.pv = (sparge_precision)word; break;
+    case PV: a->has_pv = true; a->options.pv = (sparge_precision)word; break;
     default: a->nhd = word == 1; break;
     }
     return 0;
@@ -256,7 +258,7 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
 {
     attention_args *const a = state->input;
     sparge_options *const o = &a->options;
-    int64_t threads = 0;
+    int64_t whole = 0;
     error_t error;
     switch (key) {
     case ARGP_KEY_INIT:
@@ -278,8 +280,12 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     case BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
     case SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
     case THREADS:
-        error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &threads);
-        o->threads = (int)threads;
+        error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &whole);
+        o->threads = (int)whole;
+        return error;
+    case RUNG:
+        error = options_whole(state, "--rung", text, 1, 5, &whole);
+        o->rung = (int)whole;
         return error;
     case SINK: o->sink = true; return 0;
     case NO_SMOOTH_K: o->smooth_k = false; return 0;
@@ -287,6 +293,8 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     case ARGP_KEY_END:
         if (o->knobs.topk != SPARGE_OFF && !a->has_tau)
             o->knobs.tau = SPARGE_OFF;
+        if (o->backend == SPARGE_CUDA && !a->has_pv)
+            o->pv = SPARGE_FASTEST;
         return 0;
     default:
         return key >= CAUSAL && key <= LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;

@@ -29,8 +29,10 @@ error_t options_whole(struct argp_state *state, const char *name, const char *te
 error_t options_word(struct argp_state *state, const char *name, const char *text,
                      const char *const *words, int *to);
 
-/* Words in the order of sparge.h; NULL ends them. */
-extern const char *const options_isas[], *const options_precisions[], *const options_causals[];
+/* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on any, has
+ * the first ones alone. */
+extern const char *const options_isas[], *const options_precisions[], *const options_first_precisions[],
+    *const options_causals[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
 
@@ -45,7 +47,7 @@ typedef struct attention_args {
     const char *output;
     /* While parsing: */
     sparge_rules rules;
-    bool has_tau;
+    bool has_tau, has_pv;
 } attention_args;
 
 extern const struct argp_option attention_options[];

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "tools/compare.h"
+#include "tools/device.h"
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/npy.h"
@@ -66,7 +67,7 @@ typedef struct run {
     array lse;
     output_file *o_file, *mask_file, *lse_file;
     sparge_result result;
-    double seconds;
+    double seconds;          /* of the call */
     comparison real, masked; /* distance to dense attention, and over the same mask */
 } run;
 
@@ -138,14 +139,14 @@ static exit_code attend(run *r, file_error *error)
     r->options.progress = progress_tick;
     r->options.user = &watch;
     if (r->args.dense || r->args.mask) {
-        status = sparge_attend(p, &r->options, r->args.mask ? &r->mask : NULL, &r->result, &why);
+        const sparge_mask *const mask = r->args.mask ? &r->mask : NULL;
+        status = device_attend(p, &r->options, mask, &r->result, &r->seconds, &why);
     } else {
         status = sparge_mask_alloc(&r->mask, p, &r->options, &why);
         r->result.mask = &r->mask;
         if (!status)
-            status = sparge_attention(p, &r->options, &r->result, &why);
+            status = device_attention(p, &r->options, &r->result, &r->seconds, &why);
     }
-    r->seconds = progress_clock() - watch.start;
     progress_end(&watch);
     return library_result(status, &why, error);
 }
@@ -211,10 +212,11 @@ static exit_code report(run *r, file_error *error)
     for (int64_t h = 0; h < p->batch * p->heads; h++)
         json_array_append_new(per_head, json_number(sparge_sparsity(&x->head_counts[h])));
     json_t *const json = json_pack(
-        "{s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o, s:o, s:o,"
-        " s:o, s:o, s:o, s:o, s:o, s:o}",
+        "{s:s, s:s, s:i, s:i, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o,"
+        " s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "backend", sparge_backend_string(x->backend), "isa", sparge_isa_string(x->isa),
-        "threads", x->threads, "workspace_bytes", (json_int_t)x->workspace,
+        "threads", x->threads, "rung", x->rung, "pv", options_precisions[x->pv],
+        "workspace_bytes", (json_int_t)x->workspace,
         "batch", (json_int_t)p->batch, "heads", (json_int_t)p->heads,
         "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len,
         "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v,

@@ -1,0 +1,66 @@
+/* 1_naive.cu: rung 1, the algorithm and nothing else. A thread owns a query row and walks the kept key
+ * blocks, reading every element from global memory when it needs it, in float.
+ *
+ * What it costs: 128 threads read the same keys 128 times, a row of q once for every key, and a row of o
+ * does not fit into registers. */
+#include "gpu/ptx.h"
+#include "gpu/rows.h"
+
+namespace sparge {
+
+/* What is not finite counts as 0 here; finish.cu spoils what it touched. */
+static __device__ float finite_or_0(float x) { return sparge_finite(x) ? x : 0.0f; }
+
+/* Line 10: q . (k - mean), in the order of channels. */
+static __device__ float score(const work &w, const query_block &q, int64_t q_at, int64_t token)
+{
+    const int64_t k_at = place(w.k, q.b, q.kv % w.kv_heads, token);
+    float sum = 0.0f;
+    for (int c = 0; c < w.dim; c++) {
+        const float mean = w.mean ? w.mean[q.kv * w.dim + c] : 0.0f;
+        sum = fmaf(finite_or_0(element(w.q, q_at + c)), finite_or_0(element(w.k, k_at + c) - mean), sum);
+    }
+    return sum;
+}
+
+static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_constant__ work w)
+{
+    votes &v = *(votes *)shared_memory();
+    const query_block q = query_block_of(w, blockIdx.x);
+    const uint32_t *const kept = mask_row(w, q);
+    const float lambda = knobs_of(w, q.h).lambda, unit = w.scale * SPARGE_LOG2E;
+    const int r = (int)threadIdx.x;
+    const int64_t q_at = place(w.q, q.b, q.h, q.first + r);
+
+    float o[MAX_WIDTH] = { 0 };
+    sparge_row state = sparge_row_empty();
+    for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
+        const int seen = keys_of_row(w, q, r, j);
+        float p[BLOCK_K];
+        for (int t = 0; t < seen; t++)
+            p[t] = score(w, q, q_at, j * BLOCK_K + t);
+        const float local = seen ? unit * max_of_row(p, seen) : -INFINITY;
+        if (group_skips(w, q, v, r, j, sparge_row_gap(&state, local), lambda) || !seen)
+            continue;
+        const float shrink = weigh_row(state, p, seen, unit, local);
+        for (int c = 0; c < w.dim_v; c++)
+            o[c] *= shrink;
+        for (int t = 0; t < seen; t++) {
+            const int64_t v_at = place(w.v, q.b, q.kv % w.kv_heads, j * BLOCK_K + t);
+            for (int c = 0; c < w.dim_v; c++)
+                o[c] = fmaf(p[t], finite_or_0(element(w.v, v_at + c)), o[c]);
+        }
+    }
+    if (r >= q.rows)
+        return;
+    for (int c = 0; c < w.dim_v; c++)
+        store(w.o, out_row(w, q, r) + c, o[c] * sparge_row_norm(&state));
+    store_state(w, q, r, state);
+}
+
+cudaError_t attend_naive(const work &w, cudaStream_t stream)
+{
+    return launch(attend_rows, w.batch * w.heads * w.g.q_blocks, BLOCK_Q, sizeof(votes), stream, w);
+}
+
+} // namespace sparge

@@ -1,0 +1,163 @@
+/* 3_dp4a.cu: rung 3, the paper's int8 arithmetic. The shape of rung 2, but tiles hold the codes that
+ * prepare.cu made, and dp4a multiplies four of them at once into int32: exact, a quarter of the instructions
+ * and of the bytes.
+ *
+ * P is coded too, against the row's maximum in this block, so that o takes one multiply-add a block. */
+#include "gpu/image.h"
+#include "gpu/ptx.h"
+#include "gpu/rows.h"
+
+namespace sparge {
+
+enum { THREADS = 256, SIDE = 16, ROWS = BLOCK_Q / SIDE, KEYS = BLOCK_K / SIDE, P_PITCH = BLOCK_K / 4 + 1 };
+
+template <int WIDTH> struct tiles {
+    alignas(16) int8_t q[BLOCK_Q * (WIDTH == 64 ? 64 : 128)]; /* images: image.h */
+    alignas(16) int8_t k[BLOCK_K * (WIDTH == 64 ? 64 : 128)];
+    alignas(16) uint8_t v[WIDTH * 64];
+    int s[BLOCK_Q][BLOCK_K + 1];
+    uint32_t p[BLOCK_Q * P_PITCH]; /* [rows][64 keys in the order of key_slot] */
+    float weight[BLOCK_Q], shrink[BLOCK_Q];
+    votes ballot;
+};
+
+/* `bytes`, a multiple of 16, both ends aligned. */
+static __device__ void load(void *to, const void *from, int bytes)
+{
+    for (int n = (int)threadIdx.x; n < bytes / 16; n += THREADS)
+        ((uint4 *)to)[n] = ((const uint4 *)from)[n];
+}
+
+static __device__ int word(const void *image, int pitch, int row, int at)
+{
+    return *(const int *)((const char *)image + image_at(pitch, row, at));
+}
+
+/* Line 10: S of a block, exact. */
+template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
+{
+    const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE, pitch = pitch_of(WIDTH);
+    int s[ROWS][KEYS] = { { 0 } };
+    for (int c = 0; c < WIDTH; c += 4) {
+        int k[KEYS];
+#pragma unroll
+        for (int b = 0; b < KEYS; b++)
+            k[b] = word(t.k, pitch, x + SIDE * b, c);
+#pragma unroll
+        for (int a = 0; a < ROWS; a++) {
+            const int q = word(t.q, pitch, y + SIDE * a, c);
+#pragma unroll
+            for (int b = 0; b < KEYS; b++)
+                s[a][b] = __dp4a(q, k[b], s[a][b]);
+        }
+    }
+#pragma unroll
+    for (int a = 0; a < ROWS; a++)
+#pragma unroll
+        for (int b = 0; b < KEYS; b++)
+            t.s[y + SIDE * a][x + SIDE * b] = s[a][b];
+    __syncthreads();
+}
+
+/* Lines 11-16: a thread for each row. A row that skips, or sees nothing, has codes and a weight of 0. */
+template <int WIDTH>
+static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda, sparge_row &state, tiles<WIDTH> &t)
+{
+    const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
+    const float unit = score_unit(w, q, j), local = seen ? unit * max_of_row(t.s[r], seen) : -INFINITY;
+    const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local), lambda);
+    if (r < BLOCK_Q) {
+        const int used = skips ? 0 : seen;
+        uint32_t p[BLOCK_K / 4] = { 0 };
+        int sum = 0;
+#pragma unroll
+        for (int k = 0; k < BLOCK_K; k++) {
+            const int code = k < used ? code_of_weight(sparge_weight((float)t.s[r][k], unit, local)) : 0;
+            p[key_slot(k) / 4] |= (uint32_t)code << 8 * (key_slot(k) % 4);
+            sum += code;
+        }
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 4; n++)
+            t.p[r * P_PITCH + n] = p[n];
+        coded c = { 0.0f, 1.0f };
+        if (used) {
+            const float shrink = sparge_row_raise(&state, local);
+            c = fold_codes(state, local, shrink, sum);
+        }
+        t.weight[r] = c.weight;
+        t.shrink[r] = c.shrink;
+    }
+    __syncthreads();
+}
+
+/* Line 16: o = shrink * o + weight * step * (codes of P times codes of V). */
+template <int WIDTH>
+static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step, float (&o)[ROWS][WIDTH / SIDE])
+{
+    const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
+    int sum[ROWS][WIDTH / SIDE] = { { 0 } };
+    for (int k = 0; k < BLOCK_K; k += 4) {
+        int p[ROWS];
+#pragma unroll
+        for (int a = 0; a < ROWS; a++)
+            p[a] = (int)t.p[(y + SIDE * a) * P_PITCH + k / 4];
+#pragma unroll
+        for (int b = 0; b < WIDTH / SIDE; b++) {
+            const int v = word(t.v, 64, x + SIDE * b, k);
+#pragma unroll
+            for (int a = 0; a < ROWS; a++)
+                sum[a][b] = __dp4a(p[a], v, sum[a][b]);
+        }
+    }
+#pragma unroll
+    for (int a = 0; a < ROWS; a++)
+#pragma unroll
+        for (int b = 0; b < WIDTH / SIDE; b++)
+            o[a][b] = fmaf(t.weight[y + SIDE * a] * step[x + SIDE * b], (float)sum[a][b],
+                           o[a][b] * t.shrink[y + SIDE * a]);
+    __syncthreads();
+}
+
+template <int WIDTH> static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_constant__ work w)
+{
+    tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
+    const query_block q = query_block_of(w, blockIdx.x);
+    const uint32_t *const kept = mask_row(w, q);
+    const float lambda = knobs_of(w, q.h).lambda;
+    sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
+    float o[ROWS][WIDTH / SIDE] = { { 0 } };
+    load(t.q, w.q8 + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
+    for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
+        const int64_t key_block = q.kv * w.g.k_blocks + j;
+        load(t.k, w.k8 + key_block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
+        load(t.v, w.v_tile + key_block * v_tile_bytes(WIDTH, false), v_tile_bytes(WIDTH, false));
+        __syncthreads();
+        multiply_qk(t);
+        weigh(w, q, j, lambda, state, t);
+        multiply_pv(t, w.step_v + key_block * WIDTH, o);
+    }
+    const int r = (int)threadIdx.x, y = r / SIDE, x = r % SIDE;
+    if (r < BLOCK_Q)
+        t.shrink[r] = sparge_row_norm(&state);
+    if (r < q.rows)
+        store_state(w, q, r, state);
+    __syncthreads();
+#pragma unroll
+    for (int a = 0; a < ROWS; a++)
+#pragma unroll
+        for (int b = 0; b < WIDTH / SIDE; b++)
+            if (y + SIDE * a < q.rows && x + SIDE * b < w.dim_v)
+                store(w.o, out_row(w, q, y + SIDE * a) + x + SIDE * b, o[a][b] * t.shrink[y + SIDE * a]);
+}
+
+cudaError_t attend_dp4a(const work &w, cudaStream_t stream)
+{
+    const int64_t blocks = w.batch * w.heads * w.g.q_blocks;
+    switch (w.width) {
+    case 64: return launch(attend_codes<64>, blocks, THREADS, sizeof(tiles<64>), stream, w);
+    case 96: return launch(attend_codes<96>, blocks, THREADS, sizeof(tiles<96>), stream, w);
+    default: return launch(attend_codes<128>, blocks, THREADS, sizeof(tiles<128>), stream, w);
+    }
+}
+
+} // namespace sparge

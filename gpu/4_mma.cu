@@ -1,0 +1,306 @@
+/* 4_mma.cu: rung 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each. Scores never
+ * leave the registers: the accumulators of Q.K^T are, packed, the operand of P.V. While a block is
+ * multiplied, the next one is on its way to the other half of shared memory (cp.async).
+ *
+ * Lane = 4 g + quad holds rows g and g + 8 of its warp's 16, and of each 8 columns the two from 2 quad on:
+ * x[i][2 h + e] is row g + 8 h, column 8 i + 2 quad + e. A row is spread over the four lanes of a quad.
+ *
+ * P.V in int8 is rung 3's, bit for bit but for exp2; in f16 it is FlashAttention's: P against the running
+ * maximum, sums in float. exp2 is the hardware's, within 2 ulp. */
+#include "gpu/image.h"
+#include "gpu/ptx.h"
+#include "gpu/rows.h"
+
+namespace sparge {
+
+enum { THREADS = 256, STAGES = 2 };
+
+template <int WIDTH, bool HALF> struct stage {
+    alignas(1024) int8_t k[BLOCK_K * (WIDTH == 64 ? 64 : 128)]; /* images: image.h */
+    alignas(1024) uint8_t v[HALF ? (WIDTH + 63) / 64 * 64 * 128 : WIDTH * 64];
+};
+
+template <int WIDTH, bool HALF> struct tiles {
+    alignas(1024) int8_t q[BLOCK_Q * (WIDTH == 64 ? 64 : 128)];
+    stage<WIDTH, HALF> ring[STAGES];
+    votes ballot;
+};
+
+/* A thread's share of its warp: two rows. */
+template <int WIDTH> struct fragment {
+    uint32_t q[WIDTH / 32][4];
+    float o[WIDTH / 8][4];
+    sparge_row state[2]; /* with f16 the sum is this thread's columns' alone, up to the end */
+};
+
+static __device__ __forceinline__ int lane() { return (int)threadIdx.x % 32; }
+static __device__ __forceinline__ int row_of(int h) { return (int)threadIdx.x / 32 * 16 + lane() / 4 + 8 * h; }
+
+/* `bytes`, a multiple of 16. */
+static __device__ void load(void *to, const void *from, int bytes)
+{
+    for (int n = (int)threadIdx.x * 16; n < bytes; n += THREADS * 16)
+        copy_async((char *)to + n, (const char *)from + n);
+}
+
+template <int WIDTH, bool HALF>
+static __device__ void load_stage(const work &w, const query_block &q, int64_t j, stage<WIDTH, HALF> &s)
+{
+    const int64_t block = q.kv * w.g.k_blocks + j;
+    load(s.k, w.k8 + block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
+    load(s.v, w.v_tile + block * v_tile_bytes(WIDTH, HALF), v_tile_bytes(WIDTH, HALF));
+}
+
+/* Two neighbouring operands b of 8 columns and 32 bytes of k each, out of an image whose rows are columns. */
+static __device__ __forceinline__ void load_columns(uint32_t (&b)[4], const void *image, int pitch, int column, int at)
+{
+    const int matrix = lane() / 8;
+    ldmatrix(b, (const char *)image + image_at(pitch, column + 8 * (matrix / 2) + lane() % 8, at + 16 * (matrix % 2)));
+}
+
+/* Line 10: S of 16 rows. */
+template <int WIDTH> static __device__ void multiply_qk(const fragment<WIDTH> &f, const int8_t *k, int (&s)[8][4])
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0;
+#pragma unroll
+    for (int c = 0; c < WIDTH; c += 32)
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            uint32_t b[4];
+            load_columns(b, k, pitch_of(WIDTH), 8 * i, c);
+            mma_s8(s[i], f.q[c / 32], b[0], b[1]);
+            mma_s8(s[i + 1], f.q[c / 32], b[2], b[3]);
+        }
+}
+
+/* Line 11: m_local of a thread's two rows; each sees the first `seen` keys. */
+static __device__ void local_maxima(const int (&s)[8][4], float unit, const int (&seen)[2], float (&local)[2])
+{
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int max = INT32_MIN;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (8 * i + 2 * (lane() % 4) + e < seen[h])
+                    max = s[i][2 * h + e] > max ? s[i][2 * h + e] : max;
+        for (int step = 1; step < 4; step *= 2) {
+            const int other = __shfl_xor_sync(~0u, max, step);
+            max = other > max ? other : max;
+        }
+        local[h] = seen[h] ? unit * (float)max : -INFINITY;
+    }
+}
+
+/* Lines 14-16: which of the two rows skip. All threads of the block come here together. */
+static __device__ void skipped_rows(const work &w, const query_block &q, votes &v, int64_t j, const sparge_row (&state)[2],
+                                    const float (&local)[2], float lambda, bool (&skips)[2])
+{
+    skips[0] = skips[1] = false;
+    if (!w.may_skip)
+        return;
+    if (threadIdx.x < BLOCK_Q)
+        v.group[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        if (lane() % 4 == 0)
+            vote(w, v, row_of(h), sparge_row_gap(&state[h], local[h]), lambda);
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        skips[h] = voted_to_skip(w, v, row_of(h));
+        if (skips[h] && lane() % 4 == 0 && row_of(h) % w.skip_rows == 0)
+            mark_skipped(w, q, row_of(h), j);
+    }
+}
+
+/* The weight of a score under `max`, which it does not exceed. */
+static __device__ __forceinline__ float weight_of(int s, float unit, float max)
+{
+    const float below = fmaf((float)s, unit, -max);
+    return exp2_fast(below > 0.0f ? 0.0f : below);
+}
+
+/* Lines 12, 13 and 16 in codes: P against the local maximum. used: keys of each row, 0 where it skips. */
+template <int WIDTH>
+static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
+                                 const float (&local)[2], const uint8_t *v, const float *step)
+{
+    uint32_t p[2][4] = { { 0 } };
+    coded c[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) /* 32 keys are p[i / 4]; 16 of them two registers, one for each h */
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const bool there = 8 * i + 2 * (lane() % 4) + e < used[h];
+                const int code = there ? code_of_weight(weight_of(s[i][2 * h + e], unit, local[h])) : 0;
+                p[i / 4][i / 2 % 2 * 2 + h] |= (uint32_t)code << 8 * (i % 2 * 2 + e);
+                sum += code;
+            }
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        c[h] = { 0.0f, 1.0f };
+        if (used[h]) {
+            const float shrink = sparge_row_raise(&f.state[h], local[h]);
+            c[h] = fold_codes(f.state[h], local[h], shrink, sum);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < WIDTH / 8; i += 2) {
+        int sum[2][4] = { { 0 } };
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            uint32_t b[4];
+            load_columns(b, v, 64, 8 * i, 32 * k);
+            mma_s8(sum[0], p[k], b[0], b[1]);
+            mma_s8(sum[1], p[k], b[2], b[3]);
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            const int u = n / 4, h = n / 2 % 2, e = n % 2;
+            const float d = step[8 * (i + u) + 2 * (lane() % 4) + e];
+            f.o[i + u][2 * h + e] = fmaf(c[h].weight * d, (float)sum[u][2 * h + e], f.o[i + u][2 * h + e] * c[h].shrink);
+        }
+    }
+}
+
+/* The same in f16: P against the running maximum. */
+template <int WIDTH>
+static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
+                                const float (&local)[2], const uint8_t *v)
+{
+    float shrink[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        shrink[h] = used[h] ? sparge_row_raise(&f.state[h], local[h]) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < WIDTH / 8; i++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            f.o[i][n] *= shrink[n / 2];
+#pragma unroll
+    for (int k = 0; k < 4; k++) { /* 16 keys: the 8-column tiles 2 k and 2 k + 1 of S */
+        uint32_t p[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int i = 2 * k + n / 2, h = n % 2;
+            float x[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const bool there = 8 * i + 2 * (lane() % 4) + e < used[h];
+                x[e] = there ? weight_of(s[i][2 * h + e], unit, f.state[h].max) : 0.0f;
+                f.state[h].sum += x[e];
+            }
+            p[n] = pack_f16(x[0], x[1]);
+        }
+#pragma unroll
+        for (int i = 0; i < WIDTH / 8; i += 2) { /* rows of v are keys here: ldmatrix transposes */
+            uint32_t b[4];
+            const int matrix = lane() / 8, key = 16 * k + lane() % 8 + 8 * (matrix % 2), c = 8 * (i + matrix / 2);
+            ldmatrix_transposed(b, v + c / 64 * 8192 + image_at(128, key, c % 64 * 2));
+            mma_f16(f.o[i], p, b[0], b[1]);
+            mma_f16(f.o[i + 1], p, b[2], b[3]);
+        }
+    }
+}
+
+template <int WIDTH, bool HALF>
+static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda, const stage<WIDTH, HALF> &t,
+                                  votes &ballot, fragment<WIDTH> &f)
+{
+    int s[8][4];
+    multiply_qk(f, t.k, s);
+    const float unit = score_unit(w, q, j);
+    const int seen[2] = { keys_of_row(w, q, row_of(0), j), keys_of_row(w, q, row_of(1), j) };
+    float local[2];
+    bool skips[2];
+    local_maxima(s, unit, seen, local);
+    skipped_rows(w, q, ballot, j, f.state, local, lambda, skips);
+    const int used[2] = { skips[0] ? 0 : seen[0], skips[1] ? 0 : seen[1] };
+    if (!__any_sync(~0u, used[0] || used[1]))
+        return; /* none of the warp's rows */
+    if (HALF)
+        fold_f16(f, s, unit, used, local, t.v);
+    else
+        fold_int8(f, s, unit, used, local, t.v, w.step_v + (q.kv * w.g.k_blocks + j) * WIDTH);
+}
+
+template <int WIDTH, bool HALF>
+static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_constant__ work w)
+{
+    tiles<WIDTH, HALF> &t = *(tiles<WIDTH, HALF> *)shared_memory();
+    const query_block q = query_block_of(w, blockIdx.x);
+    const uint32_t *const kept = mask_row(w, q);
+    const float lambda = knobs_of(w, q.h).lambda;
+    int64_t j = next_kept(kept, q, 0);
+    if (j >= q.seen)
+        return; /* finish.cu writes rows without keys */
+
+    load(t.q, w.q8 + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
+    load_stage(w, q, j, t.ring[0]);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    fragment<WIDTH> f;
+#pragma unroll
+    for (int c = 0; c < WIDTH; c += 32) {
+        const int matrix = lane() / 8, r = (int)threadIdx.x / 32 * 16 + lane() % 8 + 8 * (matrix % 2);
+        ldmatrix(f.q[c / 32], t.q + image_at(pitch_of(WIDTH), r, c + 16 * (matrix / 2)));
+    }
+#pragma unroll
+    for (int i = 0; i < WIDTH / 8; i++)
+        f.o[i][0] = f.o[i][1] = f.o[i][2] = f.o[i][3] = 0.0f;
+    f.state[0] = f.state[1] = sparge_row_empty();
+
+    for (int at = 0; j < q.seen; at ^= 1) {
+        const int64_t next = next_kept(kept, q, j + 1);
+        if (next < q.seen)
+            load_stage(w, q, next, t.ring[at ^ 1]);
+        copy_async_commit();
+        fold_block<WIDTH, HALF>(w, q, j, lambda, t.ring[at], t.ballot, f);
+        copy_async_wait<0>(); /* the next block is here, */
+        __syncthreads();      /* and nobody reads this one any more */
+        j = next;
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if (HALF) {
+            f.state[h].sum += __shfl_xor_sync(~0u, f.state[h].sum, 1);
+            f.state[h].sum += __shfl_xor_sync(~0u, f.state[h].sum, 2);
+        }
+        if (row_of(h) >= q.rows)
+            continue;
+        const float norm = sparge_row_norm(&f.state[h]);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 8; i++)
+            store_pair(w.o, out_row(w, q, row_of(h)), 8 * i + 2 * (lane() % 4), w.dim_v, f.o[i][2 * h] * norm,
+                       f.o[i][2 * h + 1] * norm);
+        if (lane() % 4 == 0)
+            store_state(w, q, row_of(h), f.state[h]);
+    }
+}
+
+template <bool HALF> static cudaError_t attend_width(const work &w, cudaStream_t stream)
+{
+    const int64_t blocks = w.batch * w.heads * w.g.q_blocks;
+    switch (w.width) {
+    case 64: return launch(attend_warps<64, HALF>, blocks, THREADS, sizeof(tiles<64, HALF>), stream, w);
+    case 96: return launch(attend_warps<96, HALF>, blocks, THREADS, sizeof(tiles<96, HALF>), stream, w);
+    default: return launch(attend_warps<128, HALF>, blocks, THREADS, sizeof(tiles<128, HALF>), stream, w);
+    }
+}
+
+cudaError_t attend_mma(const work &w, cudaStream_t stream)
+{
+    return w.pv == SPARGE_HALF ? attend_width<true>(w, stream) : attend_width<false>(w, stream);
+}
+
+} // namespace sparge

@@ -1,0 +1,192 @@
+/* hopper.h: the instructions of sm_90a: products of a warpgroup (wgmma), barriers that count arrivals and
+ * bytes (mbarrier), copies of whole tiles (the bulk copies of TMA). As ptx.h: one name, one instruction,
+ * and the same names in tests/cuda_model.
+ *
+ * A warpgroup is four warps, 128 threads: thread = 32 w + 4 g + q, w = 0..3, g = 0..7, q = 0..3. It is
+ * the unit that wgmma belongs to: every thread of it makes every call with the same descriptors. */
+#ifndef SPARGE_GPU_HOPPER_H
+#define SPARGE_GPU_HOPPER_H
+
+#include "gpu/ptx.h"
+
+/* ---- Descriptors: how the tensor core finds an operand in shared memory ------------------- */
+
+/* The image of a tile has rows of `pitch` bytes, 128 or 64, whose 16-byte pieces are swizzled as image.h
+ * says. Bits 0-13 the address, 16-29 the leading and 32-45 the stride byte offset, all in units of 16;
+ * 62-63 the swizzle, 1 of 128 bytes, 2 of 64. */
+SPARGE_DEVICE uint64_t descriptor(const void *tile, int pitch, int leading, int stride)
+{
+    return (uint64_t)((shared_address(tile) & 0x3ffffu) >> 4) | (uint64_t)(leading >> 4) << 16 |
+           (uint64_t)(stride >> 4) << 32 | (uint64_t)(pitch == 128 ? 1 : 2) << 62;
+}
+
+/* Rows along M or N, k along the row: the only layout for bytes. Eight rows further is 8 * pitch bytes;
+ * 32 bytes further along k add DESCRIPTOR_32_BYTES. */
+SPARGE_DEVICE uint64_t descriptor_k_major(const void *tile, int pitch)
+{
+    return descriptor(tile, pitch, 16, 8 * pitch);
+}
+
+/* Rows along k, 64 elements of 16 bits along N in each; `chunk` bytes further stand the next 64 columns.
+ * 16 rows further along k add DESCRIPTOR_16_ROWS. */
+SPARGE_DEVICE uint64_t descriptor_n_major(const void *tile, int chunk) { return descriptor(tile, 128, chunk, 1024); }
+
+enum { DESCRIPTOR_32_BYTES = 32 >> 4, DESCRIPTOR_16_ROWS = 16 * 128 >> 4 };
+
+#ifndef __CUDACC__
+#include <cuda_model_hopper.h>
+#else
+
+/* ---- wgmma: d[64][N] = a b, or d += a b where `add`; asynchronous ------------------------- */
+
+/* Between a thread's own writes to registers of d or a and the first product that touches them. */
+SPARGE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/* What was issued since the last commit is a group; wait<N> returns when all but the newest N are done. */
+SPARGE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> SPARGE_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+
+/* Keeps the compiler from moving uses of x across this place: around wgmma its registers change unseen. */
+template <int N> SPARGE_DEVICE void pin(float (&x)[N])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        asm volatile("" : "+f"(x[n]) :: "memory");
+}
+template <int N> SPARGE_DEVICE void pin(int (&x)[N])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        asm volatile("" : "+r"(x[n]) :: "memory");
+}
+template <int N> SPARGE_DEVICE void pin(uint32_t (&x)[N])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+        asm volatile("" : "+r"(x[n]) :: "memory");
+}
+
+/* The N / 2 registers of d: d[4 i + 2 h + e] is row 16 w + g + 8 h, column 8 i + 2 q + e. They have to be
+ * written out one by one: REGISTERS_n is their list in the text, OPERANDS_n the list of constraints. */
+#define OPERANDS_8(type, d, n)                                                                              \
+    type(d[n]), type(d[n + 1]), type(d[n + 2]), type(d[n + 3]), type(d[n + 4]), type(d[n + 5]), type(d[n + 6]), \
+        type(d[n + 7])
+#define OPERANDS_32(type, d, n) \
+    OPERANDS_8(type, d, n), OPERANDS_8(type, d, n + 8), OPERANDS_8(type, d, n + 16), OPERANDS_8(type, d, n + 24)
+#define OPERANDS_48(type, d) OPERANDS_32(type, d, 0), OPERANDS_8(type, d, 32), OPERANDS_8(type, d, 40)
+#define OPERANDS_64(type, d) OPERANDS_32(type, d, 0), OPERANDS_32(type, d, 32)
+#define REGISTERS_32                                                                              \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
+    "%29,%30,%31"
+#define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define REGISTERS_64 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+/* int32, both operands bytes in shared memory, k-major; k = 32. */
+SPARGE_DEVICE void wgmma_s8(int (&d)[64], uint64_t a, uint64_t b, bool add)
+{
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" REGISTERS_64 "}, %64, %65, p; }\n"
+                 : OPERANDS_64("+r", d) : "l"(a), "l"(b), "r"((int)add));
+}
+
+/* float, a in registers (as mma_s8's: bytes of rows 16 w + ..), b bytes in shared memory, k-major; k = 32. */
+#define WGMMA_E4M3(N, HALF, A0, A1, A2, A3, B, ADD)                                                             \
+    SPARGE_DEVICE void wgmma_e4m3(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b, bool add)              \
+    {                                                                                                           \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                           \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS_##HALF              \
+                     "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1; }\n"                          \
+                     : WGMMA_OPERANDS_##HALF : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
+    }
+/* float, a in registers (as mma_f16's), b binary16 in shared memory, n-major; k = 16. */
+#define WGMMA_F16(N, HALF, A0, A1, A2, A3, B, ADD)                                                              \
+    SPARGE_DEVICE void wgmma_f16(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b, bool add)               \
+    {                                                                                                           \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                           \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" REGISTERS_##HALF                \
+                     "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, 1; }\n"                       \
+                     : WGMMA_OPERANDS_##HALF : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
+    }
+#define WGMMA_OPERANDS_32 OPERANDS_32("+f", d, 0)
+#define WGMMA_OPERANDS_48 OPERANDS_48("+f", d)
+#define WGMMA_OPERANDS_64 OPERANDS_64("+f", d)
+WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
+WGMMA_E4M3(96, 48, 48, 49, 50, 51, 52, 53)
+WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
+WGMMA_F16(64, 32, 32, 33, 34, 35, 36, 37)
+WGMMA_F16(96, 48, 48, 49, 50, 51, 52, 53)
+WGMMA_F16(128, 64, 64, 65, 66, 67, 68, 69)
+
+/* ---- mbarrier: a phase ends when `arrivals` threads have arrived and all announced bytes have landed. --- */
+
+SPARGE_DEVICE void barrier_init(uint64_t *b, int arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+/* After the last init, before the block's threads meet. */
+SPARGE_DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SPARGE_DEVICE void barrier_arrive(uint64_t *b)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
+}
+/* Arrives, and announces bytes that copies will bring. */
+SPARGE_DEVICE void barrier_arrive_expect(uint64_t *b, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+/* Returns when the phase of this parity has ended: 0 for the first, 1 for the second, and so on by turns. */
+SPARGE_DEVICE void barrier_wait(uint64_t *b, uint32_t parity)
+{
+    asm volatile("{ .reg .pred p;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra again; }" :: "r"(shared_address(b)), "r"(parity) : "memory");
+}
+
+/* `bytes` from global to shared memory, a multiple of 16 and both aligned to 16; counted on b. */
+SPARGE_DEVICE void copy_bulk(void *shared, const void *global, uint32_t bytes, uint64_t *b)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
+
+/* ---- Named barriers, 1 to 15, of `threads` threads ---- */
+
+SPARGE_DEVICE void named_sync(int id, int threads)
+{
+    asm volatile("barrier.cta.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+/* Counts as one of the threads without waiting for the others. */
+SPARGE_DEVICE void named_arrive(int id, int threads)
+{
+    asm volatile("barrier.cta.arrive %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+/* Waits, and is true where `yes` is true on any of the threads. */
+SPARGE_DEVICE bool named_any(int id, int threads, bool yes)
+{
+    int any;
+    asm volatile("{ .reg .pred a, b; setp.ne.b32 a, %3, 0;\n"
+                 "barrier.cta.red.or.pred b, %1, %2, a;\n selp.b32 %0, 1, 0, b; }"
+                 : "=r"(any) : "r"(id), "r"(threads), "r"((int)yes) : "memory");
+    return any;
+}
+
+/* ---- The rest ---- */
+
+/* Registers a thread of this warpgroup may hold from here on; every warp of it calls. */
+template <int N> SPARGE_DEVICE void registers_grow() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
+template <int N> SPARGE_DEVICE void registers_shrink() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
+
+/* Before the tensor core or a bulk copy reads shared memory that threads have written. */
+SPARGE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Four floats as e4m3, a in the lowest byte; above 448 becomes 448. */
+SPARGE_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d)
+{
+    uint32_t r;
+    asm("{ .reg .b16 lo, hi;\n cvt.rn.satfinite.e4m3x2.f32 lo, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 hi, %4, %3;\n mov.b32 %0, {lo, hi}; }"
+        : "=r"(r) : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+}
+
+#endif
+#endif

@@ -1,0 +1,522 @@
+/* host.cu: the cuda backend from the processor's side: what this device can do, memory, the order of the
+ * launches, errors. Nothing of the algorithm is here.
+ *
+ * A call queues all of its work on one stream and looks at no result of it, so that it can be captured into
+ * a CUDA graph; where the caller named no stream it waits for the end, and times the stages. */
+#include "gpu/gpu.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+#include "gpu/image.h"
+#include "gpu/work.h"
+
+using namespace sparge;
+
+/* ---- Errors ---- */
+
+static sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
+{
+    if (error) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(error->text, sizeof error->text, format, args);
+        va_end(args);
+    }
+    return status;
+}
+
+/* `call` as the sentence names it. */
+static sparge_status check(cudaError_t e, const char *call, sparge_error *error)
+{
+    if (e == cudaSuccess)
+        return SPARGE_OK;
+    return fail(error, e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE, "%s: %s (%s)", call,
+                cudaGetErrorString(e), cudaGetErrorName(e));
+}
+
+/* ---- The device and the ladder ---- */
+
+struct device {
+    int capability; /* 90 for 9.0 */
+    int shared_limit, multiprocessors;
+};
+
+static sparge_status find_device(device *d, sparge_error *error)
+{
+    int count = 0, id = 0, major = 0, minor = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e != cudaSuccess || count == 0)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is cuda, but there is no CUDA device here: %s",
+                    cudaGetErrorString(e == cudaSuccess ? cudaErrorNoDevice : e));
+    const struct { cudaDeviceAttr name; int *value; } attributes[] = {
+        { cudaDevAttrComputeCapabilityMajor, &major },
+        { cudaDevAttrComputeCapabilityMinor, &minor },
+        { cudaDevAttrMaxSharedMemoryPerBlockOptin, &d->shared_limit },
+        { cudaDevAttrMultiProcessorCount, &d->multiprocessors },
+    };
+    e = cudaGetDevice(&id);
+    for (const auto &a : attributes)
+        if (e == cudaSuccess)
+            e = cudaDeviceGetAttribute(a.value, a.name, id);
+    d->capability = 10 * major + minor;
+    if (e == cudaSuccess && d->capability < 80)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "the CUDA device has compute capability %d.%d, it must be at least 8.0",
+                    major, minor);
+    return check(e, "cudaDeviceGetAttribute", error);
+}
+
+enum { FLOATS = 1u << SPARGE_FLOAT, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_HALF, EIGHTHS = 1u << SPARGE_FP8 };
+
+/* What each rung multiplies with; FASTEST is `fastest`. */
+static const struct rung {
+    unsigned qk, pv; /* sets of precisions */
+    sparge_precision fastest;
+    cudaError_t (*attend)(const work &, cudaStream_t);
+} ladder[] = {
+    { 0, 0, SPARGE_FASTEST, NULL },
+    { FLOATS, FLOATS, SPARGE_FLOAT, attend_naive },
+    { FLOATS, FLOATS, SPARGE_FLOAT, attend_shared },
+    { BYTES, BYTES, SPARGE_INT8, attend_dp4a },
+    { BYTES, BYTES | HALVES, SPARGE_HALF, attend_mma },
+    { BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper },
+};
+enum { RUNGS = sizeof ladder / sizeof *ladder - 1 };
+
+static bool may_skip(const sparge_problem *p, const sparge_options *o)
+{
+    if (!o->per_head)
+        return o->knobs.lambda > -INFINITY;
+    for (int64_t h = 0; h < p->heads; h++)
+        if (o->per_head[h].lambda > -INFINITY)
+            return true;
+    return false;
+}
+
+/* Why a rung cannot do this here, as the end of a sentence; NULL where it can. */
+static const char *obstacle(int n, const device &d, const sparge_problem *p, const sparge_options *o)
+{
+    const sparge_precision pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
+    const int64_t rows = o->skip_rows;
+    if (!(ladder[n].qk >> o->qk & 1u))
+        return n <= 2 ? "computes Q.K^T in float alone" : "computes Q.K^T in int8 alone";
+    if (!(ladder[n].pv >> pv & 1u))
+        return "does not have this precision of P.V";
+    if (n == 5 && d.capability != 90)
+        return "needs compute capability 9.0";
+    if (n == 5 && may_skip(p, o) && rows != 16 && rows != 32 && rows != 64 && rows != 128)
+        return "tests lambda for 16, 32, 64 or 128 rows at a time";
+    return NULL;
+}
+
+static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_options *o, sparge_error *error)
+{
+    const char *why = NULL;
+    int n = o->rung;
+    if (n)
+        why = obstacle(n, d, p, o);
+    else
+        for (n = RUNGS; n > 0 && (why = obstacle(n, d, p, o)); n--)
+            ;
+    if (n == 0)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "no rung of the cuda backend has these precisions of Q.K^T and P.V");
+    if (why)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "rung is %d, which %s", n, why);
+    o->rung = n;
+    o->pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
+    return SPARGE_OK;
+}
+
+bool sparge_cuda_built(void) { return true; }
+
+bool sparge_cuda_available(void)
+{
+    device d;
+    return find_device(&d, NULL) == SPARGE_OK;
+}
+
+sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
+{
+    device d;
+    sparge_status status = find_device(&d, error);
+    if (status)
+        return status;
+    if (o->block_q != BLOCK_Q || o->block_k != BLOCK_K)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "blocks are %lld x %lld, the cuda backend has 128 x 64 alone",
+                    (long long)o->block_q, (long long)o->block_k);
+    if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "dim is %lld and dim_v %lld, the cuda backend has at most 128",
+                    (long long)p->dim, (long long)p->dim_v);
+    const int64_t most = (int64_t)1 << 30, lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
+    const int64_t columns = p->batch * p->kv_heads * sparge_ceil_div(p->k_len, BLOCK_K);
+    if (p->q_len > most || p->k_len > most || lines > most || columns > most / 2)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
+                    (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
+    if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "k_len is %lld, a row of its blocks does not fit into shared memory",
+                    (long long)p->k_len);
+    return find_rung(d, p, o, error);
+}
+
+/* ---- One call ---- */
+
+struct call {
+    const sparge_problem *p;
+    const sparge_options *o;
+    bool predicts, attends;
+    uint32_t *mask; /* NULL: dense, or in the workspace where `predicts` */
+    int64_t words;
+    const sparge_trace *trace;
+    sparge_result *result; /* NULL unless `attends` */
+    bool lse;
+};
+
+/* Memory in a row; from NULL it only counts. */
+struct arena {
+    char *base;
+    int64_t bytes;
+};
+
+template <class T> static T *take(arena &a, int64_t count)
+{
+    T *const piece = a.base ? (T *)(a.base + a.bytes) : NULL;
+    a.bytes += (sparge_max(1, count) * (int64_t)sizeof(T) + 255) / 256 * 256;
+    return piece;
+}
+
+/* What the caller wants to see, or memory of our own. */
+template <class T> static T *take_unless(T *wanted, arena &a, int64_t count) { return wanted ? wanted : take<T>(a, count); }
+
+static void lay_out_prediction(work &w, const call &c, arena &a)
+{
+    const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads, lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
+    if (c.o->smooth_k) {
+        w.sums = take<float>(a, blocks * w.dim);
+        w.mean = take_unless(c.trace->mean_k, a, kv * w.dim);
+    }
+    if (c.predicts) {
+        w.pool_q = take_unless(c.trace->pool_q, a, lines * w.dim);
+        w.pool_k = take_unless(c.trace->pool_k, a, blocks * w.dim);
+        w.sim_q = take_unless(c.trace->sim_q, a, lines);
+        w.sim_k = take_unless(c.trace->sim_k, a, blocks);
+        w.mask = take_unless(c.mask, a, lines * w.words);
+        w.s = c.trace->s;
+    }
+    w.bad_q = take<uint8_t>(a, n * w.g.q_len);
+    w.bad_k = take<uint8_t>(a, kv * w.g.k_len);
+    w.wild_q = take<uint8_t>(a, lines);
+    w.wild_k = take<uint8_t>(a, blocks);
+    if (c.o->per_head)
+        w.head_knobs = take<sparge_knobs>(a, w.heads);
+}
+
+static void lay_out_attention(work &w, const call &c, arena &a)
+{
+    const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads, lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
+    const bool codes = c.o->qk == SPARGE_INT8, halves = w.pv == SPARGE_HALF;
+    w.wild_v = take<uint8_t>(a, blocks);
+    if (codes) {
+        w.q8 = take<int8_t>(a, lines * q_tile_bytes(w.width));
+        w.k8 = take<int8_t>(a, blocks * k_tile_bytes(w.width));
+        w.step_q = take_unless(c.trace->steps_q, a, lines);
+        w.step_k = take_unless(c.trace->steps_k, a, blocks);
+        w.codes_q = c.trace->codes_q;
+        w.codes_k = c.trace->codes_k;
+    }
+    if (w.pv != SPARGE_FLOAT)
+        w.v_tile = take<uint8_t>(a, blocks * v_tile_bytes(w.width, halves));
+    if (w.pv == SPARGE_INT8) {
+        w.step_v = take<float>(a, blocks * w.width);
+        w.codes_v = c.trace->codes_v;
+        w.steps_v = c.trace->steps_v;
+    }
+    if (w.pv == SPARGE_FP8) {
+        w.step_v = take<float>(a, kv * w.width);
+        w.max_v = take<float>(a, blocks * w.width);
+    }
+    if (c.lse && c.o->smooth_k)
+        w.lift = take<float>(a, n * w.g.q_len);
+    if (w.may_skip)
+        w.skipped = take<uint32_t>(a, lines * groups(w) * sparge_mask_row_words(w.g.k_blocks));
+    w.m = take_unless(c.trace->m, a, n * w.g.q_len);
+    w.l = take_unless(c.trace->l, a, n * w.g.q_len);
+    if (c.o->rung == 5) {
+        w.order = take<int64_t>(a, lines);
+        w.order_len = take<int64_t>(a, 1);
+        w.ticket = take<unsigned long long>(a, 1);
+    }
+    w.tally = take<unsigned long long>(a, n * TALLIES);
+    w.counts = take_unless(c.result ? c.result->head_counts : NULL, a, n);
+    w.pv_done = c.trace->pv_done;
+    if (c.result) {
+        w.o = c.result->o;
+        w.lse = c.result->lse;
+    }
+}
+
+/* The work of a call in memory from `base` on; returns how many bytes of it there are. */
+static int64_t lay_out(work &w, const call &c, void *base)
+{
+    const sparge_problem *p = c.p;
+    const sparge_options *o = c.o;
+    const int64_t widest = c.attends ? sparge_max(p->dim, p->dim_v) : p->dim;
+    arena a = { (char *)base, 0 };
+    w = work();
+    w.g = sparge_geometry_make(p->q_len, p->k_len, BLOCK_Q, BLOCK_K, (int)o->causal);
+    w.batch = p->batch;
+    w.heads = p->heads;
+    w.kv_heads = p->kv_heads;
+    w.dim = (int)p->dim;
+    w.dim_v = (int)p->dim_v;
+    w.width = widest <= 64 ? 64 : widest <= 96 ? 96 : 128;
+    w.q = p->q;
+    w.k = p->k;
+    w.v = p->v;
+    w.scale = o->scale;
+    w.causal = o->causal != SPARGE_CAUSAL_NONE;
+    w.sink = o->sink;
+    w.pv = o->pv;
+    w.skip_rows = (int)o->skip_rows;
+    w.may_skip = c.attends && may_skip(p, o);
+    w.knobs = o->knobs;
+    w.mask = c.mask;
+    w.words = c.mask ? c.words : sparge_mask_row_words(w.g.k_blocks);
+    lay_out_prediction(w, c, a);
+    if (c.attends)
+        lay_out_attention(w, c, a);
+    return a.bytes;
+}
+
+/* ---- Pointers ---- */
+
+static sparge_status check_pointer(const char *name, const void *data, bool needed, sparge_error *error)
+{
+    if (!data)
+        return needed ? fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", name) : SPARGE_OK;
+    cudaPointerAttributes a;
+    const cudaError_t e = cudaPointerGetAttributes(&a, data);
+    if (e != cudaSuccess)
+        return check(e, "cudaPointerGetAttributes", error);
+    if (a.type != cudaMemoryTypeDevice && a.type != cudaMemoryTypeManaged)
+        return fail(error, SPARGE_ERR_ARGUMENT, "%s points to host memory, the cuda backend needs device memory", name);
+    return SPARGE_OK;
+}
+
+static sparge_status check_pointers(const call &c, sparge_error *error)
+{
+    const sparge_problem *p = c.p;
+    const sparge_trace *t = c.trace;
+    const sparge_result none = {}, *r = c.result ? c.result : &none;
+    const bool queries = p->batch && p->q_len, keys = p->batch && p->k_len;
+    const struct { const char *name; const void *data; bool needed; } pointers[] = {
+        { "q.data", p->q.data, queries }, { "k.data", p->k.data, keys },
+        { "v.data", c.attends ? p->v.data : NULL, c.attends && keys },
+        { "result.o", r->o.data, c.attends && queries },
+        { "result.lse", r->lse, false }, { "result.head_counts", r->head_counts, false },
+        { "mask.bits", c.mask, false }, { "workspace", c.o->workspace, false },
+        { "trace.mean_k", t->mean_k, false }, { "trace.pool_q", t->pool_q, false },
+        { "trace.pool_k", t->pool_k, false }, { "trace.sim_q", t->sim_q, false },
+        { "trace.sim_k", t->sim_k, false }, { "trace.s", t->s, false },
+        { "trace.codes_q", t->codes_q, false }, { "trace.codes_k", t->codes_k, false },
+        { "trace.codes_v", t->codes_v, false }, { "trace.steps_q", t->steps_q, false },
+        { "trace.steps_k", t->steps_k, false }, { "trace.steps_v", t->steps_v, false },
+        { "trace.pv_done", t->pv_done, false }, { "trace.m", t->m, false }, { "trace.l", t->l, false },
+    };
+    sparge_status status = SPARGE_OK;
+    for (const auto &x : pointers)
+        if (!status)
+            status = check_pointer(x.name, x.data, x.needed, error);
+    return status;
+}
+
+/* ---- Thresholds: a graph may run long after the caller's array is gone, so they travel as arguments ---- */
+
+enum { KNOBS = 128 };
+
+struct some_knobs {
+    sparge_knobs of[KNOBS];
+};
+
+static __global__ void set_knobs(sparge_knobs *to, int count, const __grid_constant__ some_knobs knobs)
+{
+    if ((int)threadIdx.x < count)
+        to[threadIdx.x] = knobs.of[threadIdx.x];
+}
+
+static cudaError_t send_knobs(const work &w, const sparge_knobs *per_head, cudaStream_t stream)
+{
+    cudaError_t e = cudaSuccess;
+    for (int64_t h = 0; h < w.heads && e == cudaSuccess; h += KNOBS) {
+        const int count = (int)sparge_min(KNOBS, w.heads - h);
+        some_knobs part = {};
+        memcpy(part.of, per_head + h, (size_t)count * sizeof *part.of);
+        e = launch(set_knobs, 1, KNOBS, 0, stream, w.head_knobs + h, count, part);
+    }
+    return e;
+}
+
+/* ---- The stages in their order ---- */
+
+/* Between them the device looks at its clock, where somebody waits for the call. */
+struct stopwatch {
+    enum { MARKS = 4 };
+    cudaEvent_t mark[MARKS];
+    int made;
+};
+
+static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const char **stage)
+{
+    const cudaStream_t stream = (cudaStream_t)c.o->stream;
+    cudaError_t e = cudaSuccess;
+    const auto step = [&](const char *name, cudaError_t now) {
+        if (e == cudaSuccess && now != cudaSuccess) {
+            e = now;
+            *stage = name;
+        }
+        return e == cudaSuccess;
+    };
+    const auto mark = [&](int n) { return watch.made == 0 || step("cudaEventRecord", cudaEventRecord(watch.mark[n], stream)); };
+    bool on = mark(0);
+    if (on && w.head_knobs)
+        on = step("the launch of set_knobs", send_knobs(w, c.o->per_head, stream));
+    on = on && step("the launch of prepare", prepare(w, stream)) && mark(1);
+    if (on && c.predicts)
+        on = step("the launch of predict", predict(w, stream));
+    on = on && mark(2);
+    if (on && c.attends) {
+        if (w.skipped)
+            on = step("cudaMemsetAsync", cudaMemsetAsync(w.skipped, 0,
+                      (size_t)(w.batch * w.heads * w.g.q_blocks * groups(w) * sparge_mask_row_words(w.g.k_blocks)) * 4, stream));
+        if (on && w.order)
+            on = step("the launch of plan", plan(w, stream));
+        on = on && step("the launch of attend", ladder[c.o->rung].attend(w, stream)) &&
+             step("the launch of finish", finish(w, stream)) && step("the launch of trace", trace(w, stream));
+    }
+    if (on)
+        mark(3);
+    return e;
+}
+
+/* Waits, reads the clock and the counters. */
+static sparge_status conclude(const work &w, const call &c, const stopwatch &watch, sparge_error *error)
+{
+    sparge_status status = check(cudaStreamSynchronize((cudaStream_t)c.o->stream), "cudaStreamSynchronize", error);
+    float ms[stopwatch::MARKS - 1] = { 0 };
+    for (int n = 0; n + 1 < stopwatch::MARKS && !status; n++)
+        status = check(cudaEventElapsedTime(&ms[n], watch.mark[n], watch.mark[n + 1]), "cudaEventElapsedTime", error);
+    if (status || !c.result)
+        return status;
+    c.result->seconds_quantize = 1e-3 * (double)ms[0];
+    c.result->seconds_predict = 1e-3 * (double)ms[1];
+    c.result->seconds_attend = 1e-3 * (double)ms[2];
+    for (int64_t n = 0; n < w.batch * w.heads && !status; n++) {
+        sparge_counts head;
+        status = check(cudaMemcpy(&head, w.counts + n, sizeof head, cudaMemcpyDeviceToHost), "cudaMemcpy", error);
+        if (status)
+            break;
+        c.result->counts.pairs += head.pairs;
+        c.result->counts.qk_done += head.qk_done;
+        c.result->counts.pv_done += head.pv_done;
+        c.result->counts.tokens += head.tokens;
+        c.result->counts.qk_tokens += head.qk_tokens;
+        c.result->counts.pv_tokens += head.pv_tokens;
+    }
+    return status;
+}
+
+static sparge_status run(const call &c, sparge_error *error)
+{
+    const cudaStream_t stream = (cudaStream_t)c.o->stream;
+    const bool waits = stream == NULL;
+    device d;
+    work w;
+    sparge_status status = find_device(&d, error);
+    if (!status)
+        status = check_pointers(c, error);
+    if (status)
+        return status;
+    const int64_t bytes = lay_out(w, c, NULL);
+    if (c.o->workspace && (c.o->workspace_bytes < bytes || (uintptr_t)c.o->workspace % 256 != 0))
+        return fail(error, SPARGE_ERR_ARGUMENT, "workspace has %lld bytes at %p, it needs %lld at a multiple of 256",
+                    (long long)c.o->workspace_bytes, c.o->workspace, (long long)bytes);
+
+    void *memory = c.o->workspace;
+    stopwatch watch = {};
+    for (; waits && !status && watch.made < stopwatch::MARKS; watch.made += !status)
+        status = check(cudaEventCreate(&watch.mark[watch.made]), "cudaEventCreate", error);
+    if (!status && !memory)
+        status = check(cudaMallocAsync(&memory, (size_t)bytes, stream), "cudaMallocAsync", error);
+    if (!status) {
+        lay_out(w, c, memory);
+        w.shared_limit = d.shared_limit;
+        w.multiprocessors = d.multiprocessors;
+        const char *stage = "";
+        const cudaError_t e = queue(w, c, watch, &stage);
+        status = check(e, stage, error);
+    }
+    if (!status && waits)
+        status = conclude(w, c, watch, error);
+    if (memory && !c.o->workspace) {
+        const sparge_status freed = check(cudaFreeAsync(memory, stream), "cudaFreeAsync", status ? NULL : error);
+        status = status ? status : freed;
+    }
+    while (watch.made > 0)
+        cudaEventDestroy(watch.mark[--watch.made]);
+    if (c.result)
+        c.result->workspace = bytes;
+    return status;
+}
+
+/* ---- The entries ---- */
+
+static const sparge_trace no_trace = {};
+
+sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
+                                  const sparge_trace *trace, sparge_error *error)
+{
+    const call c = { p, o, true, false, mask->bits, mask->words, trace, NULL, false };
+    return run(c, error);
+}
+
+sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *o, const sparge_mask *mask,
+                                 sparge_result *result, sparge_error *error)
+{
+    const call c = { p, o, false, true, mask ? mask->bits : NULL, mask ? mask->words : 0,
+                     result->trace ? result->trace : &no_trace, result, result->lse != NULL };
+    return run(c, error);
+}
+
+sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
+                                    sparge_result *result, sparge_error *error)
+{
+    const call c = { p, o, true, true, mask->bits, mask->words,
+                     result->trace ? result->trace : &no_trace, result, result->lse != NULL };
+    return run(c, error);
+}
+
+sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse, int64_t *bytes,
+                                    sparge_error *)
+{
+    const call c = { p, o, true, true, NULL, 0, &no_trace, NULL, lse };
+    work w;
+    *bytes = lay_out(w, c, NULL);
+    return SPARGE_OK;
+}
+
+sparge_status sparge_cuda_alloc(int64_t bytes, void **data, sparge_error *error)
+{
+    device d;
+    const sparge_status status = find_device(&d, error);
+    return status ? status : check(cudaMalloc(data, (size_t)sparge_max(1, bytes)), "cudaMalloc", error);
+}
+
+void sparge_cuda_free(void *data) { cudaFree(data); }
+
+sparge_status sparge_cuda_copy(void *to, const void *from, int64_t bytes, sparge_error *error)
+{
+    device d;
+    const sparge_status status = find_device(&d, error);
+    if (status || bytes == 0)
+        return status;
+    return check(cudaMemcpy(to, from, (size_t)bytes, cudaMemcpyDefault), "cudaMemcpy", error);
+}

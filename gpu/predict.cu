@@ -1,0 +1,208 @@
+/* predict.cu: stage 1, which (query block, key block) pairs are worth computing: scores, selection and the
+ * bit mask in one kernel. Sec 3.3, Algorithm 1 lines 4-6; ref/predict.c in the reference.
+ *
+ * A warp owns a row of S. Up to eight rows of a head share a thread block, so that a pooled key is read once
+ * for all of them; fewer where the rows are too long to stand in shared memory together.
+ * Nothing is sorted: the best blocks are those above a cut, and the cut is found by bisection. Masses are
+ * integers, so that their sums are the reference's in any order. */
+#include "gpu/ptx.h"
+#include "gpu/work.h"
+
+namespace sparge {
+
+enum { MAX_ROWS = 8, THREADS = 32 * MAX_ROWS, KEYS = 32, PITCH = MAX_WIDTH + 1 };
+
+struct scores {
+    float q[MAX_ROWS][MAX_WIDTH];   /* pooled queries */
+    float k[KEYS * PITCH];      /* pooled keys of a tile; a row has an odd length: no bank conflicts */
+};                              /* then [rows][k_blocks] of S */
+
+/* sparge_dot for n a multiple of 16; partial sums in registers. */
+static __device__ float dot(const float *a, const float *b, int n)
+{
+    float partial[16] = { 0 };
+    for (int c = 0; c < n; c += 16)
+#pragma unroll
+        for (int lane = 0; lane < 16; lane++)
+            partial[lane] = fmaf(a[c + lane], b[c + lane], partial[lane]);
+    return sparge_sum_of(partial);
+}
+
+/* Line 5: S[i,:] of every warp's row; -inf where K_j is not similar or not seen. */
+static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta, scores &s, float *row)
+{
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, padded = (w.dim + 15) / 16 * 16;
+    const int64_t keys = q.kv * w.g.k_blocks;
+    for (int c = lane; c < padded; c += 32)
+        s.q[warp][c] = there && c < w.dim ? w.pool_q[q.line * w.dim + c] : 0.0f;
+    for (int64_t j0 = 0; j0 < w.g.k_blocks; j0 += KEYS) {
+        __syncthreads();
+        for (int n = (int)threadIdx.x; n < KEYS * padded; n += THREADS) {
+            const int t = n / padded, c = n % padded;
+            s.k[t * PITCH + c] = j0 + t < w.g.k_blocks && c < w.dim ? w.pool_k[(keys + j0 + t) * w.dim + c] : 0.0f;
+        }
+        __syncthreads();
+        const int64_t j = j0 + lane;
+        if (there && j < w.g.k_blocks) {
+            const bool similar = !w.wild_k[keys + j] && w.sim_k[keys + j] > theta;
+            row[j] = j < q.seen && similar ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) : -INFINITY;
+        }
+    }
+    __syncwarp();
+}
+
+/* ---- Selection: one warp, its row of S in shared memory ---- */
+
+/* A number that orders as the float does; zeros of both signs are equal. */
+static __device__ uint32_t rank_of(float s)
+{
+    const uint32_t bits = sparge_float_bits(s + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+static __device__ uint64_t sum_of_warp(uint64_t x)
+{
+    unsigned long long sum = x;
+    for (int half = 16; half > 0; half /= 2)
+        sum += __shfl_xor_sync(~0u, sum, half);
+    return sum;
+}
+
+/* The best blocks of a row: those whose rank is at least `above`, and of the rank just below it the first
+ * `ties` by index. */
+struct cut {
+    uint64_t above;
+    uint64_t ties;
+};
+
+/* What a block counts towards a limit: its share of softmax(S[i,:]) as an integer, or 1. */
+static __device__ uint64_t mass(float s, float max) { return (uint64_t)(sparge_exp2((s - max) * SPARGE_LOG2E) * 0x1p30f); }
+
+/* The longest run of best blocks whose masses, or number where `count`, stay within `limit`; at least one. */
+static __device__ cut best_within(const float *row, int64_t seen, float max, bool count, uint64_t limit)
+{
+    const int lane = (int)threadIdx.x % 32;
+    uint64_t low = 0, high = (uint64_t)1 << 32, within = 0, kept = 0;
+    while (high - low > 1) {
+        const uint64_t middle = (low + high) / 2;
+        uint64_t sum = 0, number = 0;
+        for (int64_t j = lane; j < seen; j += 32) {
+            const uint64_t rank = rank_of(row[j]);
+            if (sparge_finite(row[j]) && rank >= middle && rank < high) {
+                sum += count ? 1 : mass(row[j], max);
+                number++;
+            }
+        }
+        sum = sum_of_warp(sum);
+        if (within + sum <= limit) {
+            high = middle;
+            within += sum;
+            kept += sum_of_warp(number);
+        } else {
+            low = middle;
+        }
+    }
+    /* All blocks of rank `low` weigh the same; none has it where everything is within the limit. */
+    uint64_t each = 0;
+    for (int64_t j = lane; j < seen; j += 32)
+        if (sparge_finite(row[j]) && rank_of(row[j]) == low)
+            each = count ? 1 : mass(row[j], max);
+    for (int half = 16; half > 0; half /= 2) {
+        const unsigned long long other = __shfl_xor_sync(~0u, (unsigned long long)each, half);
+        each = each > other ? each : other;
+    }
+    cut c = { high, each ? (limit - within) / each : 0 };
+    if (kept == 0 && c.ties == 0)
+        c.ties = 1;
+    return c;
+}
+
+/* Does the cut keep block j? `taken` counts the ties of earlier words. */
+static __device__ bool keeps(const cut &c, bool finite, uint64_t rank, uint32_t *taken)
+{
+    const bool tie = finite && rank + 1 == c.above;
+    const uint32_t ties = __ballot_sync(~0u, tie), before = ties & ((1u << threadIdx.x % 32) - 1u);
+    const bool first = tie && *taken + (uint32_t)__popc(before) < c.ties;
+    *taken += (uint32_t)__popc(ties);
+    return first || (finite && rank >= c.above);
+}
+
+/* Line 6: M[i,:]. */
+static __device__ void select_row(const work &w, const query_block &q, const sparge_knobs &knobs, const float *row)
+{
+    const int lane = (int)threadIdx.x % 32;
+    float max = -INFINITY;
+    for (int64_t j = lane; j < q.seen; j += 32)
+        max = sparge_finite(row[j]) ? fmaxf(max, row[j]) : max;
+    for (int half = 16; half > 0; half /= 2)
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, half));
+    const bool some = max > -INFINITY, by_mass = some && knobs.tau != SPARGE_OFF, by_count = some && knobs.topk != SPARGE_OFF;
+
+    cut heavy = { 0, 0 }, top = { 0, 0 };
+    if (by_mass) {
+        uint64_t total = 0;
+        for (int64_t j = lane; j < q.seen; j += 32)
+            total += sparge_finite(row[j]) ? mass(row[j], max) : 0;
+        heavy = best_within(row, q.seen, max, false, (uint64_t)((double)knobs.tau * (double)sum_of_warp(total)));
+    }
+    if (by_count) {
+        const int64_t share = (int64_t)floor((double)knobs.topk * (double)q.seen + 1e-5);
+        top = best_within(row, q.seen, max, true, (uint64_t)sparge_max(1, share));
+    }
+
+    const bool q_similar = !w.wild_q[q.line] && w.sim_q[q.line] > knobs.theta;
+    const int64_t diagonal = w.causal ? sparge_max(0, sparge_last_key(&w.g, q.first)) / BLOCK_K : q.seen;
+    uint32_t heavy_ties = 0, top_ties = 0;
+    for (int64_t word = 0; word < w.words; word++) {
+        const int64_t j = 32 * word + lane;
+        const bool there = j < q.seen, finite = there && sparge_finite(row[j]);
+        const uint64_t rank = finite ? rank_of(row[j]) : 0;
+        bool on = false;
+        if (by_mass)
+            on |= keeps(heavy, finite, rank, &heavy_ties);
+        if (by_count)
+            on |= keeps(top, finite, rank, &top_ties);
+        on |= !q_similar || !finite || j >= diagonal || (w.sink && j == 0);
+        const uint32_t bits = __ballot_sync(~0u, there && on);
+        if (lane == 0)
+            w.mask[q.line * w.words + word] = bits;
+    }
+}
+
+static __global__ void __launch_bounds__(THREADS) predict_rows(const __grid_constant__ work w, int rows)
+{
+    scores &s = *(scores *)shared_memory();
+    const int warp = (int)threadIdx.x / 32;
+    float *const row = (float *)(&s + 1) + warp * w.g.k_blocks;
+    const int64_t parts = sparge_ceil_div(w.g.q_blocks, rows), n = blockIdx.x / parts;
+    const int64_t i = blockIdx.x % parts * rows + warp;
+    const bool there = warp < rows && i < w.g.q_blocks;
+    const query_block q = query_block_of(w, n * w.g.q_blocks + (there ? i : 0));
+    const sparge_knobs knobs = knobs_of(w, q.h);
+    score_rows(w, q, there, knobs.theta, s, row);
+    if (!there)
+        return;
+    if (w.s)
+        for (int64_t j = threadIdx.x % 32; j < w.g.k_blocks; j += 32)
+            w.s[q.line * w.g.k_blocks + j] = row[j];
+    select_row(w, q, knobs, row);
+}
+
+/* Rows of S that fit into shared memory together; 0: not even one. */
+static int rows_that_fit(int64_t k_blocks, int shared_limit)
+{
+    const int64_t room = (shared_limit - (int64_t)sizeof(scores)) / (int64_t)sizeof(float);
+    return (int)sparge_min(MAX_ROWS, room / sparge_max(1, k_blocks));
+}
+
+bool predict_fits(int64_t k_blocks, int shared_limit) { return rows_that_fit(k_blocks, shared_limit) > 0; }
+
+cudaError_t predict(const work &w, cudaStream_t stream)
+{
+    const int rows = rows_that_fit(w.g.k_blocks, w.shared_limit);
+    const size_t shared = sizeof(scores) + (size_t)(rows * w.g.k_blocks) * sizeof(float);
+    return launch(predict_rows, w.batch * w.heads * sparge_ceil_div(w.g.q_blocks, rows), THREADS, shared, stream, w,
+                  rows);
+}
+
+} // namespace sparge

@@ -1,0 +1,100 @@
+/* rows.h: what every rung does to a row of scores: lambda's vote, the running maximum, weights. */
+#ifndef SPARGE_GPU_ROWS_H
+#define SPARGE_GPU_ROWS_H
+
+#include "gpu/work.h"
+
+namespace sparge {
+
+/* How many keys of block j row r may see: the first ones. */
+static __device__ __forceinline__ int keys_of_row(const work &w, const query_block &q, int r, int64_t j)
+{
+    if (r >= q.rows)
+        return 0;
+    return (int)sparge_min(sparge_keys_seen(&w.g, q.first + r, j), w.g.k_len - j * BLOCK_K);
+}
+
+/* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block that none of them comes near ---- */
+
+/* In shared memory: bit 0 where a row of the group sees a key, bit 1 where one comes near its maximum. */
+struct votes {
+    uint32_t group[BLOCK_Q];
+};
+
+static __device__ __forceinline__ void vote(const work &w, votes &v, int r, float gap, float lambda)
+{
+    if (gap > -INFINITY)
+        atomicOr(&v.group[r / w.skip_rows], sparge_group_skips(gap, lambda) ? 1u : 2u);
+}
+
+/* Called by all threads of the block between two of its barriers; then each asks for its rows. */
+static __device__ __forceinline__ bool voted_to_skip(const work &w, const votes &v, int r)
+{
+    return v.group[r / w.skip_rows] == 1u;
+}
+
+/* The whole vote where thread r owns row r (and threads from BLOCK_Q on own none). */
+static __device__ __forceinline__ bool group_skips(const work &w, const query_block &q, votes &v, int r, int64_t j,
+                                                   float gap, float lambda)
+{
+    if (!w.may_skip)
+        return false;
+    if (r < BLOCK_Q)
+        v.group[r] = 0;
+    __syncthreads();
+    if (r < BLOCK_Q)
+        vote(w, v, r, gap, lambda);
+    __syncthreads();
+    const bool skips = r < BLOCK_Q && voted_to_skip(w, v, r);
+    __syncthreads();
+    if (skips && r % w.skip_rows == 0)
+        mark_skipped(w, q, r, j);
+    return skips;
+}
+
+/* ---- One row, by one thread ---- */
+
+template <class T> static __device__ __forceinline__ float max_of_row(const T *s, int seen)
+{
+    float max = -INFINITY;
+    for (int t = 0; t < seen; t++)
+        if ((float)s[t] > max)
+            max = (float)s[t];
+    return max;
+}
+
+/* Lines 12-13 with P in float: scores become weights against the running maximum, in place. Returns the
+ * factor by which the row of o shrinks. */
+static __device__ __forceinline__ float weigh_row(sparge_row &state, float *s, int seen, float unit, float local)
+{
+    float sum[16] = { 0 };
+    const float shrink = sparge_row_raise(&state, local);
+    for (int t = 0; t < seen; t++) {
+        s[t] = sparge_weight(s[t], unit, state.max);
+        sum[t % 16] += s[t];
+    }
+    state.sum += sparge_sum_of(sum);
+    return shrink;
+}
+
+/* P in codes of 0 .. 127 against the row's maximum in this block. */
+static __device__ __forceinline__ int code_of_weight(float p) { return p <= 1.0f ? (int)(127.0f * p + 0.5f) : 0; }
+
+/* Lines 12-13 with P in codes that sum to `codes`: l, and what their products with V are multiplied by;
+ * o shrinks by `shrink`. */
+struct coded {
+    float weight, shrink;
+};
+
+static __device__ __forceinline__ coded fold_codes(sparge_row &state, float local, float shrink, int codes)
+{
+    coded c;
+    c.shrink = shrink;
+    c.weight = sparge_exp2(local - state.max) / 127.0f;
+    state.sum += c.weight * (float)codes;
+    return c;
+}
+
+} // namespace sparge
+
+#endif

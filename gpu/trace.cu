@@ -1,0 +1,51 @@
+/* trace.cu: the codes of a call as plain arrays [head][token][channel], for looking between the stages. */
+#include "gpu/image.h"
+#include "gpu/work.h"
+
+namespace sparge {
+
+enum { THREADS = 256 };
+
+/* Which code of q, k or v this is: a block's row, that is a token, and a channel. */
+struct code_place {
+    int64_t tile;
+    int row, c;
+};
+
+static __device__ code_place place_of_code(int64_t at, int64_t len, int dim, int64_t blocks, int block)
+{
+    const int64_t token = at / dim % len, head = at / dim / len;
+    return { head * blocks + token / block, (int)(token % block), (int)(at % dim) };
+}
+
+static __global__ void __launch_bounds__(THREADS) unpack_codes(const __grid_constant__ work w)
+{
+    const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    const int pitch = pitch_of(w.width);
+    if (w.codes_q && at < w.batch * w.heads * w.g.q_len * w.dim) {
+        const code_place p = place_of_code(at, w.g.q_len, w.dim, w.g.q_blocks, BLOCK_Q);
+        w.codes_q[at] = w.q8[p.tile * q_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
+    }
+    if (w.codes_k && at < w.batch * w.kv_heads * w.g.k_len * w.dim) {
+        const code_place p = place_of_code(at, w.g.k_len, w.dim, w.g.k_blocks, BLOCK_K);
+        w.codes_k[at] = w.k8[p.tile * k_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
+    }
+    if ((w.codes_v || w.steps_v) && at < w.batch * w.kv_heads * w.g.k_len * w.dim_v) {
+        const code_place p = place_of_code(at, w.g.k_len, w.dim_v, w.g.k_blocks, BLOCK_K);
+        if (w.codes_v)
+            w.codes_v[at] = (int8_t)w.v_tile[p.tile * v_tile_bytes(w.width, false) + image_at(64, p.c, key_slot(p.row))];
+        if (w.steps_v && p.row == 0)
+            w.steps_v[p.tile * w.dim_v + p.c] = w.step_v[p.tile * w.width + p.c];
+    }
+}
+
+cudaError_t trace(const work &w, cudaStream_t stream)
+{
+    if (!w.codes_q && !w.codes_k && !w.codes_v && !w.steps_v)
+        return cudaSuccess;
+    const int64_t of_q = w.heads * w.g.q_len, of_k = w.kv_heads * w.g.k_len;
+    const int64_t codes = w.batch * sparge_max(of_q, of_k) * sparge_max(w.dim, w.dim_v);
+    return launch(unpack_codes, sparge_ceil_div(codes, THREADS), THREADS, 0, stream, w);
+}
+
+} // namespace sparge
