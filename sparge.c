@@ -527,7 +527,6 @@ sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge
     if (!bytes)
         return fail(error, SPARGE_ERR_ARGUMENT, "bytes is NULL");
     sparge_problem sized = { 0 };
-    sparge_options o = { 0 };
     if (problem) { /* sizes alone: any pointer will do */
         sized = *problem;
         sized.q.data = sized.k.data = sized.v.data = &sized;
@@ -536,11 +535,11 @@ sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge
     sparge_status status = check(problem ? &sized : NULL, options, true, NULL, error);
     if (!status)
         status = shape_mask(&shape, problem, options, error);
-    if (!status) {
-        o = *options;
-        o.backend = SPARGE_CUDA;
-        status = resolve(problem, &o, error);
-    }
+    if (status)
+        return status;
+    sparge_options o = *options;
+    o.backend = SPARGE_CUDA;
+    status = resolve(problem, &o, error);
     if (!status)
         status = sparge_cuda_workspace(problem, &o, lse, bytes, error);
     return told(status, error);

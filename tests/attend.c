@@ -1269,7 +1269,7 @@ static void ties(problem *x)
     static const float middle[] = { 0.5f, 0.49999997f, 1.5f, 2.5f, 1.4999999f, 126.5f, 0.50000006f, 0.0f };
     static const float half[] = { 0x1.002p0f, 0x1.002002p0f, 0x1.006p0f, 2049.0f, 2051.0f, 0x1p-25f,
                                   0x3p-25f, 0.0f };
-    static const float fp8[] = { 0x1.1p0f, 0x1.100002p0f, 0x1.3p0f, 17.0f, 19.0f, 0x1p-10f, 0x3p-10f, 0.0f };
+    static const float fp8[] = { 0x1.1p0f, 0x1.100002p0f, 0x1.3p0f, 17.0f, 19.0f, 0x1p-10f, 0x3p-10f, 0 };
     const float *const v_middle = x->o.pv == SPARGE_HALF ? half : x->o.pv == SPARGE_FP8 ? fp8 : middle;
     const float step = x->o.qk == SPARGE_INT12 ? 1.0f / 16 : 1.0f, top = x->o.qk == SPARGE_INT12 ? 2047 * step : 127;
     const float v_step = x->o.pv == SPARGE_INT12 ? 1.0f / 16 : 1.0f;

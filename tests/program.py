@@ -372,13 +372,15 @@ def test_cuda():
         check(list(x) == KEYS and x["workspace_bytes"] > 0, "keys", x)
         ref, want, m_ref, l_ref, done_ref = run("ref", *args, "--pv", x["pv"])
         check((m == m_ref).all() and (done == done_ref).all(), args, "the mask")
-        near(o, want, 2e-2, f"o of {args}")
+        near(o, want, {"fp8": 6e-2, "f16": 1e-3}[x["pv"]], f"o of {args}")  # P under another maximum
         check(np.abs(l - l_ref).max() < 1e-3, args, "lse", np.abs(l - l_ref).max())
         for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
             check(x[key] == ref[key], args, key, x[key], ref[key])
-    x = run("cuda", "--rung", 1, "--pv", "f16")[0]
-    check(x["rung"] == 1 and x["pv"] == "f16", "--rung and --pv", x)
-    fine("run", *qkv, "--backend", "cuda", "--rung", 1, "--pv", "f16", "--check")
+    x, o = run("cuda", "--rung", 1, *EXACT)[:2]
+    check(x["rung"] == 1 and x["pv"] == "f32", "--rung and --pv", x)
+    near(o, attention(q, k, v)[0], 1e-5, "rung 1")
+    x = fine("run", *qkv, "--backend", "cuda", "--pv", "f16", "--dense", "--check")
+    check(x["pv"] == "f16" and x["worst_row_l1"] < 0.2, "--check", x)
     for name, x in zip("qkv", (q, k, v)):
         save(f"{name}n.npy", x.transpose(0, 2, 1, 3).astype(np.float16))
     fine("run", "qn.npy", "kn.npy", "vn.npy", "--layout", "nhd", "--dense", "--backend", "cuda", "-o",

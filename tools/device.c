@@ -32,8 +32,8 @@ static void *place(device *d, const void *from, void *home, int64_t bytes)
     void *there = NULL;
     if (!d->remote)
         return home ? home : (void *)from;
-    if (!d->status)
-        d->status = sparge_device_alloc(bytes, &there, d->error);
+    if (!d->status) /* what is empty has an address too */
+        d->status = sparge_device_alloc(bytes > 0 ? bytes : 1, &there, d->error);
     if (d->status)
         return NULL;
     d->piece[d->pieces++] = (piece){there, home, bytes};

@@ -13,8 +13,8 @@ extern "C" {
 /* Read at every call and launch; a test writes what it wants. CUDA_MODEL_LATE and CUDA_MODEL_SEED in the
  * environment give the first two their values at the start of the program and at every reset. */
 extern struct cuda_model_settings {
-    int late;                 /* 0: copies and products happen at once; 1, 2: as late as the program allows,
-                                 and products read shared memory when they are waited for (1) or issued (2) */
+    int late;                 /* 0: copies and products happen at once; 1, 2: as late as the program allows;
+                                 products read shared memory when they are waited for (1) or issued (2) */
     uint64_t seed;            /* 0: threads take turns in ascending order; else a random order, this one */
     unsigned resident_blocks; /* how many blocks run side by side: 2 */
     int devices;              /* 1; 0 makes every call fail with cudaErrorNoDevice */
@@ -35,7 +35,7 @@ void cuda_model_fail_call(uint64_t n, int error);
 void cuda_model_fail_launch(uint64_t n, int error);
 
 struct cuda_model_counts {
-    uint64_t calls;       /* of the API, but for those that only ask for an error or its name */
+    uint64_t calls;       /* of the API, without those that only ask for an error or its name */
     uint64_t launches;    /* calls among them that launch a kernel */
     uint64_t kernels;     /* grids that ran: a graph adds its own every time */
     uint64_t allocations; /* alive now, */

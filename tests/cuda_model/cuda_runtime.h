@@ -50,19 +50,29 @@ extern dim3 blockDim, gridDim;
 
 namespace cuda_model {
 
-/* Every lane of the warp brings 4 bytes and sees those of all: shuffles, votes and reductions are what a lane
- * then makes of them. The call ends the launch with an error if the mask is not full, lanes of this warp have
- * returned, or others of them wait in a different call. */
-struct Values { uint32_t of[32]; };
+/* Every lane of the warp brings 4 bytes and sees those of all: shuffles, votes and reductions are what a
+ * lane then makes of them. The call ends the launch with an error if the mask is not full, lanes of this
+ * warp have returned, or others of them wait in a different call. */
+struct Values {
+    uint32_t of[32];
+};
 Values exchange(const char *name, unsigned mask, uint32_t mine);
 int lane();
 /* The number of threads that said yes, when all threads of the block that have not returned are there. */
 int meet_block(const char *name, bool yes);
 void give_way();
 
+template <class To, class From> To bits_as(From from)
+{
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
 template <class T> T shuffle(const char *name, unsigned mask, T mine, int from)
 {
-    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
     uint32_t word[sizeof(T) / 4];
     memcpy(word, &mine, sizeof mine);
     for (uint32_t &part : word)
@@ -73,11 +83,12 @@ template <class T> T shuffle(const char *name, unsigned mask, T mine, int from)
 
 } // namespace cuda_model
 
-/* Lanes fall into segments of `width`; what would come from outside the segment is the lane's own value, but
- * for an xor into an earlier segment. */
+/* Lanes fall into segments of `width`; what would come from outside the segment is the lane's own value,
+ * but for an xor into an earlier segment. */
 template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32)
 {
-    return cuda_model::shuffle("__shfl_sync", mask, value, (cuda_model::lane() & -width) | (source & (width - 1)));
+    const int from = (cuda_model::lane() & -width) | (source & (width - 1));
+    return cuda_model::shuffle("__shfl_sync", mask, value, from);
 }
 template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32)
 {
@@ -131,12 +142,12 @@ template <class T> T __reduce_min_sync(unsigned mask, T value)
 }
 
 inline void __syncthreads() { cuda_model::meet_block("__syncthreads", false); }
-inline int __syncthreads_count(int predicate) { return cuda_model::meet_block("__syncthreads_count", predicate); }
-inline int __syncthreads_or(int predicate) { return cuda_model::meet_block("__syncthreads_or", predicate) != 0; }
-inline int __syncthreads_and(int predicate) { return cuda_model::meet_block("__syncthreads_and", !predicate) == 0; }
+inline int __syncthreads_count(int yes) { return cuda_model::meet_block("__syncthreads_count", yes); }
+inline int __syncthreads_or(int yes) { return cuda_model::meet_block("__syncthreads_or", yes) != 0; }
+inline int __syncthreads_and(int yes) { return cuda_model::meet_block("__syncthreads_and", !yes) == 0; }
 
-/* Threads give way in calls alone, so that what stands between two of them is atomic and in order. A loop that
- * waits for another thread to write must call __nanosleep. */
+/* Threads give way in calls alone, so that what stands between two of them is atomic and in order. A loop
+ * that waits for another thread to write must call __nanosleep. */
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
@@ -163,8 +174,8 @@ inline int __dp4a(int a, int b, int c)
     return c;
 }
 
-#define CUDA_MODEL_MIN_MAX(T)                            \
-    inline T min(T a, T b) { return b < a ? b : a; }     \
+#define CUDA_MODEL_MIN_MAX(T)                        \
+    inline T min(T a, T b) { return b < a ? b : a; } \
     inline T max(T a, T b) { return a < b ? b : a; }
 CUDA_MODEL_MIN_MAX(int)
 CUDA_MODEL_MIN_MAX(unsigned)
@@ -179,10 +190,10 @@ inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 inline int __vimax3_s32(int a, int b, int c) { return max(max(a, b), c); }
 
-inline int __float_as_int(float x) { int bits; memcpy(&bits, &x, 4); return bits; }
-inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
-inline float __int_as_float(int bits) { float x; memcpy(&x, &bits, 4); return x; }
-inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline int __float_as_int(float x) { return cuda_model::bits_as<int>(x); }
+inline unsigned __float_as_uint(float x) { return cuda_model::bits_as<unsigned>(x); }
+inline float __int_as_float(int x) { return cuda_model::bits_as<float>(x); }
+inline float __uint_as_float(unsigned x) { return cuda_model::bits_as<float>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
@@ -222,7 +233,12 @@ enum cudaMemcpyKind {
     cudaMemcpyDeviceToDevice,
     cudaMemcpyDefault
 };
-enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+enum cudaMemoryType {
+    cudaMemoryTypeUnregistered,
+    cudaMemoryTypeHost,
+    cudaMemoryTypeDevice,
+    cudaMemoryTypeManaged
+};
 struct cudaPointerAttributes {
     cudaMemoryType type;
     int device;
@@ -236,7 +252,11 @@ enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
 enum cudaStreamCaptureStatus {
     cudaStreamCaptureStatusNone,
     cudaStreamCaptureStatusActive,
@@ -275,7 +295,8 @@ cudaError_t cudaFree(void *p);
 cudaError_t cudaFreeHost(void *p);
 cudaError_t cudaFreeAsync(void *p, cudaStream_t stream);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = 0);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = 0);
 cudaError_t cudaMemset(void *p, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t stream = 0);
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *p);
@@ -300,8 +321,14 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value);
 
-template <class T> cudaError_t cudaMalloc(T **p, size_t bytes) { return cudaMalloc((void **)(void *)p, bytes); }
-template <class T> cudaError_t cudaMallocHost(T **p, size_t bytes) { return cudaMallocHost((void **)(void *)p, bytes); }
+template <class T> cudaError_t cudaMalloc(T **p, size_t bytes)
+{
+    return cudaMalloc((void **)(void *)p, bytes);
+}
+template <class T> cudaError_t cudaMallocHost(T **p, size_t bytes)
+{
+    return cudaMallocHost((void **)(void *)p, bytes);
+}
 template <class T> cudaError_t cudaMallocAsync(T **p, size_t bytes, cudaStream_t stream)
 {
     return cudaMallocAsync((void **)(void *)p, bytes, stream);
@@ -317,11 +344,13 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::fu
 
 /* As NVIDIA's: the arguments become the parameters' types here, and the launch keeps these copies. */
 template <class... ExpTypes, class... ActTypes>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(ExpTypes...), ActTypes &&...args)
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(ExpTypes...),
+                               ActTypes &&...args)
 {
     return [&](ExpTypes... copies) {
-        return cuda_model::launch(*config, (const void *)kernel,
-                                  [kernel, all = std::tuple<ExpTypes...>(copies...)] { std::apply(kernel, all); });
+        const std::tuple<ExpTypes...> all(copies...);
+        const auto thread = [kernel, all] { std::apply(kernel, all); };
+        return cuda_model::launch(*config, (const void *)kernel, thread);
     }(std::forward<ActTypes>(args)...);
 }
 

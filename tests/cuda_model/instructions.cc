@@ -26,7 +26,9 @@ bool late() { return cuda_model_settings.late != 0; }
 float from_e4m3(uint32_t code)
 {
     const uint32_t rest = code & 0x7f;
-    const float size = rest == 0x7f ? NAN : rest < 8 ? (float)rest * 0x1p-9f : ldexpf((float)(8 + rest % 8), (int)rest / 8 - 10);
+    float size = rest < 8 ? (float)rest * 0x1p-9f : ldexpf((float)(8 + rest % 8), (int)rest / 8 - 10);
+    if (rest == 0x7f)
+        size = NAN;
     return code & 0x80 ? -size : size;
 }
 
@@ -63,7 +65,8 @@ UNCHECKED float value(Element element, uint32_t bits)
 
 /* d[rows][columns] += a[rows][k] b[k][columns], in ascending k. T is float or int, whose 4 bytes d holds. A
  * product of two bytes is exact as a float. */
-template <class T, int columns> UNCHECKED void multiply(uint32_t *d, const float *a, const float *b, int rows, int k)
+template <class T, int columns>
+UNCHECKED void multiply(uint32_t *d, const float *a, const float *b, int rows, int k)
 {
     for (int r = 0; r < rows; r++, d += columns) {
         T row[columns];
@@ -83,8 +86,8 @@ template <int columns> void multiply(Element element, uint32_t *d, const float *
         multiply<float, columns>(d, a, b, rows, 32 / bytes_of(element));
 }
 
-/* Where register n of a lane stands, in tiles of 16 rows. PTX ISA, matrix fragments of mma.m16n8k32, m16n8k16
- * and wgmma.m64: d, then element e of a or b (whose n counts the halves of k alone). */
+/* Where register n of a lane stands, in tiles of 16 rows. PTX ISA, matrix fragments of mma.m16n8k32,
+ * m16n8k16 and wgmma.m64: d, then element e of a or b (whose n counts the halves of k alone). */
 UNCHECKED int d_row(int lane, int n) { return lane / 4 + 8 * (n / 2 % 2); }
 UNCHECKED int d_column(int lane, int n) { return 8 * (n / 4) + 2 * (lane % 4) + n % 2; }
 UNCHECKED int a_row(int lane, int n) { return lane / 4 + 8 * (n % 2); }
@@ -99,7 +102,8 @@ UNCHECKED void decode_a(Element element, int lane, const uint32_t *registers, fl
     const int bits = 8 * bytes_of(element), k = 256 / bits;
     for (int n = 0; n < 4; n++)
         for (int e = 0; e < 32 / bits; e++)
-            a[a_row(lane, n) * k + a_k(element, lane, n / 2, e)] = value(element, registers[n] >> (bits * e));
+            a[a_row(lane, n) * k + a_k(element, lane, n / 2, e)] =
+                value(element, registers[n] >> (bits * e));
 }
 
 struct Tile {
@@ -134,8 +138,8 @@ template <Element element> UNCHECKED void mma(void *const *tiles)
 int offset(uint64_t descriptor, int bit) { return (int)(descriptor >> bit & 0x3fff) << 4; }
 int pitch(uint64_t descriptor) { return 256 >> (descriptor >> 62); }
 
-/* The 16 bytes of an operand that are `at` bytes behind its first by the descriptor's strides; the swizzle depends
- * on the address alone. PTX ISA, asynchronous warpgroup level matrix shared memory layout. */
+/* The 16 bytes of an operand that are `at` bytes behind its first by the descriptor's strides; the swizzle
+ * depends on the address alone. PTX ISA, asynchronous warpgroup level matrix shared memory layout. */
 const uint8_t *piece(uint64_t descriptor, int at)
 {
     const Block &block = *self().block;
@@ -146,27 +150,29 @@ const uint8_t *piece(uint64_t descriptor, int at)
     return block.shared + at;
 }
 
-/* 8-bit operands are k-major: 32 values of k side by side, the rows (along M or N) `pitch` bytes apart, groups of
- * 8 rows a stride. The value (row, k) goes to values[row * by_row + k * by_k]. */
-UNCHECKED void read_k_major(Element element, uint64_t descriptor, int rows, int by_row, int by_k, float *values)
+/* 8-bit operands are k-major: 32 values of k side by side, the rows (along M or N) `pitch` bytes apart,
+ * groups of 8 rows a stride. The value (row, k) goes to values[row * by_row + k * by_k]. */
+UNCHECKED void read_k_major(Element element, uint64_t descriptor, int rows, int by_row, int by_k,
+                            float *values)
 {
     for (int r = 0; r < rows; r++)
         for (int k = 0; k < 32; k += 16) {
-            const uint8_t *bytes = piece(descriptor, r / 8 * offset(descriptor, 32) + r % 8 * pitch(descriptor) + k);
+            const int row = r / 8 * offset(descriptor, 32) + r % 8 * pitch(descriptor);
+            const uint8_t *bytes = piece(descriptor, row + k);
             for (int n = 0; n < 16; n++)
                 values[r * by_row + (k + n) * by_k] = value(element, bytes[n]);
         }
 }
 
-/* Binary16 is n-major: 64 columns side by side, 8 rows of k 128 bytes apart, groups of those a stride, the next 64
- * columns a leading offset. */
+/* Binary16 is n-major: 64 columns side by side, 8 rows of k 128 bytes apart, groups of those a stride, the
+ * next 64 columns a leading offset. */
 UNCHECKED void read_n_major(uint64_t descriptor, int columns, float *values)
 {
     for (int k = 0; k < 16; k++)
         for (int c = 0; c < columns; c += 8) {
             uint16_t halves[8];
-            memcpy(halves, piece(descriptor, c / 64 * offset(descriptor, 16) + k / 8 * offset(descriptor, 32) +
-                                                 k % 8 * 128 + c % 64 * 2), sizeof halves);
+            const int row = c / 64 * offset(descriptor, 16) + k / 8 * offset(descriptor, 32) + k % 8 * 128;
+            memcpy(halves, piece(descriptor, row + c % 64 * 2), sizeof halves);
             for (int n = 0; n < 8; n++)
                 values[k * columns + c + n] = value(Element::f16, halves[n]);
         }
@@ -235,14 +241,20 @@ void issue(void *const *issues)
             misuse("wgmma: descriptors or `add` differ between threads 0 and %d of the warpgroup", t);
     }
     for (uint64_t descriptor : { first.registers ? first.b : first.a, first.b })
-        if (descriptor >> 62 == 0 || descriptor >> 62 == 3 || (first.element == Element::f16 && descriptor >> 62 != 1))
-            misuse("wgmma: a descriptor without a swizzle of 128 or 64 bytes, or of 64 for an n-major operand");
+        if (descriptor >> 62 == 0 || descriptor >> 62 == 3 ||
+            (first.element == Element::f16 && descriptor >> 62 != 1))
+            misuse("wgmma: a swizzle that is not of 128 bytes, or of 64 for 8-bit operands");
 
-    Product p = { first.element, first.add, first.a, first.b, first.registers != nullptr, false, {}, {}, nullptr };
+    Product p = {};
+    p.element = first.element;
+    p.add = first.add;
+    p.a_descriptor = first.a;
+    p.b_descriptor = first.b;
+    p.a_in_registers = first.registers != nullptr;
     const int k = 32 / bytes_of(first.element);
     p.a.resize((size_t)(64 * k));
-    for (int t = 0; t < 128 && first.registers; t++)
-        decode_a(first.element, t % 32, ((const Issue *)issues[t])->registers, &p.a[(size_t)(t / 32 * 16 * k)]);
+    for (int t = 0; t < 128 && p.a_in_registers; t++)
+        decode_a(p.element, t % 32, ((const Issue *)issues[t])->registers, &p.a[(size_t)(t / 32 * 16 * k)]);
 
     const auto busy = std::find_if(all.busy.begin(), all.busy.end(),
                                    [&](const auto &d) { return d->registers[0] == first.d; });
@@ -318,7 +330,8 @@ void land(const Copy &c) { memcpy(c.to, c.from, c.bytes); }
 bool land_one(uint64_t *b)
 {
     std::vector<Copy> &copies = self().block->copies;
-    const auto ours = std::partition(copies.begin(), copies.end(), [&](const Copy &c) { return c.barrier != b; });
+    const auto ours =
+        std::partition(copies.begin(), copies.end(), [&](const Copy &c) { return c.barrier != b; });
     if (ours == copies.end())
         return false;
     std::swap(*(ours + random_below((size_t)(copies.end() - ours))), copies.back());
@@ -345,11 +358,13 @@ std::string describe_barrier(const void *mbarrier)
     Mbarrier m;
     memcpy(&m, mbarrier, sizeof m);
     char line[100];
-    snprintf(line, sizeof line, "phase %d lacks %d arrivals and %d bytes", (int)m.phase, (int)m.pending, m.bytes());
+    snprintf(line, sizeof line, "phase %d lacks %d arrivals and %d bytes", (int)m.phase, (int)m.pending,
+             m.bytes());
     return line;
 }
 
-void wgmma(Element element, int columns, void *d, const uint32_t *registers, uint64_t a, uint64_t b, bool add)
+void wgmma(Element element, int columns, void *d, const uint32_t *registers, uint64_t a, uint64_t b,
+           bool add)
 {
     Issue mine = { element, columns, d, registers, a, b, add };
     together(self().block->warpgroups, "wgmma", &mine, issue);
@@ -398,7 +413,7 @@ void ldmatrix(uint32_t (&r)[4], const void *row)
     together(self().block->warps, "ldmatrix", &mine, [](void *const *rows) {
         for (int lane = 0; lane < 32; lane++)
             for (int n = 0; n < 4; n++)
-                memcpy(&((Row *)rows[lane])->r[n], ((Row *)rows[8 * n + lane / 4])->row + 4 * (lane % 4), 4);
+                memcpy(((Row *)rows[lane])->r + n, ((Row *)rows[8 * n + lane / 4])->row + lane % 4 * 4, 4);
     });
 }
 
@@ -410,7 +425,7 @@ void ldmatrix_transposed(uint32_t (&r)[4], const void *row)
         for (int lane = 0; lane < 32; lane++)
             for (int n = 0; n < 4; n++)
                 for (int e = 0; e < 2; e++)
-                    memcpy((char *)&((Row *)rows[lane])->r[n] + 2 * e,
+                    memcpy((char *)(((Row *)rows[lane])->r + n) + 2 * e,
                            ((Row *)rows[8 * n + 2 * (lane % 4) + e])->row + 2 * (lane / 4), 2);
     });
 }

@@ -8,6 +8,8 @@
 #include <map>
 #include <stdlib.h>
 
+namespace cuda_model {
+
 using Task = std::function<void()>;
 
 /* A piece of work in a queue. Numbers ascend over all streams. */
@@ -26,23 +28,25 @@ struct Captured {
     std::vector<void *> memory;
     ~Captured();
 };
+
+using Clock = std::chrono::steady_clock;
+
+} // namespace cuda_model
+
 struct CUgraph_st {
-    std::shared_ptr<Captured> captured;
+    std::shared_ptr<cuda_model::Captured> captured;
 };
 struct CUgraphExec_st {
-    std::shared_ptr<Captured> captured;
+    std::shared_ptr<cuda_model::Captured> captured;
 };
-
 struct CUstream_st {
     bool blocking; /* takes turns with the NULL stream */
     bool destroyed = false;
-    std::deque<Operation> queue = {};
-    std::shared_ptr<Captured> capture = nullptr;
+    std::deque<cuda_model::Operation> queue = {};
+    std::shared_ptr<cuda_model::Captured> capture = nullptr;
 };
-
 struct CUevent_st {
-    typedef std::chrono::steady_clock Clock;
-    std::shared_ptr<Clock::time_point> happened; /* null: never recorded; of the epoch: not yet */
+    std::shared_ptr<cuda_model::Clock::time_point> happened; /* null: never recorded; the epoch: not yet */
     CUstream_st *stream = nullptr;
     uint64_t number = 0;
     bool captured = false;
@@ -61,7 +65,7 @@ struct Allocation {
 struct State {
     std::map<uintptr_t, Allocation> memory;
     std::vector<std::unique_ptr<CUstream_st>> streams; /* the first is the NULL stream */
-    std::map<const void *, size_t> shared_limit; /* of kernels that opted in */
+    std::map<const void *, size_t> shared_limit;       /* of kernels that opted in */
     uint64_t number = 0, fail_call = 0, fail_launch = 0;
     int fail_call_error = 0, fail_launch_error = 0;
     int device = 0;
@@ -102,7 +106,8 @@ cudaError_t allocate(void **p, size_t bytes, cudaMemoryType type)
     *p = nullptr;
     if (bytes == 0)
         return cudaSuccess;
-    if (bytes > settings.memory || state->counts.bytes > settings.memory - bytes || posix_memalign(p, 256, bytes))
+    if (bytes > settings.memory || state->counts.bytes > settings.memory - bytes ||
+        posix_memalign(p, 256, bytes))
         return cudaErrorMemoryAllocation;
     memset(*p, 0xff, bytes);
     state->counts.bytes += bytes;
@@ -135,14 +140,16 @@ void deallocate(void *p)
 bool is_end(const void *p, size_t bytes, bool device, bool any)
 {
     const auto *a = find(p);
-    return a && a->second.type == cudaMemoryTypeDevice ? (device || any) && is_device_memory(p, bytes) : !device && p;
+    return a && a->second.type == cudaMemoryTypeDevice ? (device || any) && is_device_memory(p, bytes)
+                                                       : !device && p;
 }
 
 bool copy_is_possible(const void *to, const void *from, size_t bytes, cudaMemcpyKind kind)
 {
     const bool any = kind == cudaMemcpyDefault;
-    return !bytes || (is_end(to, bytes, kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice, any) &&
-                      is_end(from, bytes, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice, any));
+    return !bytes ||
+           (is_end(to, bytes, kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice, any) &&
+            is_end(from, bytes, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice, any));
 }
 
 void copy(void *to, const void *from, size_t bytes)
@@ -155,7 +162,7 @@ void copy(void *to, const void *from, size_t bytes)
 
 enum Purpose { works, releases };
 
-/* Every function of the API runs in this: counting, planned failures, errors that stick or are remembered. */
+/* Every function of the API runs in this: counts, planned failures, errors that stick or are remembered. */
 template <class Body> cudaError_t api(Body body, Purpose purpose = works)
 {
     State &s = *state;
@@ -174,8 +181,8 @@ template <class Body> cudaError_t api(Body body, Purpose purpose = works)
     return error;
 }
 
-/* Handles of events and graphs are pointers: one that is used after its end is found by the address sanitizer,
- * one that is never destroyed by its leak check and by counts.handles. */
+/* Handles of events and graphs are pointers: one that is used after its end is found by the address
+ * sanitizer, one that is never destroyed by its leak check and by counts.handles. */
 template <class T> cudaError_t create(T **handle, T value)
 {
     *handle = new T(std::move(value));
@@ -206,11 +213,11 @@ CUstream_st *find_stream(cudaStream_t handle)
 
 /* CUDA C++ Programming Guide, stream capture: what waits or allocates is not permitted while a stream
  * captures, unless it does so in relaxed mode, and ends that capture. */
-bool somebody_captures(bool relaxed_too = false)
+bool somebody_captures()
 {
     bool any = false;
     for (const auto &s : state->streams)
-        if (s->capture && (relaxed_too || s->capture->mode != cudaStreamCaptureModeRelaxed))
+        if (s->capture && s->capture->mode != cudaStreamCaptureModeRelaxed)
             any = s->capture->invalid = true;
     return any;
 }
@@ -270,7 +277,8 @@ cudaError_t finish(CUstream_st *one, uint64_t end = UINT64_MAX)
     for (const auto &a : state->memory)
         set_visible(a.first, a.second, false);
     auto &all = state->streams;
-    all.erase(std::remove_if(all.begin(), all.end(), [](const auto &s) { return s->destroyed && s->queue.empty(); }),
+    all.erase(std::remove_if(all.begin(), all.end(),
+                             [](const auto &s) { return s->destroyed && s->queue.empty(); }),
               all.end());
     return state->sticky;
 }
@@ -278,7 +286,16 @@ cudaError_t finish(CUstream_st *one, uint64_t end = UINT64_MAX)
 struct cuda_model_settings defaults()
 {
     const char *late = getenv("CUDA_MODEL_LATE"), *seed = getenv("CUDA_MODEL_SEED");
-    return { late ? atoi(late) : 0, seed ? strtoull(seed, nullptr, 0) : 0, 2, 1, 9, 0, 4, 227 << 10, 1 << 30, false };
+    struct cuda_model_settings s = {};
+    s.late = late ? atoi(late) : 0;
+    s.seed = seed ? strtoull(seed, nullptr, 0) : 0;
+    s.resident_blocks = 2;
+    s.devices = 1;
+    s.major = 9;
+    s.multiprocessors = 4;
+    s.shared_memory = 227 << 10;
+    s.memory = 1 << 30;
+    return s;
 }
 
 } // namespace
@@ -286,7 +303,8 @@ struct cuda_model_settings defaults()
 bool is_device_memory(const void *p, size_t bytes)
 {
     const auto *a = find(p);
-    return a && a->second.type == cudaMemoryTypeDevice && bytes <= a->first + a->second.bytes - (uintptr_t)p;
+    return a && a->second.type == cudaMemoryTypeDevice &&
+           bytes <= a->first + a->second.bytes - (uintptr_t)p;
 }
 
 cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::function<void()> thread)
@@ -299,8 +317,8 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::fu
             return (cudaError_t)s.fail_launch_error;
         if (!kernel || config.numAttrs)
             return cudaErrorInvalidValue;
-        if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 || !b.x || !b.y || !b.z ||
-            b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024)
+        if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 || !b.x || !b.y ||
+            !b.z || b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024)
             return cudaErrorInvalidConfiguration;
         const auto limit = s.shared_limit.find(kernel);
         if (config.dynamicSmemBytes > (limit == s.shared_limit.end() ? 48 << 10 : limit->second))
@@ -343,57 +361,59 @@ void cuda_model_reset()
 }
 
 void cuda_model_fail_call(uint64_t n, int error) { state->fail_call = n, state->fail_call_error = error; }
-void cuda_model_fail_launch(uint64_t n, int error) { state->fail_launch = n, state->fail_launch_error = error; }
+void cuda_model_fail_launch(uint64_t n, int error)
+{
+    state->fail_launch = n, state->fail_launch_error = error;
+}
 struct cuda_model_counts cuda_model_count() { return state->counts; }
 const char *cuda_model_report() { return report.c_str(); }
 
 /* ---- The API: errors and devices ---------------------------------------------------------- */
 
 namespace {
-const struct {
+struct Sentence {
     cudaError_t error;
     const char *name, *text;
-} errors[] = {
-#define ERROR(name, text) { name, #name, text }
-    ERROR(cudaSuccess, "no error"),
-    ERROR(cudaErrorInvalidValue, "invalid argument"),
-    ERROR(cudaErrorMemoryAllocation, "out of memory"),
-    ERROR(cudaErrorInvalidConfiguration, "invalid configuration argument"),
-    ERROR(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
-    ERROR(cudaErrorNoDevice, "no CUDA-capable device is detected"),
-    ERROR(cudaErrorInvalidDevice, "invalid device ordinal"),
-    ERROR(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"),
-    ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
-    ERROR(cudaErrorNotReady, "device not ready"),
-    ERROR(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
-    ERROR(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
-    ERROR(cudaErrorLaunchFailure, "unspecified launch failure"),
-    ERROR(cudaErrorNotSupported, "operation not supported"),
-    ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
-    ERROR(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
-    ERROR(cudaErrorStreamCaptureImplicit,
-          "operation would make the legacy stream depend on a capturing blocking stream"),
-    ERROR(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
-    ERROR(cudaErrorUnknown, "unknown error"),
-#undef ERROR
 };
+#define SENTENCE(error, text)                                                                              \
+    Sentence { error, #error, text }
+const Sentence sentences[] = {
+    SENTENCE(cudaSuccess, "no error"),
+    SENTENCE(cudaErrorInvalidValue, "invalid argument"),
+    SENTENCE(cudaErrorMemoryAllocation, "out of memory"),
+    SENTENCE(cudaErrorInvalidConfiguration, "invalid configuration argument"),
+    SENTENCE(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
+    SENTENCE(cudaErrorNoDevice, "no CUDA-capable device is detected"),
+    SENTENCE(cudaErrorInvalidDevice, "invalid device ordinal"),
+    SENTENCE(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"),
+    SENTENCE(cudaErrorInvalidResourceHandle, "invalid resource handle"),
+    SENTENCE(cudaErrorNotReady, "device not ready"),
+    SENTENCE(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
+    SENTENCE(cudaErrorLaunchOutOfResources, "too many resources requested for launch"),
+    SENTENCE(cudaErrorLaunchFailure, "unspecified launch failure"),
+    SENTENCE(cudaErrorNotSupported, "operation not supported"),
+    SENTENCE(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
+    SENTENCE(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
+    SENTENCE(cudaErrorStreamCaptureImplicit,
+             "operation would make the legacy stream depend on a capturing blocking stream"),
+    SENTENCE(cudaErrorCapturedEvent,
+             "operation not permitted on an event last recorded in a capturing stream"),
+    SENTENCE(cudaErrorUnknown, "unknown error"),
+};
+#undef SENTENCE
+
+const Sentence &sentence(cudaError_t error)
+{
+    for (const Sentence &s : sentences)
+        if (s.error == error)
+            return s;
+    static const Sentence none = { cudaErrorUnknown, "unrecognized error code", "unrecognized error code" };
+    return none;
+}
 } // namespace
 
-const char *cudaGetErrorName(cudaError_t error)
-{
-    for (const auto &e : errors)
-        if (e.error == error)
-            return e.name;
-    return "unrecognized error code";
-}
-
-const char *cudaGetErrorString(cudaError_t error)
-{
-    for (const auto &e : errors)
-        if (e.error == error)
-            return e.text;
-    return "unrecognized error code";
-}
+const char *cudaGetErrorName(cudaError_t error) { return sentence(error).name; }
+const char *cudaGetErrorString(cudaError_t error) { return sentence(error).text; }
 
 cudaError_t cudaPeekAtLastError() { return state->sticky ? state->sticky : state->last; }
 
@@ -467,7 +487,8 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
 namespace {
 cudaError_t allocate_now(void **p, size_t bytes, cudaMemoryType type)
 {
-    return api([&] { return somebody_captures() ? cudaErrorStreamCaptureUnsupported : allocate(p, bytes, type); });
+    return api(
+        [&] { return somebody_captures() ? cudaErrorStreamCaptureUnsupported : allocate(p, bytes, type); });
 }
 
 /* cudaFree waits for the device. */
@@ -525,12 +546,14 @@ cudaError_t cudaFreeAsync(void *p, cudaStream_t stream)
             }
             if (!is_allocation(p, cudaMemoryTypeDevice))
                 return cudaErrorInvalidValue;
-            return enqueue(s, [p] { deallocate(p); }, true);
+            const auto task = [p] { deallocate(p); };
+            return enqueue(s, task, true);
         },
         releases);
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream)
 {
     return api([&] {
         if (!copy_is_possible(to, from, bytes, kind))
@@ -596,7 +619,10 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
     });
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t *stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamCreate(cudaStream_t *stream)
+{
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
 
 /* What is still in the queue runs when somebody waits for the device. */
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
@@ -664,7 +690,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *
         const CUstream_st *s = find_stream(stream);
         if (!s)
             return cudaErrorInvalidResourceHandle;
-        *status = !s->capture            ? cudaStreamCaptureStatusNone
+        *status = !s->capture           ? cudaStreamCaptureStatusNone
                   : s->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                         : cudaStreamCaptureStatusActive;
         return cudaSuccess;
@@ -673,9 +699,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags)
 {
-    return api([&] {
-        return graph && !flags ? create(exec, { graph->captured }) : cudaErrorInvalidValue;
-    });
+    return api([&] { return graph && !flags ? create(exec, { graph->captured }) : cudaErrorInvalidValue; });
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
@@ -707,9 +731,9 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
         CUstream_st *s = find_stream(stream);
         if (!s || !event)
             return cudaErrorInvalidResourceHandle;
-        const auto happened = std::make_shared<CUevent_st::Clock::time_point>();
+        const auto happened = std::make_shared<Clock::time_point>();
         *event = { happened, s, state->number, s->capture != nullptr };
-        return enqueue(s, [happened] { *happened = CUevent_st::Clock::now(); });
+        return enqueue(s, [happened] { *happened = Clock::now(); });
     });
 }
 
@@ -729,7 +753,7 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
     return api([&] {
         if (!start || !end || !start->happened || !end->happened)
             return cudaErrorInvalidResourceHandle;
-        const CUevent_st::Clock::time_point not_yet;
+        const Clock::time_point not_yet;
         if (*start->happened == not_yet || *end->happened == not_yet)
             return cudaErrorNotReady;
         *milliseconds = std::chrono::duration<float, std::milli>(*end->happened - *start->happened).count();

@@ -1,5 +1,6 @@
-/* test_model.cc: the model against plain definitions, written from the comments of gpu/ptx.h and gpu/hopper.h,
- * and against mistakes that it has to report. Every kernel runs in all late modes and in several orders. */
+/* test_model.cc: the model against plain definitions, written from the comments of gpu/ptx.h and
+ * gpu/hopper.h, and against mistakes that it has to report. Every kernel runs in all late modes and in
+ * several orders. */
 #include "common/half.h"
 #include "gpu/hopper.h"
 #include "tests/cuda_model/cuda_model.h"
@@ -61,10 +62,14 @@ uint32_t draw() /* xorshift */
 template <class T> struct Device {
     T *p = nullptr;
     size_t count;
-    explicit Device(size_t n) : count(n) { check_error(cudaMalloc(&p, n * sizeof(T)), cudaSuccess, "cudaMalloc"); }
+    explicit Device(size_t n) : count(n)
+    {
+        check_error(cudaMalloc(&p, n * sizeof(T)), cudaSuccess, "cudaMalloc");
+    }
     explicit Device(const std::vector<T> &values) : Device(values.size())
     {
-        check_error(cudaMemcpy(p, values.data(), count * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess, "upload");
+        check_error(cudaMemcpy(p, values.data(), count * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess,
+                    "upload");
     }
     Device(const Device &) = delete;
     Device &operator=(const Device &) = delete;
@@ -72,7 +77,8 @@ template <class T> struct Device {
     std::vector<T> values() const
     {
         std::vector<T> all(count);
-        check_error(cudaMemcpy(all.data(), p, count * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess, "download");
+        check_error(cudaMemcpy(all.data(), p, count * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess,
+                    "download");
         return all;
     }
 };
@@ -91,7 +97,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t run(dim3 grid, dim3 block, size_t shared, void (*kernel)(Parameters...), Arguments... arguments)
 {
     const cudaLaunchConfig_t c = config(grid, block, shared);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10);
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 << 10);
     error = error ? error : cudaLaunchKernelEx(&c, kernel, arguments...);
     return error ? error : cudaDeviceSynchronize();
 }
@@ -108,11 +115,14 @@ int rank() { return (int)threadIdx.x; }
 void test_indices()
 {
     Device<int> out(3 * 4 * 2 * 8 * 4 * 2);
-    run_well(dim3(3, 4, 2), dim3(8, 4, 2), 0, +[](int *o) {
-        const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-        const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-        o[block * 64 + thread] = (int)(block * 1000 + thread);
-    }, out.p);
+    run_well(
+        dim3(3, 4, 2), dim3(8, 4, 2), 0,
+        +[](int *o) {
+            const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+            const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+            o[block * 64 + thread] = (int)(block * 1000 + thread);
+        },
+        out.p);
     std::vector<int> want;
     for (int b = 0; b < 24; b++)
         for (int t = 0; t < 64; t++)
@@ -122,22 +132,31 @@ void test_indices()
 
 void test_shuffles()
 {
-    enum { cases = 12 };
+    enum { cases = 13 };
     Device<int> out(cases * 64);
-    run_well(1, 64, 0, +[](int *o) {
-        const int v = 100 + rank();
-        const float f = (float)v;
-        const unsigned u = (unsigned)v;
-        const int got[cases] = { __shfl_sync(~0u, v, 5),           __shfl_sync(~0u, v, rank() + 1),
-                                 __shfl_sync(~0u, v, 3, 8),        (int)__shfl_xor_sync(~0u, f, 16),
-                                 __shfl_xor_sync(~0u, v, 9, 8),    (int)__shfl_up_sync(~0u, u, 3),
-                                 __shfl_up_sync(~0u, v, 2, 4),     (int)__shfl_down_sync(~0u, f, 30),
-                                 __shfl_down_sync(~0u, v, 1, 16),  (int)__ballot_sync(~0u, rank() % 3 == 0),
-                                 __any_sync(~0u, rank() == 40) + 2 * __all_sync(~0u, rank() < 32),
-                                 __reduce_add_sync(~0u, v) };
-        for (int n = 0; n < cases; n++)
-            o[n * 64 + rank()] = got[n];
-    }, out.p);
+    run_well(
+        1, 64, 0,
+        +[](int *o) {
+            const int v = 100 + rank();
+            const float f = (float)v;
+            const unsigned u = (unsigned)v;
+            const int got[cases] = { __shfl_sync(~0u, v, 5),
+                                     __shfl_sync(~0u, v, rank() + 1),
+                                     __shfl_sync(~0u, v, 3, 8),
+                                     (int)__shfl_xor_sync(~0u, f, 16),
+                                     __shfl_xor_sync(~0u, v, 9, 8),
+                                     (int)__shfl_up_sync(~0u, u, 3),
+                                     __shfl_up_sync(~0u, v, 2, 4),
+                                     (int)__shfl_down_sync(~0u, f, 30),
+                                     __shfl_down_sync(~0u, v, 1, 16),
+                                     (int)__ballot_sync(~0u, rank() % 3 == 0),
+                                     __any_sync(~0u, rank() == 40) + 2 * __all_sync(~0u, rank() < 32),
+                                     __reduce_add_sync(~0u, v),
+                                     (int)(__shfl_xor_sync(~0u, (long long)v << 40, 4) >> 40) };
+            for (int n = 0; n < cases; n++)
+                o[n * 64 + rank()] = got[n];
+        },
+        out.p);
     std::vector<int> want(cases * 64);
     for (int t = 0; t < 64; t++) {
         const int lane = t % 32, base = 100 + t - lane;
@@ -158,7 +177,8 @@ void test_shuffles()
                                  base + (lane % 16 == 15 ? lane : lane + 1),
                                  ballot,
                                  t < 32 ? 2 : 1,
-                                 sum };
+                                 sum,
+                                 base + (lane ^ 4) };
         for (int n = 0; n < cases; n++)
             want[(size_t)(n * 64 + t)] = all[n];
     }
@@ -168,32 +188,38 @@ void test_shuffles()
 void test_reductions()
 {
     Device<int> out(4);
-    run_well(1, 32, 0, +[](int *o) {
-        const int v = (rank() * 7 + 3) % 32 - 16;
-        o[0] = __reduce_max_sync(~0u, v);
-        o[1] = __reduce_min_sync(~0u, v);
-        o[2] = (int)__reduce_max_sync(~0u, (unsigned)rank());
-        o[3] = (int)__reduce_add_sync(~0u, 0x80000000u + (unsigned)rank()); /* wraps */
-    }, out.p);
+    run_well(
+        1, 32, 0,
+        +[](int *o) {
+            const int v = (rank() * 7 + 3) % 32 - 16;
+            o[0] = __reduce_max_sync(~0u, v);
+            o[1] = __reduce_min_sync(~0u, v);
+            o[2] = (int)__reduce_max_sync(~0u, (unsigned)rank());
+            o[3] = (int)__reduce_add_sync(~0u, 0x80000000u + (unsigned)rank()); /* wraps */
+        },
+        out.p);
     check_same(out.values(), { 15, -16, 31, 31 * 16 }, "reductions");
 }
 
 void test_block_barriers()
 {
     Device<int> out(4 * 96);
-    run_well(1, 96, 96 * 4, +[](int *o) {
-        int *s = (int *)shared_memory(), x = rank();
-        for (int round = 0; round < 5; round++) { /* everybody reads its neighbour's */
-            s[rank()] = x;
-            __syncthreads();
-            x = s[(rank() + 1) % 96];
-            __syncthreads();
-        }
-        o[rank()] = x;
-        o[96 + rank()] = __syncthreads_count(rank() % 3 == 0);
-        o[192 + rank()] = __syncthreads_or(rank() == 50) + 2 * __syncthreads_or(0);
-        o[288 + rank()] = __syncthreads_and(rank() < 96) + 2 * __syncthreads_and(rank() != 7);
-    }, out.p);
+    run_well(
+        1, 96, 96 * 4,
+        +[](int *o) {
+            int *s = (int *)shared_memory(), x = rank();
+            for (int round = 0; round < 5; round++) { /* everybody reads its neighbour's */
+                s[rank()] = x;
+                __syncthreads();
+                x = s[(rank() + 1) % 96];
+                __syncthreads();
+            }
+            o[rank()] = x;
+            o[96 + rank()] = __syncthreads_count(rank() % 3 == 0);
+            o[192 + rank()] = __syncthreads_or(rank() == 50) + 2 * __syncthreads_or(0);
+            o[288 + rank()] = __syncthreads_and(rank() < 96) + 2 * __syncthreads_and(rank() != 7);
+        },
+        out.p);
     std::vector<int> want;
     for (int t = 0; t < 96; t++)
         want.push_back((t + 5) % 96);
@@ -205,11 +231,14 @@ void test_block_barriers()
 void test_returned_threads()
 {
     Device<int> out(1);
-    run_well(1, 64, 0, +[](int *o) {
-        if (rank() >= 32)
-            return; /* before or after the others have arrived, as the order has it */
-        o[0] = __syncthreads_count(1);
-    }, out.p);
+    run_well(
+        1, 64, 0,
+        +[](int *o) {
+            if (rank() >= 32)
+                return; /* before or after the others have arrived, as the order has it */
+            o[0] = __syncthreads_count(1);
+        },
+        out.p);
     check_same(out.values(), { 32 }, "a barrier of those that are left");
 }
 
@@ -218,7 +247,8 @@ void test_arithmetic()
     check(__popc(0xf0f0u) == 8 && __popcll(~0ull) == 64 && __ffs(0) == 0 && __ffs(12) == 3, "bits");
     check(__clz(0) == 32 && __clz(1) == 31 && __clz(-1) == 0, "__clz");
     check(__dp4a((int)0x80ff7f01, (int)0x80027f03, 5) == 128 * 128 - 2 + 127 * 127 + 3 + 5, "__dp4a");
-    check(min(-1, 2) == -1 && max(1u, ~0u) == ~0u && max(NAN, 1.0f) == 1.0f && __vimax3_s32(-5, 7, 2) == 7, "max");
+    check(min(-1, 2) == -1 && max(1u, ~0u) == ~0u && max(NAN, 1.0f) == 1.0f && __vimax3_s32(-5, 7, 2) == 7,
+          "max");
     check(__float_as_int(-0.0f) == INT32_MIN && __uint_as_float(0x3f800000) == 1, "bits of floats");
     int i = 5;
     unsigned u = 6;
@@ -236,7 +266,9 @@ void test_conversions()
     check(pack_f16(1.0f, -2.0f) == 0xc0003c00, "pack_f16");
 
     const auto code = [](float x) { return (int)(pack_e4m3(0, x, 0, 0) >> 8); };
-    const auto value = [](int c) { return c < 8 ? ldexpf((float)c, -9) : ldexpf(1 + (float)(c % 8) / 8, c / 8 - 7); };
+    const auto value = [](int c) {
+        return c < 8 ? ldexpf((float)c, -9) : ldexpf(1 + (float)(c % 8) / 8, c / 8 - 7);
+    };
     bool right = true;
     for (int c = 0; c < 0x7f; c++) {
         right &= code(value(c)) == c && code(-value(c)) == (c | 0x80);
@@ -247,8 +279,10 @@ void test_conversions()
         right &= code(nextafterf(between, 0)) == c && code(nextafterf(between, 1e9f)) == c + 1;
     }
     check(right, "pack_e4m3: values and midpoints");
-    check(value(0x7e) == 448 && code(449) == 0x7e && code(464) == 0x7e && code(1e30f) == 0x7e, "pack_e4m3 saturates");
-    check(code(INFINITY) == 0x7e && code(-INFINITY) == 0xfe && code(NAN) == 0x7f && code(-NAN) == 0x7f, "pack_e4m3: inf");
+    check(value(0x7e) == 448 && code(449) == 0x7e && code(464) == 0x7e && code(1e30f) == 0x7e,
+          "pack_e4m3 saturates");
+    check(code(INFINITY) == 0x7e && code(-INFINITY) == 0xfe && code(NAN) == 0x7f && code(-NAN) == 0x7f,
+          "pack_e4m3: inf");
     check(code(-0.0f) == 0x80 && code(1e-40f) == 0, "pack_e4m3: 0");
     check(pack_e4m3(1, 2, -1, 448) == 0x7eb84038, "pack_e4m3: order");
 }
@@ -262,19 +296,22 @@ void test_ldmatrix()
         x = (uint16_t)draw();
     Device<uint16_t> in(tile);
     Device<uint32_t> out(2 * 32 * 4);
-    run_well(1, 32, 64 * 16, +[](const uint16_t *t, uint32_t *o) {
-        uint16_t *s = (uint16_t *)shared_memory();
-        for (int n = rank(); n < 64 * 8; n += 32)
-            s[n] = t[n];
-        __syncwarp();
-        uint32_t r[4];
-        ldmatrix(r, s + 8 * (63 - rank())); /* rows from the last to the first */
-        for (int n = 0; n < 4; n++)
-            o[rank() * 4 + n] = r[n];
-        ldmatrix_transposed(r, s + 8 * (2 * rank()));
-        for (int n = 0; n < 4; n++)
-            o[128 + rank() * 4 + n] = r[n];
-    }, in.p, out.p);
+    run_well(
+        1, 32, 64 * 16,
+        +[](const uint16_t *t, uint32_t *o) {
+            uint16_t *s = (uint16_t *)shared_memory();
+            for (int n = rank(); n < 64 * 8; n += 32)
+                s[n] = t[n];
+            __syncwarp();
+            uint32_t r[4];
+            ldmatrix(r, s + 8 * (63 - rank())); /* rows from the last to the first */
+            for (int n = 0; n < 4; n++)
+                o[rank() * 4 + n] = r[n];
+            ldmatrix_transposed(r, s + 8 * (2 * rank()));
+            for (int n = 0; n < 4; n++)
+                o[128 + rank() * 4 + n] = r[n];
+        },
+        in.p, out.p);
     std::vector<uint32_t> want;
     for (int lane = 0; lane < 32; lane++)
         for (int n = 0; n < 4; n++) {
@@ -306,28 +343,34 @@ void test_mma_s8()
         }
     Device<int8_t> da(a), db(b);
     Device<int> out(16 * 8);
-    run_well(1, 32, 0, +[](const int8_t *A, const int8_t *B, int *o) {
-        const int g = rank() / 4, q = rank() % 4;
-        uint32_t r[4], b0 = 0, b1 = 0;
-        int d[4];
-        memcpy(&r[0], A + g * 32 + 4 * q, 4);
-        memcpy(&r[1], A + (g + 8) * 32 + 4 * q, 4);
-        memcpy(&r[2], A + g * 32 + 16 + 4 * q, 4);
-        memcpy(&r[3], A + (g + 8) * 32 + 16 + 4 * q, 4);
-        for (int e = 3; e >= 0; e--) {
-            b0 = b0 << 8 | (uint8_t)B[(4 * q + e) * 8 + g];
-            b1 = b1 << 8 | (uint8_t)B[(16 + 4 * q + e) * 8 + g];
-        }
-        for (int n = 0; n < 4; n++)
-            d[n] = 1000 * (g + n / 2 * 8) + 2 * q + n % 2 + (1 << 28);
-        mma_s8(d, r, b0, b1);
-        for (int n = 0; n < 4; n++)
-            o[(g + n / 2 * 8) * 8 + 2 * q + n % 2] = d[n];
-    }, da.p, db.p, out.p);
+    run_well(
+        1, 32, 0,
+        +[](const int8_t *A, const int8_t *B, int *o) {
+            const int g = rank() / 4, q = rank() % 4;
+            uint32_t r[4], b0 = 0, b1 = 0;
+            int d[4];
+            memcpy(&r[0], A + g * 32 + 4 * q, 4);
+            memcpy(&r[1], A + (g + 8) * 32 + 4 * q, 4);
+            memcpy(&r[2], A + g * 32 + 16 + 4 * q, 4);
+            memcpy(&r[3], A + (g + 8) * 32 + 16 + 4 * q, 4);
+            for (int e = 3; e >= 0; e--) {
+                b0 = b0 << 8 | (uint8_t)B[(4 * q + e) * 8 + g];
+                b1 = b1 << 8 | (uint8_t)B[(16 + 4 * q + e) * 8 + g];
+            }
+            for (int n = 0; n < 4; n++)
+                d[n] = 1000 * (g + n / 2 * 8) + 2 * q + n % 2 + (1 << 28);
+            mma_s8(d, r, b0, b1);
+            for (int n = 0; n < 4; n++)
+                o[(g + n / 2 * 8) * 8 + 2 * q + n % 2] = d[n];
+        },
+        da.p, db.p, out.p);
     check_same(out.values(), want, "mma_s8");
 }
 
-float draw_f16() { return sparge_f16_to_f32(sparge_f32_to_f16((float)(int)(draw() % 2001 - 1000) / 1024.0f)); }
+float draw_f16()
+{
+    return sparge_f16_to_f32(sparge_f32_to_f16((float)(int)(draw() % 2001 - 1000) / 1024.0f));
+}
 
 void test_mma_f16()
 {
@@ -344,19 +387,22 @@ void test_mma_f16()
             want[(size_t)(r * 8 + c)] = sum;
         }
     Device<float> da(a), db(b), out(16 * 8);
-    run_well(1, 32, 0, +[](const float *A, const float *B, float *o) {
-        const int g = rank() / 4, q = rank() % 4;
-        uint32_t r[4];
-        float d[4] = { 0.1f, 0.1f, 0.1f, 0.1f };
-        for (int n = 0; n < 4; n++) {
-            const float *two = A + (g + n % 2 * 8) * 16 + n / 2 * 8 + 2 * q;
-            r[n] = pack_f16(two[0], two[1]);
-        }
-        const float *two = B + 2 * q * 8 + g;
-        mma_f16(d, r, pack_f16(two[0], two[8]), pack_f16(two[64], two[72]));
-        for (int n = 0; n < 4; n++)
-            o[(g + n / 2 * 8) * 8 + 2 * q + n % 2] = d[n];
-    }, da.p, db.p, out.p);
+    run_well(
+        1, 32, 0,
+        +[](const float *A, const float *B, float *o) {
+            const int g = rank() / 4, q = rank() % 4;
+            uint32_t r[4];
+            float d[4] = { 0.1f, 0.1f, 0.1f, 0.1f };
+            for (int n = 0; n < 4; n++) {
+                const float *two = A + (g + n % 2 * 8) * 16 + n / 2 * 8 + 2 * q;
+                r[n] = pack_f16(two[0], two[1]);
+            }
+            const float *two = B + 2 * q * 8 + g;
+            mma_f16(d, r, pack_f16(two[0], two[8]), pack_f16(two[64], two[72]));
+            for (int n = 0; n < 4; n++)
+                o[(g + n / 2 * 8) * 8 + 2 * q + n % 2] = d[n];
+        },
+        da.p, db.p, out.p);
     check_same(out.values(), want, "mma_f16");
 }
 
@@ -366,25 +412,28 @@ void test_copy_async()
     for (uint32_t &x : in)
         x = draw();
     Device<uint32_t> din(in), out(5 * 32 * 4);
-    run_well(1, 32, 3 * 512, +[](const uint32_t *x, uint32_t *o) {
-        const auto mine = [](int n) { return (uint32_t *)shared_memory() + n * 128 + rank() * 4; };
-        const auto show = [&](int to, int n) { memcpy(o + to * 128 + rank() * 4, mine(n), 16); };
-        for (int n = 0; n < 2; n++) {
-            copy_async(mine(n), x + n * 128 + rank() * 4);
+    run_well(
+        1, 32, 3 * 512,
+        +[](const uint32_t *x, uint32_t *o) {
+            const auto mine = [](int n) { return (uint32_t *)shared_memory() + n * 128 + rank() * 4; };
+            const auto show = [&](int to, int n) { memcpy(o + to * 128 + rank() * 4, mine(n), 16); };
+            for (int n = 0; n < 2; n++) {
+                copy_async(mine(n), x + n * 128 + rank() * 4);
+                copy_async_commit();
+            }
+            copy_async_wait<1>();
+            show(0, 0);
+            show(1, 1); /* too early */
+            copy_async_wait<0>();
+            show(2, 1);
+            copy_async(mine(2), x + 256 + rank() * 4); /* in no group */
+            copy_async_wait<0>();
+            show(3, 2);
             copy_async_commit();
-        }
-        copy_async_wait<1>();
-        show(0, 0);
-        show(1, 1); /* too early */
-        copy_async_wait<0>();
-        show(2, 1);
-        copy_async(mine(2), x + 256 + rank() * 4); /* in no group */
-        copy_async_wait<0>();
-        show(3, 2);
-        copy_async_commit();
-        copy_async_wait<0>();
-        show(4, 2);
-    }, din.p, out.p);
+            copy_async_wait<0>();
+            show(4, 2);
+        },
+        din.p, out.p);
     const std::vector<uint32_t> got = out.values();
     const auto part = [](const std::vector<uint32_t> &v, int n) {
         return std::vector<uint32_t>(v.begin() + n * 128, v.begin() + n * 128 + 128);
@@ -454,24 +503,29 @@ void test_wgmma_s8(int pitch)
                 want[(size_t)(r * 128 + c)] += a[(size_t)(r * pitch + k)] * b[(size_t)(c * pitch + k)];
     Device<uint8_t> da(a_image), db(b_image);
     Device<int> out(128 * 128);
-    run_well(1, 256, a.size() + b.size(), +[](Images x) {
-        uint8_t *s = shared_memory();
-        load_images(x, s);
-        const int group = rank() / 128;
-        const uint64_t from = descriptor_k_major(s + group * 64 * x.pitch, x.pitch);
-        const uint64_t with = descriptor_k_major(s + x.a_bytes, x.pitch);
-        int d[64];
-        for (int &v : d)
-            v = 77; /* the first product does not add */
-        wgmma_fence();
-        for (int n = 0; n < x.steps; n++)
-            wgmma_s8(d, from + (uint64_t)n * DESCRIPTOR_32_BYTES, with + (uint64_t)n * DESCRIPTOR_32_BYTES, n > 0);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(d);
-        for (int n = 0; n < 64; n++)
-            ((int *)x.d)[(64 * group + row_of(rank() % 128, n)) * 128 + column_of(rank() % 128, n)] = d[n];
-    }, Images{ da.p, db.p, (int)a.size(), (int)b.size(), out.p, steps, pitch, 0 });
+    run_well(
+        1, 256, a.size() + b.size(),
+        +[](Images x) {
+            uint8_t *s = shared_memory();
+            load_images(x, s);
+            const int group = rank() / 128;
+            const uint64_t from = descriptor_k_major(s + group * 64 * x.pitch, x.pitch);
+            const uint64_t with = descriptor_k_major(s + x.a_bytes, x.pitch);
+            int d[64];
+            for (int &v : d)
+                v = 77; /* the first product does not add */
+            wgmma_fence();
+            for (int n = 0; n < x.steps; n++)
+                wgmma_s8(d, from + (uint64_t)n * DESCRIPTOR_32_BYTES,
+                         with + (uint64_t)n * DESCRIPTOR_32_BYTES, n > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            pin(d);
+            for (int n = 0; n < 64; n++)
+                ((int *)x.d)[(64 * group + row_of(rank() % 128, n)) * 128 + column_of(rank() % 128, n)] =
+                    d[n];
+        },
+        Images{ da.p, db.p, (int)a.size(), (int)b.size(), out.p, steps, pitch, 0 });
     check_same(out.values(), want, "wgmma_s8");
 }
 
@@ -488,7 +542,8 @@ template <int N> void kernel_e4m3(Images x)
         for (int n = 0; n < 4; n++)
             memcpy(&a[n], x.a + (top + g + n % 2 * 8) * x.pitch + 32 * step + n / 2 * 16 + 4 * q, 4);
         wgmma_fence();
-        wgmma_e4m3(d, a, descriptor_k_major(s + x.a_bytes, x.pitch) + (uint64_t)step * DESCRIPTOR_32_BYTES, true);
+        wgmma_e4m3(d, a, descriptor_k_major(s + x.a_bytes, x.pitch) + (uint64_t)step * DESCRIPTOR_32_BYTES,
+                   true);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -513,7 +568,8 @@ template <int N> void test_wgmma_e4m3(int pitch)
     for (int r = 0; r < 64; r++)
         for (int c = 0; c < N; c++)
             for (int k = 0; k < pitch; k++)
-                want[(size_t)(r * N + c)] += e4m3_value(a[(size_t)(r * pitch + k)]) * e4m3_value(b[(size_t)(c * pitch + k)]);
+                want[(size_t)(r * N + c)] +=
+                    e4m3_value(a[(size_t)(r * pitch + k)]) * e4m3_value(b[(size_t)(c * pitch + k)]);
     Device<uint8_t> da(a), db(image);
     Device<float> out(64 * N);
     run_well(1, 128, a.size() + b.size(), kernel_e4m3<N>,
@@ -530,9 +586,11 @@ template <int N> void kernel_f16(Images x)
     for (int step = 0; step < x.steps; step++) {
         uint32_t a[4];
         for (int n = 0; n < 4; n++)
-            memcpy(&a[n], x.a + 2 * ((top + g + n % 2 * 8) * 16 * x.steps + 16 * step + n / 2 * 8 + 2 * q), 4);
+            memcpy(&a[n], x.a + 2 * ((top + g + n % 2 * 8) * 16 * x.steps + 16 * step + n / 2 * 8 + 2 * q),
+                   4);
         wgmma_fence();
-        wgmma_f16(d, a, descriptor_n_major(s + x.a_bytes, x.chunk) + (uint64_t)step * DESCRIPTOR_16_ROWS, step > 0);
+        wgmma_f16(d, a, descriptor_n_major(s + x.a_bytes, x.chunk) + (uint64_t)step * DESCRIPTOR_16_ROWS,
+                  step > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -559,8 +617,8 @@ template <int N> void test_wgmma_f16(int keys, int gap)
     for (int r = 0; r < 64; r++)
         for (int c = 0; c < N; c++)
             for (int k = 0; k < keys; k++)
-                want[(size_t)(r * N + c)] +=
-                    sparge_f16_to_f32(a[(size_t)(r * keys + k)]) * sparge_f16_to_f32(b[(size_t)(k * N + c)]);
+                want[(size_t)(r * N + c)] += sparge_f16_to_f32(a[(size_t)(r * keys + k)]) *
+                                             sparge_f16_to_f32(b[(size_t)(k * N + c)]);
     Device<uint8_t> da(a_bytes), db(image);
     Device<float> out(64 * N);
     run_well(1, 128, a_bytes.size() + image.size(), kernel_f16<N>,
@@ -610,36 +668,40 @@ void test_every_e4m3_code()
 void test_late_products()
 {
     Device<int> out(5);
-    run_well(1, 128, 16384 + 16384, +[](int *o) {
-        uint8_t *s = shared_memory();
-        for (int n = rank(); n < 32768; n += 128)
-            s[n] = 1;
-        __syncthreads();
-        const uint64_t a = descriptor_k_major(s, 128), b = descriptor_k_major(s + 16384, 128);
-        int d[64], e[64];
-        for (int n = 0; n < 64; n++)
-            d[n] = e[n] = 1000;
-        wgmma_fence();
-        wgmma_s8(d, a, b, true);
-        wgmma_commit();
-        wgmma_s8(e, a, b, true);
-        wgmma_s8(e, a + DESCRIPTOR_32_BYTES, b + DESCRIPTOR_32_BYTES, true);
-        wgmma_commit();
-        if (rank() == 77)
-            o[0] = d[63];
-        wgmma_wait<1>();
-        if (rank() == 77)
-            o[1] = d[63], o[2] = e[0];
-        __syncthreads();
-        for (int n = 16384 + rank(); n < 32768; n += 128)
-            s[n] = 3; /* too early */
-        __syncthreads();
-        wgmma_wait<0>();
-        if (rank() == 77)
-            o[3] = e[0], o[4] = d[63];
-    }, out.p);
+    run_well(
+        1, 128, 16384 + 16384,
+        +[](int *o) {
+            uint8_t *s = shared_memory();
+            for (int n = rank(); n < 32768; n += 128)
+                s[n] = 1;
+            __syncthreads();
+            const uint64_t a = descriptor_k_major(s, 128), b = descriptor_k_major(s + 16384, 128);
+            int d[64], e[64];
+            for (int n = 0; n < 64; n++)
+                d[n] = e[n] = 1000;
+            wgmma_fence();
+            wgmma_s8(d, a, b, true);
+            wgmma_commit();
+            wgmma_s8(e, a, b, true);
+            wgmma_s8(e, a + DESCRIPTOR_32_BYTES, b + DESCRIPTOR_32_BYTES, true);
+            wgmma_commit();
+            if (rank() == 77)
+                o[0] = d[63];
+            wgmma_wait<1>();
+            if (rank() == 77)
+                o[1] = d[63], o[2] = e[0];
+            __syncthreads();
+            for (int n = 16384 + rank(); n < 32768; n += 128)
+                s[n] = 3; /* too early */
+            __syncthreads();
+            wgmma_wait<0>();
+            if (rank() == 77)
+                o[3] = e[0], o[4] = d[63];
+        },
+        out.p);
     const int mode = cuda_model_settings.late, poison = 0x7fffffff;
-    const std::vector<int> want = { mode ? poison : 1032, 1032, mode ? poison : 1064, mode == 1 ? 1192 : 1064, 1032 };
+    const std::vector<int> want = { mode ? poison : 1032, 1032, mode ? poison : 1064,
+                                    mode == 1 ? 1192 : 1064, 1032 };
     check_same(out.values(), want, "products in flight");
 }
 
@@ -654,64 +716,70 @@ void test_ring()
     for (int n = 0; n < blocks * 64; n++)
         want[(size_t)(n % 32)] += (n / 64 + 1) * (in[(size_t)n] = (int)(draw() % 1000));
     Device<int> din(in), out(32);
-    run_well(1, 64, 2 * 256 + 32, +[](const int *x, int *o) {
-        uint8_t *s = shared_memory();
-        uint64_t *full = (uint64_t *)(s + 512), *empty = full + 2;
-        if (rank() == 0) {
-            for (int n = 0; n < 2; n++) {
-                barrier_init(full + n, 1);
-                barrier_init(empty + n, 32);
-            }
-            barrier_init_fence();
-        }
-        __syncthreads();
-        if (rank() == 0)
-            for (int n = 0; n < 11; n++) {
-                barrier_wait(empty + n % 2, (n / 2 & 1) ^ 1); /* at first nothing has to be emptied */
-                if (n % 3) {
-                    barrier_arrive_expect(full + n % 2, 256);
-                    copy_bulk(s + n % 2 * 256, x + n * 64, 128, full + n % 2);
-                    copy_bulk(s + n % 2 * 256 + 128, x + n * 64 + 32, 128, full + n % 2);
-                } else { /* bytes that come before they are announced */
-                    copy_bulk(s + n % 2 * 256, x + n * 64, 256, full + n % 2);
-                    barrier_arrive_expect(full + n % 2, 256);
+    run_well(
+        1, 64, 2 * 256 + 32,
+        +[](const int *x, int *o) {
+            uint8_t *s = shared_memory();
+            uint64_t *full = (uint64_t *)(s + 512), *empty = full + 2;
+            if (rank() == 0) {
+                for (int n = 0; n < 2; n++) {
+                    barrier_init(full + n, 1);
+                    barrier_init(empty + n, 32);
                 }
+                barrier_init_fence();
             }
-        if (rank() >= 32) {
-            int sum = 0;
-            for (int n = 0; n < 11; n++) {
-                barrier_wait(full + n % 2, n / 2 & 1);
-                const int *stage = (const int *)(s + n % 2 * 256);
-                sum += (n + 1) * (stage[rank() - 32] + stage[rank()]);
-                barrier_arrive(empty + n % 2);
+            __syncthreads();
+            if (rank() == 0)
+                for (int n = 0; n < 11; n++) {
+                    barrier_wait(empty + n % 2, (n / 2 & 1) ^ 1); /* at first nothing has to be emptied */
+                    if (n % 3) {
+                        barrier_arrive_expect(full + n % 2, 256);
+                        copy_bulk(s + n % 2 * 256, x + n * 64, 128, full + n % 2);
+                        copy_bulk(s + n % 2 * 256 + 128, x + n * 64 + 32, 128, full + n % 2);
+                    } else { /* bytes that come before they are announced */
+                        copy_bulk(s + n % 2 * 256, x + n * 64, 256, full + n % 2);
+                        barrier_arrive_expect(full + n % 2, 256);
+                    }
+                }
+            if (rank() >= 32) {
+                int sum = 0;
+                for (int n = 0; n < 11; n++) {
+                    barrier_wait(full + n % 2, n / 2 & 1);
+                    const int *stage = (const int *)(s + n % 2 * 256);
+                    sum += (n + 1) * (stage[rank() - 32] + stage[rank()]);
+                    barrier_arrive(empty + n % 2);
+                }
+                o[rank() - 32] = sum;
             }
-            o[rank() - 32] = sum;
-        }
-    }, din.p, out.p);
+        },
+        din.p, out.p);
     check_same(out.values(), want, "ring");
 }
 
 void test_late_bulk_copy()
 {
     Device<uint32_t> in(std::vector<uint32_t>(8, 5)), out(4);
-    run_well(1, 32, 64, +[](const uint32_t *x, uint32_t *o) {
-        uint32_t *s = (uint32_t *)shared_memory();
-        uint64_t *b = (uint64_t *)(s + 8), *other = b + 1;
-        if (rank() == 0) {
-            barrier_init(b, 1);
-            barrier_init(other, 1);
-            barrier_arrive_expect(b, 16);
-            barrier_arrive_expect(other, 16);
-            copy_bulk(s, x, 16, b);
-            copy_bulk(s + 4, x, 16, other);
-            o[0] = s[0];
-            barrier_wait(other, 0);
-            o[1] = s[0];
-            o[2] = s[4];
-            barrier_wait(b, 0);
-            o[3] = s[0];
-        }
-    }, in.p, out.p);
+    run_well(
+        1, 32, 64,
+        +[](const uint32_t *x, uint32_t *o) {
+            uint32_t *s = (uint32_t *)shared_memory();
+            uint64_t *b = (uint64_t *)(s + 8), *other = b + 1;
+            if (rank() == 0) {
+                barrier_init(b, 1);
+                barrier_init(other, 1);
+                barrier_arrive_expect(b, 16);
+                barrier_arrive_expect(other, 16);
+                copy_bulk(s, x, 16, b);
+                copy_bulk(s + 4, x, 16, other);
+                o[0] = s[0];
+                barrier_wait(other, 0);
+                o[1] = s[0];
+                o[2] = s[4];
+                barrier_wait(b, 0);
+                o[3] = s[0];
+            }
+        },
+        in.p, out.p);
     const uint32_t early = cuda_model_settings.late ? 0x7f7f7f7f : 5;
     check_same(out.values(), { early, early, 5, 5 }, "bulk copies land for who waits for them");
 }
@@ -719,22 +787,25 @@ void test_late_bulk_copy()
 void test_named_barriers()
 {
     Device<int> out(3 * 64);
-    run_well(1, 128, 256, +[](int *o) {
-        int *s = (int *)shared_memory();
-        for (int round = 0; round < 3; round++) { /* warps 0 and 1 write, warps 2 and 3 read */
-            if (rank() < 64) {
-                named_sync(2, 128);
-                s[rank()] = 100 * round + rank();
-                named_arrive(1, 128);
-            } else {
-                named_arrive(2, 128);
-                named_sync(1, 128);
-                o[round * 64 + rank() - 64] = s[127 - rank()];
-                const bool any = named_any(3, 64, rank() == 64 + round); /* between the readers */
-                o[round * 64 + rank() - 64] += any && !named_any(3, 64, false) ? 1000 : 0;
+    run_well(
+        1, 128, 256,
+        +[](int *o) {
+            int *s = (int *)shared_memory();
+            for (int round = 0; round < 3; round++) { /* warps 0 and 1 write, warps 2 and 3 read */
+                if (rank() < 64) {
+                    named_sync(2, 128);
+                    s[rank()] = 100 * round + rank();
+                    named_arrive(1, 128);
+                } else {
+                    named_arrive(2, 128);
+                    named_sync(1, 128);
+                    o[round * 64 + rank() - 64] = s[127 - rank()];
+                    const bool any = named_any(3, 64, rank() == 64 + round); /* between the readers */
+                    o[round * 64 + rank() - 64] += any && !named_any(3, 64, false) ? 1000 : 0;
+                }
             }
-        }
-    }, out.p);
+        },
+        out.p);
     std::vector<int> want;
     for (int round = 0; round < 3; round++)
         for (int t = 0; t < 64; t++)
@@ -747,16 +818,18 @@ void test_named_barriers()
 void test_blocks()
 {
     Device<int> out(16 * 32);
-    run_well(16, 32, 128, +[](int *o) {
-        int *s = (int *)shared_memory();
-        const int was = s[rank()]; /* 0xFF, whatever ran here before */
-        s[rank()] = (int)blockIdx.x;
-        __syncthreads();
-        __syncthreads();
-        o[blockIdx.x * 32 + threadIdx.x] = was == -1 && shared_address(s) == 0 && (uintptr_t)s % 1024 == 0
-                                               ? s[31 - rank()]
-                                               : -1;
-    }, out.p);
+    run_well(
+        16, 32, 128,
+        +[](int *o) {
+            int *s = (int *)shared_memory();
+            const int was = s[rank()]; /* 0xFF, whatever ran here before */
+            s[rank()] = (int)blockIdx.x;
+            __syncthreads();
+            __syncthreads();
+            o[blockIdx.x * 32 + threadIdx.x] =
+                was == -1 && shared_address(s) == 0 && (uintptr_t)s % 1024 == 0 ? s[31 - rank()] : -1;
+        },
+        out.p);
     std::vector<int> want;
     for (int n = 0; n < 16 * 32; n++)
         want.push_back(n / 32);
@@ -765,39 +838,49 @@ void test_blocks()
     for (unsigned resident : { 1u, 2u, 3u, 5u }) { /* how many blocks have begun before any has ended */
         cuda_model_settings.resident_blocks = resident;
         Device<unsigned> most(std::vector<unsigned>(2, 0));
-        run_well(5, 32, 0, +[](unsigned *m) {
-            if (rank() == 0)
-                m[0]++;
-            __syncthreads();
-            if (rank() == 0) {
-                m[1] = max(m[1], m[0]);
-                m[0]--;
-            }
-        }, most.p);
+        run_well(
+            5, 32, 0,
+            +[](unsigned *m) {
+                if (rank() == 0)
+                    m[0]++;
+                __syncthreads();
+                if (rank() == 0) {
+                    m[1] = max(m[1], m[0]);
+                    m[0]--;
+                }
+            },
+            most.p);
         const unsigned blocks = most.values()[1]; /* another order may end one before the last has begun */
-        check(cuda_model_settings.seed ? blocks <= resident : blocks == resident, "%u blocks at once", blocks);
+        check(cuda_model_settings.seed ? blocks <= resident : blocks == resident, "%u blocks at once",
+              blocks);
     }
     cuda_model_settings.resident_blocks = 2;
 
     Device<int> flag(std::vector<int>(1, 0));
-    run_well(2, 32, 0, +[](int *f) {
-        if (blockIdx.x == 1)
-            *f = 1;
-        else
-            while (!*(volatile int *)f)
-                __nanosleep(100);
-    }, flag.p);
+    run_well(
+        2, 32, 0,
+        +[](int *f) {
+            if (blockIdx.x == 1)
+                *f = 1;
+            else
+                while (!*(volatile int *)f)
+                    __nanosleep(100);
+        },
+        flag.p);
 }
 
 /* Each thread reads what the thread before it writes, without a barrier: right in ascending order alone. */
 void test_races_show()
 {
     Device<int> out(32);
-    run_well(1, 32, 256, +[](int *o) {
-        int *s = (int *)shared_memory();
-        s[rank()] = rank();
-        o[rank()] = s[max(rank() - 1, 0)];
-    }, out.p);
+    run_well(
+        1, 32, 256,
+        +[](int *o) {
+            int *s = (int *)shared_memory();
+            s[rank()] = rank();
+            o[rank()] = s[max(rank() - 1, 0)];
+        },
+        out.p);
     int wrong = 0;
     for (int n = 0; n < 32; n++)
         wrong += out.values()[(size_t)n] != max(n - 1, 0);
@@ -813,7 +896,8 @@ void expect_report(const char *report, dim3 grid, dim3 block, size_t shared, All
     const struct cuda_model_settings before = cuda_model_settings;
     cuda_model_settings.quiet = true;
     check_error(run(grid, block, shared, all...), cudaErrorLaunchFailure, report);
-    check(strstr(cuda_model_report(), report) != nullptr, "the report is \"%s\", expected \"%s\"", cuda_model_report(), report);
+    check(strstr(cuda_model_report(), report) != nullptr, "the report is \"%s\", expected \"%s\"",
+          cuda_model_report(), report);
     int *p;
     check_error(cudaMalloc(&p, 4), cudaErrorLaunchFailure, "a call after the error");
     check_error(cudaGetLastError(), cudaErrorLaunchFailure, "cudaGetLastError");
@@ -824,33 +908,38 @@ void expect_report(const char *report, dim3 grid, dim3 block, size_t shared, All
 
 void test_deadlocks()
 {
-    expect_report("\n  block (0,0,0): 0-31 in named_sync, barrier 4 with 32 of 64 threads", 1, 64, 0, +[] {
-        if (rank() < 32)
-            named_sync(4, 64);
-    });
-    expect_report("\n  block (1,0,0): 5-5 in barrier_wait, shared memory + 8: phase 0 lacks 2 arrivals and 48 bytes", 2, 64, 16, +[] {
-        uint64_t *b = (uint64_t *)shared_memory() + 1;
-        if (rank() == 5 && blockIdx.x == 1) {
-            barrier_init(b, 3);
-            barrier_arrive_expect(b, 48);
-            barrier_wait(b, 0);
-        }
-    });
-    expect_report(": 8-31 in __syncwarp", 1, 32, 16, +[] {
-        uint64_t *b = (uint64_t *)shared_memory();
-        if (rank() == 7) {
-            barrier_init(b, 1);
-            barrier_wait(b, 0);
-        }
-        __syncwarp();
-    });
-    expect_report("and 23 more", 16, 32, 512, +[] { /* two blocks, each thread waits for something else */
-        if (rank() < 16) {
-            uint64_t *b = (uint64_t *)shared_memory() + rank();
-            barrier_init(b, 1);
-            barrier_wait(b, 0);
-        }
-    });
+    expect_report(
+        "\n  block (0,0,0): 0-31 in named_sync, barrier 4 with 32 of 64 threads", 1, 64, 0, +[] {
+            if (rank() < 32)
+                named_sync(4, 64);
+        });
+    expect_report(
+        "\n  block (1,0,0): 5-5 in barrier_wait, shared memory + 8: phase 0 lacks 2 arrivals and 48 bytes",
+        2, 64, 16, +[] {
+            uint64_t *b = (uint64_t *)shared_memory() + 1;
+            if (rank() == 5 && blockIdx.x == 1) {
+                barrier_init(b, 3);
+                barrier_arrive_expect(b, 48);
+                barrier_wait(b, 0);
+            }
+        });
+    expect_report(
+        ": 8-31 in __syncwarp", 1, 32, 16, +[] {
+            uint64_t *b = (uint64_t *)shared_memory();
+            if (rank() == 7) {
+                barrier_init(b, 1);
+                barrier_wait(b, 0);
+            }
+            __syncwarp();
+        });
+    expect_report(
+        "and 23 more", 16, 32, 512, +[] { /* two blocks, each thread waits for something else */
+                                          if (rank() < 16) {
+                                              uint64_t *b = (uint64_t *)shared_memory() + rank();
+                                              barrier_init(b, 1);
+                                              barrier_wait(b, 0);
+                                          }
+        });
 }
 
 /* Kernels that do one thing wrong; `x` is device memory of 1024 bytes. */
@@ -866,8 +955,8 @@ void test_misuse()
     expect("__syncwarp with mask 0000ffff", 32, [](X) { __syncwarp(0xffff); });
     expect("where 24 threads of the warp", 40, [](X) { __syncwarp(); });
     expect("return", 32, [](X) { /* lane 3 has returned, or returns, as the order has it */
-        if (rank() != 3)
-            __syncwarp();
+                                 if (rank() != 3)
+                                     __syncwarp();
     });
     expect(" of its warp is in __", 32, [](X) {
         if (rank() < 16)
@@ -875,7 +964,7 @@ void test_misuse()
         else
             __ballot_sync(~0u, 1);
     });
-    expect("barrier for 64 threads or in another kind", 64, [](X) {
+    expect("while others wait there for 64 threads or in another kind", 64, [](X) {
         if (rank() == 5)
             __syncthreads_or(1);
         else
@@ -887,9 +976,8 @@ void test_misuse()
     expect("named_arrive(1, 40)", 64, [](X) { named_arrive(1, 40); });
     expect("named_any(1, 64)", 32, [](X) { named_any(1, 64, true); });
 
-    expect("shared_address: 1 bytes at shared memory + 33000 of 33000", 32, [](X) {
-        shared_address(shared_memory() + 33000);
-    });
+    expect("shared_address: 1 bytes at shared memory + 33000 of 33000", 32,
+           [](X) { shared_address(shared_memory() + 33000); });
     expect("ldmatrix: shared memory + 8 is not aligned to 16", 32, [](X) {
         uint32_t r[4];
         ldmatrix(r, shared_memory() + 8);
@@ -904,15 +992,14 @@ void test_misuse()
 
     /* The barrier of those that follow stands at 0, and expects one arrival. */
     expect("barrier_init: 0 arrivals", 32, [](X) { barrier_init((uint64_t *)shared_memory(), 0); });
-    expect("barrier_wait: no barrier_init at shared memory + 8", 32, [](X) {
-        barrier_wait((uint64_t *)shared_memory() + 1, 0);
-    });
-#define WITH_BARRIER(report, ...)                    \
-    expect(report, 1, [](X x) {                      \
-        uint64_t *b = (uint64_t *)shared_memory();   \
-        barrier_init(b, 1);                          \
-        __VA_ARGS__;                                 \
-        (void)x;                                     \
+    expect("barrier_wait: no barrier_init at shared memory + 8", 32,
+           [](X) { barrier_wait((uint64_t *)shared_memory() + 1, 0); });
+#define WITH_BARRIER(report, ...)                                                                          \
+    expect(report, 1, [](X x) {                                                                            \
+        uint64_t *b = (uint64_t *)shared_memory();                                                         \
+        barrier_init(b, 1);                                                                                \
+        __VA_ARGS__;                                                                                       \
+        (void)x;                                                                                           \
     })
     WITH_BARRIER("barrier_wait: the parity is 2", barrier_wait(b, 2));
     WITH_BARRIER("barrier_arrive: more arrivals", barrier_arrive_expect(b, 16); barrier_arrive(b));
@@ -922,26 +1009,27 @@ void test_misuse()
     WITH_BARRIER("copy_bulk: shared memory + 8 is not aligned", copy_bulk(b + 1, x, 16, b));
     WITH_BARRIER("copy_bulk: the source is not aligned", copy_bulk(b + 2, x + 8, 16, b));
     WITH_BARRIER("copy_bulk: 1040 bytes from", copy_bulk(b + 2, x, 1040, b));
-    WITH_BARRIER("copy_bulk: 32 bytes at shared memory + 32976", copy_bulk(shared_memory() + 32976, x, 32, b));
+    WITH_BARRIER("copy_bulk: 32 bytes at shared memory + 32976",
+                 copy_bulk(shared_memory() + 32976, x, 32, b));
     WITH_BARRIER("copy_bulk: no barrier_init", copy_bulk(b + 2, x, 16, b + 1));
     if (late)
         WITH_BARRIER("1 bulk copies that nobody waited for", copy_bulk(b + 2, x, 16, b));
 #undef WITH_BARRIER
 
-#define WITH_PRODUCT(report, ...)                                                                              \
-    expect(report, 128, [](X) {                                                                                \
-        int d[64] = {};                                                                                        \
-        const uint32_t one[4] = {};                                                                            \
-        const uint64_t tile = descriptor_k_major(shared_memory(), 128);                                        \
-        __VA_ARGS__;                                                                                           \
-        (void)d, (void)one, (void)tile;                                                                        \
+#define WITH_PRODUCT(report, ...)                                                                          \
+    expect(report, 128, [](X) {                                                                            \
+        int d[64] = {};                                                                                    \
+        const uint32_t one[4] = {};                                                                        \
+        const uint64_t tile = descriptor_k_major(shared_memory(), 128);                                    \
+        __VA_ARGS__;                                                                                       \
+        (void)d, (void)one, (void)tile;                                                                    \
     })
     WITH_PRODUCT("differ between threads 0 and 64", wgmma_s8(d, tile, tile + (rank() >= 64 ? 2 : 0), true));
     WITH_PRODUCT("differ between threads 0 and 1 ", wgmma_s8(d, tile, tile, rank() == 0));
-    WITH_PRODUCT("leads to shared memory + 33", wgmma_s8(d, tile, tile + (17000 >> 4), true); wgmma_commit();
-                 wgmma_wait<0>());
-    WITH_PRODUCT("without a swizzle", wgmma_s8(d, tile, tile & ~(3ull << 62), true));
-    WITH_PRODUCT("for an n-major operand", float f[32]; wgmma_f16(f, one, tile ^ 3ull << 62, false));
+    WITH_PRODUCT("leads to shared memory + 33", wgmma_s8(d, tile, tile + (17000 >> 4), true);
+                 wgmma_commit(); wgmma_wait<0>());
+    WITH_PRODUCT("a swizzle that is not", wgmma_s8(d, tile, tile & ~(3ull << 62), true));
+    WITH_PRODUCT("or of 64 for 8-bit", float f[32]; wgmma_f16(f, one, tile ^ 3ull << 62, false));
     WITH_PRODUCT("warpgroup 0 returned before wgmma_wait", wgmma_s8(d, tile, tile, true));
     WITH_PRODUCT("warpgroup 0 returned before wgmma_wait", wgmma_s8(d, tile, tile, true); wgmma_commit());
     if (late)
@@ -953,7 +1041,7 @@ void test_misuse()
 
 /* ---- The runtime API ---------------------------------------------------------------------- */
 
-#define SUCCEEDS(call) check_error(call, cudaSuccess, #call)
+#define SUCCEEDS(call)     check_error(call, cudaSuccess, #call)
 #define FAILS(call, error) check_error(call, error, #call)
 
 struct Numbers {
@@ -975,7 +1063,8 @@ void test_streams()
     SUCCEEDS(cudaMalloc(&q, 4));
     SUCCEEDS(cudaMemset(p, 0, 4));
     Numbers numbers = { { 5, 7 } };
-    const cudaLaunchConfig_t in_a = config(1, 1, 0, a), in_b = config(1, 1, 0, b), in_null = config(1, 1, 0);
+    const cudaLaunchConfig_t in_a = config(1, 1, 0, a), in_b = config(1, 1, 0, b),
+                             in_null = config(1, 1, 0);
     const cudaLaunchConfig_t in_apart = config(1, 1, 0, apart);
     SUCCEEDS(cudaLaunchKernelEx(&in_a, add, p, numbers, 1)); /* int becomes int64_t */
     numbers.of[1] = 1000;                                    /* too late */
@@ -1032,7 +1121,9 @@ void test_memory()
     SUCCEEDS(cudaMemcpy(host, p + 36, 64, cudaMemcpyDeviceToHost));
     check(host[0] == 0xff && host[63] == 0xff, "memory is full of 0xFF");
     SUCCEEDS(cudaPointerGetAttributes(&attributes, p + 99));
-    check(attributes.type == cudaMemoryTypeDevice && attributes.device == 0 && attributes.devicePointer == p + 99, "inside");
+    check(attributes.type == cudaMemoryTypeDevice && attributes.device == 0 &&
+              attributes.devicePointer == p + 99,
+          "inside");
     SUCCEEDS(cudaPointerGetAttributes(&attributes, p + 100));
     check(attributes.type == cudaMemoryTypeUnregistered, "behind");
     SUCCEEDS(cudaPointerGetAttributes(&attributes, host));
@@ -1103,7 +1194,8 @@ void test_launch_limits()
     SUCCEEDS(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 << 10));
     SUCCEEDS(launch(1, 1, 100 << 10));
     FAILS(launch(1, 1, (100 << 10) + 1), cudaErrorInvalidValue);
-    FAILS(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1), cudaErrorInvalidValue);
+    FAILS(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1),
+          cudaErrorInvalidValue);
     cudaLaunchConfig_t c = config(1, 1, 0, (cudaStream_t)&c);
     FAILS(cudaLaunchKernelEx(&c, nothing, 0), cudaErrorInvalidResourceHandle);
     SUCCEEDS(cudaDeviceSynchronize());
@@ -1216,6 +1308,8 @@ void test_planned_failures()
     check(kernels() == 2, "two of three launches");
 }
 
+void wrong() { __syncwarp(1); }
+
 void test_sticky_error()
 {
     cudaStream_t stream;
@@ -1225,7 +1319,7 @@ void test_sticky_error()
     SUCCEEDS(cudaMalloc(&p, 8));
     SUCCEEDS(cudaMallocAsync(&q, 8, stream));
     const cudaLaunchConfig_t c = config(1, 32, 0, stream);
-    SUCCEEDS(cudaLaunchKernelEx(&c, +[] { __syncwarp(1); }));
+    SUCCEEDS(cudaLaunchKernelEx(&c, wrong));
     SUCCEEDS(cudaLaunchKernelEx(&c, nothing, 0));
     SUCCEEDS(cudaFreeAsync(q, stream));
     SUCCEEDS(cudaPeekAtLastError());
@@ -1234,7 +1328,8 @@ void test_sticky_error()
     FAILS(cudaLaunchKernelEx(&c, nothing, 0), cudaErrorLaunchFailure);
     FAILS(cudaFree(p), cudaErrorLaunchFailure);
     FAILS(cudaStreamDestroy(stream), cudaErrorLaunchFailure);
-    check(cuda_model_count().bytes == 0 && cuda_model_count().handles == 0, "what releases releases after it");
+    check(cuda_model_count().bytes == 0 && cuda_model_count().handles == 0,
+          "what releases releases after it");
 }
 
 void test_devices()
@@ -1299,26 +1394,38 @@ void test_sanitizer()
 #endif
     if (!sanitizer)
         return;
-    check(!dies([] { run(1, 32, 100, +[] { shared_memory()[99] = 1; }); }), "the last byte of shared memory");
-    check(dies([] { run(1, 32, 100, +[] { shared_memory()[100] = 1; }); }), "a byte behind shared memory");
-    check(dies([] {
-        Device<int> x(5);
-        run(1, 1, 0, +[](int *p) { p[5] = 1; }, x.p);
-    }), "an int behind device memory");
-    check(dies([] {
-        Device<int> x(5);
+    typedef void (*Kernel)(uint8_t *);
+    const Kernel last_byte = [](uint8_t *) { shared_memory()[99] = 1; };
+    const Kernel behind_shared = [](uint8_t *) { shared_memory()[100] = 1; };
+    const Kernel behind_global = [](uint8_t *x) { x[5] = 1; };
+    static Kernel kernel;
+    const auto kernel_dies = [&](Kernel k) {
+        kernel = k;
+        return dies([] {
+            Device<uint8_t> x(5);
+            run(1, 32, 100, kernel, x.p);
+        });
+    };
+    check(!kernel_dies(last_byte), "the last byte of shared memory is there");
+    check(kernel_dies(behind_shared), "a byte behind shared memory");
+    check(kernel_dies(behind_global), "a byte behind device memory");
+    const bool host_dies = dies([] {
+        Device<uint8_t> x(5);
         x.p[0] = 1;
-    }), "the host writes to device memory");
-    check(dies([] {
+    });
+    check(host_dies, "the host writes to device memory");
+    const bool late_dies = dies([] {
         int *p;
         cudaStream_t stream;
+        const Numbers numbers = {};
         cudaStreamCreate(&stream);
         cudaMalloc(&p, 4);
-        const cudaLaunchConfig_t c = config(1, 1, 0, stream);
         cudaFreeAsync(p, stream);
-        cudaLaunchKernelEx(&c, +[](int *x) { *x = 1; }, p);
+        const cudaLaunchConfig_t c = config(1, 1, 0, stream);
+        cudaLaunchKernelEx(&c, add, p, numbers, 0);
         cudaStreamSynchronize(stream);
-    }), "a kernel after cudaFreeAsync");
+    });
+    check(late_dies, "a kernel after cudaFreeAsync");
 }
 
 } // namespace
@@ -1367,7 +1474,8 @@ int main()
         cuda_model_settings.late = late;
         cuda_model_settings.seed = seed;
         random_state = 1;
-        where = std::string(test.name) + ", late " + std::to_string(late) + ", seed " + std::to_string(seed);
+        where =
+            std::string(test.name) + ", late " + std::to_string(late) + ", seed " + std::to_string(seed);
         test.run();
     };
     for (int late = 0; late < 3; late++)

@@ -1,6 +1,6 @@
-/* threads.cc: the scheduler. Each thread of a block is a fiber, a stack that is left where the thread has to
- * wait and taken up again when what it waits for is there. One fiber runs at a time, so nothing here needs
- * a lock, and a kernel can be stepped through in a debugger. */
+/* threads.cc: the scheduler. Each thread of a block is a fiber, a stack that is left where the thread has
+ * to wait and taken up again when what it waits for is there. One fiber runs at a time, so nothing here
+ * needs a lock, and a kernel can be stepped through in a debugger. */
 #include "tests/cuda_model/cuda_model.h"
 #include "tests/cuda_model/threads.h"
 
@@ -155,12 +155,13 @@ void fail(const std::string &what)
 std::string describe(const Thread &t)
 {
     const Block &b = *t.block;
-    const char *thing = (const char *)t.waits_on, *barriers = (const char *)b.barriers;
-    if (thing >= barriers && thing < barriers + sizeof b.barriers)
-        return text("%s, barrier %d with %u of %u threads", t.waits_for, (int)((const Barrier *)t.waits_on - b.barriers),
-                    ((const Barrier *)t.waits_on)->arrived, ((const Barrier *)t.waits_on)->expected);
-    if (thing >= (char *)b.shared && thing < (char *)b.shared + b.shared_bytes)
-        return text("%s, shared memory + %d: ", t.waits_for, (int)(thing - (char *)b.shared)) + describe_barrier(thing);
+    for (const Barrier &barrier : b.barriers)
+        if (t.waits_on == &barrier)
+            return text("%s, barrier %d with %u of %u threads", t.waits_for, (int)(&barrier - b.barriers),
+                        barrier.arrived, barrier.expected);
+    const uintptr_t at = (uintptr_t)t.waits_on - (uintptr_t)b.shared;
+    if (at < b.shared_bytes)
+        return text("%s, shared memory + %d: ", t.waits_for, (int)at) + describe_barrier(t.waits_on);
     return t.waits_for;
 }
 
@@ -277,7 +278,8 @@ void check_nothing_in_flight(const Block &b)
         for (const std::vector<Product> &group : p.groups)
             any = any || !group.empty();
         if (any)
-            return fail(name(b) + text(": warpgroup %d returned before wgmma_wait for its products", (int)(&p - &b.products[0])));
+            return fail(name(b) + text(": warpgroup %d", (int)(&p - &b.products[0])) +
+                        " returned before wgmma_wait for its products");
     }
     if (!b.copies.empty())
         fail(name(b) + text(": returned with %zu bulk copies that nobody waited for", b.copies.size()));
@@ -446,7 +448,7 @@ unsigned meet(int id, const char *call, unsigned expected, bool reduces, bool ye
     Block &block = *current->block;
     Barrier &b = block.barriers[id];
     if (b.arrived && (b.reduces != reduces || (id && b.expected != expected)))
-        misuse("%s(%d, %u) while others are at this barrier for %u threads or in another kind of call", call, id,
+        misuse("%s(%d, %u) while others wait there for %u threads or in another kind of call", call, id,
                expected, b.expected);
     b.expected = expected;
     b.reduces = reduces;
@@ -465,7 +467,7 @@ unsigned meet_named(int id, const char *call, int threads, bool reduces, bool ye
 {
     const int all = (int)current->block->threads.size();
     if (id < 1 || id > 15 || threads < 32 || threads % 32 || threads > all)
-        misuse("%s(%d, %d): ids are 1 to 15, threads a multiple of 32 and at most %d", call, id, threads, all);
+        misuse("%s(%d, %d): ids are 1 to 15, threads a multiple of 32 up to %d", call, id, threads, all);
     return meet(id, call, (unsigned)threads, reduces, yes, waits);
 }
 } // namespace
@@ -488,13 +490,15 @@ uint32_t shared_range(const char *call, const void *p, size_t bytes, size_t alig
 
 } // namespace cuda_model
 
-void named_sync(int id, int threads) { cuda_model::meet_named(id, "named_sync", threads, false, false, true); }
-void named_arrive(int id, int threads) { cuda_model::meet_named(id, "named_arrive", threads, false, false, false); }
+using namespace cuda_model;
+
+void named_sync(int id, int threads) { meet_named(id, "named_sync", threads, false, false, true); }
+void named_arrive(int id, int threads) { meet_named(id, "named_arrive", threads, false, false, false); }
 bool named_any(int id, int threads, bool yes)
 {
-    return cuda_model::meet_named(id, "named_any", threads, true, yes, true) != 0;
+    return meet_named(id, "named_any", threads, true, yes, true);
 }
 
-uint8_t *shared_memory() { return cuda_model::self().block->shared; }
+uint8_t *shared_memory() { return self().block->shared; }
 
-void cuda_model_threads() { fprintf(stderr, "cuda_model:%s\n", cuda_model::waiting_threads(1000).c_str()); }
+void cuda_model_threads() { fprintf(stderr, "cuda_model:%s\n", waiting_threads(1000).c_str()); }

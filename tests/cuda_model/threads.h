@@ -24,10 +24,10 @@ namespace cuda_model {
 
 /* Registers and stack of something that can be left and taken up again. */
 struct Context {
-    void *state = nullptr;        /* the stack pointer, or a ucontext_t */
-    const void *stack = nullptr;  /* its lowest byte, */
-    size_t size = 0;              /* both for the address sanitizer, */
-    void *fake_stack = nullptr;   /* as is this */
+    void *state = nullptr;       /* the stack pointer, or a ucontext_t */
+    const void *stack = nullptr; /* its lowest byte, */
+    size_t size = 0;             /* both for the address sanitizer, */
+    void *fake_stack = nullptr;  /* as is this */
 };
 
 struct Copy {
@@ -117,8 +117,8 @@ uint32_t random_below(size_t n);
 void wait_on(const void *thing, const char *call);
 void wake(const void *thing, unsigned first, unsigned count, unsigned result);
 
-/* Returns when every thread of the team has called it. The last one does the work for all: operands[n] is what
- * thread n of the team brought. */
+/* Returns when every thread of the team has called it. The last one does the work for all: operands[n] is
+ * what thread n of the team brought. */
 typedef void (*Work)(void *const *operands);
 void together(std::vector<Team> &teams, const char *call, void *operand, Work work);
 
