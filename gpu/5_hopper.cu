@@ -28,7 +28,8 @@ enum { THREADS = 384, WARPGROUP = 128, CONSUMER_WARPS = 8, PRODUCER_REGISTERS = 
 /* Named barriers; 0 is __syncthreads. */
 enum { TURN = 2, VOTE_64 = 4, VOTE_128 = 6, VOTE_32 = 8 };
 
-/* Of a slot: some row does not see all of a, or of b; there is no b; nothing comes after it. */
+/* Of a slot: some row does not see all of a, or of b, or scores are huge; there is no b; nothing comes after
+ * it. */
 enum { EDGE = 1, ONLY_A = 2, LAST = 4 };
 
 struct slot {
@@ -90,10 +91,12 @@ static __device__ void fetch_kv(const work &w, const query_block &q, tiles<WIDTH
     using size = shape<WIDTH, HALF>;
     const int64_t block = q.kv * w.g.k_blocks + j;
     slot &s = t.slots[at];
-    const bool edge = q.rows < BLOCK_Q || keys_of_row(w, q, 0, j) < BLOCK_K;
+    const float unit = score_unit(w, q, j);
+    const bool huge = !(unit * (float)(127 * 127 * WIDTH) < 0x1p20f); /* the rounding of m shows in exponents */
+    const bool edge = q.rows < BLOCK_Q || keys_of_row(w, q, 0, j) < BLOCK_K || huge;
     s.first = (int)q.first;
     s.skipped = w.may_skip ? skipped_row(w, q, 0) : NULL;
-    s.unit[b] = score_unit(w, q, j);
+    s.unit[b] = unit;
     s.block[b] = (int)j;
     s.skips = 0;
     s.flags = (b ? s.flags : 0) | (edge ? EDGE : 0) | (last ? LAST : 0) | (last && b == 0 ? ONLY_A : 0);
@@ -352,7 +355,8 @@ void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit, const float (
             float e[4]; /* columns 2 quad, 2 quad + 1 of tile i, then of tile i + 1 */
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                e[n] = exp2_fast(fmaf((float)s[4 * (i + n / 2) + 2 * h + n % 2], unit, base[h]));
+                const float x = fmaf((float)s[4 * (i + n / 2) + 2 * h + n % 2], unit, base[h]);
+                e[n] = exp2_fast(EDGE ? fminf(x, HALF ? 0.0f : 8.0f) : x);
                 if (EDGE && 8 * (i - 8 * B + n / 2) + column + n % 2 >= seen[h])
                     e[n] = 0.0f;
                 l[h] += e[n];

@@ -887,6 +887,19 @@ void test_races_show()
     check((wrong > 0) == (cuda_model_settings.seed > 0), "%d threads saw the race", wrong);
 }
 
+void test_orders()
+{
+    std::vector<std::vector<int>> orders;
+    for (uint64_t seed : { 0u, 1u, 2u, 2u }) {
+        cuda_model_settings.seed = seed;
+        Device<int> out(std::vector<int>(33, 0));
+        run_well(1, 32, 0, +[](int *o) { o[1 + atomicAdd(o, 1)] = rank(); }, out.p);
+        orders.push_back(out.values());
+    }
+    check(orders[0] != orders[1] && orders[1] != orders[2], "each seed has its order");
+    check(orders[2] == orders[3], "the same one every time");
+}
+
 /* ---- Mistakes ----------------------------------------------------------------------------- */
 
 /* Runs a kernel that must end the launch with a report that contains this. */
@@ -954,7 +967,7 @@ void test_misuse()
 
     expect("__syncwarp with mask 0000ffff", 32, [](X) { __syncwarp(0xffff); });
     expect("where 24 threads of the warp", 40, [](X) { __syncwarp(); });
-    expect("return", 32, [](X) { /* lane 3 has returned, or returns, as the order has it */
+    expect(cuda_model_settings.seed ? "return" : "thread 3: returned", 32, [](X) { /* lane 3 has returned, or returns, as the order has it */
                                  if (rank() != 3)
                                      __syncwarp();
     });
@@ -1460,6 +1473,7 @@ int main()
     const Test once[] = {
         { "arithmetic", test_arithmetic },
         { "conversions", test_conversions },
+        { "orders", test_orders },
         { "streams", test_streams },
         { "memory", test_memory },
         { "launch limits", test_launch_limits },
