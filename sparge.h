@@ -139,7 +139,8 @@ typedef struct sparge_knobs {
 
 typedef struct sparge_options {
     sparge_backend backend;
-    sparge_isa isa;               /* of the cpu backend; AUTO: what the environment's SPARGE_ISA names, or the best */
+    sparge_isa isa;               /* of the cpu backend; AUTO: what SPARGE_ISA in the environment names, or
+                                     the best */
     int threads;                  /* of the cpu backend, at most 1024; 0: as many as OpenMP would take */
     int64_t block_q, block_k;     /* rows of a query block, keys of a key block; 1 to 1024 */
     int64_t skip_rows;            /* lambda is decided for this many rows at a time; 0: by the rules */
@@ -157,7 +158,7 @@ typedef struct sparge_options {
     void *user;
     /* Of the cuda backend: */
     int rung;        /* of the ladder in gpu/README.md, 1 to 5; 0: the best that can do this here */
-    void *stream;    /* a cudaStream_t: calls queue their work there and return; NULL: they wait for the end */
+    void *stream;    /* a cudaStream_t: calls queue their work there and return; NULL: they wait */
     void *workspace; /* device memory to work in, or NULL: allocated and freed in the order of the stream */
     int64_t workspace_bytes; /* of it: at least what sparge_workspace_bytes says */
 } sparge_options;

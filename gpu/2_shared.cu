@@ -1,6 +1,6 @@
-/* 2_shared.cu: rung 2, tiles in shared memory. 256 threads load a piece of q, of k or of v together and each
- * multiplies an 8 x 4 piece of S or an 8 x (width / 16) piece of o out of it, in float: an element is read
- * from global memory once for a whole block, and from shared memory once for 4 to 8 multiply-adds.
+/* 2_shared.cu: rung 2, tiles in shared memory. 256 threads load a piece of q, of k or of v together, and
+ * each multiplies an 8 x 4 piece of S or an 8 x (width / 16) piece of o out of it, in float: an element is
+ * read from global memory once for a whole block, and from shared memory once for 4 to 8 multiply-adds.
  *
  * Thread (y, x), 16 x 16: rows y + 16 a, keys or channels x + 16 b, so that a warp reads 16 neighbouring
  * columns and two rows. */
@@ -19,10 +19,10 @@ template <int WIDTH> struct tiles {
     votes ballot;
 };
 
-/* `rows` of `padded` rows from `first` on, channels from c0 on, COUNT of them; zeros where there is nothing. */
+/* `rows` of `padded` rows from `first` on, COUNT channels from c0 on; zeros where there is nothing. */
 template <int COUNT, int PITCH>
-static __device__ void load(const sparge_in &in, int64_t b, int64_t h, int64_t first, int64_t rows, int padded, int c0,
-                            int dim, const float *mean, float (*to)[PITCH])
+static __device__ void load(const sparge_in &in, int64_t b, int64_t h, int64_t first, int64_t rows,
+                            int padded, int c0, int dim, const float *mean, float (*to)[PITCH])
 {
     for (int n = (int)threadIdx.x; n < padded * COUNT; n += THREADS) {
         const int r = n / COUNT, c = c0 + n % COUNT;
@@ -34,14 +34,16 @@ static __device__ void load(const sparge_in &in, int64_t b, int64_t h, int64_t f
 }
 
 /* Line 10: S of a block into t.p. */
-template <int WIDTH> static __device__ void multiply_qk(const work &w, const query_block &q, int64_t j, tiles<WIDTH> &t)
+template <int WIDTH>
+static __device__ void multiply_qk(const work &w, const query_block &q, int64_t j, tiles<WIDTH> &t)
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
     const float *const mean = w.mean ? w.mean + q.kv * w.dim : NULL;
     float s[ROWS][KEYS] = { { 0 } };
     for (int c0 = 0; c0 < WIDTH; c0 += CHUNK) {
         load<CHUNK>(w.q, q.b, q.h, q.first, q.rows, BLOCK_Q, c0, w.dim, NULL, t.q);
-        load<CHUNK>(w.k, q.b, q.kv % w.kv_heads, j * BLOCK_K, w.g.k_len - j * BLOCK_K, BLOCK_K, c0, w.dim, mean, t.k);
+        load<CHUNK>(w.k, q.b, q.kv % w.kv_heads, j * BLOCK_K, w.g.k_len - j * BLOCK_K, BLOCK_K, c0, w.dim,
+                    mean, t.k);
         __syncthreads();
         for (int c = 0; c < CHUNK; c++)
 #pragma unroll
@@ -61,7 +63,8 @@ template <int WIDTH> static __device__ void multiply_qk(const work &w, const que
 
 /* Lines 11-16: a thread for each row. A row that skips has weights of 0. */
 template <int WIDTH>
-static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda, sparge_row &state, tiles<WIDTH> &t)
+static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda,
+                             sparge_row &state, tiles<WIDTH> &t)
 {
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
     const float unit = w.scale * SPARGE_LOG2E, local = seen ? unit * max_of_row(t.p[r], seen) : -INFINITY;
@@ -100,7 +103,8 @@ static __device__ void multiply_pv(const work &w, const query_block &q, int64_t 
     }
 }
 
-template <int WIDTH> static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_constant__ work w)
+template <int WIDTH>
+static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_constant__ work w)
 {
     tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);

@@ -1,6 +1,6 @@
 /* 3_dp4a.cu: rung 3, the paper's int8 arithmetic. The shape of rung 2, but tiles hold the codes that
- * prepare.cu made, and dp4a multiplies four of them at once into int32: exact, a quarter of the instructions
- * and of the bytes.
+ * prepare.cu made, and dp4a multiplies four of them at once into int32: exact, with a quarter of the
+ * instructions and of the bytes.
  *
  * P is coded too, against the row's maximum in this block, so that o takes one multiply-add a block. */
 #include "gpu/image.h"
@@ -61,7 +61,8 @@ template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
 
 /* Lines 11-16: a thread for each row. A row that skips, or sees nothing, has codes and a weight of 0. */
 template <int WIDTH>
-static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda, sparge_row &state, tiles<WIDTH> &t)
+static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda,
+                             sparge_row &state, tiles<WIDTH> &t)
 {
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
     const float unit = score_unit(w, q, j), local = seen ? unit * max_of_row(t.s[r], seen) : -INFINITY;
@@ -118,7 +119,8 @@ static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step, flo
     __syncthreads();
 }
 
-template <int WIDTH> static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_constant__ work w)
+template <int WIDTH>
+static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_constant__ work w)
 {
     tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);

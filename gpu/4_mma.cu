@@ -33,8 +33,8 @@ template <int WIDTH> struct fragment {
     sparge_row state[2]; /* with f16 the sum is this thread's columns' alone, up to the end */
 };
 
-static __device__ __forceinline__ int lane() { return (int)threadIdx.x % 32; }
-static __device__ __forceinline__ int row_of(int h) { return (int)threadIdx.x / 32 * 16 + lane() / 4 + 8 * h; }
+SPARGE_DEVICE int lane() { return (int)threadIdx.x % 32; }
+SPARGE_DEVICE int row_of(int h) { return (int)threadIdx.x / 32 * 16 + lane() / 4 + 8 * h; }
 
 /* `bytes`, a multiple of 16. */
 static __device__ void load(void *to, const void *from, int bytes)
@@ -51,15 +51,17 @@ static __device__ void load_stage(const work &w, const query_block &q, int64_t j
     load(s.v, w.v_tile + block * v_tile_bytes(WIDTH, HALF), v_tile_bytes(WIDTH, HALF));
 }
 
-/* Two neighbouring operands b of 8 columns and 32 bytes of k each, out of an image whose rows are columns. */
-static __device__ __forceinline__ void load_columns(uint32_t (&b)[4], const void *image, int pitch, int column, int at)
+/* Two neighbouring operands b of 8 columns and 32 bytes of k each; a column is a row of the image. */
+SPARGE_DEVICE void load_columns(uint32_t (&b)[4], const void *image, int pitch, int column, int at)
 {
     const int matrix = lane() / 8;
-    ldmatrix(b, (const char *)image + image_at(pitch, column + 8 * (matrix / 2) + lane() % 8, at + 16 * (matrix % 2)));
+    ldmatrix(b, (const char *)image +
+                    image_at(pitch, column + 8 * (matrix / 2) + lane() % 8, at + 16 * (matrix % 2)));
 }
 
 /* Line 10: S of 16 rows. */
-template <int WIDTH> static __device__ void multiply_qk(const fragment<WIDTH> &f, const int8_t *k, int (&s)[8][4])
+template <int WIDTH>
+static __device__ void multiply_qk(const fragment<WIDTH> &f, const int8_t *k, int (&s)[8][4])
 {
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -76,7 +78,8 @@ template <int WIDTH> static __device__ void multiply_qk(const fragment<WIDTH> &f
 }
 
 /* Line 11: m_local of a thread's two rows; each sees the first `seen` keys. */
-static __device__ void local_maxima(const int (&s)[8][4], float unit, const int (&seen)[2], float (&local)[2])
+static __device__ void local_maxima(const int (&s)[8][4], float unit, const int (&seen)[2],
+                                    float (&local)[2])
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -96,8 +99,9 @@ static __device__ void local_maxima(const int (&s)[8][4], float unit, const int 
 }
 
 /* Lines 14-16: which of the two rows skip. All threads of the block come here together. */
-static __device__ void skipped_rows(const work &w, const query_block &q, votes &v, int64_t j, const sparge_row (&state)[2],
-                                    const float (&local)[2], float lambda, bool (&skips)[2])
+static __device__ void skipped_rows(const work &w, const query_block &q, votes &v, int64_t j,
+                                    const sparge_row (&state)[2], const float (&local)[2], float lambda,
+                                    bool (&skips)[2])
 {
     skips[0] = skips[1] = false;
     if (!w.may_skip)
@@ -119,7 +123,7 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
 }
 
 /* The weight of a score under `max`, which it does not exceed. */
-static __device__ __forceinline__ float weight_of(int s, float unit, float max)
+SPARGE_DEVICE float weight_of(int s, float unit, float max)
 {
     const float below = fmaf((float)s, unit, -max);
     return exp2_fast(below > 0.0f ? 0.0f : below);
@@ -166,7 +170,8 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
         for (int n = 0; n < 8; n++) {
             const int u = n / 4, h = n / 2 % 2, e = n % 2;
             const float d = step[8 * (i + u) + 2 * (lane() % 4) + e];
-            f.o[i + u][2 * h + e] = fmaf(c[h].weight * d, (float)sum[u][2 * h + e], f.o[i + u][2 * h + e] * c[h].shrink);
+            f.o[i + u][2 * h + e] =
+                fmaf(c[h].weight * d, (float)sum[u][2 * h + e], f.o[i + u][2 * h + e] * c[h].shrink);
         }
     }
 }
@@ -203,7 +208,8 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
 #pragma unroll
         for (int i = 0; i < WIDTH / 8; i += 2) { /* rows of v are keys here: ldmatrix transposes */
             uint32_t b[4];
-            const int matrix = lane() / 8, key = 16 * k + lane() % 8 + 8 * (matrix % 2), c = 8 * (i + matrix / 2);
+            const int matrix = lane() / 8, key = 16 * k + lane() % 8 + 8 * (matrix % 2),
+                      c = 8 * (i + matrix / 2);
             ldmatrix_transposed(b, v + c / 64 * 8192 + image_at(128, key, c % 64 * 2));
             mma_f16(f.o[i], p, b[0], b[1]);
             mma_f16(f.o[i + 1], p, b[2], b[3]);
@@ -212,8 +218,8 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
 }
 
 template <int WIDTH, bool HALF>
-static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda, const stage<WIDTH, HALF> &t,
-                                  votes &ballot, fragment<WIDTH> &f)
+static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda,
+                                  const stage<WIDTH, HALF> &t, votes &ballot, fragment<WIDTH> &f)
 {
     int s[8][4];
     multiply_qk(f, t.k, s);
@@ -281,8 +287,8 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
         const float norm = sparge_row_norm(&f.state[h]);
 #pragma unroll
         for (int i = 0; i < WIDTH / 8; i++)
-            store_pair(w.o, out_row(w, q, row_of(h)), 8 * i + 2 * (lane() % 4), w.dim_v, f.o[i][2 * h] * norm,
-                       f.o[i][2 * h + 1] * norm);
+            store_pair(w.o, out_row(w, q, row_of(h)), 8 * i + 2 * (lane() % 4), w.dim_v,
+                       f.o[i][2 * h] * norm, f.o[i][2 * h + 1] * norm);
         if (lane() % 4 == 0)
             store_state(w, q, row_of(h), f.state[h]);
     }

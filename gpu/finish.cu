@@ -26,7 +26,8 @@ static __device__ int64_t tokens_of(const work &w, const query_block &q, int r0,
     return sum;
 }
 
-static __device__ void count_block(const work &w, const query_block &q, int64_t j, unsigned long long *tally)
+static __device__ void count_block(const work &w, const query_block &q, int64_t j,
+                                   unsigned long long *tally)
 {
     const int group = w.may_skip ? w.skip_rows : BLOCK_Q, all = (int)q.rows;
     int done = 0;

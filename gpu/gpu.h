@@ -20,8 +20,8 @@ bool sparge_cuda_available(void); /* there is a device, and rung 1 runs on it */
  * backend cannot do what is asked. */
 sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
 
-sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse, int64_t *bytes,
-                                    sparge_error *error);
+sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
+                                    int64_t *bytes, sparge_error *error);
 
 /* The stages. mask->bits may be NULL in `attention`: the mask then stands in the workspace. A mask of NULL
  * is dense. result->head_counts may be NULL; result->counts is the callee's to fill in. */

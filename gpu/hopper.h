@@ -29,7 +29,10 @@ SPARGE_DEVICE uint64_t descriptor_k_major(const void *tile, int pitch)
 
 /* Rows along k, 64 elements of 16 bits along N in each; `chunk` bytes further stand the next 64 columns.
  * 16 rows further along k add DESCRIPTOR_16_ROWS. */
-SPARGE_DEVICE uint64_t descriptor_n_major(const void *tile, int chunk) { return descriptor(tile, 128, chunk, 1024); }
+SPARGE_DEVICE uint64_t descriptor_n_major(const void *tile, int chunk)
+{
+    return descriptor(tile, 128, chunk, 1024);
+}
 
 enum { DESCRIPTOR_32_BYTES = 32 >> 4, DESCRIPTOR_16_ROWS = 16 * 128 >> 4 };
 
@@ -43,7 +46,10 @@ enum { DESCRIPTOR_32_BYTES = 32 >> 4, DESCRIPTOR_16_ROWS = 16 * 128 >> 4 };
 SPARGE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 /* What was issued since the last commit is a group; wait<N> returns when all but the newest N are done. */
 SPARGE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> SPARGE_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+template <int N> SPARGE_DEVICE void wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 
 /* Keeps the compiler from moving uses of x across this place: around wgmma its registers change unseen. */
 template <int N> SPARGE_DEVICE void pin(float (&x)[N])
@@ -65,18 +71,18 @@ template <int N> SPARGE_DEVICE void pin(uint32_t (&x)[N])
         asm volatile("" : "+r"(x[n]) :: "memory");
 }
 
-/* The N / 2 registers of d: d[4 i + 2 h + e] is row 16 w + g + 8 h, column 8 i + 2 q + e. They have to be
- * written out one by one: REGISTERS_n is their list in the text, OPERANDS_n the list of constraints. */
-#define OPERANDS_8(type, d, n)                                                                              \
-    type(d[n]), type(d[n + 1]), type(d[n + 2]), type(d[n + 3]), type(d[n + 4]), type(d[n + 5]), type(d[n + 6]), \
-        type(d[n + 7])
-#define OPERANDS_32(type, d, n) \
-    OPERANDS_8(type, d, n), OPERANDS_8(type, d, n + 8), OPERANDS_8(type, d, n + 16), OPERANDS_8(type, d, n + 24)
-#define OPERANDS_48(type, d) OPERANDS_32(type, d, 0), OPERANDS_8(type, d, 32), OPERANDS_8(type, d, 40)
-#define OPERANDS_64(type, d) OPERANDS_32(type, d, 0), OPERANDS_32(type, d, 32)
-#define REGISTERS_32                                                                              \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
-    "%29,%30,%31"
+/* The N / 2 registers of d: d[4 i + 2 h + e] is row 16 w + g + 8 h, column 8 i + 2 q + e. Assembly wants
+ * them one by one: REGISTERS_n is their list in its text, OPERANDS_n the list of constraints. */
+#define OPERANDS_8(type, d, n)                                                                            \
+    type(d[n]), type(d[n + 1]), type(d[n + 2]), type(d[n + 3]), type(d[n + 4]), type(d[n + 5]),           \
+        type(d[n + 6]), type(d[n + 7])
+#define OPERANDS_16(type, d, n) OPERANDS_8(type, d, n), OPERANDS_8(type, d, n + 8)
+#define OPERANDS_32(type, d) OPERANDS_16(type, d, 0), OPERANDS_16(type, d, 16)
+#define OPERANDS_48(type, d) OPERANDS_32(type, d), OPERANDS_16(type, d, 32)
+#define OPERANDS_64(type, d) OPERANDS_48(type, d), OPERANDS_16(type, d, 48)
+#define REGISTERS_32                                                                                      \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                              \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define REGISTERS_48 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define REGISTERS_64 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
@@ -88,42 +94,39 @@ SPARGE_DEVICE void wgmma_s8(int (&d)[64], uint64_t a, uint64_t b, bool add)
                  : OPERANDS_64("+r", d) : "l"(a), "l"(b), "r"((int)add));
 }
 
-/* float, a in registers (as mma_s8's: bytes of rows 16 w + ..), b bytes in shared memory, k-major; k = 32. */
-#define WGMMA_E4M3(N, HALF, A0, A1, A2, A3, B, ADD)                                                             \
-    SPARGE_DEVICE void wgmma_e4m3(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b, bool add)              \
-    {                                                                                                           \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                           \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS_##HALF              \
-                     "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1; }\n"                          \
-                     : WGMMA_OPERANDS_##HALF : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
+/* float, a in registers, b in shared memory: `shape` is the instruction's, `more` its last immediates, and
+ * a0 .. a3, b_at, add_at the numbers of the operands after d's. */
+#define WGMMA_FROM_REGISTERS(name, count, shape, a0, a1, a2, a3, b_at, add_at, more)                      \
+    SPARGE_DEVICE void name(float (&d)[count], const uint32_t (&a)[4], uint64_t b, bool add)              \
+    {                                                                                                     \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #add_at ", 0;\n"                                  \
+                     "wgmma.mma_async.sync.aligned." shape " {" REGISTERS_##count "}, "                   \
+                     "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b_at ", p, " more "; }\n"                \
+                     : OPERANDS_##count("+f", d)                                                          \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                \
     }
-/* float, a in registers (as mma_f16's), b binary16 in shared memory, n-major; k = 16. */
-#define WGMMA_F16(N, HALF, A0, A1, A2, A3, B, ADD)                                                              \
-    SPARGE_DEVICE void wgmma_f16(float (&d)[HALF], const uint32_t (&a)[4], uint64_t b, bool add)               \
-    {                                                                                                           \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #ADD ", 0;\n"                                           \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" REGISTERS_##HALF                \
-                     "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, 1; }\n"                       \
-                     : WGMMA_OPERANDS_##HALF : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add)); \
-    }
-#define WGMMA_OPERANDS_32 OPERANDS_32("+f", d, 0)
-#define WGMMA_OPERANDS_48 OPERANDS_48("+f", d)
-#define WGMMA_OPERANDS_64 OPERANDS_64("+f", d)
-WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
-WGMMA_E4M3(96, 48, 48, 49, 50, 51, 52, 53)
-WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
-WGMMA_F16(64, 32, 32, 33, 34, 35, 36, 37)
-WGMMA_F16(96, 48, 48, 49, 50, 51, 52, 53)
-WGMMA_F16(128, 64, 64, 65, 66, 67, 68, 69)
 
-/* ---- mbarrier: a phase ends when `arrivals` threads have arrived and all announced bytes have landed. --- */
+/* a: bytes as mma_s8 has them, of rows 16 w + ..; b k-major; k = 32. */
+WGMMA_FROM_REGISTERS(wgmma_e4m3, 32, "m64n64k32.f32.e4m3.e4m3", 32, 33, 34, 35, 36, 37, "1, 1")
+WGMMA_FROM_REGISTERS(wgmma_e4m3, 48, "m64n96k32.f32.e4m3.e4m3", 48, 49, 50, 51, 52, 53, "1, 1")
+WGMMA_FROM_REGISTERS(wgmma_e4m3, 64, "m64n128k32.f32.e4m3.e4m3", 64, 65, 66, 67, 68, 69, "1, 1")
+/* a: halves as mma_f16 has them; b n-major (the last immediate says so); k = 16. */
+WGMMA_FROM_REGISTERS(wgmma_f16, 32, "m64n64k16.f32.f16.f16", 32, 33, 34, 35, 36, 37, "1, 1, 1")
+WGMMA_FROM_REGISTERS(wgmma_f16, 48, "m64n96k16.f32.f16.f16", 48, 49, 50, 51, 52, 53, "1, 1, 1")
+WGMMA_FROM_REGISTERS(wgmma_f16, 64, "m64n128k16.f32.f16.f16", 64, 65, 66, 67, 68, 69, "1, 1, 1")
+
+/* ---- mbarrier: a phase ends when `arrivals` threads have arrived and all announced bytes landed --- */
 
 SPARGE_DEVICE void barrier_init(uint64_t *b, int arrivals)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)
+                 : "memory");
 }
 /* After the last init, before the block's threads meet. */
-SPARGE_DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SPARGE_DEVICE void barrier_init_fence()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 SPARGE_DEVICE void barrier_arrive(uint64_t *b)
 {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
@@ -131,9 +134,11 @@ SPARGE_DEVICE void barrier_arrive(uint64_t *b)
 /* Arrives, and announces bytes that copies will bring. */
 SPARGE_DEVICE void barrier_arrive_expect(uint64_t *b, uint32_t bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(b)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes)
+                 : "memory");
 }
-/* Returns when the phase of this parity has ended: 0 for the first, 1 for the second, and so on by turns. */
+/* Returns when the phase of this parity has ended: 0 for the first, 1 for the second, and so on. */
 SPARGE_DEVICE void barrier_wait(uint64_t *b, uint32_t parity)
 {
     asm volatile("{ .reg .pred p;\n"
@@ -144,8 +149,11 @@ SPARGE_DEVICE void barrier_wait(uint64_t *b, uint32_t parity)
 /* `bytes` from global to shared memory, a multiple of 16 and both aligned to 16; counted on b. */
 SPARGE_DEVICE void copy_bulk(void *shared, const void *global, uint32_t bytes, uint64_t *b)
 {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(b)) : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(shared)),
+        "l"(global), "r"(bytes), "r"(shared_address(b))
+        : "memory");
 }
 
 /* ---- Named barriers, 1 to 15, of `threads` threads ---- */
@@ -172,8 +180,14 @@ SPARGE_DEVICE bool named_any(int id, int threads, bool yes)
 /* ---- The rest ---- */
 
 /* Registers a thread of this warpgroup may hold from here on; every warp of it calls. */
-template <int N> SPARGE_DEVICE void registers_grow() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
-template <int N> SPARGE_DEVICE void registers_shrink() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
+template <int N> SPARGE_DEVICE void registers_grow()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> SPARGE_DEVICE void registers_shrink()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 
 /* Before the tensor core or a bulk copy reads shared memory that threads have written. */
 SPARGE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

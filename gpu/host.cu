@@ -31,8 +31,8 @@ static sparge_status check(cudaError_t e, const char *call, sparge_error *error)
 {
     if (e == cudaSuccess)
         return SPARGE_OK;
-    return fail(error, e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE, "%s: %s (%s)", call,
-                cudaGetErrorString(e), cudaGetErrorName(e));
+    return fail(error, e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE,
+                "%s: %s (%s)", call, cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
 /* ---- The device and the ladder ---- */
@@ -61,12 +61,13 @@ static sparge_status find_device(device *d, sparge_error *error)
             e = cudaDeviceGetAttribute(a.value, a.name, id);
     d->capability = 10 * major + minor;
     if (e == cudaSuccess && d->capability < 80)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "the CUDA device has compute capability %d.%d, it must be at least 8.0",
-                    major, minor);
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "the CUDA device has compute capability %d.%d, it must be at least 8.0", major, minor);
     return check(e, "cudaDeviceGetAttribute", error);
 }
 
-enum { FLOATS = 1u << SPARGE_FLOAT, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_HALF, EIGHTHS = 1u << SPARGE_FP8 };
+enum { FLOATS = 1u << SPARGE_FLOAT, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_HALF };
+enum { EIGHTHS = 1u << SPARGE_FP8 };
 
 /* What each rung multiplies with; FASTEST is `fastest`. */
 static const struct rung {
@@ -109,7 +110,8 @@ static const char *obstacle(int n, const device &d, const sparge_problem *p, con
     return NULL;
 }
 
-static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_options *o, sparge_error *error)
+static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_options *o,
+                               sparge_error *error)
 {
     const char *why = NULL;
     int n = o->rung;
@@ -119,7 +121,8 @@ static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_
         for (n = RUNGS; n > 0 && (why = obstacle(n, d, p, o)); n--)
             ;
     if (n == 0)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "no rung of the cuda backend has these precisions of Q.K^T and P.V");
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "no rung of the cuda backend has these precisions of Q.K^T and P.V");
     if (why)
         return fail(error, SPARGE_ERR_UNSUPPORTED, "rung is %d, which %s", n, why);
     o->rung = n;
@@ -142,18 +145,22 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sp
     if (status)
         return status;
     if (o->block_q != BLOCK_Q || o->block_k != BLOCK_K)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "blocks are %lld x %lld, the cuda backend has 128 x 64 alone",
-                    (long long)o->block_q, (long long)o->block_k);
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "blocks are %lld x %lld, the cuda backend has 128 x 64 alone", (long long)o->block_q,
+                    (long long)o->block_k);
     if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "dim is %lld and dim_v %lld, the cuda backend has at most 128",
-                    (long long)p->dim, (long long)p->dim_v);
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "dim is %lld and dim_v %lld, the cuda backend has at most 128", (long long)p->dim,
+                    (long long)p->dim_v);
     const int64_t most = (int64_t)1 << 30, lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
     const int64_t columns = p->batch * p->kv_heads * sparge_ceil_div(p->k_len, BLOCK_K);
     if (p->q_len > most || p->k_len > most || lines > most || columns > most / 2)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
                     (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
     if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "k_len is %lld, a row of its blocks does not fit into shared memory",
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "k_len is %lld, a row of its blocks does not fit into shared memory",
                     (long long)p->k_len);
     return find_rung(d, p, o, error);
 }
@@ -185,11 +192,15 @@ template <class T> static T *take(arena &a, int64_t count)
 }
 
 /* What the caller wants to see, or memory of our own. */
-template <class T> static T *take_unless(T *wanted, arena &a, int64_t count) { return wanted ? wanted : take<T>(a, count); }
+template <class T> static T *take_unless(T *wanted, arena &a, int64_t count)
+{
+    return wanted ? wanted : take<T>(a, count);
+}
 
 static void lay_out_prediction(work &w, const call &c, arena &a)
 {
-    const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads, lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
+    const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads;
+    const int64_t lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
     if (c.o->smooth_k) {
         w.sums = take<float>(a, blocks * w.dim);
         w.mean = take_unless(c.trace->mean_k, a, kv * w.dim);
@@ -210,9 +221,15 @@ static void lay_out_prediction(work &w, const call &c, arena &a)
         w.head_knobs = take<sparge_knobs>(a, w.heads);
 }
 
+static int64_t skipped_words(const work &w)
+{
+    return w.batch * w.heads * w.g.q_blocks * groups(w) * sparge_mask_row_words(w.g.k_blocks);
+}
+
 static void lay_out_attention(work &w, const call &c, arena &a)
 {
-    const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads, lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
+    const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads;
+    const int64_t lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
     const bool codes = c.o->qk == SPARGE_INT8, halves = w.pv == SPARGE_HALF;
     w.wild_v = take<uint8_t>(a, blocks);
     if (codes) {
@@ -237,7 +254,7 @@ static void lay_out_attention(work &w, const call &c, arena &a)
     if (c.lse && c.o->smooth_k)
         w.lift = take<float>(a, n * w.g.q_len);
     if (w.may_skip)
-        w.skipped = take<uint32_t>(a, lines * groups(w) * sparge_mask_row_words(w.g.k_blocks));
+        w.skipped = take<uint32_t>(a, skipped_words(w));
     w.m = take_unless(c.trace->m, a, n * w.g.q_len);
     w.l = take_unless(c.trace->l, a, n * w.g.q_len);
     if (c.o->rung == 5) {
@@ -298,7 +315,8 @@ static sparge_status check_pointer(const char *name, const void *data, bool need
     if (e != cudaSuccess)
         return check(e, "cudaPointerGetAttributes", error);
     if (a.type != cudaMemoryTypeDevice && a.type != cudaMemoryTypeManaged)
-        return fail(error, SPARGE_ERR_ARGUMENT, "%s points to host memory, the cuda backend needs device memory", name);
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "%s points to host memory, the cuda backend needs device memory", name);
     return SPARGE_OK;
 }
 
@@ -329,7 +347,7 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
     return status;
 }
 
-/* ---- Thresholds: a graph may run long after the caller's array is gone, so they travel as arguments ---- */
+/* ---- Thresholds travel as arguments: a graph may run when the caller's array is long gone ---- */
 
 enum { KNOBS = 128 };
 
@@ -375,7 +393,9 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
         }
         return e == cudaSuccess;
     };
-    const auto mark = [&](int n) { return watch.made == 0 || step("cudaEventRecord", cudaEventRecord(watch.mark[n], stream)); };
+    const auto mark = [&](int n) {
+        return watch.made == 0 || step("cudaEventRecord", cudaEventRecord(watch.mark[n], stream));
+    };
     bool on = mark(0);
     if (on && w.head_knobs)
         on = step("the launch of set_knobs", send_knobs(w, c.o->per_head, stream));
@@ -385,12 +405,12 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
     on = on && mark(2);
     if (on && c.attends) {
         if (w.skipped)
-            on = step("cudaMemsetAsync", cudaMemsetAsync(w.skipped, 0,
-                      (size_t)(w.batch * w.heads * w.g.q_blocks * groups(w) * sparge_mask_row_words(w.g.k_blocks)) * 4, stream));
+            on = step("cudaMemsetAsync", cudaMemsetAsync(w.skipped, 0, 4 * (size_t)skipped_words(w), stream));
         if (on && w.order)
             on = step("the launch of plan", plan(w, stream));
         on = on && step("the launch of attend", ladder[c.o->rung].attend(w, stream)) &&
-             step("the launch of finish", finish(w, stream)) && step("the launch of trace", trace(w, stream));
+             step("the launch of finish", finish(w, stream)) &&
+             step("the launch of trace", trace(w, stream));
     }
     if (on)
         mark(3);
@@ -400,10 +420,12 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
 /* Waits, reads the clock and the counters. */
 static sparge_status conclude(const work &w, const call &c, const stopwatch &watch, sparge_error *error)
 {
-    sparge_status status = check(cudaStreamSynchronize((cudaStream_t)c.o->stream), "cudaStreamSynchronize", error);
+    sparge_status status =
+        check(cudaStreamSynchronize((cudaStream_t)c.o->stream), "cudaStreamSynchronize", error);
     float ms[stopwatch::MARKS - 1] = { 0 };
     for (int n = 0; n + 1 < stopwatch::MARKS && !status; n++)
-        status = check(cudaEventElapsedTime(&ms[n], watch.mark[n], watch.mark[n + 1]), "cudaEventElapsedTime", error);
+        status = check(cudaEventElapsedTime(&ms[n], watch.mark[n], watch.mark[n + 1]),
+                       "cudaEventElapsedTime", error);
     if (status || !c.result)
         return status;
     c.result->seconds_quantize = 1e-3 * (double)ms[0];
@@ -411,7 +433,8 @@ static sparge_status conclude(const work &w, const call &c, const stopwatch &wat
     c.result->seconds_attend = 1e-3 * (double)ms[2];
     for (int64_t n = 0; n < w.batch * w.heads && !status; n++) {
         sparge_counts head;
-        status = check(cudaMemcpy(&head, w.counts + n, sizeof head, cudaMemcpyDeviceToHost), "cudaMemcpy", error);
+        status = check(cudaMemcpy(&head, w.counts + n, sizeof head, cudaMemcpyDeviceToHost), "cudaMemcpy",
+                       error);
         if (status)
             break;
         c.result->counts.pairs += head.pairs;
@@ -437,7 +460,8 @@ static sparge_status run(const call &c, sparge_error *error)
         return status;
     const int64_t bytes = lay_out(w, c, NULL);
     if (c.o->workspace && (c.o->workspace_bytes < bytes || (uintptr_t)c.o->workspace % 256 != 0))
-        return fail(error, SPARGE_ERR_ARGUMENT, "workspace has %lld bytes at %p, it needs %lld at a multiple of 256",
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "workspace has %lld bytes at %p, it needs %lld at a multiple of 256",
                     (long long)c.o->workspace_bytes, c.o->workspace, (long long)bytes);
 
     void *memory = c.o->workspace;
@@ -457,7 +481,8 @@ static sparge_status run(const call &c, sparge_error *error)
     if (!status && waits)
         status = conclude(w, c, watch, error);
     if (memory && !c.o->workspace) {
-        const sparge_status freed = check(cudaFreeAsync(memory, stream), "cudaFreeAsync", status ? NULL : error);
+        const sparge_status freed =
+            check(cudaFreeAsync(memory, stream), "cudaFreeAsync", status ? NULL : error);
         status = status ? status : freed;
     }
     while (watch.made > 0)
@@ -494,8 +519,8 @@ sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_option
     return run(c, error);
 }
 
-sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse, int64_t *bytes,
-                                    sparge_error *)
+sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
+                                    int64_t *bytes, sparge_error *)
 {
     const call c = { p, o, true, true, NULL, 0, &no_trace, NULL, lse };
     work w;

@@ -31,6 +31,9 @@ SPARGE_HD int key_slot(int k) { return (k & ~15) + 4 * (k >> 1 & 3) + 2 * (k >> 
 SPARGE_HD int pitch_of(int width) { return width == 64 ? 64 : 128; }
 SPARGE_HD int q_tile_bytes(int width) { return 128 * pitch_of(width); }
 SPARGE_HD int k_tile_bytes(int width) { return 64 * pitch_of(width); }
-SPARGE_HD int v_tile_bytes(int width, bool halves) { return halves ? (width + 63) / 64 * 64 * 128 : width * 64; }
+SPARGE_HD int v_tile_bytes(int width, bool halves)
+{
+    return halves ? (width + 63) / 64 * 64 * 128 : width * 64;
+}
 
 #endif

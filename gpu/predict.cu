@@ -1,8 +1,8 @@
 /* predict.cu: stage 1, which (query block, key block) pairs are worth computing: scores, selection and the
  * bit mask in one kernel. Sec 3.3, Algorithm 1 lines 4-6; ref/predict.c in the reference.
  *
- * A warp owns a row of S. Up to eight rows of a head share a thread block, so that a pooled key is read once
- * for all of them; fewer where the rows are too long to stand in shared memory together.
+ * A warp owns a row of S. Up to eight rows of a head share a thread block, so that a pooled key is read
+ * once for all of them; fewer where the rows are too long to stand in shared memory together.
  * Nothing is sorted: the best blocks are those above a cut, and the cut is found by bisection. Masses are
  * integers, so that their sums are the reference's in any order. */
 #include "gpu/ptx.h"
@@ -29,7 +29,8 @@ static __device__ float dot(const float *a, const float *b, int n)
 }
 
 /* Line 5: S[i,:] of every warp's row; -inf where K_j is not similar or not seen. */
-static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta, scores &s, float *row)
+static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta, scores &s,
+                                  float *row)
 {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, padded = (w.dim + 15) / 16 * 16;
     const int64_t keys = q.kv * w.g.k_blocks;
@@ -39,13 +40,15 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
         __syncthreads();
         for (int n = (int)threadIdx.x; n < KEYS * padded; n += THREADS) {
             const int t = n / padded, c = n % padded;
-            s.k[t * PITCH + c] = j0 + t < w.g.k_blocks && c < w.dim ? w.pool_k[(keys + j0 + t) * w.dim + c] : 0.0f;
+            s.k[t * PITCH + c] =
+                j0 + t < w.g.k_blocks && c < w.dim ? w.pool_k[(keys + j0 + t) * w.dim + c] : 0.0f;
         }
         __syncthreads();
         const int64_t j = j0 + lane;
         if (there && j < w.g.k_blocks) {
             const bool similar = !w.wild_k[keys + j] && w.sim_k[keys + j] > theta;
-            row[j] = j < q.seen && similar ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) : -INFINITY;
+            row[j] =
+                j < q.seen && similar ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) : -INFINITY;
         }
     }
     __syncwarp();
@@ -76,9 +79,12 @@ struct cut {
 };
 
 /* What a block counts towards a limit: its share of softmax(S[i,:]) as an integer, or 1. */
-static __device__ uint64_t mass(float s, float max) { return (uint64_t)(sparge_exp2((s - max) * SPARGE_LOG2E) * 0x1p30f); }
+static __device__ uint64_t mass(float s, float max)
+{
+    return (uint64_t)(sparge_exp2((s - max) * SPARGE_LOG2E) * 0x1p30f);
+}
 
-/* The longest run of best blocks whose masses, or number where `count`, stay within `limit`; at least one. */
+/* The longest run of best blocks whose mass, or number where `count`, is within `limit`; at least one. */
 static __device__ cut best_within(const float *row, int64_t seen, float max, bool count, uint64_t limit)
 {
     const int lane = (int)threadIdx.x % 32;
@@ -128,7 +134,8 @@ static __device__ bool keeps(const cut &c, bool finite, uint64_t rank, uint32_t 
 }
 
 /* Line 6: M[i,:]. */
-static __device__ void select_row(const work &w, const query_block &q, const sparge_knobs &knobs, const float *row)
+static __device__ void select_row(const work &w, const query_block &q, const sparge_knobs &knobs,
+                                  const float *row)
 {
     const int lane = (int)threadIdx.x % 32;
     float max = -INFINITY;
@@ -136,14 +143,16 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
         max = sparge_finite(row[j]) ? fmaxf(max, row[j]) : max;
     for (int half = 16; half > 0; half /= 2)
         max = fmaxf(max, __shfl_xor_sync(~0u, max, half));
-    const bool some = max > -INFINITY, by_mass = some && knobs.tau != SPARGE_OFF, by_count = some && knobs.topk != SPARGE_OFF;
+    const bool some = max > -INFINITY, by_mass = some && knobs.tau != SPARGE_OFF,
+               by_count = some && knobs.topk != SPARGE_OFF;
 
     cut heavy = { 0, 0 }, top = { 0, 0 };
     if (by_mass) {
         uint64_t total = 0;
         for (int64_t j = lane; j < q.seen; j += 32)
             total += sparge_finite(row[j]) ? mass(row[j], max) : 0;
-        heavy = best_within(row, q.seen, max, false, (uint64_t)((double)knobs.tau * (double)sum_of_warp(total)));
+        heavy = best_within(row, q.seen, max, false,
+                            (uint64_t)((double)knobs.tau * (double)sum_of_warp(total)));
     }
     if (by_count) {
         const int64_t share = (int64_t)floor((double)knobs.topk * (double)q.seen + 1e-5);
@@ -201,8 +210,8 @@ cudaError_t predict(const work &w, cudaStream_t stream)
 {
     const int rows = rows_that_fit(w.g.k_blocks, w.shared_limit);
     const size_t shared = sizeof(scores) + (size_t)(rows * w.g.k_blocks) * sizeof(float);
-    return launch(predict_rows, w.batch * w.heads * sparge_ceil_div(w.g.q_blocks, rows), THREADS, shared, stream, w,
-                  rows);
+    return launch(predict_rows, w.batch * w.heads * sparge_ceil_div(w.g.q_blocks, rows), THREADS, shared,
+                  stream, w, rows);
 }
 
 } // namespace sparge

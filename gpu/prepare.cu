@@ -126,7 +126,7 @@ static __device__ void load_block(const sparge_in &in, int64_t b, int64_t h, int
     __syncthreads();
 }
 
-/* sparge_dot by 16 lanes, each with one of its partial sums; the result is lane 0's. n is a multiple of 16. */
+/* sparge_dot by 16 lanes, one for each partial sum; lane 0 has the result. n is a multiple of 16. */
 static __device__ float dot_of_lanes(const float *a, const float *b, int n)
 {
     const int lane = (int)threadIdx.x % LANES;
@@ -303,7 +303,8 @@ static __device__ void halve_v(const work &w, int64_t line, block<WIDTH> &s)
     for (int n = (int)threadIdx.x; n < BLOCK_K * padded / 2; n += THREADS) {
         const int r = n / (padded / 2), c = n % (padded / 2) * 2;
         const float *x = &s.x[r * WIDTH + c];
-        const uint32_t pair = c < WIDTH ? sparge_f32_to_f16(x[0]) | (uint32_t)sparge_f32_to_f16(x[1]) << 16 : 0u;
+        const uint32_t pair =
+            c < WIDTH ? sparge_f32_to_f16(x[0]) | (uint32_t)sparge_f32_to_f16(x[1]) << 16 : 0u;
         *(uint32_t *)(tile + c / 64 * 8192 + image_at(128, r, c % 64 * 2)) = pair;
     }
 }
@@ -330,7 +331,8 @@ static __device__ void prepare_v(const work &w, int64_t line, block<WIDTH> &s)
         transpose_v(w, line, rows, s);
 }
 
-template <int WIDTH> static __global__ void __launch_bounds__(THREADS) prepare_blocks(const __grid_constant__ work w)
+template <int WIDTH>
+static __global__ void __launch_bounds__(THREADS) prepare_blocks(const __grid_constant__ work w)
 {
     block<WIDTH> &s = *(block<WIDTH> *)shared_memory();
     const int64_t of_q = w.batch * w.heads * w.g.q_blocks, of_k = w.batch * w.kv_heads * w.g.k_blocks;

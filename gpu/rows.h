@@ -7,7 +7,7 @@
 namespace sparge {
 
 /* How many keys of block j row r may see: the first ones. */
-static __device__ __forceinline__ int keys_of_row(const work &w, const query_block &q, int r, int64_t j)
+SPARGE_DEVICE int keys_of_row(const work &w, const query_block &q, int r, int64_t j)
 {
     if (r >= q.rows)
         return 0;
@@ -21,20 +21,20 @@ struct votes {
     uint32_t group[BLOCK_Q];
 };
 
-static __device__ __forceinline__ void vote(const work &w, votes &v, int r, float gap, float lambda)
+SPARGE_DEVICE void vote(const work &w, votes &v, int r, float gap, float lambda)
 {
     if (gap > -INFINITY)
         atomicOr(&v.group[r / w.skip_rows], sparge_group_skips(gap, lambda) ? 1u : 2u);
 }
 
 /* Called by all threads of the block between two of its barriers; then each asks for its rows. */
-static __device__ __forceinline__ bool voted_to_skip(const work &w, const votes &v, int r)
+SPARGE_DEVICE bool voted_to_skip(const work &w, const votes &v, int r)
 {
     return v.group[r / w.skip_rows] == 1u;
 }
 
 /* The whole vote where thread r owns row r (and threads from BLOCK_Q on own none). */
-static __device__ __forceinline__ bool group_skips(const work &w, const query_block &q, votes &v, int r, int64_t j,
+SPARGE_DEVICE bool group_skips(const work &w, const query_block &q, votes &v, int r, int64_t j,
                                                    float gap, float lambda)
 {
     if (!w.may_skip)
@@ -54,7 +54,7 @@ static __device__ __forceinline__ bool group_skips(const work &w, const query_bl
 
 /* ---- One row, by one thread ---- */
 
-template <class T> static __device__ __forceinline__ float max_of_row(const T *s, int seen)
+template <class T> SPARGE_DEVICE float max_of_row(const T *s, int seen)
 {
     float max = -INFINITY;
     for (int t = 0; t < seen; t++)
@@ -65,7 +65,7 @@ template <class T> static __device__ __forceinline__ float max_of_row(const T *s
 
 /* Lines 12-13 with P in float: scores become weights against the running maximum, in place. Returns the
  * factor by which the row of o shrinks. */
-static __device__ __forceinline__ float weigh_row(sparge_row &state, float *s, int seen, float unit, float local)
+SPARGE_DEVICE float weigh_row(sparge_row &state, float *s, int seen, float unit, float local)
 {
     float sum[16] = { 0 };
     const float shrink = sparge_row_raise(&state, local);
@@ -78,7 +78,7 @@ static __device__ __forceinline__ float weigh_row(sparge_row &state, float *s, i
 }
 
 /* P in codes of 0 .. 127 against the row's maximum in this block. */
-static __device__ __forceinline__ int code_of_weight(float p) { return p <= 1.0f ? (int)(127.0f * p + 0.5f) : 0; }
+SPARGE_DEVICE int code_of_weight(float p) { return p <= 1.0f ? (int)(127.0f * p + 0.5f) : 0; }
 
 /* Lines 12-13 with P in codes that sum to `codes`: l, and what their products with V are multiplied by;
  * o shrinks by `shrink`. */
@@ -86,7 +86,7 @@ struct coded {
     float weight, shrink;
 };
 
-static __device__ __forceinline__ coded fold_codes(sparge_row &state, float local, float shrink, int codes)
+SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, float shrink, int codes)
 {
     coded c;
     c.shrink = shrink;

@@ -33,7 +33,9 @@ static __global__ void __launch_bounds__(THREADS) unpack_codes(const __grid_cons
     if ((w.codes_v || w.steps_v) && at < w.batch * w.kv_heads * w.g.k_len * w.dim_v) {
         const code_place p = place_of_code(at, w.g.k_len, w.dim_v, w.g.k_blocks, BLOCK_K);
         if (w.codes_v)
-            w.codes_v[at] = (int8_t)w.v_tile[p.tile * v_tile_bytes(w.width, false) + image_at(64, p.c, key_slot(p.row))];
+            w.codes_v[at] =
+                (int8_t)
+                    w.v_tile[p.tile * v_tile_bytes(w.width, false) + image_at(64, p.c, key_slot(p.row))];
         if (w.steps_v && p.row == 0)
             w.steps_v[p.tile * w.dim_v + p.c] = w.step_v[p.tile * w.width + p.c];
     }

@@ -6,7 +6,7 @@
 #ifndef SPARGE_GPU_WORK_H
 #define SPARGE_GPU_WORK_H
 
-#include <cuda_runtime.h>
+#include "gpu/ptx.h"
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
@@ -84,7 +84,7 @@ struct query_block {
     int64_t seen;           /* key blocks that some row may see: the first ones */
 };
 
-static __device__ __forceinline__ query_block query_block_of(const work &w, int64_t line)
+SPARGE_DEVICE query_block query_block_of(const work &w, int64_t line)
 {
     query_block q;
     q.line = line;
@@ -99,24 +99,24 @@ static __device__ __forceinline__ query_block query_block_of(const work &w, int6
     return q;
 }
 
-static __device__ __forceinline__ const sparge_knobs &knobs_of(const work &w, int64_t h)
+SPARGE_DEVICE const sparge_knobs &knobs_of(const work &w, int64_t h)
 {
     return w.head_knobs ? w.head_knobs[h] : w.knobs;
 }
 
-static __device__ __forceinline__ const uint32_t *mask_row(const work &w, const query_block &q)
+SPARGE_DEVICE const uint32_t *mask_row(const work &w, const query_block &q)
 {
     return w.mask ? w.mask + q.line * w.words : NULL;
 }
 
 /* The first kept block in [from, q.seen), or q.seen. */
-static __device__ __forceinline__ int64_t next_kept(const uint32_t *row, const query_block &q, int64_t from)
+SPARGE_DEVICE int64_t next_kept(const uint32_t *row, const query_block &q, int64_t from)
 {
     return row ? sparge_mask_row_next(row, from, q.seen) : sparge_min(from, q.seen);
 }
 
 /* Word `at` of a row, of blocks that some row may see. */
-static __device__ __forceinline__ uint32_t kept_word(const uint32_t *row, int64_t at, int64_t seen)
+SPARGE_DEVICE uint32_t kept_word(const uint32_t *row, int64_t at, int64_t seen)
 {
     const int64_t left = seen - 32 * at;
     const uint32_t visible = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
@@ -126,27 +126,27 @@ static __device__ __forceinline__ uint32_t kept_word(const uint32_t *row, int64_
 SPARGE_HD int groups(const work &w) { return (BLOCK_Q + w.skip_rows - 1) / w.skip_rows; }
 
 /* The row of `skipped` that belongs to the group of row r of a query block. */
-static __device__ __forceinline__ uint32_t *skipped_row(const work &w, const query_block &q, int r)
+SPARGE_DEVICE uint32_t *skipped_row(const work &w, const query_block &q, int r)
 {
     const int64_t words = sparge_mask_row_words(w.g.k_blocks);
     return w.skipped + (q.line * groups(w) + r / w.skip_rows) * words;
 }
 
 /* One thread of a group that skips block j says so; nothing is said of those that never do. */
-static __device__ __forceinline__ void mark_skipped(const work &w, const query_block &q, int r, int64_t j)
+SPARGE_DEVICE void mark_skipped(const work &w, const query_block &q, int r, int64_t j)
 {
     atomicOr(&skipped_row(w, q, r)[j >> 5], 1u << (j & 31));
 }
 
 /* To log2 units: what an integer score of the pair is multiplied by. */
-static __device__ __forceinline__ float score_unit(const work &w, const query_block &q, int64_t j)
+SPARGE_DEVICE float score_unit(const work &w, const query_block &q, int64_t j)
 {
     return w.step_q[q.line] * w.step_k[q.kv * w.g.k_blocks + j] * w.scale * SPARGE_LOG2E;
 }
 
 /* ---- Elements of the caller's tensors ---- */
 
-static __device__ __forceinline__ float element(const sparge_in &in, int64_t at)
+SPARGE_DEVICE float element(const sparge_in &in, int64_t at)
 {
     switch (in.dtype) {
     case SPARGE_F16: return sparge_f16_to_f32(((const uint16_t *)in.data)[at]);
@@ -156,12 +156,12 @@ static __device__ __forceinline__ float element(const sparge_in &in, int64_t at)
     return ((const float *)in.data)[at];
 }
 
-static __device__ __forceinline__ int64_t place(const sparge_in &in, int64_t b, int64_t h, int64_t token)
+SPARGE_DEVICE int64_t place(const sparge_in &in, int64_t b, int64_t h, int64_t token)
 {
     return b * in.batch + h * in.head + token * in.token;
 }
 
-static __device__ __forceinline__ void store(const sparge_out &out, int64_t at, float x)
+SPARGE_DEVICE void store(const sparge_out &out, int64_t at, float x)
 {
     switch (out.dtype) {
     case SPARGE_F32: ((float *)out.data)[at] = x; break;
@@ -170,9 +170,9 @@ static __device__ __forceinline__ void store(const sparge_out &out, int64_t at, 
     }
 }
 
-/* Channels c and c + 1 of a row that begins `at`, those of them that are there: in one access where both are
+/* Channels c and c + 1 of a row that begins `at`, as far as they are there: in one access where both are
  * and memory is aligned. */
-static __device__ __forceinline__ void store_pair(const sparge_out &out, int64_t at, int c, int dim, float x, float y)
+SPARGE_DEVICE void store_pair(const sparge_out &out, int64_t at, int c, int dim, float x, float y)
 {
     at += c;
     if (out.dtype != SPARGE_F32 && c + 1 < dim && ((uintptr_t)((uint16_t *)out.data + at) & 3) == 0) {
@@ -188,13 +188,13 @@ static __device__ __forceinline__ void store_pair(const sparge_out &out, int64_t
         store(out, at + 1, y);
 }
 
-static __device__ __forceinline__ int64_t out_row(const work &w, const query_block &q, int r)
+SPARGE_DEVICE int64_t out_row(const work &w, const query_block &q, int r)
 {
     return q.b * w.o.batch + q.h * w.o.head + (q.first + r) * w.o.token;
 }
 
 /* m and l of a row: finish.cu makes lse and counters of them. */
-static __device__ __forceinline__ void store_state(const work &w, const query_block &q, int r, const sparge_row &state)
+SPARGE_DEVICE void store_state(const work &w, const query_block &q, int r, const sparge_row &state)
 {
     w.m[q.n * w.g.q_len + q.first + r] = state.max;
     w.l[q.n * w.g.q_len + q.first + r] = state.sum;
@@ -202,12 +202,15 @@ static __device__ __forceinline__ void store_state(const work &w, const query_bl
 
 /* ---- The kernels, each behind a function that queues it ---- */
 
-cudaError_t prepare(const work &w, cudaStream_t stream); /* sums, mean, pooled rows, codes: at most 3 launches */
+cudaError_t prepare(const work &w,
+                    cudaStream_t stream); /* sums, mean, pooled rows, codes: at most 3 launches */
 cudaError_t predict(const work &w, cudaStream_t stream); /* the mask: 1 launch */
 bool predict_fits(int64_t k_blocks, int shared_limit);   /* into shared memory */
 cudaError_t plan(const work &w, cudaStream_t stream);    /* the order of rung 5: 1 launch */
-cudaError_t finish(const work &w, cudaStream_t stream);  /* lse, counters, NaN, rows without keys: 2 launches */
-cudaError_t trace(const work &w, cudaStream_t stream);   /* codes out of their images, where asked: 1 launch */
+cudaError_t finish(const work &w,
+                   cudaStream_t stream); /* lse, counters, NaN, rows without keys: 2 launches */
+cudaError_t trace(const work &w,
+                  cudaStream_t stream); /* codes out of their images, where asked: 1 launch */
 
 /* The ladder (README.md): stage 2 up to m and l. */
 cudaError_t attend_naive(const work &w, cudaStream_t stream);
@@ -225,7 +228,8 @@ cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t 
         return cudaSuccess;
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+        error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     (int)shared);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)blocks);
     config.blockDim = dim3((unsigned)threads);

@@ -179,8 +179,9 @@ std::string waiting_threads(size_t most)
             };
             for (last = first; last + 1 < b.threads.size() && waits_too(b.threads[last + 1]);)
                 last++;
+            const std::string to = last > first ? text("-%zu", last) : "";
             if (t.state == Thread::waiting && ++lines <= most)
-                all += "\n  " + name(b) + text(": %zu-%zu in ", first, last) + describe(t);
+                all += "\n  " + name(b) + text(": %zu%s in ", first, to.c_str()) + describe(t);
         }
     return lines > most ? all + text("\n  and %zu more", lines - most) : all;
 }
