@@ -53,7 +53,7 @@ static __device__ void fetch_kv(const work &w, const query_block &q, tiles<WIDTH
     copy_bulk(t.k[at] + b * size::K_BYTES, w.k8 + block * size::K_BYTES, size::K_BYTES, &t.k_full[at]);
     copy_bulk(t.v[at] + b * size::V_BYTES, w.v_tile + block * size::V_BYTES, size::V_BYTES, &t.v_full[at]);
     if (b == 1 || last)
-        barrier_arrive_expect(&t.k_full[at], (b + 1) * size::K_BYTES);
+        barrier_arrive_expect(&t.k_full[at], b ? 2 * size::K_BYTES : size::K_BYTES);
 }
 
 /* What the consumers skipped of a stage, once they are through with it: a lane for each group and block.

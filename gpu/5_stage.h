@@ -96,7 +96,7 @@ SPARGE_DEVICE void multiply_qk(int (&s)[64], const uint8_t *q, const uint8_t *k)
     pin(s);
     wgmma_fence();
 #pragma unroll
-    for (int c = 0; c < WIDTH / 32; c++)
+    for (unsigned c = 0; c < WIDTH / 32; c++)
         wgmma_s8(s, a + c * DESCRIPTOR_32_BYTES, b + c * DESCRIPTOR_32_BYTES, c > 0);
     wgmma_commit();
 }

@@ -1,169 +1,12 @@
-/* host.cu: the cuda backend from the processor's side: what this device can do, memory, the order of the
- * launches, errors. Nothing of the algorithm is here.
+/* host.cu: one call of the cuda backend from the processor's side: memory, the order of the launches, what
+ * comes back. Nothing of the algorithm is here.
  *
  * A call queues all of its work on one stream and looks at no result of it, so that it can be captured into
  * a CUDA graph; where the caller named no stream it waits for the end, and times the stages. */
-#include "gpu/gpu.h"
-
-#include <stdarg.h>
-#include <stdio.h>
-
+#include "gpu/host.h"
 #include "gpu/image.h"
-#include "gpu/work.h"
 
 using namespace sparge;
-
-/* ---- Errors ---- */
-
-static sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
-{
-    if (error) {
-        va_list args;
-        va_start(args, format);
-        vsnprintf(error->text, sizeof error->text, format, args);
-        va_end(args);
-    }
-    return status;
-}
-
-/* `call` as the sentence names it. */
-static sparge_status check(cudaError_t e, const char *call, sparge_error *error)
-{
-    if (e == cudaSuccess)
-        return SPARGE_OK;
-    return fail(error, e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE,
-                "%s: %s (%s)", call, cudaGetErrorString(e), cudaGetErrorName(e));
-}
-
-/* ---- The device and the ladder ---- */
-
-struct device {
-    int capability; /* 90 for 9.0 */
-    int shared_limit, multiprocessors;
-};
-
-static sparge_status find_device(device *d, sparge_error *error)
-{
-    int count = 0, id = 0, major = 0, minor = 0;
-    cudaError_t e = cudaGetDeviceCount(&count);
-    if (e != cudaSuccess || count == 0)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is cuda, but there is no CUDA device here: %s",
-                    cudaGetErrorString(e == cudaSuccess ? cudaErrorNoDevice : e));
-    const struct { cudaDeviceAttr name; int *value; } attributes[] = {
-        { cudaDevAttrComputeCapabilityMajor, &major },
-        { cudaDevAttrComputeCapabilityMinor, &minor },
-        { cudaDevAttrMaxSharedMemoryPerBlockOptin, &d->shared_limit },
-        { cudaDevAttrMultiProcessorCount, &d->multiprocessors },
-    };
-    e = cudaGetDevice(&id);
-    for (const auto &a : attributes)
-        if (e == cudaSuccess)
-            e = cudaDeviceGetAttribute(a.value, a.name, id);
-    d->capability = 10 * major + minor;
-    if (e == cudaSuccess && d->capability < 80)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "the CUDA device has compute capability %d.%d, it must be at least 8.0", major, minor);
-    return check(e, "cudaDeviceGetAttribute", error);
-}
-
-enum { FLOATS = 1u << SPARGE_FLOAT, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_HALF };
-enum { EIGHTHS = 1u << SPARGE_FP8 };
-
-/* What each rung multiplies with; FASTEST is `fastest`. */
-static const struct rung {
-    unsigned qk, pv; /* sets of precisions */
-    sparge_precision fastest;
-    cudaError_t (*attend)(const work &, cudaStream_t);
-} ladder[] = {
-    { 0, 0, SPARGE_FASTEST, NULL },
-    { FLOATS, FLOATS, SPARGE_FLOAT, attend_naive },
-    { FLOATS, FLOATS, SPARGE_FLOAT, attend_shared },
-    { BYTES, BYTES, SPARGE_INT8, attend_dp4a },
-    { BYTES, BYTES | HALVES, SPARGE_HALF, attend_mma },
-    { BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper },
-};
-enum { RUNGS = sizeof ladder / sizeof *ladder - 1 };
-
-static bool may_skip(const sparge_problem *p, const sparge_options *o)
-{
-    if (!o->per_head)
-        return o->knobs.lambda > -INFINITY;
-    for (int64_t h = 0; h < p->heads; h++)
-        if (o->per_head[h].lambda > -INFINITY)
-            return true;
-    return false;
-}
-
-/* Why a rung cannot do this here, as the end of a sentence; NULL where it can. */
-static const char *obstacle(int n, const device &d, const sparge_problem *p, const sparge_options *o)
-{
-    const sparge_precision pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
-    const int64_t rows = o->skip_rows;
-    if (!(ladder[n].qk >> o->qk & 1u))
-        return n <= 2 ? "computes Q.K^T in float alone" : "computes Q.K^T in int8 alone";
-    if (!(ladder[n].pv >> pv & 1u))
-        return "does not have this precision of P.V";
-    if (n == 5 && d.capability != 90)
-        return "needs compute capability 9.0";
-    if (n == 5 && may_skip(p, o) && rows != 16 && rows != 32 && rows != 64 && rows != 128)
-        return "tests lambda for 16, 32, 64 or 128 rows at a time";
-    return NULL;
-}
-
-static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_options *o,
-                               sparge_error *error)
-{
-    const char *why = NULL;
-    int n = o->rung;
-    if (n)
-        why = obstacle(n, d, p, o);
-    else
-        for (n = RUNGS; n > 0 && (why = obstacle(n, d, p, o)); n--)
-            ;
-    if (n == 0)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "no rung of the cuda backend has these precisions of Q.K^T and P.V");
-    if (why)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "rung is %d, which %s", n, why);
-    o->rung = n;
-    o->pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
-    return SPARGE_OK;
-}
-
-bool sparge_cuda_built(void) { return true; }
-
-bool sparge_cuda_available(void)
-{
-    device d;
-    return find_device(&d, NULL) == SPARGE_OK;
-}
-
-sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
-{
-    device d;
-    sparge_status status = find_device(&d, error);
-    if (status)
-        return status;
-    if (o->block_q != BLOCK_Q || o->block_k != BLOCK_K)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "blocks are %lld x %lld, the cuda backend has 128 x 64 alone", (long long)o->block_q,
-                    (long long)o->block_k);
-    if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "dim is %lld and dim_v %lld, the cuda backend has at most 128", (long long)p->dim,
-                    (long long)p->dim_v);
-    const int64_t most = (int64_t)1 << 30, lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
-    const int64_t columns = p->batch * p->kv_heads * sparge_ceil_div(p->k_len, BLOCK_K);
-    if (p->q_len > most || p->k_len > most || lines > most || columns > most / 2)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
-                    (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
-    if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "k_len is %lld, a row of its blocks does not fit into shared memory",
-                    (long long)p->k_len);
-    return find_rung(d, p, o, error);
-}
 
 /* ---- One call ---- */
 
@@ -405,10 +248,11 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
     on = on && mark(2);
     if (on && c.attends) {
         if (w.skipped)
-            on = step("cudaMemsetAsync", cudaMemsetAsync(w.skipped, 0, 4 * (size_t)skipped_words(w), stream));
+            on = step("cudaMemsetAsync",
+                      cudaMemsetAsync(w.skipped, 0, (size_t)skipped_words(w) * sizeof *w.skipped, stream));
         if (on && w.order)
             on = step("the launch of plan", plan(w, stream));
-        on = on && step("the launch of attend", ladder[c.o->rung].attend(w, stream)) &&
+        on = on && step("the launch of attend", attention_of(c.o->rung)(w, stream)) &&
              step("the launch of finish", finish(w, stream)) &&
              step("the launch of trace", trace(w, stream));
     }
@@ -431,18 +275,20 @@ static sparge_status conclude(const work &w, const call &c, const stopwatch &wat
     c.result->seconds_quantize = 1e-3 * (double)ms[0];
     c.result->seconds_predict = 1e-3 * (double)ms[1];
     c.result->seconds_attend = 1e-3 * (double)ms[2];
-    for (int64_t n = 0; n < w.batch * w.heads && !status; n++) {
-        sparge_counts head;
-        status = check(cudaMemcpy(&head, w.counts + n, sizeof head, cudaMemcpyDeviceToHost), "cudaMemcpy",
-                       error);
-        if (status)
-            break;
-        c.result->counts.pairs += head.pairs;
-        c.result->counts.qk_done += head.qk_done;
-        c.result->counts.pv_done += head.pv_done;
-        c.result->counts.tokens += head.tokens;
-        c.result->counts.qk_tokens += head.qk_tokens;
-        c.result->counts.pv_tokens += head.pv_tokens;
+    enum { PART = 64 };
+    sparge_counts head[PART], &sum = c.result->counts;
+    for (int64_t first = 0; first < w.batch * w.heads && !status; first += PART) {
+        const int64_t count = sparge_min(PART, w.batch * w.heads - first);
+        const size_t bytes = (size_t)count * sizeof *head;
+        status = check(cudaMemcpy(head, w.counts + first, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", error);
+        for (int64_t n = 0; n < count && !status; n++) {
+            sum.pairs += head[n].pairs;
+            sum.qk_done += head[n].qk_done;
+            sum.pv_done += head[n].pv_done;
+            sum.tokens += head[n].tokens;
+            sum.qk_tokens += head[n].qk_tokens;
+            sum.pv_tokens += head[n].pv_tokens;
+        }
     }
     return status;
 }
@@ -526,22 +372,4 @@ sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_option
     work w;
     *bytes = lay_out(w, c, NULL);
     return SPARGE_OK;
-}
-
-sparge_status sparge_cuda_alloc(int64_t bytes, void **data, sparge_error *error)
-{
-    device d;
-    const sparge_status status = find_device(&d, error);
-    return status ? status : check(cudaMalloc(data, (size_t)sparge_max(1, bytes)), "cudaMalloc", error);
-}
-
-void sparge_cuda_free(void *data) { cudaFree(data); }
-
-sparge_status sparge_cuda_copy(void *to, const void *from, int64_t bytes, sparge_error *error)
-{
-    device d;
-    const sparge_status status = find_device(&d, error);
-    if (status || bytes == 0)
-        return status;
-    return check(cudaMemcpy(to, from, (size_t)bytes, cudaMemcpyDefault), "cudaMemcpy", error);
 }

@@ -80,7 +80,7 @@ static __device__ quad load_quad(const sparge_in &in, int64_t at, int c, int dim
     quad q = {{ 0.0f, 0.0f, 0.0f, 0.0f }};
     const int size = in.dtype == SPARGE_F32 ? 4 : 2;
     const char *from = (const char *)in.data + (at + c) * size;
-    if (c + 4 <= dim && ((uintptr_t)from & (4 * size - 1)) == 0) {
+    if (c + 4 <= dim && (uintptr_t)from % (4 * (unsigned)size) == 0) {
         if (size == 4) {
             const float4 x = *(const float4 *)from;
             q.x[0] = x.x, q.x[1] = x.y, q.x[2] = x.z, q.x[3] = x.w;
@@ -134,7 +134,7 @@ static __device__ float dot_of_lanes(const float *a, const float *b, int n)
     for (int c = lane; c < n; c += LANES)
         sum = fmaf(a[c], b[c], sum);
     for (int half = LANES / 2; half > 0; half /= 2)
-        sum += __shfl_down_sync(~0u, sum, half, LANES);
+        sum += __shfl_down_sync(~0u, sum, (unsigned)half, LANES);
     return sum;
 }
 

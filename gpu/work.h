@@ -25,7 +25,7 @@ struct work {
     sparge_in q, k, v;
     sparge_out o;
     float scale;
-    bool causal, sink, codes; /* codes: Q.K^T in int8 */
+    bool causal, sink;
     sparge_precision pv;
     int skip_rows;
     bool may_skip;                /* some head has a lambda above -inf */

@@ -92,6 +92,16 @@ const char *check_guards(const void *buffer)
     return NULL;
 }
 
+size_t check_size(const void *buffer)
+{
+    const uint8_t *head = (const uint8_t *)buffer - GUARD - HEAD;
+    size_t bytes;
+    ASAN_UNPOISON_MEMORY_REGION(head, HEAD);
+    memcpy(&bytes, head, sizeof bytes);
+    ASAN_POISON_MEMORY_REGION(head, HEAD);
+    return bytes;
+}
+
 void check_free(void *buffer)
 {
     if (!buffer)

@@ -7,7 +7,11 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#ifdef SPARGE_PLAIN_TESTS
+#include "tests/plain.h"
+#else
 #include <criterion/criterion.h>
+#endif
 
 /* Names the case that begins, as printf does, and starts the generator anew from SPARGE_SEED and the
  * name: it draws the same numbers alone as among others. A failing check prints both. */
@@ -23,6 +27,7 @@ float check_normal(void); /* mean 0, deviation 1 */
 void *check_alloc(size_t bytes);
 void check_free(void *buffer); /* NULL is fine */
 const char *check_guards(const void *buffer);
+size_t check_size(const void *buffer); /* the bytes that were asked for */
 
 #define check(condition, ...)                                                                      \
     cr_assert((condition), "%s [%s]", check_text(__VA_ARGS__), check_context())

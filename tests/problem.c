@@ -263,7 +263,7 @@ bool mask_has(const problem *x, int64_t b, int64_t h, int64_t i, int64_t j)
 
 static void *array(int64_t count, size_t size) { return check_alloc((size_t)count * size); }
 
-static answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
+answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
 {
     const sparge_problem *p = &x->p;
     const int64_t q_heads = p->batch * p->heads, kv_heads = p->batch * p->kv_heads;
@@ -329,6 +329,143 @@ static int64_t unwritten(const float *x, int64_t n)
     return -1;
 }
 
+/* ---- Device memory ---- */
+
+enum { MARGIN = 256 }; /* bytes of guard before and after; keeps the device's alignment */
+
+static void device_copy(void *to, const void *from, size_t bytes)
+{
+    sparge_error error;
+    check(sparge_device_copy(to, from, (int64_t)bytes, &error) == SPARGE_OK, "%s", error.text);
+}
+
+/* The bytes of a twin with its guards, in host memory. */
+static char *guarded(const void *host, size_t bytes)
+{
+    char *all = malloc(bytes + 2 * MARGIN);
+    check(all, "no memory");
+    memset(all, 0x7F, bytes + 2 * MARGIN);
+    if (host)
+        memcpy(all + MARGIN, host, bytes);
+    return all;
+}
+
+void *twin_of(twins *t, void *host, size_t bytes)
+{
+    sparge_error error;
+    void *device;
+    check(t->count < (int)(sizeof t->of / sizeof *t->of), "too many twins");
+    check(sparge_device_alloc((int64_t)(bytes + 2 * MARGIN), &device, &error) == SPARGE_OK, "%s", error.text);
+    t->of[t->count].host = host;
+    t->of[t->count].device = device;
+    t->of[t->count++].bytes = bytes;
+    char *all = guarded(host, bytes);
+    device_copy(device, all, bytes + 2 * MARGIN);
+    free(all);
+    return (char *)device + MARGIN;
+}
+
+void *twin(twins *t, void *buffer) { return buffer ? twin_of(t, buffer, check_size(buffer)) : NULL; }
+
+void twins_send(const twins *t)
+{
+    for (int n = 0; n < t->count; n++)
+        device_copy((char *)t->of[n].device + MARGIN, t->of[n].host, t->of[n].bytes);
+}
+
+void twins_fetch(const twins *t)
+{
+    for (int n = 0; n < t->count; n++) {
+        const size_t bytes = t->of[n].bytes;
+        char *all = guarded(NULL, bytes);
+        device_copy(all, t->of[n].device, bytes + 2 * MARGIN);
+        bool whole = true;
+        for (size_t i = 0; i < MARGIN; i++)
+            whole &= all[i] == 0x7F && all[MARGIN + bytes + i] == 0x7F;
+        memcpy(t->of[n].host, all + MARGIN, bytes);
+        free(all);
+        check(whole, "a write beside device buffer %d, of %zu bytes", n, bytes);
+    }
+}
+
+void twins_free(twins *t)
+{
+    while (t->count)
+        sparge_device_free(t->of[--t->count].device);
+}
+
+static const void *twin_view(twins *t, const tensor *x) { return (char *)twin(t, x->memory) + (x->first - x->memory); }
+
+sparge_problem twin_problem(twins *t, const problem *x)
+{
+    sparge_problem p = x->p;
+    p.q.data = twin_view(t, &x->q);
+    p.k.data = twin_view(t, &x->k);
+    p.v.data = twin_view(t, &x->v);
+    return p;
+}
+
+sparge_out twin_out(twins *t, const tensor *o)
+{
+    sparge_out out = tensor_out(o);
+    out.data = (char *)twin(t, o->memory) + (o->first - o->memory);
+    return out;
+}
+
+sparge_mask twin_mask(twins *t, const sparge_mask *mask)
+{
+    sparge_mask m = *mask;
+    m.bits = twin_of(t, mask->bits, (size_t)(m.batch * m.heads * m.q_blocks * m.words) * sizeof *m.bits);
+    return m;
+}
+
+sparge_trace twin_trace(twins *t, const sparge_trace *x)
+{
+    return (sparge_trace){
+        .mean_k = twin(t, x->mean_k), .pool_q = twin(t, x->pool_q), .pool_k = twin(t, x->pool_k),
+        .sim_q = twin(t, x->sim_q), .sim_k = twin(t, x->sim_k), .s = twin(t, x->s),
+        .codes_q = twin(t, x->codes_q), .codes_k = twin(t, x->codes_k), .codes_v = twin(t, x->codes_v),
+        .steps_q = twin(t, x->steps_q), .steps_k = twin(t, x->steps_k), .steps_v = twin(t, x->steps_v),
+        .pv_done = twin(t, x->pv_done), .m = twin(t, x->m), .l = twin(t, x->l),
+    };
+}
+
+/* ---- Calls ---- */
+
+static sparge_status call(const sparge_problem *p, const sparge_options *o, bool predict, const sparge_mask *given,
+                          sparge_result *result, sparge_error *error)
+{
+    return predict ? sparge_attention(p, o, result, error)
+                   : sparge_attend(p, o, given->bits ? given : NULL, result, error);
+}
+
+/* The same on the device. */
+static sparge_status call_there(const problem *x, bool predict, sparge_mask *mask, answer *a, sparge_error *error)
+{
+    twins t = { .count = 0 };
+    const sparge_problem p = twin_problem(&t, x);
+    const sparge_trace trace = twin_trace(&t, &a->trace);
+    sparge_mask given = { 0 }, predicted = { 0 };
+    if (!predict && x->mask.bits)
+        given = twin_mask(&t, &x->mask);
+    if (mask)
+        predicted = twin_mask(&t, mask);
+    sparge_result r = { .o = twin_out(&t, &a->o), .lse = twin(&t, a->lse), .mask = mask ? &predicted : NULL,
+                        .trace = &trace, .head_counts = twin(&t, a->head) };
+    const sparge_status status = call(&p, &x->o, predict, &given, &r, error);
+    if (status == SPARGE_OK)
+        twins_fetch(&t);
+    twins_free(&t);
+    check(r.trace == &trace && r.mask == (mask ? &predicted : NULL), "the result's own pointers changed");
+    r.o = a->result.o;
+    r.lse = a->result.lse;
+    r.mask = a->result.mask;
+    r.trace = a->result.trace;
+    r.head_counts = a->result.head_counts;
+    a->result = r;
+    return status;
+}
+
 static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bool predict, sparge_mask *mask)
 {
     answer a = answer_make(x, dtype, layout);
@@ -336,9 +473,9 @@ static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bo
                                 .head_counts = a.head };
     const snapshot q = snapshot_take(&x->q), k = snapshot_take(&x->k), v = snapshot_take(&x->v);
     sparge_error error = { "poison" };
-    const sparge_status status =
-        predict ? sparge_attention(&x->p, &x->o, &a.result, &error)
-                : sparge_attend(&x->p, &x->o, x->mask.bits ? &x->mask : NULL, &a.result, &error);
+    const sparge_status status = x->o.backend == SPARGE_CUDA
+                                     ? call_there(x, predict, mask, &a, &error)
+                                     : call(&x->p, &x->o, predict, &x->mask, &a.result, &error);
     check(status == SPARGE_OK, "%s", error.text);
     check(error.text[0] == '\0', "text after success: %s", error.text);
     snapshot_check(q, "q");
@@ -360,9 +497,11 @@ answer attend_to(const problem *x, sparge_dtype dtype, tensor_layout layout)
 
 answer attend(const problem *x) { return ask(x, SPARGE_F32, PACKED, false, NULL); }
 
-answer attention(const problem *x, sparge_mask *mask)
+answer attention(const problem *x, sparge_mask *mask) { return ask(x, SPARGE_F32, PACKED, true, mask); }
+
+answer attention_to(const problem *x, sparge_mask *mask, sparge_dtype dtype, tensor_layout layout)
 {
-    return ask(x, SPARGE_F32, PACKED, true, mask);
+    return ask(x, dtype, layout, true, mask);
 }
 
 void same_answer(const answer *got, const answer *want)

@@ -78,11 +78,29 @@ typedef struct answer {
 } answer;
 
 /* The calls succeed, write every element they owe, and neither the inputs nor a byte between the
- * elements of o. */
+ * elements of o. For the cuda backend everything travels to the device and back. */
 answer attend_to(const problem *x, sparge_dtype dtype, tensor_layout layout);
 answer attend(const problem *x); /* packed f32 */
 answer attention(const problem *x, sparge_mask *mask); /* both stages; mask may be NULL */
+answer attention_to(const problem *x, sparge_mask *mask, sparge_dtype dtype, tensor_layout layout);
+answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout);
 void answer_free(answer *a);
+
+/* Copies of host buffers in device memory, between guards. */
+typedef struct twins {
+    struct { void *host, *device; size_t bytes; } of[32];
+    int count;
+} twins;
+
+void *twin(twins *t, void *buffer); /* of check_alloc; NULL stays NULL */
+void *twin_of(twins *t, void *host, size_t bytes);
+sparge_problem twin_problem(twins *t, const problem *x);
+sparge_mask twin_mask(twins *t, const sparge_mask *mask);
+sparge_trace twin_trace(twins *t, const sparge_trace *trace);
+sparge_out twin_out(twins *t, const tensor *o);
+void twins_send(const twins *t);   /* host to device */
+void twins_fetch(const twins *t);  /* device to host; nobody wrote beside them */
+void twins_free(twins *t);
 
 void same_counts(const sparge_counts *got, const sparge_counts *want);
 

@@ -260,6 +260,8 @@ void issue(void *const *issues)
                                    [&](const auto &d) { return d->registers[0] == first.d; });
     if (busy != all.busy.end()) {
         p.d = *busy;
+        if (p.d->columns != first.columns)
+            misuse("wgmma: %d columns into accumulators in flight of %d", first.columns, p.d->columns);
     } else {
         p.d = std::make_shared<Accumulators>();
         p.d->columns = first.columns;

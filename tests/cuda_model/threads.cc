@@ -10,6 +10,12 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#if defined(__x86_64__) && defined(__ELF__) && !defined(CUDA_MODEL_UCONTEXT)
+#define CUDA_MODEL_ASSEMBLY
+#else
+#include <ucontext.h> /* slower: a system call for each switch */
+#endif
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -51,9 +57,10 @@ char *take_stack()
 
 __attribute__((no_sanitize("address"))) void thread_main();
 
-#if defined(__x86_64__) && defined(__ELF__) && !defined(CUDA_MODEL_UCONTEXT)
+#ifdef CUDA_MODEL_ASSEMBLY
 
-/* cuda_model_switch(void **from, void *to): what the System V ABI lets a callee keep goes to the stack. */
+/* The registers that a function must keep (System V ABI) go to the stack, and the stack's pointer to *from.
+ */
 asm(R"(
     .text
     .type cuda_model_switch, @function
@@ -85,8 +92,6 @@ void prepare(Context &c, char *stack)
 void release(Context &) {}
 
 #else
-
-#include <ucontext.h>
 
 void change(Context &from, Context &to)
 {

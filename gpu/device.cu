@@ -1,0 +1,181 @@
+/* device.cu: what the device at hand can do: its limits, which rung answers a question, its memory for
+ * programs that have no CUDA of their own. */
+#include "gpu/host.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+
+using namespace sparge;
+
+/* ---- Errors ---- */
+
+sparge_status sparge::fail(sparge_error *error, sparge_status status, const char *format, ...)
+{
+    if (error) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(error->text, sizeof error->text, format, args);
+        va_end(args);
+    }
+    return status;
+}
+
+sparge_status sparge::check(cudaError_t e, const char *call, sparge_error *error)
+{
+    if (e == cudaSuccess)
+        return SPARGE_OK;
+    return fail(error, e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE,
+                "%s: %s (%s)", call, cudaGetErrorString(e), cudaGetErrorName(e));
+}
+
+/* ---- The device and the ladder ---- */
+
+sparge_status sparge::find_device(device *d, sparge_error *error)
+{
+    int count = 0, id = 0, major = 0, minor = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e != cudaSuccess || count == 0)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is cuda, but there is no CUDA device here: %s",
+                    cudaGetErrorString(e == cudaSuccess ? cudaErrorNoDevice : e));
+    const struct { cudaDeviceAttr name; int *value; } attributes[] = {
+        { cudaDevAttrComputeCapabilityMajor, &major },
+        { cudaDevAttrComputeCapabilityMinor, &minor },
+        { cudaDevAttrMaxSharedMemoryPerBlockOptin, &d->shared_limit },
+        { cudaDevAttrMultiProcessorCount, &d->multiprocessors },
+    };
+    e = cudaGetDevice(&id);
+    for (const auto &a : attributes)
+        if (e == cudaSuccess)
+            e = cudaDeviceGetAttribute(a.value, a.name, id);
+    d->capability = 10 * major + minor;
+    if (e == cudaSuccess && d->capability < 80)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "the CUDA device has compute capability %d.%d, it must be at least 8.0", major, minor);
+    return check(e, "cudaDeviceGetAttribute", error);
+}
+
+enum { FLOATS = 1u << SPARGE_FLOAT, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_HALF };
+enum { EIGHTHS = 1u << SPARGE_FP8 };
+
+/* What each rung multiplies with; FASTEST is `fastest`. */
+static const struct rung {
+    unsigned qk, pv; /* sets of precisions */
+    sparge_precision fastest;
+    attention attend;
+} ladder[] = {
+    { 0, 0, SPARGE_FASTEST, NULL },
+    { FLOATS, FLOATS, SPARGE_FLOAT, attend_naive },
+    { FLOATS, FLOATS, SPARGE_FLOAT, attend_shared },
+    { BYTES, BYTES, SPARGE_INT8, attend_dp4a },
+    { BYTES, BYTES | HALVES, SPARGE_HALF, attend_mma },
+    { BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper },
+};
+enum { RUNGS = sizeof ladder / sizeof *ladder - 1 };
+
+attention sparge::attention_of(int rung) { return ladder[rung].attend; }
+
+bool sparge::may_skip(const sparge_problem *p, const sparge_options *o)
+{
+    if (!o->per_head)
+        return o->knobs.lambda > -INFINITY;
+    for (int64_t h = 0; h < p->heads; h++)
+        if (o->per_head[h].lambda > -INFINITY)
+            return true;
+    return false;
+}
+
+/* Why a rung cannot do this here, as the end of a sentence; NULL where it can. */
+static const char *obstacle(int n, const device &d, const sparge_problem *p, const sparge_options *o)
+{
+    const sparge_precision pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
+    const int64_t rows = o->skip_rows;
+    if (!(ladder[n].qk >> o->qk & 1u))
+        return n <= 2 ? "computes Q.K^T in float alone" : "computes Q.K^T in int8 alone";
+    if (!(ladder[n].pv >> pv & 1u))
+        return "does not have this precision of P.V";
+    if (n == 5 && d.capability != 90)
+        return "needs compute capability 9.0";
+    if (n == 5 && may_skip(p, o) && rows != 16 && rows != 32 && rows != 64 && rows != 128)
+        return "tests lambda for 16, 32, 64 or 128 rows at a time";
+    return NULL;
+}
+
+static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_options *o,
+                               sparge_error *error)
+{
+    const char *why = NULL;
+    int n = o->rung;
+    if (n)
+        why = obstacle(n, d, p, o);
+    else
+        for (n = RUNGS; n > 0 && (why = obstacle(n, d, p, o)); n--)
+            ;
+    if (n == 0)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "no rung of the cuda backend has these precisions of Q.K^T and P.V");
+    if (why)
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "rung is %d, which %s", n, why);
+    o->rung = n;
+    o->pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
+    return SPARGE_OK;
+}
+
+bool sparge_cuda_built(void) { return true; }
+
+bool sparge_cuda_available(void)
+{
+    device d;
+    return find_device(&d, NULL) == SPARGE_OK;
+}
+
+sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
+{
+    device d;
+    sparge_status status = find_device(&d, error);
+    if (status)
+        return status;
+    if (o->block_q != BLOCK_Q || o->block_k != BLOCK_K)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "blocks are %lld x %lld, the cuda backend has 128 x 64 alone", (long long)o->block_q,
+                    (long long)o->block_k);
+    if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "dim is %lld and dim_v %lld, the cuda backend has at most 128", (long long)p->dim,
+                    (long long)p->dim_v);
+    const int64_t most = (int64_t)1 << 30, lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
+    const int64_t columns = p->batch * p->kv_heads * sparge_ceil_div(p->k_len, BLOCK_K);
+    if (p->q_len > most || p->k_len > most || lines > most || columns > most / 2)
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
+                    (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
+    if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "k_len is %lld, a row of its blocks does not fit into shared memory",
+                    (long long)p->k_len);
+    return find_rung(d, p, o, error);
+}
+
+/* ---- Memory ---- */
+
+/* Where a call failed because there is no device to use, that is what is said. */
+static sparge_status check_memory(cudaError_t e, const char *call, sparge_error *error)
+{
+    device d;
+    const sparge_status status = check(e, call, error);
+    return status == SPARGE_ERR_DEVICE && find_device(&d, NULL) ? find_device(&d, error) : status;
+}
+
+sparge_status sparge_cuda_alloc(int64_t bytes, void **data, sparge_error *error)
+{
+    return check_memory(cudaMalloc(data, (size_t)sparge_max(1, bytes)), "cudaMalloc", error);
+}
+
+void sparge_cuda_free(void *data) { cudaFree(data); }
+
+sparge_status sparge_cuda_copy(void *to, const void *from, int64_t bytes, sparge_error *error)
+{
+    device d;
+    if (bytes == 0)
+        return find_device(&d, error);
+    return check_memory(cudaMemcpy(to, from, (size_t)bytes, cudaMemcpyDefault), "cudaMemcpy", error);
+}

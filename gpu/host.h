@@ -1,0 +1,32 @@
+/* host.h: what device.cu and host.cu share on the processor's side. */
+#ifndef SPARGE_GPU_HOST_H
+#define SPARGE_GPU_HOST_H
+
+#include "gpu/gpu.h"
+#include "gpu/work.h"
+
+namespace sparge {
+
+struct device {
+    int capability; /* 90 for 9.0 */
+    int shared_limit, multiprocessors;
+};
+
+/* The current device; an error where there is none, or one before sm_80. */
+sparge_status find_device(device *d, sparge_error *error);
+
+/* The kernel of a rung, 1 to 5. */
+typedef cudaError_t (*attention)(const work &, cudaStream_t);
+attention attention_of(int rung);
+
+/* Some head has a lambda above -inf. */
+bool may_skip(const sparge_problem *p, const sparge_options *o);
+
+sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* `call` as the sentence names it. */
+sparge_status check(cudaError_t e, const char *call, sparge_error *error);
+
+} // namespace sparge
+
+#endif

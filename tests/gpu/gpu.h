@@ -1,0 +1,105 @@
+/* gpu.h: what the files of the cuda backend's tests share: which rungs there are, the same question to ref and
+ * to a rung, and the judgement of what comes back. */
+#ifndef SPARGE_TESTS_GPU_GPU_H
+#define SPARGE_TESTS_GPU_GPU_H
+
+#include "tests/problem.h"
+
+#ifdef SPARGE_CUDA_MODEL
+#include <cuda_model.h>
+#endif
+
+#define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
+
+/* What each rung multiplies with, the fastest first. */
+typedef struct rung {
+    int n;
+    sparge_precision qk, pv;
+} rung;
+extern const rung rungs[];
+enum { RUNGS = 7 };
+
+/* Every rung with every precision it has, those that run here; --quick: rungs 2, 4 and 5 with one each. */
+#define EACH_RUNG(r)                                                                                     \
+    for (const rung *r = rungs + plain_quick(); r < rungs + RUNGS; r += plain_quick() ? 2 : 1)           \
+        if (runs_here(r->n))
+
+bool on_model(void);
+bool runs_here(int n);  /* this rung; a device before sm_90 has no rung 5 */
+void fresh_device(void); /* the model's settings and counts as at first; nothing on a GPU */
+void any_schedule(void); /* of the model, at random: late mode, order of threads, resident blocks */
+
+/* 128 x 64 blocks on ref with the precisions of a rung. */
+problem question(const shape *s, const rung *r);
+void use(problem *x, const rung *r);
+
+typedef struct reply {
+    answer a;
+    sparge_mask mask; /* that attention predicted */
+} reply;
+
+typedef struct terms { /* of a question */
+    bool predict;
+    sparge_dtype dtype;
+    tensor_layout layout;
+    int64_t spare; /* words in a row of the predicted mask */
+} terms;
+
+reply ask_ref(problem *x, const terms *t);
+reply ask_rung(problem *x, const rung *r, const terms *t);
+void forget(reply *r);
+
+/* Everything that is promised of a rung's answer, ref's being `want`. */
+void compare(const problem *x, const rung *r, const reply *got, const reply *want);
+/* Asks both and compares. */
+void verify_with(problem *x, const rung *r, const terms *t);
+void verify(problem *x, const rung *r, bool predict);
+
+/* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at the end. */
+extern double worst_ratio[RUNGS];
+
+sparge_mask wide_mask(const problem *x, int64_t spare);
+
+/* ---- Calls that are made by hand ---- */
+
+/* A question on the device, with poisoned outputs in host memory to compare afterwards. */
+typedef struct scene {
+    const problem *x;
+    twins inputs, outputs;
+    sparge_problem p;
+    sparge_options o;
+    sparge_mask given, mask;   /* of attend; of attention */
+    sparge_mask host_mask;
+    answer a;
+    sparge_result result;
+    sparge_error error;
+    bool predict;
+} scene;
+
+void scene_open(scene *s, problem *x, const rung *r, bool predict);
+sparge_status scene_call(scene *s);
+void scene_fetch(scene *s);  /* outputs to host memory */
+void scene_poison(scene *s); /* the outputs, there and here */
+bool scene_untouched(scene *s); /* they still are poison on the device */
+void scene_close(scene *s);
+
+/* ---- Streams and graphs (stream.cu) ---- */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+void *stream_make(void);
+void stream_wait(void *stream);
+void stream_free(void *stream);
+void capture_begin(void *stream);
+void *capture_end(void *stream); /* a graph that can be launched */
+void graph_launch(void *graph, void *stream);
+void graph_free(void *graph);
+const char *stream_error(void); /* of these functions, the first one; NULL */
+void *pinned_alloc(size_t bytes);
+void pinned_free(void *p);
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,173 @@
+/* random.c: every rung against ref on questions at random and on every length. */
+#include <math.h>
+#include <string.h>
+
+#include "tests/gpu/gpu.h"
+
+TestSuite(gpu);
+
+static void poke(tensor *t)
+{
+    const float special[] = { INFINITY, -INFINITY, NAN };
+    for (int64_t n = check_int(1, 3); n > 0 && tensor_count(t); n--)
+        t->x[check_int(0, tensor_count(t) - 1)] = special[check_int(0, 2)];
+}
+
+static void zero_some(tensor *t)
+{
+    const int64_t from = check_int(0, tensor_count(t)), end = check_int(from, tensor_count(t));
+    for (int64_t n = from; n < end; n++)
+        t->x[n] = 0.0f;
+}
+
+static sparge_knobs knobs_at_random(void)
+{
+    static const float share[] = { 0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f };
+    static const float lambda[] = { -INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f };
+    const int which = (int)check_int(1, 3);
+    return (sparge_knobs){ .theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
+                           .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
+                           .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
+                           .lambda = lambda[check_int(0, 5)] };
+}
+
+static sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
+static tensor_layout layout_at_random(void) { return (tensor_layout)check_int(PACKED, LAYOUTS - 1); }
+
+static int64_t channels_at_random(void)
+{
+    static const int64_t usual[] = { 1, 16, 33, 64, 65, 80, 96, 97, 128 };
+    return check_int(0, 3) ? usual[check_int(0, COUNT(usual) - 1)] : check_int(1, 128);
+}
+
+static int64_t length_at_random(int64_t longest)
+{
+    static const int64_t edge[] = { 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 384 };
+    return check_int(0, 1) ? edge[check_int(0, COUNT(edge) - 1)] : check_int(1, longest);
+}
+
+typedef struct totals {
+    int64_t pairs, kept;
+    double skipped;
+} totals;
+
+static void ask_at_random(int64_t n, const rung *r, totals *sum)
+{
+    const int64_t kv_heads = check_int(1, 2), longest = n % 10 ? 300 : 900;
+    const shape s = {
+        .batch = check_int(1, 2),
+        .heads = kv_heads * check_int(1, 3),
+        .kv_heads = kv_heads,
+        .q_len = length_at_random(n % 10 ? 200 : 330),
+        .k_len = length_at_random(longest),
+        .dim = channels_at_random(),
+        .dim_v = channels_at_random(),
+        .q = dtype_at_random(), .k = dtype_at_random(), .v = dtype_at_random(),
+        .layout_q = layout_at_random(), .layout_k = layout_at_random(), .layout_v = layout_at_random(),
+    };
+    problem x = question(&s, r);
+    static const int64_t groups[] = { 0, 16, 32, 64, 128, 200 };
+    x.o.skip_rows = groups[check_int(0, 5)];
+    if (r->n < 5 && check_int(0, 2) == 0)
+        x.o.skip_rows = check_int(1, 140);
+    x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
+    x.o.smooth_k = check_int(0, 3) != 0;
+    x.o.sink = check_int(0, 2) == 0;
+    x.o.scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
+    x.o.knobs = knobs_at_random();
+    sparge_knobs each[6];
+    for (int h = 0; h < 6; h++)
+        each[h] = knobs_at_random();
+    if (check_int(0, 2) == 0)
+        x.o.per_head = each;
+    tensor *const tensors[] = { &x.q, &x.k, &x.v };
+    for (int t = 0; t < 3; t++) {
+        if (check_int(0, 7) == 0)
+            poke(tensors[t]);
+        if (check_int(0, 9) == 0)
+            zero_some(tensors[t]);
+    }
+    problem_write(&x);
+    const terms t = { check_int(0, 2) != 0, dtype_at_random(), layout_at_random(), check_int(0, 2) };
+    if (!t.predict && check_int(0, 3)) {
+        mask_fill(&x, check_uniform(0.2f, 0.9f));
+        if (check_int(0, 2) == 0)
+            for (int64_t line = 0; line < s.batch * s.heads * x.mask.q_blocks; line += 2)
+                memset(x.mask.bits + line * x.mask.words, 0, (size_t)x.mask.words * sizeof *x.mask.bits);
+    }
+    any_schedule();
+    reply want = ask_ref(&x, &t), got = ask_rung(&x, r, &t);
+    compare(&x, r, &got, &want);
+    const sparge_counts *c = &want.a.result.counts;
+    sum->pairs += c->pairs;
+    sum->kept += c->qk_done;
+    sum->skipped += (double)c->qk_done - c->pv_done;
+    if (t.predict) { /* stage 1 alone gives the same mask */
+        sparge_mask alone = wide_mask(&x, t.spare);
+        twins there = { .count = 0 };
+        const sparge_problem p = twin_problem(&there, &x);
+        sparge_mask m = twin_mask(&there, &alone);
+        sparge_error error;
+        check(sparge_predict(&p, &x.o, &m, NULL, &error) == SPARGE_OK, "%s", error.text);
+        twins_fetch(&there);
+        twins_free(&there);
+        check_same_as("mask", alone.bits, want.mask.bits, alone.batch * alone.heads * alone.q_blocks * alone.words);
+        check_free(alone.bits);
+    }
+    forget(&want);
+    forget(&got);
+    problem_free(&x);
+}
+
+static void ask_a_rung(int index)
+{
+    const rung *r = &rungs[index];
+    const int64_t cases = plain_quick() ? 4 : r->n == 1 ? 15 : r->n <= 3 ? 30 : 70;
+    totals sum = { 0 };
+    fresh_device();
+    if (!runs_here(r->n)) {
+        plain_log("rung %d does not run here", r->n);
+        return;
+    }
+    for (int64_t n = 0; n < cases; n++) {
+        check_case("rung %d pv %d question %lld", r->n, (int)r->pv, (long long)n);
+        ask_at_random(n, r, &sum);
+    }
+    plain_log("%lld of %lld pairs kept, P.V of %.0f skipped; worst row at %.2f of its bound", (long long)sum.kept,
+              (long long)sum.pairs, sum.skipped, worst_ratio[index]);
+    check(plain_quick() || (sum.kept < sum.pairs * 19 / 20 && sum.skipped > (double)sum.kept / 100),
+          "too little was dropped or skipped");
+}
+
+Test(gpu, questions_1_float) { ask_a_rung(0); }
+Test(gpu, questions_2_float) { ask_a_rung(1); }
+Test(gpu, questions_3_int8) { ask_a_rung(2); }
+Test(gpu, questions_4_half) { ask_a_rung(3); }
+Test(gpu, questions_4_int8) { ask_a_rung(4); }
+Test(gpu, questions_5_fp8) { ask_a_rung(5); }
+Test(gpu, questions_5_half) { ask_a_rung(6); }
+
+/* Tile edges of queries and keys and a causal edge at every place. */
+Test(gpu, every_length)
+{
+    fresh_device();
+    const int64_t step = plain_quick() ? 29 : 1;
+    for (int64_t n = 0; n <= 200; n += step)
+        for (int turn = 0; turn < 2; turn++) {
+            const int64_t other = turn ? n * 37 % 201 : (n * 91 + 13) % 201;
+            const rung *r = &rungs[(n + n / 7 + 3 * turn) % RUNGS];
+            check_case("rung %d pv %d q_len %lld k_len %lld", r->n, (int)r->pv, (long long)(turn ? other : n),
+                       (long long)(turn ? n : other));
+            const shape s = shape_of(1, 2, 1, turn ? other : n, turn ? n : other, 1 + n % 40, 1 + n * 7 % 40);
+            if (!runs_here(r->n))
+                continue;
+            problem x = question(&s, r);
+            static const int64_t groups[] = { 16, 32, 64, 128 };
+            x.o.causal = (sparge_causal)(n % 3);
+            x.o.skip_rows = groups[n / 3 % 4];
+            x.o.knobs = (sparge_knobs){ 0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY };
+            any_schedule();
+            verify(&x, r, n % 5 != 0);
+            problem_free(&x);
+        }
+}
