@@ -2,7 +2,8 @@
  *
  *     test_gpu [--quick] [--first] [--seed N] [--limit SECONDS] [--list] [name ...]
  *
- * A name is a part of suite/name. --first ends with the first test that fails. --limit is for each test: on a GPU nothing else ends a kernel that hangs. */
+ * A name is a part of suite/name. --first ends with the first test that fails. --limit is for each test:
+ * on a GPU nothing else ends a kernel that hangs. */
 #include "tests/plain.h"
 
 #include <setjmp.h>
@@ -103,7 +104,9 @@ int main(int argc, char **argv)
         else if (argv[n][0] != '-')
             argv[names++] = argv[n];
         else
-            return fprintf(stderr, "usage: %s [--quick] [--first] [--seed N] [--limit SECONDS] [--list] [name ...]\n",
+            return fprintf(stderr,
+                           "usage: %s [--quick] [--first] [--seed N] "
+                           "[--limit SECONDS] [--list] [name ...]\n",
                            argv[0]), 2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);

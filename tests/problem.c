@@ -355,7 +355,8 @@ void *twin_of(twins *t, void *host, size_t bytes)
     sparge_error error;
     void *device;
     check(t->count < (int)(sizeof t->of / sizeof *t->of), "too many twins");
-    check(sparge_device_alloc((int64_t)(bytes + 2 * MARGIN), &device, &error) == SPARGE_OK, "%s", error.text);
+    check(sparge_device_alloc((int64_t)(bytes + 2 * MARGIN), &device, &error) == SPARGE_OK, "%s",
+          error.text);
     t->of[t->count].host = host;
     t->of[t->count].device = device;
     t->of[t->count++].bytes = bytes;
@@ -394,7 +395,10 @@ void twins_free(twins *t)
         sparge_device_free(t->of[--t->count].device);
 }
 
-static const void *twin_view(twins *t, const tensor *x) { return (char *)twin(t, x->memory) + (x->first - x->memory); }
+static const void *twin_view(twins *t, const tensor *x)
+{
+    return (char *)twin(t, x->memory) + (x->first - x->memory);
+}
 
 sparge_problem twin_problem(twins *t, const problem *x)
 {
@@ -432,7 +436,8 @@ sparge_trace twin_trace(twins *t, const sparge_trace *x)
 
 /* ---- Calls ---- */
 
-static sparge_status call(const sparge_problem *p, const sparge_options *o, bool predict, const sparge_mask *given,
+static sparge_status call(const sparge_problem *p, const sparge_options *o, bool predict,
+                          const sparge_mask *given,
                           sparge_result *result, sparge_error *error)
 {
     return predict ? sparge_attention(p, o, result, error)
@@ -440,7 +445,8 @@ static sparge_status call(const sparge_problem *p, const sparge_options *o, bool
 }
 
 /* The same on the device. */
-static sparge_status call_there(const problem *x, bool predict, sparge_mask *mask, answer *a, sparge_error *error)
+static sparge_status call_there(const problem *x, bool predict, sparge_mask *mask, answer *a,
+                                sparge_error *error)
 {
     twins t = { .count = 0 };
     const sparge_problem p = twin_problem(&t, x);
@@ -466,7 +472,8 @@ static sparge_status call_there(const problem *x, bool predict, sparge_mask *mas
     return status;
 }
 
-static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bool predict, sparge_mask *mask)
+static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bool predict,
+                  sparge_mask *mask)
 {
     answer a = answer_make(x, dtype, layout);
     a.result = (sparge_result){ .o = tensor_out(&a.o), .lse = a.lse, .mask = mask, .trace = &a.trace,

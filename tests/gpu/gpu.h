@@ -1,5 +1,5 @@
-/* gpu.h: what the files of the cuda backend's tests share: which rungs there are, the same question to ref and
- * to a rung, and the judgement of what comes back. */
+/* gpu.h: what the files of the cuda backend's tests share: which rungs there are, the same question to
+ * ref and to a rung, and the judgement of what comes back. */
 #ifndef SPARGE_TESTS_GPU_GPU_H
 #define SPARGE_TESTS_GPU_GPU_H
 
@@ -55,7 +55,8 @@ void compare(const problem *x, const rung *r, const reply *got, const reply *wan
 void verify_with(problem *x, const rung *r, const terms *t);
 void verify(problem *x, const rung *r, bool predict);
 
-/* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at the end. */
+/* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at the
+ * end. */
 extern double worst_ratio[RUNGS];
 
 sparge_mask wide_mask(const problem *x, int64_t spare);

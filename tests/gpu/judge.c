@@ -1,10 +1,11 @@
 /* judge.c: what is promised of the cuda backend's answers, and a judge for what is not ref's bits.
  *
- * The judge is section 5 of the definition once more, over the codes of ref's trace, with P in binary16 or
- * e4m3 as rungs 4 and 5 round it: against the running maximum after a block (4) or after both blocks of a
- * stage of two kept ones (5). Maxima, lambda's votes and the weights before they are rounded are floats, for
- * they decide; sums are double. On the model a rung then differs by its sums of floats alone. On a GPU, whose
- * exp2 is within 2 ulp, a weight at the edge of rounding may fall to the other side: two of its half steps. */
+ * The judge is section 5 of the definition once more, over the codes of ref's trace, with P in binary16
+ * or e4m3 as rungs 4 and 5 round it: against the running maximum after a block (4) or after both blocks
+ * of a stage of two kept ones (5). Maxima, lambda's votes and the weights before they are rounded are
+ * floats, for they decide; sums are double. On the model a rung then differs by its sums of floats alone.
+ * On a GPU, whose exp2 is within 2 ulp, a weight at the edge of rounding may fall to the other side: two
+ * of its half steps. */
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
@@ -132,19 +133,21 @@ static double *narrowed(const problem *x, int64_t kv, sparge_precision pv)
         for (int64_t e = c; e < n; e += x->p.dim_v) {
             const float f = isfinite(v[e]) ? v[e] : 0.0f;
             const float half = sparge_f16_to_f32(sparge_f32_to_f16(f));
+            const float eighth = step > 0.0f ? sparge_e4m3_to_f32(sparge_f32_to_e4m3(f / step)) : 0.0f;
             to[e] = pv == SPARGE_HALF ? (isfinite(half) ? (double)half : 0.0)
-                  : step > 0.0f       ? (double)sparge_e4m3_to_f32(sparge_f32_to_e4m3(f / step)) * (double)step
-                                      : 0.0;
+                                          : (double)eighth * (double)step;
         }
     }
     return to;
 }
 
-static void fold(const problem *x, const rung *of, const tile *t, const double *v, int64_t r, float m, judged *w)
+static void fold(const problem *x, const rung *of, const tile *t, const double *v, int64_t r, float m,
+                 judged *w)
 {
     const bool half = of->pv == SPARGE_HALF;
     for (int64_t key = 0; key < t->seen[r]; key++) {
-        const float below = fmaf((float)t->s[r][key], t->unit, -m), over = fmaf((float)t->s[r][key], t->unit, 8.0f - m);
+        const float below = fmaf((float)t->s[r][key], t->unit, -m),
+            over = fmaf((float)t->s[r][key], t->unit, 8.0f - m);
         const float p = sparge_exp2(below > 0.0f ? 0.0f : below);
         /* rung 5 has its factor of 256 in the exponent before it is rounded */
         const float p256 = over > 8.0f ? 256.0f : over > 0.0f ? exp2f(over) : sparge_exp2(over);
@@ -155,7 +158,8 @@ static void fold(const problem *x, const rung *of, const tile *t, const double *
         w->l[r] += half ? (double)p : (double)p256 / 256.0;
         for (int64_t c = 0; c < x->p.dim_v; c++) {
             w->o[r * x->p.dim_v + c] += kept * value[c];
-            w->bound[r * x->p.dim_v + c] += (on_model() ? 0.0 : step * fabs(value[c])) + 4e-7 * kept * fabs(value[c]);
+            const double off = (on_model() ? 0.0 : step) + 4e-7 * kept;
+            w->bound[r * x->p.dim_v + c] += off * fabs(value[c]);
         }
     }
 }
@@ -169,14 +173,17 @@ static void shrink_row(const problem *x, judged *w, int64_t r, double by)
     }
 }
 
-static void judge_block(const problem *x, const rung *of, const answer *got, const answer *want, const sparge_mask *mask,
+static void judge_block(const problem *x, const rung *of, const answer *got, const answer *want,
+                        const sparge_mask *mask,
                         int64_t n, int64_t kv, int64_t i, const double *v)
 {
     const sparge_problem *p = &x->p;
-    const int64_t first = i * BLOCK_Q, rows = smaller(BLOCK_Q, p->q_len - first), columns = blocks(p->k_len, BLOCK_K);
+    const int64_t first = i * BLOCK_Q, rows = smaller(BLOCK_Q, p->q_len - first),
+        columns = blocks(p->k_len, BLOCK_K);
     const float lambda = x->o.per_head ? x->o.per_head[n % p->heads].lambda : x->o.knobs.lambda;
     static tile stage[2];
-    judged w = { calloc((size_t)(rows * p->dim_v), sizeof(double)), calloc((size_t)(rows * p->dim_v), sizeof(double)),
+    judged w = { calloc((size_t)(rows * p->dim_v), sizeof(double)),
+                 calloc((size_t)(rows * p->dim_v), sizeof(double)),
                  calloc((size_t)rows, sizeof(double)), malloc((size_t)rows * sizeof(float)) };
     float before[BLOCK_Q];
     for (int64_t r = 0; r < rows; r++)
@@ -206,27 +213,32 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
         held = 0;
     }
     double *const ratio = &worst_ratio[of - rungs];
-    const double coarse = got->o.in.dtype == SPARGE_F32 ? 0.0 : got->o.in.dtype == SPARGE_F16 ? 0x1p-11 : 0x1p-8;
+    const double coarse =
+        got->o.in.dtype == SPARGE_F32 ? 0.0 : got->o.in.dtype == SPARGE_F16 ? 0x1p-11 : 0x1p-8;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t row = n * p->q_len + first + r;
         const float l = got->trace.l[row];
-        /* Rung 5 cuts exponents at 0 only where they can be far above: all of a row have the same factor. */
+        /* Rung 5 cuts exponents at 0 only where they can be far above: all of a row have the same
+         * factor. */
         const double cut = w.m[r] > -INFINITY ? 0x1p-24 * fmin(0x1p20, fabs((double)w.m[r])) : 0.0;
         if (want->trace.l[row] == 0.0f)
             continue; /* no key, or scores beyond every float: ref's is NaN */
-        check(fabs((double)l - w.l[r]) <= (2e-5 + cut) * w.l[r], "l of row %lld of head %lld is %.9g, should be %.9g",
+        check(fabs((double)l - w.l[r]) <= (2e-5 + cut) * w.l[r],
+              "l of row %lld of head %lld is %.9g, should be %.9g",
               (long long)(first + r), (long long)n, (double)l, w.l[r]);
         for (int64_t c = 0; c < p->dim_v; c++) {
             const float o = got->o.x[row * p->dim_v + c], ref = want->o.x[row * p->dim_v + c];
             if (ref != ref || w.l[r] == 0.0)
                 continue;
             const double should = w.o[r * p->dim_v + c] / w.l[r], off = fabs((double)o - should);
-            const double may = w.bound[r * p->dim_v + c] / w.l[r] * (1.0 + cut / 4e-7) + (4e-6 + coarse + cut) * fabs(should) +
+            const double may = w.bound[r * p->dim_v + c] / w.l[r] * (1.0 + cut / 4e-7) +
+                               (4e-6 + coarse + cut) * fabs(should) +
                                (coarse > 0.0 ? 0x1p-25 : 1e-37);
             if (coarse == 0.0)
                 *ratio = fmax(*ratio, off / may);
             check(off <= may || (fabs(should) > 6e4 && coarse > 0.0),
-                  "o of row %lld channel %lld of head %lld is %.9g, should be %.9g within %g", (long long)(first + r),
+                  "o of row %lld channel %lld of head %lld is %.9g, should be %.9g within %g",
+                      (long long)(first + r),
                   (long long)c, (long long)n, (double)o, should, may);
         }
     }
@@ -236,7 +248,8 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
     free(w.m);
 }
 
-static void judge(const problem *x, const rung *of, const answer *got, const answer *want, const sparge_mask *mask)
+static void judge(const problem *x, const rung *of, const answer *got, const answer *want,
+                  const sparge_mask *mask)
 {
     const sparge_problem *p = &x->p;
     for (int64_t n = 0; n < p->batch * p->heads; n++) {
@@ -284,7 +297,8 @@ static void same_lse(const answer *got, const answer *want, int64_t rows)
 {
     for (int64_t n = 0; n < rows; n++)
         check(got->lse[n] == want->lse[n] || (isnan(got->lse[n]) && isnan(want->lse[n])) ||
-              (!on_model() && fabsf(got->lse[n] - want->lse[n]) <= 1.2e-7f * fmaxf(1.0f, fabsf(want->lse[n]))),
+              (!on_model() && fabsf(got->lse[n] - want->lse[n]) <= 1.2e-7f * fmaxf(1.0f,
+                                                                                   fabsf(want->lse[n]))),
               "lse[%lld] is %.9g, should be %.9g", (long long)n, (double)got->lse[n], (double)want->lse[n]);
 }
 
@@ -360,7 +374,8 @@ void use(problem *x, const rung *r)
 bool runs_here(int n)
 {
     const float one = 1.0f;
-    const sparge_problem p = { 1, 1, 1, 1, 1, 1, 1, { &one, SPARGE_F32, 1, 1, 1 }, { &one, SPARGE_F32, 1, 1, 1 },
+    const sparge_problem p = { 1, 1, 1, 1, 1, 1, 1, { &one, SPARGE_F32, 1, 1, 1 }, { &one, SPARGE_F32, 1, 1,
+                                                                                     1 },
                                { &one, SPARGE_F32, 1, 1, 1 } };
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_CUDA;
@@ -450,7 +465,8 @@ sparge_status scene_call(scene *s)
 {
     memset(s->error.text, '?', sizeof s->error.text - 1);
     return s->predict ? sparge_attention(&s->p, &s->o, &s->result, &s->error)
-                      : sparge_attend(&s->p, &s->o, s->given.bits ? &s->given : NULL, &s->result, &s->error);
+                      : sparge_attend(&s->p, &s->o, s->given.bits ? &s->given : NULL, &s->result,
+                                      &s->error);
 }
 
 void scene_fetch(scene *s)

@@ -111,7 +111,8 @@ static void ask_at_random(int64_t n, const rung *r, totals *sum)
         check(sparge_predict(&p, &x.o, &m, NULL, &error) == SPARGE_OK, "%s", error.text);
         twins_fetch(&there);
         twins_free(&there);
-        check_same_as("mask", alone.bits, want.mask.bits, alone.batch * alone.heads * alone.q_blocks * alone.words);
+        check_same_as("mask", alone.bits, want.mask.bits,
+                      alone.batch * alone.heads * alone.q_blocks * alone.words);
         check_free(alone.bits);
     }
     forget(&want);
@@ -133,7 +134,8 @@ static void ask_a_rung(int index)
         check_case("rung %d pv %d question %lld", r->n, (int)r->pv, (long long)n);
         ask_at_random(n, r, &sum);
     }
-    plain_log("%lld of %lld pairs kept, P.V of %.0f skipped; worst row at %.2f of its bound", (long long)sum.kept,
+    plain_log("%lld of %lld pairs kept, P.V of %.0f skipped; worst row at %.2f of its bound",
+              (long long)sum.kept,
               (long long)sum.pairs, sum.skipped, worst_ratio[index]);
     check(plain_quick() || (sum.kept < sum.pairs * 19 / 20 && sum.skipped > (double)sum.kept / 100),
           "too little was dropped or skipped");
@@ -156,9 +158,11 @@ Test(gpu, every_length)
         for (int turn = 0; turn < 2; turn++) {
             const int64_t other = turn ? n * 37 % 201 : (n * 91 + 13) % 201;
             const rung *r = &rungs[(n + n / 7 + 3 * turn) % RUNGS];
-            check_case("rung %d pv %d q_len %lld k_len %lld", r->n, (int)r->pv, (long long)(turn ? other : n),
+            check_case("rung %d pv %d q_len %lld k_len %lld", r->n, (int)r->pv,
+                       (long long)(turn ? other : n),
                        (long long)(turn ? n : other));
-            const shape s = shape_of(1, 2, 1, turn ? other : n, turn ? n : other, 1 + n % 40, 1 + n * 7 % 40);
+            const shape s = shape_of(1, 2, 1, turn ? other : n, turn ? n : other, 1 + n % 40,
+                                     1 + n * 7 % 40);
             if (!runs_here(r->n))
                 continue;
             problem x = question(&s, r);

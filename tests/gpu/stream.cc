@@ -1,4 +1,5 @@
-/* stream.cu: the CUDA runtime's streams and graphs for tests in C: the model has its functions in C++ alone. */
+/* stream.cu: the CUDA runtime's streams and graphs for tests in C: the model has its functions in C++
+ * alone. */
 #include <cuda_runtime.h>
 
 extern "C" {
@@ -27,7 +28,8 @@ void *stream_make(void)
 void stream_wait(void *s) { note(cudaStreamSynchronize((cudaStream_t)s)); }
 void stream_free(void *s) { note(cudaStreamDestroy((cudaStream_t)s)); }
 
-void capture_begin(void *s) { note(cudaStreamBeginCapture((cudaStream_t)s, cudaStreamCaptureModeThreadLocal)); }
+void capture_begin(void *s) { note(cudaStreamBeginCapture((cudaStream_t)s,
+                                                          cudaStreamCaptureModeThreadLocal)); }
 
 void *capture_end(void *s)
 {
