@@ -9,7 +9,7 @@
 
 namespace sparge {
 
-enum { THREADS = 256, SIDE = 16, ROWS = BLOCK_Q / SIDE, KEYS = BLOCK_K / SIDE, CHUNK = 32 };
+enum { THREADS = SQUARE, ROWS = BLOCK_Q / SIDE, KEYS = BLOCK_K / SIDE, CHUNK = 32 };
 
 template <int WIDTH> struct tiles {
     float q[BLOCK_Q][CHUNK + 1], k[BLOCK_K][CHUNK + 1]; /* CHUNK channels */
@@ -117,18 +117,7 @@ static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_cons
         weigh(w, q, j, lambda, state, t);
         multiply_pv(w, q, j, t, o);
     }
-    const int r = (int)threadIdx.x, y = r / SIDE, x = r % SIDE;
-    if (r < BLOCK_Q)
-        t.shrink[r] = sparge_row_norm(&state);
-    if (r < q.rows)
-        store_state(w, q, r, state);
-    __syncthreads();
-#pragma unroll
-    for (int a = 0; a < ROWS; a++)
-#pragma unroll
-        for (int b = 0; b < WIDTH / SIDE; b++)
-            if (y + SIDE * a < q.rows && x + SIDE * b < w.dim_v)
-                store(w.o, out_row(w, q, y + SIDE * a) + x + SIDE * b, o[a][b] * t.shrink[y + SIDE * a]);
+    store_square(w, q, state, o, t.shrink);
 }
 
 cudaError_t attend_shared(const work &w, cudaStream_t stream)

@@ -95,6 +95,30 @@ SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, float shrink, int
     return c;
 }
 
+/* ---- Rungs 2 and 3: 256 threads as a square of 16 x 16 ---- */
+
+enum { SIDE = 16, SQUARE = SIDE * SIDE };
+
+/* Lines 20-21: thread (y, x) holds rows y + 16 a and channels x + 16 b of o, thread r the state of row r.
+ * `norm` is shared memory. */
+template <int ROWS, int COLUMNS>
+static __device__ void store_square(const work &w, const query_block &q, const sparge_row &state,
+                                    const float (&o)[ROWS][COLUMNS], float (&norm)[BLOCK_Q])
+{
+    const int r = (int)threadIdx.x, y = r / SIDE, x = r % SIDE;
+    if (r < BLOCK_Q)
+        norm[r] = sparge_row_norm(&state);
+    if (r < q.rows)
+        store_state(w, q, r, state);
+    __syncthreads();
+#pragma unroll
+    for (int a = 0; a < ROWS; a++)
+#pragma unroll
+        for (int b = 0; b < COLUMNS; b++)
+            if (y + SIDE * a < q.rows && x + SIDE * b < w.dim_v)
+                store(w.o, out_row(w, q, y + SIDE * a) + x + SIDE * b, o[a][b] * norm[y + SIDE * a]);
+}
+
 } // namespace sparge
 
 #endif

@@ -526,3 +526,57 @@ void same_counts(const sparge_counts *got, const sparge_counts *want)
     check_equal(got->qk_tokens, want->qk_tokens);
     check_equal(got->pv_tokens, want->pv_tokens);
 }
+
+void same_traces(const problem *x, const answer *got, const answer *want, bool with_l)
+{
+    const sparge_problem *p = &x->p;
+    const sparge_trace *a = &got->trace, *b = &want->trace;
+    const int64_t heads = p->batch * p->heads, kv = p->batch * p->kv_heads;
+    const int64_t lines = heads * blocks(p->q_len, x->o.block_q), columns = blocks(p->k_len, x->o.block_k);
+    check_same(a->mean_k, b->mean_k, kv * p->dim);
+    check_same(a->pool_q, b->pool_q, lines * p->dim);
+    check_same(a->pool_k, b->pool_k, kv * columns * p->dim);
+    check_same(a->sim_q, b->sim_q, lines);
+    check_same(a->sim_k, b->sim_k, kv * columns);
+    check_same(a->s, b->s, lines * columns);
+    check_same(a->codes_q, b->codes_q, heads * p->q_len * p->dim);
+    check_same(a->codes_k, b->codes_k, kv * p->k_len * p->dim);
+    check_same(a->codes_v, b->codes_v, kv * p->k_len * p->dim_v);
+    check_same(a->steps_q, b->steps_q, lines);
+    check_same(a->steps_k, b->steps_k, kv * columns);
+    check_same(a->steps_v, b->steps_v, kv * columns * p->dim_v);
+    check_same(a->pv_done, b->pv_done, lines * columns);
+    check_same(a->m, b->m, heads * p->q_len);
+    if (with_l)
+        check_same(a->l, b->l, heads * p->q_len);
+}
+
+/* ---- At random ---- */
+
+void poke(tensor *t)
+{
+    const float special[] = { INFINITY, -INFINITY, NAN };
+    for (int64_t n = check_int(1, 3); n > 0 && tensor_count(t); n--)
+        t->x[check_int(0, tensor_count(t) - 1)] = special[check_int(0, 2)];
+}
+
+void zero_some(tensor *t)
+{
+    const int64_t from = check_int(0, tensor_count(t)), end = check_int(from, tensor_count(t));
+    for (int64_t n = from; n < end; n++)
+        t->x[n] = 0.0f;
+}
+
+sparge_knobs knobs_at_random(void)
+{
+    static const float share[] = { 0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f };
+    static const float lambda[] = { -INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f };
+    const int which = (int)check_int(1, 3);
+    return (sparge_knobs){ .theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
+                           .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
+                           .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
+                           .lambda = lambda[check_int(0, 5)] };
+}
+
+sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
+tensor_layout layout_at_random(void) { return (tensor_layout)check_int(PACKED, LAYOUTS - 1); }

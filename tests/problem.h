@@ -62,6 +62,13 @@ void problem_free(problem *x);
 void problem_write(problem *x);
 int64_t problem_rows(const problem *x); /* batch * heads * q_len */
 
+/* At random: a few elements not finite, a run of zeros; thresholds, types. */
+void poke(tensor *t);
+void zero_some(tensor *t);
+sparge_knobs knobs_at_random(void);
+sparge_dtype dtype_at_random(void);
+tensor_layout layout_at_random(void);
+
 /* Masks of the shape under x->o; each throws away the one before. */
 void mask_fill(problem *x, float share);  /* each bit with this probability, also meaningless ones */
 void mask_predict(problem *x);
@@ -103,6 +110,9 @@ void twins_fetch(const twins *t);  /* device to host; nobody wrote beside them *
 void twins_free(twins *t);
 
 void same_counts(const sparge_counts *got, const sparge_counts *want);
+
+/* Every array of the traces, bit for bit; what nobody wrote is poison in both. */
+void same_traces(const problem *x, const answer *got, const answer *want, bool with_l);
 
 /* o and lse bit for bit. */
 void same_answer(const answer *got, const answer *want);

@@ -29,31 +29,6 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- Bits ---- */
 
-/* What nobody wrote is poison in both. */
-static void same_traces(const problem *x, bool exact, const answer *got, const answer *want)
-{
-    const sparge_problem *p = &x->p;
-    const sparge_trace *a = &got->trace, *b = &want->trace;
-    const int64_t heads = p->batch * p->heads, kv = p->batch * p->kv_heads;
-    const int64_t lines = heads * blocks(p->q_len, BLOCK_Q), columns = blocks(p->k_len, BLOCK_K);
-    check_same(a->mean_k, b->mean_k, kv * p->dim);
-    check_same(a->pool_q, b->pool_q, lines * p->dim);
-    check_same(a->pool_k, b->pool_k, kv * columns * p->dim);
-    check_same(a->sim_q, b->sim_q, lines);
-    check_same(a->sim_k, b->sim_k, kv * columns);
-    check_same(a->s, b->s, lines * columns);
-    check_same(a->codes_q, b->codes_q, heads * p->q_len * p->dim);
-    check_same(a->codes_k, b->codes_k, kv * p->k_len * p->dim);
-    check_same(a->codes_v, b->codes_v, kv * p->k_len * p->dim_v);
-    check_same(a->steps_q, b->steps_q, lines);
-    check_same(a->steps_k, b->steps_k, kv * columns);
-    check_same(a->steps_v, b->steps_v, kv * columns * p->dim_v);
-    check_same(a->pv_done, b->pv_done, lines * columns);
-    check_same(a->m, b->m, heads * p->q_len);
-    if (exact)
-        check_same(a->l, b->l, heads * p->q_len);
-}
-
 /* ---- The judge ---- */
 
 typedef struct judged {
@@ -313,7 +288,7 @@ void compare(const problem *x, const rung *r, const reply *got, const reply *wan
     if (want->mask.bits)
         check_same_as("mask", got->mask.bits, want->mask.bits,
                       want->mask.batch * want->mask.heads * want->mask.q_blocks * want->mask.words);
-    same_traces(x, exact, &got->a, &want->a);
+    same_traces(x, &got->a, &want->a, exact);
     for (int64_t h = 0; h < x->p.batch * x->p.heads; h++)
         same_counts(&got->a.head[h], &want->a.head[h]);
     same_counts(&got->a.result.counts, &want->a.result.counts);

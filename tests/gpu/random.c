@@ -6,34 +6,6 @@
 
 TestSuite(gpu);
 
-static void poke(tensor *t)
-{
-    const float special[] = { INFINITY, -INFINITY, NAN };
-    for (int64_t n = check_int(1, 3); n > 0 && tensor_count(t); n--)
-        t->x[check_int(0, tensor_count(t) - 1)] = special[check_int(0, 2)];
-}
-
-static void zero_some(tensor *t)
-{
-    const int64_t from = check_int(0, tensor_count(t)), end = check_int(from, tensor_count(t));
-    for (int64_t n = from; n < end; n++)
-        t->x[n] = 0.0f;
-}
-
-static sparge_knobs knobs_at_random(void)
-{
-    static const float share[] = { 0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f };
-    static const float lambda[] = { -INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f };
-    const int which = (int)check_int(1, 3);
-    return (sparge_knobs){ .theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
-                           .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
-                           .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
-                           .lambda = lambda[check_int(0, 5)] };
-}
-
-static sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
-static tensor_layout layout_at_random(void) { return (tensor_layout)check_int(PACKED, LAYOUTS - 1); }
-
 static int64_t channels_at_random(void)
 {
     static const int64_t usual[] = { 1, 16, 33, 64, 65, 80, 96, 97, 128 };
