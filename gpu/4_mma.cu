@@ -28,7 +28,6 @@ template <int WIDTH, bool HALF> struct tiles {
 
 /* A thread's share of its warp: two rows. */
 template <int WIDTH> struct fragment {
-    uint32_t q[WIDTH / 32][4];
     float o[WIDTH / 8][4];
     sparge_row state[2]; /* with f16 the sum is this thread's columns' alone, up to the end */
 };
@@ -60,24 +59,35 @@ SPARGE_DEVICE void load_columns(uint32_t (&b)[4], const void *image, int pitch, 
 }
 
 /* Line 10: S of 16 rows. */
-template <int WIDTH>
-static __device__ void multiply_qk(const fragment<WIDTH> &f, const int8_t *k, int (&s)[8][4])
+template <int WIDTH> static __device__ void multiply_qk(const int8_t *q, const int8_t *k, int (&s)[8][4])
 {
+    const int matrix = lane() / 8, r = (int)threadIdx.x / 32 * 16 + lane() % 8 + 8 * (matrix % 2);
 #pragma unroll
     for (int i = 0; i < 8; i++)
         s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0;
 #pragma unroll
-    for (int c = 0; c < WIDTH; c += 32)
+    for (int c = 0; c < WIDTH; c += 32) {
+        uint32_t a[4];
+        ldmatrix(a, q + image_at(pitch_of(WIDTH), r, c + 16 * (matrix / 2)));
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
             uint32_t b[4];
             load_columns(b, k, pitch_of(WIDTH), 8 * i, c);
-            mma_s8(s[i], f.q[c / 32], b[0], b[1]);
-            mma_s8(s[i + 1], f.q[c / 32], b[2], b[3]);
+            mma_s8(s[i], a, b[0], b[1]);
+            mma_s8(s[i + 1], a, b[2], b[3]);
         }
+    }
+}
+
+/* Is column 2 quad + e of 8-column tile i one of the first `count` keys? Off the edge of what is seen, a
+ * row has all of a block or, where it skips, none. */
+template <bool EDGE> SPARGE_DEVICE bool among(int i, int e, int count)
+{
+    return EDGE ? 8 * i + 2 * (lane() % 4) + e < count : count != 0;
 }
 
 /* Line 11: m_local of a thread's two rows; each sees the first `seen` keys. */
+template <bool EDGE>
 static __device__ void local_maxima(const int (&s)[8][4], float unit, const int (&seen)[2],
                                     float (&local)[2])
 {
@@ -88,7 +98,7 @@ static __device__ void local_maxima(const int (&s)[8][4], float unit, const int 
         for (int i = 0; i < 8; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (8 * i + 2 * (lane() % 4) + e < seen[h])
+                if (among<EDGE>(i, e, seen[h]))
                     max = s[i][2 * h + e] > max ? s[i][2 * h + e] : max;
         for (int step = 1; step < 4; step *= 2) {
             const int other = __shfl_xor_sync(~0u, max, step);
@@ -130,7 +140,7 @@ SPARGE_DEVICE float weight_of(int s, float unit, float max)
 }
 
 /* Lines 12, 13 and 16 in codes: P against the local maximum. used: keys of each row, 0 where it skips. */
-template <int WIDTH>
+template <int WIDTH, bool EDGE>
 static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
                                  const float (&local)[2], const uint8_t *v, const float *step)
 {
@@ -143,7 +153,7 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
         for (int i = 0; i < 8; i++) /* 32 keys are p[i / 4]; 16 of them two registers, one for each h */
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const bool there = 8 * i + 2 * (lane() % 4) + e < used[h];
+                const bool there = among<EDGE>(i, e, used[h]);
                 const int code = there ? code_of_weight(weight_of(s[i][2 * h + e], unit, local[h])) : 0;
                 p[i / 4][i / 2 % 2 * 2 + h] |= (uint32_t)code << 8 * (i % 2 * 2 + e);
                 sum += code;
@@ -177,7 +187,7 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
 }
 
 /* The same in f16: P against the running maximum. */
-template <int WIDTH>
+template <int WIDTH, bool EDGE>
 static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
                                 const float (&local)[2], const uint8_t *v)
 {
@@ -199,7 +209,7 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
             float x[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const bool there = 8 * i + 2 * (lane() % 4) + e < used[h];
+                const bool there = among<EDGE>(i, e, used[h]);
                 x[e] = there ? weight_of(s[i][2 * h + e], unit, f.state[h].max) : 0.0f;
                 f.state[h].sum += x[e];
             }
@@ -217,25 +227,38 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
     }
 }
 
-template <int WIDTH, bool HALF>
-static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda,
-                                  const stage<WIDTH, HALF> &t, votes &ballot, fragment<WIDTH> &f)
+template <int WIDTH, bool HALF, bool EDGE>
+static __device__ void fold_scores(const work &w, const query_block &q, int64_t j, float lambda,
+                                   const int (&s)[8][4], const uint8_t *v, votes &ballot,
+                                   fragment<WIDTH> &f)
 {
-    int s[8][4];
-    multiply_qk(f, t.k, s);
     const float unit = score_unit(w, q, j);
     const int seen[2] = { keys_of_row(w, q, row_of(0), j), keys_of_row(w, q, row_of(1), j) };
     float local[2];
     bool skips[2];
-    local_maxima(s, unit, seen, local);
+    local_maxima<EDGE>(s, unit, seen, local);
     skipped_rows(w, q, ballot, j, f.state, local, lambda, skips);
     const int used[2] = { skips[0] ? 0 : seen[0], skips[1] ? 0 : seen[1] };
     if (!__any_sync(~0u, used[0] || used[1]))
         return; /* none of the warp's rows */
     if (HALF)
-        fold_f16(f, s, unit, used, local, t.v);
+        fold_f16<WIDTH, EDGE>(f, s, unit, used, local, v);
     else
-        fold_int8(f, s, unit, used, local, t.v, w.step_v + (q.kv * w.g.k_blocks + j) * WIDTH);
+        fold_int8<WIDTH, EDGE>(f, s, unit, used, local, v, w.step_v + (q.kv * w.g.k_blocks + j) * WIDTH);
+}
+
+template <int WIDTH, bool HALF>
+static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda,
+                                  const int8_t *codes_q, const stage<WIDTH, HALF> &t, votes &ballot,
+                                  fragment<WIDTH> &f)
+{
+    int s[8][4];
+    multiply_qk<WIDTH>(codes_q, t.k, s);
+    /* The first row sees least. With int8 two copies of the code would spill registers. */
+    if (HALF && q.rows == BLOCK_Q && keys_of_row(w, q, 0, j) == BLOCK_K)
+        fold_scores<WIDTH, HALF, false>(w, q, j, lambda, s, t.v, ballot, f);
+    else
+        fold_scores<WIDTH, HALF, true>(w, q, j, lambda, s, t.v, ballot, f);
 }
 
 template <int WIDTH, bool HALF>
@@ -256,11 +279,6 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
     __syncthreads();
     fragment<WIDTH> f;
 #pragma unroll
-    for (int c = 0; c < WIDTH; c += 32) {
-        const int matrix = lane() / 8, r = (int)threadIdx.x / 32 * 16 + lane() % 8 + 8 * (matrix % 2);
-        ldmatrix(f.q[c / 32], t.q + image_at(pitch_of(WIDTH), r, c + 16 * (matrix / 2)));
-    }
-#pragma unroll
     for (int i = 0; i < WIDTH / 8; i++)
         f.o[i][0] = f.o[i][1] = f.o[i][2] = f.o[i][3] = 0.0f;
     f.state[0] = f.state[1] = sparge_row_empty();
@@ -270,7 +288,7 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
         if (next < q.seen)
             load_stage(w, q, next, t.ring[at ^ 1]);
         copy_async_commit();
-        fold_block<WIDTH, HALF>(w, q, j, lambda, t.ring[at], t.ballot, f);
+        fold_block<WIDTH, HALF>(w, q, j, lambda, t.q, t.ring[at], t.ballot, f);
         copy_async_wait<0>(); /* the next block is here, */
         __syncthreads();      /* and nobody reads this one any more */
         j = next;
