@@ -12,8 +12,8 @@
  *   turn   named barriers 2 and 3: whose products may be issued
  *
  * P.V in fp8: the tensor core's own sum is narrower than float, so each stage is summed from zero and added
- * to o in float. P is coded as 256 p, for e4m3 has few numbers below 1: exactly 8 in the exponent. In f16 the
- * tensor core adds to o itself. exp2 is the hardware's; README.md says how far o may lie. */
+ * to o in float. P is coded as 256 p, for e4m3 has few numbers below 1: exactly 8 in the exponent. In f16
+ * the tensor core adds to o itself. exp2 is the hardware's; README.md says how far o may lie. */
 #include "gpu/5_stage.h"
 
 namespace sparge {
