@@ -144,7 +144,8 @@ static __global__ void count_heads(const __grid_constant__ work w)
     sparge_counts c;
     c.pairs = (int64_t)tally[TALLY_PAIRS];
     c.qk_done = (int64_t)tally[TALLY_QK_DONE];
-    c.pv_done = (double)tally[TALLY_PV_ROWS] / (double)BLOCK_Q + (double)tally[TALLY_PV_ROWS_SHORT] / short_rows;
+    c.pv_done = (double)tally[TALLY_PV_ROWS] / (double)BLOCK_Q;
+    c.pv_done += (double)tally[TALLY_PV_ROWS_SHORT] / short_rows;
     c.tokens = (int64_t)tally[TALLY_TOKENS];
     c.qk_tokens = (int64_t)tally[TALLY_QK_TOKENS];
     c.pv_tokens = (int64_t)tally[TALLY_PV_TOKENS];

@@ -280,7 +280,8 @@ static sparge_status conclude(const work &w, const call &c, const stopwatch &wat
     for (int64_t first = 0; first < w.batch * w.heads && !status; first += PART) {
         const int64_t count = sparge_min(PART, w.batch * w.heads - first);
         const size_t bytes = (size_t)count * sizeof *head;
-        status = check(cudaMemcpy(head, w.counts + first, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy", error);
+        status = check(cudaMemcpy(head, w.counts + first, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy",
+                       error);
         for (int64_t n = 0; n < count && !status; n++) {
             sum.pairs += head[n].pairs;
             sum.qk_done += head[n].qk_done;
