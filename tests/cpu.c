@@ -169,32 +169,12 @@ Test(cpu, questions_at_random)
             x.o.block_k = 128;
         x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
         x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, 140);
-        x.o.smooth_k = check_int(0, 3) != 0;
-        x.o.sink = check_int(0, 2) == 0;
-        x.o.scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
-        x.o.knobs = knobs_at_random();
         sparge_knobs each[6];
-        for (int h = 0; h < 6; h++)
-            each[h] = knobs_at_random();
-        if (check_int(0, 2) == 0)
-            x.o.per_head = each;
-        tensor *const tensors[] = { &x.q, &x.k, &x.v };
-        for (int t = 0; t < 3; t++) {
-            if (check_int(0, 7) == 0)
-                poke(tensors[t]);
-            if (check_int(0, 9) == 0)
-                zero_some(tensors[t]);
-        }
-        problem_write(&x);
+        vary(&x, each);
         const way how = check_int(0, 3) ? ATTENTION : ATTEND;
         const sparge_dtype dtype = how == ATTEND ? dtype_at_random() : SPARGE_F32;
-        if (how == ATTEND && check_int(0, 3)) {
-            mask_fill(&x, check_uniform(0.2f, 0.9f));
-            if (check_int(0, 2) == 0)
-                for (int64_t line = 0; line < s.batch * s.heads * x.mask.q_blocks; line += 2)
-                    memset(x.mask.bits + line * x.mask.words, 0,
-                           (size_t)x.mask.words * sizeof *x.mask.bits);
-        }
+        if (how == ATTEND && check_int(0, 3))
+            mask_at_random(&x);
         const int threads[] = { (int)check_int(1, 3), 0 };
         verify_with(&x, how, dtype, how == ATTEND ? layout_at_random() : PACKED, threads, &sum);
         problem_free(&x);

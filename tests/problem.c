@@ -580,3 +580,31 @@ sparge_knobs knobs_at_random(void)
 
 sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
 tensor_layout layout_at_random(void) { return (tensor_layout)check_int(PACKED, LAYOUTS - 1); }
+
+void vary(problem *x, sparge_knobs each[6])
+{
+    x->o.smooth_k = check_int(0, 3) != 0;
+    x->o.sink = check_int(0, 2) == 0;
+    x->o.scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
+    x->o.knobs = knobs_at_random();
+    for (int h = 0; h < 6; h++)
+        each[h] = knobs_at_random();
+    if (check_int(0, 2) == 0)
+        x->o.per_head = each;
+    tensor *const tensors[] = { &x->q, &x->k, &x->v };
+    for (int t = 0; t < 3; t++) {
+        if (check_int(0, 7) == 0)
+            poke(tensors[t]);
+        if (check_int(0, 9) == 0)
+            zero_some(tensors[t]);
+    }
+    problem_write(x);
+}
+
+void mask_at_random(problem *x)
+{
+    mask_fill(x, check_uniform(0.2f, 0.9f));
+    if (check_int(0, 2) == 0)
+        for (int64_t line = 0; line < x->p.batch * x->p.heads * x->mask.q_blocks; line += 2)
+            memset(x->mask.bits + line * x->mask.words, 0, (size_t)x->mask.words * sizeof *x->mask.bits);
+}

@@ -68,6 +68,9 @@ void zero_some(tensor *t);
 sparge_knobs knobs_at_random(void);
 sparge_dtype dtype_at_random(void);
 tensor_layout layout_at_random(void);
+/* Options, thresholds (of at most six heads, in `each`) and special values at random, written. */
+void vary(problem *x, sparge_knobs each[6]);
+void mask_at_random(problem *x); /* now and then every other row of blocks is empty */
 
 /* Masks of the shape under x->o; each throws away the one before. */
 void mask_fill(problem *x, float share);  /* each bit with this probability, also meaningless ones */

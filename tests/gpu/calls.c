@@ -475,20 +475,7 @@ Test(calls, rows_of_scores_in_little_shared_memory)
     const shape s = shape_of(1, 1, 1, 128 * 9, 64 * (plain_quick() ? 100 : 3000), 1, 1);
     problem x = question(&s, &rungs[2]);
     x.o.knobs.tau = 0.6f;
-    sparge_mask want = wide_mask(&x, 0), got = wide_mask(&x, 0);
-    sparge_error error;
-    x.o.backend = SPARGE_REF;
-    check(sparge_predict(&x.p, &x.o, &want, NULL, &error) == SPARGE_OK, "%s", error.text);
-    use(&x, &rungs[2]);
-    twins there = { .count = 0 };
-    const sparge_problem p = twin_problem(&there, &x);
-    sparge_mask m = twin_mask(&there, &got);
-    check(sparge_predict(&p, &x.o, &m, NULL, &error) == SPARGE_OK, "%s", error.text);
-    twins_fetch(&there);
-    twins_free(&there);
-    check_same_as("mask", got.bits, want.bits, 9 * want.words);
-    check_free(got.bits);
-    check_free(want.bits);
+    verify_prediction(&x, &rungs[2], 0);
     problem_free(&x);
     fresh_device();
 }

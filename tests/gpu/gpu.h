@@ -54,6 +54,8 @@ void compare(const problem *x, const rung *r, const reply *got, const reply *wan
 /* Asks both and compares. */
 void verify_with(problem *x, const rung *r, const terms *t);
 void verify(problem *x, const rung *r, bool predict);
+/* Stage 1 alone: the mask is ref's, whose rows have so many words to spare. */
+void verify_prediction(problem *x, const rung *r, int64_t spare);
 
 /* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at the
  * end. */

@@ -474,3 +474,22 @@ void scene_close(scene *s)
     check_free(s->host_mask.bits);
     answer_free(&s->a);
 }
+
+void verify_prediction(problem *x, const rung *r, int64_t spare)
+{
+    sparge_mask want = wide_mask(x, spare), got = wide_mask(x, spare);
+    sparge_error error;
+    x->o.backend = SPARGE_REF;
+    x->o.rung = 0;
+    check(sparge_predict(&x->p, &x->o, &want, NULL, &error) == SPARGE_OK, "%s", error.text);
+    use(x, r);
+    twins there = { .count = 0 };
+    const sparge_problem p = twin_problem(&there, x);
+    sparge_mask m = twin_mask(&there, &got);
+    check(sparge_predict(&p, &x->o, &m, NULL, &error) == SPARGE_OK, "%s", error.text);
+    twins_fetch(&there);
+    twins_free(&there);
+    check_same_as("mask", got.bits, want.bits, want.batch * want.heads * want.q_blocks * want.words);
+    check_free(got.bits);
+    check_free(want.bits);
+}

@@ -43,30 +43,11 @@ static void ask_at_random(int64_t n, const rung *r, totals *sum)
     if (r->n < 5 && check_int(0, 2) == 0)
         x.o.skip_rows = check_int(1, 140);
     x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
-    x.o.smooth_k = check_int(0, 3) != 0;
-    x.o.sink = check_int(0, 2) == 0;
-    x.o.scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
-    x.o.knobs = knobs_at_random();
     sparge_knobs each[6];
-    for (int h = 0; h < 6; h++)
-        each[h] = knobs_at_random();
-    if (check_int(0, 2) == 0)
-        x.o.per_head = each;
-    tensor *const tensors[] = { &x.q, &x.k, &x.v };
-    for (int t = 0; t < 3; t++) {
-        if (check_int(0, 7) == 0)
-            poke(tensors[t]);
-        if (check_int(0, 9) == 0)
-            zero_some(tensors[t]);
-    }
-    problem_write(&x);
+    vary(&x, each);
     const terms t = { check_int(0, 2) != 0, dtype_at_random(), layout_at_random(), check_int(0, 2) };
-    if (!t.predict && check_int(0, 3)) {
-        mask_fill(&x, check_uniform(0.2f, 0.9f));
-        if (check_int(0, 2) == 0)
-            for (int64_t line = 0; line < s.batch * s.heads * x.mask.q_blocks; line += 2)
-                memset(x.mask.bits + line * x.mask.words, 0, (size_t)x.mask.words * sizeof *x.mask.bits);
-    }
+    if (!t.predict && check_int(0, 3))
+        mask_at_random(&x);
     any_schedule();
     reply want = ask_ref(&x, &t), got = ask_rung(&x, r, &t);
     compare(&x, r, &got, &want);
