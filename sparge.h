@@ -278,6 +278,61 @@ sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *pe
 /* Bytes per second that the threads read from main memory together, over 256 MiB. */
 sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *bytes, sparge_error *error);
 
+/* ---- Tuning (Sec 3.6) -------------------------------------------------------------------- */
+
+/* Per head, over a grid of 32 thetas, 1001 taus (or topks) and 502 lambdas: the (theta, tau) of most
+ * sparsity whose relative L1 stays below l1 on every input, then the lambda of most sparsity below l2. The
+ * relative L1 is sum|o - o'| / sum|o'| against dense attention in f32 on the same backend. */
+typedef struct sparge_tune_options {
+    double l1, l2;     /* 0 < l1 < l2 */
+    double sparsity;   /* instead, where not 0: the (theta, tau) of least error among those that are at least so
+                          sparse, in (0, 1), and no lambda; l1 and l2 play no part */
+    bool topk;         /* choose topk and leave tau off */
+    int64_t held_out;  /* the last so many inputs are judged on and never tuned on; 0: each is left out in turn */
+    double seconds;    /* give up what is unfinished after so long; 0: never */
+    /* Called now and then with 0..1, by one thread at a time; false gives up what is unfinished. Or NULL. */
+    bool (*progress)(void *user, double done);
+    /* Called when a head is done, by one thread at a time; or NULL. */
+    void (*finished)(void *user, int64_t head);
+    void *user;
+} sparge_tune_options;
+
+/* Of whole calls of sparge_attention over some inputs. */
+typedef struct sparge_tune_errors {
+    int64_t inputs;
+    double mean, worst; /* relative L1; NaN over no inputs */
+    double sparsity;    /* mean */
+} sparge_tune_errors;
+
+/* What was done about an error above l2, on inputs that were tuned on or not: lambda was put off; then
+ * tau (or topk) was raised; then the head was left dense. */
+typedef enum sparge_back_off {
+    SPARGE_AS_CHOSEN,
+    SPARGE_LAMBDA_OFF,
+    SPARGE_TAU_RAISED,
+    SPARGE_LEFT_DENSE
+} sparge_back_off;
+
+typedef struct sparge_tuned {
+    bool done;          /* where it is set on entry the head is left alone */
+    bool finite;        /* no: q, k, v or dense attention is not finite in some input, and nothing was tried */
+    bool dense;         /* theta -1, tau 1, lambda -inf: nothing sparser held, or nothing was tried */
+    sparge_knobs knobs;
+    sparge_back_off back_off;
+    sparge_tune_errors in_sample; /* of these knobs on the inputs that they were tuned on */
+    /* On inputs not tuned on. Where each is left out in turn: what is chosen without it, on it. */
+    sparge_tune_errors held_out, held_out_first; /* first: before backing off */
+    double equivalents; /* products of blocks that all this took, in dense passes over the inputs */
+    double seconds;
+} sparge_tuned;
+
+/* Tunes heads [heads] on inputs of one kind: the same heads, key heads and channels; lengths and batches may
+ * differ, and an element of a batch is an input. q, k and v are in host memory on every backend. Of the
+ * options, knobs and per_head play no part. Heads run in parallel on options.threads threads. The same heads
+ * come out for any number of threads. */
+sparge_status sparge_tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
+                          const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error);
+
 /* ---- The oracle ------------------------------------------------------------------------ */
 
 /* Attention by the textbook formula in double precision; shares no code with any backend.

@@ -20,8 +20,7 @@ bool sparge_ref_similar(const sparge_ref_summary *s, float theta)
     return s->finite && s->sim > theta;
 }
 
-/* A block's share of softmax(S[i,:]) as an integer, so that a sum has one value in any order. */
-static uint64_t mass(const sparge_ref_row *row, int64_t place)
+uint64_t sparge_ref_mass(const sparge_ref_row *row, int64_t place)
 {
     const float below = row->order[place].s - row->order[0].s;
     return (uint64_t)(sparge_exp2(below * SPARGE_LOG2E) * 0x1p30f);
@@ -34,10 +33,10 @@ void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *ke
         return;
     uint64_t total = 0, prefix = 0;
     for (int64_t n = 0; n < row->finite; n++)
-        total += mass(row, n);
+        total += sparge_ref_mass(row, n);
     const double limit = (double)row->knobs->tau * (double)total;
     for (int64_t n = 0; n < row->finite; n++) {
-        prefix += mass(row, n);
+        prefix += sparge_ref_mass(row, n);
         if (n >= least && !((double)prefix <= limit))
             break;
         sparge_mask_row_set(kept, row->order[n].block);
@@ -110,18 +109,33 @@ void sparge_ref_summarize_keys(const sparge_ref_predictor *w, int64_t b, int64_t
         sparge_ref_record(w->trace->mean_k, at, w->mean, p->dim, 4);
 }
 
-/* Line 5: S[i,:], and its finite entries best first. */
-static void score_row(const sparge_ref_predictor *w, sparge_ref_row *row)
+sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options *o, int64_t i)
+{
+    sparge_ref_row row = { .visible = sparge_blocks_seen(g, i), .blocks = g->k_blocks, .sink = o->sink };
+    if (o->causal != SPARGE_CAUSAL_NONE) {
+        row.diagonal = sparge_max(0, sparge_last_key(g, i * g->block_q)) / g->block_k;
+        row.diagonal_end = row.visible;
+    }
+    return row;
+}
+
+/* Line 5: S[i,:]. */
+static void score_row(const sparge_ref_predictor *w, int64_t visible)
 {
     const int64_t dim = w->p->dim;
-    for (int64_t j = 0; j < w->g.k_blocks; j++) {
-        w->s[j] = -INFINITY;
-        if (j < row->visible && w->similar_k[j])
-            w->s[j] = w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim);
-        if (sparge_finite(w->s[j]))
-            w->order[row->finite++] = (sparge_ref_scored){ w->s[j], j };
-    }
-    qsort(w->order, (size_t)row->finite, sizeof *w->order, best_first);
+    for (int64_t j = 0; j < w->g.k_blocks; j++)
+        w->s[j] = j < visible && w->similar_k[j]
+                      ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim)
+                      : -INFINITY;
+}
+
+void sparge_ref_rank(sparge_ref_row *row)
+{
+    row->finite = 0;
+    for (int64_t j = 0; j < row->visible; j++)
+        if (sparge_finite(row->s[j]))
+            row->order[row->finite++] = (sparge_ref_scored){ row->s[j], j };
+    qsort(row->order, (size_t)row->finite, sizeof *row->order, best_first);
 }
 
 /* Lines 4-6 for one query block. */
@@ -135,16 +149,14 @@ void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h,
         sparge_ref_summarize(w->x, w->bad, rows, g->block_q, p->dim, w->pool, w->unit);
 
     const sparge_knobs *knobs = sparge_ref_knobs(w->o, h);
-    sparge_ref_row row = {
-        .s = w->s, .visible = sparge_blocks_seen(g, i), .blocks = g->k_blocks,
-        .k_similar = w->similar_k, .q_similar = w->mode.similar(&q, knobs->theta),
-        .knobs = knobs, .sink = w->o->sink, .order = w->order,
-    };
-    if (w->o->causal != SPARGE_CAUSAL_NONE) {
-        row.diagonal = sparge_max(0, sparge_last_key(g, first)) / g->block_k;
-        row.diagonal_end = row.visible;
-    }
-    score_row(w, &row);
+    sparge_ref_row row = sparge_ref_row_of(g, w->o, i);
+    row.s = w->s;
+    row.k_similar = w->similar_k;
+    row.q_similar = w->mode.similar(&q, knobs->theta);
+    row.knobs = knobs;
+    row.order = w->order;
+    score_row(w, row.visible);
+    sparge_ref_rank(&row);
     w->mode.select(&row, kept);
 
     const int64_t at = (b * p->heads + h) * g->q_blocks + i;

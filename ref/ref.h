@@ -122,6 +122,14 @@ typedef struct sparge_ref_mode {
 
 sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options *o);
 
+/* What geometry and options say of the row of query block i; the rest of it is all 0. */
+sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options *o, int64_t i);
+/* Fills row->order from row->s. */
+void sparge_ref_rank(sparge_ref_row *row);
+/* The share of softmax(S[i,:]) of row->order[place], as an integer, so that a sum has one value in any
+ * order. */
+uint64_t sparge_ref_mass(const sparge_ref_row *row, int64_t place);
+
 /* The default of each, and the steps of `select`: which blocks a row keeps, and why. */
 bool sparge_ref_similar(const sparge_ref_summary *, float theta);
 void sparge_ref_select(const sparge_ref_row *, uint32_t *kept);

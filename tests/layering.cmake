@@ -21,14 +21,16 @@ function(rule files ours system words)
 endfunction()
 
 rule("sparge\\.h" "-" "${standard}" "sparge.h includes the C library alone")
-rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|common/geometry\\.h|common/block_mask\\.h" "${standard}"
-     "sparge.c includes sparge.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, common/geometry.h, common/block_mask.h and the C library")
+rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|tune/tune\\.h|common/geometry\\.h|common/block_mask\\.h" "${standard}"
+     "sparge.c includes sparge.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, tune/tune.h, common/geometry.h, common/block_mask.h and the C library")
 rule("common/.*" "common/.*" "${standard}" "common/ includes common/ and the C library")
 rule("ref/(oracle|token_order)\\.[ch]" "sparge\\.h|ref/oracle\\.h" "${standard}"
      "ref/oracle.c and ref/token_order.c include sparge.h, ref/oracle.h and the C library, so that they share no mistake")
 rule("ref/.*" "sparge\\.h|common/.*|ref/.*" "${standard}" "ref/ includes sparge.h, common/, ref/ and the C library")
 rule("cpu/.*" "sparge\\.h|common/.*|ref/ref\\.h|cpu/.*" "${standard}|omp\\.h|cpuid\\.h|${intrinsics}"
      "cpu/ includes sparge.h, common/, ref/ref.h, cpu/, the C library, OpenMP and, in a kernel file, intrinsics")
+rule("tune/.*" "sparge\\.h|common/.*|ref/ref\\.h|tune/.*" "${standard}"
+     "tune/ includes sparge.h, common/, ref/ref.h, tune/ and the C library")
 rule("gpu/.*" "sparge\\.h|common/.*|gpu/.*" ".*" "gpu/ includes sparge.h, common/, gpu/ and system headers")
 rule("tools/.*" "sparge\\.h|tools/.*" ".*" "tools/ is a user's program: it includes sparge.h, tools/ and system headers")
 rule("(experiments|paper_figs)/.*" "sparge\\.h" ".*"
@@ -46,7 +48,7 @@ set(sources)
 foreach(extension c h cc cpp hpp cu cuh inc)
   file(GLOB found RELATIVE ${ROOT} ${ROOT}/*.${extension})
   list(APPEND sources ${found})
-  foreach(folder common ref cpu gpu tools tests experiments paper_figs)
+  foreach(folder common ref cpu gpu tune tools tests experiments paper_figs)
     file(GLOB_RECURSE found RELATIVE ${ROOT} ${ROOT}/${folder}/*.${extension})
     list(APPEND sources ${found})
   endforeach()

@@ -1,0 +1,224 @@
+/* blocks.c: attention of one query block taken apart into what each key block contributes.
+ *
+ * Attention over a set of key blocks is the mean of attention over each of them, weighted by
+ * exp(lse of each): so when o and lse are known for every block alone, any mask is a weighted sum away. Int8
+ * has no say in this: codes of q, k and v belong to blocks, and those of P are relative to the maximum of
+ * their own tile.
+ *
+ * The backend does it by its public face: the key blocks become a batch, which all read the same queries
+ * (stride 0). Blocks that causality cuts, or that are short, are a second batch, which all read the same keys
+ * under a mask of one block each: there a row sees what it would see. */
+#include "tune/tune.h"
+
+#include <stdlib.h>
+
+#include "common/block_mask.h"
+
+/* ---- Memory ---- */
+
+static sparge_status part_make(tune_part *part, int64_t count, int64_t rows, int64_t dim_v, int64_t words,
+                               bool device, sparge_error *error)
+{
+    const int64_t cell = (int64_t)sizeof(float);
+    sparge_status status = tune_array_make(&part->o, count * rows * dim_v * cell, device, error);
+    if (!status)
+        status = tune_array_make(&part->lse, count * rows * cell, device, error);
+    if (!status)
+        status = tune_array_make(&part->m, count * rows * cell, device, error);
+    if (!status)
+        status = tune_array_make(&part->bits, count * words * (int64_t)sizeof(uint32_t), device, error);
+    return status;
+}
+
+static void part_free(tune_part *part)
+{
+    tune_array_free(&part->o);
+    tune_array_free(&part->lse);
+    tune_array_free(&part->m);
+    tune_array_free(&part->bits);
+}
+
+/* Key blocks between the first that causality cuts for some row of a query block and the last that a row of
+ * it sees; and the query blocks of as many rows as the edge may have. */
+static int64_t most_at_edge(const sparge_geometry *g)
+{
+    return sparge_min(g->k_blocks, sparge_ceil_div(g->block_q, g->block_k) + 1);
+}
+
+static int64_t q_blocks_at_edge(const sparge_geometry *g)
+{
+    return sparge_ceil_div(g->block_q + g->block_k, g->block_q);
+}
+
+sparge_status tune_blocks_make(tune_blocks *b, const tune_input *x, sparge_error *error)
+{
+    const sparge_geometry *g = &x->g;
+    const bool device = x->q.device;
+    const int64_t edge = most_at_edge(g), words = q_blocks_at_edge(g) * sparge_mask_row_words(edge);
+    const int64_t rows = sparge_min(g->block_q, g->q_len), dim_v = x->problem.dim_v;
+    *b = (tune_blocks){
+        .weight = malloc((size_t)(g->k_blocks * rows + 1) * sizeof *b->weight),
+        .top = malloc((size_t)(rows + 1) * sizeof *b->top),
+    };
+    sparge_status status = b->weight && b->top ? SPARGE_OK : SPARGE_ERR_MEMORY;
+    if (!status)
+        status = part_make(&b->whole, g->k_blocks, rows, dim_v, 1, device, error);
+    if (!status)
+        status = part_make(&b->edge, edge, g->block_q + g->block_k, dim_v, words, device, error);
+    if (status)
+        tune_blocks_free(b);
+    return status;
+}
+
+void tune_blocks_free(tune_blocks *b)
+{
+    part_free(&b->whole);
+    part_free(&b->edge);
+    free(b->weight);
+    free(b->top);
+    *b = (tune_blocks){ 0 };
+}
+
+/* ---- Taking apart ---- */
+
+static const float *at(const tune_blocks *b, size_t array, int64_t j, int64_t dim)
+{
+    const tune_part *part = j < b->edge.first ? &b->whole : &b->edge;
+    const tune_array *x = (const tune_array *)((const char *)part + array);
+    return (const float *)x->host + (j - part->first) * part->rows * dim;
+}
+
+const float *tune_block_o(const tune_blocks *b, int64_t j, int64_t dim_v)
+{
+    return at(b, offsetof(tune_part, o), j, dim_v);
+}
+
+const float *tune_block_m(const tune_blocks *b, int64_t j) { return at(b, offsetof(tune_part, m), j, 1); }
+
+static const float *block_lse(const tune_blocks *b, int64_t j)
+{
+    return at(b, offsetof(tune_part, lse), j, 1);
+}
+
+/* Attention of the part's batch: p has its views, its lengths and its causality. */
+static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem p, sparge_causal causal,
+                                 const sparge_mask *mask, sparge_error *error)
+{
+    const int64_t cells = part->count * part->rows, dim_v = x->problem.dim_v;
+    sparge_options o = *x->o;
+    o.causal = causal;
+    o.smooth_k = false; /* the keys are smooth already */
+    p.batch = part->count;
+    p.heads = p.kv_heads = 1;
+    p.q_len = part->rows;
+    p.dim = x->problem.dim;
+    p.dim_v = dim_v;
+    const sparge_trace trace = { .m = tune_there(&part->m) };
+    sparge_result result = {
+        .o = { tune_there(&part->o), SPARGE_F32, part->rows * dim_v, 0, dim_v },
+        .lse = tune_there(&part->lse),
+        .trace = &trace,
+    };
+    sparge_status status = mask ? tune_array_push(&part->bits, error) : SPARGE_OK;
+    if (!status)
+        status = sparge_attend(&p, &o, mask, &result, error);
+    x->products += (double)result.counts.qk_done + result.counts.pv_done;
+    if (!status)
+        status = tune_array_pull(&part->o, cells * dim_v * (int64_t)sizeof(float), error);
+    if (!status)
+        status = tune_array_pull(&part->lse, cells * (int64_t)sizeof(float), error);
+    if (!status)
+        status = tune_array_pull(&part->m, cells * (int64_t)sizeof(float), error);
+    return status;
+}
+
+/* The view of one head from token `first` on; `batch` elements from one key block to the next. */
+static sparge_in view(const tune_array *x, int64_t first, int64_t dim, int64_t batch)
+{
+    return (sparge_in){ (float *)tune_there(x) + first * dim, SPARGE_F32, batch, 0, dim };
+}
+
+static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *kept, sparge_error *error)
+{
+    tune_part *part = &b->whole;
+    const int64_t dim = x->problem.dim, dim_v = x->problem.dim_v, keys = x->g.block_k;
+    const sparge_problem p = {
+        .k_len = keys,
+        .q = view(&x->q, b->first, dim, 0),
+        .k = view(&x->smooth, 0, dim, keys * dim),
+        .v = view(&x->v, 0, dim_v, keys * dim_v),
+    };
+    const sparge_mask mask = { tune_there(&part->bits), part->count, 1, 1, 1, 1 };
+    for (int64_t j = 0; j < part->count && kept; j++)
+        ((uint32_t *)part->bits.host)[j] = sparge_mask_row_get(kept, j);
+    part->first = 0;
+    part->rows = b->rows;
+    return part->count ? attend_part(part, x, p, SPARGE_CAUSAL_NONE, kept ? &mask : NULL, error) : SPARGE_OK;
+}
+
+/* Causality is aligned to the end here: so many rows more are looked at that the last of them sees the last
+ * key. They are those of the next query block, or of 0 beyond the last, and nobody reads what they give. */
+static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *kept, sparge_error *error)
+{
+    tune_part *part = &b->edge;
+    const sparge_geometry *g = &x->g;
+    const int64_t dim = x->problem.dim, dim_v = x->problem.dim_v, first = part->first * g->block_k;
+    const int64_t keys = sparge_min(b->visible * g->block_k, g->k_len) - first;
+    const bool causal = x->o->causal != SPARGE_CAUSAL_NONE;
+    part->rows = causal ? keys - (b->first + g->offset - first) : b->rows;
+    const sparge_problem p = {
+        .k_len = keys,
+        .q = view(&x->q, b->first, dim, 0),
+        .k = view(&x->smooth, first, dim, 0),
+        .v = view(&x->v, first, dim_v, 0),
+    };
+    const sparge_mask mask = {
+        tune_there(&part->bits), part->count, 1, sparge_ceil_div(part->rows, g->block_q), part->count,
+        sparge_mask_row_words(part->count),
+    };
+    const int64_t words = mask.q_blocks * mask.words;
+    uint32_t *bits = part->bits.host;
+    memset(bits, 0, (size_t)(part->count * words) * sizeof *bits);
+    for (int64_t n = 0; n < part->count; n++)
+        if (!kept || sparge_mask_row_get(kept, part->first + n))
+            sparge_mask_row_set(&bits[n * words], n);
+    return part->count ? attend_part(part, x, p, causal ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE, &mask, error)
+                       : SPARGE_OK;
+}
+
+/* How much each block weighs in each row. */
+static void weigh(tune_blocks *b)
+{
+    for (int64_t r = 0; r < b->rows; r++)
+        b->top[r] = -INFINITY;
+    for (int64_t j = 0; j < b->visible; j++)
+        for (int64_t r = 0; r < b->rows; r++)
+            b->top[r] = fmaxf(b->top[r], block_lse(b, j)[r]);
+    for (int64_t j = 0; j < b->visible; j++)
+        for (int64_t r = 0; r < b->rows; r++) {
+            const float lse = block_lse(b, j)[r];
+            b->weight[j * b->rows + r] =
+                lse == -INFINITY ? 0.0f : sparge_exp2((lse - b->top[r]) * SPARGE_LOG2E);
+        }
+}
+
+sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const uint32_t *kept,
+                               sparge_error *error)
+{
+    const sparge_geometry *g = &x->g;
+    const sparge_ref_row row = sparge_ref_row_of(g, x->o, i);
+    b->i = i;
+    b->first = i * g->block_q;
+    b->rows = sparge_block_rows(g->q_len, g->block_q, i);
+    b->visible = row.visible;
+    b->edge.first = x->o->causal == SPARGE_CAUSAL_NONE ? g->k_len / g->block_k : row.diagonal;
+    b->edge.first = sparge_min(b->edge.first, b->visible);
+    b->whole.count = b->edge.first;
+    b->edge.count = b->visible - b->edge.first;
+    sparge_status status = load_whole(b, x, kept, error);
+    if (!status)
+        status = load_edge(b, x, kept, error);
+    if (!status)
+        weigh(b);
+    return status;
+}

@@ -1,0 +1,329 @@
+/* curve.c: error and sparsity at every place of the grid, from running sums.
+ *
+ * The masks of a row are nested: with tau (or topk) growing, key blocks join in the order of S. So are those
+ * that lambda leaves: with lambda falling, groups of rows join in the order of their gaps, because a block
+ * that lambda skips never holds a maximum, and gaps therefore do not depend on lambda. So one pass over the
+ * contributions of blocks.c gives the error at every place. Theta changes which blocks are there from the
+ * beginning; thetas between which no block changes sides share a walk. */
+#include <stdlib.h>
+
+#include "common/block_mask.h"
+#include "tune/tune.h"
+
+sparge_knobs tune_knobs(tune_choice at, bool topk)
+{
+    const float share = tune_share(at.share);
+    return (sparge_knobs){ tune_theta(at.theta), topk ? SPARGE_OFF : share, topk ? share : SPARGE_OFF,
+                           tune_lambda(at.lambda) };
+}
+
+tune_choice tune_dense(void) { return (tune_choice){ 0, TUNE_SHARES - 1, TUNE_LAMBDAS - 1 }; }
+
+/* ---- A walk: blocks join, and the error of what has joined is asked for ---- */
+
+typedef struct walk {
+    const tune_input *x;
+    const tune_blocks *b;
+    int64_t r0, r1; /* rows [r0, r1) of the query block */
+    float *o, *sum; /* [rows][dim_v], [rows]: of the blocks that have joined, by tune_blocks.weight */
+    bool changed;
+    double error; /* when it was last asked for */
+} walk;
+
+static void walk_begin(walk *w, int64_t r0, int64_t r1)
+{
+    const int64_t dim_v = w->x->problem.dim_v;
+    w->r0 = r0;
+    w->r1 = r1;
+    w->changed = true;
+    memset(&w->o[r0 * dim_v], 0, (size_t)((r1 - r0) * dim_v) * sizeof *w->o);
+    memset(&w->sum[r0], 0, (size_t)(r1 - r0) * sizeof *w->sum);
+}
+
+static void walk_join(walk *w, int64_t j)
+{
+    const int64_t dim_v = w->x->problem.dim_v;
+    const float *o = tune_block_o(w->b, j, dim_v), *weight = &w->b->weight[j * w->b->rows];
+    for (int64_t r = w->r0; r < w->r1; r++) {
+        w->sum[r] += weight[r];
+        for (int64_t c = 0; c < dim_v; c++)
+            w->o[r * dim_v + c] += weight[r] * o[r * dim_v + c];
+    }
+    w->changed = true;
+}
+
+/* sum|o * scale - want| */
+static float distance(const float *o, float scale, const float *want, int64_t n)
+{
+    float partial[16] = { 0 };
+    int64_t c = 0;
+    for (; c + 16 <= n; c += 16)
+        for (int lane = 0; lane < 16; lane++)
+            partial[lane] += fabsf(o[c + lane] * scale - want[c + lane]);
+    for (int lane = 0; c + lane < n; lane++)
+        partial[lane] += fabsf(o[c + lane] * scale - want[c + lane]);
+    return sparge_sum_of(partial);
+}
+
+static double walk_error(walk *w)
+{
+    const int64_t dim_v = w->x->problem.dim_v;
+    if (!w->changed)
+        return w->error;
+    w->changed = false;
+    w->error = 0.0;
+    for (int64_t r = w->r0; r < w->r1; r++) {
+        const float scale = w->sum[r] > 0.0f ? 1.0f / w->sum[r] : 0.0f;
+        w->error += (double)distance(&w->o[r * dim_v], scale, &w->x->want[(w->b->first + r) * dim_v], dim_v);
+    }
+    return w->error;
+}
+
+/* ---- What both curves hold while they walk ---- */
+
+/* A block and a group of rows that joins at a step. */
+typedef struct entry {
+    int64_t j;
+    int step;
+} entry;
+
+typedef struct walker {
+    tune_input *x;
+    tune_blocks blocks;
+    walk walk;
+    float *s;                 /* [k_blocks] S[i,:] under one theta */
+    bool *similar;            /* [k_blocks] under one theta */
+    sparge_ref_scored *order; /* [k_blocks] */
+    uint32_t *forced, *last;  /* [words] blocks that join first, and under the theta before */
+    tune_point *row;          /* [TUNE_SHARES] of one query block under one theta */
+    entry *entry;             /* [k_blocks] */
+    sparge_row *state;        /* [block_q] running maxima */
+} walker;
+
+static void walker_free(walker *w)
+{
+    tune_blocks_free(&w->blocks);
+    free(w->walk.o);
+    free(w->walk.sum);
+    free(w->s);
+    free(w->similar);
+    free(w->order);
+    free(w->forced);
+    free(w->row);
+    free(w->entry);
+    free(w->state);
+}
+
+static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
+{
+    const size_t rows = (size_t)x->g.block_q, blocks = (size_t)x->g.k_blocks + 1;
+    const size_t words = (size_t)sparge_mask_row_words(x->g.k_blocks) + 1;
+    *w = (walker){
+        .x = x,
+        .walk = { .x = x,
+                  .o = malloc(rows * (size_t)x->problem.dim_v * sizeof(float)),
+                  .sum = malloc(rows * sizeof(float)) },
+        .s = malloc(blocks * sizeof(float)),
+        .similar = malloc(blocks * sizeof(bool)),
+        .order = malloc(blocks * sizeof(sparge_ref_scored)),
+        .forced = malloc(2 * words * sizeof(uint32_t)),
+        .row = malloc(TUNE_SHARES * sizeof(tune_point)),
+        .entry = malloc(blocks * sizeof(entry)),
+        .state = malloc(rows * sizeof(sparge_row)),
+    };
+    w->last = w->forced ? w->forced + words : NULL;
+    sparge_status status = w->walk.o && w->walk.sum && w->s && w->similar && w->order && w->forced && w->row &&
+                                   w->entry && w->state
+                               ? tune_blocks_make(&w->blocks, x, error)
+                               : SPARGE_ERR_MEMORY;
+    w->walk.b = &w->blocks;
+    if (status)
+        walker_free(w);
+    return status;
+}
+
+/* The row of query block i under one theta, as stage 1 sees it. */
+static sparge_ref_row row_under(walker *w, int64_t i, const sparge_knobs *knobs)
+{
+    tune_input *x = w->x;
+    sparge_ref_row row = sparge_ref_row_of(&x->g, x->o, i);
+    const sparge_ref_summary q = { .sim = x->sim_q[i], .finite = true };
+    for (int64_t j = 0; j < row.visible; j++) {
+        const sparge_ref_summary k = { .sim = x->sim_k[j], .finite = true };
+        w->similar[j] = sparge_ref_similar(&k, knobs->theta);
+        w->s[j] = w->similar[j] ? x->s[i * x->g.k_blocks + j] : -INFINITY;
+    }
+    row.s = w->s;
+    row.k_similar = w->similar;
+    row.q_similar = sparge_ref_similar(&q, knobs->theta);
+    row.knobs = knobs;
+    row.order = w->order;
+    sparge_ref_rank(&row);
+    return row;
+}
+
+/* ---- By tau, or by topk ---- */
+
+/* How many blocks of the row's order are kept at each share in turn. */
+typedef struct cut {
+    const sparge_ref_row *row;
+    uint64_t total, prefix; /* masses; prefix: of the first `count` and the next */
+    int64_t count;
+} cut;
+
+static cut cut_begin(const sparge_ref_row *row)
+{
+    cut c = { .row = row };
+    for (int64_t n = 0; n < row->finite; n++)
+        c.total += sparge_ref_mass(row, n);
+    c.prefix = row->finite ? sparge_ref_mass(row, 0) : 0;
+    return c;
+}
+
+static int64_t cut_at(cut *c, const sparge_knobs *knobs)
+{
+    const sparge_ref_row *row = c->row;
+    if (knobs->topk != SPARGE_OFF) {
+        sparge_ref_row asked = *row;
+        asked.knobs = knobs;
+        return sparge_min(row->finite, sparge_max(1, sparge_ref_topk(&asked)));
+    }
+    const double limit = (double)knobs->tau * (double)c->total;
+    while (c->count < row->finite && (double)c->prefix <= limit)
+        if (++c->count < row->finite)
+            c->prefix += sparge_ref_mass(row, c->count);
+    return sparge_min(row->finite, sparge_max(1, c->count));
+}
+
+/* w->row: one query block under the theta of a row whose forced blocks are known. */
+static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool topk)
+{
+    walk *all = &w->walk;
+    walk_begin(all, 0, w->blocks.rows);
+    int64_t kept = 0, placed = 0;
+    for (int64_t j = sparge_mask_row_next(w->forced, 0, row->visible); j < row->visible;
+         j = sparge_mask_row_next(w->forced, j + 1, row->visible), kept++)
+        walk_join(all, j);
+    cut c = cut_begin(row);
+    for (int n = 0; n < TUNE_SHARES; n++) {
+        const sparge_knobs knobs = tune_knobs((tune_choice){ theta, n, 0 }, topk);
+        for (const int64_t count = cut_at(&c, &knobs); placed < count; placed++) {
+            const int64_t j = row->order[placed].block;
+            if (sparge_mask_row_get(w->forced, j))
+                continue;
+            walk_join(all, j);
+            kept++;
+        }
+        w->row[n] = (tune_point){ walk_error(all), (double)kept };
+    }
+}
+
+sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const tune_watch *watch,
+                              sparge_error *error)
+{
+    const size_t words = (size_t)sparge_mask_row_words(x->g.k_blocks) * sizeof(uint32_t);
+    walker w;
+    sparge_status status = walker_make(&w, x, error);
+    if (status)
+        return status;
+    memset(point, 0, TUNE_THETAS * TUNE_SHARES * sizeof *point);
+    for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
+        status = tune_blocks_load(&w.blocks, x, i, NULL, error);
+        for (int theta = 0; theta < TUNE_THETAS && !status; theta++) {
+            const sparge_knobs knobs = tune_knobs((tune_choice){ theta, 0, 0 }, topk);
+            const sparge_ref_row row = row_under(&w, i, &knobs);
+            memset(w.forced, 0, words);
+            sparge_ref_keep_dissimilar(&row, w.forced);
+            sparge_ref_keep_diagonal(&row, w.forced);
+            sparge_ref_keep_sink(&row, w.forced);
+            if (theta == 0 || memcmp(w.forced, w.last, words) != 0)
+                walk_shares(&w, &row, theta, topk);
+            memcpy(w.last, w.forced, words);
+            for (int n = 0; n < TUNE_SHARES; n++) {
+                point[theta * TUNE_SHARES + n].error += w.row[n].error;
+                point[theta * TUNE_SHARES + n].kept += w.row[n].kept;
+            }
+        }
+        if (!watch->tick(watch->user))
+            break;
+    }
+    walker_free(&w);
+    return status;
+}
+
+/* ---- By lambda ---- */
+
+static int by_step(const void *a, const void *b)
+{
+    const entry *x = a, *y = b;
+    if (x->step != y->step)
+        return x->step < y->step ? -1 : 1;
+    return x->j < y->j ? -1 : 1;
+}
+
+/* The first lambda of the grid, downward, that does not skip a group with this gap. */
+static int step_of(float gap)
+{
+    int low = 0, high = TUNE_LAMBDAS - 1;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (sparge_group_skips(gap, tune_lambda(middle)))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Adds rows [r0, r1) of the query block at hand to the curve. */
+static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1, tune_point *point)
+{
+    const tune_blocks *b = &w->blocks;
+    const double share = (double)(r1 - r0) / (double)b->rows;
+    int64_t entries = 0;
+    for (int64_t r = r0; r < r1; r++)
+        w->state[r] = sparge_row_empty();
+    for (int64_t j = sparge_mask_row_next(kept, 0, b->visible); j < b->visible;
+         j = sparge_mask_row_next(kept, j + 1, b->visible)) {
+        const float *local = tune_block_m(b, j);
+        float gap = -INFINITY;
+        for (int64_t r = r0; r < r1; r++)
+            gap = fmaxf(gap, sparge_row_gap(&w->state[r], local[r]));
+        for (int64_t r = r0; r < r1; r++)
+            w->state[r].max = fmaxf(w->state[r].max, local[r]);
+        w->entry[entries++] = (entry){ j, step_of(gap) };
+    }
+    qsort(w->entry, (size_t)entries, sizeof *w->entry, by_step);
+    walk_begin(&w->walk, r0, r1);
+    int64_t placed = 0;
+    for (int n = 0; n < TUNE_LAMBDAS; n++) {
+        for (; placed < entries && w->entry[placed].step <= n; placed++)
+            walk_join(&w->walk, w->entry[placed].j);
+        point[n].error += walk_error(&w->walk);
+        point[n].kept += share * (double)placed;
+    }
+}
+
+sparge_status tune_lambda_curve(tune_input *x, const sparge_knobs *knobs, tune_point *point,
+                                double *mask_kept, const tune_watch *watch, sparge_error *error)
+{
+    walker w;
+    sparge_status status = walker_make(&w, x, error);
+    if (status)
+        return status;
+    memset(point, 0, TUNE_LAMBDAS * sizeof *point);
+    *mask_kept = 0.0;
+    for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
+        const sparge_ref_row row = row_under(&w, i, knobs);
+        memset(w.forced, 0, (size_t)sparge_mask_row_words(x->g.k_blocks) * sizeof *w.forced);
+        sparge_ref_select(&row, w.forced);
+        *mask_kept += (double)sparge_mask_row_count(w.forced, row.visible);
+        status = tune_blocks_load(&w.blocks, x, i, w.forced, error);
+        for (int64_t r = 0; r < w.blocks.rows && !status; r += x->o->skip_rows)
+            walk_lambdas(&w, w.forced, r, sparge_min(w.blocks.rows, r + x->o->skip_rows), point);
+        if (!watch->tick(watch->user))
+            break;
+    }
+    walker_free(&w);
+    return status;
+}
