@@ -285,6 +285,7 @@ sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *byte
  * relative L1 is sum|o - o'| / sum|o'| against dense attention in f32 on the same backend. */
 typedef struct sparge_tune_options {
     double l1, l2;     /* 0 < l1 < l2 */
+    bool mean;         /* they bound the mean over the inputs, and not each */
     double sparsity;   /* instead, where not 0: the (theta, tau) of least error among those that are at least so
                           sparse, in (0, 1), and no lambda; l1 and l2 play no part */
     bool topk;         /* choose topk and leave tau off */
@@ -304,11 +305,11 @@ typedef struct sparge_tune_errors {
     double sparsity;    /* mean */
 } sparge_tune_errors;
 
-/* What was done about an error above l2, on inputs that were tuned on or not: lambda was put off; then
- * tau (or topk) was raised; then the head was left dense. */
+/* What was done about an error above l2, on inputs that were tuned on or held out: lambda was lowered, down to
+ * -inf; then tau (or topk) was raised as well; then the head was left dense. */
 typedef enum sparge_back_off {
     SPARGE_AS_CHOSEN,
-    SPARGE_LAMBDA_OFF,
+    SPARGE_LAMBDA_LOWERED,
     SPARGE_TAU_RAISED,
     SPARGE_LEFT_DENSE
 } sparge_back_off;

@@ -19,6 +19,7 @@ static const struct {
     {"run", run_command, "attention over the files of q, k and v"},
     {"diff", diff_command, "the distance between two outputs, or where two dumps part"},
     {"map", map_command, "a picture of the attention and of the mask that was predicted"},
+    {"tune", tune_command, "thresholds for every head, from captures"},
     {"order", order_command, "a token order for images and video"},
     {"bench", bench_command, "how fast attention is here, beside what the machine can do"},
     {"info", info_command, "what is built, and what can run here"},
@@ -70,7 +71,8 @@ static void print_help(void)
         printf("  sparge %-6s %s\n", commands[n].name, commands[n].what);
     puts("\n'sparge COMMAND --help' lists the options of a command, --version the version.\n"
          "Exit status: 0 fine, 1 a comparison failed, 2 wrong usage, 3 a file cannot be read or\n"
-         "written or does not fit, 4 not supported here, 5 out of memory or a device error.");
+         "written or does not fit, 4 not supported here, 5 out of memory or a device error,\n"
+         "6 interrupted: what is done is kept, and the same command goes on.");
 }
 
 static exit_code unknown_command(const char *name, file_error *error)

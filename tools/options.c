@@ -301,6 +301,12 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     }
 }
 
+bool options_have_thresholds(const attention_args *args)
+{
+    const sparge_knobs *const k = &args->options.knobs, d = sparge_options_default(args->rules).knobs;
+    return k->theta != d.theta || k->tau != d.tau || k->topk != d.topk || k->lambda != d.lambda;
+}
+
 exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,
                           attention_args *args)
 {

@@ -53,6 +53,9 @@ typedef struct attention_args {
 extern const struct argp_option attention_options[];
 error_t attention_parser(int key, char *text, struct argp_state *state); /* input: attention_args */
 
+/* Was some threshold given that is not the default one? */
+bool options_have_thresholds(const attention_args *args);
+
 /* As options_parse, where `args` is what attention_parser fills in: --rules counts from the start,
  * wherever it stands. */
 exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,

@@ -14,6 +14,7 @@ typedef enum exit_code {
     EXIT_FILE = 3,        /* a file that cannot be read or written, or does not fit the others */
     EXIT_UNSUPPORTED = 4, /* not on this machine, or not in this build */
     EXIT_MACHINE = 5,     /* out of memory, or a device error */
+    EXIT_UNFINISHED = 6,  /* interrupted, or the time is up: what is done is kept, the same command goes on */
     EXIT_HELPED = -1,     /* --help was asked for and given: no error, and nothing more to do */
 } exit_code;
 
@@ -24,6 +25,7 @@ exit_code diff_command(int argc, char **argv, file_error *error);
 exit_code map_command(int argc, char **argv, file_error *error);
 exit_code info_command(int argc, char **argv, file_error *error);
 exit_code order_command(int argc, char **argv, file_error *error);
+exit_code tune_command(int argc, char **argv, file_error *error);
 exit_code bench_command(int argc, char **argv, file_error *error);
 
 /* What the library answered, as ours. */

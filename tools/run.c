@@ -1,25 +1,31 @@
 /* run.c: sparge run: attention over files. */
+#include <inttypes.h>
 #include <stdlib.h>
 
+#include "tools/capture.h"
 #include "tools/compare.h"
 #include "tools/device.h"
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/npy.h"
+#include "tools/params.h"
 #include "tools/progress.h"
 
 typedef struct run_args {
     options_base base;
     attention_args attention;
-    const char *mask, *mask_out, *lse_out, *dump;
+    const char *mask, *params, *mask_out, *lse_out, *dump;
+    int64_t layer; /* -1: as the manifest says */
     bool dense, check;
 } run_args;
 
-enum { MASK = 512, MASK_OUT, LSE_OUT, DUMP, DENSE, CHECK };
+enum { MASK = 512, PARAMS, LAYER, MASK_OUT, LSE_OUT, DUMP, DENSE, CHECK };
 
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
     {"mask", MASK, "M.npy", 0, "this mask instead of a predicted one, [B,H,q blocks,k blocks]", 1},
+    {"params", PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head", 1},
+    {"layer", LAYER, "N", 0, "the layer of --params, where no manifest says it", 1},
     {"mask-out", MASK_OUT, "M.npy", 0, "write the mask", 4},
     {"lse-out", LSE_OUT, "L.npy", 0, "write the log-sum-exp, [B,H,N]", 4},
     {"dump", DUMP, "DIR", 0, "write every stage of the algorithm", 4},
@@ -33,6 +39,8 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
     case MASK: a->mask = text; return 0;
+    case PARAMS: a->params = text; return 0;
+    case LAYER: return options_whole(state, "--layer", text, 0, INT32_MAX, &a->layer);
     case MASK_OUT: a->mask_out = text; return 0;
     case LSE_OUT: a->lse_out = text; return 0;
     case DUMP: a->dump = text; return 0;
@@ -43,6 +51,10 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
         if (a->dense && a->mask)
             return options_wrong(state, "--dense and --mask exclude each other");
+        if (a->params && options_have_thresholds(&a->attention))
+            return options_wrong(state, "--params has the thresholds: leave out those given here");
+        if (a->dense && a->params)
+            return options_wrong(state, "--dense and --params exclude each other");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -62,6 +74,7 @@ typedef struct run {
     run_args args;
     sparge_options options;
     inputs in;
+    sparge_knobs *per_head; /* of --params */
     sparge_mask mask; /* no bits when dense */
     dump dump;        /* of the mask and of o too when there is no --dump */
     array lse;
@@ -90,6 +103,45 @@ static exit_code read_files(run *r, file_error *error)
         code = inputs_read(a, true, &r->in, error);
     if (!code && r->args.mask)
         code = inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, error);
+    return code;
+}
+
+/* The thresholds of every head, from the file that --params names. */
+static exit_code read_params(run *r, file_error *error)
+{
+    const char *const name = r->args.params;
+    const int64_t heads = r->in.problem.heads;
+    params p = {0};
+    capture *list = NULL;
+    int64_t count = 0;
+    if (!name)
+        return EXIT_FINE;
+    exit_code code = capture_find(r->args.attention.file[0], &list, &count, error);
+    if (!code)
+        code = params_read(name, &p, error);
+    if (!code)
+        code = params_check(&p, name, list->model, &r->options, error);
+    if (!code)
+        code = capture_check(list, heads, r->options.causal, error);
+    const int64_t layer = code ? 0 : r->args.layer >= 0 ? r->args.layer : list->layer;
+    r->per_head = code ? NULL : malloc((size_t)heads * sizeof *r->per_head);
+    if (!code && !r->per_head) {
+        file_error_set(error, name, "no memory for the thresholds of %" PRId64 " heads", heads);
+        code = EXIT_MACHINE;
+    }
+    for (int64_t h = 0; h < heads && !code; h++) {
+        const sparge_knobs *const k = params_find(&p, layer, capture_head(list, h));
+        if (k)
+            r->per_head[h] = *k;
+        else {
+            file_error_set(error, name, "has no thresholds for layer %" PRId64 " head %" PRId64, layer,
+                           capture_head(list, h));
+            code = EXIT_FILE;
+        }
+    }
+    r->options.per_head = r->per_head;
+    params_free(&p);
+    capture_free(list, count);
     return code;
 }
 
@@ -242,9 +294,9 @@ static exit_code report(run *r, file_error *error)
 exit_code run_command(int argc, char **argv, file_error *error)
 {
     static exit_code (*const steps[])(run *, file_error *) = {
-        read_files, open_files, attend, write_files, check, report,
+        read_files, read_params, open_files, attend, write_files, check, report,
     };
-    run r = {.args = {.base = {error}}};
+    run r = {.args = {.base = {error}, .layer = -1}};
     exit_code code = attention_parse(&run_argp, argc, argv, &r.args.base, &r.args.attention);
     r.options = r.args.attention.options;
     for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
@@ -259,5 +311,6 @@ exit_code run_command(int argc, char **argv, file_error *error)
     sparge_mask_free(&r.mask);
     inputs_free(&r.in);
     free(r.result.head_counts);
+    free(r.per_head);
     return code;
 }

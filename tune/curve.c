@@ -94,7 +94,8 @@ typedef struct walker {
     float *s;                 /* [k_blocks] S[i,:] under one theta */
     bool *similar;            /* [k_blocks] under one theta */
     sparge_ref_scored *order; /* [k_blocks] */
-    uint32_t *forced, *last;  /* [words] blocks that join first, and under the theta before */
+    uint32_t *forced;         /* [words] blocks that join first */
+    bool *before;             /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
     tune_point *row;          /* [TUNE_SHARES] of one query block under one theta */
     entry *entry;             /* [k_blocks] */
     sparge_row *state;        /* [block_q] running maxima */
@@ -109,6 +110,7 @@ static void walker_free(walker *w)
     free(w->similar);
     free(w->order);
     free(w->forced);
+    free(w->before);
     free(w->row);
     free(w->entry);
     free(w->state);
@@ -126,14 +128,14 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .s = malloc(blocks * sizeof(float)),
         .similar = malloc(blocks * sizeof(bool)),
         .order = malloc(blocks * sizeof(sparge_ref_scored)),
-        .forced = malloc(2 * words * sizeof(uint32_t)),
+        .forced = malloc(words * sizeof(uint32_t)),
+        .before = malloc(blocks * sizeof(bool)),
         .row = malloc(TUNE_SHARES * sizeof(tune_point)),
         .entry = malloc(blocks * sizeof(entry)),
         .state = malloc(rows * sizeof(sparge_row)),
     };
-    w->last = w->forced ? w->forced + words : NULL;
-    sparge_status status = w->walk.o && w->walk.sum && w->s && w->similar && w->order && w->forced && w->row &&
-                                   w->entry && w->state
+    sparge_status status = w->walk.o && w->walk.sum && w->s && w->similar && w->order && w->forced &&
+                                   w->before && w->row && w->entry && w->state
                                ? tune_blocks_make(&w->blocks, x, error)
                                : SPARGE_ERR_MEMORY;
     w->walk.b = &w->blocks;
@@ -218,6 +220,18 @@ static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool to
     }
 }
 
+/* Is some block similar that was not under the theta before, or the other way round? Keeps what is for the
+ * next theta. */
+static bool changes_sides(walker *w, const sparge_ref_row *row)
+{
+    const size_t bytes = (size_t)row->visible * sizeof *w->before;
+    const bool changes =
+        row->q_similar != w->before[row->visible] || memcmp(w->similar, w->before, bytes) != 0;
+    memcpy(w->before, w->similar, bytes);
+    w->before[row->visible] = row->q_similar;
+    return changes;
+}
+
 sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const tune_watch *watch,
                               sparge_error *error)
 {
@@ -236,9 +250,8 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
             sparge_ref_keep_dissimilar(&row, w.forced);
             sparge_ref_keep_diagonal(&row, w.forced);
             sparge_ref_keep_sink(&row, w.forced);
-            if (theta == 0 || memcmp(w.forced, w.last, words) != 0)
+            if (changes_sides(&w, &row) || theta == 0)
                 walk_shares(&w, &row, theta, topk);
-            memcpy(w.last, w.forced, words);
             for (int n = 0; n < TUNE_SHARES; n++) {
                 point[theta * TUNE_SHARES + n].error += w.row[n].error;
                 point[theta * TUNE_SHARES + n].kept += w.row[n].kept;

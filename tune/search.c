@@ -125,25 +125,41 @@ static bool tunes_on(const fold *f, int64_t n) { return n < f->from || n >= f->t
 
 /* ---- Choosing ---- */
 
-/* The mean sparsity and the worst error of a mask on the samples of a fold; sparsity where lambda is off. */
+/* Of a mask on the samples of a fold, lambda being off. */
 typedef struct merit {
-    double sparsity, error;
+    double sparsity, error; /* the mean; the error that is bounded */
 } merit;
+
+/* The error of some samples that is bounded: of the mean, or of the worst. */
+typedef struct bounded {
+    bool mean;
+    double sum, worst;
+    int64_t samples;
+} bounded;
+
+static void bounded_add(bounded *b, double error)
+{
+    b->sum += error;
+    b->worst = fmax(b->worst, error);
+    b->samples++;
+}
+
+static double bounded_error(const bounded *b)
+{
+    return b->samples == 0 ? 0.0 : b->mean ? b->sum / (double)b->samples : b->worst;
+}
 
 static merit merit_of(const head *h, const fold *f, tune_choice at)
 {
-    merit m = { 0.0, 0.0 };
-    int64_t samples = 0;
-    for (int64_t n = 0; n < h->all->tuned; n++) {
-        if (!tunes_on(f, n))
-            continue;
-        const tune_point *p = point_at(h, n, at);
-        m.sparsity += 1.0 - p->kept / h->input[n].pairs;
-        m.error = fmax(m.error, tune_relative(&h->input[n], p->error));
-        samples++;
-    }
-    m.sparsity /= (double)samples;
-    return m;
+    bounded error = { .mean = h->all->how->mean };
+    double sparsity = 0.0;
+    for (int64_t n = 0; n < h->all->tuned; n++)
+        if (tunes_on(f, n)) {
+            const tune_point *p = point_at(h, n, at);
+            sparsity += 1.0 - p->kept / h->input[n].pairs;
+            bounded_add(&error, tune_relative(&h->input[n], p->error));
+        }
+    return (merit){ sparsity / (double)error.samples, bounded_error(&error) };
 }
 
 static bool better(const search *s, merit a, merit than)
@@ -182,21 +198,20 @@ static void choose_mask(head *h, fold *f)
 
 static bool is_dense(tune_choice at) { return at.share == TUNE_SHARES - 1 && at.lambda == TUNE_LAMBDAS - 1; }
 
-/* The largest lambda that holds l2 on every sample of the fold. */
+/* The largest lambda that holds l2 on the samples of the fold. */
 static void choose_lambda(head *h, fold *f)
 {
     const search *s = h->all;
-    for (int64_t n = 0; n < s->tuned && goes_on(h); n++)
-        if (tunes_on(f, n))
-            lambda_curve_at(h, n, f->choice);
-    for (int lambda = 0; lambda < TUNE_LAMBDAS && goes_on(h); lambda++) {
-        bool holds = true;
-        for (int64_t n = 0; n < s->tuned && holds; n++)
-            if (tunes_on(f, n)) {
-                const lambda_curve *c = lambda_curve_at(h, n, f->choice);
-                holds = tune_relative(&h->input[n], c->point[lambda].error) < s->how->l2;
-            }
-        if (holds) {
+    for (int64_t n = 0; n < s->tuned; n++)
+        if (tunes_on(f, n) && !lambda_curve_at(h, n, f->choice))
+            return;
+    for (int lambda = 0; lambda < TUNE_LAMBDAS; lambda++) {
+        bounded error = { .mean = s->how->mean };
+        for (int64_t n = 0; n < s->tuned; n++)
+            if (tunes_on(f, n))
+                bounded_add(&error, tune_relative(&h->input[n],
+                                                  lambda_curve_at(h, n, f->choice)->point[lambda].error));
+        if (bounded_error(&error) < s->how->l2) {
             f->choice.lambda = lambda;
             return;
         }
@@ -219,75 +234,93 @@ static void judge(head *h, const sparge_knobs *knobs, int64_t n, sparge_tune_err
 
 static sparge_tune_errors nothing_judged(void) { return (sparge_tune_errors){ 0, NAN, NAN, 0.0 }; }
 
-/* Keeps more: the share raised by so many places. */
-static tune_choice raised(tune_choice at, int by)
+/* How far a choice is backed off: places of the grid, toward keeping more. */
+typedef struct retreat {
+    int share, lambda;
+} retreat;
+
+static tune_choice retreated(tune_choice at, retreat by)
 {
-    at.share = (int)sparge_min(TUNE_SHARES - 1, at.share + by);
+    at.share = (int)sparge_min(TUNE_SHARES - 1, at.share + by.share);
+    at.lambda = (int)sparge_min(TUNE_LAMBDAS - 1, at.lambda + by.lambda);
     return at;
 }
 
-/* The errors of what is chosen on all samples, and of what each fold chose on those that it did not see,
- * with every share raised by so many places. */
-static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, int by, sparge_tuned *t)
+/* The errors of what is chosen on all samples, and of what each fold chose on those that it did not see, all
+ * backed off so far. */
+static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, retreat by, sparge_tuned *t)
 {
     const search *s = h->all;
-    const sparge_knobs chosen = tune_knobs(raised(final->choice, by), s->how->topk);
+    const sparge_knobs chosen = tune_knobs(retreated(final->choice, by), s->how->topk);
     t->in_sample = t->held_out = nothing_judged();
     for (int64_t n = 0; n < s->tuned; n++)
         judge(h, &chosen, n, &t->in_sample);
     for (const fold *f = folds; f < folds + count; f++) {
-        const sparge_knobs knobs = tune_knobs(raised(f->choice, by), s->how->topk);
+        const sparge_knobs knobs = tune_knobs(retreated(f->choice, by), s->how->topk);
         for (int64_t n = f->from; n < f->to; n++)
             judge(h, &knobs, n, &t->held_out);
     }
 }
 
+static bool within(const search *s, const sparge_tune_errors *e)
+{
+    return e->inputs == 0 || (s->how->mean ? e->mean : e->worst) <= s->how->l2;
+}
+
 static bool holds(const search *s, const sparge_tuned *t)
 {
-    return s->how->sparsity > 0.0 || (!(t->in_sample.worst > s->how->l2) && !(t->held_out.worst > s->how->l2));
+    return s->how->sparsity > 0.0 || (within(s, &t->in_sample) && within(s, &t->held_out));
 }
 
 /* ---- Backing off ---- */
 
-/* Would the error hold, as far as the curves know, with every share raised by so much? */
-static bool would_hold(head *h, const fold *final, const fold *folds, int64_t count, int by)
+/* What the curves say of a choice; infinity where there is no time for them. */
+static double known_error(head *h, int64_t n, tune_choice at)
 {
-    const search *s = h->all;
-    double worst = 0.0;
-    for (int64_t n = 0; n < s->tuned; n++)
-        worst = fmax(worst, tune_relative(&h->input[n], point_at(h, n, raised(final->choice, by))->error));
-    for (const fold *f = folds; f < folds + count; f++)
-        for (int64_t n = f->from; n < f->to; n++)
-            worst = fmax(worst, tune_relative(&h->input[n], point_at(h, n, raised(f->choice, by))->error));
-    return worst <= s->how->l2;
+    if (at.lambda == TUNE_LAMBDAS - 1)
+        return mask_curve(h, n) ? tune_relative(&h->input[n], point_at(h, n, at)->error) : (double)INFINITY;
+    const lambda_curve *c = lambda_curve_at(h, n, at);
+    return c ? tune_relative(&h->input[n], c->point[at.lambda].error) : (double)INFINITY;
 }
 
-static void back_off(head *h, fold *final, fold *folds, int64_t count, sparge_tuned *t)
+/* Would l2 hold, as far as the curves know? */
+static bool would_hold(head *h, const fold *final, const fold *folds, int64_t count, retreat by)
 {
     const search *s = h->all;
-    t->back_off = SPARGE_LAMBDA_OFF;
-    final->choice.lambda = TUNE_LAMBDAS - 1;
-    for (int64_t n = 0; n < count; n++)
-        folds[n].choice.lambda = TUNE_LAMBDAS - 1;
-    judge_all(h, final, folds, count, 0, t);
-    if (holds(s, t))
-        return;
-    for (int64_t n = 0; n < s->count; n++)
-        mask_curve(h, n);
-    t->back_off = SPARGE_TAU_RAISED;
-    for (int by = 1; final->choice.share + by < TUNE_SHARES - 1 && goes_on(h); by++)
-        if (would_hold(h, final, folds, count, by)) {
-            judge_all(h, final, folds, count, by, t);
-            if (holds(s, t)) {
-                final->choice = raised(final->choice, by);
-                return;
-            }
+    bounded in = { .mean = s->how->mean }, out = in;
+    for (int64_t n = 0; n < s->tuned; n++)
+        bounded_add(&in, known_error(h, n, retreated(final->choice, by)));
+    for (const fold *f = folds; f < folds + count; f++)
+        for (int64_t n = f->from; n < f->to; n++)
+            bounded_add(&out, known_error(h, n, retreated(f->choice, by)));
+    return bounded_error(&in) <= s->how->l2 && bounded_error(&out) <= s->how->l2;
+}
+
+/* Lambda goes down, place by place, until it is off for all; then the share goes up. */
+static void back_off(head *h, fold *final, const fold *folds, int64_t count, sparge_tuned *t)
+{
+    const search *s = h->all;
+    retreat by = { 0, 0 };
+    while (goes_on(h)) {
+        if (by.lambda < TUNE_LAMBDAS - 1)
+            by.lambda++;
+        else
+            by.share++;
+        if (final->choice.share + by.share >= TUNE_SHARES - 1)
+            break;
+        t->back_off = by.share ? SPARGE_TAU_RAISED : SPARGE_LAMBDA_LOWERED;
+        if (!would_hold(h, final, folds, count, by))
+            continue;
+        judge_all(h, final, folds, count, by, t);
+        if (holds(s, t)) {
+            final->choice = retreated(final->choice, by);
+            return;
         }
+    }
     t->back_off = SPARGE_LEFT_DENSE;
+    by.share = TUNE_SHARES;
     final->choice = tune_dense();
-    for (int64_t n = 0; n < count; n++)
-        folds[n].choice = tune_dense();
-    judge_all(h, final, folds, count, 0, t);
+    judge_all(h, final, folds, count, by, t);
 }
 
 /* ---- One head from first to last ---- */
@@ -337,7 +370,7 @@ static void tune(head *h, fold *folds, sparge_tuned *t)
     fold final = { -1, -1, tune_dense() };
     choose(h, &final);
     const int64_t count = make_folds(h, &final, folds);
-    judge_all(h, &final, folds, count, 0, t);
+    judge_all(h, &final, folds, count, (retreat){ 0, 0 }, t);
     t->held_out_first = t->held_out;
     if (!holds(h->all, t) && !is_dense(final.choice) && goes_on(h))
         back_off(h, &final, folds, count, t);

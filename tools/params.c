@@ -1,0 +1,289 @@
+/* params.c: files of tuned thresholds. */
+#include "tools/params.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tools/options.h"
+
+enum { FORMAT = 1, LARGEST = 64 << 20 };
+
+/* ---- Reading: each of these leaves a line and returns false, or goes on ---- */
+
+typedef struct reader {
+    const char *name; /* of the file */
+    file_error *error;
+    char where[64]; /* "", or "heads[3]." */
+    const json_t *object;
+} reader;
+
+static bool wrong(const reader *r, const char *key, const char *must)
+{
+    return file_error_set(r->error, r->name, "'%s%s' must be %s; is it a file of sparge tune?", r->where, key,
+                          must);
+}
+
+static bool read_whole(const reader *r, const char *key, int64_t low, int64_t high, int64_t *to)
+{
+    const json_t *const x = json_object_get(r->object, key);
+    char must[80];
+    *to = json_integer_value(x);
+    snprintf(must, sizeof must, "a whole number in [%" PRId64 ", %" PRId64 "]", low, high);
+    return (json_is_integer(x) && *to >= low && *to <= high) || wrong(r, key, must);
+}
+
+static bool read_bool(const reader *r, const char *key, bool *to)
+{
+    const json_t *const x = json_object_get(r->object, key);
+    *to = json_is_true(x);
+    return json_is_boolean(x) || wrong(r, key, "true or false");
+}
+
+/* null stands for `none`. */
+static bool read_float(const reader *r, const char *key, double low, double high, float none, float *to)
+{
+    const json_t *const x = json_object_get(r->object, key);
+    const double value = json_number_value(x);
+    char must[80];
+    snprintf(must, sizeof must, "a number in [%g, %g], or null", low, high);
+    *to = json_is_null(x) ? none : (float)value;
+    return json_is_null(x) || (json_is_number(x) && value >= low && value <= high) || wrong(r, key, must);
+}
+
+static bool read_causal(const reader *r, sparge_causal *to)
+{
+    const char *const word = json_string_value(json_object_get(r->object, "causal"));
+    for (int n = 0; word && options_causals[n]; n++)
+        if (strcmp(word, options_causals[n]) == 0) {
+            *to = (sparge_causal)n;
+            return true;
+        }
+    return wrong(r, "causal", "none, end or start");
+}
+
+static bool read_head(reader *r, params_head *to)
+{
+    sparge_knobs *const k = &to->knobs;
+    bool dense;
+    return read_whole(r, "layer", 0, INT32_MAX, &to->layer) && read_whole(r, "head", 0, INT32_MAX, &to->head) &&
+           read_bool(r, "dense", &dense) && read_float(r, "theta", -1.0, 1.0, NAN, &k->theta) &&
+           read_float(r, "tau", 0.0, 1.0, SPARGE_OFF, &k->tau) &&
+           read_float(r, "topk", 0.0, 1.0, SPARGE_OFF, &k->topk) &&
+           read_float(r, "lambda", -1e30, 0.0, -INFINITY, &k->lambda) &&
+           (!isnan(k->theta) || wrong(r, "theta", "a number")) &&
+           (k->tau != SPARGE_OFF || k->topk != SPARGE_OFF || wrong(r, "tau", "a number where topk is null"));
+}
+
+static int by_place(const void *a, const void *b)
+{
+    const params_head *x = a, *y = b;
+    if (x->layer != y->layer)
+        return x->layer < y->layer ? -1 : 1;
+    return (x->head > y->head) - (x->head < y->head);
+}
+
+static bool read_heads(reader *r, params *out)
+{
+    const json_t *const heads = json_object_get(out->json, "heads");
+    if (!json_is_array(heads))
+        return wrong(r, "heads", "a list");
+    out->head = calloc(json_array_size(heads) + 1, sizeof *out->head);
+    if (!out->head)
+        return file_error_set(r->error, r->name, "no memory for its heads");
+    for (size_t n = 0; n < json_array_size(heads); n++) {
+        r->object = json_array_get(heads, n);
+        snprintf(r->where, sizeof r->where, "heads[%zu].", n);
+        if (!read_head(r, &out->head[out->heads++]))
+            return false;
+    }
+    qsort(out->head, (size_t)out->heads, sizeof *out->head, by_place);
+    for (int64_t n = 1; n < out->heads; n++)
+        if (by_place(&out->head[n - 1], &out->head[n]) == 0)
+            return file_error_set(r->error, r->name, "has layer %" PRId64 " head %" PRId64 " twice",
+                                  out->head[n].layer, out->head[n].head);
+    return true;
+}
+
+static bool read_all(reader *r, params *out)
+{
+    const json_t *const model = json_object_get(out->json, "model");
+    int64_t format;
+    r->object = out->json;
+    out->model = json_string_value(model);
+    return read_whole(r, "sparge_params", FORMAT, FORMAT, &format) &&
+           (json_is_string(model) || json_is_null(model) || wrong(r, "model", "a name, or null")) &&
+           read_whole(r, "block_q", 1, 1024, &out->block_q) && read_whole(r, "block_k", 1, 1024, &out->block_k) &&
+           read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) && read_causal(r, &out->causal) &&
+           read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
+           read_float(r, "scale", 1e-37, 3e38, 0.0f, &out->scale) && read_heads(r, out);
+}
+
+exit_code params_read_memory(const char *text, size_t size, const char *name, params *out, file_error *error)
+{
+    json_error_t why;
+    reader r = {.name = name, .error = error};
+    file_error_clear(error);
+    *out = (params){.json = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why)};
+    if (!out->json)
+        file_error_set(error, name, "line %d: %s; is it cut short?", why.line, why.text);
+    else if (!json_is_object(out->json))
+        file_error_set(error, name, "is no JSON object");
+    else if (read_all(&r, out))
+        return EXIT_FINE;
+    params_free(out);
+    return EXIT_FILE;
+}
+
+exit_code params_read(const char *path, params *out, file_error *error)
+{
+    file_input in;
+    *out = (params){0};
+    if (!input_open(path, &in, error))
+        return EXIT_FILE;
+    exit_code code = EXIT_FILE;
+    char *const text = in.size <= LARGEST ? malloc(in.size + 1) : NULL;
+    if (in.size > LARGEST)
+        input_fail(&in, "has %zu bytes, too many for thresholds", in.size);
+    else if (!text) {
+        input_fail(&in, "no memory for it");
+        code = EXIT_MACHINE;
+    } else if (input_read(&in, 0, in.size, text))
+        code = params_read_memory(text, in.size, path, out, error);
+    free(text);
+    input_close(&in);
+    return code;
+}
+
+void params_free(params *p)
+{
+    json_decref(p->json);
+    free(p->head);
+    *p = (params){0};
+}
+
+/* ---- Using ---- */
+
+const sparge_knobs *params_find(const params *p, int64_t layer, int64_t head)
+{
+    const params_head wanted = {.layer = layer, .head = head};
+    const params_head *const found =
+        p->heads ? bsearch(&wanted, p->head, (size_t)p->heads, sizeof wanted, by_place) : NULL;
+    return found ? &found->knobs : NULL;
+}
+
+/* As the library takes them under the default rules. */
+static int64_t skip_rows_of(const sparge_options *o)
+{
+    const int64_t rows = o->skip_rows ? o->skip_rows : 64;
+    return rows < o->block_q ? rows : o->block_q;
+}
+
+exit_code params_check(const params *p, const char *name, const char *model, const sparge_options *o,
+                       file_error *error)
+{
+    const struct {
+        const char *what;
+        int64_t theirs, ours;
+    } same[] = {
+        {"blocks of %" PRId64 " queries, not %" PRId64, p->block_q, o->block_q},
+        {"blocks of %" PRId64 " keys, not %" PRId64, p->block_k, o->block_k},
+        {"skip-rows %" PRId64 ", not %" PRId64, p->skip_rows, skip_rows_of(o)},
+    };
+    if (p->model && model && strcmp(p->model, model) != 0) {
+        file_error_set(error, name, "is for the model '%.60s', not for '%.60s'", p->model, model);
+        return EXIT_FILE;
+    }
+    for (size_t n = 0; n < sizeof same / sizeof *same; n++)
+        if (same[n].theirs != same[n].ours) {
+            char text[120];
+            snprintf(text, sizeof text, same[n].what, same[n].theirs, same[n].ours);
+            file_error_set(error, name, "is for %s; run with what it was tuned for", text);
+            return EXIT_FILE;
+        }
+    const char *unlike = NULL;
+    if (p->causal != o->causal)
+        unlike = p->causal == SPARGE_CAUSAL_NONE ? "without --causal"
+               : p->causal == SPARGE_CAUSAL_END  ? "with --causal"
+                                                 : "with --causal=start";
+    else if (p->sink != o->sink)
+        unlike = p->sink ? "with --sink" : "without --sink";
+    else if (p->smooth_k != o->smooth_k)
+        unlike = p->smooth_k ? "without --no-smooth-k" : "with --no-smooth-k";
+    else if (p->scale != o->scale)
+        unlike = "with another --scale";
+    if (unlike)
+        file_error_set(error, name, "was tuned %s; run so too", unlike);
+    return unlike ? EXIT_FILE : EXIT_FINE;
+}
+
+/* ---- Writing ---- */
+
+json_t *params_number(double x, int digits)
+{
+    char text[40];
+    if (!isfinite(x))
+        return json_null();
+    snprintf(text, sizeof text, "%.*g", digits, x);
+    return json_real(strtod(text, NULL));
+}
+
+/* The shortest decimal that is this float. */
+static json_t *threshold(float x)
+{
+    for (int digits = 1; digits < 9 && isfinite(x); digits++) {
+        char text[40];
+        snprintf(text, sizeof text, "%.*g", digits, (double)x);
+        if (strtof(text, NULL) == x)
+            return json_real(strtod(text, NULL));
+    }
+    return params_number((double)x, 9);
+}
+
+json_t *params_header(const char *model, const sparge_options *o)
+{
+    return json_pack("{s:i, s:s, s:s?, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "sparge_params", FORMAT,
+                     "version", SPARGE_VERSION, "model", model, "qk", options_precisions[o->qk], "pv",
+                     options_precisions[o->pv], "block_q", (json_int_t)o->block_q, "block_k",
+                     (json_int_t)o->block_k, "skip_rows", (json_int_t)skip_rows_of(o), "causal",
+                     options_causals[o->causal], "smooth_k", o->smooth_k, "sink", o->sink, "scale",
+                     o->scale > 0.0f ? threshold(o->scale) : json_null());
+}
+
+json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *k)
+{
+    return json_pack("{s:I, s:I, s:b, s:o, s:o, s:o, s:o}", "layer", (json_int_t)layer, "head",
+                     (json_int_t)head, "dense", dense, "theta", threshold(k->theta), "tau",
+                     k->tau == SPARGE_OFF ? json_null() : threshold(k->tau), "topk",
+                     k->topk == SPARGE_OFF ? json_null() : threshold(k->topk), "lambda", threshold(k->lambda));
+}
+
+bool params_write(FILE *to, const char *path, const json_t *header, file_error *error)
+{
+    enum { STYLE = JSON_REAL_PRECISION(9) | JSON_ENCODE_ANY };
+    const char *key, *between = "{";
+    json_t *value;
+    bool ok = true;
+    errno = 0;
+    json_object_foreach((json_t *)header, key, value) {
+        fprintf(to, "%s\n \"%s\": ", between, key);
+        between = ",";
+        if (!json_is_array(value)) {
+            ok &= json_dumpf(value, to, STYLE) == 0;
+            continue;
+        }
+        for (size_t n = 0; n < json_array_size(value); n++) {
+            fputs(n ? ",\n  " : "[\n  ", to);
+            ok &= json_dumpf(json_array_get(value, n), to, STYLE) == 0;
+        }
+        fputs(json_array_size(value) ? "\n ]" : "[]", to);
+    }
+    fputs("\n}\n", to);
+    if (ok && !ferror(to))
+        return true;
+    return file_error_set(error, path, "cannot write: %s; free some space or choose another folder",
+                          strerror(errno ? errno : EIO));
+}
