@@ -280,14 +280,14 @@ sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *byte
 
 /* ---- Tuning (Sec 3.6) -------------------------------------------------------------------- */
 
-/* Per head, over a grid of 32 thetas, 1001 taus (or topks) and 502 lambdas: the (theta, tau) of most
+/* Per head, over a grid of 32 thetas, 1031 taus (or topks) and 502 lambdas: the (theta, tau) of most
  * sparsity whose relative L1 stays below l1 on every input, then the lambda of most sparsity below l2. The
  * relative L1 is sum|o - o'| / sum|o'| against dense attention in f32 on the same backend. */
 typedef struct sparge_tune_options {
     double l1, l2;     /* 0 < l1 < l2 */
     bool mean;         /* they bound the mean over the inputs, and not each */
     double sparsity;   /* instead, where not 0: the (theta, tau) of least error among those that are at least so
-                          sparse, in (0, 1), and no lambda; l1 and l2 play no part */
+                          sparse, in (0, 1), or else the sparsest; and no lambda. l1 and l2 play no part */
     bool topk;         /* choose topk and leave tau off */
     int64_t held_out;  /* the last so many inputs are judged on and never tuned on; 0: each is left out in turn */
     double seconds;    /* give up what is unfinished after so long; 0: never */
@@ -321,7 +321,8 @@ typedef struct sparge_tuned {
     sparge_knobs knobs;
     sparge_back_off back_off;
     sparge_tune_errors in_sample; /* of these knobs on the inputs that they were tuned on */
-    /* On inputs not tuned on. Where each is left out in turn: what is chosen without it, on it. */
+    /* On inputs not tuned on. Where each is left out in turn: what is chosen without it, on it; but of a head
+     * that is dense, dense. */
     sparge_tune_errors held_out, held_out_first; /* first: before backing off */
     double equivalents; /* products of blocks that all this took, in dense passes over the inputs */
     double seconds;

@@ -166,10 +166,10 @@ static bool better(const search *s, merit a, merit than)
 {
     const sparge_tune_options *how = s->how;
     if (how->sparsity > 0.0) { /* the least error of those that are sparse enough, or else the sparsest */
-        const bool reach_a = a.sparsity >= how->sparsity, reach_b = than.sparsity >= how->sparsity;
-        if (reach_a != reach_b)
-            return reach_a;
-        return reach_a ? a.error < than.error : a.sparsity > than.sparsity;
+        const double enough = how->sparsity - 1e-9; /* 1 - 28/35 is a little less than 0.2 */
+        if ((a.sparsity >= enough) != (than.sparsity >= enough))
+            return a.sparsity >= enough;
+        return a.sparsity >= enough ? a.error < than.error : a.sparsity > than.sparsity;
     }
     if (!(a.error < how->l1))
         return false;
@@ -306,7 +306,7 @@ static void back_off(head *h, fold *final, const fold *folds, int64_t count, spa
             by.lambda++;
         else
             by.share++;
-        if (final->choice.share + by.share >= TUNE_SHARES - 1)
+        if (by.share && final->choice.share + by.share >= TUNE_SHARES - 1)
             break;
         t->back_off = by.share ? SPARGE_TAU_RAISED : SPARGE_LAMBDA_LOWERED;
         if (!would_hold(h, final, folds, count, by))
@@ -346,8 +346,8 @@ static bool all_finite(const head *h)
 static void choose(head *h, fold *f)
 {
     choose_mask(h, f);
-    if (!(h->all->how->sparsity > 0.0) && !is_dense(f->choice) && goes_on(h))
-        choose_lambda(h, f);
+    if (!(h->all->how->sparsity > 0.0) && goes_on(h))
+        choose_lambda(h, f); /* over a dense mask too */
 }
 
 /* One fold that the samples held out judge; or each sample judges in turn, if there are two or more. */
