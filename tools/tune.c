@@ -238,6 +238,11 @@ static exit_code take_up(tune *t)
 {
     const char *const path = t->args.attention.output;
     params before;
+    for (int64_t n = 0; n < t->args.captures; n++) {
+        const char *const input = t->args.capture[n].path;
+        if (inputs_spare(path, &input, 1, t->error))
+            return EXIT_USAGE;
+    }
     if (access(path, F_OK) != 0)
         return EXIT_FINE;
     const exit_code code = params_read(path, &before, t->error);
