@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "tools/options.h"
+#include "tools/sparge_params.h"
 
 enum { FORMAT = 1, LARGEST = 64 << 20 };
 
@@ -167,12 +168,17 @@ void params_free(params *p)
 
 /* ---- Using ---- */
 
-const sparge_knobs *params_find(const params *p, int64_t layer, int64_t head)
+exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head, sparge_knobs *to,
+                      file_error *error)
 {
     const params_head wanted = {.layer = layer, .head = head};
     const params_head *const found =
         p->heads ? bsearch(&wanted, p->head, (size_t)p->heads, sizeof wanted, by_place) : NULL;
-    return found ? &found->knobs : NULL;
+    if (found)
+        *to = found->knobs;
+    else
+        file_error_set(error, name, "has no thresholds for layer %" PRId64 " head %" PRId64, layer, head);
+    return found ? EXIT_FINE : EXIT_FILE;
 }
 
 /* As the library takes them under the default rules. */
@@ -218,6 +224,22 @@ exit_code params_check(const params *p, const char *name, const char *model, con
     if (unlike)
         file_error_set(error, name, "was tuned %s; run so too", unlike);
     return unlike ? EXIT_FILE : EXIT_FINE;
+}
+
+sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
+                                 const sparge_options *options, sparge_knobs *knobs, sparge_error *error)
+{
+    params p;
+    file_error why;
+    exit_code code = params_read(path, &p, &why);
+    if (!code)
+        code = params_check(&p, path, model, options, &why);
+    for (int64_t h = 0; h < heads && !code; h++)
+        code = params_find(&p, path, layer, h, &knobs[h], &why);
+    params_free(&p);
+    if (error)
+        snprintf(error->text, sizeof error->text, "%.*s", (int)sizeof error->text - 1, code ? why.text : "");
+    return code == EXIT_FINE ? SPARGE_OK : code == EXIT_MACHINE ? SPARGE_ERR_MEMORY : SPARGE_ERR_ARGUMENT;
 }
 
 /* ---- Writing ---- */

@@ -26,8 +26,9 @@ exit_code params_read(const char *path, params *out, file_error *error);
 exit_code params_read_memory(const char *text, size_t size, const char *name, params *out, file_error *error);
 void params_free(params *p);
 
-/* NULL where the file lacks this head. */
-const sparge_knobs *params_find(const params *p, int64_t layer, int64_t head);
+/* Of a head of a layer; an error where the file lacks it. */
+exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head, sparge_knobs *to,
+                      file_error *error);
 
 /* Are these thresholds for a model of this name (NULL: unknown) under these options? name: of the file. */
 exit_code params_check(const params *p, const char *name, const char *model, const sparge_options *o,

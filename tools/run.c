@@ -129,16 +129,8 @@ static exit_code read_params(run *r, file_error *error)
         file_error_set(error, name, "no memory for the thresholds of %" PRId64 " heads", heads);
         code = EXIT_MACHINE;
     }
-    for (int64_t h = 0; h < heads && !code; h++) {
-        const sparge_knobs *const k = params_find(&p, layer, capture_head(list, h));
-        if (k)
-            r->per_head[h] = *k;
-        else {
-            file_error_set(error, name, "has no thresholds for layer %" PRId64 " head %" PRId64, layer,
-                           capture_head(list, h));
-            code = EXIT_FILE;
-        }
-    }
+    for (int64_t h = 0; h < heads && !code; h++)
+        code = params_find(&p, name, layer, capture_head(list, h), &r->per_head[h], error);
     r->options.per_head = r->per_head;
     params_free(&p);
     capture_free(list, count);
