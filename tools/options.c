@@ -260,6 +260,7 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     sparge_options *const o = &a->options;
     int64_t whole = 0;
     error_t error;
+    a->has_thresholds |= key >= THETA && key <= LAMBDA;
     switch (key) {
     case ARGP_KEY_INIT:
         *a = (attention_args){
@@ -299,12 +300,6 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     default:
         return key >= CAUSAL && key <= LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;
     }
-}
-
-bool options_have_thresholds(const attention_args *args)
-{
-    const sparge_knobs *const k = &args->options.knobs, d = sparge_options_default(args->rules).knobs;
-    return k->theta != d.theta || k->tau != d.tau || k->topk != d.topk || k->lambda != d.lambda;
 }
 
 exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,

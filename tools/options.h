@@ -45,6 +45,7 @@ typedef struct attention_args {
     const char *file[3]; /* q, k, v; or one that holds them all */
     int files;
     const char *output;
+    bool has_thresholds; /* theta, tau, topk or lambda was given */
     /* While parsing: */
     sparge_rules rules;
     bool has_tau, has_pv;
@@ -52,9 +53,6 @@ typedef struct attention_args {
 
 extern const struct argp_option attention_options[];
 error_t attention_parser(int key, char *text, struct argp_state *state); /* input: attention_args */
-
-/* Was some threshold given that is not the default one? */
-bool options_have_thresholds(const attention_args *args);
 
 /* As options_parse, where `args` is what attention_parser fills in: --rules counts from the start,
  * wherever it stands. */

@@ -2,6 +2,7 @@
 #include "tools/params.h"
 
 #include <errno.h>
+#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -120,7 +121,7 @@ static bool read_all(reader *r, params *out)
            read_whole(r, "block_q", 1, 1024, &out->block_q) && read_whole(r, "block_k", 1, 1024, &out->block_k) &&
            read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) && read_causal(r, &out->causal) &&
            read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
-           read_float(r, "scale", 1e-37, 3e38, 0.0f, &out->scale) && read_heads(r, out);
+           read_float(r, "scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &out->scale) && read_heads(r, out);
 }
 
 exit_code params_read_memory(const char *text, size_t size, const char *name, params *out, file_error *error)

@@ -51,7 +51,7 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
         if (a->dense && a->mask)
             return options_wrong(state, "--dense and --mask exclude each other");
-        if (a->params && options_have_thresholds(&a->attention))
+        if (a->params && a->attention.has_thresholds)
             return options_wrong(state, "--params has the thresholds: leave out those given here");
         if (a->dense && a->params)
             return options_wrong(state, "--dense and --params exclude each other");

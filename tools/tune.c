@@ -42,6 +42,16 @@ typedef struct tune_args {
 
 static const char *const shares[] = {"tau", "topk", NULL}, *const bounds[] = {"worst", "mean", NULL};
 
+/* Is it UTF-8, as JSON wants it? */
+static bool is_text(const char *text)
+{
+    json_t *const string = json_string(text);
+    json_decref(string);
+    return string != NULL;
+}
+
+static const char *text_or(const char *text, const char *other) { return text && is_text(text) ? text : other; }
+
 static error_t find(tune_args *a, const char *path)
 {
     a->failed = capture_find(path, &a->capture, &a->captures, a->base.error);
@@ -67,7 +77,7 @@ static error_t check_args(struct argp_state *state, tune_args *a)
         return options_wrong(state, "-o is missing: where to write the thresholds");
     if (how->sparsity == 0.0 && !(how->l1 < how->l2))
         return options_wrong(state, "--l1 is %g and --l2 is %g: l1 must be the smaller", how->l1, how->l2);
-    if (options_have_thresholds(&a->attention))
+    if (a->attention.has_thresholds)
         return options_wrong(state, "--theta, --tau, --topk and --lambda are what is tuned");
     const int64_t tuned = a->captures;
     for (int64_t n = 0; n < a->helds; n++)
@@ -84,7 +94,12 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
     int word = 0;
     error_t error;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case ARGP_KEY_INIT: /* twice, under --rules */
+        state->child_inputs[0] = &a->attention;
+        capture_free(a->capture, a->captures);
+        a->capture = NULL;
+        a->captures = a->helds = 0;
+        return 0;
     case ARGP_KEY_ARG: return find(a, text);
     case L1: return options_real(state, "--l1", text, 1e-9, 1e9, &how->l1);
     case L2: return options_real(state, "--l2", text, 1e-9, 1e9, &how->l2);
@@ -99,7 +114,9 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
         return error;
     case HELD_OUT: return hold_out(a, text);
     case SECONDS: return options_real(state, "--seconds", text, 1e-9, 1e9, &how->seconds);
-    case MODEL: a->model = text; return 0;
+    case MODEL:
+        a->model = text;
+        return is_text(text) ? 0 : options_wrong(state, "--model is '%.40s', which is no UTF-8", text);
     case ARGP_KEY_SUCCESS: return check_args(state, a);
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -135,7 +152,8 @@ typedef struct tune {
     /* Of the unit at hand: */
     inputs *in;
     sparge_tuned *tuned;
-    exit_code code; /* of writing a head */
+    exit_code code;  /* of writing a head */
+    bool unfinished; /* some head is missing */
     progress watch;
     double start;
     int64_t unit_at;
@@ -144,6 +162,14 @@ typedef struct tune {
 
 static volatile sig_atomic_t interrupted;
 static void interrupt(int number) { interrupted = number; }
+
+/* An interrupt is an end like others: what is done stays. output_open has it remove files, and is told each
+ * time. */
+static void heed_interrupts(void)
+{
+    signal(SIGINT, interrupt);
+    signal(SIGTERM, interrupt);
+}
 
 static bool same_heads(const capture *a, const capture *b)
 {
@@ -180,6 +206,12 @@ static exit_code group(tune *t)
         while (u < t->units && !same_heads(t->unit[u].capture[0], c))
             u++;
         unit *const to = &t->unit[u];
+        for (int64_t m = 0; m < to->count; m++)
+            if (strcmp(to->capture[m]->sha256, c->sha256) == 0) {
+                file_error_set(t->error, c->path, "is the same as %.200s; an input counts once",
+                               to->capture[m]->path);
+                return EXIT_FILE;
+            }
         if (!to->capture)
             to->capture = calloc((size_t)a->captures, sizeof *to->capture);
         if (!to->capture)
@@ -211,7 +243,7 @@ static json_t *describe_input(const capture *c, bool held_out)
 {
     const char *const slash = strrchr(c->path, '/');
     return json_pack("{s:I, s:s?, s:s, s:s, s:b}", "layer", (json_int_t)c->layer, "sample", c->sample, "file",
-                     slash ? slash + 1 : c->path, "sha256", c->sha256, "held_out", held_out);
+                     text_or(slash ? slash + 1 : c->path, "?"), "sha256", c->sha256, "held_out", held_out);
 }
 
 static exit_code make_header(tune *t)
@@ -225,12 +257,14 @@ static exit_code make_header(tune *t)
     json_object_set_new(t->header, "l2", bounded ? params_number(a->how.l2, 9) : json_null());
     json_object_set_new(t->header, "sparsity", bounded ? json_null() : params_number(a->how.sparsity, 9));
     json_t *const list = json_array();
+    bool failed = false;
     for (int64_t u = 0; u < t->units; u++)
         for (int64_t n = 0; n < t->unit[u].count; n++)
-            json_array_append_new(list, describe_input(t->unit[u].capture[n],
-                                                       n >= t->unit[u].count - t->unit[u].held_out));
-    json_object_set_new(t->header, "inputs", list);
-    return json_object_set_new(t->header, "heads", json_array()) ? no_memory(t->error) : EXIT_FINE;
+            failed |= json_array_append_new(list, describe_input(t->unit[u].capture[n],
+                                                                 n >= t->unit[u].count - t->unit[u].held_out)) != 0;
+    failed |= json_object_set_new(t->header, "inputs", list) != 0;
+    failed |= json_object_set_new(t->header, "heads", json_array()) != 0;
+    return failed ? no_memory(t->error) : EXIT_FINE;
 }
 
 /* What an earlier run left in the file, if it was of the same captures and options. */
@@ -297,9 +331,19 @@ static exit_code save(tune *t)
     if (sorted)
         return sorted;
     output_file *const file = output_open(path, t->error);
+    heed_interrupts();
     return file && params_write(output_stream(file), path, t->header, t->error) && outputs_commit(t->error)
                ? EXIT_FINE
                : EXIT_FILE;
+}
+
+/* Could the file be written? Before the work, not after it. */
+static exit_code try_output(tune *t)
+{
+    const bool could = output_open(t->args.attention.output, t->error) != NULL;
+    outputs_discard();
+    heed_interrupts();
+    return could ? EXIT_FINE : EXIT_FILE;
 }
 
 static json_t *errors_json(const sparge_tune_errors *e)
@@ -400,6 +444,8 @@ static exit_code tune_unit(tune *t)
         mark_done(t, u, problem->heads);
         code = library_result(sparge_tune(problem, u->count, &t->args.attention.options, &how, t->tuned, &why),
                               &why, t->error);
+        for (int64_t h = 0; h < problem->heads; h++)
+            t->unfinished |= !t->tuned[h].done;
     }
     free(problem);
     free(t->tuned);
@@ -413,6 +459,7 @@ static exit_code tune_unit(tune *t)
 
 /* ---- The whole ---- */
 
+/* As far as manifests say. */
 static int64_t heads_wanted(const tune *t)
 {
     int64_t heads = 0;
@@ -460,7 +507,7 @@ static exit_code report(const tune *t)
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;
     return print_json(
         json_pack("{s:s, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
-                  t->args.attention.output, "heads", (json_int_t)count, "dense", (json_int_t)dense, "backed_off",
+                  text_or(t->args.attention.output, "?"), "heads", (json_int_t)count, "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", params_number(sum[0] / all, 6), "worst_l1",
                   params_number(worst[0], 6), "judged", (json_int_t)judged, "held_out_sparsity",
                   params_number(sum[1] / out, 6), "held_out_worst_l1", judged ? params_number(worst[1], 6) : json_null(),
@@ -500,16 +547,12 @@ exit_code tune_command(int argc, char **argv, file_error *error)
     if (!code)
         code = take_up(&t);
     if (!code)
-        code = save(&t); /* can it be written? And from here on an interrupt is an end like others. */
-    if (!code) {
-        signal(SIGINT, interrupt);
-        signal(SIGTERM, interrupt);
-        t.watch = progress_begin("tune");
-        for (t.unit_at = 0; t.unit_at < t.units && !code; t.unit_at++)
-            code = goes_on(&t, 0.0) ? tune_unit(&t) : EXIT_FINE;
-        progress_end(&t.watch);
-    }
-    if (!code && (interrupted || (a->how.seconds > 0.0 && progress_clock() - t.start > a->how.seconds)))
+        code = try_output(&t);
+    t.watch = progress_begin("tune");
+    for (t.unit_at = 0; t.unit_at < t.units && !code && !t.unfinished; t.unit_at++)
+        code = tune_unit(&t);
+    progress_end(&t.watch);
+    if (!code && t.unfinished)
         code = stopped(&t);
     if (!code)
         code = report(&t);

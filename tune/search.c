@@ -198,7 +198,19 @@ static void choose_mask(head *h, fold *f)
 
 static bool is_dense(tune_choice at) { return at.share == TUNE_SHARES - 1 && at.lambda == TUNE_LAMBDAS - 1; }
 
-/* The largest lambda that holds l2 on the samples of the fold. */
+/* Does this lambda skip anything on the samples of the fold? */
+static bool skips(head *h, const fold *f, int lambda)
+{
+    bool skips = false;
+    for (int64_t n = 0; n < h->all->tuned; n++)
+        if (tunes_on(f, n)) {
+            const tune_point *point = lambda_curve_at(h, n, f->choice)->point;
+            skips |= point[lambda].kept < point[TUNE_LAMBDAS - 1].kept;
+        }
+    return skips;
+}
+
+/* The largest lambda that holds l2 on the samples of the fold, if it skips anything. */
 static void choose_lambda(head *h, fold *f)
 {
     const search *s = h->all;
@@ -212,7 +224,7 @@ static void choose_lambda(head *h, fold *f)
                 bounded_add(&error, tune_relative(&h->input[n],
                                                   lambda_curve_at(h, n, f->choice)->point[lambda].error));
         if (bounded_error(&error) < s->how->l2) {
-            f->choice.lambda = lambda;
+            f->choice.lambda = skips(h, f, lambda) ? lambda : TUNE_LAMBDAS - 1;
             return;
         }
     }
@@ -345,9 +357,11 @@ static bool all_finite(const head *h)
 
 static void choose(head *h, fold *f)
 {
+    const sparge_tune_options *how = h->all->how;
     choose_mask(h, f);
-    if (!(h->all->how->sparsity > 0.0) && goes_on(h))
-        choose_lambda(h, f); /* over a dense mask too */
+    /* Over a dense mask too, but not where that breaks l1. */
+    if (!(how->sparsity > 0.0) && goes_on(h) && merit_of(h, f, f->choice).error < how->l1)
+        choose_lambda(h, f);
 }
 
 /* One fold that the samples held out judge; or each sample judges in turn, if there are two or more. */
