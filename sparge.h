@@ -330,7 +330,8 @@ typedef struct sparge_tuned {
 
 /* Tunes heads [heads] on inputs of one kind: the same heads, key heads and channels; lengths and batches may
  * differ, and an element of a batch is an input. q, k and v are in host memory on every backend. Of the
- * options, knobs and per_head play no part. Heads run in parallel on options.threads threads. The same heads
+ * options, knobs, per_head, progress, stream and workspace play no part. The callbacks may not call this
+ * function. Heads run in parallel on options.threads threads. The same heads
  * come out for any number of threads. */
 sparge_status sparge_tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
                           const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error);

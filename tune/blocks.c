@@ -2,15 +2,14 @@
  *
  * Attention over a set of key blocks is the mean of attention over each of them, weighted by
  * exp(lse of each): so when o and lse are known for every block alone, any mask is a weighted sum away. Int8
- * has no say in this: codes of q, k and v belong to blocks, and those of P are relative to the maximum of
- * their own tile.
+ * and int12 have no say in this: codes of q, k and v belong to blocks, and those of P are relative to the
+ * maximum of their own tile. (P V in f16 and fp8 rounds P against the running maximum, and fp8 has steps of v
+ * over all tokens: there the sums are near, not equal.)
  *
  * The backend does it by its public face: the key blocks become a batch, which all read the same queries
  * (stride 0). Blocks that causality cuts, or that are short, are a second batch, which all read the same keys
  * under a mask of one block each: there a row sees what it would see. */
 #include "tune/tune.h"
-
-#include <stdlib.h>
 
 #include "common/block_mask.h"
 
@@ -56,13 +55,8 @@ sparge_status tune_blocks_make(tune_blocks *b, const tune_input *x, sparge_error
     const bool device = x->q.device;
     const int64_t edge = most_at_edge(g), words = q_blocks_at_edge(g) * sparge_mask_row_words(edge);
     const int64_t rows = sparge_min(g->block_q, g->q_len), dim_v = x->problem.dim_v;
-    *b = (tune_blocks){
-        .weight = malloc((size_t)(g->k_blocks * rows + 1) * sizeof *b->weight),
-        .top = malloc((size_t)(rows + 1) * sizeof *b->top),
-    };
-    sparge_status status = b->weight && b->top ? SPARGE_OK : SPARGE_ERR_MEMORY;
-    if (!status)
-        status = part_make(&b->whole, g->k_blocks, rows, dim_v, 1, device, error);
+    *b = (tune_blocks){ 0 };
+    sparge_status status = part_make(&b->whole, g->k_blocks, rows, dim_v, 1, device, error);
     if (!status)
         status = part_make(&b->edge, edge, g->block_q + g->block_k, dim_v, words, device, error);
     if (status)
@@ -74,8 +68,6 @@ void tune_blocks_free(tune_blocks *b)
 {
     part_free(&b->whole);
     part_free(&b->edge);
-    free(b->weight);
-    free(b->top);
     *b = (tune_blocks){ 0 };
 }
 
@@ -95,10 +87,7 @@ const float *tune_block_o(const tune_blocks *b, int64_t j, int64_t dim_v)
 
 const float *tune_block_m(const tune_blocks *b, int64_t j) { return at(b, offsetof(tune_part, m), j, 1); }
 
-static const float *block_lse(const tune_blocks *b, int64_t j)
-{
-    return at(b, offsetof(tune_part, lse), j, 1);
-}
+const float *tune_block_lse(const tune_blocks *b, int64_t j) { return at(b, offsetof(tune_part, lse), j, 1); }
 
 /* Attention of the part's batch: p has its views, its lengths and its causality. */
 static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem p, sparge_causal causal,
@@ -186,22 +175,6 @@ static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *ke
                        : SPARGE_OK;
 }
 
-/* How much each block weighs in each row. */
-static void weigh(tune_blocks *b)
-{
-    for (int64_t r = 0; r < b->rows; r++)
-        b->top[r] = -INFINITY;
-    for (int64_t j = 0; j < b->visible; j++)
-        for (int64_t r = 0; r < b->rows; r++)
-            b->top[r] = fmaxf(b->top[r], block_lse(b, j)[r]);
-    for (int64_t j = 0; j < b->visible; j++)
-        for (int64_t r = 0; r < b->rows; r++) {
-            const float lse = block_lse(b, j)[r];
-            b->weight[j * b->rows + r] =
-                lse == -INFINITY ? 0.0f : sparge_exp2((lse - b->top[r]) * SPARGE_LOG2E);
-        }
-}
-
 sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const uint32_t *kept,
                                sparge_error *error)
 {
@@ -216,9 +189,5 @@ sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const u
     b->whole.count = b->edge.first;
     b->edge.count = b->visible - b->edge.first;
     sparge_status status = load_whole(b, x, kept, error);
-    if (!status)
-        status = load_edge(b, x, kept, error);
-    if (!status)
-        weigh(b);
-    return status;
+    return status ? status : load_edge(b, x, kept, error);
 }

@@ -24,8 +24,9 @@ tune_choice tune_dense(void) { return (tune_choice){ 0, TUNE_SHARES - 1, TUNE_LA
 typedef struct walk {
     const tune_input *x;
     const tune_blocks *b;
-    int64_t r0, r1; /* rows [r0, r1) of the query block */
-    float *o, *sum; /* [rows][dim_v], [rows]: of the blocks that have joined, by tune_blocks.weight */
+    int64_t r0, r1;   /* rows [r0, r1) of the query block */
+    float *o;         /* [rows][dim_v] of the blocks that have joined, not yet divided by the sum */
+    sparge_row *state; /* [rows] online softmax over blocks: their lse stand for scores */
     bool changed;
     double error; /* when it was last asked for */
 } walk;
@@ -37,17 +38,23 @@ static void walk_begin(walk *w, int64_t r0, int64_t r1)
     w->r1 = r1;
     w->changed = true;
     memset(&w->o[r0 * dim_v], 0, (size_t)((r1 - r0) * dim_v) * sizeof *w->o);
-    memset(&w->sum[r0], 0, (size_t)(r1 - r0) * sizeof *w->sum);
+    for (int64_t r = r0; r < r1; r++)
+        w->state[r] = sparge_row_empty();
 }
 
 static void walk_join(walk *w, int64_t j)
 {
     const int64_t dim_v = w->x->problem.dim_v;
-    const float *o = tune_block_o(w->b, j, dim_v), *weight = &w->b->weight[j * w->b->rows];
+    const float *from = tune_block_o(w->b, j, dim_v), *lse = tune_block_lse(w->b, j);
     for (int64_t r = w->r0; r < w->r1; r++) {
-        w->sum[r] += weight[r];
+        const float score = lse[r] * SPARGE_LOG2E;
+        if (score == -INFINITY) /* the row sees no key of the block */
+            continue;
+        const float shrink = sparge_row_raise(&w->state[r], score);
+        const float weight = sparge_exp2(score - w->state[r].max);
+        w->state[r].sum += weight;
         for (int64_t c = 0; c < dim_v; c++)
-            w->o[r * dim_v + c] += weight[r] * o[r * dim_v + c];
+            w->o[r * dim_v + c] = w->o[r * dim_v + c] * shrink + weight * from[r * dim_v + c];
     }
     w->changed = true;
 }
@@ -73,8 +80,8 @@ static double walk_error(walk *w)
     w->changed = false;
     w->error = 0.0;
     for (int64_t r = w->r0; r < w->r1; r++) {
-        const float scale = w->sum[r] > 0.0f ? 1.0f / w->sum[r] : 0.0f;
-        w->error += (double)distance(&w->o[r * dim_v], scale, &w->x->want[(w->b->first + r) * dim_v], dim_v);
+        const float norm = sparge_row_norm(&w->state[r]);
+        w->error += (double)distance(&w->o[r * dim_v], norm, &w->x->want[(w->b->first + r) * dim_v], dim_v);
     }
     return w->error;
 }
@@ -105,7 +112,7 @@ static void walker_free(walker *w)
 {
     tune_blocks_free(&w->blocks);
     free(w->walk.o);
-    free(w->walk.sum);
+    free(w->walk.state);
     free(w->s);
     free(w->similar);
     free(w->order);
@@ -124,7 +131,7 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .x = x,
         .walk = { .x = x,
                   .o = malloc(rows * (size_t)x->problem.dim_v * sizeof(float)),
-                  .sum = malloc(rows * sizeof(float)) },
+                  .state = malloc(rows * sizeof(sparge_row)) },
         .s = malloc(blocks * sizeof(float)),
         .similar = malloc(blocks * sizeof(bool)),
         .order = malloc(blocks * sizeof(sparge_ref_scored)),
@@ -134,7 +141,7 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .entry = malloc(blocks * sizeof(entry)),
         .state = malloc(rows * sizeof(sparge_row)),
     };
-    sparge_status status = w->walk.o && w->walk.sum && w->s && w->similar && w->order && w->forced &&
+    sparge_status status = w->walk.o && w->walk.state && w->s && w->similar && w->order && w->forced &&
                                    w->before && w->row && w->entry && w->state
                                ? tune_blocks_make(&w->blocks, x, error)
                                : SPARGE_ERR_MEMORY;

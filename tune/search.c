@@ -18,7 +18,8 @@ typedef struct search {
     sample *sample;   /* [count]: those to tune on, then those that are held out */
     int64_t count, tuned;
     double start;
-    double units, units_done; /* of work, for progress: query blocks of the mask curves */
+    double units, units_done; /* of work, for progress: query blocks of the mask curves of all heads */
+    double head_units;
     bool stopped;
     sparge_status status; /* of the first head that failed */
     sparge_error error;
@@ -42,6 +43,7 @@ typedef struct head {
     lambda_curve **lambda; /* [count] lists of them */
     sparge_status status;  /* of the first step that failed; the later ones do nothing */
     sparge_error error;
+    double units; /* done */
     bool stopped;
 } head;
 
@@ -64,9 +66,10 @@ static bool tick(void *user)
 
 static bool tick_unit(void *user)
 {
-    search *s = ((head *)user)->all;
+    head *h = user;
+    h->units += 1.0;
 #pragma omp critical(sparge_tune)
-    s->units_done += 1.0;
+    h->all->units_done += 1.0;
     return tick(user);
 }
 
@@ -444,6 +447,9 @@ static void tune_head(search *s, int64_t number, sparge_tuned *to)
         }
         s->stopped |= h.status != SPARGE_OK;
         if (goes_on(&h)) {
+            s->units_done += s->head_units - h.units; /* some curves were not asked for */
+            if (s->how->progress)
+                s->stopped |= !s->how->progress(s->how->user, fmin(1.0, s->units_done / s->units));
             *to = t;
             to->done = true;
             if (s->how->finished)
@@ -470,13 +476,16 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count, con
         for (int64_t b = 0; b < inputs[n].batch; b++) {
             s.sample[s.count++] = (sample){ &inputs[n], b };
             s.tuned += n < count - how->held_out;
-            s.units += (double)(todo * sparge_ceil_div(inputs[n].q_len, o->block_q));
+            s.head_units += (double)sparge_ceil_div(inputs[n].q_len, o->block_q);
         }
+    s.units = (double)todo * s.head_units;
     /* Heads side by side, and the threads that are left over within each. */
     const int threads = o->backend == SPARGE_CPU ? (int)sparge_max(1, sparge_min(o->threads, todo)) : 1;
     s.o.threads = o->backend == SPARGE_CPU ? (int)sparge_max(1, o->threads / threads) : 0;
     s.o.per_head = NULL;
     s.o.progress = NULL;
+    s.o.stream = s.o.workspace = NULL; /* outputs are read as soon as they are there */
+    s.o.workspace_bytes = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t h = 0; h < q_heads; h++)
         if (!heads[h].done)

@@ -93,8 +93,6 @@ typedef struct tune_part {
 typedef struct tune_blocks {
     int64_t i, first, rows, visible;
     tune_part whole, edge; /* every row sees all keys of a whole block */
-    float *weight;         /* [visible][rows]: exp(lse of the block - the largest of the row) */
-    float *top;            /* [rows] */
 } tune_blocks;
 
 sparge_status tune_blocks_make(tune_blocks *b, const tune_input *x, sparge_error *error);
@@ -104,8 +102,9 @@ void tune_blocks_free(tune_blocks *b);
 sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const uint32_t *kept,
                                sparge_error *error);
 
-/* Of the blocks at hand: o [rows][dim_v] and the maximum m [rows], in log2 units. */
+/* Of the blocks at hand: o [rows][dim_v], lse [rows], and the maximum m [rows] in log2 units. */
 const float *tune_block_o(const tune_blocks *b, int64_t j, int64_t dim_v);
+const float *tune_block_lse(const tune_blocks *b, int64_t j);
 const float *tune_block_m(const tune_blocks *b, int64_t j);
 
 /* ---- curve.c: error and sparsity along the grid -------------------------------------------- */
