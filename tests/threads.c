@@ -1,4 +1,4 @@
-/* threads.c: the cpu backend under the thread sanitizer, whose runtime Criterion does not start under. With
+/* threads.c: the cpu backend and the tuner under the thread sanitizer, whose runtime Criterion does not start under. With
  * --race it plants a race of its own, to see that one would be seen. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -39,6 +39,46 @@ static int compare(const sparge_problem *p, const sparge_options *options, float
         return 0;
     fprintf(stderr, "four threads gave other bits than one\n");
     return 1;
+}
+
+static bool tick(void *user, double done)
+{
+    *(double *)user = done;
+    return true;
+}
+
+static void count(void *user, int64_t head)
+{
+    *(double *)user += (double)head;
+}
+
+/* The same heads on four threads as on one, and no report; callbacks write to one place. */
+static int tune(const sparge_problem *whole)
+{
+    sparge_problem p = *whole;
+    sparge_tuned heads[2][HEADS];
+    memset(heads, 0, sizeof heads);
+    p.q_len = p.k_len = 200;
+    for (int n = 0; n < 2; n++) {
+        sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
+        double user = 0.0;
+        const sparge_tune_options how = {
+            .l1 = 0.1, .l2 = 0.2, .progress = tick, .finished = count, .user = &user};
+        sparge_error error;
+        options.backend = SPARGE_CPU;
+        options.threads = n ? 4 : 1;
+        options.causal = SPARGE_CAUSAL_END;
+        if (sparge_tune(&p, 1, &options, &how, heads[n], &error)) {
+            fprintf(stderr, "%s\n", error.text);
+            return 1;
+        }
+    }
+    for (int h = 0; h < HEADS; h++)
+        if (!heads[1][h].done || memcmp(&heads[0][h].knobs, &heads[1][h].knobs, sizeof heads[0][h].knobs) != 0) {
+            fprintf(stderr, "four threads tuned head %d to something else than one\n", h);
+            return 1;
+        }
+    return 0;
 }
 
 static int plant_race(void)
@@ -82,6 +122,7 @@ int main(int argc, char **argv)
             options.knobs.lambda = -2.0f;
             failed = compare(&p, &options, o);
         }
+    failed = failed || tune(&p);
     free(q);
     free(k);
     free(v);

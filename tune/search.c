@@ -47,7 +47,14 @@ typedef struct head {
     bool stopped;
 } head;
 
-/* Is there time for more? Also where progress is told. */
+/* Tells how far it is, unless it is stopped already. For one thread at a time. */
+static void tell(search *s)
+{
+    if (!s->stopped && s->how->progress)
+        s->stopped = !s->how->progress(s->how->user, fmin(1.0, s->units_done / s->units));
+}
+
+/* Is there time for more? */
 static bool tick(void *user)
 {
     head *h = user;
@@ -56,8 +63,7 @@ static bool tick(void *user)
 #pragma omp critical(sparge_tune)
     {
         s->stopped |= s->how->seconds > 0.0 && sparge_ref_seconds() - s->start > s->how->seconds;
-        if (!s->stopped && s->how->progress)
-            s->stopped = !s->how->progress(s->how->user, fmin(1.0, s->units_done / s->units));
+        tell(s);
         stopped = s->stopped;
     }
     h->stopped |= stopped;
@@ -448,8 +454,7 @@ static void tune_head(search *s, int64_t number, sparge_tuned *to)
         s->stopped |= h.status != SPARGE_OK;
         if (goes_on(&h)) {
             s->units_done += s->head_units - h.units; /* some curves were not asked for */
-            if (s->how->progress)
-                s->stopped |= !s->how->progress(s->how->user, fmin(1.0, s->units_done / s->units));
+            tell(s);
             *to = t;
             to->done = true;
             if (s->how->finished)
