@@ -3,9 +3,12 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* unshare */
 #endif
+#include "tools/capture.h"
 #include "tools/npy.h"
 #include "tools/output.h"
+#include "tools/params.h"
 #include "tools/safetensors.h"
+#include "tools/sparge_params.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -1330,4 +1333,322 @@ Test(formats, sudden_ignored, .init = folder_make, .fini = folder_remove)
     cr_expect_eq(folder_count(), 2);
     expect_file("a", "half");
     expect_file("b", "half");
+}
+
+/* ---- Tuned thresholds ------------------------------------------------------------------- */
+
+#define HEADER                                                                                           \
+    "{\"sparge_params\": 1, \"model\": \"m\", \"block_q\": 128, \"block_k\": 64, \"skip_rows\": 64, "    \
+    "\"causal\": \"start\", \"smooth_k\": false, \"sink\": true, \"scale\": 0.125, \"heads\": ["
+#define HEAD_OF(layer, head, knobs) \
+    "{\"layer\": " layer ", \"head\": " head ", \"dense\": false, " knobs "}"
+#define KNOBS "\"theta\": 0.5, \"tau\": 0.98, \"topk\": null, \"lambda\": -4"
+
+static exit_code params_of(const char *text, params *out, file_error *error)
+{
+    memset(out, 0xff, sizeof *out);
+    memset(error, 'x', sizeof *error);
+    return params_read_memory(text, strlen(text), "p.json", out, error);
+}
+
+Test(formats, params_literal)
+{
+    params p;
+    file_error error;
+    const char *const knobs = "\"theta\": -1, \"tau\": null, \"topk\": 0.25, \"lambda\": null";
+    char text[1000];
+    snprintf(text, sizeof text, HEADER HEAD_OF("7", "3", KNOBS) ", " HEAD_OF("0", "9", KNOBS) ", "
+             HEAD_OF("7", "0", "%s") "], \"more\": []}", knobs);
+    cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_str_empty(error.text);
+    cr_expect_str_eq(p.model, "m");
+    cr_expect(p.block_q == 128 && p.block_k == 64 && p.skip_rows == 64 && p.causal == SPARGE_CAUSAL_START);
+    cr_expect(!p.smooth_k && p.sink && p.scale == 0.125f && p.heads == 3);
+    sparge_knobs first, second, third;
+    cr_assert(!params_find(&p, "f", 0, 9, &first, &error) && !params_find(&p, "f", 7, 0, &second, &error) &&
+              !params_find(&p, "f", 7, 3, &third, &error));
+    cr_expect(first.theta == 0.5f && first.tau == 0.98f && first.topk == SPARGE_OFF && first.lambda == -4.0f);
+    cr_expect(memcmp(&third, &first, sizeof third) == 0);
+    cr_expect(second.theta == -1.0f && second.tau == SPARGE_OFF && second.topk == 0.25f);
+    cr_expect(second.lambda == -INFINITY);
+    static const int64_t others[][2] = {{0, 0}, {7, 1}, {7, 4}, {8, 0}, {9, 0}, {-1, 9}, {0, INT64_MAX}};
+    for (size_t n = 0; n < sizeof others / sizeof *others; n++)
+        cr_expect_eq(params_find(&p, "f", others[n][0], others[n][1], &third, &error), EXIT_FILE, "%zu", n);
+    cr_expect_str_eq(error.text, "f: has no thresholds for layer 0 head 9223372036854775807");
+    params_free(&p);
+    cr_expect(!p.json && !p.head && !p.heads && params_find(&p, "f", 0, 9, &third, NULL) == EXIT_FILE);
+}
+
+/* The reader for programs that use the library. */
+Test(formats, params_load)
+{
+    char path[] = "/tmp/sparge-params-XXXXXX";
+    const int file = mkstemp(path);
+    FILE *const stream = fdopen(file, "w");
+    fprintf(stream, HEADER HEAD_OF("7", "0", KNOBS) ", " HEAD_OF("7", "1", KNOBS) "]}");
+    fclose(stream);
+    sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+    o.causal = SPARGE_CAUSAL_START;
+    o.smooth_k = false;
+    o.sink = true;
+    o.scale = 0.125f;
+    sparge_knobs knobs[3];
+    sparge_error why;
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, knobs, &why), SPARGE_OK, "%s", why.text);
+    cr_expect_str_empty(why.text);
+    cr_expect(knobs[0].tau == 0.98f && knobs[1].lambda == -4.0f);
+    cr_expect_eq(sparge_params_load(path, NULL, 7, 2, &o, knobs, NULL), SPARGE_OK);
+    cr_expect_eq(sparge_params_load(path, "m", 7, 3, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect(strstr(why.text, "has no thresholds for layer 7 head 2"), "%s", why.text);
+    cr_expect_eq(sparge_params_load(path, "n", 7, 2, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect(strstr(why.text, "for the model 'm', not for 'n'"), "%s", why.text);
+    o.block_k = 128;
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect(strstr(why.text, "blocks of 64 keys, not 128"), "%s", why.text);
+    remove(path);
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect(strstr(why.text, "cannot open"), "%s", why.text);
+}
+
+/* Every number at the end of its range, and next to it. */
+Test(formats, params_ranges)
+{
+    static const struct {
+        const char *key, *good[2], *bad[4];
+    } cases[] = {
+        {"layer", {"0", "2147483647"}, {"-1", "2147483648", "1.0", "null"}},
+        {"head", {"0", "2147483647"}, {"-1", "2147483648", "true", "\"1\""}},
+        {"dense", {"true", "false"}, {"0", "null", "\"true\"", "[]"}},
+        {"theta", {"-1", "1.0"}, {"-1.0000002", "1.0000002", "null", "\"0\""}},
+        {"tau", {"0", "1"}, {"-1e-9", "1.0000002", "true", "null"}},
+        {"topk", {"null", "1"}, {"-1", "1.0000002", "{}", "\"0.5\""}},
+        {"lambda", {"-0.0", "-1e30"}, {"1e-9", "-1.0001e30", "\"-inf\"", "true"}},
+        {"block_q", {"1", "1024"}, {"0", "1025", "128.0", "null"}},
+        {"block_k", {"1", "1024"}, {"0", "1025", "64.0", "\"64\""}},
+        {"skip_rows", {"1", "1024"}, {"0", "1025", "-64", "null"}},
+        {"scale", {"1.1754944e-38", "3.4028235e38"}, {"0", "1e-39", "3.5e38", "-1"}},
+        {"causal", {"\"none\"", "\"end\""}, {"\"middle\"", "null", "1", "\"END\""}},
+        {"smooth_k", {"true", "false"}, {"1", "null", "\"\"", "{}"}},
+        {"sink", {"true", "false"}, {"1", "null", "\"\"", "{}"}},
+        {"model", {"null", "\"\""}, {"1", "true", "[]", "{}"}},
+        {"sparge_params", {"1", "1"}, {"0", "2", "1.0", "\"1\""}},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
+        for (int n = 0; n < 6; n++) {
+            const char *const value = n < 2 ? cases[c].good[n] : cases[c].bad[n - 2];
+            json_t *const whole = json_loads(HEADER HEAD_OF("0", "0", KNOBS) "]}", 0, NULL);
+            json_t *const to = c < 7 ? json_array_get(json_object_get(whole, "heads"), 0) : whole;
+            json_object_set_new(to, cases[c].key, json_loads(value, JSON_DECODE_ANY, NULL));
+            char *const text = json_dumps(whole, 0);
+            params p;
+            file_error error;
+            const exit_code code = params_of(text, &p, &error);
+            cr_expect_eq(code, n < 2 ? EXIT_FINE : EXIT_FILE, "%s %s: %s", cases[c].key, value, error.text);
+            const char *const says[] = {"p.json: '", cases[c].key, "' must be "};
+            if (code)
+                expect_says(&error, value, says, 3);
+            cr_expect(!code || (!p.json && !p.head && !p.heads && !p.block_q), "all 0");
+            params_free(&p);
+            free(text);
+            json_decref(whole);
+        }
+}
+
+Test(formats, params_refused)
+{
+    static const struct {
+        const char *text, *says;
+    } cases[] = {
+        {"", "line 1: "}, {"[]", "is no JSON object"}, {"{}", "'sparge_params' must be"}, {"{", "line 1: "},
+        {HEADER "]", "line 1: "}, {HEADER "]}}", "line 1: "}, {HEADER "3]}", "'heads[0].layer' must be"},
+        {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("1", "2", KNOBS) "]}", "has layer 1 head 2 twice"},
+        {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("0", "2", KNOBS ", \"tau\": 1") "]}",
+         "line 1: duplicate"},
+        {HEADER HEAD_OF("1", "2", "\"theta\": 0, \"tau\": null, \"topk\": null, \"lambda\": null") "]}",
+         "'heads[0].tau' must be a number where topk is null"},
+        {HEADER "], \"sink\": true}", "line 1: duplicate"}, {HEADER "], \"a\": \"\n\"}", "line 1: "},
+    };
+    for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+        params p;
+        file_error error;
+        cr_expect_eq(params_of(cases[n].text, &p, &error), EXIT_FILE, "%s", cases[n].text);
+        const char *const says[] = {"p.json: ", cases[n].says};
+        expect_says(&error, cases[n].text, says, 2);
+        cr_expect(!p.json && !p.head && !p.heads, "%s", cases[n].text);
+    }
+}
+
+/* How the header of a line writes this float. */
+static void text_of_threshold(float x, char text[64])
+{
+    const sparge_knobs knobs = {.theta = 0.0f, .tau = 1.0f, .topk = SPARGE_OFF, .lambda = x};
+    json_t *const line = params_line(0, 0, false, &knobs);
+    char *const all = json_dumps(line, JSON_REAL_PRECISION(9));
+    const char *const at = all ? strstr(all, "\"lambda\": ") : NULL;
+    cr_assert(at && sscanf(at, "\"lambda\": %63[^}]", text) == 1);
+    free(all);
+    json_decref(line);
+}
+
+Test(formats, params_shortest_decimals)
+{
+    static const struct {
+        float x;
+        const char *text;
+    } literals[] = {{-4.0f, "-4.0"}, {-0.1f, "-0.1"}, {-1.0f / 3.0f, "-0.33333334"},
+                    {-16777216.0f, "-16777216.0"},
+                    {-1e-10f, "-1e-10"}, {-INFINITY, "null"}, {0.0f, "0.0"}, {0.98f, "0.98"}};
+    char text[64], shorter[64];
+    for (size_t n = 0; n < sizeof literals / sizeof *literals; n++) {
+        text_of_threshold(literals[n].x, text);
+        cr_expect_str_eq(text, literals[n].text, "%s, not %s", text, literals[n].text);
+    }
+    uint64_t state = 1;
+    for (int n = 0; n < 200000; n++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        const uint32_t bits = (uint32_t)(state >> 32);
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        if (n % 2) /* where thresholds are */
+            x = (float)(bits % 100000) / 100000.0f;
+        if (!isfinite(x))
+            continue;
+        text_of_threshold(x, text);
+        cr_assert(strtof(text, NULL) == x, "%a is not %s", (double)x, text);
+        int digits = 9;
+        for (; digits > 1; digits--) {
+            snprintf(shorter, sizeof shorter, "%.*g", digits - 1, (double)x);
+            if (strtof(shorter, NULL) != x)
+                break;
+        }
+        snprintf(shorter, sizeof shorter, "%.*g", digits, (double)x);
+        cr_assert(strtod(text, NULL) == strtod(shorter, NULL), "%s is not the shortest: %s", text, shorter);
+    }
+}
+
+Test(formats, params_written)
+{
+    sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+    o.block_q = 32;
+    o.scale = 0.3f;
+    o.causal = SPARGE_CAUSAL_END;
+    const sparge_knobs knobs = {.theta = -0.3f, .tau = SPARGE_OFF, .topk = 0.7f, .lambda = -INFINITY};
+    char *text = NULL;
+    size_t size = 0;
+    file_error error;
+    json_t *const header = params_header("a \"b\"\n", &o), *const heads = json_array();
+    json_array_append_new(heads, params_line(3, 4, true, &knobs));
+    json_object_set_new(header, "inputs", json_array());
+    json_object_set_new(header, "heads", heads);
+    FILE *const stream = open_memstream(&text, &size);
+    cr_assert(stream && params_write(stream, "p.json", header, &error) && fclose(stream) == 0);
+    cr_expect_str_eq(text, "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
+                     " \"model\": \"a \\\"b\\\"\\n\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
+                     " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
+                     " \"smooth_k\": true,\n \"sink\": false,\n \"scale\": 0.3,\n \"inputs\": [],\n \"heads\": [\n"
+                     "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "
+                     "\"topk\": 0.7, \"lambda\": null}\n ]\n}\n", "%s", text);
+    params p;
+    cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
+    cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 && p.scale == o.scale &&
+              p.skip_rows == 32);
+    cr_expect(p.head->knobs.theta == knobs.theta && p.head->knobs.topk == knobs.topk);
+    cr_expect_eq(params_check(&p, "p.json", "a \"b\"\n", &o, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_check(&p, "p.json", NULL, &o, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_check(&p, "p.json", "c", &o, &error), EXIT_FILE);
+    params_free(&p);
+    free(text);
+    FILE *const full = fopen("/dev/full", "r+");
+    if (full) {
+        const char *const says[] = {"p.json: cannot write", "No space left"};
+        cr_expect(!params_write(full, "p.json", header, &error), "a device without space");
+        expect_says(&error, "/dev/full", says, 2);
+        fclose(full);
+    }
+    json_decref(header);
+    json_t *const none = params_number((double)NAN, 6), *const some = params_number(0.123456789, 3);
+    cr_expect(json_is_null(none) && json_real_value(some) == 0.123);
+    json_decref(none);
+    json_decref(some);
+}
+
+/* ---- Captures --------------------------------------------------------------------------- */
+
+/* SHA-256 of "abc" and of nothing, as FIPS 180-4 has them. */
+#define SHA_ABC "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+#define SHA_NONE "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+Test(formats, captures, .init = folder_make, .fini = folder_remove)
+{
+    capture *list = NULL;
+    int64_t count = 0;
+    file_error error;
+    file_make("a.st", BYTES("abc"));
+    cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert(count == 1 && strcmp(list->path, in_folder("a.st")) == 0);
+    cr_expect_str_eq(list->sha256, SHA_ABC);
+    cr_expect(!list->model && !list->sample && !list->heads && !list->manifest);
+    cr_expect(list->layer == 0 && list->causal == -1 && capture_head(list, 7) == 7);
+    cr_expect_eq(capture_check(list, 5, SPARGE_CAUSAL_END, &error), EXIT_FINE);
+    cr_expect_eq(capture_check(list, 5, SPARGE_CAUSAL_NONE, &error), EXIT_FINE);
+
+    file_make("b.st", BYTES(""));
+    file_make("manifest.json", BYTES("{\"model\": \"m\", \"text\": \"t\", \"causal\": true, \"files\": ["
+                                     "{\"file\": \"b.st\", \"layer\": 2147483647, "
+                                     "\"query_heads\": [8, 0, 2147483647]},"
+                                     "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\"}]}"));
+    cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert_eq(capture_find(folder, &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert_eq(count, 4); /* they are appended */
+    const capture *const a = &list[1], *const b = &list[2];
+    cr_expect_str_eq(a->model, "m");
+    cr_expect_str_eq(a->sample, "t");
+    cr_expect(a->causal == 1 && a->layer == 0 && !a->heads && strcmp(a->sha256, list[3].sha256) == 0);
+    cr_expect_str_eq(b->path, in_folder("b.st"));
+    cr_expect_str_eq(b->sha256, SHA_NONE);
+    cr_expect(b->layer == INT32_MAX && capture_head(b, 0) == 8 && capture_head(b, 2) == INT32_MAX);
+    cr_expect_eq(capture_check(b, 3, SPARGE_CAUSAL_START, &error), EXIT_FINE);
+    const char *const counted[] = {"b.st", "has 2 query heads", "lists 3"},
+    *const says[] = {"b.st", "give --causal"};
+    cr_expect_eq(capture_check(b, 2, SPARGE_CAUSAL_END, &error), EXIT_FILE);
+    expect_says(&error, "heads", counted, 3);
+    cr_expect_eq(capture_check(b, 3, SPARGE_CAUSAL_NONE, &error), EXIT_FILE);
+    expect_says(&error, "causality", says, 2);
+
+    file_make("b.st", BYTES("abd"));
+    file_make("manifest.json", BYTES("{\"files\": [{\"file\": \"b.st\", \"sha256\": \"" SHA_ABC "\"}]}"));
+    const char *const other[] = {"b.st", "ba7816bf8f01", "SHA-256"};
+    cr_expect_eq(capture_find(in_folder("b.st"), &list, &count, &error), EXIT_FILE);
+    expect_says(&error, "another file", other, 3);
+    cr_expect_eq(capture_find(in_folder("none.st"), &list, &count, &error), EXIT_FILE);
+    capture_free(list, count); /* what failed too */
+    capture_free(NULL, 0);
+}
+
+/* A megabyte is read at a time. */
+Test(formats, captures_of_many_bytes, .init = folder_make, .fini = folder_remove)
+{
+    enum { MILLION = 1000000, MORE = (2 << 20) + 1 };
+    char *const bytes = malloc(MORE);
+    cr_assert(bytes);
+    memset(bytes, 'a', MORE);
+    static const struct {
+        size_t size;
+        const char *sha;
+    } cases[] = {
+        {MILLION, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"}, /* FIPS 180-4 */
+        {1 << 20, "9bc1b2a288b26af7257a36277ae3816a7d4f16e89c1e7e77d0a5c48bad62b360"},
+        {(1 << 20) + 1, "4a3f0c0c213adea174f9a3d4c13177315b588bdb2e9c1012d3d0bf0453ca0f6a"},
+        {MORE, "16a429a1e5162fcf59e3079724763e9afafcef1e2c7f862571e9267b3d959113"},
+    };
+    for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+        capture *list = NULL;
+        int64_t count = 0;
+        file_error error;
+        file_make("a.st", bytes, cases[n].size);
+        cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
+        cr_expect_str_eq(list->sha256, cases[n].sha, "%zu bytes", cases[n].size);
+        capture_free(list, count);
+    }
+    free(bytes);
 }

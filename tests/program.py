@@ -3,8 +3,10 @@
 What it computes is compared with a float64 attention written here; of everything that can go wrong
 the exit code, the one line and the folder are looked at. Ends with "N passed, M failed".
 """
+import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +22,7 @@ import zlib
 import numpy as np
 
 PROGRAM = os.path.abspath(sys.argv[1])
-FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE = range(6)
+FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE, UNFINISHED = range(7)
 passed = failed = 0
 
 
@@ -871,6 +873,701 @@ def test_bench_usage():
             (["--sparsity", ",".join(["0.5"] * 33)], "32"),
             (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed")]:
         wrong(USAGE, words, "bench", *ONE, *args)
+
+
+# ---- Tuning ----------------------------------------------------------------------------------
+
+TUNE = ["--block-q", 32, "--block-k", 16]
+TUNE_KEYS = ("params heads dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
+             "held_out_within_l2_first held_out_within_l2 equivalents seconds").split()
+HEADER_KEYS = ("sparge_params version model qk pv block_q block_k skip_rows causal smooth_k sink scale by "
+               "bound l1 l2 sparsity inputs heads").split()
+HEAD_KEYS = ("layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
+             "equivalents seconds").split()
+ERROR_KEYS = "inputs l1 worst_l1 sparsity".split()
+
+
+def qkv_of(seed, heads=2, kv_heads=1, n=256, nk=None, d=16, batch=1):
+    nk = nk or n
+    return (2 * random(seed, batch, heads, n, d), 2 * random(seed + 50, batch, kv_heads, nk, d),
+            random(seed + 90, batch, kv_heads, nk, d))
+
+
+def capture(name, *args, **how):
+    x = qkv_of(*args, **how)
+    return save_safetensors(name, **{n: ("F32", t) for n, t in zip("qkv", x)})
+
+
+def write(name, text):
+    with open(name, "w" if isinstance(text, str) else "wb") as f:
+        f.write(text)
+    return name
+
+
+def read(name, mode="r"):
+    with open(name, mode) as f:
+        return f.read()
+
+
+def sha256(name):
+    return hashlib.sha256(read(name, "rb")).hexdigest()
+
+
+def folder_of(name, seed, places, causal=False, **more):
+    """A folder of captures, a file of two heads for each (layer, first head), and its manifest."""
+    os.mkdir(name)
+    files = []
+    for n, (layer, head) in enumerate(places):
+        file = f"layer{layer:02}_{head}.safetensors"
+        capture(f"{name}/{file}", seed + n)
+        files.append(dict(file=file, sha256=sha256(f"{name}/{file}"), layer=layer,
+                          query_heads=[head, head + 1]))
+    manifest = dict(model="small", sample=f"sample {name}", causal=causal, files=files, **more)
+    write(f"{name}/manifest.json", json.dumps(manifest))
+    return name
+
+
+def tune(*args, out="p.json", code=FINE):
+    """The line that it prints, and what is then in the file."""
+    x = fine("tune", *args, "-o", out, *TUNE, code=code)
+    return x, json.loads(read(out))
+
+
+def lines_of(text):
+    """A line for each head, as it stands but for a comma."""
+    return [line.rstrip(",") for line in text.splitlines() if '"head":' in line]
+
+
+def lines(name="p.json"):
+    return lines_of(read(name))
+
+
+def timeless(text):
+    return re.sub(r'"seconds": [^}]*', "", text if isinstance(text, str) else "\n".join(text))
+
+
+def keeps(name, code, words, *args, **how):
+    """Must fail, and leave this file as it is."""
+    before = read(name, "rb")
+    wrong(code, words, *args, **how)
+    check(os.path.isfile(name) and read(name, "rb") == before, f"{args}: {name} as before")
+
+
+def cost(params, files, *more):
+    """Of these thresholds over these captures, by head: relative L1 and sparsity, [captures][heads]."""
+    l1, sparsity = [], []
+    for file in files:
+        x = fine("run", file, "--params", params, "-o", "o.npy", *TUNE, *more)
+        fine("run", file, "-o", "dense.npy", *EXACT, *TUNE, *more)
+        o, want = np.load("o.npy").astype(np.float64), np.load("dense.npy").astype(np.float64)
+        axes = (1, 3) if "nhd" in more else (2, 3)
+        l1.append((np.abs(o - want).sum(axes) / np.abs(want).sum(axes))[0])
+        sparsity.append(x["sparsity_per_head"])
+    return np.array(l1), np.array(sparsity)
+
+
+def check_errors(errors, l1, sparsity, what):
+    """What a file says of a head, and what runs of it cost."""
+    check(list(errors) == ERROR_KEYS and errors["inputs"] == len(l1), what, "inputs", errors)
+    check(abs(errors["l1"] - l1.mean()) <= 1e-5 * l1.mean() + 1e-9, what, "mean L1", errors, l1)
+    check(abs(errors["worst_l1"] - l1.max()) <= 1e-5 * l1.max() + 1e-9, what, "worst L1", errors, l1)
+    check(abs(errors["sparsity"] - sparsity.mean()) < 2e-6, what, "sparsity", errors, sparsity)
+
+
+def check_threshold(text, what):
+    """The shortest decimal that is this float."""
+    if text == "null":
+        return
+    shortest = np.format_float_scientific(np.float32(text), unique=True, trim="-")
+    digits = lambda x: len(x.lower().split("e")[0].replace("-", "").replace(".", "").strip("0")) or 1
+    check(np.float32(text) == np.float32(shortest) and digits(text) == digits(shortest), what, text,
+          shortest)
+    check(float(text) == float(shortest), what, "the same decimal", text, shortest)
+
+
+def test_tune():
+    names = [capture(f"c{n}.safetensors", n) for n in range(3)]
+    x, p = tune(*names)
+    check(list(x) == TUNE_KEYS and list(p) == HEADER_KEYS, "keys in their order", list(x), list(p))
+    header = dict(sparge_params=1, model=None, qk="int8", pv="int8", block_q=32, block_k=16, skip_rows=32,
+                  causal="none", smooth_k=True, sink=False, scale=None, by="tau", bound="worst", l1=0.07,
+                  l2=0.08,
+                  sparsity=None)
+    check(all(p[key] == value and type(p[key]) is type(value) for key, value in header.items()), "header",
+          p)
+    check(p["version"] in sparge("--version")[1], "version", p["version"])
+    check(p["inputs"] == [dict(layer=0, sample=None, file=n, sha256=sha256(n), held_out=False)
+                          for n in names],
+          "inputs", p["inputs"])
+    check([(h["layer"], h["head"]) for h in p["heads"]] == [(0, 0), (0, 1)], "heads in order", p["heads"])
+    l1, sparsity = cost("p.json", names)
+    for n, h in enumerate(p["heads"]):
+        check(list(h) == HEAD_KEYS, "keys of a head", list(h))
+        check(h["dense"] is False and h["finite"] is True and h["topk"] is None, "a head", h)
+        check(h["back_off"] in ("none", "lambda lowered", "tau raised"), "back_off", h)
+        check(type(h["theta"]) is float and type(h["tau"]) is float and -1 <= h["theta"] <= 1 and
+              0 <= h["tau"] <= 1 and (h["lambda"] is None or h["lambda"] <= 0), "knobs", h)
+        check(list(h["held_out_first"]) == ERROR_KEYS and h["held_out_first"]["inputs"] == 3, "held out", h)
+        check(h["held_out"]["inputs"] == 3 and h["held_out"]["worst_l1"] <= 0.08, "held out: within l2", h)
+        check(h["equivalents"] > 1 and h["seconds"] > 0, "what it took", h)
+        check_errors(h["in_sample"], l1[:, n], sparsity[:, n], f"head {n}")
+    check(0.1 < sparsity.mean() and l1.max() <= 0.08, "sparse, and within l2", sparsity, l1)
+    for knob in "theta", "tau", "topk", "lambda":
+        for line in lines():
+            check_threshold(re.search(f'"{knob}": ([^,]*),', line).group(1), knob)
+    heads = p["heads"]
+    mean = lambda key, what: np.mean([h[key][what] for h in heads])
+    check(x["params"] == "p.json" and x["heads"] == x["judged"] == 2 and x["dense"] == 0, "counts", x)
+    check(x["backed_off"] == sum(h["back_off"] != "none" for h in heads), "backed_off", x)
+    check(abs(x["sparsity"] - mean("in_sample", "sparsity")) < 2e-6 and
+          abs(x["held_out_sparsity"] - mean("held_out", "sparsity")) < 2e-6, "sparsity", x)
+    check(x["worst_l1"] == max(h["in_sample"]["worst_l1"] for h in heads) and
+          x["held_out_worst_l1"] == max(h["held_out"]["worst_l1"] for h in heads), "worst", x)
+    check(x["held_out_within_l2"] == 2 and x["held_out_within_l2_first"] ==
+          sum(h["held_out_first"]["worst_l1"] <= 0.08 for h in heads), "within l2", x)
+    before = read("p.json", "rb")
+    y, _ = tune(*names)
+    check(read("p.json", "rb") == before and {**x, "seconds": 0} == {**y, "seconds": 0}, "done: as it is",
+          x, y)
+    tune(*names, "--seconds", 1e-9)
+    check(read("p.json", "rb") == before, "done: no time is needed")
+
+    x, q = tune(names[0], "--threads", 1, out="one.json")
+    check([h["held_out"] for h in q["heads"]] == [h["held_out_first"] for h in q["heads"]] == [None] * 2 and
+          x["judged"] == 0 and x["held_out_worst_l1"] is x["held_out_sparsity"] is None, "one capture", q,
+          x)
+    tune(names[0], "--threads", 3, out="three.json")
+    check(timeless(read("one.json")) == timeless(read("three.json")), "the same by any number of threads")
+    x = fine("run", names[0], "--params", "one.json", "--check", *TUNE)
+    l1, _ = cost("one.json", names[:1])
+    check(l1.min() <= x["l1"] <= l1.max(), "--check of tuned heads", x["l1"], l1)
+    os.symlink("one.json", "link.json")
+    write("one.json", read("one.json").split('"heads"')[0] + '"heads": []}')
+    tune(names[0], out="link.json")
+    check(os.path.islink("link.json") and timeless(read("one.json")) == timeless(read("three.json")),
+          "a link stays")
+    tune(names[0], out="a \"b\"\n.json")
+    check(timeless(read("a \"b\"\n.json")) == timeless(read("one.json")), "an odd name")
+
+
+def test_tune_options():
+    names = [capture(f"c{n}.safetensors", n) for n in range(3)]
+    def run(out, *args, files=names, more=()):
+        p = tune(*args, *more, out=out)[1]
+        return p, *cost(out, files, *more)
+
+    p, l1, sparsity = run("held.json", *names[:2], "--held-out", names[2])
+    check([x["held_out"] for x in p["inputs"]] == [False, False, True], "--held-out", p["inputs"])
+    for n, h in enumerate(p["heads"]):
+        check_errors(h["in_sample"], l1[:2, n], sparsity[:2, n], "tuned on")
+        check_errors(h["held_out"], l1[2:, n], sparsity[2:, n], "held out")
+        check(h["held_out"]["worst_l1"] <= 0.08, "backed off", h)
+    p, l1, sparsity = run("held2.json", names[1], "--held-out", names[0], "--held-out", names[2])
+    check([x["file"] for x in p["inputs"]] == [names[1], names[0], names[2]], "two held out", p["inputs"])
+    for n, h in enumerate(p["heads"]):
+        check_errors(h["held_out"], l1[[0, 2], n], sparsity[[0, 2], n], "two held out")
+        check_errors(h["in_sample"], l1[1:2, n], sparsity[1:2, n], "one tuned on")
+
+    p, l1, sparsity = run("topk.json", *names, "--by", "topk")
+    check(p["by"] == "topk" and all(h["tau"] is None and 0 <= h["topk"] <= 1 for h in p["heads"]),
+          "--by topk", p)
+    for n, h in enumerate(p["heads"]):
+        check_errors(h["in_sample"], l1[:, n], sparsity[:, n], "--by topk")
+        check_threshold(re.search('"topk": ([^,]*),', lines("topk.json")[n]).group(1), "topk")
+    p, l1, sparsity = run("sparsity.json", *names[:2], "--sparsity", 0.7, files=names[:2])
+    check(p["sparsity"] == 0.7 and p["l1"] is p["l2"] is p["bound"] is None, "--sparsity", p)
+    for n, h in enumerate(p["heads"]):
+        check_errors(h["in_sample"], l1[:, n], sparsity[:, n], "--sparsity")
+        check(h["lambda"] is None and sparsity[:, n].mean() >= 0.7 - 1e-6, "sparse enough", h)
+    worst, l1, sparsity = run("worst.json", *names, "--l1", 0.03, "--l2", 0.2)
+    check(worst["l1"] == 0.03 and worst["l2"] == 0.2 and l1.max() <= 0.2, "--l1 and --l2", l1)
+    p, l1, more = run("mean.json", *names, "--l1", 0.03, "--l2", 0.2, "--bound", "mean")
+    check(p["bound"] == "mean" and l1.mean(0).max() <= 0.2 and more.mean() > sparsity.mean(),
+          "--bound mean", l1)
+    p = tune(names[0], "--model", "a name", "--l1", 1e-9, "--l2", 2e-9, out="dense.json")[1]
+    check(p["model"] == "a name" and all(h["dense"] and h["theta"] == -1 and h["tau"] == 1 and
+                                         h["lambda"] is None and h["in_sample"]["sparsity"] == 0
+                                         for h in p["heads"]), "left dense", p)
+    p, l1, sparsity = run("cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--scale", 0.3,
+                                                    "--pv", "f32", "--skip-rows", 8, "--backend", "ref"))
+    check([p[n] for n in "causal sink smooth_k scale pv skip_rows".split()] ==
+          ["end", True, False, 0.3, "f32", 8], "options in the header", p)
+    check_errors(p["heads"][1]["in_sample"], l1[:, 1], sparsity[:, 1], "under other options")
+    for scale in "1.2e-38", "3.4028234e38":  # the least and the most that run takes
+        check(sparge("tune", names[0], "--scale", scale, "-o", f"{scale}.json", *TUNE)[0] == FINE,
+              "--scale", scale)
+        fine("run", names[0], "--scale", scale, "--params", f"{scale}.json", *TUNE)
+
+    files = [save_safetensors(f"n{n}.safetensors", **{x: ("F32", t.transpose(0, 2, 1, 3)) for x, t in
+                                                      zip("qkv", qkv_of(n))}) for n in range(3)]
+    tune(*names, out="hnd.json")
+    p, l1, sparsity = run("nhd.json", *files, files=files, more=("--layout", "nhd"))
+    check(timeless(lines("nhd.json")) == timeless(lines("hnd.json")), "nhd as hnd")
+    check_errors(p["heads"][1]["in_sample"], l1[:, 1], sparsity[:, 1], "nhd")
+    save_safetensors("batch.safetensors", **{x: ("F32", np.concatenate(t)) for x, t in zip("qkv", zip(*(
+        qkv_of(n) for n in range(3))))})
+    tune("batch.safetensors", out="batch.json")
+    check(timeless(lines("batch.json")) == timeless(lines("hnd.json")), "elements of a batch are captures")
+    long = [capture("short.safetensors", 5, heads=4, kv_heads=2, n=100, nk=333),
+            capture("long.safetensors", 6, heads=4, kv_heads=2, n=300)]
+    p, l1, sparsity = run("gqa.json", *long, files=long)
+    check(len(p["heads"]) == 4, "four heads", p)
+    for n, h in enumerate(p["heads"]):
+        check_errors(h["in_sample"], l1[:, n], sparsity[:, n], "captures of other lengths")
+
+
+def test_tune_manifests():
+    """Layers and heads by manifests; folders and files; what run makes of them."""
+    places = [(6, 4), (2, 2), (6, 0)]
+    for name, seed in ("a", 1), ("b", 11), ("c", 21):
+        folder_of(name, seed, places)
+    x, p = tune("a", "b", "--held-out", "c")
+    check([(h["layer"], h["head"]) for h in p["heads"]] == [(2, 2), (2, 3), (6, 0), (6, 1), (6, 4), (6, 5)],
+          "in the order of layers and heads", p["heads"])
+    check(p["model"] == "small" and x["heads"] == 6, "model", p["model"])
+    check([(i["layer"], i["sample"], i["file"], i["held_out"]) for i in p["inputs"]] ==
+          [(layer, f"sample {n}", f"layer{layer:02}_{head}.safetensors", n == "c")
+           for layer, head in sorted(places) for n in "abc"], "inputs", p["inputs"])
+    check(all(h["in_sample"]["inputs"] == 2 and h["held_out"]["inputs"] == 1 for h in p["heads"]), "counts",
+          p)
+    file = lambda name, place: f"{name}/layer{place[0]:02}_{place[1]}.safetensors"
+    for place in places:
+        l1, sparsity = cost("p.json", [file(n, place) for n in "abc"])
+        for n in range(2):
+            h = next(h for h in p["heads"] if (h["layer"], h["head"]) == (place[0], place[1] + n))
+            check_errors(h["in_sample"], l1[:2, n], sparsity[:2, n], f"{place} {n}")
+            check_errors(h["held_out"], l1[2:, n], sparsity[2:, n], f"{place} {n}")
+    files = [file(n, place) for place in places for n in "ab"]
+    _, q = tune(*files, "--held-out", "c/", out="files.json")
+    check(timeless(lines("files.json")) == timeless(lines()) and q["inputs"] == p["inputs"],
+          "files, and folders")
+    _, q = tune("a/../a", os.path.abspath("b"), "--held-out", "./c", out="paths.json")
+    check(timeless(read("paths.json")) == timeless(read("p.json")), "other paths to them")
+
+    here = os.getcwd()
+    os.chdir("a")  # the manifest of a file without a folder
+    x = fine("run", "layer02_2.safetensors", "--params", "../p.json", *TUNE)
+    os.chdir(here)
+    check(x["sparsity_per_head"] == fine("run", file("a", places[1]), "--params", "p.json",
+                                         *TUNE)["sparsity_per_head"], "in its folder")
+    shutil.copy(file("a", (2, 2)), "alone.safetensors")
+    wrong(FILE, ["p.json", "layer 0 head 0"], "run", "alone.safetensors", "--params", "p.json", *TUNE)
+    wrong(FILE, ["layer 2 head 0"], "run", "alone.safetensors", "--params", "p.json", "--layer", 2, *TUNE)
+    fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6, *TUNE)
+    wrong(FILE, ["layer 6 head 2"], "run", file("a", (2, 2)), "--params", "p.json", "--layer", 6, *TUNE)
+    wrong(USAGE, "--layer needs", "run", "alone.safetensors", "--layer", 6, *TUNE)
+    tensors = zip("qkv", qkv_of(2))
+    qkv = [save(f"{n}.npy", x) for n, x in tensors]
+    x = fine("run", *qkv, "--params", "p.json", "--layer", 6, *TUNE)
+    check(x["sparsity_per_head"] == fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6,
+                                         *TUNE)["sparsity_per_head"], "of three files")
+    text = read("p.json")
+    write("p.json", text.replace('"small"', '"large"'))
+    wrong(FILE, ["'large'", "'small'"], "run", file("a", (2, 2)), "--params", "p.json", *TUNE)
+    fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6, *TUNE)  # of which nobody knows
+    write("p.json", text.replace('"head": 3', '"head": 9'))
+    wrong(FILE, ["p.json", "layer 2 head 3"], "run", file("a", (2, 2)), "--params", "p.json", *TUNE)
+
+
+def watched(*args, number, heads):
+    """Starts, sends the signal when so many heads are in p.json, waits: the code, and stderr."""
+    child = subprocess.Popen([PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while child.poll() is None and time.monotonic() < until and not (
+            os.path.exists("p.json") and len(lines()) >= heads):
+        time.sleep(0.002)
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    check(out == b"", "nothing printed", out)
+    return child.returncode, err.decode()
+
+
+def test_tune_again():
+    """Finished heads stay, byte for byte; in the end the file is as if nothing had happened."""
+    names = []
+    for n in range(3):
+        capture(f"layer{n}.safetensors", n, heads=4, kv_heads=2, n=320)
+        names.append(dict(file=f"layer{n}.safetensors", layer=n, query_heads=[0, 1, 2, 3]))
+    write("manifest.json", json.dumps(dict(model=None, files=names)))
+    args = ["tune", ".", "-o", "p.json", *TUNE, "--threads", 2]
+    started = time.monotonic()
+    fine(*args)
+    took, whole = time.monotonic() - started, read("p.json")
+    check(len(lines()) == 12, "all heads", len(lines()))
+
+    kept, seconds, stops, between = [], took / 8, 0, 0
+    os.remove("p.json")
+    while True:
+        code, out, err = sparge(*args, "--seconds", seconds)
+        there = lines() if os.path.exists("p.json") else []
+        check(set(kept) <= set(there), "kept, byte for byte", kept, there)
+        if code == FINE:
+            break
+        check(code == UNFINISHED and out == "" and err ==
+              f"sparge: p.json: the time is up: it has {len(there)} of "
+              "12 heads; the same command goes on\n", "--seconds", code, err)
+        stops, between, kept, seconds = stops + 1, between + (0 < len(there) < 12), there, seconds * 1.3
+    check(stops > 0 and between > 0 and stops < 30, "stopped on the way", stops, between)
+    check(timeless(read("p.json")) == timeless(whole), "--seconds: the same in the end")
+    for number, code in (signal.SIGINT, UNFINISHED), (signal.SIGTERM, UNFINISHED), (signal.SIGKILL, -9):
+        os.remove("p.json")
+        for heads in 1, 6:
+            got, err = watched(*args, number=number, heads=heads)
+            kept = lines()
+            check(got == code and heads <= len(kept) < 12, number, "stopped on the way", got, err,
+                  len(kept))
+            said = f"sparge: p.json: interrupted: it has {len(kept)} of 12 heads; " \
+                   "the same command goes on\n"
+            check(err == ("" if got < 0 else said), number, "one line", err)
+            json.loads(read("p.json"))
+        check(got < 0 or not [n for n in listing() if ".tmp" in n], number, "no temporary file", listing())
+        fine(*args)
+        check(set(kept) <= set(lines()), number, "kept, byte for byte")
+        check(timeless(read("p.json")) == timeless(whole), number, "the same in the end")
+        for name in listing():
+            if ".tmp" in name:
+                os.remove(name)
+    os.remove("p.json")
+    both = [subprocess.Popen([PROGRAM, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for _ in range(2)]
+    check([x.communicate()[1] for x in both] == [b"", b""] and [x.returncode for x in both] == [0, 0],
+          "two at once")
+    check(timeless(read("p.json")) == timeless(whole), "two at once: the same")
+
+    for n in range(0, 12, 3):  # a file with some of the heads, in another order
+        rest = [line for k, line in enumerate(lines_of(whole)) if k % 4 != n % 4][::-1]
+        write("p.json", whole.split('"heads": [')[0] + '"heads": [\n' + ",\n".join(rest) + "]}")
+        fine(*args, "--threads", 1)
+        check(timeless(read("p.json")) == timeless(whole), "some heads lacked", n)
+    write("p.json", whole)
+    keeps("p.json", FILE, ["p.json", "other captures or other options"], *args, "--l1", 0.01)
+    keeps("p.json", FILE, "other captures", "tune", "layer0.safetensors", "-o", "p.json", *TUNE)
+    keeps("p.json", FILE, "other captures", *args, "--causal")
+    keeps("p.json", FILE, "other captures", *args, "--model", "another")
+    write("p.json", whole.replace('"version": "', '"version": "9'))
+    keeps("p.json", FILE, "other captures or other options", *args)
+
+
+def test_tune_not_finite():
+    """A head with a NaN is left dense, and said; the others are as without it."""
+    names, seeds = [], range(2)
+    for n in seeds:
+        x = dict(zip("qkv", qkv_of(n, heads=3, kv_heads=3)))
+        save_safetensors(f"c{n}.safetensors", **{key: ("F32", t) for key, t in x.items()})
+        x["v"][0, 1, 77:, :] = np.nan if n else x["v"][0, 1, 77:, :]
+        x["q"][0, 2, 5, 3] = np.inf if n else 1
+        names.append(save_safetensors(f"n{n}.safetensors", **{key: ("F32", t) for key, t in x.items()}))
+    tune(*(f"c{n}.safetensors" for n in seeds))
+    want = lines()
+    code, out, err = sparge("tune", *names, "-o", "n.json", *TUNE)
+    check(code == FINE and json.loads(out)["dense"] == 2, "exit 0", code, out)
+    check(sorted(err.splitlines()) ==
+          [f"sparge: layer 0 head {h}: a capture, or attention over it, is not finite; "
+                                       "left dense" for h in (1, 2)], "two warnings", err)
+    got = lines("n.json")
+    check(timeless(got[0]) == timeless(want[0]), "the others as without it", got[0], want[0])
+    for h in json.loads(read("n.json"))["heads"][1:]:
+        check(h["dense"] is True and h["finite"] is False and h["theta"] == -1 and h["tau"] == 1 and
+              h["lambda"] is None and h["held_out"] is None, "left dense", h)
+    fine("run", names[0], "--params", "n.json", *TUNE)
+
+
+def wrong_bytes(code, words, *args):
+    """As wrong, of arguments that are no text."""
+    before = sorted(os.listdir(b"."))
+    done = subprocess.run([PROGRAM.encode(), *(a if isinstance(a, bytes) else str(a).encode()
+                                               for a in args)],
+                          capture_output=True, timeout=600)
+    err = done.stderr.decode(errors="replace")
+    check(done.returncode == code and done.stdout == b"" and words in err and err.count("\n") == 1, args,
+          done.returncode, err)
+    check(sorted(os.listdir(b".")) == before, args, "no file left")
+
+
+def test_tune_usage():
+    c, d = capture("c.safetensors", 1), capture("d.safetensors", 2)
+    for args, words in [
+            ([], "-o is missing"), (["-o", "p.json", "--l1", 0.08], ["--l1", "--l2", "smaller"]),
+            (["-o", "p.json", "--l1", 0.2], "--l1 is 0.2 and --l2 is 0.08"),
+            (["-o", "p.json", "--l2", 0.07], "smaller"), (["-o", "p.json", "--l1", 0], "--l1"),
+            (["-o", "p.json", "--l2", "nan"], "--l2"), (["-o", "p.json", "--l1", "-0.1"], "--l1"),
+            (["-o", "p.json", "--bound", "best"], "worst, mean"),
+            (["-o", "p.json", "--by", "theta"], "tau, topk"),
+            (["-o", "p.json", "--sparsity", 0], "--sparsity"),
+            (["-o", "p.json", "--sparsity", 1], "--sparsity"),
+            (["-o", "p.json", "--seconds", 0], "--seconds"),
+            (["-o", "p.json", "--seconds", "soon"], "soon"),
+            (["-o", "p.json", "--theta", 0.5], "--theta"), (["-o", "p.json", "--tau", 0.98], "--tau"),
+            (["-o", "p.json", "--topk", 0.5], "--topk"), (["-o", "p.json", "--lambda", "-inf"], "--lambda"),
+            (["-o", "p.json", "--params", "x.json"], "unknown option"),
+            (["-o", "p.json", "--held-out"], "needs a value"),
+            (["-o", "p.json", "--causal=start", "--block-q", 0], "[1, 1024]")]:
+        wrong(USAGE, words, "tune", c, d, *args)
+    wrong_bytes(USAGE, "UTF-8", "tune", c, "-o", b"\xff.json")
+    wrong_bytes(USAGE, "UTF-8", "tune", c, "-o", "p.json", "--model", b"\xff")
+    wrong(USAGE, "give a capture", "tune", "-o", "p.json")
+    wrong(USAGE, "give a capture", "tune", "-o", "p.json", "--held-out", c)
+    for rules in "paper", "upstream":
+        wrong(UNSUPPORTED, "rules", "tune", c, d, "-o", "p.json", "--rules", rules, *TUNE)
+    wrong(FILE, "nowhere", "tune", "nowhere.safetensors", "-o", "p.json")
+    wrong(FILE, "nowhere", "tune", c, "--held-out", "nowhere", "-o", "p.json")
+    wrong(FILE, "cannot open", "tune", "", "-o", "p.json")
+    wrong(FILE, ["has no manifest.json"], "tune", ".", "-o", "p.json")
+    wrong(FILE, ["c.safetensors", "each capture once"], "tune", c, c, "-o", "p.json")
+    wrong(FILE, ["each capture once"], "tune", c, d, "--held-out", "./c.safetensors", "-o", "p.json")
+    shutil.copy(c, "copy.safetensors")
+    wrong(FILE, ["copy.safetensors", "each capture once"], "tune", c, "copy.safetensors", "-o", "p.json")
+    os.rename("copy.safetensors", b"\xff.safetensors")
+    wrong_bytes(FILE, "UTF-8", "tune", b"\xff.safetensors", "-o", "p.json")
+    for words, other in {"3 heads": dict(heads=3), "2 key heads": dict(kv_heads=2),
+                         "8 channels": dict(d=8)}.items():
+        capture("o.safetensors", 3, **other)
+        wrong(FILE, ["o.safetensors", words, "c.safetensors"], "tune", c, "o.safetensors", "-o", "p.json",
+              *TUNE)
+    for size in 0, 4, 100, os.path.getsize(c) - 1:
+        write("cut.safetensors", read(c, "rb")[:size])
+        wrong(FILE, "cut.safetensors", "tune", "cut.safetensors", "-o", "p.json", *TUNE)
+        wrong(FILE, "cut.safetensors", "tune", c, "cut.safetensors", "-o", "p.json", *TUNE)
+    wrong(FILE, "v", "tune", save_safetensors("qk.safetensors", **{n: ("F32", x) for n, x in
+                                                                   zip("qk", qkv_of(1))}),
+          "-o", "p.json", *TUNE)
+    save_safetensors("empty.safetensors", **{n: ("F32", x[:, :, :0]) for n, x in zip("qkv", qkv_of(1))})
+    wrong(FILE, "empty", "tune", "empty.safetensors", "-o", "p.json", *TUNE)
+
+
+def test_tune_writing():
+    c, d = capture("c.safetensors", 1), folder_of("d", 2, [(0, 0)])
+    keeps(c, USAGE, "c.safetensors", "tune", c, "-o", c, *TUNE)
+    keeps(c, FILE, "./c.safetensors", "tune", d, "-o", "./c.safetensors", *TUNE)
+    keeps("d/manifest.json", FILE, "manifest.json", "tune", d, "-o", "d/manifest.json", *TUNE)
+    keeps(write("empty.json", ""), FILE, "empty", "tune", c, "-o", "empty.json", *TUNE)
+    keeps(write("foreign.json", '{"a": 1}'), FILE, "sparge_params", "tune", c, "-o", "foreign.json", *TUNE)
+    for name, words in ("nowhere/p.json", "cannot create"), ("d", "directory"), ("new/", "directory"), \
+                       ("/proc/p.json", "cannot create"), ("/dev/stdout", "no regular file"), \
+                       ("", "directory"), \
+                       ("x" * 300, "too long"):
+        wrong(FILE, words, "tune", c, "-o", name, *TUNE)
+    if device := full_device():
+        wrong(FILE, "no regular file", "tune", c, "-o", device, *TUNE)
+    if os.geteuid() != 0:
+        fine("tune", c, "-o", "p.json", *TUNE)
+        os.chmod("p.json", 0o444)
+        keeps("p.json", FILE, "write-protected", "tune", c, "-o", "p.json", *TUNE)
+        os.remove("p.json")
+        os.mkdir("locked", 0o555)
+        wrong(FILE, "cannot create", "tune", c, "-o", "locked/p.json", *TUNE)
+    folder_of("big", 5, [(0, 0), (1, 0)], text="x", note="y")
+    manifest = json.loads(read("big/manifest.json"))
+    write("big/manifest.json", json.dumps({**manifest, "sample": "a long name " * 200}))
+    args = ["tune", "big", "-o", "p.json", *TUNE, "--threads", 1]
+    def limit(size):  # bytes of a file: as a full disk would be
+        return dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    wrong(FILE, ["p.json", "too large"], *args, **limit(3000))  # already when it begins
+    fine(*args)
+    whole, first = read("p.json"), lines()[0]
+    os.remove("p.json")
+    size = len(whole) - len(lines_of(whole)[-1]) // 2
+    code, out, err = sparge(*args, **limit(size))
+    check(code == FILE and out == "" and err.count("\n") == 1 and "too large" in err, "full on the way",
+          code, err)
+    check(timeless(lines()) == timeless(lines_of(whole)[:3]), "three heads stay", lines(), first)
+    keeps("p.json", FILE, ["p.json", "too large"], *args, **limit(size))
+    fine(*args)
+    check(timeless(read("p.json")) == timeless(whole), "with space it goes on")
+    if device:
+        with open(device, "w") as full:
+            wrong(FILE, ["standard output", "No space left"], *args, stdout=full)
+
+
+def test_manifests():
+    """Whatever is wrong with a manifest is one line of tune, and of run --params; a file alone too."""
+    folder_of("d", 1, [(3, 0)])
+    good = json.loads(read("d/manifest.json"))
+    file, entry = "d/layer03_0.safetensors", good["files"][0]
+    fine("tune", "d", "-o", "p.json", *TUNE)
+    def both(words, manifest, folder_words=None):
+        write("d/manifest.json", manifest if isinstance(manifest, (str, bytes)) else json.dumps(manifest))
+        wrong(FILE, folder_words or words, "tune", "d", "-o", "new.json", *TUNE)
+        if words:
+            wrong(FILE, words, "tune", file, "-o", "new.json", *TUNE)
+            wrong(FILE, words, "run", file, "--params", "p.json", "-o", "o.npy", *TUNE)
+    def with_(**changes):
+        return {**good, "files": [{**entry, **changes}]}
+    for text in "", "{", "not JSON", json.dumps(good)[:-1], '{"files": [], "files": []}', b"\xff", \
+                b'{"a": "\x00"}':
+        both(["manifest.json", "line"] if text else ["manifest.json", "empty"], text)
+    for text in "[]", "{}", '{"files": 3}', '{"files": {}}':
+        both(["manifest.json", "'files'"], text)
+    both(None, {**good, "files": []}, ["d", "lists no files"])
+    for files in [3], [None], [{}], [{"file": 3}], [{"file": ""}]:
+        both(None, {**good, "files": files}, ["d/", "directory"])
+    both(None, {**good, "files": [{"file": "nowhere"}]}, "d/nowhere")
+    for key in "model", "sample", "text":
+        for value in 3, [], True, {}:
+            both([file, f"'{key}'"], {**good, key: value})
+    for value in "yes", 1, []:
+        both([file, "'causal'"], {**good, "causal": value})
+    for value in "3", 3.0, -1, None, 1 << 31, True:
+        both([file, "'layer'"], with_(layer=value))
+    for value in 3, [], {}, None, "0", ["0", "1"], [0.0, 1.0], [-1, 0], [0, 1 << 31], [0, 0], [0, [1]]:
+        both([file, "'query_heads'"], with_(query_heads=value))
+    both([file, "2 query heads", "lists 3"], with_(query_heads=[0, 1, 2]))
+    both([file, "'sha256'"], with_(sha256=7))
+    for value in "", "0" * 64, entry["sha256"][:-1]:
+        both([file, "SHA-256", entry["sha256"][:12]], with_(sha256=value))
+    both([file, "give --causal"], {**good, "causal": True})
+    os.remove("d/manifest.json")
+    os.mkdir("d/manifest.json")
+    wrong(FILE, ["manifest.json", "directory"], "tune", file, "-o", "new.json", *TUNE)
+    os.rmdir("d/manifest.json")
+    os.mkfifo("d/manifest.json")
+    wrong(FILE, ["manifest.json", "regular"], "tune", file, "-o", "new.json", *TUNE)
+    wrong(FILE, ["manifest.json", "regular"], "run", file, "--params", "p.json", *TUNE)
+    os.remove("d/manifest.json")
+    write("d/manifest.json", json.dumps({**good, "causal": True}))
+    for how in "--causal", "--causal=start":
+        fine("tune", "d", "-o", "causal.json", how, *TUNE)
+        fine("run", file, "--params", "causal.json", how, *TUNE)
+        os.remove("causal.json")
+    write("d/manifest.json", json.dumps(good))
+    wrong(FILE, [file, "not causal", "leave out --causal"], "tune", "d", "-o", "new.json", "--causal",
+          *TUNE)
+    write("d/manifest.json", json.dumps({"files": [{"file": entry["file"]}]}))  # that is enough
+    x = fine("tune", "d", "-o", "new.json", *TUNE)
+    p = json.loads(read("new.json"))
+    check(x["heads"] == 2 and p["model"] is None and p["inputs"][0]["sample"] is None and
+          [(h["layer"], h["head"]) for h in p["heads"]] == [(0, 0), (0, 1)], "a short manifest", p)
+    os.remove("new.json")
+    write("d/manifest.json", json.dumps({"files": [], "text": "t"}))
+    fine("tune", file, "-o", "new.json", *TUNE)  # of which the manifest says nothing
+    os.remove("new.json")
+    write("d/manifest.json", json.dumps({"text": "t.txt", "files": [{"file": entry["file"]}]}))
+    fine("tune", file, "-o", "new.json", *TUNE)
+    check(json.loads(read("new.json"))["inputs"][0]["sample"] == "t.txt", "the text is the sample")
+    os.remove("new.json")
+
+    folder_of("e", 11, [(3, 0)])
+    wrong(FILE, ["e/layer03_0", "'small'", "'unknown'"], "tune", "d", "e", "-o", "new.json", *TUNE)
+    write("d/manifest.json", json.dumps({**good, "model": "other"}))
+    wrong(FILE, ["e/layer03_0", "'small'", "'other'"], "tune", "d", "e", "-o", "new.json", *TUNE)
+    for heads in [1, 2], [1, 0], None:
+        change = with_(query_heads=heads)
+        if heads is None:
+            del change["files"][0]["query_heads"]
+        write("d/manifest.json", json.dumps(change))
+        wrong(FILE, ["e/layer03_0", "layer 3", "not the same ones"], "tune", "d", "e", "-o", "new.json",
+              *TUNE)
+    write("d/manifest.json", json.dumps(with_(layer=4)))
+    wrong(FILE, ["e/layer03_0", "held out", "layer 3"], "tune", "d", "--held-out", "e", "-o", "new.json",
+          *TUNE)
+
+
+def test_params():
+    """run --params with thresholds that are for something else, or are none."""
+    c = capture("c.safetensors", 1, n=64)
+    head = dict(layer=0, head=0, dense=False, theta=0.5, tau=0.9, topk=None)
+    head["lambda"] = -3.5
+    heads = [head, {**head, "head": 1, "theta": -1}]
+    good = dict(sparge_params=1, model=None, block_q=32, block_k=16, skip_rows=32, causal="none",
+                smooth_k=True,
+                sink=False, scale=None, heads=heads)
+    def with_(**changes):
+        return {**good, **changes}
+    def run(p, *more):
+        write("p.json", p if isinstance(p, (str, bytes)) else json.dumps(p))
+        return ["run", c, "--params", "p.json", "-o", "o.npy", *TUNE, *more]
+    def bad(words, p, *more):
+        wrong(FILE, words, *run(p, *more))
+    fine(*run(good))
+    want = np.load("o.npy")
+    fine("run", c, "-o", "o.npy", *TUNE, "--theta", 0.5, "--tau", 0.9, "--lambda", -3.5)
+    check((np.load("o.npy")[:, 0] == want[:, 0]).all(), "thresholds of head 0")
+    fine("run", c, "-o", "o.npy", *TUNE, "--theta", -1, "--tau", 0.9, "--lambda", -3.5)
+    check((np.load("o.npy")[:, 1] == want[:, 1]).all(), "thresholds of head 1")
+    fine(*run(with_(heads=heads[::-1], more="is fine", version=3)))
+    check((np.load("o.npy") == want).all(), "in any order, with what is not known")
+    fine(*run(with_(heads=[{**h, "tau": None, "topk": 0.25} for h in heads])))
+    by_topk = np.load("o.npy")
+    fine("run", c, "-o", "o.npy", *TUNE, "--theta", 0.5, "--topk", 0.25, "--lambda", -3.5)
+    check((np.load("o.npy")[:, 0] == by_topk[:, 0]).all(), "topk")
+    os.remove("o.npy")
+
+    text = json.dumps({**good, "heads": [head, {**head, "head": 1}]})
+    for size in range(len(text)):
+        with open("cut.json", "w") as f:
+            f.write(text[:size])
+        done = subprocess.run([PROGRAM, "run", c, "--params", "cut.json"], capture_output=True, timeout=60)
+        check(done.returncode == FILE and done.stderr.startswith(b"sparge: cut.json: ") and
+              done.stderr.count(b"\n") == 1 and not done.stdout, "cut short", size, done)
+    os.remove("cut.json")
+
+    fine("run", c, "--params", write("p.json", text), *TUNE)
+    for args, words in [
+            (["--block-q", 64], ["blocks of 32 queries, not 64"]),
+            (["--block-k", 32], "blocks of 16 keys, not 32"),
+            (["--skip-rows", 8], "skip-rows 32, not 8"), (["--causal"], "without --causal"),
+            (["--causal=start"], "without --causal"), (["--sink"], "without --sink"),
+            (["--no-smooth-k"], "without --no-smooth-k"), (["--scale", 0.3], "another --scale"),
+            (["--rules", "paper"], "default --rules"), (["--rules", "upstream"], "default --rules")]:
+        bad(["p.json", words] if isinstance(words, str) else words, good, *args)
+    for change, words in [
+            (dict(causal="end"), "with --causal;"), (dict(causal="start"), "with --causal=start"),
+            (dict(sink=True), "with --sink"), (dict(smooth_k=False), "with --no-smooth-k"),
+            (dict(scale=0.25000003), "another --scale"), (dict(block_q=33), "33 queries, not 32"),
+            (dict(skip_rows=16), "skip-rows 16, not 32")]:
+        bad(["p.json", words], with_(**change))
+    fine(*run(with_(scale=0.3), "--scale", 0.3))
+    fine(*run(with_(skip_rows=8), "--skip-rows", 8))
+    fine(*run(good, "--skip-rows", 4000))  # as many as a block has
+    for key, values in dict(
+            sparge_params=[0, 2, 1.0, "1", None], model=[3, True, []],
+            block_q=[0, 1025, 32.0, "32", None, 10**30],
+            block_k=[0, 1025, 16.5], skip_rows=[0, 1025, None], causal=["middle", "", 1, None],
+            smooth_k=[1, None],
+            sink=["false", 0], scale=[0, -1, 1e-60, 1e39, "1"], heads=[None, {}, 3, "x"]).items():
+        for value in values:
+            bad(["p.json"] if value == 10**30 else ["p.json", f"'{key}'"], with_(**{key: value}))
+        bad(["p.json", f"'{key}'"], {k: v for k, v in good.items() if k != key})
+    for key, values in dict(
+            layer=[-1, 1 << 31, 0.0, None], head=[-1, 1 << 31, "0"], dense=[0, None],
+            theta=[-1.1, 1.1, "0", None],
+            tau=[-0.1, 1.1, True, None], topk=[-0.1, 1.5, []],
+            **{"lambda": [0.5, -1e31, "-inf", {}]}).items():
+        for value in values:
+            bad(["p.json", f"'heads[1].{key}'"], with_(heads=[heads[1], {**head, key: value}]))
+        bad(["p.json", f"'heads[0].{key}'"], with_(heads=[{k: v for k, v in head.items() if k != key}]))
+    for what in 3, None, [], "x":
+        bad(["p.json", "heads[0]."], with_(heads=[what]))
+    bad(["p.json", "layer 0 head 1", "twice"], with_(heads=[heads[1], head, heads[1]]))
+    bad(["p.json", "no thresholds for layer 0 head 1"], with_(heads=[head]))
+    bad(["p.json", "no thresholds for layer 0 head 0"], with_(heads=[]))
+    bad(["p.json", "no thresholds for layer 3 head 0"], good, "--layer", 3)
+    for text, words in [
+            ("", "empty"), ("[]", "no JSON object"), ("3", "line 1"), ("{}", "'sparge_params'"),
+            ("nul", "line 1"),
+            (json.dumps(good) + "x", "line 1"), (json.dumps(good).replace('"sink"', '"sink": true, "sink"'),
+                                                 "line 1"),
+            ("[" * 100000, "line 1"), (json.dumps(good).replace("0.9", "1e999"), "line 1"),
+            (b"\xff\xfe", "line 1"),
+            (json.dumps(good).replace("0.9", "NaN"), "line 1"), (b"\x00" * 50, "line 1"),
+            (read(c, "rb"), "line 1"), ('{"weight_map": {"a": "b.safetensors"}}', "'sparge_params'")]:
+        bad(["p.json", words], text)
+    with open("p.json", "wb") as f:
+        f.truncate(65 << 20)
+    wrong(FILE, ["p.json", "too many"], "run", c, "--params", "p.json", *TUNE)
+    os.mkfifo("pipe")
+    for name, words in ("nowhere.json", "cannot open"), (".", "directory"), ("pipe", "regular"), \
+                       ("", "cannot open"):
+        wrong(FILE, words, "run", c, "--params", name, *TUNE)
+    write("p.json", json.dumps(good))
+    for args, words in [(["--theta", 0.6], "--params"), (["--tau", 0.98], "--params"),
+                        (["--topk", 1], "--params"),
+                        (["--lambda", "-inf"], "--params"), (["--dense"], "exclude"),
+                        (["--layer", -1], "--layer"),
+                        (["--layer", "six"], "six"), (["--layer", 1 << 31], "--layer")]:
+        wrong(USAGE, words, "run", c, "--params", "p.json", *TUNE, *args)
+    three = capture("three.safetensors", 1, heads=3, n=64)
+    wrong(FILE, ["layer 0 head 2"], "run", three, "--params", "p.json", *TUNE)
 
 
 # ---- What goes wrong -------------------------------------------------------------------------

@@ -259,3 +259,23 @@ void input_close(file_input *from)
         close(from->file);
     from->file = -1;
 }
+
+char *input_text(const char *path, size_t *size, file_error *error)
+{
+    enum { LARGEST = 64 << 20 };
+    file_input in;
+    if (!input_open(path, &in, error))
+        return NULL;
+    char *text = in.size <= LARGEST ? malloc(in.size + 1) : NULL;
+    *size = in.size;
+    if (in.size > LARGEST)
+        input_fail(&in, "has %zu bytes, too many for JSON; is it the right file?", in.size);
+    else if (!text)
+        input_fail(&in, "no memory for its %zu bytes; use a smaller one", in.size);
+    else if (!input_read(&in, 0, in.size, text)) {
+        free(text);
+        text = NULL;
+    }
+    input_close(&in);
+    return text;
+}

@@ -85,4 +85,7 @@ __attribute__((format(printf, 2, 3))) bool input_fail(const file_input *from, co
 bool input_read(const file_input *from, size_t at, size_t size, void *to);
 void input_close(file_input *from);
 
+/* A whole file of text, at most 64 MiB, to be freed; NULL after failure. */
+char *input_text(const char *path, size_t *size, file_error *error);
+
 #endif

@@ -46,12 +46,17 @@ static exit_code sha256(const char *path, char text[SHA256_TEXT], file_error *er
 static exit_code read_manifest(const char *folder, json_t **out, file_error *error)
 {
     char path[PATH_MAX];
+    size_t size;
     struct stat found;
     json_error_t why;
     *out = NULL;
     if (snprintf(path, sizeof path, "%s/manifest.json", folder) >= (int)sizeof path || stat(path, &found) != 0)
         return EXIT_FINE;
-    *out = json_load_file(path, JSON_REJECT_DUPLICATES, &why);
+    char *const text = input_text(path, &size, error);
+    if (!text)
+        return EXIT_FILE;
+    *out = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
+    free(text);
     if (*out && json_is_object(*out) && json_is_array(json_object_get(*out, "files")))
         return EXIT_FINE;
     if (*out)
@@ -69,47 +74,69 @@ static const char *name_of(const json_t *entry)
     return name ? name : "";
 }
 
-static exit_code check_heads(const json_t *heads, const char *path, file_error *error)
+static bool is_number(const json_t *x)
 {
-    bool ok = json_is_array(heads) && json_array_size(heads) > 0;
-    for (size_t n = 0; ok && n < json_array_size(heads); n++)
-        ok = json_is_integer(json_array_get(heads, n)) && json_integer_value(json_array_get(heads, n)) >= 0;
-    if (!ok)
-        file_error_set(error, path, "'query_heads' in its manifest is no list of numbers");
-    return ok ? EXIT_FINE : EXIT_FILE;
+    return json_is_integer(x) && json_integer_value(x) >= 0 && json_integer_value(x) <= INT32_MAX;
+}
+
+/* Numbers, each once. */
+static bool are_heads(const json_t *heads)
+{
+    bool ok = json_array_size(heads) > 0;
+    for (size_t n = 0; ok && n < json_array_size(heads); n++) {
+        ok = is_number(json_array_get(heads, n));
+        for (size_t m = 0; ok && m < n; m++)
+            ok = !json_equal(json_array_get(heads, m), json_array_get(heads, n));
+    }
+    return ok;
+}
+
+/* What is not said is NULL; false where it is no text. */
+static bool read_text(const json_t *from, const char *key, const char **to)
+{
+    const json_t *const x = json_object_get(from, key);
+    *to = json_string_value(x);
+    return !x || json_is_null(x) || *to;
 }
 
 /* What the manifest's entry says, or NULL. */
 static exit_code describe(capture *c, json_t *manifest, const json_t *entry, file_error *error)
 {
-    exit_code code = sha256(c->path, c->sha256, error);
+    const exit_code code = sha256(c->path, c->sha256, error);
     c->layer = 0;
     c->causal = -1;
     if (code || !entry)
         return code;
     const json_t *const layer = json_object_get(entry, "layer"), *causal = json_object_get(manifest, "causal");
-    const char *const sha = json_string_value(json_object_get(entry, "sha256"));
+    const char *sha, *text, *wrong = NULL;
     c->manifest = json_incref(manifest);
-    c->model = json_string_value(json_object_get(manifest, "model"));
-    c->sample = json_string_value(json_object_get(manifest, "sample"));
-    if (!c->sample)
-        c->sample = json_string_value(json_object_get(manifest, "text"));
-    if (json_is_boolean(causal))
-        c->causal = json_is_true(causal);
-    if (layer && !(json_is_integer(layer) && json_integer_value(layer) >= 0)) {
-        file_error_set(error, c->path, "'layer' in its manifest is no number");
+    c->heads = json_object_get(entry, "query_heads");
+    if (!read_text(manifest, "model", &c->model))
+        wrong = "'model' in its manifest is no text";
+    else if (!read_text(manifest, "sample", &c->sample))
+        wrong = "'sample' in its manifest is no text";
+    else if (!read_text(manifest, "text", &text))
+        wrong = "'text' in its manifest is no text";
+    else if (causal && !json_is_boolean(causal) && !json_is_null(causal))
+        wrong = "'causal' in its manifest is neither true nor false";
+    else if (layer && !is_number(layer))
+        wrong = "'layer' in its manifest is no number";
+    else if (c->heads && !are_heads(c->heads))
+        wrong = "'query_heads' in its manifest is no list of numbers, each once";
+    else if (!read_text(entry, "sha256", &sha))
+        wrong = "'sha256' in its manifest is no text";
+    if (wrong) {
+        file_error_set(error, c->path, "%s", wrong);
         return EXIT_FILE;
     }
-    c->layer = layer ? json_integer_value(layer) : 0;
-    c->heads = json_object_get(entry, "query_heads");
-    if (c->heads)
-        code = check_heads(c->heads, c->path, error);
-    if (!code && sha && strcmp(sha, c->sha256) != 0) {
-        file_error_set(error, c->path, "is not the file that its manifest lists: its SHA-256 is %.12s..., not "
-                       "%.12s...", c->sha256, sha);
-        code = EXIT_FILE;
-    }
-    return code;
+    c->sample = c->sample ? c->sample : text;
+    c->causal = json_is_boolean(causal) ? json_is_true(causal) : -1;
+    c->layer = json_integer_value(layer);
+    if (!sha || strcmp(sha, c->sha256) == 0)
+        return EXIT_FINE;
+    file_error_set(error, c->path, "is not the file that its manifest lists: its SHA-256 is %.12s..., not %.12s...",
+                   c->sha256, sha);
+    return EXIT_FILE;
 }
 
 /* Makes room for one more at the end of the list. */

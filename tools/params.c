@@ -12,7 +12,7 @@
 #include "tools/options.h"
 #include "tools/sparge_params.h"
 
-enum { FORMAT = 1, LARGEST = 64 << 20 };
+enum { FORMAT = 1 };
 
 /* ---- Reading: each of these leaves a line and returns false, or goes on ---- */
 
@@ -49,11 +49,10 @@ static bool read_bool(const reader *r, const char *key, bool *to)
 static bool read_float(const reader *r, const char *key, double low, double high, float none, float *to)
 {
     const json_t *const x = json_object_get(r->object, key);
-    const double value = json_number_value(x);
     char must[80];
     snprintf(must, sizeof must, "a number in [%g, %g], or null", low, high);
-    *to = json_is_null(x) ? none : (float)value;
-    return json_is_null(x) || (json_is_number(x) && value >= low && value <= high) || wrong(r, key, must);
+    *to = json_is_null(x) ? none : (float)json_number_value(x);
+    return json_is_null(x) || (json_is_number(x) && *to >= (float)low && *to <= (float)high) || wrong(r, key, must);
 }
 
 static bool read_causal(const reader *r, sparge_causal *to)
@@ -142,21 +141,11 @@ exit_code params_read_memory(const char *text, size_t size, const char *name, pa
 
 exit_code params_read(const char *path, params *out, file_error *error)
 {
-    file_input in;
+    size_t size;
+    char *const text = input_text(path, &size, error);
     *out = (params){0};
-    if (!input_open(path, &in, error))
-        return EXIT_FILE;
-    exit_code code = EXIT_FILE;
-    char *const text = in.size <= LARGEST ? malloc(in.size + 1) : NULL;
-    if (in.size > LARGEST)
-        input_fail(&in, "has %zu bytes, too many for thresholds", in.size);
-    else if (!text) {
-        input_fail(&in, "no memory for it");
-        code = EXIT_MACHINE;
-    } else if (input_read(&in, 0, in.size, text))
-        code = params_read_memory(text, in.size, path, out, error);
+    const exit_code code = text ? params_read_memory(text, size, path, out, error) : EXIT_FILE;
     free(text);
-    input_close(&in);
     return code;
 }
 
@@ -222,6 +211,8 @@ exit_code params_check(const params *p, const char *name, const char *model, con
         unlike = p->smooth_k ? "without --no-smooth-k" : "with --no-smooth-k";
     else if (p->scale != o->scale)
         unlike = "with another --scale";
+    else if (o->rules != SPARGE_RULES_DEFAULT)
+        unlike = "under the default --rules";
     if (unlike)
         file_error_set(error, name, "was tuned %s; run so too", unlike);
     return unlike ? EXIT_FILE : EXIT_FINE;
@@ -305,7 +296,7 @@ bool params_write(FILE *to, const char *path, const json_t *header, file_error *
         fputs(json_array_size(value) ? "\n ]" : "[]", to);
     }
     fputs("\n}\n", to);
-    if (ok && !ferror(to))
+    if (fflush(to) == 0 && ok && !ferror(to))
         return true;
     return file_error_set(error, path, "cannot write: %s; free some space or choose another folder",
                           strerror(errno ? errno : EIO));

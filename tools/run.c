@@ -53,6 +53,8 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "--dense and --mask exclude each other");
         if (a->params && a->attention.has_thresholds)
             return options_wrong(state, "--params has the thresholds: leave out those given here");
+        if (a->layer >= 0 && !a->params)
+            return options_wrong(state, "--layer needs --params");
         if (a->dense && a->params)
             return options_wrong(state, "--dense and --params exclude each other");
         return 0;

@@ -42,16 +42,6 @@ typedef struct tune_args {
 
 static const char *const shares[] = {"tau", "topk", NULL}, *const bounds[] = {"worst", "mean", NULL};
 
-/* Is it UTF-8, as JSON wants it? */
-static bool is_text(const char *text)
-{
-    json_t *const string = json_string(text);
-    json_decref(string);
-    return string != NULL;
-}
-
-static const char *text_or(const char *text, const char *other) { return text && is_text(text) ? text : other; }
-
 static error_t find(tune_args *a, const char *path)
 {
     a->failed = capture_find(path, &a->capture, &a->captures, a->base.error);
@@ -68,6 +58,13 @@ static error_t hold_out(tune_args *a, const char *path)
     return 0;
 }
 
+static bool is_text(const char *bytes)
+{
+    json_t *const text = json_string(bytes);
+    json_decref(text);
+    return text != NULL;
+}
+
 static error_t check_args(struct argp_state *state, tune_args *a)
 {
     const sparge_tune_options *const how = &a->how;
@@ -79,6 +76,8 @@ static error_t check_args(struct argp_state *state, tune_args *a)
         return options_wrong(state, "--l1 is %g and --l2 is %g: l1 must be the smaller", how->l1, how->l2);
     if (a->attention.has_thresholds)
         return options_wrong(state, "--theta, --tau, --topk and --lambda are what is tuned");
+    if (!is_text(a->attention.output) || (a->model && !is_text(a->model)))
+        return options_wrong(state, "-o and --model must be UTF-8 text, to be written in JSON");
     const int64_t tuned = a->captures;
     for (int64_t n = 0; n < a->helds; n++)
         if (find(a, a->held[n]))
@@ -94,7 +93,7 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
     int word = 0;
     error_t error;
     switch (key) {
-    case ARGP_KEY_INIT: /* twice, under --rules */
+    case ARGP_KEY_INIT: /* a second time after --rules */
         state->child_inputs[0] = &a->attention;
         capture_free(a->capture, a->captures);
         a->capture = NULL;
@@ -114,9 +113,7 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
         return error;
     case HELD_OUT: return hold_out(a, text);
     case SECONDS: return options_real(state, "--seconds", text, 1e-9, 1e9, &how->seconds);
-    case MODEL:
-        a->model = text;
-        return is_text(text) ? 0 : options_wrong(state, "--model is '%.40s', which is no UTF-8", text);
+    case MODEL: a->model = text; return 0;
     case ARGP_KEY_SUCCESS: return check_args(state, a);
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -152,8 +149,8 @@ typedef struct tune {
     /* Of the unit at hand: */
     inputs *in;
     sparge_tuned *tuned;
-    exit_code code;  /* of writing a head */
-    bool unfinished; /* some head is missing */
+    bool left; /* heads are, of this unit or one before it */
+    exit_code code; /* of writing a head */
     progress watch;
     double start;
     int64_t unit_at;
@@ -163,18 +160,41 @@ typedef struct tune {
 static volatile sig_atomic_t interrupted;
 static void interrupt(int number) { interrupted = number; }
 
-/* An interrupt is an end like others: what is done stays. output_open has it remove files, and is told each
- * time. */
-static void heed_interrupts(void)
-{
-    signal(SIGINT, interrupt);
-    signal(SIGTERM, interrupt);
-}
-
 static bool same_heads(const capture *a, const capture *b)
 {
     return a->layer == b->layer && (a->heads && b->heads ? json_equal((json_t *)a->heads, (json_t *)b->heads)
                                                          : a->heads == b->heads);
+}
+
+/* Some of the same heads, or who knows? */
+static bool share_heads(const capture *a, const capture *b)
+{
+    bool some = a->layer == b->layer && (!a->heads || !b->heads);
+    for (size_t n = 0; a->layer == b->layer && n < json_array_size(a->heads); n++)
+        for (size_t m = 0; m < json_array_size(b->heads); m++)
+            some |= capture_head(a, (int64_t)n) == capture_head(b, (int64_t)m);
+    return some;
+}
+
+static const char *name_of(const capture *c)
+{
+    const char *const slash = strrchr(c->path, '/');
+    return slash ? slash + 1 : c->path;
+}
+
+/* May it be tuned on beside these of the same heads? */
+static exit_code check_capture(const capture *c, const unit *u, file_error *error)
+{
+    if (!is_text(name_of(c))) {
+        file_error_set(error, c->path, "its name is no UTF-8 text, to be written in JSON; rename it");
+        return EXIT_FILE;
+    }
+    for (int64_t n = 0; n < u->count; n++)
+        if (strcmp(u->capture[n]->sha256, c->sha256) == 0) {
+            file_error_set(error, c->path, "holds what %.100s holds; give each capture once", u->capture[n]->path);
+            return EXIT_FILE;
+        }
+    return EXIT_FINE;
 }
 
 static const char *model_of(const tune *t, const capture *c) { return c->model ? c->model : t->args.model; }
@@ -203,20 +223,21 @@ static exit_code group(tune *t)
     for (int64_t n = 0; n < a->captures; n++) {
         const capture *const c = &a->capture[n];
         int64_t u = 0;
-        while (u < t->units && !same_heads(t->unit[u].capture[0], c))
-            u++;
-        unit *const to = &t->unit[u];
-        for (int64_t m = 0; m < to->count; m++)
-            if (strcmp(to->capture[m]->sha256, c->sha256) == 0) {
-                file_error_set(t->error, c->path, "is the same as %.200s; an input counts once",
-                               to->capture[m]->path);
+        for (; u < t->units && !same_heads(t->unit[u].capture[0], c); u++)
+            if (share_heads(t->unit[u].capture[0], c)) {
+                file_error_set(t->error, c->path, "has heads of layer %" PRId64 " that %.100s has too, but not the "
+                               "same ones; give captures of the same heads", c->layer, t->unit[u].capture[0]->path);
                 return EXIT_FILE;
             }
+        unit *const to = &t->unit[u];
         if (!to->capture)
             to->capture = calloc((size_t)a->captures, sizeof *to->capture);
         if (!to->capture)
             return no_memory(t->error);
         t->units += u == t->units;
+        const exit_code code = check_capture(c, to, t->error);
+        if (code)
+            return code;
         to->capture[to->count++] = c;
         to->held_out += n >= a->captures - a->held_out;
         const char *const model = model_of(t, c);
@@ -241,9 +262,8 @@ static exit_code group(tune *t)
 
 static json_t *describe_input(const capture *c, bool held_out)
 {
-    const char *const slash = strrchr(c->path, '/');
     return json_pack("{s:I, s:s?, s:s, s:s, s:b}", "layer", (json_int_t)c->layer, "sample", c->sample, "file",
-                     text_or(slash ? slash + 1 : c->path, "?"), "sha256", c->sha256, "held_out", held_out);
+                     name_of(c), "sha256", c->sha256, "held_out", held_out);
 }
 
 static exit_code make_header(tune *t)
@@ -257,14 +277,12 @@ static exit_code make_header(tune *t)
     json_object_set_new(t->header, "l2", bounded ? params_number(a->how.l2, 9) : json_null());
     json_object_set_new(t->header, "sparsity", bounded ? json_null() : params_number(a->how.sparsity, 9));
     json_t *const list = json_array();
-    bool failed = false;
     for (int64_t u = 0; u < t->units; u++)
         for (int64_t n = 0; n < t->unit[u].count; n++)
-            failed |= json_array_append_new(list, describe_input(t->unit[u].capture[n],
-                                                                 n >= t->unit[u].count - t->unit[u].held_out)) != 0;
-    failed |= json_object_set_new(t->header, "inputs", list) != 0;
-    failed |= json_object_set_new(t->header, "heads", json_array()) != 0;
-    return failed ? no_memory(t->error) : EXIT_FINE;
+            json_array_append_new(list, describe_input(t->unit[u].capture[n],
+                                                       n >= t->unit[u].count - t->unit[u].held_out));
+    json_object_set_new(t->header, "inputs", list);
+    return json_object_set_new(t->header, "heads", json_array()) ? no_memory(t->error) : EXIT_FINE;
 }
 
 /* What an earlier run left in the file, if it was of the same captures and options. */
@@ -331,19 +349,19 @@ static exit_code save(tune *t)
     if (sorted)
         return sorted;
     output_file *const file = output_open(path, t->error);
-    heed_interrupts();
     return file && params_write(output_stream(file), path, t->header, t->error) && outputs_commit(t->error)
                ? EXIT_FINE
                : EXIT_FILE;
 }
 
-/* Could the file be written? Before the work, not after it. */
-static exit_code try_output(tune *t)
+/* Can it be written? What is there stays. */
+static exit_code probe(tune *t)
 {
-    const bool could = output_open(t->args.attention.output, t->error) != NULL;
+    const char *const path = t->args.attention.output;
+    output_file *const file = output_open(path, t->error);
+    const bool ok = file && params_write(output_stream(file), path, t->header, t->error);
     outputs_discard();
-    heed_interrupts();
-    return could ? EXIT_FINE : EXIT_FILE;
+    return ok ? EXIT_FINE : EXIT_FILE;
 }
 
 static json_t *errors_json(const sparge_tune_errors *e)
@@ -445,7 +463,7 @@ static exit_code tune_unit(tune *t)
         code = library_result(sparge_tune(problem, u->count, &t->args.attention.options, &how, t->tuned, &why),
                               &why, t->error);
         for (int64_t h = 0; h < problem->heads; h++)
-            t->unfinished |= !t->tuned[h].done;
+            t->left |= !t->tuned[h].done;
     }
     free(problem);
     free(t->tuned);
@@ -459,13 +477,15 @@ static exit_code tune_unit(tune *t)
 
 /* ---- The whole ---- */
 
-/* As far as manifests say. */
+/* 0: unknown. */
 static int64_t heads_wanted(const tune *t)
 {
     int64_t heads = 0;
     for (int64_t u = 0; u < t->units; u++) {
         const capture *const c = t->unit[u].capture[0];
-        heads += c->heads ? (int64_t)json_array_size(c->heads) : 0;
+        if (!c->heads)
+            return 0;
+        heads += (int64_t)json_array_size(c->heads);
     }
     return heads;
 }
@@ -507,7 +527,7 @@ static exit_code report(const tune *t)
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;
     return print_json(
         json_pack("{s:s, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
-                  text_or(t->args.attention.output, "?"), "heads", (json_int_t)count, "dense", (json_int_t)dense, "backed_off",
+                  t->args.attention.output, "heads", (json_int_t)count, "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", params_number(sum[0] / all, 6), "worst_l1",
                   params_number(worst[0], 6), "judged", (json_int_t)judged, "held_out_sparsity",
                   params_number(sum[1] / out, 6), "held_out_worst_l1", judged ? params_number(worst[1], 6) : json_null(),
@@ -547,12 +567,17 @@ exit_code tune_command(int argc, char **argv, file_error *error)
     if (!code)
         code = take_up(&t);
     if (!code)
-        code = try_output(&t);
-    t.watch = progress_begin("tune");
-    for (t.unit_at = 0; t.unit_at < t.units && !code && !t.unfinished; t.unit_at++)
-        code = tune_unit(&t);
-    progress_end(&t.watch);
-    if (!code && t.unfinished)
+        code = probe(&t); /* And from here on an interrupt is an end like others. */
+    if (!code) {
+        signal(SIGINT, interrupt);
+        signal(SIGTERM, interrupt);
+        t.watch = progress_begin("tune");
+        for (t.unit_at = 0; t.unit_at < t.units && !code && goes_on(&t, 0.0); t.unit_at++)
+            code = tune_unit(&t);
+        t.left |= t.unit_at < t.units;
+        progress_end(&t.watch);
+    }
+    if (!code && t.left)
         code = stopped(&t);
     if (!code)
         code = report(&t);
