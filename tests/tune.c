@@ -122,9 +122,10 @@ Test(tune, the_grid)
 
 /* ---- Curves against whole calls --------------------------------------------------------------------- */
 
-static bool goes_on(void *user)
+static bool goes_on(void *user, double units)
 {
     (void)user;
+    (void)units;
     return true;
 }
 

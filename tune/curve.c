@@ -264,7 +264,7 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
                 point[theta * TUNE_SHARES + n].kept += w.row[n].kept;
             }
         }
-        if (!watch->tick(watch->user))
+        if (!watch->tick(watch->user, 1.0))
             break;
     }
     walker_free(&w);
@@ -341,7 +341,7 @@ sparge_status tune_lambda_curve(tune_input *x, const sparge_knobs *knobs, tune_p
         status = tune_blocks_load(&w.blocks, x, i, w.forced, error);
         for (int64_t r = 0; r < w.blocks.rows && !status; r += x->o->skip_rows)
             walk_lambdas(&w, w.forced, r, sparge_min(w.blocks.rows, r + x->o->skip_rows), point);
-        if (!watch->tick(watch->user))
+        if (!watch->tick(watch->user, 0.0))
             break;
     }
     walker_free(&w);

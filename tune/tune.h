@@ -1,6 +1,7 @@
 /* tune.h: what the parts of the tuner hand to each other. input.c brings one head of one input to where the
  * backend runs, blocks.c takes attention apart into what each key block contributes, curve.c adds the
- * contributions up again in the order in which tau, topk or lambda would, and search.c chooses.
+ * contributions up again in the order in which tau, topk or lambda would, search.c chooses for one head, and
+ * heads.c has all heads do so side by side.
  *
  * Letters as in ref/: query block i, key block j, row r, channel c. */
 #ifndef SPARGE_TUNE_TUNE_H
@@ -109,9 +110,10 @@ const float *tune_block_m(const tune_blocks *b, int64_t j);
 
 /* ---- curve.c: error and sparsity along the grid -------------------------------------------- */
 
-/* Is told after every query block; false stops, and the curve is SPARGE_OK but not whole. */
+/* Is told after every query block, of how many units of work; false stops, and the curve is SPARGE_OK but not
+ * whole. A query block of a mask curve is a unit. */
 typedef struct tune_watch {
-    bool (*tick)(void *user);
+    bool (*tick)(void *user, double units);
     void *user;
 } tune_watch;
 
@@ -123,7 +125,27 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
 sparge_status tune_lambda_curve(tune_input *x, const sparge_knobs *knobs, tune_point *point,
                                 double *mask_kept, const tune_watch *watch, sparge_error *error);
 
-/* ---- search.c: what sparge.c calls --------------------------------------------------------- */
+/* ---- search.c: one head --------------------------------------------------------------------- */
+
+/* An element of a batch of an input. */
+typedef struct tune_sample {
+    const sparge_problem *problem;
+    int64_t batch;
+} tune_sample;
+
+typedef struct tune_task {
+    const sparge_tune_options *how;
+    const sparge_options *o;   /* without thresholds, without callbacks */
+    const tune_sample *sample; /* [count]: `tuned` to tune on, then those that are held out */
+    int64_t count, tuned;
+    int64_t head;
+    tune_watch watch;
+} tune_task;
+
+/* SPARGE_OK where the watch stopped it, too: *t is not done then. */
+sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *error);
+
+/* ---- heads.c: what sparge.c calls ----------------------------------------------------------- */
 
 /* Arguments are checked by then. */
 sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count, const sparge_options *o,
