@@ -1203,6 +1203,8 @@ def test_tune_again():
         check(set(kept) <= set(there), "kept, byte for byte", kept, there)
         if code == FINE:
             break
+        done = [sum(f'"layer": {n},' in line for line in there) for n in range(3)]
+        check(all(done[n] == 4 or done[n + 1] == 0 for n in range(2)), "no time is left for another", done)
         check(code == UNFINISHED and out == "" and err ==
               f"sparge: p.json: the time is up: it has {len(there)} of "
               "12 heads; the same command goes on\n", "--seconds", code, err)
@@ -1337,7 +1339,8 @@ def test_tune_usage():
 
 def test_tune_writing():
     c, d = capture("c.safetensors", 1), folder_of("d", 2, [(0, 0)])
-    keeps(c, USAGE, "c.safetensors", "tune", c, "-o", c, *TUNE)
+    keeps(c, USAGE, "is an input", "tune", c, "-o", c, *TUNE)
+    keeps(c, USAGE, "is an input", "tune", capture("e.safetensors", 3), "--held-out", "./" + c, "-o", c, *TUNE)
     keeps(c, FILE, "./c.safetensors", "tune", d, "-o", "./c.safetensors", *TUNE)
     keeps("d/manifest.json", FILE, "manifest.json", "tune", d, "-o", "d/manifest.json", *TUNE)
     keeps(write("empty.json", ""), FILE, "empty", "tune", c, "-o", "empty.json", *TUNE)
