@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/heap.h"
 #include "tests/problem.h"
 
 TestSuite(api);
@@ -1073,43 +1074,6 @@ Test(api, progress_rises_to_1)
 
 /* ---- Allocations that fail ------------------------------------------------------------------- */
 
-/* While armed, allocation number `fails` (from 0) returns NULL. Other code does not run then, and other
- * threads do not allocate: `stray` counts those that do. */
-static struct { bool armed; int64_t fails, calls, live; pthread_t caller; int stray; } heap;
-
-void *__real_malloc(size_t size);
-void *__real_calloc(size_t count, size_t size);
-void __real_free(void *p);
-void *__wrap_malloc(size_t size);
-void *__wrap_calloc(size_t count, size_t size);
-void __wrap_free(void *p);
-
-static bool fails_now(void)
-{
-    if (heap.armed && !pthread_equal(pthread_self(), heap.caller))
-        __atomic_fetch_add(&heap.stray, 1, __ATOMIC_RELAXED);
-    return heap.armed && heap.calls++ == heap.fails;
-}
-
-static void *counted(void *p)
-{
-    heap.live += heap.armed && p;
-    return p;
-}
-
-void *__wrap_malloc(size_t size) { return fails_now() ? NULL : counted(__real_malloc(size)); }
-
-void *__wrap_calloc(size_t count, size_t size)
-{
-    return fails_now() ? NULL : counted(__real_calloc(count, size));
-}
-
-void __wrap_free(void *p)
-{
-    heap.live -= heap.armed && p;
-    __real_free(p);
-}
-
 /* Makes each allocation of the call fail in turn; returns how many there are. */
 static int64_t survives(int entry, asked *a)
 {
@@ -1118,10 +1082,7 @@ static int64_t survives(int entry, asked *a)
                    (long long)n);
         sparge_error error;
         memset(&error, 'x', sizeof error);
-        heap.caller = pthread_self();
-        heap.fails = n;
-        heap.calls = heap.live = 0;
-        heap.armed = true;
+        heap_arm(n);
         const sparge_status status = call(entry, a, n % 2 ? NULL : &error);
         heap.armed = false;
         check(heap.live == 0, "%lld allocations leak", (long long)heap.live);
@@ -1175,10 +1136,7 @@ Test(api, cuda_allocates_no_host_mask)
     a.result.head_counts = NULL;
     if (sparge_backend_built(SPARGE_CUDA))
         return;
-    heap.caller = pthread_self();
-    heap.fails = -1;
-    heap.calls = 0;
-    heap.armed = true;
+    heap_arm(-1);
     const sparge_status status = sparge_attention(&a.p, &a.o, &a.result, NULL);
     heap.armed = false;
     check_equal(status, SPARGE_ERR_UNSUPPORTED);
@@ -1191,9 +1149,7 @@ Test(api, a_mask_that_could_not_be_allocated_is_empty)
     asked a = question();
     sparge_mask mask;
     memset(&mask, 0xFF, sizeof mask);
-    heap.caller = pthread_self();
-    heap.fails = heap.calls = 0;
-    heap.armed = true;
+    heap_arm(0);
     const sparge_status status = sparge_mask_alloc(&mask, &a.p, &a.o, NULL);
     heap.armed = false;
     check_equal(status, SPARGE_ERR_MEMORY);

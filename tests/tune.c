@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/heap.h"
 #include "tests/problem.h"
 
 TestSuite(tune);
@@ -1597,40 +1598,6 @@ Test(tune, equivalents_of_a_real_shape)
 /* ---- Allocations that fail
  * ------------------------------------------------------------------------------------ */
 
-/* While armed, allocation number `fails` (from 0) returns NULL. Other threads do not allocate then. */
-static struct {
-    bool armed;
-    int64_t fails, calls, live;
-} heap;
-
-void *__real_malloc(size_t size);
-void *__real_calloc(size_t count, size_t size);
-void __real_free(void *p);
-void *__wrap_malloc(size_t size);
-void *__wrap_calloc(size_t count, size_t size);
-void __wrap_free(void *p);
-
-static bool fails_now(void) { return heap.armed && heap.calls++ == heap.fails; }
-
-static void *counted(void *p)
-{
-    heap.live += heap.armed && p;
-    return p;
-}
-
-void *__wrap_malloc(size_t size) { return fails_now() ? NULL : counted(__real_malloc(size)); }
-
-void *__wrap_calloc(size_t count, size_t size)
-{
-    return fails_now() ? NULL : counted(__real_calloc(count, size));
-}
-
-void __wrap_free(void *p)
-{
-    heap.live -= heap.armed && p;
-    __real_free(p);
-}
-
 static void survives(asked *a)
 {
     for (int64_t n = 0;; n++) {
@@ -1639,9 +1606,7 @@ static void survives(asked *a)
         memset(&error, 'x', sizeof error);
         a->t[0] = untouched;
         a->t[1].done = true;
-        heap.fails = n;
-        heap.calls = heap.live = 0;
-        heap.armed = true;
+        heap_arm(n);
         const sparge_status status = sparge_tune(a->p, 2, &a->o, &a->how, a->t, n % 2 ? NULL : &error);
         heap.armed = false;
         check(heap.live == 0, "%lld allocations leak", (long long)heap.live);
