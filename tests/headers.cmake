@@ -1,4 +1,4 @@
-# headers.cmake: sparge.h and every header of common/ compile alone, and twice, without a warning.
+# headers.cmake: the installed headers and every header of common/ compile alone, and twice, without a warning.
 #   cmake -DROOT=<the repository> -DWORK=<a folder to write in> -DLANGUAGE=C11|C++17|CUDA -P tests/headers.cmake
 cmake_minimum_required(VERSION 3.25)
 
@@ -16,7 +16,7 @@ else()
   message(FATAL_ERROR "headers: LANGUAGE=${LANGUAGE}")
 endif()
 
-file(GLOB headers RELATIVE ${ROOT} ${ROOT}/sparge.h ${ROOT}/common/*.h)
+file(GLOB headers RELATIVE ${ROOT} ${ROOT}/sparge.h ${ROOT}/tools/sparge_params.h ${ROOT}/common/*.h)
 if(NOT headers)
   message(FATAL_ERROR "headers: none under ROOT=${ROOT}")
 endif()
