@@ -1498,7 +1498,7 @@ Test(formats, params_shortest_decimals)
     } literals[] = {{-4.0f, "-4.0"}, {-0.1f, "-0.1"}, {-1.0f / 3.0f, "-0.33333334"},
                     {-16777216.0f, "-16777216.0"},
                     {-1e-10f, "-1e-10"}, {-INFINITY, "null"}, {0.0f, "0.0"}, {0.98f, "0.98"}};
-    char text[64], shorter[64];
+    char text[64], shorter[320];
     for (size_t n = 0; n < sizeof literals / sizeof *literals; n++) {
         text_of_threshold(literals[n].x, text);
         cr_expect_str_eq(text, literals[n].text, "%s, not %s", text, literals[n].text);
