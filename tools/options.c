@@ -260,7 +260,8 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     sparge_options *const o = &a->options;
     int64_t whole = 0;
     error_t error;
-    a->has_thresholds |= key >= THETA && key <= LAMBDA;
+    if (key >= THETA && key <= LAMBDA)
+        a->has_thresholds = true;
     switch (key) {
     case ARGP_KEY_INIT:
         *a = (attention_args){

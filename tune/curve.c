@@ -136,7 +136,7 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .similar = malloc(blocks * sizeof(bool)),
         .order = malloc(blocks * sizeof(sparge_ref_scored)),
         .forced = malloc(words * sizeof(uint32_t)),
-        .before = malloc(blocks * sizeof(bool)),
+        .before = calloc(blocks, sizeof(bool)),
         .row = malloc(TUNE_SHARES * sizeof(tune_point)),
         .entry = malloc(blocks * sizeof(entry)),
         .state = malloc(rows * sizeof(sparge_row)),
