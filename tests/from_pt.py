@@ -16,18 +16,18 @@ import os
 import pickle
 import random
 import resource
-import shutil
 import stat
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import types
 import zipfile
 
 import numpy as np
+
+from counted import check, run_tests
 
 sys.dont_write_bytecode = True
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,15 +38,6 @@ spec.loader.exec_module(reader)
 FINE, USAGE, FILE = 0, 2, 3
 NAMES = ["is_sparse", "cdfthreshd", "simthreshd1", "simthreshd2", "pvthreshd"]
 seed = int(os.environ.get("SPARGE_SEED", "1"))
-passed = failed = 0
-
-
-def check(ok, what, *seen):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print("FAILED", what, *seen, flush=True)
-    return ok
 
 
 # ---- torch.save ------------------------------------------------------------------------------
@@ -479,16 +470,4 @@ def test_damage():
     check(peak < 500, "MiB in all", peak)
 
 
-for name, test in list(globals().items()):
-    if name.startswith("test_") and (len(sys.argv) < 2 or name in sys.argv[1:]):
-        here, folder = os.getcwd(), tempfile.mkdtemp(prefix="sparge-from-pt-")
-        os.chdir(folder)
-        try:
-            test()
-        except Exception:
-            check(False, name, traceback.format_exc())
-        finally:
-            os.chdir(here)
-            shutil.rmtree(folder)
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed > 0)
+run_tests(globals(), sys.argv[1:], "sparge-from-pt-")

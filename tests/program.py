@@ -16,22 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import zlib
 
 import numpy as np
 
+from counted import check, run_tests
+
 PROGRAM = os.path.abspath(sys.argv[1])
 FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE, UNFINISHED = range(7)
-passed = failed = 0
-
-
-def check(ok, what, *seen):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print("FAILED", what, *seen, flush=True)
-    return ok
 
 
 def sparge(*args, **how):
@@ -1792,16 +1784,4 @@ suppressions.write("leak:libfontconfig\n")
 suppressions.flush()
 os.environ["LSAN_OPTIONS"] = f"suppressions={suppressions.name}:print_suppressions=0"
 
-for name, test in list(globals().items()):
-    if name.startswith("test_") and (len(sys.argv) < 3 or name in sys.argv[2:]):
-        here, folder = os.getcwd(), tempfile.mkdtemp(prefix="sparge-program-")
-        os.chdir(folder)
-        try:
-            test()
-        except Exception:
-            check(False, name, traceback.format_exc())
-        finally:
-            os.chdir(here)
-            shutil.rmtree(folder)
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed > 0)
+run_tests(globals(), sys.argv[2:], "sparge-program-")

@@ -180,7 +180,6 @@ sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const u
 {
     const sparge_geometry *g = &x->g;
     const sparge_ref_row row = sparge_ref_row_of(g, x->o, i);
-    b->i = i;
     b->first = i * g->block_q;
     b->rows = sparge_block_rows(g->q_len, g->block_q, i);
     b->visible = row.visible;

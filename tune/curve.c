@@ -105,7 +105,6 @@ typedef struct walker {
     bool *before;             /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
     tune_point *row;          /* [TUNE_SHARES] of one query block under one theta */
     entry *entry;             /* [k_blocks] */
-    sparge_row *state;        /* [block_q] running maxima */
 } walker;
 
 static void walker_free(walker *w)
@@ -120,7 +119,6 @@ static void walker_free(walker *w)
     free(w->before);
     free(w->row);
     free(w->entry);
-    free(w->state);
 }
 
 static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
@@ -139,10 +137,9 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .before = calloc(blocks, sizeof(bool)),
         .row = malloc(TUNE_SHARES * sizeof(tune_point)),
         .entry = malloc(blocks * sizeof(entry)),
-        .state = malloc(rows * sizeof(sparge_row)),
     };
     sparge_status status = w->walk.o && w->walk.state && w->s && w->similar && w->order && w->forced &&
-                                   w->before && w->row && w->entry && w->state
+                                   w->before && w->row && w->entry
                                ? tune_blocks_make(&w->blocks, x, error)
                                : SPARGE_ERR_MEMORY;
     w->walk.b = &w->blocks;
@@ -227,13 +224,13 @@ static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool to
     }
 }
 
-/* Is some block similar that was not under the theta before, or the other way round? Keeps what is for the
- * next theta. */
+/* Is some block similar that was not under the theta before, or the other way round? (Where Q_i is not, before
+ * and now, every block is kept whatever it is itself.) Keeps what is for the next theta. */
 static bool changes_sides(walker *w, const sparge_ref_row *row)
 {
     const size_t bytes = (size_t)row->visible * sizeof *w->before;
-    const bool changes =
-        row->q_similar != w->before[row->visible] || memcmp(w->similar, w->before, bytes) != 0;
+    const bool changes = row->q_similar != w->before[row->visible] ||
+                         (row->q_similar && memcmp(w->similar, w->before, bytes) != 0);
     memcpy(w->before, w->similar, bytes);
     w->before[row->visible] = row->q_similar;
     return changes;
@@ -300,17 +297,18 @@ static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1
 {
     const tune_blocks *b = &w->blocks;
     const double share = (double)(r1 - r0) / (double)b->rows;
+    sparge_row *state = w->walk.state; /* running maxima, before the walk begins */
     int64_t entries = 0;
     for (int64_t r = r0; r < r1; r++)
-        w->state[r] = sparge_row_empty();
+        state[r] = sparge_row_empty();
     for (int64_t j = sparge_mask_row_next(kept, 0, b->visible); j < b->visible;
          j = sparge_mask_row_next(kept, j + 1, b->visible)) {
         const float *local = tune_block_m(b, j);
         float gap = -INFINITY;
         for (int64_t r = r0; r < r1; r++)
-            gap = fmaxf(gap, sparge_row_gap(&w->state[r], local[r]));
+            gap = fmaxf(gap, sparge_row_gap(&state[r], local[r]));
         for (int64_t r = r0; r < r1; r++)
-            w->state[r].max = fmaxf(w->state[r].max, local[r]);
+            state[r].max = fmaxf(state[r].max, local[r]);
         w->entry[entries++] = (entry){ j, step_of(gap) };
     }
     qsort(w->entry, (size_t)entries, sizeof *w->entry, by_step);

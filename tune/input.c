@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#include "common/block_mask.h"
+
 /* ---- Arrays that live twice ---- */
 
 sparge_status tune_array_make(tune_array *x, int64_t bytes, bool device, sparge_error *error)
@@ -65,13 +67,11 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
     const sparge_geometry *g = &x->g;
     const bool device = x->q.device;
     sparge_options o = *x->o;
-    o.knobs = (sparge_knobs){ -1.0f, 1.0f, SPARGE_OFF, -INFINITY };
+    o.knobs = tune_knobs(tune_dense(), false);
     tune_array part[3] = { { 0 } }, bits = { 0 }; /* S, sim_q, sim_k */
     const int64_t count[3] = { g->q_blocks * g->k_blocks, g->q_blocks, g->k_blocks };
-    sparge_mask mask = { 0 };
-    sparge_status status = sparge_mask_alloc(&mask, &x->problem, &o, error);
-    if (!status)
-        status = tune_array_make(&bits, mask.q_blocks * mask.words * (int64_t)sizeof *mask.bits, device, error);
+    const int64_t words = sparge_mask_row_words(g->k_blocks);
+    sparge_status status = tune_array_make(&bits, g->q_blocks * words * (int64_t)sizeof(uint32_t), device, error);
     for (int n = 0; n < 3 && !status; n++)
         status = tune_array_make(&part[n], count[n] * (int64_t)sizeof(float), device, error);
     if (!status) {
@@ -81,9 +81,8 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
             .sim_q = tune_there(&part[1]),
             .sim_k = tune_there(&part[2]),
         };
-        sparge_mask there = mask;
-        there.bits = tune_there(&bits);
-        status = sparge_predict(&x->problem, &o, &there, &trace, error);
+        sparge_mask mask = { tune_there(&bits), 1, 1, g->q_blocks, g->k_blocks, words }; /* nobody reads it */
+        status = sparge_predict(&x->problem, &o, &mask, &trace, error);
     }
     float **const to[3] = { &x->s, &x->sim_q, &x->sim_k };
     for (int n = 0; n < 3 && !status; n++) {
@@ -96,7 +95,6 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
     for (int n = 0; n < 3; n++)
         tune_array_free(&part[n]);
     tune_array_free(&bits);
-    sparge_mask_free(&mask);
     return status;
 }
 
@@ -134,7 +132,7 @@ static sparge_status attend_dense(tune_input *x, sparge_error *error)
     sparge_options o = *x->o;
     o.qk = o.pv = SPARGE_FLOAT;
     o.rung = 0;
-    o.knobs = (sparge_knobs){ -1.0f, 1.0f, SPARGE_OFF, -INFINITY };
+    o.knobs = tune_knobs(tune_dense(), false);
     tune_array out;
     sparge_counts counts;
     sparge_status status = attend(x, &o, true, &out, &counts, error);

@@ -92,7 +92,7 @@ typedef struct tune_part {
 
 /* The query block at hand: attention to each key block alone, in the backend's own arithmetic. */
 typedef struct tune_blocks {
-    int64_t i, first, rows, visible;
+    int64_t first, rows, visible; /* its first row; key blocks that some row may see */
     tune_part whole, edge; /* every row sees all keys of a whole block */
 } tune_blocks;
 
