@@ -1541,7 +1541,7 @@ Test(formats, params_written)
     json_object_set_new(header, "inputs", json_array());
     json_object_set_new(header, "heads", heads);
     FILE *const stream = open_memstream(&text, &size);
-    cr_assert(stream && params_write(stream, "p.json", header, &error) && fclose(stream) == 0);
+    cr_assert(stream && json_write_lines(stream, "p.json", header, &error) && fclose(stream) == 0);
     cr_expect_str_eq(text, "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
                      " \"model\": \"a \\\"b\\\"\\n\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
                      " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
@@ -1561,12 +1561,12 @@ Test(formats, params_written)
     FILE *const full = fopen("/dev/full", "r+");
     if (full) {
         const char *const says[] = {"p.json: cannot write", "No space left"};
-        cr_expect(!params_write(full, "p.json", header, &error), "a device without space");
+        cr_expect(!json_write_lines(full, "p.json", header, &error), "a device without space");
         expect_says(&error, "/dev/full", says, 2);
         fclose(full);
     }
     json_decref(header);
-    json_t *const none = params_number((double)NAN, 6), *const some = params_number(0.123456789, 3);
+    json_t *const none = json_rounded((double)NAN, 6), *const some = json_rounded(0.123456789, 3);
     cr_expect(json_is_null(none) && json_real_value(some) == 0.123);
     json_decref(none);
     json_decref(some);

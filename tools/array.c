@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -142,7 +143,7 @@ static float bits_to_f32(uint32_t bits)
     return x;
 }
 
-static float f16_to_f32(uint16_t half)
+float f16_to_f32(uint16_t half)
 {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     const uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -151,6 +152,21 @@ static float f16_to_f32(uint16_t half)
     if (exponent == 31) /* infinity and NaN, payload and all */
         return bits_to_f32(sign | 0x7f800000 | mantissa << 13);
     return bits_to_f32(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
+}
+
+uint16_t f32_to_f16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    const float size = fabsf(x);
+    if (!(size < 65520.0f)) /* infinity, what rounds to it, and NaN */
+        return (uint16_t)(sign | (size == size ? 0x7c00 : 0x7e00));
+    if (size < 0x1p-14f) /* units of 2^-24 */
+        return (uint16_t)(sign | (uint32_t)rintf(size * 0x1p24f));
+    bits &= 0x7fffffff;
+    bits += 0xfff + (bits >> 13 & 1); /* a carry into the exponent is right */
+    return (uint16_t)(sign | ((bits >> 13) - (127 - 15) * 1024));
 }
 
 static float element_f32(array_type type, const void *data, int64_t i)
@@ -192,6 +208,25 @@ bool array_to_f32(array *from, file_error *error)
     const int64_t count = array_count(from);
     for (int64_t i = 0; i < count; i++)
         ((float *)to.data)[i] = element_f32(from->type, from->data, i);
+    array_free(from);
+    *from = to;
+    return true;
+}
+
+bool array_to_f16(array *from, file_error *error)
+{
+    array to;
+    if (!array_alloc(ARRAY_F16, from->rank, from->shape, &to, error))
+        return false;
+    const int64_t count = array_count(from);
+    for (int64_t i = 0; i < count; i++) {
+        const float x = ((const float *)from->data)[i];
+        ((uint16_t *)to.data)[i] = f32_to_f16(x);
+        if (isfinite(x) && fabsf(x) >= 65520.0f) {
+            array_free(&to);
+            return file_error_set(error, NULL, "element %" PRId64 " is %g, too large for float16", i, (double)x);
+        }
+    }
     array_free(from);
     *from = to;
     return true;

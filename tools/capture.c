@@ -9,7 +9,7 @@
 
 /* ---- Checksums ---- */
 
-static exit_code sha256(const char *path, char text[SHA256_TEXT], file_error *error)
+exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *error)
 {
     enum { PIECE = 1 << 20 };
     file_input in;
@@ -102,7 +102,7 @@ static bool read_text(const json_t *from, const char *key, const char **to)
 /* What the manifest's entry says, or NULL. */
 static exit_code describe(capture *c, json_t *manifest, const json_t *entry, file_error *error)
 {
-    const exit_code code = sha256(c->path, c->sha256, error);
+    const exit_code code = capture_sha256(c->path, c->sha256, error);
     c->layer = 0;
     c->causal = -1;
     if (code || !entry)

@@ -1,7 +1,6 @@
 /* params.c: files of tuned thresholds. */
 #include "tools/params.h"
 
-#include <errno.h>
 #include <float.h>
 #include <inttypes.h>
 #include <math.h>
@@ -236,15 +235,6 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
 
 /* ---- Writing ---- */
 
-json_t *params_number(double x, int digits)
-{
-    char text[40];
-    if (!isfinite(x))
-        return json_null();
-    snprintf(text, sizeof text, "%.*g", digits, x);
-    return json_real(strtod(text, NULL));
-}
-
 /* The shortest decimal that is this float. */
 static json_t *threshold(float x)
 {
@@ -254,7 +244,7 @@ static json_t *threshold(float x)
         if (strtof(text, NULL) == x)
             return json_real(strtod(text, NULL));
     }
-    return params_number((double)x, 9);
+    return json_rounded((double)x, 9);
 }
 
 json_t *params_header(const char *model, const sparge_options *o)
@@ -273,31 +263,4 @@ json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs 
                      (json_int_t)head, "dense", dense, "theta", threshold(k->theta), "tau",
                      k->tau == SPARGE_OFF ? json_null() : threshold(k->tau), "topk",
                      k->topk == SPARGE_OFF ? json_null() : threshold(k->topk), "lambda", threshold(k->lambda));
-}
-
-bool params_write(FILE *to, const char *path, const json_t *header, file_error *error)
-{
-    enum { STYLE = JSON_REAL_PRECISION(9) | JSON_ENCODE_ANY };
-    const char *key, *between = "{";
-    json_t *value;
-    bool ok = true;
-    errno = 0;
-    json_object_foreach((json_t *)header, key, value) {
-        fprintf(to, "%s\n \"%s\": ", between, key);
-        between = ",";
-        if (!json_is_array(value)) {
-            ok &= json_dumpf(value, to, STYLE) == 0;
-            continue;
-        }
-        for (size_t n = 0; n < json_array_size(value); n++) {
-            fputs(n ? ",\n  " : "[\n  ", to);
-            ok &= json_dumpf(json_array_get(value, n), to, STYLE) == 0;
-        }
-        fputs(json_array_size(value) ? "\n ]" : "[]", to);
-    }
-    fputs("\n}\n", to);
-    if (fflush(to) == 0 && ok && !ferror(to))
-        return true;
-    return file_error_set(error, path, "cannot write: %s; free some space or choose another folder",
-                          strerror(errno ? errno : EIO));
 }

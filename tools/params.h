@@ -40,10 +40,4 @@ json_t *params_header(const char *model, const sparge_options *o);
 /* A head's line begins so; NULL: no memory. Thresholds are the shortest decimals that are these floats. */
 json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs);
 
-/* x in so many digits; null for what is no number or infinite. */
-json_t *params_number(double x, int digits);
-
-/* The header, with a line for each element of its lists `inputs` and `heads`. */
-bool params_write(FILE *to, const char *path, const json_t *header, file_error *error);
-
 #endif

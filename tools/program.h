@@ -1,8 +1,9 @@
-/* program.h: what every command of the program keeps to: its exit codes, and how it speaks. */
+/* program.h: what every command of a program keeps to: its exit codes, and how it speaks. */
 #ifndef SPARGE_TOOLS_PROGRAM_H
 #define SPARGE_TOOLS_PROGRAM_H
 
 #include <jansson.h>
+#include <stdio.h>
 
 #include "sparge.h"
 #include "tools/array.h"
@@ -20,6 +21,23 @@ typedef enum exit_code {
 
 /* A command leaves one line in *error where it returns more than EXIT_DIFFERENT, and may where it
  * returns that. It prints nothing itself but its result. argv[0] is "sparge run" and the like. */
+typedef struct program_command {
+    const char *name;
+    exit_code (*run)(int argc, char **argv, file_error *error);
+    const char *what;
+} program_command;
+
+typedef struct program {
+    const char *name, *about;
+    const program_command *commands;
+    int count;
+} program;
+
+/* All of main: runs the command that is named; what it returns is the exit code. */
+int program_main(const program *p, int argc, char **argv);
+
+/* ---- The commands of sparge ---- */
+
 exit_code run_command(int argc, char **argv, file_error *error);
 exit_code diff_command(int argc, char **argv, file_error *error);
 exit_code map_command(int argc, char **argv, file_error *error);
@@ -28,14 +46,20 @@ exit_code order_command(int argc, char **argv, file_error *error);
 exit_code tune_command(int argc, char **argv, file_error *error);
 exit_code bench_command(int argc, char **argv, file_error *error);
 
+/* ---- How they speak ---- */
+
 /* What the library answered, as ours. */
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error);
 
-json_t *json_number(double x); /* null where JSON has no word for it */
+json_t *json_number(double x);              /* null where JSON has no word for it */
+json_t *json_rounded(double x, int digits); /* the same in so many digits */
 
 /* Prints one line of JSON, and makes sure that it arrived. Frees the object; NULL is an object for
  * which there was no memory. */
 exit_code print_json(json_t *object, file_error *error);
+
+/* An object with a line for each of its keys, and for each element of its lists. */
+bool json_write_lines(FILE *to, const char *path, const json_t *object, file_error *error);
 
 /* Whatever was printed has arrived, or an error. */
 exit_code flush_stdout(file_error *error);

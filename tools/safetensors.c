@@ -2,6 +2,7 @@
  * https://huggingface.co/docs/safetensors */
 #include "tools/safetensors.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <stdio.h>
@@ -16,17 +17,17 @@ typedef struct tensor {
     int64_t begin, end; /* bytes, from the end of the header */
 } tensor;
 
-typedef struct table {
+struct safetensors {
     const file_input *in;
     json_t *root;    /* owns names and entries */
     tensor *tensors; /* [count], in the order of their bytes */
     size_t count;
     size_t start; /* of the tensors' bytes, in the file */
-} table;
+};
 
 /* ---- The header ------------------------------------------------------------------------- */
 
-static bool read_json(table *t)
+static bool read_json(safetensors *t)
 {
     const file_input *const in = t->in;
     uint8_t fixed[LENGTH_BYTES];
@@ -56,7 +57,7 @@ static bool read_json(table *t)
                       LENGTH_BYTES + wrong.position, wrong.text);
 }
 
-static bool parse_offsets(const table *t, tensor *to)
+static bool parse_offsets(const safetensors *t, tensor *to)
 {
     const json_t *const offsets = json_object_get(to->entry, "data_offsets");
     const json_t *const begin = json_array_get(offsets, 0), *const end = json_array_get(offsets, 1);
@@ -81,7 +82,7 @@ static int tensor_compare(const void *one, const void *other)
 }
 
 /* The tensors must cover the data without overlap or hole, as the format demands. */
-static bool check_cover(const table *t)
+static bool check_cover(const safetensors *t)
 {
     int64_t covered = 0;
     for (size_t i = 0; i < t->count; covered = t->tensors[i++].end)
@@ -100,7 +101,7 @@ static bool check_cover(const table *t)
         end, t->in->size - end);
 }
 
-static bool read_table(table *t)
+static bool read_table(safetensors *t)
 {
     if (!read_json(t))
         return false;
@@ -124,7 +125,7 @@ static bool read_table(table *t)
 
 /* ---- One tensor ------------------------------------------------------------------------- */
 
-static bool fail_missing(const table *t, const char *name)
+static bool fail_missing(const safetensors *t, const char *name)
 {
     char list[256] = "nothing, it holds no tensor";
     size_t used = 0;
@@ -136,14 +137,18 @@ static bool fail_missing(const table *t, const char *name)
     return input_fail(t->in, "key '%.100s': no such tensor; choose from %s", name, list);
 }
 
+static const struct {
+    const char *name;
+    array_type type;
+} dtypes[] = {{"F16", ARRAY_F16}, {"BF16", ARRAY_BF16}, {"F32", ARRAY_F32}};
+enum { DTYPES = sizeof dtypes / sizeof *dtypes };
+
 static bool parse_type(const tensor *from, array_type *type)
 {
-    static const char names[][5] = {"F16", "BF16", "F32"};
-    static const array_type types[] = {ARRAY_F16, ARRAY_BF16, ARRAY_F32};
     const char *const dtype = json_string_value(json_object_get(from->entry, "dtype"));
-    for (size_t i = 0; i < sizeof types / sizeof types[0] && dtype; i++)
-        if (strcmp(dtype, names[i]) == 0) {
-            *type = types[i];
+    for (size_t i = 0; i < DTYPES && dtype; i++)
+        if (strcmp(dtype, dtypes[i].name) == 0) {
+            *type = dtypes[i].type;
             return true;
         }
     return false;
@@ -164,7 +169,7 @@ static bool parse_shape(const tensor *from, int *rank, int64_t shape[ARRAY_MAX_R
     return true;
 }
 
-static bool read_tensor(const table *t, const char *name, array *out)
+bool safetensors_find(const safetensors *t, const char *name, safetensors_place *out)
 {
     const file_input *const in = t->in;
     size_t i = 0;
@@ -174,45 +179,76 @@ static bool read_tensor(const table *t, const char *name, array *out)
         return fail_missing(t, name);
     const tensor *const from = &t->tensors[i];
 
-    array_type type;
-    int rank;
-    int64_t shape[ARRAY_MAX_RANK];
-    if (!parse_type(from, &type))
+    *out = (safetensors_place){.at = t->start + (size_t)from->begin, .bytes = (size_t)(from->end - from->begin)};
+    if (!parse_type(from, &out->type))
         return input_fail(
             in, "key '%.100s': dtype is none of F16, BF16 and F32; convert it with .float()", name);
-    if (!parse_shape(from, &rank, shape))
+    if (!parse_shape(from, &out->rank, out->shape))
         return input_fail(
             in,
             "key '%.100s': shape must be a list of at most %d integers of 0 or more; reshape it",
             name, ARRAY_MAX_RANK);
     char text[ARRAY_SHAPE_TEXT];
-    array_shape_string(rank, shape, text);
+    array_shape_string(out->rank, out->shape, text);
     size_t need;
-    if (!array_bytes(type, rank, shape, &need) || need != (uint64_t)(from->end - from->begin))
+    if (!array_bytes(out->type, out->rank, out->shape, &need) || need != out->bytes)
         return input_fail(in,
-                          "key '%.100s': shape %s of %s does not fit the %" PRId64
-                          " bytes of its data_offsets; write the file again",
-                          name, text, array_type_string(type), from->end - from->begin);
-    if (!array_alloc(type, rank, shape, out, NULL))
-        return input_fail(in, "key '%.100s': no memory for %zu bytes; use a smaller tensor", name,
-                          need);
-    return input_read(in, t->start + (size_t)from->begin, need, out->data);
+                          "key '%.100s': shape %s of %s does not fit the %zu bytes of its data_offsets; write the "
+                          "file again",
+                          name, text, array_type_string(out->type), out->bytes);
+    return true;
+}
+
+static bool read_tensor(const safetensors *t, const char *name, array *out)
+{
+    safetensors_place from;
+    if (!safetensors_find(t, name, &from))
+        return false;
+    if (!array_alloc(from.type, from.rank, from.shape, out, NULL))
+        return input_fail(t->in, "key '%.100s': no memory for %zu bytes; use a smaller tensor", name,
+                          from.bytes);
+    return input_read(t->in, from.at, from.bytes, out->data);
 }
 
 /* ---- The file --------------------------------------------------------------------------- */
 
+safetensors *safetensors_open(const file_input *in)
+{
+    safetensors *const t = calloc(1, sizeof *t);
+    if (!t) {
+        input_fail(in, "no memory for the header; free some");
+        return NULL;
+    }
+    t->in = in;
+    if (read_table(t))
+        return t;
+    safetensors_close(t);
+    return NULL;
+}
+
+void safetensors_close(safetensors *t)
+{
+    if (!t)
+        return;
+    free(t->tensors);
+    json_decref(t->root);
+    free(t);
+}
+
+size_t safetensors_count(const safetensors *t) { return t->count; }
+const char *safetensors_name(const safetensors *t, size_t n) { return t->tensors[n].name; }
+
 static bool read_input(const file_input *in, const char *const *names, int count, array *out)
 {
-    table t = {.in = in};
     for (int i = 0; i < count; i++)
         out[i] = (array){0};
-    bool ok = read_table(&t);
+    safetensors *const t = safetensors_open(in);
+    bool ok = t != NULL;
     for (int i = 0; i < count && ok; i++)
-        ok = read_tensor(&t, names[i], &out[i]);
+        ok = read_tensor(t, names[i], &out[i]);
     for (int i = 0; i < count && !ok; i++)
         array_free(&out[i]);
-    free(t.tensors);
-    json_decref(t.root);
+    safetensors_close(t);
     return ok;
 }
 
@@ -234,4 +270,49 @@ bool safetensors_read_memory(const uint8_t *bytes, size_t size, const char *name
 {
     const file_input in = input_memory(bytes, size, name, error);
     return read_input(&in, names, count, out);
+}
+
+/* ---- Writing ---- */
+
+static json_t *describe(const array *from, int64_t begin, int64_t end)
+{
+    const char *name = NULL;
+    for (size_t i = 0; i < DTYPES; i++)
+        if (dtypes[i].type == from->type)
+            name = dtypes[i].name;
+    json_t *const shape = json_array();
+    for (int d = 0; d < from->rank; d++)
+        json_array_append_new(shape, json_integer(from->shape[d]));
+    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", name, "shape", shape, "data_offsets", (json_int_t)begin,
+                     (json_int_t)end);
+}
+
+bool safetensors_write(FILE *stream, const char *name, const char *const *names, int count, const array *from,
+                       file_error *error)
+{
+    json_t *const root = json_object();
+    int64_t end = 0;
+    bool ok = true;
+    for (int i = 0; i < count; i++) {
+        const int64_t begin = end;
+        end += array_count(&from[i]) * (int64_t)array_type_size(from[i].type);
+        ok &= json_object_set_new(root, names[i], describe(&from[i], begin, end)) == 0;
+    }
+    char *const text = ok ? json_dumps(root, JSON_COMPACT) : NULL;
+    json_decref(root);
+    if (!text)
+        return file_error_set(error, name, "no memory for its header, or not of F16, BF16 and F32");
+    const size_t length = strlen(text), padded = (length + 7) / 8 * 8; /* data begin at a multiple of 8 */
+    uint8_t fixed[LENGTH_BYTES];
+    for (int i = 0; i < LENGTH_BYTES; i++)
+        fixed[i] = (uint8_t)(padded >> (8 * i));
+    errno = 0;
+    fwrite(fixed, 1, LENGTH_BYTES, stream);
+    fprintf(stream, "%-*s", (int)padded, text);
+    free(text);
+    for (int i = 0; i < count; i++)
+        fwrite(from[i].data, array_type_size(from[i].type), (size_t)array_count(&from[i]), stream);
+    return !ferror(stream) ||
+           file_error_set(error, name, "cannot write: %s; free some space or choose another folder",
+                          strerror(errno ? errno : EIO));
 }

@@ -273,9 +273,9 @@ static exit_code make_header(tune *t)
     t->header = params_header(t->model, &a->attention.options);
     json_object_set_new(t->header, "by", json_string(shares[a->how.topk]));
     json_object_set_new(t->header, "bound", bounded ? json_string(bounds[a->how.mean]) : json_null());
-    json_object_set_new(t->header, "l1", bounded ? params_number(a->how.l1, 9) : json_null());
-    json_object_set_new(t->header, "l2", bounded ? params_number(a->how.l2, 9) : json_null());
-    json_object_set_new(t->header, "sparsity", bounded ? json_null() : params_number(a->how.sparsity, 9));
+    json_object_set_new(t->header, "l1", bounded ? json_rounded(a->how.l1, 9) : json_null());
+    json_object_set_new(t->header, "l2", bounded ? json_rounded(a->how.l2, 9) : json_null());
+    json_object_set_new(t->header, "sparsity", bounded ? json_null() : json_rounded(a->how.sparsity, 9));
     json_t *const list = json_array();
     for (int64_t u = 0; u < t->units; u++)
         for (int64_t n = 0; n < t->unit[u].count; n++)
@@ -349,7 +349,7 @@ static exit_code save(tune *t)
     if (sorted)
         return sorted;
     output_file *const file = output_open(path, t->error);
-    return file && params_write(output_stream(file), path, t->header, t->error) && outputs_commit(t->error)
+    return file && json_write_lines(output_stream(file), path, t->header, t->error) && outputs_commit(t->error)
                ? EXIT_FINE
                : EXIT_FILE;
 }
@@ -359,7 +359,7 @@ static exit_code probe(tune *t)
 {
     const char *const path = t->args.attention.output;
     output_file *const file = output_open(path, t->error);
-    const bool ok = file && params_write(output_stream(file), path, t->header, t->error);
+    const bool ok = file && json_write_lines(output_stream(file), path, t->header, t->error);
     outputs_discard();
     return ok ? EXIT_FINE : EXIT_FILE;
 }
@@ -368,8 +368,8 @@ static json_t *errors_json(const sparge_tune_errors *e)
 {
     if (e->inputs == 0)
         return json_null();
-    return json_pack("{s:I, s:o, s:o, s:o}", "inputs", (json_int_t)e->inputs, "l1", params_number(e->mean, 6),
-                     "worst_l1", params_number(e->worst, 6), "sparsity", params_number(e->sparsity, 6));
+    return json_pack("{s:I, s:o, s:o, s:o}", "inputs", (json_int_t)e->inputs, "l1", json_rounded(e->mean, 6),
+                     "worst_l1", json_rounded(e->worst, 6), "sparsity", json_rounded(e->sparsity, 6));
 }
 
 static void finished(void *user, int64_t h)
@@ -384,8 +384,8 @@ static void finished(void *user, int64_t h)
     json_object_set_new(line, "in_sample", errors_json(&head->in_sample));
     json_object_set_new(line, "held_out", errors_json(&head->held_out));
     json_object_set_new(line, "held_out_first", errors_json(&head->held_out_first));
-    json_object_set_new(line, "equivalents", params_number(head->equivalents, 4));
-    json_object_set_new(line, "seconds", params_number(head->seconds, 4));
+    json_object_set_new(line, "equivalents", json_rounded(head->equivalents, 4));
+    json_object_set_new(line, "seconds", json_rounded(head->seconds, 4));
     if (json_array_append_new(json_object_get(t->header, "heads"), line))
         t->code = no_memory(t->error);
     else if (!t->code)
@@ -528,12 +528,12 @@ static exit_code report(const tune *t)
     return print_json(
         json_pack("{s:s, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
                   t->args.attention.output, "heads", (json_int_t)count, "dense", (json_int_t)dense, "backed_off",
-                  (json_int_t)backed, "sparsity", params_number(sum[0] / all, 6), "worst_l1",
-                  params_number(worst[0], 6), "judged", (json_int_t)judged, "held_out_sparsity",
-                  params_number(sum[1] / out, 6), "held_out_worst_l1", judged ? params_number(worst[1], 6) : json_null(),
+                  (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
+                  json_rounded(worst[0], 6), "judged", (json_int_t)judged, "held_out_sparsity",
+                  json_rounded(sum[1] / out, 6), "held_out_worst_l1", judged ? json_rounded(worst[1], 6) : json_null(),
                   "held_out_within_l2_first", (json_int_t)first, "held_out_within_l2", (json_int_t)last,
-                  "equivalents", params_number(sum[2] / all, 4), "seconds",
-                  params_number(progress_clock() - t->start, 4)),
+                  "equivalents", json_rounded(sum[2] / all, 4), "seconds",
+                  json_rounded(progress_clock() - t->start, 4)),
         t->error);
 }
 

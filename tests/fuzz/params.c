@@ -67,7 +67,7 @@ static void check_round_trip(const params *want, const sparge_options *o)
         require(json_array_append_new(heads, params_line(h->layer, h->head, false, &h->knobs)) == 0);
     }
     require(stream && json_object_set_new(header, "heads", heads) == 0);
-    require(params_write(stream, "fuzz", header, NULL) && fclose(stream) == 0);
+    require(json_write_lines(stream, "fuzz", header, NULL) && fclose(stream) == 0);
     json_decref(header);
     params got;
     require(params_read_memory(text, length, "fuzz", &got, NULL) == EXIT_FINE);

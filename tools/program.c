@@ -1,0 +1,164 @@
+/* program.c: what the programs have in common: they find the command, say in one line what went wrong, and print
+ * JSON. */
+#include "tools/program.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tools/options.h"
+#include "tools/output.h"
+
+/* ---- What the library answered ---- */
+
+exit_code library_result(sparge_status status, const sparge_error *why, file_error *error)
+{
+    static const exit_code codes[] = {
+        [SPARGE_OK] = EXIT_FINE,           [SPARGE_ERR_ARGUMENT] = EXIT_USAGE,
+        [SPARGE_ERR_SHAPE] = EXIT_FILE,    [SPARGE_ERR_UNSUPPORTED] = EXIT_UNSUPPORTED,
+        [SPARGE_ERR_MEMORY] = EXIT_MACHINE, [SPARGE_ERR_DEVICE] = EXIT_MACHINE,
+    };
+    if (status)
+        file_error_set(error, NULL, "%s%s", why->text, status == SPARGE_ERR_UNSUPPORTED
+                       ? "; 'sparge info' lists what can run here" : "");
+    return codes[status];
+}
+
+/* ---- JSON ---- */
+
+json_t *json_number(double x) { return isfinite(x) ? json_real(x) : json_null(); }
+
+exit_code flush_stdout(file_error *error)
+{
+    errno = 0;
+    if (fflush(stdout) == 0 && !ferror(stdout))
+        return EXIT_FINE;
+    file_error_set(error, NULL, "cannot write to standard output: %s; send it elsewhere",
+                   errno ? strerror(errno) : "an earlier write failed");
+    return EXIT_FILE;
+}
+
+exit_code print_json(json_t *object, file_error *error)
+{
+    if (!object) {
+        file_error_set(error, NULL, "no memory for the result");
+        return EXIT_MACHINE;
+    }
+    if (json_dumpf(object, stdout, JSON_REAL_PRECISION(9)) == 0)
+        putchar('\n');
+    json_decref(object);
+    return flush_stdout(error);
+}
+
+json_t *json_rounded(double x, int digits)
+{
+    char text[40];
+    if (!isfinite(x))
+        return json_null();
+    snprintf(text, sizeof text, "%.*g", digits, x);
+    return json_real(strtod(text, NULL));
+}
+
+bool json_write_lines(FILE *to, const char *path, const json_t *object, file_error *error)
+{
+    enum { STYLE = JSON_REAL_PRECISION(9) | JSON_ENCODE_ANY };
+    const char *key, *between = "{";
+    json_t *value;
+    bool ok = true;
+    errno = 0;
+    json_object_foreach((json_t *)object, key, value) {
+        fprintf(to, "%s\n \"%s\": ", between, key);
+        between = ",";
+        if (!json_is_array(value)) {
+            ok &= json_dumpf(value, to, STYLE) == 0;
+            continue;
+        }
+        for (size_t n = 0; n < json_array_size(value); n++) {
+            fputs(n ? ",\n  " : "[\n  ", to);
+            ok &= json_dumpf(json_array_get(value, n), to, STYLE) == 0;
+        }
+        fputs(json_array_size(value) ? "\n ]" : "[]", to);
+    }
+    fputs("\n}\n", to);
+    if (fflush(to) == 0 && ok && !ferror(to))
+        return true;
+    return file_error_set(error, path, "cannot write: %s; free some space or choose another folder",
+                          strerror(errno ? errno : EIO));
+}
+
+/* ---- Commands ---- */
+
+static void print_help(const program *p)
+{
+    printf("Usage: %s COMMAND [OPTION...]\n%s\n\n", p->name, p->about);
+    for (int n = 0; n < p->count; n++)
+        printf("  %s %-7s %s\n", p->name, p->commands[n].name, p->commands[n].what);
+    printf("\n'%s COMMAND --help' lists the options of a command, --version the version.\n"
+           "Exit status: 0 fine, 1 a comparison failed, 2 wrong usage, 3 a file cannot be read or\n"
+           "written or does not fit, 4 not supported here, 5 out of memory or a device error,\n"
+           "6 interrupted: what is done is kept, and the same command goes on.\n", p->name);
+}
+
+static exit_code unknown_command(const program *p, const char *name, file_error *error)
+{
+    const char *best = p->commands->name;
+    for (int n = 1; n < p->count; n++)
+        if (options_distance(name, p->commands[n].name) < options_distance(name, best))
+            best = p->commands[n].name;
+    file_error_set(error, NULL, "unknown command '%.60s': did you mean '%s'? '%s --help' lists all", name, best,
+                   p->name);
+    return EXIT_USAGE;
+}
+
+static exit_code dispatch(const program *p, int argc, char **argv, file_error *error)
+{
+    const char *const name = argc > 1 ? argv[1] : "";
+    for (int n = 0; n < p->count; n++)
+        if (strcmp(name, p->commands[n].name) == 0) {
+            char title[32];
+            snprintf(title, sizeof title, "%s %s", p->name, name);
+            argv[1] = title;
+            return p->commands[n].run(argc - 1, argv + 1, error);
+        }
+    if (strcmp(name, "--version") == 0)
+        printf("%s " SPARGE_VERSION "\n", p->name);
+    else if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0)
+        print_help(p);
+    else if (*name)
+        return unknown_command(p, name, error);
+    else
+        file_error_set(error, NULL, "a command is missing; '%s --help' lists them", p->name);
+    return *name ? EXIT_FINE : EXIT_USAGE;
+}
+
+int program_main(const program *p, int argc, char **argv)
+{
+    /* A file opened while a standard stream is closed would take its number, and its text. */
+    const bool no_stdout = fcntl(STDOUT_FILENO, F_GETFD) < 0;
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
+            return EXIT_FILE;
+    signal(SIGPIPE, SIG_IGN); /* a reader that went away is an error like a full disk */
+
+    file_error error = {""};
+    exit_code code = EXIT_FILE;
+    if (no_stdout)
+        file_error_set(&error, NULL, "standard output is closed; the result would be lost");
+    else
+        code = dispatch(p, argc, argv, &error);
+    outputs_discard();
+    if (code == EXIT_HELPED)
+        code = EXIT_FINE;
+    if (code <= EXIT_DIFFERENT) {
+        const exit_code printed = flush_stdout(&error);
+        code = printed ? printed : code;
+    }
+    if (code > EXIT_DIFFERENT || (code == EXIT_DIFFERENT && error.text[0]))
+        fprintf(stderr, "%s: %s\n", p->name, error.text);
+    return (int)code;
+}
