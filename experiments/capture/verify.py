@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import model as weights
 import smollm2
 
 TORCH = torch.__version__.split("+")[0]
@@ -110,7 +111,7 @@ def check_transformers(path: Path, manifest: dict, folder: Path, tokens: np.ndar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=smollm2.CACHE,
+    parser.add_argument("--cache", type=Path, default=weights.CACHE,
                         help="folder of the downloaded model (default: build/models)")
     parser.add_argument("--out", type=Path, default=smollm2.OUT,
                         help="folder that smollm2.py wrote (default: smollm2-135m)")
@@ -123,7 +124,7 @@ def main() -> None:
     sample = smollm2.find_sample(args.text)
     if sample.sha256 != manifest["text_sha256"]:
         smollm2.fail(f"{args.text} is not the text of {args.out}")
-    path = smollm2.fetch_model(args.cache)
+    path = weights.fetch(args.cache)
     reader = gguf.GGUFReader(path)
     model = smollm2.Model(reader)
     check_dequantisation(model.tensors)
