@@ -34,6 +34,6 @@ need_python() {
     cp "$requirements" "$stamp"
 }
 
-compiler_packages=(gcc libc6-dev cmake ninja-build pkg-config libjansson-dev libssl-dev libcairo2-dev fonts-dejavu-core)
+compiler_packages=(gcc libc6-dev cmake ninja-build pkg-config libjansson-dev libssl-dev libcairo2-dev libpcre2-dev fonts-dejavu-core)
 python_packages=(python3 python3-venv)
 emulator_packages=(bochs bochs-term binutils) # bochs-term: the least of the displays that bochs asks for

@@ -1,0 +1,104 @@
+/* checkpoint.h: the files of a model, memory-mapped: its sizes, its tensors by name, its tokens. Two kinds are
+ * read, a .gguf file (gguf.c), and a folder with config.json and .safetensors files (hf.c); above this header
+ * they look the same. */
+#ifndef SPARGE_LM_CHECKPOINT_H
+#define SPARGE_LM_CHECKPOINT_H
+
+#include "tools/program.h"
+
+/* ---- Tensors ---- */
+
+/* How elements stand in a file: one by one, or along a row in blocks of 32 (Q6_K: 256) small integers with a
+ * common step. */
+typedef enum tensor_type {
+    TENSOR_F32,
+    TENSOR_F16,
+    TENSOR_BF16,
+    TENSOR_Q8_0,
+    TENSOR_Q4_0,
+    TENSOR_Q4_1,
+    TENSOR_Q6_K
+} tensor_type;
+
+/* [rows][columns]; a vector is one row. */
+typedef struct tensor {
+    const char *name; /* as GGUF has it: "blk.0.attn_q.weight" */
+    tensor_type type;
+    int64_t rows, columns;
+    const uint8_t *data; /* in a mapped file */
+} tensor;
+
+const char *tensor_type_string(tensor_type type);
+
+/* Bytes of so many rows; 0 where columns are no whole blocks, or the product overflows. */
+size_t tensor_bytes(tensor_type type, int64_t rows, int64_t columns);
+
+/* Rows [first, first + rows) as floats [rows][columns]. */
+void tensor_read(const tensor *t, int64_t first, int64_t rows, float *to);
+
+/* ---- The model ---- */
+
+enum { LM_MAX_DIM = 256 }; /* channels of a head, as in sparge.h */
+
+typedef struct hyper {
+    char architecture[16], name[96];
+    int64_t layers, dim, hidden; /* hidden: of the feed-forward */
+    int64_t heads, kv_heads, head_dim;
+    int64_t vocab, context; /* tokens */
+    float rope_theta, rms_eps;
+    float rope_divisor[LM_MAX_DIM / 2]; /* of each channel pair's frequency: 1, but in Llama 3.1 and later */
+    bool interleaved; /* rows of q and k are in pairs that turn together, as GGUF has a llama; or in halves */
+    bool biases;      /* of q, k and v, as in Qwen2 */
+} hyper;
+
+/* A text in the file, without a zero at its end. */
+typedef struct span {
+    const char *text;
+    size_t length;
+} span;
+
+/* Of a byte-level BPE; empty where the files have none. */
+typedef struct vocabulary {
+    char splitter[24]; /* how text is cut before pairs are merged: smollm, llama-bpe, qwen2, gpt-2 */
+    span *token, *merge;
+    int64_t tokens, merges;
+    int64_t bos; /* -1: none is put first */
+} vocabulary;
+
+typedef struct checkpoint {
+    hyper hyper;
+    vocabulary vocabulary;
+    tensor *tensor; /* in the order of names */
+    int64_t tensors;
+    file_input *file; /* bytes of each are mapped */
+    int64_t files;
+    char **owned; /* names that are in no file */
+    int64_t owns;
+} checkpoint;
+
+/* After failure *out is all 0. EXIT_FILE for what is wrong with a file, EXIT_UNSUPPORTED for a model that is not
+ * known here, EXIT_MACHINE where it does not fit memory. */
+exit_code checkpoint_open(const char *path, checkpoint *out, file_error *error);
+void checkpoint_close(checkpoint *c);
+
+/* NULL where there is none of that name. */
+const tensor *checkpoint_find(const checkpoint *c, const char *name);
+
+/* ---- For the readers ---- */
+
+/* Maps one more file. */
+exit_code checkpoint_map(checkpoint *c, const char *path, file_error *error);
+
+/* A copy of a name that lives as long as the checkpoint; NULL: no memory. */
+const char *checkpoint_name(checkpoint *c, const char *text, size_t length);
+
+/* Do the sizes of the model fit together? */
+exit_code checkpoint_check(const checkpoint *c, const char *name, file_error *error);
+
+/* A GGUF file in memory; pointers go into it. */
+exit_code gguf_read(const file_input *file, checkpoint *out);
+
+/* A folder with config.json and .safetensors files. */
+exit_code hf_read(const char *folder, checkpoint *out, file_error *error);
+
+#endif

@@ -1,0 +1,145 @@
+/* choice.c: by which attention the model runs: reading what was asked for, and one call of the library. */
+#include "experiments/lm/choice.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tools/device.h"
+#include "tools/npy.h"
+#include "tools/params.h"
+
+static bool ends_with(const char *text, const char *end)
+{
+    const size_t length = strlen(text), ending = strlen(end);
+    return length > ending && strcmp(text + length - ending, end) == 0;
+}
+
+static exit_code read_thresholds(choice *c, const hyper *h, const char *name, file_error *error)
+{
+    params p;
+    exit_code code = params_read(c->path, &p, error);
+    if (!code)
+        code = params_check(&p, c->path, name, &c->options, error);
+    c->knobs = code ? NULL : calloc((size_t)(h->layers * h->heads), sizeof *c->knobs);
+    if (!code && !c->knobs) {
+        file_error_set(error, c->path, "no memory for its thresholds");
+        code = EXIT_MACHINE;
+    }
+    for (int64_t n = 0; n < h->layers * h->heads && !code; n++)
+        code = params_find(&p, c->path, n / h->heads, n % h->heads, &c->knobs[n], error);
+    params_free(&p);
+    return code;
+}
+
+static exit_code read_mask(choice *c, const hyper *h, file_error *error)
+{
+    if (!npy_read(c->path, &c->mask, error))
+        return EXIT_FILE;
+    const array *const m = &c->mask;
+    if ((m->type == ARRAY_U8 || m->type == ARRAY_BOOL) && m->rank == 4 && m->shape[1] == h->heads &&
+        (m->shape[0] == 1 || m->shape[0] == h->layers))
+        return EXIT_FINE;
+    char shape[ARRAY_SHAPE_TEXT];
+    array_shape_string(m->rank, m->shape, shape);
+    file_error_set(error, c->path, "is %s %s; a mask is u8 or bool, [%" PRId64 " layers or 1, %" PRId64
+                   " heads, query blocks, key blocks]", array_type_string(m->type), shape, h->layers, h->heads);
+    return EXIT_FILE;
+}
+
+exit_code choice_open(const char *text, const sparge_options *options, const hyper *h, const char *name, choice *out,
+                      file_error *error)
+{
+    const char *const slash = strrchr(text, '/');
+    *out = (choice){.name = slash ? slash + 1 : text, .options = *options};
+    exit_code code = EXIT_FINE;
+    if (strcmp(text, "f32") == 0 || strcmp(text, "int8") == 0) {
+        out->dense = true;
+        out->options.qk = out->options.pv = strcmp(text, "f32") == 0 ? SPARGE_FLOAT : SPARGE_INT8;
+    } else if (ends_with(text, ".json")) {
+        out->path = text;
+        code = read_thresholds(out, h, name, error);
+    } else if (ends_with(text, ".npy")) {
+        out->path = text;
+        code = read_mask(out, h, error);
+    } else if (strcmp(text, "sparse") != 0) {
+        file_error_set(error, NULL, "--attention is '%.60s', it must be f32, int8, sparse, a .json of thresholds or a "
+                       ".npy of masks", text);
+        code = EXIT_USAGE;
+    }
+    if (!code && out->path)
+        code = capture_sha256(out->path, out->sha256, error);
+    if (code)
+        choice_free(out);
+    return code;
+}
+
+void choice_free(choice *c)
+{
+    free(c->knobs);
+    array_free(&c->mask);
+    c->knobs = NULL;
+}
+
+/* The mask of one layer, from the file. */
+static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file_error *error)
+{
+    const array *const from = &c->mask;
+    if (from->shape[2] != to->q_blocks || from->shape[3] != to->k_blocks) {
+        file_error_set(error, c->path, "has %" PRId64 " query blocks and %" PRId64 " key blocks; this length has %" PRId64
+                       " and %" PRId64, from->shape[2], from->shape[3], to->q_blocks, to->k_blocks);
+        return EXIT_FILE;
+    }
+    const uint8_t *keep = from->data;
+    keep += (from->shape[0] > 1 ? layer : 0) * to->heads * to->q_blocks * to->k_blocks;
+    for (int64_t h = 0; h < to->heads; h++)
+        for (int64_t i = 0; i < to->q_blocks; i++)
+            for (int64_t j = 0; j < to->k_blocks; j++)
+                sparge_mask_set(to, 0, h, i, j, *keep++ != 0);
+    return EXIT_FINE;
+}
+
+exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o, measured *to,
+                        file_error *error)
+{
+    sparge_options options = c->options;
+    sparge_result result = {.o = *o};
+    sparge_mask mask = {0};
+    sparge_error why;
+    double seconds = 0.0;
+    if (c->knobs)
+        options.per_head = c->knobs + layer * problem->heads;
+    sparge_status status = SPARGE_OK;
+    exit_code code = EXIT_FINE;
+    if (c->mask.data) {
+        status = sparge_mask_alloc(&mask, problem, &options, &why);
+        if (!status)
+            code = take_mask(c, layer, &mask, error);
+    }
+    if (!status && !code && (c->dense || c->mask.data))
+        status = device_attend(problem, &options, c->dense ? NULL : &mask, &result, &seconds, &why);
+    else if (!status && !code)
+        status = device_attention(problem, &options, &result, &seconds, &why);
+    sparge_mask_free(&mask);
+    if (!code)
+        code = library_result(status, &why, error);
+    if (!code) {
+        to->layer[layer] = result.counts;
+        to->seconds += seconds;
+    }
+    return code;
+}
+
+sparge_counts measured_counts(const measured *m, int64_t layers)
+{
+    sparge_counts sum = {0};
+    for (int64_t n = 0; n < layers; n++) {
+        sum.pairs += m->layer[n].pairs;
+        sum.qk_done += m->layer[n].qk_done;
+        sum.pv_done += m->layer[n].pv_done;
+        sum.tokens += m->layer[n].tokens;
+        sum.qk_tokens += m->layer[n].qk_tokens;
+        sum.pv_tokens += m->layer[n].pv_tokens;
+    }
+    return sum;
+}

@@ -1,0 +1,38 @@
+/* choice.h: by which attention the model runs. */
+#ifndef SPARGE_LM_CHOICE_H
+#define SPARGE_LM_CHOICE_H
+
+#include "experiments/lm/model.h"
+#include "tools/capture.h"
+
+/* "f32" and "int8" are dense; "sparse" is SpargeAttn with the thresholds of the command line; a .json file has tuned
+ * ones for every head; a .npy file is a mask, [layers or 1][heads][query blocks][key blocks]. */
+typedef struct choice {
+    const char *name; /* as above; of a file without its folder */
+    const char *path; /* NULL: of no file */
+    char sha256[SHA256_TEXT]; /* of the file */
+    sparge_options options;
+    bool dense;
+    sparge_knobs *knobs; /* [layers][heads], of a .json */
+    array mask;          /* of a .npy */
+} choice;
+
+/* What a run of a model by it took, and what it left out. */
+typedef struct measured {
+    sparge_counts *layer; /* [layers] */
+    double seconds;       /* of attention, without its copies to a device */
+} measured;
+
+/* options: of the command line. name: of the model that thresholds must be for. */
+exit_code choice_open(const char *text, const sparge_options *options, const hyper *h, const char *name, choice *out,
+                      file_error *error);
+void choice_free(choice *c);
+
+/* Attention of a layer; adds to `to`. */
+exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o, measured *to,
+                        file_error *error);
+
+/* The sum over the layers. */
+sparge_counts measured_counts(const measured *m, int64_t layers);
+
+#endif

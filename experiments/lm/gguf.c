@@ -1,0 +1,380 @@
+/* gguf.c: GGUF files, versions 2 and 3: keys and values, a table of tensors, their data. Nothing in the file is
+ * believed before it is looked at. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "experiments/lm/checkpoint.h"
+
+enum { STRING_MAX = 1 << 20, KEYS_MAX = 1 << 16, TENSORS_MAX = 1 << 16, LIST_MAX = 1 << 22, SIDE_MAX = 1 << 24 };
+
+/* Types of values, by their numbers in the file. */
+enum { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64, TYPES };
+static const size_t size_of[TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+
+/* ---- Bytes, one after the other: after the first that is missing all are 0 ---- */
+
+typedef struct cursor {
+    const uint8_t *bytes;
+    size_t size, at;
+    bool ended;
+} cursor;
+
+static const uint8_t *take(cursor *c, uint64_t n)
+{
+    c->ended |= n > c->size - c->at;
+    if (c->ended)
+        return NULL;
+    c->at += (size_t)n;
+    return c->bytes + c->at - n;
+}
+
+static uint64_t number(cursor *c, size_t bytes)
+{
+    const uint8_t *const p = take(c, bytes);
+    uint64_t x = 0;
+    for (size_t n = 0; p && n < bytes; n++)
+        x |= (uint64_t)p[n] << (8 * n);
+    return x;
+}
+
+static span string(cursor *c)
+{
+    const uint64_t length = number(c, 8);
+    c->ended |= length > STRING_MAX;
+    const uint8_t *const p = take(c, length);
+    return (span){p ? (const char *)p : "", p ? (size_t)length : 0};
+}
+
+/* The type of its elements, and how many. */
+static uint32_t list_head(cursor *c, uint64_t *count)
+{
+    const uint32_t of = (uint32_t)number(c, 4);
+    *count = number(c, 8);
+    c->ended |= of >= TYPES || of == ARRAY || *count > LIST_MAX;
+    return of;
+}
+
+static void skip(cursor *c, uint32_t type)
+{
+    uint64_t count;
+    c->ended |= type >= TYPES;
+    if (c->ended) {
+        return;
+    } else if (type == STRING) {
+        string(c);
+    } else if (type == ARRAY) {
+        const uint32_t of = list_head(c, &count);
+        if (!c->ended && of != STRING)
+            take(c, count * size_of[of]);
+        for (uint64_t n = 0; !c->ended && of == STRING && n < count; n++)
+            string(c);
+    } else {
+        take(c, size_of[type]);
+    }
+}
+
+/* ---- Keys: each of these leaves a line and returns false, or goes on ---- */
+
+typedef struct reader {
+    const file_input *file;
+    cursor keys; /* at the first of them */
+    uint64_t count;
+    const char *architecture;
+} reader;
+
+static bool equals(span p, const char *text)
+{
+    return p.length == strlen(text) && memcmp(p.text, text, p.length) == 0;
+}
+
+/* A cursor at the value of a key, and its type; TYPES where there is no such key. */
+static uint32_t find(const reader *r, const char *key, cursor *at)
+{
+    *at = r->keys;
+    for (uint64_t n = 0; n < r->count; n++) {
+        const span name = string(at);
+        const uint32_t type = (uint32_t)number(at, 4);
+        if (equals(name, key))
+            return type;
+        skip(at, type);
+    }
+    return TYPES;
+}
+
+static bool has(const reader *r, const char *key)
+{
+    cursor at;
+    return find(r, key, &at) != TYPES;
+}
+
+static bool read_whole(const reader *r, const char *key, int64_t *to)
+{
+    cursor at;
+    const uint32_t type = find(r, key, &at);
+    if (type == TYPES)
+        return input_fail(r->file, "has no key '%s'", key);
+    if (type != U8 && type != U16 && type != U32 && type != U64 && type != I32)
+        return input_fail(r->file, "key '%s' is no whole number", key);
+    const uint64_t x = number(&at, size_of[type]);
+    *to = type == I32 ? (int32_t)x : x > INT64_MAX ? INT64_MAX : (int64_t)x;
+    return true;
+}
+
+static bool read_float(const reader *r, const char *key, float *to)
+{
+    cursor at;
+    if (find(r, key, &at) != F32)
+        return input_fail(r->file, "has no key '%s', a float32", key);
+    const uint32_t bits = (uint32_t)number(&at, 4);
+    memcpy(to, &bits, sizeof *to);
+    return true;
+}
+
+/* Empty where there is none. */
+static span read_string(const reader *r, const char *key)
+{
+    cursor at;
+    return find(r, key, &at) == STRING ? string(&at) : (span){"", 0};
+}
+
+static void copy_string(char *to, size_t size, span from)
+{
+    const size_t length = from.length < size ? from.length : size - 1;
+    memcpy(to, from.text, length);
+    to[length] = '\0';
+}
+
+/* "llama.block_count" and the like. */
+static const char *own(const reader *r, const char *key, char text[96])
+{
+    snprintf(text, 96, "%s.%s", r->architecture, key);
+    return text;
+}
+
+static bool read_hyper(reader *r, hyper *h)
+{
+    char key[96];
+    r->architecture = h->architecture;
+    if (!read_whole(r, own(r, "block_count", key), &h->layers) ||
+        !read_whole(r, own(r, "embedding_length", key), &h->dim) ||
+        !read_whole(r, own(r, "feed_forward_length", key), &h->hidden) ||
+        !read_whole(r, own(r, "attention.head_count", key), &h->heads) ||
+        !read_whole(r, own(r, "attention.head_count_kv", key), &h->kv_heads) ||
+        !read_whole(r, own(r, "context_length", key), &h->context) ||
+        !read_float(r, own(r, "attention.layer_norm_rms_epsilon", key), &h->rms_eps))
+        return false;
+    h->head_dim = h->heads > 0 ? h->dim / h->heads : 0;
+    if (has(r, own(r, "attention.key_length", key)) && !read_whole(r, key, &h->head_dim))
+        return false;
+    h->rope_theta = 10000.0f;
+    if (has(r, own(r, "rope.freq_base", key)) && !read_float(r, key, &h->rope_theta))
+        return false;
+    for (int n = 0; n < LM_MAX_DIM / 2; n++)
+        h->rope_divisor[n] = 1.0f;
+    return true;
+}
+
+/* ---- Tokens ---- */
+
+static exit_code read_list(const reader *r, const char *key, span **list, int64_t *size)
+{
+    cursor at;
+    uint64_t count;
+    if (find(r, key, &at) != ARRAY || list_head(&at, &count) != STRING)
+        return EXIT_FINE;
+    span *const to = *list = calloc((size_t)count + 1, sizeof *to);
+    if (!to) {
+        input_fail(r->file, "no memory for '%s'", key);
+        return EXIT_MACHINE;
+    }
+    *size = (int64_t)count;
+    for (uint64_t n = 0; n < count; n++)
+        to[n] = string(&at);
+    return EXIT_FINE;
+}
+
+static exit_code read_vocabulary(const reader *r, vocabulary *v)
+{
+    cursor at;
+    v->bos = -1;
+    if (equals(read_string(r, "tokenizer.ggml.model"), "gpt2")) /* GGUF's word for a byte-level BPE */
+        copy_string(v->splitter, sizeof v->splitter, read_string(r, "tokenizer.ggml.pre"));
+    if (find(r, "tokenizer.ggml.add_bos_token", &at) == BOOL && number(&at, 1) &&
+        !read_whole(r, "tokenizer.ggml.bos_token_id", &v->bos))
+        return EXIT_FILE;
+    const exit_code code = read_list(r, "tokenizer.ggml.tokens", &v->token, &v->tokens);
+    return code ? code : read_list(r, "tokenizer.ggml.merges", &v->merge, &v->merges);
+}
+
+/* ---- Tensors ---- */
+
+static bool type_of(uint64_t number, tensor_type *to)
+{
+    static const struct {
+        uint64_t number;
+        tensor_type type;
+    } types[] = {
+        {0, TENSOR_F32},  {1, TENSOR_F16},  {30, TENSOR_BF16}, {8, TENSOR_Q8_0},
+        {2, TENSOR_Q4_0}, {3, TENSOR_Q4_1}, {14, TENSOR_Q6_K},
+    };
+    for (size_t n = 0; n < sizeof types / sizeof *types; n++)
+        if (types[n].number == number) {
+            *to = types[n].type;
+            return true;
+        }
+    return false;
+}
+
+/* One entry of the table; the data of all begin at `base`. */
+static exit_code read_tensor(const reader *r, cursor *at, size_t base, checkpoint *out, tensor *t)
+{
+    const span name = string(at);
+    t->name = checkpoint_name(out, name.text, name.length);
+    if (!t->name) {
+        input_fail(r->file, "no memory for the names of its tensors");
+        return EXIT_MACHINE;
+    }
+    uint64_t side[4] = {1, 1, 1, 1};
+    const uint64_t rank = number(at, 4);
+    for (uint64_t k = 0; k < rank; k++)
+        side[k] = number(at, 8);
+    const uint64_t type = number(at, 4), offset = number(at, 8);
+    if (!type_of(type, &t->type)) {
+        input_fail(r->file, "tensor '%.80s' is of type %" PRIu64 " of ggml; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and "
+                   "Q6_K are known", t->name, type);
+        return EXIT_UNSUPPORTED;
+    }
+    if (rank > 2 || side[0] < 1 || side[1] < 1 || side[0] > SIDE_MAX || side[1] > SIDE_MAX) {
+        input_fail(r->file, "tensor '%.80s' is no vector and no matrix", t->name);
+        return EXIT_FILE;
+    }
+    t->columns = (int64_t)side[0];
+    t->rows = (int64_t)side[1];
+    const size_t bytes = tensor_bytes(t->type, t->rows, t->columns), size = r->file->size;
+    if (bytes == 0 || base > size || offset > size - base || bytes > size - base - offset) {
+        input_fail(r->file, bytes ? "tensor '%.80s' lies beyond the end of the file; is it cut short?"
+                                  : "tensor '%.80s' has rows that are no whole blocks", t->name);
+        return EXIT_FILE;
+    }
+    t->data = r->file->bytes + base + offset;
+    return EXIT_FINE;
+}
+
+static exit_code read_tensors(const reader *r, cursor table, uint64_t count, uint64_t alignment, checkpoint *out)
+{
+    cursor at = table;
+    for (uint64_t n = 0; n < count && !at.ended; n++) {
+        string(&at);
+        const uint64_t rank = number(&at, 4);
+        at.ended |= rank > 4;
+        take(&at, at.ended ? 0 : 8 * rank + 4 + 8);
+    }
+    if (at.ended) {
+        input_fail(r->file, "ends within its table of tensors; is it cut short?");
+        return EXIT_FILE;
+    }
+    const size_t base = (at.at + alignment - 1) / alignment * alignment;
+    out->tensor = calloc((size_t)count + 1, sizeof *out->tensor);
+    if (!out->tensor) {
+        input_fail(r->file, "no memory for its table of tensors");
+        return EXIT_MACHINE;
+    }
+    exit_code code = EXIT_FINE;
+    for (; out->tensors < (int64_t)count && !code; out->tensors++)
+        code = read_tensor(r, &table, base, out, &out->tensor[out->tensors]);
+    return code;
+}
+
+/* What Llama 3.1 and later divide the frequencies of the rotation by. */
+static bool read_divisors(const reader *r, const checkpoint *c, hyper *h)
+{
+    for (int64_t n = 0; n < c->tensors; n++) {
+        const tensor *const t = &c->tensor[n];
+        if (strcmp(t->name, "rope_freqs.weight") != 0)
+            continue;
+        if (t->rows != 1 || t->columns != h->head_dim / 2 || t->columns > LM_MAX_DIM / 2)
+            return input_fail(r->file, "'%s' does not have %" PRId64 " elements", t->name, h->head_dim / 2);
+        tensor_read(t, 0, 1, h->rope_divisor);
+    }
+    return true;
+}
+
+/* ---- The file ---- */
+
+/* What would be computed wrongly if it were not refused. */
+static exit_code check_kind(const reader *r, hyper *h)
+{
+    char key[96];
+    copy_string(h->architecture, sizeof h->architecture, read_string(r, "general.architecture"));
+    copy_string(h->name, sizeof h->name, read_string(r, "general.name"));
+    h->interleaved = strcmp(h->architecture, "llama") == 0;
+    h->biases = strcmp(h->architecture, "qwen2") == 0;
+    snprintf(key, sizeof key, "%s.rope.scaling.type", h->architecture);
+    const span scaling = read_string(r, key);
+    snprintf(key, sizeof key, "%s.expert_count", h->architecture);
+    if (!h->interleaved && !h->biases)
+        input_fail(r->file, "is of the architecture '%s'; llama and qwen2 are known", h->architecture);
+    else if (has(r, key))
+        input_fail(r->file, "has experts; dense models are known");
+    else if (scaling.length && !equals(scaling, "none"))
+        input_fail(r->file, "has rope scaling of the kind '%.*s', which is not known", (int)scaling.length, scaling.text);
+    else
+        return EXIT_FINE;
+    return EXIT_UNSUPPORTED;
+}
+
+/* The magic, the version, and how many tensors and keys there are. */
+static bool read_head(const file_input *file, cursor *at, uint64_t *tensors, uint64_t *keys)
+{
+    const uint8_t *const magic = take(at, 4);
+    if (!magic || memcmp(magic, "GGUF", 4) != 0)
+        return input_fail(file, "is no GGUF file");
+    const uint64_t version = number(at, 4);
+    *tensors = number(at, 8);
+    *keys = number(at, 8);
+    if (version != 2 && version != 3)
+        return input_fail(file, "is of GGUF version %" PRIu64 "; 2 and 3 are known", version);
+    if (*tensors > TENSORS_MAX || *keys > KEYS_MAX)
+        return input_fail(file, "has %" PRIu64 " tensors and %" PRIu64 " keys, too many to be true", *tensors, *keys);
+    return true;
+}
+
+/* Sees that all keys are there; leaves the cursor behind them. */
+static bool pass_keys(const reader *r, cursor *at, int64_t *alignment)
+{
+    for (uint64_t n = 0; n < r->count && !at->ended; n++) {
+        string(at);
+        skip(at, (uint32_t)number(at, 4));
+    }
+    if (at->ended)
+        return input_fail(r->file, "ends within its keys; is it cut short?");
+    *alignment = 32;
+    if (has(r, "general.alignment") && !read_whole(r, "general.alignment", alignment))
+        return false;
+    return (*alignment >= 1 && *alignment <= 1 << 16) ||
+           input_fail(r->file, "'general.alignment' is %" PRId64 ", it must be 1 to 65536", *alignment);
+}
+
+exit_code gguf_read(const file_input *file, checkpoint *out)
+{
+    cursor at = {file->bytes, file->size, 0, false};
+    reader r = {.file = file};
+    uint64_t tensors = 0;
+    int64_t alignment;
+    if (!read_head(file, &at, &tensors, &r.count))
+        return EXIT_FILE;
+    r.keys = at;
+    if (!pass_keys(&r, &at, &alignment))
+        return EXIT_FILE;
+    exit_code code = check_kind(&r, &out->hyper);
+    if (!code && !read_hyper(&r, &out->hyper))
+        code = EXIT_FILE;
+    if (!code)
+        code = read_vocabulary(&r, &out->vocabulary);
+    if (!code)
+        code = read_tensors(&r, at, tensors, (uint64_t)alignment, out);
+    if (!code && !read_divisors(&r, out, &out->hyper))
+        code = EXIT_FILE;
+    return code;
+}

@@ -1,0 +1,365 @@
+/* lm.c: what the commands of sparge-lm have in common. */
+#include "experiments/lm/lm.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "experiments/lm/matmul.h"
+#include "tools/npy.h"
+#include "tools/params.h"
+
+/* ---- The command line ---- */
+
+enum { ATTENTION = 1024, LENGTH, MODEL, CSV };
+
+static const struct argp_option lm_options[] = {
+    {0, 0, 0, 0, "What is run:", 0},
+    {"attention", ATTENTION, "WHICH,...", 0, "f32 and int8 are dense, sparse is SpargeAttn with the thresholds below, a "
+     ".json has tuned ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)", 0},
+    {"length", LENGTH, "N,...", 0, "tokens from the start of each text (all of it)", 0},
+    {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)", 0},
+    {"csv", CSV, "FILE", 0, "write the rows as a table too, at the end", 0},
+    {0},
+};
+
+error_t lm_list(struct argp_state *state, const char *name, const char *text, int64_t low, int64_t high, int64_t *to,
+                int *count)
+{
+    *count = 0;
+    for (const char *at = text; at;) {
+        char item[64]; /* what is cut off is wrong in any case */
+        const size_t length = strcspn(at, ",");
+        snprintf(item, sizeof item, "%.*s", (int)(length < sizeof item ? length : sizeof item), at);
+        if (*count == LM_LIST)
+            return options_wrong(state, "%s has more than %d items", name, LM_LIST);
+        const error_t error = options_whole(state, name, item, low, high, &to[*count]);
+        if (error)
+            return error;
+        ++*count;
+        at = at[length] ? at + length + 1 : NULL;
+    }
+    return 0;
+}
+
+/* "f32,a.json": each is a choice more. */
+static error_t add_choices(struct argp_state *state, lm_args *a, char *text)
+{
+    char *rest;
+    for (char *item = strtok_r(text, ",", &rest); item; item = strtok_r(NULL, ",", &rest)) {
+        if (a->choices == LM_LIST)
+            return options_wrong(state, "--attention has more than %d items", LM_LIST);
+        for (int n = 0; n < a->choices; n++)
+            if (strcmp(a->choice[n], item) == 0)
+                return options_wrong(state, "--attention has '%.60s' twice", item);
+        a->choice[a->choices++] = item;
+    }
+    return 0;
+}
+
+static error_t check_args(struct argp_state *state, const lm_args *a)
+{
+    const sparge_options *const o = &a->attention.options;
+    if (a->attention.files == 0)
+        return options_wrong(state, "give a model: a .gguf file, or a folder with config.json");
+    if (o->causal != SPARGE_CAUSAL_NONE || o->scale != 0.0f || a->attention.nhd)
+        return options_wrong(state, "--causal, --scale and --layout are the model's: leave them out");
+    if (o->rules != SPARGE_RULES_DEFAULT)
+        return options_wrong(state, "--rules other than the default are not for a model");
+    return 0;
+}
+
+static error_t lm_parser(int key, char *text, struct argp_state *state)
+{
+    lm_args *const a = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case ARGP_KEY_ARG:
+        if (a->attention.files == 0) {
+            a->attention.file[a->attention.files++] = text;
+            return 0;
+        }
+        if (a->texts == sizeof a->text / sizeof *a->text)
+            return options_wrong(state, "'%.60s' is one text too many", text);
+        a->text[a->texts++] = text;
+        return 0;
+    case ATTENTION: return add_choices(state, a, text);
+    case LENGTH: return lm_list(state, "--length", text, 2, 1 << 24, a->length, &a->lengths);
+    case MODEL: a->name = text; return 0;
+    case CSV: a->csv = text; return 0;
+    case ARGP_KEY_END: return check_args(state, a);
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp shared = {.options = attention_options, .parser = attention_parser};
+static const struct argp_child lm_children[] = {{&shared, 0, NULL, 0}, {0}};
+const struct argp lm_argp = {.options = lm_options, .parser = lm_parser, .children = lm_children};
+
+/* ---- Opening ---- */
+
+static const char *base_name(const char *path)
+{
+    const char *const slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
+/* Token numbers from a .npy of whole numbers, [N] or [1, N]. */
+static exit_code read_numbers(lm_text *t, file_error *error)
+{
+    array from;
+    if (!npy_read(t->path, &from, error))
+        return EXIT_FILE;
+    const int64_t count = array_count(&from);
+    const bool wide = from.type == ARRAY_I64, whole = wide || from.type == ARRAY_I32;
+    exit_code code = EXIT_FINE;
+    if (!whole || from.rank < 1 || from.shape[from.rank - 1] != count) {
+        file_error_set(error, t->path, "must hold int32 or int64 of one axis, the numbers of tokens");
+        code = EXIT_FILE;
+    }
+    t->token = code ? NULL : malloc(((size_t)count + 1) * sizeof *t->token);
+    if (!code && !t->token) {
+        file_error_set(error, t->path, "no memory for its %" PRId64 " tokens", count);
+        code = EXIT_MACHINE;
+    }
+    for (int64_t n = 0; n < count && !code; n++) {
+        const int64_t x = wide ? ((const int64_t *)from.data)[n] : ((const int32_t *)from.data)[n];
+        t->token[n] = x < 0 || x > INT32_MAX ? -1 : (int32_t)x;
+    }
+    t->tokens = code ? 0 : count;
+    array_free(&from);
+    return code;
+}
+
+exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token, int64_t *tokens)
+{
+    exit_code code = m->tokenizer ? EXIT_FINE : tokenizer_open(&m->files, &m->tokenizer, m->error);
+    if (!code)
+        code = tokenizer_encode(m->tokenizer, name, bytes, size, token, tokens, m->error);
+    return code;
+}
+
+static exit_code read_text(lm *m, lm_text *t, const char *path)
+{
+    *t = (lm_text){.path = path, .name = base_name(path)};
+    const size_t length = strlen(path);
+    size_t size;
+    exit_code code = capture_sha256(path, t->sha256, m->error);
+    if (code)
+        return code;
+    if (length > 4 && strcmp(path + length - 4, ".npy") == 0) {
+        code = read_numbers(t, m->error);
+    } else {
+        char *const bytes = input_text(path, &size, m->error);
+        code = bytes ? lm_encode(m, path, bytes, size, &t->token, &t->tokens) : EXIT_FILE;
+        if (!code && m->files.vocabulary.bos >= 0) { /* there is room for it */
+            memmove(t->token + 1, t->token, (size_t)t->tokens++ * sizeof *t->token);
+            t->token[0] = (int32_t)m->files.vocabulary.bos;
+        }
+        free(bytes);
+    }
+    for (int64_t n = 0; n < t->tokens && !code; n++)
+        if (t->token[n] < 0 || t->token[n] >= m->hyper->vocab) {
+            file_error_set(m->error, path, "token %" PRId64 " is no number from 0 to %" PRId64 ", which %s has", n,
+                           m->hyper->vocab - 1, m->name);
+            code = EXIT_FILE;
+        }
+    return code;
+}
+
+static exit_code open_choices(lm *m)
+{
+    static const char *const usual[] = {"f32", "sparse"};
+    const lm_args *const a = m->args;
+    sparge_options options = a->attention.options;
+    options.causal = SPARGE_CAUSAL_END;
+    exit_code code = EXIT_FINE;
+    for (int n = 0; n < (a->choices ? a->choices : 2) && !code; n++) {
+        code = choice_open(a->choices ? a->choice[n] : usual[n], &options, m->hyper, m->name, &m->choice[n], m->error);
+        m->choices += !code;
+    }
+    return code;
+}
+
+exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args)
+{
+    *m = (lm){.args = args, .error = input->error};
+    exit_code code = attention_parse(argp, argc, argv, input, &args->attention);
+    if (!code)
+        code = checkpoint_open(args->attention.file[0], &m->files, m->error);
+    if (!code)
+        code = model_open(&m->files, &m->model, m->error);
+    if (code)
+        return code;
+    m->hyper = model_hyper(m->model);
+    m->name = args->name ? args->name : m->hyper->name;
+    m->measured.layer = calloc((size_t)m->hyper->layers, sizeof *m->measured.layer);
+    m->text = calloc((size_t)args->texts + 1, sizeof *m->text);
+    if (!m->measured.layer || !m->text) {
+        file_error_set(m->error, NULL, "no memory for %d texts", args->texts);
+        return EXIT_MACHINE;
+    }
+    for (; m->texts < args->texts && !code; m->texts++)
+        code = read_text(m, &m->text[m->texts], args->text[m->texts]);
+    return code ? code : open_choices(m);
+}
+
+void lm_close(lm *m)
+{
+    for (int n = 0; n < m->texts; n++)
+        free(m->text[n].token);
+    for (int n = 0; n < m->choices; n++)
+        choice_free(&m->choice[n]);
+    free(m->text);
+    free(m->measured.layer);
+    rows_free(&m->rows);
+    tokenizer_close(m->tokenizer);
+    model_close(m->model);
+    checkpoint_close(&m->files);
+}
+
+exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
+{
+    if (t->tokens < tokens)
+        file_error_set(m->error, t->path, "has %" PRId64 " tokens, and %" PRId64 " are asked for", t->tokens, tokens);
+    else if (tokens > m->hyper->context)
+        file_error_set(m->error, t->path, "%" PRId64 " tokens are more than the %" PRId64 " that %s was made for; give a "
+                       "smaller --length", tokens, m->hyper->context, m->name);
+    else if (tokens < 2)
+        file_error_set(m->error, t->path, "has %" PRId64 " tokens; there is nothing to predict", tokens);
+    else
+        return EXIT_FINE;
+    return EXIT_FILE;
+}
+
+/* ---- Running ---- */
+
+static volatile sig_atomic_t interrupted;
+static void interrupt(int number) { interrupted = number; }
+
+/* Thresholds and block sizes of `sparse` and of masks. */
+static json_t *describe_options(const sparge_options *o)
+{
+    json_t *const json = params_header(NULL, o);
+    const sparge_knobs *const k = &o->knobs;
+    json_object_del(json, "sparge_params");
+    json_object_del(json, "model");
+    json_object_set_new(json, "theta", json_rounded((double)k->theta, 9));
+    json_object_set_new(json, "tau", json_rounded((double)k->tau, 9));
+    json_object_set_new(json, "topk", json_rounded((double)k->topk, 9));
+    json_object_set_new(json, "lambda", json_rounded((double)k->lambda, 9));
+    json_object_set_new(json, "backend", json_string(sparge_backend_string(o->backend)));
+    return json;
+}
+
+exit_code lm_begin(lm *m, const char *command, json_t *extra)
+{
+    const file_input *const file = &m->files.file[0];
+    json_t *const settings = json_pack(
+        "{s:s, s:s, s:{s:s, s:s, s:I}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model", "name", m->name,
+        "file", base_name(file->name), "bytes", (json_int_t)file->size, "matmul", matmul_by(), "options",
+        describe_options(&m->args->attention.options));
+    if (extra && settings)
+        json_object_update(settings, extra);
+    json_decref(extra);
+    const exit_code code = rows_open(&m->rows, m->args->attention.output, settings, m->error);
+    signal(SIGINT, interrupt);
+    signal(SIGTERM, interrupt);
+    m->watch = progress_begin(command);
+    return code;
+}
+
+json_t *lm_job(const choice *c, const lm_text *t, int64_t tokens)
+{
+    return json_pack("{s:s, s:s?, s:s, s:s, s:I}", "attention", c->name, "attention_sha256", c->path ? c->sha256 : NULL,
+                     "text", t->name, "text_sha256", t->sha256, "tokens", (json_int_t)tokens);
+}
+
+/* In some unit: products with weights grow with the tokens, attention with their square. */
+static double work_of(int64_t tokens) { return (double)tokens * (1.0 + (double)tokens / 16384.0); }
+
+void lm_expect(lm *m, int64_t tokens, double runs) { m->work += runs * work_of(tokens); }
+
+bool lm_has(lm *m, json_t *job)
+{
+    const bool found = rows_find(&m->rows, job) != NULL;
+    if (!found)
+        return false;
+    m->work -= work_of(json_integer_value(json_object_get(job, "tokens")));
+    json_decref(job);
+    return true;
+}
+
+float *lm_hidden(const lm *m, int64_t tokens)
+{
+    float *const hidden = malloc((size_t)(tokens * m->hyper->dim) * sizeof *hidden);
+    if (!hidden)
+        file_error_set(m->error, NULL, "no memory for the activations of %" PRId64 " tokens", tokens);
+    return hidden;
+}
+
+/* What the model's callback is given. */
+typedef struct run {
+    lm *m;
+    const choice *c;
+} run;
+
+static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o, file_error *error)
+{
+    lm *const m = ((run *)user)->m;
+    if (interrupted) {
+        file_error_set(error, m->args->attention.output, m->args->attention.output
+                       ? "interrupted: it has %zu rows; the same command goes on" : "interrupted; with -o FILE rows are kept",
+                       json_array_size(rows_list(&m->rows)));
+        return EXIT_UNFINISHED;
+    }
+    progress_tick(&m->watch, (m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers) / m->work);
+    const exit_code code = m->visit ? m->visit(m->user, layer, problem, error) : EXIT_FINE;
+    return code ? code : choice_attend(((run *)user)->c, layer, problem, o, &m->measured, error);
+}
+
+exit_code lm_run(lm *m, const choice *c, const int32_t *token, int64_t tokens, float *hidden)
+{
+    run r = {m, c};
+    const attender how = {attend, &r};
+    const double start = progress_clock();
+    m->measured.seconds = 0.0;
+    const exit_code code = model_run(m->model, token, tokens, &how, hidden, m->error);
+    m->seconds = progress_clock() - start;
+    m->done += work_of(tokens);
+    return code;
+}
+
+/* Of every layer. */
+static json_t *list_layers(const lm *m, double (*share)(const sparge_counts *))
+{
+    json_t *const list = json_array();
+    for (int64_t n = 0; n < m->hyper->layers; n++)
+        json_array_append_new(list, json_rounded(share(&m->measured.layer[n]), 6));
+    return list;
+}
+
+void lm_describe(const lm *m, json_t *row)
+{
+    const sparge_counts all = measured_counts(&m->measured, m->hyper->layers);
+    json_object_set_new(row, "sparsity", json_rounded(sparge_sparsity(&all), 6));
+    json_object_set_new(row, "sparsity_qk", json_rounded(sparge_sparsity_qk(&all), 6));
+    json_object_set_new(row, "seconds", json_rounded(m->seconds, 4));
+    json_object_set_new(row, "seconds_attention", json_rounded(m->measured.seconds, 4));
+    json_object_set_new(row, "layers_sparsity", list_layers(m, sparge_sparsity));
+    json_object_set_new(row, "layers_sparsity_qk", list_layers(m, sparge_sparsity_qk));
+}
+
+exit_code lm_finish(lm *m, json_t *summary)
+{
+    progress_end(&m->watch);
+    const exit_code code = m->args->csv ? rows_csv(&m->rows, m->args->csv, m->error) : EXIT_FINE;
+    if (code) {
+        json_decref(summary);
+        return code;
+    }
+    json_object_set_new(m->rows.all, "summary", summary);
+    return print_json(json_incref(m->rows.all), m->error);
+}

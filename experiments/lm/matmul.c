@@ -1,0 +1,99 @@
+/* matmul.c: activations times weights: by oneDNN or a BLAS where the build found one, or else by the plain loop. */
+#include "experiments/lm/matmul.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(LM_ONEDNN)
+#include <oneapi/dnnl/dnnl.h>
+#elif defined(LM_CBLAS)
+#include <cblas.h>
+#endif
+
+enum { PIECE = 512 }; /* rows of the weights that are floats at a time */
+
+#if defined(LM_ONEDNN)
+
+const char *matmul_by(void) { return "oneDNN"; }
+
+/* y [rows][width] of rows `stride` apart = x [rows][n] w [width][n]^T */
+static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, int64_t width, float *y, int64_t stride)
+{
+    return dnnl_sgemm('N', 'T', rows, width, n, 1.0f, x, n, w, n, 0.0f, y, stride) == dnnl_success;
+}
+
+#elif defined(LM_CBLAS)
+
+const char *matmul_by(void) { return "OpenBLAS"; }
+
+static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, int64_t width, float *y, int64_t stride)
+{
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)rows, (int)width, (int)n, 1.0f, x, (int)n, w, (int)n,
+                0.0f, y, (int)stride);
+    return true;
+}
+
+#else
+
+const char *matmul_by(void) { return "plain"; }
+
+enum { TILE = 4, LANES = 8 };
+
+/* A tile of TILE x TILE sums, each in LANES parts, so that a compiler makes vectors of them. */
+#if defined(__x86_64__)
+__attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#endif
+static void
+tile(const float *x, const float *w, int64_t n, int64_t rows, int64_t columns, float *y, int64_t stride)
+{
+    float part[TILE][TILE][LANES] = {0};
+    for (int64_t c = 0; c < n; c += LANES) {
+        const int lanes = n - c < LANES ? (int)(n - c) : LANES;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t k = 0; k < columns; k++)
+                for (int lane = 0; lane < lanes; lane++)
+                    part[r][k][lane] += x[r * n + c + lane] * w[k * n + c + lane];
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < columns; k++) {
+            float sum = 0.0f;
+            for (int lane = 0; lane < LANES; lane++)
+                sum += part[r][k][lane];
+            y[r * stride + k] = sum;
+        }
+}
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, int64_t width, float *y, int64_t stride)
+{
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r += TILE)
+        for (int64_t k = 0; k < width; k += TILE)
+            tile(x + r * n, w + k * n, n, least(TILE, rows - r), least(TILE, width - k), y + r * stride + k, stride);
+    return true;
+}
+
+#endif
+
+bool matmul(const float *x, int64_t rows, const tensor *w, const tensor *bias, float *y)
+{
+    const int64_t n = w->columns, width = w->rows;
+    float *const piece = malloc((size_t)PIECE * (size_t)n * sizeof *piece);
+    float *const add = malloc((size_t)width * sizeof *add);
+    bool ok = piece && add;
+    for (int64_t first = 0; first < width && ok; first += PIECE) {
+        const int64_t count = width - first < PIECE ? width - first : PIECE;
+        tensor_read(w, first, count, piece);
+        ok = multiply(x, rows, n, piece, count, y + first, width);
+    }
+    if (ok && bias) {
+        tensor_read(bias, 0, 1, add);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < width; c++)
+                y[r * width + c] += add[c];
+    }
+    free(piece);
+    free(add);
+    return ok;
+}
