@@ -8,33 +8,25 @@ README. A machine that others use gives wrong ratios: the benchmark refuses seve
 import argparse
 import csv
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from harness import ROOT, fill_in, machine_line, run_json, write_csv  # noqa: E402
+
 CAPTURE = ROOT / "experiments/capture/smollm2-135m"
 CHOSEN = ["--sink", "--theta", "0.4", "--tau", "0.98", "--lambda=-5"]  # as experiments/attention_map
 LONG = 131072
 
 
-def sparge(program, *options):
-    """What the program printed, as an object. A benchmark that could not measure ends everything."""
-    done = subprocess.run([program, *map(str, options)], capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"sparge {' '.join(map(str, options))}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
-
-
 def bench(program, cases, *options):
-    found = sparge(program, "bench", "--json", *options)
+    found = run_json(program, "bench", "--json", *options)
     cases.extend(found)
     return found
 
@@ -76,7 +68,7 @@ def relative_l1(program, *options):
         files = [str(Path(folder) / f"{name}.npy") for name in "qkv"]
         for file in files:
             np.save(file, draw.standard_normal((2048, 128), dtype=np.float32))
-        return sparge(program, "run", *files, "--dense", "--check", *options)["l1"]
+        return run_json(program, "run", *files, "--dense", "--check", *options)["l1"]
 
 
 def workspace(program):
@@ -85,7 +77,7 @@ def workspace(program):
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "x.npy")
         np.save(file, draw.standard_normal((LONG, 128), dtype=np.float32))
-        return sparge(program, "run", file, file, file, "--theta", -1, "--tau", 0)["workspace_bytes"]
+        return run_json(program, "run", file, file, file, "--theta", -1, "--tau", 0)["workspace_bytes"]
 
 
 def captured(program, cases, repeat):
@@ -94,7 +86,7 @@ def captured(program, cases, repeat):
     for file in sorted(CAPTURE.glob("*.safetensors")):
         found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat", repeat, *CHOSEN)
         row = one(found, "int8/int8 predicted causal")
-        check = sparge(program, "run", file, "--causal", "--check", *CHOSEN)
+        check = run_json(program, "run", file, "--causal", "--check", *CHOSEN)
         rows.append((file.stem, row["speedup_vs_f32"], row["sparsity"], check["l1"]))
     return rows
 
@@ -169,30 +161,12 @@ def figures(program, repeat):
     return cases, rows
 
 
-def machine_line(cases):
-    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                 platform.machine())
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    compiler = subprocess.run(["gcc", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-    return (f"{model}, {len(set(r['threads'] for r in cases))} cores, {cases[0]['isa']}; {compiler}; "
-            f"commit {commit.stdout.strip()}; {date.today()}")
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        out = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        out.writeheader()
-        out.writerows(rows)
-
-
 def write_readme(rows, machine):
-    begin, end = "<!-- cpu_speed -->", "<!-- /cpu_speed -->"
-    table = ["| figure | at least | goal | measured |", "|---|---|---|---|"]
+    table = [f"{machine}. Command: `experiments/cpu_speed/run.py --readme`.", "",
+             "| figure | at least | goal | measured |", "|---|---|---|---|"]
     table += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    middle = f"\n{machine}. Command: `experiments/cpu_speed/run.py --readme`.\n\n" + "\n".join(table) + "\n"
     for path in (ROOT / "README.md", ROOT / "cpu/README.md"):
-        text = path.read_text()
-        path.write_text(text[:text.index(begin) + len(begin)] + middle + text[text.index(end):])
+        fill_in(path, "cpu_speed", table)
 
 
 def main():
@@ -202,7 +176,7 @@ def main():
     parser.add_argument("--readme", action="store_true", help="write the table into README.md too")
     args = parser.parse_args()
     cases, rows = figures(args.sparge, args.repeat)
-    machine = machine_line(cases)
+    machine = machine_line(len(set(r["threads"] for r in cases)), cases[0]["isa"])
     write_csv(HERE / "cases.csv", cases)
     write_csv(HERE / "table.csv", rows)
     (HERE / "machine.txt").write_text(machine + "\n")

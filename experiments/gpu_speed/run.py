@@ -26,7 +26,10 @@ from datetime import date
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from harness import ROOT, fill_in, read_csv  # noqa: E402
+
 
 F16, REF, CUDA, CAUSAL_END, INT8, FLOAT, HALF, FP8 = 1, 1, 3, 1, 0, 2, 3, 4  # of sparge.h
 PV = {"float": FLOAT, "int8": INT8, "f16": HALF, "fp8": FP8}
@@ -698,20 +701,14 @@ def readme_table(rows):
 
 
 def write_readme(folder, readme):
-    begin, end = "<!-- gpu_speed -->", "<!-- /gpu_speed -->"
-    text = readme.read_text()
-    if begin not in text or end not in text:
-        sys.exit(f"{readme} has no {begin} and {end}")
     path, rows = folder / "results.csv", []
     note = "These kernels have never run on a GPU; no figure stands here until they have."
     if path.exists():
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path)
         machine = folder / "machine.txt"
         note = machine.read_text().strip() if machine.exists() else "Machine unknown"
         note += f". D = 128, {rows[0]['heads']} heads."
-    table = f"\n{note} Command: `gpu/on_gpu.sh`.\n\n" + "\n".join(readme_table(rows)) + "\n"
-    readme.write_text(text[:text.index(begin) + len(begin)] + table + text[text.index(end):])
+    fill_in(readme, "gpu_speed", [f"{note} Command: `gpu/on_gpu.sh`.", "", *readme_table(rows)])
 
 
 def check_one(lib, rung, pv):

@@ -233,8 +233,8 @@ exit_code needle_command(int argc, char **argv, file_error *error)
 {
     needle_args a = {
         .base = {error}, .depths = 5, .needles = 4, .digits = 5, .seed = 1,
-        .needle = "\nThe pass key is {}. Remember it: {} is the pass key.\n",
-        .question = "\nThe pass key is",
+        .needle = "\nThe pass key is {}. Remember it. The pass key is {}.\n",
+        .question = "\nWhat is the pass key? The pass key is",
     };
     lm m;
     exit_code code = lm_open(&m, &needle_argp, argc, argv, &a.base, &a.lm);

@@ -23,7 +23,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from harness import ROOT, fill_in, read_csv, run_json, write_csv  # noqa: E402
+
 CAPTURE = ROOT / "experiments/capture/smollm2-135m"
 OTHER = ROOT / "experiments/capture/smollm2-135m-stb_image"
 # (l1, l2) of Sec 4.1: Llama3.1; SD3.5 and Flux; CogvideoX and Mochi; Open-Sora-Plan.
@@ -36,31 +39,11 @@ TABLE = ["l1", "l2", "layer", "head", "theta", "tau", "lambda", "dense", "back_o
          "first_sparsity_out", "first_l1_out", "sparsity_out", "l1_out", "equivalents", "seconds"]
 
 
-def sparge(program, *options):
-    """What the program printed, as an object."""
-    done = subprocess.run([program, *map(str, options)], capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"sparge {' '.join(map(str, options))}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
-
-
 def tune(program, captures, output, l1, l2, *options):
     """Tunes from the beginning; the heads of the file, and the program's summary."""
     Path(output).unlink(missing_ok=True)
-    summary = sparge(program, "tune", *captures, "-o", output, "--l1", l1, "--l2", l2, *MODE, *options)
+    summary = run_json(program, "tune", *captures, "-o", output, "--l1", l1, "--l2", l2, *MODE, *options)
     return json.loads(Path(output).read_text())["heads"], summary
-
-
-def write(name, columns, rows):
-    with open(HERE / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read(name):
-    with open(HERE / name, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def row_of(head, l1, l2):
@@ -84,7 +67,7 @@ def committed(args):
         print(f"{l1:>6}, {l2:>4} {summary['sparsity']:8.3f} {first:11.3f}, {summary['held_out_within_l2_first']} of "
               f"{len(heads)} hold {summary['held_out_sparsity']:5.3f}, {summary['held_out_within_l2']:4} "
               f"{summary['equivalents']:8.2f} {statistics.median(h['seconds'] for h in heads):6.2f}", flush=True)
-    write("table.csv", TABLE, rows)
+    write_csv(HERE / "table.csv", columns=TABLE, rows=rows)
 
 
 # ---- Against whole calls ----------------------------------------------------------------------
@@ -119,7 +102,7 @@ def grid(args):
         heads, _ = tune(args.sparge, [CAPTURE], Path(folder) / "params.json", l1, l2)
     rows += [{"search": "tuner", "sparsity": head["in_sample"]["sparsity"], "l1": head["in_sample"]["l1"]} |
              {key: head[key] for key in GRID if key in head} for head in heads]
-    write("grid.csv", GRID, sorted(rows, key=lambda row: (row["layer"], row["head"])))
+    write_csv(HERE / "grid.csv", columns=GRID, rows=sorted(rows, key=lambda row: (row["layer"], row["head"])))
 
 
 # ---- The whole model --------------------------------------------------------------------------
@@ -136,8 +119,8 @@ def judge_file(program, params, path):
         (Path(folder) / "manifest.json").write_text(json.dumps(
             {"model": manifest["model"], "causal": manifest["causal"],
              "files": [{key: entry[key] for key in ("file", "layer", "query_heads")}]}))
-        result = sparge(program, "run", copy, "--params", params, *MODE, "-o", got)
-        sparge(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
+        result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
+        run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
         got, want = np.load(got)[0].astype(np.float64), np.load(want)[0].astype(np.float64)
     l1 = np.abs(got - want).sum(axis=(1, 2)) / np.abs(want).sum(axis=(1, 2))
     return [{"text": path.parent.name, "layer": entry["layer"], "head": head, "sparsity": round(s, 6),
@@ -199,7 +182,7 @@ def number(x, digits=3):
 def table_committed():
     lines = ["| l1, l2 | layer | head | theta | tau | lambda | sparsity | L1 | unseen at first: sparsity, L1 | "
              "backed off | unseen then: sparsity, L1 | products | seconds |", "|---" * 13 + "|"]
-    for r in read("table.csv"):
+    for r in read_csv(HERE / "table.csv"):
         thresholds = ["dense", "", ""] if r["dense"] == "True" else [
             number(r["theta"], 4), f"{float(r['tau']):g}", number(r["lambda"], 2) or "off"]
         lines.append("| " + " | ".join([
@@ -213,7 +196,7 @@ def table_committed():
 def table_grid():
     lines = ["| layer | head | exhaustive: sparsity, L1, products | authors' search | tuner | given up |",
              "|---" * 6 + "|"]
-    rows = read("grid.csv")
+    rows = read_csv(HERE / "grid.csv")
     for layer, head in sorted({(int(r["layer"]), int(r["head"])) for r in rows}):
         found = {r["search"]: r for r in rows if (int(r["layer"]), int(r["head"])) == (layer, head)}
         cells = [f"{number(r['sparsity'])}, {number(r['l1'])}, {float(r['equivalents']):.{2 if name == 'tuner' else 0}f}"
@@ -231,7 +214,7 @@ def table_model():
     lines = ["| the bound is on | sparsity | heads within l2 on the text left out: at first, after backing off | "
              "lambda lowered, tau raised, dense | sparsity on five other texts | heads within l2 there, mean of the "
              "five | pairs of head and text within l2 | worst pair | products |", "|---" * 9 + "|"]
-    tuned, judged = read("model.csv"), read("judge.csv")
+    tuned, judged = read_csv(HERE / "model.csv"), read_csv(HERE / "judge.csv")
     for bound in "worst", "mean":
         rows = [r for r in tuned if r["bound"] == bound]
         seen = [r for r in judged if r["bound"] == bound]
@@ -252,7 +235,7 @@ def table_model():
 
 
 def table_length():
-    rows = read("length.csv")
+    rows = read_csv(HERE / "length.csv")
     lines = ["| tokens | " + " | ".join(f"{f}: seconds a head, products, sparsity" for f in
                                         sorted({r["file"] for r in rows})) + " |",
              "|---" * (1 + len({r["file"] for r in rows})) + "|"]
@@ -262,14 +245,6 @@ def table_length():
             f"{number(r['seconds_per_head'], 3)}, {number(r['equivalents'], 2)}, {number(r['sparsity'])}"
             for r in here) + " |")
     return lines
-
-
-def fill_in(path, name, lines):
-    """Puts lines between the markers of that name."""
-    text = path.read_text()
-    before, _, rest = text.partition(f"<!-- {name} -->\n")
-    _, _, after = rest.partition(f"<!-- /{name} -->")
-    path.write_text(before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
 
 
 def readme(_args):

@@ -1,0 +1,49 @@
+"""harness.py: what the scripts of experiments/ share: run a program, keep a table, fill it into a README."""
+import csv
+import json
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_json(program, *options):
+    """What a program of ours printed, as an object; where it fails its line, and the end."""
+    done = subprocess.run([program, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{Path(program).name} {' '.join(map(str, options))}: {done.stderr.strip()}")
+    return json.loads(done.stdout)
+
+
+def write_csv(path, rows, columns=None):
+    with open(path, "w", newline="") as file:
+        out = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        out.writeheader()
+        out.writerows(rows)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fill_in(path, name, lines):
+    """Puts lines between the markers of that name."""
+    text = path.read_text()
+    before, _, rest = text.partition(f"<!-- {name} -->\n")
+    _, found, after = rest.partition(f"<!-- /{name} -->")
+    if not found:
+        sys.exit(f"{path} has no <!-- {name} --> and <!-- /{name} -->")
+    path.write_text(before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
+
+
+def machine_line(cores, isa):
+    """Processor, compiler and commit: what a measurement stands on."""
+    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                 platform.machine())
+    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    compiler = subprocess.run(["gcc", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
+    return f"{model}, {cores} cores, {isa}; {compiler}; commit {commit.stdout.strip()}; {date.today()}"
