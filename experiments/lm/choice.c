@@ -126,6 +126,9 @@ exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *pr
     if (!code) {
         to->layer[layer] = result.counts;
         to->seconds += seconds;
+        to->prepare += result.seconds_predict + result.seconds_quantize;
+        to->isa = result.isa;
+        to->threads = result.threads;
     }
     return code;
 }

@@ -20,7 +20,9 @@ typedef struct choice {
 /* What a run of a model by it took, and what it left out. */
 typedef struct measured {
     sparge_counts *layer; /* [layers] */
-    double seconds;       /* of attention, without its copies to a device */
+    double seconds, prepare; /* of attention without copies to a device; of those, prediction and quantisation */
+    sparge_isa isa;
+    int threads;
 } measured;
 
 /* options: of the command line. name: of the model that thresholds must be for. */

@@ -283,10 +283,12 @@ exit_code hf_read(const char *folder, checkpoint *out, file_error *error)
     out->vocabulary.bos = -1;
     if (code)
         return code;
-    const char *name = folder + length;
-    while (name > folder && name[-1] != '/')
-        name--;
-    snprintf(out->hyper.name, sizeof out->hyper.name, "%s", name);
+    const char *end = folder + length, *name;
+    while (end > folder + 1 && end[-1] == '/')
+        end--;
+    for (name = end; name > folder && name[-1] != '/'; name--)
+        ;
+    snprintf(out->hyper.name, sizeof out->hyper.name, "%.*s", (int)(end - name), name);
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
     if (stat(path, &found) == 0)
         return add_listed(out, folder, path, error);

@@ -7,6 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "experiments/lm/matmul.h"
 #include "tools/npy.h"
 #include "tools/params.h"
@@ -187,6 +191,10 @@ exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options
 {
     *m = (lm){.args = args, .error = input->error};
     exit_code code = attention_parse(argp, argc, argv, input, &args->attention);
+#ifdef _OPENMP
+    if (!code && args->attention.options.threads > 0)
+        omp_set_num_threads(args->attention.options.threads); /* of the products too */
+#endif
     if (!code)
         code = checkpoint_open(args->attention.file[0], &m->files, m->error);
     if (!code)
@@ -325,7 +333,7 @@ exit_code lm_run(lm *m, const choice *c, const int32_t *token, int64_t tokens, f
     run r = {m, c};
     const attender how = {attend, &r};
     const double start = progress_clock();
-    m->measured.seconds = 0.0;
+    m->measured.seconds = m->measured.prepare = 0.0;
     const exit_code code = model_run(m->model, token, tokens, &how, hidden, m->error);
     m->seconds = progress_clock() - start;
     m->done += work_of(tokens);
@@ -348,6 +356,9 @@ void lm_describe(const lm *m, json_t *row)
     json_object_set_new(row, "sparsity_qk", json_rounded(sparge_sparsity_qk(&all), 6));
     json_object_set_new(row, "seconds", json_rounded(m->seconds, 4));
     json_object_set_new(row, "seconds_attention", json_rounded(m->measured.seconds, 4));
+    json_object_set_new(row, "seconds_prepare", json_rounded(m->measured.prepare, 4));
+    json_object_set_new(row, "isa", json_string(sparge_isa_string(m->measured.isa)));
+    json_object_set_new(row, "threads", json_integer(m->measured.threads));
     json_object_set_new(row, "layers_sparsity", list_layers(m, sparge_sparsity));
     json_object_set_new(row, "layers_sparsity_qk", list_layers(m, sparge_sparsity_qk));
 }

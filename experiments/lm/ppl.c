@@ -32,6 +32,8 @@ static error_t ppl_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give a text: UTF-8, or a .npy of token numbers");
         if (a->logits && (a->lm.texts != 1 || a->lm.lengths > 1 || a->lm.choices != 1))
             return options_wrong(state, "--logits is for one text, one --length and one --attention");
+        if (a->logits && a->lm.attention.output)
+            return options_wrong(state, "--logits and -o exclude each other: a row that is there is not run again");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -98,7 +100,7 @@ static exit_code write_logits(lm *m, const char *path, const array *logits)
 static exit_code run_job(lm *m, const ppl_args *a, const choice *c, const lm_text *t, int64_t tokens)
 {
     json_t *const row = lm_job(c, t, tokens);
-    if (!a->logits && lm_has(m, row))
+    if (lm_has(m, row))
         return EXIT_FINE;
     const int64_t shape[] = {tokens, m->hyper->vocab};
     array logits = {0};
