@@ -182,6 +182,45 @@ Test(formats, half_all)
     array_free(&x);
 }
 
+static array floats_of(const float *x, int64_t count)
+{
+    array made;
+    cr_assert(array_alloc(ARRAY_F32, 1, &count, &made, NULL));
+    memcpy(made.data, x, (size_t)count * sizeof *x);
+    return made;
+}
+
+/* Every half comes back, and so does what is nearer to it than to its neighbour; a tie goes to the even one. */
+Test(formats, half_rounding)
+{
+    enum { LARGEST = 0x7bff };
+    for (uint16_t h = 0; h < LARGEST; h++) {
+        const float low = f16_to_f32(h), high = f16_to_f32((uint16_t)(h + 1)), middle = (low + high) / 2.0f;
+        const float x[] = {low, nextafterf(middle, low), middle, nextafterf(middle, high), high, -middle};
+        const uint16_t up = (uint16_t)(h + 1), even = h % 2 ? up : h, want[] = {h, h, even, up, up, even | 0x8000};
+        array a = floats_of(x, 6);
+        cr_assert(array_to_f16(&a, NULL) && a.type == ARRAY_F16);
+        cr_assert_arr_eq(a.data, want, sizeof want, "around f16 %04x", h);
+        array_free(&a);
+    }
+}
+
+Test(formats, half_range)
+{
+    static const float fine[] = {65519.0f, -65519.0f, INFINITY, -INFINITY, NAN, 0x1p-26f, -0.0f};
+    static const uint16_t want[] = {0x7bff, 0xfbff, 0x7c00, 0xfc00, 0x7e00, 0, 0x8000};
+    file_error error;
+    array a = floats_of(fine, 7);
+    cr_assert(array_to_f16(&a, &error));
+    ((uint16_t *)a.data)[4] &= 0x7fff; /* the sign of a NaN is nobody's business */
+    cr_expect_arr_eq(a.data, want, sizeof want);
+    array_free(&a);
+    a = floats_of((const float[]){1.0f, -65520.0f}, 2);
+    cr_expect(!array_to_f16(&a, &error) && a.type == ARRAY_F32 && ((const float *)a.data)[1] == -65520.0f);
+    cr_expect_str_eq(error.text, "element 1 is -65520, too large for float16");
+    array_free(&a);
+}
+
 Test(formats, bf16_literals)
 {
     static const uint16_t cases[] = {0x0000, 0x8000, 0x0001, 0x007f, 0x0080, 0x3f80,
@@ -847,6 +886,46 @@ Test(formats, safetensors_layouts)
         array_free(&x);
         cr_expect(safetensors_read_memory(file, size, "a", NULL, 0, NULL, &error));
     }
+}
+
+Test(formats, safetensors_write)
+{
+    static const char want[] = "\xa8\0\0\0\0\0\0\0"
+                               "{\"k\":{\"dtype\":\"BF16\",\"shape\":[],\"data_offsets\":[0,2]},"
+                               "\"q\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[2,10]},"
+                               "\"v\":{\"dtype\":\"F16\",\"shape\":[0],\"data_offsets\":[10,10]}}   "
+                               "\x80\xbf\x00\x00\x80\x3f\x00\x00\x00\x40";
+    static const char *const names[] = {"k", "q", "v"};
+    array x[3], got[3];
+    file_error error;
+    cr_assert(array_alloc(ARRAY_BF16, 0, NULL, &x[0], NULL) &&
+              array_alloc(ARRAY_F32, 2, (int64_t[]){1, 2}, &x[1], NULL) &&
+              array_alloc(ARRAY_F16, 1, (int64_t[]){0}, &x[2], NULL));
+    memcpy(x[0].data, "\x80\xbf", 2);
+    memcpy(x[1].data, (float[]){1.0f, 2.0f}, 8);
+    char *text = NULL;
+    size_t size;
+    FILE *stream = open_memstream(&text, &size);
+    cr_assert(safetensors_write(stream, "a", names, 3, x, &error) && fclose(stream) == 0);
+    cr_assert_eq(size, sizeof want - 1, "%zu bytes: %.*s", size, (int)size - 8, text + 8);
+    cr_expect_arr_eq(text, want, size);
+    cr_assert(safetensors_read_memory((const uint8_t *)text, size, "a", names, 3, got, &error), "%s", error.text);
+    for (int i = 0; i < 3; i++) {
+        expect_array(&got[i], x[i].type, x[i].rank, x[i].shape, x[i].data);
+        array_free(&got[i]);
+    }
+    free(text);
+    stream = fopen("/dev/full", "r+b"); /* never creates */
+    cr_assert(stream && setvbuf(stream, NULL, _IONBF, 0) == 0);
+    cr_expect(!safetensors_write(stream, "a", names, 3, x, &error));
+    expect_says(&error, "full", (const char *[]){"a: ", "No space left", "free some space"}, 3);
+    fclose(stream);
+    array_free(&x[0]);
+    cr_assert(array_alloc(ARRAY_I32, 0, NULL, &x[0], NULL));
+    cr_expect(!safetensors_write(stdout, "a", names, 1, x, &error));
+    expect_says(&error, "int", (const char *[]){"a: ", "F16, BF16 and F32"}, 2);
+    for (int i = 0; i < 3; i++)
+        array_free(&x[i]);
 }
 
 static void expect_tensors_refused(const uint8_t *file, size_t size, const char *what,

@@ -32,7 +32,8 @@ rule("cpu/.*" "sparge\\.h|common/.*|ref/ref\\.h|cpu/.*" "${standard}|omp\\.h|cpu
 rule("tune/.*" "sparge\\.h|common/.*|ref/ref\\.h|tune/.*" "${standard}"
      "tune/ includes sparge.h, common/, ref/ref.h, tune/ and the C library")
 rule("gpu/.*" "sparge\\.h|common/.*|gpu/.*" ".*" "gpu/ includes sparge.h, common/, gpu/ and system headers")
-rule("tools/.*" "sparge\\.h|tools/.*" ".*" "tools/ is a user's program: it includes sparge.h, tools/ and system headers")
+rule("tools/.*" "sparge\\.h|common/half\\.h|tools/.*" ".*"
+     "tools/ is a user's program: it includes sparge.h, common/half.h, tools/ and system headers")
 rule("(experiments|paper_figs)/.*" "sparge\\.h|tools/.*|experiments/.*" ".*"
      "experiments/ and paper_figs/ are a user's programs: they include sparge.h, tools/ for files and arguments, experiments/ and system headers")
 rule("tests/.*" ".*" ".*" "tests/ includes everything")

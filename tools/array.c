@@ -13,6 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "common/half.h"
+
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "both file formats are little-endian");
 
 /* ---- Errors ----------------------------------------------------------------------------- */
@@ -136,38 +138,8 @@ void array_free(array *from)
     *from = (array){0};
 }
 
-static float bits_to_f32(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-float f16_to_f32(uint16_t half)
-{
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
-    const uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
-    if (exponent == 0) /* zero and subnormals count units of 2^-24 */
-        return (float)mantissa * (sign ? -0x1p-24f : 0x1p-24f);
-    if (exponent == 31) /* infinity and NaN, payload and all */
-        return bits_to_f32(sign | 0x7f800000 | mantissa << 13);
-    return bits_to_f32(sign | (exponent + 127 - 15) << 23 | mantissa << 13);
-}
-
-uint16_t f32_to_f16(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const uint32_t sign = bits >> 16 & 0x8000;
-    const float size = fabsf(x);
-    if (!(size < 65520.0f)) /* infinity, what rounds to it, and NaN */
-        return (uint16_t)(sign | (size == size ? 0x7c00 : 0x7e00));
-    if (size < 0x1p-14f) /* units of 2^-24 */
-        return (uint16_t)(sign | (uint32_t)rintf(size * 0x1p24f));
-    bits &= 0x7fffffff;
-    bits += 0xfff + (bits >> 13 & 1); /* a carry into the exponent is right */
-    return (uint16_t)(sign | ((bits >> 13) - (127 - 15) * 1024));
-}
+float f16_to_f32(uint16_t half) { return sparge_f16_to_f32(half); }
+float bf16_to_f32(uint16_t half) { return sparge_bf16_to_f32(half); }
 
 static float element_f32(array_type type, const void *data, int64_t i)
 {
@@ -175,7 +147,7 @@ static float element_f32(array_type type, const void *data, int64_t i)
     case ARRAY_F16:
         return f16_to_f32(((const uint16_t *)data)[i]);
     case ARRAY_BF16:
-        return bits_to_f32((uint32_t)((const uint16_t *)data)[i] << 16);
+        return bf16_to_f32(((const uint16_t *)data)[i]);
     case ARRAY_F32:
         return ((const float *)data)[i];
     case ARRAY_F64:
@@ -221,8 +193,8 @@ bool array_to_f16(array *from, file_error *error)
     const int64_t count = array_count(from);
     for (int64_t i = 0; i < count; i++) {
         const float x = ((const float *)from->data)[i];
-        ((uint16_t *)to.data)[i] = f32_to_f16(x);
-        if (isfinite(x) && fabsf(x) >= 65520.0f) {
+        ((uint16_t *)to.data)[i] = sparge_f32_to_f16(x);
+        if (isfinite(x) && fabsf(x) >= 65520.0f) { /* half a step above 65504 */
             array_free(&to);
             return file_error_set(error, NULL, "element %" PRId64 " is %g, too large for float16", i, (double)x);
         }

@@ -65,11 +65,12 @@ void array_free(array *from); /* NULL and an empty array are fine */
  * others. After failure the array is as it was. */
 bool array_to_f32(array *from, file_error *error);
 
-/* Halves: exact, and rounded to nearest, ties to even. */
+/* One element; exact. */
 float f16_to_f32(uint16_t half);
-uint16_t f32_to_f16(float x);
+float bf16_to_f32(uint16_t half);
 
-/* In place, of an F32. After failure, and where a finite number would become infinite, it is as it was. */
+/* In place, of an F32, rounded to nearest, ties to even. After failure, which a finite number that would become
+ * infinite is too, the array is as it was. */
 bool array_to_f16(array *from, file_error *error);
 
 /* ---- Bytes to read ---------------------------------------------------------------------- */

@@ -34,20 +34,8 @@ size_t tensor_bytes(tensor_type type, int64_t rows, int64_t columns)
     return bytes;
 }
 
-static float half(const uint8_t *p)
-{
-    uint16_t bits;
-    memcpy(&bits, p, sizeof bits);
-    return f16_to_f32(bits);
-}
-
-static float brain(const uint8_t *p)
-{
-    const uint32_t bits = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
+static uint16_t two_bytes(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
+static float half(const uint8_t *p) { return f16_to_f32(two_bytes(p)); }
 
 static void read_q8_0(const uint8_t *p, float *to)
 {
@@ -87,7 +75,7 @@ static void read_blocks(const tensor *t, const uint8_t *p, int64_t blocks, float
         switch (t->type) {
         case TENSOR_F32: memcpy(to, p, sizeof *to); break;
         case TENSOR_F16: *to = half(p); break;
-        case TENSOR_BF16: *to = brain(p); break;
+        case TENSOR_BF16: *to = bf16_to_f32(two_bytes(p)); break;
         case TENSOR_Q8_0: read_q8_0(p, to); break;
         case TENSOR_Q4_0: read_q4(p + 2, half(p), -8.0f * half(p), to); break;
         case TENSOR_Q4_1: read_q4(p + 4, half(p), half(p + 2), to); break;
