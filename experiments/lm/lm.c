@@ -140,6 +140,11 @@ static exit_code read_numbers(lm_text *t, file_error *error)
 exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token, int64_t *tokens)
 {
     exit_code code = m->tokenizer ? EXIT_FINE : tokenizer_open(&m->files, &m->tokenizer, m->error);
+    if (!code && m->files.vocabulary.tokens > m->hyper->vocab) {
+        file_error_set(m->error, m->name, "has %" PRId64 " tokens, and embeddings of %" PRId64, m->files.vocabulary.tokens,
+                       m->hyper->vocab);
+        code = EXIT_FILE;
+    }
     if (!code)
         code = tokenizer_encode(m->tokenizer, name, bytes, size, token, tokens, m->error);
     return code;

@@ -39,23 +39,35 @@ const char *matmul_by(void) { return "plain"; }
 
 enum { TILE = 4, LANES = 8 };
 
-/* A tile of TILE x TILE sums, each in LANES parts, so that a compiler makes vectors of them. */
+/* part [TILE][TILE][LANES] += x [rows][n] w [columns][n]^T, in LANES parts, so that a compiler makes vectors of them. */
+static inline void
+accumulate(const float *x, const float *w, int64_t n, int rows, int columns, float part[TILE][TILE][LANES])
+{
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES)
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < columns; k++)
+                for (int lane = 0; lane < LANES; lane++)
+                    part[r][k][lane] += x[r * n + c + lane] * w[k * n + c + lane];
+    for (; c < n; c++)
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < columns; k++)
+                part[r][k][0] += x[r * n + c] * w[k * n + c];
+}
+
 #if defined(__x86_64__)
 __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
 #endif
 static void
-tile(const float *x, const float *w, int64_t n, int64_t rows, int64_t columns, float *y, int64_t stride)
+tile(const float *x, const float *w, int64_t n, int rows, int columns, float *y, int64_t stride)
 {
     float part[TILE][TILE][LANES] = {0};
-    for (int64_t c = 0; c < n; c += LANES) {
-        const int lanes = n - c < LANES ? (int)(n - c) : LANES;
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t k = 0; k < columns; k++)
-                for (int lane = 0; lane < lanes; lane++)
-                    part[r][k][lane] += x[r * n + c + lane] * w[k * n + c + lane];
-    }
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t k = 0; k < columns; k++) {
+    if (rows == TILE && columns == TILE)
+        accumulate(x, w, n, TILE, TILE, part); /* with bounds that the compiler knows */
+    else
+        accumulate(x, w, n, rows, columns, part);
+    for (int r = 0; r < rows; r++)
+        for (int k = 0; k < columns; k++) {
             float sum = 0.0f;
             for (int lane = 0; lane < LANES; lane++)
                 sum += part[r][k][lane];
@@ -63,14 +75,14 @@ tile(const float *x, const float *w, int64_t n, int64_t rows, int64_t columns, f
         }
 }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int at_most_a_tile(int64_t x) { return x < TILE ? (int)x : TILE; }
 
 static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, int64_t width, float *y, int64_t stride)
 {
 #pragma omp parallel for
     for (int64_t r = 0; r < rows; r += TILE)
         for (int64_t k = 0; k < width; k += TILE)
-            tile(x + r * n, w + k * n, n, least(TILE, rows - r), least(TILE, width - k), y + r * stride + k, stride);
+            tile(x + r * n, w + k * n, n, at_most_a_tile(rows - r), at_most_a_tile(width - k), y + r * stride + k, stride);
     return true;
 }
 

@@ -196,11 +196,27 @@ def table_verify():
                     "bytes have no token in SmolLM2's vocabulary; texts with them are refused."]
 
 
+def table_short():
+    """For the README at the root."""
+    by_ppl, by_needle, by_time = (groups(read_csv(HERE / f"{name}.csv")) for name in ("ppl", "needle", "time"))
+    lines = ["| tokens | perplexity: dense f32, dense int8, SpargeAttn | sparsity | needles found: dense, SpargeAttn | attention "
+             "over dense f32 |", "|--:|--:|--:|--:|--:|"]
+    for tokens in LENGTHS:
+        name = TUNED[MAIN].name
+        values = ", ".join(f"{perplexity(by_ppl[tokens, x]):.3f}" for x in (*DENSE, name))
+        found = ", ".join(f"{sum(int(r['right']) for r in by_needle[tokens, x])} of {len(by_needle[tokens, x])}"
+                          for x in ("f32", name))
+        dense, took = (statistics.median(float(r["seconds_attention"]) for r in by_time[tokens, x]) for x in ("f32", name))
+        lines.append(f"| {tokens} | {values} | {mean(by_ppl[tokens, name], 'sparsity'):.3f} | {found} | {dense / took:.2f}x |")
+    return lines
+
+
 def readme(_args):
     machine = (HERE / "machine.txt").read_text().strip()
     for name, lines in [("verify", table_verify()), ("length", table_length() + ["", f"Seconds: {machine}."]), ("parts", table_parts()),
                         ("layers", table_layers()), ("needles", table_needles())]:
         fill_in(HERE / "README.md", name, lines)
+    fill_in(ROOT / "README.md", "lm", table_short())
 
 
 def main():

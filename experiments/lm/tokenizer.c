@@ -209,7 +209,10 @@ void tokenizer_close(tokenizer *t)
     free(t);
 }
 
-span tokenizer_spelling(const tokenizer *t, int32_t token) { return t->v->token[token]; }
+span tokenizer_spelling(const tokenizer *t, int32_t token)
+{
+    return token < t->v->tokens ? t->v->token[token] : (span){"", 0};
+}
 
 /* ---- Text to tokens ---- */
 
