@@ -50,6 +50,19 @@ const char *checkpoint_name(checkpoint *c, const char *text, size_t length)
     return c->owned[c->owns++] = copy;
 }
 
+void checkpoint_text(char *to, size_t size, const char *from, size_t length)
+{
+    if (length >= size)
+        for (length = size - 1; length > 0 && ((uint8_t)from[length] & 0xc0) == 0x80;)
+            length--;
+    memcpy(to, from, length);
+    to[length] = '\0';
+    json_t *const text = json_stringn(to, length);
+    for (size_t n = 0; n < length && !text; n++)
+        to[n] = (uint8_t)to[n] < 0x80 ? to[n] : '?';
+    json_decref(text);
+}
+
 static int by_name(const void *a, const void *b)
 {
     return strcmp(((const tensor *)a)->name, ((const tensor *)b)->name);

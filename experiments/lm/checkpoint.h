@@ -92,6 +92,9 @@ exit_code checkpoint_map(checkpoint *c, const char *path, file_error *error);
 /* A copy of a name that lives as long as the checkpoint; NULL: no memory. */
 const char *checkpoint_name(checkpoint *c, const char *text, size_t length);
 
+/* Text of a file that becomes text of ours: cut between characters where it is too long, '?' for what is no UTF-8. */
+void checkpoint_text(char *to, size_t size, const char *from, size_t length);
+
 /* Do the sizes of the model fit together? */
 exit_code checkpoint_check(const checkpoint *c, const char *name, file_error *error);
 

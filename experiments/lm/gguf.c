@@ -138,12 +138,7 @@ static span read_string(const reader *r, const char *key)
     return find(r, key, &at) == STRING ? string(&at) : (span){"", 0};
 }
 
-static void copy_string(char *to, size_t size, span from)
-{
-    const size_t length = from.length < size ? from.length : size - 1;
-    memcpy(to, from.text, length);
-    to[length] = '\0';
-}
+static void copy_string(char *to, size_t size, span from) { checkpoint_text(to, size, from.text, from.length); }
 
 /* "llama.block_count" and the like. */
 static const char *own(const reader *r, const char *key, char text[96])
@@ -173,6 +168,20 @@ static bool read_hyper(reader *r, hyper *h)
     for (int n = 0; n < LM_MAX_DIM / 2; n++)
         h->rope_divisor[n] = 1.0f;
     return true;
+}
+
+/* Channels beyond those that turn are not known here. */
+static exit_code check_rotation(const reader *r, const hyper *h)
+{
+    char key[96];
+    int64_t turning = h->head_dim;
+    if (has(r, own(r, "rope.dimension_count", key)) && !read_whole(r, key, &turning))
+        return EXIT_FILE;
+    if (turning == h->head_dim)
+        return EXIT_FINE;
+    input_fail(r->file, "turns %" PRId64 " of the %" PRId64 " channels of a head, which is not known here", turning,
+               h->head_dim);
+    return EXIT_UNSUPPORTED;
 }
 
 /* ---- Tokens ---- */
@@ -370,6 +379,8 @@ exit_code gguf_read(const file_input *file, checkpoint *out)
     exit_code code = check_kind(&r, &out->hyper);
     if (!code && !read_hyper(&r, &out->hyper))
         code = EXIT_FILE;
+    if (!code)
+        code = check_rotation(&r, &out->hyper);
     if (!code)
         code = read_vocabulary(&r, &out->vocabulary);
     if (!code)

@@ -283,12 +283,13 @@ exit_code hf_read(const char *folder, checkpoint *out, file_error *error)
     out->vocabulary.bos = -1;
     if (code)
         return code;
-    const char *end = folder + length, *name;
-    while (end > folder + 1 && end[-1] == '/')
+    size_t end = length; /* a slash at the end names nothing */
+    while (end > 1 && folder[end - 1] == '/')
         end--;
-    for (name = end; name > folder && name[-1] != '/'; name--)
-        ;
-    snprintf(out->hyper.name, sizeof out->hyper.name, "%.*s", (int)(end - name), name);
+    size_t begin = end;
+    while (begin > 0 && folder[begin - 1] != '/')
+        begin--;
+    checkpoint_text(out->hyper.name, sizeof out->hyper.name, folder + begin, end - begin);
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
     if (stat(path, &found) == 0)
         return add_listed(out, folder, path, error);

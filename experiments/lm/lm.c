@@ -12,6 +12,7 @@
 #endif
 
 #include "experiments/lm/matmul.h"
+#include "tools/inputs.h"
 #include "tools/npy.h"
 #include "tools/params.h"
 
@@ -51,14 +52,19 @@ error_t lm_list(struct argp_state *state, const char *name, const char *text, in
 /* "f32,a.json": each is a choice more. */
 static error_t add_choices(struct argp_state *state, lm_args *a, char *text)
 {
-    char *rest;
-    for (char *item = strtok_r(text, ",", &rest); item; item = strtok_r(NULL, ",", &rest)) {
+    for (char *item = text; item;) {
+        char *const comma = strchr(item, ',');
+        if (comma)
+            *comma = '\0';
+        if (!*item)
+            return options_wrong(state, "--attention has an empty item");
         if (a->choices == LM_LIST)
             return options_wrong(state, "--attention has more than %d items", LM_LIST);
         for (int n = 0; n < a->choices; n++)
             if (strcmp(a->choice[n], item) == 0)
                 return options_wrong(state, "--attention has '%.60s' twice", item);
         a->choice[a->choices++] = item;
+        item = comma ? comma + 1 : NULL;
     }
     return 0;
 }
@@ -137,17 +143,23 @@ static exit_code read_numbers(lm_text *t, file_error *error)
     return code;
 }
 
+static exit_code check_numbers(const lm *m, const char *name, const int32_t *token, int64_t tokens)
+{
+    for (int64_t n = 0; n < tokens; n++)
+        if (token[n] < 0 || token[n] >= m->hyper->vocab) {
+            file_error_set(m->error, name, "token %" PRId64 " is no number from 0 to %" PRId64 ", which %s has", n,
+                           m->hyper->vocab - 1, m->name);
+            return EXIT_FILE;
+        }
+    return EXIT_FINE;
+}
+
 exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token, int64_t *tokens)
 {
     exit_code code = m->tokenizer ? EXIT_FINE : tokenizer_open(&m->files, &m->tokenizer, m->error);
-    if (!code && m->files.vocabulary.tokens > m->hyper->vocab) {
-        file_error_set(m->error, m->name, "has %" PRId64 " tokens, and embeddings of %" PRId64, m->files.vocabulary.tokens,
-                       m->hyper->vocab);
-        code = EXIT_FILE;
-    }
     if (!code)
         code = tokenizer_encode(m->tokenizer, name, bytes, size, token, tokens, m->error);
-    return code;
+    return code ? code : check_numbers(m, name, *token, *tokens);
 }
 
 static exit_code read_text(lm *m, lm_text *t, const char *path)
@@ -169,13 +181,7 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
         }
         free(bytes);
     }
-    for (int64_t n = 0; n < t->tokens && !code; n++)
-        if (t->token[n] < 0 || t->token[n] >= m->hyper->vocab) {
-            file_error_set(m->error, path, "token %" PRId64 " is no number from 0 to %" PRId64 ", which %s has", n,
-                           m->hyper->vocab - 1, m->name);
-            code = EXIT_FILE;
-        }
-    return code;
+    return code ? code : check_numbers(m, path, t->token, t->tokens);
 }
 
 static exit_code open_choices(lm *m)
@@ -192,9 +198,40 @@ static exit_code open_choices(lm *m)
     return code;
 }
 
+exit_code lm_spare(const lm *m, const char *output)
+{
+    const lm_args *const a = m->args;
+    exit_code code = inputs_spare(output, a->attention.file, 1, m->error);
+    for (int64_t n = 0; n < m->files.files && !code; n++)
+        code = inputs_spare(output, &m->files.file[n].name, 1, m->error);
+    if (!code)
+        code = inputs_spare(output, a->text, a->texts, m->error);
+    return code ? code : inputs_spare(output, a->choice, a->choices, m->error);
+}
+
+/* JSON has no other texts. */
+static bool is_utf8(const char *name, file_error *error)
+{
+    json_t *const text = json_string(name);
+    json_decref(text);
+    return text || file_error_set(error, name, "this name is no UTF-8; choose another");
+}
+
+/* All that a result names. */
+static exit_code check_names(const lm *m)
+{
+    bool ok = is_utf8(m->name, m->error) && is_utf8(base_name(m->files.file[0].name), m->error);
+    for (int n = 0; n < m->args->texts && ok; n++)
+        ok = is_utf8(base_name(m->args->text[n]), m->error);
+    for (int n = 0; n < m->args->choices && ok; n++)
+        ok = is_utf8(base_name(m->args->choice[n]), m->error);
+    return ok ? EXIT_FINE : EXIT_FILE;
+}
+
 exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args)
 {
     *m = (lm){.args = args, .error = input->error};
+    args->base = *input; /* what is wrong is said in the error of the whole */
     exit_code code = attention_parse(argp, argc, argv, input, &args->attention);
 #ifdef _OPENMP
     if (!code && args->attention.options.threads > 0)
@@ -208,6 +245,13 @@ exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options
         return code;
     m->hyper = model_hyper(m->model);
     m->name = args->name ? args->name : m->hyper->name;
+    code = check_names(m);
+    if (!code)
+        code = lm_spare(m, args->attention.output);
+    if (!code)
+        code = lm_spare(m, args->csv);
+    if (code)
+        return code;
     m->measured.layer = calloc((size_t)m->hyper->layers, sizeof *m->measured.layer);
     m->text = calloc((size_t)args->texts + 1, sizeof *m->text);
     if (!m->measured.layer || !m->text) {
@@ -221,6 +265,7 @@ exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options
 
 void lm_close(lm *m)
 {
+    progress_end(&m->watch);
     for (int n = 0; n < m->texts; n++)
         free(m->text[n].token);
     for (int n = 0; n < m->choices; n++)

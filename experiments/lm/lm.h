@@ -68,6 +68,9 @@ typedef struct lm {
 exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args);
 void lm_close(lm *m);
 
+/* Refuses an output that would replace what is read; NULL is not a file. */
+exit_code lm_spare(const lm *m, const char *output);
+
 /* The first `tokens` of a text; an error where it has fewer, or the model cannot take so many. */
 exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens);
 

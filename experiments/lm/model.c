@@ -270,6 +270,20 @@ static bool find_layer(const model *m, int64_t number, layer *l, file_error *err
     return true;
 }
 
+/* Would be left out, and the result be wrong. */
+static bool has_unknown_bias(const checkpoint *c, file_error *error)
+{
+    for (int64_t n = 0; n < c->tensors; n++) {
+        const char *const name = c->tensor[n].name, *const dot = strrchr(name, '.');
+        const bool known = c->hyper.biases && (strstr(name, ".attn_q.") || strstr(name, ".attn_k.") || strstr(name, ".attn_v."));
+        if (!known && dot && strcmp(dot, ".bias") == 0) {
+            file_error_set(error, c->hyper.name, "has '%.80s', which is not known in a %s", name, c->hyper.architecture);
+            return true;
+        }
+    }
+    return false;
+}
+
 exit_code model_open(const checkpoint *c, model **out, file_error *error)
 {
     model *const m = *out = calloc(1, sizeof *m);
@@ -280,6 +294,11 @@ exit_code model_open(const checkpoint *c, model **out, file_error *error)
         model_close(m);
         *out = NULL;
         return EXIT_MACHINE;
+    }
+    if (has_unknown_bias(c, error)) {
+        model_close(m);
+        *out = NULL;
+        return EXIT_UNSUPPORTED;
     }
     m->c = c;
     m->hyper = c->hyper;

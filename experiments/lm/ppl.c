@@ -152,6 +152,8 @@ exit_code ppl_command(int argc, char **argv, file_error *error)
     ppl_args a = {.base = {error}};
     lm m;
     exit_code code = lm_open(&m, &ppl_argp, argc, argv, &a.base, &a.lm);
+    if (!code)
+        code = lm_spare(&m, a.logits);
     const int lengths = a.lm.lengths ? a.lm.lengths : 1;
     for (int n = 0; n < m.texts && !code; n++)
         for (int k = 0; k < lengths && !code; k++) {

@@ -1,4 +1,5 @@
 /* time.c: sparge-lm time: seconds of a prefill, and how many of them are attention. */
+#include <math.h>
 #include <stdlib.h>
 
 #include "experiments/lm/lm.h"
@@ -43,14 +44,19 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* NaN, which JSON has as null, without memory. */
 static double median(const json_t *rows, const char *key)
 {
     const size_t count = json_array_size(rows);
-    double x[1000];
+    double *const x = malloc(count * sizeof *x);
+    if (!x)
+        return NAN;
     for (size_t n = 0; n < count; n++)
         x[n] = json_number_value(json_object_get(json_array_get(rows, n), key));
     qsort(x, count, sizeof *x, by_size);
-    return count % 2 ? x[count / 2] : (x[count / 2 - 1] + x[count / 2]) / 2.0;
+    const double middle = count % 2 ? x[count / 2] : (x[count / 2 - 1] + x[count / 2]) / 2.0;
+    free(x);
+    return middle;
 }
 
 static json_t *summarise(const lm *m)

@@ -249,7 +249,7 @@ static void merge_word(const tokenizer *t, int32_t *token, int64_t *count)
 /* -1 where no token is this word. */
 static int32_t find_word(const tokenizer *t, const char *word, size_t length)
 {
-    char text[256];
+    char text[1024];
     size_t used = 0;
     for (size_t n = 0; n < length && used < sizeof text - 3; n++)
         used += (size_t)snprintf(text + used, 3, "%s", t->shown[(uint8_t)word[n]]);

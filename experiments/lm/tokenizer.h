@@ -16,7 +16,7 @@ void tokenizer_close(tokenizer *t); /* NULL is fine */
 exit_code tokenizer_encode(const tokenizer *t, const char *name, const char *text, size_t length, int32_t **token,
                            int64_t *tokens, file_error *error);
 
-/* How the vocabulary spells a token, bytes as GPT-2 shows them; empty for one that it does not have. */
+/* How the vocabulary spells a token: bytes as GPT-2 shows them; empty of a number that only the embedding has. */
 span tokenizer_spelling(const tokenizer *t, int32_t token);
 
 #endif
