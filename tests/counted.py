@@ -16,8 +16,9 @@ def check(ok, what, *seen):
     return ok
 
 
-def run_tests(tests, wanted, prefix):
-    """Runs each function of `tests` whose name begins with test_, or the wanted ones; says how it went, and exits."""
+def run_tests(tests, wanted, prefix, remark=lambda: ""):
+    """Runs each function of `tests` whose name begins with test_, or the wanted ones; says how it went, with a remark
+    at the end, and exits."""
     for name, test in list(tests.items()):
         if name.startswith("test_") and (not wanted or name in wanted):
             here, folder = os.getcwd(), tempfile.mkdtemp(prefix=prefix)
@@ -29,5 +30,5 @@ def run_tests(tests, wanted, prefix):
             finally:
                 os.chdir(here)
                 shutil.rmtree(folder)
-    print(f"{passed} passed, {failed} failed")
+    print(f"{passed} passed, {failed} failed{remark()}")
     sys.exit(failed > 0)

@@ -3,14 +3,12 @@
 What it computes is compared with a float64 attention written here; of everything that can go wrong
 the exit code, the one line and the folder are looked at. Ends with "N passed, M failed".
 """
-import hashlib
 import json
 import os
 import re
 import resource
 import shutil
 import signal
-import stat
 import struct
 import subprocess
 import sys
@@ -21,45 +19,11 @@ import zlib
 import numpy as np
 
 from counted import check, run_tests
+from running import (DIFFERENT, FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, full_device, listing,
+                     read, save, save_safetensors, sha256, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
-FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE, UNFINISHED = range(7)
-
-
-def sparge(*args, **how):
-    done = subprocess.run([PROGRAM, *map(str, args)], stdout=how.pop("stdout", subprocess.PIPE),
-                          stderr=how.pop("stderr", subprocess.PIPE), timeout=600, **how)
-    return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode()
-
-
-def listing():
-    return sorted(os.path.join(folder, name) for folder, folders, names in os.walk(".")
-                  for name in names + folders)
-
-
-def fine(*args, code=FINE, **how):
-    """Runs what must work; its one JSON object."""
-    got, out, err = sparge(*args, **how)
-    check(got == code and err == "", f"{args}: exit {code}, silent", got, err)
-    try:
-        check(out.endswith("}\n") and out.count("\n") == 1, f"{args}: one line", out[-60:])
-        return json.loads(out)
-    except ValueError:
-        check(False, f"{args}: JSON", out[:200])
-        return {}
-
-
-def wrong(code, words, *args, **how):
-    """Runs what must fail: the code, one line with these words, nothing printed, no file left."""
-    before = listing()
-    got, out, err = sparge(*args, **how)
-    check(got == code, f"{args}: exit {code}", got, err)
-    check(err.startswith("sparge: ") and err.endswith("\n") and err.count("\n") == 1 and
-          len(err) > 20, f"{args}: one line", repr(err))
-    words = [words] if isinstance(words, str) else words
-    check(all(w in err for w in words), f"{args}: says {words}", repr(err))
-    check(out == "", f"{args}: nothing on stdout", out[:100])
-    check(listing() == before, f"{args}: no file left", set(listing()) ^ set(before))
+sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
 
 
 # ---- An attention of our own -----------------------------------------------------------------
@@ -112,44 +76,6 @@ def random(seed, *shape):
     x = np.cumsum(r.standard_normal(shape), -2) * 0.2
     x = (x - x.mean(-2, keepdims=True)) + 0.3 * r.standard_normal(shape)
     return x.astype(np.float32)
-
-
-def save(name, x):
-    np.save(name, x)
-    return name
-
-
-def save_safetensors(name, **tensors):
-    header, data = {}, b""
-    for key, (dtype, x) in tensors.items():
-        if dtype == "BF16":
-            bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-            raw = (bits >> 16).astype("<u2").tobytes()
-        else:
-            raw = x.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
-        header[key] = {"dtype": dtype, "shape": list(x.shape),
-                       "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(name, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text + data)
-    return name
-
-
-def full_device():
-    """A device without space, our own: a buggy program, run by root, could replace /dev/full."""
-    try:
-        os.mknod("full", 0o666 | stat.S_IFCHR, os.makedev(1, 7))
-        open("full", "w").close()
-        return "./full"
-    except OSError:
-        if os.path.lexists("full"):
-            os.remove("full")
-        if not os.access("/dev", os.W_OK) and stat.S_ISCHR(os.stat("/dev/full").st_mode):
-            return "/dev/full"
-        print("skipped: a device without space (none here, or none that is safe)")
-        return None
 
 
 EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
@@ -890,21 +816,6 @@ def capture(name, *args, **how):
     return save_safetensors(name, **{n: ("F32", t) for n, t in zip("qkv", x)})
 
 
-def write(name, text):
-    with open(name, "w" if isinstance(text, str) else "wb") as f:
-        f.write(text)
-    return name
-
-
-def read(name, mode="r"):
-    with open(name, mode) as f:
-        return f.read()
-
-
-def sha256(name):
-    return hashlib.sha256(read(name, "rb")).hexdigest()
-
-
 def folder_of(name, seed, places, causal=False, **more):
     """A folder of captures, a file of two heads for each (layer, first head), and its manifest."""
     os.mkdir(name)
@@ -936,13 +847,6 @@ def lines(name="p.json"):
 
 def timeless(text):
     return re.sub(r'"seconds": [^}]*', "", text if isinstance(text, str) else "\n".join(text))
-
-
-def keeps(name, code, words, *args, **how):
-    """Must fail, and leave this file as it is."""
-    before = read(name, "rb")
-    wrong(code, words, *args, **how)
-    check(os.path.isfile(name) and read(name, "rb") == before, f"{args}: {name} as before")
 
 
 def cost(params, files, *more):

@@ -81,11 +81,9 @@ exit_code checkpoint_open(const char *path, checkpoint *out, file_error *error)
             code = gguf_read(&out->file[0], out);
     }
     if (!code)
-        code = checkpoint_check(out, path, error);
+        code = checkpoint_finish(out, path, error);
     if (code)
         checkpoint_close(out);
-    else
-        qsort(out->tensor, (size_t)out->tensors, sizeof *out->tensor, by_name);
     return code;
 }
 
@@ -105,7 +103,7 @@ void checkpoint_close(checkpoint *c)
 
 /* ---- What is in them ---- */
 
-exit_code checkpoint_check(const checkpoint *c, const char *name, file_error *error)
+static exit_code check_sizes(const checkpoint *c, const char *name, file_error *error)
 {
     const hyper *const h = &c->hyper;
     const struct {
@@ -137,6 +135,13 @@ exit_code checkpoint_check(const checkpoint *c, const char *name, file_error *er
     if (wrong)
         file_error_set(error, name, "%s", wrong);
     return wrong ? EXIT_FILE : EXIT_FINE;
+}
+
+exit_code checkpoint_finish(checkpoint *c, const char *name, file_error *error)
+{
+    if (c->tensors)
+        qsort(c->tensor, (size_t)c->tensors, sizeof *c->tensor, by_name);
+    return check_sizes(c, name, error);
 }
 
 const tensor *checkpoint_find(const checkpoint *c, const char *name)

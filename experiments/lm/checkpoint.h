@@ -95,8 +95,8 @@ const char *checkpoint_name(checkpoint *c, const char *text, size_t length);
 /* Text of a file that becomes text of ours: cut between characters where it is too long, '?' for what is no UTF-8. */
 void checkpoint_text(char *to, size_t size, const char *from, size_t length);
 
-/* Do the sizes of the model fit together? */
-exit_code checkpoint_check(const checkpoint *c, const char *name, file_error *error);
+/* When all is read: do the sizes of the model fit together? Sorts the tensors. */
+exit_code checkpoint_finish(checkpoint *c, const char *name, file_error *error);
 
 /* A GGUF file in memory; pointers go into it. */
 exit_code gguf_read(const file_input *file, checkpoint *out);

@@ -209,9 +209,16 @@ static exit_code read_vocabulary(const reader *r, vocabulary *v)
     v->bos = -1;
     if (equals(read_string(r, "tokenizer.ggml.model"), "gpt2")) /* GGUF's word for a byte-level BPE */
         copy_string(v->splitter, sizeof v->splitter, read_string(r, "tokenizer.ggml.pre"));
-    if (find(r, "tokenizer.ggml.add_bos_token", &at) == BOOL && number(&at, 1) &&
+    const bool said = find(r, "tokenizer.ggml.add_bos_token", &at) == BOOL;
+    /* Files of Llama 3 do not say it, and mean it. */
+    const bool add = said ? number(&at, 1) != 0 : strcmp(v->splitter, "llama-bpe") == 0;
+    if (add && (said || has(r, "tokenizer.ggml.bos_token_id")) &&
         !read_whole(r, "tokenizer.ggml.bos_token_id", &v->bos))
         return EXIT_FILE;
+    if (v->bos > INT32_MAX) {
+        input_fail(r->file, "'tokenizer.ggml.bos_token_id' is %" PRId64 ", which no token is", v->bos);
+        return EXIT_FILE;
+    }
     const exit_code code = read_list(r, "tokenizer.ggml.tokens", &v->token, &v->tokens);
     return code ? code : read_list(r, "tokenizer.ggml.merges", &v->merge, &v->merges);
 }

@@ -78,6 +78,8 @@ static error_t check_args(struct argp_state *state, const lm_args *a)
         return options_wrong(state, "--causal, --scale and --layout are the model's: leave them out");
     if (o->rules != SPARGE_RULES_DEFAULT)
         return options_wrong(state, "--rules other than the default are not for a model");
+    if (a->csv && a->attention.output && strcmp(a->csv, a->attention.output) == 0)
+        return options_wrong(state, "-o and --csv are the same file");
     return 0;
 }
 
@@ -105,7 +107,7 @@ static error_t lm_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child lm_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp_child lm_children[] = {{&shared, 0, "", 1}, {0}}; /* its groups stay apart */
 const struct argp lm_argp = {.options = lm_options, .parser = lm_parser, .children = lm_children};
 
 /* ---- Opening ---- */
@@ -368,9 +370,9 @@ static exit_code attend(void *user, int64_t layer, const sparge_problem *problem
 {
     lm *const m = ((run *)user)->m;
     if (interrupted) {
-        file_error_set(error, m->args->attention.output, m->args->attention.output
-                       ? "interrupted: it has %zu rows; the same command goes on" : "interrupted; with -o FILE rows are kept",
-                       json_array_size(rows_list(&m->rows)));
+        file_error_set(error, m->rows.path, m->rows.path ? "interrupted: it has %zu rows; the same command goes on"
+                       : m->visit ? "interrupted: the folder has what its manifest.json lists"
+                                  : "interrupted; with -o FILE rows are kept", json_array_size(rows_list(&m->rows)));
         return EXIT_UNFINISHED;
     }
     progress_tick(&m->watch, (m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers) / m->work);

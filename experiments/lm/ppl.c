@@ -32,6 +32,8 @@ static error_t ppl_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give a text: UTF-8, or a .npy of token numbers");
         if (a->logits && (a->lm.texts != 1 || a->lm.lengths > 1 || a->lm.choices != 1))
             return options_wrong(state, "--logits is for one text, one --length and one --attention");
+        if (a->logits && a->lm.csv && strcmp(a->logits, a->lm.csv) == 0)
+            return options_wrong(state, "--logits and --csv are the same file");
         if (a->logits && a->lm.attention.output)
             return options_wrong(state, "--logits and -o exclude each other: a row that is there is not run again");
         return 0;

@@ -1,0 +1,115 @@
+"""For tests that run a program as its users do: what must work, what must fail and how, and the files for it."""
+import hashlib
+import json
+import os
+import stat
+import struct
+import subprocess
+
+import numpy as np
+
+from counted import check
+
+FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE, UNFINISHED = range(7)
+
+
+def listing():
+    return sorted(os.path.join(folder, name) for folder, folders, names in os.walk(".")
+                  for name in names + folders)
+
+
+def commands_of(program, called):
+    """run, fine, wrong and keeps for a program; it is `called` so where it says what went wrong."""
+    def run(*args, **how):
+        done = subprocess.run([program, *(a if isinstance(a, bytes) else str(a) for a in args)],
+                              stdout=how.pop("stdout", subprocess.PIPE), stderr=how.pop("stderr", subprocess.PIPE),
+                              timeout=600, **how)
+        return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode(errors="replace")
+
+    def fine(*args, code=FINE, **how):
+        """Runs what must work; its one JSON object."""
+        got, out, err = run(*args, **how)
+        check(got == code and err == "", f"{args}: exit {code}, silent", got, err)
+        try:
+            check(out.endswith("}\n") and out.count("\n") == 1, f"{args}: one line", out[-60:])
+            return json.loads(out)
+        except ValueError:
+            check(False, f"{args}: JSON", out[:200])
+            return {}
+
+    def wrong(code, words, *args, **how):
+        """Runs what must fail: the code, one line with these words, nothing printed, no file left."""
+        before = listing()
+        got, out, err = run(*args, **how)
+        check(got == code, f"{args}: exit {code}", got, err)
+        check(err.startswith(f"{called}: ") and err.endswith("\n") and err.count("\n") == 1 and
+              len(err) > len(called) + 14, f"{args}: one line", repr(err))
+        words = [words] if isinstance(words, str) else words
+        check(all(w in err for w in words), f"{args}: says {words}", repr(err))
+        check(out == "", f"{args}: nothing on stdout", out[:100])
+        check(listing() == before, f"{args}: no file left", set(listing()) ^ set(before))
+
+    def keeps(name, code, words, *args, **how):
+        """Must fail, and leave this file as it is."""
+        before = read(name, "rb")
+        wrong(code, words, *args, **how)
+        check(os.path.isfile(name) and read(name, "rb") == before, f"{args}: {name} as before")
+
+    return run, fine, wrong, keeps
+
+
+# ---- Files -----------------------------------------------------------------------------------
+
+def write(name, text):
+    with open(name, "w" if isinstance(text, str) else "wb") as f:
+        f.write(text)
+    return name
+
+
+def read(name, mode="r"):
+    with open(name, mode) as f:
+        return f.read()
+
+
+def sha256(name):
+    return hashlib.sha256(read(name, "rb")).hexdigest()
+
+
+def save(name, x):
+    np.save(name, x)
+    return name
+
+
+def save_safetensors(name, **tensors):
+    """Each a type of the format and an array; or, already in bytes, (type, shape, bytes)."""
+    header, data = {}, b""
+    for key, (dtype, x, *raw) in tensors.items():
+        shape = x if raw else x.shape
+        if raw:
+            raw, = raw
+        elif dtype == "BF16":
+            bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+            raw = (bits >> 16).astype("<u2").tobytes()
+        else:
+            raw = x.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
+        header[key] = {"dtype": dtype, "shape": list(shape),
+                       "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return write(name, struct.pack("<Q", len(text)) + text + data)
+
+
+def full_device():
+    """A device without space, our own: a buggy program, run by root, could replace /dev/full."""
+    try:
+        os.mknod("full", 0o666 | stat.S_IFCHR, os.makedev(1, 7))
+        open("full", "w").close()
+        return "./full"
+    except OSError:
+        if os.path.lexists("full"):
+            os.remove("full")
+        if not os.access("/dev", os.W_OK) and stat.S_ISCHR(os.stat("/dev/full").st_mode):
+            return "/dev/full"
+        print("skipped: a device without space (none here, or none that is safe)")
+        return None
