@@ -280,6 +280,8 @@ def test_gguf():
     m = Model(seed=6, interleaved=True, heads=3, kv_heads=1, dim=60, head_dim=20, hidden=33)
     m.gguf("m.gguf", change={"llama.attention.key_length": None, "some.text": "x" * 3000})
     agrees(m, "m.gguf", "odd sizes, and head_dim from dim")
+    m = Model(seed=6, interleaved=True, heads=2, kv_heads=2, head_dim=32)
+    agrees(m, m.gguf("m.gguf", change={"llama.attention.head_count_kv": None}), "as many key heads as heads")
     m = Model(seed=8, interleaved=True, theta=10000.0, eps=0.5)
     agrees(m, m.gguf("m.gguf", change={"llama.rope.freq_base": None}), "theta by default, a large epsilon")
     m.gguf("m.gguf", change={"llama.block_count": np.uint64(2), "llama.context_length": np.uint16(300),
@@ -864,6 +866,8 @@ def test_gguf_wrong():
         bad(UNSUPPORTED, f"blk.1.attn_{name}.bias", {f"blk.1.attn_{name}.bias": ("F32", (64,), bytes(256))})
     m.raw = raw
     head = gguf_bytes(keys, raw)
+    write("bad.gguf", head.replace(b"blk.1.attn_k.weight", b"blk.1.attn_v.weight"))
+    wrong(FILE, ["bad.gguf", "two tensors", "blk.1.attn_v.weight"], "ppl", "bad.gguf", "t.npy")
     for at, many, word in [(8, 1 << 40, "too many"), (8, 1 << 16, "ends within"), (16, 1 << 40, "too many"),
                            (16, 60000, "ends within")]:
         write("bad.gguf", head[:at] + struct.pack("<Q", many) + head[at + 8:])
@@ -921,8 +925,11 @@ def test_folder_wrong():
     save_safetensors(f"{path}/model.safetensors", **names)
     wrong(FILE, ["model.safetensors", "q_proj", "dtype"], "ppl", path, "t.npy")
     raw = m.raw
-    m.raw = {k: v for k, v in raw.items() if k != "blk.1.ffn_up.weight"}
-    bad(FILE, "blk.1.ffn_up.weight")
+    for name in "blk.1.ffn_up.weight", "output.weight":
+        m.raw = {k: v for k, v in raw.items() if k != name}
+        bad(FILE, ["no tensor", name])
+    path = m.folder("maybe_tied", {"tie_word_embeddings": ...})
+    fine("ppl", path, "t.npy", "--attention", "f32", "--length", 20)
     m.raw = {**raw, "output_norm.weight": ("F32", (1, 1, 64), bytes(256))}
     bad(FILE, ["model.norm.weight", "no vector and no matrix"])
     m.raw = raw
@@ -1111,4 +1118,5 @@ def what_ran():
     return "; the real model: " + (", ".join(ran) if ran else "wrong" if os.path.exists(REAL) else "not here")
 
 
-run_tests(globals(), sys.argv[3:], "sparge-lm-", what_ran)
+run_tests(globals(), sys.argv[3:], "sparge-lm-", lambda: "; the real model: " + (
+    "not here" if not os.path.exists(REAL) else ", ".join(ran) or "not run"))

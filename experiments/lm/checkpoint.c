@@ -141,6 +141,11 @@ exit_code checkpoint_finish(checkpoint *c, const char *name, file_error *error)
 {
     if (c->tensors)
         qsort(c->tensor, (size_t)c->tensors, sizeof *c->tensor, by_name);
+    for (int64_t n = 1; n < c->tensors; n++)
+        if (by_name(&c->tensor[n - 1], &c->tensor[n]) == 0) {
+            file_error_set(error, name, "has two tensors of the name '%.80s'", c->tensor[n].name);
+            return EXIT_FILE;
+        }
     return check_sizes(c, name, error);
 }
 

@@ -49,6 +49,7 @@ typedef struct hyper {
     float rope_divisor[LM_MAX_DIM / 2]; /* of each channel pair's frequency: 1, but in Llama 3.1 and later */
     bool interleaved; /* rows of q and k are in pairs that turn together, as GGUF has a llama; or in halves */
     bool biases;      /* of q, k and v, as in Qwen2 */
+    bool untied;      /* the output has weights of its own; no: it may have, or else they are the embedding's */
 } hyper;
 
 /* A text in the file, without a zero at its end. */

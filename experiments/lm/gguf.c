@@ -155,9 +155,11 @@ static bool read_hyper(reader *r, hyper *h)
         !read_whole(r, own(r, "embedding_length", key), &h->dim) ||
         !read_whole(r, own(r, "feed_forward_length", key), &h->hidden) ||
         !read_whole(r, own(r, "attention.head_count", key), &h->heads) ||
-        !read_whole(r, own(r, "attention.head_count_kv", key), &h->kv_heads) ||
         !read_whole(r, own(r, "context_length", key), &h->context) ||
         !read_float(r, own(r, "attention.layer_norm_rms_epsilon", key), &h->rms_eps))
+        return false;
+    h->kv_heads = h->heads;
+    if (has(r, own(r, "attention.head_count_kv", key)) && !read_whole(r, key, &h->kv_heads))
         return false;
     h->head_dim = h->heads > 0 ? h->dim / h->heads : 0;
     if (has(r, own(r, "attention.key_length", key)) && !read_whole(r, key, &h->head_dim))

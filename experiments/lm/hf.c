@@ -130,6 +130,7 @@ static exit_code read_config(const reader *r, hyper *h)
         !read_whole(r, "max_position_embeddings", &h->context) ||
         !read_float(r, r->object, "rms_norm_eps", &h->rms_eps))
         return EXIT_FILE;
+    h->untied = json_is_false(json_object_get(r->object, "tie_word_embeddings"));
     h->kv_heads = h->heads;
     h->head_dim = h->heads > 0 ? h->dim / h->heads : 0;
     if (!is_null(json_object_get(r->object, "num_key_value_heads")) &&

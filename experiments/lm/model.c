@@ -307,7 +307,7 @@ exit_code model_open(const checkpoint *c, model **out, file_error *error)
     m->output = m->embedding;
     if (ok)
         m->hyper.vocab = m->embedding->rows;
-    if (ok && checkpoint_find(c, "output.weight"))
+    if (ok && (m->hyper.untied || checkpoint_find(c, "output.weight")))
         ok = need(m, "output.weight", m->hyper.vocab, m->hyper.dim, &m->output, error);
     for (int64_t n = 0; n < m->hyper.layers && ok; n++)
         ok = find_layer(m, n, &m->layer[n], error);
