@@ -1115,8 +1115,7 @@ def test_real_model():
 
 
 def what_ran():
-    return "; the real model: " + (", ".join(ran) if ran else "wrong" if os.path.exists(REAL) else "not here")
+    return "; the real model: " + ("not here" if not os.path.exists(REAL) else ", ".join(ran) or "not run")
 
 
-run_tests(globals(), sys.argv[3:], "sparge-lm-", lambda: "; the real model: " + (
-    "not here" if not os.path.exists(REAL) else ", ".join(ran) or "not run"))
+run_tests(globals(), sys.argv[3:], "sparge-lm-", what_ran)
