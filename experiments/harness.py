@@ -30,6 +30,12 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
+def markdown(titles, rows, words=1):
+    """The lines of a table: the first columns are words, the others figures."""
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * words + "--:|" * (len(titles) - words)]
+    return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+
+
 def fill_in(path, name, lines):
     """Puts lines between the markers of that name."""
     text = path.read_text()

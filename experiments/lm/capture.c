@@ -110,7 +110,8 @@ static exit_code save_manifest(const capturing *x, file_error *error)
 }
 
 /* Adds the file to the manifest, so that what is there is always said to be there. */
-static exit_code list_file(capturing *x, const char *name, int64_t layer, json_t *heads, json_t *groups, file_error *error)
+static exit_code list_file(capturing *x, const char *name, int64_t layer, json_t *heads, json_t *groups,
+                           file_error *error)
 {
     char path[PATH_MAX], sha256[SHA256_TEXT];
     snprintf(path, sizeof path, "%s/%s", x->folder, name);
@@ -149,7 +150,8 @@ static exit_code check_numbers(const capture_args *a, const hyper *h, file_error
 {
     for (int n = 0; n < a->layers; n++)
         if (a->layer[n] >= h->layers) {
-            file_error_set(error, NULL, "--layers has %" PRId64 ", the model has %" PRId64 " layers", a->layer[n], h->layers);
+            file_error_set(error, NULL, "--layers has %" PRId64 ", the model has %" PRId64 " layers", a->layer[n],
+                           h->layers);
             return EXIT_USAGE;
         }
     for (int n = 0; n < a->groups; n++)
@@ -173,14 +175,14 @@ static exit_code open_folder(capturing *x, int64_t tokens, file_error *error)
         return EXIT_FILE;
     }
     x->files = json_array();
-    x->manifest = json_pack(
-        "{s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:o, s:b, s:o}", "model", x->m->name,
-        "attention", x->m->choice[0].name, "n_layers", (json_int_t)h->layers, "n_heads", (json_int_t)h->heads, "n_kv_heads",
-        (json_int_t)h->kv_heads, "head_dim", (json_int_t)h->head_dim, "sample", x->text->name, "text", x->text->name,
-        "text_sha256", x->text->sha256, "tokens", (json_int_t)tokens, "layout", "BHND", "hook_point",
-        "after RoPE, before the softmax scale", "channel_order",
-        "half-split: channel i is rotated with i + head_dim / 2, as in Hugging Face", "rope_theta",
-        json_rounded((double)h->rope_theta, 9), "causal", true, "files", x->files);
+    x->manifest =
+        json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:o, s:b, s:o}", "model",
+                  x->m->name, "attention", x->m->choice[0].name, "n_layers", (json_int_t)h->layers, "n_heads",
+                  (json_int_t)h->heads, "n_kv_heads", (json_int_t)h->kv_heads, "head_dim", (json_int_t)h->head_dim,
+                  "sample", x->text->name, "text", x->text->name, "text_sha256", x->text->sha256, "tokens",
+                  (json_int_t)tokens, "layout", "BHND", "hook_point", "after RoPE, before the softmax scale",
+                  "channel_order", "half-split: channel i is rotated with i + head_dim / 2, as in Hugging Face",
+                  "rope_theta", json_rounded((double)h->rope_theta, 9), "causal", true, "files", x->files);
     if (x->manifest)
         return save_manifest(x, error);
     file_error_set(error, x->folder, "no memory for its manifest, or a name in it is no UTF-8");
@@ -213,8 +215,9 @@ exit_code capture_command(int argc, char **argv, file_error *error)
         code = lm_run(&m, &m.choice[0], m.text->token, tokens, hidden);
     }
     if (!code)
-        code = print_json(json_pack("{s:s, s:I, s:I}", "folder", x.folder, "files", (json_int_t)json_array_size(x.files),
-                                    "tokens", (json_int_t)tokens), error);
+        code = print_json(json_pack("{s:s, s:I, s:I}", "folder", x.folder, "files",
+                                    (json_int_t)json_array_size(x.files), "tokens", (json_int_t)tokens),
+                          error);
     free(hidden);
     json_decref(x.manifest);
     lm_close(&m);

@@ -110,8 +110,12 @@ static exit_code check_sizes(const checkpoint *c, const char *name, file_error *
         const char *what;
         int64_t x, high;
     } sizes[] = {
-        {"layers", h->layers, 1 << 12},       {"channels", h->dim, 1 << 17},     {"hidden channels", h->hidden, 1 << 19},
-        {"heads", h->heads, 1 << 12},         {"key heads", h->kv_heads, 1 << 12}, {"channels a head", h->head_dim, LM_MAX_DIM},
+        {"layers", h->layers, 1 << 12},
+        {"channels", h->dim, 1 << 17},
+        {"hidden channels", h->hidden, 1 << 19},
+        {"heads", h->heads, 1 << 12},
+        {"key heads", h->kv_heads, 1 << 12},
+        {"channels a head", h->head_dim, SPARGE_MAX_DIM},
         {"tokens of context", h->context, 1 << 24},
     };
     const char *wrong = NULL;

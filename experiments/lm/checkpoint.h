@@ -38,15 +38,13 @@ void tensor_read(const tensor *t, int64_t first, int64_t rows, float *to);
 
 /* ---- The model ---- */
 
-enum { LM_MAX_DIM = 256 }; /* channels of a head, as in sparge.h */
-
 typedef struct hyper {
     char architecture[16], name[96];
     int64_t layers, dim, hidden; /* hidden: of the feed-forward */
     int64_t heads, kv_heads, head_dim;
     int64_t vocab, context; /* tokens */
     float rope_theta, rms_eps;
-    float rope_divisor[LM_MAX_DIM / 2]; /* of each channel pair's frequency: 1, but in Llama 3.1 and later */
+    float rope_divisor[SPARGE_MAX_DIM / 2]; /* of each channel pair's frequency: 1, but in Llama 3.1 and later */
     bool interleaved; /* rows of q and k are in pairs that turn together, as GGUF has a llama; or in halves */
     bool biases;      /* of q, k and v, as in Qwen2 */
     bool untied;      /* the output has weights of its own; no: it may have, or else they are the embedding's */

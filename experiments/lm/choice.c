@@ -86,8 +86,10 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
 {
     const array *const from = &c->mask;
     if (from->shape[2] != to->q_blocks || from->shape[3] != to->k_blocks) {
-        file_error_set(error, c->path, "has %" PRId64 " query blocks and %" PRId64 " key blocks; this length has %" PRId64
-                       " and %" PRId64, from->shape[2], from->shape[3], to->q_blocks, to->k_blocks);
+        file_error_set(error, c->path,
+                       "has %" PRId64 " query blocks and %" PRId64 " key blocks; this length has %" PRId64
+                       " and %" PRId64,
+                       from->shape[2], from->shape[3], to->q_blocks, to->k_blocks);
         return EXIT_FILE;
     }
     const uint8_t *keep = from->data;
@@ -99,8 +101,8 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
     return EXIT_FINE;
 }
 
-exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o, measured *to,
-                        file_error *error)
+exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o,
+                        measured *to, file_error *error)
 {
     sparge_options options = c->options;
     sparge_result result = {.o = *o};

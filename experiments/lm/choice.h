@@ -31,8 +31,8 @@ exit_code choice_open(const char *text, const sparge_options *options, const hyp
 void choice_free(choice *c);
 
 /* Attention of a layer; adds to `to`. */
-exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o, measured *to,
-                        file_error *error);
+exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o,
+                        measured *to, file_error *error);
 
 /* The sum over the layers. */
 sparge_counts measured_counts(const measured *m, int64_t layers);

@@ -167,7 +167,7 @@ static bool read_hyper(reader *r, hyper *h)
     h->rope_theta = 10000.0f;
     if (has(r, own(r, "rope.freq_base", key)) && !read_float(r, key, &h->rope_theta))
         return false;
-    for (int n = 0; n < LM_MAX_DIM / 2; n++)
+    for (int n = 0; n < SPARGE_MAX_DIM / 2; n++)
         h->rope_divisor[n] = 1.0f;
     return true;
 }
@@ -311,7 +311,7 @@ static bool read_divisors(const reader *r, const checkpoint *c, hyper *h)
         const tensor *const t = &c->tensor[n];
         if (strcmp(t->name, "rope_freqs.weight") != 0)
             continue;
-        if (t->rows != 1 || t->columns != h->head_dim / 2 || t->columns > LM_MAX_DIM / 2)
+        if (t->rows != 1 || t->columns != h->head_dim / 2 || t->columns > SPARGE_MAX_DIM / 2)
             return input_fail(r->file, "'%s' does not have %" PRId64 " elements", t->name, h->head_dim / 2);
         tensor_read(t, 0, 1, h->rope_divisor);
     }
@@ -336,7 +336,8 @@ static exit_code check_kind(const reader *r, hyper *h)
     else if (has(r, key))
         input_fail(r->file, "has experts; dense models are known");
     else if (scaling.length && !equals(scaling, "none"))
-        input_fail(r->file, "has rope scaling of the kind '%.*s', which is not known", (int)scaling.length, scaling.text);
+        input_fail(r->file, "has rope scaling of the kind '%.*s', which is not known", (int)scaling.length,
+                   scaling.text);
     else
         return EXIT_FINE;
     return EXIT_UNSUPPORTED;

@@ -46,7 +46,8 @@ static json_t *read_object(const char *path, file_error *error)
     free(text);
     if (json_is_object(object))
         return object;
-    file_error_set(error, path, "line %d: %s", object ? 1 : why.line, object ? "a JSON object must begin here" : why.text);
+    file_error_set(error, path, "line %d: %s", object ? 1 : why.line,
+                   object ? "a JSON object must begin here" : why.text);
     json_decref(object);
     return NULL;
 }
@@ -65,7 +66,7 @@ static bool read_llama3(const reader *r, const json_t *scaling, hyper *h)
     if (!(factor >= 1.0f && low > 0.0f && high > low && original >= 1.0f))
         return file_error_set(r->error, r->name, "its rope scaling makes no sense");
     const double pi = 3.14159265358979323846;
-    for (int64_t n = 0; n < h->head_dim / 2 && n < LM_MAX_DIM / 2; n++) {
+    for (int64_t n = 0; n < h->head_dim / 2 && n < SPARGE_MAX_DIM / 2; n++) {
         const double turns =
             (double)original / (2.0 * pi * pow((double)h->rope_theta, 2.0 * (double)n / (double)h->head_dim));
         const double fast = fmin(1.0, fmax(0.0, (turns - (double)low) / (double)(high - low)));
@@ -83,7 +84,7 @@ static exit_code read_rope(const reader *r, hyper *h)
     const char *kind = json_string_value(json_object_get(scaling, "rope_type"));
     if (!kind)
         kind = json_string_value(json_object_get(scaling, "type"));
-    for (int n = 0; n < LM_MAX_DIM / 2; n++)
+    for (int n = 0; n < SPARGE_MAX_DIM / 2; n++)
         h->rope_divisor[n] = 1.0f;
     h->rope_theta = 10000.0f;
     if (!is_null(json_object_get(holder, "rope_theta")) && !read_float(r, holder, "rope_theta", &h->rope_theta))

@@ -22,8 +22,10 @@ enum { ATTENTION = 1024, LENGTH, MODEL, CSV };
 
 static const struct argp_option lm_options[] = {
     {0, 0, 0, 0, "What is run:", 0},
-    {"attention", ATTENTION, "WHICH,...", 0, "f32 and int8 are dense, sparse is SpargeAttn with the thresholds below, a "
-     ".json has tuned ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)", 0},
+    {"attention", ATTENTION, "WHICH,...", 0,
+     "f32 and int8 are dense, sparse is SpargeAttn with the thresholds below, a "
+     ".json has tuned ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)",
+     0},
     {"length", LENGTH, "N,...", 0, "tokens from the start of each text (all of it)", 0},
     {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)", 0},
     {"csv", CSV, "FILE", 0, "write the rows as a table too, at the end", 0},
@@ -145,7 +147,7 @@ static exit_code read_numbers(lm_text *t, file_error *error)
     return code;
 }
 
-static exit_code check_numbers(const lm *m, const char *name, const int32_t *token, int64_t tokens)
+static exit_code check_tokens(const lm *m, const char *name, const int32_t *token, int64_t tokens)
 {
     for (int64_t n = 0; n < tokens; n++)
         if (token[n] < 0 || token[n] >= m->hyper->vocab) {
@@ -161,7 +163,7 @@ exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int
     exit_code code = m->tokenizer ? EXIT_FINE : tokenizer_open(&m->files, &m->tokenizer, m->error);
     if (!code)
         code = tokenizer_encode(m->tokenizer, name, bytes, size, token, tokens, m->error);
-    return code ? code : check_numbers(m, name, *token, *tokens);
+    return code ? code : check_tokens(m, name, *token, *tokens);
 }
 
 static exit_code read_text(lm *m, lm_text *t, const char *path)
@@ -183,7 +185,7 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
         }
         free(bytes);
     }
-    return code ? code : check_numbers(m, path, t->token, t->tokens);
+    return code ? code : check_tokens(m, path, t->token, t->tokens);
 }
 
 static exit_code open_choices(lm *m)
@@ -285,8 +287,10 @@ exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
     if (t->tokens < tokens)
         file_error_set(m->error, t->path, "has %" PRId64 " tokens, and %" PRId64 " are asked for", t->tokens, tokens);
     else if (tokens > m->hyper->context)
-        file_error_set(m->error, t->path, "%" PRId64 " tokens are more than the %" PRId64 " that %s was made for; give a "
-                       "smaller --length", tokens, m->hyper->context, m->name);
+        file_error_set(m->error, t->path,
+                       "%" PRId64 " tokens are more than the %" PRId64 " that %s was made for; give a "
+                       "smaller --length",
+                       tokens, m->hyper->context, m->name);
     else if (tokens < 2)
         file_error_set(m->error, t->path, "has %" PRId64 " tokens; there is nothing to predict", tokens);
     else
@@ -317,10 +321,10 @@ static json_t *describe_options(const sparge_options *o)
 exit_code lm_begin(lm *m, const char *command, json_t *extra)
 {
     const file_input *const file = &m->files.file[0];
-    json_t *const settings = json_pack(
-        "{s:s, s:s, s:{s:s, s:s, s:I}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model", "name", m->name,
-        "file", base_name(file->name), "bytes", (json_int_t)file->size, "matmul", matmul_by(), "options",
-        describe_options(&m->args->attention.options));
+    json_t *const settings =
+        json_pack("{s:s, s:s, s:{s:s, s:s, s:I}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model",
+                  "name", m->name, "file", base_name(file->name), "bytes", (json_int_t)file->size, "matmul",
+                  matmul_by(), "options", describe_options(&m->args->attention.options));
     if (extra && settings)
         json_object_update(settings, extra);
     json_decref(extra);
@@ -366,7 +370,8 @@ typedef struct run {
     const choice *c;
 } run;
 
-static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o, file_error *error)
+static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o,
+                        file_error *error)
 {
     lm *const m = ((run *)user)->m;
     if (interrupted) {

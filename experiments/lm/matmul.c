@@ -39,7 +39,7 @@ const char *matmul_by(void) { return "plain"; }
 
 enum { TILE = 4, LANES = 8 };
 
-/* part [TILE][TILE][LANES] += x [rows][n] w [columns][n]^T, in LANES parts, so that a compiler makes vectors of them. */
+/* part [TILE][TILE][LANES] += x [rows][n] w [columns][n]^T; of the LANES parts of a sum a compiler makes vectors. */
 static inline void
 accumulate(const float *x, const float *w, int64_t n, int rows, int columns, float part[TILE][TILE][LANES])
 {
@@ -82,7 +82,8 @@ static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, in
 #pragma omp parallel for
     for (int64_t r = 0; r < rows; r += TILE)
         for (int64_t k = 0; k < width; k += TILE)
-            tile(x + r * n, w + k * n, n, at_most_a_tile(rows - r), at_most_a_tile(width - k), y + r * stride + k, stride);
+            tile(x + r * n, w + k * n, n, at_most_a_tile(rows - r), at_most_a_tile(width - k), y + r * stride + k,
+                 stride);
     return true;
 }
 

@@ -80,7 +80,7 @@ static void rope(const hyper *h, const activations *a, int64_t heads, float *x)
 #pragma omp parallel for
     for (int64_t t = 0; t < a->tokens; t++)
         for (int64_t n = 0; n < heads; n++) {
-            float *const head = x + (t * heads + n) * h->head_dim, turned[LM_MAX_DIM];
+            float *const head = x + (t * heads + n) * h->head_dim, turned[SPARGE_MAX_DIM];
             for (int64_t i = 0; i < pairs; i++) {
                 const float low = head[i * stride], high = head[i * stride + apart];
                 const float cosine = a->cosine[t * pairs + i], sine = a->sine[t * pairs + i];
@@ -120,7 +120,8 @@ static exit_code attention(const model *m, int64_t number, const attender *how, 
         .k = {a->k, SPARGE_F32, n * narrow, d, narrow},
         .v = {a->v, SPARGE_F32, n * narrow, d, narrow},
     };
-    const exit_code code = how->attend(how->user, number, &problem, &(sparge_out){a->o, SPARGE_F32, n * width, d, width}, error);
+    const exit_code code =
+        how->attend(how->user, number, &problem, &(sparge_out){a->o, SPARGE_F32, n * width, d, width}, error);
     if (code)
         return code;
     if (!matmul(a->o, n, l->o, NULL, a->h))
@@ -275,9 +276,11 @@ static bool has_unknown_bias(const checkpoint *c, file_error *error)
 {
     for (int64_t n = 0; n < c->tensors; n++) {
         const char *const name = c->tensor[n].name, *const dot = strrchr(name, '.');
-        const bool known = c->hyper.biases && (strstr(name, ".attn_q.") || strstr(name, ".attn_k.") || strstr(name, ".attn_v."));
+        const bool known =
+            c->hyper.biases && (strstr(name, ".attn_q.") || strstr(name, ".attn_k.") || strstr(name, ".attn_v."));
         if (!known && dot && strcmp(dot, ".bias") == 0) {
-            file_error_set(error, c->hyper.name, "has '%.80s', which is not known in a %s", name, c->hyper.architecture);
+            file_error_set(error, c->hyper.name, "has '%.80s', which is not known in a %s", name,
+                           c->hyper.architecture);
             return true;
         }
     }

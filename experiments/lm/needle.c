@@ -123,8 +123,9 @@ static exit_code make_haystack(lm *m, const needle_args *a, int64_t depth, int64
     const int64_t lead = m->files.vocabulary.bos >= 0 && from->token[0] == m->files.vocabulary.bos; /* it stays first */
     const int64_t hay = to->tokens - lead - count[0] - count[1] - count[2], there = from->tokens - lead;
     if (!code && (hay < 1 || hay > there)) {
-        file_error_set(m->error, from->path, "has %" PRId64 " tokens; %" PRId64 " with needle and question need %" PRId64,
-                       there, to->tokens, hay);
+        file_error_set(m->error, from->path,
+                       "has %" PRId64 " tokens; %" PRId64 " with needle and question need %" PRId64, there,
+                       to->tokens, hay);
         code = EXIT_FILE;
     }
     if (!code) {
@@ -243,9 +244,10 @@ exit_code needle_command(int argc, char **argv, file_error *error)
         lm_expect(&m, a.lm.length[k], (double)(m.choices * a.depths * a.needles));
     }
     if (!code)
-        code = lm_begin(&m, "needle", json_pack("{s:I, s:I, s:I, s:I, s:s, s:s}", "depths", (json_int_t)a.depths, "needles",
-                                                (json_int_t)a.needles, "digits", (json_int_t)a.digits, "seed",
-                                                (json_int_t)a.seed, "needle", a.needle, "question", a.question));
+        code = lm_begin(&m, "needle",
+                        json_pack("{s:I, s:I, s:I, s:I, s:s, s:s}", "depths", (json_int_t)a.depths, "needles",
+                                  (json_int_t)a.needles, "digits", (json_int_t)a.digits, "seed", (json_int_t)a.seed,
+                                  "needle", a.needle, "question", a.question));
     for (int k = 0; k < a.lm.lengths && !code; k++)
         for (int64_t depth = 0; depth < a.depths && !code; depth++)
             for (int64_t n = 0; n < a.needles && !code; n++)

@@ -92,7 +92,8 @@ exit_code rows_add(row_file *r, json_t *row, file_error *error)
 /* A text as it is, anything else as JSON; in quotes where that is needed. */
 static void print_cell(FILE *to, const json_t *value)
 {
-    char *const made = json_is_string(value) ? NULL : json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(9));
+    char *const made =
+        json_is_string(value) ? NULL : json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(9));
     const char *const text = made ? made : json_is_string(value) ? json_string_value(value) : "";
     const bool quoted = strpbrk(text, ",\"\r\n") != NULL;
     if (quoted)

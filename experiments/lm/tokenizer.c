@@ -18,8 +18,8 @@
 #define GPT2                                                                                                         \
     "'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^" SPACES "\\p{L}\\p{N}]+|[" SPACES "]+(?![^" SPACES "])|[" SPACES "]+"
 #define LLAMA3_WITH(digits)                                                                                          \
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits "| ?[^" SPACES "\\p{L}\\p{N}]+[\\r\\n]*|[" SPACES \
-    "]*[\\r\\n]+|[" SPACES "]+(?![^" SPACES "])|[" SPACES "]+"
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits "| ?[^" SPACES                              \
+    "\\p{L}\\p{N}]+[\\r\\n]*|[" SPACES "]*[\\r\\n]+|[" SPACES "]+(?![^" SPACES "])|[" SPACES "]+"
 
 enum { CUTS = 2 };
 
@@ -78,7 +78,8 @@ static int32_t find_token(const tokenizer *t, span text)
 static int by_pair(const void *a, const void *b)
 {
     const merge *const x = a, *const y = b;
-    return x->left != y->left ? (x->left > y->left) - (x->left < y->left) : (x->right > y->right) - (x->right < y->right);
+    return x->left != y->left ? (x->left > y->left) - (x->left < y->left)
+                              : (x->right > y->right) - (x->right < y->right);
 }
 
 static const merge *find_merge(const tokenizer *t, int32_t left, int32_t right)

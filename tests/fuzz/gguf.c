@@ -51,7 +51,8 @@ static void read_tensors(const checkpoint *c, const uint8_t *bytes, size_t size)
 }
 
 /* Attention that sees nothing. */
-static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o, file_error *error)
+static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o,
+                        file_error *error)
 {
     (void)user;
     (void)layer;
@@ -75,7 +76,8 @@ static void run(const checkpoint *c)
     }
     const hyper *const h = model_hyper(m);
     const int32_t token[] = {0, (int32_t)(h->vocab - 1)};
-    float *const hidden = malloc(2 * (size_t)h->dim * sizeof *hidden), *const logits = malloc(2 * (size_t)h->vocab * sizeof *logits);
+    float *const hidden = malloc(2 * (size_t)h->dim * sizeof *hidden);
+    float *const logits = malloc(2 * (size_t)h->vocab * sizeof *logits);
     require(hidden && logits);
     if (model_run(m, token, 2, &(attender){attend, NULL}, hidden, &error) == EXIT_FINE)
         require(model_logits(m, hidden, 2, logits, &error) == EXIT_FINE);
@@ -86,7 +88,8 @@ static void run(const checkpoint *c)
 
 static void encode(const checkpoint *c)
 {
-    static const char text[] = "It's the 1st  word,\r\n n\xc3\xb6t  the 23rd\xe2\x80\x83\xf0\x9f\x91\x8d\n\n ab ab aaaa";
+    static const char text[] =
+        "It's the 1st  word,\r\n n\xc3\xb6t  the 23rd\xe2\x80\x83\xf0\x9f\x91\x8d\n\n ab ab aaaa";
     file_error error;
     tokenizer *t;
     int32_t *token;
