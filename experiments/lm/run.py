@@ -147,7 +147,8 @@ def table_length():
         dense = at[0], "f32"
         took, value = median(by_time[at], "seconds_attention"), perplexity(texts_of)
         rows.append([
-            titles()[at[1]], at[0], f"{value:.3f}", more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}", f"{mean(texts_of, 'sparsity_qk'):.3f}", found_of(by_needle[at]), f"{took:.2f}",
+            titles()[at[1]], at[0], f"{value:.3f}", more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}",
+            f"{mean(texts_of, 'sparsity_qk'):.3f}", found_of(by_needle[at]), f"{took:.2f}",
             f"{median(by_time[dense], 'seconds_attention') / took:.2f}x", f"{median(by_time[at], 'seconds'):.1f}"])
     return markdown(["attention", "tokens", "perplexity", "over dense f32", "sparsity", "of Q.K", "needles found",
                      "attention, s", "faster than dense f32", "prefill, s"], rows)

@@ -129,7 +129,8 @@ def ours_of(program, path, tokens, folder):
 
 def compare(ours, theirs, perplexity, tokens):
     top = theirs.max(axis=1, keepdims=True)
-    losses = (top[:, 0] + np.log(np.exp(theirs - top).sum(axis=1)))[:-1] - theirs[np.arange(len(tokens) - 1), tokens[1:]]
+    log_sum = top[:, 0] + np.log(np.exp(theirs - top).sum(axis=1))
+    losses = log_sum[:-1] - theirs[np.arange(len(tokens) - 1), tokens[1:]]
     return {
         "tokens": len(tokens),
         "largest_difference": float(f"{np.abs(ours - theirs).max():.2g}"),
