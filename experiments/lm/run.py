@@ -34,7 +34,7 @@ TEXT = "opticks"  # of needles and of seconds
 # Thresholds: of experiments/tune, with the bounds on every text or on their mean; and tighter ones.
 MAIN = "0.08, 0.09"
 TUNED = {MAIN: HERE.parent / "tune/model_worst.json", "0.08, 0.09 on the mean": HERE.parent / "tune/model_mean.json",
-         "0.05, 0.06": HERE / "params_0.05_0.06.json"}
+         "0.05, 0.06": HERE / "params_0.05_0.06.json", "0.03, 0.035": HERE / "params_0.03_0.035.json"}
 DENSE = ["f32", "int8"]
 SHARED = ["--model", NAME, "--sink"]
 
