@@ -143,8 +143,8 @@ def table_length():
     """Perplexity, needles, sparsity and seconds by length: the shape of Tables 1 and 7."""
     by_ppl, by_needle, by_time = read("ppl.csv"), read("needle.csv"), read("time.csv")
     rows = []
-    for at, texts_of in by_ppl.items():
-        dense = at[0], "f32"
+    for at in ((n, name) for n in LENGTHS for name in titles()):
+        dense, texts_of = (at[0], "f32"), by_ppl[at]
         took, value = median(by_time[at], "seconds_attention"), perplexity(texts_of)
         rows.append([
             titles()[at[1]], at[0], f"{value:.3f}", more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}",
