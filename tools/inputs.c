@@ -142,6 +142,15 @@ void inputs_free(inputs *in)
 
 /* ---- Beside them ---- */
 
+void inputs_fill_mask(sparge_mask *to, const uint8_t *keep)
+{
+    for (int64_t b = 0; b < to->batch; b++)
+        for (int64_t h = 0; h < to->heads; h++)
+            for (int64_t i = 0; i < to->q_blocks; i++)
+                for (int64_t j = 0; j < to->k_blocks; j++)
+                    sparge_mask_set(to, b, h, i, j, *keep++ != 0);
+}
+
 exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *options,
                       sparge_mask *out, file_error *error)
 {
@@ -165,12 +174,7 @@ exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *
         code = EXIT_FILE;
         goto done;
     }
-    const uint8_t *keep = x.data;
-    for (int64_t b = 0; b < out->batch; b++)
-        for (int64_t h = 0; h < out->heads; h++)
-            for (int64_t i = 0; i < out->q_blocks; i++)
-                for (int64_t j = 0; j < out->k_blocks; j++)
-                    sparge_mask_set(out, b, h, i, j, *keep++ != 0);
+    inputs_fill_mask(out, x.data);
 done:
     array_free(&x);
     return code;

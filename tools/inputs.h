@@ -16,6 +16,9 @@ typedef struct inputs {
 exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, file_error *error);
 void inputs_free(inputs *in);
 
+/* The pairs of a mask, from a byte each: [batch][heads][q_blocks][k_blocks]. */
+void inputs_fill_mask(sparge_mask *to, const uint8_t *keep);
+
 /* A mask of uint8 or bool, [batch][heads][q_blocks][k_blocks]. */
 exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *options,
                       sparge_mask *out, file_error *error);

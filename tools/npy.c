@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tools/output.h"
+
 enum { MAX_HEADER = 1 << 20, DATA_AT = 128 }; /* bytes; where we write data: aligned to 64 */
 
 static const char magic[6] = {'\x93', 'N', 'U', 'M', 'P', 'Y'};
@@ -309,4 +311,10 @@ bool npy_write(FILE *stream, const char *name, const array *from, file_error *er
         return true;
     return file_error_set(error, name, "cannot write: %s; free some space or choose another folder",
                           strerror(errno));
+}
+
+bool npy_save(const char *path, const array *from, file_error *error)
+{
+    output_file *const file = output_open(path, error);
+    return file && npy_write(output_stream(file), path, from, error) && outputs_commit(error);
 }

@@ -16,4 +16,7 @@ bool npy_read_memory(const uint8_t *bytes, size_t size, const char *name, array 
  * name is for the error. */
 bool npy_write(FILE *stream, const char *name, const array *from, file_error *error);
 
+/* The same as a file that appears whole. */
+bool npy_save(const char *path, const array *from, file_error *error);
+
 #endif

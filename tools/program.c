@@ -91,6 +91,13 @@ bool json_write_lines(FILE *to, const char *path, const json_t *object, file_err
                           strerror(errno ? errno : EIO));
 }
 
+exit_code json_save(const char *path, const json_t *object, file_error *error)
+{
+    output_file *const file = output_open(path, error);
+    const bool ok = file && json_write_lines(output_stream(file), path, object, error) && outputs_commit(error);
+    return ok ? EXIT_FINE : EXIT_FILE;
+}
+
 /* ---- Commands ---- */
 
 static void print_help(const program *p)

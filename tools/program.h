@@ -58,8 +58,10 @@ json_t *json_rounded(double x, int digits); /* the same in so many digits */
  * which there was no memory. */
 exit_code print_json(json_t *object, file_error *error);
 
-/* An object with a line for each of its keys, and for each element of its lists. */
+/* An object with a line for each of its keys, and for each element of its lists; json_save: as a file that appears
+ * whole. */
 bool json_write_lines(FILE *to, const char *path, const json_t *object, file_error *error);
+exit_code json_save(const char *path, const json_t *object, file_error *error);
 
 /* Whatever was printed has arrived, or an error. */
 exit_code flush_stdout(file_error *error);

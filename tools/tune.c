@@ -176,11 +176,7 @@ static bool share_heads(const capture *a, const capture *b)
     return some;
 }
 
-static const char *name_of(const capture *c)
-{
-    const char *const slash = strrchr(c->path, '/');
-    return slash ? slash + 1 : c->path;
-}
+static const char *name_of(const capture *c) { return basename(c->path); }
 
 /* May it be tuned on beside these of the same heads? */
 static exit_code check_capture(const capture *c, const unit *u, file_error *error)
@@ -344,14 +340,8 @@ static exit_code sort_heads(tune *t)
 
 static exit_code save(tune *t)
 {
-    const char *const path = t->args.attention.output;
     const exit_code sorted = sort_heads(t);
-    if (sorted)
-        return sorted;
-    output_file *const file = output_open(path, t->error);
-    return file && json_write_lines(output_stream(file), path, t->header, t->error) && outputs_commit(t->error)
-               ? EXIT_FINE
-               : EXIT_FILE;
+    return sorted ? sorted : json_save(t->args.attention.output, t->header, t->error);
 }
 
 /* Can it be written? What is there stays. */

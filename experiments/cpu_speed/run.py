@@ -6,8 +6,6 @@ every benchmark), table.csv (the figures of the table) and, with --readme, the t
 README. A machine that others use gives wrong ratios: the benchmark refuses several threads then, and so does this.
 """
 import argparse
-import csv
-import json
 import statistics
 import sys
 import tempfile

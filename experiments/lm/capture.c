@@ -60,7 +60,7 @@ typedef struct capturing {
     json_t *manifest, *files; /* the files are in the manifest */
 } capturing;
 
-/* Numbers in order: those of a list, or all below `count`. */
+/* An empty list holds every number. */
 static bool holds(const int64_t *list, int listed, int64_t n)
 {
     for (int k = 0; k < listed; k++)
@@ -69,7 +69,8 @@ static bool holds(const int64_t *list, int listed, int64_t n)
     return listed == 0;
 }
 
-/* The chosen heads of a view, [1][heads][tokens][channels] in float16; numbers are appended to `list`. */
+/* The chosen heads of a view, [1][heads][tokens][channels] in float16; their numbers are appended to `list`, unless it is
+ * NULL. */
 static bool copy_heads(const capturing *x, const sparge_in *from, int64_t heads, int64_t per_group, int64_t tokens,
                        int64_t dim, array *to, json_t *list, file_error *error)
 {
@@ -104,9 +105,7 @@ static exit_code save_manifest(const capturing *x, file_error *error)
 {
     char path[PATH_MAX];
     snprintf(path, sizeof path, "%s/manifest.json", x->folder);
-    output_file *const file = output_open(path, error);
-    return file && json_write_lines(output_stream(file), path, x->manifest, error) && outputs_commit(error) ? EXIT_FINE
-                                                                                                          : EXIT_FILE;
+    return json_save(path, x->manifest, error);
 }
 
 /* Adds the file to the manifest, so that what is there is always said to be there. */
@@ -128,11 +127,11 @@ static exit_code visit(void *user, int64_t layer, const sparge_problem *p, file_
     if (!holds(x->args->layer, x->args->layers, layer))
         return EXIT_FINE;
     array qkv[3] = {{0}};
-    json_t *const heads = json_array(), *const groups = json_array(), *const same = json_array();
+    json_t *const heads = json_array(), *const groups = json_array();
     const bool ok =
         copy_heads(x, &p->q, p->heads, p->heads / p->kv_heads, p->q_len, p->dim, &qkv[0], heads, error) &&
         copy_heads(x, &p->k, p->kv_heads, 1, p->k_len, p->dim, &qkv[1], groups, error) &&
-        copy_heads(x, &p->v, p->kv_heads, 1, p->k_len, p->dim_v, &qkv[2], same, error);
+        copy_heads(x, &p->v, p->kv_heads, 1, p->k_len, p->dim_v, &qkv[2], NULL, error);
     char name[32];
     snprintf(name, sizeof name, "layer%02" PRId64 ".safetensors", layer);
     exit_code code = ok ? save(x, name, qkv, error) : EXIT_MACHINE;
@@ -142,7 +141,6 @@ static exit_code visit(void *user, int64_t layer, const sparge_problem *p, file_
         array_free(&qkv[n]);
     json_decref(heads);
     json_decref(groups);
-    json_decref(same);
     return code;
 }
 
@@ -196,7 +194,7 @@ exit_code capture_command(int argc, char **argv, file_error *error)
     exit_code code = lm_open(&m, &capture_argp, argc, argv, &a.base, &a.lm);
     if (!code)
         code = check_numbers(&a, m.hyper, error);
-    const int64_t tokens = code ? 0 : a.lm.lengths ? a.lm.length[0] : m.text->tokens;
+    const int64_t tokens = code ? 0 : lm_length(&m, m.text, 0);
     if (!code)
         code = lm_check_length(&m, m.text, tokens);
     capturing x = {.args = &a, .m = &m, .text = m.text, .folder = a.lm.attention.output};

@@ -6,13 +6,14 @@
 #include <string.h>
 
 #include "tools/device.h"
+#include "tools/inputs.h"
 #include "tools/npy.h"
 #include "tools/params.h"
 
-static bool ends_with(const char *text, const char *end)
+bool ends_with(const char *name, const char *end)
 {
-    const size_t length = strlen(text), ending = strlen(end);
-    return length > ending && strcmp(text + length - ending, end) == 0;
+    const size_t length = strlen(name), ending = strlen(end);
+    return length > ending && strcmp(name + length - ending, end) == 0;
 }
 
 static exit_code read_thresholds(choice *c, const hyper *h, const char *name, file_error *error)
@@ -50,8 +51,7 @@ static exit_code read_mask(choice *c, const hyper *h, file_error *error)
 exit_code choice_open(const char *text, const sparge_options *options, const hyper *h, const char *name, choice *out,
                       file_error *error)
 {
-    const char *const slash = strrchr(text, '/');
-    *out = (choice){.name = slash ? slash + 1 : text, .options = *options};
+    *out = (choice){.name = basename(text), .options = *options};
     exit_code code = EXIT_FINE;
     if (strcmp(text, "f32") == 0 || strcmp(text, "int8") == 0) {
         out->dense = true;
@@ -94,10 +94,7 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
     }
     const uint8_t *keep = from->data;
     keep += (from->shape[0] > 1 ? layer : 0) * to->heads * to->q_blocks * to->k_blocks;
-    for (int64_t h = 0; h < to->heads; h++)
-        for (int64_t i = 0; i < to->q_blocks; i++)
-            for (int64_t j = 0; j < to->k_blocks; j++)
-                sparge_mask_set(to, 0, h, i, j, *keep++ != 0);
+    inputs_fill_mask(to, keep);
     return EXIT_FINE;
 }
 

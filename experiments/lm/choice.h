@@ -5,6 +5,9 @@
 #include "experiments/lm/model.h"
 #include "tools/capture.h"
 
+/* Does a file's name end so, after something else? */
+bool ends_with(const char *name, const char *end);
+
 /* "f32" and "int8" are dense; "sparse" is SpargeAttn with the thresholds of the command line; a .json file has tuned
  * ones for every head; a .npy file is a mask, [layers or 1][heads][query blocks][key blocks]. */
 typedef struct choice {

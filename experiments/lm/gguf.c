@@ -147,10 +147,9 @@ static const char *own(const reader *r, const char *key, char text[96])
     return text;
 }
 
-static bool read_hyper(reader *r, hyper *h)
+static bool read_hyper(const reader *r, hyper *h)
 {
     char key[96];
-    r->architecture = h->architecture;
     if (!read_whole(r, own(r, "block_count", key), &h->layers) ||
         !read_whole(r, own(r, "embedding_length", key), &h->dim) ||
         !read_whole(r, own(r, "feed_forward_length", key), &h->hidden) ||
@@ -328,12 +327,10 @@ static exit_code check_kind(const reader *r, hyper *h)
     copy_string(h->name, sizeof h->name, read_string(r, "general.name"));
     h->interleaved = strcmp(h->architecture, "llama") == 0;
     h->biases = strcmp(h->architecture, "qwen2") == 0;
-    snprintf(key, sizeof key, "%s.rope.scaling.type", h->architecture);
-    const span scaling = read_string(r, key);
-    snprintf(key, sizeof key, "%s.expert_count", h->architecture);
+    const span scaling = read_string(r, own(r, "rope.scaling.type", key));
     if (!h->interleaved && !h->biases)
         input_fail(r->file, "is of the architecture '%s'; llama and qwen2 are known", h->architecture);
-    else if (has(r, key))
+    else if (has(r, own(r, "expert_count", key)))
         input_fail(r->file, "has experts; dense models are known");
     else if (scaling.length && !equals(scaling, "none"))
         input_fail(r->file, "has rope scaling of the kind '%.*s', which is not known", (int)scaling.length,
@@ -378,7 +375,7 @@ static bool pass_keys(const reader *r, cursor *at, int64_t *alignment)
 exit_code gguf_read(const file_input *file, checkpoint *out)
 {
     cursor at = {file->bytes, file->size, 0, false};
-    reader r = {.file = file};
+    reader r = {.file = file, .architecture = out->hyper.architecture};
     uint64_t tensors = 0;
     int64_t alignment;
     if (!read_head(file, &at, &tensors, &r.count))

@@ -114,12 +114,6 @@ const struct argp lm_argp = {.options = lm_options, .parser = lm_parser, .childr
 
 /* ---- Opening ---- */
 
-static const char *base_name(const char *path)
-{
-    const char *const slash = strrchr(path, '/');
-    return slash ? slash + 1 : path;
-}
-
 /* Token numbers from a .npy of whole numbers, [N] or [1, N]. */
 static exit_code read_numbers(lm_text *t, file_error *error)
 {
@@ -168,13 +162,12 @@ exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int
 
 static exit_code read_text(lm *m, lm_text *t, const char *path)
 {
-    *t = (lm_text){.path = path, .name = base_name(path)};
-    const size_t length = strlen(path);
+    *t = (lm_text){.path = path, .name = basename(path)};
     size_t size;
     exit_code code = capture_sha256(path, t->sha256, m->error);
     if (code)
         return code;
-    if (length > 4 && strcmp(path + length - 4, ".npy") == 0) {
+    if (ends_with(path, ".npy")) {
         code = read_numbers(t, m->error);
     } else {
         char *const bytes = input_text(path, &size, m->error);
@@ -224,11 +217,11 @@ static bool is_utf8(const char *name, file_error *error)
 /* All that a result names. */
 static exit_code check_names(const lm *m)
 {
-    bool ok = is_utf8(m->name, m->error) && is_utf8(base_name(m->files.file[0].name), m->error);
+    bool ok = is_utf8(m->name, m->error) && is_utf8(basename(m->files.file[0].name), m->error);
     for (int n = 0; n < m->args->texts && ok; n++)
-        ok = is_utf8(base_name(m->args->text[n]), m->error);
+        ok = is_utf8(basename(m->args->text[n]), m->error);
     for (int n = 0; n < m->args->choices && ok; n++)
-        ok = is_utf8(base_name(m->args->choice[n]), m->error);
+        ok = is_utf8(basename(m->args->choice[n]), m->error);
     return ok ? EXIT_FINE : EXIT_FILE;
 }
 
@@ -282,6 +275,10 @@ void lm_close(lm *m)
     checkpoint_close(&m->files);
 }
 
+int lm_lengths(const lm *m) { return m->args->lengths ? m->args->lengths : 1; }
+
+int64_t lm_length(const lm *m, const lm_text *t, int k) { return m->args->lengths ? m->args->length[k] : t->tokens; }
+
 exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
 {
     if (t->tokens < tokens)
@@ -323,7 +320,7 @@ exit_code lm_begin(lm *m, const char *command, json_t *extra)
     const file_input *const file = &m->files.file[0];
     json_t *const settings =
         json_pack("{s:s, s:s, s:{s:s, s:s, s:I}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model",
-                  "name", m->name, "file", base_name(file->name), "bytes", (json_int_t)file->size, "matmul",
+                  "name", m->name, "file", basename(file->name), "bytes", (json_int_t)file->size, "matmul",
                   matmul_by(), "options", describe_options(&m->args->attention.options));
     if (extra && settings)
         json_object_update(settings, extra);

@@ -71,13 +71,17 @@ void lm_close(lm *m);
 /* Refuses an output that would replace what is read; NULL is not a file. */
 exit_code lm_spare(const lm *m, const char *output);
 
+/* How many lengths of each text are run; and the k-th of them, in tokens. */
+int lm_lengths(const lm *m);
+int64_t lm_length(const lm *m, const lm_text *t, int k);
+
 /* The first `tokens` of a text; an error where it has fewer, or the model cannot take so many. */
 exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens);
 
 exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token, int64_t *tokens);
 
 /* Opens the results: extra is added to the settings that must be the same when a run goes on. From here on an
- * interrupt is an end like others. jobs: how many rows there will be. */
+ * interrupt is an end like others. */
 exit_code lm_begin(lm *m, const char *command, json_t *extra);
 
 /* A job by a choice; and what a row of its result begins with. */

@@ -5,7 +5,6 @@
 
 #include "experiments/lm/lm.h"
 #include "tools/npy.h"
-#include "tools/output.h"
 
 typedef struct ppl_args {
     options_base base;
@@ -92,13 +91,6 @@ static exit_code sum_surprise(lm *m, const lm_text *t, int64_t tokens, const flo
     return code;
 }
 
-static exit_code write_logits(lm *m, const char *path, const array *logits)
-{
-    output_file *const file = output_open(path, m->error);
-    return file && npy_write(output_stream(file), path, logits, m->error) && outputs_commit(m->error) ? EXIT_FINE
-                                                                                                    : EXIT_FILE;
-}
-
 static exit_code run_job(lm *m, const ppl_args *a, const choice *c, const lm_text *t, int64_t tokens)
 {
     json_t *const row = lm_job(c, t, tokens);
@@ -119,8 +111,8 @@ static exit_code run_job(lm *m, const ppl_args *a, const choice *c, const lm_tex
         json_object_set_new(row, "perplexity", json_rounded(exp(sum / (double)(tokens - 1)), 7));
         lm_describe(m, row);
     }
-    if (!code && a->logits)
-        code = write_logits(m, a->logits, &logits);
+    if (!code && a->logits && !npy_save(a->logits, &logits, m->error))
+        code = EXIT_FILE;
     array_free(&logits);
     free(hidden);
     if (!code)
@@ -156,19 +148,18 @@ exit_code ppl_command(int argc, char **argv, file_error *error)
     exit_code code = lm_open(&m, &ppl_argp, argc, argv, &a.base, &a.lm);
     if (!code)
         code = lm_spare(&m, a.logits);
-    const int lengths = a.lm.lengths ? a.lm.lengths : 1;
     for (int n = 0; n < m.texts && !code; n++)
-        for (int k = 0; k < lengths && !code; k++) {
-            const int64_t tokens = a.lm.lengths ? a.lm.length[k] : m.text[n].tokens;
+        for (int k = 0; k < lm_lengths(&m) && !code; k++) {
+            const int64_t tokens = lm_length(&m, &m.text[n], k);
             code = lm_check_length(&m, &m.text[n], tokens);
             lm_expect(&m, tokens, m.choices);
         }
     if (!code)
         code = lm_begin(&m, "ppl", NULL);
-    for (int k = 0; k < lengths && !code; k++)
+    for (int k = 0; k < lm_lengths(&m) && !code; k++)
         for (int n = 0; n < m.texts && !code; n++)
             for (int c = 0; c < m.choices && !code; c++)
-                code = run_job(&m, &a, &m.choice[c], &m.text[n], a.lm.lengths ? a.lm.length[k] : m.text[n].tokens);
+                code = run_job(&m, &a, &m.choice[c], &m.text[n], lm_length(&m, &m.text[n], k));
     if (!code)
         code = lm_finish(&m, summarise(&m));
     lm_close(&m);

@@ -18,11 +18,7 @@ json_t *rows_list(const row_file *r) { return json_object_get(r->all, "rows"); }
 
 static exit_code save(const row_file *r, file_error *error)
 {
-    output_file *const file = r->path ? output_open(r->path, error) : NULL;
-    if (!r->path)
-        return EXIT_FINE;
-    return file && json_write_lines(output_stream(file), r->path, r->all, error) && outputs_commit(error) ? EXIT_FINE
-                                                                                                        : EXIT_FILE;
+    return r->path ? json_save(r->path, r->all, error) : EXIT_FINE;
 }
 
 /* What an earlier run left there. */

@@ -97,19 +97,17 @@ exit_code time_command(int argc, char **argv, file_error *error)
     time_args a = {.base = {error}, .repeat = 3};
     lm m;
     exit_code code = lm_open(&m, &time_argp, argc, argv, &a.base, &a.lm);
-    const int lengths = code || a.lm.lengths ? a.lm.lengths : 1;
-    if (!code && !a.lm.lengths)
-        a.lm.length[0] = m.text->tokens;
-    for (int k = 0; k < lengths && !code; k++) {
-        code = lm_check_length(&m, m.text, a.lm.length[k]);
-        lm_expect(&m, a.lm.length[k], (double)a.repeat * m.choices);
+    for (int k = 0; k < lm_lengths(&m) && !code; k++) {
+        const int64_t tokens = lm_length(&m, m.text, k);
+        code = lm_check_length(&m, m.text, tokens);
+        lm_expect(&m, tokens, (double)a.repeat * m.choices);
     }
     if (!code)
         code = lm_begin(&m, "time", NULL);
-    for (int k = 0; k < lengths && !code; k++)
+    for (int k = 0; k < lm_lengths(&m) && !code; k++)
         for (int64_t turn = 0; turn < a.repeat && !code; turn++)
             for (int c = 0; c < m.choices && !code; c++)
-                code = run_job(&m, &m.choice[c], a.lm.length[k], turn);
+                code = run_job(&m, &m.choice[c], lm_length(&m, m.text, k), turn);
     if (!code)
         code = lm_finish(&m, summarise(&m));
     lm_close(&m);

@@ -4,7 +4,6 @@
 
 #include "experiments/lm/lm.h"
 #include "tools/npy.h"
-#include "tools/output.h"
 
 typedef struct tokens_args {
     options_base base;
@@ -41,8 +40,7 @@ static exit_code write_numbers(const lm_text *t, const char *path, file_error *e
     if (!array_alloc(ARRAY_I32, 1, &t->tokens, &numbers, error))
         return EXIT_MACHINE;
     memcpy(numbers.data, t->token, (size_t)t->tokens * sizeof *t->token);
-    output_file *const file = output_open(path, error);
-    const bool ok = file && npy_write(output_stream(file), path, &numbers, error) && outputs_commit(error);
+    const bool ok = npy_save(path, &numbers, error);
     array_free(&numbers);
     return ok ? EXIT_FINE : EXIT_FILE;
 }
