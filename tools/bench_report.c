@@ -6,13 +6,6 @@
 #include "tools/bench.h"
 #include "tools/options.h"
 
-/* The compiler of this program, and so of the library in the same build. */
-#ifdef __clang__
-static const char compiler[] = __VERSION__;
-#else
-static const char compiler[] = "gcc " __VERSION__;
-#endif
-
 /* ---- Figures from times; what has no time is NaN, and so is all that follows from it ---- */
 
 typedef struct figures {
@@ -102,7 +95,7 @@ void bench_print_machine(void)
     if (file)
         fclose(file);
     const int cores = bench_cores();
-    printf("%s, %d core%s, sparge %s, %s\n", model, cores, plural(cores), SPARGE_VERSION, compiler);
+    printf("%s, %d core%s, sparge %s, %s\n", model, cores, plural(cores), SPARGE_VERSION, program_compiler);
 }
 
 void bench_print_peaks(const bench_machine *m)

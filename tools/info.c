@@ -35,8 +35,9 @@ static exit_code info_json(long cores, file_error *error)
                                       "available", sparge_backend_available(b)));
     for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
         json_object_set_new(isas, sparge_isa_string(isa), json_boolean(sparge_isa_available(isa)));
-    return print_json(json_pack("{s:s, s:i, s:o, s:o}", "version", SPARGE_VERSION, "cores",
-                                (int)cores, "isa", isas, "backends", backends), error);
+    return print_json(json_pack("{s:s, s:s, s:s, s:i, s:o, s:o}", "version", SPARGE_VERSION, "compiler",
+                                program_compiler, "flags", program_flags, "cores", (int)cores, "isa", isas,
+                                "backends", backends), error);
 }
 
 exit_code info_command(int argc, char **argv, file_error *error)
@@ -48,7 +49,7 @@ exit_code info_command(int argc, char **argv, file_error *error)
     const long cores = sysconf(_SC_NPROCESSORS_ONLN);
     if (a.json)
         return info_json(cores, error);
-    printf("sparge %s on %ld cores\n", SPARGE_VERSION, cores);
+    printf("sparge %s on %ld cores\n  built by %s, %s\n", SPARGE_VERSION, cores, program_compiler, program_flags);
     for (sparge_backend b = SPARGE_REF; b <= SPARGE_CUDA; b++)
         printf("  backend %-12s %s\n", sparge_backend_string(b),
                !sparge_backend_built(b)       ? "not built"

@@ -14,6 +14,13 @@
 #include "tools/options.h"
 #include "tools/output.h"
 
+#ifdef __clang__
+const char program_compiler[] = __VERSION__;
+#else
+const char program_compiler[] = "gcc " __VERSION__;
+#endif
+const char program_flags[] = SPARGE_BUILD_FLAGS;
+
 /* ---- What the library answered ---- */
 
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error)

@@ -36,6 +36,9 @@ typedef struct program {
 /* All of main: runs the command that is named; what it returns is the exit code. */
 int program_main(const program *p, int argc, char **argv);
 
+/* What compiled the programs, and so the library in the same build. */
+extern const char program_compiler[], program_flags[];
+
 /* ---- The commands of sparge ---- */
 
 exit_code run_command(int argc, char **argv, file_error *error);
