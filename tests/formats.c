@@ -1653,6 +1653,13 @@ Test(formats, params_written)
 
 /* ---- Captures --------------------------------------------------------------------------- */
 
+static exit_code check_capture(const capture *c, int64_t heads, sparge_causal causal, float scale, file_error *error)
+{
+    const sparge_problem problem = {.heads = heads, .dim = 64};
+    const sparge_options options = {.causal = causal, .scale = scale};
+    return capture_check(c, &problem, &options, error);
+}
+
 /* SHA-256 of "abc" and of nothing, as FIPS 180-4 has them. */
 #define SHA_ABC "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 #define SHA_NONE "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -1668,31 +1675,35 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     cr_expect_str_eq(list->sha256, SHA_ABC);
     cr_expect(!list->model && !list->sample && !list->heads && !list->manifest);
     cr_expect(list->layer == 0 && list->causal == -1 && capture_head(list, 7) == 7);
-    cr_expect_eq(capture_check(list, 5, SPARGE_CAUSAL_END, &error), EXIT_FINE);
-    cr_expect_eq(capture_check(list, 5, SPARGE_CAUSAL_NONE, &error), EXIT_FINE);
+    cr_expect_eq(check_capture(list, 5, SPARGE_CAUSAL_END, 0.5f, &error), EXIT_FINE);
+    cr_expect_eq(check_capture(list, 5, SPARGE_CAUSAL_NONE, 0.0f, &error), EXIT_FINE);
 
     file_make("b.st", BYTES(""));
     file_make("manifest.json", BYTES("{\"model\": \"m\", \"text\": \"t\", \"causal\": true, \"files\": ["
                                      "{\"file\": \"b.st\", \"layer\": 2147483647, "
-                                     "\"query_heads\": [8, 0, 2147483647]},"
-                                     "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\"}]}"));
+                                     "\"query_heads\": [8, 0, 2147483647], \"scale\": 0.5},"
+                                     "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\", \"causal\": false}], "
+                                     "\"scale\": 0.125}"));
     cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
     cr_assert_eq(capture_find(folder, &list, &count, &error), EXIT_FINE, "%s", error.text);
     cr_assert_eq(count, 4); /* they are appended */
     const capture *const a = &list[1], *const b = &list[2];
     cr_expect_str_eq(a->model, "m");
     cr_expect_str_eq(a->sample, "t");
-    cr_expect(a->causal == 1 && a->layer == 0 && !a->heads && strcmp(a->sha256, list[3].sha256) == 0);
+    cr_expect(a->causal == 0 && a->layer == 0 && a->scale == 0.125 && !a->heads && strcmp(a->sha256, list[3].sha256) == 0);
     cr_expect_str_eq(b->path, in_folder("b.st"));
     cr_expect_str_eq(b->sha256, SHA_NONE);
     cr_expect(b->layer == INT32_MAX && capture_head(b, 0) == 8 && capture_head(b, 2) == INT32_MAX);
-    cr_expect_eq(capture_check(b, 3, SPARGE_CAUSAL_START, &error), EXIT_FINE);
+    cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_START, 0.5f, &error), EXIT_FINE);
+    cr_expect_eq(check_capture(a, 3, SPARGE_CAUSAL_NONE, 0.0f, &error), EXIT_FINE);
     const char *const counted[] = {"b.st", "has 2 query heads", "lists 3"},
-    *const says[] = {"b.st", "give --causal"};
-    cr_expect_eq(capture_check(b, 2, SPARGE_CAUSAL_END, &error), EXIT_FILE);
+    *const says[] = {"b.st", "give --causal"}, *const scaled[] = {"b.st", "by 0.5", "not by 0.125", "--scale 0.5"};
+    cr_expect_eq(check_capture(b, 2, SPARGE_CAUSAL_END, 0.5f, &error), EXIT_FILE);
     expect_says(&error, "heads", counted, 3);
-    cr_expect_eq(capture_check(b, 3, SPARGE_CAUSAL_NONE, &error), EXIT_FILE);
+    cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_NONE, 0.5f, &error), EXIT_FILE);
     expect_says(&error, "causality", says, 2);
+    cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_END, 0.0f, &error), EXIT_FILE);
+    expect_says(&error, "scale", scaled, 4);
 
     file_make("b.st", BYTES("abd"));
     file_make("manifest.json", BYTES("{\"files\": [{\"file\": \"b.st\", \"sha256\": \"" SHA_ABC "\"}]}"));

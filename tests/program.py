@@ -611,6 +611,7 @@ def test_info_and_help():
     check(x["backends"]["ref"] == {"built": True, "available": True} and x["isa"]["scalar"], "info",
           x)
     check(set(x["backends"]) == {"ref", "cpu", "cuda"} and "version" in x, "info", x)
+    check(any(name in x["compiler"] for name in ("gcc", "Clang", "clang")) and "-" in x["flags"], "what built it", x)
     code, out, err = sparge("info")
     check(code == 0 and err == "" and x["version"] in out and "avx512vnni" in out, "info in words",
           out)
@@ -1315,7 +1316,13 @@ def test_manifests():
     both([file, "'sha256'"], with_(sha256=7))
     for value in "", "0" * 64, entry["sha256"][:-1]:
         both([file, "SHA-256", entry["sha256"][:12]], with_(sha256=value))
+    for value in "0.5", 0, -1, []:
+        both([file, "'scale'"], {**good, "scale": value})
+        both([file, "'scale'"], with_(scale=value))
+    both([file, "give --scale 0.3"], {**good, "scale": 0.3})
+    both([file, "give --scale 0.3"], {**with_(scale=0.3), "scale": 9})
     both([file, "give --causal"], {**good, "causal": True})
+    both([file, "give --causal"], with_(causal=True))
     os.remove("d/manifest.json")
     os.mkdir("d/manifest.json")
     wrong(FILE, ["manifest.json", "directory"], "tune", file, "-o", "new.json", *TUNE)

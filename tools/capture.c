@@ -3,6 +3,7 @@
 
 #include <openssl/evp.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -99,6 +100,18 @@ static bool read_text(const json_t *from, const char *key, const char **to)
     return !x || json_is_null(x) || *to;
 }
 
+/* An entry's own word, or that of the whole manifest. */
+static const json_t *either(const json_t *entry, const json_t *manifest, const char *key)
+{
+    const json_t *const own = json_object_get(entry, key);
+    return own && !json_is_null(own) ? own : json_object_get(manifest, key);
+}
+
+static bool is_scale(const json_t *x)
+{
+    return json_is_number(x) && json_number_value(x) > 0.0 && isfinite(json_number_value(x));
+}
+
 /* What the manifest's entry says, or NULL. */
 static exit_code describe(capture *c, json_t *manifest, const json_t *entry, file_error *error)
 {
@@ -107,7 +120,8 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     c->causal = -1;
     if (code || !entry)
         return code;
-    const json_t *const layer = json_object_get(entry, "layer"), *causal = json_object_get(manifest, "causal");
+    const json_t *const layer = json_object_get(entry, "layer"), *const causal = either(entry, manifest, "causal");
+    const json_t *const scale = either(entry, manifest, "scale");
     const char *sha, *text, *wrong = NULL;
     c->manifest = json_incref(manifest);
     c->heads = json_object_get(entry, "query_heads");
@@ -119,6 +133,8 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
         wrong = "'text' in its manifest is no text";
     else if (causal && !json_is_boolean(causal) && !json_is_null(causal))
         wrong = "'causal' in its manifest is neither true nor false";
+    else if (scale && !json_is_null(scale) && !is_scale(scale))
+        wrong = "'scale' in its manifest is no number above 0";
     else if (layer && !is_number(layer))
         wrong = "'layer' in its manifest is no number";
     else if (c->heads && !are_heads(c->heads))
@@ -131,6 +147,7 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     }
     c->sample = c->sample ? c->sample : text;
     c->causal = json_is_boolean(causal) ? json_is_true(causal) : -1;
+    c->scale = json_number_value(scale);
     c->layer = json_integer_value(layer);
     if (!sha || strcmp(sha, c->sha256) == 0)
         return EXIT_FINE;
@@ -220,15 +237,19 @@ int64_t capture_head(const capture *c, int64_t h)
     return c->heads ? json_integer_value(json_array_get(c->heads, (size_t)h)) : h;
 }
 
-exit_code capture_check(const capture *c, int64_t heads, sparge_causal causal, file_error *error)
+exit_code capture_check(const capture *c, const sparge_problem *p, const sparge_options *o, file_error *error)
 {
-    if (c->heads && (int64_t)json_array_size(c->heads) != heads)
-        file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu", heads,
+    const double scale = o->scale != 0.0f ? (double)o->scale : 1.0 / sqrt((double)p->dim);
+    if (c->heads && (int64_t)json_array_size(c->heads) != p->heads)
+        file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu", p->heads,
                        json_array_size(c->heads));
-    else if (c->causal >= 0 && c->causal != (causal != SPARGE_CAUSAL_NONE))
+    else if (c->causal >= 0 && c->causal != (o->causal != SPARGE_CAUSAL_NONE))
         file_error_set(error, c->path, c->causal ? "is of a causal model, as its manifest says; give --causal"
                                                  : "is of a model that is not causal, as its manifest says; "
                                                    "leave out --causal");
+    else if (c->scale != 0.0 && fabs(c->scale / scale - 1.0) > 1e-5)
+        file_error_set(error, c->path, "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; give "
+                       "--scale %.9g", c->scale, scale, c->scale);
     else
         return EXIT_FINE;
     return EXIT_FILE;

@@ -18,6 +18,7 @@ typedef struct capture {
     const json_t *heads; /* its query heads in order: numbers; NULL: from 0 on */
     int64_t layer;       /* 0 */
     int causal;          /* 0, 1 */
+    double scale;        /* of the scores; 0: not said */
     json_t *manifest;    /* what the above points into */
 } capture;
 
@@ -31,7 +32,7 @@ exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *e
 /* The number of the h-th query head, in the model. */
 int64_t capture_head(const capture *c, int64_t h);
 
-/* Does the file hold so many query heads, and is causality what it was in the model? */
-exit_code capture_check(const capture *c, int64_t heads, sparge_causal causal, file_error *error);
+/* Does the file hold so many query heads as its manifest says, and are causality and scale what they were in the model? */
+exit_code capture_check(const capture *c, const sparge_problem *p, const sparge_options *o, file_error *error);
 
 #endif

@@ -124,7 +124,7 @@ static exit_code read_params(run *r, file_error *error)
     if (!code)
         code = params_check(&p, name, list->model, &r->options, error);
     if (!code)
-        code = capture_check(list, heads, r->options.causal, error);
+        code = capture_check(list, &r->in.problem, &r->options, error);
     const int64_t layer = code ? 0 : r->args.layer >= 0 ? r->args.layer : list->layer;
     r->per_head = code ? NULL : malloc((size_t)heads * sizeof *r->per_head);
     if (!code && !r->per_head) {

@@ -404,7 +404,7 @@ static exit_code read_inputs(tune *t, const unit *u, sparge_problem *problem)
         code = inputs_read(&file, true, &t->in[n], t->error);
         problem[n] = t->in[n].problem;
         if (!code)
-            code = capture_check(u->capture[n], problem[n].heads, file.options.causal, t->error);
+            code = capture_check(u->capture[n], &problem[n], &file.options, t->error);
         const sparge_problem *const p = &problem[n], *const first = problem;
         if (!code && (p->heads != first->heads || p->kv_heads != first->kv_heads || p->dim != first->dim ||
                       p->dim_v != first->dim_v)) {

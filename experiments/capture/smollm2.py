@@ -306,7 +306,7 @@ def make_manifest(model: Model, sample: Sample, tokens: np.ndarray, losses: np.n
         "hook_point": "after RoPE, before the softmax scale",
         "channel_order": "half-split: channel i is rotated with i + 32, as in Hugging Face",
         "rope_theta": model.theta,
-        "sm_scale": model.head_dim ** -0.5,
+        "scale": model.head_dim ** -0.5,
         "causal": True,
         "files": files,
         "perplexity": round(float(np.exp(losses.mean(dtype=np.float64))), 4),
