@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # test.sh: installs what is missing, builds, runs every test.
-#   ./test.sh              all presets: dev (gcc), clang, asan (address and undefined sanitizers), tsan (threads)
+#   ./test.sh              all presets: dev (gcc), clang, asan (address and undefined sanitizers), tsan (threads), and hook
 #   ./test.sh dev          the named presets alone
+#   ./test.sh hook         the recorder of PyTorch models, in an environment with torch; with the program that dev built
 #   ./test.sh --deps       installs and stops
 set -euo pipefail
 cd "$(dirname "$0")"
 . .ci/install.sh
 
 case "${1:-}" in
--h | --help) sed -n '2,5s/^# //p' "$0"; exit ;;
+-h | --help) sed -n '2,6s/^# //p' "$0"; exit ;;
 esac
 
 need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libclang-rt-14-dev \
@@ -16,9 +17,17 @@ need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libcla
 need_python experiments/requirements.txt
 [ "${1:-}" = --deps ] && exit
 
-[ $# -eq 0 ] && set -- dev clang asan tsan
+[ $# -eq 0 ] && set -- dev clang asan tsan hook
 for preset in "$@"; do
     echo "== $preset"
+    if [ "$preset" = hook ]; then
+        if need_python experiments/capture/requirements-hook.txt build/hook-venv; then
+            build/hook-venv/bin/python tests/hook.py build/dev/tools/sparge
+        else
+            echo "skipped: its packages cannot be installed here"
+        fi
+        continue
+    fi
     cmake --preset "$preset" >build/"$preset".configure.log || { cat build/"$preset".configure.log; exit 1; }
     cmake --build --preset "$preset"
     ctest --preset "$preset"

@@ -24,14 +24,14 @@ need_packages() {
         "${missing[@]}" >/dev/null
 }
 
-# A virtual environment in build/venv that holds exactly what a requirements file pins.
+# A virtual environment, build/venv or the second argument, that holds exactly what a requirements file pins.
 need_python() {
-    local requirements=$1 stamp=build/venv/installed.txt
+    local requirements=$1 folder=${2:-build/venv} stamp=${2:-build/venv}/installed.txt
     cmp -s "$requirements" "$stamp" && return
-    echo "Installing Python packages into build/venv: $(tr '\n' ' ' <"$requirements")"
-    python3 -m venv --clear build/venv
-    build/venv/bin/pip install --quiet --disable-pip-version-check -r "$requirements"
-    cp "$requirements" "$stamp"
+    echo "Installing Python packages into $folder: $(tr '\n' ' ' <"$requirements")"
+    python3 -m venv --clear "$folder" &&
+        "$folder"/bin/pip install --quiet --disable-pip-version-check -r "$requirements" &&
+        cp "$requirements" "$stamp"
 }
 
 compiler_packages=(gcc libc6-dev cmake ninja-build pkg-config libjansson-dev libssl-dev libcairo2-dev libpcre2-dev fonts-dejavu-core)
