@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
-# reproduce.sh: installs what is missing, builds the program, runs SpargeAttn on the committed capture of
-# a real model, tunes its thresholds, prints both tables and draws the attention-map figure into paper_figs/.
-#   ./reproduce.sh         a few minutes on two cores
+# reproduce.sh: installs what is missing, builds, and regenerates the tables and figures of the paper beside its numbers:
+# experiments/*/out.csv, paper_figs/, and paper_figs/report.html, which shows all of it.
+#   ./reproduce.sh                        some rows of each, compared with the committed ones: minutes on two cores
+#   ./reproduce.sh --full                 all rows, which replace them: hours; interrupted, the same command goes on
+#   ./reproduce.sh --only table3,fig10    these alone
+#   ./reproduce.sh --list                 what there is
 set -euo pipefail
 cd "$(dirname "$0")"
 . .ci/install.sh
 
 case "${1:-}" in
--h | --help) sed -n '2,4s/^# //p' "$0"; exit ;;
-"") ;;
-*) echo "reproduce.sh: unknown argument '$1', see ./reproduce.sh --help" >&2; exit 2 ;;
+-h | --help) sed -n '2,7s/^# //p' "$0"; exit ;;
 esac
 
 need_packages "${compiler_packages[@]}" "${python_packages[@]}"
+python=build/venv
 need_python experiments/requirements.txt
+if [[ " $* " == *" --full "* ]]; then
+    python=build/full-venv # has torch as well
+    need_python experiments/requirements-full.txt "$python"
+fi
 
 cmake --preset release >/dev/null
 cmake --build --preset release
-build/venv/bin/python experiments/attention_map/run.py --sparge build/release/tools/sparge
-build/venv/bin/python experiments/tune/run.py --sparge build/release/tools/sparge
-build/venv/bin/python paper_figs/attention_map.py
+"$python"/bin/python experiments/reproduce.py "$@"

@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_json(program, *options):
-    """What a program of ours printed, as an object; where it fails its line, and the end."""
+    """What a program of ours printed, as an object; None: nothing. Where it fails its line, and the end."""
     done = subprocess.run([program, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{Path(program).name} {' '.join(map(str, options))}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout or "null")
 
 
 def write_csv(path, rows, columns=None):
@@ -46,10 +46,27 @@ def fill_in(path, name, lines):
     path.write_text(before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
 
 
-def machine_line(cores, isa):
-    """Processor, compiler and commit: what a measurement stands on."""
+def commit():
+    """Of the sources; what the scripts write does not make them dirty."""
+    git = ["git", "-C", ROOT]
+    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "--", ".", ":!*.csv", ":!*.json", ":!*.md",
+                              ":!paper_figs/*.*g", ":!*.html", ":!*.txt"], capture_output=True, text=True).stdout
+    return name + "-dirty" * bool(changed)
+
+
+def stands_on(program):
+    """What a measurement stands on: sources, machine, and what compiled the program."""
+    info = run_json(program, "info", "--json")
     model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                  platform.machine())
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    compiler = subprocess.run(["gcc", "--version"], capture_output=True, text=True).stdout.split("\n")[0]
-    return f"{model}, {cores} cores, {isa}; {compiler}; commit {commit.stdout.strip()}; {date.today()}"
+    return {"commit": commit(), "machine": model, "cores": info["cores"],
+            "isa": [name for name, has in info["isa"].items() if has][-1], "compiler": info["compiler"],
+            "flags": info["flags"]}
+
+
+def machine_line(program):
+    """The same in a line, with the day."""
+    on = stands_on(program)
+    return (f"{on['machine']}, {on['cores']} cores, {on['isa']}; {on['compiler']} {on['flags']}; "
+            f"commit {on['commit']}; {date.today()}")

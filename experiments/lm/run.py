@@ -26,23 +26,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import model as weights  # noqa: E402
 import texts  # noqa: E402
 from harness import ROOT, fill_in, machine_line, markdown, read_csv, run_json  # noqa: E402
+from names import DENSE, LENGTHS, TITLES, TUNED  # noqa: E402
 
 WORK = ROOT / "build/lm"
 NAME = "SmolLM2-135M-Instruct"
-LENGTHS, MIDDLE = [1024, 2048, 4096, 8192], 4096
+MIDDLE = 4096
 TEXT = "opticks"  # of needles and of seconds
-# Thresholds: of experiments/tune, with the bounds on every text or on their mean; and tighter ones.
 MAIN = "0.08, 0.09"
-TUNED = {MAIN: HERE.parent / "tune/model_worst.json", "0.08, 0.09 on the mean": HERE.parent / "tune/model_mean.json",
-         "0.05, 0.06": HERE / "params_0.05_0.06.json", "0.03, 0.035": HERE / "params_0.03_0.035.json"}
-DENSE = ["f32", "int8"]
 SHARED = ["--model", NAME, "--sink"]
-
-
-def titles():
-    """What a row's attention is called in the tables."""
-    return {"f32": "dense, f32", "int8": "dense, int8"} | {
-        path.name: f"SpargeAttn, ({pair})" for pair, path in TUNED.items()}
 
 
 def paths(name):
@@ -99,8 +90,7 @@ def needle(args):
 def seconds(args):
     found = lm(args, "time", *paths(TEXT), "--length", listed(LENGTHS), "--attention",
                listed([*DENSE, *TUNED.values()]), "--repeat", 5, "-o", WORK / "time.json", "--csv", HERE / "time.csv")
-    row = found["rows"][-1]
-    (HERE / "machine.txt").write_text(f"{machine_line(row['threads'], row['isa'])}; products by {found['matmul']}\n")
+    (HERE / "machine.txt").write_text(f"{machine_line(args.sparge)}; products by {found['matmul']}\n")
 
 
 # ---- The tables -------------------------------------------------------------------------------
@@ -143,11 +133,11 @@ def table_length():
     """Perplexity, needles, sparsity and seconds by length: the shape of Tables 1 and 7."""
     by_ppl, by_needle, by_time = read("ppl.csv"), read("needle.csv"), read("time.csv")
     rows = []
-    for at in ((n, name) for n in LENGTHS for name in titles()):
+    for at in ((n, name) for n in LENGTHS for name in TITLES):
         dense, texts_of = (at[0], "f32"), by_ppl[at]
         took, value = median(by_time[at], "seconds_attention"), perplexity(texts_of)
         rows.append([
-            titles()[at[1]], at[0], f"{value:.3f}", more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}",
+            TITLES[at[1]], at[0], f"{value:.3f}", more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}",
             f"{mean(texts_of, 'sparsity_qk'):.3f}", found_of(by_needle[at]), f"{took:.2f}",
             f"{median(by_time[dense], 'seconds_attention') / took:.2f}x", f"{median(by_time[at], 'seconds'):.1f}"])
     return markdown(["attention", "tokens", "perplexity", "over dense f32", "sparsity", "of Q.K", "needles found",
@@ -213,7 +203,7 @@ def table_needles():
     by, rows = read("needle.csv"), []
     depths = sorted({float(r["depth"]) for found in by.values() for r in found})
     for n in LENGTHS:
-        for name, title in titles().items():
+        for name, title in TITLES.items():
             if by[n, name]:
                 at_depth = [found_of([r for r in by[n, name] if float(r["depth"]) == depth]) for depth in depths]
                 rows.append([title, n, *at_depth, f"{mean(by[n, name]):.3f}"])

@@ -1,280 +1,48 @@
 #!/usr/bin/env python3
-"""The tuner on real captures: what it finds, what that costs on texts that it has not seen, and what it takes.
-
-    run.py                    the committed capture at the paper's four pairs of bounds: table.csv, params_*.json
-    run.py grid               against an exhaustive grid and the authors' search: grid.csv (an hour on two cores)
-    run.py model TUNE JUDGE   every head of the model, judged on other texts: model.csv, judge.csv, model.json
-    run.py length CAPTURE     seconds and products by length: length.csv (on a machine that is otherwise idle)
-    run.py readme             the tables of README.md here and at the root, from those files
-
-TUNE, JUDGE and CAPTURE are folders that experiments/capture/smollm2.py writes; README.md has its commands.
+"""The tuner on the committed captures (Sec 3.6): thresholds for nine heads at the paper's four pairs of bounds, found
+on one text and judged on another. A full run writes the thresholds too: params_*.json.
 """
-import argparse
-import csv
 import json
-import statistics
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
-from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from harness import ROOT, fill_in, read_csv, run_json, write_csv  # noqa: E402
+from harness import ROOT  # noqa: E402
+from item import Job, run  # noqa: E402
 
 CAPTURE = ROOT / "experiments/capture/smollm2-135m"
 OTHER = ROOT / "experiments/capture/smollm2-135m-stb_image"
 # (l1, l2) of Sec 4.1: Llama3.1; SD3.5 and Flux; CogvideoX and Mochi; Open-Sora-Plan.
 PAIRS = [("0.08", "0.09"), ("0.07", "0.08"), ("0.05", "0.06"), ("0.03", "0.035")]
 MODE = ["--causal", "--sink"]
-LENGTHS = [1024, 2048, 4096, 8192]
-REPEAT = 5
-
-TABLE = ["l1", "l2", "layer", "head", "theta", "tau", "lambda", "dense", "back_off", "sparsity", "l1_in",
-         "first_sparsity_out", "first_l1_out", "sparsity_out", "l1_out", "equivalents", "seconds"]
+TABLE = ["layer", "head", "theta", "tau", "lambda", "dense", "back_off", "sparsity", "l1_in", "first_sparsity_out",
+         "first_l1_out", "sparsity_out", "l1_out", "equivalents", "seconds"]
 
 
 def tune(program, captures, output, l1, l2, *options):
     """Tunes from the beginning; the heads of the file, and the program's summary."""
     Path(output).unlink(missing_ok=True)
-    summary = run_json(program, "tune", *captures, "-o", output, "--l1", l1, "--l2", l2, *MODE, *options)
+    summary = program("tune", *captures, "-o", output, "--l1", l1, "--l2", l2, *MODE, *options)
     return json.loads(Path(output).read_text())["heads"], summary
 
 
-def row_of(head, l1, l2):
-    """A line of table.csv. The errors are of the worst input, as the bounds are."""
+def row_of(head):
+    """Of a head. The errors are of the worst input, as the bounds are."""
     first, out = head["held_out_first"] or {}, head["held_out"] or {}
-    return {"l1": l1, "l2": l2, "sparsity": head["in_sample"]["sparsity"], "l1_in": head["in_sample"]["worst_l1"],
-            "first_sparsity_out": first.get("sparsity"), "first_l1_out": first.get("worst_l1"),
-            "sparsity_out": out.get("sparsity"), "l1_out": out.get("worst_l1")} | {
-                key: head[key] for key in TABLE if key in head}
+    row = head | {"sparsity": head["in_sample"]["sparsity"], "l1_in": head["in_sample"]["worst_l1"],
+                  "first_sparsity_out": first.get("sparsity"), "first_l1_out": first.get("worst_l1"),
+                  "sparsity_out": out.get("sparsity"), "l1_out": out.get("worst_l1")}
+    return {key: "" if row[key] is None else row[key] for key in TABLE}
 
 
-# ---- The committed capture --------------------------------------------------------------------
-
-def committed(args):
-    rows = []
-    print(f"{'l1, l2':>12} {'sparsity':>8} {'unseen: before backing off':>27} {'after':>12} {'products':>8} {'s/head':>6}")
-    for l1, l2 in PAIRS:
-        heads, summary = tune(args.sparge, [CAPTURE], HERE / f"params_{l1}_{l2}.json", l1, l2, "--held-out", OTHER)
-        rows += [row_of(head, l1, l2) for head in heads]
-        first = statistics.mean(h["held_out_first"]["sparsity"] for h in heads)
-        print(f"{l1:>6}, {l2:>4} {summary['sparsity']:8.3f} {first:11.3f}, {summary['held_out_within_l2_first']} of "
-              f"{len(heads)} hold {summary['held_out_sparsity']:5.3f}, {summary['held_out_within_l2']:4} "
-              f"{summary['equivalents']:8.2f} {statistics.median(h['seconds'] for h in heads):6.2f}", flush=True)
-    write_csv(HERE / "table.csv", columns=TABLE, rows=rows)
-
-
-# ---- Against whole calls ----------------------------------------------------------------------
-
-GRID = ["layer", "head", "search", "theta", "tau", "lambda", "mask_sparsity", "sparsity", "l1", "calls", "equivalents"]
-
-
-def grid_head(program, entry, h, l1, l2):
-    """The two searches by whole calls over one head."""
-    tensors = load_file(CAPTURE / entry["file"])
-    _, heads, tokens, dim = tensors["q"].shape
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{name}.bin" for name in "qkv"]
-        for file in files:
-            head = h if file.stem == "q" else h * tensors["k"].shape[1] // heads
-            tensors[file.stem][0, head].astype("<f4").tofile(file)
-        done = subprocess.run([program, *files, str(tokens), str(dim), "1", "1", l1, l2], capture_output=True,
-                              text=True)
-    if done.returncode != 0:
-        sys.exit(done.stderr.strip())
-    return [dict(zip(GRID, [entry["layer"], entry["query_heads"][h], *line.split(",")]))
-            for line in done.stdout.split()]
-
-
-def grid(args):
-    l1, l2 = PAIRS[0]
-    entries = json.loads((CAPTURE / "manifest.json").read_text())["files"]
-    jobs = [(entry, h) for entry in entries for h in range(len(entry["query_heads"]))]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        rows = sum(pool.map(lambda job: grid_head(args.grid, *job, l1, l2), jobs), [])
-    with tempfile.TemporaryDirectory() as folder:
-        heads, _ = tune(args.sparge, [CAPTURE], Path(folder) / "params.json", l1, l2)
-    rows += [{"search": "tuner", "sparsity": head["in_sample"]["sparsity"], "l1": head["in_sample"]["l1"]} |
-             {key: head[key] for key in GRID if key in head} for head in heads]
-    write_csv(HERE / "grid.csv", columns=GRID, rows=sorted(rows, key=lambda row: (row["layer"], row["head"])))
-
-
-# ---- The whole model --------------------------------------------------------------------------
-
-def judge_file(program, params, path):
-    """Relative L1 of every head of a capture against dense attention in f32, and its sparsity."""
-    with tempfile.TemporaryDirectory() as folder:
-        got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
-        # The file is of float16; its float32 copy has outputs that are not rounded.
-        copy = Path(folder) / path.name
-        save_file({name: x.astype(np.float32) for name, x in load_file(path).items()}, copy)
-        manifest = json.loads((path.parent / "manifest.json").read_text())
-        entry = next(e for e in manifest["files"] if e["file"] == path.name)
-        (Path(folder) / "manifest.json").write_text(json.dumps(
-            {"model": manifest["model"], "causal": manifest["causal"],
-             "files": [{key: entry[key] for key in ("file", "layer", "query_heads")}]}))
-        result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
-        run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
-        got, want = np.load(got)[0].astype(np.float64), np.load(want)[0].astype(np.float64)
-    l1 = np.abs(got - want).sum(axis=(1, 2)) / np.abs(want).sum(axis=(1, 2))
-    return [{"text": path.parent.name, "layer": entry["layer"], "head": head, "sparsity": round(s, 6),
-             "l1": f"{x:.6f}"} for head, s, x in zip(entry["query_heads"], result["sparsity_per_head"], l1)]
-
-
-def model(args):
-    l1, l2 = PAIRS[0]
-    texts = sorted(path.parent for path in Path(args.tune).glob("*/manifest.json"))
-    others = sorted(Path(args.judge).glob("*/layer*.safetensors"))
-    if not texts or not others:
-        sys.exit("run.py: no captures in these folders; README.md says how they are made")
-    rows, judged = [], []
-    for bound in "worst", "mean":
-        params = HERE / f"model_{bound}.json"
-        heads, summary = tune(args.sparge, texts, params, l1, l2, "--bound", bound)
-        print(bound, summary, flush=True)
-        rows += [{"bound": bound, "mean_l1_in": head["in_sample"]["l1"], "first_mean_l1_out":
-                  head["held_out_first"]["l1"], "mean_l1_out": head["held_out"]["l1"]} | row_of(head, l1, l2)
-                 for head in heads]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            judged += [{"bound": bound} | row for found in
-                       pool.map(lambda path: judge_file(args.sparge, params, path), others) for row in found]
-    for row in rows:
-        del row["seconds"]  # they depend on what else runs: length.csv has those of a quiet machine
-    write("model.csv", ["bound", *TABLE[:-1], "mean_l1_in", "first_mean_l1_out", "mean_l1_out"], rows)
-    write("judge.csv", ["bound", "text", "layer", "head", "sparsity", "l1"], judged)
-
-
-# ---- By length --------------------------------------------------------------------------------
-
-def length(args):
-    l1, l2 = PAIRS[0]
-    rows = []
-    for tokens in LENGTHS:
-        with tempfile.TemporaryDirectory() as folder:
-            for path in sorted(Path(args.capture).glob("*.safetensors")):
-                save_file({name: np.ascontiguousarray(x[:, :, :tokens]) for name, x in load_file(path).items()},
-                          Path(folder) / path.name)
-            files = sorted(Path(folder).glob("*.safetensors"))
-            for file in files:
-                runs = [tune(args.sparge, [file], Path(folder) / "params.json", l1, l2) for _ in range(REPEAT)]
-                heads = runs[0][0]
-                spent = statistics.median(summary["seconds"] for _, summary in runs)
-                rows.append({"file": file.stem, "tokens": tokens, "heads": len(heads), "seconds": f"{spent:.3f}",
-                             "seconds_per_head": f"{spent / len(heads):.4f}",
-                             "equivalents": f"{statistics.mean(h['equivalents'] for h in heads):.3f}",
-                             "sparsity": f"{statistics.mean(h['in_sample']['sparsity'] for h in heads):.4f}"})
-                print(rows[-1], flush=True)
-    write("length.csv", list(rows[0]), rows)
-
-
-# ---- README.md --------------------------------------------------------------------------------
-
-def number(x, digits=3):
-    return "" if x in ("", None) else f"{float(x):.{digits}f}"
-
-
-def table_committed():
-    lines = ["| l1, l2 | layer | head | theta | tau | lambda | sparsity | L1 | unseen at first: sparsity, L1 | "
-             "backed off | unseen then: sparsity, L1 | products | seconds |", "|---" * 13 + "|"]
-    for r in read_csv(HERE / "table.csv"):
-        thresholds = ["dense", "", ""] if r["dense"] == "True" else [
-            number(r["theta"], 4), f"{float(r['tau']):g}", number(r["lambda"], 2) or "off"]
-        lines.append("| " + " | ".join([
-            f"{r['l1']}, {r['l2']}", r["layer"], r["head"], *thresholds, number(r["sparsity"]), number(r["l1_in"]),
-            f"{number(r['first_sparsity_out'])}, {number(r['first_l1_out'])}", r["back_off"].replace("none", ""),
-            f"{number(r['sparsity_out'])}, {number(r['l1_out'])}", number(r["equivalents"], 2),
-            number(r["seconds"], 2)]) + " |")
-    return lines
-
-
-def table_grid():
-    lines = ["| layer | head | exhaustive: sparsity, L1, products | authors' search | tuner | given up |",
-             "|---" * 6 + "|"]
-    rows = read_csv(HERE / "grid.csv")
-    for layer, head in sorted({(int(r["layer"]), int(r["head"])) for r in rows}):
-        found = {r["search"]: r for r in rows if (int(r["layer"]), int(r["head"])) == (layer, head)}
-        cells = [f"{number(r['sparsity'])}, {number(r['l1'])}, {float(r['equivalents']):.{2 if name == 'tuner' else 0}f}"
-                 for name, r in ((name, found[name]) for name in ("exhaustive", "authors", "tuner"))]
-        lost = float(found["exhaustive"]["sparsity"]) - float(found["tuner"]["sparsity"])
-        lines.append(f"| {layer} | {head} | " + " | ".join(cells) + f" | {lost:.3f} |")
-    return lines
-
-
-def share(values, bound):
-    return f"{100 * sum(v <= bound for v in values) / len(values):.1f} %"
-
-
-def table_model():
-    lines = ["| the bound is on | sparsity | heads within l2 on the text left out: at first, after backing off | "
-             "lambda lowered, tau raised, dense | sparsity on five other texts | heads within l2 there, mean of the "
-             "five | pairs of head and text within l2 | worst pair | products |", "|---" * 9 + "|"]
-    tuned, judged = read_csv(HERE / "model.csv"), read_csv(HERE / "judge.csv")
-    for bound in "worst", "mean":
-        rows = [r for r in tuned if r["bound"] == bound]
-        seen = [r for r in judged if r["bound"] == bound]
-        l2 = float(rows[0]["l2"])
-        key = ("first_l1_out", "l1_out") if bound == "worst" else ("first_mean_l1_out", "mean_l1_out")
-        mean = [statistics.mean(float(r["l1"]) for r in seen if (r["layer"], r["head"]) == (t["layer"], t["head"]))
-                for t in rows]
-        count = [sum(r["back_off"] == way for r in rows) for way in ("lambda lowered", "tau raised")]
-        pairs = [float(r["l1"]) for r in seen]
-        lines.append("| " + " | ".join([
-            "every text" if bound == "worst" else "the mean of the texts",
-            number(statistics.mean(float(r["sparsity"]) for r in rows)),
-            ", ".join(share([float(r[k]) for r in rows], l2) for k in key),
-            f"{count[0]}, {count[1]}, {sum(r['dense'] == 'True' for r in rows)}",
-            number(statistics.mean(float(r["sparsity"]) for r in seen)), share(mean, l2), share(pairs, l2),
-            number(max(pairs)), number(statistics.mean(float(r["equivalents"]) for r in rows), 2)]) + " |")
-    return lines
-
-
-def table_length():
-    rows = read_csv(HERE / "length.csv")
-    lines = ["| tokens | " + " | ".join(f"{f}: seconds a head, products, sparsity" for f in
-                                        sorted({r["file"] for r in rows})) + " |",
-             "|---" * (1 + len({r["file"] for r in rows})) + "|"]
-    for tokens in sorted({int(r["tokens"]) for r in rows}):
-        here = sorted((r for r in rows if int(r["tokens"]) == tokens), key=lambda r: r["file"])
-        lines.append(f"| {tokens} | " + " | ".join(
-            f"{number(r['seconds_per_head'], 3)}, {number(r['equivalents'], 2)}, {number(r['sparsity'])}"
-            for r in here) + " |")
-    return lines
-
-
-def readme(_args):
-    for name, table in [("table", table_committed), ("grid", table_grid), ("model", table_model),
-                        ("length", table_length)]:
-        fill_in(HERE / "README.md", name, table())
-    fill_in(ROOT / "README.md", "tune", table_model())
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
-    parser.add_argument("--jobs", type=int, default=2, help="at a time, of grid and of judging (default: 2)")
-    parser.set_defaults(run=committed)
-    what = parser.add_subparsers()
-    by_grid = what.add_parser("grid")
-    by_grid.add_argument("--grid", default=str(ROOT / "build/release/tools/tune_grid"),
-                         help="the program; cmake --build --preset release --target tune_grid makes it")
-    by_grid.set_defaults(run=grid)
-    by_model = what.add_parser("model")
-    by_model.add_argument("tune")
-    by_model.add_argument("judge")
-    by_model.set_defaults(run=model)
-    by_length = what.add_parser("length")
-    by_length.add_argument("capture")
-    by_length.set_defaults(run=length)
-    what.add_parser("readme").set_defaults(run=readme)
-    args = parser.parse_args()
-    args.run(args)
+def measure(key, how):
+    name = f"params_{key['l1']}_{key['l2']}.json"
+    heads, _ = tune(how.sparge, [CAPTURE], (HERE if how.full else how.folder) / name, key["l1"], key["l2"],
+                    "--held-out", OTHER)
+    return [row_of(head) for head in heads]
 
 
 if __name__ == "__main__":
-    main()
+    run(__file__, [Job({"l1": l1, "l2": l2}, 8, smoke=True) for l1, l2 in PAIRS], measure, ["seconds"])

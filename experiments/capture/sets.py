@@ -1,0 +1,86 @@
+"""sets.py: capture sets: folders of .safetensors files with a manifest.json, single heads of them, and the
+thresholds that belong to them."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a set. heads: the numbers of its query heads in the model. grid: T, H, W of its tokens, or None."""
+    path: Path
+    sample: str
+    layer: int
+    step: int
+    heads: tuple
+    grid: tuple
+    causal: bool
+
+    @property
+    def at(self):
+        return {"sample": self.sample, "layer": self.layer, "step": self.step}
+
+
+def entries(folder):
+    """Those of a folder, or none where it has no manifest."""
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        return []
+    manifest = json.loads(path.read_text())
+    grid = manifest.get("grid")
+    return [Entry(path.parent / file["file"], manifest.get("sample", path.parent.name), file["layer"],
+                  file.get("step", 0), tuple(file["query_heads"]), tuple(grid) if grid else None,
+                  bool(manifest.get("causal")))
+            for file in manifest["files"]]
+
+
+def options_of(params):
+    """The options of sparge run that thresholds were tuned for."""
+    tuned = json.loads(Path(params).read_text())
+    causal = [] if tuned["causal"] == "none" else [f"--causal={tuned['causal']}"]
+    return ["--params", params, *causal, *["--sink"] * tuned["sink"], *["--no-smooth-k"] * (not tuned["smooth_k"])]
+
+
+def changed(params, to, **knobs):
+    """A copy of thresholds with some of them the same for every head."""
+    tuned = json.loads(Path(params).read_text())
+    for head in tuned["heads"]:
+        head |= knobs
+    Path(to).write_text(json.dumps(tuned))
+    return to
+
+
+def reordered(path, index, to):
+    """A copy of a capture in float32, its tokens in another order; None: in theirs."""
+    tensors = {name: x.astype(np.float32) for name, x in load_file(path).items()}
+    save_file({name: x if index is None else np.ascontiguousarray(x[:, :, index]) for name, x in tensors.items()}, to)
+    return to
+
+
+def beginning(path, tokens, to):
+    """A copy of a capture cut after so many tokens."""
+    save_file({name: np.ascontiguousarray(x[:, :, :tokens]) for name, x in load_file(path).items()}, to)
+    return to
+
+
+# ---- Single heads -----------------------------------------------------------------------------
+
+def heads(folder):
+    """{(layer, head): (path, place in the file)} of every query head."""
+    return {(entry.layer, head): (entry.path, place)
+            for entry in entries(folder) for place, head in enumerate(entry.heads)}
+
+
+def write_head(path, place, folder):
+    """q, k and v [N, D] of the query head at a place of a file, as the .npy files that sparge run takes; in float32: an
+    output in it is not rounded to the float16 of the capture."""
+    tensors = load_file(path)
+    count, kv_heads = tensors["q"].shape[1], tensors["k"].shape[1]
+    paths = [folder / f"{name}.npy" for name in "qkv"]
+    for to in paths:
+        head = place if to.stem == "q" else place * kv_heads // count
+        np.save(to, tensors[to.stem][0, head].astype(np.float32))
+    return paths

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Fig 10: speed by sparsity at 22272 tokens and 128 channels: one head, one thread, not causal.
+
+Masks are imposed, at random and as a band, or predicted, at several tau, on the inputs of `sparge bench`. Every row is
+measured beside our dense f32 and dense int8 by turns; those of torch beside its own dense attention: FlexAttention over
+the random masks.
+"""
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from item import Job, run  # noqa: E402
+
+TOKENS, DIM, BLOCK_Q, BLOCK_K, REPEAT, SEED = 22272, 128, 128, 64, 3, 1
+SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+TAUS = [0.3, 0.5, 0.7, 0.9, 0.98]
+TIMES = ["ms", "ms_predict", "ms_quantize", "ms_dense_f32", "ms_dense_int8", "efficiency"]
+
+
+def ours(mask, asked, how):
+    """efficiency: of the ideal, time in proportion to what is left; prediction and quantisation are in ms."""
+    choice = ["predicted", "--tau", asked] if mask == "predicted" else [mask]
+    share = 0 if mask == "predicted" else asked
+    found = how.sparge("bench", "--json", "--q-len", TOKENS, "--dim", DIM, "--threads", 1,
+                       "--repeat", REPEAT if how.full else 1,
+                       "--mask-kind", *(["random,predicted", *choice[1:]] if mask == "predicted" else choice),
+                       "--sparsity", f"0,{share}" if share else "0")
+    case = {row["case"]: row for row in found}
+    dense = case["int8/int8 dense"]
+    row = case["int8/int8 predicted" if mask == "predicted" else f"int8/int8 {mask} {share}"]
+    return {"sparsity": round(row["sparsity"], 6), "ms": round(row["ms"], 3),
+            "ms_predict": round(row["ms_predict"], 3), "ms_quantize": round(row["ms_quantize"], 3),
+            "ms_dense_f32": round(dense["ms"] * dense["speedup_vs_f32"], 2), "ms_dense_int8": round(dense["ms"], 2),
+            "efficiency": round((1 - row["sparsity"]) * dense["ms"] / row["ms"], 4)}
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def flex_mask(torch, share):
+    """So many of the key blocks of every query block, at random."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    draw = np.random.default_rng(SEED)
+    rows, columns = TOKENS // BLOCK_Q, TOKENS // BLOCK_K
+    kept = max(1, round((1 - share) * columns))
+    index = np.stack([np.concatenate([np.sort(order[:kept]), order[kept:]]) for order in
+                      (draw.permutation(columns) for _ in range(rows))])
+    return BlockMask.from_kv_blocks(torch.zeros(1, 1, rows, dtype=torch.int32),
+                                    torch.zeros(1, 1, rows, columns, dtype=torch.int32),
+                                    torch.full((1, 1, rows), kept, dtype=torch.int32),
+                                    torch.tensor(index[None, None], dtype=torch.int32), BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
+                                    seq_lengths=(TOKENS, TOKENS)), 1 - kept / columns
+
+
+def torch_rows(share):
+    """Dense by scaled_dot_product_attention where share is 0, else FlexAttention, in f32."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    q, k, v = (torch.randn(1, 1, TOKENS, DIM) for _ in range(3))
+
+    def dense():
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    blocks, left_out = flex_mask(torch, share) if share else (None, 0.0)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def call():
+        return compiled(q, k, v, block_mask=blocks) if share else dense()
+
+    with torch.inference_mode():
+        call(), dense()
+        times = [(seconds(call), seconds(dense)) for _ in range(REPEAT)]
+    ms, ms_dense = (1e3 * statistics.median(column) for column in zip(*times))
+    return {"sparsity": round(left_out, 6), "ms": round(ms, 3), "ms_predict": "", "ms_quantize": "",
+            "ms_dense_f32": round(ms_dense, 2), "ms_dense_int8": "",
+            "efficiency": round((1 - left_out) * ms_dense / ms, 4)}
+
+
+def measure(key, how):
+    return torch_rows(key["asked"]) if key["mask"] == "torch" else ours(key["mask"], key["asked"], how)
+
+
+JOBS = [Job({"mask": mask, "asked": share}, 30, smoke=(mask, share) == ("random", 0.5))
+        for mask in ("random", "banded") for share in SHARES]
+JOBS += [Job({"mask": "predicted", "asked": tau}, 30) for tau in TAUS]
+JOBS += [Job({"mask": "torch", "asked": share}, 40, needs=["torch"]) for share in (0, 0.3, 0.5, 0.7, 0.9)]
+
+if __name__ == "__main__":
+    run(__file__, JOBS, measure, TIMES)

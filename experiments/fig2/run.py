@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Fig 2 (and Fig 3's last step): maps of attention by blocks: the mass of P, what the predictor keeps, and the share of
+P.V that lambda leaves, for heads of a language model and of the video model.
+
+Rows: query block, key block, mass (the mean attention of the query block's rows to the key block), kept,
+share of P.V computed.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+
+from item import Job, run  # noqa: E402
+from sets import heads, write_head  # noqa: E402
+
+CAPTURES = {"smollm2": HERE.parent / "capture/smollm2-135m", "video": HERE.parent / "video/capture"}
+MODES = {"smollm2": ["--causal", "--sink", "--theta", 0.4, "--tau", 0.98, "--lambda=-5"],  # as in attention_map
+         "video": ["--theta", 0.3, "--tau", 0.9, "--lambda=-5"]}
+SHOWN = {"smollm2": [(6, 7), (12, 5), (21, 0)]}  # layer, head; of video all
+
+
+def measure(key, how):
+    """Blocks that no row may see have no mass, and no row here."""
+    head = heads(CAPTURES[key["source"]])[key["layer"], key["head"]]
+    files, mode = write_head(*head, how.folder), MODES[key["source"]]
+    mass, dump = how.folder / "mass.npy", how.folder / "dump"
+    how.sparge("run", *files, *mode, "--dump", dump)
+    how.sparge("map", *files, *mode, "-o", how.folder / "map.png", "--map-out", mass)
+    maps = [np.load(x)[0, 0] for x in (mass, dump / "mask.npy", dump / "pv_done.npy")]
+    return [{"q_block": i, "k_block": j, "mass": f"{maps[0][i, j]:.6g}", "kept": int(maps[1][i, j]),
+             "pv_done": f"{maps[2][i, j]:.6g}"} for i, j in np.ndindex(maps[0].shape) if maps[0][i, j] > 0]
+
+
+JOBS = [Job({"source": source, "layer": layer, "head": head}, 2, smoke=True)
+        for source, capture in CAPTURES.items() for layer, head in heads(capture)
+        if (layer, head) in SHOWN.get(source, [(layer, head)])]
+
+if __name__ == "__main__":
+    run(__file__, JOBS, measure)

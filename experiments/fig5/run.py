@@ -1,0 +1,26 @@
+#!/usr/bin/env python3
+"""Fig 5: token orders in a grid of 1 x 6 x 6: which place each order visits when, and which block of four it falls
+into."""
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from item import Job, run  # noqa: E402
+
+GRID, BLOCK = (1, 6, 6), 4
+
+
+def measure(key, how):
+    how.sparge("order", *GRID, "--order", key["order"], "-o", how.folder / "index.npy")
+    places = np.unravel_index(np.load(how.folder / "index.npy"), GRID)
+    return [{"place": n, "t": t, "h": h, "w": w, "block": n // BLOCK}
+            for n, (t, h, w) in enumerate(zip(*(axis.tolist() for axis in places)))]
+
+
+JOBS = [Job({"order": order}, 0.1, smoke=True) for order in ("row", "column", "time", "random", "hilbert")]
+
+if __name__ == "__main__":
+    run(__file__, JOBS, measure)

@@ -1,0 +1,189 @@
+"""item.py: the common form of what regenerates a table or a figure: a script experiments/NAME/run.py that lists jobs,
+and measures one of them. README.md here says what a run does with them.
+"""
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import ROOT, read_csv, run_json, stands_on, write_csv
+
+TOLERANCE = 1e-4  # relative: figures are rounded, and the last bits of a double depend on the processor's libm
+
+
+@dataclass
+class Job:
+    """One measurement. key: the columns that tell its rows from others. seconds: about how long it takes. smoke:
+    whether a smoke run has it. needs: files that it reads and that are not in the repository, or names of Python's
+    modules."""
+    key: dict
+    seconds: float = 1.0
+    smoke: bool = False
+    needs: list = field(default_factory=list)
+
+    def __str__(self):
+        return ", ".join(map(str, self.key.values()))
+
+    def missing(self):
+        """What it needs and this machine has not."""
+        return [need for need in self.needs
+                if not (need.exists() if isinstance(need, Path) else importlib.util.find_spec(need))]
+
+
+class How:
+    """What a job measures with."""
+
+    def __init__(self, args):
+        self.program, self.lm, self.full, self.params = args.sparge, args.sparge_lm, args.full, args.params
+        self.folder = None  # an empty one, of this job
+
+    def sparge(self, *options):
+        return run_json(self.program, *options)
+
+
+# ---- What an interrupted run left -------------------------------------------------------------
+
+class Kept:
+    """Rows of finished jobs, in a file that is written after each of them. What another program or another script left
+    is not taken up."""
+
+    def __init__(self, path, script, args):
+        sources = [script, *sorted(Path(__file__).parent.glob("*.py")), args.sparge]
+        self.mark = hashlib.sha256(b"".join(Path(p).read_bytes() for p in sources)).hexdigest()
+        self.path, self.rows = path, {}
+        if path.exists():
+            before = json.loads(path.read_text())
+            self.rows = before["rows"] if before["mark"] == self.mark else {}
+
+    def of(self, job):
+        return self.rows.get(str(job))
+
+    def add(self, job, rows):
+        self.rows[str(job)] = rows
+        spare = self.path.with_suffix(".new")
+        spare.write_text(json.dumps({"mark": self.mark, "rows": self.rows}))
+        spare.replace(self.path)
+
+
+# ---- Progress ---------------------------------------------------------------------------------
+
+class Watch:
+    """A line on a terminal: how much is done, and about how long the rest takes at the pace so far."""
+
+    def __init__(self, name, jobs):
+        self.name, self.left = name, sum(job.seconds for job in jobs)
+        self.expected = self.spent = 0.0
+
+    def begin(self, job):
+        self.start = time.monotonic()
+        pace = self.spent / self.expected if self.expected else 1.0
+        if sys.stderr.isatty():
+            print(f"\r\033[K{self.name}: {job}, {math.ceil(pace * self.left)} s left", end="", file=sys.stderr,
+                  flush=True)
+
+    def end(self, job):
+        self.spent += time.monotonic() - self.start
+        self.expected += job.seconds
+        self.left -= job.seconds
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# ---- A run ------------------------------------------------------------------------------------
+
+def measure_all(name, jobs, measure, how, kept):
+    """The rows of all jobs, in their order."""
+    watch = Watch(name, [job for job in jobs if not kept.of(job)])
+    for job in jobs:
+        if kept.of(job):
+            continue
+        watch.begin(job)
+        with tempfile.TemporaryDirectory() as folder:
+            how.folder = Path(folder)
+            found = measure(job.key, how)
+        kept.add(job, [job.key | row for row in (found if isinstance(found, list) else [found])])
+        watch.end(job)
+    return [row for job in jobs for row in kept.of(job)]
+
+
+def same(old, new):
+    try:
+        return math.isclose(float(old), float(new), rel_tol=TOLERANCE, abs_tol=1e-9)
+    except ValueError:
+        return old == new
+
+
+def differences(job, rows, committed, times):
+    """In words, what a job found now and not in the committed run."""
+    known = [row for row in committed if all(row.get(k) == str(v) for k, v in job.key.items())]
+    if len(known) != len(rows):
+        return [f"{job}: {len(rows)} rows, committed are {len(known)}"]
+    return [f"{job}: {column} is {new[column]}, committed is {old.get(column)}" for old, new in zip(known, rows)
+            for column in new if column not in times and not same(str(old.get(column)), str(new[column]))]
+
+
+def compare(jobs, kept, path, times):
+    """Ends the program where rows are not as committed."""
+    if not path.exists():
+        print(f"{path.parent.name}: no out.csv yet to compare with; --full makes it")
+        return
+    committed = read_csv(path)
+    found = [line for job in jobs for line in differences(job, kept.of(job), committed, times)]
+    if found:
+        sys.exit("\n".join(found[:20]))
+    print(f"{path.parent.name}: as committed")
+
+
+def measure_captures(args, jobs, measure):
+    """The same measurement over captures of the user's."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_all("captures", jobs, measure, How(args), Kept(Path(folder) / "kept.json", __file__, args))
+    write_csv(args.output, rows)
+
+
+def run(script, jobs, measure, times=(), captures=None):
+    """main() of a script. jobs: a list of Job. measure(key, how): a row of figures, or a list of them. times: the
+    columns that differ from run to run. captures(folder): the jobs of a capture set of the user's, if the script can do
+    that."""
+    here = Path(script).resolve().parent
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all jobs, into out.csv here (else some, compared with it)")
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
+    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
+    if captures:
+        parser.add_argument("--captures", type=Path, metavar="FOLDER",
+                            help="measure these instead: a folder with manifest.json")
+        parser.add_argument("--output", "-o", type=Path, metavar="OUT.csv", help="where their rows go")
+    parser.add_argument("--params", type=Path, metavar="P.json", help="thresholds of those captures, by sparge tune")
+    args = parser.parse_args()
+    if captures and args.captures:
+        if not args.output:
+            parser.error("--captures needs -o")
+        return measure_captures(args, captures(args.captures), measure)
+    folder = ROOT / "build" / ("full" if args.full else "smoke") / here.name
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [job for job in jobs if args.full or job.smoke]
+    possible = [job for job in chosen if not job.missing()]
+    kept = Kept(folder / "kept.json", script, args)
+    try:
+        rows = measure_all(here.name, possible, measure, How(args), kept)
+    except KeyboardInterrupt:
+        sys.exit(f"\n{here.name}: interrupted; the same command goes on")
+    missing = sorted({str(need).replace(f"{ROOT}/", "") for job in chosen for need in job.missing()})
+    print(f"{here.name}: {len(possible)} of {len(chosen)} jobs, {len(rows)} rows", flush=True)
+    if missing and args.full:
+        sys.exit(f"{here.name}: nothing is written without {', '.join(missing)}")
+    kept.path.unlink(missing_ok=True)  # the next run measures again
+    if args.full:
+        write_csv(here / "out.csv", rows)
+        (here / "from.json").write_text(json.dumps(stands_on(args.sparge), indent=1) + "\n")
+    elif rows:
+        write_csv(folder / "out.csv", rows)
+        compare(possible, kept, here / "out.csv", times)

@@ -1,0 +1,98 @@
+"""items.py: the tables and figures of the paper: which folder here has them, what is measured in their place, what
+needs more."""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Item:
+    """folder: experiments/FOLDER/run.py. covers: names for --only, as in paper.csv. what: the paper's. ours: what it is
+    measured on. says: what is to be seen. substitute: another model than the paper's. full: about the seconds of a full
+    run. needs: lm (weights and texts), video (captures) or torch, beside the program. figures: in paper_figs/."""
+    folder: str
+    covers: tuple
+    what: str
+    ours: str
+    says: str
+    substitute: bool = True
+    full: int = 10
+    needs: str = ""
+    figures: tuple = ()
+
+
+LM = "SmolLM2-135M in 4 bits"
+VIDEO = "a video transformer of 2.7 M weights, trained here on one clip"
+
+ITEMS = [
+    Item("attention_map", ("attention_map",), "", f"nine heads of {LM}, 4096 tokens of text, one setting for all",
+         "Attention of a real model, the mask that is predicted for it, and what lambda drops of what is left.",
+         full=45, figures=("attention_map",)),
+    Item("table1", ("table1",), "Table 1: end to end",
+         f"{LM}: perplexity of five texts, needles, attention of a prefill on two cores",
+         "The language rows. gops is the paper's speed: operations of dense attention by the time that this attention "
+         "takes.", needs="lm"),
+    Item("table3", ("table3",), "Table 3: overhead of predicting the mask",
+         "one head of 128 channels, one thread of a CPU, not causal",
+         "The paper does not say batch and heads; its times fit 4096 channels in all on an RTX 4090. Overhead here is "
+         "prediction, quantisation and packing together.", False, 2600, figures=("table3",)),
+    Item("fig10", ("fig10",), "Fig 10: speed by sparsity",
+         "one head of 128 channels, 22272 tokens, one thread of a CPU",
+         "Every speed is over dense attention by the same kernel, so that machines can be compared; prediction is "
+         "included.", False, 900, "torch", ("fig10",)),
+    Item("table9", ("table4", "table9", "table10"), "Tables 4, 9 and 10: token orders, and the self-similarity judge",
+         VIDEO,
+         "Neighbours in a video are alike; an order that keeps them together makes blocks that a mean can stand for. "
+         "The judge keeps blocks that it cannot.", full=1500, needs="video"),
+    Item("table6", ("table6",), "Table 6: the mask's share and lambda's",
+         f"{LM}: nine heads of captures, and the whole model at 8192 tokens",
+         "What the mask leaves out of both products, what lambda leaves out of P.V, and both.", full=450, needs="lm"),
+    Item("table7", ("table7",), "Table 7: sparsity by length at a constant bound", LM,
+         "Thresholds are found anew for every length at (l1, l2) = (0.08, 0.09).", full=600, needs="lm",
+         figures=("table7",)),
+    Item("tune", ("tuner",), "Sec 3.6: thresholds for every head",
+         f"nine heads of {LM}, tuned on one text and judged on another",
+         "What the tuner finds at (l1, l2) = (0.08, 0.09), and what that costs on a text that it has not seen (the "
+         "last two columns).", full=35),
+    Item("fig2", ("fig2",), "Fig 2: patterns of attention", f"heads of {LM} and of {VIDEO}",
+         "Mean attention of blocks of 128 queries to blocks of 64 keys.", figures=("fig2",)),
+    Item("fig3", ("fig3",), "Fig 3: the workflow", "the paper's toy, stage by stage",
+         "Three query blocks and four key blocks made so that pooled attention is the paper's; the third of both are "
+         "not self-similar. The second row of the mask differs from the picture in the paper: by Algorithm 1, line 5, "
+         "K3 has no part in P, so K1 is what the row keeps beside it.", False, figures=("fig3",)),
+    Item("fig4", ("fig4",), "Fig 4: patterns of q and k", LM,
+         "128 tokens of single heads, from token 2048: neighbours are alike in most channels.", figures=("fig4",)),
+    Item("fig5", ("fig5", "table8"), "Fig 5 and Table 8: token orders in 1 x 6 x 6", "the same grid",
+         "The colour is the block of four that a token falls into. Hilbert's order keeps blocks square.", False,
+         figures=("fig5",)),
+    Item("fig9", ("fig9", "fig11"), "Figs 9 and 11: needles in a haystack", f"{LM}: four numbers hidden at each depth",
+         "The share that is found, by depth and length; white was not run.", needs="lm", figures=("fig9",)),
+    Item("fig14", ("fig14", "fig15", "fig16", "fig17"), "Figs 14 to 17: sparsity by layer, step, sample and head",
+         VIDEO,
+         "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order.", full=600,
+         needs="video", figures=("fig14", "fig15", "fig16", "fig17")),
+]
+
+ORDERS = "experiments/table9/run.py --captures FOLDER --params P.json -o out.csv"
+LAYERS = "experiments/fig14/run.py --captures FOLDER --params P.json -o out.csv"
+JUDGE = "the model, its data and the metric"
+
+# What, the paper's number, and how a user with more than this project has fills the cell.
+MISSING = [
+    ("Table 1, Llama3.1-8B at 128K: perplexity, needles", "6.020, 0.909 (dense 6.013, 0.907), sparsity 0.54",
+     "sparge-lm ppl MODEL TEXT --attention f32,P.json"),
+    ("Table 1, Llama3.1-8B: LongBench, InfiniteBench", "39.058, 0.6638 (dense 38.682, 0.6594)", JUDGE),
+    ("Table 1, CogvideoX, Mochi, Open-Sora-Plan: CLIPSIM, VQA, FScore", "within 3 % of dense but for VQA", JUDGE),
+    ("Table 1, Flux, Stable Diffusion 3.5: FID, CLIP, ImageReward", "163.982 and 166.193 FID (dense 166.103, 166.101)",
+     JUDGE),
+    ("Table 2: latency of whole generations", "1.64x to 1.83x over the original",
+     "the models, on an RTX 4090 and an L40"),
+    ("Table 5: VQA and FScore without the judge, Mochi", "34.664, 44.722, 1.138 (with: 54.179, 67.219, 1.807)", JUDGE),
+    ("Table 6, Llama3.1-8B at 128K", "0.512 mask, 0.277 lambda, 0.540 both",
+     "experiments/table6/run.py --captures FOLDER --params P.json -o out.csv"),
+    ("Table 7, Llama3.1-8B, 8K to 128K", "0.068 to 0.540", "experiments/table7/run.py --captures FOLDER -o out.csv"),
+    ("Tables 4, 9 and 10 on CogvideoX and Mochi", "Hilbert 0.265 and 0.392 sparse", ORDERS),
+    ("Table 11: needles at 16K to 28K, Llama3.1-8B", "0.863 (dense 0.838), sparsity 0.36",
+     "sparge-lm needle MODEL TEXT --attention f32,P.json"),
+    ("Fig 10 on an RTX 4090", "548 TOPS at half sparse, dense 302", "gpu/on_gpu.sh on the machine in question"),
+    ("Figs 14 to 17 on CogvideoX", "0.27 over layers, steps, samples and heads", LAYERS),
+    ("Figs 1, 6, 7, 8, 12, 13: pictures and clips", "looked at", JUDGE),
+]

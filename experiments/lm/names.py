@@ -1,0 +1,10 @@
+"""names.py: the attentions that the tables of sparge-lm compare, and what they are called."""
+from pathlib import Path
+
+# Thresholds: of experiments/tune, with the bounds on every text or on their mean; and tighter ones.
+TUNED = {pair: Path(__file__).resolve().parent.parent / path for pair, path in {
+    "0.08, 0.09": "tune/model_worst.json", "0.08, 0.09 on the mean": "tune/model_mean.json",
+    "0.05, 0.06": "lm/params_0.05_0.06.json", "0.03, 0.035": "lm/params_0.03_0.035.json"}.items()}
+DENSE = {"f32": "dense, f32", "int8": "dense, int8"}
+TITLES = DENSE | {path.name: f"SpargeAttn, ({pair})" for pair, path in TUNED.items()}
+LENGTHS = [1024, 2048, 4096, 8192]

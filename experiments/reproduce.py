@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Regenerates the paper's tables and figures: runs experiments/*/run.py, draws paper_figs/, writes
+paper_figs/report.html.
+
+A smoke run measures some rows of every item again and compares them with those that are committed. A full run measures
+all and replaces them. Both can be interrupted: the same command goes on.
+"""
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from harness import ROOT  # noqa: E402
+from items import ITEMS  # noqa: E402
+
+SOURCES = {  # what --full needs first, and how it comes
+    "lm": [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"],
+           *(["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
+             for step in ("ppl", "needle", "time"))],
+    "video": [["experiments/video/capture.py"]],
+}
+
+
+def chosen(names):
+    """The items of these names, or all."""
+    known = {name for item in ITEMS for name in (item.folder, *item.covers)}
+    for name in names:
+        if name not in known:
+            sys.exit(f"reproduce.py: nothing is called '{name}'; --list says what is")
+    return [item for item in ITEMS if not names or {item.folder, *item.covers} & set(names)]
+
+
+def run(*command):
+    """Runs one of our scripts; its exit status."""
+    script = [] if str(command[0]).endswith(".sh") else [sys.executable]
+    return subprocess.run([*script, *map(str, command)], cwd=ROOT).returncode
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true",
+                        help="some rows, compared with the committed ones (the default)")
+    parser.add_argument("--full", action="store_true", help="all rows, which replace the committed ones")
+    parser.add_argument("--only", default="", metavar="NAME,...", help="items, by table, figure or folder")
+    parser.add_argument("--list", action="store_true", help="what there is, and about how long a full run takes")
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
+    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
+    args = parser.parse_args()
+    if args.smoke and args.full:
+        parser.error("--smoke and --full exclude each other")
+    items = chosen([name for name in args.only.split(",") if name])
+    if args.list:
+        for item in items:
+            print(f"{item.folder:14} {', '.join(item.covers):28} {item.full / 60:5.1f} min  {item.what or item.ours}")
+        return 0
+    failed = []
+    start = time.monotonic()
+    programs = ["--sparge", args.sparge, "--sparge-lm", args.sparge_lm]
+    if args.full:
+        for source in dict.fromkeys(item.needs for item in items if item.needs in SOURCES):
+            for command in SOURCES[source]:
+                if run(*(word.format(sparge=args.sparge, lm=args.sparge_lm) for word in command)) != 0:
+                    sys.exit(f"reproduce.py: {command[0]} failed")
+    left = sum(item.full for item in items)
+    for n, item in enumerate(items):
+        rest = f", about {left / 60:.0f} minutes left" if args.full else ""
+        print(f"[{n + 1}/{len(items)}] {item.folder}: {item.what or item.ours}{rest}", flush=True)
+        if run(HERE / item.folder / "run.py", *programs, *["--full"] * args.full) != 0:
+            failed.append(item.folder)
+        left -= item.full
+    for script in ("figures.py", "report.py"):
+        if run(ROOT / "paper_figs" / script) != 0:
+            failed.append(script)
+    print(f"{len(items)} items in {time.monotonic() - start:.0f} s"
+          + (f"; FAILED: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("reproduce.py: interrupted; the same command goes on")

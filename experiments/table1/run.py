@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Table 1's language rows, on SmolLM2-135M: perplexity, needles, sparsity and speed by length, out of experiments/lm.
+
+speed is the paper's O(attn) / t: operations of dense attention by the time that this attention takes; of the causal
+half, all layers and heads, two threads.
+"""
+import statistics
+import sys
+from math import exp
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm")]
+
+from harness import read_csv  # noqa: E402
+from item import Job, run  # noqa: E402
+from names import LENGTHS, TITLES  # noqa: E402
+
+LM = HERE.parent / "lm"
+LAYERS, HEADS, DIM = 30, 9, 64
+TABLES = {name: read_csv(LM / f"{name}.csv") for name in ("ppl", "needle", "time")}
+
+
+def of(table, key):
+    return [row for row in TABLES[table]
+            if row["tokens"] == str(key["tokens"]) and TITLES[row["attention"]] == key["attention"]]
+
+
+def numbers(rows, column):
+    return [float(row[column]) for row in rows]
+
+
+def measure(key, _how):
+    ppl, needle, seconds = (of(table, key) for table in TABLES)
+    tokens = key["tokens"]
+    took = statistics.median(numbers(seconds, "seconds_attention"))
+    operations = LAYERS * HEADS * 4 * DIM * tokens * (tokens + 1) / 2
+    return {"sparsity": f"{statistics.mean(numbers(ppl, 'sparsity')):.6f}",
+            "sparsity_qk": f"{statistics.mean(numbers(ppl, 'sparsity_qk')):.6f}",
+            "perplexity": f"{exp(sum(numbers(ppl, 'surprise')) / sum(n - 1 for n in numbers(ppl, 'tokens'))):.5f}",
+            "needles": f"{statistics.mean(numbers(needle, 'right')):.4f}" if needle else "",
+            "gops": f"{operations / took / 1e9:.2f}", "seconds_attention": f"{took:.4f}",
+            "seconds_prefill": f"{statistics.median(numbers(seconds, 'seconds')):.4f}"}
+
+
+if __name__ == "__main__":
+    run(__file__, [Job({"tokens": tokens, "attention": name}, 0.1, smoke=True)
+                   for tokens in LENGTHS for name in TITLES.values()], measure)

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Table 6: what the mask leaves out and what lambda leaves out, alone and together, at the thresholds that the tuner
+found.
+
+On the committed captures by `sparge run`; and on all of SmolLM2-135M at 8192 tokens of five texts by `sparge-lm ppl`,
+with the perplexity that each costs. Sparsity is the paper's: Q.K and P.V are a half each, so that lambda alone reaches
+0.5 at most.
+"""
+import math
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+
+import model  # noqa: E402
+import texts  # noqa: E402
+from harness import ROOT, run_json  # noqa: E402
+from item import Job, run  # noqa: E402
+from sets import changed, entries, options_of  # noqa: E402
+
+TUNED = HERE.parent / "tune"
+SMOLLM2 = HERE.parent / "capture/smollm2-135m"
+TEXTS = [ROOT / f"build/texts/{text.name}.txt" for text in texts.select(["judge"])]
+WEIGHTS = model.CACHE / model.GGUF
+PARTS = {"mask": {"lambda": None}, "lambda": {"theta": -1.0, "tau": 1.0}, "both": {}}
+LENGTH = 8192
+
+
+def of_captures(folder, params, part, how):
+    options = options_of(changed(params, how.folder / "part.json", **PARTS[part]))
+    found = [how.sparge("run", entry.path, *options, "--layer", entry.layer) for entry in entries(folder)]
+    return {"sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity": ""}
+
+
+def of_model(part, how):
+    """Over all heads; the perplexity over all texts."""
+    params = changed(TUNED / "model_worst.json", how.folder / f"{part}.json", **PARTS[part])
+    found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params, "--model",
+                     "SmolLM2-135M-Instruct", "--sink")["rows"]
+    surprise = sum(row["surprise"] for row in found) / sum(row["tokens"] - 1 for row in found)
+    return {"sparsity": statistics.mean(row["sparsity"] for row in found), "perplexity": f"{math.exp(surprise):.4f}"}
+
+
+def measure(key, how):
+    inputs, part = key["inputs"], key["part"]
+    found = (of_model(part, how) if inputs == "model" else
+             of_captures(SMOLLM2, TUNED / "params_0.08_0.09.json", part, how) if inputs == "captures" else
+             of_captures(inputs, how.params, part, how))
+    return found | {"sparsity": f"{found['sparsity']:.6f}"}
+
+
+JOBS = [Job({"inputs": "captures", "part": part}, 1, smoke=True) for part in PARTS]
+JOBS += [Job({"inputs": "model", "part": part}, 150, needs=[WEIGHTS, *TEXTS]) for part in PARTS]
+
+if __name__ == "__main__":
+    run(__file__, JOBS, measure, captures=lambda folder: [Job({"inputs": str(folder), "part": part}) for part in PARTS])

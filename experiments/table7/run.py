@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Table 7: sparsity by length at a constant bound on the error: thresholds are tuned anew for every length.
+
+On the committed captures (nine heads, up to 4096 tokens); and on all heads of SmolLM2-135M over the beginnings of texts
+up to 8192 tokens. (l1, l2) = (0.08, 0.09), as in the paper; each text is tuned on by itself and not judged on others.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+
+import model  # noqa: E402
+from harness import ROOT, run_json  # noqa: E402
+from item import Job, run  # noqa: E402
+from sets import beginning, entries  # noqa: E402
+
+SMOLLM2 = HERE.parent / "capture/smollm2-135m"
+WEIGHTS = model.CACHE / model.GGUF
+TEXTS = ["opticks", "python_datamodel", "go_parser"]
+LENGTHS = [1024 << n for n in range(8)]
+BOUNDS = ["--l1", 0.08, "--l2", 0.09]
+
+
+def truncated(folder, tokens, how):
+    """Without its manifest, whose checksums are of the whole."""
+    return [beginning(entry.path, tokens, how.folder / entry.path.name) for entry in entries(folder)]
+
+
+def captured(text, tokens, how):
+    folder = how.folder / "capture"
+    run_json(how.lm, "capture", WEIGHTS, ROOT / f"build/texts/{text}.txt", "--length", tokens, "--attention", "f32",
+             "-o", folder)
+    return sorted(folder.glob("*.safetensors"))
+
+
+def measure(key, how):
+    """Each file alone: without a manifest they have no layers to tell them apart by."""
+    text, tokens = key["text"], key["tokens"]
+    files = (captured(text, tokens, how) if text in TEXTS else
+             truncated(SMOLLM2 if text == "committed" else text, tokens, how))
+    heads, params = [], how.folder / "params.json"
+    for file in files:
+        how.sparge("tune", file, "--causal", "--sink", *BOUNDS, "-o", params)
+        heads += [head["in_sample"] for head in json.loads(params.read_text())["heads"]]
+        params.unlink()
+    return {"heads": len(heads), "sparsity": f"{statistics.mean(x['sparsity'] for x in heads):.6f}",
+            "worst_l1": f"{max(x['worst_l1'] for x in heads):.6f}"}
+
+
+def captures(folder):
+    """Every length that the manifest's tokens reach."""
+    tokens = json.loads((folder / "manifest.json").read_text())["tokens"]
+    return [Job({"text": str(folder), "tokens": n}) for n in LENGTHS if n <= tokens]
+
+
+JOBS = [Job({"text": "committed", "tokens": tokens}, tokens / 2048, smoke=tokens < 4096) for tokens in LENGTHS[:3]]
+JOBS += [Job({"text": text, "tokens": tokens}, 5 + 140 * (tokens / 8192) ** 2,
+             needs=[WEIGHTS, ROOT / f"build/texts/{text}.txt"])
+         for text in TEXTS for tokens in LENGTHS[:4]]
+
+if __name__ == "__main__":
+    run(__file__, JOBS, measure, captures=captures)

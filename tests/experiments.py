@@ -1,0 +1,282 @@
+"""Looks at what the scripts of experiments/ share: python3 experiments.py SPARGE
+
+Runs that are interrupted and go on, rows that are not as committed, what is missing; the tables of paper.csv, bands.csv
+and items.py against each other; the driver's command line; the report. Ends with "N passed, M failed".
+"""
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from counted import check, run_tests
+from running import save_safetensors, write
+
+ROOT = Path(__file__).resolve().parent.parent
+SPARGE = os.path.abspath(sys.argv[1])
+sys.dont_write_bytecode = True
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "experiments/capture"), str(ROOT / "paper_figs")]
+
+import item  # noqa: E402
+import sets  # noqa: E402
+from item import Job, Kept  # noqa: E402
+from items import ITEMS  # noqa: E402
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- Items ------------------------------------------------------------------------------------
+
+SCRIPT = """import os, sys
+from pathlib import Path
+sys.path.insert(0, {experiments!r})
+import item
+item.ROOT = Path({root!r})
+from item import Job, run
+
+def measure(key, how):
+    n = key["n"]
+    if os.path.exists("stop") and n == 2:
+        raise KeyboardInterrupt
+    assert how.folder.is_dir() and not list(how.folder.iterdir())
+    with open("calls", "a") as file:
+        file.write(str(n))
+    first = {{"x": VALUE * n, "word": "a,b", "ms": len(open("calls").read())}}
+    return [first, {{"x": 0.0, "word": "", "ms": 1}}][:1 + n % 2]
+
+VALUE = 0.5
+JOBS = [Job({{"kind": "k", "n": n}}, smoke=n < 3, needs=NEEDS) for n in range(5)]
+if __name__ == "__main__":
+    run(__file__, JOBS, measure, ["ms"])
+"""
+
+
+def script(value="0.5", needs="[]"):
+    """A small item of our own in ./thing, whose build folder is ./build."""
+    os.makedirs("thing", exist_ok=True)
+    text = SCRIPT.format(experiments=str(ROOT / "experiments"), root=os.getcwd())
+    write("thing/run.py", text.replace("VALUE = 0.5", f"VALUE = {value}").replace("NEEDS", needs))
+
+
+def run(*options):
+    return said(sys.executable, "thing/run.py", "--sparge", SPARGE, *options)
+
+
+def said(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def calls():
+    text = Path("calls").read_text() if os.path.exists("calls") else ""
+    Path("calls").unlink(missing_ok=True)
+    return text
+
+
+def test_full_then_smoke():
+    script()
+    code, out, err = run()
+    check(code == 0 and "no out.csv" in out and calls() == "012", "smoke without committed rows", code, out, err)
+    code, out, err = run("--full")
+    rows = table("thing/out.csv")
+    check(code == 0 and calls() == "01234" and len(rows) == 7, "full", code, out, err, rows)
+    check([r["n"] for r in rows] == list("0112334"), "in order", rows)
+    check(rows[1] == {"kind": "k", "n": "1", "x": "0.5", "word": "a,b", "ms": "2"}, "a row", rows)
+    first = Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()
+    on = json.loads(first[1])
+    keys = {"commit", "machine", "cores", "isa", "compiler", "flags"}
+    check(set(on) == keys and all(on.values()), "what it stands on", on)
+    run("--full")
+    check((Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()) == first, "the same bytes")
+    code, out, err = run()
+    check(code == 0 and "as committed" in out and err == "", "smoke", code, out, err)
+
+
+def test_differences():
+    script()
+    run("--full")
+    calls()
+    for value, same in (("0.50001", True), ("0.5001", False), ("float('nan')", False)):
+        script(value)
+        code, out, err = run()
+        check((code == 0) == same, f"0.5 became {value}", code, out, err)
+        check(same or ("committed is 0.5" in err and "x is" in err), "says what", err)
+        check(calls() == "012", "what was different is measured again", err)
+    script()
+    rows = Path("thing/out.csv").read_text()
+    for old, new, words in (('k,1,0.5,"a,b"', 'k,1,0.5,"a,c"', "word is"), ("kind,n,x", "kind,n,y", "x is"),
+                            ("k,1,0.0,,1\n", "", "2 rows, committed are 1"), (",ms\n", ",time\n", None)):
+        check(old in rows, old)
+        write("thing/out.csv", rows.replace(old, new))
+        code, out, err = run()
+        check((code == 0) == (words is None) and (words or "") in err, f"{old!r} became {new!r}", code, err)
+
+
+def test_interruption():
+    script()
+    write("stop", "")
+    code, out, err = run("--full")
+    check(code == 1 and "goes on" in err and "Traceback" not in err and calls() == "01", "interrupted", code, err)
+    check(not os.path.exists("thing/out.csv"), "nothing is written")
+    os.remove("stop")
+    code, out, err = run("--full")
+    check(code == 0 and calls() == "234" and len(table("thing/out.csv")) == 7, "went on", code, err)
+    write("stop", "")
+    run("--full")
+    os.remove("stop")
+    calls()
+    script("0.25")
+    code, out, err = run("--full")
+    check(calls() == "01234" and table("thing/out.csv")[1]["x"] == "0.25", "another script begins again", code, err)
+
+
+def test_needs():
+    script(needs="[Path('nowhere.txt'), 'no_such_module'] if n > 2 else [Path('thing'), 'json']")
+    code, out, err = run()
+    check(code == 0 and "3 of 3 jobs" in out, "smoke does not need it", code, out, err)
+    code, out, err = run("--full")
+    check(code == 1 and "without no_such_module, nowhere.txt" in err, "full does", code, err)
+    check(not os.path.exists("thing/out.csv"), "nothing is written")
+
+
+def test_kept_is_whole_or_absent():
+    write("script.py", "")
+    args = argparse.Namespace(sparge=SPARGE)
+    kept, job = Kept(Path("kept.json"), "script.py", args), Job({"a": 1, "b": "x"})
+    check(kept.of(job) is None, "nothing yet")
+    kept.add(job, [{"a": 1}])
+    check(Kept(Path("kept.json"), "script.py", args).of(job) == [{"a": 1}], "kept")
+    check(sorted(os.listdir(".")) == ["kept.json", "script.py"], "no spare file", os.listdir("."))
+    write("script.py", "#")
+    check(Kept(Path("kept.json"), "script.py", args).of(job) is None, "another script's is not taken up")
+
+
+def test_same():
+    for old, new in ("1", "1.00005"), ("0", "0.0"), ("", ""), ("a", "a"):
+        check(item.same(old, new), "the same", old, new)
+    for old, new in ("1", "1.0002"), ("0", "0.001"), ("", "0"), ("nan", "nan"), ("None", "1"), ("a", "b"):
+        check(not item.same(old, new), "not the same", old, new)
+
+
+# ---- Captures ---------------------------------------------------------------------------------
+
+def test_sets():
+    draw = np.random.default_rng(1)
+    q, k, v = (draw.standard_normal((1, heads, 200, 8)).astype(np.float32) for heads in (4, 2, 2))
+    save_safetensors("a.safetensors", q=("F16", q), k=("F16", k), v=("F16", v))
+    manifest = {"sample": "s", "causal": True, "grid": [2, 10, 10], "tokens": 200,
+                "files": [{"file": "a.safetensors", "layer": 3, "query_heads": [2, 3, 6, 7]}]}
+    write("manifest.json", json.dumps(manifest))
+    entry, = sets.entries(Path("."))
+    check(entry.at == {"sample": "s", "layer": 3, "step": 0}, "where it is of", entry)
+    check(entry.grid == (2, 10, 10) and entry.causal, "grid and causality", entry)
+    check(sets.entries(Path("nowhere")) == [], "no manifest, no entries")
+    places = {(3, h): (Path("a.safetensors"), n) for n, h in enumerate((2, 3, 6, 7))}
+    check(sets.heads(Path(".")) == places, "heads", sets.heads(Path(".")))
+    os.mkdir("head")
+    paths = sets.write_head(Path("a.safetensors"), 2, Path("head"))
+    for path, x in zip(paths, (q[0, 2], k[0, 1], v[0, 1])):
+        got = np.load(path)
+        check(got.dtype == np.float32 and (got == x.astype(np.float16)).all(), "a head with its key head", path)
+    index = draw.permutation(200)
+    mixed = sets.load_file(sets.reordered(Path("a.safetensors"), index, Path("b.safetensors")))
+    check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
+    cut = sets.load_file(sets.beginning(Path("a.safetensors"), 70, Path("c.safetensors")))
+    check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8), "the beginning")
+
+
+def test_thresholds_that_change():
+    params = ROOT / "experiments/tune/params_0.08_0.09.json"
+    before = json.loads(params.read_text())
+    after = json.loads(sets.changed(params, Path("x.json"), theta=-1.0, **{"lambda": None}).read_text())
+    check(all(h["theta"] == -1.0 and h["lambda"] is None for h in after["heads"]), "changed", after["heads"][0])
+    check([h["tau"] for h in after["heads"]] == [h["tau"] for h in before["heads"]], "and nothing else")
+    check(sets.options_of(params) == ["--params", params, "--causal=end", "--sink"], "options", sets.options_of(params))
+    capture = ROOT / "experiments/capture/smollm2-135m/layer12_group1.safetensors"
+    code, out, err = said(SPARGE, "run", capture, *map(str, sets.options_of(Path("x.json"))))
+    check(code == 0 and json.loads(out)["sparsity"] > 0.5, "sparge takes them", err)
+
+
+# ---- What there is ----------------------------------------------------------------------------
+
+def test_items():
+    names = [name for x in ITEMS for name in {x.folder, *x.covers}]
+    check(len(names) == len(set(names)), "each name once", sorted(names))
+    paper = {r["item"] for r in table(ROOT / "experiments/paper.csv")}
+    for x in ITEMS:
+        folder = ROOT / "experiments" / x.folder
+        check((folder / "run.py").exists() and (folder / "README.md").exists(), "script and README", x.folder)
+        has_none = x.folder in ("attention_map", "tune", "fig2", "fig3", "fig4", "fig5")
+        check(has_none != bool(set(x.covers) & paper), "the paper's numbers", x.folder)
+    expected = {f"table{n}" for n in range(1, 12)} | {f"fig{n}" for n in (9, 10, 14, 15, 16, 17)}
+    check(expected <= paper | {"table8"}, "every table is in paper.csv", sorted(expected - paper))
+
+
+def test_paper():
+    rows = table(ROOT / "experiments/paper.csv")
+    places = {tuple(r[k] for k in ("item", "setting", "row", "column")) for r in rows}
+    check(len(rows) == len(places), "each number once")
+    for r in rows:
+        check(math.isfinite(float(r["value"])) and r["source"], "a number and where it was read", r)
+
+
+def test_bands():
+    report = load(ROOT / "paper_figs/report.py")
+    bands = table(ROOT / "experiments/bands.csv")
+    count = {}
+    for band in bands:
+        count[band["item"]] = count.get(band["item"], 0) + 1
+        check(band["low"] or band["high"], "a band has an end", band)
+        check(float(band["low"] or -math.inf) <= float(band["high"] or math.inf), "in order", band)
+    check(count == {name: len(found) for name, found in report.MEASURED.items()}, "a figure for each band", count)
+    check(set(count) <= {x.folder for x in ITEMS}, "bands are of items", set(count))
+    for name, found in report.checks().items():
+        for band, value, holds in found:
+            known = value is not None
+            low, high = float(band["low"] or -math.inf), float(band["high"] or math.inf)
+            check(holds == (low <= value <= high if known else None), "judged right", name, band, value)
+
+
+def test_driver():
+    def reproduce(*options):
+        return said(sys.executable, ROOT / "experiments/reproduce.py", *options)
+
+    code, out, err = reproduce("--list")
+    check(code == 0 and err == "" and all(x.folder in out for x in ITEMS), "--list", out, err)
+    for wrong, words in (["--only", "table99"], "table99"), (["--smoke", "--full"], "exclude"), (["--fast"], "--fast"):
+        code, out, err = reproduce(*wrong)
+        check(code != 0 and words in err and "Traceback" not in err and out == "", f"{wrong}", code, err)
+    driver = load(ROOT / "experiments/reproduce.py")
+    check([x.folder for x in driver.chosen(["fig15", "table4"])] == ["table9", "fig14"], "by other names")
+    check(driver.chosen([]) == ITEMS, "all")
+
+
+def test_report():
+    report = load(ROOT / "paper_figs/report.py")
+    report.HERE = Path(".")
+    report.main()
+    text = Path("report.html").read_text()
+    check(all(f'id="{x.folder}"' in text for x in ITEMS) and 'id="missing"' in text, "every item")
+    check(not re.search(r'(src|href)="(?!data:|#|https://arxiv)', text), "needs no other file")
+    for tag in ("section", "table", "div", "ul", "tr"):
+        check(text.count(f"<{tag}") == text.count(f"</{tag}>"), "closed", tag)
+
+
+run_tests(globals(), sys.argv[2:], "sparge-experiments-")
