@@ -386,6 +386,7 @@ def test_attentions():
     bq = fine("ppl", "m.gguf", "t.npy", "--attention", "sparse", "--block-q", 64, "--block-k", 32, "--tau", 0.5,
               "--theta", -1)
     check(bq["rows"][0]["sparsity"] > 0.1 and bq["options"]["block_q"] == 64, "blocks", bq["options"])
+    check(bq["options"]["causal"] == "end", "a model is causal, and the settings say so", bq["options"])
 
 
 def test_cuda():

@@ -185,11 +185,10 @@ static exit_code open_choices(lm *m)
 {
     static const char *const usual[] = {"f32", "sparse"};
     const lm_args *const a = m->args;
-    sparge_options options = a->attention.options;
-    options.causal = SPARGE_CAUSAL_END;
+    const sparge_options *const o = &a->attention.options;
     exit_code code = EXIT_FINE;
     for (int n = 0; n < (a->choices ? a->choices : 2) && !code; n++) {
-        code = choice_open(a->choices ? a->choice[n] : usual[n], &options, m->hyper, m->name, &m->choice[n], m->error);
+        code = choice_open(a->choices ? a->choice[n] : usual[n], o, m->hyper, m->name, &m->choice[n], m->error);
         m->choices += !code;
     }
     return code;
@@ -230,6 +229,7 @@ exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options
     *m = (lm){.args = args, .error = input->error};
     args->base = *input; /* what is wrong is said in the error of the whole */
     exit_code code = attention_parse(argp, argc, argv, input, &args->attention);
+    args->attention.options.causal = SPARGE_CAUSAL_END;
 #ifdef _OPENMP
     if (!code && args->attention.options.threads > 0)
         omp_set_num_threads(args->attention.options.threads); /* of the products too */
