@@ -46,6 +46,10 @@ class How:
     def sparge(self, *options):
         return run_json(self.program, *options)
 
+    def threads(self):
+        """For sparge bench: it refuses several threads beside other processes, which a smoke run may have."""
+        return ["--threads", "all" if self.full else 1]
+
 
 # ---- What an interrupted run left -------------------------------------------------------------
 

@@ -31,11 +31,11 @@ ITEMS = [
          "The language rows. gops is the paper's speed: operations of dense attention by the time that this attention "
          "takes.", needs="lm"),
     Item("table3", ("table3",), "Table 3: overhead of predicting the mask",
-         "one head of 128 channels, one thread of a CPU, not causal",
+         "one head of 128 channels, all cores of a CPU, not causal",
          "The paper does not say batch and heads; its times fit 4096 channels in all on an RTX 4090. Overhead here is "
          "prediction, quantisation and packing together.", False, 2600, figures=("table3",)),
     Item("fig10", ("fig10",), "Fig 10: speed by sparsity",
-         "one head of 128 channels, 22272 tokens, one thread of a CPU",
+         "one head of 128 channels, 22272 tokens, all cores of a CPU",
          "Every speed is over dense attention by the same kernel, so that machines can be compared; prediction is "
          "included.", False, 900, "torch", ("fig10",)),
     Item("table9", ("table4", "table9", "table10"), "Tables 4, 9 and 10: token orders, and the self-similarity judge",

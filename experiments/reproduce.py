@@ -21,7 +21,7 @@ SOURCES = {  # what --full needs first, and how it comes
     "lm": [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"],
            *(["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
              for step in ("ppl", "needle", "time"))],
-    "video": [["experiments/video/capture.py"]],
+    "video": [["experiments/video/capture.py"], ["experiments/video/tune.py", "--sparge", "{sparge}"]],
 }
 
 

@@ -98,7 +98,7 @@ def attention_map():
 
 def fig2():
     """Attention of single heads, of the language model and of the video model."""
-    sources = {"smollm2": "SmolLM2-135M, 4096 tokens, causal", "video": "video model, 13 x 20 x 30 tokens"}
+    sources = {"smollm2": "SmolLM2-135M, 4096 tokens, causal", "video": "video model, 13 x 14 x 20 tokens"}
     found = {source: maps_of(source) for source in sources}
     wide = max(len(maps) for maps in found.values())
     rows = [source for source in sources if found[source]]

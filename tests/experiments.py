@@ -181,7 +181,7 @@ def test_sets():
     draw = np.random.default_rng(1)
     q, k, v = (draw.standard_normal((1, heads, 200, 8)).astype(np.float32) for heads in (4, 2, 2))
     save_safetensors("a.safetensors", q=("F16", q), k=("F16", k), v=("F16", v))
-    manifest = {"sample": "s", "causal": True, "grid": [2, 10, 10], "tokens": 200,
+    manifest = {"model": "m", "sample": "s", "causal": True, "grid": [2, 10, 10], "tokens": 200,
                 "files": [{"file": "a.safetensors", "layer": 3, "query_heads": [2, 3, 6, 7]}]}
     write("manifest.json", json.dumps(manifest))
     entry, = sets.entries(Path("."))
@@ -196,10 +196,14 @@ def test_sets():
         got = np.load(path)
         check(got.dtype == np.float32 and (got == x.astype(np.float16)).all(), "a head with its key head", path)
     index = draw.permutation(200)
-    mixed = sets.load_file(sets.reordered(Path("a.safetensors"), index, Path("b.safetensors")))
+    mixed = sets.load_file(sets.reordered(entry, index, Path("head/b.safetensors")))
     check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
-    cut = sets.load_file(sets.beginning(Path("a.safetensors"), 70, Path("c.safetensors")))
+    copy, = sets.entries(Path("head"))
+    check(copy.at == entry.at and copy.heads == entry.heads and copy.causal, "its manifest", copy)
+    cut = sets.load_file(sets.beginning(entry, 70, Path("head/c.safetensors")))
     check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8), "the beginning")
+    curve = sets.hilbert(lambda *words: said(SPARGE, *map(str, words)), entry, Path("head"))
+    check(sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve", curve[:9])
 
 
 def test_thresholds_that_change():

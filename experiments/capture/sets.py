@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 class Entry:
     """A file of a set. heads: the numbers of its query heads in the model. grid: T, H, W of its tokens, or None."""
     path: Path
+    model: str
     sample: str
     layer: int
     step: int
@@ -31,7 +32,7 @@ def entries(folder):
         return []
     manifest = json.loads(path.read_text())
     grid = manifest.get("grid")
-    return [Entry(path.parent / file["file"], manifest.get("sample", path.parent.name), file["layer"],
+    return [Entry(path.parent / file["file"], manifest["model"], manifest.get("sample", path.parent.name), file["layer"],
                   file.get("step", 0), tuple(file["query_heads"]), tuple(grid) if grid else None,
                   bool(manifest.get("causal")))
             for file in manifest["files"]]
@@ -53,17 +54,34 @@ def changed(params, to, **knobs):
     return to
 
 
-def reordered(path, index, to):
-    """A copy of a capture in float32, its tokens in another order; None: in theirs."""
-    tensors = {name: x.astype(np.float32) for name, x in load_file(path).items()}
-    save_file({name: x if index is None else np.ascontiguousarray(x[:, :, index]) for name, x in tensors.items()}, to)
+# ---- Copies -----------------------------------------------------------------------------------
+
+def copied(entry, to, change, dtype=np.float32):
+    """A copy of a file, each tensor [B, H, N, D] changed, with a manifest of its own beside it. In float32 an output in it is not
+    rounded to the float16 of the capture."""
+    save_file({name: np.ascontiguousarray(change(x), dtype) for name, x in load_file(entry.path).items()}, to)
+    (to.parent / "manifest.json").write_text(json.dumps({
+        "model": entry.model, "sample": entry.sample, "causal": entry.causal,
+        "files": [{"file": to.name, "layer": entry.layer, "query_heads": entry.heads}]}))
     return to
 
 
-def beginning(path, tokens, to):
-    """A copy of a capture cut after so many tokens."""
-    save_file({name: np.ascontiguousarray(x[:, :, :tokens]) for name, x in load_file(path).items()}, to)
-    return to
+def reordered(entry, index, to, dtype=np.float32):
+    """Its tokens in another order."""
+    return copied(entry, to, lambda x: x[:, :, index], dtype)
+
+
+def beginning(entry, tokens, to):
+    """Its first tokens."""
+    return copied(entry, to, lambda x: x[:, :, :tokens])
+
+
+def hilbert(sparge, entry, folder):
+    """The order of its tokens along Hilbert's curve; None where it has no grid."""
+    if not entry.grid:
+        return None
+    sparge("order", *entry.grid, "--order", "hilbert", "-o", folder / "index.npy")
+    return np.load(folder / "index.npy")
 
 
 # ---- Single heads -----------------------------------------------------------------------------

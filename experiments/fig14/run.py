@@ -6,14 +6,12 @@ Thresholds as in ../table9; where a set has a grid its tokens are put into Hilbe
 import sys
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from harness import ROOT  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import entries, options_of, reordered  # noqa: E402
+from sets import entries, hilbert, options_of, reordered  # noqa: E402
 
 VIDEO = HERE.parent / "video"
 WHOLE = ROOT / "build/video/captures"
@@ -21,18 +19,16 @@ SAMPLES, LAYERS, STEPS = range(3), range(6), [0, 2, 4, 6, 8, 9]
 
 
 def folder_of(key):
-    return (VIDEO / "capture" if key["source"] == "committed" else WHOLE / key["sample"] if key["source"] == "whole"
+    return (VIDEO / "capture/sample0" if key["source"] == "committed" else WHOLE / key["sample"] if key["source"] == "whole"
             else Path(key["source"]))
 
 
 def measure(key, how):
     """A row for each query head."""
     entry = next(e for e in entries(folder_of(key)) if e.at.items() <= key.items())
-    file = entry.path
-    if entry.grid:
-        how.sparge("order", *entry.grid, "--order", "hilbert", "-o", how.folder / "index.npy")
-        file = reordered(file, np.load(how.folder / "index.npy"), how.folder / "mixed.safetensors")
-    found = how.sparge("run", file, "--layer", entry.layer, *options_of(how.params or VIDEO / "params.json"))
+    index = hilbert(how.sparge, entry, how.folder)
+    file = entry.path if index is None else reordered(entry, index, how.folder / "mixed.safetensors")
+    found = how.sparge("run", file, *options_of(how.params or VIDEO / "params.json"))
     return [{"head": head, "sparsity": f"{s:.6f}"} for head, s in zip(entry.heads, found["sparsity_per_head"])]
 
 
@@ -40,7 +36,7 @@ def jobs(source, folder, **how):
     return [Job({"source": source} | entry.at, **how) for entry in entries(folder)]
 
 
-JOBS = jobs("committed", VIDEO / "capture", smoke=True)
+JOBS = jobs("committed", VIDEO / "capture/sample0", smoke=True)
 JOBS += [Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, 6,
              needs=[WHOLE / f"sample{n}/layer{layer:02}_step{step:03}.safetensors"])
          for n in SAMPLES for layer in LAYERS for step in STEPS]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Table 3: what predicting the mask costs beside dense attention, by length.
 
-One head of 128 channels, one thread, not causal. Inputs: normal numbers, where nothing is to be found; and those of
+One head of 128 channels, all cores, not causal. Inputs: normal numbers, where nothing is to be found; and those of
 `sparge bench`, whose blocks are alike.
 """
 import sys
@@ -30,7 +30,7 @@ def measure(key, how):
     tokens = key["tokens"]
     inputs = (["--capture", normal(how.folder, tokens)] if key["inputs"] == "normal"
               else ["--q-len", tokens, "--dim", DIM])
-    found = how.sparge("bench", "--json", *inputs, "--mask-kind", "random,predicted", "--sparsity", 0, "--threads", 1,
+    found = how.sparge("bench", "--json", *inputs, "--mask-kind", "random,predicted", "--sparsity", 0, *how.threads(),
                        "--repeat", 5 if tokens < 65536 else 1)
     case = {row["case"]: row for row in found}
     dense, sparse = case["int8/int8 dense"], case["int8/int8 predicted"]

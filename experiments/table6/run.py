@@ -30,7 +30,7 @@ LENGTH = 8192
 
 def of_captures(folder, params, part, how):
     options = options_of(changed(params, how.folder / "part.json", **PARTS[part]))
-    found = [how.sparge("run", entry.path, *options, "--layer", entry.layer) for entry in entries(folder)]
+    found = [how.sparge("run", entry.path, *options) for entry in entries(folder)]
     return {"sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity": ""}
 
 

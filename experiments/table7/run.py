@@ -25,8 +25,7 @@ BOUNDS = ["--l1", 0.08, "--l2", 0.09]
 
 
 def truncated(folder, tokens, how):
-    """Without its manifest, whose checksums are of the whole."""
-    return [beginning(entry.path, tokens, how.folder / entry.path.name) for entry in entries(folder)]
+    return [beginning(entry, tokens, how.folder / entry.path.name) for entry in entries(folder)]
 
 
 def captured(text, tokens, how):

@@ -2,7 +2,7 @@
 """Tables 4, 9 and 10: token orders of a video, and the self-similarity judge on and off.
 
 Each capture of the video model is reordered in five ways after the position embedding, as in A.1 of the paper;
-thresholds are those that the tuner found for each head at (l1, l2) = (0.05, 0.06) in row order on another sample
+thresholds are those that the tuner found for each head at (l1, l2) = (0.05, 0.06) in Hilbert's order on another sample
 (../video/params.json). Without the judge theta is -1. sim_q and sim_k are means over blocks of 128 and 64 tokens, of k
 less its mean; sim_k_raw without that. L1 is against dense f32.
 """
@@ -17,17 +17,17 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from harness import ROOT  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import changed, entries, options_of, reordered  # noqa: E402
+from sets import changed, copied, entries, options_of, reordered  # noqa: E402
 
 VIDEO = HERE.parent / "video"
 WHOLE = ROOT / "build/video/captures"
-SAMPLES, LAYERS, STEPS = [1, 2], range(6), [2, 6]
+SAMPLES, LAYERS, STEPS = [1, 2], range(6), [6]
 ORDERS = ["random", "row", "column", "time", "hilbert"]
 BLOCK_K = 64
 
 
 def folder_of(key):
-    return (VIDEO / "capture" if key["source"] == "committed" else WHOLE / key["sample"] if key["source"] == "whole"
+    return (VIDEO / "capture/sample0" if key["source"] == "committed" else WHOLE / key["sample"] if key["source"] == "whole"
             else Path(key["source"]))
 
 
@@ -42,12 +42,12 @@ def rows_of(order, entry, want, how):
     index, got, dump = (how.folder / name for name in ("index.npy", "got.npy", "dump"))
     how.sparge("order", *entry.grid, "--order", order, "-o", index)
     index = np.load(index)
-    mixed = reordered(entry.path, index, how.folder / "mixed.safetensors")
+    mixed = reordered(entry, index, how.folder / "mixed.safetensors")
     raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
     params, rows = how.params or VIDEO / "params.json", []
     for judge, knobs in (("on", {}), ("off", {"theta": -1.0})):
         options = options_of(changed(params, how.folder / "params.json", **knobs))
-        result = how.sparge("run", mixed, *options, "--layer", entry.layer, "-o", got, "--dump", dump)
+        result = how.sparge("run", mixed, *options, "-o", got, "--dump", dump)
         error = np.abs(np.load(got)[0] - want[:, index]).sum((1, 2)) / np.abs(want).sum((1, 2))
         sim_q, sim_k = (np.load(dump / f"sim_{x}.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
         group = len(error) // len(sim_k)
@@ -60,7 +60,7 @@ def rows_of(order, entry, want, how):
 def measure(key, how):
     entry = next(e for e in entries(folder_of(key)) if e.at.items() <= key.items())
     want = how.folder / "want.npy"
-    plain = reordered(entry.path, None, how.folder / "plain.safetensors")
+    plain = copied(entry, how.folder / "plain.safetensors", lambda x: x)
     how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
     want = np.load(want)[0].astype(np.float64)
     return [row for order in ORDERS for row in rows_of(order, entry, want, how)]
@@ -70,7 +70,7 @@ def jobs(source, folder, **how):
     return [Job({"source": source} | entry.at, **how) for entry in entries(folder)]
 
 
-JOBS = jobs("committed", VIDEO / "capture", seconds=8, smoke=True)
+JOBS = jobs("committed", VIDEO / "capture/sample0", seconds=8, smoke=True)
 JOBS += [Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, 60,
              needs=[WHOLE / f"sample{n}/layer{layer:02}_step{step:03}.safetensors"])
          for n in SAMPLES for layer in LAYERS for step in STEPS]
