@@ -258,7 +258,7 @@ def table7():
     axis.set(xscale="log", xlabel="tokens", ylabel="sparsity", ylim=(0, 1))
     axis.set_xticks([1024 << n for n in range(8)], [f"{1 << n}K" for n in range(8)])
     axis.minorticks_off()
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower left")
     return figure
 
 
