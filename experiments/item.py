@@ -187,7 +187,8 @@ def run(script, jobs, measure, times=(), captures=None):
     kept.path.unlink(missing_ok=True)  # the next run measures again
     if args.full:
         write_csv(here / "out.csv", rows)
-        (here / "from.json").write_text(json.dumps(stands_on(args.sparge), indent=1) + "\n")
+        on = stands_on(args.sparge) | {"seed": getattr(sys.modules["__main__"], "SEED", None)}
+        (here / "from.json").write_text(json.dumps(on, indent=1) + "\n")
     elif rows:
         write_csv(folder / "out.csv", rows)
         compare(possible, kept, here / "out.csv", times)

@@ -307,8 +307,9 @@ def stands_on(item):
     if not path.exists():
         return ""
     on = json.loads(path.read_text())
+    seed = "" if on["seed"] is None else f"; seed {on['seed']}"
     return (f"{on['machine']}, {on['cores']} cores, {on['isa']}; {on['compiler']} {on['flags']}; "
-            f"commit {on['commit']}. Seeds are in the script.")
+            f"commit {on['commit']}{seed}.")
 
 
 def section(item, found):

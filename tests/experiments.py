@@ -61,7 +61,7 @@ def measure(key, how):
     first = {{"x": VALUE * n, "word": "a,b", "ms": len(open("calls").read())}}
     return [first, {{"x": 0.0, "word": "", "ms": 1}}][:1 + n % 2]
 
-VALUE = 0.5
+SEED, VALUE = 7, 0.5
 JOBS = [Job({{"kind": "k", "n": n}}, smoke=n < 3, needs=NEEDS) for n in range(5)]
 if __name__ == "__main__":
     run(__file__, JOBS, measure, ["ms"])
@@ -72,7 +72,7 @@ def script(value="0.5", needs="[]"):
     """A small item of our own in ./thing, whose build folder is ./build."""
     os.makedirs("thing", exist_ok=True)
     text = SCRIPT.format(experiments=str(ROOT / "experiments"), root=os.getcwd())
-    write("thing/run.py", text.replace("VALUE = 0.5", f"VALUE = {value}").replace("NEEDS", needs))
+    write("thing/run.py", text.replace("7, 0.5", f"7, {value}").replace("NEEDS", needs))
 
 
 def run(*options):
@@ -101,8 +101,8 @@ def test_full_then_smoke():
     check(rows[1] == {"kind": "k", "n": "1", "x": "0.5", "word": "a,b", "ms": "2"}, "a row", rows)
     first = Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()
     on = json.loads(first[1])
-    keys = {"commit", "machine", "cores", "isa", "compiler", "flags"}
-    check(set(on) == keys and all(on.values()), "what it stands on", on)
+    check(list(on) == ["commit", "machine", "cores", "isa", "compiler", "flags", "seed"], "what it stands on", on)
+    check(on["seed"] == 7 and all(on.values()), "all of it", on)
     run("--full")
     check((Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()) == first, "the same bytes")
     code, out, err = run()

@@ -7,39 +7,22 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "video")]
 
-from harness import ROOT  # noqa: E402
-from item import Job, run  # noqa: E402
-from sets import entries, hilbert, options_of, reordered  # noqa: E402
-
-VIDEO = HERE.parent / "video"
-WHOLE = ROOT / "build/video/captures"
-SAMPLES, LAYERS, STEPS = range(3), range(6), [0, 2, 4, 6, 8, 9]
-
-
-def folder_of(key):
-    return (VIDEO / "capture/sample0" if key["source"] == "committed" else WHOLE / key["sample"] if key["source"] == "whole"
-            else Path(key["source"]))
+from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
+from item import run  # noqa: E402
+from sets import hilbert, options_of, reordered  # noqa: E402
 
 
 def measure(key, how):
     """A row for each query head."""
-    entry = next(e for e in entries(folder_of(key)) if e.at.items() <= key.items())
+    entry = entry_of(key)
     index = hilbert(how.sparge, entry, how.folder)
     file = entry.path if index is None else reordered(entry, index, how.folder / "mixed.safetensors")
-    found = how.sparge("run", file, *options_of(how.params or VIDEO / "params.json"))
+    found = how.sparge("run", file, *options_of(how.params or PARAMS))
     return [{"head": head, "sparsity": f"{s:.6f}"} for head, s in zip(entry.heads, found["sparsity_per_head"])]
 
 
-def jobs(source, folder, **how):
-    return [Job({"source": source} | entry.at, **how) for entry in entries(folder)]
-
-
-JOBS = jobs("committed", VIDEO / "capture/sample0", smoke=True)
-JOBS += [Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, 6,
-             needs=[WHOLE / f"sample{n}/layer{layer:02}_step{step:03}.safetensors"])
-         for n in SAMPLES for layer in LAYERS for step in STEPS]
-
 if __name__ == "__main__":
-    run(__file__, JOBS, measure, captures=lambda folder: jobs(str(folder), folder))
+    run(__file__, committed(1) + whole(samples=range(3), layers=range(6), steps=[0, 2, 4, 6, 8, 9], seconds=6), measure,
+        captures=of_user)

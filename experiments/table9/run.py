@@ -13,22 +13,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "video")]
 
-from harness import ROOT  # noqa: E402
-from item import Job, run  # noqa: E402
-from sets import changed, copied, entries, options_of, reordered  # noqa: E402
+from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
+from item import run  # noqa: E402
+from sets import changed, copied, options_of, reordered  # noqa: E402
 
-VIDEO = HERE.parent / "video"
-WHOLE = ROOT / "build/video/captures"
-SAMPLES, LAYERS, STEPS = [1, 2], range(6), [6]
 ORDERS = ["random", "row", "column", "time", "hilbert"]
-BLOCK_K = 64
-
-
-def folder_of(key):
-    return (VIDEO / "capture/sample0" if key["source"] == "committed" else WHOLE / key["sample"] if key["source"] == "whole"
-            else Path(key["source"]))
+BLOCK_K, SEED = 64, 0
 
 
 def self_similarity(x, rows):
@@ -40,11 +32,11 @@ def self_similarity(x, rows):
 def rows_of(order, entry, want, how):
     """Of one order: a row for each head, with the judge and without."""
     index, got, dump = (how.folder / name for name in ("index.npy", "got.npy", "dump"))
-    how.sparge("order", *entry.grid, "--order", order, "-o", index)
+    how.sparge("order", *entry.grid, "--order", order, "--seed", SEED, "-o", index)
     index = np.load(index)
     mixed = reordered(entry, index, how.folder / "mixed.safetensors")
     raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
-    params, rows = how.params or VIDEO / "params.json", []
+    params, rows = how.params or PARAMS, []
     for judge, knobs in (("on", {}), ("off", {"theta": -1.0})):
         options = options_of(changed(params, how.folder / "params.json", **knobs))
         result = how.sparge("run", mixed, *options, "-o", got, "--dump", dump)
@@ -58,22 +50,12 @@ def rows_of(order, entry, want, how):
 
 
 def measure(key, how):
-    entry = next(e for e in entries(folder_of(key)) if e.at.items() <= key.items())
-    want = how.folder / "want.npy"
+    entry, want = entry_of(key), how.folder / "want.npy"
     plain = copied(entry, how.folder / "plain.safetensors", lambda x: x)
     how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
     want = np.load(want)[0].astype(np.float64)
     return [row for order in ORDERS for row in rows_of(order, entry, want, how)]
 
 
-def jobs(source, folder, **how):
-    return [Job({"source": source} | entry.at, **how) for entry in entries(folder)]
-
-
-JOBS = jobs("committed", VIDEO / "capture/sample0", seconds=8, smoke=True)
-JOBS += [Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, 60,
-             needs=[WHOLE / f"sample{n}/layer{layer:02}_step{step:03}.safetensors"])
-         for n in SAMPLES for layer in LAYERS for step in STEPS]
-
 if __name__ == "__main__":
-    run(__file__, JOBS, measure, captures=lambda folder: jobs(str(folder), folder))
+    run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30), measure, captures=of_user)
