@@ -291,7 +291,7 @@ def whole():
 def bars(key, title, rows):
     figure, axis = plt.subplots(figsize=(6, 2.8))
     found = grouped(rows, key)
-    names = sorted((name for name, in found), key=float)
+    names = sorted((name for name, in found), key=lambda name: (len(name), name))
     axis.bar(range(len(names)), [column(found[name,], "sparsity").mean() for name in names], color=INK, width=0.7)
     for n, name in enumerate(names):
         spread = column(found[name,], "sparsity")

@@ -307,7 +307,7 @@ def stands_on(item):
     if not path.exists():
         return ""
     on = json.loads(path.read_text())
-    seed = "" if on["seed"] is None else f"; seed {on['seed']}"
+    seed = "" if on.get("seed") is None else f"; seed {on['seed']}"
     return (f"{on['machine']}, {on['cores']} cores, {on['isa']}; {on['compiler']} {on['flags']}; "
             f"commit {on['commit']}{seed}.")
 
