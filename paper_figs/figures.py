@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Draws the figures of this folder, as PNG and SVG, out of experiments/*/out.csv and experiments/paper.csv alone.
 
-    figures.py [NAME...]     some of them, or all; NAME is that of the file
+    figures.py [NAME...]                             some of them, or all; NAME is that of the file
+    figures.py fig14 ... --csv MINE.csv --to FOLDER  the same of rows that a run.py made of your captures
 """
 import argparse
 import csv
@@ -18,6 +19,7 @@ from matplotlib.patches import Patch
 
 HERE = Path(__file__).resolve().parent
 EXPERIMENTS = HERE.parent / "experiments"
+GIVEN = None  # rows of the user's
 INK, ACCENT, PALE, PAPER, OTHER = "#33265c", "#f28e2b", "#e9e5dc", "#8a8a8a", "#2a8f8a"
 matplotlib.rcParams.update({
     "svg.hashsalt": "sparge", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9,
@@ -26,7 +28,7 @@ matplotlib.rcParams.update({
 
 
 def read(item):
-    with open(EXPERIMENTS / item / "out.csv", newline="") as file:
+    with open(GIVEN or EXPERIMENTS / item / "out.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -285,7 +287,8 @@ def fig9():
 # ---- By layer, step, sample and head ----------------------------------------------------------
 
 def whole():
-    return [r for r in read("fig14") if r["source"] == "whole"]
+    """All but those of the small captures."""
+    return [r for r in read("fig14") if r["source"] != "committed"]
 
 
 def bars(key, title, rows):
@@ -341,19 +344,27 @@ FIGURES = {f.__name__: f for f in (attention_map, fig2, fig3, fig4, fig5, table3
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*")
-    names = parser.parse_args().name or FIGURES
+    parser.add_argument("--csv", type=Path, help="rows to draw, in place of the committed ones")
+    parser.add_argument("--to", type=Path, default=HERE, help="folder of the pictures")
+    args = parser.parse_args()
+    names = args.name or FIGURES
     if not set(names) <= set(FIGURES):
         parser.error(f"the figures are {', '.join(FIGURES)}")
+    if args.csv and (args.to == HERE or not args.name):
+        parser.error("--csv needs names, and --to: the pictures here are of the committed rows")
+    global GIVEN
+    GIVEN = args.csv
+    args.to.mkdir(parents=True, exist_ok=True)
     for name in names:
         try:
             figure = FIGURES[name]()
         except FileNotFoundError as missing:
-            print(f"{name}: not drawn, {Path(missing.filename).relative_to(HERE.parent)} is not there")
+            print(f"{name}: not drawn, {missing.filename} is not there")
             continue
-        figure.savefig(HERE / f"{name}.png", dpi=150, metadata={"Software": None})
-        figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(args.to / f"{name}.png", dpi=150, metadata={"Software": None})
+        figure.savefig(args.to / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
-    print("wrote the figures of paper_figs/")
+    print(f"wrote {len(names)} figures into {args.to.name}/")
 
 
 if __name__ == "__main__":

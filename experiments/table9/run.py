@@ -49,6 +49,14 @@ def rows_of(order, entry, want, how):
     return rows
 
 
+def with_grid(folder):
+    """The jobs of a user's captures: an order is one of a grid."""
+    jobs = of_user(folder)
+    if not all(entry_of(job.key).grid for job in jobs):
+        sys.exit(f"table9: the manifest of {folder} has no 'grid' [T, H, W] of its tokens")
+    return jobs
+
+
 def measure(key, how):
     entry, want = entry_of(key), how.folder / "want.npy"
     plain = copied(entry, how.folder / "plain.safetensors", lambda x: x)
@@ -58,4 +66,5 @@ def measure(key, how):
 
 
 if __name__ == "__main__":
-    run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30), measure, captures=of_user)
+    run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30), measure,
+        captures=with_grid)
