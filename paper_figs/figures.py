@@ -234,7 +234,7 @@ def fig10():
                   label=label)
     for (label, line), color in zip(gpu_speeds().items(), ("#6a8d3a", "#3a6a8d")):
         axis.plot(*line, marker="^", markersize=4, color=color, label=label)
-    found = paper("fig10")
+    found = paper("fig10", setting="RTX4090, 22K tokens, 128 channels")
     for name, dense in (("SpargeAttn+Sage", "SageAttn (dense)"), ("SpargeAttn+FA2", "FlashAttn (dense FA2)")):
         points = sorted((float(at), value) for (row, at), value in found.items() if row == name)
         base = next(value for (row, _), value in found.items() if row == dense)
