@@ -53,15 +53,21 @@ class How:
 
 # ---- What an interrupted run left -------------------------------------------------------------
 
-class Kept:
-    """Rows of finished jobs, in a file that is written after each of them. What another program or another script left
-    is not taken up."""
+def scripts():
+    """The one that runs, and those of this project that it has loaded: what a measurement depends on."""
+    ours, main = Path(__file__).resolve().parent, Path(sys.modules["__main__"].__file__)
+    loaded = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+    return sorted({file for file in loaded if ours in file.parents} | {main})
 
-    def __init__(self, path, script, args):
-        sources = [script, *sorted(Path(__file__).parent.glob("*.py")), args.sparge]
-        self.mark = hashlib.sha256(b"".join(Path(p).read_bytes() for p in sources)).hexdigest()
+
+class Kept:
+    """Rows of finished jobs, in a file that is written after each of them; None: in memory alone. What other scripts or
+    another program left is not taken up."""
+
+    def __init__(self, path, program):
         self.path, self.rows = path, {}
-        if path.exists():
+        self.mark = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [*scripts(), program])).hexdigest()
+        if path and path.exists():
             before = json.loads(path.read_text())
             self.rows = before["rows"] if before["mark"] == self.mark else {}
 
@@ -70,6 +76,8 @@ class Kept:
 
     def add(self, job, rows):
         self.rows[str(job)] = rows
+        if not self.path:
+            return
         spare = self.path.with_suffix(".new")
         spare.write_text(json.dumps({"mark": self.mark, "rows": self.rows}))
         spare.replace(self.path)
@@ -146,9 +154,7 @@ def compare(jobs, kept, path, times):
 
 def measure_captures(args, jobs, measure):
     """The same measurement over captures of the user's."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure_all("captures", jobs, measure, How(args), Kept(Path(folder) / "kept.json", __file__, args))
-    write_csv(args.output, rows)
+    write_csv(args.output, measure_all("captures", jobs, measure, How(args), Kept(None, args.sparge)))
 
 
 def run(script, jobs, measure, times=(), captures=None):
@@ -175,7 +181,7 @@ def run(script, jobs, measure, times=(), captures=None):
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [job for job in jobs if args.full or job.smoke]
     possible = [job for job in chosen if not job.missing()]
-    kept = Kept(folder / "kept.json", script, args)
+    kept = Kept(folder / "kept.json", args.sparge)
     try:
         rows = measure_all(here.name, possible, measure, How(args), kept)
     except KeyboardInterrupt:

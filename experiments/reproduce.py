@@ -18,9 +18,9 @@ from harness import ROOT  # noqa: E402
 from items import ITEMS  # noqa: E402
 
 SOURCES = {  # what --full needs first, and how it comes
-    "lm": [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"],
-           *(["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
-             for step in ("ppl", "needle", "time"))],
+    "weights": [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"]],
+    "lm": [["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
+           for step in ("ppl", "needle", "time")],
     "video": [["experiments/video/capture.py"], ["experiments/video/tune.py", "--sparge", "{sparge}"]],
 }
 
@@ -61,7 +61,7 @@ def main():
     start = time.monotonic()
     programs = ["--sparge", args.sparge, "--sparge-lm", args.sparge_lm]
     if args.full:
-        for source in dict.fromkeys(item.needs for item in items if item.needs in SOURCES):
+        for source in (name for name in SOURCES if any(name in item.needs for item in items)):
             for command in SOURCES[source]:
                 if run(*(word.format(sparge=args.sparge, lm=args.sparge_lm) for word in command)) != 0:
                     sys.exit(f"reproduce.py: {command[0]} failed")

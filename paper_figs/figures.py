@@ -5,8 +5,6 @@
     figures.py fig14 ... --csv MINE.csv --to FOLDER  the same of rows that a run.py made of your captures
 """
 import argparse
-import csv
-from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +15,8 @@ import numpy as np
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
-HERE = Path(__file__).resolve().parent
-EXPERIMENTS = HERE.parent / "experiments"
+from rows import EXPERIMENTS, HERE, column, grouped, of_item, read
+
 GIVEN = None  # rows of the user's
 INK, ACCENT, PALE, PAPER, OTHER = "#33265c", "#f28e2b", "#e9e5dc", "#8a8a8a", "#2a8f8a"
 matplotlib.rcParams.update({
@@ -27,28 +25,14 @@ matplotlib.rcParams.update({
     "figure.constrained_layout.use": True})
 
 
-def read(item):
-    with open(GIVEN or EXPERIMENTS / item / "out.csv", newline="") as file:
-        return list(csv.DictReader(file))
+def measured(item):
+    return read(GIVEN) if GIVEN else of_item(item)
 
 
 def paper(item, **where):
     """The paper's numbers: {(row, column): value}."""
-    with open(EXPERIMENTS / "paper.csv", newline="") as file:
-        return {(r["row"], r["column"]): float(r["value"]) for r in csv.DictReader(file)
-                if r["item"] == item and all(r[k] == v for k, v in where.items())}
-
-
-def grouped(rows, *keys):
-    """Rows by the values of some columns, in the order of the file."""
-    found = defaultdict(list)
-    for row in rows:
-        found[tuple(row[k] for k in keys)].append(row)
-    return found
-
-
-def column(rows, key):
-    return np.array([float(r[key]) for r in rows])
+    return {(r["row"], r["column"]): float(r["value"]) for r in read(EXPERIMENTS / "paper.csv")
+            if r["item"] == item and all(r[k] == v for k, v in where.items())}
 
 
 # ---- Maps of attention ------------------------------------------------------------------------
@@ -59,7 +43,7 @@ LOOK = {"aspect": "auto", "interpolation": "nearest"}
 def maps_of(source):
     """{(layer, head): (mass, kept, pv_done)}, each [query blocks, key blocks]; NaN where no row may see any key."""
     maps = {}
-    for (layer, head), rows in grouped([r for r in read("fig2") if r["source"] == source], "layer", "head").items():
+    for (layer, head), rows in grouped([r for r in measured("fig2") if r["source"] == source], "layer", "head").items():
         i, j = column(rows, "q_block").astype(int), column(rows, "k_block").astype(int)
         maps[layer, head] = np.full((3, i.max() + 1, j.max() + 1), np.nan)
         maps[layer, head][:, i, j] = [column(rows, name) for name in ("mass", "kept", "pv_done")]
@@ -120,7 +104,7 @@ def fig2():
 
 def fig3():
     """The workflow on the paper's toy, every stage from the program."""
-    stage = grouped(read("fig3"), "stage")
+    stage = grouped(measured("fig3"), "stage")
     titles = {"P of the paper": "Pooled attention, made to be\nthe paper's",
               "P": "P as predicted: a key block that is\nnot self-similar is left out",
               "mask": "Mask: its column, and the row of Q3,\nare set to 1",
@@ -145,7 +129,7 @@ def fig3():
 
 def fig4():
     """128 tokens of q and of k, channel by channel."""
-    found = grouped(read("fig4"), "capture", "tensor")
+    found = grouped(measured("fig4"), "capture", "tensor")
     captures = list(dict.fromkeys(name for name, _ in found))
     figure, axes = plt.subplots(2, len(captures), figsize=(3.4 * len(captures), 6), sharex=True, sharey=True)
     for line, tensor in zip(axes, "qk"):
@@ -166,7 +150,7 @@ def fig4():
 
 def fig5():
     """Five orders of a grid of 1 x 6 x 6, four tokens a block."""
-    found = grouped(read("fig5"), "order")
+    found = grouped(measured("fig5"), "order")
     figure, axes = plt.subplots(1, len(found), figsize=(11, 2.5))
     for axis, ((order,), rows) in zip(axes, found.items()):
         h, w, block = (column(rows, name) for name in ("h", "w", "block"))
@@ -183,7 +167,7 @@ def table3():
     """What prediction costs beside dense attention, ours and the paper's."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
     colors = {"normal": OTHER, "topics": INK}
-    for (inputs,), rows in grouped(read("table3"), "inputs").items():
+    for (inputs,), rows in grouped(measured("table3"), "inputs").items():
         for name, style in (("f32", "-"), ("int8", "--")):
             axis.plot(column(rows, "tokens"), 100 * column(rows, f"overhead_{name}"), style, marker="o", markersize=4,
                       color=colors[inputs], label=f"CPU, {inputs} inputs, of dense {name}")
@@ -203,9 +187,7 @@ def gpu_speeds():
     path = HERE.parent / "gpu/results/results.csv"
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        rows = [r for r in csv.DictReader(file)
-                if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")]
+    rows = [r for r in read(path) if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")]
     lines = {}
     for (rung, pv), found in grouped(rows, "rung", "pv").items():
         if rung != max(r["rung"] for r in rows):
@@ -226,7 +208,7 @@ def fig10():
     styles = {"random": ("o", INK, "CPU, imposed at random"), "banded": ("s", OTHER, "CPU, imposed band"),
               "predicted": ("D", ACCENT, "CPU, predicted, with its prediction"),
               "torch": ("x", "#b0413e", "CPU, FlexAttention of torch, f32")}
-    for (mask,), rows in grouped(read("fig10"), "mask").items():
+    for (mask,), rows in grouped(measured("fig10"), "mask").items():
         rows = [r for r in rows if float(r["sparsity"]) > 0]
         marker, color, label = styles[mask]
         dense = column(rows, "ms_dense_f32" if mask == "torch" else "ms_dense_int8")
@@ -251,7 +233,7 @@ def fig10():
 def table7():
     """Sparsity by length at a constant bound on the error."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
-    for ((text,), rows), color in zip(grouped(read("table7"), "text").items(),
+    for ((text,), rows), color in zip(grouped(measured("table7"), "text").items(),
                                       (ACCENT, INK, OTHER, "#b0413e", "#6a8d3a")):
         label = "nine heads, committed capture" if text == "committed" else f"SmolLM2-135M, all heads, {text}"
         axis.plot(column(rows, "tokens"), column(rows, "sparsity"), marker="o", markersize=4, color=color, label=label)
@@ -266,10 +248,10 @@ def table7():
 
 def fig9():
     """Needles found, by depth and length."""
-    found = grouped(read("fig9"), "attention")
+    found = grouped(measured("fig9"), "attention")
     figure, axes = plt.subplots(1, len(found), figsize=(2.3 * len(found), 2.7), sharey=True)
     for axis, ((name,), rows) in zip(axes, found.items()):
-        tokens, depths = (sorted({float(r[key]) for r in read("fig9")}) for key in ("tokens", "depth"))
+        tokens, depths = (sorted({float(r[key]) for r in measured("fig9")}) for key in ("tokens", "depth"))
         score = np.full((len(depths), len(tokens)), np.nan)
         for r in rows:
             score[depths.index(float(r["depth"])),
@@ -288,7 +270,7 @@ def fig9():
 
 def whole():
     """All but those of the small captures."""
-    return [r for r in read("fig14") if r["source"] != "committed"]
+    return [r for r in measured("fig14") if r["source"] != "committed"]
 
 
 def bars(key, title, rows):

@@ -3,17 +3,15 @@
 whether they hold, and what is missing. One file that needs no other; out of experiments/*/out.csv, paper.csv, bands.csv
 and the figures here."""
 import base64
-import csv
 import json
 import math
 import statistics
 import sys
 from collections import defaultdict
 from html import escape
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-EXPERIMENTS = HERE.parent / "experiments"
+from rows import EXPERIMENTS, HERE, column, grouped, of_item, read
+
 sys.path.insert(0, str(EXPERIMENTS))
 
 from items import ITEMS, MISSING  # noqa: E402
@@ -23,30 +21,14 @@ MAIN = "SpargeAttn, (0.08, 0.09)"
 
 # ---- Reading ----------------------------------------------------------------------------------
 
-def table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def rows(item, **where):
     """Rows of an out.csv in which these columns have these values; none where it is not there yet."""
-    path = EXPERIMENTS / item / "out.csv"
-    return [r for r in table(path) if all(r[k] == str(v) for k, v in where.items())] if path.exists() else []
-
-
-def column(found, key):
-    return [float(r[key]) for r in found]
+    there = (EXPERIMENTS / item / "out.csv").exists()
+    return [r for r in (of_item(item) if there else []) if all(r[k] == str(v) for k, v in where.items())]
 
 
 def mean(found, key):
     return statistics.mean(column(found, key))
-
-
-def by(found, *keys):
-    groups = defaultdict(list)
-    for row in found:
-        groups[tuple(row[k] for k in keys)].append(row)
-    return groups
 
 
 # ---- What the bands are about -----------------------------------------------------------------
@@ -78,12 +60,13 @@ def part(name):
 
 
 def texts():
-    return [column(found, "sparsity") for (text,), found in by(rows("table7"), "text").items() if text != "committed"]
+    return [column(found, "sparsity")
+            for (text,), found in grouped(rows("table7"), "text").items() if text != "committed"]
 
 
 def orders(key, judge="on"):
     return {order: mean(found, key)
-            for (order,), found in by(rows("table9", source="whole", judge=judge), "order").items()}
+            for (order,), found in grouped(rows("table9", source="whole", judge=judge), "order").items()}
 
 
 def hilbert_ahead(key):
@@ -93,7 +76,7 @@ def hilbert_ahead(key):
 
 def judged(filtered=False):
     """Pairs of rows, with the judge and without; of the cases that differ, or all."""
-    pairs = by(rows("table9", source="whole"), "sample", "layer", "step", "order", "head").values()
+    pairs = grouped(rows("table9", source="whole"), "sample", "layer", "step", "order", "head").values()
     return [pair for pair in pairs if not filtered or abs(float(pair[0]["l1"]) - float(pair[1]["l1"])) > 0.05]
 
 
@@ -104,12 +87,12 @@ def judge_gains(key, filtered=False):
 
 
 def layers(key):
-    found = by(rows("fig14", source="whole"), key)
+    found = grouped(rows("fig14", source="whole"), key)
     return [mean(found[name,], "sparsity") for name in sorted((name for name, in found), key=lambda x: (len(x), x))]
 
 
 def spread_of_heads():
-    heads = by(rows("fig14", source="whole"), "layer", "head")
+    heads = grouped(rows("fig14", source="whole"), "layer", "head")
     of_layer = defaultdict(list)
     for (layer, _), found in heads.items():
         of_layer[layer].append(mean(found, "sparsity"))
@@ -135,8 +118,7 @@ MEASURED = {  # by item and the place of the band in bands.csv
     "table9": [lambda: hilbert_ahead("sparsity"), lambda: hilbert_ahead("sim_k"), lambda: orders("sim_k")["random"],
                lambda: orders("sparsity")["random"] / orders("sparsity")["row"], lambda: judge_gains("l1"),
                lambda: judge_gains("l1", filtered=True), lambda: -judge_gains("sparsity")],
-    "fig9": [lambda: mean([{"x": int(r["found"]) / int(r["needles"])}
-                           for r in rows("fig9", attention="dense, f32", tokens=4096)], "x")],
+    "fig9": [lambda: lm("dense, f32", 4096, "needles")],
     "fig14": [lambda: max(layers("layer")) / min(layers("layer")), lambda: layers("step")[-1] - layers("step")[0],
               lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")), spread_of_heads],
 }
@@ -145,12 +127,9 @@ MEASURED = {  # by item and the place of the band in bands.csv
 def checks():
     """{item: [(band, what was measured or None, whether it holds or None)]}"""
     found = defaultdict(list)
-    for band in table(EXPERIMENTS / "bands.csv"):
+    for band in read(EXPERIMENTS / "bands.csv"):
         item = band["item"]
-        try:
-            value = MEASURED[item][len(found[item])]()
-        except (IndexError, KeyError, ValueError):  # rows that are not there yet
-            value = math.nan
+        value = float(MEASURED[item][len(found[item])]()) if rows(item) else math.nan
         known = not math.isnan(value)
         holds = known and float(band["low"] or -math.inf) <= value <= float(band["high"] or math.inf)
         found[item].append((band, value if known else None, holds if known else None))
@@ -160,7 +139,7 @@ def checks():
 # ---- Tables of ours ---------------------------------------------------------------------------
 
 def number(text):
-    """A cell: a figure in at most four digits, anything else as it is."""
+    """A cell: a figure in at most five digits, anything else as it is."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -176,7 +155,7 @@ def table_of_orders():
     found = rows("table9", source="whole")
     keys = ["sim_q", "sim_k", "sim_k_raw", "l1", "sparsity"]
     lines = [[order, judge, *(f"{mean(group, key):.4f}" for key in keys)]
-             for (order, judge), group in by(found, "order", "judge").items()]
+             for (order, judge), group in grouped(found, "order", "judge").items()]
     for name, filtered in (("all orders", False), ("cases that differ in L1 by more than 0.05", True)):
         pairs = judged(filtered)
         for n, judge in enumerate(("on", "off") if pairs else ()):
@@ -191,17 +170,11 @@ def table_of_layers():
 
 
 def table_of_needles():
-    found = by(rows("fig9"), "attention", "tokens")
+    found = grouped(rows("fig9"), "attention", "tokens")
     return ["attention", "tokens", "found", "sparsity"], [
         [*at, f"{sum(int(r['found']) for r in group)} of {sum(int(r['needles']) for r in group)}",
          f"{mean(group, 'sparsity'):.3f}"]
         for at, group in found.items()]
-
-
-def table_of_speed():
-    """A row in four of the imposed masks, all others."""
-    keys = ["mask", "asked", "sparsity", "ms", "ms_dense_f32", "ms_dense_int8", "efficiency"]
-    return keys, [[r[k] for k in keys] for r in rows("fig10")]
 
 
 OURS = {
@@ -213,7 +186,8 @@ OURS = {
                                        "seconds_attention"]),
     "table3": lambda: plain("table3", ["inputs", "tokens", "ms_predict", "ms_quantize", "ms_dense_f32",
                                        "ms_dense_int8", "overhead_f32", "overhead_int8"]),
-    "fig10": table_of_speed, "table9": table_of_orders, "fig14": table_of_layers, "fig9": table_of_needles,
+    "fig10": lambda: plain("fig10", ["mask", "asked", "sparsity", "ms", "ms_dense_f32", "ms_dense_int8", "efficiency"]),
+    "table9": table_of_orders, "fig14": table_of_layers, "fig9": table_of_needles,
     "table6": lambda: plain("table6", ["inputs", "part", "sparsity", "perplexity"]),
     "table7": lambda: plain("table7", ["text", "tokens", "heads", "sparsity", "worst_l1"]),
 }
@@ -268,10 +242,10 @@ def of_paper(names):
     """The paper's numbers of an item, with its digits: a table for each of its settings, those after the second folded
     away."""
     parts = []
-    for (_, setting), found in by([r for r in PAPER if r["item"] in names], "item", "setting").items():
+    for (_, setting), found in grouped([r for r in PAPER if r["item"] in names], "item", "setting").items():
         columns = list(dict.fromkeys((r["column"], r["unit"]) for r in found))
         lines = [[name, *(next((r["value"] for r in group if (r["column"], r["unit"]) == c), "") for c in columns)]
-                 for (name,), group in by(found, "row").items()]
+                 for (name,), group in grouped(found, "row").items()]
         titles = ["", *(f"{c}, {u}" if u else c for c, u in columns)]
         parts.append(f'<div><p class="dim">{escape(setting)}</p>{grid(titles, lines, escape)}</div>')
     if not parts:
@@ -312,6 +286,10 @@ def stands_on(item):
             f"commit {on['commit']}{seed}.")
 
 
+def title(item):
+    return escape(item.what or "Heads of a language model")
+
+
 def section(item, found):
     states = [holds for _, _, holds in found]
     chips = ['<span class="chip">substitute</span>'] if item.substitute else []
@@ -322,7 +300,7 @@ def section(item, found):
     ours = f"<h3>Measured here</h3><p class='dim'>On {escape(item.ours)}.</p>{right}" if right else ""
     theirs = f"<h3>The paper</h3>{left}" if left else ""
     pictures = "".join(picture(name) for name in item.figures)
-    return (f'<section id="{item.folder}"><div class="head"><h2>{escape(item.what or "Heads of a language model")}</h2>'
+    return (f'<section id="{item.folder}"><div class="head"><h2>{title(item)}</h2>'
             f'{"".join(chips)}</div><p>{escape(item.says)}</p>{of_bands(found)}{pictures}{ours}{theirs}'
             f'<p class="dim"><code>./reproduce.sh --full --only {item.covers[0]}</code> &nbsp; '
             f'{stands_on(item.folder)}</p></section>')
@@ -342,7 +320,7 @@ def waiting():
 def main():
     found = checks()
     states = [holds for item in found.values() for _, _, holds in item]
-    nav = "".join(f'<li><a href="#{item.folder}">{escape(item.what or "Heads of a language model")}</a></li>'
+    nav = "".join(f'<li><a href="#{item.folder}">{title(item)}</a></li>'
                   for item in ITEMS)
     page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -359,7 +337,7 @@ def main():
     print(f"wrote paper_figs/report.html: {sum(h is True for h in states)} of {len(states)} bands hold")
 
 
-PAPER = table(EXPERIMENTS / "paper.csv")
+PAPER = read(EXPERIMENTS / "paper.csv")
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,6 @@
 Runs that are interrupted and go on, rows that are not as committed, what is missing; the tables of paper.csv, bands.csv
 and items.py against each other; the driver's command line; the report. Ends with "N passed, M failed".
 """
-import argparse
 import csv
 import importlib.util
 import json
@@ -157,15 +156,16 @@ def test_needs():
 
 
 def test_kept_is_whole_or_absent():
-    write("script.py", "")
-    args = argparse.Namespace(sparge=SPARGE)
-    kept, job = Kept(Path("kept.json"), "script.py", args), Job({"a": 1, "b": "x"})
+    write("program", "")
+    kept, job = Kept(Path("kept.json"), "program"), Job({"a": 1, "b": "x"})
     check(kept.of(job) is None, "nothing yet")
     kept.add(job, [{"a": 1}])
-    check(Kept(Path("kept.json"), "script.py", args).of(job) == [{"a": 1}], "kept")
-    check(sorted(os.listdir(".")) == ["kept.json", "script.py"], "no spare file", os.listdir("."))
-    write("script.py", "#")
-    check(Kept(Path("kept.json"), "script.py", args).of(job) is None, "another script's is not taken up")
+    check(Kept(Path("kept.json"), "program").of(job) == [{"a": 1}], "kept")
+    check(sorted(os.listdir(".")) == ["kept.json", "program"], "no spare file", os.listdir("."))
+    write("program", "#")
+    check(Kept(Path("kept.json"), "program").of(job) is None, "another program's is not taken up")
+    Kept(None, "program").add(job, [])
+    check(sorted(os.listdir(".")) == ["kept.json", "program"], "in memory alone", os.listdir("."))
 
 
 def test_same():
@@ -186,7 +186,7 @@ def test_sets():
     write("manifest.json", json.dumps(manifest))
     entry, = sets.entries(Path("."))
     check(entry.at == {"sample": "s", "layer": 3, "step": 0}, "where it is of", entry)
-    check(entry.grid == (2, 10, 10) and entry.causal, "grid and causality", entry)
+    check(entry.grid == (2, 10, 10) and entry.causal and entry.scale is None, "grid, causality, scale", entry)
     check(sets.entries(Path("nowhere")) == [], "no manifest, no entries")
     places = {(3, h): (Path("a.safetensors"), n) for n, h in enumerate((2, 3, 6, 7))}
     check(sets.heads(Path(".")) == places, "heads", sets.heads(Path(".")))
@@ -200,9 +200,16 @@ def test_sets():
     check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
     copy, = sets.entries(Path("head"))
     check(copy.at == entry.at and copy.heads == entry.heads and copy.causal, "its manifest", copy)
+    manifest |= {"causal": None, "scale": None}
+    manifest["files"][0] |= {"causal": False, "scale": 0.25}
+    write("manifest.json", json.dumps(manifest))
+    entry, = sets.entries(Path("."))
+    check(not entry.causal and entry.scale == 0.25, "a file's own word", entry)
+    sets.reordered(entry, index, Path("head/b.safetensors"))
+    check([copy.scale for copy in sets.entries(Path("head"))] == [0.25], "a copy's scale", copy)
     cut = sets.load_file(sets.beginning(entry, 70, Path("head/c.safetensors")))
     check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8), "the beginning")
-    curve = sets.hilbert(lambda *words: said(SPARGE, *map(str, words)), entry, Path("head"))
+    curve = sets.order(lambda *words: said(SPARGE, *map(str, words)), entry.grid, "hilbert", Path("head"))
     check(sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve", curve[:9])
 
 
@@ -216,6 +223,10 @@ def test_thresholds_that_change():
     capture = ROOT / "experiments/capture/smollm2-135m/layer12_group1.safetensors"
     code, out, err = said(SPARGE, "run", capture, *map(str, sets.options_of(Path("x.json"))))
     check(code == 0 and json.loads(out)["sparsity"] > 0.5, "sparge takes them", err)
+    own = json.loads(params.read_text()) | {"scale": 0.25, "causal": "none", "sink": False, "smooth_k": False}
+    write("x.json", json.dumps(own))
+    check(sets.options_of(Path("x.json")) == ["--params", Path("x.json"), "--scale", 0.25, "--no-smooth-k"],
+          "their own scale", sets.options_of(Path("x.json")))
 
 
 # ---- What there is ----------------------------------------------------------------------------

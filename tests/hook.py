@@ -379,7 +379,7 @@ def test_masks():
         refused(ValueError, ["masked"], Recorder, Plain(), "x", name="plain", masked=attempt)
 
     # fewer queries than keys: where the first one stands
-    model, chunk = Plain(1), qkv(n=8, keys=20)
+    chunk = qkv(n=8, keys=20)
     at_end = torch.ones(8, 20, dtype=torch.bool).tril(12)
     got = record_plain(next(names), *chunk, attn_mask=at_end)
     check(got["files"][0]["causal_at"] == "end" and got["causal"] is True and got["left_out"] == {}, "a chunk", got)
@@ -449,7 +449,7 @@ def test_chosen():
     where = lambda got: [(e["layer"], e["step"]) for e in got["files"]]
 
     def run(folder, model=Plain(4), times=4, args=qkv(8, 2, batch=3), **rules):
-        with watched() as calls, Recorder(model, folder, name="plain", **rules) as record:
+        with watched() as calls, Recorder(model, folder, name="plain", **rules):
             for _ in range(times):
                 model(*args, enable_gqa=True)
         return same_as_model(folder, f"{folder}/sample", calls, 4)
@@ -592,7 +592,7 @@ def test_budget():
         check(contents(f"b{room}") == got, "the same again")
     run_plain("b5")
     check(contents("b5") == whole, "with more room it goes on")
-    with Recorder(m := Plain(2), "small", name="plain", budget=2 * one) as record:
+    with Recorder(m := Plain(2), "small", name="plain", budget=2 * one):
         m([qkv(n=100), qkv(n=3)])
     got = manifest_of("small/sample")
     check([e["layer"] for e in got["files"]] == [1] and got["left_out"] == {"budget": 1}, "a smaller one fits", got)

@@ -332,7 +332,7 @@ def test_folder():
 def test_attentions():
     m = Model(seed=20, interleaved=True)
     m.gguf("m.gguf")
-    token = some_tokens(n := 600)
+    token = some_tokens(600)
     want = m.run(token)[0]
     dense, exact = logits_of("m.gguf", "t.npy", "--attention", "f32")
     row, int8 = logits_of("m.gguf", "t.npy", "--attention", "int8")
@@ -774,7 +774,6 @@ def test_resume_once_more():
 
 def test_cut_short():
     """A GGUF file that ends anywhere."""
-    bpe = Bpe("aab ab", size=262)
     m = Model(vocab=12, layers=1, dim=32, hidden=32, heads=1, kv_heads=1, head_dim=32, tied=True,
               usual="Q4_0", interleaved=True)
     keys = {**m.keys(), "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.merges": ["a b"]}

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from harness import ROOT, fill_in, machine_line, run_json, write_csv  # noqa: E402
+from sets import CHOSEN, SMOLLM2  # noqa: E402
 
-CAPTURE = ROOT / "experiments/capture/smollm2-135m"
-CHOSEN = ["--sink", "--theta", "0.4", "--tau", "0.98", "--lambda=-5"]  # as experiments/attention_map
 LONG = 131072
 
 
@@ -81,7 +80,7 @@ def workspace(program):
 def captured(program, cases, repeat):
     """Speed-up over dense f32 on each captured key head at the chosen setting, and the error there."""
     rows = []
-    for file in sorted(CAPTURE.glob("*.safetensors")):
+    for file in sorted(SMOLLM2.glob("*.safetensors")):
         found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat", repeat, *CHOSEN)
         row = one(found, "int8/int8 predicted causal")
         check = run_json(program, "run", file, "--causal", "--check", *CHOSEN)

@@ -11,14 +11,15 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent 
 
 from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import hilbert, options_of, reordered  # noqa: E402
+from sets import options_of, order, reordered  # noqa: E402
 
 
 def measure(key, how):
     """A row for each query head."""
     entry = entry_of(key)
-    index = hilbert(how.sparge, entry, how.folder)
-    file = entry.path if index is None else reordered(entry, index, how.folder / "mixed.safetensors")
+    file = entry.path
+    if entry.grid:
+        file = reordered(entry, order(how.sparge, entry.grid, "hilbert", how.folder), how.folder / "mixed.safetensors")
     found = how.sparge("run", file, *options_of(how.params or PARAMS))
     return [{"head": head, "sparsity": f"{s:.6f}"} for head, s in zip(entry.heads, found["sparsity_per_head"])]
 

@@ -14,11 +14,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from item import Job, run  # noqa: E402
-from sets import heads, write_head  # noqa: E402
+from sets import CHOSEN, SMOLLM2, heads, write_head  # noqa: E402
 
-CAPTURES = {"smollm2": HERE.parent / "capture/smollm2-135m", "video": HERE.parent / "video/capture/sample0"}
-MODES = {"smollm2": ["--causal", "--sink", "--theta", 0.4, "--tau", 0.98, "--lambda=-5"],  # as in attention_map
-         "video": ["--theta", 0.3, "--tau", 0.9, "--lambda=-5"]}
+CAPTURES = {"smollm2": SMOLLM2, "video": HERE.parent / "video/capture/sample0"}
+MODES = {"smollm2": ["--causal", *CHOSEN], "video": ["--theta", 0.3, "--tau", 0.9, "--lambda=-5"]}
 SHOWN = {"smollm2": [(6, 7), (12, 5), (21, 0)]}  # layer, head; of video all
 
 

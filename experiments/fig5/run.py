@@ -6,21 +6,22 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from item import Job, run  # noqa: E402
+from sets import order  # noqa: E402
 
 GRID, BLOCK, SEED = (1, 6, 6), 4, 0
 
 
 def measure(key, how):
-    how.sparge("order", *GRID, "--order", key["order"], "--seed", SEED, "-o", how.folder / "index.npy")
-    places = np.unravel_index(np.load(how.folder / "index.npy"), GRID)
+    places = np.unravel_index(order(how.sparge, GRID, key["order"], how.folder, SEED), GRID)
     return [{"place": n, "t": t, "h": h, "w": w, "block": n // BLOCK}
             for n, (t, h, w) in enumerate(zip(*(axis.tolist() for axis in places)))]
 
 
-JOBS = [Job({"order": order}, 0.1, smoke=True) for order in ("row", "column", "time", "random", "hilbert")]
+JOBS = [Job({"order": name}, 0.1, smoke=True) for name in ("row", "column", "time", "random", "hilbert")]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure)

@@ -1,4 +1,6 @@
-"""names.py: the attentions that the tables of sparge-lm compare, and what they are called."""
+"""names.py: the model and the attentions that the tables of sparge-lm are about, what they are called, and a figure of
+their rows."""
+from math import exp
 from pathlib import Path
 
 # Thresholds: of experiments/tune, with the bounds on every text or on their mean; and tighter ones.
@@ -8,3 +10,9 @@ TUNED = {pair: Path(__file__).resolve().parent.parent / path for pair, path in {
 DENSE = {"f32": "dense, f32", "int8": "dense, int8"}
 TITLES = DENSE | {path.name: f"SpargeAttn, ({pair})" for pair, path in TUNED.items()}
 LENGTHS = [1024, 2048, 4096, 8192]
+MODEL = "SmolLM2-135M-Instruct"
+
+
+def perplexity(rows):
+    """Over all tokens of all texts, of rows of sparge-lm ppl."""
+    return exp(sum(float(r["surprise"]) for r in rows) / sum(float(r["tokens"]) - 1 for r in rows))

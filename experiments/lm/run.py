@@ -13,7 +13,6 @@ Every step goes on where it was interrupted; what is unfinished lies in build/lm
 """
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -26,14 +25,13 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import model as weights  # noqa: E402
 import texts  # noqa: E402
 from harness import ROOT, fill_in, machine_line, markdown, read_csv, run_json  # noqa: E402
-from names import DENSE, LENGTHS, TITLES, TUNED  # noqa: E402
+from names import DENSE, LENGTHS, MODEL, TITLES, TUNED, perplexity  # noqa: E402
 
 WORK = ROOT / "build/lm"
-NAME = "SmolLM2-135M-Instruct"
 MIDDLE = 4096
 TEXT = "opticks"  # of needles and of seconds
 MAIN = "0.08, 0.09"
-SHARED = ["--model", NAME, "--sink"]
+SHARED = ["--model", MODEL, "--sink"]
 
 
 def paths(name):
@@ -113,11 +111,6 @@ def mean(rows, key="sparsity"):
 
 def median(rows, key):
     return statistics.median(column(rows, key))
-
-
-def perplexity(rows):
-    """Over all tokens of all texts."""
-    return math.exp(sum(column(rows, "surprise")) / sum(n - 1 for n in column(rows, "tokens")))
 
 
 def found_of(rows):
@@ -214,7 +207,7 @@ def table_verify():
     """Ours beside transformers, and beside tokenizers."""
     found = json.loads((HERE / "verify.json").read_text())
     tokens = found["tokens"]
-    models = {f"{NAME}, {key}": value for key, value in found[NAME].items()}
+    models = {f"{MODEL}, {key}": value for key, value in found[MODEL].items()}
     models |= {f"random, {key}": value for key, value in found["random weights"].items()}
     rows = [[name, x["tokens"], f"{x['largest_difference']:.1e}", f"{x['standard_deviation_of_logits']:.2f}",
              f"{100 * x['top_token_agreement']:.1f} %", f"{x['perplexity']:.4f}", f"{x['perplexity_theirs']:.4f}"]

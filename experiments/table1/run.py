@@ -6,7 +6,6 @@ half, all layers and heads, two threads.
 """
 import statistics
 import sys
-from math import exp
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -14,7 +13,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm")]
 
 from harness import read_csv  # noqa: E402
 from item import Job, run  # noqa: E402
-from names import LENGTHS, TITLES  # noqa: E402
+from names import LENGTHS, TITLES, perplexity  # noqa: E402
 
 LM = HERE.parent / "lm"
 LAYERS, HEADS, DIM = 30, 9, 64
@@ -37,7 +36,7 @@ def measure(key, _how):
     operations = LAYERS * HEADS * 4 * DIM * tokens * (tokens + 1) / 2
     return {"sparsity": f"{statistics.mean(numbers(ppl, 'sparsity')):.6f}",
             "sparsity_qk": f"{statistics.mean(numbers(ppl, 'sparsity_qk')):.6f}",
-            "perplexity": f"{exp(sum(numbers(ppl, 'surprise')) / sum(n - 1 for n in numbers(ppl, 'tokens'))):.5f}",
+            "perplexity": f"{perplexity(ppl):.5f}",
             "needles": f"{statistics.mean(numbers(needle, 'right')):.4f}" if needle else "",
             "gops": f"{operations / took / 1e9:.2f}", "seconds_attention": f"{took:.4f}",
             "seconds_prefill": f"{statistics.median(numbers(seconds, 'seconds')):.4f}"}

@@ -6,22 +6,21 @@ On the committed captures by `sparge run`; and on all of SmolLM2-135M at 8192 to
 with the perplexity that each costs. Sparsity is the paper's: Q.K and P.V are a half each, so that lambda alone reaches
 0.5 at most.
 """
-import math
 import statistics
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "lm")]
 
 import model  # noqa: E402
 import texts  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import changed, entries, options_of  # noqa: E402
+from names import MODEL, perplexity  # noqa: E402
+from sets import SMOLLM2, changed, entries, options_of  # noqa: E402
 
 TUNED = HERE.parent / "tune"
-SMOLLM2 = HERE.parent / "capture/smollm2-135m"
 TEXTS = [ROOT / f"build/texts/{text.name}.txt" for text in texts.select(["judge"])]
 WEIGHTS = model.CACHE / model.GGUF
 PARTS = {"mask": {"lambda": None}, "lambda": {"theta": -1.0, "tau": 1.0}, "both": {}}
@@ -38,9 +37,8 @@ def of_model(part, how):
     """Over all heads; the perplexity over all texts."""
     params = changed(TUNED / "model_worst.json", how.folder / f"{part}.json", **PARTS[part])
     found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params, "--model",
-                     "SmolLM2-135M-Instruct", "--sink")["rows"]
-    surprise = sum(row["surprise"] for row in found) / sum(row["tokens"] - 1 for row in found)
-    return {"sparsity": statistics.mean(row["sparsity"] for row in found), "perplexity": f"{math.exp(surprise):.4f}"}
+                     MODEL, "--sink")["rows"]
+    return {"sparsity": statistics.mean(row["sparsity"] for row in found), "perplexity": f"{perplexity(found):.4f}"}
 
 
 def measure(key, how):

@@ -15,9 +15,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import model  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import beginning, entries  # noqa: E402
+from sets import SMOLLM2, beginning, entries  # noqa: E402
 
-SMOLLM2 = HERE.parent / "capture/smollm2-135m"
 WEIGHTS = model.CACHE / model.GGUF
 TEXTS = ["opticks", "python_datamodel", "go_parser"]
 LENGTHS = [1024 << n for n in range(8)]
@@ -25,7 +24,7 @@ BOUNDS = ["--l1", 0.08, "--l2", 0.09]
 
 
 def truncated(folder, tokens, how):
-    return [beginning(entry, tokens, how.folder / entry.path.name) for entry in entries(folder)]
+    return [beginning(entry, tokens, how.folder / entry.path.stem / entry.path.name) for entry in entries(folder)]
 
 
 def captured(text, tokens, how):

@@ -17,7 +17,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent 
 
 from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import changed, copied, options_of, reordered  # noqa: E402
+from sets import changed, copied, options_of, order, reordered  # noqa: E402
 
 ORDERS = ["random", "row", "column", "time", "hilbert"]
 BLOCK_K, SEED = 64, 0
@@ -29,11 +29,10 @@ def self_similarity(x, rows):
     return np.mean([np.square(unit[:, a:a + rows].mean(1)).sum(-1) for a in range(0, x.shape[1], rows)], axis=0)
 
 
-def rows_of(order, entry, want, how):
+def rows_of(name, entry, want, how):
     """Of one order: a row for each head, with the judge and without."""
-    index, got, dump = (how.folder / name for name in ("index.npy", "got.npy", "dump"))
-    how.sparge("order", *entry.grid, "--order", order, "--seed", SEED, "-o", index)
-    index = np.load(index)
+    got, dump = how.folder / "got.npy", how.folder / "dump"
+    index = order(how.sparge, entry.grid, name, how.folder, SEED)
     mixed = reordered(entry, index, how.folder / "mixed.safetensors")
     raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
     params, rows = how.params or PARAMS, []
@@ -43,7 +42,7 @@ def rows_of(order, entry, want, how):
         error = np.abs(np.load(got)[0] - want[:, index]).sum((1, 2)) / np.abs(want).sum((1, 2))
         sim_q, sim_k = (np.load(dump / f"sim_{x}.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
         group = len(error) // len(sim_k)
-        rows += [{"order": order, "head": head, "judge": judge, "sim_q": f"{sim_q[h]:.5f}",
+        rows += [{"order": name, "head": head, "judge": judge, "sim_q": f"{sim_q[h]:.5f}",
                   "sim_k": f"{sim_k[h // group]:.5f}", "sim_k_raw": f"{raw[h // group]:.5f}", "l1": f"{error[h]:.6f}",
                   "sparsity": f"{result['sparsity_per_head'][h]:.6f}"} for h, head in enumerate(entry.heads)]
     return rows
@@ -62,7 +61,7 @@ def measure(key, how):
     plain = copied(entry, how.folder / "plain.safetensors", lambda x: x)
     how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
     want = np.load(want)[0].astype(np.float64)
-    return [row for order in ORDERS for row in rows_of(order, entry, want, how)]
+    return [row for name in ORDERS for row in rows_of(name, entry, want, how)]
 
 
 if __name__ == "__main__":

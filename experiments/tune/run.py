@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
-from harness import ROOT  # noqa: E402
 from item import Job, run  # noqa: E402
+from sets import SMOLLM2  # noqa: E402
 
-CAPTURE = ROOT / "experiments/capture/smollm2-135m"
-OTHER = ROOT / "experiments/capture/smollm2-135m-stb_image"
+OTHER = SMOLLM2.with_name("smollm2-135m-stb_image")
 # (l1, l2) of Sec 4.1: Llama3.1; SD3.5 and Flux; CogvideoX and Mochi; Open-Sora-Plan.
 PAIRS = [("0.08", "0.09"), ("0.07", "0.08"), ("0.05", "0.06"), ("0.03", "0.035")]
 MODE = ["--causal", "--sink"]
@@ -39,7 +38,7 @@ def row_of(head):
 
 def measure(key, how):
     name = f"params_{key['l1']}_{key['l2']}.json"
-    heads, _ = tune(how.sparge, [CAPTURE], (HERE if how.full else how.folder) / name, key["l1"], key["l2"],
+    heads, _ = tune(how.sparge, [SMOLLM2], (HERE if how.full else how.folder) / name, key["l1"], key["l2"],
                     "--held-out", OTHER)
     return [row_of(head) for head in heads]
 

@@ -9,7 +9,6 @@
 TUNE, JUDGE and CAPTURE are folders that experiments/capture/smollm2.py writes; README.md has its commands.
 """
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -18,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from harness import ROOT, fill_in, read_csv, run_json, write_csv  # noqa: E402
-from run import CAPTURE, MODE, PAIRS, TABLE, row_of, tune  # noqa: E402
+from run import MODE, PAIRS, TABLE, row_of, tune  # noqa: E402
+from sets import SMOLLM2, beginning, copied, entries  # noqa: E402
 
 LENGTHS = [1024, 2048, 4096, 8192]
 REPEAT = 5
@@ -42,7 +42,7 @@ GRID = ["layer", "head", "search", "theta", "tau", "lambda", "mask_sparsity", "s
 
 def grid_head(program, entry, h, l1, l2):
     """The two searches by whole calls over one head."""
-    tensors = load_file(CAPTURE / entry["file"])
+    tensors = load_file(entry.path)
     _, heads, tokens, dim = tensors["q"].shape
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.bin" for name in "qkv"]
@@ -53,18 +53,17 @@ def grid_head(program, entry, h, l1, l2):
                               text=True)
     if done.returncode != 0:
         sys.exit(done.stderr.strip())
-    return [dict(zip(GRID, [entry["layer"], entry["query_heads"][h], *line.split(",")]))
+    return [dict(zip(GRID, [entry.layer, entry.heads[h], *line.split(",")]))
             for line in done.stdout.split()]
 
 
 def grid(args):
     l1, l2 = PAIRS[0]
-    entries = json.loads((CAPTURE / "manifest.json").read_text())["files"]
-    jobs = [(entry, h) for entry in entries for h in range(len(entry["query_heads"]))]
+    jobs = [(entry, h) for entry in entries(SMOLLM2) for h in range(len(entry.heads))]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = sum(pool.map(lambda job: grid_head(args.grid, *job, l1, l2), jobs), [])
     with tempfile.TemporaryDirectory() as folder:
-        heads, _ = tune(sparge(args), [CAPTURE], Path(folder) / "params.json", l1, l2)
+        heads, _ = tune(sparge(args), [SMOLLM2], Path(folder) / "params.json", l1, l2)
     rows += [{"search": "tuner", "sparsity": head["in_sample"]["sparsity"], "l1": head["in_sample"]["l1"]} |
              {key: head[key] for key in GRID if key in head} for head in heads]
     write_csv(HERE / "grid.csv", columns=GRID, rows=sorted(rows, key=lambda row: (row["layer"], row["head"])))
@@ -72,32 +71,25 @@ def grid(args):
 
 # ---- The whole model --------------------------------------------------------------------------
 
-def judge_file(program, params, path):
+def judge_file(program, params, entry):
     """Relative L1 of every head of a capture against dense attention in f32, and its sparsity."""
     with tempfile.TemporaryDirectory() as folder:
         got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
-        # The file is of float16; its float32 copy has outputs that are not rounded.
-        copy = Path(folder) / path.name
-        save_file({name: x.astype(np.float32) for name, x in load_file(path).items()}, copy)
-        manifest = json.loads((path.parent / "manifest.json").read_text())
-        entry = next(e for e in manifest["files"] if e["file"] == path.name)
-        (Path(folder) / "manifest.json").write_text(json.dumps(
-            {"model": manifest["model"], "causal": manifest["causal"],
-             "files": [{key: entry[key] for key in ("file", "layer", "query_heads")}]}))
+        copy = copied(entry, Path(folder) / entry.path.name, lambda x: x)
         result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
         run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
         got, want = np.load(got)[0].astype(np.float64), np.load(want)[0].astype(np.float64)
     l1 = np.abs(got - want).sum(axis=(1, 2)) / np.abs(want).sum(axis=(1, 2))
-    return [{"text": path.parent.name, "layer": entry["layer"], "head": head, "sparsity": round(s, 6),
-             "l1": f"{x:.6f}"} for head, s, x in zip(entry["query_heads"], result["sparsity_per_head"], l1)]
+    return [{"text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
+             "l1": f"{x:.6f}"} for head, s, x in zip(entry.heads, result["sparsity_per_head"], l1)]
 
 
 def model(args):
     l1, l2 = PAIRS[0]
     texts = sorted(path.parent for path in Path(args.tune).glob("*/manifest.json"))
-    others = sorted(Path(args.judge).glob("*/layer*.safetensors"))
+    others = [entry for path in sorted(Path(args.judge).glob("*/manifest.json")) for entry in entries(path.parent)]
     if not texts or not others:
-        sys.exit("run.py: no captures in these folders; README.md says how they are made")
+        sys.exit("study.py: no captures in these folders; README.md says how they are made")
     rows, judged = [], []
     for bound in "worst", "mean":
         params = HERE / f"model_{bound}.json"
@@ -108,7 +100,7 @@ def model(args):
                   "l1": l1, "l2": l2} | row_of(head) for head in heads]
         with ThreadPoolExecutor(args.jobs) as pool:
             judged += [{"bound": bound} | row for found in
-                       pool.map(lambda path: judge_file(args.sparge, params, path), others) for row in found]
+                       pool.map(lambda entry: judge_file(args.sparge, params, entry), others) for row in found]
     for row in rows:
         del row["seconds"]  # they depend on what else runs: length.csv has those of a quiet machine
     write_csv(HERE / "model.csv", rows,
@@ -123,11 +115,8 @@ def length(args):
     rows = []
     for tokens in LENGTHS:
         with tempfile.TemporaryDirectory() as folder:
-            for path in sorted(Path(args.capture).glob("*.safetensors")):
-                save_file({name: np.ascontiguousarray(x[:, :, :tokens]) for name, x in load_file(path).items()},
-                          Path(folder) / path.name)
-            files = sorted(Path(folder).glob("*.safetensors"))
-            for file in files:
+            for entry in entries(args.capture):
+                file = beginning(entry, tokens, Path(folder) / entry.path.stem / entry.path.name)
                 runs = [tune(sparge(args), [file], Path(folder) / "params.json", l1, l2) for _ in range(REPEAT)]
                 heads = runs[0][0]
                 spent = statistics.median(summary["seconds"] for _, summary in runs)

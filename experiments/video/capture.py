@@ -25,7 +25,8 @@ sys.path.append(str(HERE.parent / "capture"))
 
 import clips  # noqa: E402
 from hook import Recorder  # noqa: E402
-from model import GRID, PATCH, Config, VideoModel, to_tokens, to_video  # noqa: E402
+from model import GRID, PATCH, Config, VideoModel, to_video  # noqa: E402
+from train import cut  # noqa: E402
 
 WEIGHTS = HERE / "weights.safetensors"
 EULER_STEPS = 10
@@ -49,10 +50,8 @@ def begin(sample, grid, origin, start, about):
     if start == 1:
         return noise
     frames = clips.load("vtest")[about["frames"]:]
-    (t, h, w), (_, y, x) = grid, (o * PATCH for o in origin)
-    first = 4 * t * sample % (len(frames) - t)
-    pixels = frames[first:first + t, y:y + h * PATCH, x:x + w * PATCH]
-    clip = to_tokens(((torch.from_numpy(pixels.copy()).float() - about["mean"]) / about["std"])[None])
+    first = 4 * grid[0] * sample % (len(frames) - grid[0])
+    clip = cut(frames, grid, origin, first, about["mean"], about["std"])
     return clip * (1 - start) + noise * start
 
 

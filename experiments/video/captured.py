@@ -1,5 +1,5 @@
-"""captured.py: jobs over the captures of the video model: the small ones that are committed, the whole ones in build/, and, in
-their place, those of a user."""
+"""captured.py: jobs over the captures of the video model: the small ones that are committed, the whole ones in build/,
+and, in their place, those of a user."""
 import sys
 from pathlib import Path
 

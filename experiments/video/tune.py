@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Thresholds for every head of the video model, from sample 0 of its captures, in Hilbert's order, at the paper's (0.05, 0.06)
-for video: params.json. An interrupted run goes on.
+"""Thresholds for every head of the video model, from sample 0 of its captures, in Hilbert's order, at the paper's
+(0.05, 0.06) for video: params.json. An interrupted run goes on.
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from harness import ROOT, run_json  # noqa: E402
-from sets import entries, hilbert, reordered  # noqa: E402
+from sets import entries, order, reordered  # noqa: E402
 
 CAPTURES = ROOT / "build/video/captures/sample0"
 WORK = ROOT / "build/video/hilbert"
@@ -21,16 +22,14 @@ WORK = ROOT / "build/video/hilbert"
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
-    args = parser.parse_args()
-    folders = []
+    sparge, folders = partial(run_json, parser.parse_args().sparge), []
+    WORK.mkdir(parents=True, exist_ok=True)
     for entry in entries(CAPTURES):  # a manifest is of one file here
         folders.append(WORK / entry.path.stem)
-        folders[-1].mkdir(parents=True, exist_ok=True)
         file = folders[-1] / entry.path.name
         if not (folders[-1] / "manifest.json").exists():  # it is written last
-            index = hilbert(lambda *words: run_json(args.sparge, *words), entry, folders[-1])
-            reordered(entry, index, file, np.float16)
-    print(run_json(args.sparge, "tune", *folders, "--l1", 0.05, "--l2", 0.06, "-o", HERE / "params.json"))
+            reordered(entry, order(sparge, entry.grid, "hilbert", WORK), file, np.float16)
+    print(sparge("tune", *folders, "--l1", 0.05, "--l2", 0.06, "-o", HERE / "params.json"))
 
 
 if __name__ == "__main__":
