@@ -64,9 +64,13 @@ def texts():
             for (text,), found in grouped(rows("table7"), "text").items() if text != "committed"]
 
 
-def orders(key, judge="on"):
+def of_orders(**where):
+    return rows("table9", source="whole", **where)
+
+
+def orders(key):
     return {order: mean(found, key)
-            for (order,), found in grouped(rows("table9", source="whole", judge=judge), "order").items()}
+            for (order,), found in grouped(of_orders(thresholds="tuned", judge="on"), "order").items()}
 
 
 def hilbert_ahead(key):
@@ -74,15 +78,15 @@ def hilbert_ahead(key):
     return found.pop("hilbert") - max(found.values())
 
 
-def judged(filtered=False):
+def judged(thresholds, filtered=False):
     """Pairs of rows, with the judge and without; of the cases that differ, or all."""
-    pairs = grouped(rows("table9", source="whole"), "sample", "layer", "step", "order", "head").values()
+    pairs = grouped(of_orders(thresholds=thresholds), "sample", "layer", "step", "order", "head").values()
     return [pair for pair in pairs if not filtered or abs(float(pair[0]["l1"]) - float(pair[1]["l1"])) > 0.05]
 
 
-def judge_gains(key, filtered=False):
+def judge_gains(key, thresholds, filtered=False):
     """The mean with the judge less that without."""
-    found = judged(filtered)
+    found = judged(thresholds, filtered)
     return statistics.mean(float(on[key]) - float(off[key]) for on, off in found) if found else math.nan
 
 
@@ -116,8 +120,10 @@ MEASURED = {  # by item and the place of the band in bands.csv
     "table7": [lambda: min(b - a for found in texts() for a, b in zip(found, found[1:])),
                lambda: statistics.mean(found[-1] for found in texts())],
     "table9": [lambda: hilbert_ahead("sparsity"), lambda: hilbert_ahead("sim_k"), lambda: orders("sim_k")["random"],
-               lambda: orders("sparsity")["random"] / orders("sparsity")["row"], lambda: judge_gains("l1"),
-               lambda: judge_gains("l1", filtered=True), lambda: -judge_gains("sparsity")],
+               lambda: orders("sparsity")["random"] / orders("sparsity")["row"], lambda: judge_gains("l1", "tuned"),
+               lambda: judge_gains("l1", "tuned", filtered=True), lambda: -judge_gains("sparsity", "tuned"),
+               lambda: judge_gains("l1", "alike", filtered=True),
+               lambda: 100 * len(judged("alike", filtered=True)) / len(judged("alike"))],
     "fig9": [lambda: lm("dense, f32", 4096, "needles")],
     "fig14": [lambda: max(layers("layer")) / min(layers("layer")), lambda: layers("step")[-1] - layers("step")[0],
               lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")), spread_of_heads],
@@ -152,16 +158,16 @@ def plain(item, keys, **where):
 
 
 def table_of_orders():
-    found = rows("table9", source="whole")
     keys = ["sim_q", "sim_k", "sim_k_raw", "l1", "sparsity"]
-    lines = [[order, judge, *(f"{mean(group, key):.4f}" for key in keys)]
-             for (order, judge), group in grouped(found, "order", "judge").items()]
-    for name, filtered in (("all orders", False), ("cases that differ in L1 by more than 0.05", True)):
-        pairs = judged(filtered)
-        for n, judge in enumerate(("on", "off") if pairs else ()):
-            lines.append([f"{name} ({len(pairs)})", judge, "", "", "",
-                          *(f"{statistics.mean(float(p[n][k]) for p in pairs):.4f}" for k in ("l1", "sparsity"))])
-    return ["order", "judge", *keys], lines
+    lines = [[*by, *(f"{mean(group, key):.4f}" for key in keys)]
+             for by, group in grouped(of_orders(), "thresholds", "judge", "order").items()]
+    for thresholds in "tuned", "alike":
+        for name, filtered in (("all orders", False), ("cases that differ in L1 by more than 0.05", True)):
+            pairs = judged(thresholds, filtered)
+            for n, judge in enumerate(("on", "off") if pairs else ()):
+                lines.append([thresholds, judge, f"{name} ({len(pairs)})", "", "", "",
+                              *(f"{statistics.mean(float(p[n][k]) for p in pairs):.4f}" for k in ("l1", "sparsity"))])
+    return ["thresholds", "judge", "order", *keys], lines
 
 
 def table_of_layers():
@@ -183,7 +189,7 @@ OURS = {
     "tune": lambda: plain("tune", ["layer", "head", "theta", "tau", "lambda", "sparsity", "l1_in", "sparsity_out",
                                    "l1_out"], l2="0.09"),
     "table1": lambda: plain("table1", ["tokens", "attention", "sparsity", "perplexity", "needles", "gops",
-                                       "seconds_attention"]),
+                                       "seconds_attention", "seconds_prefill"]),
     "table3": lambda: plain("table3", ["inputs", "tokens", "ms_predict", "ms_quantize", "ms_dense_f32",
                                        "ms_dense_int8", "overhead_f32", "overhead_int8"]),
     "fig10": lambda: plain("fig10", ["mask", "asked", "sparsity", "ms", "ms_dense_f32", "ms_dense_int8", "efficiency"]),
@@ -261,7 +267,8 @@ def of_bands(found):
     for band, value, holds in found:
         low, high = band["low"], band["high"]
         wanted = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
-        state, color = {None: ("not measured", ""), True: ("holds", "good"), False: ("does not hold", "bad")}[holds]
+        unknown = "no such case" if rows(band["item"]) else "not measured"
+        state, color = {None: (unknown, ""), True: ("holds", "good"), False: ("does not hold", "bad")}[holds]
         lines.append(f'<li><span class="chip {color}">{state}</span> {escape(band["what"])}: '
                      f'<b>{"" if value is None else number(value)}</b> '
                      f'<span class="dim">{wanted}; {escape(band["source"])}</span></li>')
@@ -330,7 +337,7 @@ def main():
             f'measured on another model than the paper\'s says <span class="chip">substitute</span>: compare shapes '
             f'there, not values. A band is what was expected before anything was measured.</p>'
             f'<p><b>{sum(h is True for h in states)}</b> of {len(states)} bands hold, '
-            f'{sum(h is False for h in states)} do not, {sum(h is None for h in states)} are not measured.</p>'
+            f'{sum(h is False for h in states)} do not, {sum(h is None for h in states)} open.</p>'
             f'<nav><ul>{nav}<li><a href="#missing">Not measured</a></li></ul></nav>'
             + "".join(section(item, found[item.folder]) for item in ITEMS) + waiting() + "</body></html>\n")
     (HERE / "report.html").write_text(page)

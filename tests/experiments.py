@@ -242,6 +242,7 @@ def test_items():
         check(has_none != bool(set(x.covers) & paper), "the paper's numbers", x.folder)
     expected = {f"table{n}" for n in range(1, 12)} | {f"fig{n}" for n in (9, 10, 14, 15, 16, 17)}
     check(expected <= paper | {"table8"}, "every table is in paper.csv", sorted(expected - paper))
+    check(paper <= set(names), "every number is shown in the report", sorted(paper - set(names)))
 
 
 def test_paper():
