@@ -61,13 +61,13 @@ def scripts():
 
 
 class Kept:
-    """Rows of finished jobs, in a file that is written after each of them; None: in memory alone. What other scripts or
-    another program left is not taken up."""
+    """Rows of finished jobs, in a file that is written after each of them. What came of other files (the scripts that
+    run, and those that are named) is not taken up."""
 
-    def __init__(self, path, program):
+    def __init__(self, path, *files):
         self.path, self.rows = path, {}
-        self.mark = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [*scripts(), program])).hexdigest()
-        if path and path.exists():
+        self.mark = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [*scripts(), *files])).hexdigest()
+        if path.exists():
             before = json.loads(path.read_text())
             self.rows = before["rows"] if before["mark"] == self.mark else {}
 
@@ -76,8 +76,6 @@ class Kept:
 
     def add(self, job, rows):
         self.rows[str(job)] = rows
-        if not self.path:
-            return
         spare = self.path.with_suffix(".new")
         spare.write_text(json.dumps({"mark": self.mark, "rows": self.rows}))
         spare.replace(self.path)
@@ -152,16 +150,9 @@ def compare(jobs, kept, path, times):
     print(f"{path.parent.name}: as committed")
 
 
-def measure_captures(args, jobs, measure):
-    """The same measurement over captures of the user's."""
-    write_csv(args.output, measure_all("captures", jobs, measure, How(args), Kept(None, args.sparge)))
+# ---- The command line -------------------------------------------------------------------------
 
-
-def run(script, jobs, measure, times=(), captures=None):
-    """main() of a script. jobs: a list of Job. measure(key, how): a row of figures, or a list of them. times: the
-    columns that differ from run to run. captures(folder): the jobs of a capture set of the user's, if the script can do
-    that."""
-    here = Path(script).resolve().parent
+def arguments(captures, params):
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all jobs, into out.csv here (else some, compared with it)")
@@ -171,30 +162,60 @@ def run(script, jobs, measure, times=(), captures=None):
         parser.add_argument("--captures", type=Path, metavar="FOLDER",
                             help="measure these instead: a folder with manifest.json")
         parser.add_argument("--output", "-o", type=Path, metavar="OUT.csv", help="where their rows go")
-    parser.add_argument("--params", type=Path, metavar="P.json", help="thresholds of those captures, by sparge tune")
+    parser.set_defaults(params=None)
+    if params:
+        parser.add_argument("--params", type=Path, metavar="P.json", help="their thresholds, by sparge tune")
     args = parser.parse_args()
-    if captures and args.captures:
-        if not args.output:
-            parser.error("--captures needs -o")
-        return measure_captures(args, captures(args.captures), measure)
+    given = [name for name in ("captures", "output", "params") if getattr(args, name, None)]
+    if given and given != ["captures", "output"] + ["params"] * params:
+        parser.error("--captures, -o" + " and --params" * params + " belong together")
+    return args
+
+
+def measure_captures(args, name, jobs, measure):
+    """The same measurement over captures of the user's."""
+    if not jobs:
+        sys.exit(f"{name}: nothing to measure in {args.captures}")
+    files = [args.captures / "manifest.json", *filter(None, [args.params])]
+    kept = Kept(args.output.with_name(args.output.name + ".part"), args.sparge, *files)
+    write_csv(args.output, measure_all(name, jobs, measure, How(args), kept))
+    kept.path.unlink()
+
+
+def measure_item(args, here, jobs, measure, times):
     folder = ROOT / "build" / ("full" if args.full else "smoke") / here.name
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [job for job in jobs if args.full or job.smoke]
     possible = [job for job in chosen if not job.missing()]
     kept = Kept(folder / "kept.json", args.sparge)
-    try:
-        rows = measure_all(here.name, possible, measure, How(args), kept)
-    except KeyboardInterrupt:
-        sys.exit(f"\n{here.name}: interrupted; the same command goes on")
+    rows = measure_all(here.name, possible, measure, How(args), kept)
     missing = sorted({str(need).replace(f"{ROOT}/", "") for job in chosen for need in job.missing()})
     print(f"{here.name}: {len(possible)} of {len(chosen)} jobs, {len(rows)} rows", flush=True)
     if missing and args.full:
         sys.exit(f"{here.name}: nothing is written without {', '.join(missing)}")
-    kept.path.unlink(missing_ok=True)  # the next run measures again
     if args.full:
         write_csv(here / "out.csv", rows)
         on = stands_on(args.sparge) | {"seed": getattr(sys.modules["__main__"], "SEED", None)}
         (here / "from.json").write_text(json.dumps(on, indent=1) + "\n")
     elif rows:
         write_csv(folder / "out.csv", rows)
+    kept.path.unlink(missing_ok=True)  # the next run measures again
+    if not args.full:
         compare(possible, kept, here / "out.csv", times)
+
+
+def run(script, jobs, measure, times=(), captures=None, params=False):
+    """main() of a script. jobs: a list of Job. measure(key, how): a row of figures, or a list of them. times: the
+    columns that differ from run to run. captures(folder): the jobs of a capture set of the user's, if the script can do
+    that. params: whether that takes thresholds of the user's."""
+    here = Path(script).resolve().parent
+    args = arguments(captures, params)
+    try:
+        if captures and args.captures:
+            measure_captures(args, here.name, captures(args.captures), measure)
+        else:
+            measure_item(args, here, jobs, measure, times)
+    except KeyboardInterrupt:
+        sys.exit(f"\n{here.name}: interrupted; the same command goes on")
+    except OSError as error:
+        sys.exit(f"{here.name}: {error.filename or 'writing'}: {error.strerror}")

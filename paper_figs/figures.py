@@ -337,6 +337,7 @@ def main():
     global GIVEN
     GIVEN = args.csv
     args.to.mkdir(parents=True, exist_ok=True)
+    drawn = 0
     for name in names:
         try:
             figure = FIGURES[name]()
@@ -346,7 +347,8 @@ def main():
         figure.savefig(args.to / f"{name}.png", dpi=150, metadata={"Software": None})
         figure.savefig(args.to / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
-    print(f"wrote {len(names)} figures into {args.to.name}/")
+        drawn += 1
+    print(f"wrote {drawn} figures into {args.to.name}/")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ import json
 import math
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +66,7 @@ def measure(key, how):
 SEED, VALUE = 7, 0.5
 JOBS = [Job({{"kind": "k", "n": n}}, smoke=n < 3, needs=NEEDS) for n in range(5)]
 if __name__ == "__main__":
-    run(__file__, JOBS, measure, ["ms"])
+    run(__file__, JOBS, measure, ["ms"], lambda folder: JOBS[:int(folder.name)])
 """
 
 
@@ -74,12 +77,18 @@ def script(value="0.5", needs="[]"):
     write("thing/run.py", text.replace("7, 0.5", f"7, {value}").replace("NEEDS", needs))
 
 
-def run(*options):
-    return said(sys.executable, "thing/run.py", "--sparge", SPARGE, *options)
+def run(*options, **how):
+    return said(sys.executable, "thing/run.py", "--sparge", SPARGE, *options, **how)
 
 
-def said(*command):
-    done = subprocess.run(command, capture_output=True, text=True)
+def wrong(words, script, *options):
+    """That a script of experiments/ ends with a line that has these words."""
+    code, out, err = said(sys.executable, ROOT / "experiments" / script, "--sparge", SPARGE, *options)
+    check(code in (1, 2) and words in err and "Traceback" not in err, f"{words!r} of {script} {options}", code, err)
+
+
+def said(*command, **how):
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -146,6 +155,36 @@ def test_interruption():
     check(calls() == "01234" and table("thing/out.csv")[1]["x"] == "0.25", "another script begins again", code, err)
 
 
+def test_full_disk():
+    script()
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (350, 350))
+    code, out, err = run("--full", preexec_fn=limit)
+    done = calls()
+    check(code == 1 and "File too large" in err and "Traceback" not in err, "no room", code, err)
+    code, out, err = run("--full")
+    check(len(done) > 1 and calls() == "01234"[len(done) - 1:], "what there was room for is kept", code, err, done)
+
+
+def test_users_captures():
+    """Other jobs, into a file of the user's; the same rules."""
+    script()
+    os.mkdir("4")
+    write("4/manifest.json", "{}")
+    write("stop", "")
+    code, out, err = run("--captures", "4", "-o", "mine.csv")
+    check(code == 1 and "goes on" in err and calls() == "01" and not os.path.exists("mine.csv"), "stopped", code, err)
+    os.remove("stop")
+    code, out, err = run("--captures", "4", "-o", "mine.csv")
+    check(code == 0 and calls() == "23" and len(table("mine.csv")) == 6, "went on", code, err)
+    check(sorted(os.listdir(".")) == ["4", "mine.csv", "thing"], "nothing else stays", os.listdir("."))
+    for options, words in ((["--captures", "4"], "belong together"), (["-o", "mine.csv"], "belong together"),
+                           (["--captures", "0", "-o", "no.csv"], "nothing to measure"),
+                           (["--captures", "4", "-o", "no/where.csv"], "No such file"),
+                           (["--captures", "5", "-o", "no.csv"], "5/manifest.json: No such file")):
+        code, out, err = run(*options)
+        check(code in (1, 2) and words in err and "Traceback" not in err, f"{options}", code, err)
+
+
 def test_needs():
     script(needs="[Path('nowhere.txt'), 'no_such_module'] if n > 2 else [Path('thing'), 'json']")
     code, out, err = run()
@@ -164,8 +203,6 @@ def test_kept_is_whole_or_absent():
     check(sorted(os.listdir(".")) == ["kept.json", "program"], "no spare file", os.listdir("."))
     write("program", "#")
     check(Kept(Path("kept.json"), "program").of(job) is None, "another program's is not taken up")
-    Kept(None, "program").add(job, [])
-    check(sorted(os.listdir(".")) == ["kept.json", "program"], "in memory alone", os.listdir("."))
 
 
 def test_same():
@@ -187,7 +224,6 @@ def test_sets():
     entry, = sets.entries(Path("."))
     check(entry.at == {"sample": "s", "layer": 3, "step": 0}, "where it is of", entry)
     check(entry.grid == (2, 10, 10) and entry.causal and entry.scale is None, "grid, causality, scale", entry)
-    check(sets.entries(Path("nowhere")) == [], "no manifest, no entries")
     places = {(3, h): (Path("a.safetensors"), n) for n, h in enumerate((2, 3, 6, 7))}
     check(sets.heads(Path(".")) == places, "heads", sets.heads(Path(".")))
     os.mkdir("head")
@@ -198,6 +234,9 @@ def test_sets():
     index = draw.permutation(200)
     mixed = sets.load_file(sets.reordered(entry, index, Path("head/b.safetensors")))
     check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
+    save_safetensors("b16.safetensors", **{n: ("BF16", x) for n, x in zip("qkv", (q, k, v))})
+    wide = sets.tensors("b16.safetensors")["q"].astype(np.float32)
+    check(wide.shape == q.shape and np.abs(wide / q - 1).max() < 2**-7, "bfloat16", np.abs(wide / q - 1).max())
     copy, = sets.entries(Path("head"))
     check(copy.at == entry.at and copy.heads == entry.heads and copy.causal, "its manifest", copy)
     manifest |= {"causal": None, "scale": None}
@@ -227,6 +266,49 @@ def test_thresholds_that_change():
     write("x.json", json.dumps(own))
     check(sets.options_of(Path("x.json")) == ["--params", Path("x.json"), "--scale", 0.25, "--no-smooth-k"],
           "their own scale", sets.options_of(Path("x.json")))
+
+
+def test_bad_captures():
+    draw = np.random.default_rng(1)
+    os.mkdir("good")
+    tensors = {name: ("F16", draw.standard_normal((1, 2, 200, 8)).astype(np.float32)) for name in "qkv"}
+    save_safetensors("good/a.safetensors", **tensors)
+    file = {"file": "a.safetensors", "layer": 0, "query_heads": [0, 1]}
+    manifest = {"model": "m", "sample": "s", "causal": False, "grid": [2, 10, 10], "files": [file]}
+    write("good/manifest.json", json.dumps(manifest))
+    code, out, err = said(SPARGE, "tune", "good", "--l1", "0.05", "--l2", "0.06", "-o", "p.json")
+    check(code == 0, "tuned", err)
+    for script, rows in ("table9", 40), ("fig14", 2), ("table6", 3):
+        code, out, err = said(sys.executable, ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE, "--captures",
+                              "good", "--params", "p.json", "-o", f"{script}.csv")
+        check(code == 0 and len(table(f"{script}.csv")) == rows, f"{script} of a good one", code, err)
+    spoilt = [({"grid": [1, 10, 10]}, "200 tokens, but its manifest says a grid of 1 x 10 x 10, which has 100"),
+              ({"grid": [3, 10, 10]}, "which has 300"), ({"grid": 3}, "is no manifest"),
+              ({"files": 1}, "is no manifest"),
+              ({"files": [{"file": "a.safetensors", "layer": 0}]}, "has no 'query_heads'"),
+              ({"files": [file | {"file": "b.safetensors"}]}, "b.safetensors"),
+              ({"files": []}, "nothing to measure"), ({"model": "n"}, "is for the model 'm', not for 'n'")]
+    given = ["--params", "p.json", "-o", "no.csv"]
+    for n, (change, words) in enumerate(spoilt):
+        shutil.copytree("good", f"bad{n}")
+        write(f"bad{n}/manifest.json", json.dumps(manifest | change))
+        for script in "table9", "fig14":
+            wrong(words, f"{script}/run.py", "--captures", f"bad{n}", *given)
+    write("good/manifest.json", json.dumps(manifest | {"grid": None}))
+    wrong("has no 'grid'", "table9/run.py", "--captures", "good", *given)
+    write("good/manifest.json", "{")
+    wrong("good/manifest.json: Expecting", "fig14/run.py", "--captures", "good", *given)
+    wrong("nowhere/manifest.json: No such file", "table6/run.py", "--captures", "nowhere", *given)
+    write("good/manifest.json", json.dumps(manifest))
+    for text, words in ("{", "p.json: Expecting"), ("[1]", "p.json: is not of sparge tune"):
+        write("p.json", text)
+        wrong(words, "fig14/run.py", "--captures", "good", *given)
+    wrong("belong together", "table6/run.py", "--captures", "good", "-o", "no.csv")
+    del tensors["v"]
+    save_safetensors("good/a.safetensors", **tensors)
+    wrong("good/a.safetensors: has no tensor 'v'", "table9/run.py", "--captures", "good", *given)
+    write("good/a.safetensors", Path("good/a.safetensors").read_bytes()[:-1])
+    wrong("good/a.safetensors: ", "table7/run.py", "--captures", "good", "-o", "no.csv")
 
 
 # ---- What there is ----------------------------------------------------------------------------

@@ -26,4 +26,4 @@ def measure(key, how):
 
 if __name__ == "__main__":
     run(__file__, committed(1) + whole(samples=range(3), layers=range(6), steps=[0, 2, 4, 6, 8, 9], seconds=6), measure,
-        captures=of_user)
+        captures=of_user, params=True)

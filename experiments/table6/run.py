@@ -53,4 +53,5 @@ JOBS = [Job({"inputs": "captures", "part": part}, 1, smoke=True) for part in PAR
 JOBS += [Job({"inputs": "model", "part": part}, 150, needs=[WEIGHTS, *TEXTS]) for part in PARTS]
 
 if __name__ == "__main__":
-    run(__file__, JOBS, measure, captures=lambda folder: [Job({"inputs": str(folder), "part": part}) for part in PARTS])
+    run(__file__, JOBS, measure, params=True,
+        captures=lambda folder: [Job({"inputs": str(folder), "part": part}) for part in PARTS])

@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import model  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import SMOLLM2, beginning, entries  # noqa: E402
+from sets import SMOLLM2, attends, beginning, entries, tensors  # noqa: E402
 
 WEIGHTS = model.CACHE / model.GGUF
 TEXTS = ["opticks", "python_datamodel", "go_parser"]
@@ -23,25 +23,27 @@ LENGTHS = [1024 << n for n in range(8)]
 BOUNDS = ["--l1", 0.08, "--l2", 0.09]
 
 
-def truncated(folder, tokens, how):
-    return [beginning(entry, tokens, how.folder / entry.path.stem / entry.path.name) for entry in entries(folder)]
-
-
 def captured(text, tokens, how):
+    """Of the whole model."""
     folder = how.folder / "capture"
     run_json(how.lm, "capture", WEIGHTS, ROOT / f"build/texts/{text}.txt", "--length", tokens, "--attention", "f32",
              "-o", folder)
-    return sorted(folder.glob("*.safetensors"))
+    return [(entry, entry.path) for entry in entries(folder)]
+
+
+def truncated(folder, tokens, how):
+    return [(entry, beginning(entry, tokens, how.folder / entry.path.stem / entry.path.name))
+            for entry in entries(folder)]
 
 
 def measure(key, how):
-    """Each file alone: without a manifest they have no layers to tell them apart by."""
+    """Each file is tuned alone. Attention that is causal has a sink."""
     text, tokens = key["text"], key["tokens"]
     files = (captured(text, tokens, how) if text in TEXTS else
              truncated(SMOLLM2 if text == "committed" else text, tokens, how))
     heads, params = [], how.folder / "params.json"
-    for file in files:
-        how.sparge("tune", file, "--causal", "--sink", *BOUNDS, "-o", params)
+    for entry, file in files:
+        how.sparge("tune", file, *attends(entry), *["--sink"] * entry.causal, *BOUNDS, "-o", params)
         heads += [head["in_sample"] for head in json.loads(params.read_text())["heads"]]
         params.unlink()
     return {"heads": len(heads), "sparsity": f"{statistics.mean(x['sparsity'] for x in heads):.6f}",
@@ -49,8 +51,8 @@ def measure(key, how):
 
 
 def captures(folder):
-    """Every length that the manifest's tokens reach."""
-    tokens = json.loads((folder / "manifest.json").read_text())["tokens"]
+    """Every length that all of its files reach."""
+    tokens = min((tensors(entry.path)["q"].shape[2] for entry in entries(folder)), default=0)
     return [Job({"text": str(folder), "tokens": n}) for n in LENGTHS if n <= tokens]
 
 

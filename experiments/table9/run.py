@@ -70,4 +70,4 @@ def measure(key, how):
 
 if __name__ == "__main__":
     run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30), measure,
-        captures=with_grid)
+        captures=with_grid, params=True)
