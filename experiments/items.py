@@ -42,7 +42,7 @@ ITEMS = [
          "Tables 4, 5, 9 and 10: token orders, and the self-similarity judge", VIDEO,
          "Neighbours in a video are alike; an order that keeps them together makes blocks that a mean can stand for. "
          "The judge keeps blocks that it cannot. Table 5 judges whole clips, which a tiny model does not make: the "
-         "errors of attention stand for it.", full=1500, needs=("video",)),
+         "errors of attention stand for it.", full=500, needs=("video",)),
     Item("table6", ("table6",), "Table 6: the mask's share and lambda's",
          f"{LM}: nine heads of captures, and the whole model at 8192 tokens",
          "What the mask leaves out of both products, what lambda leaves out of P.V, and both.", full=450,
@@ -70,7 +70,7 @@ ITEMS = [
          needs=("weights", "lm"), figures=("fig9",)),
     Item("fig14", ("fig14", "fig15", "fig16", "fig17"), "Figs 14 to 17: sparsity by layer, step, sample and head",
          VIDEO,
-         "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order.", full=600,
+         "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order.", full=150,
          needs=("video",), figures=("fig14", "fig15", "fig16", "fig17")),
 ]
 

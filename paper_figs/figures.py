@@ -235,14 +235,14 @@ def table7():
     figure, axis = plt.subplots(figsize=(6, 3.4))
     for ((text,), rows), color in zip(grouped(measured("table7"), "text").items(),
                                       (ACCENT, INK, OTHER, "#b0413e", "#6a8d3a")):
-        label = "nine heads, committed capture" if text == "committed" else f"SmolLM2-135M, all heads, {text}"
+        label = "nine heads, committed capture" if text == "committed" else f"all heads, {text}"
         axis.plot(column(rows, "tokens"), column(rows, "sparsity"), marker="o", markersize=4, color=color, label=label)
     theirs = {float(row): value / 100 for (row, _), value in paper("table7").items()}
     axis.plot(theirs.keys(), theirs.values(), color=PAPER, marker="s", markersize=4, label="the paper: Llama3.1-8B")
-    axis.set(xscale="log", xlabel="tokens", ylabel="sparsity", ylim=(0, 1))
+    axis.set(xscale="log", xlabel="tokens", ylabel="sparsity", ylim=(0, 1), title="SmolLM2-135M, a substitute")
     axis.set_xticks([1024 << n for n in range(8)], [f"{1 << n}K" for n in range(8)])
     axis.minorticks_off()
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="upper right")
     return figure
 
 

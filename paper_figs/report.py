@@ -162,7 +162,7 @@ def table_of_orders():
     lines = [[*by, *(f"{mean(group, key):.4f}" for key in keys)]
              for by, group in grouped(of_orders(), "thresholds", "judge", "order").items()]
     for thresholds in "tuned", "alike":
-        for name, filtered in (("all orders", False), ("cases that differ in L1 by more than 0.05", True)):
+        for name, filtered in (("all orders", False), ("those > 0.05 apart", True)):
             pairs = judged(thresholds, filtered)
             for n, judge in enumerate(("on", "off") if pairs else ()):
                 lines.append([thresholds, judge, f"{name} ({len(pairs)})", "", "", "",
@@ -216,6 +216,7 @@ STYLE = ("\n:root { --ink: #262130; --dim: #6c667a; --line: #e4e0ea; --accent: #
          "background: var(--pale); color: var(--dim); }\n"
          ".good { background: #e3f3ea; color: var(--good); } .bad { background: #f9e6e5; color: var(--bad); }\n"
          ".scroll { overflow-x: auto; max-height: 420px; border: 1px solid var(--line); border-radius: 6px; }\n"
+         ".whole { max-height: none; }\n"
          "table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums; }\n"
          "th, td { padding: 4px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }\n"
          "th { position: sticky; top: 0; background: var(--pale); font-weight: 600; } "
@@ -313,15 +314,21 @@ def section(item, found):
             f'{stands_on(item.folder)}</p></section>')
 
 
+def is_command(how):
+    return how.startswith(("sparge", "experiments/", "gpu/"))
+
+
 def waiting():
-    """What needs the paper's models: its numbers, and the command that fills ours."""
+    """What needs the paper's models: its numbers, and the command that fills ours, or what it takes."""
     lines = "".join(f'<tr><td class="wrap">{escape(what)}</td><td class="wrap">{escape(number)}</td><td></td>'
-                    f'<td class="wrap"><code>{escape(command)}</code></td></tr>' for what, number, command in MISSING)
+                    f'<td class="wrap">{f"<code>{escape(how)}</code>" if is_command(how) else escape(how)}</td></tr>'
+                    for what, number, how in MISSING)
     return ('<section id="missing"><h2>Not measured</h2><p>These need the paper\'s own models, and some of them a '
             'judge of pictures or answers that is not part of this project. Captures come from a running model by '
             '<code>experiments/capture/hook.py</code>; thresholds from <code>sparge tune</code>.</p>'
-            '<div class="scroll" tabindex="0"><table><thead><tr><th>what</th><th>the paper</th><th>ours</th>'
-            f'<th>how to fill it</th></tr></thead><tbody>{lines}</tbody></table></div></section>')
+            '<div class="scroll whole" tabindex="0"><table><thead><tr><th class="word">what</th>'
+            '<th class="word">the paper</th><th class="word">ours</th>'
+            f'<th class="word">how to fill it</th></tr></thead><tbody>{lines}</tbody></table></div></section>')
 
 
 def main():
