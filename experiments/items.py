@@ -42,7 +42,8 @@ ITEMS = [
          "Tables 4, 5, 9 and 10: token orders, and the self-similarity judge", VIDEO,
          "Neighbours in a video are alike; an order that keeps them together makes blocks that a mean can stand for. "
          "The judge keeps blocks that it cannot. Table 5 judges whole clips, which a tiny model does not make: the "
-         "errors of attention stand for it.", full=500, needs=("video",)),
+         "errors of attention stand for it.", full=600,
+         needs=("clips", "video")),
     Item("table6", ("table6",), "Table 6: the mask's share and lambda's",
          f"{LM}: nine heads of captures, and the whole model at 8192 tokens",
          "What the mask leaves out of both products, what lambda leaves out of P.V, and both.", full=450,

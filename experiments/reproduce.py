@@ -21,6 +21,7 @@ SOURCES = {  # what --full needs first, and how it comes
     "weights": [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"]],
     "lm": [["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
            for step in ("ppl", "needle", "time")],
+    "clips": [["experiments/video/clips.py", "vtest", "cup"]],
     "video": [["experiments/video/capture.py"], ["experiments/video/tune.py", "--sparge", "{sparge}"]],
 }
 

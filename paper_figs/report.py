@@ -64,23 +64,22 @@ def texts():
             for (text,), found in grouped(rows("table7"), "text").items() if text != "committed"]
 
 
-def of_orders(**where):
-    return rows("table9", source="whole", **where)
+MODEL, MOVING = {"source": "whole"}, {"source": "patches", "sample": "cup"}
 
 
-def orders(key):
-    return {order: mean(found, key)
-            for (order,), found in grouped(of_orders(thresholds="tuned", judge="on"), "order").items()}
+def orders(key, of=MODEL):
+    found = rows("table9", thresholds="tuned", judge="on", **of)
+    return {order: mean(found, key) for (order,), found in grouped(found, "order").items()}
 
 
-def hilbert_ahead(key):
-    found = orders(key)
+def hilbert_ahead(key, of=MODEL):
+    found = orders(key, of)
     return found.pop("hilbert") - max(found.values())
 
 
 def judged(thresholds, filtered=False):
     """Pairs of rows, with the judge and without; of the cases that differ, or all."""
-    pairs = grouped(of_orders(thresholds=thresholds), "sample", "layer", "step", "order", "head").values()
+    pairs = grouped(rows("table9", thresholds=thresholds, **MODEL), "sample", "layer", "step", "order", "head").values()
     return [pair for pair in pairs if not filtered or abs(float(pair[0]["l1"]) - float(pair[1]["l1"])) > 0.05]
 
 
@@ -123,7 +122,8 @@ MEASURED = {  # by item and the place of the band in bands.csv
                lambda: orders("sparsity")["random"] / orders("sparsity")["row"], lambda: judge_gains("l1", "tuned"),
                lambda: judge_gains("l1", "tuned", filtered=True), lambda: -judge_gains("sparsity", "tuned"),
                lambda: judge_gains("l1", "alike", filtered=True),
-               lambda: 100 * len(judged("alike", filtered=True)) / len(judged("alike"))],
+               lambda: 100 * len(judged("alike", filtered=True)) / len(judged("alike")),
+               lambda: hilbert_ahead("sparsity", MOVING)],
     "fig9": [lambda: lm("dense, f32", 4096, "needles")],
     "fig14": [lambda: max(layers("layer")) / min(layers("layer")), lambda: layers("step")[-1] - layers("step")[0],
               lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")), spread_of_heads],
@@ -159,15 +159,18 @@ def plain(item, keys, **where):
 
 def table_of_orders():
     keys = ["sim_q", "sim_k", "sim_k_raw", "l1", "sparsity"]
-    lines = [[*by, *(f"{mean(group, key):.4f}" for key in keys)]
-             for by, group in grouped(of_orders(), "thresholds", "judge", "order").items()]
+    lines = []
+    for name, of in (("model", MODEL), ("patches, the camera moves", MOVING),
+                     ("patches, it stands still", MOVING | {"sample": "vtest"})):
+        lines += [[name, *by, *(f"{mean(group, key):.4f}" for key in keys)]
+                  for by, group in grouped(rows("table9", **of), "thresholds", "judge", "order").items()]
     for thresholds in "tuned", "alike":
         for name, filtered in (("all orders", False), ("those > 0.05 apart", True)):
             pairs = judged(thresholds, filtered)
             for n, judge in enumerate(("on", "off") if pairs else ()):
-                lines.append([thresholds, judge, f"{name} ({len(pairs)})", "", "", "",
+                lines.append(["model", thresholds, judge, f"{name} ({len(pairs)})", "", "", "",
                               *(f"{statistics.mean(float(p[n][k]) for p in pairs):.4f}" for k in ("l1", "sparsity"))])
-    return ["thresholds", "judge", "order", *keys], lines
+    return ["of", "thresholds", "judge", "order", *keys], lines
 
 
 def table_of_layers():

@@ -4,7 +4,8 @@
 Each capture of the video model is reordered in five ways after the position embedding, as in A.1 of the paper.
 Thresholds "tuned" are those that the tuner found for each head at (l1, l2) = (0.05, 0.06) in Hilbert's order on another
 sample (../video/params.json); most of them have no use for the judge, so there are also thresholds "alike" for all
-heads. Without the judge theta is -1. sim_q and sim_k are means over blocks of 128 and 64 tokens, of k less its mean;
+heads. Without a model, attention of the patches of two clips to each other, with thresholds from another part of each.
+Without the judge theta is -1. sim_q and sim_k are means over blocks of 128 and 64 tokens, of k less its mean;
 sim_k_raw without that. L1 is against dense f32.
 """
 import sys
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "video")]
 
+import patches  # noqa: E402
 from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
 from sets import changed, copied, options_of, order, reordered  # noqa: E402
@@ -33,13 +35,13 @@ def self_similarity(x, rows):
     return np.mean([np.square(unit[:, a:a + rows].mean(1)).sum(-1) for a in range(0, x.shape[1], rows)], axis=0)
 
 
-def rows_of(name, entry, want, how):
+def rows_of(name, entry, params, want, how):
     """Of one order: a row for each head and variant."""
     got, dump = how.folder / "got.npy", how.folder / "dump"
     index = order(how.sparge, entry.grid, name, how.folder, SEED)
     mixed = reordered(entry, index, how.folder / "mixed.safetensors")
     raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
-    params, rows = how.params or PARAMS, []
+    rows = []
     for thresholds, judge, knobs in VARIANTS:
         options = options_of(changed(params, how.folder / "params.json", **knobs))
         result = how.sparge("run", mixed, *options, "-o", got, "--dump", dump)
@@ -60,14 +62,25 @@ def with_grid(folder):
     return jobs
 
 
+def of_patches(clip, how):
+    """A capture, and the thresholds for it, as those of the video model were found."""
+    other = patches.capture(clip, 0, how.folder / "other")
+    curve = order(how.sparge, other.grid, "hilbert", how.folder, SEED)
+    file, params = reordered(other, curve, how.folder / "curve/patches.safetensors"), how.folder / "tuned.json"
+    how.sparge("tune", file, "--l1", 0.05, "--l2", 0.06, "-o", params)
+    return patches.capture(clip, patches.FIRST[clip], how.folder / "patches"), params
+
+
 def measure(key, how):
-    entry, want = entry_of(key), how.folder / "want.npy"
+    entry, params = (of_patches(key["sample"], how) if key["source"] == "patches" else
+                     (entry_of(key), how.params or PARAMS))
+    want = how.folder / "want.npy"
     plain = copied(entry, how.folder / "plain.safetensors", lambda x: x)
     how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
     want = np.load(want)[0].astype(np.float64)
-    return [row for name in ORDERS for row in rows_of(name, entry, want, how)]
+    return [row for name in ORDERS for row in rows_of(name, entry, params, want, how)]
 
 
 if __name__ == "__main__":
-    run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30), measure,
-        captures=with_grid, params=True)
+    run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30) + patches.jobs(60),
+        measure, captures=with_grid, params=True)
