@@ -31,18 +31,19 @@ ITEMS = [
          "The language rows. gops is the paper's speed: operations of dense attention by the time that this attention "
          "takes; seconds_prefill is the whole model, the latency of Table 2.", needs=("weights", "lm")),
     Item("table3", ("table3",), "Table 3: overhead of predicting the mask",
-         "one head of 128 channels, all cores of a CPU, not causal",
+         "one head of 128 channels (B x H = 1 x 1), all cores of a CPU, not causal",
          "The paper does not say batch and heads; its times fit 4096 channels in all on an RTX 4090. Overhead here is "
          "prediction, quantisation and packing together.", False, 2200, figures=("table3",)),
     Item("fig10", ("fig10",), "Fig 10: speed by sparsity",
-         "one head of 128 channels, 22272 tokens, all cores of a CPU",
+         "one head of 128 channels (B x H = 1 x 1), 22272 tokens, all cores of a CPU",
          "Every speed is over dense attention by the same kernel, so that machines can be compared; prediction is "
          "included.", False, 900, figures=("fig10",)),
     Item("table9", ("table4", "table5", "table9", "table10"),
-         "Tables 4, 5, 9 and 10: token orders, and the self-similarity judge", VIDEO,
+         "Tables 4, 5, 9 and 10: token orders, and the self-similarity judge", f"{VIDEO}; patches of two clips",
          "Neighbours in a video are alike; an order that keeps them together makes blocks that a mean can stand for. "
-         "The judge keeps blocks that it cannot. Table 5 judges whole clips, which a tiny model does not make: the "
-         "errors of attention stand for it.", full=600,
+         "The judge keeps blocks that it cannot. The camera of the model's clip stands still, so tokens of one place "
+         "resemble each other through time; patches, with no model between, show what a moving camera does. Table 5 "
+         "judges whole clips, which a tiny model does not make: the errors of attention stand for it.", full=600,
          needs=("clips", "video")),
     Item("table6", ("table6",), "Table 6: the mask's share and lambda's",
          f"{LM}: nine heads of captures, and the whole model at 8192 tokens",
