@@ -252,6 +252,22 @@ def test_sets():
     check(sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve", curve[:9])
 
 
+def test_patches():
+    patches = load(ROOT / "experiments/video/patches.py")
+    patches.ROOT = Path(".")
+    os.makedirs("build/video")
+    clip = np.random.default_rng(1).integers(0, 256, (20, 16, 24, 3), dtype=np.uint8)
+    np.save("build/video/c.npy", clip)
+    entry = patches.capture("c", 5, Path("folder"))
+    check(entry.grid == (13, 2, 3) and not entry.causal and entry.heads == (0,), "a capture", entry)
+    part, found = clip[5:18].astype(np.float64), sets.tensors(entry.path)
+    check(found["q"].shape == (1, 1, 78, 192) and (found["q"] == found["v"]).all(), "q, k and v", found["q"].shape)
+    for t, h, w in (0, 0, 0), (3, 1, 2), (12, 1, 1):
+        want = (part[t, 8 * h:8 * h + 8, 8 * w:8 * w + 8] - part.mean()) / part.std()
+        got = found["k"][0, 0, (t * 2 + h) * 3 + w]
+        check(np.abs(got - want.ravel()).max() < 1e-4, f"the patch at {t}, {h}, {w}", got[:4], want.ravel()[:4])
+
+
 def test_thresholds_that_change():
     params = ROOT / "experiments/tune/params_0.08_0.09.json"
     before = json.loads(params.read_text())
