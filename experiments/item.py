@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # relative: figures are rounded, and the last bits of a double
 @dataclass
 class Job:
     """One measurement. key: the columns that tell its rows from others. seconds: about how long it takes. smoke:
-    whether a smoke run has it. needs: files that it reads and that are not in the repository, or names of Python's
+    whether a smoke run has it. needs: files that it reads, without which it is left out, or names of Python's
     modules."""
     key: dict
     seconds: float = 1.0
@@ -40,7 +40,8 @@ class How:
     """What a job measures with."""
 
     def __init__(self, args):
-        self.program, self.lm, self.full, self.params = args.sparge, args.sparge_lm, args.full, args.params
+        self.program, self.lm, self.full = args.sparge, args.sparge_lm, args.full
+        self.captures, self.params = args.captures, args.params  # of the user's, or None
         self.folder = None  # an empty one, of this job
 
     def sparge(self, *options):
@@ -60,16 +61,27 @@ def scripts():
     return sorted({file for file in loaded if ours in file.parents} | {main})
 
 
-class Kept:
-    """Rows of finished jobs, in a file that is written after each of them. What came of other files (the scripts that
-    run, and those that are named) is not taken up."""
+def state(path):
+    """What tells a file from one that takes its place."""
+    at = Path(path).stat()
+    return f"{path} {at.st_size} {at.st_mtime_ns}\n".encode()
 
-    def __init__(self, path, *files):
+
+class Kept:
+    """Rows of finished jobs, in a file that is written after each of them. What came of other scripts, programs,
+    thresholds or inputs is not taken up."""
+
+    def __init__(self, path, args, jobs):
+        needs = {need for job in jobs for need in job.needs if isinstance(need, Path)}
+        files = [*map(Path, filter(None, [args.sparge, args.sparge_lm, args.params])), *sorted(needs)]
+        marks = [script.read_bytes() for script in scripts()] + [state(file) for file in files if file.exists()]
         self.path, self.rows = path, {}
-        self.mark = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [*scripts(), *files])).hexdigest()
-        if path.exists():
+        self.mark = hashlib.sha256(b"".join(marks)).hexdigest()
+        try:
             before = json.loads(path.read_text())
-            self.rows = before["rows"] if before["mark"] == self.mark else {}
+            self.rows = dict(before["rows"]) if before["mark"] == self.mark else {}
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # none, or not ours
+            pass
 
     def of(self, job):
         return self.rows.get(str(job))
@@ -160,15 +172,17 @@ def arguments(captures, params):
     parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
     if captures:
         parser.add_argument("--captures", type=Path, metavar="FOLDER",
-                            help="measure these instead: a folder with manifest.json")
+                            help="measure these instead: a folder with manifest.json, or a folder of such folders")
         parser.add_argument("--output", "-o", type=Path, metavar="OUT.csv", help="where their rows go")
-    parser.set_defaults(params=None)
+    parser.set_defaults(captures=None, output=None, params=None)
     if params:
         parser.add_argument("--params", type=Path, metavar="P.json", help="their thresholds, by sparge tune")
     args = parser.parse_args()
-    given = [name for name in ("captures", "output", "params") if getattr(args, name, None)]
+    given = [name for name in ("captures", "output", "params") if getattr(args, name)]
     if given and given != ["captures", "output"] + ["params"] * params:
         parser.error("--captures, -o" + " and --params" * params + " belong together")
+    if given and args.full:
+        parser.error("--full is of the items here, and --captures are measured whole")
     return args
 
 
@@ -176,8 +190,9 @@ def measure_captures(args, name, jobs, measure):
     """The same measurement over captures of the user's."""
     if not jobs:
         sys.exit(f"{name}: nothing to measure in {args.captures}")
-    files = [args.captures / "manifest.json", *filter(None, [args.params])]
-    kept = Kept(args.output.with_name(args.output.name + ".part"), args.sparge, *files)
+    if args.output.is_dir():
+        sys.exit(f"{name}: {args.output}: is a folder")
+    kept = Kept(args.output.with_name(args.output.name + ".part"), args, jobs)
     write_csv(args.output, measure_all(name, jobs, measure, How(args), kept))
     kept.path.unlink()
 
@@ -187,7 +202,7 @@ def measure_item(args, here, jobs, measure, times):
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [job for job in jobs if args.full or job.smoke]
     possible = [job for job in chosen if not job.missing()]
-    kept = Kept(folder / "kept.json", args.sparge)
+    kept = Kept(folder / "kept.json", args, possible)
     rows = measure_all(here.name, possible, measure, How(args), kept)
     missing = sorted({str(need).replace(f"{ROOT}/", "") for job in chosen for need in job.missing()})
     print(f"{here.name}: {len(possible)} of {len(chosen)} jobs, {len(rows)} rows", flush=True)
@@ -211,7 +226,7 @@ def run(script, jobs, measure, times=(), captures=None, params=False):
     here = Path(script).resolve().parent
     args = arguments(captures, params)
     try:
-        if captures and args.captures:
+        if args.captures:
             measure_captures(args, here.name, captures(args.captures), measure)
         else:
             measure_item(args, here, jobs, measure, times)

@@ -50,7 +50,8 @@ ITEMS = [
          "What the mask leaves out of both products, what lambda leaves out of P.V, and both.", full=450,
          needs=("weights",)),
     Item("table7", ("table7",), "Table 7: sparsity by length at a constant bound", LM,
-         "Thresholds are found anew for every length at (l1, l2) = (0.08, 0.09).", full=600, needs=("weights",),
+         "Thresholds are found anew for every length at (l1, l2) = (0.08, 0.09). A head that stays dense has the error "
+         "of int8 alone, once above that.", full=600, needs=("weights",),
          figures=("table7",)),
     Item("tune", ("tuner",), "Sec 3.6: thresholds for every head",
          f"nine heads of {LM}, tuned on one text and judged on another",
@@ -63,7 +64,8 @@ ITEMS = [
          "not self-similar. The second row of the mask differs from the picture in the paper: by Algorithm 1, line 5, "
          "K3 has no part in P, so K1 is what the row keeps beside it.", False, figures=("fig3",)),
     Item("fig4", ("fig4",), "Fig 4: patterns of q and k", LM,
-         "128 tokens of single heads, from token 2048: neighbours are alike in most channels.", figures=("fig4",)),
+         "128 tokens of single heads, from token 2048: a channel that is large in one token is so in its neighbours.",
+         figures=("fig4",)),
     Item("fig5", ("fig5", "table8"), "Fig 5 and Table 8: token orders in 1 x 6 x 6", "the same grid",
          "The colour is the block of four that a token falls into. Hilbert's order keeps blocks square.", False,
          figures=("fig5",)),
@@ -72,7 +74,8 @@ ITEMS = [
          needs=("weights", "lm"), figures=("fig9",)),
     Item("fig14", ("fig14", "fig15", "fig16", "fig17"), "Figs 14 to 17: sparsity by layer, step, sample and head",
          VIDEO,
-         "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order.", full=150,
+         "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order. The samples "
+         "are nearly one clip, so their likeness says little; thresholds come from the first of them.", full=150,
          needs=("video",), figures=("fig14", "fig15", "fig16", "fig17")),
 ]
 

@@ -17,22 +17,22 @@ sys.path.insert(0, str(HERE))
 from harness import ROOT  # noqa: E402
 from items import ITEMS, MISSING  # noqa: E402
 
-SOURCES = {  # what --full needs first, and how it comes
-    "weights": [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"]],
-    "lm": [["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
-           for step in ("ppl", "needle", "time")],
-    "clips": [["experiments/video/clips.py", "vtest", "cup"]],
-    "video": [["experiments/video/capture.py"], ["experiments/video/tune.py", "--sparge", "{sparge}"]],
+SOURCES = {  # what --full needs first: about how many seconds it takes, and how it comes
+    "weights": (60, [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"]]),
+    "lm": (7000, [["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
+                  for step in ("ppl", "needle", "time")]),
+    "clips": (20, [["experiments/video/clips.py", "vtest", "cup"]]),
+    "video": (3500, [["experiments/video/capture.py"], ["experiments/video/tune.py", "--sparge", "{sparge}"]]),
 }
 
 
-def chosen(names):
-    """The items of these names, or all."""
+def chosen(lists):
+    """The items of the names in these lists, with commas between them; or all where there is no list."""
     known = {name for item in ITEMS for name in (item.folder, *item.covers)}
-    for name in names:
-        if name not in known:
-            sys.exit(f"reproduce.py: nothing is called '{name}'; --list says what is")
-    return [item for item in ITEMS if not names or {item.folder, *item.covers} & set(names)]
+    names = {name.strip() for text in lists for name in text.split(",")}
+    for name in names - known:
+        sys.exit(f"reproduce.py: nothing is called '{name}'; --list says what is")
+    return [item for item in ITEMS if not lists or {item.folder, *item.covers} & names]
 
 
 def run(*command):
@@ -42,33 +42,40 @@ def run(*command):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--smoke", action="store_true",
                         help="some rows, compared with the committed ones (the default)")
     parser.add_argument("--full", action="store_true", help="all rows, which replace the committed ones")
-    parser.add_argument("--only", default="", metavar="NAME,...", help="items, by table, figure or folder")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME,...",
+                        help="items, by table, figure or folder")
     parser.add_argument("--list", action="store_true", help="what there is, and about how long a full run takes")
     parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
     parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
     args = parser.parse_args()
     if args.smoke and args.full:
         parser.error("--smoke and --full exclude each other")
-    items = chosen([name for name in args.only.split(",") if name])
+    items = chosen(args.only)
+    sources = [name for name in SOURCES if any(name in item.needs for item in items)]
     if args.list:
         for item in items:
             print(f"{item.folder:14} {', '.join(item.covers):32} {item.full / 60:5.1f} min  {item.what or item.ours}")
+        for name in sources:
+            print(f"{'':14} {'needs ' + name + ' first':32} {SOURCES[name][0] / 60:5.1f} min")
         if not args.only:
             print("\nNot measured, for want of the paper's models:", *(what for what, *_ in MISSING), sep="\n  ")
         return 0
     failed = []
     start = time.monotonic()
     programs = ["--sparge", args.sparge, "--sparge-lm", args.sparge_lm]
+    left = sum(item.full for item in items) + sum(SOURCES[name][0] for name in sources)
     if args.full:
-        for source in (name for name in SOURCES if any(name in item.needs for item in items)):
-            for command in SOURCES[source]:
+        for name in sources:
+            print(f"{name}: about {left / 60:.0f} minutes left", flush=True)
+            left -= SOURCES[name][0]
+            for command in SOURCES[name][1]:
                 if run(*(word.format(sparge=args.sparge, lm=args.sparge_lm) for word in command)) != 0:
                     sys.exit(f"reproduce.py: {command[0]} failed")
-    left = sum(item.full for item in items)
     for n, item in enumerate(items):
         rest = f", about {left / 60:.0f} minutes left" if args.full else ""
         print(f"[{n + 1}/{len(items)}] {item.folder}: {item.what or item.ours}{rest}", flush=True)

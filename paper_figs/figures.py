@@ -5,6 +5,8 @@
     figures.py fig14 ... --csv MINE.csv --to FOLDER  the same of rows that a run.py made of your captures
 """
 import argparse
+import sys
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -26,7 +28,7 @@ matplotlib.rcParams.update({
 
 
 def measured(item):
-    return read(GIVEN) if GIVEN else of_item(item)
+    return GIVEN or of_item(item)
 
 
 def paper(item, **where):
@@ -234,12 +236,13 @@ def table7():
     """Sparsity by length at a constant bound on the error."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
     for ((text,), rows), color in zip(grouped(measured("table7"), "text").items(),
-                                      (ACCENT, INK, OTHER, "#b0413e", "#6a8d3a")):
+                                      cycle((ACCENT, INK, OTHER, "#b0413e", "#6a8d3a"))):
         label = "nine heads, committed capture" if text == "committed" else f"all heads, {text}"
         axis.plot(column(rows, "tokens"), column(rows, "sparsity"), marker="o", markersize=4, color=color, label=label)
     theirs = {float(row): value / 100 for (row, _), value in paper("table7").items()}
     axis.plot(theirs.keys(), theirs.values(), color=PAPER, marker="s", markersize=4, label="the paper: Llama3.1-8B")
-    axis.set(xscale="log", xlabel="tokens", ylabel="sparsity", ylim=(0, 1), title="SmolLM2-135M, a substitute")
+    axis.set(xscale="log", xlabel="tokens", ylabel="sparsity", ylim=(0, 1),
+             title="" if GIVEN else "SmolLM2-135M, a substitute")
     axis.set_xticks([1024 << n for n in range(8)], [f"{1 << n}K" for n in range(8)])
     axis.minorticks_off()
     axis.legend(fontsize=8, loc="upper right")
@@ -270,7 +273,7 @@ def fig9():
 
 def whole():
     """All but those of the small captures."""
-    return [r for r in measured("fig14") if r["source"] != "committed"]
+    return GIVEN or [r for r in of_item("fig14") if r["source"] != "committed"]
 
 
 def bars(key, title, rows):
@@ -295,7 +298,7 @@ def fig14():
 
 def fig15():
     """By denoising step."""
-    return bars("step", "denoising step, of 10", whole())
+    return bars("step", "denoising step", whole())
 
 
 def fig16():
@@ -307,10 +310,12 @@ def fig17():
     """By head, layer by layer."""
     found = grouped(whole(), "layer", "head")
     layers, heads = (sorted({int(at[n]) for at in found}) for n in (0, 1))
-    image = np.array([[column(found[str(layer), str(head)], "sparsity").mean() for head in heads] for layer in layers])
+    image = np.full((len(layers), len(heads)), np.nan)  # captures may have other heads in other layers
+    for (layer, head), rows in found.items():
+        image[layers.index(int(layer)), heads.index(int(head))] = column(rows, "sparsity").mean()
     figure, axis = plt.subplots(figsize=(1.5 + 0.9 * len(heads), 1.2 + 0.45 * len(layers)))
     shown = axis.imshow(image, cmap="Purples", vmin=0, vmax=1, **LOOK)
-    for i, j in np.ndindex(image.shape):
+    for i, j in np.argwhere(~np.isnan(image)):
         axis.text(j, i, f"{image[i, j]:.2f}", ha="center", va="center", color="white" if image[i, j] > 0.5 else INK)
     axis.set_xticks(range(len(heads)), heads)
     axis.set_yticks(range(len(layers)), layers)
@@ -323,20 +328,23 @@ FIGURES = {f.__name__: f for f in (attention_map, fig2, fig3, fig4, fig5, table3
                                    fig16, fig17)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="*")
-    parser.add_argument("--csv", type=Path, help="rows to draw, in place of the committed ones")
-    parser.add_argument("--to", type=Path, default=HERE, help="folder of the pictures")
-    args = parser.parse_args()
-    names = args.name or FIGURES
-    if not set(names) <= set(FIGURES):
-        parser.error(f"the figures are {', '.join(FIGURES)}")
-    if args.csv and (args.to == HERE or not args.name):
-        parser.error("--csv needs names, and --to: the pictures here are of the committed rows")
-    global GIVEN
-    GIVEN = args.csv
-    args.to.mkdir(parents=True, exist_ok=True)
+OF_CAPTURES = {"table7": {"text", "tokens", "sparsity"}} | {  # and the columns that they are drawn from
+    name: {"sample", "layer", "step", "head", "sparsity"} for name in ("fig14", "fig15", "fig16", "fig17")}
+
+
+def given(path, names, error):
+    """Rows of the user's, if all of these figures can be drawn from them."""
+    if not names or not set(names) <= set(OF_CAPTURES):
+        error(f"of rows of yours there are {', '.join(OF_CAPTURES)}")
+    rows = read(path)
+    for name in names:
+        if not rows or not OF_CAPTURES[name] <= rows[0].keys():
+            error(f"{path} has no rows with {', '.join(sorted(OF_CAPTURES[name]))}, as {name} needs them")
+    return rows
+
+
+def draw(names, to):
+    to.mkdir(parents=True, exist_ok=True)
     drawn = 0
     for name in names:
         try:
@@ -344,11 +352,29 @@ def main():
         except FileNotFoundError as missing:
             print(f"{name}: not drawn, {missing.filename} is not there")
             continue
-        figure.savefig(args.to / f"{name}.png", dpi=150, metadata={"Software": None})
-        figure.savefig(args.to / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(to / f"{name}.png", dpi=150, metadata={"Software": None})
+        figure.savefig(to / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
         drawn += 1
-    print(f"wrote {drawn} figures into {args.to.name}/")
+    print(f"wrote {drawn} figures into {to.name}/")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*")
+    parser.add_argument("--csv", type=Path, help="rows to draw, in place of the committed ones")
+    parser.add_argument("--to", type=Path, default=HERE, help="folder of the pictures")
+    args = parser.parse_args()
+    if not set(args.name) <= set(FIGURES):
+        parser.error(f"the figures are {', '.join(FIGURES)}")
+    if args.csv and args.to == HERE:
+        parser.error("--csv needs --to: the pictures here are of the committed rows")
+    global GIVEN
+    try:
+        GIVEN = given(args.csv, args.name, parser.error) if args.csv else None
+        draw(args.name or FIGURES, args.to)
+    except OSError as error:
+        sys.exit(f"figures.py: {error.filename}: {error.strerror}")
 
 
 if __name__ == "__main__":

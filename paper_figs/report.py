@@ -21,10 +21,20 @@ MAIN = "SpargeAttn, (0.08, 0.09)"
 
 # ---- Reading ----------------------------------------------------------------------------------
 
+class NotThere(Exception):
+    """There are no such rows yet."""
+
+
+def is_there(item):
+    return (EXPERIMENTS / item / "out.csv").exists()
+
+
 def rows(item, **where):
-    """Rows of an out.csv in which these columns have these values; none where it is not there yet."""
-    there = (EXPERIMENTS / item / "out.csv").exists()
-    return [r for r in (of_item(item) if there else []) if all(r[k] == str(v) for k, v in where.items())]
+    """Rows of an out.csv in which these columns have these values."""
+    found = [r for r in of_item(item) if all(r[k] == str(v) for k, v in where.items())] if is_there(item) else []
+    if not found:
+        raise NotThere
+    return found
 
 
 def mean(found, key):
@@ -135,7 +145,10 @@ def checks():
     found = defaultdict(list)
     for band in read(EXPERIMENTS / "bands.csv"):
         item = band["item"]
-        value = float(MEASURED[item][len(found[item])]()) if rows(item) else math.nan
+        try:
+            value = float(MEASURED[item][len(found[item])]())
+        except NotThere:
+            value = math.nan
         known = not math.isnan(value)
         holds = known and float(band["low"] or -math.inf) <= value <= float(band["high"] or math.inf)
         found[item].append((band, value if known else None, holds if known else None))
@@ -265,13 +278,21 @@ def of_paper(names):
                                                  f'<div class="side">{folded}</div></details>' if folded else "")
 
 
+def of_ours(folder):
+    """Our table of an item, if there is one."""
+    try:
+        return grid(*OURS[folder]()) if folder in OURS else ""
+    except NotThere:
+        return ""
+
+
 def of_bands(found):
     """What was expected, what came out."""
     lines = []
     for band, value, holds in found:
         low, high = band["low"], band["high"]
         wanted = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}"
-        unknown = "no such case" if rows(band["item"]) else "not measured"
+        unknown = "no such case" if is_there(band["item"]) else "not measured"
         state, color = {None: (unknown, ""), True: ("holds", "good"), False: ("does not hold", "bad")}[holds]
         lines.append(f'<li><span class="chip {color}">{state}</span> {escape(band["what"])}: '
                      f'<b>{"" if value is None else number(value)}</b> '
@@ -307,7 +328,7 @@ def section(item, found):
     if any(state is not None for state in states):
         chips.append(f'<span class="chip {"good" if all(states) else "bad"}">{sum(map(bool, states))} of '
                      f'{len(states)} bands hold</span>')
-    left, right = of_paper(item.covers), grid(*OURS[item.folder]()) if item.folder in OURS and rows(item.folder) else ""
+    left, right = of_paper(item.covers), of_ours(item.folder)
     ours = f"<h3>Measured here</h3><p class='dim'>On {escape(item.ours)}.</p>{right}" if right else ""
     theirs = f"<h3>The paper</h3>{left}" if left else ""
     pictures = "".join(picture(name) for name in item.figures)

@@ -3,6 +3,7 @@
 Runs that are interrupted and go on, rows that are not as committed, what is missing; the tables of paper.csv, bands.csv
 and items.py against each other; the driver's command line; the report. Ends with "N passed, M failed".
 """
+import argparse
 import csv
 import importlib.util
 import json
@@ -180,7 +181,8 @@ def test_users_captures():
     for options, words in ((["--captures", "4"], "belong together"), (["-o", "mine.csv"], "belong together"),
                            (["--captures", "0", "-o", "no.csv"], "nothing to measure"),
                            (["--captures", "4", "-o", "no/where.csv"], "No such file"),
-                           (["--captures", "5", "-o", "no.csv"], "5/manifest.json: No such file")):
+                           (["--captures", "4", "-o", "thing"], "is a folder"),
+                           (["--captures", "4", "-o", "no.csv", "--full"], "--full")):
         code, out, err = run(*options)
         check(code in (1, 2) and words in err and "Traceback" not in err, f"{options}", code, err)
 
@@ -196,13 +198,21 @@ def test_needs():
 
 def test_kept_is_whole_or_absent():
     write("program", "")
-    kept, job = Kept(Path("kept.json"), "program"), Job({"a": 1, "b": "x"})
+    write("input", "1")
+    args = argparse.Namespace(sparge="program", sparge_lm="nowhere", params=None)
+    kept, job = Kept(Path("kept.json"), args, []), Job({"a": 1, "b": "x"}, needs=[Path("input"), "json"])
     check(kept.of(job) is None, "nothing yet")
     kept.add(job, [{"a": 1}])
-    check(Kept(Path("kept.json"), "program").of(job) == [{"a": 1}], "kept")
-    check(sorted(os.listdir(".")) == ["kept.json", "program"], "no spare file", os.listdir("."))
-    write("program", "#")
-    check(Kept(Path("kept.json"), "program").of(job) is None, "another program's is not taken up")
+    check(Kept(Path("kept.json"), args, []).of(job) == [{"a": 1}], "kept")
+    check(sorted(os.listdir(".")) == ["input", "kept.json", "program"], "no spare file", os.listdir("."))
+    for path in "program", "input":
+        Kept(Path("kept.json"), args, [job]).add(job, [{"a": 1}])
+        check(Kept(Path("kept.json"), args, [job]).of(job) == [{"a": 1}], "kept")
+        write(path, "##")
+        check(Kept(Path("kept.json"), args, [job]).of(job) is None, f"of another {path} it is not taken up")
+    for text in "", "garbage", "3", "{}", '{"rows": 1}':
+        write("kept.json", text)
+        check(Kept(Path("kept.json"), args, []).rows == {}, "no rows of ours", text)
 
 
 def test_same():
@@ -213,6 +223,10 @@ def test_same():
 
 
 # ---- Captures ---------------------------------------------------------------------------------
+
+def order_of(*words):
+    return said(SPARGE, *map(str, words))
+
 
 def test_sets():
     draw = np.random.default_rng(1)
@@ -231,9 +245,7 @@ def test_sets():
     for path, x in zip(paths, (q[0, 2], k[0, 1], v[0, 1])):
         got = np.load(path)
         check(got.dtype == np.float32 and (got == x.astype(np.float16)).all(), "a head with its key head", path)
-    index = draw.permutation(200)
-    mixed = sets.load_file(sets.reordered(entry, index, Path("head/b.safetensors")))
-    check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
+    check(sets.load_file(sets.copied(entry, Path("head/b.safetensors"), lambda x: x))["q"].dtype == np.float32, "wider")
     save_safetensors("b16.safetensors", **{n: ("BF16", x) for n, x in zip("qkv", (q, k, v))})
     wide = sets.tensors("b16.safetensors")["q"].astype(np.float32)
     check(wide.shape == q.shape and np.abs(wide / q - 1).max() < 2**-7, "bfloat16", np.abs(wide / q - 1).max())
@@ -244,11 +256,19 @@ def test_sets():
     write("manifest.json", json.dumps(manifest))
     entry, = sets.entries(Path("."))
     check(not entry.causal and entry.scale == 0.25, "a file's own word", entry)
-    sets.reordered(entry, index, Path("head/b.safetensors"))
+    mixed, index = sets.reordered(entry, order_of, "random", Path("head/b.safetensors"), seed=3)
+    mixed = sets.load_file(mixed)
+    check(sorted(index) == list(range(200)) and list(index) != sorted(index), "an order", index[:9])
+    check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
     check([copy.scale for copy in sets.entries(Path("head"))] == [0.25], "a copy's scale", copy)
+    for first, rest in (True, range(20)), (False, range(180, 200)):
+        write("manifest.json", json.dumps(manifest | {"grid": [2, 9, 10], "n_text": 20, "text_first": first}))
+        entry, = sets.entries(Path("."))
+        _, index = sets.reordered(entry, order_of, "hilbert", Path("head/b.safetensors"))
+        check(list(index[list(rest)]) == list(rest) and sorted(index) == list(range(200)), "text stays", first, index)
     cut = sets.load_file(sets.beginning(entry, 70, Path("head/c.safetensors")))
     check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8), "the beginning")
-    curve = sets.order(lambda *words: said(SPARGE, *map(str, words)), entry.grid, "hilbert", Path("head"))
+    curve = sets.order(order_of, (2, 10, 10), "hilbert", Path("head"))
     check(sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve", curve[:9])
 
 
@@ -284,45 +304,128 @@ def test_thresholds_that_change():
           "their own scale", sets.options_of(Path("x.json")))
 
 
-def test_bad_captures():
-    draw = np.random.default_rng(1)
-    os.mkdir("good")
-    tensors = {name: ("F16", draw.standard_normal((1, 2, 200, 8)).astype(np.float32)) for name in "qkv"}
-    save_safetensors("good/a.safetensors", **tensors)
-    file = {"file": "a.safetensors", "layer": 0, "query_heads": [0, 1]}
-    manifest = {"model": "m", "sample": "s", "causal": False, "grid": [2, 10, 10], "files": [file]}
-    write("good/manifest.json", json.dumps(manifest))
-    code, out, err = said(SPARGE, "tune", "good", "--l1", "0.05", "--l2", "0.06", "-o", "p.json")
-    check(code == 0, "tuned", err)
+def make_set(folder, seed=1, heads=2, kv_heads=2, tokens=200, dtype="F16", name="a", **more):
+    """A capture set of one file, and its manifest."""
+    os.makedirs(folder, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    tensors = {x: draw.standard_normal((1, count, tokens, 8)).astype(np.float32)
+               for x, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
+    save_safetensors(f"{folder}/{name}.safetensors", **{x: (dtype, value) for x, value in tensors.items()})
+    manifest = {"model": "m", "sample": "s", "causal": False, "grid": [2, 10, 10],
+                "files": [{"file": f"{name}.safetensors", "layer": 0, "query_heads": list(range(heads))}]} | more
+    write(f"{folder}/manifest.json", json.dumps(manifest))
+    return tensors, manifest
+
+
+def of_captures(script, folder, *options):
+    """Rows of a user's captures."""
+    code, out, err = said(sys.executable, ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE, "--captures",
+                          folder, *options, "-o", "rows.csv")
+    check(code == 0 and err == "", f"{script} of {folder}", code, err)
+    return table("rows.csv") if code == 0 else []
+
+
+def tuned(folder, *options):
+    code, out, err = said(SPARGE, "tune", folder, "--l1", "0.3", "--l2", "0.4", "-o", f"{folder}.json", *options)
+    check(code == 0, f"thresholds of {folder}", err)
+    return "--params", f"{folder}.json"
+
+
+def relative(got, want):
+    return np.abs(got - want).sum() / np.abs(want).sum()
+
+
+def test_good_captures():
+    make_set("good")
+    params = tuned("good")
     for script, rows in ("table9", 40), ("fig14", 2), ("table6", 3):
-        code, out, err = said(sys.executable, ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE, "--captures",
-                              "good", "--params", "p.json", "-o", f"{script}.csv")
-        check(code == 0 and len(table(f"{script}.csv")) == rows, f"{script} of a good one", code, err)
-    spoilt = [({"grid": [1, 10, 10]}, "200 tokens, but its manifest says a grid of 1 x 10 x 10, which has 100"),
-              ({"grid": [3, 10, 10]}, "which has 300"), ({"grid": 3}, "is no manifest"),
-              ({"files": 1}, "is no manifest"),
+        check(len(of_captures(script, "good", *params)) == rows, f"rows of {script}")
+    # a name that the scripts themselves use is a name like any other
+    for script in "table9", "fig14", "table6":
+        for name in "committed", "captures", "model", "whole", "patches":
+            shutil.copytree("good", name, dirs_exist_ok=True)
+            want, got = of_captures(script, "good", *params), of_captures(script, name, *params)
+            check([list(row.values())[1:] for row in want] == [list(row.values())[1:] for row in got], script, name)
+    # two samples, and two files of one layer
+    for n in "xy":
+        make_set(f"many/{n}", seed=ord(n), sample=n)
+    rows = of_captures("fig14", "many", *params)
+    check([(r["sample"], r["head"]) for r in rows] == [("x", "0"), ("x", "1"), ("y", "0"), ("y", "1")], "samples", rows)
+    _, first = make_set("split", heads=4, kv_heads=2)
+    entire = of_captures("fig14", "split", *tuned("split"))
+    tensors = {n: x.astype(np.float32) for n, x in sets.load_file("split/a.safetensors").items()}
+    for name, half in ("a", 0), ("b", 1):
+        save_safetensors(f"split/{name}.safetensors", q=("F16", tensors["q"][:, 2 * half:2 * half + 2]),
+                         **{n: ("F16", tensors[n][:, half:half + 1]) for n in "kv"})
+    files = [{"file": "a.safetensors", "layer": 0, "query_heads": [0, 1]},
+             {"file": "b.safetensors", "layer": 0, "query_heads": [2, 3]}]
+    write("split/manifest.json", json.dumps(first | {"files": files}))
+    check(of_captures("fig14", "split", "--params", "split.json") == entire, "two files of a layer", entire)
+    write("split/manifest.json", json.dumps(first | {"files": [files[0], files[1] | {"query_heads": [1, 2]}]}))
+    wrong("another file has a head of it", "fig14/run.py", "--captures", "split", "--params", "split.json",
+          "-o", "no.csv")
+    # text around the grid, and a scale of the model's own
+    make_set("text", grid=[2, 9, 10], n_text=20, scale=1.5)
+    params = tuned("text", "--scale", "1.5")
+    row = next(r for r in of_captures("table9", "text", *params)
+               if (r["order"], r["thresholds"], r["judge"], r["head"]) == ("hilbert", "tuned", "on", "0"))
+    for name, options in ("got", params), ("want", ("--dense", "--qk", "f32", "--pv", "f32")):
+        said(SPARGE, "order", "2", "9", "10", "--text-before", "20", "-o", "i.npy")
+        mixed = {n: ("F32", x.astype(np.float32)[:, :, np.load("i.npy")]) for n, x in
+                 sets.load_file("text/a.safetensors").items()}
+        save_safetensors("mixed.safetensors", **mixed)
+        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--scale", "1.5", "-o", f"{name}.npy")
+        check(code == 0, "run", err)
+    got, want = (np.load(f"{name}.npy")[0, 0].astype(np.float64) for name in ("got", "want"))
+    check(abs(float(row["l1"]) / relative(got, want) - 1) < 1e-4, "L1 of the model's attention", row)
+    # lengths, and causal attention as it is
+    make_set("causal", tokens=1100, causal=True, grid=None)
+    lengths = [(r["tokens"], r["heads"]) for r in of_captures("table7", "causal")]
+    check(lengths == [("1024", "2"), ("1100", "2")], "lengths", lengths)
+    check(len(of_captures("fig14", "causal", *tuned("causal", "--causal"))) == 2, "causal")
+
+
+def test_bad_captures():
+    tensors, manifest = make_set("good")
+    tuned("good")
+    file, = manifest["files"]
+    given = ["--params", "good.json", "-o", "no.csv"]
+    spoilt = [({"grid": [1, 10, 10]}, "200 tokens, but its manifest says a grid of 1 x 10 x 10, which are 100"),
+              ({"grid": [3, 10, 10]}, "which are 300"), ({"n_text": 5}, "and 5 of text, which are 205"),
+              ({"grid": 3}, "is no manifest"), ({"grid": [20, 10]}, "'grid' is [20, 10]"),
+              ({"grid": ["2", 10, 10]}, "'grid' is ['2'"), ({"causal": "none"}, "'causal' is 'none'"),
+              ({"files": 1}, "is no manifest"), ({"files": [file | {"layer": "x"}]}, "manifest.json: "),
               ({"files": [{"file": "a.safetensors", "layer": 0}]}, "has no 'query_heads'"),
               ({"files": [file | {"file": "b.safetensors"}]}, "b.safetensors"),
-              ({"files": []}, "nothing to measure"), ({"model": "n"}, "is for the model 'm', not for 'n'")]
-    given = ["--params", "p.json", "-o", "no.csv"]
+              ({"files": []}, "no manifest.json with files"), ({"model": "n"}, "is for the model 'm', not for 'n'")]
     for n, (change, words) in enumerate(spoilt):
         shutil.copytree("good", f"bad{n}")
         write(f"bad{n}/manifest.json", json.dumps(manifest | change))
         for script in "table9", "fig14":
             wrong(words, f"{script}/run.py", "--captures", f"bad{n}", *given)
-    write("good/manifest.json", json.dumps(manifest | {"grid": None}))
-    wrong("has no 'grid'", "table9/run.py", "--captures", "good", *given)
+    for change, words in ({"grid": None}, "has no 'grid'"), ({"causal": True}, "no other order"):
+        write("good/manifest.json", json.dumps(manifest | change))
+        wrong(words, "table9/run.py", "--captures", "good", *given)
     write("good/manifest.json", "{")
     wrong("good/manifest.json: Expecting", "fig14/run.py", "--captures", "good", *given)
-    wrong("nowhere/manifest.json: No such file", "table6/run.py", "--captures", "nowhere", *given)
+    wrong("nowhere: has no manifest.json", "table6/run.py", "--captures", "nowhere", *given)
     write("good/manifest.json", json.dumps(manifest))
-    for text, words in ("{", "p.json: Expecting"), ("[1]", "p.json: is not of sparge tune"):
+    for text, words in ("{", "Expecting"), ("[1]", "is not of sparge"), ('{"heads": [1]}', "is not of sparge"):
         write("p.json", text)
-        wrong(words, "fig14/run.py", "--captures", "good", *given)
+        wrong(f"p.json: {words}", "fig14/run.py", "--captures", "good", "--params", "p.json", "-o", "no.csv")
     wrong("belong together", "table6/run.py", "--captures", "good", "-o", "no.csv")
-    del tensors["v"]
-    save_safetensors("good/a.safetensors", **tensors)
-    wrong("good/a.safetensors: has no tensor 'v'", "table9/run.py", "--captures", "good", *given)
+    nan = tensors["k"].copy()
+    nan[0, 1, 7, 3] = np.nan
+    for change, words in (({"v": None}, "no tensor 'v'"), ({"k": ("F32", nan)}, "'k' is not finite"),
+                          ({"q": ("I32", [1, 2, 200, 8], bytes(12800))}, "no tensor 'q'"),
+                          ({"q": ("F32", tensors["q"][0])}, "no tensor 'q' of four axes"),
+                          ({n: ("F32", np.repeat(x, 2, 0)) for n, x in tensors.items()}, "is a batch of 2"),
+                          ({"q": ("F32", tensors["q"][:, :, :50])}, "q, k and v have 50, 200, 200 tokens")):
+        both = {n: ("F32", x) for n, x in tensors.items()} | change
+        save_safetensors("good/a.safetensors", **{n: x for n, x in both.items() if x})
+        for script in "table9", "fig14":
+            wrong(words, f"{script}/run.py", "--captures", "good", *given)
+        wrong(words, "table7/run.py", "--captures", "good", "-o", "no.csv")
     write("good/a.safetensors", Path("good/a.safetensors").read_bytes()[:-1])
     wrong("good/a.safetensors: ", "table7/run.py", "--captures", "good", "-o", "no.csv")
 
@@ -374,12 +477,41 @@ def test_driver():
 
     code, out, err = reproduce("--list")
     check(code == 0 and err == "" and all(x.folder in out for x in ITEMS), "--list", out, err)
-    for wrong, words in (["--only", "table99"], "table99"), (["--smoke", "--full"], "exclude"), (["--fast"], "--fast"):
-        code, out, err = reproduce(*wrong)
-        check(code != 0 and words in err and "Traceback" not in err and out == "", f"{wrong}", code, err)
+    for options, words in ((["--only", "table99"], "table99"), (["--smoke", "--full"], "exclude"),
+                           (["--fast"], "--fast"), (["--ful"], "--ful"), (["--only", ""], "called ''"),
+                           (["--only", "fig2,"], "called ''")):
+        code, out, err = reproduce(*options)
+        check(code != 0 and words in err and "Traceback" not in err and out == "", f"{options}", code, err)
     driver = load(ROOT / "experiments/reproduce.py")
-    check([x.folder for x in driver.chosen(["fig15", "table4"])] == ["table9", "fig14"], "by other names")
+    check([x.folder for x in driver.chosen(["fig15, table4"])] == ["table9", "fig14"], "by other names")
     check(driver.chosen([]) == ITEMS, "all")
+
+
+def test_figures():
+    def figures(*options):
+        return said(sys.executable, ROOT / "paper_figs/figures.py", *options)
+
+    rows = [f"mine,{sample},{layer},{step},{head},0.{step}{head}" for sample in "ab" for layer, head in ((3, 1), (7, 2))
+            for step in (0, 9)]
+    write("mine.csv", "\n".join(["source,sample,layer,step,head,sparsity", *rows]))
+    write("lengths.csv", "\n".join(["text,tokens,sparsity", *(f"t{n},{1024 * n},0.{n}" for n in range(1, 9))]))
+    names = ["fig14", "fig15", "fig16", "fig17"]
+    for csv_, drawn in ("mine.csv", names), ("lengths.csv", ["table7"]):
+        code, out, err = figures(*drawn, "--csv", csv_, "--to", "pictures")
+        check(code == 0 and err == "" and f"wrote {len(drawn)} " in out, "drawn", drawn, out, err)
+        check(all(Path(f"pictures/{name}.{kind}").stat().st_size > 2000 for name in drawn for kind in ("png", "svg")),
+              "pictures", os.listdir("pictures"))
+    check(all(f"t{n}" in Path("pictures/table7.svg").read_text() for n in range(1, 9)), "every text has a line")
+    write("empty.csv", "source,sample,layer,step,head,sparsity\n")
+    for options, words in ((["fig14", "--csv", "nowhere.csv", "--to", "p"], "nowhere.csv: No such file"),
+                           (["fig14", "--csv", "empty.csv", "--to", "p"], "empty.csv has no rows"),
+                           (["fig14", "--csv", "lengths.csv", "--to", "p"], "has no rows with head"),
+                           (["fig2", "--csv", "mine.csv", "--to", "p"], "there are table7, fig14"),
+                           (["--csv", "mine.csv", "--to", "p"], "there are table7"),
+                           (["fig14", "--csv", "mine.csv"], "needs --to"), (["fig99"], "the figures are"),
+                           (["fig14", "--csv", "mine.csv", "--to", "mine.csv"], "mine.csv: File exists")):
+        code, out, err = figures(*options)
+        check(code in (1, 2) and words in err and "Traceback" not in err, f"{options}", code, err)
 
 
 def test_report():

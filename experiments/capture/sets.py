@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401: numpy has no bfloat16 of its own
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -19,8 +19,8 @@ CHOSEN = ["--sink", "--theta", "0.4", "--tau", "0.98", "--lambda=-5"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a set. heads: the numbers of its query heads in the model. grid: T, H, W of its tokens, or None. scale:
-    of the scores, or None, which is 1/sqrt(D)."""
+    """A file of a set. heads: the numbers of its query heads in the model. grid: T, H, W of its tokens, or None; text:
+    how many tokens stand before the grid and after it. scale: of the scores, or None, which is 1/sqrt(D)."""
     path: Path
     model: str
     sample: str
@@ -28,6 +28,7 @@ class Entry:
     step: int
     heads: tuple
     grid: tuple
+    text: tuple
     causal: bool
     scale: float
 
@@ -43,40 +44,71 @@ def read_json(path):
         sys.exit(f"{path}: {getattr(error, 'strerror', None) or error}")
 
 
-def manifest_of(folder):
-    return read_json(Path(folder) / "manifest.json")
+def entry_of(folder, manifest, file):
+    """As a manifest describes a file."""
+    def own(key):
+        """The file's own word, or that of the whole manifest."""
+        return manifest.get(key) if file.get(key) is None else file[key]
+
+    grid, text, causal = manifest.get("grid"), manifest.get("n_text") or 0, own("causal")
+    if grid is not None and not (len(grid) == 3 and all(type(n) is int and n > 0 for n in grid)):
+        raise ValueError(f"'grid' is {grid}, not three numbers T, H, W")
+    if causal not in (None, False, True):
+        raise ValueError(f"'causal' is {causal!r}")
+    return Entry(folder / file["file"], manifest["model"], manifest.get("sample", folder.name), int(file["layer"]),
+                 int(file.get("step", 0)), tuple(file["query_heads"]), tuple(grid) if grid else None,
+                 (int(text), 0) if manifest.get("text_first", True) else (0, int(text)), bool(causal), own("scale"))
 
 
 def entries(folder):
-    """Those of a folder."""
-    folder, manifest = Path(folder), manifest_of(folder)
+    """Those of a folder with a manifest, or of all such folders in it, one for each sample."""
+    folder, found, heads = Path(folder), [], set()
+    for path in sorted(folder.glob("manifest.json")) or sorted(folder.glob("*/manifest.json")):
+        manifest = read_json(path)
+        try:
+            found += [entry_of(path.parent, manifest, file) for file in manifest["files"]]
+        except KeyError as missing:
+            sys.exit(f"{path}: has no {missing}")
+        except (TypeError, AttributeError):
+            sys.exit(f"{path}: is no manifest of a capture")
+        except ValueError as wrong:
+            sys.exit(f"{path}: {wrong}")
+    if not found:
+        sys.exit(f"{folder}: has no manifest.json with files, nor has a folder in it")
+    for entry in found:
+        own = {(*entry.at.values(), head) for head in entry.heads}
+        if heads & own:
+            sys.exit(f"{entry.path}: another file has a head of it too, of the same sample, layer and step")
+        heads |= own
+    return found
 
-    def either(file, key):
-        """A file's own word, or that of the whole manifest."""
-        return manifest.get(key) if file.get(key) is None else file[key]
 
-    try:
-        grid = manifest.get("grid")
-        return [Entry(folder / file["file"], manifest["model"], manifest.get("sample", folder.name), file["layer"],
-                      file.get("step", 0), tuple(file["query_heads"]), tuple(grid) if grid else None,
-                      bool(either(file, "causal")), either(file, "scale"))
-                for file in manifest["files"]]
-    except KeyError as missing:
-        sys.exit(f"{folder}/manifest.json: has no {missing}")
-    except (TypeError, AttributeError):
-        sys.exit(f"{folder}/manifest.json: is no manifest of a capture")
+KINDS = np.float16, np.float32, ml_dtypes.bfloat16
 
 
 def tensors(path):
-    """Its q, k and v, [B, H, N, D] or [B, G, N, D]."""
+    """Its q [1, H, N, D], k and v [1, G, M, D]."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         sys.exit(f"{path}: {error}")
     for name in "qkv":
-        if name not in found or found[name].ndim != 4:
-            sys.exit(f"{path}: has no tensor '{name}' of four axes")
+        x = found.get(name)
+        if x is None or x.ndim != 4 or x.dtype not in KINDS:
+            sys.exit(f"{path}: has no tensor '{name}' of four axes in float32, float16 or bfloat16")
+        if x.shape[0] != 1:
+            sys.exit(f"{path}: is a batch of {x.shape[0]}; record one of it, by batch=[0]")
+        if not np.isfinite(x.astype(np.float32)).all():
+            sys.exit(f"{path}: '{name}' is not finite")
     return {name: found[name] for name in "qkv"}
+
+
+def tokens_of(entry):
+    """How many; queries and keys must be the same."""
+    lengths = [x.shape[2] for x in tensors(entry.path).values()]
+    if len(set(lengths)) > 1:
+        sys.exit(f"{entry.path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of each")
+    return lengths[0]
 
 
 def attends(entry):
@@ -88,7 +120,8 @@ def attends(entry):
 
 def read_params(path):
     tuned = read_json(path)
-    if not isinstance(tuned, dict) or not {"heads", "causal", "scale", "sink", "smooth_k"} <= tuned.keys():
+    if not (isinstance(tuned, dict) and {"heads", "causal", "scale", "sink", "smooth_k"} <= tuned.keys()
+            and isinstance(tuned["heads"], list) and all(isinstance(head, dict) for head in tuned["heads"])):
         sys.exit(f"{path}: is not of sparge tune")
     return tuned
 
@@ -124,24 +157,30 @@ def copied(entry, to, change, dtype=np.float32):
     return to
 
 
-def reordered(entry, index, to, dtype=np.float32):
-    """Its tokens in another order; of a capture with another grid than its manifest says there is none."""
-    lengths = {x.shape[2] for x in tensors(entry.path).values()}
-    if lengths != {len(index)}:
-        sys.exit(f"{entry.path}: {min(lengths)} tokens, but its manifest says a grid of "
-                 f"{' x '.join(map(str, entry.grid))}, which has {prod(entry.grid)}")
-    return copied(entry, to, lambda x: x[:, :, index], dtype)
-
-
 def beginning(entry, tokens, to):
     """Its first tokens."""
     return copied(entry, to, lambda x: x[:, :, :tokens])
 
 
-def order(sparge, grid, name, folder, seed=0):
-    """An order of the tokens of a grid, by sparge order."""
-    sparge("order", *grid, "--order", name, "--seed", seed, "-o", folder / "index.npy")
+def order(sparge, grid, name, folder, seed=0, text=(0, 0)):
+    """An order of the tokens of a grid, by sparge order; text around it stays where it is."""
+    sparge("order", *grid, "--order", name, "--seed", seed, "--text-before", text[0], "--text-after", text[1],
+           "-o", folder / "index.npy")
     return np.load(folder / "index.npy")
+
+
+def reordered(entry, sparge, name, to, dtype=np.float32, seed=0):
+    """A copy with its tokens in another order, and that order."""
+    tokens, told = tokens_of(entry), prod(entry.grid) + sum(entry.text)
+    if tokens != told:
+        grid = " x ".join(map(str, entry.grid))
+        sys.exit(f"{entry.path}: has {tokens} tokens, but its manifest says a grid of {grid}"
+                 + f" and {sum(entry.text)} of text" * any(entry.text) + f", which are {told}")
+    if entry.causal:
+        sys.exit(f"{entry.path}: is of causal attention, of which there is no other order")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    index = order(sparge, entry.grid, name, to.parent, seed, entry.text)
+    return copied(entry, to, lambda x: x[:, :, index], dtype), index
 
 
 # ---- Single heads -----------------------------------------------------------------------------

@@ -9,19 +9,21 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "video")]
 
-from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
+from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import options_of, order, reordered  # noqa: E402
+from sets import options_of, reordered  # noqa: E402
 
 
 def measure(key, how):
     """A row for each query head."""
-    entry = entry_of(key)
-    file = entry.path
-    if entry.grid:
-        file = reordered(entry, order(how.sparge, entry.grid, "hilbert", how.folder), how.folder / "mixed.safetensors")
-    found = how.sparge("run", file, *options_of(how.params or PARAMS))
-    return [{"head": head, "sparsity": f"{s:.6f}"} for head, s in zip(entry.heads, found["sparsity_per_head"])]
+    rows = []
+    for entry in entries_of(key, how):
+        file = entry.path
+        if entry.grid and not entry.causal:
+            file, _ = reordered(entry, how.sparge, "hilbert", how.folder / "mixed.safetensors")
+        found = how.sparge("run", file, *options_of(how.params or PARAMS))
+        rows += [{"head": head, "sparsity": f"{s:.6f}"} for head, s in zip(entry.heads, found["sparsity_per_head"])]
+    return rows
 
 
 if __name__ == "__main__":

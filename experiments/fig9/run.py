@@ -12,8 +12,8 @@ from harness import read_csv  # noqa: E402
 from item import Job, run  # noqa: E402
 from names import LENGTHS, TITLES  # noqa: E402
 
-ROWS = {}
-for row in read_csv(HERE.parent / "lm/needle.csv"):
+NEEDLES, ROWS = HERE.parent / "lm/needle.csv", {}
+for row in read_csv(NEEDLES):
     ROWS.setdefault((row["attention"], int(row["tokens"]), row["depth"]), []).append(row)
 NAMES = {title: name for name, title in TITLES.items()}
 
@@ -24,7 +24,7 @@ def measure(key, _how):
             "sparsity": f"{statistics.mean(float(row['sparsity']) for row in found):.6f}"}
 
 
-JOBS = [Job({"attention": title, "tokens": tokens, "depth": depth}, 0.01, smoke=True)
+JOBS = [Job({"attention": title, "tokens": tokens, "depth": depth}, 0.01, smoke=True, needs=[NEEDLES])
         for title, name in NAMES.items() for tokens in LENGTHS
         for depth in sorted({at[2] for at in ROWS}) if (name, tokens, depth) in ROWS]
 

@@ -43,5 +43,6 @@ def measure(key, _how):
 
 
 if __name__ == "__main__":
-    run(__file__, [Job({"tokens": tokens, "attention": name}, 0.1, smoke=True)
+    run(__file__, [Job({"tokens": tokens, "attention": name}, 0.1, smoke=True,
+                       needs=[LM / f"{table}.csv" for table in TABLES])
                    for tokens in LENGTHS for name in TITLES.values()], measure)

@@ -18,9 +18,10 @@ import texts  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
 from names import MODEL, perplexity  # noqa: E402
-from sets import SMOLLM2, changed, entries, options_of  # noqa: E402
+from sets import SMOLLM2, changed, entries, options_of, tensors  # noqa: E402
 
 TUNED = HERE.parent / "tune"
+COMMITTED, WORST = TUNED / "params_0.08_0.09.json", TUNED / "model_worst.json"
 TEXTS = [ROOT / f"build/texts/{text.name}.txt" for text in texts.select(["judge"])]
 WEIGHTS = model.CACHE / model.GGUF
 PARTS = {"mask": {"lambda": None}, "lambda": {"theta": -1.0, "tau": 1.0}, "both": {}}
@@ -29,29 +30,35 @@ LENGTH = 8192
 
 def of_captures(folder, params, part, how):
     options = options_of(changed(params, how.folder / "part.json", **PARTS[part]))
-    found = [how.sparge("run", entry.path, *options) for entry in entries(folder)]
+    found = []
+    for entry in entries(folder):
+        tensors(entry.path)  # or says what is wrong with them
+        found.append(how.sparge("run", entry.path, *options))
     return {"sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity": ""}
 
 
 def of_model(part, how):
     """Over all heads; the perplexity over all texts."""
-    params = changed(TUNED / "model_worst.json", how.folder / f"{part}.json", **PARTS[part])
+    params = changed(WORST, how.folder / f"{part}.json", **PARTS[part])
     found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params, "--model",
                      MODEL, "--sink")["rows"]
     return {"sparsity": statistics.mean(row["sparsity"] for row in found), "perplexity": f"{perplexity(found):.4f}"}
 
 
 def measure(key, how):
-    inputs, part = key["inputs"], key["part"]
-    found = (of_model(part, how) if inputs == "model" else
-             of_captures(SMOLLM2, TUNED / "params_0.08_0.09.json", part, how) if inputs == "captures" else
-             of_captures(inputs, how.params, part, how))
+    part = key["part"]
+    found = (of_captures(how.captures, how.params, part, how) if how.captures else
+             of_captures(SMOLLM2, COMMITTED, part, how) if key["inputs"] == "captures" else of_model(part, how))
     return found | {"sparsity": f"{found['sparsity']:.6f}"}
 
 
-JOBS = [Job({"inputs": "captures", "part": part}, 1, smoke=True) for part in PARTS]
-JOBS += [Job({"inputs": "model", "part": part}, 150, needs=[WEIGHTS, *TEXTS]) for part in PARTS]
+def captures(folder):
+    return [Job({"inputs": str(folder), "part": part}, needs=[entry.path for entry in entries(folder)])
+            for part in PARTS]
+
+
+JOBS = [Job({"inputs": "captures", "part": part}, 1, smoke=True, needs=[COMMITTED]) for part in PARTS]
+JOBS += [Job({"inputs": "model", "part": part}, 150, needs=[WEIGHTS, WORST, *TEXTS]) for part in PARTS]
 
 if __name__ == "__main__":
-    run(__file__, JOBS, measure, params=True,
-        captures=lambda folder: [Job({"inputs": str(folder), "part": part}) for part in PARTS])
+    run(__file__, JOBS, measure, captures=captures, params=True)

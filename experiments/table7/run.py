@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import model  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import SMOLLM2, attends, beginning, entries, tensors  # noqa: E402
+from sets import SMOLLM2, attends, beginning, entries, tokens_of  # noqa: E402
 
 WEIGHTS = model.CACHE / model.GGUF
 TEXTS = ["opticks", "python_datamodel", "go_parser"]
@@ -39,8 +39,8 @@ def truncated(folder, tokens, how):
 def measure(key, how):
     """Each file is tuned alone. Attention that is causal has a sink."""
     text, tokens = key["text"], key["tokens"]
-    files = (captured(text, tokens, how) if text in TEXTS else
-             truncated(SMOLLM2 if text == "committed" else text, tokens, how))
+    files = (truncated(how.captures, tokens, how) if how.captures else
+             truncated(SMOLLM2, tokens, how) if text == "committed" else captured(text, tokens, how))
     heads, params = [], how.folder / "params.json"
     for entry, file in files:
         how.sparge("tune", file, *attends(entry), *["--sink"] * entry.causal, *BOUNDS, "-o", params)
@@ -51,9 +51,11 @@ def measure(key, how):
 
 
 def captures(folder):
-    """Every length that all of its files reach."""
-    tokens = min((tensors(entry.path)["q"].shape[2] for entry in entries(folder)), default=0)
-    return [Job({"text": str(folder), "tokens": n}) for n in LENGTHS if n <= tokens]
+    """Every length that all of its files reach, and the whole of the shortest."""
+    found = entries(folder)
+    tokens = min(tokens_of(entry) for entry in found)
+    return [Job({"text": str(folder), "tokens": n}, needs=[entry.path for entry in found])
+            for n in [*(n for n in LENGTHS if n < tokens), tokens]]
 
 
 JOBS = [Job({"text": "committed", "tokens": tokens}, tokens / 2048, smoke=tokens < 4096) for tokens in LENGTHS[:3]]

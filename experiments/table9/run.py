@@ -18,28 +18,29 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "video")]
 
 import patches  # noqa: E402
-from captured import PARAMS, committed, entry_of, of_user, whole  # noqa: E402
+from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import changed, copied, options_of, order, reordered  # noqa: E402
+from sets import attends, changed, copied, entries, options_of, reordered  # noqa: E402
 
 ORDERS = ["random", "row", "column", "time", "hilbert"]
 BLOCK_K, SEED = 64, 0
-ALIKE = {"theta": 0.3, "tau": 0.9, "lambda": None}  # chosen on the committed capture, which is of another sample
+# Chosen on the committed capture, which is of another sample.
+ALIKE = {"theta": 0.3, "tau": 0.9, "topk": None, "lambda": None}
 OFF = {"theta": -1.0}
 VARIANTS = [("tuned", "on", {}), ("tuned", "off", OFF), ("alike", "on", ALIKE), ("alike", "off", ALIKE | OFF)]
 
 
 def self_similarity(x, rows):
     """Mean over blocks of |mean of unit rows|^2, of each head of [H, N, D]."""
-    unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    norm = np.linalg.norm(x, axis=-1, keepdims=True)
+    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
     return np.mean([np.square(unit[:, a:a + rows].mean(1)).sum(-1) for a in range(0, x.shape[1], rows)], axis=0)
 
 
 def rows_of(name, entry, params, want, how):
     """Of one order: a row for each head and variant."""
     got, dump = how.folder / "got.npy", how.folder / "dump"
-    index = order(how.sparge, entry.grid, name, how.folder, SEED)
-    mixed = reordered(entry, index, how.folder / "mixed.safetensors")
+    mixed, index = reordered(entry, how.sparge, name, how.folder / "mixed.safetensors", seed=SEED)
     raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
     rows = []
     for thresholds, judge, knobs in VARIANTS:
@@ -56,29 +57,31 @@ def rows_of(name, entry, params, want, how):
 
 def with_grid(folder):
     """The jobs of a user's captures: an order is one of a grid."""
-    jobs = of_user(folder)
-    if not all(entry_of(job.key).grid for job in jobs):
-        sys.exit(f"table9: the manifest of {folder} has no 'grid' [T, H, W] of its tokens")
-    return jobs
+    for entry in entries(folder):
+        if not entry.grid:
+            sys.exit(f"table9: the manifest of {entry.path} has no 'grid' [T, H, W] of its tokens")
+    return of_user(folder)
 
 
 def of_patches(clip, how):
     """A capture, and the thresholds for it, as those of the video model were found."""
-    other = patches.capture(clip, 0, how.folder / "other")
-    curve = order(how.sparge, other.grid, "hilbert", how.folder, SEED)
-    file, params = reordered(other, curve, how.folder / "curve/patches.safetensors"), how.folder / "tuned.json"
+    other, params = patches.capture(clip, 0, how.folder / "other"), how.folder / "tuned.json"
+    file, _ = reordered(other, how.sparge, "hilbert", how.folder / "curve/patches.safetensors")
     how.sparge("tune", file, "--l1", 0.05, "--l2", 0.06, "-o", params)
     return patches.capture(clip, patches.FIRST[clip], how.folder / "patches"), params
 
 
-def measure(key, how):
-    entry, params = (of_patches(key["sample"], how) if key["source"] == "patches" else
-                     (entry_of(key), how.params or PARAMS))
-    want = how.folder / "want.npy"
-    plain = copied(entry, how.folder / "plain.safetensors", lambda x: x)
-    how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
+def of_entry(entry, params, how):
+    plain, want = copied(entry, how.folder / "plain.safetensors", lambda x: x), how.folder / "want.npy"
+    how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", *attends(entry), "-o", want)
     want = np.load(want)[0].astype(np.float64)
     return [row for name in ORDERS for row in rows_of(name, entry, params, want, how)]
+
+
+def measure(key, how):
+    if key["source"] == "patches" and not how.captures:
+        return of_entry(*of_patches(key["sample"], how), how)
+    return [row for entry in entries_of(key, how) for row in of_entry(entry, how.params or PARAMS, how)]
 
 
 if __name__ == "__main__":

@@ -14,15 +14,17 @@ PARAMS = HERE / "params.json"
 FOLDERS = {"committed": HERE / "capture/sample0", "whole": ROOT / "build/video/captures"}
 
 
-def entry_of(key):
-    """The file that a job is about."""
-    folder = FOLDERS.get(key["source"], Path(key["source"]))
-    folder = folder / key["sample"] if key["source"] == "whole" else folder
-    return next(entry for entry in entries(folder) if entry.at.items() <= key.items())
+def entries_of(key, how):
+    """The files that a job is about: one, or several that have other heads of the same."""
+    folder = how.captures or FOLDERS[key["source"]] / (key["sample"] if key["source"] == "whole" else "")
+    return [entry for entry in entries(folder) if entry.at.items() <= key.items()]
 
 
 def of_folder(source, folder, **how):
-    return [Job({"source": source} | entry.at, **how) for entry in entries(folder)]
+    found = {}
+    for entry in entries(folder):
+        found.setdefault(tuple(entry.at.items()), []).append(entry.path)
+    return [Job({"source": source} | dict(at), needs=[*paths, PARAMS], **how) for at, paths in found.items()]
 
 
 def committed(seconds):
@@ -32,7 +34,7 @@ def committed(seconds):
 def whole(samples, layers, steps, seconds):
     """These parts of the whole captures, whether they are there or not."""
     return [Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, seconds,
-                needs=[FOLDERS["whole"] / f"sample{n}/layer{layer:02}_step{step:03}.safetensors"])
+                needs=[FOLDERS["whole"] / f"sample{n}/layer{layer:02}_step{step:03}.safetensors", PARAMS])
             for n in samples for layer in layers for step in steps]
 
 

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from harness import ROOT, run_json  # noqa: E402
-from sets import entries, order, reordered  # noqa: E402
+from sets import entries, reordered  # noqa: E402
 
 CAPTURES = ROOT / "build/video/captures/sample0"
 WORK = ROOT / "build/video/hilbert"
@@ -23,12 +23,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
     sparge, folders = partial(run_json, parser.parse_args().sparge), []
-    WORK.mkdir(parents=True, exist_ok=True)
     for entry in entries(CAPTURES):  # a manifest is of one file here
         folders.append(WORK / entry.path.stem)
         file = folders[-1] / entry.path.name
-        if not (folders[-1] / "manifest.json").exists():  # it is written last
-            reordered(entry, order(sparge, entry.grid, "hilbert", WORK), file, np.float16)
+        done = folders[-1] / "manifest.json"  # it is written last
+        if not done.exists() or done.stat().st_mtime < entry.path.stat().st_mtime:
+            reordered(entry, sparge, "hilbert", file, np.float16)
     print(sparge("tune", *folders, "--l1", 0.05, "--l2", 0.06, "-o", HERE / "params.json"))
 
 
