@@ -74,7 +74,7 @@ def texts():
             for (text,), found in grouped(rows("table7"), "text").items() if text != "committed"]
 
 
-MODEL, MOVING = {"source": "whole"}, {"source": "patches", "sample": "cup"}
+MODEL, MOVING, STILL = {"source": "whole"}, *({"source": "patches", "sample": clip} for clip in ("cup", "vtest"))
 
 
 def orders(key, of=MODEL):
@@ -173,10 +173,11 @@ def plain(item, keys, **where):
 def table_of_orders():
     keys = ["sim_q", "sim_k", "sim_k_raw", "l1", "sparsity"]
     lines = []
-    for name, of in (("model", MODEL), ("patches, the camera moves", MOVING),
-                     ("patches, it stands still", MOVING | {"sample": "vtest"})):
-        lines += [[name, *by, *(f"{mean(group, key):.4f}" for key in keys)]
-                  for by, group in grouped(rows("table9", **of), "thresholds", "judge", "order").items()]
+    for name, of in ("model", MODEL), ("patches, moving", MOVING), ("patches, still", STILL):
+        for thresholds, judge in (("tuned", "on"), ("tuned", "off"), ("alike", "on"), ("alike", "off")):
+            found = grouped(rows("table9", thresholds=thresholds, judge=judge, **of), "order")
+            lines += [[name, thresholds, judge, order, *(f"{mean(group, key):.4f}" for key in keys)]
+                      for (order,), group in found.items()]
     for thresholds in "tuned", "alike":
         for name, filtered in (("all orders", False), ("those > 0.05 apart", True)):
             pairs = judged(thresholds, filtered)
