@@ -215,7 +215,7 @@ def measure_item(args, here, jobs, measure, times):
     elif rows:
         write_csv(folder / "out.csv", rows)
     kept.path.unlink(missing_ok=True)  # the next run measures again
-    if not args.full:
+    if rows and not args.full:
         compare(possible, kept, here / "out.csv", times)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
-from rows import EXPERIMENTS, HERE, column, grouped, of_item, read
+from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv
 
 GIVEN = None  # rows of the user's
 INK, ACCENT, PALE, PAPER, OTHER = "#33265c", "#f28e2b", "#e9e5dc", "#8a8a8a", "#2a8f8a"
@@ -27,13 +27,9 @@ matplotlib.rcParams.update({
     "figure.constrained_layout.use": True})
 
 
-def measured(item):
-    return GIVEN or of_item(item)
-
-
 def paper(item, **where):
     """The paper's numbers: {(row, column): value}."""
-    return {(r["row"], r["column"]): float(r["value"]) for r in read(EXPERIMENTS / "paper.csv")
+    return {(r["row"], r["column"]): float(r["value"]) for r in read_csv(EXPERIMENTS / "paper.csv")
             if r["item"] == item and all(r[k] == v for k, v in where.items())}
 
 
@@ -45,7 +41,7 @@ LOOK = {"aspect": "auto", "interpolation": "nearest"}
 def maps_of(source):
     """{(layer, head): (mass, kept, pv_done)}, each [query blocks, key blocks]; NaN where no row may see any key."""
     maps = {}
-    for (layer, head), rows in grouped([r for r in measured("fig2") if r["source"] == source], "layer", "head").items():
+    for (layer, head), rows in grouped([r for r in of_item("fig2") if r["source"] == source], "layer", "head").items():
         i, j = column(rows, "q_block").astype(int), column(rows, "k_block").astype(int)
         maps[layer, head] = np.full((3, i.max() + 1, j.max() + 1), np.nan)
         maps[layer, head][:, i, j] = [column(rows, name) for name in ("mass", "kept", "pv_done")]
@@ -106,7 +102,7 @@ def fig2():
 
 def fig3():
     """The workflow on the paper's toy, every stage from the program."""
-    stage = grouped(measured("fig3"), "stage")
+    stage = grouped(of_item("fig3"), "stage")
     titles = {"P of the paper": "Pooled attention, made to be\nthe paper's",
               "P": "P as predicted: a key block that is\nnot self-similar is left out",
               "mask": "Mask: its column, and the row of Q3,\nare set to 1",
@@ -131,7 +127,7 @@ def fig3():
 
 def fig4():
     """128 tokens of q and of k, channel by channel."""
-    found = grouped(measured("fig4"), "capture", "tensor")
+    found = grouped(of_item("fig4"), "capture", "tensor")
     captures = list(dict.fromkeys(name for name, _ in found))
     figure, axes = plt.subplots(2, len(captures), figsize=(3.4 * len(captures), 6), sharex=True, sharey=True)
     for line, tensor in zip(axes, "qk"):
@@ -152,7 +148,7 @@ def fig4():
 
 def fig5():
     """Five orders of a grid of 1 x 6 x 6, four tokens a block."""
-    found = grouped(measured("fig5"), "order")
+    found = grouped(of_item("fig5"), "order")
     figure, axes = plt.subplots(1, len(found), figsize=(11, 2.5))
     for axis, ((order,), rows) in zip(axes, found.items()):
         h, w, block = (column(rows, name) for name in ("h", "w", "block"))
@@ -169,7 +165,7 @@ def table3():
     """What prediction costs beside dense attention, ours and the paper's."""
     figure, axis = plt.subplots(figsize=(6, 3.6))
     colors = {"normal": OTHER, "topics": INK}
-    for (inputs,), rows in grouped(measured("table3"), "inputs").items():
+    for (inputs,), rows in grouped(of_item("table3"), "inputs").items():
         for name, style in (("f32", "-"), ("int8", "--")):
             axis.plot(column(rows, "tokens"), 100 * column(rows, f"overhead_{name}"), style, marker="o", markersize=4,
                       color=colors[inputs], label=f"CPU, {inputs} inputs, of dense {name}")
@@ -189,7 +185,7 @@ def gpu_speeds():
     path = HERE.parent / "gpu/results/results.csv"
     if not path.exists():
         return {}
-    rows = [r for r in read(path) if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")]
+    rows = [r for r in read_csv(path) if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")]
     lines = {}
     for (rung, pv), found in grouped(rows, "rung", "pv").items():
         if rung != max(r["rung"] for r in rows):
@@ -210,7 +206,7 @@ def fig10():
     styles = {"random": ("o", INK, "CPU, imposed at random"), "banded": ("s", OTHER, "CPU, imposed band"),
               "predicted": ("D", ACCENT, "CPU, predicted, with its prediction"),
               "torch": ("x", "#b0413e", "CPU, FlexAttention of torch, f32")}
-    for (mask,), rows in grouped(measured("fig10"), "mask").items():
+    for (mask,), rows in grouped(of_item("fig10"), "mask").items():
         rows = [r for r in rows if float(r["sparsity"]) > 0]
         marker, color, label = styles[mask]
         dense = column(rows, "ms_dense_f32" if mask == "torch" else "ms_dense_int8")
@@ -235,7 +231,7 @@ def fig10():
 def table7():
     """Sparsity by length at a constant bound on the error."""
     figure, axis = plt.subplots(figsize=(6, 3.4))
-    for ((text,), rows), color in zip(grouped(measured("table7"), "text").items(),
+    for ((text,), rows), color in zip(grouped(GIVEN or of_item("table7"), "text").items(),
                                       cycle((ACCENT, INK, OTHER, "#b0413e", "#6a8d3a"))):
         label = "nine heads, committed capture" if text == "committed" else f"all heads, {text}"
         axis.plot(column(rows, "tokens"), column(rows, "sparsity"), marker="o", markersize=4, color=color, label=label)
@@ -251,10 +247,11 @@ def table7():
 
 def fig9():
     """Needles found, by depth and length."""
-    found = grouped(measured("fig9"), "attention")
+    every = of_item("fig9")
+    found = grouped(every, "attention")
+    tokens, depths = (sorted({float(r[key]) for r in every}) for key in ("tokens", "depth"))
     figure, axes = plt.subplots(1, len(found), figsize=(2.3 * len(found), 2.7), sharey=True)
     for axis, ((name,), rows) in zip(axes, found.items()):
-        tokens, depths = (sorted({float(r[key]) for r in measured("fig9")}) for key in ("tokens", "depth"))
         score = np.full((len(depths), len(tokens)), np.nan)
         for r in rows:
             score[depths.index(float(r["depth"])),
@@ -336,7 +333,7 @@ def given(path, names, error):
     """Rows of the user's, if all of these figures can be drawn from them."""
     if not names or not set(names) <= set(OF_CAPTURES):
         error(f"of rows of yours there are {', '.join(OF_CAPTURES)}")
-    rows = read(path)
+    rows = read_csv(path)
     for name in names:
         if not rows or not OF_CAPTURES[name] <= rows[0].keys():
             error(f"{path} has no rows with {', '.join(sorted(OF_CAPTURES[name]))}, as {name} needs them")

@@ -6,15 +6,11 @@ import base64
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from html import escape
 
-from rows import EXPERIMENTS, HERE, column, grouped, of_item, read
-
-sys.path.insert(0, str(EXPERIMENTS))
-
-from items import ITEMS, MISSING  # noqa: E402
+from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv  # first: it finds experiments/
+from items import ITEMS, MISSING
 
 MAIN = "SpargeAttn, (0.08, 0.09)"
 
@@ -143,7 +139,7 @@ MEASURED = {  # by item and the place of the band in bands.csv
 def checks():
     """{item: [(band, what was measured or None, whether it holds or None)]}"""
     found = defaultdict(list)
-    for band in read(EXPERIMENTS / "bands.csv"):
+    for band in read_csv(EXPERIMENTS / "bands.csv"):
         item = band["item"]
         try:
             value = float(MEASURED[item][len(found[item])]())
@@ -376,7 +372,7 @@ def main():
     print(f"wrote paper_figs/report.html: {sum(h is True for h in states)} of {len(states)} bands hold")
 
 
-PAPER = read(EXPERIMENTS / "paper.csv")
+PAPER = read_csv(EXPERIMENTS / "paper.csv")
 
 if __name__ == "__main__":
     main()

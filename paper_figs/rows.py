@@ -1,5 +1,5 @@
 """rows.py: the CSV files that figures.py and report.py stand on."""
-import csv
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -7,15 +7,13 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 EXPERIMENTS = HERE.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
 
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+from harness import read_csv  # noqa: E402
 
 
 def of_item(item):
-    return read(EXPERIMENTS / item / "out.csv")
+    return read_csv(EXPERIMENTS / item / "out.csv")
 
 
 def grouped(rows, *keys):

@@ -103,11 +103,11 @@ def tensors(path):
     return {name: found[name] for name in "qkv"}
 
 
-def tokens_of(entry):
+def tokens_of(path, found):
     """How many; queries and keys must be the same."""
-    lengths = [x.shape[2] for x in tensors(entry.path).values()]
+    lengths = [x.shape[2] for x in found.values()]
     if len(set(lengths)) > 1:
-        sys.exit(f"{entry.path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of each")
+        sys.exit(f"{path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of each")
     return lengths[0]
 
 
@@ -146,11 +146,11 @@ def changed(params, to, **knobs):
 
 # ---- Copies -----------------------------------------------------------------------------------
 
-def copied(entry, to, change, dtype=np.float32):
-    """A copy of a file, each tensor [B, H, N, D] changed, with a manifest of its own beside it. In float32 an output in
-    it is not rounded to the float16 of the capture."""
+def copied(entry, found, to, dtype=np.float32):
+    """A copy of a file with these tensors [1, H, N, D] in place of its own, and a manifest beside it. In float32 an
+    output in it is not rounded to the float16 of the capture."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(change(x), dtype) for name, x in tensors(entry.path).items()}, to)
+    save_file({name: np.ascontiguousarray(x, dtype) for name, x in found.items()}, to)
     (to.parent / "manifest.json").write_text(json.dumps({
         "model": entry.model, "sample": entry.sample, "causal": entry.causal, "scale": entry.scale,
         "files": [{"file": to.name, "layer": entry.layer, "query_heads": entry.heads}]}))
@@ -159,7 +159,7 @@ def copied(entry, to, change, dtype=np.float32):
 
 def beginning(entry, tokens, to):
     """Its first tokens."""
-    return copied(entry, to, lambda x: x[:, :, :tokens])
+    return copied(entry, {name: x[:, :, :tokens] for name, x in tensors(entry.path).items()}, to)
 
 
 def order(sparge, grid, name, folder, seed=0, text=(0, 0)):
@@ -171,7 +171,8 @@ def order(sparge, grid, name, folder, seed=0, text=(0, 0)):
 
 def reordered(entry, sparge, name, to, dtype=np.float32, seed=0):
     """A copy with its tokens in another order, and that order."""
-    tokens, told = tokens_of(entry), prod(entry.grid) + sum(entry.text)
+    found = tensors(entry.path)
+    tokens, told = tokens_of(entry.path, found), prod(entry.grid) + sum(entry.text)
     if tokens != told:
         grid = " x ".join(map(str, entry.grid))
         sys.exit(f"{entry.path}: has {tokens} tokens, but its manifest says a grid of {grid}"
@@ -180,7 +181,7 @@ def reordered(entry, sparge, name, to, dtype=np.float32, seed=0):
         sys.exit(f"{entry.path}: is of causal attention, of which there is no other order")
     to.parent.mkdir(parents=True, exist_ok=True)
     index = order(sparge, entry.grid, name, to.parent, seed, entry.text)
-    return copied(entry, to, lambda x: x[:, :, index], dtype), index
+    return copied(entry, {name: x[:, :, index] for name, x in found.items()}, to, dtype), index
 
 
 # ---- Single heads -----------------------------------------------------------------------------

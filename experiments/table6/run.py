@@ -30,10 +30,7 @@ LENGTH = 8192
 
 def of_captures(folder, params, part, how):
     options = options_of(changed(params, how.folder / "part.json", **PARTS[part]))
-    found = []
-    for entry in entries(folder):
-        tensors(entry.path)  # or says what is wrong with them
-        found.append(how.sparge("run", entry.path, *options))
+    found = [how.sparge("run", entry.path, *options) for entry in entries(folder)]
     return {"sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity": ""}
 
 
@@ -53,8 +50,10 @@ def measure(key, how):
 
 
 def captures(folder):
-    return [Job({"inputs": str(folder), "part": part}, needs=[entry.path for entry in entries(folder)])
-            for part in PARTS]
+    paths = [entry.path for entry in entries(folder)]
+    for path in paths:
+        tensors(path)  # or says what is wrong with them
+    return [Job({"inputs": str(folder), "part": part}, needs=paths) for part in PARTS]
 
 
 JOBS = [Job({"inputs": "captures", "part": part}, 1, smoke=True, needs=[COMMITTED]) for part in PARTS]

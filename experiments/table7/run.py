@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import model  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import SMOLLM2, attends, beginning, entries, tokens_of  # noqa: E402
+from sets import SMOLLM2, attends, beginning, entries, tensors, tokens_of  # noqa: E402
 
 WEIGHTS = model.CACHE / model.GGUF
 TEXTS = ["opticks", "python_datamodel", "go_parser"]
@@ -53,7 +53,7 @@ def measure(key, how):
 def captures(folder):
     """Every length that all of its files reach, and the whole of the shortest."""
     found = entries(folder)
-    tokens = min(tokens_of(entry) for entry in found)
+    tokens = min(tokens_of(entry.path, tensors(entry.path)) for entry in found)
     return [Job({"text": str(folder), "tokens": n}, needs=[entry.path for entry in found])
             for n in [*(n for n in LENGTHS if n < tokens), tokens]]
 

@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent 
 import patches  # noqa: E402
 from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import attends, changed, copied, entries, options_of, reordered  # noqa: E402
+from sets import attends, changed, copied, entries, options_of, reordered, tensors  # noqa: E402
 
 ORDERS = ["random", "row", "column", "time", "hilbert"]
 BLOCK_K, SEED = 64, 0
@@ -72,7 +72,8 @@ def of_patches(clip, how):
 
 
 def of_entry(entry, params, how):
-    plain, want = copied(entry, how.folder / "plain.safetensors", lambda x: x), how.folder / "want.npy"
+    plain, want = how.folder / "plain.safetensors", how.folder / "want.npy"
+    copied(entry, tensors(entry.path), plain)
     how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", *attends(entry), "-o", want)
     want = np.load(want)[0].astype(np.float64)
     return [row for name in ORDERS for row in rows_of(name, entry, params, want, how)]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from harness import ROOT, fill_in, read_csv, run_json, write_csv  # noqa: E402
 from run import MODE, PAIRS, TABLE, row_of, tune  # noqa: E402
-from sets import SMOLLM2, beginning, copied, entries  # noqa: E402
+from sets import SMOLLM2, beginning, copied, entries, tensors  # noqa: E402
 
 LENGTHS = [1024, 2048, 4096, 8192]
 REPEAT = 5
@@ -75,7 +75,7 @@ def judge_file(program, params, entry):
     """Relative L1 of every head of a capture against dense attention in f32, and its sparsity."""
     with tempfile.TemporaryDirectory() as folder:
         got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
-        copy = copied(entry, Path(folder) / entry.path.name, lambda x: x)
+        copy = copied(entry, tensors(entry.path), Path(folder) / entry.path.name)
         result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
         run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
         got, want = np.load(got)[0].astype(np.float64), np.load(want)[0].astype(np.float64)
