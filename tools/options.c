@@ -181,35 +181,30 @@ exit_code options_parse(const struct argp *argp, int argc, char **argv, options_
 
 /* ---- run and map -------------------------------------------------------------------------- */
 
-enum {
-    THETA = 256, TAU, TOPK, LAMBDA, SCALE, BLOCK_Q, BLOCK_K, SKIP_ROWS, THREADS, RUNG,
-    SINK, NO_SMOOTH_K, CAUSAL, RULES, BACKEND, ISA, QK, PV, LAYOUT, /* from CAUSAL on: words */
-};
-
 const struct argp_option attention_options[] = {
     {0, 0, 0, 0, "What is kept:", 1},
-    {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
-    {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
-    {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
-    {"sink", SINK, 0, 0, "always keep key block 0", 0},
-    {"rules", RULES, "WHOSE", 0, "default, paper or upstream", 0},
+    {"theta", OPT_THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
+    {"tau", OPT_TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
+    {"topk", OPT_TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
+    {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
+    {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
+    {"rules", OPT_RULES, "WHOSE", 0, "default, paper or upstream", 0},
     {0, 0, 0, 0, "What is computed:", 2},
-    {"causal", CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start", 0},
-    {"scale", SCALE, "X", 0, "of the scores (1/sqrt(channels))", 0},
-    {"block-q", BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
-    {"block-k", BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
-    {"skip-rows", SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
-    {"no-smooth-k", NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
-    {"qk", QK, "HOW", 0, "Q.K in int8, int12 or f32", 0},
-    {"pv", PV, "HOW", 0, "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
+    {"causal", OPT_CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start", 0},
+    {"scale", OPT_SCALE, "X", 0, "of the scores (1/sqrt(channels))", 0},
+    {"block-q", OPT_BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
+    {"block-k", OPT_BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
+    {"skip-rows", OPT_SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
+    {"no-smooth-k", OPT_NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
+    {"qk", OPT_QK, "HOW", 0, "Q.K in int8, int12 or f32", 0},
+    {"pv", OPT_PV, "HOW", 0, "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
     {0, 0, 0, 0, "By what:", 3},
-    {"backend", BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
-    {"isa", ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
-    {"threads", THREADS, "N", 0, "(0: as many as there are cores)", 0},
-    {"rung", RUNG, "N", 0, "of the ladder of cuda, 1 to 5 (the best that can do it)", 0},
+    {"backend", OPT_BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
+    {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
+    {"threads", OPT_THREADS, "N", 0, "(0: as many as there are cores)", 0},
+    {"rung", OPT_RUNG, "N", 0, "of the ladder of cuda, 1 to 5 (the best that can do it)", 0},
     {0, 0, 0, 0, "Files:", 4},
-    {"layout", LAYOUT, "HOW", 0, "of the axes: hnd ([B,H,N,D], [H,N,D]) or nhd ([B,N,H,D])", 0},
+    {"layout", OPT_LAYOUT, "HOW", 0, "of the axes: hnd ([B,H,N,D], [H,N,D]) or nhd ([B,N,H,D])", 0},
     {"output", 'o', "FILE", 0, "where to write", 0},
     {0},
 };
@@ -218,7 +213,7 @@ const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512
 const char *const options_precisions[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
 const char *const options_first_precisions[] = {"int8", "int12", "f32", NULL};
 const char *const options_causals[] = {"none", "end", "start", NULL};
-static const char *const rules[] = {"default", "paper", "upstream", NULL};
+const char *const options_rules[] = {"default", "paper", "upstream", NULL};
 static const char *const backends[] = {"auto", "ref", "cpu", "cuda", NULL};
 static const char *const layouts[] = {"hnd", "nhd", NULL};
 
@@ -226,29 +221,29 @@ static const struct choice {
     const char *name;
     const char *const *words;
 } choices[] = {
-    [CAUSAL - CAUSAL] = {"--causal", options_causals},
-    [RULES - CAUSAL] = {"--rules", rules},
-    [BACKEND - CAUSAL] = {"--backend", backends},
-    [ISA - CAUSAL] = {"--isa", options_isas},
-    [QK - CAUSAL] = {"--qk", options_first_precisions},
-    [PV - CAUSAL] = {"--pv", options_precisions},
-    [LAYOUT - CAUSAL] = {"--layout", layouts},
+    [OPT_CAUSAL - OPT_CAUSAL] = {"--causal", options_causals},
+    [OPT_RULES - OPT_CAUSAL] = {"--rules", options_rules},
+    [OPT_BACKEND - OPT_CAUSAL] = {"--backend", backends},
+    [OPT_ISA - OPT_CAUSAL] = {"--isa", options_isas},
+    [OPT_QK - OPT_CAUSAL] = {"--qk", options_first_precisions},
+    [OPT_PV - OPT_CAUSAL] = {"--pv", options_precisions},
+    [OPT_LAYOUT - OPT_CAUSAL] = {"--layout", layouts},
 };
 
 static error_t choose(struct argp_state *state, attention_args *a, int key, const char *text)
 {
-    const struct choice *const c = &choices[key - CAUSAL];
+    const struct choice *const c = &choices[key - OPT_CAUSAL];
     int word = a->rules == SPARGE_RULES_UPSTREAM ? SPARGE_CAUSAL_START : SPARGE_CAUSAL_END;
     const error_t error = text ? options_word(state, c->name, text, c->words, &word) : 0;
     if (error)
         return error;
     switch (key) {
-    case CAUSAL: a->options.causal = (sparge_causal)word; break;
-    case RULES: a->rules = (sparge_rules)word; break;
-    case BACKEND: a->options.backend = (sparge_backend)word; break;
-    case ISA: a->options.isa = (sparge_isa)word; break;
-    case QK: a->options.qk = (sparge_precision)word; break;
-    case PV: a->has_pv = true; a->options.pv = (sparge_precision)word; break;
+    case OPT_CAUSAL: a->options.causal = (sparge_causal)word; break;
+    case OPT_RULES: a->rules = (sparge_rules)word; break;
+    case OPT_BACKEND: a->options.backend = (sparge_backend)word; break;
+    case OPT_ISA: a->options.isa = (sparge_isa)word; break;
+    case OPT_QK: a->options.qk = (sparge_precision)word; break;
+    case OPT_PV: a->options.pv = (sparge_precision)word; break;
     default: a->nhd = word == 1; break;
     }
     return 0;
@@ -260,8 +255,8 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     sparge_options *const o = &a->options;
     int64_t whole = 0;
     error_t error;
-    if (key >= THETA && key <= LAMBDA)
-        a->has_thresholds = true;
+    if (key >= OPT_THETA && key <= OPT_LAYOUT)
+        a->given |= option_bit(key);
     switch (key) {
     case ARGP_KEY_INIT:
         *a = (attention_args){
@@ -273,33 +268,33 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "'%.60s' is one file too many", text);
         a->file[a->files++] = text;
         return 0;
-    case THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
-    case TAU: a->has_tau = true; return options_float(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
-    case TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
-    case LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
-    case SCALE: return options_float(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
-    case BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
-    case BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
-    case SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
-    case THREADS:
+    case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
+    case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
+    case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
+    case OPT_LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
+    case OPT_SCALE: return options_float(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
+    case OPT_BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
+    case OPT_BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
+    case OPT_SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
+    case OPT_THREADS:
         error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &whole);
         o->threads = (int)whole;
         return error;
-    case RUNG:
+    case OPT_RUNG:
         error = options_whole(state, "--rung", text, 1, 5, &whole);
         o->rung = (int)whole;
         return error;
-    case SINK: o->sink = true; return 0;
-    case NO_SMOOTH_K: o->smooth_k = false; return 0;
+    case OPT_SINK: o->sink = true; return 0;
+    case OPT_NO_SMOOTH_K: o->smooth_k = false; return 0;
     case 'o': a->output = text; return 0;
     case ARGP_KEY_END:
-        if (o->knobs.topk != SPARGE_OFF && !a->has_tau)
+        if (o->knobs.topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
             o->knobs.tau = SPARGE_OFF;
-        if (o->backend == SPARGE_CUDA && !a->has_pv)
+        if (o->backend == SPARGE_CUDA && !(a->given & option_bit(OPT_PV)))
             o->pv = SPARGE_FASTEST;
         return 0;
     default:
-        return key >= CAUSAL && key <= LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;
+        return key >= OPT_CAUSAL && key <= OPT_LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;
     }
 }
 

@@ -32,23 +32,32 @@ error_t options_word(struct argp_state *state, const char *name, const char *tex
 /* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on any, has
  * the first ones alone. */
 extern const char *const options_isas[], *const options_precisions[], *const options_first_precisions[],
-    *const options_causals[];
+    *const options_causals[], *const options_rules[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
 
 /* ---- For run and map -------------------------------------------------------------------- */
 
+/* The keys of attention_options. */
+enum {
+    OPT_THETA = 256, OPT_TAU, OPT_TOPK, OPT_LAMBDA, OPT_SCALE, OPT_BLOCK_Q, OPT_BLOCK_K, OPT_SKIP_ROWS, OPT_THREADS,
+    OPT_RUNG, OPT_SINK, OPT_NO_SMOOTH_K,
+    OPT_CAUSAL, OPT_RULES, OPT_BACKEND, OPT_ISA, OPT_QK, OPT_PV, OPT_LAYOUT, /* words */
+};
+
+/* A set of them has a bit for each. */
+static inline unsigned option_bit(int key) { return 1u << (key - OPT_THETA); }
+static inline unsigned option_bits(int first, int last) { return 2 * option_bit(last) - option_bit(first); }
+
 typedef struct attention_args {
     options_base base;
     sparge_options options;
+    unsigned given;      /* which options are on the command line: a set */
     bool nhd;            /* tokens before heads in the files */
     const char *file[3]; /* q, k, v; or one that holds them all */
     int files;
     const char *output;
-    bool has_thresholds; /* theta, tau, topk or lambda was given */
-    /* While parsing: */
-    sparge_rules rules;
-    bool has_tau, has_pv;
+    sparge_rules rules;  /* while parsing */
 } attention_args;
 
 extern const struct argp_option attention_options[];

@@ -51,7 +51,7 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
         if (a->dense && a->mask)
             return options_wrong(state, "--dense and --mask exclude each other");
-        if (a->params && a->attention.has_thresholds)
+        if (a->params && (a->attention.given & option_bits(OPT_THETA, OPT_LAMBDA)))
             return options_wrong(state, "--params has the thresholds: leave out those given here");
         if (a->layer >= 0 && !a->params)
             return options_wrong(state, "--layer needs --params");

@@ -23,7 +23,7 @@ static void check_accepted(const attention_args *a, char *const *argv, int argc)
         require(found < argc);
     }
     const sparge_options *const o = &a->options;
-    require(o->rules == a->rules && (o->knobs.topk == SPARGE_OFF || a->has_tau ||
+    require(o->rules == a->rules && (o->knobs.topk == SPARGE_OFF || (a->given & option_bit(OPT_TAU)) ||
                                      o->knobs.tau == SPARGE_OFF));
     const float x = 0.0f;
     const sparge_problem problem = {
