@@ -13,9 +13,7 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
 import sys
-import time
 import unicodedata
 
 # Many small products: threads that wait for each other are slower than one, and more so on a busy machine.
@@ -26,8 +24,8 @@ from safetensors.numpy import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from counted import check, run_tests
-from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, full_device, listing, read, save,
-                     save_safetensors, sha256, write)
+from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, catches, commands_of, full_device, listing,
+                     read, save, save_safetensors, sha256, stopped, write)
 from tiny_model import GGML, Model, gguf_bytes, surprise
 
 PROGRAM = os.path.abspath(sys.argv[1])
@@ -469,18 +467,13 @@ def test_capture():
     write("file", "")
     wrong(FILE, "file", "capture", "m.gguf", "t.npy", "-o", "file")
 
-    long = Model(seed=31, interleaved=True, layers=40)
-    long.gguf("long.gguf")
-    save("u.npy", np.resize(token, 1500))
-    child = subprocess.Popen([PROGRAM, "capture", "long.gguf", "u.npy", "-o", "half"], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
-    check(until(2, "half/manifest.json", child, "files"), "files come")
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
+    long_model(seed=31).gguf("long.gguf")
+    save("u.npy", np.resize(token, LONG[0]))
+    code, out, err = stopped([PROGRAM, "capture", "long.gguf", "u.npy", "-o", "half"], signal.SIGINT,
+                             has(2, "half/manifest.json", "files"))
     files = json.loads(read("half/manifest.json"))["files"]
-    check(child.returncode == UNFINISHED and err.count(b"\n") == 1 and b"manifest.json" in err and
-          2 <= len(files) < 40, "interrupted",
-          child.returncode, err, len(files))
+    check(code == UNFINISHED and err.count("\n") == 1 and "manifest.json" in err and 2 <= len(files) < 300,
+          "interrupted", code, err, len(files))
     check(sorted(os.listdir("half")) == [*(f["file"] for f in files), "manifest.json"] and
           all(f["sha256"] == sha256(f"half/{f['file']}") for f in files),
           "what is there is listed")
@@ -677,17 +670,23 @@ def test_time():
     check([g["count"] for g in x["summary"]] == [3600] * 4, "many rows", x.get("summary"))
 
 
-def until(rows, name, child, key="rows", limit=60):
-    """Waits until there are so many rows in the file."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end and child.poll() is None:
+def has(count, name="R.json", key="rows"):
+    """For `stopped`: so many of them are in this file."""
+    def begun(_):
         try:
-            if len(json.loads(read(name))[key]) >= rows:
-                return True
+            return len(json.loads(read(name))[key]) >= count
         except (FileNotFoundError, ValueError):
-            pass
-        time.sleep(0.002)
-    return False
+            return False
+    return begun
+
+
+def long_model(**how):
+    """Of many layers. At the lengths of LONG a run of it takes minutes on any machine, and a layer, within which no
+    signal is heeded, a moment."""
+    return Model(interleaved=True, layers=300, dim=32, hidden=32, heads=2, kv_heads=1, context=1 << 20, **how)
+
+
+LONG = list(range(20000, 20012))
 
 
 def rows_of(name="R.json"):
@@ -696,28 +695,24 @@ def rows_of(name="R.json"):
 
 def test_resume():
     bpe = small_bpe()
-    m = Model(seed=60, interleaved=True)
-    m.gguf("m.gguf", bpe.keys())
-    lengths = ",".join(str(n) for n in range(800, 2000, 80))
-    for command, args, count in [("ppl", ["--length", lengths], 30),
-                                 ("time", ["--length", "1500,1600", "--repeat", 4], 16),
-                                 ("needle", ["--length", 1500, "--needles", 2], 20)]:
-        args = [command, "m.gguf", TEXT, *args, "-o", "R.json"]
-        for end, code in (signal.SIGINT, UNFINISHED), (signal.SIGTERM, UNFINISHED), (signal.SIGKILL, -signal.SIGKILL):
-            if command != "ppl" and end != signal.SIGINT:
-                continue
-            had = len(rows_of()) if os.path.exists("R.json") else 0
-            child = subprocess.Popen([PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            check(until(had + 2, "R.json", child), command, "rows come")
-            child.send_signal(end)
-            out, err = child.communicate()
+    long_model(seed=60).gguf("m.gguf", bpe.keys())
+    write("text.txt", read(TEXT) * (3 * LONG[-1] // len(bpe.encode(read(TEXT))) + 1))
+    for command, more, lengths, each in [("ppl", [], [100, 120, 140, 160], 2),
+                                         ("time", ["--repeat", 2], [100, 120], 4),
+                                         ("needle", ["--depths", 2, "--needles", 2], [300, 320], 8)]:
+        def args_of(lengths):
+            return [command, "m.gguf", "text.txt", "--length", ",".join(map(str, lengths)), *more, "-o", "R.json"]
+        ends = [(signal.SIGINT, UNFINISHED), (signal.SIGTERM, UNFINISHED), (signal.SIGKILL, -signal.SIGKILL)]
+        for n, (end, code) in enumerate(ends[:len(lengths) - 1]):  # in the middle of a long one, after some short ones
+            count = (n + 1) * each
+            got, out, err = stopped([PROGRAM, *args_of(lengths[:n + 1] + LONG)], end, has(count))
             rows = rows_of()
-            check(child.returncode == code and had + 2 <= len(rows) < count, command, end, child.returncode, err,
-                  len(rows))
+            check(got == code and len(rows) == count and out == "", command, end, got, err, len(rows))
             if code == UNFINISHED:
-                check(err.startswith(b"sparge-lm: R.json: interrupted") and err.count(b"\n") == 1 and
-                      b" %d rows" % len(rows) in err and out == b"", command, "one line", err, len(rows))
+                check(err.startswith("sparge-lm: R.json: interrupted") and err.count("\n") == 1 and
+                      f" {count} rows" in err, command, "one line", err)
                 check(not [n for n in listing() if "tmp" in n], "nothing else", listing())
+        args, count = args_of(lengths), len(lengths) * each
         x = fine(*args)
         check(len(x["rows"]) == count and x["rows"][:len(rows)] == rows and rows_of() == x["rows"], command,
               "goes on", len(x["rows"]))
@@ -730,9 +725,9 @@ def test_resume():
         keeps("R.json", FILE, ["R.json", "other settings"], *args, "--block-q", 64)
         keeps("R.json", FILE, ["R.json", "other settings"], *args, "--model", "mine")
         other = "time" if command == "ppl" else "ppl"
-        keeps("R.json", FILE, ["R.json", "other settings"], other, "m.gguf", TEXT, "--length", 100, "-o", "R.json")
+        keeps("R.json", FILE, ["R.json", "other settings"], other, *args[1:5], "-o", "R.json")
         if command == "ppl":
-            fresh = fine(*args[:-2], "--attention", "f32", "--length", 800)
+            fresh = fine(*args[:-2], "--attention", "f32", "--length", 100)
             check(fresh["rows"][0]["surprise"] == x["rows"][0]["surprise"], "as in one go")
         if command == "needle":
             keeps("R.json", FILE, "other settings", *args, "--seed", 2)
@@ -741,13 +736,9 @@ def test_resume():
         for name in listing():
             if "tmp" in name:
                 os.remove(name)
-    child = subprocess.Popen([PROGRAM, "ppl", "m.gguf", TEXT, "--length", lengths], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
-    time.sleep(0.5)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
-    check(child.returncode == UNFINISHED and b"-o FILE" in err and err.count(b"\n") == 1 and out == b"", "without -o",
-          child.returncode, err)
+    code, out, err = stopped([PROGRAM, "ppl", "m.gguf", "text.txt", "--length", LONG[0]], signal.SIGINT,
+                             lambda child: catches(child, signal.SIGINT))
+    check(code == UNFINISHED and "-o FILE" in err and err.count("\n") == 1 and out == "", "without -o", code, err)
 
 
 def test_resume_once_more():

@@ -20,7 +20,7 @@ import numpy as np
 
 from counted import check, run_tests
 from running import (DIFFERENT, FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, full_device, listing,
-                     read, save, save_safetensors, sha256, write)
+                     read, save, save_safetensors, sha256, stopped, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
@@ -757,8 +757,9 @@ def test_bench_capture():
 
 def test_bench_busy():
     """Others at work: with one thread that is their matter, with several it is said."""
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
+        busy.stdout.readline()  # it is at work
         x = bench(*SMALL, "--threads", 2, "--sparsity", 0.5, code=DIFFERENT)["int8/int8 random 0.5"]
         check(all(x[n] is None for n in TIMES), "not timed beside others", x)
         code, out, err = sparge("bench", *SMALL, "--threads", 2, "--sparsity", 0.5)
@@ -768,7 +769,7 @@ def test_bench_busy():
         bench(*ONE, "--sparsity", 0.5)
     finally:
         busy.kill()
-        busy.wait()
+        busy.communicate()
 
 
 def test_bench_usage():
@@ -1066,17 +1067,20 @@ def test_tune_manifests():
     wrong(FILE, ["p.json", "layer 2 head 3"], "run", file("a", (2, 2)), "--params", "p.json", *TUNE)
 
 
-def watched(*args, number, heads):
-    """Starts, sends the signal when so many heads are in p.json, waits: the code, and stderr."""
-    child = subprocess.Popen([PROGRAM, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while child.poll() is None and time.monotonic() < until and not (
-            os.path.exists("p.json") and len(lines()) >= heads):
-        time.sleep(0.002)
-    child.send_signal(number)
-    out, err = child.communicate(timeout=60)
-    check(out == b"", "nothing printed", out)
-    return child.returncode, err.decode()
+def stopped_on_the_way(*args, number, heads):
+    """Sends the signal when so many of 12 heads are in p.json; should all of them be there before it comes, tries
+    again. The code, and stderr."""
+    before = read("p.json") if os.path.exists("p.json") else None
+    for _ in range(100):
+        code, out, err = stopped([PROGRAM, *args], number,
+                                 lambda _: os.path.exists("p.json") and len(lines()) >= heads)
+        if len(lines()) < 12:
+            break
+        os.remove("p.json")
+        if before is not None:
+            write("p.json", before)
+    check(out == "", "nothing printed", out)
+    return code, err
 
 
 def test_tune_again():
@@ -1092,7 +1096,7 @@ def test_tune_again():
     took, whole = time.monotonic() - started, read("p.json")
     check(len(lines()) == 12, "all heads", len(lines()))
 
-    kept, seconds, stops, between = [], took / 8, 0, 0
+    kept, seconds, stops = [], 1e-9, 0  # how many heads each of these allows is the machine's matter
     os.remove("p.json")
     while True:
         code, out, err = sparge(*args, "--seconds", seconds)
@@ -1105,13 +1109,13 @@ def test_tune_again():
         check(code == UNFINISHED and out == "" and err ==
               f"sparge: p.json: the time is up: it has {len(there)} of "
               "12 heads; the same command goes on\n", "--seconds", code, err)
-        stops, between, kept, seconds = stops + 1, between + (0 < len(there) < 12), there, seconds * 1.3
-    check(stops > 0 and between > 0 and stops < 30, "stopped on the way", stops, between)
+        stops, kept, seconds = stops + 1, there, max(took / 8, seconds * 1.3)
+    check(stops > 0, "no time for any")
     check(timeless(read("p.json")) == timeless(whole), "--seconds: the same in the end")
     for number, code in (signal.SIGINT, UNFINISHED), (signal.SIGTERM, UNFINISHED), (signal.SIGKILL, -9):
         os.remove("p.json")
         for heads in 1, 6:
-            got, err = watched(*args, number=number, heads=heads)
+            got, err = stopped_on_the_way(*args, number=number, heads=heads)
             kept = lines()
             check(got == code and heads <= len(kept) < 12, number, "stopped on the way", got, err,
                   len(kept))
@@ -1403,7 +1407,7 @@ def test_params():
     for size in range(len(text)):
         with open("cut.json", "w") as f:
             f.write(text[:size])
-        done = subprocess.run([PROGRAM, "run", c, "--params", "cut.json"], capture_output=True, timeout=60)
+        done = subprocess.run([PROGRAM, "run", c, "--params", "cut.json"], capture_output=True)
         check(done.returncode == FILE and done.stderr.startswith(b"sparge: cut.json: ") and
               done.stderr.count(b"\n") == 1 and not done.stdout, "cut short", size, done)
     os.remove("cut.json")
@@ -1658,8 +1662,8 @@ def test_memory():
 
 
 def test_signals_and_progress():
-    """A picture that takes some seconds: watched on a terminal, and then interrupted."""
-    x = save("x.npy", random(1, 8, 4096, 32))
+    """A picture that takes minutes on any machine: watched on a terminal, and then interrupted."""
+    x = save("x.npy", random(1, 8, 1 << 15, 32))
     terminal, other = os.openpty()
     started = time.monotonic()
     child = subprocess.Popen([PROGRAM, "map", x, x, "-o", "map.png"], stderr=other,

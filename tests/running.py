@@ -2,9 +2,11 @@
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import subprocess
+import time
 
 import numpy as np
 
@@ -56,6 +58,23 @@ def commands_of(program, called):
         check(os.path.isfile(name) and read(name, "rb") == before, f"{args}: {name} as before")
 
     return run, fine, wrong, keeps
+
+
+def stopped(args, number, begun):
+    """Starts a program, sends it this signal as soon as begun(child) says that it is at work, or it has ended by
+    itself; its code, and what it said. How long that takes is no matter, if the work is long enough."""
+    child = subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while child.poll() is None and not begun(child):
+        time.sleep(0.002)
+    child.send_signal(number)
+    out, err = child.communicate()
+    return child.returncode, out.decode(), err.decode()
+
+
+def catches(child, number):
+    """Has it a handler for this signal by now?"""
+    caught = re.search(r"SigCgt:\s*(\w+)", read(f"/proc/{child.pid}/status"))
+    return caught and int(caught[1], 16) >> number - 1 & 1
 
 
 # ---- Files -----------------------------------------------------------------------------------
