@@ -4,6 +4,7 @@
 #define _GNU_SOURCE /* unshare */
 #endif
 #include "tools/capture.h"
+#include "tools/judge.h"
 #include "tools/npy.h"
 #include "tools/output.h"
 #include "tools/params.h"
@@ -1741,4 +1742,48 @@ Test(formats, captures_of_many_bytes, .init = folder_make, .fini = folder_remove
         capture_free(list, count);
     }
     free(bytes);
+}
+
+/* ---- What masks are worth ----------------------------------------------------------------- */
+
+/* Two blocks of queries, the second of one row: its attention counts a third of the first one's. */
+Test(formats, judge_recall_by_rows)
+{
+    double mass[] = {0.75, 0.25, 0.5, 0.5};
+    uint8_t bits[] = {1, 0, 0, 1};
+    const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_BOOL, 2, {2, 2}, bits};
+    const recall r = judge_recall(&paid, &keep, 4, 3);
+    cr_expect(r.share == (3 * 0.75 + 0.5) / 4, "%g", r.share);
+    cr_expect(r.not_finite == 0);
+    const array no_rows = {ARRAY_F64, 2, {0, 2}, mass};
+    cr_expect(judge_recall(&no_rows, &keep, 0, 3).share == 1.0);
+    memset(mass, 0, sizeof mass); /* rows that see no key */
+    cr_expect(judge_recall(&paid, &keep, 4, 3).share == 1.0);
+}
+
+Test(formats, judge_recall_not_finite)
+{
+    double mass[] = {NAN, NAN, 0.25, 0.75};
+    uint8_t bits[] = {1, 0, 0, 1};
+    const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_U8, 2, {2, 2}, bits};
+    const recall half = judge_recall(&paid, &keep, 4, 2);
+    cr_expect(half.share == 0.75 && half.not_finite == 2, "%g, %d", half.share, (int)half.not_finite);
+    mass[2] = mass[3] = NAN;
+    const recall none = judge_recall(&paid, &keep, 4, 2);
+    cr_expect(isnan(none.share) && none.not_finite == 4, "%g, %d", none.share, (int)none.not_finite);
+}
+
+Test(formats, judge_two_masks)
+{
+    uint8_t got_bits[] = {1, 0, 0, 2, 1, 1}, want_bits[] = {1, 1, 0, 1, 0, 0};
+    const array got = {ARRAY_U8, 4, {1, 1, 2, 3}, got_bits}, want = {ARRAY_BOOL, 4, {1, 1, 2, 3}, want_bits};
+    const mask_difference d = judge_masks(&got, &want);
+    cr_expect(d.missing == 1 && d.extra == 2 && d.first_missing == 1 && d.first_extra == 4);
+    json_t *const json = judge_json(&got, &d);
+    char *const text = json_dumps(json, JSON_COMPACT);
+    cr_expect_str_eq(text, "{\"missing\":1,\"extra\":2,\"first_missing\":[0,0,0,1],\"first_extra\":[0,0,1,1]}");
+    free(text);
+    json_decref(json);
+    const mask_difference same = judge_masks(&got, &got);
+    cr_expect(same.missing == 0 && same.extra == 0 && same.first_missing == -1 && same.first_extra == -1);
 }

@@ -556,6 +556,10 @@ def test_map():
     check((np.diff(light[seen][order]) <= 0).all() and
           (light[~seen] == sum((0xD9, 0xDB, 0xE2))).all(),
           "more attention is darker", light, mass)
+    odd = q.copy()
+    odd[0, 200, 3] = np.nan
+    got, out, err = sparge("map", save("odd.npy", odd), "k.npy", "-o", "map.png")
+    check(got == FINE and out == "" and "8 of 32 blocks" in err and err.count("\n") == 1, "map: how many are NaN", err)
     wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "m.png", "--map-out", "q.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/m.png", "--map-out", "mass2.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "m.png", "--map-out", "nowhere/mass.npy")

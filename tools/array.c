@@ -138,6 +138,15 @@ void array_free(array *from)
     *from = (array){0};
 }
 
+array array_part(const array *from, int axes, int64_t n)
+{
+    array part = {.type = from->type, .rank = axes};
+    for (int d = 0; d < axes; d++)
+        part.shape[d] = from->shape[from->rank - axes + d];
+    part.data = (char *)from->data + n * array_count(&part) * (int64_t)array_type_size(from->type);
+    return part;
+}
+
 float f16_to_f32(uint16_t half) { return sparge_f16_to_f32(half); }
 float bf16_to_f32(uint16_t half) { return sparge_bf16_to_f32(half); }
 

@@ -61,6 +61,9 @@ bool array_bytes(array_type type, int rank, const int64_t *shape, size_t *bytes)
 bool array_alloc(array_type type, int rank, const int64_t *shape, array *out, file_error *error);
 void array_free(array *from); /* NULL and an empty array are fine */
 
+/* The n-th of the arrays that the last axes make, such as a head's matrix with 2 of 4: a view, not to be freed. */
+array array_part(const array *from, int axes, int64_t n);
+
 /* In place: exact from f16, bf16 and small integers, rounded to nearest (and to infinity) from the
  * others. After failure the array is as it was. */
 bool array_to_f32(array *from, file_error *error);

@@ -7,6 +7,7 @@
 #include "tools/device.h"
 #include "tools/dump.h"
 #include "tools/inputs.h"
+#include "tools/judge.h"
 #include "tools/npy.h"
 #include "tools/picture.h"
 #include "tools/progress.h"
@@ -150,9 +151,9 @@ static exit_code describe(map *m, file_error *error)
     const sparge_options *const o = &m->options;
     const int64_t blocks = m->picture.rows * m->picture.columns;
     double sum = 0.0;
+    int64_t not_finite = 0;
     for (int64_t n = 0; n < m->picture.heads; n++) {
         sparge_counts *const c = &m->counts[n];
-        double kept = 0.0, all = 0.0;
         for (int64_t at = n * blocks; at < (n + 1) * blocks; at++) {
             const int64_t i = at / m->picture.columns % m->picture.rows;
             const int64_t j = at % m->picture.columns;
@@ -166,18 +167,24 @@ static exit_code describe(map *m, file_error *error)
             }
             if (!keep)
                 *done = seen ? PICTURE_SKIPPED : PICTURE_UNSEEN;
-            all += ((double *)m->mass.data)[at];
-            kept += keep ? ((double *)m->mass.data)[at] : 0.0;
         }
+        const array mass = array_part(&m->mass, 2, n), kept = array_part(&m->keep, 2, n);
+        const recall r = judge_recall(&mass, &kept, p->q_len, o->block_q);
+        not_finite += r.not_finite;
         sum += sparge_sparsity(c);
         char batch[32] = "";
         if (p->batch > 1)
             snprintf(batch, sizeof batch, "batch %lld, ", (long long)(n / p->heads));
-        snprintf(m->titles[n], HEAD_TITLE,
-                 "%shead %lld: sparsity %.3f, keeps %.1f %% of the attention", batch,
-                 (long long)(n % p->heads), sparge_sparsity(c),
-                 all > 0.0 ? 100.0 * kept / all : 100.0);
+        char keeps[48] = "its attention is not a number";
+        if (!isnan(r.share))
+            snprintf(keeps, sizeof keeps, "keeps %.1f %% of the attention", 100.0 * r.share);
+        snprintf(m->titles[n], HEAD_TITLE, "%shead %lld: sparsity %.3f, %s", batch,
+                 (long long)(n % p->heads), sparge_sparsity(c), keeps);
     }
+    if (not_finite)
+        fprintf(stderr, "sparge: %lld of %lld blocks have attention that is not a number: q or k is not finite "
+                "there; what is kept is measured over the others\n", (long long)not_finite,
+                (long long)(blocks * m->picture.heads));
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
              (long long)p->k_len, m->picture.heads ? sum / (double)m->picture.heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};
