@@ -82,7 +82,8 @@ EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
 KEYS = ("backend isa threads rung pv workspace_bytes batch heads kv_heads q_len k_len dim dim_v "
         "block_q block_k pairs sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict "
         "seconds_quantize seconds_attend seconds_total tops tops_executed").split()
-CHECK_KEYS = "l1 worst_row_l1 cosine rmse mask_worst_row_l1".split()
+COUNTS = "nan_got nan_want inf_got inf_want nonfinite_apart".split()
+CHECK_KEYS = ["l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1", *COUNTS, "mask_nonfinite_apart"]
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
 
 
@@ -352,8 +353,8 @@ def test_check():
     check(x["mask_worst_row_l1"] < x["worst_row_l1"] and x["l1"] < x["worst_row_l1"], "sparse", x)
     q[0, 0, 5, 0] = np.nan
     save("q.npy", q)
-    x = fine("run", *qkv, "--check", "-o", "o.npy", *EXACT)
-    check(np.isnan(np.load("o.npy")[0, 0, 5]).all() and x["worst_row_l1"] < 1e-5, "NaN of both", x)
+    x = fine("run", *qkv, "--check", "-o", "o.npy", *EXACT, says=[f"{DV} NaN", f"{DV} and 0", "alike"])
+    check(np.isnan(np.load("o.npy")[0, 0, 5]).all() and 0 < x["worst_row_l1"] < 1e-5, "NaN of both", x)
     save("e.npy", np.zeros((2, 0, 8), np.float32))
     save("ev.npy", np.zeros((2, 0, 3), np.float32))
     save("eq.npy", np.ones((2, 5, 8), np.float32))
@@ -361,7 +362,7 @@ def test_check():
     check(x["sparsity"] == 0 and x["l1"] == 0 and x["tops"] == 0, "no keys", x)
     check(np.load("o.npy").shape == (2, 5, 3) and not np.load("o.npy").any(), "no keys: 0")
     x = fine("run", *[save(f"{n}.npy", x.transpose(0, 2, 1, 3)) for n, x in zip("qkv", (q, k, v))],
-             "--check", "--layout", "nhd", *EXACT)
+             "--check", "--layout", "nhd", *EXACT, says=["alike"])
     check(x["worst_row_l1"] < 1e-5, "check of [B,N,H,D]", x)
     save("e0.npy", np.zeros((0, 2, 5, 8), np.float16))
     x = fine("run", "e0.npy", "e0.npy", "e0.npy", "-o", "o.npy", "--check", "--dump", "d",
@@ -369,6 +370,34 @@ def test_check():
     check(np.load("o.npy").shape == (0, 2, 5, 8) and x["sparsity_per_head"] == [], "no batch", x)
     x = fine("run", "e.npy", "eq.npy", "eq.npy", "-o", "o.npy", "--check")
     check(np.load("o.npy").shape == (2, 0, 8), "no queries")
+
+
+def test_check_not_finite():
+    """What is not finite is counted and said, and never taken for an error of 0."""
+    q, k, v, qkv = files()
+    rest = q.copy()
+    q[:, :, 150:] = np.nan
+    save("q.npy", q)
+    half = fine("run", *qkv, "--check", *EXACT, says=["alike"])
+    some = B * HQ * 150 * DV
+    check(half["nan_got"] == half["nan_want"] == some and half["nonfinite_apart"] == 0, "as many in both", half)
+    save("rest.npy", rest[:, :, :150])
+    without = fine("run", "rest.npy", *qkv[1:], "--check", *EXACT)
+    check(all(half[n] == without[n] for n in ("l1", "worst_row_l1", "cosine")), "as without these rows", half, without)
+    save("q.npy", np.full_like(q, np.nan))
+    x = fine("run", *qkv, "--check", says=[f"{2 * some} NaN", "other 0"])
+    check(x["nan_got"] == x["nan_want"] == 2 * some and
+          all(x[n] is None for n in ("l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1")),
+          "of nothing finite there is no error", x)
+    save("q.npy", rest)
+    v[0, 0, 70, 3] = np.inf
+    save("v.npy", v)
+    mask = np.ones((B, HQ, 3, 6), bool)
+    mask[:, :, :, 1] = False  # where that key is
+    x = fine("run", *qkv, "--mask", save("m.npy", mask), "--check", *EXACT[1:], says=["are apart"])
+    check(x["nan_got"] == x["inf_got"] == 0 and x["nan_want"] + x["inf_want"] == x["nonfinite_apart"] == 2 * NQ and
+          x["l1"] is None and x["worst_row_l1"] is None, "apart: no error", x)
+    check(x["mask_nonfinite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5, "but not over the mask", x)
 
 
 def test_dump_and_diff():
@@ -484,6 +513,18 @@ def test_diff():
           "infinite in both, rows of 0")
     save("b.npy", np.array([[0, 0], [-np.inf, 1]], np.float64))
     fine("diff", "a.npy", "b.npy", "--max-l1", 9, code=DIFFERENT)
+    save("b.npy", np.array([[0, 0], [7, 1]], np.float64))
+    x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
+    check(x["inf_got"] == x["nonfinite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
+          x["first_nonfinite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number", x)
+    fine("diff", "b.npy", "a.npy", code=DIFFERENT)
+    fine("diff", "a.npy", "b.npy", "--max-l1", "inf", code=DIFFERENT)
+    save("b.npy", np.array([[0, 0], [np.nan, 1]], np.float64))
+    x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
+    check(x["nonfinite_apart"] == 1 and x["first_nan_apart"] == [1, 0], "inf and NaN", x)
+    save("a.npy", np.full((2, 2), np.nan))
+    x = fine("diff", "a.npy", "a.npy", "--max-l1", 0)
+    check(x["l1"] is None and x["worst_row"] is None and x["nan_got"] == 4, "nothing finite: no error", x)
     save("a.npy", np.array([[0, 1e-9], [1, 1]], np.float64))
     save("b.npy", np.array([[0, 0], [1, 1]], np.float16))
     x = fine("diff", "a.npy", "b.npy", "--max-worst", 1e9, code=DIFFERENT)
@@ -493,6 +534,26 @@ def test_diff():
     check(fine("diff", "a.npy", "a.npy")["worst_row"] == [], "integers, one axis")
     wrong(FILE, ["a.npy", "b.npy", "(4,)", "(2, 2)"], "diff", "a.npy", "b.npy")
     wrong(FILE, "nowhere.npy", "diff", "a.npy", "nowhere.npy")
+
+
+def test_diff_masks():
+    """Of masks the blocks that are missing and extra, and they must be equal unless a bound says otherwise."""
+    want = np.random.default_rng(6).random((2, 3, 4, 5)) < 0.5
+    got = want.copy()
+    want[0, 1, 2, 3], want[1, 2, 3, 4] = True, True
+    got[0, 1, 2, 3], got[1, 2, 3, 4] = False, False
+    want[1, 0, 0, 2], got[1, 0, 0, 2] = False, True
+    for kinds in (bool, bool), (np.uint8, np.uint8), (bool, np.uint8):
+        a, b = (save(f"{n}.npy", x.astype(kind)) for n, x, kind in zip("ab", (got, want), kinds))
+        x = fine("diff", a, b, code=DIFFERENT)
+        check((x["missing"], x["extra"], x["ok"]) == (2, 1, False), "how many blocks", x)
+        check(x["first_missing"] == [0, 1, 2, 3] and x["first_extra"] == [1, 0, 0, 2], "where the first ones are", x)
+        x = fine("diff", a, a)
+        check(x["missing"] == x["extra"] == 0 and x["first_missing"] is x["first_extra"] is None and x["ok"], "equal", x)
+        fine("diff", a, b, "--max-l1", 1)
+        fine("diff", a, b, "--max-l1", 0.001, code=DIFFERENT)
+    x = fine("diff", save("a.npy", got.astype(np.uint8) * 7), "b.npy")
+    check("missing" not in x and x["ok"], "numbers, not a mask", x)
 
 
 def pixels(name):

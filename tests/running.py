@@ -28,10 +28,12 @@ def commands_of(program, called):
                               timeout=600, **how)
         return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode(errors="replace")
 
-    def fine(*args, code=FINE, **how):
-        """Runs what must work; its one JSON object."""
+    def fine(*args, code=FINE, says=(), **how):
+        """Runs what must work; its one JSON object. What it says beside that is nothing, or a line with these words."""
         got, out, err = run(*args, **how)
-        check(got == code and err == "", f"{args}: exit {code}, silent", got, err)
+        check(got == code, f"{args}: exit {code}", got, err)
+        check(err.startswith(f"{called}: ") and err.count("\n") == 1 and all(w in err for w in says) if says else
+              err == "", f"{args}: says {says or 'nothing'}", repr(err))
         try:
             check(out.endswith("}\n") and out.count("\n") == 1, f"{args}: one line", out[-60:])
             return json.loads(out)

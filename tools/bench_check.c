@@ -4,6 +4,7 @@
  * by the same kernel with the same precision, kind of mask, instruction set and threads; and one query
  * block of the whole. All of the whole is compared with the f32 kernel over the same mask, which sees what
  * the two do not share. */
+#include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -201,11 +202,13 @@ static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file
     return library_result(status, &why, error);
 }
 
-/* NaN is below no bound, and NaN on both sides is no agreement here. lambda decides for 64 rows at a time:
+static int64_t nonfinite(const comparison *c) { return c->nan_got + c->inf_got; }
+
+/* What is not finite on both sides is no agreement here. lambda decides for 64 rows at a time:
  * a decision within rounding moves single rows. Of few channels |o| may happen to be next to nothing. */
 static bool near(const comparison *c, const allowed *most, bool rows)
 {
-    return c->nan_got == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
+    return nonfinite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
 }
 
 exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error)
@@ -227,12 +230,12 @@ exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error 
     const bool sample_near = near(&sample, &coding, rows);
     const bool oracle_near = sample_near && near(&block, &coding, rows);
     const comparison *const worst = sample_near ? &block : &sample;
-    const bool numbers = sample.nan_got + block.nan_got + whole.nan_got == 0;
-    c->wrong = !(numbers && oracle_near && whole.l1 <= rounding);
+    const int64_t wrong = nonfinite(&whole) ? nonfinite(&whole) : nonfinite(&sample);
+    c->wrong = !(wrong == 0 && oracle_near && whole.l1 <= rounding);
     char name[64];
     bench_case_name(g, c, name);
-    if (!numbers)
-        snprintf(text, 256, "%s gives NaN, so it is not timed", name);
+    if (wrong)
+        snprintf(text, 256, "%s gives %" PRId64 " elements that are NaN or infinite, so it is not timed", name, wrong);
     else if (!oracle_near)
         snprintf(text, 256, "%s is %.2g (worst row %.2g) from the oracle, allowed are %.2g (%.2g); it is "
                  "not timed", name, worst->l1, worst->worst_row_l1, coding.mean, coding.row);

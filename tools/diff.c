@@ -6,6 +6,7 @@
 
 #include "tools/compare.h"
 #include "tools/dump.h"
+#include "tools/judge.h"
 #include "tools/npy.h"
 #include "tools/options.h"
 
@@ -48,7 +49,8 @@ static const struct argp diff_argp = {
     .parser = diff_parser,
     .args_doc = "GOT.npy WANT.npy\nGOT_DUMP WANT_DUMP",
     .doc = "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
-           "one of the two is NaN, and where two dumps differ.",
+           "one of the two is NaN or infinite, and where two dumps differ. Of two masks (bool, or uint8 of "
+           "four axes, 0 and 1) the blocks that are missing and extra too; without a bound they must be equal.",
 };
 
 /* ---- Reading --------------------------------------------------------------------------- */
@@ -80,25 +82,30 @@ static exit_code read_pair(const char *const path[2], array pair[2], file_error 
 
 /* ---- Two arrays ------------------------------------------------------------------------ */
 
+/* Bytes that say of blocks whether they are kept. */
+static bool is_mask(const array *x)
+{
+    bool bits = x->type == ARRAY_U8 && x->rank == 4;
+    for (int64_t at = 0; bits && at < array_count(x); at++)
+        bits = ((const uint8_t *)x->data)[at] <= 1;
+    return bits || x->type == ARRAY_BOOL;
+}
+
 static exit_code diff_files(const diff_args *a, file_error *error)
 {
     array pair[2] = {{0}};
     exit_code code = read_pair(a->file, pair, error);
     if (!code) {
         const comparison c = compare(&pair[0], &pair[1]);
-        const bool ok = c.first_nan_apart < 0 && (isnan(a->max_l1) || c.l1 <= a->max_l1) &&
-                        (isnan(a->max_worst) || c.worst_row_l1 <= a->max_worst);
-        code = print_json(
-            json_pack("{s:o, s:o, s:o, s:o, s:o, s:I, s:I, s:o, s:o, s:o, s:b}",
-                      "l1", json_number(c.l1), "worst_row_l1", json_number(c.worst_row_l1),
-                      "worst_row", compare_place(&pair[0], c.worst_row, true),
-                      "cosine", json_number(c.cosine), "rmse", json_number(c.rmse),
-                      "nan_got", (json_int_t)c.nan_got, "nan_want", (json_int_t)c.nan_want,
-                      "first_nan_got", compare_place(&pair[0], c.first_nan_got, false),
-                      "first_nan_want", compare_place(&pair[0], c.first_nan_want, false),
-                      "first_nan_apart", compare_place(&pair[0], c.first_nan_apart, false),
-                      "ok", ok),
-            error);
+        const bool bounded = !isnan(a->max_l1) || !isnan(a->max_worst);
+        bool ok = compare_within(&c, c.l1, a->max_l1) && compare_within(&c, c.worst_row_l1, a->max_worst);
+        json_t *json = compare_json(&c, &pair[0]);
+        if (is_mask(&pair[0]) && is_mask(&pair[1])) {
+            const mask_difference d = judge_masks(&pair[0], &pair[1]);
+            ok = ok && (bounded || d.missing + d.extra == 0);
+            json = json_joined(json, judge_json(&pair[0], &d));
+        }
+        code = print_json(json_joined(json, json_pack("{s:b}", "ok", ok)), error);
         code = code || ok ? code : EXIT_DIFFERENT;
     }
     array_free(&pair[0]);

@@ -71,6 +71,16 @@ json_t *json_rounded(double x, int digits)
     return json_real(strtod(text, NULL));
 }
 
+json_t *json_joined(json_t *to, json_t *more)
+{
+    const bool ok = to && more && json_object_update(to, more) == 0;
+    json_decref(more);
+    if (ok)
+        return to;
+    json_decref(to);
+    return NULL;
+}
+
 bool json_write_lines(FILE *to, const char *path, const json_t *object, file_error *error)
 {
     enum { STYLE = JSON_REAL_PRECISION(9) | JSON_ENCODE_ANY };

@@ -57,6 +57,9 @@ exit_code library_result(sparge_status status, const sparge_error *why, file_err
 json_t *json_number(double x);              /* null where JSON has no word for it */
 json_t *json_rounded(double x, int digits); /* the same in so many digits */
 
+/* `to` with the keys of `more` after its own; both are taken. NULL, as they may be: no memory. */
+json_t *json_joined(json_t *to, json_t *more);
+
 /* Prints one line of JSON, and makes sure that it arrived. Frees the object; NULL is an object for
  * which there was no memory. */
 exit_code print_json(json_t *object, file_error *error);

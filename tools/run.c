@@ -257,7 +257,7 @@ static exit_code report(run *r, file_error *error)
     json_t *const per_head = json_array();
     for (int64_t h = 0; h < p->batch * p->heads; h++)
         json_array_append_new(per_head, json_number(sparge_sparsity(&x->head_counts[h])));
-    json_t *const json = json_pack(
+    json_t *json = json_pack(
         "{s:s, s:s, s:i, s:i, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o,"
         " s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "backend", sparge_backend_string(x->backend), "isa", sparge_isa_string(x->isa),
@@ -275,12 +275,17 @@ static exit_code report(run *r, file_error *error)
         "seconds_attend", json_number(x->seconds_attend), "seconds_total", json_number(r->seconds),
         "tops", json_number(2.0 * (dim + dim_v) * (double)c->tokens / tera), "tops_executed",
         json_number(2.0 * (dim * (double)c->qk_tokens + dim_v * (double)c->pv_tokens) / tera));
-    if (json && r->args.check) {
-        json_object_set_new(json, "l1", json_number(r->real.l1));
-        json_object_set_new(json, "worst_row_l1", json_number(r->real.worst_row_l1));
-        json_object_set_new(json, "cosine", json_number(r->real.cosine));
-        json_object_set_new(json, "rmse", json_number(r->real.rmse));
-        json_object_set_new(json, "mask_worst_row_l1", json_number(r->masked.worst_row_l1));
+    if (r->args.check) {
+        const comparison *const real = &r->real;
+        json_t *const errors = json_pack(
+            "{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(real->l1), "worst_row_l1", json_number(real->worst_row_l1),
+            "cosine", json_number(real->cosine), "rmse", json_number(real->rmse), "mask_worst_row_l1",
+            json_number(r->masked.worst_row_l1));
+        json_t *const masked = json_pack("{s:I}", "mask_nonfinite_apart", (json_int_t)r->masked.nonfinite_apart);
+        json = json_joined(json_joined(json_joined(json, errors), compare_counts(real)), masked);
+        compare_warn(real, "o", "dense attention");
+        if (r->masked.nonfinite_apart)
+            compare_warn(&r->masked, "o", "attention over the mask");
     }
     return print_json(json, error);
 }
