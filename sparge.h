@@ -301,8 +301,9 @@ typedef struct sparge_tune_options {
 /* Of whole calls of sparge_attention over some inputs. */
 typedef struct sparge_tune_errors {
     int64_t inputs;
-    double mean, worst; /* relative L1; NaN over no inputs */
+    double mean, worst; /* relative L1; NaN over no inputs, infinite where o is not finite */
     double sparsity;    /* mean */
+    int64_t nan, inf;   /* elements of o that are */
 } sparge_tune_errors;
 
 /* What was done about an error above l2, on inputs that were tuned on or held out: lambda was lowered, down to
@@ -317,6 +318,7 @@ typedef enum sparge_back_off {
 typedef struct sparge_tuned {
     bool done;          /* where it is set on entry the head is left alone */
     bool finite;        /* no: q, k, v or dense attention is not finite in some input, and nothing was tried */
+    int64_t nonfinite;  /* elements of them that are not */
     bool dense;         /* theta -1, tau 1, lambda -inf: nothing sparser held, or nothing was tried */
     sparge_knobs knobs;
     sparge_back_off back_off;

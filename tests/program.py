@@ -863,13 +863,13 @@ def test_bench_usage():
 # ---- Tuning ----------------------------------------------------------------------------------
 
 TUNE = ["--block-q", 32, "--block-k", 16]
-TUNE_KEYS = ("params heads dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
+TUNE_KEYS = ("params heads nonfinite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
              "held_out_within_l2_first held_out_within_l2 equivalents seconds").split()
 HEADER_KEYS = ("sparge_params version model qk pv block_q block_k skip_rows causal smooth_k sink scale by "
                "bound l1 l2 sparsity inputs heads").split()
 HEAD_KEYS = ("layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
              "equivalents seconds").split()
-ERROR_KEYS = "inputs l1 worst_l1 sparsity".split()
+ERROR_KEYS = "inputs l1 worst_l1 sparsity nan_got inf_got".split()
 
 
 def qkv_of(seed, heads=2, kv_heads=1, n=256, nk=None, d=16, batch=1):
@@ -1228,16 +1228,34 @@ def test_tune_not_finite():
     tune(*(f"c{n}.safetensors" for n in seeds))
     want = lines()
     code, out, err = sparge("tune", *names, "-o", "n.json", *TUNE)
-    check(code == FINE and json.loads(out)["dense"] == 2, "exit 0", code, out)
+    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["nonfinite"] == 2, "exit 0", code, out)
+    dim = x["v"].shape[3]
+    bad = {1: (x["v"].shape[2] - 77) * dim, 2: 1}
     check(sorted(err.splitlines()) ==
-          [f"sparge: layer 0 head {h}: a capture, or attention over it, is not finite; "
-                                       "left dense" for h in (1, 2)], "two warnings", err)
+          [f"sparge: layer 0 head {h}: {n} elements of its captures, or of attention over them, are not finite; "
+           "left dense" for h, n in bad.items()], "two warnings", err)
     got = lines("n.json")
     check(timeless(got[0]) == timeless(want[0]), "the others as without it", got[0], want[0])
     for h in json.loads(read("n.json"))["heads"][1:]:
         check(h["dense"] is True and h["finite"] is False and h["theta"] == -1 and h["tau"] == 1 and
               h["lambda"] is None and h["held_out"] is None, "left dense", h)
     fine("run", names[0], "--params", "n.json", *TUNE)
+
+
+def test_tune_overflow():
+    """What is finite in f32 and not as P.V of f16 has no error, and is not taken for one of 0."""
+    x = dict(zip("qkv", qkv_of(3, heads=2, kv_heads=2)))
+    x["v"][0, 1] *= 1e6
+    file = save_safetensors("x.safetensors", **{key: ("F32", t) for key, t in x.items()})
+    sizes = x["v"].shape[2] * x["v"].shape[3]
+    got = fine("tune", file, "-o", "p.json", *TUNE, "--backend", "ref", "--pv", "f16",
+               says=["layer 0 head 1", f"{sizes} ", "not known"])
+    check(got["worst_l1"] is None and got["nonfinite"] == 0 and got["heads"] == 2, "no worst error", got)
+    fits, odd = json.loads(read("p.json"))["heads"]
+    check(odd["dense"] is True and odd["in_sample"]["worst_l1"] is None and
+          odd["in_sample"]["nan_got"] + odd["in_sample"]["inf_got"] == sizes, "counted, and left dense", odd)
+    check(fits["in_sample"]["worst_l1"] < 0.08 and fits["in_sample"]["nan_got"] == fits["in_sample"]["inf_got"] == 0,
+          "the other head", fits)
 
 
 def wrong_bytes(code, words, *args):

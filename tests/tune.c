@@ -216,7 +216,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
     const sparge_options o = resolved(x);
     const tune_watch watch = {goes_on, NULL};
     check(tune_input_open(&input, &x->p, b, h, &o, &error) == SPARGE_OK, "%s", error.text);
-    check(input.finite, "a finite input is not");
+    check(input.nonfinite == 0, "a finite input is not");
     tune_point *point = check_alloc(TUNE_THETAS * TUNE_SHARES * sizeof *point);
     check(tune_mask_curve(&input, topk, point, &watch, &error) == SPARGE_OK, "%s", error.text);
     tally(point, s);
@@ -236,7 +236,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
         same_error(place, tune_relative(&input, p->error), relative_l1(&a, &want, b, h), &s->far);
         s->places++;
         answer_free(&a);
-        double l1, sparsity;
+        tune_call call;
         sparge_knobs knobs = knobs_at(theta, share, LAST_LAMBDA, topk);
         tune_point by_lambda[TUNE_LAMBDAS];
         double mask_kept;
@@ -258,10 +258,11 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
                   a.head[at].pv_done);
             const double l1_whole = relative_l1(&a, &want, b, h);
             same_error(place, tune_relative(&input, by_lambda[lambda].error), l1_whole, &s->lambda_far);
-            check(tune_evaluate(&input, &knobs, &l1, &sparsity, &error) == SPARGE_OK, "%s", error.text);
-            check(fabs(l1 - l1_whole) <= 1e-12 + 1e-9 * l1_whole, "%s: evaluated as %.12g, is %.12g", place,
-                  l1, l1_whole);
-            check_equal(sparsity, sparge_sparsity(&a.head[at]));
+            check(tune_evaluate(&input, &knobs, &call, &error) == SPARGE_OK, "%s", error.text);
+            check(fabs(call.l1 - l1_whole) <= 1e-12 + 1e-9 * l1_whole, "%s: evaluated as %.12g, is %.12g", place,
+                  call.l1, l1_whole);
+            check_equal(call.nan + call.inf, 0);
+            check_equal(call.sparsity, sparge_sparsity(&a.head[at]));
             s->places++;
             answer_free(&a);
         }
@@ -532,7 +533,7 @@ static sparge_tuned tuned(const bench *b, const sparge_tune_options *how)
 /* Errors over inputs, by whole calls. */
 static sparge_tune_errors errors_of(const bench *b, const bool *in, const sparge_knobs *knobs)
 {
-    sparge_tune_errors e = {0, 0.0, 0.0, 0.0};
+    sparge_tune_errors e = {0};
     for (int64_t n = 0; n < b->count; n++)
         if (in[n]) {
             const worth w = worth_of(b, n, 0, knobs[n]);
@@ -761,7 +762,7 @@ Test(tune, each_input_is_left_out_in_turn)
         check_equal(t.in_sample.inputs, count);
         check_equal(t.held_out.inputs, count);
         check_equal(t.held_out_first.inputs, count);
-        sparge_tune_errors want = {count, 0.0, 0.0, 0.0};
+        sparge_tune_errors want = {.inputs = count};
         for (int64_t n = 0; n < count; n++) {
             bench other = bench_without(&b, n);
             const sparge_tuned without = tuned(&other, &one);

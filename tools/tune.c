@@ -358,8 +358,9 @@ static json_t *errors_json(const sparge_tune_errors *e)
 {
     if (e->inputs == 0)
         return json_null();
-    return json_pack("{s:I, s:o, s:o, s:o}", "inputs", (json_int_t)e->inputs, "l1", json_rounded(e->mean, 6),
-                     "worst_l1", json_rounded(e->worst, 6), "sparsity", json_rounded(e->sparsity, 6));
+    return json_pack("{s:I, s:o, s:o, s:o, s:I, s:I}", "inputs", (json_int_t)e->inputs, "l1",
+                     json_rounded(e->mean, 6), "worst_l1", json_rounded(e->worst, 6), "sparsity",
+                     json_rounded(e->sparsity, 6), "nan_got", (json_int_t)e->nan, "inf_got", (json_int_t)e->inf);
 }
 
 static void finished(void *user, int64_t h)
@@ -381,8 +382,13 @@ static void finished(void *user, int64_t h)
     else if (!t->code)
         t->code = save(t);
     if (!head->finite)
-        fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": a capture, or attention over it, is not "
-                "finite; left dense\n", c->layer, capture_head(c, h));
+        fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64 " elements of its captures, or of "
+                "attention over them, are not finite; left dense\n", c->layer, capture_head(c, h), head->nonfinite);
+    const sparge_tune_errors *const in = &head->in_sample, *const out = &head->held_out;
+    if (in->nan + in->inf + out->nan + out->inf)
+        fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": o has %" PRId64 " NaN and %" PRId64 " infinite "
+                "elements under its thresholds; its error is not known\n", c->layer, capture_head(c, h),
+                in->nan + out->nan, in->inf + out->inf);
 }
 
 /* ---- One unit ---- */
@@ -487,6 +493,9 @@ static double number(const json_t *line, const char *object, const char *key)
     return json_is_number(x) ? json_number_value(x) : NAN;
 }
 
+/* NaN is larger than all. */
+static double larger(double a, double b) { return isnan(a) || a > b ? a : b; }
+
 static exit_code report(const tune *t)
 {
     const json_t *const heads = json_object_get(t->header, "heads");
@@ -495,31 +504,33 @@ static exit_code report(const tune *t)
     double sum[3] = {0}; /* sparsity, held-out sparsity, equivalents */
     double worst[2] = {0};
     const char *const bound = t->args.how.mean ? "l1" : "worst_l1";
-    int64_t dense = 0, backed = 0, judged = 0, first = 0, last = 0;
+    int64_t finite = 0, dense = 0, backed = 0, judged = 0, first = 0, last = 0;
     for (size_t n = 0; n < count; n++) {
         const json_t *const line = json_array_get(heads, n);
         const char *const back = json_string_value(json_object_get(line, "back_off"));
         dense += json_is_true(json_object_get(line, "dense"));
         backed += back && strcmp(back, "none") != 0;
         if (json_is_true(json_object_get(line, "finite"))) {
+            finite++;
             sum[0] += number(line, "in_sample", "sparsity");
-            worst[0] = fmax(worst[0], number(line, "in_sample", "worst_l1"));
+            worst[0] = larger(worst[0], number(line, "in_sample", "worst_l1"));
         }
         sum[2] += number(line, NULL, "equivalents");
         if (!json_is_object(json_object_get(line, "held_out")))
             continue;
         judged++;
         sum[1] += number(line, "held_out", "sparsity");
-        worst[1] = fmax(worst[1], number(line, "held_out", "worst_l1"));
+        worst[1] = larger(worst[1], number(line, "held_out", "worst_l1"));
         first += number(line, "held_out_first", bound) <= l2;
         last += number(line, "held_out", bound) <= l2;
     }
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;
     return print_json(
-        json_pack("{s:s, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
-                  t->args.attention.output, "heads", (json_int_t)count, "dense", (json_int_t)dense, "backed_off",
+        json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
+                  t->args.attention.output, "heads", (json_int_t)count, "nonfinite",
+                  (json_int_t)((int64_t)count - finite), "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
-                  json_rounded(worst[0], 6), "judged", (json_int_t)judged, "held_out_sparsity",
+                  finite ? json_rounded(worst[0], 6) : json_null(), "judged", (json_int_t)judged, "held_out_sparsity",
                   json_rounded(sum[1] / out, 6), "held_out_worst_l1", judged ? json_rounded(worst[1], 6) : json_null(),
                   "held_out_within_l2_first", (json_int_t)first, "held_out_within_l2", (json_int_t)last,
                   "equivalents", json_rounded(sum[2] / all, 4), "seconds",

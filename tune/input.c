@@ -40,9 +40,9 @@ static sparge_in packed(const tune_array *x, int64_t dim)
     return (sparge_in){ .data = tune_there(x), .dtype = SPARGE_F32, .token = dim };
 }
 
-/* Tokens of one head in f32, and `pad` rows of 0; *finite is cleared where some element is not. */
+/* Tokens of one head in f32, and `pad` rows of 0; counts elements that are not finite. */
 static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int64_t head, int64_t tokens,
-                          int64_t dim, int64_t pad, bool device, bool *finite, sparge_error *error)
+                          int64_t dim, int64_t pad, bool device, int64_t *nonfinite, sparge_error *error)
 {
     sparge_status status =
         tune_array_make(x, (tokens + pad) * dim * (int64_t)sizeof(float), device, error);
@@ -54,7 +54,7 @@ static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int
             from.data = (const char *)in->data + c * (in->dtype == SPARGE_F32 ? 4 : 2);
             sparge_ref_load(&from, batch, head, t, 1, n, NULL, (float *)x->host + t * dim + c, bad);
             for (int64_t e = 0; e < n; e++)
-                *finite &= !bad[e];
+                *nonfinite += bad[e];
         }
     return status ? status : tune_array_push(x, error);
 }
@@ -143,7 +143,7 @@ static sparge_status attend_dense(tune_input *x, sparge_error *error)
     }
     tune_array_free(&out);
     for (int64_t n = 0; n < x->g.q_len * x->problem.dim_v && !status; n++) {
-        x->finite &= sparge_finite(x->want[n]);
+        x->nonfinite += !sparge_finite(x->want[n]);
         x->want_sum += (double)fabsf(x->want[n]);
     }
     return status;
@@ -157,18 +157,17 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
     *x = (tune_input){
         .o = o,
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
-        .finite = true,
     };
     tune_array mean = { 0 };
     sparge_status status =
-        load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device, &x->finite, error);
+        load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device, &x->nonfinite, error);
     if (!status)
-        status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->finite, error);
+        status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->nonfinite, error);
     if (!status)
-        status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->finite, error);
+        status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->nonfinite, error);
     x->problem = (sparge_problem){ 1, 1, 1, p->q_len, p->k_len, p->dim, p->dim_v, packed(&x->q, p->dim),
                                    packed(&x->k, p->dim), packed(&x->v, p->dim_v) };
-    if (!status && x->finite) {
+    if (!status && x->nonfinite == 0) {
         status = tune_array_make(&mean, p->dim * (int64_t)sizeof(float), device, error);
         if (!status)
             status = predict(x, &mean, error);
@@ -203,8 +202,7 @@ double tune_relative(const tune_input *x, double error)
     return error == 0.0 ? 0.0 : error > 0.0 ? error / x->want_sum : (double)INFINITY;
 }
 
-sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, double *l1, double *sparsity,
-                            sparge_error *error)
+sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to, sparge_error *error)
 {
     sparge_options o = *x->o;
     o.knobs = *knobs;
@@ -212,10 +210,14 @@ sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, double *l1
     sparge_counts counts;
     const sparge_status status = attend(x, &o, false, &out, &counts, error);
     double error_sum = 0.0;
-    for (int64_t n = 0; n < x->g.q_len * x->problem.dim_v && !status; n++)
-        error_sum += fabs((double)((const float *)out.host)[n] - (double)x->want[n]);
-    *l1 = tune_relative(x, error_sum);
-    *sparsity = sparge_sparsity(&counts);
+    *to = (tune_call){ .sparsity = sparge_sparsity(&counts) };
+    for (int64_t n = 0; n < x->g.q_len * x->problem.dim_v && !status; n++) {
+        const float got = ((const float *)out.host)[n];
+        to->nan += isnan(got) != 0;
+        to->inf += isinf(got) != 0;
+        error_sum += fabs((double)got - (double)x->want[n]);
+    }
+    to->l1 = tune_relative(x, error_sum);
     tune_array_free(&out);
     return status;
 }

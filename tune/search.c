@@ -194,17 +194,19 @@ static void choose_lambda(head *h, fold *f)
 
 static void judge(head *h, const sparge_knobs *knobs, int64_t n, sparge_tune_errors *e)
 {
-    double l1, sparsity;
+    tune_call call;
     if (!goes_on(h) || !tick(h, 0.0))
         return;
-    h->status = tune_evaluate(&h->input[n], knobs, &l1, &sparsity, &h->error);
+    h->status = tune_evaluate(&h->input[n], knobs, &call, &h->error);
     const double before = (double)e->inputs++;
-    e->mean = before > 0.0 ? (e->mean * before + l1) / (before + 1.0) : l1;
-    e->worst = before > 0.0 ? fmax(e->worst, l1) : l1;
-    e->sparsity = (e->sparsity * before + sparsity) / (before + 1.0);
+    e->mean = before > 0.0 ? (e->mean * before + call.l1) / (before + 1.0) : call.l1;
+    e->worst = before > 0.0 ? fmax(e->worst, call.l1) : call.l1;
+    e->sparsity = (e->sparsity * before + call.sparsity) / (before + 1.0);
+    e->nan += call.nan;
+    e->inf += call.inf;
 }
 
-static sparge_tune_errors nothing_judged(void) { return (sparge_tune_errors){ 0, NAN, NAN, 0.0 }; }
+static sparge_tune_errors nothing_judged(void) { return (sparge_tune_errors){ .mean = NAN, .worst = NAN }; }
 
 /* How far a choice is backed off: places of the grid, toward keeping more. */
 typedef struct retreat {
@@ -304,12 +306,12 @@ static void open_all(head *h)
     }
 }
 
-static bool all_finite(const head *h)
+static int64_t count_nonfinite(const head *h)
 {
-    bool finite = true;
+    int64_t count = 0;
     for (int64_t n = 0; n < h->count; n++)
-        finite &= h->input[n].finite;
-    return finite;
+        count += h->input[n].nonfinite;
+    return count;
 }
 
 static void choose(head *h, fold *f)
@@ -383,7 +385,8 @@ sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *er
         h.status = SPARGE_ERR_MEMORY;
     else {
         open_all(&h);
-        t->finite = all_finite(&h);
+        t->nonfinite = count_nonfinite(&h);
+        t->finite = t->nonfinite == 0;
         if (t->finite && goes_on(&h))
             tune(&h, folds, t);
         close_all(&h, t);

@@ -62,7 +62,7 @@ typedef struct tune_input {
     sparge_geometry g;
     tune_array q, k, smooth, v; /* f32, packed; `smooth` is k less its mean; block_k rows of 0 after q */
     sparge_problem problem;     /* of q, k and v, for the backend */
-    bool finite;
+    int64_t nonfinite;          /* elements of q, k, v; where these are finite, of `want` */
     float *s, *sim_q, *sim_k; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair, visible or -inf */
     float *want;              /* [q_len][dim_v] dense attention in f32 */
     double want_sum;          /* sum|want| */
@@ -79,8 +79,12 @@ void tune_input_close(tune_input *x);
 double tune_relative(const tune_input *x, double error);
 
 /* One whole call of sparge_attention. */
-sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, double *l1, double *sparsity,
-                            sparge_error *error);
+typedef struct tune_call {
+    double l1, sparsity;
+    int64_t nan, inf; /* elements of o that are */
+} tune_call;
+
+sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to, sparge_error *error);
 
 /* ---- blocks.c: what each key block contributes to a query block ---------------------------- */
 
