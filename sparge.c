@@ -336,6 +336,18 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     return o->backend == SPARGE_CUDA ? told(sparge_cuda_resolve(p, o, error), error) : SPARGE_OK;
 }
 
+sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options, sparge_error *error)
+{
+    sparge_status status = check(problem, options, false, NULL, error);
+    if (status)
+        return status;
+    sparge_options o = *options;
+    status = resolve(problem, &o, error);
+    if (!status)
+        *options = o;
+    return status;
+}
+
 /* ---- Masks ---- */
 
 /* A mask of the problem's shape without bits. */

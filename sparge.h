@@ -167,6 +167,10 @@ typedef struct sparge_options {
  * theta 0.6, tau 0.98, no topk, lambda -inf, not causal, no sink. */
 sparge_options sparge_options_default(sparge_rules rules);
 
+/* Puts in the place of AUTO, 0 and FASTEST what they stand for, as every call does for itself: backend, isa,
+ * threads, rung, skip_rows, scale and pv. v is not looked at. After failure the options are as they were. */
+sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options, sparge_error *error);
+
 /* ---- The block mask ------------------------------------------------------------------- */
 
 /* bits[batch][head][q_block][words], bit j % 32 of word j / 32 is key block j; set = compute. A row
@@ -201,6 +205,17 @@ double sparge_sparsity_qk(const sparge_counts *counts); /* Q.K^T not done / pair
 double sparge_sparsity_pv(const sparge_counts *counts); /* P.V not done / pairs */
 double sparge_sparsity(const sparge_counts *counts);    /* the mean of both: the paper's (Sec 4.1) */
 
+/* Why the prediction keeps a block; one may have several reasons. */
+typedef enum sparge_reason {
+    SPARGE_KEPT_MASS = 1,         /* among the most probable ones, up to tau */
+    SPARGE_KEPT_TOPK = 2,         /* among the best ones, up to topk */
+    SPARGE_KEPT_DISSIMILAR_Q = 4, /* its queries are not self-similar under theta, or not finite */
+    SPARGE_KEPT_DISSIMILAR_K = 8, /* its keys are not, or not finite */
+    SPARGE_KEPT_OVERFLOW = 16,    /* both are, but their score is not finite */
+    SPARGE_KEPT_DIAGONAL = 32,    /* it holds the last key that a row sees, under causality */
+    SPARGE_KEPT_SINK = 64,
+} sparge_reason;
+
 /* Every stage, for looking between them and for finding where two backends part. The arrays are
  * packed and belong to the caller; NULL is not wanted. Codes and steps of what is not in integers (FLOAT;
  * of v also HALF and FP8), and the mean key without smooth_k, are left as they were. */
@@ -208,7 +223,10 @@ typedef struct sparge_trace {
     float *mean_k;                          /* [batch][kv_heads][dim] */
     float *pool_q, *pool_k;                 /* [batch][heads | kv_heads][q | k_blocks][dim] */
     float *sim_q, *sim_k;                   /* [batch][heads | kv_heads][q | k_blocks] */
-    float *s;                               /* S: [batch][heads][q_blocks][k_blocks], natural units */
+    /* [batch][heads][q_blocks][k_blocks] each, S in natural units: */
+    float *s_all;                           /* of every visible pair, whatever theta is; -inf elsewhere */
+    float *s;                               /* S: the same, but -inf where the keys are not self-similar */
+    uint8_t *why;                           /* bits of sparge_reason; 0: skipped */
     int16_t *codes_q, *codes_k, *codes_v;   /* [batch][heads | kv_heads][tokens][channels] */
     float *steps_q, *steps_k;               /* [batch][heads | kv_heads][q | k_blocks] */
     float *steps_v;                         /* [batch][kv_heads][k_blocks][dim_v] */

@@ -4,6 +4,19 @@
 #include "cpu/work.h"
 #include "ref/ref.h"
 
+/* One row of the mask, and why: bits of sparge_reason for each block, or NULL. */
+typedef struct mask_row {
+    uint32_t *kept;
+    uint8_t *why;
+} mask_row;
+
+static void keep(const mask_row *to, int64_t j, sparge_reason why)
+{
+    sparge_mask_row_set(to->kept, j);
+    if (to->why)
+        to->why[j] |= (uint8_t)why;
+}
+
 /* The finite entries of a row of S. */
 typedef struct ranked {
     int64_t n;
@@ -21,7 +34,7 @@ static uint32_t order_of(float x)
 
 /* In the order of scores downward and blocks upward: the longest prefix of a mass within `limit`, at least
  * one. The key at which it ends is found by radix, eight bits at a time from the top. */
-static void keep_prefix(const ranked *row, double limit, uint32_t *kept)
+static void keep_prefix(const ranked *row, double limit, const mask_row *to, sparge_reason why)
 {
     uint64_t taken = 0;
     uint32_t end = 0, known = 0; /* the leading bits of that key, and where they stand */
@@ -42,12 +55,12 @@ static void keep_prefix(const ranked *row, double limit, uint32_t *kept)
         const bool ties = row->key[n] == end && (double)(taken + mass) <= limit;
         taken += ties ? mass : 0;
         if (row->key[n] > end || ties)
-            sparge_mask_row_set(kept, row->block[n]);
+            keep(to, row->block[n], why);
         if (row->key[n] > row->key[best])
             best = n;
     }
     if (row->n)
-        sparge_mask_row_set(kept, row->block[best]);
+        keep(to, row->block[best], why);
 }
 
 void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_task *task)
@@ -56,30 +69,40 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
     const sparge_knobs *knobs = sparge_ref_knobs(w->o, task->head % w->p->heads);
     const int64_t line = task->head * g->q_blocks + task->i, visible = sparge_blocks_seen(g, task->i);
     const int64_t key_blocks = (sparge_kv_of(w->p, task->head) - w->first_kv) * g->k_blocks;
-    uint32_t *kept = w->predicted->bits + line * w->predicted->words;
-    memset(kept, 0, (size_t)w->predicted->words * sizeof *kept);
+    const mask_row to = {
+        .kept = w->predicted->bits + line * w->predicted->words,
+        .why = w->trace->why ? w->trace->why + line * g->k_blocks : NULL,
+    };
+    memset(to.kept, 0, (size_t)w->predicted->words * sizeof *to.kept);
+    if (to.why)
+        memset(to.why, 0, (size_t)g->k_blocks);
 
     /* Line 5: S[i,:]; what cannot be ranked is kept, as is everything for a query block that is not
      * similar. */
     w->kernels.rank(w->pool_q + task->slot * w->q.stride, w->pool_k + key_blocks * w->k.stride, visible,
                     w->k.stride, w->o->scale, t->rank);
+    for (int64_t j = visible; j < g->k_blocks; j++)
+        t->rank[j] = -INFINITY;
+    sparge_trace_rows(w->trace->s_all, line, 1, g->k_blocks, t->rank, g->k_blocks, sizeof *t->rank);
     const bool q_similar = task->finite && task->sim > knobs->theta;
     int64_t n = 0;
     float top = -INFINITY;
     for (int64_t j = 0; j < visible; j++) {
-        if (w->bad[key_blocks + j] & SPARGE_BAD_KEY || !(w->sim_k[key_blocks + j] > knobs->theta))
+        const int64_t key = key_blocks + j;
+        const bool k_similar = !(w->bad[key] & SPARGE_BAD_KEY) && w->sim_k[key] > knobs->theta;
+        if (!k_similar)
             t->rank[j] = -INFINITY;
         const bool ranks = sparge_finite(t->rank[j]);
-        if (!q_similar || !ranks)
-            sparge_mask_row_set(kept, j);
+        if (!q_similar)
+            keep(&to, j, SPARGE_KEPT_DISSIMILAR_Q);
+        if (!ranks)
+            keep(&to, j, k_similar ? SPARGE_KEPT_OVERFLOW : SPARGE_KEPT_DISSIMILAR_K);
         if (ranks) {
             top = fmaxf(top, t->rank[j]);
             t->key[n] = order_of(t->rank[j]);
             t->place[n++] = (uint32_t)j;
         }
     }
-    for (int64_t j = visible; j < g->k_blocks; j++)
-        t->rank[j] = -INFINITY;
     sparge_trace_rows(w->trace->s, line, 1, g->k_blocks, t->rank, g->k_blocks, sizeof *t->rank);
 
     /* Line 6: M[i,:]. */
@@ -91,16 +114,17 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
         w->kernels.mass(t->rank, n, top, t->mass);
         for (int64_t e = 0; e < n; e++)
             total += t->mass[e];
-        keep_prefix(&row, (double)knobs->tau * (double)total, kept);
+        keep_prefix(&row, (double)knobs->tau * (double)total, &to, SPARGE_KEPT_MASS);
     }
     if (knobs->topk != SPARGE_OFF) {
         row.mass = NULL;
-        keep_prefix(&row, floor((double)knobs->topk * (double)visible + 1e-5), kept);
+        keep_prefix(&row, floor((double)knobs->topk * (double)visible + 1e-5), &to,
+                    SPARGE_KEPT_TOPK);
     }
     if (w->o->causal != SPARGE_CAUSAL_NONE)
         for (int64_t j = sparge_max(0, sparge_last_key(g, task->i * g->block_q)) / g->block_k; j < visible;
              j++)
-            sparge_mask_row_set(kept, j);
+            keep(&to, j, SPARGE_KEPT_DIAGONAL);
     if (w->o->sink && visible)
-        sparge_mask_row_set(kept, 0);
+        keep(&to, 0, SPARGE_KEPT_SINK);
 }

@@ -54,7 +54,9 @@ static void lay_out_prediction(work &w, const call &c, arena &a)
         w.sim_q = take_unless(c.trace->sim_q, a, lines);
         w.sim_k = take_unless(c.trace->sim_k, a, blocks);
         w.mask = take_unless(c.mask, a, lines * w.words);
+        w.s_all = c.trace->s_all;
         w.s = c.trace->s;
+        w.why = c.trace->why;
     }
     w.bad_q = take<uint8_t>(a, n * w.g.q_len);
     w.bad_k = take<uint8_t>(a, kv * w.g.k_len);
@@ -177,7 +179,8 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
         { "mask.bits", c.mask, false }, { "workspace", c.o->workspace, false },
         { "trace.mean_k", t->mean_k, false }, { "trace.pool_q", t->pool_q, false },
         { "trace.pool_k", t->pool_k, false }, { "trace.sim_q", t->sim_q, false },
-        { "trace.sim_k", t->sim_k, false }, { "trace.s", t->s, false },
+        { "trace.sim_k", t->sim_k, false }, { "trace.s_all", t->s_all, false },
+        { "trace.s", t->s, false }, { "trace.why", t->why, false },
         { "trace.codes_q", t->codes_q, false }, { "trace.codes_k", t->codes_k, false },
         { "trace.codes_v", t->codes_v, false }, { "trace.steps_q", t->steps_q, false },
         { "trace.steps_k", t->steps_k, false }, { "trace.steps_v", t->steps_v, false },

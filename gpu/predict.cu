@@ -28,6 +28,12 @@ static __device__ float dot(const float *a, const float *b, int n)
     return sparge_sum_of(partial);
 }
 
+static __device__ bool key_is_similar(const work &w, const query_block &q, float theta, int64_t j)
+{
+    const int64_t at = q.kv * w.g.k_blocks + j;
+    return !w.wild_k[at] && w.sim_k[at] > theta;
+}
+
 /* Line 5: S[i,:] of every warp's row; -inf where K_j is not similar or not seen. */
 static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta, scores &s,
                                   float *row)
@@ -46,9 +52,11 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
         __syncthreads();
         const int64_t j = j0 + lane;
         if (there && j < w.g.k_blocks) {
-            const bool similar = !w.wild_k[keys + j] && w.sim_k[keys + j] > theta;
-            row[j] =
-                j < q.seen && similar ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) : -INFINITY;
+            const bool similar = key_is_similar(w, q, theta, j), scored = j < q.seen && (similar || w.s_all);
+            const float score = scored ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) : -INFINITY;
+            if (w.s_all)
+                w.s_all[q.line * w.g.k_blocks + j] = score;
+            row[j] = similar ? score : -INFINITY;
         }
     }
     __syncwarp();
@@ -166,13 +174,22 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
         const int64_t j = 32 * word + lane;
         const bool there = j < q.seen, finite = there && sparge_finite(row[j]);
         const uint64_t rank = finite ? rank_of(row[j]) : 0;
-        bool on = false;
-        if (by_mass)
-            on |= keeps(heavy, finite, rank, &heavy_ties);
-        if (by_count)
-            on |= keeps(top, finite, rank, &top_ties);
-        on |= !q_similar || !finite || j >= diagonal || (w.sink && j == 0);
-        const uint32_t bits = __ballot_sync(~0u, there && on);
+        uint32_t why = 0;
+        if (by_mass && keeps(heavy, finite, rank, &heavy_ties))
+            why |= SPARGE_KEPT_MASS;
+        if (by_count && keeps(top, finite, rank, &top_ties))
+            why |= SPARGE_KEPT_TOPK;
+        if (!q_similar)
+            why |= SPARGE_KEPT_DISSIMILAR_Q;
+        if (there && !finite)
+            why |= key_is_similar(w, q, knobs.theta, j) ? SPARGE_KEPT_OVERFLOW : SPARGE_KEPT_DISSIMILAR_K;
+        if (j >= diagonal)
+            why |= SPARGE_KEPT_DIAGONAL;
+        if (w.sink && j == 0)
+            why |= SPARGE_KEPT_SINK;
+        if (w.why && j < w.g.k_blocks)
+            w.why[q.line * w.g.k_blocks + j] = there ? (uint8_t)why : 0;
+        const uint32_t bits = __ballot_sync(~0u, there && why != 0);
         if (lane == 0)
             w.mask[q.line * w.words + word] = bits;
     }

@@ -37,7 +37,8 @@ struct work {
     float *mean;                  /* [kv][dim]: the mean key; NULL: keys stay as they are */
     float *pool_q, *sim_q;        /* [n][q_blocks][dim], [n][q_blocks] */
     float *pool_k, *sim_k;        /* [kv][k_blocks][dim], [kv][k_blocks] */
-    float *s;                     /* [n][q_blocks][k_blocks], a trace */
+    float *s_all, *s;             /* [n][q_blocks][k_blocks], traces */
+    uint8_t *why;
     uint32_t *mask;               /* [n][q_blocks][words]; NULL: dense */
     int64_t words;
 

@@ -26,6 +26,13 @@ uint64_t sparge_ref_mass(const sparge_ref_row *row, int64_t place)
     return (uint64_t)(sparge_exp2(below * SPARGE_LOG2E) * 0x1p30f);
 }
 
+static void keep(const sparge_ref_row *row, int64_t j, sparge_reason why, uint32_t *kept)
+{
+    sparge_mask_row_set(kept, j);
+    if (row->why)
+        row->why[j] |= (uint8_t)why;
+}
+
 /* TopCdf: the most probable blocks while their mass stays within tau, and at least so many. */
 void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *kept)
 {
@@ -39,7 +46,7 @@ void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *ke
         prefix += sparge_ref_mass(row, n);
         if (n >= least && !((double)prefix <= limit))
             break;
-        sparge_mask_row_set(kept, row->order[n].block);
+        keep(row, row->order[n].block, SPARGE_KEPT_MASS, kept);
     }
 }
 
@@ -54,29 +61,34 @@ void sparge_ref_keep_best(const sparge_ref_row *row, int64_t count, uint32_t *ke
     if (row->knobs->topk == SPARGE_OFF)
         return;
     for (int64_t n = 0; n < row->finite && n < sparge_max(1, count); n++)
-        sparge_mask_row_set(kept, row->order[n].block);
+        keep(row, row->order[n].block, SPARGE_KEPT_TOPK, kept);
 }
 
 /* A block whose rows disagree has no meaningful mean: it is computed for everyone. (So is a pair
  * whose score overflows.) */
 void sparge_ref_keep_dissimilar(const sparge_ref_row *row, uint32_t *kept)
 {
-    for (int64_t j = 0; j < row->visible; j++)
-        if (!row->q_similar || !row->k_similar[j] || !sparge_finite(row->s[j]))
-            sparge_mask_row_set(kept, j);
+    for (int64_t j = 0; j < row->visible; j++) {
+        if (!row->q_similar)
+            keep(row, j, SPARGE_KEPT_DISSIMILAR_Q, kept);
+        if (!row->k_similar[j])
+            keep(row, j, SPARGE_KEPT_DISSIMILAR_K, kept);
+        else if (!sparge_finite(row->s[j]))
+            keep(row, j, SPARGE_KEPT_OVERFLOW, kept);
+    }
 }
 
 /* Without its last visible key in reach a causal row might see none at all. */
 void sparge_ref_keep_diagonal(const sparge_ref_row *row, uint32_t *kept)
 {
     for (int64_t j = row->diagonal; j < row->diagonal_end; j++)
-        sparge_mask_row_set(kept, j);
+        keep(row, j, SPARGE_KEPT_DIAGONAL, kept);
 }
 
 void sparge_ref_keep_sink(const sparge_ref_row *row, uint32_t *kept)
 {
     if (row->sink && row->visible)
-        sparge_mask_row_set(kept, 0);
+        keep(row, 0, SPARGE_KEPT_SINK, kept);
 }
 
 /* Line 6: M[i,:]. */
@@ -119,14 +131,17 @@ sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options 
     return row;
 }
 
-/* Line 5: S[i,:]. */
-static void score_row(const sparge_ref_predictor *w, int64_t visible)
+/* Line 5: S[i,:]; `at` is its place in the traces. */
+static void score_row(const sparge_ref_predictor *w, int64_t visible, int64_t at)
 {
     const int64_t dim = w->p->dim;
     for (int64_t j = 0; j < w->g.k_blocks; j++)
-        w->s[j] = j < visible && w->similar_k[j]
-                      ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim)
-                      : -INFINITY;
+        w->s[j] = j < visible ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim)
+                              : -INFINITY;
+    sparge_ref_record(w->trace->s_all, at, w->s, w->g.k_blocks, 4);
+    for (int64_t j = 0; j < visible; j++)
+        w->s[j] = w->similar_k[j] ? w->s[j] : -INFINITY;
+    sparge_ref_record(w->trace->s, at, w->s, w->g.k_blocks, 4);
 }
 
 void sparge_ref_rank(sparge_ref_row *row)
@@ -155,12 +170,13 @@ void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h,
     row.q_similar = w->mode.similar(&q, knobs->theta);
     row.knobs = knobs;
     row.order = w->order;
-    score_row(w, row.visible);
+    const int64_t at = (b * p->heads + h) * g->q_blocks + i;
+    if (w->trace->why)
+        row.why = memset(w->trace->why + at * g->k_blocks, 0, (size_t)g->k_blocks);
+    score_row(w, row.visible, at);
     sparge_ref_rank(&row);
     w->mode.select(&row, kept);
 
-    const int64_t at = (b * p->heads + h) * g->q_blocks + i;
     sparge_ref_record(w->trace->pool_q, at, w->pool, p->dim, 4);
     sparge_ref_record(w->trace->sim_q, at, &q.sim, 1, 4);
-    sparge_ref_record(w->trace->s, at, w->s, g->k_blocks, 4);
 }

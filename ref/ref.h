@@ -76,6 +76,7 @@ typedef struct sparge_ref_row {
     bool sink;
     sparge_ref_scored *order; /* [finite] best first; equal ones by block */
     int64_t finite;
+    uint8_t *why; /* [visible] gathers the bits of sparge_reason, or NULL */
 } sparge_ref_row;
 
 /* Q, K or V of one head as stage 2 reads it: codes and steps, or values where nothing is quantised. */

@@ -853,6 +853,45 @@ Test(api, zero_stands_for_the_default)
     problem_free(&x);
 }
 
+/* What a call would run with; resolved once more it is the same. */
+Test(api, options_as_resolved)
+{
+    const struct { sparge_rules rules; sparge_backend backend; int64_t rows; } table[] = {
+        { SPARGE_RULES_DEFAULT, SPARGE_CPU, 4 },
+        { SPARGE_RULES_PAPER, SPARGE_REF, 1 },
+        { SPARGE_RULES_UPSTREAM, SPARGE_REF, 4 },
+    };
+    for (int64_t n = 0; n < COUNT(table); n++) {
+        check_case("rules %d", (int)table[n].rules);
+        asked a = question();
+        a.o.backend = SPARGE_AUTO;
+        a.o.rules = table[n].rules;
+        a.o.pv = SPARGE_FASTEST;
+        sparge_error error = { "poison" };
+        check(sparge_options_resolve(&a.p, &a.o, &error) == SPARGE_OK && !error.text[0], "%s", error.text);
+        cr_assert_eq(sparge_attention(&a.p, &a.o, &a.result, NULL), SPARGE_OK);
+        check_equal(a.o.backend, table[n].backend);
+        check_equal(a.result.backend, a.o.backend);
+        check_equal(a.result.isa, a.o.isa);
+        check_equal(a.result.threads, a.o.threads);
+        check_equal(a.o.pv, SPARGE_INT8);
+        check_equal(a.o.skip_rows, table[n].rows);
+        check_equal(a.o.scale, 1 / sqrtf(DIM));
+        const sparge_options once = a.o;
+        cr_assert_eq(sparge_options_resolve(&a.p, &a.o, NULL), SPARGE_OK);
+        check(!memcmp(&once, &a.o, sizeof once), "the second time changes something");
+    }
+    asked a = question();
+    a.o.rung = 2;
+    const sparge_options before = a.o;
+    sparge_error error;
+    cr_assert_eq(sparge_options_resolve(&a.p, &a.o, &error), SPARGE_ERR_ARGUMENT);
+    check(!strncmp(error.text, "rung is 2", 9), "it says \"%s\"", error.text);
+    check(!memcmp(&before, &a.o, sizeof before), "a refusal changes something");
+    cr_assert_eq(sparge_options_resolve(NULL, &a.o, NULL), SPARGE_ERR_ARGUMENT);
+    cr_assert_eq(sparge_options_resolve(&a.p, NULL, NULL), SPARGE_ERR_ARGUMENT);
+}
+
 /* ---- Masks and counts ------------------------------------------------------------------------ */
 
 Test(api, mask_of_a_problem)

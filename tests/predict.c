@@ -21,8 +21,13 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- Asking ---------------------------------------------------------------------------------- */
 
+static bool bit(const sparge_mask *mask, int64_t line, int64_t j)
+{
+    return mask->bits[line * mask->words + j / 32] >> j % 32 & 1;
+}
+
 /* Into a mask of the exact size between guards, full of ones before: every word must be written, and
- * no bit beyond the last block be set. The caller frees it. */
+ * no bit beyond the last block be set. What is kept has a reason, and nothing else has. The caller frees it. */
 static sparge_mask predicted(const sparge_problem *p, const sparge_options *o, const sparge_trace *trace)
 {
     const int64_t q_blocks = ceil_div(p->q_len, o->block_q), k_blocks = ceil_div(p->k_len, o->block_k);
@@ -30,17 +35,21 @@ static sparge_mask predicted(const sparge_problem *p, const sparge_options *o, c
     sparge_mask mask = { check_alloc((size_t)(lines * words) * 4), p->batch, p->heads, q_blocks,
                          k_blocks, words };
     sparge_error error = { "poison" };
-    const sparge_status status = sparge_predict(p, o, &mask, trace, &error);
+    sparge_trace whole = trace ? *trace : (sparge_trace){ 0 };
+    uint8_t *const why = whole.why ? whole.why : check_alloc((size_t)(lines * k_blocks));
+    whole.why = why;
+    const sparge_status status = sparge_predict(p, o, &mask, &whole, &error);
     check(status == SPARGE_OK && error.text[0] == '\0', "status %d: %s", (int)status, error.text);
     for (int64_t line = 0; k_blocks % 32 && line < lines; line++)
         check(!(mask.bits[(line + 1) * words - 1] >> k_blocks % 32), "spare bits of row %lld are set",
               (long long)line);
+    for (int64_t at = 0; at < lines * k_blocks; at++)
+        check(bit(&mask, at / k_blocks, at % k_blocks) == (why[at] != 0), "block %lld of row %lld is %s for %d",
+              (long long)(at % k_blocks), (long long)(at / k_blocks),
+              bit(&mask, at / k_blocks, at % k_blocks) ? "kept" : "skipped", why[at]);
+    if (!trace || !trace->why)
+        check_free(why);
     return mask;
-}
-
-static bool bit(const sparge_mask *mask, int64_t line, int64_t j)
-{
-    return mask->bits[line * mask->words + j / 32] >> j % 32 & 1;
 }
 
 /* ---- By hand --------------------------------------------------------------------------------- */
@@ -855,12 +864,99 @@ Test(predict, trace_of_s_is_minus_infinity_where_nothing_is_scored)
     const sparge_knobs knobs[] = { { 0.6f, 1, SPARGE_OFF, 0 }, { 0.4f, 1, SPARGE_OFF, 0 } };
     h.p.heads = 2;
     h.o.per_head = knobs;
-    float s[8];
+    float s[8], s_all[8];
     const float want[] = { -INFINITY, -INFINITY, -INFINITY, 2, 1, -INFINITY, 1, 2 };
-    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){ .s = s });
+    const float all[] = { 1, -INFINITY, 1, 2, 1, -INFINITY, 1, 2 };
+    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){ .s = s, .s_all = s_all });
     check_same(s, want, 8);
+    check_same(s_all, all, 8);
     check_free(mask.bits);
     drop(&h);
+}
+
+/* ---- Why ------------------------------------------------------------------------------------- */
+
+enum {
+    MASS = SPARGE_KEPT_MASS, TOPK = SPARGE_KEPT_TOPK, ODD_Q = SPARGE_KEPT_DISSIMILAR_Q,
+    ODD_K = SPARGE_KEPT_DISSIMILAR_K, OVERFLOW_ = SPARGE_KEPT_OVERFLOW, DIAGONAL = SPARGE_KEPT_DIAGONAL,
+    SINK = SPARGE_KEPT_SINK,
+};
+
+static void keeps_for(const char *what, const hand *h, const uint8_t *want, int64_t count)
+{
+    check_case("%s", what);
+    uint8_t *const why = check_alloc((size_t)count);
+    sparge_mask mask = predicted(&h->p, &h->o, &(sparge_trace){ .why = why });
+    check_same(why, want, count);
+    check_free(why);
+    check_free(mask.bits);
+}
+
+/* Four blocks, the third the best, under one thing after another. */
+Test(predict, every_reason_is_told)
+{
+    const sparge_backend backends[] = { SPARGE_REF, SPARGE_CPU };
+    for (int64_t n = 0; n < COUNT(backends); n++) {
+        hand h = by_hand(4, 4, (float[]){ 1, 2, 4, 3 });
+        h.o.backend = backends[n];
+        h.o.knobs.tau = 0;
+        keeps_for("tau", &h, (uint8_t[]){ 0, 0, MASS, 0, 0, 0, MASS, 0 }, 8);
+        h.o.knobs.topk = 0.5f;
+        keeps_for("topk too", &h, (uint8_t[]){ 0, 0, MASS | TOPK, TOPK, 0, 0, MASS | TOPK, TOPK }, 8);
+        h.o.knobs.topk = SPARGE_OFF;
+        h.o.sink = true;
+        keeps_for("sink", &h, (uint8_t[]){ SINK, 0, MASS, 0, SINK, 0, MASS, 0 }, 8);
+        h.o.sink = false;
+        h.o.causal = SPARGE_CAUSAL_END; /* rows of keys 0..5 and 0..7 */
+        keeps_for("diagonal", &h, (uint8_t[]){ 0, 0, MASS | DIAGONAL, 0, 0, 0, MASS, DIAGONAL }, 8);
+        h.o.causal = SPARGE_CAUSAL_NONE;
+        disagree(h.k, 0);
+        keeps_for("keys", &h, (uint8_t[]){ ODD_K, 0, MASS, 0, ODD_K, 0, MASS, 0 }, 8);
+        disagree(h.q, 1);
+        keeps_for("queries", &h,
+                  (uint8_t[]){ ODD_K, 0, MASS, 0, ODD_K | ODD_Q, ODD_Q | MASS, ODD_Q, ODD_Q }, 8); /* all 0 */
+        h.k[4] = NAN;
+        keeps_for("what is not finite is not similar", &h,
+                  (uint8_t[]){ ODD_K, ODD_K, MASS, 0, ODD_K | ODD_Q, ODD_K | ODD_Q, ODD_Q | MASS, ODD_Q }, 8);
+        drop(&h);
+        h = by_hand(2, 3, (float[]){ 1, 1e18f, 2 });
+        h.o.backend = backends[n];
+        h.o.knobs.tau = 0;
+        h.o.scale = 3e38f;
+        keeps_for("overflow", &h, (uint8_t[]){ MASS, OVERFLOW_, OVERFLOW_ }, 3);
+        drop(&h);
+    }
+}
+
+/* What one trace holds gives S under any other theta. */
+Test(predict, one_trace_serves_every_theta)
+{
+    enum { BLOCKS = 12, DIM = 8, ROWS = 4 };
+    float q[ROWS * DIM], k[BLOCKS * ROWS * DIM], s_all[BLOCKS], s[BLOCKS], sim[BLOCKS];
+    for (int64_t e = 0; e < ROWS * DIM; e++)
+        q[e] = check_uniform(-1, 1) + 2;
+    for (int64_t e = 0; e < BLOCKS * ROWS * DIM; e++)
+        k[e] = check_uniform(-2, 2) + (float)(e / ROWS / DIM % 3);
+    const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = ROWS, .k_len = BLOCKS * ROWS,
+                               .dim = DIM, .q = { q, SPARGE_F32, 0, 0, DIM }, .k = { k, SPARGE_F32, 0, 0, DIM } };
+    sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+    o.backend = SPARGE_REF;
+    o.block_q = o.block_k = ROWS;
+    o.knobs.theta = 1; /* hides every column */
+    sparge_mask mask = predicted(&p, &o, &(sparge_trace){ .s_all = s_all, .sim_k = sim });
+    check_free(mask.bits);
+    int64_t hidden = 0;
+    for (o.knobs.theta = 0; o.knobs.theta < 0.9f; o.knobs.theta += 0.1f) {
+        mask = predicted(&p, &o, &(sparge_trace){ .s = s });
+        check_free(mask.bits);
+        float want[BLOCKS];
+        for (int64_t j = 0; j < BLOCKS; j++) {
+            want[j] = sim[j] > o.knobs.theta ? s_all[j] : -INFINITY;
+            hidden += want[j] < -FLT_MAX;
+        }
+        check_same(s, want, BLOCKS);
+    }
+    check(hidden > 0 && hidden < 9 * BLOCKS, "theta hides %lld", (long long)hidden);
 }
 
 /* ---- In double ------------------------------------------------------------------------------- */

@@ -278,7 +278,9 @@ answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
             .pool_k = array(kv_heads * k_blocks * p->dim, 4),
             .sim_q = array(q_heads * q_blocks, 4),
             .sim_k = array(kv_heads * k_blocks, 4),
+            .s_all = array(q_heads * q_blocks * k_blocks, 4),
             .s = array(q_heads * q_blocks * k_blocks, 4),
+            .why = array(q_heads * q_blocks * k_blocks, 1),
             .codes_q = array(q_heads * p->q_len * p->dim, 2),
             .codes_k = array(kv_heads * p->k_len * p->dim, 2),
             .codes_v = array(kv_heads * p->k_len * p->dim_v, 2),
@@ -295,9 +297,9 @@ answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
 void answer_free(answer *a)
 {
     sparge_trace *t = &a->trace;
-    void *const arrays[] = { a->lse, a->head, t->mean_k, t->pool_q, t->pool_k, t->sim_q, t->sim_k, t->s,
-                             t->codes_q, t->codes_k, t->codes_v, t->steps_q, t->steps_k, t->steps_v,
-                             t->pv_done, t->m, t->l };
+    void *const arrays[] = { a->lse, a->head, t->mean_k, t->pool_q, t->pool_k, t->sim_q, t->sim_k,
+                             t->s_all, t->s, t->why, t->codes_q, t->codes_k, t->codes_v, t->steps_q, t->steps_k,
+                             t->steps_v, t->pv_done, t->m, t->l };
     for (size_t n = 0; n < sizeof arrays / sizeof *arrays; n++)
         check_free(arrays[n]);
     tensor_free(&a->o);
@@ -427,7 +429,8 @@ sparge_trace twin_trace(twins *t, const sparge_trace *x)
 {
     return (sparge_trace){
         .mean_k = twin(t, x->mean_k), .pool_q = twin(t, x->pool_q), .pool_k = twin(t, x->pool_k),
-        .sim_q = twin(t, x->sim_q), .sim_k = twin(t, x->sim_k), .s = twin(t, x->s),
+        .sim_q = twin(t, x->sim_q), .sim_k = twin(t, x->sim_k), .s_all = twin(t, x->s_all),
+        .s = twin(t, x->s), .why = twin(t, x->why),
         .codes_q = twin(t, x->codes_q), .codes_k = twin(t, x->codes_k), .codes_v = twin(t, x->codes_v),
         .steps_q = twin(t, x->steps_q), .steps_k = twin(t, x->steps_k), .steps_v = twin(t, x->steps_v),
         .pv_done = twin(t, x->pv_done), .m = twin(t, x->m), .l = twin(t, x->l),
@@ -538,7 +541,9 @@ void same_traces(const problem *x, const answer *got, const answer *want, bool w
     check_same(a->pool_k, b->pool_k, kv * columns * p->dim);
     check_same(a->sim_q, b->sim_q, lines);
     check_same(a->sim_k, b->sim_k, kv * columns);
+    check_same(a->s_all, b->s_all, lines * columns);
     check_same(a->s, b->s, lines * columns);
+    check_same(a->why, b->why, lines * columns);
     check_same(a->codes_q, b->codes_q, heads * p->q_len * p->dim);
     check_same(a->codes_k, b->codes_k, kv * p->k_len * p->dim);
     check_same(a->codes_v, b->codes_v, kv * p->k_len * p->dim_v);

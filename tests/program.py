@@ -404,7 +404,8 @@ def test_dump_and_diff():
     q, k, v, qkv = files()
     fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
     stages = dict(blocks=(2,), mean_k=(B, HK, D), pool_q=(B, HQ, 3, D), pool_k=(B, HK, 6, D),
-                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), S=(B, HQ, 3, 6), mask=(B, HQ, 3, 6),
+                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), S_all=(B, HQ, 3, 6), S=(B, HQ, 3, 6), why=(B, HQ, 3, 6),
+                  mask=(B, HQ, 3, 6),
                   codes_q=(B, HQ, NQ, D), codes_k=(B, HK, NK, D), codes_v=(B, HK, NK, DV),
                   steps_q=(B, HQ, 3), steps_k=(B, HK, 6), steps_v=(B, HK, 6, DV),
                   pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ), l=(B, HQ, NQ), o=(B, HQ, NQ, DV))
@@ -422,6 +423,10 @@ def test_dump_and_diff():
     back = load("codes_k")[:, :, :64] * load("steps_k")[:, :, :1, None]
     check(np.abs(back - smooth[:, :, :64]).max() <= load("steps_k")[:, :, 0].max() * 0.51,
           "codes, steps")
+    similar = np.repeat(load("sim_k"), HQ // HK, 1)[:, :, None] > np.float32(0.6)
+    check(np.isfinite(load("S_all")).all() and not similar.all() and
+          (load("S") == np.where(similar, load("S_all"), -np.inf)).all(), "S_all, of which theta hides columns of S")
+    check(((load("why") != 0) == load("mask")).all() and ((load("why") & 8 > 0) == ~similar).all(), "why")
     check((load("blocks") == [128, 64]).all(), "blocks")
     check((load("mask") == np.load("m.npy")).all() and (load("o") == np.load("o.npy")).all(),
           "mask, o")
@@ -437,9 +442,9 @@ def test_dump_and_diff():
     check(len(os.listdir("same")) == 7, "an old dump is replaced", os.listdir("same"))
     fine("run", *qkv, "--dump", "same", "--tau", 0.7)
     x = fine("diff", "d", "same")
-    check(x["first_stage"] is None and len(x["stages"]) == 18, "equal dumps", x)
-    check([s["stage"] for s in x["stages"]][:8] ==
-          "blocks mean_k pool_k sim_k pool_q sim_q S mask".split(), "in the order of the algorithm")
+    check(x["first_stage"] is None and len(x["stages"]) == 20, "equal dumps", x)
+    check([s["stage"] for s in x["stages"]][:10] ==
+          "blocks mean_k pool_k sim_k pool_q sim_q S_all S why mask".split(), "in the order of the algorithm")
     fine("run", *qkv, "--dump", "d", "--tau", 0.7)  # over what is there
     check(fine("diff", "d", "same")["first_stage"] is None, "dumped again")
     changed = load("codes_v")
@@ -1728,7 +1733,7 @@ def test_writing():
     check(code == FILE and open("o.npy", "rb").read() == before,
           "an old output stays when a run fails")
     fine("run", *qkv, *outputs)
-    check(len(os.listdir("d")) == 18 and os.path.exists("l.npy"), "all of them")
+    check(len(os.listdir("d")) == 20 and os.path.exists("l.npy"), "all of them")
 
 
 def test_memory():

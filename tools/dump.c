@@ -18,7 +18,9 @@ const stage stages[STAGES] = {
     {"sim_k", "bgj", ARRAY_F32, PREDICTED, TRACE(sim_k)},
     {"pool_q", "bhid", ARRAY_F32, PREDICTED, TRACE(pool_q)},
     {"sim_q", "bhi", ARRAY_F32, PREDICTED, TRACE(sim_q)},
+    {"S_all", "bhij", ARRAY_F32, PREDICTED, TRACE(s_all)},
     {"S", "bhij", ARRAY_F32, PREDICTED, TRACE(s)},
+    [STAGE_WHY] = {"why", "bhij", ARRAY_U8, PREDICTED, TRACE(why)}, /* bits of sparge_reason */
     [STAGE_MASK] = {"mask", "bhij", ARRAY_U8, ALWAYS, 0},
     {"steps_q", "bhi", ARRAY_F32, QK_CODES, TRACE(steps_q)},
     {"codes_q", "bhqd", ARRAY_I16, QK_CODES, TRACE(codes_q)},

@@ -21,7 +21,7 @@ typedef struct stage {
 } stage;
 
 /* In the order of the algorithm. */
-enum { STAGE_BLOCKS, STAGE_MASK = 7, STAGE_O = 17, STAGES };
+enum { STAGE_BLOCKS, STAGE_WHY = 8, STAGE_MASK, STAGE_O = 19, STAGES };
 extern const stage stages[STAGES];
 
 typedef struct dump {

@@ -212,8 +212,8 @@ Test(calls, pointers_that_are_not_the_devices)
     static const char *const names[] = {
         "q.data", "k.data", "v.data", "result.o", "result.lse", "result.head_counts", "mask.bits",
             "workspace",
-        "trace.mean_k", "trace.pool_q", "trace.pool_k", "trace.sim_q", "trace.sim_k", "trace.s",
-            "trace.codes_q",
+        "trace.mean_k", "trace.pool_q", "trace.pool_k", "trace.sim_q", "trace.sim_k",
+            "trace.s_all", "trace.s", "trace.why", "trace.codes_q",
         "trace.codes_k", "trace.codes_v", "trace.steps_q", "trace.steps_k", "trace.steps_v",
             "trace.pv_done",
         "trace.m", "trace.l",
