@@ -5,8 +5,11 @@
 
 #include "common/num.h"
 
+/* A row that has seen no key has the maximum -inf and the sum 0. One that has seen scores of -inf alone has
+ * no weights either, but is not empty: its sum is NaN until a finite score comes. A maximum of +inf or NaN
+ * stays, and the sum beside it is NaN: o and lse of such a row are NaN. */
 typedef struct sparge_row {
-    float max; /* m: the largest score so far; -inf before the first */
+    float max; /* m: the largest score so far */
     float sum; /* l: the sum of exp2(score - m) so far */
 } sparge_row;
 
@@ -18,11 +21,21 @@ SPARGE_HD sparge_row sparge_row_empty(void)
     return row;
 }
 
-/* How near a block's largest score comes to the row's maximum, for the lambda test: +inf from a row
- * that has no maximum yet, -inf (no vote) where the row sees no key of the block. */
-SPARGE_HD float sparge_row_gap(const sparge_row *row, float local)
+/* A row's largest score in a block, m_local, from the largest visible s: one rounding, as every score has, so
+ * that no score is above it. A score of 0 has no sign. NaN where some s is a NaN or the unit is not finite. */
+SPARGE_HD float sparge_row_local(float most, float unit)
 {
-    return local == -INFINITY ? -INFINITY : local - row->max;
+    return sparge_finite(unit) ? unit * most + 0.0f : NAN;
+}
+
+/* How near a block's largest score comes to the row's maximum, for the lambda test: -inf (no vote) where the
+ * row sees no key of the block, +inf from a row that has no maximum yet or meets a NaN. */
+SPARGE_HD float sparge_row_gap(const sparge_row *row, float local, bool sees)
+{
+    const float gap = local - row->max;
+    if (!sees)
+        return -INFINITY;
+    return row->max == -INFINITY || gap != gap ? INFINITY : gap < -FLT_MAX ? -FLT_MAX : gap;
 }
 
 /* Does a group of rows whose largest gap is this skip the block? Never without any visible key. */
@@ -31,43 +44,65 @@ SPARGE_HD bool sparge_group_skips(float gap, float lambda)
     return gap > -INFINITY && gap <= lambda * SPARGE_LOG2E;
 }
 
-/* Raises the maximum to at least `local` and returns the factor by which everything that was
- * accumulated under the old one shrinks. */
+/* Raises the maximum to at least `local`, the largest score of a block that the row sees, and returns the
+ * factor by which everything that was accumulated under the old one shrinks. */
 SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
 {
-    if (!(local > row->max))
+    const float old = row->max;
+    if (local == -INFINITY && old == -INFINITY)
+        row->sum = NAN;
+    if (local <= old || old != old)
         return 1.0f;
-    const float shrink = sparge_exp2(row->max - local);
+    const float shrink = sparge_exp2(old - local);
     row->max = local;
-    row->sum *= shrink;
+    row->sum = old == -INFINITY ? 0.0f : row->sum * shrink;
     return shrink;
 }
 
-/* exp2(scale * score - max): the weight of a score under a maximum that it cannot exceed; only the
- * rounding of the product can, and is cut. NaN for NaN, as fminf would not give. */
-SPARGE_HD float sparge_weight(float score, float scale, float max)
+/* exp2(unit * score - max), the weight of a score under the row's maximum: exactly 1 at the maximum, since
+ * both are rounded alike, and 0 of a score of -inf. */
+SPARGE_HD float sparge_weight(float score, float unit, float max)
 {
-    const float below = fmaf(score, scale, -max);
-    return sparge_exp2(below > 0.0f ? 0.0f : below);
+    return sparge_exp2(unit * score - (max == -INFINITY ? 0.0f : max));
+}
+
+/* The code, 0 .. levels, of the weight of a score beside the largest visible one of its tile; 0 of a NaN.
+ * Integers are subtracted exactly. */
+SPARGE_HD int32_t sparge_weight_code(float score, float most, float unit, int levels)
+{
+    const float weight = sparge_exp2(unit * (score - most));
+    return weight <= 1.0f ? (int32_t)fmaf((float)levels, weight, 0.5f) : 0;
+}
+
+/* What a code of that tile weighs under the row's maximum: exp2(local - max) / levels, and 0 where all
+ * scores of the tile are -inf. */
+SPARGE_HD float sparge_code_weight(float local, float max, int levels)
+{
+    return sparge_exp2(local == -INFINITY ? local : local - max) / (float)levels;
 }
 
 /* The state of two disjoint sets of keys together; outputs add as o = a_share * o_a + b_share * o_b
  * (unnormalised). */
 SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share, float *b_share)
 {
-    const float max = a.max > b.max ? a.max : b.max;
-    const float a_shrink = a.max == -INFINITY ? 0.0f : sparge_exp2(a.max - max);
-    const float b_shrink = b.max == -INFINITY ? 0.0f : sparge_exp2(b.max - max);
-    sparge_row both;
-    both.max = max;
-    both.sum = fmaf(a.sum, a_shrink, b.sum * b_shrink);
-    *a_share = a_shrink;
-    *b_share = b_shrink;
+    sparge_row both = a;
+    if (b.max == -INFINITY) { /* nothing, or nothing but scores of -inf */
+        *a_share = a.max == -INFINITY ? 0.0f : 1.0f;
+        *b_share = 0.0f;
+        both.sum = a.max == -INFINITY ? a.sum + b.sum : a.sum;
+        return both;
+    }
+    *a_share = sparge_row_raise(&both, b.max);
+    *b_share = sparge_exp2(b.max - both.max);
+    both.sum = fmaf(b.sum, *b_share, both.sum);
     return both;
 }
 
-/* A row that saw no key. (A sum of 0 under a maximum is none: scores overflowed, and o is NaN.) */
-SPARGE_HD bool sparge_row_is_empty(const sparge_row *row) { return row->max == -INFINITY; }
+/* A row that saw no key. */
+SPARGE_HD bool sparge_row_is_empty(const sparge_row *row)
+{
+    return row->max == -INFINITY && row->sum == 0.0f;
+}
 
 /* What the accumulated output is multiplied by; a row that saw no key attends to nothing. */
 SPARGE_HD float sparge_row_norm(const sparge_row *row)

@@ -58,8 +58,9 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, 
 
 INLINE floats f_add(floats a, floats b) { return _mm256_add_ps(a, b); }
 INLINE floats f_sub(floats a, floats b) { return _mm256_sub_ps(a, b); }
-INLINE floats f_min(floats a, floats b) { return _mm256_min_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm256_max_ps(a, b); }
+INLINE floats f_nan(floats x, floats y) { return _mm256_or_ps(x, _mm256_cmp_ps(y, y, _CMP_UNORD_Q)); }
+INLINE bool f_any_nan(floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
 INLINE ints i_zero(void) { return _mm256_setzero_si256(); }
 INLINE ints i_of(floats x) { return _mm256_cvttps_epi32(x); }
 

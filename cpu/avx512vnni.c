@@ -38,8 +38,12 @@ INLINE ints i_dot_words(ints c, ints a, ints b)
 
 INLINE floats f_add(floats a, floats b) { return _mm512_add_ps(a, b); }
 INLINE floats f_sub(floats a, floats b) { return _mm512_sub_ps(a, b); }
-INLINE floats f_min(floats a, floats b) { return _mm512_min_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm512_max_ps(a, b); }
+INLINE floats f_nan(floats x, floats y)
+{
+    return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), y);
+}
+INLINE bool f_any_nan(floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 INLINE ints i_add(ints a, ints b) { return a + b; }
 INLINE ints i_of(floats x) { return (ints)_mm512_cvttps_epi32(x); }
 INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }

@@ -88,6 +88,7 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         .o = take(a, attends * g->block_q * w->v.stride, sizeof(float)),
         .max = take(a, attends * g->block_q, sizeof(float)),
         .sum = take(a, attends * g->block_q, sizeof(float)),
+        .most = take(a, attends * rows, sizeof(float)),
         .local = take(a, attends * rows, sizeof(float)),
         .shrink = take(a, attends * rows, sizeof(float)),
         .weight = take(a, attends * rows, sizeof(float)),

@@ -63,13 +63,14 @@ typedef struct sparge_fold {
 typedef struct sparge_scores {
     const float *s;             /* [rows][stride] in units of c */
     int64_t rows, keys, stride; /* keys is a multiple of 16 */
-    float c;                    /* to log2 units; > 0 */
+    float c;                    /* to log2 units */
+    bool nans;                  /* may hold some: sums of floats do, integers never */
 } sparge_scores;
 
 /* The rows of a group: m and l of the online softmax, and what the tile at hand does to them. */
 typedef struct sparge_group {
     float *max, *sum;       /* m, l */
-    const float *local;     /* m_local; -inf where nothing is seen */
+    const float *local;     /* m_local; -inf where nothing is seen, or nothing but scores of -inf */
     float *shrink, *weight; /* of what was accumulated; of what is added */
 } sparge_group;
 
@@ -105,11 +106,12 @@ typedef struct sparge_kernels {
 
     /* ---- One tile (ref/attend.c) ---- */
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
-    void (*maxima)(const sparge_scores *, float *local);
+    /* The largest score of each row, NaN if there is one, and sparge_row_local of it. Was each above -inf? */
+    bool (*maxima)(const sparge_scores *, float *most, float *local);
     void (*raise)(const sparge_group *, int64_t rows, int levels); /* levels 0: P is not coded */
-    /* P of each row against max [rows], with its sum and, for WORDS, a_start. Columns: scores->keys. P of
-     * FLOATS may stand where S does. */
-    void (*weigh[SPARGE_FORMATS])(const sparge_scores *, const float *max, void *p, int64_t p_stride,
+    /* P of each row, with its sum and, for WORDS, a_start. Columns: scores->keys. Codes against the largest
+     * score of the row, with c > 0; FLOATS, which may stand where S does, against the running maximum. */
+    void (*weigh[SPARGE_FORMATS])(const sparge_scores *, const float *top, void *p, int64_t p_stride,
                                   float *sum, int32_t *start);
     void (*fold[SPARGE_FORMATS])(const sparge_product *, const sparge_fold *);
 

@@ -110,8 +110,9 @@ static void fold_floats(const sparge_product *x, const sparge_fold *f)
 
 /* ---- Softmax ---- */
 
-static void maxima(const sparge_scores *x, float *local)
+static bool maxima(const sparge_scores *x, float *most, float *local)
 {
+    bool above = true;
     for (int64_t r = 0; r < x->rows; r++) {
         const float *s = x->s + r * x->stride;
         float lane[16];
@@ -119,29 +120,18 @@ static void maxima(const sparge_scores *x, float *local)
             lane[n] = -INFINITY;
         for (int64_t t = 0; t < x->keys; t += 16)
             for (int64_t n = 0; n < 16; n++)
-                lane[n] = s[t + n] > lane[n] ? s[t + n] : lane[n];
+                lane[n] = s[t + n] > lane[n] || s[t + n] != s[t + n] ? s[t + n] : lane[n];
         float max = lane[0];
         for (int64_t n = 1; n < 16; n++)
-            max = lane[n] > max ? lane[n] : max;
-        local[r] = x->c * max;
+            max = lane[n] > max || lane[n] != lane[n] ? lane[n] : max;
+        most[r] = max;
+        local[r] = sparge_row_local(max, x->c);
+        above &= max != -INFINITY;
     }
+    return above;
 }
 
-/* sparge_weight, to the power of two. */
-static float below(const sparge_scores *x, int64_t at, float max)
-{
-    const float exponent = fmaf(x->s[at], x->c, max == -INFINITY ? 0.0f : -max);
-    return exponent > 0.0f ? 0.0f : exponent;
-}
-
-/* A NaN has code 0. */
-static int32_t p_code(const sparge_scores *x, int64_t at, float max, int levels)
-{
-    const float p = sparge_exp2(below(x, at, max));
-    return (int32_t)(p <= 1.0f ? (float)levels * p + 0.5f : 0.0f);
-}
-
-static void weigh_bytes(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
                         int32_t *start)
 {
     (void)start;
@@ -149,7 +139,7 @@ static void weigh_bytes(const sparge_scores *x, const float *max, void *p, int64
         uint8_t *restrict to = (uint8_t *)p + r * p_stride;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code = p_code(x, r * x->stride + t, max[r], 127);
+            const int32_t code = sparge_weight_code(x->s[r * x->stride + t], top[r], x->c, 127);
             to[t] = (uint8_t)code;
             codes += code;
         }
@@ -157,14 +147,14 @@ static void weigh_bytes(const sparge_scores *x, const float *max, void *p, int64
     }
 }
 
-static void weigh_words(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
                         int32_t *start)
 {
     for (int64_t r = 0; r < x->rows; r++) {
         int16_t *restrict to = (int16_t *)p + r * p_stride;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code = p_code(x, r * x->stride + t, max[r], 4095);
+            const int32_t code = sparge_weight_code(x->s[r * x->stride + t], top[r], x->c, 4095);
             to[t] = (int16_t)code;
             codes += code;
         }
@@ -173,14 +163,14 @@ static void weigh_words(const sparge_scores *x, const float *max, void *p, int64
     }
 }
 
-static void weigh_floats(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
                          int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {
         float *to = (float *)p + r * p_stride, partial[16] = {0};
         for (int64_t t = 0; t < x->keys; t++)
-            to[t] = sparge_exp2(below(x, r * x->stride + t, max[r]));
+            to[t] = sparge_weight(x->s[r * x->stride + t], x->c, top[r]);
         for (int64_t t = 0; t < x->keys; t += 16)
             for (int64_t lane = 0; lane < 16; lane++)
                 partial[lane] += to[t + lane];

@@ -284,7 +284,7 @@ static void pack_values_floats(const void *from, int64_t rows, int64_t stride, v
 static void rank(const float *pool, const float *pools, int64_t n, int64_t stride, float scale, float *s)
 {
     for (int64_t j = 0; j < n; j++)
-        s[j] = scale * dot(pool, pools + j * stride, stride);
+        s[j] = scale * dot(pool, pools + j * stride, stride) + 0.0f;
 }
 
 static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
@@ -295,19 +295,21 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 
 /* ---- One tile ---- */
 
-/* sparge_row_raise for a vector of rows. A row that sees nothing of the tile keeps what it has. P that is
- * not coded is weighed against the running maximum, and needs no weight of its own. */
+/* sparge_row_raise and sparge_code_weight for a vector of rows. A row that sees nothing of the tile keeps
+ * what it has. P that is not coded is weighed against the running maximum, and needs no weight of its own. */
 static void raise_rows(const sparge_group *g, int64_t rows, int levels)
 {
     const float unit = levels ? (float)levels : 1.0f, *restrict local = g->local;
     float *restrict max = g->max, *restrict sum = g->sum, *restrict shrink = g->shrink,
                     *restrict weight = g->weight;
     for (int64_t r = 0; r < rows; r++) {
-        const float old = max[r], raised = local[r] > old ? local[r] : old;
-        const float behind = local[r] == -INFINITY ? -INFINITY : local[r] - raised;
-        shrink[r] = sparge_exp2(raised == old ? 0.0f : old - raised);
+        const float old = max[r], now = local[r];
+        const bool stays = now <= old || old != old;
+        const float raised = stays ? old : now;
+        const float behind = now == -INFINITY ? now : now - raised;
+        shrink[r] = sparge_exp2(stays ? 0.0f : old - raised);
         weight[r] = sparge_exp2(levels ? behind : 0.0f) / unit;
-        sum[r] *= shrink[r];
+        sum[r] = stays ? sum[r] : old == -INFINITY ? 0.0f : sum[r] * shrink[r];
         max[r] = raised;
     }
 }
@@ -318,12 +320,12 @@ static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, voi
 {
     if (dtype == SPARGE_F32)
         for (int64_t c = 0; c < n; c++)
-            ((float *)out)[c] = o[c] * norm;
+            ((float *)out)[c] = o[c] * norm + 0.0f;
     for (int64_t c = 0; c < n && dtype != SPARGE_F32; c += SPARGE_PANEL) {
         float row[SPARGE_PANEL];
         const int64_t some = sparge_min(SPARGE_PANEL, n - c);
         for (int64_t e = 0; e < some; e++)
-            row[e] = o[c + e] * norm;
+            row[e] = o[c + e] * norm + 0.0f;
         for (int64_t e = 0; e < some; e++) /* (vcvtps2ph would keep the payload of a NaN) */
             ((uint16_t *)out)[c + e] =
                 dtype == SPARGE_F16 ? sparge_f32_to_f16(row[e]) : sparge_f32_to_bf16(row[e]);

@@ -26,26 +26,33 @@ static int64_t hide(const sparge_work *w, const group *x, float *s, int64_t colu
     return visible;
 }
 
+static bool sees(const sparge_work *w, const group *x, int64_t r)
+{
+    return sparge_keys_seen(&w->g, x->first + r, x->j) > 0;
+}
+
+/* Where no score of a row is above -inf: a row that sees nothing has no m_local, one that sees such scores
+ * alone is not empty any more. */
+static void mend_maxima(const sparge_work *w, sparge_scratch *t, const group *x)
+{
+    for (int64_t r = 0; r < x->rows; r++)
+        if (t->most[r] == -INFINITY) {
+            if (!sees(w, x, r))
+                t->local[r] = -INFINITY;
+            else if (t->max[x->i_row + r] == -INFINITY)
+                t->sum[x->i_row + r] = NAN;
+        }
+}
+
 /* Lines 14-16: does no row of the group come near its maximum? */
-static bool skips(const sparge_scratch *t, const group *x, float lambda)
+static bool skips(const sparge_work *w, const sparge_scratch *t, const group *x, float lambda)
 {
     float gap = -INFINITY;
     for (int64_t r = 0; r < x->rows && lambda > -INFINITY; r++) {
         const sparge_row state = {t->max[x->i_row + r], t->sum[x->i_row + r]};
-        gap = fmaxf(gap, sparge_row_gap(&state, t->local[r]));
+        gap = fmaxf(gap, sparge_row_gap(&state, t->local[r], t->most[r] != -INFINITY || sees(w, x, r)));
     }
     return sparge_group_skips(gap, lambda);
-}
-
-/* A row whose visible scores all overflowed to -inf has no weights, and so no output but NaN. */
-static void overflow(const sparge_work *w, sparge_scratch *t, const group *x)
-{
-    for (int64_t r = 0; r < x->rows; r++)
-        if (t->local[r] == -INFINITY && sparge_keys_seen(&w->g, x->first + r, x->j)) {
-            t->sum[x->i_row + r] = NAN;
-            for (int64_t c = 0; c < w->v.stride; c++)
-                t->o[(x->i_row + r) * w->v.stride + c] = NAN;
-        }
 }
 
 /* Line 10 to 16 for a group that sees some of the keys. Returns whether P.V was computed. */
@@ -71,22 +78,20 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
     if (sparge_keys_seen(&w->g, x->first, x->j) < columns)
         *visible = hide(w, x, t->s, columns, stride);
 
-    /* A step of 0, or two small ones, make c 0; a c that is not 0 keeps -inf what it is. The maxima become
-     * what c makes of them. */
     const float c = q->step[task->slot] * k->step[x->at] * w->o->scale * SPARGE_LOG2E;
-    const sparge_scores s = {t->s, x->rows, columns, stride, c == 0.0f ? 0x1p-149f : c};
-    run->maxima(&s, t->local);
-    for (int64_t r = 0; c == 0.0f && r < x->rows; r++)
-        t->local[r] = t->local[r] == -INFINITY ? -INFINITY : 0.0f * t->local[r];
-    if (skips(t, x, lambda))
+    sparge_scores s = {t->s, x->rows, columns, stride, c, q->format == SPARGE_FLOATS};
+    if (!run->maxima(&s, t->most, t->local))
+        mend_maxima(w, t, x);
+    if (skips(w, t, x, lambda))
         return false;
 
     const sparge_group rows = {t->max + x->i_row, t->sum + x->i_row, t->local, t->shrink, t->weight};
     run->raise(&rows, x->rows, v->levels);
-    run->weigh[v->format](&s, v->levels ? t->local : rows.max, t->p, stride, t->row_sum, t->p_start);
+    /* A step of 0, or two small ones, make c 0; a c that is not 0 keeps -inf what it is. */
+    s.c = c == 0.0f ? 0x1p-149f : c;
+    run->weigh[v->format](&s, v->levels ? t->most : rows.max, t->p, stride, t->row_sum, t->p_start);
     for (int64_t r = 0; r < x->rows; r++)
         rows.sum[r] += t->weight[r] * t->row_sum[r];
-    overflow(w, t, x);
     const sparge_product products = {
         .rows = x->rows,
         .panels = v->stride / SPARGE_PANEL,

@@ -1,11 +1,13 @@
 /* weights.h: softmax of a tile in vectors, written once: the largest score of each row, and P from S. An
  * instruction set's file includes it after products.h and after it has said
  *
- *     f_add, f_sub, f_min, f_max      the latter two give b where a or b is a NaN
+ *     f_add, f_sub, f_max             the last gives b where a or b is a NaN
  *     i_power(x)                      n, where an exponent stands, for x = n + 1.5 * 2^23
  *     f_scale(p, i)                   p * 2^n for such an i; a NaN stays one
  *     f_flush(x, p)                   p, or 0 where x < -126
  *     f_most(x)                       the largest lane
+ *     f_nan(x, y)                     x, or NaN in lanes where y is one
+ *     f_any_nan(x)                    is there a NaN in a lane?
  *     i_zero, i_add, i_sum(x)         of ints; the sum of all lanes
  *     i_of(x)                         truncated; of a NaN, the most negative one
  *     store_bytes, store_words        (to, x, vectors): ints as uint8 and int16, negative ones as 0;
@@ -16,38 +18,53 @@
 
 #include "cpu/stages.h"
 
+/* The larger of both; NaN where one is NaN, if `nans` may come. */
+INLINE floats f_larger(floats a, floats b, bool nans)
+{
+    const floats larger = f_max(b, a);
+    return nans ? f_nan(larger, b) : larger;
+}
+
 /* So many vectors go side by side through a polynomial, as many as two units need to be busy while each
  * waits for itself: a step takes 4 cycles. */
 enum { BESIDE = 8, PARTIALS = SPARGE_PANEL / (int)LANES };
 
-static void maxima(const sparge_scores *x, float *local)
+INLINE bool maxima_of(const sparge_scores *x, bool nans, float *top, float *local)
 {
+    bool above = true;
     for (int64_t r = 0; r < x->rows; r++) {
         const float *s = x->s + r * x->stride;
         floats most[PARTIALS];
         for (int n = 0; n < PARTIALS; n++)
-            most[n] = f_all(-INFINITY); /* a NaN is passed over */
+            most[n] = f_all(-INFINITY);
         for (int64_t t = 0; t < x->keys; t += SPARGE_PANEL)
             for (int n = 0; n < PARTIALS; n++)
-                most[n] = f_max(f_load(s + t + n * LANES), most[n]);
+                most[n] = f_larger(most[n], f_load(s + t + n * LANES), nans);
         for (int n = 1; n < PARTIALS; n++)
-            most[0] = f_max(most[n], most[0]);
-        local[r] = x->c * f_most(most[0]);
+            most[0] = f_larger(most[0], most[n], nans);
+        top[r] = nans && f_any_nan(most[0]) ? NAN : f_most(most[0]);
+        local[r] = sparge_row_local(top[r], x->c);
+        above &= top[r] != -INFINITY;
     }
+    return above;
+}
+
+static bool maxima(const sparge_scores *x, float *top, float *local)
+{
+    return x->nans ? maxima_of(x, true, top, local) : maxima_of(x, false, top, local);
 }
 
 /* One row of P on its way. */
 typedef struct weighing {
     const float *s;
-    floats c, minus_max;
+    floats c, top; /* of codes the largest s; of floats the running maximum */
     void *p;
     ints codes;             /* the sum so far, in lanes */
     floats total[PARTIALS]; /* the same of FLOATS */
 } weighing;
 
-/* Scores below their maximum, and sparge_exp2 of them but for the flush to 0 below
- * -126, where p is 2^-126. */
-INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], floats p[BESIDE])
+/* sparge_exp2 of x <= 0, but for the flush to 0 below -126, where p is 2^-126. */
+INLINE void powers(const floats x[BESIDE], int vectors, floats p[BESIDE])
 {
     static const float coefficient[] = {0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f,
                                         1.0f};
@@ -55,7 +72,6 @@ INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], 
     floats f[BESIDE];
     ints power[BESIDE];
     for (int n = 0; n < vectors; n++) {
-        x[n] = f_min(f_all(0.0f), f_fma(f_load(w->s + t + n * LANES), w->c, w->minus_max));
         const floats inside = f_max(lowest, x[n]), shifted = f_add(inside, magic);
         power[n] = i_power(shifted);
         f[n] = f_sub(inside, f_sub(shifted, magic));
@@ -69,12 +85,15 @@ INLINE void powers(const weighing *w, int64_t t, int vectors, floats x[BESIDE], 
         p[n] = f_scale(p[n], power[n]);
 }
 
+/* sparge_weight_code */
 INLINE void codes_of(const weighing *w, int64_t t, int vectors, float levels, ints code[BESIDE])
 {
     floats x[BESIDE], p[BESIDE];
-    powers(w, t, vectors, x, p);
     for (int n = 0; n < vectors; n++)
-        code[n] = i_of(f_add(f_mul(f_all(levels), p[n]), f_all(0.5f)));
+        x[n] = f_mul(w->c, f_sub(f_load(w->s + t + n * LANES), w->top));
+    powers(x, vectors, p);
+    for (int n = 0; n < vectors; n++)
+        code[n] = i_of(f_fma(f_all(levels), p[n], f_all(0.5f)));
 }
 
 INLINE void weigh_some_bytes(weighing *w, int64_t t, int vectors)
@@ -91,10 +110,13 @@ INLINE void weigh_some_words(weighing *w, int64_t t, int vectors)
     w->codes = i_add(w->codes, store_words((int16_t *)w->p + t, code, vectors));
 }
 
+/* sparge_weight */
 INLINE void weigh_some_floats(weighing *w, int64_t t, int vectors)
 {
     floats x[BESIDE], p[BESIDE];
-    powers(w, t, vectors, x, p);
+    for (int n = 0; n < vectors; n++)
+        x[n] = f_sub(f_mul(w->c, f_load(w->s + t + n * LANES)), w->top);
+    powers(x, vectors, p);
     for (int n = 0; n < vectors; n++) {
         p[n] = f_flush(x[n], p[n]);
         f_store((float *)w->p + t + n * LANES, p[n]);
@@ -102,12 +124,12 @@ INLINE void weigh_some_floats(weighing *w, int64_t t, int vectors)
     }
 }
 
-INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float max, void *p,
+INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float top, void *p,
                           void (*some)(weighing *, int64_t t, int vectors))
 {
     weighing w = {.s = x->s + r * x->stride,
                   .c = f_all(x->c),
-                  .minus_max = f_all(max == -INFINITY ? 0.0f : -max),
+                  .top = f_all(top),
                   .p = p,
                   .codes = i_zero()};
     for (int n = 0; n < PARTIALS; n++)
@@ -124,30 +146,31 @@ INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float max, void *p,
     return w;
 }
 
-static void weigh_bytes(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
                         int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++)
-        sum[r] = (float)i_sum(weigh_row(x, r, max[r], (uint8_t *)p + r * p_stride, weigh_some_bytes).codes);
+        sum[r] = (float)i_sum(weigh_row(x, r, top[r], (uint8_t *)p + r * p_stride, weigh_some_bytes).codes);
 }
 
-static void weigh_words(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
                         int32_t *start)
 {
     for (int64_t r = 0; r < x->rows; r++) {
         int16_t *row = (int16_t *)p + r * p_stride;
-        sum[r] = (float)i_sum(weigh_row(x, r, max[r], row, weigh_some_words).codes);
+        sum[r] = (float)i_sum(weigh_row(x, r, top[r], row, weigh_some_words).codes);
         start[r] = words_start(row, x->keys);
     }
 }
 
-static void weigh_floats(const sparge_scores *x, const float *max, void *p, int64_t p_stride, float *sum,
+static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
                          int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {
-        const weighing w = weigh_row(x, r, max[r], (float *)p + r * p_stride, weigh_some_floats);
+        const float base = top[r] == -INFINITY ? 0.0f : top[r];
+        const weighing w = weigh_row(x, r, base, (float *)p + r * p_stride, weigh_some_floats);
         sum[r] = sum_of(w.total);
     }
 }

@@ -39,7 +39,8 @@ typedef struct sparge_scratch {
     float *s, *o;                             /* [group][keys + 16], [block_q][stride of V] */
     void *p;                                  /* [group][keys + 16] in the format of V */
     float *max, *sum;                         /* [block_q] m and l */
-    float *local, *shrink, *weight, *row_sum; /* [group] */
+    float *most, *local;                      /* [group] the largest s of a row, m_local */
+    float *shrink, *weight, *row_sum;         /* [group] */
     int32_t *p_start;                         /* [group] */
     bool *spoilt;                             /* [block_q] rows that met a non-finite query or key */
     float *share;                             /* [k_blocks] of the rows whose P.V was computed */

@@ -42,28 +42,30 @@ static void local_maxima(const sparge_geometry *g, int64_t j, sparge_ref_tile *t
 {
     for (int64_t r = 0; r < tile->rows; r++) {
         tile->seen[r] = sparge_keys_seen(g, tile->first_q + r, j);
-        float max = -INFINITY;
-        for (int64_t t = 0; t < tile->seen[r]; t++)
-            if (tile->s[r * tile->keys + t] > max)
-                max = tile->s[r * tile->keys + t];
-        tile->local[r] = tile->seen[r] ? tile->c * max : -INFINITY;
+        float most = -INFINITY;
+        for (int64_t t = 0; t < tile->seen[r]; t++) {
+            const float s = tile->s[r * tile->keys + t];
+            most = s > most || s != s ? s : most; /* a NaN stays */
+        }
+        tile->most[r] = most;
+        tile->local[r] = tile->seen[r] ? sparge_row_local(most, tile->c) : -INFINITY;
     }
 }
 
-/* Lines 12, 13 and 16 for one row. P is coded against the row's maximum in this tile, which uses all
+/* Lines 12, 13 and 16 for one row. P is coded against the row's largest score in this tile, which uses all
  * of the codes; `weight` carries the tile's sums over to the running maximum. l adds the codes that o
  * adds, so V = 1 gives 1. */
 void sparge_ref_weigh(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
 {
     sparge_row *state = &tile->state[r];
     const float shrink = sparge_row_raise(state, tile->local[r]);
-    const float weight = sparge_exp2(tile->local[r] - state->max) / (float)p_levels;
+    const float weight = sparge_code_weight(tile->local[r], state->max, p_levels);
 
     int32_t sum = 0;
     memset(tile->product, 0, (size_t)v->dim * sizeof *tile->product);
     for (int64_t t = 0; t < tile->seen[r]; t++) {
-        const float p = sparge_weight(tile->s[r * tile->keys + t], tile->c, tile->local[r]);
-        const int32_t code = p <= 1.0f ? (int32_t)((float)p_levels * p + 0.5f) : 0; /* not of NaN */
+        const int32_t code =
+            sparge_weight_code(tile->s[r * tile->keys + t], tile->most[r], tile->c, p_levels);
         const int16_t *v_code = &v->code[(tile->first_k + t) * v->dim];
         sum += code;
         for (int64_t c = 0; c < v->dim; c++)
@@ -85,7 +87,7 @@ static void fold(const sparge_ref_attender *w, float lambda)
         const int64_t r1 = sparge_min(tile.rows, r0 + w->o->skip_rows);
         float gap = -INFINITY;
         for (int64_t r = r0; r < r1; r++)
-            gap = fmaxf(gap, sparge_row_gap(&tile.state[r], tile.local[r]));
+            gap = fmaxf(gap, sparge_row_gap(&tile.state[r], tile.local[r], tile.seen[r] > 0));
         const bool skips = sparge_group_skips(gap, lambda);
         for (int64_t r = r0; r < r1; r++) {
             tile.done[r] = !skips;

@@ -158,7 +158,7 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
     }
     const float norm = sparge_row_norm(state);
     for (int64_t c = 0; c < p->dim_v; c++)
-        store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * norm * w->tile.unit[c]);
+        store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * norm * w->tile.unit[c] + 0.0f);
     sparge_ref_record(result->trace->m, line, &state->max, 1, 4);
     sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
 }
@@ -254,6 +254,7 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
         .tile = {
             .s = take(&a, g.block_q * g.block_k, sizeof(float)),
             .seen = take(&a, g.block_q, sizeof(int64_t)),
+            .most = take(&a, g.block_q, sizeof(float)),
             .local = take(&a, g.block_q, sizeof(float)),
             .done = take(&a, g.block_q, sizeof(bool)),
             .state = take(&a, g.block_q, sizeof(sparge_row)),

@@ -136,8 +136,8 @@ static void score_row(const sparge_ref_predictor *w, int64_t visible, int64_t at
 {
     const int64_t dim = w->p->dim;
     for (int64_t j = 0; j < w->g.k_blocks; j++)
-        w->s[j] = j < visible ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim)
-                              : -INFINITY;
+        w->s[j] = j < visible ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim) + 0.0f
+                              : -INFINITY; /* a score of 0 has no sign */
     sparge_ref_record(w->trace->s_all, at, w->s, w->g.k_blocks, 4);
     for (int64_t j = 0; j < visible; j++)
         w->s[j] = w->similar_k[j] ? w->s[j] : -INFINITY;

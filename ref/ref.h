@@ -98,7 +98,8 @@ typedef struct sparge_ref_tile {
     float *s;                 /* [rows][keys] scores in units of c */
     float c;                  /* to log2 units: step_q * step_k * scale * log2 e */
     int64_t *seen;            /* [rows] keys of block j that the row may see: the first ones */
-    float *local;             /* [rows] m_local, log2 units; -inf where nothing is seen */
+    float *most;              /* [rows] the largest visible s; -inf where nothing is seen */
+    float *local;             /* [rows] m_local: the same in log2 units */
     bool *done;               /* [rows] P.V of this tile was computed */
     sparge_row *state;        /* [rows] m and l */
     float *o;                 /* [rows][dim_v], not yet divided by l */

@@ -782,6 +782,15 @@ Test(common, half_narrowing)
 
 static sparge_row row_of(float max, float sum) { return (sparge_row){ max, sum }; }
 
+/* The bits, but of a NaN no more than that it is one. */
+static void check_number(float got, float want)
+{
+    if (isnan(want))
+        cr_assert(isnan(got));
+    else
+        check_equal(got, want);
+}
+
 Test(common, row_empty)
 {
     const sparge_row row = sparge_row_empty();
@@ -795,7 +804,14 @@ Test(common, row_raise)
 {
     static const struct { sparge_row row; float local, shrink; sparge_row after; } table[] = {
         { { -INFINITY, 0.0f }, 3.0f, 0.0f, { 3.0f, 0.0f } },
-        { { -INFINITY, 0.0f }, -INFINITY, 1.0f, { -INFINITY, 0.0f } },
+        { { -INFINITY, 0.0f }, -INFINITY, 1.0f, { -INFINITY, NAN } }, /* not empty any more */
+        { { -INFINITY, NAN }, -INFINITY, 1.0f, { -INFINITY, NAN } },
+        { { -INFINITY, NAN }, 3.0f, 0.0f, { 3.0f, 0.0f } },
+        { { 3.0f, 2.0f }, INFINITY, 0.0f, { INFINITY, 0.0f } },
+        { { INFINITY, NAN }, 3.0f, 1.0f, { INFINITY, NAN } },
+        { { 3.0f, 2.0f }, NAN, NAN, { NAN, NAN } },
+        { { NAN, NAN }, 3.0f, 1.0f, { NAN, NAN } },
+        { { NAN, NAN }, INFINITY, 1.0f, { NAN, NAN } },
         { { 3.0f, 2.0f }, 5.0f, 0.25f, { 5.0f, 0.5f } },
         { { 3.0f, 2.0f }, 3.0f, 1.0f, { 3.0f, 2.0f } },
         { { 3.0f, 2.0f }, 1.0f, 1.0f, { 3.0f, 2.0f } },
@@ -807,9 +823,9 @@ Test(common, row_raise)
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
         sparge_row row = table[i].row;
-        check_equal(sparge_row_raise(&row, table[i].local), table[i].shrink);
-        check_equal(row.max, table[i].after.max);
-        check_equal(row.sum, table[i].after.sum);
+        check_number(sparge_row_raise(&row, table[i].local), table[i].shrink);
+        check_number(row.max, table[i].after.max);
+        check_number(row.sum, table[i].after.sum);
     }
 }
 
@@ -817,13 +833,30 @@ Test(common, row_gap)
 {
     static const struct { float max, local, gap; } table[] = {
         { 3.0f, 5.0f, 2.0f },           { 3.0f, 1.0f, -2.0f },           { 3.0f, 3.0f, 0.0f },
-        { -INFINITY, 5.0f, INFINITY },  { -INFINITY, -5e30f, INFINITY }, { 3.0f, -INFINITY, -INFINITY },
-        { -INFINITY, -INFINITY, -INFINITY },
+        { -INFINITY, 5.0f, INFINITY },  { -INFINITY, -5e30f, INFINITY }, { 3.0f, -INFINITY, -FLT_MAX },
+        { -INFINITY, -INFINITY, INFINITY }, { 3e38f, -3e38f, -FLT_MAX }, { 3.0f, INFINITY, INFINITY },
+        { 3.0f, NAN, INFINITY },        { NAN, 3.0f, INFINITY },         { INFINITY, 3.0f, -FLT_MAX },
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         const sparge_row row = row_of(table[i].max, 1.0f);
         check_case("line %zu", i);
-        check_equal(sparge_row_gap(&row, table[i].local), table[i].gap);
+        check_equal(sparge_row_gap(&row, table[i].local, true), table[i].gap);
+        check_equal(sparge_row_gap(&row, -INFINITY, false), -INFINITY);
+    }
+}
+
+Test(common, row_local)
+{
+    static const struct { float most, unit, local; } table[] = {
+        { 3.0f, 2.0f, 6.0f },       { -INFINITY, 2.0f, -INFINITY }, { INFINITY, 2.0f, INFINITY },
+        { 3e38f, 2.0f, INFINITY },  { -3e38f, 2.0f, -INFINITY },    { NAN, 2.0f, NAN },
+        { 3.0f, INFINITY, NAN },    { -3.0f, INFINITY, NAN },       { 3.0f, NAN, NAN },
+        { -3.0f, 0.0f, 0.0f },      { -0.0f, 2.0f, 0.0f },          { -1.0f, 0x1p-149f, -0x1p-149f },
+        { 5.0f, 0x1.333334p-1f, 0x1.8p1f }, /* 3.00000006, rounded as a product */
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_number(sparge_row_local(table[i].most, table[i].unit), table[i].local);
     }
 }
 
@@ -851,13 +884,52 @@ Test(common, weight)
         { 3.0f, 2.0f, 6.0f, 1.0f },       { 3.0f, 2.0f, 8.0f, 0.25f },     { -3.0f, 2.0f, -6.0f, 1.0f },
         { -3.0f, 2.0f, 4.0f, 0x1p-10f },  { 0.0f, 0.0f, 0.0f, 1.0f },      { 3.0f, 2.0f, 1000.0f, 0.0f },
         { 16129.0f, 0.0f, 0.5f, 0x1.6a09e8p-1f },
-        { 5.0f, 0x1.000002p0f, 0x1.400002p2f, 1.0f }, /* the product is 2^-23 above the maximum */
-        { 3.0f, 0x1.000002p0f, 4.0f, 0x1.000004p-1f }, /* ...06 from a product rounded on the way */
-        { 6.0f, 0x1.000002p0f, 7.0f, 0x1.000008p-1f }, /* ...0c */
+        { 5.0f, 0x1.000002p0f, 0x1.400002p2f, 1.0f }, /* the product, exactly, is above its own rounding */
+        { 3.0f, 0x1.000002p0f, 4.0f, 0x1.000006p-1f }, /* ...04 from one rounding, an fma */
+        { 6.0f, 0x1.000002p0f, 7.0f, 0x1.00000cp-1f }, /* ...08 */
+        { 3.0f, 0x1.555556p60f, 0x1p62f, 1.0f }, /* an fma is 2^38 above here */
+        { -3.0f, 0x1.555556p60f, -0x1p62f, 1.0f }, /* and here below: weight 0 */
+        { -INFINITY, 2.0f, 3.0f, 0.0f },  { -INFINITY, 2.0f, -INFINITY, 0.0f }, { -3e38f, 2.0f, -INFINITY, 0.0f },
+        { INFINITY, 2.0f, INFINITY, NAN }, { NAN, 2.0f, 3.0f, NAN },       { 3.0f, 2.0f, NAN, NAN },
+        { 3.0f, 2.0f, INFINITY, 0.0f },
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        check_equal(sparge_weight(table[i].score, table[i].scale, table[i].max), table[i].weight);
+        check_number(sparge_weight(table[i].score, table[i].scale, table[i].max), table[i].weight);
+    }
+}
+
+Test(common, weight_code)
+{
+    static const struct { float score, most, unit; int levels, code; } table[] = {
+        { 7.0f, 7.0f, 1e30f, 127, 127 },   { -16129.0f, -16129.0f, 1e30f, 127, 127 }, { 6.0f, 7.0f, 1.0f, 127, 64 },
+        { 6.0f, 7.0f, 1.0f, 4095, 2048 },  { 0.0f, 7.0f, 1.0f, 127, 1 },  { 0.0f, 8.0f, 1.0f, 127, 0 },
+        { 5.0f, 6.0f, 0x1.02dab2p-7f, 127, 126 }, /* 126.3 */
+        { -9.0f, 7.0f, 0.0f, 127, 127 },   { -INFINITY, 7.0f, 1.0f, 127, 0 }, { -INFINITY, -INFINITY, 1.0f, 127, 0 },
+        { NAN, 7.0f, 1.0f, 127, 0 },       { 7.0f, NAN, 1.0f, 127, 0 },   { 7.0f, 7.0f, INFINITY, 127, 0 },
+        { 3e38f, INFINITY, 1.0f, 127, 0 },
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_equal(sparge_weight_code(table[i].score, table[i].most, table[i].unit, table[i].levels), table[i].code);
+    }
+    for (int levels = 127; levels <= 4095; levels += 4095 - 127) /* one rounding or two: the same codes */
+        for (uint32_t bits = 0; bits <= sparge_float_bits(1.0f); bits += 97) {
+            const float p = sparge_bits_float(bits);
+            cr_assert_eq((int)fmaf((float)levels, p, 0.5f), (int)((float)levels * p + 0.5f), "%a", (double)p);
+        }
+}
+
+Test(common, code_weight)
+{
+    static const struct { float local, max; int levels; float weight; } table[] = {
+        { 3.0f, 3.0f, 127, 0x1.020408p-7f }, { 3.0f, 5.0f, 127, 0x1.020408p-9f }, { -INFINITY, 3.0f, 127, 0.0f },
+        { -INFINITY, -INFINITY, 127, 0.0f }, { INFINITY, INFINITY, 127, NAN },    { NAN, NAN, 127, NAN },
+        { 3.0f, INFINITY, 127, 0.0f },       { 3.0f, 3.0f, 4095, 0x1.001002p-12f },
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_number(sparge_code_weight(table[i].local, table[i].max, table[i].levels), table[i].weight);
     }
 }
 
@@ -870,6 +942,8 @@ Test(common, row_merge)
         { { 4.0f, 2.0f }, { 4.0f, 3.0f }, 1.0f, 1.0f, { 4.0f, 5.0f } },
         { { -300.0f, 2.0f }, { 4.0f, 3.0f }, 0.0f, 1.0f, { 4.0f, 3.0f } },
         { { -7.0f, 8.0f }, { -4.0f, 3.0f }, 0.125f, 1.0f, { -4.0f, 4.0f } },
+        { { -INFINITY, NAN }, { 3.0f, 2.0f }, 0.0f, 1.0f, { 3.0f, 2.0f } },
+        { { -INFINITY, NAN }, { -INFINITY, 0.0f }, 0.0f, 0.0f, { -INFINITY, NAN } },
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
@@ -879,8 +953,8 @@ Test(common, row_merge)
                                             : sparge_row_merge(table[i].a, table[i].b, &one, &other);
             check_equal(one, table[i].a_share);
             check_equal(other, table[i].b_share);
-            check_equal(both.max, table[i].both.max);
-            check_equal(both.sum, table[i].both.sum);
+            check_number(both.max, table[i].both.max);
+            check_number(both.sum, table[i].both.sum);
         }
     }
     float share;
@@ -894,14 +968,14 @@ Test(common, row_norm_and_lse)
         { -INFINITY, 0.0f, 0.0f, -INFINITY }, { 0.0f, 1.0f, 1.0f, 0.0f },
         { 2.0f, 4.0f, 0.25f, 2.77258872f },   { -3.0f, 1.0f, 1.0f, -2.07944154f },
         { 10.0f, 3.0f, 0x1.555556p-2f, 8.03008409f },
-        { 1000.0f, 1048576.0f, 0x1p-20f, 707.010124f },
+        { 1000.0f, 1048576.0f, 0x1p-20f, 707.010124f }, { -INFINITY, NAN, NAN, NAN }, { INFINITY, NAN, NAN, NAN },
         { 1.44269502f, 1.0f, 1.0f, 1.0f },    { 1e30f, 1.0f, 1.0f, 6.93147203e29f },
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         const sparge_row row = row_of(table[i].max, table[i].sum);
         check_case("line %zu", i);
-        check_equal(sparge_row_norm(&row), table[i].norm);
-        check_equal(sparge_row_lse(&row), table[i].lse);
+        check_number(sparge_row_norm(&row), table[i].norm);
+        check_number(sparge_row_lse(&row), table[i].lse);
     }
     const sparge_row bad = row_of(3.0f, NAN), worse = row_of(NAN, 1.0f);
     cr_assert(isnan(sparge_row_norm(&bad)) && isnan(sparge_row_lse(&bad)) && isnan(sparge_row_lse(&worse)));

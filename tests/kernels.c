@@ -691,7 +691,7 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
 /* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see little or
  * nothing. */
 typedef struct scores {
-    pair s, max;
+    pair s, top;
     sparge_scores got;
     int64_t all;
 } scores;
@@ -703,14 +703,14 @@ static scores make_scores(void)
                   all = (rows - 1) * stride + keys;
     const bool special = one_in(4);
     const float size = ldexpf(1.0f, (int)pick(0, one_in(4) ? 120 : 24));
-    scores x = {.s = make("s", F32, all, stride), .max = make("max", F32, rows, rows), .all = all};
-    x.got = (sparge_scores){x.s.got, rows, keys, stride,
-                            one_in(20) ? 0x1p-149f : ldexpf(1.5f + uniform() / 2, (int)pick(-24, 4))};
+    scores x = {.s = make("s", F32, all, stride), .top = make("top", F32, rows, rows), .all = all};
+    const float c = ldexpf(1.5f + uniform() / 2, (int)pick(-24, one_in(4) ? 100 : 4));
+    x.got = (sparge_scores){x.s.got, rows, keys, stride, one_in(20) ? 0x1p-149f : c, special};
     for (int64_t r = 0; r < rows; r++) {
         const int64_t seen = one_in(3) ? pick(0, keys) : keys;
         for (int64_t t = 0; t < keys; t++) {
             const float odd[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN};
-            float score = size * uniform() + 0.0f; /* no -0: which of two zeros is larger is not said */
+            float score = size * uniform();
             score = special && one_in(10) ? odd[pick(0, 5)] : one_in(8) ? 0.0f : rintf(score) + 0.0f;
             ((float *)x.s.got)[r * stride + t] = t < seen ? score : -INFINITY;
         }
@@ -720,26 +720,32 @@ static scores make_scores(void)
     return x;
 }
 
-static float local_of(const scores *x, int64_t r)
+static float most_of(const scores *x, int64_t r)
 {
-    float max = -INFINITY;
+    float most = -INFINITY;
     for (int64_t t = 0; t < x->got.keys; t++) {
         const float score = ((float *)x->s.got)[r * x->got.stride + t];
-        if (score > max)
-            max = score;
+        if (score > most || score != score)
+            most = score;
     }
-    return x->got.c * max;
+    return most;
 }
 
 static void test_maxima(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
-    const scores x = make_scores();
-    const pair local = make("local", F32, x.got.rows, x.got.rows);
+    scores x = make_scores();
+    const pair local = make("local", F32, x.got.rows, x.got.rows), above = make("above", I32, 1, 1);
+    x.got.c = one_in(20) ? 0.0f : one_in(20) ? INFINITY : x.got.c;
     settle();
-    k->maxima(&x.got, local.got);
-    for (int64_t r = 0; r < x.got.rows; r++)
-        ((float *)local.want)[r] = local_of(&x, r);
+    *(int32_t *)above.got = k->maxima(&x.got, x.top.got, local.got);
+    *(int32_t *)above.want = 1;
+    for (int64_t r = 0; r < x.got.rows; r++) {
+        const float most = most_of(&x, r);
+        ((float *)x.top.want)[r] = most;
+        ((float *)local.want)[r] = sparge_row_local(most, x.got.c);
+        *(int32_t *)above.want &= most != -INFINITY;
+    }
 }
 
 static void test_raise(const sparge_kernels *k, sparge_format f)
@@ -754,9 +760,11 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
     for (int64_t r = 0; r < rows; r++) {
         const float spread = one_in(6) ? 1e4f : 20.0f, max = spread * uniform();
         const bool first = one_in(4);
-        ((float *)x[0].got)[r] = first ? -INFINITY : max;
-        ((float *)x[1].got)[r] = first ? 0.0f : 100.0f * fabsf(uniform());
-        const float local = one_in(8) && !first ? max : one_in(20) ? NAN : spread * uniform();
+        const bool lost = one_in(10); /* a row that is NaN whatever comes */
+        ((float *)x[0].got)[r] = first ? -INFINITY : lost ? (one_in(2) ? NAN : INFINITY) : max;
+        ((float *)x[1].got)[r] = lost ? NAN : first ? 0.0f : 100.0f * fabsf(uniform());
+        const float odd = one_in(2) ? NAN : INFINITY;
+        const float local = one_in(8) && !first ? max : one_in(20) ? odd : spread * uniform();
         ((float *)x[2].got)[r] = one_in(5) ? -INFINITY : local;
     }
     snprintf(shape, sizeof shape, "%" PRId64 " rows, levels %d", rows, levels);
@@ -766,10 +774,11 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
     for (int64_t r = 0; r < rows; r++) {
         sparge_row row = {((float *)x[0].want)[r], ((float *)x[1].want)[r]};
         const float local = ((float *)x[2].want)[r];
+        const float sum = row.sum;
         ((float *)x[3].want)[r] = sparge_row_raise(&row, local);
-        ((float *)x[4].want)[r] = !levels              ? 1.0f
-                                  : local == -INFINITY ? 0.0f /* adds nothing, whatever the maximum is */
-                                                       : sparge_exp2(local - row.max) / (float)levels;
+        ((float *)x[4].want)[r] = levels ? sparge_code_weight(local, row.max, levels) : 1.0f;
+        if (local == -INFINITY) /* nothing is seen: what the row had */
+            row.sum = sum;
         ((float *)x[0].want)[r] = row.max;
         ((float *)x[1].want)[r] = row.sum;
     }
@@ -782,19 +791,21 @@ static void test_weigh(const sparge_kernels *k, sparge_format f)
                   stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
     const pair p = make("p", kind_of_a[f], (rows - 1) * stride + keys, stride);
     const pair sum = make("sum", F32, rows, rows), start = make("start", I32, rows, rows);
-    const bool above = f == SPARGE_FLOATS || one_in(8);
     for (int64_t r = 0; r < rows; r++)
-        ((float *)x.max.got)[r] = local_of(&x, r) + (above && one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
+        ((float *)x.top.got)[r] =
+            f != SPARGE_FLOATS ? most_of(&x, r)
+                               : sparge_row_local(most_of(&x, r), x.got.c) + (one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
     settle();
-    k->weigh[f](&x.got, x.max.got, p.got, stride, sum.got, start.got);
+    k->weigh[f](&x.got, x.top.got, p.got, stride, sum.got, start.got);
     for (int64_t r = 0; r < rows; r++) {
-        const float max = ((float *)x.max.want)[r], levels = f == SPARGE_BYTES ? 127.0f : 4095.0f;
+        const float most = ((float *)x.top.want)[r];
         float partial[16] = {0};
         int64_t total = 0, product = 0;
         for (int64_t t = 0; t < keys; t++) {
             const float score = ((float *)x.s.want)[r * x.got.stride + t];
-            const float weight = sparge_weight(score, x.got.c, max == -INFINITY ? 0.0f : max);
-            const int code = f != SPARGE_FLOATS && weight <= 1.0f ? (int)(levels * weight + 0.5f) : 0;
+            const float weight = f == SPARGE_FLOATS ? sparge_weight(score, x.got.c, most) : 0.0f;
+            const int code =
+                f == SPARGE_FLOATS ? 0 : sparge_weight_code(score, most, x.got.c, f == SPARGE_BYTES ? 127 : 4095);
             put(p.want, kind_of_a[f], r * stride + t, code, weight);
             partial[t % 16] += weight;
             total += code;
@@ -838,7 +849,7 @@ static void test_store(const sparge_kernels *k, sparge_format f)
     settle();
     k->store(o.got, n, norm, dtype, out.got);
     for (int64_t c = 0; c < n; c++) {
-        const float x = ((float *)o.want)[c] * norm;
+        const float x = ((float *)o.want)[c] * norm + 0.0f; /* a zero has no sign */
         if (dtype == SPARGE_F32)
             ((float *)out.want)[c] = x;
         else

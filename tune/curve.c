@@ -306,7 +306,7 @@ static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1
         const float *local = tune_block_m(b, j);
         float gap = -INFINITY;
         for (int64_t r = r0; r < r1; r++)
-            gap = fmaxf(gap, sparge_row_gap(&state[r], local[r]));
+            gap = fmaxf(gap, sparge_row_gap(&state[r], local[r], local[r] > -INFINITY));
         for (int64_t r = r0; r < r1; r++)
             state[r].max = fmaxf(state[r].max, local[r]);
         w->entry[entries++] = (entry){ j, step_of(gap) };
