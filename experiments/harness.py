@@ -18,6 +18,13 @@ def run_json(program, *options):
     return json.loads(done.stdout or "null")
 
 
+def bench_json(program, *options):
+    """The cases of sparge bench, with its seconds in milliseconds, as the tables here have them."""
+    columns = {"seconds_total": "ms"} | {f"seconds_{part}": f"ms_{part}" for part in ("predict", "quantize", "attend")}
+    return [{columns.get(key, key): float(f"{1e3 * x:.9g}") if key in columns and x is not None else x
+             for key, x in case.items()} for case in run_json(program, "bench", "--json", *options)]
+
+
 def write_csv(path, rows, columns=None):
     with open(path, "w", newline="") as file:
         out = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n", extrasaction="ignore")

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import ROOT, read_csv, run_json, stands_on, write_csv
+from harness import ROOT, bench_json, read_csv, run_json, stands_on, write_csv
 
 TOLERANCE = 1e-4  # relative: figures are rounded, and the last bits of a double depend on the processor's libm
 
@@ -46,6 +46,9 @@ class How:
 
     def sparge(self, *options):
         return run_json(self.program, *options)
+
+    def bench(self, *options):
+        return bench_json(self.program, *options)
 
     def threads(self):
         """For sparge bench: it refuses several threads beside other processes, which a smoke run may have."""

@@ -215,6 +215,19 @@ def test_kept_is_whole_or_absent():
         check(Kept(Path("kept.json"), args, []).rows == {}, "no rows of ours", text)
 
 
+def test_bench_json():
+    """Seconds of the program are the milliseconds of the committed tables, under their columns."""
+    case = {"case": "c", "seconds_total": 0.0123456789, "seconds_predict": None, "seconds_quantize": 1e-4,
+            "seconds_attend": 0.0122, "tops": 2.0}
+    write("bench", f"#!/bin/sh\necho '{json.dumps([case])}'\n")
+    os.chmod("bench", 0o755)
+    check(item.bench_json("./bench") == [{"case": "c", "ms": 12.3456789, "ms_predict": None, "ms_quantize": 0.1,
+                                          "ms_attend": 12.2, "tops": 2.0}], "milliseconds")
+    committed = table(ROOT / "experiments/cpu_speed/cases.csv")
+    check(list(committed[0]) == list(item.bench_json(SPARGE, "--q-len", 64, "--dim", 16, "--repeat", 1, "--threads", 1,
+                                                     "--sparsity", 0)[0]), "the columns of cpu_speed")
+
+
 def test_same():
     for old, new in ("1", "1.00005"), ("0", "0.0"), ("", ""), ("a", "a"):
         check(item.same(old, new), "the same", old, new)

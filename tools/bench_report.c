@@ -9,7 +9,7 @@
 /* ---- Figures from times; what has no time is NaN, and so is all that follows from it ---- */
 
 typedef struct figures {
-    double ms, ms_predict, ms_quantize, ms_attend;
+    double seconds_total, seconds_predict, seconds_quantize, seconds_attend;
     double tops, tops_executed; /* effective: of all visible pairs, and really done; by the whole time */
     double pct_peak;            /* executed, of the peak of its arithmetic */
     double pct_fma;             /* effective, of the f32 peak */
@@ -47,10 +47,10 @@ static figures figures_of(const bench_group *g, const bench_case *c)
     const double all = operations(n->tokens, p->dim + p->dim_v);
     const double done = operations(n->qk_tokens, p->dim) + operations(n->pv_tokens, p->dim_v);
     return (figures){
-        .ms = 1e3 * s[BENCH_TOTAL],
-        .ms_predict = 1e3 * s[BENCH_PREDICT],
-        .ms_quantize = 1e3 * s[BENCH_QUANTIZE],
-        .ms_attend = 1e3 * s[BENCH_ATTEND],
+        .seconds_total = s[BENCH_TOTAL],
+        .seconds_predict = s[BENCH_PREDICT],
+        .seconds_quantize = s[BENCH_QUANTIZE],
+        .seconds_attend = s[BENCH_ATTEND],
         .tops = 1e-12 * all / s[BENCH_TOTAL],
         .tops_executed = 1e-12 * done / s[BENCH_TOTAL],
         .pct_peak = pct_peak_of(g, c),
@@ -121,11 +121,11 @@ static void print_case(const bench_group *g, const bench_case *c)
     const figures f = figures_of(g, c);
     printf("%-30s", name);
     cell(6, 3, sparge_sparsity(&c->result.counts));
-    if (c->wrong || !isfinite(f.ms)) {
+    if (c->wrong || !isfinite(f.seconds_total)) {
         printf("  %s\n", c->wrong ? "failed its check, not timed" : "busy machine, not timed");
         return;
     }
-    cell(10, 2, f.ms);
+    cell(10, 2, 1e3 * f.seconds_total);
     cell(8, 4, f.tops);
     cell(8, 4, f.tops_executed);
     cell(6, 1, f.pct_peak);
@@ -146,8 +146,8 @@ void bench_print_group(const bench_group *g)
            (long long)p->q_len, (long long)p->k_len, (long long)p->dim, (long long)(p->batch * p->heads),
            plural(p->batch * p->heads), sparge_backend_string(ran->backend),
            sparge_isa_string(ran->isa), ran->threads, plural(ran->threads));
-    if (isfinite(base.ms))
-        printf("%.2f ms, %.1f %% of the FMA peak\n", base.ms, base.baseline_pct_peak);
+    if (isfinite(base.seconds_total))
+        printf("%.2f ms, %.1f %% of the FMA peak\n", 1e3 * base.seconds_total, base.baseline_pct_peak);
     else
         puts("not timed");
     if (g->busy)
@@ -172,9 +172,10 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
         "case", name, "mask", bench_mask_string(c->kind), "isa", sparge_isa_string(c->result.isa),
         "threads", c->result.threads, "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len,
         "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads,
-        "sparsity", json_number(sparge_sparsity(&c->result.counts)), "ms", json_number(f.ms),
-        "ms_predict", json_number(f.ms_predict), "ms_quantize", json_number(f.ms_quantize),
-        "ms_attend", json_number(f.ms_attend), "tops", json_number(f.tops),
+        "sparsity", json_number(sparge_sparsity(&c->result.counts)),
+        "seconds_total", json_number(f.seconds_total), "seconds_predict", json_number(f.seconds_predict),
+        "seconds_quantize", json_number(f.seconds_quantize), "seconds_attend", json_number(f.seconds_attend),
+        "tops", json_number(f.tops),
         "tops_executed", json_number(f.tops_executed), "pct_peak", json_number(f.pct_peak),
         "speedup_vs_f32", json_number(f.speedup), "efficiency", json_number(f.efficiency),
         "baseline_pct_peak", json_number(f.baseline_pct_peak));

@@ -16,14 +16,14 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
-from harness import ROOT, fill_in, machine_line, run_json, write_csv  # noqa: E402
+from harness import ROOT, bench_json, fill_in, machine_line, run_json, write_csv  # noqa: E402
 from sets import CHOSEN, SMOLLM2  # noqa: E402
 
 LONG = 131072
 
 
 def bench(program, cases, *options):
-    found = run_json(program, "bench", "--json", *options)
+    found = bench_json(program, *options)
     cases.extend(found)
     return found
 

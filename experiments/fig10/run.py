@@ -27,8 +27,8 @@ def ours(mask, asked, how):
     """efficiency: of the ideal, time in proportion to what is left; prediction and quantisation are in ms."""
     which = (["--mask-kind", "random,predicted", "--sparsity", 0, "--topk", round(1 - asked, 9)] if mask == "predicted"
              else ["--mask-kind", mask, "--sparsity", f"0,{asked}"])
-    found = how.sparge("bench", "--json", "--q-len", TOKENS, "--dim", DIM, *how.threads(),
-                       "--repeat", REPEAT if how.full else 1, *which)
+    found = how.bench("--q-len", TOKENS, "--dim", DIM, *how.threads(),
+                      "--repeat", REPEAT if how.full else 1, *which)
     case = {row["case"]: row for row in found}
     dense = case["int8/int8 dense"]
     row = case["int8/int8 predicted" if mask == "predicted" else f"int8/int8 {mask} {asked}"]

@@ -30,8 +30,8 @@ def measure(key, how):
     tokens = key["tokens"]
     inputs = (["--capture", normal(how.folder, tokens)] if key["inputs"] == "normal"
               else ["--q-len", tokens, "--dim", DIM])
-    found = how.sparge("bench", "--json", *inputs, "--mask-kind", "random,predicted", "--sparsity", 0, *how.threads(),
-                       "--repeat", 5 if tokens < 65536 else 1)
+    found = how.bench(*inputs, "--mask-kind", "random,predicted", "--sparsity", 0, *how.threads(),
+                      "--repeat", 5 if tokens < 65536 else 1)
     case = {row["case"]: row for row in found}
     dense, sparse = case["int8/int8 dense"], case["int8/int8 predicted"]
     f32 = dense["ms"] * dense["speedup_vs_f32"]
