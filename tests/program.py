@@ -400,6 +400,142 @@ def test_check_not_finite():
     check(x["mask_nonfinite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5, "but not over the mask", x)
 
 
+JUDGED = ("ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal l1 worst_row_l1 worst_row cosine "
+          "rmse").split() + COUNTS + ("first_nan_got first_nan_want first_nan_apart first_nonfinite_apart "
+                                      "baseline_worst_row_l1 max_worst").split()
+
+
+def test_judge():
+    """Another kernel's o, log-sum-exp and mask: what is right passes without a bound, and what is not does not."""
+    q, k, v, qkv = files()
+    mask = np.random.default_rng(8).random((B, HQ, 3, 6)) < 0.6
+    mask[1, 2, 1] = False  # rows without any key
+    o, lse = (x.astype(np.float32) for x in attention(q, k, v, mask=mask))
+    args = [*qkv, "--mask", save("m.npy", mask), "--o", save("o.npy", o), "--lse", save("l.npy", lse)]
+    before = listing()
+    x = fine("check", *args)
+    check(listing() == before, "nothing is written")
+    check(list(x) == JUDGED + ["lse", "dense", "mask", "per_head"] and x["ok"] and x["over"] == "mask", "its keys", x)
+    check(0 < x["worst_row_l1"] <= x["max_worst"] == 2 * x["baseline_worst_row_l1"] + 1e-5 < 1e-4, "within its bound", x)
+    check(x["lse"]["worst"] < 1e-5 and x["lse"]["inf_got"] == x["lse"]["inf_want"] == 128, "rows without a key", x)
+    dense, all_lse = attention(q, k, v)
+    check(abs(x["dense"]["worst_row_l1"] / rows_l1(o, dense).max() - 1) < 1e-5, "beside dense", x["dense"])
+    with np.errstate(over="ignore"):
+        recall = np.exp(lse - all_lse)  # of each row
+    check(abs(x["mask"]["recall"] - recall.mean()) < 1e-6, "recall", x["mask"], recall.mean())
+    fine("run", *qkv, "--mask-out", "p.npy")
+    kept = np.load("p.npy") != 0
+    missing, extra = kept & ~mask, mask & ~kept
+    m = x["mask"]
+    check((m["missing"], m["extra"], m["kept"], m["predicted_kept"], m["pairs"]) ==
+          (missing.sum(), extra.sum(), mask.sum(), kept.sum(), mask.size), "what the predictor would have kept", m)
+    check(m["first_missing"] == np.argwhere(missing)[0].tolist() and m["first_extra"] == np.argwhere(extra)[0].tolist(),
+          "and where", m)
+    check(abs(m["predicted_recall"] - np.exp(attention(q, k, v, mask=kept)[1] - all_lse).mean()) < 1e-6, "its recall", m)
+    rows = x["per_head"]
+    check([(r["batch"], r["head"]) for r in rows] == list(np.ndindex(B, HQ)), "a row for each head")
+    check(max(r["worst_row_l1"] for r in rows) == x["worst_row_l1"] and sum(r["missing"] for r in rows) == missing.sum()
+          and np.allclose([r["recall"] for r in rows], recall.mean(-1).ravel(), atol=1e-6), "heads", rows)
+    check(max(r["baseline_worst_row_l1"] for r in rows) == x["baseline_worst_row_l1"] and
+          max(r["lse_worst"] for r in rows) == x["lse"]["worst"], "their worst")
+    m = fine("check", *args, "--tau", 0.5, "--theta", -1)["mask"]
+    check(m["predicted_kept"] < kept.sum(), "under other thresholds", m)
+    x = fine("check", *qkv, "--o", save("d.npy", dense))
+    check(list(x) == JUDGED + ["per_head"] and x["over"] == "dense" and x["type"] == "f64", "without a mask", x)
+
+    def fails(words):
+        """One thing of the kernel is wrong."""
+        y = fine("check", *args, code=DIFFERENT, says=[words])
+        check(y["ok"] is False, "not ok", y)
+        return y
+    wrong_o = o.copy()
+    wrong_o[1, 3, 77] *= 1.001
+    save("o.npy", wrong_o)
+    x = fails("o.npy: row [1, 3, 77] is 0.001 from attention over the mask")
+    check(x["worst_row"] == [1, 3, 77] and x["per_head"][7]["worst_row"] == [1, 3, 77], "where", x)
+    fine("check", *args, "--max-worst", 0.0011)
+    fine("check", *args, "--max-worst", 0.0009, code=DIFFERENT, says=["allowed is 0.0009"])
+    save("o.npy", attention(q, k, v, mask=np.roll(mask, 1, 3))[0])
+    fails("o.npy: row ")
+    wrong_o = o.copy()
+    wrong_o[1, 2, 128:256] = np.nan  # 0/0
+    save("o.npy", wrong_o)
+    x = fails(f"{128 * DV} elements are NaN or infinite")
+    check(x["nan_got"] == 128 * DV and x["nan_want"] == 0 and x["first_nan_got"] == [1, 2, 128, 0] and x["l1"] is None,
+          "a row without keys is 0", x)
+    wrong_o[1, 2, 128:256] = 0
+    wrong_o[0, 0, 9, 4] = np.inf
+    save("o.npy", wrong_o)
+    fails("the first is [0, 0, 9, 4]")
+    fine("check", *args, "--max-worst", 1e9, code=DIFFERENT, says=["the first is [0, 0, 9, 4]"])
+    save("o.npy", o)
+    save("l.npy", lse / np.float32(np.log(2)))
+    x = fails("l.npy: element ")
+    check(x["worst_row_l1"] < 1e-5 < x["lse"]["worst"], "log2: o is right, lse is not", x)
+    for at, value in ((0, 0, 5), lse[0, 0, 5] + np.float32(1e-3)), ((1, 2, 130), np.float32(0)):
+        off = lse.copy()
+        off[at] = value
+        save("l.npy", off)
+        x = fails(f"{list(at)}")
+        check(x["lse"]["worst_at"] == list(at) and x["lse"]["nonfinite_apart"] == (value == 0), "where the lse is off", x)
+
+
+def test_judge_types():
+    """The bound is that of the type which o is kept in."""
+    q, k, v, qkv = files()
+    mask = np.random.default_rng(8).random((B, HQ, 3, 6)) < 0.6
+    save("m.npy", mask)
+    o = attention(q, k, v, "end", mask)[0]
+    args = [*qkv, "--causal", "--mask", "m.npy", "--o"]
+    bf16 = save_safetensors("o.safetensors", o=("BF16", (o * (1 + 2.0**-9)).astype(np.float32)))  # cut, so about rounded
+    bounds = [fine("check", *args, name)["max_worst"]
+              for name in (save("o4.npy", o.astype(np.float32)), save("o2.npy", o.astype(np.float16)), bf16)]
+    check(4 * bounds[0] < bounds[1] < 4 * bounds[1] < bounds[2] < 0.02, "in order", bounds)
+    coarse = np.frombuffer(read(bf16, "rb")[-o.size * 2:], "<u2").astype(np.uint32) << 16
+    coarse = coarse.view(np.float32).reshape(o.shape)
+    for kind in np.float32, np.float16:
+        fine("check", *args, save("c.npy", coarse.astype(kind)), code=DIFFERENT, says=["c.npy: row"])
+    fine("check", *args[:3], "--mask", "m.npy", "--o", "o4.npy", code=DIFFERENT, says=["o4.npy: row"])  # not causal
+    fine("run", *qkv, "--causal", "--mask", "m.npy", *EXACT[1:], "-o", "r.npy", "--lse-out", "rl.npy")
+    fine("check", *args, "r.npy", "--lse", "rl.npy")
+    save("o.npy", o.transpose(0, 2, 1, 3))
+    nhd = [save(f"{n}n.npy", x.transpose(0, 2, 1, 3)) for n, x in zip("qkv", (q, k, v))]
+    fine("check", *nhd, "--layout", "nhd", "--causal", "--mask", "m.npy", "--o", "o.npy")
+    one = [save(f"{n}1.npy", x[0, 0]) for n, x in zip("qkv", (q, k, v))]
+    want, lse = attention(q[:1, :1], k[:1, :1], v[:1, :1])
+    fine("check", *one, "--o", save("o1.npy", want[0, 0]), "--lse", save("l1.npy", lse[0, 0]))
+    fine("check", *one, "--o", "o1.npy", "--lse", save("l1.npy", lse))
+    q[0, 1, 290] = np.nan
+    save("q.npy", q)
+    x = fine("check", *args, "o4.npy", code=DIFFERENT, says=[f"{DV} elements", "[0, 1, 290, 0]"])
+    check(x["nan_want"] == DV and x["nan_got"] == 0, "a number where it should be NaN", x)
+    o[0, 1, 290] = np.nan
+    x = fine("check", *args, save("on.npy", o), says=[f"{DV} NaN", "alike"])
+    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_nonfinite"] > 0, "NaN of both", x)
+    for empty in "q", "k":
+        x = {n: np.ones((2, 0 if n == empty else 5, 8), np.float32) for n in "qkv"}
+        x["v"] = x["k"]
+        done = fine("check", *(save(f"{n}0.npy", t) for n, t in x.items()), "--o", save("o0.npy", np.zeros_like(x["q"])))
+        check(done["ok"] and done["l1"] == 0, f"no {empty}", done)
+
+
+def test_judge_usage():
+    q, k, v, qkv = files()
+    o = save("o.npy", attention(q, k, v)[0])
+    wrong(USAGE, "--o FILE", "check", *qkv)
+    wrong(USAGE, "--o FILE", "check", *qkv, "-o", o)
+    wrong(USAGE, ["-o", "--o"], "check", *qkv, "--o", o, "-o", "x.npy")
+    wrong(USAGE, "give the files", "check", *qkv[:2], "--o", o)
+    wrong(USAGE, "--max-worst", "check", *qkv, "--o", o, "--max-worst", "nan")
+    wrong(FILE, "nowhere.npy", "check", *qkv, "--o", "nowhere.npy")
+    wrong(FILE, ["short.npy", "(2, 4, 299, 20)", "(2, 4, 300, 20)"], "check", *qkv, "--o",
+          save("short.npy", np.zeros((B, HQ, NQ - 1, DV), np.float32)))
+    wrong(FILE, ["i.npy", "floats"], "check", *qkv, "--o", save("i.npy", np.zeros((B, HQ, NQ, DV), np.int32)))
+    wrong(FILE, ["l.npy", "(2, 4, 300)"], "check", *qkv, "--o", o, "--lse", save("l.npy", np.zeros((HQ, NQ))))
+    wrong(FILE, ["m.npy", "(2, 4, 3, 6)"], "check", *qkv, "--o", o, "--mask", save("m.npy", np.ones((B, HQ, 6, 3), bool)))
+    wrong(FILE, ["x.safetensors", "'o'"], "check", *qkv, "--o", save_safetensors("x.safetensors", p=("F32", q)))
+
+
 def test_dump_and_diff():
     q, k, v, qkv = files()
     fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)

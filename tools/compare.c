@@ -132,6 +132,25 @@ void compare_warn(const comparison *c, const char *got, const char *want)
         fprintf(stderr, "alike; the error is that of the other %" PRId64 "\n", c->summed);
 }
 
+difference compare_elements(const array *got, const array *want, double tolerance)
+{
+    difference d = {.elements = array_count(got), .first = -1, .worst_at = -1};
+    for (int64_t at = 0; at < d.elements; at++) {
+        const double g = compare_element(got, at), w = compare_element(want, at);
+        if (same(g, w))
+            continue;
+        const double apart = fabs(g - w);
+        if (d.worst_at < 0 || !(apart <= d.worst || isnan(d.worst))) {
+            d.worst = apart;
+            d.worst_at = at;
+        }
+        if (isfinite(apart) && apart <= tolerance * fmax(fabs(g), fabs(w)))
+            continue;
+        d.first = d.different++ ? d.first : at;
+    }
+    return d;
+}
+
 bool compare_same_shape(const array *a, const array *b)
 {
     return a->rank == b->rank &&

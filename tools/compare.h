@@ -34,6 +34,16 @@ json_t *compare_json(const comparison *c, const array *shaped);
 /* A line on stderr, where anything is not finite. */
 void compare_warn(const comparison *c, const char *got, const char *want);
 
+/* Element by element: which differ by more than a share of the larger one, and which by most. */
+typedef struct difference {
+    int64_t elements, different;
+    int64_t first;  /* -1: none */
+    double worst;   /* the largest |got - want| */
+    int64_t worst_at;
+} difference;
+
+difference compare_elements(const array *got, const array *want, double tolerance);
+
 bool compare_same_shape(const array *a, const array *b);
 
 /* The coordinates of an element; without the last axis, those of its row. null for -1. */

@@ -115,32 +115,6 @@ static exit_code diff_files(const diff_args *a, file_error *error)
 
 /* ---- Two dumps ------------------------------------------------------------------------- */
 
-typedef struct difference {
-    int64_t elements, different;
-    int64_t first;  /* -1: none */
-    double worst;   /* the largest |got - want| */
-    int64_t worst_at;
-} difference;
-
-static difference difference_of(const array *got, const array *want, double tolerance)
-{
-    difference d = {.elements = array_count(got), .first = -1, .worst_at = -1};
-    for (int64_t at = 0; at < d.elements; at++) {
-        const double g = compare_element(got, at), w = compare_element(want, at);
-        if (g == w || (isnan(g) && isnan(w)))
-            continue;
-        const double apart = fabs(g - w);
-        if (d.worst_at < 0 || !(apart <= d.worst || isnan(d.worst))) {
-            d.worst = apart;
-            d.worst_at = at;
-        }
-        if (isfinite(apart) && apart <= tolerance * fmax(fabs(g), fabs(w)))
-            continue;
-        d.first = d.different++ ? d.first : at;
-    }
-    return d;
-}
-
 /* What the axes of a stage are called, and for tokens the block they are in. */
 static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_t block[2])
 {
@@ -193,7 +167,7 @@ static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t 
         if (n == STAGE_BLOCKS && array_count(&pair[0]) == 2 && pair[0].type == ARRAY_I64)
             memcpy(block, pair[0].data, 2 * sizeof *block);
         const double tolerance = s->type == ARRAY_F32 && !isnan(a->tolerance) ? a->tolerance : 0.0;
-        const difference d = difference_of(&pair[0], &pair[1], tolerance);
+        const difference d = compare_elements(&pair[0], &pair[1], tolerance);
         *differs = d.first >= 0;
         *row = json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "stage", s->name,
                          "differs", *differs, "elements", (json_int_t)d.elements,

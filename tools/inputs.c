@@ -18,14 +18,18 @@ static exit_code read_npy(const char *path, array *out, file_error *error)
     return npy_read(path, out, error) ? EXIT_FINE : errno == ENOMEM ? EXIT_MACHINE : EXIT_FILE;
 }
 
+static exit_code read_named(const char *path, const char *const *name, int count, array *out, file_error *error)
+{
+    errno = 0;
+    return safetensors_read(path, name, count, out, error) ? EXIT_FINE
+         : errno == ENOMEM                                 ? EXIT_MACHINE
+                                                           : EXIT_FILE;
+}
+
 static exit_code read_tensors(const attention_args *args, int count, inputs *out, file_error *error)
 {
-    if (args->files == 1) {
-        errno = 0;
-        return safetensors_read(args->file[0], names, count, out->tensor, error) ? EXIT_FINE
-             : errno == ENOMEM                                                   ? EXIT_MACHINE
-                                                                                 : EXIT_FILE;
-    }
+    if (args->files == 1)
+        return read_named(args->file[0], names, count, out->tensor, error);
     for (int n = 0; n < args->files; n++) {
         const exit_code code = read_npy(args->file[n], &out->tensor[n], error);
         if (code)
@@ -180,28 +184,90 @@ done:
     return code;
 }
 
-exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error)
+/* The axes of o in a file, and its n-th row of [batch][heads][q_len] there. */
+static void output_shape(const inputs *in, int64_t shape[4])
 {
     const sparge_problem *const p = &in->problem;
-    const int64_t full[] = {p->batch, in->nhd ? p->q_len : p->heads, in->nhd ? p->heads : p->q_len,
-                            p->dim_v};
+    const int64_t full[] = {p->batch, in->nhd ? p->q_len : p->heads, in->nhd ? p->heads : p->q_len, p->dim_v};
     const int64_t plain[] = {p->q_len, p->dim_v};
+    memcpy(shape, in->rank == 2 ? plain : full + 4 - in->rank, (size_t)in->rank * sizeof *shape);
+}
+
+static int64_t output_row(const inputs *in, int64_t n)
+{
+    const sparge_problem *const p = &in->problem;
+    const int64_t t = n % p->q_len, h = n / p->q_len % p->heads, b = n / p->q_len / p->heads;
+    return in->nhd ? (b * p->q_len + t) * p->heads + h : n;
+}
+
+static int64_t output_rows(const inputs *in) { return in->problem.batch * in->problem.heads * in->problem.q_len; }
+
+exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error)
+{
     const array_type type = in->type == ARRAY_F64 ? ARRAY_F64 : o->type;
-    if (!array_alloc(type, in->rank, in->rank == 2 ? plain : full + 4 - in->rank, out, error))
+    const int64_t dim = in->problem.dim_v, rows = output_rows(in);
+    int64_t shape[4];
+    output_shape(in, shape);
+    if (!array_alloc(type, in->rank, shape, out, error))
         return EXIT_MACHINE;
-    const size_t row = (size_t)p->dim_v * array_type_size(o->type);
-    int64_t from = 0; /* rows */
-    for (int64_t b = 0; b < p->batch; b++)
-        for (int64_t h = 0; h < p->heads; h++)
-            for (int64_t t = 0; t < p->q_len; t++, from++) {
-                const int64_t to = in->nhd ? (b * p->q_len + t) * p->heads + h : from;
-                if (type == o->type)
-                    memcpy((char *)out->data + (size_t)to * row,
-                           (const char *)o->data + (size_t)from * row, row);
-                for (int64_t c = 0; type != o->type && c < p->dim_v; c++)
-                    ((double *)out->data)[to * p->dim_v + c] =
-                        ((const float *)o->data)[from * p->dim_v + c];
-            }
+    const size_t row = (size_t)dim * array_type_size(o->type);
+    for (int64_t from = 0; from < rows; from++) {
+        const int64_t to = output_row(in, from);
+        if (type == o->type)
+            memcpy((char *)out->data + (size_t)to * row, (const char *)o->data + (size_t)from * row, row);
+        for (int64_t c = 0; type != o->type && c < dim; c++)
+            ((double *)out->data)[to * dim + c] = ((const float *)o->data)[from * dim + c];
+    }
+    return EXIT_FINE;
+}
+
+static exit_code unfit_output(const char *path, const array *x, const char *what, int rank, const int64_t *shape,
+                              file_error *error)
+{
+    char is[ARRAY_SHAPE_TEXT], must[ARRAY_SHAPE_TEXT];
+    array_shape_string(x->rank, x->shape, is);
+    array_shape_string(rank, shape, must);
+    file_error_set(error, path, "%s is %s %s, it must be of floats and %s, as sparge run writes it for this q", what,
+                   array_type_string(x->type), is, must);
+    return EXIT_FILE;
+}
+
+exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type, file_error *error)
+{
+    static const char *const name = "o";
+    const char *const end = strrchr(path, '.');
+    array x = {0};
+    exit_code code = end && strcmp(end, ".safetensors") == 0 ? read_named(path, &name, 1, &x, error)
+                                                             : read_npy(path, &x, error);
+    int64_t shape[4];
+    output_shape(in, shape);
+    *type = x.type;
+    if (!code && (x.type > ARRAY_F64 || x.rank != in->rank ||
+                  memcmp(x.shape, shape, (size_t)x.rank * sizeof *shape) != 0))
+        code = unfit_output(path, &x, "o", in->rank, shape, error);
+    const sparge_problem *const p = &in->problem;
+    const int64_t axes[] = {p->batch, p->heads, p->q_len, p->dim_v};
+    if (!code && ((x.type != ARRAY_F64 && !array_to_f32(&x, error)) || !array_alloc(x.type, 4, axes, out, error)))
+        code = EXIT_MACHINE;
+    const size_t row = code ? 0 : (size_t)p->dim_v * array_type_size(x.type);
+    for (int64_t to = 0; !code && to < output_rows(in); to++)
+        memcpy((char *)out->data + (size_t)to * row, (const char *)x.data + (size_t)output_row(in, to) * row, row);
+    array_free(&x);
+    return code;
+}
+
+exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error *error)
+{
+    const int64_t shape[] = {in->problem.batch, in->problem.heads, in->problem.q_len};
+    const exit_code code = read_npy(path, out, error);
+    if (code)
+        return code;
+    const bool fits = out->rank >= 1 && out->rank <= 3 && array_count(out) == output_rows(in) &&
+                      memcmp(out->shape, shape + 3 - out->rank, (size_t)out->rank * sizeof *shape) == 0;
+    if (!fits || (out->type != ARRAY_F32 && out->type != ARRAY_F64))
+        return unfit_output(path, out, "the log-sum-exp", 3, shape, error);
+    out->rank = 3;
+    memcpy(out->shape, shape, sizeof shape);
     return EXIT_FINE;
 }
 

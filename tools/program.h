@@ -42,6 +42,7 @@ extern const char program_compiler[], program_flags[];
 /* ---- The commands of sparge ---- */
 
 exit_code run_command(int argc, char **argv, file_error *error);
+exit_code check_command(int argc, char **argv, file_error *error);
 exit_code diff_command(int argc, char **argv, file_error *error);
 exit_code map_command(int argc, char **argv, file_error *error);
 exit_code info_command(int argc, char **argv, file_error *error);

@@ -15,7 +15,6 @@
 enum { L1 = 512, L2, BOUND, SPARSITY, BY, HELD_OUT, SECONDS, MODEL };
 
 static const struct argp_option tune_options[] = {
-    {0, 0, 0, 0, "What is sought:", 1},
     {"l1", L1, "X", 0, "relative L1 that theta and tau may cost (0.07)", 0},
     {"l2", L2, "X", 0, "and with lambda (0.08)", 0},
     {"bound", BOUND, "WHAT", 0, "the worst capture, or the mean over them (worst)", 0},

@@ -1,0 +1,128 @@
+/* baseline.c: attention in f32, row by row, rounded where a kernel of half precision rounds. */
+#include "tools/baseline.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "common/half.h"
+
+typedef struct work {
+    const sparge_problem *problem;
+    const sparge_options *options;
+    const sparge_mask *mask;
+    array_type type;
+    float *q;      /* [dim] of one row */
+    float *k, *v;  /* [k_len][dim], [k_len][dim_v] of one kv head */
+    int64_t *key;  /* [k_len] that the mask keeps for one query block */
+    float *score;  /* [k_len] of one row with each of them */
+} work;
+
+static float rounded(float x, array_type type)
+{
+    switch (type) {
+    case ARRAY_F16: return sparge_f16_to_f32(sparge_f32_to_f16(x));
+    case ARRAY_BF16: return sparge_bf16_to_f32(sparge_f32_to_bf16(x));
+    default: return x;
+    }
+}
+
+/* Tokens of one head. What is not finite is NaN in all that it has a part in, as everywhere here. */
+static void load(const sparge_in *in, int64_t b, int64_t h, int64_t first, int64_t tokens, int64_t dim, float *to)
+{
+    for (int64_t t = first; t < first + tokens; t++)
+        for (int64_t c = 0; c < dim; c++) {
+            const int64_t at = b * in->batch + h * in->head + t * in->token + c;
+            const uint16_t *const half = in->data;
+            const float x = in->dtype == SPARGE_F16    ? sparge_f16_to_f32(half[at])
+                            : in->dtype == SPARGE_BF16 ? sparge_bf16_to_f32(half[at])
+                                                       : ((const float *)in->data)[at];
+            *to++ = isfinite(x) ? x : NAN;
+        }
+}
+
+static float dot(const float *a, const float *b, int64_t n)
+{
+    float partial[8] = {0}, sum = 0.0f;
+    int64_t c = 0;
+    for (; c + 8 <= n; c += 8)
+        for (int lane = 0; lane < 8; lane++)
+            partial[lane] += a[c + lane] * b[c + lane];
+    for (; c < n; c++)
+        sum += a[c] * b[c];
+    for (int lane = 0; lane < 8; lane++)
+        sum += partial[lane];
+    return sum;
+}
+
+/* The keys that the mask keeps for query block i, ascending; how many. */
+static int64_t keys_of(const work *w, int64_t b, int64_t h, int64_t i)
+{
+    int64_t count = 0;
+    for (int64_t s = 0; s < w->problem->k_len; s++)
+        if (!w->mask || sparge_mask_get(w->mask, b, h, i, s / w->options->block_k))
+            w->key[count++] = s;
+    return count;
+}
+
+/* Query t over the first keys of its block, as far as it sees: o [dim_v], and its lse. */
+static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys, float *o)
+{
+    const sparge_problem *const p = w->problem;
+    int64_t last = p->k_len - 1; /* the last key that it may see */
+    if (w->options->causal != SPARGE_CAUSAL_NONE)
+        last = t + (w->options->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0);
+    while (keys > 0 && w->key[keys - 1] > last)
+        keys--;
+    load(&p->q, b, h, t, 1, p->dim, w->q);
+    float top = -INFINITY, sum = 0.0f;
+    for (int64_t n = 0; n < keys; n++) {
+        w->score[n] = w->options->scale * dot(w->q, w->k + w->key[n] * p->dim, p->dim);
+        top = fmaxf(top, w->score[n]);
+    }
+    for (int64_t c = 0; c < p->dim_v; c++)
+        o[c] = 0.0f;
+    for (int64_t n = 0; n < keys; n++) {
+        const float weight = expf(w->score[n] - top), coded = rounded(weight, w->type);
+        sum += weight;
+        for (int64_t c = 0; c < p->dim_v; c++)
+            o[c] += coded * w->v[w->key[n] * p->dim_v + c];
+    }
+    for (int64_t c = 0; c < p->dim_v && keys > 0; c++)
+        o[c] = rounded(o[c] / sum, w->type);
+    return keys > 0 ? top + logf(sum) : -INFINITY;
+}
+
+exit_code baseline_attend(const sparge_problem *problem, const sparge_options *options, const sparge_mask *mask,
+                          array_type type, float *o, float *lse, file_error *error)
+{
+    const sparge_problem *const p = problem;
+    const size_t keys = (size_t)p->k_len + 1;
+    work w = {
+        .problem = problem, .options = options, .mask = mask, .type = type,
+        .q = calloc((size_t)p->dim, sizeof(float)), .k = calloc(keys, (size_t)p->dim * sizeof(float)),
+        .v = calloc(keys, (size_t)p->dim_v * sizeof(float)), .key = calloc(keys, sizeof(int64_t)),
+        .score = calloc(keys, sizeof(float)),
+    };
+    const bool room = w.q && w.k && w.v && w.key && w.score;
+    const int64_t heads = p->batch * p->heads, group = p->heads / p->kv_heads;
+    for (int64_t n = 0; n < heads && room; n++) {
+        const int64_t b = n / p->heads, h = n % p->heads;
+        load(&p->k, b, h / group, 0, p->k_len, p->dim, w.k);
+        load(&p->v, b, h / group, 0, p->k_len, p->dim_v, w.v);
+        for (int64_t t = 0, keys_kept = 0; t < p->q_len; t++, o += p->dim_v) {
+            if (t % options->block_q == 0)
+                keys_kept = keys_of(&w, b, h, t / options->block_q);
+            *lse++ = attend(&w, b, h, t, keys_kept, o);
+        }
+        if (options->progress)
+            options->progress(options->user, (double)(n + 1) / (double)heads);
+    }
+    free(w.q);
+    free(w.k);
+    free(w.v);
+    free(w.key);
+    free(w.score);
+    if (!room)
+        file_error_set(error, NULL, "no memory for the baseline");
+    return room ? EXIT_FINE : EXIT_MACHINE;
+}

@@ -1,0 +1,361 @@
+/* check.c: sparge check: judges what another kernel made of q, k and v: its mask, its o and its log-sum-exp. */
+#include <float.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+
+#include "tools/baseline.h"
+#include "tools/compare.h"
+#include "tools/device.h"
+#include "tools/dump.h"
+#include "tools/inputs.h"
+#include "tools/judge.h"
+#include "tools/progress.h"
+
+typedef struct check_args {
+    options_base base;
+    attention_args attention;
+    const char *o, *lse, *mask;
+    double max_worst; /* NaN: what the baseline says */
+} check_args;
+
+enum { OUTPUT = 512, LSE, MASK, MAX_WORST };
+
+static const struct argp_option check_options[] = {
+    {"o", OUTPUT, "O", 0, "the kernel's output, with the axes of q: .npy, or 'o' of a .safetensors", 0},
+    {"lse", LSE, "L.npy", 0, "its log-sum-exp, natural, [B,H,N]", 0},
+    {"mask", MASK, "M.npy", 0, "the mask that it had, [B,H,q blocks,k blocks] (none: it was dense)", 0},
+    {"max-worst", MAX_WORST, "X", 0, "fail where a row is above this relative L1, or log-sum-exp this far off", 0},
+    {0},
+};
+
+static error_t check_parser(int key, char *text, struct argp_state *state)
+{
+    check_args *const a = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case OUTPUT: a->o = text; return 0;
+    case LSE: a->lse = text; return 0;
+    case MASK: a->mask = text; return 0;
+    case MAX_WORST: return options_real(state, "--max-worst", text, 0.0, INFINITY, &a->max_worst);
+    case ARGP_KEY_END:
+        if (a->attention.files != 1 && a->attention.files != 3)
+            return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
+        if (!a->o)
+            return options_wrong(state, "give the kernel's output: --o FILE");
+        if (a->attention.output)
+            return options_wrong(state, "-o: nothing is written here; the kernel's output is --o FILE");
+        return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp shared = {.options = attention_options, .parser = attention_parser};
+static const struct argp_child check_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp check_argp = {
+    .options = check_options,
+    .parser = check_parser,
+    .args_doc = "Q.npy K.npy V.npy --o O\nQKV.safetensors --o O",
+    .doc = "Judges another kernel, as JSON on stdout: its o beside attention in double over its mask and over all "
+           "keys, and how much attention the mask keeps beside the one that is predicted here. Exit status 1 where "
+           "the worst row is above the bound, or o is not finite where it should be, or the other way round.\v"
+           "Without --max-worst the bound is twice the worst row of an honest kernel over the same mask (f32, with P "
+           "and o rounded to the type of O), and 1e-5; for the log-sum-exp likewise.",
+    .children = check_children,
+};
+
+/* Attention by one judge. */
+typedef struct answer {
+    array o, lse; /* [batch][heads][q_len][dim_v], [batch][heads][q_len] */
+} answer;
+
+typedef struct check {
+    check_args args;
+    sparge_options options;
+    inputs in;
+    array_type type; /* of O in its file */
+    answer got;      /* what is judged; its lse may be empty */
+    sparge_mask mask, predicted; /* no bits where it was dense */
+    array kept, chosen;          /* the same as arrays */
+    array mass;                  /* block_mass of dense attention */
+    answer dense, masked;        /* by the oracle */
+    answer baseline;
+} check;
+
+/* What O and the log-sum-exp are measured by: over the mask where there is one. */
+static const answer *want_of(const check *c) { return c->args.mask ? &c->masked : &c->dense; }
+static const char *want_name(const check *c)
+{
+    return c->args.mask ? "attention over the mask" : "dense attention";
+}
+
+/* ---- The steps, in their order ---- */
+
+static exit_code read_files(check *c, file_error *error)
+{
+    exit_code code = inputs_read(&c->args.attention, true, &c->in, error);
+    sparge_error why;
+    if (!code)
+        code = library_result(sparge_options_resolve(&c->in.problem, &c->options, &why), &why, error);
+    if (!code)
+        code = inputs_output(c->args.o, &c->in, &c->got.o, &c->type, error);
+    if (!code && c->args.lse)
+        code = inputs_lse(c->args.lse, &c->in, &c->got.lse, error);
+    if (!code && c->args.mask)
+        code = inputs_mask(c->args.mask, &c->in, &c->options, &c->mask, error);
+    return code;
+}
+
+static exit_code predict(check *c, file_error *error)
+{
+    const sparge_problem *const p = &c->in.problem;
+    sparge_error why;
+    if (!c->args.mask)
+        return EXIT_FINE;
+    sparge_status status = sparge_mask_alloc(&c->predicted, p, &c->options, &why);
+    if (!status)
+        status = device_predict(p, &c->options, &c->predicted, &why);
+    const exit_code code = library_result(status, &why, error);
+    if (!code && (!mask_array(&c->mask, p, &c->options, &c->kept, error) ||
+                  !mask_array(&c->predicted, p, &c->options, &c->chosen, error)))
+        return EXIT_MACHINE;
+    return code;
+}
+
+static bool answer_alloc(const check *c, array_type type, answer *to, file_error *error)
+{
+    return dump_alloc("bhqv", type, &c->in.problem, &c->options, &to->o, error) &&
+           dump_alloc("bhq", type, &c->in.problem, &c->options, &to->lse, error);
+}
+
+/* The oracle over a mask; mass may be NULL. */
+static exit_code ask(check *c, const sparge_mask *mask, const char *what, answer *to, double *mass, file_error *error)
+{
+    if (!answer_alloc(c, ARRAY_F64, to, error))
+        return EXIT_MACHINE;
+    sparge_error why;
+    progress watch = progress_begin(what);
+    c->options.user = &watch;
+    const sparge_status status = sparge_oracle(&c->in.problem, &c->options, mask, SPARGE_ORACLE_REAL, to->o.data,
+                                               to->lse.data, mass, &why);
+    progress_end(&watch);
+    return library_result(status, &why, error);
+}
+
+static exit_code measure(check *c, file_error *error)
+{
+    const sparge_problem *const p = &c->in.problem;
+    const sparge_mask *const mask = c->args.mask ? &c->mask : NULL;
+    if (!dump_alloc("bhij", ARRAY_F64, p, &c->options, &c->mass, error) ||
+        !answer_alloc(c, ARRAY_F32, &c->baseline, error))
+        return EXIT_MACHINE;
+    c->options.progress = progress_tick;
+    exit_code code = ask(c, NULL, "dense attention", &c->dense, c->mass.data, error);
+    if (!code && mask)
+        code = ask(c, mask, "attention over the mask", &c->masked, NULL, error);
+    if (code)
+        return code;
+    progress watch = progress_begin("baseline");
+    c->options.user = &watch;
+    code = baseline_attend(p, &c->options, mask, c->type, c->baseline.o.data, c->baseline.lse.data, error);
+    progress_end(&watch);
+    return code;
+}
+
+/* ---- The verdict ---- */
+
+/* An error of the kernel's, and what it may be. */
+typedef struct verdict {
+    comparison c;
+    double worst;  /* relative L1 of any row of o, or distance of any lse */
+    int64_t at;    /* its element, or -1 */
+    double honest; /* the worst of the baseline */
+    double bound;  /* NaN: not known */
+} verdict;
+
+static bool holds(const verdict *v) { return v->c.nonfinite_apart == 0 && v->worst <= v->bound; }
+
+static double worst_row(const comparison *c) { return c->summed ? c->worst_row_l1 : 0.0; }
+
+/* No bound follows from an honest kernel that is further off than `most`: all would be within it. */
+static double bound_of(const check *c, double honest, double most)
+{
+    return !isnan(c->args.max_worst) ? c->args.max_worst : honest <= most ? 2.0 * honest + 1e-5 : NAN;
+}
+
+static verdict judge_o(const check *c)
+{
+    const array *const want = &want_of(c)->o;
+    const comparison got = compare(&c->got.o, want), baseline = compare(&c->baseline.o, want);
+    const double honest = worst_row(&baseline);
+    return (verdict){got, worst_row(&got), got.worst_row, honest, bound_of(c, honest, 0.5)};
+}
+
+static verdict judge_lse(const check *c)
+{
+    const array *const want = &want_of(c)->lse;
+    const difference got = compare_elements(&c->got.lse, want, 0.0);
+    const difference baseline = compare_elements(&c->baseline.lse, want, 0.0);
+    return (verdict){compare(&c->got.lse, want), got.worst, got.worst_at, baseline.worst,
+                     bound_of(c, baseline.worst, DBL_MAX)};
+}
+
+/* Why a verdict does not hold. */
+static void explain(const check *c, const verdict *v, const char *file, const array *x, bool row, file_error *error)
+{
+    const bool apart = v->c.nonfinite_apart > 0;
+    json_t *const place = compare_place(x, apart ? v->c.first_nonfinite_apart : v->at, row && !apart);
+    char *const text = json_dumps(place, 0);
+    const char *const where = text ? text : "", *const want = want_name(c);
+    if (apart)
+        file_error_set(error, file, "%" PRId64 " elements are NaN or infinite where %s is not, or the other way round; "
+                       "the first is %s", v->c.nonfinite_apart, want, where);
+    else if (isnan(v->bound))
+        file_error_set(error, file, "an honest kernel is itself %.3g from %s, so no bound follows; give --max-worst",
+                       v->honest, want);
+    else
+        file_error_set(error, file, "%s %s is %.3g from %s, allowed is %.3g", row ? "row" : "element", where, v->worst,
+                       want, v->bound);
+    free(text);
+    json_decref(place);
+}
+
+/* ---- The report ---- */
+
+static int64_t count_kept(const array *mask)
+{
+    int64_t kept = 0;
+    for (int64_t at = 0; at < array_count(mask); at++)
+        kept += ((const uint8_t *)mask->data)[at];
+    return kept;
+}
+
+/* Blocks of an array of that shape that some row sees. */
+static int64_t count_pairs(const check *c, const array *mask)
+{
+    const int64_t rows = mask->shape[mask->rank - 2], columns = mask->shape[mask->rank - 1];
+    int64_t pairs = 0;
+    for (int64_t at = 0; at < array_count(mask); at++)
+        pairs += block_visible(&c->in.problem, &c->options, at / columns % rows, at % columns);
+    return pairs;
+}
+
+/* The mask beside the predicted one: of all heads, or of one, as views. */
+static json_t *describe_mask(const check *c, const array *mass, const array *kept, const array *chosen)
+{
+    const int64_t q_len = c->in.problem.q_len, block_q = c->options.block_q;
+    const recall given = judge_recall(mass, kept, q_len, block_q);
+    const recall predicted = judge_recall(mass, chosen, q_len, block_q);
+    const mask_difference d = judge_masks(kept, chosen);
+    json_t *const json = json_pack(
+        "{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share), "predicted_recall",
+        json_number(predicted.share), "blocks_nonfinite", (json_int_t)given.not_finite, "pairs",
+        (json_int_t)count_pairs(c, kept), "kept", (json_int_t)count_kept(kept), "predicted_kept", (json_int_t)count_kept(chosen));
+    return json_joined(json, judge_json(kept, &d));
+}
+
+static json_t *describe_head(const check *c, int64_t n)
+{
+    const array got = array_part(&c->got.o, 2, n), want = array_part(&want_of(c)->o, 2, n);
+    const array honest = array_part(&c->baseline.o, 2, n);
+    const comparison o = compare(&got, &want), baseline = compare(&honest, &want);
+    const int64_t worst = o.worst_row < 0 ? -1 : n * array_count(&got) + o.worst_row;
+    json_t *json = json_pack(
+        "{s:I, s:I, s:o, s:o, s:o, s:o}", "batch", (json_int_t)(n / c->in.problem.heads), "head",
+        (json_int_t)(n % c->in.problem.heads), "l1", json_number(o.l1), "worst_row_l1", json_number(o.worst_row_l1),
+        "worst_row", compare_place(&c->got.o, worst, true), "baseline_worst_row_l1",
+        json_number(baseline.worst_row_l1));
+    json = json_joined(json, compare_counts(&o));
+    if (c->args.lse) {
+        const array lse = array_part(&c->got.lse, 1, n), want_lse = array_part(&want_of(c)->lse, 1, n);
+        const difference d = compare_elements(&lse, &want_lse, 0.0);
+        json = json_joined(json, json_pack("{s:o}", "lse_worst", json_number(d.worst)));
+    }
+    if (!c->args.mask)
+        return json;
+    const array all = array_part(&c->dense.o, 2, n), mass = array_part(&c->mass, 2, n);
+    const array kept = array_part(&c->kept, 2, n), chosen = array_part(&c->chosen, 2, n);
+    const comparison dense = compare(&got, &all);
+    json = json_joined(json, json_pack("{s:o, s:o}", "dense_l1", json_number(dense.l1), "dense_worst_row_l1",
+                                       json_number(dense.worst_row_l1)));
+    return json_joined(json, describe_mask(c, &mass, &kept, &chosen));
+}
+
+static json_t *describe_heads(const check *c)
+{
+    json_t *const list = json_array();
+    bool ok = list != NULL;
+    for (int64_t n = 0; n < c->in.problem.batch * c->in.problem.heads && ok; n++)
+        ok = json_array_append_new(list, describe_head(c, n)) == 0;
+    if (ok)
+        return list;
+    json_decref(list);
+    return NULL;
+}
+
+static exit_code report(check *c, file_error *error)
+{
+    const sparge_problem *const p = &c->in.problem;
+    const verdict o = judge_o(c), lse = c->args.lse ? judge_lse(c) : o;
+    const bool ok = holds(&o) && holds(&lse);
+    json_t *json = json_pack(
+        "{s:b, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s}", "ok", ok, "over",
+        c->args.mask ? "mask" : "dense", "type", array_type_string(c->type), "batch", (json_int_t)p->batch, "heads",
+        (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len, "k_len",
+        (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v, "block_q",
+        (json_int_t)c->options.block_q, "block_k", (json_int_t)c->options.block_k, "causal",
+        options_causals[c->options.causal]);
+    json = json_joined(json, compare_json(&o.c, &c->got.o));
+    json = json_joined(json, json_pack("{s:o, s:o}", "baseline_worst_row_l1", json_number(o.honest), "max_worst",
+                                       json_number(o.bound)));
+    if (c->args.lse) {
+        json_t *const errors = json_pack(
+            "{s:o, s:o, s:o, s:o}", "worst", json_number(lse.worst), "worst_at",
+            compare_place(&c->got.lse, lse.at, false), "baseline_worst", json_number(lse.honest), "max_worst",
+            json_number(lse.bound));
+        json = json_joined(json, json_pack("{s:o}", "lse", json_joined(errors, compare_counts(&lse.c))));
+    }
+    if (c->args.mask) {
+        const comparison dense = compare(&c->got.o, &c->dense.o);
+        json = json_joined(json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o), "mask",
+                                           describe_mask(c, &c->mass, &c->kept, &c->chosen)));
+    }
+    json = json_joined(json, json_pack("{s:o}", "per_head", describe_heads(c)));
+    const exit_code code = print_json(json, error);
+    if (code)
+        return code;
+    if (o.c.nonfinite_apart == 0)
+        compare_warn(&o.c, "o", want_name(c));
+    if (!holds(&o))
+        explain(c, &o, c->args.o, &c->got.o, true, error);
+    else if (!ok)
+        explain(c, &lse, c->args.lse, &c->got.lse, false, error);
+    return ok ? EXIT_FINE : EXIT_DIFFERENT;
+}
+
+static void answer_free(answer *a)
+{
+    array_free(&a->o);
+    array_free(&a->lse);
+}
+
+exit_code check_command(int argc, char **argv, file_error *error)
+{
+    static exit_code (*const steps[])(check *, file_error *) = {read_files, predict, measure, report};
+    check c = {.args = {.base = {error}, .max_worst = NAN}};
+    exit_code code = attention_parse(&check_argp, argc, argv, &c.args.base, &c.args.attention);
+    c.options = c.args.attention.options;
+    for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
+        code = steps[n](&c, error);
+    answer_free(&c.got);
+    answer_free(&c.dense);
+    answer_free(&c.masked);
+    answer_free(&c.baseline);
+    array_free(&c.kept);
+    array_free(&c.chosen);
+    array_free(&c.mass);
+    sparge_mask_free(&c.mask);
+    sparge_mask_free(&c.predicted);
+    inputs_free(&c.in);
+    return code;
+}
