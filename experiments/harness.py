@@ -11,10 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_json(program, *options):
-    """What a program of ours printed, as an object; None: nothing. Where it fails its line, and the end."""
+    """What a program of ours printed, as an object; None: nothing. What it says beside that is passed on; where it
+    fails, at the end."""
     done = subprocess.run([program, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{Path(program).name} {' '.join(map(str, options))}: {done.stderr.strip()}")
+    sys.stderr.write(done.stderr)
     return json.loads(done.stdout or "null")
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from html import escape
 
 from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv  # first: it finds experiments/
+from errors import worst
 from items import ITEMS, MISSING
 
 MAIN = "SpargeAttn, (0.08, 0.09)"
@@ -86,13 +87,14 @@ def hilbert_ahead(key, of=MODEL):
 def judged(thresholds, filtered=False):
     """Pairs of rows, with the judge and without; of the cases that differ, or all."""
     pairs = grouped(rows("table9", thresholds=thresholds, **MODEL), "sample", "layer", "step", "order", "head").values()
-    return [pair for pair in pairs if not filtered or abs(float(pair[0]["l1"]) - float(pair[1]["l1"])) > 0.05]
+    apart = (abs(on - off) for on, off in (column(pair, "l1") for pair in pairs))
+    return [pair for pair, x in zip(pairs, apart) if not filtered or not x <= 0.05]
 
 
 def judge_gains(key, thresholds, filtered=False):
     """The mean with the judge less that without."""
     found = judged(thresholds, filtered)
-    return statistics.mean(float(on[key]) - float(off[key]) for on, off in found) if found else math.nan
+    return statistics.mean(on - off for on, off in (column(pair, key) for pair in found)) if found else math.nan
 
 
 def layers(key):
@@ -109,12 +111,12 @@ def spread_of_heads():
 
 
 def tuned(l2, key):
-    return [float(r[key]) for r in rows("tune", l2=l2) if r[key]]
+    return column(rows("tune", l2=l2), key)
 
 
 MEASURED = {  # by item and the place of the band in bands.csv
-    "attention_map": [lambda: max(column(rows("attention_map", attention="chosen"), "l1"))],
-    "tune": [lambda: max(tuned("0.09", "l1_out")),
+    "attention_map": [lambda: worst(column(rows("attention_map", attention="chosen"), "l1"))],
+    "tune": [lambda: worst(tuned("0.09", "l1_out")),
              lambda: statistics.mean(tuned("0.09", "sparsity")) - statistics.mean(tuned("0.035", "sparsity"))],
     "table1": [lambda: lost(MAIN), lambda: lost("SpargeAttn, (0.03, 0.035)"), lambda: needles(MAIN),
                lambda: needles("SpargeAttn, (0.05, 0.06)"),
@@ -179,7 +181,7 @@ def table_of_orders():
             pairs = judged(thresholds, filtered)
             for n, judge in enumerate(("on", "off") if pairs else ()):
                 lines.append(["model", thresholds, judge, f"{name} ({len(pairs)})", "", "", "",
-                              *(f"{statistics.mean(float(p[n][k]) for p in pairs):.4f}" for k in ("l1", "sparsity"))])
+                              *(f"{statistics.mean(column([p[n] for p in pairs], k)):.4f}" for k in ("l1", "sparsity"))])
     return ["of", "thresholds", "judge", "order", *keys], lines
 
 

@@ -9,6 +9,7 @@ HERE = Path(__file__).resolve().parent
 EXPERIMENTS = HERE.parent / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
+from errors import number  # noqa: E402
 from harness import read_csv  # noqa: E402
 
 
@@ -25,4 +26,4 @@ def grouped(rows, *keys):
 
 
 def column(rows, key):
-    return np.array([float(r[key]) for r in rows])
+    return np.array([number(r[key]) for r in rows])

@@ -3,6 +3,8 @@ their rows."""
 from math import exp
 from pathlib import Path
 
+from errors import number
+
 # Thresholds: of experiments/tune, with the bounds on every text or on their mean; and tighter ones.
 TUNED = {pair: Path(__file__).resolve().parent.parent / path for pair, path in {
     "0.08, 0.09": "tune/model_worst.json", "0.08, 0.09 on the mean": "tune/model_mean.json",
@@ -14,5 +16,5 @@ MODEL = "SmolLM2-135M-Instruct"
 
 
 def perplexity(rows):
-    """Over all tokens of all texts, of rows of sparge-lm ppl."""
-    return exp(sum(float(r["surprise"]) for r in rows) / sum(float(r["tokens"]) - 1 for r in rows))
+    """Over all tokens of all texts, of rows of sparge-lm ppl; NaN where one of them is unknown."""
+    return exp(sum(number(r["surprise"]) for r in rows) / sum(float(r["tokens"]) - 1 for r in rows))

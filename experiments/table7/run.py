@@ -13,6 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 import model  # noqa: E402
+from errors import cell, worst  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
 from sets import SMOLLM2, attends, beginning, entries, tensors, tokens_of  # noqa: E402
@@ -47,7 +48,7 @@ def measure(key, how):
         heads += [head["in_sample"] for head in json.loads(params.read_text())["heads"]]
         params.unlink()
     return {"heads": len(heads), "sparsity": f"{statistics.mean(x['sparsity'] for x in heads):.6f}",
-            "worst_l1": f"{max(x['worst_l1'] for x in heads):.6f}"}
+            "worst_l1": cell(worst(x["worst_l1"] for x in heads), 6)}
 
 
 def captures(folder):

@@ -19,6 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent 
 
 import patches  # noqa: E402
 from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
+from errors import cell, relative_l1  # noqa: E402
 from item import run  # noqa: E402
 from sets import attends, changed, copied, entries, options_of, reordered, tensors  # noqa: E402
 
@@ -46,11 +47,11 @@ def rows_of(name, entry, params, want, how):
     for thresholds, judge, knobs in VARIANTS:
         options = options_of(changed(params, how.folder / "params.json", **knobs))
         result = how.sparge("run", mixed, *options, "-o", got, "--dump", dump)
-        error = np.abs(np.load(got)[0] - want[:, index]).sum((1, 2)) / np.abs(want).sum((1, 2))
+        error = relative_l1(np.load(got)[0], want[:, index], f"{entry.path}, {name}, {thresholds}, judge {judge}: o")
         sim_q, sim_k = (np.load(dump / f"sim_{x}.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
         group = len(error) // len(sim_k)
         rows += [{"order": name, "head": head, "thresholds": thresholds, "judge": judge, "sim_q": f"{sim_q[h]:.5f}",
-                  "sim_k": f"{sim_k[h // group]:.5f}", "sim_k_raw": f"{raw[h // group]:.5f}", "l1": f"{error[h]:.6f}",
+                  "sim_k": f"{sim_k[h // group]:.5f}", "sim_k_raw": f"{raw[h // group]:.5f}", "l1": cell(error[h], 6),
                   "sparsity": f"{result['sparsity_per_head'][h]:.6f}"} for h, head in enumerate(entry.heads)]
     return rows
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from errors import cell, number, relative_l1, worst  # noqa: E402
 from harness import ROOT, fill_in, read_csv, run_json, write_csv  # noqa: E402
 from run import MODE, PAIRS, TABLE, row_of, tune  # noqa: E402
 from sets import SMOLLM2, beginning, copied, entries, tensors  # noqa: E402
@@ -78,10 +79,9 @@ def judge_file(program, params, entry):
         copy = copied(entry, tensors(entry.path), Path(folder) / entry.path.name)
         result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
         run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
-        got, want = np.load(got)[0].astype(np.float64), np.load(want)[0].astype(np.float64)
-    l1 = np.abs(got - want).sum(axis=(1, 2)) / np.abs(want).sum(axis=(1, 2))
+        l1 = relative_l1(np.load(got)[0], np.load(want)[0], f"{entry.path} under {params}: o")
     return [{"text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
-             "l1": f"{x:.6f}"} for head, s, x in zip(entry.heads, result["sparsity_per_head"], l1)]
+             "l1": cell(x, 6)} for head, s, x in zip(entry.heads, result["sparsity_per_head"], l1)]
 
 
 def model(args):
@@ -130,21 +130,17 @@ def length(args):
 
 # ---- README.md --------------------------------------------------------------------------------
 
-def number(x, digits=3):
-    return "" if x in ("", None) else f"{float(x):.{digits}f}"
-
-
 def table_committed():
     lines = ["| l1, l2 | layer | head | theta | tau | lambda | sparsity | L1 | unseen at first: sparsity, L1 | "
              "backed off | unseen then: sparsity, L1 | products | seconds |", "|---" * 13 + "|"]
     for r in read_csv(HERE / "out.csv"):
         thresholds = ["dense", "", ""] if r["dense"] == "True" else [
-            number(r["theta"], 4), f"{float(r['tau']):g}", number(r["lambda"], 2) or "off"]
+            cell(r["theta"], 4), f"{float(r['tau']):g}", cell(r["lambda"], 2) or "off"]
         lines.append("| " + " | ".join([
-            f"{r['l1']}, {r['l2']}", r["layer"], r["head"], *thresholds, number(r["sparsity"]), number(r["l1_in"]),
-            f"{number(r['first_sparsity_out'])}, {number(r['first_l1_out'])}", r["back_off"].replace("none", ""),
-            f"{number(r['sparsity_out'])}, {number(r['l1_out'])}", number(r["equivalents"], 2),
-            number(r["seconds"], 2)]) + " |")
+            f"{r['l1']}, {r['l2']}", r["layer"], r["head"], *thresholds, cell(r["sparsity"]), cell(r["l1_in"]),
+            f"{cell(r['first_sparsity_out'])}, {cell(r['first_l1_out'])}", r["back_off"].replace("none", ""),
+            f"{cell(r['sparsity_out'])}, {cell(r['l1_out'])}", cell(r["equivalents"], 2),
+            cell(r["seconds"], 2)]) + " |")
     return lines
 
 
@@ -154,7 +150,7 @@ def table_grid():
     rows = read_csv(HERE / "grid.csv")
     for layer, head in sorted({(int(r["layer"]), int(r["head"])) for r in rows}):
         found = {r["search"]: r for r in rows if (int(r["layer"]), int(r["head"])) == (layer, head)}
-        cells = [f"{number(r['sparsity'])}, {number(r['l1'])}, "
+        cells = [f"{cell(r['sparsity'])}, {cell(r['l1'])}, "
                  f"{float(r['equivalents']):.{2 if name == 'tuner' else 0}f}"
                  for name, r in ((name, found[name]) for name in ("exhaustive", "authors", "tuner"))]
         lost = float(found["exhaustive"]["sparsity"]) - float(found["tuner"]["sparsity"])
@@ -176,17 +172,17 @@ def table_model():
         seen = [r for r in judged if r["bound"] == bound]
         l2 = float(rows[0]["l2"])
         key = ("first_l1_out", "l1_out") if bound == "worst" else ("first_mean_l1_out", "mean_l1_out")
-        mean = [statistics.mean(float(r["l1"]) for r in seen if (r["layer"], r["head"]) == (t["layer"], t["head"]))
+        mean = [statistics.mean(number(r["l1"]) for r in seen if (r["layer"], r["head"]) == (t["layer"], t["head"]))
                 for t in rows]
         count = [sum(r["back_off"] == way for r in rows) for way in ("lambda lowered", "tau raised")]
-        pairs = [float(r["l1"]) for r in seen]
+        pairs = [number(r["l1"]) for r in seen]
         lines.append("| " + " | ".join([
             "every text" if bound == "worst" else "the mean of the texts",
-            number(statistics.mean(float(r["sparsity"]) for r in rows)),
-            ", ".join(share([float(r[k]) for r in rows], l2) for k in key),
+            cell(statistics.mean(float(r["sparsity"]) for r in rows)),
+            ", ".join(share([number(r[k]) for r in rows], l2) for k in key),
             f"{count[0]}, {count[1]}, {sum(r['dense'] == 'True' for r in rows)}",
-            number(statistics.mean(float(r["sparsity"]) for r in seen)), share(mean, l2), share(pairs, l2),
-            number(max(pairs)), number(statistics.mean(float(r["equivalents"]) for r in rows), 2)]) + " |")
+            cell(statistics.mean(float(r["sparsity"]) for r in seen)), share(mean, l2), share(pairs, l2),
+            cell(worst(pairs)), cell(statistics.mean(float(r["equivalents"]) for r in rows), 2)]) + " |")
     return lines
 
 
@@ -198,7 +194,7 @@ def table_length():
     for tokens in sorted({int(r["tokens"]) for r in rows}):
         here = sorted((r for r in rows if int(r["tokens"]) == tokens), key=lambda r: r["file"])
         lines.append(f"| {tokens} | " + " | ".join(
-            f"{number(r['seconds_per_head'], 3)}, {number(r['equivalents'], 2)}, {number(r['sparsity'])}"
+            f"{cell(r['seconds_per_head'], 3)}, {cell(r['equivalents'], 2)}, {cell(r['sparsity'])}"
             for r in here) + " |")
     return lines
 
