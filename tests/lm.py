@@ -21,12 +21,12 @@ os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 import numpy as np
 del os.environ["OPENBLAS_NUM_THREADS"]
 from safetensors.numpy import load_file
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from counted import check, run_tests
-from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, catches, commands_of, full_device, listing,
-                     read, save, save_safetensors, sha256, stopped, write)
-from tiny_model import GGML, Model, gguf_bytes, surprise
+from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, at_work, catches, commands_of, ended,
+                     full_device, listing, read, save, save_safetensors, sha256, stopped, write)
+from tiny_model import GGML, Model, gguf_bytes, surprise, theirs
 
 PROGRAM = os.path.abspath(sys.argv[1])
 SPARGE = os.path.abspath(sys.argv[2]) if len(sys.argv) > 2 else None
@@ -205,6 +205,53 @@ def test_tokens():
         wrong(FILE, words, "tokens", "b.gguf", names[3])
 
 
+def test_kept_whole():
+    """Tokens that were added for users are taken as they are, before all else; those that control are text."""
+    kept = ["<think>", "</think>", "<tool_call>", "é und ä", "xyzzy ", " ", "\n\n"]
+    bpe = small_bpe(more=["<|im_start|>", "<odd>", *kept])
+    ids = bpe.vocab
+    types = [{"<|im_start|>": 3, "<odd>": 5, **dict.fromkeys(kept, 4)}.get(t, 1) for t in sorted(ids, key=ids.get)]
+    tiny = Model(vocab=len(ids), layers=1, dim=32, hidden=32, heads=1, kv_heads=1, head_dim=32)
+    r = random.Random(8)
+    parts = [*kept, "<|im_start|>", "<odd>", "<thin", "k>", "a", " word", "é", "  ", "\n", "12", "'s"]
+    texts = ["<think>", "a<think>b", "<think><think></think>", "it's</think>'s", "<thin<think>k>", "aé und äb", "<|im_start|>"]
+    texts += ["".join(r.choices(parts, k=r.randint(1, 30))) for _ in range(200)]
+    names = [write(f"{n:03}.txt", x.encode()) for n, x in enumerate(texts)]
+    for kind in KINDS:
+        keys = bpe.at(kind).keys(**{"tokenizer.ggml.token_type": [np.int32(t) for t in types]})
+        bpe.reference.add_tokens([AddedToken(t, normalized=False) for t in kept])
+        tiny.gguf("m.gguf", keys)
+        for first in range(0, len(texts), 64):
+            got = fine("tokens", "m.gguf", *names[first:first + 64])["texts"]
+            for x, text in zip(got, texts[first:]):
+                check(x["tokens"] == bpe.encode(text), f"{kind}: {text!r}", x["tokens"], bpe.encode(text))
+    # The longest of them comes first, wherever it stands: so llama.cpp, and not tokenizers.
+    bpe = small_bpe(more=["xy", "yzz"])
+    ids = bpe.vocab
+    types = [np.uint32(4 if t in ("xy", "yzz") else 1) for t in sorted(ids, key=ids.get)]
+    tiny.gguf("m.gguf", bpe.keys(**{"tokenizer.ggml.token_type": types}))
+    check(fine("tokens", "m.gguf", write("o.txt", "xyzz xy"))["texts"][0]["tokens"] ==
+          [*bpe.encode("x"), ids["yzz"], *bpe.encode(" "), ids["xy"]], "the longest first")
+    tiny.gguf("m.gguf", bpe.keys(**{"tokenizer.ggml.token_type": types[1:]}))
+    wrong(FILE, ["token_type", str(len(ids))], "tokens", "m.gguf", "o.txt")
+    tiny.gguf("m.gguf", bpe.keys(**{"tokenizer.ggml.token_type": ["x"] * len(ids)}))
+    wrong(FILE, "token_type", "tokens", "m.gguf", "o.txt")
+
+
+def test_long_words():
+    """A word of a megabyte, whose time would be days if it grew with the square."""
+    bpe = small_bpe()
+    tiny = Model(vocab=len(bpe.vocab), layers=1, dim=32, hidden=32, heads=1, kv_heads=1, head_dim=32)
+    r = random.Random(9)
+    texts = ["".join(r.choices("abcdefghijklmnopqrstuvwxyzABCDEFGH", k=1 << 20)), "".join(r.choices("ACGT", k=1 << 20)),
+             "t" * (1 << 20), " " * (1 << 20), "ab" * (1 << 19), "".join(r.choices("=-+*/", k=1 << 19))]
+    for n, text in enumerate(texts):
+        kind = KINDS[n % len(KINDS)]
+        tiny.gguf("m.gguf", bpe.at(kind).keys())
+        fine("tokens", "m.gguf", write("w.txt", text), "-o", "w.npy")
+        check(np.load("w.npy").tolist() == bpe.encode(text), kind, text[:20])
+
+
 def test_tokens_wrong():
     bpe = small_bpe(alphabet=False)
     tiny = Model(vocab=600, layers=1, dim=32, hidden=32, heads=1, kv_heads=1, head_dim=32)
@@ -224,7 +271,8 @@ def test_tokens_wrong():
     write("a.txt", "some text")
     for keys, words in [
             ({}, "no byte-level BPE"), ({**good.keys(), "tokenizer.ggml.pre": "viking"}, ["viking", "smollm"]),
-            ({**good.keys(), "tokenizer.ggml.model": "llama"}, ["kind ''", "smollm"]),
+            ({**good.keys(), "tokenizer.ggml.model": "llama"}, ["kind 'llama'", "byte-level BPE"]),
+            ({k: v for k, v in good.keys().items() if k != "tokenizer.ggml.pre"}, ["tokenizer.ggml.pre", "smollm"]),
             ({k: v for k, v in good.keys().items() if "merges" not in k}, "no byte-level BPE")]:
         tiny.gguf("m.gguf", keys)
         wrong(UNSUPPORTED, ["tiny", ".npy", *([words] if isinstance(words, str) else words)], "tokens", "m.gguf",
@@ -761,6 +809,53 @@ def test_resume_once_more():
         keeps("X.json", FILE, "X.json", *args[:-1], "X.json")
 
 
+def test_other_weights():
+    """Weights are known by what is in their files, and not by a name and a size."""
+    token = some_tokens(100)
+    for kind in "gguf", "folder":
+        for n, name in enumerate("AB"):
+            os.makedirs(f"{kind}/{name}")
+            m = Model(seed=n, interleaved=kind == "gguf")
+            m.gguf(f"{kind}/{name}/model.gguf") if kind == "gguf" else m.folder(f"{kind}/{name}/model")
+        a, b = (f"{kind}/{name}/model{'.gguf' if kind == 'gguf' else ''}" for name in "AB")
+        args = ["t.npy", "--attention", "f32", "-o", f"{kind}.json"]
+        x, y = fine("ppl", a, *args), fine("ppl", b, *args[:-2])
+        check(x["rows"][0]["surprise"] != y["rows"][0]["surprise"], "they differ")
+        keeps(f"{kind}.json", FILE, [f"{kind}.json", "other settings"], "ppl", b, *args)
+        check(fine("ppl", a, *args) == x, "the same again")
+    check(x["model"]["sha256"] == hashlib.sha256(read(f"{a}/config.json", "rb") +
+                                                 read(f"{a}/model.safetensors", "rb")).hexdigest(), "of all files")
+    config = json.loads(read(f"{a}/config.json"))
+    write(f"{a}/config.json", json.dumps({**config, "rms_norm_eps": 0.1}))
+    keeps("folder.json", FILE, "other settings", "ppl", a, *args)
+
+
+def test_weights_that_change():
+    """A file that is cut, or written over, while the model runs."""
+    m = long_model(seed=62)
+    m.gguf("m.gguf")
+    m.folder("m")
+    save("t.npy", np.zeros(LONG[-1], np.int32))
+    whole = read("m.gguf", "rb")
+    def cut(name):
+        os.truncate(name, 1000)
+    def rewrite(name):
+        with open(name, "r+b") as f:
+            f.write(whole[:100])
+    for model, name, harm in [("m.gguf", "m.gguf", cut), ("m", "m/model.safetensors", cut), ("m", "m/config.json", rewrite),
+                              ("m.gguf", "m.gguf", rewrite)]:
+        write("m.gguf", whole)
+        if model == "m" and harm == rewrite:
+            shutil.rmtree("m")
+            m.folder("m")
+        lengths = ",".join(map(str, [50, *LONG]))
+        child = at_work([PROGRAM, "ppl", model, "t.npy", "--length", lengths, "-o", "R.json"], has(2))
+        harm(name)
+        code, out, err = ended(child)
+        check(code == FILE and out == "" and err.count("\n") == 1 and name in err and "changed" in err, model, code, err)
+        os.remove("R.json")
+
+
 # ---- What can go wrong -----------------------------------------------------------------------
 
 def test_cut_short():
@@ -804,10 +899,14 @@ def test_gguf_wrong():
     os.mkdir("folder")
     wrong(FILE, "config.json", "ppl", "folder", "t.npy")
     bad(FILE, "no GGUF", magic=b"GGML")
-    for version in 0, 1, 4, 0x03000000:
+    for version in 0, 1, 4:
         bad(FILE, ["version", str(version), "2 and 3"], version=version)
-    for kind in 6, 10, 12, 13, 99:
-        bad(UNSUPPORTED, ["blk.1.attn_k.weight", f"type {kind}", "Q8_0"],
+    for version in 2, 3:
+        bad(UNSUPPORTED, "big-endian", version=version << 24)
+    for kind, name in {6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS",
+                       23: "IQ4_XS", 24: "I8", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+                       40: "NVFP4", 4: "no name", 99: "no name", 1 << 31: "no name"}.items():
+        bad(UNSUPPORTED, ["blk.1.attn_k.weight", f"type {kind}, ", name, "Q8_0"],
             {"blk.1.attn_k.weight": (kind, (32, 64), bytes(32 * 64 * 4))})
     for name in raw:
         if name != "output.weight":
@@ -829,8 +928,6 @@ def test_gguf_wrong():
             ({"general.architecture": "a\nb" * 900}, UNSUPPORTED, "llama and qwen2"),
             ({"general.architecture": np.uint32(4)}, UNSUPPORTED, "llama and qwen2"),
             ({"general.architecture": None}, UNSUPPORTED, "llama and qwen2"),
-            ({a + "expert_count": np.uint32(8)}, UNSUPPORTED, "experts"),
-            ({a + "rope.scaling.type": "yarn"}, UNSUPPORTED, ["rope scaling", "yarn"]),
             ({a + "rope.dimension_count": np.uint32(8)}, UNSUPPORTED, ["turns 8 of the 16"]),
             ({a + "attention.head_count_kv": np.uint32(3)}, FILE, "no multiple"),
             ({a + "attention.head_count": np.uint32(0)}, FILE, ["0 heads", "1 to"]),
@@ -853,8 +950,6 @@ def test_gguf_wrong():
             ({"general.alignment": np.uint32(1 << 20)}, FILE, "general.alignment"),
             ({"general.alignment": "x"}, FILE, "general.alignment")]:
         bad(code, words, change=change)
-    for name in "q", "k", "v":
-        bad(UNSUPPORTED, f"blk.1.attn_{name}.bias", {f"blk.1.attn_{name}.bias": ("F32", (64,), bytes(256))})
     m.raw = raw
     head = gguf_bytes(keys, raw)
     write("bad.gguf", head.replace(b"blk.1.attn_k.weight", b"blk.1.attn_v.weight"))
@@ -868,6 +963,108 @@ def test_gguf_wrong():
         m.gguf("named.gguf", change={"general.name": name})
         x = fine("ppl", "named.gguf", "t.npy", "--attention", "f32")
         check(isinstance(x["model"]["name"], str) if "model" in x else False, "its name", name, x.get("model"))
+
+
+def test_gguf_not_computed():
+    """What no forward pass here computes is refused by its name; what changes nothing is not."""
+    m = Model(interleaved=True, layers=2, vocab=50)
+    raw = dict(m.raw)
+    save("t.npy", np.arange(40, dtype=np.int32))
+    a, small = "llama.", ("F32", (16,), bytes(64))
+    for key, value in [("rope.scale_linear", np.float32(4)), ("rope.scaling.factor", np.float32(4)),
+                       ("rope.scaling.type", "yarn"), ("rope.scaling.type", "linear"), ("rope.scaling.type", np.uint8(1)),
+                       ("rope.scaling.attn_factor", np.float32(1.5)), ("rope.scaling.yarn_log_multiplier", np.float32(1)),
+                       ("rope.freq_base_swa", np.float32(1)), ("rope.dimension_sections", [np.int32(4)] * 4),
+                       ("attention.scale", np.float32(0.5)), ("attention.sliding_window", np.uint32(16)),
+                       ("attention.max_alibi_bias", np.float32(8)), ("attention.clamp_kqv", np.float32(8)),
+                       ("attention.causal", False), ("attn_logit_softcapping", np.float32(50)),
+                       ("final_logit_softcapping", np.float32(30)), ("logit_scale", np.float32(0.1)),
+                       ("embedding_scale", np.float32(12)), ("residual_scale", np.float64(0.2)),
+                       ("expert_count", np.uint32(8)), ("attention.layer_norm_epsilon", np.float32(1e-5)),
+                       ("whatever.comes", "next")]:
+        m.gguf("bad.gguf", change={a + key: value})
+        wrong(UNSUPPORTED, ["bad.gguf", f"'{a}{key}'"], "ppl", "bad.gguf", "t.npy")
+    for change, words in [({a + "attention.value_length": np.uint32(8)}, ["values of 8 channels", "16"]),
+                          ({"general.type": "adapter"}, "'adapter'"), ({"general.type": "mmproj"}, "'mmproj'"),
+                          ({"split.count": np.uint16(2), "split.no": np.uint16(0)}, ["split.count", "merge"])]:
+        m.gguf("bad.gguf", change=change)
+        wrong(UNSUPPORTED, ["bad.gguf", *([words] if isinstance(words, str) else words)], "ppl", "bad.gguf", "t.npy")
+    write("bad.gguf", gguf_bytes({"split.count": np.uint16(2), "split.no": np.uint16(1)}, {"output_norm.weight": small}))
+    wrong(UNSUPPORTED, "split.count", "ppl", "bad.gguf", "t.npy")
+    for name in ("blk.0.attn_q_norm.weight", "blk.1.attn_k_norm.weight", "blk.0.attn_q.bias", "blk.1.attn_v.bias",
+                 "blk.0.attn_output.bias", "blk.0.ffn_up.bias", "output.bias", "blk.0.attn_q.weight.lora_a",
+                 "blk.0.attn_q.scale", "blk.0.post_attention_norm.weight", "blk.0.attn_sinks.weight",
+                 "blk.2.attn_norm.weight", "rope_factors_long.weight", "position_embd.weight", "mm.0.weight"):
+        m.raw = {**raw, name: small}
+        m.gguf("bad.gguf")
+        wrong(UNSUPPORTED, ["tiny", f"'{name}'"], "ppl", "bad.gguf", "t.npy")
+    m.raw = raw
+    agrees(m, m.gguf("m.gguf", change={
+        a + "rope.scale_linear": np.float32(1), a + "rope.scaling.factor": np.float32(1), a + "rope.scaling.type": "none",
+        a + "rope.scaling.original_context_length": np.uint32(64), a + "vocab_size": np.uint32(50),
+        a + "attention.value_length": np.uint32(16), a + "tensor_data_layout": "Meta AI original pth",
+        a + "expert_count": np.uint32(0), "general.type": "model", "split.count": np.uint16(1),
+        "lots.of.text": "x" * (3 << 20), "lists": [[np.uint8(1)], [np.uint8(2)] * 9], "deep": [[["x", "y"], []]]}),
+        "keys that change nothing, long ones and lists of lists", n=40)
+    deep = np.uint8(1)
+    for _ in range(100):
+        deep = [deep]
+    whole = m.gguf("bad.gguf", change={"a.key": deep})
+    wrong(FILE, ["'a.key'", "a type that is not known"], "ppl", whole, "t.npy")
+    whole = gguf_bytes({**m.keys(), "a.key": np.uint32(5)}, raw)
+    at = whole.index(b"a.key") + 5
+    write("bad.gguf", whole[:at] + struct.pack("<I", 77) + whole[at + 4:])
+    wrong(FILE, ["'a.key'", "a type that is not known"], "ppl", "bad.gguf", "t.npy")
+
+
+def test_folder_not_computed():
+    m = Model(vocab=50)
+    save("t.npy", np.arange(40, dtype=np.int32))
+    count = iter(range(1000))
+    def bad(code, words, change=None):
+        wrong(code, words, "ppl", m.folder(f"bad{next(count)}", change), "t.npy")
+    raw = dict(m.raw)
+    for key, value in [("partial_rotary_factor", 0.5), ("rope_interleaved", True), ("rotary_pct", 0.25),
+                       ("attention_multiplier", 0.1), ("embedding_multiplier", 12), ("logit_scale", 0.1),
+                       ("logits_scaling", 8.0), ("attn_logit_softcapping", 50.0), ("query_pre_attn_scalar", 256),
+                       ("use_qk_norm", True), ("alibi", True), ("clip_qkv", 8), ("num_local_experts", 8),
+                       ("sliding_window", 32), ("quantization_config", {"bits": 4}),
+                       ("position_embedding_type", "alibi")]:
+        bad(UNSUPPORTED, ["config.json", f"'{key}'"], {key: value})
+    for method in "gptq", "awq", "bitsandbytes", "fp8":
+        bad(UNSUPPORTED, ["'quantization_config'", method], {"quantization_config": {"quant_method": method}})
+    bad(UNSUPPORTED, "partial_rotary_factor",
+        {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}})
+    bad(UNSUPPORTED, ["rope_parameters", "rope_scaling", "differ"],
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2}})
+    bad(UNSUPPORTED, "sliding_attention", {"layer_types": ["full_attention", "sliding_attention"]})
+    for name in ("model.layers.0.self_attn.q_norm.weight", "model.layers.1.self_attn.k_norm.weight",
+                 "model.layers.0.self_attn.sinks", "model.layers.0.self_attn.q_proj.lora_A.weight",
+                 "model.layers.0.post_feedforward_layernorm.weight", "model.layers.0.mlp.gate_proj.bias",
+                 "model.embed_positions.weight", "lm_head.bias", "base_model.model.model.norm.weight"):
+        path = m.folder(f"bad{next(count)}")
+        tensors = {theirs(k): v for k, v in raw.items()}
+        save_safetensors(f"{path}/model.safetensors", **tensors, **{name: ("F32", (16,), bytes(64))})
+        wrong(UNSUPPORTED, ["model.safetensors", f"'{name}'"], "ppl", path, "t.npy")
+    for name in "model.layers.0.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight":  # as GGUF has them
+        path = m.folder(f"bad{next(count)}")
+        save_safetensors(f"{path}/model.safetensors", **tensors, **{name: ("F32", (16,), bytes(64))})
+        wrong(UNSUPPORTED, ["blk.", "reads"], "ppl", path, "t.npy")
+    path = m.folder("adapted")
+    write(f"{path}/adapter_config.json", "{}")
+    wrong(UNSUPPORTED, ["adapter_config.json", "merge"], "ppl", path, "t.npy")
+    bad(UNSUPPORTED, ["tie_word_embeddings", "lm_head.weight"], {"tie_word_embeddings": True})
+    tied = Model(tied=True, vocab=50)
+    tied.raw["output.weight"] = tied.raw["token_embd.weight"]
+    agrees(tied, tied.folder("both"), "tied, and there twice", n=40)
+    for number, change in enumerate([
+            {"partial_rotary_factor": 1.0, "rope_interleaved": False, "sliding_window": None, "num_local_experts": 1,
+             "quantization_config": None, "attention_bias": False, "pretraining_tp": 1, "torch_dtype": "float32"},
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": None}, {"layer_types": ["full_attention"] * 2},
+            {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 1}]):
+        agrees(m, m.folder(f"idle{number}", change), f"what changes nothing: {change}", n=40)
+    m = Model(architecture="qwen2", vocab=50)
+    agrees(m, m.folder("qwen2", {"sliding_window": 32}), "a window that Qwen2 does not use unasked", n=40)
 
 
 def test_folder_wrong():
@@ -919,8 +1116,8 @@ def test_folder_wrong():
     for name in "blk.1.ffn_up.weight", "output.weight":
         m.raw = {k: v for k, v in raw.items() if k != name}
         bad(FILE, ["no tensor", name])
-    path = m.folder("maybe_tied", {"tie_word_embeddings": ...})
-    fine("ppl", path, "t.npy", "--attention", "f32", "--length", 20)
+    bad(FILE, ["lm_head.weight", "tie_word_embeddings"], {"tie_word_embeddings": ...})
+    bad(FILE, ["lm_head.weight", "tie_word_embeddings"], {"tie_word_embeddings": None})
     m.raw = {**raw, "output_norm.weight": ("F32", (1, 1, 64), bytes(256))}
     bad(FILE, ["model.norm.weight", "no vector and no matrix"])
     m.raw = raw

@@ -62,15 +62,26 @@ def commands_of(program, called):
     return run, fine, wrong, keeps
 
 
-def stopped(args, number, begun):
-    """Starts a program, sends it this signal as soon as begun(child) says that it is at work, or it has ended by
-    itself; its code, and what it said. How long that takes is no matter, if the work is long enough."""
+def at_work(args, begun):
+    """Starts a program, and waits until begun(child) says that it is at work, or it has ended by itself. How long
+    that takes is no matter, if the work is long enough."""
     child = subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while child.poll() is None and not begun(child):
         time.sleep(0.002)
-    child.send_signal(number)
+    return child
+
+
+def ended(child):
+    """Its code, and what it said."""
     out, err = child.communicate()
     return child.returncode, out.decode(), err.decode()
+
+
+def stopped(args, number, begun):
+    """Sends it this signal when it is at work."""
+    child = at_work(args, begun)
+    child.send_signal(number)
+    return ended(child)
 
 
 def catches(child, number):

@@ -254,9 +254,9 @@ bool input_read(const file_input *from, size_t at, size_t size, void *to)
             from,
             "byte %zu: truncated: %zu bytes are needed from byte %zu on; copy or save it again",
             from->size, size, at);
-    if (from->file < 0 && size > 0)
+    if (from->bytes && size > 0)
         memcpy(to, from->bytes + at, size);
-    for (size_t done = 0; from->file >= 0 && done < size;) {
+    for (size_t done = 0; !from->bytes && done < size;) {
         const ssize_t n = pread(from->file, (char *)to + done, size - done, (off_t)(at + done));
         if (n > 0)
             done += (size_t)n;

@@ -78,11 +78,11 @@ bool array_to_f16(array *from, file_error *error);
 
 /* ---- Bytes to read ---------------------------------------------------------------------- */
 
-/* An open regular file, or bytes in memory that somebody else owns; and where errors go. */
+/* An open regular file, or bytes in memory that somebody else owns, of a file or not; and where errors go. */
 typedef struct file_input {
     const char *name;
     file_error *error;
-    const uint8_t *bytes;
+    const uint8_t *bytes; /* NULL: in the file */
     int file;
     size_t size;
 } file_input;

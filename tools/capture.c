@@ -10,12 +10,9 @@
 
 /* ---- Checksums ---- */
 
-exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *error)
+exit_code capture_sha256_inputs(const file_input *in, int64_t count, char text[SHA256_TEXT], file_error *error)
 {
     enum { PIECE = 1 << 20 };
-    file_input in;
-    if (!input_open(path, &in, error))
-        return EXIT_FILE;
     exit_code code = EXIT_MACHINE;
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned length = 0;
@@ -23,13 +20,14 @@ exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *e
     void *const piece = malloc(PIECE);
     bool ok = state && piece && EVP_DigestInit_ex(state, EVP_sha256(), NULL);
     if (!ok)
-        file_error_set(error, path, "no memory for its checksum");
-    for (size_t at = 0; at < in.size && ok; at += PIECE) {
-        const size_t size = in.size - at < PIECE ? in.size - at : PIECE;
-        ok = input_read(&in, at, size, piece);
-        code = ok ? code : EXIT_FILE;
-        ok = ok && EVP_DigestUpdate(state, piece, size);
-    }
+        file_error_set(error, in->name, "no memory for its checksum");
+    for (; count > 0 && ok; count--, in++)
+        for (size_t at = 0; at < in->size && ok; at += PIECE) {
+            const size_t size = in->size - at < PIECE ? in->size - at : PIECE;
+            ok = input_read(in, at, size, piece);
+            code = ok ? code : EXIT_FILE;
+            ok = ok && EVP_DigestUpdate(state, piece, size);
+        }
     if (ok && EVP_DigestFinal_ex(state, digest, &length)) {
         for (unsigned n = 0; n < length && 2 * n + 2 < SHA256_TEXT; n++)
             snprintf(text + 2 * n, 3, "%02x", digest[n]);
@@ -37,6 +35,15 @@ exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *e
     }
     EVP_MD_CTX_free(state);
     free(piece);
+    return code;
+}
+
+exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *error)
+{
+    file_input in;
+    if (!input_open(path, &in, error))
+        return EXIT_FILE;
+    const exit_code code = capture_sha256_inputs(&in, 1, text, error);
     input_close(&in);
     return code;
 }

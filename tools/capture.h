@@ -26,8 +26,9 @@ typedef struct capture {
 exit_code capture_find(const char *path, capture **list, int64_t *count, file_error *error);
 void capture_free(capture *list, int64_t count);
 
-/* Of a file's bytes, in hexadecimal digits. */
+/* Of a file's bytes, in hexadecimal digits; or of several, one after the other. */
 exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *error);
+exit_code capture_sha256_inputs(const file_input *in, int64_t count, char text[SHA256_TEXT], file_error *error);
 
 /* The number of the h-th query head, in the model. */
 int64_t capture_head(const capture *c, int64_t h);

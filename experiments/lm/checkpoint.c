@@ -1,39 +1,73 @@
 /* checkpoint.c: opens the files of a model, and finds their tensors. */
 #include "experiments/lm/checkpoint.h"
 
-#include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 
 /* ---- Files ---- */
 
-exit_code checkpoint_map(checkpoint *c, const char *path, file_error *error)
+double memory_available(void)
+{
+    FILE *const info = fopen("/proc/meminfo", "r");
+    char line[128];
+    double kilobytes = INFINITY;
+    while (info && fgets(line, sizeof line, info) && sscanf(line, "MemAvailable: %lf kB", &kilobytes) != 1)
+        ;
+    if (info)
+        fclose(info);
+    return 1024.0 * kilobytes;
+}
+
+static bool is_changed(const file_input *in, const struct timespec *then)
+{
+    struct stat now;
+    return fstat(in->file, &now) != 0 || (size_t)now.st_size != in->size || now.st_mtim.tv_sec != then->tv_sec ||
+           now.st_mtim.tv_nsec != then->tv_nsec;
+}
+
+exit_code checkpoint_check(const checkpoint *c)
+{
+    for (int64_t n = 0; n < c->files; n++)
+        if (is_changed(&c->file[n], &c->changed[n])) {
+            input_fail(&c->file[n], "has changed since it was read; what is computed is of neither: run again");
+            return EXIT_FILE;
+        }
+    return EXIT_FINE;
+}
+
+exit_code checkpoint_load(checkpoint *c, const char *path, file_error *error)
 {
     file_input *const more = realloc(c->file, (size_t)(c->files + 1) * sizeof *more);
-    if (!more) {
+    c->file = more ? more : c->file;
+    struct timespec *const times = more ? realloc(c->changed, (size_t)(c->files + 1) * sizeof *times) : NULL;
+    c->changed = times ? times : c->changed;
+    if (!times) {
         file_error_set(error, path, "no memory to open it");
         return EXIT_MACHINE;
     }
-    c->file = more;
     file_input in;
+    struct stat found = {0};
     if (!input_open(path, &in, error))
         return EXIT_FILE;
+    fstat(in.file, &found);
+    uint8_t *const bytes = (double)in.size < memory_available() ? malloc(in.size + 1) : NULL;
+    exit_code code = EXIT_FILE;
     if (in.size == 0) {
         input_fail(&in, "is empty; copy it again");
-        input_close(&in);
-        return EXIT_FILE;
+    } else if (!bytes) {
+        input_fail(&in, "its %zu bytes do not fit memory", in.size);
+        code = EXIT_MACHINE;
+    } else if (input_read(&in, 0, in.size, bytes)) {
+        in.bytes = bytes;
+        c->changed[c->files] = found.st_mtim;
+        c->file[c->files++] = in;
+        return checkpoint_check(c);
     }
-    void *const bytes = mmap(NULL, in.size, PROT_READ, MAP_PRIVATE, in.file, 0);
-    const int reason = errno;
+    free(bytes);
     input_close(&in);
-    if (bytes == MAP_FAILED) {
-        input_fail(&in, "its %zu bytes do not fit memory: %s", in.size, strerror(reason));
-        return EXIT_MACHINE;
-    }
-    c->file[c->files++] = input_memory(bytes, in.size, path, error);
-    return EXIT_FINE;
+    return code;
 }
 
 const char *checkpoint_name(checkpoint *c, const char *text, size_t length)
@@ -76,7 +110,7 @@ exit_code checkpoint_open(const char *path, checkpoint *out, file_error *error)
     if (stat(path, &found) == 0 && S_ISDIR(found.st_mode)) {
         code = hf_read(path, out, error);
     } else {
-        code = checkpoint_map(out, path, error);
+        code = checkpoint_load(out, path, error);
         if (!code)
             code = gguf_read(&out->file[0], out);
     }
@@ -89,15 +123,19 @@ exit_code checkpoint_open(const char *path, checkpoint *out, file_error *error)
 
 void checkpoint_close(checkpoint *c)
 {
-    for (int64_t n = 0; n < c->files; n++)
-        munmap((void *)c->file[n].bytes, c->file[n].size);
+    for (int64_t n = 0; n < c->files; n++) {
+        input_close(&c->file[n]);
+        free((void *)c->file[n].bytes);
+    }
     for (int64_t n = 0; n < c->owns; n++)
         free(c->owned[n]);
     free(c->owned);
     free(c->file);
+    free(c->changed);
     free(c->tensor);
     free(c->vocabulary.token);
     free(c->vocabulary.merge);
+    free(c->vocabulary.kept);
     *c = (checkpoint){0};
 }
 

@@ -15,6 +15,7 @@
 typedef struct reader {
     const char *name; /* of config.json */
     const json_t *object;
+    bool qwen2;
     file_error *error;
 } reader;
 
@@ -34,22 +35,28 @@ static bool read_float(const reader *r, const json_t *from, const char *key, flo
     return json_is_number(x) || file_error_set(r->error, r->name, "has no '%s', a number", key);
 }
 
-/* The object in a file of a folder; NULL after failure. */
-static json_t *read_object(const char *path, file_error *error)
+/* The object in a file of the folder, which is loaded like the weights; NULL after failure. */
+static exit_code read_object(checkpoint *c, const char *path, json_t **object, file_error *error)
 {
-    size_t size;
     json_error_t why;
-    char *const text = input_text(path, &size, error);
-    if (!text)
-        return NULL;
-    json_t *const object = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
-    free(text);
-    if (json_is_object(object))
-        return object;
-    file_error_set(error, path, "line %d: %s", object ? 1 : why.line,
-                   object ? "a JSON object must begin here" : why.text);
-    json_decref(object);
-    return NULL;
+    const char *const name = checkpoint_name(c, path, strlen(path));
+    exit_code code = EXIT_MACHINE;
+    *object = NULL;
+    if (name)
+        code = checkpoint_load(c, name, error);
+    else
+        file_error_set(error, path, "no memory to open it");
+    if (code)
+        return code;
+    const file_input *const in = &c->file[c->files - 1];
+    json_t *const found = json_loadb((const char *)in->bytes, in->size, JSON_REJECT_DUPLICATES, &why);
+    if (json_is_object(found)) {
+        *object = found;
+        return EXIT_FINE;
+    }
+    file_error_set(error, path, "line %d: %s", found ? 1 : why.line, found ? "a JSON object must begin here" : why.text);
+    json_decref(found);
+    return EXIT_FILE;
 }
 
 /* ---- config.json ---- */
@@ -79,8 +86,9 @@ static bool read_llama3(const reader *r, const json_t *scaling, hyper *h)
 static exit_code read_rope(const reader *r, hyper *h)
 {
     const json_t *const parameters = json_object_get(r->object, "rope_parameters");
-    const json_t *const scaling = is_null(parameters) ? json_object_get(r->object, "rope_scaling") : parameters;
-    const json_t *const holder = is_null(parameters) ? r->object : parameters;
+    const json_t *const older = json_object_get(r->object, "rope_scaling");
+    const json_t *const scaling = is_null(parameters) ? older : parameters;
+    const json_t *const holder = is_null(json_object_get(parameters, "rope_theta")) ? r->object : parameters;
     const char *kind = json_string_value(json_object_get(scaling, "rope_type"));
     if (!kind)
         kind = json_string_value(json_object_get(scaling, "type"));
@@ -89,6 +97,10 @@ static exit_code read_rope(const reader *r, hyper *h)
     h->rope_theta = 10000.0f;
     if (!is_null(json_object_get(holder, "rope_theta")) && !read_float(r, holder, "rope_theta", &h->rope_theta))
         return EXIT_FILE;
+    if (!is_null(parameters) && !is_null(older) && !json_equal(parameters, older)) {
+        file_error_set(r->error, r->name, "has both 'rope_parameters' and 'rope_scaling', and they differ");
+        return EXIT_UNSUPPORTED;
+    }
     if (is_null(scaling) || (kind && strcmp(kind, "default") == 0))
         return EXIT_FINE;
     if (kind && strcmp(kind, "llama3") == 0)
@@ -97,14 +109,54 @@ static exit_code read_rope(const reader *r, hyper *h)
     return EXIT_UNSUPPORTED;
 }
 
-/* What would be computed wrongly if it were not refused. */
-static exit_code check_kind(const reader *r, hyper *h)
+/* Does this value leave everything as it is? */
+static bool is_idle(const json_t *value)
 {
-    static const char *const switches[] = {"attention_bias", "mlp_bias", "use_sliding_window"};
+    return json_is_null(value) || json_is_false(value) || (json_is_number(value) && json_number_value(value) == 1.0);
+}
+
+/* What scales or bends positions, scores or weights is known by parts of its name, since everybody has other names for
+ * it. */
+static bool is_obeyed(const reader *r, const char *key, const json_t *value)
+{
+    static const char *const parts[] = {"rope",   "rotary", "alibi",  "position", "scal", "multiplier", "softcap",
+                                        "window", "norm",   "expert", "clip",     "bias", "quant",      "lora"};
+    static const char *const known[] = {"rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters",
+                                        "max_position_embeddings", "original_max_position_embeddings", "rope_type",
+                                        "max_window_layers"};
+    const json_t *const sliding = json_object_get(r->object, "use_sliding_window");
+    bool telling = false;
+    for (size_t n = 0; n < sizeof parts / sizeof *parts; n++)
+        telling |= strstr(key, parts[n]) != NULL;
+    for (size_t n = 0; n < sizeof known / sizeof *known; n++)
+        telling &= strcmp(key, known[n]) != 0;
+    if (strcmp(key, "sliding_window") == 0) /* how wide it would be */
+        return is_null(value) || json_is_false(sliding) || (r->qwen2 && is_null(sliding));
+    return !telling || is_idle(value);
+}
+
+static exit_code check_keys(const reader *r, const json_t *object)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)object, key, value) {
+        const char *const method = json_string_value(json_object_get(value, "quant_method"));
+        if (is_obeyed(r, key, value))
+            continue;
+        file_error_set(r->error, r->name, "has '%.60s'%s%.40s, which is not computed here", key, method ? ": " : "",
+                       method ? method : "");
+        return EXIT_UNSUPPORTED;
+    }
+    return EXIT_FINE;
+}
+
+/* What would be computed wrongly if it were not refused. */
+static exit_code check_kind(reader *r, hyper *h)
+{
     const char *const type = json_string_value(json_object_get(r->object, "model_type"));
     const char *const act = json_string_value(json_object_get(r->object, "hidden_act"));
     snprintf(h->architecture, sizeof h->architecture, "%s", type ? type : "");
-    h->biases = strcmp(h->architecture, "qwen2") == 0;
+    h->biases = r->qwen2 = strcmp(h->architecture, "qwen2") == 0;
     if (!h->biases && strcmp(h->architecture, "llama") != 0) {
         file_error_set(r->error, r->name, "is of the model type '%.40s'; llama and qwen2 are known", type ? type : "?");
         return EXIT_UNSUPPORTED;
@@ -113,15 +165,22 @@ static exit_code check_kind(const reader *r, hyper *h)
         file_error_set(r->error, r->name, "has the activation '%.40s'; silu is known", act);
         return EXIT_UNSUPPORTED;
     }
-    for (size_t n = 0; n < sizeof switches / sizeof *switches; n++)
-        if (json_is_true(json_object_get(r->object, switches[n]))) {
-            file_error_set(r->error, r->name, "has '%s', which is not known here", switches[n]);
+    const json_t *const layers = json_object_get(r->object, "layer_types");
+    for (size_t n = 0; n < json_array_size(layers); n++) {
+        const char *const layer = json_string_value(json_array_get(layers, n));
+        if (!layer || strcmp(layer, "full_attention") != 0) {
+            file_error_set(r->error, r->name, "has '%.40s' among its layer_types; full_attention is known",
+                           layer ? layer : "?");
             return EXIT_UNSUPPORTED;
         }
-    return EXIT_FINE;
+    }
+    exit_code code = check_keys(r, r->object);
+    if (!code)
+        code = check_keys(r, json_object_get(r->object, "rope_parameters"));
+    return code ? code : check_keys(r, json_object_get(r->object, "rope_scaling"));
 }
 
-static exit_code read_config(const reader *r, hyper *h)
+static exit_code read_config(reader *r, hyper *h)
 {
     const exit_code code = check_kind(r, h);
     if (code)
@@ -131,7 +190,8 @@ static exit_code read_config(const reader *r, hyper *h)
         !read_whole(r, "max_position_embeddings", &h->context) ||
         !read_float(r, r->object, "rms_norm_eps", &h->rms_eps))
         return EXIT_FILE;
-    h->untied = json_is_false(json_object_get(r->object, "tie_word_embeddings"));
+    h->tied = json_is_true(json_object_get(r->object, "tie_word_embeddings"));
+    h->untied = !h->tied;
     h->kv_heads = h->heads;
     h->head_dim = h->heads > 0 ? h->dim / h->heads : 0;
     if (!is_null(json_object_get(r->object, "num_key_value_heads")) &&
@@ -164,7 +224,7 @@ static const struct {
     {"lm_head.weight", "output.weight"},
 };
 
-/* As GGUF names it; false for what no forward pass needs. */
+/* As GGUF names it; false for what a forward pass here does not read. */
 static bool translate(const char *theirs, char ours[96])
 {
     int64_t layer;
@@ -191,8 +251,12 @@ static exit_code add_tensor(checkpoint *c, const safetensors *s, const char *the
 {
     char ours[96];
     safetensors_place place;
-    if (!translate(theirs, ours))
+    if (strstr(theirs, ".rotary_emb.inv_freq")) /* which old files have; transformers has it from theta, too */
         return EXIT_FINE;
+    if (!translate(theirs, ours)) {
+        input_fail(in, "has the tensor '%.80s', which no forward pass of a %s reads here", theirs, c->hyper.architecture);
+        return EXIT_UNSUPPORTED;
+    }
     if (!safetensors_find(s, theirs, &place))
         return EXIT_FILE;
     tensor *const more = realloc(c->tensor, (size_t)(c->tensors + 1) * sizeof *more);
@@ -225,7 +289,7 @@ static exit_code add_file(checkpoint *c, const char *folder, const char *file, f
         file_error_set(error, path, "no memory to open it");
         return EXIT_MACHINE;
     }
-    exit_code code = checkpoint_map(c, name, error);
+    exit_code code = checkpoint_load(c, name, error);
     if (code)
         return code;
     const file_input in = c->file[c->files - 1];
@@ -240,8 +304,8 @@ static exit_code add_file(checkpoint *c, const char *folder, const char *file, f
 /* Every file that the index names, once. */
 static exit_code add_listed(checkpoint *c, const char *folder, const char *path, file_error *error)
 {
-    json_t *const index = read_object(path, error), *const seen = json_object();
-    exit_code code = index && seen ? EXIT_FINE : EXIT_FILE;
+    json_t *index, *const seen = json_object();
+    exit_code code = read_object(c, path, &index, error);
     const char *key;
     json_t *value;
     json_t *const map = json_object_get(index, "weight_map");
@@ -275,12 +339,17 @@ exit_code hf_read(const char *folder, checkpoint *out, file_error *error)
         file_error_set(error, folder, "the name is too long");
         return EXIT_FILE;
     }
+    snprintf(path, sizeof path, "%s/adapter_config.json", folder);
+    if (stat(path, &found) == 0) {
+        file_error_set(error, path, "is of an adapter, which is not added to the weights here; merge it into them");
+        return EXIT_UNSUPPORTED;
+    }
     snprintf(path, sizeof path, "%s/config.json", folder);
-    json_t *const config = read_object(path, error);
-    if (!config)
-        return EXIT_FILE;
-    const reader r = {path, config, error};
-    exit_code code = read_config(&r, &out->hyper);
+    json_t *config;
+    exit_code code = read_object(out, path, &config, error);
+    reader r = {.name = path, .object = config, .error = error};
+    if (!code)
+        code = read_config(&r, &out->hyper);
     json_decref(config);
     out->vocabulary.bos = -1;
     if (code)

@@ -213,10 +213,12 @@ static bool is_utf8(const char *name, file_error *error)
     return text || file_error_set(error, name, "this name is no UTF-8; choose another");
 }
 
+static const file_input *weights_of(const lm *m) { return &m->files.file[m->files.files - 1]; }
+
 /* All that a result names. */
 static exit_code check_names(const lm *m)
 {
-    bool ok = is_utf8(m->name, m->error) && is_utf8(basename(m->files.file[0].name), m->error);
+    bool ok = is_utf8(m->name, m->error) && is_utf8(basename(weights_of(m)->name), m->error);
     for (int n = 0; n < m->args->texts && ok; n++)
         ok = is_utf8(basename(m->args->text[n]), m->error);
     for (int n = 0; n < m->args->choices && ok; n++)
@@ -317,15 +319,19 @@ static json_t *describe_options(const sparge_options *o)
 
 exit_code lm_begin(lm *m, const char *command, json_t *extra)
 {
-    const file_input *const file = &m->files.file[0];
+    char sha256[SHA256_TEXT] = ""; /* of all files: config.json of a folder, its index, its weights */
+    exit_code code = capture_sha256_inputs(m->files.file, m->files.files, sha256, m->error);
     json_t *const settings =
-        json_pack("{s:s, s:s, s:{s:s, s:s, s:I}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model",
-                  "name", m->name, "file", basename(file->name), "bytes", (json_int_t)file->size, "matmul",
-                  matmul_by(), "options", describe_options(&m->args->attention.options));
+        json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:s}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model",
+                  "name", m->name, "file", basename(weights_of(m)->name), "bytes", (json_int_t)weights_of(m)->size,
+                  "sha256", sha256, "matmul", matmul_by(), "options", describe_options(&m->args->attention.options));
     if (extra && settings)
         json_object_update(settings, extra);
     json_decref(extra);
-    const exit_code code = rows_open(&m->rows, m->args->attention.output, settings, m->error);
+    if (code)
+        json_decref(settings);
+    else
+        code = rows_open(&m->rows, m->args->attention.output, settings, m->error);
     signal(SIGINT, interrupt);
     signal(SIGTERM, interrupt);
     m->watch = progress_begin(command);
@@ -378,7 +384,9 @@ static exit_code attend(void *user, int64_t layer, const sparge_problem *problem
         return EXIT_UNFINISHED;
     }
     progress_tick(&m->watch, (m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers) / m->work);
-    const exit_code code = m->visit ? m->visit(m->user, layer, problem, error) : EXIT_FINE;
+    exit_code code = checkpoint_check(&m->files);
+    if (!code && m->visit)
+        code = m->visit(m->user, layer, problem, error);
     return code ? code : choice_attend(((run *)user)->c, layer, problem, o, &m->measured, error);
 }
 

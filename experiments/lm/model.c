@@ -26,6 +26,7 @@ struct model {
     hyper hyper;
     const tensor *embedding, *norm, *output; /* the output may be the embedding */
     layer *layer;
+    bool *read; /* [tensors of the checkpoint] is it one of these? */
 };
 
 enum { ROWS = 1024 }; /* of the feed-forward at a time */
@@ -152,20 +153,6 @@ static exit_code feed_forward(const model *m, int64_t number, activations *a, fi
 
 /* ---- All layers ---- */
 
-/* Bytes that the machine can still give; infinite where it does not say. Memory that is promised and not there ends
- * the program without a word. */
-static double memory_available(void)
-{
-    FILE *const info = fopen("/proc/meminfo", "r");
-    char line[128];
-    double kilobytes = INFINITY;
-    while (info && fgets(line, sizeof line, info) && sscanf(line, "MemAvailable: %lf kB", &kilobytes) != 1)
-        ;
-    if (info)
-        fclose(info);
-    return 1024.0 * kilobytes;
-}
-
 static exit_code allocate(const model *m, int64_t tokens, activations *a, file_error *error)
 {
     const hyper *const h = &m->hyper;
@@ -233,6 +220,7 @@ static bool need(const model *m, const char *name, int64_t rows, int64_t columns
     const tensor *const t = *to = checkpoint_find(m->c, name);
     if (!t)
         return file_error_set(error, m->hyper.name, "has no tensor '%s'", name);
+    m->read[t - m->c->tensor] = true;
     if ((rows >= 0 && t->rows != rows) || t->columns != columns)
         return file_error_set(error, m->hyper.name, "tensor '%s' is %" PRId64 " x %" PRId64 ", it must be %" PRId64
                               " x %" PRId64, name, t->rows, t->columns, rows < 0 ? t->rows : rows, columns);
@@ -271,61 +259,90 @@ static bool find_layer(const model *m, int64_t number, layer *l, file_error *err
     return true;
 }
 
-/* Would be left out, and the result be wrong. */
-static bool has_unknown_bias(const checkpoint *c, file_error *error)
+static bool is_same(const tensor *a, const tensor *b)
 {
-    for (int64_t n = 0; n < c->tensors; n++) {
-        const char *const name = c->tensor[n].name, *const dot = strrchr(name, '.');
-        const bool known =
-            c->hyper.biases && (strstr(name, ".attn_q.") || strstr(name, ".attn_k.") || strstr(name, ".attn_v."));
-        if (!known && dot && strcmp(dot, ".bias") == 0) {
-            file_error_set(error, c->hyper.name, "has '%.80s', which is not known in a %s", name,
-                           c->hyper.architecture);
-            return true;
-        }
+    return a->type == b->type && a->rows == b->rows && a->columns == b->columns &&
+           memcmp(a->data, b->data, tensor_bytes(a->type, a->rows, a->columns)) == 0;
+}
+
+/* The output's own, or the embedding. */
+static exit_code find_output(model *m, file_error *error)
+{
+    static const char name[] = "output.weight";
+    const hyper *const h = &m->hyper;
+    m->output = m->embedding;
+    if (!checkpoint_find(m->c, name)) {
+        if (h->untied)
+            file_error_set(error, h->name, "has no tensor '%s' (lm_head.weight), and its config.json does not say "
+                           "tie_word_embeddings", name);
+        return h->untied ? EXIT_FILE : EXIT_FINE;
     }
-    return false;
+    if (!need(m, name, h->vocab, h->dim, &m->output, error))
+        return EXIT_FILE;
+    if (!h->tied || is_same(m->output, m->embedding))
+        return EXIT_FINE;
+    file_error_set(error, h->name, "its config.json says tie_word_embeddings, and its '%s' (lm_head.weight) is another "
+                   "than its embedding", name);
+    return EXIT_UNSUPPORTED;
+}
+
+/* What is left out would be missed in the result. */
+static exit_code check_all_read(const model *m, file_error *error)
+{
+    for (int64_t n = 0; n < m->c->tensors; n++) {
+        const char *const name = m->c->tensor[n].name;
+        if (m->read[n] || strcmp(name, "rope_freqs.weight") == 0) /* which are among the sizes */
+            continue;
+        file_error_set(error, m->hyper.name, "has the tensor '%.80s', which no forward pass of a %s reads here", name,
+                       m->hyper.architecture);
+        return EXIT_UNSUPPORTED;
+    }
+    return EXIT_FINE;
+}
+
+static exit_code find_all(model *m, file_error *error)
+{
+    if (!need(m, "token_embd.weight", -1, m->hyper.dim, &m->embedding, error) ||
+        !need(m, "output_norm.weight", 1, m->hyper.dim, &m->norm, error))
+        return EXIT_FILE;
+    m->hyper.vocab = m->embedding->rows;
+    const exit_code code = find_output(m, error);
+    if (code)
+        return code;
+    for (int64_t n = 0; n < m->hyper.layers; n++)
+        if (!find_layer(m, n, &m->layer[n], error))
+            return EXIT_FILE;
+    return check_all_read(m, error);
 }
 
 exit_code model_open(const checkpoint *c, model **out, file_error *error)
 {
+    exit_code code = EXIT_MACHINE;
     model *const m = *out = calloc(1, sizeof *m);
-    if (m)
+    if (m) {
+        m->c = c;
+        m->hyper = c->hyper;
         m->layer = calloc((size_t)c->hyper.layers, sizeof *m->layer);
-    if (!m || !m->layer) {
+        m->read = calloc((size_t)c->tensors + 1, sizeof *m->read);
+    }
+    if (m && m->layer && m->read)
+        code = find_all(m, error);
+    else
         file_error_set(error, c->hyper.name, "no memory for its layers");
+    if (code) {
         model_close(m);
         *out = NULL;
-        return EXIT_MACHINE;
     }
-    if (has_unknown_bias(c, error)) {
-        model_close(m);
-        *out = NULL;
-        return EXIT_UNSUPPORTED;
-    }
-    m->c = c;
-    m->hyper = c->hyper;
-    bool ok = need(m, "token_embd.weight", -1, m->hyper.dim, &m->embedding, error) &&
-              need(m, "output_norm.weight", 1, m->hyper.dim, &m->norm, error);
-    m->output = m->embedding;
-    if (ok)
-        m->hyper.vocab = m->embedding->rows;
-    if (ok && (m->hyper.untied || checkpoint_find(c, "output.weight")))
-        ok = need(m, "output.weight", m->hyper.vocab, m->hyper.dim, &m->output, error);
-    for (int64_t n = 0; n < m->hyper.layers && ok; n++)
-        ok = find_layer(m, n, &m->layer[n], error);
-    if (ok)
-        return EXIT_FINE;
-    model_close(m);
-    *out = NULL;
-    return EXIT_FILE;
+    return code;
 }
 
 const hyper *model_hyper(const model *m) { return &m->hyper; }
 
 void model_close(model *m)
 {
-    if (m)
+    if (m) {
         free(m->layer);
+        free(m->read);
+    }
     free(m);
 }

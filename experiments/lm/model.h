@@ -15,7 +15,8 @@ typedef struct attender {
 
 typedef struct model model;
 
-/* The checkpoint must outlive it. EXIT_FILE where a tensor is missing or of another shape. */
+/* The checkpoint must outlive it. EXIT_FILE where a tensor is missing or of another shape, EXIT_UNSUPPORTED
+ * where there is one that nothing here reads. */
 exit_code model_open(const checkpoint *c, model **out, file_error *error);
 void model_close(model *m); /* NULL is fine */
 
