@@ -6,7 +6,9 @@ k and v to the type of the file can do, which is bounded for every row. Rules an
 does nothing but attention. With the program, sparge reads what was recorded. Ends with "N passed, M failed".
 """
 import contextlib
+import functools
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -27,6 +29,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from counted import check, run_tests
 from running import FILE, commands_of, read, sha256, write
@@ -40,7 +46,7 @@ SPARGE = os.path.abspath(sys.argv[1]) if len(sys.argv) > 1 else None
 warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
 diffusers.logging.set_verbosity_error()
-HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
 
 # ---- What was recorded, and what it should be -------------------------------------------------
@@ -324,12 +330,12 @@ class Plain(nn.Module):
     """Every layer gets the same; or, as a list, each its own. `breaks`: the layer that raises."""
     def __init__(self, layers=2):
         super().__init__()
-        self.layer, self.breaks = nn.ModuleList(Attend() for _ in range(layers)), None
+        self.layer, self.breaks, self.error = nn.ModuleList(Attend() for _ in range(layers)), None, KeyError
 
     def forward(self, *qkv, **how):
         for n, layer in enumerate(self.layer):
             if n == self.breaks:
-                raise KeyError("breaks")
+                raise self.error("breaks")
             out = layer(*(qkv[0][n] if isinstance(qkv[0], list) else qkv), **how)
         return out
 
@@ -514,7 +520,7 @@ def test_types():
     model = llama().to(torch.bfloat16)
     got, _ = recorded("a model of bfloat16", model, lambda: model(tokens(60), return_dict=False), 3, own=1e-2)
     check(got["dtype"] == "float16", "and of a model", got)
-    for n, which in enumerate(itertools.product((60000.0, 65504.0, 65505.0, 1e6, -1e6), range(3))):
+    for n, which in enumerate(itertools.product((60000.0, 65504.0, 65519.0, 65520.0, 1e6, -1e6), range(3))):
         value, part = which
         x = list(qkv())
         x[part] = x[part] / 100
@@ -523,7 +529,7 @@ def test_types():
             record.model(*x, scale=1e-6)
         got = manifest_of(f"w{n}/sample")
         file = load(f"w{n}/sample/{got['files'][0]['file']}")
-        want = "float16" if abs(value) <= 65504 else "bfloat16"
+        want = "float16" if abs(value) < 65520 else "bfloat16"  # 65519 is nearest to 65504
         check(got["dtype"] == want and all(torch.equal(file[m], y.to(getattr(torch, want))) for m, y in zip("qkv", x)),
               f"{value}", got["dtype"])
     for bad in torch.inf, -torch.inf, torch.nan:
@@ -536,6 +542,35 @@ def test_types():
     with Recorder(m := Plain(1), "grad", name="plain"):
         m(q, k, v).sum().backward()
     check(q.grad is not None and len(manifest_of("grad/sample")["files"]) == 1, "beside gradients")
+
+
+def test_the_type_that_loses_less():
+    """By each token beside its own largest value: a few small numbers in it do no harm, a token of them does."""
+    def token(x, factor):
+        return torch.where(torch.arange(20)[:, None] == 7, factor * x, x)
+
+    half, brain = torch.float16, torch.bfloat16
+    single = random(1, 4, 20, 8)
+    some = single.clone()
+    some[..., ::3] *= 1e-9
+    cases = {"v": (1e-9 * single, "bfloat16"), "as a bound": (2.0**-14 * single.sign(), "float16"),
+             "a token": (token(single, 1e-9), "bfloat16"), "a token of zeros": (token(single, 0), "float16"),
+             "some channels": (some, "float16"), "less than bfloat16 has": (1e-40 * single, "float32"),
+             "as less in one token": (token(single, 1e-40), "float32"),
+             "small as they are": ((1e-7 * single).to(half), "float16"), "as they are": (some.to(brain), "bfloat16"),
+             "of double": ((1e-9 * single).double(), "bfloat16"), "large and small": (token(single, 1e6), "bfloat16")}
+    for (what, (x, want)), part in itertools.product(cases.items(), range(3)):
+        inputs = [y.to(x.dtype) for y in qkv(seed=9)]
+        inputs[part] = x
+        with Recorder(model := Plain(1), f"{what} {part}", name="plain"):
+            model(*inputs)
+        got = manifest_of(f"{what} {part}/sample")
+        file = load(f"{what} {part}/sample/{got['files'][0]['file']}")
+        check(got["dtype"] == want, f"{what}: type", got["dtype"])
+        check(all(torch.equal(file[n], y.to(getattr(torch, want))) for n, y in zip("qkv", inputs)), f"{what}: values")
+        unit = HALF[want] * x.abs().amax(-1, keepdim=True)
+        check(((file["qkv"[part]].double() - x.double()).abs() <= unit).all(), f"{what}: every token")
+    refused(ValueError, ["layer 0", "beyond float32"], record_plain, "too small", *(1e-60 * x.double() for x in qkv()))
 
 
 def test_scale():
@@ -618,7 +653,7 @@ def test_samples():
     check(got["files"][0]["step"] == 0 and "prompt" not in manifest_of("out/7"), "of its own", got)
     for name in "a/b", "..", "", ".", "/", "a/":
         refused(ValueError, ["folder"], Recorder(model, "out", name="plain").begin, name)
-    for key in "files", "causal", "left_out", "model_class", "recorded":
+    for key in "files", "causal", "left_out", "left_out_at", "model_class", "recorded":
         refused(ValueError, [key], Recorder, model, "out", name="plain", **{key: 1})
         refused(ValueError, [key], Recorder(model, "out", name="plain").begin, "z", **{key: 1})
     refused(TypeError, ["JSON"], Recorder, model, "out", name="plain", tensor=random(1))
@@ -700,6 +735,195 @@ def test_interrupted():
         check(contents(f"o{stop_at}") == want, "the rest follows")
 
 
+# ---- Attention of other kinds -----------------------------------------------------------------
+
+class Call(nn.Module):
+    """Calls a function."""
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+class Mixed(nn.Module):
+    """Attention as it is recorded, something else, attention as it is recorded."""
+    def __init__(self, other):
+        super().__init__()
+        self.first, self.other, self.last = Attend(), other, Attend()
+
+    def forward(self, *args):
+        return self.first(*args), self.other(*args), self.last(*args)
+
+
+def eager(q, k, v, product=torch.matmul, softmax=lambda s: s.softmax(-1)):
+    return product(softmax(product(q, k.mT) / 8**0.5), v)
+
+
+def simple(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def by_bmm(q, k, v):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return torch.bmm(F.dropout(torch.baddbmm(torch.zeros(1, 1, 1), q, k.mT).softmax(-1), 0.1, training=False), v)
+
+
+def by_einsum(q, k, v):
+    s = torch.einsum("bhqd,bhkd->bhqk", q, k).masked_fill(torch.ones(20, 20).triu(1) > 0, -torch.inf)
+    return torch.einsum("bhqk,bhkd->bqhd", F.softmax(s, dim=-1, dtype=torch.float64).type_as(q), v)
+
+
+def in_place(q, k, v):
+    s = torch.empty(1, 4, 20, 20)
+    for h in range(4):
+        s[0, h] = q[0, h] @ k[0, h].T
+    p = s.sub_(s.amax(-1, keepdim=True)).exp_()
+    return p.div_(p.sum(-1, keepdim=True)) @ v
+
+
+def with_sink(q, k, v):
+    return torch.cat([q @ k.mT, torch.zeros(1, 4, 20, 1)], -1).log_softmax(-1).exp()[..., :-1] @ v
+
+
+def by_default(q, k, v, attention=F.scaled_dot_product_attention):
+    return attention(q, k, v)
+
+
+class OfTorch(nn.Module):
+    def __init__(self, nested=False):
+        super().__init__()
+        self.own, self.nested = nn.MultiheadAttention(32, 4, batch_first=True).eval(), nested
+
+    def forward(self, q, k, v):
+        x = q.transpose(1, 2).flatten(2)
+        if self.nested and not torch.is_grad_enabled():  # as TransformerEncoder makes of padding
+            x = torch._nested_tensor_from_mask(x, torch.arange(20)[None] < 15, mask_check=False)
+            return self.own(x, x, x, need_weights=False)[0].to_padded_tensor(0.0)
+        return self.own(x, x, x)
+
+
+class NumpyAttention(nn.Module):
+    def forward(self, q, k, v):
+        p = np.exp(q.numpy() @ k.mT.numpy())
+        return torch.from_numpy(p / p.sum(-1, keepdims=True) @ v.numpy())
+
+
+@torch.library.custom_op("tests_hook::my_attention", mutates_args=())
+def my_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q + v
+
+
+def test_attention_of_other_kinds():
+    """It is listed and has its number, whatever it is called by."""
+    kept, products = F.scaled_dot_product_attention, "a softmax between products"
+    others = {
+        "matmul": (eager, products), "bmm": (by_bmm, products), "einsum": (by_einsum, products),
+        "in place": (in_place, products), "with a sink": (with_sink, products),
+        "a compiled function": (torch.compile(eager, backend="eager"), products),
+        "a script": (torch.jit.script(simple), products),
+        "checkpoint": (functools.partial(checkpoint, eager, use_reentrant=False), products),
+        "attribute": (kept, "attention"), "partial": (functools.partial(kept, is_causal=True), "attention"),
+        "default": (by_default, "attention"), "dict": (lambda *args, of={"sdpa": kept}: of["sdpa"](*args), "attention"),
+        "compiled": (torch.compile(kept, backend="eager"), "attention"),
+        "of C": (torch._C._nn.scaled_dot_product_attention, "attention"),
+        "of ops": (torch.ops.aten.scaled_dot_product_attention, "attention"),
+        "of another package": (my_attention, "my_attention"),
+        "flex": (flex_attention, "flex_attention"),
+        "flex, compiled": (torch.compile(flex_attention, backend="eager"), "flex_attention"),
+        "of torch": (OfTorch(), "_native_multi_head_attention", products),
+        "of torch, nested": (OfTorch(nested=True), "_native_multi_head_attention", products),
+        "numpy": (NumpyAttention(), "NumpyAttention")}
+    grads = {"inference": torch.inference_mode, "no grad": torch.no_grad, "grad": torch.enable_grad}
+    for (what, (other, *by)), (mode, context) in itertools.product(others.items(), grads.items()):
+        other = other if isinstance(other, nn.Module) else Call(other)
+        model, folder = Mixed(other), f"{what} {mode}"
+        layer = "other.own" if isinstance(other, OfTorch) else "other"
+        with context():
+            want = model(*qkv())
+            with Recorder(model, folder, name="mixed", layers=[0, 1, 2], steps=[0, 1]):
+                for _ in range(3):
+                    got = model(*qkv())
+        check(all(torch.equal(a, b) for a, b in zip(tree_leaves(got), tree_leaves(want))), f"{folder}: the same result")
+        got = manifest_of(f"{folder}/sample")
+        check([(e["layer"], e["module"]) for e in got["files"]] == [(0, "first")] * 2 + [(2, "last")] * 2,
+              f"{folder}: numbers", got["files"])
+        why = "unseen" if what == "numpy" else "bypass"
+        check(got["left_out"] == {why: 2}, f"{folder}: counted", got["left_out"])
+        at, = got["left_out_at"]
+        check((at["layer"], at["module"], at["why"], at["calls"]) == (1, layer, why, 2), f"{folder}: where", at)
+        check(any(x in at["by"] for x in by), f"{folder}: by", at)
+    with Recorder(Mixed(Call(eager)), "not chosen", name="mixed", layers=[0, 2]) as record:
+        record.model(*qkv())
+    got = manifest_of("not chosen/sample")
+    check([e["layer"] for e in got["files"]] == [0, 2] and got["left_out"] == {} == dict(got["left_out_at"]),
+          "what is not wanted is not counted", got)
+    for other, by in (eager, products), (flex_attention, "flex_attention"):
+        refused(RuntimeError, ["did not call", f"{by} in 'function'", "by this name"], record_plain, "alone", *qkv(),
+                model=Call(Call(other)))
+
+
+def test_what_is_no_attention():
+    """A softmax alone, routers, softmax of weights, linear attention, products of products."""
+    class Weighs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.codes = nn.Linear(8, 8), nn.Parameter(random(8, 8))
+            self.register_buffer("scales", random(8, 8))
+
+        def forward(self, q, k, v):
+            x, similarity = self.layer(q), q @ k.mT
+            return (x.softmax(-1), similarity.softmax(-1), x.softmax(-1) @ v.mT, self.codes.softmax(-1) @ v.mT,
+                    (q @ (self.codes * self.scales).to(torch.float64).float()).softmax(-1) @ self.codes,
+                    q.softmax(-1) @ (k.softmax(-2).mT @ v), (similarity.tril() @ v) @ (v.mT @ v),
+                    self.layer.weight.exp() @ v.mT, similarity.sigmoid() * similarity.exp())
+
+    for mode in torch.inference_mode, torch.no_grad, torch.enable_grad:
+        with mode(), Recorder(Mixed(Weighs()), "weighs", name="mixed") as record:
+            record.model(*qkv())
+        got = manifest_of("weighs/sample")
+        check([e["layer"] for e in got["files"]] == [0, 1] and got["left_out"] == {} and got["left_out_at"] == [],
+              "no attention", got)
+    small = dict(num_key_value_heads=2)
+    for model in (transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **small, num_local_experts=4)),
+                  transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SMALL, **small, head_dim=16))):
+        what = type(model).__name__
+        with torch.inference_mode(), Recorder(model.eval(), what, name=what, masked="skip"):
+            model(tokens(40))
+        got = manifest_of(f"{what}/sample")
+        check([e["layer"] for e in got["files"]] == [0, 1, 2] and got["left_out"] == {}, what, got["left_out_at"])
+
+
+def test_what_it_says():
+    """One line on stderr: files, bytes, what was left out; also where the model breaks."""
+    def said(model, *args, breaks=None, **how):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                with Recorder(model, "out", name="mixed", **how) as record:
+                    for sample in "ab":
+                        record.sample = sample
+                        model(*args)
+                        model.breaks = breaks
+            except KeyError:
+                pass
+        return err.getvalue()
+
+    line = said(Mixed(Call(eager)), *qkv())
+    size = sum(len(x) for name, x in contents("out").items() if name.endswith(".safetensors"))
+    check(line == f"hook: out: 4 files written, {size:,} bytes; left out: 2 by bypass (first layer 1, other, a softmax "
+          "between products)\n", "all", line)
+    line = said(Mixed(Call(eager)), *qkv())
+    check(line.startswith("hook: out: 0 files written, 0 bytes; left out: 2 by bypass"), "again", line)
+    os.rename("out", "before")
+    line = said(Plain(3), [qkv(keys=7), qkv(n=15, keys=7), [x[0] for x in qkv()]])
+    check(line == "hook: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 by shape "
+          "(first layer 2, layer.2)\n", "more than one reason", line)
+    os.rename("out", "nothing")
+    line = said(Plain(2), *qkv(), breaks=1)
+    check(line.startswith("hook: out: 3 files written, ") and "left out" not in line, "a model that breaks", line)
+
+
 # ---- Around the model -------------------------------------------------------------------------
 
 def hooks_of(model):
@@ -713,16 +937,17 @@ def test_all_is_put_back():
     sys.modules["imported_by_name"] = here
     model.layer[1].forward = lambda *args: here.attention(*args)
     try:
-        for breaks in None, 0, 1:
-            model.breaks = breaks
+        for breaks, error in (None, None), (0, KeyError), (1, KeyboardInterrupt):
+            model.breaks, model.error = breaks, error
             try:
                 with Recorder(model, f"out{breaks}", name="plain"):
                     check(F.scaled_dot_product_attention is not real and here.attention is not real, "replaced")
                     model(*qkv())
-            except KeyError:
+            except (KeyError, KeyboardInterrupt):
                 check(breaks is not None, "broke")
             check(F.scaled_dot_product_attention is real and here.attention is here.again is real, "put back")
             check(hooks_of(model) == 0 and not Recorder.active, "no hook is left", hooks_of(model))
+            check(not _get_current_dispatch_mode_stack(), "nobody watches any more")
             got = manifest_of(f"out{breaks}/sample")
             check([e["module"] for e in got["files"]] == ["layer.0", "layer.1"][:2 if breaks is None else breaks],
                   "also where the function was imported by name", got)
@@ -733,15 +958,20 @@ def test_all_is_put_back():
 def test_a_broken_step_is_forgotten():
     """The model raises, the caller goes on."""
     model = Plain(2)
-    with Recorder(model, "out", name="plain"):
-        model.breaks = 1
-        refused(KeyError, ["breaks"], model, *qkv())
-        Attend()(*qkv())
-        model.breaks = None
-        model(*qkv())
-        Attend()(*qkv())
-    got = [(e["layer"], e["step"], e["module"]) for e in manifest_of("out/sample")["files"]]
-    check(got == [(0, 0, "layer.0"), (0, 1, "layer.0"), (1, 1, "layer.1")], "its steps and layers", got)
+    for error in KeyError, KeyboardInterrupt:
+        with Recorder(model, error.__name__, name="plain"):
+            model.breaks, model.error = 1, error
+            refused(error, ["breaks"], model, *qkv())
+            if error is KeyError:
+                Attend()(*qkv())
+            model.breaks = None
+            model(*qkv())
+            Attend()(*qkv())
+            eager(*qkv())
+        got = manifest_of(f"{error.__name__}/sample")
+        files = [(e["layer"], e["step"], e["module"]) for e in got["files"]]
+        check(files == [(0, 0, "layer.0"), (0, 1, "layer.0"), (1, 1, "layer.1")], "its steps and layers", files)
+        check(got["left_out"] == {}, "nothing from elsewhere", got["left_out"])
 
 
 def test_refused():
@@ -768,7 +998,8 @@ def test_refused():
     refused(RuntimeError, ["not called"], never)
     check(not os.path.exists("never"), "no folder of nothing")
     eager = llama(attn_implementation="eager")
-    refused(RuntimeError, ["did not call", 'attn_implementation="sdpa"'], unseen, eager, tokens(9))
+    refused(RuntimeError, ["did not call", "a softmax between products in 'model.layers.2.self_attn'",
+                           'attn_implementation="sdpa"'], unseen, eager, tokens(9))
     check(not Recorder.active and F.scaled_dot_product_attention is not ours, "put back")
     real = F.scaled_dot_product_attention
     compiled = Plain(2)
@@ -819,6 +1050,10 @@ def test_sparge():
     with Recorder(p := Plain(1), "wide", name="plain", cross=True):
         p(*(500 * x for x in qkv(4, 2, n=64, dim=32, batch=2, keys=150)), enable_gqa=True, scale=1e-6)
         p(*(100000 * x for x in qkv(4, 2, n=64, dim=32, batch=2, keys=150)), enable_gqa=True, scale=1e-10)
+        q, k, v = qkv(4, 2, n=64, dim=32, batch=2, keys=150)
+        v[:, :, 7] *= 1e-40
+        p(q, k, v, enable_gqa=True)
+    check([e["dtype"] for e in manifest_of("wide/sample")["files"]] == ["float16", "bfloat16", "float32"], "all types")
     for folder, causal in ("out/a", ["--causal"]), ("flux/sample", []), ("wide/sample", []):
         for entry in manifest_of(folder)["files"]:
             path = f"{folder}/{entry['file']}"

@@ -16,11 +16,12 @@ grid=[T, H, W], n_text=226.
 
 FOLDER/SAMPLE/layerLL_stepSSS.safetensors has q [B, H, N, D] and k, v [B, G, N, D] as attention is given them: after
 norms and position embeddings, text and image together, before the softmax scale; key heads that were repeated for the
-query heads stand there once. They are float16, or bfloat16 where a value is too large for that. FOLDER/SAMPLE/
-manifest.json describes the files: layer, module, step, timestep (what the model is given under that name), heads, mask,
-scale; what they have in common is at its top, and null where they differ. Both appear whole, and the manifest is
-written after every file. The same command again adds what is missing; a folder of another model or other rules is
-refused.
+query heads stand there once. They are float16 or bfloat16, whichever loses less, by the worst error of a token relative
+to its own largest value; or float32, where both lose more than bfloat16's last bit. FOLDER/SAMPLE/manifest.json
+describes the files: layer, module, step, timestep (what the model is given under that name), heads, mask, scale; what
+they have in common is at its top, and null where they differ. Both appear whole, and the manifest is written after
+every file. The same command again adds what is missing; a folder of another model or other rules is refused. At the end
+a line on stderr says what was written and what was left out.
 
 What is recorded:
     layers, steps, heads, batch  numbers, or a function of the number; None: all. heads are query heads, as many of each
@@ -30,29 +31,44 @@ What is recorded:
             in the files, so they are refused: record without padding. masked="skip" leaves such calls out
     cross   whether to take calls whose queries and keys have never been as many in that place. (Where they once were,
             as in a prompt, fewer queries are the next tokens, and are recorded.)
-What is left out is counted in the manifest: by budget, mask, cross, and shape (not [B, H, N, D] and [B, G, N, D]).
+
+The manifest counts what is left out, and lists it by layer and module: by budget, mask, cross, and shape (not
+[B, H, N, D] and [B, G, N, D]); and attention that does not come by torch.nn.functional.scaled_dot_product_attention:
+    bypass  by another operation (of torch.nn.MultiheadAttention's fast path, flex_attention, the function as it was
+            kept before), or as a softmax between two products of tensors that are no weights
+    unseen  in a module whose class is called attention, and in which none was seen, as by a kernel of its own
+Such attention has a number too, so that those of the others do not depend on it. What a model compiles runs uncompiled
+while it is recorded.
 
 The model must use torch's attention: attn_implementation="sdpa" in transformers, a native backend in diffusers.
-Compiled models are refused, since their attention does not pass here.
+A step in which all of it goes another way is refused, and so are modules that were compiled as a whole.
 """
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+PART = 1 << 24  # elements whose rounding is looked at together: there may be little room beside a model
 HEADER = 512  # bytes, more than the header of three tensors takes
 HIDDEN = -1e4  # added to a score, this or less hides the key
 SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "scale", "dtype"  # in each file's entry, and at the top
-OURS = "model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED, "left_out", "files"
+FOUND = "left_out", "left_out_at", "files"
+OURS = "model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED, *FOUND
 
 
 # ---- Tensors ----------------------------------------------------------------------------------
@@ -98,13 +114,91 @@ def sight(mask, is_causal, queries, keys):
     return "other"
 
 
-def narrow(tensors):
-    """On the CPU, in float16, or all in bfloat16 where one has a value that float16 has not; None if not finite."""
-    largest = torch.stack([x.abs().amax().double() for x in tensors.values()]).amax().item()
-    if not math.isfinite(largest):
-        return None
-    dtype = torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
-    return {name: x.to(dtype).cpu().contiguous() for name, x in tensors.items()}
+def loss(tensors, dtype):
+    """The worst error of a token by rounding to this type, relative to its largest value; NaN if one is not finite."""
+    worst = []
+    for x in tensors.values():
+        for some in x.flatten(0, 1).split(max(1, PART // x[0, 0].numel())):
+            some = some.to(torch.promote_types(x.dtype, torch.float32))
+            error = (some - some.to(dtype)).abs().amax(2)
+            worst.append(torch.where(error == 0, 0, error / some.abs().amax(2)).amax().item())
+    return torch.tensor(worst).amax().item()
+
+
+def narrowest(tensors):
+    """The one of float16 and bfloat16 that loses less; float32 where that is more than bfloat16's last bit; or None."""
+    lost = {dtype: loss(tensors, dtype) for dtype in (torch.float16, torch.bfloat16)}
+    best = min(lost, key=lost.get)
+    if lost[best] <= torch.finfo(torch.bfloat16).eps / 2:
+        return best
+    return torch.float32 if loss(tensors, torch.float32) <= torch.finfo(torch.float32).eps / 2 else None
+
+
+# ---- Attention of other kinds -----------------------------------------------------------------
+
+ATTENTION = re.compile("(attention|attn|transformer_encoder_layer)(?!.*backward)", re.IGNORECASE)
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}  # of their last two tensors
+EXPONENTIALS = {"_softmax", "_safe_softmax", "_masked_softmax", "exp", "exp_", "exp2", "exp2_"}
+WEIGHT, OTHER, SCORE, PROBABILITY = -1, 0, 1, 2
+
+
+def tensors_of(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def storages(tree):
+    """Where the tensors' elements are, which views share. While one of these is kept, no other storage equals it."""
+    return [StorageWeakRef(x.untyped_storage()) for x in tensors_of(tree) if x.layout is torch.strided]
+
+
+class Watch(TorchDispatchMode):
+    """Calls found(operation) for all attention that torch computes: for an operation of such a name, and for a softmax
+    between two products.
+
+    Tensors are marked: the model's weights, products (scores) and exponentials of these (probabilities). An operation
+    gives its result the highest mark that it was given. A product with weights is a layer, and gives none.
+    """
+    supports_higher_order_operators = True
+
+    def __init__(self, model, found):
+        super().__init__()
+        self.found, self.paused = found, False
+        self.marks = dict.fromkeys(storages([*model.parameters(), *model.buffers()]), WEIGHT)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operation.name().rpartition("::")[2].partition(".")[0]
+        attention = not self.paused and ATTENTION.search(name)
+        if attention:
+            self.found(str(operation))
+        if attention or self.paused or isinstance(operation, torch._ops.HigherOrderOperator):
+            return operation(*args, **kwargs)
+        out = NotImplemented
+        if not any(x.is_nested for x in tensors_of((args, kwargs))):  # those have operations of their own
+            with self:  # where it consists of others, as matmul does
+                out = operation.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            out = operation(*args, **kwargs)
+            self.mark(name, args, kwargs, out)
+        return out
+
+    def mark(self, name, args, kwargs, out):
+        mark = max(self.marks_of((args, kwargs)), default=OTHER)
+        if name in EXPONENTIALS and mark == SCORE:
+            mark = PROBABILITY
+        elif name in PRODUCTS:
+            factors = self.marks_of(args)[-2:]
+            if PROBABILITY in factors and WEIGHT not in factors:
+                self.found("a softmax between products")
+            mark = OTHER if PROBABILITY in factors or WEIGHT in factors else SCORE
+        for x in storages(out):
+            if mark == OTHER:
+                self.marks.pop(x, None)
+            else:
+                self.marks[x] = mark
+
+    def marks_of(self, tensors):
+        return [self.marks.get(x, OTHER) for x in storages(tensors)]
 
 
 # ---- Files ------------------------------------------------------------------------------------
@@ -120,14 +214,29 @@ def write_whole(path, data):
         part.unlink(missing_ok=True)
 
 
+class Place(NamedTuple):
+    """A layer that was left out, and why; by: the operation that was called in place of ours, or the module's class."""
+    layer: int
+    module: str
+    why: str
+    by: str = ""
+
+
+def by_reason(left_out):
+    counts = Counter()
+    for place, n in left_out.items():
+        counts[place.why] += n
+    return dict(counts)
+
+
 class Sample:
-    """A folder, and its manifest: a head, the files' entries by name, counts of what was left out."""
+    """A folder, and its manifest: a head, the files' entries by name, how often a layer was left out, and why."""
 
     def __init__(self, folder, head):
-        self.folder, self.head, self.entries, self.left_out = folder, head, {}, Counter()
+        self.folder, self.head, self.entries, self.left_out, self.written = folder, head, {}, Counter(), []
         if self.path.exists():
             before = json.loads(self.path.read_text())
-            for key in (before.keys() | head.keys()) - {*SHARED, "left_out", "files"}:
+            for key in (before.keys() | head.keys()) - {*SHARED, *FOUND}:
                 if before.get(key) != head.get(key):
                     raise ValueError(f"{self.path} is of another recording, its '{key}' is {before.get(key)!r}, not "
                                      f"{head.get(key)!r}; choose another folder or sample")
@@ -148,6 +257,7 @@ class Sample:
     def add(self, name, tensors, entry):
         data = save(tensors)
         write_whole(self.folder / name, data)
+        self.written.append(len(data))
         self.entries[name] = {
             "file": name, "sha256": hashlib.sha256(data).hexdigest(), **entry,
             "dtype": str(tensors["q"].dtype).removeprefix("torch."),
@@ -159,7 +269,8 @@ class Sample:
         return values.pop() if len(values) == 1 else None
 
     def save(self):
-        manifest = {**self.head, **{key: self.shared(key) for key in SHARED}, "left_out": dict(self.left_out),
+        manifest = {**self.head, **{key: self.shared(key) for key in SHARED}, "left_out": by_reason(self.left_out),
+                    "left_out_at": [{**place._asdict(), "calls": n} for place, n in sorted(self.left_out.items())],
                     "files": [self.entries[name] for name in sorted(self.entries)]}
         write_whole(self.path, (json.dumps(manifest, indent=2) + "\n").encode())
 
@@ -201,8 +312,9 @@ class Recorder:
         for key, which in dict(layers=layers, steps=steps, heads=heads, batch=batch).items():
             chosen, self.recorded[key] = rule(which)
             setattr(self, key, chosen)
-        self.places, self.equal, self.inside, self.calls, self.seen = {}, set(), [], Counter(), 0
-        self.open = None
+        self.places, self.equal, self.inside, self.seen = {}, set(), [], 0
+        self.watching, self.watch, self.open = ExitStack(), None, None
+        self.written, self.left_out = [], Counter()
         self.begin("sample")
 
     # ---- Samples ----
@@ -229,6 +341,8 @@ class Recorder:
     def end_sample(self):
         if self.open:
             self.open.save()
+            self.written += self.open.written
+            self.left_out += self.open.left_out
         self.open = None
 
     sample = property(lambda self: self.head["sample"], begin)
@@ -240,14 +354,17 @@ class Recorder:
             raise RuntimeError("a Recorder is at work already; leave it first")
         if any(is_compiled(module) for module in self.model.modules()):
             raise ValueError("the model is compiled: its attention cannot be seen; record it before torch.compile")
-        self.inside = []
+        self.inside, self.written, self.left_out = [], [], Counter()
         self.original = F.scaled_dot_product_attention
         self.replaced = holders(self.original)
         self.hooks = [self.model.register_forward_pre_hook(self.begin_step, with_kwargs=True),
                       self.model.register_forward_hook(self.end_step)]
         for name, module in self.model.named_modules():
             self.hooks.append(module.register_forward_pre_hook(partial(self.enter_module, name)))
+            if ATTENTION.search(type(module).__name__):
+                self.hooks.append(module.register_forward_hook(self.look_back))
             self.hooks.append(module.register_forward_hook(self.leave_module, always_call=True))
+        self.hooks.append(self.model.register_forward_hook(self.leave_step, always_call=True))
         for module, name in self.replaced:
             setattr(module, name, self.attend)
         Recorder.active = True
@@ -259,58 +376,82 @@ class Recorder:
         for hook in self.hooks:
             hook.remove()
         Recorder.active, self.inside = False, []
+        self.leave_step()
         self.end_sample()
+        if self.seen or self.written:
+            print(self.summary(), file=sys.stderr)
         if kind is None and not self.seen:
             raise RuntimeError("the model was not called, so nothing is recorded; give the module that is called")
 
     def begin_step(self, module, args, kwargs):
         self.open = self.open or Sample(self.folder / self.sample, self.head)
         self.step += 1
-        self.inside, self.calls = [], Counter()
+        self.inside, self.calls, self.attended, self.taken = [], Counter(), set(), False
+        self.leave_step()  # torch calls no hook after an interrupt
+        self.watch = Watch(self.model, partial(self.miss, "bypass"))
+        self.watching.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled could not be watched
+        self.watching.enter_context(self.watch)
         time = kwargs.get("timestep")
         self.timestep = None if time is None else float(torch.as_tensor(time).flatten()[0])
 
     def end_step(self, *_):
         self.seen += 1
-        if not self.calls:
-            raise RuntimeError("the model did not call scaled_dot_product_attention; give "
-                               'attn_implementation="sdpa" to transformers, or a native backend to diffusers')
+        if not self.taken:
+            other = f", but {self.by} in '{self.module}'" if self.calls else ""
+            raise RuntimeError(f"the model did not call scaled_dot_product_attention{other}; give "
+                               'attn_implementation="sdpa" to transformers, a native backend to diffusers, and let a '
+                               "model of your own call torch.nn.functional.scaled_dot_product_attention by this name")
+
+    def leave_step(self, *_):
+        self.watching.close()
 
     def enter_module(self, name, *_):
         self.inside.append(name)
+        self.attended.discard(name)
+
+    def look_back(self, module, *_):
+        if self.inside[-1] not in self.attended:
+            self.miss("unseen", type(module).__name__)
 
     def leave_module(self, *_):
         del self.inside[-1:]
 
-    def place(self):
-        """The number of this call's layer: of the innermost module, and which of its calls in this step it is."""
-        module = self.inside[-1]
-        self.calls[module] += 1
-        return self.places.setdefault((module, self.calls[module]), len(self.places))
+    def arrive(self, by=""):
+        """At the layer of this call: of the innermost module, and which of its calls in this step it is. Chosen?"""
+        self.module, self.by = self.inside[-1], by
+        self.calls[self.module] += 1
+        self.attended.update(self.inside)
+        self.layer = self.places.setdefault((self.module, self.calls[self.module]), len(self.places))
+        self.where = f"layer {self.layer} ({self.module}), step {self.step}"
+        return self.layers(self.layer) and self.steps(self.step)
 
     # ---- What is recorded ----
 
     def attend(self, *args, **more):
-        out = self.original(*args, **more)
-        if self.inside and self.inside[0] == "":
+        if not (self.inside and self.inside[0] == ""):
+            return self.original(*args, **more)
+        self.watch.paused = True
+        try:
+            out = self.original(*args, **more)
             self.take(*args, **more)
+        finally:
+            self.watch.paused = False
         return out
 
     def take(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        layer, module = self.place(), self.inside[-1]
-        file = f"layer{layer:02d}_step{self.step:03d}.safetensors"
+        chosen, self.taken = self.arrive(), True
+        file = f"layer{self.layer:02d}_step{self.step:03d}.safetensors"
         if query.shape[-2] == key.shape[-2]:
-            self.equal.add(layer)
-        if not self.layers(layer) or not self.steps(self.step) or self.open.has(file, module):
+            self.equal.add(self.layer)
+        if not chosen or self.open.has(file, self.module):
             return
-        self.where = f"layer {layer} ({module}), step {self.step}"
         if dropout_p > 0:
             raise ValueError(f"{self.where}: attention drops weights at random; call model.eval() first")
         if not fit(query, key, value):
             return self.leave_out("shape")
         q, k, v = self.whole(query, key, value, enable_gqa)
         seen = sight(attn_mask, is_causal, q.shape[2], k.shape[2])
-        if not self.cross and layer not in self.equal and seen != "end":
+        if not self.cross and self.layer not in self.equal and seen != "end":
             return self.leave_out("cross")
         if seen == "other" and self.masked == "refuse":
             raise ValueError(f"{self.where}: attention has a mask that the files cannot hold; record without padding, "
@@ -318,8 +459,9 @@ class Recorder:
         if seen == "other":
             return self.leave_out("mask")
         self.add(file, q, k, v, {
-            "layer": layer, "step": self.step, "timestep": self.timestep, "module": module, "tokens": q.shape[2],
-            "keys": k.shape[2], "n_heads": q.shape[1], "n_kv_heads": k.shape[1], "head_dim": q.shape[3],
+            "layer": self.layer, "step": self.step, "timestep": self.timestep, "module": self.module,
+            "tokens": q.shape[2], "keys": k.shape[2], "n_heads": q.shape[1], "n_kv_heads": k.shape[1],
+            "head_dim": q.shape[3],
             "causal": None if seen == "all" and q.shape[2] == 1 else seen != "all",  # the last token sees all keys
             **({"causal_at": seen} if seen != "all" and q.shape[2] != k.shape[2] else {}),
             "scale": q.shape[3] ** -0.5 if scale is None else float(scale)})
@@ -328,19 +470,21 @@ class Recorder:
         """q [B, H, N, D] and k, v [B, G, N, D]."""
         batch = max(x.shape[0] for x in (query, key, value))
         q, k, v = (x.detach().expand(batch, -1, -1, -1) for x in (query, key, value))
-        per_key = getattr(self.model.get_submodule(self.inside[-1]), "num_key_value_groups", 1)
+        per_key = getattr(self.model.get_submodule(self.module), "num_key_value_groups", 1)
         return (q, k, v) if grouped else ungroup(q, k, v, per_key)
 
     def add(self, file, q, k, v, entry):
         """The file of what is chosen, if there is room for it."""
         rows, heads, groups = self.choose(q.shape[0], q.shape[1], k.shape[1])
-        size = 2 * len(rows) * (len(heads) * q[0, 0].numel() + len(groups) * (k[0, 0].numel() + v[0, 0].numel()))
+        tensors = {"q": q[rows][:, heads], "k": k[rows][:, groups], "v": v[rows][:, groups]}
+        dtype = narrowest(tensors)
+        if not dtype:
+            raise ValueError(f"{self.where}: q, k or v is not finite, or beyond float32")
+        size = dtype.itemsize * sum(x.numel() for x in tensors.values())
         used = sum(x.stat().st_size for x in self.folder.glob("*/*.safetensors") if x != self.open.folder / file)
         if used + size + HEADER > self.budget:
             return self.leave_out("budget")
-        tensors = narrow({"q": q[rows][:, heads], "k": k[rows][:, groups], "v": v[rows][:, groups]})
-        if not tensors:
-            raise ValueError(f"{self.where}: q, k or v is not finite")
+        tensors = {name: x.to(dtype).cpu().contiguous() for name, x in tensors.items()}
         self.open.add(file, tensors, {**entry, "batch": rows, "query_heads": heads, "kv_heads": groups})
 
     def choose(self, batch, query_heads, key_heads):
@@ -355,5 +499,19 @@ class Recorder:
                              f"{max(of.values())} of another; choose as many of each")
         return rows, heads, sorted(of)
 
+    def miss(self, why, by):
+        """Attention that cannot be recorded. It has its number all the same."""
+        if self.arrive(by):
+            self.leave_out(why)
+
     def leave_out(self, why):
-        self.open.left_out[why] += 1
+        self.open.left_out[Place(self.layer, self.module, why, self.by)] += 1
+
+    def summary(self):
+        """What was written and left out since the Recorder was entered, in a line."""
+        text = f"hook: {self.folder}: {len(self.written)} files written, {sum(self.written):,} bytes"
+        for n, (why, calls) in enumerate(by_reason(self.left_out).items()):
+            first = min(place for place in self.left_out if place.why == why)
+            by = f", {first.by}" if first.by else ""
+            text += f"{',' if n else '; left out:'} {calls} by {why} (first layer {first.layer}, {first.module}{by})"
+        return text
