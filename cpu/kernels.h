@@ -106,7 +106,8 @@ typedef struct sparge_kernels {
 
     /* ---- One tile (ref/attend.c) ---- */
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
-    /* The largest score of each row, NaN if there is one, and sparge_row_local of it. Was each above -inf? */
+    /* The largest score of each row, NaN if there is one, and sparge_row_local of it. Is each of these
+     * above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);
     void (*raise)(const sparge_group *, int64_t rows, int levels); /* levels 0: P is not coded */
     /* P of each row, with its sum and, for WORDS, a_start. Columns: scores->keys. Codes against the largest

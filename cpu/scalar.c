@@ -126,7 +126,7 @@ static bool maxima(const sparge_scores *x, float *most, float *local)
             max = lane[n] > max || lane[n] != lane[n] ? lane[n] : max;
         most[r] = max;
         local[r] = sparge_row_local(max, x->c);
-        above &= max != -INFINITY;
+        above &= local[r] > -INFINITY;
     }
     return above;
 }

@@ -31,15 +31,15 @@ static bool sees(const sparge_work *w, const group *x, int64_t r)
     return sparge_keys_seen(&w->g, x->first + r, x->j) > 0;
 }
 
-/* Where no score of a row is above -inf: a row that sees nothing has no m_local, one that sees such scores
- * alone is not empty any more. */
+/* Rows without a number above -inf: one that sees nothing has no m_local, one that sees scores of -inf alone
+ * is not empty any more. */
 static void mend_maxima(const sparge_work *w, sparge_scratch *t, const group *x)
 {
     for (int64_t r = 0; r < x->rows; r++)
-        if (t->most[r] == -INFINITY) {
+        if (!(t->local[r] > -INFINITY)) {
             if (!sees(w, x, r))
                 t->local[r] = -INFINITY;
-            else if (t->max[x->i_row + r] == -INFINITY)
+            else if (t->local[r] == -INFINITY && t->max[x->i_row + r] == -INFINITY)
                 t->sum[x->i_row + r] = NAN;
         }
 }
@@ -50,7 +50,7 @@ static bool skips(const sparge_work *w, const sparge_scratch *t, const group *x,
     float gap = -INFINITY;
     for (int64_t r = 0; r < x->rows && lambda > -INFINITY; r++) {
         const sparge_row state = {t->max[x->i_row + r], t->sum[x->i_row + r]};
-        gap = fmaxf(gap, sparge_row_gap(&state, t->local[r], t->most[r] != -INFINITY || sees(w, x, r)));
+        gap = fmaxf(gap, sparge_row_gap(&state, t->local[r], t->local[r] > -INFINITY || sees(w, x, r)));
     }
     return sparge_group_skips(gap, lambda);
 }

@@ -44,7 +44,7 @@ INLINE bool maxima_of(const sparge_scores *x, bool nans, float *top, float *loca
             most[0] = f_larger(most[0], most[n], nans);
         top[r] = nans && f_any_nan(most[0]) ? NAN : f_most(most[0]);
         local[r] = sparge_row_local(top[r], x->c);
-        above &= top[r] != -INFINITY;
+        above &= local[r] > -INFINITY;
     }
     return above;
 }

@@ -125,11 +125,29 @@ static const char *value_text(const void *at, size_t size, bool is_float)
         (int64_t)(value.bits << (64 - 8 * size)) >> (64 - 8 * size), value.bits);
 }
 
+static bool is_nan(const uint8_t *at, size_t size)
+{
+    float f = 0.0f;
+    double d = 0.0;
+    memcpy(size == sizeof f ? (void *)&f : &d, at, size);
+    return isnan(f) || isnan(d);
+}
+
+/* Bit for bit, but that one NaN is as good as another, unless it is what check_alloc filled in. */
+static bool same_value(const uint8_t *a, const uint8_t *b, size_t size, bool is_float)
+{
+    static const uint8_t unwritten[] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
+    if (memcmp(a, b, size) == 0)
+        return true;
+    return is_float && is_nan(a, size) && is_nan(b, size) && memcmp(a, unwritten, size) != 0 &&
+           memcmp(b, unwritten, size) != 0;
+}
+
 const char *check_difference(const void *got, const void *want, size_t count, size_t size, bool is_float)
 {
     const uint8_t *a = (const uint8_t *)got, *b = (const uint8_t *)want;
     for (size_t i = 0; i < count * size; i += size)
-        if (memcmp(a + i, b + i, size))
+        if (!same_value(a + i, b + i, size, is_float))
             return check_text("[%zu] of %zu is %s, should be %s", i / size, count,
                               value_text(a + i, size, is_float), value_text(b + i, size, is_float));
     return NULL;

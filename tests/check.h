@@ -36,7 +36,8 @@ size_t check_size(const void *buffer); /* the bytes that were asked for */
 #define check_close(got, want, tolerance)                                                          \
     check_no_difference(#got, check_distance((double)(got), (double)(want), (double)(tolerance)))
 
-/* Arrays of integers or floats, bit for bit (-0 is not 0, a NaN equals itself), or one value. */
+/* Arrays of integers or floats, bit for bit (-0 is not 0; a NaN equals any other, but not the one that
+ * check_alloc filled in), or one value. */
 #define check_same(got, want, count) check_same_as(#got, got, want, count)
 #define check_equal(got, want)                                                                     \
     do {                                                                                           \
