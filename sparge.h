@@ -256,7 +256,10 @@ typedef struct sparge_result {
 /* ---- Attention ------------------------------------------------------------------------ */
 
 /* Predicts a mask and attends over it. o row = 0 and lse = -inf for a row that may see no key. A
- * non-finite q row or visible k row gives NaN in the rows it touches and nowhere else. */
+ * non-finite q row or visible k row gives NaN in the rows it touches and nowhere else. The largest key of a row
+ * weighs exactly 1 however large its score is; where scores themselves leave the range of f32, one of -inf
+ * weighs 0, and a row that meets +inf, or nothing but -inf, is NaN in o and lse. The sum of the values comes
+ * before the division, so values near the largest float may give infinity. */
 sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
                                sparge_result *result, sparge_error *error);
 

@@ -1328,33 +1328,122 @@ Test(attend, huge_scores)
     }
 }
 
-/* ---- Scores that overflow ------------------------------------------------------------------------ */
+/* ---- Scores of any size -------------------------------------------------------------------------- */
 
-/* Finite inputs whose scores no float holds: the row says so with NaN, and is neither taken for a row
- * without keys nor given equal weights. The second set makes inf - inf inside a dot product. */
-Test(attend, scores_that_overflow_give_nan)
+typedef struct small {
+    int64_t keys, dim;
+    const float *q, *k, *v; /* [1][dim], [keys][dim], [keys] */
+    sparge_dtype dtype;     /* of all three */
+    sparge_options o;
+} small;
+
+/* On this backend, keys in ascending or in descending order; what cannot run there runs on ref. */
+static void ask_small(const small *x, sparge_backend backend, bool backwards, float *o, float *lse)
 {
-    const float q[2][2] = { { 1e20f, 0.0f }, { 1e20f, 1e20f } };
-    const float k[2][6] = { { 1e20f, 0.0f, 5e19f, 0.0f, -1e20f, 0.0f },
-                            { 1e20f, -1e20f, 1e-20f, 0.0f, 0.0f, 1e-20f } };
-    const float v[3] = { 1.0f, 2.0f, 3.0f };
-    for (int set = 0; set < 2; set++)
-        for (int n = 0; n < QKS * PVS; n++) {
-            check_case("set %d, qk %s, pv %s", set, precision_names[n / PVS], precision_names[n % PVS]);
-            sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
-            o.qk = precisions[n / PVS];
-            o.pv = precisions[n % PVS];
-            o.smooth_k = false;
-            if (set == 1 && (o.qk != SPARGE_FLOAT || o.pv < SPARGE_FLOAT))
-                continue; /* codes cancel exactly */
-            const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 1, .k_len = 3,
-                .dim = 2, .dim_v = 1, .q = { q[set], SPARGE_F32, 2, 2, 2 },
-                .k = { k[set], SPARGE_F32, 6, 6, 2 }, .v = { v, SPARGE_F32, 3, 3, 1 } };
-            float out = 0.0f, lse = 0.0f;
-            sparge_result r = { .o = { &out, SPARGE_F32, 1, 1, 1 }, .lse = &lse };
-            cr_assert_eq(sparge_attend(&p, &o, NULL, &r, NULL), SPARGE_OK);
-            check(isnan(out) && isnan(lse), "o %g, lse %g", (double)out, (double)lse);
+    tensor q = tensor_make(1, 1, 1, x->dim, x->dtype, PACKED), k = tensor_make(1, 1, x->keys, x->dim, x->dtype, PACKED),
+           v = tensor_make(1, 1, x->keys, 1, x->dtype, PACKED);
+    memcpy(q.x, x->q, (size_t)x->dim * sizeof *q.x);
+    for (int64_t t = 0; t < x->keys; t++) {
+        const int64_t to = backwards ? x->keys - 1 - t : t;
+        memcpy(&k.x[to * x->dim], &x->k[t * x->dim], (size_t)x->dim * sizeof *k.x);
+        v.x[to] = x->v[t];
+    }
+    tensor_write(&q);
+    tensor_write(&k);
+    tensor_write(&v);
+    const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 1, .k_len = x->keys, .dim = x->dim,
+                               .dim_v = 1, .q = q.in, .k = k.in, .v = v.in };
+    sparge_options options = x->o;
+    options.backend = x->o.pv > SPARGE_FLOAT ? SPARGE_REF : backend;
+    sparge_error error;
+    sparge_result r = { .o = { o, SPARGE_F32, 1, 1, 1 }, .lse = lse };
+    *o = *lse = -7.0f;
+    check(sparge_attend(&p, &options, NULL, &r, &error) == SPARGE_OK, "%s", error.text);
+    tensor_free(&q);
+    tensor_free(&k);
+    tensor_free(&v);
+}
+
+/* In these precisions of Q.K and every one of P.V, in blocks of one key and in one block, in both orders,
+ * by ref and by cpu; NaN stands for NaN. */
+static void small_is(small x, int first_qk, int last_qk, double o, double lse)
+{
+    for (int n = first_qk * PVS; n < (last_qk + 1) * PVS; n++)
+        for (int way = 0; way < 8; way++) {
+            const sparge_backend backend = way & 1 ? SPARGE_CPU : SPARGE_REF;
+            float got[2];
+            x.o.qk = precisions[n / PVS];
+            x.o.pv = precisions[n % PVS];
+            x.o.block_k = way & 2 ? 1 : 64;
+            ask_small(&x, backend, way & 4, &got[0], &got[1]);
+            const double want[] = { o, lse };
+            for (int e = 0; e < 2; e++)
+                check(isnan(want[e]) ? isnan(got[e]) : fabs((double)got[e] - want[e]) <= 1e-6 * fabs(want[e]),
+                      "qk %s, pv %s, %s, way %d: %s is %g, should be %g", precision_names[n / PVS],
+                      precision_names[n % PVS], sparge_backend_string(backend), way, e ? "lse" : "o", (double)got[e],
+                      want[e]);
         }
+}
+
+static small small_of(int64_t keys, int64_t dim, const float *q, const float *k, const float *v)
+{
+    small x = { keys, dim, q, k, v, SPARGE_F32, sparge_options_default(SPARGE_RULES_DEFAULT) };
+    x.o.block_q = 1;
+    x.o.smooth_k = false;
+    return x;
+}
+
+/* The largest key weighs exactly 1: an fma of a score less its own rounding is 2^38 off at 2^62. */
+Test(attend, the_largest_key_weighs_one)
+{
+    float q[64], k[128], v[2] = { 1.0f, 0.0f };
+    for (int c = 0; c < 64; c++) {
+        q[c] = 24992.0f;
+        k[c] = 22496.0f;
+        k[64 + c] = 0.0f;
+    }
+    check_case("f16, logits of 4.5e9");
+    small x = small_of(2, 64, q, k, v);
+    x.dtype = SPARGE_F16;
+    small_is(x, 0, 2, 1.0, 8.0 * 24992.0 * 22496.0);
+    x.o.smooth_k = true;
+    small_is(x, 0, 2, 1.0, 8.0 * 24992.0 * 22496.0);
+    for (int n = 0; n < 60; n++) {
+        check_case("size %d", n);
+        const float large = ldexpf(check_uniform(1.0f, 2.0f), n), keys[] = { large, -large, 0.0f };
+        const float each[] = { 3.0f, -3.0f }, key[] = { check_uniform(1.0f, 2.0f) };
+        small_is(small_of(1, 1, key, keys, each), 0, 2, 3.0, (double)large * (double)*key); /* alone in its tile */
+        small y = small_of(2, 1, key, keys, each);
+        if (n >= 8) /* the other is far below */
+            small_is(y, 0, 2, 3.0, (double)large * (double)*key);
+    }
+}
+
+/* Finite inputs whose scores no float holds. A score of -inf weighs 0; where all are so, or one is +inf, or an
+ * f32 dot product makes inf - inf, the row is NaN: it is neither taken for one without keys nor given equal
+ * weights. In any order of the keys, in one tile or in several. */
+Test(attend, scores_that_overflow)
+{
+    const float one[] = { 1e20f, 1e20f, 1e20f, 1e20f }, v[] = { 1.0f, -1.0f, 1.0f };
+    const float beside_zero[] = { 0, 0, 0, 0, -1e20f, -1e20f, -1e20f, -1e20f };
+    check_case("-inf beside 0");
+    small_is(small_of(2, 4, one, beside_zero, v), 0, 2, 1.0, 0.0);
+    check_case("-inf alone");
+    small_is(small_of(1, 4, one, beside_zero + 4, v), 0, 2, NAN, NAN);
+    check_case("-inf twice");
+    const float twice[] = { -1e20f, -1e20f, -1e20f, -1e20f, -2e20f, -2e20f, -2e20f, -2e20f };
+    small_is(small_of(2, 4, one, twice, v), 0, 2, NAN, NAN);
+    check_case("+inf among others");
+    const float above[] = { 0, 0, 0, 0, 1e20f, 1e20f, 1e20f, 1e20f, -1e20f, -1e20f, -1e20f, -1e20f };
+    small_is(small_of(3, 4, one, above, v), 0, 2, NAN, NAN);
+    check_case("inf - inf, which codes cancel");
+    const float cancels[] = { 1e20f, -1e20f, 0, 0, 1e-20f, 0, 0, 0, 0, 1e-20f, 0, 0 };
+    small_is(small_of(3, 4, one, cancels, v), 2, 2, NAN, NAN);
+    check_case("a unit that is not finite, whatever the codes are");
+    const float largest[] = { 3e38f, 0, 0, 0 }, key[] = { 3e38f, 0, 0, 0, 0, 3e38f, 0, 0 };
+    small_is(small_of(1, 4, largest, key, v), 0, 2, NAN, NAN);
+    small_is(small_of(1, 4, largest, key + 4, v), 0, 1, NAN, NAN);
+    small_is(small_of(1, 4, largest, key + 4, v), 2, 2, 1.0, 0.0);
 }
 
 /* o may stand where q stood: lse still reads the real q. */
