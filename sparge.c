@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/arithmetic.h"
 #include "common/block_mask.h"
 #include "common/geometry.h"
 #include "cpu/cpu.h"
@@ -443,7 +444,7 @@ static sparge_counts sum_of(const sparge_counts *head, int64_t n)
 
 /* ---- The two stages, and both ---- */
 
-sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
+static sparge_status predict(const sparge_problem *problem, const sparge_options *options,
                              sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
 {
     if (!mask)
@@ -504,7 +505,7 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
     return told(status, error);
 }
 
-sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
+static sparge_status attend(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_result *result, sparge_error *error)
 {
     sparge_status status = check(problem, options, true, mask, error);
@@ -513,7 +514,7 @@ sparge_status sparge_attend(const sparge_problem *problem, const sparge_options 
     return status ? status : run(problem, options, NULL, mask, result, error);
 }
 
-sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
+static sparge_status attention(const sparge_problem *problem, const sparge_options *options,
                                sparge_result *result, sparge_error *error)
 {
     sparge_status status = check(problem, options, true, result ? result->mask : NULL, error);
@@ -572,7 +573,7 @@ static sparge_status check_input(const sparge_problem *inputs, int64_t n, const 
     return SPARGE_OK;
 }
 
-sparge_status sparge_tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
+static sparge_status tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
                           const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error)
 {
     if (!inputs || !options || !how || !heads)
@@ -688,7 +689,7 @@ sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *byte
     return told(status, error);
 }
 
-sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
+static sparge_status oracle(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
                             double *block_mass, sparge_error *error)
 {
@@ -699,4 +700,52 @@ sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options 
     if (!status)
         status = sparge_ref_oracle(problem, options, mask, mode, o, lse, block_mass);
     return told(status, error);
+}
+
+/* ---- The calls, in arithmetic of their own ---- */
+
+sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
+                             sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
+{
+    const fenv_t caller = sparge_arithmetic_begin();
+    const sparge_status status = predict(problem, options, mask, trace, error);
+    sparge_arithmetic_end(caller);
+    return status;
+}
+
+sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_result *result, sparge_error *error)
+{
+    const fenv_t caller = sparge_arithmetic_begin();
+    const sparge_status status = attend(problem, options, mask, result, error);
+    sparge_arithmetic_end(caller);
+    return status;
+}
+
+sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
+                               sparge_result *result, sparge_error *error)
+{
+    const fenv_t caller = sparge_arithmetic_begin();
+    const sparge_status status = attention(problem, options, result, error);
+    sparge_arithmetic_end(caller);
+    return status;
+}
+
+sparge_status sparge_tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
+                          const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error)
+{
+    const fenv_t caller = sparge_arithmetic_begin();
+    const sparge_status status = tune(inputs, count, options, how, heads, error);
+    sparge_arithmetic_end(caller);
+    return status;
+}
+
+sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
+                            double *block_mass, sparge_error *error)
+{
+    const fenv_t caller = sparge_arithmetic_begin();
+    const sparge_status status = oracle(problem, options, mask, mode, o, lse, block_mass, error);
+    sparge_arithmetic_end(caller);
+    return status;
 }

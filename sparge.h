@@ -11,7 +11,9 @@
  * and its two stages for those who want to look between them: sparge_predict() says which
  * (query block, key block) pairs matter, sparge_attend() computes attention over those pairs.
  *
- * There is no global state: every call may run in any thread, on any backend, beside any other.
+ * There is no global state: every call may run in any thread, on any backend, beside any other. Rounding modes,
+ * flushing of subnormal numbers and floating-point traps that the caller has set are put aside for the time of a
+ * call, in each of its threads, and are there again afterwards.
  * Nothing here keeps a pointer after it returns. Sizes and strides are int64_t throughout.
  */
 #ifndef SPARGE_H

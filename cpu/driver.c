@@ -15,6 +15,7 @@ static int omp_get_max_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+#include "common/arithmetic.h"
 #include "common/block_mask.h"
 #include "cpu/cpu.h"
 #include "cpu/work.h"
@@ -24,6 +25,7 @@ enum {
     WAVE_BYTES = 32 << 20, /* of K and V, unless one head needs more */
     CHUNK_BYTES = 8 << 20, /* of Q, unless the threads need more to share out */
     CHUNK_TASKS = 32,      /* so many query blocks a thread */
+    PACKED_TOGETHER = 4,   /* blocks that a thread packs or judges before it asks for more */
     ALIGNED = 64,          /* bytes: a cache line, and the widest vector */
 };
 
@@ -171,43 +173,47 @@ static int threads_for(const sparge_work *w, int64_t items)
     return (int)sparge_max(1, sparge_min(w->o->threads, items));
 }
 
+/* Runs a step on each of so many items, `together` of them a turn of a thread. */
+static void on_each(const sparge_work *w, int64_t items, int64_t together,
+                    void (*step)(const sparge_work *w, sparge_scratch *t, int64_t item))
+{
+    const int threads = threads_for(w, items);
+    (void)threads;
+#pragma omp parallel num_threads(threads)
+    {
+        const fenv_t caller = sparge_arithmetic_begin();
+#pragma omp for schedule(dynamic, together)
+        for (int64_t n = 0; n < items; n++)
+            step(w, &w->scratch[omp_get_thread_num()], n);
+        sparge_arithmetic_end(caller);
+    }
+}
+
+static void sum_keys(const sparge_work *w, sparge_scratch *t, int64_t at)
+{
+    sparge_pack_sum(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
+}
+
+static void pack_keys(const sparge_work *w, sparge_scratch *t, int64_t at)
+{
+    sparge_pack_key(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
+    if (w->result)
+        sparge_pack_value(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
+}
+
+static void pack_queries(const sparge_work *w, sparge_scratch *t, int64_t n) { sparge_pack_query(w, t, &w->task[n]); }
+
+static void select_row(const sparge_work *w, sparge_scratch *t, int64_t n) { sparge_select_row(w, t, &w->task[n]); }
+
 static void pack_wave(sparge_work *w)
 {
-    const int64_t heads = w->end_kv - w->first_kv, blocks = w->g.k_blocks, all = heads * blocks;
-    const int threads = threads_for(w, all);
-    (void)threads;
+    const int64_t heads = w->end_kv - w->first_kv, all = heads * w->g.k_blocks;
     if (w->o->smooth_k) {
-#pragma omp parallel for num_threads(threads)
-        for (int64_t at = 0; at < all; at++)
-            sparge_pack_sum(w, &w->scratch[omp_get_thread_num()], at / blocks, at % blocks);
+        on_each(w, all, PACKED_TOGETHER, sum_keys);
         for (int64_t n = 0; n < heads; n++)
             sparge_pack_mean(w, n);
     }
-#pragma omp parallel for num_threads(threads)
-    for (int64_t at = 0; at < all; at++) {
-        sparge_scratch *t = &w->scratch[omp_get_thread_num()];
-        sparge_pack_key(w, t, at / blocks, at % blocks);
-        if (w->result)
-            sparge_pack_value(w, t, at / blocks, at % blocks);
-    }
-}
-
-static void pack_chunk(const sparge_work *w)
-{
-    const int threads = threads_for(w, w->tasks);
-    (void)threads;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t n = 0; n < w->tasks; n++)
-        sparge_pack_query(w, &w->scratch[omp_get_thread_num()], &w->task[n]);
-}
-
-static void predict_chunk(const sparge_work *w)
-{
-    const int threads = threads_for(w, w->tasks);
-    (void)threads;
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-    for (int64_t n = 0; n < w->tasks; n++)
-        sparge_select_row(w, &w->scratch[omp_get_thread_num()], &w->task[n]);
+    on_each(w, all, PACKED_TOGETHER, pack_keys);
 }
 
 static void attend_chunk(const sparge_work *w, int64_t *finished)
@@ -224,12 +230,17 @@ static void attend_chunk(const sparge_work *w, int64_t *finished)
     }
     qsort(w->task, (size_t)w->tasks, sizeof *w->task, most_first);
     atomic_llong done = *finished;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t n = 0; n < w->tasks; n++) {
-        sparge_attend_task(w, &w->scratch[omp_get_thread_num()], &w->task[n]);
-        const long long so_far = atomic_fetch_add(&done, 1) + 1;
-        if (w->o->progress && omp_get_thread_num() == 0)
-            w->o->progress(w->o->user, (double)so_far / (double)blocks);
+#pragma omp parallel num_threads(threads)
+    {
+        const fenv_t caller = sparge_arithmetic_begin();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < w->tasks; n++) {
+            sparge_attend_task(w, &w->scratch[omp_get_thread_num()], &w->task[n]);
+            const long long so_far = atomic_fetch_add(&done, 1) + 1;
+            if (w->o->progress && omp_get_thread_num() == 0)
+                w->o->progress(w->o->user, (double)so_far / (double)blocks);
+        }
+        sparge_arithmetic_end(caller);
     }
     *finished = done;
     for (int64_t n = 0; n < w->tasks; n++) {
@@ -260,10 +271,10 @@ static void run_waves(sparge_work *w)
                 w->task[n] = (sparge_task){
                     .head = (first + n) / g->q_blocks, .i = (first + n) % g->q_blocks, .slot = n};
             const double begin = sparge_ref_seconds();
-            pack_chunk(w);
+            on_each(w, w->tasks, PACKED_TOGETHER, pack_queries);
             const double packed = sparge_ref_seconds();
             if (w->predicted)
-                predict_chunk(w);
+                on_each(w, w->tasks, PACKED_TOGETHER, select_row);
             const double predicted = sparge_ref_seconds();
             if (w->result)
                 attend_chunk(w, &finished);

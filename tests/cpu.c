@@ -544,6 +544,65 @@ Test(cpu, rules_that_the_reference_alone_has)
     problem_free(&x);
 }
 
+/* Rounding upward, and subnormal numbers flushed, as of a caller who set that before or after the threads were
+ * made: the same bits, and the setting is there afterwards. */
+static void under(const problem *x, unsigned control, const answer *want, const double *exact, const sparge_tuned *best)
+{
+    const unsigned before = __builtin_ia32_stmxcsr();
+    sparge_tuned tuned = { 0 };
+    sparge_tune_options how = { .l1 = 0.05, .l2 = 0.06 };
+    double *const o = malloc((size_t)tensor_count(&want->o) * sizeof *o);
+    __builtin_ia32_ldmxcsr(before | control);
+    answer got = attention(x, NULL);
+    const sparge_status judged = sparge_oracle(&x->p, &x->o, NULL, SPARGE_ORACLE_REAL, o, NULL, NULL, NULL);
+    const sparge_status searched = sparge_tune(&x->p, 1, &x->o, &how, &tuned, NULL);
+    const unsigned after = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(before);
+    check((after & ~0x3fu) == ((before | control) & ~0x3fu), "MXCSR is 0x%x after 0x%x", after, before | control);
+    same_everything(x, &got, want);
+    check(judged == SPARGE_OK && searched == SPARGE_OK, "oracle %d, tune %d", (int)judged, (int)searched);
+    check_same_as("oracle", o, exact, tensor_count(&want->o));
+    check(tuned.in_sample.mean == best->in_sample.mean && tuned.knobs.tau == best->knobs.tau, "tune: %.17g, %.17g",
+          tuned.in_sample.mean, best->in_sample.mean);
+    answer_free(&got);
+    free(o);
+}
+
+Test(cpu, arithmetic_of_the_caller)
+{
+    enum { UPWARD = 0x4000, FLUSH = 0x8040 };
+    const shape s = shape_of(1, 1, 1, 150, 200, 40, 24);
+    problem x = problem_make(&s);
+    for (int64_t n = 0; n < tensor_count(&x.v); n += 3)
+        x.v.x[n] *= 1e-39f;
+    problem_write(&x);
+    x.o.knobs = (sparge_knobs){ 0.2f, 0.7f, SPARGE_OFF, -6.0f };
+    const sparge_backend each[] = { SPARGE_REF, SPARGE_CPU, SPARGE_CPU, SPARGE_CPU };
+    for (int n = 0; n < COUNT(each); n++)
+        for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision += SPARGE_FLOAT) {
+            check_case("backend %d, precision %d", n, precision);
+            x.o.backend = each[n];
+            x.o.qk = x.o.pv = (sparge_precision)precision;
+            x.o.threads = n ? 2 * n - 1 : 1; /* 1, 3 and 5: some are made under another setting */
+            __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | FLUSH | UPWARD);
+            answer made = attention(&x, NULL);
+            __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() & ~(unsigned)(FLUSH | UPWARD));
+            answer want = attention(&x, NULL);
+            same_everything(&x, &made, &want);
+            double *const exact = malloc((size_t)tensor_count(&want.o) * sizeof *exact);
+            sparge_tuned best = { 0 };
+            sparge_tune_options how = { .l1 = 0.05, .l2 = 0.06 };
+            check(sparge_oracle(&x.p, &x.o, NULL, SPARGE_ORACLE_REAL, exact, NULL, NULL, NULL) == SPARGE_OK &&
+                      sparge_tune(&x.p, 1, &x.o, &how, &best, NULL) == SPARGE_OK, "oracle or tune failed");
+            under(&x, UPWARD, &want, exact, &best);
+            under(&x, FLUSH, &want, exact, &best);
+            free(exact);
+            answer_free(&made);
+            answer_free(&want);
+        }
+    problem_free(&x);
+}
+
 Test(cpu, numbers_of_threads)
 {
     check_case("threads");

@@ -21,8 +21,8 @@ function(rule files ours system words)
 endfunction()
 
 rule("sparge\\.h" "-" "${standard}" "sparge.h includes the C library alone")
-rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|tune/tune\\.h|common/geometry\\.h|common/block_mask\\.h" "${standard}"
-     "sparge.c includes sparge.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, tune/tune.h, common/geometry.h, common/block_mask.h and the C library")
+rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|tune/tune\\.h|common/arithmetic\\.h|common/geometry\\.h|common/block_mask\\.h" "${standard}"
+     "sparge.c includes sparge.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, tune/tune.h, common/arithmetic.h, common/geometry.h, common/block_mask.h and the C library")
 rule("common/.*" "common/.*" "${standard}" "common/ includes common/ and the C library")
 rule("ref/(oracle|token_order)\\.[ch]" "sparge\\.h|ref/oracle\\.h" "${standard}"
      "ref/oracle.c and ref/token_order.c include sparge.h, ref/oracle.h and the C library, so that they share no mistake")

@@ -1,6 +1,7 @@
 /* heads.c: all heads side by side, and what they share: time, progress, the caller's functions. */
 #include <stdlib.h>
 
+#include "common/arithmetic.h"
 #include "tune/tune.h"
 
 typedef struct heads {
@@ -101,10 +102,15 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count, con
     all.o.progress = NULL;
     all.o.stream = all.o.workspace = NULL; /* outputs are read as soon as they are there */
     all.o.workspace_bytes = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t h = 0; h < q_heads; h++)
-        if (!tuned[h].done)
-            work(&all, h, units, &tuned[h]);
+#pragma omp parallel num_threads(threads)
+    {
+        const fenv_t caller = sparge_arithmetic_begin();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t h = 0; h < q_heads; h++)
+            if (!tuned[h].done)
+                work(&all, h, units, &tuned[h]);
+        sparge_arithmetic_end(caller);
+    }
     free(all.sample);
     if (all.status && error)
         *error = all.error;

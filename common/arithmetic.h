@@ -1,0 +1,19 @@
+/* arithmetic.h: rounding to nearest, subnormal numbers, no traps: what every bit rests on, whatever the caller has
+ * set. A thread has its own setting, and one that OpenMP keeps has that of the day it was made: whoever runs
+ * arithmetic in a thread brackets it with these. */
+#ifndef SPARGE_COMMON_ARITHMETIC_H
+#define SPARGE_COMMON_ARITHMETIC_H
+
+#include <fenv.h>
+
+static inline fenv_t sparge_arithmetic_begin(void)
+{
+    fenv_t caller;
+    fegetenv(&caller);
+    fesetenv(FE_DFL_ENV);
+    return caller;
+}
+
+static inline void sparge_arithmetic_end(fenv_t caller) { fesetenv(&caller); }
+
+#endif
