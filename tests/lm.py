@@ -473,7 +473,7 @@ def test_capture():
     token = some_tokens(600)
     seen = m.run(token)[1]
     x = fine("capture", "m.gguf", "t.npy", "-o", "all")
-    check(x == dict(folder="all", files=3, tokens=600), "what it says", x)
+    check(x == dict(folder="all", files=3, tokens=600, not_finite=0), "what it says", x)
     check(sorted(os.listdir("all")) == ["layer00.safetensors", "layer01.safetensors", "layer02.safetensors",
                                         "manifest.json"],
           "its files", os.listdir("all"))
@@ -854,6 +854,84 @@ def test_weights_that_change():
         code, out, err = ended(child)
         check(code == FILE and out == "" and err.count("\n") == 1 and name in err and "changed" in err, model, code, err)
         os.remove("R.json")
+
+
+def test_not_finite():
+    """A result that is not a number is null, and so is what is summed up over it; and that is said."""
+    bpe = small_bpe()
+    m = Model(seed=63, interleaved=True)
+    x = m.w["token_embd.weight"].copy()
+    x[7] = np.nan  # from this token on
+    m.replace("token_embd.weight", x)
+    m.gguf("odd.gguf", bpe.keys())
+    token = np.random.default_rng(0).integers(10, 600, 100).astype(np.int32)
+    save("fine.npy", token)
+    token[50] = 7
+    save("odd.npy", token)
+    args = ["ppl", "odd.gguf", "fine.npy", "odd.npy", "--attention", "f32"]
+    says = ["tiny", "1 of 2 results are null"]
+    one = fine("ppl", "odd.gguf", "fine.npy", "--attention", "f32")["rows"][0]
+    for _ in range(2):  # the second time they are read
+        x = fine(*args, "-o", "R.json", "--csv", "R.csv", says=says)
+        check([r["perplexity"] for r in x["rows"]] == [one["perplexity"], None] and x["rows"][1]["surprise"] is None and
+              x["summary"][0]["perplexity"] is None and x["summary"][0]["count"] == 2, "perplexity", x)
+        with open("R.csv", newline="") as f:
+            check([r["perplexity"] for r in csv.DictReader(f)][1] == "null", "in the table")
+    rows = json.loads(read("R.json"))
+    rows["rows"][0]["sparsity"], rows["rows"][1]["surprise"] = None, one["surprise"]
+    write("R.json", json.dumps(rows))
+    x = fine(*args, "-o", "R.json", says=["2 of 2"])["summary"][0]
+    check(x["sparsity"] is None and x["sparsity_qk"] == 0 and x["perplexity"] is not None, "means", x)
+
+    times = ["time", "odd.gguf", "fine.npy", "--attention", "f32", "--repeat", 3, "-o", "T.json"]
+    fine(*times)
+    rows = json.loads(read("T.json"))
+    rows["rows"][1]["seconds"] = None
+    write("T.json", json.dumps(rows))
+    x = fine(*times, says=["1 of 3"])["summary"][0]
+    check(x["seconds"] is None and x["share"] is None and x["seconds_attention"] > 0, "medians", x)
+
+    args = ["needle", "odd.gguf", TEXT, "--length", 200, "--depths", 2, "--needles", 1, "--attention", "f32"]
+    x = fine(*args)
+    check(x["summary"][0]["right"] is not None, "needles", x["summary"])
+    m.replace("output_norm.weight", np.full(64, np.inf))
+    m.gguf("odd.gguf", bpe.keys())
+    x = fine(*args, says=["2 of 2"])
+    check(all(r["right"] is None and r["tokens_right"] is None for r in x["rows"]) and x["summary"][0]["right"] is None and
+          x["summary"][0]["tokens_right"] is None, "no needle is found nor lost", x)
+
+
+def test_capture_not_finite():
+    m = Model(seed=64, interleaved=True, layers=4)
+    x = m.w["blk.1.attn_v.weight"].copy()
+    x[3] = np.nan
+    m.replace("blk.1.attn_v.weight", x)
+    m.gguf("m.gguf")
+    some_tokens(60)
+    x = fine("capture", "m.gguf", "t.npy", "-o", "c", says=["c: ", "not finite", "manifest.json"])
+    manifest = json.loads(read("c/manifest.json"))
+    counts = [sum(int((~np.isfinite(t)).sum()) for t in load_file(f"c/{f['file']}").values()) for f in manifest["files"]]
+    check(counts[0] == 0 and counts[1] == 60 and min(counts[2:]) > 60 and x["not_finite"] == sum(counts) and
+          [f["not_finite"] for f in manifest["files"]] == counts, "counted", counts, x, manifest["files"])
+
+    m = Model(seed=65, interleaved=True, layers=4)
+    for name, rows, by in [("blk.1.attn_v", slice(0, 16), 1e-9), ("blk.2.attn_q", slice(0, 64), 1e6)]:
+        x = m.w[f"{name}.weight"].copy()  # (of q the rows are in another order, and all of them are multiplied)
+        x[rows] *= by
+        m.w[f"{name}.weight"] = x.astype(np.float32)
+        m.raw[f"{name}.weight"] = "F32", x.shape, (np.frombuffer(m.raw[f"{name}.weight"][2], "<f4").reshape(x.shape) *
+                                                  np.where(np.arange(len(x))[:, None] < rows.stop, by, 1)).astype("<f4").tobytes()
+    m.gguf("m.gguf")
+    seen = m.run(np.load("t.npy"))[1]
+    check(fine("capture", "m.gguf", "t.npy", "-o", "d")["not_finite"] == 0, "all finite")
+    for f, want in zip(json.loads(read("d/manifest.json"))["files"], seen):
+        got = load_file(f"d/{f['file']}")
+        small = f["layer"] in (0, 3)
+        check(f["dtype"] == ("float16" if small else "float32") and all(str(t.dtype) == f["dtype"] for t in got.values()),
+              "as wide as it must be", f)
+        for name, x in zip("qkv", want):
+            lost = np.abs(got[name][0] - x).sum((1, 2)) / np.abs(x).sum((1, 2))
+            check((lost < 2.0**-11 + 1e-5).all(), f["file"], name, lost)
 
 
 # ---- What can go wrong -----------------------------------------------------------------------

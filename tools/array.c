@@ -194,6 +194,24 @@ bool array_to_f32(array *from, file_error *error)
     return true;
 }
 
+bool array_fits_f16(const array *from)
+{
+    const int64_t all = array_count(from), size = from->shape[from->rank - 2] * from->shape[from->rank - 1];
+    for (int64_t begin = 0; begin < all; begin += size) {
+        double sum = 0.0, lost = 0.0;
+        for (int64_t n = begin; n < begin + size; n++) {
+            const float x = ((const float *)from->data)[n];
+            if (isfinite(x)) {
+                sum += fabs((double)x);
+                lost += fabs((double)x - (double)f16_to_f32(sparge_f32_to_f16(x)));
+            }
+        }
+        if (!(lost <= 0x1p-11 * sum))
+            return false;
+    }
+    return true;
+}
+
 bool array_to_f16(array *from, file_error *error)
 {
     array to;

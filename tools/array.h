@@ -72,6 +72,10 @@ bool array_to_f32(array *from, file_error *error);
 float f16_to_f32(uint16_t half);
 float bf16_to_f32(uint16_t half);
 
+/* Of an F32 with 2 axes or more: does each matrix of the last two lose no more in float16 than 11 bits of each element
+ * cost? It would where it is very large or very small. */
+bool array_fits_f16(const array *from);
+
 /* In place, of an F32, rounded to nearest, ties to even. After failure, which a finite number that would become
  * infinite is too, the array is as it was. */
 bool array_to_f16(array *from, file_error *error);

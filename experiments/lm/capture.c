@@ -2,6 +2,7 @@
  * sparge run read (experiments/capture/README.md). */
 #include <errno.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -47,8 +48,8 @@ static const struct argp capture_argp = {
     .options = capture_options,
     .parser = capture_parser,
     .args_doc = "MODEL TEXT",
-    .doc = "Writes q, k and v of layers, after the rotation and before the scale, in float16, and manifest.json, into "
-           "the folder that -o names. The model runs with --attention (f32).",
+    .doc = "Writes q, k and v of layers, after the rotation and before the scale, in float16 (float32 where that would lose "
+           "more than 11 bits do), and manifest.json, into the folder that -o names. The model runs with --attention (f32).",
     .children = children,
 };
 
@@ -58,6 +59,7 @@ typedef struct capturing {
     const lm_text *text;
     const char *folder;
     json_t *manifest, *files; /* the files are in the manifest */
+    int64_t not_finite;       /* elements of all files */
 } capturing;
 
 /* An empty list holds every number. */
@@ -69,8 +71,7 @@ static bool holds(const int64_t *list, int listed, int64_t n)
     return listed == 0;
 }
 
-/* The chosen heads of a view, [1][heads][tokens][channels] in float16; their numbers are appended to `list`, unless it is
- * NULL. */
+/* The chosen heads of a view, [1][heads][tokens][channels]; their numbers are appended to `list`, unless it is NULL. */
 static bool copy_heads(const capturing *x, const sparge_in *from, int64_t heads, int64_t per_group, int64_t tokens,
                        int64_t dim, array *to, json_t *list, file_error *error)
 {
@@ -87,7 +88,15 @@ static bool copy_heads(const capturing *x, const sparge_in *from, int64_t heads,
             memcpy(at, (const float *)from->data + h * from->head + t * from->token, (size_t)dim * sizeof *at);
         json_array_append_new(list, json_integer(h));
     }
-    return array_to_f16(to, error);
+    return true;
+}
+
+static int64_t count_not_finite(const array *x)
+{
+    int64_t count = 0;
+    for (int64_t n = 0; n < array_count(x); n++)
+        count += !isfinite(((const float *)x->data)[n]);
+    return count;
 }
 
 static exit_code save(const capturing *x, const char *name, const array qkv[3], file_error *error)
@@ -109,15 +118,17 @@ static exit_code save_manifest(const capturing *x, file_error *error)
 }
 
 /* Adds the file to the manifest, so that what is there is always said to be there. */
-static exit_code list_file(capturing *x, const char *name, int64_t layer, json_t *heads, json_t *groups,
-                           file_error *error)
+static exit_code list_file(capturing *x, const char *name, int64_t layer, json_t *heads, json_t *groups, bool small,
+                           int64_t not_finite, file_error *error)
 {
     char path[PATH_MAX], sha256[SHA256_TEXT];
     snprintf(path, sizeof path, "%s/%s", x->folder, name);
     const exit_code code = capture_sha256(path, sha256, error);
-    json_array_append_new(x->files, json_pack("{s:s, s:s, s:I, s:O, s:O, s:s}", "file", name, "sha256", sha256, "layer",
-                                              (json_int_t)layer, "query_heads", heads, "kv_heads", groups, "dtype",
-                                              "float16"));
+    x->not_finite += not_finite;
+    json_array_append_new(x->files, json_pack("{s:s, s:s, s:I, s:O, s:O, s:s, s:I}", "file", name, "sha256", sha256,
+                                              "layer", (json_int_t)layer, "query_heads", heads, "kv_heads", groups,
+                                              "dtype", small ? "float16" : "float32", "not_finite",
+                                              (json_int_t)not_finite));
     return code ? code : save_manifest(x, error);
 }
 
@@ -128,15 +139,21 @@ static exit_code visit(void *user, int64_t layer, const sparge_problem *p, file_
         return EXIT_FINE;
     array qkv[3] = {{0}};
     json_t *const heads = json_array(), *const groups = json_array();
-    const bool ok =
+    bool ok =
         copy_heads(x, &p->q, p->heads, p->heads / p->kv_heads, p->q_len, p->dim, &qkv[0], heads, error) &&
         copy_heads(x, &p->k, p->kv_heads, 1, p->k_len, p->dim, &qkv[1], groups, error) &&
         copy_heads(x, &p->v, p->kv_heads, 1, p->k_len, p->dim_v, &qkv[2], NULL, error);
+    const bool small = ok && array_fits_f16(&qkv[0]) && array_fits_f16(&qkv[1]) && array_fits_f16(&qkv[2]);
+    int64_t not_finite = 0;
+    for (int n = 0; n < 3 && ok; n++) {
+        not_finite += count_not_finite(&qkv[n]);
+        ok = !small || array_to_f16(&qkv[n], error);
+    }
     char name[32];
     snprintf(name, sizeof name, "layer%02" PRId64 ".safetensors", layer);
     exit_code code = ok ? save(x, name, qkv, error) : EXIT_MACHINE;
     if (!code)
-        code = list_file(x, name, layer, heads, groups, error);
+        code = list_file(x, name, layer, heads, groups, small, not_finite, error);
     for (int n = 0; n < 3; n++)
         array_free(&qkv[n]);
     json_decref(heads);
@@ -212,9 +229,14 @@ exit_code capture_command(int argc, char **argv, file_error *error)
         lm_expect(&m, tokens, 1.0);
         code = lm_run(&m, &m.choice[0], m.text->token, tokens, hidden);
     }
+    progress_end(&m.watch);
+    if (!code && x.not_finite)
+        fprintf(stderr, "sparge-lm: %s: %" PRId64 " elements of what was written are not finite, as its manifest.json says "
+                "of each file; attention over them is not either\n", x.folder, x.not_finite);
     if (!code)
-        code = print_json(json_pack("{s:s, s:I, s:I}", "folder", x.folder, "files",
-                                    (json_int_t)json_array_size(x.files), "tokens", (json_int_t)tokens),
+        code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "folder", x.folder, "files",
+                                    (json_int_t)json_array_size(x.files), "tokens", (json_int_t)tokens, "not_finite",
+                                    (json_int_t)x.not_finite),
                           error);
     free(hidden);
     json_decref(x.manifest);

@@ -434,5 +434,9 @@ exit_code lm_finish(lm *m, json_t *summary)
         return code;
     }
     json_object_set_new(m->rows.all, "summary", summary);
+    const size_t unknown = rows_unknown(rows_list(&m->rows));
+    if (unknown)
+        fprintf(stderr, "sparge-lm: %s: %zu of %zu results are null, and so are summaries over them: the model is not finite "
+                "there\n", m->name, unknown, json_array_size(rows_list(&m->rows)));
     return print_json(json_incref(m->rows.all), m->error);
 }

@@ -2,6 +2,7 @@
  * one run over text, question and answer; the answer is right when each of its tokens is the likeliest after those
  * before it. */
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -151,8 +152,8 @@ static exit_code make_haystack(lm *m, const needle_args *a, int64_t depth, int64
     return code;
 }
 
-/* How many tokens of the answer are the likeliest. */
-static exit_code count_right(lm *m, const haystack *h, const float *hidden, int64_t *right)
+/* How many tokens of the answer are the likeliest; NaN, if a logit is not finite: then none is. */
+static exit_code count_right(lm *m, const haystack *h, const float *hidden, double *right)
 {
     const int64_t vocab = m->hyper->vocab, first = h->tokens - h->answer;
     float *const logits = malloc((size_t)(h->answer * vocab) * sizeof *logits);
@@ -161,13 +162,16 @@ static exit_code count_right(lm *m, const haystack *h, const float *hidden, int6
         code = model_logits(m->model, hidden + (first - 1) * m->hyper->dim, h->answer, logits, m->error);
     else
         file_error_set(m->error, NULL, "no memory for the logits of an answer");
-    *right = 0;
+    *right = 0.0;
     for (int64_t r = 0; r < h->answer && !code; r++) {
         const float *const row = logits + r * vocab;
         int64_t best = 0;
-        for (int64_t n = 1; n < vocab; n++)
+        bool finite = true;
+        for (int64_t n = 0; n < vocab; n++) {
             best = row[n] > row[best] ? n : best;
-        *right += best == h->token[first + r];
+            finite &= isfinite(row[n]) != 0;
+        }
+        *right += finite ? best == h->token[first + r] : NAN;
     }
     free(logits);
     return code;
@@ -186,7 +190,7 @@ static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t
         return EXIT_FINE;
     haystack h = {malloc((size_t)tokens * sizeof *h.token), tokens, 0};
     float *const hidden = lm_hidden(m, tokens);
-    int64_t right;
+    double right;
     exit_code code = h.token && hidden ? make_haystack(m, a, depth, n, number, &h) : EXIT_MACHINE;
     if (!code)
         code = lm_run(m, c, h.token, tokens, hidden);
@@ -198,8 +202,8 @@ static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t
         json_decref(row);
         return code;
     }
-    json_object_set_new(row, "right", json_integer(right == h.answer));
-    json_object_set_new(row, "tokens_right", json_integer(right));
+    json_object_set_new(row, "right", isnan(right) ? json_null() : json_integer(right == (double)h.answer));
+    json_object_set_new(row, "tokens_right", isnan(right) ? json_null() : json_integer((json_int_t)right));
     json_object_set_new(row, "tokens_of_answer", json_integer(h.answer));
     lm_describe(m, row);
     return rows_add(&m->rows, row, m->error);
@@ -215,17 +219,11 @@ static json_t *summarise(const lm *m)
     json_t *group;
     json_array_foreach(list, n, group) {
         const json_t *const all = json_object_get(group, "rows");
-        const size_t count = json_array_size(all);
-        double right = 0.0, tokens = 0.0, of = 0.0;
-        for (size_t k = 0; k < count; k++) {
-            const json_t *const row = json_array_get(all, k);
-            right += json_number_value(json_object_get(row, "right"));
-            tokens += json_number_value(json_object_get(row, "tokens_right"));
-            of += json_number_value(json_object_get(row, "tokens_of_answer"));
-        }
+        const double right = rows_sum(all, "right") / (double)json_array_size(all);
+        const double tokens = rows_sum(all, "tokens_right") / rows_sum(all, "tokens_of_answer");
         rows_means(group);
-        json_object_set_new(group, "right", json_rounded(right / (double)count, 6));
-        json_object_set_new(group, "tokens_right", json_rounded(tokens / of, 6));
+        json_object_set_new(group, "right", json_rounded(right, 6));
+        json_object_set_new(group, "tokens_right", json_rounded(tokens, 6));
     }
     return list;
 }

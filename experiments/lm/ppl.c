@@ -129,13 +129,8 @@ static json_t *summarise(const lm *m)
     json_t *group;
     json_array_foreach(list, n, group) {
         const json_t *const rows = json_object_get(group, "rows");
-        double surprise = 0.0, tokens = 0.0;
-        for (size_t k = 0; k < json_array_size(rows); k++) {
-            const json_t *const row = json_array_get(rows, k);
-            surprise += json_number_value(json_object_get(row, "surprise"));
-            tokens += json_number_value(json_object_get(row, "tokens")) - 1.0;
-        }
-        json_object_set_new(group, "perplexity", json_rounded(exp(surprise / tokens), 7));
+        const double tokens = rows_sum(rows, "tokens") - (double)json_array_size(rows);
+        json_object_set_new(group, "perplexity", json_rounded(exp(rows_sum(rows, "surprise") / tokens), 7));
         rows_means(group);
     }
     return list;

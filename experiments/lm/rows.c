@@ -2,6 +2,7 @@
 #include "experiments/lm/rows.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -161,17 +162,39 @@ json_t *rows_groups(const row_file *r)
     return groups;
 }
 
+double rows_sum(const json_t *rows, const char *key)
+{
+    double sum = 0.0;
+    size_t n;
+    json_t *row;
+    json_array_foreach(rows, n, row) {
+        const json_t *const x = json_object_get(row, key);
+        sum += json_is_number(x) ? json_number_value(x) : NAN;
+    }
+    return sum;
+}
+
+size_t rows_unknown(const json_t *rows)
+{
+    size_t n, count = 0;
+    json_t *row, *value;
+    const char *key;
+    json_array_foreach(rows, n, row) {
+        bool unknown = false;
+        json_object_foreach(row, key, value)
+            unknown |= json_is_null(value) && strcmp(key, "attention_sha256") != 0; /* of what is in no file */
+        count += unknown;
+    }
+    return count;
+}
+
 void rows_means(json_t *group)
 {
     static const char *const keys[] = {"sparsity", "sparsity_qk", "seconds", "seconds_attention"};
     const json_t *const rows = json_object_get(group, "rows");
     const size_t count = json_array_size(rows);
-    for (size_t k = 0; k < sizeof keys / sizeof *keys; k++) {
-        double sum = 0.0;
-        for (size_t n = 0; n < count; n++)
-            sum += json_number_value(json_object_get(json_array_get(rows, n), keys[k]));
-        json_object_set_new(group, keys[k], json_rounded(sum / (double)count, 6));
-    }
+    for (size_t k = 0; k < sizeof keys / sizeof *keys; k++)
+        json_object_set_new(group, keys[k], json_rounded(rows_sum(rows, keys[k]) / (double)count, 6));
     json_object_set_new(group, "count", json_integer((json_int_t)count));
     json_object_del(group, "rows");
 }

@@ -30,6 +30,12 @@ exit_code rows_csv(const row_file *r, const char *path, file_error *error);
 /* A list of objects, one for each attention and length among the rows: "attention", "tokens", and "rows", its own. */
 json_t *rows_groups(const row_file *r);
 
+/* The sum of a number over rows; NaN, which JSON has as null, where it is unknown in one of them. */
+double rows_sum(const json_t *rows, const char *key);
+
+/* How many of them have a result that is unknown, since something was not finite. */
+size_t rows_unknown(const json_t *rows);
+
 /* Puts the means of the numbers that every run tells into such an object, and takes its rows out. */
 void rows_means(json_t *group);
 

@@ -44,11 +44,11 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* NaN, which JSON has as null, without memory. */
+/* NaN, which JSON has as null, without memory, or where one of them is unknown. */
 static double median(const json_t *rows, const char *key)
 {
     const size_t count = json_array_size(rows);
-    double *const x = malloc(count * sizeof *x);
+    double *const x = isnan(rows_sum(rows, key)) ? NULL : malloc(count * sizeof *x);
     if (!x)
         return NAN;
     for (size_t n = 0; n < count; n++)
