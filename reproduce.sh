@@ -9,9 +9,15 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . .ci/install.sh
 
-case "${1:-}" in
--h | --help) sed -n '2,7s/^# //p' "$0"; exit ;;
-esac
+# The list, and what is wrong with the options, take Python alone.
+command -v python3 >/dev/null || need_packages python3
+for word in "$@"; do
+    case "$word" in
+    -h | --help) sed -n '2,7s/^# //p' "$0"; exit ;;
+    --list) exec python3 experiments/reproduce.py "$@" ;;
+    esac
+done
+python3 experiments/reproduce.py --list "$@" >/dev/null
 
 need_packages "${compiler_packages[@]}" "${python_packages[@]}"
 python=build/venv
@@ -23,4 +29,4 @@ fi
 
 cmake --preset release >/dev/null
 cmake --build --preset release
-"$python"/bin/python experiments/reproduce.py "$@"
+exec "$python"/bin/python experiments/reproduce.py "$@"

@@ -12,12 +12,20 @@ case "${1:-}" in
 -h | --help) sed -n '2,6s/^# //p' "$0"; exit ;;
 esac
 
+presets=(dev clang asan tsan hook)
+[ "$*" = --deps ] || for word in "$@"; do
+    case " ${presets[*]} " in
+    *" $word "*) ;;
+    *) echo "test.sh: there is no preset '$word'; there are $(printf '%s, ' "${presets[@]}" | sed 's/, $//')" >&2; exit 2 ;;
+    esac
+done
+
 need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libclang-rt-14-dev \
     libomp-14-dev libdnnl-dev libcriterion-dev "${emulator_packages[@]}"
 need_python experiments/requirements.txt
 [ "${1:-}" = --deps ] && exit
 
-[ $# -eq 0 ] && set -- dev clang asan tsan hook
+[ $# -eq 0 ] && set -- "${presets[@]}"
 for preset in "$@"; do
     echo "== $preset"
     if [ "$preset" = hook ]; then

@@ -1,19 +1,63 @@
-"""harness.py: what the scripts of experiments/ share: run a program, keep a table, fill it into a README."""
+"""harness.py: what the scripts of experiments/ share: run a program, write a file whole, keep a table, fill it into a
+README, end in a line."""
 import csv
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# ---- How a script ends ------------------------------------------------------------------------
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+def interrupt(*_):
+    """The first signal is an interruption like Ctrl-C; those after it do not disturb what tidies up."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def run_main(main, name=None):
+    """Runs a script to its end. What a signal or the system does to it is said in a line."""
+    name = name or Path(sys.argv[0]).name
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(f"\n{name}: interrupted; the same command goes on")
+    except OSError as error:
+        sys.exit(f"{name}: {error.filename or 'writing'}: {error.strerror}")
+
+
+# ---- Programs ---------------------------------------------------------------------------------
+
+def run_program(command, **how):
+    """subprocess.run(), but a program is told to end where we are, and waited for."""
+    with subprocess.Popen([str(word) for word in command], **how) as child:
+        try:
+            out, err = child.communicate()
+        except KeyboardInterrupt:
+            child.terminate()
+            child.communicate()
+            raise
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
 def run_json(program, *options):
     """What a program of ours printed, as an object; None: nothing. What it says beside that is passed on; where it
     fails, at the end."""
-    done = subprocess.run([program, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = run_program([program, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(f"{Path(program).name} {' '.join(map(str, options))}: {done.stderr.strip()}")
     sys.stderr.write(done.stderr)
@@ -27,8 +71,41 @@ def bench_json(program, *options):
              for key, x in case.items()} for case in run_json(program, "bench", "--json", *options)]
 
 
+# ---- Files ------------------------------------------------------------------------------------
+
+@contextmanager
+def writing(path, mode="w", **how):
+    """A file to be written, which appears whole, in the place of the one before, or not at all."""
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file():  # a device or a pipe; of a folder open() says what is wrong
+        with open(path, mode, **how) as file:
+            yield file
+        return
+    spare = path.with_name(f".{path.name[:50]}.{os.getpid()}")
+    try:
+        with open(spare, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(spare, path)
+    except BaseException as error:
+        spare.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(spare)):
+            error.filename = str(path)
+        raise
+
+
+def write_text(path, text):
+    with writing(path, encoding="utf-8") as file:
+        file.write(text)
+
+
+def write_json(path, value, **how):
+    write_text(path, json.dumps(value, **{"indent": 1} | how) + "\n")
+
+
 def write_csv(path, rows, columns=None):
-    with open(path, "w", newline="") as file:
+    with writing(path, newline="") as file:
         out = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n", extrasaction="ignore")
         out.writeheader()
         out.writerows(rows)
@@ -52,8 +129,10 @@ def fill_in(path, name, lines):
     _, found, after = rest.partition(f"<!-- /{name} -->")
     if not found:
         sys.exit(f"{path} has no <!-- {name} --> and <!-- /{name} -->")
-    path.write_text(before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
+    write_text(path, before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
 
+
+# ---- What a measurement stands on -------------------------------------------------------------
 
 def commit():
     """Of the sources; what the scripts write does not make them dirty."""

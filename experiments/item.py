@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import ROOT, bench_json, read_csv, run_json, stands_on, write_csv
+from harness import ROOT, bench_json, read_csv, run_json, run_main, stands_on, write_csv, write_json
 
 TOLERANCE = 1e-4  # relative: figures are rounded, and the last bits of a double depend on the processor's libm
 
@@ -91,9 +91,7 @@ class Kept:
 
     def add(self, job, rows):
         self.rows[str(job)] = rows
-        spare = self.path.with_suffix(".new")
-        spare.write_text(json.dumps({"mark": self.mark, "rows": self.rows}))
-        spare.replace(self.path)
+        write_json(self.path, {"mark": self.mark, "rows": self.rows}, indent=None)
 
 
 # ---- Progress ---------------------------------------------------------------------------------
@@ -213,8 +211,8 @@ def measure_item(args, here, jobs, measure, times):
         sys.exit(f"{here.name}: nothing is written without {', '.join(missing)}")
     if args.full:
         write_csv(here / "out.csv", rows)
-        on = stands_on(args.sparge) | {"seed": getattr(sys.modules["__main__"], "SEED", None)}
-        (here / "from.json").write_text(json.dumps(on, indent=1) + "\n")
+        seed = getattr(sys.modules["__main__"], "SEED", None)
+        write_json(here / "from.json", stands_on(args.sparge) | {"seed": seed})
     elif rows:
         write_csv(folder / "out.csv", rows)
     kept.path.unlink(missing_ok=True)  # the next run measures again
@@ -228,12 +226,11 @@ def run(script, jobs, measure, times=(), captures=None, params=False):
     that. params: whether that takes thresholds of the user's."""
     here = Path(script).resolve().parent
     args = arguments(captures, params)
-    try:
+
+    def main():
         if args.captures:
             measure_captures(args, here.name, captures(args.captures), measure)
         else:
             measure_item(args, here, jobs, measure, times)
-    except KeyboardInterrupt:
-        sys.exit(f"\n{here.name}: interrupted; the same command goes on")
-    except OSError as error:
-        sys.exit(f"{here.name}: {error.filename or 'writing'}: {error.strerror}")
+
+    run_main(main, here.name)

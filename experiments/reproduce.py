@@ -6,7 +6,6 @@ A smoke run measures some rows of every item again and compares them with those 
 all and replaces them. Both can be interrupted: the same command goes on.
 """
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from harness import ROOT  # noqa: E402
+from harness import ROOT, run_main, run_program  # noqa: E402
 from items import ITEMS, MISSING  # noqa: E402
 
 SOURCES = {  # what --full needs first: about how many seconds it takes, and how it comes
@@ -31,14 +30,14 @@ def chosen(lists):
     known = {name for item in ITEMS for name in (item.folder, *item.covers)}
     names = {name.strip() for text in lists for name in text.split(",")}
     for name in names - known:
-        sys.exit(f"reproduce.py: nothing is called '{name}'; --list says what is")
+        raise ValueError(f"nothing is called '{name}'; --list says what is")
     return [item for item in ITEMS if not lists or {item.folder, *item.covers} & names]
 
 
 def run(*command):
     """Runs one of our scripts; its exit status."""
     script = [] if str(command[0]).endswith(".sh") else [sys.executable]
-    return subprocess.run([*script, *map(str, command)], cwd=ROOT).returncode
+    return run_program([*script, *command], cwd=ROOT).returncode
 
 
 def main():
@@ -55,7 +54,10 @@ def main():
     args = parser.parse_args()
     if args.smoke and args.full:
         parser.error("--smoke and --full exclude each other")
-    items = chosen(args.only)
+    try:
+        items = chosen(args.only)
+    except ValueError as error:
+        parser.error(error)
     sources = [name for name in SOURCES if any(name in item.needs for item in items)]
     if args.list:
         for item in items:
@@ -91,7 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("reproduce.py: interrupted; the same command goes on")
+    run_main(main)

@@ -5,7 +5,6 @@
     figures.py fig14 ... --csv MINE.csv --to FOLDER  the same of rows that a run.py made of your captures
 """
 import argparse
-import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import numpy as np
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 
-from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv
+from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv  # first: it finds experiments/
+from harness import run_main, writing
 
 GIVEN = None  # rows of the user's
 INK, ACCENT, PALE, PAPER, OTHER = "#33265c", "#f28e2b", "#e9e5dc", "#8a8a8a", "#2a8f8a"
@@ -349,8 +349,9 @@ def draw(names, to):
         except FileNotFoundError as missing:
             print(f"{name}: not drawn, {missing.filename} is not there")
             continue
-        figure.savefig(to / f"{name}.png", dpi=150, metadata={"Software": None})
-        figure.savefig(to / f"{name}.svg", metadata={"Date": None})
+        for kind, how in ("png", {"dpi": 150, "metadata": {"Software": None}}), ("svg", {"metadata": {"Date": None}}):
+            with writing(to / f"{name}.{kind}", "wb") as file:
+                figure.savefig(file, format=kind, **how)
         plt.close(figure)
         drawn += 1
     print(f"wrote {drawn} figures into {to.name}/")
@@ -367,12 +368,9 @@ def main():
     if args.csv and args.to == HERE:
         parser.error("--csv needs --to: the pictures here are of the committed rows")
     global GIVEN
-    try:
-        GIVEN = given(args.csv, args.name, parser.error) if args.csv else None
-        draw(args.name or FIGURES, args.to)
-    except OSError as error:
-        sys.exit(f"figures.py: {error.filename}: {error.strerror}")
+    GIVEN = given(args.csv, args.name, parser.error) if args.csv else None
+    draw(args.name or FIGURES, args.to)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,6 +11,7 @@ from html import escape
 
 from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv  # first: it finds experiments/
 from errors import worst
+from harness import run_main, write_text
 from items import ITEMS, MISSING
 
 MAIN = "SpargeAttn, (0.08, 0.09)"
@@ -370,11 +371,11 @@ def main():
             f'{sum(h is False for h in states)} do not, {sum(h is None for h in states)} open.</p>'
             f'<nav><ul>{nav}<li><a href="#missing">Not measured</a></li></ul></nav>'
             + "".join(section(item, found[item.folder]) for item in ITEMS) + waiting() + "</body></html>\n")
-    (HERE / "report.html").write_text(page)
+    write_text(HERE / "report.html", page)
     print(f"wrote paper_figs/report.html: {sum(h is True for h in states)} of {len(states)} bands hold")
 
 
 PAPER = read_csv(EXPERIMENTS / "paper.csv")
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from counted import check, run_tests
-from running import save_safetensors, write
+from running import save_safetensors, stopped, write
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARGE = os.path.abspath(sys.argv[1])
@@ -198,12 +199,88 @@ def test_interruption():
 
 def test_full_disk():
     script()
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (350, 350))
-    code, out, err = run("--full", preexec_fn=limit)
+    code, out, err = run("--full", **small(350))
     done = calls()
     check(code == 1 and "File too large" in err and "Traceback" not in err, "no room", code, err)
     code, out, err = run("--full")
     check(len(done) > 1 and calls() == "01234"[len(done) - 1:], "what there was room for is kept", code, err, done)
+
+
+def small(size):
+    """How a process is run that may make no file larger than this."""
+    return {"preexec_fn": partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))}
+
+
+PAGE = """import sys
+from pathlib import Path
+sys.path[:0] = [{0!r} + "/experiments", {0!r} + "/paper_figs"]
+import report
+from harness import fill_in, run_main, write_csv, write_json
+report.HERE = Path(".")
+run_main(lambda: {1}, "page")
+"""
+
+
+def test_whole_or_not_at_all():
+    """Under a limit on file sizes, as on a full disk, what was there stays, and a line says which file it is about."""
+    long = "x" * 5000
+    for name, call in (("report.html", "report.main()"), ("rows.csv", f"write_csv('rows.csv', [{{'a': '{long}'}}])"),
+                       ("README.md", f"fill_in(Path('README.md'), 'a', ['{long}'])"),
+                       ("from.json", f"write_json('from.json', '{long}')")):
+        write(name, "<!-- a -->\nbefore\n<!-- /a -->\n")
+        write("page.py", PAGE.format(str(ROOT), call))
+        before = sorted(os.listdir("."))
+        code, out, err = said(sys.executable, "page.py", **small(3000))
+        check(code == 1 and name in err and "File too large" in err and "Traceback" not in err, f"{name}: a line", err)
+        check("before" in Path(name).read_text() and sorted(os.listdir(".")) == before, f"{name} as before")
+        code, out, err = said(sys.executable, "page.py")
+        check(code == 0 and Path(name).stat().st_size > 3000, f"{name} with room", code, err)
+        os.remove(name)
+    os.mkdir("pictures")
+    for kind in "png", "svg":
+        write(f"pictures/fig14.{kind}", "before")
+    command = sys.executable, ROOT / "paper_figs/figures.py", "fig14", "--to", "pictures"
+    code, out, err = said(*command, **small(3000))
+    check(code == 1 and "fig14.png: File too large" in err and "Traceback" not in err, "a picture", code, err)
+    check([Path(f"pictures/{x}").read_text() for x in sorted(os.listdir("pictures"))] == ["before"] * 2, "as before")
+
+
+def test_links_and_devices():
+    """A link stays one, and a device is written to."""
+    os.mkdir("far")
+    os.symlink("far/rows.csv", "rows.csv")
+    harness.write_csv("rows.csv", [{"a": 1}])
+    check(os.path.islink("rows.csv") and table("far/rows.csv") == [{"a": "1"}], "through a link")
+    os.mkfifo("pipe")
+    end = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    harness.write_csv("pipe", [{"a": 1}])
+    check(os.read(end, 9) == b"a\n1\n" and os.listdir("far") == ["rows.csv"], "into a pipe")
+    os.close(end)
+
+
+def ends(number):
+    """What reproduce.py does where it gets a signal while a program of its script is at work."""
+    sign = Path("sign").resolve()
+    write("slow", f"#!/bin/sh\necho $$ >{sign}.new && mv {sign}.new {sign} && exec sleep 600 <&- >&- 2>&-\n")
+    os.chmod("slow", 0o755)
+    code, _, err = stopped([sys.executable, ROOT / "experiments/reproduce.py", "--only", "fig5", "--sparge",
+                            os.path.abspath("slow")], number, lambda _: sign.exists())
+    try:
+        os.kill(int(sign.read_text()), signal.SIGKILL)
+        gone = False
+    except ProcessLookupError:
+        gone = True
+    sign.unlink()
+    return code, err, gone
+
+
+def test_signals():
+    """The driver ends after all that it has started."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it may be ignored here
+    for number in signal.SIGTERM, signal.SIGINT:
+        code, err, gone = ends(number)
+        check(gone, f"nothing of ours runs on after {number.name}", code, err)
+        check(code == 1 and "reproduce.py: interrupted" in err and "Traceback" not in err, number.name, code, err)
 
 
 def test_users_captures():
@@ -523,6 +600,41 @@ def test_bands():
             known = value is not None
             low, high = float(band["low"] or -math.inf), float(band["high"] or math.inf)
             check(holds == (low <= value <= high if known else None), "judged right", name, band, value)
+
+
+def test_scripts_start():
+    """What begins with #! can be run, in the tree and in git."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-s", "*.py", "*.sh"], capture_output=True, text=True).stdout
+    found = [line.split(None, 3) for line in listed.splitlines()]
+    for mode, _, _, path in found:
+        with open(ROOT / path, "rb") as file:
+            starts = file.read(2) == b"#!"
+        check(starts == (mode == "100755") == os.access(ROOT / path, os.X_OK), "#! and the run bit", path, mode)
+
+
+def test_nothing_is_built_for_a_word():
+    """--list and what is mistyped: before anything is installed or built, by a Python that has no packages."""
+    shutil.copytree(ROOT / ".ci", ".ci")
+    for name in "test.sh", "reproduce.sh", "experiments/harness.py", "experiments/items.py", "experiments/reproduce.py":
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        shutil.copy(ROOT / name, name)
+    os.mkdir("bin")
+    for name in "dpkg-query", "apt-get", "cmake", "sudo":
+        write(f"bin/{name}", f"#!/bin/sh\necho {name} >>called\nexit 1\n")
+        os.chmod(f"bin/{name}", 0o755)
+    write("bin/python3", f"#!/bin/sh\nexec {sys.executable} -S -E -B \"$@\"\n")
+    os.chmod("bin/python3", 0o755)
+    how = {"env": os.environ | {"PATH": f"{os.path.abspath('bin')}:{os.environ['PATH']}"}}
+    before = sorted(os.listdir("."))
+    for command, want, words in (
+            ("./reproduce.sh --list", 0, "fig5"), ("./reproduce.sh --only fig5 --list", 0, "fig5"),
+            ("./reproduce.sh --ful", 2, "--ful"), ("./reproduce.sh fig3", 2, "fig3"),
+            ("./reproduce.sh --only nonsense", 2, "nothing is called 'nonsense'"),
+            ("./reproduce.sh --full --help", 0, "all rows"), ("./test.sh nonsense", 2, "there are dev, clang"),
+            ("./test.sh dev nonsens", 2, "no preset 'nonsens'"), ("./test.sh dev --deps", 2, "no preset '--deps'")):
+        code, out, err = said("bash", *command.split(), **how)
+        check(code == want and words in (err if want else out) and (want == 0 or out == ""), command, code, out, err)
+        check(sorted(os.listdir(".")) == before, f"{command}: nothing is made or called", os.listdir("."))
 
 
 def test_driver():

@@ -3,7 +3,12 @@
 import argparse
 import html.parser
 import re
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from harness import write_text
 
 BLOCKS = {"h1", "h2", "p", "li"}
 SKIPPED = {"script", "style", "pre"}
@@ -57,7 +62,7 @@ def main() -> None:
         if len((text + block).encode()) > MAX_BYTES:
             break
         text += block + "\n\n"
-    args.out.write_text(text.rstrip() + "\n", encoding="utf-8")
+    write_text(args.out, text.rstrip() + "\n")
 
 
 if __name__ == "__main__":

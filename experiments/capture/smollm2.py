@@ -22,13 +22,16 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the number of threads changes how pr
 import gguf
 import numpy as np
 import tokenizers
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import decoders, models, pre_tokenizers
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
 
 import model as weights
 import texts
+from harness import write_json, writing
 
-HERE = Path(__file__).resolve().parent
 OUT = HERE / "smollm2-135m"
 OUT_TEXTS = HERE.parents[1] / "build" / "captures"
 
@@ -265,7 +268,8 @@ def write_capture(folder: Path, layer: int, groups: list[int], model: Model,
     tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
         fail(f"layer {layer} does not fit into float16")
-    save_file(tensors, path)
+    with writing(path, "wb") as file:
+        file.write(save(tensors))
     return {
         "file": path.name,
         "sha256": sha256(path.read_bytes()),
@@ -340,9 +344,9 @@ def capture(model: Model, tokenizer: tokenizers.Tokenizer, sample: Sample, out: 
 
     losses, _ = model.score(model.run(tokens, visit, weigh=args.survey is not None), tokens)
     manifest = make_manifest(model, sample, tokens, losses, files, command)
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(out / "manifest.json", manifest, indent=2)
     if args.survey:
-        with open(args.survey, "w", newline="") as file:
+        with writing(args.survey, newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["layer", "kv_group", "mean_fraction_95", "total_fraction_95"])
             writer.writerows(rows)

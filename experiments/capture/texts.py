@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from harness import writing
+
 TABLE = HERE / "texts.csv"
 CACHE = HERE.parents[1] / "build" / "texts"
 MAX_BYTES = 64_000  # of a text: some 12000 to 24000 tokens
@@ -179,7 +183,8 @@ def fetch(wanted: list[Text], cache: Path = CACHE) -> list[Path]:
                 else:
                     data = make(text, Path(folder))
                 cache.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
+                with writing(path, "wb") as file:
+                    file.write(data)
             paths.append(path)
     return paths
 

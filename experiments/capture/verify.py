@@ -19,7 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import model as weights
-import smollm2
+import smollm2  # first: it finds harness.py
+from harness import write_json
 
 TORCH = torch.__version__.split("+")[0]
 FIRST = 512  # positions of the first top-token comparison
@@ -134,7 +135,7 @@ def main() -> None:
         "llama.cpp": check_llama_cpp(path, sample.path, tokens, losses, top),
         "transformers": check_transformers(path, manifest, args.out, tokens, losses, top),
     }
-    manifest_path.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n")
+    write_json(manifest_path, manifest, indent=2, allow_nan=False)
     print(json.dumps(manifest["verification"], indent=2))
 
 

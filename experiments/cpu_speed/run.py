@@ -16,7 +16,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
-from harness import ROOT, bench_json, fill_in, machine_line, run_json, write_csv  # noqa: E402
+from harness import (ROOT, bench_json, fill_in, machine_line, run_json, run_main, write_csv,  # noqa: E402
+                     write_text)
 from sets import CHOSEN, SMOLLM2  # noqa: E402
 
 LONG = 131072
@@ -159,7 +160,7 @@ def figures(program, repeat):
 
 
 def write_readme(rows, machine):
-    table = [f"{machine}. Command: `experiments/cpu_speed/run.py --readme`.", "",
+    table = [f"{machine}. Command: `build/venv/bin/python experiments/cpu_speed/run.py --readme`.", "",
              "| figure | at least | goal | measured |", "|---|---|---|---|"]
     table += ["| " + " | ".join(row.values()) + " |" for row in rows]
     for path in (ROOT / "README.md", ROOT / "cpu/README.md"):
@@ -176,7 +177,7 @@ def main():
     machine = machine_line(args.sparge)
     write_csv(HERE / "cases.csv", cases)
     write_csv(HERE / "table.csv", rows)
-    (HERE / "machine.txt").write_text(machine + "\n")
+    write_text(HERE / "machine.txt", machine + "\n")
     if args.readme:
         write_readme(rows, machine)
     print(machine)
@@ -185,4 +186,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,7 +28,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from harness import ROOT, fill_in, read_csv  # noqa: E402
+import harness  # noqa: E402
+from harness import ROOT, fill_in, read_csv, write_text  # noqa: E402
 
 
 F16, REF, CUDA, CAUSAL_END, INT8, FLOAT, HALF, FP8 = 1, 1, 3, 1, 0, 2, 3, 4  # of sparge.h
@@ -660,10 +661,7 @@ def tidy(value):
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        out.writeheader()
-        out.writerows({k: tidy(v) for k, v in row.items()} for row in rows)
+    harness.write_csv(path, [{k: tidy(v) for k, v in row.items()} for row in rows], COLUMNS)
 
 
 def middle(rows, column):
@@ -759,7 +757,7 @@ def main():
     machine = machine_line()
     print(machine)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "machine.txt").write_text(machine + "\n")
+    write_text(args.out / "machine.txt", machine + "\n")
     session = Session(args, lib, None if args.tiny else cuda_torch())
     lost = None
     try:

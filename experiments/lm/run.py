@@ -14,7 +14,6 @@ Every step goes on where it was interrupted; what is unfinished lies in build/lm
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +23,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 import model as weights  # noqa: E402
 import texts  # noqa: E402
-from harness import ROOT, fill_in, machine_line, markdown, read_csv, run_json  # noqa: E402
+from harness import (ROOT, fill_in, machine_line, markdown, read_csv, run_json, run_main, run_program,  # noqa: E402
+                     write_text)
 from names import DENSE, LENGTHS, MODEL, TITLES, TUNED, perplexity  # noqa: E402
 
 WORK = ROOT / "build/lm"
@@ -41,8 +41,7 @@ def paths(name):
 
 def lm(args, command, *options):
     """A command of sparge-lm, whose progress is seen."""
-    done = subprocess.run([args.sparge_lm, command, weights.fetch(), *map(str, options), *SHARED],
-                          stdout=subprocess.PIPE, text=True)
+    done = run_program([args.sparge_lm, command, weights.fetch(), *options, *SHARED], stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(done.returncode)
     return json.loads(done.stdout)
@@ -88,7 +87,7 @@ def needle(args):
 def seconds(args):
     found = lm(args, "time", *paths(TEXT), "--length", listed(LENGTHS), "--attention",
                listed([*DENSE, *TUNED.values()]), "--repeat", 5, "-o", WORK / "time.json", "--csv", HERE / "time.csv")
-    (HERE / "machine.txt").write_text(f"{machine_line(args.sparge)}; products by {found['matmul']}\n")
+    write_text(HERE / "machine.txt", f"{machine_line(args.sparge)}; products by {found['matmul']}\n")
 
 
 # ---- The tables -------------------------------------------------------------------------------
@@ -242,4 +241,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

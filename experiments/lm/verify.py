@@ -27,11 +27,12 @@ import transformers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "experiments/capture"))
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "experiments/capture")]
 
 import model as weights  # noqa: E402
 import smollm2  # noqa: E402
 import texts  # noqa: E402
+from harness import write_json  # noqa: E402
 
 TOKENS = 512
 STRINGS = 4000
@@ -201,7 +202,7 @@ def main():
             "SmolLM2-135M-Instruct": check_real(args.sparge_lm, path, folder),
             "random weights": check_random(args.sparge_lm, folder),
         }
-    (HERE / "verify.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(HERE / "verify.json", found)
     print(json.dumps(found, indent=1))
 
 

@@ -4,11 +4,13 @@ on one text and judged on another. A full run writes the thresholds too: params_
 """
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
+from harness import write_text  # noqa: E402
 from item import Job, run  # noqa: E402
 from sets import SMOLLM2  # noqa: E402
 
@@ -21,9 +23,11 @@ TABLE = ["layer", "head", "theta", "tau", "lambda", "dense", "back_off", "sparsi
 
 
 def tune(program, captures, output, l1, l2, *options):
-    """Tunes from the beginning; the heads of the file, and the program's summary."""
-    Path(output).unlink(missing_ok=True)
-    summary = program("tune", *captures, "-o", output, "--l1", l1, "--l2", l2, *MODE, *options)
+    """Tunes from the beginning; the heads of the file, and the program's summary. An older file stays until then."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "params.json"
+        summary = program("tune", *captures, "-o", found, "--l1", l1, "--l2", l2, *MODE, *options)
+        write_text(output, found.read_text())
     return json.loads(Path(output).read_text())["heads"], summary
 
 

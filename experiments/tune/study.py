@@ -10,7 +10,6 @@ TUNE, JUDGE and CAPTURE are folders that experiments/capture/smollm2.py writes; 
 """
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from errors import cell, number, relative_l1, worst  # noqa: E402
-from harness import ROOT, fill_in, read_csv, run_json, write_csv  # noqa: E402
+from harness import ROOT, fill_in, read_csv, run_json, run_main, run_program, write_csv  # noqa: E402
 from run import MODE, PAIRS, TABLE, row_of, tune  # noqa: E402
 from sets import SMOLLM2, beginning, copied, entries, tensors  # noqa: E402
 
@@ -50,8 +49,8 @@ def grid_head(program, entry, h, l1, l2):
         for file in files:
             head = h if file.stem == "q" else h * tensors["k"].shape[1] // heads
             tensors[file.stem][0, head].astype("<f4").tofile(file)
-        done = subprocess.run([program, *files, str(tokens), str(dim), "1", "1", l1, l2], capture_output=True,
-                              text=True)
+        done = run_program([program, *files, tokens, dim, 1, 1, l1, l2], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
         sys.exit(done.stderr.strip())
     return [dict(zip(GRID, [entry.layer, entry.heads[h], *line.split(",")]))
@@ -228,4 +227,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -18,8 +18,9 @@ import av
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "capture"))
+sys.path += [str(HERE.parent), str(HERE.parent / "capture")]
 
+from harness import writing  # noqa: E402
 from texts import read_member  # noqa: E402
 
 CACHE = HERE.parents[1] / "build" / "video"
@@ -91,10 +92,8 @@ def load(name, folder=CACHE):
     path = folder / f"{name}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with open(part, "wb") as file:
+        with writing(path, "wb") as file:
             np.save(file, decode(content(name, folder)))
-        part.rename(path)
     return np.load(path, mmap_mode="r")
 
 

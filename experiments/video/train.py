@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import clips  # noqa: E402
-from harness import write_csv  # noqa: E402
+from harness import write_csv, write_json, writing  # noqa: E402
 from model import GRID, PATCH, Config, VideoModel, guess, to_tokens  # noqa: E402
 
 STATE = clips.CACHE / "train.pt"
@@ -116,10 +116,9 @@ class Training:
         return {"model": self.model, "mean": self.mean, "optimiser": self.optimiser}
 
     def save(self):
-        part = STATE.with_suffix(".part")
-        torch.save({name: x.state_dict() for name, x in self.parts().items()} |
-                   {"step": self.step, "seconds": self.seconds, "rows": self.rows}, part)
-        part.rename(STATE)
+        with writing(STATE, "wb") as file:
+            torch.save({name: x.state_dict() for name, x in self.parts().items()} |
+                       {"step": self.step, "seconds": self.seconds, "rows": self.rows}, file)
 
     def load(self):
         state = torch.load(STATE)
@@ -177,7 +176,8 @@ def run(training, train, test, mean, std, steps):
 def write(training, train, test, mean, std, out):
     """The weights, what they are, and how the loss went."""
     weights = {name: x.half().contiguous() for name, x in training.mean.state_dict().items()}
-    save_file(weights, out / "weights.safetensors")
+    with writing(out / "weights.safetensors", "wb") as file:
+        file.write(save(weights))
     write_csv(out / "loss.csv", training.rows)
     one_colour, mean_frame = trivial(train, test, mean, std)
     about = {
@@ -192,7 +192,7 @@ def write(training, train, test, mean, std, out):
         "held_out": {str(level): training.rows[-1][f"held_out_{level}"] for level in LEVELS},
         "held_out_one_colour": round(float(one_colour), 5), "held_out_mean_frame": round(float(mean_frame), 5),
     }
-    (out / "weights.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(out / "weights.json", about, indent=2)
 
 
 def main():

@@ -12,7 +12,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
-from harness import ROOT, run_json  # noqa: E402
+from harness import ROOT, run_json, run_main  # noqa: E402
 from sets import entries, reordered  # noqa: E402
 
 CAPTURES = ROOT / "build/video/captures/sample0"
@@ -33,4 +33,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
