@@ -82,8 +82,8 @@ EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
 KEYS = ("backend isa threads rung pv workspace_bytes batch heads kv_heads q_len k_len dim dim_v "
         "block_q block_k pairs sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict "
         "seconds_quantize seconds_attend seconds_total tops tops_executed").split()
-COUNTS = "nan_got nan_want inf_got inf_want nonfinite_apart".split()
-CHECK_KEYS = ["l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1", *COUNTS, "mask_nonfinite_apart"]
+COUNTS = "nan_got nan_want inf_got inf_want not_finite_apart".split()
+CHECK_KEYS = ["l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1", *COUNTS, "mask_not_finite_apart"]
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
 
 
@@ -380,7 +380,7 @@ def test_check_not_finite():
     save("q.npy", q)
     half = fine("run", *qkv, "--check", *EXACT, says=["alike"])
     some = B * HQ * 150 * DV
-    check(half["nan_got"] == half["nan_want"] == some and half["nonfinite_apart"] == 0, "as many in both", half)
+    check(half["nan_got"] == half["nan_want"] == some and half["not_finite_apart"] == 0, "as many in both", half)
     save("rest.npy", rest[:, :, :150])
     without = fine("run", "rest.npy", *qkv[1:], "--check", *EXACT)
     check(all(half[n] == without[n] for n in ("l1", "worst_row_l1", "cosine")), "as without these rows", half, without)
@@ -395,13 +395,13 @@ def test_check_not_finite():
     mask = np.ones((B, HQ, 3, 6), bool)
     mask[:, :, :, 1] = False  # where that key is
     x = fine("run", *qkv, "--mask", save("m.npy", mask), "--check", *EXACT[1:], says=["are apart"])
-    check(x["nan_got"] == x["inf_got"] == 0 and x["nan_want"] + x["inf_want"] == x["nonfinite_apart"] == 2 * NQ and
+    check(x["nan_got"] == x["inf_got"] == 0 and x["nan_want"] + x["inf_want"] == x["not_finite_apart"] == 2 * NQ and
           x["l1"] is None and x["worst_row_l1"] is None, "apart: no error", x)
-    check(x["mask_nonfinite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5, "but not over the mask", x)
+    check(x["mask_not_finite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5, "but not over the mask", x)
 
 
 JUDGED = ("ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal l1 worst_row_l1 worst_row cosine "
-          "rmse").split() + COUNTS + ("first_nan_got first_nan_want first_nan_apart first_nonfinite_apart "
+          "rmse").split() + COUNTS + ("first_nan_got first_nan_want first_nan_apart first_not_finite_apart "
                                       "baseline_worst_row_l1 max_worst").split()
 
 
@@ -477,7 +477,7 @@ def test_judge():
         off[at] = value
         save("l.npy", off)
         x = fails(f"{list(at)}")
-        check(x["lse"]["worst_at"] == list(at) and x["lse"]["nonfinite_apart"] == (value == 0), "where the lse is off", x)
+        check(x["lse"]["worst_at"] == list(at) and x["lse"]["not_finite_apart"] == (value == 0), "where the lse is off", x)
 
 
 def test_judge_types():
@@ -511,7 +511,7 @@ def test_judge_types():
     check(x["nan_want"] == DV and x["nan_got"] == 0, "a number where it should be NaN", x)
     o[0, 1, 290] = np.nan
     x = fine("check", *args, save("on.npy", o), says=[f"{DV} NaN", "alike"])
-    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_nonfinite"] > 0, "NaN of both", x)
+    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_not_finite"] > 0, "NaN of both", x)
     for empty in "q", "k":
         x = {n: np.ones((2, 0 if n == empty else 5, 8), np.float32) for n in "qkv"}
         x["v"] = x["k"]
@@ -656,13 +656,13 @@ def test_diff():
     fine("diff", "a.npy", "b.npy", "--max-l1", 9, code=DIFFERENT)
     save("b.npy", np.array([[0, 0], [7, 1]], np.float64))
     x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
-    check(x["inf_got"] == x["nonfinite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
-          x["first_nonfinite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number", x)
+    check(x["inf_got"] == x["not_finite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
+          x["first_not_finite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number", x)
     fine("diff", "b.npy", "a.npy", code=DIFFERENT)
     fine("diff", "a.npy", "b.npy", "--max-l1", "inf", code=DIFFERENT)
     save("b.npy", np.array([[0, 0], [np.nan, 1]], np.float64))
     x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
-    check(x["nonfinite_apart"] == 1 and x["first_nan_apart"] == [1, 0], "inf and NaN", x)
+    check(x["not_finite_apart"] == 1 and x["first_nan_apart"] == [1, 0], "inf and NaN", x)
     save("a.npy", np.full((2, 2), np.nan))
     x = fine("diff", "a.npy", "a.npy", "--max-l1", 0)
     check(x["l1"] is None and x["worst_row"] is None and x["nan_got"] == 4, "nothing finite: no error", x)
@@ -1006,7 +1006,7 @@ def test_bench_usage():
 # ---- Tuning ----------------------------------------------------------------------------------
 
 TUNE = ["--block-q", 32, "--block-k", 16]
-TUNE_KEYS = ("params heads nonfinite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
+TUNE_KEYS = ("params heads not_finite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
              "held_out_within_l2_first held_out_within_l2 equivalents seconds").split()
 HEADER_KEYS = ("sparge_params version model qk pv block_q block_k skip_rows causal smooth_k sink scale by "
                "bound l1 l2 sparsity inputs heads").split()
@@ -1371,7 +1371,7 @@ def test_tune_not_finite():
     tune(*(f"c{n}.safetensors" for n in seeds))
     want = lines()
     code, out, err = sparge("tune", *names, "-o", "n.json", *TUNE)
-    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["nonfinite"] == 2, "exit 0", code, out)
+    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["not_finite"] == 2, "exit 0", code, out)
     dim = x["v"].shape[3]
     bad = {1: (x["v"].shape[2] - 77) * dim, 2: 1}
     check(sorted(err.splitlines()) ==
@@ -1393,7 +1393,7 @@ def test_tune_overflow():
     sizes = x["v"].shape[2] * x["v"].shape[3]
     got = fine("tune", file, "-o", "p.json", *TUNE, "--backend", "ref", "--pv", "f16",
                says=["layer 0 head 1", f"{sizes} ", "not known"])
-    check(got["worst_l1"] is None and got["nonfinite"] == 0 and got["heads"] == 2, "no worst error", got)
+    check(got["worst_l1"] is None and got["not_finite"] == 0 and got["heads"] == 2, "no worst error", got)
     fits, odd = json.loads(read("p.json"))["heads"]
     check(odd["dense"] is True and odd["in_sample"]["worst_l1"] is None and
           odd["in_sample"]["nan_got"] + odd["in_sample"]["inf_got"] == sizes, "counted, and left dense", odd)

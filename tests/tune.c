@@ -216,7 +216,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
     const sparge_options o = resolved(x);
     const tune_watch watch = {goes_on, NULL};
     check(tune_input_open(&input, &x->p, b, h, &o, &error) == SPARGE_OK, "%s", error.text);
-    check(input.nonfinite == 0, "a finite input is not");
+    check(input.not_finite == 0, "a finite input is not");
     tune_point *point = check_alloc(TUNE_THETAS * TUNE_SHARES * sizeof *point);
     check(tune_mask_curve(&input, topk, point, &watch, &error) == SPARGE_OK, "%s", error.text);
     tally(point, s);

@@ -202,13 +202,13 @@ static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file
     return library_result(status, &why, error);
 }
 
-static int64_t nonfinite(const comparison *c) { return c->nan_got + c->inf_got; }
+static int64_t not_finite(const comparison *c) { return c->nan_got + c->inf_got; }
 
 /* What is not finite on both sides is no agreement here. lambda decides for 64 rows at a time:
  * a decision within rounding moves single rows. Of few channels |o| may happen to be next to nothing. */
 static bool near(const comparison *c, const allowed *most, bool rows)
 {
-    return nonfinite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
+    return not_finite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
 }
 
 exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error)
@@ -230,7 +230,7 @@ exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error 
     const bool sample_near = near(&sample, &coding, rows);
     const bool oracle_near = sample_near && near(&block, &coding, rows);
     const comparison *const worst = sample_near ? &block : &sample;
-    const int64_t wrong = nonfinite(&whole) ? nonfinite(&whole) : nonfinite(&sample);
+    const int64_t wrong = not_finite(&whole) ? not_finite(&whole) : not_finite(&sample);
     c->wrong = !(wrong == 0 && oracle_near && whole.l1 <= rounding);
     char name[64];
     bench_case_name(g, c, name);

@@ -173,7 +173,7 @@ typedef struct verdict {
     double bound;  /* NaN: not known */
 } verdict;
 
-static bool holds(const verdict *v) { return v->c.nonfinite_apart == 0 && v->worst <= v->bound; }
+static bool holds(const verdict *v) { return v->c.not_finite_apart == 0 && v->worst <= v->bound; }
 
 static double worst_row(const comparison *c) { return c->summed ? c->worst_row_l1 : 0.0; }
 
@@ -203,13 +203,13 @@ static verdict judge_lse(const check *c)
 /* Why a verdict does not hold. */
 static void explain(const check *c, const verdict *v, const char *file, const array *x, bool row, file_error *error)
 {
-    const bool apart = v->c.nonfinite_apart > 0;
-    json_t *const place = compare_place(x, apart ? v->c.first_nonfinite_apart : v->at, row && !apart);
+    const bool apart = v->c.not_finite_apart > 0;
+    json_t *const place = compare_place(x, apart ? v->c.first_not_finite_apart : v->at, row && !apart);
     char *const text = json_dumps(place, 0);
     const char *const where = text ? text : "", *const want = want_name(c);
     if (apart)
         file_error_set(error, file, "%" PRId64 " elements are NaN or infinite where %s is not, or the other way round; "
-                       "the first is %s", v->c.nonfinite_apart, want, where);
+                       "the first is %s", v->c.not_finite_apart, want, where);
     else if (isnan(v->bound))
         file_error_set(error, file, "an honest kernel is itself %.3g from %s, so no bound follows; give --max-worst",
                        v->honest, want);
@@ -249,7 +249,7 @@ static json_t *describe_mask(const check *c, const array *mass, const array *kep
     const mask_difference d = judge_masks(kept, chosen);
     json_t *const json = json_pack(
         "{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share), "predicted_recall",
-        json_number(predicted.share), "blocks_nonfinite", (json_int_t)given.not_finite, "pairs",
+        json_number(predicted.share), "blocks_not_finite", (json_int_t)given.not_finite, "pairs",
         (json_int_t)count_pairs(c, kept), "kept", (json_int_t)count_kept(kept), "predicted_kept", (json_int_t)count_kept(chosen));
     return json_joined(json, judge_json(kept, &d));
 }
@@ -324,7 +324,7 @@ static exit_code report(check *c, file_error *error)
     const exit_code code = print_json(json, error);
     if (code)
         return code;
-    if (o.c.nonfinite_apart == 0)
+    if (o.c.not_finite_apart == 0)
         compare_warn(&o.c, "o", want_name(c));
     if (!holds(&o))
         explain(c, &o, c->args.o, &c->got.o, true, error);

@@ -281,10 +281,10 @@ static exit_code report(run *r, file_error *error)
             "{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(real->l1), "worst_row_l1", json_number(real->worst_row_l1),
             "cosine", json_number(real->cosine), "rmse", json_number(real->rmse), "mask_worst_row_l1",
             json_number(r->masked.worst_row_l1));
-        json_t *const masked = json_pack("{s:I}", "mask_nonfinite_apart", (json_int_t)r->masked.nonfinite_apart);
+        json_t *const masked = json_pack("{s:I}", "mask_not_finite_apart", (json_int_t)r->masked.not_finite_apart);
         json = json_joined(json_joined(json_joined(json, errors), compare_counts(real)), masked);
         compare_warn(real, "o", "dense attention");
-        if (r->masked.nonfinite_apart)
+        if (r->masked.not_finite_apart)
             compare_warn(&r->masked, "o", "attention over the mask");
     }
     return print_json(json, error);

@@ -382,7 +382,7 @@ static void finished(void *user, int64_t h)
         t->code = save(t);
     if (!head->finite)
         fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64 " elements of its captures, or of "
-                "attention over them, are not finite; left dense\n", c->layer, capture_head(c, h), head->nonfinite);
+                "attention over them, are not finite; left dense\n", c->layer, capture_head(c, h), head->not_finite);
     const sparge_tune_errors *const in = &head->in_sample, *const out = &head->held_out;
     if (in->nan + in->inf + out->nan + out->inf)
         fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": o has %" PRId64 " NaN and %" PRId64 " infinite "
@@ -526,7 +526,7 @@ static exit_code report(const tune *t)
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;
     return print_json(
         json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
-                  t->args.attention.output, "heads", (json_int_t)count, "nonfinite",
+                  t->args.attention.output, "heads", (json_int_t)count, "not_finite",
                   (json_int_t)((int64_t)count - finite), "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
                   finite ? json_rounded(worst[0], 6) : json_null(), "judged", (json_int_t)judged, "held_out_sparsity",

@@ -42,7 +42,7 @@ static sparge_in packed(const tune_array *x, int64_t dim)
 
 /* Tokens of one head in f32, and `pad` rows of 0; counts elements that are not finite. */
 static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int64_t head, int64_t tokens,
-                          int64_t dim, int64_t pad, bool device, int64_t *nonfinite, sparge_error *error)
+                          int64_t dim, int64_t pad, bool device, int64_t *not_finite, sparge_error *error)
 {
     sparge_status status =
         tune_array_make(x, (tokens + pad) * dim * (int64_t)sizeof(float), device, error);
@@ -54,7 +54,7 @@ static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int
             from.data = (const char *)in->data + c * (in->dtype == SPARGE_F32 ? 4 : 2);
             sparge_ref_load(&from, batch, head, t, 1, n, NULL, (float *)x->host + t * dim + c, bad);
             for (int64_t e = 0; e < n; e++)
-                *nonfinite += bad[e];
+                *not_finite += bad[e];
         }
     return status ? status : tune_array_push(x, error);
 }
@@ -143,7 +143,7 @@ static sparge_status attend_dense(tune_input *x, sparge_error *error)
     }
     tune_array_free(&out);
     for (int64_t n = 0; n < x->g.q_len * x->problem.dim_v && !status; n++) {
-        x->nonfinite += !sparge_finite(x->want[n]);
+        x->not_finite += !sparge_finite(x->want[n]);
         x->want_sum += (double)fabsf(x->want[n]);
     }
     return status;
@@ -160,14 +160,14 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
     };
     tune_array mean = { 0 };
     sparge_status status =
-        load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device, &x->nonfinite, error);
+        load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device, &x->not_finite, error);
     if (!status)
-        status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->nonfinite, error);
+        status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->not_finite, error);
     if (!status)
-        status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->nonfinite, error);
+        status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->not_finite, error);
     x->problem = (sparge_problem){ 1, 1, 1, p->q_len, p->k_len, p->dim, p->dim_v, packed(&x->q, p->dim),
                                    packed(&x->k, p->dim), packed(&x->v, p->dim_v) };
-    if (!status && x->nonfinite == 0) {
+    if (!status && x->not_finite == 0) {
         status = tune_array_make(&mean, p->dim * (int64_t)sizeof(float), device, error);
         if (!status)
             status = predict(x, &mean, error);

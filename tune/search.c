@@ -306,11 +306,11 @@ static void open_all(head *h)
     }
 }
 
-static int64_t count_nonfinite(const head *h)
+static int64_t count_not_finite(const head *h)
 {
     int64_t count = 0;
     for (int64_t n = 0; n < h->count; n++)
-        count += h->input[n].nonfinite;
+        count += h->input[n].not_finite;
     return count;
 }
 
@@ -385,8 +385,8 @@ sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *er
         h.status = SPARGE_ERR_MEMORY;
     else {
         open_all(&h);
-        t->nonfinite = count_nonfinite(&h);
-        t->finite = t->nonfinite == 0;
+        t->not_finite = count_not_finite(&h);
+        t->finite = t->not_finite == 0;
         if (t->finite && goes_on(&h))
             tune(&h, folds, t);
         close_all(&h, t);
