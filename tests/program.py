@@ -954,7 +954,7 @@ def test_bench_capture():
     name, x = bench(*args, code=DIFFERENT).popitem()
     check(all(x[n] is None for n in TIMES), "what is wrong is not timed", x)
     code, out, err = sparge("bench", *args)
-    check(code == DIFFERENT and "NaN" in err and "failed its check" in out, "and says so", code, out, err)
+    check(code == DIFFERENT and "24 elements that are NaN" in err and "failed its check" in out, "and says so", code, out, err)
     wrong(FILE, "no tokens", "bench", "--capture",
           save_safetensors("none.safetensors", **{n: (t, x[:, :, :0]) for n, (t, x) in tensors.items()}))
     wrong(FILE, "nowhere", "bench", "--capture", "nowhere.safetensors")

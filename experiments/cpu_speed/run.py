@@ -16,6 +16,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
+from errors import number  # noqa: E402
 from harness import (ROOT, bench_json, fill_in, machine_line, run_json, run_main, write_csv,  # noqa: E402
                      write_text)
 from sets import CHOSEN, SMOLLM2  # noqa: E402
@@ -66,7 +67,7 @@ def relative_l1(program, *options):
         files = [str(Path(folder) / f"{name}.npy") for name in "qkv"]
         for file in files:
             np.save(file, draw.standard_normal((2048, 128), dtype=np.float32))
-        return run_json(program, "run", *files, "--dense", "--check", *options)["l1"]
+        return number(run_json(program, "run", *files, "--dense", "--check", *options)["l1"])
 
 
 def workspace(program):
@@ -85,7 +86,7 @@ def captured(program, cases, repeat):
         found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat", repeat, *CHOSEN)
         row = one(found, "int8/int8 predicted causal")
         check = run_json(program, "run", file, "--causal", "--check", *CHOSEN)
-        rows.append((file.stem, row["speedup_vs_f32"], row["sparsity"], check["l1"]))
+        rows.append((file.stem, row["speedup_vs_f32"], row["sparsity"], number(check["l1"])))
     return rows
 
 
