@@ -693,8 +693,10 @@ def test_diff_masks():
         check(x["missing"] == x["extra"] == 0 and x["first_missing"] is x["first_extra"] is None and x["ok"], "equal", x)
         fine("diff", a, b, "--max-l1", 1)
         fine("diff", a, b, "--max-l1", 0.001, code=DIFFERENT)
-    x = fine("diff", save("a.npy", got.astype(np.uint8) * 7), "b.npy")
-    check("missing" not in x and x["ok"], "numbers, not a mask", x)
+    x = fine("diff", save("a.npy", want.astype(np.uint8) * 255), "b.npy")
+    check(x["missing"] == x["extra"] == 0 and x["ok"] and x["l1"] > 0, "what is not 0 is kept, as by run --mask", x)
+    x = fine("diff", *(save(f"{n}.npy", x[0].astype(np.uint8)) for n, x in zip("ab", (got, want))))
+    check("missing" not in x and x["ok"], "three axes of uint8: numbers, not a mask", x)
 
 
 def pixels(name):

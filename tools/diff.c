@@ -50,7 +50,7 @@ static const struct argp diff_argp = {
     .args_doc = "GOT.npy WANT.npy\nGOT_DUMP WANT_DUMP",
     .doc = "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
            "one of the two is NaN or infinite, and where two dumps differ. Of two masks (bool, or uint8 of "
-           "four axes, 0 and 1) the blocks that are missing and extra too; without a bound they must be equal.",
+           "four axes) the blocks that are missing and extra too; without a bound they must be equal.",
 };
 
 /* ---- Reading --------------------------------------------------------------------------- */
@@ -82,14 +82,8 @@ static exit_code read_pair(const char *const path[2], array pair[2], file_error 
 
 /* ---- Two arrays ------------------------------------------------------------------------ */
 
-/* Bytes that say of blocks whether they are kept. */
-static bool is_mask(const array *x)
-{
-    bool bits = x->type == ARRAY_U8 && x->rank == 4;
-    for (int64_t at = 0; bits && at < array_count(x); at++)
-        bits = ((const uint8_t *)x->data)[at] <= 1;
-    return bits || x->type == ARRAY_BOOL;
-}
+/* As run --mask takes them: 0 is skipped, all else is kept. */
+static bool is_mask(const array *x) { return x->type == ARRAY_BOOL || (x->type == ARRAY_U8 && x->rank == 4); }
 
 static exit_code diff_files(const diff_args *a, file_error *error)
 {
