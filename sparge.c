@@ -337,7 +337,7 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     return o->backend == SPARGE_CUDA ? told(sparge_cuda_resolve(p, o, error), error) : SPARGE_OK;
 }
 
-sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options, sparge_error *error)
+static sparge_status resolve_all(const sparge_problem *problem, sparge_options *options, sparge_error *error)
 {
     sparge_status status = check(problem, options, false, NULL, error);
     if (status)
@@ -703,6 +703,14 @@ static sparge_status oracle(const sparge_problem *problem, const sparge_options 
 }
 
 /* ---- The calls, in arithmetic of their own ---- */
+
+sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options, sparge_error *error)
+{
+    const fenv_t caller = sparge_arithmetic_begin();
+    const sparge_status status = resolve_all(problem, options, error);
+    sparge_arithmetic_end(caller);
+    return status;
+}
 
 sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
                              sparge_mask *mask, const sparge_trace *trace, sparge_error *error)

@@ -571,6 +571,16 @@ static void under(const problem *x, unsigned control, const answer *want, const 
 Test(cpu, arithmetic_of_the_caller)
 {
     enum { UPWARD = 0x4000, FLUSH = 0x8040 };
+    for (int64_t dim = 1; dim <= 64; dim++) {
+        check_case("scale of %lld channels", (long long)dim);
+        const sparge_problem p = { .heads = 1, .kv_heads = 1, .dim = dim, .dim_v = 1 };
+        sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+        __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | UPWARD);
+        const sparge_status status = sparge_options_resolve(&p, &o, NULL);
+        __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() & ~(unsigned)UPWARD);
+        check(status == SPARGE_OK, "status %d", (int)status);
+        check_equal(o.scale, 1.0f / sqrtf((float)dim));
+    }
     const shape s = shape_of(1, 1, 1, 150, 200, 40, 24);
     problem x = problem_make(&s);
     for (int64_t n = 0; n < tensor_count(&x.v); n += 3)
