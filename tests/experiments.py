@@ -516,6 +516,20 @@ def test_good_captures():
     check(len(of_captures("fig14", "causal", *tuned("causal", "--causal"))) == 2, "causal")
 
 
+def test_capture_that_overflows():
+    """Finite, but attention over one of its heads is not: that head's error is unknown, and so is the worst."""
+    tensors, _ = make_set("large", tokens=100, grid=None)
+    tensors["v"][0, 1] = 3e38
+    save_safetensors("large/a.safetensors", **{n: ("F32", x) for n, x in tensors.items()})
+    code, out, err = said(sys.executable, ROOT / "experiments/table7/run.py", "--sparge", SPARGE, "--captures", "large",
+                          "-o", "rows.csv")
+    check(code == 0 and "layer 0 head 1" in err and "not finite" in err, "said", code, err)
+    check([(r["heads"], r["worst_l1"]) for r in table("rows.csv")] == [("2", "")], "no worst error", table("rows.csv"))
+    inner = said(SPARGE, "tune", "large", "-o", "p.json")
+    row = load(ROOT / "experiments/tune/run.py").row_of(json.loads(Path("p.json").read_text())["heads"][1])
+    check(row["l1_in"] == row["l1_out"] == "" and row["sparsity"] == 0 and row["dense"] is True, "a row of it", row, inner)
+
+
 def test_bad_captures():
     tensors, manifest = make_set("good")
     tuned("good")

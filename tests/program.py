@@ -4,6 +4,7 @@ What it computes is compared with a float64 attention written here; of everythin
 the exit code, the one line and the folder are looked at. Ends with "N passed, M failed".
 """
 import json
+import math
 import os
 import re
 import resource
@@ -517,6 +518,16 @@ def test_judge_types():
         x["v"] = x["k"]
         done = fine("check", *(save(f"{n}0.npy", t) for n, t in x.items()), "--o", save("o0.npy", np.zeros_like(x["q"])))
         check(done["ok"] and done["l1"] == 0, f"no {empty}", done)
+
+
+def test_judge_without_bound():
+    """Where an honest kernel is itself far off, what is as far off does not pass."""
+    one = lambda name, *x: save(f"{name}.npy", np.array(x, np.float32)[:, None])
+    qkv = [one("q", 1), one("k", 0, 1), one("v", math.e, -1)]  # e * 1 - 1 * e, but for rounding
+    args = [*qkv, "--no-smooth-k", "--o", save("o.npy", np.array([[1e-4]], np.float16))]
+    x = fine("check", *args, code=DIFFERENT, says=["honest", "--max-worst"])
+    check(x["baseline_worst_row_l1"] > 1000 and x["max_worst"] is None and not x["ok"], "no bound", x)
+    fine("check", *args, "--max-worst", 1e6)
 
 
 def test_judge_usage():

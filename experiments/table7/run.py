@@ -21,6 +21,7 @@ from sets import SMOLLM2, attends, beginning, entries, tensors, tokens_of  # noq
 WEIGHTS = model.CACHE / model.GGUF
 TEXTS = ["opticks", "python_datamodel", "go_parser"]
 LENGTHS = [1024 << n for n in range(8)]
+NOT_FINITE = {"sparsity": 0.0, "worst_l1": None}  # a head that is left dense
 BOUNDS = ["--l1", 0.08, "--l2", 0.09]
 
 
@@ -45,7 +46,7 @@ def measure(key, how):
     heads, params = [], how.folder / "params.json"
     for entry, file in files:
         how.sparge("tune", file, *attends(entry), *["--sink"] * entry.causal, *BOUNDS, "-o", params)
-        heads += [head["in_sample"] for head in json.loads(params.read_text())["heads"]]
+        heads += [head["in_sample"] or NOT_FINITE for head in json.loads(params.read_text())["heads"]]
         params.unlink()
     return {"heads": len(heads), "sparsity": f"{statistics.mean(x['sparsity'] for x in heads):.6f}",
             "worst_l1": cell(worst(x["worst_l1"] for x in heads), 6)}

@@ -32,9 +32,9 @@ def tune(program, captures, output, l1, l2, *options):
 
 
 def row_of(head):
-    """Of a head. The errors are of the worst input, as the bounds are."""
-    first, out = head["held_out_first"] or {}, head["held_out"] or {}
-    row = head | {"sparsity": head["in_sample"]["sparsity"], "l1_in": head["in_sample"]["worst_l1"],
+    """Of a head. The errors are of the worst input, as the bounds are; unknown where the head is not finite."""
+    inside, first, out = (head[name] or {} for name in ("in_sample", "held_out_first", "held_out"))
+    row = head | {"sparsity": inside.get("sparsity", 0.0), "l1_in": inside.get("worst_l1"),
                   "first_sparsity_out": first.get("sparsity"), "first_l1_out": first.get("worst_l1"),
                   "sparsity_out": out.get("sparsity"), "l1_out": out.get("worst_l1")}
     return {key: "" if row[key] is None else row[key] for key in TABLE}

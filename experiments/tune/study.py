@@ -94,9 +94,9 @@ def model(args):
         params = HERE / f"model_{bound}.json"
         heads, summary = tune(sparge(args), texts, params, l1, l2, "--bound", bound)
         print(bound, summary, flush=True)
-        rows += [{"bound": bound, "mean_l1_in": head["in_sample"]["l1"],
-                  "first_mean_l1_out": head["held_out_first"]["l1"], "mean_l1_out": head["held_out"]["l1"],
-                  "l1": l1, "l2": l2} | row_of(head) for head in heads]
+        means = {"mean_l1_in": "in_sample", "first_mean_l1_out": "held_out_first", "mean_l1_out": "held_out"}
+        rows += [{"bound": bound, "l1": l1, "l2": l2} | row_of(head) |
+                 {name: (head[of] or {}).get("l1") for name, of in means.items()} for head in heads]
         with ThreadPoolExecutor(args.jobs) as pool:
             judged += [{"bound": bound} | row for found in
                        pool.map(lambda entry: judge_file(args.sparge, params, entry), others) for row in found]
