@@ -783,6 +783,10 @@ def in_place(q, k, v):
     return p.div_(p.sum(-1, keepdim=True)) @ v
 
 
+def by_heads(q, k, v):
+    return torch.stack([simple(*(x[:, h] for x in (q, k, v))) for h in range(4)], 1)
+
+
 def with_sink(q, k, v):
     return torch.cat([q @ k.mT, torch.zeros(1, 4, 20, 1)], -1).log_softmax(-1).exp()[..., :-1] @ v
 
@@ -792,15 +796,12 @@ def by_default(q, k, v, attention=F.scaled_dot_product_attention):
 
 
 class OfTorch(nn.Module):
-    def __init__(self, nested=False):
+    def __init__(self):
         super().__init__()
-        self.own, self.nested = nn.MultiheadAttention(32, 4, batch_first=True).eval(), nested
+        self.own = nn.MultiheadAttention(32, 4, batch_first=True).eval()
 
     def forward(self, q, k, v):
         x = q.transpose(1, 2).flatten(2)
-        if self.nested and not torch.is_grad_enabled():  # as TransformerEncoder makes of padding
-            x = torch._nested_tensor_from_mask(x, torch.arange(20)[None] < 15, mask_check=False)
-            return self.own(x, x, x, need_weights=False)[0].to_padded_tensor(0.0)
         return self.own(x, x, x)
 
 
@@ -820,7 +821,8 @@ def test_attention_of_other_kinds():
     kept, products = F.scaled_dot_product_attention, "a softmax between products"
     others = {
         "matmul": (eager, products), "bmm": (by_bmm, products), "einsum": (by_einsum, products),
-        "in place": (in_place, products), "with a sink": (with_sink, products),
+        "in place": (in_place, products), "heads in a loop": (by_heads, products),
+        "heads at once": (torch.vmap(simple, 1, 1), products), "with a sink": (with_sink, products),
         "a compiled function": (torch.compile(eager, backend="eager"), products),
         "a script": (torch.jit.script(simple), products),
         "checkpoint": (functools.partial(checkpoint, eager, use_reentrant=False), products),
@@ -833,7 +835,6 @@ def test_attention_of_other_kinds():
         "flex": (flex_attention, "flex_attention"),
         "flex, compiled": (torch.compile(flex_attention, backend="eager"), "flex_attention"),
         "of torch": (OfTorch(), "_native_multi_head_attention", products),
-        "of torch, nested": (OfTorch(nested=True), "_native_multi_head_attention", products),
         "numpy": (NumpyAttention(), "NumpyAttention")}
     grads = {"inference": torch.inference_mode, "no grad": torch.no_grad, "grad": torch.enable_grad}
     for (what, (other, *by)), (mode, context) in itertools.product(others.items(), grads.items()):
@@ -862,6 +863,10 @@ def test_attention_of_other_kinds():
     for other, by in (eager, products), (flex_attention, "flex_attention"):
         refused(RuntimeError, ["did not call", f"{by} in 'function'", "by this name"], record_plain, "alone", *qkv(),
                 model=Call(Call(other)))
+    padded = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+    with torch.no_grad():  # torch makes nested tensors of this
+        refused(RuntimeError, ["_native_multi_head_attention", "in 'layers.1.self_attn'"], record_plain, "padded",
+                random(2, 20, 32), model=padded, src_key_padding_mask=torch.arange(20).expand(2, 20) > 15)
 
 
 def test_what_is_no_attention():
@@ -882,9 +887,12 @@ def test_what_is_no_attention():
     for mode in torch.inference_mode, torch.no_grad, torch.enable_grad:
         with mode(), Recorder(Mixed(Weighs()), "weighs", name="mixed") as record:
             record.model(*qkv())
+            with torch.autocast("cpu", torch.bfloat16):
+                record.model(*qkv())
+                record.model(*qkv())
         got = manifest_of("weighs/sample")
-        check([e["layer"] for e in got["files"]] == [0, 1] and got["left_out"] == {} and got["left_out_at"] == [],
-              "no attention", got)
+        check([e["layer"] for e in got["files"]] == [0] * 3 + [1] * 3 and got["left_out"] == {} and
+              got["left_out_at"] == [], "no attention", got)
     small = dict(num_key_value_heads=2)
     for model in (transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **small, num_local_experts=4)),
                   transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SMALL, **small, head_dim=16))):
@@ -958,6 +966,7 @@ def test_all_is_put_back():
 def test_a_broken_step_is_forgotten():
     """The model raises, the caller goes on."""
     model = Plain(2)
+    model.layer.append(Call(F.scaled_dot_product_attention))
     for error in KeyError, KeyboardInterrupt:
         with Recorder(model, error.__name__, name="plain"):
             model.breaks, model.error = 1, error
@@ -971,7 +980,7 @@ def test_a_broken_step_is_forgotten():
         got = manifest_of(f"{error.__name__}/sample")
         files = [(e["layer"], e["step"], e["module"]) for e in got["files"]]
         check(files == [(0, 0, "layer.0"), (0, 1, "layer.0"), (1, 1, "layer.1")], "its steps and layers", files)
-        check(got["left_out"] == {}, "nothing from elsewhere", got["left_out"])
+        check(got["left_out"] == {"bypass": 1}, "nothing from elsewhere, and nothing twice", got["left_out"])
 
 
 def test_refused():

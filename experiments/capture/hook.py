@@ -136,10 +136,11 @@ def narrowest(tensors):
 
 # ---- Attention of other kinds -----------------------------------------------------------------
 
-ATTENTION = re.compile("(attention|attn|transformer_encoder_layer)(?!.*backward)", re.IGNORECASE)
+ATTENTION = re.compile("(attention|attn|sdpa|flash|transformer_encoder_layer)(?!.*backward)", re.IGNORECASE)
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}  # of their last two tensors
 EXPONENTIALS = {"_softmax", "_safe_softmax", "_masked_softmax", "exp", "exp_", "exp2", "exp2_"}
 WEIGHT, OTHER, SCORE, PROBABILITY = -1, 0, 1, 2
+PRODUCT_SOFTMAX = "a softmax between products"
 
 
 def tensors_of(tree):
@@ -160,10 +161,14 @@ class Watch(TorchDispatchMode):
     """
     supports_higher_order_operators = True
 
-    def __init__(self, model, found):
+    def __init__(self, found):
         super().__init__()
-        self.found, self.paused = found, False
-        self.marks = dict.fromkeys(storages([*model.parameters(), *model.buffers()]), WEIGHT)
+        self.found, self.paused, self.marks = found, False, {}
+
+    def begin(self, model):
+        """Copies of weights that were made in an earlier step, as autocast does, are still weights."""
+        self.marks = {x: mark for x, mark in self.marks.items() if not x.expired()}
+        self.marks.update(dict.fromkeys(storages([*model.parameters(), *model.buffers()]), WEIGHT))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -189,7 +194,7 @@ class Watch(TorchDispatchMode):
         elif name in PRODUCTS:
             factors = self.marks_of(args)[-2:]
             if PROBABILITY in factors and WEIGHT not in factors:
-                self.found("a softmax between products")
+                self.found(PRODUCT_SOFTMAX)
             mark = OTHER if PROBABILITY in factors or WEIGHT in factors else SCORE
         for x in storages(out):
             if mark == OTHER:
@@ -312,8 +317,9 @@ class Recorder:
         for key, which in dict(layers=layers, steps=steps, heads=heads, batch=batch).items():
             chosen, self.recorded[key] = rule(which)
             setattr(self, key, chosen)
-        self.places, self.equal, self.inside, self.seen = {}, set(), [], 0
-        self.watching, self.watch, self.open = ExitStack(), None, None
+        self.places, self.equal, self.seen = {}, set(), 0
+        self.inside = []  # the modules that run, the outermost first: name, attention in it by module and operation
+        self.watching, self.watch, self.open = ExitStack(), Watch(partial(self.miss, "bypass")), None
         self.written, self.left_out = [], Counter()
         self.begin("sample")
 
@@ -386,9 +392,9 @@ class Recorder:
     def begin_step(self, module, args, kwargs):
         self.open = self.open or Sample(self.folder / self.sample, self.head)
         self.step += 1
-        self.inside, self.calls, self.attended, self.taken = [], Counter(), set(), False
+        self.inside, self.calls, self.taken = [], Counter(), False
         self.leave_step()  # torch calls no hook after an interrupt
-        self.watch = Watch(self.model, partial(self.miss, "bypass"))
+        self.watch.begin(self.model)
         self.watching.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled could not be watched
         self.watching.enter_context(self.watch)
         time = kwargs.get("timestep")
@@ -406,11 +412,10 @@ class Recorder:
         self.watching.close()
 
     def enter_module(self, name, *_):
-        self.inside.append(name)
-        self.attended.discard(name)
+        self.inside.append((name, set()))
 
     def look_back(self, module, *_):
-        if self.inside[-1] not in self.attended:
+        if not self.inside[-1][1]:
             self.miss("unseen", type(module).__name__)
 
     def leave_module(self, *_):
@@ -418,9 +423,10 @@ class Recorder:
 
     def arrive(self, by=""):
         """At the layer of this call: of the innermost module, and which of its calls in this step it is. Chosen?"""
-        self.module, self.by = self.inside[-1], by
+        self.module, self.by = self.inside[-1][0], by
         self.calls[self.module] += 1
-        self.attended.update(self.inside)
+        for _, seen in self.inside:
+            seen.add((self.module, by))
         self.layer = self.places.setdefault((self.module, self.calls[self.module]), len(self.places))
         self.where = f"layer {self.layer} ({self.module}), step {self.step}"
         return self.layers(self.layer) and self.steps(self.step)
@@ -428,7 +434,7 @@ class Recorder:
     # ---- What is recorded ----
 
     def attend(self, *args, **more):
-        if not (self.inside and self.inside[0] == ""):
+        if not self.inside or self.inside[0][0] != "":
             return self.original(*args, **more)
         self.watch.paused = True
         try:
@@ -500,8 +506,10 @@ class Recorder:
         return rows, heads, sorted(of)
 
     def miss(self, why, by):
-        """Attention that cannot be recorded. It has its number all the same."""
-        if self.arrive(by):
+        """Attention that cannot be recorded has its number too; heads or slices in a loop have one together."""
+        name, seen = self.inside[-1]
+        looped = by == PRODUCT_SOFTMAX and (name, by) in seen
+        if not looped and self.arrive(by):
             self.leave_out(why)
 
     def leave_out(self, why):
