@@ -1616,14 +1616,14 @@ Test(formats, params_written)
     char *text = NULL;
     size_t size = 0;
     file_error error;
-    json_t *const header = params_header("a \"b\"\n", &o), *const heads = json_array();
+    json_t *const header = params_header("a \"b\"\n", "ab12", &o), *const heads = json_array();
     json_array_append_new(heads, params_line(3, 4, true, &knobs));
     json_object_set_new(header, "inputs", json_array());
     json_object_set_new(header, "heads", heads);
     FILE *const stream = open_memstream(&text, &size);
     cr_assert(stream && json_write_lines(stream, "p.json", header, &error) && fclose(stream) == 0);
     cr_expect_str_eq(text, "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
-                     " \"model\": \"a \\\"b\\\"\\n\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
+                     " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n \"rules\": \"default\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
                      " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
                      " \"smooth_k\": true,\n \"sink\": false,\n \"scale\": 0.3,\n \"inputs\": [],\n \"heads\": [\n"
                      "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "
@@ -1633,9 +1633,12 @@ Test(formats, params_written)
     cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 && p.scale == o.scale &&
               p.skip_rows == 32);
     cr_expect(p.head->knobs.theta == knobs.theta && p.head->knobs.topk == knobs.topk);
-    cr_expect_eq(params_check(&p, "p.json", "a \"b\"\n", &o, &error), EXIT_FINE, "%s", error.text);
-    cr_expect_eq(params_check(&p, "p.json", NULL, &o, &error), EXIT_FINE, "%s", error.text);
-    cr_expect_eq(params_check(&p, "p.json", "c", &o, &error), EXIT_FILE);
+    cr_expect_eq(params_obey(&p, "p.json", options_all(), &o, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_model(&p, "p.json", "a \"b\"\n", NULL, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_model(&p, "p.json", NULL, NULL, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_model(&p, "p.json", "c", "ab12", &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_model(&p, "p.json", "c", NULL, &error), EXIT_FILE);
+    cr_expect_eq(params_model(&p, "p.json", "c", "ab13", &error), EXIT_FILE);
     params_free(&p);
     free(text);
     FILE *const full = fopen("/dev/full", "r+");
@@ -1657,8 +1660,8 @@ Test(formats, params_written)
 static exit_code check_capture(const capture *c, int64_t heads, sparge_causal causal, float scale, file_error *error)
 {
     const sparge_problem problem = {.heads = heads, .dim = 64};
-    const sparge_options options = {.causal = causal, .scale = scale};
-    return capture_check(c, &problem, &options, error);
+    sparge_options options = {.causal = causal, .scale = scale};
+    return capture_obey(c, &problem, options_all(), &options, error);
 }
 
 /* SHA-256 of "abc" and of nothing, as FIPS 180-4 has them. */
@@ -1671,11 +1674,11 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     int64_t count = 0;
     file_error error;
     file_make("a.st", BYTES("abc"));
-    cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s", error.text);
     cr_assert(count == 1 && strcmp(list->path, in_folder("a.st")) == 0);
     cr_expect_str_eq(list->sha256, SHA_ABC);
     cr_expect(!list->model && !list->sample && !list->heads && !list->manifest);
-    cr_expect(list->layer == 0 && list->causal == -1 && capture_head(list, 7) == 7);
+    cr_expect(list->layer == -1 && list->causal == -1 && capture_head(list, 7) == 7);
     cr_expect_eq(check_capture(list, 5, SPARGE_CAUSAL_END, 0.5f, &error), EXIT_FINE);
     cr_expect_eq(check_capture(list, 5, SPARGE_CAUSAL_NONE, 0.0f, &error), EXIT_FINE);
 
@@ -1685,13 +1688,13 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
                                      "\"query_heads\": [8, 0, 2147483647], \"scale\": 0.5},"
                                      "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\", \"causal\": false}], "
                                      "\"scale\": 0.125}"));
-    cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
-    cr_assert_eq(capture_find(folder, &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert_eq(capture_find(folder, false, &list, &count, &error), EXIT_FINE, "%s", error.text);
     cr_assert_eq(count, 4); /* they are appended */
     const capture *const a = &list[1], *const b = &list[2];
     cr_expect_str_eq(a->model, "m");
     cr_expect_str_eq(a->sample, "t");
-    cr_expect(a->causal == 0 && a->layer == 0 && a->scale == 0.125 && !a->heads && strcmp(a->sha256, list[3].sha256) == 0);
+    cr_expect(a->causal == 0 && a->layer == -1 && a->scale == 0.125 && !a->heads && strcmp(a->sha256, list[3].sha256) == 0);
     cr_expect_str_eq(b->path, in_folder("b.st"));
     cr_expect_str_eq(b->sha256, SHA_NONE);
     cr_expect(b->layer == INT32_MAX && capture_head(b, 0) == 8 && capture_head(b, 2) == INT32_MAX);
@@ -1709,9 +1712,9 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     file_make("b.st", BYTES("abd"));
     file_make("manifest.json", BYTES("{\"files\": [{\"file\": \"b.st\", \"sha256\": \"" SHA_ABC "\"}]}"));
     const char *const other[] = {"b.st", "ba7816bf8f01", "SHA-256"};
-    cr_expect_eq(capture_find(in_folder("b.st"), &list, &count, &error), EXIT_FILE);
+    cr_expect_eq(capture_find(in_folder("b.st"), false, &list, &count, &error), EXIT_FILE);
     expect_says(&error, "another file", other, 3);
-    cr_expect_eq(capture_find(in_folder("none.st"), &list, &count, &error), EXIT_FILE);
+    cr_expect_eq(capture_find(in_folder("none.st"), false, &list, &count, &error), EXIT_FILE);
     capture_free(list, count); /* what failed too */
     capture_free(NULL, 0);
 }
@@ -1737,7 +1740,7 @@ Test(formats, captures_of_many_bytes, .init = folder_make, .fini = folder_remove
         int64_t count = 0;
         file_error error;
         file_make("a.st", bytes, cases[n].size);
-        cr_assert_eq(capture_find(in_folder("a.st"), &list, &count, &error), EXIT_FINE, "%s", error.text);
+        cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s", error.text);
         cr_expect_str_eq(list->sha256, cases[n].sha, "%zu bytes", cases[n].size);
         capture_free(list, count);
     }

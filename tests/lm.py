@@ -5,6 +5,7 @@ pass in float64, its tokens with the package tokenizers. With the weights of Smo
 path in SPARGE_LM_MODEL) there are some checks more. Ends with "N passed, M failed", and which of those ran.
 """
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -551,9 +552,16 @@ def test_capture():
     dense, tuned = x["rows"]
     check(abs(tuned["perplexity"] / dense["perplexity"] - 1) < 0.2, "tuned thresholds", x["rows"])
     heads = json.loads(read("P.json"))
-    wrong(FILE, ["P.json", "--sink"], "ppl", "m.gguf", "t.npy", "--attention", "P.json")
-    wrong(FILE, ["P.json", "'tiny'", "'mine'"], "ppl", "m.gguf", "t.npy", "--attention", "P.json", "--sink",
-          "--model", "mine")
+    check(heads["model"] == "tiny" and heads["weights_sha256"] == sha256("m.gguf"), "for which weights", heads["model"])
+    again = fine("ppl", "m.gguf", "t.npy", "--attention", "P.json")["rows"][0]
+    check(again["perplexity"] == tuned["perplexity"], "the options that they were tuned with", again, tuned)
+    again = fine("ppl", "m.gguf", "t.npy", "--attention", "P.json", "--model", "mine")["rows"][0]
+    check(again["perplexity"] == tuned["perplexity"], "another name for the same weights", again, tuned)
+    for other in "0" * 64, None:
+        write("other.json", json.dumps({**heads, "weights_sha256": other}))
+        fine("ppl", "m.gguf", "t.npy", "--attention", "other.json")
+        wrong(FILE, ["other.json", "'tiny'", "'mine'"], "ppl", "m.gguf", "t.npy", "--attention", "other.json", "--model",
+              "mine")
     wrong(FILE, ["P.json", "128", "64"], "ppl", "m.gguf", "t.npy", "--attention", "P.json", "--sink", "--block-q", 64)
     # Each head has its own: other ones for one head of one layer change that layer and no earlier one.
     base = dict(dense=False, theta=-1.0, tau=1.0, topk=None, **{"lambda": None})
@@ -1378,6 +1386,21 @@ def test_real_model():
            for n in "qkv"}
     if check(max(off.values()) < 2e-3, "q, k and v of SmolLM2", off):
         ran.append("capture")
+    # The line of README.md, but for its length.
+    committed = os.path.join(ROOT, "experiments", "tune", "model_worst.json")
+    row = fine("ppl", REAL, TEXT, "--length", 256, "--attention", committed)["rows"][0]
+    if check(row["attention"] == "model_worst.json" and row["sparsity"] > 0, "committed thresholds", row):
+        ran.append("thresholds")
+
+
+def test_committed_thresholds():
+    """They say that they are for the weights that get_model.sh fetches, so that its name does not matter."""
+    experiments = os.path.join(ROOT, "experiments")
+    manifest = json.loads(read(os.path.join(experiments, "capture", "smollm2-135m", "manifest.json")))
+    check(manifest["gguf_sha256"] in read(os.path.join(experiments, "capture", "model.py")), "what is fetched", manifest)
+    names = [name for name in glob.glob(os.path.join(experiments, "*", "*.json")) if '"sparge_params"' in read(name)]
+    of_model = [p for p in map(json.loads, map(read, names)) if p["model"] == manifest["model"]]
+    check(len(of_model) >= 8 and {p["weights_sha256"] for p in of_model} == {manifest["gguf_sha256"]}, "whose", names)
 
 
 def what_ran():

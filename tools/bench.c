@@ -3,10 +3,14 @@
 
 #include <math.h>
 #include <stdio.h>
+
+#include "tools/places.h"
+
 enum { MACHINES = BENCH_LIST * BENCH_LIST };
 
 typedef struct bench {
     bench_args args;
+    given_captures given; /* one, or none: synthetic */
     bench_machine machine[MACHINES]; /* [isa][threads] */
     json_t *rows;
     progress watch;
@@ -111,7 +115,10 @@ static exit_code run_inputs(bench *b, const inputs *in, file_error *error)
                 bench_group g = {.args = a, .in = in, .options = machine_options(b, i, t)};
                 g.machine = b->machine[i * BENCH_LIST + t];
                 g.options.causal = (sparge_causal)a->causal.item[c];
-                code = run_group(b, &g, error);
+                if (a->capture)
+                    code = capture_obey(b->given.list, &in->problem, a->causal_given ? option_bit(OPT_CAUSAL) : 0,
+                                        &g.options, error);
+                code = code ? code : run_group(b, &g, error);
                 bench_group_free(&g);
             }
     return code;
@@ -154,6 +161,10 @@ exit_code bench_command(int argc, char **argv, file_error *error)
     bench b = {.args = {.base = {error}}};
     inputs captured = {0};
     exit_code code = bench_parse(argc, argv, &b.args);
+    if (!code && b.args.capture) {
+        const attention_args file = {.file = {b.args.capture}, .ignore_manifest = b.args.ignore_manifest};
+        code = given_file(&file, &b.given, error);
+    }
     if (!code && b.args.capture)
         code = bench_capture(b.args.capture, &captured, error);
     if (!code && b.args.json && !(b.rows = json_array())) {
@@ -164,6 +175,7 @@ exit_code bench_command(int argc, char **argv, file_error *error)
         code = run_all(&b, &captured, error);
     progress_end(&b.watch);
     inputs_free(&captured);
+    given_free(&b.given);
     if (!code && b.args.json)
         code = print_json(b.rows, error);
     else

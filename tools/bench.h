@@ -34,6 +34,7 @@ typedef struct bench_args {
     sparge_knobs knobs;
     bool sink;
     const char *capture; /* q, k and v; NULL: synthetic */
+    bool ignore_manifest, causal_given;
     int64_t repeat;      /* rounds that count */
     bool json, allow_busy;
 } bench_args;

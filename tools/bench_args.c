@@ -11,7 +11,7 @@ enum { MAX_TOKENS = 1 << 24, MAX_HEADS = 1024 };
 
 enum {
     SPARSITY = 768, Q_LEN, DIM, HEADS, MASK_KIND, THREADS, ISA, QK, PV, CAUSAL,
-    CAPTURE, THETA, TAU, TOPK, LAMBDA, SINK, REPEAT, JSON, ALLOW_BUSY, BACKEND,
+    CAPTURE, IGNORE_MANIFEST, THETA, TAU, TOPK, LAMBDA, SINK, REPEAT, JSON, ALLOW_BUSY, BACKEND,
 };
 
 static const struct argp_option bench_options_[] = {
@@ -26,9 +26,10 @@ static const struct argp_option bench_options_[] = {
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
     {"qk", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
     {"pv", PV, "HOW,...", 0, "P.V in int8, int12 or f32 (int8)", 0},
-    {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL, "none, end or start (none; alone: end)", 0},
+    {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL, "none, end or start (none, or as the capture; alone: end)", 0},
     {0, 0, 0, 0, "What is predicted:", 2},
     {"capture", CAPTURE, "QKV.safetensors", 0, "q, k and v of a model instead of synthetic ones", 0},
+    {"ignore-manifest", IGNORE_MANIFEST, 0, 0, "of the capture, which says whether it is causal, and the scale", 0},
     {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
     {"topk", TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
@@ -147,6 +148,7 @@ static error_t finish(struct argp_state *state, bench_args *a)
     default_to(&a->isa, 1, (const double[]){SPARGE_ISA_AUTO});
     default_to(&a->qk, 1, (const double[]){SPARGE_INT8});
     default_to(&a->pv, 1, (const double[]){SPARGE_INT8});
+    a->causal_given = a->causal.count > 0;
     default_to(&a->causal, 1, (const double[]){SPARGE_CAUSAL_NONE});
     return 0;
 }
@@ -171,6 +173,7 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     sparge_knobs *const k = &a->knobs;
     switch (key) {
     case CAPTURE: a->capture = text; return 0;
+    case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
     case THETA: return options_float(state, "--theta", text, -1.0, 1.0, &k->theta);
     case TAU: return options_float(state, "--tau", text, 0.0, 1.0, &k->tau);
     case TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &k->topk);

@@ -1,9 +1,11 @@
 /* capture.c: manifests of captures, and the checksums of their files. */
 #include "tools/capture.h"
 
-#include <openssl/evp.h>
+#include <ctype.h>
+#include <dirent.h>
 #include <inttypes.h>
 #include <math.h>
+#include <openssl/evp.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -68,9 +70,9 @@ static exit_code read_manifest(const char *folder, json_t **out, file_error *err
     if (*out && json_is_object(*out) && json_is_array(json_object_get(*out, "files")))
         return EXIT_FINE;
     if (*out)
-        file_error_set(error, path, "is no manifest: it must be an object with a list 'files'");
+        file_error_set(error, path, "is no manifest: it must be an object with a list 'files'; mend it, or give --ignore-manifest");
     else
-        file_error_set(error, path, "line %d: %s", why.line, why.text);
+        file_error_set(error, path, "line %d: %s; mend it, or give --ignore-manifest", why.line, why.text);
     json_decref(*out);
     *out = NULL;
     return EXIT_FILE;
@@ -119,28 +121,59 @@ static bool is_scale(const json_t *x)
     return json_is_number(x) && json_number_value(x) > 0.0 && isfinite(json_number_value(x));
 }
 
+/* NN of the first 'layerNN' in the name of a file that nothing like a word precedes; -1: there is none. */
+static int64_t layer_in_name(const char *name)
+{
+    for (const char *at = name; (at = strstr(at, "layer")); at++) {
+        char *end;
+        const bool word = at > name && isalnum((unsigned char)at[-1]);
+        const long number = !word && isdigit((unsigned char)at[5]) ? strtol(at + 5, &end, 10) : -1;
+        if (number >= 0 && number <= INT32_MAX)
+            return number;
+    }
+    return -1;
+}
+
+/* A sparge_causal, or -1. */
+static int alignment(const json_t *causal_at)
+{
+    const char *const word = json_string_value(causal_at);
+    return word && strcmp(word, "end") == 0   ? SPARGE_CAUSAL_END
+         : word && strcmp(word, "start") == 0 ? SPARGE_CAUSAL_START
+                                              : -1;
+}
+
+static bool says(const json_t *x) { return x && !json_is_null(x); }
+
 /* What the manifest's entry says, or NULL. */
 static exit_code describe(capture *c, json_t *manifest, const json_t *entry, file_error *error)
 {
     const exit_code code = capture_sha256(c->path, c->sha256, error);
-    c->layer = 0;
     c->causal = -1;
+    c->layer = layer_in_name(basename(c->path));
+    c->layer_named = c->layer >= 0;
     if (code || !entry)
         return code;
     const json_t *const layer = json_object_get(entry, "layer"), *const causal = either(entry, manifest, "causal");
-    const json_t *const scale = either(entry, manifest, "scale");
-    const char *sha, *text, *wrong = NULL;
+    const json_t *const scale = either(entry, manifest, "scale"), *const at = either(entry, manifest, "causal_at");
+    const char *sha, *text, *gguf, *wrong = NULL;
     c->manifest = json_incref(manifest);
     c->heads = json_object_get(entry, "query_heads");
     if (!read_text(manifest, "model", &c->model))
         wrong = "'model' in its manifest is no text";
+    else if (!read_text(manifest, "weights_sha256", &c->weights))
+        wrong = "'weights_sha256' in its manifest is no text";
+    else if (!read_text(manifest, "gguf_sha256", &gguf))
+        wrong = "'gguf_sha256' in its manifest is no text";
     else if (!read_text(manifest, "sample", &c->sample))
         wrong = "'sample' in its manifest is no text";
     else if (!read_text(manifest, "text", &text))
         wrong = "'text' in its manifest is no text";
-    else if (causal && !json_is_boolean(causal) && !json_is_null(causal))
+    else if (says(causal) && !json_is_boolean(causal))
         wrong = "'causal' in its manifest is neither true nor false";
-    else if (scale && !json_is_null(scale) && !is_scale(scale))
+    else if (says(at) && alignment(at) < 0)
+        wrong = "'causal_at' in its manifest is neither end nor start";
+    else if (says(scale) && !is_scale(scale))
         wrong = "'scale' in its manifest is no number above 0";
     else if (layer && !is_number(layer))
         wrong = "'layer' in its manifest is no number";
@@ -153,9 +186,15 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
         return EXIT_FILE;
     }
     c->sample = c->sample ? c->sample : text;
-    c->causal = json_is_boolean(causal) ? json_is_true(causal) : -1;
+    c->weights = c->weights ? c->weights : gguf;
+    c->aligned = says(at);
+    if (says(causal))
+        c->causal = json_is_false(causal) ? SPARGE_CAUSAL_NONE : c->aligned ? alignment(at) : SPARGE_CAUSAL_END;
     c->scale = json_number_value(scale);
-    c->layer = json_integer_value(layer);
+    if (layer) {
+        c->layer = json_integer_value(layer);
+        c->layer_named = false;
+    }
     if (!sha || strcmp(sha, c->sha256) == 0)
         return EXIT_FINE;
     file_error_set(error, c->path, "is not the file that its manifest lists: its SHA-256 is %.12s..., not %.12s...",
@@ -176,8 +215,9 @@ static capture *append(capture **list, int64_t *count, file_error *error)
     return &more[(*count)++];
 }
 
-static exit_code add(const char *folder, const char *name, json_t *manifest, const json_t *entry, capture **list,
-                     int64_t *count, file_error *error)
+/* A file of a folder, whose name begins after `above` characters of its path. */
+static exit_code add(const char *folder, size_t above, const char *name, json_t *manifest, const json_t *entry,
+                     capture **list, int64_t *count, file_error *error)
 {
     capture *const c = append(list, count, error);
     if (!c)
@@ -186,50 +226,93 @@ static exit_code add(const char *folder, const char *name, json_t *manifest, con
         file_error_set(error, name, "its path is too long");
         return EXIT_FILE;
     }
+    c->name = above;
     return describe(c, manifest, entry, error);
 }
 
-static exit_code find_folder(const char *path, capture **list, int64_t *count, file_error *error)
+/* Is this below the folder that lists it? */
+static bool is_below(const char *name)
+{
+    bool ok = *name && *name != '/';
+    for (const char *part = name; part && ok; part = strchr(part, '/'), part += part != NULL)
+        ok = strncmp(part, "..", 2) != 0 || (part[2] && part[2] != '/');
+    return ok;
+}
+
+/* *manifests grows by one where the folder has a manifest. */
+static exit_code find_listed(const char *folder, size_t above, int *manifests, capture **list, int64_t *count,
+                             file_error *error)
 {
     json_t *manifest;
-    exit_code code = read_manifest(path, &manifest, error);
+    exit_code code = read_manifest(folder, &manifest, error);
     const json_t *const files = json_object_get(manifest, "files");
-    if (!code && json_array_size(files) == 0) {
-        file_error_set(error, path, "%s; give the capture's files",
-                       manifest ? "its manifest lists no files" : "has no manifest.json");
-        code = EXIT_FILE;
-    }
+    *manifests += manifest != NULL;
     for (size_t n = 0; n < json_array_size(files) && !code; n++) {
         const json_t *const entry = json_array_get(files, n);
-        code = add(path, name_of(entry), manifest, entry, list, count, error);
+        if (is_below(name_of(entry)))
+            code = add(folder, above, name_of(entry), manifest, entry, list, count, error);
+        else {
+            file_error_set(error, folder, "its manifest lists '%.60s', which is no file in it", name_of(entry));
+            code = EXIT_FILE;
+        }
     }
     json_decref(manifest);
     return code;
 }
 
-static exit_code find_file(const char *path, capture **list, int64_t *count, file_error *error)
+static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+
+static exit_code find_folder(const char *path, capture **list, int64_t *count, file_error *error)
 {
-    const char *const slash = strrchr(path, '/');
+    const int64_t before = *count;
+    const size_t above = strlen(path) + 1;
+    int manifests = 0;
+    exit_code code = find_listed(path, above, &manifests, list, count, error);
+    struct dirent **found = NULL;
+    const int entries = code || manifests ? 0 : scandir(path, &found, NULL, by_name);
+    for (int n = 0; n < entries; n++) {
+        char folder[PATH_MAX];
+        const int length = snprintf(folder, sizeof folder, "%s/%s", path, found[n]->d_name);
+        if (!code && *found[n]->d_name != '.' && length < PATH_MAX)
+            code = find_listed(folder, above, &manifests, list, count, error);
+        free(found[n]);
+    }
+    free(found);
+    if (!code && *count == before) {
+        file_error_set(error, path, "%s; give the capture's files",
+                       manifests ? "its manifest lists no files" : "has no manifest.json, nor has a folder in it");
+        code = EXIT_FILE;
+    }
+    return code;
+}
+
+static exit_code find_file(const char *path, bool alone, capture **list, int64_t *count, file_error *error)
+{
+    const char *const slash = strrchr(path, '/'), *const name = slash ? slash + 1 : path;
     char folder[PATH_MAX] = ".";
     if (slash)
         snprintf(folder, sizeof folder, "%.*s", (int)(slash > path ? slash - path : 1), path);
-    json_t *manifest;
-    exit_code code = read_manifest(folder, &manifest, error);
+    json_t *manifest = NULL;
+    exit_code code = alone ? EXIT_FINE : read_manifest(folder, &manifest, error);
     const json_t *const files = json_object_get(manifest, "files"), *entry = NULL;
     for (size_t n = 0; n < json_array_size(files) && !entry; n++)
-        if (strcmp(name_of(json_array_get(files, n)), slash ? slash + 1 : path) == 0)
+        if (strcmp(name_of(json_array_get(files, n)), name) == 0)
             entry = json_array_get(files, n);
     if (!code)
-        code = add("", path, manifest, entry, list, count, error);
+        code = add("", (size_t)(name - path), path, manifest, entry, list, count, error);
     json_decref(manifest);
     return code;
 }
 
-exit_code capture_find(const char *path, capture **list, int64_t *count, file_error *error)
+exit_code capture_find(const char *path, bool alone, capture **list, int64_t *count, file_error *error)
 {
     struct stat found;
-    const bool folder = stat(path, &found) == 0 && S_ISDIR(found.st_mode);
-    return folder ? find_folder(path, list, count, error) : find_file(path, list, count, error);
+    if (stat(path, &found) != 0 || !S_ISDIR(found.st_mode))
+        return find_file(path, alone, list, count, error);
+    if (!alone)
+        return find_folder(path, list, count, error);
+    file_error_set(error, path, "is a folder, of which its manifest says what is in it; give its files to --ignore-manifest");
+    return EXIT_USAGE;
 }
 
 void capture_free(capture *list, int64_t count)
@@ -239,25 +322,61 @@ void capture_free(capture *list, int64_t count)
     free(list);
 }
 
+const char *capture_name(const capture *c) { return c->path + c->name; }
+
 int64_t capture_head(const capture *c, int64_t h)
 {
     return c->heads ? json_integer_value(json_array_get(c->heads, (size_t)h)) : h;
 }
 
-exit_code capture_check(const capture *c, const sparge_problem *p, const sparge_options *o, file_error *error)
+exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_error *error)
 {
-    const double scale = o->scale != 0.0f ? (double)o->scale : 1.0 / sqrt((double)p->dim);
+    *layer = asked >= 0 ? asked : c->layer;
+    if (*layer == c->layer || c->layer < 0 || c->layer_named)
+        return EXIT_FINE;
+    file_error_set(error, c->path, "is of layer %" PRId64 ", as its manifest says, not of %" PRId64 "; leave out --layer, or "
+                   "give --ignore-manifest", c->layer, asked);
+    return EXIT_FILE;
+}
+
+/* The same to what a float and a text of some digits can hold. */
+static bool near(double a, double b) { return fabs(a / b - 1.0) <= 1e-5; }
+
+exit_code capture_obey(const capture *c, const sparge_problem *p, unsigned given, sparge_options *o, file_error *error)
+{
+    static const char *const ends[] = {"", "end", "start"};
+    const double usual = 1.0 / sqrt((double)p->dim);
+    if (c->causal >= 0 && !(given & option_bit(OPT_CAUSAL)))
+        o->causal = (sparge_causal)c->causal;
+    if (c->scale != 0.0 && !(given & option_bit(OPT_SCALE)))
+        o->scale = near(c->scale, usual) ? 0.0f : (float)c->scale;
+    const double scale = o->scale != 0.0f ? (double)o->scale : usual;
+    const bool causal = o->causal != SPARGE_CAUSAL_NONE;
     if (c->heads && (int64_t)json_array_size(c->heads) != p->heads)
         file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu", p->heads,
                        json_array_size(c->heads));
-    else if (c->causal >= 0 && c->causal != (o->causal != SPARGE_CAUSAL_NONE))
-        file_error_set(error, c->path, c->causal ? "is of a causal model, as its manifest says; give --causal"
-                                                 : "is of a model that is not causal, as its manifest says; "
-                                                   "leave out --causal");
-    else if (c->scale != 0.0 && fabs(c->scale / scale - 1.0) > 1e-5)
+    else if (c->causal >= 0 && causal != (c->causal != SPARGE_CAUSAL_NONE))
+        file_error_set(error, c->path, causal ? "is of a model that is not causal, as its manifest says; leave out --causal, "
+                                                "or give --ignore-manifest"
+                                              : "is of a causal model, as its manifest says; give --causal, or "
+                                                "--ignore-manifest");
+    else if (causal && c->aligned && p->q_len != p->k_len && (int)o->causal != c->causal)
+        file_error_set(error, c->path, "is causal from the %s, as its manifest says; give --causal=%s, or "
+                       "--ignore-manifest", ends[c->causal], ends[c->causal]);
+    else if (c->scale != 0.0 && !near(c->scale, scale))
         file_error_set(error, c->path, "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; give "
-                       "--scale %.9g", c->scale, scale, c->scale);
+                       "--scale %.9g, or --ignore-manifest", c->scale, scale, c->scale);
     else
         return EXIT_FINE;
     return EXIT_FILE;
+}
+
+json_t *capture_json(const capture *c)
+{
+    if (!c->manifest)
+        return json_null();
+    return json_pack("{s:s?, s:s?, s:o, s:o, s:o}", "model", c->model, "sample", c->sample, "layer",
+                     c->layer >= 0 && !c->layer_named ? json_integer(c->layer) : json_null(), "causal",
+                     c->causal >= 0 ? json_boolean(c->causal) : json_null(), "scale",
+                     c->scale != 0.0 ? json_rounded(c->scale, 9) : json_null());
 }

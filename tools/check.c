@@ -10,7 +10,9 @@
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/judge.h"
+#include "tools/places.h"
 #include "tools/progress.h"
+#include "tools/settle.h"
 
 typedef struct check_args {
     options_base base;
@@ -33,7 +35,7 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
 {
     check_args *const a = state->input;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case OUTPUT: a->o = text; return 0;
     case LSE: a->lse = text; return 0;
     case MASK: a->mask = text; return 0;
@@ -51,7 +53,7 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child check_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp_child check_children[] = {{&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp check_argp = {
     .options = check_options,
     .parser = check_parser,
@@ -72,7 +74,9 @@ typedef struct answer {
 typedef struct check {
     check_args args;
     sparge_options options;
+    given_captures given;
     inputs in;
+    settled settled;
     array_type type; /* of O in its file */
     answer got;      /* what is judged; its lse may be empty */
     sparge_mask mask, predicted; /* no bits where it was dense */
@@ -93,8 +97,13 @@ static const char *want_name(const check *c)
 
 static exit_code read_files(check *c, file_error *error)
 {
-    exit_code code = inputs_read(&c->args.attention, true, &c->in, error);
+    const attention_args *const a = &c->args.attention;
+    exit_code code = given_file(a, &c->given, error);
     sparge_error why;
+    if (!code)
+        code = inputs_read(a, true, &c->in, error);
+    if (!code)
+        code = settle(a, c->given.list, &c->in.problem, &c->options, &c->settled, error);
     if (!code)
         code = library_result(sparge_options_resolve(&c->in.problem, &c->options, &why), &why, error);
     if (!code)
@@ -305,6 +314,7 @@ static exit_code report(check *c, file_error *error)
         (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v, "block_q",
         (json_int_t)c->options.block_q, "block_k", (json_int_t)c->options.block_k, "causal",
         options_causals[c->options.causal]);
+    json = json_joined(json, settled_json(&c->settled));
     json = json_joined(json, compare_json(&o.c, &c->got.o));
     json = json_joined(json, json_pack("{s:o, s:o}", "baseline_worst_row_l1", json_number(o.honest), "max_worst",
                                        json_number(o.bound)));
@@ -357,5 +367,7 @@ exit_code check_command(int argc, char **argv, file_error *error)
     sparge_mask_free(&c.mask);
     sparge_mask_free(&c.predicted);
     inputs_free(&c.in);
+    settled_free(&c.settled);
+    given_free(&c.given);
     return code;
 }

@@ -10,7 +10,9 @@
 #include "tools/judge.h"
 #include "tools/npy.h"
 #include "tools/picture.h"
+#include "tools/places.h"
 #include "tools/progress.h"
+#include "tools/settle.h"
 
 enum { MAP_OUT = 512 };
 
@@ -29,56 +31,77 @@ static error_t map_parser(int key, char *text, struct argp_state *state)
 {
     map_args *const a = state->input;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case MAP_OUT: a->numbers = text; return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child map_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp_child map_children[] = {{&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp map_argp = {
     .options = map_options,
     .parser = map_parser,
     .children = map_children,
-    .args_doc = "-o MAP.png Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors",
+    .args_doc = "-o MAP.png Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
     .doc = "A picture of the attention between blocks and of the mask that is predicted for it; "
-           "with V and --lambda also of what lambda drops.",
+           "with V and --lambda also of what lambda drops.\v"
+           "Of a folder of captures, as sparge tune takes it, there is a picture of each file, in a folder too.",
 };
 
+/* Of one capture. */
 typedef struct map {
     map_args args;
+    const capture *capture;
     sparge_options options;
     inputs in;
+    settled settled;
     sparge_mask mask;
     sparge_counts *counts;     /* [heads] */
     array mass, keep, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, f32 */
     array o;
     char (*titles)[HEAD_TITLE];
-    char title[160], subtitle[160];
+    char title[160], subtitle[256];
     picture picture;
 } map;
 
 /* ---- The steps, in their order ---- */
 
-static exit_code read_files(map *m, file_error *error)
+/* Is there a lambda to draw? */
+static bool asks_lambda(const attention_args *a)
 {
-    const attention_args *const a = &m->args.attention;
-    const float plain = sparge_options_default(m->options.rules).knobs.lambda;
-    const bool asks_lambda = m->options.knobs.lambda != plain;
+    return a->params || a->options.knobs.lambda != sparge_options_default(a->options.rules).knobs.lambda;
+}
+
+static exit_code check_args(const attention_args *a, file_error *error)
+{
     if (!a->files || !a->output) {
         file_error_set(error, NULL, "map needs %s; see 'sparge map --help'",
                        a->files ? "-o, the name of the picture" : "the files of q and k");
         return EXIT_USAGE;
     }
-    if (a->files == 2 && asks_lambda) {
-        file_error_set(error, NULL, "--lambda needs the file of v too, to show what it drops");
+    if (a->files == 2 && asks_lambda(a)) {
+        file_error_set(error, NULL, "%s needs the file of v too, to show what lambda drops",
+                       a->params ? "--params" : "--lambda");
         return EXIT_USAGE;
     }
+    return EXIT_FINE;
+}
+
+static exit_code read_files(map *m, file_error *error)
+{
+    const attention_args *const a = &m->args.attention;
     exit_code code = inputs_spare(a->output, a->file, 3, error);
     if (!code)
         code = inputs_spare(m->args.numbers, a->file, 3, error);
-    return code ? code : inputs_read(a, asks_lambda, &m->in, error);
+    if (!code)
+        code = inputs_read(a, asks_lambda(a), &m->in, error);
+    return code ? code : settle(a, m->capture, &m->in.problem, &m->options, &m->settled, error);
+}
+
+static const sparge_knobs *knobs_of(const map *m, int64_t head)
+{
+    return m->options.per_head ? &m->options.per_head[head] : &m->options.knobs;
 }
 
 /* The picture before there is anything on it: does it fit? */
@@ -94,8 +117,9 @@ static exit_code plan(map *m, file_error *error)
     m->picture = (picture){
         .heads = p->batch * p->heads, .rows = m->mask.q_blocks, .columns = m->mask.k_blocks,
         .block_q = o->block_q, .block_k = o->block_k,
-        .lambda = p->v.data && isfinite(o->knobs.lambda),
     };
+    for (int64_t h = 0; h < p->heads && p->v.data; h++)
+        m->picture.lambda |= isfinite(knobs_of(m, h)->lambda);
     int64_t width, height;
     if (picture_size(&m->picture, &width, &height))
         return EXIT_FINE;
@@ -143,6 +167,22 @@ static exit_code compute(map *m, file_error *error)
     return mask_array(&m->mask, p, o, &m->keep, error) ? EXIT_FINE : EXIT_MACHINE;
 }
 
+static void describe_thresholds(const map *m, char text[128])
+{
+    const sparge_knobs *const k = &m->options.knobs;
+    char tau[32] = "", topk[32] = "", lambda[32] = "";
+    if (k->tau != SPARGE_OFF)
+        snprintf(tau, sizeof tau, ", τ %g", (double)k->tau);
+    if (k->topk != SPARGE_OFF)
+        snprintf(topk, sizeof topk, ", topk %g", (double)k->topk);
+    if (m->picture.lambda)
+        snprintf(lambda, sizeof lambda, ", λ %g", (double)k->lambda);
+    if (m->options.per_head)
+        snprintf(text, 128, "thresholds tuned for layer %lld", (long long)m->settled.layer);
+    else
+        snprintf(text, 128, "θ %g%s%s%s", (double)k->theta, tau, topk, lambda);
+}
+
 /* Of each block what is drawn, of each head its title. */
 static exit_code describe(map *m, file_error *error)
 {
@@ -179,7 +219,7 @@ static exit_code describe(map *m, file_error *error)
         if (!isnan(r.share))
             snprintf(keeps, sizeof keeps, "keeps %.1f %% of the attention", 100.0 * r.share);
         snprintf(m->titles[n], HEAD_TITLE, "%shead %lld: sparsity %.3f, %s", batch,
-                 (long long)(n % p->heads), sparge_sparsity(c), keeps);
+                 (long long)capture_head(m->capture, n % p->heads), sparge_sparsity(c), keeps);
     }
     if (not_finite)
         fprintf(stderr, "sparge: %lld of %lld blocks have attention that is not a number: q or k is not finite "
@@ -188,16 +228,10 @@ static exit_code describe(map *m, file_error *error)
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
              (long long)p->k_len, m->picture.heads ? sum / (double)m->picture.heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};
-    char tau[32] = "", topk[32] = "", lambda[32] = "";
-    if (o->knobs.tau != SPARGE_OFF)
-        snprintf(tau, sizeof tau, ", τ %g", (double)o->knobs.tau);
-    if (o->knobs.topk != SPARGE_OFF)
-        snprintf(topk, sizeof topk, ", topk %g", (double)o->knobs.topk);
-    if (m->picture.lambda)
-        snprintf(lambda, sizeof lambda, ", λ %g", (double)o->knobs.lambda);
-    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, θ %g%s%s%s%s",
-             causal[o->causal], (long long)o->block_q, (long long)o->block_k,
-             (double)o->knobs.theta, tau, topk, lambda, o->sink ? ", sink" : "");
+    char thresholds[128];
+    describe_thresholds(m, thresholds);
+    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, %s%s", causal[o->causal],
+             (long long)o->block_q, (long long)o->block_k, thresholds, o->sink ? ", sink" : "");
     m->picture.mass = m->mass.data;
     m->picture.done = m->pv_done.data;
     m->picture.title = m->title;
@@ -240,16 +274,16 @@ static exit_code write_files(map *m, file_error *error)
     return to.reason ? EXIT_FILE : EXIT_MACHINE;
 }
 
-exit_code map_command(int argc, char **argv, file_error *error)
+static exit_code map_capture(const map_args *args, const capture *c, file_error *error)
 {
     static exit_code (*const steps[])(map *, file_error *) = {
         read_files, plan, compute, describe, write_files,
     };
-    map m = {.args = {.base = {error}}};
-    exit_code code = attention_parse(&map_argp, argc, argv, &m.args.base, &m.args.attention);
-    m.options = m.args.attention.options;
+    map m = {.args = *args, .capture = c, .options = args->attention.options};
+    exit_code code = EXIT_FINE;
     for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
         code = steps[n](&m, error);
+    outputs_discard();
     free(m.counts);
     free(m.titles);
     array_free(&m.mass);
@@ -258,5 +292,32 @@ exit_code map_command(int argc, char **argv, file_error *error)
     array_free(&m.o);
     sparge_mask_free(&m.mask);
     inputs_free(&m.in);
+    settled_free(&m.settled);
+    return code;
+}
+
+static exit_code map_listed(const map_args *args, const capture *c, file_error *error)
+{
+    map_args one = *args;
+    char drawing[PATH_MAX], numbers[PATH_MAX];
+    one.attention.file[0] = c->path;
+    exit_code code = place_output(&one.attention.output, c, ".png", drawing, error);
+    if (!code)
+        code = place_output(&one.numbers, c, ".npy", numbers, error);
+    return code ? code : map_capture(&one, c, error);
+}
+
+exit_code map_command(int argc, char **argv, file_error *error)
+{
+    map_args args = {.base = {error}};
+    given_captures given = {0};
+    exit_code code = attention_parse(&map_argp, argc, argv, &args.base, &args.attention);
+    if (!code)
+        code = check_args(&args.attention, error);
+    if (!code)
+        code = given_find(&args.attention, &given, error);
+    for (int64_t n = 0; n < given.count && !code; n++)
+        code = given.folder ? map_listed(&args, &given.list[n], error) : map_capture(&args, given.list, error);
+    given_free(&given);
     return code;
 }

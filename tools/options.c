@@ -260,7 +260,7 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT:
         *a = (attention_args){
-            .base = a->base, .options = sparge_options_default(a->rules), .rules = a->rules,
+            .base = a->base, .options = sparge_options_default(a->rules), .rules = a->rules, .layer = -1,
         };
         return 0;
     case ARGP_KEY_ARG:
@@ -297,6 +297,49 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
         return key >= OPT_CAUSAL && key <= OPT_LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;
     }
 }
+
+enum { LAYER = 300, IGNORE_MANIFEST, PARAMS };
+
+static error_t manifest_parser(int key, char *text, struct argp_state *state)
+{
+    attention_args *const a = state->input;
+    switch (key) {
+    case LAYER: return options_whole(state, "--layer", text, 0, INT32_MAX, &a->layer);
+    case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static error_t params_parser(int key, char *text, struct argp_state *state)
+{
+    attention_args *const a = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT: state->child_inputs[0] = a; return 0;
+    case PARAMS: a->params = text; return 0;
+    case ARGP_KEY_END:
+        if (a->params && (a->given & option_bits(OPT_THETA, OPT_LAMBDA)))
+            return options_wrong(state, "--params has the thresholds: leave out those given here");
+        if (a->layer >= 0 && !a->params)
+            return options_wrong(state, "--layer needs --params");
+        return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static const struct argp_option manifest_options[] = {
+    {"layer", LAYER, "N", 0, "of the files, where neither a manifest nor 'layerN' in their names says it", 1},
+    {"ignore-manifest", IGNORE_MANIFEST, 0, 0, "as if there were no manifest.json beside a file", 4},
+    {0},
+};
+const struct argp manifest_argp = {.options = manifest_options, .parser = manifest_parser};
+
+static const struct argp_option params_options[] = {
+    {"params", PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head, and the options that they were "
+     "tuned with", 1},
+    {0},
+};
+static const struct argp_child params_children[] = {{&manifest_argp, 0, NULL, 0}, {0}};
+const struct argp params_argp = {.options = params_options, .parser = params_parser, .children = params_children};
 
 exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,
                           attention_args *args)

@@ -48,6 +48,7 @@ enum {
 /* A set of them has a bit for each. */
 static inline unsigned option_bit(int key) { return 1u << (key - OPT_THETA); }
 static inline unsigned option_bits(int first, int last) { return 2 * option_bit(last) - option_bit(first); }
+static inline unsigned options_all(void) { return option_bits(OPT_THETA, OPT_LAYOUT); }
 
 typedef struct attention_args {
     options_base base;
@@ -57,11 +58,18 @@ typedef struct attention_args {
     const char *file[3]; /* q, k, v; or one that holds them all */
     int files;
     const char *output;
-    sparge_rules rules;  /* while parsing */
+    /* Of manifest_options and params_options: */
+    const char *params;   /* thresholds for every head */
+    int64_t layer;        /* -1: not given */
+    bool ignore_manifest;
+    sparge_rules rules;   /* while parsing */
 } attention_args;
 
 extern const struct argp_option attention_options[];
 error_t attention_parser(int key, char *text, struct argp_state *state); /* input: attention_args */
+
+/* Beside them, of the same input: --layer and --ignore-manifest; and those with --params. */
+extern const struct argp manifest_argp, params_argp;
 
 /* As options_parse, where `args` is what attention_parser fills in: --rules counts from the start,
  * wherever it stands. */

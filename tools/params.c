@@ -54,15 +54,24 @@ static bool read_float(const reader *r, const char *key, double low, double high
     return json_is_null(x) || (json_is_number(x) && *to >= (float)low && *to <= (float)high) || wrong(r, key, must);
 }
 
-static bool read_causal(const reader *r, sparge_causal *to)
+/* The place of a word in a list of three that ends with NULL. */
+static bool read_word(const reader *r, const char *key, const char *const *words, int *to)
 {
-    const char *const word = json_string_value(json_object_get(r->object, "causal"));
-    for (int n = 0; word && options_causals[n]; n++)
-        if (strcmp(word, options_causals[n]) == 0) {
-            *to = (sparge_causal)n;
+    const char *const word = json_string_value(json_object_get(r->object, key));
+    char must[80];
+    for (*to = 0; word && words[*to]; ++*to)
+        if (strcmp(word, words[*to]) == 0)
             return true;
-        }
-    return wrong(r, "causal", "none, end or start");
+    snprintf(must, sizeof must, "%s, %s or %s", words[0], words[1], words[2]);
+    return wrong(r, key, must);
+}
+
+/* null, or nothing, stands for NULL. */
+static bool read_text(const reader *r, const char *key, const char **to)
+{
+    const json_t *const x = json_object_get(r->object, key);
+    *to = json_string_value(x);
+    return !x || json_is_null(x) || *to || wrong(r, key, "a text, or null");
 }
 
 static bool read_head(reader *r, params_head *to)
@@ -112,14 +121,21 @@ static bool read_all(reader *r, params *out)
 {
     const json_t *const model = json_object_get(out->json, "model");
     int64_t format;
+    int causal = 0, rules = SPARGE_RULES_DEFAULT;
     r->object = out->json;
     out->model = json_string_value(model);
-    return read_whole(r, "sparge_params", FORMAT, FORMAT, &format) &&
-           (json_is_string(model) || json_is_null(model) || wrong(r, "model", "a name, or null")) &&
-           read_whole(r, "block_q", 1, 1024, &out->block_q) && read_whole(r, "block_k", 1, 1024, &out->block_k) &&
-           read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) && read_causal(r, &out->causal) &&
-           read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
-           read_float(r, "scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &out->scale) && read_heads(r, out);
+    const bool ok =
+        read_whole(r, "sparge_params", FORMAT, FORMAT, &format) &&
+        (json_is_string(model) || json_is_null(model) || wrong(r, "model", "a name, or null")) &&
+        read_text(r, "weights_sha256", &out->weights) &&
+        (!json_object_get(out->json, "rules") || read_word(r, "rules", options_rules, &rules)) &&
+        read_whole(r, "block_q", 1, 1024, &out->block_q) && read_whole(r, "block_k", 1, 1024, &out->block_k) &&
+        read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) && read_word(r, "causal", options_causals, &causal) &&
+        read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
+        read_float(r, "scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &out->scale) && read_heads(r, out);
+    out->causal = (sparge_causal)causal;
+    out->rules = (sparge_rules)rules;
+    return ok;
 }
 
 exit_code params_read_memory(const char *text, size_t size, const char *name, params *out, file_error *error)
@@ -170,51 +186,72 @@ exit_code params_find(const params *p, const char *name, int64_t layer, int64_t 
     return found ? EXIT_FINE : EXIT_FILE;
 }
 
-/* As the library takes them under the default rules. */
+/* As the library takes them. */
 static int64_t skip_rows_of(const sparge_options *o)
 {
-    const int64_t rows = o->skip_rows ? o->skip_rows : 64;
+    const int64_t ruled = o->rules == SPARGE_RULES_DEFAULT ? 64
+                        : o->rules == SPARGE_RULES_PAPER   ? (o->block_q + 3) / 4
+                                                           : o->block_q;
+    const int64_t rows = o->skip_rows ? o->skip_rows : ruled;
     return rows < o->block_q ? rows : o->block_q;
 }
 
-exit_code params_check(const params *p, const char *name, const char *model, const sparge_options *o,
-                       file_error *error)
+exit_code params_model(const params *p, const char *name, const char *model, const char *weights, file_error *error)
 {
-    const struct {
-        const char *what;
-        int64_t theirs, ours;
-    } same[] = {
-        {"blocks of %" PRId64 " queries, not %" PRId64, p->block_q, o->block_q},
-        {"blocks of %" PRId64 " keys, not %" PRId64, p->block_k, o->block_k},
-        {"skip-rows %" PRId64 ", not %" PRId64, p->skip_rows, skip_rows_of(o)},
-    };
-    if (p->model && model && strcmp(p->model, model) != 0) {
-        file_error_set(error, name, "is for the model '%.60s', not for '%.60s'", p->model, model);
-        return EXIT_FILE;
-    }
-    for (size_t n = 0; n < sizeof same / sizeof *same; n++)
-        if (same[n].theirs != same[n].ours) {
-            char text[120];
-            snprintf(text, sizeof text, same[n].what, same[n].theirs, same[n].ours);
-            file_error_set(error, name, "is for %s; run with what it was tuned for", text);
-            return EXIT_FILE;
-        }
-    const char *unlike = NULL;
-    if (p->causal != o->causal)
-        unlike = p->causal == SPARGE_CAUSAL_NONE ? "without --causal"
-               : p->causal == SPARGE_CAUSAL_END  ? "with --causal"
-                                                 : "with --causal=start";
+    const bool same = p->weights && weights && strcmp(p->weights, weights) == 0;
+    if (same || !p->model || !model || strcmp(p->model, model) == 0)
+        return EXIT_FINE;
+    file_error_set(error, name, "is for the model '%.60s', not for '%.60s'", p->model, model);
+    return EXIT_FILE;
+}
+
+/* What is not given. */
+static void take(const params *p, unsigned given, sparge_options *o)
+{
+    if (!(given & option_bit(OPT_RULES)))
+        o->rules = p->rules;
+    if (!(given & option_bit(OPT_BLOCK_Q)))
+        o->block_q = p->block_q;
+    if (!(given & option_bit(OPT_BLOCK_K)))
+        o->block_k = p->block_k;
+    if (!(given & option_bit(OPT_SKIP_ROWS)))
+        o->skip_rows = p->skip_rows;
+    if (!(given & option_bit(OPT_CAUSAL)))
+        o->causal = p->causal;
+    if (!(given & option_bit(OPT_NO_SMOOTH_K)))
+        o->smooth_k = p->smooth_k;
+    if (!(given & option_bit(OPT_SINK)))
+        o->sink = p->sink;
+    if (!(given & option_bit(OPT_SCALE)))
+        o->scale = p->scale;
+}
+
+exit_code params_obey(const params *p, const char *name, unsigned given, sparge_options *o, file_error *error)
+{
+    char how[96] = "";
+    take(p, given, o);
+    if (p->rules != o->rules)
+        snprintf(how, sizeof how, "under --rules %s", options_rules[p->rules]);
+    else if (p->block_q != o->block_q)
+        snprintf(how, sizeof how, "for blocks of %" PRId64 " queries, not %" PRId64, p->block_q, o->block_q);
+    else if (p->block_k != o->block_k)
+        snprintf(how, sizeof how, "for blocks of %" PRId64 " keys, not %" PRId64, p->block_k, o->block_k);
+    else if (p->skip_rows != skip_rows_of(o))
+        snprintf(how, sizeof how, "for skip-rows %" PRId64 ", not %" PRId64, p->skip_rows, skip_rows_of(o));
+    else if (p->causal != o->causal && p->causal == SPARGE_CAUSAL_NONE)
+        snprintf(how, sizeof how, "without --causal");
+    else if (p->causal != o->causal)
+        snprintf(how, sizeof how, "with --causal=%s", options_causals[p->causal]);
     else if (p->sink != o->sink)
-        unlike = p->sink ? "with --sink" : "without --sink";
+        snprintf(how, sizeof how, "%s --sink", p->sink ? "with" : "without");
     else if (p->smooth_k != o->smooth_k)
-        unlike = p->smooth_k ? "without --no-smooth-k" : "with --no-smooth-k";
+        snprintf(how, sizeof how, "%s --no-smooth-k", p->smooth_k ? "without" : "with");
     else if (p->scale != o->scale)
-        unlike = "with another --scale";
-    else if (o->rules != SPARGE_RULES_DEFAULT)
-        unlike = "under the default --rules";
-    if (unlike)
-        file_error_set(error, name, "was tuned %s; run so too", unlike);
-    return unlike ? EXIT_FILE : EXIT_FINE;
+        snprintf(how, sizeof how, "with another --scale");
+    if (!*how)
+        return EXIT_FINE;
+    file_error_set(error, name, "was tuned %s; run so too", how);
+    return EXIT_FILE;
 }
 
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
@@ -222,9 +259,12 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
 {
     params p;
     file_error why;
+    sparge_options same = *options;
     exit_code code = params_read(path, &p, &why);
     if (!code)
-        code = params_check(&p, path, model, options, &why);
+        code = params_model(&p, path, model, NULL, &why);
+    if (!code)
+        code = params_obey(&p, path, options_all(), &same, &why);
     for (int64_t h = 0; h < heads && !code; h++)
         code = params_find(&p, path, layer, h, &knobs[h], &why);
     params_free(&p);
@@ -235,32 +275,20 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
 
 /* ---- Writing ---- */
 
-/* The shortest decimal that is this float. */
-static json_t *threshold(float x)
+json_t *params_header(const char *model, const char *weights, const sparge_options *o)
 {
-    for (int digits = 1; digits < 9 && isfinite(x); digits++) {
-        char text[40];
-        snprintf(text, sizeof text, "%.*g", digits, (double)x);
-        if (strtof(text, NULL) == x)
-            return json_real(strtod(text, NULL));
-    }
-    return json_rounded((double)x, 9);
-}
-
-json_t *params_header(const char *model, const sparge_options *o)
-{
-    return json_pack("{s:i, s:s, s:s?, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "sparge_params", FORMAT,
-                     "version", SPARGE_VERSION, "model", model, "qk", options_precisions[o->qk], "pv",
-                     options_precisions[o->pv], "block_q", (json_int_t)o->block_q, "block_k",
-                     (json_int_t)o->block_k, "skip_rows", (json_int_t)skip_rows_of(o), "causal",
-                     options_causals[o->causal], "smooth_k", o->smooth_k, "sink", o->sink, "scale",
-                     o->scale > 0.0f ? threshold(o->scale) : json_null());
+    return json_pack("{s:i, s:s, s:s?, s:s?, s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "sparge_params", FORMAT,
+                     "version", SPARGE_VERSION, "model", model, "weights_sha256", weights, "rules",
+                     options_rules[o->rules], "qk", options_precisions[o->qk], "pv", options_precisions[o->pv],
+                     "block_q", (json_int_t)o->block_q, "block_k", (json_int_t)o->block_k, "skip_rows",
+                     (json_int_t)skip_rows_of(o), "causal", options_causals[o->causal], "smooth_k", o->smooth_k,
+                     "sink", o->sink, "scale", o->scale > 0.0f ? json_float(o->scale) : json_null());
 }
 
 json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *k)
 {
     return json_pack("{s:I, s:I, s:b, s:o, s:o, s:o, s:o}", "layer", (json_int_t)layer, "head",
-                     (json_int_t)head, "dense", dense, "theta", threshold(k->theta), "tau",
-                     k->tau == SPARGE_OFF ? json_null() : threshold(k->tau), "topk",
-                     k->topk == SPARGE_OFF ? json_null() : threshold(k->topk), "lambda", threshold(k->lambda));
+                     (json_int_t)head, "dense", dense, "theta", json_float(k->theta), "tau",
+                     k->tau == SPARGE_OFF ? json_null() : json_float(k->tau), "topk",
+                     k->topk == SPARGE_OFF ? json_null() : json_float(k->topk), "lambda", json_float(k->lambda));
 }

@@ -3,7 +3,7 @@
 #ifndef SPARGE_TOOLS_PARAMS_H
 #define SPARGE_TOOLS_PARAMS_H
 
-#include "tools/program.h"
+#include "tools/options.h"
 
 typedef struct params_head {
     int64_t layer, head;
@@ -12,7 +12,8 @@ typedef struct params_head {
 
 typedef struct params {
     json_t *json; /* the whole */
-    const char *model; /* NULL: not said */
+    const char *model, *weights; /* NULL: not said; weights: the SHA-256 of their file */
+    sparge_rules rules;
     int64_t block_q, block_k, skip_rows;
     sparge_causal causal;
     bool smooth_k, sink;
@@ -30,12 +31,15 @@ void params_free(params *p);
 exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head, sparge_knobs *to,
                       file_error *error);
 
-/* Are these thresholds for a model of this name (NULL: unknown) under these options? name: of the file. */
-exit_code params_check(const params *p, const char *name, const char *model, const sparge_options *o,
-                       file_error *error);
+/* Are these thresholds for a model of this name, or with these weights? NULL: unknown. name: of the file. */
+exit_code params_model(const params *p, const char *name, const char *model, const char *weights, file_error *error);
+
+/* Attention as these thresholds were tuned for: rules, blocks, skip-rows, causality, smoothing, sink and scale, where they
+ * are not given; an error where they are given and are something else. */
+exit_code params_obey(const params *p, const char *name, unsigned given, sparge_options *o, file_error *error);
 
 /* What a file says of itself before its heads, for these options; NULL: no memory. */
-json_t *params_header(const char *model, const sparge_options *o);
+json_t *params_header(const char *model, const char *weights, const sparge_options *o);
 
 /* A head's line begins so; NULL: no memory. Thresholds are the shortest decimals that are these floats. */
 json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs);

@@ -62,6 +62,12 @@ exit_code print_json(json_t *object, file_error *error)
     return flush_stdout(error);
 }
 
+json_t *json_text(const char *bytes)
+{
+    json_t *const text = json_string(bytes);
+    return text ? text : json_null();
+}
+
 json_t *json_rounded(double x, int digits)
 {
     char text[40];
@@ -69,6 +75,17 @@ json_t *json_rounded(double x, int digits)
         return json_null();
     snprintf(text, sizeof text, "%.*g", digits, x);
     return json_real(strtod(text, NULL));
+}
+
+json_t *json_float(float x)
+{
+    for (int digits = 1; digits < 9 && isfinite(x); digits++) {
+        char text[40];
+        snprintf(text, sizeof text, "%.*g", digits, (double)x);
+        if (strtof(text, NULL) == x)
+            return json_real(strtod(text, NULL));
+    }
+    return json_rounded((double)x, 9);
 }
 
 json_t *json_joined(json_t *to, json_t *more)

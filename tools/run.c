@@ -2,30 +2,27 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
-#include "tools/capture.h"
 #include "tools/compare.h"
 #include "tools/device.h"
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/npy.h"
-#include "tools/params.h"
+#include "tools/places.h"
 #include "tools/progress.h"
+#include "tools/settle.h"
 
 typedef struct run_args {
     options_base base;
     attention_args attention;
-    const char *mask, *params, *mask_out, *lse_out, *dump;
-    int64_t layer; /* -1: as the manifest says */
+    const char *mask, *mask_out, *lse_out, *dump;
     bool dense, check;
 } run_args;
 
-enum { MASK = 512, PARAMS, LAYER, MASK_OUT, LSE_OUT, DUMP, DENSE, CHECK };
+enum { MASK = 512, MASK_OUT, LSE_OUT, DUMP, DENSE, CHECK };
 
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
     {"mask", MASK, "M.npy", 0, "this mask instead of a predicted one, [B,H,q blocks,k blocks]", 1},
-    {"params", PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head", 1},
-    {"layer", LAYER, "N", 0, "the layer of --params, where no manifest says it", 1},
     {"mask-out", MASK_OUT, "M.npy", 0, "write the mask", 4},
     {"lse-out", LSE_OUT, "L.npy", 0, "write the log-sum-exp, [B,H,N]", 4},
     {"dump", DUMP, "DIR", 0, "write every stage of the algorithm", 4},
@@ -37,10 +34,8 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
 {
     run_args *const a = state->input;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case MASK: a->mask = text; return 0;
-    case PARAMS: a->params = text; return 0;
-    case LAYER: return options_whole(state, "--layer", text, 0, INT32_MAX, &a->layer);
     case MASK_OUT: a->mask_out = text; return 0;
     case LSE_OUT: a->lse_out = text; return 0;
     case DUMP: a->dump = text; return 0;
@@ -48,14 +43,10 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     case CHECK: a->check = true; return 0;
     case ARGP_KEY_END:
         if (a->attention.files != 1 && a->attention.files != 3)
-            return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
+            return options_wrong(state, "give the files of q, k and v, or one .safetensors of all, or a folder of those");
         if (a->dense && a->mask)
             return options_wrong(state, "--dense and --mask exclude each other");
-        if (a->params && (a->attention.given & option_bits(OPT_THETA, OPT_LAMBDA)))
-            return options_wrong(state, "--params has the thresholds: leave out those given here");
-        if (a->layer >= 0 && !a->params)
-            return options_wrong(state, "--layer needs --params");
-        if (a->dense && a->params)
+        if (a->dense && a->attention.params)
             return options_wrong(state, "--dense and --params exclude each other");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
@@ -63,20 +54,24 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child run_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp_child run_children[] = {{&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp run_argp = {
     .options = run_options,
     .parser = run_parser,
-    .args_doc = "Q.npy K.npy V.npy\nQKV.safetensors",
-    .doc = "Attention over files of float16, 32 or 64, with its counters as JSON on stdout.",
+    .args_doc = "Q.npy K.npy V.npy\nQKV.safetensors\nFOLDER",
+    .doc = "Attention over files of float16, 32 or 64, with its counters as JSON on stdout.\v"
+           "Of a folder of captures, as sparge tune takes it, each file is run in turn, and whatever is read or written "
+           "beside them is a folder too, where it has the name of the capture.",
     .children = run_children,
 };
 
+/* Of one capture. */
 typedef struct run {
     run_args args;
+    const capture *capture;
     sparge_options options;
     inputs in;
-    sparge_knobs *per_head; /* of --params */
+    settled settled;
     sparge_mask mask; /* no bits when dense */
     dump dump;        /* of the mask and of o too when there is no --dump */
     array lse;
@@ -84,6 +79,7 @@ typedef struct run {
     sparge_result result;
     double seconds;          /* of the call */
     comparison real, masked; /* distance to dense attention, and over the same mask */
+    json_t *rows;            /* of a folder of captures; NULL: there is but one */
 } run;
 
 /* ---- The steps, in their order ---- */
@@ -103,39 +99,10 @@ static exit_code read_files(run *r, file_error *error)
     }
     if (!code)
         code = inputs_read(a, true, &r->in, error);
+    if (!code)
+        code = settle(a, r->capture, &r->in.problem, &r->options, &r->settled, error);
     if (!code && r->args.mask)
         code = inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, error);
-    return code;
-}
-
-/* The thresholds of every head, from the file that --params names. */
-static exit_code read_params(run *r, file_error *error)
-{
-    const char *const name = r->args.params;
-    const int64_t heads = r->in.problem.heads;
-    params p = {0};
-    capture *list = NULL;
-    int64_t count = 0;
-    if (!name)
-        return EXIT_FINE;
-    exit_code code = capture_find(r->args.attention.file[0], &list, &count, error);
-    if (!code)
-        code = params_read(name, &p, error);
-    if (!code)
-        code = params_check(&p, name, list->model, &r->options, error);
-    if (!code)
-        code = capture_check(list, &r->in.problem, &r->options, error);
-    const int64_t layer = code ? 0 : r->args.layer >= 0 ? r->args.layer : list->layer;
-    r->per_head = code ? NULL : malloc((size_t)heads * sizeof *r->per_head);
-    if (!code && !r->per_head) {
-        file_error_set(error, name, "no memory for the thresholds of %" PRId64 " heads", heads);
-        code = EXIT_MACHINE;
-    }
-    for (int64_t h = 0; h < heads && !code; h++)
-        code = params_find(&p, name, layer, capture_head(list, h), &r->per_head[h], error);
-    r->options.per_head = r->per_head;
-    params_free(&p);
-    capture_free(list, count);
     return code;
 }
 
@@ -275,29 +242,37 @@ static exit_code report(run *r, file_error *error)
         "seconds_attend", json_number(x->seconds_attend), "seconds_total", json_number(r->seconds),
         "tops", json_number(2.0 * (dim + dim_v) * (double)c->tokens / tera), "tops_executed",
         json_number(2.0 * (dim * (double)c->qk_tokens + dim_v * (double)c->pv_tokens) / tera));
+    json = json_joined(json, settled_json(&r->settled));
     if (r->args.check) {
         const comparison *const real = &r->real;
+        const char *const what = r->rows ? capture_name(r->capture) : "o";
         json_t *const errors = json_pack(
             "{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(real->l1), "worst_row_l1", json_number(real->worst_row_l1),
             "cosine", json_number(real->cosine), "rmse", json_number(real->rmse), "mask_worst_row_l1",
             json_number(r->masked.worst_row_l1));
         json_t *const masked = json_pack("{s:I}", "mask_not_finite_apart", (json_int_t)r->masked.not_finite_apart);
         json = json_joined(json_joined(json_joined(json, errors), compare_counts(real)), masked);
-        compare_warn(real, "o", "dense attention");
+        compare_warn(real, what, "dense attention");
         if (r->masked.not_finite_apart)
-            compare_warn(&r->masked, "o", "attention over the mask");
+            compare_warn(&r->masked, what, "attention over the mask");
     }
-    return print_json(json, error);
+    if (!r->rows)
+        return print_json(json, error);
+    json = json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture))));
+    if (json && json_array_append_new(r->rows, json) == 0)
+        return EXIT_FINE;
+    file_error_set(error, NULL, "no memory for the result");
+    return EXIT_MACHINE;
 }
 
-exit_code run_command(int argc, char **argv, file_error *error)
+/* All of it for one capture. */
+static exit_code run_capture(const run_args *args, const capture *c, json_t *rows, file_error *error)
 {
     static exit_code (*const steps[])(run *, file_error *) = {
-        read_files, read_params, open_files, attend, write_files, check, report,
+        read_files, open_files, attend, write_files, check, report,
     };
-    run r = {.args = {.base = {error}, .layer = -1}};
-    exit_code code = attention_parse(&run_argp, argc, argv, &r.args.base, &r.args.attention);
-    r.options = r.args.attention.options;
+    run r = {.args = *args, .capture = c, .options = args->attention.options, .rows = rows};
+    exit_code code = EXIT_FINE;
     for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
         code = steps[n](&r, error);
     if (!code && !outputs_commit(error)) /* last: whatever failed before leaves no file */
@@ -310,6 +285,42 @@ exit_code run_command(int argc, char **argv, file_error *error)
     sparge_mask_free(&r.mask);
     inputs_free(&r.in);
     free(r.result.head_counts);
-    free(r.per_head);
+    settled_free(&r.settled);
+    return code;
+}
+
+/* One of a folder: what is beside it is in folders too. */
+static exit_code run_listed(const run_args *args, const capture *c, json_t *rows, file_error *error)
+{
+    run_args one = *args;
+    char path[5][PATH_MAX];
+    one.attention.file[0] = c->path;
+    exit_code code = place_input(&one.mask, c, ".npy", path[0], error);
+    if (!code)
+        code = place_output(&one.attention.output, c, ".npy", path[1], error);
+    if (!code)
+        code = place_output(&one.mask_out, c, ".npy", path[2], error);
+    if (!code)
+        code = place_output(&one.lse_out, c, ".npy", path[3], error);
+    if (!code)
+        code = place_output(&one.dump, c, "", path[4], error);
+    return code ? code : run_capture(&one, c, rows, error);
+}
+
+exit_code run_command(int argc, char **argv, file_error *error)
+{
+    run_args args = {.base = {error}};
+    const attention_args *const a = &args.attention;
+    given_captures given = {0};
+    exit_code code = attention_parse(&run_argp, argc, argv, &args.base, &args.attention);
+    if (!code)
+        code = given_find(a, &given, error);
+    json_t *const rows = given.folder ? json_array() : NULL;
+    for (int64_t n = 0; n < given.count && !code; n++)
+        code = rows ? run_listed(&args, &given.list[n], rows, error) : run_capture(&args, given.list, NULL, error);
+    if (rows && !code)
+        code = print_json(json_pack("{s:o, s:O}", "folder", json_text(a->file[0]), "files", rows), error);
+    json_decref(rows);
+    given_free(&given);
     return code;
 }

@@ -27,33 +27,28 @@ static const struct argp_option tune_options[] = {
     {0},
 };
 
+typedef struct paths {
+    const char **path;
+    int64_t count;
+} paths;
+
 typedef struct tune_args {
     options_base base;
     attention_args attention;
     sparge_tune_options how;
     const char *model;
-    capture *capture; /* those to tune on, then those that are held out */
-    int64_t captures, held_out;
-    const char **held; /* paths, read when the others are */
-    int64_t helds;
-    exit_code failed;
+    paths tuned, held; /* captures to tune on, and those that are held out */
 } tune_args;
 
 static const char *const shares[] = {"tau", "topk", NULL}, *const bounds[] = {"worst", "mean", NULL};
 
-static error_t find(tune_args *a, const char *path)
+static error_t append(paths *to, const char *path)
 {
-    a->failed = capture_find(path, &a->capture, &a->captures, a->base.error);
-    return a->failed ? EINVAL : 0;
-}
-
-static error_t hold_out(tune_args *a, const char *path)
-{
-    const char **const more = realloc(a->held, (size_t)(a->helds + 1) * sizeof *more);
+    const char **const more = realloc(to->path, (size_t)(to->count + 1) * sizeof *more);
     if (!more)
         return ENOMEM;
-    a->held = more;
-    a->held[a->helds++] = path;
+    to->path = more;
+    to->path[to->count++] = path;
     return 0;
 }
 
@@ -67,7 +62,7 @@ static bool is_text(const char *bytes)
 static error_t check_args(struct argp_state *state, tune_args *a)
 {
     const sparge_tune_options *const how = &a->how;
-    if (a->captures == 0)
+    if (a->tuned.count == 0)
         return options_wrong(state, "give a capture: a .safetensors file of q, k and v, or a folder of them");
     if (!a->attention.output)
         return options_wrong(state, "-o is missing: where to write the thresholds");
@@ -77,11 +72,6 @@ static error_t check_args(struct argp_state *state, tune_args *a)
         return options_wrong(state, "--theta, --tau, --topk and --lambda are what is tuned");
     if (!is_text(a->attention.output) || (a->model && !is_text(a->model)))
         return options_wrong(state, "-o and --model must be UTF-8 text, to be written in JSON");
-    const int64_t tuned = a->captures;
-    for (int64_t n = 0; n < a->helds; n++)
-        if (find(a, a->held[n]))
-            return EINVAL;
-    a->held_out = a->captures - tuned;
     return 0;
 }
 
@@ -93,12 +83,10 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
     error_t error;
     switch (key) {
     case ARGP_KEY_INIT: /* a second time after --rules */
-        state->child_inputs[0] = &a->attention;
-        capture_free(a->capture, a->captures);
-        a->capture = NULL;
-        a->captures = a->helds = 0;
+        state->child_inputs[0] = state->child_inputs[1] = &a->attention;
+        a->tuned.count = a->held.count = 0;
         return 0;
-    case ARGP_KEY_ARG: return find(a, text);
+    case ARGP_KEY_ARG: return append(&a->tuned, text);
     case L1: return options_real(state, "--l1", text, 1e-9, 1e9, &how->l1);
     case L2: return options_real(state, "--l2", text, 1e-9, 1e9, &how->l2);
     case BOUND:
@@ -110,7 +98,7 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
         error = options_word(state, "--by", text, shares, &word);
         how->topk = word == 1;
         return error;
-    case HELD_OUT: return hold_out(a, text);
+    case HELD_OUT: return append(&a->held, text);
     case SECONDS: return options_real(state, "--seconds", text, 1e-9, 1e9, &how->seconds);
     case MODEL: a->model = text; return 0;
     case ARGP_KEY_SUCCESS: return check_args(state, a);
@@ -119,15 +107,15 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child tune_children[] = {{&shared, 0, NULL, 0}, {0}};
+static const struct argp_child tune_children[] = {{&shared, 0, NULL, 0}, {&manifest_argp, 0, NULL, 0}, {0}};
 static const struct argp tune_argp = {
     .options = tune_options,
     .parser = tune_parser,
     .args_doc = "CAPTURE...",
     .doc = "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below l1, then lambda "
            "below l2, on every capture; and what they cost on captures that they were not tuned on.\v"
-           "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json. The file "
-           "that -o names grows head by head; after an interruption the same command goes on with it.",
+           "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json, or a folder of such "
+           "folders. Causality and scale are those of the manifests. The file that -o names grows head by head; after an interruption the same command goes on with it.",
     .children = tune_children,
 };
 
@@ -141,7 +129,9 @@ typedef struct unit {
 
 typedef struct tune {
     tune_args args;
-    const char *model;
+    capture *capture; /* those to tune on, then those that are held out */
+    int64_t captures, held_out;
+    const char *model, *weights;
     unit *unit;
     int64_t units;
     json_t *header; /* with its lists `inputs` and `heads`: what the file holds */
@@ -209,14 +199,58 @@ static exit_code no_memory(file_error *error)
     return EXIT_MACHINE;
 }
 
+static exit_code find(tune *t)
+{
+    const attention_args *const a = &t->args.attention;
+    const paths *const list[] = {&t->args.tuned, &t->args.held};
+    exit_code code = EXIT_FINE;
+    for (int l = 0; l < 2; l++) {
+        const int64_t before = t->captures;
+        for (int64_t n = 0; n < list[l]->count && !code; n++)
+            code = capture_find(list[l]->path[n], a->ignore_manifest, &t->capture, &t->captures, t->error);
+        t->held_out = t->captures - before;
+    }
+    return code;
+}
+
+/* What nobody says would be taken for several texts of one layer. */
+static exit_code find_layers(tune *t)
+{
+    const int64_t asked = t->args.attention.layer;
+    exit_code code = EXIT_FINE;
+    for (int64_t n = 0; n < t->captures && !code; n++) {
+        capture *const c = &t->capture[n];
+        code = capture_layer(c, asked, &c->layer, t->error);
+        c->layer_named &= asked < 0;
+        if (!code && c->layer < 0 && t->captures > 1) {
+            file_error_set(t->error, c->path, "neither a manifest nor its name says of which layer it is; give --layer, if "
+                           "all such files are of one");
+            code = EXIT_FILE;
+        }
+        c->layer = c->layer < 0 ? 0 : c->layer;
+    }
+    return code;
+}
+
+static void say_layers(const tune *t)
+{
+    const capture *first = NULL;
+    int64_t count = 0;
+    for (int64_t n = 0; n < t->captures; n++)
+        if (t->capture[n].layer_named && count++ == 0)
+            first = &t->capture[n];
+    if (first)
+        fprintf(stderr, "sparge: no manifest says the layer of %" PRId64 " of %" PRId64 " files, so their names do: %s is of "
+                "layer %" PRId64 "\n", count, t->captures, capture_name(first), first->layer);
+}
+
 static exit_code group(tune *t)
 {
-    const tune_args *const a = &t->args;
-    t->unit = calloc((size_t)a->captures, sizeof *t->unit);
+    t->unit = calloc((size_t)t->captures + 1, sizeof *t->unit);
     if (!t->unit)
         return no_memory(t->error);
-    for (int64_t n = 0; n < a->captures; n++) {
-        const capture *const c = &a->capture[n];
+    for (int64_t n = 0; n < t->captures; n++) {
+        const capture *const c = &t->capture[n];
         int64_t u = 0;
         for (; u < t->units && !same_heads(t->unit[u].capture[0], c); u++)
             if (share_heads(t->unit[u].capture[0], c)) {
@@ -226,7 +260,7 @@ static exit_code group(tune *t)
             }
         unit *const to = &t->unit[u];
         if (!to->capture)
-            to->capture = calloc((size_t)a->captures, sizeof *to->capture);
+            to->capture = calloc((size_t)t->captures + 1, sizeof *to->capture);
         if (!to->capture)
             return no_memory(t->error);
         t->units += u == t->units;
@@ -234,7 +268,7 @@ static exit_code group(tune *t)
         if (code)
             return code;
         to->capture[to->count++] = c;
-        to->held_out += n >= a->captures - a->held_out;
+        to->held_out += n >= t->captures - t->held_out;
         const char *const model = model_of(t, c);
         if (n > 0 && ((model == NULL) != (t->model == NULL) || (model && strcmp(model, t->model) != 0))) {
             file_error_set(t->error, c->path, "is of the model '%.60s', and the first capture of '%.60s'",
@@ -242,6 +276,7 @@ static exit_code group(tune *t)
             return EXIT_FILE;
         }
         t->model = model;
+        t->weights = c->weights && (n == 0 || (t->weights && strcmp(t->weights, c->weights) == 0)) ? c->weights : NULL;
     }
     for (int64_t u = 0; u < t->units; u++)
         if (t->unit[u].held_out == t->unit[u].count) {
@@ -251,6 +286,22 @@ static exit_code group(tune *t)
         }
     qsort(t->unit, (size_t)t->units, sizeof *t->unit, by_layer);
     return EXIT_FINE;
+}
+
+/* Attention as in the model: as the manifest of the first capture says; of the others it must say the same. */
+static exit_code settle_options(tune *t)
+{
+    const capture *const first = t->unit[0].capture[0];
+    attention_args *const a = &t->args.attention;
+    attention_args file = *a;
+    inputs in;
+    file.file[0] = first->path;
+    file.files = 1;
+    exit_code code = inputs_read(&file, true, &in, t->error);
+    if (!code)
+        code = capture_obey(first, &in.problem, a->given, &a->options, t->error);
+    inputs_free(&in);
+    return code;
 }
 
 /* ---- The file ---- */
@@ -265,7 +316,7 @@ static exit_code make_header(tune *t)
 {
     const tune_args *const a = &t->args;
     const bool bounded = a->how.sparsity == 0.0;
-    t->header = params_header(t->model, &a->attention.options);
+    t->header = params_header(t->model, t->weights, &a->attention.options);
     json_object_set_new(t->header, "by", json_string(shares[a->how.topk]));
     json_object_set_new(t->header, "bound", bounded ? json_string(bounds[a->how.mean]) : json_null());
     json_object_set_new(t->header, "l1", bounded ? json_rounded(a->how.l1, 9) : json_null());
@@ -285,8 +336,8 @@ static exit_code take_up(tune *t)
 {
     const char *const path = t->args.attention.output;
     params before;
-    for (int64_t n = 0; n < t->args.captures; n++) {
-        const char *const input = t->args.capture[n].path;
+    for (int64_t n = 0; n < t->captures; n++) {
+        const char *const input = t->capture[n].path;
         if (inputs_spare(path, &input, 1, t->error))
             return EXIT_USAGE;
     }
@@ -409,7 +460,7 @@ static exit_code read_inputs(tune *t, const unit *u, sparge_problem *problem)
         code = inputs_read(&file, true, &t->in[n], t->error);
         problem[n] = t->in[n].problem;
         if (!code)
-            code = capture_check(u->capture[n], &problem[n], &file.options, t->error);
+            code = capture_obey(u->capture[n], &problem[n], options_all(), &file.options, t->error);
         const sparge_problem *const p = &problem[n], *const first = problem;
         if (!code && (p->heads != first->heads || p->kv_heads != first->kv_heads || p->dim != first->dim ||
                       p->dim_v != first->dim_v)) {
@@ -495,6 +546,47 @@ static double number(const json_t *line, const char *object, const char *key)
 /* NaN is larger than all. */
 static double larger(double a, double b) { return isnan(a) || a > b ? a : b; }
 
+/* Heads whose dense attention is itself further off than l1 allows. */
+typedef struct noise {
+    int64_t heads;
+    double least, most;
+} noise;
+
+static noise find_noise(const tune *t)
+{
+    const json_t *const heads = json_object_get(t->header, "heads");
+    const double l1 = t->args.how.sparsity > 0.0 ? (double)INFINITY : t->args.how.l1;
+    noise found = {0, NAN, NAN};
+    for (size_t n = 0; n < json_array_size(heads); n++) {
+        const json_t *const line = json_array_get(heads, n);
+        const double error = number(line, "in_sample", t->args.how.mean ? "l1" : "worst_l1");
+        if (!json_is_true(json_object_get(line, "dense")) || !(error > l1))
+            continue;
+        found.heads++;
+        found.least = fmin(found.least, error);
+        found.most = fmax(found.most, error);
+    }
+    return found;
+}
+
+/* null: there is none. */
+static json_t *noise_json(const noise *found)
+{
+    return found->heads ? json_pack("{s:I, s:o, s:o}", "heads", (json_int_t)found->heads, "least",
+                                    json_rounded(found->least, 6), "most", json_rounded(found->most, 6))
+                        : json_null();
+}
+
+static void warn_of_noise(const tune *t, const noise *found)
+{
+    const sparge_options *const o = &t->args.attention.options;
+    if (found->heads)
+        fprintf(stderr, "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, in %" PRId64
+                " of %zu heads: they stay dense; give a larger --l1, or --qk and --pv with less noise\n", t->args.how.l1,
+                options_precisions[o->qk], options_precisions[o->pv], found->least, found->most, found->heads,
+                json_array_size(json_object_get(t->header, "heads")));
+}
+
 static exit_code report(const tune *t)
 {
     const json_t *const heads = json_object_get(t->header, "heads");
@@ -524,8 +616,10 @@ static exit_code report(const tune *t)
         last += number(line, "held_out", bound) <= l2;
     }
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;
+    const noise found = find_noise(t);
+    warn_of_noise(t, &found);
     return print_json(
-        json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o}", "params",
+        json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o, s:o}", "params",
                   t->args.attention.output, "heads", (json_int_t)count, "not_finite",
                   (json_int_t)((int64_t)count - finite), "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
@@ -533,7 +627,7 @@ static exit_code report(const tune *t)
                   json_rounded(sum[1] / out, 6), "held_out_worst_l1", judged ? json_rounded(worst[1], 6) : json_null(),
                   "held_out_within_l2_first", (json_int_t)first, "held_out_within_l2", (json_int_t)last,
                   "equivalents", json_rounded(sum[2] / all, 4), "seconds",
-                  json_rounded(progress_clock() - t->start, 4)),
+                  json_rounded(progress_clock() - t->start, 4), "noise", noise_json(&found)),
         t->error);
 }
 
@@ -558,10 +652,14 @@ exit_code tune_command(int argc, char **argv, file_error *error)
     };
     tune_args *const a = &t.args;
     exit_code code = attention_parse(&tune_argp, argc, argv, &a->base, &a->attention);
-    if (a->failed)
-        code = a->failed;
+    if (!code)
+        code = find(&t);
+    if (!code)
+        code = find_layers(&t);
     if (!code)
         code = group(&t);
+    if (!code)
+        code = settle_options(&t);
     if (!code)
         code = make_header(&t);
     if (!code)
@@ -569,6 +667,7 @@ exit_code tune_command(int argc, char **argv, file_error *error)
     if (!code)
         code = probe(&t); /* And from here on an interrupt is an end like others. */
     if (!code) {
+        say_layers(&t);
         signal(SIGINT, interrupt);
         signal(SIGTERM, interrupt);
         t.watch = progress_begin("tune");
@@ -585,7 +684,8 @@ exit_code tune_command(int argc, char **argv, file_error *error)
     for (int64_t u = 0; u < t.units; u++)
         free(t.unit[u].capture);
     free(t.unit);
-    free(a->held);
-    capture_free(a->capture, a->captures);
+    free(a->tuned.path);
+    free(a->held.path);
+    capture_free(t.capture, t.captures);
     return code;
 }

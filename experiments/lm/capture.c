@@ -191,8 +191,8 @@ static exit_code open_folder(capturing *x, int64_t tokens, file_error *error)
     }
     x->files = json_array();
     x->manifest =
-        json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:o, s:b, s:o}", "model",
-                  x->m->name, "attention", x->m->choice[0].name, "n_layers", (json_int_t)h->layers, "n_heads",
+        json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:o, s:b, s:o}", "model",
+                  x->m->name, "weights_sha256", x->m->weights, "attention", x->m->choice[0].name, "n_layers", (json_int_t)h->layers, "n_heads",
                   (json_int_t)h->heads, "n_kv_heads", (json_int_t)h->kv_heads, "head_dim", (json_int_t)h->head_dim,
                   "sample", x->text->name, "text", x->text->name, "text_sha256", x->text->sha256, "tokens",
                   (json_int_t)tokens, "layout", "BHND", "hook_point", "after RoPE, before the softmax scale",
@@ -215,6 +215,8 @@ exit_code capture_command(int argc, char **argv, file_error *error)
     if (!code)
         code = lm_check_length(&m, m.text, tokens);
     capturing x = {.args = &a, .m = &m, .text = m.text, .folder = a.lm.attention.output};
+    if (!code)
+        code = lm_weights(&m);
     if (!code)
         code = open_folder(&x, tokens, error);
     float *const hidden = code ? NULL : lm_hidden(&m, tokens);

@@ -16,12 +16,15 @@ bool ends_with(const char *name, const char *end)
     return length > ending && strcmp(name + length - ending, end) == 0;
 }
 
-static exit_code read_thresholds(choice *c, const hyper *h, const char *name, file_error *error)
+static exit_code read_thresholds(choice *c, unsigned given, const hyper *h, const char *name, const char *weights,
+                                 file_error *error)
 {
     params p;
     exit_code code = params_read(c->path, &p, error);
     if (!code)
-        code = params_check(&p, c->path, name, &c->options, error);
+        code = params_model(&p, c->path, name, weights, error);
+    if (!code)
+        code = params_obey(&p, c->path, given, &c->options, error);
     c->knobs = code ? NULL : calloc((size_t)(h->layers * h->heads), sizeof *c->knobs);
     if (!code && !c->knobs) {
         file_error_set(error, c->path, "no memory for its thresholds");
@@ -48,17 +51,17 @@ static exit_code read_mask(choice *c, const hyper *h, file_error *error)
     return EXIT_FILE;
 }
 
-exit_code choice_open(const char *text, const sparge_options *options, const hyper *h, const char *name, choice *out,
-                      file_error *error)
+exit_code choice_open(const char *text, const attention_args *asked, const hyper *h, const char *name,
+                      const char *weights, choice *out, file_error *error)
 {
-    *out = (choice){.name = basename(text), .options = *options};
+    *out = (choice){.name = basename(text), .options = asked->options};
     exit_code code = EXIT_FINE;
     if (strcmp(text, "f32") == 0 || strcmp(text, "int8") == 0) {
         out->dense = true;
         out->options.qk = out->options.pv = strcmp(text, "f32") == 0 ? SPARGE_FLOAT : SPARGE_INT8;
     } else if (ends_with(text, ".json")) {
         out->path = text;
-        code = read_thresholds(out, h, name, error);
+        code = read_thresholds(out, asked->given, h, name, weights, error);
     } else if (ends_with(text, ".npy")) {
         out->path = text;
         code = read_mask(out, h, error);

@@ -28,9 +28,10 @@ typedef struct measured {
     int threads;
 } measured;
 
-/* options: of the command line. name: of the model that thresholds must be for. */
-exit_code choice_open(const char *text, const sparge_options *options, const hyper *h, const char *name, choice *out,
-                      file_error *error);
+/* asked: by the command line, and what the model says. name, weights: of the model that thresholds must be for; weights:
+ * their SHA-256. */
+exit_code choice_open(const char *text, const attention_args *asked, const hyper *h, const char *name,
+                      const char *weights, choice *out, file_error *error);
 void choice_free(choice *c);
 
 /* Attention of a layer; adds to `to`. */

@@ -181,14 +181,24 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
     return code ? code : check_tokens(m, path, t->token, t->tokens);
 }
 
+exit_code lm_weights(lm *m)
+{
+    return *m->weights ? EXIT_FINE : capture_sha256_inputs(m->files.file, m->files.files, m->weights, m->error);
+}
+
 static exit_code open_choices(lm *m)
 {
     static const char *const usual[] = {"f32", "sparse"};
     const lm_args *const a = m->args;
-    const sparge_options *const o = &a->attention.options;
-    exit_code code = EXIT_FINE;
+    attention_args asked = a->attention;
+    bool thresholds = false;
+    asked.given |= option_bit(OPT_CAUSAL) | option_bit(OPT_SCALE) | option_bit(OPT_RULES); /* by the model */
+    for (int n = 0; n < a->choices; n++)
+        thresholds |= ends_with(a->choice[n], ".json");
+    exit_code code = thresholds ? lm_weights(m) : EXIT_FINE;
     for (int n = 0; n < (a->choices ? a->choices : 2) && !code; n++) {
-        code = choice_open(a->choices ? a->choice[n] : usual[n], o, m->hyper, m->name, &m->choice[n], m->error);
+        code = choice_open(a->choices ? a->choice[n] : usual[n], &asked, m->hyper, m->name, m->weights,
+                           &m->choice[n], m->error);
         m->choices += !code;
     }
     return code;
@@ -305,10 +315,11 @@ static void interrupt(int number) { interrupted = number; }
 /* Thresholds and block sizes of `sparse` and of masks. */
 static json_t *describe_options(const sparge_options *o)
 {
-    json_t *const json = params_header(NULL, o);
+    json_t *const json = params_header(NULL, NULL, o);
     const sparge_knobs *const k = &o->knobs;
     json_object_del(json, "sparge_params");
     json_object_del(json, "model");
+    json_object_del(json, "weights_sha256");
     json_object_set_new(json, "theta", json_rounded((double)k->theta, 9));
     json_object_set_new(json, "tau", json_rounded((double)k->tau, 9));
     json_object_set_new(json, "topk", json_rounded((double)k->topk, 9));
@@ -319,12 +330,11 @@ static json_t *describe_options(const sparge_options *o)
 
 exit_code lm_begin(lm *m, const char *command, json_t *extra)
 {
-    char sha256[SHA256_TEXT] = ""; /* of all files: config.json of a folder, its index, its weights */
-    exit_code code = capture_sha256_inputs(m->files.file, m->files.files, sha256, m->error);
+    exit_code code = lm_weights(m);
     json_t *const settings =
         json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:s}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model",
                   "name", m->name, "file", basename(weights_of(m)->name), "bytes", (json_int_t)weights_of(m)->size,
-                  "sha256", sha256, "matmul", matmul_by(), "options", describe_options(&m->args->attention.options));
+                  "sha256", m->weights, "matmul", matmul_by(), "options", describe_options(&m->args->attention.options));
     if (extra && settings)
         json_object_update(settings, extra);
     json_decref(extra);

@@ -48,6 +48,7 @@ typedef struct lm {
     model *model;
     const hyper *hyper;
     const char *name; /* of the model */
+    char weights[SHA256_TEXT]; /* of all its files: config.json of a folder, its index, its weights; see lm_weights */
     tokenizer *tokenizer; /* NULL until a text needs it */
     lm_text *text;
     int texts;
@@ -67,6 +68,9 @@ typedef struct lm {
 /* Parses, and opens the model and the texts. A line in *error, as every command. */
 exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args);
 void lm_close(lm *m);
+
+/* Knows the weights by content, from the first call on. */
+exit_code lm_weights(lm *m);
 
 /* Refuses an output that would replace what is read; NULL is not a file. */
 exit_code lm_spare(const lm *m, const char *output);

@@ -45,7 +45,7 @@ static void check_heads(const params *p)
 /* The options that these thresholds are for. */
 static sparge_options options_of(const params *p)
 {
-    sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
+    sparge_options o = sparge_options_default(p->rules);
     o.block_q = p->block_q;
     o.block_k = p->block_k;
     o.skip_rows = p->skip_rows;
@@ -61,7 +61,7 @@ static void check_round_trip(const params *want, const sparge_options *o)
     char *text = NULL;
     size_t length = 0;
     FILE *const stream = open_memstream(&text, &length);
-    json_t *const header = params_header(want->model, o), *const heads = json_array();
+    json_t *const header = params_header(want->model, want->weights, o), *const heads = json_array();
     for (int64_t n = 0; n < want->heads; n++) {
         const params_head *const h = &want->head[n];
         require(json_array_append_new(heads, params_line(h->layer, h->head, false, &h->knobs)) == 0);
@@ -78,7 +78,9 @@ static void check_round_trip(const params *want, const sparge_options *o)
         require(a->knobs.tau == b->knobs.tau && a->knobs.topk == b->knobs.topk);
         require(a->knobs.lambda == b->knobs.lambda);
     }
-    require(params_check(&got, "fuzz", want->model, o, NULL) == EXIT_FINE);
+    require(params_model(&got, "fuzz", want->model, NULL, NULL) == EXIT_FINE);
+    sparge_options same = *o;
+    require(params_obey(&got, "fuzz", options_all(), &same, NULL) == EXIT_FINE);
     params_free(&got);
     free(text);
 }
@@ -102,9 +104,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     require(within((double)got.skip_rows, 1, 1024) && (unsigned)got.causal <= SPARGE_CAUSAL_START);
     require(got.scale == 0.0f || within((double)got.scale, (double)FLT_MIN, (double)FLT_MAX));
     check_heads(&got);
-    const sparge_options o = options_of(&got);
+    sparge_options o = options_of(&got), taken = sparge_options_default(SPARGE_RULES_DEFAULT);
     if (got.skip_rows <= got.block_q) { /* as a file of ours has it */
-        require(params_check(&got, "fuzz", NULL, &o, &error) == EXIT_FINE);
+        require(params_obey(&got, "fuzz", options_all(), &o, &error) == EXIT_FINE);
+        require(params_obey(&got, "fuzz", 0, &taken, &error) == EXIT_FINE);
+        require(taken.rules == o.rules && taken.causal == o.causal && taken.scale == o.scale && taken.sink == o.sink);
         check_round_trip(&got, &o);
     }
     params_free(&got);

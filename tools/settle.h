@@ -1,0 +1,24 @@
+/* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of --params, or else the
+ * manifest beside the file; what contradicts one of them is an error. */
+#ifndef SPARGE_TOOLS_SETTLE_H
+#define SPARGE_TOOLS_SETTLE_H
+
+#include "tools/capture.h"
+
+typedef struct settled {
+    const capture *capture;
+    const char *params;     /* the file of thresholds, or NULL */
+    int64_t layer;          /* whose thresholds; -1: not asked for */
+    const char *layer_from; /* who says so */
+    sparge_knobs *per_head; /* options->per_head */
+} settled;
+
+/* options: of the command line. They are then whole, and point into *out. */
+exit_code settle(const attention_args *args, const capture *c, const sparge_problem *p, sparge_options *options,
+                 settled *out, file_error *error);
+void settled_free(settled *s);
+
+/* "manifest" and "params": what they said; null where there are none. NULL: no memory. */
+json_t *settled_json(const settled *s);
+
+#endif
