@@ -25,7 +25,7 @@ static const sparge_trace no_trace;
 const char *sparge_status_string(sparge_status status)
 {
     static const char *const name[] = { "ok", "bad argument", "sizes do not fit", "out of memory",
-                                        "not supported here", "device error" };
+                                        "not supported here", "device error", "cancelled" };
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
@@ -43,7 +43,7 @@ const char *sparge_isa_string(sparge_isa isa)
 
 /* ---- What is here ---- */
 
-/* The stages of a backend on the host, whose failures are all of memory (gpu/gpu.h has those of cuda):
+/* The stages of a backend on the host, which fail for want of memory or are cancelled (gpu/gpu.h has those of cuda):
  * arguments are checked and options resolved by then, no trace is NULL. */
 static const struct stages {
     sparge_status (*predict)(const sparge_problem *, const sparge_options *, sparge_mask *, const sparge_trace *);
@@ -86,15 +86,10 @@ static sparge_status succeed(sparge_error *error)
     return SPARGE_OK;
 }
 
-static sparge_status out_of_memory(sparge_error *error)
-{
-    return fail(error, SPARGE_ERR_MEMORY, "out of memory");
-}
-
-/* Puts a failure of memory in words where nobody has yet. */
+/* Puts a failure in words where nobody has yet. */
 static sparge_status told(sparge_status status, sparge_error *error)
 {
-    return status == SPARGE_ERR_MEMORY && error && !error->text[0] ? out_of_memory(error) : status;
+    return status && error && !error->text[0] ? fail(error, status, "%s", sparge_status_string(status)) : status;
 }
 
 /* Can a * b * c * d things of this size be counted in bytes? */
@@ -379,7 +374,7 @@ sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem
     const int64_t total = shape.batch * shape.heads * shape.q_blocks * shape.words;
     shape.bits = calloc(total ? (size_t)total : 1, sizeof *shape.bits);
     if (!shape.bits)
-        return out_of_memory(error);
+        return fail(error, SPARGE_ERR_MEMORY, "out of memory");
     *mask = shape;
     return succeed(error);
 }

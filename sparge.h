@@ -40,6 +40,7 @@ typedef enum sparge_status {
     SPARGE_ERR_MEMORY,      /* an allocation failed; outputs are undefined, nothing leaks */
     SPARGE_ERR_UNSUPPORTED, /* the backend is not built, or cannot run here, or cannot do this */
     SPARGE_ERR_DEVICE,      /* CUDA reported an error */
+    SPARGE_ERR_CANCELLED,   /* progress returned false; outputs are undefined, nothing leaks */
 } sparge_status;
 
 /* One sentence that names the offending argument and its value; "" after success.
@@ -154,9 +155,10 @@ typedef struct sparge_options {
     sparge_rules rules;
     sparge_knobs knobs;           /* for every head, unless: */
     const sparge_knobs *per_head; /* [heads], or NULL */
-    /* Called now and then with 0..1 by attention, but not on cuda, and by the oracle, from one thread; or
+    /* Called now and then with 0..1, which never falls, by attention, prediction and the oracle, but not on
+     * cuda, from the calling thread; prediction alone stays at 0. false gives up, and is the last call. Or
      * NULL. */
-    void (*progress)(void *user, double done);
+    bool (*progress)(void *user, double done);
     void *user;
     /* Of the cuda backend: */
     int rung;        /* of the ladder in gpu/README.md, 1 to 5; 0: the best that can do this here */

@@ -5,7 +5,6 @@
  * for every query head that reads them; in a chunk: Q packed, its rows of the mask, then attention, the
  * rows with most blocks first. A thread owns a query block from first to last, so no bit of the output
  * depends on how many threads there are or who came first. */
-#include <stdatomic.h>
 #include <stdlib.h>
 
 #ifdef _OPENMP
@@ -173,55 +172,69 @@ static int threads_for(const sparge_work *w, int64_t items)
     return (int)sparge_max(1, sparge_min(w->o->threads, items));
 }
 
-/* Runs a step on each of so many items, `together` of them a turn of a thread. */
-static void on_each(const sparge_work *w, int64_t items, int64_t together,
-                    void (*step)(const sparge_work *w, sparge_scratch *t, int64_t item))
+/* The calling thread asks whether to go on. */
+static bool goes_on(sparge_work *w)
 {
-    const int threads = threads_for(w, items);
+    const int64_t blocks = sparge_max(1, w->p->batch * w->p->heads * w->g.q_blocks);
+    if (w->o->progress && omp_get_thread_num() == 0 && !w->cancelled)
+        w->cancelled = !w->o->progress(w->o->user, (double)w->attended / (double)blocks);
+    return !w->cancelled;
+}
+
+/* Runs a step on each of so many items, `together` of them a turn of a thread, and before each asks. (The calling
+ * thread may get none of them.) */
+static void on_each(sparge_work *w, int64_t items, int64_t together,
+                    void (*step)(sparge_work *w, sparge_scratch *t, int64_t item))
+{
+    const int threads = goes_on(w) ? threads_for(w, items) : 1;
     (void)threads;
 #pragma omp parallel num_threads(threads)
     {
         const fenv_t caller = sparge_arithmetic_begin();
 #pragma omp for schedule(dynamic, together)
         for (int64_t n = 0; n < items; n++)
-            step(w, &w->scratch[omp_get_thread_num()], n);
+            if (goes_on(w))
+                step(w, &w->scratch[omp_get_thread_num()], n);
         sparge_arithmetic_end(caller);
     }
 }
 
-static void sum_keys(const sparge_work *w, sparge_scratch *t, int64_t at)
+static void sum_keys(sparge_work *w, sparge_scratch *t, int64_t at)
 {
     sparge_pack_sum(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
 }
 
-static void pack_keys(const sparge_work *w, sparge_scratch *t, int64_t at)
+static void pack_keys(sparge_work *w, sparge_scratch *t, int64_t at)
 {
     sparge_pack_key(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
     if (w->result)
         sparge_pack_value(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
 }
 
-static void pack_queries(const sparge_work *w, sparge_scratch *t, int64_t n) { sparge_pack_query(w, t, &w->task[n]); }
+static void pack_queries(sparge_work *w, sparge_scratch *t, int64_t n) { sparge_pack_query(w, t, &w->task[n]); }
 
-static void select_row(const sparge_work *w, sparge_scratch *t, int64_t n) { sparge_select_row(w, t, &w->task[n]); }
+static void select_row(sparge_work *w, sparge_scratch *t, int64_t n) { sparge_select_row(w, t, &w->task[n]); }
+
+static void attend(sparge_work *w, sparge_scratch *t, int64_t n)
+{
+    sparge_attend_task(w, t, &w->task[n]);
+    w->attended++;
+}
 
 static void pack_wave(sparge_work *w)
 {
     const int64_t heads = w->end_kv - w->first_kv, all = heads * w->g.k_blocks;
     if (w->o->smooth_k) {
         on_each(w, all, PACKED_TOGETHER, sum_keys);
-        for (int64_t n = 0; n < heads; n++)
+        for (int64_t n = 0; n < heads && !w->cancelled; n++)
             sparge_pack_mean(w, n);
     }
     on_each(w, all, PACKED_TOGETHER, pack_keys);
 }
 
-static void attend_chunk(const sparge_work *w, int64_t *finished)
+static void attend_chunk(sparge_work *w)
 {
     const sparge_geometry *g = &w->g;
-    const int64_t blocks = sparge_max(1, w->p->batch * w->p->heads * g->q_blocks);
-    const int threads = threads_for(w, w->tasks);
-    (void)threads;
     for (int64_t n = 0; n < w->tasks; n++) {
         const int64_t visible = sparge_blocks_seen(g, w->task[n].i);
         const int64_t line = w->task[n].head * g->q_blocks + w->task[n].i;
@@ -229,20 +242,7 @@ static void attend_chunk(const sparge_work *w, int64_t *finished)
             w->mask ? sparge_mask_row_count(w->mask->bits + line * w->mask->words, visible) : visible;
     }
     qsort(w->task, (size_t)w->tasks, sizeof *w->task, most_first);
-    atomic_llong done = *finished;
-#pragma omp parallel num_threads(threads)
-    {
-        const fenv_t caller = sparge_arithmetic_begin();
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t n = 0; n < w->tasks; n++) {
-            sparge_attend_task(w, &w->scratch[omp_get_thread_num()], &w->task[n]);
-            const long long so_far = atomic_fetch_add(&done, 1) + 1;
-            if (w->o->progress && omp_get_thread_num() == 0)
-                w->o->progress(w->o->user, (double)so_far / (double)blocks);
-        }
-        sparge_arithmetic_end(caller);
-    }
-    *finished = done;
+    on_each(w, w->tasks, 1, attend);
     for (int64_t n = 0; n < w->tasks; n++) {
         const sparge_task *task = &w->task[n];
         sparge_counts *head = &w->result->head_counts[task->head];
@@ -259,13 +259,13 @@ static void run_waves(sparge_work *w)
 {
     const sparge_geometry *g = &w->g;
     const int64_t heads = w->p->batch * w->p->kv_heads, blocks = w->p->heads / w->p->kv_heads * g->q_blocks;
-    int64_t finished = 0;
-    for (w->first_kv = 0; w->first_kv < heads; w->first_kv += w->wave) {
+    for (w->first_kv = 0; w->first_kv < heads && !w->cancelled; w->first_kv += w->wave) {
         w->end_kv = sparge_min(heads, w->first_kv + w->wave);
         const double start = sparge_ref_seconds();
         pack_wave(w);
         w->packing += sparge_ref_seconds() - start;
-        for (int64_t first = w->first_kv * blocks; first < w->end_kv * blocks; first += w->chunk) {
+        for (int64_t first = w->first_kv * blocks; first < w->end_kv * blocks && !w->cancelled;
+             first += w->chunk) {
             w->tasks = sparge_min(w->chunk, w->end_kv * blocks - first);
             for (int64_t n = 0; n < w->tasks; n++)
                 w->task[n] = (sparge_task){
@@ -276,8 +276,8 @@ static void run_waves(sparge_work *w)
             if (w->predicted)
                 on_each(w, w->tasks, PACKED_TOGETHER, select_row);
             const double predicted = sparge_ref_seconds();
-            if (w->result)
-                attend_chunk(w, &finished);
+            if (w->result && !w->cancelled)
+                attend_chunk(w);
             w->packing += packed - begin;
             w->predicting += predicted - packed;
             w->attending += sparge_ref_seconds() - predicted;
@@ -312,6 +312,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
     arena a = {.base = memory + (ALIGNED - (uintptr_t)memory % ALIGNED)};
     lay_out(&a, &w);
     run_waves(&w);
+    const sparge_status status = goes_on(&w) ? SPARGE_OK : SPARGE_ERR_CANCELLED;
     if (result) {
         const int64_t short_rows = sparge_max(1, p->q_len % o->block_q);
         for (int64_t h = 0; h < p->batch * p->heads; h++)
@@ -323,7 +324,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         result->seconds_attend = w.attending;
     }
     free(memory);
-    return SPARGE_OK;
+    return status;
 }
 
 sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,

@@ -4,6 +4,8 @@
 #ifndef SPARGE_CPU_WORK_H
 #define SPARGE_CPU_WORK_H
 
+#include <stdatomic.h>
+
 #include "common/geometry.h"
 #include "cpu/kernels.h"
 
@@ -61,6 +63,8 @@ typedef struct sparge_work {
     const sparge_mask *mask; /* NULL: dense */
     sparge_result *result;   /* NULL: attention is not asked for */
 
+    atomic_llong attended; /* query blocks */
+    atomic_bool cancelled; /* by the caller: what has not begun never does */
     int64_t wave, chunk;                   /* so many key heads, so many query blocks at a time */
     double packing, predicting, attending; /* seconds */
 

@@ -46,6 +46,12 @@ double sparge_ref_seconds(void)
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* Asks the caller, when so much is done of all. */
+static bool goes_on(const sparge_options *o, int64_t done, int64_t all)
+{
+    return !o->progress || o->progress(o->user, (double)done / (double)all);
+}
+
 /* ---- Stage 1 ---- */
 
 sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
@@ -68,20 +74,23 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
         .s = take(&a, g.k_blocks, sizeof(float)),
         .order = take(&a, g.k_blocks, sizeof(sparge_ref_scored)),
     };
-    for (int64_t n = 0; n < p->batch * p->heads && !a.failed; n++) {
+    sparge_status status = a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+    for (int64_t n = 0; n < p->batch * p->heads && !status; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;
         if (h % group == 0)
             sparge_ref_summarize_keys(&w, b, h / group);
         for (int64_t j = 0; j < g.k_blocks; j++)
             w.similar_k[j] = w.mode.similar(&w.summary_k[j], sparge_ref_knobs(o, h)->theta);
-        for (int64_t i = 0; i < g.q_blocks; i++) {
+        for (int64_t i = 0; i < g.q_blocks && !status; i++) {
             uint32_t *kept = mask->bits + (n * g.q_blocks + i) * mask->words;
             memset(kept, 0, (size_t)mask->words * sizeof *kept);
             sparge_ref_predict_row(&w, b, h, i, kept);
+            if (!goes_on(o, 0, 1))
+                status = SPARGE_ERR_CANCELLED;
         }
     }
     release(&a);
-    return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+    return status;
 }
 
 /* ---- Stage 2: beside each tile ---- */
@@ -163,7 +172,7 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
     sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
 }
 
-static void attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const sparge_mask *mask,
+static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const sparge_mask *mask,
                         const uint32_t *all)
 {
     const sparge_geometry *g = &w->g;
@@ -184,12 +193,13 @@ static void attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const spar
         for (int64_t r = 0; r < rows; r++)
             finish_row(w, b, h, r);
         sparge_ref_record(w->result->trace->pv_done, line, w->share, g->k_blocks, 4);
-        if (w->o->progress)
-            w->o->progress(w->o->user, (double)(line + 1) / (double)lines);
+        if (!goes_on(w->o, line + 1, lines))
+            return SPARGE_ERR_CANCELLED;
     }
     const int64_t short_rows = sparge_max(1, g->q_len % g->block_q);
     w->counts->pv_done =
         (double)w->pv_rows[0] / (double)g->block_q + (double)w->pv_rows[1] / (double)short_rows;
+    return SPARGE_OK;
 }
 
 /* ---- Stage 2: around each head ---- */
@@ -271,7 +281,8 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
     for (int64_t c = 0; c < p->dim_v && !a.failed; c++)
         w.tile.unit[c] = 1.0f;
     double quantizing = 0.0;
-    for (int64_t n = 0; n < p->batch * p->heads && !a.failed; n++) {
+    sparge_status status = a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+    for (int64_t n = 0; n < p->batch * p->heads && !status; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;
         const double before = sparge_ref_seconds();
         if (h % group == 0)
@@ -280,12 +291,12 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
         record_codes(&w.q, n, p->q_len, result->trace->codes_q, result->trace->steps_q);
         quantizing += sparge_ref_seconds() - before;
         w.counts = &result->head_counts[n];
-        attend_head(&w, b, h, mask, all);
+        status = attend_head(&w, b, h, mask, all);
     }
     release(&a);
     result->seconds_quantize = quantizing;
     result->seconds_attend = sparge_ref_seconds() - start - quantizing;
-    return a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+    return status;
 }
 
 sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,

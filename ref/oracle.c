@@ -241,7 +241,7 @@ sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_opti
     }
 
     const int64_t blocks = problem->batch * heads * w.q_blocks;
-    for (int64_t at = 0; at < blocks; at++) { /* blocks within heads within batches */
+    for (int64_t at = 0; at < blocks && !status; at++) { /* blocks within heads within batches */
         const int64_t i = at % w.q_blocks, h = at / w.q_blocks % heads;
         const int64_t b = at / w.q_blocks / heads, group = heads / problem->kv_heads;
         if (i == 0 && h % group == 0)
@@ -249,8 +249,8 @@ sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_opti
         const int64_t row = at / w.q_blocks * q_len + i * block_q; /* in the packed outputs */
         attend(&w, b, h, i, o ? o + row * dim_v : NULL, lse ? lse + row : NULL,
                block_mass ? block_mass + at * w.k_blocks : NULL);
-        if (options->progress)
-            options->progress(options->user, (double)(at + 1) / (double)blocks);
+        if (options->progress && !options->progress(options->user, (double)(at + 1) / (double)blocks))
+            status = SPARGE_ERR_CANCELLED;
     }
 done:
     free(w.block);

@@ -763,7 +763,7 @@ Test(api, ref_has_no_instruction_sets)
 Test(api, names)
 {
     const char *const status[] = { "ok", "bad argument", "sizes do not fit", "out of memory",
-                                   "not supported here", "device error" };
+                                   "not supported here", "device error", "cancelled" };
     const char *const backend[] = { "auto", "ref", "cpu", "cuda" };
     const char *const isa[] = { "auto", "scalar", "avx2", "avxvnni", "avx512vnni" };
     for (int n = 0; n < COUNT(status); n++)
@@ -772,7 +772,7 @@ Test(api, names)
         cr_assert_str_eq(sparge_backend_string((sparge_backend)n), backend[n]);
     for (int n = 0; n < COUNT(isa); n++)
         cr_assert_str_eq(sparge_isa_string((sparge_isa)n), isa[n]);
-    for (int n = -1; n <= 100; n += n < 0 ? 7 : 94) {
+    for (int n = -1; n <= 100; n += n < 0 ? 8 : 93) {
         cr_assert_str_eq(sparge_status_string((sparge_status)n), "unknown status");
         cr_assert_str_eq(sparge_backend_string((sparge_backend)n), "unknown backend");
         cr_assert_str_eq(sparge_isa_string((sparge_isa)n), "unknown isa");
@@ -1098,11 +1098,12 @@ typedef struct heard {
     double last;
 } heard;
 
-static void listen(void *user, double done)
+static bool listen(void *user, double done)
 {
     heard *h = user;
-    h->calls = done > h->last && done <= 1 ? h->calls + 1 : -1000;
+    h->calls = done >= h->last && done <= 1 ? h->calls + 1 : -1000;
     h->last = done;
+    return true;
 }
 
 Test(api, progress_rises_to_1)
@@ -1119,6 +1120,55 @@ Test(api, progress_rises_to_1)
         check(h.calls > 0, "never called, or not rising, or beyond 1");
         check_equal(h.last, 1.0);
     }
+}
+
+typedef struct patience {
+    int64_t left, calls; /* until it gives up; after that */
+} patience;
+
+static bool go_on(void *user, double done)
+{
+    patience *p = user;
+    (void)done;
+    p->calls += p->left <= 0;
+    return p->left-- > 0;
+}
+
+/* Gives up at every call of progress in turn; returns how many there are. */
+static int64_t gives_up(int entry, asked *a)
+{
+    for (int64_t n = 0;; n++) {
+        check_case("%s of %s, %d threads, given up at call %lld", entry_name(entry),
+                   sparge_backend_string(a->o.backend), a->o.threads, (long long)n);
+        patience p = { .left = n };
+        a->o.progress = go_on;
+        a->o.user = &p;
+        sparge_error error = { "poison" };
+        heap_arm(-1);
+        const sparge_status status = call(entry, a, n % 2 ? NULL : &error);
+        heap.armed = false;
+        check(heap.live == 0, "%lld allocations leak", (long long)heap.live);
+        if (p.calls == 0) {
+            check(status == SPARGE_OK, "%s", sparge_status_string(status));
+            return n;
+        }
+        check(status == SPARGE_ERR_CANCELLED, "%s", sparge_status_string(status));
+        check(p.calls == 1, "called %lld times after giving up", (long long)(p.calls - 1));
+        check(n % 2 || !strcmp(error.text, "cancelled"), "it says \"%.40s\"", error.text);
+    }
+}
+
+Test(api, progress_may_give_up)
+{
+    const int entries[] = { PREDICT, ATTEND, ATTENTION, ORACLE };
+    for (int64_t n = 0; n < COUNT(entries); n++)
+        for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++) {
+            asked a = question();
+            point(&a);
+            a.o.backend = backend;
+            a.o.threads = backend == SPARGE_CPU ? 1 : 0;
+            check(gives_up(entries[n], &a) >= LINES, "called less than once for each query block");
+        }
 }
 
 /* ---- Allocations that fail ------------------------------------------------------------------- */

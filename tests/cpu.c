@@ -399,39 +399,64 @@ Test(cpu, empty_questions)
 
 typedef struct heard {
     pthread_t caller;
-    int calls, wrong;
-    double last;
+    int rises, wrong;
+    double last, enough; /* from where on it gives up */
 } heard;
 
-static void listen(void *user, double done)
+static bool listen(void *user, double done)
 {
     heard *h = user;
-    h->calls++;
-    h->wrong += !pthread_equal(pthread_self(), h->caller) || !(done > h->last) || !(done <= 1);
+    h->rises += done > h->last;
+    h->wrong += !pthread_equal(pthread_self(), h->caller) || !(done >= h->last) || !(done <= 1) ||
+                h->last >= h->enough;
     h->last = done;
+    return done < h->enough;
 }
 
-/* With one thread it hears every query block; with more, those that the calling one did. */
+/* With one thread it hears every query block; with more, what was done whenever the calling one began another. */
 Test(cpu, progress_is_heard_in_the_calling_thread)
 {
     for (int threads = 1; threads <= 7; threads += 3) {
         check_case("progress, %d threads", threads);
         const shape s = shape_of(1, 4, 2, 200, 60, 16, 8);
         problem x = problem_make(&s);
-        heard h = { .caller = pthread_self() };
+        heard h = { .caller = pthread_self(), .enough = 2 };
         x.o.backend = SPARGE_CPU;
         x.o.threads = threads;
         x.o.progress = listen;
         x.o.user = &h;
         answer a = attention(&x, NULL);
-        check(h.wrong == 0, "%d of %d calls in another thread, not rising or beyond 1", h.wrong, h.calls);
-        if (threads == 1) {
-            check_equal(h.calls, 4 * 13);
-            check_equal(h.last, 1.0);
-        }
+        check(h.wrong == 0, "%d calls in another thread, falling or beyond 1", h.wrong);
+        check_equal(h.last, 1.0);
+        if (threads == 1)
+            check_equal(h.rises, 4 * 13);
         answer_free(&a);
         problem_free(&x);
     }
+}
+
+/* Given up at once, nothing is attended; on the way, nobody asks again. */
+Test(cpu, progress_cancels_every_thread)
+{
+    for (int half = 0; half < 2; half++)
+        for (int threads = 1; threads <= 7; threads += 3) {
+            check_case("cancelled %s, %d threads", half ? "on the way" : "at once", threads);
+            const shape s = shape_of(1, 4, 2, 200, 60, 16, 8);
+            problem x = problem_make(&s);
+            tensor o = tensor_make(1, 4, 200, 8, SPARGE_F32, PACKED);
+            heard h = { .caller = pthread_self(), .last = -1, .enough = 0.5 * half };
+            x.o.backend = SPARGE_CPU;
+            x.o.threads = threads;
+            x.o.progress = listen;
+            x.o.user = &h;
+            sparge_result result = { .o = tensor_out(&o) };
+            check_equal(sparge_attention(&x.p, &x.o, &result, NULL), SPARGE_ERR_CANCELLED);
+            check(h.wrong == 0, "%d calls in another thread, falling or after giving up", h.wrong);
+            for (size_t n = 0; n < o.bytes && !half; n++)
+                check((unsigned char)o.memory[n] == 0xFF, "something was computed");
+            tensor_free(&o);
+            problem_free(&x);
+        }
 }
 
 /* ---- What runs ---- */

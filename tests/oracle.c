@@ -909,12 +909,13 @@ typedef struct heard {
     double last;
 } heard;
 
-static void hear(void *user, double done)
+static bool hear(void *user, double done)
 {
     heard *const h = user;
     cr_expect(done > h->last, "%g after %g", done, h->last);
     h->last = done;
     h->calls++;
+    return true;
 }
 
 Test(oracle, progress_is_told_per_query_block)

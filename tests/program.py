@@ -2102,10 +2102,59 @@ def test_signals_and_progress():
     check(b" %, " in seen and b"s left" in seen, "progress on a terminal", seen[:100])
     check(after > 1.9, "not in the first two seconds", after)
     child.send_signal(signal.SIGINT)
+    said = b""
+    try:
+        while more := os.read(terminal, 4096):
+            said += more
+    except OSError:
+        pass
     child.wait()
     os.close(terminal)
-    check(child.returncode == -signal.SIGINT, "ends by the signal", child.returncode)
+    check(child.returncode == UNFINISHED and said.endswith(INTERRUPTED.encode().replace(b"\n", b"\r\n")), "ends",
+          child.returncode, said[-200:])
     check(listing() == ["./x.npy"], "interrupted: no file left", listing())
+
+
+INTERRUPTED = "sparge: interrupted; give the same command again\n"
+
+
+def opened(_):
+    """For `stopped`: an output is being written."""
+    return any(".tmp" in name for name in listing())
+
+
+def test_interrupted():
+    """What is long for any machine ends at once, with one line, and leaves nothing."""
+    long, longer = save("long.npy", np.zeros((1 << 14, 64), np.float16)), save("longer.npy", np.zeros((1 << 18, 64), "f2"))
+    before = listing()
+    for begun, args in ((opened, ["run", long, long, long, "-o", "o.npy", "--dump", "d", "--backend", "ref"]),
+                        (opened, ["run", longer, longer, longer, "-o", "o.npy", "--dense", "--threads", 1]),
+                        (lambda child: child.stdout.readline().startswith(b"case"),
+                         ["bench", "--q-len", "64,32768", "--heads", 2, "--threads", 1, "--repeat", 100])):
+        for number in signal.SIGINT, signal.SIGTERM:
+            code, out, err = stopped([PROGRAM, *args], number, begun)
+            check(code == UNFINISHED and err == INTERRUPTED, args, number, "one line", code, err)
+            check("32768" not in out, args, number, "on the way", out)
+            check(listing() == before, args, number, "no file left", listing())
+
+
+def ignored(child):
+    """Which of the two signals."""
+    mask = int(re.search(r"SigIgn:\s*(\w+)", read(f"/proc/{child.pid}/status"))[1], 16)
+    return [number for number in (signal.SIGINT, signal.SIGTERM) if mask >> number - 1 & 1]
+
+
+def test_ignored_signals():
+    """nohup, and shells for background jobs, have them ignored: they stay so."""
+    x = np.zeros((1, 1 << 16, 64), np.float16)
+    long = save("long.npy", x)
+    save_safetensors("qkv.safetensors", q=("F16", x), k=("F16", x), v=("F16", x))
+    for args in ["run", long, long, long, "-o", "o.npy"], ["tune", "qkv.safetensors", "-o", "p.json"]:
+        for number in signal.SIGINT, signal.SIGTERM:
+            seen = []
+            stopped([PROGRAM, *args], signal.SIGKILL, lambda child: opened(child) and not seen.append(ignored(child)),
+                    preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+            check(seen == [[number]], args, number, "stays ignored", seen)
 
 
 def test_locale():

@@ -882,10 +882,11 @@ Test(properties, lse_is_that_of_m_and_l)
     }
 }
 
-static void rises(void *user, double done)
+static bool rises(void *user, double done)
 {
     double *last = user;
     *last = done >= *last && done <= 1.0 ? done : NAN;
+    return true;
 }
 
 Test(properties, progress_rises_to_1)

@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import re
 import stat
 import struct
 import subprocess
@@ -62,10 +61,10 @@ def commands_of(program, called):
     return run, fine, wrong, keeps
 
 
-def at_work(args, begun):
+def at_work(args, begun, **how):
     """Starts a program, and waits until begun(child) says that it is at work, or it has ended by itself. How long
     that takes is no matter, if the work is long enough."""
-    child = subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
     while child.poll() is None and not begun(child):
         time.sleep(0.002)
     return child
@@ -77,17 +76,16 @@ def ended(child):
     return child.returncode, out.decode(), err.decode()
 
 
-def stopped(args, number, begun):
+def stopped(args, number, begun, **how):
     """Sends it this signal when it is at work."""
-    child = at_work(args, begun)
+    child = at_work(args, begun, **how)
     child.send_signal(number)
     return ended(child)
 
 
-def catches(child, number):
-    """Has it a handler for this signal by now?"""
-    caught = re.search(r"SigCgt:\s*(\w+)", read(f"/proc/{child.pid}/status"))
-    return caught and int(caught[1], 16) >> number - 1 & 1
+def computed(child):
+    """The kernel's ticks that it has computed for."""
+    return int(read(f"/proc/{child.pid}/stat").rsplit(")", 1)[1].split()[11])
 
 
 # ---- Files -----------------------------------------------------------------------------------

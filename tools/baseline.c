@@ -104,25 +104,27 @@ exit_code baseline_attend(const sparge_problem *problem, const sparge_options *o
         .score = calloc(keys, sizeof(float)),
     };
     const bool room = w.q && w.k && w.v && w.key && w.score;
+    exit_code code = room ? EXIT_FINE : EXIT_MACHINE;
+    if (!room)
+        file_error_set(error, NULL, "no memory for the baseline");
     const int64_t heads = p->batch * p->heads, group = p->heads / p->kv_heads;
-    for (int64_t n = 0; n < heads && room; n++) {
+    const double rows = (double)(heads * p->q_len);
+    for (int64_t n = 0; n < heads && !code; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;
         load(&p->k, b, h / group, 0, p->k_len, p->dim, w.k);
         load(&p->v, b, h / group, 0, p->k_len, p->dim_v, w.v);
-        for (int64_t t = 0, keys_kept = 0; t < p->q_len; t++, o += p->dim_v) {
+        for (int64_t t = 0, keys_kept = 0; t < p->q_len && !code; t++, o += p->dim_v) {
             if (t % options->block_q == 0)
                 keys_kept = keys_of(&w, b, h, t / options->block_q);
             *lse++ = attend(&w, b, h, t, keys_kept, o);
+            if (options->progress && !options->progress(options->user, (double)(n * p->q_len + t + 1) / rows))
+                code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
         }
-        if (options->progress)
-            options->progress(options->user, (double)(n + 1) / (double)heads);
     }
     free(w.q);
     free(w.k);
     free(w.v);
     free(w.key);
     free(w.score);
-    if (!room)
-        file_error_set(error, NULL, "no memory for the baseline");
-    return room ? EXIT_FINE : EXIT_MACHINE;
+    return code;
 }

@@ -27,6 +27,7 @@ static sparge_options machine_options(const bench *b, int isa, int thread)
     options.threads = (int)b->args.threads.item[thread];
     options.knobs = b->args.knobs;
     options.sink = b->args.sink;
+    options.progress = progress_goes_on;
     return options;
 }
 
@@ -91,7 +92,7 @@ static exit_code run_group(bench *b, bench_group *g, file_error *error)
                      g->options.threads);
         note_failure(b, why);
     }
-    progress_end(&b->watch);
+    progress_hide(&b->watch);
     if (!code && !b->args.json) {
         if (b->done == 0)
             print_machine(b);

@@ -32,7 +32,9 @@ sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparg
     const double start = progress_clock();
     if (c->kind == BENCH_ONEDNN) {
         snprintf(why->text, sizeof why->text, "oneDNN failed");
-        status = bench_onednn(p, g->machine.threads, g->o.data) ? SPARGE_OK : SPARGE_ERR_MEMORY;
+        status = bench_onednn(p, g->machine.threads, g->o.data) ? SPARGE_OK
+                 : progress_goes_on(NULL, 0.0)                  ? SPARGE_ERR_MEMORY
+                                                                : SPARGE_ERR_CANCELLED;
         const double all = progress_clock() - start;
         r->counts = g->cases[0].result.counts;
         r->isa = g->machine.isa;

@@ -108,7 +108,8 @@ bool bench_onednn(const sparge_problem *p, int threads, float *o)
         const int64_t head = n / tiles, first = n % tiles * ROWS;
         float *mine = s + (int64_t)omp_get_thread_num() * ROWS * KEYS;
         omp_set_num_threads(1); /* of a product inside */
-        fine = attend_rows(p, scale, head, first, mine, o + (head * p->q_len + first) * p->dim_v) && fine;
+        fine = progress_goes_on(NULL, 0.0) &&
+               attend_rows(p, scale, head, first, mine, o + (head * p->q_len + first) * p->dim_v) && fine;
     }
     free(s);
     return fine;

@@ -166,7 +166,8 @@ exit_code bench_time(bench_group *g, progress *watch, double from, double to, fi
             keep_round(g);
             counted++;
         }
-        progress_tick(watch, from + (to - from) * (double)counted / (double)g->args->repeat);
+        if (!progress_tick(watch, from + (to - from) * (double)counted / (double)g->args->repeat) && !code)
+            code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
     }
     if (counted < g->args->repeat) {
         g->busy = true;

@@ -1,10 +1,8 @@
 /* dump.c: what the stages are called, how large they are, and their files. */
 #include "tools/dump.h"
 
-#include <errno.h>
 #include <stddef.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "tools/npy.h"
@@ -103,12 +101,8 @@ void dump_path(const char *folder, int n, char path[PATH_MAX])
 exit_code dump_open(dump *d, const char *folder, file_error *error)
 {
     d->folder = folder;
-    d->made = mkdir(folder, 0777) == 0;
-    if (!d->made && errno != EEXIST) {
-        file_error_set(error, folder, "cannot create this folder: %s; choose another",
-                       strerror(errno));
+    if (!output_folder(folder, error))
         return EXIT_FILE;
-    }
     for (int n = 0; n < STAGES; n++) {
         char path[PATH_MAX];
         dump_path(folder, n, path);
@@ -121,10 +115,12 @@ exit_code dump_open(dump *d, const char *folder, file_error *error)
 
 bool dump_write(const dump *d, file_error *error)
 {
-    for (int n = 0; n < STAGES; n++)
-        if (d->file[n] &&
-            !npy_write(output_stream(d->file[n]), stages[n].name, &d->array[n], error))
+    for (int n = 0; n < STAGES && d->folder; n++) {
+        char path[PATH_MAX];
+        dump_path(d->folder, n, path);
+        if (d->file[n] && !npy_write(output_stream(d->file[n]), path, &d->array[n], error))
             return false;
+    }
     return true;
 }
 
@@ -142,8 +138,6 @@ void dump_free(dump *d)
 {
     for (int n = 0; n < STAGES; n++)
         array_free(&d->array[n]);
-    if (d->made)
-        rmdir(d->folder);
 }
 
 bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)

@@ -29,7 +29,6 @@ typedef struct dump {
     sparge_trace trace;  /* points into them */
     output_file *file[STAGES];
     const char *folder;
-    bool made; /* the folder is ours */
 } dump;
 
 /* The shape of one array of axes such as "bhij". */
@@ -49,7 +48,6 @@ exit_code dump_open(dump *d, const char *folder, file_error *error);
 bool dump_write(const dump *d, file_error *error);
 /* After outputs_commit: removes what an earlier dump left there of stages that this one lacks. */
 void dump_tidy(const dump *d);
-/* After outputs_discard or outputs_commit: a folder made here goes away again where it is empty. */
 void dump_free(dump *d);
 
 /* May some row of query block i see a key of block j? */

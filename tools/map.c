@@ -142,10 +142,10 @@ static exit_code compute(map *m, file_error *error)
         !dump_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
         (attends && !dump_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
         return EXIT_MACHINE;
-    sparge_status status = device_predict(p, o, &m->mask, &why);
     progress watch = progress_begin("lambda");
     o->progress = progress_tick;
     o->user = &watch;
+    sparge_status status = device_predict(p, o, &m->mask, &why);
     if (!status && attends) {
         const sparge_trace trace = {.pv_done = m->pv_done.data};
         sparge_result result = {
@@ -156,8 +156,8 @@ static exit_code compute(map *m, file_error *error)
         };
         double seconds;
         status = device_attend(p, o, &m->mask, &result, &seconds, &why);
-        progress_end(&watch);
     }
+    progress_end(&watch);
     watch = progress_begin("attention map");
     if (!status)
         status = sparge_oracle(p, o, NULL, SPARGE_ORACLE_REAL, NULL, NULL, m->mass.data, &why);

@@ -15,7 +15,8 @@
 #include <unistd.h>
 
 struct output_file {
-    FILE *stream;        /* NULL when closed */
+    FILE *stream;        /* NULL when closed, and of a folder */
+    bool folder;         /* which is made under its own name */
     atomic_bool pending; /* the temporary file may exist */
     char path[PATH_MAX]; /* links resolved, where it exists */
     char temporary[PATH_MAX];
@@ -31,14 +32,19 @@ static int count;
 static void output_unlink(output_file *output)
 {
     if (atomic_load(&output->pending))
-        unlink(output->temporary);
+        (output->folder ? rmdir : unlink)(output->temporary);
     atomic_store(&output->pending, false);
+}
+
+void outputs_abandon(void)
+{
+    for (int i = OUTPUT_MAX - 1; i >= 0; i--) /* files before their folder */
+        output_unlink(&outputs[i]);
 }
 
 static void handle_signal(int number)
 {
-    for (int i = 0; i < OUTPUT_MAX; i++)
-        output_unlink(&outputs[i]);
+    outputs_abandon();
     signal(number, SIG_DFL);
     raise(number); /* takes effect when this handler returns */
 }
@@ -49,9 +55,16 @@ void outputs_discard(void)
         if (outputs[i].stream)
             fclose(outputs[i].stream);
         outputs[i].stream = NULL;
-        output_unlink(&outputs[i]);
     }
+    outputs_abandon();
     count = 0;
+}
+
+static void block_signals(sigset_t *before)
+{
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, before);
 }
 
 static void install(void)
@@ -67,7 +80,7 @@ static void install(void)
     sigfillset(&new.sa_mask);
     for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++)
         /* nohup, and shells for background jobs, have signals ignored: leave them so. */
-        if (sigaction(signals[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
+        if (sigaction(signals[i], NULL, &old) == 0 && old.sa_handler == SIG_DFL)
             sigaction(signals[i], &new, NULL);
 }
 
@@ -130,6 +143,7 @@ output_file *output_open(const char *path, file_error *error)
     file_error_clear(error);
     install();
     output_file *const output = &outputs[count < OUTPUT_MAX ? count : 0];
+    output->folder = false;
     struct stat status;
     const bool exists = stat(path, &status) == 0;
     const bool direct = exists && is_direct(path, status.st_mode);
@@ -172,6 +186,26 @@ output_file *output_open(const char *path, file_error *error)
 
 FILE *output_stream(output_file *output) { return output->stream; }
 
+bool output_folder(const char *path, file_error *error)
+{
+    file_error_clear(error);
+    install();
+    if (count == OUTPUT_MAX || strlen(path) >= PATH_MAX)
+        return file_error_set(error, path, "too many outputs, or too long a name; choose another");
+    output_file *const output = &outputs[count];
+    memcpy(output->temporary, path, strlen(path) + 1);
+    output->folder = true;
+    sigset_t before;
+    block_signals(&before); /* what was there is not ours to remove */
+    const bool made = mkdir(path, 0777) == 0;
+    const int reason = errno;
+    atomic_store(&output->pending, made);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    count += made;
+    return made || reason == EEXIST ||
+           file_error_set(error, path, "cannot create this folder: %s; choose another", strerror(reason));
+}
+
 /* ---- Finishing -------------------------------------------------------------------------- */
 
 /* Brings to the disk what stdio still holds, and to light the first error that anyone met. */
@@ -204,16 +238,15 @@ bool outputs_commit(file_error *error)
     file_error_clear(error);
     bool ok = true;
     for (int i = 0; i < count && ok; i++)
-        ok = output_close(&outputs[i], error);
+        ok = outputs[i].folder || output_close(&outputs[i], error);
 
     /* All renames, or none: signals wait. */
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, &before);
+    sigset_t before;
+    block_signals(&before);
     for (int i = 0; i < count && ok; i++) {
         if (!atomic_load(&outputs[i].pending))
             continue;
-        ok = rename(outputs[i].temporary, outputs[i].path) == 0;
+        ok = outputs[i].folder || rename(outputs[i].temporary, outputs[i].path) == 0;
         if (ok)
             atomic_store(&outputs[i].pending, false);
         else

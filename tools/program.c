@@ -11,6 +11,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "tools/interrupt.h"
 #include "tools/options.h"
 #include "tools/output.h"
 
@@ -29,8 +30,11 @@ exit_code library_result(sparge_status status, const sparge_error *why, file_err
         [SPARGE_OK] = EXIT_FINE,           [SPARGE_ERR_ARGUMENT] = EXIT_USAGE,
         [SPARGE_ERR_SHAPE] = EXIT_FILE,    [SPARGE_ERR_UNSUPPORTED] = EXIT_UNSUPPORTED,
         [SPARGE_ERR_MEMORY] = EXIT_MACHINE, [SPARGE_ERR_DEVICE] = EXIT_MACHINE,
+        [SPARGE_ERR_CANCELLED] = EXIT_UNFINISHED,
     };
-    if (status)
+    if (status == SPARGE_ERR_CANCELLED)
+        file_error_set(error, NULL, INTERRUPTED);
+    else if (status)
         file_error_set(error, NULL, "%s%s", why->text, status == SPARGE_ERR_UNSUPPORTED
                        ? "; 'sparge info' lists what can run here" : "");
     return codes[status];
@@ -142,7 +146,8 @@ static void print_help(const program *p)
     printf("\n'%s COMMAND --help' lists the options of a command, --version the version.\n"
            "Exit status: 0 fine, 1 a comparison failed, 2 wrong usage, 3 a file cannot be read or\n"
            "written or does not fit, 4 not supported here, 5 out of memory or a device error,\n"
-           "6 interrupted: what is done is kept, and the same command goes on.\n", p->name);
+           "6 interrupted, or the time is up: give the same command again, which goes on where it keeps\n"
+           "what is done.\n", p->name);
 }
 
 static exit_code unknown_command(const program *p, const char *name, file_error *error)
@@ -185,6 +190,7 @@ int program_main(const program *p, int argc, char **argv)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
             return EXIT_FILE;
     signal(SIGPIPE, SIG_IGN); /* a reader that went away is an error like a full disk */
+    interrupt_catch(p->name);
 
     file_error error = {""};
     exit_code code = EXIT_FILE;

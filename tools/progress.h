@@ -1,4 +1,4 @@
-/* progress.h: how far something is that takes long, for whoever watches. */
+/* progress.h: how far something is that takes long, for whoever watches; and whether it goes on. */
 #ifndef SPARGE_TOOLS_PROGRESS_H
 #define SPARGE_TOOLS_PROGRESS_H
 
@@ -12,10 +12,12 @@ typedef struct progress {
 
 double progress_clock(void); /* seconds, of no particular day */
 
-progress progress_begin(const char *what);
+progress progress_begin(const char *what); /* from here on an interrupt waits to be asked for */
 /* As sparge_options wants it: user is a progress. Prints on stderr, if that is a terminal, from the
- * third second on. */
-void progress_tick(void *user, double done);
-void progress_end(progress *p); /* leaves the line empty */
+ * third second on. false after an interrupt. */
+bool progress_tick(void *user, double done);
+bool progress_goes_on(void *user, double done); /* the same in silence, of one step among many */
+void progress_hide(progress *p);                /* leaves the line empty */
+void progress_end(progress *p);                 /* the same, for good */
 
 #endif

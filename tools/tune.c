@@ -1,13 +1,13 @@
 /* tune.c: sparge tune: thresholds for every head, found from captures. */
 #include <inttypes.h>
 #include <math.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "tools/capture.h"
 #include "tools/inputs.h"
+#include "tools/interrupt.h"
 #include "tools/output.h"
 #include "tools/params.h"
 #include "tools/progress.h"
@@ -145,9 +145,6 @@ typedef struct tune {
     int64_t unit_at;
     file_error *error;
 } tune;
-
-static volatile sig_atomic_t interrupted;
-static void interrupt(int number) { interrupted = number; }
 
 static bool same_heads(const capture *a, const capture *b)
 {
@@ -446,8 +443,7 @@ static void finished(void *user, int64_t h)
 static bool goes_on(void *user, double done)
 {
     tune *const t = user;
-    progress_tick(&t->watch, ((double)t->unit_at + done) / (double)t->units);
-    return !interrupted && !t->code;
+    return progress_tick(&t->watch, ((double)t->unit_at + done) / (double)t->units) && !t->code;
 }
 
 static exit_code read_inputs(tune *t, const unit *u, sparge_problem *problem)
@@ -639,7 +635,7 @@ static exit_code stopped(const tune *t)
     if (wanted)
         snprintf(of, sizeof of, " of %" PRId64, wanted);
     file_error_set(t->error, t->args.attention.output, "%s: it has %zu%s heads; the same command goes on",
-                   interrupted ? "interrupted" : "the time is up", done, of);
+                   interrupt_came() ? "interrupted" : "the time is up", done, of);
     return EXIT_UNFINISHED;
 }
 
@@ -668,8 +664,6 @@ exit_code tune_command(int argc, char **argv, file_error *error)
         code = probe(&t); /* And from here on an interrupt is an end like others. */
     if (!code) {
         say_layers(&t);
-        signal(SIGINT, interrupt);
-        signal(SIGTERM, interrupt);
         t.watch = progress_begin("tune");
         for (t.unit_at = 0; t.unit_at < t.units && !code && goes_on(&t, 0.0); t.unit_at++)
             code = tune_unit(&t);

@@ -3,7 +3,6 @@
 
 #include <inttypes.h>
 #include <math.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -309,9 +308,6 @@ exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
 
 /* ---- Running ---- */
 
-static volatile sig_atomic_t interrupted;
-static void interrupt(int number) { interrupted = number; }
-
 /* Thresholds and block sizes of `sparse` and of masks. */
 static json_t *describe_options(const sparge_options *o)
 {
@@ -342,8 +338,6 @@ exit_code lm_begin(lm *m, const char *command, json_t *extra)
         json_decref(settings);
     else
         code = rows_open(&m->rows, m->args->attention.output, settings, m->error);
-    signal(SIGINT, interrupt);
-    signal(SIGTERM, interrupt);
     m->watch = progress_begin(command);
     return code;
 }
@@ -387,13 +381,13 @@ static exit_code attend(void *user, int64_t layer, const sparge_problem *problem
                         file_error *error)
 {
     lm *const m = ((run *)user)->m;
-    if (interrupted) {
+    const double done = m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers;
+    if (!progress_tick(&m->watch, done / m->work)) {
         file_error_set(error, m->rows.path, m->rows.path ? "interrupted: it has %zu rows; the same command goes on"
                        : m->visit ? "interrupted: the folder has what its manifest.json lists"
                                   : "interrupted; with -o FILE rows are kept", json_array_size(rows_list(&m->rows)));
         return EXIT_UNFINISHED;
     }
-    progress_tick(&m->watch, (m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers) / m->work);
     exit_code code = checkpoint_check(&m->files);
     if (!code && m->visit)
         code = m->visit(m->user, layer, problem, error);
