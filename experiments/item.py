@@ -198,7 +198,7 @@ def measure_captures(args, name, jobs, measure):
     kept.path.unlink()
 
 
-def measure_item(args, here, jobs, measure, times):
+def measure_item(args, here, jobs, measure, times, again):
     folder = ROOT / "build" / ("full" if args.full else "smoke") / here.name
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [job for job in jobs if args.full or job.smoke]
@@ -218,12 +218,18 @@ def measure_item(args, here, jobs, measure, times):
     kept.path.unlink(missing_ok=True)  # the next run measures again
     if rows and not args.full:
         compare(possible, kept, here / "out.csv", times)
+    if again and not args.full:
+        said, found = again(How(args))
+        if found:
+            sys.exit("\n".join(found))
+        print(f"{here.name}: its rows are put together from others; {said}")
 
 
-def run(script, jobs, measure, times=(), captures=None, params=False):
+def run(script, jobs, measure, times=(), captures=None, params=False, again=None):
     """main() of a script. jobs: a list of Job. measure(key, how): a row of figures, or a list of them. times: the
     columns that differ from run to run. captures(folder): the jobs of a capture set of the user's, if the script can do
-    that. params: whether that takes thresholds of the user's."""
+    that. params: whether that takes thresholds of the user's. again(how): for jobs that put together what is committed
+    elsewhere, some of that measured in a smoke run: in words what, and how it differs."""
     here = Path(script).resolve().parent
     args = arguments(captures, params)
 
@@ -231,6 +237,6 @@ def run(script, jobs, measure, times=(), captures=None, params=False):
         if args.captures:
             measure_captures(args, here.name, captures(args.captures), measure)
         else:
-            measure_item(args, here, jobs, measure, times)
+            measure_item(args, here, jobs, measure, times, again)
 
     run_main(main, here.name)

@@ -34,6 +34,19 @@ def chosen(lists):
     return [item for item in ITEMS if not lists or {item.folder, *item.covers} & names]
 
 
+def table(items, sources):
+    """What there is, about how many minutes it takes, and what a full run makes first."""
+    line = "{:14} {:32} {:>6} {:>6}  {:13} {}".format
+    print(line("item", "covers", "smoke,", "full,", "full needs", "what"))
+    print(line("", "", "min", "min", "", ""))
+    for item in items:
+        print(line(item.folder, ", ".join(item.covers), f"{item.smoke / 60:.1f}", f"{item.full / 60:.1f}",
+                   ", ".join(item.needs), item.what or item.ours))
+    for name in sources:
+        print(line(name, "(needed by a full run alone)", "", f"{SOURCES[name][0] / 60:.1f}", "",
+                   ", ".join(dict.fromkeys(words[0] for words in SOURCES[name][1]))))
+
+
 def run(*command):
     """Runs one of our scripts; its exit status."""
     script = [] if str(command[0]).endswith(".sh") else [sys.executable]
@@ -48,7 +61,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="all rows, which replace the committed ones")
     parser.add_argument("--only", action="append", default=[], metavar="NAME,...",
                         help="items, by table, figure or folder")
-    parser.add_argument("--list", action="store_true", help="what there is, and about how long a full run takes")
+    parser.add_argument("--list", action="store_true", help="what there is, about how long it takes, and what it needs")
     parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
     parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
     args = parser.parse_args()
@@ -60,10 +73,7 @@ def main():
         parser.error(error)
     sources = [name for name in SOURCES if any(name in item.needs for item in items)]
     if args.list:
-        for item in items:
-            print(f"{item.folder:14} {', '.join(item.covers):32} {item.full / 60:5.1f} min  {item.what or item.ours}")
-        for name in sources:
-            print(f"{'':14} {'needs ' + name + ' first':32} {SOURCES[name][0] / 60:5.1f} min")
+        table(items, sources)
         if not args.only:
             print("\nNot measured, for want of the paper's models:", *(what for what, *_ in MISSING), sep="\n  ")
         return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm")]
 
+import again  # noqa: E402
 from harness import read_csv  # noqa: E402
 from item import Job, run  # noqa: E402
 from names import LENGTHS, TITLES  # noqa: E402
@@ -29,4 +30,4 @@ JOBS = [Job({"attention": title, "tokens": tokens, "depth": depth}, 0.01, smoke=
         for depth in sorted({at[2] for at in ROWS}) if (name, tokens, depth) in ROWS]
 
 if __name__ == "__main__":
-    run(__file__, JOBS, measure)
+    run(__file__, JOBS, measure, again=again.needle)

@@ -11,6 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm")]
 
+import again  # noqa: E402
 from harness import read_csv  # noqa: E402
 from item import Job, run  # noqa: E402
 from names import LENGTHS, TITLES, perplexity  # noqa: E402
@@ -45,4 +46,4 @@ def measure(key, _how):
 if __name__ == "__main__":
     run(__file__, [Job({"tokens": tokens, "attention": name}, 0.1, smoke=True,
                        needs=[LM / f"{table}.csv" for table in TABLES])
-                   for tokens in LENGTHS for name in TITLES.values()], measure)
+                   for tokens in LENGTHS for name in TITLES.values()], measure, again=again.ppl)
