@@ -144,11 +144,12 @@ def commit():
 
 
 def stands_on(program):
-    """What a measurement stands on: sources, machine, and what compiled the program."""
+    """What a measurement stands on: sources and their day, machine, and what compiled the program."""
     info = run_json(program, "info", "--json")
     model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                  platform.machine())
-    return {"commit": commit(), "machine": model, "cores": info["cores"],
+    day = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%cs"], capture_output=True, text=True).stdout.strip()
+    return {"commit": commit(), "date": day, "machine": model, "cores": info["cores"],
             "isa": [name for name, has in info["isa"].items() if has][-1], "compiler": info["compiler"],
             "flags": info["flags"]}
 

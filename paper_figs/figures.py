@@ -15,12 +15,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 
 from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv  # first: it finds experiments/
 from harness import run_main, writing
 
 GIVEN = None  # rows of the user's
 INK, ACCENT, PALE, PAPER, OTHER = "#33265c", "#f28e2b", "#e9e5dc", "#8a8a8a", "#2a8f8a"
+HALF = "#925a44"  # between INK and ACCENT
 matplotlib.rcParams.update({
     "svg.hashsalt": "sparge", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -75,8 +77,8 @@ def attention_map():
     figure.colorbar(image, ax=axes[:, 0], location="bottom", fraction=0.03, pad=0.01, extend="min",
                     label="attention of a query block to a key block")
     figure.legend(handles=[Patch(color=INK, label="computed"), Patch(color=ACCENT, label="P·V dropped by lambda"),
-                           Patch(color=PALE, label="skipped by the mask")],
-                  loc="lower right", bbox_to_anchor=(0.97, 0.012), ncols=3)
+                           Patch(color=HALF, label="dropped in part"), Patch(color=PALE, label="skipped by the mask")],
+                  loc="lower right", bbox_to_anchor=(0.99, 0.012), ncols=2)
     return figure
 
 
@@ -153,7 +155,11 @@ def fig5():
     for axis, ((order,), rows) in zip(axes, found.items()):
         h, w, block = (column(rows, name) for name in ("h", "w", "block"))
         axis.plot(w, h, color=INK, linewidth=1, zorder=1)
-        axis.scatter(w, h, c=block % 10, cmap="tab10", s=60, zorder=2)
+        axis.scatter(w, h, c=block, cmap="viridis", s=110, zorder=2)
+        axis.scatter(w[:1], h[:1], s=210, facecolors="none", edgecolors=INK, zorder=3)
+        for x, y, n in zip(w, h, block.astype(int)):
+            axis.text(x, y, str(n), fontsize=6, ha="center", va="center_baseline", zorder=4,
+                      color="white" if n < 5 else INK)
         axis.set(title=order, xticks=[], yticks=[], xlim=(-0.6, 5.6), ylim=(5.6, -0.6), aspect="equal")
         axis.spines[:].set_visible(False)
     return figure
@@ -256,13 +262,19 @@ def fig9():
         for r in rows:
             score[depths.index(float(r["depth"])),
                   tokens.index(float(r["tokens"]))] = int(r["found"]) / int(r["needles"])
-        image = axis.imshow(score, cmap="RdYlGn", vmin=0, vmax=1, **LOOK)
+        axis.patch.set(hatch="////", facecolor="white", edgecolor=PAPER)  # shows where there is no image
+        image = axis.imshow(score, cmap="cividis", vmin=0, vmax=1, **LOOK)
+        for i, j in np.argwhere(~np.isnan(score)):
+            axis.text(j, i, f"{100 * score[i, j]:.0f}", ha="center", va="center", fontsize=7,
+                      color="white" if score[i, j] < 0.6 else INK)
         axis.set_xticks(range(len(tokens)), [f"{int(n) // 1024}K" for n in tokens])
         axis.set_title(name.replace("SpargeAttn, ", "SpargeAttn,\n").replace("dense, ", "dense,\n"))
         axis.set_xlabel("tokens")
     axes[0].set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
     axes[0].set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=axes, fraction=0.02, label="found")
+    figure.colorbar(image, ax=axes, fraction=0.02, label="share found", format=PercentFormatter(1))
+    figure.legend(handles=[Patch(facecolor="white", edgecolor=PAPER, hatch="////", label="not run")],
+                  loc="outside lower right")
     return figure
 
 
@@ -273,7 +285,7 @@ def whole():
     return GIVEN or [r for r in of_item("fig14") if r["source"] != "committed"]
 
 
-def bars(key, title, rows):
+def bars(number, key, title, rows):
     figure, axis = plt.subplots(figsize=(6, 2.8))
     found = grouped(rows, key)
     names = sorted((name for name, in found), key=lambda name: (len(name), name))
@@ -284,23 +296,23 @@ def bars(key, title, rows):
     axis.axhline(column(rows, "sparsity").mean(), color=PAPER, linestyle=":", linewidth=1)
     axis.set_xticks(range(len(names)), names)
     axis.set(xlabel=title, ylabel="sparsity", ylim=(0, 1))
-    axis.set_title("mean (bar), 10th to 90th percentile (line), mean of all (dotted)")
+    axis.set_title(f"Fig {number}, by {title}: mean, 10th to 90th percentile, mean of all (dotted)")
     return figure
 
 
 def fig14():
     """By layer."""
-    return bars("layer", "layer", whole())
+    return bars(14, "layer", "layer", whole())
 
 
 def fig15():
     """By denoising step."""
-    return bars("step", "denoising step", whole())
+    return bars(15, "step", "denoising step", whole())
 
 
 def fig16():
     """By sample."""
-    return bars("sample", "sample", whole())
+    return bars(16, "sample", "sample", whole())
 
 
 def fig17():
@@ -316,7 +328,7 @@ def fig17():
         axis.text(j, i, f"{image[i, j]:.2f}", ha="center", va="center", color="white" if image[i, j] > 0.5 else INK)
     axis.set_xticks(range(len(heads)), heads)
     axis.set_yticks(range(len(layers)), layers)
-    axis.set(xlabel="head", ylabel="layer")
+    axis.set(xlabel="head", ylabel="layer", title="Fig 17, by head: mean")
     figure.colorbar(shown, ax=axis, fraction=0.06, label="sparsity")
     return figure
 

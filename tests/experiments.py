@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "experiments/capture"), st
 import errors  # noqa: E402
 import harness  # noqa: E402
 import item  # noqa: E402
+import items  # noqa: E402
 import sets  # noqa: E402
 from item import Job, Kept  # noqa: E402
 from items import ITEMS  # noqa: E402
@@ -151,7 +152,7 @@ def test_full_then_smoke():
     check(rows[1] == {"kind": "k", "n": "1", "x": "0.5", "word": "a,b", "ms": "2"}, "a row", rows)
     first = Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()
     on = json.loads(first[1])
-    check(list(on) == ["commit", "machine", "cores", "isa", "compiler", "flags", "seed"], "what it stands on", on)
+    check(list(on) == ["commit", "date", "machine", "cores", "isa", "compiler", "flags", "seed"], "what it stands on", on)
     check(on["seed"] == 7 and all(on.values()), "all of it", on)
     run("--full")
     check((Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()) == first, "the same bytes")
@@ -606,13 +607,21 @@ def test_bands():
     for band in bands:
         count[band["item"]] = count.get(band["item"], 0) + 1
         check(band["low"] or band["high"], "a band has an end", band)
-        check(float(band["low"] or -math.inf) <= float(band["high"] or math.inf), "in order", band)
+        low, high = report.ends(band)
+        check(low <= high and (not band["paper"] or math.isfinite(high - low)), "two ends where the paper has a value", band)
+        check(band["unit"] in ("", "%", "points", "times") and not re.search(r" (over|less) ", band["what"]), "words", band)
+        for word, units in ("minus", ("points", "")), ("divided by", ("times",)), ("change", ("%",)):
+            check(word not in band["what"] or band["unit"] in units, f"the unit of what has '{word}'", band)
     check(count == {name: len(found) for name, found in report.MEASURED.items()}, "a figure for each band", count)
     check(set(count) <= {x.folder for x in ITEMS}, "bands are of items", set(count))
+    for paper, low, high, want in (("", "1", "", (1, math.inf)), ("4", "1", "", (1, 8)), ("3 4", "", "5", (1.5, 5)),
+                                   ("-2 -4", "", "0", (-8, 0)), ("", "", "2", (-math.inf, 2))):
+        check(report.ends({"paper": paper, "low": low, "high": high}) == want, "half or twice the paper's", paper, want)
     for name, found in report.checks().items():
         for band, value, holds in found:
             known = value is not None
-            low, high = float(band["low"] or -math.inf), float(band["high"] or math.inf)
+            low, high = report.ends(band)
+            check(holds is not False or band["reason"], "what does not hold has a reason", name, band)
             check(holds == (low <= value <= high if known else None), "judged right", name, band, value)
 
 
@@ -657,6 +666,10 @@ def test_driver():
 
     code, out, err = reproduce("--list")
     check(code == 0 and err == "" and all(x.folder in out for x in ITEMS), "--list", out, err)
+    heading, lines = out.splitlines()[0], {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    place = heading.index("full needs")
+    check(heading.split()[:3] == ["item", "covers", "smoke,"], "a heading", heading)
+    check(all(lines[x.folder][place:].startswith(", ".join(x.needs)) for x in ITEMS), "which item needs what", out)
     for options, words in ((["--only", "table99"], "table99"), (["--smoke", "--full"], "exclude"),
                            (["--fast"], "--fast"), (["--ful"], "--ful"), (["--only", ""], "called ''"),
                            (["--only", "fig2,"], "called ''")):
@@ -711,8 +724,79 @@ def test_report_of_unknown():
         check(any(h is not None and now == (None, None) for h, now in zip(before, after)), item, before, after)
 
 
+def test_colours():
+    """Who sees no red and green sees a scale of brightness."""
+    figures = load(ROOT / "paper_figs/figures.py")
+    axis = figures.fig9().axes[0]
+    light = axis.images[0].cmap(np.linspace(0, 1, 64))[:, :3] ** 2.2 @ (0.2126, 0.7152, 0.0722)
+    check((np.diff(light) > 0).all(), "ever brighter", light)
+    check(axis.patch.get_hatch(), "what was not run is hatched")
+    measured = ~np.isnan(np.asarray(axis.images[0].get_array().filled(np.nan)))
+    check(len(axis.texts) == measured.sum(), "a number in each cell", len(axis.texts), measured)
+
+
+def test_beside():
+    """The paper and ours stand in one table, in one unit, with three digits."""
+    report = load(ROOT / "paper_figs/report.py")
+    for x, want in (0.61269, "0.613"), (708.1, "708"), (131.07, "131"), (23.3333, "23.3"), (-0.00062439, "-0.000624"), (
+            0.0, "0"), (100.0, "100"), (math.nan, ""):
+        check(report.digits(x) == want, "three digits", x, report.digits(x))
+    with_numbers = {x.folder for x in ITEMS if any(r["item"] in x.covers for r in report.PAPER)}
+    check(with_numbers == set(report.BESIDE), "every item with numbers of the paper", with_numbers)
+    for name in report.BESIDE:
+        columns, lines = report.BESIDE[name]()
+        ours = [n for n, title in enumerate(columns) if title.startswith("ours")]
+        check(ours and len(ours) < len(columns) and all(len(line) == len(columns) + 1 for line in lines), name, columns)
+        both = [line for line in lines if not math.isnan(line[1]) and not math.isnan(line[1 + ours[0]])]
+        check(lines[0] in both, f"{name}: its first row has both", lines[0])
+        for what, *values in both:
+            ratio = values[ours[0]] / values[0] if values[0] else 1
+            check("TOPS" in what or 0.01 < abs(ratio) < 100, f"{name}: one unit", what, values)
+
+
+def test_commands_run_as_printed():
+    """Those under "Not measured", over a tiny capture."""
+    make_set("good")
+    tuned("good")
+    commands = [how.split() for _, _, how in items.MISSING if how.startswith("build/")]
+    check(len(commands) > 5, "commands", commands)
+    for program, *words in commands:
+        words = [{"FOLDER": "good", "P.json": "good.json"}.get(word, word) for word in words]
+        check(program in ("build/venv/bin/python", "build/release/experiments/lm/sparge-lm"), "the interpreter", program)
+        if program == "build/venv/bin/python":
+            code, out, err = said(sys.executable, ROOT / words[0], *words[1:], "--sparge", SPARGE)
+            check(code == 0 and table("out.csv"), f"{words}", code, err)
+
+
+def test_again():
+    """Rows that are put together from others: some of those are measured again, or it is said that they are not."""
+    sys.path.insert(0, str(ROOT / "experiments/lm"))
+    again = load(ROOT / "experiments/lm/again.py")
+    committed = [r for r in table(ROOT / "experiments/lm/ppl.csv") if (r["text"], r["tokens"]) == ("stb_image.txt", "1024")]
+    row = next(r for r in committed if r["attention"] == "f32")
+    again.weights.fetch, again.texts.fetch = lambda: Path("w.gguf"), lambda _: [Path("t.txt")]
+    how = argparse.Namespace(lm=os.path.abspath("lm"))
+    for factor, differs in (1, 0), (1.00005, 0), (1.0002, 1), (math.nan, 1):
+        found = {"attention": "f32", "text": row["text"], "tokens": 1024, "sparsity": 0.0,
+                 "perplexity": factor * float(row["perplexity"])}
+        write("lm", f"#!/bin/sh\necho '{json.dumps({'rows': [found]})}'\n")
+        os.chmod("lm", 0o755)
+        said_, differences = again.ppl(how)
+        check("measured again: f32" in said_ and len(differences) == differs, f"times {factor}", said_, differences)
+
+    def offline():
+        sys.exit("model: cannot download")
+
+    again.weights.fetch = offline
+    check(again.ppl(how) == ("not measured: model: cannot download", []), "offline", again.ppl(how))
+    for name in "table1", "fig9":
+        check("again=again." in (ROOT / f"experiments/{name}/run.py").read_text(), name)
+
+
 def test_report():
     report = load(ROOT / "paper_figs/report.py")
+    names = [name for x in ITEMS for name in x.figures]
+    alts = [re.search(r' alt="([^"]*)"', report.picture(name))[1] for name in names]
     report.HERE = Path(".")
     report.main()
     text = Path("report.html").read_text()
@@ -720,6 +804,15 @@ def test_report():
     check(not re.search(r'(src|href)="(?!data:|#|https://arxiv)', text), "needs no other file")
     for tag in ("section", "table", "div", "ul", "tr"):
         check(text.count(f"<{tag}") == text.count(f"</{tag}>"), "closed", tag)
+    check(sorted(names) == sorted(items.CAPTIONS), "a caption for each figure", names)
+    check(all(len(alt) > 30 for alt in alts), "what a picture shows", alts)
+    for n in 14, 15, 16, 17:
+        check(f"<!-- Fig {n}, by" in (ROOT / f"paper_figs/fig{n}.svg").read_text(), f"the number of Fig {n}")
+    raw = [key for key in report.COLUMNS if "_" in key and f">{key}<" in text]
+    check(raw == [], "no names of CSV columns", raw)
+    failing = [band for found in report.checks().values() for band, _, holds in found if holds is False]
+    check(text.index('id="attention_map"') > text.index("Bands that do not hold") and text.count("does not hold</span>")
+          == len(failing), "what does not hold, at the top")
 
 
 run_tests(globals(), sys.argv[2:], "sparge-experiments-")
