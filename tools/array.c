@@ -92,19 +92,22 @@ void array_shape_string(int rank, const int64_t *shape, char text[ARRAY_SHAPE_TE
     snprintf(text + used, (size_t)(ARRAY_SHAPE_TEXT - used), rank == 1 ? ",)" : ")");
 }
 
+enum { LARGEST_ELEMENT = 8 };
+
 bool array_bytes(array_type type, int rank, const int64_t *shape, size_t *bytes)
 {
     if (rank < 0 || rank > ARRAY_MAX_RANK)
         return false;
-    size_t product = array_type_size(type);
     bool empty = false;
+    for (int d = 0; d < rank; d++)
+        empty = empty || shape[d] == 0;
+    size_t product = empty ? LARGEST_ELEMENT : array_type_size(type); /* what is empty can become any other type */
     for (int d = 0; d < rank; d++) {
         /* Zeros do not excuse the other sizes: strides and counts multiply them in any order. */
         const uint64_t size = shape[d] == 0 ? 1 : (uint64_t)shape[d];
         if (size > PTRDIFF_MAX / product) /* negative ones too: they are huge here */
             return false;
         product *= (size_t)size;
-        empty = empty || shape[d] == 0;
     }
     *bytes = empty ? 0 : product;
     return true;

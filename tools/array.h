@@ -54,7 +54,7 @@ const char *array_type_string(array_type type); /* "f16", "bool", ... */
 void array_shape_string(int rank, const int64_t *shape, char text[ARRAY_SHAPE_TEXT]);
 
 /* The bytes of such an array; false where a size is negative, the rank exceeds 8, or the sizes
- * (leaving out those that are 0) multiply to more bytes than memory can ever hold. */
+ * (leaving out those that are 0) multiply to more bytes than memory can ever hold; of any type, where one is 0. */
 bool array_bytes(array_type type, int rank, const int64_t *shape, size_t *bytes);
 
 /* Allocates, uninitialised. After failure *out is all zero, and free to be freed. */

@@ -80,9 +80,9 @@ static bool header_descr(header *h)
     char descr[32];
     if (!header_string(h, descr))
         return false;
+    const char *const plain = descr[0] && strchr("<|=", descr[0]) ? descr + 1 : descr; /* without a byte order */
     for (size_t type = 0; type < sizeof descriptions / sizeof descriptions[0]; type++)
-        if (descr[0] && descr[1] && strchr("<|=", descr[0]) &&
-            strcmp(descr + 1, descriptions[type]) == 0) {
+        if (*plain && strcmp(plain, descriptions[type]) == 0) {
             h->type = (array_type)type;
             header_skip(h, descr);
             return true;
@@ -242,12 +242,11 @@ static bool read_data(const header *h, array *out)
     if (!array_bytes(h->type, h->rank, h->shape, &need))
         return input_fail(in, "byte %zu: header: shape %s of %s overflows; save a smaller array",
                           h->start, shape, type);
-    if (need != have)
+    if (need > have) /* what comes after it may be another array: as numpy, we read the first */
         return input_fail(in,
-                          "byte %zu: %s: shape %s of %s is %zu bytes from byte %zu on, not %zu; "
-                          "copy it, or save one array, again",
-                          need > have ? in->size : start + need,
-                          need > have ? "truncated" : "too long", shape, type, need, start, have);
+                          "byte %zu: truncated: shape %s of %s is %zu bytes from byte %zu on, not %zu; "
+                          "copy it, or save the array, again",
+                          in->size, shape, type, need, start, have);
     if (!array_alloc(h->type, h->rank, h->shape, out, NULL))
         return input_fail(in, "no memory for %zu bytes; use a smaller array", need);
     if (!h->fortran_order || h->rank < 2)

@@ -17,6 +17,9 @@
 struct output_file {
     FILE *stream;        /* NULL when closed, and of a folder */
     bool folder;         /* which is made under its own name */
+    bool placed;         /* the new file stands under its name, */
+    bool fresh;          /* where nothing stood before, */
+    bool exchanged;      /* or what did is the temporary file now */
     atomic_bool pending; /* the temporary file may exist */
     char path[PATH_MAX]; /* links resolved, where it exists */
     char temporary[PATH_MAX];
@@ -123,13 +126,22 @@ static int create_temporary(output_file *output)
 /* The one spelling of a target, whether or not it exists; as it is where its folder does not. */
 static void resolve(const char *path, char to[PATH_MAX])
 {
-    char folder[PATH_MAX];
+    char folder[PATH_MAX], link[PATH_MAX], target[2 * PATH_MAX];
     const char *const slash = strrchr(path, '/'), *const name = slash ? slash + 1 : path;
     const size_t length = (size_t)(name - path);
     memcpy(folder, length ? path : "./", length ? length : 2);
     folder[length ? length : 2] = '\0';
     if (realpath(path, to))
         return;
+    const ssize_t bytes = readlink(path, link, sizeof link - 1);
+    if (bytes > 0) { /* to what is not there yet */
+        link[bytes] = '\0';
+        snprintf(target, sizeof target, "%s%s", link[0] == '/' ? "" : folder, link);
+        if (strlen(target) < PATH_MAX) {
+            resolve(target, to);
+            return;
+        }
+    }
     if (!realpath(folder, to) || strlen(to) + 1 + strlen(name) >= PATH_MAX) {
         memcpy(to, path, strlen(path) + 1);
         return;
@@ -138,19 +150,31 @@ static void resolve(const char *path, char to[PATH_MAX])
     strcat(to, name);
 }
 
+/* Does what is written there go where the JSON goes? Of devices only to a terminal. */
+static bool is_stdout(const struct stat *status)
+{
+    struct stat out;
+    return fstat(STDOUT_FILENO, &out) == 0 && out.st_dev == status->st_dev && out.st_ino == status->st_ino &&
+           (!S_ISCHR(out.st_mode) || isatty(STDOUT_FILENO));
+}
+
 output_file *output_open(const char *path, file_error *error)
 {
     file_error_clear(error);
     install();
     output_file *const output = &outputs[count < OUTPUT_MAX ? count : 0];
-    output->folder = false;
+    output->folder = output->placed = output->exchanged = false;
     struct stat status;
-    const bool exists = stat(path, &status) == 0;
+    const bool exists = stat(path, &status) == 0, circle = !exists && errno == ELOOP;
     const bool direct = exists && is_direct(path, status.st_mode);
     const size_t length = strlen(path);
     const char *wrong = NULL;
     if (count == OUTPUT_MAX)
         wrong = "too many outputs at a time; write fewer";
+    else if (strcmp(path, "-") == 0 || (exists && is_stdout(&status)))
+        wrong = "is standard output, where JSON goes; name a file";
+    else if (circle)
+        wrong = "is a link that leads to itself; choose another name";
     else if (exists ? S_ISDIR(status.st_mode) : length == 0 || path[length - 1] == '/')
         wrong = "is a directory; name a file in it";
     else if (length >= PATH_MAX || (!exists && errno == ENAMETOOLONG))
@@ -233,6 +257,32 @@ static bool output_close(output_file *output, file_error *error)
                           strerror(!ok ? reason ? reason : EIO : errno));
 }
 
+/* Gives the new file its name, and keeps what had it before, where the file system can exchange two. */
+static bool place(output_file *output)
+{
+    struct stat there;
+    const bool exists = lstat(output->path, &there) == 0;
+    if (exists && S_ISDIR(there.st_mode)) {
+        errno = EISDIR;
+        return false;
+    }
+    output->exchanged =
+        exists && renameat2(AT_FDCWD, output->temporary, AT_FDCWD, output->path, RENAME_EXCHANGE) == 0;
+    output->placed = output->exchanged || rename(output->temporary, output->path) == 0;
+    if (output->placed)
+        atomic_store(&output->pending, output->exchanged);
+    output->fresh = !exists;
+    return output->placed;
+}
+
+static void take_back(output_file *output)
+{
+    if (output->exchanged)
+        renameat2(AT_FDCWD, output->temporary, AT_FDCWD, output->path, RENAME_EXCHANGE);
+    else if (output->placed && output->fresh)
+        unlink(output->path);
+}
+
 bool outputs_commit(file_error *error)
 {
     file_error_clear(error);
@@ -246,14 +296,17 @@ bool outputs_commit(file_error *error)
     for (int i = 0; i < count && ok; i++) {
         if (!atomic_load(&outputs[i].pending))
             continue;
-        ok = outputs[i].folder || rename(outputs[i].temporary, outputs[i].path) == 0;
-        if (ok)
-            atomic_store(&outputs[i].pending, false);
-        else
+        ok = outputs[i].folder || place(&outputs[i]);
+        if (!ok)
             file_error_set(error, outputs[i].path,
                            "cannot rename a file to this: %s; choose another name",
                            strerror(errno));
     }
+    for (int i = 0; i < count; i++)
+        if (!ok)
+            take_back(&outputs[i]);
+        else if (outputs[i].folder) /* it stays */
+            atomic_store(&outputs[i].pending, false);
     outputs_discard();
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return ok;
