@@ -1355,6 +1355,15 @@ def test_memory():
         return
     need = next(x for x in range(10 << 20, 512 << 20, 4 << 20) if lm("--version", preexec_fn=tight(x))[0] == FINE)
     one = dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # a thread's stack takes some of it
+    Model(interleaved=True).gguf("small.gguf")
+    codes = []
+    for more in range(0, 80 << 20, 1 << 20):  # wherever it ends, in our code or a library's
+        code, out, err = lm("ppl", "small.gguf", "t.npy", "--attention", "f32", "--length", 100, env=one,
+                            preexec_fn=tight(need + more))
+        check(code == FINE and err == "" or code == MACHINE and err.count("\n") == 1 and "memory" in err and out == "",
+              "all or a line", more, code, err)
+        codes.append(code)
+    check({FINE, MACHINE} <= set(codes), "little and enough", codes)
     wrong(MACHINE, ["m.gguf", "memory"], "ppl", "m.gguf", "t.npy", "--length", 100,
           preexec_fn=tight(need + size // 2), env=one)
     wrong(MACHINE, ["tokens need", "shorter"], "ppl", "m.gguf", "t.npy", "--attention", "f32", "--length", 1 << 18,

@@ -3,6 +3,11 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #if defined(LM_ONEDNN)
 #include <oneapi/dnnl/dnnl.h>
@@ -12,6 +17,22 @@
 
 enum { PIECE = 512 }; /* rows of the weights that are floats at a time */
 
+#if defined(LM_ONEDNN) || defined(LM_CBLAS)
+
+/* These libraries end the program where they have no memory for code and for what each thread packs: is there more than
+ * they take? */
+static bool has_room(void)
+{
+    size_t bytes = (size_t)32 << 20;
+#ifdef _OPENMP
+    bytes += (size_t)omp_get_max_threads() << 24;
+#endif
+    void *const room = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return room != MAP_FAILED && munmap(room, bytes) == 0;
+}
+
+#endif
+
 #if defined(LM_ONEDNN)
 
 const char *matmul_by(void) { return "oneDNN"; }
@@ -19,7 +40,8 @@ const char *matmul_by(void) { return "oneDNN"; }
 /* y [rows][width] of rows `stride` apart = x [rows][n] w [width][n]^T */
 static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, int64_t width, float *y, int64_t stride)
 {
-    return dnnl_sgemm('N', 'T', rows, width, n, 1.0f, x, n, w, n, 0.0f, y, stride) == dnnl_success;
+    return has_room() &&
+           dnnl_sgemm('N', 'T', rows, width, n, 1.0f, x, n, w, n, 0.0f, y, stride) == dnnl_success;
 }
 
 #elif defined(LM_CBLAS)
@@ -28,6 +50,8 @@ const char *matmul_by(void) { return "OpenBLAS"; }
 
 static bool multiply(const float *x, int64_t rows, int64_t n, const float *w, int64_t width, float *y, int64_t stride)
 {
+    if (!has_room())
+        return false;
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)rows, (int)width, (int)n, 1.0f, x, (int)n, w, (int)n,
                 0.0f, y, (int)stride);
     return true;
