@@ -12,7 +12,7 @@
 static const char *const names[] = {"q", "k", "v"};
 
 /* The readers say in words what went wrong, and malloc in errno whether it was memory. */
-static exit_code read_npy(const char *path, array *out, file_error *error)
+exit_code inputs_npy(const char *path, array *out, file_error *error)
 {
     errno = 0;
     return npy_read(path, out, error) ? EXIT_FINE : errno == ENOMEM ? EXIT_MACHINE : EXIT_FILE;
@@ -31,7 +31,7 @@ static exit_code read_tensors(const attention_args *args, int count, inputs *out
     if (args->files == 1)
         return read_named(args->file[0], names, count, out->tensor, error);
     for (int n = 0; n < args->files; n++) {
-        const exit_code code = read_npy(args->file[n], &out->tensor[n], error);
+        const exit_code code = inputs_npy(args->file[n], &out->tensor[n], error);
         if (code)
             return code;
     }
@@ -163,7 +163,7 @@ exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *
     const sparge_status status = sparge_mask_alloc(out, &in->problem, options, &why);
     exit_code code = library_result(status, &why, error);
     if (!code)
-        code = read_npy(path, &x, error);
+        code = inputs_npy(path, &x, error);
     if (code)
         goto done;
     const int64_t shape[] = {out->batch, out->heads, out->q_blocks, out->k_blocks};
@@ -238,7 +238,7 @@ exit_code inputs_output(const char *path, const inputs *in, array *out, array_ty
     const char *const end = strrchr(path, '.');
     array x = {0};
     exit_code code = end && strcmp(end, ".safetensors") == 0 ? read_named(path, &name, 1, &x, error)
-                                                             : read_npy(path, &x, error);
+                                                             : inputs_npy(path, &x, error);
     int64_t shape[4];
     output_shape(in, shape);
     *type = x.type;
@@ -259,7 +259,7 @@ exit_code inputs_output(const char *path, const inputs *in, array *out, array_ty
 exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error *error)
 {
     const int64_t shape[] = {in->problem.batch, in->problem.heads, in->problem.q_len};
-    const exit_code code = read_npy(path, out, error);
+    const exit_code code = inputs_npy(path, out, error);
     if (code)
         return code;
     const bool fits = out->rank >= 1 && out->rank <= 3 && array_count(out) == output_rows(in) &&

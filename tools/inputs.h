@@ -32,6 +32,9 @@ exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file
 exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type, file_error *error);
 exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error *error);
 
+/* A file of one array. */
+exit_code inputs_npy(const char *path, array *out, file_error *error);
+
 /* Refuses an output that would replace one of n inputs; NULL is not a file. */
 exit_code inputs_spare(const char *output, const char *const *input, int n, file_error *error);
 

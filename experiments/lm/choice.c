@@ -7,7 +7,6 @@
 
 #include "tools/device.h"
 #include "tools/inputs.h"
-#include "tools/npy.h"
 #include "tools/params.h"
 
 bool ends_with(const char *name, const char *end)
@@ -38,8 +37,9 @@ static exit_code read_thresholds(choice *c, unsigned given, const hyper *h, cons
 
 static exit_code read_mask(choice *c, const hyper *h, file_error *error)
 {
-    if (!npy_read(c->path, &c->mask, error))
-        return EXIT_FILE;
+    const exit_code code = inputs_npy(c->path, &c->mask, error);
+    if (code)
+        return code;
     const array *const m = &c->mask;
     if ((m->type == ARRAY_U8 || m->type == ARRAY_BOOL) && m->rank == 4 && m->shape[1] == h->heads &&
         (m->shape[0] == 1 || m->shape[0] == h->layers))

@@ -1,6 +1,7 @@
 /* lm.c: what the commands of sparge-lm have in common. */
 #include "experiments/lm/lm.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -12,7 +13,6 @@
 
 #include "experiments/lm/matmul.h"
 #include "tools/inputs.h"
-#include "tools/npy.h"
 #include "tools/params.h"
 
 /* ---- The command line ---- */
@@ -117,11 +117,11 @@ const struct argp lm_argp = {.options = lm_options, .parser = lm_parser, .childr
 static exit_code read_numbers(lm_text *t, file_error *error)
 {
     array from;
-    if (!npy_read(t->path, &from, error))
-        return EXIT_FILE;
+    exit_code code = inputs_npy(t->path, &from, error);
+    if (code)
+        return code;
     const int64_t count = array_count(&from);
     const bool wide = from.type == ARRAY_I64, whole = wide || from.type == ARRAY_I32;
-    exit_code code = EXIT_FINE;
     if (!whole || from.rank < 1 || from.shape[from.rank - 1] != count) {
         file_error_set(error, t->path, "must hold int32 or int64 of one axis, the numbers of tokens");
         code = EXIT_FILE;
@@ -169,8 +169,11 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
     if (ends_with(path, ".npy")) {
         code = read_numbers(t, m->error);
     } else {
+        errno = 0; /* which says whether it was memory */
         char *const bytes = input_text(path, &size, m->error);
-        code = bytes ? lm_encode(m, path, bytes, size, &t->token, &t->tokens) : EXIT_FILE;
+        code = bytes             ? lm_encode(m, path, bytes, size, &t->token, &t->tokens)
+               : errno == ENOMEM ? EXIT_MACHINE
+                                 : EXIT_FILE;
         if (!code && m->files.vocabulary.bos >= 0) { /* there is room for it */
             memmove(t->token + 1, t->token, (size_t)t->tokens++ * sizeof *t->token);
             t->token[0] = (int32_t)m->files.vocabulary.bos;
