@@ -380,6 +380,10 @@ def test_sets():
     check(wider["q"].dtype == np.float32, "wider")
     save_safetensors("b16.safetensors", **{n: ("BF16", x) for n, x in zip("qkv", (q, k, v))})
     wide = sets.tensors("b16.safetensors")["q"].astype(np.float32)
+    for file in "a.safetensors", "b16.safetensors":
+        own = sets.tensors(file)
+        kept = sets.load_file(sets.copied(entry, own, Path("kept/c.safetensors"), dtype=None))
+        check(all(kept[n].dtype == own[n].dtype and (kept[n] == own[n]).all() for n in "qkv"), f"{file}: as it is")
     check(wide.shape == q.shape and np.abs(wide / q - 1).max() < 2**-7, "bfloat16", np.abs(wide / q - 1).max())
     copy, = sets.entries(Path("head"))
     check(copy.at == entry.at and copy.heads == entry.heads and copy.causal, "its manifest", copy)

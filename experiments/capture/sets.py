@@ -148,7 +148,7 @@ def changed(params, to, **knobs):
 
 def copied(entry, found, to, dtype=np.float32):
     """A copy of a file with these tensors [1, H, N, D] in place of its own, and a manifest beside it. In float32 an
-    output in it is not rounded to the float16 of the capture."""
+    output in it is not rounded to the float16 of the capture; None keeps the type that the tensors have."""
     to.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(x, dtype) for name, x in found.items()}, to)
     (to.parent / "manifest.json").write_text(json.dumps({

@@ -7,8 +7,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
@@ -28,7 +26,7 @@ def main():
         file = folders[-1] / entry.path.name
         done = folders[-1] / "manifest.json"  # it is written last
         if not done.exists() or done.stat().st_mtime < entry.path.stat().st_mtime:
-            reordered(entry, sparge, "hilbert", file, np.float16)
+            reordered(entry, sparge, "hilbert", file, dtype=None)
     print(sparge("tune", *folders, "--l1", 0.05, "--l2", 0.06, "-o", HERE / "params.json"))
 
 
