@@ -1,8 +1,9 @@
-"""Reads .pt files made here by experiments/tune/from_pt.py: python3 from_pt.py
+"""Reads .pt files made here by experiments/tune/from_pt.py: python3 from_pt.py [PATH-OF-SPARGE [TEST...]]
 
 The files have the layout of torch.save, made without torch: pickle and zip with stand-ins for its classes.
 Looked at are the values that come out, what is said of every wrong file, that no pickle runs anything, and
-some thousand damaged files. Ends with "N passed, M failed". SPARGE_SEED=7 damages them otherwise.
+some thousand damaged files; with the program, what sparge makes of a file that came out. Ends with
+"N passed, M failed". SPARGE_SEED=7 damages them otherwise.
 """
 import collections
 import contextlib
@@ -27,6 +28,7 @@ import zipfile
 import numpy as np
 
 from counted import check, run_tests
+from running import commands_of
 
 sys.dont_write_bytecode = True
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,6 +36,7 @@ PROGRAM = os.path.join(ROOT, "experiments/tune/from_pt.py")
 spec = importlib.util.spec_from_file_location("reader", PROGRAM)
 reader = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reader)
+SPARGE = os.path.abspath(sys.argv[1]) if len(sys.argv) > 1 else None
 FINE, USAGE, FILE = 0, 2, 3
 NAMES = ["is_sparse", "cdfthreshd", "simthreshd1", "simthreshd2", "pvthreshd"]
 seed = int(os.environ.get("SPARGE_SEED", "1"))
@@ -177,38 +180,40 @@ def test_values():
     data = zipped(make_members(tensors_of((10, 9))))
     x = fine(data, name="My-model_0.06_0.07.pt")
     head = dict(layer=9, head=0, dense=False, theta=-0.9375, tau=0.97, topk=None)
-    check(list(x) == ["sparge_params", "version", "model", "tuner", "source", "source_sha256", "block_q",
-                      "block_k", "skip_rows", "causal", "smooth_k", "sink", "scale", "qk", "pv", "l1", "l2",
-                      "inputs", "heads"], "fields", list(x))
+    check(list(x) == ["sparge_params", "version", "model", "tuner", "source", "source_sha256", "rules",
+                      "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "scale", "qk", "pv",
+                      "l1", "l2", "inputs", "heads"], "fields", list(x))
     heads = x.pop("heads")
     check([(h["layer"], h["head"]) for h in heads] == [(n, h) for n in (9, 10) for h in range(3)], "order")
     off = heads[0].pop("lambda")
     check(heads[0] == head and abs(off + 10 * math.log(2)) < 1e-6, "a sparse head", heads[0], off)
-    check(heads[4] == dict(head, layer=10, head=1, dense=True, theta=-1, tau=1) | {"lambda": None},
-          "a dense head", heads[4])
+    off = heads[4].pop("lambda")
+    check(heads[4] == dict(head, layer=10, head=1, dense=True, theta=-1, tau=1) and
+          abs(off + 3 * math.log(2)) < 1e-6, "a dense head", heads[4], off)
     check(heads[5]["lambda"] == 0 and math.copysign(1, heads[5]["lambda"]) == 1, "no -0", heads[5])
     version = x.pop("version")
     with open(os.path.join(ROOT, "sparge.h")) as file:
         check(f'SPARGE_VERSION "{version}"' in file.read(), "version", version)
     check(x == {"sparge_params": 1, "model": "My-model", "tuner": "upstream",
                 "source": "My-model_0.06_0.07.pt", "source_sha256": hashlib.sha256(data).hexdigest(),
-                "block_q": 128, "block_k": 64, "skip_rows": 128, "causal": "none", "smooth_k": True,
-                "sink": False, "scale": None, "qk": "int8", "pv": "fp8", "l1": 0.06, "l2": 0.07,
-                "inputs": []}, "header", x)
+                "rules": "upstream", "block_q": 128, "block_k": 64, "skip_rows": 128, "causal": "none",
+                "smooth_k": True, "sink": True, "scale": None, "qk": "int8", "pv": "fp8", "l1": 0.06,
+                "l2": 0.07, "inputs": []}, "header", x)
     with open("o.json") as file:
         check(sum(line.startswith('  {"layer": ') for line in file) == 6, "one head a line")
 
 
 def test_options():
     data = zipped(make_members(tensors_of()))
-    x = fine(data, "--model", "m\udc80", "--l1", "0.5", "--block-q", "64", "--block-k", "128", "--causal",
-             "start", "--qk", "f32", "--pv", "f16", name="a_0.1_0.2.pt")
+    x = fine(data, "--model", "m\udc80", "--rules", "default", "--l1", "0.5", "--block-q", "64",
+             "--block-k", "128", "--causal", "start", "--qk", "f32", "--pv", "f16", name="a_0.1_0.2.pt")
     check((x["model"], x["l1"], x["l2"], x["block_q"], x["block_k"], x["skip_rows"], x["causal"], x["qk"],
-           x["pv"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16"), "options", x)
+           x["pv"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16", "default"),
+          "options", x)
     x = fine(data, "--skip-rows", "16", name="wan_2_1.pt")
     check((x["model"], x["l1"], x["l2"], x["skip_rows"]) == ("wan_2_1", None, None, 16), "no bounds", x)
     for options in (["--block-q", "0"], ["--block-k", "1025"], ["--l1", "nan"], ["--l2", "-1"],
-                    ["--causal", "yes"], ["--pv", "int4"], ["--skip-rows", "x"], ["y.pt"],
+                    ["--causal", "yes"], ["--pv", "int4"], ["--skip-rows", "x"], ["--rules", "ours"], ["y.pt"],
                     ["-o", "wan_2_1.pt"]):
         code, said = run("wan_2_1.pt", "-o", "o.json", *options)
         check(code == USAGE and "from_pt: error: " in said, f"{options}: usage", code, said)
@@ -238,7 +243,7 @@ def test_dtypes_and_layouts():
     x = fine(zipped(make_members(tensors_of(cdfthreshd=Tensor([0.5], stride=0, size=(3,))))))
     check([h["tau"] for h in x["heads"]] == [0.5, 1, 0.5] * 2, "expanded", x["heads"])
     x = fine(zipped(make_members(tensors_of(pvthreshd=Tensor([math.inf, 0, 1e39], "f8")))))
-    check([h["lambda"] for h in x["heads"]] == [None] * 6, "never skips")
+    check([h["lambda"] for h in x["heads"]] == [None, 0, None] * 2, "never skips", x["heads"])
 
 
 def test_output():
@@ -265,6 +270,39 @@ def test_output():
     finally:
         os.replace = rename
     wrong("not a zip", b"x" * 100, name="two\nlines.pt")
+
+
+# ---- What sparge makes of it -----------------------------------------------------------------
+
+def test_sparge():
+    """Every head runs as it does alone with the authors' thresholds, rules and sink; a dense one skips too."""
+    if not SPARGE:
+        print("skipped: the program, which was not given")
+        return
+    _, runs, _, _ = commands_of(SPARGE, "sparge")
+    r = np.random.default_rng(seed)
+    n, dim = 700, 64
+    walk = np.cumsum(r.normal(size=(1, 3, n, dim)), axis=2) / 6  # neighbours are alike, and others far apart
+    for name, x in ("q", walk), ("k", walk), ("v", r.normal(size=(1, 3, n, dim))):
+        np.save(f"{name}.npy", x.astype(np.float32))
+    heads = fine(zipped(make_members(tensors_of((4, 7), cdfthreshd=Tensor([0.9, 1, 0.5]),
+                                                 pvthreshd=Tensor([9, 2, 0])))))
+    files = "q.npy", "k.npy", "v.npy"
+    got = runs("run", *files, "--rules", "upstream", "--params", "o.json", "--layer", "7", "-o", "o.npy")
+    check(got["sparsity"] > 0.2, "something is skipped", got)
+    whole = np.load("o.npy")
+
+    def alike(h, below, *sink, rules="upstream"):
+        runs("run", *files, "--rules", rules, "--theta", h["theta"], "--tau", h["tau"], f"--lambda={below}",
+             "--skip-rows", 128, *sink, "-o", "one.npy")
+        return np.array_equal(np.load("one.npy")[:, h["head"]], whole[:, h["head"]])
+
+    _, dense, sparse = layer = heads["heads"][3:]
+    for h in layer:
+        check(alike(h, h["lambda"], "--sink"), "as it runs alone", h)
+    check(not alike(sparse, sparse["lambda"]), "not without the sink")
+    check(not alike(dense, -math.inf, "--sink"), "not without lambda, though it is called dense")
+    check(not alike(dense, dense["lambda"], "--sink", rules="default"), "not by other rules")
 
 
 # ---- What must not ---------------------------------------------------------------------------
@@ -466,4 +504,4 @@ def test_damage():
     check(peak < 500, "MiB in all", peak)
 
 
-run_tests(globals(), sys.argv[1:], "sparge-from-pt-")
+run_tests(globals(), sys.argv[2:], "sparge-from-pt-")

@@ -1076,7 +1076,13 @@ def test_sparge():
     got = fine("tune", "out/a", "out/b", "--causal", "-o", "p.json")
     check(got["heads"] == 12 and len(json.loads(read("p.json"))["inputs"]) == 6, "tune", got)
     check({x["sample"] for x in json.loads(read("p.json"))["inputs"]} == {"a", "b"}, "samples", read("p.json"))
-    wrong(FILE, ["causal"], "tune", "out/a", "-o", "q.json")
+    fine("tune", "out", "-o", "q.json")
+    tuned = [[{**head, "seconds": None} for head in json.loads(read(x))["heads"]] for x in ("p.json", "q.json")]
+    check(tuned[0] == tuned[1], "tune on the whole folder, causal as its manifests say", tuned)
+    wrong(FILE, ["causal"], "tune", "out/a", "--causal=none", "-o", "r.json")
+    got = fine("run", "out", "--params", "q.json")
+    causal = fine("run", f"out/a/{manifest_of('out/a')['files'][0]['file']}", "--causal")
+    check([x["pairs"] for x in got["files"]] == [causal["pairs"]] * 6, "run on it, causal too", got)
     got = fine("tune", "flux/sample", "-o", "s.json")
     inputs = json.loads(read("s.json"))["inputs"]
     check(got["heads"] == 6 and [x["layer"] for x in inputs] == [0, 0, 3, 3], "tune on two steps of a layer", inputs)

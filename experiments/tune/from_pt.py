@@ -8,6 +8,10 @@ has five tensors [heads] for each layer: is_sparse, cdfthreshd (tau), simthreshd
 used) and pvthreshd (-lambda in log2 units). torch is not needed, and no file can make this program run
 anything: of the pickle only what such a dict consists of is accepted.
 
+What comes out is what the authors' code does with the file: their rules, key block 0 kept by every query
+(attention_sink, which their tuner leaves off and their inference turns on), and pvthreshd in every head, also
+in those that they call dense. `sparge run CAPTURE --params OUT` then runs so.
+
 Exit code 0: written; 2: wrong usage; 3: a file is wrong or cannot be read or written, said in one line.
 """
 import argparse
@@ -228,7 +232,7 @@ def make_heads(layers: dict[int, dict[str, list[float]]]) -> list[dict]:
                 "layer": layer, "head": head, "dense": dense,
                 "theta": -1.0 if dense else short(value["simthreshd1"]),
                 "tau": 1.0 if dense else short(value["cdfthreshd"]), "topk": None,
-                "lambda": None if dense or skip < LEAST_F32 else short(skip)})
+                "lambda": None if skip < LEAST_F32 else short(skip)})
     return heads
 
 
@@ -278,6 +282,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--model", help="(from the name of FILE)")
     add("--l1", metavar="X", type=bound, help="relative L1 that tau was tuned for (from the name, or null)")
     add("--l2", metavar="X", type=bound, help="relative L1 with lambda (from the name, or null)")
+    add("--rules", choices=["default", "paper", "upstream"], default="upstream", help="(upstream)")
     add("--block-q", metavar="N", type=block, default=128, help="(128; the authors' on Hopper: 64)")
     add("--block-k", metavar="N", type=block, default=64, help="(64; the authors' on Hopper: 128)")
     add("--skip-rows", metavar="N", type=block, help="(block-q)")
@@ -310,8 +315,9 @@ def main(arguments: list[str] | None = None) -> None:
             {"version": VERSION},
             {"model": model},
             {"tuner": "upstream", "source": source, "source_sha256": hashlib.sha256(data).hexdigest()},
+            {"rules": args.rules},
             {"block_q": args.block_q, "block_k": args.block_k, "skip_rows": args.skip_rows,
-             "causal": args.causal, "smooth_k": True, "sink": False, "scale": None,
+             "causal": args.causal, "smooth_k": True, "sink": True, "scale": None,
              "qk": args.qk, "pv": args.pv},
             {"l1": args.l1, "l2": args.l2},
             {"inputs": []}], heads)
