@@ -20,7 +20,7 @@ presets=(dev clang asan tsan hook)
     esac
 done
 
-need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang libclang-rt-14-dev \
+need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang locales libclang-rt-14-dev \
     libomp-14-dev libdnnl-dev libcriterion-dev "${emulator_packages[@]}"
 need_python experiments/requirements.txt
 [ "${1:-}" = --deps ] && exit

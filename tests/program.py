@@ -3,6 +3,7 @@
 What it computes is compared with a float64 attention written here; of everything that can go wrong
 the exit code, the one line and the folder are looked at. Ends with "N passed, M failed".
 """
+import base64
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 import zlib
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -806,11 +808,30 @@ def test_map():
     wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "k.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/map.png")
     if full := full_device():
-        wrong(FILE, "No space left", "map", *qkv[:2], "-o", full)
+        os.symlink(full, "full.png")
+        wrong(FILE, "No space left", "map", *qkv[:2], "-o", "full.png")
+    for name in "map.jpg", "map", "map.png.txt", ".svg/map":
+        wrong(USAGE, [name, ".png, .svg or .pdf"], "map", *qkv[:2], "-o", name)
     wrong(USAGE, ["map.png", "--block-q"], "map",
           save("wide.npy", np.zeros((1, 20000, 1), np.float32)),
           "wide.npy", "-o", "map.png", "--block-q", 1, "--block-k", 1)
     wrong(USAGE, "--mask", "map", *qkv, "-o", "map.png", "--mask", "m.npy")
+
+
+def test_map_formats():
+    """By the end of the name. The panels of an SVG are pictures in it, pixel for pixel those of the PNG."""
+    x = save("x.npy", random(1, 1, 512, 16))
+    for name in "map.png", "map.svg", "MAP.PDF":
+        check(sparge("map", x, x, "-o", name, "--causal", "--tau", 0.5) == (FINE, "", ""), name)
+    check(read("MAP.PDF", "rb")[:5] == b"%PDF-" and b"%%EOF" in read("MAP.PDF", "rb")[-8:], "a PDF")
+    ElementTree.parse("map.svg")
+    panels = []
+    for data in re.findall(r'"data:image/png;base64,([^"]*)"', read("map.svg")):
+        write("panel.png", base64.b64decode(data))
+        panels.append(pixels("panel.png"))
+    whole = pixels("map.png")
+    check(len(panels) == 2 and all((p == whole[202:202 + 256, left:left + 256]).all()
+                                   for p, left in zip(panels, (74, 74 + 256 + 24))), "an SVG", len(panels))
 
 
 def test_map_memory():
@@ -2044,6 +2065,8 @@ def test_writing():
               "--dump", "d")
     for limit in 1000, 100000:  # bytes of a file: as a full disk would be
         small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        wrong(FILE, ["d/", ".npy: cannot write", "too large"], "run", *qkv, "--dump", "d", "--backend", "ref",
+              preexec_fn=small)
         # (the ref backend: clang's OpenMP makes a file of its own when it starts, and ends the program)
         wrong(FILE, "too large", "run", *qkv, *outputs, "--backend", "ref", preexec_fn=small)
     for args in (["run", *qkv, *outputs], ["info"], ["info", "--json"], ["--help"], ["--version"],
@@ -2158,10 +2181,14 @@ def test_ignored_signals():
 
 
 def test_locale():
-    """A comma for a point must not come from the user's locale."""
+    """A comma for a point must not come from the user's locale, which is made here."""
     qkv = files()[3]
-    x = fine("run", *qkv, "--tau", "0.5",
-             env={**os.environ, "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE"})
+    subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", "./de_DE.UTF-8"], check=True)
+    german = {**os.environ, "LOCPATH": os.getcwd(), "LC_ALL": "de_DE.UTF-8"}
+    comma = subprocess.run([sys.executable, "-c", "import locale; locale.setlocale(locale.LC_ALL, ''); "
+                            "print(locale.localeconv()['decimal_point'])"], env=german, capture_output=True).stdout
+    check(comma == b",\n", "there is such a locale", comma)
+    x = fine("run", *qkv, "--tau", "0.5", env=german)
     check(isinstance(x.get("sparsity"), float), "numbers have a point", x)
 
 

@@ -43,7 +43,7 @@ static const struct argp map_argp = {
     .options = map_options,
     .parser = map_parser,
     .children = map_children,
-    .args_doc = "-o MAP.png Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
+    .args_doc = "-o MAP.png|svg|pdf Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
     .doc = "A picture of the attention between blocks and of the mask that is predicted for it; "
            "with V and --lambda also of what lambda drops.\v"
            "Of a folder of captures, as sparge tune takes it, there is a picture of each file, in a folder too.",
@@ -94,6 +94,10 @@ static exit_code read_files(map *m, file_error *error)
     exit_code code = inputs_spare(a->output, a->file, 3, error);
     if (!code)
         code = inputs_spare(m->args.numbers, a->file, 3, error);
+    if (!code && picture_format_of(a->output) == PICTURE_UNKNOWN) {
+        file_error_set(error, a->output, "is of no kind that map draws; let the name end in .png, .svg or .pdf");
+        code = EXIT_USAGE;
+    }
     if (!code)
         code = inputs_read(a, asks_lambda(a), &m->in, error);
     return code ? code : settle(a, m->capture, &m->in.problem, &m->options, &m->settled, error);
@@ -240,38 +244,35 @@ static exit_code describe(map *m, file_error *error)
     return EXIT_FINE;
 }
 
-typedef struct sink {
-    FILE *stream;
-    int reason; /* why it failed: errno */
-} sink;
-
-static cairo_status_t write_bytes(void *to, const unsigned char *bytes, unsigned count)
+static exit_code write_picture(const map *m, const char *bytes, size_t size, file_error *error)
 {
-    sink *const s = to;
-    if (fwrite(bytes, 1, count, s->stream) == count)
-        return CAIRO_STATUS_SUCCESS;
-    s->reason = errno;
-    return CAIRO_STATUS_WRITE_ERROR;
-}
-
-static exit_code write_files(map *m, file_error *error)
-{
+    const char *const path = m->args.attention.output;
     output_file *const numbers = m->args.numbers ? output_open(m->args.numbers, error) : NULL;
     if (m->args.numbers &&
         (!numbers || !npy_write(output_stream(numbers), m->args.numbers, &m->mass, error)))
         return EXIT_FILE;
-    output_file *const file = output_open(m->args.attention.output, error);
+    output_file *const file = output_open(path, error);
     if (!file)
         return EXIT_FILE;
-    sink to = {output_stream(file), 0};
-    cairo_surface_t *const surface = picture_draw(&m->picture);
-    const cairo_status_t status = cairo_surface_write_to_png_stream(surface, write_bytes, &to);
-    cairo_surface_destroy(surface);
-    if (status == CAIRO_STATUS_SUCCESS)
+    if (fwrite(bytes, 1, size, output_stream(file)) == size)
         return outputs_commit(error) ? EXIT_FINE : EXIT_FILE;
-    file_error_set(error, m->args.attention.output, "cannot write: %s; choose another place",
-                   to.reason ? strerror(to.reason) : cairo_status_to_string(status));
-    return to.reason ? EXIT_FILE : EXIT_MACHINE;
+    file_error_set(error, path, "cannot write: %s; choose another place", strerror(errno));
+    return EXIT_FILE;
+}
+
+/* Drawn before a file is opened: libraries of letters do not survive every want of memory. */
+static exit_code write_files(map *m, file_error *error)
+{
+    const char *const path = m->args.attention.output;
+    size_t size;
+    char *const bytes = picture_draw(&m->picture, picture_format_of(path), &size);
+    if (!bytes) {
+        file_error_set(error, path, "no memory for the picture");
+        return EXIT_MACHINE;
+    }
+    const exit_code code = write_picture(m, bytes, size, error);
+    free(bytes);
+    return code;
 }
 
 static exit_code map_capture(const map_args *args, const capture *c, file_error *error)

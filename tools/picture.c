@@ -1,8 +1,13 @@
 /* picture.c: heat maps on a logarithmic scale, masks, and the letters around them. */
 #include "tools/picture.h"
 
+#include <cairo-pdf.h>
+#include <cairo-svg.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
 
 enum { /* pixels */
     SIDE = 288, CELL_MAX = 32,          /* about a panel, at most a cell */
@@ -165,31 +170,33 @@ static void axis(cairo_t *to, double x, double y, int64_t blocks, int64_t cell, 
 
 /* ---- The parts ---- */
 
-static void cells(cairo_surface_t *surface, int64_t x, int64_t y, const layout *l,
-                  const picture *p, int64_t head, bool mask)
+static void cells(cairo_t *to, double x, double y, const layout *l, const picture *p, int64_t head, bool mask)
 {
-    cairo_surface_flush(surface);
-    const int64_t stride = cairo_image_surface_get_stride(surface) / 4;
-    uint32_t *const pixel = (uint32_t *)(void *)cairo_image_surface_get_data(surface);
+    cairo_surface_t *const image =
+        cairo_image_surface_create(CAIRO_FORMAT_RGB24, (int)l->panel_w, (int)l->panel_h);
+    const int64_t stride = cairo_image_surface_get_stride(image) / 4;
+    uint32_t *const pixel = (uint32_t *)(void *)cairo_image_surface_get_data(image);
     const int scale = decades(p);
-    for (int64_t at = 0; at < p->rows * p->columns; at++) {
+    for (int64_t at = 0; at < p->rows * p->columns && pixel; at++) {
         const int64_t n = head * p->rows * p->columns + at;
         const int colour = mask ? colour_of_mask(p->done[n])
                                 : colour_of_mass(p->mass[n], p->done[n], scale);
-        const int64_t top = y + at / p->columns * l->cell_h;
-        const int64_t left = x + at % p->columns * l->cell_w;
+        const int64_t top = at / p->columns * l->cell_h, left = at % p->columns * l->cell_w;
         for (int64_t r = 0; r < l->cell_h; r++)
             for (int64_t c = 0; c < l->cell_w; c++)
                 pixel[(top + r) * stride + left + c] = (uint32_t)colour;
     }
-    cairo_surface_mark_dirty(surface);
+    cairo_surface_mark_dirty(image);
+    cairo_set_source_surface(to, image, x, y); /* which may have failed: then so has `to` */
+    cairo_paint(to);
+    cairo_surface_destroy(image);
 }
 
 static void panel(cairo_t *to, int64_t x, int64_t y, const layout *l, const picture *p,
                   int64_t head, bool mask)
 {
-    cells(cairo_get_target(to), x, y, l, p, head, mask);
     const double left = (double)x, top = (double)y, high = (double)l->panel_h;
+    cells(to, left, top, l, p, head, mask);
     print(to, left, top - 8, 0, 11, false, FAINT, mask ? "mask" : "attention");
     frame(to, left, top, (double)l->panel_w, high);
     axis(to, left, top + high, p->columns, l->cell_w, false);
@@ -236,18 +243,13 @@ static void header(cairo_t *to, const picture *p, double width)
     box(to, MARGIN, MARGIN + HEADER - 12, width - 2 * MARGIN, 1, UNSEEN);
 }
 
-cairo_surface_t *picture_draw(const picture *p)
+static cairo_status_t draw(const picture *p, cairo_surface_t *on, double width)
 {
-    int64_t width, height;
-    picture_size(p, &width, &height);
     const layout l = layout_of(p);
-    cairo_surface_t *const surface =
-        cairo_image_surface_create(CAIRO_FORMAT_RGB24, (int)width, (int)height);
-    cairo_t *const to = cairo_create(surface);
-    if (cairo_status(to) == CAIRO_STATUS_SUCCESS) {
-        box(to, 0, 0, (double)width, (double)height, PAPER);
-        header(to, p, (double)width);
-    }
+    cairo_t *const to = cairo_create(on);
+    cairo_set_source_rgb(to, 1, 1, 1);
+    cairo_paint(to);
+    header(to, p, width);
     for (int64_t n = 0; n < p->heads && cairo_status(to) == CAIRO_STATUS_SUCCESS; n++) {
         const int64_t x = MARGIN + LEFT + n % l.across * l.head_w;
         const int64_t y = MARGIN + HEADER + CAPTION + n / l.across * l.head_h;
@@ -255,6 +257,49 @@ cairo_surface_t *picture_draw(const picture *p)
         panel(to, x, y, &l, p, n, false);
         panel(to, x + l.right, y, &l, p, n, true);
     }
+    const cairo_status_t status = cairo_status(to);
     cairo_destroy(to);
-    return surface;
+    return status;
+}
+
+/* ---- The file ---- */
+
+picture_format picture_format_of(const char *path)
+{
+    static const char *const end[] = {[PICTURE_PNG] = ".png", [PICTURE_SVG] = ".svg", [PICTURE_PDF] = ".pdf"};
+    const char *const dot = strrchr(path, '.');
+    for (int n = PICTURE_PNG; n <= PICTURE_PDF && dot; n++)
+        if (strcasecmp(dot, end[n]) == 0)
+            return (picture_format)n;
+    return PICTURE_UNKNOWN;
+}
+
+static cairo_status_t keep(void *stream, const unsigned char *bytes, unsigned count)
+{
+    return fwrite(bytes, 1, count, stream) == count ? CAIRO_STATUS_SUCCESS : CAIRO_STATUS_WRITE_ERROR;
+}
+
+char *picture_draw(const picture *p, picture_format format, size_t *size)
+{
+    int64_t width, height;
+    char *bytes = NULL;
+    FILE *const stream = open_memstream(&bytes, size);
+    if (!stream)
+        return NULL;
+    picture_size(p, &width, &height);
+    cairo_surface_t *const surface =
+        format == PICTURE_SVG   ? cairo_svg_surface_create_for_stream(keep, stream, (double)width, (double)height)
+        : format == PICTURE_PDF ? cairo_pdf_surface_create_for_stream(keep, stream, (double)width, (double)height)
+                                : cairo_image_surface_create(CAIRO_FORMAT_RGB24, (int)width, (int)height);
+    cairo_status_t status = draw(p, surface, (double)width);
+    if (!status && format == PICTURE_PNG)
+        status = cairo_surface_write_to_png_stream(surface, keep, stream);
+    cairo_surface_finish(surface);
+    if (!status)
+        status = cairo_surface_status(surface);
+    cairo_surface_destroy(surface);
+    if (fclose(stream) == 0 && !status)
+        return bytes;
+    free(bytes);
+    return NULL;
 }

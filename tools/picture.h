@@ -2,8 +2,8 @@
 #ifndef SPARGE_TOOLS_PICTURE_H
 #define SPARGE_TOOLS_PICTURE_H
 
-#include <cairo.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 enum { PICTURE_MAX = 16384, HEAD_TITLE = 160 }; /* pixels of a side; bytes */
@@ -24,6 +24,12 @@ typedef struct picture {
 
 /* In pixels; false where it would be larger than PICTURE_MAX. */
 bool picture_size(const picture *p, int64_t *width, int64_t *height);
-cairo_surface_t *picture_draw(const picture *p); /* its status tells of errors */
+
+/* What the end of a name stands for. */
+typedef enum picture_format { PICTURE_UNKNOWN, PICTURE_PNG, PICTURE_SVG, PICTURE_PDF } picture_format;
+picture_format picture_format_of(const char *path);
+
+/* All bytes of the file, to be freed; NULL: no memory. */
+char *picture_draw(const picture *p, picture_format format, size_t *size);
 
 #endif
