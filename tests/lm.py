@@ -183,7 +183,7 @@ def test_tokens():
                       f"{kind}: tokens of {text[:80]!r}",
                       x["tokens"][:40], want[:40])
     got = fine("tokens", "m.gguf", TEXT, "-o", "t.npy")
-    check(got["texts"][0]["count"] == len(bpe.encode(real)) and got["texts"][0]["tokens"] == [], "-o: no list", got)
+    check(got["texts"][0]["count"] == len(bpe.encode(real)) and "tokens" not in got["texts"][0], "-o: no list", got)
     check(np.load("t.npy").dtype == np.int32 and np.load("t.npy").tolist() == bpe.encode(real), "-o: a .npy")
     check(fine("tokens", "m.gguf", "t.npy")["texts"][0]["tokens"] == bpe.encode(real), "numbers as they are")
     empty = write("empty.txt", "")  # as every file without a byte
@@ -1305,6 +1305,17 @@ def test_usage():
     for args in ["-o", "same", "--csv", "same"], [*one, "--csv", "same"]:
         wrong(USAGE, "the same file", "ppl", "m.gguf", "t.npy", *args)
     keeps("t.npy", USAGE, "is an input", "tokens", "m.gguf", "t.npy", "-o", "t.npy")
+    for option in (["--tau", 0.5], ["--rung", 3], ["--attention", "f32"], ["--length", 5], ["--csv", "x"], ["--threads", 1]):
+        wrong(USAGE, ["unknown option", option[0]], "tokens", "m.gguf", "t.npy", *option)
+    wrong(USAGE, "a model", "tokens")
+    check("attention" not in lm("tokens", "--help")[1] and "--output" in lm("tokens", "--help")[1], "options of tokens")
+    for option in ["--tau", 0.5], ["--theta", 0.1], ["--topk", 0.5], ["--lambda", -3]:
+        for attention in "f32", "int8,f32":
+            wrong(USAGE, [option[0], "--attention sparse"], "ppl", "m.gguf", "t.npy", "--attention", attention, *option)
+        wrong(USAGE, [option[0], "--attention sparse"], "capture", "m.gguf", "t.npy", "-o", "no", *option)
+        fine("ppl", "m.gguf", "t.npy", *option)
+        fine("ppl", "m.gguf", "t.npy", "--attention", "f32,sparse", *option)
+    fine("ppl", "m.gguf", "t.npy", "--attention", save("a.npy", np.ones((1, 4, 1, 1), bool)), "--lambda", -3)
     for args in ["--help"], ["--version"], *([n, "--help"] for n in ("ppl", "needle", "time", "capture", "tokens")):
         code, out, err = lm(*args)
         check(code == FINE and err == "" and "sparge-lm" in out, args, code, err)

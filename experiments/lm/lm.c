@@ -70,18 +70,49 @@ static error_t add_choices(struct argp_state *state, lm_args *a, char *text)
     return 0;
 }
 
+error_t lm_file(struct argp_state *state, lm_args *a, const char *path)
+{
+    if (a->attention.files == 0) {
+        a->attention.file[a->attention.files++] = path;
+        return 0;
+    }
+    if (a->texts == sizeof a->text / sizeof *a->text)
+        return options_wrong(state, "'%.60s' is one text too many", path);
+    a->text[a->texts++] = path;
+    return 0;
+}
+
+error_t lm_check_files(struct argp_state *state, const lm_args *a)
+{
+    return a->attention.files ? 0 : options_wrong(state, "give a model: a .gguf file, or a folder with config.json");
+}
+
+/* Thresholds mean nothing to an attention that keeps everything, or has them from a file; of a mask lambda is left. */
+static error_t check_kept(struct argp_state *state, const lm_args *a)
+{
+    const unsigned mask = option_bits(OPT_THETA, OPT_TOPK), all = mask | option_bit(OPT_LAMBDA);
+    unsigned meant = a->choices ? 0 : all;
+    for (int n = 0; n < a->choices; n++)
+        meant |= strcmp(a->choice[n], "sparse") == 0 ? all : ends_with(a->choice[n], ".npy") ? option_bit(OPT_LAMBDA) : 0;
+    if (!(a->attention.given & all & ~meant))
+        return 0;
+    return options_wrong(state, "%s for --attention sparse, which is not asked for",
+                         a->attention.given & mask & ~meant ? "--theta, --tau and --topk are" : "--lambda is");
+}
+
 static error_t check_args(struct argp_state *state, const lm_args *a)
 {
     const sparge_options *const o = &a->attention.options;
-    if (a->attention.files == 0)
-        return options_wrong(state, "give a model: a .gguf file, or a folder with config.json");
+    const error_t error = lm_check_files(state, a);
+    if (error)
+        return error;
     if (o->causal != SPARGE_CAUSAL_NONE || o->scale != 0.0f || a->attention.nhd)
         return options_wrong(state, "--causal, --scale and --layout are the model's: leave them out");
     if (o->rules != SPARGE_RULES_DEFAULT)
         return options_wrong(state, "--rules other than the default are not for a model");
     if (a->csv && a->attention.output && strcmp(a->csv, a->attention.output) == 0)
         return options_wrong(state, "-o and --csv are the same file");
-    return 0;
+    return check_kept(state, a);
 }
 
 static error_t lm_parser(int key, char *text, struct argp_state *state)
@@ -89,15 +120,7 @@ static error_t lm_parser(int key, char *text, struct argp_state *state)
     lm_args *const a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
-    case ARGP_KEY_ARG:
-        if (a->attention.files == 0) {
-            a->attention.file[a->attention.files++] = text;
-            return 0;
-        }
-        if (a->texts == sizeof a->text / sizeof *a->text)
-            return options_wrong(state, "'%.60s' is one text too many", text);
-        a->text[a->texts++] = text;
-        return 0;
+    case ARGP_KEY_ARG: return lm_file(state, a, text);
     case ATTENTION: return add_choices(state, a, text);
     case LENGTH: return lm_list(state, "--length", text, 2, 1 << 24, a->length, &a->lengths);
     case MODEL: a->name = text; return 0;

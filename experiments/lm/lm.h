@@ -29,6 +29,10 @@ typedef struct lm_args {
 
 extern const struct argp lm_argp; /* a child for the commands' own; its input is an lm_args */
 
+/* For a command that has other options than those: the model, or a text after it; and is there a model? */
+error_t lm_file(struct argp_state *state, lm_args *a, const char *path);
+error_t lm_check_files(struct argp_state *state, const lm_args *a);
+
 /* A list of whole numbers, like "1024,2048". */
 error_t lm_list(struct argp_state *state, const char *name, const char *text, int64_t low, int64_t high, int64_t *to,
                 int *count);

@@ -10,12 +10,18 @@ typedef struct tokens_args {
     lm_args lm;
 } tokens_args;
 
+static const struct argp_option tokens_options[] = {
+    {"output", 'o', "FILE.npy", 0, "write the numbers of one text as int32, in place of the list", 0},
+    {0},
+};
+
 static error_t tokens_parser(int key, char *text, struct argp_state *state)
 {
     tokens_args *const a = state->input;
-    (void)text;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &a->lm; return 0;
+    case ARGP_KEY_ARG: return lm_file(state, &a->lm, text);
+    case 'o': a->lm.attention.output = text; return 0;
+    case ARGP_KEY_END: return lm_check_files(state, &a->lm);
     case ARGP_KEY_SUCCESS:
         if (a->lm.texts == 0)
             return options_wrong(state, "give a text");
@@ -26,12 +32,11 @@ static error_t tokens_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp_child children[] = {{&lm_argp, 0, NULL, 0}, {0}};
 static const struct argp tokens_argp = {
+    .options = tokens_options,
     .parser = tokens_parser,
     .args_doc = "MODEL TEXT...",
-    .doc = "The token numbers of UTF-8 texts, as lists in JSON; with -o those of one text as a .npy of int32.",
-    .children = children,
+    .doc = "The token numbers of UTF-8 texts, as lists in JSON.",
 };
 
 static exit_code write_numbers(const lm_text *t, const char *path, file_error *error)
@@ -45,6 +50,16 @@ static exit_code write_numbers(const lm_text *t, const char *path, file_error *e
     return ok ? EXIT_FINE : EXIT_FILE;
 }
 
+/* NULL, and not *ok: no memory. */
+static json_t *list_numbers(const lm_text *t, bool *ok)
+{
+    json_t *const list = json_array();
+    for (int64_t k = 0; k < t->tokens && *ok; k++)
+        *ok = json_array_append_new(list, json_integer(t->token[k])) == 0;
+    *ok &= list != NULL;
+    return list;
+}
+
 exit_code tokens_command(int argc, char **argv, file_error *error)
 {
     tokens_args a = {.base = {error}};
@@ -55,14 +70,13 @@ exit_code tokens_command(int argc, char **argv, file_error *error)
         code = write_numbers(m.text, output, error);
     if (!code) {
         json_t *const all = json_array();
-        for (int n = 0; n < m.texts; n++) {
-            json_t *const numbers = json_array();
-            for (int64_t k = 0; k < m.text[n].tokens && !output; k++)
-                json_array_append_new(numbers, json_integer(m.text[n].token[k]));
-            json_array_append_new(all, json_pack("{s:s, s:I, s:o}", "text", m.text[n].name, "count",
-                                                 (json_int_t)m.text[n].tokens, "tokens", numbers));
-        }
-        code = print_json(json_pack("{s:o}", "texts", all), error);
+        bool ok = true;
+        for (int n = 0; n < m.texts && ok; n++) /* the numbers are in the file, or else here */
+            ok = json_array_append_new(all, json_pack("{s:s, s:I, s:o*}", "text", m.text[n].name, "count",
+                                                      (json_int_t)m.text[n].tokens, "tokens",
+                                                      output ? NULL : list_numbers(&m.text[n], &ok))) == 0 && ok;
+        code = print_json(ok ? json_pack("{s:O}", "texts", all) : NULL, error);
+        json_decref(all);
     }
     lm_close(&m);
     return code;
