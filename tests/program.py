@@ -787,6 +787,7 @@ def test_map():
     check(set(np.unique(done)) == {0, 1}, "lambda drops some", np.unique(done))
     check((x == 0xF0902E).sum() == swatch + (done == 0).sum() * cell, "cells that lambda drops")
     check((x == 0x33265C).sum() == swatch + (done == 1).sum() * cell, "cells that it leaves")
+    check((x == 0x925B45).sum() == swatch, "what is dropped in part is in the legend")
     draw(*qkv, "-o", "map.png")
     save_safetensors("x.safetensors", q=("F32", q), k=("BF16", k))
     draw("x.safetensors", "-o", "map.png")

@@ -13,7 +13,7 @@ enum { /* pixels */
     SIDE = 288, CELL_MAX = 32,          /* about a panel, at most a cell */
     MARGIN = 28, LEFT = 46, BELOW = 58, /* around everything; for the axes of a head */
     CAPTION = 48, GAP = 24, HEADS = 32, /* above a head; between its panels, and between heads */
-    HEADER = 126, LOWEST = 96, NARROWEST = 720,
+    HEADER = 126, LOWEST = 96, NARROWEST = 768,
 };
 
 typedef struct layout {
@@ -229,12 +229,13 @@ static void header(cairo_t *to, const picture *p, double width)
     } words[] = {
         {true, KEPT, "kept"},
         {p->lambda, DROPPED, "kept, P·V dropped by λ"},
+        {p->lambda, mix(DROPPED, KEPT, 0.5), "in part"},
         {true, SKIPPED, "skipped"},
         {true, UNSEEN, "not visible"},
     };
     x += BAR + 2 * GAP;
     print(to, x, y - 7, 0, 11, false, INK, "mask");
-    for (int n = 0; n < 4; n++)
+    for (size_t n = 0; n < sizeof words / sizeof *words; n++)
         if (words[n].shown) {
             box(to, x, y, HIGH, HIGH, words[n].colour);
             frame(to, x, y, HIGH, HIGH);
