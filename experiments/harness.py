@@ -148,7 +148,8 @@ def stands_on(program):
     info = run_json(program, "info", "--json")
     model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                  platform.machine())
-    day = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%cs"], capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", ROOT, "log", "-1", "--format=%cs"]
+    day = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"commit": commit(), "date": day, "machine": model, "cores": info["cores"],
             "isa": [name for name, has in info["isa"].items() if has][-1], "compiler": info["compiler"],
             "flags": info["flags"]}

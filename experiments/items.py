@@ -29,7 +29,7 @@ ITEMS = [
          full=45, smoke=20, figures=("attention_map",)),
     Item("table1", ("table1", "table2"), "Tables 1 and 2: end to end",
          f"{LM}: perplexity of five texts, needles, attention and the whole of a prefill on two cores",
-         "The language rows. Speed is the paper's: operations of dense attention by the time that this attention takes. "
+         "The language rows. Speed is the paper's: operations of dense attention by the time that this one takes. "
          "A prefill is the whole model, the latency of Table 2. The model is sixty times smaller than the paper's, and "
          "the same bound on each head costs it more perplexity.", smoke=30, needs=("weights", "lm")),
     Item("table3", ("table3",), "Table 3: overhead of predicting the mask",
@@ -56,8 +56,9 @@ ITEMS = [
          needs=("weights",)),
     Item("table7", ("table7",), "Table 7: sparsity by length at a constant bound", LM,
          "Thresholds are found anew for every length at (l1, l2) = (0.08, 0.09). A head that stays dense has the error "
-         "of int8 alone, once above that. At 8192 tokens the small model is far sparser than the paper's at any length: its "
-         "text of 8192 tokens is its whole context, as 131072 are of the paper's, and its heads look near by.", full=600, needs=("weights",),
+         "of int8 alone, once above that. At 8192 tokens the small model is sparser than the paper's at any length: "
+         "these are its whole context, as 131072 are of the paper's, and its heads look near by.", full=600,
+         needs=("weights",),
          figures=("table7",)),
     Item("tune", ("tuner",), "Sec 3.6: thresholds for every head",
          f"nine heads of {LM}, tuned on one text and judged on another",
@@ -93,8 +94,8 @@ CAPTIONS = {  # of the figures
     "fig3": "Fig 3: the workflow on a toy of three query blocks and four key blocks: pooled attention, what is "
             "predicted, the mask, and the share of P·V that is computed.",
     "fig4": "Fig 4: 128 tokens of q (above) and k (below) of single heads, channel by channel.",
-    "fig5": "Fig 5: five orders of a grid of 1 x 6 x 6. The line joins tokens in their order, from the ring on; a colour "
-            "and a number are a block of four. As there is one frame, row and time are the same order.",
+    "fig5": "Fig 5: five orders of a grid of 1 x 6 x 6. The line joins tokens in their order, from the ring on; a "
+            "colour and a number are a block of four. As there is one frame, row and time are the same order.",
     "table3": "Table 3: what prediction costs, in % of dense attention, by length; both axes logarithmic.",
     "fig9": "Figs 9 and 11: needles found of four, by depth in the text and length; hatched was not run.",
     "fig10": "Fig 10: speed over dense attention of the same kernel, by sparsity.",
@@ -102,7 +103,8 @@ CAPTIONS = {  # of the figures
     "fig14": "Fig 14: sparsity by layer: the mean (bar), the 10th to 90th percentile (line), the mean of all (dotted).",
     "fig15": "Fig 15: sparsity by denoising step: the mean (bar), the 10th to 90th percentile (line), the mean of all "
              "(dotted).",
-    "fig16": "Fig 16: sparsity by sample: the mean (bar), the 10th to 90th percentile (line), the mean of all (dotted).",
+    "fig16": "Fig 16: sparsity by sample: the mean (bar), the 10th to 90th percentile (line), the mean of all "
+             "(dotted).",
     "fig17": "Fig 17: mean sparsity of each head, layer by layer.",
 }
 

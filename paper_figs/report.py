@@ -212,7 +212,8 @@ def beside_table1():
              line("perplexity, change against dense, %", 100 * (theirs("SpargeAttn", "WikiText perplexity")
                   / theirs("Full", "WikiText perplexity") - 1), lambda n: 100 * lost(MAIN, n))]
     for what, key, our_key, factor in (("perplexity", "WikiText perplexity", "perplexity", 1),
-                                       ("needles found, %", "NIAH", "needles", 100), ("speed, TOPS", "speed", "gops", 1e-3)):
+                                       ("needles found, %", "NIAH", "needles", 100),
+                                       ("speed, TOPS", "speed", "gops", 1e-3)):
         lines += [line(f"{what}: {name}", *by(row, attention, key, our_key, factor)) for name, row, attention in both]
     return ["the paper: Llama3.1-8B, 128K", *(f"ours: {n} tokens" for n in lengths)], lines
 
@@ -264,7 +265,7 @@ def beside_table7():
 
 def beside_table9():
     of = {"model": MODEL, "patches, moving": MOVING, "patches, still": STILL}
-    names = {"hilbert": "hilbert", "time": "time_major", "row": "row_major", "column": "column_major", "random": "random"}
+    names = {"hilbert": "hilbert"} | {x: f"{x}_major" for x in ("time", "row", "column")} | {"random": "random"}
     columns = [("sparsity, %", "sparsity", "sparsity", 100), ("self-similarity of k", "Sim-k", "sim_k", 1),
                ("self-similarity of q", "Sim-q", "sim_q", 1), ("L1", "L1", "l1", 1)]
     models = "CogvideoX", "Mochi"
@@ -313,7 +314,8 @@ def beside_fig14():
              ["densest sample (Fig 16)", min(theirs["fig16"]), min(by_sample)],
              ["sparsest sample (Fig 16)", max(theirs["fig16"]), max(by_sample)],
              ["sparsest head (Fig 17)", max(theirs["fig17"]), max(mean(group, "sparsity") for group in heads)]]
-    return ["the paper: CogvideoX", "ours"], [[f"sparsity, %: {what}", *(100 * x for x in both)] for what, *both in lines]
+    return ["the paper: CogvideoX", "ours"], [
+        [f"sparsity, %: {what}", *(100 * x for x in both)] for what, *both in lines]
 
 
 BESIDE = {"table1": beside_table1, "table3": beside_table3, "fig10": beside_fig10, "table6": beside_table6,
@@ -412,7 +414,8 @@ STYLE = ("\n:root { --ink: #262130; --dim: #6c667a; --line: #e4e0ea; --accent: #
          "background: var(--pale); color: var(--dim); }\n"
          ".good { background: #e3f3ea; color: var(--good); } .bad { background: #f9e6e5; color: var(--bad); }\n"
          ".scroll { overflow-x: auto; max-height: 420px; border: 1px solid var(--line); border-radius: 6px; }\n"
-         ".whole { max-height: none; } td { white-space: nowrap; } .whole td:first-child { white-space: normal; min-width: 8em; }\n"
+         ".whole { max-height: none; } td { white-space: nowrap; }\n"
+         ".whole td:first-child { white-space: normal; min-width: 8em; }\n"
          "table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums; }\n"
          "th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); }\n"
          "th { position: sticky; top: 0; background: var(--pale); font-weight: 600; } "
@@ -422,7 +425,8 @@ STYLE = ("\n:root { --ink: #262130; --dim: #6c667a; --line: #e4e0ea; --accent: #
          "gap: 0 22px; }\n"
          ".bands { list-style: none; padding: 0; margin: 12px 0; } .bands li { padding: 3px 0; } "
          "summary { cursor: pointer; margin: 10px 0; color: var(--accent); }\n"
-         "@media (max-width: 760px) { th, td { padding: 4px 6px; } body { padding: 16px 14px 40px; font-size: 15px; } h1 { font-size: 1.6rem; } }\n"
+         "@media (max-width: 760px) { th, td { padding: 4px 6px; } body { padding: 16px 14px 40px; font-size: 15px; } "
+         "h1 { font-size: 1.6rem; } }\n"
          "figure { margin: 14px 0; overflow-x: auto; } figcaption { color: var(--dim); font-size: .9rem; }\n"
          "img { max-width: 100%; height: auto; display: block; margin: 6px 0; }\n"
          "@media (max-width: 760px) { img.wide { min-width: 900px; max-width: none; } }\n"

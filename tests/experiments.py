@@ -152,7 +152,7 @@ def test_full_then_smoke():
     check(rows[1] == {"kind": "k", "n": "1", "x": "0.5", "word": "a,b", "ms": "2"}, "a row", rows)
     first = Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()
     on = json.loads(first[1])
-    check(list(on) == ["commit", "date", "machine", "cores", "isa", "compiler", "flags", "seed"], "what it stands on", on)
+    check(list(on) == ["commit", "date", "machine", "cores", "isa", "compiler", "flags", "seed"], "it stands on", on)
     check(on["seed"] == 7 and all(on.values()), "all of it", on)
     run("--full")
     check((Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()) == first, "the same bytes")
@@ -612,8 +612,9 @@ def test_bands():
         count[band["item"]] = count.get(band["item"], 0) + 1
         check(band["low"] or band["high"], "a band has an end", band)
         low, high = report.ends(band)
-        check(low <= high and (not band["paper"] or math.isfinite(high - low)), "two ends where the paper has a value", band)
-        check(band["unit"] in ("", "%", "points", "times") and not re.search(r" (over|less) ", band["what"]), "words", band)
+        check(low <= high and (not band["paper"] or math.isfinite(high - low)), "two ends beside the paper's", band)
+        check(band["unit"] in ("", "%", "points", "times"), "unit", band)
+        check(not re.search(r" (over|less) ", band["what"]), "words that mean one thing", band)
         for word, units in ("minus", ("points", "")), ("divided by", ("times",)), ("change", ("%",)):
             check(word not in band["what"] or band["unit"] in units, f"the unit of what has '{word}'", band)
     check(count == {name: len(found) for name, found in report.MEASURED.items()}, "a figure for each band", count)
@@ -631,7 +632,7 @@ def test_bands():
 
 def test_scripts_start():
     """What begins with #! can be run, in the tree and in git."""
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-s", "*.py", "*.sh"], capture_output=True, text=True).stdout
+    _, listed, _ = said("git", "-C", ROOT, "ls-files", "-s", "*.py", "*.sh")
     found = [line.split(None, 3) for line in listed.splitlines()]
     for mode, _, _, path in found:
         with open(ROOT / path, "rb") as file:
@@ -766,7 +767,7 @@ def test_commands_run_as_printed():
     check(len(commands) > 5, "commands", commands)
     for program, *words in commands:
         words = [{"FOLDER": "good", "P.json": "good.json"}.get(word, word) for word in words]
-        check(program in ("build/venv/bin/python", "build/release/experiments/lm/sparge-lm"), "the interpreter", program)
+        check(program in ("build/venv/bin/python", items.LM_PROGRAM), "the interpreter", program)
         if program == "build/venv/bin/python":
             code, out, err = said(sys.executable, ROOT / words[0], *words[1:], "--sparge", SPARGE)
             check(code == 0 and table("out.csv"), f"{words}", code, err)
@@ -776,8 +777,8 @@ def test_again():
     """Rows that are put together from others: some of those are measured again, or it is said that they are not."""
     sys.path.insert(0, str(ROOT / "experiments/lm"))
     again = load(ROOT / "experiments/lm/again.py")
-    committed = [r for r in table(ROOT / "experiments/lm/ppl.csv") if (r["text"], r["tokens"]) == ("stb_image.txt", "1024")]
-    row = next(r for r in committed if r["attention"] == "f32")
+    row = next(r for r in table(ROOT / "experiments/lm/ppl.csv")
+               if (r["attention"], r["text"], r["tokens"]) == ("f32", "stb_image.txt", "1024"))
     again.weights.fetch, again.texts.fetch = lambda: Path("w.gguf"), lambda _: [Path("t.txt")]
     how = argparse.Namespace(lm=os.path.abspath("lm"))
     for factor, differs in (1, 0), (1.00005, 0), (1.0002, 1), (math.nan, 1):
