@@ -342,8 +342,8 @@ def test_bench_json():
     check(item.bench_json("./bench") == [{"case": "c", "ms": 12.3456789, "ms_predict": None, "ms_quantize": 0.1,
                                           "ms_attend": 12.2, "tops": 2.0}], "milliseconds")
     committed = table(ROOT / "experiments/cpu_speed/cases.csv")
-    check(list(committed[0]) == list(item.bench_json(SPARGE, "--q-len", 64, "--dim", 16, "--repeat", 1, "--threads", 1,
-                                                     "--sparsity", 0)[0]), "the columns of cpu_speed")
+    found = item.bench_json(SPARGE, "--q-len", 64, "--dim", 16, "--repeat", 1, "--threads", 1, "--sparsity", 0)[0]
+    check([key for key in found if key in committed[0]] == list(committed[0]), "the columns of cpu_speed", list(found))
 
 
 def test_same():
