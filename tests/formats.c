@@ -1553,6 +1553,8 @@ Test(formats, params_ranges)
         {"sink", {"true", "false"}, {"1", "null", "\"\"", "{}"}},
         {"model", {"null", "\"\""}, {"1", "true", "[]", "{}"}},
         {"sparge_params", {"1", "1"}, {"0", "2", "1.0", "\"1\""}},
+        {"rules", {"\"paper\"", "\"upstream\""}, {"\"theirs\"", "null", "1", "\"\""}},
+        {"weights_sha256", {"null", "\"ab12\""}, {"1", "true", "[]", "{}"}},
     };
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
         for (int n = 0; n < 6; n++) {
@@ -1664,7 +1666,8 @@ Test(formats, params_written)
     FILE *const stream = open_memstream(&text, &size);
     cr_assert(stream && json_write_lines(stream, "p.json", header, &error) && fclose(stream) == 0);
     cr_expect_str_eq(text, "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
-                     " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n \"rules\": \"default\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
+                     " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n"
+                     " \"rules\": \"default\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
                      " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
                      " \"smooth_k\": true,\n \"sink\": false,\n \"scale\": 0.3,\n \"inputs\": [],\n \"heads\": [\n"
                      "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "

@@ -1695,8 +1695,12 @@ def test_manifest_obeyed():
         wrong(FILE, [file, "causal", "--ignore-manifest"], *command, "--causal=none", *TUNE)
         wrong(FILE, [file, "--scale 0.3", "--ignore-manifest"], *command, "--scale", 0.25, *TUNE)
     wrong(FILE, [file, "--ignore-manifest"], "bench", "--capture", file, "--causal=none,end", *bench_one)
+    folder_of("e", 1, [(3, 0)], scale=0.3)  # which oneDNN could do but for the scale
+    rows = bench("--capture", "e/layer03_0.safetensors", *bench_one)
+    check(all(x["causal"] == "none" and x["scale"] == 0.3 for x in rows.values()), "bench, not causal", rows)
     p = tune("d", out="p.json")[1]
     check(p["causal"] == "end" and p["scale"] == 0.3, "tune", p)
+    wrong(FILE, [file, "'small'", "'large'", "--ignore-manifest"], "tune", "d", "--model", "large", "-o", "x.json", *TUNE)
     wrong(USAGE, ["d", "its manifest", "--ignore-manifest"], "tune", "d", "--ignore-manifest", "-o", "x.json", *TUNE)
     wrong(USAGE, ["d", "--ignore-manifest"], "run", "d", "--ignore-manifest", *TUNE)
 

@@ -1,5 +1,6 @@
 /* params.h: tuned thresholds in a file: a JSON object that says for what they were tuned, and has a line for
- * each head. sparge tune writes it, and experiments/tune/from_pt.py; sparge run reads it. */
+ * each head. sparge tune writes it, and experiments/tune/from_pt.py; run, map, check and
+ * sparge-lm read it. */
 #ifndef SPARGE_TOOLS_PARAMS_H
 #define SPARGE_TOOLS_PARAMS_H
 

@@ -107,7 +107,7 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child tune_children[] = {{&shared, 0, NULL, 0}, {&manifest_argp, 0, NULL, 0}, {0}};
+static const struct argp_child tune_children[] = {{&shared, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}}; /* whose groups stay apart */
 static const struct argp tune_argp = {
     .options = tune_options,
     .parser = tune_parser,
@@ -179,7 +179,6 @@ static exit_code check_capture(const capture *c, const unit *u, file_error *erro
     return EXIT_FINE;
 }
 
-static const char *model_of(const tune *t, const capture *c) { return c->model ? c->model : t->args.model; }
 
 static int by_layer(const void *a, const void *b)
 {
@@ -266,7 +265,12 @@ static exit_code group(tune *t)
             return code;
         to->capture[to->count++] = c;
         to->held_out += n >= t->captures - t->held_out;
-        const char *const model = model_of(t, c);
+        const char *const model = c->model ? c->model : t->args.model;
+        if (t->args.model && strcmp(model, t->args.model) != 0) {
+            file_error_set(t->error, c->path, "is of the model '%.60s', as its manifest says, not of '%.60s'; leave out "
+                           "--model, or give --ignore-manifest", model, t->args.model);
+            return EXIT_FILE;
+        }
         if (n > 0 && ((model == NULL) != (t->model == NULL) || (model && strcmp(model, t->model) != 0))) {
             file_error_set(t->error, c->path, "is of the model '%.60s', and the first capture of '%.60s'",
                            model ? model : "unknown", t->model ? t->model : "unknown");
