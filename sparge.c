@@ -293,6 +293,9 @@ static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
     }
     if (o->threads == 0)
         o->threads = (int)sparge_min(SPARGE_MAX_THREADS, sparge_cpu_threads());
+    if (!sparge_cpu_can_start(o->threads))
+        return fail(error, SPARGE_ERR_MEMORY, "threads is %d, more than the system lets this process start",
+                    o->threads);
     return SPARGE_OK;
 }
 

@@ -144,7 +144,10 @@ typedef struct sparge_options {
     sparge_backend backend;
     sparge_isa isa;               /* of the cpu backend; AUTO: what SPARGE_ISA in the environment names, or
                                      the best */
-    int threads;                  /* of the cpu backend, at most 1024; 0: as many as OpenMP would take */
+    /* Of the cpu backend, at most 1024; 0: as many as OpenMP would take. A child that a process forks after a call
+     * with several has none of them, and GNU's OpenMP would wait for them for ever: 1 works there. What the system
+     * does not let start is SPARGE_ERR_MEMORY, as far as it shows when a thread first asks for so many. */
+    int threads;
     int64_t block_q, block_k;     /* rows of a query block, keys of a key block; 1 to 1024 */
     int64_t skip_rows;            /* lambda is decided for this many rows at a time; 0: by the rules */
     sparge_causal causal;

@@ -5,6 +5,7 @@
  * for every query head that reads them; in a chunk: Q packed, its rows of the mask, then attention, the
  * rows with most blocks first. A thread owns a query block from first to last, so no bit of the output
  * depends on how many threads there are or who came first. */
+#include <pthread.h>
 #include <stdlib.h>
 
 #ifdef _OPENMP
@@ -31,6 +32,32 @@ enum {
 static const size_t size_of[SPARGE_FORMATS] = {1, sizeof(int16_t), sizeof(float)};
 
 int sparge_cpu_threads(void) { return omp_get_max_threads(); }
+
+/* Waits until the gate is open. */
+static void *pass(void *gate)
+{
+    pthread_mutex_lock(gate);
+    pthread_mutex_unlock(gate);
+    return NULL;
+}
+
+bool sparge_cpu_can_start(int threads)
+{
+    static _Thread_local int most = 1;
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t other[SPARGE_MAX_THREADS];
+    int started = 1;
+    if (threads <= most)
+        return true;
+    pthread_mutex_lock(&gate);
+    while (started < threads && pthread_create(&other[started], NULL, pass, &gate) == 0)
+        started++;
+    pthread_mutex_unlock(&gate);
+    for (int n = 1; n < started; n++)
+        pthread_join(other[n], NULL);
+    most = started;
+    return started == threads;
+}
 
 /* ---- Memory: one piece of it, laid out twice: to see how much, and in place. (The allocator keeps one
  * freed piece for the next call; of many it gives the pages back, and every call would fault them in

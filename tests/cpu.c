@@ -459,6 +459,31 @@ Test(cpu, progress_cancels_every_thread)
         }
 }
 
+/* ---- Processes ---- */
+
+/* The threads of the call before the fork are not in the child, which needs none. */
+Test(cpu, one_thread_works_after_a_fork, .timeout = 60)
+{
+    const shape s = shape_of(1, 4, 2, 200, 60, 16, 8);
+    problem x = problem_make(&s);
+    x.o.backend = SPARGE_CPU;
+    x.o.threads = 4;
+    answer a = attention(&x, NULL);
+    tensor o = tensor_make(1, 4, 200, 8, SPARGE_F32, PACKED);
+    sparge_result result = { .o = tensor_out(&o) };
+    x.o.threads = 1;
+    fflush(NULL);
+    const pid_t child = fork();
+    if (child == 0)
+        _exit(sparge_attention(&x.p, &x.o, &result, NULL) != SPARGE_OK ||
+              memcmp(o.memory, a.o.memory, o.bytes) != 0);
+    int status = 0;
+    check(child > 0 && waitpid(child, &status, 0) == child && status == 0, "the child's status is %x", status);
+    tensor_free(&o);
+    answer_free(&a);
+    problem_free(&x);
+}
+
 /* ---- What runs ---- */
 
 static problem small(void)

@@ -27,8 +27,8 @@ rule("common/.*" "common/.*" "${standard}" "common/ includes common/ and the C l
 rule("ref/(oracle|token_order)\\.[ch]" "sparge\\.h|ref/oracle\\.h" "${standard}"
      "ref/oracle.c and ref/token_order.c include sparge.h, ref/oracle.h and the C library, so that they share no mistake")
 rule("ref/.*" "sparge\\.h|common/.*|ref/.*" "${standard}" "ref/ includes sparge.h, common/, ref/ and the C library")
-rule("cpu/.*" "sparge\\.h|common/.*|ref/ref\\.h|cpu/.*" "${standard}|omp\\.h|cpuid\\.h|${intrinsics}"
-     "cpu/ includes sparge.h, common/, ref/ref.h, cpu/, the C library, OpenMP and, in a kernel file, intrinsics")
+rule("cpu/.*" "sparge\\.h|common/.*|ref/ref\\.h|cpu/.*" "${standard}|omp\\.h|pthread\\.h|cpuid\\.h|${intrinsics}"
+     "cpu/ includes sparge.h, common/, ref/ref.h, cpu/, the C library, OpenMP, POSIX threads and, in a kernel file, intrinsics")
 rule("tune/.*" "sparge\\.h|common/.*|ref/ref\\.h|tune/.*" "${standard}"
      "tune/ includes sparge.h, common/, ref/ref.h, tune/ and the C library")
 rule("gpu/.*" "sparge\\.h|common/.*|gpu/.*" ".*" "gpu/ includes sparge.h, common/, gpu/ and system headers")

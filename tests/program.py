@@ -2112,6 +2112,24 @@ def test_memory():
         wrong(MACHINE, "memory", *args, preexec_fn=little)
 
 
+def test_threads_that_cannot_start():
+    """Of a user that may have two processes, whom root has to become: of root none are refused."""
+    x = save("x.npy", random(1, 2, 300, 16))
+    qkv = save_safetensors("qkv.safetensors", **{name: ("F32", random(1, 2, 300, 16)) for name in "qkv"})
+    os.chmod(".", 0o777)
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_NPROC, (2, 2))
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(54321)
+            os.setuid(54321)
+    for args in ["run", x, x, x], ["map", x, x, "-o", "/dev/null/x.png"], ["tune", qkv, "-o", "p.json"], \
+            ["bench", "--q-len", 64]:
+        wrong(MACHINE, ["threads is 7", "start"], *args, "--threads", 7, preexec_fn=limited)
+    fine("run", x, x, x, "--threads", 2 if os.getuid() == 0 else 1, preexec_fn=limited)
+
+
 def test_signals_and_progress():
     """A picture that takes minutes on any machine: watched on a terminal, and then interrupted."""
     x = save("x.npy", random(1, 8, 1 << 15, 32))
