@@ -59,19 +59,26 @@ SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
     return shrink;
 }
 
+/* What is subtracted from scores under this maximum: 0 where there is none, so that -inf stays -inf. */
+SPARGE_HD float sparge_row_base(float max) { return max == -INFINITY ? 0.0f : max; }
+
 /* exp2(unit * score - max), the weight of a score under the row's maximum: exactly 1 at the maximum, since
  * both are rounded alike, and 0 of a score of -inf. */
 SPARGE_HD float sparge_weight(float score, float unit, float max)
 {
-    return sparge_exp2(unit * score - (max == -INFINITY ? 0.0f : max));
+    return sparge_exp2(unit * score - sparge_row_base(max));
 }
 
-/* The code, 0 .. levels, of the weight of a score beside the largest visible one of its tile; 0 of a NaN.
- * Integers are subtracted exactly. */
+/* The code, 0 .. levels, of a weight; 0 of a NaN. */
+SPARGE_HD int32_t sparge_code(float weight, int levels)
+{
+    return weight <= 1.0f ? (int32_t)fmaf((float)levels, weight, 0.5f) : 0;
+}
+
+/* That of a score beside the largest visible one of its tile. Integers are subtracted exactly. */
 SPARGE_HD int32_t sparge_weight_code(float score, float most, float unit, int levels)
 {
-    const float weight = sparge_exp2(unit * (score - most));
-    return weight <= 1.0f ? (int32_t)fmaf((float)levels, weight, 0.5f) : 0;
+    return sparge_code(sparge_exp2(unit * (score - most)), levels);
 }
 
 /* What a code of that tile weighs under the row's maximum: exp2(local - max) / levels, and 0 where all

@@ -39,8 +39,8 @@ static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_const
         float p[BLOCK_K];
         for (int t = 0; t < seen; t++)
             p[t] = score(w, q, q_at, j * BLOCK_K + t);
-        const float local = seen ? unit * max_of_row(p, seen) : -INFINITY;
-        if (group_skips(w, q, v, r, j, sparge_row_gap(&state, local), lambda) || !seen)
+        const float local = sparge_row_local(most_of_row(p, seen), unit);
+        if (group_skips(w, q, v, r, j, sparge_row_gap(&state, local, seen > 0), lambda) || !seen)
             continue;
         const float shrink = weigh_row(state, p, seen, unit, local);
         for (int c = 0; c < w.dim_v; c++)

@@ -65,15 +65,16 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
                              sparge_row &state, tiles<WIDTH> &t)
 {
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
-    const float unit = score_unit(w, q, j), local = seen ? unit * max_of_row(t.s[r], seen) : -INFINITY;
-    const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local), lambda);
+    const float unit = score_unit(w, q, j), most = most_of_row(t.s[r], seen);
+    const float local = sparge_row_local(most, unit);
+    const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
     if (r < BLOCK_Q) {
         const int used = skips ? 0 : seen;
         uint32_t p[BLOCK_K / 4] = { 0 };
         int sum = 0;
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k++) {
-            const int code = k < used ? code_of_weight(sparge_weight((float)t.s[r][k], unit, local)) : 0;
+            const int code = k < used ? sparge_weight_code((float)t.s[r][k], most, unit, P_LEVELS) : 0;
             p[key_slot(k) / 4] |= (uint32_t)code << 8 * (key_slot(k) % 4);
             sum += code;
         }
@@ -81,10 +82,8 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
         for (int n = 0; n < BLOCK_K / 4; n++)
             t.p[r * P_PITCH + n] = p[n];
         coded c = { 0.0f, 1.0f };
-        if (used) {
-            const float shrink = sparge_row_raise(&state, local);
-            c = fold_codes(state, local, shrink, sum);
-        }
+        if (used)
+            c = fold_codes(state, local, sum);
         t.weight[r] = c.weight;
         t.shrink[r] = c.shrink;
     }

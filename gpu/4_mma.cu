@@ -86,10 +86,9 @@ template <bool EDGE> SPARGE_DEVICE bool among(int i, int e, int count)
     return EDGE ? 8 * i + 2 * (lane() % 4) + e < count : count != 0;
 }
 
-/* Line 11: m_local of a thread's two rows; each sees the first `seen` keys. */
+/* Line 11: the largest score of a thread's two rows; each sees the first `seen` keys. */
 template <bool EDGE>
-static __device__ void local_maxima(const int (&s)[8][4], float unit, const int (&seen)[2],
-                                    float (&local)[2])
+static __device__ void largest_scores(const int (&s)[8][4], const int (&seen)[2], int (&most)[2])
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -104,14 +103,14 @@ static __device__ void local_maxima(const int (&s)[8][4], float unit, const int 
             const int other = __shfl_xor_sync(~0u, max, step);
             max = other > max ? other : max;
         }
-        local[h] = seen[h] ? unit * (float)max : -INFINITY;
+        most[h] = max;
     }
 }
 
 /* Lines 14-16: which of the two rows skip. All threads of the block come here together. */
 static __device__ void skipped_rows(const work &w, const query_block &q, votes &v, int64_t j,
-                                    const sparge_row (&state)[2], const float (&local)[2], float lambda,
-                                    bool (&skips)[2])
+                                    const sparge_row (&state)[2], const float (&local)[2],
+                                    const int (&seen)[2], float lambda, bool (&skips)[2])
 {
     skips[0] = skips[1] = false;
     if (!w.may_skip)
@@ -122,7 +121,7 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
 #pragma unroll
     for (int h = 0; h < 2; h++)
         if (lane() % 4 == 0)
-            vote(w, v, row_of(h), sparge_row_gap(&state[h], local[h]), lambda);
+            vote(w, v, row_of(h), sparge_row_gap(&state[h], local[h], seen[h] > 0), lambda);
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -132,17 +131,11 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
     }
 }
 
-/* The weight of a score under `max`, which it does not exceed. */
-SPARGE_DEVICE float weight_of(int s, float unit, float max)
-{
-    const float below = fmaf((float)s, unit, -max);
-    return exp2_fast(below > 0.0f ? 0.0f : below);
-}
-
-/* Lines 12, 13 and 16 in codes: P against the local maximum. used: keys of each row, 0 where it skips. */
+/* Lines 12, 13 and 16 in codes: P against the largest score. used: keys of each row, 0 where it skips. */
 template <int WIDTH, bool EDGE>
 static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
-                                 const float (&local)[2], const uint8_t *v, const float *step)
+                                 const int (&most)[2], const float (&local)[2], const uint8_t *v,
+                                 const float *step)
 {
     uint32_t p[2][4] = { { 0 } };
     coded c[2];
@@ -154,17 +147,16 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const bool there = among<EDGE>(i, e, used[h]);
-                const int code = there ? code_of_weight(weight_of(s[i][2 * h + e], unit, local[h])) : 0;
+                const float below = unit * (float)(s[i][2 * h + e] - most[h]);
+                const int code = there ? sparge_code(exp2_fast(below), P_LEVELS) : 0;
                 p[i / 4][i / 2 % 2 * 2 + h] |= (uint32_t)code << 8 * (i % 2 * 2 + e);
                 sum += code;
             }
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         c[h] = { 0.0f, 1.0f };
-        if (used[h]) {
-            const float shrink = sparge_row_raise(&f.state[h], local[h]);
-            c[h] = fold_codes(f.state[h], local[h], shrink, sum);
-        }
+        if (used[h])
+            c[h] = fold_codes(f.state[h], local[h], sum);
     }
 #pragma unroll
     for (int i = 0; i < WIDTH / 8; i += 2) {
@@ -191,10 +183,12 @@ template <int WIDTH, bool EDGE>
 static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
                                 const float (&local)[2], const uint8_t *v)
 {
-    float shrink[2];
+    float shrink[2], base[2];
 #pragma unroll
-    for (int h = 0; h < 2; h++)
+    for (int h = 0; h < 2; h++) {
         shrink[h] = used[h] ? sparge_row_raise(&f.state[h], local[h]) : 1.0f;
+        base[h] = sparge_row_base(f.state[h].max);
+    }
 #pragma unroll
     for (int i = 0; i < WIDTH / 8; i++)
 #pragma unroll
@@ -210,7 +204,7 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const bool there = among<EDGE>(i, e, used[h]);
-                x[e] = there ? weight_of(s[i][2 * h + e], unit, f.state[h].max) : 0.0f;
+                x[e] = there ? exp2_fast(unit * (float)s[i][2 * h + e] - base[h]) : 0.0f;
                 f.state[h].sum += x[e];
             }
             p[n] = pack_f16(x[0], x[1]);
@@ -234,17 +228,19 @@ static __device__ void fold_scores(const work &w, const query_block &q, int64_t 
 {
     const float unit = score_unit(w, q, j);
     const int seen[2] = { keys_of_row(w, q, row_of(0), j), keys_of_row(w, q, row_of(1), j) };
-    float local[2];
+    int most[2];
     bool skips[2];
-    local_maxima<EDGE>(s, unit, seen, local);
-    skipped_rows(w, q, ballot, j, f.state, local, lambda, skips);
+    largest_scores<EDGE>(s, seen, most);
+    const float local[2] = { sparge_row_local((float)most[0], unit), sparge_row_local((float)most[1], unit) };
+    skipped_rows(w, q, ballot, j, f.state, local, seen, lambda, skips);
     const int used[2] = { skips[0] ? 0 : seen[0], skips[1] ? 0 : seen[1] };
     if (!__any_sync(~0u, used[0] || used[1]))
         return; /* none of the warp's rows */
     if (HALF)
         fold_f16<WIDTH, EDGE>(f, s, unit, used, local, v);
     else
-        fold_int8<WIDTH, EDGE>(f, s, unit, used, local, v, w.step_v + (q.kv * w.g.k_blocks + j) * WIDTH);
+        fold_int8<WIDTH, EDGE>(f, s, unit, used, most, local, v,
+                               w.step_v + (q.kv * w.g.k_blocks + j) * WIDTH);
 }
 
 template <int WIDTH, bool HALF>

@@ -12,8 +12,8 @@
  *   turn   named barriers 2 and 3: whose products may be issued
  *
  * P.V in fp8: the tensor core's own sum is narrower than float, so each stage is summed from zero and added
- * to o in float. P is coded as 256 p, for e4m3 has few numbers below 1: exactly 8 in the exponent. In f16
- * the tensor core adds to o itself. exp2 is the hardware's; README.md says how far o may lie. */
+ * to o in float. P is coded as 256 p, for e4m3 has few numbers below 1. In f16 the tensor core adds to o
+ * itself. exp2 is the hardware's; README.md says how far o may lie. */
 #include "gpu/5_stage.h"
 
 namespace sparge {
@@ -38,13 +38,10 @@ static __device__ void fetch_kv(const work &w, const query_block &q, tiles<WIDTH
     using size = shape<WIDTH, HALF>;
     const int64_t block = q.kv * w.g.k_blocks + j;
     slot &s = t.slots[at];
-    const float unit = score_unit(w, q, j);
-    /* Where scores may be huge, the rounding of m shows in the exponents. */
-    const bool huge = !(unit * (float)(127 * 127 * WIDTH) < 0x1p20f);
-    const bool edge = q.rows < BLOCK_Q || keys_of_row(w, q, 0, j) < BLOCK_K || huge;
+    const bool edge = q.rows < BLOCK_Q || keys_of_row(w, q, 0, j) < BLOCK_K;
     s.first = (int)q.first;
     s.skipped = w.may_skip ? skipped_row(w, q, 0) : NULL;
-    s.unit[b] = unit;
+    s.unit[b] = score_unit(w, q, j);
     s.block[b] = (int)j;
     s.skips = 0;
     s.flags = (b ? s.flags : 0) | (edge ? EDGE : 0) | (last ? LAST : 0) | (last && b == 0 ? ONLY_A : 0);

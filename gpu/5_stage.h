@@ -18,8 +18,7 @@ enum { PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 }; /* a thread */
 /* Named barriers; 0 is __syncthreads. */
 enum { TURN = 2, VOTE_64 = 4, VOTE_128 = 6, VOTE_32 = 8 };
 
-/* Of a slot: some row does not see all of a or of b, or scores are huge; there is no b; it is the last of
- * its query block. */
+/* Of a slot: some row does not see all of a or of b; there is no b; it is the last of its query block. */
 enum { EDGE = 1, ONLY_A = 2, LAST = 4 };
 
 struct slot {
@@ -63,7 +62,7 @@ template <int LENGTH> struct cursor {
 
 /* What a thread knows of its two rows. */
 struct rows {
-    float m[2], l[2], shrink[2]; /* l: of its own columns; 256 times as much with fp8 */
+    float m[2], l[2], shrink[2]; /* l: of its own columns */
 };
 
 /* What comes of looking at the scores of a stage. Its slot stays until the stage is given back. */
@@ -184,6 +183,9 @@ SPARGE_DEVICE bool any_of_group(int skip_rows, bool near)
     }
 }
 
+/* A row's maximum after a block whose largest score is `local`; a NaN stays. */
+SPARGE_DEVICE float raised(float max, float local) { return local <= max || max != max ? max : local; }
+
 /* Lines 11 and 14-15 for both blocks of a stage. */
 template <bool LAMBDA>
 SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const rows &r, float lambda)
@@ -206,12 +208,13 @@ SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const 
     bool near_a = false, near_b = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float a = max_a[h] == INT32_MIN ? -INFINITY : t.unit[0] * (float)max_a[h];
-        const float b = max_b[h] == INT32_MIN || only_a ? -INFINITY : t.unit[1] * (float)max_b[h];
-        const float m = fmaxf(r.m[h], a);
-        near_a |= a > -INFINITY && !(a - r.m[h] <= lambda);
-        near_b |= b > -INFINITY && !(b - m <= lambda);
-        x.m[h] = fmaxf(m, b);
+        const bool sees_a = max_a[h] != INT32_MIN, sees_b = max_b[h] != INT32_MIN && !only_a;
+        const float a = sees_a ? sparge_row_local((float)max_a[h], t.unit[0]) : -INFINITY;
+        const float b = sees_b ? sparge_row_local((float)max_b[h], t.unit[1]) : -INFINITY;
+        const sparge_row first = { r.m[h], 0.0f }, second = { raised(first.max, a), 0.0f };
+        near_a |= sparge_row_gap(&first, a, sees_a) > lambda;
+        near_b |= sparge_row_gap(&second, b, sees_b) > lambda;
+        x.m[h] = raised(second.max, b);
     }
     x.keep[0] = LAMBDA ? any_of_group(w.skip_rows, near_a) : true;
     x.keep[1] = LAMBDA ? any_of_group(w.skip_rows, near_b) : !only_a;
@@ -232,8 +235,7 @@ SPARGE_DEVICE void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit,
             float e[4]; /* columns 2 quad, 2 quad + 1 of tile i, then of tile i + 1 */
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                const float x = fmaf((float)s[4 * (i + n / 2) + 2 * h + n % 2], unit, base[h]);
-                e[n] = exp2_fast(EDGE ? fminf(x, HALF ? 0.0f : 8.0f) : x);
+                e[n] = exp2_fast((float)s[4 * (i + n / 2) + 2 * h + n % 2] * unit - base[h]);
                 if (EDGE && 8 * (i - 8 * B + n / 2) + column + n % 2 >= seen[h])
                     e[n] = 0.0f;
                 l[h] += e[n];
@@ -242,7 +244,8 @@ SPARGE_DEVICE void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit,
                 p[2 * i + h] = pack_f16(e[0], e[1]);
                 p[2 * i + 2 + h] = pack_f16(e[2], e[3]);
             } else {
-                p[i / 4 * 4 + i / 2 % 2 * 2 + h] = pack_e4m3(e[0], e[1], e[2], e[3]);
+                p[i / 4 * 4 + i / 2 % 2 * 2 + h] =
+                    pack_e4m3(256.0f * e[0], 256.0f * e[1], 256.0f * e[2], 256.0f * e[3]);
             }
         }
 }
@@ -273,9 +276,8 @@ SPARGE_DEVICE void weigh(const work &w, const int (&s)[64], uint32_t (&p)[P], co
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const float m = x.m[h] == -INFINITY ? 0.0f : x.m[h]; /* a row that has seen nothing stays empty */
-        base[h] = (HALF ? 0.0f : 8.0f) - m;
-        r.shrink[h] = exp2_fast(r.m[h] - m);
+        base[h] = sparge_row_base(x.m[h]);
+        r.shrink[h] = exp2_fast(r.m[h] - base[h]);
         r.l[h] *= r.shrink[h];
         r.m[h] = x.m[h];
     }
@@ -295,7 +297,7 @@ SPARGE_DEVICE void store_rows(const work &w, const query_block &q, const float (
         state.max = r.m[h];
         state.sum = r.l[h] + __shfl_xor_sync(~0u, r.l[h], 1);
         state.sum += __shfl_xor_sync(~0u, state.sum, 2);
-        const float norm = sparge_row_norm(&state);
+        const float norm = sparge_row_norm(&state) * (HALF ? 1.0f : 0x1p-8f); /* P is 256 p with fp8 */
         const int row = row_of(h);
         if (row < q.rows) {
             const int64_t at = out_row(w, q, row);
@@ -309,10 +311,8 @@ SPARGE_DEVICE void store_rows(const work &w, const query_block &q, const float (
                 }
                 store_pair(w.o, at, c, w.dim_v, x, y);
             }
-            if (column == 0) {
-                state.sum *= HALF ? 1.0f : 0x1p-8f;
+            if (column == 0)
                 store_state(w, q, row, state);
-            }
         }
     }
 }

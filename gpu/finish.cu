@@ -57,6 +57,18 @@ static __device__ void add_tally(const work &w, const query_block &q, const unsi
     }
 }
 
+static __device__ void fill_row(const work &w, const query_block &q, int r, float x)
+{
+    for (int c = 0; c < w.dim_v; c++)
+        store(w.o, out_row(w, q, r) + c, x);
+}
+
+/* Of the blocks that its query block keeps, some: the first one tells, as the last keys are hidden. */
+static __device__ bool sees_a_key(const work &w, const query_block &q, int r, const uint32_t *kept)
+{
+    return sparge_keys_seen(&w.g, q.first + r, next_kept(kept, q, 0)) > 0;
+}
+
 /* Is an element of v one that P.V could not take? */
 static __device__ bool spoils(const work &w, float v)
 {
@@ -83,8 +95,7 @@ static __device__ void spoil_row(const work &w, const query_block &q, int r, con
     }
     if (!row)
         return;
-    for (int c = 0; c < w.dim_v; c++)
-        store(w.o, at + c, NAN);
+    fill_row(w, q, r, NAN);
     if (w.lse)
         w.lse[line] = NAN;
 }
@@ -116,10 +127,14 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
         if (some) {
             state.max = w.m[line];
             state.sum = w.l[line];
+            if (sparge_row_is_empty(&state) && sees_a_key(w, q, r, kept)) { /* scores of -inf alone, rung 5 */
+                state.sum = NAN;
+                store_state(w, q, r, state);
+                fill_row(w, q, r, NAN);
+            }
         } else { /* no rung need look at a block that keeps nothing */
             store_state(w, q, r, state);
-            for (int c = 0; c < w.dim_v; c++)
-                store(w.o, out_row(w, q, r) + c, 0.0f);
+            fill_row(w, q, r, 0.0f);
         }
         const bool empty = sparge_row_is_empty(&state);
         if (w.lse)

@@ -53,7 +53,8 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
         const int64_t j = j0 + lane;
         if (there && j < w.g.k_blocks) {
             const bool similar = key_is_similar(w, q, theta, j), scored = j < q.seen && (similar || w.s_all);
-            const float score = scored ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) : -INFINITY;
+            const float score =
+                scored ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) + 0.0f : -INFINITY;
             if (w.s_all)
                 w.s_all[q.line * w.g.k_blocks + j] = score;
             row[j] = similar ? score : -INFINITY;
@@ -64,10 +65,10 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
 
 /* ---- Selection: one warp, its row of S in shared memory ---- */
 
-/* A number that orders as the float does; zeros of both signs are equal. */
+/* A number that orders as the float does, which is not -0. */
 static __device__ uint32_t rank_of(float s)
 {
-    const uint32_t bits = sparge_float_bits(s + 0.0f);
+    const uint32_t bits = sparge_float_bits(s);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -54,13 +54,15 @@ SPARGE_DEVICE bool group_skips(const work &w, const query_block &q, votes &v, in
 
 /* ---- One row, by one thread ---- */
 
-template <class T> SPARGE_DEVICE float max_of_row(const T *s, int seen)
+/* The largest score; a NaN stays. */
+template <class T> SPARGE_DEVICE float most_of_row(const T *s, int seen)
 {
-    float max = -INFINITY;
-    for (int t = 0; t < seen; t++)
-        if ((float)s[t] > max)
-            max = (float)s[t];
-    return max;
+    float most = -INFINITY;
+    for (int t = 0; t < seen; t++) {
+        const float x = (float)s[t];
+        most = x > most || x != x ? x : most;
+    }
+    return most;
 }
 
 /* Lines 12-13 with P in float: scores become weights against the running maximum, in place. Returns the
@@ -77,8 +79,7 @@ SPARGE_DEVICE float weigh_row(sparge_row &state, float *s, int seen, float unit,
     return shrink;
 }
 
-/* P in codes of 0 .. 127 against the row's maximum in this block. */
-SPARGE_DEVICE int code_of_weight(float p) { return p <= 1.0f ? (int)(127.0f * p + 0.5f) : 0; }
+enum { P_LEVELS = 127 };
 
 /* Lines 12-13 with P in codes that sum to `codes`: l, and what their products with V are multiplied by;
  * o shrinks by `shrink`. */
@@ -86,11 +87,11 @@ struct coded {
     float weight, shrink;
 };
 
-SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, float shrink, int codes)
+SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, int codes)
 {
     coded c;
-    c.shrink = shrink;
-    c.weight = sparge_exp2(local - state.max) / 127.0f;
+    c.shrink = sparge_row_raise(&state, local);
+    c.weight = sparge_code_weight(local, state.max, P_LEVELS);
     state.sum += c.weight * (float)codes;
     return c;
 }

@@ -162,8 +162,10 @@ SPARGE_DEVICE int64_t place(const sparge_in &in, int64_t b, int64_t h, int64_t t
     return b * in.batch + h * in.head + token * in.token;
 }
 
+/* A zero of o has no sign. */
 SPARGE_DEVICE void store(const sparge_out &out, int64_t at, float x)
 {
+    x += 0.0f;
     switch (out.dtype) {
     case SPARGE_F32: ((float *)out.data)[at] = x; break;
     case SPARGE_F16: ((uint16_t *)out.data)[at] = sparge_f32_to_f16(x); break;
@@ -176,6 +178,8 @@ SPARGE_DEVICE void store(const sparge_out &out, int64_t at, float x)
 SPARGE_DEVICE void store_pair(const sparge_out &out, int64_t at, int c, int dim, float x, float y)
 {
     at += c;
+    x += 0.0f;
+    y += 0.0f;
     if (out.dtype != SPARGE_F32 && c + 1 < dim && ((uintptr_t)((uint16_t *)out.data + at) & 3) == 0) {
         const bool f16 = out.dtype == SPARGE_F16;
         const uint32_t low = f16 ? sparge_f32_to_f16(x) : sparge_f32_to_bf16(x);

@@ -198,10 +198,10 @@ Test(values, v_beyond_binary16)
         }
 }
 
-/* Scores beyond what their fractions can say: ref cuts the exponent at 0. */
+/* Scores of every size: c of 0, fractions that say nothing, scores beyond float. */
 Test(values, magnitudes)
 {
-    static const float size[] = { 1e-38f, 1e-20f, 1.0f, 1e4f, 1e8f, 1e15f };
+    static const float size[] = { 1e-38f, 1e-20f, 1.0f, 1e4f, 1e8f, 1e15f, 1e19f, 1e38f };
     fresh_device();
     EACH_RUNG(r)
         for (int64_t q = 0; q < COUNT(size); q += 1 + plain_quick())
@@ -217,6 +217,165 @@ Test(values, magnitudes)
                 verify(&x, r, true);
                 problem_free(&x);
             }
+}
+
+/* Logits of 4.5e9 out of q and k that binary16 holds, and far larger ones: all of the weight is the largest
+ * score's, and it is 1. */
+Test(values, the_weight_of_the_maximum_is_one)
+{
+    static const float top[] = { 25e3f, 1e6f, 1e12f, 1e30f };
+    fresh_device();
+    EACH_RUNG(r)
+        for (int64_t n = 0; n < COUNT(top); n++)
+            for (int64_t at = 0; at < 200; at += 66) {
+                check_case("rung %d pv %d, q of %g, key %lld", r->n, (int)r->pv, (double)top[n],
+                           (long long)at);
+                const shape s = shape_of(1, 1, 1, 140, 200, 64, 8);
+                problem x = question(&s, r);
+                x.o.smooth_k = false;
+                tensor_fill(&x.q, top[n], top[n]);
+                for (int64_t e = 0; e < tensor_count(&x.k); e++)
+                    x.k.x[e] = e / 64 == at ? 22500.0f : 0.0f;
+                for (int64_t e = 0; e < tensor_count(&x.v); e++)
+                    x.v.x[e] = e / 8 == at ? 1.0f : 0.0f;
+                problem_write(&x);
+                verify(&x, r, false);
+                answer a = answer_of(&x, r);
+                const double logit = 8.0 * (double)top[n] * 22500.0;
+                for (int64_t e = 0; e < tensor_count(&a.o); e++)
+                    check_close(a.o.x[e], 1.0, 1e-6);
+                for (int64_t row = 0; row < 140; row++)
+                    check_close(a.lse[row], logit, 1e-6 * logit);
+                answer_free(&a);
+                problem_free(&x);
+            }
+}
+
+/* A block of keys whose scores leave float, before, between and behind two whose scores are 0: of a row that
+ * they leave downward they weigh nothing, a row that they leave upward is NaN. */
+Test(values, a_block_beyond_float)
+{
+    enum { DIM = 4, KEYS = 192, ROWS = 140 };
+    fresh_device();
+    EACH_RUNG(r)
+        for (int n = 0; n < 9; n++) {
+            check_case("rung %d pv %d, block %d, lambda %d", r->n, (int)r->pv, n % 3, n / 3);
+            const shape s = shape_of(1, 1, 1, ROWS, KEYS, DIM, DIM);
+            problem x = question(&s, r);
+            x.o.smooth_k = false;
+            x.o.skip_rows = 16;
+            x.o.knobs.lambda = n < 3 ? -INFINITY : n < 6 ? -1.0f : 0.0f;
+            static const float size[] = { 1e20f, 0.0f, -1e20f };
+            for (int64_t e = 0; e < ROWS * DIM; e++) /* a third of the groups each */
+                x.q.x[e] = size[e / DIM / 16 % 3];
+            for (int64_t e = 0; e < KEYS * DIM; e++) {
+                x.k.x[e] = e / DIM / 64 == n % 3 ? -1e20f : 0.0f;
+                x.v.x[e] = e / DIM / 64 == n % 3 ? 4.0f : 1.0f;
+            }
+            problem_write(&x);
+            verify(&x, r, false);
+            answer a = answer_of(&x, r);
+            for (int64_t row = 0; row < ROWS; row++)
+                for (int64_t c = 0; c < DIM; c++) {
+                    const float o = a.o.x[row * DIM + c];
+                    if (row / 16 % 3 == 2) {
+                        check(isnan(o) && isnan(a.lse[row]), "row %lld is %g, lse %g", (long long)row,
+                              (double)o, (double)a.lse[row]);
+                    } else if (row / 16 % 3 == 0) {
+                        check_close(o, 1.0, 1e-6);
+                        check_close(a.lse[row], log(n < 6 ? 128.0 : 64.0), 1e-6);
+                    } else { /* lambda of 0 skips what is no larger */
+                        check_close(o, n < 6 ? 2.0 : n == 6 ? 4.0 : 1.0, 1e-6);
+                        check_close(a.lse[row], log(n < 6 ? 192.0 : 64.0), 1e-6);
+                    }
+                }
+            answer_free(&a);
+            problem_free(&x);
+        }
+}
+
+/* All that a row sees in its kept block lies beyond float, downward: it is NaN, and no row without keys. */
+Test(values, nothing_but_scores_of_minus_infinity)
+{
+    fresh_device();
+    EACH_RUNG(r)
+        for (int n = 0; n < 2; n++) {
+            check_case("rung %d pv %d, lambda %d", r->n, (int)r->pv, n);
+            const shape s = shape_of(1, 1, 1, 200, 130, 4, 4);
+            problem x = question(&s, r);
+            x.o.smooth_k = false;
+            x.o.causal = SPARGE_CAUSAL_START;
+            x.o.knobs.lambda = n ? -1.0f : -INFINITY;
+            tensor_fill(&x.q, 1e20f, 1e20f);
+            tensor_fill(&x.k, -1e20f, -1e20f);
+            set_mask(&x, second_alone);
+            verify(&x, r, false);
+            answer a = answer_of(&x, r);
+            for (int64_t row = 0; row < 200; row++)
+                for (int64_t c = 0; c < 4; c++) {
+                    const float o = a.o.x[row * 4 + c];
+                    check(row < 64 ? o == 0.0f && a.lse[row] == -INFINITY : isnan(o) && isnan(a.lse[row]),
+                          "row %lld is %g, lse %g", (long long)row, (double)o, (double)a.lse[row]);
+                }
+            answer_free(&a);
+            problem_free(&x);
+        }
+}
+
+/* c is 0, but codes are not: every visible key weighs 1, a hidden one and padding nothing. */
+Test(values, scores_whose_unit_is_zero)
+{
+    fresh_device();
+    EACH_RUNG(r)
+        for (int causal = 0; causal < 3; causal++) {
+            check_case("rung %d pv %d, causal %d", r->n, (int)r->pv, causal);
+            const shape s = shape_of(1, 1, 1, 150, 170, 16, 1);
+            problem x = question(&s, r);
+            x.o.causal = (sparge_causal)causal;
+            x.o.smooth_k = false;
+            tensor_fill(&x.q, -1e-24f, 1e-24f);
+            tensor_fill(&x.k, -1e-24f, 1e-24f);
+            for (int64_t t = 0; t < 170; t++)
+                x.v.x[t] = (float)(t % 2);
+            problem_write(&x);
+            verify(&x, r, false);
+            answer a = answer_of(&x, r);
+            for (int64_t row = 0; row < 150; row++) {
+                const int64_t seen = causal == SPARGE_CAUSAL_NONE ? 170
+                                   : causal == SPARGE_CAUSAL_START ? row + 1 : row + 21;
+                check_close(a.o.x[row], (double)(seen / 2) / (double)seen, 1e-6);
+                check_close(a.lse[row], log((double)seen), 1e-5);
+            }
+            answer_free(&a);
+            problem_free(&x);
+        }
+}
+
+/* c itself is not finite: rows are NaN if they see a key. */
+Test(values, scores_whose_unit_is_infinite)
+{
+    fresh_device();
+    EACH_RUNG(r)
+        for (int n = 0; n < 2; n++) {
+            check_case("rung %d pv %d, lambda %d", r->n, (int)r->pv, n);
+            const shape s = shape_of(1, 1, 1, 150, 100, 8, 8);
+            problem x = question(&s, r);
+            x.o.causal = SPARGE_CAUSAL_END;
+            x.o.smooth_k = false;
+            x.o.knobs.lambda = n ? -1.0f : -INFINITY;
+            x.o.scale = 3e38f;
+            tensor_fill(&x.q, -1e3f, 1e3f);
+            tensor_fill(&x.k, -1e3f, 1e3f);
+            verify(&x, r, false);
+            answer a = answer_of(&x, r);
+            for (int64_t e = 0; e < tensor_count(&a.o); e++) {
+                const float o = a.o.x[e], lse = a.lse[e / 8];
+                check(e / 8 < 50 ? o == 0.0f && lse == -INFINITY : isnan(o) && isnan(lse),
+                      "row %lld is %g, lse %g", (long long)(e / 8), (double)o, (double)lse);
+            }
+            answer_free(&a);
+            problem_free(&x);
+        }
 }
 
 /* Codes that are all 127 or all -127. */
