@@ -127,7 +127,7 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
         if (some) {
             state.max = w.m[line];
             state.sum = w.l[line];
-            if (sparge_row_is_empty(&state) && sees_a_key(w, q, r, kept)) { /* scores of -inf alone, rung 5 */
+            if (sparge_row_is_empty(&state) && sees_a_key(w, q, r, kept)) { /* rung 5: only scores of -inf */
                 state.sum = NAN;
                 store_state(w, q, r, state);
                 fill_row(w, q, r, NAN);

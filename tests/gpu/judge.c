@@ -365,15 +365,26 @@ problem question(const shape *s, const rung *r)
     return x;
 }
 
+/* A GPU's NaN has other bits than a processor's. */
+static void one_nan(float *x, int64_t count)
+{
+    for (int64_t n = 0; n < count; n++)
+        if (isnan(x[n]))
+            x[n] = NAN;
+}
+
 static reply ask(const problem *x, const terms *t)
 {
     reply r = { .mask = { 0 } };
-    if (!t->predict) {
+    if (t->predict) {
+        r.mask = wide_mask(x, t->spare);
+        r.a = attention_to(x, &r.mask, t->dtype, t->layout);
+    } else {
         r.a = attend_to(x, t->dtype, t->layout);
-        return r;
     }
-    r.mask = wide_mask(x, t->spare);
-    r.a = attention_to(x, &r.mask, t->dtype, t->layout);
+    one_nan(r.a.o.x, tensor_count(&r.a.o));
+    one_nan(r.a.trace.m, problem_rows(x));
+    one_nan(r.a.trace.l, problem_rows(x));
     return r;
 }
 
