@@ -536,8 +536,8 @@ verdict probe_exp2()
 {
     const int fine = ON_MODEL ? 1 << 16 : 1 << 24;
     std::vector<float> x, y;
-    for (int n = 0; n <= fine; n++) /* -126 .. 9: P is at most 256 */
-        x.push_back((float)(9.0 - 135.0 * n / fine));
+    for (int n = 0; n <= fine; n++) /* -126 .. 0: P is at most 1 */
+        x.push_back((float)(-126.0 * n / fine));
     y = exp2_of(x);
     double worst = 0;
     float where = 0;
