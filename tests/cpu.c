@@ -3,8 +3,11 @@
  * is tested elsewhere, what each kernel gives in kernels.c. */
 #include <math.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "tests/agree.h"
 
