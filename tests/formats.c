@@ -5,6 +5,7 @@
 #endif
 #include "tools/capture.h"
 #include "tools/judge.h"
+#include "tools/kept.h"
 #include "tools/npy.h"
 #include "tools/output.h"
 #include "tools/params.h"
@@ -1818,6 +1819,57 @@ Test(formats, judge_recall_not_finite)
     mass[2] = mass[3] = NAN;
     const recall none = judge_recall(&paid, &keep, 4, 2);
     cr_expect(isnan(none.share) && none.not_finite == 4, "%g, %d", none.share, (int)none.not_finite);
+}
+
+/* Queries 0 to 2 see the first 3, 4 and 5 keys; the last block of each is short. */
+static const sparge_problem three = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = 3, .k_len = 5};
+static const sparge_options causal_pairs = {.block_q = 2, .block_k = 2, .causal = SPARGE_CAUSAL_END};
+
+Test(formats, kept_blocks_and_tokens)
+{
+    uint8_t bits[] = {1, 0, 0, 0, 1, 1};
+    const array keep = {ARRAY_U8, 4, {1, 1, 2, 3}, bits};
+    sparge_counts c;
+    kept_counts(&keep, &three, &causal_pairs, &c);
+    cr_expect(c.pairs == 5 && c.qk_done == 3 && c.pv_done == 3.0, "pairs %d, %d", (int)c.pairs, (int)c.qk_done);
+    cr_expect(c.tokens == 12 && c.qk_tokens == 7 && c.pv_tokens == 7, "tokens %d, %d", (int)c.tokens,
+              (int)c.qk_tokens);
+    cr_expect(kept_density(&c) == 7.0 / 12.0);
+    const sparge_counts two[] = {c, c}, sum = kept_sum(two, 2);
+    cr_expect(sum.pairs == 10 && sum.qk_tokens == 14 && kept_density(&sum) == 7.0 / 12.0);
+    cr_expect(isnan(kept_density(&(sparge_counts){0})));
+}
+
+Test(formats, kept_for_reasons)
+{
+    uint8_t bits[] = {SPARGE_KEPT_MASS | SPARGE_KEPT_DISSIMILAR_Q, SPARGE_KEPT_DISSIMILAR_Q, 0,
+                      SPARGE_KEPT_SINK, 0, SPARGE_KEPT_DISSIMILAR_K};
+    const array why = {ARRAY_U8, 4, {1, 1, 2, 3}, bits};
+    const reasons r = reasons_of(&why, &three, &causal_pairs);
+    cr_expect(r.pairs == 5);
+    json_t *const json = json_pack("[o, o]", reasons_json(r.kept), reasons_json(r.alone));
+    char *const dumped = json_dumps(json, JSON_COMPACT);
+    cr_expect_str_eq(dumped, "[{\"mass\":1,\"topk\":0,\"dissimilar_q\":2,\"dissimilar_k\":1,\"overflow\":0,"
+                             "\"diagonal\":0,\"sink\":1},{\"mass\":0,\"topk\":0,\"dissimilar_q\":1,"
+                             "\"dissimilar_k\":1,\"overflow\":0,\"diagonal\":0,\"sink\":1}]");
+    free(dumped);
+    json_decref(json);
+    char text[256];
+    reasons_text(&r, text);
+    cr_expect_str_eq(text, "kept: 20 % by mass, 40 % by dissimilar queries, 20 % by dissimilar keys, 20 % by the sink");
+}
+
+Test(formats, floats_as_typed)
+{
+    const float x[] = {0.6f, 0.1f, 1.0f / 3.0f, 0x1p-149f, 3.40282347e38f, 16777216.0f, -0.0f};
+    const double want[] = {0.6, 0.1, 0.33333334, 1e-45, 3.4028235e38, 16777216.0, -0.0};
+    for (size_t n = 0; n < sizeof x / sizeof *x; n++) {
+        json_t *const json = json_float(x[n]);
+        cr_expect(json_real_value(json) == want[n] && (float)json_real_value(json) == x[n], "%.9g becomes %.17g",
+                  (double)x[n], json_real_value(json));
+        json_decref(json);
+    }
+    cr_expect(json_is_null(json_float(INFINITY)) && json_is_null(json_float(NAN)));
 }
 
 Test(formats, judge_two_masks)

@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 
 from counted import check, run_tests
 from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, at_work, commands_of, computed, ended,
-                     full_device, listing, read, save, save_safetensors, sha256, stopped, write)
+                     explained, full_device, listing, read, save, save_safetensors, sha256, stopped, write)
 from tiny_model import GGML, Model, gguf_bytes, surprise, theirs
 
 PROGRAM = os.path.abspath(sys.argv[1])
@@ -183,6 +183,7 @@ def test_tokens():
                       f"{kind}: tokens of {text[:80]!r}",
                       x["tokens"][:40], want[:40])
     got = fine("tokens", "m.gguf", TEXT, "-o", "t.npy")
+    explained("tokens", got)
     check(got["texts"][0]["count"] == len(bpe.encode(real)) and "tokens" not in got["texts"][0], "-o: no list", got)
     check(np.load("t.npy").dtype == np.int32 and np.load("t.npy").tolist() == bpe.encode(real), "-o: a .npy")
     check(fine("tokens", "m.gguf", "t.npy")["texts"][0]["tokens"] == bpe.encode(real), "numbers as they are")
@@ -406,6 +407,8 @@ def test_attentions():
     x = fine("ppl", "m.gguf", "odd, name.npy", "--attention", "f32,int8", "--attention", "sparse", "--length",
              "300,600",
              "--csv", "c.csv")
+    explained("sparge-lm ppl", x)
+    check(x["options"]["theta"] == 0.6 and x["options"]["topk"] is x["options"]["lambda"] is None, "as typed, or off", x)
     check([(r["tokens"], r["attention"]) for r in x["rows"]] ==
           [(k, a) for k in (300, 600) for a in ("f32", "int8", "sparse")], "the grid", x["rows"])
     half = m.run(token[:300])[0]
@@ -474,6 +477,7 @@ def test_capture():
     token = some_tokens(600)
     seen = m.run(token)[1]
     x = fine("capture", "m.gguf", "t.npy", "-o", "all")
+    explained("sparge-lm capture", x)
     check(x == dict(folder="all", files=3, tokens=600, not_finite=0), "what it says", x)
     check(sorted(os.listdir("all")) == ["layer00.safetensors", "layer01.safetensors", "layer02.safetensors",
                                         "manifest.json"],
@@ -615,6 +619,7 @@ def test_needle():
         m.gguf("m.gguf", bpe.keys(**keys))
         how = ["--depths", 3, "--needles", 9, "--digits", 2, "--seed", 7, "--length", "130,200", "--attention", "f32"]
         x = fine("needle", "m.gguf", TEXT, *how)
+        explained("needle", x)
         same = fine("needle", "m.gguf", TEXT, *how)
         def timeless(rows):
             return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
@@ -703,6 +708,7 @@ def test_time():
     m.gguf("m.gguf")
     some_tokens(400)
     x = fine("time", "m.gguf", "t.npy", "--length", "100,400", "--repeat", 3, "--csv", "c.csv", "-o", "R.json")
+    explained("time", x)
     check([(r["tokens"], r["turn"], r["attention"]) for r in x["rows"]] ==
           [(k, n, a) for k in (100, 400) for n in range(3) for a in ("f32", "sparse")], "by turns", x["rows"])
     check(all(0 < r["seconds_attention"] < r["seconds"] for r in x["rows"]), "seconds")

@@ -22,8 +22,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from counted import check, run_tests
-from running import (DIFFERENT, FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, full_device, listing,
-                     read, save, save_safetensors, sha256, stopped, write)
+from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, explained,
+                     full_device, listing, read, save, save_safetensors, sha256, stopped, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
@@ -82,11 +82,15 @@ def random(seed, *shape):
 
 
 EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
-KEYS = ("backend isa threads rung pv workspace_bytes batch heads kv_heads q_len k_len dim dim_v "
-        "block_q block_k pairs sparsity sparsity_qk sparsity_pv sparsity_per_head seconds_predict "
-        "seconds_quantize seconds_attend seconds_total tops tops_executed manifest params").split()
+SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
+KEYS = ("schema version inputs mask manifest params backend isa threads rung rules qk pv block_q block_k skip_rows "
+        "causal smooth_k sink scale theta tau topk lambda density").split() + SIZES + (
+        "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by kept_by_alone "
+        "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops tops_executed").split()
+REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink".split()
 COUNTS = "nan_got nan_want inf_got inf_want not_finite_apart".split()
-CHECK_KEYS = ["l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1", *COUNTS, "mask_not_finite_apart"]
+CHECK_KEYS = ["recall", "blocks_not_finite", "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1", *COUNTS,
+              "mask_not_finite_apart"]
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
 
 
@@ -102,9 +106,9 @@ def test_forms():
     want, lse = attention(q, k, v)
     x = fine("run", *qkv, "-o", "o.npy", "--lse-out", "l.npy", *EXACT)
     check(list(x) == KEYS, "keys in their order", list(x))
-    check([x[n] for n in KEYS[6:15]] == [B, HQ, HK, NQ, NK, D, DV, 128, 64], "sizes", x)
+    check([x[n] for n in SIZES] == [B, HQ, HK, NQ, NK, D, DV], "sizes", x)
     check(x["workspace_bytes"] > 0, "memory", x)
-    check(x["rung"] == 0 and x["pv"] == "f32", "what ran", x)
+    check(x["rung"] is None and x["pv"] == "f32", "what ran", x)
     check(x["pairs"] == B * HQ * 3 * 6 and x["sparsity"] == 0, "dense counts", x)
     check(x["sparsity_per_head"] == [0] * (B * HQ), "flat, one a head", x)
     tokens = B * HQ * NQ * NK
@@ -549,6 +553,165 @@ def test_judge_usage():
     wrong(FILE, ["x.safetensors", "'o'"], "check", *qkv, "--o", save_safetensors("x.safetensors", p=("F32", q)))
 
 
+def test_what_was_run():
+    """The JSON of run says every option as it was resolved, and every file."""
+    q, k, v, qkv = files()
+    x = fine("run", *qkv, "--theta", 0.3, "--tau", 0.9, "--lambda", -7.1, "--sink", "--causal", "--scale", 0.123,
+             "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
+    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default", qk="int8", pv="int8", block_q=128,
+                block_k=64, skip_rows=32, causal="end", smooth_k=False, sink=True, scale=0.123, theta=0.3, tau=0.9,
+                topk=None, density=None, mask=None, params=None, rung=None, threads=1, backend="cpu")
+    check({n: x[n] for n in want} == want and x["lambda"] == -7.1, "options as typed", x)
+    check(x["inputs"] == [dict(file=n, sha256=sha256(n)) for n in qkv], "files", x["inputs"])
+    x = fine("run", *qkv, "--pv", "fastest", "--topk", 0.7)
+    check(x["scale"] == round(D**-0.5, 9) or np.float32(x["scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "scale", x)
+    check(x["skip_rows"] == 64 and x["pv"] == "int8" and x["lambda"] is None and x["tau"] is None and x["topk"] == 0.7 and
+          x["isa"] != "auto", "what 0, auto and fastest stand for, and what is off", x)
+    x = fine("run", *qkv, "--rules", "upstream")
+    check(x["skip_rows"] == 128 and x["rules"] == "upstream" and x["backend"] == "ref", "by the rules", x)
+    save("m.npy", np.ones((B, HQ, 3, 6), bool))
+    for args, mask in (["--mask", "m.npy"], dict(file="m.npy", sha256=sha256("m.npy"))), (["--dense"], None):
+        x = fine("run", *qkv, *args)
+        check(x["mask"] == mask and x["theta"] is x["tau"] is x["topk"] is x["kept_by"] is x["kept_by_alone"] is None,
+              args, "no thresholds", x)
+
+
+def test_json_is_explained():
+    """tools/json.md has every key that any command prints."""
+    q, k, v, qkv = files()
+    save("m.npy", np.ones((B, HQ, 3, 6), bool))
+    save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
+    explained("sparge run", fine("run", *qkv, "--check", "--mask", "m.npy", "-o", "o.npy", "--lse-out", "l.npy"))
+    explained("sparge run", fine("run", *qkv, "--dump", "d", "--density", 0.9, "--theta", 0.2))
+    explained("sparge check", fine("check", *qkv, "--o", "o.npy", "--lse", "l.npy", "--mask", "m.npy", "--max-worst", 1))
+    explained("sparge diff", fine("diff", "m.npy", "m.npy"))
+    fine("run", *qkv, "--dump", "e", "--tau", 0.3, "--theta", 0.2)
+    os.remove("e/l.npy")
+    explained("sparge diff", fine("diff", "d", "e", code=DIFFERENT))
+    explained("sparge order", fine("order", 2, 3, 4))
+    explained("sparge info", fine("info", "--json"))
+    explained("sparge bench", json.loads(sparge("bench", "--json", *ONE, "--sparsity", 0)[1]))
+    explained("sparge tune", fine("tune", "x.safetensors", "-o", "p.json", "--l1", 0.3, "--l2", 0.4))
+    explained("sparge tune", {key: None for key in json.load(open("p.json"))})
+    x = fine("run", "x.safetensors", "--params", "p.json", "--layer", 0)
+    explained("sparge run", x)
+    check(x["params"]["sha256"] == sha256("p.json") and x["theta"] is None, "the file of thresholds", x)
+    os.makedirs("captures")
+    shutil.move("x.safetensors", "captures")
+    write("captures/manifest.json", json.dumps({"model": "m", "causal": True, "files": [
+        {"file": "x.safetensors", "sha256": sha256("captures/x.safetensors"), "layer": 0}]}))
+    explained("sparge run", fine("run", "captures"))
+
+
+def test_reasons():
+    q, k, v, qkv = files()
+    for args in ([], ["--theta", 0.5, "--causal", "--sink"], ["--theta", -1, "--topk", 0.3, "--tau", 0.2],
+                 ["--theta", 0.45, "--rules", "upstream"], ["--theta", -1, "--tau", 0]):
+        x = fine("run", *qkv, *args, "--dump", "d")
+        why = np.load("d/why.npy")
+        check(x["kept_by"] == {r: int((why >> n & 1).sum()) for n, r in enumerate(REASONS)}, args, "counts", x["kept_by"])
+        check(x["kept_by_alone"] == {r: int((why == 1 << n).sum()) for n, r in enumerate(REASONS)}, args, "alone", x)
+        check(x["kept_blocks"] == (why > 0).sum() == np.load("d/mask.npy").sum(), args, "kept blocks", x)
+        code, out, err = sparge("map", *qkv, *args, "-o", "m.png")
+        check((code, out) == (FINE, "") and err == sparge("run", *qkv, *args)[2], args, "map hints as run does", err)
+    code, out, err = sparge("run", *qkv, "--tau", 0.9)
+    check(code == FINE and "theta 0.6 finds their queries not self-similar; a lower theta" in err, "the hint", err)
+    x = fine("run", *qkv, "--theta", -1, "--tau", 0.5)  # and fine() hears none
+    check(x["kept_by"]["dissimilar_q"] == x["kept_by"]["dissimilar_k"] == 0 < x["kept_by"]["mass"], "no hint", x)
+    big = save("big.npy", np.full((128, 4), 1e20, np.float32))
+    x = fine("run", big, big, big, "--no-smooth-k", "--scale", 1e3, "--theta", -1)
+    check(x["kept_by"]["overflow"] == x["kept_blocks"] == 2, "scores that overflow", x)
+
+
+def test_mask_only():
+    q, k, v, qkv = files()
+    args = ["--tau", 0.7, "--theta", 0.5, "--causal"]
+    full = fine("run", *qkv, *args, "--dump", "d", "--check")
+    x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--dump", "e", "--check")
+    check((np.load("m.npy") == np.load("d/mask.npy")).all(), "the mask of run")
+    check(list(x) == KEYS + ["recall", "blocks_not_finite"], "the same keys", list(x))
+    for key in ("pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal scale backend isa "
+                "threads recall blocks_not_finite").split():
+        check(x[key] == full[key], "as run says", key, x[key], full[key])
+    check(all(x[n] is None for n in "qk pv skip_rows lambda dim_v workspace_bytes seconds_quantize seconds_attend tops "
+              "tops_executed".split()) and x["seconds_predict"] > 0, "no attention", x)
+    check(x["sparsity"] == x["sparsity_pv"] == x["sparsity_qk"] and len(x["sparsity_per_head"]) == B * HQ, "sparsity", x)
+    there = "blocks mask mean_k pool_q pool_k sim_q sim_k S_all S why".split()
+    check(sorted(os.listdir("e")) == sorted(n + ".npy" for n in there), "stages of the prediction", os.listdir("e"))
+    check(all((np.load(f"e/{n}.npy") == np.load(f"d/{n}.npy")).all() for n in there), "the same stages")
+    seen = np.broadcast_to(visible(NQ, NK, "end"), (B, HQ, NQ, NK))
+    kept = np.repeat(np.repeat(np.load("m.npy"), 128, 2)[:, :, :NQ], 64, 3)[..., :NK] & seen
+    check(abs(x["density_tokens"] - kept.sum() / seen.sum()) < 1e-8, "tokens", x["density_tokens"])
+    s = np.einsum("bhqd,bhkd->bhqk", q.astype(float), np.repeat(k, HQ // HK, 1).astype(float)) / np.sqrt(D)
+    p = np.where(seen, np.exp(s - s.max(-1, keepdims=True)), 0)
+    p /= p.sum(-1, keepdims=True)
+    check(abs(x["recall"] - (p * kept).sum() / p.sum()) < 1e-6, "recall", x["recall"])
+    given = fine("run", *qkv[:2], "--mask-only", "--mask", "m.npy", "--causal", "--check")
+    check(given["recall"] == x["recall"] and given["kept_blocks"] == x["kept_blocks"] and given["kept_by"] is None and
+          given["theta"] is None, "of a given mask", given)
+    save_safetensors("x.safetensors", q=("F32", q), k=("F32", k))
+    check(fine("run", "x.safetensors", "--mask-only", *args)["kept_blocks"] == x["kept_blocks"], "without a v")
+    check(fine("run", *qkv, "--dense", "--check")["recall"] == 1, "dense recalls all")
+    save("e.npy", np.zeros((2, 0, 8), np.float32))
+    x = fine("run", "e.npy", "e.npy", "--mask-only", "--check")
+    check(x["density_tokens"] is None and x["pairs"] == 0 and x["recall"] == 1, "nothing to keep", x)
+    wrong(FILE, "'v'", "run", "x.safetensors")
+    wrong(USAGE, "q, k and v", "run", *qkv[:2])
+
+
+def test_density():
+    """The nearest that some tau reaches: beside it, on either side, nothing is nearer."""
+    q, k, v, qkv = files()
+    args = [*qkv[:2], "--mask-only", "--theta", 0.2]
+    density = lambda tau, *more: fine("run", *args, "--tau", repr(float(tau)), *more)["density_tokens"]
+    for wanted in 0.3, 0.5, 0.77, 1:
+        x = fine("run", *args, "--density", wanted, "--mask-out", "m.npy")
+        tau, got = np.float32(x["tau"]), x["density_tokens"]
+        check(x["density"] == wanted and density(tau, "--mask-out", "n.npy") == got and
+              (np.load("m.npy") == np.load("n.npy")).all(), wanted, "the tau that it says", x)
+        beside = [density(t) for t in (np.nextafter(tau, np.float32(0)), np.nextafter(tau, np.float32(1)))]
+        check(all(abs(got - wanted) <= abs(other - wanted) for other in beside), wanted, "nearest", got, beside)
+    x = fine("run", *qkv, "--theta", 0.2, "--density", 0.5, "-o", "o.npy")
+    check(x["tau"] == fine("run", *args, "--density", 0.5)["tau"], "with attention", x)
+    check((fine("run", *qkv, "--theta", 0.2, "--density", 0.5, "--backend", "ref")["kept_by"]) == x["kept_by"], "on ref", x)
+    least = density(0)
+    wrong(USAGE, ["--density 0.01", "cannot be reached", f"{least:.6g}"], "run", *args, "--density", 0.01)
+    wrong(USAGE, "cannot be reached", "run", *qkv[:2], "--mask-only", "--theta", 1, "--density", 0.5)
+    wrong(USAGE, "--density is 1.5", "run", *args, "--density", 1.5)
+
+
+def test_contradictions():
+    """Options of which one makes another meaningless."""
+    q, k, v, qkv = files()
+    save("m.npy", np.ones((B, HQ, 3, 6), bool))
+    save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
+    predicts = [["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5]]
+    attends = [["-o", "o.npy"], ["--lse-out", "l.npy"], ["--lambda", -3], ["--skip-rows", 8], ["--qk", "f32"],
+               ["--pv", "f32"]]
+    for one, others in [(["--dense"], [*predicts, ["--mask", "m.npy"], ["--density", 0.5], ["--mask-only"],
+                                       ["--params", "p.json"]]),
+                        (["--mask", "m.npy"], [*predicts, ["--sink"], ["--density", 0.5]]),
+                        (["--mask-only"], attends),
+                        (["--density", 0.5], [*predicts[1:], ["--params", "p.json"]]),
+                        (["--params", "p.json"], [*predicts, ["--lambda", -3]])]:
+        for other in others:
+            name = "--output" if other[0] == "-o" else other[0]
+            for args in one + other, other + one:
+                wrong(USAGE, [one[0], f"leave out {name}"], "run", *qkv, *args)
+    fine("run", *qkv, "--dense", "--lambda", -3, "--sink")
+    wrong(USAGE, ["rung", "cuda"], "run", *qkv, "--rung", 3, "--backend", "cpu")
+    wrong(USAGE, ["isa", "ref"], "run", *qkv, "--isa", "avx2", "--backend", "ref")
+    for other in ["--l1", 0.1], ["--l2", 0.2], ["--bound", "mean"]:
+        wrong(USAGE, ["--sparsity", f"leave out {other[0]}"], "tune", "x.safetensors", "-o", "p.json", "--sparsity", 0.5,
+              *other)
+    for other in *predicts, ["--sink"]:
+        wrong(USAGE, [other[0], "predicted"], "bench", *ONE, *other)
+    fine("run", *qkv, "--dense", "--dump", "d")
+    for bound in "--max-l1", "--max-worst":
+        wrong(USAGE, [bound, "two arrays", "--tolerance"], "diff", "d", "d", bound, 0.1)
+    wrong(USAGE, ["--tolerance", "two dumps"], "diff", "q.npy", "q.npy", "--tolerance", 0.1)
+
+
 def test_dump_and_diff():
     q, k, v, qkv = files()
     fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
@@ -746,7 +909,7 @@ def test_map():
     qkv = [save("q.npy", q), save("k.npy", k), save("v.npy", v)]
     def draw(*args):
         code, out, err = sparge("map", *args)
-        check((code, out, err) == (0, "", ""), f"map {args}", code, out, err)
+        check((code, out) == (0, "") and all(HINT in line for line in err.splitlines()), f"map {args}", code, out, err)
         check(open("map.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n", f"map {args}: a PNG")
     cell, swatch = 32 * 64, 12 * 12  # pixels of a block, and of its colour's sample
     draw(*qkv[:2], "-o", "map.png", "--causal", "--tau", 0.5)
@@ -764,7 +927,7 @@ def test_map():
     p = np.exp(s - s.max(-1, keepdims=True))
     mass = (p / p.sum(-1, keepdims=True)).reshape(4, 128, 8, 64).sum(3).mean(1)
     check(np.abs(np.load("mass.npy")[0, 0] - mass).max() < 1e-6, "the numbers of the map")
-    top, left = 202, 74  # of the first panel
+    top, left = 220, 74  # of the first panel
     centre = x[top + 32:top + 4 * 64:64, left + 16:]
     right = centre[:, 256 + 24::32][:, :8]
     check(((right == 0x33265C) == mask[0, 0]).all(), "where the cells of the mask are")
@@ -831,7 +994,7 @@ def test_map_formats():
         write("panel.png", base64.b64decode(data))
         panels.append(pixels("panel.png"))
     whole = pixels("map.png")
-    check(len(panels) == 2 and all((p == whole[202:202 + 256, left:left + 256]).all()
+    check(len(panels) == 2 and all((p == whole[220:220 + 256, left:left + 256]).all()
                                    for p, left in zip(panels, (74, 74 + 256 + 24))), "an SVG", len(panels))
 
 
@@ -1743,7 +1906,7 @@ def test_layers():
                              (["x_layer12.safetensors", "--params", "p.json", "--layer", 6], 6, "--layer"),
                              (["a.safetensors", "--params", "q.json"], 3, "params")]:
         x = fine("run", *args, *TUNE)["params"]
-        check(x == dict(file=args[2], layer=layer, layer_from=who), "whose thresholds", x)
+        check(x == dict(file=args[2], sha256=sha256(args[2]), layer=layer, layer_from=who), "whose thresholds", x)
 
 
 def test_folders():
@@ -1922,7 +2085,7 @@ def test_params():
     write("p.json", json.dumps(good))
     for args, words in [(["--theta", 0.6], "--params"), (["--tau", 0.98], "--params"),
                         (["--topk", 1], "--params"),
-                        (["--lambda", "-inf"], "--params"), (["--dense"], "exclude"),
+                        (["--lambda", "-inf"], "--params"), (["--dense"], ["--dense", "--params"]),
                         (["--layer", -1], "--layer"),
                         (["--layer", "six"], "six"), (["--layer", 1 << 31], "--layer")]:
         wrong(USAGE, words, "run", c, "--params", "p.json", *TUNE, *args)
@@ -1969,7 +2132,7 @@ def test_usage():
             (["--rung", 4], ["rung is 4", "cuda", "auto"]),
             (["--rung", 1, "--backend", "ref"], ["rung is 1", "cuda", "ref"]),
             (["--layout", "bhnd"], "hnd, nhd"),
-            (["--dense", "--mask", "q.npy"], "exclude"), (["more.npy"], "too many"),
+            (["--dense", "--mask", "q.npy"], ["--dense", "--mask"]), (["more.npy"], "too many"),
             (["--pv", "int12", "--block-k", 256], "128"),
             (["--isa", "avx2", "--backend", "ref"], "isa")]:
         wrong(USAGE, words, "run", *qkv, *args)

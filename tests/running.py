@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import stat
 import struct
 import subprocess
@@ -19,6 +20,38 @@ def listing():
                   for name in names + folders)
 
 
+# What sparge says where a reason beside tau and topk keeps more than half of the visible blocks.
+HINT = "of the visible block pairs are kept whatever tau and topk are, since"
+HINTS = {"dissimilar_q": "their queries", "dissimilar_k": "their keys", "overflow": "not finite", "diagonal": "diagonal",
+         "sink": "sink"}
+
+
+def hinted(x):
+    """The words of every such line that goes with what sparge run printed; tuned thresholds are as they were tuned."""
+    words = []
+    for row in x["files"] if isinstance(x.get("files"), list) else [x]:
+        kept = row.get("kept_by") or {}
+        most = max(HINTS, key=lambda reason: kept.get(reason, 0))
+        if 2 * kept.get(most, 0) > row.get("pairs", 0) and not row["params"]:
+            words.append((f"{100 * kept[most] / row['pairs']:.0f} % {HINT}", HINTS[most]))
+    return words
+
+
+def keys_of(x):
+    """All keys of an object, and of those in it."""
+    if isinstance(x, list):
+        return {key for part in x for key in keys_of(part)}
+    return {key for name, part in x.items() for key in {name} | keys_of(part)} if isinstance(x, dict) else set()
+
+
+def explained(command, x):
+    """Is every key of what a command prints in its section of tools/json.md?"""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../tools/json.md")) as file:
+        sections = [part for part in file.read().split("\n## ") if f"`{command}" in part.split("\n")[0]]
+    check(len(sections) == 1, command, "a section of its own", sections)
+    check(not (missing := keys_of(x) - set(re.findall("`([a-z0-9_]+)`", sections[0]))), command, "keys explained", missing)
+
+
 def commands_of(program, called):
     """run, fine, wrong and keeps for a program; it is `called` so where it says what went wrong."""
     def run(*args, **how):
@@ -28,17 +61,24 @@ def commands_of(program, called):
         return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode(errors="replace")
 
     def fine(*args, code=FINE, says=(), **how):
-        """Runs what must work; its one JSON object. What it says beside that is nothing, or a line with these words."""
+        """Runs what must work; its one JSON object. What it says beside that is nothing, or a line with these words; and
+        the hints that belong to the object."""
         got, out, err = run(*args, **how)
         check(got == code, f"{args}: exit {code}", got, err)
-        check(err.startswith(f"{called}: ") and err.count("\n") == 1 and all(w in err for w in says) if says else
-              err == "", f"{args}: says {says or 'nothing'}", repr(err))
         try:
             check(out.endswith("}\n") and out.count("\n") == 1, f"{args}: one line", out[-60:])
-            return json.loads(out)
+            x = json.loads(out)
         except ValueError:
             check(False, f"{args}: JSON", out[:200])
-            return {}
+            x = {}
+        lines = err.splitlines(keepends=True)
+        hints, want = [line for line in lines if HINT in line], hinted(x)
+        check(len(hints) == len(want) and all(word in line for line, words in zip(hints, want) for word in words),
+              f"{args}: hints", hints, want)
+        err = "".join(line for line in lines if HINT not in line)
+        check(err.startswith(f"{called}: ") and err.count("\n") == 1 and all(w in err for w in says) if says else
+              err == "", f"{args}: says {says or 'nothing'}", repr(err))
+        return x
 
     def wrong(code, words, *args, **how):
         """Runs what must fail: the code, one line with these words, nothing printed, no file left."""

@@ -33,6 +33,7 @@ typedef struct bench_args {
     bench_list q_len, dim, heads, sparsity, mask, threads, isa, qk, pv, causal;
     sparge_knobs knobs;
     bool sink;
+    const char *selects; /* an option that is of the predictor alone, or NULL */
     const char *capture; /* q, k and v; NULL: synthetic */
     bool ignore_manifest, causal_given;
     int64_t repeat;      /* rounds that count */

@@ -32,7 +32,8 @@ static const struct argp_option bench_options_[] = {
     {"ignore-manifest", IGNORE_MANIFEST, 0, 0, "of the capture, which says whether it is causal, and the scale", 0},
     {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
+    {"topk", TOPK, "X", 0, "keep this share of the visible key blocks, instead of tau; with --tau too, what "
+     "either keeps", 0},
     {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", SINK, 0, 0, "always keep key block 0", 0},
     {0, 0, 0, 0, "How:", 3},
@@ -136,6 +137,8 @@ static error_t finish(struct argp_state *state, bench_args *a)
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
         return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; add "
                              "random or banded to --mask-kind");
+    if (a->selects && !has(&a->mask, BENCH_PREDICTED))
+        return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind", a->selects);
     if (isnan(a->knobs.tau)) /* not given */
         a->knobs.tau = a->knobs.topk == SPARGE_OFF
                            ? sparge_options_default(SPARGE_RULES_DEFAULT).knobs.tau : SPARGE_OFF;
@@ -174,11 +177,11 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     switch (key) {
     case CAPTURE: a->capture = text; return 0;
     case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
-    case THETA: return options_float(state, "--theta", text, -1.0, 1.0, &k->theta);
-    case TAU: return options_float(state, "--tau", text, 0.0, 1.0, &k->tau);
-    case TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &k->topk);
+    case THETA: a->selects = "--theta"; return options_float(state, "--theta", text, -1.0, 1.0, &k->theta);
+    case TAU: a->selects = "--tau"; return options_float(state, "--tau", text, 0.0, 1.0, &k->tau);
+    case TOPK: a->selects = "--topk"; return options_float(state, "--topk", text, 0.0, 1.0, &k->topk);
     case LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &k->lambda);
-    case SINK: a->sink = true; return 0;
+    case SINK: a->selects = "--sink"; a->sink = true; return 0;
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;

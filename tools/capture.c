@@ -342,7 +342,7 @@ exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_er
 /* The same to what a float and a text of some digits can hold. */
 static bool near(double a, double b) { return fabs(a / b - 1.0) <= 1e-5; }
 
-exit_code capture_obey(const capture *c, const sparge_problem *p, unsigned given, sparge_options *o, file_error *error)
+exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given, sparge_options *o, file_error *error)
 {
     static const char *const ends[] = {"", "end", "start"};
     const double usual = 1.0 / sqrt((double)p->dim);

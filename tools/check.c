@@ -119,11 +119,12 @@ static exit_code predict(check *c, file_error *error)
 {
     const sparge_problem *const p = &c->in.problem;
     sparge_error why;
+    double seconds;
     if (!c->args.mask)
         return EXIT_FINE;
     sparge_status status = sparge_mask_alloc(&c->predicted, p, &c->options, &why);
     if (!status)
-        status = device_predict(p, &c->options, &c->predicted, &why);
+        status = device_predict(p, &c->options, &c->predicted, NULL, &seconds, &why);
     const exit_code code = library_result(status, &why, error);
     if (!code && (!mask_array(&c->mask, p, &c->options, &c->kept, error) ||
                   !mask_array(&c->predicted, p, &c->options, &c->chosen, error)))

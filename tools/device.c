@@ -66,6 +66,20 @@ static device begin(const sparge_problem *p, const sparge_options *o, sparge_err
     return d;
 }
 
+static const sparge_trace *place_trace(device *d, const sparge_options *o, const sparge_trace *trace)
+{
+    for (int n = 0; n < STAGES && trace; n++) {
+        void *home = NULL;
+        if (stage_traced(n))
+            memcpy(&home, (const char *)trace + stages[n].field, sizeof home);
+        if (!home)
+            continue;
+        home = place(d, home, home, stage_bytes(n, &d->problem, o)); /* some of it may be left as it was */
+        memcpy((char *)&d->trace + stages[n].field, &home, sizeof home);
+    }
+    return trace ? &d->trace : NULL;
+}
+
 static void place_result(device *d, const sparge_options *o, const sparge_result *result)
 {
     const sparge_problem *const p = &d->problem;
@@ -77,17 +91,7 @@ static void place_result(device *d, const sparge_options *o, const sparge_result
         r->lse = place(d, NULL, r->lse, rows * (int64_t)sizeof *r->lse);
     if (r->head_counts)
         r->head_counts = place(d, NULL, r->head_counts, heads * (int64_t)sizeof *r->head_counts);
-    for (int n = 0; n < STAGES && result->trace; n++) {
-        void *home = NULL;
-        if (stage_traced(n))
-            memcpy(&home, (const char *)result->trace + stages[n].field, sizeof home);
-        if (!home)
-            continue;
-        home = place(d, home, home, stage_bytes(n, p, o)); /* some of it may be left as it was */
-        memcpy((char *)&d->trace + stages[n].field, &home, sizeof home);
-    }
-    if (r->trace)
-        r->trace = &d->trace;
+    r->trace = place_trace(d, o, result->trace);
 }
 
 /* Brings everything home, unless something failed. */
@@ -114,13 +118,17 @@ static void fill_in(sparge_result *result, const sparge_result *there)
 }
 
 sparge_status device_predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, sparge_error *error)
+                             sparge_mask *mask, const sparge_trace *trace, double *seconds,
+                             sparge_error *error)
 {
     device d = begin(problem, options, error);
     d.mask = *mask;
     d.mask.bits = place_mask(&d, NULL, mask->bits);
+    trace = place_trace(&d, options, trace);
+    const double start = progress_clock();
     if (!d.status)
-        d.status = sparge_predict(&d.problem, options, &d.mask, NULL, error);
+        d.status = sparge_predict(&d.problem, options, &d.mask, trace, error);
+    *seconds = progress_clock() - start;
     return finish(&d);
 }
 

@@ -221,6 +221,15 @@ exit_code diff_command(int argc, char **argv, file_error *error)
         }
         folders += S_ISDIR(status.st_mode) ? 1 : 0;
     }
+    if (folders == 2 && !(isnan(a.max_l1) && isnan(a.max_worst))) {
+        file_error_set(error, NULL, "--max-l1 and --max-worst are of two arrays: of two dumps --tolerance bounds each "
+                       "element");
+        return EXIT_USAGE;
+    }
+    if (folders < 2 && !isnan(a.tolerance)) {
+        file_error_set(error, NULL, "--tolerance is of two dumps: of two arrays --max-l1 and --max-worst are the bounds");
+        return EXIT_USAGE;
+    }
     /* Where only one is a folder, reading it will say so. */
     return folders == 2 ? diff_dumps(&a, error) : diff_files(&a, error);
 }

@@ -26,10 +26,10 @@ const stage stages[STAGES] = {
     {"codes_k", "bgkd", ARRAY_I16, QK_CODES, TRACE(codes_k)},
     {"steps_v", "bgjv", ARRAY_F32, PV_CODES, TRACE(steps_v)},
     {"codes_v", "bgkv", ARRAY_I16, PV_CODES, TRACE(codes_v)},
-    {"pv_done", "bhij", ARRAY_F32, ALWAYS, TRACE(pv_done)},
-    {"m", "bhq", ARRAY_F32, ALWAYS, TRACE(m)},
-    {"l", "bhq", ARRAY_F32, ALWAYS, TRACE(l)},
-    [STAGE_O] = {"o", "bhqv", ARRAY_F32, ALWAYS, 0},
+    {"pv_done", "bhij", ARRAY_F32, ATTENDED, TRACE(pv_done)},
+    {"m", "bhq", ARRAY_F32, ATTENDED, TRACE(m)},
+    {"l", "bhq", ARRAY_F32, ATTENDED, TRACE(l)},
+    [STAGE_O] = {"o", "bhqv", ARRAY_F32, ATTENDED, 0},
 };
 
 static int64_t blocks(int64_t tokens, int64_t block)
@@ -73,22 +73,27 @@ int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
     return bytes;
 }
 
-bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
+bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o, file_error *error)
+{
+    if (!dump_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
+        return false;
+    if (stage_traced(n))
+        memcpy((char *)&d->trace + stages[n].field, &d->array[n].data, sizeof(void *));
+    return true;
+}
+
+bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts, bool attends,
                file_error *error)
 {
     const bool there[] = {
-        [ALWAYS] = true, [PREDICTED] = predicts, [SMOOTHED] = o->smooth_k,
-        [QK_CODES] = o->qk != SPARGE_FLOAT,
-        [PV_CODES] = o->pv <= SPARGE_INT12 || (o->pv == SPARGE_FASTEST && o->backend != SPARGE_CUDA),
+        [ALWAYS] = true, [PREDICTED] = predicts, [SMOOTHED] = o->smooth_k && (predicts || attends),
+        [ATTENDED] = attends, [QK_CODES] = attends && o->qk != SPARGE_FLOAT,
+        [PV_CODES] = attends && o->pv <= SPARGE_INT12,
     };
-    for (int n = 0; n < STAGES; n++) {
-        if (!there[stages[n].when] || n == STAGE_MASK || n == STAGE_O)
-            continue;
-        if (!dump_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
+    d->attends = attends;
+    for (int n = 0; n < STAGES; n++)
+        if (there[stages[n].when] && n != STAGE_MASK && n != STAGE_O && !dump_make_stage(d, n, p, o, error))
             return false;
-        if (stage_traced(n))
-            memcpy((char *)&d->trace + stages[n].field, &d->array[n].data, sizeof(void *));
-    }
     memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
     return true;
 }
@@ -106,7 +111,7 @@ exit_code dump_open(dump *d, const char *folder, file_error *error)
     for (int n = 0; n < STAGES; n++) {
         char path[PATH_MAX];
         dump_path(folder, n, path);
-        const bool wanted = d->array[n].data || n == STAGE_MASK || n == STAGE_O;
+        const bool wanted = d->array[n].data || n == STAGE_MASK || (n == STAGE_O && d->attends);
         if (wanted && !(d->file[n] = output_open(path, error)))
             return EXIT_FILE;
     }
@@ -140,13 +145,33 @@ void dump_free(dump *d)
         array_free(&d->array[n]);
 }
 
+static int64_t clamp(int64_t x, int64_t low, int64_t high)
+{
+    return x < low ? low : x > high ? high : x;
+}
+
+/* How many keys query t may see: the first ones. */
+static int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t)
+{
+    const int64_t ahead = o->causal == SPARGE_CAUSAL_START ? 0 : p->k_len - p->q_len;
+    return o->causal == SPARGE_CAUSAL_NONE ? p->k_len : clamp(t + 1 + ahead, 0, p->k_len);
+}
+
+int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)
+{
+    const int64_t first = i * o->block_q, end = clamp(first + o->block_q, 0, p->q_len), key = j * o->block_k;
+    int64_t tokens = 0;
+    if (keys_seen(p, o, first) >= key + o->block_k) /* and so do the others */
+        return (end - first) * o->block_k;
+    for (int64_t t = first; t < end; t++)
+        tokens += clamp(keys_seen(p, o, t) - key, 0, o->block_k);
+    return tokens;
+}
+
 bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)
 {
-    const int64_t next = (i + 1) * o->block_q;
-    int64_t last = (next < p->q_len ? next : p->q_len) - 1; /* row: the one that sees most */
-    if (o->causal == SPARGE_CAUSAL_END)
-        last += p->k_len - p->q_len;
-    return o->causal == SPARGE_CAUSAL_NONE || j * o->block_k <= last;
+    const int64_t last = clamp((i + 1) * o->block_q, 0, p->q_len) - 1; /* it sees most */
+    return keys_seen(p, o, last) > j * o->block_k;
 }
 
 bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,

@@ -8,7 +8,7 @@
 #include "tools/program.h"
 
 /* When a stage is there to be seen. */
-typedef enum stage_when { ALWAYS, PREDICTED, SMOOTHED, QK_CODES, PV_CODES } stage_when;
+typedef enum stage_when { ALWAYS, PREDICTED, SMOOTHED, ATTENDED, QK_CODES, PV_CODES } stage_when;
 
 typedef struct stage {
     const char *name; /* of its file too, with .npy */
@@ -29,6 +29,7 @@ typedef struct dump {
     sparge_trace trace;  /* points into them */
     output_file *file[STAGES];
     const char *folder;
+    bool attends; /* there is an o */
 } dump;
 
 /* The shape of one array of axes such as "bhij". */
@@ -37,9 +38,11 @@ bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, cons
 /* Is stage n an array of sparge_trace, and of how many bytes? */
 bool stage_traced(int n);
 int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o);
-/* The arrays of a run that predicts its mask, or does not: all but the mask and o, which every run
- * has, with the block sizes filled in. */
-bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
+/* One stage that is traced. */
+bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o, file_error *error);
+/* The arrays of a run that predicts its mask, or does not, and attends, or does not, under options as resolved: all but
+ * the mask and o, with the block sizes filled in. */
+bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts, bool attends,
                file_error *error);
 /* The file of stage n. */
 void dump_path(const char *folder, int n, char path[PATH_MAX]);
@@ -50,7 +53,8 @@ bool dump_write(const dump *d, file_error *error);
 void dump_tidy(const dump *d);
 void dump_free(dump *d);
 
-/* May some row of query block i see a key of block j? */
+/* The (query, key) pairs of blocks i and j that are visible; are there any? */
+int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
 bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
 /* uint8 [batch][heads][q_blocks][k_blocks]: 1 for the visible blocks of a mask; NULL: of all. */
 bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,

@@ -8,6 +8,7 @@
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/judge.h"
+#include "tools/kept.h"
 #include "tools/npy.h"
 #include "tools/picture.h"
 #include "tools/places.h"
@@ -58,10 +59,10 @@ typedef struct map {
     settled settled;
     sparge_mask mask;
     sparge_counts *counts;     /* [heads] */
-    array mass, keep, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, f32 */
+    array mass, keep, why, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, u8, f32 */
     array o;
     char (*titles)[HEAD_TITLE];
-    char title[160], subtitle[256];
+    char title[160], subtitle[256], reasons[256];
     picture picture;
 } map;
 
@@ -143,13 +144,16 @@ static exit_code compute(map *m, file_error *error)
     m->counts = calloc((size_t)m->picture.heads + 1, sizeof *m->counts);
     m->titles = calloc((size_t)m->picture.heads + 1, sizeof *m->titles);
     if (!m->counts || !m->titles || !dump_alloc("bhij", ARRAY_F64, p, o, &m->mass, error) ||
+        !dump_alloc("bhij", ARRAY_U8, p, o, &m->why, error) ||
         !dump_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
         (attends && !dump_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
         return EXIT_MACHINE;
+    double seconds;
+    const sparge_trace wanted = {.why = m->why.data};
     progress watch = progress_begin("lambda");
     o->progress = progress_tick;
     o->user = &watch;
-    sparge_status status = device_predict(p, o, &m->mask, &why);
+    sparge_status status = device_predict(p, o, &m->mask, &wanted, &seconds, &why);
     if (!status && attends) {
         const sparge_trace trace = {.pv_done = m->pv_done.data};
         sparge_result result = {
@@ -158,7 +162,6 @@ static exit_code compute(map *m, file_error *error)
             .trace = &trace,
             .head_counts = m->counts,
         };
-        double seconds;
         status = device_attend(p, o, &m->mask, &result, &seconds, &why);
     }
     progress_end(&watch);
@@ -236,10 +239,14 @@ static exit_code describe(map *m, file_error *error)
     describe_thresholds(m, thresholds);
     snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, %s%s", causal[o->causal],
              (long long)o->block_q, (long long)o->block_k, thresholds, o->sink ? ", sink" : "");
+    const reasons why = reasons_of(&m->why, p, o);
+    reasons_text(&why, m->reasons);
+    reasons_warn(&why, o, m->args.attention.file[0]);
     m->picture.mass = m->mass.data;
     m->picture.done = m->pv_done.data;
     m->picture.title = m->title;
     m->picture.subtitle = m->subtitle;
+    m->picture.reasons = m->reasons;
     m->picture.head_title = (const char (*)[HEAD_TITLE])m->titles;
     return EXIT_FINE;
 }
@@ -289,6 +296,7 @@ static exit_code map_capture(const map_args *args, const capture *c, file_error 
     free(m.titles);
     array_free(&m.mass);
     array_free(&m.keep);
+    array_free(&m.why);
     array_free(&m.pv_done);
     array_free(&m.o);
     sparge_mask_free(&m.mask);

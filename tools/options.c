@@ -72,6 +72,35 @@ error_t options_word(struct argp_state *state, const char *name, const char *tex
     return options_wrong(state, "%s is '%.40s', it must be one of %s", name, text, all);
 }
 
+int64_t options_skip_rows(const sparge_options *o)
+{
+    const sparge_problem none = {.heads = 1, .kv_heads = 1, .dim = 1};
+    sparge_options whole = sparge_options_default(o->rules);
+    whole.backend = SPARGE_REF; /* which has all rules */
+    whole.block_q = o->block_q;
+    whole.skip_rows = o->skip_rows;
+    sparge_options_resolve(&none, &whole, NULL);
+    return whole.skip_rows;
+}
+
+json_t *options_json(const sparge_options *o)
+{
+    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules", options_rules[o->rules], "qk",
+                     options_precisions[o->qk], "pv", options_precisions[o->pv], "block_q", (json_int_t)o->block_q,
+                     "block_k", (json_int_t)o->block_k, "skip_rows", (json_int_t)options_skip_rows(o), "causal",
+                     options_causals[o->causal], "smooth_k", o->smooth_k, "sink", o->sink, "scale",
+                     o->scale > 0.0f ? json_float(o->scale) : json_null());
+}
+
+/* tau or topk. */
+static json_t *share_json(float share) { return share == SPARGE_OFF ? json_null() : json_float(share); }
+
+json_t *knobs_json(const sparge_knobs *k)
+{
+    return json_pack("{s:o, s:o, s:o, s:o}", "theta", json_float(k->theta), "tau", share_json(k->tau), "topk",
+                     share_json(k->topk), "lambda", json_float(k->lambda));
+}
+
 int options_distance(const char *a, const char *b)
 {
     enum { LONGEST = 32 };
@@ -185,7 +214,7 @@ const struct argp_option attention_options[] = {
     {0, 0, 0, 0, "What is kept:", 1},
     {"theta", OPT_THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", OPT_TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", OPT_TOPK, "X", 0, "keep this share of the visible key blocks; turns tau off", 0},
+    {"topk", OPT_TOPK, "X", 0, "keep this share of the visible key blocks, instead of tau; with --tau too, what either keeps", 0},
     {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
     {"rules", OPT_RULES, "WHOSE", 0, "default, paper or upstream", 0},
@@ -201,7 +230,7 @@ const struct argp_option attention_options[] = {
     {0, 0, 0, 0, "By what:", 3},
     {"backend", OPT_BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
     {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
-    {"threads", OPT_THREADS, "N", 0, "(0: as many as there are cores)", 0},
+    {"threads", OPT_THREADS, "N", 0, "of the cpu backend (0: as many as there are cores)", 0},
     {"rung", OPT_RUNG, "N", 0, "of the ladder of cuda, 1 to 5 (the best that can do it)", 0},
     {0, 0, 0, 0, "Files:", 4},
     {"layout", OPT_LAYOUT, "HOW", 0, "of the axes: hnd ([B,H,N,D], [H,N,D]) or nhd ([B,N,H,D])", 0},
@@ -286,7 +315,10 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
         return error;
     case OPT_SINK: o->sink = true; return 0;
     case OPT_NO_SMOOTH_K: o->smooth_k = false; return 0;
-    case 'o': a->output = text; return 0;
+    case 'o':
+        a->given |= option_bit(key);
+        a->output = text;
+        return 0;
     case ARGP_KEY_END:
         if (o->knobs.topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
             o->knobs.tau = SPARGE_OFF;
@@ -298,43 +330,68 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-enum { LAYER = 300, IGNORE_MANIFEST, PARAMS };
+/* ---- Options that contradict each other ---- */
+
+static const char *name_of(const struct argp *argp, int key)
+{
+    const char *name = NULL;
+    for (const struct argp_option *o = argp->options; o && (o->name || o->doc) && !name; o++)
+        name = o->key == key ? o->name : NULL;
+    for (const struct argp_child *c = argp->children; c && c->argp && !name; c++)
+        name = name_of(c->argp, key);
+    return name;
+}
+
+error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table, size_t count)
+{
+    for (size_t n = 0; n < count; n++)
+        for (const int *other = table[n].others; *other && given & option_bit(table[n].key); other++)
+            if (given & option_bit(*other))
+                return options_wrong(state, "--%s %s: leave out --%s", name_of(state->root_argp, table[n].key),
+                                     table[n].why, name_of(state->root_argp, *other));
+    return 0;
+}
+
+/* ---- Manifests and files of thresholds ---- */
 
 static error_t manifest_parser(int key, char *text, struct argp_state *state)
 {
     attention_args *const a = state->input;
     switch (key) {
-    case LAYER: return options_whole(state, "--layer", text, 0, INT32_MAX, &a->layer);
-    case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
+    case OPT_LAYER: return options_whole(state, "--layer", text, 0, INT32_MAX, &a->layer);
+    case OPT_IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
 }
 
 static error_t params_parser(int key, char *text, struct argp_state *state)
 {
+    static const options_conflict twice = {
+        OPT_PARAMS, {OPT_THETA, OPT_TAU, OPT_TOPK, OPT_LAMBDA}, "has the thresholds",
+    };
     attention_args *const a = state->input;
+    if (key == OPT_PARAMS)
+        a->given |= option_bit(key);
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = a; return 0;
-    case PARAMS: a->params = text; return 0;
+    case OPT_PARAMS: a->params = text; return 0;
     case ARGP_KEY_END:
-        if (a->params && (a->given & option_bits(OPT_THETA, OPT_LAMBDA)))
-            return options_wrong(state, "--params has the thresholds: leave out those given here");
         if (a->layer >= 0 && !a->params)
             return options_wrong(state, "--layer needs --params");
-        return 0;
+        return options_refuse(state, a->given, &twice, 1);
     default: return ARGP_ERR_UNKNOWN;
     }
 }
 
 static const struct argp_option manifest_options[] = {
-    {"layer", LAYER, "N", 0, "of the files, where neither a manifest nor 'layerN' in their names says it", 1},
-    {"ignore-manifest", IGNORE_MANIFEST, 0, 0, "as if there were no manifest.json beside a file", 4},
+    {"layer", OPT_LAYER, "N", 0, "of the files, where neither a manifest nor 'layerN' in their names says it", 1},
+    {"ignore-manifest", OPT_IGNORE_MANIFEST, 0, 0, "as if there were no manifest.json beside a file", 4},
     {0},
 };
 const struct argp manifest_argp = {.options = manifest_options, .parser = manifest_parser};
 
 static const struct argp_option params_options[] = {
-    {"params", PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head, and the options that they were "
+    {"params", OPT_PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head, and the options that they were "
      "tuned with", 1},
     {0},
 };

@@ -186,16 +186,6 @@ exit_code params_find(const params *p, const char *name, int64_t layer, int64_t 
     return found ? EXIT_FINE : EXIT_FILE;
 }
 
-/* As the library takes them. */
-static int64_t skip_rows_of(const sparge_options *o)
-{
-    const int64_t ruled = o->rules == SPARGE_RULES_DEFAULT ? 64
-                        : o->rules == SPARGE_RULES_PAPER   ? (o->block_q + 3) / 4
-                                                           : o->block_q;
-    const int64_t rows = o->skip_rows ? o->skip_rows : ruled;
-    return rows < o->block_q ? rows : o->block_q;
-}
-
 exit_code params_model(const params *p, const char *name, const char *model, const char *weights, file_error *error)
 {
     const bool same = p->weights && weights && strcmp(p->weights, weights) == 0;
@@ -206,7 +196,7 @@ exit_code params_model(const params *p, const char *name, const char *model, con
 }
 
 /* What is not given. */
-static void take(const params *p, unsigned given, sparge_options *o)
+static void take(const params *p, option_set given, sparge_options *o)
 {
     if (!(given & option_bit(OPT_RULES)))
         o->rules = p->rules;
@@ -226,7 +216,7 @@ static void take(const params *p, unsigned given, sparge_options *o)
         o->scale = p->scale;
 }
 
-exit_code params_obey(const params *p, const char *name, unsigned given, sparge_options *o, file_error *error)
+exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o, file_error *error)
 {
     char how[96] = "";
     take(p, given, o);
@@ -236,8 +226,8 @@ exit_code params_obey(const params *p, const char *name, unsigned given, sparge_
         snprintf(how, sizeof how, "for blocks of %" PRId64 " queries, not %" PRId64, p->block_q, o->block_q);
     else if (p->block_k != o->block_k)
         snprintf(how, sizeof how, "for blocks of %" PRId64 " keys, not %" PRId64, p->block_k, o->block_k);
-    else if (p->skip_rows != skip_rows_of(o))
-        snprintf(how, sizeof how, "for skip-rows %" PRId64 ", not %" PRId64, p->skip_rows, skip_rows_of(o));
+    else if (p->skip_rows != options_skip_rows(o))
+        snprintf(how, sizeof how, "for skip-rows %" PRId64 ", not %" PRId64, p->skip_rows, options_skip_rows(o));
     else if (p->causal != o->causal && p->causal == SPARGE_CAUSAL_NONE)
         snprintf(how, sizeof how, "without --causal");
     else if (p->causal != o->causal)
@@ -277,18 +267,13 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
 
 json_t *params_header(const char *model, const char *weights, const sparge_options *o)
 {
-    return json_pack("{s:i, s:s, s:s?, s:s?, s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "sparge_params", FORMAT,
-                     "version", SPARGE_VERSION, "model", model, "weights_sha256", weights, "rules",
-                     options_rules[o->rules], "qk", options_precisions[o->qk], "pv", options_precisions[o->pv],
-                     "block_q", (json_int_t)o->block_q, "block_k", (json_int_t)o->block_k, "skip_rows",
-                     (json_int_t)skip_rows_of(o), "causal", options_causals[o->causal], "smooth_k", o->smooth_k,
-                     "sink", o->sink, "scale", o->scale > 0.0f ? json_float(o->scale) : json_null());
+    return json_joined(json_pack("{s:i, s:s, s:s?, s:s?}", "sparge_params", FORMAT, "version", SPARGE_VERSION, "model",
+                                 model, "weights_sha256", weights),
+                       options_json(o));
 }
 
-json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *k)
+json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs)
 {
-    return json_pack("{s:I, s:I, s:b, s:o, s:o, s:o, s:o}", "layer", (json_int_t)layer, "head",
-                     (json_int_t)head, "dense", dense, "theta", json_float(k->theta), "tau",
-                     k->tau == SPARGE_OFF ? json_null() : json_float(k->tau), "topk",
-                     k->topk == SPARGE_OFF ? json_null() : json_float(k->topk), "lambda", json_float(k->lambda));
+    return json_joined(json_pack("{s:I, s:I, s:b}", "layer", (json_int_t)layer, "head", (json_int_t)head, "dense", dense),
+                       knobs_json(knobs));
 }

@@ -37,7 +37,7 @@ exit_code params_model(const params *p, const char *name, const char *model, con
 
 /* Attention as these thresholds were tuned for: rules, blocks, skip-rows, causality, smoothing, sink and scale, where they
  * are not given; an error where they are given and are something else. */
-exit_code params_obey(const params *p, const char *name, unsigned given, sparge_options *o, file_error *error);
+exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o, file_error *error);
 
 /* What a file says of itself before its heads, for these options; NULL: no memory. */
 json_t *params_header(const char *model, const char *weights, const sparge_options *o);

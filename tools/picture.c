@@ -13,7 +13,7 @@ enum { /* pixels */
     SIDE = 288, CELL_MAX = 32,          /* about a panel, at most a cell */
     MARGIN = 28, LEFT = 46, BELOW = 58, /* around everything; for the axes of a head */
     CAPTION = 48, GAP = 24, HEADS = 32, /* above a head; between its panels, and between heads */
-    HEADER = 126, LOWEST = 96, NARROWEST = 768,
+    HEADER = 144, LOWEST = 96, NARROWEST = 768,
 };
 
 typedef struct layout {
@@ -210,9 +210,10 @@ static void header(cairo_t *to, const picture *p, double width)
     enum { BAR = 210, HIGH = 12 };
     static const char *const power[] = {"1",   "10⁻¹", "10⁻²", "10⁻³", "10⁻⁴",
                                         "10⁻⁵", "10⁻⁶", "10⁻⁷", "10⁻⁸"};
-    const double y = MARGIN + 74;
+    const double y = MARGIN + 92;
     print(to, MARGIN, MARGIN + 14, 0, 19, true, INK, p->title);
     print(to, MARGIN, MARGIN + 37, 0, 12, false, FAINT, p->subtitle);
+    print(to, MARGIN, MARGIN + 54, 0, 12, false, FAINT, p->reasons);
     double x = MARGIN;
     print(to, x, y - 7, 0, 11, false, INK, "attention of a query block to a key block");
     const int scale = decades(p);

@@ -83,13 +83,13 @@ json_t *json_rounded(double x, int digits)
 
 json_t *json_float(float x)
 {
-    for (int digits = 1; digits < 9 && isfinite(x); digits++) {
-        char text[40];
+    int digits = 1;
+    for (char text[40]; digits < 9 && isfinite(x); digits++) {
         snprintf(text, sizeof text, "%.*g", digits, (double)x);
         if (strtof(text, NULL) == x)
-            return json_real(strtod(text, NULL));
+            break;
     }
-    return json_rounded((double)x, 9);
+    return json_rounded((double)x, digits);
 }
 
 json_t *json_joined(json_t *to, json_t *more)

@@ -1,54 +1,56 @@
 /* run.c: sparge run: attention over files. */
-#include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 
-#include "tools/compare.h"
+#include "tools/density.h"
 #include "tools/device.h"
-#include "tools/dump.h"
-#include "tools/inputs.h"
 #include "tools/npy.h"
 #include "tools/places.h"
 #include "tools/progress.h"
-#include "tools/settle.h"
+#include "tools/run.h"
 
-typedef struct run_args {
-    options_base base;
-    attention_args attention;
-    const char *mask, *mask_out, *lse_out, *dump;
-    bool dense, check;
-} run_args;
-
-enum { MASK = 512, MASK_OUT, LSE_OUT, DUMP, DENSE, CHECK };
+enum { DENSE = OPT_COMMAND, MASK, MASK_ONLY, DENSITY, MASK_OUT, LSE_OUT, DUMP, CHECK, RUN_END };
 
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
-    {"mask", MASK, "M.npy", 0, "this mask instead of a predicted one, [B,H,q blocks,k blocks]", 1},
+    {"mask", MASK, "M.npy", 0, "this mask instead of a predicted one, [B,H,q blocks,k blocks]; of --params the lambdas "
+     "hold", 1},
+    {"density", DENSITY, "X", 0, "the tau, one for all heads, that keeps this share of the visible token pairs", 1},
+    {"mask-only", MASK_ONLY, 0, 0, "no attention: the mask and what it keeps; v is not needed", 1},
     {"mask-out", MASK_OUT, "M.npy", 0, "write the mask", 4},
     {"lse-out", LSE_OUT, "L.npy", 0, "write the log-sum-exp, [B,H,N]", 4},
     {"dump", DUMP, "DIR", 0, "write every stage of the algorithm", 4},
-    {"check", CHECK, 0, 0, "measure the error by attention in double", 4},
+    {"check", CHECK, 0, 0, "measure the error, and the recall of the mask, by attention in double", 4},
     {0},
+};
+
+static const options_conflict conflicts[] = {
+    {DENSE, {MASK, MASK_ONLY, DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK}, "keeps every block"},
+    {MASK, {DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
+    {MASK_ONLY, {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK, OPT_PV, OPT_RUNG}, "computes no attention"},
+    {DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK}, "finds tau"},
 };
 
 static error_t run_parser(int key, char *text, struct argp_state *state)
 {
     run_args *const a = state->input;
+    attention_args *const shared = &a->attention;
+    if (key >= OPT_COMMAND && key < RUN_END)
+        shared->given |= option_bit(key);
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
+    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = shared; return 0;
+    case DENSE: a->dense = true; return 0;
     case MASK: a->mask = text; return 0;
+    case MASK_ONLY: a->mask_only = true; return 0;
+    case DENSITY: return options_real(state, "--density", text, 0.0, 1.0, &a->density);
     case MASK_OUT: a->mask_out = text; return 0;
     case LSE_OUT: a->lse_out = text; return 0;
     case DUMP: a->dump = text; return 0;
-    case DENSE: a->dense = true; return 0;
     case CHECK: a->check = true; return 0;
     case ARGP_KEY_END:
-        if (a->attention.files != 1 && a->attention.files != 3)
+        if (shared->files == 0 || (shared->files == 2 && !a->mask_only))
             return options_wrong(state, "give the files of q, k and v, or one .safetensors of all, or a folder of those");
-        if (a->dense && a->mask)
-            return options_wrong(state, "--dense and --mask exclude each other");
-        if (a->dense && a->attention.params)
-            return options_wrong(state, "--dense and --params exclude each other");
-        return 0;
+        return options_refuse(state, shared->given, conflicts, sizeof conflicts / sizeof *conflicts);
     default: return ARGP_ERR_UNKNOWN;
     }
 }
@@ -65,22 +67,7 @@ static const struct argp run_argp = {
     .children = run_children,
 };
 
-/* Of one capture. */
-typedef struct run {
-    run_args args;
-    const capture *capture;
-    sparge_options options;
-    inputs in;
-    settled settled;
-    sparge_mask mask; /* no bits when dense */
-    dump dump;        /* of the mask and of o too when there is no --dump */
-    array lse;
-    output_file *o_file, *mask_file, *lse_file;
-    sparge_result result;
-    double seconds;          /* of the call */
-    comparison real, masked; /* distance to dense attention, and over the same mask */
-    json_t *rows;            /* of a folder of captures; NULL: there is but one */
-} run;
+static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : &r->mask; }
 
 /* ---- The steps, in their order ---- */
 
@@ -98,12 +85,31 @@ static exit_code read_files(run *r, file_error *error)
         code = inputs_spare(path, input, 4, error);
     }
     if (!code)
-        code = inputs_read(a, true, &r->in, error);
+        code = inputs_read(a, !r->args.mask_only, &r->in, error);
     if (!code)
         code = settle(a, r->capture, &r->in.problem, &r->options, &r->settled, error);
+    sparge_error why;
+    if (!code)
+        code = library_result(sparge_options_resolve(&r->in.problem, &r->options, &why), &why, error);
     if (!code && r->args.mask)
         code = inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, error);
     return code;
+}
+
+static exit_code hash_files(run *r, file_error *error)
+{
+    const attention_args *const a = &r->args.attention;
+    const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], r->args.mask};
+    exit_code code = EXIT_FINE;
+    for (int n = 0; n < RUN_INPUTS && !code; n++)
+        code = input[n] ? capture_sha256(input[n], r->sha256[n], error) : EXIT_FINE;
+    return code;
+}
+
+static exit_code find_density(run *r, file_error *error)
+{
+    return isnan(r->args.density) ? EXIT_FINE
+                                  : density_find(&r->in.problem, &r->options, r->args.density, error);
 }
 
 static exit_code open_file(const char *path, output_file **file, file_error *error)
@@ -119,11 +125,13 @@ static exit_code open_files(run *r, file_error *error)
         code = open_file(r->args.mask_out, &r->mask_file, error);
     if (!code)
         code = open_file(r->args.lse_out, &r->lse_file, error);
-    if (code || !r->args.dump)
+    if (code)
         return code;
-    if (!dump_make(&r->dump, p, &r->options, !r->args.dense && !r->args.mask, error))
+    const bool predicts = run_predicts(&r->args);
+    if (r->args.dump ? !dump_make(&r->dump, p, &r->options, predicts, !r->args.mask_only, error)
+                     : predicts && !dump_make_stage(&r->dump, STAGE_WHY, p, &r->options, error))
         return EXIT_MACHINE;
-    return dump_open(&r->dump, r->args.dump, error);
+    return r->args.dump ? dump_open(&r->dump, r->args.dump, error) : EXIT_FINE;
 }
 
 static exit_code attend(run *r, file_error *error)
@@ -134,37 +142,62 @@ static exit_code attend(run *r, file_error *error)
     if (!dump_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, error) ||
         !dump_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, error))
         return EXIT_MACHINE;
-    r->result = (sparge_result){
-        .o = {o->data, half ? SPARGE_F16 : SPARGE_F32, p->heads * p->q_len * p->dim_v,
-              p->q_len * p->dim_v, p->dim_v},
-        .lse = r->args.lse_out ? r->lse.data : NULL,
-        .trace = r->args.dump ? &r->dump.trace : NULL,
-        .head_counts = calloc((size_t)(p->batch * p->heads) + 1, sizeof(sparge_counts)),
-    };
-    if (!r->result.head_counts) {
-        file_error_set(error, NULL, "no memory for the counters of %lld heads",
-                       (long long)(p->batch * p->heads));
-        return EXIT_MACHINE;
-    }
+    r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32, p->heads * p->q_len * p->dim_v,
+                               p->q_len * p->dim_v, p->dim_v};
+    r->result.lse = r->args.lse_out ? r->lse.data : NULL;
+    r->result.mask = run_predicts(&r->args) ? &r->mask : NULL;
+    r->result.trace = &r->dump.trace;
     sparge_error why;
-    sparge_status status = SPARGE_OK;
     progress watch = progress_begin("attention");
     r->options.progress = progress_tick;
     r->options.user = &watch;
-    if (r->args.dense || r->args.mask) {
-        const sparge_mask *const mask = r->args.mask ? &r->mask : NULL;
-        status = device_attend(p, &r->options, mask, &r->result, &r->seconds, &why);
-    } else {
-        status = sparge_mask_alloc(&r->mask, p, &r->options, &why);
-        r->result.mask = &r->mask;
-        if (!status)
-            status = device_attention(p, &r->options, &r->result, &r->seconds, &why);
-    }
+    const sparge_status status =
+        run_predicts(&r->args) ? device_attention(p, &r->options, &r->result, &r->seconds, &why)
+                               : device_attend(p, &r->options, mask_of(r), &r->result, &r->seconds, &why);
     progress_end(&watch);
     return library_result(status, &why, error);
 }
 
-static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : &r->mask; }
+static exit_code predict(run *r, file_error *error)
+{
+    const sparge_problem *const p = &r->in.problem;
+    sparge_error why;
+    progress watch = progress_begin("prediction");
+    r->options.progress = progress_tick;
+    r->options.user = &watch;
+    const sparge_status status =
+        r->args.mask ? SPARGE_OK
+                     : device_predict(p, &r->options, &r->mask, &r->dump.trace, &r->seconds, &why);
+    progress_end(&watch);
+    r->result.seconds_predict = r->seconds;
+    return library_result(status, &why, error);
+}
+
+/* The mask, and attention unless it is not wanted. */
+static exit_code compute(run *r, file_error *error)
+{
+    const sparge_problem *const p = &r->in.problem;
+    array *const mask = &r->dump.array[STAGE_MASK];
+    const int64_t heads = p->batch * p->heads;
+    sparge_error why;
+    r->result.head_counts = calloc((size_t)heads + 1, sizeof(sparge_counts));
+    if (!r->result.head_counts) {
+        file_error_set(error, NULL, "no memory for the counters of %lld heads", (long long)heads);
+        return EXIT_MACHINE;
+    }
+    exit_code code = EXIT_FINE;
+    if (run_predicts(&r->args))
+        code = library_result(sparge_mask_alloc(&r->mask, p, &r->options, &why), &why, error);
+    if (!code)
+        code = r->args.mask_only ? predict(r, error) : attend(r, error);
+    if (!code && !mask_array(mask_of(r), p, &r->options, mask, error))
+        code = EXIT_MACHINE;
+    if (!code && r->args.mask_only) {
+        kept_counts(mask, p, &r->options, r->result.head_counts);
+        r->result.counts = kept_sum(r->result.head_counts, heads);
+    }
+    return code;
+}
 
 static exit_code write_files(run *r, file_error *error)
 {
@@ -177,8 +210,7 @@ static exit_code write_files(run *r, file_error *error)
             code = EXIT_FILE;
         array_free(&shaped);
     }
-    if (!code && (!array_to_f32(o, error) ||
-                  !mask_array(mask_of(r), &r->in.problem, &r->options, mask, error)))
+    if (!code && !r->args.mask_only && !array_to_f32(o, error))
         code = EXIT_MACHINE;
     if (!code &&
         ((r->mask_file && !npy_write(output_stream(r->mask_file), r->args.mask_out, mask, error)) ||
@@ -188,19 +220,21 @@ static exit_code write_files(run *r, file_error *error)
     return code;
 }
 
-static exit_code measure(run *r, const sparge_mask *mask, const char *what, comparison *to,
+/* The oracle over a mask: how far o is from it, where there is an o; and how much it pays to each block. */
+static exit_code measure(run *r, const sparge_mask *mask, const char *what, comparison *to, double *mass,
                          file_error *error)
 {
-    array want;
-    if (!dump_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
+    array want = {0};
+    if (!r->args.mask_only && !dump_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
         return EXIT_MACHINE;
     sparge_error why;
     progress watch = progress_begin(what);
+    r->options.progress = progress_tick;
     r->options.user = &watch;
-    const sparge_status status = sparge_oracle(&r->in.problem, &r->options, mask,
-                                               SPARGE_ORACLE_REAL, want.data, NULL, NULL, &why);
+    const sparge_status status = sparge_oracle(&r->in.problem, &r->options, mask, SPARGE_ORACLE_REAL, want.data,
+                                               NULL, mass, &why);
     progress_end(&watch);
-    if (!status)
+    if (!status && want.data)
         *to = compare(&r->dump.array[STAGE_O], &want);
     array_free(&want);
     return library_result(status, &why, error);
@@ -208,68 +242,44 @@ static exit_code measure(run *r, const sparge_mask *mask, const char *what, comp
 
 static exit_code check(run *r, file_error *error)
 {
-    exit_code code = r->args.check ? measure(r, NULL, "check", &r->real, error) : EXIT_FINE;
+    array mass;
+    if (!r->args.check)
+        return EXIT_FINE;
+    if (!dump_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass, error))
+        return EXIT_MACHINE;
+    exit_code code = measure(r, NULL, "check", &r->real, mass.data, error);
+    if (!code)
+        r->recall = judge_recall(&mass, &r->dump.array[STAGE_MASK], r->in.problem.q_len, r->options.block_q);
     r->masked = r->real;
-    if (!code && r->args.check && mask_of(r))
-        code = measure(r, mask_of(r), "check of the mask", &r->masked, error);
+    if (!code && mask_of(r) && !r->args.mask_only)
+        code = measure(r, mask_of(r), "check of the mask", &r->masked, NULL, error);
+    array_free(&mass);
     return code;
+}
+
+static exit_code add_row(run *r, json_t *json, file_error *error)
+{
+    json_t *const row = json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture))));
+    if (row && json_array_append_new(r->rows, row) == 0)
+        return EXIT_FINE;
+    file_error_set(error, NULL, "no memory for the result");
+    return EXIT_MACHINE;
 }
 
 static exit_code report(run *r, file_error *error)
 {
-    const sparge_problem *const p = &r->in.problem;
-    const sparge_result *const x = &r->result;
-    const sparge_counts *const c = &x->counts;
-    const double dim = (double)p->dim, dim_v = (double)p->dim_v, tera = 1e12 * r->seconds;
-    json_t *const per_head = json_array();
-    for (int64_t h = 0; h < p->batch * p->heads; h++)
-        json_array_append_new(per_head, json_number(sparge_sparsity(&x->head_counts[h])));
-    json_t *json = json_pack(
-        "{s:s, s:s, s:i, s:i, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:o, s:o,"
-        " s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
-        "backend", sparge_backend_string(x->backend), "isa", sparge_isa_string(x->isa),
-        "threads", x->threads, "rung", x->rung, "pv", options_precisions[x->pv],
-        "workspace_bytes", (json_int_t)x->workspace,
-        "batch", (json_int_t)p->batch, "heads", (json_int_t)p->heads,
-        "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len,
-        "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v,
-        "block_q", (json_int_t)r->options.block_q, "block_k", (json_int_t)r->options.block_k,
-        "pairs", (json_int_t)c->pairs, "sparsity", json_number(sparge_sparsity(c)),
-        "sparsity_qk", json_number(sparge_sparsity_qk(c)),
-        "sparsity_pv", json_number(sparge_sparsity_pv(c)), "sparsity_per_head", per_head,
-        "seconds_predict", json_number(x->seconds_predict),
-        "seconds_quantize", json_number(x->seconds_quantize),
-        "seconds_attend", json_number(x->seconds_attend), "seconds_total", json_number(r->seconds),
-        "tops", json_number(2.0 * (dim + dim_v) * (double)c->tokens / tera), "tops_executed",
-        json_number(2.0 * (dim * (double)c->qk_tokens + dim_v * (double)c->pv_tokens) / tera));
-    json = json_joined(json, settled_json(&r->settled));
-    if (r->args.check) {
-        const comparison *const real = &r->real;
-        const char *const what = r->rows ? capture_name(r->capture) : "o";
-        json_t *const errors = json_pack(
-            "{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(real->l1), "worst_row_l1", json_number(real->worst_row_l1),
-            "cosine", json_number(real->cosine), "rmse", json_number(real->rmse), "mask_worst_row_l1",
-            json_number(r->masked.worst_row_l1));
-        json_t *const masked = json_pack("{s:I}", "mask_not_finite_apart", (json_int_t)r->masked.not_finite_apart);
-        json = json_joined(json_joined(json_joined(json, errors), compare_counts(real)), masked);
-        compare_warn(real, what, "dense attention");
-        if (r->masked.not_finite_apart)
-            compare_warn(&r->masked, what, "attention over the mask");
-    }
-    if (!r->rows)
-        return print_json(json, error);
-    json = json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture))));
-    if (json && json_array_append_new(r->rows, json) == 0)
-        return EXIT_FINE;
-    file_error_set(error, NULL, "no memory for the result");
-    return EXIT_MACHINE;
+    json_t *const json = run_json(r);
+    const exit_code code = r->rows ? add_row(r, json, error) : print_json(json, error);
+    if (!code)
+        run_warn(r);
+    return code;
 }
 
 /* All of it for one capture. */
 static exit_code run_capture(const run_args *args, const capture *c, json_t *rows, file_error *error)
 {
     static exit_code (*const steps[])(run *, file_error *) = {
-        read_files, open_files, attend, write_files, check, report,
+        read_files, hash_files, find_density, open_files, compute, write_files, check, report,
     };
     run r = {.args = *args, .capture = c, .options = args->attention.options, .rows = rows};
     exit_code code = EXIT_FINE;
@@ -309,7 +319,7 @@ static exit_code run_listed(const run_args *args, const capture *c, json_t *rows
 
 exit_code run_command(int argc, char **argv, file_error *error)
 {
-    run_args args = {.base = {error}};
+    run_args args = {.base = {error}, .density = NAN};
     const attention_args *const a = &args.attention;
     given_captures given = {0};
     exit_code code = attention_parse(&run_argp, argc, argv, &args.base, &args.attention);

@@ -44,11 +44,13 @@ exit_code settle(const attention_args *a, const capture *c, const sparge_problem
                  settled *out, file_error *error)
 {
     params p = {0};
-    unsigned given = a->given;
+    option_set given = a->given;
     exit_code code = EXIT_FINE;
     *out = (settled){.capture = c, .params = a->params, .layer = -1};
     if (a->params) {
-        code = params_read(a->params, &p, error);
+        code = capture_sha256(a->params, out->sha256, error);
+        if (!code)
+            code = params_read(a->params, &p, error);
         if (!code)
             code = params_model(&p, a->params, c->model, c->weights, error);
         if (!code)
@@ -70,8 +72,9 @@ void settled_free(settled *s)
 
 json_t *settled_json(const settled *s)
 {
-    json_t *const thresholds = s->params ? json_pack("{s:o, s:I, s:s}", "file", json_text(s->params), "layer",
-                                                     (json_int_t)s->layer, "layer_from", s->layer_from)
+    json_t *const thresholds = s->params ? json_pack("{s:o, s:s, s:I, s:s}", "file", json_text(s->params), "sha256",
+                                                     s->sha256, "layer", (json_int_t)s->layer, "layer_from",
+                                                     s->layer_from)
                                          : json_null();
     return json_pack("{s:o, s:o}", "manifest", capture_json(s->capture), "params", thresholds);
 }

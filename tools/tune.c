@@ -12,7 +12,7 @@
 #include "tools/params.h"
 #include "tools/progress.h"
 
-enum { L1 = 512, L2, BOUND, SPARSITY, BY, HELD_OUT, SECONDS, MODEL };
+enum { L1 = OPT_COMMAND, L2, BOUND, SPARSITY, BY, HELD_OUT, SECONDS, MODEL };
 
 static const struct argp_option tune_options[] = {
     {"l1", L1, "X", 0, "relative L1 that theta and tau may cost (0.07)", 0},
@@ -61,11 +61,14 @@ static bool is_text(const char *bytes)
 
 static error_t check_args(struct argp_state *state, tune_args *a)
 {
+    static const options_conflict instead = {SPARSITY, {L1, L2, BOUND}, "is sought instead of a bound"};
     const sparge_tune_options *const how = &a->how;
     if (a->tuned.count == 0)
         return options_wrong(state, "give a capture: a .safetensors file of q, k and v, or a folder of them");
     if (!a->attention.output)
         return options_wrong(state, "-o is missing: where to write the thresholds");
+    if (options_refuse(state, a->attention.given, &instead, 1))
+        return EINVAL;
     if (how->sparsity == 0.0 && !(how->l1 < how->l2))
         return options_wrong(state, "--l1 is %g and --l2 is %g: l1 must be the smaller", how->l1, how->l2);
     if (a->attention.given & option_bits(OPT_THETA, OPT_LAMBDA))
@@ -81,6 +84,8 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
     sparge_tune_options *const how = &a->how;
     int word = 0;
     error_t error;
+    if (key >= OPT_COMMAND && key <= MODEL)
+        a->attention.given |= option_bit(key);
     switch (key) {
     case ARGP_KEY_INIT: /* a second time after --rules */
         state->child_inputs[0] = state->child_inputs[1] = &a->attention;

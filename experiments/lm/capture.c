@@ -199,7 +199,7 @@ static exit_code open_folder(capturing *x, int64_t tokens, file_error *error)
                   "sample", x->text->name, "text", x->text->name, "text_sha256", x->text->sha256, "tokens",
                   (json_int_t)tokens, "layout", "BHND", "hook_point", "after RoPE, before the softmax scale",
                   "channel_order", "half-split: channel i is rotated with i + head_dim / 2, as in Hugging Face",
-                  "rope_theta", json_rounded((double)h->rope_theta, 9), "causal", true, "files", x->files);
+                  "rope_theta", json_float(h->rope_theta), "causal", true, "files", x->files);
     if (x->manifest)
         return save_manifest(x, error);
     file_error_set(error, x->folder, "no memory for its manifest, or a name in it is no UTF-8");

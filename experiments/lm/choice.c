@@ -15,7 +15,7 @@ bool ends_with(const char *name, const char *end)
     return length > ending && strcmp(name + length - ending, end) == 0;
 }
 
-static exit_code read_thresholds(choice *c, unsigned given, const hyper *h, const char *name, const char *weights,
+static exit_code read_thresholds(choice *c, option_set given, const hyper *h, const char *name, const char *weights,
                                  file_error *error)
 {
     params p;

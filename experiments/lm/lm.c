@@ -90,8 +90,8 @@ error_t lm_check_files(struct argp_state *state, const lm_args *a)
 /* Thresholds mean nothing to an attention that keeps everything, or has them from a file; of a mask lambda is left. */
 static error_t check_kept(struct argp_state *state, const lm_args *a)
 {
-    const unsigned mask = option_bits(OPT_THETA, OPT_TOPK), all = mask | option_bit(OPT_LAMBDA);
-    unsigned meant = a->choices ? 0 : all;
+    const option_set mask = option_bits(OPT_THETA, OPT_TOPK), all = mask | option_bit(OPT_LAMBDA);
+    option_set meant = a->choices ? 0 : all;
     for (int n = 0; n < a->choices; n++)
         meant |= strcmp(a->choice[n], "sparse") == 0 ? all : ends_with(a->choice[n], ".npy") ? option_bit(OPT_LAMBDA) : 0;
     if (!(a->attention.given & all & ~meant))
@@ -337,17 +337,8 @@ exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
 /* Thresholds and block sizes of `sparse` and of masks. */
 static json_t *describe_options(const sparge_options *o)
 {
-    json_t *const json = params_header(NULL, NULL, o);
-    const sparge_knobs *const k = &o->knobs;
-    json_object_del(json, "sparge_params");
-    json_object_del(json, "model");
-    json_object_del(json, "weights_sha256");
-    json_object_set_new(json, "theta", json_rounded((double)k->theta, 9));
-    json_object_set_new(json, "tau", json_rounded((double)k->tau, 9));
-    json_object_set_new(json, "topk", json_rounded((double)k->topk, 9));
-    json_object_set_new(json, "lambda", json_rounded((double)k->lambda, 9));
-    json_object_set_new(json, "backend", json_string(sparge_backend_string(o->backend)));
-    return json;
+    return json_joined(json_joined(options_json(o), knobs_json(&o->knobs)),
+                       json_pack("{s:s}", "backend", sparge_backend_string(o->backend)));
 }
 
 exit_code lm_begin(lm *m, const char *command, json_t *extra)

@@ -1,0 +1,33 @@
+/* kept.h: what a mask keeps, counted: blocks and tokens; and why a prediction keeps it. */
+#ifndef SPARGE_TOOLS_KEPT_H
+#define SPARGE_TOOLS_KEPT_H
+
+#include "tools/program.h"
+
+/* Of every head [batch][heads] what attention over the mask would count, without lambda; keep: as mask_array gives it. */
+void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o, sparge_counts *heads);
+sparge_counts kept_sum(const sparge_counts *heads, int64_t count);
+
+/* Visible token pairs in computed Q.K^T, of all that are visible; NaN where none is. */
+double kept_density(const sparge_counts *counts);
+
+enum { REASONS = 7 }; /* of sparge_reason */
+
+typedef struct reasons {
+    int64_t pairs;          /* visible */
+    int64_t kept[REASONS];  /* of those, kept for this reason; several may hold for one */
+    int64_t alone[REASONS]; /* and for no other */
+} reasons;
+
+/* why: as sparge_trace has it. */
+reasons reasons_of(const array *why, const sparge_problem *p, const sparge_options *o);
+
+/* An object with a number for each reason; NULL: no memory. */
+json_t *reasons_json(const int64_t count[REASONS]);
+/* "kept: 12 % by mass, 90 % by dissimilar keys": the reasons for which some of the visible pairs are kept. */
+void reasons_text(const reasons *r, char text[256]);
+/* A line on stderr where a reason beside tau and topk keeps more than half of the visible pairs; none where each head has
+ * thresholds of its own, which were tuned so. */
+void reasons_warn(const reasons *r, const sparge_options *o, const char *file);
+
+#endif

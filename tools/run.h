@@ -1,0 +1,49 @@
+/* run.h: sparge run: one capture on its way through the steps of run.c, and what run_report.c says of it. */
+#ifndef SPARGE_TOOLS_RUN_H
+#define SPARGE_TOOLS_RUN_H
+
+#include "tools/compare.h"
+#include "tools/dump.h"
+#include "tools/inputs.h"
+#include "tools/judge.h"
+#include "tools/kept.h"
+#include "tools/settle.h"
+
+typedef struct run_args {
+    options_base base;
+    attention_args attention;
+    const char *mask, *mask_out, *lse_out, *dump;
+    double density; /* NaN: not asked for */
+    bool dense, mask_only, check;
+} run_args;
+
+enum { RUN_INPUTS = 4 }; /* files of q, k and v, and of a mask */
+
+typedef struct run {
+    run_args args;
+    const capture *capture;
+    sparge_options options; /* as resolved */
+    char sha256[RUN_INPUTS][SHA256_TEXT];
+    inputs in;
+    settled settled;
+    sparge_mask mask; /* no bits when dense */
+    dump dump;        /* of the mask, o and the reasons too when there is no --dump */
+    array lse;
+    output_file *o_file, *mask_file, *lse_file;
+    sparge_result result;
+    double seconds;          /* of the call */
+    comparison real, masked; /* distance to dense attention, and over the same mask */
+    recall recall;
+    json_t *rows;            /* of a folder of captures; NULL: there is but one */
+} run;
+
+/* Was the mask predicted, and not given or dense? */
+static inline bool run_predicts(const run_args *a) { return !a->dense && !a->mask; }
+
+/* What ran and what came of it; NULL: no memory. */
+json_t *run_json(const run *r);
+
+/* What a user should hear beside that, on stderr. */
+void run_warn(const run *r);
+
+#endif
