@@ -1,15 +1,18 @@
-/* heap.c: malloc, calloc and free as heap.h says. */
+/* heap.c: malloc, calloc, realloc and free as heap.h says. */
 #include "tests/heap.h"
 
+#include <errno.h>
 #include <stddef.h>
 
 struct heap heap;
 
 void *__real_malloc(size_t size);
 void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *p, size_t size);
 void __real_free(void *p);
 void *__wrap_malloc(size_t size);
 void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_realloc(void *p, size_t size);
 void __wrap_free(void *p);
 
 void heap_arm(int64_t fails)
@@ -22,7 +25,10 @@ static bool fails_now(void)
 {
     if (heap.armed && !pthread_equal(pthread_self(), heap.caller))
         __atomic_fetch_add(&heap.stray, 1, __ATOMIC_RELAXED);
-    return heap.armed && heap.calls++ == heap.fails;
+    const bool fails = heap.armed && heap.calls++ == heap.fails;
+    if (fails)
+        errno = ENOMEM;
+    return fails;
 }
 
 static void *counted(void *p)
@@ -36,6 +42,14 @@ void *__wrap_malloc(size_t size) { return fails_now() ? NULL : counted(__real_ma
 void *__wrap_calloc(size_t count, size_t size)
 {
     return fails_now() ? NULL : counted(__real_calloc(count, size));
+}
+
+void *__wrap_realloc(void *p, size_t size)
+{
+    if (fails_now())
+        return NULL;
+    heap.live -= heap.armed && p;
+    return counted(__real_realloc(p, size));
 }
 
 void __wrap_free(void *p)

@@ -1,4 +1,5 @@
-/* heap.h: allocations that fail: for programs that are linked with --wrap=malloc,--wrap=calloc,--wrap=free. */
+/* heap.h: allocations that fail: for programs that are linked with
+ * --wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=free. */
 #ifndef SPARGE_TESTS_HEAP_H
 #define SPARGE_TESTS_HEAP_H
 

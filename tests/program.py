@@ -2275,6 +2275,44 @@ def test_memory():
         wrong(MACHINE, "memory", *args, preexec_fn=little)
 
 
+def test_starved():
+    """Every allocation that a command makes fails in turn (starve.c); whole heads that tune has written stay."""
+    def starve(n, *args):
+        return sparge(*args, env={**os.environ, "STARVE": str(n)})
+    if starve(0, "info", "--json")[0] == FINE:
+        print("skipped: every allocation fails in turn (of sparge_starved)")
+        return
+    save_safetensors("layer3.safetensors", **{n: ("F32", random(1, 2, 40, 8)) for n in "qkv"})
+    write("manifest.json", json.dumps(dict(model="m", files=[dict(file="layer3.safetensors", layer=3,
+                                                                  query_heads=[0, 1])])))
+    tiny = ["--backend", "cpu", "--threads", "1", "--block-q", "16", "--block-k", "16"]
+    fine("tune", ".", "-o", "p.json", *tiny)
+    x = save("x.npy", random(1, 2, 40, 8))
+    fine("run", x, x, x, *tiny, "--mask-out", "m.npy", "-o", "o.npy")
+    before = set(listing())
+    for args in (["run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--dump", "d", "--check", *tiny],
+                 ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy", *tiny], ["diff", x, "o.npy"],
+                 ["diff", "m.npy", "m.npy"], ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny],
+                 ["map", "layer3.safetensors", "--params", "p.json", "-o", "out.png", *tiny],
+                 ["tune", "layer3.safetensors", "-o", "out.json", *tiny], ["order", 1, 4, 4, "-o", "out.npy"],
+                 ["info", "--json"], ["bench", "--json", "--q-len", 16, "--repeat", 1, "--threads", 1]):
+        code, n = MACHINE, 0
+        while code == MACHINE:
+            code, out, err = starve(n, *args)
+            left = set(listing()) - before
+            if code == MACHINE:
+                check(err.startswith("sparge: ") and err.count("\n") == 1 and (out == "" or out.endswith("}\n")),
+                      args, n, "one line, and nothing by halves", out, err)
+                check(left <= {"./out.json"}, args, n, "no file left", left)
+            n += 1 if os.environ.get("SPARGE_EXHAUSTIVE") else 1 + n // 8
+            for name in left:
+                shutil.rmtree(name) if os.path.isdir(name) else os.path.exists(name) and os.remove(name)
+        check(code in (FINE, DIFFERENT) and n > 3 and starve(-1, *args)[1].count(",") == out.count(","), args, n,
+              "when the last has failed it works", code, out, err)
+        for name in set(listing()) - before:
+            shutil.rmtree(name) if os.path.isdir(name) else os.path.exists(name) and os.remove(name)
+
+
 def test_threads_that_cannot_start():
     """Of a user that may have two processes, whom root has to become: of root none are refused."""
     x = save("x.npy", random(1, 2, 300, 16))

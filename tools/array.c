@@ -24,6 +24,7 @@ static void set_text(file_error *error, const char *name, const char *format, va
     enum { SHOWN = 160 };
     if (!error)
         return;
+    error->memory = errno == ENOMEM;
     int used = 0;
     if (name) {
         const size_t length = strlen(name);
@@ -57,7 +58,7 @@ bool input_fail(const file_input *from, const char *format, ...)
 void file_error_clear(file_error *error)
 {
     if (error)
-        error->text[0] = '\0';
+        *error = (file_error){.memory = false};
 }
 
 /* ---- Arrays ----------------------------------------------------------------------------- */
@@ -240,6 +241,7 @@ bool input_open(const char *path, file_input *out, file_error *error)
 {
     *out = (file_input){.name = path, .error = error, .file = -1};
     file_error_clear(error);
+    errno = 0; /* what fails from here on may be for want of memory */
     /* Without O_NONBLOCK a named pipe would wait here for its writer. */
     const int file = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     struct stat status;

@@ -11,6 +11,7 @@
  * of tools/ that takes one takes NULL as well. */
 typedef struct file_error {
     char text[512];
+    bool memory; /* which was missing: malloc said so in errno */
 } file_error;
 
 /* Writes "name: ..." (without "name: " where it is NULL) and returns false, to be returned. Control

@@ -57,11 +57,10 @@ static const struct argp diff_argp = {
 
 static exit_code read_array(const char *path, array *out, file_error *error)
 {
-    errno = 0;
     const bool half = npy_read(path, out, error) && out->type == ARRAY_F16;
     if (out->data && (!half || array_to_f32(out, error)))
         return EXIT_FINE;
-    return errno == ENOMEM ? EXIT_MACHINE : EXIT_FILE;
+    return EXIT_FILE;
 }
 
 static exit_code read_pair(const char *const path[2], array pair[2], file_error *error)

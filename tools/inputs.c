@@ -1,7 +1,6 @@
 /* inputs.c: reads q, k, v and masks, and says what does not fit. */
 #include "tools/inputs.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -11,19 +10,14 @@
 
 static const char *const names[] = {"q", "k", "v"};
 
-/* The readers say in words what went wrong, and malloc in errno whether it was memory. */
 exit_code inputs_npy(const char *path, array *out, file_error *error)
 {
-    errno = 0;
-    return npy_read(path, out, error) ? EXIT_FINE : errno == ENOMEM ? EXIT_MACHINE : EXIT_FILE;
+    return npy_read(path, out, error) ? EXIT_FINE : EXIT_FILE;
 }
 
 static exit_code read_named(const char *path, const char *const *name, int count, array *out, file_error *error)
 {
-    errno = 0;
-    return safetensors_read(path, name, count, out, error) ? EXIT_FINE
-         : errno == ENOMEM                                 ? EXIT_MACHINE
-                                                           : EXIT_FILE;
+    return safetensors_read(path, name, count, out, error) ? EXIT_FINE : EXIT_FILE;
 }
 
 static exit_code read_tensors(const attention_args *args, int count, inputs *out, file_error *error)

@@ -3,28 +3,17 @@
 
 #include <signal.h>
 #include <stdio.h>
-#include <string.h>
 #include <unistd.h>
 
-#include "tools/output.h"
 #include "tools/program.h"
 
 static volatile sig_atomic_t waiting, came, asked;
 static char line[128];
 
-/* Only what a signal handler may call. */
-static void end(void)
-{
-    outputs_abandon();
-    const ssize_t written = write(STDERR_FILENO, line, strlen(line));
-    (void)written;
-    _exit(EXIT_UNFINISHED);
-}
-
 static void handle(int number)
 {
     if (!waiting || came)
-        end();
+        program_stop(line, EXIT_UNFINISHED);
     came = number;
 }
 
@@ -44,7 +33,7 @@ void interrupt_wait(bool waits)
 {
     waiting = waits;
     if (!waits && came && !asked)
-        end();
+        program_stop(line, EXIT_UNFINISHED);
 }
 
 bool interrupt_came(void)

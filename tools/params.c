@@ -260,7 +260,7 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
     params_free(&p);
     if (error)
         snprintf(error->text, sizeof error->text, "%.*s", (int)sizeof error->text - 1, code ? why.text : "");
-    return code == EXIT_FINE ? SPARGE_OK : code == EXIT_MACHINE ? SPARGE_ERR_MEMORY : SPARGE_ERR_ARGUMENT;
+    return code == EXIT_FINE ? SPARGE_OK : why.memory ? SPARGE_ERR_MEMORY : SPARGE_ERR_ARGUMENT;
 }
 
 /* ---- Writing ---- */

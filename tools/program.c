@@ -54,6 +54,17 @@ exit_code flush_stdout(file_error *error)
     return EXIT_FILE;
 }
 
+static char json_line[128]; /* for stderr */
+
+/* jansson does not survive every allocation that fails, and loses what it has no memory for. */
+static void *json_allocate(size_t bytes)
+{
+    void *const memory = malloc(bytes);
+    if (!memory)
+        program_stop(json_line, EXIT_MACHINE);
+    return memory;
+}
+
 exit_code print_json(json_t *object, file_error *error)
 {
     if (!object) {
@@ -138,6 +149,14 @@ exit_code json_save(const char *path, const json_t *object, file_error *error)
 
 /* ---- Commands ---- */
 
+void program_stop(const char *line, exit_code code)
+{
+    outputs_abandon();
+    const ssize_t written = write(STDERR_FILENO, line, strlen(line));
+    (void)written;
+    _exit((int)code);
+}
+
 static void print_help(const program *p)
 {
     printf("Usage: %s COMMAND [OPTION...]\n%s\n\n", p->name, p->about);
@@ -191,14 +210,18 @@ int program_main(const program *p, int argc, char **argv)
             return EXIT_FILE;
     signal(SIGPIPE, SIG_IGN); /* a reader that went away is an error like a full disk */
     interrupt_catch(p->name);
+    snprintf(json_line, sizeof json_line, "%s: no memory for JSON; free some\n", p->name);
+    json_set_alloc_funcs(json_allocate, free);
 
-    file_error error = {""};
+    file_error error = {.text = ""};
     exit_code code = EXIT_FILE;
     if (no_stdout)
         file_error_set(&error, NULL, "standard output is closed; the result would be lost");
     else
         code = dispatch(p, argc, argv, &error);
     outputs_discard();
+    if (code == EXIT_FILE && error.memory)
+        code = EXIT_MACHINE;
     if (code == EXIT_HELPED)
         code = EXIT_FINE;
     if (code <= EXIT_DIFFERENT) {

@@ -20,7 +20,8 @@ typedef enum exit_code {
 } exit_code;
 
 /* A command leaves one line in *error where it returns more than EXIT_DIFFERENT, and may where it
- * returns that. It prints nothing itself but its result. argv[0] is "sparge run" and the like. */
+ * returns that. EXIT_FILE becomes EXIT_MACHINE where that line is about memory. It prints nothing itself but its
+ * result. argv[0] is "sparge run" and the like. */
 typedef struct program_command {
     const char *name;
     exit_code (*run)(int argc, char **argv, file_error *error);
@@ -35,6 +36,9 @@ typedef struct program {
 
 /* All of main: runs the command that is named; what it returns is the exit code. */
 int program_main(const program *p, int argc, char **argv);
+
+/* Ends the program here and now with one line, and leaves no half of a file; also from a signal handler. */
+_Noreturn void program_stop(const char *line, exit_code code);
 
 /* What compiled the programs, and so the library in the same build. */
 extern const char program_compiler[], program_flags[];
