@@ -1008,6 +1008,17 @@ def test_map_memory():
     x = save("x.npy", random(1, 8192, 4))
     code, _, err = sparge("map", x, x, "-o", "map.png", preexec_fn=little)
     check(code == FINE, "map within 192 MiB", code, err)
+    os.remove("map.png")
+    least, most = 0, limit  # where the libraries of letters have just too little nothing is left behind
+    x = save("x.npy", random(1, 64, 4))
+    while most - least > 1 << 17:
+        limit = (least + most) // 2
+        code, _, _ = sparge("map", x, x, "-o", "map.png", "--threads", 1, preexec_fn=little)
+        check(listing() == ["./map.png", "./x.npy"] if code == FINE else listing() == ["./x.npy"], "no file left", limit,
+              code, listing())
+        least, most = (least, limit) if code == FINE else (limit, most)
+        if code == FINE:
+            os.remove("map.png")
 
 
 def test_info_and_help():
