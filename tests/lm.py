@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 
 from counted import check, run_tests
 from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, at_work, commands_of, computed, ended,
-                     explained, full_device, listing, read, save, save_safetensors, sha256, stopped, write)
+                     explained, full_device, ignored, listing, read, save, save_safetensors, sha256, stopped, write)
 from tiny_model import GGML, Model, gguf_bytes, surprise, theirs
 
 PROGRAM = os.path.abspath(sys.argv[1])
@@ -798,6 +798,10 @@ def test_resume():
         for name in listing():
             if "tmp" in name:
                 os.remove(name)
+    args, seen = ["ppl", "m.gguf", "text.txt", "--length", f"100,{LONG[0]}", "-o", "R.json"], []
+    stopped([PROGRAM, *args], signal.SIGTERM, lambda child: has(2)(child) and not seen.append(ignored(child)),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    check(seen == [[signal.SIGINT]], "an interrupt that was ignored when it began stays so", seen)
     err, ticks = "", 1
     while "-o FILE" not in err and ticks < 10000:  # before the model runs it ends with another line
         ticks *= 2
@@ -1381,6 +1385,26 @@ def test_memory():
               "all or a line", more, code, err)
         codes.append(code)
     check({FINE, MACHINE} <= set(codes), "little and enough", codes)
+
+    # JSON, of many numbers to be written, or of many rows to be read: all of it or a line.
+    save("many.npy", np.zeros(200_000, np.int32))
+    resumed = ["ppl", "small.gguf", "t.npy", "--attention", "f32", "--length", 100, "-o", "R.json"]
+    x = fine(*resumed)
+    rows = json.loads(read("R.json"))
+    rows["rows"] += [{**rows["rows"][0], "text": str(n)} for n in range(10_000)]
+    write("many.json", json.dumps(rows))
+    for args, many in (["tokens", "small.gguf", "many.npy"], 200_000), (resumed, 10_001):
+        codes = []
+        for more in range(0, 96 << 20, 3 << 20):
+            shutil.copy("many.json", "R.json")
+            code, out, err = lm(*args, env=one, preexec_fn=tight(need + more))
+            there = json.loads(out) if code == FINE and out else {}
+            there = there.get("rows") or (there.get("texts") or [{}])[0].get("tokens", [])
+            check(code == FINE and len(there) == many or code == MACHINE and err.count("\n") == 1 and "memory" in err and
+                  out == "", args[0], "all or a line", more, code, err, len(there))
+            check(json.loads(read("R.json")) == rows or code == FINE, "rows that are there stay")
+            codes.append(code)
+        check({FINE, MACHINE} <= set(codes), args[0], "little and enough", codes)
     wrong(MACHINE, ["m.gguf", "memory"], "ppl", "m.gguf", "t.npy", "--length", 100,
           preexec_fn=tight(need + size // 2), env=one)
     wrong(MACHINE, ["tokens need", "shorter"], "ppl", "m.gguf", "t.npy", "--attention", "f32", "--length", 1 << 18,

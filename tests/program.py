@@ -23,7 +23,7 @@ import numpy as np
 
 from counted import check, run_tests
 from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, explained,
-                     full_device, listing, read, save, save_safetensors, sha256, stopped, write)
+                     full_device, ignored, listing, read, save, save_safetensors, sha256, stopped, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
@@ -2394,12 +2394,6 @@ def test_interrupted():
             check(code == UNFINISHED and err == INTERRUPTED, args, number, "one line", code, err)
             check("32768" not in out, args, number, "on the way", out)
             check(listing() == before, args, number, "no file left", listing())
-
-
-def ignored(child):
-    """Which of the two signals."""
-    mask = int(re.search(r"SigIgn:\s*(\w+)", read(f"/proc/{child.pid}/status"))[1], 16)
-    return [number for number in (signal.SIGINT, signal.SIGTERM) if mask >> number - 1 & 1]
 
 
 def test_ignored_signals():

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import stat
 import struct
 import subprocess
@@ -126,6 +127,12 @@ def stopped(args, number, begun, **how):
 def computed(child):
     """The kernel's ticks that it has computed for."""
     return int(read(f"/proc/{child.pid}/stat").rsplit(")", 1)[1].split()[11])
+
+
+def ignored(child):
+    """Which of the two signals that interrupt it ignores."""
+    mask = int(re.search(r"SigIgn:\s*(\w+)", read(f"/proc/{child.pid}/status"))[1], 16)
+    return [number for number in (signal.SIGINT, signal.SIGTERM) if mask >> number - 1 & 1]
 
 
 # ---- Files -----------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 /* lm.c: what the commands of sparge-lm have in common. */
 #include "experiments/lm/lm.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -192,11 +191,8 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
     if (ends_with(path, ".npy")) {
         code = read_numbers(t, m->error);
     } else {
-        errno = 0; /* which says whether it was memory */
         char *const bytes = input_text(path, &size, m->error);
-        code = bytes             ? lm_encode(m, path, bytes, size, &t->token, &t->tokens)
-               : errno == ENOMEM ? EXIT_MACHINE
-                                 : EXIT_FILE;
+        code = bytes ? lm_encode(m, path, bytes, size, &t->token, &t->tokens) : EXIT_FILE;
         if (!code && m->files.vocabulary.bos >= 0) { /* there is room for it */
             memmove(t->token + 1, t->token, (size_t)t->tokens++ * sizeof *t->token);
             t->token[0] = (int32_t)m->files.vocabulary.bos;
