@@ -434,7 +434,7 @@ def test_judge():
     kept = np.load("p.npy") != 0
     missing, extra = kept & ~mask, mask & ~kept
     m = x["mask"]
-    check((m["missing"], m["extra"], m["kept"], m["predicted_kept"], m["pairs"]) ==
+    check((m["missing"], m["extra"], m["kept_blocks"], m["predicted_kept_blocks"], m["pairs"]) ==
           (missing.sum(), extra.sum(), mask.sum(), kept.sum(), mask.size), "what the predictor would have kept", m)
     check(m["first_missing"] == np.argwhere(missing)[0].tolist() and m["first_extra"] == np.argwhere(extra)[0].tolist(),
           "and where", m)
@@ -446,7 +446,7 @@ def test_judge():
     check(max(r["baseline_worst_row_l1"] for r in rows) == x["baseline_worst_row_l1"] and
           max(r["lse_worst"] for r in rows) == x["lse"]["worst"], "their worst")
     m = fine("check", *args, "--tau", 0.5, "--theta", -1)["mask"]
-    check(m["predicted_kept"] < kept.sum(), "under other thresholds", m)
+    check(m["predicted_kept_blocks"] < kept.sum(), "under other thresholds", m)
     x = fine("check", *qkv, "--o", save("d.npy", dense))
     check(list(x) == JUDGED + ["per_head"] and x["over"] == "dense" and x["type"] == "f64", "without a mask", x)
 

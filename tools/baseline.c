@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "common/half.h"
+#include "tools/dump.h"
 
 typedef struct work {
     const sparge_problem *problem;
@@ -68,10 +69,8 @@ static int64_t keys_of(const work *w, int64_t b, int64_t h, int64_t i)
 static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys, float *o)
 {
     const sparge_problem *const p = w->problem;
-    int64_t last = p->k_len - 1; /* the last key that it may see */
-    if (w->options->causal != SPARGE_CAUSAL_NONE)
-        last = t + (w->options->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0);
-    while (keys > 0 && w->key[keys - 1] > last)
+    const int64_t seen = keys_seen(p, w->options, t);
+    while (keys > 0 && w->key[keys - 1] >= seen)
         keys--;
     load(&p->q, b, h, t, 1, p->dim, w->q);
     float top = -INFINITY, sum = 0.0f;

@@ -10,6 +10,7 @@
 #include "tools/dump.h"
 #include "tools/inputs.h"
 #include "tools/judge.h"
+#include "tools/kept.h"
 #include "tools/places.h"
 #include "tools/progress.h"
 #include "tools/settle.h"
@@ -81,6 +82,7 @@ typedef struct check {
     answer got;      /* what is judged; its lse may be empty */
     sparge_mask mask, predicted; /* no bits where it was dense */
     array kept, chosen;          /* the same as arrays */
+    sparge_counts *counts, *predicted_counts; /* of them, [batch][heads] */
     array mass;                  /* block_mass of dense attention */
     answer dense, masked;        /* by the oracle */
     answer baseline;
@@ -115,6 +117,21 @@ static exit_code read_files(check *c, file_error *error)
     return code;
 }
 
+static exit_code count(check *c, file_error *error)
+{
+    const sparge_problem *const p = &c->in.problem;
+    const size_t heads = (size_t)(p->batch * p->heads) + 1;
+    c->counts = calloc(heads, sizeof *c->counts);
+    c->predicted_counts = calloc(heads, sizeof *c->predicted_counts);
+    if (!c->counts || !c->predicted_counts) {
+        file_error_set(error, NULL, "no memory for the counters of %zu heads", heads - 1);
+        return EXIT_MACHINE;
+    }
+    kept_counts(&c->kept, p, &c->options, c->counts);
+    kept_counts(&c->chosen, p, &c->options, c->predicted_counts);
+    return EXIT_FINE;
+}
+
 static exit_code predict(check *c, file_error *error)
 {
     const sparge_problem *const p = &c->in.problem;
@@ -129,7 +146,7 @@ static exit_code predict(check *c, file_error *error)
     if (!code && (!mask_array(&c->mask, p, &c->options, &c->kept, error) ||
                   !mask_array(&c->predicted, p, &c->options, &c->chosen, error)))
         return EXIT_MACHINE;
-    return code;
+    return code ? code : count(c, error);
 }
 
 static bool answer_alloc(const check *c, array_type type, answer *to, file_error *error)
@@ -232,26 +249,9 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
 
 /* ---- The report ---- */
 
-static int64_t count_kept(const array *mask)
-{
-    int64_t kept = 0;
-    for (int64_t at = 0; at < array_count(mask); at++)
-        kept += ((const uint8_t *)mask->data)[at];
-    return kept;
-}
-
-/* Blocks of an array of that shape that some row sees. */
-static int64_t count_pairs(const check *c, const array *mask)
-{
-    const int64_t rows = mask->shape[mask->rank - 2], columns = mask->shape[mask->rank - 1];
-    int64_t pairs = 0;
-    for (int64_t at = 0; at < array_count(mask); at++)
-        pairs += block_visible(&c->in.problem, &c->options, at / columns % rows, at % columns);
-    return pairs;
-}
-
-/* The mask beside the predicted one: of all heads, or of one, as views. */
-static json_t *describe_mask(const check *c, const array *mass, const array *kept, const array *chosen)
+/* The mask beside the predicted one: of all heads, or of one, as views; and their counts. */
+static json_t *describe_mask(const check *c, const array *mass, const array *kept, const array *chosen,
+                             const sparge_counts *counts, const sparge_counts *predicted_counts)
 {
     const int64_t q_len = c->in.problem.q_len, block_q = c->options.block_q;
     const recall given = judge_recall(mass, kept, q_len, block_q);
@@ -260,7 +260,8 @@ static json_t *describe_mask(const check *c, const array *mass, const array *kep
     json_t *const json = json_pack(
         "{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share), "predicted_recall",
         json_number(predicted.share), "blocks_not_finite", (json_int_t)given.not_finite, "pairs",
-        (json_int_t)count_pairs(c, kept), "kept", (json_int_t)count_kept(kept), "predicted_kept", (json_int_t)count_kept(chosen));
+        (json_int_t)counts->pairs, "kept_blocks", (json_int_t)counts->qk_done, "predicted_kept_blocks",
+        (json_int_t)predicted_counts->qk_done);
     return json_joined(json, judge_json(kept, &d));
 }
 
@@ -288,7 +289,7 @@ static json_t *describe_head(const check *c, int64_t n)
     const comparison dense = compare(&got, &all);
     json = json_joined(json, json_pack("{s:o, s:o}", "dense_l1", json_number(dense.l1), "dense_worst_row_l1",
                                        json_number(dense.worst_row_l1)));
-    return json_joined(json, describe_mask(c, &mass, &kept, &chosen));
+    return json_joined(json, describe_mask(c, &mass, &kept, &chosen, &c->counts[n], &c->predicted_counts[n]));
 }
 
 static json_t *describe_heads(const check *c)
@@ -328,8 +329,10 @@ static exit_code report(check *c, file_error *error)
     }
     if (c->args.mask) {
         const comparison dense = compare(&c->got.o, &c->dense.o);
+        const sparge_counts counts = kept_sum(c->counts, p->batch * p->heads);
+        const sparge_counts predicted = kept_sum(c->predicted_counts, p->batch * p->heads);
         json = json_joined(json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o), "mask",
-                                           describe_mask(c, &c->mass, &c->kept, &c->chosen)));
+                                           describe_mask(c, &c->mass, &c->kept, &c->chosen, &counts, &predicted)));
     }
     json = json_joined(json, json_pack("{s:o}", "per_head", describe_heads(c)));
     const exit_code code = print_json(json, error);
@@ -364,6 +367,8 @@ exit_code check_command(int argc, char **argv, file_error *error)
     answer_free(&c.baseline);
     array_free(&c.kept);
     array_free(&c.chosen);
+    free(c.counts);
+    free(c.predicted_counts);
     array_free(&c.mass);
     sparge_mask_free(&c.mask);
     sparge_mask_free(&c.predicted);

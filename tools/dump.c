@@ -150,8 +150,7 @@ static int64_t clamp(int64_t x, int64_t low, int64_t high)
     return x < low ? low : x > high ? high : x;
 }
 
-/* How many keys query t may see: the first ones. */
-static int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t)
+int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t)
 {
     const int64_t ahead = o->causal == SPARGE_CAUSAL_START ? 0 : p->k_len - p->q_len;
     return o->causal == SPARGE_CAUSAL_NONE ? p->k_len : clamp(t + 1 + ahead, 0, p->k_len);

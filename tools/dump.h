@@ -53,6 +53,8 @@ bool dump_write(const dump *d, file_error *error);
 void dump_tidy(const dump *d);
 void dump_free(dump *d);
 
+/* How many keys query t may see: the first ones. */
+int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t);
 /* The (query, key) pairs of blocks i and j that are visible; are there any? */
 int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
 bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);

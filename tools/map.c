@@ -199,21 +199,19 @@ static exit_code describe(map *m, file_error *error)
     const int64_t blocks = m->picture.rows * m->picture.columns;
     double sum = 0.0;
     int64_t not_finite = 0;
+    if (!m->picture.lambda)
+        kept_counts(&m->keep, p, o, m->counts);
     for (int64_t n = 0; n < m->picture.heads; n++) {
-        sparge_counts *const c = &m->counts[n];
+        const sparge_counts *const c = &m->counts[n];
         for (int64_t at = n * blocks; at < (n + 1) * blocks; at++) {
             const int64_t i = at / m->picture.columns % m->picture.rows;
             const int64_t j = at % m->picture.columns;
             const bool seen = block_visible(p, o, i, j), keep = ((uint8_t *)m->keep.data)[at];
             float *const done = (float *)m->pv_done.data + at;
-            if (!m->picture.lambda) {
-                *done = 1.0f;
-                c->pairs += seen;
-                c->qk_done += keep;
-                c->pv_done += keep;
-            }
             if (!keep)
                 *done = seen ? PICTURE_SKIPPED : PICTURE_UNSEEN;
+            else if (!m->picture.lambda)
+                *done = 1.0f;
         }
         const array mass = array_part(&m->mass, 2, n), kept = array_part(&m->keep, 2, n);
         const recall r = judge_recall(&mass, &kept, p->q_len, o->block_q);
