@@ -125,9 +125,8 @@ static bool is_scale(const json_t *x)
 static int64_t layer_in_name(const char *name)
 {
     for (const char *at = name; (at = strstr(at, "layer")); at++) {
-        char *end;
         const bool word = at > name && isalnum((unsigned char)at[-1]);
-        const long number = !word && isdigit((unsigned char)at[5]) ? strtol(at + 5, &end, 10) : -1;
+        const long number = !word && isdigit((unsigned char)at[5]) ? strtol(at + 5, NULL, 10) : -1;
         if (number >= 0 && number <= INT32_MAX)
             return number;
     }

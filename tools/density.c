@@ -66,7 +66,8 @@ static exit_code bisect(finder *f, double wanted, file_error *error)
         const bool fits = density <= wanted;
         *(fits ? &low : &high) = middle;
         *(fits ? &below : &above) = density;
-        progress_tick(f->o->user, 1.0 - log2((double)(high - low)) / 30.0);
+        if (!progress_tick(f->o->user, 1.0 - log2((double)(high - low)) / 30.0) && !code)
+            code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
     }
     f->o->knobs.tau = float_of(wanted - below <= above - wanted ? low : high);
     return code;

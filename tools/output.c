@@ -163,7 +163,6 @@ output_file *output_open(const char *path, file_error *error)
     file_error_clear(error);
     install();
     output_file *const output = &outputs[count < OUTPUT_MAX ? count : 0];
-    output->folder = output->placed = output->exchanged = false;
     struct stat status;
     const bool exists = stat(path, &status) == 0, circle = !exists && errno == ELOOP;
     const bool direct = exists && is_direct(path, status.st_mode);
@@ -193,6 +192,7 @@ output_file *output_open(const char *path, file_error *error)
         return NULL;
     }
 
+    output->folder = output->placed = output->exchanged = false;
     const int file =
         direct ? open(path, O_WRONLY | O_APPEND | O_CLOEXEC) : create_temporary(output);
     output->stream = file < 0 ? NULL : fdopen(file, "wb");
@@ -219,6 +219,7 @@ bool output_folder(const char *path, file_error *error)
     output_file *const output = &outputs[count];
     memcpy(output->temporary, path, strlen(path) + 1);
     output->folder = true;
+    output->placed = output->exchanged = false;
     sigset_t before;
     block_signals(&before); /* what was there is not ours to remove */
     const bool made = mkdir(path, 0777) == 0;

@@ -71,10 +71,13 @@ exit_code print_json(json_t *object, file_error *error)
         file_error_set(error, NULL, "no memory for the result");
         return EXIT_MACHINE;
     }
-    if (json_dumpf(object, stdout, JSON_REAL_PRECISION(9)) == 0)
-        putchar('\n');
+    const bool whole = json_dumpf(object, stdout, JSON_REAL_PRECISION(9)) == 0 && putchar('\n') != EOF;
     json_decref(object);
-    return flush_stdout(error);
+    const exit_code code = flush_stdout(error);
+    if (code || whole)
+        return code;
+    file_error_set(error, NULL, "no memory to print the result");
+    return EXIT_MACHINE;
 }
 
 json_t *json_text(const char *bytes)

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-enum { SCHEMA = 1 }; /* of the keys in README.md here; a new one where a key changes its meaning or goes */
+enum { SCHEMA = 1 }; /* of the keys in json.md; a new one where a key changes its meaning or goes */
 
 /* ---- What ran, on what ---- */
 

@@ -184,7 +184,6 @@ static exit_code check_capture(const capture *c, const unit *u, file_error *erro
     return EXIT_FINE;
 }
 
-
 static int by_layer(const void *a, const void *b)
 {
     const capture *x = ((const unit *)a)->capture[0], *y = ((const unit *)b)->capture[0];
