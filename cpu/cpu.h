@@ -7,11 +7,11 @@
 
 bool sparge_cpu_has(sparge_isa isa);
 sparge_isa sparge_cpu_best(void);
-int sparge_cpu_threads(void);
+int sparge_cpu_threads(void); /* as many as OpenMP would take; 1 without it */
 
 /* Can so many work side by side? OpenMP would end the process where it cannot start one. Asked of the system when
  * the calling thread has never had so many. */
-bool sparge_cpu_can_start(int threads); /* as many as OpenMP would take; 1 without it */
+bool sparge_cpu_can_start(int threads);
 
 /* Stage 1, stage 2, or both in one pass over q, k and v. trace may not be NULL, its arrays may. */
 sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
