@@ -17,13 +17,17 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
+#include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -1452,6 +1456,49 @@ Test(formats, sudden_ignored, .init = folder_make, .fini = folder_remove)
     signal(SIGHUP, SIG_IGN);
     const int status = end_of_child(act_hangup_then_commit, 0);
     cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "status %x", (unsigned)status);
+    cr_expect_eq(folder_count(), 2);
+    expect_file("a", "half");
+    expect_file("b", "half");
+}
+
+static bool interrupts_renames;
+
+/* The C library's, but a signal may come first. */
+int renameat2(int from_folder, const char *from, int to_folder, const char *to, unsigned flags)
+{
+    if (interrupts_renames) {
+        interrupts_renames = false;
+        kill(getpid(), SIGINT); /* which another thread handles */
+        poll(NULL, 0, 20);      /* enough to die of it meanwhile; who waits for the rest does not */
+    }
+    return (int)syscall(SYS_renameat2, from_folder, from, to_folder, to, flags);
+}
+
+static void *await_signal(void *ready)
+{
+    sem_post(ready);
+    pause();
+    return NULL;
+}
+
+static void act_commit_beside_thread(void)
+{
+    sem_t ready;
+    pthread_t thread;
+    if (sem_init(&ready, 0, 0) || pthread_create(&thread, NULL, await_signal, &ready) || sem_wait(&ready))
+        _exit(95);
+    interrupts_renames = true;
+    outputs_commit(NULL);
+    pause();
+}
+
+/* Signals wait for all renames, in whichever thread they are handled. */
+Test(formats, sudden_signal_in_another_thread, .init = folder_make, .fini = folder_remove)
+{
+    signal(SIGINT, SIG_DFL);
+    file_make("a", "old", 3);
+    const int status = end_of_child(act_commit_beside_thread, 0);
+    cr_expect(WIFSIGNALED(status) && WTERMSIG(status) == SIGINT, "status %x", (unsigned)status);
     cr_expect_eq(folder_count(), 2);
     expect_file("a", "half");
     expect_file("b", "half");

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -28,6 +29,7 @@ struct output_file {
 /* A fixed table, because a signal handler may not follow pointers that change. */
 static output_file outputs[OUTPUT_MAX];
 static int count;
+static atomic_bool placing; /* by a thread in which signals wait; in another a handler does */
 
 /* ---- Leaving nothing behind ------------------------------------------------------------- */
 
@@ -41,6 +43,8 @@ static void output_unlink(output_file *output)
 
 void outputs_abandon(void)
 {
+    while (atomic_load(&placing))
+        sched_yield();
     for (int i = OUTPUT_MAX - 1; i >= 0; i--) /* files before their folder */
         output_unlink(&outputs[i]);
 }
@@ -294,6 +298,7 @@ bool outputs_commit(file_error *error)
     /* All renames, or none: signals wait. */
     sigset_t before;
     block_signals(&before);
+    atomic_store(&placing, true);
     for (int i = 0; i < count && ok; i++) {
         if (!atomic_load(&outputs[i].pending))
             continue;
@@ -308,6 +313,7 @@ bool outputs_commit(file_error *error)
             take_back(&outputs[i]);
         else if (outputs[i].folder) /* it stays */
             atomic_store(&outputs[i].pending, false);
+    atomic_store(&placing, false);
     outputs_discard();
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return ok;
