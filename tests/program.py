@@ -135,6 +135,11 @@ def test_forms():
     got = run("8")
     near(got, want, 1e-5, "f8")
     check(got.dtype == np.float64, "f8 out")
+    large = k.astype(np.float64)
+    large[0, 0, 1, 2] = np.inf
+    fine("run", "q8.npy", save("large.npy", large), "v8.npy", *EXACT)
+    large[0, 0, 3, 4] = -3.5e38
+    wrong(FILE, ["large.npy: k is", "finite elements that f4 cannot hold"], "run", "q8.npy", save("large.npy", large), "v8.npy")
     got = run("2")
     check(got.dtype == np.float16, "f2 out")
     near(got, attention(*(np.load(f"{n}2.npy") for n in "qkv"))[0], 4e-3, "f2")
@@ -873,6 +878,11 @@ def test_diff_masks():
     check(x["missing"] == x["extra"] == 0 and x["ok"] and x["l1"] > 0, "what is not 0 is kept, as by run --mask", x)
     x = fine("diff", *(save(f"{n}.npy", x[0].astype(np.uint8)) for n, x in zip("ab", (got, want))))
     check("missing" not in x and x["ok"], "three axes of uint8: numbers, not a mask", x)
+    save("a.npy", want)
+    for kind in np.int8, np.int64, np.float32:
+        for pair in ("a.npy", save("b.npy", got.astype(kind))), ("b.npy", "a.npy"):
+            wrong(FILE, ["b.npy", "a.npy is a mask"], "diff", *pair)
+            fine("diff", *pair, "--max-l1", 1)
 
 
 def pixels(name):
@@ -1170,6 +1180,7 @@ def test_bench_capture():
     wrong(FILE, ["x.safetensors", "'v'"], "bench", "--capture",
           save_safetensors("x.safetensors", q=tensors["q"], k=tensors["k"]))
     wrong(USAGE, "--capture has its own", "bench", "--capture", file, "--dim", 64)
+    wrong(USAGE, "--ignore-manifest is of --capture", "bench", "--ignore-manifest")
 
 
 def test_bench_busy():
@@ -1756,7 +1767,7 @@ def test_manifests():
         both(["manifest.json", "'files'"], text)
     both(None, {**good, "files": []}, ["d", "lists no files"])
     for files in [3], [None], [{}], [{"file": 3}], [{"file": ""}]:
-        both(None, {**good, "files": files}, ["d: its manifest lists ''"])
+        both(["d/manifest.json: lists ''"], {**good, "files": files})
     both(None, {**good, "files": [{"file": "nowhere"}]}, "d/nowhere")
     for key in "model", "sample", "text":
         for value in 3, [], True, {}:
@@ -1778,8 +1789,14 @@ def test_manifests():
         both([file, "'causal_at'"], {**good, "causal_at": value})
     for key in "weights_sha256", "gguf_sha256":
         both([file, f"'{key}'"], {**good, key: 3})
-    for name in "/etc/passwd", "..", "../d/layer03_0.safetensors", "a/../../b":
-        both(None, {**good, "files": [{"file": name}]}, ["d: its manifest lists", name])
+    for name in "/etc/passwd", "..", "../d/layer03_0.safetensors", "a/../../b", "./" + entry["file"], "a//b", "a/":
+        both(["d/manifest.json: lists", name], {**good, "files": [{"file": name}]})
+    both(["d/manifest.json: lists", entry["file"], "twice"], {**good, "files": [entry, {**entry, "layer": 5}]})
+    for value in 1e-60, 1e60:
+        both([file, "'scale'"], {**good, "scale": value})
+    os.remove("d/manifest.json")
+    os.symlink("nowhere", "d/manifest.json")
+    wrong(FILE, "d/manifest.json", "run", file)
     os.remove("d/manifest.json")
     os.mkdir("d/manifest.json")
     wrong(FILE, ["manifest.json", "directory"], "tune", file, "-o", "new.json", *TUNE)
@@ -2155,6 +2172,16 @@ def test_usage():
         wrong(USAGE, "is an input", "run", *qkv, "--lse-out", f"link{n}")
     save("m.npy", np.ones((B, HQ, 3, 6), np.uint8))
     wrong(USAGE, "is an input", "run", *qkv, "--mask", "m.npy", "--mask-out", "./m.npy")
+    folder_of("e", 1, [(3, 0)])
+    fine("tune", "e", "-o", "p.json", *TUNE)
+    given = "e/layer03_0.safetensors", "--params", "p.json"
+    os.symlink("e/manifest.json", "m.png")
+    for name in "p.json", "e/manifest.json":
+        for output in "-o", "--mask-out", "--lse-out":
+            keeps(name, USAGE, [name, "is an input"], "run", *given, output, name)
+        keeps(name, USAGE, [name, "is an input"], "map", *given, "-o", "new.png", "--map-out", name)
+    keeps("e/manifest.json", USAGE, "is an input", "map", given[0], "-o", "m.png")
+    keeps("e/manifest.json", USAGE, "is an input", "tune", "e", "-o", "e/manifest.json", *TUNE)
     wrong(FILE, "already", "run", *qkv, "-o", "same.npy", "--mask-out", "same.npy")
     os.mkdir("d")
     shutil.copy("q.npy", "d/o.npy")

@@ -133,6 +133,8 @@ static error_t finish(struct argp_state *state, bench_args *a)
     if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
         return options_wrong(state, "--capture has its own lengths, channels and heads; leave out --q-len, "
                              "--dim and --heads");
+    if (a->ignore_manifest && !a->capture)
+        return options_wrong(state, "--ignore-manifest is of --capture, which is not given");
     default_to(&a->mask, 1, (const double[]){a->capture ? BENCH_PREDICTED : BENCH_RANDOM});
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
         return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; add "

@@ -3,6 +3,7 @@
 
 #include <ctype.h>
 #include <dirent.h>
+#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 #include <openssl/evp.h>
@@ -52,36 +53,64 @@ exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *e
 
 /* ---- Manifests ---- */
 
-/* manifest.json in a folder; *out is NULL where there is none. */
-static exit_code read_manifest(const char *folder, json_t **out, file_error *error)
+static const char *name_of(const json_t *entry)
 {
-    char path[PATH_MAX];
+    const char *const name = json_string_value(json_object_get(entry, "file"));
+    return name ? name : "";
+}
+
+/* Is this below the folder that lists it, and spelled without detours? */
+static bool is_below(const char *name)
+{
+    bool ok = *name && *name != '/';
+    for (const char *part = name; part && ok; part = strchr(part, '/'), part += part != NULL) {
+        const size_t length = strcspn(part, "/");
+        ok = length > 2 || (length > 0 && strncmp(part, "..", length) != 0);
+    }
+    return ok;
+}
+
+/* Every entry names a file of the folder, each once; *wrong is the name of the first that does not. */
+static bool are_files(const json_t *files, const char **wrong)
+{
+    bool ok = true;
+    for (size_t n = 0; ok && n < json_array_size(files); n++) {
+        *wrong = name_of(json_array_get(files, n));
+        ok = is_below(*wrong);
+        for (size_t m = 0; ok && m < n; m++)
+            ok = strcmp(name_of(json_array_get(files, m)), *wrong) != 0;
+    }
+    return ok;
+}
+
+/* manifest.json in a folder, and its path; *out is NULL where there is none. */
+static exit_code read_manifest(const char *folder, char path[PATH_MAX], json_t **out, file_error *error)
+{
+    const char *name = NULL;
     size_t size;
     struct stat found;
     json_error_t why;
     *out = NULL;
-    if (snprintf(path, sizeof path, "%s/manifest.json", folder) >= (int)sizeof path || stat(path, &found) != 0)
+    if (snprintf(path, PATH_MAX, "%s/manifest.json", folder) >= PATH_MAX || lstat(path, &found) != 0)
         return EXIT_FINE;
     char *const text = input_text(path, &size, error);
     if (!text)
         return EXIT_FILE;
     *out = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
     free(text);
-    if (*out && json_is_object(*out) && json_is_array(json_object_get(*out, "files")))
+    const json_t *const files = json_object_get(*out, "files");
+    if (json_is_array(files) && are_files(files, &name))
         return EXIT_FINE;
-    if (*out)
+    if (name)
+        file_error_set(error, path, "lists '%.60s', which is no file in its folder, or there twice; mend it, or give "
+                       "--ignore-manifest", name);
+    else if (*out)
         file_error_set(error, path, "is no manifest: it must be an object with a list 'files'; mend it, or give --ignore-manifest");
     else
         file_error_set(error, path, "line %d: %s; mend it, or give --ignore-manifest", why.line, why.text);
     json_decref(*out);
     *out = NULL;
     return EXIT_FILE;
-}
-
-static const char *name_of(const json_t *entry)
-{
-    const char *const name = json_string_value(json_object_get(entry, "file"));
-    return name ? name : "";
 }
 
 static bool is_number(const json_t *x)
@@ -118,7 +147,7 @@ static const json_t *either(const json_t *entry, const json_t *manifest, const c
 
 static bool is_scale(const json_t *x)
 {
-    return json_is_number(x) && json_number_value(x) > 0.0 && isfinite(json_number_value(x));
+    return json_is_number(x) && json_number_value(x) >= (double)FLT_MIN && json_number_value(x) <= (double)FLT_MAX;
 }
 
 /* NN of the first 'layerNN' in the name of a file that nothing like a word precedes; -1: there is none. */
@@ -215,8 +244,8 @@ static capture *append(capture **list, int64_t *count, file_error *error)
 }
 
 /* A file of a folder, whose name begins after `above` characters of its path. */
-static exit_code add(const char *folder, size_t above, const char *name, json_t *manifest, const json_t *entry,
-                     capture **list, int64_t *count, file_error *error)
+static exit_code add(const char *folder, size_t above, const char *name, const char *from, json_t *manifest,
+                     const json_t *entry, capture **list, int64_t *count, file_error *error)
 {
     capture *const c = append(list, count, error);
     if (!c)
@@ -225,17 +254,10 @@ static exit_code add(const char *folder, size_t above, const char *name, json_t 
         file_error_set(error, name, "its path is too long");
         return EXIT_FILE;
     }
+    if (manifest)
+        snprintf(c->from, sizeof c->from, "%s", from);
     c->name = above;
     return describe(c, manifest, entry, error);
-}
-
-/* Is this below the folder that lists it? */
-static bool is_below(const char *name)
-{
-    bool ok = *name && *name != '/';
-    for (const char *part = name; part && ok; part = strchr(part, '/'), part += part != NULL)
-        ok = strncmp(part, "..", 2) != 0 || (part[2] && part[2] != '/');
-    return ok;
 }
 
 /* *manifests grows by one where the folder has a manifest. */
@@ -243,17 +265,13 @@ static exit_code find_listed(const char *folder, size_t above, int *manifests, c
                              file_error *error)
 {
     json_t *manifest;
-    exit_code code = read_manifest(folder, &manifest, error);
+    char path[PATH_MAX];
+    exit_code code = read_manifest(folder, path, &manifest, error);
     const json_t *const files = json_object_get(manifest, "files");
     *manifests += manifest != NULL;
     for (size_t n = 0; n < json_array_size(files) && !code; n++) {
         const json_t *const entry = json_array_get(files, n);
-        if (is_below(name_of(entry)))
-            code = add(folder, above, name_of(entry), manifest, entry, list, count, error);
-        else {
-            file_error_set(error, folder, "its manifest lists '%.60s', which is no file in it", name_of(entry));
-            code = EXIT_FILE;
-        }
+        code = add(folder, above, name_of(entry), path, manifest, entry, list, count, error);
     }
     json_decref(manifest);
     return code;
@@ -288,17 +306,17 @@ static exit_code find_folder(const char *path, capture **list, int64_t *count, f
 static exit_code find_file(const char *path, bool alone, capture **list, int64_t *count, file_error *error)
 {
     const char *const slash = strrchr(path, '/'), *const name = slash ? slash + 1 : path;
-    char folder[PATH_MAX] = ".";
+    char folder[PATH_MAX] = ".", from[PATH_MAX];
     if (slash)
         snprintf(folder, sizeof folder, "%.*s", (int)(slash > path ? slash - path : 1), path);
     json_t *manifest = NULL;
-    exit_code code = alone ? EXIT_FINE : read_manifest(folder, &manifest, error);
+    exit_code code = alone ? EXIT_FINE : read_manifest(folder, from, &manifest, error);
     const json_t *const files = json_object_get(manifest, "files"), *entry = NULL;
     for (size_t n = 0; n < json_array_size(files) && !entry; n++)
         if (strcmp(name_of(json_array_get(files, n)), name) == 0)
             entry = json_array_get(files, n);
     if (!code)
-        code = add("", (size_t)(name - path), path, manifest, entry, list, count, error);
+        code = add("", (size_t)(name - path), path, from, manifest, entry, list, count, error);
     json_decref(manifest);
     return code;
 }

@@ -23,6 +23,7 @@ typedef struct capture {
     bool aligned;        /* it does */
     double scale;        /* of the scores; 0: not said */
     json_t *manifest;    /* what the above points into */
+    char from[PATH_MAX]; /* its file; empty: there is none beside the capture */
 } capture;
 
 /* A file; or a folder: all the files of its manifest, or where it has none of those of the folders in it, by name.

@@ -87,13 +87,20 @@ static bool is_mask(const array *x) { return x->type == ARRAY_BOOL || (x->type =
 static exit_code diff_files(const diff_args *a, file_error *error)
 {
     array pair[2] = {{0}};
+    const bool bounded = !isnan(a->max_l1) || !isnan(a->max_worst);
     exit_code code = read_pair(a->file, pair, error);
+    const int masks = code ? 0 : is_mask(&pair[0]) + is_mask(&pair[1]);
+    if (masks == 1 && !bounded) {
+        const int other = is_mask(&pair[0]);
+        file_error_set(error, a->file[other], "is of %s and %.160s is a mask: without a bound they are not compared; save "
+                       "both as bool or uint8", array_type_string(pair[other].type), a->file[1 - other]);
+        code = EXIT_FILE;
+    }
     if (!code) {
         const comparison c = compare(&pair[0], &pair[1]);
-        const bool bounded = !isnan(a->max_l1) || !isnan(a->max_worst);
         bool ok = compare_within(&c, c.l1, a->max_l1) && compare_within(&c, c.worst_row_l1, a->max_worst);
         json_t *json = compare_json(&c, &pair[0]);
-        if (is_mask(&pair[0]) && is_mask(&pair[1])) {
+        if (masks == 2) {
             const mask_difference d = judge_masks(&pair[0], &pair[1]);
             ok = ok && (bounded || d.missing + d.extra == 0);
             json = json_joined(json, judge_json(&pair[0], &d));

@@ -1,7 +1,9 @@
 /* inputs.c: reads q, k, v and masks, and says what does not fit. */
 #include "tools/inputs.h"
 
+#include <float.h>
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -59,6 +61,16 @@ static exit_code unfit(const attention_args *args, const array *x, int n, int th
     return EXIT_FILE;
 }
 
+static bool fits_f32(const array *x)
+{
+    bool fits = true;
+    for (int64_t at = 0; x->type == ARRAY_F64 && at < array_count(x) && fits; at++) {
+        const double value = ((const double *)x->data)[at];
+        fits = !isfinite(value) || fabs(value) <= (double)FLT_MAX;
+    }
+    return fits;
+}
+
 static exit_code check(const attention_args *args, const array *x, int count, int64_t axis[3][4],
                        file_error *error)
 {
@@ -66,6 +78,8 @@ static exit_code check(const attention_args *args, const array *x, int count, in
     for (int n = 0; n < count; n++) {
         if (x[n].type > ARRAY_F64)
             return unfit(args, x, n, n, "it must be of floats; convert it to f4", error);
+        if (!fits_f32(&x[n]))
+            return unfit(args, x, n, n, "it has finite elements that f4 cannot hold; scale it", error);
         if (x[n].rank < 2 || x[n].rank > 4)
             return unfit(args, x, n, n, "it must be [N,D], [H,N,D] or [B,H,N,D]; reshape", error);
         axes_of(&x[n], args->nhd, axis[n]);

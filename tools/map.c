@@ -92,9 +92,9 @@ static exit_code check_args(const attention_args *a, file_error *error)
 static exit_code read_files(map *m, file_error *error)
 {
     const attention_args *const a = &m->args.attention;
-    exit_code code = inputs_spare(a->output, a->file, 3, error);
+    exit_code code = settle_spare(a, m->capture, a->output, error);
     if (!code)
-        code = inputs_spare(m->args.numbers, a->file, 3, error);
+        code = settle_spare(a, m->capture, m->args.numbers, error);
     if (!code && picture_format_of(a->output) == PICTURE_UNKNOWN) {
         file_error_set(error, a->output, "is of no kind that map draws; let the name end in .png, .svg or .pdf");
         code = EXIT_USAGE;

@@ -71,18 +71,24 @@ static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : 
 
 /* ---- The steps, in their order ---- */
 
+/* Refuses an output that would replace an input. */
+static exit_code spare(const run *r, const char *output, file_error *error)
+{
+    const exit_code code = inputs_spare(output, &r->args.mask, 1, error);
+    return code ? code : settle_spare(&r->args.attention, r->capture, output, error);
+}
+
 static exit_code read_files(run *r, file_error *error)
 {
     const attention_args *const a = &r->args.attention;
-    const char *const input[] = {a->file[0], a->file[1], a->file[2], r->args.mask};
     const char *const output[] = {a->output, r->args.mask_out, r->args.lse_out};
     exit_code code = EXIT_FINE;
     for (int n = 0; n < 3 && !code; n++)
-        code = inputs_spare(output[n], input, 4, error);
+        code = spare(r, output[n], error);
     for (int n = 0; n < STAGES && r->args.dump && !code; n++) {
         char path[PATH_MAX];
         dump_path(r->args.dump, n, path);
-        code = inputs_spare(path, input, 4, error);
+        code = spare(r, path, error);
     }
     if (!code)
         code = inputs_read(a, !r->args.mask_only, &r->in, error);

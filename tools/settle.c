@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "tools/inputs.h"
 #include "tools/params.h"
 
 /* The layer whose thresholds these heads have. */
@@ -68,6 +69,12 @@ void settled_free(settled *s)
 {
     free(s->per_head);
     s->per_head = NULL;
+}
+
+exit_code settle_spare(const attention_args *a, const capture *c, const char *output, file_error *error)
+{
+    const char *const input[] = {a->file[0], a->file[1], a->file[2], a->params, c->from};
+    return inputs_spare(output, input, sizeof input / sizeof *input, error);
 }
 
 json_t *settled_json(const settled *s)

@@ -342,8 +342,8 @@ static exit_code take_up(tune *t)
     const char *const path = t->args.attention.output;
     params before;
     for (int64_t n = 0; n < t->captures; n++) {
-        const char *const input = t->capture[n].path;
-        if (inputs_spare(path, &input, 1, t->error))
+        const char *const input[] = {t->capture[n].path, t->capture[n].from};
+        if (inputs_spare(path, input, 2, t->error))
             return EXIT_USAGE;
     }
     if (access(path, F_OK) != 0)
