@@ -198,6 +198,14 @@ bool array_to_f32(array *from, file_error *error)
     return true;
 }
 
+int64_t array_not_finite(const array *from)
+{
+    int64_t count = 0;
+    for (int64_t n = 0; n < array_count(from); n++)
+        count += !isfinite(((const float *)from->data)[n]);
+    return count;
+}
+
 bool array_fits_f16(const array *from)
 {
     const int64_t all = array_count(from), size = from->shape[from->rank - 2] * from->shape[from->rank - 1];

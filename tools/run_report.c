@@ -1,7 +1,9 @@
 /* run_report.c: what sparge run says: every option as it was resolved, what was counted, timed and measured. */
 #include "tools/run.h"
 
+#include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
 
 enum { SCHEMA = 1 }; /* of the keys in json.md; a new one where a key changes its meaning or goes */
 
@@ -128,9 +130,15 @@ void run_warn(const run *r)
         const reasons why = reasons_of(&r->dump.array[STAGE_WHY], &r->in.problem, &r->options);
         reasons_warn(&why, &r->options, r->args.attention.file[0]);
     }
-    if (!r->args.check || r->args.mask_only)
+    if (r->args.mask_only)
         return;
     const char *const what = r->rows ? capture_name(r->capture) : "o";
+    const int64_t not_finite = r->args.check ? 0 : array_not_finite(&r->dump.array[STAGE_O]);
+    if (not_finite)
+        fprintf(stderr, "sparge: %s has %" PRId64 " elements that are NaN or infinite; --check says whether dense attention "
+                "has them too\n", what, not_finite);
+    if (!r->args.check)
+        return;
     compare_warn(&r->real, what, "dense attention");
     if (r->masked.not_finite_apart)
         compare_warn(&r->masked, what, "attention over the mask");

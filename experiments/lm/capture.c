@@ -2,7 +2,6 @@
  * sparge run read (experiments/capture/README.md). */
 #include <errno.h>
 #include <inttypes.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -93,14 +92,6 @@ static bool copy_heads(const capturing *x, const sparge_in *from, int64_t heads,
     return true;
 }
 
-static int64_t count_not_finite(const array *x)
-{
-    int64_t count = 0;
-    for (int64_t n = 0; n < array_count(x); n++)
-        count += !isfinite(((const float *)x->data)[n]);
-    return count;
-}
-
 static exit_code save(const capturing *x, const char *name, const array qkv[3], file_error *error)
 {
     static const char *const names[] = {"q", "k", "v"};
@@ -148,7 +139,7 @@ static exit_code visit(void *user, int64_t layer, const sparge_problem *p, file_
     const bool small = ok && array_fits_f16(&qkv[0]) && array_fits_f16(&qkv[1]) && array_fits_f16(&qkv[2]);
     int64_t not_finite = 0;
     for (int n = 0; n < 3 && ok; n++) {
-        not_finite += count_not_finite(&qkv[n]);
+        not_finite += array_not_finite(&qkv[n]);
         ok = !small || array_to_f16(&qkv[n], error);
     }
     char name[32];
