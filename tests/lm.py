@@ -1386,6 +1386,12 @@ def test_memory():
         codes.append(code)
     check({FINE, MACHINE} <= set(codes), "little and enough", codes)
 
+    def small_for_threads():
+        resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))  # of a thread, too
+        tight(1 << 30)()
+    wrong(MACHINE, ["threads is 1000", "start"], "ppl", "small.gguf", "t.npy", "--length", 100, "--threads", 1000,
+          preexec_fn=small_for_threads)
+
     # JSON, of many numbers to be written, or of many rows to be read: all of it or a line.
     save("many.npy", np.zeros(200_000, np.int32))
     resumed = ["ppl", "small.gguf", "t.npy", "--attention", "f32", "--length", 100, "-o", "R.json"]

@@ -257,6 +257,17 @@ static exit_code check_names(const lm *m)
     return ok ? EXIT_FINE : EXIT_FILE;
 }
 
+/* Can as many threads start as are asked for? A product that they cannot start for ends the program. */
+static exit_code check_threads(const lm_args *a, file_error *error)
+{
+    const sparge_problem none = {.heads = 1, .kv_heads = 1, .dim = 1};
+    sparge_options on_cpu = sparge_options_default(SPARGE_RULES_DEFAULT);
+    on_cpu.backend = SPARGE_CPU;
+    on_cpu.threads = a->attention.options.threads;
+    sparge_error why;
+    return library_result(sparge_options_resolve(&none, &on_cpu, &why), &why, error);
+}
+
 exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args)
 {
     *m = (lm){.args = args, .error = input->error};
@@ -267,6 +278,8 @@ exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options
     if (!code && args->attention.options.threads > 0)
         omp_set_num_threads(args->attention.options.threads); /* of the products too */
 #endif
+    if (!code)
+        code = check_threads(args, m->error);
     if (!code)
         code = checkpoint_open(args->attention.file[0], &m->files, m->error);
     if (!code)
