@@ -263,6 +263,7 @@ static exit_code check_threads(const lm_args *a, file_error *error)
     const sparge_problem none = {.heads = 1, .kv_heads = 1, .dim = 1};
     sparge_options on_cpu = sparge_options_default(SPARGE_RULES_DEFAULT);
     on_cpu.backend = SPARGE_CPU;
+    on_cpu.isa = SPARGE_ISA_SCALAR;
     on_cpu.threads = a->attention.options.threads;
     sparge_error why;
     return library_result(sparge_options_resolve(&none, &on_cpu, &why), &why, error);
