@@ -346,7 +346,7 @@ typedef enum sparge_back_off {
 typedef struct sparge_tuned {
     bool done;          /* where it is set on entry the head is left alone */
     bool finite;        /* no: q, k, v or dense attention is not finite in some input, and nothing was tried */
-    int64_t not_finite;  /* elements of them that are not */
+    int64_t not_finite; /* elements of them that are not */
     bool dense;         /* theta -1, tau 1, lambda -inf: nothing sparser held, or nothing was tried */
     sparge_knobs knobs;
     sparge_back_off back_off;

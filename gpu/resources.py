@@ -19,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 GPU = Path(__file__).resolve().parent
+sys.path.insert(0, str(GPU.parent / "experiments"))
+from harness import write_csv  # noqa: E402
+
 TABLE = GPU / "resources.csv"
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-I."]  # as in CMakeLists.txt
 CHECKED = ["sm_80", "sm_90"]
@@ -138,10 +141,7 @@ def main():
             print(f"{arch}: nvcc {nvcc_version()} does not compile for it")
     rows, bad = look([arch for arch in wanted if arch in known], args.jobs)
     if args.write:
-        with open(TABLE, "w", newline="") as file:
-            out = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            out.writeheader()
-            out.writerows(rows)
+        write_csv(TABLE, rows, COLUMNS)
     if not args.check:
         for row in rows:
             print(f"{row['file']:9} {row['arch']:7} {row['registers']:4} registers {row['shared']:6} shared"

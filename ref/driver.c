@@ -173,7 +173,7 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
 }
 
 static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const sparge_mask *mask,
-                        const uint32_t *all)
+                                 const uint32_t *all)
 {
     const sparge_geometry *g = &w->g;
     const int64_t n = b * w->p->heads + h, lines = w->p->batch * w->p->heads * g->q_blocks;

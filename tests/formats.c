@@ -1786,7 +1786,8 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     const capture *const a = &list[1], *const b = &list[2];
     cr_expect_str_eq(a->model, "m");
     cr_expect_str_eq(a->sample, "t");
-    cr_expect(a->causal == 0 && a->layer == -1 && a->scale == 0.125 && !a->heads && strcmp(a->sha256, list[3].sha256) == 0);
+    cr_expect(a->causal == 0 && a->layer == -1 && a->scale == 0.125 && !a->heads);
+    cr_expect_str_eq(a->sha256, list[3].sha256);
     cr_expect_str_eq(b->path, in_folder("b.st"));
     cr_expect_str_eq(b->sha256, SHA_NONE);
     cr_expect(b->layer == INT32_MAX && capture_head(b, 0) == 8 && capture_head(b, 2) == INT32_MAX);

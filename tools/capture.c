@@ -105,7 +105,8 @@ static exit_code read_manifest(const char *folder, char path[PATH_MAX], json_t *
         file_error_set(error, path, "lists '%.60s', which is no file in its folder, or there twice; mend it, or give "
                        "--ignore-manifest", name);
     else if (*out)
-        file_error_set(error, path, "is no manifest: it must be an object with a list 'files'; mend it, or give --ignore-manifest");
+        file_error_set(error, path, "is no manifest: it must be an object with a list 'files'; mend it, or give "
+                       "--ignore-manifest");
     else
         file_error_set(error, path, "line %d: %s; mend it, or give --ignore-manifest", why.line, why.text);
     json_decref(*out);
@@ -130,19 +131,25 @@ static bool are_heads(const json_t *heads)
     return ok;
 }
 
-/* What is not said is NULL; false where it is no text. */
-static bool read_text(const json_t *from, const char *key, const char **to)
+/* NULL where it is not said. */
+static const json_t *said(const json_t *from, const char *key)
 {
     const json_t *const x = json_object_get(from, key);
-    *to = json_string_value(x);
-    return !x || json_is_null(x) || *to;
+    return json_is_null(x) ? NULL : x;
 }
 
 /* An entry's own word, or that of the whole manifest. */
 static const json_t *either(const json_t *entry, const json_t *manifest, const char *key)
 {
-    const json_t *const own = json_object_get(entry, key);
-    return own && !json_is_null(own) ? own : json_object_get(manifest, key);
+    const json_t *const own = said(entry, key);
+    return own ? own : said(manifest, key);
+}
+
+/* What is not said is NULL; false where it is no text. */
+static bool read_text(const json_t *from, const char *key, const char **to)
+{
+    *to = json_string_value(said(from, key));
+    return *to || !said(from, key);
 }
 
 static bool is_scale(const json_t *x)
@@ -171,8 +178,6 @@ static int alignment(const json_t *causal_at)
                                               : -1;
 }
 
-static bool says(const json_t *x) { return x && !json_is_null(x); }
-
 /* What the manifest's entry says, or NULL. */
 static exit_code describe(capture *c, json_t *manifest, const json_t *entry, file_error *error)
 {
@@ -197,11 +202,11 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
         wrong = "'sample' in its manifest is no text";
     else if (!read_text(manifest, "text", &text))
         wrong = "'text' in its manifest is no text";
-    else if (says(causal) && !json_is_boolean(causal))
+    else if (causal && !json_is_boolean(causal))
         wrong = "'causal' in its manifest is neither true nor false";
-    else if (says(at) && alignment(at) < 0)
+    else if (at && alignment(at) < 0)
         wrong = "'causal_at' in its manifest is neither end nor start";
-    else if (says(scale) && !is_scale(scale))
+    else if (scale && !is_scale(scale))
         wrong = "'scale' in its manifest is no number above 0";
     else if (layer && !is_number(layer))
         wrong = "'layer' in its manifest is no number";
@@ -215,8 +220,8 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     }
     c->sample = c->sample ? c->sample : text;
     c->weights = c->weights ? c->weights : gguf;
-    c->aligned = says(at);
-    if (says(causal))
+    c->aligned = at != NULL;
+    if (causal)
         c->causal = json_is_false(causal) ? SPARGE_CAUSAL_NONE : c->aligned ? alignment(at) : SPARGE_CAUSAL_END;
     c->scale = json_number_value(scale);
     if (layer) {
@@ -328,7 +333,8 @@ exit_code capture_find(const char *path, bool alone, capture **list, int64_t *co
         return find_file(path, alone, list, count, error);
     if (!alone)
         return find_folder(path, list, count, error);
-    file_error_set(error, path, "is a folder, of which its manifest says what is in it; give its files to --ignore-manifest");
+    file_error_set(error, path, "is a folder, of which its manifest says what is in it; give its files to "
+                   "--ignore-manifest");
     return EXIT_USAGE;
 }
 
@@ -351,15 +357,16 @@ exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_er
     *layer = asked >= 0 ? asked : c->layer;
     if (*layer == c->layer || c->layer < 0 || c->layer_named)
         return EXIT_FINE;
-    file_error_set(error, c->path, "is of layer %" PRId64 ", as its manifest says, not of %" PRId64 "; leave out --layer, or "
-                   "give --ignore-manifest", c->layer, asked);
+    file_error_set(error, c->path, "is of layer %" PRId64 ", as its manifest says, not of %" PRId64 "; leave out "
+                   "--layer, or give --ignore-manifest", c->layer, asked);
     return EXIT_FILE;
 }
 
 /* The same to what a float and a text of some digits can hold. */
 static bool near(double a, double b) { return fabs(a / b - 1.0) <= 1e-5; }
 
-exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given, sparge_options *o, file_error *error)
+exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given, sparge_options *o,
+                       file_error *error)
 {
     static const char *const ends[] = {"", "end", "start"};
     const double usual = 1.0 / sqrt((double)p->dim);
@@ -373,16 +380,16 @@ exit_code capture_obey(const capture *c, const sparge_problem *p, option_set giv
         file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu", p->heads,
                        json_array_size(c->heads));
     else if (c->causal >= 0 && causal != (c->causal != SPARGE_CAUSAL_NONE))
-        file_error_set(error, c->path, causal ? "is of a model that is not causal, as its manifest says; leave out --causal, "
-                                                "or give --ignore-manifest"
+        file_error_set(error, c->path, causal ? "is of a model that is not causal, as its manifest says; leave out "
+                                                "--causal, or give --ignore-manifest"
                                               : "is of a causal model, as its manifest says; give --causal, or "
                                                 "--ignore-manifest");
     else if (causal && c->aligned && p->q_len != p->k_len && (int)o->causal != c->causal)
         file_error_set(error, c->path, "is causal from the %s, as its manifest says; give --causal=%s, or "
                        "--ignore-manifest", ends[c->causal], ends[c->causal]);
     else if (c->scale != 0.0 && !near(c->scale, scale))
-        file_error_set(error, c->path, "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; give "
-                       "--scale %.9g, or --ignore-manifest", c->scale, scale, c->scale);
+        file_error_set(error, c->path, "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; "
+                       "give --scale %.9g, or --ignore-manifest", c->scale, scale, c->scale);
     else
         return EXIT_FINE;
     return EXIT_FILE;

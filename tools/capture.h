@@ -45,8 +45,10 @@ int64_t capture_head(const capture *c, int64_t h);
 exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_error *error);
 
 /* Attention as in the model: causality and scale become what the manifest says, where it says something and they are
- * not given; an error where they are given and are something else, or the file does not hold the heads of the manifest. */
-exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given, sparge_options *o, file_error *error);
+ * not given; an error where they are given and are something else, or the file does not hold the heads of the
+ * manifest. */
+exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given, sparge_options *o,
+                       file_error *error);
 
 /* What the manifest says of attention; null: there is none. */
 json_t *capture_json(const capture *c);

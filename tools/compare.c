@@ -124,8 +124,8 @@ void compare_warn(const comparison *c, const char *got, const char *want)
 {
     if (c->nan_got + c->nan_want + c->inf_got + c->inf_want == 0)
         return;
-    fprintf(stderr, "sparge: %s has %" PRId64 " NaN and %" PRId64 " infinite elements, %s %" PRId64 " and %" PRId64 ": ",
-            got, c->nan_got, c->inf_got, want, c->nan_want, c->inf_want);
+    fprintf(stderr, "sparge: %s has %" PRId64 " NaN and %" PRId64 " infinite elements, %s %" PRId64 " and %" PRId64
+            ": ", got, c->nan_got, c->inf_got, want, c->nan_want, c->inf_want);
     if (c->not_finite_apart)
         fprintf(stderr, "%" PRId64 " are apart, so there is no error to give\n", c->not_finite_apart);
     else

@@ -55,8 +55,8 @@ static exit_code bisect(finder *f, double wanted, file_error *error)
     if (code)
         return code;
     if (!(wanted >= below && wanted <= above)) {
-        file_error_set(error, NULL, "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a lower "
-                       "--theta or smaller blocks reach further down", wanted, below, above);
+        file_error_set(error, NULL, "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a "
+                       "lower --theta or smaller blocks reach further down", wanted, below, above);
         return EXIT_USAGE;
     }
     while (high - low > 1 && !code) {

@@ -233,7 +233,8 @@ exit_code diff_command(int argc, char **argv, file_error *error)
         return EXIT_USAGE;
     }
     if (folders < 2 && !isnan(a.tolerance)) {
-        file_error_set(error, NULL, "--tolerance is of two dumps: of two arrays --max-l1 and --max-worst are the bounds");
+        file_error_set(error, NULL, "--tolerance is of two dumps: of two arrays --max-l1 and --max-worst are the "
+                       "bounds");
         return EXIT_USAGE;
     }
     /* Where only one is a folder, reading it will say so. */

@@ -1,4 +1,4 @@
-/* options.c: command lines by argp, and the options that run and map share. */
+/* options.c: command lines by argp, and the options of attention that commands share. */
 #include "tools/options.h"
 
 #include <errno.h>
@@ -208,13 +208,14 @@ exit_code options_parse(const struct argp *argp, int argc, char **argv, options_
     return p.help ? EXIT_HELPED : failed ? EXIT_USAGE : EXIT_FINE;
 }
 
-/* ---- run and map -------------------------------------------------------------------------- */
+/* ---- Attention ---------------------------------------------------------------------------- */
 
 const struct argp_option attention_options[] = {
     {0, 0, 0, 0, "What is kept:", 1},
     {"theta", OPT_THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", OPT_TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", OPT_TOPK, "X", 0, "keep this share of the visible key blocks, instead of tau; with --tau too, what either keeps", 0},
+    {"topk", OPT_TOPK, "X", 0, "keep this share of the visible key blocks, instead of tau; with --tau too, what "
+     "either keeps", 0},
     {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
     {"rules", OPT_RULES, "WHOSE", 0, "default, paper or upstream", 0},
@@ -391,8 +392,8 @@ static const struct argp_option manifest_options[] = {
 const struct argp manifest_argp = {.options = manifest_options, .parser = manifest_parser};
 
 static const struct argp_option params_options[] = {
-    {"params", OPT_PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head, and the options that they were "
-     "tuned with", 1},
+    {"params", OPT_PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head, and the options that "
+     "they were tuned with", 1},
     {0},
 };
 static const struct argp_child params_children[] = {{&manifest_argp, 0, NULL, 0}, {0}};

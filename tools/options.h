@@ -44,7 +44,7 @@ int64_t options_skip_rows(const sparge_options *o);
 json_t *options_json(const sparge_options *o);
 json_t *knobs_json(const sparge_knobs *knobs);
 
-/* ---- For run and map -------------------------------------------------------------------- */
+/* ---- For commands that run attention ---------------------------------------------------- */
 
 /* The keys of attention_options. */
 enum {

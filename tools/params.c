@@ -274,6 +274,6 @@ json_t *params_header(const char *model, const char *weights, const sparge_optio
 
 json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs)
 {
-    return json_joined(json_pack("{s:I, s:I, s:b}", "layer", (json_int_t)layer, "head", (json_int_t)head, "dense", dense),
-                       knobs_json(knobs));
+    return json_joined(json_pack("{s:I, s:I, s:b}", "layer", (json_int_t)layer, "head", (json_int_t)head, "dense",
+                                 dense), knobs_json(knobs));
 }

@@ -35,8 +35,8 @@ exit_code params_find(const params *p, const char *name, int64_t layer, int64_t 
 /* Are these thresholds for a model of this name, or with these weights? NULL: unknown. name: of the file. */
 exit_code params_model(const params *p, const char *name, const char *model, const char *weights, file_error *error);
 
-/* Attention as these thresholds were tuned for: rules, blocks, skip-rows, causality, smoothing, sink and scale, where they
- * are not given; an error where they are given and are something else. */
+/* Attention as these thresholds were tuned for: rules, blocks, skip-rows, causality, smoothing, sink and scale, where
+ * they are not given; an error where they are given and are something else. */
 exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o, file_error *error);
 
 /* What a file says of itself before its heads, for these options; NULL: no memory. */

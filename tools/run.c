@@ -1,6 +1,7 @@
 /* run.c: sparge run: attention over files. */
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "tools/density.h"
 #include "tools/device.h"
@@ -49,7 +50,8 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     case CHECK: a->check = true; return 0;
     case ARGP_KEY_END:
         if (shared->files == 0 || (shared->files == 2 && !a->mask_only))
-            return options_wrong(state, "give the files of q, k and v, or one .safetensors of all, or a folder of those");
+            return options_wrong(state, "give the files of q, k and v, or one .safetensors of all, or a folder of "
+                                 "those");
         return options_refuse(state, shared->given, conflicts, sizeof conflicts / sizeof *conflicts);
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -62,8 +64,8 @@ static const struct argp run_argp = {
     .parser = run_parser,
     .args_doc = "Q.npy K.npy V.npy\nQKV.safetensors\nFOLDER",
     .doc = "Attention over files of float16, 32 or 64, with its counters as JSON on stdout.\v"
-           "Of a folder of captures, as sparge tune takes it, each file is run in turn, and whatever is read or written "
-           "beside them is a folder too, where it has the name of the capture.",
+           "Of a folder of captures, as sparge tune takes it, each file is run in turn, and whatever is read or "
+           "written beside them is a folder too, where it has the name of the capture.",
     .children = run_children,
 };
 
@@ -107,7 +109,8 @@ static exit_code hash_files(run *r, file_error *error)
     const attention_args *const a = &r->args.attention;
     const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], r->args.mask};
     exit_code code = EXIT_FINE;
-    for (int n = 0; n < RUN_INPUTS && !code; n++)
+    memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
+    for (int n = 1; n < RUN_INPUTS && !code; n++)
         code = input[n] ? capture_sha256(input[n], r->sha256[n], error) : EXIT_FINE;
     return code;
 }

@@ -21,8 +21,8 @@ static exit_code find_layer(const attention_args *a, const params *p, settled *s
     s->layer = p->heads > 0 ? p->head[0].layer : 0;
     if (!several)
         return EXIT_FINE;
-    file_error_set(error, c->path, "neither a manifest nor its name says of which layer it is, and %.100s has several; give "
-                   "--layer", a->params);
+    file_error_set(error, c->path, "neither a manifest nor its name says of which layer it is, and %.100s has several; "
+                   "give --layer", a->params);
     return EXIT_FILE;
 }
 

@@ -1,5 +1,5 @@
-/* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of --params, or else the
- * manifest beside the file; what contradicts one of them is an error. */
+/* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of --params, or else
+ * the manifest beside the file; what contradicts one of them is an error. */
 #ifndef SPARGE_TOOLS_SETTLE_H
 #define SPARGE_TOOLS_SETTLE_H
 

@@ -112,15 +112,17 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child tune_children[] = {{&shared, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}}; /* whose groups stay apart */
+/* Their groups stay apart. */
+static const struct argp_child tune_children[] = {{&shared, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}};
 static const struct argp tune_argp = {
     .options = tune_options,
     .parser = tune_parser,
     .args_doc = "CAPTURE...",
     .doc = "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below l1, then lambda "
            "below l2, on every capture; and what they cost on captures that they were not tuned on.\v"
-           "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json, or a folder of such "
-           "folders. Causality and scale are those of the manifests. The file that -o names grows head by head; after an interruption the same command goes on with it.",
+           "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json, or a folder of "
+           "such folders. Causality and scale are those of the manifests. The file that -o names grows head by head; "
+           "after an interruption the same command goes on with it.",
     .children = tune_children,
 };
 
@@ -223,8 +225,8 @@ static exit_code find_layers(tune *t)
         code = capture_layer(c, asked, &c->layer, t->error);
         c->layer_named &= asked < 0;
         if (!code && c->layer < 0 && t->captures > 1) {
-            file_error_set(t->error, c->path, "neither a manifest nor its name says of which layer it is; give --layer, if "
-                           "all such files are of one");
+            file_error_set(t->error, c->path, "neither a manifest nor its name says of which layer it is; give "
+                           "--layer, if all such files are of one");
             code = EXIT_FILE;
         }
         c->layer = c->layer < 0 ? 0 : c->layer;
@@ -240,8 +242,8 @@ static void say_layers(const tune *t)
         if (t->capture[n].layer_named && count++ == 0)
             first = &t->capture[n];
     if (first)
-        fprintf(stderr, "sparge: no manifest says the layer of %" PRId64 " of %" PRId64 " files, so their names do: %s is of "
-                "layer %" PRId64 "\n", count, t->captures, capture_name(first), first->layer);
+        fprintf(stderr, "sparge: no manifest says the layer of %" PRId64 " of %" PRId64 " files, so their names do: %s "
+                "is of layer %" PRId64 "\n", count, t->captures, capture_name(first), first->layer);
 }
 
 static exit_code group(tune *t)
@@ -271,8 +273,8 @@ static exit_code group(tune *t)
         to->held_out += n >= t->captures - t->held_out;
         const char *const model = c->model ? c->model : t->args.model;
         if (t->args.model && strcmp(model, t->args.model) != 0) {
-            file_error_set(t->error, c->path, "is of the model '%.60s', as its manifest says, not of '%.60s'; leave out "
-                           "--model, or give --ignore-manifest", model, t->args.model);
+            file_error_set(t->error, c->path, "is of the model '%.60s', as its manifest says, not of '%.60s'; leave "
+                           "out --model, or give --ignore-manifest", model, t->args.model);
             return EXIT_FILE;
         }
         if (n > 0 && ((model == NULL) != (t->model == NULL) || (model && strcmp(model, t->model) != 0))) {
@@ -586,9 +588,9 @@ static void warn_of_noise(const tune *t, const noise *found)
     const sparge_options *const o = &t->args.attention.options;
     if (found->heads)
         fprintf(stderr, "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, in %" PRId64
-                " of %zu heads: they stay dense; give a larger --l1, or --qk and --pv with less noise\n", t->args.how.l1,
-                options_precisions[o->qk], options_precisions[o->pv], found->least, found->most, found->heads,
-                json_array_size(json_object_get(t->header, "heads")));
+                " of %zu heads: they stay dense; give a larger --l1, or --qk and --pv with less noise\n",
+                t->args.how.l1, options_precisions[o->qk], options_precisions[o->pv], found->least, found->most,
+                found->heads, json_array_size(json_object_get(t->header, "heads")));
 }
 
 static exit_code report(const tune *t)

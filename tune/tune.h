@@ -62,7 +62,7 @@ typedef struct tune_input {
     sparge_geometry g;
     tune_array q, k, smooth, v; /* f32, packed; `smooth` is k less its mean; block_k rows of 0 after q */
     sparge_problem problem;     /* of q, k and v, for the backend */
-    int64_t not_finite;          /* elements of q, k, v; where these are finite, of `want` */
+    int64_t not_finite;         /* elements of q, k, v; where these are finite, of `want` */
     float *s, *sim_q, *sim_k; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair, visible or -inf */
     float *want;              /* [q_len][dim_v] dense attention in f32 */
     double want_sum;          /* sum|want| */

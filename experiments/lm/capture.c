@@ -38,7 +38,8 @@ static error_t capture_parser(int key, char *text, struct argp_state *state)
         if (!a->lm.attention.output)
             return options_wrong(state, "-o is missing: the folder to write into");
         if (a->lm.choices == 0 && a->lm.attention.given & option_bits(OPT_THETA, OPT_LAMBDA))
-            return options_wrong(state, "--theta, --tau, --topk and --lambda are for --attention sparse, which is not asked for");
+            return options_wrong(state, "--theta, --tau, --topk and --lambda are for --attention sparse, which is not "
+                                 "asked for");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -49,8 +50,9 @@ static const struct argp capture_argp = {
     .options = capture_options,
     .parser = capture_parser,
     .args_doc = "MODEL TEXT",
-    .doc = "Writes q, k and v of layers, after the rotation and before the scale, in float16 (float32 where that would lose "
-           "more than 11 bits do), and manifest.json, into the folder that -o names. The model runs with --attention (f32).",
+    .doc = "Writes q, k and v of layers, after the rotation and before the scale, in float16 (float32 where that would "
+           "lose more than 11 bits do), and manifest.json, into the folder that -o names. The model runs with "
+           "--attention (f32).",
     .children = children,
 };
 
@@ -185,10 +187,10 @@ static exit_code open_folder(capturing *x, int64_t tokens, file_error *error)
     x->files = json_array();
     x->manifest =
         json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:s, s:s, s:I, s:s, s:s, s:s, s:o, s:b, s:o}", "model",
-                  x->m->name, "weights_sha256", x->m->weights, "attention", x->m->choice[0].name, "n_layers", (json_int_t)h->layers, "n_heads",
-                  (json_int_t)h->heads, "n_kv_heads", (json_int_t)h->kv_heads, "head_dim", (json_int_t)h->head_dim,
-                  "sample", x->text->name, "text", x->text->name, "text_sha256", x->text->sha256, "tokens",
-                  (json_int_t)tokens, "layout", "BHND", "hook_point", "after RoPE, before the softmax scale",
+                  x->m->name, "weights_sha256", x->m->weights, "attention", x->m->choice[0].name, "n_layers",
+                  (json_int_t)h->layers, "n_heads", (json_int_t)h->heads, "n_kv_heads", (json_int_t)h->kv_heads,
+                  "head_dim", (json_int_t)h->head_dim, "sample", x->text->name, "text", x->text->name, "text_sha256",
+                  x->text->sha256, "tokens", (json_int_t)tokens, "layout", "BHND", "hook_point", "after RoPE, before the softmax scale",
                   "channel_order", "half-split: channel i is rotated with i + head_dim / 2, as in Hugging Face",
                   "rope_theta", json_float(h->rope_theta), "causal", true, "files", x->files);
     if (x->manifest)
@@ -226,8 +228,8 @@ exit_code capture_command(int argc, char **argv, file_error *error)
     }
     progress_end(&m.watch);
     if (!code && x.not_finite)
-        fprintf(stderr, "sparge-lm: %s: %" PRId64 " elements of what was written are not finite, as its manifest.json says "
-                "of each file; attention over them is not either\n", x.folder, x.not_finite);
+        fprintf(stderr, "sparge-lm: %s: %" PRId64 " elements of what was written are not finite, as its "
+                "manifest.json says of each file; attention over them is not either\n", x.folder, x.not_finite);
     if (!code)
         code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "folder", x.folder, "files",
                                     (json_int_t)json_array_size(x.files), "tokens", (json_int_t)tokens, "not_finite",

@@ -1,6 +1,6 @@
 /* checkpoint.h: the files of a model, in memory: its sizes, its tensors by name, its tokens. What is computed is of
- * the bytes that were read, whatever happens to the files meanwhile. Two kinds are read, a .gguf file (gguf.c), and a folder with config.json and .safetensors files (hf.c); above this header
- * they look the same. */
+ * the bytes that were read, whatever happens to the files meanwhile. Two kinds are read, a .gguf file (gguf.c), and a
+ * folder with config.json and .safetensors files (hf.c); above this header they look the same. */
 #ifndef SPARGE_LM_CHECKPOINT_H
 #define SPARGE_LM_CHECKPOINT_H
 

@@ -28,8 +28,8 @@ typedef struct measured {
     int threads;
 } measured;
 
-/* asked: by the command line, and what the model says. name, weights: of the model that thresholds must be for; weights:
- * their SHA-256. */
+/* asked: by the command line, and what the model says. name, weights: of the model that thresholds must be for, and the
+ * SHA-256 of its weights. */
 exit_code choice_open(const char *text, const attention_args *asked, const hyper *h, const char *name,
                       const char *weights, choice *out, file_error *error);
 void choice_free(choice *c);

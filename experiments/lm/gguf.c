@@ -10,7 +10,7 @@ enum { KEYS_MAX = 1 << 16, TENSORS_MAX = 1 << 16, NESTED_MAX = 16, SIDE_MAX = 1 
 
 /* Types of values, by their numbers in the file. */
 enum { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64, TYPES };
-static const size_t size_of[TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8}; /* of what has no fixed size, the least */
+static const size_t size_of[TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8}; /* or at least */
 
 /* ---- Bytes, one after the other: after the first that is missing all are 0 ---- */
 
@@ -202,8 +202,9 @@ static exit_code check_channels(const reader *r, const hyper *h)
         if (has(r, own(r, keys[n], key)) && !read_whole(r, key, &channels))
             return EXIT_FILE;
         if (channels != h->head_dim) {
-            input_fail(r->file, n ? "has values of %" PRId64 " channels and keys of %" PRId64 ", which is not known here"
-                                  : "turns %" PRId64 " of the %" PRId64 " channels of a head, which is not known here",
+            input_fail(r->file,
+                       n ? "has values of %" PRId64 " channels and keys of %" PRId64 ", which is not known here"
+                         : "turns %" PRId64 " of the %" PRId64 " channels of a head, which is not known here",
                        channels, h->head_dim);
             return EXIT_UNSUPPORTED;
         }
@@ -302,8 +303,8 @@ static exit_code read_type(const reader *r, uint64_t number, tensor *t)
         t->type = types[number].type;
         return EXIT_FINE;
     }
-    input_fail(r->file, "tensor '%.80s' is of ggml's type %" PRIu64 ", %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K are "
-               "known: convert it", t->name, number,
+    input_fail(r->file, "tensor '%.80s' is of ggml's type %" PRIu64 ", %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K "
+               "are known: convert it", t->name, number,
                listed && types[number].name ? types[number].name : "which has no name here");
     return EXIT_UNSUPPORTED;
 }
@@ -443,10 +444,11 @@ static exit_code check_kind(const reader *r, hyper *h)
     cursor at;
     const uint32_t split = find(r, "split.count", &at);
     if (split != TYPES && !(split != STRING && split != ARRAY && read_number(&at, split) <= 1.0))
-        input_fail(r->file, "is one of several files of a model ('split.count'); join them with llama-gguf-split --merge");
+        input_fail(r->file, "is one of several files of a model ('split.count'); join them with "
+                   "llama-gguf-split --merge");
     else if (type.length && !equals(type, "model"))
-        input_fail(r->file, "is of the type '%.*s' ('general.type'), and no model", (int)(type.length < 40 ? type.length : 40),
-                   type.text);
+        input_fail(r->file, "is of the type '%.*s' ('general.type'), and no model",
+                   (int)(type.length < 40 ? type.length : 40), type.text);
     else if (!h->interleaved && !h->biases)
         input_fail(r->file, "is of the architecture '%s'; llama and qwen2 are known", h->architecture);
     else if (check_own_keys(r))
@@ -486,8 +488,8 @@ static bool pass_keys(const reader *r, cursor *at, int64_t *alignment)
         skip(at, (uint32_t)number(at, 4), 0);
     }
     if (at->strange)
-        return input_fail(r->file, "key '%.*s' is of a type that is not known here", (int)(name.length < 80 ? name.length : 80),
-                          name.text);
+        return input_fail(r->file, "key '%.*s' is of a type that is not known here",
+                          (int)(name.length < 80 ? name.length : 80), name.text);
     if (at->ended)
         return input_fail(r->file, "ends within its keys; is it cut short?");
     *alignment = 32;

@@ -54,7 +54,8 @@ static exit_code read_object(checkpoint *c, const char *path, json_t **object, f
         *object = found;
         return EXIT_FINE;
     }
-    file_error_set(error, path, "line %d: %s", found ? 1 : why.line, found ? "a JSON object must begin here" : why.text);
+    file_error_set(error, path, "line %d: %s", found ? 1 : why.line,
+                   found ? "a JSON object must begin here" : why.text);
     json_decref(found);
     return EXIT_FILE;
 }
@@ -254,7 +255,8 @@ static exit_code add_tensor(checkpoint *c, const safetensors *s, const char *the
     if (strstr(theirs, ".rotary_emb.inv_freq")) /* which old files have; transformers has it from theta, too */
         return EXIT_FINE;
     if (!translate(theirs, ours)) {
-        input_fail(in, "has the tensor '%.80s', which no forward pass of a %s reads here", theirs, c->hyper.architecture);
+        input_fail(in, "has the tensor '%.80s', which no forward pass of a %s reads here", theirs,
+                   c->hyper.architecture);
         return EXIT_UNSUPPORTED;
     }
     if (!safetensors_find(s, theirs, &place))

@@ -92,7 +92,9 @@ static error_t check_kept(struct argp_state *state, const lm_args *a)
     const option_set mask = option_bits(OPT_THETA, OPT_TOPK), all = mask | option_bit(OPT_LAMBDA);
     option_set meant = a->choices ? 0 : all;
     for (int n = 0; n < a->choices; n++)
-        meant |= strcmp(a->choice[n], "sparse") == 0 ? all : ends_with(a->choice[n], ".npy") ? option_bit(OPT_LAMBDA) : 0;
+        meant |= strcmp(a->choice[n], "sparse") == 0   ? all
+                 : ends_with(a->choice[n], ".npy") ? option_bit(OPT_LAMBDA)
+                                                   : 0;
     if (!(a->attention.given & all & ~meant))
         return 0;
     return options_wrong(state, "%s for --attention sparse, which is not asked for",
@@ -355,9 +357,10 @@ exit_code lm_begin(lm *m, const char *command, json_t *extra)
 {
     exit_code code = lm_weights(m);
     json_t *const settings =
-        json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:s}, s:s, s:o}", "command", command, "version", SPARGE_VERSION, "model",
-                  "name", m->name, "file", basename(weights_of(m)->name), "bytes", (json_int_t)weights_of(m)->size,
-                  "sha256", m->weights, "matmul", matmul_by(), "options", describe_options(&m->args->attention.options));
+        json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:s}, s:s, s:o}", "command", command, "version", SPARGE_VERSION,
+                  "model", "name", m->name, "file", basename(weights_of(m)->name), "bytes",
+                  (json_int_t)weights_of(m)->size, "sha256", m->weights, "matmul", matmul_by(), "options",
+                  describe_options(&m->args->attention.options));
     if (extra && settings)
         json_object_update(settings, extra);
     json_decref(extra);
@@ -467,7 +470,7 @@ exit_code lm_finish(lm *m, json_t *summary)
     json_object_set_new(m->rows.all, "summary", summary);
     const size_t unknown = rows_unknown(rows_list(&m->rows));
     if (unknown)
-        fprintf(stderr, "sparge-lm: %s: %zu of %zu results are null, and so are summaries over them: the model is not finite "
-                "there\n", m->name, unknown, json_array_size(rows_list(&m->rows)));
+        fprintf(stderr, "sparge-lm: %s: %zu of %zu results are null, and so are summaries over them: the model is not "
+                "finite there\n", m->name, unknown, json_array_size(rows_list(&m->rows)));
     return print_json(json_incref(m->rows.all), m->error);
 }

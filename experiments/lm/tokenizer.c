@@ -178,8 +178,8 @@ exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error
     enum { KINDS = sizeof splitters / sizeof *splitters };
     *out = NULL;
     if (c->vocabulary.kind[0] && strcmp(c->vocabulary.kind, "gpt2") != 0) {
-        file_error_set(error, name, "its vocabulary is of the kind '%s'; a byte-level BPE, 'gpt2', is known; give a .npy "
-                       "of token numbers in place of text", c->vocabulary.kind);
+        file_error_set(error, name, "its vocabulary is of the kind '%s'; a byte-level BPE, 'gpt2', is known; give a "
+                       ".npy of token numbers in place of text", c->vocabulary.kind);
         return EXIT_UNSUPPORTED;
     }
     if (c->vocabulary.tokens == 0 || c->vocabulary.merges == 0) {
@@ -189,9 +189,10 @@ exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error
     while (kind < KINDS && strcmp(splitters[kind].name, splitter) != 0)
         kind++;
     if (kind == KINDS) {
-        file_error_set(error, name, "its tokenizer %s%s; smollm, gpt-2, llama-bpe and qwen2 are known; give a .npy of token "
-                       "numbers in place of text",
-                       *splitter ? "cuts text like " : "does not say how it cuts text ('tokenizer.ggml.pre')", splitter);
+        file_error_set(error, name, "its tokenizer %s%s; smollm, gpt-2, llama-bpe and qwen2 are known; give a .npy of "
+                       "token numbers in place of text",
+                       *splitter ? "cuts text like " : "does not say how it cuts text ('tokenizer.ggml.pre')",
+                       splitter);
         return EXIT_UNSUPPORTED;
     }
     tokenizer *const t = calloc(1, sizeof *t);
@@ -390,12 +391,14 @@ static exit_code cut(encoding *e, int level, size_t begin, size_t end)
         file_error_set(e->error, e->name, "no memory to cut it into words");
     while (begin < end && !code) {
         /* Looking ahead sees what this level was given, and no more. */
-        const int found = pcre2_match(e->t->cut[level], (PCRE2_SPTR)e->text, end, begin, PCRE2_NO_UTF_CHECK, match, NULL);
+        const int found = pcre2_match(e->t->cut[level], (PCRE2_SPTR)e->text, end, begin, PCRE2_NO_UTF_CHECK, match,
+                                      NULL);
         const size_t *const at = pcre2_get_ovector_pointer(match);
         const size_t from = found > 0 ? at[0] : end, to = found > 0 ? at[1] : end;
         if (found < 0 && found != PCRE2_ERROR_NOMATCH) {
             const bool memory = found == PCRE2_ERROR_NOMEMORY;
-            file_error_set(e->error, e->name, "byte %zu: %s", begin, memory ? "no memory to cut it" : "too long a word");
+            file_error_set(e->error, e->name, "byte %zu: %s", begin,
+                           memory ? "no memory to cut it" : "too long a word");
             code = memory ? EXIT_MACHINE : EXIT_FILE;
         }
         if (!code)
@@ -424,10 +427,12 @@ static exit_code check_utf8(const encoding *e, size_t length)
 
 enum { FREE = -1, TAKEN = -2 };
 
+static bool begins_character(char byte) { return ((uint8_t)byte & 0xc0) != 0x80; }
+
 /* Is the text [at, at + size) whole characters, which no token has? */
 static bool is_free(const encoding *e, const int32_t *owner, size_t at, size_t size, size_t length)
 {
-    bool open = ((uint8_t)e->text[at] & 0xc0) != 0x80 && (at + size == length || ((uint8_t)e->text[at + size] & 0xc0) != 0x80);
+    bool open = begins_character(e->text[at]) && (at + size == length || begins_character(e->text[at + size]));
     for (size_t n = 0; n < size && open; n++)
         open = owner[at + n] == FREE;
     return open;

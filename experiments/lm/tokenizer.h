@@ -12,8 +12,8 @@ exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error
 void tokenizer_close(tokenizer *t); /* NULL is fine */
 
 /* The tokens of a UTF-8 text, *token to be freed, without one that a model wants first. Tokens that users of a model
- * have added, like <think>, are taken whole; what would be a token that controls it, like <|endoftext|>, is text like all
- * text. The name is for the error. */
+ * have added, like <think>, are taken whole; what would be a token that controls it, like <|endoftext|>, is text like
+ * all text. The name is for the error. */
 exit_code tokenizer_encode(const tokenizer *t, const char *name, const char *text, size_t length, int32_t **token,
                            int64_t *tokens, file_error *error);
 
