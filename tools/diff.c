@@ -92,8 +92,8 @@ static exit_code diff_files(const diff_args *a, file_error *error)
     const int masks = code ? 0 : is_mask(&pair[0]) + is_mask(&pair[1]);
     if (masks == 1 && !bounded) {
         const int other = is_mask(&pair[0]);
-        file_error_set(error, a->file[other], "is of %s and %.160s is a mask: without a bound they are not compared; save "
-                       "both as bool or uint8", array_type_string(pair[other].type), a->file[1 - other]);
+        file_error_set(error, a->file[other], "is of %s and %.160s is a mask: without a bound they are not compared; "
+                       "save both as bool or uint8", array_type_string(pair[other].type), a->file[1 - other]);
         code = EXIT_FILE;
     }
     if (!code) {

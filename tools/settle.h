@@ -19,7 +19,8 @@ exit_code settle(const attention_args *args, const capture *c, const sparge_prob
                  settled *out, file_error *error);
 void settled_free(settled *s);
 
-/* Refuses an output that would replace a file of the capture's, of its manifest or of thresholds; NULL is not a file. */
+/* Refuses an output that would replace a file of the capture's, of its manifest or of thresholds; NULL is not a
+ * file. */
 exit_code settle_spare(const attention_args *args, const capture *c, const char *output, file_error *error);
 
 /* "manifest" and "params": what they said; null where there are none. NULL: no memory. */
