@@ -135,8 +135,8 @@ void run_warn(const run *r)
     const char *const what = r->rows ? capture_name(r->capture) : "o";
     const int64_t not_finite = r->args.check ? 0 : array_not_finite(&r->dump.array[STAGE_O]);
     if (not_finite)
-        fprintf(stderr, "sparge: %s has %" PRId64 " elements that are NaN or infinite; --check says whether dense attention "
-                "has them too\n", what, not_finite);
+        fprintf(stderr, "sparge: %s has %" PRId64 " elements that are NaN or infinite; --check says whether dense "
+                "attention has them too\n", what, not_finite);
     if (!r->args.check)
         return;
     compare_warn(&r->real, what, "dense attention");

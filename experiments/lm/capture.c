@@ -191,7 +191,8 @@ static exit_code open_folder(capturing *x, int64_t tokens, file_error *error)
                   (json_int_t)h->layers, "n_heads", (json_int_t)h->heads, "n_kv_heads", (json_int_t)h->kv_heads,
                   "head_dim", (json_int_t)h->head_dim, "sample", x->text->name, "text", x->text->name, "text_sha256",
                   x->text->sha256, "tokens", (json_int_t)tokens, "layout", "BHND", "hook_point",
-                  "after RoPE, before the softmax scale", "channel_order", "half-split: channel i is rotated with i + head_dim / 2, as in Hugging Face",
+                  "after RoPE, before the softmax scale", "channel_order",
+                  "half-split: channel i is rotated with i + head_dim / 2, as in Hugging Face",
                   "rope_theta", json_float(h->rope_theta), "causal", true, "files", x->files);
     if (x->manifest)
         return save_manifest(x, error);
