@@ -54,6 +54,10 @@ static exit_code bisect(finder *f, double wanted, file_error *error)
         code = density_at(f, high, &above, error);
     if (code)
         return code;
+    if (isnan(below)) {
+        file_error_set(error, NULL, "--density %g cannot be reached: no query sees a key", wanted);
+        return EXIT_USAGE;
+    }
     if (!(wanted >= below && wanted <= above)) {
         file_error_set(error, NULL, "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a "
                        "lower --theta or smaller blocks reach further down", wanted, below, above);
