@@ -67,7 +67,8 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
                              sparge_row &state, tiles<WIDTH> &t)
 {
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
-    const float unit = w.scale * SPARGE_LOG2E, local = sparge_row_local(most_of_row(t.p[r], seen), unit);
+    const float unit = w.scale * SPARGE_LOG2E;
+    const float local = sparge_row_local(seen ? most_of_row(t.p[r], seen) : -INFINITY, unit);
     const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
     if (r < BLOCK_Q) {
         const int used = skips ? 0 : seen;

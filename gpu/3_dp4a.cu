@@ -65,7 +65,7 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
                              sparge_row &state, tiles<WIDTH> &t)
 {
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
-    const float unit = score_unit(w, q, j), most = most_of_row(t.s[r], seen);
+    const float unit = score_unit(w, q, j), most = seen ? most_of_row(t.s[r], seen) : -INFINITY;
     const float local = sparge_row_local(most, unit);
     const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
     if (r < BLOCK_Q) {
