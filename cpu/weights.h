@@ -169,8 +169,8 @@ static void weigh_floats(const sparge_scores *x, const float *top, void *p, int6
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {
-        const float base = top[r] == -INFINITY ? 0.0f : top[r];
-        const weighing w = weigh_row(x, r, base, (float *)p + r * p_stride, weigh_some_floats);
+        float *const row = (float *)p + r * p_stride;
+        const weighing w = weigh_row(x, r, sparge_row_base(top[r]), row, weigh_some_floats);
         sum[r] = sum_of(w.total);
     }
 }
