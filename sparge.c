@@ -1,4 +1,5 @@
-/* sparge.c: the front door: checks every argument, fills in the defaults, hands over to a backend. */
+/* sparge.c: the front door: checks every argument, fills in the defaults, hands over to a backend.
+ */
 #include "sparge.h"
 
 #include <math.h>
@@ -24,34 +25,38 @@ static const sparge_trace no_trace;
 
 const char *sparge_status_string(sparge_status status)
 {
-    static const char *const name[] = { "ok", "bad argument", "sizes do not fit", "out of memory",
-                                        "not supported here", "device error", "cancelled" };
+    static const char *const name[] = {
+        "ok",           "bad argument", "sizes do not fit", "out of memory", "not supported here",
+        "device error", "cancelled"};
     return (unsigned)status < sizeof name / sizeof *name ? name[status] : "unknown status";
 }
 
 const char *sparge_backend_string(sparge_backend backend)
 {
-    static const char *const name[] = { "auto", "ref", "cpu", "cuda" };
+    static const char *const name[] = {"auto", "ref", "cpu", "cuda"};
     return (unsigned)backend < sizeof name / sizeof *name ? name[backend] : "unknown backend";
 }
 
 const char *sparge_isa_string(sparge_isa isa)
 {
-    static const char *const name[] = { "auto", "scalar", "avx2", "avxvnni", "avx512vnni" };
+    static const char *const name[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"};
     return (unsigned)isa < sizeof name / sizeof *name ? name[isa] : "unknown isa";
 }
 
 /* ---- What is here ---- */
 
-/* The stages of a backend on the host, which fail for want of memory or are cancelled (gpu/gpu.h has those of cuda):
- * arguments are checked and options resolved by then, no trace is NULL. */
+/* The stages of a backend on the host, which fail for want of memory or are cancelled (gpu/gpu.h
+ * has those of cuda): arguments are checked and options resolved by then, no trace is NULL. */
 static const struct stages {
-    sparge_status (*predict)(const sparge_problem *, const sparge_options *, sparge_mask *, const sparge_trace *);
-    sparge_status (*attend)(const sparge_problem *, const sparge_options *, const sparge_mask *, sparge_result *);
-    sparge_status (*attention)(const sparge_problem *, const sparge_options *, sparge_mask *, sparge_result *);
+    sparge_status (*predict)(const sparge_problem *, const sparge_options *, sparge_mask *,
+                             const sparge_trace *);
+    sparge_status (*attend)(const sparge_problem *, const sparge_options *, const sparge_mask *,
+                            sparge_result *);
+    sparge_status (*attention)(const sparge_problem *, const sparge_options *, sparge_mask *,
+                               sparge_result *);
 } stages[] = {
-    [SPARGE_REF] = { sparge_ref_predict, sparge_ref_attend, sparge_ref_attention },
-    [SPARGE_CPU] = { sparge_cpu_predict, sparge_cpu_attend, sparge_cpu_attention },
+    [SPARGE_REF] = {sparge_ref_predict, sparge_ref_attend, sparge_ref_attention},
+    [SPARGE_CPU] = {sparge_cpu_predict, sparge_cpu_attend, sparge_cpu_attention},
 };
 
 bool sparge_backend_built(sparge_backend backend)
@@ -89,7 +94,9 @@ static sparge_status succeed(sparge_error *error)
 /* Puts a failure in words where nobody has yet. */
 static sparge_status told(sparge_status status, sparge_error *error)
 {
-    return status && error && !error->text[0] ? fail(error, status, "%s", sparge_status_string(status)) : status;
+    return status && error && !error->text[0]
+               ? fail(error, status, "%s", sparge_status_string(status))
+               : status;
 }
 
 /* Can a * b * c * d things of this size be counted in bytes? */
@@ -106,11 +113,15 @@ static bool in_range(float x, float low, float high) { return x >= low && x <= h
 /* head: of per_head, or -1 for the knobs of all. */
 static sparge_status check_knobs(const sparge_knobs *k, int64_t head, sparge_error *error)
 {
-    const struct { const char *name; float value, low, high; bool may_be_off; } knob[] = {
-        { "theta", k->theta, -1.0f, 1.0f, false },
-        { "tau", k->tau, 0.0f, 1.0f, true },
-        { "topk", k->topk, 0.0f, 1.0f, true },
-        { "lambda", k->lambda, -INFINITY, 0.0f, false },
+    const struct {
+        const char *name;
+        float value, low, high;
+        bool may_be_off;
+    } knob[] = {
+        {"theta", k->theta, -1.0f, 1.0f, false},
+        {"tau", k->tau, 0.0f, 1.0f, true},
+        {"topk", k->topk, 0.0f, 1.0f, true},
+        {"lambda", k->lambda, -INFINITY, 0.0f, false},
     };
     char where[64] = "";
     if (head >= 0)
@@ -132,27 +143,35 @@ static sparge_status check_view(const char *name, const void *data, sparge_dtype
     if (!data && !empty)
         return fail(error, SPARGE_ERR_ARGUMENT, "%s.data is NULL", name);
     if ((unsigned)dtype > SPARGE_BF16)
-        return fail(error, SPARGE_ERR_ARGUMENT, "%s.dtype is %d, it must be one of sparge_dtype", name,
-                    (int)dtype);
+        return fail(error, SPARGE_ERR_ARGUMENT, "%s.dtype is %d, it must be one of sparge_dtype",
+                    name, (int)dtype);
     return SPARGE_OK;
 }
 
 static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge_error *error)
 {
-    const struct { const char *name; int64_t value, low, high; } size[] = {
-        { "batch", p->batch, 0, INT64_MAX },        { "heads", p->heads, 1, INT64_MAX },
-        { "kv_heads", p->kv_heads, 1, INT64_MAX },  { "q_len", p->q_len, 0, INT64_MAX / 4 },
-        { "k_len", p->k_len, 0, INT64_MAX / 4 },    { "dim", p->dim, 1, SPARGE_MAX_DIM },
-        { "dim_v", needs_v ? p->dim_v : 1, 1, INT64_MAX },
+    const struct {
+        const char *name;
+        int64_t value, low, high;
+    } size[] = {
+        {"batch", p->batch, 0, INT64_MAX},
+        {"heads", p->heads, 1, INT64_MAX},
+        {"kv_heads", p->kv_heads, 1, INT64_MAX},
+        {"q_len", p->q_len, 0, INT64_MAX / 4},
+        {"k_len", p->k_len, 0, INT64_MAX / 4},
+        {"dim", p->dim, 1, SPARGE_MAX_DIM},
+        {"dim_v", needs_v ? p->dim_v : 1, 1, INT64_MAX},
     };
     for (size_t n = 0; n < sizeof size / sizeof *size; n++)
         if (size[n].value < size[n].low || size[n].value > size[n].high)
             return fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be %s %lld", size[n].name,
-                        (long long)size[n].value, size[n].value < size[n].low ? "at least" : "at most",
+                        (long long)size[n].value,
+                        size[n].value < size[n].low ? "at least" : "at most",
                         (long long)(size[n].value < size[n].low ? size[n].low : size[n].high));
     if (p->heads % p->kv_heads != 0)
-        return fail(error, SPARGE_ERR_SHAPE, "heads is %lld, it must be a multiple of kv_heads, %lld",
-                    (long long)p->heads, (long long)p->kv_heads);
+        return fail(error, SPARGE_ERR_SHAPE,
+                    "heads is %lld, it must be a multiple of kv_heads, %lld", (long long)p->heads,
+                    (long long)p->kv_heads);
     const int64_t widest = needs_v && p->dim_v > p->dim ? p->dim_v : p->dim;
     /* What is allocated is for at least one batch and one block, even where there are no tokens. */
     const int64_t batch = sparge_max(1, p->batch);
@@ -160,8 +179,8 @@ static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge
         !fits(batch, p->kv_heads, sparge_max(MAX_BLOCK, p->k_len), widest, 8))
         return fail(error, SPARGE_ERR_SHAPE,
                     "batch %lld x heads %lld x tokens %lld and %lld x channels %lld overflows",
-                    (long long)p->batch, (long long)p->heads, (long long)p->q_len, (long long)p->k_len,
-                    (long long)widest);
+                    (long long)p->batch, (long long)p->heads, (long long)p->q_len,
+                    (long long)p->k_len, (long long)widest);
     sparge_status status =
         check_view("q", p->q.data, p->q.dtype, p->batch == 0 || p->q_len == 0, error);
     if (!status)
@@ -171,20 +190,24 @@ static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge
     return status;
 }
 
-static sparge_status check_options(const sparge_problem *p, const sparge_options *o, sparge_error *error)
+static sparge_status check_options(const sparge_problem *p, const sparge_options *o,
+                                   sparge_error *error)
 {
-    const struct { const char *name; int64_t value, low, high; } number[] = {
-        { "backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA },
-        { "isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI },
-        { "threads", o->threads, 0, SPARGE_MAX_THREADS },
-        { "block_q", o->block_q, 1, MAX_BLOCK },
-        { "block_k", o->block_k, 1, MAX_BLOCK },
-        { "skip_rows", o->skip_rows, 0, INT64_MAX },
-        { "causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START },
-        { "qk", (int64_t)o->qk, SPARGE_INT8, SPARGE_FLOAT },
-        { "pv", (int64_t)o->pv, SPARGE_INT8, SPARGE_FASTEST },
-        { "rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM },
-        { "rung", o->rung, 0, MAX_RUNG },
+    const struct {
+        const char *name;
+        int64_t value, low, high;
+    } number[] = {
+        {"backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA},
+        {"isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
+        {"threads", o->threads, 0, SPARGE_MAX_THREADS},
+        {"block_q", o->block_q, 1, MAX_BLOCK},
+        {"block_k", o->block_k, 1, MAX_BLOCK},
+        {"skip_rows", o->skip_rows, 0, INT64_MAX},
+        {"causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START},
+        {"qk", (int64_t)o->qk, SPARGE_INT8, SPARGE_FLOAT},
+        {"pv", (int64_t)o->pv, SPARGE_INT8, SPARGE_FASTEST},
+        {"rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM},
+        {"rung", o->rung, 0, MAX_RUNG},
     };
     for (size_t n = 0; n < sizeof number / sizeof *number; n++)
         if (number[n].value < number[n].low || number[n].value > number[n].high)
@@ -244,7 +267,8 @@ static sparge_status check_result(const sparge_problem *p, const sparge_result *
 {
     if (!result)
         return fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
-    return check_view("result.o", result->o.data, result->o.dtype, p->batch == 0 || p->q_len == 0, error);
+    return check_view("result.o", result->o.data, result->o.dtype, p->batch == 0 || p->q_len == 0,
+                      error);
 }
 
 /* ---- Options ---- */
@@ -252,10 +276,15 @@ static sparge_status check_result(const sparge_problem *p, const sparge_result *
 sparge_options sparge_options_default(sparge_rules rules)
 {
     return (sparge_options){
-        .block_q = 128, .block_k = 64, .smooth_k = true, .rules = rules,
-        .knobs = { .theta = 0.6f, .tau = 0.98f, .topk = SPARGE_OFF,
-                   /* upstream's pvthreshd of 50, in its log2 units */
-                   .lambda = rules == SPARGE_RULES_UPSTREAM ? -50.0f / SPARGE_LOG2E : -INFINITY },
+        .block_q = 128,
+        .block_k = 64,
+        .smooth_k = true,
+        .rules = rules,
+        .knobs = {.theta = 0.6f,
+                  .tau = 0.98f,
+                  .topk = SPARGE_OFF,
+                  /* upstream's pvthreshd of 50, in its log2 units */
+                  .lambda = rules == SPARGE_RULES_UPSTREAM ? -50.0f / SPARGE_LOG2E : -INFINITY},
     };
 }
 
@@ -269,7 +298,8 @@ static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
     for (*isa = SPARGE_ISA_SCALAR; *isa <= SPARGE_ISA_AVX512VNNI; ++*isa)
         if (strcmp(name, sparge_isa_string(*isa)) == 0)
             return SPARGE_OK;
-    return fail(error, SPARGE_ERR_ARGUMENT, "SPARGE_ISA is '%.40s', which is no instruction set", name);
+    return fail(error, SPARGE_ERR_ARGUMENT, "SPARGE_ISA is '%.40s', which is no instruction set",
+                name);
 }
 
 static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
@@ -288,26 +318,27 @@ static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
             if (sparge_cpu_has(isa))
                 snprintf(have + strlen(have), sizeof have - strlen(have), "%s%s", *have ? ", " : "",
                          sparge_isa_string(isa));
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "%s is %s, which this processor lacks: it has %s",
-                    named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa), have);
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "%s is %s, which this processor lacks: it has %s", named ? "isa" : "SPARGE_ISA",
+                    sparge_isa_string(o->isa), have);
     }
     if (o->threads == 0)
         o->threads = (int)sparge_min(SPARGE_MAX_THREADS, sparge_cpu_threads());
     if (!sparge_cpu_can_start(o->threads))
-        return fail(error, SPARGE_ERR_MEMORY, "threads is %d, more than the system lets this process start",
-                    o->threads);
+        return fail(error, SPARGE_ERR_MEMORY,
+                    "threads is %d, more than the system lets this process start", o->threads);
     return SPARGE_OK;
 }
 
-/* Fills in what 0 and FASTEST stand for, and names a backend that can do what is asked. AUTO is never cuda:
- * whether a pointer is the host's or the device's, CUDA alone could tell. */
+/* Fills in what 0 and FASTEST stand for, and names a backend that can do what is asked. AUTO is
+ * never cuda: whether a pointer is the host's or the device's, CUDA alone could tell. */
 static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
 {
     if (o->scale == 0.0f)
         o->scale = 1.0f / sqrtf((float)p->dim);
     if (o->skip_rows == 0)
         o->skip_rows = o->rules == SPARGE_RULES_DEFAULT ? 64
-                     : o->rules == SPARGE_RULES_PAPER   ? sparge_ceil_div(o->block_q, 4)
+                       : o->rules == SPARGE_RULES_PAPER ? sparge_ceil_div(o->block_q, 4)
                                                         : o->block_q;
     o->skip_rows = sparge_min(o->skip_rows, o->block_q);
     const bool wants_isa = o->isa != SPARGE_ISA_AUTO && o->isa != SPARGE_ISA_SCALAR;
@@ -315,13 +346,16 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
         return fail(error, SPARGE_ERR_ARGUMENT, "isa is %s, which the %s backend does not have",
                     sparge_isa_string(o->isa), sparge_backend_string(o->backend));
     if (o->rung && o->backend != SPARGE_CUDA)
-        return fail(error, SPARGE_ERR_ARGUMENT, "rung is %d, which is of the cuda backend: backend is %s",
-                    o->rung, sparge_backend_string(o->backend));
-    const bool on_cpu = o->rules == SPARGE_RULES_DEFAULT && o->pv != SPARGE_HALF && o->pv != SPARGE_FP8;
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "rung is %d, which is of the cuda backend: backend is %s", o->rung,
+                    sparge_backend_string(o->backend));
+    const bool on_cpu =
+        o->rules == SPARGE_RULES_DEFAULT && o->pv != SPARGE_HALF && o->pv != SPARGE_FP8;
     if (o->backend == SPARGE_AUTO)
         o->backend = wants_isa || on_cpu ? SPARGE_CPU : SPARGE_REF;
     if (!sparge_backend_built(o->backend))
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is %s, which this library was built without",
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "backend is %s, which this library was built without",
                     sparge_backend_string(o->backend));
     if (o->rules != SPARGE_RULES_DEFAULT && o->backend != SPARGE_REF)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
@@ -335,7 +369,8 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     return o->backend == SPARGE_CUDA ? told(sparge_cuda_resolve(p, o, error), error) : SPARGE_OK;
 }
 
-static sparge_status resolve_all(const sparge_problem *problem, sparge_options *options, sparge_error *error)
+static sparge_status resolve_all(const sparge_problem *problem, sparge_options *options,
+                                 sparge_error *error)
 {
     sparge_status status = check(problem, options, false, NULL, error);
     if (status)
@@ -358,7 +393,7 @@ static sparge_status shape_mask(sparge_mask *mask, const sparge_problem *p, cons
     if (!fits(p->batch, p->heads, g.q_blocks, words, sizeof *mask->bits))
         return fail(error, SPARGE_ERR_SHAPE, "mask of %lld x %lld blocks a head overflows",
                     (long long)g.q_blocks, (long long)g.k_blocks);
-    *mask = (sparge_mask){ NULL, p->batch, p->heads, g.q_blocks, g.k_blocks, words };
+    *mask = (sparge_mask){NULL, p->batch, p->heads, g.q_blocks, g.k_blocks, words};
     return SPARGE_OK;
 }
 
@@ -367,7 +402,7 @@ sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem
 {
     if (!mask)
         return fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
-    *mask = (sparge_mask){ 0 };
+    *mask = (sparge_mask){0};
     sparge_mask shape;
     sparge_status status = check(problem, options, false, NULL, error);
     if (!status)
@@ -386,7 +421,7 @@ void sparge_mask_free(sparge_mask *mask)
 {
     if (mask) {
         free(mask->bits);
-        *mask = (sparge_mask){ 0 };
+        *mask = (sparge_mask){0};
     }
 }
 
@@ -400,7 +435,8 @@ bool sparge_mask_get(const sparge_mask *mask, int64_t batch, int64_t head, int64
     return sparge_mask_row_get(mask_row(mask, batch, head, i), j);
 }
 
-void sparge_mask_set(sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j, bool keep)
+void sparge_mask_set(sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j,
+                     bool keep)
 {
     uint32_t *row = mask_row(mask, batch, head, i);
     if (keep)
@@ -428,7 +464,7 @@ double sparge_sparsity(const sparge_counts *c)
 
 static sparge_counts sum_of(const sparge_counts *head, int64_t n)
 {
-    sparge_counts sum = { 0 };
+    sparge_counts sum = {0};
     for (int64_t h = 0; h < n; h++) {
         sum.pairs += head[h].pairs;
         sum.qk_done += head[h].qk_done;
@@ -461,8 +497,9 @@ static sparge_status predict(const sparge_problem *problem, const sparge_options
 }
 
 /* On the host every head's counts are there, for their sum. */
-static sparge_status run_on_host(const sparge_problem *p, const sparge_options *o, sparge_mask *predicted,
-                                 const sparge_mask *mask, sparge_result *now)
+static sparge_status run_on_host(const sparge_problem *p, const sparge_options *o,
+                                 sparge_mask *predicted, const sparge_mask *mask,
+                                 sparge_result *now)
 {
     const int64_t heads = p->batch * p->heads;
     sparge_counts *own = NULL;
@@ -479,17 +516,25 @@ static sparge_status run_on_host(const sparge_problem *p, const sparge_options *
 }
 
 /* Stage 2 over `mask`, or both stages where there is one to predict. */
-static sparge_status run(const sparge_problem *problem, const sparge_options *options, sparge_mask *predicted,
-                         const sparge_mask *mask, sparge_result *result, sparge_error *error)
+static sparge_status run(const sparge_problem *problem, const sparge_options *options,
+                         sparge_mask *predicted, const sparge_mask *mask, sparge_result *result,
+                         sparge_error *error)
 {
     sparge_options o = *options;
     sparge_status status = resolve(problem, &o, error);
     if (status)
         return status;
     sparge_result now = {
-        .o = result->o, .lse = result->lse, .mask = result->mask, .head_counts = result->head_counts,
+        .o = result->o,
+        .lse = result->lse,
+        .mask = result->mask,
+        .head_counts = result->head_counts,
         .trace = result->trace ? result->trace : &no_trace,
-        .backend = o.backend, .isa = o.isa, .threads = o.threads, .rung = o.rung, .pv = o.pv,
+        .backend = o.backend,
+        .isa = o.isa,
+        .threads = o.threads,
+        .rung = o.rung,
+        .pv = o.pv,
     };
     if (o.backend != SPARGE_CUDA)
         status = run_on_host(problem, &o, predicted, mask, &now);
@@ -520,7 +565,7 @@ static sparge_status attention(const sparge_problem *problem, const sparge_optio
         status = check_result(problem, result, error);
     if (status)
         return status;
-    sparge_mask own = { 0 };
+    sparge_mask own = {0};
     if (!result->mask && options->backend == SPARGE_CUDA) /* its bits stand in the workspace */
         status = shape_mask(&own, problem, options, error);
     else if (!result->mask)
@@ -533,18 +578,22 @@ static sparge_status attention(const sparge_problem *problem, const sparge_optio
 
 /* ---- Tuning ---- */
 
-static sparge_status check_tuning(const sparge_tune_options *how, int64_t count, sparge_error *error)
+static sparge_status check_tuning(const sparge_tune_options *how, int64_t count,
+                                  sparge_error *error)
 {
     if (how->sparsity != 0.0 && !(how->sparsity > 0.0 && how->sparsity < 1.0))
-        return fail(error, SPARGE_ERR_ARGUMENT, "sparsity is %g, it must be in (0, 1), or 0", how->sparsity);
+        return fail(error, SPARGE_ERR_ARGUMENT, "sparsity is %g, it must be in (0, 1), or 0",
+                    how->sparsity);
     if (how->sparsity == 0.0 && !(how->l1 > 0.0 && how->l1 < how->l2 && how->l2 < (double)INFINITY))
-        return fail(error, SPARGE_ERR_ARGUMENT, "l1 is %g and l2 is %g, it must be that 0 < l1 < l2", how->l1,
-                    how->l2);
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "l1 is %g and l2 is %g, it must be that 0 < l1 < l2", how->l1, how->l2);
     if (how->held_out < 0 || how->held_out >= count)
-        return fail(error, SPARGE_ERR_ARGUMENT, "held_out is %lld of %lld inputs, it must leave one to tune on",
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "held_out is %lld of %lld inputs, it must leave one to tune on",
                     (long long)how->held_out, (long long)count);
     if (!(how->seconds >= 0.0))
-        return fail(error, SPARGE_ERR_ARGUMENT, "seconds is %g, it must be at least 0", how->seconds);
+        return fail(error, SPARGE_ERR_ARGUMENT, "seconds is %g, it must be at least 0",
+                    how->seconds);
     return SPARGE_OK;
 }
 
@@ -554,12 +603,14 @@ static sparge_status check_input(const sparge_problem *inputs, int64_t n, const 
 {
     const sparge_problem *p = &inputs[n], *first = &inputs[0];
     if (p->batch == 0 || p->q_len == 0 || p->k_len == 0)
-        return fail(error, SPARGE_ERR_SHAPE, "input %lld is empty: batch %lld, q_len %lld, k_len %lld",
-                    (long long)n, (long long)p->batch, (long long)p->q_len, (long long)p->k_len);
+        return fail(error, SPARGE_ERR_SHAPE,
+                    "input %lld is empty: batch %lld, q_len %lld, k_len %lld", (long long)n,
+                    (long long)p->batch, (long long)p->q_len, (long long)p->k_len);
     if (p->heads != first->heads || p->kv_heads != first->kv_heads || p->dim != first->dim ||
         p->dim_v != first->dim_v)
         return fail(error, SPARGE_ERR_SHAPE,
-                    "input %lld has %lld heads, %lld key heads and %lld and %lld channels, input 0 has %lld, "
+                    "input %lld has %lld heads, %lld key heads and %lld and %lld channels, input 0 "
+                    "has %lld, "
                     "%lld, %lld and %lld",
                     (long long)n, (long long)p->heads, (long long)p->kv_heads, (long long)p->dim,
                     (long long)p->dim_v, (long long)first->heads, (long long)first->kv_heads,
@@ -571,14 +622,19 @@ static sparge_status check_input(const sparge_problem *inputs, int64_t n, const 
     return SPARGE_OK;
 }
 
-static sparge_status tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
-                          const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error)
+static sparge_status tune(const sparge_problem *inputs, int64_t count,
+                          const sparge_options *options, const sparge_tune_options *how,
+                          sparge_tuned *heads, sparge_error *error)
 {
     if (!inputs || !options || !how || !heads)
         return fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL",
-                    !inputs ? "inputs" : !options ? "options" : !how ? "how" : "heads");
+                    !inputs    ? "inputs"
+                    : !options ? "options"
+                    : !how     ? "how"
+                               : "heads");
     if (count < 1)
-        return fail(error, SPARGE_ERR_ARGUMENT, "count is %lld, there must be an input", (long long)count);
+        return fail(error, SPARGE_ERR_ARGUMENT, "count is %lld, there must be an input",
+                    (long long)count);
     sparge_options o = *options;
     o.per_head = NULL;
     o.knobs = sparge_options_default(SPARGE_RULES_DEFAULT).knobs;
@@ -591,7 +647,8 @@ static sparge_status tune(const sparge_problem *inputs, int64_t count, const spa
     if (!status)
         status = check_tuning(how, count, error);
     if (!status && o.rules != SPARGE_RULES_DEFAULT)
-        status = fail(error, SPARGE_ERR_UNSUPPORTED, "rules are not the default ones, which alone are tuned");
+        status = fail(error, SPARGE_ERR_UNSUPPORTED,
+                      "rules are not the default ones, which alone are tuned");
     if (!status)
         status = resolve(&inputs[0], &o, error);
     if (!status)
@@ -601,12 +658,12 @@ static sparge_status tune(const sparge_problem *inputs, int64_t count, const spa
 
 /* ---- Devices ---- */
 
-sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge_options *options, bool lse,
-                                     int64_t *bytes, sparge_error *error)
+sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge_options *options,
+                                     bool lse, int64_t *bytes, sparge_error *error)
 {
     if (!bytes)
         return fail(error, SPARGE_ERR_ARGUMENT, "bytes is NULL");
-    sparge_problem sized = { 0 };
+    sparge_problem sized = {0};
     if (problem) { /* sizes alone: any pointer will do */
         sized = *problem;
         sized.q.data = sized.k.data = sized.v.data = &sized;
@@ -631,7 +688,8 @@ sparge_status sparge_device_alloc(int64_t bytes, void **data, sparge_error *erro
         return fail(error, SPARGE_ERR_ARGUMENT, "data is NULL");
     *data = NULL;
     if (bytes < 0)
-        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is %lld, it must be at least 0", (long long)bytes);
+        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is %lld, it must be at least 0",
+                    (long long)bytes);
     succeed(error);
     return told(sparge_cuda_alloc(bytes, data, error), error);
 }
@@ -645,7 +703,8 @@ void sparge_device_free(void *data)
 sparge_status sparge_device_copy(void *to, const void *from, int64_t bytes, sparge_error *error)
 {
     if (bytes < 0)
-        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is %lld, it must be at least 0", (long long)bytes);
+        return fail(error, SPARGE_ERR_ARGUMENT, "bytes is %lld, it must be at least 0",
+                    (long long)bytes);
     if (bytes > 0 && (!to || !from))
         return fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", to ? "from" : "to");
     succeed(error);
@@ -655,17 +714,19 @@ sparge_status sparge_device_copy(void *to, const void *from, int64_t bytes, spar
 /* ---- Ceilings ---- */
 
 /* The instruction set and the threads that a measurement runs with. */
-static sparge_status resolve_measurement(sparge_isa isa, int threads, sparge_options *o, sparge_error *error)
+static sparge_status resolve_measurement(sparge_isa isa, int threads, sparge_options *o,
+                                         sparge_error *error)
 {
     *o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o->isa = isa;
     o->threads = threads;
-    const sparge_problem nothing = { .heads = 1, .kv_heads = 1, .dim = 1, .dim_v = 1 };
+    const sparge_problem nothing = {.heads = 1, .kv_heads = 1, .dim = 1, .dim_v = 1};
     const sparge_status status = check(&nothing, o, false, NULL, error);
     return status ? status : resolve_cpu(o, error);
 }
 
-sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *peaks, sparge_error *error)
+sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *peaks,
+                                   sparge_error *error)
 {
     sparge_options o;
     if (!peaks)
@@ -676,7 +737,8 @@ sparge_status sparge_measure_peaks(sparge_isa isa, int threads, sparge_peaks *pe
     return status;
 }
 
-sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *bytes, sparge_error *error)
+sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *bytes,
+                                       sparge_error *error)
 {
     sparge_options o;
     if (!bytes)
@@ -688,8 +750,8 @@ sparge_status sparge_measure_bandwidth(sparge_isa isa, int threads, double *byte
 }
 
 static sparge_status oracle(const sparge_problem *problem, const sparge_options *options,
-                            const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
-                            double *block_mass, sparge_error *error)
+                            const sparge_mask *mask, sparge_oracle_mode mode, double *o,
+                            double *lse, double *block_mass, sparge_error *error)
 {
     if ((unsigned)mode > SPARGE_ORACLE_CODES)
         return fail(error, SPARGE_ERR_ARGUMENT, "mode is %d, it must be one of sparge_oracle_mode",
@@ -702,7 +764,8 @@ static sparge_status oracle(const sparge_problem *problem, const sparge_options 
 
 /* ---- The calls, in arithmetic of their own ---- */
 
-sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options, sparge_error *error)
+sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options,
+                                     sparge_error *error)
 {
     const fenv_t caller = sparge_arithmetic_begin();
     const sparge_status status = resolve_all(problem, options, error);
@@ -737,8 +800,9 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
     return status;
 }
 
-sparge_status sparge_tune(const sparge_problem *inputs, int64_t count, const sparge_options *options,
-                          const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error)
+sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
+                          const sparge_options *options, const sparge_tune_options *how,
+                          sparge_tuned *heads, sparge_error *error)
 {
     const fenv_t caller = sparge_arithmetic_begin();
     const sparge_status status = tune(inputs, count, options, how, heads, error);
@@ -747,8 +811,8 @@ sparge_status sparge_tune(const sparge_problem *inputs, int64_t count, const spa
 }
 
 sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
-                            const sparge_mask *mask, sparge_oracle_mode mode, double *o, double *lse,
-                            double *block_mass, sparge_error *error)
+                            const sparge_mask *mask, sparge_oracle_mode mode, double *o,
+                            double *lse, double *block_mass, sparge_error *error)
 {
     const fenv_t caller = sparge_arithmetic_begin();
     const sparge_status status = oracle(problem, options, mask, mode, o, lse, block_mass, error);

@@ -6,8 +6,8 @@
 
 /* Query t sees keys 0 .. min(k_len - 1, t + offset). */
 typedef struct sparge_geometry {
-    int64_t q_len, k_len;       /* tokens */
-    int64_t block_q, block_k;   /* tokens in a block; the last one may be short */
+    int64_t q_len, k_len;     /* tokens */
+    int64_t block_q, block_k; /* tokens in a block; the last one may be short */
     int64_t q_blocks, k_blocks;
     int64_t offset;
 } sparge_geometry;

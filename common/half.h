@@ -1,5 +1,5 @@
-/* half.h: IEEE binary16, bfloat16 and e4m3 as bit patterns; widening is exact, narrowing rounds to nearest
- * even, and a NaN stays a NaN. */
+/* half.h: IEEE binary16, bfloat16 and e4m3 as bit patterns; widening is exact, narrowing rounds to
+ * nearest even, and a NaN stays a NaN. */
 #ifndef SPARGE_COMMON_HALF_H
 #define SPARGE_COMMON_HALF_H
 
@@ -29,10 +29,7 @@ SPARGE_HD uint16_t sparge_f32_to_f16(float x)
     return (uint16_t)(sign | rest >> 13);
 }
 
-SPARGE_HD float sparge_bf16_to_f32(uint16_t h)
-{
-    return sparge_bits_float((uint32_t)h << 16);
-}
+SPARGE_HD float sparge_bf16_to_f32(uint16_t h) { return sparge_bits_float((uint32_t)h << 16); }
 
 SPARGE_HD uint16_t sparge_f32_to_bf16(float x)
 {
@@ -42,8 +39,8 @@ SPARGE_HD uint16_t sparge_f32_to_bf16(float x)
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-/* e4m3 (Micikevicius et al. 2022): 4 bits of exponent, 3 of fraction, no infinity: 0x7e is 448, and 0x7f
- * and 0xff are NaN. */
+/* e4m3 (Micikevicius et al. 2022): 4 bits of exponent, 3 of fraction, no infinity: 0x7e is 448, and
+ * 0x7f and 0xff are NaN. */
 SPARGE_HD float sparge_e4m3_to_f32(uint8_t code)
 {
     const uint32_t sign = (uint32_t)(code & 0x80u) << 24, rest = code & 0x7fu;
@@ -64,7 +61,8 @@ SPARGE_HD uint8_t sparge_f32_to_e4m3(float x)
     if (rest >= 0x43e00000u) /* 448 and more */
         return (uint8_t)(sign | 0x7eu);
     if (rest < 0x3c800000u) /* below 2^-6: 2^14 has the ulp 2^-9, so adding it rounds there */
-        return (uint8_t)(sign | (sparge_float_bits(sparge_bits_float(rest) + 0x1p14f) - 0x46800000u));
+        return (uint8_t)(sign |
+                         (sparge_float_bits(sparge_bits_float(rest) + 0x1p14f) - 0x46800000u));
     rest += 0x7ffffu + (rest >> 20 & 1u) - (120u << 23);
     return (uint8_t)(sign | rest >> 20);
 }

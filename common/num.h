@@ -18,7 +18,10 @@
 
 SPARGE_HD int64_t sparge_min(int64_t a, int64_t b) { return a < b ? a : b; }
 SPARGE_HD int64_t sparge_max(int64_t a, int64_t b) { return a > b ? a : b; }
-SPARGE_HD int64_t sparge_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); } /* a >= 0 */
+SPARGE_HD int64_t sparge_ceil_div(int64_t a, int64_t b)
+{
+    return a / b + (a % b != 0);
+} /* a >= 0 */
 
 SPARGE_HD uint32_t sparge_float_bits(float x)
 {
@@ -39,17 +42,14 @@ SPARGE_HD bool sparge_finite(float x)
     return (sparge_float_bits(x) & 0x7f800000u) != 0x7f800000u;
 }
 
-/* Half away from zero, as roundf, for |x| < 2^22. The addend is the float below 1/2: with 1/2 itself
- * 0.49999997 would round up. */
-SPARGE_HD int32_t sparge_round(float x)
-{
-    return (int32_t)(x + copysignf(0.49999997f, x));
-}
+/* Half away from zero, as roundf, for |x| < 2^22. The addend is the float below 1/2: with 1/2
+ * itself 0.49999997 would round up. */
+SPARGE_HD int32_t sparge_round(float x) { return (int32_t)(x + copysignf(0.49999997f, x)); }
 
 /* 2^x for x <= 0, within 1 ulp and never above 1: 1 at 0, 0 below -126 and at -inf, NaN for NaN.
- * 2^n by the exponent field, 2^f for f in [-1/2, 1/2] by a minimax polynomial of relative error 2e-9
- * whose constant term is held at 1. Adding 1.5 * 2^23 rounds x to its nearest integer, which then
- * stands in the low bits. No branch, so that a loop of it becomes vectors. */
+ * 2^n by the exponent field, 2^f for f in [-1/2, 1/2] by a minimax polynomial of relative error
+ * 2e-9 whose constant term is held at 1. Adding 1.5 * 2^23 rounds x to its nearest integer, which
+ * then stands in the low bits. No branch, so that a loop of it becomes vectors. */
 SPARGE_HD float sparge_exp2(float x)
 {
     const float inside = x < -126.0f ? -126.0f : x;
@@ -66,8 +66,8 @@ SPARGE_HD float sparge_exp2(float x)
     return x < -126.0f ? 0.0f : p;
 }
 
-/* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials fold 8 + 8,
- * 4 + 4, 2 + 2, 1 + 1. */
+/* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials fold 8
+ * + 8, 4 + 4, 2 + 2, 1 + 1. */
 SPARGE_HD float sparge_sum_of(float partial[16])
 {
     for (int half = 8; half > 0; half /= 2)
@@ -78,7 +78,7 @@ SPARGE_HD float sparge_sum_of(float partial[16])
 
 SPARGE_HD float sparge_dot(const float *a, const float *b, int64_t n)
 {
-    float partial[16] = { 0 };
+    float partial[16] = {0};
     int64_t c = 0;
     for (; c + 16 <= n; c += 16)
         for (int lane = 0; lane < 16; lane++)

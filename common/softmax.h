@@ -5,9 +5,9 @@
 
 #include "common/num.h"
 
-/* A row that has seen no key has the maximum -inf and the sum 0. One that has seen scores of -inf alone has
- * no weights either, but is not empty: its sum is NaN until a finite score comes. A maximum of +inf or NaN
- * stays, and the sum beside it is NaN: o and lse of such a row are NaN. */
+/* A row that has seen no key has the maximum -inf and the sum 0. One that has seen scores of -inf
+ * alone has no weights either, but is not empty: its sum is NaN until a finite score comes. A
+ * maximum of +inf or NaN stays, and the sum beside it is NaN: o and lse of such a row are NaN. */
 typedef struct sparge_row {
     float max; /* m: the largest score so far */
     float sum; /* l: the sum of exp2(score - m) so far */
@@ -21,15 +21,17 @@ SPARGE_HD sparge_row sparge_row_empty(void)
     return row;
 }
 
-/* A row's largest score in a block, m_local, from the largest visible s: one rounding, as every score has, so
- * that no score is above it. A score of 0 has no sign. NaN where some s is a NaN or the unit is not finite. */
+/* A row's largest score in a block, m_local, from the largest visible s: one rounding, as every
+ * score has, so that no score is above it. A score of 0 has no sign. NaN where some s is a NaN or
+ * the unit is not finite. */
 SPARGE_HD float sparge_row_local(float most, float unit)
 {
     return sparge_finite(unit) ? unit * most + 0.0f : NAN;
 }
 
-/* How near a block's largest score comes to the row's maximum, for the lambda test: -inf (no vote) where the
- * row sees no key of the block, +inf from a row that has no maximum yet or meets a NaN. */
+/* How near a block's largest score comes to the row's maximum, for the lambda test: -inf (no vote)
+ * where the row sees no key of the block, +inf from a row that has no maximum yet or meets a NaN.
+ */
 SPARGE_HD float sparge_row_gap(const sparge_row *row, float local, bool sees)
 {
     const float gap = local - row->max;
@@ -44,8 +46,8 @@ SPARGE_HD bool sparge_group_skips(float gap, float lambda)
     return gap > -INFINITY && gap <= lambda * SPARGE_LOG2E;
 }
 
-/* Raises the maximum to at least `local`, the largest score of a block that the row sees, and returns the
- * factor by which everything that was accumulated under the old one shrinks. */
+/* Raises the maximum to at least `local`, the largest score of a block that the row sees, and
+ * returns the factor by which everything that was accumulated under the old one shrinks. */
 SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
 {
     const float old = row->max;
@@ -59,11 +61,12 @@ SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
     return shrink;
 }
 
-/* What is subtracted from scores under this maximum: 0 where there is none, so that -inf stays -inf. */
+/* What is subtracted from scores under this maximum: 0 where there is none, so that -inf stays
+ * -inf. */
 SPARGE_HD float sparge_row_base(float max) { return max == -INFINITY ? 0.0f : max; }
 
-/* exp2(unit * score - max), the weight of a score under the row's maximum: exactly 1 at the maximum, since
- * both are rounded alike, and 0 of a score of -inf. */
+/* exp2(unit * score - max), the weight of a score under the row's maximum: exactly 1 at the
+ * maximum, since both are rounded alike, and 0 of a score of -inf. */
 SPARGE_HD float sparge_weight(float score, float unit, float max)
 {
     return sparge_exp2(unit * score - sparge_row_base(max));
@@ -81,8 +84,8 @@ SPARGE_HD int32_t sparge_weight_code(float score, float most, float unit, int le
     return sparge_code(sparge_exp2(unit * (score - most)), levels);
 }
 
-/* What a code of that tile weighs under the row's maximum: exp2(local - max) / levels, and 0 where all
- * scores of the tile are -inf. */
+/* What a code of that tile weighs under the row's maximum: exp2(local - max) / levels, and 0 where
+ * all scores of the tile are -inf. */
 SPARGE_HD float sparge_code_weight(float local, float max, int levels)
 {
     return sparge_exp2(local == -INFINITY ? local : local - max) / (float)levels;

@@ -1,9 +1,10 @@
 /* avx2.c: AVX2, FMA and F16C (Haswell, Zen): vectors of 8 lanes, 16 registers.
  *
- * There is no dot product of signed bytes. vpmaddubsw adds two products of an unsigned and a signed byte in
- * 16 bits with saturation: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. So P, whose codes are 0 .. 127,
- * goes through it, and Q and K are widened to 16 bits when they are packed. There vpmaddwd is limited by
- * the two ports that multiply; Winograd's product trades half of the multiplications for additions. */
+ * There is no dot product of signed bytes. vpmaddubsw adds two products of an unsigned and a signed
+ * byte in 16 bits with saturation: 2 * 255 * 127 does not fit, 2 * 127 * 127 does. So P, whose
+ * codes are 0 .. 127, goes through it, and Q and K are widened to 16 bits when they are packed.
+ * There vpmaddwd is limited by the two ports that multiply; Winograd's product trades half of the
+ * multiplications for additions. */
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -34,20 +35,24 @@ INLINE ints i_dot_bytes(ints c, ints a, ints b)
 
 #include "cpu/products.h"
 
-INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
+                       ints c[HEIGHT][WIDTH])
 {
     const int64_t half = x->depth / 2;
     const int16_t *a = a_of(x, at.row, sizeof *a), *b = b_of(x, at, sizeof *b);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            c[r][n] = i_add(i_all(x->a_start[at.row + r]), i_load(x->b_start + (at.column + n) * LANES));
+            c[r][n] =
+                i_add(i_all(x->a_start[at.row + r]), i_load(x->b_start + (at.column + n) * LANES));
     for (int64_t e = 0; e < half; e += 2, b += 4 * SPARGE_PANEL) {
         const ints first[WIDTH] = {i_load(b), i_load(b + 16)},
                    second[WIDTH] = {i_load(b + 32), i_load(b + 48)};
         for (int r = 0; r < rows; r++) {
-            const ints a1 = i_lane(a + r * x->a_stride + e), a2 = i_lane(a + r * x->a_stride + half + e);
+            const ints a1 = i_lane(a + r * x->a_stride + e),
+                       a2 = i_lane(a + r * x->a_stride + half + e);
             for (int n = 0; n < vectors; n++) {
-                const ints sum1 = _mm256_add_epi16(a1, second[n]), sum2 = _mm256_add_epi16(a2, first[n]);
+                const ints sum1 = _mm256_add_epi16(a1, second[n]),
+                           sum2 = _mm256_add_epi16(a2, first[n]);
                 c[r][n] = i_add(c[r][n], _mm256_madd_epi16(sum1, sum2));
             }
         }
@@ -59,13 +64,22 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, 
 INLINE floats f_add(floats a, floats b) { return _mm256_add_ps(a, b); }
 INLINE floats f_sub(floats a, floats b) { return _mm256_sub_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm256_max_ps(a, b); }
-INLINE floats f_nan(floats x, floats y) { return _mm256_or_ps(x, _mm256_cmp_ps(y, y, _CMP_UNORD_Q)); }
-INLINE bool f_any_nan(floats x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0; }
+INLINE floats f_nan(floats x, floats y)
+{
+    return _mm256_or_ps(x, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+}
+INLINE bool f_any_nan(floats x)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0;
+}
 INLINE ints i_zero(void) { return _mm256_setzero_si256(); }
 INLINE ints i_of(floats x) { return _mm256_cvttps_epi32(x); }
 
 INLINE ints i_power(floats x) { return _mm256_slli_epi32(_mm256_castps_si256(x), 23); }
-INLINE floats f_scale(floats p, ints n) { return _mm256_castsi256_ps(i_add(_mm256_castps_si256(p), n)); }
+INLINE floats f_scale(floats p, ints n)
+{
+    return _mm256_castsi256_ps(i_add(_mm256_castps_si256(p), n));
+}
 
 INLINE floats f_flush(floats x, floats p)
 {
@@ -94,7 +108,8 @@ INLINE int32_t i_sum(ints x)
     return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 
-/* Packing works within halves of a register: 32 keys come out as 0-3, 8-11, 16-19, 24-27, then 4-7, ... */
+/* Packing works within halves of a register: 32 keys come out as 0-3, 8-11, 16-19, 24-27, then 4-7,
+ * ... */
 INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
 {
     const ints in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

@@ -1,5 +1,5 @@
-/* avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4): vectors of 16 lanes, 32 registers; a vector is a whole
- * panel. */
+/* avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4): vectors of 16 lanes, 32 registers; a vector is
+ * a whole panel. */
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -10,7 +10,8 @@
 enum { LANES = 16, WIDTH = 4, HEIGHT = 6, HEIGHT_FLOATS = 6 };
 
 typedef __m512 floats;
-typedef int32_t ints __attribute__((vector_size(64), may_alias)); /* lanes, where __m512i is quadwords */
+typedef int32_t ints
+    __attribute__((vector_size(64), may_alias)); /* lanes, where __m512i is quadwords */
 
 INLINE floats f_load(const float *x) { return _mm512_loadu_ps(x); }
 INLINE void f_store(float *to, floats x) { _mm512_storeu_ps(to, x); }

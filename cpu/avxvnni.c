@@ -1,6 +1,6 @@
-/* avxvnni.c: AVX-VNNI (Alder Lake, Zen 5): the dot products of AVX-512 VNNI on vectors of 8 lanes. vpdpbusd
- * adds four products of an unsigned and a signed byte to a lane, vpdpwssd two of signed words, both
- * exactly. What is no product of integers is avx2.c's. */
+/* avxvnni.c: AVX-VNNI (Alder Lake, Zen 5): the dot products of AVX-512 VNNI on vectors of 8 lanes.
+ * vpdpbusd adds four products of an unsigned and a signed byte to a lane, vpdpwssd two of signed
+ * words, both exactly. What is no product of integers is avx2.c's. */
 #include <immintrin.h>
 
 #include "cpu/kernels.h"
@@ -10,7 +10,8 @@
 enum { LANES = 8, WIDTH = 2, HEIGHT = 6, HEIGHT_FLOATS = 6 };
 
 typedef __m256 floats;
-typedef int32_t ints __attribute__((vector_size(32), may_alias)); /* lanes, where __m256i is quadwords */
+typedef int32_t ints
+    __attribute__((vector_size(32), may_alias)); /* lanes, where __m256i is quadwords */
 
 INLINE floats f_load(const float *x) { return _mm256_loadu_ps(x); }
 INLINE void f_store(float *to, floats x) { _mm256_storeu_ps(to, x); }

@@ -1,5 +1,5 @@
-/* cpu.h: the cpu backend: what sparge.c calls. Arguments are checked and options resolved by then: rules
- * are the default ones, isa is one that this processor has, threads is at least 1. */
+/* cpu.h: the cpu backend: what sparge.c calls. Arguments are checked and options resolved by then:
+ * rules are the default ones, isa is one that this processor has, threads is at least 1. */
 #ifndef SPARGE_CPU_CPU_H
 #define SPARGE_CPU_CPU_H
 
@@ -9,17 +9,17 @@ bool sparge_cpu_has(sparge_isa isa);
 sparge_isa sparge_cpu_best(void);
 int sparge_cpu_threads(void); /* as many as OpenMP would take; 1 without it */
 
-/* Can so many work side by side? OpenMP would end the process where it cannot start one. Asked of the system when
- * the calling thread has never had so many. */
+/* Can so many work side by side? OpenMP would end the process where it cannot start one. Asked of
+ * the system when the calling thread has never had so many. */
 bool sparge_cpu_can_start(int threads);
 
 /* Stage 1, stage 2, or both in one pass over q, k and v. trace may not be NULL, its arrays may. */
-sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                 const sparge_trace *trace);
-sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o, const sparge_mask *mask,
-                                sparge_result *result);
-sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                   sparge_result *result);
+sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o,
+                                 sparge_mask *mask, const sparge_trace *trace);
+sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o,
+                                const sparge_mask *mask, sparge_result *result);
+sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o,
+                                   sparge_mask *mask, sparge_result *result);
 
 sparge_peaks sparge_cpu_peaks(sparge_isa isa, int threads);
 sparge_status sparge_cpu_bandwidth(sparge_isa isa, int threads, double *bytes);

@@ -1,4 +1,5 @@
-/* dispatch.c: which instruction sets this processor and this operating system have, and their kernels. */
+/* dispatch.c: which instruction sets this processor and this operating system have, and their
+ * kernels. */
 #include <stdatomic.h>
 
 #include "cpu/cpu.h"
@@ -8,11 +9,11 @@
 #include <cpuid.h>
 
 /* Bits of CPUID: Intel's Software Developer's Manual, volume 2, CPUID. */
-enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };                 /* leaf 1, ecx */
-enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 };        /* leaf 7, ebx */
-enum { AVX512VNNI = 1 << 11 };                                                            /* leaf 7, ecx */
-enum { AVXVNNI = 1 << 4 };                                                              /* leaf 7.1, eax */
-enum { YMM = 0x6, ZMM = 0xe6 }; /* XCR0: registers that the operating system saves */
+enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };          /* leaf 1, ecx */
+enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 }; /* leaf 7, ebx */
+enum { AVX512VNNI = 1 << 11 };                                                     /* leaf 7, ecx */
+enum { AVXVNNI = 1 << 4 };                 /* leaf 7.1, eax */
+enum { YMM = 0x6, ZMM = 0xe6 };            /* XCR0: registers that the operating system saves */
 static const unsigned AVX512VL = 1u << 31; /* leaf 7, ebx */
 
 static unsigned saved_registers(void)
@@ -37,15 +38,12 @@ static bool detect(sparge_isa isa)
         __get_cpuid_count(7, 1, &eax71, &ebx, &ecx, &edx);
     const bool avx2 = all(saved, YMM) && all(ebx7, AVX2);
     switch (isa) {
-    case SPARGE_ISA_AVX2:
-        return avx2;
-    case SPARGE_ISA_AVXVNNI:
-        return avx2 && all(eax71, AVXVNNI);
+    case SPARGE_ISA_AVX2: return avx2;
+    case SPARGE_ISA_AVXVNNI: return avx2 && all(eax71, AVXVNNI);
     case SPARGE_ISA_AVX512VNNI:
         return avx2 && all(saved, ZMM) && all(ecx7, AVX512VNNI) &&
                all(ebx7, AVX512F | AVX512DQ | AVX512BW | AVX512VL);
-    default:
-        return false;
+    default: return false;
     }
 }
 #else

@@ -1,10 +1,10 @@
 /* driver.c: what the stages stand in: memory, threads and the order of it all.
  *
- * Key heads go in waves that fit a budget, and the query blocks of a wave in chunks, so that memory stays
- * in proportion to one wave however many heads there are. In a wave: the mean key, then K and V packed once
- * for every query head that reads them; in a chunk: Q packed, its rows of the mask, then attention, the
- * rows with most blocks first. A thread owns a query block from first to last, so no bit of the output
- * depends on how many threads there are or who came first. */
+ * Key heads go in waves that fit a budget, and the query blocks of a wave in chunks, so that memory
+ * stays in proportion to one wave however many heads there are. In a wave: the mean key, then K and
+ * V packed once for every query head that reads them; in a chunk: Q packed, its rows of the mask,
+ * then attention, the rows with most blocks first. A thread owns a query block from first to last,
+ * so no bit of the output depends on how many threads there are or who came first. */
 #include <pthread.h>
 #include <stdlib.h>
 
@@ -59,9 +59,9 @@ bool sparge_cpu_can_start(int threads)
     return started == threads;
 }
 
-/* ---- Memory: one piece of it, laid out twice: to see how much, and in place. (The allocator keeps one
- * freed piece for the next call; of many it gives the pages back, and every call would fault them in
- * again.) ---- */
+/* ---- Memory: one piece of it, laid out twice: to see how much, and in place. (The allocator keeps
+ * one freed piece for the next call; of many it gives the pages back, and every call would fault
+ * them in again.) ---- */
 
 typedef struct arena {
     char *base; /* NULL: only count */
@@ -80,8 +80,8 @@ static void *take(arena *a, int64_t count, size_t size)
     return piece;
 }
 
-static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks, int64_t stride,
-                              int64_t rows, int64_t starts, int64_t steps)
+static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks,
+                              int64_t stride, int64_t rows, int64_t starts, int64_t steps)
 {
     const int64_t block = rows * stride * (int64_t)size_of[format];
     return (sparge_operand){
@@ -100,8 +100,10 @@ static sparge_operand operand(arena *a, sparge_format format, int levels, int64_
 static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
 {
     const sparge_geometry *g = &w->g;
-    const int64_t widest = sparge_max(w->k.stride, w->v.stride), longest = sparge_max(g->block_q, w->keys);
-    const int64_t rows = sparge_max(SPARGE_GROUP_ROWS, w->o->skip_rows), tile = rows * (w->keys + SPARGE_PANEL);
+    const int64_t widest = sparge_max(w->k.stride, w->v.stride),
+                  longest = sparge_max(g->block_q, w->keys);
+    const int64_t rows = sparge_max(SPARGE_GROUP_ROWS, w->o->skip_rows),
+                  tile = rows * (w->keys + SPARGE_PANEL);
     const int64_t ranked = w->predicted ? g->k_blocks : 0, attends = w->result ? 1 : 0;
     *t = (sparge_scratch){
         .x = take(a, longest * widest, sizeof(float)),
@@ -156,8 +158,9 @@ static void lay_out(arena *a, sparge_work *w)
     const int64_t head_bytes = sparge_max(1, g->k_blocks * w->keys * channels);
     const int64_t block_bytes = g->block_q * dim * (int64_t)size_of[qk];
     w->wave = sparge_max(1, sparge_min(heads, WAVE_BYTES / head_bytes));
-    w->chunk = sparge_min(w->wave * group * g->q_blocks,
-                          sparge_max(CHUNK_BYTES / block_bytes, CHUNK_TASKS * (int64_t)w->o->threads));
+    w->chunk =
+        sparge_min(w->wave * group * g->q_blocks,
+                   sparge_max(CHUNK_BYTES / block_bytes, CHUNK_TASKS * (int64_t)w->o->threads));
     const int64_t blocks = w->wave * g->k_blocks, packed = w->result ? blocks : 0;
 
     w->no_mean = take(a, sparge_max(dim, dim_v), sizeof(float));
@@ -208,8 +211,8 @@ static bool goes_on(sparge_work *w)
     return !w->cancelled;
 }
 
-/* Runs a step on each of so many items, `together` of them a turn of a thread, and before each asks. (The calling
- * thread may get none of them.) */
+/* Runs a step on each of so many items, `together` of them a turn of a thread, and before each
+ * asks. (The calling thread may get none of them.) */
 static void on_each(sparge_work *w, int64_t items, int64_t together,
                     void (*step)(sparge_work *w, sparge_scratch *t, int64_t item))
 {
@@ -238,9 +241,15 @@ static void pack_keys(sparge_work *w, sparge_scratch *t, int64_t at)
         sparge_pack_value(w, t, at / w->g.k_blocks, at % w->g.k_blocks);
 }
 
-static void pack_queries(sparge_work *w, sparge_scratch *t, int64_t n) { sparge_pack_query(w, t, &w->task[n]); }
+static void pack_queries(sparge_work *w, sparge_scratch *t, int64_t n)
+{
+    sparge_pack_query(w, t, &w->task[n]);
+}
 
-static void select_row(sparge_work *w, sparge_scratch *t, int64_t n) { sparge_select_row(w, t, &w->task[n]); }
+static void select_row(sparge_work *w, sparge_scratch *t, int64_t n)
+{
+    sparge_select_row(w, t, &w->task[n]);
+}
 
 static void attend(sparge_work *w, sparge_scratch *t, int64_t n)
 {
@@ -266,7 +275,8 @@ static void attend_chunk(sparge_work *w)
         const int64_t visible = sparge_blocks_seen(g, w->task[n].i);
         const int64_t line = w->task[n].head * g->q_blocks + w->task[n].i;
         w->task[n].cost =
-            w->mask ? sparge_mask_row_count(w->mask->bits + line * w->mask->words, visible) : visible;
+            w->mask ? sparge_mask_row_count(w->mask->bits + line * w->mask->words, visible)
+                    : visible;
     }
     qsort(w->task, (size_t)w->tasks, sizeof *w->task, most_first);
     on_each(w, w->tasks, 1, attend);
@@ -285,7 +295,8 @@ static void attend_chunk(sparge_work *w)
 static void run_waves(sparge_work *w)
 {
     const sparge_geometry *g = &w->g;
-    const int64_t heads = w->p->batch * w->p->kv_heads, blocks = w->p->heads / w->p->kv_heads * g->q_blocks;
+    const int64_t heads = w->p->batch * w->p->kv_heads,
+                  blocks = w->p->heads / w->p->kv_heads * g->q_blocks;
     for (w->first_kv = 0; w->first_kv < heads && !w->cancelled; w->first_kv += w->wave) {
         w->end_kv = sparge_min(heads, w->first_kv + w->wave);
         const double start = sparge_ref_seconds();
@@ -327,7 +338,8 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         .keys = sparge_padded(o->block_k),
     };
     /* What would overflow the counts below could not be allocated either. */
-    const double tokens = (double)w.g.k_blocks * (double)w.keys + (double)w.g.q_blocks * (double)o->block_q;
+    const double tokens =
+        (double)w.g.k_blocks * (double)w.keys + (double)w.g.q_blocks * (double)o->block_q;
     const double channels = (double)p->dim + (result ? (double)p->dim_v : 0.0) + 2.0 * SPARGE_PANEL;
     if (!(tokens * channels * (double)p->heads < 0x1p58))
         return SPARGE_ERR_MEMORY;
@@ -343,8 +355,8 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
     if (result) {
         const int64_t short_rows = sparge_max(1, p->q_len % o->block_q);
         for (int64_t h = 0; h < p->batch * p->heads; h++)
-            result->head_counts[h].pv_done =
-                (double)w.pv_rows[h][0] / (double)o->block_q + (double)w.pv_rows[h][1] / (double)short_rows;
+            result->head_counts[h].pv_done = (double)w.pv_rows[h][0] / (double)o->block_q +
+                                             (double)w.pv_rows[h][1] / (double)short_rows;
         result->workspace = (int64_t)needed.used;
         result->seconds_predict = w.predicting;
         result->seconds_quantize = w.packing;
@@ -354,20 +366,20 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
     return status;
 }
 
-sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                 const sparge_trace *trace)
+sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o,
+                                 sparge_mask *mask, const sparge_trace *trace)
 {
     return run(p, o, mask, NULL, trace, NULL);
 }
 
-sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o, const sparge_mask *mask,
-                                sparge_result *result)
+sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o,
+                                const sparge_mask *mask, sparge_result *result)
 {
     return run(p, o, NULL, mask, result->trace, result);
 }
 
-sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                   sparge_result *result)
+sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o,
+                                   sparge_mask *mask, sparge_result *result)
 {
     return run(p, o, mask, mask, result->trace, result);
 }

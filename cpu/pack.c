@@ -1,16 +1,17 @@
-/* pack.c: one pass over q, k and v: while a block is in cache it is smoothed, pooled, judged, coded and
- * laid out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
+/* pack.c: one pass over q, k and v: while a block is in cache it is smoothed, pooled, judged, coded
+ * and laid out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
 #include "cpu/work.h"
 
-sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first, int64_t rows,
-                           int64_t dim)
+sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first,
+                           int64_t rows, int64_t dim)
 {
     const int64_t size = in->dtype == SPARGE_F32 ? 4 : 2;
     const int64_t at = head / heads * in->batch + head % heads * in->head + first * in->token;
     return (sparge_rows){(const char *)in->data + at * size, in->dtype, in->token, rows, dim};
 }
 
-static sparge_rows key_block(const sparge_work *w, const sparge_in *in, int64_t n, int64_t j, int64_t dim)
+static sparge_rows key_block(const sparge_work *w, const sparge_in *in, int64_t n, int64_t j,
+                             int64_t dim)
 {
     const sparge_geometry *g = &w->g;
     return sparge_rows_of(in, w->p->kv_heads, w->first_kv + n, j * g->block_k,
@@ -22,7 +23,8 @@ static sparge_rows key_block(const sparge_work *w, const sparge_in *in, int64_t 
 void sparge_pack_sum(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t j)
 {
     const sparge_rows rows = key_block(w, &w->p->k, n, j, w->p->dim);
-    w->kernels.sum(&rows, w->no_mean, w->k.stride, t->x, w->pool_k + (n * w->g.k_blocks + j) * w->k.stride);
+    w->kernels.sum(&rows, w->no_mean, w->k.stride, t->x,
+                   w->pool_k + (n * w->g.k_blocks + j) * w->k.stride);
 }
 
 void sparge_pack_mean(const sparge_work *w, int64_t n)
@@ -34,7 +36,8 @@ void sparge_pack_mean(const sparge_work *w, int64_t n)
             total[c] += (double)w->pool_k[(n * w->g.k_blocks + j) * w->k.stride + c];
     for (int64_t c = 0; c < w->p->dim; c++)
         mean[c] = w->g.k_len ? (float)(total[c] / (double)w->g.k_len) : 0.0f;
-    sparge_trace_rows(w->trace->mean_k, w->first_kv + n, 1, w->p->dim, mean, w->k.stride, sizeof(float));
+    sparge_trace_rows(w->trace->mean_k, w->first_kv + n, 1, w->p->dim, mean, w->k.stride,
+                      sizeof(float));
 }
 
 /* ---- Blocks ---- */
@@ -43,10 +46,11 @@ void sparge_pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t
 {
     const sparge_operand *k = &w->k;
     const sparge_trace *trace = w->trace;
-    const int64_t blocks = w->g.k_blocks, at = n * blocks + j, line = (w->first_kv + n) * blocks + j;
+    const int64_t blocks = w->g.k_blocks, at = n * blocks + j,
+                  line = (w->first_kv + n) * blocks + j;
     const sparge_rows rows = key_block(w, &w->p->k, n, j, w->p->dim);
-    const bool finite =
-        w->kernels.load(&rows, w->o->smooth_k ? w->mean + n * k->stride : w->no_mean, k->stride, t->x);
+    const bool finite = w->kernels.load(
+        &rows, w->o->smooth_k ? w->mean + n * k->stride : w->no_mean, k->stride, t->x);
     w->bad[at] = finite ? 0 : SPARGE_BAD_KEY;
     if (w->predicted) {
         float *pool = w->pool_k + at * k->stride;
@@ -60,7 +64,8 @@ void sparge_pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t
     if (k->levels) {
         const int64_t first = (w->first_kv + n) * w->g.k_len + j * w->g.block_k;
         k->step[at] = w->kernels.quantize(t->x, rows.rows * k->stride, k->levels, t->code);
-        sparge_trace_rows(trace->codes_k, first, rows.rows, w->p->dim, t->code, k->stride, sizeof(int16_t));
+        sparge_trace_rows(trace->codes_k, first, rows.rows, w->p->dim, t->code, k->stride,
+                          sizeof(int16_t));
         sparge_trace_rows(trace->steps_k, line, 1, 1, &k->step[at], 1, sizeof(float));
     }
     w->kernels.pack_keys[k->format](k->levels ? (void *)t->code : t->x, rows.rows, k->stride,
@@ -92,9 +97,11 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, sparge_task *tas
     const sparge_operand *q = &w->q;
     const sparge_trace *trace = w->trace;
     const sparge_geometry *g = &w->g;
-    const int64_t at = task->slot, line = task->head * g->q_blocks + task->i, first = task->i * g->block_q;
-    const sparge_rows rows = sparge_rows_of(&w->p->q, w->p->heads, task->head, first,
-                                            sparge_block_rows(g->q_len, g->block_q, task->i), w->p->dim);
+    const int64_t at = task->slot, line = task->head * g->q_blocks + task->i,
+                  first = task->i * g->block_q;
+    const sparge_rows rows =
+        sparge_rows_of(&w->p->q, w->p->heads, task->head, first,
+                       sparge_block_rows(g->q_len, g->block_q, task->i), w->p->dim);
     task->finite = w->kernels.load(&rows, w->no_mean, q->stride, t->x);
     if (w->predicted) {
         float *pool = w->pool_q + at * q->stride;
@@ -107,8 +114,8 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, sparge_task *tas
     q->step[at] = 1.0f;
     if (q->levels) {
         q->step[at] = w->kernels.quantize(t->x, rows.rows * q->stride, q->levels, t->code);
-        sparge_trace_rows(trace->codes_q, task->head * g->q_len + first, rows.rows, w->p->dim, t->code,
-                          q->stride, sizeof(int16_t));
+        sparge_trace_rows(trace->codes_q, task->head * g->q_len + first, rows.rows, w->p->dim,
+                          t->code, q->stride, sizeof(int16_t));
         sparge_trace_rows(trace->steps_q, line, 1, 1, &q->step[at], 1, sizeof(float));
     }
     w->kernels.pack_rows[q->format](q->levels ? (void *)t->code : t->x, rows.rows, q->stride,

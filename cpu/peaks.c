@@ -1,6 +1,6 @@
-/* peaks.c: what this machine can do at most, measured: the ceilings that speeds are divided by. Medians, as
- * those speeds are: where the clock moves or a neighbour shares the core, the best moment of a ceiling
- * would be held against the usual one of a kernel. */
+/* peaks.c: what this machine can do at most, measured: the ceilings that speeds are divided by.
+ * Medians, as those speeds are: where the clock moves or a neighbour shares the core, the best
+ * moment of a ceiling would be held against the usual one of a kernel. */
 #include <stdlib.h>
 
 #ifdef _OPENMP
@@ -67,7 +67,8 @@ static double read_rate(float (*read)(const float *x, int64_t n), const float *x
 sparge_peaks sparge_cpu_peaks(sparge_isa isa, int threads)
 {
     const sparge_kernels k = sparge_cpu_kernels(isa);
-    return (sparge_peaks){operation_rate(k.peak_floats, threads), operation_rate(k.peak_bytes, threads)};
+    return (sparge_peaks){operation_rate(k.peak_floats, threads),
+                          operation_rate(k.peak_bytes, threads)};
 }
 
 sparge_status sparge_cpu_bandwidth(sparge_isa isa, int threads, double *bytes)

@@ -1,15 +1,15 @@
-/* products.h: the two matrix products in vectors, written once. An instruction set's file includes it after
- * it has said what a vector is:
+/* products.h: the two matrix products in vectors, written once. An instruction set's file includes
+ * it after it has said what a vector is:
  *
  *     LANES, floats, ints             vectors of so many lanes of 32 bits
- *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from ints
- *     f_mul, f_fma                    a * b, and a * b + c rounded once
- *     i_load, i_all                   ints from memory; one int32 in every lane
- *     i_dot_bytes(c, a, b)            c + the four products of a, unsigned, and b in a lane
- *     WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of integers and of floats
+ *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from
+ * ints f_mul, f_fma                    a * b, and a * b + c rounded once i_load, i_all ints from
+ * memory; one int32 in every lane i_dot_bytes(c, a, b)            c + the four products of a,
+ * unsigned, and b in a lane WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of
+ * integers and of floats
  *
- * and defines the tile of words. A tile is inlined with constant rows and vectors, so that C stays in
- * registers. */
+ * and defines the tile of words. A tile is inlined with constant rows and vectors, so that C stays
+ * in registers. */
 #ifndef SPARGE_CPU_PRODUCTS_H
 #define SPARGE_CPU_PRODUCTS_H
 
@@ -31,7 +31,8 @@ typedef struct part {
 } part;
 
 /* C = A B with what the starts say. */
-INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH]);
+INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
+                       ints c[HEIGHT][WIDTH]);
 
 /* Where a part begins in A, and in B, and how far apart its vectors are there, in bytes. */
 INLINE const void *a_of(const sparge_product *x, int64_t row, size_t size)
@@ -41,7 +42,8 @@ INLINE const void *a_of(const sparge_product *x, int64_t row, size_t size)
 
 INLINE const void *b_of(const sparge_product *x, part at, size_t size)
 {
-    const int64_t first = at.column * LANES, panel = first / SPARGE_PANEL, lane = first % SPARGE_PANEL;
+    const int64_t first = at.column * LANES, panel = first / SPARGE_PANEL,
+                  lane = first % SPARGE_PANEL;
     return (const char *)x->b + (size_t)(panel * x->depth * SPARGE_PANEL) * size + (size_t)lane * 4;
 }
 
@@ -51,7 +53,8 @@ INLINE int64_t b_apart(const sparge_product *x, size_t size)
 }
 
 /* C = b_start + A B. */
-INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors,
+                       ints c[HEIGHT][WIDTH])
 {
     const uint8_t *row[HEIGHT];
     const int8_t *b = b_of(x, at, sizeof *b);
@@ -105,21 +108,24 @@ INLINE void score_ints(const scored *to, part at, int rows, int vectors, ints c[
             f_store(s_of(to, at, r, n), f_of(c[r][n]));
 }
 
-INLINE void score_part_bytes(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void score_part_bytes(const sparge_product *x, const void *to, part at, int rows,
+                             int vectors)
 {
     ints c[HEIGHT][WIDTH];
     tile_bytes(x, at, rows, vectors, c);
     score_ints(to, at, rows, vectors, c);
 }
 
-INLINE void score_part_words(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void score_part_words(const sparge_product *x, const void *to, part at, int rows,
+                             int vectors)
 {
     ints c[HEIGHT][WIDTH];
     tile_words(x, at, rows, vectors, c);
     score_ints(to, at, rows, vectors, c);
 }
 
-INLINE void score_part_floats(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void score_part_floats(const sparge_product *x, const void *to, part at, int rows,
+                              int vectors)
 {
     floats c[HEIGHT_FLOATS][WIDTH];
     for (int r = 0; r < rows; r++)
@@ -167,7 +173,8 @@ INLINE void fold_part_words(const sparge_product *x, const void *to, part at, in
     fold_ints(to, at, rows, vectors, c);
 }
 
-INLINE void fold_part_floats(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void fold_part_floats(const sparge_product *x, const void *to, part at, int rows,
+                             int vectors)
 {
     const sparge_fold *f = to;
     floats c[HEIGHT_FLOATS][WIDTH];
@@ -180,12 +187,14 @@ INLINE void fold_part_floats(const sparge_product *x, const void *to, part at, i
             f_store(o_of(f, at, r, n), c[r][n]);
 }
 
-/* ---- All parts of a product: columns outside, so that their panels stay in L1 while the rows pass ---- */
+/* ---- All parts of a product: columns outside, so that their panels stay in L1 while the rows pass
+ * ---- */
 
-typedef void part_of_product(const sparge_product *x, const void *to, part at, int rows, int vectors);
+typedef void part_of_product(const sparge_product *x, const void *to, part at, int rows,
+                             int vectors);
 
-INLINE void down(const sparge_product *x, const void *to, part_of_product *run, int height, int64_t column,
-                 int vectors)
+INLINE void down(const sparge_product *x, const void *to, part_of_product *run, int height,
+                 int64_t column, int vectors)
 {
     int64_t r = 0;
     for (; r + height <= x->rows; r += height)
@@ -246,9 +255,10 @@ static int64_t peak_floats(int64_t rounds)
     for (int n = 0; n < CHAINS; n++)
         sum[n] = f_all((float)n);
     for (int64_t r = 0; r < rounds; r++) {
-        __asm__ volatile("" : "+x"(half)); /* another one each time, for all that the compiler knows */
-        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
-            sum[n] = f_fma(sum[n], half, half);
+        __asm__ volatile(""
+                         : "+x"(half)); /* another one each time, for all that the compiler knows */
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) sum[n] =
+            f_fma(sum[n], half, half);
     }
     for (int n = 0; n < CHAINS; n++)
         __asm__ volatile("" : : "x"(sum[n])); /* and someone wants the result */
@@ -262,8 +272,11 @@ static int64_t peak_bytes(int64_t rounds)
         sum[n] = i_all(n);
     const ints b = a;
     for (int64_t r = 0; r < rounds; r++)
-        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++) {
-            __asm__ volatile("" : "+x"(a)); /* or the product would be the same, and taken out of the loop */
+        _Pragma("GCC unroll 12") for (int n = 0; n < CHAINS; n++)
+        {
+            __asm__ volatile(
+                ""
+                : "+x"(a)); /* or the product would be the same, and taken out of the loop */
             sum[n] = i_dot_bytes(sum[n], a, b);
         }
     for (int n = 0; n < CHAINS; n++)

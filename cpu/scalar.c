@@ -1,4 +1,5 @@
-/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others overwrite. */
+/* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others
+ * overwrite. */
 #include "cpu/stages.h"
 
 static float dot(const float *a, const float *b, int64_t n) { return sparge_dot(a, b, n); }
@@ -131,8 +132,8 @@ static bool maxima(const sparge_scores *x, float *most, float *local)
     return above;
 }
 
-static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
-                        int32_t *start)
+static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                        float *sum, int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {
@@ -147,8 +148,8 @@ static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64
     }
 }
 
-static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
-                        int32_t *start)
+static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                        float *sum, int32_t *start)
 {
     for (int64_t r = 0; r < x->rows; r++) {
         int16_t *restrict to = (int16_t *)p + r * p_stride;
@@ -163,8 +164,8 @@ static void weigh_words(const sparge_scores *x, const float *top, void *p, int64
     }
 }
 
-static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
-                         int32_t *start)
+static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                         float *sum, int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {

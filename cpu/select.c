@@ -1,5 +1,5 @@
-/* select.c: one row of the block mask (ref/predict.c; Algorithm 1 lines 5 and 6), in time that grows as the
- * row: the reference sorts, this finds the score at which the sorted prefix ends. */
+/* select.c: one row of the block mask (ref/predict.c; Algorithm 1 lines 5 and 6), in time that
+ * grows as the row: the reference sorts, this finds the score at which the sorted prefix ends. */
 #include "common/block_mask.h"
 #include "cpu/work.h"
 #include "ref/ref.h"
@@ -32,8 +32,8 @@ static uint32_t order_of(float x)
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-/* In the order of scores downward and blocks upward: the longest prefix of a mass within `limit`, at least
- * one. The key at which it ends is found by radix, eight bits at a time from the top. */
+/* In the order of scores downward and blocks upward: the longest prefix of a mass within `limit`,
+ * at least one. The key at which it ends is found by radix, eight bits at a time from the top. */
 static void keep_prefix(const ranked *row, double limit, const mask_row *to, sparge_reason why)
 {
     uint64_t taken = 0;
@@ -67,7 +67,8 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
 {
     const sparge_geometry *g = &w->g;
     const sparge_knobs *knobs = sparge_ref_knobs(w->o, task->head % w->p->heads);
-    const int64_t line = task->head * g->q_blocks + task->i, visible = sparge_blocks_seen(g, task->i);
+    const int64_t line = task->head * g->q_blocks + task->i,
+                  visible = sparge_blocks_seen(g, task->i);
     const int64_t key_blocks = (sparge_kv_of(w->p, task->head) - w->first_kv) * g->k_blocks;
     const mask_row to = {
         .kept = w->predicted->bits + line * w->predicted->words,
@@ -79,8 +80,8 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
 
     /* Line 5: S[i,:]; what cannot be ranked is kept, as is everything for a query block that is not
      * similar. */
-    w->kernels.rank(w->pool_q + task->slot * w->q.stride, w->pool_k + key_blocks * w->k.stride, visible,
-                    w->k.stride, w->o->scale, t->rank);
+    w->kernels.rank(w->pool_q + task->slot * w->q.stride, w->pool_k + key_blocks * w->k.stride,
+                    visible, w->k.stride, w->o->scale, t->rank);
     for (int64_t j = visible; j < g->k_blocks; j++)
         t->rank[j] = -INFINITY;
     sparge_trace_rows(w->trace->s_all, line, 1, g->k_blocks, t->rank, g->k_blocks, sizeof *t->rank);
@@ -122,8 +123,8 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
                     SPARGE_KEPT_TOPK);
     }
     if (w->o->causal != SPARGE_CAUSAL_NONE)
-        for (int64_t j = sparge_max(0, sparge_last_key(g, task->i * g->block_q)) / g->block_k; j < visible;
-             j++)
+        for (int64_t j = sparge_max(0, sparge_last_key(g, task->i * g->block_q)) / g->block_k;
+             j < visible; j++)
             keep(&to, j, SPARGE_KEPT_DIAGONAL);
     if (w->o->sink && visible)
         keep(&to, 0, SPARGE_KEPT_SINK);

@@ -1,5 +1,6 @@
-/* stages.h: every stage but the two matrix products, in plain C that a compiler turns into vectors. Each
- * instruction set's file includes it and so compiles it with its own flags: one text, the same bits.
+/* stages.h: every stage but the two matrix products, in plain C that a compiler turns into vectors.
+ * Each instruction set's file includes it and so compiles it with its own flags: one text, the same
+ * bits.
  *
  * The including file defines the two functions that are declared here, and calls stages(&table). */
 #ifndef SPARGE_CPU_STAGES_H
@@ -56,7 +57,8 @@ static void add_rows(const float *x, int64_t rows, int64_t apart, int64_t n, flo
             sum[c] += x[r * apart + c];
 }
 
-static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride, float *x, float *sum)
+static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride, float *x,
+                     float *sum)
 {
     memset(sum, 0, (size_t)stride * sizeof *sum);
     if (in->dtype == SPARGE_F32) { /* as they lie; a non-finite element would show in the sum */
@@ -148,7 +150,8 @@ static void quantize_channels(const float *x, int64_t rows, int64_t stride, int 
         step[c] = step_of(step[c], levels);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < stride; c++)
-            code[r * stride + c] = code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, levels);
+            code[r * stride + c] =
+                code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, levels);
 }
 
 /* ---- Packing ---- */
@@ -178,19 +181,22 @@ static void pack_rows_words(const void *from, int64_t rows, int64_t stride, void
         start[r] = words_start((const int16_t *)from + r * stride, stride);
 }
 
-static void pack_rows_floats(const void *from, int64_t rows, int64_t stride, void *a, int32_t *start)
+static void pack_rows_floats(const void *from, int64_t rows, int64_t stride, void *a,
+                             int32_t *start)
 {
     (void)start;
     memcpy(a, from, (size_t)(rows * stride) * sizeof(float));
 }
 
-/* Key t becomes column t % 16 of panel t / 16: lane n of a key goes to place n, or, where the two halves of
- * depth stand side by side, to 2n and 2n + 1. */
-static void transpose(const uint32_t *from, int64_t rows, int64_t lanes, bool halves, uint32_t *restrict to)
+/* Key t becomes column t % 16 of panel t / 16: lane n of a key goes to place n, or, where the two
+ * halves of depth stand side by side, to 2n and 2n + 1. */
+static void transpose(const uint32_t *from, int64_t rows, int64_t lanes, bool halves,
+                      uint32_t *restrict to)
 {
     for (int64_t t = 0; t < sparge_padded(rows); t++) {
         uint32_t *column = to + t / SPARGE_PANEL * lanes * SPARGE_PANEL + t % SPARGE_PANEL;
-        const int64_t second = halves ? lanes / 2 : lanes, apart = halves ? 2 * SPARGE_PANEL : SPARGE_PANEL;
+        const int64_t second = halves ? lanes / 2 : lanes,
+                      apart = halves ? 2 * SPARGE_PANEL : SPARGE_PANEL;
         for (int64_t n = 0; n < second; n++)
             column[n * apart] = t < rows ? from[t * lanes + n] : 0;
         for (int64_t n = second; n < lanes; n++)
@@ -225,13 +231,15 @@ static void pack_keys_words(const void *from, int64_t rows, int64_t stride, void
         start[t] = t < rows ? words_start((const int16_t *)from + t * stride, stride) : 0;
 }
 
-static void pack_keys_floats(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
+static void pack_keys_floats(const void *from, int64_t rows, int64_t stride, void *b,
+                             int32_t *start)
 {
     (void)start;
     transpose(from, rows, stride, false, b);
 }
 
-static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
+static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, void *b,
+                              int32_t *start)
 {
     const int64_t depth = sparge_padded(rows);
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
@@ -247,7 +255,8 @@ static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, vo
     memset(start, 0, (size_t)stride * sizeof *start);
 }
 
-static void pack_values_words(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
+static void pack_values_words(const void *from, int64_t rows, int64_t stride, void *b,
+                              int32_t *start)
 {
     const int64_t half = sparge_padded(rows) / 2;
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
@@ -264,11 +273,12 @@ static void pack_values_words(const void *from, int64_t rows, int64_t stride, vo
     memset(start, 0, (size_t)stride * sizeof *start);
     for (int64_t t = 0; t + half < rows; t++)
         for (int64_t c = 0; c < stride; c++)
-            start[c] -=
-                ((const int16_t *)from)[t * stride + c] * ((const int16_t *)from)[(t + half) * stride + c];
+            start[c] -= ((const int16_t *)from)[t * stride + c] *
+                        ((const int16_t *)from)[(t + half) * stride + c];
 }
 
-static void pack_values_floats(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
+static void pack_values_floats(const void *from, int64_t rows, int64_t stride, void *b,
+                               int32_t *start)
 {
     (void)start;
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
@@ -281,7 +291,8 @@ static void pack_values_floats(const void *from, int64_t rows, int64_t stride, v
 
 /* ---- One row of the prediction ---- */
 
-static void rank(const float *pool, const float *pools, int64_t n, int64_t stride, float scale, float *s)
+static void rank(const float *pool, const float *pools, int64_t n, int64_t stride, float scale,
+                 float *s)
 {
     for (int64_t j = 0; j < n; j++)
         s[j] = scale * dot(pool, pools + j * stride, stride) + 0.0f;
@@ -295,8 +306,9 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 
 /* ---- One tile ---- */
 
-/* sparge_row_raise and sparge_code_weight for a vector of rows. A row that sees nothing of the tile keeps
- * what it has. P that is not coded is weighed against the running maximum, and needs no weight of its own. */
+/* sparge_row_raise and sparge_code_weight for a vector of rows. A row that sees nothing of the tile
+ * keeps what it has. P that is not coded is weighed against the running maximum, and needs no
+ * weight of its own. */
 static void raise_rows(const sparge_group *g, int64_t rows, int levels)
 {
     const float unit = levels ? (float)levels : 1.0f, *restrict local = g->local;

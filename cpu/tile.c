@@ -1,5 +1,5 @@
-/* tile.c: one query block through its kept key blocks (ref/attend.c; Algorithm 1 lines 7-21), a group of
- * rows at a time: the rows that decide lambda together. */
+/* tile.c: one query block through its kept key blocks (ref/attend.c; Algorithm 1 lines 7-21), a
+ * group of rows at a time: the rows that decide lambda together. */
 #include <string.h>
 
 #include "common/block_mask.h"
@@ -31,8 +31,8 @@ static bool sees(const sparge_work *w, const group *x, int64_t r)
     return sparge_keys_seen(&w->g, x->first + r, x->j) > 0;
 }
 
-/* Rows without a number above -inf: one that sees nothing has no m_local, one that sees scores of -inf alone
- * is not empty any more. */
+/* Rows without a number above -inf: one that sees nothing has no m_local, one that sees scores of
+ * -inf alone is not empty any more. */
 static void mend_maxima(const sparge_work *w, sparge_scratch *t, const group *x)
 {
     for (int64_t r = 0; r < x->rows; r++)
@@ -50,7 +50,8 @@ static bool skips(const sparge_work *w, const sparge_scratch *t, const group *x,
     float gap = -INFINITY;
     for (int64_t r = 0; r < x->rows && lambda > -INFINITY; r++) {
         const sparge_row state = {t->max[x->i_row + r], t->sum[x->i_row + r]};
-        gap = fmaxf(gap, sparge_row_gap(&state, t->local[r], t->local[r] > -INFINITY || sees(w, x, r)));
+        gap = fmaxf(gap,
+                    sparge_row_gap(&state, t->local[r], t->local[r] > -INFINITY || sees(w, x, r)));
     }
     return sparge_group_skips(gap, lambda);
 }
@@ -85,7 +86,8 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
     if (skips(w, t, x, lambda))
         return false;
 
-    const sparge_group rows = {t->max + x->i_row, t->sum + x->i_row, t->local, t->shrink, t->weight};
+    const sparge_group rows = {t->max + x->i_row, t->sum + x->i_row, t->local, t->shrink,
+                               t->weight};
     run->raise(&rows, x->rows, v->levels);
     /* A step of 0, or two small ones, make c 0; a c that is not 0 keeps -inf what it is. */
     s.c = c == 0.0f ? 0x1p-149f : c;
@@ -102,22 +104,24 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
         .b = v->data + x->at * v->block,
         .b_start = v->start + x->at * v->starts,
     };
-    const sparge_fold into = {t->shrink, t->weight, v->step + x->at * v->steps, t->o + x->i_row * v->stride,
-                              v->stride};
+    const sparge_fold into = {t->shrink, t->weight, v->step + x->at * v->steps,
+                              t->o + x->i_row * v->stride, v->stride};
     run->fold[v->format](&products, &into);
     return true;
 }
 
-/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows, where
- * they computed P.V. Rare, and so it looks the elements up again. */
+/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows,
+ * where they computed P.V. Rare, and so it looks the elements up again. */
 static void spoil(const sparge_work *w, sparge_scratch *t, const group *x, int64_t kv, bool done)
 {
     const sparge_problem *p = w->p;
     for (int64_t key = 0; key < x->keys; key++) {
-        const sparge_rows k = sparge_rows_of(&p->k, p->kv_heads, kv, x->j * w->g.block_k + key, 1, p->dim);
+        const sparge_rows k =
+            sparge_rows_of(&p->k, p->kv_heads, kv, x->j * w->g.block_k + key, 1, p->dim);
         const sparge_rows v =
             sparge_rows_of(&p->v, p->kv_heads, kv, x->j * w->g.block_k + key, 1, p->dim_v);
-        const float *mean = w->o->smooth_k ? w->mean + (kv - w->first_kv) * w->k.stride : w->no_mean;
+        const float *mean =
+            w->o->smooth_k ? w->mean + (kv - w->first_kv) * w->k.stride : w->no_mean;
         const bool bad = !w->kernels.load(&k, mean, w->k.stride, t->x);
         for (int64_t r = 0; r < x->rows; r++)
             t->spoilt[x->i_row + r] |= bad && key < sparge_keys_seen(&w->g, x->first + r, x->j);
@@ -134,8 +138,8 @@ static void spoil(const sparge_work *w, sparge_scratch *t, const group *x, int64
     }
 }
 
-/* Lines 20-21 for one row: o / l, and lse in natural units with the mean key put back. q is read before o
- * is written, which may stand in the same place. */
+/* Lines 20-21 for one row: o / l, and lse in natural units with the mean key put back. q is read
+ * before o is written, which may stand in the same place. */
 static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_task *task, int64_t r)
 {
     const sparge_problem *p = w->p;
@@ -158,8 +162,8 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
     }
     const int64_t at =
         task->head / p->heads * out->batch + task->head % p->heads * out->head + token * out->token;
-    w->kernels.store(t->o + r * w->v.stride, p->dim_v, spoilt ? NAN : sparge_row_norm(&state), out->dtype,
-                     (char *)out->data + at * (out->dtype == SPARGE_F32 ? 4 : 2));
+    w->kernels.store(t->o + r * w->v.stride, p->dim_v, spoilt ? NAN : sparge_row_norm(&state),
+                     out->dtype, (char *)out->data + at * (out->dtype == SPARGE_F32 ? 4 : 2));
     sparge_trace_rows(w->trace->m, line, 1, 1, &state.max, 1, sizeof state.max);
     sparge_trace_rows(w->trace->l, line, 1, 1, &state.sum, 1, sizeof state.sum);
 }
@@ -169,9 +173,11 @@ void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *ta
     const sparge_geometry *g = &w->g;
     const float lambda = sparge_ref_knobs(w->o, task->head % w->p->heads)->lambda;
     const int64_t kv = sparge_kv_of(w->p, task->head), line = task->head * g->q_blocks + task->i;
-    const int64_t first = task->i * g->block_q, rows = sparge_block_rows(g->q_len, g->block_q, task->i);
+    const int64_t first = task->i * g->block_q,
+                  rows = sparge_block_rows(g->q_len, g->block_q, task->i);
     const int64_t visible = sparge_blocks_seen(g, task->i);
-    const int64_t together = lambda > -INFINITY ? w->o->skip_rows : sparge_min(SPARGE_GROUP_ROWS, g->block_q);
+    const int64_t together =
+        lambda > -INFINITY ? w->o->skip_rows : sparge_min(SPARGE_GROUP_ROWS, g->block_q);
     const uint32_t *kept = w->mask ? w->mask->bits + line * w->mask->words : NULL;
     sparge_counts *counts = &task->counts;
 
@@ -209,5 +215,6 @@ void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *ta
     }
     for (int64_t r = 0; r < rows; r++)
         finish_row(w, t, task, r);
-    sparge_trace_rows(w->trace->pv_done, line, 1, g->k_blocks, t->share, g->k_blocks, sizeof *t->share);
+    sparge_trace_rows(w->trace->pv_done, line, 1, g->k_blocks, t->share, g->k_blocks,
+                      sizeof *t->share);
 }

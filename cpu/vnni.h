@@ -9,9 +9,11 @@
 #include "cpu/products.h"
 
 /* The direct product has no excess, and so no use for the starts. */
-INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
+                       ints c[HEIGHT][WIDTH])
 {
-    const int64_t half = x->depth / 2, apart = b_apart(x, sizeof(int16_t)) / (int64_t)sizeof(int16_t);
+    const int64_t half = x->depth / 2,
+                  apart = b_apart(x, sizeof(int16_t)) / (int64_t)sizeof(int16_t);
     const int16_t *row[HEIGHT], *b = b_of(x, at, sizeof *b);
     for (int r = 0; r < rows; r++) {
         row[r] = a_of(x, at.row + r, sizeof **row);

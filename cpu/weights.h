@@ -1,5 +1,5 @@
-/* weights.h: softmax of a tile in vectors, written once: the largest score of each row, and P from S. An
- * instruction set's file includes it after products.h and after it has said
+/* weights.h: softmax of a tile in vectors, written once: the largest score of each row, and P from
+ * S. An instruction set's file includes it after products.h and after it has said
  *
  *     f_add, f_sub, f_max             the last gives b where a or b is a NaN
  *     i_power(x)                      n, where an exponent stands, for x = n + 1.5 * 2^23
@@ -10,9 +10,8 @@
  *     f_any_nan(x)                    is there a NaN in a lane?
  *     i_zero, i_add, i_sum(x)         of ints; the sum of all lanes
  *     i_of(x)                         truncated; of a NaN, the most negative one
- *     store_bytes, store_words        (to, x, vectors): ints as uint8 and int16, negative ones as 0;
- *                                     returns their sums
- *     sum_of(x)                       sparge_sum_of, of 16 lanes */
+ *     store_bytes, store_words        (to, x, vectors): ints as uint8 and int16, negative ones as
+ * 0; returns their sums sum_of(x)                       sparge_sum_of, of 16 lanes */
 #ifndef SPARGE_CPU_WEIGHTS_H
 #define SPARGE_CPU_WEIGHTS_H
 
@@ -25,8 +24,8 @@ INLINE floats f_larger(floats a, floats b, bool nans)
     return nans ? f_nan(larger, b) : larger;
 }
 
-/* So many vectors go side by side through a polynomial, as many as two units need to be busy while each
- * waits for itself: a step takes 4 cycles. */
+/* So many vectors go side by side through a polynomial, as many as two units need to be busy while
+ * each waits for itself: a step takes 4 cycles. */
 enum { BESIDE = 8, PARTIALS = SPARGE_PANEL / (int)LANES };
 
 INLINE bool maxima_of(const sparge_scores *x, bool nans, float *top, float *local)
@@ -66,8 +65,8 @@ typedef struct weighing {
 /* sparge_exp2 of x <= 0, but for the flush to 0 below -126, where p is 2^-126. */
 INLINE void powers(const floats x[BESIDE], int vectors, floats p[BESIDE])
 {
-    static const float coefficient[] = {0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e43p-1f,
-                                        1.0f};
+    static const float coefficient[] = {0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f,
+                                        0x1.62e43p-1f, 1.0f};
     const floats magic = f_all(12582912.0f), lowest = f_all(-126.0f);
     floats f[BESIDE];
     ints power[BESIDE];
@@ -127,11 +126,8 @@ INLINE void weigh_some_floats(weighing *w, int64_t t, int vectors)
 INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float top, void *p,
                           void (*some)(weighing *, int64_t t, int vectors))
 {
-    weighing w = {.s = x->s + r * x->stride,
-                  .c = f_all(x->c),
-                  .top = f_all(top),
-                  .p = p,
-                  .codes = i_zero()};
+    weighing w = {
+        .s = x->s + r * x->stride, .c = f_all(x->c), .top = f_all(top), .p = p, .codes = i_zero()};
     for (int n = 0; n < PARTIALS; n++)
         w.total[n] = f_all(0.0f);
     if (x->keys == BESIDE * LANES) { /* a usual tile: without a loop around it gcc spills less */
@@ -146,16 +142,17 @@ INLINE weighing weigh_row(const sparge_scores *x, int64_t r, float top, void *p,
     return w;
 }
 
-static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
-                        int32_t *start)
+static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                        float *sum, int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++)
-        sum[r] = (float)i_sum(weigh_row(x, r, top[r], (uint8_t *)p + r * p_stride, weigh_some_bytes).codes);
+        sum[r] = (float)i_sum(
+            weigh_row(x, r, top[r], (uint8_t *)p + r * p_stride, weigh_some_bytes).codes);
 }
 
-static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
-                        int32_t *start)
+static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                        float *sum, int32_t *start)
 {
     for (int64_t r = 0; r < x->rows; r++) {
         int16_t *row = (int16_t *)p + r * p_stride;
@@ -164,8 +161,8 @@ static void weigh_words(const sparge_scores *x, const float *top, void *p, int64
     }
 }
 
-static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride, float *sum,
-                         int32_t *start)
+static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                         float *sum, int32_t *start)
 {
     (void)start;
     for (int64_t r = 0; r < x->rows; r++) {

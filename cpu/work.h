@@ -1,6 +1,6 @@
-/* work.h: what the cpu backend holds while it works, and its four steps: pack.c (one pass over q, k and v),
- * select.c (one row of the mask), tile.c (one query block through its key blocks), driver.c (memory,
- * threads, the order of it all). None of them knows an instruction set. */
+/* work.h: what the cpu backend holds while it works, and its four steps: pack.c (one pass over q, k
+ * and v), select.c (one row of the mask), tile.c (one query block through its key blocks), driver.c
+ * (memory, threads, the order of it all). None of them knows an instruction set. */
 #ifndef SPARGE_CPU_WORK_H
 #define SPARGE_CPU_WORK_H
 
@@ -36,19 +36,21 @@ typedef struct sparge_task {
 typedef struct sparge_scratch {
     float *x, *unit; /* a block of tokens on its way to codes */
     int16_t *code;
-    float *rank;                              /* [k_blocks] S[i,:] */
-    uint32_t *key, *mass, *place;             /* [k_blocks] select.c */
-    float *s, *o;                             /* [group][keys + 16], [block_q][stride of V] */
-    void *p;                                  /* [group][keys + 16] in the format of V */
-    float *max, *sum;                         /* [block_q] m and l */
-    float *most, *local;                      /* [group] the largest s of a row, m_local */
-    float *shrink, *weight, *row_sum;         /* [group] */
-    int32_t *p_start;                         /* [group] */
-    bool *spoilt;                             /* [block_q] rows that met a non-finite query or key */
-    float *share;                             /* [k_blocks] of the rows whose P.V was computed */
+    float *rank;                      /* [k_blocks] S[i,:] */
+    uint32_t *key, *mass, *place;     /* [k_blocks] select.c */
+    float *s, *o;                     /* [group][keys + 16], [block_q][stride of V] */
+    void *p;                          /* [group][keys + 16] in the format of V */
+    float *max, *sum;                 /* [block_q] m and l */
+    float *most, *local;              /* [group] the largest s of a row, m_local */
+    float *shrink, *weight, *row_sum; /* [group] */
+    int32_t *p_start;                 /* [group] */
+    bool *spoilt;                     /* [block_q] rows that met a non-finite query or key */
+    float *share;                     /* [k_blocks] of the rows whose P.V was computed */
 } sparge_scratch;
 
-enum { SPARGE_GROUP_ROWS = 64 }; /* of a tile where lambda does not say: Q and S of them stay in L1 */
+enum {
+    SPARGE_GROUP_ROWS = 64
+}; /* of a tile where lambda does not say: Q and S of them stay in L1 */
 
 enum { SPARGE_BAD_KEY = 1, SPARGE_BAD_VALUE = 2 }; /* a block holds a non-finite element */
 
@@ -58,13 +60,13 @@ typedef struct sparge_work {
     const sparge_trace *trace;
     sparge_geometry g;
     sparge_kernels kernels;
-    int64_t keys;  /* of a key block, padded to 16 */
+    int64_t keys;            /* of a key block, padded to 16 */
     sparge_mask *predicted;  /* NULL: not asked for */
     const sparge_mask *mask; /* NULL: dense */
     sparge_result *result;   /* NULL: attention is not asked for */
 
-    atomic_llong attended; /* query blocks */
-    atomic_bool cancelled; /* by the caller: what has not begun never does */
+    atomic_llong attended;                 /* query blocks */
+    atomic_bool cancelled;                 /* by the caller: what has not begun never does */
     int64_t wave, chunk;                   /* so many key heads, so many query blocks at a time */
     double packing, predicting, attending; /* seconds */
 
@@ -94,8 +96,8 @@ static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
     return head / (p->heads / p->kv_heads);
 }
 
-/* Rows [first, first + rows) of a traced array [rows][dim], where it is wanted; from has padding up to
- * stride. */
+/* Rows [first, first + rows) of a traced array [rows][dim], where it is wanted; from has padding up
+ * to stride. */
 static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, int64_t dim,
                                      const void *from, int64_t stride, size_t size)
 {
@@ -105,8 +107,8 @@ static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, i
 }
 
 /* Rows [first, first + rows) of a head that is counted over the batch. */
-sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first, int64_t rows,
-                           int64_t dim);
+sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first,
+                           int64_t rows, int64_t dim);
 
 /* pack.c; n is a key head of the wave */
 void sparge_pack_sum(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t j);

@@ -21,15 +21,18 @@ def cell(x, digits=3):
 
 
 def relative_l1(got, want, what):
-    """sum|got - want| / sum|want| of each head of [H, N, D], over the elements that are finite. Those that are not are
-    counted on stderr; a head has no error, but NaN, where they are not alike in both or none is left."""
+    """sum|got - want| / sum|want| of each head of [H, N, D], over the elements that are finite.
+    Those that are not are counted on stderr; a head has no error, but NaN, where they are not alike
+    in both or none is left."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     finite = np.isfinite(got) & np.isfinite(want)
     apart = ~finite & (got != want) & ~(np.isnan(got) & np.isnan(want))
     if not finite.all():
-        (nan_got, inf_got), (nan_want, inf_want) = ((np.isnan(x).sum(), np.isinf(x).sum()) for x in (got, want))
-        print(f"{what} has {nan_got} NaN and {inf_got} infinite elements, what it is compared with {nan_want} and "
-              f"{inf_want}: {apart.sum()} are apart", file=sys.stderr)
+        (nan_got, inf_got), (nan_want, inf_want) = ((np.isnan(x).sum(), np.isinf(x).sum())
+                                                    for x in (got, want))
+        print(
+            f"{what} has {nan_got} NaN and {inf_got} infinite elements, what it is compared with {nan_want} and "
+            f"{inf_want}: {apart.sum()} are apart", file=sys.stderr)
     distance = np.abs(np.subtract(got, want, out=np.zeros_like(got), where=finite)).sum((1, 2))
     size = np.abs(np.where(finite, want, 0.0)).sum((1, 2))
     known = finite.any((1, 2)) & ~apart.any((1, 2))

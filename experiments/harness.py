@@ -1,5 +1,5 @@
-"""harness.py: what the scripts of experiments/ share: run a program, write a file whole, keep a table, fill it into a
-README, end in a line."""
+"""harness.py: what the scripts of experiments/ share: run a program, write a file whole, keep a
+table, fill it into a README, end in a line."""
 import csv
 import json
 import os
@@ -55,9 +55,10 @@ def run_program(command, **how):
 
 
 def run_json(program, *options):
-    """What a program of ours printed, as an object; None: nothing. What it says beside that is passed on; where it
-    fails, at the end."""
-    done = run_program([program, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """What a program of ours printed, as an object; None: nothing. What it says beside that is
+    passed on; where it fails, at the end."""
+    done = run_program([program, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                       text=True)
     if done.returncode != 0:
         sys.exit(f"{Path(program).name} {' '.join(map(str, options))}: {done.stderr.strip()}")
     sys.stderr.write(done.stderr)
@@ -66,9 +67,13 @@ def run_json(program, *options):
 
 def bench_json(program, *options):
     """The cases of sparge bench, with its seconds in milliseconds, as the tables here have them."""
-    columns = {"seconds_total": "ms"} | {f"seconds_{part}": f"ms_{part}" for part in ("predict", "quantize", "attend")}
-    return [{columns.get(key, key): float(f"{1e3 * x:.9g}") if key in columns and x is not None else x
-             for key, x in case.items()} for case in run_json(program, "bench", "--json", *options)]
+    columns = {"seconds_total": "ms"
+               } | {f"seconds_{part}": f"ms_{part}" for part in ("predict", "quantize", "attend")}
+    return [{
+        columns.get(key, key):
+        float(f"{1e3 * x:.9g}") if key in columns and x is not None else x
+        for key, x in case.items()
+    } for case in run_json(program, "bench", "--json", *options)]
 
 
 # ---- Files ------------------------------------------------------------------------------------
@@ -77,7 +82,8 @@ def bench_json(program, *options):
 def writing(path, mode="w", **how):
     """A file to be written, which appears whole, in the place of the one before, or not at all."""
     path = Path(os.path.realpath(path))  # a link stays a link
-    if path.exists() and not path.is_file():  # a device or a pipe; of a folder open() says what is wrong
+    if path.exists(
+    ) and not path.is_file():  # a device or a pipe; of a folder open() says what is wrong
         with open(path, mode, **how) as file:
             yield file
         return
@@ -106,7 +112,8 @@ def write_json(path, value, **how):
 
 def write_csv(path, rows, columns=None):
     with writing(path, newline="") as file:
-        out = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        out = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n",
+                             extrasaction="ignore")
         out.writeheader()
         out.writerows(rows)
 
@@ -118,7 +125,9 @@ def read_csv(path):
 
 def markdown(titles, rows, words=1):
     """The lines of a table: the first columns are words, the others figures."""
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * words + "--:|" * (len(titles) - words)]
+    lines = [
+        "| " + " | ".join(titles) + " |", "|" + "---|" * words + "--:|" * (len(titles) - words)
+    ]
     return lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]
 
 
@@ -129,7 +138,8 @@ def fill_in(path, name, lines):
     _, found, after = rest.partition(f"<!-- /{name} -->")
     if not found:
         sys.exit(f"{path} has no <!-- {name} --> and <!-- /{name} -->")
-    write_text(path, before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
+    write_text(path,
+               before + f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- /{name} -->" + after)
 
 
 # ---- What a measurement stands on -------------------------------------------------------------
@@ -137,22 +147,28 @@ def fill_in(path, name, lines):
 def commit():
     """Of the sources; what the scripts write does not make them dirty."""
     git = ["git", "-C", ROOT]
-    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--", ".", ":!*.csv", ":!*.json", ":!*.md",
-                              ":!paper_figs/*.*g", ":!*.html", ":!*.txt"], capture_output=True, text=True).stdout
+    name = subprocess.run([*git, "describe", "--always"], capture_output=True,
+                          text=True).stdout.strip()
+    changed = subprocess.run([
+        *git, "status", "--porcelain", "--", ".", ":!*.csv", ":!*.json", ":!*.md",
+        ":!paper_figs/*.*g", ":!*.html", ":!*.txt"
+    ], capture_output=True, text=True).stdout
     return name + "-dirty" * bool(changed)
 
 
 def stands_on(program):
     """What a measurement stands on: sources and their day, machine, and what compiled the program."""
     info = run_json(program, "info", "--json")
-    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+    model = next((line.split(":", 1)[1].strip()
+                  for line in open("/proc/cpuinfo") if line.startswith("model name")),
                  platform.machine())
     git = ["git", "-C", ROOT, "log", "-1", "--format=%cs"]
     day = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit(), "date": day, "machine": model, "cores": info["cores"],
-            "isa": [name for name, has in info["isa"].items() if has][-1], "compiler": info["compiler"],
-            "flags": info["flags"]}
+    return {
+        "commit": commit(), "date": day, "machine": model, "cores": info["cores"], "isa":
+        [name for name, has in info["isa"].items() if has][-1], "compiler": info["compiler"],
+        "flags": info["flags"]
+    }
 
 
 def machine_line(program):

@@ -1,5 +1,6 @@
-"""item.py: the common form of what regenerates a table or a figure: a script experiments/NAME/run.py that lists jobs,
-and measures one of them. README.md here says what a run does with them.
+"""item.py: the common form of what regenerates a table or a figure: a script
+experiments/NAME/run.py that lists jobs, and measures one of them. README.md here says what a run
+does with them.
 """
 import argparse
 import hashlib
@@ -14,14 +15,15 @@ from pathlib import Path
 
 from harness import ROOT, bench_json, read_csv, run_json, run_main, stands_on, write_csv, write_json
 
-TOLERANCE = 1e-4  # relative: figures are rounded, and the last bits of a double depend on the processor's libm
+# relative: figures are rounded, and the last bits of a double depend on the processor's libm
+TOLERANCE = 1e-4
 
 
 @dataclass
 class Job:
-    """One measurement. key: the columns that tell its rows from others. seconds: about how long it takes. smoke:
-    whether a smoke run has it. needs: files that it reads, without which it is left out, or names of Python's
-    modules."""
+    """One measurement. key: the columns that tell its rows from others. seconds: about how long it
+    takes. smoke: whether a smoke run has it. needs: files that it reads, without which it is left
+    out, or names of Python's modules."""
     key: dict
     seconds: float = 1.0
     smoke: bool = False
@@ -32,8 +34,10 @@ class Job:
 
     def missing(self):
         """What it needs and this machine has not."""
-        return [need for need in self.needs
-                if not (need.exists() if isinstance(need, Path) else importlib.util.find_spec(need))]
+        return [
+            need for need in self.needs
+            if not (need.exists() if isinstance(need, Path) else importlib.util.find_spec(need))
+        ]
 
 
 class How:
@@ -60,7 +64,10 @@ class How:
 def scripts():
     """The one that runs, and those of this project that it has loaded: what a measurement depends on."""
     ours, main = Path(__file__).resolve().parent, Path(sys.modules["__main__"].__file__)
-    loaded = [Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+    loaded = [
+        Path(module.__file__) for module in list(sys.modules.values())
+        if getattr(module, "__file__", None)
+    ]
     return sorted({file for file in loaded if ours in file.parents} | {main})
 
 
@@ -71,13 +78,16 @@ def state(path):
 
 
 class Kept:
-    """Rows of finished jobs, in a file that is written after each of them. What came of other scripts, programs,
-    thresholds or inputs is not taken up."""
+    """Rows of finished jobs, in a file that is written after each of them. What came of other
+    scripts, programs, thresholds or inputs is not taken up."""
 
     def __init__(self, path, args, jobs):
         needs = {need for job in jobs for need in job.needs if isinstance(need, Path)}
-        files = [*map(Path, filter(None, [args.sparge, args.sparge_lm, args.params])), *sorted(needs)]
-        marks = [script.read_bytes() for script in scripts()] + [state(file) for file in files if file.exists()]
+        files = [
+            *map(Path, filter(None, [args.sparge, args.sparge_lm, args.params])), *sorted(needs)
+        ]
+        marks = [script.read_bytes()
+                 for script in scripts()] + [state(file) for file in files if file.exists()]
         self.path, self.rows = path, {}
         self.mark = hashlib.sha256(b"".join(marks)).hexdigest()
         try:
@@ -107,8 +117,8 @@ class Watch:
         self.start = time.monotonic()
         pace = self.spent / self.expected if self.expected else 1.0
         if sys.stderr.isatty():
-            print(f"\r\033[K{self.name}: {job}, {math.ceil(pace * self.left)} s left", end="", file=sys.stderr,
-                  flush=True)
+            print(f"\r\033[K{self.name}: {job}, {math.ceil(pace * self.left)} s left", end="",
+                  file=sys.stderr, flush=True)
 
     def end(self, job):
         self.spent += time.monotonic() - self.start
@@ -147,8 +157,11 @@ def differences(job, rows, committed, times):
     known = [row for row in committed if all(row.get(k) == str(v) for k, v in job.key.items())]
     if len(known) != len(rows):
         return [f"{job}: {len(rows)} rows, committed are {len(known)}"]
-    return [f"{job}: {column} is {new[column]}, committed is {old.get(column)}" for old, new in zip(known, rows)
-            for column in new if column not in times and not same(str(old.get(column)), str(new[column]))]
+    return [
+        f"{job}: {column} is {new[column]}, committed is {old.get(column)}"
+        for old, new in zip(known, rows) for column in new
+        if column not in times and not same(str(old.get(column)), str(new[column]))
+    ]
 
 
 def compare(jobs, kept, path, times):
@@ -168,16 +181,22 @@ def compare(jobs, kept, path, times):
 def arguments(captures, params):
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all jobs, into out.csv here (else some, compared with it)")
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
-    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
+    parser.add_argument("--full", action="store_true",
+                        help="all jobs, into out.csv here (else some, compared with it)")
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
+                        help="the program")
+    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
+                        help="the program")
     if captures:
-        parser.add_argument("--captures", type=Path, metavar="FOLDER",
-                            help="measure these instead: a folder with manifest.json, or a folder of such folders")
-        parser.add_argument("--output", "-o", type=Path, metavar="OUT.csv", help="where their rows go")
+        parser.add_argument(
+            "--captures", type=Path, metavar="FOLDER",
+            help="measure these instead: a folder with manifest.json, or a folder of such folders")
+        parser.add_argument("--output", "-o", type=Path, metavar="OUT.csv",
+                            help="where their rows go")
     parser.set_defaults(captures=None, output=None, params=None)
     if params:
-        parser.add_argument("--params", type=Path, metavar="P.json", help="their thresholds, by sparge tune")
+        parser.add_argument("--params", type=Path, metavar="P.json",
+                            help="their thresholds, by sparge tune")
     args = parser.parse_args()
     given = [name for name in ("captures", "output", "params") if getattr(args, name)]
     if given and given != ["captures", "output"] + ["params"] * params:
@@ -205,7 +224,8 @@ def measure_item(args, here, jobs, measure, times, again):
     possible = [job for job in chosen if not job.missing()]
     kept = Kept(folder / "kept.json", args, possible)
     rows = measure_all(here.name, possible, measure, How(args), kept)
-    missing = sorted({str(need).replace(f"{ROOT}/", "") for job in chosen for need in job.missing()})
+    missing = sorted(
+        {str(need).replace(f"{ROOT}/", "") for job in chosen for need in job.missing()})
     print(f"{here.name}: {len(possible)} of {len(chosen)} jobs, {len(rows)} rows", flush=True)
     if missing and args.full:
         sys.exit(f"{here.name}: nothing is written without {', '.join(missing)}")
@@ -226,10 +246,11 @@ def measure_item(args, here, jobs, measure, times, again):
 
 
 def run(script, jobs, measure, times=(), captures=None, params=False, again=None):
-    """main() of a script. jobs: a list of Job. measure(key, how): a row of figures, or a list of them. times: the
-    columns that differ from run to run. captures(folder): the jobs of a capture set of the user's, if the script can do
-    that. params: whether that takes thresholds of the user's. again(how): for jobs that put together what is committed
-    elsewhere, some of that measured in a smoke run: in words what, and how it differs."""
+    """main() of a script. jobs: a list of Job. measure(key, how): a row of figures, or a list of
+    them. times: the columns that differ from run to run. captures(folder): the jobs of a capture
+    set of the user's, if the script can do that. params: whether that takes thresholds of the
+    user's. again(how): for jobs that put together what is committed elsewhere, some of that
+    measured in a smoke run: in words what, and how it differs."""
     here = Path(script).resolve().parent
     args = arguments(captures, params)
 

@@ -1,13 +1,14 @@
-"""items.py: the tables and figures of the paper: which folder here has them, what is measured in their place, what
-needs more."""
+"""items.py: the tables and figures of the paper: which folder here has them, what is measured in
+their place, what needs more."""
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Item:
-    """folder: experiments/FOLDER/run.py. covers: names for --only, as in paper.csv. what: the paper's. ours: what it is
-    measured on. says: what is to be seen. substitute: another model than the paper's. full: about the seconds of a full
-    run, smoke: of a smoke run. needs: what --full makes first, of reproduce.SOURCES. figures: in paper_figs/."""
+    """folder: experiments/FOLDER/run.py. covers: names for --only, as in paper.csv. what: the
+    paper's. ours: what it is measured on. says: what is to be seen. substitute: another model than
+    the paper's. full: about the seconds of a full run, smoke: of a smoke run. needs: what --full
+    makes first, of reproduce.SOURCES. figures: in paper_figs/."""
     folder: str
     covers: tuple
     what: str
@@ -24,66 +25,80 @@ LM = "SmolLM2-135M in 4 bits"
 VIDEO = "a video transformer of 2.8 M weights, trained here on one clip"
 
 ITEMS = [
-    Item("attention_map", ("attention_map",), "", f"nine heads of {LM}, 4096 tokens of text, one setting for all",
-         "Attention of a real model, the mask that is predicted for it, and what lambda drops of what is left.",
-         full=45, smoke=20, figures=("attention_map",)),
-    Item("table1", ("table1", "table2"), "Tables 1 and 2: end to end",
-         f"{LM}: perplexity of five texts, needles, attention and the whole of a prefill on two cores",
-         "The language rows. Speed is the paper's: operations of dense attention by the time that this one takes. "
-         "A prefill is the whole model, the latency of Table 2. The model is sixty times smaller than the paper's, and "
-         "the same bound on each head costs it more perplexity.", smoke=30, needs=("weights", "lm")),
-    Item("table3", ("table3",), "Table 3: overhead of predicting the mask",
-         "one head of 128 channels (B x H = 1 x 1), all cores of a CPU, not causal",
-         "The paper does not say batch and heads; its times fit 4096 channels in all on an RTX 4090. Overhead here is "
-         "prediction, quantisation and packing together; beside the slower dense attention of a CPU it weighs less.",
-         False, 2200, 45, figures=("table3",)),
-    Item("fig10", ("fig10",), "Fig 10: speed by sparsity",
-         "one head of 128 channels (B x H = 1 x 1), 22272 tokens, all cores of a CPU",
-         "Every speed is divided by that of dense attention by the same kernel, so that machines can be compared; "
-         "prediction is included. Dense attention was measured beside each row; its time varies by 6 % to either "
-         "side between rows, so a row can lie as far above the ideal, 1 / (1 - sparsity).", False, 900, 45,
-         figures=("fig10",)),
-    Item("table9", ("table4", "table5", "table9", "table10"),
-         "Tables 4, 5, 9 and 10: token orders, and the self-similarity judge", f"{VIDEO}; patches of two clips",
-         "Neighbours in a video are alike; an order that keeps them together makes blocks that a mean can stand for. "
-         "The judge keeps blocks that it cannot. The camera of the model's clip stands still, so tokens of one place "
-         "resemble each other through time; patches, with no model between, show what a moving camera does. Table 5 "
-         "judges whole clips, which a tiny model does not make: the errors of attention stand for it.", full=600,
-         smoke=15, needs=("clips", "video")),
-    Item("table6", ("table6",), "Table 6: the mask's share and lambda's",
+    Item(
+        "attention_map", ("attention_map", ), "",
+        f"nine heads of {LM}, 4096 tokens of text, one setting for all",
+        "Attention of a real model, the mask that is predicted for it, and what lambda drops of what is left.",
+        full=45, smoke=20, figures=("attention_map", )),
+    Item(
+        "table1", ("table1", "table2"), "Tables 1 and 2: end to end",
+        f"{LM}: perplexity of five texts, needles, attention and the whole of a prefill on two cores",
+        "The language rows. Speed is the paper's: operations of dense attention by the time that this one takes. "
+        "A prefill is the whole model, the latency of Table 2. The model is sixty times smaller than the paper's, and "
+        "the same bound on each head costs it more perplexity.", smoke=30, needs=("weights", "lm")),
+    Item(
+        "table3", ("table3", ), "Table 3: overhead of predicting the mask",
+        "one head of 128 channels (B x H = 1 x 1), all cores of a CPU, not causal",
+        "The paper does not say batch and heads; its times fit 4096 channels in all on an RTX 4090. Overhead here is "
+        "prediction, quantisation and packing together; beside the slower dense attention of a CPU it weighs less.",
+        False, 2200, 45, figures=("table3", )),
+    Item(
+        "fig10", ("fig10", ), "Fig 10: speed by sparsity",
+        "one head of 128 channels (B x H = 1 x 1), 22272 tokens, all cores of a CPU",
+        "Every speed is divided by that of dense attention by the same kernel, so that machines can be compared; "
+        "prediction is included. Dense attention was measured beside each row; its time varies by 6 % to either "
+        "side between rows, so a row can lie as far above the ideal, 1 / (1 - sparsity).", False,
+        900, 45, figures=("fig10", )),
+    Item(
+        "table9", ("table4", "table5", "table9", "table10"),
+        "Tables 4, 5, 9 and 10: token orders, and the self-similarity judge",
+        f"{VIDEO}; patches of two clips",
+        "Neighbours in a video are alike; an order that keeps them together makes blocks that a mean can stand for. "
+        "The judge keeps blocks that it cannot. The camera of the model's clip stands still, so tokens of one place "
+        "resemble each other through time; patches, with no model between, show what a moving camera does. Table 5 "
+        "judges whole clips, which a tiny model does not make: the errors of attention stand for it.",
+        full=600, smoke=15, needs=("clips", "video")),
+    Item("table6", ("table6", ), "Table 6: the mask's share and lambda's",
          f"{LM}: nine heads of captures, and the whole model at 8192 tokens",
-         "What the mask leaves out of both products, what lambda leaves out of P.V, and both.", full=450,
-         needs=("weights",)),
-    Item("table7", ("table7",), "Table 7: sparsity by length at a constant bound", LM,
-         "Thresholds are found anew for every length at (l1, l2) = (0.08, 0.09). A head that stays dense has the error "
-         "of int8 alone, once above that. At 8192 tokens the small model is sparser than the paper's at any length: "
-         "these are its whole context, as 131072 are of the paper's, and its heads look near by.", full=600,
-         needs=("weights",),
-         figures=("table7",)),
-    Item("tune", ("tuner",), "Sec 3.6: thresholds for every head",
-         f"nine heads of {LM}, tuned on one text and judged on another",
-         "What the tuner finds at (l1, l2) = (0.08, 0.09), and what that costs on a text that it has not seen (the "
-         "last two columns).", full=35, smoke=20),
-    Item("fig2", ("fig2",), "Fig 2: patterns of attention", f"heads of {LM} and of {VIDEO}",
-         "Mean attention of blocks of 128 queries to blocks of 64 keys.", smoke=15, figures=("fig2",)),
-    Item("fig3", ("fig3",), "Fig 3: the workflow", "the paper's toy, stage by stage",
-         "Three query blocks and four key blocks made so that pooled attention is the paper's; the third of both are "
-         "not self-similar. The second row of the mask differs from the picture in the paper: by Algorithm 1, line 5, "
-         "K3 has no part in P, so K1 is what the row keeps beside it.", False, figures=("fig3",)),
-    Item("fig4", ("fig4",), "Fig 4: patterns of q and k", LM,
-         "128 tokens of single heads, from token 2048: a channel that is large in one token is so in its neighbours.",
-         figures=("fig4",)),
-    Item("fig5", ("fig5", "table8"), "Fig 5 and Table 8: token orders in 1 x 6 x 6", "the same grid",
-         "The colour is the block of four that a token falls into. Hilbert's order keeps blocks square.", False,
-         figures=("fig5",)),
+         "What the mask leaves out of both products, what lambda leaves out of P.V, and both.",
+         full=450, needs=("weights", )),
+    Item(
+        "table7", ("table7", ), "Table 7: sparsity by length at a constant bound", LM,
+        "Thresholds are found anew for every length at (l1, l2) = (0.08, 0.09). A head that stays dense has the error "
+        "of int8 alone, once above that. At 8192 tokens the small model is sparser than the paper's at any length: "
+        "these are its whole context, as 131072 are of the paper's, and its heads look near by.",
+        full=600, needs=("weights", ), figures=("table7", )),
+    Item(
+        "tune", ("tuner", ), "Sec 3.6: thresholds for every head",
+        f"nine heads of {LM}, tuned on one text and judged on another",
+        "What the tuner finds at (l1, l2) = (0.08, 0.09), and what that costs on a text that it has not seen (the "
+        "last two columns).", full=35, smoke=20),
+    Item("fig2", ("fig2", ), "Fig 2: patterns of attention", f"heads of {LM} and of {VIDEO}",
+         "Mean attention of blocks of 128 queries to blocks of 64 keys.", smoke=15,
+         figures=("fig2", )),
+    Item(
+        "fig3", ("fig3", ), "Fig 3: the workflow", "the paper's toy, stage by stage",
+        "Three query blocks and four key blocks made so that pooled attention is the paper's; the third of both are "
+        "not self-similar. The second row of the mask differs from the picture in the paper: by Algorithm 1, line 5, "
+        "K3 has no part in P, so K1 is what the row keeps beside it.", False, figures=("fig3", )),
+    Item(
+        "fig4", ("fig4", ), "Fig 4: patterns of q and k", LM,
+        "128 tokens of single heads, from token 2048: a channel that is large in one token is so in its neighbours.",
+        figures=("fig4", )),
+    Item(
+        "fig5", ("fig5", "table8"), "Fig 5 and Table 8: token orders in 1 x 6 x 6", "the same grid",
+        "The colour is the block of four that a token falls into. Hilbert's order keeps blocks square.",
+        False, figures=("fig5", )),
     Item("fig9", ("fig9", "fig11", "table11"), "Figs 9 and 11, Table 11: needles in a haystack",
-         f"{LM}: four numbers hidden at each depth", "The share that is found, by depth and length.", smoke=30,
-         needs=("weights", "lm"), figures=("fig9",)),
-    Item("fig14", ("fig14", "fig15", "fig16", "fig17"), "Figs 14 to 17: sparsity by layer, step, sample and head",
-         VIDEO,
-         "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order. The samples "
-         "are nearly one clip, so their likeness says little; thresholds come from the first of them.", full=150,
-         needs=("video",), figures=("fig14", "fig15", "fig16", "fig17")),
+         f"{LM}: four numbers hidden at each depth",
+         "The share that is found, by depth and length.", smoke=30, needs=("weights", "lm"),
+         figures=("fig9", )),
+    Item(
+        "fig14", ("fig14", "fig15", "fig16", "fig17"),
+        "Figs 14 to 17: sparsity by layer, step, sample and head", VIDEO,
+        "Over six layers, six of ten denoising steps, three samples and all heads, in Hilbert's order. The samples "
+        "are nearly one clip, so their likeness says little; thresholds come from the first of them.",
+        full=150, needs=("video", ), figures=("fig14", "fig15", "fig16", "fig17")),
 ]
 
 CAPTIONS = {  # of the figures
@@ -115,22 +130,28 @@ JUDGE = "the model, its data and the metric"
 
 # What, the paper's number, and how a user with more than this project has fills the cell.
 MISSING = [
-    ("Table 1, Llama3.1-8B at 128K: perplexity, needles", "6.020, 90.9 % (dense 6.013, 90.7 %), 54 % sparse",
+    ("Table 1, Llama3.1-8B at 128K: perplexity, needles",
+     "6.020, 90.9 % (dense 6.013, 90.7 %), 54 % sparse",
      f"{LM_PROGRAM} ppl MODEL TEXT --attention f32,P.json"),
-    ("Table 1, Llama3.1-8B: LongBench, InfiniteBench", "39.058, 66.4 % (dense 38.682, 65.9 %)", JUDGE),
+    ("Table 1, Llama3.1-8B: LongBench, InfiniteBench", "39.058, 66.4 % (dense 38.682, 65.9 %)",
+     JUDGE),
     ("Table 1, CogvideoX, Mochi, Open-Sora-Plan: CLIPSIM, VQA, FScore", "see Table 1 above", JUDGE),
     ("Table 1, Flux, Stable Diffusion 3.5: FID, CLIP, ImageReward", "see Table 1 above", JUDGE),
     ("Table 2: CogvideoX, Mochi, Llama3.1", "1.54x to 1.83x over the original",
      "the models, on an RTX 4090 and an L40"),
-    ("Table 5: VQA and FScore without the judge, Mochi", "34.664, 44.722, 1.138 (with: 54.179, 67.219, 1.807)", JUDGE),
+    ("Table 5: VQA and FScore without the judge, Mochi",
+     "34.664, 44.722, 1.138 (with: 54.179, 67.219, 1.807)", JUDGE),
     ("Table 6, Llama3.1-8B at 128K", "51.2 % by the mask, 27.7 % by lambda, 54.0 % by both",
-     "build/venv/bin/python experiments/table6/run.py --captures FOLDER --params P.json -o out.csv"),
+     "build/venv/bin/python experiments/table6/run.py --captures FOLDER --params P.json -o out.csv"
+     ),
     ("Table 7, Llama3.1-8B, 8K to 128K", "6.8 to 54 % sparse",
      "build/venv/bin/python experiments/table7/run.py --captures FOLDER -o out.csv"),
-    ("Tables 4, 9 and 10 on CogvideoX and Mochi", "26.5 and 39.2 % sparse in Hilbert's order", ORDERS),
+    ("Tables 4, 9 and 10 on CogvideoX and Mochi", "26.5 and 39.2 % sparse in Hilbert's order",
+     ORDERS),
     ("Table 11: needles at 16K to 28K, Llama3.1-8B", "86.3 % (dense 83.8 %), 36 % sparse",
      f"{LM_PROGRAM} needle MODEL TEXT --length 16384 --attention f32,P.json"),
-    ("Fig 10 on an RTX 4090", "548 TOPS at half sparse, dense 302", "gpu/on_gpu.sh on the machine in question"),
+    ("Fig 10 on an RTX 4090", "548 TOPS at half sparse, dense 302",
+     "gpu/on_gpu.sh on the machine in question"),
     ("Figs 14 to 17 on CogvideoX", "27 % sparse over layers, steps, samples and heads", LAYERS),
     ("MInference and FlexPrefill (Table 1, Table 11, Figs 9 and 10), SageAttention (Table 2, Fig 10)",
      "in the tables of the paper's numbers above", "those programs, and the machines of the paper"),

@@ -2,8 +2,8 @@
 """Regenerates the paper's tables and figures: runs experiments/*/run.py, draws paper_figs/, writes
 paper_figs/report.html.
 
-A smoke run measures some rows of every item again and compares them with those that are committed. A full run measures
-all and replaces them. Both can be interrupted: the same command goes on.
+A smoke run measures some rows of every item again and compares them with those that are committed.
+A full run measures all and replaces them. Both can be interrupted: the same command goes on.
 """
 import argparse
 import sys
@@ -40,8 +40,9 @@ def table(items, sources):
     print(line("item", "covers", "smoke,", "full,", "full needs", "what"))
     print(line("", "", "min", "min", "", ""))
     for item in items:
-        print(line(item.folder, ", ".join(item.covers), f"{item.smoke / 60:.1f}", f"{item.full / 60:.1f}",
-                   ", ".join(item.needs), item.what or item.ours))
+        print(
+            line(item.folder, ", ".join(item.covers), f"{item.smoke / 60:.1f}",
+                 f"{item.full / 60:.1f}", ", ".join(item.needs), item.what or item.ours))
     for name in sources:
         print(line(name, "(needed by a full run alone)", "", f"{SOURCES[name][0] / 60:.1f}", "",
                    ", ".join(dict.fromkeys(words[0] for words in SOURCES[name][1]))))
@@ -54,16 +55,21 @@ def run(*command):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--smoke", action="store_true",
                         help="some rows, compared with the committed ones (the default)")
-    parser.add_argument("--full", action="store_true", help="all rows, which replace the committed ones")
+    parser.add_argument("--full", action="store_true",
+                        help="all rows, which replace the committed ones")
     parser.add_argument("--only", action="append", default=[], metavar="NAME,...",
                         help="items, by table, figure or folder")
-    parser.add_argument("--list", action="store_true", help="what there is, about how long it takes, and what it needs")
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
-    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
+    parser.add_argument("--list", action="store_true",
+                        help="what there is, about how long it takes, and what it needs")
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
+                        help="the program")
+    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
+                        help="the program")
     args = parser.parse_args()
     if args.smoke and args.full:
         parser.error("--smoke and --full exclude each other")
@@ -75,7 +81,8 @@ def main():
     if args.list:
         table(items, sources)
         if not args.only:
-            print("\nNot measured, for want of the paper's models:", *(what for what, *_ in MISSING), sep="\n  ")
+            print("\nNot measured, for want of the paper's models:",
+                  *(what for what, *_ in MISSING), sep="\n  ")
         return 0
     failed = []
     start = time.monotonic()
@@ -86,7 +93,8 @@ def main():
             print(f"{name}: about {left / 60:.0f} minutes left", flush=True)
             left -= SOURCES[name][0]
             for command in SOURCES[name][1]:
-                if run(*(word.format(sparge=args.sparge, lm=args.sparge_lm) for word in command)) != 0:
+                if run(*(word.format(sparge=args.sparge, lm=args.sparge_lm)
+                         for word in command)) != 0:
                     sys.exit(f"reproduce.py: {command[0]} failed")
     for n, item in enumerate(items):
         rest = f", about {left / 60:.0f} minutes left" if args.full else ""

@@ -1,8 +1,8 @@
-/* 1_naive.cu: rung 1, the algorithm and nothing else. A thread owns a query row and walks the kept key
- * blocks, reading every element from global memory when it needs it, in float.
+/* 1_naive.cu: rung 1, the algorithm and nothing else. A thread owns a query row and walks the kept
+ * key blocks, reading every element from global memory when it needs it, in float.
  *
- * What it costs: 128 threads read the same keys 128 times, a row of q once for every key, and a row of o
- * does not fit into registers. */
+ * What it costs: 128 threads read the same keys 128 times, a row of q once for every key, and a row
+ * of o does not fit into registers. */
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
 
@@ -18,7 +18,8 @@ static __device__ float score(const work &w, const query_block &q, int64_t q_at,
     float sum = 0.0f;
     for (int c = 0; c < w.dim; c++) {
         const float mean = w.mean ? w.mean[q.kv * w.dim + c] : 0.0f;
-        sum = fmaf(finite_or_0(element(w.q, q_at + c)), finite_or_0(element(w.k, k_at + c) - mean), sum);
+        sum = fmaf(finite_or_0(element(w.q, q_at + c)), finite_or_0(element(w.k, k_at + c) - mean),
+                   sum);
     }
     return sum;
 }
@@ -32,7 +33,7 @@ static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_const
     const int r = (int)threadIdx.x;
     const int64_t q_at = place(w.q, q.b, q.h, q.first + r);
 
-    float o[MAX_WIDTH] = { 0 };
+    float o[MAX_WIDTH] = {0};
     sparge_row state = sparge_row_empty();
     for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
         const int seen = keys_of_row(w, q, r, j);

@@ -1,9 +1,10 @@
-/* 2_shared.cu: rung 2, tiles in shared memory. 256 threads load a piece of q, of k or of v together, and
- * each multiplies an 8 x 4 piece of S or an 8 x (width / 16) piece of o out of it, in float: an element is
- * read from global memory once for a whole block, and from shared memory once for 4 to 8 multiply-adds.
+/* 2_shared.cu: rung 2, tiles in shared memory. 256 threads load a piece of q, of k or of v
+ * together, and each multiplies an 8 x 4 piece of S or an 8 x (width / 16) piece of o out of it, in
+ * float: an element is read from global memory once for a whole block, and from shared memory once
+ * for 4 to 8 multiply-adds.
  *
- * Thread (y, x), 16 x 16: rows y + 16 a, keys or channels x + 16 b, so that a warp reads 16 neighbouring
- * columns and two rows. */
+ * Thread (y, x), 16 x 16: rows y + 16 a, keys or channels x + 16 b, so that a warp reads 16
+ * neighbouring columns and two rows. */
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
 
@@ -19,7 +20,8 @@ template <int WIDTH> struct tiles {
     votes ballot;
 };
 
-/* `rows` of `padded` rows from `first` on, COUNT channels from c0 on; zeros where there is nothing. */
+/* `rows` of `padded` rows from `first` on, COUNT channels from c0 on; zeros where there is nothing.
+ */
 template <int COUNT, int PITCH>
 static __device__ void load(const sparge_in &in, int64_t b, int64_t h, int64_t first, int64_t rows,
                             int padded, int c0, int dim, const float *mean, float (*to)[PITCH])
@@ -39,11 +41,11 @@ static __device__ void multiply_qk(const work &w, const query_block &q, int64_t 
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
     const float *const mean = w.mean ? w.mean + q.kv * w.dim : NULL;
-    float s[ROWS][KEYS] = { { 0 } };
+    float s[ROWS][KEYS] = {{0}};
     for (int c0 = 0; c0 < WIDTH; c0 += CHUNK) {
         load<CHUNK>(w.q, q.b, q.h, q.first, q.rows, BLOCK_Q, c0, w.dim, NULL, t.q);
-        load<CHUNK>(w.k, q.b, q.kv % w.kv_heads, j * BLOCK_K, w.g.k_len - j * BLOCK_K, BLOCK_K, c0, w.dim,
-                    mean, t.k);
+        load<CHUNK>(w.k, q.b, q.kv % w.kv_heads, j * BLOCK_K, w.g.k_len - j * BLOCK_K, BLOCK_K, c0,
+                    w.dim, mean, t.k);
         __syncthreads();
         for (int c = 0; c < CHUNK; c++)
 #pragma unroll
@@ -69,7 +71,8 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
     const float unit = w.scale * SPARGE_LOG2E;
     const float local = sparge_row_local(seen ? most_of_row(t.p[r], seen) : -INFINITY, unit);
-    const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
+    const bool skips =
+        group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
     if (r < BLOCK_Q) {
         const int used = skips ? 0 : seen;
         t.shrink[r] = used ? weigh_row(state, t.p[r], used, unit, local) : 1.0f;
@@ -92,7 +95,8 @@ static __device__ void multiply_pv(const work &w, const query_block &q, int64_t 
             o[a][b] *= t.shrink[y + SIDE * a];
     for (int k0 = 0; k0 < BLOCK_K; k0 += CHUNK) {
         const int64_t first = j * BLOCK_K + k0;
-        load<WIDTH>(w.v, q.b, q.kv % w.kv_heads, first, w.g.k_len - first, CHUNK, 0, w.dim_v, NULL, t.v);
+        load<WIDTH>(w.v, q.b, q.kv % w.kv_heads, first, w.g.k_len - first, CHUNK, 0, w.dim_v, NULL,
+                    t.v);
         __syncthreads();
         for (int k = 0; k < CHUNK; k++)
 #pragma unroll
@@ -112,7 +116,7 @@ static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_cons
     const uint32_t *const kept = mask_row(w, q);
     const float lambda = knobs_of(w, q.h).lambda;
     sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
-    float o[ROWS][WIDTH / SIDE] = { { 0 } };
+    float o[ROWS][WIDTH / SIDE] = {{0}};
     for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
         multiply_qk(w, q, j, t);
         weigh(w, q, j, lambda, state, t);

@@ -1,8 +1,9 @@
-/* 3_dp4a.cu: rung 3, the paper's int8 arithmetic. The shape of rung 2, but tiles hold the codes that
- * prepare.cu made, and dp4a multiplies four of them at once into int32: exact, with a quarter of the
- * instructions and of the bytes.
+/* 3_dp4a.cu: rung 3, the paper's int8 arithmetic. The shape of rung 2, but tiles hold the codes
+ * that prepare.cu made, and dp4a multiplies four of them at once into int32: exact, with a quarter
+ * of the instructions and of the bytes.
  *
- * P is coded too, against the row's maximum in this block, so that o takes one multiply-add a block. */
+ * P is coded too, against the row's maximum in this block, so that o takes one multiply-add a
+ * block. */
 #include "gpu/image.h"
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
@@ -37,7 +38,7 @@ static __device__ int word(const void *image, int pitch, int row, int at)
 template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE, pitch = pitch_of(WIDTH);
-    int s[ROWS][KEYS] = { { 0 } };
+    int s[ROWS][KEYS] = {{0}};
     for (int c = 0; c < WIDTH; c += 4) {
         int k[KEYS];
 #pragma unroll
@@ -59,7 +60,8 @@ template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
     __syncthreads();
 }
 
-/* Lines 11-16: a thread for each row. A row that skips, or sees nothing, has codes and a weight of 0. */
+/* Lines 11-16: a thread for each row. A row that skips, or sees nothing, has codes and a weight of
+ * 0. */
 template <int WIDTH>
 static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda,
                              sparge_row &state, tiles<WIDTH> &t)
@@ -67,21 +69,23 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
     const float unit = score_unit(w, q, j), most = seen ? most_of_row(t.s[r], seen) : -INFINITY;
     const float local = sparge_row_local(most, unit);
-    const bool skips = group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
+    const bool skips =
+        group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
     if (r < BLOCK_Q) {
         const int used = skips ? 0 : seen;
-        uint32_t p[BLOCK_K / 4] = { 0 };
+        uint32_t p[BLOCK_K / 4] = {0};
         int sum = 0;
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k++) {
-            const int code = k < used ? sparge_weight_code((float)t.s[r][k], most, unit, P_LEVELS) : 0;
+            const int code =
+                k < used ? sparge_weight_code((float)t.s[r][k], most, unit, P_LEVELS) : 0;
             p[key_slot(k) / 4] |= (uint32_t)code << 8 * (key_slot(k) % 4);
             sum += code;
         }
 #pragma unroll
         for (int n = 0; n < BLOCK_K / 4; n++)
             t.p[r * P_PITCH + n] = p[n];
-        coded c = { 0.0f, 1.0f };
+        coded c = {0.0f, 1.0f};
         if (used)
             c = fold_codes(state, local, sum);
         t.weight[r] = c.weight;
@@ -92,10 +96,11 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
 
 /* Line 16: o = shrink * o + weight * step * (codes of P times codes of V). */
 template <int WIDTH>
-static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step, float (&o)[ROWS][WIDTH / SIDE])
+static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step,
+                                   float (&o)[ROWS][WIDTH / SIDE])
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
-    int sum[ROWS][WIDTH / SIDE] = { { 0 } };
+    int sum[ROWS][WIDTH / SIDE] = {{0}};
     for (int k = 0; k < BLOCK_K; k += 4) {
         int p[ROWS];
 #pragma unroll
@@ -126,7 +131,7 @@ static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_cons
     const uint32_t *const kept = mask_row(w, q);
     const float lambda = knobs_of(w, q.h).lambda;
     sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
-    float o[ROWS][WIDTH / SIDE] = { { 0 } };
+    float o[ROWS][WIDTH / SIDE] = {{0}};
     load(t.q, w.q8 + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
     for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
         const int64_t key_block = q.kv * w.g.k_blocks + j;

@@ -1,12 +1,14 @@
-/* 4_mma.cu: rung 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each. Scores never
- * leave the registers: the accumulators of Q.K^T are, packed, the operand of P.V. While a block is
- * multiplied, the next one is on its way to the other half of shared memory (cp.async).
+/* 4_mma.cu: rung 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each.
+ * Scores never leave the registers: the accumulators of Q.K^T are, packed, the operand of P.V.
+ * While a block is multiplied, the next one is on its way to the other half of shared memory
+ * (cp.async).
  *
- * Lane = 4 g + quad holds rows g and g + 8 of its warp's 16, and of each 8 columns the two from 2 quad on:
- * x[i][2 h + e] is row g + 8 h, column 8 i + 2 quad + e. A row is spread over the four lanes of a quad.
+ * Lane = 4 g + quad holds rows g and g + 8 of its warp's 16, and of each 8 columns the two from 2
+ * quad on: x[i][2 h + e] is row g + 8 h, column 8 i + 2 quad + e. A row is spread over the four
+ * lanes of a quad.
  *
- * P.V in int8 is rung 3's, bit for bit but for exp2; in f16 it is FlashAttention's: P against the running
- * maximum, sums in float. exp2 is the hardware's, within 2 ulp. */
+ * P.V in int8 is rung 3's, bit for bit but for exp2; in f16 it is FlashAttention's: P against the
+ * running maximum, sums in float. exp2 is the hardware's, within 2 ulp. */
 #include "gpu/image.h"
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
@@ -43,23 +45,26 @@ static __device__ void load(void *to, const void *from, int bytes)
 }
 
 template <int WIDTH, bool HALF>
-static __device__ void load_stage(const work &w, const query_block &q, int64_t j, stage<WIDTH, HALF> &s)
+static __device__ void load_stage(const work &w, const query_block &q, int64_t j,
+                                  stage<WIDTH, HALF> &s)
 {
     const int64_t block = q.kv * w.g.k_blocks + j;
     load(s.k, w.k8 + block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
     load(s.v, w.v_tile + block * v_tile_bytes(WIDTH, HALF), v_tile_bytes(WIDTH, HALF));
 }
 
-/* Two neighbouring operands b of 8 columns and 32 bytes of k each; a column is a row of the image. */
+/* Two neighbouring operands b of 8 columns and 32 bytes of k each; a column is a row of the image.
+ */
 SPARGE_DEVICE void load_columns(uint32_t (&b)[4], const void *image, int pitch, int column, int at)
 {
     const int matrix = lane() / 8;
-    ldmatrix(b, (const char *)image +
-                    image_at(pitch, column + 8 * (matrix / 2) + lane() % 8, at + 16 * (matrix % 2)));
+    ldmatrix(b, (const char *)image + image_at(pitch, column + 8 * (matrix / 2) + lane() % 8,
+                                               at + 16 * (matrix % 2)));
 }
 
 /* Line 10: S of 16 rows. */
-template <int WIDTH> static __device__ void multiply_qk(const int8_t *q, const int8_t *k, int (&s)[8][4])
+template <int WIDTH>
+static __device__ void multiply_qk(const int8_t *q, const int8_t *k, int (&s)[8][4])
 {
     const int matrix = lane() / 8, r = (int)threadIdx.x / 32 * 16 + lane() % 8 + 8 * (matrix % 2);
 #pragma unroll
@@ -79,8 +84,8 @@ template <int WIDTH> static __device__ void multiply_qk(const int8_t *q, const i
     }
 }
 
-/* Is column 2 quad + e of 8-column tile i one of the first `count` keys? Off the edge of what is seen, a
- * row has all of a block or, where it skips, none. */
+/* Is column 2 quad + e of 8-column tile i one of the first `count` keys? Off the edge of what is
+ * seen, a row has all of a block or, where it skips, none. */
 template <bool EDGE> SPARGE_DEVICE bool among(int i, int e, int count)
 {
     return EDGE ? 8 * i + 2 * (lane() % 4) + e < count : count != 0;
@@ -131,19 +136,21 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
     }
 }
 
-/* Lines 12, 13 and 16 in codes: P against the largest score. used: keys of each row, 0 where it skips. */
+/* Lines 12, 13 and 16 in codes: P against the largest score. used: keys of each row, 0 where it
+ * skips. */
 template <int WIDTH, bool EDGE>
-static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
-                                 const int (&most)[2], const float (&local)[2], const uint8_t *v,
-                                 const float *step)
+static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float unit,
+                                 const int (&used)[2], const int (&most)[2],
+                                 const float (&local)[2], const uint8_t *v, const float *step)
 {
-    uint32_t p[2][4] = { { 0 } };
+    uint32_t p[2][4] = {{0}};
     coded c[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int sum = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) /* 32 keys are p[i / 4]; 16 of them two registers, one for each h */
+        for (int i = 0; i < 8;
+             i++) /* 32 keys are p[i / 4]; 16 of them two registers, one for each h */
 #pragma unroll
             for (int e = 0; e < 2; e++) {
                 const bool there = among<EDGE>(i, e, used[h]);
@@ -154,13 +161,13 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
             }
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
-        c[h] = { 0.0f, 1.0f };
+        c[h] = {0.0f, 1.0f};
         if (used[h])
             c[h] = fold_codes(f.state[h], local[h], sum);
     }
 #pragma unroll
     for (int i = 0; i < WIDTH / 8; i += 2) {
-        int sum[2][4] = { { 0 } };
+        int sum[2][4] = {{0}};
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             uint32_t b[4];
@@ -172,16 +179,16 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
         for (int n = 0; n < 8; n++) {
             const int u = n / 4, h = n / 2 % 2, e = n % 2;
             const float d = step[8 * (i + u) + 2 * (lane() % 4) + e];
-            f.o[i + u][2 * h + e] =
-                fmaf(c[h].weight * d, (float)sum[u][2 * h + e], f.o[i + u][2 * h + e] * c[h].shrink);
+            f.o[i + u][2 * h + e] = fmaf(c[h].weight * d, (float)sum[u][2 * h + e],
+                                         f.o[i + u][2 * h + e] * c[h].shrink);
         }
     }
 }
 
 /* The same in f16: P against the running maximum. */
 template <int WIDTH, bool EDGE>
-static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float unit, const int (&used)[2],
-                                const float (&local)[2], const uint8_t *v)
+static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float unit,
+                                const int (&used)[2], const float (&local)[2], const uint8_t *v)
 {
     float shrink[2], base[2];
 #pragma unroll
@@ -227,13 +234,14 @@ static __device__ void fold_scores(const work &w, const query_block &q, int64_t 
                                    fragment<WIDTH> &f)
 {
     const float unit = score_unit(w, q, j);
-    const int seen[2] = { keys_of_row(w, q, row_of(0), j), keys_of_row(w, q, row_of(1), j) };
+    const int seen[2] = {keys_of_row(w, q, row_of(0), j), keys_of_row(w, q, row_of(1), j)};
     int most[2];
     bool skips[2];
     largest_scores<EDGE>(s, seen, most);
-    const float local[2] = { sparge_row_local((float)most[0], unit), sparge_row_local((float)most[1], unit) };
+    const float local[2] = {sparge_row_local((float)most[0], unit),
+                            sparge_row_local((float)most[1], unit)};
     skipped_rows(w, q, ballot, j, f.state, local, seen, lambda, skips);
-    const int used[2] = { skips[0] ? 0 : seen[0], skips[1] ? 0 : seen[1] };
+    const int used[2] = {skips[0] ? 0 : seen[0], skips[1] ? 0 : seen[1]};
     if (!__any_sync(~0u, used[0] || used[1]))
         return; /* none of the warp's rows */
     if (HALF)
@@ -312,9 +320,13 @@ template <bool HALF> static cudaError_t attend_width(const work &w, cudaStream_t
 {
     const int64_t blocks = w.batch * w.heads * w.g.q_blocks;
     switch (w.width) {
-    case 64: return launch(attend_warps<64, HALF>, blocks, THREADS, sizeof(tiles<64, HALF>), stream, w);
-    case 96: return launch(attend_warps<96, HALF>, blocks, THREADS, sizeof(tiles<96, HALF>), stream, w);
-    default: return launch(attend_warps<128, HALF>, blocks, THREADS, sizeof(tiles<128, HALF>), stream, w);
+    case 64:
+        return launch(attend_warps<64, HALF>, blocks, THREADS, sizeof(tiles<64, HALF>), stream, w);
+    case 96:
+        return launch(attend_warps<96, HALF>, blocks, THREADS, sizeof(tiles<96, HALF>), stream, w);
+    default:
+        return launch(attend_warps<128, HALF>, blocks, THREADS, sizeof(tiles<128, HALF>), stream,
+                      w);
     }
 }
 

@@ -1,19 +1,19 @@
-/* 5_hopper.cu: rung 5, sm_90a. One warp does nothing but fetch: it walks the mask and keeps a ring of
- * shared-memory stages full with bulk copies. Two warpgroups of 64 query rows each multiply (wgmma) and
- * take turns, so that the softmax of one runs under the products of the other; within a warpgroup P.V of
- * one stage runs under the maxima of the next.
+/* 5_hopper.cu: rung 5, sm_90a. One warp does nothing but fetch: it walks the mask and keeps a ring
+ * of shared-memory stages full with bulk copies. Two warpgroups of 64 query rows each multiply
+ * (wgmma) and take turns, so that the softmax of one runs under the products of the other; within a
+ * warpgroup P.V of one stage runs under the maxima of the next.
  *
- * A stage is two kept key blocks, gathered from anywhere, a and b: their 128 keys are one product, but
- * lambda's test, the unit of the scores and the running maximum go block by block, in order. An odd last
- * block leaves b absent.
+ * A stage is two kept key blocks, gathered from anywhere, a and b: their 128 keys are one product,
+ * but lambda's test, the unit of the scores and the running maximum go block by block, in order. An
+ * odd last block leaves b absent.
  *
  *   stage  k [2][64 keys][pitch]   v [2] tiles   slot: which blocks, and their units
  *   ring   full: the bytes have landed          empty: all eight warps have read them
  *   turn   named barriers 2 and 3: whose products may be issued
  *
- * P.V in fp8: the tensor core's own sum is narrower than float, so each stage is summed from zero and added
- * to o in float. P is coded as 256 p, for e4m3 has few numbers below 1. In f16 the tensor core adds to o
- * itself. exp2 is the hardware's; README.md says how far o may lie. */
+ * P.V in fp8: the tensor core's own sum is narrower than float, so each stage is summed from zero
+ * and added to o in float. P is coded as 256 p, for e4m3 has few numbers below 1. In f16 the tensor
+ * core adds to o itself. exp2 is the hardware's; README.md says how far o may lie. */
 #include "gpu/5_stage.h"
 
 namespace sparge {
@@ -22,18 +22,20 @@ namespace sparge {
 
 /* Announces a query block and fetches its codes. */
 template <int WIDTH, bool HALF>
-static __device__ void fetch_q(const work &w, const query_block &q, tiles<WIDTH, HALF> &t, uint32_t at)
+static __device__ void fetch_q(const work &w, const query_block &q, tiles<WIDTH, HALF> &t,
+                               uint32_t at)
 {
     using size = shape<WIDTH, HALF>;
-    t.items[at] = { q.line, knobs_of(w, q.h).lambda * SPARGE_LOG2E };
+    t.items[at] = {q.line, knobs_of(w, q.h).lambda * SPARGE_LOG2E};
     barrier_arrive_expect(&t.q_full[at], size::Q_BYTES);
     copy_bulk(t.q[at], w.q8 + q.line * size::Q_BYTES, size::Q_BYTES, &t.q_full[at]);
 }
 
-/* Key block j into half `b` of a stage. The arrival at k_full comes last: it publishes the slot too. */
+/* Key block j into half `b` of a stage. The arrival at k_full comes last: it publishes the slot
+ * too. */
 template <int WIDTH, bool HALF>
-static __device__ void fetch_kv(const work &w, const query_block &q, tiles<WIDTH, HALF> &t, uint32_t at,
-                                int b, int64_t j, bool last)
+static __device__ void fetch_kv(const work &w, const query_block &q, tiles<WIDTH, HALF> &t,
+                                uint32_t at, int b, int64_t j, bool last)
 {
     using size = shape<WIDTH, HALF>;
     const int64_t block = q.kv * w.g.k_blocks + j;
@@ -44,24 +46,28 @@ static __device__ void fetch_kv(const work &w, const query_block &q, tiles<WIDTH
     s.unit[b] = score_unit(w, q, j);
     s.block[b] = (int)j;
     s.skips = 0;
-    s.flags = (b ? s.flags : 0) | (edge ? EDGE : 0) | (last ? LAST : 0) | (last && b == 0 ? ONLY_A : 0);
+    s.flags =
+        (b ? s.flags : 0) | (edge ? EDGE : 0) | (last ? LAST : 0) | (last && b == 0 ? ONLY_A : 0);
     if (b == 0)
         barrier_arrive_expect(&t.v_full[at], last ? size::V_BYTES : 2 * size::V_BYTES);
-    copy_bulk(t.k[at] + b * size::K_BYTES, w.k8 + block * size::K_BYTES, size::K_BYTES, &t.k_full[at]);
-    copy_bulk(t.v[at] + b * size::V_BYTES, w.v_tile + block * size::V_BYTES, size::V_BYTES, &t.v_full[at]);
+    copy_bulk(t.k[at] + b * size::K_BYTES, w.k8 + block * size::K_BYTES, size::K_BYTES,
+              &t.k_full[at]);
+    copy_bulk(t.v[at] + b * size::V_BYTES, w.v_tile + block * size::V_BYTES, size::V_BYTES,
+              &t.v_full[at]);
     if (b == 1 || last)
         barrier_arrive_expect(&t.k_full[at], b ? 2 * size::K_BYTES : size::K_BYTES);
 }
 
-/* What the consumers skipped of a stage, once they are through with it: a lane for each group and block.
- * A group that sees no key of a block has nothing to skip. */
+/* What the consumers skipped of a stage, once they are through with it: a lane for each group and
+ * block. A group that sees no key of a block has nothing to skip. */
 static __device__ void record_skips(const work &w, const slot &s)
 {
     const int lane = (int)threadIdx.x, b = lane / 8, group = lane % 8;
     if (lane >= (s.flags & ONLY_A ? 8 : 16) || !(s.skips >> lane & 1u))
         return;
     const int j = s.block[b], words = (int)sparge_mask_row_words(w.g.k_blocks);
-    const int last = min(s.first + (group + 1) * w.skip_rows, (int)w.g.q_len) - 1; /* token of the group */
+    const int last =
+        min(s.first + (group + 1) * w.skip_rows, (int)w.g.q_len) - 1; /* token of the group */
     if (last >= s.first + group * w.skip_rows && last + (int)w.g.offset >= j * BLOCK_K)
         atomicOr(&s.skipped[group * words + j / 32], 1u << j % 32);
 }
@@ -81,8 +87,8 @@ template <int WIDTH, bool HALF, bool LAMBDA>
 static __device__ void produce(const work &w, tiles<WIDTH, HALF> &t)
 {
     const int lane = (int)threadIdx.x;
-    cursor<STAGES> stage = { 0 };
-    cursor<2> query = { 0 };
+    cursor<STAGES> stage = {0};
+    cursor<2> query = {0};
     for (;; query.n++) {
         unsigned long long ticket = 0;
         if (lane == 0)
@@ -118,7 +124,8 @@ static __device__ void produce(const work &w, tiles<WIDTH, HALF> &t)
                     if (b == 0)
                         take_stage<WIDTH, HALF, LAMBDA>(w, t, stage);
                     if (lane == 0)
-                        fetch_kv(w, q, t, stage.at(), b, (base + from) * 32 + __ffs((int)bits) - 1, last);
+                        fetch_kv(w, q, t, stage.at(), b, (base + from) * 32 + __ffs((int)bits) - 1,
+                                 last);
                     __syncwarp();
                     b ^= 1;
                     if (b == 0 || last) {
@@ -143,8 +150,8 @@ static __device__ void consume(const work &w, tiles<WIDTH, HALF> &t)
 {
     using size = shape<WIDTH, HALF>;
     const bool speaks = threadIdx.x % 32 == 0; /* for a warp */
-    cursor<STAGES> stage = { 0 };
-    cursor<2> query = { 0 };
+    cursor<STAGES> stage = {0};
+    cursor<2> query = {0};
     if (warpgroup() == 1)
         named_arrive(TURN, 2 * WARPGROUP); /* warpgroup 0 begins */
     for (;; query.n++) {
@@ -169,7 +176,8 @@ static __device__ void consume(const work &w, tiles<WIDTH, HALF> &t)
         const auto score = [&]() {
             barrier_wait(&t.k_full[stage.at()], stage.parity());
             named_sync(TURN + warpgroup(), 2 * WARPGROUP);
-            multiply_qk<WIDTH, HALF>(s, t.q[query.at()] + warpgroup() * 64 * size::PITCH, t.k[stage.at()]);
+            multiply_qk<WIDTH, HALF>(s, t.q[query.at()] + warpgroup() * 64 * size::PITCH,
+                                     t.k[stage.at()]);
         };
         const auto look_at_scores = [&]() {
             pin(s);
@@ -181,8 +189,8 @@ static __device__ void consume(const work &w, tiles<WIDTH, HALF> &t)
             if (LAMBDA && speaks && skips) /* warps of one group say the same */
                 atomicOr(&t.slots[stage.at()].skips, skips << row_of(0) / w.skip_rows);
         };
-        /* P.V of a stage: of the blocks that are kept. A group of fewer rows than 64 cannot leave products
-         * out alone: its weights are 0. */
+        /* P.V of a stage: of the blocks that are kept. A group of fewer rows than 64 cannot leave
+         * products out alone: its weights are 0. */
         const auto choose = [&]() {
             const bool whole = !LAMBDA || w.skip_rows >= 64;
             choice c;
@@ -196,8 +204,8 @@ static __device__ void consume(const work &w, tiles<WIDTH, HALF> &t)
             else
                 multiply_pv<WIDTH, HALF>(sum, p, t.v[at], c.a, c.b);
         };
-        /* They have been added up: the stage is given back, and o takes them in. Where none was issued no
-         * maximum had moved either. */
+        /* They have been added up: the stage is given back, and o takes them in. Where none was
+         * issued no maximum had moved either. */
         const auto take_in = [&](uint32_t at, bool issued) {
             __syncwarp();
             if (speaks)
@@ -251,7 +259,8 @@ static __device__ void consume(const work &w, tiles<WIDTH, HALF> &t)
 }
 
 template <int WIDTH, bool HALF, bool LAMBDA>
-static __global__ void __launch_bounds__(THREADS, 1) attend_warpgroups(const __grid_constant__ work w)
+static __global__ void __launch_bounds__(THREADS, 1)
+    attend_warpgroups(const __grid_constant__ work w)
 {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     tiles<WIDTH, HALF> &t = *(tiles<WIDTH, HALF> *)shared_memory();
@@ -288,7 +297,8 @@ static cudaError_t attend_with(const work &w, cudaStream_t stream)
     return launch(attend_warpgroups<WIDTH, HALF, LAMBDA>, blocks, THREADS, shared, stream, w);
 }
 
-template <bool HALF, bool LAMBDA> static cudaError_t attend_width(const work &w, cudaStream_t stream)
+template <bool HALF, bool LAMBDA>
+static cudaError_t attend_width(const work &w, cudaStream_t stream)
 {
     switch (w.width) {
     case 64: return attend_with<64, HALF, LAMBDA>(w, stream);
@@ -300,8 +310,10 @@ template <bool HALF, bool LAMBDA> static cudaError_t attend_width(const work &w,
 cudaError_t attend_hopper(const work &w, cudaStream_t stream)
 {
     if (w.pv == SPARGE_HALF)
-        return w.may_skip ? attend_width<true, true>(w, stream) : attend_width<true, false>(w, stream);
-    return w.may_skip ? attend_width<false, true>(w, stream) : attend_width<false, false>(w, stream);
+        return w.may_skip ? attend_width<true, true>(w, stream)
+                          : attend_width<true, false>(w, stream);
+    return w.may_skip ? attend_width<false, true>(w, stream)
+                      : attend_width<false, false>(w, stream);
 }
 
 } // namespace sparge

@@ -1,8 +1,8 @@
-/* 5_stage.h: what a warpgroup of rung 5 does to one stage: products, maxima, lambda's vote, weights. The
- * order in which it does them is 5_hopper.cu's.
+/* 5_stage.h: what a warpgroup of rung 5 does to one stage: products, maxima, lambda's vote,
+ * weights. The order in which it does them is 5_hopper.cu's.
  *
- * Thread = 32 warp + 4 g + quad of its warpgroup holds rows 16 warp + g + 8 h; register 4 i + 2 h + e of an
- * accumulator is column 8 i + 2 quad + e. */
+ * Thread = 32 warp + 4 g + quad of its warpgroup holds rows 16 warp + g + 8 h; register 4 i + 2 h +
+ * e of an accumulator is column 8 i + 2 quad + e. */
 #ifndef SPARGE_GPU_5_STAGE_H
 #define SPARGE_GPU_5_STAGE_H
 
@@ -18,7 +18,8 @@ enum { PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 }; /* a thread */
 /* Named barriers; 0 is __syncthreads. */
 enum { TURN = 2, VOTE_64 = 4, VOTE_128 = 6, VOTE_32 = 8 };
 
-/* Of a slot: some row does not see all of a or of b; there is no b; it is the last of its query block. */
+/* Of a slot: some row does not see all of a or of b; there is no b; it is the last of its query
+ * block. */
 enum { EDGE = 1, ONLY_A = 2, LAST = 4 };
 
 struct slot {
@@ -75,11 +76,12 @@ SPARGE_DEVICE int thread_of_warpgroup() { return (int)threadIdx.x % WARPGROUP; }
 SPARGE_DEVICE int warpgroup() { return (int)threadIdx.x / WARPGROUP - 1; }
 SPARGE_DEVICE int row_of(int h)
 {
-    return 64 * warpgroup() + thread_of_warpgroup() / 32 * 16 + thread_of_warpgroup() % 32 / 4 + 8 * h;
+    return 64 * warpgroup() + thread_of_warpgroup() / 32 * 16 + thread_of_warpgroup() % 32 / 4 +
+           8 * h;
 }
 
-/* How many keys of block B of a stage each of a thread's rows sees: the first ones; none of them may be
- * negative, all of them more than 64. */
+/* How many keys of block B of a stage each of a thread's rows sees: the first ones; none of them
+ * may be negative, all of them more than 64. */
 SPARGE_DEVICE int seen_of_row(const work &w, const slot &t, int b, int h)
 {
     const int token = t.first + row_of(h);
@@ -100,17 +102,19 @@ SPARGE_DEVICE void multiply_qk(int (&s)[64], const uint8_t *q, const uint8_t *k)
     wgmma_commit();
 }
 
-/* One step of P.V: 32 keys in fp8, 16 in f16. `fresh`: the first one of a sum that starts from zero. */
+/* One step of P.V: 32 keys in fp8, 16 in f16. `fresh`: the first one of a sum that starts from
+ * zero. */
 template <int STEP, int N>
-SPARGE_DEVICE void pv_step(float (&acc)[N], const uint32_t (&p)[16], uint64_t a, uint64_t b, bool fresh)
+SPARGE_DEVICE void pv_step(float (&acc)[N], const uint32_t (&p)[16], uint64_t a, uint64_t b,
+                           bool fresh)
 {
-    const uint32_t x[4] = { p[4 * STEP], p[4 * STEP + 1], p[4 * STEP + 2], p[4 * STEP + 3] };
+    const uint32_t x[4] = {p[4 * STEP], p[4 * STEP + 1], p[4 * STEP + 2], p[4 * STEP + 3]};
     wgmma_e4m3(acc, x, (STEP < 2 ? a : b) + STEP % 2 * DESCRIPTOR_32_BYTES, !fresh);
 }
 template <int STEP, int N>
 SPARGE_DEVICE void pv_step(float (&acc)[N], const uint32_t (&p)[32], uint64_t a, uint64_t b, bool)
 {
-    const uint32_t x[4] = { p[4 * STEP], p[4 * STEP + 1], p[4 * STEP + 2], p[4 * STEP + 3] };
+    const uint32_t x[4] = {p[4 * STEP], p[4 * STEP + 1], p[4 * STEP + 2], p[4 * STEP + 3]};
     wgmma_f16(acc, x, (STEP < 4 ? a : b) + STEP % 4 * DESCRIPTOR_16_ROWS, true);
 }
 
@@ -125,8 +129,9 @@ SPARGE_DEVICE void pv_steps(float (&acc)[N], const uint32_t (&p)[P], uint64_t a,
     }
 }
 
-/* P.V of the blocks that are kept; their products alone are issued. The conditions are the same for the
- * whole warpgroup, which the compiler has to see (__any_sync), or it serialises every product. */
+/* P.V of the blocks that are kept; their products alone are issued. The conditions are the same for
+ * the whole warpgroup, which the compiler has to see (__any_sync), or it serialises every product.
+ */
 template <int WIDTH, bool HALF, int N, int P>
 SPARGE_DEVICE void multiply_pv(float (&acc)[N], uint32_t (&p)[P], const uint8_t *v, bool keep_a,
                                bool keep_b)
@@ -149,7 +154,8 @@ SPARGE_DEVICE void multiply_pv(float (&acc)[N], uint32_t (&p)[P], const uint8_t 
     wgmma_commit();
 }
 
-/* The largest score of each of a thread's rows in block B, over its quad; INT32_MIN: no key is seen. */
+/* The largest score of each of a thread's rows in block B, over its quad; INT32_MIN: no key is
+ * seen. */
 template <int B, bool EDGE>
 SPARGE_DEVICE void max_of_block(const int (&s)[64], const int (&seen)[2], int (&max_of)[2])
 {
@@ -171,8 +177,8 @@ SPARGE_DEVICE void max_of_block(const int (&s)[64], const int (&seen)[2], int (&
     }
 }
 
-/* Lambda's vote in a group of `skip_rows` rows, and whether the products of its warpgroup can be left out
- * where it skips: a group of fewer than 64 rows is only a part of them. */
+/* Lambda's vote in a group of `skip_rows` rows, and whether the products of its warpgroup can be
+ * left out where it skips: a group of fewer than 64 rows is only a part of them. */
 SPARGE_DEVICE bool any_of_group(int skip_rows, bool near)
 {
     switch (skip_rows) {
@@ -184,15 +190,19 @@ SPARGE_DEVICE bool any_of_group(int skip_rows, bool near)
 }
 
 /* A row's maximum after a block whose largest score is `local`; a NaN stays. */
-SPARGE_DEVICE float raised(float max, float local) { return local <= max || max != max ? max : local; }
+SPARGE_DEVICE float raised(float max, float local)
+{
+    return local <= max || max != max ? max : local;
+}
 
 /* Lines 11 and 14-15 for both blocks of a stage. */
 template <bool LAMBDA>
-SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const rows &r, float lambda)
+SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const rows &r,
+                        float lambda)
 {
     const bool only_a = (t.flags & ONLY_A) != 0;
     int max_a[2], max_b[2];
-    int seen[2] = { BLOCK_K, BLOCK_K };
+    int seen[2] = {BLOCK_K, BLOCK_K};
     if (t.flags & EDGE) {
         for (int h = 0; h < 2; h++)
             seen[h] = seen_of_row(w, t, 0, h);
@@ -211,7 +221,7 @@ SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const 
         const bool sees_a = max_a[h] != INT32_MIN, sees_b = max_b[h] != INT32_MIN && !only_a;
         const float a = sees_a ? sparge_row_local((float)max_a[h], t.unit[0]) : -INFINITY;
         const float b = sees_b ? sparge_row_local((float)max_b[h], t.unit[1]) : -INFINITY;
-        const sparge_row first = { r.m[h], 0.0f }, second = { raised(first.max, a), 0.0f };
+        const sparge_row first = {r.m[h], 0.0f}, second = {raised(first.max, a), 0.0f};
         near_a |= sparge_row_gap(&first, a, sees_a) > lambda;
         near_b |= sparge_row_gap(&second, b, sees_b) > lambda;
         x.m[h] = raised(second.max, b);
@@ -221,11 +231,11 @@ SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const 
     return x;
 }
 
-/* Lines 12-13 for block B: scores become weights, packed as the operand of P.V. The 8-column tiles i and
- * i + 1 are four neighbouring bytes (key_slot) or two halves in each of two registers. */
+/* Lines 12-13 for block B: scores become weights, packed as the operand of P.V. The 8-column tiles
+ * i and i + 1 are four neighbouring bytes (key_slot) or two halves in each of two registers. */
 template <int B, bool EDGE, bool HALF, int P>
-SPARGE_DEVICE void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit, const float (&base)[2],
-                               const int (&seen)[2], float (&l)[2])
+SPARGE_DEVICE void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit,
+                               const float (&base)[2], const int (&seen)[2], float (&l)[2])
 {
     const int column = 2 * ((int)threadIdx.x % 4);
 #pragma unroll
@@ -255,7 +265,7 @@ template <int B, bool HALF, int P>
 SPARGE_DEVICE void weigh_or_clear(const work &w, const int (&s)[64], uint32_t (&p)[P], bool keep,
                                   const slot &t, const float (&base)[2], rows &r)
 {
-    int seen[2] = { BLOCK_K, BLOCK_K };
+    int seen[2] = {BLOCK_K, BLOCK_K};
     if (!keep) {
 #pragma unroll
         for (int n = B * P / 2; n < (B + 1) * P / 2; n++)
@@ -270,8 +280,8 @@ SPARGE_DEVICE void weigh_or_clear(const work &w, const int (&s)[64], uint32_t (&
 }
 
 template <bool HALF, int P>
-SPARGE_DEVICE void weigh(const work &w, const int (&s)[64], uint32_t (&p)[P], const view &x, const slot &t,
-                         rows &r)
+SPARGE_DEVICE void weigh(const work &w, const int (&s)[64], uint32_t (&p)[P], const view &x,
+                         const slot &t, rows &r)
 {
     float base[2];
 #pragma unroll
@@ -297,7 +307,8 @@ SPARGE_DEVICE void store_rows(const work &w, const query_block &q, const float (
         state.max = r.m[h];
         state.sum = r.l[h] + __shfl_xor_sync(~0u, r.l[h], 1);
         state.sum += __shfl_xor_sync(~0u, state.sum, 2);
-        const float norm = sparge_row_norm(&state) * (HALF ? 1.0f : 0x1p-8f); /* P is 256 p with fp8 */
+        const float norm =
+            sparge_row_norm(&state) * (HALF ? 1.0f : 0x1p-8f); /* P is 256 p with fp8 */
         const int row = row_of(h);
         if (row < q.rows) {
             const int64_t at = out_row(w, q, row);

@@ -6,7 +6,8 @@
 static sparge_status absent(sparge_error *error)
 {
     if (error)
-        snprintf(error->text, sizeof error->text, "backend is cuda, which this library was built without");
+        snprintf(error->text, sizeof error->text,
+                 "backend is cuda, which this library was built without");
     return SPARGE_ERR_UNSUPPORTED;
 }
 
@@ -26,22 +27,23 @@ sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_option
     return absent(error);
 }
 
-sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                  const sparge_trace *trace, sparge_error *error)
+sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o,
+                                  sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
 {
     (void)p, (void)o, (void)mask, (void)trace;
     return absent(error);
 }
 
-sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *o, const sparge_mask *mask,
-                                 sparge_result *result, sparge_error *error)
+sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *o,
+                                 const sparge_mask *mask, sparge_result *result,
+                                 sparge_error *error)
 {
     (void)p, (void)o, (void)mask, (void)result;
     return absent(error);
 }
 
-sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                    sparge_result *result, sparge_error *error)
+sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_options *o,
+                                    sparge_mask *mask, sparge_result *result, sparge_error *error)
 {
     (void)p, (void)o, (void)mask, (void)result;
     return absent(error);

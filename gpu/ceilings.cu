@@ -1,9 +1,10 @@
-/* ceilings.cu: what this device can do at most, so that a kernel's speed means something: products of the
- * tensor cores, memory, single instructions; and how exactly e4m3 products add up inside the tensor core.
+/* ceilings.cu: what this device can do at most, so that a kernel's speed means something: products
+ * of the tensor cores, memory, single instructions; and how exactly e4m3 products add up inside the
+ * tensor core.
  *
- * Operands are random as attention's are: zeros would draw less power and run faster than anything real.
- * Medians of repeated launches, by CUDA events. Prints `what,value,unit,expected`: what the design counted
- * on stands beside what is there. */
+ * Operands are random as attention's are: zeros would draw less power and run faster than anything
+ * real. Medians of repeated launches, by CUDA events. Prints `what,value,unit,expected`: what the
+ * design counted on stands beside what is there. */
 #include "common/half.h"
 #include "gpu/hopper.h"
 #include "gpu/image.h"
@@ -72,8 +73,8 @@ template <class Work> double median_seconds(Work work)
     return seconds[REPEAT / 2];
 }
 
-/* Seconds a turn of a kernel that is told how many to make: as many as take about 60 ms. The clocks of a
- * device under power come down within that time, which is what a real kernel meets. */
+/* Seconds a turn of a kernel that is told how many to make: as many as take about 60 ms. The clocks
+ * of a device under power come down within that time, which is what a real kernel meets. */
 template <class Launch> double seconds_per_turn(Launch launch)
 {
     if (ON_MODEL)
@@ -90,8 +91,8 @@ template <class Launch> double seconds_per_turn(Launch launch)
 enum kind { S8, E4M3, F16, S8_AND_E4M3 };
 enum { TILE_A = 16384, TILE_B = 16384, OPERANDS = TILE_A + 2 * TILE_B, CHAIN = 4 };
 
-/* Every warpgroup multiplies its 64 rows by the same 128 columns, CHAIN products a turn of 128 bytes of k
- * (e4m3, f16: 64 keys over and over); the group before is still under way. */
+/* Every warpgroup multiplies its 64 rows by the same 128 columns, CHAIN products a turn of 128
+ * bytes of k (e4m3, f16: 64 keys over and over); the group before is still under way. */
 template <int KIND>
 __global__ void __launch_bounds__(256)
     multiply_warpgroups(const uint8_t *operands, const uint32_t *weights, int *out, int turns)
@@ -179,11 +180,11 @@ __global__ void __launch_bounds__(256)
     out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
 }
 
-/* Bytes of codes of normal numbers: int8 with the largest of four sigma at 127, e4m3 at 448, halves as they
- * are. */
+/* Bytes of codes of normal numbers: int8 with the largest of four sigma at 127, e4m3 at 448, halves
+ * as they are. */
 std::vector<uint8_t> normal_operands(kind what, size_t bytes)
 {
-    draws draw = { 11 };
+    draws draw = {11};
     std::vector<uint8_t> x(bytes);
     for (size_t n = 0; n < bytes; n++) {
         const float z = draw.normal();
@@ -201,7 +202,7 @@ std::vector<uint8_t> normal_operands(kind what, size_t bytes)
 /* P: 2^-something below 1 (f16) or 256 (e4m3), in registers. */
 std::vector<uint32_t> random_weights(kind what, int words)
 {
-    draws draw = { 12 };
+    draws draw = {12};
     std::vector<uint32_t> x((size_t)words);
     const auto weight = [&] { return exp2f(-8.0f * draw.uniform()); };
     for (uint32_t &w : x) {
@@ -211,8 +212,9 @@ std::vector<uint32_t> random_weights(kind what, int words)
                 w |= (uint32_t)sparge_f32_to_f16(weight()) << 16 * e;
         else
             for (int e = 0; e < 4; e++)
-                w |= (uint32_t)(what == S8 ? draw.bits() & 0xff : sparge_f32_to_e4m3(256 * weight()))
-                     << 8 * e;
+                w |=
+                    (uint32_t)(what == S8 ? draw.bits() & 0xff : sparge_f32_to_e4m3(256 * weight()))
+                    << 8 * e;
     }
     return x;
 }
@@ -246,7 +248,8 @@ template <bool HALF> void measure_warps(const char *what, const char *expected)
         queue(multiply_warps<HALF>, blocks, 256, 0, (const uint32_t *)operands.p,
               (const uint32_t *)weights.p, out.p, turns);
     });
-    report(what, 1e-12 * 2 * 16 * 8 * (HALF ? 16 : 32) * 8 * 8 * blocks / seconds, "TOPS", expected);
+    report(what, 1e-12 * 2 * 16 * 8 * (HALF ? 16 : 32) * 8 * 8 * blocks / seconds, "TOPS",
+           expected);
 }
 
 /* ---- Memory ---- */
@@ -283,8 +286,10 @@ void measure_copy()
 
 enum op { FFMA, DP4A, INT_TO_FLOAT, MAX3, PACK_E4M3, EXP2, EXP2_FFMA };
 
-/* Eight values that do not wait for each other; 64 operations a turn, of each of four warps a scheduler. */
-template <int OP> __global__ void __launch_bounds__(512) repeat_op(float *io, long long *clocks, int turns)
+/* Eight values that do not wait for each other; 64 operations a turn, of each of four warps a
+ * scheduler. */
+template <int OP>
+__global__ void __launch_bounds__(512) repeat_op(float *io, long long *clocks, int turns)
 {
 #ifdef HOPPER
     float x[8];
@@ -299,14 +304,16 @@ template <int OP> __global__ void __launch_bounds__(512) repeat_op(float *io, lo
             if constexpr (OP == FFMA)
                 x[i] = fmaf(x[i], 0.99f, -0.5f);
             if constexpr (OP == DP4A)
-                x[i] = __int_as_float(__dp4a(__float_as_int(x[i]), __float_as_int(x[(i + 1) % 8]), turn));
+                x[i] = __int_as_float(
+                    __dp4a(__float_as_int(x[i]), __float_as_int(x[(i + 1) % 8]), turn));
             if constexpr (OP == INT_TO_FLOAT)
                 x[i] = (float)__float_as_int(x[i]);
             if constexpr (OP == MAX3)
                 x[i] = __int_as_float(
                     __vimax3_s32(__float_as_int(x[i]), __float_as_int(x[(i + 1) % 8]), turn));
             if constexpr (OP == PACK_E4M3)
-                x[i] = __uint_as_float(pack_e4m3(x[i], x[(i + 1) % 8], x[(i + 3) % 8], x[(i + 2) % 8]));
+                x[i] = __uint_as_float(
+                    pack_e4m3(x[i], x[(i + 1) % 8], x[(i + 3) % 8], x[(i + 2) % 8]));
             if constexpr (OP == EXP2)
                 x[i] = exp2_fast(x[i]);
             if constexpr (OP == EXP2_FFMA)
@@ -323,7 +330,7 @@ template <int OP> __global__ void __launch_bounds__(512) repeat_op(float *io, lo
 template <int OP> void measure_op(const char *what, const char *expected)
 {
     const int blocks = attribute(cudaDevAttrMultiProcessorCount), turns = ON_MODEL ? 1 : 4096;
-    draws draw = { 13 };
+    draws draw = {13};
     std::vector<float> x(8 * 512);
     for (float &e : x)
         e = -draw.uniform();
@@ -336,14 +343,15 @@ template <int OP> void measure_op(const char *what, const char *expected)
     report(what, (double)got[(size_t)blocks / 2] / (4.0 * 64 * turns), "clocks a warp", expected);
 }
 
-/* What such an instruction comes to on the whole device, where each is `ops` operations a thread. */
+/* What such an instruction comes to on the whole device, where each is `ops` operations a thread.
+ */
 template <int OP> void measure_throughput(const char *what, int ops, const char *expected)
 {
     const int blocks = attribute(cudaDevAttrMultiProcessorCount);
     buffer<float> io(std::vector<float>(8 * 512, 0.5f));
     buffer<long long> clocks((size_t)blocks);
-    const double seconds =
-        seconds_per_turn([&](int turns) { queue(repeat_op<OP>, blocks, 512, 0, io.p, clocks.p, turns); });
+    const double seconds = seconds_per_turn(
+        [&](int turns) { queue(repeat_op<OP>, blocks, 512, 0, io.p, clocks.p, turns); });
     report(what, 1e-12 * 64 * 512 * ops * blocks / seconds, "TOPS", expected);
 }
 
@@ -351,10 +359,10 @@ template <int OP> void measure_throughput(const char *what, int ops, const char 
 
 enum { STAGE_KEYS = 128, CHANNELS = 128, V_TILE = CHANNELS * 64 };
 
-/* 64 rows of P times V, 128 keys a stage: added up inside the tensor core all the way, and each stage by
- * itself with the sum in float, as rung 5 has it. v: tiles of 64 keys. */
-__global__ void __launch_bounds__(128)
-add_up(const uint8_t *p, const uint8_t *v, float *inside, float *outside, int stages, int row_bytes)
+/* 64 rows of P times V, 128 keys a stage: added up inside the tensor core all the way, and each
+ * stage by itself with the sum in float, as rung 5 has it. v: tiles of 64 keys. */
+__global__ void __launch_bounds__(128) add_up(const uint8_t *p, const uint8_t *v, float *inside,
+                                              float *outside, int stages, int row_bytes)
 {
 #ifdef HOPPER
     uint8_t *const tile = shared_memory();
@@ -373,8 +381,8 @@ add_up(const uint8_t *p, const uint8_t *v, float *inside, float *outside, int st
         for (int k = 0; k < 4; k++)
 #pragma unroll
             for (int n = 0; n < 4; n++)
-                a[k][n] = *(const uint32_t *)(p + (size_t)(row + 8 * (n % 2)) * row_bytes + s * STAGE_KEYS +
-                                              32 * k + 16 * (n / 2) + 4 * quad);
+                a[k][n] = *(const uint32_t *)(p + (size_t)(row + 8 * (n % 2)) * row_bytes +
+                                              s * STAGE_KEYS + 32 * k + 16 * (n / 2) + 4 * quad);
         const uint64_t b = descriptor_k_major(tile, 64), c = descriptor_k_major(tile + V_TILE, 64);
         pin(all);
         pin(stage);
@@ -405,7 +413,7 @@ add_up(const uint8_t *p, const uint8_t *v, float *inside, float *outside, int st
 void measure_sums()
 {
     const int most = ON_MODEL ? 4 : 512, keys = most * STAGE_KEYS;
-    draws draw = { 14 };
+    draws draw = {14};
     std::vector<uint8_t> p((size_t)64 * keys), v((size_t)keys * CHANNELS), image(v.size());
     for (uint8_t &x : p)
         x = sparge_f32_to_e4m3(256 * exp2f(-8.0f * draw.uniform()));
@@ -427,11 +435,11 @@ void measure_sums()
         for (int r = 0; r < 64; r += 8)
             for (int k = done; k < stages * STAGE_KEYS; k++)
                 for (int c = 0; c < CHANNELS; c++)
-                    want[(size_t)r * CHANNELS + c] +=
-                        (double)value[p[(size_t)r * keys + k]] * (double)value[v[(size_t)k * CHANNELS + c]];
+                    want[(size_t)r * CHANNELS + c] += (double)value[p[(size_t)r * keys + k]] *
+                                                      (double)value[v[(size_t)k * CHANNELS + c]];
         done = stages * STAGE_KEYS;
-        run(add_up, 1, 128, 2 * V_TILE, (const uint8_t *)on_device_p.p, (const uint8_t *)on_device_v.p,
-            inside.p, outside.p, stages, keys);
+        run(add_up, 1, 128, 2 * V_TILE, (const uint8_t *)on_device_p.p,
+            (const uint8_t *)on_device_v.p, inside.p, outside.p, stages, keys);
         const auto error = [&](const buffer<float> &x) {
             const std::vector<float> got = x.get();
             double off = 0, size = 0;
@@ -474,7 +482,8 @@ int main()
     run(is_hopper, 1, 1, 0, yes.p);
     const bool hopper = yes.get()[0] == 1;
     if (hopper) {
-        measure_warpgroups<S8_AND_E4M3>("wgmma_s8_e4m3", 2, "1450 under 700 W; 1979 by the data sheet");
+        measure_warpgroups<S8_AND_E4M3>("wgmma_s8_e4m3", 2,
+                                        "1450 under 700 W; 1979 by the data sheet");
         measure_warpgroups<S8>("wgmma_s8", 2, "1450 under 700 W; 1979 by the data sheet");
         measure_warpgroups<S8>("wgmma_s8_1_warpgroup", 1, "as 2 warpgroups");
         measure_warpgroups<E4M3>("wgmma_e4m3", 2, "1450 under 700 W; 1979 by the data sheet");

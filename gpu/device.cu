@@ -1,5 +1,5 @@
-/* device.cu: what the device at hand can do: its limits, which rung answers a question, its memory for
- * programs that have no CUDA of their own. */
+/* device.cu: what the device at hand can do: its limits, which rung answers a question, its memory
+ * for programs that have no CUDA of their own. */
 #include "gpu/host.h"
 
 #include <stdarg.h>
@@ -35,13 +35,17 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
     int count = 0, id = 0, major = 0, minor = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e != cudaSuccess || count == 0)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "backend is cuda, but there is no CUDA device here: %s",
+        return fail(error, SPARGE_ERR_UNSUPPORTED,
+                    "backend is cuda, but there is no CUDA device here: %s",
                     cudaGetErrorString(e == cudaSuccess ? cudaErrorNoDevice : e));
-    const struct { cudaDeviceAttr name; int *value; } attributes[] = {
-        { cudaDevAttrComputeCapabilityMajor, &major },
-        { cudaDevAttrComputeCapabilityMinor, &minor },
-        { cudaDevAttrMaxSharedMemoryPerBlockOptin, &d->shared_limit },
-        { cudaDevAttrMultiProcessorCount, &d->multiprocessors },
+    const struct {
+        cudaDeviceAttr name;
+        int *value;
+    } attributes[] = {
+        {cudaDevAttrComputeCapabilityMajor, &major},
+        {cudaDevAttrComputeCapabilityMinor, &minor},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, &d->shared_limit},
+        {cudaDevAttrMultiProcessorCount, &d->multiprocessors},
     };
     e = cudaGetDevice(&id);
     for (const auto &a : attributes)
@@ -50,7 +54,8 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
     d->capability = 10 * major + minor;
     if (e == cudaSuccess && d->capability < 80)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "the CUDA device has compute capability %d.%d, it must be at least 8.0", major, minor);
+                    "the CUDA device has compute capability %d.%d, it must be at least 8.0", major,
+                    minor);
     return check(e, "cudaDeviceGetAttribute", error);
 }
 
@@ -63,12 +68,12 @@ static const struct rung {
     sparge_precision fastest;
     attention attend;
 } ladder[] = {
-    { 0, 0, SPARGE_FASTEST, NULL },
-    { FLOATS, FLOATS, SPARGE_FLOAT, attend_naive },
-    { FLOATS, FLOATS, SPARGE_FLOAT, attend_shared },
-    { BYTES, BYTES, SPARGE_INT8, attend_dp4a },
-    { BYTES, BYTES | HALVES, SPARGE_HALF, attend_mma },
-    { BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper },
+    {0, 0, SPARGE_FASTEST, NULL},
+    {FLOATS, FLOATS, SPARGE_FLOAT, attend_naive},
+    {FLOATS, FLOATS, SPARGE_FLOAT, attend_shared},
+    {BYTES, BYTES, SPARGE_INT8, attend_dp4a},
+    {BYTES, BYTES | HALVES, SPARGE_HALF, attend_mma},
+    {BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper},
 };
 enum { RUNGS = sizeof ladder / sizeof *ladder - 1 };
 
@@ -85,7 +90,8 @@ bool sparge::may_skip(const sparge_problem *p, const sparge_options *o)
 }
 
 /* Why a rung cannot do this here, as the end of a sentence; NULL where it can. */
-static const char *obstacle(int n, const device &d, const sparge_problem *p, const sparge_options *o)
+static const char *obstacle(int n, const device &d, const sparge_problem *p,
+                            const sparge_options *o)
 {
     const sparge_precision pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
     const int64_t rows = o->skip_rows;
@@ -136,18 +142,20 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sp
         return status;
     if (o->block_q != BLOCK_Q || o->block_k != BLOCK_K)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "blocks are %lld x %lld, the cuda backend has 128 x 64 alone", (long long)o->block_q,
-                    (long long)o->block_k);
+                    "blocks are %lld x %lld, the cuda backend has 128 x 64 alone",
+                    (long long)o->block_q, (long long)o->block_k);
     if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "dim is %lld and dim_v %lld, the cuda backend has at most 128", (long long)p->dim,
-                    (long long)p->dim_v);
-    const int64_t most = (int64_t)1 << 30, lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
+                    "dim is %lld and dim_v %lld, the cuda backend has at most 128",
+                    (long long)p->dim, (long long)p->dim_v);
+    const int64_t most = (int64_t)1 << 30,
+                  lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
     const int64_t columns = p->batch * p->kv_heads * sparge_ceil_div(p->k_len, BLOCK_K);
     if (p->q_len > most || p->k_len > most || lines > most || columns > most / 2)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
                     "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
-                    (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
+                    (long long)p->q_len, (long long)p->k_len, (long long)p->batch,
+                    (long long)p->heads);
     if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
         return fail(error, SPARGE_ERR_UNSUPPORTED,
                     "k_len is %lld, a row of its blocks does not fit into shared memory",
@@ -177,5 +185,6 @@ sparge_status sparge_cuda_copy(void *to, const void *from, int64_t bytes, sparge
     device d;
     if (bytes == 0)
         return find_device(&d, error);
-    return check_memory(cudaMemcpy(to, from, (size_t)bytes, cudaMemcpyDefault), "cudaMemcpy", error);
+    return check_memory(cudaMemcpy(to, from, (size_t)bytes, cudaMemcpyDefault), "cudaMemcpy",
+                        error);
 }

@@ -1,8 +1,8 @@
-/* finish.cu: what surrounds stage 2 on every rung: rows that have no key, lse, elements that were not
- * finite, counters. Algorithm 1 lines 20-21; ref/driver.c in the reference.
+/* finish.cu: what surrounds stage 2 on every rung: rows that have no key, lse, elements that were
+ * not finite, counters. Algorithm 1 lines 20-21; ref/driver.c in the reference.
  *
- * A rung leaves o, m and l as if every number were finite, and says in `skipped` what lambda left out; the
- * rest can be told from the mask, so no rung counts anything. */
+ * A rung leaves o, m and l as if every number were finite, and says in `skipped` what lambda left
+ * out; the rest can be told from the mask, so no rung counts anything. */
 #include "gpu/work.h"
 
 namespace sparge {
@@ -46,7 +46,8 @@ static __device__ void count_block(const work &w, const query_block &q, int64_t 
         w.pv_done[q.line * w.g.k_blocks + j] = (float)done / (float)all;
 }
 
-static __device__ void add_tally(const work &w, const query_block &q, const unsigned long long *tally)
+static __device__ void add_tally(const work &w, const query_block &q,
+                                 const unsigned long long *tally)
 {
     for (int n = 0; n < TALLIES; n++) {
         unsigned long long sum = tally[n];
@@ -63,7 +64,8 @@ static __device__ void fill_row(const work &w, const query_block &q, int r, floa
         store(w.o, out_row(w, q, r) + c, x);
 }
 
-/* Of the blocks that its query block keeps, some: the first one tells, as the last keys are hidden. */
+/* Of the blocks that its query block keeps, some: the first one tells, as the last keys are hidden.
+ */
 static __device__ bool sees_a_key(const work &w, const query_block &q, int r, const uint32_t *kept)
 {
     return sparge_keys_seen(&w.g, q.first + r, next_kept(kept, q, 0)) > 0;
@@ -75,8 +77,8 @@ static __device__ bool spoils(const work &w, float v)
     return !sparge_finite(v) || (w.pv == SPARGE_HALF && !(fabsf(v) < 65520.0f));
 }
 
-/* NaN where row r met something that was not finite: the whole row for a query or a key, a channel for an
- * element of v whose P.V it computed. */
+/* NaN where row r met something that was not finite: the whole row for a query or a key, a channel
+ * for an element of v whose P.V it computed. */
 static __device__ void spoil_row(const work &w, const query_block &q, int r, const uint32_t *kept)
 {
     const int64_t token = q.first + r, line = q.n * w.g.q_len + token, at = out_row(w, q, r);
@@ -106,7 +108,7 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
     const uint32_t *const kept = mask_row(w, q);
     const int r = (int)threadIdx.x;
     const bool there = r < q.rows;
-    unsigned long long tally[TALLIES] = { 0 };
+    unsigned long long tally[TALLIES] = {0};
     bool wild = w.wild_q[q.line];
     for (int64_t word = r; 32 * word < w.g.k_blocks; word += THREADS) {
         const uint32_t bits = kept_word(kept, word, q.seen);
@@ -127,7 +129,8 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
         if (some) {
             state.max = w.m[line];
             state.sum = w.l[line];
-            if (sparge_row_is_empty(&state) && sees_a_key(w, q, r, kept)) { /* rung 5: only scores of -inf */
+            if (sparge_row_is_empty(&state) &&
+                sees_a_key(w, q, r, kept)) { /* rung 5: only scores of -inf */
                 state.sum = NAN;
                 store_state(w, q, r, state);
                 fill_row(w, q, r, NAN);
@@ -138,10 +141,12 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
         }
         const bool empty = sparge_row_is_empty(&state);
         if (w.lse)
-            w.lse[line] = sparge_row_lse(&state) + (w.lift && !empty ? w.scale * w.lift[line] : 0.0f);
+            w.lse[line] =
+                sparge_row_lse(&state) + (w.lift && !empty ? w.scale * w.lift[line] : 0.0f);
         if (wild && !empty)
             spoil_row(w, q, r, kept);
-        tally[TALLY_TOKENS] = (unsigned long long)sparge_max(0, sparge_last_key(&w.g, q.first + r) + 1);
+        tally[TALLY_TOKENS] =
+            (unsigned long long)sparge_max(0, sparge_last_key(&w.g, q.first + r) + 1);
     }
     if (r == 0)
         tally[TALLY_PAIRS] = (unsigned long long)q.seen;

@@ -1,8 +1,9 @@
-/* host.cu: one call of the cuda backend from the processor's side: memory, the order of the launches, what
- * comes back. Nothing of the algorithm is here.
+/* host.cu: one call of the cuda backend from the processor's side: memory, the order of the
+ * launches, what comes back. Nothing of the algorithm is here.
  *
- * A call queues all of its work on one stream and looks at no result of it, so that it can be captured into
- * a CUDA graph; where the caller named no stream it waits for the end, and times the stages. */
+ * A call queues all of its work on one stream and looks at no result of it, so that it can be
+ * captured into a CUDA graph; where the caller named no stream it waits for the end, and times the
+ * stages. */
 #include "gpu/host.h"
 #include "gpu/image.h"
 
@@ -122,7 +123,7 @@ static int64_t lay_out(work &w, const call &c, void *base)
     const sparge_problem *p = c.p;
     const sparge_options *o = c.o;
     const int64_t widest = c.attends ? sparge_max(p->dim, p->dim_v) : p->dim;
-    arena a = { (char *)base, 0 };
+    arena a = {(char *)base, 0};
     w = work();
     w.g = sparge_geometry_make(p->q_len, p->k_len, BLOCK_Q, BLOCK_K, (int)o->causal);
     w.batch = p->batch;
@@ -151,7 +152,8 @@ static int64_t lay_out(work &w, const call &c, void *base)
 
 /* ---- Pointers ---- */
 
-static sparge_status check_pointer(const char *name, const void *data, bool needed, sparge_error *error)
+static sparge_status check_pointer(const char *name, const void *data, bool needed,
+                                   sparge_error *error)
 {
     if (!data)
         return needed ? fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", name) : SPARGE_OK;
@@ -171,20 +173,36 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
     const sparge_trace *t = c.trace;
     const sparge_result none = {}, *r = c.result ? c.result : &none;
     const bool queries = p->batch && p->q_len, keys = p->batch && p->k_len;
-    const struct { const char *name; const void *data; bool needed; } pointers[] = {
-        { "q.data", p->q.data, queries }, { "k.data", p->k.data, keys },
-        { "v.data", c.attends ? p->v.data : NULL, c.attends && keys },
-        { "result.o", r->o.data, c.attends && queries },
-        { "result.lse", r->lse, false }, { "result.head_counts", r->head_counts, false },
-        { "mask.bits", c.mask, false }, { "workspace", c.o->workspace, false },
-        { "trace.mean_k", t->mean_k, false }, { "trace.pool_q", t->pool_q, false },
-        { "trace.pool_k", t->pool_k, false }, { "trace.sim_q", t->sim_q, false },
-        { "trace.sim_k", t->sim_k, false }, { "trace.s_all", t->s_all, false },
-        { "trace.s", t->s, false }, { "trace.why", t->why, false },
-        { "trace.codes_q", t->codes_q, false }, { "trace.codes_k", t->codes_k, false },
-        { "trace.codes_v", t->codes_v, false }, { "trace.steps_q", t->steps_q, false },
-        { "trace.steps_k", t->steps_k, false }, { "trace.steps_v", t->steps_v, false },
-        { "trace.pv_done", t->pv_done, false }, { "trace.m", t->m, false }, { "trace.l", t->l, false },
+    const struct {
+        const char *name;
+        const void *data;
+        bool needed;
+    } pointers[] = {
+        {"q.data", p->q.data, queries},
+        {"k.data", p->k.data, keys},
+        {"v.data", c.attends ? p->v.data : NULL, c.attends && keys},
+        {"result.o", r->o.data, c.attends && queries},
+        {"result.lse", r->lse, false},
+        {"result.head_counts", r->head_counts, false},
+        {"mask.bits", c.mask, false},
+        {"workspace", c.o->workspace, false},
+        {"trace.mean_k", t->mean_k, false},
+        {"trace.pool_q", t->pool_q, false},
+        {"trace.pool_k", t->pool_k, false},
+        {"trace.sim_q", t->sim_q, false},
+        {"trace.sim_k", t->sim_k, false},
+        {"trace.s_all", t->s_all, false},
+        {"trace.s", t->s, false},
+        {"trace.why", t->why, false},
+        {"trace.codes_q", t->codes_q, false},
+        {"trace.codes_k", t->codes_k, false},
+        {"trace.codes_v", t->codes_v, false},
+        {"trace.steps_q", t->steps_q, false},
+        {"trace.steps_k", t->steps_k, false},
+        {"trace.steps_v", t->steps_v, false},
+        {"trace.pv_done", t->pv_done, false},
+        {"trace.m", t->m, false},
+        {"trace.l", t->l, false},
     };
     sparge_status status = SPARGE_OK;
     for (const auto &x : pointers)
@@ -201,7 +219,8 @@ struct some_knobs {
     sparge_knobs of[KNOBS];
 };
 
-static __global__ void set_knobs(sparge_knobs *to, int count, const __grid_constant__ some_knobs knobs)
+static __global__ void set_knobs(sparge_knobs *to, int count,
+                                 const __grid_constant__ some_knobs knobs)
 {
     if ((int)threadIdx.x < count)
         to[threadIdx.x] = knobs.of[threadIdx.x];
@@ -252,7 +271,8 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
     if (on && c.attends) {
         if (w.skipped)
             on = step("cudaMemsetAsync",
-                      cudaMemsetAsync(w.skipped, 0, (size_t)skipped_words(w) * sizeof *w.skipped, stream));
+                      cudaMemsetAsync(w.skipped, 0, (size_t)skipped_words(w) * sizeof *w.skipped,
+                                      stream));
         if (on && w.order)
             on = step("the launch of plan", plan(w, stream));
         on = on && step("the launch of attend", attention_of(c.o->rung)(w, stream)) &&
@@ -265,11 +285,12 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
 }
 
 /* Waits, reads the clock and the counters. */
-static sparge_status conclude(const work &w, const call &c, const stopwatch &watch, sparge_error *error)
+static sparge_status conclude(const work &w, const call &c, const stopwatch &watch,
+                              sparge_error *error)
 {
     sparge_status status =
         check(cudaStreamSynchronize((cudaStream_t)c.o->stream), "cudaStreamSynchronize", error);
-    float ms[stopwatch::MARKS - 1] = { 0 };
+    float ms[stopwatch::MARKS - 1] = {0};
     for (int n = 0; n + 1 < stopwatch::MARKS && !status; n++)
         status = check(cudaEventElapsedTime(&ms[n], watch.mark[n], watch.mark[n + 1]),
                        "cudaEventElapsedTime", error);
@@ -283,8 +304,8 @@ static sparge_status conclude(const work &w, const call &c, const stopwatch &wat
     for (int64_t first = 0; first < w.batch * w.heads && !status; first += PART) {
         const int64_t count = sparge_min(PART, w.batch * w.heads - first);
         const size_t bytes = (size_t)count * sizeof *head;
-        status = check(cudaMemcpy(head, w.counts + first, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy",
-                       error);
+        status = check(cudaMemcpy(head, w.counts + first, bytes, cudaMemcpyDeviceToHost),
+                       "cudaMemcpy", error);
         for (int64_t n = 0; n < count && !status; n++) {
             sum.pairs += head[n].pairs;
             sum.qk_done += head[n].qk_done;
@@ -346,33 +367,48 @@ static sparge_status run(const call &c, sparge_error *error)
 
 static const sparge_trace no_trace = {};
 
-sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                  const sparge_trace *trace, sparge_error *error)
+sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o,
+                                  sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
 {
-    const call c = { p, o, true, false, mask->bits, mask->words, trace, NULL, false };
+    const call c = {p, o, true, false, mask->bits, mask->words, trace, NULL, false};
     return run(c, error);
 }
 
-sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *o, const sparge_mask *mask,
-                                 sparge_result *result, sparge_error *error)
+sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *o,
+                                 const sparge_mask *mask, sparge_result *result,
+                                 sparge_error *error)
 {
-    const call c = { p, o, false, true, mask ? mask->bits : NULL, mask ? mask->words : 0,
-                     result->trace ? result->trace : &no_trace, result, result->lse != NULL };
+    const call c = {p,
+                    o,
+                    false,
+                    true,
+                    mask ? mask->bits : NULL,
+                    mask ? mask->words : 0,
+                    result->trace ? result->trace : &no_trace,
+                    result,
+                    result->lse != NULL};
     return run(c, error);
 }
 
-sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                    sparge_result *result, sparge_error *error)
+sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_options *o,
+                                    sparge_mask *mask, sparge_result *result, sparge_error *error)
 {
-    const call c = { p, o, true, true, mask->bits, mask->words,
-                     result->trace ? result->trace : &no_trace, result, result->lse != NULL };
+    const call c = {p,
+                    o,
+                    true,
+                    true,
+                    mask->bits,
+                    mask->words,
+                    result->trace ? result->trace : &no_trace,
+                    result,
+                    result->lse != NULL};
     return run(c, error);
 }
 
 sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
                                     int64_t *bytes, sparge_error *)
 {
-    const call c = { p, o, true, true, NULL, 0, &no_trace, NULL, lse };
+    const call c = {p, o, true, true, NULL, 0, &no_trace, NULL, lse};
     work w;
     *bytes = lay_out(w, c, NULL);
     return SPARGE_OK;

@@ -1,10 +1,10 @@
-/* predict.cu: stage 1, which (query block, key block) pairs are worth computing: scores, selection and the
- * bit mask in one kernel. Sec 3.3, Algorithm 1 lines 4-6; ref/predict.c in the reference.
+/* predict.cu: stage 1, which (query block, key block) pairs are worth computing: scores, selection
+ * and the bit mask in one kernel. Sec 3.3, Algorithm 1 lines 4-6; ref/predict.c in the reference.
  *
- * A warp owns a row of S. Up to eight rows of a head share a thread block, so that a pooled key is read
- * once for all of them; fewer where the rows are too long to stand in shared memory together.
- * Nothing is sorted: the best blocks are those above a cut, and the cut is found by bisection. Masses are
- * integers, so that their sums are the reference's in any order. */
+ * A warp owns a row of S. Up to eight rows of a head share a thread block, so that a pooled key is
+ * read once for all of them; fewer where the rows are too long to stand in shared memory together.
+ * Nothing is sorted: the best blocks are those above a cut, and the cut is found by bisection.
+ * Masses are integers, so that their sums are the reference's in any order. */
 #include "gpu/ptx.h"
 #include "gpu/work.h"
 
@@ -13,14 +13,14 @@ namespace sparge {
 enum { MAX_ROWS = 8, THREADS = 32 * MAX_ROWS, KEYS = 32, PITCH = MAX_WIDTH + 1 };
 
 struct scores {
-    float q[MAX_ROWS][MAX_WIDTH];   /* pooled queries */
-    float k[KEYS * PITCH];      /* pooled keys of a tile; a row has an odd length: no bank conflicts */
-};                              /* then [rows][k_blocks] of S */
+    float q[MAX_ROWS][MAX_WIDTH]; /* pooled queries */
+    float k[KEYS * PITCH]; /* pooled keys of a tile; a row has an odd length: no bank conflicts */
+};                         /* then [rows][k_blocks] of S */
 
 /* sparge_dot for n a multiple of 16; partial sums in registers. */
 static __device__ float dot(const float *a, const float *b, int n)
 {
-    float partial[16] = { 0 };
+    float partial[16] = {0};
     for (int c = 0; c < n; c += 16)
 #pragma unroll
         for (int lane = 0; lane < 16; lane++)
@@ -35,10 +35,11 @@ static __device__ bool key_is_similar(const work &w, const query_block &q, float
 }
 
 /* Line 5: S[i,:] of every warp's row; -inf where K_j is not similar or not seen. */
-static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta, scores &s,
-                                  float *row)
+static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta,
+                                  scores &s, float *row)
 {
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, padded = (w.dim + 15) / 16 * 16;
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32,
+              padded = (w.dim + 15) / 16 * 16;
     const int64_t keys = q.kv * w.g.k_blocks;
     for (int c = lane; c < padded; c += 32)
         s.q[warp][c] = there && c < w.dim ? w.pool_q[q.line * w.dim + c] : 0.0f;
@@ -52,7 +53,8 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
         __syncthreads();
         const int64_t j = j0 + lane;
         if (there && j < w.g.k_blocks) {
-            const bool similar = key_is_similar(w, q, theta, j), scored = j < q.seen && (similar || w.s_all);
+            const bool similar = key_is_similar(w, q, theta, j),
+                       scored = j < q.seen && (similar || w.s_all);
             const float score =
                 scored ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) + 0.0f : -INFINITY;
             if (w.s_all)
@@ -80,8 +82,8 @@ static __device__ uint64_t sum_of_warp(uint64_t x)
     return sum;
 }
 
-/* The best blocks of a row: those whose rank is at least `above`, and of the rank just below it the first
- * `ties` by index. */
+/* The best blocks of a row: those whose rank is at least `above`, and of the rank just below it the
+ * first `ties` by index. */
 struct cut {
     uint64_t above;
     uint64_t ties;
@@ -93,8 +95,10 @@ static __device__ uint64_t mass(float s, float max)
     return (uint64_t)(sparge_exp2((s - max) * SPARGE_LOG2E) * 0x1p30f);
 }
 
-/* The longest run of best blocks whose mass, or number where `count`, is within `limit`; at least one. */
-static __device__ cut best_within(const float *row, int64_t seen, float max, bool count, uint64_t limit)
+/* The longest run of best blocks whose mass, or number where `count`, is within `limit`; at least
+ * one. */
+static __device__ cut best_within(const float *row, int64_t seen, float max, bool count,
+                                  uint64_t limit)
 {
     const int lane = (int)threadIdx.x % 32;
     uint64_t low = 0, high = (uint64_t)1 << 32, within = 0, kept = 0;
@@ -126,7 +130,7 @@ static __device__ cut best_within(const float *row, int64_t seen, float max, boo
         const unsigned long long other = __shfl_xor_sync(~0u, (unsigned long long)each, half);
         each = each > other ? each : other;
     }
-    cut c = { high, each ? (limit - within) / each : 0 };
+    cut c = {high, each ? (limit - within) / each : 0};
     if (kept == 0 && c.ties == 0)
         c.ties = 1;
     return c;
@@ -155,7 +159,7 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
     const bool some = max > -INFINITY, by_mass = some && knobs.tau != SPARGE_OFF,
                by_count = some && knobs.topk != SPARGE_OFF;
 
-    cut heavy = { 0, 0 }, top = { 0, 0 };
+    cut heavy = {0, 0}, top = {0, 0};
     if (by_mass) {
         uint64_t total = 0;
         for (int64_t j = lane; j < q.seen; j += 32)
@@ -169,7 +173,8 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
     }
 
     const bool q_similar = !w.wild_q[q.line] && w.sim_q[q.line] > knobs.theta;
-    const int64_t diagonal = w.causal ? sparge_max(0, sparge_last_key(&w.g, q.first)) / BLOCK_K : q.seen;
+    const int64_t diagonal =
+        w.causal ? sparge_max(0, sparge_last_key(&w.g, q.first)) / BLOCK_K : q.seen;
     uint32_t heavy_ties = 0, top_ties = 0;
     for (int64_t word = 0; word < w.words; word++) {
         const int64_t j = 32 * word + lane;
@@ -183,7 +188,8 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
         if (!q_similar)
             why |= SPARGE_KEPT_DISSIMILAR_Q;
         if (there && !finite)
-            why |= key_is_similar(w, q, knobs.theta, j) ? SPARGE_KEPT_OVERFLOW : SPARGE_KEPT_DISSIMILAR_K;
+            why |= key_is_similar(w, q, knobs.theta, j) ? SPARGE_KEPT_OVERFLOW
+                                                        : SPARGE_KEPT_DISSIMILAR_K;
         if (j >= diagonal)
             why |= SPARGE_KEPT_DIAGONAL;
         if (w.sink && j == 0)
@@ -196,7 +202,8 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) predict_rows(const __grid_constant__ work w, int rows)
+static __global__ void __launch_bounds__(THREADS)
+    predict_rows(const __grid_constant__ work w, int rows)
 {
     scores &s = *(scores *)shared_memory();
     const int warp = (int)threadIdx.x / 32;
@@ -222,14 +229,17 @@ static int rows_that_fit(int64_t k_blocks, int shared_limit)
     return (int)sparge_min(MAX_ROWS, room / sparge_max(1, k_blocks));
 }
 
-bool predict_fits(int64_t k_blocks, int shared_limit) { return rows_that_fit(k_blocks, shared_limit) > 0; }
+bool predict_fits(int64_t k_blocks, int shared_limit)
+{
+    return rows_that_fit(k_blocks, shared_limit) > 0;
+}
 
 cudaError_t predict(const work &w, cudaStream_t stream)
 {
     const int rows = rows_that_fit(w.g.k_blocks, w.shared_limit);
     const size_t shared = sizeof(scores) + (size_t)(rows * w.g.k_blocks) * sizeof(float);
-    return launch(predict_rows, w.batch * w.heads * sparge_ceil_div(w.g.q_blocks, rows), THREADS, shared,
-                  stream, w, rows);
+    return launch(predict_rows, w.batch * w.heads * sparge_ceil_div(w.g.q_blocks, rows), THREADS,
+                  shared, stream, w, rows);
 }
 
 } // namespace sparge

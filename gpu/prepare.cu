@@ -1,10 +1,10 @@
-/* prepare.cu: everything that is done once to each block of q, k and v: pooled row, self-similarity, step,
- * codes. One pass over q, one over v, and one over k behind the one that its mean needs.
- * Sec 3.3 and Algorithm 1 line 3; ref/block.c in the reference.
+/* prepare.cu: everything that is done once to each block of q, k and v: pooled row,
+ * self-similarity, step, codes. One pass over q, one over v, and one over k behind the one that its
+ * mean needs. Sec 3.3 and Algorithm 1 line 3; ref/block.c in the reference.
  *
- * Every sum has the reference's order, so pooled rows, similarities, steps and codes are its bits: a thread
- * owns a channel and adds the rows of a block in their order; a dot product has 16 lanes, one for each
- * partial sum. */
+ * Every sum has the reference's order, so pooled rows, similarities, steps and codes are its bits:
+ * a thread owns a channel and adds the rows of a block in their order; a dot product has 16 lanes,
+ * one for each partial sum. */
 #include "gpu/image.h"
 #include "gpu/ptx.h"
 #include "gpu/work.h"
@@ -66,18 +66,20 @@ static __global__ void __launch_bounds__(MAX_WIDTH) fold_blocks(const __grid_con
 /* ---- Launch 3: a block of q, k or v, held in shared memory as floats ---- */
 
 template <int WIDTH> struct block {
-    float x[BLOCK_Q * WIDTH];     /* [rows][width] */
-    float inverse[BLOCK_Q];       /* 1 / the length of a row; 0 for a row of zeros */
+    float x[BLOCK_Q * WIDTH]; /* [rows][width] */
+    float inverse[BLOCK_Q];   /* 1 / the length of a row; 0 for a row of zeros */
     float pool[MAX_WIDTH], unit[MAX_WIDTH], max[MAX_WIDTH];
-    uint32_t bad[BLOCK_Q / 32];   /* rows */
+    uint32_t bad[BLOCK_Q / 32]; /* rows */
 };
 
-struct quad { float x[4]; };
+struct quad {
+    float x[4];
+};
 
 /* Channels c .. c + 3 of the row that begins `at`; zeros beyond dim. */
 static __device__ quad load_quad(const sparge_in &in, int64_t at, int c, int dim)
 {
-    quad q = {{ 0.0f, 0.0f, 0.0f, 0.0f }};
+    quad q = {{0.0f, 0.0f, 0.0f, 0.0f}};
     const int size = in.dtype == SPARGE_F32 ? 4 : 2;
     const char *from = (const char *)in.data + (at + c) * size;
     if (c + 4 <= dim && (uintptr_t)from % (4 * (unsigned)size) == 0) {
@@ -86,7 +88,7 @@ static __device__ quad load_quad(const sparge_in &in, int64_t at, int c, int dim
             q.x[0] = x.x, q.x[1] = x.y, q.x[2] = x.z, q.x[3] = x.w;
         } else {
             const uint2 x = *(const uint2 *)from;
-            const uint32_t half[4] = { x.x & 0xffffu, x.x >> 16, x.y & 0xffffu, x.y >> 16 };
+            const uint32_t half[4] = {x.x & 0xffffu, x.x >> 16, x.y & 0xffffu, x.y >> 16};
             for (int e = 0; e < 4; e++)
                 q.x[e] = in.dtype == SPARGE_F16 ? sparge_f16_to_f32((uint16_t)half[e])
                                                 : sparge_bf16_to_f32((uint16_t)half[e]);
@@ -99,10 +101,11 @@ static __device__ quad load_quad(const sparge_in &in, int64_t at, int c, int dim
     return q;
 }
 
-/* Rows [0, padded) of a block, less `mean` unless NULL. What is not finite becomes 0 and marks its row. */
+/* Rows [0, padded) of a block, less `mean` unless NULL. What is not finite becomes 0 and marks its
+ * row. */
 template <int WIDTH>
-static __device__ void load_block(const sparge_in &in, int64_t b, int64_t h, int64_t first, int rows,
-                                  int padded, int dim, const float *mean, block<WIDTH> &s)
+static __device__ void load_block(const sparge_in &in, int64_t b, int64_t h, int64_t first,
+                                  int rows, int padded, int dim, const float *mean, block<WIDTH> &s)
 {
     if (threadIdx.x < BLOCK_Q / 32)
         s.bad[threadIdx.x] = 0;
@@ -110,7 +113,7 @@ static __device__ void load_block(const sparge_in &in, int64_t b, int64_t h, int
     const int quads = WIDTH / 4;
     for (int n = (int)threadIdx.x; n < padded * quads; n += THREADS) {
         const int r = n / quads, c = n % quads * 4;
-        quad x = {{ 0.0f, 0.0f, 0.0f, 0.0f }};
+        quad x = {{0.0f, 0.0f, 0.0f, 0.0f}};
         if (r < rows)
             x = load_quad(in, place(in, b, h, first + r), c, dim);
         for (int e = 0; e < 4; e++) {
@@ -126,7 +129,8 @@ static __device__ void load_block(const sparge_in &in, int64_t b, int64_t h, int
     __syncthreads();
 }
 
-/* sparge_dot by 16 lanes, one for each partial sum; lane 0 has the result. n is a multiple of 16. */
+/* sparge_dot by 16 lanes, one for each partial sum; lane 0 has the result. n is a multiple of 16.
+ */
 static __device__ float dot_of_lanes(const float *a, const float *b, int n)
 {
     const int lane = (int)threadIdx.x % LANES;
@@ -172,8 +176,7 @@ static __device__ void summarize(const work &w, block<WIDTH> &s, int rows, float
 }
 
 /* The largest |x| of a block; every thread has it. */
-template <int WIDTH>
-static __device__ float block_max(block<WIDTH> &s, int rows)
+template <int WIDTH> static __device__ float block_max(block<WIDTH> &s, int rows)
 {
     const int t = (int)threadIdx.x;
     float max = 0.0f;
@@ -227,8 +230,7 @@ static __device__ void store_bad(const block<WIDTH> &s, int rows, uint8_t *bad, 
         *wild = (s.bad[0] | s.bad[1] | s.bad[2] | s.bad[3]) != 0;
 }
 
-template <int WIDTH>
-static __device__ void prepare_q(const work &w, int64_t line, block<WIDTH> &s)
+template <int WIDTH> static __device__ void prepare_q(const work &w, int64_t line, block<WIDTH> &s)
 {
     const query_block q = query_block_of(w, line);
     const int rows = (int)q.rows;
@@ -241,7 +243,8 @@ static __device__ void prepare_q(const work &w, int64_t line, block<WIDTH> &s)
     if (w.lift) { /* q . mean, what lse lost with the mean key */
         __syncthreads();
         if (threadIdx.x < MAX_WIDTH)
-            s.pool[threadIdx.x] = (int)threadIdx.x < w.dim ? w.mean[q.kv * w.dim + threadIdx.x] : 0.0f;
+            s.pool[threadIdx.x] =
+                (int)threadIdx.x < w.dim ? w.mean[q.kv * w.dim + threadIdx.x] : 0.0f;
         __syncthreads();
         for (int r = (int)threadIdx.x / LANES; r < BLOCK_Q; r += THREADS / LANES) {
             const float lift = dot_of_lanes(&s.x[r * WIDTH], s.pool, WIDTH);
@@ -251,8 +254,7 @@ static __device__ void prepare_q(const work &w, int64_t line, block<WIDTH> &s)
     }
 }
 
-template <int WIDTH>
-static __device__ void prepare_k(const work &w, int64_t line, block<WIDTH> &s)
+template <int WIDTH> static __device__ void prepare_k(const work &w, int64_t line, block<WIDTH> &s)
 {
     const int64_t kv = line / w.g.k_blocks, j = line % w.g.k_blocks;
     const int rows = (int)sparge_block_rows(w.g.k_len, BLOCK_K, j);
@@ -283,11 +285,11 @@ static __device__ void transpose_v(const work &w, int64_t line, int rows, block<
     }
     uint8_t *const tile = w.v_tile + line * v_tile_bytes(WIDTH, false);
     for (int k0 = 32 * part; k0 < 32 * part + 32; k0 += 16) {
-        uint32_t piece[4] = { 0, 0, 0, 0 };
+        uint32_t piece[4] = {0, 0, 0, 0};
         for (int k = k0; k < k0 + 16; k++) {
             const float x = s.x[k * WIDTH + c];
             const uint32_t code = w.pv == SPARGE_INT8 ? (uint8_t)code_of(x, step)
-                                : step > 0.0f         ? sparge_f32_to_e4m3(x / step)
+                                  : step > 0.0f       ? sparge_f32_to_e4m3(x / step)
                                                       : 0;
             piece[key_slot(k) % 16 / 4] |= code << 8 * (key_slot(k) % 4);
         }
@@ -295,8 +297,7 @@ static __device__ void transpose_v(const work &w, int64_t line, int rows, block<
     }
 }
 
-template <int WIDTH>
-static __device__ void halve_v(const work &w, int64_t line, block<WIDTH> &s)
+template <int WIDTH> static __device__ void halve_v(const work &w, int64_t line, block<WIDTH> &s)
 {
     uint8_t *const tile = w.v_tile + line * v_tile_bytes(WIDTH, true);
     const int padded = (WIDTH + 63) / 64 * 64;
@@ -309,8 +310,7 @@ static __device__ void halve_v(const work &w, int64_t line, block<WIDTH> &s)
     }
 }
 
-template <int WIDTH>
-static __device__ void prepare_v(const work &w, int64_t line, block<WIDTH> &s)
+template <int WIDTH> static __device__ void prepare_v(const work &w, int64_t line, block<WIDTH> &s)
 {
     const int64_t kv = line / w.g.k_blocks, j = line % w.g.k_blocks;
     const int rows = (int)sparge_block_rows(w.g.k_len, BLOCK_K, j);
@@ -335,7 +335,8 @@ template <int WIDTH>
 static __global__ void __launch_bounds__(THREADS) prepare_blocks(const __grid_constant__ work w)
 {
     block<WIDTH> &s = *(block<WIDTH> *)shared_memory();
-    const int64_t of_q = w.batch * w.heads * w.g.q_blocks, of_k = w.batch * w.kv_heads * w.g.k_blocks;
+    const int64_t of_q = w.batch * w.heads * w.g.q_blocks,
+                  of_k = w.batch * w.kv_heads * w.g.k_blocks;
     const int64_t line = blockIdx.x;
     if (line < of_k)
         prepare_k(w, line, s);
@@ -345,7 +346,8 @@ static __global__ void __launch_bounds__(THREADS) prepare_blocks(const __grid_co
         prepare_v(w, line - of_k - of_q, s);
 }
 
-template <int WIDTH> static cudaError_t launch_blocks(const work &w, int64_t blocks, cudaStream_t stream)
+template <int WIDTH>
+static cudaError_t launch_blocks(const work &w, int64_t blocks, cudaStream_t stream)
 {
     return launch(prepare_blocks<WIDTH>, blocks, THREADS, sizeof(block<WIDTH>), stream, w);
 }

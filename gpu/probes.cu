@@ -1,12 +1,12 @@
-/* probes.cu: does this device do what ptx.h and hopper.h say? Each instruction by itself, against its plain
- * definition, before any kernel is blamed. One line each: "name: ok", or what differs.
+/* probes.cu: does this device do what ptx.h and hopper.h say? Each instruction by itself, against
+ * its plain definition, before any kernel is blamed. One line each: "name: ok", or what differs.
  *
  *   probes                 all of them; exit 1 if one failed
  *   probes wgmma_s8 ...    those whose names begin so
  *   probes --list          their names
  *
- * Products are exact: small whole numbers in small sums. First one-hot operands for every k, which show
- * where an element really lies; then random ones. */
+ * Products are exact: small whole numbers in small sums. First one-hot operands for every k, which
+ * show where an element really lies; then random ones. */
 #include "common/half.h"
 #include "gpu/hopper.h"
 #include "gpu/image.h"
@@ -70,7 +70,8 @@ verdict describe(const std::vector<int> &map)
 
 /* s[case][64][128] = a b^T of images of a [64 rows] and b [128 rows]. */
 template <int PITCH>
-__global__ void __launch_bounds__(128) multiply_s8(const uint8_t *a, const uint8_t *b, int *s, int cases)
+__global__ void __launch_bounds__(128)
+    multiply_s8(const uint8_t *a, const uint8_t *b, int *s, int cases)
 {
 #ifdef HOPPER
     uint8_t *const tile = shared_memory();
@@ -144,7 +145,8 @@ template <int PITCH> verdict explain_s8()
         for (int k = 0; k < PITCH; k++)
             at[k] = ks[k * 64 * 128 + place];
         if (describe(at) != "in place")
-            return text + say("; k of row %d, column %d: ", place / 128, place % 128) + describe(at);
+            return text + say("; k of row %d, column %d: ", place / 128, place % 128) +
+                   describe(at);
     }
     return text + "; k in place";
 }
@@ -174,9 +176,9 @@ template <int PITCH> verdict probe_s8()
         return first;
 
     enum { CASES = 8 };
-    draws draw = { 1 };
+    draws draw = {1};
     std::vector<int8_t> a(CASES * 64 * PITCH), b(CASES * 128 * PITCH);
-    for (auto *x : { &a, &b })
+    for (auto *x : {&a, &b})
         for (int8_t &e : *x)
             e = (int8_t)draw.bits();
     for (int n = 0; n < 64 * PITCH; n++)
@@ -187,16 +189,20 @@ template <int PITCH> verdict probe_s8()
     for (int n = 0; n < CASES * 64 * 128; n++)
         for (int k = 0; k < PITCH; k++)
             want[n] += a[n / 128 * PITCH + k] * b[(n / 8192 * 128 + n % 128) * PITCH + k];
-    return compare_s8<PITCH>("random", products_s8<PITCH>(
-        CASES, [&](int c, int r, int k) { return a[(c * 64 + r) * PITCH + k]; },
-        [&](int c, int r, int k) { return b[(c * 128 + r) * PITCH + k]; }), want);
+    return compare_s8<PITCH>("random",
+                             products_s8<PITCH>(
+                                 CASES,
+                                 [&](int c, int r, int k) { return a[(c * 64 + r) * PITCH + k]; },
+                                 [&](int c, int r, int k) { return b[(c * 128 + r) * PITCH + k]; }),
+                             want);
 }
 
 /* ---- wgmma, P.V: P packed from the places that accumulators have, V in its image ---- */
 
 /* o[case][64][N] = p[case][64][64] v[64][N]. */
 template <int N, bool HALF>
-__global__ void __launch_bounds__(128) multiply_pv(const float *p, const uint8_t *v, float *o, int cases)
+__global__ void __launch_bounds__(128)
+    multiply_pv(const float *p, const uint8_t *v, float *o, int cases)
 {
 #ifdef HOPPER
     uint8_t *const tile = shared_memory();
@@ -230,7 +236,7 @@ __global__ void __launch_bounds__(128) multiply_pv(const float *p, const uint8_t
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < (HALF ? 4 : 2); k++) {
-            const uint32_t a[4] = { x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3] };
+            const uint32_t a[4] = {x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]};
             if constexpr (HALF)
                 wgmma_f16(d, a, b + k * DESCRIPTOR_16_ROWS, k > 0);
             else
@@ -285,7 +291,8 @@ float one_hot(int c, int r, int k) { return k == (r + c) % 64 ? 1.0f : 0.0f; }
 
 template <int N, bool HALF> verdict explain_pv()
 {
-    const std::vector<float> key = products_pv<N, HALF>(64, one_hot, [](int k, int) { return label(k); });
+    const std::vector<float> key =
+        products_pv<N, HALF>(64, one_hot, [](int k, int) { return label(k); });
     const std::vector<float> channel =
         products_pv<N, HALF>(1, one_hot, [](int, int c) { return label(c); });
     std::vector<int> columns(N), keys(64);
@@ -295,15 +302,15 @@ template <int N, bool HALF> verdict explain_pv()
         for (int k = 0; k < 64; k++)
             keys[k] = of_label(key[(((k - place + 64) % 64) * 64 + place) * N + place % N]);
         if (describe(keys) != "in place")
-            return say("keys in row %d, channel %d: ", place, place % N) + describe(keys) + "; channels " +
-                   describe(columns);
+            return say("keys in row %d, channel %d: ", place, place % N) + describe(keys) +
+                   "; channels " + describe(columns);
     }
     return "keys in place; channels " + describe(columns);
 }
 
 template <int N, bool HALF> verdict probe_pv()
 {
-    draws draw = { 2 };
+    draws draw = {2};
     std::vector<float> v(64 * N), p(8 * 64 * 64);
     const auto value = [&](int k, int c) { return v[k * N + c]; };
     for (float &x : v)
@@ -313,7 +320,8 @@ template <int N, bool HALF> verdict probe_pv()
         const int c = (int)n / N / 64, r = (int)n / N % 64, channel = (int)n % N;
         if (!(hot[n] == value((r + c) % 64, channel)))
             return say("o[%d][%d] of key %d alone: %g, not %g; ", r, channel, (r + c) % 64, hot[n],
-                       value((r + c) % 64, channel)) + explain_pv<N, HALF>();
+                       value((r + c) % 64, channel)) +
+                   explain_pv<N, HALF>();
     }
 
     for (float &x : v) /* sums below 2^10, exact in any accumulator */
@@ -327,7 +335,8 @@ template <int N, bool HALF> verdict probe_pv()
         for (int k = 0; k < 64; k++)
             want += p[n / N * 64 + k] * value(k, (int)n % N);
         if (!(got[n] == want))
-            return say("random, row %d, channel %d: %g, not %g; ", (int)n / N, (int)n % N, got[n], want) +
+            return say("random, row %d, channel %d: %g, not %g; ", (int)n / N, (int)n % N, got[n],
+                       want) +
                    explain_pv<N, HALF>();
     }
     return "ok";
@@ -336,21 +345,23 @@ template <int N, bool HALF> verdict probe_pv()
 /* ---- Fragments of a warp ---- */
 
 /* d[16][8] = a[16][32] b[32][8] of bytes, or a[16][16] b[16][8] of halves; added twice. */
-template <bool HALF> __global__ void multiply_fragments(const uint8_t *a, const uint8_t *b, float *d)
+template <bool HALF>
+__global__ void multiply_fragments(const uint8_t *a, const uint8_t *b, float *d)
 {
     const int lane = (int)threadIdx.x, g = lane / 4, q = lane % 4;
     const uint16_t *const half_a = (const uint16_t *)a, *const half_b = (const uint16_t *)b;
-    uint32_t x[4] = { 0 }, y[2] = { 0 };
+    uint32_t x[4] = {0}, y[2] = {0};
     for (int n = 0; n < 4; n++)
         for (int e = 0; e < (HALF ? 2 : 4); e++)
-            x[n] |= HALF ? (uint32_t)half_a[(g + 8 * (n % 2)) * 16 + 8 * (n / 2) + 2 * q + e] << 16 * e
+            x[n] |= HALF ? (uint32_t)half_a[(g + 8 * (n % 2)) * 16 + 8 * (n / 2) + 2 * q + e]
+                               << 16 * e
                          : (uint32_t)a[(g + 8 * (n % 2)) * 32 + 16 * (n / 2) + 4 * q + e] << 8 * e;
     for (int n = 0; n < 2; n++)
         for (int e = 0; e < (HALF ? 2 : 4); e++)
             y[n] |= HALF ? (uint32_t)half_b[(8 * n + 2 * q + e) * 8 + g] << 16 * e
                          : (uint32_t)b[(16 * n + 4 * q + e) * 8 + g] << 8 * e;
-    int whole[4] = { 0 };
-    float real[4] = { 0 };
+    int whole[4] = {0};
+    float real[4] = {0};
     for (int n = 0; n < 2; n++)
         if (HALF)
             mma_f16(real, x, y[0], y[1]);
@@ -363,7 +374,7 @@ template <bool HALF> __global__ void multiply_fragments(const uint8_t *a, const 
 template <bool HALF> verdict probe_mma()
 {
     enum { K = HALF ? 16 : 32, BYTES = HALF ? 2 : 1 };
-    draws draw = { 3 };
+    draws draw = {3};
     for (int turn = 0; turn < 100; turn++) {
         std::vector<uint8_t> a(16 * K * BYTES), b(K * 8 * BYTES);
         std::vector<int> x(16 * K), y(K * 8);
@@ -443,7 +454,8 @@ SPARGE_HD uint32_t word_of(int block, int n)
     return (uint32_t)block * 2654435761u + (uint32_t)n * 40503u;
 }
 
-/* One thread fetches, four warps compare; wrong[0] counts words, wrong[1] is the first block with one. */
+/* One thread fetches, four warps compare; wrong[0] counts words, wrong[1] is the first block with
+ * one. */
 __global__ void __launch_bounds__(160) pass_blocks(const uint32_t *blocks, int *wrong)
 {
 #ifdef HOPPER
@@ -461,7 +473,8 @@ __global__ void __launch_bounds__(160) pass_blocks(const uint32_t *blocks, int *
         for (int n = 0; n < BLOCKS; n++) {
             barrier_wait(&r.empty[n % PLACES], (uint32_t)(n / PLACES + 1) % 2);
             barrier_arrive_expect(&r.full[n % PLACES], BLOCK_WORDS * 4);
-            copy_bulk(r.place[n % PLACES], blocks + n * BLOCK_WORDS, BLOCK_WORDS * 4, &r.full[n % PLACES]);
+            copy_bulk(r.place[n % PLACES], blocks + n * BLOCK_WORDS, BLOCK_WORDS * 4,
+                      &r.full[n % PLACES]);
         }
     } else if (t >= 32) {
         for (int n = 0; n < BLOCKS; n++) {
@@ -508,9 +521,9 @@ verdict probe_blocks(void (*kernel)(const uint32_t *, int *), int threads, size_
     buffer<int> wrong(std::vector<int>(2, 0));
     run(kernel, 1, threads, shared, (const uint32_t *)blocks.p, wrong.p);
     const std::vector<int> got = wrong.get();
-    return got[0]
-               ? say("%d words of %d blocks are wrong, first in block %d", got[0], BLOCKS, BLOCKS - got[1])
-               : "ok";
+    return got[0] ? say("%d words of %d blocks are wrong, first in block %d", got[0], BLOCKS,
+                        BLOCKS - got[1])
+                  : "ok";
 }
 
 verdict probe_copy_bulk() { return probe_blocks(pass_blocks, 160, sizeof(ring)); }
@@ -565,7 +578,7 @@ verdict probe_exp2()
         if (!(y[n] <= 1.0f))
             return say("2^%.9g is %.9g, above 1", x[n], y[n]);
 
-    const float far[] = { -INFINITY, -1e30f, -1000.0f, -150.0f, -126.5f };
+    const float far[] = {-INFINITY, -1e30f, -1000.0f, -150.0f, -126.5f};
     y = exp2_of(std::vector<float>(far, far + 5));
     for (int n = 0; n < 5; n++)
         if (!(y[n] == 0.0f))
@@ -588,21 +601,23 @@ __global__ void pack_all_e4m3(const float *x, uint32_t *y, int count)
 #endif
 }
 
-/* Codes narrow as in common/half.h: every code, the middle to its neighbour, what is next to those. */
+/* Codes narrow as in common/half.h: every code, the middle to its neighbour, what is next to those.
+ */
 template <int BITS, class Widen, class Narrow>
-verdict probe_pack(void (*kernel)(const float *, uint32_t *, int), Widen widen, Narrow narrow, int nan)
+verdict probe_pack(void (*kernel)(const float *, uint32_t *, int), Widen widen, Narrow narrow,
+                   int nan)
 {
     std::vector<float> x;
     for (int code = 0; code < nan; code++) {
         const float low = widen(code), high = code + 1 < nan ? widen(code + 1) : INFINITY;
         const float middle =
             isinf(high) ? (isinf(low) ? low : low + (low - widen(code - 1)) / 2) : (low + high) / 2;
-        for (float at : { low, middle })
-            for (float next : { nextafterf(at, -INFINITY), at, nextafterf(at, INFINITY) })
-                for (float sign : { 1.0f, -1.0f })
+        for (float at : {low, middle})
+            for (float next : {nextafterf(at, -INFINITY), at, nextafterf(at, INFINITY)})
+                for (float sign : {1.0f, -1.0f})
                     x.push_back(sign * next);
     }
-    for (float odd : { INFINITY, -INFINITY, NAN, 1e30f, -1e30f, 1e-30f, -1e-30f, 0.0f, -0.0f })
+    for (float odd : {INFINITY, -INFINITY, NAN, 1e30f, -1e30f, 1e-30f, -1e-30f, 0.0f, -0.0f})
         x.push_back(odd);
     const int count = (int)x.size(), mask = (1 << BITS) - 1;
     buffer<float> in(x);
@@ -623,12 +638,14 @@ verdict probe_pack(void (*kernel)(const float *, uint32_t *, int), Widen widen, 
 verdict probe_pack_f16()
 {
     return probe_pack<16>(
-        pack_all_f16, [](int c) { return sparge_f16_to_f32((uint16_t)c); }, sparge_f32_to_f16, 0x7c01);
+        pack_all_f16, [](int c) { return sparge_f16_to_f32((uint16_t)c); }, sparge_f32_to_f16,
+        0x7c01);
 }
 verdict probe_pack_e4m3()
 {
     return probe_pack<8>(
-        pack_all_e4m3, [](int c) { return sparge_e4m3_to_f32((uint8_t)c); }, sparge_f32_to_e4m3, 0x7f);
+        pack_all_e4m3, [](int c) { return sparge_e4m3_to_f32((uint8_t)c); }, sparge_f32_to_e4m3,
+        0x7f);
 }
 
 /* ---- Roles of warpgroups ---- */
@@ -690,7 +707,8 @@ __global__ void __launch_bounds__(256) take_turns(int *log, int *votes)
         if (threadIdx.x % 128 == 0)
             log[2 * turn + group] = atomicAdd(&votes[200], 1);
         named_arrive(3 - group, 256);
-        const bool any = named_any(4 + group, 128, (int)threadIdx.x % 128 == turn && turn % 3 != group);
+        const bool any =
+            named_any(4 + group, 128, (int)threadIdx.x % 128 == turn && turn % 3 != group);
         if (threadIdx.x % 128 == 77)
             votes[2 * turn + group] = any;
     }
@@ -706,7 +724,8 @@ verdict probe_named()
     const std::vector<int> turns = log.get(), yes = votes.get();
     for (int n = 0; n < 200; n++) {
         if (turns[(size_t)n] != n)
-            return say("turn %d of warpgroup %d was number %d of all", n / 2, n % 2, turns[(size_t)n]);
+            return say("turn %d of warpgroup %d was number %d of all", n / 2, n % 2,
+                       turns[(size_t)n]);
         if (yes[(size_t)n] != (n / 2 % 3 != n % 2))
             return say("vote %d of warpgroup %d: %d", n / 2, n % 2, yes[(size_t)n]);
     }
@@ -727,25 +746,25 @@ const struct {
     bool hopper; /* needs sm_90a */
     verdict (*ask)();
 } probes[] = {
-    { "wgmma_s8_pitch_128", true, probe_s8<128> },
-    { "wgmma_s8_pitch_64", true, probe_s8<64> },
-    { "wgmma_e4m3_n64", true, probe_pv<64, false> },
-    { "wgmma_e4m3_n96", true, probe_pv<96, false> },
-    { "wgmma_e4m3_n128", true, probe_pv<128, false> },
-    { "wgmma_f16_n64", true, probe_pv<64, true> },
-    { "wgmma_f16_n96", true, probe_pv<96, true> },
-    { "wgmma_f16_n128", true, probe_pv<128, true> },
-    { "copy_bulk", true, probe_copy_bulk },
-    { "named_barriers", true, probe_named },
-    { "setmaxnreg", true, probe_setmaxnreg },
-    { "pack_e4m3", true, probe_pack_e4m3 },
-    { "mma_s8", false, probe_mma<false> },
-    { "mma_f16", false, probe_mma<true> },
-    { "ldmatrix", false, probe_ldmatrix<false> },
-    { "ldmatrix_transposed", false, probe_ldmatrix<true> },
-    { "copy_async", false, probe_copy_async },
-    { "exp2_fast", false, probe_exp2 },
-    { "pack_f16", false, probe_pack_f16 },
+    {"wgmma_s8_pitch_128", true, probe_s8<128>},
+    {"wgmma_s8_pitch_64", true, probe_s8<64>},
+    {"wgmma_e4m3_n64", true, probe_pv<64, false>},
+    {"wgmma_e4m3_n96", true, probe_pv<96, false>},
+    {"wgmma_e4m3_n128", true, probe_pv<128, false>},
+    {"wgmma_f16_n64", true, probe_pv<64, true>},
+    {"wgmma_f16_n96", true, probe_pv<96, true>},
+    {"wgmma_f16_n128", true, probe_pv<128, true>},
+    {"copy_bulk", true, probe_copy_bulk},
+    {"named_barriers", true, probe_named},
+    {"setmaxnreg", true, probe_setmaxnreg},
+    {"pack_e4m3", true, probe_pack_e4m3},
+    {"mma_s8", false, probe_mma<false>},
+    {"mma_f16", false, probe_mma<true>},
+    {"ldmatrix", false, probe_ldmatrix<false>},
+    {"ldmatrix_transposed", false, probe_ldmatrix<true>},
+    {"copy_async", false, probe_copy_async},
+    {"exp2_fast", false, probe_exp2},
+    {"pack_f16", false, probe_pack_f16},
 };
 
 bool wanted(const char *name, int argc, char **argv)

@@ -1,5 +1,5 @@
-/* program.h: what the programs of gpu/ (probes, ceilings) share: memory, launches, random numbers. They
- * stand beside the library, not in it, and end with a sentence at the first error of CUDA. */
+/* program.h: what the programs of gpu/ (probes, ceilings) share: memory, launches, random numbers.
+ * They stand beside the library, not in it, and end with a sentence at the first error of CUDA. */
 #ifndef SPARGE_GPU_PROGRAM_H
 #define SPARGE_GPU_PROGRAM_H
 
@@ -35,7 +35,10 @@ template <class T> struct buffer {
     T *p = NULL;
     size_t count;
 
-    explicit buffer(size_t n) : count(n) { must(cudaMalloc((void **)&p, n * sizeof(T)), "cudaMalloc"); }
+    explicit buffer(size_t n) : count(n)
+    {
+        must(cudaMalloc((void **)&p, n * sizeof(T)), "cudaMalloc");
+    }
     explicit buffer(const std::vector<T> &x) : buffer(x.size()) { put(x); }
     buffer(const buffer &) = delete;
     buffer &operator=(const buffer &) = delete;

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""What ptxas gives every kernel: registers, shared memory, spills. `--check` keeps it from changing unseen.
+"""What ptxas gives every kernel: registers, shared memory, spills. `--check` keeps it from changing
+unseen.
 
     gpu/resources.py                  sm_80 and sm_90 (rung 5: sm_90a), printed
     gpu/resources.py --all --write    every architecture this nvcc has, into resources.csv
     gpu/resources.py --check          against resources.csv; no spill in 4_mma and 5_hopper, no wgmma
-                                      serialised, no setmaxnreg ignored; 77: nvcc is not on this machine
+                                      serialised, no setmaxnreg ignored; 77: nvcc is not on this
+                                      machine
 
-Shared memory is what ptxas knows of; the dynamic part stands at each launch in the source. Another version
-of nvcc gives other numbers: --check then compares nothing, but still looks for spills and messages.
+Shared memory is what ptxas knows of; the dynamic part stands at each launch in the source. Another
+version of nvcc gives other numbers: --check then compares nothing, but still looks for spills and
+messages.
 """
 import argparse
 import csv
@@ -27,9 +30,12 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-I."]  # as in CMakeLists.txt
 CHECKED = ["sm_80", "sm_90"]
 OTHERS = ["sm_86", "sm_89", "sm_100", "sm_120"]
 HOPPER = {"5_hopper": "sm_90a"}  # instructions of this architecture alone
-PROGRAMS = {"probes": "sm_90a", "ceilings": "sm_90a"}  # measuring tools: looked at, but not in the table
+PROGRAMS = {"probes": "sm_90a", "ceilings":
+            "sm_90a"}  # measuring tools: looked at, but not in the table
 NO_SPILLS = ["4_mma", "5_hopper"]
-COLUMNS = ["file", "kernel", "arch", "registers", "shared", "stack", "spill_stores", "spill_loads", "nvcc"]
+COLUMNS = [
+    "file", "kernel", "arch", "registers", "shared", "stack", "spill_stores", "spill_loads", "nvcc"
+]
 
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 # wgmma serialised, setmaxnreg ignored. C7519 says that an arrive was injected, which costs nothing.
@@ -51,8 +57,10 @@ def compile_one(job):
     """What the compiler said of one file for one architecture; only the device's part is compiled."""
     file, arch = job
     number = arch.removeprefix("sm_")
-    command = ["nvcc", *FLAGS, "-Xptxas", "-v", "-gencode", f"arch=compute_{number},code={arch}", "-cubin",
-               "-o", "/dev/null", f"gpu/{file}.cu"]
+    command = [
+        "nvcc", *FLAGS, "-Xptxas", "-v", "-gencode", f"arch=compute_{number},code={arch}", "-cubin",
+        "-o", "/dev/null", f"gpu/{file}.cu"
+    ]
     done = subprocess.run(command, cwd=GPU.parent, capture_output=True, text=True)
     said = done.stdout + done.stderr
     if done.returncode != 0:
@@ -61,8 +69,11 @@ def compile_one(job):
 
 
 def demangle(names):
-    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    plain = [re.sub(r"^void |sparge::|\((int|bool)\)", "", name) for name in done.stdout.split("\n")]
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True,
+                          check=True)
+    plain = [
+        re.sub(r"^void |sparge::|\((int|bool)\)", "", name) for name in done.stdout.split("\n")
+    ]
     return [name.split("(")[0] for name in plain]
 
 
@@ -90,7 +101,8 @@ def look(architectures, jobs):
     for path in sorted(GPU.glob("*.cu")):
         only = HOPPER.get(path.stem) or PROGRAMS.get(path.stem)
         work += [(path.stem, arch) for arch in ([only] if only else architectures)]
-    work.sort(key=lambda job: job[0] not in ("5_hopper", "4_mma", "ceilings"))  # the long ones first
+    work.sort(key=lambda job: job[0] not in
+              ("5_hopper", "4_mma", "ceilings"))  # the long ones first
     version, rows, bad = nvcc_version(), [], []
     with ThreadPoolExecutor(jobs) as pool:
         for file, arch, said in pool.map(compile_one, work):
@@ -113,14 +125,20 @@ def text(row):
 def differences(rows):
     """Between the committed table and these rows, as sentences; None if another nvcc made the table."""
     with open(TABLE, newline="") as file:
-        old = {key(r): r for r in csv.DictReader(file) if r["arch"] in {row["arch"] for row in rows}}
+        old = {
+            key(r): r for r in csv.DictReader(file) if r["arch"] in {row["arch"] for row in rows}
+        }
     new = {key(r): text(r) for r in rows}
     if {r["nvcc"] for r in old.values()} != {r["nvcc"] for r in new.values()}:
         return None
     found = [f"{' '.join(k)}: not in resources.csv" for k in new if k not in old]
-    found += [f"{' '.join(k)}: in resources.csv, but not in the source" for k in old if k not in new]
-    found += [f"{' '.join(k)}: {column} is {new[k][column]}, was {old[k][column]}"
-              for k in new if k in old for column in COLUMNS[3:-1] if new[k][column] != old[k][column]]
+    found += [
+        f"{' '.join(k)}: in resources.csv, but not in the source" for k in old if k not in new
+    ]
+    found += [
+        f"{' '.join(k)}: {column} is {new[k][column]}, was {old[k][column]}" for k in new
+        if k in old for column in COLUMNS[3:-1] if new[k][column] != old[k][column]
+    ]
     return found
 
 
@@ -144,16 +162,19 @@ def main():
         write_csv(TABLE, rows, COLUMNS)
     if not args.check:
         for row in rows:
-            print(f"{row['file']:9} {row['arch']:7} {row['registers']:4} registers {row['shared']:6} shared"
-                  f" {row['stack']:5} stack {row['spill_stores']:4}/{row['spill_loads']} spilled"
-                  f"  {row['kernel']}")
+            print(
+                f"{row['file']:9} {row['arch']:7} {row['registers']:4} registers {row['shared']:6} shared"
+                f" {row['stack']:5} stack {row['spill_stores']:4}/{row['spill_loads']} spilled"
+                f"  {row['kernel']}")
     failures = bad
     if args.check:
         failures += [f"{' '.join(key(r))}: spills {r['spill_stores']} bytes" for r in rows
                      if r["file"] in NO_SPILLS and r["spill_stores"] + r["spill_loads"]]
         changed = differences(rows)
         if changed is None:
-            print(f"resources.csv is of another nvcc than {nvcc_version()}: registers are not compared")
+            print(
+                f"resources.csv is of another nvcc than {nvcc_version()}: registers are not compared"
+            )
         failures += changed or []
     for line in failures:
         print(line)

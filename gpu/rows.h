@@ -14,9 +14,11 @@ SPARGE_DEVICE int keys_of_row(const work &w, const query_block &q, int r, int64_
     return (int)sparge_min(sparge_keys_seen(&w.g, q.first + r, j), w.g.k_len - j * BLOCK_K);
 }
 
-/* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block that none of them comes near ---- */
+/* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block that none of them comes near
+ * ---- */
 
-/* In shared memory: bit 0 where a row of the group sees a key, bit 1 where one comes near its maximum. */
+/* In shared memory: bit 0 where a row of the group sees a key, bit 1 where one comes near its
+ * maximum. */
 struct votes {
     uint32_t group[BLOCK_Q];
 };
@@ -35,7 +37,7 @@ SPARGE_DEVICE bool voted_to_skip(const work &w, const votes &v, int r)
 
 /* The whole vote where thread r owns row r (and threads from BLOCK_Q on own none). */
 SPARGE_DEVICE bool group_skips(const work &w, const query_block &q, votes &v, int r, int64_t j,
-                                                   float gap, float lambda)
+                               float gap, float lambda)
 {
     if (!w.may_skip)
         return false;
@@ -65,11 +67,11 @@ template <class T> SPARGE_DEVICE float most_of_row(const T *s, int seen)
     return most;
 }
 
-/* Lines 12-13 with P in float: scores become weights against the running maximum, in place. Returns the
- * factor by which the row of o shrinks. */
+/* Lines 12-13 with P in float: scores become weights against the running maximum, in place. Returns
+ * the factor by which the row of o shrinks. */
 SPARGE_DEVICE float weigh_row(sparge_row &state, float *s, int seen, float unit, float local)
 {
-    float sum[16] = { 0 };
+    float sum[16] = {0};
     const float shrink = sparge_row_raise(&state, local);
     for (int t = 0; t < seen; t++) {
         s[t] = sparge_weight(s[t], unit, state.max);
@@ -81,8 +83,8 @@ SPARGE_DEVICE float weigh_row(sparge_row &state, float *s, int seen, float unit,
 
 enum { P_LEVELS = 127 };
 
-/* Lines 12-13 with P in codes that sum to `codes`: l, and what their products with V are multiplied by;
- * o shrinks by `shrink`. */
+/* Lines 12-13 with P in codes that sum to `codes`: l, and what their products with V are multiplied
+ * by; o shrinks by `shrink`. */
 struct coded {
     float weight, shrink;
 };
@@ -100,8 +102,8 @@ SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, int codes)
 
 enum { SIDE = 16, SQUARE = SIDE * SIDE };
 
-/* Lines 20-21: thread (y, x) holds rows y + 16 a and channels x + 16 b of o, thread r the state of row r.
- * `norm` is shared memory. */
+/* Lines 20-21: thread (y, x) holds rows y + 16 a and channels x + 16 b of o, thread r the state of
+ * row r. `norm` is shared memory. */
 template <int ROWS, int COLUMNS>
 static __device__ void store_square(const work &w, const query_block &q, const sparge_row &state,
                                     const float (&o)[ROWS][COLUMNS], float (&norm)[BLOCK_Q])
@@ -117,7 +119,8 @@ static __device__ void store_square(const work &w, const query_block &q, const s
 #pragma unroll
         for (int b = 0; b < COLUMNS; b++)
             if (y + SIDE * a < q.rows && x + SIDE * b < w.dim_v)
-                store(w.o, out_row(w, q, y + SIDE * a) + x + SIDE * b, o[a][b] * norm[y + SIDE * a]);
+                store(w.o, out_row(w, q, y + SIDE * a) + x + SIDE * b,
+                      o[a][b] * norm[y + SIDE * a]);
 }
 
 } // namespace sparge

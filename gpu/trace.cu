@@ -1,4 +1,5 @@
-/* trace.cu: the codes of a call as plain arrays [head][token][channel], for looking between the stages. */
+/* trace.cu: the codes of a call as plain arrays [head][token][channel], for looking between the
+ * stages. */
 #include "gpu/image.h"
 #include "gpu/work.h"
 
@@ -12,10 +13,11 @@ struct code_place {
     int row, c;
 };
 
-static __device__ code_place place_of_code(int64_t at, int64_t len, int dim, int64_t blocks, int block)
+static __device__ code_place place_of_code(int64_t at, int64_t len, int dim, int64_t blocks,
+                                           int block)
 {
     const int64_t token = at / dim % len, head = at / dim / len;
-    return { head * blocks + token / block, (int)(token % block), (int)(at % dim) };
+    return {head * blocks + token / block, (int)(token % block), (int)(at % dim)};
 }
 
 static __global__ void __launch_bounds__(THREADS) unpack_codes(const __grid_constant__ work w)
@@ -33,9 +35,8 @@ static __global__ void __launch_bounds__(THREADS) unpack_codes(const __grid_cons
     if ((w.codes_v || w.steps_v) && at < w.batch * w.kv_heads * w.g.k_len * w.dim_v) {
         const code_place p = place_of_code(at, w.g.k_len, w.dim_v, w.g.k_blocks, BLOCK_K);
         if (w.codes_v)
-            w.codes_v[at] =
-                (int8_t)
-                    w.v_tile[p.tile * v_tile_bytes(w.width, false) + image_at(64, p.c, key_slot(p.row))];
+            w.codes_v[at] = (int8_t)w.v_tile[p.tile * v_tile_bytes(w.width, false) +
+                                             image_at(64, p.c, key_slot(p.row))];
         if (w.steps_v && p.row == 0)
             w.steps_v[p.tile * w.dim_v + p.c] = w.step_v[p.tile * w.width + p.c];
     }

@@ -1,8 +1,9 @@
-/* work.h: what one call works on, as every kernel gets it: the problem, the options, and where each stage
- * leaves what the next one reads. host.cu fills it in; the letters are those of ref/ref.h.
+/* work.h: what one call works on, as every kernel gets it: the problem, the options, and where each
+ * stage leaves what the next one reads. host.cu fills it in; the letters are those of ref/ref.h.
  *
- * The cuda backend has one block size, 128 x 64, and channels are padded with zeros to a `width` of 64, 96
- * or 128: the shapes of the tensor cores. n counts query heads over the batch, kv key heads. */
+ * The cuda backend has one block size, 128 x 64, and channels are padded with zeros to a `width` of
+ * 64, 96 or 128: the shapes of the tensor cores. n counts query heads over the batch, kv key heads.
+ */
 #ifndef SPARGE_GPU_WORK_H
 #define SPARGE_GPU_WORK_H
 
@@ -28,50 +29,55 @@ struct work {
     bool causal, sink;
     sparge_precision pv;
     int skip_rows;
-    bool may_skip;                /* some head has a lambda above -inf */
-    sparge_knobs knobs;           /* of all heads, or: */
-    sparge_knobs *head_knobs;     /* [heads]; these, if not NULL */
+    bool may_skip;            /* some head has a lambda above -inf */
+    sparge_knobs knobs;       /* of all heads, or: */
+    sparge_knobs *head_knobs; /* [heads]; these, if not NULL */
 
     /* Stage 1. NULL where nobody asked. */
-    float *sums;                  /* [kv][k_blocks][dim] of the keys of a block */
-    float *mean;                  /* [kv][dim]: the mean key; NULL: keys stay as they are */
-    float *pool_q, *sim_q;        /* [n][q_blocks][dim], [n][q_blocks] */
-    float *pool_k, *sim_k;        /* [kv][k_blocks][dim], [kv][k_blocks] */
-    float *s_all, *s;             /* [n][q_blocks][k_blocks], traces */
+    float *sums;           /* [kv][k_blocks][dim] of the keys of a block */
+    float *mean;           /* [kv][dim]: the mean key; NULL: keys stay as they are */
+    float *pool_q, *sim_q; /* [n][q_blocks][dim], [n][q_blocks] */
+    float *pool_k, *sim_k; /* [kv][k_blocks][dim], [kv][k_blocks] */
+    float *s_all, *s;      /* [n][q_blocks][k_blocks], traces */
     uint8_t *why;
-    uint32_t *mask;               /* [n][q_blocks][words]; NULL: dense */
+    uint32_t *mask; /* [n][q_blocks][words]; NULL: dense */
     int64_t words;
 
     /* Codes, in the images of image.h. */
-    int8_t *q8, *k8;              /* [n][q_blocks][128 rows], [kv][k_blocks][64 rows] */
-    uint8_t *v_tile;              /* [kv][k_blocks], by pv */
-    float *step_q, *step_k;       /* [n][q_blocks], [kv][k_blocks] */
-    float *step_v;                /* int8: [kv][k_blocks][width]; fp8: [kv][width] */
-    float *max_v;                 /* fp8: [kv][k_blocks][width] of |v| */
-    float *lift;                  /* [n][q_len]: q . mean key, which lse gets back */
-    uint8_t *bad_q, *bad_k;       /* [n][q_len], [kv][k_len]: some element is not finite */
+    int8_t *q8, *k8;                   /* [n][q_blocks][128 rows], [kv][k_blocks][64 rows] */
+    uint8_t *v_tile;                   /* [kv][k_blocks], by pv */
+    float *step_q, *step_k;            /* [n][q_blocks], [kv][k_blocks] */
+    float *step_v;                     /* int8: [kv][k_blocks][width]; fp8: [kv][width] */
+    float *max_v;                      /* fp8: [kv][k_blocks][width] of |v| */
+    float *lift;                       /* [n][q_len]: q . mean key, which lse gets back */
+    uint8_t *bad_q, *bad_k;            /* [n][q_len], [kv][k_len]: some element is not finite */
     uint8_t *wild_q, *wild_k, *wild_v; /* [n][q_blocks], [kv][k_blocks]: some row is bad */
 
     /* Stage 2. */
-    uint32_t *skipped;            /* [n][q_blocks][groups][words]: groups of rows that lambda skipped */
-    float *m, *l;                 /* [n][q_len], m in log2 units */
-    int64_t *order, *order_len;   /* the query blocks that keep something, longest first; how many */
-    unsigned long long *ticket;   /* how many of them are taken */
+    uint32_t *skipped; /* [n][q_blocks][groups][words]: groups of rows that lambda skipped */
+    float *m, *l;      /* [n][q_len], m in log2 units */
+    int64_t *order, *order_len; /* the query blocks that keep something, longest first; how many */
+    unsigned long long *ticket; /* how many of them are taken */
 
     /* What comes back beside o. */
-    float *lse;                   /* [n][q_len] */
-    float *pv_done;               /* [n][q_blocks][k_blocks], a trace */
+    float *lse;                           /* [n][q_len] */
+    float *pv_done;                       /* [n][q_blocks][k_blocks], a trace */
     int16_t *codes_q, *codes_k, *codes_v; /* traces, as in sparge.h */
     float *steps_v;
-    sparge_counts *counts;        /* [n] */
-    unsigned long long *tally;    /* [n][TALLIES] */
+    sparge_counts *counts;     /* [n] */
+    unsigned long long *tally; /* [n][TALLIES] */
 
-    int shared_limit, multiprocessors; /* of the device: bytes of shared memory for a thread block */
+    int shared_limit,
+        multiprocessors; /* of the device: bytes of shared memory for a thread block */
 };
 
 /* What is counted of a head, as integers, which have one sum in any order. */
 enum {
-    TALLY_PAIRS, TALLY_TOKENS, TALLY_QK_DONE, TALLY_QK_TOKENS, TALLY_PV_TOKENS,
+    TALLY_PAIRS,
+    TALLY_TOKENS,
+    TALLY_QK_DONE,
+    TALLY_QK_TOKENS,
+    TALLY_PV_TOKENS,
     TALLY_PV_ROWS,       /* of whole query blocks, a row for each key block */
     TALLY_PV_ROWS_SHORT, /* of the short one */
     TALLIES
@@ -173,14 +179,15 @@ SPARGE_DEVICE void store(const sparge_out &out, int64_t at, float x)
     }
 }
 
-/* Channels c and c + 1 of a row that begins `at`, as far as they are there: in one access where both are
- * and memory is aligned. */
+/* Channels c and c + 1 of a row that begins `at`, as far as they are there: in one access where
+ * both are and memory is aligned. */
 SPARGE_DEVICE void store_pair(const sparge_out &out, int64_t at, int c, int dim, float x, float y)
 {
     at += c;
     x += 0.0f;
     y += 0.0f;
-    if (out.dtype != SPARGE_F32 && c + 1 < dim && ((uintptr_t)((uint16_t *)out.data + at) & 3) == 0) {
+    if (out.dtype != SPARGE_F32 && c + 1 < dim &&
+        ((uintptr_t)((uint16_t *)out.data + at) & 3) == 0) {
         const bool f16 = out.dtype == SPARGE_F16;
         const uint32_t low = f16 ? sparge_f32_to_f16(x) : sparge_f32_to_bf16(x);
         const uint32_t high = f16 ? sparge_f32_to_f16(y) : sparge_f32_to_bf16(y);
@@ -226,15 +233,15 @@ cudaError_t attend_hopper(const work &w, cudaStream_t stream);
 
 /* A launch in the order of the stream; `shared` bytes of dynamic shared memory. */
 template <class... Args, class... Given>
-cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
-                   Given... args)
+cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared,
+                   cudaStream_t stream, Given... args)
 {
     if (blocks == 0)
         return cudaSuccess;
     cudaError_t error = cudaSuccess;
     if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     (int)shared);
+        error = cudaFuncSetAttribute((const void *)kernel,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)blocks);
     config.blockDim = dim3((unsigned)threads);

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Draws the figures of this folder, as PNG and SVG, out of experiments/*/out.csv and experiments/paper.csv alone.
+"""Draws the figures of this folder, as PNG and SVG, out of experiments/*/out.csv and
+experiments/paper.csv alone.
 
     figures.py [NAME...]                             some of them, or all; NAME is that of the file
     figures.py fig14 ... --csv MINE.csv --to FOLDER  the same of rows that a run.py made of your captures
@@ -17,7 +18,8 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv  # first: it finds experiments/
+# first: it finds experiments/
+from rows import EXPERIMENTS, HERE, column, grouped, of_item, read_csv
 from harness import run_main, writing
 
 GIVEN = None  # rows of the user's
@@ -25,8 +27,9 @@ INK, ACCENT, PALE, PAPER, OTHER = "#33265c", "#f28e2b", "#e9e5dc", "#8a8a8a", "#
 HALF = "#925a44"  # between INK and ACCENT
 matplotlib.rcParams.update({
     "svg.hashsalt": "sparge", "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "figure.constrained_layout.use": True})
+    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
+    "legend.frameon": False, "figure.constrained_layout.use": True
+})
 
 
 def paper(item, **where):
@@ -43,7 +46,8 @@ LOOK = {"aspect": "auto", "interpolation": "nearest"}
 def maps_of(source):
     """{(layer, head): (mass, kept, pv_done)}, each [query blocks, key blocks]; NaN where no row may see any key."""
     maps = {}
-    for (layer, head), rows in grouped([r for r in of_item("fig2") if r["source"] == source], "layer", "head").items():
+    for (layer, head), rows in grouped([r for r in of_item("fig2") if r["source"] == source],
+                                       "layer", "head").items():
         i, j = column(rows, "q_block").astype(int), column(rows, "k_block").astype(int)
         maps[layer, head] = np.full((3, i.max() + 1, j.max() + 1), np.nan)
         maps[layer, head][:, i, j] = [column(rows, name) for name in ("mass", "kept", "pv_done")]
@@ -53,13 +57,15 @@ def maps_of(source):
 def shares(mass, kept, done):
     """Share of visible blocks skipped by the mask, share of P.V dropped by lambda, attention mass kept."""
     seen = ~np.isnan(mass)
-    return 1 - kept[seen].mean(), (kept - done)[seen].mean(), np.nansum(mass * kept) / np.nansum(mass)
+    return 1 - kept[seen].mean(), (kept -
+                                   done)[seen].mean(), np.nansum(mass * kept) / np.nansum(mass)
 
 
 def attention_map():
     """Three heads of the language model: what attention is, what the mask keeps, what lambda drops of it."""
     maps = maps_of("smollm2")
-    figure, axes = plt.subplots(len(maps), 3, figsize=(10, 3.3 * len(maps)), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(len(maps), 3, figsize=(10, 3.3 * len(maps)), sharex=True,
+                                sharey=True, squeeze=False)
     for (true, mask, drop), ((layer, head), (mass, kept, done)) in zip(axes, maps.items()):
         skipped, dropped, held = shares(mass, kept, done)
         look = LOOK | {"extent": (0, mass.shape[1], mass.shape[0], 0)}
@@ -76,19 +82,26 @@ def attention_map():
         axis.set_xlabel("key block (64 tokens)")
     figure.colorbar(image, ax=axes[:, 0], location="bottom", fraction=0.03, pad=0.01, extend="min",
                     label="attention of a query block to a key block")
-    figure.legend(handles=[Patch(color=INK, label="computed"), Patch(color=ACCENT, label="P·V dropped by lambda"),
-                           Patch(color=HALF, label="dropped in part"), Patch(color=PALE, label="skipped by the mask")],
-                  loc="lower right", bbox_to_anchor=(0.99, 0.012), ncols=2)
+    figure.legend(
+        handles=[
+            Patch(color=INK, label="computed"),
+            Patch(color=ACCENT, label="P·V dropped by lambda"),
+            Patch(color=HALF, label="dropped in part"),
+            Patch(color=PALE, label="skipped by the mask")
+        ], loc="lower right", bbox_to_anchor=(0.99, 0.012), ncols=2)
     return figure
 
 
 def fig2():
     """Attention of single heads, of the language model and of the video model."""
-    sources = {"smollm2": "SmolLM2-135M, 4096 tokens, causal", "video": "video model, 13 x 14 x 20 tokens"}
+    sources = {
+        "smollm2": "SmolLM2-135M, 4096 tokens, causal", "video": "video model, 13 x 14 x 20 tokens"
+    }
     found = {source: maps_of(source) for source in sources}
     wide = max(len(maps) for maps in found.values())
     rows = [source for source in sources if found[source]]
-    figure, axes = plt.subplots(len(rows), wide, figsize=(3.2 * wide, 3.1 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), wide, figsize=(3.2 * wide, 3.1 * len(rows)),
+                                squeeze=False)
     for line, source in zip(axes, rows):
         for axis in line[len(found[source]):]:
             axis.axis("off")
@@ -98,7 +111,8 @@ def fig2():
         line[0].set_ylabel("query block")
     for axis in axes[-1]:
         axis.set_xlabel("key block")
-    figure.colorbar(image, ax=axes, fraction=0.02, extend="min", label="attention of a query block to a key block")
+    figure.colorbar(image, ax=axes, fraction=0.02, extend="min",
+                    label="attention of a query block to a key block")
     return figure
 
 
@@ -131,12 +145,14 @@ def fig4():
     """128 tokens of q and of k, channel by channel."""
     found = grouped(of_item("fig4"), "capture", "tensor")
     captures = list(dict.fromkeys(name for name, _ in found))
-    figure, axes = plt.subplots(2, len(captures), figsize=(3.4 * len(captures), 6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(2, len(captures), figsize=(3.4 * len(captures), 6), sharex=True,
+                                sharey=True)
     for line, tensor in zip(axes, "qk"):
         for axis, capture in zip(line, captures):
             rows = found[capture, tensor]
-            image = np.array([[float(x) for name, x in row.items() if name.startswith("c") and name[1:].isdigit()]
-                              for row in rows])
+            image = np.array([[
+                float(x) for name, x in row.items() if name.startswith("c") and name[1:].isdigit()
+            ] for row in rows])
             bound = np.abs(image).max()
             shown = axis.imshow(image, cmap="RdBu_r", vmin=-bound, vmax=bound, **LOOK)
             layer, group = capture.replace("layer", "").split("_group")
@@ -160,7 +176,8 @@ def fig5():
         for x, y, n in zip(w, h, block.astype(int)):
             axis.text(x, y, str(n), fontsize=6, ha="center", va="center_baseline", zorder=4,
                       color="white" if n < 5 else INK)
-        axis.set(title=order, xticks=[], yticks=[], xlim=(-0.6, 5.6), ylim=(5.6, -0.6), aspect="equal")
+        axis.set(title=order, xticks=[], yticks=[], xlim=(-0.6, 5.6), ylim=(5.6, -0.6),
+                 aspect="equal")
         axis.spines[:].set_visible(False)
     return figure
 
@@ -173,9 +190,12 @@ def table3():
     colors = {"normal": OTHER, "topics": INK}
     for (inputs,), rows in grouped(of_item("table3"), "inputs").items():
         for name, style in (("f32", "-"), ("int8", "--")):
-            axis.plot(column(rows, "tokens"), 100 * column(rows, f"overhead_{name}"), style, marker="o", markersize=4,
-                      color=colors[inputs], label=f"CPU, {inputs} inputs, of dense {name}")
-    theirs = {float(row): value for (row, name), value in paper("table3").items() if name == "overhead"}
+            axis.plot(column(rows, "tokens"), 100 * column(rows, f"overhead_{name}"), style,
+                      marker="o", markersize=4, color=colors[inputs],
+                      label=f"CPU, {inputs} inputs, of dense {name}")
+    theirs = {
+        float(row): value for (row, name), value in paper("table3").items() if name == "overhead"
+    }
     axis.plot(theirs.keys(), theirs.values(), color=PAPER, marker="s", markersize=4,
               label="the paper: RTX 4090, of FlashAttention-2")
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="prediction, % of dense attention")
@@ -191,7 +211,10 @@ def gpu_speeds():
     path = HERE.parent / "gpu/results/results.csv"
     if not path.exists():
         return {}
-    rows = [r for r in read_csv(path) if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")]
+    rows = [
+        r for r in read_csv(path)
+        if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")
+    ]
     lines = {}
     for (rung, pv), found in grouped(rows, "rung", "pv").items():
         if rung != max(r["rung"] for r in rows):
@@ -199,8 +222,10 @@ def gpu_speeds():
         n = max(int(r["n"]) for r in found if r["what"] == "imposed")
         here = [r for r in found if int(r["n"]) == n]
         dense = np.median(column([r for r in here if r["what"] == "dense"], "ms"))
-        masked = sorted((r for r in here if r["what"] == "imposed"), key=lambda r: float(r["sparsity"]))
-        lines[f"GPU, rung {rung}, P·V in {pv}, {n} tokens"] = column(masked, "sparsity"), dense / column(masked, "ms")
+        masked = sorted((r for r in here if r["what"] == "imposed"),
+                        key=lambda r: float(r["sparsity"]))
+        lines[f"GPU, rung {rung}, P·V in {pv}, {n} tokens"] = column(
+            masked, "sparsity"), dense / column(masked, "ms")
     return lines
 
 
@@ -208,26 +233,31 @@ def fig10():
     """Speed over dense attention of the same kernel, by sparsity."""
     figure, axis = plt.subplots(figsize=(6.4, 4))
     share = np.linspace(0, 0.9, 50)
-    axis.plot(share, 1 / (1 - share), ":", color="black", linewidth=1, label="ideal: 1 / (1 - sparsity)")
-    styles = {"random": ("o", INK, "CPU, imposed at random"), "banded": ("s", OTHER, "CPU, imposed band"),
-              "predicted": ("D", ACCENT, "CPU, predicted, with its prediction"),
-              "torch": ("x", "#b0413e", "CPU, FlexAttention of torch, f32")}
+    axis.plot(share, 1 / (1 - share), ":", color="black", linewidth=1,
+              label="ideal: 1 / (1 - sparsity)")
+    styles = {
+        "random": ("o", INK, "CPU, imposed at random"), "banded": ("s", OTHER, "CPU, imposed band"),
+        "predicted": ("D", ACCENT, "CPU, predicted, with its prediction"), "torch":
+        ("x", "#b0413e", "CPU, FlexAttention of torch, f32")
+    }
     for (mask,), rows in grouped(of_item("fig10"), "mask").items():
         rows = [r for r in rows if float(r["sparsity"]) > 0]
         marker, color, label = styles[mask]
         dense = column(rows, "ms_dense_f32" if mask == "torch" else "ms_dense_int8")
-        axis.plot(column(rows, "sparsity"), dense / column(rows, "ms"), marker=marker, markersize=4, color=color,
-                  label=label)
+        axis.plot(column(rows, "sparsity"), dense / column(rows, "ms"), marker=marker, markersize=4,
+                  color=color, label=label)
     for (label, line), color in zip(gpu_speeds().items(), ("#6a8d3a", "#3a6a8d")):
         axis.plot(*line, marker="^", markersize=4, color=color, label=label)
     found = paper("fig10", setting="RTX4090, 22K tokens, 128 channels")
-    for name, dense in (("SpargeAttn+Sage", "SageAttn (dense)"), ("SpargeAttn+FA2", "FlashAttn (dense FA2)")):
+    for name, dense in (("SpargeAttn+Sage", "SageAttn (dense)"), ("SpargeAttn+FA2",
+                                                                  "FlashAttn (dense FA2)")):
         points = sorted((float(at), value) for (row, at), value in found.items() if row == name)
         base = next(value for (row, _), value in found.items() if row == dense)
         axis.plot(*zip(*((s, value / base) for s, value in points)), color=PAPER,
                   linestyle="--" if "FA2" in name else "-",
                   label=f"the paper: {name} over {dense.split()[0]}, RTX 4090")
-    axis.set(xlabel="sparsity", ylabel="speed over dense attention by the same kernel", yscale="log")
+    axis.set(xlabel="sparsity", ylabel="speed over dense attention by the same kernel",
+             yscale="log")
     axis.set_yticks([1, 2, 4, 8], ["1x", "2x", "4x", "8x"])
     axis.minorticks_off()
     axis.legend(fontsize=8)
@@ -240,9 +270,11 @@ def table7():
     for ((text,), rows), color in zip(grouped(GIVEN or of_item("table7"), "text").items(),
                                       cycle((ACCENT, INK, OTHER, "#b0413e", "#6a8d3a"))):
         label = "nine heads, committed capture" if text == "committed" else f"all heads, {text}"
-        axis.plot(column(rows, "tokens"), column(rows, "sparsity"), marker="o", markersize=4, color=color, label=label)
+        axis.plot(column(rows, "tokens"), column(rows, "sparsity"), marker="o", markersize=4,
+                  color=color, label=label)
     theirs = {float(row): value / 100 for (row, _), value in paper("table7").items()}
-    axis.plot(theirs.keys(), theirs.values(), color=PAPER, marker="s", markersize=4, label="the paper: Llama3.1-8B")
+    axis.plot(theirs.keys(), theirs.values(), color=PAPER, marker="s", markersize=4,
+              label="the paper: Llama3.1-8B")
     axis.set(xscale="log", xlabel="tokens", ylabel="sparsity", ylim=(0, 1),
              title="" if GIVEN else "SmolLM2-135M, a substitute")
     axis.set_xticks([1024 << n for n in range(8)], [f"{1 << n}K" for n in range(8)])
@@ -262,7 +294,8 @@ def fig9():
         for r in rows:
             score[depths.index(float(r["depth"])),
                   tokens.index(float(r["tokens"]))] = int(r["found"]) / int(r["needles"])
-        axis.patch.set(hatch="////", facecolor="white", edgecolor=PAPER)  # shows where there is no image
+        axis.patch.set(hatch="////", facecolor="white",
+                       edgecolor=PAPER)  # shows where there is no image
         image = axis.imshow(score, cmap="cividis", vmin=0, vmax=1, **LOOK)
         for i, j in np.argwhere(~np.isnan(score)):
             axis.text(j, i, f"{100 * score[i, j]:.0f}", ha="center", va="center", fontsize=7,
@@ -273,8 +306,9 @@ def fig9():
     axes[0].set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
     axes[0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=axes, fraction=0.02, label="share found", format=PercentFormatter(1))
-    figure.legend(handles=[Patch(facecolor="white", edgecolor=PAPER, hatch="////", label="not run")],
-                  loc="outside lower right")
+    figure.legend(
+        handles=[Patch(facecolor="white", edgecolor=PAPER, hatch="////", label="not run")],
+        loc="outside lower right")
     return figure
 
 
@@ -289,10 +323,12 @@ def bars(number, key, title, rows):
     figure, axis = plt.subplots(figsize=(6, 2.8))
     found = grouped(rows, key)
     names = sorted((name for name, in found), key=lambda name: (len(name), name))
-    axis.bar(range(len(names)), [column(found[name,], "sparsity").mean() for name in names], color=INK, width=0.7)
+    axis.bar(range(len(names)), [column(found[name, ], "sparsity").mean() for name in names],
+             color=INK, width=0.7)
     for n, name in enumerate(names):
         spread = column(found[name,], "sparsity")
-        axis.plot([n, n], [np.percentile(spread, 10), np.percentile(spread, 90)], color=ACCENT, linewidth=2)
+        axis.plot([n, n],
+                  [np.percentile(spread, 10), np.percentile(spread, 90)], color=ACCENT, linewidth=2)
     axis.axhline(column(rows, "sparsity").mean(), color=PAPER, linestyle=":", linewidth=1)
     axis.set_xticks(range(len(names)), names)
     axis.set(xlabel=title, ylabel="sparsity", ylim=(0, 1))
@@ -319,13 +355,15 @@ def fig17():
     """By head, layer by layer."""
     found = grouped(whole(), "layer", "head")
     layers, heads = (sorted({int(at[n]) for at in found}) for n in (0, 1))
-    image = np.full((len(layers), len(heads)), np.nan)  # captures may have other heads in other layers
+    image = np.full((len(layers), len(heads)),
+                    np.nan)  # captures may have other heads in other layers
     for (layer, head), rows in found.items():
         image[layers.index(int(layer)), heads.index(int(head))] = column(rows, "sparsity").mean()
     figure, axis = plt.subplots(figsize=(1.5 + 0.9 * len(heads), 1.2 + 0.45 * len(layers)))
     shown = axis.imshow(image, cmap="Purples", vmin=0, vmax=1, **LOOK)
     for i, j in np.argwhere(~np.isnan(image)):
-        axis.text(j, i, f"{image[i, j]:.2f}", ha="center", va="center", color="white" if image[i, j] > 0.5 else INK)
+        axis.text(j, i, f"{image[i, j]:.2f}", ha="center", va="center",
+                  color="white" if image[i, j] > 0.5 else INK)
     axis.set_xticks(range(len(heads)), heads)
     axis.set_yticks(range(len(layers)), layers)
     axis.set(xlabel="head", ylabel="layer", title="Fig 17, by head: mean")
@@ -333,12 +371,16 @@ def fig17():
     return figure
 
 
-FIGURES = {f.__name__: f for f in (attention_map, fig2, fig3, fig4, fig5, table3, fig9, fig10, table7, fig14, fig15,
-                                   fig16, fig17)}
+FIGURES = {
+    f.__name__: f for f in (attention_map, fig2, fig3, fig4, fig5, table3, fig9, fig10, table7,
+                            fig14, fig15, fig16, fig17)
+}
 
-
-OF_CAPTURES = {"table7": {"text", "tokens", "sparsity"}} | {  # and the columns that they are drawn from
-    name: {"sample", "layer", "step", "head", "sparsity"} for name in ("fig14", "fig15", "fig16", "fig17")}
+OF_CAPTURES = {"table7": {"text", "tokens", "sparsity"}
+               } | {  # and the columns that they are drawn from
+                   name: {"sample", "layer", "step", "head", "sparsity"}
+                   for name in ("fig14", "fig15", "fig16", "fig17")
+               }
 
 
 def given(path, names, error):
@@ -348,7 +390,9 @@ def given(path, names, error):
     rows = read_csv(path)
     for name in names:
         if not rows or not OF_CAPTURES[name] <= rows[0].keys():
-            error(f"{path} has no rows with {', '.join(sorted(OF_CAPTURES[name]))}, as {name} needs them")
+            error(
+                f"{path} has no rows with {', '.join(sorted(OF_CAPTURES[name]))}, as {name} needs them"
+            )
     return rows
 
 
@@ -361,7 +405,8 @@ def draw(names, to):
         except FileNotFoundError as missing:
             print(f"{name}: not drawn, {missing.filename} is not there")
             continue
-        for kind, how in ("png", {"dpi": 150, "metadata": {"Software": None}}), ("svg", {"metadata": {"Date": None}}):
+        for kind, how in ("png", {"dpi": 150, "metadata":
+                                  {"Software": None}}), ("svg", {"metadata": {"Date": None}}):
             with writing(to / f"{name}.{kind}", "wb") as file:
                 figure.savefig(file, format=kind, **how)
         plt.close(figure)
@@ -370,7 +415,8 @@ def draw(names, to):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*")
     parser.add_argument("--csv", type=Path, help="rows to draw, in place of the committed ones")
     parser.add_argument("--to", type=Path, default=HERE, help="folder of the pictures")

@@ -4,8 +4,8 @@
 #include "ref/stage.h"
 
 /* Line 3: one head in codes. */
-void sparge_ref_codes(const sparge_ref_attender *w, const sparge_in *in, int64_t b, int64_t h, int64_t len,
-                      const float *mean, const sparge_ref_operand *to)
+void sparge_ref_codes(const sparge_ref_attender *w, const sparge_in *in, int64_t b, int64_t h,
+                      int64_t len, const float *mean, const sparge_ref_operand *to)
 {
     for (int64_t n = 0; n * to->block < len; n++) {
         const int64_t first = n * to->block, rows = sparge_block_rows(len, to->block, n);
@@ -24,7 +24,8 @@ void sparge_ref_codes(const sparge_ref_attender *w, const sparge_in *in, int64_t
 }
 
 /* Line 10: S = Q_i K_j^T, exact in int32. */
-void sparge_ref_score(const sparge_ref_operand *q, const sparge_ref_operand *k, sparge_ref_tile *tile)
+void sparge_ref_score(const sparge_ref_operand *q, const sparge_ref_operand *k,
+                      sparge_ref_tile *tile)
 {
     for (int64_t r = 0; r < tile->rows; r++)
         for (int64_t t = 0; t < tile->keys; t++) {
@@ -52,9 +53,9 @@ static void local_maxima(const sparge_geometry *g, int64_t j, sparge_ref_tile *t
     }
 }
 
-/* Lines 12, 13 and 16 for one row. P is coded against the row's largest score in this tile, which uses all
- * of the codes; `weight` carries the tile's sums over to the running maximum. l adds the codes that o
- * adds, so V = 1 gives 1. */
+/* Lines 12, 13 and 16 for one row. P is coded against the row's largest score in this tile, which
+ * uses all of the codes; `weight` carries the tile's sums over to the running maximum. l adds the
+ * codes that o adds, so V = 1 gives 1. */
 void sparge_ref_weigh(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
 {
     sparge_row *state = &tile->state[r];

@@ -31,7 +31,7 @@ void sparge_ref_load(const sparge_in *in, int64_t batch, int64_t head, int64_t f
 void sparge_ref_mean(const sparge_in *k, int64_t batch, int64_t head, const sparge_geometry *g,
                      int64_t dim, float *x, bool *bad, float *mean)
 {
-    double total[SPARGE_MAX_DIM] = { 0 };
+    double total[SPARGE_MAX_DIM] = {0};
     for (int64_t j = 0; j < g->k_blocks; j++) {
         const int64_t rows = sparge_block_rows(g->k_len, g->block_k, j);
         sparge_ref_load(k, batch, head, j * g->block_k, rows, dim, NULL, x, bad);
@@ -46,10 +46,10 @@ void sparge_ref_mean(const sparge_in *k, int64_t batch, int64_t head, const spar
         mean[c] = g->k_len ? (float)(total[c] / (double)g->k_len) : 0.0f;
 }
 
-sparge_ref_summary sparge_ref_summarize(const float *x, const bool *bad, int64_t rows, int64_t block,
-                                        int64_t dim, float *pool, float *unit)
+sparge_ref_summary sparge_ref_summarize(const float *x, const bool *bad, int64_t rows,
+                                        int64_t block, int64_t dim, float *pool, float *unit)
 {
-    sparge_ref_summary s = { .finite = true, .full = rows == block };
+    sparge_ref_summary s = {.finite = true, .full = rows == block};
     for (int64_t c = 0; c < dim; c++)
         pool[c] = unit[c] = 0.0f;
     for (int64_t r = 0; r < rows; r++) {

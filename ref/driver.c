@@ -1,5 +1,5 @@
-/* driver.c: what the stages stand in: memory, loops over heads and blocks, non-finite rows, counters,
- * traces, output. Nothing of the algorithm is here. */
+/* driver.c: what the stages stand in: memory, loops over heads and blocks, non-finite rows,
+ * counters, traces, output. Nothing of the algorithm is here. */
 #include <stdlib.h>
 #include <time.h>
 
@@ -7,7 +7,8 @@
 #include "common/half.h"
 #include "ref/stage.h"
 
-/* Memory that is given back in one call; after a failure `failed` is true and every take is NULL. */
+/* Memory that is given back in one call; after a failure `failed` is true and every take is NULL.
+ */
 typedef struct arena {
     void *piece[32];
     int pieces;
@@ -32,7 +33,8 @@ static void release(arena *a)
         free(a->piece[--a->pieces]);
 }
 
-/* Copies n elements to place `at` of a traced array, in units of n; nothing where it is not wanted. */
+/* Copies n elements to place `at` of a traced array, in units of n; nothing where it is not wanted.
+ */
 void sparge_ref_record(void *array, int64_t at, const void *from, int64_t n, size_t size)
 {
     if (array && n)
@@ -54,15 +56,19 @@ static bool goes_on(const sparge_options *o, int64_t done, int64_t all)
 
 /* ---- Stage 1 ---- */
 
-sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                 const sparge_trace *trace)
+sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o,
+                                 sparge_mask *mask, const sparge_trace *trace)
 {
     const sparge_geometry g =
         sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
     const int64_t group = p->heads / p->kv_heads, longest = sparge_max(g.block_q, g.block_k);
-    arena a = { 0 };
+    arena a = {0};
     const sparge_ref_predictor w = {
-        .p = p, .o = o, .trace = trace, .g = g, .mode = sparge_ref_mode_of(p, o),
+        .p = p,
+        .o = o,
+        .trace = trace,
+        .g = g,
+        .mode = sparge_ref_mode_of(p, o),
         .pool_k = take(&a, g.k_blocks * p->dim, sizeof(float)),
         .summary_k = take(&a, g.k_blocks, sizeof(sparge_ref_summary)),
         .similar_k = take(&a, g.k_blocks, sizeof(bool)),
@@ -103,8 +109,8 @@ static bool any(const bool *flag, int64_t n)
     return false;
 }
 
-/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows, where
- * they computed P.V. */
+/* A non-finite key spoils the rows that see it; a non-finite v element its channel of those rows,
+ * where they computed P.V. */
 void sparge_ref_spoil(const sparge_ref_attender *w)
 {
     const sparge_ref_tile *tile = &w->tile;
@@ -167,13 +173,14 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
     }
     const float norm = sparge_row_norm(state);
     for (int64_t c = 0; c < p->dim_v; c++)
-        store(&result->o, at + c, spoilt ? NAN : w->tile.o[r * p->dim_v + c] * norm * w->tile.unit[c] + 0.0f);
+        store(&result->o, at + c,
+              spoilt ? NAN : w->tile.o[r * p->dim_v + c] * norm * w->tile.unit[c] + 0.0f);
     sparge_ref_record(result->trace->m, line, &state->max, 1, 4);
     sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
 }
 
-static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h, const sparge_mask *mask,
-                                 const uint32_t *all)
+static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h,
+                                 const sparge_mask *mask, const uint32_t *all)
 {
     const sparge_geometry *g = &w->g;
     const int64_t n = b * w->p->heads + h, lines = w->p->batch * w->p->heads * g->q_blocks;
@@ -209,7 +216,11 @@ static sparge_ref_operand operand(arena *a, int64_t tokens, int64_t dim, int64_t
 {
     const int64_t steps = sparge_ceil_div(tokens, block) * (by_channel ? dim : 1);
     return (sparge_ref_operand){
-        .dim = dim, .block = block, .levels = levels, .slack = slack, .by_channel = by_channel,
+        .dim = dim,
+        .block = block,
+        .levels = levels,
+        .slack = slack,
+        .by_channel = by_channel,
         .code = levels ? take(a, tokens * dim, sizeof(int16_t)) : NULL,
         .value = levels ? NULL : take(a, tokens * dim, sizeof(float)),
         .step = take(a, steps, sizeof(float)),
@@ -253,29 +264,35 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
         sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
     const int64_t longest = sparge_max(g.block_q, g.block_k), widest = sparge_max(p->dim, p->dim_v);
     const int64_t group = p->heads / p->kv_heads, words = sparge_mask_row_words(g.k_blocks);
-    arena a = { 0 };
+    arena a = {0};
     sparge_ref_attender w = {
-        .p = p, .o = o, .g = g, .mode = mode, .result = result,
+        .p = p,
+        .o = o,
+        .g = g,
+        .mode = mode,
+        .result = result,
         .q = operand(&a, p->q_len, p->dim, g.block_q, mode.qk_levels, mode.slack, false),
         .k = operand(&a, p->k_len, p->dim, g.block_k, mode.qk_levels, mode.slack, false),
         .v = operand(&a, p->k_len, p->dim_v, g.block_k, mode.v_levels, 0.0f, true),
         .x = take(&a, longest * widest, sizeof(float)),
         .mean = o->smooth_k ? take(&a, p->dim, sizeof(float)) : NULL,
-        .tile = {
-            .s = take(&a, g.block_q * g.block_k, sizeof(float)),
-            .seen = take(&a, g.block_q, sizeof(int64_t)),
-            .most = take(&a, g.block_q, sizeof(float)),
-            .local = take(&a, g.block_q, sizeof(float)),
-            .done = take(&a, g.block_q, sizeof(bool)),
-            .state = take(&a, g.block_q, sizeof(sparge_row)),
-            .o = take(&a, g.block_q * p->dim_v, sizeof(float)),
-            .unit = take(&a, p->dim_v, sizeof(float)),
-            .product = take(&a, p->dim_v, sizeof(int32_t)),
-        },
+        .tile =
+            {
+                .s = take(&a, g.block_q * g.block_k, sizeof(float)),
+                .seen = take(&a, g.block_q, sizeof(int64_t)),
+                .most = take(&a, g.block_q, sizeof(float)),
+                .local = take(&a, g.block_q, sizeof(float)),
+                .done = take(&a, g.block_q, sizeof(bool)),
+                .state = take(&a, g.block_q, sizeof(sparge_row)),
+                .o = take(&a, g.block_q * p->dim_v, sizeof(float)),
+                .unit = take(&a, p->dim_v, sizeof(float)),
+                .product = take(&a, p->dim_v, sizeof(int32_t)),
+            },
         .spoilt = take(&a, g.block_q, sizeof(bool)),
         .share = take(&a, g.k_blocks, sizeof(float)),
     };
-    uint32_t *all = take(&a, words, sizeof *all); /* a row that keeps every block: dense attention */
+    uint32_t *all =
+        take(&a, words, sizeof *all); /* a row that keeps every block: dense attention */
     if (all)
         memset(all, 0xff, (size_t)words * sizeof *all);
     for (int64_t c = 0; c < p->dim_v && !a.failed; c++)
@@ -299,8 +316,8 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
     return status;
 }
 
-sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                   sparge_result *result)
+sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o,
+                                   sparge_mask *mask, sparge_result *result)
 {
     const double start = sparge_ref_seconds();
     const sparge_status status = sparge_ref_predict(p, o, mask, result->trace);

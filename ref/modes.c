@@ -1,12 +1,13 @@
 /* modes.c: everything of algorithm.md section 9 and 5 that is not the default: codes of 12 bits, no
- * codes at all, P.V as tensor cores do it in binary16 and in e4m3, and the rules of the paper as printed
- * and of the authors' released kernels. */
+ * codes at all, P.V as tensor cores do it in binary16 and in e4m3, and the rules of the paper as
+ * printed and of the authors' released kernels. */
 #include "common/half.h"
 #include "ref/ref.h"
 
 /* ---- qk = float: the same loop, c = scale * log2 e ---- */
 
-static void score_float(const sparge_ref_operand *q, const sparge_ref_operand *k, sparge_ref_tile *tile)
+static void score_float(const sparge_ref_operand *q, const sparge_ref_operand *k,
+                        sparge_ref_tile *tile)
 {
     for (int64_t r = 0; r < tile->rows; r++)
         for (int64_t t = 0; t < tile->keys; t++) {
@@ -26,7 +27,7 @@ static void weigh_values(const sparge_ref_operand *v, sparge_ref_tile *tile, int
                          float (*narrow)(float))
 {
     sparge_row *state = &tile->state[r];
-    float *o = &tile->o[r * v->dim], sum[16] = { 0 };
+    float *o = &tile->o[r * v->dim], sum[16] = {0};
     const float shrink = sparge_row_raise(state, tile->local[r]);
     for (int64_t c = 0; c < v->dim; c++)
         o[c] *= shrink;
@@ -135,9 +136,13 @@ static void select_upstream(const sparge_ref_row *row, uint32_t *kept)
 sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options *o)
 {
     sparge_ref_mode mode = {
-        .similar = sparge_ref_similar, .select = sparge_ref_select,
-        .score = sparge_ref_score, .weigh = sparge_ref_weigh,
-        .qk_levels = 127, .p_levels = 127, .v_levels = 127,
+        .similar = sparge_ref_similar,
+        .select = sparge_ref_select,
+        .score = sparge_ref_score,
+        .weigh = sparge_ref_weigh,
+        .qk_levels = 127,
+        .p_levels = 127,
+        .v_levels = 127,
         .predict_scale = o->scale,
     };
     if (o->qk == SPARGE_INT12)
@@ -150,7 +155,9 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
         mode.p_levels = mode.v_levels = 4095;
     if (o->pv == SPARGE_FLOAT || o->pv == SPARGE_HALF || o->pv == SPARGE_FP8) {
         mode.p_levels = mode.v_levels = 0;
-        mode.weigh = o->pv == SPARGE_HALF ? weigh_half : o->pv == SPARGE_FP8 ? weigh_fp8 : weigh_float;
+        mode.weigh = o->pv == SPARGE_HALF  ? weigh_half
+                     : o->pv == SPARGE_FP8 ? weigh_fp8
+                                           : weigh_float;
         mode.narrow = o->pv == SPARGE_HALF ? narrow_half : o->pv == SPARGE_FP8 ? narrow_fp8 : NULL;
     }
     if (o->rules != SPARGE_RULES_DEFAULT)

@@ -21,7 +21,8 @@ typedef struct rule {
     bool by_head;  /* steps are of all tokens, not of a block's */
 } rule;
 
-static const rule int8 = {.largest = 127.0f}, int8_of_upstream = {.largest = 127.0f, .extra = 1e-7f};
+static const rule int8 = {.largest = 127.0f},
+                  int8_of_upstream = {.largest = 127.0f, .extra = 1e-7f};
 static const rule int12_of_qk = {.largest = 2047.0f}, int12_of_pv = {.largest = 4095.0f};
 static const rule binary16 = {.largest = 65504.0f, .digits = 11, .lowest = -14, .unscaled = true};
 static const rule e4m3 = {.largest = 448.0f, .digits = 4, .lowest = -6, .by_head = true};
@@ -115,7 +116,8 @@ static float mean_of_channel(const work *w, int64_t b, int64_t g, int64_t c)
     return (float)(total / (double)k_len);
 }
 
-/* One kv head, as the mode wants it. A block of k has one step, one of v (or all of it) one per channel. */
+/* One kv head, as the mode wants it. A block of k has one step, one of v (or all of it) one per
+ * channel. */
 static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
 {
     const sparge_problem *p = w->problem;
@@ -214,7 +216,8 @@ sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_opti
         if (options->qk != SPARGE_FLOAT) /* to real scores smoothing makes no difference */
             w.qk = options->qk == SPARGE_INT12 ? int12_of_qk : upstream ? int8_of_upstream : int8;
         switch (options->pv) {
-        case SPARGE_INT8: case SPARGE_FASTEST: w.pv = int8; break;
+        case SPARGE_INT8:
+        case SPARGE_FASTEST: w.pv = int8; break;
         case SPARGE_INT12: w.pv = int12_of_pv; break;
         case SPARGE_HALF: w.pv = binary16; break;
         case SPARGE_FP8: w.pv = e4m3; break;
@@ -249,7 +252,8 @@ sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_opti
         const int64_t row = at / w.q_blocks * q_len + i * block_q; /* in the packed outputs */
         attend(&w, b, h, i, o ? o + row * dim_v : NULL, lse ? lse + row : NULL,
                block_mass ? block_mass + at * w.k_blocks : NULL);
-        if (options->progress && !options->progress(options->user, (double)(at + 1) / (double)blocks))
+        if (options->progress &&
+            !options->progress(options->user, (double)(at + 1) / (double)blocks))
             status = SPARGE_ERR_CANCELLED;
     }
 done:

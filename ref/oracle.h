@@ -1,5 +1,5 @@
-/* oracle.h: what sparge.c calls once arguments are checked. Apart from ref.h, so that the oracle sees
- * nothing of what it judges. */
+/* oracle.h: what sparge.c calls once arguments are checked. Apart from ref.h, so that the oracle
+ * sees nothing of what it judges. */
 #ifndef SPARGE_REF_ORACLE_H
 #define SPARGE_REF_ORACLE_H
 

@@ -123,7 +123,8 @@ void sparge_ref_summarize_keys(const sparge_ref_predictor *w, int64_t b, int64_t
 
 sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options *o, int64_t i)
 {
-    sparge_ref_row row = { .visible = sparge_blocks_seen(g, i), .blocks = g->k_blocks, .sink = o->sink };
+    sparge_ref_row row = {
+        .visible = sparge_blocks_seen(g, i), .blocks = g->k_blocks, .sink = o->sink};
     if (o->causal != SPARGE_CAUSAL_NONE) {
         row.diagonal = sparge_max(0, sparge_last_key(g, i * g->block_q)) / g->block_k;
         row.diagonal_end = row.visible;
@@ -136,8 +137,9 @@ static void score_row(const sparge_ref_predictor *w, int64_t visible, int64_t at
 {
     const int64_t dim = w->p->dim;
     for (int64_t j = 0; j < w->g.k_blocks; j++)
-        w->s[j] = j < visible ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim) + 0.0f
-                              : -INFINITY; /* a score of 0 has no sign */
+        w->s[j] = j < visible
+                      ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim) + 0.0f
+                      : -INFINITY; /* a score of 0 has no sign */
     sparge_ref_record(w->trace->s_all, at, w->s, w->g.k_blocks, 4);
     for (int64_t j = 0; j < visible; j++)
         w->s[j] = w->similar_k[j] ? w->s[j] : -INFINITY;
@@ -149,12 +151,13 @@ void sparge_ref_rank(sparge_ref_row *row)
     row->finite = 0;
     for (int64_t j = 0; j < row->visible; j++)
         if (sparge_finite(row->s[j]))
-            row->order[row->finite++] = (sparge_ref_scored){ row->s[j], j };
+            row->order[row->finite++] = (sparge_ref_scored){row->s[j], j};
     qsort(row->order, (size_t)row->finite, sizeof *row->order, best_first);
 }
 
 /* Lines 4-6 for one query block. */
-void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h, int64_t i, uint32_t *kept)
+void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h, int64_t i,
+                            uint32_t *kept)
 {
     const sparge_problem *p = w->p;
     const sparge_geometry *g = &w->g;

@@ -1,9 +1,9 @@
 /* ref.h: the stages of the reference, and so the contract that every faster version of them keeps.
  *
- * The order to read in: block.c (what is done to one block), predict.c (stage 1), attend.c (stage 2).
- * Beside them stand modes.c (everything that is not the default) and driver.c (memory, loops over
- * heads, counters, traces: nothing of the algorithm). The letters are the paper's: query block i, key
- * block j; row r and key t of a block; channel c; batch b and head h. */
+ * The order to read in: block.c (what is done to one block), predict.c (stage 1), attend.c (stage
+ * 2). Beside them stand modes.c (everything that is not the default) and driver.c (memory, loops
+ * over heads, counters, traces: nothing of the algorithm). The letters are the paper's: query block
+ * i, key block j; row r and key t of a block; channel c; batch b and head h. */
 #ifndef SPARGE_REF_REF_H
 #define SPARGE_REF_REF_H
 
@@ -11,13 +11,15 @@
 #include "common/softmax.h"
 #include "sparge.h"
 
-/* ---- The backend: what sparge.c calls. Arguments are checked and options resolved by then. ---- */
+/* ---- The backend: what sparge.c calls. Arguments are checked and options resolved by then. ----
+ */
 
-sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
-                                 const sparge_trace *trace);
+sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o,
+                                 sparge_mask *mask, const sparge_trace *trace);
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result);
-sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o, sparge_mask *mask,
+sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o,
+                                   sparge_mask *mask,
                                    sparge_result *result); /* the one, then the other */
 
 double sparge_ref_seconds(void); /* since some moment; never runs backwards */
@@ -35,8 +37,8 @@ static inline const sparge_knobs *sparge_ref_knobs(const sparge_options *o, int6
 void sparge_ref_load(const sparge_in *in, int64_t batch, int64_t head, int64_t first, int64_t rows,
                      int64_t dim, const float *mean, float *x, bool *bad);
 
-/* The mean key of one head: f32 sums within a block in row order, f64 over the blocks. x and bad are
- * scratch for one block. */
+/* The mean key of one head: f32 sums within a block in row order, f64 over the blocks. x and bad
+ * are scratch for one block. */
 void sparge_ref_mean(const sparge_in *k, int64_t batch, int64_t head, const sparge_geometry *g,
                      int64_t dim, float *x, bool *bad, float *mean);
 
@@ -49,8 +51,8 @@ typedef struct sparge_ref_summary {
 } sparge_ref_summary;
 
 /* unit [dim] is scratch: the sum of the rows, each scaled to length 1. */
-sparge_ref_summary sparge_ref_summarize(const float *x, const bool *bad, int64_t rows, int64_t block,
-                                        int64_t dim, float *pool, float *unit);
+sparge_ref_summary sparge_ref_summarize(const float *x, const bool *bad, int64_t rows,
+                                        int64_t block, int64_t dim, float *pool, float *unit);
 
 /* n elements, `stride` apart, to codes in [-levels, levels] at the same places; returns the step,
  * max|x| / levels + slack. */
@@ -79,7 +81,8 @@ typedef struct sparge_ref_row {
     uint8_t *why; /* [visible] gathers the bits of sparge_reason, or NULL */
 } sparge_ref_row;
 
-/* Q, K or V of one head as stage 2 reads it: codes and steps, or values where nothing is quantised. */
+/* Q, K or V of one head as stage 2 reads it: codes and steps, or values where nothing is quantised.
+ */
 typedef struct sparge_ref_operand {
     int64_t dim, block;
     int levels;      /* codes are in [-levels, levels]; 0: values, not codes */
@@ -116,9 +119,9 @@ typedef struct sparge_ref_mode {
     void (*skipped)(sparge_ref_tile *, int64_t r); /* what a skipped row still does, or NULL */
     /* Rounds one head of V, in values, as its precision has it, or NULL. */
     void (*narrow)(const sparge_ref_operand *v, int64_t tokens, float *unit);
-    int qk_levels, p_levels, v_levels;             /* 0: not quantised */
-    float slack;                                   /* added to the steps of Q and K */
-    int64_t never_skip;                            /* so many last kept blocks ignore lambda */
+    int qk_levels, p_levels, v_levels; /* 0: not quantised */
+    float slack;                       /* added to the steps of Q and K */
+    int64_t never_skip;                /* so many last kept blocks ignore lambda */
     float predict_scale;
 } sparge_ref_mode;
 
@@ -128,16 +131,18 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
 sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options *o, int64_t i);
 /* Fills row->order from row->s. */
 void sparge_ref_rank(sparge_ref_row *row);
-/* The share of softmax(S[i,:]) of row->order[place], as an integer, so that a sum has one value in any
- * order. */
+/* The share of softmax(S[i,:]) of row->order[place], as an integer, so that a sum has one value in
+ * any order. */
 uint64_t sparge_ref_mass(const sparge_ref_row *row, int64_t place);
 
 /* The default of each, and the steps of `select`: which blocks a row keeps, and why. */
 bool sparge_ref_similar(const sparge_ref_summary *, float theta);
 void sparge_ref_select(const sparge_ref_row *, uint32_t *kept);
-void sparge_ref_keep_mass(const sparge_ref_row *, int64_t least, uint32_t *kept); /* TopCdf, if tau */
+void sparge_ref_keep_mass(const sparge_ref_row *, int64_t least,
+                          uint32_t *kept); /* TopCdf, if tau */
 int64_t sparge_ref_topk(const sparge_ref_row *);
-void sparge_ref_keep_best(const sparge_ref_row *, int64_t count, uint32_t *kept); /* top-k, if topk */
+void sparge_ref_keep_best(const sparge_ref_row *, int64_t count,
+                          uint32_t *kept); /* top-k, if topk */
 void sparge_ref_keep_dissimilar(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_diagonal(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_sink(const sparge_ref_row *, uint32_t *kept);

@@ -1,4 +1,5 @@
-/* stage.h: what each stage holds while it works; driver.c fills it, predict.c and attend.c use it. */
+/* stage.h: what each stage holds while it works; driver.c fills it, predict.c and attend.c use it.
+ */
 #ifndef SPARGE_REF_STAGE_H
 #define SPARGE_REF_STAGE_H
 
@@ -29,20 +30,21 @@ typedef struct sparge_ref_attender {
     sparge_ref_operand q, k, v;
     float *x, *mean; /* a block on its way to codes; the mean key, or NULL */
     sparge_ref_tile tile;
-    bool *spoilt;            /* [block_q] rows that met a non-finite query or key */
-    float *share;            /* [k_blocks] of the rows of Q_i whose P.V was computed */
-    sparge_counts *counts;   /* of the head at hand */
-    int64_t pv_rows[2];      /* rows of whole and of short query blocks whose P.V was computed */
+    bool *spoilt;          /* [block_q] rows that met a non-finite query or key */
+    float *share;          /* [k_blocks] of the rows of Q_i whose P.V was computed */
+    sparge_counts *counts; /* of the head at hand */
+    int64_t pv_rows[2];    /* rows of whole and of short query blocks whose P.V was computed */
     sparge_result *result;
 } sparge_ref_attender;
 
 /* predict.c */
 void sparge_ref_summarize_keys(const sparge_ref_predictor *, int64_t b, int64_t kv);
-void sparge_ref_predict_row(const sparge_ref_predictor *, int64_t b, int64_t h, int64_t i, uint32_t *kept);
+void sparge_ref_predict_row(const sparge_ref_predictor *, int64_t b, int64_t h, int64_t i,
+                            uint32_t *kept);
 
 /* attend.c */
-void sparge_ref_codes(const sparge_ref_attender *, const sparge_in *in, int64_t b, int64_t h, int64_t len,
-                      const float *mean, const sparge_ref_operand *to);
+void sparge_ref_codes(const sparge_ref_attender *, const sparge_in *in, int64_t b, int64_t h,
+                      int64_t len, const float *mean, const sparge_ref_operand *to);
 void sparge_ref_attend_block(sparge_ref_attender *, int64_t i, const uint32_t *kept, float lambda);
 
 /* driver.c: what is kept beside the algorithm */

@@ -14,22 +14,27 @@ void same_everything(const problem *x, const answer *got, const answer *want)
 
 void same_mask(const sparge_mask *got, const sparge_mask *want)
 {
-    check_same_as("mask", got->bits, want->bits, want->batch * want->heads * want->q_blocks * want->words);
+    check_same_as("mask", got->bits, want->bits,
+                  want->batch * want->heads * want->q_blocks * want->words);
 }
 
 sparge_mask wide_mask(const problem *x, int64_t spare)
 {
     const int64_t lines = x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q);
     const int64_t k_blocks = blocks(x->p.k_len, x->o.block_k), words = blocks(k_blocks, 32) + spare;
-    return (sparge_mask){ check_alloc((size_t)(lines * words) * sizeof(uint32_t)), x->p.batch, x->p.heads,
-                          blocks(x->p.q_len, x->o.block_q), k_blocks, words };
+    return (sparge_mask){check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
+                         x->p.batch,
+                         x->p.heads,
+                         blocks(x->p.q_len, x->o.block_q),
+                         k_blocks,
+                         words};
 }
 
 /* ---- One question on every instruction set ---- */
 
 reply ask(const problem *x, way how, sparge_dtype dtype, tensor_layout layout, int64_t spare)
 {
-    reply r = { 0 };
+    reply r = {0};
     if (how == ATTEND) {
         r.a = attend_to(x, dtype, layout);
         return r;
@@ -46,7 +51,7 @@ void forget(reply *r)
 }
 
 void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads,
-                        totals *sum)
+                 totals *sum)
 {
     const int64_t spare = check_int(0, 2);
     x->o.backend = SPARGE_REF;
@@ -72,7 +77,8 @@ void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, 
         if (how == ATTENTION) { /* stage 1 alone gives the same mask */
             sparge_mask alone = wide_mask(x, spare);
             sparge_error error;
-            check(sparge_predict(&x->p, &x->o, &alone, NULL, &error) == SPARGE_OK, "%s", error.text);
+            check(sparge_predict(&x->p, &x->o, &alone, NULL, &error) == SPARGE_OK, "%s",
+                  error.text);
             same_mask(&alone, &want.mask);
             check_free(alone.bits);
         }
@@ -89,6 +95,6 @@ void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, 
 
 int64_t channels_at_random(void)
 {
-    static const int64_t usual[] = { 1, 15, 16, 17, 32, 64, 80, 128 };
+    static const int64_t usual[] = {1, 15, 16, 17, 32, 64, 80, 128};
     return check_int(0, 2) ? usual[check_int(0, 7)] : check_int(1, 140);
 }

@@ -1,5 +1,5 @@
-/* agree.h: one question to the reference and to the cpu backend, on every instruction set that is here: masks,
- * traces, counters, o and lse, bit for bit. For cpu.c and fuzz/differential.c. */
+/* agree.h: one question to the reference and to the cpu backend, on every instruction set that is
+ * here: masks, traces, counters, o and lse, bit for bit. For cpu.c and fuzz/differential.c. */
 #ifndef SPARGE_TESTS_AGREE_H
 #define SPARGE_TESTS_AGREE_H
 
@@ -14,7 +14,8 @@ typedef struct reply {
     sparge_mask mask; /* what ATTENTION predicted */
 } reply;
 
-/* A mask of the shape of x's, with words to spare and all bits set; the spare ones are to become 0. */
+/* A mask of the shape of x's, with words to spare and all bits set; the spare ones are to become 0.
+ */
 sparge_mask wide_mask(const problem *x, int64_t spare);
 reply ask(const problem *x, way how, sparge_dtype dtype, tensor_layout layout, int64_t spare);
 void forget(reply *r);
@@ -27,7 +28,8 @@ typedef struct totals {
 } totals;
 
 /* On every instruction set, with each of these numbers of threads (a list that ends with 0). */
-void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads, totals *sum);
+void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads,
+                 totals *sum);
 
 int64_t channels_at_random(void);
 

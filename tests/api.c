@@ -1,5 +1,5 @@
-/* api.c: the front door: what is refused and with which words, defaults, names, masks, counts, failing
- * allocations, threads. What the answers are is tested elsewhere.
+/* api.c: the front door: what is refused and with which words, defaults, names, masks, counts,
+ * failing allocations, threads. What the answers are is tested elsewhere.
  *
  * Linked with -Wl,--wrap=malloc,--wrap=calloc,--wrap=free against a static library. */
 #include "sparge.h"
@@ -29,12 +29,24 @@ enum { STAGES = PREDICT | ATTEND | ATTENTION, ALL = ALLOC | STAGES | ORACLE };
 
 static const char *entry_name(int entry)
 {
-    return entry == ALLOC ? "mask_alloc" : entry == PREDICT ? "predict" : entry == ATTEND ? "attend"
-         : entry == ATTENTION ? "attention" : "oracle";
+    return entry == ALLOC       ? "mask_alloc"
+           : entry == PREDICT   ? "predict"
+           : entry == ATTEND    ? "attend"
+           : entry == ATTENTION ? "attention"
+                                : "oracle";
 }
 
 /* 2 batches, 4 heads on 2; 3 x 3 blocks of 4 x 4 with short last ones. */
-enum { BATCH = 2, HEADS = 4, Q_LEN = 10, K_LEN = 11, DIM = 8, DIM_V = 5, Q_BLOCKS = 3, K_BLOCKS = 3 };
+enum {
+    BATCH = 2,
+    HEADS = 4,
+    Q_LEN = 10,
+    K_LEN = 11,
+    DIM = 8,
+    DIM_V = 5,
+    Q_BLOCKS = 3,
+    K_BLOCKS = 3
+};
 enum { ROWS = BATCH * HEADS * Q_LEN, LINES = BATCH * HEADS * Q_BLOCKS };
 
 typedef struct asked {
@@ -72,11 +84,14 @@ static asked question(void)
     }
     memset(&out, 0xFF, sizeof out);
     return (asked){
-        .p = sound.p, .o = sound.o,
-        .m = { out.bits, BATCH, HEADS, Q_BLOCKS, K_BLOCKS, 1 },
-        .result = { .o = { out.o, SPARGE_F32, HEADS * Q_LEN * DIM_V, Q_LEN * DIM_V, DIM_V }, .lse = out.lse,
-                    .head_counts = out.head },
-        .mode = SPARGE_ORACLE_REAL, .oracle_o = out.oracle_o,
+        .p = sound.p,
+        .o = sound.o,
+        .m = {out.bits, BATCH, HEADS, Q_BLOCKS, K_BLOCKS, 1},
+        .result = {.o = {out.o, SPARGE_F32, HEADS * Q_LEN * DIM_V, Q_LEN * DIM_V, DIM_V},
+                   .lse = out.lse,
+                   .head_counts = out.head},
+        .mode = SPARGE_ORACLE_REAL,
+        .oracle_o = out.oracle_o,
     };
 }
 
@@ -106,8 +121,8 @@ static sparge_status call(int entry, asked *a, sparge_error *error)
         status = sparge_attention(a->problem, a->options, result, error);
         break;
     case ORACLE:
-        status = sparge_oracle(a->problem, a->options, a->mask, a->mode, a->oracle_o, out.oracle_lse,
-                               out.mass, error);
+        status = sparge_oracle(a->problem, a->options, a->mask, a->mode, a->oracle_o,
+                               out.oracle_lse, out.mass, error);
         break;
     default: break;
     }
@@ -150,7 +165,7 @@ static void accepted(int entries, asked a, const char *what)
             continue;
         check_case("%s, accepted by %s", what, entry_name(entry));
         memset(out.bits, 0xFF, sizeof out.bits);
-        sparge_error error = { "poison" };
+        sparge_error error = {"poison"};
         errno = 77;
         const sparge_status status = call(entry, &a, &error);
         check(status == SPARGE_OK, "%s: %s", sparge_status_string(status), error.text);
@@ -239,7 +254,7 @@ Test(api, oracle_refuses_an_unknown_mode)
 /* Without o it reads no v, and its channels are nobody's business. */
 Test(api, oracle_without_o_ignores_v)
 {
-    const int64_t dim_v[] = { 0, -1, -DIM, -1000, INT64_MAX, INT64_MIN };
+    const int64_t dim_v[] = {0, -1, -DIM, -1000, INT64_MAX, INT64_MIN};
     asked a = question();
     double want[ROWS];
     a.p.v.data = NULL;
@@ -276,21 +291,28 @@ Test(api, null_data_of_an_empty_view)
 
 Test(api, sizes_out_of_range)
 {
-    static const struct { const char *sentence; size_t at; int64_t value; int entries; } table[] = {
-        { "batch is -1, it must be at least 0", offsetof(sparge_problem, batch), -1, ALL },
-        { "heads is 0, it must be at least 1", offsetof(sparge_problem, heads), 0, ALL },
-        { "heads is -4", offsetof(sparge_problem, heads), -4, ALL },
-        { "kv_heads is 0, it must be at least 1", offsetof(sparge_problem, kv_heads), 0, ALL },
-        { "kv_heads is -2", offsetof(sparge_problem, kv_heads), -2, ALL },
-        { "q_len is -1, it must be at least 0", offsetof(sparge_problem, q_len), -1, ALL },
-        { "q_len is 9223372036854775807, it must be ", offsetof(sparge_problem, q_len), INT64_MAX, ALL },
-        { "k_len is -1, it must be at least 0", offsetof(sparge_problem, k_len), -1, ALL },
-        { "k_len is 9223372036854775807, it must be ", offsetof(sparge_problem, k_len), INT64_MAX, ALL },
-        { "dim is 0, it must be at least 1", offsetof(sparge_problem, dim), 0, ALL },
-        { "dim is -8", offsetof(sparge_problem, dim), -8, ALL },
-        { "dim is 257, it must be at most 256", offsetof(sparge_problem, dim), 257, ALL },
-        { "dim_v is 0, it must be at least 1", offsetof(sparge_problem, dim_v), 0, ATTEND | ORACLE },
-        { "dim_v is -1", offsetof(sparge_problem, dim_v), -1, ATTEND | ORACLE },
+    static const struct {
+        const char *sentence;
+        size_t at;
+        int64_t value;
+        int entries;
+    } table[] = {
+        {"batch is -1, it must be at least 0", offsetof(sparge_problem, batch), -1, ALL},
+        {"heads is 0, it must be at least 1", offsetof(sparge_problem, heads), 0, ALL},
+        {"heads is -4", offsetof(sparge_problem, heads), -4, ALL},
+        {"kv_heads is 0, it must be at least 1", offsetof(sparge_problem, kv_heads), 0, ALL},
+        {"kv_heads is -2", offsetof(sparge_problem, kv_heads), -2, ALL},
+        {"q_len is -1, it must be at least 0", offsetof(sparge_problem, q_len), -1, ALL},
+        {"q_len is 9223372036854775807, it must be ", offsetof(sparge_problem, q_len), INT64_MAX,
+         ALL},
+        {"k_len is -1, it must be at least 0", offsetof(sparge_problem, k_len), -1, ALL},
+        {"k_len is 9223372036854775807, it must be ", offsetof(sparge_problem, k_len), INT64_MAX,
+         ALL},
+        {"dim is 0, it must be at least 1", offsetof(sparge_problem, dim), 0, ALL},
+        {"dim is -8", offsetof(sparge_problem, dim), -8, ALL},
+        {"dim is 257, it must be at most 256", offsetof(sparge_problem, dim), 257, ALL},
+        {"dim_v is 0, it must be at least 1", offsetof(sparge_problem, dim_v), 0, ATTEND | ORACLE},
+        {"dim_v is -1", offsetof(sparge_problem, dim_v), -1, ATTEND | ORACLE},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -304,10 +326,13 @@ Test(api, sizes_out_of_range)
 
 Test(api, heads_that_do_not_divide)
 {
-    const struct { int64_t heads, kv_heads; const char *sentence; } table[] = {
-        { 4, 3, "heads is 4, it must be a multiple of kv_heads, 3" },
-        { 1, 2, "heads is 1, it must be a multiple of kv_heads, 2" },
-        { 7, 2, "heads is 7, it must be a multiple of kv_heads, 2" },
+    const struct {
+        int64_t heads, kv_heads;
+        const char *sentence;
+    } table[] = {
+        {4, 3, "heads is 4, it must be a multiple of kv_heads, 3"},
+        {1, 2, "heads is 1, it must be a multiple of kv_heads, 2"},
+        {7, 2, "heads is 7, it must be a multiple of kv_heads, 2"},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -336,15 +361,17 @@ Test(api, types_out_of_range)
 /* Sizes whose products do not fit, whichever factor is the last straw. */
 Test(api, sizes_that_overflow)
 {
-    const struct { int64_t batch, heads, kv_heads, q_len, k_len; } table[] = {
-        { INT64_C(1) << 40, 4, 2, INT64_C(1) << 20, 11 },
-        { 2, 4, 2, INT64_C(1) << 58, 11 },
-        { 2, 4, 2, 10, INT64_C(1) << 59 },
-        { 2, INT64_C(1) << 60, 2, 10, 11 },
-        { 2, INT64_C(1) << 56, INT64_C(1) << 56, 1, 11 },
-        { INT64_MAX, 4, 2, 1, 1 },
-        { 1, 1, 1, INT64_C(1) << 58, 11 }, /* 2^61 elements: too many bytes */
-        { 1, 1, 1, 10, INT64_C(1) << 58 },
+    const struct {
+        int64_t batch, heads, kv_heads, q_len, k_len;
+    } table[] = {
+        {INT64_C(1) << 40, 4, 2, INT64_C(1) << 20, 11},
+        {2, 4, 2, INT64_C(1) << 58, 11},
+        {2, 4, 2, 10, INT64_C(1) << 59},
+        {2, INT64_C(1) << 60, 2, 10, 11},
+        {2, INT64_C(1) << 56, INT64_C(1) << 56, 1, 11},
+        {INT64_MAX, 4, 2, 1, 1},
+        {1, 1, 1, INT64_C(1) << 58, 11}, /* 2^61 elements: too many bytes */
+        {1, 1, 1, 10, INT64_C(1) << 58},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -353,8 +380,9 @@ Test(api, sizes_that_overflow)
         a.p.kv_heads = table[n].kv_heads;
         a.p.q_len = table[n].q_len;
         a.p.k_len = table[n].k_len;
-        refused(ALL, a, SPARGE_ERR_SHAPE, check_text("batch %lld x heads %lld", (long long)table[n].batch,
-                                                     (long long)table[n].heads));
+        refused(ALL, a, SPARGE_ERR_SHAPE,
+                check_text("batch %lld x heads %lld", (long long)table[n].batch,
+                           (long long)table[n].heads));
     }
     asked a = question();
     a.p.dim_v = INT64_MAX / 4;
@@ -368,13 +396,15 @@ Test(api, sizes_that_overflow)
 /* Nothing to do in one direction, more than there can be in another: any answer but a crash. */
 Test(api, empty_problems_of_huge_sizes)
 {
-    const struct { int64_t batch, q_len, k_len, dim_v; } table[] = {
-        { 0, INT64_MAX / 4, INT64_MAX / 4, 5 },
-        { 0, 10, INT64_MAX / 4, 5 },
-        { 0, 10, INT64_MAX / 256, 5 },
-        { 0, 10, 11, INT64_MAX },
-        { 2, 0, 0, INT64_MAX },
-        { 2, 0, 0, INT64_MAX / 128 },
+    const struct {
+        int64_t batch, q_len, k_len, dim_v;
+    } table[] = {
+        {0, INT64_MAX / 4, INT64_MAX / 4, 5},
+        {0, 10, INT64_MAX / 4, 5},
+        {0, 10, INT64_MAX / 256, 5},
+        {0, 10, 11, INT64_MAX},
+        {2, 0, 0, INT64_MAX},
+        {2, 0, 0, INT64_MAX / 128},
     };
     for (int64_t n = 0; n < COUNT(table); n++)
         for (int block = 1; block <= 1024; block *= 32)
@@ -392,7 +422,7 @@ Test(api, empty_problems_of_huge_sizes)
                 a.m.k_blocks = blocks(a.p.k_len, block);
                 a.m.words = blocks(a.m.k_blocks, 32);
                 point(&a);
-                sparge_error error = { "poison" };
+                sparge_error error = {"poison"};
                 const sparge_status status = call(entry, &a, &error);
                 check(!status == !error.text[0], "status %d, \"%s\"", (int)status, error.text);
             }
@@ -401,7 +431,7 @@ Test(api, empty_problems_of_huge_sizes)
 /* No tokens at all, but more heads than can be counted in memory. */
 Test(api, more_heads_than_there_is_memory_for)
 {
-    const int64_t batch[] = { INT64_C(1) << 60, INT64_C(1) << 61, (INT64_C(1) << 60) + 1 };
+    const int64_t batch[] = {INT64_C(1) << 60, INT64_C(1) << 61, (INT64_C(1) << 60) + 1};
     for (int64_t n = 0; n < COUNT(batch); n++) {
         check_case("batch %lld", (long long)batch[n]);
         asked a = question();
@@ -411,33 +441,39 @@ Test(api, more_heads_than_there_is_memory_for)
         a.result.head_counts = NULL;
         sparge_error error;
         const sparge_status status = sparge_attend(&a.p, &a.o, NULL, &a.result, &error);
-        check(status == SPARGE_ERR_SHAPE || status == SPARGE_ERR_MEMORY, "%s", sparge_status_string(status));
+        check(status == SPARGE_ERR_SHAPE || status == SPARGE_ERR_MEMORY, "%s",
+              sparge_status_string(status));
     }
 }
 
 Test(api, options_out_of_range)
 {
-    static const struct { const char *sentence; size_t at; int64_t value; size_t size; } table[] = {
-        { "backend is 4, ", offsetof(sparge_options, backend), 4, 4 },
-        { "isa is 5, ", offsetof(sparge_options, isa), 5, 4 },
-        { "threads is -1, ", offsetof(sparge_options, threads), -1, 4 },
-        { "threads is 1000000, ", offsetof(sparge_options, threads), 1000000, 4 },
-        { "block_q is 0, it must be in [1, 1024]", offsetof(sparge_options, block_q), 0, 8 },
-        { "block_q is -64, ", offsetof(sparge_options, block_q), -64, 8 },
-        { "block_q is 1025, ", offsetof(sparge_options, block_q), 1025, 8 },
-        { "block_q is 4294967297, ", offsetof(sparge_options, block_q), INT64_C(4294967297), 8 },
-        { "block_k is 0, it must be in [1, 1024]", offsetof(sparge_options, block_k), 0, 8 },
-        { "block_k is -1, ", offsetof(sparge_options, block_k), -1, 8 },
-        { "block_k is 1025, ", offsetof(sparge_options, block_k), 1025, 8 },
-        { "skip_rows is -1, ", offsetof(sparge_options, skip_rows), -1, 8 },
-        { "causal is 3, it must be in [0, 2]", offsetof(sparge_options, causal), 3, 4 },
-        { "qk is 3, it must be in [0, 2]", offsetof(sparge_options, qk), 3, 4 },
-        { "qk is 4, ", offsetof(sparge_options, qk), SPARGE_FP8, 4 },
-        { "qk is 5, ", offsetof(sparge_options, qk), SPARGE_FASTEST, 4 },
-        { "pv is 6, it must be in [0, 5]", offsetof(sparge_options, pv), 6, 4 },
-        { "rules is 3, it must be in [0, 2]", offsetof(sparge_options, rules), 3, 4 },
-        { "rung is 6, it must be in [0, 5]", offsetof(sparge_options, rung), 6, 4 },
-        { "rung is -1, ", offsetof(sparge_options, rung), -1, 4 },
+    static const struct {
+        const char *sentence;
+        size_t at;
+        int64_t value;
+        size_t size;
+    } table[] = {
+        {"backend is 4, ", offsetof(sparge_options, backend), 4, 4},
+        {"isa is 5, ", offsetof(sparge_options, isa), 5, 4},
+        {"threads is -1, ", offsetof(sparge_options, threads), -1, 4},
+        {"threads is 1000000, ", offsetof(sparge_options, threads), 1000000, 4},
+        {"block_q is 0, it must be in [1, 1024]", offsetof(sparge_options, block_q), 0, 8},
+        {"block_q is -64, ", offsetof(sparge_options, block_q), -64, 8},
+        {"block_q is 1025, ", offsetof(sparge_options, block_q), 1025, 8},
+        {"block_q is 4294967297, ", offsetof(sparge_options, block_q), INT64_C(4294967297), 8},
+        {"block_k is 0, it must be in [1, 1024]", offsetof(sparge_options, block_k), 0, 8},
+        {"block_k is -1, ", offsetof(sparge_options, block_k), -1, 8},
+        {"block_k is 1025, ", offsetof(sparge_options, block_k), 1025, 8},
+        {"skip_rows is -1, ", offsetof(sparge_options, skip_rows), -1, 8},
+        {"causal is 3, it must be in [0, 2]", offsetof(sparge_options, causal), 3, 4},
+        {"qk is 3, it must be in [0, 2]", offsetof(sparge_options, qk), 3, 4},
+        {"qk is 4, ", offsetof(sparge_options, qk), SPARGE_FP8, 4},
+        {"qk is 5, ", offsetof(sparge_options, qk), SPARGE_FASTEST, 4},
+        {"pv is 6, it must be in [0, 5]", offsetof(sparge_options, pv), 6, 4},
+        {"rules is 3, it must be in [0, 2]", offsetof(sparge_options, rules), 3, 4},
+        {"rung is 6, it must be in [0, 5]", offsetof(sparge_options, rung), 6, 4},
+        {"rung is -1, ", offsetof(sparge_options, rung), -1, 4},
     };
     cr_assert(sizeof(sparge_backend) == 4 && sizeof(int) == 4);
     for (int64_t n = 0; n < COUNT(table); n++) {
@@ -456,9 +492,15 @@ Test(api, options_out_of_range)
 
 Test(api, scales_that_are_not)
 {
-    const struct { float scale; const char *sentence; } table[] = {
-        { -1, "scale is -1, " },        { NAN, "scale is " },           { INFINITY, "scale is inf, " },
-        { -INFINITY, "scale is -inf, " }, { -0x1p-149f, "scale is -1.4013e-45, " },
+    const struct {
+        float scale;
+        const char *sentence;
+    } table[] = {
+        {-1, "scale is -1, "},
+        {NAN, "scale is "},
+        {INFINITY, "scale is inf, "},
+        {-INFINITY, "scale is -inf, "},
+        {-0x1p-149f, "scale is -1.4013e-45, "},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -473,32 +515,36 @@ Test(api, scales_that_are_not)
 Test(api, thresholds_out_of_range)
 {
     enum { LAST = HEADS - 1 };
-    const sparge_knobs sound_ones = { 0.6f, 0.98f, SPARGE_OFF, -INFINITY };
-    const struct { sparge_knobs knobs; const char *name, *value; } table[] = {
-        { { 1.5f, 0.9f, 0.5f, -1 }, "theta", "1.5" },
-        { { -1.5f, 0.9f, 0.5f, -1 }, "theta", "-1.5" },
-        { { NAN, 0.9f, 0.5f, -1 }, "theta", "" },
-        { { INFINITY, 0.9f, 0.5f, -1 }, "theta", "inf" },
-        { { 0.5f, 1.25f, 0.5f, -1 }, "tau", "1.25" },
-        { { 0.5f, -0.5f, 0.5f, -1 }, "tau", "-0.5" },
-        { { 0.5f, -1.5f, 0.5f, -1 }, "tau", "-1.5" },
-        { { 0.5f, NAN, 0.5f, -1 }, "tau", "" },
-        { { 0.5f, 0.9f, 2, -1 }, "topk", "2" },
-        { { 0.5f, 0.9f, -0.25f, -1 }, "topk", "-0.25" },
-        { { 0.5f, 0.9f, NAN, -1 }, "topk", "" },
-        { { 0.5f, 0.9f, -INFINITY, -1 }, "topk", "-inf" },
-        { { 0.5f, 0.9f, 0.5f, 0.25f }, "lambda", "0.25" },
-        { { 0.5f, 0.9f, 0.5f, INFINITY }, "lambda", "inf" },
-        { { 0.5f, 0.9f, 0.5f, NAN }, "lambda", "" },
-        { { 0.5f, SPARGE_OFF, SPARGE_OFF, -1 }, "tau and topk", NULL },
+    const sparge_knobs sound_ones = {0.6f, 0.98f, SPARGE_OFF, -INFINITY};
+    const struct {
+        sparge_knobs knobs;
+        const char *name, *value;
+    } table[] = {
+        {{1.5f, 0.9f, 0.5f, -1}, "theta", "1.5"},
+        {{-1.5f, 0.9f, 0.5f, -1}, "theta", "-1.5"},
+        {{NAN, 0.9f, 0.5f, -1}, "theta", ""},
+        {{INFINITY, 0.9f, 0.5f, -1}, "theta", "inf"},
+        {{0.5f, 1.25f, 0.5f, -1}, "tau", "1.25"},
+        {{0.5f, -0.5f, 0.5f, -1}, "tau", "-0.5"},
+        {{0.5f, -1.5f, 0.5f, -1}, "tau", "-1.5"},
+        {{0.5f, NAN, 0.5f, -1}, "tau", ""},
+        {{0.5f, 0.9f, 2, -1}, "topk", "2"},
+        {{0.5f, 0.9f, -0.25f, -1}, "topk", "-0.25"},
+        {{0.5f, 0.9f, NAN, -1}, "topk", ""},
+        {{0.5f, 0.9f, -INFINITY, -1}, "topk", "-inf"},
+        {{0.5f, 0.9f, 0.5f, 0.25f}, "lambda", "0.25"},
+        {{0.5f, 0.9f, 0.5f, INFINITY}, "lambda", "inf"},
+        {{0.5f, 0.9f, 0.5f, NAN}, "lambda", ""},
+        {{0.5f, SPARGE_OFF, SPARGE_OFF, -1}, "tau and topk", NULL},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
-        const char *sentence = table[n].value ? check_text("%s is %s", table[n].name, table[n].value)
-                                              : "tau and topk are both off";
+        const char *sentence = table[n].value
+                                   ? check_text("%s is %s", table[n].name, table[n].value)
+                                   : "tau and topk are both off";
         asked a = question();
         a.o.knobs = table[n].knobs;
         refused(ALL, a, SPARGE_ERR_ARGUMENT, sentence);
-        sparge_knobs heads[HEADS] = { sound_ones, sound_ones, sound_ones, table[n].knobs };
+        sparge_knobs heads[HEADS] = {sound_ones, sound_ones, sound_ones, table[n].knobs};
         a.o.per_head = heads;
         a.o.knobs = sound_ones;
         refused(ALL, a, SPARGE_ERR_ARGUMENT, sentence);
@@ -515,10 +561,10 @@ Test(api, thresholds_out_of_range)
 Test(api, thresholds_at_their_limits)
 {
     const sparge_knobs table[] = {
-        { -1, 0, 0, 0 },
-        { 1, 1, 1, -INFINITY },
-        { 0, SPARGE_OFF, 0, -3e38f },
-        { -0.0f, -0.0f, SPARGE_OFF, -0.0f },
+        {-1, 0, 0, 0},
+        {1, 1, 1, -INFINITY},
+        {0, SPARGE_OFF, 0, -3e38f},
+        {-0.0f, -0.0f, SPARGE_OFF, -0.0f},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -532,7 +578,7 @@ Test(api, masks_of_another_shape)
     for (int field = 0; field < 4; field++)
         for (int64_t step = -1; step <= 1; step += 2) {
             asked a = question();
-            int64_t *const size[] = { &a.m.batch, &a.m.heads, &a.m.q_blocks, &a.m.k_blocks };
+            int64_t *const size[] = {&a.m.batch, &a.m.heads, &a.m.q_blocks, &a.m.k_blocks};
             *size[field] += step;
             refused(STAGES | ORACLE, a, SPARGE_ERR_SHAPE, "mask is [");
             asked b = question();
@@ -540,9 +586,9 @@ Test(api, masks_of_another_shape)
             point(&b);
             sparge_error error;
             sparge_predict(&b.p, &b.o, &b.m, NULL, &error);
-            const char *is = check_text("[%lld, %lld, %lld, %lld]", (long long)b.m.batch,
-                                        (long long)b.m.heads, (long long)b.m.q_blocks,
-                                        (long long)b.m.k_blocks);
+            const char *is =
+                check_text("[%lld, %lld, %lld, %lld]", (long long)b.m.batch, (long long)b.m.heads,
+                           (long long)b.m.q_blocks, (long long)b.m.k_blocks);
             check(strstr(error.text, is) && strstr(error.text, "[2, 4, 3, 3]"), "it says \"%s\"",
                   error.text);
         }
@@ -558,8 +604,8 @@ Test(api, masks_of_another_shape)
 
 /* ---- Backends and instruction sets ----------------------------------------------------------- */
 
-/* On a machine without a GPU cuda is refused in words, built or not. Where there is one, these questions
- * are not for it: they point to host memory. */
+/* On a machine without a GPU cuda is refused in words, built or not. Where there is one, these
+ * questions are not for it: they point to host memory. */
 static void refused_by_cuda(asked a)
 {
     static const char absent[] = "backend is cuda, which this library was built without";
@@ -600,7 +646,7 @@ Test(api, cuda_without_a_device)
 
 Test(api, rungs_are_of_cuda)
 {
-    static const sparge_backend backend[] = { SPARGE_AUTO, SPARGE_REF, SPARGE_CPU };
+    static const sparge_backend backend[] = {SPARGE_AUTO, SPARGE_REF, SPARGE_CPU};
     for (int64_t n = 0; n < COUNT(backend); n++) {
         asked a = question();
         a.o.backend = backend[n];
@@ -616,14 +662,15 @@ Test(api, device_memory)
 {
     char here[] = "as it was";
     void *data = here;
-    sparge_error error = { "poison" };
+    sparge_error error = {"poison"};
     check_equal(sparge_device_alloc(8, NULL, &error), SPARGE_ERR_ARGUMENT);
     cr_assert_str_eq(error.text, "data is NULL");
     check_equal(sparge_device_alloc(-1, &data, &error), SPARGE_ERR_ARGUMENT);
     cr_assert_str_eq(error.text, "bytes is -1, it must be at least 0");
     check(!data, "what was not allocated is safe to free");
     check_equal(sparge_device_copy(here, here, INT64_MIN, &error), SPARGE_ERR_ARGUMENT);
-    check(!strncmp(error.text, "bytes is -9223372036854775808, ", 31), "it says \"%s\"", error.text);
+    check(!strncmp(error.text, "bytes is -9223372036854775808, ", 31), "it says \"%s\"",
+          error.text);
     check_equal(sparge_device_copy(NULL, here, 1, &error), SPARGE_ERR_ARGUMENT);
     cr_assert_str_eq(error.text, "to is NULL");
     check_equal(sparge_device_copy(here, NULL, 1, &error), SPARGE_ERR_ARGUMENT);
@@ -646,13 +693,13 @@ Test(api, device_memory)
     }
 }
 
-/* The sizes of the workspace are a matter of sizes: no pointer is looked at, and cuda is meant whatever the
- * options say. */
+/* The sizes of the workspace are a matter of sizes: no pointer is looked at, and cuda is meant
+ * whatever the options say. */
 Test(api, workspace_of_a_problem)
 {
     asked a = question();
     int64_t bytes = 77;
-    sparge_error error = { "poison" };
+    sparge_error error = {"poison"};
     check_equal(sparge_workspace_bytes(&a.p, &a.o, true, NULL, &error), SPARGE_ERR_ARGUMENT);
     cr_assert_str_eq(error.text, "bytes is NULL");
     check_equal(sparge_workspace_bytes(NULL, &a.o, true, &bytes, &error), SPARGE_ERR_ARGUMENT);
@@ -665,8 +712,10 @@ Test(api, workspace_of_a_problem)
         check_case("the options say %s", sparge_backend_string(backend));
         a.o.backend = backend;
         a.o.rung = 1;
-        const sparge_status status = sparge_workspace_bytes(&a.p, &a.o, backend % 2, &bytes, &error);
-        check(status == (available ? SPARGE_OK : SPARGE_ERR_UNSUPPORTED) && available == !error.text[0],
+        const sparge_status status =
+            sparge_workspace_bytes(&a.p, &a.o, backend % 2, &bytes, &error);
+        check(status == (available ? SPARGE_OK : SPARGE_ERR_UNSUPPORTED) &&
+                  available == !error.text[0],
               "%s, \"%s\"", sparge_status_string(status), error.text);
         check(status ? bytes == 77 : bytes >= 0, "%lld bytes", (long long)bytes);
     }
@@ -697,14 +746,16 @@ Test(api, precisions_and_the_backends_that_have_them)
             a.o.backend = backend;
             if (narrow && backend == SPARGE_CPU) {
                 refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
-                        check_text("pv is %s, which the cpu backend", pv == SPARGE_HALF ? "HALF" : "FP8"));
+                        check_text("pv is %s, which the cpu backend",
+                                   pv == SPARGE_HALF ? "HALF" : "FP8"));
                 continue;
             }
             a.result.pv = (sparge_precision)77;
             a.result.rung = 77;
             check_case("pv %d on %s", pv, sparge_backend_string(backend));
             check(sparge_attention(&a.p, &a.o, &a.result, NULL) == SPARGE_OK, "refused");
-            check_equal(a.result.backend, narrow || backend == SPARGE_REF ? SPARGE_REF : SPARGE_CPU);
+            check_equal(a.result.backend,
+                        narrow || backend == SPARGE_REF ? SPARGE_REF : SPARGE_CPU);
             check_equal(a.result.pv, pv == SPARGE_FASTEST ? SPARGE_INT8 : (sparge_precision)pv);
             check_equal(a.result.rung, 0);
             if (pv == SPARGE_INT8)
@@ -721,10 +772,11 @@ Test(api, precisions_and_the_backends_that_have_them)
 
 Test(api, backends_that_are_not_built)
 {
-    const sparge_backend backend[] = { SPARGE_CPU, SPARGE_CUDA };
+    const sparge_backend backend[] = {SPARGE_CPU, SPARGE_CUDA};
     cr_assert(sparge_backend_built(SPARGE_AUTO) && sparge_backend_built(SPARGE_REF));
     cr_assert(sparge_backend_available(SPARGE_AUTO) && sparge_backend_available(SPARGE_REF));
-    cr_assert(!sparge_backend_built((sparge_backend)4) && !sparge_backend_available((sparge_backend)-1));
+    cr_assert(!sparge_backend_built((sparge_backend)4) &&
+              !sparge_backend_available((sparge_backend)-1));
     for (int64_t n = 0; n < COUNT(backend); n++) {
         asked a = question();
         a.o.backend = backend[n];
@@ -741,7 +793,7 @@ Test(api, backends_that_are_not_built)
 
 Test(api, ref_has_no_instruction_sets)
 {
-    const sparge_isa isa[] = { SPARGE_ISA_AVX2, SPARGE_ISA_AVXVNNI, SPARGE_ISA_AVX512VNNI };
+    const sparge_isa isa[] = {SPARGE_ISA_AVX2, SPARGE_ISA_AVXVNNI, SPARGE_ISA_AVX512VNNI};
     for (int64_t n = 0; n < COUNT(isa); n++) {
         asked a = question();
         a.o.isa = isa[n];
@@ -762,10 +814,11 @@ Test(api, ref_has_no_instruction_sets)
 
 Test(api, names)
 {
-    const char *const status[] = { "ok", "bad argument", "sizes do not fit", "out of memory",
-                                   "not supported here", "device error", "cancelled" };
-    const char *const backend[] = { "auto", "ref", "cpu", "cuda" };
-    const char *const isa[] = { "auto", "scalar", "avx2", "avxvnni", "avx512vnni" };
+    const char *const status[] = {
+        "ok",           "bad argument", "sizes do not fit", "out of memory", "not supported here",
+        "device error", "cancelled"};
+    const char *const backend[] = {"auto", "ref", "cpu", "cuda"};
+    const char *const isa[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"};
     for (int n = 0; n < COUNT(status); n++)
         cr_assert_str_eq(sparge_status_string((sparge_status)n), status[n]);
     for (int n = 0; n < COUNT(backend); n++)
@@ -817,12 +870,12 @@ Test(api, defaults)
 /* 0 stands for 1/sqrt(dim) and, by the rules, for 64, block_q / 4 or block_q rows. */
 Test(api, zero_stands_for_the_default)
 {
-    const sparge_rules rules[] = { SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM };
-    const int64_t rows[] = { 64, 25, 98 };
+    const sparge_rules rules[] = {SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM};
+    const int64_t rows[] = {64, 25, 98};
     const shape s = shape_of(1, 1, 1, 196, 64, 16, 4);
     problem x = problem_make(&s);
-    /* The first key block is far above the rest, but for the last row of a query block: its group skips
-     * nothing. */
+    /* The first key block is far above the rest, but for the last row of a query block: its group
+     * skips nothing. */
     for (int64_t e = 0; e < tensor_count(&x.q); e++)
         x.q.x[e] = e / 16 % 98 == 97 ? 0 : 1;
     for (int64_t e = 0; e < tensor_count(&x.k); e++)
@@ -856,10 +909,14 @@ Test(api, zero_stands_for_the_default)
 /* What a call would run with; resolved once more it is the same. */
 Test(api, options_as_resolved)
 {
-    const struct { sparge_rules rules; sparge_backend backend; int64_t rows; } table[] = {
-        { SPARGE_RULES_DEFAULT, SPARGE_CPU, 4 },
-        { SPARGE_RULES_PAPER, SPARGE_REF, 1 },
-        { SPARGE_RULES_UPSTREAM, SPARGE_REF, 4 },
+    const struct {
+        sparge_rules rules;
+        sparge_backend backend;
+        int64_t rows;
+    } table[] = {
+        {SPARGE_RULES_DEFAULT, SPARGE_CPU, 4},
+        {SPARGE_RULES_PAPER, SPARGE_REF, 1},
+        {SPARGE_RULES_UPSTREAM, SPARGE_REF, 4},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         check_case("rules %d", (int)table[n].rules);
@@ -867,8 +924,9 @@ Test(api, options_as_resolved)
         a.o.backend = SPARGE_AUTO;
         a.o.rules = table[n].rules;
         a.o.pv = SPARGE_FASTEST;
-        sparge_error error = { "poison" };
-        check(sparge_options_resolve(&a.p, &a.o, &error) == SPARGE_OK && !error.text[0], "%s", error.text);
+        sparge_error error = {"poison"};
+        check(sparge_options_resolve(&a.p, &a.o, &error) == SPARGE_OK && !error.text[0], "%s",
+              error.text);
         cr_assert_eq(sparge_attention(&a.p, &a.o, &a.result, NULL), SPARGE_OK);
         check_equal(a.o.backend, table[n].backend);
         check_equal(a.result.backend, a.o.backend);
@@ -896,9 +954,11 @@ Test(api, options_as_resolved)
 
 Test(api, mask_of_a_problem)
 {
-    const struct { int64_t q_len, k_len, q_blocks, k_blocks, words; } table[] = {
-        { 10, 11, 3, 3, 1 },  { 12, 12, 3, 3, 1 },   { 13, 128, 4, 32, 1 }, { 1, 129, 1, 33, 2 },
-        { 0, 300, 0, 75, 3 }, { 8, 0, 2, 0, 0 },     { 0, 0, 0, 0, 0 },
+    const struct {
+        int64_t q_len, k_len, q_blocks, k_blocks, words;
+    } table[] = {
+        {10, 11, 3, 3, 1},  {12, 12, 3, 3, 1}, {13, 128, 4, 32, 1}, {1, 129, 1, 33, 2},
+        {0, 300, 0, 75, 3}, {8, 0, 2, 0, 0},   {0, 0, 0, 0, 0},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         check_case("%lld x %lld tokens", (long long)table[n].q_len, (long long)table[n].k_len);
@@ -907,8 +967,9 @@ Test(api, mask_of_a_problem)
         a.p.k_len = table[n].k_len;
         sparge_mask mask;
         memset(&mask, 0xFF, sizeof mask);
-        sparge_error error = { "poison" };
-        check(sparge_mask_alloc(&mask, &a.p, &a.o, &error) == SPARGE_OK && !error.text[0], "%s", error.text);
+        sparge_error error = {"poison"};
+        check(sparge_mask_alloc(&mask, &a.p, &a.o, &error) == SPARGE_OK && !error.text[0], "%s",
+              error.text);
         check(mask.bits && mask.batch == BATCH && mask.heads == HEADS, "batch, heads");
         check_equal(mask.q_blocks, table[n].q_blocks);
         check_equal(mask.k_blocks, table[n].k_blocks);
@@ -916,7 +977,7 @@ Test(api, mask_of_a_problem)
         for (int64_t e = 0; e < BATCH * HEADS * mask.q_blocks * mask.words; e++)
             check_equal(mask.bits[e], 0u);
         sparge_mask_free(&mask);
-        const sparge_mask empty = { 0 };
+        const sparge_mask empty = {0};
         check(!memcmp(&mask, &empty, sizeof mask), "a freed mask is not empty");
         sparge_mask_free(&mask);
     }
@@ -934,7 +995,7 @@ Test(api, mask_bits_lie_where_the_header_says)
 {
     enum { B = 2, H = 3, I = 2, J = 70, WORDS = 3, TOTAL = B * H * I * WORDS };
     uint32_t *bits = check_alloc(TOTAL * 4), want[TOTAL];
-    const sparge_mask mask = { bits, B, H, I, J, WORDS };
+    const sparge_mask mask = {bits, B, H, I, J, WORDS};
     sparge_mask writable = mask;
     for (int full = 0; full < 2; full++)
         for (int64_t n = 0; n < B * H * I * J; n++) {
@@ -965,7 +1026,7 @@ Test(api, mask_rows_may_be_longer_than_their_bits)
     for (int words = 1; words <= WORDS; words += WORDS - 1) {
         asked a = question();
         point(&a);
-        a.o.knobs = (sparge_knobs){ -1, 0.7f, SPARGE_OFF, -INFINITY };
+        a.o.knobs = (sparge_knobs){-1, 0.7f, SPARGE_OFF, -INFINITY};
         a.m.bits = words == 1 ? out.bits : wide;
         a.m.words = words;
         for (int entry = PREDICT; entry <= ORACLE; entry *= 2) {
@@ -987,12 +1048,15 @@ Test(api, mask_rows_may_be_longer_than_their_bits)
 
 Test(api, sparsity_table)
 {
-    const struct { sparge_counts counts; double qk, pv, both; } table[] = {
-        { { .pairs = 0 }, 0, 0, 0 },
-        { { .pairs = 8, .qk_done = 8, .pv_done = 8 }, 0, 0, 0 },
-        { { .pairs = 8, .qk_done = 6, .pv_done = 3 }, 0.25, 0.625, 0.4375 },
-        { { .pairs = 4, .qk_done = 2, .pv_done = 0.5 }, 0.5, 0.875, 0.6875 },
-        { { .pairs = 5 }, 1, 1, 1 },
+    const struct {
+        sparge_counts counts;
+        double qk, pv, both;
+    } table[] = {
+        {{.pairs = 0}, 0, 0, 0},
+        {{.pairs = 8, .qk_done = 8, .pv_done = 8}, 0, 0, 0},
+        {{.pairs = 8, .qk_done = 6, .pv_done = 3}, 0.25, 0.625, 0.4375},
+        {{.pairs = 4, .qk_done = 2, .pv_done = 0.5}, 0.5, 0.875, 0.6875},
+        {{.pairs = 5}, 1, 1, 1},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         check_case("row %lld", (long long)n);
@@ -1007,7 +1071,7 @@ Test(api, sparsity_table)
 /* attention = predict, then attend; and the sum of the heads' counts. */
 Test(api, attention_is_both_stages)
 {
-    const sparge_knobs few = { -1, 0.7f, SPARGE_OFF, -0.1f };
+    const sparge_knobs few = {-1, 0.7f, SPARGE_OFF, -0.1f};
     asked a = question();
     a.o.knobs = few;
     a.o.skip_rows = 1;
@@ -1036,7 +1100,7 @@ Test(api, attention_is_both_stages)
     check_same(out.o, both.o, ROWS * DIM_V);
     cr_assert(!a.result.mask);
 
-    sparge_counts sum = { 0 };
+    sparge_counts sum = {0};
     for (int n = 0; n < BATCH * HEADS; n++) {
         const sparge_counts *h = &out.head[n];
         sum.pairs += h->pairs, sum.qk_done += h->qk_done, sum.pv_done += h->pv_done;
@@ -1045,7 +1109,8 @@ Test(api, attention_is_both_stages)
     const sparge_counts *counts = &a.result.counts, *other = &from_both.counts;
     same_counts(counts, &sum);
     same_counts(counts, other);
-    /* Row t sees t + 2 keys: 2 to 11; blocks of 4 x 4 see up to key 4, 8 and 10: 2 + 3 + 3 blocks. */
+    /* Row t sees t + 2 keys: 2 to 11; blocks of 4 x 4 see up to key 4, 8 and 10: 2 + 3 + 3 blocks.
+     */
     check_equal(counts->pairs, 8 * BATCH * HEADS);
     check_equal(counts->tokens, (2 + 11) * 5 * BATCH * HEADS);
     check(counts->qk_done < counts->pairs && counts->pv_done < (double)counts->qk_done &&
@@ -1088,9 +1153,13 @@ Test(api, result_says_what_ran)
     check_equal(a.result.threads, 1);
     check_equal(a.result.rung, 0);
     check_equal(a.result.pv, SPARGE_INT8);
-    check(a.result.seconds_predict >= 0 && a.result.seconds_quantize >= 0 && a.result.seconds_attend >= 0 &&
-              a.result.seconds_predict + a.result.seconds_quantize + a.result.seconds_attend <= took, "seconds");
-    check(a.result.o.data == out.o && a.result.lse == out.lse, "what the caller filled in has changed");
+    check(a.result.seconds_predict >= 0 && a.result.seconds_quantize >= 0 &&
+              a.result.seconds_attend >= 0 &&
+              a.result.seconds_predict + a.result.seconds_quantize + a.result.seconds_attend <=
+                  took,
+          "seconds");
+    check(a.result.o.data == out.o && a.result.lse == out.lse,
+          "what the caller filled in has changed");
 }
 
 typedef struct heard {
@@ -1108,10 +1177,10 @@ static bool listen(void *user, double done)
 
 Test(api, progress_rises_to_1)
 {
-    const int entries[] = { ATTEND, ATTENTION, ORACLE };
+    const int entries[] = {ATTEND, ATTENTION, ORACLE};
     for (int64_t n = 0; n < COUNT(entries); n++) {
         check_case("%s", entry_name(entries[n]));
-        heard h = { 0, 0 };
+        heard h = {0, 0};
         asked a = question();
         point(&a);
         a.o.progress = listen;
@@ -1140,10 +1209,10 @@ static int64_t gives_up(int entry, asked *a)
     for (int64_t n = 0;; n++) {
         check_case("%s of %s, %d threads, given up at call %lld", entry_name(entry),
                    sparge_backend_string(a->o.backend), a->o.threads, (long long)n);
-        patience p = { .left = n };
+        patience p = {.left = n};
         a->o.progress = go_on;
         a->o.user = &p;
-        sparge_error error = { "poison" };
+        sparge_error error = {"poison"};
         heap_arm(-1);
         const sparge_status status = call(entry, a, n % 2 ? NULL : &error);
         heap.armed = false;
@@ -1160,7 +1229,7 @@ static int64_t gives_up(int entry, asked *a)
 
 Test(api, progress_may_give_up)
 {
-    const int entries[] = { PREDICT, ATTEND, ATTENTION, ORACLE };
+    const int entries[] = {PREDICT, ATTEND, ATTENTION, ORACLE};
     for (int64_t n = 0; n < COUNT(entries); n++)
         for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++) {
             asked a = question();
@@ -1177,8 +1246,8 @@ Test(api, progress_may_give_up)
 static int64_t survives(int entry, asked *a)
 {
     for (int64_t n = 0;; n++) {
-        check_case("%s of %s, allocation %lld", entry_name(entry), sparge_backend_string(a->o.backend),
-                   (long long)n);
+        check_case("%s of %s, allocation %lld", entry_name(entry),
+                   sparge_backend_string(a->o.backend), (long long)n);
         sparge_error error;
         memset(&error, 'x', sizeof error);
         heap_arm(n);
@@ -1191,13 +1260,16 @@ static int64_t survives(int entry, asked *a)
             return n;
         }
         check(status == SPARGE_ERR_MEMORY, "%s", sparge_status_string(status));
-        check(n % 2 || (memchr(error.text, '\0', sizeof error.text) && strstr(error.text, "memory")),
+        check(n % 2 ||
+                  (memchr(error.text, '\0', sizeof error.text) && strstr(error.text, "memory")),
               "it says \"%.40s\"", error.text);
     }
 }
 
-/* `way`: without and with smoothing, with the caller's mask and counts and with those of the call's own. */
-static void every_allocation_fails(int entry, sparge_backend backend, sparge_precision precision, int way)
+/* `way`: without and with smoothing, with the caller's mask and counts and with those of the call's
+ * own. */
+static void every_allocation_fails(int entry, sparge_backend backend, sparge_precision precision,
+                                   int way)
 {
     asked a = question();
     point(&a);
@@ -1212,22 +1284,24 @@ static void every_allocation_fails(int entry, sparge_backend backend, sparge_pre
     }
     const int64_t allocations = survives(entry, &a);
     check(allocations >= 1, "no allocation was seen: is the library static and --wrap in use?");
-    check(entry == ALLOC || backend == SPARGE_CPU || allocations >= 5, "%lld allocations", (long long)allocations);
+    check(entry == ALLOC || backend == SPARGE_CPU || allocations >= 5, "%lld allocations",
+          (long long)allocations);
 }
 
 Test(api, every_allocation_may_fail)
 {
-    const int entries[] = { ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE };
+    const int entries[] = {ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE};
     for (int64_t n = 0; n < COUNT(entries); n++)
         for (int precision = SPARGE_INT8; precision <= SPARGE_FP8; precision++)
             for (int way = 0; way < 4; way++)
                 for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++)
                     if (backend == SPARGE_REF || (entries[n] & STAGES && precision <= SPARGE_FLOAT))
-                        every_allocation_fails(entries[n], backend, (sparge_precision)precision, way);
+                        every_allocation_fails(entries[n], backend, (sparge_precision)precision,
+                                               way);
 }
 
-/* The mask of a call on cuda that nobody wants stands in its workspace: the host allocates none. (CUDA
- * itself may allocate what it likes.) */
+/* The mask of a call on cuda that nobody wants stands in its workspace: the host allocates none.
+ * (CUDA itself may allocate what it likes.) */
 Test(api, cuda_allocates_no_host_mask)
 {
     asked a = question();
@@ -1273,21 +1347,21 @@ static void *work(void *argument)
     worker *w = argument;
     const int64_t elements = tensor_count(&w->alone.o), rows = problem_rows(&w->x);
     const sparge_mask *shape_of_mask = &w->x.mask;
-    const size_t words = (size_t)(shape_of_mask->batch * shape_of_mask->heads * shape_of_mask->q_blocks *
-                                  shape_of_mask->words);
+    const size_t words = (size_t)(shape_of_mask->batch * shape_of_mask->heads *
+                                  shape_of_mask->q_blocks * shape_of_mask->words);
     float *o = malloc((size_t)elements * sizeof *o), *lse = malloc((size_t)rows * sizeof *lse);
     sparge_mask mask;
     if (!o || !lse || sparge_mask_alloc(&mask, &w->x.p, &w->x.o, NULL) != SPARGE_OK)
         abort();
     pthread_barrier_wait(w->start);
     for (int n = 0; n < TIMES; n++) {
-        sparge_result result = { .o = tensor_out(&w->alone.o), .lse = lse, .mask = &mask };
+        sparge_result result = {.o = tensor_out(&w->alone.o), .lse = lse, .mask = &mask};
         result.o.data = o;
         memset(o, 0xFF, (size_t)elements * sizeof *o);
         memset(mask.bits, 0xFF, words * sizeof *mask.bits);
-        sparge_error error = { "poison" };
-        w->wrong += sparge_attention(&w->x.p, &w->x.o, &result, &error) != SPARGE_OK || error.text[0] ||
-                    memcmp(o, w->alone.o.x, (size_t)elements * sizeof *o) ||
+        sparge_error error = {"poison"};
+        w->wrong += sparge_attention(&w->x.p, &w->x.o, &result, &error) != SPARGE_OK ||
+                    error.text[0] || memcmp(o, w->alone.o.x, (size_t)elements * sizeof *o) ||
                     memcmp(lse, w->alone.lse, (size_t)rows * sizeof *lse) ||
                     memcmp(mask.bits, shape_of_mask->bits, words * sizeof *mask.bits) ||
                     result.counts.pv_done != w->alone.result.counts.pv_done;
@@ -1302,8 +1376,10 @@ Test(api, threads_do_not_disturb_each_other)
 {
     check_case("%d threads", THREADS);
     const shape shapes[THREADS] = {
-        shape_of(1, 2, 1, 150, 170, 64, 32), shape_of(2, 1, 1, 90, 260, 48, 80),
-        shape_of(1, 4, 2, 200, 33, 17, 16),  shape_of(1, 1, 1, 128, 256, 128, 64),
+        shape_of(1, 2, 1, 150, 170, 64, 32),
+        shape_of(2, 1, 1, 90, 260, 48, 80),
+        shape_of(1, 4, 2, 200, 33, 17, 16),
+        shape_of(1, 1, 1, 128, 256, 128, 64),
     };
     worker workers[THREADS];
     pthread_t threads[THREADS];
@@ -1311,12 +1387,12 @@ Test(api, threads_do_not_disturb_each_other)
     cr_assert_eq(pthread_barrier_init(&start, NULL, THREADS), 0);
     for (int n = 0; n < THREADS; n++) {
         worker *w = &workers[n];
-        *w = (worker){ .x = problem_make(&shapes[n]), .start = &start };
+        *w = (worker){.x = problem_make(&shapes[n]), .start = &start};
         w->x.o.qk = n % 2 ? SPARGE_INT8 : SPARGE_INT12;
         w->x.o.pv = (sparge_precision)(n % 3);
         w->x.o.causal = (sparge_causal)(n % 3);
         w->x.o.rules = n == 3 ? SPARGE_RULES_UPSTREAM : SPARGE_RULES_DEFAULT;
-        w->x.o.knobs = (sparge_knobs){ 0.3f, 0.6f, SPARGE_OFF, -4 };
+        w->x.o.knobs = (sparge_knobs){0.3f, 0.6f, SPARGE_OFF, -4};
         mask_predict(&w->x);
         w->alone = attention(&w->x, &w->x.mask);
     }

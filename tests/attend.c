@@ -1,14 +1,15 @@
-/* attend.c: stage 2 (Algorithm 1 lines 3 and 7-22) against the oracle and against a judge that lives
- * here: section 5 of the definition once more, in double, with lambda, the codes of P and the rules.
+/* attend.c: stage 2 (Algorithm 1 lines 3 and 7-22) against the oracle and against a judge that
+ * lives here: section 5 of the definition once more, in double, with lambda, the codes of P and the
+ * rules.
  *
- * How far o may lie from the oracle, which does not code P. In one tile a row weighs key t by code / P
- * = p' + e with |e| <= min(1 / 2P, p') (a p' below 1 / 2P becomes 0), so that
- *     o - oracle = sum w e (v - oracle) / sum w (p' + e),    w = exp(tile maximum - row maximum),
- * and |o - oracle| <= range(v) * sum w min(1 / 2P, p') / l: the judge adds that sum up ("coding").
- * Under half and fp8 P has D = 11 or 4 binary digits, 256 p of e4m3 as few below 2^-14 as p of binary16;
- * l adds p itself, so that |o - oracle| <= max|v| * sum w min(p, max(2^-D p, 2^-D-14)) / l.
- * From the judge, which codes P as well, only those codes may part that f32 puts on the other side of
- * a rounding edge: the judge adds up what one code more or less can do there ("edge"). */
+ * How far o may lie from the oracle, which does not code P. In one tile a row weighs key t by code
+ * / P = p' + e with |e| <= min(1 / 2P, p') (a p' below 1 / 2P becomes 0), so that o - oracle = sum
+ * w e (v - oracle) / sum w (p' + e),    w = exp(tile maximum - row maximum), and |o - oracle| <=
+ * range(v) * sum w min(1 / 2P, p') / l: the judge adds that sum up ("coding"). Under half and fp8 P
+ * has D = 11 or 4 binary digits, 256 p of e4m3 as few below 2^-14 as p of binary16; l adds p
+ * itself, so that |o - oracle| <= max|v| * sum w min(p, max(2^-D p, 2^-D-14)) / l. From the judge,
+ * which codes P as well, only those codes may part that f32 puts on the other side of a rounding
+ * edge: the judge adds up what one code more or less can do there ("edge"). */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -25,9 +26,9 @@ enum { LONGEST = 128 }; /* block that the judge takes */
 
 static const double log2e = 1.4426950408889634;
 enum { QKS = 3, PVS = 5 }; /* so many of these are for qk and for pv */
-static const sparge_precision precisions[] = { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
-                                               SPARGE_FP8 };
-static const char *const precision_names[] = { "int8", "int12", "float", "half", "fp8" };
+static const sparge_precision precisions[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
+                                              SPARGE_FP8};
+static const char *const precision_names[] = {"int8", "int12", "float", "half", "fp8"};
 
 static double larger(double a, double b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -71,12 +72,13 @@ typedef struct coded {
     double *value; /* [tokens][dim] what the codes stand for */
 } coded;
 
-static coded code(const float *x, int64_t tokens, int64_t dim, int64_t block, int levels, float extra,
-                  bool by_channel, const float *mean)
+static coded code(const float *x, int64_t tokens, int64_t dim, int64_t block, int levels,
+                  float extra, bool by_channel, const float *mean)
 {
     const int64_t steps = by_channel ? dim : 1;
-    coded to = { zeros(tokens * dim, sizeof(int16_t)), zeros(blocks(tokens, block) * steps, sizeof(float)),
-                 zeros(tokens * dim, sizeof(double)) };
+    coded to = {zeros(tokens * dim, sizeof(int16_t)),
+                zeros(blocks(tokens, block) * steps, sizeof(float)),
+                zeros(tokens * dim, sizeof(double))};
     for (int64_t n = 0; n < tokens * dim; n++)
         to.value[n] = (double)(x[n] - (mean ? mean[n % dim] : 0.0f));
     for (int64_t s = 0; levels && s < blocks(tokens, block) * steps; s++) {
@@ -116,7 +118,8 @@ static coded narrowed(const float *x, int64_t tokens, int64_t dim, sparge_precis
         const float step = top / 448.0f;
         for (int64_t n = c; n < tokens * dim; n += dim) {
             const double e4m3 = step < FLT_MIN ? 0.0 : nearest((double)(x[n] / step), 4, -6);
-            to.value[n] = pv == SPARGE_HALF ? (double)round_to(SPARGE_F16, x[n]) : e4m3 * (double)step;
+            to.value[n] =
+                pv == SPARGE_HALF ? (double)round_to(SPARGE_F16, x[n]) : e4m3 * (double)step;
         }
     }
     return to;
@@ -150,12 +153,12 @@ typedef struct verdict {
     int qk_levels, pv_levels; /* 0: no codes */
     int p_digits;             /* of half and fp8, or 0 */
     float extra;              /* added to the steps of q and k */
-    int64_t group, exempt;    /* rows that decide lambda together; last kept blocks that ignore it */
-    double *o;                /* [rows][dim_v] */
-    double *m, *l, *lse;      /* [rows] natural units */
-    double *coding, *edge;    /* [rows] as above, in units of range */
-    double *range;            /* [batch][heads][dim_v] of v, in codes; max|v| where l adds P unrounded */
-    float *share;             /* [batch][heads][q_blocks][k_blocks] pv_done */
+    int64_t group, exempt; /* rows that decide lambda together; last kept blocks that ignore it */
+    double *o;             /* [rows][dim_v] */
+    double *m, *l, *lse;   /* [rows] natural units */
+    double *coding, *edge; /* [rows] as above, in units of range */
+    double *range; /* [batch][heads][dim_v] of v, in codes; max|v| where l adds P unrounded */
+    float *share;  /* [batch][heads][q_blocks][k_blocks] pv_done */
     sparge_counts *head;
     int64_t decided, skipped; /* groups */
     double margin;            /* of the closest decision, in units of what f32 may be wrong by */
@@ -167,8 +170,8 @@ typedef struct row {
 } row;
 
 /* Lines 12, 13 and 16 of one row: s [seen] are its scores, v the keys' values. */
-static void weigh(const verdict *w, row *r, const double *s, int64_t seen, double local, const double *v,
-                  int64_t dim_v)
+static void weigh(const verdict *w, row *r, const double *s, int64_t seen, double local,
+                  const double *v, int64_t dim_v)
 {
     const double m = larger(r->m, local), shrink = exp(r->m - m), P = w->pv_levels;
     r->m = m;
@@ -189,7 +192,8 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
                 r->edge += to_m / P;
         }
         if (w->p_digits) {
-            const double wrong = (w->qk_levels ? 2e-7 * log2e * (m - s[t] + 2.0 * fabs(m)) : 3e-5) + 4e-7;
+            const double wrong =
+                (w->qk_levels ? 2e-7 * log2e * (m - s[t] + 2.0 * fabs(m)) : 3e-5) + 4e-7;
             weight = nearest(p_of_m, w->p_digits, -14);
             r->coding += fmin(p_of_m, ldexp(fmax(p_of_m, 0x1p-14), -w->p_digits));
             r->edge += nearest(p_of_m * (1.0 + wrong), w->p_digits, -14) -
@@ -201,18 +205,19 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
     }
 }
 
-static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const coded *q, const coded *k,
-                        const coded *v, const float *mean, verdict *w)
+static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const coded *q,
+                        const coded *k, const coded *v, const float *mean, verdict *w)
 {
     const sparge_problem *p = &x->p;
     const int64_t first = i * x->o.block_q, rows = smaller(x->o.block_q, p->q_len - first);
-    const int64_t line = (b * p->heads + h) * p->q_len + first, k_blocks = blocks(p->k_len, x->o.block_k);
+    const int64_t line = (b * p->heads + h) * p->q_len + first,
+                  k_blocks = blocks(p->k_len, x->o.block_k);
     const double scale = scale_of(x), lambda = (double)x->o.knobs.lambda;
     sparge_counts *head = &w->head[b * p->heads + h];
     static double s[LONGEST][LONGEST];
     row state[LONGEST];
     for (int64_t r = 0; r < rows; r++)
-        state[r] = (row){ .m = -INFINITY, .o = &w->o[(line + r) * p->dim_v] };
+        state[r] = (row){.m = -INFINITY, .o = &w->o[(line + r) * p->dim_v]};
     int64_t left = 0;
     for (int64_t j = 0; j < k_blocks; j++) {
         head->pairs += pair_visible(x, i, j);
@@ -248,7 +253,8 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
                     gap = larger(gap, local[r] - state[r].m);
                     unit = larger(unit, 4e-7 * (1.0 + fabs(local[r]) + fabs(state[r].m)));
                 }
-            const bool free_to_skip = votes && left > w->exempt, skips = free_to_skip && gap <= lambda;
+            const bool free_to_skip = votes && left > w->exempt,
+                       skips = free_to_skip && gap <= lambda;
             if (free_to_skip && gap != lambda && gap < INFINITY)
                 w->margin = fmin(w->margin, fabs(gap - lambda) / unit);
             w->decided++;
@@ -286,15 +292,18 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
     }
 }
 
-static void judge_codes(bool coded_at_all, const char *what, int64_t head, const coded *x, int64_t tokens,
-                        int64_t dim, int64_t steps, const int16_t *code, const float *step)
+static void judge_codes(bool coded_at_all, const char *what, int64_t head, const coded *x,
+                        int64_t tokens, int64_t dim, int64_t steps, const int16_t *code,
+                        const float *step)
 {
-    static const unsigned char poison[] = { 0xFF, 0xFF, 0xFF, 0xFF };
+    static const unsigned char poison[] = {0xFF, 0xFF, 0xFF, 0xFF};
     if (coded_at_all) {
-        check_same_as(check_text("codes of %s", what), code + head * tokens * dim, x->code, tokens * dim);
+        check_same_as(check_text("codes of %s", what), code + head * tokens * dim, x->code,
+                      tokens * dim);
         check_same_as(check_text("steps of %s", what), step + head * steps, x->step, steps);
     } else if (tokens) /* "left as they were" */
-        check(!memcmp(code + head * tokens * dim, poison, 2) && !memcmp(step + head * steps, poison, 4),
+        check(!memcmp(code + head * tokens * dim, poison, 2) &&
+                  !memcmp(step + head * steps, poison, 4),
               "codes of %s were written though there are none", what);
 }
 
@@ -303,21 +312,32 @@ static verdict judge(const problem *x, const sparge_trace *trace)
 {
     const sparge_problem *p = &x->p;
     const sparge_options *o = &x->o;
-    const int64_t rows = problem_rows(x), heads = p->batch * p->heads, group = p->heads / p->kv_heads;
+    const int64_t rows = problem_rows(x), heads = p->batch * p->heads,
+                  group = p->heads / p->kv_heads;
     const int64_t q_blocks = blocks(p->q_len, o->block_q), k_blocks = blocks(p->k_len, o->block_k);
-    static const int qk_levels[QKS] = { 127, 2047 }, pv_levels[PVS] = { 127, 4095 };
-    static const int p_digits[PVS] = { [SPARGE_HALF] = 11, [SPARGE_FP8] = 4 };
+    static const int qk_levels[QKS] = {127, 2047}, pv_levels[PVS] = {127, 4095};
+    static const int p_digits[PVS] = {[SPARGE_HALF] = 11, [SPARGE_FP8] = 4};
     verdict w = {
-        .qk_levels = qk_levels[o->qk], .pv_levels = pv_levels[o->pv], .p_digits = p_digits[o->pv],
+        .qk_levels = qk_levels[o->qk],
+        .pv_levels = pv_levels[o->pv],
+        .p_digits = p_digits[o->pv],
         .margin = INFINITY,
         .extra = o->rules == SPARGE_RULES_UPSTREAM && o->qk == SPARGE_INT8 ? 1e-7f : 0.0f,
-        .group = o->skip_rows ? o->skip_rows : o->rules == SPARGE_RULES_DEFAULT ? 64
-               : o->rules == SPARGE_RULES_PAPER ? (o->block_q + 3) / 4 : o->block_q,
-        .exempt = o->rules != SPARGE_RULES_UPSTREAM ? 0 : o->block_q > o->block_k ? 2 : 1,
-        .o = zeros(rows * p->dim_v, sizeof(double)), .m = zeros(rows, sizeof(double)),
-        .l = zeros(rows, sizeof(double)), .lse = zeros(rows, sizeof(double)),
-        .coding = zeros(rows, sizeof(double)), .edge = zeros(rows, sizeof(double)),
-        .range = zeros(heads * p->dim_v, sizeof(double)), .head = zeros(heads, sizeof(sparge_counts)),
+        .group = o->skip_rows                       ? o->skip_rows
+                 : o->rules == SPARGE_RULES_DEFAULT ? 64
+                 : o->rules == SPARGE_RULES_PAPER   ? (o->block_q + 3) / 4
+                                                    : o->block_q,
+        .exempt = o->rules != SPARGE_RULES_UPSTREAM ? 0
+                  : o->block_q > o->block_k         ? 2
+                                                    : 1,
+        .o = zeros(rows * p->dim_v, sizeof(double)),
+        .m = zeros(rows, sizeof(double)),
+        .l = zeros(rows, sizeof(double)),
+        .lse = zeros(rows, sizeof(double)),
+        .coding = zeros(rows, sizeof(double)),
+        .edge = zeros(rows, sizeof(double)),
+        .range = zeros(heads * p->dim_v, sizeof(double)),
+        .head = zeros(heads, sizeof(sparge_counts)),
         .share = zeros(heads * q_blocks * k_blocks, sizeof(float)),
     };
     float *mean = zeros(p->dim, sizeof *mean);
@@ -328,18 +348,21 @@ static verdict judge(const problem *x, const sparge_trace *trace)
         mean_key(x, b, kv, mean);
         coded k = code(key, p->k_len, p->dim, o->block_k, w.qk_levels, w.extra, false,
                        o->smooth_k ? mean : NULL);
-        coded v = w.p_digits ? narrowed(value, p->k_len, p->dim_v, o->pv)
-                             : code(value, p->k_len, p->dim_v, o->block_k, w.pv_levels, 0.0f, true, NULL);
-        judge_codes(w.qk_levels, "k", n, &k, p->k_len, p->dim, k_blocks, trace->codes_k, trace->steps_k);
-        judge_codes(w.pv_levels, "v", n, &v, p->k_len, p->dim_v, k_blocks * p->dim_v, trace->codes_v,
-                    trace->steps_v);
+        coded v = w.p_digits
+                      ? narrowed(value, p->k_len, p->dim_v, o->pv)
+                      : code(value, p->k_len, p->dim_v, o->block_k, w.pv_levels, 0.0f, true, NULL);
+        judge_codes(w.qk_levels, "k", n, &k, p->k_len, p->dim, k_blocks, trace->codes_k,
+                    trace->steps_k);
+        judge_codes(w.pv_levels, "v", n, &v, p->k_len, p->dim_v, k_blocks * p->dim_v,
+                    trace->codes_v, trace->steps_v);
         if (o->smooth_k && p->k_len)
             check_same_as("mean_k", trace->mean_k + n * p->dim, mean, p->dim);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
             const int64_t at = b * p->heads + h;
-            coded q = code(p->q_len ? tensor_row(&x->q, b, h, 0) : NULL, p->q_len, p->dim, o->block_q,
-                           w.qk_levels, w.extra, false, NULL);
-            judge_codes(w.qk_levels, "q", at, &q, p->q_len, p->dim, q_blocks, trace->codes_q, trace->steps_q);
+            coded q = code(p->q_len ? tensor_row(&x->q, b, h, 0) : NULL, p->q_len, p->dim,
+                           o->block_q, w.qk_levels, w.extra, false, NULL);
+            judge_codes(w.qk_levels, "q", at, &q, p->q_len, p->dim, q_blocks, trace->codes_q,
+                        trace->steps_q);
             for (int64_t c = 0; c < p->dim_v; c++) {
                 double low = INFINITY, high = -INFINITY;
                 for (int64_t t = 0; t < p->k_len; t++) {
@@ -361,20 +384,23 @@ static verdict judge(const problem *x, const sparge_trace *trace)
 
 static void verdict_free(verdict *w)
 {
-    void *const arrays[] = { w->o, w->m, w->l, w->lse, w->coding, w->edge, w->range, w->share, w->head };
+    void *const arrays[] = {w->o,    w->m,     w->l,     w->lse, w->coding,
+                            w->edge, w->range, w->share, w->head};
     for (int64_t n = 0; n < COUNT(arrays); n++)
         free(arrays[n]);
 }
 
 /* ---- One problem against both ---- */
 
-/* The worst over all problems, as shares of what is allowed; the worst rows' relative L1 by precision. */
+/* The worst over all problems, as shares of what is allowed; the worst rows' relative L1 by
+ * precision. */
 typedef struct tally {
     int64_t cases, against_oracle, decided, skipped;
     double o, lse, oracle, row_l1[QKS][PVS];
 } tally;
 
-/* The element of `got` furthest from `want` in units of what is allowed. NaN is further than all else. */
+/* The element of `got` furthest from `want` in units of what is allowed. NaN is further than all
+ * else. */
 typedef struct worst {
     double excess, got, want, allowed;
     int64_t at;
@@ -384,35 +410,42 @@ static void compare(worst *w, int64_t at, double got, double want, double allowe
 {
     const double excess = got == want ? 0.0 : fabs(got - want) / allowed;
     if (!(excess <= w->excess))
-        *w = (worst){ isnan(excess) ? INFINITY : excess, got, want, allowed, at };
+        *w = (worst){isnan(excess) ? INFINITY : excess, got, want, allowed, at};
 }
 
 static double worst_report(const worst *w, const char *what, int64_t row_length, const problem *x)
 {
     const int64_t line = w->at / row_length, per_head = x->p.q_len ? x->p.q_len : 1;
-    check(w->excess <= 1.0, "%s: batch %lld head %lld row %lld channel %lld is %.9g, should be %.9g within %g",
-          what, (long long)(line / per_head / x->p.heads), (long long)(line / per_head % x->p.heads),
-          (long long)(line % per_head), (long long)(w->at % row_length), w->got, w->want, w->allowed);
+    check(w->excess <= 1.0,
+          "%s: batch %lld head %lld row %lld channel %lld is %.9g, should be %.9g within %g", what,
+          (long long)(line / per_head / x->p.heads), (long long)(line / per_head % x->p.heads),
+          (long long)(line % per_head), (long long)(w->at % row_length), w->got, w->want,
+          w->allowed);
     return w->excess;
 }
 
 static void compare_counts(const char *what, const sparge_counts *got, const sparge_counts *want)
 {
-    const struct { const char *name; int64_t got, want; } count[] = {
-        { "pairs", got->pairs, want->pairs },       { "qk_done", got->qk_done, want->qk_done },
-        { "tokens", got->tokens, want->tokens },    { "qk_tokens", got->qk_tokens, want->qk_tokens },
-        { "pv_tokens", got->pv_tokens, want->pv_tokens },
+    const struct {
+        const char *name;
+        int64_t got, want;
+    } count[] = {
+        {"pairs", got->pairs, want->pairs},
+        {"qk_done", got->qk_done, want->qk_done},
+        {"tokens", got->tokens, want->tokens},
+        {"qk_tokens", got->qk_tokens, want->qk_tokens},
+        {"pv_tokens", got->pv_tokens, want->pv_tokens},
     };
     for (int64_t n = 0; n < COUNT(count); n++)
-        check(count[n].got == count[n].want, "%s of %s is %lld, should be %lld", count[n].name, what,
-              (long long)count[n].got, (long long)count[n].want);
-    check(fabs(got->pv_done - want->pv_done) <= 1e-12 * want->pv_done, "pv_done of %s is %.17g, should be %.17g",
-          what, got->pv_done, want->pv_done);
+        check(count[n].got == count[n].want, "%s of %s is %lld, should be %lld", count[n].name,
+              what, (long long)count[n].got, (long long)count[n].want);
+    check(fabs(got->pv_done - want->pv_done) <= 1e-12 * want->pv_done,
+          "pv_done of %s is %.17g, should be %.17g", what, got->pv_done, want->pv_done);
 }
 
 static void counts_agree(const problem *x, const answer *a, const verdict *w)
 {
-    sparge_counts sum = { 0 };
+    sparge_counts sum = {0};
     for (int64_t n = 0; n < x->p.batch * x->p.heads; n++) {
         compare_counts(check_text("head %lld", (long long)n), &a->head[n], &w->head[n]);
         sum.pairs += w->head[n].pairs;
@@ -424,8 +457,9 @@ static void counts_agree(const problem *x, const answer *a, const verdict *w)
     }
     compare_counts("all heads", &a->result.counts, &sum);
     if (!w->skipped)
-        check(a->result.counts.pv_done == (double)sum.qk_done, "pv_done is %.17g of %lld, nothing was skipped",
-              a->result.counts.pv_done, (long long)sum.qk_done);
+        check(a->result.counts.pv_done == (double)sum.qk_done,
+              "pv_done is %.17g of %lld, nothing was skipped", a->result.counts.pv_done,
+              (long long)sum.qk_done);
 }
 
 /* ref with the codes of P against the judge: o, lse, m and l. */
@@ -434,7 +468,7 @@ static void judge_agrees(const problem *x, const answer *a, const verdict *w, ta
     const int64_t rows = problem_rows(x), dim_v = x->p.dim_v, lines = x->p.batch * x->p.heads;
     check_same_as("pv_done", a->trace.pv_done, w->share,
                   lines * blocks(x->p.q_len, x->o.block_q) * blocks(x->p.k_len, x->o.block_k));
-    worst o = { 0 }, lse = { 0 }, m = { 0 }, l = { 0 };
+    worst o = {0}, lse = {0}, m = {0}, l = {0};
     for (int64_t n = 0; n < rows; n++) {
         for (int64_t c = 0; c < dim_v; c++) {
             const double range = w->range[n / x->p.q_len * dim_v + c], want = w->o[n * dim_v + c];
@@ -442,7 +476,8 @@ static void judge_agrees(const problem *x, const answer *a, const verdict *w, ta
                     range * (w->edge[n] + 2e-5) + 2e-6 * fabs(want) + 1e-30);
         }
         const double edge = w->pv_levels ? w->edge[n] : 0.0;
-        const double score = 1e-6 * (1.0 + fabs(w->m[n])), lost = w->lse[n] - w->m[n] - log(w->l[n]);
+        const double score = 1e-6 * (1.0 + fabs(w->m[n])),
+                     lost = w->lse[n] - w->m[n] - log(w->l[n]);
         compare(&m, n, (double)a->trace.m[n], w->m[n] * log2e, 2.0 * score + 1e-5);
         compare(&l, n, (double)a->trace.l[n], w->l[n], w->l[n] * (edge + 3e-5 + score));
         compare(&lse, n, (double)a->lse[n], w->lse[n], edge + 3e-5 + score + 1e-6 * fabs(lost));
@@ -459,9 +494,10 @@ static void oracle_agrees(const problem *x, const answer *a, const verdict *w, t
     const int64_t rows = problem_rows(x), dim_v = x->p.dim_v;
     double *want = zeros(rows * dim_v, sizeof *want), *want_lse = zeros(rows, sizeof *want_lse);
     sparge_error error;
-    check(sparge_oracle(&x->p, &x->o, x->mask.bits ? &x->mask : NULL, SPARGE_ORACLE_CODES, want, want_lse,
-                        NULL, &error) == SPARGE_OK, "%s", error.text);
-    worst o = { 0 }, lse = { 0 }, l1 = { 0 };
+    check(sparge_oracle(&x->p, &x->o, x->mask.bits ? &x->mask : NULL, SPARGE_ORACLE_CODES, want,
+                        want_lse, NULL, &error) == SPARGE_OK,
+          "%s", error.text);
+    worst o = {0}, lse = {0}, l1 = {0};
     for (int64_t n = 0; n < rows; n++) {
         double off = 0.0, size = 0.0;
         for (int64_t c = 0; c < dim_v; c++) {
@@ -469,7 +505,8 @@ static void oracle_agrees(const problem *x, const answer *a, const verdict *w, t
             off += fabs((double)a->o.x[n * dim_v + c] - want[n * dim_v + c]);
             size += fabs(want[n * dim_v + c]);
             compare(&o, n * dim_v + c, (double)a->o.x[n * dim_v + c], want[n * dim_v + c],
-                    range * (w->coding[n] + w->edge[n] + 2e-5) + 1e-6 * fabs(want[n * dim_v + c]) + 1e-30);
+                    range * (w->coding[n] + w->edge[n] + 2e-5) + 1e-6 * fabs(want[n * dim_v + c]) +
+                        1e-30);
         }
         const double of_l = w->pv_levels ? w->coding[n] + w->edge[n] : 0.0;
         compare(&l1, n, off, 0.0, size);
@@ -480,14 +517,15 @@ static void oracle_agrees(const problem *x, const answer *a, const verdict *w, t
     worst_report(&lse, "lse against the oracle", 1, x);
     sum->row_l1[x->o.qk][x->o.pv] = larger(sum->row_l1[x->o.qk][x->o.pv], l1.excess);
     if (x->o.pv == SPARGE_FLOAT)
-        check(l1.excess <= 1e-4, "row %lld is %g of its L1 from the oracle's", (long long)l1.at, l1.excess);
+        check(l1.excess <= 1e-4, "row %lld is %g of its L1 from the oracle's", (long long)l1.at,
+              l1.excess);
     sum->against_oracle++;
     free(want);
     free(want_lse);
 }
 
-/* Everything about one problem. Returns how many groups lambda skipped; lambda moves until no decision
- * is near enough to its threshold for f32 to decide otherwise. */
+/* Everything about one problem. Returns how many groups lambda skipped; lambda moves until no
+ * decision is near enough to its threshold for f32 to decide otherwise. */
 static int64_t verify(problem *x, sparge_dtype dtype, tensor_layout layout, tally *sum)
 {
     answer a = attend_to(x, SPARGE_F32, layout);
@@ -522,47 +560,76 @@ static int64_t verify(problem *x, sparge_dtype dtype, tensor_layout layout, tall
 
 static void tally_log(const tally *sum)
 {
-    cr_log_info("%lld cases, %lld against the oracle; of what is allowed: o %.2f, lse %.2f, oracle %.2f; "
-                "lambda skipped %lld of %lld groups", (long long)sum->cases,
-                (long long)sum->against_oracle, sum->o, sum->lse, sum->oracle, (long long)sum->skipped,
-                (long long)sum->decided);
+    cr_log_info(
+        "%lld cases, %lld against the oracle; of what is allowed: o %.2f, lse %.2f, oracle %.2f; "
+        "lambda skipped %lld of %lld groups",
+        (long long)sum->cases, (long long)sum->against_oracle, sum->o, sum->lse, sum->oracle,
+        (long long)sum->skipped, (long long)sum->decided);
     for (int64_t n = 0; n < QKS * PVS; n++)
-        cr_log_info("qk %-5s pv %-5s: worst row %.2e", precision_names[n / PVS], precision_names[n % PVS],
-                    sum->row_l1[n / PVS][n % PVS]);
+        cr_log_info("qk %-5s pv %-5s: worst row %.2e", precision_names[n / PVS],
+                    precision_names[n % PVS], sum->row_l1[n / PVS][n % PVS]);
 }
 
 /* ---- Every pair of levels of every two factors ---- */
 
-enum { Q_LEN, K_LEN, BLOCKS, CAUSAL, HEADS, BATCH, DIM, DIM_V, TYPE_Q, TYPE_K, TYPE_V, TYPE_O, LAYOUT_Q,
-       LAYOUT_K, LAYOUT_V, LAYOUT_O, MASK, SMOOTH, SKIP_ROWS, LAMBDA, QK, PV, RULES, SCALE, FACTORS };
+enum {
+    Q_LEN,
+    K_LEN,
+    BLOCKS,
+    CAUSAL,
+    HEADS,
+    BATCH,
+    DIM,
+    DIM_V,
+    TYPE_Q,
+    TYPE_K,
+    TYPE_V,
+    TYPE_O,
+    LAYOUT_Q,
+    LAYOUT_K,
+    LAYOUT_V,
+    LAYOUT_O,
+    MASK,
+    SMOOTH,
+    SKIP_ROWS,
+    LAMBDA,
+    QK,
+    PV,
+    RULES,
+    SCALE,
+    FACTORS
+};
 enum { DENSE, RANDOM, EMPTY_ROWS, PREDICTED };
 enum { MOST = 15 }; /* levels */
 
-static const struct { const char *name; int64_t levels, level[MOST]; } factor[FACTORS] = {
-    [Q_LEN] = { "q_len", 15, { 0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200 } },
-    [K_LEN] = { "k_len", 15, { 0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200 } },
-    [BLOCKS] = { "blocks", 5, { 1608, 12864, 64128, 2440, 3305 } }, /* 33 x 5: two words a mask row */
-    [CAUSAL] = { "causal", 3, { SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START } },
-    [HEADS] = { "heads", 3, { 22, 62, 81 } }, /* 10 * heads + kv_heads */
-    [BATCH] = { "batch", 2, { 1, 2 } },
-    [DIM] = { "dim", 8, { 1, 8, 40, 64, 80, 128, 192, 256 } },
-    [DIM_V] = { "dim_v", 8, { 1, 8, 40, 64, 80, 128, 192, 256 } },
-    [TYPE_Q] = { "q", 3, { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } },
-    [TYPE_K] = { "k", 3, { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } },
-    [TYPE_V] = { "v", 3, { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } },
-    [TYPE_O] = { "o", 3, { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } },
-    [LAYOUT_Q] = { "at", LAYOUTS, { PACKED, PADDED, NHD, ODD, BACKWARD } },
-    [LAYOUT_K] = { "at", LAYOUTS, { PACKED, PADDED, NHD, ODD, BACKWARD } },
-    [LAYOUT_V] = { "at", LAYOUTS, { PACKED, PADDED, NHD, ODD, BACKWARD } },
-    [LAYOUT_O] = { "at", LAYOUTS, { PACKED, PADDED, NHD, ODD, BACKWARD } },
-    [MASK] = { "mask", 4, { DENSE, RANDOM, EMPTY_ROWS, PREDICTED } },
-    [SMOOTH] = { "smooth", 2, { 0, 1 } },
-    [SKIP_ROWS] = { "skip_rows", 5, { 0, 1, 16, 48, 1000 } },
-    [LAMBDA] = { "-10 lambda", 4, { 1000, 0, 5, 20 } }, /* 1000: never */
-    [QK] = { "qk", 3, { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT } },
-    [PV] = { "pv", PVS, { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF, SPARGE_FP8 } },
-    [RULES] = { "rules", 3, { SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM } },
-    [SCALE] = { "100 scale", 2, { 0, 12 } },
+static const struct {
+    const char *name;
+    int64_t levels, level[MOST];
+} factor[FACTORS] = {
+    [Q_LEN] = {"q_len", 15, {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200}},
+    [K_LEN] = {"k_len", 15, {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200}},
+    [BLOCKS] = {"blocks", 5, {1608, 12864, 64128, 2440, 3305}}, /* 33 x 5: two words a mask row */
+    [CAUSAL] = {"causal", 3, {SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START}},
+    [HEADS] = {"heads", 3, {22, 62, 81}}, /* 10 * heads + kv_heads */
+    [BATCH] = {"batch", 2, {1, 2}},
+    [DIM] = {"dim", 8, {1, 8, 40, 64, 80, 128, 192, 256}},
+    [DIM_V] = {"dim_v", 8, {1, 8, 40, 64, 80, 128, 192, 256}},
+    [TYPE_Q] = {"q", 3, {SPARGE_F32, SPARGE_F16, SPARGE_BF16}},
+    [TYPE_K] = {"k", 3, {SPARGE_F32, SPARGE_F16, SPARGE_BF16}},
+    [TYPE_V] = {"v", 3, {SPARGE_F32, SPARGE_F16, SPARGE_BF16}},
+    [TYPE_O] = {"o", 3, {SPARGE_F32, SPARGE_F16, SPARGE_BF16}},
+    [LAYOUT_Q] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
+    [LAYOUT_K] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
+    [LAYOUT_V] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
+    [LAYOUT_O] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
+    [MASK] = {"mask", 4, {DENSE, RANDOM, EMPTY_ROWS, PREDICTED}},
+    [SMOOTH] = {"smooth", 2, {0, 1}},
+    [SKIP_ROWS] = {"skip_rows", 5, {0, 1, 16, 48, 1000}},
+    [LAMBDA] = {"-10 lambda", 4, {1000, 0, 5, 20}}, /* 1000: never */
+    [QK] = {"qk", 3, {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT}},
+    [PV] = {"pv", PVS, {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF, SPARGE_FP8}},
+    [RULES] = {"rules", 3, {SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM}},
+    [SCALE] = {"100 scale", 2, {0, 12}},
 };
 
 static bool covered[FACTORS][FACTORS][MOST][MOST]; /* [f][g], f < g */
@@ -572,8 +639,8 @@ static bool *pair_of(int f, int64_t level_f, int g, int64_t level_g)
     return f < g ? &covered[f][g][level_f][level_g] : &covered[g][f][level_g][level_f];
 }
 
-/* Greedy: starts from a pair that no case has yet; each other factor, in random order, takes the level
- * that makes the most new pairs with those chosen. */
+/* Greedy: starts from a pair that no case has yet; each other factor, in random order, takes the
+ * level that makes the most new pairs with those chosen. */
 static bool next_case(int64_t *chosen)
 {
     int order[FACTORS], taken = 0;
@@ -614,10 +681,18 @@ static bool next_case(int64_t *chosen)
 static void verify_case(const int64_t *level, tally *sum)
 {
     const shape s = {
-        .batch = level[BATCH], .heads = level[HEADS] / 10, .kv_heads = level[HEADS] % 10,
-        .q_len = level[Q_LEN], .k_len = level[K_LEN], .dim = level[DIM], .dim_v = level[DIM_V],
-        .q = (sparge_dtype)level[TYPE_Q], .k = (sparge_dtype)level[TYPE_K], .v = (sparge_dtype)level[TYPE_V],
-        .layout_q = (tensor_layout)level[LAYOUT_Q], .layout_k = (tensor_layout)level[LAYOUT_K],
+        .batch = level[BATCH],
+        .heads = level[HEADS] / 10,
+        .kv_heads = level[HEADS] % 10,
+        .q_len = level[Q_LEN],
+        .k_len = level[K_LEN],
+        .dim = level[DIM],
+        .dim_v = level[DIM_V],
+        .q = (sparge_dtype)level[TYPE_Q],
+        .k = (sparge_dtype)level[TYPE_K],
+        .v = (sparge_dtype)level[TYPE_V],
+        .layout_q = (tensor_layout)level[LAYOUT_Q],
+        .layout_k = (tensor_layout)level[LAYOUT_K],
         .layout_v = (tensor_layout)level[LAYOUT_V],
     };
     problem x = problem_make(&s);
@@ -636,7 +711,8 @@ static void verify_case(const int64_t *level, tally *sum)
     if (level[MASK] == EMPTY_ROWS) {
         mask_fill(&x, 0.7f);
         for (int64_t line = 0; line < s.batch * s.heads * x.mask.q_blocks; line += 2)
-            memset(x.mask.bits + line * x.mask.words, 0, (size_t)x.mask.words * sizeof *x.mask.bits);
+            memset(x.mask.bits + line * x.mask.words, 0,
+                   (size_t)x.mask.words * sizeof *x.mask.bits);
     }
     if (level[MASK] == PREDICTED) {
         x.o.knobs.tau = 0.7f;
@@ -649,7 +725,7 @@ static void verify_case(const int64_t *level, tally *sum)
 
 Test(attend, every_pair_of_options)
 {
-    tally sum = { 0 };
+    tally sum = {0};
     int64_t chosen[FACTORS], level[FACTORS];
     memset(covered, 0, sizeof covered);
     for (int64_t n = 0;; n++) {
@@ -660,19 +736,21 @@ Test(attend, every_pair_of_options)
         for (int f = 0; f < FACTORS; f++) {
             level[f] = factor[f].level[chosen[f]];
             const size_t end = strlen(text);
-            snprintf(text + end, sizeof text - end, "%s %lld ", factor[f].name, (long long)level[f]);
+            snprintf(text + end, sizeof text - end, "%s %lld ", factor[f].name,
+                     (long long)level[f]);
         }
         check_case("%s", text);
         verify_case(level, &sum);
     }
     tally_log(&sum);
-    check(sum.cases >= 225 && sum.skipped > 0 && sum.against_oracle > sum.cases / 3, "too little was covered");
+    check(sum.cases >= 225 && sum.skipped > 0 && sum.against_oracle > sum.cases / 3,
+          "too little was covered");
 }
 
 /* Every length from 0 to 200, short blocks and a causal edge at every place. */
 Test(attend, every_length)
 {
-    tally sum = { 0 };
+    tally sum = {0};
     for (int64_t n = 0; n <= 200; n++) {
         check_case("q_len %lld k_len %lld", (long long)n, (long long)(n * 37 % 201));
         const shape s = shape_of(1, 2, 1, n, n * 37 % 201, 8, 4);
@@ -693,15 +771,15 @@ Test(attend, every_length)
 Test(attend, no_batch)
 {
     check_case("batch 0");
-    tally sum = { 0 };
+    tally sum = {0};
     const shape s = shape_of(0, 2, 1, 5, 5, 8, 4);
     problem x = problem_make(&s);
     verify(&x, SPARGE_F32, PACKED, &sum);
     problem_free(&x);
 }
 
-/* c = ((step_q * step_k) * scale) * log2 e, each product rounded: m of a row with one block of keys is
- * c times its largest integer score, bit for bit. */
+/* c = ((step_q * step_k) * scale) * log2 e, each product rounded: m of a row with one block of keys
+ * is c times its largest integer score, bit for bit. */
 Test(attend, units_of_the_scores)
 {
     for (int64_t n = 0; n < 20; n++) {
@@ -719,7 +797,8 @@ Test(attend, units_of_the_scores)
                     score += a.trace.codes_q[r * 16 + c] * a.trace.codes_k[t * 16 + c];
                 top = score > top ? score : top;
             }
-            const float unit = a.trace.steps_q[r / 16] * a.trace.steps_k[0] * x.o.scale * (float)log2e;
+            const float unit =
+                a.trace.steps_q[r / 16] * a.trace.steps_k[0] * x.o.scale * (float)log2e;
             check_equal(a.trace.m[r], unit * (float)top);
         }
         answer_free(&a);
@@ -729,7 +808,7 @@ Test(attend, units_of_the_scores)
 
 /* ---- Non-finite values ---- */
 
-static const float not_finite[] = { NAN, INFINITY, -INFINITY };
+static const float not_finite[] = {NAN, INFINITY, -INFINITY};
 
 typedef struct spoilt {
     bool *q, *k, *v; /* [..][tokens][channels] as the tensors */
@@ -764,15 +843,15 @@ static bool any(const bool *flag, int64_t n)
     return false;
 }
 
-/* How often a bad key row or value element lay in a kept block and was seen, lay in a kept block and was
- * hidden by causality, or lay in a skipped one. */
+/* How often a bad key row or value element lay in a kept block and was seen, lay in a kept block
+ * and was hidden by causality, or lay in a skipped one. */
 typedef struct places {
     int64_t seen, hidden, skipped, empty;
 } places;
 
 /* What a row's NaNs must be: all of its o and lse, or channels of o. */
-static bool expect(const problem *x, const spoilt *bad, int64_t b, int64_t h, int64_t t, bool *channel,
-                   places *met)
+static bool expect(const problem *x, const spoilt *bad, int64_t b, int64_t h, int64_t t,
+                   bool *channel, places *met)
 {
     const int64_t kv = h / (x->p.heads / x->p.kv_heads), dim = x->p.dim, dim_v = x->p.dim_v;
     bool all = false, keys = false;
@@ -780,7 +859,8 @@ static bool expect(const problem *x, const spoilt *bad, int64_t b, int64_t h, in
     for (int64_t key = 0; key < x->p.k_len; key++) {
         const int64_t at = (b * x->p.kv_heads + kv) * x->p.k_len + key;
         const bool k_bad = any(bad->k + at * dim, dim), v_bad = any(bad->v + at * dim_v, dim_v);
-        const bool kept = mask_has(x, b, h, t / x->o.block_q, key / x->o.block_k), seen = sees(x, t, key);
+        const bool kept = mask_has(x, b, h, t / x->o.block_q, key / x->o.block_k),
+                   seen = sees(x, t, key);
         if (k_bad || v_bad)
             ++*(kept && seen ? &met->seen : kept ? &met->hidden : &met->skipped);
         keys |= kept && seen;
@@ -816,14 +896,15 @@ static void spoilt_as_expected(problem *x, spoilt *bad, places *met)
     }
     same_answer(&got, &want);
     check_same_as("pv_done", got.trace.pv_done, want.trace.pv_done,
-                  x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q) * blocks(x->p.k_len, x->o.block_k));
+                  x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q) *
+                      blocks(x->p.k_len, x->o.block_k));
     answer_free(&got);
     answer_free(&want);
 }
 
 Test(attend, non_finite_values_spoil_their_rows_alone)
 {
-    places met = { 0 };
+    places met = {0};
     for (int64_t n = 0; n < 180; n++) {
         check_case("non-finite %lld", (long long)n);
         shape s = shape_of(2, 4, 2, 70, n % 4 ? 75 : 50, 8, 5);
@@ -835,12 +916,14 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
         x.o.qk = precisions[n / 3 % 3];
         x.o.pv = precisions[n / 9 % PVS];
         x.o.smooth_k = n / 45 % 2;
-        for (int64_t e = 0; e < tensor_count(&x.k); e += 64) /* so that no step is that of 0 - mean */
+        for (int64_t e = 0; e < tensor_count(&x.k);
+             e += 64) /* so that no step is that of 0 - mean */
             x.k.x[e] = x.k.x[e + 1] = e % 128 ? 4.0f : -4.0f;
         if (n / 90 == 0)
             mask_fill(&x, 0.3f);
-        const int64_t q_count = check_int(0, 3), k_count = check_int(0, 2), v_count = check_int(0, 3);
-        spoilt bad = { spoil(&x.q, q_count), spoil(&x.k, k_count), spoil(&x.v, v_count) };
+        const int64_t q_count = check_int(0, 3), k_count = check_int(0, 2),
+                      v_count = check_int(0, 3);
+        spoilt bad = {spoil(&x.q, q_count), spoil(&x.k, k_count), spoil(&x.v, v_count)};
         spoilt_as_expected(&x, &bad, &met);
         free(bad.q);
         free(bad.k);
@@ -848,8 +931,10 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
         problem_free(&x);
     }
     cr_log_info("bad keys and values: %lld seen, %lld hidden, %lld skipped; %lld rows without keys",
-                (long long)met.seen, (long long)met.hidden, (long long)met.skipped, (long long)met.empty);
-    check(met.seen > 0 && met.hidden > 0 && met.skipped > 0 && met.empty > 0, "a place was never met");
+                (long long)met.seen, (long long)met.hidden, (long long)met.skipped,
+                (long long)met.empty);
+    check(met.seen > 0 && met.hidden > 0 && met.skipped > 0 && met.empty > 0,
+          "a place was never met");
 }
 
 /* Whole rows, and all that a mask skips: nothing of it may be read. */
@@ -861,8 +946,9 @@ Test(attend, everything_non_finite_or_skipped)
         problem x = problem_make(&s);
         x.o.qk = precisions[n / PVS];
         x.o.pv = precisions[n % PVS];
-        places met = { 0 };
-        spoilt bad = { zeros(tensor_count(&x.q), 1), zeros(tensor_count(&x.k), 1), zeros(tensor_count(&x.v), 1) };
+        places met = {0};
+        spoilt bad = {zeros(tensor_count(&x.q), 1), zeros(tensor_count(&x.k), 1),
+                      zeros(tensor_count(&x.v), 1)};
         const int64_t all = n % 2 ? tensor_count(&x.k) : 16 * 8; /* every key, or the first block */
         for (int64_t e = 0; e < all; e++) {
             x.k.x[e] = not_finite[e % 3];
@@ -874,8 +960,10 @@ Test(attend, everything_non_finite_or_skipped)
         }
         problem_write(&x);
         mask_fill(&x, 0.0f);
-        sparge_mask_set(&x.mask, 0, 0, 0, 2, true); /* head 0: one row of blocks reads what is good, */
-        sparge_mask_set(&x.mask, 0, 1, 1, 0, true); /* head 1: one what is bad, the others nothing */
+        sparge_mask_set(&x.mask, 0, 0, 0, 2,
+                        true); /* head 0: one row of blocks reads what is good, */
+        sparge_mask_set(&x.mask, 0, 1, 1, 0,
+                        true); /* head 1: one what is bad, the others nothing */
         spoilt_as_expected(&x, &bad, &met);
         free(bad.q);
         free(bad.k);
@@ -886,9 +974,10 @@ Test(attend, everything_non_finite_or_skipped)
 
 /* ---- Lambda, by hand ---- */
 
-/* One channel, q = 1 in every row unless changed, scale 1: the scores are the keys; v is 1, 2, 4, ... */
-static problem by_hand(int64_t q_len, const float *scores, int64_t k_len, int64_t block_q, int64_t block_k,
-                       float lambda)
+/* One channel, q = 1 in every row unless changed, scale 1: the scores are the keys; v is 1, 2, 4,
+ * ... */
+static problem by_hand(int64_t q_len, const float *scores, int64_t k_len, int64_t block_q,
+                       int64_t block_k, float lambda)
 {
     const shape s = shape_of(1, 1, 1, q_len, k_len, 1, 1);
     problem x = problem_make(&s);
@@ -916,7 +1005,8 @@ static void shares_are(const problem *x, const float *want)
     answer_free(&a);
 }
 
-/* Shares, and o of row 0 as the softmax over `computed` keys with the row sum over `summed` ones. */
+/* Shares, and o of row 0 as the softmax over `computed` keys with the row sum over `summed` ones.
+ */
 static void computes(problem *x, const float *shares, const bool *computed, const bool *summed)
 {
     double o = 0.0, l = 0.0;
@@ -933,58 +1023,63 @@ static void computes(problem *x, const float *shares, const bool *computed, cons
     problem_free(x);
 }
 
-static const float five[] = { 0.0f, -3.0f, 2.0f, -1.0f, 1.9f };
+static const float five[] = {0.0f, -3.0f, 2.0f, -1.0f, 1.9f};
 
 Test(attend, lambda_skips_what_stays_below_the_maximum_before_it)
 {
     check_case("lambda -2");
     problem x = by_hand(1, five, 5, 1, 1, -2.0f);
-    computes(&x, (float[]){ 1, 0, 1, 0, 1 }, (bool[]){ 1, 0, 1, 0, 1 }, (bool[]){ 1, 0, 1, 0, 1 });
+    computes(&x, (float[]){1, 0, 1, 0, 1}, (bool[]){1, 0, 1, 0, 1}, (bool[]){1, 0, 1, 0, 1});
     check_case("lambda -inf");
-    x = by_hand(1, (float[]){ 0.0f, -1e30f, 2.0f, -80.0f, 1.9f }, 5, 1, 1, -INFINITY);
-    computes(&x, (float[]){ 1, 1, 1, 1, 1 }, (bool[]){ 1, 1, 1, 1, 1 }, (bool[]){ 1, 1, 1, 1, 1 });
+    x = by_hand(1, (float[]){0.0f, -1e30f, 2.0f, -80.0f, 1.9f}, 5, 1, 1, -INFINITY);
+    computes(&x, (float[]){1, 1, 1, 1, 1}, (bool[]){1, 1, 1, 1, 1}, (bool[]){1, 1, 1, 1, 1});
     check_case("lambda 0");
-    x = by_hand(1, (float[]){ 0.0f, -3.0f, 2.0f, 2.0f, 1.9f, 2.5f }, 6, 1, 1, 0.0f);
-    computes(&x, (float[]){ 1, 0, 1, 0, 0, 1 }, (bool[]){ 1, 0, 1, 0, 0, 1 }, (bool[]){ 1, 0, 1, 0, 0, 1 });
+    x = by_hand(1, (float[]){0.0f, -3.0f, 2.0f, 2.0f, 1.9f, 2.5f}, 6, 1, 1, 0.0f);
+    computes(&x, (float[]){1, 0, 1, 0, 0, 1}, (bool[]){1, 0, 1, 0, 0, 1},
+             (bool[]){1, 0, 1, 0, 0, 1});
     check_case("the first block is computed however low it is");
-    x = by_hand(1, (float[]){ -50.0f, -50.0f, -51.0f, -60.0f }, 4, 1, 1, 0.0f);
-    computes(&x, (float[]){ 1, 0, 0, 0 }, (bool[]){ 1, 0, 0, 0 }, (bool[]){ 1, 0, 0, 0 });
+    x = by_hand(1, (float[]){-50.0f, -50.0f, -51.0f, -60.0f}, 4, 1, 1, 0.0f);
+    computes(&x, (float[]){1, 0, 0, 0}, (bool[]){1, 0, 0, 0}, (bool[]){1, 0, 0, 0});
 }
 
 Test(attend, lambda_is_in_natural_units_and_at_it_is_skipped)
 {
     for (int n = 0; n < 2; n++) { /* -2 * log2 e is the same float on both sides */
         check_case("score %d ulp above lambda", n);
-        problem x = by_hand(1, (float[]){ 0.0f, n ? -0x1.fffffep0f : -2.0f }, 2, 1, 1, -2.0f);
-        shares_are(&x, (float[]){ 1, (float)n });
+        problem x = by_hand(1, (float[]){0.0f, n ? -0x1.fffffep0f : -2.0f}, 2, 1, 1, -2.0f);
+        shares_are(&x, (float[]){1, (float)n});
         problem_free(&x);
     }
     check_case("between -2 / log2 e and -2 * log2 e");
-    problem x = by_hand(1, (float[]){ 0.0f, -1.7f, -2.3f }, 3, 1, 1, -2.0f);
-    shares_are(&x, (float[]){ 1, 1, 0 });
+    problem x = by_hand(1, (float[]){0.0f, -1.7f, -2.3f}, 3, 1, 1, -2.0f);
+    shares_are(&x, (float[]){1, 1, 0});
     problem_free(&x);
     check_case("the scale belongs to the score");
-    x = by_hand(1, (float[]){ 0.0f, -1.7f, -2.3f }, 3, 1, 1, -2.0f);
+    x = by_hand(1, (float[]){0.0f, -1.7f, -2.3f}, 3, 1, 1, -2.0f);
     x.o.scale = 0.5f;
-    shares_are(&x, (float[]){ 1, 1, 1 });
+    shares_are(&x, (float[]){1, 1, 1});
     x.o.scale = 2.0f;
-    shares_are(&x, (float[]){ 1, 0, 0 });
+    shares_are(&x, (float[]){1, 0, 0});
     problem_free(&x);
 }
 
-/* 8 rows, blocks of 8 x 1, key 0 then one key whose score is far below for q = 1 and high for q = -1. */
+/* 8 rows, blocks of 8 x 1, key 0 then one key whose score is far below for q = 1 and high for q =
+ * -1. */
 Test(attend, one_row_of_a_group_makes_it_compute)
 {
-    static const struct { int64_t rows; float share; } group[] = {
-        { 1, 1.0f / 8 }, { 2, 2.0f / 8 }, { 3, 3.0f / 8 }, { 5, 3.0f / 8 }, { 8, 1 }, { 0, 1 }, { 999, 1 },
+    static const struct {
+        int64_t rows;
+        float share;
+    } group[] = {
+        {1, 1.0f / 8}, {2, 2.0f / 8}, {3, 3.0f / 8}, {5, 3.0f / 8}, {8, 1}, {0, 1}, {999, 1},
     };
     for (int64_t n = 0; n < COUNT(group); n++) {
         check_case("skip_rows %lld", (long long)group[n].rows);
-        problem x = by_hand(8, (float[]){ 0.0f, -9.0f }, 2, 8, 1, -5.0f);
+        problem x = by_hand(8, (float[]){0.0f, -9.0f}, 2, 8, 1, -5.0f);
         x.q.x[5] = -1.0f;
         tensor_write(&x.q);
         x.o.skip_rows = group[n].rows;
-        shares_are(&x, (float[]){ 1, group[n].share });
+        shares_are(&x, (float[]){1, group[n].share});
         problem_free(&x);
     }
 }
@@ -993,17 +1088,17 @@ Test(attend, one_row_of_a_group_makes_it_compute)
 Test(attend, rows_without_visible_keys_do_not_vote)
 {
     check_case("nobody near the maximum sees the block");
-    const float far[] = { 0.0f, -9.0f, -9.0f, -9.0f };
+    const float far[] = {0.0f, -9.0f, -9.0f, -9.0f};
     problem x = by_hand(4, far, 4, 4, 1, -5.0f);
     x.o.causal = SPARGE_CAUSAL_END;
-    shares_are(&x, (float[]){ 1, 0, 0, 0 });
+    shares_are(&x, (float[]){1, 0, 0, 0});
     problem_free(&x);
 
     check_case("a group that sees nothing counts as computed");
     x = by_hand(4, far, 4, 4, 1, -5.0f);
     x.o.causal = SPARGE_CAUSAL_END;
     x.o.skip_rows = 1;
-    shares_are(&x, (float[]){ 1, 0.25f, 0.5f, 0.75f });
+    shares_are(&x, (float[]){1, 0.25f, 0.5f, 0.75f});
     answer a = attend(&x);
     check_equal(a.result.counts.tokens, (int64_t)10);
     check_equal(a.result.counts.qk_tokens, (int64_t)10);
@@ -1018,32 +1113,35 @@ Test(attend, rows_without_visible_keys_do_not_vote)
     mask_fill(&x, 0.0f);
     for (int64_t j = 1; j < 4; j++) /* row 0 sees none of them, the others begin in block 1 */
         sparge_mask_set(&x.mask, 0, 0, 0, j, true);
-    shares_are(&x, (float[]){ 0, 1, 1, 1 });
+    shares_are(&x, (float[]){0, 1, 1, 1});
     x.o.skip_rows = 2;
     x.o.knobs.lambda = 0.0f;
-    shares_are(&x, (float[]){ 0, 1, 0.5f, 0.5f }); /* rows 0 and 1 see nothing of blocks 2 and 3 */
+    shares_are(&x, (float[]){0, 1, 0.5f, 0.5f}); /* rows 0 and 1 see nothing of blocks 2 and 3 */
     problem_free(&x);
 }
 
-/* What a key's NaN spoils does not depend on lambda; a value's reaches the rows that computed P.V. */
+/* What a key's NaN spoils does not depend on lambda; a value's reaches the rows that computed P.V.
+ */
 Test(attend, non_finite_in_what_lambda_skips)
 {
     check_case("lambda and NaN");
-    problem x = by_hand(2, (float[]){ 0.0f, -9.0f, 1.0f }, 3, 2, 1, -5.0f);
+    problem x = by_hand(2, (float[]){0.0f, -9.0f, 1.0f}, 3, 2, 1, -5.0f);
     x.v.x[1] = NAN;
     tensor_write(&x.v);
-    shares_are(&x, (float[]){ 1, 0, 1 });
+    shares_are(&x, (float[]){1, 0, 1});
     answer a = attend(&x);
     check_close(a.o.x[0], (1.0 + 4.0 * exp(1.0)) / (1.0 + exp(1.0)), 1e-5);
     answer_free(&a);
     x.o.knobs.lambda = -INFINITY;
     a = attend(&x);
-    check(isnan(a.o.x[0]) && isnan(a.o.x[1]) && isfinite(a.lse[0]), "NaN of v: %g", (double)a.o.x[0]);
+    check(isnan(a.o.x[0]) && isnan(a.o.x[1]) && isfinite(a.lse[0]), "NaN of v: %g",
+          (double)a.o.x[0]);
     answer_free(&a);
     problem_free(&x);
 
-    x = by_hand(2, (float[]){ 20.0f, NAN, 21.0f }, 3, 2, 1, -5.0f); /* the NaN counts as 0, far below */
-    shares_are(&x, (float[]){ 1, 0, 1 });
+    x = by_hand(2, (float[]){20.0f, NAN, 21.0f}, 3, 2, 1,
+                -5.0f); /* the NaN counts as 0, far below */
+    shares_are(&x, (float[]){1, 0, 1});
     a = attend(&x);
     check(isnan(a.o.x[0]) && isnan(a.o.x[1]) && isnan(a.lse[0]), "NaN of k: %g", (double)a.o.x[0]);
     answer_free(&a);
@@ -1053,16 +1151,17 @@ Test(attend, non_finite_in_what_lambda_skips)
 /* Random values, every group size, all precisions: the judge replays the decisions. */
 Test(attend, lambda_of_random_values)
 {
-    static const int64_t rows[] = { 1, 16, 64, 48, 0, 128 };
-    static const float lambdas[] = { 0.0f, -0.5f, -1.5f, -4.0f };
-    tally sum = { 0 };
+    static const int64_t rows[] = {1, 16, 64, 48, 0, 128};
+    static const float lambdas[] = {0.0f, -0.5f, -1.5f, -4.0f};
+    tally sum = {0};
     for (int64_t n = 0; n < COUNT(rows) * COUNT(lambdas) * 3; n++) {
         const float lambda = lambdas[n / COUNT(rows) % COUNT(lambdas)];
-        check_case("lambda %g skip_rows %lld rules %lld", (double)lambda, (long long)rows[n % COUNT(rows)],
-                   (long long)(n / COUNT(rows) / COUNT(lambdas)));
+        check_case("lambda %g skip_rows %lld rules %lld", (double)lambda,
+                   (long long)rows[n % COUNT(rows)], (long long)(n / COUNT(rows) / COUNT(lambdas)));
         const shape s = shape_of(1, 2, 1, 200, 230, 16, 8);
         problem x = problem_make(&s);
-        for (int64_t e = 0; e < tensor_count(&x.q); e++) /* longer queries: scores far enough apart */
+        for (int64_t e = 0; e < tensor_count(&x.q);
+             e++) /* longer queries: scores far enough apart */
             x.q.x[e] *= 3.0f;
         tensor_write(&x.q);
         x.o.block_q = 128;
@@ -1076,26 +1175,32 @@ Test(attend, lambda_of_random_values)
         problem_free(&x);
     }
     tally_log(&sum);
-    check(sum.skipped > sum.decided / 20 && sum.skipped < sum.decided * 19 / 20, "lambda hardly mattered");
+    check(sum.skipped > sum.decided / 20 && sum.skipped < sum.decided * 19 / 20,
+          "lambda hardly mattered");
 }
 
 /* ---- Rules, by hand: cases that tell each from the default ---- */
 
 Test(attend, paper_adds_the_row_sum_of_what_it_skips)
 {
-    const bool computed[] = { 1, 0, 1, 0, 1 }, all[] = { 1, 1, 1, 1, 1 };
+    const bool computed[] = {1, 0, 1, 0, 1}, all[] = {1, 1, 1, 1, 1};
     check_case("paper");
     problem x = by_hand(1, five, 5, 1, 1, -2.0f);
     x.o.rules = SPARGE_RULES_PAPER;
-    computes(&x, (float[]){ 1, 0, 1, 0, 1 }, computed, all);
+    computes(&x, (float[]){1, 0, 1, 0, 1}, computed, all);
 }
 
 Test(attend, upstream_never_skips_the_last_kept_blocks)
 {
-    const float low[] = { 0, -9, -9, -9, -9, -9 };
-    static const struct { int64_t block_q, block_k; float share[6]; } size[] = {
-        { 2, 1, { 1, 0, 0, 0, 1, 1 } }, { 1, 1, { 1, 0, 0, 0, 0, 1 } }, { 1, 2, { 1, 0, 1 } },
-        { 4, 2, { 1, 1, 1 } },
+    const float low[] = {0, -9, -9, -9, -9, -9};
+    static const struct {
+        int64_t block_q, block_k;
+        float share[6];
+    } size[] = {
+        {2, 1, {1, 0, 0, 0, 1, 1}},
+        {1, 1, {1, 0, 0, 0, 0, 1}},
+        {1, 2, {1, 0, 1}},
+        {4, 2, {1, 1, 1}},
     };
     for (int64_t n = 0; n < COUNT(size); n++) {
         check_case("upstream, %lld x %lld", (long long)size[n].block_q, (long long)size[n].block_k);
@@ -1112,25 +1217,30 @@ Test(attend, upstream_never_skips_the_last_kept_blocks)
     sparge_mask_set(&x.mask, 0, 0, 0, 1, true);
     sparge_mask_set(&x.mask, 0, 0, 0, 3, true);
     sparge_mask_set(&x.mask, 0, 0, 0, 4, true);
-    shares_are(&x, (float[]){ 1, 0, 0, 1, 1, 0 });
+    shares_are(&x, (float[]){1, 0, 0, 1, 1, 0});
     x.o.causal = SPARGE_CAUSAL_START; /* rows see keys 0 and 1 */
-    shares_are(&x, (float[]){ 1, 1, 0, 0, 0, 0 });
+    shares_are(&x, (float[]){1, 1, 0, 0, 0, 0});
     problem_free(&x);
 }
 
 /* Row 0 alone is near its maximum in block 1 of a 128 x 1 problem. */
 Test(attend, rules_choose_the_rows_that_decide)
 {
-    static const struct { sparge_rules rules; float share; } want[] = {
-        { SPARGE_RULES_DEFAULT, 0.5f }, { SPARGE_RULES_PAPER, 0.25f }, { SPARGE_RULES_UPSTREAM, 1 },
+    static const struct {
+        sparge_rules rules;
+        float share;
+    } want[] = {
+        {SPARGE_RULES_DEFAULT, 0.5f},
+        {SPARGE_RULES_PAPER, 0.25f},
+        {SPARGE_RULES_UPSTREAM, 1},
     };
     for (int64_t n = 0; n < COUNT(want); n++) {
         check_case("rows of rules %lld", (long long)n);
-        problem x = by_hand(128, (float[]){ 0, -9, 0, 0 }, 4, 128, 1, -5.0f);
+        problem x = by_hand(128, (float[]){0, -9, 0, 0}, 4, 128, 1, -5.0f);
         x.q.x[0] = -1.0f;
         tensor_write(&x.q);
         x.o.rules = want[n].rules;
-        shares_are(&x, (float[]){ 1, want[n].share, 1, 1 });
+        shares_are(&x, (float[]){1, want[n].share, 1, 1});
         problem_free(&x);
     }
 }
@@ -1152,7 +1262,7 @@ Test(attend, upstream_adds_to_the_steps)
     check(memcmp(a.trace.codes_q, b.trace.codes_q, 32), "the step did not reach the codes");
     answer_free(&a);
     answer_free(&b);
-    tally sum = { 0 };
+    tally sum = {0};
     verify(&x, SPARGE_F32, PACKED, &sum);
     problem_free(&x);
 }
@@ -1162,7 +1272,7 @@ Test(attend, upstream_adds_to_the_steps)
 /* For each pair of precisions, with and without smoothing: prepare() changes a fresh problem. */
 static void verify_all(const char *what, void (*prepare)(problem *))
 {
-    tally sum = { 0 };
+    tally sum = {0};
     for (int64_t n = 0; n < 2 * QKS * PVS; n++) {
         check_case("%s, qk %s pv %s smooth %lld", what, precision_names[n % QKS],
                    precision_names[n / QKS % PVS], (long long)(n / QKS / PVS));
@@ -1224,9 +1334,9 @@ Test(attend, values_of_one)
         ones(&x);
         problem_write(&x);
         answer a = attend(&x);
-        const double off = x.o.pv == SPARGE_HALF ? 0x1p-11 + 90 * 0x1p-25
-                         : x.o.pv == SPARGE_FP8  ? 0x1p-4 + 90 * 0x1p-18
-                                                 : 0.0;
+        const double off = x.o.pv == SPARGE_HALF  ? 0x1p-11 + 90 * 0x1p-25
+                           : x.o.pv == SPARGE_FP8 ? 0x1p-4 + 90 * 0x1p-18
+                                                  : 0.0;
         for (int64_t e = 0; e < tensor_count(&a.o); e++)
             check_close(a.o.x[e], 1.0, off + 1e-5);
         answer_free(&a);
@@ -1238,7 +1348,7 @@ Test(attend, values_of_one)
  * does. */
 Test(attend, values_that_binary16_cannot_hold)
 {
-    static const float large[] = { 65519.0f, 65520.0f, -1e30f, FLT_MAX };
+    static const float large[] = {65519.0f, 65520.0f, -1e30f, FLT_MAX};
     const shape s = shape_of(1, 1, 1, 40, 48, 8, 5);
     problem x = problem_make(&s);
     x.o.pv = SPARGE_HALF;
@@ -1262,16 +1372,19 @@ Test(attend, values_that_binary16_cannot_hold)
     problem_free(&x);
 }
 
-/* Steps of exactly 1 or 1 / 16 (the largest is 127, 2047 / 16, 4095 / 16, 448), and values at and beside
- * the middle between two codes. */
+/* Steps of exactly 1 or 1 / 16 (the largest is 127, 2047 / 16, 4095 / 16, 448), and values at and
+ * beside the middle between two codes. */
 static void ties(problem *x)
 {
-    static const float middle[] = { 0.5f, 0.49999997f, 1.5f, 2.5f, 1.4999999f, 126.5f, 0.50000006f, 0.0f };
-    static const float half[] = { 0x1.002p0f, 0x1.002002p0f, 0x1.006p0f, 2049.0f, 2051.0f, 0x1p-25f,
-                                  0x3p-25f, 0.0f };
-    static const float fp8[] = { 0x1.1p0f, 0x1.100002p0f, 0x1.3p0f, 17.0f, 19.0f, 0x1p-10f, 0x3p-10f, 0 };
-    const float *const v_middle = x->o.pv == SPARGE_HALF ? half : x->o.pv == SPARGE_FP8 ? fp8 : middle;
-    const float step = x->o.qk == SPARGE_INT12 ? 1.0f / 16 : 1.0f, top = x->o.qk == SPARGE_INT12 ? 2047 * step : 127;
+    static const float middle[] = {0.5f,       0.49999997f, 1.5f,        2.5f,
+                                   1.4999999f, 126.5f,      0.50000006f, 0.0f};
+    static const float half[] = {0x1.002p0f, 0x1.002002p0f, 0x1.006p0f, 2049.0f,
+                                 2051.0f,    0x1p-25f,      0x3p-25f,   0.0f};
+    static const float fp8[] = {0x1.1p0f, 0x1.100002p0f, 0x1.3p0f, 17.0f,
+                                19.0f,    0x1p-10f,      0x3p-10f, 0};
+    const float *v_middle = x->o.pv == SPARGE_HALF ? half : x->o.pv == SPARGE_FP8 ? fp8 : middle;
+    const float step = x->o.qk == SPARGE_INT12 ? 1.0f / 16 : 1.0f,
+                top = x->o.qk == SPARGE_INT12 ? 2047 * step : 127;
     const float v_step = x->o.pv == SPARGE_INT12 ? 1.0f / 16 : 1.0f;
     const float v_top = x->o.pv == SPARGE_INT12 ? 4095 * v_step : x->o.pv == SPARGE_FP8 ? 448 : 127;
     for (int64_t n = 0; n < tensor_count(&x->q); n++)
@@ -1297,7 +1410,8 @@ Test(attend, tiny_values) { verify_all("tiny", tiny); }
 Test(attend, huge_scores)
 {
     for (int64_t n = 0; n < 2 * QKS * PVS; n++) {
-        check_case("scores of 1e4, qk %s pv %s", precision_names[n % QKS], precision_names[n / QKS % PVS]);
+        check_case("scores of 1e4, qk %s pv %s", precision_names[n % QKS],
+                   precision_names[n / QKS % PVS]);
         const shape s = shape_of(1, 1, 1, 40, 50, 4, 2);
         problem x = problem_make(&s);
         for (int64_t e = 0; e < tensor_count(&x.q); e++)
@@ -1311,7 +1425,7 @@ Test(attend, huge_scores)
         x.o.smooth_k = n / QKS / PVS;
         x.o.knobs.lambda = n % 2 ? -5.0f : -INFINITY;
         answer a = attend(&x);
-        worst o = { 0 }, lse = { 0 };
+        worst o = {0}, lse = {0};
         for (int64_t r = 0; r < 40; r++) {
             const int64_t key = r % 2 ? 30 : 20;
             compare(&lse, r, (double)a.lse[r], 1e4, 100.0); /* codes of int8 are 1 % wide */
@@ -1328,7 +1442,8 @@ Test(attend, huge_scores)
     }
 }
 
-/* ---- Scores of any size -------------------------------------------------------------------------- */
+/* ---- Scores of any size
+ * -------------------------------------------------------------------------- */
 
 typedef struct small {
     int64_t keys, dim;
@@ -1340,7 +1455,8 @@ typedef struct small {
 /* On this backend, keys in ascending or in descending order; what cannot run there runs on ref. */
 static void ask_small(const small *x, sparge_backend backend, bool backwards, float *o, float *lse)
 {
-    tensor q = tensor_make(1, 1, 1, x->dim, x->dtype, PACKED), k = tensor_make(1, 1, x->keys, x->dim, x->dtype, PACKED),
+    tensor q = tensor_make(1, 1, 1, x->dim, x->dtype, PACKED),
+           k = tensor_make(1, 1, x->keys, x->dim, x->dtype, PACKED),
            v = tensor_make(1, 1, x->keys, 1, x->dtype, PACKED);
     memcpy(q.x, x->q, (size_t)x->dim * sizeof *q.x);
     for (int64_t t = 0; t < x->keys; t++) {
@@ -1351,12 +1467,20 @@ static void ask_small(const small *x, sparge_backend backend, bool backwards, fl
     tensor_write(&q);
     tensor_write(&k);
     tensor_write(&v);
-    const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 1, .k_len = x->keys, .dim = x->dim,
-                               .dim_v = 1, .q = q.in, .k = k.in, .v = v.in };
+    const sparge_problem p = {.batch = 1,
+                              .heads = 1,
+                              .kv_heads = 1,
+                              .q_len = 1,
+                              .k_len = x->keys,
+                              .dim = x->dim,
+                              .dim_v = 1,
+                              .q = q.in,
+                              .k = k.in,
+                              .v = v.in};
     sparge_options options = x->o;
     options.backend = x->o.pv > SPARGE_FLOAT ? SPARGE_REF : backend;
     sparge_error error;
-    sparge_result r = { .o = { o, SPARGE_F32, 1, 1, 1 }, .lse = lse };
+    sparge_result r = {.o = {o, SPARGE_F32, 1, 1, 1}, .lse = lse};
     *o = *lse = -7.0f;
     check(sparge_attend(&p, &options, NULL, &r, &error) == SPARGE_OK, "%s", error.text);
     tensor_free(&q);
@@ -1364,8 +1488,8 @@ static void ask_small(const small *x, sparge_backend backend, bool backwards, fl
     tensor_free(&v);
 }
 
-/* In these precisions of Q.K and every one of P.V, in blocks of one key and in one block, in both orders,
- * by ref and by cpu; NaN stands for NaN. */
+/* In these precisions of Q.K and every one of P.V, in blocks of one key and in one block, in both
+ * orders, by ref and by cpu; NaN stands for NaN. */
 static void small_is(small x, int first_qk, int last_qk, double o, double lse)
 {
     for (int n = first_qk * PVS; n < (last_qk + 1) * PVS; n++)
@@ -1376,18 +1500,19 @@ static void small_is(small x, int first_qk, int last_qk, double o, double lse)
             x.o.pv = precisions[n % PVS];
             x.o.block_k = way & 2 ? 1 : 64;
             ask_small(&x, backend, way & 4, &got[0], &got[1]);
-            const double want[] = { o, lse };
+            const double want[] = {o, lse};
             for (int e = 0; e < 2; e++)
-                check(isnan(want[e]) ? isnan(got[e]) : fabs((double)got[e] - want[e]) <= 1e-6 * fabs(want[e]),
+                check(isnan(want[e]) ? isnan(got[e])
+                                     : fabs((double)got[e] - want[e]) <= 1e-6 * fabs(want[e]),
                       "qk %s, pv %s, %s, way %d: %s is %g, should be %g", precision_names[n / PVS],
-                      precision_names[n % PVS], sparge_backend_string(backend), way, e ? "lse" : "o", (double)got[e],
-                      want[e]);
+                      precision_names[n % PVS], sparge_backend_string(backend), way,
+                      e ? "lse" : "o", (double)got[e], want[e]);
         }
 }
 
 static small small_of(int64_t keys, int64_t dim, const float *q, const float *k, const float *v)
 {
-    small x = { keys, dim, q, k, v, SPARGE_F32, sparge_options_default(SPARGE_RULES_DEFAULT) };
+    small x = {keys, dim, q, k, v, SPARGE_F32, sparge_options_default(SPARGE_RULES_DEFAULT)};
     x.o.block_q = 1;
     x.o.smooth_k = false;
     return x;
@@ -1396,7 +1521,7 @@ static small small_of(int64_t keys, int64_t dim, const float *q, const float *k,
 /* The largest key weighs exactly 1: an fma of a score less its own rounding is 2^38 off at 2^62. */
 Test(attend, the_largest_key_weighs_one)
 {
-    float q[64], k[128], v[2] = { 1.0f, 0.0f };
+    float q[64], k[128], v[2] = {1.0f, 0.0f};
     for (int c = 0; c < 64; c++) {
         q[c] = 24992.0f;
         k[c] = 22496.0f;
@@ -1410,37 +1535,38 @@ Test(attend, the_largest_key_weighs_one)
     small_is(x, 0, 2, 1.0, 8.0 * 24992.0 * 22496.0);
     for (int n = 0; n < 60; n++) {
         check_case("size %d", n);
-        const float large = ldexpf(check_uniform(1.0f, 2.0f), n), keys[] = { large, -large, 0.0f };
-        const float each[] = { 3.0f, -3.0f }, key[] = { check_uniform(1.0f, 2.0f) };
-        small_is(small_of(1, 1, key, keys, each), 0, 2, 3.0, (double)large * (double)*key); /* alone in its tile */
+        const float large = ldexpf(check_uniform(1.0f, 2.0f), n), keys[] = {large, -large, 0.0f};
+        const float each[] = {3.0f, -3.0f}, key[] = {check_uniform(1.0f, 2.0f)};
+        small_is(small_of(1, 1, key, keys, each), 0, 2, 3.0,
+                 (double)large * (double)*key); /* alone in its tile */
         small y = small_of(2, 1, key, keys, each);
         if (n >= 8) /* the other is far below */
             small_is(y, 0, 2, 3.0, (double)large * (double)*key);
     }
 }
 
-/* Finite inputs whose scores no float holds. A score of -inf weighs 0; where all are so, or one is +inf, or an
- * f32 dot product makes inf - inf, the row is NaN: it is neither taken for one without keys nor given equal
- * weights. In any order of the keys, in one tile or in several. */
+/* Finite inputs whose scores no float holds. A score of -inf weighs 0; where all are so, or one is
+ * +inf, or an f32 dot product makes inf - inf, the row is NaN: it is neither taken for one without
+ * keys nor given equal weights. In any order of the keys, in one tile or in several. */
 Test(attend, scores_that_overflow)
 {
-    const float one[] = { 1e20f, 1e20f, 1e20f, 1e20f }, v[] = { 1.0f, -1.0f, 1.0f };
-    const float beside_zero[] = { 0, 0, 0, 0, -1e20f, -1e20f, -1e20f, -1e20f };
+    const float one[] = {1e20f, 1e20f, 1e20f, 1e20f}, v[] = {1.0f, -1.0f, 1.0f};
+    const float beside_zero[] = {0, 0, 0, 0, -1e20f, -1e20f, -1e20f, -1e20f};
     check_case("-inf beside 0");
     small_is(small_of(2, 4, one, beside_zero, v), 0, 2, 1.0, 0.0);
     check_case("-inf alone");
     small_is(small_of(1, 4, one, beside_zero + 4, v), 0, 2, NAN, NAN);
     check_case("-inf twice");
-    const float twice[] = { -1e20f, -1e20f, -1e20f, -1e20f, -2e20f, -2e20f, -2e20f, -2e20f };
+    const float twice[] = {-1e20f, -1e20f, -1e20f, -1e20f, -2e20f, -2e20f, -2e20f, -2e20f};
     small_is(small_of(2, 4, one, twice, v), 0, 2, NAN, NAN);
     check_case("+inf among others");
-    const float above[] = { 0, 0, 0, 0, 1e20f, 1e20f, 1e20f, 1e20f, -1e20f, -1e20f, -1e20f, -1e20f };
+    const float above[] = {0, 0, 0, 0, 1e20f, 1e20f, 1e20f, 1e20f, -1e20f, -1e20f, -1e20f, -1e20f};
     small_is(small_of(3, 4, one, above, v), 0, 2, NAN, NAN);
     check_case("inf - inf, which codes cancel");
-    const float cancels[] = { 1e20f, -1e20f, 0, 0, 1e-20f, 0, 0, 0, 0, 1e-20f, 0, 0 };
+    const float cancels[] = {1e20f, -1e20f, 0, 0, 1e-20f, 0, 0, 0, 0, 1e-20f, 0, 0};
     small_is(small_of(3, 4, one, cancels, v), 2, 2, NAN, NAN);
     check_case("a unit that is not finite, whatever the codes are");
-    const float largest[] = { 3e38f, 0, 0, 0 }, key[] = { 3e38f, 0, 0, 0, 0, 3e38f, 0, 0 };
+    const float largest[] = {3e38f, 0, 0, 0}, key[] = {3e38f, 0, 0, 0, 0, 3e38f, 0, 0};
     small_is(small_of(1, 4, largest, key, v), 0, 2, NAN, NAN);
     small_is(small_of(1, 4, largest, key + 4, v), 0, 1, NAN, NAN);
     small_is(small_of(1, 4, largest, key + 4, v), 2, 2, 1.0, 0.0);
@@ -1457,12 +1583,19 @@ Test(attend, output_over_q)
         v[e] = check_normal();
     }
     const sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
-    const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 64, .k_len = 64,
-        .dim = 8, .dim_v = 8, .q = { q, SPARGE_F32, 0, 0, 8 }, .k = { k, SPARGE_F32, 0, 0, 8 },
-        .v = { v, SPARGE_F32, 0, 0, 8 } };
-    float *const place[] = { o, q };
+    const sparge_problem p = {.batch = 1,
+                              .heads = 1,
+                              .kv_heads = 1,
+                              .q_len = 64,
+                              .k_len = 64,
+                              .dim = 8,
+                              .dim_v = 8,
+                              .q = {q, SPARGE_F32, 0, 0, 8},
+                              .k = {k, SPARGE_F32, 0, 0, 8},
+                              .v = {v, SPARGE_F32, 0, 0, 8}};
+    float *const place[] = {o, q};
     for (int n = 0; n < 2; n++) {
-        sparge_result r = { .o = { place[n], SPARGE_F32, 0, 0, 8 }, .lse = lse[n] };
+        sparge_result r = {.o = {place[n], SPARGE_F32, 0, 0, 8}, .lse = lse[n]};
         cr_assert_eq(sparge_attend(&p, &options, NULL, &r, NULL), SPARGE_OK);
     }
     check_same(q, o, 64 * 8);

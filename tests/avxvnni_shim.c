@@ -1,5 +1,5 @@
-/* avxvnni_shim.c: tests/avxvnni_shim.h against plain arithmetic, from the extremes inwards. Built with
-   -mavx2. */
+/* avxvnni_shim.c: tests/avxvnni_shim.h against plain arithmetic, from the extremes inwards. Built
+   with -mavx2. */
 #include "tests/avxvnni_shim.h"
 #include <stdint.h>
 #include <stdio.h>

@@ -13,7 +13,8 @@ __attribute__((target("avx2"))) static inline __m256i shim_dpwssd(__m256i sum, _
 }
 
 /* vpmaddubsw would saturate. Widened to 16 bits, even and odd bytes apart, every sum is exact. */
-__attribute__((target("avx2"))) static inline __m256i shim_dpbusd(__m256i sum, __m256i u8, __m256i s8)
+__attribute__((target("avx2"))) static inline __m256i shim_dpbusd(__m256i sum, __m256i u8,
+                                                                  __m256i s8)
 {
     const __m256i even_u8 = _mm256_and_si256(u8, _mm256_set1_epi16(0xFF));
     const __m256i even_s8 = _mm256_srai_epi16(_mm256_slli_epi16(s8, 8), 8);
@@ -22,7 +23,8 @@ __attribute__((target("avx2"))) static inline __m256i shim_dpbusd(__m256i sum, _
     return shim_dpwssd(shim_dpwssd(sum, even_u8, even_s8), odd_u8, odd_s8);
 }
 
-/* The compiler's own header has come first, and is not read again: from here on its names are ours. */
+/* The compiler's own header has come first, and is not read again: from here on its names are ours.
+ */
 #undef _mm256_dpbusd_avx_epi32
 #undef _mm256_dpwssd_avx_epi32
 #define _mm256_dpbusd_avx_epi32 shim_dpbusd

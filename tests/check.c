@@ -58,7 +58,7 @@ float check_normal(void) /* Box & Muller 1958; u is never 0 */
 
 /* In memory: the size, padded; a guard; the caller's bytes; a guard. */
 enum { HEAD = 64, GUARD = 256 };
-static const uint8_t guard[2] = { 0xFA, 0x7F }; /* 0x7FFA, 0x7FFA7FFA, ...: a NaN of every width */
+static const uint8_t guard[2] = {0xFA, 0x7F}; /* 0x7FFA, 0x7FFA7FFA, ...: a NaN of every width */
 
 void *check_alloc(size_t bytes)
 {
@@ -118,11 +118,17 @@ const char *check_distance(double got, double want, double tolerance)
 
 static const char *value_text(const void *at, size_t size, bool is_float)
 {
-    union { float f; double d; uint64_t bits; } value = { .bits = 0 };
+    union {
+        float f;
+        double d;
+        uint64_t bits;
+    } value = {.bits = 0};
     memcpy(&value, at, size); /* an integer is in the low bytes: the machine is little-endian */
     const double x = size == sizeof value.f ? (double)value.f : value.d;
-    return is_float ? check_text("%.9g (%a)", x, x) : check_text("%" PRId64 " (0x%" PRIx64 ")",
-        (int64_t)(value.bits << (64 - 8 * size)) >> (64 - 8 * size), value.bits);
+    return is_float ? check_text("%.9g (%a)", x, x)
+                    : check_text("%" PRId64 " (0x%" PRIx64 ")",
+                                 (int64_t)(value.bits << (64 - 8 * size)) >> (64 - 8 * size),
+                                 value.bits);
 }
 
 static bool is_nan(const uint8_t *at, size_t size)
@@ -136,14 +142,15 @@ static bool is_nan(const uint8_t *at, size_t size)
 /* Bit for bit, but that one NaN is as good as another, unless it is what check_alloc filled in. */
 static bool same_value(const uint8_t *a, const uint8_t *b, size_t size, bool is_float)
 {
-    static const uint8_t unwritten[] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff };
+    static const uint8_t unwritten[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff};
     if (memcmp(a, b, size) == 0)
         return true;
     return is_float && is_nan(a, size) && is_nan(b, size) && memcmp(a, unwritten, size) != 0 &&
            memcmp(b, unwritten, size) != 0;
 }
 
-const char *check_difference(const void *got, const void *want, size_t count, size_t size, bool is_float)
+const char *check_difference(const void *got, const void *want, size_t count, size_t size,
+                             bool is_float)
 {
     const uint8_t *a = (const uint8_t *)got, *b = (const uint8_t *)want;
     for (size_t i = 0; i < count * size; i += size)

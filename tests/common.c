@@ -12,8 +12,8 @@
 
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
-/* How many floats a sweep steps over: it visits all of them when SPARGE_EXHAUSTIVE is set, few under
- * the sanitizers. */
+/* How many floats a sweep steps over: it visits all of them when SPARGE_EXHAUSTIVE is set, few
+ * under the sanitizers. */
 static uint32_t stride(uint32_t usual)
 {
 #ifdef SPARGE_SANITIZED
@@ -33,7 +33,7 @@ Test(check, guards_fire)
         for (size_t i = 0; i < bytes; i++)
             check_equal(buffer[i], 0xFF);
         cr_assert_null(check_guards(buffer));
-        const ptrdiff_t outside[] = { -1, -256, (ptrdiff_t)bytes, (ptrdiff_t)bytes + 255 };
+        const ptrdiff_t outside[] = {-1, -256, (ptrdiff_t)bytes, (ptrdiff_t)bytes + 255};
         for (size_t i = 0; i < COUNT(outside); i++) {
             buffer[outside[i]] ^= 1;
             cr_assert_not_null(check_guards(buffer), "a write at %td of %zu", outside[i], bytes);
@@ -64,8 +64,8 @@ Test(check, comparisons)
     cr_assert_not_null(check_distance(1.0, NAN, INFINITY));
     cr_assert_not_null(check_distance(NAN, 1.0, INFINITY));
     cr_assert_not_null(check_distance(1.0, 1.5, NAN));
-    const float zeros[] = { 1.0f, 0.0f, NAN }, others[] = { 1.0f, -0.0f, NAN };
-    const int8_t codes[] = { 3, -127 }, more[] = { 3, 127 };
+    const float zeros[] = {1.0f, 0.0f, NAN}, others[] = {1.0f, -0.0f, NAN};
+    const int8_t codes[] = {3, -127}, more[] = {3, 127};
     check_same(zeros, zeros, 3);
     cr_assert_str_eq(check_difference(zeros, others, 3, 4, true),
                      "[1] of 3 is 0 (0x0p+0), should be -0 (-0x0p+0)");
@@ -109,11 +109,23 @@ Test(check, draws)
 
 Test(common, integers)
 {
-    static const struct { int64_t a, b, quotient; } ceil_div[] = {
-        { 0, 1, 0 },   { 0, 64, 0 },  { 1, 64, 1 },  { 63, 64, 1 },   { 64, 64, 1 },
-        { 65, 64, 2 }, { 7, 1, 7 },   { 16, 8, 2 },  { 17, 8, 3 },    { 127, 128, 1 },
-        { 1048577, 64, 16385 },       { 3000000001, 64, 46875001 },
-        { INT64_MAX, 1, INT64_MAX },  { INT64_MAX, 64, 144115188075855872 },
+    static const struct {
+        int64_t a, b, quotient;
+    } ceil_div[] = {
+        {0, 1, 0},
+        {0, 64, 0},
+        {1, 64, 1},
+        {63, 64, 1},
+        {64, 64, 1},
+        {65, 64, 2},
+        {7, 1, 7},
+        {16, 8, 2},
+        {17, 8, 3},
+        {127, 128, 1},
+        {1048577, 64, 16385},
+        {3000000001, 64, 46875001},
+        {INT64_MAX, 1, INT64_MAX},
+        {INT64_MAX, 64, 144115188075855872},
     };
     for (size_t i = 0; i < COUNT(ceil_div); i++) {
         check_case("%lld / %lld", (long long)ceil_div[i].a, (long long)ceil_div[i].b);
@@ -127,19 +139,23 @@ Test(common, integers)
 
 Test(common, float_bits)
 {
-    static const struct { float x; uint32_t bits; bool finite; } table[] = {
-        { 0.0f, 0x00000000, true },      { -0.0f, 0x80000000, true },
-        { 1.0f, 0x3f800000, true },      { -2.0f, 0xc0000000, true },
-        { 0x1p-149f, 0x00000001, true }, { FLT_MIN, 0x00800000, true },
-        { FLT_MAX, 0x7f7fffff, true },   { -FLT_MAX, 0xff7fffff, true },
-        { INFINITY, 0x7f800000, false }, { -INFINITY, 0xff800000, false },
+    static const struct {
+        float x;
+        uint32_t bits;
+        bool finite;
+    } table[] = {
+        {0.0f, 0x00000000, true},      {-0.0f, 0x80000000, true},
+        {1.0f, 0x3f800000, true},      {-2.0f, 0xc0000000, true},
+        {0x1p-149f, 0x00000001, true}, {FLT_MIN, 0x00800000, true},
+        {FLT_MAX, 0x7f7fffff, true},   {-FLT_MAX, 0xff7fffff, true},
+        {INFINITY, 0x7f800000, false}, {-INFINITY, 0xff800000, false},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_equal(sparge_float_bits(table[i].x), table[i].bits);
         check_equal(sparge_bits_float(table[i].bits), table[i].x);
         check_equal(sparge_finite(table[i].x), table[i].finite);
     }
-    static const uint32_t nans[] = { 0x7fc00000, 0xffc00000, 0x7f800001, 0xff800001, 0x7fffffff };
+    static const uint32_t nans[] = {0x7fc00000, 0xffc00000, 0x7f800001, 0xff800001, 0x7fffffff};
     for (size_t i = 0; i < COUNT(nans); i++) {
         cr_assert(isnan(sparge_bits_float(nans[i])));
         check_equal(sparge_finite(sparge_bits_float(nans[i])), false);
@@ -160,12 +176,30 @@ static void round_near(float center)
 
 Test(common, round_half_away)
 {
-    static const struct { float x; int32_t n; } table[] = {
-        { 0.0f, 0 },         { -0.0f, 0 },          { 0.49999997f, 0 }, { -0.49999997f, 0 },
-        { 0.5f, 1 },         { -0.5f, -1 },         { 0.50000006f, 1 }, { 1.4999999f, 1 },
-        { 1.5f, 2 },         { 2.5f, 3 },           { -2.5f, -3 },      { 2.4999998f, 2 },
-        { 126.49999f, 126 }, { 126.5f, 127 },       { -126.5f, -127 },  { 2046.4999f, 2046 },
-        { 2046.5f, 2047 },   { 4194303.5f, 4194304 }, { -4194303.5f, -4194304 }, { FLT_MIN, 0 },
+    static const struct {
+        float x;
+        int32_t n;
+    } table[] = {
+        {0.0f, 0},
+        {-0.0f, 0},
+        {0.49999997f, 0},
+        {-0.49999997f, 0},
+        {0.5f, 1},
+        {-0.5f, -1},
+        {0.50000006f, 1},
+        {1.4999999f, 1},
+        {1.5f, 2},
+        {2.5f, 3},
+        {-2.5f, -3},
+        {2.4999998f, 2},
+        {126.49999f, 126},
+        {126.5f, 127},
+        {-126.5f, -127},
+        {2046.4999f, 2046},
+        {2046.5f, 2047},
+        {4194303.5f, 4194304},
+        {-4194303.5f, -4194304},
+        {FLT_MIN, 0},
     };
     for (size_t i = 0; i < COUNT(table); i++)
         check_equal(sparge_round(table[i].x), table[i].n);
@@ -179,8 +213,8 @@ Test(common, round_half_away)
         const float x = sparge_bits_float((uint32_t)(check_random() % 0x4a800000));
         const float y = -check_uniform(0.0f, 4194304.0f);
         if (sparge_round(x) != (int32_t)roundf(x) || sparge_round(y) != (int32_t)roundf(y))
-            cr_assert_fail("round(%a) is %d, round(%a) is %d", (double)x, sparge_round(x), (double)y,
-                           sparge_round(y));
+            cr_assert_fail("round(%a) is %d, round(%a) is %d", (double)x, sparge_round(x),
+                           (double)y, sparge_round(y));
     }
 }
 
@@ -189,13 +223,30 @@ Test(common, round_half_away)
 /* The bits, which are not always the nearest float's: -1/2 and -3/2 stand on two sides of a tie. */
 Test(common, exp2_values)
 {
-    static const struct { float x, y; } table[] = {
-        { 0.0f, 1.0f },           { -0.0f, 1.0f },         { -FLT_MIN, 1.0f },  { -0x1p-149f, 1.0f },
-        { -0x1p-26f, 1.0f },      { -1.0f, 0.5f },         { -2.0f, 0.25f },    { -10.0f, 0x1p-10f },
-        { -0.5f, 0x1.6a09e8p-1f }, { -1.5f, 0x1.6a09e6p-2f }, { -2.5f, 0x1.6a09e8p-3f },
-        { -0.25f, 0x1.ae89fap-1f }, { -100.25f, 0x1.ae89fap-101f },
-        { -126.0f, 0x1p-126f },   { -0x1.f80002p6f, 0.0f }, { -127.0f, 0.0f }, { -149.0f, 0.0f },
-        { -150.0f, 0.0f },        { -1e30f, 0.0f },         { -FLT_MAX, 0.0f }, { -INFINITY, 0.0f },
+    static const struct {
+        float x, y;
+    } table[] = {
+        {0.0f, 1.0f},
+        {-0.0f, 1.0f},
+        {-FLT_MIN, 1.0f},
+        {-0x1p-149f, 1.0f},
+        {-0x1p-26f, 1.0f},
+        {-1.0f, 0.5f},
+        {-2.0f, 0.25f},
+        {-10.0f, 0x1p-10f},
+        {-0.5f, 0x1.6a09e8p-1f},
+        {-1.5f, 0x1.6a09e6p-2f},
+        {-2.5f, 0x1.6a09e8p-3f},
+        {-0.25f, 0x1.ae89fap-1f},
+        {-100.25f, 0x1.ae89fap-101f},
+        {-126.0f, 0x1p-126f},
+        {-0x1.f80002p6f, 0.0f},
+        {-127.0f, 0.0f},
+        {-149.0f, 0.0f},
+        {-150.0f, 0.0f},
+        {-1e30f, 0.0f},
+        {-FLT_MAX, 0.0f},
+        {-INFINITY, 0.0f},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("2^%a", (double)table[i].x);
@@ -206,9 +257,9 @@ Test(common, exp2_values)
     cr_assert(isnan(sparge_exp2(NAN)) && isnan(sparge_exp2(-NAN)));
 }
 
-/* Every step-th float from `first` downward to `last`, against libm in double; returns a hash of the
- * results. Measured over all floats of [-126, 0]: worst error 0.951575 ulp, at -0.496009678; never above
- * 1; not monotone, since 83025 floats give 1 ulp more than their upper neighbour. */
+/* Every step-th float from `first` downward to `last`, against libm in double; returns a hash of
+ * the results. Measured over all floats of [-126, 0]: worst error 0.951575 ulp, at -0.496009678;
+ * never above 1; not monotone, since 83025 floats give 1 ulp more than their upper neighbour. */
 static uint64_t exp2_sweep(float first, float last, uint32_t step)
 {
     double worst = 0.0;
@@ -237,17 +288,18 @@ static uint64_t exp2_sweep(float first, float last, uint32_t step)
         before = y;
         hash = fnv1a(hash, sparge_float_bits(y));
     }
-    cr_log_info("exp2 from %g to %g by %u: worst %.6f ulp at %a (%.9g), %u rises of 1 ulp", (double)first,
-                (double)last, step, worst, (double)worst_x, (double)worst_x, rises);
+    cr_log_info("exp2 from %g to %g by %u: worst %.6f ulp at %a (%.9g), %u rises of 1 ulp",
+                (double)first, (double)last, step, worst, (double)worst_x, (double)worst_x, rises);
     return hash;
 }
 
-/* 2^x is 2^f times a power of two, f = x - n exactly, n the nearest integer. Each f that a float below
- * -1.5 leads to is also that of a float in [-1.5, -0.5], for the floats there lie closer, and the power
- * of two changes no bit of the mantissa: below -1.5 a sample checks the exponent. Above -2^-13 the
- * floats lie 1000 and more to an ulp of the result, above -2^-26 all give 1: a sample again. The rest is
- * checked float by float, in two processes. SPARGE_EXHAUSTIVE=1 checks every float there is (1.1e9).
- * The hashes pin every bit: they are the same from each compiler at each level, contraction on or off. */
+/* 2^x is 2^f times a power of two, f = x - n exactly, n the nearest integer. Each f that a float
+ * below -1.5 leads to is also that of a float in [-1.5, -0.5], for the floats there lie closer, and
+ * the power of two changes no bit of the mantissa: below -1.5 a sample checks the exponent. Above
+ * -2^-13 the floats lie 1000 and more to an ulp of the result, above -2^-26 all give 1: a sample
+ * again. The rest is checked float by float, in two processes. SPARGE_EXHAUSTIVE=1 checks every
+ * float there is (1.1e9). The hashes pin every bit: they are the same from each compiler at each
+ * level, contraction on or off. */
 Test(common, exp2_every_float_to_2_6)
 {
     const uint64_t hash = exp2_sweep(-0x1p-6f, -1.5f, stride(1));
@@ -285,29 +337,33 @@ Test(common, exp2_bits)
 
 /* ---- dot -------------------------------------------------------------------------------- */
 
-/* 2^24 in channel 0 and ones elsewhere, all times one. A single 1 added to 2^24 is lost, two together
- * are not, so that each line tells one order of addition from another. */
+/* 2^24 in channel 0 and ones elsewhere, all times one. A single 1 added to 2^24 is lost, two
+ * together are not, so that each line tells one order of addition from another. */
 Test(common, dot_order)
 {
-    static const struct { int64_t n; int at[4]; float sum; } table[] = {
-        { 16, { 8 }, 0x1p24f },                 /* 8 + 8: straight onto the 2^24 */
-        { 16, { 4, 12 }, 0x1.000002p24f },      /* 8 + 8: first together */
-        { 16, { 2, 10 }, 0x1.000002p24f },
-        { 16, { 1, 9 }, 0x1.000002p24f },
-        { 16, { 2, 6 }, 0x1.000002p24f },       /* 4 + 4 */
-        { 16, { 1, 5 }, 0x1.000002p24f },
-        { 16, { 1, 3 }, 0x1.000002p24f },       /* 2 + 2 */
-        { 16, { 8, 4, 2, 1 }, 0x1p24f },        /* one at each level */
-        { 16, { 1, 2 }, 0x1p24f },              /* neighbours never meet early */
-        { 16, { 8, 9 }, 0x1p24f },
-        { 32, { 16 }, 0x1p24f },                /* channel 16 goes to partial 0 */
-        { 32, { 1, 17 }, 0x1.000002p24f },      /* and 17 to partial 1 */
-        { 32, { 8, 24 }, 0x1.000002p24f },
-        { 32, { 16, 8 }, 0x1p24f },
-        { 19, { 16 }, 0x1p24f },                /* also in a tail */
-        { 19, { 2, 18 }, 0x1.000002p24f },
-        { 7, { 2, 6 }, 0x1.000002p24f },
-        { 48, { 15, 31, 47, 7 }, 0x1.000004p24f },
+    static const struct {
+        int64_t n;
+        int at[4];
+        float sum;
+    } table[] = {
+        {16, {8}, 0x1p24f},            /* 8 + 8: straight onto the 2^24 */
+        {16, {4, 12}, 0x1.000002p24f}, /* 8 + 8: first together */
+        {16, {2, 10}, 0x1.000002p24f},
+        {16, {1, 9}, 0x1.000002p24f},
+        {16, {2, 6}, 0x1.000002p24f}, /* 4 + 4 */
+        {16, {1, 5}, 0x1.000002p24f},
+        {16, {1, 3}, 0x1.000002p24f}, /* 2 + 2 */
+        {16, {8, 4, 2, 1}, 0x1p24f},  /* one at each level */
+        {16, {1, 2}, 0x1p24f},        /* neighbours never meet early */
+        {16, {8, 9}, 0x1p24f},
+        {32, {16}, 0x1p24f},           /* channel 16 goes to partial 0 */
+        {32, {1, 17}, 0x1.000002p24f}, /* and 17 to partial 1 */
+        {32, {8, 24}, 0x1.000002p24f},
+        {32, {16, 8}, 0x1p24f},
+        {19, {16}, 0x1p24f}, /* also in a tail */
+        {19, {2, 18}, 0x1.000002p24f},
+        {7, {2, 6}, 0x1.000002p24f},
+        {48, {15, 31, 47, 7}, 0x1.000004p24f},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
@@ -329,7 +385,7 @@ Test(common, dot_order)
 Test(common, dot_fused)
 {
     /* (1 + 2^-12)^2 - 1: the last bit of the square survives only in a fused multiply-add. */
-    float a[17] = { [0] = -1.0f, [16] = 0x1.001p0f }, b[17] = { [0] = 1.0f, [16] = 0x1.001p0f };
+    float a[17] = {[0] = -1.0f, [16] = 0x1.001p0f}, b[17] = {[0] = 1.0f, [16] = 0x1.001p0f};
     check_equal(sparge_dot(a, b, 17), 0x1.0008p-11f);
     check_equal(sparge_dot(a, b, 0), 0.0f);
     a[3] = NAN;
@@ -342,8 +398,9 @@ Test(common, dot_every_length)
 {
     for (int64_t n = 0; n <= 260; n++) {
         check_case("%lld channels", (long long)n);
-        float *a = (float *)check_alloc((size_t)n * sizeof *a), *b = (float *)check_alloc((size_t)n * sizeof *b);
-        float p[16] = { 0 };
+        float *a = (float *)check_alloc((size_t)n * sizeof *a),
+              *b = (float *)check_alloc((size_t)n * sizeof *b);
+        float p[16] = {0};
         for (int64_t c = 0; c < n; c++) {
             a[c] = check_normal();
             b[c] = check_normal();
@@ -366,18 +423,22 @@ Test(common, blocks)
     static const struct {
         int64_t q_len, k_len, block_q, block_k, q_blocks, k_blocks, last_q_rows, last_k_rows;
     } table[] = {
-        { 256, 128, 128, 64, 2, 2, 128, 64 },     { 300, 200, 128, 64, 3, 4, 44, 8 },
-        { 257, 129, 128, 64, 3, 3, 1, 1 },        { 255, 127, 128, 64, 2, 2, 127, 63 },
-        { 5, 3, 128, 64, 1, 1, 5, 3 },            { 20, 20, 16, 8, 2, 3, 4, 4 },
-        { 3, 3, 1, 1, 3, 3, 1, 1 },               { 100, 100, 64, 128, 2, 1, 36, 100 },
-        { 1048576, 1048576, 128, 64, 8192, 16384, 128, 64 },
-        { 3000000001, 3000000007, 128, 64, 23437501, 46875001, 1, 7 },
-        { 1099511627776, 1099511627777, 16, 8, 68719476736, 137438953473, 16, 1 },
+        {256, 128, 128, 64, 2, 2, 128, 64},
+        {300, 200, 128, 64, 3, 4, 44, 8},
+        {257, 129, 128, 64, 3, 3, 1, 1},
+        {255, 127, 128, 64, 2, 2, 127, 63},
+        {5, 3, 128, 64, 1, 1, 5, 3},
+        {20, 20, 16, 8, 2, 3, 4, 4},
+        {3, 3, 1, 1, 3, 3, 1, 1},
+        {100, 100, 64, 128, 2, 1, 36, 100},
+        {1048576, 1048576, 128, 64, 8192, 16384, 128, 64},
+        {3000000001, 3000000007, 128, 64, 23437501, 46875001, 1, 7},
+        {1099511627776, 1099511627777, 16, 8, 68719476736, 137438953473, 16, 1},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        const sparge_geometry g = sparge_geometry_make(table[i].q_len, table[i].k_len, table[i].block_q,
-                                                       table[i].block_k, NONE);
+        const sparge_geometry g = sparge_geometry_make(table[i].q_len, table[i].k_len,
+                                                       table[i].block_q, table[i].block_k, NONE);
         check_equal(g.q_len, table[i].q_len);
         check_equal(g.k_len, table[i].k_len);
         check_equal(g.block_q, table[i].block_q);
@@ -405,29 +466,44 @@ Test(common, keys_seen)
         int causal;
         int64_t t, last, j, seen;
     } table[] = {
-        { 300, 200, NONE, 0, 199, 0, 64 },    { 300, 200, NONE, 0, 199, 3, 8 },
-        { 300, 200, NONE, 299, 199, 3, 8 },   { 1, 300, NONE, 0, 299, 4, 44 },
-        { 200, 200, END, 0, 0, 0, 1 },        { 200, 200, END, 0, 0, 1, 0 },
-        { 200, 200, END, 63, 63, 0, 64 },     { 200, 200, END, 64, 64, 1, 1 },
-        { 200, 200, END, 199, 199, 3, 8 },    { 200, 200, START, 199, 199, 3, 8 },
-        { 200, 200, START, 64, 64, 1, 1 },    { 200, 200, START, 63, 63, 1, 0 },
-        { 200, 300, END, 0, 100, 1, 37 },     { 200, 300, END, 0, 100, 0, 64 },
-        { 200, 300, END, 0, 100, 2, 0 },      { 200, 300, END, 199, 299, 4, 44 },
-        { 200, 300, END, 198, 298, 4, 43 },   { 1, 300, END, 0, 299, 4, 44 },
-        { 200, 300, START, 0, 0, 0, 1 },      { 200, 300, START, 199, 199, 3, 8 },
-        { 200, 300, START, 199, 199, 4, 0 },  { 300, 200, END, 0, -100, 0, 0 },
-        { 300, 200, END, 99, -1, 0, 0 },      { 300, 200, END, 100, 0, 0, 1 },
-        { 300, 200, END, 163, 63, 0, 64 },    { 300, 200, END, 163, 63, 1, 0 },
-        { 300, 200, END, 299, 199, 3, 8 },    { 300, 200, START, 0, 0, 0, 1 },
-        { 300, 200, START, 199, 199, 3, 8 },  { 300, 200, START, 200, 199, 3, 8 },
-        { 300, 200, START, 299, 199, 3, 8 },
-        { 1048576, 1048576, END, 1048575, 1048575, 16383, 64 },
-        { 1048576, 1048576, END, 1000000, 1000000, 15625, 1 },
-        { 3000000001, 3000000001, END, 3000000000, 3000000000, 46875000, 1 },
-        { 3000000001, 3000000001, NONE, 0, 3000000000, 46875000, 1 },
-        { 1, 1099511627776, END, 0, 1099511627775, 17179869183, 64 },
-        { 1099511627776, 64, END, 1099511627775, 63, 0, 64 },
-        { 1099511627776, 64, END, 0, -1099511627712, 0, 0 },
+        {300, 200, NONE, 0, 199, 0, 64},
+        {300, 200, NONE, 0, 199, 3, 8},
+        {300, 200, NONE, 299, 199, 3, 8},
+        {1, 300, NONE, 0, 299, 4, 44},
+        {200, 200, END, 0, 0, 0, 1},
+        {200, 200, END, 0, 0, 1, 0},
+        {200, 200, END, 63, 63, 0, 64},
+        {200, 200, END, 64, 64, 1, 1},
+        {200, 200, END, 199, 199, 3, 8},
+        {200, 200, START, 199, 199, 3, 8},
+        {200, 200, START, 64, 64, 1, 1},
+        {200, 200, START, 63, 63, 1, 0},
+        {200, 300, END, 0, 100, 1, 37},
+        {200, 300, END, 0, 100, 0, 64},
+        {200, 300, END, 0, 100, 2, 0},
+        {200, 300, END, 199, 299, 4, 44},
+        {200, 300, END, 198, 298, 4, 43},
+        {1, 300, END, 0, 299, 4, 44},
+        {200, 300, START, 0, 0, 0, 1},
+        {200, 300, START, 199, 199, 3, 8},
+        {200, 300, START, 199, 199, 4, 0},
+        {300, 200, END, 0, -100, 0, 0},
+        {300, 200, END, 99, -1, 0, 0},
+        {300, 200, END, 100, 0, 0, 1},
+        {300, 200, END, 163, 63, 0, 64},
+        {300, 200, END, 163, 63, 1, 0},
+        {300, 200, END, 299, 199, 3, 8},
+        {300, 200, START, 0, 0, 0, 1},
+        {300, 200, START, 199, 199, 3, 8},
+        {300, 200, START, 200, 199, 3, 8},
+        {300, 200, START, 299, 199, 3, 8},
+        {1048576, 1048576, END, 1048575, 1048575, 16383, 64},
+        {1048576, 1048576, END, 1000000, 1000000, 15625, 1},
+        {3000000001, 3000000001, END, 3000000000, 3000000000, 46875000, 1},
+        {3000000001, 3000000001, NONE, 0, 3000000000, 46875000, 1},
+        {1, 1099511627776, END, 0, 1099511627775, 17179869183, 64},
+        {1099511627776, 64, END, 1099511627775, 63, 0, 64},
+        {1099511627776, 64, END, 0, -1099511627712, 0, 0},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
@@ -446,30 +522,44 @@ Test(common, blocks_seen)
         int causal;
         int64_t i, blocks;
     } table[] = {
-        { 300, 200, 128, 64, NONE, 0, 4 },  { 300, 200, 128, 64, NONE, 2, 4 },
-        { 300, 300, 128, 64, END, 0, 2 },   { 300, 300, 128, 64, END, 1, 4 },
-        { 300, 300, 128, 64, END, 2, 5 },   { 300, 300, 128, 64, START, 2, 5 },
-        { 200, 300, 128, 64, END, 0, 4 },   { 200, 300, 128, 64, END, 1, 5 },
-        { 200, 300, 128, 64, START, 0, 2 }, { 200, 300, 128, 64, START, 1, 4 },
-        { 300, 200, 128, 64, END, 0, 1 },   { 300, 200, 128, 64, END, 1, 3 },
-        { 300, 200, 128, 64, END, 2, 4 },   { 300, 200, 64, 64, END, 0, 0 },
-        { 300, 200, 100, 64, END, 0, 0 },   { 300, 200, 101, 64, END, 0, 1 },
-        { 300, 200, 128, 64, START, 0, 2 }, { 300, 200, 128, 64, START, 2, 4 },
-        { 20, 20, 16, 8, END, 0, 2 },       { 20, 20, 16, 8, END, 1, 3 },
-        { 20, 21, 16, 8, END, 0, 3 },       { 20, 20, 64, 128, END, 0, 1 },
-        { 3, 3, 1, 1, END, 0, 1 },          { 3, 3, 1, 1, START, 2, 3 },
-        { 100, 0, 128, 64, NONE, 0, 0 },    { 100, 0, 128, 64, END, 0, 0 },
-        { 100, 0, 128, 64, START, 0, 0 },   { 1, 1, 128, 64, END, 0, 1 },
-        { 1048576, 1048576, 128, 64, END, 0, 2 },
-        { 1048576, 1048576, 128, 64, END, 8191, 16384 },
-        { 3000000001, 3000000001, 128, 64, END, 23437500, 46875001 },
-        { 3000000001, 3000000001, 128, 64, END, 23437499, 46875000 },
-        { 1, 1099511627776, 128, 64, END, 0, 17179869184 },
+        {300, 200, 128, 64, NONE, 0, 4},
+        {300, 200, 128, 64, NONE, 2, 4},
+        {300, 300, 128, 64, END, 0, 2},
+        {300, 300, 128, 64, END, 1, 4},
+        {300, 300, 128, 64, END, 2, 5},
+        {300, 300, 128, 64, START, 2, 5},
+        {200, 300, 128, 64, END, 0, 4},
+        {200, 300, 128, 64, END, 1, 5},
+        {200, 300, 128, 64, START, 0, 2},
+        {200, 300, 128, 64, START, 1, 4},
+        {300, 200, 128, 64, END, 0, 1},
+        {300, 200, 128, 64, END, 1, 3},
+        {300, 200, 128, 64, END, 2, 4},
+        {300, 200, 64, 64, END, 0, 0},
+        {300, 200, 100, 64, END, 0, 0},
+        {300, 200, 101, 64, END, 0, 1},
+        {300, 200, 128, 64, START, 0, 2},
+        {300, 200, 128, 64, START, 2, 4},
+        {20, 20, 16, 8, END, 0, 2},
+        {20, 20, 16, 8, END, 1, 3},
+        {20, 21, 16, 8, END, 0, 3},
+        {20, 20, 64, 128, END, 0, 1},
+        {3, 3, 1, 1, END, 0, 1},
+        {3, 3, 1, 1, START, 2, 3},
+        {100, 0, 128, 64, NONE, 0, 0},
+        {100, 0, 128, 64, END, 0, 0},
+        {100, 0, 128, 64, START, 0, 0},
+        {1, 1, 128, 64, END, 0, 1},
+        {1048576, 1048576, 128, 64, END, 0, 2},
+        {1048576, 1048576, 128, 64, END, 8191, 16384},
+        {3000000001, 3000000001, 128, 64, END, 23437500, 46875001},
+        {3000000001, 3000000001, 128, 64, END, 23437499, 46875000},
+        {1, 1099511627776, 128, 64, END, 0, 17179869184},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        const sparge_geometry g = sparge_geometry_make(table[i].q_len, table[i].k_len, table[i].block_q,
-                                                       table[i].block_k, table[i].causal);
+        const sparge_geometry g = sparge_geometry_make(
+            table[i].q_len, table[i].k_len, table[i].block_q, table[i].block_k, table[i].causal);
         check_equal(sparge_blocks_seen(&g, table[i].i), table[i].blocks);
     }
 }
@@ -477,22 +567,24 @@ Test(common, blocks_seen)
 /* Does query t see key u? The definition, for every pair of short lengths. */
 static bool sees(int causal, int64_t q_len, int64_t k_len, int64_t t, int64_t u)
 {
-    return causal == NONE || (causal == START && u <= t) || (causal == END && q_len - t <= k_len - u);
+    return causal == NONE || (causal == START && u <= t) ||
+           (causal == END && q_len - t <= k_len - u);
 }
 
 Test(common, geometry_by_definition)
 {
-    static const int64_t blocks[][2] = { { 1, 1 }, { 4, 3 }, { 3, 4 }, { 5, 5 }, { 16, 8 }, { 8, 16 } };
+    static const int64_t blocks[][2] = {{1, 1}, {4, 3}, {3, 4}, {5, 5}, {16, 8}, {8, 16}};
     for (int64_t q_len = 0; q_len <= 18; q_len++)
         for (int64_t k_len = 0; k_len <= 18; k_len++)
             for (size_t b = 0; b < 3 * COUNT(blocks); b++) {
                 const int64_t bq = blocks[b / 3][0], bk = blocks[b / 3][1];
                 const int causal = (int)(b % 3);
-                check_case("%d x %d in %d x %d, causal %d", (int)q_len, (int)k_len, (int)bq, (int)bk, causal);
+                check_case("%d x %d in %d x %d, causal %d", (int)q_len, (int)k_len, (int)bq,
+                           (int)bk, causal);
                 const sparge_geometry g = sparge_geometry_make(q_len, k_len, bq, bk, causal);
-                int64_t of_block[18] = { 0 }, rows = 0;
+                int64_t of_block[18] = {0}, rows = 0;
                 for (int64_t t = 0; t < q_len; t++) {
-                    int64_t keys[18] = { 0 };
+                    int64_t keys[18] = {0};
                     for (int64_t u = 0; u < k_len; u++)
                         if (sees(causal, q_len, k_len, t, u)) {
                             keys[u / bk]++;
@@ -513,9 +605,9 @@ Test(common, geometry_by_definition)
 
 Test(common, mask_words)
 {
-    static const int64_t table[][2] = { { 0, 0 },  { 1, 1 },  { 31, 1 },  { 32, 1 },       { 33, 2 },
-                                        { 64, 2 }, { 65, 3 }, { 100, 4 }, { 16384, 512 },
-                                        { 137438953473, 4294967297 } };
+    static const int64_t table[][2] = {
+        {0, 0},  {1, 1},  {31, 1},  {32, 1},      {33, 2},
+        {64, 2}, {65, 3}, {100, 4}, {16384, 512}, {137438953473, 4294967297}};
     for (size_t i = 0; i < COUNT(table); i++)
         check_equal(sparge_mask_row_words(table[i][0]), table[i][1]);
 }
@@ -534,10 +626,10 @@ static void walk(const uint32_t *row, int64_t blocks, const int64_t *set)
 /* 100 blocks, with a set one on each side of every end of a word. */
 Test(common, mask_bits)
 {
-    static const int64_t all[] = { 0, 31, 32, 63, 64, 95, 99, 100 }, fewer[] = { 31, 63, 64, 99, 100 };
-    static const int64_t none[] = { 100 }, last[] = { 99, 100 };
-    static const uint32_t after_set[] = { 0x80000001, 0x80000001, 0x80000001, 0x00000008 };
-    static const uint32_t after_clear[] = { 0x80000000, 0x80000000, 0x00000001, 0x00000008 };
+    static const int64_t all[] = {0, 31, 32, 63, 64, 95, 99, 100}, fewer[] = {31, 63, 64, 99, 100};
+    static const int64_t none[] = {100}, last[] = {99, 100};
+    static const uint32_t after_set[] = {0x80000001, 0x80000001, 0x80000001, 0x00000008};
+    static const uint32_t after_clear[] = {0x80000000, 0x80000000, 0x00000001, 0x00000008};
     uint32_t *row = (uint32_t *)check_alloc(16);
     memset(row, 0, 16);
     walk(row, 100, none);
@@ -565,10 +657,10 @@ Test(common, mask_bits)
     memset(row, 0, 12);
     walk(row, 100, last); /* over three empty words */
     memset(row, 0, 16);
-    walk(row, 128, (const int64_t[]){ 128 }); /* to the end of the last word and not beyond */
+    walk(row, 128, (const int64_t[]){128});         /* to the end of the last word and not beyond */
     for (int64_t block = 0; block < 128; block++) { /* one alone, in every place of a word */
         sparge_mask_row_set(row, block);
-        walk(row, 128, (const int64_t[]){ block, 128 });
+        walk(row, 128, (const int64_t[]){block, 128});
         sparge_mask_row_clear(row, block);
     }
     memset(row, 0xFF, 16);
@@ -599,27 +691,54 @@ Test(common, mask_of_billions)
 
 Test(common, f16_values)
 {
-    static const struct { float x; uint16_t h; } table[] = {
-        { 0.0f, 0x0000 },           { -0.0f, 0x8000 },           { 1.0f, 0x3c00 },
-        { -2.0f, 0xc000 },          { 0.1f, 0x2e66 },            { 0x1.555556p-2f, 0x3555 },
-        { 65504.0f, 0x7bff },       { 65519.996f, 0x7bff },      { 65520.0f, 0x7c00 },
-        { -65520.0f, 0xfc00 },      { 65536.0f, 0x7c00 },        { FLT_MAX, 0x7c00 },
-        { INFINITY, 0x7c00 },       { -INFINITY, 0xfc00 },       { 2049.0f, 0x6800 },
-        { 2050.9998f, 0x6801 },     { 2051.0f, 0x6802 },         { 2051.0002f, 0x6802 },
-        { 0x1p-14f, 0x0400 },       { 0x1.ffcp-15f, 0x0400 },    { 0x1.ffbffep-15f, 0x03ff },
-        { 0x1.ff8p-15f, 0x03ff },   { 0x1p-24f, 0x0001 },        { 0x1p-25f, 0x0000 },
-        { 0x1.000002p-25f, 0x0001 }, { -0x1.000002p-25f, 0x8001 }, { 0x1.8p-24f, 0x0002 },
-        { 0x1.4p-23f, 0x0002 },     { 0x1.cp-23f, 0x0004 },      { -0x1p-25f, 0x8000 },
-        { FLT_MIN, 0x0000 },        { -0x1p-149f, 0x8000 },
+    static const struct {
+        float x;
+        uint16_t h;
+    } table[] = {
+        {0.0f, 0x0000},
+        {-0.0f, 0x8000},
+        {1.0f, 0x3c00},
+        {-2.0f, 0xc000},
+        {0.1f, 0x2e66},
+        {0x1.555556p-2f, 0x3555},
+        {65504.0f, 0x7bff},
+        {65519.996f, 0x7bff},
+        {65520.0f, 0x7c00},
+        {-65520.0f, 0xfc00},
+        {65536.0f, 0x7c00},
+        {FLT_MAX, 0x7c00},
+        {INFINITY, 0x7c00},
+        {-INFINITY, 0xfc00},
+        {2049.0f, 0x6800},
+        {2050.9998f, 0x6801},
+        {2051.0f, 0x6802},
+        {2051.0002f, 0x6802},
+        {0x1p-14f, 0x0400},
+        {0x1.ffcp-15f, 0x0400},
+        {0x1.ffbffep-15f, 0x03ff},
+        {0x1.ff8p-15f, 0x03ff},
+        {0x1p-24f, 0x0001},
+        {0x1p-25f, 0x0000},
+        {0x1.000002p-25f, 0x0001},
+        {-0x1.000002p-25f, 0x8001},
+        {0x1.8p-24f, 0x0002},
+        {0x1.4p-23f, 0x0002},
+        {0x1.cp-23f, 0x0004},
+        {-0x1p-25f, 0x8000},
+        {FLT_MIN, 0x0000},
+        {-0x1p-149f, 0x8000},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("%a", (double)table[i].x);
         check_equal(sparge_f32_to_f16(table[i].x), table[i].h);
     }
-    static const struct { uint16_t h; float x; } widened[] = {
-        { 0x0000, 0.0f },       { 0x8000, -0.0f },     { 0x3c00, 1.0f },         { 0xc000, -2.0f },
-        { 0x3555, 0x1.554p-2f }, { 0x7bff, 65504.0f }, { 0x7c00, INFINITY },     { 0xfc00, -INFINITY },
-        { 0x0001, 0x1p-24f },   { 0x8001, -0x1p-24f }, { 0x03ff, 0x1.ff8p-15f }, { 0x0400, 0x1p-14f },
+    static const struct {
+        uint16_t h;
+        float x;
+    } widened[] = {
+        {0x0000, 0.0f},        {0x8000, -0.0f},     {0x3c00, 1.0f},         {0xc000, -2.0f},
+        {0x3555, 0x1.554p-2f}, {0x7bff, 65504.0f},  {0x7c00, INFINITY},     {0xfc00, -INFINITY},
+        {0x0001, 0x1p-24f},    {0x8001, -0x1p-24f}, {0x03ff, 0x1.ff8p-15f}, {0x0400, 0x1p-14f},
     };
     for (size_t i = 0; i < COUNT(widened); i++)
         check_equal(sparge_f16_to_f32(widened[i].h), widened[i].x);
@@ -627,15 +746,18 @@ Test(common, f16_values)
 
 Test(common, bf16_values)
 {
-    static const struct { float x; uint16_t h; } table[] = {
-        { 0.0f, 0x0000 },        { -0.0f, 0x8000 },          { 1.0f, 0x3f80 },
-        { -2.0f, 0xc000 },       { 0x1.01p0f, 0x3f80 },      { 0x1.010002p0f, 0x3f81 },
-        { 0x1.02p0f, 0x3f81 },   { 0x1.03p0f, 0x3f82 },      { 0x1.02fffep0f, 0x3f81 },
-        { 0x1.fep127f, 0x7f7f }, { 0x1.fefffep127f, 0x7f7f }, { 0x1.ffp127f, 0x7f80 },
-        { FLT_MAX, 0x7f80 },     { -FLT_MAX, 0xff80 },       { INFINITY, 0x7f80 },
-        { -INFINITY, 0xff80 },   { 0x1p-149f, 0x0000 },      { 0x1p-134f, 0x0000 },
-        { 0x1.0002p-134f, 0x0001 }, { 0x1.8p-133f, 0x0002 }, { -0x1p-133f, 0x8001 },
-        { FLT_MIN, 0x0080 },     { 3.14159265f, 0x4049 },
+    static const struct {
+        float x;
+        uint16_t h;
+    } table[] = {
+        {0.0f, 0x0000},           {-0.0f, 0x8000},           {1.0f, 0x3f80},
+        {-2.0f, 0xc000},          {0x1.01p0f, 0x3f80},       {0x1.010002p0f, 0x3f81},
+        {0x1.02p0f, 0x3f81},      {0x1.03p0f, 0x3f82},       {0x1.02fffep0f, 0x3f81},
+        {0x1.fep127f, 0x7f7f},    {0x1.fefffep127f, 0x7f7f}, {0x1.ffp127f, 0x7f80},
+        {FLT_MAX, 0x7f80},        {-FLT_MAX, 0xff80},        {INFINITY, 0x7f80},
+        {-INFINITY, 0xff80},      {0x1p-149f, 0x0000},       {0x1p-134f, 0x0000},
+        {0x1.0002p-134f, 0x0001}, {0x1.8p-133f, 0x0002},     {-0x1p-133f, 0x8001},
+        {FLT_MIN, 0x0080},        {3.14159265f, 0x4049},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("%a", (double)table[i].x);
@@ -646,14 +768,16 @@ Test(common, bf16_values)
     check_equal(sparge_bf16_to_f32(0xff80), -INFINITY);
 }
 
-/* Every pattern widens to what its fields say and narrows to itself, and a NaN stays one of its sign. */
+/* Every pattern widens to what its fields say and narrows to itself, and a NaN stays one of its
+ * sign. */
 Test(common, half_every_pattern)
 {
     for (uint32_t i = 0; i <= 0xffff; i++) {
         const uint16_t h = (uint16_t)i;
         const int exponent = (int)(i >> 10 & 31), fraction = (int)(i & 1023);
         const float f = sparge_f16_to_f32(h), b = sparge_bf16_to_f32(h);
-        const float size = (float)(exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24));
+        const float size =
+            (float)(exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24));
         check_equal(sparge_float_bits(b), i << 16);
         if (exponent == 31 && fraction)
             cr_assert(isnan(f) && isnan(sparge_f16_to_f32(sparge_f32_to_f16(f))), "f16 %04x", i);
@@ -669,7 +793,8 @@ Test(common, half_every_pattern)
         } else
             check_equal(sparge_f32_to_bf16(b), h);
     }
-    static const uint32_t nans[] = { 0x7f800001, 0xff800001, 0x7f801fff, 0x7f80ffff, 0x7fc00000, 0xffffffff };
+    static const uint32_t nans[] = {0x7f800001, 0xff800001, 0x7f801fff,
+                                    0x7f80ffff, 0x7fc00000, 0xffffffff};
     for (size_t i = 0; i < COUNT(nans); i++) {
         const float x = sparge_bits_float(nans[i]);
         cr_assert(isnan(sparge_f16_to_f32(sparge_f32_to_f16(x))), "%08x", nans[i]);
@@ -679,13 +804,17 @@ Test(common, half_every_pattern)
 
 Test(common, e4m3_values)
 {
-    static const struct { float x; uint8_t code; } table[] = {
-        { 0.0f, 0x00 },     { -0.0f, 0x80 },    { 1.0f, 0x38 },     { -1.0f, 0xb8 },      { 1.0625f, 0x38 },
-        { 1.1875f, 0x3a },  { 0x1p-6f, 0x08 },  { 0x7p-9f, 0x07 },  { 0x1p-9f, 0x01 },    { 0x1p-10f, 0 },
-        { -0x3p-10f, 0x82 }, { 0x1p-149f, 0 },  { 256.0f, 0x78 },   { 240.0f, 0x77 },     { 431.0f, 0x7d },
-        { 432.0f, 0x7e },   { 448.0f, 0x7e },   { 464.0f, 0x7e },   { 500.0f, 0x7e },     { -1e30f, 0xfe },
-        { FLT_MAX, 0x7e },  { INFINITY, 0x7e }, { -INFINITY, 0xfe }, { NAN, 0x7f },       { -NAN, 0x7f },
-        { 0x1.000002p-10f, 0x01 },
+    static const struct {
+        float x;
+        uint8_t code;
+    } table[] = {
+        {0.0f, 0x00},    {-0.0f, 0x80},           {1.0f, 0x38},      {-1.0f, 0xb8},
+        {1.0625f, 0x38}, {1.1875f, 0x3a},         {0x1p-6f, 0x08},   {0x7p-9f, 0x07},
+        {0x1p-9f, 0x01}, {0x1p-10f, 0},           {-0x3p-10f, 0x82}, {0x1p-149f, 0},
+        {256.0f, 0x78},  {240.0f, 0x77},          {431.0f, 0x7d},    {432.0f, 0x7e},
+        {448.0f, 0x7e},  {464.0f, 0x7e},          {500.0f, 0x7e},    {-1e30f, 0xfe},
+        {FLT_MAX, 0x7e}, {INFINITY, 0x7e},        {-INFINITY, 0xfe}, {NAN, 0x7f},
+        {-NAN, 0x7f},    {0x1.000002p-10f, 0x01},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("%a", (double)table[i].x);
@@ -696,8 +825,8 @@ Test(common, e4m3_values)
     check_equal(sparge_f32_to_e4m3(sparge_bits_float(0x7f800001)), (uint8_t)0x7f);
 }
 
-/* Every code widens to what its fields say and narrows to itself. Between every two neighbours the middle
- * goes to the even one, and the floats beside it apart. */
+/* Every code widens to what its fields say and narrows to itself. Between every two neighbours the
+ * middle goes to the even one, and the floats beside it apart. */
 Test(common, e4m3_every_code_and_tie)
 {
     for (uint32_t i = 0; i <= 0xff; i++) {
@@ -717,7 +846,8 @@ Test(common, e4m3_every_code_and_tie)
         const float middle = (x + sparge_e4m3_to_f32((uint8_t)(i + 1))) / 2;
         check_equal(sparge_f32_to_e4m3(middle), (uint8_t)(i + (i & 1)));
         check_equal(sparge_f32_to_e4m3(nextafterf(middle, 0.0f)), code);
-        check_equal(sparge_f32_to_e4m3(nextafterf(middle, copysignf(INFINITY, x))), (uint8_t)(i + 1));
+        check_equal(sparge_f32_to_e4m3(nextafterf(middle, copysignf(INFINITY, x))),
+                    (uint8_t)(i + 1));
     }
 }
 
@@ -738,7 +868,8 @@ Test(common, half_every_tie)
         check_equal(sparge_f32_to_bf16(sparge_bits_float(middle)), (uint16_t)(i + (i & 1)));
         check_equal(sparge_f32_to_bf16(sparge_bits_float(middle - 1)), (uint16_t)i);
         check_equal(sparge_f32_to_bf16(sparge_bits_float(middle + 1)), (uint16_t)(i + 1));
-        check_equal(sparge_f32_to_bf16(-sparge_bits_float(middle + 1)), (uint16_t)(0x8000 | (i + 1)));
+        check_equal(sparge_f32_to_bf16(-sparge_bits_float(middle + 1)),
+                    (uint16_t)(0x8000 | (i + 1)));
     }
 }
 
@@ -769,18 +900,20 @@ Test(common, half_narrowing)
         const float f = sparge_f16_to_f32(sparge_f32_to_f16(x));
         const float b = sparge_bf16_to_f32(sparge_f32_to_bf16(x));
         const float e = sparge_e4m3_to_f32(sparge_f32_to_e4m3(x));
-        if (f != rounded(x, 10, -14, 65536.0) || f != compiler_rounded(x) || signbit(f) != signbit(x))
+        if (f != rounded(x, 10, -14, 65536.0) || f != compiler_rounded(x) ||
+            signbit(f) != signbit(x))
             cr_assert_fail("%a to f16 is %a", (double)x, (double)f);
         if (b != rounded(x, 7, -126, 0x1p128) || signbit(b) != signbit(x))
             cr_assert_fail("%a to bf16 is %a", (double)x, (double)b);
-        if (e != fmaxf(-448.0f, fminf(rounded(x, 3, -6, 0x1p128), 448.0f)) || signbit(e) != signbit(x))
+        if (e != fmaxf(-448.0f, fminf(rounded(x, 3, -6, 0x1p128), 448.0f)) ||
+            signbit(e) != signbit(x))
             cr_assert_fail("%a to e4m3 is %a", (double)x, (double)e);
     }
 }
 
 /* ---- softmax.h -------------------------------------------------------------------------- */
 
-static sparge_row row_of(float max, float sum) { return (sparge_row){ max, sum }; }
+static sparge_row row_of(float max, float sum) { return (sparge_row){max, sum}; }
 
 /* The bits, but of a NaN no more than that it is one. */
 static void check_number(float got, float want)
@@ -802,23 +935,27 @@ Test(common, row_empty)
 
 Test(common, row_raise)
 {
-    static const struct { sparge_row row; float local, shrink; sparge_row after; } table[] = {
-        { { -INFINITY, 0.0f }, 3.0f, 0.0f, { 3.0f, 0.0f } },
-        { { -INFINITY, 0.0f }, -INFINITY, 1.0f, { -INFINITY, NAN } }, /* not empty any more */
-        { { -INFINITY, NAN }, -INFINITY, 1.0f, { -INFINITY, NAN } },
-        { { -INFINITY, NAN }, 3.0f, 0.0f, { 3.0f, 0.0f } },
-        { { 3.0f, 2.0f }, INFINITY, 0.0f, { INFINITY, 0.0f } },
-        { { INFINITY, NAN }, 3.0f, 1.0f, { INFINITY, NAN } },
-        { { 3.0f, 2.0f }, NAN, NAN, { NAN, NAN } },
-        { { NAN, NAN }, 3.0f, 1.0f, { NAN, NAN } },
-        { { NAN, NAN }, INFINITY, 1.0f, { NAN, NAN } },
-        { { 3.0f, 2.0f }, 5.0f, 0.25f, { 5.0f, 0.5f } },
-        { { 3.0f, 2.0f }, 3.0f, 1.0f, { 3.0f, 2.0f } },
-        { { 3.0f, 2.0f }, 1.0f, 1.0f, { 3.0f, 2.0f } },
-        { { 3.0f, 2.0f }, -INFINITY, 1.0f, { 3.0f, 2.0f } },
-        { { -3.0f, 7.0f }, -2.0f, 0.5f, { -2.0f, 3.5f } },
-        { { -3.0f, 7.0f }, 200.0f, 0.0f, { 200.0f, 0.0f } },
-        { { 0.0f, 1.0f }, 0.5f, 0x1.6a09e8p-1f, { 0.5f, 0x1.6a09e8p-1f } },
+    static const struct {
+        sparge_row row;
+        float local, shrink;
+        sparge_row after;
+    } table[] = {
+        {{-INFINITY, 0.0f}, 3.0f, 0.0f, {3.0f, 0.0f}},
+        {{-INFINITY, 0.0f}, -INFINITY, 1.0f, {-INFINITY, NAN}}, /* not empty any more */
+        {{-INFINITY, NAN}, -INFINITY, 1.0f, {-INFINITY, NAN}},
+        {{-INFINITY, NAN}, 3.0f, 0.0f, {3.0f, 0.0f}},
+        {{3.0f, 2.0f}, INFINITY, 0.0f, {INFINITY, 0.0f}},
+        {{INFINITY, NAN}, 3.0f, 1.0f, {INFINITY, NAN}},
+        {{3.0f, 2.0f}, NAN, NAN, {NAN, NAN}},
+        {{NAN, NAN}, 3.0f, 1.0f, {NAN, NAN}},
+        {{NAN, NAN}, INFINITY, 1.0f, {NAN, NAN}},
+        {{3.0f, 2.0f}, 5.0f, 0.25f, {5.0f, 0.5f}},
+        {{3.0f, 2.0f}, 3.0f, 1.0f, {3.0f, 2.0f}},
+        {{3.0f, 2.0f}, 1.0f, 1.0f, {3.0f, 2.0f}},
+        {{3.0f, 2.0f}, -INFINITY, 1.0f, {3.0f, 2.0f}},
+        {{-3.0f, 7.0f}, -2.0f, 0.5f, {-2.0f, 3.5f}},
+        {{-3.0f, 7.0f}, 200.0f, 0.0f, {200.0f, 0.0f}},
+        {{0.0f, 1.0f}, 0.5f, 0x1.6a09e8p-1f, {0.5f, 0x1.6a09e8p-1f}},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
@@ -831,11 +968,21 @@ Test(common, row_raise)
 
 Test(common, row_gap)
 {
-    static const struct { float max, local, gap; } table[] = {
-        { 3.0f, 5.0f, 2.0f },           { 3.0f, 1.0f, -2.0f },           { 3.0f, 3.0f, 0.0f },
-        { -INFINITY, 5.0f, INFINITY },  { -INFINITY, -5e30f, INFINITY }, { 3.0f, -INFINITY, -FLT_MAX },
-        { -INFINITY, -INFINITY, INFINITY }, { 3e38f, -3e38f, -FLT_MAX }, { 3.0f, INFINITY, INFINITY },
-        { 3.0f, NAN, INFINITY },        { NAN, 3.0f, INFINITY },         { INFINITY, 3.0f, -FLT_MAX },
+    static const struct {
+        float max, local, gap;
+    } table[] = {
+        {3.0f, 5.0f, 2.0f},
+        {3.0f, 1.0f, -2.0f},
+        {3.0f, 3.0f, 0.0f},
+        {-INFINITY, 5.0f, INFINITY},
+        {-INFINITY, -5e30f, INFINITY},
+        {3.0f, -INFINITY, -FLT_MAX},
+        {-INFINITY, -INFINITY, INFINITY},
+        {3e38f, -3e38f, -FLT_MAX},
+        {3.0f, INFINITY, INFINITY},
+        {3.0f, NAN, INFINITY},
+        {NAN, 3.0f, INFINITY},
+        {INFINITY, 3.0f, -FLT_MAX},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         const sparge_row row = row_of(table[i].max, 1.0f);
@@ -847,12 +994,22 @@ Test(common, row_gap)
 
 Test(common, row_local)
 {
-    static const struct { float most, unit, local; } table[] = {
-        { 3.0f, 2.0f, 6.0f },       { -INFINITY, 2.0f, -INFINITY }, { INFINITY, 2.0f, INFINITY },
-        { 3e38f, 2.0f, INFINITY },  { -3e38f, 2.0f, -INFINITY },    { NAN, 2.0f, NAN },
-        { 3.0f, INFINITY, NAN },    { -3.0f, INFINITY, NAN },       { 3.0f, NAN, NAN },
-        { -3.0f, 0.0f, 0.0f },      { -0.0f, 2.0f, 0.0f },          { -1.0f, 0x1p-149f, -0x1p-149f },
-        { 5.0f, 0x1.333334p-1f, 0x1.8p1f }, /* 3.00000006, rounded as a product */
+    static const struct {
+        float most, unit, local;
+    } table[] = {
+        {3.0f, 2.0f, 6.0f},
+        {-INFINITY, 2.0f, -INFINITY},
+        {INFINITY, 2.0f, INFINITY},
+        {3e38f, 2.0f, INFINITY},
+        {-3e38f, 2.0f, -INFINITY},
+        {NAN, 2.0f, NAN},
+        {3.0f, INFINITY, NAN},
+        {-3.0f, INFINITY, NAN},
+        {3.0f, NAN, NAN},
+        {-3.0f, 0.0f, 0.0f},
+        {-0.0f, 2.0f, 0.0f},
+        {-1.0f, 0x1p-149f, -0x1p-149f},
+        {5.0f, 0x1.333334p-1f, 0x1.8p1f}, /* 3.00000006, rounded as a product */
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
@@ -863,14 +1020,20 @@ Test(common, row_local)
 /* The gap is in log2 units, lambda in natural ones: -5 stands for a gap of -7.2134752. */
 Test(common, group_skips)
 {
-    static const struct { float gap, lambda; bool skips; } table[] = {
-        { -8.0f, -5.0f, true },          { -7.2134757f, -5.0f, true },     { -7.2134752f, -5.0f, true },
-        { -7.2134743f, -5.0f, false },   { -6.0f, -5.0f, false },          { 0.0f, -5.0f, false },
-        { 2.0f, -5.0f, false },          { INFINITY, -5.0f, false },       { -INFINITY, -5.0f, false },
-        { -1.0f, 0.0f, true },           { 0.0f, 0.0f, true },             { 0x1p-149f, 0.0f, false },
-        { INFINITY, 0.0f, false },       { -INFINITY, 0.0f, false },       { -FLT_MAX, -INFINITY, false },
-        { -INFINITY, -INFINITY, false }, { INFINITY, -INFINITY, false },   { 0.0f, -INFINITY, false },
-        { NAN, 0.0f, false },            { -FLT_MAX, -FLT_MAX, false },
+    static const struct {
+        float gap, lambda;
+        bool skips;
+    } table[] = {
+        {-8.0f, -5.0f, true},         {-7.2134757f, -5.0f, true},
+        {-7.2134752f, -5.0f, true},   {-7.2134743f, -5.0f, false},
+        {-6.0f, -5.0f, false},        {0.0f, -5.0f, false},
+        {2.0f, -5.0f, false},         {INFINITY, -5.0f, false},
+        {-INFINITY, -5.0f, false},    {-1.0f, 0.0f, true},
+        {0.0f, 0.0f, true},           {0x1p-149f, 0.0f, false},
+        {INFINITY, 0.0f, false},      {-INFINITY, 0.0f, false},
+        {-FLT_MAX, -INFINITY, false}, {-INFINITY, -INFINITY, false},
+        {INFINITY, -INFINITY, false}, {0.0f, -INFINITY, false},
+        {NAN, 0.0f, false},           {-FLT_MAX, -FLT_MAX, false},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("gap %g, lambda %g", (double)table[i].gap, (double)table[i].lambda);
@@ -880,18 +1043,29 @@ Test(common, group_skips)
 
 Test(common, weight)
 {
-    static const struct { float score, scale, max, weight; } table[] = {
-        { 3.0f, 2.0f, 6.0f, 1.0f },       { 3.0f, 2.0f, 8.0f, 0.25f },     { -3.0f, 2.0f, -6.0f, 1.0f },
-        { -3.0f, 2.0f, 4.0f, 0x1p-10f },  { 0.0f, 0.0f, 0.0f, 1.0f },      { 3.0f, 2.0f, 1000.0f, 0.0f },
-        { 16129.0f, 0.0f, 0.5f, 0x1.6a09e8p-1f },
-        { 5.0f, 0x1.000002p0f, 0x1.400002p2f, 1.0f }, /* the product, exactly, is above its own rounding */
-        { 3.0f, 0x1.000002p0f, 4.0f, 0x1.000006p-1f }, /* ...04 from one rounding, an fma */
-        { 6.0f, 0x1.000002p0f, 7.0f, 0x1.00000cp-1f }, /* ...08 */
-        { 3.0f, 0x1.555556p60f, 0x1p62f, 1.0f }, /* an fma is 2^38 above here */
-        { -3.0f, 0x1.555556p60f, -0x1p62f, 1.0f }, /* and here below: weight 0 */
-        { -INFINITY, 2.0f, 3.0f, 0.0f },  { -INFINITY, 2.0f, -INFINITY, 0.0f }, { -3e38f, 2.0f, -INFINITY, 0.0f },
-        { INFINITY, 2.0f, INFINITY, NAN }, { NAN, 2.0f, 3.0f, NAN },       { 3.0f, 2.0f, NAN, NAN },
-        { 3.0f, 2.0f, INFINITY, 0.0f },
+    static const struct {
+        float score, scale, max, weight;
+    } table[] = {
+        {3.0f, 2.0f, 6.0f, 1.0f},
+        {3.0f, 2.0f, 8.0f, 0.25f},
+        {-3.0f, 2.0f, -6.0f, 1.0f},
+        {-3.0f, 2.0f, 4.0f, 0x1p-10f},
+        {0.0f, 0.0f, 0.0f, 1.0f},
+        {3.0f, 2.0f, 1000.0f, 0.0f},
+        {16129.0f, 0.0f, 0.5f, 0x1.6a09e8p-1f},
+        {5.0f, 0x1.000002p0f, 0x1.400002p2f,
+         1.0f}, /* the product, exactly, is above its own rounding */
+        {3.0f, 0x1.000002p0f, 4.0f, 0x1.000006p-1f}, /* ...04 from one rounding, an fma */
+        {6.0f, 0x1.000002p0f, 7.0f, 0x1.00000cp-1f}, /* ...08 */
+        {3.0f, 0x1.555556p60f, 0x1p62f, 1.0f},       /* an fma is 2^38 above here */
+        {-3.0f, 0x1.555556p60f, -0x1p62f, 1.0f},     /* and here below: weight 0 */
+        {-INFINITY, 2.0f, 3.0f, 0.0f},
+        {-INFINITY, 2.0f, -INFINITY, 0.0f},
+        {-3e38f, 2.0f, -INFINITY, 0.0f},
+        {INFINITY, 2.0f, INFINITY, NAN},
+        {NAN, 2.0f, 3.0f, NAN},
+        {3.0f, 2.0f, NAN, NAN},
+        {3.0f, 2.0f, INFINITY, 0.0f},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
@@ -901,56 +1075,82 @@ Test(common, weight)
 
 Test(common, weight_code)
 {
-    static const struct { float score, most, unit; int levels, code; } table[] = {
-        { 7.0f, 7.0f, 1e30f, 127, 127 },   { -16129.0f, -16129.0f, 1e30f, 127, 127 }, { 6.0f, 7.0f, 1.0f, 127, 64 },
-        { 6.0f, 7.0f, 1.0f, 4095, 2048 },  { 0.0f, 7.0f, 1.0f, 127, 1 },  { 0.0f, 8.0f, 1.0f, 127, 0 },
-        { 5.0f, 6.0f, 0x1.02dab2p-7f, 127, 126 }, /* 126.3 */
-        { -9.0f, 7.0f, 0.0f, 127, 127 },   { -INFINITY, 7.0f, 1.0f, 127, 0 }, { -INFINITY, -INFINITY, 1.0f, 127, 0 },
-        { NAN, 7.0f, 1.0f, 127, 0 },       { 7.0f, NAN, 1.0f, 127, 0 },   { 7.0f, 7.0f, INFINITY, 127, 0 },
-        { 3e38f, INFINITY, 1.0f, 127, 0 },
+    static const struct {
+        float score, most, unit;
+        int levels, code;
+    } table[] = {
+        {7.0f, 7.0f, 1e30f, 127, 127},
+        {-16129.0f, -16129.0f, 1e30f, 127, 127},
+        {6.0f, 7.0f, 1.0f, 127, 64},
+        {6.0f, 7.0f, 1.0f, 4095, 2048},
+        {0.0f, 7.0f, 1.0f, 127, 1},
+        {0.0f, 8.0f, 1.0f, 127, 0},
+        {5.0f, 6.0f, 0x1.02dab2p-7f, 127, 126}, /* 126.3 */
+        {-9.0f, 7.0f, 0.0f, 127, 127},
+        {-INFINITY, 7.0f, 1.0f, 127, 0},
+        {-INFINITY, -INFINITY, 1.0f, 127, 0},
+        {NAN, 7.0f, 1.0f, 127, 0},
+        {7.0f, NAN, 1.0f, 127, 0},
+        {7.0f, 7.0f, INFINITY, 127, 0},
+        {3e38f, INFINITY, 1.0f, 127, 0},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        check_equal(sparge_weight_code(table[i].score, table[i].most, table[i].unit, table[i].levels), table[i].code);
+        check_equal(
+            sparge_weight_code(table[i].score, table[i].most, table[i].unit, table[i].levels),
+            table[i].code);
     }
-    for (int levels = 127; levels <= 4095; levels += 4095 - 127) /* one rounding or two: the same codes */
+    for (int levels = 127; levels <= 4095;
+         levels += 4095 - 127) /* one rounding or two: the same codes */
         for (uint32_t bits = 0; bits <= sparge_float_bits(1.0f); bits += 97) {
             const float p = sparge_bits_float(bits);
-            cr_assert_eq((int)fmaf((float)levels, p, 0.5f), (int)((float)levels * p + 0.5f), "%a", (double)p);
+            cr_assert_eq((int)fmaf((float)levels, p, 0.5f), (int)((float)levels * p + 0.5f), "%a",
+                         (double)p);
         }
 }
 
 Test(common, code_weight)
 {
-    static const struct { float local, max; int levels; float weight; } table[] = {
-        { 3.0f, 3.0f, 127, 0x1.020408p-7f }, { 3.0f, 5.0f, 127, 0x1.020408p-9f }, { -INFINITY, 3.0f, 127, 0.0f },
-        { -INFINITY, -INFINITY, 127, 0.0f }, { INFINITY, INFINITY, 127, NAN },    { NAN, NAN, 127, NAN },
-        { 3.0f, INFINITY, 127, 0.0f },       { 3.0f, 3.0f, 4095, 0x1.001002p-12f },
+    static const struct {
+        float local, max;
+        int levels;
+        float weight;
+    } table[] = {
+        {3.0f, 3.0f, 127, 0x1.020408p-7f}, {3.0f, 5.0f, 127, 0x1.020408p-9f},
+        {-INFINITY, 3.0f, 127, 0.0f},      {-INFINITY, -INFINITY, 127, 0.0f},
+        {INFINITY, INFINITY, 127, NAN},    {NAN, NAN, 127, NAN},
+        {3.0f, INFINITY, 127, 0.0f},       {3.0f, 3.0f, 4095, 0x1.001002p-12f},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        check_number(sparge_code_weight(table[i].local, table[i].max, table[i].levels), table[i].weight);
+        check_number(sparge_code_weight(table[i].local, table[i].max, table[i].levels),
+                     table[i].weight);
     }
 }
 
 Test(common, row_merge)
 {
-    static const struct { sparge_row a, b; float a_share, b_share; sparge_row both; } table[] = {
-        { { -INFINITY, 0.0f }, { -INFINITY, 0.0f }, 0.0f, 0.0f, { -INFINITY, 0.0f } },
-        { { -INFINITY, 0.0f }, { 3.0f, 2.0f }, 0.0f, 1.0f, { 3.0f, 2.0f } },
-        { { 3.0f, 2.0f }, { 5.0f, 1.0f }, 0.25f, 1.0f, { 5.0f, 1.5f } },
-        { { 4.0f, 2.0f }, { 4.0f, 3.0f }, 1.0f, 1.0f, { 4.0f, 5.0f } },
-        { { -300.0f, 2.0f }, { 4.0f, 3.0f }, 0.0f, 1.0f, { 4.0f, 3.0f } },
-        { { -7.0f, 8.0f }, { -4.0f, 3.0f }, 0.125f, 1.0f, { -4.0f, 4.0f } },
-        { { -INFINITY, NAN }, { 3.0f, 2.0f }, 0.0f, 1.0f, { 3.0f, 2.0f } },
-        { { -INFINITY, NAN }, { -INFINITY, 0.0f }, 0.0f, 0.0f, { -INFINITY, NAN } },
+    static const struct {
+        sparge_row a, b;
+        float a_share, b_share;
+        sparge_row both;
+    } table[] = {
+        {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}, 0.0f, 0.0f, {-INFINITY, 0.0f}},
+        {{-INFINITY, 0.0f}, {3.0f, 2.0f}, 0.0f, 1.0f, {3.0f, 2.0f}},
+        {{3.0f, 2.0f}, {5.0f, 1.0f}, 0.25f, 1.0f, {5.0f, 1.5f}},
+        {{4.0f, 2.0f}, {4.0f, 3.0f}, 1.0f, 1.0f, {4.0f, 5.0f}},
+        {{-300.0f, 2.0f}, {4.0f, 3.0f}, 0.0f, 1.0f, {4.0f, 3.0f}},
+        {{-7.0f, 8.0f}, {-4.0f, 3.0f}, 0.125f, 1.0f, {-4.0f, 4.0f}},
+        {{-INFINITY, NAN}, {3.0f, 2.0f}, 0.0f, 1.0f, {3.0f, 2.0f}},
+        {{-INFINITY, NAN}, {-INFINITY, 0.0f}, 0.0f, 0.0f, {-INFINITY, NAN}},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
         for (int swapped = 0; swapped < 2; swapped++) {
             float one, other;
-            const sparge_row both = swapped ? sparge_row_merge(table[i].b, table[i].a, &other, &one)
-                                            : sparge_row_merge(table[i].a, table[i].b, &one, &other);
+            const sparge_row both = swapped
+                                        ? sparge_row_merge(table[i].b, table[i].a, &other, &one)
+                                        : sparge_row_merge(table[i].a, table[i].b, &one, &other);
             check_equal(one, table[i].a_share);
             check_equal(other, table[i].b_share);
             check_number(both.max, table[i].both.max);
@@ -964,12 +1164,19 @@ Test(common, row_merge)
 
 Test(common, row_norm_and_lse)
 {
-    static const struct { float max, sum, norm, lse; } table[] = {
-        { -INFINITY, 0.0f, 0.0f, -INFINITY }, { 0.0f, 1.0f, 1.0f, 0.0f },
-        { 2.0f, 4.0f, 0.25f, 2.77258872f },   { -3.0f, 1.0f, 1.0f, -2.07944154f },
-        { 10.0f, 3.0f, 0x1.555556p-2f, 8.03008409f },
-        { 1000.0f, 1048576.0f, 0x1p-20f, 707.010124f }, { -INFINITY, NAN, NAN, NAN }, { INFINITY, NAN, NAN, NAN },
-        { 1.44269502f, 1.0f, 1.0f, 1.0f },    { 1e30f, 1.0f, 1.0f, 6.93147203e29f },
+    static const struct {
+        float max, sum, norm, lse;
+    } table[] = {
+        {-INFINITY, 0.0f, 0.0f, -INFINITY},
+        {0.0f, 1.0f, 1.0f, 0.0f},
+        {2.0f, 4.0f, 0.25f, 2.77258872f},
+        {-3.0f, 1.0f, 1.0f, -2.07944154f},
+        {10.0f, 3.0f, 0x1.555556p-2f, 8.03008409f},
+        {1000.0f, 1048576.0f, 0x1p-20f, 707.010124f},
+        {-INFINITY, NAN, NAN, NAN},
+        {INFINITY, NAN, NAN, NAN},
+        {1.44269502f, 1.0f, 1.0f, 1.0f},
+        {1e30f, 1.0f, 1.0f, 6.93147203e29f},
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         const sparge_row row = row_of(table[i].max, table[i].sum);
@@ -978,7 +1185,8 @@ Test(common, row_norm_and_lse)
         check_number(sparge_row_lse(&row), table[i].lse);
     }
     const sparge_row bad = row_of(3.0f, NAN), worse = row_of(NAN, 1.0f);
-    cr_assert(isnan(sparge_row_norm(&bad)) && isnan(sparge_row_lse(&bad)) && isnan(sparge_row_lse(&worse)));
+    cr_assert(isnan(sparge_row_norm(&bad)) && isnan(sparge_row_lse(&bad)) &&
+              isnan(sparge_row_lse(&worse)));
 }
 
 /* 50 scores, eight at a time and in two halves that merge, against the formula in double. */
@@ -987,8 +1195,8 @@ Test(common, row_online)
     for (int n = 0; n < 200; n++) {
         check_case("row %d", n);
         const float scale = check_uniform(0.001f, 0.2f);
-        sparge_row half[2] = { sparge_row_empty(), sparge_row_empty() };
-        float o[2] = { 0.0f, 0.0f };
+        sparge_row half[2] = {sparge_row_empty(), sparge_row_empty()};
+        float o[2] = {0.0f, 0.0f};
         double top = -INFINITY, sum = 0.0, weighted = 0.0, score[50], value[50];
         for (int t = 0; t < 50; t++) {
             score[t] = (double)check_int(-1000, 1000);

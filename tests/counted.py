@@ -17,8 +17,8 @@ def check(ok, what, *seen):
 
 
 def run_tests(tests, wanted, prefix, remark=lambda: ""):
-    """Runs each function of `tests` whose name begins with test_, or the wanted ones; says how it went, with a remark
-    at the end, and exits."""
+    """Runs each function of `tests` whose name begins with test_, or the wanted ones; says how it
+    went, with a remark at the end, and exits."""
     for name, test in list(tests.items()):
         if name.startswith("test_") and (not wanted or name in wanted):
             here, folder = os.getcwd(), tempfile.mkdtemp(prefix=prefix)

@@ -1,6 +1,6 @@
-/* cpu.c: the cpu backend against the reference, bit for bit: masks, traces, counters, o and lse, on every
- * instruction set that is here; and which backend and instruction set run at all. What the reference gives
- * is tested elsewhere, what each kernel gives in kernels.c. */
+/* cpu.c: the cpu backend against the reference, bit for bit: masks, traces, counters, o and lse, on
+ * every instruction set that is here; and which backend and instruction set run at all. What the
+ * reference gives is tested elsewhere, what each kernel gives in kernels.c. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -20,7 +20,8 @@ Test(cpu, instruction_sets)
 {
     for (int isa = FIRST_ISA; isa <= LAST_ISA; isa++)
         cr_log_info("%s is %s", sparge_isa_string((sparge_isa)isa),
-                    sparge_isa_available((sparge_isa)isa) ? "tested" : "skipped: the processor lacks it");
+                    sparge_isa_available((sparge_isa)isa) ? "tested"
+                                                          : "skipped: the processor lacks it");
     check(sparge_isa_available(SPARGE_ISA_SCALAR), "scalar is everywhere");
     check(sparge_backend_built(SPARGE_CPU) && sparge_backend_available(SPARGE_CPU),
           "the cpu backend is not here");
@@ -28,7 +29,7 @@ Test(cpu, instruction_sets)
 
 static void verify(problem *x, way how)
 {
-    static const int threads[] = { 1, 2, 0 };
+    static const int threads[] = {1, 2, 0};
     verify_with(x, how, SPARGE_F32, PACKED, threads, NULL);
 }
 
@@ -37,7 +38,7 @@ static void verify(problem *x, way how)
 Test(cpu, questions_at_random)
 {
     enum { CASES = 300 };
-    totals sum = { 0 };
+    totals sum = {0};
     for (int n = 0; n < CASES; n++) {
         check_case("question %d", n);
         const int64_t kv_heads = check_int(1, 2), longest = n % 10 ? 140 : 400;
@@ -71,12 +72,13 @@ Test(cpu, questions_at_random)
         const sparge_dtype dtype = how == ATTEND ? dtype_at_random() : SPARGE_F32;
         if (how == ATTEND && check_int(0, 3))
             mask_at_random(&x);
-        const int threads[] = { (int)check_int(1, 3), 0 };
+        const int threads[] = {(int)check_int(1, 3), 0};
         verify_with(&x, how, dtype, how == ATTEND ? layout_at_random() : PACKED, threads, &sum);
         problem_free(&x);
     }
-    cr_log_info("%lld questions, %lld of %lld pairs kept, P.V of %lld skipped", (long long)sum.cases,
-                (long long)sum.kept, (long long)sum.pairs, (long long)sum.skipped);
+    cr_log_info("%lld questions, %lld of %lld pairs kept, P.V of %lld skipped",
+                (long long)sum.cases, (long long)sum.kept, (long long)sum.pairs,
+                (long long)sum.skipped);
     check(sum.kept < sum.pairs * 9 / 10 && sum.skipped > sum.kept / 50,
           "too little was dropped or skipped");
 }
@@ -94,7 +96,7 @@ Test(cpu, every_length)
         x.o.qk = (sparge_precision)(n / 3 % 3);
         x.o.pv = (sparge_precision)(n / 9 % 3);
         x.o.skip_rows = 1 + n % 24;
-        x.o.knobs = (sparge_knobs){ 0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY };
+        x.o.knobs = (sparge_knobs){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
@@ -122,7 +124,7 @@ Test(cpu, the_largest_blocks)
 /* Codes that are all 127 or all -127: what saturates, saturates here. */
 Test(cpu, extremes)
 {
-    const float corners[] = { 1.0f, -1.0f };
+    const float corners[] = {1.0f, -1.0f};
     for (int way_of = 0; way_of < 8; way_of++)
         for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
             check_case("extremes %d, precision %d", way_of, precision);
@@ -147,11 +149,12 @@ Test(cpu, extremes)
 /* Scores beyond every float, and steps of 0 or of subnormal codes. */
 Test(cpu, magnitudes)
 {
-    const float size[] = { 1e-45f, 1e-38f, 1e-30f, 1e-20f, 1e10f, 1e18f, 1e19f, 3e38f };
+    const float size[] = {1e-45f, 1e-38f, 1e-30f, 1e-20f, 1e10f, 1e18f, 1e19f, 3e38f};
     for (int64_t q = 0; q < COUNT(size); q++)
         for (int64_t k = 0; k < COUNT(size); k++)
             for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
-                check_case("q of %g, k of %g, precision %d", (double)size[q], (double)size[k], precision);
+                check_case("q of %g, k of %g, precision %d", (double)size[q], (double)size[k],
+                           precision);
                 const shape s = shape_of(1, 1, 1, 20, 40, 8, 8);
                 problem x = problem_make(&s);
                 x.o.qk = x.o.pv = (sparge_precision)precision;
@@ -166,7 +169,7 @@ Test(cpu, magnitudes)
 
 Test(cpu, every_number_of_threads)
 {
-    static const int threads[] = { 1, 2, 3, 7, 16, 2, 2, 16, 0 };
+    static const int threads[] = {1, 2, 3, 7, 16, 2, 2, 16, 0};
     for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
         check_case("threads, precision %d", precision);
         const shape s = shape_of(2, 4, 2, 200, 170, 40, 24);
@@ -175,8 +178,8 @@ Test(cpu, every_number_of_threads)
         x.o.causal = SPARGE_CAUSAL_END;
         x.o.skip_rows = 8;
         x.o.scale = 0.5f;
-        x.o.knobs = (sparge_knobs){ 0.3f, 0.7f, SPARGE_OFF, -1.0f };
-        totals sum = { 0 };
+        x.o.knobs = (sparge_knobs){0.3f, 0.7f, SPARGE_OFF, -1.0f};
+        totals sum = {0};
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, &sum);
         check(sum.skipped > 0, "nothing was skipped");
         problem_free(&x);
@@ -185,12 +188,12 @@ Test(cpu, every_number_of_threads)
 
 /* ---- Memory in portions: a wave of key heads, a chunk of its query blocks ---- */
 
-/* A key block is padded to 16 keys, so blocks of one key fill the 32 MiB of a wave with few tokens: three
- * heads here, and the last wave is short. 36 query blocks of a wave are more than the
- * chunk of 32 that one thread has. */
+/* A key block is padded to 16 keys, so blocks of one key fill the 32 MiB of a wave with few tokens:
+ * three heads here, and the last wave is short. 36 query blocks of a wave are more than the chunk
+ * of 32 that one thread has. */
 Test(cpu, more_than_one_wave)
 {
-    static const int threads[] = { 1, 2, 0 };
+    static const int threads[] = {1, 2, 0};
     for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision += 2) {
         check_case("waves, precision %d", precision);
         const int64_t keys = precision == SPARGE_FLOAT ? 300 : 700;
@@ -199,7 +202,7 @@ Test(cpu, more_than_one_wave)
         x.o.block_q = 1024;
         x.o.block_k = 1;
         x.o.qk = x.o.pv = (sparge_precision)precision;
-        x.o.knobs = (sparge_knobs){ -1.0f, 0.5f, SPARGE_OFF, -4.0f };
+        x.o.knobs = (sparge_knobs){-1.0f, 0.5f, SPARGE_OFF, -4.0f};
         x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last wave, and of no other */
         problem_write(&x);
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
@@ -210,7 +213,7 @@ Test(cpu, more_than_one_wave)
 /* 36 query blocks, 3 of each head, and chunks of 32. */
 Test(cpu, a_chunk_ends_within_a_head)
 {
-    static const int threads[] = { 1, 3, 0 };
+    static const int threads[] = {1, 3, 0};
     check_case("chunks");
     const shape s = shape_of(2, 6, 3, 700, 20, 256, 8);
     problem x = problem_make(&s);
@@ -246,7 +249,7 @@ Test(cpu, output_in_the_place_of_q)
         problem_write(&x);
         answer beside = attend_to(&x, dtype, PACKED);
         float *lse = check_alloc((size_t)problem_rows(&x) * sizeof *lse);
-        sparge_result result = { .o = tensor_out(&x.q), .lse = lse };
+        sparge_result result = {.o = tensor_out(&x.q), .lse = lse};
         sparge_error error;
         check(sparge_attend(&x.p, &x.o, NULL, &result, &error) == SPARGE_OK, "%s", error.text);
         tensor_read(&x.q);
@@ -270,7 +273,7 @@ Test(cpu, only_o_is_wanted)
         x.o.knobs.tau = 0.6f;
         answer all = attention(&x, NULL);
         tensor o = tensor_make(1, 2, 50, 16, SPARGE_F32, PACKED);
-        sparge_result result = { .o = tensor_out(&o) };
+        sparge_result result = {.o = tensor_out(&o)};
         check(sparge_attention(&x.p, &x.o, &result, NULL) == SPARGE_OK, "call");
         tensor_read(&o);
         check_same(o.x, all.o.x, tensor_count(&o));
@@ -286,7 +289,7 @@ Test(cpu, only_o_is_wanted)
 /* 350 key blocks whose scores are few different ones: ties at every place where a row may end. */
 Test(cpu, rows_of_the_mask_with_ties)
 {
-    const float share[] = { SPARGE_OFF, 0.0f, 0.3f, 0.5f, 0.98f, 1.0f };
+    const float share[] = {SPARGE_OFF, 0.0f, 0.3f, 0.5f, 0.98f, 1.0f};
     for (int values = 1; values <= 50; values += values < 3 ? 1 : 47) {
         const shape s = shape_of(1, 2, 1, 8, 700, 4, 1);
         check_case("ties of %d", values);
@@ -295,12 +298,14 @@ Test(cpu, rows_of_the_mask_with_ties)
         x.o.block_k = 2;
         for (int64_t t = 0; t < 700; t++)
             for (int64_t c = 0; c < 4; c++)
-                x.k.x[t * 4 + c] = (float)(t / 2 * 7919 % 350 % values) * 0.25f * (c % 2 ? -1.0f : 1.5f);
+                x.k.x[t * 4 + c] =
+                    (float)(t / 2 * 7919 % 350 % values) * 0.25f * (c % 2 ? -1.0f : 1.5f);
         problem_write(&x);
         for (int64_t tau = 0; tau < COUNT(share); tau++)
             for (int64_t topk = tau == 0; topk < COUNT(share); topk++) {
-                check_case("ties of %d, tau %g, topk %g", values, (double)share[tau], (double)share[topk]);
-                x.o.knobs = (sparge_knobs){ -1.0f, share[tau], share[topk], -INFINITY };
+                check_case("ties of %d, tau %g, topk %g", values, (double)share[tau],
+                           (double)share[topk]);
+                x.o.knobs = (sparge_knobs){-1.0f, share[tau], share[topk], -INFINITY};
                 x.o.smooth_k = topk % 2;
                 x.o.causal = (sparge_causal)(topk % 3);
                 x.o.sink = tau % 2;
@@ -310,7 +315,8 @@ Test(cpu, rows_of_the_mask_with_ties)
     }
 }
 
-/* A quarter of the smallest float rounds to 0 or, below it, to -0; neither ranks above the other. */
+/* A quarter of the smallest float rounds to 0 or, below it, to -0; neither ranks above the other.
+ */
 Test(cpu, zeros_of_both_signs_tie)
 {
     check_case("zeros");
@@ -325,9 +331,9 @@ Test(cpu, zeros_of_both_signs_tie)
     for (int64_t n = 0; n < 40; n++)
         x.k.x[n] = n % 2 ? 0x1p-49f : -0x1p-49f;
     problem_write(&x);
-    x.o.knobs = (sparge_knobs){ -1.0f, SPARGE_OFF, 0.3f, -INFINITY };
+    x.o.knobs = (sparge_knobs){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
     verify(&x, ATTENTION);
-    x.o.knobs = (sparge_knobs){ -1.0f, 0.5f, SPARGE_OFF, -INFINITY };
+    x.o.knobs = (sparge_knobs){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
     verify(&x, ATTENTION);
     problem_free(&x);
 }
@@ -344,16 +350,17 @@ Test(cpu, rows_of_the_mask_of_every_length)
         const float size = ldexpf(1.0f, (int)check_int(-10, 10));
         tensor_fill(&x.q, -size, size);
         tensor_fill(&x.k, -1, 1);
-        x.o.knobs = (sparge_knobs){ -1.0f, check_uniform(0.1f, 0.9f), check_int(0, 1) ? SPARGE_OFF : 0.25f,
-                                    -INFINITY };
+        x.o.knobs = (sparge_knobs){-1.0f, check_uniform(0.1f, 0.9f),
+                                   check_int(0, 1) ? SPARGE_OFF : 0.25f, -INFINITY};
         verify(&x, ATTENTION);
-        x.o.knobs = (sparge_knobs){ -1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY };
+        x.o.knobs = (sparge_knobs){-1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
 }
 
-/* Bits of blocks that no row of the query block sees, and of words beyond the row, change nothing. */
+/* Bits of blocks that no row of the query block sees, and of words beyond the row, change nothing.
+ */
 Test(cpu, a_mask_that_names_invisible_blocks)
 {
     for (int causal = SPARGE_CAUSAL_END; causal <= SPARGE_CAUSAL_START; causal++) {
@@ -367,7 +374,7 @@ Test(cpu, a_mask_that_names_invisible_blocks)
         verify(&x, ATTEND);
         x.o.backend = SPARGE_CPU;
         answer all = attend(&x);
-        x.mask = (sparge_mask){ 0 };
+        x.mask = (sparge_mask){0};
         answer dense = attend(&x);
         same_everything(&x, &all, &dense);
         answer_free(&all);
@@ -381,8 +388,10 @@ Test(cpu, a_mask_that_names_invisible_blocks)
 
 Test(cpu, empty_questions)
 {
-    const struct { int64_t batch, q_len, k_len; } size[] = {
-        { 0, 10, 20 }, { 1, 0, 20 }, { 1, 10, 0 }, { 1, 0, 0 }, { 0, 0, 0 }, { 2, 1, 1 },
+    const struct {
+        int64_t batch, q_len, k_len;
+    } size[] = {
+        {0, 10, 20}, {1, 0, 20}, {1, 10, 0}, {1, 0, 0}, {0, 0, 0}, {2, 1, 1},
     };
     for (int64_t n = 0; n < COUNT(size); n++)
         for (int causal = 0; causal < 3; causal++) {
@@ -416,14 +425,15 @@ static bool listen(void *user, double done)
     return done < h->enough;
 }
 
-/* With one thread it hears every query block; with more, what was done whenever the calling one began another. */
+/* With one thread it hears every query block; with more, what was done whenever the calling one
+ * began another. */
 Test(cpu, progress_is_heard_in_the_calling_thread)
 {
     for (int threads = 1; threads <= 7; threads += 3) {
         check_case("progress, %d threads", threads);
         const shape s = shape_of(1, 4, 2, 200, 60, 16, 8);
         problem x = problem_make(&s);
-        heard h = { .caller = pthread_self(), .enough = 2 };
+        heard h = {.caller = pthread_self(), .enough = 2};
         x.o.backend = SPARGE_CPU;
         x.o.threads = threads;
         x.o.progress = listen;
@@ -447,12 +457,12 @@ Test(cpu, progress_cancels_every_thread)
             const shape s = shape_of(1, 4, 2, 200, 60, 16, 8);
             problem x = problem_make(&s);
             tensor o = tensor_make(1, 4, 200, 8, SPARGE_F32, PACKED);
-            heard h = { .caller = pthread_self(), .last = -1, .enough = 0.5 * half };
+            heard h = {.caller = pthread_self(), .last = -1, .enough = 0.5 * half};
             x.o.backend = SPARGE_CPU;
             x.o.threads = threads;
             x.o.progress = listen;
             x.o.user = &h;
-            sparge_result result = { .o = tensor_out(&o) };
+            sparge_result result = {.o = tensor_out(&o)};
             check_equal(sparge_attention(&x.p, &x.o, &result, NULL), SPARGE_ERR_CANCELLED);
             check(h.wrong == 0, "%d calls in another thread, falling or after giving up", h.wrong);
             for (size_t n = 0; n < o.bytes && !half; n++)
@@ -473,7 +483,7 @@ Test(cpu, one_thread_works_after_a_fork, .timeout = 60)
     x.o.threads = 4;
     answer a = attention(&x, NULL);
     tensor o = tensor_make(1, 4, 200, 8, SPARGE_F32, PACKED);
-    sparge_result result = { .o = tensor_out(&o) };
+    sparge_result result = {.o = tensor_out(&o)};
     x.o.threads = 1;
     fflush(NULL);
     const pid_t child = fork();
@@ -481,7 +491,8 @@ Test(cpu, one_thread_works_after_a_fork, .timeout = 60)
         _exit(sparge_attention(&x.p, &x.o, &result, NULL) != SPARGE_OK ||
               memcmp(o.memory, a.o.memory, o.bytes) != 0);
     int status = 0;
-    check(child > 0 && waitpid(child, &status, 0) == child && status == 0, "the child's status is %x", status);
+    check(child > 0 && waitpid(child, &status, 0) == child && status == 0,
+          "the child's status is %x", status);
     tensor_free(&o);
     answer_free(&a);
     problem_free(&x);
@@ -509,8 +520,8 @@ static void runs(const problem *x, sparge_backend backend, sparge_isa isa)
 static void refused(const problem *x, sparge_status status, const char *sentence)
 {
     float o[20 * 8];
-    sparge_error error = { "" };
-    sparge_result result = { .o = { o, SPARGE_F32, 160, 160, 8 } };
+    sparge_error error = {""};
+    sparge_result result = {.o = {o, SPARGE_F32, 160, 160, 8}};
     const sparge_status got = sparge_attention(&x->p, &x->o, &result, &error);
     check(got == status && !strncmp(error.text, sentence, strlen(sentence)), "%s: \"%s\"",
           sparge_status_string(got), error.text);
@@ -532,7 +543,7 @@ Test(cpu, the_environment_names_an_instruction_set)
 {
     check_case("SPARGE_ISA");
     problem x = small();
-    const char *const no_choice[] = { NULL, "", "auto" };
+    const char *const no_choice[] = {NULL, "", "auto"};
     for (int n = 0; n < 3; n++) {
         if (no_choice[n])
             setenv("SPARGE_ISA", no_choice[n], 1);
@@ -561,7 +572,7 @@ Test(cpu, the_environment_names_an_instruction_set)
         runs(&x, SPARGE_CPU, SPARGE_ISA_SCALAR);
         x.o.isa = SPARGE_ISA_AUTO;
     }
-    const char *const unknown[] = { "sse9", "SCALAR", "scalar ", "1", "avx" };
+    const char *const unknown[] = {"sse9", "SCALAR", "scalar ", "1", "avx"};
     for (int64_t n = 0; n < COUNT(unknown); n++) {
         setenv("SPARGE_ISA", unknown[n], 1);
         refused(&x, SPARGE_ERR_ARGUMENT, check_text("SPARGE_ISA is '%s'", unknown[n]));
@@ -597,26 +608,30 @@ Test(cpu, rules_that_the_reference_alone_has)
     problem_free(&x);
 }
 
-/* Rounding upward, and subnormal numbers flushed, as of a caller who set that before or after the threads were
- * made: the same bits, and the setting is there afterwards. */
-static void under(const problem *x, unsigned control, const answer *want, const double *exact, const sparge_tuned *best)
+/* Rounding upward, and subnormal numbers flushed, as of a caller who set that before or after the
+ * threads were made: the same bits, and the setting is there afterwards. */
+static void under(const problem *x, unsigned control, const answer *want, const double *exact,
+                  const sparge_tuned *best)
 {
     const unsigned before = __builtin_ia32_stmxcsr();
-    sparge_tuned tuned = { 0 };
-    sparge_tune_options how = { .l1 = 0.05, .l2 = 0.06 };
-    double *const o = malloc((size_t)tensor_count(&want->o) * sizeof *o);
+    sparge_tuned tuned = {0};
+    sparge_tune_options how = {.l1 = 0.05, .l2 = 0.06};
+    double *o = malloc((size_t)tensor_count(&want->o) * sizeof *o);
     __builtin_ia32_ldmxcsr(before | control);
     answer got = attention(x, NULL);
-    const sparge_status judged = sparge_oracle(&x->p, &x->o, NULL, SPARGE_ORACLE_REAL, o, NULL, NULL, NULL);
+    const sparge_status judged =
+        sparge_oracle(&x->p, &x->o, NULL, SPARGE_ORACLE_REAL, o, NULL, NULL, NULL);
     const sparge_status searched = sparge_tune(&x->p, 1, &x->o, &how, &tuned, NULL);
     const unsigned after = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(before);
-    check((after & ~0x3fu) == ((before | control) & ~0x3fu), "MXCSR is 0x%x after 0x%x", after, before | control);
+    check((after & ~0x3fu) == ((before | control) & ~0x3fu), "MXCSR is 0x%x after 0x%x", after,
+          before | control);
     same_everything(x, &got, want);
-    check(judged == SPARGE_OK && searched == SPARGE_OK, "oracle %d, tune %d", (int)judged, (int)searched);
+    check(judged == SPARGE_OK && searched == SPARGE_OK, "oracle %d, tune %d", (int)judged,
+          (int)searched);
     check_same_as("oracle", o, exact, tensor_count(&want->o));
-    check(tuned.in_sample.mean == best->in_sample.mean && tuned.knobs.tau == best->knobs.tau, "tune: %.17g, %.17g",
-          tuned.in_sample.mean, best->in_sample.mean);
+    check(tuned.in_sample.mean == best->in_sample.mean && tuned.knobs.tau == best->knobs.tau,
+          "tune: %.17g, %.17g", tuned.in_sample.mean, best->in_sample.mean);
     answer_free(&got);
     free(o);
 }
@@ -626,7 +641,7 @@ Test(cpu, arithmetic_of_the_caller)
     enum { UPWARD = 0x4000, FLUSH = 0x8040 };
     for (int64_t dim = 1; dim <= 64; dim++) {
         check_case("scale of %lld channels", (long long)dim);
-        const sparge_problem p = { .heads = 1, .kv_heads = 1, .dim = dim, .dim_v = 1 };
+        const sparge_problem p = {.heads = 1, .kv_heads = 1, .dim = dim, .dim_v = 1};
         sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
         __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | UPWARD);
         const sparge_status status = sparge_options_resolve(&p, &o, NULL);
@@ -639,8 +654,8 @@ Test(cpu, arithmetic_of_the_caller)
     for (int64_t n = 0; n < tensor_count(&x.v); n += 3)
         x.v.x[n] *= 1e-39f;
     problem_write(&x);
-    x.o.knobs = (sparge_knobs){ 0.2f, 0.7f, SPARGE_OFF, -6.0f };
-    const sparge_backend each[] = { SPARGE_REF, SPARGE_CPU, SPARGE_CPU, SPARGE_CPU };
+    x.o.knobs = (sparge_knobs){0.2f, 0.7f, SPARGE_OFF, -6.0f};
+    const sparge_backend each[] = {SPARGE_REF, SPARGE_CPU, SPARGE_CPU, SPARGE_CPU};
     for (int n = 0; n < COUNT(each); n++)
         for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision += SPARGE_FLOAT) {
             check_case("backend %d, precision %d", n, precision);
@@ -652,11 +667,13 @@ Test(cpu, arithmetic_of_the_caller)
             __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() & ~(unsigned)(FLUSH | UPWARD));
             answer want = attention(&x, NULL);
             same_everything(&x, &made, &want);
-            double *const exact = malloc((size_t)tensor_count(&want.o) * sizeof *exact);
-            sparge_tuned best = { 0 };
-            sparge_tune_options how = { .l1 = 0.05, .l2 = 0.06 };
-            check(sparge_oracle(&x.p, &x.o, NULL, SPARGE_ORACLE_REAL, exact, NULL, NULL, NULL) == SPARGE_OK &&
-                      sparge_tune(&x.p, 1, &x.o, &how, &best, NULL) == SPARGE_OK, "oracle or tune failed");
+            double *exact = malloc((size_t)tensor_count(&want.o) * sizeof *exact);
+            sparge_tuned best = {0};
+            sparge_tune_options how = {.l1 = 0.05, .l2 = 0.06};
+            check(sparge_oracle(&x.p, &x.o, NULL, SPARGE_ORACLE_REAL, exact, NULL, NULL, NULL) ==
+                          SPARGE_OK &&
+                      sparge_tune(&x.p, 1, &x.o, &how, &best, NULL) == SPARGE_OK,
+                  "oracle or tune failed");
             under(&x, UPWARD, &want, exact, &best);
             under(&x, FLUSH, &want, exact, &best);
             free(exact);
@@ -688,14 +705,22 @@ Test(cpu, numbers_of_threads)
 /* Of the reference's own NaN no backend may make a number. */
 Test(cpu, scores_that_all_overflow_give_nan)
 {
-    const float q[2] = { 1e20f, 1e20f };
+    const float q[2] = {1e20f, 1e20f};
     float k[64], v[32];
     for (int n = 0; n < 64; n++)
         k[n] = -1e20f;
     for (int n = 0; n < 32; n++)
         v[n] = (float)n;
-    const sparge_problem p = { 1, 1, 1, 1, 32, 2, 1, { q, SPARGE_F32, 2, 2, 2 }, { k, SPARGE_F32, 64, 64, 2 },
-                               { v, SPARGE_F32, 32, 32, 1 } };
+    const sparge_problem p = {1,
+                              1,
+                              1,
+                              1,
+                              32,
+                              2,
+                              1,
+                              {q, SPARGE_F32, 2, 2, 2},
+                              {k, SPARGE_F32, 64, 64, 2},
+                              {v, SPARGE_F32, 32, 32, 1}};
     for (sparge_precision pv = SPARGE_INT8; pv <= SPARGE_FLOAT; pv++) {
         float o[2], lse[2];
         for (int n = 0; n < 2; n++) {
@@ -704,10 +729,11 @@ Test(cpu, scores_that_all_overflow_give_nan)
             options.qk = SPARGE_FLOAT;
             options.pv = pv;
             options.smooth_k = false;
-            sparge_result result = { .o = { &o[n], SPARGE_F32, 1, 1, 1 }, .lse = &lse[n] };
+            sparge_result result = {.o = {&o[n], SPARGE_F32, 1, 1, 1}, .lse = &lse[n]};
             check(sparge_attend(&p, &options, NULL, &result, NULL) == SPARGE_OK, "pv %d", (int)pv);
         }
-        check(o[0] != o[0] && o[1] != o[1], "pv %d: o is %g and %g", (int)pv, (double)o[0], (double)o[1]);
+        check(o[0] != o[0] && o[1] != o[1], "pv %d: o is %g and %g", (int)pv, (double)o[0],
+              (double)o[1]);
         check_same(&lse[1], &lse[0], 1);
     }
 }

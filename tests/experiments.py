@@ -1,7 +1,8 @@
 """Looks at what the scripts of experiments/ share: python3 experiments.py SPARGE
 
-Runs that are interrupted and go on, rows that are not as committed, what is missing; the tables of paper.csv, bands.csv
-and items.py against each other; the driver's command line; the report. Ends with "N passed, M failed".
+Runs that are interrupted and go on, rows that are not as committed, what is missing; the tables of
+paper.csv, bands.csv and items.py against each other; the driver's command line; the report. Ends
+with "N passed, M failed".
 """
 import argparse
 import csv
@@ -28,7 +29,11 @@ from running import save_safetensors, stopped, write
 ROOT = Path(__file__).resolve().parent.parent
 SPARGE = os.path.abspath(sys.argv[1])
 sys.dont_write_bytecode = True
-sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "experiments/capture"), str(ROOT / "paper_figs")]
+sys.path[:0] = [
+    str(ROOT / "experiments"),
+    str(ROOT / "experiments/capture"),
+    str(ROOT / "paper_figs")
+]
 
 import errors  # noqa: E402
 import harness  # noqa: E402
@@ -59,22 +64,29 @@ def test_errors():
     got = want * 1.01
     out = io.StringIO()
     with redirect_stderr(out):
-        check(np.allclose(errors.relative_l1(got, want, "o"), 0.01) and out.getvalue() == "", "finite", out.getvalue())
+        check(
+            np.allclose(errors.relative_l1(got, want, "o"), 0.01) and out.getvalue() == "",
+            "finite", out.getvalue())
         got[0, 2], want[0, 2] = np.nan, np.nan  # alike
         got[1, 0, 0] = np.inf
         got[2], want[2] = np.nan, np.nan
         x = errors.relative_l1(got, want, "head o")
     check(abs(x[0] - 0.01) < 1e-9 and np.isnan(x[1:]).all(), "the others; apart; none left", x)
     line = out.getvalue()
-    check(line.startswith("head o has 24 NaN and 1 infinite") and "24 and 0: 1 are apart" in line, "counted", line)
+    check(
+        line.startswith("head o has 24 NaN and 1 infinite") and "24 and 0: 1 are apart" in line,
+        "counted", line)
     check(math.isnan(errors.worst([0.1, None, 0.2])) and math.isnan(errors.worst([0.1, ""])) and
           errors.worst([0.1, "0.3"]) == 0.3, "the worst")
     check([errors.cell(x) for x in (None, "", math.nan, 0.12345)] == ["", "", "", "0.123"], "cells")
     sys.path.append(str(ROOT / "experiments/lm"))
     from names import perplexity
     fine = {"surprise": 20.0, "tokens": 11}
-    check(perplexity([fine]) == math.exp(2) and math.isnan(perplexity([fine, {"surprise": "", "tokens": 11}])) and
-          math.isnan(perplexity([{"surprise": None, "tokens": 11}])), "perplexity of an unknown surprise")
+    check(
+        perplexity([fine]) == math.exp(2) and
+        math.isnan(perplexity([fine, {"surprise": "", "tokens": 11}])) and
+        math.isnan(perplexity([{"surprise": None, "tokens": 11}])),
+        "perplexity of an unknown surprise")
 
 
 def test_warnings_pass():
@@ -126,8 +138,10 @@ def run(*options, **how):
 
 def wrong(words, script, *options):
     """That a script of experiments/ ends with a line that has these words."""
-    code, out, err = said(sys.executable, ROOT / "experiments" / script, "--sparge", SPARGE, *options)
-    check(code in (1, 2) and words in err and "Traceback" not in err, f"{words!r} of {script} {options}", code, err)
+    code, out, err = said(sys.executable, ROOT / "experiments" / script, "--sparge", SPARGE,
+                          *options)
+    check(code in (1, 2) and words in err and "Traceback" not in err,
+          f"{words!r} of {script} {options}", code, err)
 
 
 def said(*command, **how):
@@ -144,7 +158,8 @@ def calls():
 def test_full_then_smoke():
     script()
     code, out, err = run()
-    check(code == 0 and "no out.csv" in out and calls() == "012", "smoke without committed rows", code, out, err)
+    check(code == 0 and "no out.csv" in out and calls() == "012", "smoke without committed rows",
+          code, out, err)
     code, out, err = run("--full")
     rows = table("thing/out.csv")
     check(code == 0 and calls() == "01234" and len(rows) == 7, "full", code, out, err, rows)
@@ -152,10 +167,13 @@ def test_full_then_smoke():
     check(rows[1] == {"kind": "k", "n": "1", "x": "0.5", "word": "a,b", "ms": "2"}, "a row", rows)
     first = Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()
     on = json.loads(first[1])
-    check(list(on) == ["commit", "date", "machine", "cores", "isa", "compiler", "flags", "seed"], "it stands on", on)
+    check(
+        list(on) == ["commit", "date", "machine", "cores", "isa", "compiler", "flags", "seed"],
+        "it stands on", on)
     check(on["seed"] == 7 and all(on.values()), "all of it", on)
     run("--full")
-    check((Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()) == first, "the same bytes")
+    check((Path("thing/out.csv").read_bytes(), Path("thing/from.json").read_bytes()) == first,
+          "the same bytes")
     code, out, err = run()
     check(code == 0 and "as committed" in out and err == "", "smoke", code, out, err)
 
@@ -172,19 +190,23 @@ def test_differences():
         check(calls() == "012", "what was different is measured again", err)
     script()
     rows = Path("thing/out.csv").read_text()
-    for old, new, words in (('k,1,0.5,"a,b"', 'k,1,0.5,"a,c"', "word is"), ("kind,n,x", "kind,n,y", "x is"),
-                            ("k,1,0.0,,1\n", "", "2 rows, committed are 1"), (",ms\n", ",time\n", None)):
+    for old, new, words in (('k,1,0.5,"a,b"', 'k,1,0.5,"a,c"', "word is"), ("kind,n,x", "kind,n,y",
+                                                                            "x is"),
+                            ("k,1,0.0,,1\n", "", "2 rows, committed are 1"), (",ms\n", ",time\n",
+                                                                              None)):
         check(old in rows, old)
         write("thing/out.csv", rows.replace(old, new))
         code, out, err = run()
-        check((code == 0) == (words is None) and (words or "") in err, f"{old!r} became {new!r}", code, err)
+        check((code == 0) == (words is None) and (words or "") in err, f"{old!r} became {new!r}",
+              code, err)
 
 
 def test_interruption():
     script()
     write("stop", "")
     code, out, err = run("--full")
-    check(code == 1 and "goes on" in err and "Traceback" not in err and calls() == "01", "interrupted", code, err)
+    check(code == 1 and "goes on" in err and "Traceback" not in err and calls() == "01",
+          "interrupted", code, err)
     check(not os.path.exists("thing/out.csv"), "nothing is written")
     os.remove("stop")
     code, out, err = run("--full")
@@ -195,7 +217,8 @@ def test_interruption():
     calls()
     script("0.25")
     code, out, err = run("--full")
-    check(calls() == "01234" and table("thing/out.csv")[1]["x"] == "0.25", "another script begins again", code, err)
+    check(calls() == "01234" and table("thing/out.csv")[1]["x"] == "0.25",
+          "another script begins again", code, err)
 
 
 def test_full_disk():
@@ -204,7 +227,9 @@ def test_full_disk():
     done = calls()
     check(code == 1 and "File too large" in err and "Traceback" not in err, "no room", code, err)
     code, out, err = run("--full")
-    check(len(done) > 1 and calls() == "01234"[len(done) - 1:], "what there was room for is kept", code, err, done)
+    check(
+        len(done) > 1 and calls() == "01234"[len(done) - 1:], "what there was room for is kept",
+        code, err, done)
 
 
 def small(size):
@@ -225,15 +250,18 @@ run_main(lambda: {1}, "page")
 def test_whole_or_not_at_all():
     """Under a limit on file sizes, as on a full disk, what was there stays, and a line says which file it is about."""
     long = "x" * 5000
-    for name, call in (("report.html", "report.main()"), ("rows.csv", f"write_csv('rows.csv', [{{'a': '{long}'}}])"),
+    for name, call in (("report.html", "report.main()"),
+                       ("rows.csv", f"write_csv('rows.csv', [{{'a': '{long}'}}])"),
                        ("README.md", f"fill_in(Path('README.md'), 'a', ['{long}'])"),
                        ("from.json", f"write_json('from.json', '{long}')")):
         write(name, "<!-- a -->\nbefore\n<!-- /a -->\n")
         write("page.py", PAGE.format(str(ROOT), call))
         before = sorted(os.listdir("."))
         code, out, err = said(sys.executable, "page.py", **small(3000))
-        check(code == 1 and name in err and "File too large" in err and "Traceback" not in err, f"{name}: a line", err)
-        check("before" in Path(name).read_text() and sorted(os.listdir(".")) == before, f"{name} as before")
+        check(code == 1 and name in err and "File too large" in err and "Traceback" not in err,
+              f"{name}: a line", err)
+        check("before" in Path(name).read_text() and sorted(os.listdir(".")) == before,
+              f"{name} as before")
         code, out, err = said(sys.executable, "page.py")
         check(code == 0 and Path(name).stat().st_size > 3000, f"{name} with room", code, err)
         os.remove(name)
@@ -242,8 +270,10 @@ def test_whole_or_not_at_all():
         write(f"pictures/fig14.{kind}", "before")
     command = sys.executable, ROOT / "paper_figs/figures.py", "fig14", "--to", "pictures"
     code, out, err = said(*command, **small(3000))
-    check(code == 1 and "fig14.png: File too large" in err and "Traceback" not in err, "a picture", code, err)
-    check([Path(f"pictures/{x}").read_text() for x in sorted(os.listdir("pictures"))] == ["before"] * 2, "as before")
+    check(code == 1 and "fig14.png: File too large" in err and "Traceback" not in err, "a picture",
+          code, err)
+    check([Path(f"pictures/{x}").read_text()
+           for x in sorted(os.listdir("pictures"))] == ["before"] * 2, "as before")
 
 
 def test_links_and_devices():
@@ -262,10 +292,14 @@ def test_links_and_devices():
 def ends(number):
     """What reproduce.py does where it gets a signal while a program of its script is at work."""
     sign = Path("sign").resolve()
-    write("slow", f"#!/bin/sh\necho $$ >{sign}.new && mv {sign}.new {sign} && exec sleep 600 <&- >&- 2>&-\n")
+    write(
+        "slow",
+        f"#!/bin/sh\necho $$ >{sign}.new && mv {sign}.new {sign} && exec sleep 600 <&- >&- 2>&-\n")
     os.chmod("slow", 0o755)
-    code, _, err = stopped([sys.executable, ROOT / "experiments/reproduce.py", "--only", "fig5", "--sparge",
-                            os.path.abspath("slow")], number, lambda _: sign.exists())
+    code, _, err = stopped([
+        sys.executable, ROOT / "experiments/reproduce.py", "--only", "fig5", "--sparge",
+        os.path.abspath("slow")
+    ], number, lambda _: sign.exists())
     try:
         os.kill(int(sign.read_text()), signal.SIGKILL)
         gone = False
@@ -281,7 +315,8 @@ def test_signals():
     for number in signal.SIGTERM, signal.SIGINT:
         code, err, gone = ends(number)
         check(gone, f"nothing of ours runs on after {number.name}", code, err)
-        check(code == 1 and "reproduce.py: interrupted" in err and "Traceback" not in err, number.name, code, err)
+        check(code == 1 and "reproduce.py: interrupted" in err and "Traceback" not in err,
+              number.name, code, err)
 
 
 def test_users_captures():
@@ -291,15 +326,20 @@ def test_users_captures():
     write("4/manifest.json", "{}")
     write("stop", "")
     code, out, err = run("--captures", "4", "-o", "mine.csv")
-    check(code == 1 and "goes on" in err and calls() == "01" and not os.path.exists("mine.csv"), "stopped", code, err)
+    check(code == 1 and "goes on" in err and calls() == "01" and not os.path.exists("mine.csv"),
+          "stopped", code, err)
     os.remove("stop")
     code, out, err = run("--captures", "4", "-o", "mine.csv")
     check(code == 0 and calls() == "23" and len(table("mine.csv")) == 6, "went on", code, err)
-    check(sorted(os.listdir(".")) == ["4", "mine.csv", "thing"], "nothing else stays", os.listdir("."))
-    for options, words in ((["--captures", "4"], "belong together"), (["-o", "mine.csv"], "belong together"),
+    check(
+        sorted(os.listdir(".")) == ["4", "mine.csv", "thing"], "nothing else stays",
+        os.listdir("."))
+    for options, words in ((["--captures",
+                             "4"], "belong together"), (["-o", "mine.csv"], "belong together"),
                            (["--captures", "0", "-o", "no.csv"], "nothing to measure"),
-                           (["--captures", "4", "-o", "no/where.csv"], "No such file"),
-                           (["--captures", "4", "-o", "thing"], "is a folder"),
+                           (["--captures", "4", "-o",
+                             "no/where.csv"], "No such file"), (["--captures", "4", "-o",
+                                                                 "thing"], "is a folder"),
                            (["--captures", "4", "-o", "no.csv", "--full"], "--full")):
         code, out, err = run(*options)
         check(code in (1, 2) and words in err and "Traceback" not in err, f"{options}", code, err)
@@ -318,16 +358,21 @@ def test_kept_is_whole_or_absent():
     write("program", "")
     write("input", "1")
     args = argparse.Namespace(sparge="program", sparge_lm="nowhere", params=None)
-    kept, job = Kept(Path("kept.json"), args, []), Job({"a": 1, "b": "x"}, needs=[Path("input"), "json"])
+    kept, job = Kept(Path("kept.json"), args, []), Job({"a": 1, "b": "x"},
+                                                       needs=[Path("input"), "json"])
     check(kept.of(job) is None, "nothing yet")
     kept.add(job, [{"a": 1}])
     check(Kept(Path("kept.json"), args, []).of(job) == [{"a": 1}], "kept")
-    check(sorted(os.listdir(".")) == ["input", "kept.json", "program"], "no spare file", os.listdir("."))
+    check(
+        sorted(os.listdir(".")) == ["input", "kept.json", "program"], "no spare file",
+        os.listdir("."))
     for path in "program", "input":
         Kept(Path("kept.json"), args, [job]).add(job, [{"a": 1}])
         check(Kept(Path("kept.json"), args, [job]).of(job) == [{"a": 1}], "kept")
         write(path, "##")
-        check(Kept(Path("kept.json"), args, [job]).of(job) is None, f"of another {path} it is not taken up")
+        check(
+            Kept(Path("kept.json"), args, [job]).of(job) is None,
+            f"of another {path} it is not taken up")
     for text in "", "garbage", "3", "{}", '{"rows": 1}':
         write("kept.json", text)
         check(Kept(Path("kept.json"), args, []).rows == {}, "no rows of ours", text)
@@ -335,21 +380,29 @@ def test_kept_is_whole_or_absent():
 
 def test_bench_json():
     """Seconds of the program are the milliseconds of the committed tables, under their columns."""
-    case = {"case": "c", "seconds_total": 0.0123456789, "seconds_predict": None, "seconds_quantize": 1e-4,
-            "seconds_attend": 0.0122, "tops": 2.0}
+    case = {
+        "case": "c", "seconds_total": 0.0123456789, "seconds_predict": None, "seconds_quantize":
+        1e-4, "seconds_attend": 0.0122, "tops": 2.0
+    }
     write("bench", f"#!/bin/sh\necho '{json.dumps([case])}'\n")
     os.chmod("bench", 0o755)
-    check(item.bench_json("./bench") == [{"case": "c", "ms": 12.3456789, "ms_predict": None, "ms_quantize": 0.1,
-                                          "ms_attend": 12.2, "tops": 2.0}], "milliseconds")
+    check(
+        item.bench_json("./bench") == [{
+            "case": "c", "ms": 12.3456789, "ms_predict": None, "ms_quantize": 0.1, "ms_attend":
+            12.2, "tops": 2.0
+        }], "milliseconds")
     committed = table(ROOT / "experiments/cpu_speed/cases.csv")
-    found = item.bench_json(SPARGE, "--q-len", 64, "--dim", 16, "--repeat", 1, "--threads", 1, "--sparsity", 0)[0]
-    check([key for key in found if key in committed[0]] == list(committed[0]), "the columns of cpu_speed", list(found))
+    found = item.bench_json(SPARGE, "--q-len", 64, "--dim", 16, "--repeat", 1, "--threads", 1,
+                            "--sparsity", 0)[0]
+    check([key for key in found if key in committed[0]] == list(committed[0]),
+          "the columns of cpu_speed", list(found))
 
 
 def test_same():
     for old, new in ("1", "1.00005"), ("0", "0.0"), ("", ""), ("a", "a"):
         check(item.same(old, new), "the same", old, new)
-    for old, new in ("1", "1.0002"), ("0", "0.001"), ("", "0"), ("nan", "nan"), ("None", "1"), ("a", "b"):
+    for old, new in ("1", "1.0002"), ("0", "0.001"), ("", "0"), ("nan", "nan"), ("None",
+                                                                                 "1"), ("a", "b"):
         check(not item.same(old, new), "not the same", old, new)
 
 
@@ -368,14 +421,16 @@ def test_sets():
     write("manifest.json", json.dumps(manifest))
     entry, = sets.entries(Path("."))
     check(entry.at == {"sample": "s", "layer": 3, "step": 0}, "where it is of", entry)
-    check(entry.grid == (2, 10, 10) and entry.causal and entry.scale is None, "grid, causality, scale", entry)
+    check(entry.grid == (2, 10, 10) and entry.causal and entry.scale is None,
+          "grid, causality, scale", entry)
     places = {(3, h): (Path("a.safetensors"), n) for n, h in enumerate((2, 3, 6, 7))}
     check(sets.heads(Path(".")) == places, "heads", sets.heads(Path(".")))
     os.mkdir("head")
     paths = sets.write_head(Path("a.safetensors"), 2, Path("head"))
     for path, x in zip(paths, (q[0, 2], k[0, 1], v[0, 1])):
         got = np.load(path)
-        check(got.dtype == np.float32 and (got == x.astype(np.float16)).all(), "a head with its key head", path)
+        check(got.dtype == np.float32 and (got == x.astype(np.float16)).all(),
+              "a head with its key head", path)
     wider = sets.load_file(sets.copied(entry, sets.tensors(entry.path), Path("head/b.safetensors")))
     check(wider["q"].dtype == np.float32, "wider")
     save_safetensors("b16.safetensors", **{n: ("BF16", x) for n, x in zip("qkv", (q, k, v))})
@@ -383,8 +438,10 @@ def test_sets():
     for file in "a.safetensors", "b16.safetensors":
         own = sets.tensors(file)
         kept = sets.load_file(sets.copied(entry, own, Path("kept/c.safetensors"), dtype=None))
-        check(all(kept[n].dtype == own[n].dtype and (kept[n] == own[n]).all() for n in "qkv"), f"{file}: as it is")
-    check(wide.shape == q.shape and np.abs(wide / q - 1).max() < 2**-7, "bfloat16", np.abs(wide / q - 1).max())
+        check(all(kept[n].dtype == own[n].dtype and (kept[n] == own[n]).all() for n in "qkv"),
+              f"{file}: as it is")
+    check(wide.shape == q.shape and np.abs(wide / q - 1).max() < 2**-7, "bfloat16",
+          np.abs(wide / q - 1).max())
     copy, = sets.entries(Path("head"))
     check(copy.at == entry.at and copy.heads == entry.heads and copy.causal, "its manifest", copy)
     manifest |= {"causal": None, "scale": None}
@@ -395,17 +452,25 @@ def test_sets():
     mixed, index = sets.reordered(entry, order_of, "random", Path("head/b.safetensors"), seed=3)
     mixed = sets.load_file(mixed)
     check(sorted(index) == list(range(200)) and list(index) != sorted(index), "an order", index[:9])
-    check(all((mixed[n] == x.astype(np.float16)[:, :, index]).all() for n, x in zip("qkv", (q, k, v))), "reordered")
+    check(
+        all((mixed[n] == x.astype(np.float16)[:, :, index]).all()
+            for n, x in zip("qkv", (q, k, v))), "reordered")
     check([copy.scale for copy in sets.entries(Path("head"))] == [0.25], "a copy's scale", copy)
     for first, rest in (True, range(20)), (False, range(180, 200)):
-        write("manifest.json", json.dumps(manifest | {"grid": [2, 9, 10], "n_text": 20, "text_first": first}))
+        write("manifest.json",
+              json.dumps(manifest | {"grid": [2, 9, 10], "n_text": 20, "text_first": first}))
         entry, = sets.entries(Path("."))
         _, index = sets.reordered(entry, order_of, "hilbert", Path("head/b.safetensors"))
-        check(list(index[list(rest)]) == list(rest) and sorted(index) == list(range(200)), "text stays", first, index)
+        check(
+            list(index[list(rest)]) == list(rest) and sorted(index) == list(range(200)),
+            "text stays", first, index)
     cut = sets.load_file(sets.beginning(entry, 70, Path("head/c.safetensors")))
-    check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8), "the beginning")
+    check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8),
+          "the beginning")
     curve = sets.order(order_of, (2, 10, 10), "hilbert", Path("head"))
-    check(sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve", curve[:9])
+    check(
+        sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve",
+        curve[:9])
 
 
 def test_patches():
@@ -417,27 +482,39 @@ def test_patches():
     entry = patches.capture("c", 5, Path("folder"))
     check(entry.grid == (13, 2, 3) and not entry.causal and entry.heads == (0,), "a capture", entry)
     part, found = clip[5:18].astype(np.float64), sets.tensors(entry.path)
-    check(found["q"].shape == (1, 1, 78, 192) and (found["q"] == found["v"]).all(), "q, k and v", found["q"].shape)
+    check(found["q"].shape == (1, 1, 78, 192) and (found["q"] == found["v"]).all(), "q, k and v",
+          found["q"].shape)
     for t, h, w in (0, 0, 0), (3, 1, 2), (12, 1, 1):
         want = (part[t, 8 * h:8 * h + 8, 8 * w:8 * w + 8] - part.mean()) / part.std()
         got = found["k"][0, 0, (t * 2 + h) * 3 + w]
-        check(np.abs(got - want.ravel()).max() < 1e-4, f"the patch at {t}, {h}, {w}", got[:4], want.ravel()[:4])
+        check(
+            np.abs(got - want.ravel()).max() < 1e-4, f"the patch at {t}, {h}, {w}", got[:4],
+            want.ravel()[:4])
 
 
 def test_thresholds_that_change():
     params = ROOT / "experiments/tune/params_0.08_0.09.json"
     before = json.loads(params.read_text())
-    after = json.loads(sets.changed(params, Path("x.json"), theta=-1.0, **{"lambda": None}).read_text())
-    check(all(h["theta"] == -1.0 and h["lambda"] is None for h in after["heads"]), "changed", after["heads"][0])
-    check([h["tau"] for h in after["heads"]] == [h["tau"] for h in before["heads"]], "and nothing else")
-    check(sets.options_of(params) == ["--params", params, "--causal=end", "--sink"], "options", sets.options_of(params))
+    after = json.loads(
+        sets.changed(params, Path("x.json"), theta=-1.0, **{"lambda": None}).read_text())
+    check(all(h["theta"] == -1.0 and h["lambda"] is None for h in after["heads"]), "changed",
+          after["heads"][0])
+    check([h["tau"] for h in after["heads"]] == [h["tau"] for h in before["heads"]],
+          "and nothing else")
+    check(
+        sets.options_of(params) == ["--params", params, "--causal=end", "--sink"], "options",
+        sets.options_of(params))
     capture = ROOT / "experiments/capture/smollm2-135m/layer12_group1.safetensors"
     code, out, err = said(SPARGE, "run", capture, *map(str, sets.options_of(Path("x.json"))))
     check(code == 0 and json.loads(out)["sparsity"] > 0.5, "sparge takes them", err)
-    own = json.loads(params.read_text()) | {"scale": 0.25, "causal": "none", "sink": False, "smooth_k": False}
+    own = json.loads(
+        params.read_text()) | {"scale": 0.25, "causal": "none", "sink": False, "smooth_k": False}
     write("x.json", json.dumps(own))
-    check(sets.options_of(Path("x.json")) == ["--params", Path("x.json"), "--scale", 0.25, "--no-smooth-k"],
-          "their own scale", sets.options_of(Path("x.json")))
+    check(
+        sets.options_of(
+            Path("x.json")) == ["--params",
+                                Path("x.json"), "--scale", 0.25, "--no-smooth-k"],
+        "their own scale", sets.options_of(Path("x.json")))
 
 
 def make_set(folder, seed=1, heads=2, kv_heads=2, tokens=200, dtype="F16", name="a", **more):
@@ -446,23 +523,27 @@ def make_set(folder, seed=1, heads=2, kv_heads=2, tokens=200, dtype="F16", name=
     draw = np.random.default_rng(seed)
     tensors = {x: draw.standard_normal((1, count, tokens, 8)).astype(np.float32)
                for x, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
-    save_safetensors(f"{folder}/{name}.safetensors", **{x: (dtype, value) for x, value in tensors.items()})
-    manifest = {"model": "m", "sample": "s", "causal": False, "grid": [2, 10, 10],
-                "files": [{"file": f"{name}.safetensors", "layer": 0, "query_heads": list(range(heads))}]} | more
+    save_safetensors(f"{folder}/{name}.safetensors",
+                     **{x: (dtype, value) for x, value in tensors.items()})
+    manifest = {
+        "model": "m", "sample": "s", "causal": False, "grid": [2, 10, 10], "files":
+        [{"file": f"{name}.safetensors", "layer": 0, "query_heads": list(range(heads))}]
+    } | more
     write(f"{folder}/manifest.json", json.dumps(manifest))
     return tensors, manifest
 
 
 def of_captures(script, folder, *options):
     """Rows of a user's captures."""
-    code, out, err = said(sys.executable, ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE, "--captures",
-                          folder, *options, "-o", "rows.csv")
+    code, out, err = said(sys.executable, ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE,
+                          "--captures", folder, *options, "-o", "rows.csv")
     check(code == 0 and err == "", f"{script} of {folder}", code, err)
     return table("rows.csv") if code == 0 else []
 
 
 def tuned(folder, *options):
-    code, out, err = said(SPARGE, "tune", folder, "--l1", "0.3", "--l2", "0.4", "-o", f"{folder}.json", *options)
+    code, out, err = said(SPARGE, "tune", folder, "--l1", "0.3", "--l2", "0.4", "-o",
+                          f"{folder}.json", *options)
     check(code == 0, f"thresholds of {folder}", err)
     return "--params", f"{folder}.json"
 
@@ -481,39 +562,48 @@ def test_good_captures():
         for name in "committed", "captures", "model", "whole", "patches":
             shutil.copytree("good", name, dirs_exist_ok=True)
             want, got = of_captures(script, "good", *params), of_captures(script, name, *params)
-            check([list(row.values())[1:] for row in want] == [list(row.values())[1:] for row in got], script, name)
+            check([list(row.values())[1:]
+                   for row in want] == [list(row.values())[1:] for row in got], script, name)
     # two samples, and two files of one layer
     for n in "xy":
         make_set(f"many/{n}", seed=ord(n), sample=n)
     rows = of_captures("fig14", "many", *params)
-    check([(r["sample"], r["head"]) for r in rows] == [("x", "0"), ("x", "1"), ("y", "0"), ("y", "1")], "samples", rows)
+    check([(r["sample"], r["head"]) for r in rows] == [("x", "0"), ("x", "1"), ("y", "0"),
+                                                       ("y", "1")], "samples", rows)
     _, first = make_set("split", heads=4, kv_heads=2)
     entire = of_captures("fig14", "split", *tuned("split"))
     tensors = {n: x.astype(np.float32) for n, x in sets.load_file("split/a.safetensors").items()}
     for name, half in ("a", 0), ("b", 1):
-        save_safetensors(f"split/{name}.safetensors", q=("F16", tensors["q"][:, 2 * half:2 * half + 2]),
+        save_safetensors(f"split/{name}.safetensors",
+                         q=("F16", tensors["q"][:, 2 * half:2 * half + 2]),
                          **{n: ("F16", tensors[n][:, half:half + 1]) for n in "kv"})
     files = [{"file": "a.safetensors", "layer": 0, "query_heads": [0, 1]},
              {"file": "b.safetensors", "layer": 0, "query_heads": [2, 3]}]
     write("split/manifest.json", json.dumps(first | {"files": files}))
-    check(of_captures("fig14", "split", "--params", "split.json") == entire, "two files of a layer", entire)
-    write("split/manifest.json", json.dumps(first | {"files": [files[0], files[1] | {"query_heads": [1, 2]}]}))
-    wrong("another file has a head of it", "fig14/run.py", "--captures", "split", "--params", "split.json",
-          "-o", "no.csv")
+    check(
+        of_captures("fig14", "split", "--params", "split.json") == entire, "two files of a layer",
+        entire)
+    write("split/manifest.json",
+          json.dumps(first | {"files": [files[0], files[1] | {"query_heads": [1, 2]}]}))
+    wrong("another file has a head of it", "fig14/run.py", "--captures", "split", "--params",
+          "split.json", "-o", "no.csv")
     # text around the grid, and a scale of the model's own
     make_set("text", grid=[2, 9, 10], n_text=20, scale=1.5)
     params = tuned("text", "--scale", "1.5")
     row = next(r for r in of_captures("table9", "text", *params)
-               if (r["order"], r["thresholds"], r["judge"], r["head"]) == ("hilbert", "tuned", "on", "0"))
+               if (r["order"], r["thresholds"], r["judge"], r["head"]) == ("hilbert", "tuned", "on",
+                                                                           "0"))
     for name, options in ("got", params), ("want", ("--dense", "--qk", "f32", "--pv", "f32")):
         said(SPARGE, "order", "2", "9", "10", "--text-before", "20", "-o", "i.npy")
         mixed = {n: ("F32", x.astype(np.float32)[:, :, np.load("i.npy")]) for n, x in
                  sets.load_file("text/a.safetensors").items()}
         save_safetensors("mixed.safetensors", **mixed)
-        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--scale", "1.5", "-o", f"{name}.npy")
+        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--scale", "1.5", "-o",
+                              f"{name}.npy")
         check(code == 0, "run", err)
     got, want = (np.load(f"{name}.npy")[0, 0].astype(np.float64) for name in ("got", "want"))
-    check(abs(float(row["l1"]) / relative(got, want) - 1) < 1e-4, "L1 of the model's attention", row)
+    check(
+        abs(float(row["l1"]) / relative(got, want) - 1) < 1e-4, "L1 of the model's attention", row)
     # lengths, and causal attention as it is
     make_set("causal", tokens=1100, causal=True, grid=None)
     lengths = [(r["tokens"], r["heads"]) for r in of_captures("table7", "causal")]
@@ -526,13 +616,16 @@ def test_capture_that_overflows():
     tensors, _ = make_set("large", tokens=100, grid=None)
     tensors["v"][0, 1] = 3e38
     save_safetensors("large/a.safetensors", **{n: ("F32", x) for n, x in tensors.items()})
-    code, out, err = said(sys.executable, ROOT / "experiments/table7/run.py", "--sparge", SPARGE, "--captures", "large",
-                          "-o", "rows.csv")
+    code, out, err = said(sys.executable, ROOT / "experiments/table7/run.py", "--sparge", SPARGE,
+                          "--captures", "large", "-o", "rows.csv")
     check(code == 0 and "layer 0 head 1" in err and "not finite" in err, "said", code, err)
-    check([(r["heads"], r["worst_l1"]) for r in table("rows.csv")] == [("2", "")], "no worst error", table("rows.csv"))
+    check([(r["heads"], r["worst_l1"]) for r in table("rows.csv")] == [("2", "")], "no worst error",
+          table("rows.csv"))
     inner = said(SPARGE, "tune", "large", "-o", "p.json")
-    row = load(ROOT / "experiments/tune/run.py").row_of(json.loads(Path("p.json").read_text())["heads"][1])
-    check(row["l1_in"] == row["l1_out"] == "" and row["sparsity"] == 0 and row["dense"] is True, "a row of it", row, inner)
+    row = load(ROOT / "experiments/tune/run.py").row_of(
+        json.loads(Path("p.json").read_text())["heads"][1])
+    check(row["l1_in"] == row["l1_out"] == "" and row["sparsity"] == 0 and row["dense"] is True,
+          "a row of it", row, inner)
 
 
 def test_bad_captures():
@@ -540,14 +633,19 @@ def test_bad_captures():
     tuned("good")
     file, = manifest["files"]
     given = ["--params", "good.json", "-o", "no.csv"]
-    spoilt = [({"grid": [1, 10, 10]}, "200 tokens, but its manifest says a grid of 1 x 10 x 10, which are 100"),
-              ({"grid": [3, 10, 10]}, "which are 300"), ({"n_text": 5}, "and 5 of text, which are 205"),
-              ({"grid": 3}, "is no manifest"), ({"grid": [20, 10]}, "'grid' is [20, 10]"),
-              ({"grid": ["2", 10, 10]}, "'grid' is ['2'"), ({"causal": "none"}, "'causal' is 'none'"),
-              ({"files": 1}, "is no manifest"), ({"files": [file | {"layer": "x"}]}, "manifest.json: "),
+    spoilt = [({"grid":
+                [1, 10,
+                 10]}, "200 tokens, but its manifest says a grid of 1 x 10 x 10, which are 100"),
+              ({"grid": [3, 10, 10]}, "which are 300"),
+              ({"n_text": 5}, "and 5 of text, which are 205"), ({"grid": 3}, "is no manifest"),
+              ({"grid": [20, 10]}, "'grid' is [20, 10]"), ({"grid": ["2", 10,
+                                                                     10]}, "'grid' is ['2'"),
+              ({"causal": "none"}, "'causal' is 'none'"), ({"files": 1}, "is no manifest"),
+              ({"files": [file | {"layer": "x"}]}, "manifest.json: "),
               ({"files": [{"file": "a.safetensors", "layer": 0}]}, "has no 'query_heads'"),
               ({"files": [file | {"file": "b.safetensors"}]}, "b.safetensors"),
-              ({"files": []}, "no manifest.json with files"), ({"model": "n"}, "is for the model 'm', not for 'n'")]
+              ({"files": []}, "no manifest.json with files"),
+              ({"model": "n"}, "is for the model 'm', not for 'n'")]
     for n, (change, words) in enumerate(spoilt):
         shutil.copytree("good", f"bad{n}")
         write(f"bad{n}/manifest.json", json.dumps(manifest | change))
@@ -560,17 +658,21 @@ def test_bad_captures():
     wrong("good/manifest.json: Expecting", "fig14/run.py", "--captures", "good", *given)
     wrong("nowhere: has no manifest.json", "table6/run.py", "--captures", "nowhere", *given)
     write("good/manifest.json", json.dumps(manifest))
-    for text, words in ("{", "Expecting"), ("[1]", "is not of sparge"), ('{"heads": [1]}', "is not of sparge"):
+    for text, words in ("{", "Expecting"), ("[1]", "is not of sparge"), ('{"heads": [1]}',
+                                                                         "is not of sparge"):
         write("p.json", text)
-        wrong(f"p.json: {words}", "fig14/run.py", "--captures", "good", "--params", "p.json", "-o", "no.csv")
+        wrong(f"p.json: {words}", "fig14/run.py", "--captures", "good", "--params", "p.json", "-o",
+              "no.csv")
     wrong("belong together", "table6/run.py", "--captures", "good", "-o", "no.csv")
     nan = tensors["k"].copy()
     nan[0, 1, 7, 3] = np.nan
-    for change, words in (({"v": None}, "no tensor 'v'"), ({"k": ("F32", nan)}, "'k' is not finite"),
+    for change, words in (({"v": None}, "no tensor 'v'"), ({"k":
+                                                            ("F32", nan)}, "'k' is not finite"),
                           ({"q": ("I32", [1, 2, 200, 8], bytes(12800))}, "no tensor 'q'"),
                           ({"q": ("F32", tensors["q"][0])}, "no tensor 'q' of four axes"),
-                          ({n: ("F32", np.repeat(x, 2, 0)) for n, x in tensors.items()}, "is a batch of 2"),
-                          ({"q": ("F32", tensors["q"][:, :, :50])}, "q, k and v have 50, 200, 200 tokens")):
+                          ({n: ("F32", np.repeat(x, 2, 0)) for n, x in tensors.items()},
+                           "is a batch of 2"), ({"q": ("F32", tensors["q"][:, :, :50])},
+                                                "q, k and v have 50, 200, 200 tokens")):
         both = {n: ("F32", x) for n, x in tensors.items()} | change
         save_safetensors("good/a.safetensors", **{n: x for n, x in both.items() if x})
         for script in "table9", "fig14":
@@ -588,7 +690,8 @@ def test_items():
     paper = {r["item"] for r in table(ROOT / "experiments/paper.csv")}
     for x in ITEMS:
         folder = ROOT / "experiments" / x.folder
-        check((folder / "run.py").exists() and (folder / "README.md").exists(), "script and README", x.folder)
+        check((folder / "run.py").exists() and (folder / "README.md").exists(), "script and README",
+              x.folder)
         has_none = x.folder in ("attention_map", "tune", "fig2", "fig3", "fig4", "fig5")
         check(has_none != bool(set(x.covers) & paper), "the paper's numbers", x.folder)
     expected = {f"table{n}" for n in range(1, 12)} | {f"fig{n}" for n in (9, 10, 14, 15, 16, 17)}
@@ -612,22 +715,31 @@ def test_bands():
         count[band["item"]] = count.get(band["item"], 0) + 1
         check(band["low"] or band["high"], "a band has an end", band)
         low, high = report.ends(band)
-        check(low <= high and (not band["paper"] or math.isfinite(high - low)), "two ends beside the paper's", band)
+        check(low <= high and (not band["paper"] or math.isfinite(high - low)),
+              "two ends beside the paper's", band)
         check(band["unit"] in ("", "%", "points", "times"), "unit", band)
         check(not re.search(r" (over|less) ", band["what"]), "words that mean one thing", band)
-        for word, units in ("minus", ("points", "")), ("divided by", ("times",)), ("change", ("%",)):
-            check(word not in band["what"] or band["unit"] in units, f"the unit of what has '{word}'", band)
-    check(count == {name: len(found) for name, found in report.MEASURED.items()}, "a figure for each band", count)
+        for word, units in ("minus", ("points", "")), ("divided by", ("times", )), ("change",
+                                                                                    ("%", )):
+            check(word not in band["what"] or band["unit"] in units,
+                  f"the unit of what has '{word}'", band)
+    check(count == {name: len(found) for name, found in report.MEASURED.items()},
+          "a figure for each band", count)
     check(set(count) <= {x.folder for x in ITEMS}, "bands are of items", set(count))
-    for paper, low, high, want in (("", "1", "", (1, math.inf)), ("4", "1", "", (1, 8)), ("3 4", "", "5", (1.5, 5)),
-                                   ("-2 -4", "", "0", (-8, 0)), ("", "", "2", (-math.inf, 2))):
-        check(report.ends({"paper": paper, "low": low, "high": high}) == want, "half or twice the paper's", paper, want)
+    for paper, low, high, want in (("", "1", "", (1, math.inf)), ("4", "1", "", (1, 8)),
+                                   ("3 4", "", "5", (1.5, 5)), ("-2 -4", "", "0", (-8, 0)),
+                                   ("", "", "2", (-math.inf, 2))):
+        check(
+            report.ends({"paper": paper, "low": low, "high": high}) == want,
+            "half or twice the paper's", paper, want)
     for name, found in report.checks().items():
         for band, value, holds in found:
             known = value is not None
             low, high = report.ends(band)
-            check(holds is not False or band["reason"], "what does not hold has a reason", name, band)
-            check(holds == (low <= value <= high if known else None), "judged right", name, band, value)
+            check(holds is not False or band["reason"], "what does not hold has a reason", name,
+                  band)
+            check(holds == (low <= value <= high if known else None), "judged right", name, band,
+                  value)
 
 
 def test_scripts_start():
@@ -637,7 +749,8 @@ def test_scripts_start():
     for mode, _, _, path in found:
         with open(ROOT / path, "rb") as file:
             starts = file.read(2) == b"#!"
-        check(starts == (mode == "100755") == os.access(ROOT / path, os.X_OK), "#! and the run bit", path, mode)
+        check(starts == (mode == "100755") == os.access(ROOT / path, os.X_OK), "#! and the run bit",
+              path, mode)
 
 
 def test_nothing_is_built_for_a_word():
@@ -654,15 +767,22 @@ def test_nothing_is_built_for_a_word():
     os.chmod("bin/python3", 0o755)
     how = {"env": os.environ | {"PATH": f"{os.path.abspath('bin')}:{os.environ['PATH']}"}}
     before = sorted(os.listdir("."))
-    for command, want, words in (
-            ("./reproduce.sh --list", 0, "fig5"), ("./reproduce.sh --only fig5 --list", 0, "fig5"),
-            ("./reproduce.sh --ful", 2, "--ful"), ("./reproduce.sh fig3", 2, "fig3"),
-            ("./reproduce.sh --only nonsense", 2, "nothing is called 'nonsense'"),
-            ("./reproduce.sh --full --help", 0, "all rows"), ("./test.sh nonsense", 2, "there are dev, clang"),
-            ("./test.sh dev nonsens", 2, "no preset 'nonsens'"), ("./test.sh dev --deps", 2, "no preset '--deps'")):
+    for command, want, words in (("./reproduce.sh --list", 0,
+                                  "fig5"), ("./reproduce.sh --only fig5 --list", 0,
+                                            "fig5"), ("./reproduce.sh --ful", 2,
+                                                      "--ful"), ("./reproduce.sh fig3", 2, "fig3"),
+                                 ("./reproduce.sh --only nonsense", 2,
+                                  "nothing is called 'nonsense'"), ("./reproduce.sh --full --help",
+                                                                    0, "all rows"),
+                                 ("./test.sh nonsense", 2, "there are dev, clang"),
+                                 ("./test.sh dev nonsens", 2, "no preset 'nonsens'"),
+                                 ("./test.sh dev --deps", 2, "no preset '--deps'")):
         code, out, err = said("bash", *command.split(), **how)
-        check(code == want and words in (err if want else out) and (want == 0 or out == ""), command, code, out, err)
-        check(sorted(os.listdir(".")) == before, f"{command}: nothing is made or called", os.listdir("."))
+        check(code == want and words in (err if want else out) and (want == 0 or out == ""),
+              command, code, out, err)
+        check(
+            sorted(os.listdir(".")) == before, f"{command}: nothing is made or called",
+            os.listdir("."))
 
 
 def test_driver():
@@ -671,17 +791,22 @@ def test_driver():
 
     code, out, err = reproduce("--list")
     check(code == 0 and err == "" and all(x.folder in out for x in ITEMS), "--list", out, err)
-    heading, lines = out.splitlines()[0], {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    heading, lines = out.splitlines()[0], {
+        line.split()[0]: line for line in out.splitlines() if line.strip()
+    }
     place = heading.index("full needs")
     check(heading.split()[:3] == ["item", "covers", "smoke,"], "a heading", heading)
-    check(all(lines[x.folder][place:].startswith(", ".join(x.needs)) for x in ITEMS), "which item needs what", out)
+    check(all(lines[x.folder][place:].startswith(", ".join(x.needs)) for x in ITEMS),
+          "which item needs what", out)
     for options, words in ((["--only", "table99"], "table99"), (["--smoke", "--full"], "exclude"),
-                           (["--fast"], "--fast"), (["--ful"], "--ful"), (["--only", ""], "called ''"),
-                           (["--only", "fig2,"], "called ''")):
+                           (["--fast"], "--fast"), (["--ful"], "--ful"),
+                           (["--only", ""], "called ''"), (["--only", "fig2,"], "called ''")):
         code, out, err = reproduce(*options)
-        check(code != 0 and words in err and "Traceback" not in err and out == "", f"{options}", code, err)
+        check(code != 0 and words in err and "Traceback" not in err and out == "", f"{options}",
+              code, err)
     driver = load(ROOT / "experiments/reproduce.py")
-    check([x.folder for x in driver.chosen(["fig15, table4"])] == ["table9", "fig14"], "by other names")
+    check([x.folder for x in driver.chosen(["fig15, table4"])] == ["table9", "fig14"],
+          "by other names")
     check(driver.chosen([]) == ITEMS, "all")
 
 
@@ -689,25 +814,36 @@ def test_figures():
     def figures(*options):
         return said(sys.executable, ROOT / "paper_figs/figures.py", *options)
 
-    rows = [f"mine,{sample},{layer},{step},{head},0.{step}{head}" for sample in "ab" for layer, head in ((3, 1), (7, 2))
-            for step in (0, 9)]
+    rows = [
+        f"mine,{sample},{layer},{step},{head},0.{step}{head}" for sample in "ab"
+        for layer, head in ((3, 1), (7, 2)) for step in (0, 9)
+    ]
     write("mine.csv", "\n".join(["source,sample,layer,step,head,sparsity", *rows]))
-    write("lengths.csv", "\n".join(["text,tokens,sparsity", *(f"t{n},{1024 * n},0.{n}" for n in range(1, 9))]))
+    write("lengths.csv",
+          "\n".join(["text,tokens,sparsity", *(f"t{n},{1024 * n},0.{n}" for n in range(1, 9))]))
     names = ["fig14", "fig15", "fig16", "fig17"]
     for csv_, drawn in ("mine.csv", names), ("lengths.csv", ["table7"]):
         code, out, err = figures(*drawn, "--csv", csv_, "--to", "pictures")
         check(code == 0 and err == "" and f"wrote {len(drawn)} " in out, "drawn", drawn, out, err)
-        check(all(Path(f"pictures/{name}.{kind}").stat().st_size > 2000 for name in drawn for kind in ("png", "svg")),
-              "pictures", os.listdir("pictures"))
-    check(all(f"t{n}" in Path("pictures/table7.svg").read_text() for n in range(1, 9)), "every text has a line")
+        check(
+            all(
+                Path(f"pictures/{name}.{kind}").stat().st_size > 2000 for name in drawn
+                for kind in ("png", "svg")), "pictures", os.listdir("pictures"))
+    check(all(f"t{n}" in Path("pictures/table7.svg").read_text() for n in range(1, 9)),
+          "every text has a line")
     write("empty.csv", "source,sample,layer,step,head,sparsity\n")
-    for options, words in ((["fig14", "--csv", "nowhere.csv", "--to", "p"], "nowhere.csv: No such file"),
+    for options, words in ((["fig14", "--csv", "nowhere.csv", "--to",
+                             "p"], "nowhere.csv: No such file"),
                            (["fig14", "--csv", "empty.csv", "--to", "p"], "empty.csv has no rows"),
-                           (["fig14", "--csv", "lengths.csv", "--to", "p"], "has no rows with head"),
-                           (["fig2", "--csv", "mine.csv", "--to", "p"], "there are table7, fig14"),
-                           (["--csv", "mine.csv", "--to", "p"], "there are table7"),
-                           (["fig14", "--csv", "mine.csv"], "needs --to"), (["fig99"], "the figures are"),
-                           (["fig14", "--csv", "mine.csv", "--to", "mine.csv"], "mine.csv: File exists")):
+                           (["fig14", "--csv", "lengths.csv", "--to", "p"],
+                            "has no rows with head"), (["fig2", "--csv", "mine.csv", "--to",
+                                                        "p"], "there are table7, fig14"),
+                           (["--csv", "mine.csv", "--to",
+                             "p"], "there are table7"), (["fig14", "--csv",
+                                                          "mine.csv"], "needs --to"),
+                           (["fig99"],
+                            "the figures are"), (["fig14", "--csv", "mine.csv", "--to",
+                                                  "mine.csv"], "mine.csv: File exists")):
         code, out, err = figures(*options)
         check(code in (1, 2) and words in err and "Traceback" not in err, f"{options}", code, err)
 
@@ -720,13 +856,15 @@ def test_report_of_unknown():
         def of_item(name):
             found = committed(name)
             for row in found if name == item else []:
-                row[column] = "" if row is found[-1] or row.get("head") == found[-1].get("head") else row[column]
+                row[column] = "" if row is found[-1] or row.get("head") == found[-1].get(
+                    "head") else row[column]
             return found
         report.of_item = committed
         before = [holds for _, _, holds in report.checks()[item]]
         report.of_item = of_item
         after = [(value, holds) for _, value, holds in report.checks()[item]]
-        check(any(h is not None and now == (None, None) for h, now in zip(before, after)), item, before, after)
+        check(any(h is not None and now == (None, None) for h, now in zip(before, after)), item,
+              before, after)
 
 
 def test_colours():
@@ -743,16 +881,27 @@ def test_colours():
 def test_beside():
     """The paper and ours stand in one table, in one unit, with three digits."""
     report = load(ROOT / "paper_figs/report.py")
-    for x, want in (0.61269, "0.613"), (708.1, "708"), (131.07, "131"), (23.3333, "23.3"), (-0.00062439, "-0.000624"), (
-            0.0, "0"), (100.0, "100"), (math.nan, ""):
+    for x, want in (0.61269,
+                    "0.613"), (708.1,
+                               "708"), (131.07,
+                                        "131"), (23.3333,
+                                                 "23.3"), (-0.00062439,
+                                                           "-0.000624"), (0.0,
+                                                                          "0"), (100.0,
+                                                                                 "100"), (math.nan,
+                                                                                          ""):
         check(report.digits(x) == want, "three digits", x, report.digits(x))
     with_numbers = {x.folder for x in ITEMS if any(r["item"] in x.covers for r in report.PAPER)}
     check(with_numbers == set(report.BESIDE), "every item with numbers of the paper", with_numbers)
     for name in report.BESIDE:
         columns, lines = report.BESIDE[name]()
         ours = [n for n, title in enumerate(columns) if title.startswith("ours")]
-        check(ours and len(ours) < len(columns) and all(len(line) == len(columns) + 1 for line in lines), name, columns)
-        both = [line for line in lines if not math.isnan(line[1]) and not math.isnan(line[1 + ours[0]])]
+        check(
+            ours and len(ours) < len(columns) and
+            all(len(line) == len(columns) + 1 for line in lines), name, columns)
+        both = [
+            line for line in lines if not math.isnan(line[1]) and not math.isnan(line[1 + ours[0]])
+        ]
         check(lines[0] in both, f"{name}: its first row has both", lines[0])
         for what, *values in both:
             ratio = values[ours[0]] / values[0] if values[0] else 1
@@ -787,7 +936,8 @@ def test_again():
         write("lm", f"#!/bin/sh\necho '{json.dumps({'rows': [found]})}'\n")
         os.chmod("lm", 0o755)
         said_, differences = again.ppl(how)
-        check("measured again: f32" in said_ and len(differences) == differs, f"times {factor}", said_, differences)
+        check("measured again: f32" in said_ and len(differences) == differs, f"times {factor}",
+              said_, differences)
 
     def offline():
         sys.exit("model: cannot download")
@@ -812,12 +962,16 @@ def test_report():
     check(sorted(names) == sorted(items.CAPTIONS), "a caption for each figure", names)
     check(all(len(alt) > 30 for alt in alts), "what a picture shows", alts)
     for n in 14, 15, 16, 17:
-        check(f"<!-- Fig {n}, by" in (ROOT / f"paper_figs/fig{n}.svg").read_text(), f"the number of Fig {n}")
+        check(f"<!-- Fig {n}, by" in (ROOT / f"paper_figs/fig{n}.svg").read_text(),
+              f"the number of Fig {n}")
     raw = [key for key in report.COLUMNS if "_" in key and f">{key}<" in text]
     check(raw == [], "no names of CSV columns", raw)
-    failing = [band for found in report.checks().values() for band, _, holds in found if holds is False]
-    check(text.index('id="attention_map"') > text.index("Bands that do not hold") and text.count("does not hold</span>")
-          == len(failing), "what does not hold, at the top")
+    failing = [
+        band for found in report.checks().values() for band, _, holds in found if holds is False
+    ]
+    check(
+        text.index('id="attention_map"') > text.index("Bands that do not hold") and
+        text.count("does not hold</span>") == len(failing), "what does not hold, at the top")
 
 
 run_tests(globals(), sys.argv[2:], "sparge-experiments-")

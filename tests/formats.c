@@ -43,7 +43,7 @@ static char folder[256];
 
 static void folder_make(void)
 {
-    const char *const parent = getenv("TMPDIR");
+    const char *parent = getenv("TMPDIR");
     snprintf(folder, sizeof folder, "%s/sparge-formats-XXXXXX",
              parent && *parent ? parent : "/tmp");
     cr_assert(mkdtemp(folder), "%s: %s", folder, strerror(errno));
@@ -55,7 +55,7 @@ static const char *in_folder(const char *name)
 {
     static char paths[8][PATH_MAX + 512];
     static int next;
-    char *const path = paths[next++ % 8];
+    char *path = paths[next++ % 8];
     snprintf(path, sizeof paths[0], "%.255s/%s", folder, name);
     return path;
 }
@@ -63,7 +63,7 @@ static const char *in_folder(const char *name)
 /* Hidden files count. */
 static int folder_count(void)
 {
-    DIR *const d = opendir(folder);
+    DIR *d = opendir(folder);
     cr_assert(d);
     int count = 0;
     for (const struct dirent *entry; (entry = readdir(d));)
@@ -74,7 +74,7 @@ static int folder_count(void)
 
 static void folder_remove(void)
 {
-    DIR *const d = opendir(folder);
+    DIR *d = opendir(folder);
     cr_assert(d);
     for (const struct dirent *entry; (entry = readdir(d));)
         if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
@@ -85,14 +85,14 @@ static void folder_remove(void)
 
 static void file_make(const char *name, const void *bytes, size_t size)
 {
-    FILE *const file = fopen(in_folder(name), "wb");
+    FILE *file = fopen(in_folder(name), "wb");
     cr_assert(file && fwrite(bytes, 1, size, file) == size && fclose(file) == 0);
 }
 
 static void expect_file(const char *name, const char *text)
 {
     char got[64] = "";
-    FILE *const file = fopen(in_folder(name), "rb");
+    FILE *file = fopen(in_folder(name), "rb");
     cr_assert(file, "%s: %s", name, strerror(errno));
     got[fread(got, 1, sizeof got - 1, file)] = '\0';
     fclose(file);
@@ -174,7 +174,7 @@ Test(formats, half_all)
     for (int i = 0; i < 65536; i++)
         ((uint16_t *)x.data)[i] = (uint16_t)i;
     cr_assert(array_to_f32(&x, NULL));
-    const float *const got = x.data;
+    const float *got = x.data;
     for (int i = 0; i < 65536; i++) {
         const int exponent = i >> 10 & 31, mantissa = i & 1023;
         const double size = exponent == 31  ? (mantissa ? (double)NAN : (double)INFINITY)
@@ -196,14 +196,18 @@ static array floats_of(const float *x, int64_t count)
     return made;
 }
 
-/* Every half comes back, and so does what is nearer to it than to its neighbour; a tie goes to the even one. */
+/* Every half comes back, and so does what is nearer to it than to its neighbour; a tie goes to the
+ * even one. */
 Test(formats, half_rounding)
 {
     enum { LARGEST = 0x7bff };
     for (uint16_t h = 0; h < LARGEST; h++) {
-        const float low = f16_to_f32(h), high = f16_to_f32((uint16_t)(h + 1)), middle = (low + high) / 2.0f;
-        const float x[] = {low, nextafterf(middle, low), middle, nextafterf(middle, high), high, -middle};
-        const uint16_t up = (uint16_t)(h + 1), even = h % 2 ? up : h, want[] = {h, h, even, up, up, even | 0x8000};
+        const float low = f16_to_f32(h), high = f16_to_f32((uint16_t)(h + 1)),
+                    middle = (low + high) / 2.0f;
+        const float x[] = {low,    nextafterf(middle, low), middle, nextafterf(middle, high), high,
+                           -middle};
+        const uint16_t up = (uint16_t)(h + 1), even = h % 2 ? up : h,
+                       want[] = {h, h, even, up, up, even | 0x8000};
         array a = floats_of(x, 6);
         cr_assert(array_to_f16(&a, NULL) && a.type == ARRAY_F16);
         cr_assert_arr_eq(a.data, want, sizeof want, "around f16 %04x", h);
@@ -222,7 +226,8 @@ Test(formats, half_range)
     cr_expect_arr_eq(a.data, want, sizeof want);
     array_free(&a);
     a = floats_of((const float[]){1.0f, -65520.0f}, 2);
-    cr_expect(!array_to_f16(&a, &error) && a.type == ARRAY_F32 && ((const float *)a.data)[1] == -65520.0f);
+    cr_expect(!array_to_f16(&a, &error) && a.type == ARRAY_F32 &&
+              ((const float *)a.data)[1] == -65520.0f);
     cr_expect_str_eq(error.text, "element 1 is -65520, too large for float16");
     array_free(&a);
 }
@@ -414,7 +419,7 @@ Test(formats, npy_types)
         snprintf(dictionary, sizeof dictionary,
                  "{'descr': '%s', 'fortran_order': False, 'shape': (2,)}\n", cases[i].descr);
         size_t size;
-        const char *const file = npy_file(dictionary, cases[i].data, cases[i].bytes, &size);
+        const char *file = npy_file(dictionary, cases[i].data, cases[i].bytes, &size);
         array x = npy_of(file, size);
         expect_array(&x, cases[i].type, 1, (int64_t[]){2}, cases[i].data);
         cr_assert(array_to_f32(&x, NULL));
@@ -422,8 +427,8 @@ Test(formats, npy_types)
         array_free(&x);
     }
     size_t size;
-    const char *const file = npy_file("{'descr': '|b1', 'fortran_order': False, 'shape': (3,)}",
-                                      BYTES("\x01\x00\x01"), &size);
+    const char *file = npy_file("{'descr': '|b1', 'fortran_order': False, 'shape': (3,)}",
+                                BYTES("\x01\x00\x01"), &size);
     array x = npy_of(file, size);
     expect_array(&x, ARRAY_BOOL, 1, (int64_t[]){3}, "\x01\x00\x01");
     array_free(&x);
@@ -446,7 +451,7 @@ Test(formats, npy_spelling)
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         size_t size;
-        const char *const file = npy_file(cases[i].dictionary, BYTES("\x05\x06"), &size);
+        const char *file = npy_file(cases[i].dictionary, BYTES("\x05\x06"), &size);
         array x = npy_of(file, size);
         expect_array(&x, ARRAY_U8, cases[i].rank, cases[i].shape, "\x05\x06");
         array_free(&x);
@@ -586,20 +591,23 @@ Test(formats, npy_bad_header)
          {"byte 10:", "(4611686018427387904, 4) of f64 overflows", "smaller"}},
         {"{'descr': '<f8', 'fortran_order': False, 'shape': (0, 4611686018427387904, 4)}",
          {"byte 10:", "overflows", "smaller"}},
-        {"{'descr': '<i1', 'fortran_order': False, 'shape': (0, 0, 4611686018427387904)}", /* as f32, too */
+        {"{'descr': '<i1', 'fortran_order': False, 'shape': (0, 0, 4611686018427387904)}", /* as
+                                                                                              f32,
+                                                                                              too */
          {"byte 10:", "overflows", "smaller"}},
         {"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}",
          {"byte 65:", "truncated: shape (2,) of f32 is 8 bytes from byte 65 on, not 0", "copy"}},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         size_t size;
-        const char *const file = npy_file(cases[i].dictionary, NULL, 0, &size);
+        const char *file = npy_file(cases[i].dictionary, NULL, 0, &size);
         expect_npy_refused(file, size, cases[i].dictionary, cases[i].says, 3);
     }
     size_t size;
-    const char *const file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
-                                      BYTES("1234567"), &size);
-    static const char *const says[] = {"byte 73:", "truncated", "8 bytes from byte 66 on, not 7", "again"};
+    const char *file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
+                                BYTES("1234567"), &size);
+    static const char *const says[] = {"byte 73:", "truncated", "8 bytes from byte 66 on, not 7",
+                                       "again"};
     expect_npy_refused(file, size, "truncated", says, 4);
 }
 
@@ -607,12 +615,12 @@ Test(formats, npy_bad_header)
 Test(formats, npy_prefixes)
 {
     size_t size;
-    const char *const file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
-                                      BYTES("12345678"), &size);
+    const char *file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
+                                BYTES("12345678"), &size);
     array x = npy_of(file, size);
     array_free(&x);
     for (size_t n = 0; n < size; n++) {
-        uint8_t *const exact = malloc(n > 0 ? n : 1); /* for the address sanitizer */
+        uint8_t *exact = malloc(n > 0 ? n : 1); /* for the address sanitizer */
         cr_assert(exact);
         memcpy(exact, file, n);
         cr_expect(!npy_read_memory(exact, n, "a.npy", &x, NULL) && !x.data);
@@ -631,7 +639,7 @@ Test(formats, npy_write_bytes)
     memcpy(x.data, want + 128, 6);
     char *got = NULL;
     size_t size;
-    FILE *const stream = open_memstream(&got, &size);
+    FILE *stream = open_memstream(&got, &size);
     file_error error;
     cr_assert(npy_write(stream, "a.npy", &x, &error) && fclose(stream) == 0);
     cr_expect_str_eq(error.text, "");
@@ -654,7 +662,7 @@ Test(formats, npy_round_trip)
                 ((uint8_t *)want.data)[n] = (uint8_t)(n * 37 + 11);
             char *text = NULL;
             size_t size;
-            FILE *const stream = open_memstream(&text, &size);
+            FILE *stream = open_memstream(&text, &size);
             cr_assert(npy_write(stream, "a.npy", &want, NULL) && fclose(stream) == 0);
             cr_expect_eq((size - bytes) % 64, 0, "the data begin at byte %zu", size - bytes);
             cr_expect_eq(text[21], array_type_size(want.type) == 1 ? '|' : '<');
@@ -672,7 +680,7 @@ Test(formats, npy_write_refused)
     file_error error;
     cr_assert(array_alloc(ARRAY_BF16, 0, NULL, &x, NULL));
     memset(x.data, 0, 2);
-    FILE *const full = fopen("/dev/full", "r+b"); /* never creates */
+    FILE *full = fopen("/dev/full", "r+b"); /* never creates */
     cr_assert(full && setvbuf(full, NULL, _IONBF, 0) == 0);
     cr_expect(!npy_write(full, "a.npy", &x, &error));
     expect_says(&error, "bf16", (const char *[]){"a.npy: ", "bf16", "convert to f32"}, 3);
@@ -702,8 +710,8 @@ static void expect_unreadable(const char *path, const char *const says[], size_t
 Test(formats, files, .init = folder_make, .fini = folder_remove)
 {
     size_t size;
-    const char *const file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
-                                      BYTES("\x01\0\x02\0\x03\0\x04\0"), &size);
+    const char *file = npy_file("{'descr': '<i2', 'fortran_order': True, 'shape': (2, 2)}",
+                                BYTES("\x01\0\x02\0\x03\0\x04\0"), &size);
     file_make("a.npy", file, size);
     array x;
     file_error error;
@@ -775,7 +783,7 @@ static const char *const qkv[] = {"q", "k", "v"};
 Test(formats, file_larger_than_memory, .init = folder_make, .fini = folder_remove)
 {
     size_t size;
-    const char *const file = npy_file(
+    const char *file = npy_file(
         "{'descr': '|u1', 'fortran_order': False, 'shape': (2199023255552,)}", NULL, 0, &size);
     file_make("a.npy", file, size);
     if (truncate(in_folder("a.npy"), (off_t)((INT64_C(1) << 41) + (int64_t)size)) != 0)
@@ -899,11 +907,12 @@ Test(formats, safetensors_layouts)
 
 Test(formats, safetensors_write)
 {
-    static const char want[] = "\xa8\0\0\0\0\0\0\0"
-                               "{\"k\":{\"dtype\":\"BF16\",\"shape\":[],\"data_offsets\":[0,2]},"
-                               "\"q\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[2,10]},"
-                               "\"v\":{\"dtype\":\"F16\",\"shape\":[0],\"data_offsets\":[10,10]}}   "
-                               "\x80\xbf\x00\x00\x80\x3f\x00\x00\x00\x40";
+    static const char want[] =
+        "\xa8\0\0\0\0\0\0\0"
+        "{\"k\":{\"dtype\":\"BF16\",\"shape\":[],\"data_offsets\":[0,2]},"
+        "\"q\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[2,10]},"
+        "\"v\":{\"dtype\":\"F16\",\"shape\":[0],\"data_offsets\":[10,10]}}   "
+        "\x80\xbf\x00\x00\x80\x3f\x00\x00\x00\x40";
     static const char *const names[] = {"k", "q", "v"};
     array x[3], got[3];
     file_error error;
@@ -918,7 +927,8 @@ Test(formats, safetensors_write)
     cr_assert(safetensors_write(stream, "a", names, 3, x, &error) && fclose(stream) == 0);
     cr_assert_eq(size, sizeof want - 1, "%zu bytes: %.*s", size, (int)size - 8, text + 8);
     cr_expect_arr_eq(text, want, size);
-    cr_assert(safetensors_read_memory((const uint8_t *)text, size, "a", names, 3, got, &error), "%s", error.text);
+    cr_assert(safetensors_read_memory((const uint8_t *)text, size, "a", names, 3, got, &error),
+              "%s", error.text);
     for (int i = 0; i < 3; i++) {
         expect_array(&got[i], x[i].type, x[i].rank, x[i].shape, x[i].data);
         array_free(&got[i]);
@@ -1033,7 +1043,7 @@ Test(formats, safetensors_bad_header)
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         size_t size;
-        const uint8_t *const file = tensors_file(cases[i].header, "12345678", 8, &size);
+        const uint8_t *file = tensors_file(cases[i].header, "12345678", 8, &size);
         expect_tensors_refused(file, size, cases[i].header, cases[i].says, 3);
     }
 }
@@ -1046,7 +1056,7 @@ Test(formats, safetensors_many_names)
                  "%s\"blocks.%d.\\nq\":{\"data_offsets\":[0,0]}", i > 0 ? "," : "", i);
     strcat(header, "}");
     size_t size;
-    const uint8_t *const file = tensors_file(header, NULL, 0, &size);
+    const uint8_t *file = tensors_file(header, NULL, 0, &size);
     static const char *const says[] = {"choose from blocks.0.?q, blocks.1.?q", "..."};
     expect_tensors_refused(file, size, "many names", says, 2);
 }
@@ -1054,13 +1064,13 @@ Test(formats, safetensors_many_names)
 Test(formats, safetensors_prefixes)
 {
     size_t size;
-    const uint8_t *const file = tensors_file(
+    const uint8_t *file = tensors_file(
         "{\"q\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", "12345678", 8, &size);
     array x;
     cr_assert(safetensors_read_memory(file, size, "a", qkv, 1, &x, NULL));
     array_free(&x);
     for (size_t n = 0; n < size; n++) {
-        uint8_t *const exact = malloc(n > 0 ? n : 1); /* for the address sanitizer */
+        uint8_t *exact = malloc(n > 0 ? n : 1); /* for the address sanitizer */
         cr_assert(exact);
         memcpy(exact, file, n);
         cr_expect(!safetensors_read_memory(exact, n, "a", qkv, 1, &x, NULL) && !x.data);
@@ -1073,7 +1083,7 @@ Test(formats, safetensors_prefixes)
 static output_file *output_make(const char *name, const char *text)
 {
     file_error error;
-    output_file *const output = output_open(in_folder(name), &error);
+    output_file *output = output_open(in_folder(name), &error);
     cr_assert(output, "%s", error.text);
     cr_assert_str_eq(error.text, "");
     fputs(text, output_stream(output));
@@ -1139,7 +1149,7 @@ Test(formats, output_discard, .init = folder_make, .fini = folder_remove)
 Test(formats, output_relative, .init = folder_make, .fini = folder_remove)
 {
     cr_assert_eq(chdir(folder), 0);
-    output_file *const output = output_open("a", NULL);
+    output_file *output = output_open("a", NULL);
     cr_assert(output);
     fputs("here", output_stream(output));
     cr_expect_eq(folder_count(), 1);
@@ -1204,7 +1214,7 @@ static int write_null(void)
 {
     int wrong = 0;
     for (int i = 0; i < 2; i++) { /* twice at a time is fine */
-        output_file *const output = output_open("/dev/null", NULL);
+        output_file *output = output_open("/dev/null", NULL);
         wrong += !output || fputs("x", output_stream(output)) < 0;
     }
     wrong += !outputs_commit(NULL);
@@ -1230,7 +1240,7 @@ Test(formats, output_direct, .init = folder_make, .fini = folder_remove)
     cr_assert(file >= 0 && write(file, "first ", 6) == 6);
     char name[32];
     snprintf(name, sizeof name, "/dev/fd/%d", file);
-    output_file *const output = output_open(name, &error);
+    output_file *output = output_open(name, &error);
     cr_assert(output, "%s", error.text);
     fputs("second", output_stream(output));
     expect_commit();
@@ -1243,8 +1253,8 @@ Test(formats, output_direct, .init = folder_make, .fini = folder_remove)
 static int write_full(void)
 {
     file_error error;
-    output_file *const whole = output_open(in_folder("a"), NULL);
-    output_file *const full = output_open("/dev/full", NULL);
+    output_file *whole = output_open(in_folder("a"), NULL);
+    output_file *full = output_open("/dev/full", NULL);
     int wrong = !whole || fputs("whole", output_stream(whole)) < 0;
     wrong += !full || fputs("x", output_stream(full)) < 0;
     wrong += outputs_commit(&error);
@@ -1267,7 +1277,7 @@ static void expect_limit(size_t size)
     static const char block[4096];
     file_error error;
     file_make("a", "old", 3);
-    output_file *const output = output_make("a", "");
+    output_file *output = output_make("a", "");
     output_make("b", "b");
     bool written = true;
     for (size_t n = 0; n < size; n += sizeof block)
@@ -1297,7 +1307,7 @@ Test(formats, output_full_disk, .init = folder_make, .fini = folder_remove)
     file_error error;
     for (int blocks = 15; blocks < 100; blocks += 40) {
         file_make("a", "old", 3);
-        output_file *const output = output_make("a", "");
+        output_file *output = output_make("a", "");
         output_make("b", "b");
         for (int n = 0; n < blocks; n++)
             fwrite(block, sizeof block, 1, output_stream(output));
@@ -1315,7 +1325,7 @@ Test(formats, output_full_disk, .init = folder_make, .fini = folder_remove)
     array x;
     cr_assert(array_alloc(ARRAY_U8, 1, (int64_t[]){100000}, &x, NULL));
     memset(x.data, 1, 100000);
-    output_file *const output = output_make("x.npy", "");
+    output_file *output = output_make("x.npy", "");
     cr_expect(!npy_write(output_stream(output), "x.npy", &x, &error));
     expect_says(&error, "npy", (const char *[]){"x.npy: cannot write: No space left", "free"}, 2);
     outputs_discard();
@@ -1355,7 +1365,8 @@ Test(formats, output_dangling_link, .init = folder_make, .fini = folder_remove)
     expect_commit();
     expect_file("far/two", "through");
     struct stat status;
-    cr_expect(lstat(in_folder("link"), &status) == 0 && S_ISLNK(status.st_mode), "the link was replaced");
+    cr_expect(lstat(in_folder("link"), &status) == 0 && S_ISLNK(status.st_mode),
+              "the link was replaced");
     cr_expect_eq(folder_count(), 4);
     remove(in_folder("far/two"));
 }
@@ -1386,7 +1397,7 @@ static int end_of_child(void (*act)(void), int number)
     cr_assert(child >= 0);
     if (child == 0) {
         for (int i = 0; i < 2; i++) {
-            output_file *const output = output_open(in_folder(i ? "b" : "a"), NULL);
+            output_file *output = output_open(in_folder(i ? "b" : "a"), NULL);
             if (!output || fputs("half", output_stream(output)) < 0)
                 _exit(98);
         }
@@ -1485,7 +1496,8 @@ static void act_commit_beside_thread(void)
 {
     sem_t ready;
     pthread_t thread;
-    if (sem_init(&ready, 0, 0) || pthread_create(&thread, NULL, await_signal, &ready) || sem_wait(&ready))
+    if (sem_init(&ready, 0, 0) || pthread_create(&thread, NULL, await_signal, &ready) ||
+        sem_wait(&ready))
         _exit(95);
     interrupts_renames = true;
     outputs_commit(NULL);
@@ -1506,8 +1518,9 @@ Test(formats, sudden_signal_in_another_thread, .init = folder_make, .fini = fold
 
 /* ---- Tuned thresholds ------------------------------------------------------------------- */
 
-#define HEADER                                                                                           \
-    "{\"sparge_params\": 1, \"model\": \"m\", \"block_q\": 128, \"block_k\": 64, \"skip_rows\": 64, "    \
+#define HEADER                                                                                    \
+    "{\"sparge_params\": 1, \"model\": \"m\", \"block_q\": 128, \"block_k\": 64, \"skip_rows\": " \
+    "64, "                                                                                        \
     "\"causal\": \"start\", \"smooth_k\": false, \"sink\": true, \"scale\": 0.125, \"heads\": ["
 #define HEAD_OF(layer, head, knobs) \
     "{\"layer\": " layer ", \"head\": " head ", \"dense\": false, " knobs "}"
@@ -1524,28 +1537,36 @@ Test(formats, params_literal)
 {
     params p;
     file_error error;
-    const char *const knobs = "\"theta\": -1, \"tau\": null, \"topk\": 0.25, \"lambda\": null";
+    const char *knobs = "\"theta\": -1, \"tau\": null, \"topk\": 0.25, \"lambda\": null";
     char text[1000];
-    snprintf(text, sizeof text, HEADER HEAD_OF("7", "3", KNOBS) ", " HEAD_OF("0", "9", KNOBS) ", "
-             HEAD_OF("7", "0", "%s") "], \"more\": []}", knobs);
+    snprintf(text, sizeof text,
+             HEADER HEAD_OF("7", "3", KNOBS) ", " HEAD_OF("0", "9", KNOBS) ", " HEAD_OF(
+                 "7", "0", "%s") "], \"more\": []}",
+             knobs);
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
     cr_expect_str_empty(error.text);
     cr_expect_str_eq(p.model, "m");
-    cr_expect(p.block_q == 128 && p.block_k == 64 && p.skip_rows == 64 && p.causal == SPARGE_CAUSAL_START);
+    cr_expect(p.block_q == 128 && p.block_k == 64 && p.skip_rows == 64 &&
+              p.causal == SPARGE_CAUSAL_START);
     cr_expect(!p.smooth_k && p.sink && p.scale == 0.125f && p.heads == 3);
     sparge_knobs first, second, third;
-    cr_assert(!params_find(&p, "f", 0, 9, &first, &error) && !params_find(&p, "f", 7, 0, &second, &error) &&
+    cr_assert(!params_find(&p, "f", 0, 9, &first, &error) &&
+              !params_find(&p, "f", 7, 0, &second, &error) &&
               !params_find(&p, "f", 7, 3, &third, &error));
-    cr_expect(first.theta == 0.5f && first.tau == 0.98f && first.topk == SPARGE_OFF && first.lambda == -4.0f);
+    cr_expect(first.theta == 0.5f && first.tau == 0.98f && first.topk == SPARGE_OFF &&
+              first.lambda == -4.0f);
     cr_expect(memcmp(&third, &first, sizeof third) == 0);
     cr_expect(second.theta == -1.0f && second.tau == SPARGE_OFF && second.topk == 0.25f);
     cr_expect(second.lambda == -INFINITY);
-    static const int64_t others[][2] = {{0, 0}, {7, 1}, {7, 4}, {8, 0}, {9, 0}, {-1, 9}, {0, INT64_MAX}};
+    static const int64_t others[][2] = {{0, 0}, {7, 1},  {7, 4},        {8, 0},
+                                        {9, 0}, {-1, 9}, {0, INT64_MAX}};
     for (size_t n = 0; n < sizeof others / sizeof *others; n++)
-        cr_expect_eq(params_find(&p, "f", others[n][0], others[n][1], &third, &error), EXIT_FILE, "%zu", n);
+        cr_expect_eq(params_find(&p, "f", others[n][0], others[n][1], &third, &error), EXIT_FILE,
+                     "%zu", n);
     cr_expect_str_eq(error.text, "f: has no thresholds for layer 0 head 9223372036854775807");
     params_free(&p);
-    cr_expect(!p.json && !p.head && !p.heads && params_find(&p, "f", 0, 9, &third, NULL) == EXIT_FILE);
+    cr_expect(!p.json && !p.head && !p.heads &&
+              params_find(&p, "f", 0, 9, &third, NULL) == EXIT_FILE);
 }
 
 /* The reader for programs that use the library. */
@@ -1553,7 +1574,7 @@ Test(formats, params_load)
 {
     char path[] = "/tmp/sparge-params-XXXXXX";
     const int file = mkstemp(path);
-    FILE *const stream = fdopen(file, "w");
+    FILE *stream = fdopen(file, "w");
     fprintf(stream, HEADER HEAD_OF("7", "0", KNOBS) ", " HEAD_OF("7", "1", KNOBS) "]}");
     fclose(stream);
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
@@ -1606,15 +1627,16 @@ Test(formats, params_ranges)
     };
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
         for (int n = 0; n < 6; n++) {
-            const char *const value = n < 2 ? cases[c].good[n] : cases[c].bad[n - 2];
-            json_t *const whole = json_loads(HEADER HEAD_OF("0", "0", KNOBS) "]}", 0, NULL);
-            json_t *const to = c < 7 ? json_array_get(json_object_get(whole, "heads"), 0) : whole;
+            const char *value = n < 2 ? cases[c].good[n] : cases[c].bad[n - 2];
+            json_t *whole = json_loads(HEADER HEAD_OF("0", "0", KNOBS) "]}", 0, NULL);
+            json_t *to = c < 7 ? json_array_get(json_object_get(whole, "heads"), 0) : whole;
             json_object_set_new(to, cases[c].key, json_loads(value, JSON_DECODE_ANY, NULL));
-            char *const text = json_dumps(whole, 0);
+            char *text = json_dumps(whole, 0);
             params p;
             file_error error;
             const exit_code code = params_of(text, &p, &error);
-            cr_expect_eq(code, n < 2 ? EXIT_FINE : EXIT_FILE, "%s %s: %s", cases[c].key, value, error.text);
+            cr_expect_eq(code, n < 2 ? EXIT_FINE : EXIT_FILE, "%s %s: %s", cases[c].key, value,
+                         error.text);
             const char *const says[] = {"p.json: '", cases[c].key, "' must be "};
             if (code)
                 expect_says(&error, value, says, 3);
@@ -1630,14 +1652,22 @@ Test(formats, params_refused)
     static const struct {
         const char *text, *says;
     } cases[] = {
-        {"", "line 1: "}, {"[]", "is no JSON object"}, {"{}", "'sparge_params' must be"}, {"{", "line 1: "},
-        {HEADER "]", "line 1: "}, {HEADER "]}}", "line 1: "}, {HEADER "3]}", "'heads[0].layer' must be"},
-        {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("1", "2", KNOBS) "]}", "has layer 1 head 2 twice"},
+        {"", "line 1: "},
+        {"[]", "is no JSON object"},
+        {"{}", "'sparge_params' must be"},
+        {"{", "line 1: "},
+        {HEADER "]", "line 1: "},
+        {HEADER "]}}", "line 1: "},
+        {HEADER "3]}", "'heads[0].layer' must be"},
+        {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("1", "2", KNOBS) "]}",
+         "has layer 1 head 2 twice"},
         {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("0", "2", KNOBS ", \"tau\": 1") "]}",
          "line 1: duplicate"},
-        {HEADER HEAD_OF("1", "2", "\"theta\": 0, \"tau\": null, \"topk\": null, \"lambda\": null") "]}",
+        {HEADER HEAD_OF("1", "2",
+                        "\"theta\": 0, \"tau\": null, \"topk\": null, \"lambda\": null") "]}",
          "'heads[0].tau' must be a number where topk is null"},
-        {HEADER "], \"sink\": true}", "line 1: duplicate"}, {HEADER "], \"a\": \"\n\"}", "line 1: "},
+        {HEADER "], \"sink\": true}", "line 1: duplicate"},
+        {HEADER "], \"a\": \"\n\"}", "line 1: "},
     };
     for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
         params p;
@@ -1653,9 +1683,9 @@ Test(formats, params_refused)
 static void text_of_threshold(float x, char text[64])
 {
     const sparge_knobs knobs = {.theta = 0.0f, .tau = 1.0f, .topk = SPARGE_OFF, .lambda = x};
-    json_t *const line = params_line(0, 0, false, &knobs);
-    char *const all = json_dumps(line, JSON_REAL_PRECISION(9));
-    const char *const at = all ? strstr(all, "\"lambda\": ") : NULL;
+    json_t *line = params_line(0, 0, false, &knobs);
+    char *all = json_dumps(line, JSON_REAL_PRECISION(9));
+    const char *at = all ? strstr(all, "\"lambda\": ") : NULL;
     cr_assert(at && sscanf(at, "\"lambda\": %63[^}]", text) == 1);
     free(all);
     json_decref(line);
@@ -1666,9 +1696,14 @@ Test(formats, params_shortest_decimals)
     static const struct {
         float x;
         const char *text;
-    } literals[] = {{-4.0f, "-4.0"}, {-0.1f, "-0.1"}, {-1.0f / 3.0f, "-0.33333334"},
+    } literals[] = {{-4.0f, "-4.0"},
+                    {-0.1f, "-0.1"},
+                    {-1.0f / 3.0f, "-0.33333334"},
                     {-16777216.0f, "-16777216.0"},
-                    {-1e-10f, "-1e-10"}, {-INFINITY, "null"}, {0.0f, "0.0"}, {0.98f, "0.98"}};
+                    {-1e-10f, "-1e-10"},
+                    {-INFINITY, "null"},
+                    {0.0f, "0.0"},
+                    {0.98f, "0.98"}};
     char text[64], shorter[320];
     for (size_t n = 0; n < sizeof literals / sizeof *literals; n++) {
         text_of_threshold(literals[n].x, text);
@@ -1693,7 +1728,8 @@ Test(formats, params_shortest_decimals)
                 break;
         }
         snprintf(shorter, sizeof shorter, "%.*g", digits, (double)x);
-        cr_assert(strtod(text, NULL) == strtod(shorter, NULL), "%s is not the shortest: %s", text, shorter);
+        cr_assert(strtod(text, NULL) == strtod(shorter, NULL), "%s is not the shortest: %s", text,
+                  shorter);
     }
 }
 
@@ -1703,37 +1739,43 @@ Test(formats, params_written)
     o.block_q = 32;
     o.scale = 0.3f;
     o.causal = SPARGE_CAUSAL_END;
-    const sparge_knobs knobs = {.theta = -0.3f, .tau = SPARGE_OFF, .topk = 0.7f, .lambda = -INFINITY};
+    const sparge_knobs knobs = {
+        .theta = -0.3f, .tau = SPARGE_OFF, .topk = 0.7f, .lambda = -INFINITY};
     char *text = NULL;
     size_t size = 0;
     file_error error;
-    json_t *const header = params_header("a \"b\"\n", "ab12", &o), *const heads = json_array();
+    json_t *header = params_header("a \"b\"\n", "ab12", &o), *heads = json_array();
     json_array_append_new(heads, params_line(3, 4, true, &knobs));
     json_object_set_new(header, "inputs", json_array());
     json_object_set_new(header, "heads", heads);
-    FILE *const stream = open_memstream(&text, &size);
+    FILE *stream = open_memstream(&text, &size);
     cr_assert(stream && json_write_lines(stream, "p.json", header, &error) && fclose(stream) == 0);
-    cr_expect_str_eq(text, "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
-                     " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n"
-                     " \"rules\": \"default\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
-                     " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
-                     " \"smooth_k\": true,\n \"sink\": false,\n \"scale\": 0.3,\n \"inputs\": [],\n \"heads\": [\n"
-                     "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "
-                     "\"topk\": 0.7, \"lambda\": null}\n ]\n}\n", "%s", text);
+    cr_expect_str_eq(
+        text,
+        "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
+        " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n"
+        " \"rules\": \"default\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
+        " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
+        " \"smooth_k\": true,\n \"sink\": false,\n \"scale\": 0.3,\n \"inputs\": [],\n \"heads\": "
+        "[\n"
+        "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "
+        "\"topk\": 0.7, \"lambda\": null}\n ]\n}\n",
+        "%s", text);
     params p;
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
     cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 && p.scale == o.scale &&
               p.skip_rows == 32);
     cr_expect(p.head->knobs.theta == knobs.theta && p.head->knobs.topk == knobs.topk);
     cr_expect_eq(params_obey(&p, "p.json", options_all(), &o, &error), EXIT_FINE, "%s", error.text);
-    cr_expect_eq(params_model(&p, "p.json", "a \"b\"\n", NULL, &error), EXIT_FINE, "%s", error.text);
+    cr_expect_eq(params_model(&p, "p.json", "a \"b\"\n", NULL, &error), EXIT_FINE, "%s",
+                 error.text);
     cr_expect_eq(params_model(&p, "p.json", NULL, NULL, &error), EXIT_FINE, "%s", error.text);
     cr_expect_eq(params_model(&p, "p.json", "c", "ab12", &error), EXIT_FINE, "%s", error.text);
     cr_expect_eq(params_model(&p, "p.json", "c", NULL, &error), EXIT_FILE);
     cr_expect_eq(params_model(&p, "p.json", "c", "ab13", &error), EXIT_FILE);
     params_free(&p);
     free(text);
-    FILE *const full = fopen("/dev/full", "r+");
+    FILE *full = fopen("/dev/full", "r+");
     if (full) {
         const char *const says[] = {"p.json: cannot write", "No space left"};
         cr_expect(!json_write_lines(full, "p.json", header, &error), "a device without space");
@@ -1741,7 +1783,7 @@ Test(formats, params_written)
         fclose(full);
     }
     json_decref(header);
-    json_t *const none = json_rounded((double)NAN, 6), *const some = json_rounded(0.123456789, 3);
+    json_t *none = json_rounded((double)NAN, 6), *some = json_rounded(0.123456789, 3);
     cr_expect(json_is_null(none) && json_real_value(some) == 0.123);
     json_decref(none);
     json_decref(some);
@@ -1749,7 +1791,8 @@ Test(formats, params_written)
 
 /* ---- Captures --------------------------------------------------------------------------- */
 
-static exit_code check_capture(const capture *c, int64_t heads, sparge_causal causal, float scale, file_error *error)
+static exit_code check_capture(const capture *c, int64_t heads, sparge_causal causal, float scale,
+                               file_error *error)
 {
     const sparge_problem problem = {.heads = heads, .dim = 64};
     sparge_options options = {.causal = causal, .scale = scale};
@@ -1757,7 +1800,7 @@ static exit_code check_capture(const capture *c, int64_t heads, sparge_causal ca
 }
 
 /* SHA-256 of "abc" and of nothing, as FIPS 180-4 has them. */
-#define SHA_ABC "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+#define SHA_ABC  "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 #define SHA_NONE "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 Test(formats, captures, .init = folder_make, .fini = folder_remove)
@@ -1766,7 +1809,8 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     int64_t count = 0;
     file_error error;
     file_make("a.st", BYTES("abc"));
-    cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s", error.text);
+    cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s",
+                 error.text);
     cr_assert(count == 1 && strcmp(list->path, in_folder("a.st")) == 0);
     cr_expect_str_eq(list->sha256, SHA_ABC);
     cr_expect(!list->model && !list->sample && !list->heads && !list->manifest);
@@ -1775,15 +1819,17 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     cr_expect_eq(check_capture(list, 5, SPARGE_CAUSAL_NONE, 0.0f, &error), EXIT_FINE);
 
     file_make("b.st", BYTES(""));
-    file_make("manifest.json", BYTES("{\"model\": \"m\", \"text\": \"t\", \"causal\": true, \"files\": ["
-                                     "{\"file\": \"b.st\", \"layer\": 2147483647, "
-                                     "\"query_heads\": [8, 0, 2147483647], \"scale\": 0.5},"
-                                     "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\", \"causal\": false}], "
-                                     "\"scale\": 0.125}"));
-    cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s", error.text);
+    file_make("manifest.json",
+              BYTES("{\"model\": \"m\", \"text\": \"t\", \"causal\": true, \"files\": ["
+                    "{\"file\": \"b.st\", \"layer\": 2147483647, "
+                    "\"query_heads\": [8, 0, 2147483647], \"scale\": 0.5},"
+                    "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\", \"causal\": false}], "
+                    "\"scale\": 0.125}"));
+    cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s",
+                 error.text);
     cr_assert_eq(capture_find(folder, false, &list, &count, &error), EXIT_FINE, "%s", error.text);
     cr_assert_eq(count, 4); /* they are appended */
-    const capture *const a = &list[1], *const b = &list[2];
+    const capture *a = &list[1], *b = &list[2];
     cr_expect_str_eq(a->model, "m");
     cr_expect_str_eq(a->sample, "t");
     cr_expect(a->causal == 0 && a->layer == -1 && a->scale == 0.125 && !a->heads);
@@ -1794,7 +1840,8 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_START, 0.5f, &error), EXIT_FINE);
     cr_expect_eq(check_capture(a, 3, SPARGE_CAUSAL_NONE, 0.0f, &error), EXIT_FINE);
     const char *const counted[] = {"b.st", "has 2 query heads", "lists 3"},
-    *const says[] = {"b.st", "give --causal"}, *const scaled[] = {"b.st", "by 0.5", "not by 0.125", "--scale 0.5"};
+                      *const says[] = {"b.st", "give --causal"},
+                      *const scaled[] = {"b.st", "by 0.5", "not by 0.125", "--scale 0.5"};
     cr_expect_eq(check_capture(b, 2, SPARGE_CAUSAL_END, 0.5f, &error), EXIT_FILE);
     expect_says(&error, "heads", counted, 3);
     cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_NONE, 0.5f, &error), EXIT_FILE);
@@ -1803,7 +1850,8 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     expect_says(&error, "scale", scaled, 4);
 
     file_make("b.st", BYTES("abd"));
-    file_make("manifest.json", BYTES("{\"files\": [{\"file\": \"b.st\", \"sha256\": \"" SHA_ABC "\"}]}"));
+    file_make("manifest.json",
+              BYTES("{\"files\": [{\"file\": \"b.st\", \"sha256\": \"" SHA_ABC "\"}]}"));
     const char *const other[] = {"b.st", "ba7816bf8f01", "SHA-256"};
     cr_expect_eq(capture_find(in_folder("b.st"), false, &list, &count, &error), EXIT_FILE);
     expect_says(&error, "another file", other, 3);
@@ -1816,14 +1864,15 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
 Test(formats, captures_of_many_bytes, .init = folder_make, .fini = folder_remove)
 {
     enum { MILLION = 1000000, MORE = (2 << 20) + 1 };
-    char *const bytes = malloc(MORE);
+    char *bytes = malloc(MORE);
     cr_assert(bytes);
     memset(bytes, 'a', MORE);
     static const struct {
         size_t size;
         const char *sha;
     } cases[] = {
-        {MILLION, "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"}, /* FIPS 180-4 */
+        {MILLION,
+         "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"}, /* FIPS 180-4 */
         {1 << 20, "9bc1b2a288b26af7257a36277ae3816a7d4f16e89c1e7e77d0a5c48bad62b360"},
         {(1 << 20) + 1, "4a3f0c0c213adea174f9a3d4c13177315b588bdb2e9c1012d3d0bf0453ca0f6a"},
         {MORE, "16a429a1e5162fcf59e3079724763e9afafcef1e2c7f862571e9267b3d959113"},
@@ -1833,7 +1882,8 @@ Test(formats, captures_of_many_bytes, .init = folder_make, .fini = folder_remove
         int64_t count = 0;
         file_error error;
         file_make("a.st", bytes, cases[n].size);
-        cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s", error.text);
+        cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s",
+                     error.text);
         cr_expect_str_eq(list->sha256, cases[n].sha, "%zu bytes", cases[n].size);
         capture_free(list, count);
     }
@@ -1863,15 +1913,18 @@ Test(formats, judge_recall_not_finite)
     uint8_t bits[] = {1, 0, 0, 1};
     const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_U8, 2, {2, 2}, bits};
     const recall half = judge_recall(&paid, &keep, 4, 2);
-    cr_expect(half.share == 0.75 && half.not_finite == 2, "%g, %d", half.share, (int)half.not_finite);
+    cr_expect(half.share == 0.75 && half.not_finite == 2, "%g, %d", half.share,
+              (int)half.not_finite);
     mass[2] = mass[3] = NAN;
     const recall none = judge_recall(&paid, &keep, 4, 2);
-    cr_expect(isnan(none.share) && none.not_finite == 4, "%g, %d", none.share, (int)none.not_finite);
+    cr_expect(isnan(none.share) && none.not_finite == 4, "%g, %d", none.share,
+              (int)none.not_finite);
 }
 
 /* Queries 0 to 2 see the first 3, 4 and 5 keys; the last block of each is short. */
 static const sparge_problem three = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = 3, .k_len = 5};
-static const sparge_options causal_pairs = {.block_q = 2, .block_k = 2, .causal = SPARGE_CAUSAL_END};
+static const sparge_options causal_pairs = {
+    .block_q = 2, .block_k = 2, .causal = SPARGE_CAUSAL_END};
 
 Test(formats, kept_blocks_and_tokens)
 {
@@ -1879,9 +1932,10 @@ Test(formats, kept_blocks_and_tokens)
     const array keep = {ARRAY_U8, 4, {1, 1, 2, 3}, bits};
     sparge_counts c;
     kept_counts(&keep, &three, &causal_pairs, &c);
-    cr_expect(c.pairs == 5 && c.qk_done == 3 && c.pv_done == 3.0, "pairs %d, %d", (int)c.pairs, (int)c.qk_done);
-    cr_expect(c.tokens == 12 && c.qk_tokens == 7 && c.pv_tokens == 7, "tokens %d, %d", (int)c.tokens,
-              (int)c.qk_tokens);
+    cr_expect(c.pairs == 5 && c.qk_done == 3 && c.pv_done == 3.0, "pairs %d, %d", (int)c.pairs,
+              (int)c.qk_done);
+    cr_expect(c.tokens == 12 && c.qk_tokens == 7 && c.pv_tokens == 7, "tokens %d, %d",
+              (int)c.tokens, (int)c.qk_tokens);
     cr_expect(kept_density(&c) == 7.0 / 12.0);
     const sparge_counts two[] = {c, c}, sum = kept_sum(two, 2);
     cr_expect(sum.pairs == 10 && sum.qk_tokens == 14 && kept_density(&sum) == 7.0 / 12.0);
@@ -1890,21 +1944,27 @@ Test(formats, kept_blocks_and_tokens)
 
 Test(formats, kept_for_reasons)
 {
-    uint8_t bits[] = {SPARGE_KEPT_MASS | SPARGE_KEPT_DISSIMILAR_Q, SPARGE_KEPT_DISSIMILAR_Q, 0,
-                      SPARGE_KEPT_SINK, 0, SPARGE_KEPT_DISSIMILAR_K};
+    uint8_t bits[] = {SPARGE_KEPT_MASS | SPARGE_KEPT_DISSIMILAR_Q,
+                      SPARGE_KEPT_DISSIMILAR_Q,
+                      0,
+                      SPARGE_KEPT_SINK,
+                      0,
+                      SPARGE_KEPT_DISSIMILAR_K};
     const array why = {ARRAY_U8, 4, {1, 1, 2, 3}, bits};
     const reasons r = reasons_of(&why, &three, &causal_pairs);
     cr_expect(r.pairs == 5);
-    json_t *const json = json_pack("[o, o]", reasons_json(r.kept), reasons_json(r.alone));
-    char *const dumped = json_dumps(json, JSON_COMPACT);
-    cr_expect_str_eq(dumped, "[{\"mass\":1,\"topk\":0,\"dissimilar_q\":2,\"dissimilar_k\":1,\"overflow\":0,"
-                             "\"diagonal\":0,\"sink\":1},{\"mass\":0,\"topk\":0,\"dissimilar_q\":1,"
-                             "\"dissimilar_k\":1,\"overflow\":0,\"diagonal\":0,\"sink\":1}]");
+    json_t *json = json_pack("[o, o]", reasons_json(r.kept), reasons_json(r.alone));
+    char *dumped = json_dumps(json, JSON_COMPACT);
+    cr_expect_str_eq(dumped,
+                     "[{\"mass\":1,\"topk\":0,\"dissimilar_q\":2,\"dissimilar_k\":1,\"overflow\":0,"
+                     "\"diagonal\":0,\"sink\":1},{\"mass\":0,\"topk\":0,\"dissimilar_q\":1,"
+                     "\"dissimilar_k\":1,\"overflow\":0,\"diagonal\":0,\"sink\":1}]");
     free(dumped);
     json_decref(json);
     char text[256];
     reasons_text(&r, text);
-    cr_expect_str_eq(text, "kept: 20 % by mass, 40 % by dissimilar queries, 20 % by dissimilar keys, 20 % by the sink");
+    cr_expect_str_eq(text, "kept: 20 % by mass, 40 % by dissimilar queries, 20 % by dissimilar "
+                           "keys, 20 % by the sink");
 }
 
 Test(formats, floats_as_typed)
@@ -1912,9 +1972,9 @@ Test(formats, floats_as_typed)
     const float x[] = {0.6f, 0.1f, 1.0f / 3.0f, 0x1p-149f, 3.40282347e38f, 16777216.0f, -0.0f};
     const double want[] = {0.6, 0.1, 0.33333334, 1e-45, 3.4028235e38, 16777216.0, -0.0};
     for (size_t n = 0; n < sizeof x / sizeof *x; n++) {
-        json_t *const json = json_float(x[n]);
-        cr_expect(json_real_value(json) == want[n] && (float)json_real_value(json) == x[n], "%.9g becomes %.17g",
-                  (double)x[n], json_real_value(json));
+        json_t *json = json_float(x[n]);
+        cr_expect(json_real_value(json) == want[n] && (float)json_real_value(json) == x[n],
+                  "%.9g becomes %.17g", (double)x[n], json_real_value(json));
         json_decref(json);
     }
     cr_expect(json_is_null(json_float(INFINITY)) && json_is_null(json_float(NAN)));
@@ -1923,14 +1983,17 @@ Test(formats, floats_as_typed)
 Test(formats, judge_two_masks)
 {
     uint8_t got_bits[] = {1, 0, 0, 2, 1, 1}, want_bits[] = {1, 1, 0, 1, 0, 0};
-    const array got = {ARRAY_U8, 4, {1, 1, 2, 3}, got_bits}, want = {ARRAY_BOOL, 4, {1, 1, 2, 3}, want_bits};
+    const array got = {ARRAY_U8, 4, {1, 1, 2, 3}, got_bits},
+                want = {ARRAY_BOOL, 4, {1, 1, 2, 3}, want_bits};
     const mask_difference d = judge_masks(&got, &want);
     cr_expect(d.missing == 1 && d.extra == 2 && d.first_missing == 1 && d.first_extra == 4);
-    json_t *const json = judge_json(&got, &d);
-    char *const text = json_dumps(json, JSON_COMPACT);
-    cr_expect_str_eq(text, "{\"missing\":1,\"extra\":2,\"first_missing\":[0,0,0,1],\"first_extra\":[0,0,1,1]}");
+    json_t *json = judge_json(&got, &d);
+    char *text = json_dumps(json, JSON_COMPACT);
+    cr_expect_str_eq(
+        text, "{\"missing\":1,\"extra\":2,\"first_missing\":[0,0,0,1],\"first_extra\":[0,0,1,1]}");
     free(text);
     json_decref(json);
     const mask_difference same = judge_masks(&got, &got);
-    cr_expect(same.missing == 0 && same.extra == 0 && same.first_missing == -1 && same.first_extra == -1);
+    cr_expect(same.missing == 0 && same.extra == 0 && same.first_missing == -1 &&
+              same.first_extra == -1);
 }

@@ -1,9 +1,10 @@
-"""Reads .pt files made here by experiments/tune/from_pt.py: python3 from_pt.py [PATH-OF-SPARGE [TEST...]]
+"""Reads .pt files made here by experiments/tune/from_pt.py: python3 from_pt.py [PATH-OF-SPARGE
+[TEST...]]
 
-The files have the layout of torch.save, made without torch: pickle and zip with stand-ins for its classes.
-Looked at are the values that come out, what is said of every wrong file, that no pickle runs anything, and
-some thousand damaged files; with the program, what sparge makes of a file that came out. Ends with
-"N passed, M failed". SPARGE_SEED=7 damages them otherwise.
+The files have the layout of torch.save, made without torch: pickle and zip with stand-ins for its
+classes. Looked at are the values that come out, what is said of every wrong file, that no pickle
+runs anything, and some thousand damaged files; with the program, what sparge makes of a file that
+came out. Ends with "N passed, M failed". SPARGE_SEED=7 damages them otherwise.
 """
 import collections
 import contextlib
@@ -45,8 +46,10 @@ seed = int(os.environ.get("SPARGE_SEED", "1"))
 # ---- torch.save ------------------------------------------------------------------------------
 
 torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-CLASSES = {"f4": "Float", "f8": "Double", "f2": "Half", "bf16": "BFloat16", "u1": "Bool", "i4": "Int",
-           "i8": "Long", "i2": "Short"}
+CLASSES = {
+    "f4": "Float", "f8": "Double", "f2": "Half", "bf16": "BFloat16", "u1": "Bool", "i4": "Int",
+    "i8": "Long", "i2": "Short"
+}
 for c in CLASSES.values():
     setattr(torch, f"{c}Storage", type(f"{c}Storage", (), {"__module__": "torch"}))
 
@@ -77,7 +80,8 @@ class Tensor:
         x = np.full(last + self.more, 77, np.float64)
         x[self.offset:last:max(self.stride, 1)] = self.values
         if self.kind == "bf16":
-            return (x.astype(np.float32).view(np.uint32) >> 16).astype(order + "u2").tobytes(), len(x)
+            return (x.astype(np.float32).view(np.uint32) >> 16).astype(order +
+                                                                       "u2").tobytes(), len(x)
         return x.astype(order + self.kind).tobytes(), len(x)
 
 
@@ -104,7 +108,9 @@ def make_members(tensors, order="little", protocol=2):
         members[f"data/{i}"] = raw
     text = io.BytesIO()
     Pickler(text, protocol).dump(tensors)
-    return members | {"data.pkl": text.getvalue(), "version": b"3\n", ".data/serialization_id": b"1" * 40}
+    return members | {
+        "data.pkl": text.getvalue(), "version": b"3\n", ".data/serialization_id": b"1" * 40
+    }
 
 
 def zipped(members, root="archive", compression=zipfile.ZIP_STORED):
@@ -180,11 +186,15 @@ def test_values():
     data = zipped(make_members(tensors_of((10, 9))))
     x = fine(data, name="My-model_0.06_0.07.pt")
     head = dict(layer=9, head=0, dense=False, theta=-0.9375, tau=0.97, topk=None)
-    check(list(x) == ["sparge_params", "version", "model", "tuner", "source", "source_sha256", "rules",
-                      "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "scale", "qk", "pv",
-                      "l1", "l2", "inputs", "heads"], "fields", list(x))
+    check(
+        list(x) == [
+            "sparge_params", "version", "model", "tuner", "source", "source_sha256", "rules",
+            "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "scale", "qk", "pv",
+            "l1", "l2", "inputs", "heads"
+        ], "fields", list(x))
     heads = x.pop("heads")
-    check([(h["layer"], h["head"]) for h in heads] == [(n, h) for n in (9, 10) for h in range(3)], "order")
+    check([(h["layer"], h["head"]) for h in heads] == [(n, h) for n in (9, 10) for h in range(3)],
+          "order")
     off = heads[0].pop("lambda")
     check(heads[0] == head and abs(off + 10 * math.log(2)) < 1e-6, "a sparse head", heads[0], off)
     off = heads[4].pop("lambda")
@@ -194,11 +204,14 @@ def test_values():
     version = x.pop("version")
     with open(os.path.join(ROOT, "sparge.h")) as file:
         check(f'SPARGE_VERSION "{version}"' in file.read(), "version", version)
-    check(x == {"sparge_params": 1, "model": "My-model", "tuner": "upstream",
-                "source": "My-model_0.06_0.07.pt", "source_sha256": hashlib.sha256(data).hexdigest(),
-                "rules": "upstream", "block_q": 128, "block_k": 64, "skip_rows": 128, "causal": "none",
-                "smooth_k": True, "sink": True, "scale": None, "qk": "int8", "pv": "fp8", "l1": 0.06,
-                "l2": 0.07, "inputs": []}, "header", x)
+    check(
+        x == {
+            "sparge_params": 1, "model": "My-model", "tuner": "upstream", "source":
+            "My-model_0.06_0.07.pt", "source_sha256": hashlib.sha256(data).hexdigest(), "rules":
+            "upstream", "block_q": 128, "block_k": 64, "skip_rows": 128, "causal": "none",
+            "smooth_k": True, "sink": True, "scale": None, "qk": "int8", "pv": "fp8", "l1": 0.06,
+            "l2": 0.07, "inputs": []
+        }, "header", x)
     with open("o.json") as file:
         check(sum(line.startswith('  {"layer": ') for line in file) == 6, "one head a line")
 
@@ -206,15 +219,19 @@ def test_values():
 def test_options():
     data = zipped(make_members(tensors_of()))
     x = fine(data, "--model", "m\udc80", "--rules", "default", "--l1", "0.5", "--block-q", "64",
-             "--block-k", "128", "--causal", "start", "--qk", "f32", "--pv", "f16", name="a_0.1_0.2.pt")
-    check((x["model"], x["l1"], x["l2"], x["block_q"], x["block_k"], x["skip_rows"], x["causal"], x["qk"],
-           x["pv"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16", "default"),
-          "options", x)
+             "--block-k", "128", "--causal", "start", "--qk", "f32", "--pv", "f16",
+             name="a_0.1_0.2.pt")
+    check((x["model"], x["l1"], x["l2"], x["block_q"], x["block_k"], x["skip_rows"], x["causal"],
+           x["qk"], x["pv"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16",
+                                             "default"), "options", x)
     x = fine(data, "--skip-rows", "16", name="wan_2_1.pt")
-    check((x["model"], x["l1"], x["l2"], x["skip_rows"]) == ("wan_2_1", None, None, 16), "no bounds", x)
+    check((x["model"], x["l1"], x["l2"], x["skip_rows"]) == ("wan_2_1", None, None, 16),
+          "no bounds", x)
     for options in (["--block-q", "0"], ["--block-k", "1025"], ["--l1", "nan"], ["--l2", "-1"],
-                    ["--causal", "yes"], ["--pv", "int4"], ["--skip-rows", "x"], ["--rules", "ours"], ["y.pt"],
-                    ["-o", "wan_2_1.pt"]):
+                    ["--causal", "yes"], ["--pv",
+                                          "int4"], ["--skip-rows",
+                                                    "x"], ["--rules",
+                                                           "ours"], ["y.pt"], ["-o", "wan_2_1.pt"]):
         code, said = run("wan_2_1.pt", "-o", "o.json", *options)
         check(code == USAGE and "from_pt: error: " in said, f"{options}: usage", code, said)
     check(run("x.pt")[0] == USAGE and run()[0] == USAGE, "both files")
@@ -227,11 +244,13 @@ def test_dtypes_and_layouts():
     for order in ("little", "big"):
         for protocol in (2, 3, 4):
             for kind in CLASSES.keys() - {"i2", "u1", "i4", "i8"}:
-                for where in (dict(), dict(offset=2), dict(stride=3), dict(offset=5, stride=2, more=4)):
+                for where in (dict(), dict(offset=2), dict(stride=3),
+                              dict(offset=5, stride=2, more=4)):
                     x = fine(zipped(make_members(tensors_of(
                         cdfthreshd=Tensor(half, kind, **where), is_sparse=Tensor([1, 1, 1], kind)),
                         order, protocol)))
-                    check([h["tau"] for h in x["heads"]] == half * 2, f"{kind} {order} {where}", x["heads"])
+                    check([h["tau"] for h in x["heads"]] == half * 2, f"{kind} {order} {where}",
+                          x["heads"])
         for kind in ("u1", "i4", "i8"):
             x = fine(zipped(make_members(tensors_of(is_sparse=Tensor([0, 1, 1], kind)), order)))
             check([h["dense"] for h in x["heads"]] == [True, False, False] * 2, f"{kind} {order}")
@@ -282,19 +301,21 @@ def test_sparge():
     _, runs, _, _ = commands_of(SPARGE, "sparge")
     r = np.random.default_rng(seed)
     n, dim = 700, 64
-    walk = np.cumsum(r.normal(size=(1, 3, n, dim)), axis=2) / 6  # neighbours are alike, and others far apart
+    walk = np.cumsum(r.normal(size=(1, 3, n, dim)),
+                     axis=2) / 6  # neighbours are alike, and others far apart
     for name, x in ("q", walk), ("k", walk), ("v", r.normal(size=(1, 3, n, dim))):
         np.save(f"{name}.npy", x.astype(np.float32))
     heads = fine(zipped(make_members(tensors_of((4, 7), cdfthreshd=Tensor([0.9, 1, 0.5]),
                                                  pvthreshd=Tensor([9, 2, 0])))))
     files = "q.npy", "k.npy", "v.npy"
-    got = runs("run", *files, "--rules", "upstream", "--params", "o.json", "--layer", "7", "-o", "o.npy")
+    got = runs("run", *files, "--rules", "upstream", "--params", "o.json", "--layer", "7", "-o",
+               "o.npy")
     check(got["sparsity"] > 0.2, "something is skipped", got)
     whole = np.load("o.npy")
 
     def alike(h, below, *sink, rules="upstream"):
-        runs("run", *files, "--rules", rules, "--theta", h["theta"], "--tau", h["tau"], f"--lambda={below}",
-             "--skip-rows", 128, *sink, "-o", "one.npy")
+        runs("run", *files, "--rules", rules, "--theta", h["theta"], "--tau", h["tau"],
+             f"--lambda={below}", "--skip-rows", 128, *sink, "-o", "one.npy")
         return np.array_equal(np.load("one.npy")[:, h["head"]], whole[:, h["head"]])
 
     _, dense, sparse = layer = heads["heads"][3:]
@@ -314,7 +335,8 @@ def test_zip():
     wrong("not a zip", b"\x80\x02}q\x00." * 9)
     wrong("damaged or cut short", data[:len(data) // 2])
     wrong("damaged or cut short", data[:-1])
-    wrong("damaged or cut short", data.replace(members["data/1"], b"\0" * len(members["data/1"]), 1))
+    wrong("damaged or cut short", data.replace(members["data/1"], b"\0" * len(members["data/1"]),
+                                               1))
     wrong("compressed", zipped(members, compression=zipfile.ZIP_DEFLATED))
     wrong("no data.pkl", zipped({n: d for n, d in members.items() if n != "data.pkl"}))
     wrong("one folder", zipped({}))
@@ -339,32 +361,38 @@ def test_storages():
     wrong("storage data/1 has 16 bytes", zipped(members | {"data/1": members["data/1"] + b"1234"}))
     wrong("no storage data/1", zipped({n: d for n, d in members.items() if n != "data/1"}))
     wrong_tensors("reaches to element 3", tensors_of(cdfthreshd=Tensor([1, 1, 1], size=(4,))))
-    wrong_tensors("reaches to element 6", tensors_of(cdfthreshd=Tensor([1, 1, 1], stride=2, size=(4,))))
+    wrong_tensors("reaches to element 6",
+                  tensors_of(cdfthreshd=Tensor([1, 1, 1], stride=2, size=(4, ))))
     wrong_tensors("size [3, 1]", tensors_of(cdfthreshd=Tensor([1, 1, 1], size=(3, 1))))
     wrong_tensors("size []", tensors_of(cdfthreshd=Tensor([1], size=())))
     wrong_tensors("size [0]", tensors_of(cdfthreshd=Tensor([1], size=(0,))))
     wrong_tensors("1 to 1024", tensors_of(cdfthreshd=Tensor([1], stride=0, size=(1 << 40,))))
     wrong_tensors("make no sense", tensors_of(cdfthreshd=Tensor([1, 1, 1], size=(-3,))))
     wrong_tensors("make no sense", tensors_of(cdfthreshd=Tensor([1, 1, 1], size=(True,))))
-    wrong_tensors("torch.ShortStorage, which is refused", tensors_of(is_sparse=Tensor([1, 1, 1], "i2")))
+    wrong_tensors("torch.ShortStorage, which is refused",
+                  tensors_of(is_sparse=Tensor([1, 1, 1], "i2")))
     text = make_members(tensors_of())["data.pkl"]
-    for old, new in ((b"storage", b"staring"), (b"K\x03tq", b"I3\ntq"), (b"X\x01\0\0\x001q", b"K\x01q")):
+    for old, new in ((b"storage", b"staring"), (b"K\x03tq", b"I3\ntq"), (b"X\x01\0\0\x001q",
+                                                                         b"K\x01q")):
         assert old in text
         wrong("data.pkl", zipped(members | {"data.pkl": text.replace(old, new)}))
 
 
 def test_values_out_of_range():
     for bad in (math.nan, -0.01, 1.01, math.inf):
-        wrong_tensors(f"layer 0, head 1: cdfthreshd is {bad:g}", tensors_of(cdfthreshd=Tensor([1, bad, 0])))
+        wrong_tensors(f"layer 0, head 1: cdfthreshd is {bad:g}",
+                      tensors_of(cdfthreshd=Tensor([1, bad, 0])))
     for bad in (math.nan, -1.01, 1.01):
         wrong_tensors(f"simthreshd1 is {bad:g}", tensors_of(simthreshd1=Tensor([1, bad, 0])))
     for bad in (math.nan, -0.01, -math.inf):
         wrong_tensors(f"pvthreshd is {bad:g}", tensors_of(pvthreshd=Tensor([1, bad, 0])))
     wrong_tensors("simthreshd2 is nan", tensors_of(simthreshd2=Tensor([math.nan, 0, 0])))
     for kind, bad in (("u1", 2), ("f4", 0.5), ("f2", math.nan), ("i8", -1)):
-        wrong_tensors(f"is_sparse is {bad:g}, not 0 or 1", tensors_of(is_sparse=Tensor([1, 0, bad], kind)))
+        wrong_tensors(f"is_sparse is {bad:g}, not 0 or 1",
+                      tensors_of(is_sparse=Tensor([1, 0, bad], kind)))
     members = make_members(tensors_of())
-    wrong("is nan", zipped(members | {"data/1": struct.pack("<3I", 0x7F800001, 0, 0)}))  # signalling
+    wrong("is nan",
+          zipped(members | {"data/1": struct.pack("<3I", 0x7F800001, 0, 0)}))  # signalling
 
 
 def test_layers():
@@ -397,9 +425,11 @@ class Calls:
 
 def test_malicious():
     members = make_members(tensors_of())
-    calls = {"posix.system": Calls(os.system, "touch owned"), "exec": Calls(exec, "open('owned', 'w')"),
-             "eval": Calls(eval, "open('owned', 'w')"), "io.open": Calls(open, "owned", "w"),
-             "getattr": Calls(getattr, "a", "upper"), "Counter": collections.Counter()}
+    calls = {
+        "posix.system": Calls(os.system, "touch owned"), "exec": Calls(exec, "open('owned', 'w')"),
+        "eval": Calls(eval, "open('owned', 'w')"), "io.open": Calls(open, "owned", "w"), "getattr":
+        Calls(getattr, "a", "upper"), "Counter": collections.Counter()
+    }
     for words, x in calls.items():
         for protocol in (2, 3, 4, 5):
             for where in (x, {"a": x}, tensors_of() | {"a": x}):
@@ -410,18 +440,20 @@ def test_malicious():
     texts = {
         b"cos\nsystem\n(X\x0b\0\0\0touch ownedtR.": "os.system, which is refused",
         b"csubprocess\nPopen\n(X\x0b\0\0\0touch ownedtR.": "subprocess.Popen, which is refused",
-        b"(S'touch owned'\nios\nsystem\n.": "refused", b"(cos\nsystem\nS'touch owned'\no.": "refused",
-        b"Pstorage\n.": "PERSID", b"ctorch\nload\n.": "torch.load",
+        b"(S'touch owned'\nios\nsystem\n.": "refused", b"(cos\nsystem\nS'touch owned'\no.":
+        "refused", b"Pstorage\n.": "PERSID", b"ctorch\nload\n.": "torch.load",
         b"\x80\x04\x8c\x05torch\x8c\x05_C.op\x93.": "data.pkl",
         b"\x80\x04\x8c\x05torch\x8c\x11FloatStorage.code\x93.": "torch.FloatStorage.code",
-        b"ccollections\nOrderedDict\n(K\x01tR.": "data.pkl", b"ctorch\nFloatStorage\n)R.": "data.pkl",
-        b"ctorch._utils\n_rebuild_tensor_v2\n}b.": "BUILD",
+        b"ccollections\nOrderedDict\n(K\x01tR.": "data.pkl", b"ctorch\nFloatStorage\n)R.":
+        "data.pkl", b"ctorch._utils\n_rebuild_tensor_v2\n}b.": "BUILD",
         b"\x80\x02ctorch\nFloatStorage\n)\x81.": "NEWOBJ",
         b"ctorch._utils\n_rebuild_tensor_v2\n)R.": "data.pkl", b"\x82\x01.": "EXT1",
         b"Nr\xff\xff\xff\x7f.": "too high", b"})" + b"\x85" * 500_000 + b"K\x01s.": "20000 tuples",
-        b"})" + b"\x85" * 20_000 + b"K\x01s.": "dict", b"\x80\x04\x95" + b"\xff" * 8 + b"N.": "data.pkl",
-        b"\x8e" + b"\xff" * 7 + b"\x7f.": "data.pkl", b"X\xff\xff\xff\xffa.": "data.pkl", b".": "data.pkl",
-        b"": "data.pkl", b"((((": "data.pkl", b"K\x01K\x02R.": "data.pkl", b"h\x00.": "data.pkl"}
+        b"})" + b"\x85" * 20_000 + b"K\x01s.": "dict", b"\x80\x04\x95" + b"\xff" * 8 + b"N.":
+        "data.pkl", b"\x8e" + b"\xff" * 7 + b"\x7f.": "data.pkl", b"X\xff\xff\xff\xffa.":
+        "data.pkl", b".": "data.pkl", b"": "data.pkl", b"((((": "data.pkl", b"K\x01K\x02R.":
+        "data.pkl", b"h\x00.": "data.pkl"
+    }
     for text, words in texts.items():
         wrong(words, zipped(members | {"data.pkl": text}))
     check("owned" not in os.listdir("."), "nothing was run", os.listdir("."))
@@ -430,9 +462,12 @@ def test_malicious():
 def test_program():
     """As a user runs it."""
     data = zipped(make_members(tensors_of()))
-    files = {"good.pt": (data, FINE, ""), "short.pt": (data[:-9], FILE, "cut short"), "nan.pt": (zipped(
-        make_members(tensors_of(cdfthreshd=Tensor([math.nan] * 3)))), FILE, "nan"), "evil.pt": (zipped(
-            {"data.pkl": pickle.dumps(Calls(os.system, "touch owned"))}), FILE, "refused")}
+    files = {
+        "good.pt": (data, FINE, ""), "short.pt": (data[:-9], FILE, "cut short"), "nan.pt":
+        (zipped(make_members(tensors_of(cdfthreshd=Tensor([math.nan] * 3)))), FILE, "nan"),
+        "evil.pt": (zipped({"data.pkl": pickle.dumps(Calls(os.system,
+                                                           "touch owned"))}), FILE, "refused")
+    }
     for name, (content, code, words) in files.items():
         done = subprocess.run([sys.executable, PROGRAM, save(content, name), "-o", f"{name}.json"],
                               capture_output=True, text=True)
@@ -491,14 +526,16 @@ def test_damage():
             continue
         if code != FINE:
             ok = code == FILE and said.startswith("from_pt: x.pt: ") and said.count("\n") == 1
-            check(ok and os.listdir(".") == ["x.pt"], f"seed {seed}, damage {i}: one line", code, said)
+            check(ok and os.listdir(".") == ["x.pt"], f"seed {seed}, damage {i}: one line", code,
+                  said)
             continue
         accepted += 1
         with open("o.json") as file:
             heads = json.load(file, parse_constant=lambda word: [])["heads"]  # a NaN is no number
-        check(said == "" and heads and all(
-            -1 <= h["theta"] <= 1 and 0 <= h["tau"] <= 1 and (h["lambda"] is None or h["lambda"] <= 0)
-            for h in heads), f"seed {seed}, damage {i}: sound", said, heads[:3])
+        check(
+            said == "" and heads and all(-1 <= h["theta"] <= 1 and 0 <= h["tau"] <= 1 and
+                                         (h["lambda"] is None or h["lambda"] <= 0) for h in heads),
+            f"seed {seed}, damage {i}: sound", said, heads[:3])
     check(400 < accepted < 3000, "both outcomes occur", accepted)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     check(peak < 500, "MiB in all", peak)

@@ -17,7 +17,7 @@ void __wrap_free(void *p);
 
 void heap_arm(int64_t fails)
 {
-    heap = (struct heap){ .fails = fails, .caller = pthread_self() };
+    heap = (struct heap){.fails = fails, .caller = pthread_self()};
     heap.armed = true;
 }
 

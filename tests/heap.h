@@ -7,8 +7,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* While armed, allocation number `fails` (from 0) returns NULL. Other code does not run then, and other
- * threads do not allocate: `stray` counts those that do. */
+/* While armed, allocation number `fails` (from 0) returns NULL. Other code does not run then, and
+ * other threads do not allocate: `stray` counts those that do. */
 struct heap {
     bool armed;
     int64_t fails, calls, live;

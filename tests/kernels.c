@@ -1,15 +1,16 @@
-/* kernels.c: every kernel of one instruction set against plain C that stands here or in ref/ and common/,
- * bit for bit. Without Criterion, files and threads, so that it also runs, linked statically, where little
- * else does: under an emulator of a processor that the machine is not.
+/* kernels.c: every kernel of one instruction set against plain C that stands here or in ref/ and
+ * common/, bit for bit. Without Criterion, files and threads, so that it also runs, linked
+ * statically, where little else does: under an emulator of a processor that the machine is not.
  *
  *     test_kernels --isa scalar|avx2|avxvnni|avx512vnni --draws N --seed S
  *
- * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the other, and
- * at the end both are the same to the last byte. So inputs that were changed, padding that was written and
- * guards are found by the comparison that finds wrong results. A draw depends on the seed, the kernel and
- * its number alone.
+ * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the
+ * other, and at the end both are the same to the last byte. So inputs that were changed, padding
+ * that was written and guards are found by the comparison that finds wrong results. A draw depends
+ * on the seed, the kernel and its number alone.
  *
- * Exits 0, 1 at a difference, 2 for wrong arguments, 77 where the processor lacks the instruction set. */
+ * Exits 0, 1 at a difference, 2 for wrong arguments, 77 where the processor lacks the instruction
+ * set. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +22,12 @@
 #include "cpu/kernels.h"
 #include "ref/ref.h"
 
-enum { MOST_ROWS = 70, MOST_DEPTH = 256, MOST_PANELS = 20, MOST_COLUMNS = MOST_PANELS * SPARGE_PANEL };
+enum {
+    MOST_ROWS = 70,
+    MOST_DEPTH = 256,
+    MOST_PANELS = 20,
+    MOST_COLUMNS = MOST_PANELS * SPARGE_PANEL
+};
 
 /* ---- Numbers that replay: SplitMix64 (Steele, Lea & Flood 2014) ---- */
 
@@ -134,20 +140,13 @@ static float as_float(const array *a, const uint8_t *from, int64_t n)
     memcpy(&word, &half, 2);
     memcpy(&lane, at, size_of[a->kind] < 4 ? 1 : 4);
     switch (a->kind) {
-    case F32:
-        return sparge_bits_float((uint32_t)lane);
-    case F16:
-        return sparge_f16_to_f32(half);
-    case BF16:
-        return sparge_bf16_to_f32(half);
-    case I8:
-        return (float)(int8_t)*at;
-    case U8:
-        return (float)*at;
-    case I16:
-        return (float)word;
-    default:
-        return (float)lane;
+    case F32: return sparge_bits_float((uint32_t)lane);
+    case F16: return sparge_f16_to_f32(half);
+    case BF16: return sparge_bf16_to_f32(half);
+    case I8: return (float)(int8_t)*at;
+    case U8: return (float)*at;
+    case I16: return (float)word;
+    default: return (float)lane;
     }
 }
 
@@ -193,18 +192,19 @@ static bool compare(const char *kernel, int64_t draw, uint64_t seed)
             continue;
         const double got = (double)as_float(a, memory[0], worst),
                      want = (double)as_float(a, memory[1], worst);
-        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: %s[%" PRId64 "][%" PRId64 "] is %.9g (%a), "
+        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: %s[%" PRId64 "][%" PRId64
+               "] is %.9g (%a), "
                "should be %.9g (%a); %" PRId64 " of %" PRId64 " differ\n",
-               kernel, draw, seed, shape, a->name, worst / a->width, worst % a->width, got, got, want, want,
-               wrong, a->count);
+               kernel, draw, seed, shape, a->name, worst / a->width, worst % a->width, got, got,
+               want, want, wrong, a->count);
         same = false;
     }
     if (same && memcmp(memory[0], memory[1], top)) {
         size_t n = 0;
         while (memory[0][n] == memory[1][n])
             n++;
-        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: a guard was written, byte %zu\n", kernel, draw,
-               seed, shape, n);
+        printf("%s: draw %" PRId64 ", seed %" PRIu64 ", %s: a guard was written, byte %zu\n",
+               kernel, draw, seed, shape, n);
         same = false;
     }
     return same;
@@ -212,8 +212,8 @@ static bool compare(const char *kernel, int64_t draw, uint64_t seed)
 
 /* ---- What is in them ---- */
 
-/* Signed codes up to `most`, or unsigned ones: at random, all alike, alternating (a saturating sum of two
- * products shows there), or few of them. */
+/* Signed codes up to `most`, or unsigned ones: at random, all alike, alternating (a saturating sum
+ * of two products shows there), or few of them. */
 static void codes(int16_t *code, int64_t n, int64_t width, int most, bool is_signed)
 {
     const int64_t style = pick(0, 9);
@@ -242,23 +242,18 @@ static float value_of(range r)
 {
     const float x = uniform();
     switch (r) {
-    case PLAIN:
-        return 4.0f * x;
-    case TINY:
-        return x * 0x1p-125f;
-    case LARGE:
-        return x * 0x1.8p127f;
-    case ZEROS:
-        return one_in(4) ? x : 0.0f;
-    default:
-        return ldexpf(x, (int)pick(-140, 126));
+    case PLAIN: return 4.0f * x;
+    case TINY: return x * 0x1p-125f;
+    case LARGE: return x * 0x1.8p127f;
+    case ZEROS: return one_in(4) ? x : 0.0f;
+    default: return ldexpf(x, (int)pick(-140, 126));
     }
 }
 
 static range range_of(void) { return one_in(2) ? PLAIN : (range)pick(PLAIN, MIXED); }
 
-/* Finite rows, zero from dim to stride; some are zero as a whole, and some blocks hold whole multiples of
- * 1/8: ties. */
+/* Finite rows, zero from dim to stride; some are zero as a whole, and some blocks hold whole
+ * multiples of 1/8: ties. */
 static void block_of_tokens(float *x, int64_t rows, int64_t dim, int64_t stride)
 {
     const range r = range_of();
@@ -266,7 +261,9 @@ static void block_of_tokens(float *x, int64_t rows, int64_t dim, int64_t stride)
     for (int64_t n = 0; n < rows; n++) {
         const bool zero = one_in(12);
         for (int64_t c = 0; c < stride; c++)
-            x[n * stride + c] = c >= dim || zero ? 0.0f : eighths ? (float)pick(-16, 16) / 8 : value_of(r);
+            x[n * stride + c] = c >= dim || zero ? 0.0f
+                                : eighths        ? (float)pick(-16, 16) / 8
+                                                 : value_of(r);
     }
 }
 
@@ -290,7 +287,11 @@ static void test_load(const sparge_kernels *k, sparge_format f)
     const int64_t rows = size_up_to(MOST_ROWS), dim = size_up_to(MOST_DEPTH), stride = padded(dim);
     const int64_t step = dim + (one_in(2) ? 0 : pick(0, 9)), token = one_in(4) ? -step : step;
     const int64_t all = (rows - 1) * step + dim, first = token < 0 ? (rows - 1) * step : 0;
-    const pair in = make("in", dtype == SPARGE_F32 ? F32 : dtype == SPARGE_F16 ? F16 : BF16, all, step);
+    const pair in = make("in",
+                         dtype == SPARGE_F32   ? F32
+                         : dtype == SPARGE_F16 ? F16
+                                               : BF16,
+                         all, step);
     const pair mean = make("mean", F32, dim, dim), x = make("x", F32, rows * stride, stride);
     const pair finite = make("finite", I32, 1, 1);
     const bool some_bad = one_in(3), smooth = one_in(2);
@@ -372,7 +373,8 @@ static void test_summarize(const sparge_kernels *k, sparge_format f)
     static const bool bad[MOST_ROWS * MOST_DEPTH];
     (void)f;
     const block b = make_block(MOST_DEPTH);
-    const pair pool = make("pool", F32, b.stride, b.stride), unit = make("unit", F32, b.stride, b.stride);
+    const pair pool = make("pool", F32, b.stride, b.stride),
+               unit = make("unit", F32, b.stride, b.stride);
     const pair sim = make("sim", F32, 1, 1);
     settle();
     *(float *)sim.got = k->summarize(b.x.got, b.rows, b.stride, pool.got, unit.got);
@@ -380,7 +382,8 @@ static void test_summarize(const sparge_kernels *k, sparge_format f)
         memcpy(plain + r * b.dim, (float *)b.x.want + r * b.stride, (size_t)b.dim * sizeof *plain);
     memset(pool.want, 0, (size_t)b.stride * sizeof(float));
     memset(unit.want, 0, (size_t)b.stride * sizeof(float));
-    *(float *)sim.want = sparge_ref_summarize(plain, bad, b.rows, b.rows, b.dim, pool.want, unit.want).sim;
+    *(float *)sim.want =
+        sparge_ref_summarize(plain, bad, b.rows, b.rows, b.dim, pool.want, unit.want).sim;
 }
 
 static int some_levels(void)
@@ -394,10 +397,12 @@ static void test_quantize(const sparge_kernels *k, sparge_format f)
     (void)f;
     const block b = make_block(MOST_DEPTH);
     const int levels = some_levels();
-    const pair code = make("code", I16, b.rows * b.stride, b.stride), step = make("step", F32, 1, 1);
+    const pair code = make("code", I16, b.rows * b.stride, b.stride),
+               step = make("step", F32, 1, 1);
     settle();
     *(float *)step.got = k->quantize(b.x.got, b.rows * b.stride, levels, code.got);
-    *(float *)step.want = sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, levels, 0.0f, code.want);
+    *(float *)step.want =
+        sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, levels, 0.0f, code.want);
 }
 
 static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
@@ -410,8 +415,8 @@ static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
     settle();
     k->quantize_channels(b.x.got, b.rows, b.stride, levels, step.got, code.got);
     for (int64_t c = 0; c < b.stride; c++)
-        ((float *)step.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride, levels, 0.0f,
-                                                      (int16_t *)code.want + c);
+        ((float *)step.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride,
+                                                      levels, 0.0f, (int16_t *)code.want + c);
 }
 
 /* ---- Packing: the layouts of kernels.h, once more ---- */
@@ -429,7 +434,8 @@ static int64_t place(sparge_format f, int64_t depth, int64_t e, int64_t n)
     return panel + e * 16 + lane;
 }
 
-static const kind kind_of_a[SPARGE_FORMATS] = {U8, I16, F32}, kind_of_b[SPARGE_FORMATS] = {I8, I16, F32};
+static const kind kind_of_a[SPARGE_FORMATS] = {U8, I16, F32},
+                  kind_of_b[SPARGE_FORMATS] = {I8, I16, F32};
 
 static void put(void *to, kind of, int64_t at, int code, float value)
 {
@@ -467,7 +473,8 @@ static int code_at(const source *s, int64_t r, int64_t c)
 
 static float value_at(const source *s, int64_t r, int64_t c)
 {
-    return s->f != SPARGE_FLOATS || r >= s->rows ? 0.0f : ((float *)s->from.want)[r * s->stride + c];
+    return s->f != SPARGE_FLOATS || r >= s->rows ? 0.0f
+                                                 : ((float *)s->from.want)[r * s->stride + c];
 }
 
 static void test_pack_rows(const sparge_kernels *k, sparge_format f)
@@ -480,8 +487,8 @@ static void test_pack_rows(const sparge_kernels *k, sparge_format f)
     for (int64_t r = 0; r < s.rows; r++) {
         int32_t sum = 0;
         for (int64_t c = 0; c < s.stride; c++) {
-            put(a.want, kind_of_a[f], r * s.stride + c, code_at(&s, r, c) + (f == SPARGE_BYTES ? 128 : 0),
-                value_at(&s, r, c));
+            put(a.want, kind_of_a[f], r * s.stride + c,
+                code_at(&s, r, c) + (f == SPARGE_BYTES ? 128 : 0), value_at(&s, r, c));
             sum += c < s.stride / 2 ? code_at(&s, r, c) * code_at(&s, r, s.stride / 2 + c) : 0;
         }
         if (f == SPARGE_WORDS)
@@ -535,7 +542,8 @@ static void test_rank(const sparge_kernels *k, sparge_format f)
     (void)f;
     const int64_t n = size_up_to(MOST_ROWS), stride = depth_up_to(MOST_DEPTH);
     const float scale = ldexpf(1.0f + uniform() / 2, (int)pick(-4, 2));
-    const pair pool = make("pool", F32, stride, stride), pools = make("pools", F32, n * stride, stride);
+    const pair pool = make("pool", F32, stride, stride),
+               pools = make("pools", F32, n * stride, stride);
     const pair s = make("s", F32, n, n);
     values(pool.got, stride, range_of());
     values(pools.got, n * stride, range_of());
@@ -543,7 +551,8 @@ static void test_rank(const sparge_kernels *k, sparge_format f)
     settle();
     k->rank(pool.got, pools.got, n, stride, scale, s.got);
     for (int64_t j = 0; j < n; j++)
-        ((float *)s.want)[j] = scale * sparge_dot(pool.want, (float *)pools.want + j * stride, stride);
+        ((float *)s.want)[j] =
+            scale * sparge_dot(pool.want, (float *)pools.want + j * stride, stride);
 }
 
 static void test_mass(const sparge_kernels *k, sparge_format f)
@@ -561,8 +570,8 @@ static void test_mass(const sparge_kernels *k, sparge_format f)
     settle();
     k->mass(s.got, n, largest, mass.got);
     for (int64_t j = 0; j < n; j++)
-        ((int32_t *)mass.want)[j] =
-            (int32_t)floor((double)sparge_exp2((((float *)s.want)[j] - largest) * SPARGE_LOG2E) * 0x1p30);
+        ((int32_t *)mass.want)[j] = (int32_t)floor(
+            (double)sparge_exp2((((float *)s.want)[j] - largest) * SPARGE_LOG2E) * 0x1p30);
 }
 
 /* ---- The two products ---- */
@@ -578,8 +587,9 @@ typedef struct operands {
 static int16_t code_a[MOST_ROWS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS];
 static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS];
 
-/* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow. BYTES of
- * A are within 127 where two products of them are added in 16 bits, and bytes of K come with a start. */
+/* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow.
+ * BYTES of A are within 127 where two products of them are added in 16 bits, and bytes of K come
+ * with a start. */
 static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_fold)
 {
     operands x = {.f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9)};
@@ -592,17 +602,21 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     x.b = make_lanes("b", kind_of_b[f], columns * depth, depth * SPARGE_PANEL);
     x.a_start = make("a_start", I32, x.rows, x.rows);
     x.b_start = make("b_start", I32, columns, columns);
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels",
-             x.rows, depth, x.a_stride, x.panels);
-    codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : levels, f == SPARGE_WORDS && !is_fold);
+    snprintf(shape, sizeof shape,
+             "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows,
+             depth, x.a_stride, x.panels);
+    codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : levels,
+          f == SPARGE_WORDS && !is_fold);
     codes(code_b, depth * columns, columns, levels, true);
     values(value_a, f == SPARGE_FLOATS ? x.rows * depth : 0, range_of());
     values(value_b, f == SPARGE_FLOATS ? depth * columns : 0, range_of());
     for (int64_t r = 0; r < x.rows; r++) {
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
-            put(x.a.got, kind_of_a[f], r * x.a_stride + e, code_a[r * depth + e], value_a[r * depth + e]);
-            product += e < depth / 2 ? code_a[r * depth + e] * code_a[r * depth + depth / 2 + e] : 0;
+            put(x.a.got, kind_of_a[f], r * x.a_stride + e, code_a[r * depth + e],
+                value_a[r * depth + e]);
+            product +=
+                e < depth / 2 ? code_a[r * depth + e] * code_a[r * depth + depth / 2 + e] : 0;
         }
         if (f == SPARGE_WORDS)
             ((int32_t *)x.a_start.got)[r] = -product;
@@ -612,7 +626,8 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
         for (int64_t e = 0; e < depth; e++) {
             put(x.b.got, kind_of_b[f], place(f, depth, e, n), code_b[e * columns + n],
                 value_b[e * columns + n]);
-            product += e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
+            product +=
+                e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
         }
         if (f != SPARGE_FLOATS)
             ((int32_t *)x.b_start.got)[n] = f == SPARGE_WORDS ? -product
@@ -662,10 +677,12 @@ static void test_score(const sparge_kernels *k, sparge_format f)
 static void test_fold(const sparge_kernels *k, sparge_format f)
 {
     const operands x = make_operands(k, f, true);
-    const int64_t columns = x.panels * SPARGE_PANEL, stride = columns + (one_in(2) ? 0 : pick(0, 20));
+    const int64_t columns = x.panels * SPARGE_PANEL,
+                  stride = columns + (one_in(2) ? 0 : pick(0, 20));
     const pair o = make("o", F32, (x.rows - 1) * stride + columns, stride),
                step = make("step", F32, columns, columns);
-    const pair shrink = make("shrink", F32, x.rows, x.rows), weight = make("weight", F32, x.rows, x.rows);
+    const pair shrink = make("shrink", F32, x.rows, x.rows),
+               weight = make("weight", F32, x.rows, x.rows);
     for (int64_t r = 0; r < x.rows; r++) {
         ((float *)shrink.got)[r] = one_in(3) ? (float)pick(0, 1) : fabsf(uniform());
         ((float *)weight.got)[r] = one_in(8) ? 0.0f : fabsf(uniform()) / 127;
@@ -688,8 +705,8 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
 
 /* ---- Softmax ---- */
 
-/* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see little or
- * nothing. */
+/* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see
+ * little or nothing. */
 typedef struct scores {
     pair s, top;
     sparge_scores got;
@@ -711,12 +728,14 @@ static scores make_scores(void)
         for (int64_t t = 0; t < keys; t++) {
             const float odd[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN};
             float score = size * uniform();
-            score = special && one_in(10) ? odd[pick(0, 5)] : one_in(8) ? 0.0f : rintf(score) + 0.0f;
+            score = special && one_in(10) ? odd[pick(0, 5)]
+                    : one_in(8)           ? 0.0f
+                                          : rintf(score) + 0.0f;
             ((float *)x.s.got)[r * stride + t] = t < seen ? score : -INFINITY;
         }
     }
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", c %a", rows, keys,
-             stride, (double)x.got.c);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", c %a", rows,
+             keys, stride, (double)x.got.c);
     return x;
 }
 
@@ -792,9 +811,10 @@ static void test_weigh(const sparge_kernels *k, sparge_format f)
     const pair p = make("p", kind_of_a[f], (rows - 1) * stride + keys, stride);
     const pair sum = make("sum", F32, rows, rows), start = make("start", I32, rows, rows);
     for (int64_t r = 0; r < rows; r++)
-        ((float *)x.top.got)[r] =
-            f != SPARGE_FLOATS ? most_of(&x, r)
-                               : sparge_row_local(most_of(&x, r), x.got.c) + (one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
+        ((float *)x.top.got)[r] = f != SPARGE_FLOATS
+                                      ? most_of(&x, r)
+                                      : sparge_row_local(most_of(&x, r), x.got.c) +
+                                            (one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
     settle();
     k->weigh[f](&x.got, x.top.got, p.got, stride, sum.got, start.got);
     for (int64_t r = 0; r < rows; r++) {
@@ -805,13 +825,16 @@ static void test_weigh(const sparge_kernels *k, sparge_format f)
             const float score = ((float *)x.s.want)[r * x.got.stride + t];
             const float weight = f == SPARGE_FLOATS ? sparge_weight(score, x.got.c, most) : 0.0f;
             const int code =
-                f == SPARGE_FLOATS ? 0 : sparge_weight_code(score, most, x.got.c, f == SPARGE_BYTES ? 127 : 4095);
+                f == SPARGE_FLOATS
+                    ? 0
+                    : sparge_weight_code(score, most, x.got.c, f == SPARGE_BYTES ? 127 : 4095);
             put(p.want, kind_of_a[f], r * stride + t, code, weight);
             partial[t % 16] += weight;
             total += code;
         }
         for (int64_t t = 0; t < keys / 2 && f == SPARGE_WORDS; t++)
-            product += ((int16_t *)p.want)[r * stride + t] * ((int16_t *)p.want)[r * stride + keys / 2 + t];
+            product += ((int16_t *)p.want)[r * stride + t] *
+                       ((int16_t *)p.want)[r * stride + keys / 2 + t];
         ((float *)sum.want)[r] = f == SPARGE_FLOATS ? sparge_sum_of(partial) : (float)total;
         if (f == SPARGE_WORDS)
             ((int32_t *)start.want)[r] = (int32_t)-product;
@@ -838,14 +861,18 @@ static void test_store(const sparge_kernels *k, sparge_format f)
     (void)f;
     const sparge_dtype dtype = (sparge_dtype)pick(SPARGE_F32, SPARGE_BF16);
     const int64_t n = size_up_to(MOST_COLUMNS);
-    const float norm = one_in(10) ? NAN : one_in(10) ? 0.0f : one_in(10) ? INFINITY : value_of(range_of());
+    const float norm = one_in(10)   ? NAN
+                       : one_in(10) ? 0.0f
+                       : one_in(10) ? INFINITY
+                                    : value_of(range_of());
     const kind of = dtype == SPARGE_F32 ? F32 : dtype == SPARGE_F16 ? F16 : BF16;
     const pair o = make("o", F32, n, n), out = make("out", of, n, n);
     values(o.got, n, range_of());
     for (int64_t c = 0; c < n; c++)
         if (one_in(30))
             ((float *)o.got)[c] = one_in(2) ? NAN : INFINITY;
-    snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " elements, norm %a", (int)dtype, n, (double)norm);
+    snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " elements, norm %a", (int)dtype, n,
+             (double)norm);
     settle();
     k->store(o.got, n, norm, dtype, out.got);
     for (int64_t c = 0; c < n; c++) {
@@ -853,7 +880,8 @@ static void test_store(const sparge_kernels *k, sparge_format f)
         if (dtype == SPARGE_F32)
             ((float *)out.want)[c] = x;
         else
-            ((uint16_t *)out.want)[c] = dtype == SPARGE_F16 ? sparge_f32_to_f16(x) : sparge_f32_to_bf16(x);
+            ((uint16_t *)out.want)[c] =
+                dtype == SPARGE_F16 ? sparge_f32_to_f16(x) : sparge_f32_to_bf16(x);
     }
 }
 
@@ -896,7 +924,8 @@ static const struct kernel {
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
-static bool passes(const sparge_kernels *table, const struct kernel *kernel, int64_t draws, uint64_t seed)
+static bool passes(const sparge_kernels *table, const struct kernel *kernel, int64_t draws,
+                   uint64_t seed)
 {
     for (int64_t draw = 0; draw < draws; draw++) {
         state = seed ^ 0xcbf29ce484222325u;
@@ -936,20 +965,23 @@ int main(int count, char **word)
     for (int n = 1; n + 1 < count; n += 2) {
         char *end = word[n + 1];
         if (!strcmp(word[n], "--isa")) {
-            for (isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
+            for (isa = SPARGE_ISA_SCALAR;
+                 isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
                 ;
             fine &= isa <= SPARGE_ISA_AVX512VNNI;
             continue;
         }
         const uint64_t number = strtoull(word[n + 1], &end, 10);
-        fine &= end != word[n + 1] && !*end && (!strcmp(word[n], "--draws") || !strcmp(word[n], "--seed"));
+        fine &= end != word[n + 1] && !*end &&
+                (!strcmp(word[n], "--draws") || !strcmp(word[n], "--seed"));
         if (!strcmp(word[n], "--draws"))
             draws = (int64_t)number;
         else
             seed = number;
     }
     if (!fine || isa == SPARGE_ISA_AUTO) {
-        fprintf(stderr, "test_kernels --isa scalar|avx2|avxvnni|avx512vnni [--draws N] [--seed S]\n");
+        fprintf(stderr,
+                "test_kernels --isa scalar|avx2|avxvnni|avx512vnni [--draws N] [--seed S]\n");
         return 2;
     }
     const char *name = isa_name(isa);

@@ -29,8 +29,12 @@ static ask question(int64_t q_len, int64_t k_len, int64_t dim, int64_t dim_v, co
 {
     ask a = {
         .p = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = q_len, .k_len = k_len},
-        .opt = {.backend = SPARGE_REF, .block_q = 4, .block_k = 4, .scale = 1.0f,
-                .qk = SPARGE_FLOAT, .pv = SPARGE_FLOAT,
+        .opt = {.backend = SPARGE_REF,
+                .block_q = 4,
+                .block_k = 4,
+                .scale = 1.0f,
+                .qk = SPARGE_FLOAT,
+                .pv = SPARGE_FLOAT,
                 .knobs = {.theta = 0.6f, .tau = 0.98f, .topk = SPARGE_OFF, .lambda = -INFINITY}},
     };
     a.p.dim = dim;
@@ -44,9 +48,12 @@ static ask question(int64_t q_len, int64_t k_len, int64_t dim, int64_t dim_v, co
 /* Gives the question an empty mask of its shape, one word a row. */
 static void mask_on(ask *a)
 {
-    a->mask = (sparge_mask){a->bits, a->p.batch, a->p.heads,
+    a->mask = (sparge_mask){a->bits,
+                            a->p.batch,
+                            a->p.heads,
                             (a->p.q_len + a->opt.block_q - 1) / a->opt.block_q,
-                            (a->p.k_len + a->opt.block_k - 1) / a->opt.block_k, 1};
+                            (a->p.k_len + a->opt.block_k - 1) / a->opt.block_k,
+                            1};
 }
 
 /* Outputs start as poison: what the oracle leaves unwritten shows. */
@@ -249,7 +256,7 @@ Test(oracle, bits_of_invisible_pairs_are_ignored)
     a.opt.block_q = a.opt.block_k = 2;
     a.opt.causal = SPARGE_CAUSAL_END;
     mask_on(&a);
-    a.bits[0] = 2; /* row block 0 is given block 1 alone, of which it may see nothing */
+    a.bits[0] = 2;          /* row block 0 is given block 1 alone, of which it may see nothing */
     a.bits[1] = 0xffffffff; /* there are but two blocks */
     answer(&a, SPARGE_ORACLE_REAL);
     sees(&a, 0, 0);
@@ -328,9 +335,9 @@ Test(oracle, strides_are_free)
     for (int n = 0; n < 8; n++)
         a.bits[n] = 1u << n % 2;
     answer(&a, SPARGE_ORACLE_REAL);
-    const double lse[] = {1 * 100 + 2 * 99,   13 * 92 + 14 * 91, 4 * 84 + 5 * 83, 16 * 76 + 17 * 75,
-                          7 * 96 + 8 * 95,    19 * 88 + 20 * 87, 10 * 80 + 11 * 79,
-                          22 * 72 + 23 * 71};
+    const double lse[] = {1 * 100 + 2 * 99,  13 * 92 + 14 * 91, 4 * 84 + 5 * 83,
+                          16 * 76 + 17 * 75, 7 * 96 + 8 * 95,   19 * 88 + 20 * 87,
+                          10 * 80 + 11 * 79, 22 * 72 + 23 * 71};
     const double o[] = {40, 44, 42, 46, 48, 52, 50, 54};
     for (int n = 0; n < 8; n++) { /* packed, by batch, head and token */
         near("lse", a.lse[n], lse[n], 1e-12);
@@ -341,8 +348,8 @@ Test(oracle, strides_are_free)
 Test(oracle, half_precision_is_read_exactly)
 {
     const uint16_t one = 0x3c00;
-    const uint16_t v[] = {0x3c00, 0xc000, 0x0001, 0x83ff, 0x0400, 0x7bff, 0x3555, 0x8000,
-                          0x7c00, 0xfc00, 0x7e00};
+    const uint16_t v[] = {0x3c00, 0xc000, 0x0001, 0x83ff, 0x0400, 0x7bff,
+                          0x3555, 0x8000, 0x7c00, 0xfc00, 0x7e00};
     const double want[] = {1, -2, 0x1p-24, -0x3ffp-24, 0x1p-14, 65504, 0.333251953125, 0};
     ask a = question(1, 1, 1, 11, NULL, NULL, NULL);
     a.p.q = a.p.k = (sparge_in){&one, SPARGE_F16, 1, 1, 1};
@@ -358,8 +365,8 @@ Test(oracle, half_precision_is_read_exactly)
 Test(oracle, bfloat_is_read_exactly)
 {
     const uint16_t one = 0x3f80;
-    const uint16_t v[] = {0x3f80, 0xc049, 0x0001, 0x807f, 0x0080, 0x7f7f, 0x3eab, 0x8000,
-                          0x7f80, 0xff80, 0x7fc0};
+    const uint16_t v[] = {0x3f80, 0xc049, 0x0001, 0x807f, 0x0080, 0x7f7f,
+                          0x3eab, 0x8000, 0x7f80, 0xff80, 0x7fc0};
     const double want[] = {1,        -3.140625,  0x1p-133,    -0x7fp-133,
                            0x1p-126, 0x1.fep127, 0.333984375, 0};
     ask a = question(1, 1, 1, 11, NULL, NULL, NULL);
@@ -530,8 +537,8 @@ static void values_are(ask *a, int n, const double *want)
 
 Test(oracle, half_values_are_rounded_to_binary16)
 {
-    /* The middles between two neighbours go to the even one: 1 + 2^-11 and 1 + 3 * 2^-11, 2049 and 2051;
-     * 1.5 * 2^-24 is a subnormal middle, 2^-25 the smallest. */
+    /* The middles between two neighbours go to the even one: 1 + 2^-11 and 1 + 3 * 2^-11, 2049 and
+     * 2051; 1.5 * 2^-24 is a subnormal middle, 2^-25 the smallest. */
     const float v[] = {1 + 0x1p-11f, 1 + 0x3p-11f, 2049, 2051, -0.1f};
     ask a = question(5, 5, 1, 1, zeros, zeros, v);
     a.opt.block_k = 2;
@@ -568,8 +575,8 @@ Test(oracle, what_binary16_cannot_hold_is_wild)
 
 Test(oracle, fp8_values_have_a_step_per_channel_of_all_keys)
 {
-    /* Two channels, blocks of 2 keys: steps 1 and 2, set by the last key; 17 and 19 are middles, between 16
-     * and 18 and between 18 and 20, 2^-9 the smallest code and 1.5 of it a middle. */
+    /* Two channels, blocks of 2 keys: steps 1 and 2, set by the last key; 17 and 19 are middles,
+     * between 16 and 18 and between 18 and 20, 2^-9 the smallest code and 1.5 of it a middle. */
     const float v[] = {17, 38, 19, -34, 0x3p-10f, 0x1p-8f, 0x1p-10f, 5, -448, 896};
     ask a = question(5, 5, 1, 2, zeros, zeros, v);
     a.opt.block_k = 2;
@@ -586,8 +593,8 @@ Test(oracle, fp8_values_have_a_step_per_channel_of_all_keys)
 
 Test(oracle, fp8_codes_are_quotients_in_float)
 {
-    /* 3.0357144 / (10 / 448) is 136 in float, the middle between 128 and 144, which goes to 128. In double,
-     * or as x * 448 / 10, it is a little more, and goes to 144. */
+    /* 3.0357144 / (10 / 448) is 136 in float, the middle between 128 and 144, which goes to 128. In
+     * double, or as x * 448 / 10, it is a little more, and goes to 144. */
     const float v[] = {10, 0x1.84924ap+1f};
     const float step = 10.0f / 448.0f;
     ask a = question(2, 2, 1, 1, zeros, zeros, v);
@@ -754,8 +761,7 @@ Test(oracle, a_wild_query_spoils_its_row)
         near("o 0", a.o[0], 3, 0);
         near("lse 0", a.lse[0], 127 * 127, 1e-9);
         near("o 2", a.o[2], 3, 0);
-        near("lse 2", a.lse[2], (n / 3 % 2 && n < 6 ? 127 : 63.5) + 0.69314718055994531,
-             1e-12);
+        near("lse 2", a.lse[2], (n / 3 % 2 && n < 6 ? 127 : 63.5) + 0.69314718055994531, 1e-12);
         is_nan("mass", a.mass[0]);
     }
 }
@@ -911,7 +917,7 @@ typedef struct heard {
 
 static bool hear(void *user, double done)
 {
-    heard *const h = user;
+    heard *h = user;
     cr_expect(done > h->last, "%g after %g", done, h->last);
     h->last = done;
     h->calls++;

@@ -2,8 +2,8 @@
  *
  *     test_gpu [--quick] [--first] [--seed N] [--limit SECONDS] [--list] [name ...]
  *
- * A name is a part of suite/name. --first ends with the first test that fails. --limit is for each test:
- * on a GPU nothing else ends a kernel that hangs. */
+ * A name is a part of suite/name. --first ends with the first test that fails. --limit is for each
+ * test: on a GPU nothing else ends a kernel that hangs. */
 #include "tests/plain.h"
 
 #include <setjmp.h>
@@ -107,7 +107,8 @@ int main(int argc, char **argv)
             return fprintf(stderr,
                            "usage: %s [--quick] [--first] [--seed N] "
                            "[--limit SECONDS] [--list] [name ...]\n",
-                           argv[0]), 2;
+                           argv[0]),
+                   2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     signal(SIGALRM, too_late);
@@ -123,7 +124,8 @@ int main(int argc, char **argv)
         alarm(limit);
         const bool good = run(t);
         alarm(0);
-        printf("%-7s %6.2f s  %s/%s\n", good ? "passed" : "FAILED", now() - start, t->suite, t->name);
+        printf("%-7s %6.2f s  %s/%s\n", good ? "passed" : "FAILED", now() - start, t->suite,
+               t->name);
         passed += good;
         failed += !good;
     }

@@ -1,8 +1,9 @@
-/* predict.c: stage 1 (Sec 3.3, Algorithm 1 lines 4-6): masks worked out by hand, and a straightforward
- * predictor in double over random inputs.
+/* predict.c: stage 1 (Sec 3.3, Algorithm 1 lines 4-6): masks worked out by hand, and a
+ * straightforward predictor in double over random inputs.
  *
- * The predictor below shares nothing with ref/: it asks every token pair whether it is visible, forms
- * the Gram matrix of every block, exponentiates with exp() and sums probabilities, not integers. */
+ * The predictor below shares nothing with ref/: it asks every token pair whether it is visible,
+ * forms the Gram matrix of every block, exponentiates with exp() and sums probabilities, not
+ * integers. */
 #include "sparge.h"
 
 #include <float.h>
@@ -26,26 +27,30 @@ static bool bit(const sparge_mask *mask, int64_t line, int64_t j)
     return mask->bits[line * mask->words + j / 32] >> j % 32 & 1;
 }
 
-/* Into a mask of the exact size between guards, full of ones before: every word must be written, and
- * no bit beyond the last block be set. What is kept has a reason, and nothing else has. The caller frees it. */
-static sparge_mask predicted(const sparge_problem *p, const sparge_options *o, const sparge_trace *trace)
+/* Into a mask of the exact size between guards, full of ones before: every word must be written,
+ * and no bit beyond the last block be set. What is kept has a reason, and nothing else has. The
+ * caller frees it. */
+static sparge_mask predicted(const sparge_problem *p, const sparge_options *o,
+                             const sparge_trace *trace)
 {
-    const int64_t q_blocks = ceil_div(p->q_len, o->block_q), k_blocks = ceil_div(p->k_len, o->block_k);
+    const int64_t q_blocks = ceil_div(p->q_len, o->block_q),
+                  k_blocks = ceil_div(p->k_len, o->block_k);
     const int64_t words = ceil_div(k_blocks, 32), lines = p->batch * p->heads * q_blocks;
-    sparge_mask mask = { check_alloc((size_t)(lines * words) * 4), p->batch, p->heads, q_blocks,
-                         k_blocks, words };
-    sparge_error error = { "poison" };
-    sparge_trace whole = trace ? *trace : (sparge_trace){ 0 };
-    uint8_t *const why = whole.why ? whole.why : check_alloc((size_t)(lines * k_blocks));
+    sparge_mask mask = {
+        check_alloc((size_t)(lines * words) * 4), p->batch, p->heads, q_blocks, k_blocks, words};
+    sparge_error error = {"poison"};
+    sparge_trace whole = trace ? *trace : (sparge_trace){0};
+    uint8_t *why = whole.why ? whole.why : check_alloc((size_t)(lines * k_blocks));
     whole.why = why;
     const sparge_status status = sparge_predict(p, o, &mask, &whole, &error);
     check(status == SPARGE_OK && error.text[0] == '\0', "status %d: %s", (int)status, error.text);
     for (int64_t line = 0; k_blocks % 32 && line < lines; line++)
-        check(!(mask.bits[(line + 1) * words - 1] >> k_blocks % 32), "spare bits of row %lld are set",
-              (long long)line);
+        check(!(mask.bits[(line + 1) * words - 1] >> k_blocks % 32),
+              "spare bits of row %lld are set", (long long)line);
     for (int64_t at = 0; at < lines * k_blocks; at++)
-        check(bit(&mask, at / k_blocks, at % k_blocks) == (why[at] != 0), "block %lld of row %lld is %s for %d",
-              (long long)(at % k_blocks), (long long)(at / k_blocks),
+        check(bit(&mask, at / k_blocks, at % k_blocks) == (why[at] != 0),
+              "block %lld of row %lld is %s for %d", (long long)(at % k_blocks),
+              (long long)(at / k_blocks),
               bit(&mask, at / k_blocks, at % k_blocks) ? "kept" : "skipped", why[at]);
     if (!trace || !trace->why)
         check_free(why);
@@ -54,8 +59,9 @@ static sparge_mask predicted(const sparge_problem *p, const sparge_options *o, c
 
 /* ---- By hand --------------------------------------------------------------------------------- */
 
-/* Blocks of two rows. The keys of block j are (x_j, 1), every query is (1, 0) and the scale is 1: so
- * S[i,j] = x_j and every block is similar. Both stages of selection are off until a test sets one. */
+/* Blocks of two rows. The keys of block j are (x_j, 1), every query is (1, 0) and the scale is 1:
+ * so S[i,j] = x_j and every block is similar. Both stages of selection are off until a test sets
+ * one. */
 typedef struct hand {
     sparge_problem p;
     sparge_options o;
@@ -66,21 +72,22 @@ static hand by_hand(int64_t q_len, int64_t k_blocks, const float *x)
 {
     const int64_t k_len = 2 * k_blocks;
     hand h = {
-        .p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = q_len, .k_len = k_len, .dim = 2 },
+        .p = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = q_len, .k_len = k_len, .dim = 2},
         .o = sparge_options_default(SPARGE_RULES_DEFAULT),
-        .q = check_alloc((size_t)(2 * q_len) * 4), .k = check_alloc((size_t)(2 * k_len) * 4),
+        .q = check_alloc((size_t)(2 * q_len) * 4),
+        .k = check_alloc((size_t)(2 * k_len) * 4),
     };
     for (int64_t t = 0; t < q_len; t++)
         h.q[2 * t] = 1, h.q[2 * t + 1] = 0;
     for (int64_t t = 0; t < k_len; t++)
         h.k[2 * t] = x[t / 2], h.k[2 * t + 1] = 1;
-    h.p.q = (sparge_in){ h.q, SPARGE_F32, 0, 0, 2 };
-    h.p.k = (sparge_in){ h.k, SPARGE_F32, 0, 0, 2 };
+    h.p.q = (sparge_in){h.q, SPARGE_F32, 0, 0, 2};
+    h.p.k = (sparge_in){h.k, SPARGE_F32, 0, 0, 2};
     h.o.backend = SPARGE_REF;
     h.o.block_q = h.o.block_k = 2;
     h.o.scale = 1;
     h.o.smooth_k = false;
-    h.o.knobs = (sparge_knobs){ 0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY };
+    h.o.knobs = (sparge_knobs){0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY};
     return h;
 }
 
@@ -131,12 +138,12 @@ static void row_keeps(const char *what, int64_t k_blocks, const float *x, float 
 
 Test(predict, tau_0_keeps_one_block)
 {
-    row_keeps("the best", 3, (float[]){ 1, 3, 2 }, 0, SPARGE_OFF, "010");
-    row_keeps("the last is best", 4, (float[]){ -9, -8, -7, -6 }, 0, SPARGE_OFF, "0001");
-    row_keeps("tie: lower block", 3, (float[]){ 1, 3, 3 }, 0, SPARGE_OFF, "010");
-    row_keeps("all equal", 4, (float[]){ 5, 5, 5, 5 }, 0, SPARGE_OFF, "1000");
-    row_keeps("the only one", 1, (float[]){ 0 }, 0, SPARGE_OFF, "1");
-    hand h = by_hand(2, 4, (float[]){ 4, 3, 2, 1 });
+    row_keeps("the best", 3, (float[]){1, 3, 2}, 0, SPARGE_OFF, "010");
+    row_keeps("the last is best", 4, (float[]){-9, -8, -7, -6}, 0, SPARGE_OFF, "0001");
+    row_keeps("tie: lower block", 3, (float[]){1, 3, 3}, 0, SPARGE_OFF, "010");
+    row_keeps("all equal", 4, (float[]){5, 5, 5, 5}, 0, SPARGE_OFF, "1000");
+    row_keeps("the only one", 1, (float[]){0}, 0, SPARGE_OFF, "1");
+    hand h = by_hand(2, 4, (float[]){4, 3, 2, 1});
     h.o.knobs.tau = 0;
     disagree(h.k, 0);
     keeps("the best similar one, beside one that is not", &h, "1100");
@@ -145,7 +152,7 @@ Test(predict, tau_0_keeps_one_block)
 
 Test(predict, tau_1_keeps_every_block)
 {
-    const float x[] = { 0, -5, -500, 40, -1e30f }, theta[] = { -1, 0, 0.6f, 1 };
+    const float x[] = {0, -5, -500, 40, -1e30f}, theta[] = {-1, 0, 0.6f, 1};
     for (int64_t n = 0; n < COUNT(theta); n++)
         for (int64_t odd = -1; odd < 5; odd++) {
             hand h = by_hand(4, 5, x);
@@ -153,8 +160,8 @@ Test(predict, tau_1_keeps_every_block)
             h.o.knobs.tau = 1;
             if (odd >= 0)
                 disagree(h.k, odd);
-            keeps(check_text("theta %g, block %lld disagrees", (double)theta[n], (long long)odd), &h,
-                  "11111/11111");
+            keeps(check_text("theta %g, block %lld disagrees", (double)theta[n], (long long)odd),
+                  &h, "11111/11111");
             drop(&h);
         }
 }
@@ -162,7 +169,7 @@ Test(predict, tau_1_keeps_every_block)
 /* Shares of 1/2, 3/10 and 2/10; then 9/10 and 1/10. */
 Test(predict, the_block_that_crosses_tau_is_dropped)
 {
-    const float x[] = { logf(0.2f), logf(0.5f), logf(0.3f) }, y[] = { logf(0.1f), logf(0.9f) };
+    const float x[] = {logf(0.2f), logf(0.5f), logf(0.3f)}, y[] = {logf(0.1f), logf(0.9f)};
     row_keeps("0.49", 3, x, 0.49f, SPARGE_OFF, "010");
     row_keeps("0.51", 3, x, 0.51f, SPARGE_OFF, "010");
     row_keeps("0.79", 3, x, 0.79f, SPARGE_OFF, "010");
@@ -175,19 +182,19 @@ Test(predict, the_block_that_crosses_tau_is_dropped)
 /* Of four equal blocks each has exactly a quarter: mass <= tau, not <. */
 Test(predict, a_prefix_of_exactly_tau_is_kept)
 {
-    const float x[] = { 7, 7, 7, 7 };
+    const float x[] = {7, 7, 7, 7};
     row_keeps("1/4", 4, x, 0.25f, SPARGE_OFF, "1000");
     row_keeps("1/2", 4, x, 0.5f, SPARGE_OFF, "1100");
     row_keeps("3/4", 4, x, 0.75f, SPARGE_OFF, "1110");
     row_keeps("just below 3/4", 4, x, nextafterf(0.75f, 0), SPARGE_OFF, "1100");
     row_keeps("just below 1", 4, x, nextafterf(1, 0), SPARGE_OFF, "1110");
-    row_keeps("in S order, ties to the lower block", 6, (float[]){ 7, 8, 7, 8, 7, 8 }, 0.5f,
+    row_keeps("in S order, ties to the lower block", 6, (float[]){7, 8, 7, 8, 7, 8}, 0.5f,
               SPARGE_OFF, "010100");
 }
 
 /* A thousand blocks have 1.9 * 2^-30 of the best one each, which counts as 1 of 2^30: of the total,
- * 2^30 + 1000, the share 1 - 2^-21 leaves out 512.0005. Unrounded or rounded to 2, another number of
- * them would stay. */
+ * 2^30 + 1000, the share 1 - 2^-21 leaves out 512.0005. Unrounded or rounded to 2, another number
+ * of them would stay. */
 Test(predict, mass_is_counted_in_integers_rounded_down)
 {
     enum { BLOCKS = 1001, BEST = 700, TAIL = 487 };
@@ -203,22 +210,23 @@ Test(predict, mass_is_counted_in_integers_rounded_down)
 /* exp(-150) is 0 beside 1: by P blocks 1 to 3 would be equal, by S they are not. */
 Test(predict, blocks_are_ordered_by_score_and_not_by_probability)
 {
-    const float x[] = { 0, -300, -200, -150, -1000 };
+    const float x[] = {0, -300, -200, -150, -1000};
     row_keeps("topk", 5, x, SPARGE_OFF, 0.4f, "10010");
     row_keeps("topk", 5, x, SPARGE_OFF, 0.6f, "10110");
     row_keeps("nothing but the best has mass", 5, x, 0.999f, SPARGE_OFF, "10000");
     row_keeps("all of them at 1", 5, x, 1, SPARGE_OFF, "11111");
-    row_keeps("one ulp apart", 3, (float[]){ 4, 0x1.000002p2f, 4 }, 0, SPARGE_OFF, "010");
-    row_keeps("of the size of the largest float", 3, (float[]){ -FLT_MAX / 4, FLT_MAX / 4, 0 }, 0.9f,
+    row_keeps("one ulp apart", 3, (float[]){4, 0x1.000002p2f, 4}, 0, SPARGE_OFF, "010");
+    row_keeps("of the size of the largest float", 3, (float[]){-FLT_MAX / 4, FLT_MAX / 4, 0}, 0.9f,
               SPARGE_OFF, "111"); /* beyond sqrt(FLT_MAX) a norm overflows: not similar */
-    row_keeps("nothing on the scale of the rest", 3, (float[]){ -1e18f, 1e18f, 0 }, 0.9f, SPARGE_OFF, "010");
+    row_keeps("nothing on the scale of the rest", 3, (float[]){-1e18f, 1e18f, 0}, 0.9f, SPARGE_OFF,
+              "010");
 }
 
 /* ---- Top-k ----------------------------------------------------------------------------------- */
 
 Test(predict, topk_is_a_share_of_the_visible_blocks)
 {
-    const float up[] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 };
+    const float up[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9};
     row_keeps("0: at least one", 10, up, SPARGE_OFF, 0, "0000000001");
     row_keeps("1", 10, up, SPARGE_OFF, 1, "1111111111");
     row_keeps("half of 10", 10, up, SPARGE_OFF, 0.5f, "0000011111");
@@ -229,24 +237,23 @@ Test(predict, topk_is_a_share_of_the_visible_blocks)
     row_keeps("0.29", 10, up, SPARGE_OFF, 0.29f, "0000000011");
     row_keeps("within 1e-5 of 3", 10, up, SPARGE_OFF, 0.2999995f, "0000000111");
     row_keeps("not within 1e-5 of 3", 10, up, SPARGE_OFF, 0.299998f, "0000000011");
-    row_keeps("ties", 4, (float[]){ 2, 2, 2, 2 }, SPARGE_OFF, 0.5f, "1100");
+    row_keeps("ties", 4, (float[]){2, 2, 2, 2}, SPARGE_OFF, 0.5f, "1100");
 }
 
 /* Under causal each row counts its own blocks: 1 to 8, half of them, and the diagonal. */
 Test(predict, topk_counts_what_the_row_may_see)
 {
-    hand h = by_hand(16, 8, (float[]){ 8, 7, 6, 5, 4, 3, 2, 1 });
+    hand h = by_hand(16, 8, (float[]){8, 7, 6, 5, 4, 3, 2, 1});
     h.o.knobs.topk = 0.5f;
     h.o.causal = SPARGE_CAUSAL_END;
-    keeps("causal", &h,
-          "10000000/11000000/10100000/11010000/11001000/11100100/11100010/11110001");
+    keeps("causal", &h, "10000000/11000000/10100000/11010000/11001000/11100100/11100010/11110001");
     drop(&h);
 }
 
 /* Half of six, counted with the two that are not similar, which are kept besides. */
 Test(predict, topk_takes_similar_blocks)
 {
-    hand h = by_hand(2, 6, (float[]){ 9, 8, 5, 4, 3, 2 });
+    hand h = by_hand(2, 6, (float[]){9, 8, 5, 4, 3, 2});
     h.o.knobs.topk = 0.5f;
     disagree(h.k, 0);
     disagree(h.k, 1);
@@ -256,7 +263,7 @@ Test(predict, topk_takes_similar_blocks)
 
 Test(predict, tau_and_topk_keep_the_union)
 {
-    const float x[] = { logf(0.3f), logf(0.5f), logf(0.1f), logf(0.1f) };
+    const float x[] = {logf(0.3f), logf(0.5f), logf(0.1f), logf(0.1f)};
     row_keeps("tau keeps more", 4, x, 0.81f, 0.25f, "1100");
     row_keeps("topk keeps more", 4, x, 0.6f, 0.75f, "1110");
     row_keeps("both the least", 4, x, 0, 0, "0100");
@@ -269,13 +276,16 @@ Test(predict, tau_and_topk_keep_the_union)
 /* Blocks 0 to 3: equal rows (1), orthogonal (1/2), antiparallel (0), one zero row (1/4). */
 Test(predict, theta_is_exceeded_strictly)
 {
-    hand h = by_hand(2, 4, (float[]){ 1, 1, 1, 1 });
-    const float k[] = { 9, 1, 9, 1, 2, 0, 0, 2, 2, 1, -2, -1, 1, 0, 0, 0 };
+    hand h = by_hand(2, 4, (float[]){1, 1, 1, 1});
+    const float k[] = {9, 1, 9, 1, 2, 0, 0, 2, 2, 1, -2, -1, 1, 0, 0, 0};
     memcpy(h.k, k, sizeof k);
     h.o.knobs.tau = 0;
-    const struct { float theta; const char *want; } table[] = {
-        { -1, "1000" },    { -0.5f, "1000" }, { 0, "1010" },   { 0.24f, "1010" }, { 0.25f, "1011" },
-        { 0.49f, "1011" }, { 0.5f, "1111" },  { 0.9f, "1111" },
+    const struct {
+        float theta;
+        const char *want;
+    } table[] = {
+        {-1, "1000"},    {-0.5f, "1000"}, {0, "1010"},    {0.24f, "1010"},
+        {0.25f, "1011"}, {0.49f, "1011"}, {0.5f, "1111"}, {0.9f, "1111"},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         h.o.knobs.theta = table[n].theta;
@@ -289,15 +299,15 @@ Test(predict, theta_is_exceeded_strictly)
 /* Nothing exceeds 1, so the row of Q and every column is kept. */
 Test(predict, theta_1_keeps_everything)
 {
-    hand h = by_hand(6, 3, (float[]){ 1, 2, 3 });
-    h.o.knobs = (sparge_knobs){ 1, 0, SPARGE_OFF, -INFINITY };
+    hand h = by_hand(6, 3, (float[]){1, 2, 3});
+    h.o.knobs = (sparge_knobs){1, 0, SPARGE_OFF, -INFINITY};
     keeps("theta 1", &h, "111/111/111");
     drop(&h);
 }
 
 Test(predict, a_key_block_that_is_not_similar_is_kept_for_every_row)
 {
-    hand h = by_hand(6, 4, (float[]){ 1, 2, 3, 4 });
+    hand h = by_hand(6, 4, (float[]){1, 2, 3, 4});
     h.o.knobs.tau = 0;
     disagree(h.k, 1);
     keeps("one column", &h, "0101/0101/0101");
@@ -306,14 +316,14 @@ Test(predict, a_key_block_that_is_not_similar_is_kept_for_every_row)
     disagree(h.k, 0);
     disagree(h.k, 2);
     keeps("every column: nothing is left to select", &h, "1111/1111/1111");
-    h.o.knobs = (sparge_knobs){ 0.6f, 0.5f, 0.1f, -INFINITY };
+    h.o.knobs = (sparge_knobs){0.6f, 0.5f, 0.1f, -INFINITY};
     keeps("every column, tau and topk", &h, "1111/1111/1111");
     drop(&h);
 }
 
 Test(predict, a_query_block_that_is_not_similar_keeps_its_row)
 {
-    hand h = by_hand(8, 3, (float[]){ 1, 2, 3 });
+    hand h = by_hand(8, 3, (float[]){1, 2, 3});
     h.o.knobs.tau = 0;
     disagree(h.q, 1);
     keeps("row 1", &h, "001/111/001/001");
@@ -330,7 +340,7 @@ Test(predict, a_query_block_that_is_not_similar_keeps_its_row)
 /* A short block is judged by its real rows: one of them agrees with itself. */
 Test(predict, a_short_block_is_a_block)
 {
-    hand h = by_hand(3, 3, (float[]){ 1, 5, 3 });
+    hand h = by_hand(3, 3, (float[]){1, 5, 3});
     h.o.knobs.tau = 0;
     h.p.k_len = 5;
     keeps("short and similar", &h, "010/010");
@@ -345,7 +355,7 @@ Test(predict, a_short_block_is_a_block)
 
 Test(predict, the_blocks_of_last_visible_keys_are_forced)
 {
-    hand h = by_hand(8, 4, (float[]){ 4, 3, 2, 1 });
+    hand h = by_hand(8, 4, (float[]){4, 3, 2, 1});
     h.o.knobs.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("2 x 2", &h, "1000/1100/1010/1001");
@@ -359,7 +369,7 @@ Test(predict, the_blocks_of_last_visible_keys_are_forced)
     keeps("3 x 2: blocks that straddle", &h, "1100/1110/1001");
     drop(&h);
 
-    h = by_hand(8, 4, (float[]){ 1, 2, 3, 4 });
+    h = by_hand(8, 4, (float[]){1, 2, 3, 4});
     h.o.knobs.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.block_q = 4;
@@ -368,7 +378,7 @@ Test(predict, the_blocks_of_last_visible_keys_are_forced)
     keeps("not causal: nothing is forced", &h, "0001/0001");
     drop(&h);
 
-    h = by_hand(8, 4, (float[]){ 2, 2, 1, 1 });
+    h = by_hand(8, 4, (float[]){2, 2, 1, 1});
     h.o.knobs.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.block_k = 4;
@@ -378,7 +388,7 @@ Test(predict, the_blocks_of_last_visible_keys_are_forced)
 
 Test(predict, causal_aligns_to_the_end_or_to_the_start)
 {
-    hand h = by_hand(4, 4, (float[]){ 4, 3, 2, 1 });
+    hand h = by_hand(4, 4, (float[]){4, 3, 2, 1});
     h.o.knobs.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("end, more keys", &h, "1010/1001");
@@ -390,7 +400,7 @@ Test(predict, causal_aligns_to_the_end_or_to_the_start)
     keeps("end, more keys, tau 1", &h, "1110/1111");
     drop(&h);
 
-    h = by_hand(10, 2, (float[]){ 2, 1 });
+    h = by_hand(10, 2, (float[]){2, 1});
     h.o.knobs.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("end, more queries: three blocks see nothing", &h, "00/00/00/10/11");
@@ -413,10 +423,10 @@ Test(predict, causal_aligns_to_the_end_or_to_the_start)
 /* Whatever wants a block on, one that no row may see stays off. */
 Test(predict, what_no_row_may_see_is_never_on)
 {
-    hand h = by_hand(8, 2, (float[]){ 2, 1 });
+    hand h = by_hand(8, 2, (float[]){2, 1});
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.sink = true;
-    h.o.knobs = (sparge_knobs){ 1, 1, 1, -INFINITY };
+    h.o.knobs = (sparge_knobs){1, 1, 1, -INFINITY};
     keeps("end", &h, "00/00/10/11");
     h.o.causal = SPARGE_CAUSAL_START;
     keeps("start", &h, "10/11/11/11");
@@ -429,7 +439,7 @@ Test(predict, what_no_row_may_see_is_never_on)
 
 Test(predict, sink_keeps_block_0)
 {
-    hand h = by_hand(6, 3, (float[]){ 1, 2, 3 });
+    hand h = by_hand(6, 3, (float[]){1, 2, 3});
     h.o.knobs.tau = 0;
     keeps("no sink", &h, "001/001/001");
     h.o.sink = true;
@@ -443,10 +453,10 @@ Test(predict, sink_keeps_block_0)
 
 Test(predict, nothing_in_nothing_out)
 {
-    hand h = by_hand(4, 2, (float[]){ 1, 2 });
-    h.o.knobs = (sparge_knobs){ 0.6f, 0.5f, 0.5f, -INFINITY };
+    hand h = by_hand(4, 2, (float[]){1, 2});
+    h.o.knobs = (sparge_knobs){0.6f, 0.5f, 0.5f, -INFINITY};
     h.o.sink = true;
-    const sparge_causal causal[] = { SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START };
+    const sparge_causal causal[] = {SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START};
     for (int n = 0; n < 6; n++) {
         h.o.causal = causal[n % 3];
         h.o.smooth_k = n > 2;
@@ -483,7 +493,8 @@ Test(predict, more_blocks_than_a_word_has_bits)
             all[j] = '1';
         }
         row_keeps(check_text("tau 0 of %lld", (long long)blocks), blocks, x, 0, SPARGE_OFF, best);
-        row_keeps(check_text("odd ones of %lld", (long long)blocks), blocks, x, SPARGE_OFF, 0.5f, half);
+        row_keeps(check_text("odd ones of %lld", (long long)blocks), blocks, x, SPARGE_OFF, 0.5f,
+                  half);
         row_keeps(check_text("tau 1 of %lld", (long long)blocks), blocks, x, 1, SPARGE_OFF, all);
     }
 }
@@ -493,13 +504,19 @@ Test(predict, more_blocks_than_a_word_has_bits)
 /* Batch b, kv head g prefers block 2 b + g. Query heads 0 and 1 read kv head 0. */
 Test(predict, heads_and_batches_read_their_own)
 {
-    hand h = by_hand(2, 16, (float[16]){ 0 });
+    hand h = by_hand(2, 16, (float[16]){0});
     h.o.knobs.tau = 0;
     for (int64_t n = 0; n < 4; n++)
         h.k[2 * (8 * n + 2 * n)] = h.k[2 * (8 * n + 2 * n + 1)] = 5;
-    float q[] = { 1, 0, 1, 0, -1, 0, -1, 0 };
-    h.p = (sparge_problem){ .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 2, .k_len = 8, .dim = 2,
-                            .q = { q, SPARGE_F32, 0, 0, 2 }, .k = { h.k, SPARGE_F32, 32, 16, 2 } };
+    float q[] = {1, 0, 1, 0, -1, 0, -1, 0};
+    h.p = (sparge_problem){.batch = 2,
+                           .heads = 4,
+                           .kv_heads = 2,
+                           .q_len = 2,
+                           .k_len = 8,
+                           .dim = 2,
+                           .q = {q, SPARGE_F32, 0, 0, 2},
+                           .k = {h.k, SPARGE_F32, 32, 16, 2}};
     keeps("the same query everywhere", &h, "1000/1000/0100/0100/0010/0010/0001/0001");
     h.p.q.head = -4;
     h.p.q.data = q + 4;
@@ -513,16 +530,18 @@ Test(predict, heads_and_batches_read_their_own)
 /* One kv head: its blocks are similar for one query head and not for the next. */
 Test(predict, thresholds_by_head)
 {
-    hand h = by_hand(4, 3, (float[]){ 1, 5, 3 });
-    const float orthogonal[] = { 2, 0, 0, 2 };
+    hand h = by_hand(4, 3, (float[]){1, 5, 3});
+    const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k + 8, orthogonal, sizeof orthogonal);
     const sparge_knobs knobs[] = {
-        { 0.4f, 0, SPARGE_OFF, -INFINITY }, { 0.6f, 0, SPARGE_OFF, -INFINITY },
-        { 0.4f, SPARGE_OFF, 0.7f, -1 },     { 0.4f, 1, SPARGE_OFF, 0 },
+        {0.4f, 0, SPARGE_OFF, -INFINITY},
+        {0.6f, 0, SPARGE_OFF, -INFINITY},
+        {0.4f, SPARGE_OFF, 0.7f, -1},
+        {0.4f, 1, SPARGE_OFF, 0},
     };
     h.p.heads = 4;
     h.o.per_head = knobs;
-    h.o.knobs = (sparge_knobs){ NAN, NAN, NAN, NAN };
+    h.o.knobs = (sparge_knobs){NAN, NAN, NAN, NAN};
     keeps("four heads", &h, "010/010/011/011/110/110/111/111");
     drop(&h);
 }
@@ -532,10 +551,16 @@ Test(predict, thresholds_by_head)
 /* Scores 0, 1, 2 by the scale: nearly equal, as they are, one far above. */
 Test(predict, the_scale_of_the_user_is_the_scale_of_the_scores)
 {
-    hand h = by_hand(2, 3, (float[]){ 0, 1, 2 });
+    hand h = by_hand(2, 3, (float[]){0, 1, 2});
     h.o.knobs.tau = 0.68f;
-    const struct { float scale; const char *want; } table[] = {
-        { 1e-3f, "011" }, { 0.5f, "001" }, { 1, "001" }, { 100, "001" },
+    const struct {
+        float scale;
+        const char *want;
+    } table[] = {
+        {1e-3f, "011"},
+        {0.5f, "001"},
+        {1, "001"},
+        {100, "001"},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         h.o.scale = table[n].scale;
@@ -555,22 +580,28 @@ Test(predict, the_scale_of_the_user_is_the_scale_of_the_scores)
     drop(&h);
 }
 
-/* Integer keys, a power of two of them: every sum and the mean are exact, and so is an integer added to
- * each channel. Not one bit of stage 1 may notice it. */
+/* Integer keys, a power of two of them: every sum and the mean are exact, and so is an integer
+ * added to each channel. Not one bit of stage 1 may notice it. */
 Test(predict, a_vector_added_to_every_key_changes_no_bit)
 {
     enum { K_LEN = 64, Q_LEN = 24, DIM = 4, K_BLOCKS = 8, Q_BLOCKS = 3 };
-    const int offset[DIM] = { 1000, -37, 5, 64 };
+    const int offset[DIM] = {1000, -37, 5, 64};
     float q[Q_LEN * DIM], k[K_LEN * DIM], moved[K_LEN * DIM];
-    sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = Q_LEN, .k_len = K_LEN, .dim = DIM,
-                         .q = { q, SPARGE_F32, 0, 0, DIM }, .k = { k, SPARGE_F32, 0, 0, DIM } };
+    sparge_problem p = {.batch = 1,
+                        .heads = 1,
+                        .kv_heads = 1,
+                        .q_len = Q_LEN,
+                        .k_len = K_LEN,
+                        .dim = DIM,
+                        .q = {q, SPARGE_F32, 0, 0, DIM},
+                        .k = {k, SPARGE_F32, 0, 0, DIM}};
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_REF;
     o.block_q = o.block_k = 8;
     int64_t noticed = 0;
     for (int n = 0; n < 20; n++) {
         check_case("keys %d", n);
-        o.knobs = (sparge_knobs){ 0.4f, check_uniform(0.2f, 0.9f), SPARGE_OFF, -INFINITY };
+        o.knobs = (sparge_knobs){0.4f, check_uniform(0.2f, 0.9f), SPARGE_OFF, -INFINITY};
         for (int64_t e = 0; e < K_LEN * DIM; e++) {
             const int64_t block = e / DIM / 8, noise = block % 3 ? 2 : 20;
             k[e] = (float)(check_int(-noise, noise) + (block * 7 + e % DIM * 5) % 17 - 8);
@@ -584,7 +615,7 @@ Test(predict, a_vector_added_to_every_key_changes_no_bit)
             p.k.data = way ? moved : k;
             o.smooth_k = way < 2;
             s[way] = check_alloc(Q_BLOCKS * K_BLOCKS * sizeof(float));
-            mask[way] = predicted(&p, &o, &(sparge_trace){ .s = s[way] });
+            mask[way] = predicted(&p, &o, &(sparge_trace){.s = s[way]});
         }
         check_same(s[1], s[0], Q_BLOCKS * K_BLOCKS);
         check_same(mask[1].bits, mask[0].bits, Q_BLOCKS);
@@ -601,12 +632,12 @@ Test(predict, a_vector_added_to_every_key_changes_no_bit)
 
 Test(predict, a_block_that_is_not_finite_is_kept_and_nothing_else_changes)
 {
-    const float odd[] = { NAN, INFINITY, -INFINITY };
-    const float theta[] = { -1, 0.6f };
+    const float odd[] = {NAN, INFINITY, -INFINITY};
+    const float theta[] = {-1, 0.6f};
     for (int n = 0; n < 6; n++)
         for (int channel = 0; channel < 2; channel++) {
-            hand h = by_hand(8, 4, (float[]){ 1, 2, 4, 3 });
-            h.o.knobs = (sparge_knobs){ theta[n / 3], 0, SPARGE_OFF, -INFINITY };
+            hand h = by_hand(8, 4, (float[]){1, 2, 4, 3});
+            h.o.knobs = (sparge_knobs){theta[n / 3], 0, SPARGE_OFF, -INFINITY};
             h.k[4 + channel] = odd[n % 3];
             keeps("first row of key block 1", &h, "0110/0110/0110/0110");
             h.k[8 + channel] = odd[n % 3];
@@ -625,28 +656,34 @@ Test(predict, a_block_that_is_not_finite_is_kept_and_nothing_else_changes)
 /* Head 1 of K is full of NaN, and so is batch 1: the heads that read others see none of it. */
 Test(predict, not_finite_stays_in_its_head_and_batch)
 {
-    hand h = by_hand(2, 12, (float[]){ 1, 5, 2, 0, 0, 0, 0, 0, 0, 4, 2, 1 });
+    hand h = by_hand(2, 12, (float[]){1, 5, 2, 0, 0, 0, 0, 0, 0, 4, 2, 1});
     h.o.knobs.tau = 0;
     h.o.smooth_k = true;
     for (int e = 12; e < 36; e++)
         h.k[e] = NAN;
-    h.p = (sparge_problem){ .batch = 2, .heads = 4, .kv_heads = 2, .q_len = 2, .k_len = 6, .dim = 2,
-                            .q = h.p.q, .k = { h.k, SPARGE_F32, 24, 12, 2 } };
+    h.p = (sparge_problem){.batch = 2,
+                           .heads = 4,
+                           .kv_heads = 2,
+                           .q_len = 2,
+                           .k_len = 6,
+                           .dim = 2,
+                           .q = h.p.q,
+                           .k = {h.k, SPARGE_F32, 24, 12, 2}};
     keeps("clean, NaN, NaN, clean", &h, "010/010/111/111/111/111/100/100");
     drop(&h);
 }
 
-/* A non-finite element counts as 0 in the mean: here the mean of channel 0 is (0 + 1 + 8 * 2 + 7) / 12,
- * and without its block's 1 the order of the rest is what it was. */
+/* A non-finite element counts as 0 in the mean: here the mean of channel 0 is (0 + 1 + 8 * 2 + 7) /
+ * 12, and without its block's 1 the order of the rest is what it was. */
 Test(predict, the_mean_leaves_out_what_is_not_finite)
 {
-    hand h = by_hand(2, 6, (float[]){ 1, 2, 2, 2, 2, 3.5f });
+    hand h = by_hand(2, 6, (float[]){1, 2, 2, 2, 2, 3.5f});
     float mean[2];
     h.o.smooth_k = true;
     h.o.knobs.tau = 0;
     h.k[0] = INFINITY;
     h.k[3] = NAN;
-    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){ .mean_k = mean });
+    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){.mean_k = mean});
     check_equal(mean[0], 2.0f);
     check_equal(mean[1], 11.0f / 12.0f);
     check_free(mask.bits);
@@ -656,7 +693,7 @@ Test(predict, the_mean_leaves_out_what_is_not_finite)
 /* A score that overflows, either way or to NaN, says nothing: the pair is kept. */
 Test(predict, a_score_that_overflows_is_kept)
 {
-    hand h = by_hand(2, 4, (float[]){ 1e15f, -1e15f, 2, 1 });
+    hand h = by_hand(2, 4, (float[]){1e15f, -1e15f, 2, 1});
     h.o.knobs.tau = 0;
     h.q[0] = h.q[2] = 1e15f;
     h.o.scale = 1e10f;
@@ -665,8 +702,8 @@ Test(predict, a_score_that_overflows_is_kept)
     keeps("in range", &h, "1000");
     drop(&h);
 
-    h = by_hand(2, 3, (float[]){ 1, 2, 3 });
-    h.o.knobs = (sparge_knobs){ -1, 0, SPARGE_OFF, -INFINITY };
+    h = by_hand(2, 3, (float[]){1, 2, 3});
+    h.o.knobs = (sparge_knobs){-1, 0, SPARGE_OFF, -INFINITY};
     h.q[0] = h.q[1] = h.q[2] = h.q[3] = 1e30f;
     for (int t = 0; t < 2; t++)
         h.k[2 * t] = 1e30f, h.k[2 * t + 1] = -1e30f;
@@ -689,7 +726,7 @@ static void mode_keeps(const char *what, const hand *h, sparge_rules rules, cons
 Test(predict, rules_of_the_paper)
 {
     const sparge_rules paper = SPARGE_RULES_PAPER;
-    hand h = by_hand(4, 3, (float[]){ 1, 2, 3 });
+    hand h = by_hand(4, 3, (float[]){1, 2, 3});
     h.o.knobs.tau = 0;
     mode_keeps("nothing within tau", &h, paper, "001/001", "000/000");
     h.o.knobs.tau = 0.55f; /* shares of 0.576, 0.284, 0.140 at the scale 1/sqrt(2) */
@@ -707,14 +744,14 @@ Test(predict, rules_of_the_paper)
     mode_keeps("NaN", &h, paper, "111/111", "110/111");
     drop(&h);
 
-    h = by_hand(2, 3, (float[]){ 1, 2, 3 });
-    h.o.knobs = (sparge_knobs){ 0.5f, 0.6f, SPARGE_OFF, -INFINITY };
-    const float orthogonal[] = { 2, 0, 0, 2 };
+    h = by_hand(2, 3, (float[]){1, 2, 3});
+    h.o.knobs = (sparge_knobs){0.5f, 0.6f, SPARGE_OFF, -INFINITY};
+    const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
     mode_keeps("sim = theta is similar", &h, paper, "101", "001");
     drop(&h);
 
-    h = by_hand(2, 3, (float[]){ 1, 2, 3 });
+    h = by_hand(2, 3, (float[]){1, 2, 3});
     h.o.scale = 0.01f;
     h.o.knobs.tau = 0.6f;
     mode_keeps("the scale of the prediction is 1/sqrt(2)", &h, paper, "001", "001");
@@ -726,7 +763,7 @@ Test(predict, rules_of_the_paper)
 /* ref/README.md: a share of the visible blocks, as by default. */
 Test(predict, rules_of_the_paper_know_topk)
 {
-    hand h = by_hand(2, 4, (float[]){ 1, 2, 3, 4 });
+    hand h = by_hand(2, 4, (float[]){1, 2, 3, 4});
     h.o.knobs.topk = 0.5f;
     mode_keeps("topk", &h, SPARGE_RULES_PAPER, "0011", "0011");
     drop(&h);
@@ -735,7 +772,7 @@ Test(predict, rules_of_the_paper_know_topk)
 Test(predict, rules_of_the_released_kernels)
 {
     const sparge_rules upstream = SPARGE_RULES_UPSTREAM;
-    hand h = by_hand(3, 3, (float[]){ 1, 2, 3 });
+    hand h = by_hand(3, 3, (float[]){1, 2, 3});
     h.o.knobs.tau = 0;
     mode_keeps("a short query block is not similar", &h, upstream, "001/001", "001/111");
     h.p.q_len = 2;
@@ -751,11 +788,11 @@ Test(predict, rules_of_the_released_kernels)
     mode_keeps("of queries too", &h, upstream, "001", "111");
     drop(&h);
 
-    h = by_hand(4, 3, (float[]){ 1, 2, 3 });
+    h = by_hand(4, 3, (float[]){1, 2, 3});
     h.o.knobs.tau = 0;
     mode_keeps("at least one", &h, upstream, "001/001", "001/001");
     h.o.knobs.theta = 0.5f;
-    const float orthogonal[] = { 2, 0, 0, 2 };
+    const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
     mode_keeps("sim = theta is not similar", &h, upstream, "101/101", "101/101");
     h.o.sink = true;
@@ -765,7 +802,7 @@ Test(predict, rules_of_the_released_kernels)
     mode_keeps("NaN", &h, upstream, "111/111", "111/111");
     drop(&h);
 
-    h = by_hand(16, 8, (float[]){ 8, 7, 6, 5, 4, 3, 2, 1 });
+    h = by_hand(16, 8, (float[]){8, 7, 6, 5, 4, 3, 2, 1});
     h.o.causal = SPARGE_CAUSAL_START;
     h.o.knobs.topk = 0.5f;
     mode_keeps("topk counts all blocks; the diagonal is not forced", &h, upstream,
@@ -781,7 +818,7 @@ Test(predict, rules_of_the_released_kernels)
     mode_keeps("3.92 of 8 is 3", &h, upstream, "11100000", "11100000");
     drop(&h);
 
-    h = by_hand(2, 3, (float[]){ 1, 2, 3 });
+    h = by_hand(2, 3, (float[]){1, 2, 3});
     h.o.scale = 0.01f;
     h.o.knobs.tau = 0.7f;
     mode_keeps("the scale of the prediction is 1/sqrt(2)", &h, upstream, "011", "001");
@@ -793,24 +830,35 @@ Test(predict, rules_of_the_released_kernels)
 /* Two kv heads of S 1, 2 and 4, 3; the mean of the keys is (1.5, 1) and (3.5, 1). */
 Test(predict, traces_hold_every_stage)
 {
-    hand h = by_hand(4, 4, (float[]){ 1, 2, 4, 3 });
-    h.p = (sparge_problem){ .batch = 1, .heads = 2, .kv_heads = 2, .q_len = 3, .k_len = 4, .dim = 2,
-                            .q = { h.q, SPARGE_F32, 8, 2, 2 }, .k = { h.k, SPARGE_F32, 16, 8, 2 } };
+    hand h = by_hand(4, 4, (float[]){1, 2, 4, 3});
+    h.p = (sparge_problem){.batch = 1,
+                           .heads = 2,
+                           .kv_heads = 2,
+                           .q_len = 3,
+                           .k_len = 4,
+                           .dim = 2,
+                           .q = {h.q, SPARGE_F32, 8, 2, 2},
+                           .k = {h.k, SPARGE_F32, 16, 8, 2}};
     h.o.knobs.tau = 0;
     h.q[2] = 3;
     h.q[6] = -4;
     /* Queries (1,0) (3,0) | (1,0) and (3,0) (1,0) | (-4,0): blocks of two, the second one short. */
-    const float pool_q[] = { 2, 0, 1, 0, 2, 0, -4, 0 }, sim_q[] = { 1, 1, 1, 1 };
-    const float mean_k[] = { 1.5f, 1, 3.5f, 1 };
-    const float pool_k[] = { -0.5f, 0, 0.5f, 0, 0.5f, 0, -0.5f, 0 }, sim_k[] = { 1, 1, 1, 1 };
-    const float s[] = { -1, 1, -0.5f, 0.5f, 1, -1, -2, 2 };
-    const struct { const char *name; size_t at; const float *want; int64_t count; } array[] = {
-        { "mean_k", offsetof(sparge_trace, mean_k), mean_k, COUNT(mean_k) },
-        { "pool_q", offsetof(sparge_trace, pool_q), pool_q, COUNT(pool_q) },
-        { "pool_k", offsetof(sparge_trace, pool_k), pool_k, COUNT(pool_k) },
-        { "sim_q", offsetof(sparge_trace, sim_q), sim_q, COUNT(sim_q) },
-        { "sim_k", offsetof(sparge_trace, sim_k), sim_k, COUNT(sim_k) },
-        { "s", offsetof(sparge_trace, s), s, COUNT(s) },
+    const float pool_q[] = {2, 0, 1, 0, 2, 0, -4, 0}, sim_q[] = {1, 1, 1, 1};
+    const float mean_k[] = {1.5f, 1, 3.5f, 1};
+    const float pool_k[] = {-0.5f, 0, 0.5f, 0, 0.5f, 0, -0.5f, 0}, sim_k[] = {1, 1, 1, 1};
+    const float s[] = {-1, 1, -0.5f, 0.5f, 1, -1, -2, 2};
+    const struct {
+        const char *name;
+        size_t at;
+        const float *want;
+        int64_t count;
+    } array[] = {
+        {"mean_k", offsetof(sparge_trace, mean_k), mean_k, COUNT(mean_k)},
+        {"pool_q", offsetof(sparge_trace, pool_q), pool_q, COUNT(pool_q)},
+        {"pool_k", offsetof(sparge_trace, pool_k), pool_k, COUNT(pool_k)},
+        {"sim_q", offsetof(sparge_trace, sim_q), sim_q, COUNT(sim_q)},
+        {"sim_k", offsetof(sparge_trace, sim_k), sim_k, COUNT(sim_k)},
+        {"s", offsetof(sparge_trace, s), s, COUNT(s)},
     };
     h.o.smooth_k = true;
     h.o.causal = SPARGE_CAUSAL_NONE;
@@ -818,11 +866,11 @@ Test(predict, traces_hold_every_stage)
     for (int64_t n = 0; n < COUNT(array); n++) {
         check_case("%s alone", array[n].name);
         float *buffer = check_alloc((size_t)array[n].count * sizeof *buffer);
-        sparge_trace trace = { 0 };
+        sparge_trace trace = {0};
         memcpy((char *)&trace + array[n].at, &buffer, sizeof buffer);
         sparge_mask mask = predicted(&h.p, &h.o, &trace);
         check_same(buffer, array[n].want, array[n].count);
-        const uint32_t bits[] = { 2, 2, 1, 2 };
+        const uint32_t bits[] = {2, 2, 1, 2};
         check_same(mask.bits, bits, 4);
         check_free(mask.bits);
         check_free(buffer);
@@ -833,16 +881,23 @@ Test(predict, traces_hold_every_stage)
 /* What stage 1 does not make stays as it was; so does the mean key where keys are not smoothed. */
 Test(predict, traces_of_stage_2_are_left_alone)
 {
-    hand h = by_hand(2, 2, (float[]){ 1, 2 });
+    hand h = by_hand(2, 2, (float[]){1, 2});
     h.o.knobs.tau = 0;
     int16_t codes[3][16];
-    float arrays[7][16], mean[2] = { 77, 78 };
+    float arrays[7][16], mean[2] = {77, 78};
     memset(codes, 0x5a, sizeof codes);
     memset(arrays, 0x5a, sizeof arrays);
     const sparge_trace trace = {
-        .mean_k = mean, .codes_q = codes[0], .codes_k = codes[1], .codes_v = codes[2],
-        .steps_q = arrays[0], .steps_k = arrays[1], .steps_v = arrays[2], .pv_done = arrays[3],
-        .m = arrays[4], .l = arrays[5],
+        .mean_k = mean,
+        .codes_q = codes[0],
+        .codes_k = codes[1],
+        .codes_v = codes[2],
+        .steps_q = arrays[0],
+        .steps_k = arrays[1],
+        .steps_v = arrays[2],
+        .pv_done = arrays[3],
+        .m = arrays[4],
+        .l = arrays[5],
     };
     sparge_mask mask = predicted(&h.p, &h.o, &trace);
     check(mean[0] == 77 && mean[1] == 78, "the mean key was written");
@@ -857,17 +912,17 @@ Test(predict, traces_of_stage_2_are_left_alone)
 /* What is not visible or not similar is -inf in S, for every head by its own theta. */
 Test(predict, trace_of_s_is_minus_infinity_where_nothing_is_scored)
 {
-    hand h = by_hand(4, 2, (float[]){ 1, 2 });
+    hand h = by_hand(4, 2, (float[]){1, 2});
     h.o.causal = SPARGE_CAUSAL_END;
-    const float orthogonal[] = { 2, 0, 0, 2 };
+    const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
-    const sparge_knobs knobs[] = { { 0.6f, 1, SPARGE_OFF, 0 }, { 0.4f, 1, SPARGE_OFF, 0 } };
+    const sparge_knobs knobs[] = {{0.6f, 1, SPARGE_OFF, 0}, {0.4f, 1, SPARGE_OFF, 0}};
     h.p.heads = 2;
     h.o.per_head = knobs;
     float s[8], s_all[8];
-    const float want[] = { -INFINITY, -INFINITY, -INFINITY, 2, 1, -INFINITY, 1, 2 };
-    const float all[] = { 1, -INFINITY, 1, 2, 1, -INFINITY, 1, 2 };
-    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){ .s = s, .s_all = s_all });
+    const float want[] = {-INFINITY, -INFINITY, -INFINITY, 2, 1, -INFINITY, 1, 2};
+    const float all[] = {1, -INFINITY, 1, 2, 1, -INFINITY, 1, 2};
+    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){.s = s, .s_all = s_all});
     check_same(s, want, 8);
     check_same(s_all, all, 8);
     check_free(mask.bits);
@@ -877,16 +932,20 @@ Test(predict, trace_of_s_is_minus_infinity_where_nothing_is_scored)
 /* ---- Why ------------------------------------------------------------------------------------- */
 
 enum {
-    MASS = SPARGE_KEPT_MASS, TOPK = SPARGE_KEPT_TOPK, ODD_Q = SPARGE_KEPT_DISSIMILAR_Q,
-    ODD_K = SPARGE_KEPT_DISSIMILAR_K, OVERFLOW_ = SPARGE_KEPT_OVERFLOW, DIAGONAL = SPARGE_KEPT_DIAGONAL,
+    MASS = SPARGE_KEPT_MASS,
+    TOPK = SPARGE_KEPT_TOPK,
+    ODD_Q = SPARGE_KEPT_DISSIMILAR_Q,
+    ODD_K = SPARGE_KEPT_DISSIMILAR_K,
+    OVERFLOW_ = SPARGE_KEPT_OVERFLOW,
+    DIAGONAL = SPARGE_KEPT_DIAGONAL,
     SINK = SPARGE_KEPT_SINK,
 };
 
 static void keeps_for(const char *what, const hand *h, const uint8_t *want, int64_t count)
 {
     check_case("%s", what);
-    uint8_t *const why = check_alloc((size_t)count);
-    sparge_mask mask = predicted(&h->p, &h->o, &(sparge_trace){ .why = why });
+    uint8_t *why = check_alloc((size_t)count);
+    sparge_mask mask = predicted(&h->p, &h->o, &(sparge_trace){.why = why});
     check_same(why, want, count);
     check_free(why);
     check_free(mask.bits);
@@ -895,35 +954,38 @@ static void keeps_for(const char *what, const hand *h, const uint8_t *want, int6
 /* Four blocks, the third the best, under one thing after another. */
 Test(predict, every_reason_is_told)
 {
-    const sparge_backend backends[] = { SPARGE_REF, SPARGE_CPU };
+    const sparge_backend backends[] = {SPARGE_REF, SPARGE_CPU};
     for (int64_t n = 0; n < COUNT(backends); n++) {
-        hand h = by_hand(4, 4, (float[]){ 1, 2, 4, 3 });
+        hand h = by_hand(4, 4, (float[]){1, 2, 4, 3});
         h.o.backend = backends[n];
         h.o.knobs.tau = 0;
-        keeps_for("tau", &h, (uint8_t[]){ 0, 0, MASS, 0, 0, 0, MASS, 0 }, 8);
+        keeps_for("tau", &h, (uint8_t[]){0, 0, MASS, 0, 0, 0, MASS, 0}, 8);
         h.o.knobs.topk = 0.5f;
-        keeps_for("topk too", &h, (uint8_t[]){ 0, 0, MASS | TOPK, TOPK, 0, 0, MASS | TOPK, TOPK }, 8);
+        keeps_for("topk too", &h, (uint8_t[]){0, 0, MASS | TOPK, TOPK, 0, 0, MASS | TOPK, TOPK}, 8);
         h.o.knobs.topk = SPARGE_OFF;
         h.o.sink = true;
-        keeps_for("sink", &h, (uint8_t[]){ SINK, 0, MASS, 0, SINK, 0, MASS, 0 }, 8);
+        keeps_for("sink", &h, (uint8_t[]){SINK, 0, MASS, 0, SINK, 0, MASS, 0}, 8);
         h.o.sink = false;
         h.o.causal = SPARGE_CAUSAL_END; /* rows of keys 0..5 and 0..7 */
-        keeps_for("diagonal", &h, (uint8_t[]){ 0, 0, MASS | DIAGONAL, 0, 0, 0, MASS, DIAGONAL }, 8);
+        keeps_for("diagonal", &h, (uint8_t[]){0, 0, MASS | DIAGONAL, 0, 0, 0, MASS, DIAGONAL}, 8);
         h.o.causal = SPARGE_CAUSAL_NONE;
         disagree(h.k, 0);
-        keeps_for("keys", &h, (uint8_t[]){ ODD_K, 0, MASS, 0, ODD_K, 0, MASS, 0 }, 8);
+        keeps_for("keys", &h, (uint8_t[]){ODD_K, 0, MASS, 0, ODD_K, 0, MASS, 0}, 8);
         disagree(h.q, 1);
         keeps_for("queries", &h,
-                  (uint8_t[]){ ODD_K, 0, MASS, 0, ODD_K | ODD_Q, ODD_Q | MASS, ODD_Q, ODD_Q }, 8); /* all 0 */
+                  (uint8_t[]){ODD_K, 0, MASS, 0, ODD_K | ODD_Q, ODD_Q | MASS, ODD_Q, ODD_Q},
+                  8); /* all 0 */
         h.k[4] = NAN;
-        keeps_for("what is not finite is not similar", &h,
-                  (uint8_t[]){ ODD_K, ODD_K, MASS, 0, ODD_K | ODD_Q, ODD_K | ODD_Q, ODD_Q | MASS, ODD_Q }, 8);
+        keeps_for(
+            "what is not finite is not similar", &h,
+            (uint8_t[]){ODD_K, ODD_K, MASS, 0, ODD_K | ODD_Q, ODD_K | ODD_Q, ODD_Q | MASS, ODD_Q},
+            8);
         drop(&h);
-        h = by_hand(2, 3, (float[]){ 1, 1e18f, 2 });
+        h = by_hand(2, 3, (float[]){1, 1e18f, 2});
         h.o.backend = backends[n];
         h.o.knobs.tau = 0;
         h.o.scale = 3e38f;
-        keeps_for("overflow", &h, (uint8_t[]){ MASS, OVERFLOW_, OVERFLOW_ }, 3);
+        keeps_for("overflow", &h, (uint8_t[]){MASS, OVERFLOW_, OVERFLOW_}, 3);
         drop(&h);
     }
 }
@@ -937,17 +999,23 @@ Test(predict, one_trace_serves_every_theta)
         q[e] = check_uniform(-1, 1) + 2;
     for (int64_t e = 0; e < BLOCKS * ROWS * DIM; e++)
         k[e] = check_uniform(-2, 2) + (float)(e / ROWS / DIM % 3);
-    const sparge_problem p = { .batch = 1, .heads = 1, .kv_heads = 1, .q_len = ROWS, .k_len = BLOCKS * ROWS,
-                               .dim = DIM, .q = { q, SPARGE_F32, 0, 0, DIM }, .k = { k, SPARGE_F32, 0, 0, DIM } };
+    const sparge_problem p = {.batch = 1,
+                              .heads = 1,
+                              .kv_heads = 1,
+                              .q_len = ROWS,
+                              .k_len = BLOCKS * ROWS,
+                              .dim = DIM,
+                              .q = {q, SPARGE_F32, 0, 0, DIM},
+                              .k = {k, SPARGE_F32, 0, 0, DIM}};
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_REF;
     o.block_q = o.block_k = ROWS;
     o.knobs.theta = 1; /* hides every column */
-    sparge_mask mask = predicted(&p, &o, &(sparge_trace){ .s_all = s_all, .sim_k = sim });
+    sparge_mask mask = predicted(&p, &o, &(sparge_trace){.s_all = s_all, .sim_k = sim});
     check_free(mask.bits);
     int64_t hidden = 0;
     for (o.knobs.theta = 0; o.knobs.theta < 0.9f; o.knobs.theta += 0.1f) {
-        mask = predicted(&p, &o, &(sparge_trace){ .s = s });
+        mask = predicted(&p, &o, &(sparge_trace){.s = s});
         check_free(mask.bits);
         float want[BLOCKS];
         for (int64_t j = 0; j < BLOCKS; j++) {
@@ -979,10 +1047,10 @@ typedef struct judged {
     verdict *mask; /* [q_blocks][k_blocks] */
 } judged;
 
-/* Mean cosine of all pairs of rows of x less the mean, by the Gram matrix; the pooled row; and whether
- * the block is similar. What is not finite counts as 0, and makes the block dissimilar. */
-static verdict judge_block(const float *x, const double *mean, int64_t rows, int64_t dim, float theta,
-                           double *pool, double *sim)
+/* Mean cosine of all pairs of rows of x less the mean, by the Gram matrix; the pooled row; and
+ * whether the block is similar. What is not finite counts as 0, and makes the block dissimilar. */
+static verdict judge_block(const float *x, const double *mean, int64_t rows, int64_t dim,
+                           float theta, double *pool, double *sim)
 {
     double *unit = malloc((size_t)(rows * dim) * sizeof *unit), sum = 0;
     bool clean = true;
@@ -1020,12 +1088,14 @@ static bool sees(const scene *s, int64_t t, int64_t key)
 
 /* Beside a cut through the order, blocks whose scores are as good as equal may change places. Equal
  * ones may not: they go by number. */
-static void open_beside(const double *score, const int64_t *order, int64_t count, int64_t cut, verdict *row)
+static void open_beside(const double *score, const int64_t *order, int64_t count, int64_t cut,
+                        verdict *row)
 {
     for (int64_t side = cut - 1; side <= cut; side++)
         for (int64_t n = 0; side >= 0 && side < count && n < count; n++) {
             const double a = score[order[side]], b = score[order[n]];
-            if (a != b && fabs(a - b) <= near_threshold * fmax(1, fabs(a)) && (n < cut) != (side < cut))
+            if (a != b && fabs(a - b) <= near_threshold * fmax(1, fabs(a)) &&
+                (n < cut) != (side < cut))
                 row[order[n]] = row[order[side]] = OPEN;
         }
 }
@@ -1037,7 +1107,8 @@ static void judge_row(const scene *s, const judged *w, const sparge_knobs *knobs
     const int64_t first = i * s->o.block_q, end = least(s->p.q_len, first + s->o.block_q);
     double *score = &w->s[i * k_blocks], total = 0, mass = 0;
     verdict *row = &w->mask[i * k_blocks];
-    bool *visible = calloc((size_t)k_blocks + 1, sizeof *visible), *last = calloc((size_t)k_blocks + 1, 1);
+    bool *visible = calloc((size_t)k_blocks + 1, sizeof *visible),
+         *last = calloc((size_t)k_blocks + 1, 1);
     verdict *by_tau = calloc((size_t)k_blocks + 1, sizeof *by_tau);
     verdict *by_topk = calloc((size_t)k_blocks + 1, sizeof *by_topk);
     int64_t *order = malloc((size_t)(k_blocks + 1) * sizeof *order), count = 0, in_view = 0;
@@ -1089,8 +1160,9 @@ static void judge_row(const scene *s, const judged *w, const sparge_knobs *knobs
         open_beside(score, order, count, kept, by_topk);
     }
     for (int64_t j = 0; j < k_blocks; j++) {
-        row[j] = by_tau[j] == KEEP || by_topk[j] == KEEP ? KEEP
-               : by_tau[j] == OPEN || by_topk[j] == OPEN ? OPEN : DROP;
+        row[j] = by_tau[j] == KEEP || by_topk[j] == KEEP   ? KEEP
+                 : by_tau[j] == OPEN || by_topk[j] == OPEN ? OPEN
+                                                           : DROP;
         if (unsure || w->similar_q[i] == OPEN)
             row[j] = OPEN;
         if (w->similar_q[i] == DROP || w->similar_k[j] == DROP || last[j] || (s->o.sink && j == 0))
@@ -1115,21 +1187,26 @@ static judged judge_head(const scene *s, int64_t b, int64_t h)
     const int64_t k_blocks = ceil_div(p->k_len, s->o.block_k), kv = h / (p->heads / p->kv_heads);
     const sparge_knobs *knobs = s->o.per_head ? &s->o.per_head[h] : &s->o.knobs;
     const float *q = tensor_row(&s->q, b, h, 0), *k = tensor_row(&s->k, b, kv, 0);
-    judged w = { doubles(dim), doubles(q_blocks * dim), doubles(k_blocks * dim), doubles(q_blocks),
-                 doubles(k_blocks), doubles(q_blocks * k_blocks),
-                 calloc((size_t)q_blocks + 1, sizeof(verdict)), calloc((size_t)k_blocks + 1, sizeof(verdict)),
-                 calloc((size_t)(q_blocks * k_blocks) + 1, sizeof(verdict)) };
+    judged w = {doubles(dim),
+                doubles(q_blocks * dim),
+                doubles(k_blocks * dim),
+                doubles(q_blocks),
+                doubles(k_blocks),
+                doubles(q_blocks * k_blocks),
+                calloc((size_t)q_blocks + 1, sizeof(verdict)),
+                calloc((size_t)k_blocks + 1, sizeof(verdict)),
+                calloc((size_t)(q_blocks * k_blocks) + 1, sizeof(verdict))};
     for (int64_t e = 0; e < p->k_len * dim; e++)
         w.mean[e % dim] += isfinite(k[e]) ? (double)k[e] / (double)p->k_len : 0;
     for (int64_t j = 0; j < k_blocks; j++) {
         const int64_t first = j * s->o.block_k, rows = least(s->o.block_k, p->k_len - first);
-        w.similar_k[j] = judge_block(k + first * dim, s->o.smooth_k ? w.mean : NULL, rows, dim, knobs->theta,
-                                     w.pool_k + j * dim, &w.sim_k[j]);
+        w.similar_k[j] = judge_block(k + first * dim, s->o.smooth_k ? w.mean : NULL, rows, dim,
+                                     knobs->theta, w.pool_k + j * dim, &w.sim_k[j]);
     }
     for (int64_t i = 0; i < q_blocks; i++) {
         const int64_t first = i * s->o.block_q, rows = least(s->o.block_q, p->q_len - first);
-        w.similar_q[i] = judge_block(q + first * dim, NULL, rows, dim, knobs->theta, w.pool_q + i * dim,
-                                     &w.sim_q[i]);
+        w.similar_q[i] = judge_block(q + first * dim, NULL, rows, dim, knobs->theta,
+                                     w.pool_q + i * dim, &w.sim_q[i]);
         judge_row(s, &w, knobs, i);
     }
     return w;
@@ -1141,14 +1218,15 @@ static void forget(judged *w)
     free(w->similar_q), free(w->similar_k), free(w->mask);
 }
 
-/* Tokens that drift slowly, so that most blocks agree with themselves; here and there a block of noise,
- * a block that repeats the one before (ties), a zero row, and where asked for something not finite. */
-static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, int64_t block, float offset,
-                        bool spoilt)
+/* Tokens that drift slowly, so that most blocks agree with themselves; here and there a block of
+ * noise, a block that repeats the one before (ties), a zero row, and where asked for something not
+ * finite. */
+static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, int64_t block,
+                        float offset, bool spoilt)
 {
     tensor x = tensor_make(batch, heads, len, dim, (sparge_dtype)check_int(0, 2),
                            (tensor_layout)check_int(0, LAYOUTS - 1));
-    const float noise = check_uniform(0, 1), odd[] = { NAN, INFINITY, -INFINITY };
+    const float noise = check_uniform(0, 1), odd[] = {NAN, INFINITY, -INFINITY};
     for (int64_t h = 0; h < batch * heads; h++) {
         float *head = x.x + h * len * dim;
         const float speed = check_uniform(0.2f, 1.5f) / (float)block;
@@ -1156,7 +1234,8 @@ static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, 
             const int64_t kind = check_int(0, 11), end = least(len, first + block);
             for (int64_t t = first; t < end; t++)
                 for (int64_t c = 0; c < dim; c++) {
-                    const float wave = 1.5f * sinf((float)t * speed * (float)(c % 5 + 1) + (float)c);
+                    const float wave =
+                        1.5f * sinf((float)t * speed * (float)(c % 5 + 1) + (float)c);
                     head[t * dim + c] = offset * cosf((float)(3 * c)) +
                                         (kind ? wave + noise * check_normal() : check_normal());
                 }
@@ -1177,11 +1256,11 @@ static float one_of(const float *list, int64_t count) { return list[check_int(0,
 
 static sparge_knobs some_knobs(void)
 {
-    const float theta[] = { -1, -0.5f, 0.03f, 0.2f, 0.3f, 0.4f, 0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 1 };
-    const float tau[] = { SPARGE_OFF, 0, 0.2f, 0.5f, 0.7f, 0.9f, 0.95f, 0.98f, 1 };
-    const float topk[] = { SPARGE_OFF, SPARGE_OFF, 0, 0.1f, 0.25f, 0.5f, 0.7f, 1 };
-    sparge_knobs knobs = { one_of(theta, COUNT(theta)), one_of(tau, COUNT(tau)), one_of(topk, COUNT(topk)),
-                           -INFINITY };
+    const float theta[] = {-1, -0.5f, 0.03f, 0.2f, 0.3f, 0.4f, 0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 1};
+    const float tau[] = {SPARGE_OFF, 0, 0.2f, 0.5f, 0.7f, 0.9f, 0.95f, 0.98f, 1};
+    const float topk[] = {SPARGE_OFF, SPARGE_OFF, 0, 0.1f, 0.25f, 0.5f, 0.7f, 1};
+    sparge_knobs knobs = {one_of(theta, COUNT(theta)), one_of(tau, COUNT(tau)),
+                          one_of(topk, COUNT(topk)), -INFINITY};
     if (knobs.tau == SPARGE_OFF && knobs.topk == SPARGE_OFF)
         knobs.tau = 0.9f;
     return knobs;
@@ -1189,12 +1268,15 @@ static sparge_knobs some_knobs(void)
 
 static scene some_scene(void)
 {
-    static const struct { int64_t q, k; } block[] = {
-        { 16, 8 }, { 128, 64 }, { 8, 16 }, { 64, 64 }, { 64, 128 }, { 7, 5 }, { 1, 1 }, { 33, 17 }, { 1, 64 },
-        { 13, 1 },
+    static const struct {
+        int64_t q, k;
+    } block[] = {
+        {16, 8}, {128, 64}, {8, 16},  {64, 64}, {64, 128},
+        {7, 5},  {1, 1},    {33, 17}, {1, 64},  {13, 1},
     };
-    static const int64_t dims[] = { 1, 2, 3, 7, 15, 16, 17, 31, 32, 48, 64, 80, 96, 127, 128, 192, 256 };
-    scene s = { .o = sparge_options_default(SPARGE_RULES_DEFAULT) };
+    static const int64_t dims[] = {1,  2,  3,  7,  15,  16,  17,  31, 32,
+                                   48, 64, 80, 96, 127, 128, 192, 256};
+    scene s = {.o = sparge_options_default(SPARGE_RULES_DEFAULT)};
     const int64_t size = check_int(0, COUNT(block) - 1);
     s.o.backend = SPARGE_REF;
     s.o.block_q = block[size].q;
@@ -1203,11 +1285,13 @@ static scene some_scene(void)
     s.p.kv_heads = check_int(1, 2);
     s.p.heads = s.p.kv_heads * check_int(1, check_int(1, 4));
     s.p.q_len = check_int(0, 12) ? check_int(1, 4 * s.o.block_q) : check_int(0, 1);
-    s.p.k_len = check_int(0, 12) ? check_int(1, (s.o.block_k > 16 ? 10 : 40) * s.o.block_k) : check_int(0, 1);
+    s.p.k_len = check_int(0, 12) ? check_int(1, (s.o.block_k > 16 ? 10 : 40) * s.o.block_k)
+                                 : check_int(0, 1);
     if (check_int(0, 3) == 0)
         s.p.k_len = s.p.q_len;
     s.p.dim = dims[check_int(0, COUNT(dims) - 1)];
-    const int64_t gram = s.p.batch * s.p.heads * (s.p.q_len * s.o.block_q + s.p.k_len * s.o.block_k);
+    const int64_t gram =
+        s.p.batch * s.p.heads * (s.p.q_len * s.o.block_q + s.p.k_len * s.o.block_k);
     while (s.p.dim > 1 && gram * s.p.dim > 8000000) /* what the Gram matrices cost */
         s.p.dim /= 2;
     s.o.causal = (sparge_causal)check_int(0, 2);
@@ -1233,14 +1317,14 @@ typedef struct tally {
 } tally;
 
 /* Within the bound, absolute below 1 and relative above; *most becomes the largest distance. */
-static void worst(const char *what, int64_t b, int64_t h, const float *got, const double *want, int64_t n,
-                  double bound, double *most)
+static void worst(const char *what, int64_t b, int64_t h, const float *got, const double *want,
+                  int64_t n, double bound, double *most)
 {
     for (int64_t e = 0; e < n; e++) {
         const double value = (double)got[e];
         const double off = value == want[e] ? 0 : fabs(value - want[e]) / fmax(1, fabs(want[e]));
-        check(off <= bound, "%s of batch %lld, head %lld, element %lld is %.9g, should be %.9g", what,
-              (long long)b, (long long)h, (long long)e, value, want[e]);
+        check(off <= bound, "%s of batch %lld, head %lld, element %lld is %.9g, should be %.9g",
+              what, (long long)b, (long long)h, (long long)e, value, want[e]);
         *most = fmax(*most, off);
     }
 }
@@ -1248,7 +1332,8 @@ static void worst(const char *what, int64_t b, int64_t h, const float *got, cons
 static void compare(const scene *s, tally *sum)
 {
     const sparge_problem *p = &s->p;
-    const int64_t q_blocks = ceil_div(p->q_len, s->o.block_q), k_blocks = ceil_div(p->k_len, s->o.block_k);
+    const int64_t q_blocks = ceil_div(p->q_len, s->o.block_q),
+                  k_blocks = ceil_div(p->k_len, s->o.block_k);
     const int64_t lines = p->batch * p->heads, kv_lines = p->batch * p->kv_heads;
     const sparge_trace trace = {
         .mean_k = check_alloc((size_t)(kv_lines * p->dim) * 4),
@@ -1260,10 +1345,12 @@ static void compare(const scene *s, tally *sum)
     };
     sparge_mask mask = predicted(p, &s->o, &trace);
     for (int64_t n = 0; n < lines; n++) {
-        const int64_t b = n / p->heads, h = n % p->heads, kv = b * p->kv_heads + h / (p->heads / p->kv_heads);
+        const int64_t b = n / p->heads, h = n % p->heads,
+                      kv = b * p->kv_heads + h / (p->heads / p->kv_heads);
         judged want = judge_head(s, b, h);
         const float *mean_k = trace.mean_k + kv * p->dim, *sim_q = trace.sim_q + n * q_blocks;
-        const float *pool_q = trace.pool_q + n * q_blocks * p->dim, *sim_k = trace.sim_k + kv * k_blocks;
+        const float *pool_q = trace.pool_q + n * q_blocks * p->dim,
+                    *sim_k = trace.sim_k + kv * k_blocks;
         const float *pool_k = trace.pool_k + kv * k_blocks * p->dim;
         const float *scores = trace.s + n * q_blocks * k_blocks;
         if (s->o.smooth_k)
@@ -1278,11 +1365,13 @@ static void compare(const scene *s, tally *sum)
             if (want.similar_k[j] != OPEN)
                 worst("S", b, h, scores + e, &want.s[e], 1, 1e-5, &sum->s);
             check(want.mask[e] == OPEN || got == (want.mask[e] == KEEP),
-                  "batch %lld, head %lld, query block %lld, key block %lld is %s; blocks %lld x %lld, "
+                  "batch %lld, head %lld, query block %lld, key block %lld is %s; blocks %lld x "
+                  "%lld, "
                   "lengths %lld and %lld, dim %lld, causal %d, S = %.9g, sims %.9g and %.9g",
                   (long long)b, (long long)h, (long long)i, (long long)j, got ? "kept" : "dropped",
-                  (long long)s->o.block_q, (long long)s->o.block_k, (long long)p->q_len, (long long)p->k_len,
-                  (long long)p->dim, (int)s->o.causal, want.s[e], want.sim_q[i], want.sim_k[j]);
+                  (long long)s->o.block_q, (long long)s->o.block_k, (long long)p->q_len,
+                  (long long)p->k_len, (long long)p->dim, (int)s->o.causal, want.s[e],
+                  want.sim_q[i], want.sim_k[j]);
             sum->open += want.mask[e] == OPEN;
             sum->decided += want.mask[e] != OPEN;
             sum->kept += got;
@@ -1303,7 +1392,7 @@ static void discard(scene *s)
 /* Class B: equal but for decisions within 1e-5 of their threshold, of which there are few. */
 static void sweep(const char *what, int64_t cases)
 {
-    tally sum = { 0 };
+    tally sum = {0};
     for (int64_t n = 0; n < cases; n++) {
         check_case("%s %lld", what, (long long)n);
         scene s = some_scene();
@@ -1311,12 +1400,14 @@ static void sweep(const char *what, int64_t cases)
         compare(&s, &sum);
         discard(&s);
     }
-    cr_log_info("%s: %lld decisions, %lld too near to call; mean %.2g, pool %.2g, sim %.2g, S %.2g", what,
-                (long long)sum.decided, (long long)sum.open, sum.mean, sum.pool, sum.sim, sum.s);
+    cr_log_info("%s: %lld decisions, %lld too near to call; mean %.2g, pool %.2g, sim %.2g, S %.2g",
+                what, (long long)sum.decided, (long long)sum.open, sum.mean, sum.pool, sum.sim,
+                sum.s);
     check(sum.open * 100 <= sum.decided, "%lld of %lld decisions are open", (long long)sum.open,
           (long long)sum.decided);
-    check(sum.kept > cases && sum.dropped > cases, "%lld kept, %lld dropped: the cases test nothing",
-          (long long)sum.kept, (long long)sum.dropped);
+    check(sum.kept > cases && sum.dropped > cases,
+          "%lld kept, %lld dropped: the cases test nothing", (long long)sum.kept,
+          (long long)sum.dropped);
 }
 
 Test(predict, agrees_with_a_predictor_in_double) { sweep("random", 300); }
@@ -1325,7 +1416,7 @@ Test(predict, agrees_with_a_predictor_in_double_again) { sweep("more", 300); }
 /* More mass, more blocks, and never one less. */
 Test(predict, masks_grow_with_tau)
 {
-    const float tau[] = { 0, 0.1f, 0.3f, 0.5f, 0.7f, 0.8f, 0.9f, 0.95f, 0.99f, 1 };
+    const float tau[] = {0, 0.1f, 0.3f, 0.5f, 0.7f, 0.8f, 0.9f, 0.95f, 0.99f, 1};
     for (int64_t n = 0; n < 25; n++) {
         check_case("growing %lld", (long long)n);
         scene s = some_scene();

@@ -29,14 +29,16 @@ static uint16_t encode(sparge_dtype dtype, float x)
     if (isinf(x))
         return (uint16_t)(sign | top);
     const int exponent = x == 0.0f || ilogbf(x) < 1 - bias ? 1 - bias : ilogbf(x);
-    const int fraction = (int)ldexpf(fabsf(x), digits - 1 - exponent); /* exact: x has the dtype's digits */
+    const int fraction =
+        (int)ldexpf(fabsf(x), digits - 1 - exponent); /* exact: x has the dtype's digits */
     return (uint16_t)(sign | (unsigned)(((exponent + bias - 1) << (digits - 1)) + fraction));
 }
 
 static float decode(sparge_dtype dtype, uint16_t bits)
 {
     const int digits = dtype == SPARGE_F16 ? 11 : 8, bias = dtype == SPARGE_F16 ? 15 : 127;
-    const int exponent = (bits & 0x7fff) >> (digits - 1), fraction = bits & ((1 << (digits - 1)) - 1);
+    const int exponent = (bits & 0x7fff) >> (digits - 1),
+              fraction = bits & ((1 << (digits - 1)) - 1);
     float x = ldexpf((float)(fraction + (1 << (digits - 1))), exponent - bias - digits + 1);
     if (exponent == 0)
         x = ldexpf((float)fraction, 1 - bias - digits + 1);
@@ -49,10 +51,10 @@ static float decode(sparge_dtype dtype, uint16_t bits)
 
 int64_t tensor_count(const tensor *t) { return t->batch * t->heads * t->tokens * t->channels; }
 
-tensor tensor_make(int64_t batch, int64_t heads, int64_t tokens, int64_t channels, sparge_dtype dtype,
-                   tensor_layout layout)
+tensor tensor_make(int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                   sparge_dtype dtype, tensor_layout layout)
 {
-    tensor t = { batch, heads, tokens, channels, .in = { .dtype = dtype } };
+    tensor t = {batch, heads, tokens, channels, .in = {.dtype = dtype}};
     const int64_t pad = layout == PADDED ? 8 : layout == ODD ? 3 : layout == BACKWARD ? 1 : 0;
     int64_t token = channels + pad, head = tokens * token + 2 * pad, base = 0;
     if (layout == NHD) {
@@ -94,7 +96,7 @@ void tensor_free(tensor *t)
     check_free(t->x);
     check_free(t->used);
     check_free(t->memory);
-    *t = (tensor){ 0 };
+    *t = (tensor){0};
 }
 
 float *tensor_row(const tensor *t, int64_t b, int64_t h, int64_t token)
@@ -105,7 +107,8 @@ float *tensor_row(const tensor *t, int64_t b, int64_t h, int64_t token)
 /* Where row `line` of a tensor lies. */
 static void *stored_row(const tensor *t, int64_t line)
 {
-    const int64_t b = line / t->tokens / t->heads, h = line / t->tokens % t->heads, n = line % t->tokens;
+    const int64_t b = line / t->tokens / t->heads, h = line / t->tokens % t->heads,
+                  n = line % t->tokens;
     const int64_t at = b * t->in.batch + h * t->in.head + n * t->in.token;
     return t->first + at * (int64_t)size_of(t->in.dtype);
 }
@@ -140,7 +143,7 @@ void tensor_read(tensor *t)
 
 sparge_out tensor_out(const tensor *t)
 {
-    return (sparge_out){ t->first, t->in.dtype, t->in.batch, t->in.head, t->in.token };
+    return (sparge_out){t->first, t->in.dtype, t->in.batch, t->in.head, t->in.token};
 }
 
 void tensor_fill(tensor *t, float low, float high)
@@ -150,8 +153,8 @@ void tensor_fill(tensor *t, float low, float high)
     tensor_write(t);
 }
 
-/* The first element of memory that is poison where an element of the tensor lies, or is not where none
- * does; -1 when there is none. */
+/* The first element of memory that is poison where an element of the tensor lies, or is not where
+ * none does; -1 when there is none. */
 static int64_t badly_written(const tensor *t)
 {
     const size_t size = size_of(t->in.dtype);
@@ -170,10 +173,10 @@ static int64_t badly_written(const tensor *t)
 
 int64_t blocks(int64_t len, int64_t block) { return (len + block - 1) / block; }
 
-shape shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len, int64_t dim,
-               int64_t dim_v)
+shape shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len,
+               int64_t dim, int64_t dim_v)
 {
-    return (shape){ batch, heads, kv_heads, q_len, k_len, dim, dim_v, .q = SPARGE_F32 };
+    return (shape){batch, heads, kv_heads, q_len, k_len, dim, dim_v, .q = SPARGE_F32};
 }
 
 /* A slow drift of its own for each head, noise, and a common offset. */
@@ -190,8 +193,13 @@ static void drift(tensor *t, float wave, float noise, float offset)
 problem problem_make(const shape *s)
 {
     problem x = {
-        .p = { .batch = s->batch, .heads = s->heads, .kv_heads = s->kv_heads, .q_len = s->q_len,
-               .k_len = s->k_len, .dim = s->dim, .dim_v = s->dim_v },
+        .p = {.batch = s->batch,
+              .heads = s->heads,
+              .kv_heads = s->kv_heads,
+              .q_len = s->q_len,
+              .k_len = s->k_len,
+              .dim = s->dim,
+              .dim_v = s->dim_v},
         .q = tensor_make(s->batch, s->heads, s->q_len, s->dim, s->q, s->layout_q),
         .k = tensor_make(s->batch, s->kv_heads, s->k_len, s->dim, s->k, s->layout_k),
         .v = tensor_make(s->batch, s->kv_heads, s->k_len, s->dim_v, s->v, s->layout_v),
@@ -267,39 +275,42 @@ answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
 {
     const sparge_problem *p = &x->p;
     const int64_t q_heads = p->batch * p->heads, kv_heads = p->batch * p->kv_heads;
-    const int64_t q_blocks = blocks(p->q_len, x->o.block_q), k_blocks = blocks(p->k_len, x->o.block_k);
+    const int64_t q_blocks = blocks(p->q_len, x->o.block_q),
+                  k_blocks = blocks(p->k_len, x->o.block_k);
     return (answer){
         .o = tensor_make(p->batch, p->heads, p->q_len, p->dim_v, dtype, layout),
         .lse = array(q_heads * p->q_len, 4),
         .head = array(q_heads, sizeof(sparge_counts)),
-        .trace = {
-            .mean_k = array(kv_heads * p->dim, 4),
-            .pool_q = array(q_heads * q_blocks * p->dim, 4),
-            .pool_k = array(kv_heads * k_blocks * p->dim, 4),
-            .sim_q = array(q_heads * q_blocks, 4),
-            .sim_k = array(kv_heads * k_blocks, 4),
-            .s_all = array(q_heads * q_blocks * k_blocks, 4),
-            .s = array(q_heads * q_blocks * k_blocks, 4),
-            .why = array(q_heads * q_blocks * k_blocks, 1),
-            .codes_q = array(q_heads * p->q_len * p->dim, 2),
-            .codes_k = array(kv_heads * p->k_len * p->dim, 2),
-            .codes_v = array(kv_heads * p->k_len * p->dim_v, 2),
-            .steps_q = array(q_heads * q_blocks, 4),
-            .steps_k = array(kv_heads * k_blocks, 4),
-            .steps_v = array(kv_heads * k_blocks * p->dim_v, 4),
-            .pv_done = array(q_heads * q_blocks * k_blocks, 4),
-            .m = array(q_heads * p->q_len, 4),
-            .l = array(q_heads * p->q_len, 4),
-        },
+        .trace =
+            {
+                .mean_k = array(kv_heads * p->dim, 4),
+                .pool_q = array(q_heads * q_blocks * p->dim, 4),
+                .pool_k = array(kv_heads * k_blocks * p->dim, 4),
+                .sim_q = array(q_heads * q_blocks, 4),
+                .sim_k = array(kv_heads * k_blocks, 4),
+                .s_all = array(q_heads * q_blocks * k_blocks, 4),
+                .s = array(q_heads * q_blocks * k_blocks, 4),
+                .why = array(q_heads * q_blocks * k_blocks, 1),
+                .codes_q = array(q_heads * p->q_len * p->dim, 2),
+                .codes_k = array(kv_heads * p->k_len * p->dim, 2),
+                .codes_v = array(kv_heads * p->k_len * p->dim_v, 2),
+                .steps_q = array(q_heads * q_blocks, 4),
+                .steps_k = array(kv_heads * k_blocks, 4),
+                .steps_v = array(kv_heads * k_blocks * p->dim_v, 4),
+                .pv_done = array(q_heads * q_blocks * k_blocks, 4),
+                .m = array(q_heads * p->q_len, 4),
+                .l = array(q_heads * p->q_len, 4),
+            },
     };
 }
 
 void answer_free(answer *a)
 {
     sparge_trace *t = &a->trace;
-    void *const arrays[] = { a->lse, a->head, t->mean_k, t->pool_q, t->pool_k, t->sim_q, t->sim_k,
-                             t->s_all, t->s, t->why, t->codes_q, t->codes_k, t->codes_v, t->steps_q, t->steps_k,
-                             t->steps_v, t->pv_done, t->m, t->l };
+    void *const arrays[] = {a->lse,     a->head,    t->mean_k,  t->pool_q,  t->pool_k,
+                            t->sim_q,   t->sim_k,   t->s_all,   t->s,       t->why,
+                            t->codes_q, t->codes_k, t->codes_v, t->steps_q, t->steps_k,
+                            t->steps_v, t->pv_done, t->m,       t->l};
     for (size_t n = 0; n < sizeof arrays / sizeof *arrays; n++)
         check_free(arrays[n]);
     tensor_free(&a->o);
@@ -312,7 +323,7 @@ typedef struct snapshot {
 
 static snapshot snapshot_take(const tensor *t)
 {
-    return (snapshot){ t, memcpy(check_alloc(t->bytes), t->memory, t->bytes) };
+    return (snapshot){t, memcpy(check_alloc(t->bytes), t->memory, t->bytes)};
 }
 
 static void snapshot_check(snapshot s, const char *name)
@@ -324,7 +335,7 @@ static void snapshot_check(snapshot s, const char *name)
 /* The first of n floats that still is poison, or -1. */
 static int64_t unwritten(const float *x, int64_t n)
 {
-    static const unsigned char poison[] = { 0xFF, 0xFF, 0xFF, 0xFF };
+    static const unsigned char poison[] = {0xFF, 0xFF, 0xFF, 0xFF};
     for (int64_t e = 0; e < n; e++)
         if (!memcmp(&x[e], poison, sizeof poison))
             return e;
@@ -368,7 +379,10 @@ void *twin_of(twins *t, void *host, size_t bytes)
     return (char *)device + MARGIN;
 }
 
-void *twin(twins *t, void *buffer) { return buffer ? twin_of(t, buffer, check_size(buffer)) : NULL; }
+void *twin(twins *t, void *buffer)
+{
+    return buffer ? twin_of(t, buffer, check_size(buffer)) : NULL;
+}
 
 void twins_send(const twins *t)
 {
@@ -421,27 +435,38 @@ sparge_out twin_out(twins *t, const tensor *o)
 sparge_mask twin_mask(twins *t, const sparge_mask *mask)
 {
     sparge_mask m = *mask;
-    m.bits = twin_of(t, mask->bits, (size_t)(m.batch * m.heads * m.q_blocks * m.words) * sizeof *m.bits);
+    m.bits =
+        twin_of(t, mask->bits, (size_t)(m.batch * m.heads * m.q_blocks * m.words) * sizeof *m.bits);
     return m;
 }
 
 sparge_trace twin_trace(twins *t, const sparge_trace *x)
 {
     return (sparge_trace){
-        .mean_k = twin(t, x->mean_k), .pool_q = twin(t, x->pool_q), .pool_k = twin(t, x->pool_k),
-        .sim_q = twin(t, x->sim_q), .sim_k = twin(t, x->sim_k), .s_all = twin(t, x->s_all),
-        .s = twin(t, x->s), .why = twin(t, x->why),
-        .codes_q = twin(t, x->codes_q), .codes_k = twin(t, x->codes_k), .codes_v = twin(t, x->codes_v),
-        .steps_q = twin(t, x->steps_q), .steps_k = twin(t, x->steps_k), .steps_v = twin(t, x->steps_v),
-        .pv_done = twin(t, x->pv_done), .m = twin(t, x->m), .l = twin(t, x->l),
+        .mean_k = twin(t, x->mean_k),
+        .pool_q = twin(t, x->pool_q),
+        .pool_k = twin(t, x->pool_k),
+        .sim_q = twin(t, x->sim_q),
+        .sim_k = twin(t, x->sim_k),
+        .s_all = twin(t, x->s_all),
+        .s = twin(t, x->s),
+        .why = twin(t, x->why),
+        .codes_q = twin(t, x->codes_q),
+        .codes_k = twin(t, x->codes_k),
+        .codes_v = twin(t, x->codes_v),
+        .steps_q = twin(t, x->steps_q),
+        .steps_k = twin(t, x->steps_k),
+        .steps_v = twin(t, x->steps_v),
+        .pv_done = twin(t, x->pv_done),
+        .m = twin(t, x->m),
+        .l = twin(t, x->l),
     };
 }
 
 /* ---- Calls ---- */
 
 static sparge_status call(const sparge_problem *p, const sparge_options *o, bool predict,
-                          const sparge_mask *given,
-                          sparge_result *result, sparge_error *error)
+                          const sparge_mask *given, sparge_result *result, sparge_error *error)
 {
     return predict ? sparge_attention(p, o, result, error)
                    : sparge_attend(p, o, given->bits ? given : NULL, result, error);
@@ -451,21 +476,25 @@ static sparge_status call(const sparge_problem *p, const sparge_options *o, bool
 static sparge_status call_there(const problem *x, bool predict, sparge_mask *mask, answer *a,
                                 sparge_error *error)
 {
-    twins t = { .count = 0 };
+    twins t = {.count = 0};
     const sparge_problem p = twin_problem(&t, x);
     const sparge_trace trace = twin_trace(&t, &a->trace);
-    sparge_mask given = { 0 }, predicted = { 0 };
+    sparge_mask given = {0}, predicted = {0};
     if (!predict && x->mask.bits)
         given = twin_mask(&t, &x->mask);
     if (mask)
         predicted = twin_mask(&t, mask);
-    sparge_result r = { .o = twin_out(&t, &a->o), .lse = twin(&t, a->lse), .mask = mask ? &predicted : NULL,
-                        .trace = &trace, .head_counts = twin(&t, a->head) };
+    sparge_result r = {.o = twin_out(&t, &a->o),
+                       .lse = twin(&t, a->lse),
+                       .mask = mask ? &predicted : NULL,
+                       .trace = &trace,
+                       .head_counts = twin(&t, a->head)};
     const sparge_status status = call(&p, &x->o, predict, &given, &r, error);
     if (status == SPARGE_OK)
         twins_fetch(&t);
     twins_free(&t);
-    check(r.trace == &trace && r.mask == (mask ? &predicted : NULL), "the result's own pointers changed");
+    check(r.trace == &trace && r.mask == (mask ? &predicted : NULL),
+          "the result's own pointers changed");
     r.o = a->result.o;
     r.lse = a->result.lse;
     r.mask = a->result.mask;
@@ -479,10 +508,13 @@ static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bo
                   sparge_mask *mask)
 {
     answer a = answer_make(x, dtype, layout);
-    a.result = (sparge_result){ .o = tensor_out(&a.o), .lse = a.lse, .mask = mask, .trace = &a.trace,
-                                .head_counts = a.head };
+    a.result = (sparge_result){.o = tensor_out(&a.o),
+                               .lse = a.lse,
+                               .mask = mask,
+                               .trace = &a.trace,
+                               .head_counts = a.head};
     const snapshot q = snapshot_take(&x->q), k = snapshot_take(&x->k), v = snapshot_take(&x->v);
-    sparge_error error = { "poison" };
+    sparge_error error = {"poison"};
     const sparge_status status = x->o.backend == SPARGE_CUDA
                                      ? call_there(x, predict, mask, &a, &error)
                                      : call(&x->p, &x->o, predict, &x->mask, &a.result, &error);
@@ -494,8 +526,10 @@ static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bo
     const int64_t wrong = badly_written(&a.o), rows = problem_rows(x);
     check(wrong < 0, "element %lld of the memory of o was %s", (long long)wrong,
           a.o.used[wrong < 0 ? 0 : wrong] ? "not written" : "written, which lies between rows");
-    check(unwritten(a.lse, rows) < 0, "lse[%lld] was not written", (long long)unwritten(a.lse, rows));
-    check(unwritten(a.trace.m, rows) < 0 && unwritten(a.trace.l, rows) < 0, "m or l was not written");
+    check(unwritten(a.lse, rows) < 0, "lse[%lld] was not written",
+          (long long)unwritten(a.lse, rows));
+    check(unwritten(a.trace.m, rows) < 0 && unwritten(a.trace.l, rows) < 0,
+          "m or l was not written");
     tensor_read(&a.o);
     return a;
 }
@@ -507,7 +541,10 @@ answer attend_to(const problem *x, sparge_dtype dtype, tensor_layout layout)
 
 answer attend(const problem *x) { return ask(x, SPARGE_F32, PACKED, false, NULL); }
 
-answer attention(const problem *x, sparge_mask *mask) { return ask(x, SPARGE_F32, PACKED, true, mask); }
+answer attention(const problem *x, sparge_mask *mask)
+{
+    return ask(x, SPARGE_F32, PACKED, true, mask);
+}
 
 answer attention_to(const problem *x, sparge_mask *mask, sparge_dtype dtype, tensor_layout layout)
 {
@@ -535,7 +572,8 @@ void same_traces(const problem *x, const answer *got, const answer *want, bool w
     const sparge_problem *p = &x->p;
     const sparge_trace *a = &got->trace, *b = &want->trace;
     const int64_t heads = p->batch * p->heads, kv = p->batch * p->kv_heads;
-    const int64_t lines = heads * blocks(p->q_len, x->o.block_q), columns = blocks(p->k_len, x->o.block_k);
+    const int64_t lines = heads * blocks(p->q_len, x->o.block_q),
+                  columns = blocks(p->k_len, x->o.block_k);
     check_same(a->mean_k, b->mean_k, kv * p->dim);
     check_same(a->pool_q, b->pool_q, lines * p->dim);
     check_same(a->pool_k, b->pool_k, kv * columns * p->dim);
@@ -560,7 +598,7 @@ void same_traces(const problem *x, const answer *got, const answer *want, bool w
 
 void poke(tensor *t)
 {
-    const float special[] = { INFINITY, -INFINITY, NAN };
+    const float special[] = {INFINITY, -INFINITY, NAN};
     for (int64_t n = check_int(1, 3); n > 0 && tensor_count(t); n--)
         t->x[check_int(0, tensor_count(t) - 1)] = special[check_int(0, 2)];
 }
@@ -574,13 +612,13 @@ void zero_some(tensor *t)
 
 sparge_knobs knobs_at_random(void)
 {
-    static const float share[] = { 0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f };
-    static const float lambda[] = { -INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f };
+    static const float share[] = {0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f};
+    static const float lambda[] = {-INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f};
     const int which = (int)check_int(1, 3);
-    return (sparge_knobs){ .theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
-                           .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
-                           .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
-                           .lambda = lambda[check_int(0, 5)] };
+    return (sparge_knobs){.theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
+                          .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
+                          .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
+                          .lambda = lambda[check_int(0, 5)]};
 }
 
 sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
@@ -596,7 +634,7 @@ void vary(problem *x, sparge_knobs each[6])
         each[h] = knobs_at_random();
     if (check_int(0, 2) == 0)
         x->o.per_head = each;
-    tensor *const tensors[] = { &x->q, &x->k, &x->v };
+    tensor *const tensors[] = {&x->q, &x->k, &x->v};
     for (int t = 0; t < 3; t++) {
         if (check_int(0, 7) == 0)
             poke(tensors[t]);
@@ -611,5 +649,6 @@ void mask_at_random(problem *x)
     mask_fill(x, check_uniform(0.2f, 0.9f));
     if (check_int(0, 2) == 0)
         for (int64_t line = 0; line < x->p.batch * x->p.heads * x->mask.q_blocks; line += 2)
-            memset(x->mask.bits + line * x->mask.words, 0, (size_t)x->mask.words * sizeof *x->mask.bits);
+            memset(x->mask.bits + line * x->mask.words, 0,
+                   (size_t)x->mask.words * sizeof *x->mask.bits);
 }

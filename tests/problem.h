@@ -22,16 +22,16 @@ typedef struct tensor {
     char *first;  /* that of element [0][0][0][0] */
     char *memory; /* of `bytes`, all 0xFF (a NaN) at first */
     size_t bytes;
-    bool *used;   /* [elements of memory]: an element of the tensor lies there */
+    bool *used; /* [elements of memory]: an element of the tensor lies there */
 } tensor;
 
-tensor tensor_make(int64_t batch, int64_t heads, int64_t tokens, int64_t channels, sparge_dtype dtype,
-                   tensor_layout layout);
+tensor tensor_make(int64_t batch, int64_t heads, int64_t tokens, int64_t channels,
+                   sparge_dtype dtype, tensor_layout layout);
 void tensor_free(tensor *t);
 int64_t tensor_count(const tensor *t);
 float *tensor_row(const tensor *t, int64_t b, int64_t h, int64_t token); /* in x */
-void tensor_write(tensor *t);     /* rounds x to the dtype and writes it to memory */
-void tensor_read(tensor *t);      /* memory to x */
+void tensor_write(tensor *t); /* rounds x to the dtype and writes it to memory */
+void tensor_read(tensor *t);  /* memory to x */
 sparge_out tensor_out(const tensor *t);
 void tensor_fill(tensor *t, float low, float high); /* x uniform, and writes it */
 
@@ -52,12 +52,12 @@ typedef struct problem {
     sparge_mask mask; /* bits NULL: dense */
 } problem;
 
-/* One head's rows drift slowly, as in video models, so blocks are alike within and differ among each
- * other; keys share a mean; |scores| stay below 20. v channel 0 stays away from 0, so that a row's
- * L1 does. Everything is float and dense, blocks are 16 x 16, the backend is ref. */
+/* One head's rows drift slowly, as in video models, so blocks are alike within and differ among
+ * each other; keys share a mean; |scores| stay below 20. v channel 0 stays away from 0, so that a
+ * row's L1 does. Everything is float and dense, blocks are 16 x 16, the backend is ref. */
 problem problem_make(const shape *s);
-shape shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len, int64_t dim,
-               int64_t dim_v); /* packed f32 */
+shape shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len,
+               int64_t dim, int64_t dim_v); /* packed f32 */
 void problem_free(problem *x);
 void problem_write(problem *x);
 int64_t problem_rows(const problem *x); /* batch * heads * q_len */
@@ -73,7 +73,7 @@ void vary(problem *x, sparge_knobs each[6]);
 void mask_at_random(problem *x); /* now and then every other row of blocks is empty */
 
 /* Masks of the shape under x->o; each throws away the one before. */
-void mask_fill(problem *x, float share);  /* each bit with this probability, also meaningless ones */
+void mask_fill(problem *x, float share); /* each bit with this probability, also meaningless ones */
 void mask_predict(problem *x);
 bool mask_has(const problem *x, int64_t b, int64_t h, int64_t i, int64_t j); /* true when dense */
 int64_t blocks(int64_t len, int64_t block);
@@ -90,7 +90,7 @@ typedef struct answer {
 /* The calls succeed, write every element they owe, and neither the inputs nor a byte between the
  * elements of o. For the cuda backend everything travels to the device and back. */
 answer attend_to(const problem *x, sparge_dtype dtype, tensor_layout layout);
-answer attend(const problem *x); /* packed f32 */
+answer attend(const problem *x);                       /* packed f32 */
 answer attention(const problem *x, sparge_mask *mask); /* both stages; mask may be NULL */
 answer attention_to(const problem *x, sparge_mask *mask, sparge_dtype dtype, tensor_layout layout);
 answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout);
@@ -98,7 +98,10 @@ void answer_free(answer *a);
 
 /* Copies of host buffers in device memory, between guards. */
 typedef struct twins {
-    struct { void *host, *device; size_t bytes; } of[32];
+    struct {
+        void *host, *device;
+        size_t bytes;
+    } of[32];
     int count;
 } twins;
 
@@ -108,8 +111,8 @@ sparge_problem twin_problem(twins *t, const problem *x);
 sparge_mask twin_mask(twins *t, const sparge_mask *mask);
 sparge_trace twin_trace(twins *t, const sparge_trace *trace);
 sparge_out twin_out(twins *t, const tensor *o);
-void twins_send(const twins *t);   /* host to device */
-void twins_fetch(const twins *t);  /* device to host; nobody wrote beside them */
+void twins_send(const twins *t);  /* host to device */
+void twins_fetch(const twins *t); /* device to host; nobody wrote beside them */
 void twins_free(twins *t);
 
 void same_counts(const sparge_counts *got, const sparge_counts *want);

@@ -22,8 +22,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from counted import check, run_tests
-from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, commands_of, explained,
-                     full_device, ignored, listing, read, save, save_safetensors, sha256, stopped, write)
+from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORTED, USAGE,
+                     commands_of, explained, full_device, ignored, listing, read, save,
+                     save_safetensors, sha256, stopped, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
@@ -83,14 +84,19 @@ def random(seed, *shape):
 
 EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
-KEYS = ("schema version inputs mask manifest params backend isa threads rung rules qk pv block_q block_k skip_rows "
-        "causal smooth_k sink scale theta tau topk lambda density").split() + SIZES + (
-        "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by kept_by_alone "
-        "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops tops_executed").split()
+KEYS = (
+    "schema version inputs mask manifest params backend isa threads rung rules qk pv block_q block_k skip_rows "
+    "causal smooth_k sink scale theta tau topk lambda density"
+).split() + SIZES + (
+    "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by kept_by_alone "
+    "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops tops_executed"
+).split()
 REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink".split()
 COUNTS = "nan_got nan_want inf_got inf_want not_finite_apart".split()
-CHECK_KEYS = ["recall", "blocks_not_finite", "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1", *COUNTS,
-              "mask_not_finite_apart"]
+CHECK_KEYS = [
+    "recall", "blocks_not_finite", "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1",
+    *COUNTS, "mask_not_finite_apart"
+]
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
 
 
@@ -139,7 +145,8 @@ def test_forms():
     large[0, 0, 1, 2] = np.inf
     fine("run", "q8.npy", save("large.npy", large), "v8.npy", *EXACT, says=["NaN or infinite"])
     large[0, 0, 3, 4] = -3.5e38
-    wrong(FILE, ["large.npy: k is", "finite elements that f4 cannot hold"], "run", "q8.npy", save("large.npy", large), "v8.npy")
+    wrong(FILE, ["large.npy: k is", "finite elements that f4 cannot hold"], "run", "q8.npy",
+          save("large.npy", large), "v8.npy")
     got = run("2")
     check(got.dtype == np.float16, "f2 out")
     near(got, attention(*(np.load(f"{n}2.npy") for n in "qkv"))[0], 4e-3, "f2")
@@ -221,7 +228,8 @@ def test_options():
         check(x["pv"] == how and x["backend"] == "ref", how, x)
     check(error["f32"] < narrow["f16"] < 1e-3 < narrow["fp8"] < 0.2, "f16 and fp8", narrow)
     x, o = run("--pv", "fastest")[:2]
-    check(x["pv"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(), "fastest of cpu", x)
+    check(x["pv"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(), "fastest of cpu",
+          x)
     check((run("--dense")[1] == run("--dense", "--qk=int8", "--pv=int8")[1]).all(), "int8 and int8")
     one = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1],
                   run("--dense", "--qk", "int8")[1]).max()
@@ -261,7 +269,8 @@ def test_instruction_sets():
         with open("/proc/cpuinfo") as f:
             flags = next(line for line in f if line.startswith("flags")).split()
         for isa, needed in FLAGS.items():
-            check(has[isa] == (set(needed.split()) <= set(flags)), "as /proc/cpuinfo says", isa, has)
+            check(has[isa] == (set(needed.split()) <= set(flags)), "as /proc/cpuinfo says", isa,
+                  has)
     here = [isa for isa in FLAGS if has[isa]]
     here_in_words = "it has " + ", ".join(here)
     outputs = {}
@@ -269,7 +278,8 @@ def test_instruction_sets():
         env = dict(os.environ, SPARGE_ISA=isa)
         if not has[isa]:
             wrong(UNSUPPORTED, [isa, here_in_words], "run", *qkv, "--isa", isa, "-o", "o.npy")
-            wrong(UNSUPPORTED, ["SPARGE_ISA", isa, here_in_words], "run", *qkv, "-o", "o.npy", env=env)
+            wrong(UNSUPPORTED, ["SPARGE_ISA", isa, here_in_words], "run", *qkv, "-o", "o.npy",
+                  env=env)
             continue
         x = fine("run", *qkv, "--isa", isa, "-o", "o.npy")
         check(x["isa"] == isa and x["backend"] == "cpu", "--isa", isa, x)
@@ -285,7 +295,8 @@ def test_instruction_sets():
     wrong(USAGE, ["SPARGE_ISA", "sse9"], "run", *qkv, env=dict(os.environ, SPARGE_ISA="sse9"))
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
     wrong(UNSUPPORTED, ["pv", "FP8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv", "fp8")
-    check(fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
+    check(
+        fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
 
 
 def test_cuda():
@@ -296,16 +307,18 @@ def test_cuda():
     q, k, v, qkv = files()
     mask = save("given.npy", np.random.default_rng(4).random((B, HQ, 3, 6)) < 0.6)
     def run(backend, *more):
-        x = fine("run", *qkv, "--backend", backend, "-o", "o.npy", "--mask-out", "m.npy", "--lse-out",
-                 "l.npy", "--dump", "d", *more)
+        x = fine("run", *qkv, "--backend", backend, "-o", "o.npy", "--mask-out", "m.npy",
+                 "--lse-out", "l.npy", "--dump", "d", *more)
         return x, *(np.load(n) for n in ("o.npy", "m.npy", "l.npy", "d/pv_done.npy"))
     for args in (["--causal", "--tau", 0.7, "--theta", 0.3], ["--mask", mask], ["--dense"]):
         x, o, m, l, done = run("cuda", *args)
-        check(x["backend"] == "cuda" and 1 <= x["rung"] <= 5 and x["pv"] in ("f16", "fp8"), "what ran", x)
+        check(x["backend"] == "cuda" and 1 <= x["rung"] <= 5 and x["pv"] in ("f16", "fp8"),
+              "what ran", x)
         check(list(x) == KEYS and x["workspace_bytes"] > 0, "keys", x)
         ref, want, m_ref, l_ref, done_ref = run("ref", *args, "--pv", x["pv"])
         check((m == m_ref).all() and (done == done_ref).all(), args, "the mask")
-        near(o, want, {"fp8": 6e-2, "f16": 1e-3}[x["pv"]], f"o of {args}")  # P under another maximum
+        near(o, want, {"fp8": 6e-2, "f16": 1e-3}[x["pv"]],
+             f"o of {args}")  # P under another maximum
         check(np.abs(l - l_ref).max() < 1e-3, args, "lse", np.abs(l - l_ref).max())
         for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
             check(x[key] == ref[key], args, key, x[key], ref[key])
@@ -316,8 +329,8 @@ def test_cuda():
     check(x["pv"] == "f16" and x["worst_row_l1"] < 0.2, "--check", x)
     for name, x in zip("qkv", (q, k, v)):
         save(f"{name}n.npy", x.transpose(0, 2, 1, 3).astype(np.float16))
-    fine("run", "qn.npy", "kn.npy", "vn.npy", "--layout", "nhd", "--dense", "--backend", "cuda", "-o",
-         "o.npy")
+    fine("run", "qn.npy", "kn.npy", "vn.npy", "--layout", "nhd", "--dense", "--backend", "cuda",
+         "-o", "o.npy")
     near(np.load("o.npy"), attention(q, k, v)[0].transpose(0, 2, 1, 3), 0.2, "f2 in nhd")
     code, _, err = sparge("map", *qkv, "--backend", "cuda", "-o", "map.png", "--lambda", -2)
     check(code == FINE and os.path.exists("map.png"), "map", err)
@@ -365,8 +378,11 @@ def test_check():
     check(x["mask_worst_row_l1"] < x["worst_row_l1"] and x["l1"] < x["worst_row_l1"], "sparse", x)
     q[0, 0, 5, 0] = np.nan
     save("q.npy", q)
-    x = fine("run", *qkv, "--check", "-o", "o.npy", *EXACT, says=[f"{DV} NaN", f"{DV} and 0", "alike"])
-    check(np.isnan(np.load("o.npy")[0, 0, 5]).all() and 0 < x["worst_row_l1"] < 1e-5, "NaN of both", x)
+    x = fine("run", *qkv, "--check", "-o", "o.npy", *EXACT,
+             says=[f"{DV} NaN", f"{DV} and 0", "alike"])
+    check(
+        np.isnan(np.load("o.npy")[0, 0, 5]).all() and 0 < x["worst_row_l1"] < 1e-5, "NaN of both",
+        x)
     save("e.npy", np.zeros((2, 0, 8), np.float32))
     save("ev.npy", np.zeros((2, 0, 3), np.float32))
     save("eq.npy", np.ones((2, 5, 8), np.float32))
@@ -390,14 +406,17 @@ def test_check_not_finite():
     rest = q.copy()
     q[:, :, 150:] = np.nan
     save("q.npy", q)
-    fine("run", *qkv, *EXACT, says=[f"o has {B * HQ * 150 * DV} elements that are NaN or infinite", "--check"])
+    fine("run", *qkv, *EXACT,
+         says=[f"o has {B * HQ * 150 * DV} elements that are NaN or infinite", "--check"])
     fine("run", *qkv, "--mask-only")
     half = fine("run", *qkv, "--check", *EXACT, says=["alike"])
     some = B * HQ * 150 * DV
-    check(half["nan_got"] == half["nan_want"] == some and half["not_finite_apart"] == 0, "as many in both", half)
+    check(half["nan_got"] == half["nan_want"] == some and half["not_finite_apart"] == 0,
+          "as many in both", half)
     save("rest.npy", rest[:, :, :150])
     without = fine("run", "rest.npy", *qkv[1:], "--check", *EXACT)
-    check(all(half[n] == without[n] for n in ("l1", "worst_row_l1", "cosine")), "as without these rows", half, without)
+    check(all(half[n] == without[n] for n in ("l1", "worst_row_l1", "cosine")),
+          "as without these rows", half, without)
     save("q.npy", np.full_like(q, np.nan))
     x = fine("run", *qkv, "--check", says=[f"{2 * some} NaN", "other 0"])
     check(x["nan_got"] == x["nan_want"] == 2 * some and
@@ -409,14 +428,19 @@ def test_check_not_finite():
     mask = np.ones((B, HQ, 3, 6), bool)
     mask[:, :, :, 1] = False  # where that key is
     x = fine("run", *qkv, "--mask", save("m.npy", mask), "--check", *EXACT[1:], says=["are apart"])
-    check(x["nan_got"] == x["inf_got"] == 0 and x["nan_want"] + x["inf_want"] == x["not_finite_apart"] == 2 * NQ and
-          x["l1"] is None and x["worst_row_l1"] is None, "apart: no error", x)
-    check(x["mask_not_finite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5, "but not over the mask", x)
+    check(
+        x["nan_got"] == x["inf_got"] == 0 and
+        x["nan_want"] + x["inf_want"] == x["not_finite_apart"] == 2 * NQ and x["l1"] is None and
+        x["worst_row_l1"] is None, "apart: no error", x)
+    check(x["mask_not_finite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5,
+          "but not over the mask", x)
 
 
-JUDGED = ("ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal manifest params l1 "
-          "worst_row_l1 worst_row cosine rmse").split() + COUNTS + ("first_nan_got first_nan_want first_nan_apart first_not_finite_apart "
-                                      "baseline_worst_row_l1 max_worst").split()
+JUDGED = (
+    "ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal manifest params l1 "
+    "worst_row_l1 worst_row cosine rmse").split() + COUNTS + (
+        "first_nan_got first_nan_want first_nan_apart first_not_finite_apart "
+        "baseline_worst_row_l1 max_worst").split()
 
 
 def test_judge():
@@ -425,15 +449,26 @@ def test_judge():
     mask = np.random.default_rng(8).random((B, HQ, 3, 6)) < 0.6
     mask[1, 2, 1] = False  # rows without any key
     o, lse = (x.astype(np.float32) for x in attention(q, k, v, mask=mask))
-    args = [*qkv, "--mask", save("m.npy", mask), "--o", save("o.npy", o), "--lse", save("l.npy", lse)]
+    args = [
+        *qkv, "--mask",
+        save("m.npy", mask), "--o",
+        save("o.npy", o), "--lse",
+        save("l.npy", lse)
+    ]
     before = listing()
     x = fine("check", *args)
     check(listing() == before, "nothing is written")
-    check(list(x) == JUDGED + ["lse", "dense", "mask", "per_head"] and x["ok"] and x["over"] == "mask", "its keys", x)
-    check(0 < x["worst_row_l1"] <= x["max_worst"] == 2 * x["baseline_worst_row_l1"] + 1e-5 < 1e-4, "within its bound", x)
-    check(x["lse"]["worst"] < 1e-5 and x["lse"]["inf_got"] == x["lse"]["inf_want"] == 128, "rows without a key", x)
+    check(
+        list(x) == JUDGED + ["lse", "dense", "mask", "per_head"] and x["ok"] and
+        x["over"] == "mask", "its keys", x)
+    check(0 < x["worst_row_l1"] <= x["max_worst"] == 2 * x["baseline_worst_row_l1"] + 1e-5 < 1e-4,
+          "within its bound", x)
+    check(x["lse"]["worst"] < 1e-5 and x["lse"]["inf_got"] == x["lse"]["inf_want"] == 128,
+          "rows without a key", x)
     dense, all_lse = attention(q, k, v)
-    check(abs(x["dense"]["worst_row_l1"] / rows_l1(o, dense).max() - 1) < 1e-5, "beside dense", x["dense"])
+    check(
+        abs(x["dense"]["worst_row_l1"] / rows_l1(o, dense).max() - 1) < 1e-5, "beside dense",
+        x["dense"])
     with np.errstate(over="ignore"):
         recall = np.exp(lse - all_lse)  # of each row
     check(abs(x["mask"]["recall"] - recall.mean()) < 1e-6, "recall", x["mask"], recall.mean())
@@ -441,21 +476,30 @@ def test_judge():
     kept = np.load("p.npy") != 0
     missing, extra = kept & ~mask, mask & ~kept
     m = x["mask"]
-    check((m["missing"], m["extra"], m["kept_blocks"], m["predicted_kept_blocks"], m["pairs"]) ==
-          (missing.sum(), extra.sum(), mask.sum(), kept.sum(), mask.size), "what the predictor would have kept", m)
-    check(m["first_missing"] == np.argwhere(missing)[0].tolist() and m["first_extra"] == np.argwhere(extra)[0].tolist(),
-          "and where", m)
-    check(abs(m["predicted_recall"] - np.exp(attention(q, k, v, mask=kept)[1] - all_lse).mean()) < 1e-6, "its recall", m)
+    check((m["missing"], m["extra"], m["kept_blocks"], m["predicted_kept_blocks"],
+           m["pairs"]) == (missing.sum(), extra.sum(), mask.sum(), kept.sum(), mask.size),
+          "what the predictor would have kept", m)
+    check(
+        m["first_missing"] == np.argwhere(missing)[0].tolist() and
+        m["first_extra"] == np.argwhere(extra)[0].tolist(), "and where", m)
+    check(
+        abs(m["predicted_recall"] - np.exp(attention(q, k, v, mask=kept)[1] - all_lse).mean())
+        < 1e-6, "its recall", m)
     rows = x["per_head"]
     check([(r["batch"], r["head"]) for r in rows] == list(np.ndindex(B, HQ)), "a row for each head")
-    check(max(r["worst_row_l1"] for r in rows) == x["worst_row_l1"] and sum(r["missing"] for r in rows) == missing.sum()
-          and np.allclose([r["recall"] for r in rows], recall.mean(-1).ravel(), atol=1e-6), "heads", rows)
+    check(
+        max(r["worst_row_l1"] for r in rows) == x["worst_row_l1"] and
+        sum(r["missing"] for r in rows) == missing.sum() and
+        np.allclose([r["recall"] for r in rows],
+                    recall.mean(-1).ravel(), atol=1e-6), "heads", rows)
     check(max(r["baseline_worst_row_l1"] for r in rows) == x["baseline_worst_row_l1"] and
           max(r["lse_worst"] for r in rows) == x["lse"]["worst"], "their worst")
     m = fine("check", *args, "--tau", 0.5, "--theta", -1)["mask"]
     check(m["predicted_kept_blocks"] < kept.sum(), "under other thresholds", m)
     x = fine("check", *qkv, "--o", save("d.npy", dense))
-    check(list(x) == JUDGED + ["per_head"] and x["over"] == "dense" and x["type"] == "f64", "without a mask", x)
+    check(
+        list(x) == JUDGED + ["per_head"] and x["over"] == "dense" and x["type"] == "f64",
+        "without a mask", x)
 
     def fails(words):
         """One thing of the kernel is wrong."""
@@ -475,8 +519,9 @@ def test_judge():
     wrong_o[1, 2, 128:256] = np.nan  # 0/0
     save("o.npy", wrong_o)
     x = fails(f"{128 * DV} elements are NaN or infinite")
-    check(x["nan_got"] == 128 * DV and x["nan_want"] == 0 and x["first_nan_got"] == [1, 2, 128, 0] and x["l1"] is None,
-          "a row without keys is 0", x)
+    check(
+        x["nan_got"] == 128 * DV and x["nan_want"] == 0 and x["first_nan_got"] == [1, 2, 128, 0] and
+        x["l1"] is None, "a row without keys is 0", x)
     wrong_o[1, 2, 128:256] = 0
     wrong_o[0, 0, 9, 4] = np.inf
     save("o.npy", wrong_o)
@@ -491,7 +536,8 @@ def test_judge():
         off[at] = value
         save("l.npy", off)
         x = fails(f"{list(at)}")
-        check(x["lse"]["worst_at"] == list(at) and x["lse"]["not_finite_apart"] == (value == 0), "where the lse is off", x)
+        check(x["lse"]["worst_at"] == list(at) and x["lse"]["not_finite_apart"] == (value == 0),
+              "where the lse is off", x)
 
 
 def test_judge_types():
@@ -501,16 +547,24 @@ def test_judge_types():
     save("m.npy", mask)
     o = attention(q, k, v, "end", mask)[0]
     args = [*qkv, "--causal", "--mask", "m.npy", "--o"]
-    bf16 = save_safetensors("o.safetensors", o=("BF16", (o * (1 + 2.0**-9)).astype(np.float32)))  # cut, so about rounded
-    bounds = [fine("check", *args, name)["max_worst"]
-              for name in (save("o4.npy", o.astype(np.float32)), save("o2.npy", o.astype(np.float16)), bf16)]
+    bf16 = save_safetensors("o.safetensors",
+                            o=("BF16",
+                               (o * (1 + 2.0**-9)).astype(np.float32)))  # cut, so about rounded
+    bounds = [
+        fine("check", *args,
+             name)["max_worst"] for name in (save("o4.npy", o.astype(np.float32)),
+                                             save("o2.npy", o.astype(np.float16)), bf16)
+    ]
     check(4 * bounds[0] < bounds[1] < 4 * bounds[1] < bounds[2] < 0.02, "in order", bounds)
     coarse = np.frombuffer(read(bf16, "rb")[-o.size * 2:], "<u2").astype(np.uint32) << 16
     coarse = coarse.view(np.float32).reshape(o.shape)
     for kind in np.float32, np.float16:
-        fine("check", *args, save("c.npy", coarse.astype(kind)), code=DIFFERENT, says=["c.npy: row"])
-    fine("check", *args[:3], "--mask", "m.npy", "--o", "o4.npy", code=DIFFERENT, says=["o4.npy: row"])  # not causal
-    fine("run", *qkv, "--causal", "--mask", "m.npy", *EXACT[1:], "-o", "r.npy", "--lse-out", "rl.npy")
+        fine("check", *args, save("c.npy", coarse.astype(kind)), code=DIFFERENT,
+             says=["c.npy: row"])
+    fine("check", *args[:3], "--mask", "m.npy", "--o", "o4.npy", code=DIFFERENT,
+         says=["o4.npy: row"])  # not causal
+    fine("run", *qkv, "--causal", "--mask", "m.npy", *EXACT[1:], "-o", "r.npy", "--lse-out",
+         "rl.npy")
     fine("check", *args, "r.npy", "--lse", "rl.npy")
     save("o.npy", o.transpose(0, 2, 1, 3))
     nhd = [save(f"{n}n.npy", x.transpose(0, 2, 1, 3)) for n, x in zip("qkv", (q, k, v))]
@@ -525,11 +579,13 @@ def test_judge_types():
     check(x["nan_want"] == DV and x["nan_got"] == 0, "a number where it should be NaN", x)
     o[0, 1, 290] = np.nan
     x = fine("check", *args, save("on.npy", o), says=[f"{DV} NaN", "alike"])
-    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_not_finite"] > 0, "NaN of both", x)
+    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_not_finite"] > 0,
+          "NaN of both", x)
     for empty in "q", "k":
         x = {n: np.ones((2, 0 if n == empty else 5, 8), np.float32) for n in "qkv"}
         x["v"] = x["k"]
-        done = fine("check", *(save(f"{n}0.npy", t) for n, t in x.items()), "--o", save("o0.npy", np.zeros_like(x["q"])))
+        done = fine("check", *(save(f"{n}0.npy", t) for n, t in x.items()), "--o",
+                    save("o0.npy", np.zeros_like(x["q"])))
         check(done["ok"] and done["l1"] == 0, f"no {empty}", done)
 
 
@@ -539,7 +595,8 @@ def test_judge_without_bound():
     qkv = [one("q", 1), one("k", 0, 1), one("v", math.e, -1)]  # e * 1 - 1 * e, but for rounding
     args = [*qkv, "--no-smooth-k", "--o", save("o.npy", np.array([[1e-4]], np.float16))]
     x = fine("check", *args, code=DIFFERENT, says=["honest", "--max-worst"])
-    check(x["baseline_worst_row_l1"] > 1000 and x["max_worst"] is None and not x["ok"], "no bound", x)
+    check(x["baseline_worst_row_l1"] > 1000 and x["max_worst"] is None and not x["ok"], "no bound",
+          x)
     fine("check", *args, "--max-worst", 1e6)
 
 
@@ -554,33 +611,46 @@ def test_judge_usage():
     wrong(FILE, "nowhere.npy", "check", *qkv, "--o", "nowhere.npy")
     wrong(FILE, ["short.npy", "(2, 4, 299, 20)", "(2, 4, 300, 20)"], "check", *qkv, "--o",
           save("short.npy", np.zeros((B, HQ, NQ - 1, DV), np.float32)))
-    wrong(FILE, ["i.npy", "floats"], "check", *qkv, "--o", save("i.npy", np.zeros((B, HQ, NQ, DV), np.int32)))
-    wrong(FILE, ["l.npy", "(2, 4, 300)"], "check", *qkv, "--o", o, "--lse", save("l.npy", np.zeros((HQ, NQ))))
-    wrong(FILE, ["m.npy", "(2, 4, 3, 6)"], "check", *qkv, "--o", o, "--mask", save("m.npy", np.ones((B, HQ, 6, 3), bool)))
-    wrong(FILE, ["x.safetensors", "'o'"], "check", *qkv, "--o", save_safetensors("x.safetensors", p=("F32", q)))
+    wrong(FILE, ["i.npy", "floats"], "check", *qkv, "--o",
+          save("i.npy", np.zeros((B, HQ, NQ, DV), np.int32)))
+    wrong(FILE, ["l.npy", "(2, 4, 300)"], "check", *qkv, "--o", o, "--lse",
+          save("l.npy", np.zeros((HQ, NQ))))
+    wrong(FILE, ["m.npy", "(2, 4, 3, 6)"], "check", *qkv, "--o", o, "--mask",
+          save("m.npy", np.ones((B, HQ, 6, 3), bool)))
+    wrong(FILE, ["x.safetensors", "'o'"], "check", *qkv, "--o",
+          save_safetensors("x.safetensors", p=("F32", q)))
 
 
 def test_what_was_run():
     """The JSON of run says every option as it was resolved, and every file."""
     q, k, v, qkv = files()
-    x = fine("run", *qkv, "--theta", 0.3, "--tau", 0.9, "--lambda", -7.1, "--sink", "--causal", "--scale", 0.123,
-             "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
-    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default", qk="int8", pv="int8", block_q=128,
-                block_k=64, skip_rows=32, causal="end", smooth_k=False, sink=True, scale=0.123, theta=0.3, tau=0.9,
-                topk=None, density=None, mask=None, params=None, rung=None, threads=1, backend="cpu")
+    x = fine("run", *qkv, "--theta", 0.3, "--tau", 0.9, "--lambda", -7.1, "--sink", "--causal",
+             "--scale", 0.123, "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
+    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default", qk="int8",
+                pv="int8", block_q=128, block_k=64, skip_rows=32, causal="end", smooth_k=False,
+                sink=True, scale=0.123, theta=0.3, tau=0.9, topk=None, density=None, mask=None,
+                params=None, rung=None, threads=1, backend="cpu")
     check({n: x[n] for n in want} == want and x["lambda"] == -7.1, "options as typed", x)
     check(x["inputs"] == [dict(file=n, sha256=sha256(n)) for n in qkv], "files", x["inputs"])
     x = fine("run", *qkv, "--pv", "fastest", "--topk", 0.7)
-    check(x["scale"] == round(D**-0.5, 9) or np.float32(x["scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "scale", x)
-    check(x["skip_rows"] == 64 and x["pv"] == "int8" and x["lambda"] is None and x["tau"] is None and x["topk"] == 0.7 and
-          x["isa"] != "auto", "what 0, auto and fastest stand for, and what is off", x)
+    check(
+        x["scale"] == round(D**-0.5, 9) or
+        np.float32(x["scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "scale", x)
+    check(
+        x["skip_rows"] == 64 and x["pv"] == "int8" and x["lambda"] is None and x["tau"] is None and
+        x["topk"] == 0.7 and x["isa"] != "auto",
+        "what 0, auto and fastest stand for, and what is off", x)
     x = fine("run", *qkv, "--rules", "upstream")
-    check(x["skip_rows"] == 128 and x["rules"] == "upstream" and x["backend"] == "ref", "by the rules", x)
+    check(x["skip_rows"] == 128 and x["rules"] == "upstream" and x["backend"] == "ref",
+          "by the rules", x)
     save("m.npy", np.ones((B, HQ, 3, 6), bool))
-    for args, mask in (["--mask", "m.npy"], dict(file="m.npy", sha256=sha256("m.npy"))), (["--dense"], None):
+    for args, mask in (["--mask", "m.npy"], dict(file="m.npy",
+                                                 sha256=sha256("m.npy"))), (["--dense"], None):
         x = fine("run", *qkv, *args)
-        check(x["mask"] == mask and x["theta"] is x["tau"] is x["topk"] is x["kept_by"] is x["kept_by_alone"] is None,
-              args, "no thresholds", x)
+        check(
+            x["mask"] == mask and
+            x["theta"] is x["tau"] is x["topk"] is x["kept_by"] is x["kept_by_alone"] is None, args,
+            "no thresholds", x)
 
 
 def test_json_is_explained():
@@ -588,9 +658,12 @@ def test_json_is_explained():
     q, k, v, qkv = files()
     save("m.npy", np.ones((B, HQ, 3, 6), bool))
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
-    explained("sparge run", fine("run", *qkv, "--check", "--mask", "m.npy", "-o", "o.npy", "--lse-out", "l.npy"))
+    explained("sparge run",
+              fine("run", *qkv, "--check", "--mask", "m.npy", "-o", "o.npy", "--lse-out", "l.npy"))
     explained("sparge run", fine("run", *qkv, "--dump", "d", "--density", 0.9, "--theta", 0.2))
-    explained("sparge check", fine("check", *qkv, "--o", "o.npy", "--lse", "l.npy", "--mask", "m.npy", "--max-worst", 1))
+    explained(
+        "sparge check",
+        fine("check", *qkv, "--o", "o.npy", "--lse", "l.npy", "--mask", "m.npy", "--max-worst", 1))
     explained("sparge diff", fine("diff", "m.npy", "m.npy"))
     fine("run", *qkv, "--dump", "e", "--tau", 0.3, "--theta", 0.2)
     os.remove("e/l.npy")
@@ -598,11 +671,13 @@ def test_json_is_explained():
     explained("sparge order", fine("order", 2, 3, 4))
     explained("sparge info", fine("info", "--json"))
     explained("sparge bench", json.loads(sparge("bench", "--json", *ONE, "--sparsity", 0)[1]))
-    explained("sparge tune", fine("tune", "x.safetensors", "-o", "p.json", "--l1", 0.3, "--l2", 0.4))
+    explained("sparge tune", fine("tune", "x.safetensors", "-o", "p.json", "--l1", 0.3, "--l2",
+                                  0.4))
     explained("sparge tune", {key: None for key in json.load(open("p.json"))})
     x = fine("run", "x.safetensors", "--params", "p.json", "--layer", 0)
     explained("sparge run", x)
-    check(x["params"]["sha256"] == sha256("p.json") and x["theta"] is None, "the file of thresholds", x)
+    check(x["params"]["sha256"] == sha256("p.json") and x["theta"] is None,
+          "the file of thresholds", x)
     os.makedirs("captures")
     shutil.move("x.safetensors", "captures")
     write("captures/manifest.json", json.dumps({"model": "m", "causal": True, "files": [
@@ -612,21 +687,30 @@ def test_json_is_explained():
 
 def test_reasons():
     q, k, v, qkv = files()
-    for args in ([], ["--theta", 0.5, "--causal", "--sink"], ["--theta", -1, "--topk", 0.3, "--tau", 0.2],
-                 ["--theta", 0.45, "--rules", "upstream"], ["--theta", -1, "--tau", 0]):
+    for args in ([], ["--theta", 0.5, "--causal",
+                      "--sink"], ["--theta", -1, "--topk", 0.3, "--tau",
+                                  0.2], ["--theta", 0.45, "--rules",
+                                         "upstream"], ["--theta", -1, "--tau", 0]):
         x = fine("run", *qkv, *args, "--dump", "d")
         why = np.load("d/why.npy")
-        check(x["kept_by"] == {r: int((why >> n & 1).sum()) for n, r in enumerate(REASONS)}, args, "counts", x["kept_by"])
-        check(x["kept_by_alone"] == {r: int((why == 1 << n).sum()) for n, r in enumerate(REASONS)}, args, "alone", x)
-        check(x["kept_blocks"] == (why > 0).sum() == np.load("d/mask.npy").sum(), args, "kept blocks", x)
+        check(x["kept_by"] == {r: int((why >> n & 1).sum()) for n, r in enumerate(REASONS)}, args,
+              "counts", x["kept_by"])
+        check(x["kept_by_alone"] == {r: int((why == 1 << n).sum()) for n, r in enumerate(REASONS)},
+              args, "alone", x)
+        check(x["kept_blocks"] == (why > 0).sum() == np.load("d/mask.npy").sum(), args,
+              "kept blocks", x)
         code, out, err = sparge("map", *qkv, *args, "-o", "m.png")
-        check((code, out) == (FINE, "") and err == sparge("run", *qkv, *args)[2], args, "map hints as run does", err)
+        check((code, out) == (FINE, "") and err == sparge("run", *qkv, *args)[2], args,
+              "map hints as run does", err)
     code, out, err = sparge("run", *qkv, "--tau", 0.9)
-    check(code == FINE and "theta 0.6 finds their queries not self-similar; a lower theta" in err, "the hint", err)
+    check(code == FINE and "theta 0.6 finds their queries not self-similar; a lower theta" in err,
+          "the hint", err)
     x = fine("run", *qkv, "--theta", -1, "--tau", 0.5)  # and fine() hears none
-    check(x["kept_by"]["dissimilar_q"] == x["kept_by"]["dissimilar_k"] == 0 < x["kept_by"]["mass"], "no hint", x)
+    check(x["kept_by"]["dissimilar_q"] == x["kept_by"]["dissimilar_k"] == 0 < x["kept_by"]["mass"],
+          "no hint", x)
     big = save("big.npy", np.full((128, 4), 1e20, np.float32))
-    x = fine("run", big, big, big, "--no-smooth-k", "--scale", 1e3, "--theta", -1, says=["o has 512 elements", "NaN"])
+    x = fine("run", big, big, big, "--no-smooth-k", "--scale", 1e3, "--theta", -1,
+             says=["o has 512 elements", "NaN"])
     check(x["kept_by"]["overflow"] == x["kept_blocks"] == 2, "scores that overflow", x)
 
 
@@ -637,31 +721,44 @@ def test_mask_only():
     x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--dump", "e", "--check")
     check((np.load("m.npy") == np.load("d/mask.npy")).all(), "the mask of run")
     check(list(x) == KEYS + ["recall", "blocks_not_finite"], "the same keys", list(x))
-    for key in ("pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal scale backend isa "
-                "threads recall blocks_not_finite").split():
+    for key in (
+            "pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal scale backend isa "
+            "threads recall blocks_not_finite").split():
         check(x[key] == full[key], "as run says", key, x[key], full[key])
-    check(all(x[n] is None for n in "qk pv skip_rows lambda dim_v workspace_bytes seconds_quantize seconds_attend tops "
-              "tops_executed".split()) and x["seconds_predict"] > 0, "no attention", x)
-    check(x["sparsity"] == x["sparsity_pv"] == x["sparsity_qk"] and len(x["sparsity_per_head"]) == B * HQ, "sparsity", x)
+    check(
+        all(x[n] is None for n in
+            "qk pv skip_rows lambda dim_v workspace_bytes seconds_quantize seconds_attend tops "
+            "tops_executed".split()) and x["seconds_predict"] > 0, "no attention", x)
+    check(
+        x["sparsity"] == x["sparsity_pv"] == x["sparsity_qk"] and
+        len(x["sparsity_per_head"]) == B * HQ, "sparsity", x)
     there = "blocks mask mean_k pool_q pool_k sim_q sim_k S_all S why".split()
-    check(sorted(os.listdir("e")) == sorted(n + ".npy" for n in there), "stages of the prediction", os.listdir("e"))
-    check(all((np.load(f"e/{n}.npy") == np.load(f"d/{n}.npy")).all() for n in there), "the same stages")
+    check(
+        sorted(os.listdir("e")) == sorted(n + ".npy" for n in there), "stages of the prediction",
+        os.listdir("e"))
+    check(all((np.load(f"e/{n}.npy") == np.load(f"d/{n}.npy")).all() for n in there),
+          "the same stages")
     seen = np.broadcast_to(visible(NQ, NK, "end"), (B, HQ, NQ, NK))
     kept = np.repeat(np.repeat(np.load("m.npy"), 128, 2)[:, :, :NQ], 64, 3)[..., :NK] & seen
     check(abs(x["density_tokens"] - kept.sum() / seen.sum()) < 1e-8, "tokens", x["density_tokens"])
-    s = np.einsum("bhqd,bhkd->bhqk", q.astype(float), np.repeat(k, HQ // HK, 1).astype(float)) / np.sqrt(D)
+    s = np.einsum("bhqd,bhkd->bhqk", q.astype(float),
+                  np.repeat(k, HQ // HK, 1).astype(float)) / np.sqrt(D)
     p = np.where(seen, np.exp(s - s.max(-1, keepdims=True)), 0)
     p /= p.sum(-1, keepdims=True)
     check(abs(x["recall"] - (p * kept).sum() / p.sum()) < 1e-6, "recall", x["recall"])
     given = fine("run", *qkv[:2], "--mask-only", "--mask", "m.npy", "--causal", "--check")
-    check(given["recall"] == x["recall"] and given["kept_blocks"] == x["kept_blocks"] and given["kept_by"] is None and
-          given["theta"] is None, "of a given mask", given)
+    check(
+        given["recall"] == x["recall"] and given["kept_blocks"] == x["kept_blocks"] and
+        given["kept_by"] is None and given["theta"] is None, "of a given mask", given)
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k))
-    check(fine("run", "x.safetensors", "--mask-only", *args)["kept_blocks"] == x["kept_blocks"], "without a v")
+    check(
+        fine("run", "x.safetensors", "--mask-only", *args)["kept_blocks"] == x["kept_blocks"],
+        "without a v")
     check(fine("run", *qkv, "--dense", "--check")["recall"] == 1, "dense recalls all")
     save("e.npy", np.zeros((2, 0, 8), np.float32))
     x = fine("run", "e.npy", "e.npy", "--mask-only", "--check")
-    check(x["density_tokens"] is None and x["pairs"] == 0 and x["recall"] == 1, "nothing to keep", x)
+    check(x["density_tokens"] is None and x["pairs"] == 0 and x["recall"] == 1, "nothing to keep",
+          x)
     wrong(FILE, "'v'", "run", "x.safetensors")
     wrong(USAGE, "q, k and v", "run", *qkv[:2])
 
@@ -670,20 +767,27 @@ def test_density():
     """The nearest that some tau reaches: beside it, on either side, nothing is nearer."""
     q, k, v, qkv = files()
     args = [*qkv[:2], "--mask-only", "--theta", 0.2]
-    density = lambda tau, *more: fine("run", *args, "--tau", repr(float(tau)), *more)["density_tokens"]
+    density = lambda tau, *more: fine("run", *args, "--tau", repr(float(tau)), *more)[
+        "density_tokens"]
     for wanted in 0.3, 0.5, 0.77, 1:
         x = fine("run", *args, "--density", wanted, "--mask-out", "m.npy")
         tau, got = np.float32(x["tau"]), x["density_tokens"]
         check(x["density"] == wanted and density(tau, "--mask-out", "n.npy") == got and
               (np.load("m.npy") == np.load("n.npy")).all(), wanted, "the tau that it says", x)
-        beside = [density(t) for t in (np.nextafter(tau, np.float32(0)), np.nextafter(tau, np.float32(1)))]
-        check(all(abs(got - wanted) <= abs(other - wanted) for other in beside), wanted, "nearest", got, beside)
+        beside = [
+            density(t) for t in (np.nextafter(tau, np.float32(0)), np.nextafter(tau, np.float32(1)))
+        ]
+        check(all(abs(got - wanted) <= abs(other - wanted) for other in beside), wanted, "nearest",
+              got, beside)
     x = fine("run", *qkv, "--theta", 0.2, "--density", 0.5, "-o", "o.npy")
     check(x["tau"] == fine("run", *args, "--density", 0.5)["tau"], "with attention", x)
-    check((fine("run", *qkv, "--theta", 0.2, "--density", 0.5, "--backend", "ref")["kept_by"]) == x["kept_by"], "on ref", x)
+    check((fine("run", *qkv, "--theta", 0.2, "--density", 0.5, "--backend",
+                "ref")["kept_by"]) == x["kept_by"], "on ref", x)
     least = density(0)
-    wrong(USAGE, ["--density 0.01", "cannot be reached", f"{least:.6g}"], "run", *args, "--density", 0.01)
-    wrong(USAGE, "cannot be reached", "run", *qkv[:2], "--mask-only", "--theta", 1, "--density", 0.5)
+    wrong(USAGE, ["--density 0.01", "cannot be reached", f"{least:.6g}"], "run", *args, "--density",
+          0.01)
+    wrong(USAGE, "cannot be reached", "run", *qkv[:2], "--mask-only", "--theta", 1, "--density",
+          0.5)
     nothing = save("nothing.npy", np.zeros((1, 1, 0, q.shape[-1]), np.float32))
     wrong(USAGE, "no query sees a key", "run", nothing, nothing, "--mask-only", "--density", 0.5)
     wrong(USAGE, "--density is 1.5", "run", *args, "--density", 1.5)
@@ -695,11 +799,12 @@ def test_contradictions():
     save("m.npy", np.ones((B, HQ, 3, 6), bool))
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
     predicts = [["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5]]
-    attends = [["-o", "o.npy"], ["--lse-out", "l.npy"], ["--lambda", -3], ["--skip-rows", 8], ["--qk", "f32"],
-               ["--pv", "f32"]]
-    for one, others in [(["--dense"], [*predicts, ["--mask", "m.npy"], ["--density", 0.5], ["--mask-only"],
-                                       ["--params", "p.json"]]),
-                        (["--mask", "m.npy"], [*predicts, ["--sink"], ["--density", 0.5]]),
+    attends = [["-o", "o.npy"], ["--lse-out", "l.npy"], ["--lambda", -3], ["--skip-rows", 8],
+               ["--qk", "f32"], ["--pv", "f32"]]
+    for one, others in [(["--dense"], [
+            *predicts, ["--mask", "m.npy"], ["--density", 0.5], ["--mask-only"],
+        ["--params", "p.json"]
+    ]), (["--mask", "m.npy"], [*predicts, ["--sink"], ["--density", 0.5]]),
                         (["--mask-only"], attends),
                         (["--density", 0.5], [*predicts[1:], ["--params", "p.json"]]),
                         (["--params", "p.json"], [*predicts, ["--lambda", -3]])]:
@@ -711,8 +816,8 @@ def test_contradictions():
     wrong(USAGE, ["rung", "cuda"], "run", *qkv, "--rung", 3, "--backend", "cpu")
     wrong(USAGE, ["isa", "ref"], "run", *qkv, "--isa", "avx2", "--backend", "ref")
     for other in ["--l1", 0.1], ["--l2", 0.2], ["--bound", "mean"]:
-        wrong(USAGE, ["--sparsity", f"leave out {other[0]}"], "tune", "x.safetensors", "-o", "p.json", "--sparsity", 0.5,
-              *other)
+        wrong(USAGE, ["--sparsity", f"leave out {other[0]}"], "tune", "x.safetensors", "-o",
+              "p.json", "--sparsity", 0.5, *other)
     for other in *predicts, ["--sink"]:
         wrong(USAGE, [other[0], "predicted"], "bench", *ONE, *other)
     fine("run", *qkv, "--dense", "--dump", "d")
@@ -724,12 +829,12 @@ def test_contradictions():
 def test_dump_and_diff():
     q, k, v, qkv = files()
     fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
-    stages = dict(blocks=(2,), mean_k=(B, HK, D), pool_q=(B, HQ, 3, D), pool_k=(B, HK, 6, D),
-                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), S_all=(B, HQ, 3, 6), S=(B, HQ, 3, 6), why=(B, HQ, 3, 6),
-                  mask=(B, HQ, 3, 6),
-                  codes_q=(B, HQ, NQ, D), codes_k=(B, HK, NK, D), codes_v=(B, HK, NK, DV),
-                  steps_q=(B, HQ, 3), steps_k=(B, HK, 6), steps_v=(B, HK, 6, DV),
-                  pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ), l=(B, HQ, NQ), o=(B, HQ, NQ, DV))
+    stages = dict(blocks=(2, ), mean_k=(B, HK, D), pool_q=(B, HQ, 3, D), pool_k=(B, HK, 6, D),
+                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), S_all=(B, HQ, 3, 6), S=(B, HQ, 3, 6),
+                  why=(B, HQ, 3, 6), mask=(B, HQ, 3, 6), codes_q=(B, HQ, NQ, D),
+                  codes_k=(B, HK, NK, D), codes_v=(B, HK, NK, DV), steps_q=(B, HQ, 3),
+                  steps_k=(B, HK, 6), steps_v=(B, HK, 6, DV), pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ),
+                  l=(B, HQ, NQ), o=(B, HQ, NQ, DV))
     check(sorted(os.listdir("d")) == sorted(n + ".npy" for n in stages), "stages", os.listdir("d"))
     for name, shape in stages.items():
         check(np.load(f"d/{name}.npy").shape == shape, "shape of", name)
@@ -745,9 +850,12 @@ def test_dump_and_diff():
     check(np.abs(back - smooth[:, :, :64]).max() <= load("steps_k")[:, :, 0].max() * 0.51,
           "codes, steps")
     similar = np.repeat(load("sim_k"), HQ // HK, 1)[:, :, None] > np.float32(0.6)
-    check(np.isfinite(load("S_all")).all() and not similar.all() and
-          (load("S") == np.where(similar, load("S_all"), -np.inf)).all(), "S_all, of which theta hides columns of S")
-    check(((load("why") != 0) == load("mask")).all() and ((load("why") & 8 > 0) == ~similar).all(), "why")
+    check(
+        np.isfinite(load("S_all")).all() and not similar.all() and
+        (load("S") == np.where(similar, load("S_all"), -np.inf)).all(),
+        "S_all, of which theta hides columns of S")
+    check(((load("why") != 0) == load("mask")).all() and ((load("why") & 8 > 0) == ~similar).all(),
+          "why")
     check((load("blocks") == [128, 64]).all(), "blocks")
     check((load("mask") == np.load("m.npy")).all() and (load("o") == np.load("o.npy")).all(),
           "mask, o")
@@ -764,8 +872,9 @@ def test_dump_and_diff():
     fine("run", *qkv, "--dump", "same", "--tau", 0.7)
     x = fine("diff", "d", "same")
     check(x["first_stage"] is None and len(x["stages"]) == 20, "equal dumps", x)
-    check([s["stage"] for s in x["stages"]][:10] ==
-          "blocks mean_k pool_k sim_k pool_q sim_q S_all S why mask".split(), "in the order of the algorithm")
+    check([s["stage"] for s in x["stages"]
+           ][:10] == "blocks mean_k pool_k sim_k pool_q sim_q S_all S why mask".split(),
+          "in the order of the algorithm")
     fine("run", *qkv, "--dump", "d", "--tau", 0.7)  # over what is there
     check(fine("diff", "d", "same")["first_stage"] is None, "dumped again")
     changed = load("codes_v")
@@ -841,8 +950,10 @@ def test_diff():
     fine("diff", "a.npy", "b.npy", "--max-l1", 9, code=DIFFERENT)
     save("b.npy", np.array([[0, 0], [7, 1]], np.float64))
     x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
-    check(x["inf_got"] == x["not_finite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
-          x["first_not_finite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number", x)
+    check(
+        x["inf_got"] == x["not_finite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
+        x["first_not_finite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number",
+        x)
     fine("diff", "b.npy", "a.npy", code=DIFFERENT)
     fine("diff", "a.npy", "b.npy", "--max-l1", "inf", code=DIFFERENT)
     save("b.npy", np.array([[0, 0], [np.nan, 1]], np.float64))
@@ -850,7 +961,8 @@ def test_diff():
     check(x["not_finite_apart"] == 1 and x["first_nan_apart"] == [1, 0], "inf and NaN", x)
     save("a.npy", np.full((2, 2), np.nan))
     x = fine("diff", "a.npy", "a.npy", "--max-l1", 0)
-    check(x["l1"] is None and x["worst_row"] is None and x["nan_got"] == 4, "nothing finite: no error", x)
+    check(x["l1"] is None and x["worst_row"] is None and x["nan_got"] == 4,
+          "nothing finite: no error", x)
     save("a.npy", np.array([[0, 1e-9], [1, 1]], np.float64))
     save("b.npy", np.array([[0, 0], [1, 1]], np.float16))
     x = fine("diff", "a.npy", "b.npy", "--max-worst", 1e9, code=DIFFERENT)
@@ -873,13 +985,17 @@ def test_diff_masks():
         a, b = (save(f"{n}.npy", x.astype(kind)) for n, x, kind in zip("ab", (got, want), kinds))
         x = fine("diff", a, b, code=DIFFERENT)
         check((x["missing"], x["extra"], x["ok"]) == (2, 1, False), "how many blocks", x)
-        check(x["first_missing"] == [0, 1, 2, 3] and x["first_extra"] == [1, 0, 0, 2], "where the first ones are", x)
+        check(x["first_missing"] == [0, 1, 2, 3] and x["first_extra"] == [1, 0, 0, 2],
+              "where the first ones are", x)
         x = fine("diff", a, a)
-        check(x["missing"] == x["extra"] == 0 and x["first_missing"] is x["first_extra"] is None and x["ok"], "equal", x)
+        check(
+            x["missing"] == x["extra"] == 0 and x["first_missing"] is x["first_extra"] is None and
+            x["ok"], "equal", x)
         fine("diff", a, b, "--max-l1", 1)
         fine("diff", a, b, "--max-l1", 0.001, code=DIFFERENT)
     x = fine("diff", save("a.npy", want.astype(np.uint8) * 255), "b.npy")
-    check(x["missing"] == x["extra"] == 0 and x["ok"] and x["l1"] > 0, "what is not 0 is kept, as by run --mask", x)
+    check(x["missing"] == x["extra"] == 0 and x["ok"] and x["l1"] > 0,
+          "what is not 0 is kept, as by run --mask", x)
     x = fine("diff", *(save(f"{n}.npy", x[0].astype(np.uint8)) for n, x in zip("ab", (got, want))))
     check("missing" not in x and x["ok"], "three axes of uint8: numbers, not a mask", x)
     save("a.npy", want)
@@ -923,7 +1039,8 @@ def test_map():
     qkv = [save("q.npy", q), save("k.npy", k), save("v.npy", v)]
     def draw(*args):
         code, out, err = sparge("map", *args)
-        check((code, out) == (0, "") and all(HINT in line for line in err.splitlines()), f"map {args}", code, out, err)
+        check((code, out) == (0, "") and all(HINT in line for line in err.splitlines()),
+              f"map {args}", code, out, err)
         check(open("map.png", "rb").read(8) == b"\x89PNG\r\n\x1a\n", f"map {args}: a PNG")
     cell, swatch = 32 * 64, 12 * 12  # pixels of a block, and of its colour's sample
     draw(*qkv[:2], "-o", "map.png", "--causal", "--tau", 0.5)
@@ -953,7 +1070,8 @@ def test_map():
     odd = q.copy()
     odd[0, 200, 3] = np.nan
     got, out, err = sparge("map", save("odd.npy", odd), "k.npy", "-o", "map.png")
-    check(got == FINE and out == "" and "8 of 32 blocks" in err and err.count("\n") == 1, "map: how many are NaN", err)
+    check(got == FINE and out == "" and "8 of 32 blocks" in err and err.count("\n") == 1,
+          "map: how many are NaN", err)
     wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "m.png", "--map-out", "q.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/m.png", "--map-out", "mass2.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "m.png", "--map-out", "nowhere/mass.npy")
@@ -1008,8 +1126,10 @@ def test_map_formats():
         write("panel.png", base64.b64decode(data))
         panels.append(pixels("panel.png"))
     whole = pixels("map.png")
-    check(len(panels) == 2 and all((p == whole[220:220 + 256, left:left + 256]).all()
-                                   for p, left in zip(panels, (74, 74 + 256 + 24))), "an SVG", len(panels))
+    check(
+        len(panels) == 2 and all((p == whole[220:220 + 256, left:left + 256]).all()
+                                 for p, left in zip(panels, (74, 74 + 256 + 24))), "an SVG",
+        len(panels))
 
 
 def test_map_memory():
@@ -1023,13 +1143,14 @@ def test_map_memory():
     code, _, err = sparge("map", x, x, "-o", "map.png", preexec_fn=little)
     check(code == FINE, "map within 192 MiB", code, err)
     os.remove("map.png")
-    least, most = 0, limit  # where the libraries of letters have just too little nothing is left behind
+    # where the libraries of letters have just too little nothing is left behind
+    least, most = 0, limit
     x = save("x.npy", random(1, 64, 4))
     while most - least > 1 << 17:
         limit = (least + most) // 2
         code, _, _ = sparge("map", x, x, "-o", "map.png", "--threads", 1, preexec_fn=little)
-        check(listing() == ["./map.png", "./x.npy"] if code == FINE else listing() == ["./x.npy"], "no file left", limit,
-              code, listing())
+        check(listing() == ["./map.png", "./x.npy"] if code == FINE else listing() == ["./x.npy"],
+              "no file left", limit, code, listing())
         least, most = (least, limit) if code == FINE else (limit, most)
         if code == FINE:
             os.remove("map.png")
@@ -1040,14 +1161,17 @@ def test_info_and_help():
     check(x["backends"]["ref"] == {"built": True, "available": True} and x["isa"]["scalar"], "info",
           x)
     check(set(x["backends"]) == {"ref", "cpu", "cuda"} and "version" in x, "info", x)
-    check(any(name in x["compiler"] for name in ("gcc", "Clang", "clang")) and "-" in x["flags"], "what built it", x)
+    check(
+        any(name in x["compiler"] for name in ("gcc", "Clang", "clang")) and "-" in x["flags"],
+        "what built it", x)
     code, out, err = sparge("info")
     check(code == 0 and err == "" and x["version"] in out and "avx512vnni" in out, "info in words",
           out)
     check(sparge("--version") == (0, f"sparge {x['version']}\n", ""), "--version")
     code, out, err = sparge("--help")
-    check(code == 0 and err == "" and all(c in out for c in "run diff map order bench info".split()),
-          "--help")
+    check(
+        code == 0 and err == "" and all(c in out for c in "run diff map order bench info".split()),
+        "--help")
     for command in "run", "diff", "map", "order", "bench", "info":
         code, out, err = sparge(command, "--help")
         check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
@@ -1101,9 +1225,10 @@ def test_order():
         wrong(FILE, "No space left", "order", 1, 2, 3000, "-o", full)
 
 
-BENCH_KEYS = ("case mask isa threads q_len k_len dim heads causal scale sparsity seconds_total seconds_predict "
-              "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
-              "baseline_pct_peak").split()
+BENCH_KEYS = (
+    "case mask isa threads q_len k_len dim heads causal scale sparsity seconds_total seconds_predict "
+    "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
+    "baseline_pct_peak").split()
 TIMES = BENCH_KEYS[11:]
 SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
 ONE = [*SMALL, "--threads", 1]
@@ -1120,66 +1245,94 @@ def bench(*args, code=FINE, other=False):
 
 
 def test_bench():
-    rows = bench(*ONE, "--mask-kind", "random,banded,predicted", "--sparsity", "0,0.5,0.75", other=True)
+    rows = bench(*ONE, "--mask-kind", "random,banded,predicted", "--sparsity", "0,0.5,0.75",
+                 other=True)
     other = rows.pop("f32/f32 onednn", None)
     if other:  # where it is installed
-        check(other["mask"] == "onednn" and other["seconds_total"] > 0 and other["pct_peak"] > 0 and
-              other["efficiency"] is None and other["seconds_predict"] is None, "a baseline that is not ours", other)
-    check(list(rows) == ["int8/int8 dense"] + ["int8/int8 " + x for x in (
-        "random 0.5", "random 0.75", "banded 0.5", "banded 0.75", "predicted")], "cases", list(rows))
+        check(
+            other["mask"] == "onednn" and other["seconds_total"] > 0 and other["pct_peak"] > 0 and
+            other["efficiency"] is None and other["seconds_predict"] is None,
+            "a baseline that is not ours", other)
+    check(
+        list(rows) == ["int8/int8 dense"] + [
+            "int8/int8 " + x
+            for x in ("random 0.5", "random 0.75", "banded 0.5", "banded 0.75", "predicted")
+        ], "cases", list(rows))
     dense = rows["int8/int8 dense"]
-    check(dense["mask"] == "dense" and dense["sparsity"] == 0 and dense["seconds_predict"] is None and
-          dense["efficiency"] is None and dense["tops"] == dense["tops_executed"], "dense", dense)
+    check(
+        dense["mask"] == "dense" and dense["sparsity"] == 0 and dense["seconds_predict"] is None and
+        dense["efficiency"] is None and dense["tops"] == dense["tops_executed"], "dense", dense)
     for name, x in rows.items():
-        check([x[n] for n in ("q_len", "k_len", "dim", "heads", "threads")] == [256, 256, 16, 1, 1], name,
-              x)
+        check([x[n] for n in ("q_len", "k_len", "dim", "heads", "threads")] == [256, 256, 16, 1, 1],
+              name, x)
         check(name.split()[1] == x["mask"] and sparge("info")[1].count(x["isa"]) == 1, name, x)
         check(all(x[n] > 0 for n in TIMES if n not in ("seconds_predict", "efficiency")), name, x)
-        check(abs(x["tops"] * x["seconds_total"] / (2 * 32 * 256 * 256 * 1e-12) - 1) < 1e-6, name, "tops", x)
-        check(abs(x["tops_executed"] / x["tops"] / (1 - x["sparsity"]) - 1) < 1e-6, name, "executed", x)
+        check(
+            abs(x["tops"] * x["seconds_total"] / (2 * 32 * 256 * 256 * 1e-12) - 1) < 1e-6, name,
+            "tops", x)
+        check(
+            abs(x["tops_executed"] / x["tops"] / (1 - x["sparsity"]) - 1) < 1e-6, name, "executed",
+            x)
         check(x["baseline_pct_peak"] == dense["baseline_pct_peak"], name, "one baseline", x)
-        check(abs(x["speedup_vs_f32"] * x["seconds_total"] / dense["speedup_vs_f32"] / dense["seconds_total"] - 1) <
-              1e-6, name,
-              "speed-up", x)
+        check(
+            abs(x["speedup_vs_f32"] * x["seconds_total"] / dense["speedup_vs_f32"] /
+                dense["seconds_total"] - 1) < 1e-6, name, "speed-up", x)
         if x is not dense:
-            check(abs(x["efficiency"] / ((1 - x["sparsity"]) * dense["seconds_attend"] / x["seconds_attend"]) - 1) <
-                  1e-6, name, "efficiency", x)
-            check(0 < x["seconds_predict"] < x["seconds_total"] > x["seconds_attend"], name, "parts", x)
-    check([round(x["sparsity"], 6) for x in rows.values()][:5] == [0, 0.5, 0.75, 0.5, 0.75], "imposed",
-          rows)
-    rows = bench(*ONE, "--qk", "int8,f32", "--pv", "int12,f32", "--sparsity", "0.5", "--heads", "1,2")
+            check(
+                abs(x["efficiency"] /
+                    ((1 - x["sparsity"]) * dense["seconds_attend"] / x["seconds_attend"]) - 1)
+                < 1e-6, name, "efficiency", x)
+            check(0 < x["seconds_predict"] < x["seconds_total"] > x["seconds_attend"], name,
+                  "parts", x)
+    check([round(x["sparsity"], 6) for x in rows.values()][:5] == [0, 0.5, 0.75, 0.5, 0.75],
+          "imposed", rows)
+    rows = bench(*ONE, "--qk", "int8,f32", "--pv", "int12,f32", "--sparsity", "0.5", "--heads",
+                 "1,2")
     check([(x["pct_peak"] is None) for x in rows.values()] == [True, False, True, False],
           "12 bits have no peak", rows)
     rows = bench(*ONE, "--qk", "f32", "--pv", "f32", "--sparsity", 0, "--causal=none,end,start")
-    check(list(rows) == ["f32/f32 dense", "f32/f32 dense causal", "f32/f32 dense causal=start"], "causal",
-          list(rows))
+    check(
+        list(rows) == ["f32/f32 dense", "f32/f32 dense causal", "f32/f32 dense causal=start"],
+        "causal", list(rows))
     for x in rows.values():
-        check(x["speedup_vs_f32"] == 1 and x["pct_peak"] == x["baseline_pct_peak"], "the baseline", x)
+        check(x["speedup_vs_f32"] == 1 and x["pct_peak"] == x["baseline_pct_peak"], "the baseline",
+              x)
     name, x = bench(*ONE, "--causal", "--sparsity", 0.9).popitem()
-    check(name == "int8/int8 random 0.9 causal" and 0.5 < x["sparsity"] < 0.8, "a block a row at least", x)
+    check(name == "int8/int8 random 0.9 causal" and 0.5 < x["sparsity"] < 0.8,
+          "a block a row at least", x)
 
     code, out, err = sparge("bench", *ONE, "--sparsity", "0,0.5")
-    check(code == FINE and err == "" and "peaks of" in out and "FMA peak" in out, "in words", out, err)
+    check(code == FINE and err == "" and "peaks of" in out and "FMA peak" in out, "in words", out,
+          err)
     check([l.split()[:3] for l in out.splitlines()[-2:]] ==
           [["int8/int8", "dense", "0.000"], ["int8/int8", "random", "0.5"]], "a line a case", out)
 
 
 def test_bench_capture():
-    tensors = {n: ("F16", random(s, 1, h, 200, 24)) for s, n, h in ((1, "q", 4), (2, "k", 2), (3, "v", 2))}
+    tensors = {
+        n: ("F16", random(s, 1, h, 200, 24)) for s, n, h in ((1, "q", 4), (2, "k", 2), (3, "v", 2))
+    }
     file = save_safetensors("x.safetensors", **tensors)
-    name, x = bench("--capture", file, "--threads", 1, "--repeat", 1, "--theta", -1, "--tau", 0).popitem()
+    name, x = bench("--capture", file, "--threads", 1, "--repeat", 1, "--theta", -1, "--tau",
+                    0).popitem()
     check(name == "int8/int8 predicted" and [x[n] for n in ("q_len", "k_len", "dim", "heads")] ==
           [200, 200, 24, 4] and x["sparsity"] == 0.75, "a capture", x)
     bench("--capture", file, "--threads", 1, "--repeat", 1, "--lambda", "-1", "--causal", "--sink",
           "--mask-kind", "predicted,random")
     tensors["q"][1][0, 0, 5, 0] = np.nan
-    args = ["--capture", save_safetensors("nan.safetensors", **tensors), "--threads", 1, "--repeat", 1]
+    args = [
+        "--capture",
+        save_safetensors("nan.safetensors", **tensors), "--threads", 1, "--repeat", 1
+    ]
     name, x = bench(*args, code=DIFFERENT).popitem()
     check(all(x[n] is None for n in TIMES), "what is wrong is not timed", x)
     code, out, err = sparge("bench", *args)
-    check(code == DIFFERENT and "24 elements that are NaN" in err and "failed its check" in out, "and says so", code, out, err)
-    wrong(FILE, "no tokens", "bench", "--capture",
-          save_safetensors("none.safetensors", **{n: (t, x[:, :, :0]) for n, (t, x) in tensors.items()}))
+    check(code == DIFFERENT and "24 elements that are NaN" in err and "failed its check" in out,
+          "and says so", code, out, err)
+    wrong(
+        FILE, "no tokens", "bench", "--capture",
+        save_safetensors("none.safetensors",
+                         **{n: (t, x[:, :, :0]) for n, (t, x) in tensors.items()}))
     wrong(FILE, "nowhere", "bench", "--capture", "nowhere.safetensors")
     wrong(FILE, ["x.safetensors", "'v'"], "bench", "--capture",
           save_safetensors("x.safetensors", q=tensors["q"], k=tensors["k"]))
@@ -1189,14 +1342,17 @@ def test_bench_capture():
 
 def test_bench_busy():
     """Others at work: with one thread that is their matter, with several it is said."""
-    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"],
+                            stdout=subprocess.PIPE)
     try:
         busy.stdout.readline()  # it is at work
         x = bench(*SMALL, "--threads", 2, "--sparsity", 0.5, code=DIFFERENT)["int8/int8 random 0.5"]
         check(all(x[n] is None for n in TIMES), "not timed beside others", x)
         code, out, err = sparge("bench", *SMALL, "--threads", 2, "--sparsity", 0.5)
-        check(code == DIFFERENT and "busy machine" in out and "other processes used" in err, out, err)
-        x = bench(*SMALL, "--threads", 2, "--sparsity", 0.5, "--allow-busy")["int8/int8 random 0.5 (busy)"]
+        check(code == DIFFERENT and "busy machine" in out and "other processes used" in err, out,
+              err)
+        x = bench(*SMALL, "--threads", 2, "--sparsity", 0.5,
+                  "--allow-busy")["int8/int8 random 0.5 (busy)"]
         check(x["seconds_total"] > 0, "--allow-busy", x)
         bench(*ONE, "--sparsity", 0.5)
     finally:
@@ -1207,35 +1363,39 @@ def test_bench_busy():
 def test_bench_usage():
     has = fine("info", "--json")["isa"]
     for isa in (name for name, there in has.items() if not there):
-        wrong(UNSUPPORTED, [isa, *(n for n, there in has.items() if there)], "bench", *ONE, "--isa", isa)
-    for args, words in [
-            (["--mask-kind", "diagonal"], "random, banded, predicted"), (["--qk", "int8,int9"], "int9"),
-            (["--pv", "f16"], "int8, int12, f32"), (["--isa", "sse"], "avx512vnni"),
-            (["--causal=middle"], "none, end, start"), (["--q-len", "256,,512"], "empty item"),
-            (["--backend", "cuda"], ["cuda", "cpu alone"]),
-            (["--sparsity", ""], "empty item"), (["--threads", "1,"], "empty item"),
-            (["--sparsity", 1], "below 1"), (["--sparsity", "0.5,1.5"], "[0, 1]"),
-            (["--sparsity", -0.5], "[0, 1]"), (["--sparsity", "nan"], "[0, 1]"),
-            (["--q-len", 0], "--q-len"), (["--q-len", "4k"], "4k"),
-            (["--dim", 0], "[1, 256]"), (["--dim", 257], "[1, 256]"),
-            (["--heads", 0], "--heads"), (["--threads", 0], "[1, 1024]"),
-            (["--threads", 1025], "[1, 1024]"), (["--threads", "some"], "whole number"),
-            (["--repeat", 0], "--repeat"),
-            (["--tau", 2], "--tau"), (["--lambda", 1], "--lambda"), (["--bogus"], "--bogus"), (["x"], "x"),
-            (["--sparsity", ",".join(["0.5"] * 33)], "32"),
-            (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed")]:
+        wrong(UNSUPPORTED, [isa, *(n for n, there in has.items() if there)], "bench", *ONE, "--isa",
+              isa)
+    for args, words in [(["--mask-kind", "diagonal"], "random, banded, predicted"),
+                        (["--qk", "int8,int9"], "int9"), (["--pv", "f16"], "int8, int12, f32"),
+                        (["--isa", "sse"], "avx512vnni"), (["--causal=middle"], "none, end, start"),
+                        (["--q-len", "256,,512"], "empty item"),
+                        (["--backend", "cuda"], ["cuda", "cpu alone"]),
+                        (["--sparsity", ""], "empty item"), (["--threads", "1,"], "empty item"),
+                        (["--sparsity", 1], "below 1"), (["--sparsity", "0.5,1.5"], "[0, 1]"),
+                        (["--sparsity", -0.5], "[0, 1]"), (["--sparsity", "nan"], "[0, 1]"),
+                        (["--q-len", 0], "--q-len"), (["--q-len", "4k"], "4k"),
+                        (["--dim", 0], "[1, 256]"), (["--dim", 257], "[1, 256]"),
+                        (["--heads", 0], "--heads"), (["--threads", 0], "[1, 1024]"),
+                        (["--threads", 1025], "[1, 1024]"), (["--threads", "some"], "whole number"),
+                        (["--repeat", 0], "--repeat"), (["--tau", 2], "--tau"),
+                        (["--lambda", 1], "--lambda"), (["--bogus"], "--bogus"), (["x"], "x"),
+                        (["--sparsity", ",".join(["0.5"] * 33)], "32"),
+                        (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed")]:
         wrong(USAGE, words, "bench", *ONE, *args)
 
 
 # ---- Tuning ----------------------------------------------------------------------------------
 
 TUNE = ["--block-q", 32, "--block-k", 16]
-TUNE_KEYS = ("params heads not_finite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
-             "held_out_within_l2_first held_out_within_l2 equivalents seconds noise").split()
-HEADER_KEYS = ("sparge_params version model weights_sha256 rules qk pv block_q block_k skip_rows causal smooth_k sink "
-               "scale by bound l1 l2 sparsity inputs heads").split()
-HEAD_KEYS = ("layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
-             "equivalents seconds").split()
+TUNE_KEYS = (
+    "params heads not_finite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
+    "held_out_within_l2_first held_out_within_l2 equivalents seconds noise").split()
+HEADER_KEYS = (
+    "sparge_params version model weights_sha256 rules qk pv block_q block_k skip_rows causal smooth_k sink "
+    "scale by bound l1 l2 sparsity inputs heads").split()
+HEAD_KEYS = (
+    "layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
+    "equivalents seconds").split()
 ERROR_KEYS = "inputs l1 worst_l1 sparsity nan_got inf_got".split()
 
 
@@ -1306,7 +1466,8 @@ def check_errors(errors, l1, sparsity, what):
     """What a file says of a head, and what runs of it cost."""
     check(list(errors) == ERROR_KEYS and errors["inputs"] == len(l1), what, "inputs", errors)
     check(abs(errors["l1"] - l1.mean()) <= 1e-5 * l1.mean() + 1e-9, what, "mean L1", errors, l1)
-    check(abs(errors["worst_l1"] - l1.max()) <= 1e-5 * l1.max() + 1e-9, what, "worst L1", errors, l1)
+    check(
+        abs(errors["worst_l1"] - l1.max()) <= 1e-5 * l1.max() + 1e-9, what, "worst L1", errors, l1)
     check(abs(errors["sparsity"] - sparsity.mean()) < 2e-6, what, "sparsity", errors, sparsity)
 
 
@@ -1315,7 +1476,8 @@ def check_threshold(text, what):
     if text == "null":
         return
     shortest = np.format_float_scientific(np.float32(text), unique=True, trim="-")
-    digits = lambda x: len(x.lower().split("e")[0].replace("-", "").replace(".", "").strip("0")) or 1
+    digits = lambda x: len(x.lower().split("e")[0].replace("-", "").replace(".", "").strip("0")
+                           ) or 1
     check(np.float32(text) == np.float32(shortest) and digits(text) == digits(shortest), what, text,
           shortest)
     check(float(text) == float(shortest), what, "the same decimal", text, shortest)
@@ -1325,17 +1487,17 @@ def test_tune():
     names = of_one_layer(*(capture(f"c{n}.safetensors", n) for n in range(3)))
     x, p = tune(*names)
     check(list(x) == TUNE_KEYS and list(p) == HEADER_KEYS, "keys in their order", list(x), list(p))
-    header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default", qk="int8", pv="int8", block_q=32, block_k=16, skip_rows=32,
-                  causal="none", smooth_k=True, sink=False, scale=None, by="tau", bound="worst", l1=0.07,
-                  l2=0.08,
-                  sparsity=None)
-    check(all(p[key] == value and type(p[key]) is type(value) for key, value in header.items()), "header",
-          p)
+    header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default", qk="int8",
+                  pv="int8", block_q=32, block_k=16, skip_rows=32, causal="none", smooth_k=True,
+                  sink=False, scale=None, by="tau", bound="worst", l1=0.07, l2=0.08, sparsity=None)
+    check(all(p[key] == value and type(p[key]) is type(value) for key, value in header.items()),
+          "header", p)
     check(p["version"] in sparge("--version")[1], "version", p["version"])
     check(p["inputs"] == [dict(layer=0, sample=None, file=n, sha256=sha256(n), held_out=False)
                           for n in names],
           "inputs", p["inputs"])
-    check([(h["layer"], h["head"]) for h in p["heads"]] == [(0, 0), (0, 1)], "heads in order", p["heads"])
+    check([(h["layer"], h["head"]) for h in p["heads"]] == [(0, 0), (0, 1)], "heads in order",
+          p["heads"])
     l1, sparsity = cost("p.json", names)
     for n, h in enumerate(p["heads"]):
         check(list(h) == HEAD_KEYS, "keys of a head", list(h))
@@ -1343,8 +1505,11 @@ def test_tune():
         check(h["back_off"] in ("none", "lambda lowered", "tau raised"), "back_off", h)
         check(type(h["theta"]) is float and type(h["tau"]) is float and -1 <= h["theta"] <= 1 and
               0 <= h["tau"] <= 1 and (h["lambda"] is None or h["lambda"] <= 0), "knobs", h)
-        check(list(h["held_out_first"]) == ERROR_KEYS and h["held_out_first"]["inputs"] == 3, "held out", h)
-        check(h["held_out"]["inputs"] == 3 and h["held_out"]["worst_l1"] <= 0.08, "held out: within l2", h)
+        check(
+            list(h["held_out_first"]) == ERROR_KEYS and h["held_out_first"]["inputs"] == 3,
+            "held out", h)
+        check(h["held_out"]["inputs"] == 3 and h["held_out"]["worst_l1"] <= 0.08,
+              "held out: within l2", h)
         check(h["equivalents"] > 1 and h["seconds"] > 0, "what it took", h)
         check_errors(h["in_sample"], l1[:, n], sparsity[:, n], f"head {n}")
     check(0.1 < sparsity.mean() and l1.max() <= 0.08, "sparse, and within l2", sparsity, l1)
@@ -1353,7 +1518,8 @@ def test_tune():
             check_threshold(re.search(f'"{knob}": ([^,]*),', line).group(1), knob)
     heads = p["heads"]
     mean = lambda key, what: np.mean([h[key][what] for h in heads])
-    check(x["params"] == "p.json" and x["heads"] == x["judged"] == 2 and x["dense"] == 0, "counts", x)
+    check(x["params"] == "p.json" and x["heads"] == x["judged"] == 2 and x["dense"] == 0, "counts",
+          x)
     check(x["backed_off"] == sum(h["back_off"] != "none" for h in heads), "backed_off", x)
     check(abs(x["sparsity"] - mean("in_sample", "sparsity")) < 2e-6 and
           abs(x["held_out_sparsity"] - mean("held_out", "sparsity")) < 2e-6, "sparsity", x)
@@ -1363,32 +1529,38 @@ def test_tune():
           sum(h["held_out_first"]["worst_l1"] <= 0.08 for h in heads), "within l2", x)
     before = read("p.json", "rb")
     y, _ = tune(*names)
-    check(read("p.json", "rb") == before and {**x, "seconds": 0} == {**y, "seconds": 0}, "done: as it is",
-          x, y)
+    check(
+        read("p.json", "rb") == before and {**x, "seconds": 0} == {**y, "seconds": 0},
+        "done: as it is", x, y)
     tune(*names, "--seconds", 1e-9)
     check(read("p.json", "rb") == before, "done: no time is needed")
 
     x, q = tune(names[0], "--threads", 1, out="one.json")
-    check([h["held_out"] for h in q["heads"]] == [h["held_out_first"] for h in q["heads"]] == [None] * 2 and
-          x["judged"] == 0 and x["held_out_worst_l1"] is x["held_out_sparsity"] is None, "one capture", q,
-          x)
+    check([h["held_out"] for h in q["heads"]] == [h["held_out_first"]
+                                                  for h in q["heads"]] == [None] * 2 and
+          x["judged"] == 0 and x["held_out_worst_l1"] is x["held_out_sparsity"] is None,
+          "one capture", q, x)
     tune(names[0], "--threads", 3, out="three.json")
-    check(timeless(read("one.json")) == timeless(read("three.json")), "the same by any number of threads")
+    check(
+        timeless(read("one.json")) == timeless(read("three.json")),
+        "the same by any number of threads")
     x = fine("run", names[0], "--params", "one.json", "--check", *TUNE)
     l1, _ = cost("one.json", names[:1])
     check(l1.min() <= x["l1"] <= l1.max(), "--check of tuned heads", x["l1"], l1)
     os.symlink("one.json", "link.json")
     write("one.json", read("one.json").split('"heads"')[0] + '"heads": []}')
     tune(names[0], out="link.json")
-    check(os.path.islink("link.json") and timeless(read("one.json")) == timeless(read("three.json")),
-          "a link stays")
+    check(
+        os.path.islink("link.json") and timeless(read("one.json")) == timeless(read("three.json")),
+        "a link stays")
     tune(names[0], out="a \"b\"\n.json")
     check(timeless(read("a \"b\"\n.json")) == timeless(read("one.json")), "an odd name")
 
 
 def test_tune_options():
     names = [capture(f"c{n}.safetensors", n) for n in range(3)]
-    of_one_layer(*names, *(f"n{n}.safetensors" for n in range(3)), "short.safetensors", "long.safetensors")
+    of_one_layer(*names, *(f"n{n}.safetensors" for n in range(3)), "short.safetensors",
+                 "long.safetensors")
     def run(out, *args, files=names, more=()):
         p = tune(*args, *more, out=out)[1]
         return p, *cost(out, files, *more)
@@ -1400,7 +1572,8 @@ def test_tune_options():
         check_errors(h["held_out"], l1[2:, n], sparsity[2:, n], "held out")
         check(h["held_out"]["worst_l1"] <= 0.08, "backed off", h)
     p, l1, sparsity = run("held2.json", names[1], "--held-out", names[0], "--held-out", names[2])
-    check([x["file"] for x in p["inputs"]] == [names[1], names[0], names[2]], "two held out", p["inputs"])
+    check([x["file"] for x in p["inputs"]] == [names[1], names[0], names[2]], "two held out",
+          p["inputs"])
     for n, h in enumerate(p["heads"]):
         check_errors(h["held_out"], l1[[0, 2], n], sparsity[[0, 2], n], "two held out")
         check_errors(h["in_sample"], l1[1:2, n], sparsity[1:2, n], "one tuned on")
@@ -1421,35 +1594,50 @@ def test_tune_options():
     p, l1, more = run("mean.json", *names, "--l1", 0.03, "--l2", 0.2, "--bound", "mean")
     check(p["bound"] == "mean" and l1.mean(0).max() <= 0.2 and more.mean() > sparsity.mean(),
           "--bound mean", l1)
-    x = fine("tune", names[0], "--model", "a name", "--l1", 1e-9, "--l2", 2e-9, "-o", "dense.json", *TUNE,
-             says=["--l1 1e-09 is below the noise of dense attention in int8 and int8", "2 of 2 heads"])
+    x = fine(
+        "tune", names[0], "--model", "a name", "--l1", 1e-9, "--l2", 2e-9, "-o", "dense.json",
+        *TUNE,
+        says=["--l1 1e-09 is below the noise of dense attention in int8 and int8", "2 of 2 heads"])
     l1, _ = cost("dense.json", names[:1])
-    check(x["noise"]["heads"] == x["dense"] == 2 and abs(x["noise"]["least"] / l1.min() - 1) < 1e-4 and
-          abs(x["noise"]["most"] / l1.max() - 1) < 1e-4, "l1 below the noise", x, l1)
+    check(
+        x["noise"]["heads"] == x["dense"] == 2 and
+        abs(x["noise"]["least"] / l1.min() - 1) < 1e-4 and
+        abs(x["noise"]["most"] / l1.max() - 1) < 1e-4, "l1 below the noise", x, l1)
     p = json.loads(read("dense.json"))
     check(p["model"] == "a name" and all(h["dense"] and h["theta"] == -1 and h["tau"] == 1 and
                                          h["lambda"] is None and h["in_sample"]["sparsity"] == 0
                                          for h in p["heads"]), "left dense", p)
-    p, l1, sparsity = run("cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--scale", 0.3,
-                                                    "--pv", "f32", "--skip-rows", 8, "--backend", "ref"))
+    p, l1, sparsity = run(
+        "cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--scale", 0.3, "--pv",
+                                  "f32", "--skip-rows", 8, "--backend", "ref"))
     check([p[n] for n in "causal sink smooth_k scale pv skip_rows".split()] ==
           ["end", True, False, 0.3, "f32", 8], "options in the header", p)
     check_errors(p["heads"][1]["in_sample"], l1[:, 1], sparsity[:, 1], "under other options")
-    for scale, says in ("1.2e-38", ()), ("3.4028234e38", ["NaN or infinite"]):  # the least and the most that run takes
+    for scale, says in ("1.2e-38", ()), ("3.4028234e38",
+                                         ["NaN or infinite"
+                                          ]):  # the least and the most that run takes
         check(sparge("tune", names[0], "--scale", scale, "-o", f"{scale}.json", *TUNE)[0] == FINE,
               "--scale", scale)
         fine("run", names[0], "--scale", scale, "--params", f"{scale}.json", *TUNE, says=says)
 
-    files = [save_safetensors(f"n{n}.safetensors", **{x: ("F32", t.transpose(0, 2, 1, 3)) for x, t in
-                                                      zip("qkv", qkv_of(n))}) for n in range(3)]
+    files = [
+        save_safetensors(f"n{n}.safetensors",
+                         **{x: ("F32", t.transpose(0, 2, 1, 3)) for x, t in zip("qkv", qkv_of(n))})
+        for n in range(3)
+    ]
     tune(*names, out="hnd.json")
     p, l1, sparsity = run("nhd.json", *files, files=files, more=("--layout", "nhd"))
     check(timeless(lines("nhd.json")) == timeless(lines("hnd.json")), "nhd as hnd")
     check_errors(p["heads"][1]["in_sample"], l1[:, 1], sparsity[:, 1], "nhd")
-    save_safetensors("batch.safetensors", **{x: ("F32", np.concatenate(t)) for x, t in zip("qkv", zip(*(
-        qkv_of(n) for n in range(3))))})
+    save_safetensors(
+        "batch.safetensors", **{
+            x: ("F32", np.concatenate(t))
+            for x, t in zip("qkv", zip(*(qkv_of(n) for n in range(3))))
+        })
     tune("batch.safetensors", out="batch.json")
-    check(timeless(lines("batch.json")) == timeless(lines("hnd.json")), "elements of a batch are captures")
+    check(
+        timeless(lines("batch.json")) == timeless(lines("hnd.json")),
+        "elements of a batch are captures")
     long = [capture("short.safetensors", 5, heads=4, kv_heads=2, n=100, nk=333),
             capture("long.safetensors", 6, heads=4, kv_heads=2, n=300)]
     p, l1, sparsity = run("gqa.json", *long, files=long)
@@ -1464,14 +1652,15 @@ def test_tune_manifests():
     for name, seed in ("a", 1), ("b", 11), ("c", 21):
         folder_of(name, seed, places)
     x, p = tune("a", "b", "--held-out", "c")
-    check([(h["layer"], h["head"]) for h in p["heads"]] == [(2, 2), (2, 3), (6, 0), (6, 1), (6, 4), (6, 5)],
+    check([(h["layer"], h["head"]) for h in p["heads"]] == [(2, 2), (2, 3), (6, 0), (6, 1), (6, 4),
+                                                            (6, 5)],
           "in the order of layers and heads", p["heads"])
     check(p["model"] == "small" and x["heads"] == 6, "model", p["model"])
     check([(i["layer"], i["sample"], i["file"], i["held_out"]) for i in p["inputs"]] ==
           [(layer, f"sample {n}", f"layer{layer:02}_{head}.safetensors", n == "c")
            for layer, head in sorted(places) for n in "abc"], "inputs", p["inputs"])
-    check(all(h["in_sample"]["inputs"] == 2 and h["held_out"]["inputs"] == 1 for h in p["heads"]), "counts",
-          p)
+    check(all(h["in_sample"]["inputs"] == 2 and h["held_out"]["inputs"] == 1 for h in p["heads"]),
+          "counts", p)
     file = lambda name, place: f"{name}/layer{place[0]:02}_{place[1]}.safetensors"
     for place in places:
         l1, sparsity = cost("p.json", [file(n, place) for n in "abc"])
@@ -1493,29 +1682,32 @@ def test_tune_manifests():
     check(x["sparsity_per_head"] == fine("run", file("a", places[1]), "--params", "p.json",
                                          *TUNE)["sparsity_per_head"], "in its folder")
     shutil.copy(file("a", (2, 2)), "alone.safetensors")
-    wrong(FILE, ["alone.safetensors", "p.json has several", "--layer"], "run", "alone.safetensors", "--params", "p.json",
+    wrong(FILE, ["alone.safetensors", "p.json has several", "--layer"], "run", "alone.safetensors",
+          "--params", "p.json", *TUNE)
+    wrong(FILE, ["layer 2 head 0"], "run", "alone.safetensors", "--params", "p.json", "--layer", 2,
           *TUNE)
-    wrong(FILE, ["layer 2 head 0"], "run", "alone.safetensors", "--params", "p.json", "--layer", 2, *TUNE)
     fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6, *TUNE)
-    wrong(FILE, ["is of layer 2, as its manifest says, not of 6", "--ignore-manifest"], "run", file("a", (2, 2)), "--params",
-          "p.json", "--layer", 6, *TUNE)
+    wrong(FILE, ["is of layer 2, as its manifest says, not of 6", "--ignore-manifest"], "run",
+          file("a", (2, 2)), "--params", "p.json", "--layer", 6, *TUNE)
     wrong(USAGE, "--layer needs", "run", "alone.safetensors", "--layer", 6, *TUNE)
     tensors = zip("qkv", qkv_of(2))
     qkv = [save(f"{n}.npy", x) for n, x in tensors]
     x = fine("run", *qkv, "--params", "p.json", "--layer", 6, *TUNE)
-    check(x["sparsity_per_head"] == fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6,
-                                         *TUNE)["sparsity_per_head"], "of three files")
+    check(
+        x["sparsity_per_head"] == fine("run", "alone.safetensors", "--params", "p.json", "--layer",
+                                       6, *TUNE)["sparsity_per_head"], "of three files")
     text = read("p.json")
     write("p.json", text.replace('"small"', '"large"'))
     wrong(FILE, ["'large'", "'small'"], "run", file("a", (2, 2)), "--params", "p.json", *TUNE)
-    fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6, *TUNE)  # of which nobody knows
+    fine("run", "alone.safetensors", "--params", "p.json", "--layer", 6,
+         *TUNE)  # of which nobody knows
     write("p.json", text.replace('"head": 3', '"head": 9'))
     wrong(FILE, ["p.json", "layer 2 head 3"], "run", file("a", (2, 2)), "--params", "p.json", *TUNE)
 
 
 def stopped_on_the_way(*args, number, heads):
-    """Sends the signal when so many of 12 heads are in p.json; should all of them be there before it comes, tries
-    again. The code, and stderr."""
+    """Sends the signal when so many of 12 heads are in p.json; should all of them be there before
+    it comes, tries again. The code, and stderr."""
     before = read("p.json") if os.path.exists("p.json") else None
     for _ in range(100):
         code, out, err = stopped([PROGRAM, *args], number,
@@ -1542,7 +1734,8 @@ def test_tune_again():
     took, whole = time.monotonic() - started, read("p.json")
     check(len(lines()) == 12, "all heads", len(lines()))
 
-    kept, seconds, stops = [], 1e-9, 0  # how many heads each of these allows is the machine's matter
+    # how many heads each of these allows is the machine's matter
+    kept, seconds, stops = [], 1e-9, 0
     os.remove("p.json")
     while True:
         code, out, err = sparge(*args, "--seconds", seconds)
@@ -1551,14 +1744,16 @@ def test_tune_again():
         if code == FINE:
             break
         done = [sum(f'"layer": {n},' in line for line in there) for n in range(3)]
-        check(all(done[n] == 4 or done[n + 1] == 0 for n in range(2)), "no time is left for another", done)
+        check(all(done[n] == 4 or done[n + 1] == 0 for n in range(2)),
+              "no time is left for another", done)
         check(code == UNFINISHED and out == "" and err ==
               f"sparge: p.json: the time is up: it has {len(there)} of "
               "12 heads; the same command goes on\n", "--seconds", code, err)
         stops, kept, seconds = stops + 1, there, max(took / 8, seconds * 1.3)
     check(stops > 0, "no time for any")
     check(timeless(read("p.json")) == timeless(whole), "--seconds: the same in the end")
-    for number, code in (signal.SIGINT, UNFINISHED), (signal.SIGTERM, UNFINISHED), (signal.SIGKILL, -9):
+    for number, code in (signal.SIGINT, UNFINISHED), (signal.SIGTERM, UNFINISHED), (signal.SIGKILL,
+                                                                                    -9):
         os.remove("p.json")
         for heads in 1, 6:
             got, err = stopped_on_the_way(*args, number=number, heads=heads)
@@ -1569,7 +1764,8 @@ def test_tune_again():
                    "the same command goes on\n"
             check(err == ("" if got < 0 else said), number, "one line", err)
             json.loads(read("p.json"))
-        check(got < 0 or not [n for n in listing() if ".tmp" in n], number, "no temporary file", listing())
+        check(got < 0 or not [n for n in listing() if ".tmp" in n], number, "no temporary file",
+              listing())
         fine(*args)
         check(set(kept) <= set(lines()), number, "kept, byte for byte")
         check(timeless(read("p.json")) == timeless(whole), number, "the same in the end")
@@ -1577,10 +1773,12 @@ def test_tune_again():
             if ".tmp" in name:
                 os.remove(name)
     os.remove("p.json")
-    both = [subprocess.Popen([PROGRAM, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            for _ in range(2)]
-    check([x.communicate()[1] for x in both] == [b"", b""] and [x.returncode for x in both] == [0, 0],
-          "two at once")
+    both = [
+        subprocess.Popen([PROGRAM, *map(str, args)], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE) for _ in range(2)
+    ]
+    check([x.communicate()[1] for x in both] == [b"", b""] and
+          [x.returncode for x in both] == [0, 0], "two at once")
     check(timeless(read("p.json")) == timeless(whole), "two at once: the same")
 
     for n in range(0, 12, 3):  # a file with some of the heads, in another order
@@ -1605,17 +1803,21 @@ def test_tune_not_finite():
         save_safetensors(f"c{n}.safetensors", **{key: ("F32", t) for key, t in x.items()})
         x["v"][0, 1, 77:, :] = np.nan if n else x["v"][0, 1, 77:, :]
         x["q"][0, 2, 5, 3] = np.inf if n else 1
-        names.append(save_safetensors(f"n{n}.safetensors", **{key: ("F32", t) for key, t in x.items()}))
+        names.append(
+            save_safetensors(f"n{n}.safetensors", **{key: ("F32", t) for key, t in x.items()}))
     of_one_layer(*(f"{x}{n}.safetensors" for x in "cn" for n in seeds))
     tune(*(f"c{n}.safetensors" for n in seeds))
     want = lines()
     code, out, err = sparge("tune", *names, "-o", "n.json", *TUNE)
-    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["not_finite"] == 2, "exit 0", code, out)
+    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["not_finite"] == 2, "exit 0",
+          code, out)
     dim = x["v"].shape[3]
     bad = {1: (x["v"].shape[2] - 77) * dim, 2: 1}
-    check(sorted(err.splitlines()) ==
-          [f"sparge: layer 0 head {h}: {n} elements of its captures, or of attention over them, are not finite; "
-           "left dense" for h, n in bad.items()], "two warnings", err)
+    check(
+        sorted(err.splitlines()) == [
+            f"sparge: layer 0 head {h}: {n} elements of its captures, or of attention over them, are not finite; "
+            "left dense" for h, n in bad.items()
+        ], "two warnings", err)
     got = lines("n.json")
     check(timeless(got[0]) == timeless(want[0]), "the others as without it", got[0], want[0])
     for h in json.loads(read("n.json"))["heads"][1:]:
@@ -1632,12 +1834,16 @@ def test_tune_overflow():
     sizes = x["v"].shape[2] * x["v"].shape[3]
     got = fine("tune", file, "-o", "p.json", *TUNE, "--backend", "ref", "--pv", "f16",
                says=["layer 0 head 1", f"{sizes} ", "not known"])
-    check(got["worst_l1"] is None and got["not_finite"] == 0 and got["heads"] == 2, "no worst error", got)
+    check(got["worst_l1"] is None and got["not_finite"] == 0 and got["heads"] == 2,
+          "no worst error", got)
     fits, odd = json.loads(read("p.json"))["heads"]
-    check(odd["dense"] is True and odd["in_sample"]["worst_l1"] is None and
-          odd["in_sample"]["nan_got"] + odd["in_sample"]["inf_got"] == sizes, "counted, and left dense", odd)
-    check(fits["in_sample"]["worst_l1"] < 0.08 and fits["in_sample"]["nan_got"] == fits["in_sample"]["inf_got"] == 0,
-          "the other head", fits)
+    check(
+        odd["dense"] is True and odd["in_sample"]["worst_l1"] is None and
+        odd["in_sample"]["nan_got"] + odd["in_sample"]["inf_got"] == sizes,
+        "counted, and left dense", odd)
+    check(
+        fits["in_sample"]["worst_l1"] < 0.08 and
+        fits["in_sample"]["nan_got"] == fits["in_sample"]["inf_got"] == 0, "the other head", fits)
 
 
 def wrong_bytes(code, words, *args):
@@ -1647,60 +1853,68 @@ def wrong_bytes(code, words, *args):
                                                for a in args)],
                           capture_output=True, timeout=600)
     err = done.stderr.decode(errors="replace")
-    check(done.returncode == code and done.stdout == b"" and words in err and err.count("\n") == 1, args,
-          done.returncode, err)
+    check(done.returncode == code and done.stdout == b"" and words in err and err.count("\n") == 1,
+          args, done.returncode, err)
     check(sorted(os.listdir(b".")) == before, args, "no file left")
 
 
 def test_tune_usage():
     c, d = capture("c.safetensors", 1), capture("d.safetensors", 2)
-    for args, words in [
-            ([], "-o is missing"), (["-o", "p.json", "--l1", 0.08], ["--l1", "--l2", "smaller"]),
-            (["-o", "p.json", "--l1", 0.2], "--l1 is 0.2 and --l2 is 0.08"),
-            (["-o", "p.json", "--l2", 0.07], "smaller"), (["-o", "p.json", "--l1", 0], "--l1"),
-            (["-o", "p.json", "--l2", "nan"], "--l2"), (["-o", "p.json", "--l1", "-0.1"], "--l1"),
-            (["-o", "p.json", "--bound", "best"], "worst, mean"),
-            (["-o", "p.json", "--by", "theta"], "tau, topk"),
-            (["-o", "p.json", "--sparsity", 0], "--sparsity"),
-            (["-o", "p.json", "--sparsity", 1], "--sparsity"),
-            (["-o", "p.json", "--seconds", 0], "--seconds"),
-            (["-o", "p.json", "--seconds", "soon"], "soon"),
-            (["-o", "p.json", "--theta", 0.5], "--theta"), (["-o", "p.json", "--tau", 0.98], "--tau"),
-            (["-o", "p.json", "--topk", 0.5], "--topk"), (["-o", "p.json", "--lambda", "-inf"], "--lambda"),
-            (["-o", "p.json", "--params", "x.json"], "unknown option"),
-            (["-o", "p.json", "--held-out"], "needs a value"),
-            (["-o", "p.json", "--causal=start", "--block-q", 0], "[1, 1024]")]:
+    for args, words in [([], "-o is missing"),
+                        (["-o", "p.json", "--l1", 0.08], ["--l1", "--l2", "smaller"]),
+                        (["-o", "p.json", "--l1", 0.2], "--l1 is 0.2 and --l2 is 0.08"),
+                        (["-o", "p.json", "--l2", 0.07], "smaller"),
+                        (["-o", "p.json", "--l1", 0], "--l1"),
+                        (["-o", "p.json", "--l2", "nan"], "--l2"),
+                        (["-o", "p.json", "--l1", "-0.1"], "--l1"),
+                        (["-o", "p.json", "--bound", "best"], "worst, mean"),
+                        (["-o", "p.json", "--by", "theta"], "tau, topk"),
+                        (["-o", "p.json", "--sparsity", 0], "--sparsity"),
+                        (["-o", "p.json", "--sparsity", 1], "--sparsity"),
+                        (["-o", "p.json", "--seconds", 0], "--seconds"),
+                        (["-o", "p.json", "--seconds", "soon"], "soon"),
+                        (["-o", "p.json", "--theta", 0.5], "--theta"),
+                        (["-o", "p.json", "--tau", 0.98], "--tau"),
+                        (["-o", "p.json", "--topk", 0.5], "--topk"),
+                        (["-o", "p.json", "--lambda", "-inf"], "--lambda"),
+                        (["-o", "p.json", "--params", "x.json"], "unknown option"),
+                        (["-o", "p.json", "--held-out"], "needs a value"),
+                        (["-o", "p.json", "--causal=start", "--block-q", 0], "[1, 1024]")]:
         wrong(USAGE, words, "tune", c, d, *args)
     wrong_bytes(USAGE, "UTF-8", "tune", c, "-o", b"\xff.json")
     wrong_bytes(USAGE, "UTF-8", "tune", c, "-o", "p.json", "--model", b"\xff")
     wrong(USAGE, "give a capture", "tune", "-o", "p.json")
     wrong(USAGE, "give a capture", "tune", "-o", "p.json", "--held-out", c)
     for rules in "paper", "upstream":
-        wrong(UNSUPPORTED, "rules", "tune", c, d, "--layer", 0, "-o", "p.json", "--rules", rules, *TUNE)
+        wrong(UNSUPPORTED, "rules", "tune", c, d, "--layer", 0, "-o", "p.json", "--rules", rules,
+              *TUNE)
     wrong(FILE, "nowhere", "tune", "nowhere.safetensors", "-o", "p.json")
     wrong(FILE, "nowhere", "tune", c, "--held-out", "nowhere", "-o", "p.json")
     wrong(FILE, "cannot open", "tune", "", "-o", "p.json")
     wrong(FILE, ["has no manifest.json"], "tune", ".", "-o", "p.json")
     wrong(FILE, ["c.safetensors", "each capture once"], "tune", c, c, "--layer", 0, "-o", "p.json")
-    wrong(FILE, ["each capture once"], "tune", c, d, "--held-out", "./c.safetensors", "--layer", 0, "-o", "p.json")
+    wrong(FILE, ["each capture once"], "tune", c, d, "--held-out", "./c.safetensors", "--layer", 0,
+          "-o", "p.json")
     shutil.copy(c, "copy.safetensors")
-    wrong(FILE, ["copy.safetensors", "each capture once"], "tune", c, "copy.safetensors", "--layer", 0, "-o",
-          "p.json")
+    wrong(FILE, ["copy.safetensors", "each capture once"], "tune", c, "copy.safetensors", "--layer",
+          0, "-o", "p.json")
     os.rename("copy.safetensors", b"\xff.safetensors")
     wrong_bytes(FILE, "UTF-8", "tune", b"\xff.safetensors", "-o", "p.json")
     for words, other in {"3 heads": dict(heads=3), "2 key heads": dict(kv_heads=2),
                          "8 channels": dict(d=8)}.items():
         capture("o.safetensors", 3, **other)
-        wrong(FILE, ["o.safetensors", words, "c.safetensors"], "tune", c, "o.safetensors", "--layer", 0, "-o",
-              "p.json", *TUNE)
+        wrong(FILE, ["o.safetensors", words, "c.safetensors"], "tune", c, "o.safetensors",
+              "--layer", 0, "-o", "p.json", *TUNE)
     for size in 0, 4, 100, os.path.getsize(c) - 1:
         write("cut.safetensors", read(c, "rb")[:size])
         wrong(FILE, "cut.safetensors", "tune", "cut.safetensors", "-o", "p.json", *TUNE)
-        wrong(FILE, "cut.safetensors", "tune", c, "cut.safetensors", "--layer", 0, "-o", "p.json", *TUNE)
+        wrong(FILE, "cut.safetensors", "tune", c, "cut.safetensors", "--layer", 0, "-o", "p.json",
+              *TUNE)
     wrong(FILE, "v", "tune", save_safetensors("qk.safetensors", **{n: ("F32", x) for n, x in
                                                                    zip("qk", qkv_of(1))}),
           "-o", "p.json", *TUNE)
-    save_safetensors("empty.safetensors", **{n: ("F32", x[:, :, :0]) for n, x in zip("qkv", qkv_of(1))})
+    save_safetensors("empty.safetensors",
+                     **{n: ("F32", x[:, :, :0]) for n, x in zip("qkv", qkv_of(1))})
     wrong(FILE, "empty", "tune", "empty.safetensors", "-o", "p.json", *TUNE)
 
 
@@ -1708,11 +1922,13 @@ def test_tune_writing():
     c, d = capture("c.safetensors", 1), folder_of("d", 2, [(0, 0)])
     keeps(c, USAGE, "is an input", "tune", c, "-o", c, *TUNE)
     capture("e.safetensors", 3)
-    keeps(c, USAGE, "is an input", "tune", "e.safetensors", "--held-out", "./" + c, "--layer", 0, "-o", c, *TUNE)
+    keeps(c, USAGE, "is an input", "tune", "e.safetensors", "--held-out", "./" + c, "--layer", 0,
+          "-o", c, *TUNE)
     keeps(c, FILE, "./c.safetensors", "tune", d, "-o", "./c.safetensors", *TUNE)
     keeps("d/manifest.json", USAGE, "is an input", "tune", d, "-o", "d/manifest.json", *TUNE)
     keeps(write("empty.json", ""), FILE, "empty", "tune", c, "-o", "empty.json", *TUNE)
-    keeps(write("foreign.json", '{"a": 1}'), FILE, "sparge_params", "tune", c, "-o", "foreign.json", *TUNE)
+    keeps(write("foreign.json", '{"a": 1}'), FILE, "sparge_params", "tune", c, "-o", "foreign.json",
+          *TUNE)
     for name, words in ("nowhere/p.json", "cannot create"), ("d", "directory"), ("new/", "directory"), \
                        ("/proc/p.json", "cannot create"), ("/dev/stdout", "no regular file"), \
                        ("", "directory"), \
@@ -1739,8 +1955,8 @@ def test_tune_writing():
     os.remove("p.json")
     size = len(whole) - len(lines_of(whole)[-1]) // 2
     code, out, err = sparge(*args, **limit(size))
-    check(code == FILE and out == "" and err.count("\n") == 1 and "too large" in err, "full on the way",
-          code, err)
+    check(code == FILE and out == "" and err.count("\n") == 1 and "too large" in err,
+          "full on the way", code, err)
     check(timeless(lines()) == timeless(lines_of(whole)[:3]), "three heads stay", lines(), first)
     keeps("p.json", FILE, ["p.json", "too large"], *args, **limit(size))
     fine(*args)
@@ -1757,7 +1973,8 @@ def test_manifests():
     file, entry = "d/layer03_0.safetensors", good["files"][0]
     fine("tune", "d", "-o", "p.json", *TUNE)
     def both(words, manifest, folder_words=None):
-        write("d/manifest.json", manifest if isinstance(manifest, (str, bytes)) else json.dumps(manifest))
+        write("d/manifest.json", manifest if isinstance(manifest,
+                                                        (str, bytes)) else json.dumps(manifest))
         wrong(FILE, folder_words or words, "tune", "d", "-o", "new.json", *TUNE)
         if words:
             wrong(FILE, words, "tune", file, "-o", "new.json", *TUNE)
@@ -1780,7 +1997,8 @@ def test_manifests():
         both([file, "'causal'"], {**good, "causal": value})
     for value in "3", 3.0, -1, None, 1 << 31, True:
         both([file, "'layer'"], with_(layer=value))
-    for value in 3, [], {}, None, "0", ["0", "1"], [0.0, 1.0], [-1, 0], [0, 1 << 31], [0, 0], [0, [1]]:
+    for value in 3, [], {}, None, "0", ["0", "1"], [0.0, 1.0], [-1, 0], [0, 1 << 31], [0,
+                                                                                       0], [0, [1]]:
         both([file, "'query_heads'"], with_(query_heads=value))
     both([file, "2 query heads", "lists 3"], with_(query_heads=[0, 1, 2]))
     both([file, "'sha256'"], with_(sha256=7))
@@ -1793,9 +2011,11 @@ def test_manifests():
         both([file, "'causal_at'"], {**good, "causal_at": value})
     for key in "weights_sha256", "gguf_sha256":
         both([file, f"'{key}'"], {**good, key: 3})
-    for name in "/etc/passwd", "..", "../d/layer03_0.safetensors", "a/../../b", "./" + entry["file"], "a//b", "a/":
+    for name in "/etc/passwd", "..", "../d/layer03_0.safetensors", "a/../../b", "./" + entry[
+            "file"], "a//b", "a/":
         both(["d/manifest.json: lists", name], {**good, "files": [{"file": name}]})
-    both(["d/manifest.json: lists", entry["file"], "twice"], {**good, "files": [entry, {**entry, "layer": 5}]})
+    both(["d/manifest.json: lists", entry["file"], "twice"],
+         {**good, "files": [entry, {**entry, "layer": 5}]})
     for value in 1e-60, 1e60:
         both([file, "'scale'"], {**good, "scale": value})
     os.remove("d/manifest.json")
@@ -1818,10 +2038,14 @@ def test_manifests():
     write("d/manifest.json", json.dumps({"files": [{"file": entry["file"]}]}))  # that is enough
     code, out, err = sparge("tune", "d", "-o", "new.json", *TUNE)
     p = json.loads(read("new.json"))
-    check(code == FINE and json.loads(out)["heads"] == 2 and p["model"] is None and p["inputs"][0]["sample"] is None and
-          [(h["layer"], h["head"]) for h in p["heads"]] == [(3, 0), (3, 1)], "a short manifest", p)
-    check(err == "sparge: no manifest says the layer of 1 of 1 files, so their names do: layer03_0.safetensors is of "
-          "layer 3\n", "and its layer by name", err)
+    check(
+        code == FINE and json.loads(out)["heads"] == 2 and p["model"] is None and
+        p["inputs"][0]["sample"] is None and
+        [(h["layer"], h["head"]) for h in p["heads"]] == [(3, 0), (3, 1)], "a short manifest", p)
+    check(
+        err ==
+        "sparge: no manifest says the layer of 1 of 1 files, so their names do: layer03_0.safetensors is of "
+        "layer 3\n", "and its layer by name", err)
     os.remove("new.json")
     write("d/manifest.json", json.dumps({"files": [], "text": "t"}))
     fine("tune", file, "-o", "new.json", "--layer", 3, *TUNE)  # of which the manifest says nothing
@@ -1841,11 +2065,11 @@ def test_manifests():
         if heads is None:
             del change["files"][0]["query_heads"]
         write("d/manifest.json", json.dumps(change))
-        wrong(FILE, ["e/layer03_0", "layer 3", "not the same ones"], "tune", "d", "e", "-o", "new.json",
-              *TUNE)
+        wrong(FILE, ["e/layer03_0", "layer 3", "not the same ones"], "tune", "d", "e", "-o",
+              "new.json", *TUNE)
     write("d/manifest.json", json.dumps(with_(layer=4)))
-    wrong(FILE, ["e/layer03_0", "held out", "layer 3"], "tune", "d", "--held-out", "e", "-o", "new.json",
-          *TUNE)
+    wrong(FILE, ["e/layer03_0", "held out", "layer 3"], "tune", "d", "--held-out", "e", "-o",
+          "new.json", *TUNE)
 
 
 def unlisted(file, name="alone.safetensors"):
@@ -1871,32 +2095,43 @@ def test_manifest_obeyed():
     asked = ["--causal", "--scale", 0.3]
     want, plain = output(alone, *asked, *TUNE), output(alone, *TUNE)
     check((output(file, *TUNE) == want).all() and (want != plain).any(), "run")
-    check((output(file, *asked, *TUNE) == want).all() and (output(file, "--causal=start", *TUNE) == want).all(),
-          "asked for what it says")
+    check((output(file, *asked, *TUNE) == want).all() and
+          (output(file, "--causal=start", *TUNE) == want).all(), "asked for what it says")
     x = fine("run", file, "--check", *TUNE)
-    check(x["manifest"] == dict(model="small", sample="sample d", layer=3, causal=True, scale=0.3), "said", x)
+    check(x["manifest"] == dict(model="small", sample="sample d", layer=3, causal=True, scale=0.3),
+          "said", x)
     check(x["l1"] == fine("run", alone, "--check", *asked, *TUNE)["l1"], "--check")
     check((output(file, "--ignore-manifest", *TUNE) == plain).all(), "--ignore-manifest")
-    check(fine("run", file, "--ignore-manifest", "--causal=none", *TUNE)["manifest"] is None, "of which nothing is said")
+    check(
+        fine("run", file, "--ignore-manifest", "--causal=none", *TUNE)["manifest"] is None,
+        "of which nothing is said")
     check(picture(file, *TUNE) == picture(alone, *asked, *TUNE) != picture(alone, *TUNE), "map")
-    check(picture(file, "--ignore-manifest", *TUNE) == picture(alone, *TUNE), "map --ignore-manifest")
+    check(
+        picture(file, "--ignore-manifest", *TUNE) == picture(alone, *TUNE), "map --ignore-manifest")
     np.save("want.npy", want)
     rows = bench("--capture", file, *bench_one)
     check(all(x["causal"] == "end" and x["scale"] == 0.3 for x in rows.values()), "bench", rows)
     rows = bench("--capture", file, "--ignore-manifest", *bench_one)
-    check(all(x["causal"] == "none" and x["scale"] is None for x in rows.values()), "bench --ignore-manifest", rows)
-    for command in (["run", file, "--check"], ["map", file, "-o", "x.png"], ["tune", file, "-o", "x.json"],
-                    ["check", file, "--o", "want.npy"]):
+    check(all(x["causal"] == "none" and x["scale"] is None for x in rows.values()),
+          "bench --ignore-manifest", rows)
+    for command in (["run", file,
+                     "--check"], ["map", file, "-o",
+                                  "x.png"], ["tune", file, "-o",
+                                             "x.json"], ["check", file, "--o", "want.npy"]):
         wrong(FILE, [file, "causal", "--ignore-manifest"], *command, "--causal=none", *TUNE)
         wrong(FILE, [file, "--scale 0.3", "--ignore-manifest"], *command, "--scale", 0.25, *TUNE)
-    wrong(FILE, [file, "--ignore-manifest"], "bench", "--capture", file, "--causal=none,end", *bench_one)
+    wrong(FILE, [file, "--ignore-manifest"], "bench", "--capture", file, "--causal=none,end",
+          *bench_one)
     folder_of("e", 1, [(3, 0)], scale=0.3)  # which oneDNN could do but for the scale
     rows = bench("--capture", "e/layer03_0.safetensors", *bench_one)
-    check(all(x["causal"] == "none" and x["scale"] == 0.3 for x in rows.values()), "bench, not causal", rows)
+    check(all(x["causal"] == "none" and x["scale"] == 0.3 for x in rows.values()),
+          "bench, not causal", rows)
     p = tune("d", out="p.json")[1]
     check(p["causal"] == "end" and p["scale"] == 0.3, "tune", p)
-    wrong(FILE, [file, "'small'", "'large'", "--ignore-manifest"], "tune", "d", "--model", "large", "-o", "x.json", *TUNE)
-    wrong(USAGE, ["d", "its manifest", "--ignore-manifest"], "tune", "d", "--ignore-manifest", "-o", "x.json", *TUNE)
+    wrong(FILE, [file, "'small'", "'large'", "--ignore-manifest"], "tune", "d", "--model", "large",
+          "-o", "x.json", *TUNE)
+    wrong(USAGE, ["d", "its manifest", "--ignore-manifest"], "tune", "d", "--ignore-manifest", "-o",
+          "x.json", *TUNE)
     wrong(USAGE, ["d", "--ignore-manifest"], "run", "d", "--ignore-manifest", *TUNE)
 
     manifest = json.loads(read("d/manifest.json"))
@@ -1904,7 +2139,8 @@ def test_manifest_obeyed():
     manifest["files"][0] |= dict(sha256=sha256(file), causal_at="start")
     write("d/manifest.json", json.dumps(manifest))
     alone = unlisted(file)
-    check((output(file, *TUNE) == output(alone, "--causal=start", "--scale", 0.3, *TUNE)).all(), "causal_at")
+    check((output(file, *TUNE) == output(alone, "--causal=start", "--scale", 0.3, *TUNE)).all(),
+          "causal_at")
     wrong(FILE, [file, "causal from the start", "--causal=start"], "run", file, "--causal", *TUNE)
     manifest["causal"] = False
     write("d/manifest.json", json.dumps(manifest))
@@ -1918,93 +2154,127 @@ def test_layers():
     """A layer that no manifest says is read from the name of the file; where that does not say it either, nobody guesses."""
     for n, name in enumerate(["a", "b", "layer06_step000", "x_layer12", "player7"]):
         capture(f"{name}.safetensors", n)
-    code, out, err = sparge("tune", "layer06_step000.safetensors", "x_layer12.safetensors", "-o", "p.json", *TUNE)
+    code, out, err = sparge("tune", "layer06_step000.safetensors", "x_layer12.safetensors", "-o",
+                            "p.json", *TUNE)
     heads = [(h["layer"], h["head"]) for h in json.loads(read("p.json"))["heads"]]
     check(code == FINE and heads == [(6, 0), (6, 1), (12, 0), (12, 1)], "layers by name", heads)
-    check(err == "sparge: no manifest says the layer of 2 of 2 files, so their names do: layer06_step000.safetensors is of "
-          "layer 6\n", "and said", err)
+    check(
+        err ==
+        "sparge: no manifest says the layer of 2 of 2 files, so their names do: layer06_step000.safetensors is of "
+        "layer 6\n", "and said", err)
     for name in "a", "player7":
-        wrong(FILE, [name, "of which layer", "--layer"], "tune", "layer06_step000.safetensors", f"{name}.safetensors", "-o",
-              "x.json", *TUNE)
-        wrong(FILE, [name, "of which layer", "p.json", "--layer"], "run", f"{name}.safetensors", "--params", "p.json", *TUNE)
-        wrong(FILE, [name, "of which layer", "p.json", "--layer"], "map", f"{name}.safetensors", "--params", "p.json", "-o",
-              "x.png", *TUNE)
+        wrong(FILE, [name, "of which layer", "--layer"], "tune", "layer06_step000.safetensors",
+              f"{name}.safetensors", "-o", "x.json", *TUNE)
+        wrong(FILE, [name, "of which layer", "p.json", "--layer"], "run", f"{name}.safetensors",
+              "--params", "p.json", *TUNE)
+        wrong(FILE, [name, "of which layer", "p.json", "--layer"], "map", f"{name}.safetensors",
+              "--params", "p.json", "-o", "x.png", *TUNE)
     p = tune("a.safetensors", "b.safetensors", "--layer", 3, out="q.json")[1]
     check([(h["layer"], h["held_out"]["inputs"]) for h in p["heads"]] == [(3, 2)] * 2, "--layer", p)
     p = tune("layer06_step000.safetensors", "b.safetensors", "--layer", 3, out="r.json")[1]
     check({h["layer"] for h in p["heads"]} == {3}, "--layer before the name", p)
     for args, layer, who in [(["x_layer12.safetensors", "--params", "p.json"], 12, "name"),
                              (["a.safetensors", "--params", "p.json", "--layer", 6], 6, "--layer"),
-                             (["x_layer12.safetensors", "--params", "p.json", "--layer", 6], 6, "--layer"),
+                             (["x_layer12.safetensors", "--params", "p.json", "--layer",
+                               6], 6, "--layer"),
                              (["a.safetensors", "--params", "q.json"], 3, "params")]:
         x = fine("run", *args, *TUNE)["params"]
-        check(x == dict(file=args[2], sha256=sha256(args[2]), layer=layer, layer_from=who), "whose thresholds", x)
+        check(x == dict(file=args[2], sha256=sha256(args[2]), layer=layer, layer_from=who),
+              "whose thresholds", x)
 
 
 def test_folders():
-    """A folder of captures, with a manifest or with folders that have one: run, map, tune; and what one writes beside it
-    the next reads."""
+    """A folder of captures, with a manifest or with folders that have one: run, map, tune; and what
+    one writes beside it the next reads."""
     os.mkdir("caps")
     for sample, seed in ("text0", 1), ("text1", 11):
         folder_of(f"caps/{sample}", seed, [(6, 0), (12, 2)], causal=True)
-    names = [f"{sample}/layer{layer:02}_{head}" for sample in ("text0", "text1") for layer, head in [(6, 0), (12, 2)]]
+    names = [
+        f"{sample}/layer{layer:02}_{head}" for sample in ("text0", "text1")
+        for layer, head in [(6, 0), (12, 2)]
+    ]
     _, p = tune("caps", out="p.json")
     tune("caps/text0", "caps/text1", out="q.json")
     check(timeless(read("p.json")) == timeless(read("q.json")) and
           [(h["layer"], h["head"], h["held_out"]["inputs"]) for h in p["heads"]] ==
           [(layer, head, 2) for layer, head in [(6, 0), (6, 1), (12, 2), (12, 3)]], "tune", p)
-    x = fine("run", "caps", "--params", "p.json", "-o", "o", "--mask-out", "m", "--lse-out", "l", "--dump", "d", *TUNE)
-    check(x["folder"] == "caps" and [row["file"] for row in x["files"]] == [f"{name}.safetensors" for name in names],
-          "each file", x)
+    x = fine("run", "caps", "--params", "p.json", "-o", "o", "--mask-out", "m", "--lse-out", "l",
+             "--dump", "d", *TUNE)
+    check(
+        x["folder"] == "caps" and
+        [row["file"] for row in x["files"]] == [f"{name}.safetensors" for name in names],
+        "each file", x)
     for name, row in zip(names, x["files"]):
         one = fine("run", f"caps/{name}.safetensors", "--params", "p.json", "-o", "one.npy", *TUNE)
-        check(list(row) == [*one, "file"] and all(row[key] == one[key] for key in ("sparsity_per_head", "manifest", "params")),
-              "as alone", row, one)
-        check((np.load(f"o/{name}.npy") == np.load("one.npy")).all() and os.path.exists(f"l/{name}.npy") and
-              sorted(os.listdir(f"d/{name}"))[0] == "S.npy", "outputs", name)
+        check(
+            list(row) == [*one, "file"] and
+            all(row[key] == one[key] for key in ("sparsity_per_head", "manifest", "params")),
+            "as alone", row, one)
+        check((np.load(f"o/{name}.npy") == np.load("one.npy")).all() and
+              os.path.exists(f"l/{name}.npy") and sorted(os.listdir(f"d/{name}"))[0] == "S.npy",
+              "outputs", name)
     y = fine("run", "caps", "--mask", "m", *TUNE)
-    check([row["sparsity_qk"] for row in x["files"]] == [row["sparsity_qk"] for row in y["files"]], "masks are read back")
-    check(sparge("map", "caps", "--params", "p.json", "-o", "maps", "--map-out", "numbers", *TUNE) == (FINE, "", ""), "map")
+    check([row["sparsity_qk"] for row in x["files"]] == [row["sparsity_qk"] for row in y["files"]],
+          "masks are read back")
+    check(
+        sparge("map", "caps", "--params", "p.json", "-o", "maps", "--map-out", "numbers",
+               *TUNE) == (FINE, "", ""), "map")
     for name in names:
-        check(read(f"maps/{name}.png", "rb") == picture(f"caps/{name}.safetensors", "--params", "p.json", *TUNE) and
-              os.path.exists(f"numbers/{name}.npy"), "pictures", name)
+        check(
+            read(f"maps/{name}.png", "rb") == picture(f"caps/{name}.safetensors", "--params",
+                                                      "p.json", *TUNE) and
+            os.path.exists(f"numbers/{name}.npy"), "pictures", name)
     check(len(fine("run", "caps/text1", *TUNE)["files"]) == 2, "a folder with a manifest")
-    wrong(FILE, ["none", "has no manifest.json, nor has a folder in it"], "run", os.mkdir("none") or "none", *TUNE)
+    wrong(FILE, ["none", "has no manifest.json, nor has a folder in it"], "run",
+          os.mkdir("none") or "none", *TUNE)
     wrong(FILE, ["caps", "is a directory"], "run", "caps", "k.npy", "v.npy", *TUNE)
     wrong(FILE, ["caps", "is a directory"], "check", "caps", "--o", "one.npy", *TUNE)
     wrong(FILE, ["caps", "is a directory"], "bench", "--capture", "caps", "--threads", 1)
-    wrong(FILE, "blocks of 16 keys, not 32", "run", "caps", "--params", "p.json", "-o", "new", "--block-k", 32)
+    wrong(FILE, "blocks of 16 keys, not 32", "run", "caps", "--params", "p.json", "-o", "new",
+          "--block-k", 32)
     wrong(FILE, "one.npy", "run", "caps", "-o", "one.npy", *TUNE)
 
 
 def test_params_taken():
     """run and map take from a file of thresholds what it was tuned with, where the command line is silent."""
     c = capture("c.safetensors", 1, n=200)
-    heads = [dict(layer=0, head=h, dense=False, theta=0.3, tau=0.9, topk=None, **{"lambda": -3.5}) for h in range(2)]
-    good = dict(sparge_params=1, model=None, block_q=32, block_k=16, skip_rows=32, causal="none", smooth_k=True, sink=False,
-                scale=None, heads=heads)
+    heads = [
+        dict(layer=0, head=h, dense=False, theta=0.3, tau=0.9, topk=None, **{"lambda": -3.5})
+        for h in range(2)
+    ]
+    good = dict(sparge_params=1, model=None, block_q=32, block_k=16, skip_rows=32, causal="none",
+                smooth_k=True, sink=False, scale=None, heads=heads)
     knobs = ["--theta", 0.3, "--tau", 0.9, "--lambda", -3.5]
-    for change, options in [
-            ({}, []), (dict(causal="end"), ["--causal"]), (dict(causal="start"), ["--causal=start"]),
-            (dict(sink=True), ["--sink"]), (dict(smooth_k=False), ["--no-smooth-k"]), (dict(scale=0.3), ["--scale", 0.3]),
-            (dict(block_q=64, skip_rows=64), ["--block-q", 64]), (dict(block_k=32), ["--block-k", 32]),
-            (dict(skip_rows=8), ["--skip-rows", 8]), (dict(rules="default"), []),
-            (dict(rules="paper", skip_rows=8), ["--rules", "paper"]),
-            (dict(rules="upstream", sink=True), ["--rules", "upstream", "--sink"])]:
+    for change, options in [({}, []), (dict(causal="end"), ["--causal"]),
+                            (dict(causal="start"), ["--causal=start"]),
+                            (dict(sink=True), ["--sink"]),
+                            (dict(smooth_k=False), ["--no-smooth-k"]),
+                            (dict(scale=0.3), ["--scale", 0.3]),
+                            (dict(block_q=64, skip_rows=64), ["--block-q", 64]),
+                            (dict(block_k=32), ["--block-k", 32]),
+                            (dict(skip_rows=8), ["--skip-rows", 8]), (dict(rules="default"), []),
+                            (dict(rules="paper", skip_rows=8), ["--rules", "paper"]),
+                            (dict(rules="upstream", sink=True), ["--rules", "upstream", "--sink"])]:
         write("p.json", json.dumps(good | change))
-        asked = [*knobs, *([] if "block_q" in change else TUNE[:2]), *([] if "block_k" in change else TUNE[2:]), *options]
+        asked = [
+            *knobs, *([] if "block_q" in change else TUNE[:2]),
+            *([] if "block_k" in change else TUNE[2:]), *options
+        ]
         want = output(c, *asked)
         check((output(c, "--params", "p.json") == want).all(), "run", change)
-        check((output(c, "--params", "p.json", *options) == want).all(), "asked for the same", change)
+        check((output(c, "--params", "p.json", *options) == want).all(), "asked for the same",
+              change)
         # The numbers of the picture say nothing of thresholds.
         fine("run", c, "-o", "o.npy", "--mask-out", "m.npy", *asked)
         if "sink" not in options:
             check(sparge("map", c, "--params", "p.json", "-o", "m.png")[0] == FINE, "map", change)
     write("p.json", json.dumps(good | dict(rules="upstream")))
-    wrong(FILE, ["p.json", "under --rules upstream"], "run", c, "--params", "p.json", "--rules", "default")
+    wrong(FILE, ["p.json", "under --rules upstream"], "run", c, "--params", "p.json", "--rules",
+          "default")
     for value in "", "theirs", 1, None:
         write("p.json", json.dumps(good | dict(rules=value)))
-        wrong(FILE, ["p.json", "'rules' must be default, paper or upstream"], "run", c, "--params", "p.json")
+        wrong(FILE, ["p.json", "'rules' must be default, paper or upstream"], "run", c, "--params",
+              "p.json")
     write("p.json", json.dumps(good | dict(weights_sha256=3)))
     wrong(FILE, ["p.json", "'weights_sha256'"], "run", c, "--params", "p.json")
 
@@ -2013,14 +2283,16 @@ def test_params_of_the_authors():
     """A dense head of the authors' keeps every block and has a lambda: under their rules, whatever is given beside."""
     c = capture("c.safetensors", 1, n=500, heads=1)
     head = dict(layer=0, head=0, dense=True, theta=-1.0, tau=1.0, topk=None, **{"lambda": -2.0})
-    write("p.json", json.dumps(dict(
-        sparge_params=1, model=None, rules="upstream", block_q=128, block_k=64, skip_rows=128, causal="none", smooth_k=True,
-        sink=True, scale=None, heads=[head])))
+    write(
+        "p.json",
+        json.dumps(
+            dict(sparge_params=1, model=None, rules="upstream", block_q=128, block_k=64,
+                 skip_rows=128, causal="none", smooth_k=True, sink=True, scale=None, heads=[head])))
     want = output(c, "--rules", "upstream", "--sink", "--theta", -1, "--tau", 1, "--lambda", -2)
     for more in [], ["--rules", "upstream"], ["--rules", "upstream", "--sink"]:
         x = fine("run", c, "--params", "p.json", "-o", "o.npy", *more)
-        check((np.load("o.npy") == want).all() and x["backend"] == "ref" and x["sparsity_qk"] == 0 < x["sparsity_pv"],
-              "by their rules", more, x)
+        check((np.load("o.npy") == want).all() and x["backend"] == "ref" and
+              x["sparsity_qk"] == 0 < x["sparsity_pv"], "by their rules", more, x)
 
 
 def test_params():
@@ -2063,13 +2335,15 @@ def test_params():
     os.remove("cut.json")
 
     fine("run", c, "--params", write("p.json", text), *TUNE)
-    for args, words in [
-            (["--block-q", 64], ["blocks of 32 queries, not 64"]),
-            (["--block-k", 32], "blocks of 16 keys, not 32"),
-            (["--skip-rows", 8], "skip-rows 32, not 8"), (["--causal"], "without --causal"),
-            (["--causal=start"], "without --causal"), (["--sink"], "without --sink"),
-            (["--no-smooth-k"], "without --no-smooth-k"), (["--scale", 0.3], "another --scale"),
-            (["--rules", "paper"], "under --rules default"), (["--rules", "upstream"], "under --rules default")]:
+    for args, words in [(["--block-q", 64], ["blocks of 32 queries, not 64"]),
+                        (["--block-k", 32], "blocks of 16 keys, not 32"),
+                        (["--skip-rows", 8], "skip-rows 32, not 8"),
+                        (["--causal"], "without --causal"),
+                        (["--causal=start"], "without --causal"), (["--sink"], "without --sink"),
+                        (["--no-smooth-k"], "without --no-smooth-k"),
+                        (["--scale", 0.3], "another --scale"),
+                        (["--rules", "paper"], "under --rules default"),
+                        (["--rules", "upstream"], "under --rules default")]:
         bad(["p.json", words] if isinstance(words, str) else words, good, *args)
     fine(*run(with_(scale=0.3), "--scale", 0.3))
     fine(*run(with_(skip_rows=8), "--skip-rows", 8))
@@ -2090,22 +2364,23 @@ def test_params():
             **{"lambda": [0.5, -1e31, "-inf", {}]}).items():
         for value in values:
             bad(["p.json", f"'heads[1].{key}'"], with_(heads=[heads[1], {**head, key: value}]))
-        bad(["p.json", f"'heads[0].{key}'"], with_(heads=[{k: v for k, v in head.items() if k != key}]))
+        bad(["p.json", f"'heads[0].{key}'"],
+            with_(heads=[{k: v for k, v in head.items() if k != key}]))
     for what in 3, None, [], "x":
         bad(["p.json", "heads[0]."], with_(heads=[what]))
     bad(["p.json", "layer 0 head 1", "twice"], with_(heads=[heads[1], head, heads[1]]))
     bad(["p.json", "no thresholds for layer 0 head 1"], with_(heads=[head]))
     bad(["p.json", "no thresholds for layer 0 head 0"], with_(heads=[]))
     bad(["p.json", "no thresholds for layer 3 head 0"], good, "--layer", 3)
-    for text, words in [
-            ("", "empty"), ("[]", "no JSON object"), ("3", "line 1"), ("{}", "'sparge_params'"),
-            ("nul", "line 1"),
-            (json.dumps(good) + "x", "line 1"), (json.dumps(good).replace('"sink"', '"sink": true, "sink"'),
-                                                 "line 1"),
-            ("[" * 100000, "line 1"), (json.dumps(good).replace("0.9", "1e999"), "line 1"),
-            (b"\xff\xfe", "line 1"),
-            (json.dumps(good).replace("0.9", "NaN"), "line 1"), (b"\x00" * 50, "line 1"),
-            (read(c, "rb"), "line 1"), ('{"weight_map": {"a": "b.safetensors"}}', "'sparge_params'")]:
+    for text, words in [("", "empty"), ("[]", "no JSON object"), ("3", "line 1"),
+                        ("{}", "'sparge_params'"), ("nul", "line 1"),
+                        (json.dumps(good) + "x", "line 1"),
+                        (json.dumps(good).replace('"sink"', '"sink": true, "sink"'), "line 1"),
+                        ("[" * 100000, "line 1"),
+                        (json.dumps(good).replace("0.9", "1e999"), "line 1"),
+                        (b"\xff\xfe", "line 1"), (json.dumps(good).replace("0.9", "NaN"), "line 1"),
+                        (b"\x00" * 50, "line 1"), (read(c, "rb"), "line 1"),
+                        ('{"weight_map": {"a": "b.safetensors"}}', "'sparge_params'")]:
         bad(["p.json", words], text)
     with open("p.json", "wb") as f:
         f.truncate(65 << 20)
@@ -2133,40 +2408,41 @@ def test_usage():
     for name, meant in dict(rum="run", dif="diff", maps="map", inof="info", oder="order").items():
         wrong(USAGE, f"did you mean '{meant}'", name)
     wrong(USAGE, "unknown command", "x" * 5000)
-    for args, words in [
-            (["--bogus"], "--bogus"), (["--tua", 1], "did you mean --tau"),
-            (["-x"], "unknown option"),
-            (["--t", 1], "several"), (["--sink=1"], "no value"), (["--theta"], "needs a value"),
-            (["-o"], "needs a value"), (["--tau", 1.5], ["--tau", "[0, 1]"]),
-            (["--tau=-0.1"], "[0, 1]"),
-            (["--tau", -1], "[0, 1]"), (["--theta", "nan"], "--theta"), (["--tau", "nan"], "--tau"),
-            (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"),
-            (["--lambda", 0.5], "[-inf, 0]"),
-            (["--lambda", "inf"], "--lambda"), (["--theta", 1.01], "[-1, 1]"),
-            (["--topk", 2], "--topk"),
-            (["--scale", 0], "--scale"), (["--scale", -1], "--scale"),
-            (["--scale", "inf"], "--scale"),
-            (["--scale", "nan"], "--scale"), (["--scale", "1e-60"], "--scale"),
-            (["--tau", "0.5x"], "0.5x"),
-            (["--tau", " 0.5"], "--tau"), (["--tau", ""], "--tau"), (["--block-q", "64.0"], "64.0"),
-            (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"),
-            (["--block-q", "1e2"], "1e2"),
-            (["--block-k", "99999999999999999999"], "--block-k"), (["--threads", -1], "--threads"),
-            (["--threads", 1025], ["--threads", "[0, 1024]"]), (["--threads", "x"], "--threads"),
-            (["--threads", 70000], "--threads"), (["--skip-rows", -1], "--skip-rows"),
-            (["--causal=middle"], "none, end, start"),
-            (["--rules", "mine"], "default, paper, upstream"),
-            (["--backend", "gpu"], "auto, ref, cpu, cuda"), (["--isa", "sse"], "avx512vnni"),
-            (["--qk", "int9"], "int8, int12, f32"), (["--pv", ""], "--pv"),
-            (["--qk", "f16"], "int8, int12, f32"), (["--qk", "fastest"], "int8, int12, f32"),
-            (["--pv", "f8"], "int8, int12, f32, f16, fp8, fastest"),
-            (["--rung", 0], "[1, 5]"), (["--rung", 6], "[1, 5]"), (["--rung", "mma"], "whole number"),
-            (["--rung", 4], ["rung is 4", "cuda", "auto"]),
-            (["--rung", 1, "--backend", "ref"], ["rung is 1", "cuda", "ref"]),
-            (["--layout", "bhnd"], "hnd, nhd"),
-            (["--dense", "--mask", "q.npy"], ["--dense", "--mask"]), (["more.npy"], "too many"),
-            (["--pv", "int12", "--block-k", 256], "128"),
-            (["--isa", "avx2", "--backend", "ref"], "isa")]:
+    for args, words in [(["--bogus"], "--bogus"), (["--tua", 1], "did you mean --tau"),
+                        (["-x"], "unknown option"), (["--t", 1], "several"),
+                        (["--sink=1"], "no value"), (["--theta"], "needs a value"),
+                        (["-o"], "needs a value"), (["--tau", 1.5], ["--tau", "[0, 1]"]),
+                        (["--tau=-0.1"], "[0, 1]"), (["--tau", -1], "[0, 1]"),
+                        (["--theta", "nan"], "--theta"), (["--tau", "nan"], "--tau"),
+                        (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"),
+                        (["--lambda", 0.5], "[-inf, 0]"), (["--lambda", "inf"], "--lambda"),
+                        (["--theta", 1.01], "[-1, 1]"), (["--topk", 2], "--topk"),
+                        (["--scale", 0], "--scale"), (["--scale", -1], "--scale"),
+                        (["--scale", "inf"], "--scale"), (["--scale", "nan"], "--scale"),
+                        (["--scale", "1e-60"], "--scale"), (["--tau", "0.5x"], "0.5x"),
+                        (["--tau", " 0.5"], "--tau"), (["--tau", ""], "--tau"),
+                        (["--block-q", "64.0"], "64.0"), (["--block-q", 0], "[1, 1024]"),
+                        (["--block-k", 1025], "[1, 1024]"), (["--block-q", "1e2"], "1e2"),
+                        (["--block-k", "99999999999999999999"], "--block-k"),
+                        (["--threads", -1], "--threads"),
+                        (["--threads", 1025], ["--threads", "[0, 1024]"]),
+                        (["--threads", "x"], "--threads"), (["--threads", 70000], "--threads"),
+                        (["--skip-rows", -1], "--skip-rows"),
+                        (["--causal=middle"], "none, end, start"),
+                        (["--rules", "mine"], "default, paper, upstream"),
+                        (["--backend", "gpu"], "auto, ref, cpu, cuda"),
+                        (["--isa", "sse"], "avx512vnni"), (["--qk", "int9"], "int8, int12, f32"),
+                        (["--pv", ""], "--pv"), (["--qk", "f16"], "int8, int12, f32"),
+                        (["--qk", "fastest"], "int8, int12, f32"),
+                        (["--pv", "f8"], "int8, int12, f32, f16, fp8, fastest"),
+                        (["--rung", 0], "[1, 5]"), (["--rung", 6], "[1, 5]"),
+                        (["--rung", "mma"], "whole number"),
+                        (["--rung", 4], ["rung is 4", "cuda", "auto"]),
+                        (["--rung", 1, "--backend", "ref"], ["rung is 1", "cuda", "ref"]),
+                        (["--layout", "bhnd"], "hnd, nhd"),
+                        (["--dense", "--mask", "q.npy"], ["--dense", "--mask"]),
+                        (["more.npy"], "too many"), (["--pv", "int12", "--block-k", 256], "128"),
+                        (["--isa", "avx2", "--backend", "ref"], "isa")]:
         wrong(USAGE, words, "run", *qkv, *args)
     wrong(USAGE, "q, k and v", "run")
     wrong(USAGE, "q, k and v", "run", *qkv[:2])
@@ -2207,7 +2483,8 @@ def test_files():
         return name
     rest = qkv[1:]
     wrong(FILE, "nowhere.npy", "run", "nowhere.npy", *rest, "-o", "o.npy")
-    wrong(FILE, ["./o.npy", "already an output"], "run", *qkv, "-o", "o.npy", "--mask-out", "./o.npy")
+    wrong(FILE, ["./o.npy", "already an output"], "run", *qkv, "-o", "o.npy", "--mask-out",
+          "./o.npy")
     wrong(FILE, ["short.npy"], "run", bad("short.npy", data[:-1]), *rest, "-o", "o.npy")
     wrong(FILE, ["magic.npy"], "run", bad("magic.npy", b"XUMPY" + data[5:]), *rest, "-o", "o.npy")
     wrong(FILE, ["empty.npy"], "run", bad("empty.npy", b""), *rest, "-o", "o.npy")
@@ -2274,9 +2551,10 @@ def test_writing():
               "--dump", "d")
     for limit in 1000, 100000:  # bytes of a file: as a full disk would be
         small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        wrong(FILE, ["d/", ".npy: cannot write", "too large"], "run", *qkv, "--dump", "d", "--backend", "ref",
-              preexec_fn=small)
-        # (the ref backend: clang's OpenMP makes a file of its own when it starts, and ends the program)
+        wrong(FILE, ["d/", ".npy: cannot write", "too large"], "run", *qkv, "--dump", "d",
+              "--backend", "ref", preexec_fn=small)
+        # (the ref backend: clang's OpenMP makes a file of its own when it starts, and ends the
+        # program)
         wrong(FILE, "too large", "run", *qkv, *outputs, "--backend", "ref", preexec_fn=small)
     for args in (["run", *qkv, *outputs], ["info"], ["info", "--json"], ["--help"], ["--version"],
                  ["run", "--help"], ["diff", "q.npy", "q.npy"], ["order", 1, 2, 3, "-o", "i.npy"]):
@@ -2324,32 +2602,43 @@ def test_starved():
         print("skipped: every allocation fails in turn (of sparge_starved)")
         return
     save_safetensors("layer3.safetensors", **{n: ("F32", random(1, 2, 40, 8)) for n in "qkv"})
-    write("manifest.json", json.dumps(dict(model="m", files=[dict(file="layer3.safetensors", layer=3,
-                                                                  query_heads=[0, 1])])))
+    write(
+        "manifest.json",
+        json.dumps(
+            dict(model="m", files=[dict(file="layer3.safetensors", layer=3, query_heads=[0, 1])])))
     tiny = ["--backend", "cpu", "--threads", "1", "--block-q", "16", "--block-k", "16"]
     fine("tune", ".", "-o", "p.json", *tiny)
     x = save("x.npy", random(1, 2, 40, 8))
     fine("run", x, x, x, *tiny, "--mask-out", "m.npy", "-o", "o.npy")
     before = set(listing())
-    for args in (["run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--dump", "d", "--check", *tiny],
-                 ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy", *tiny], ["diff", x, "o.npy"],
-                 ["diff", "m.npy", "m.npy"], ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny],
-                 ["map", "layer3.safetensors", "--params", "p.json", "-o", "out.png", *tiny],
-                 ["tune", "layer3.safetensors", "-o", "out.json", *tiny], ["order", 1, 4, 4, "-o", "out.npy"],
-                 ["info", "--json"], ["bench", "--json", "--q-len", 16, "--repeat", 1, "--threads", 1]):
+    for args in ([
+            "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--dump", "d",
+            "--check", *tiny
+    ], ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy",
+            *tiny], ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
+                 ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny
+                  ], ["map", "layer3.safetensors", "--params", "p.json", "-o", "out.png",
+                      *tiny], ["tune", "layer3.safetensors", "-o", "out.json",
+                               *tiny], ["order", 1, 4, 4, "-o", "out.npy"], ["info", "--json"],
+                 ["bench", "--json", "--q-len", 16, "--repeat", 1, "--threads", 1]):
         code, n = MACHINE, 0
         while code == MACHINE:
             code, out, err = starve(n, *args)
             left = set(listing()) - before
             if code == MACHINE:
-                check(err.startswith("sparge: ") and err.count("\n") == 1 and (out == "" or out.endswith("}\n")),
-                      args, n, "one line, and nothing by halves", out, err)
+                check(
+                    err.startswith("sparge: ") and err.count("\n") == 1 and
+                    (out == "" or out.endswith("}\n")), args, n, "one line, and nothing by halves",
+                    out, err)
                 check(left <= {"./out.json"}, args, n, "no file left", left)
             n += 1 if os.environ.get("SPARGE_EXHAUSTIVE") else 1 + n // 8
             for name in left:
-                shutil.rmtree(name) if os.path.isdir(name) else os.path.exists(name) and os.remove(name)
-        check(code in (FINE, DIFFERENT) and n > 3 and starve(-1, *args)[1].count(",") == out.count(","), args, n,
-              "when the last has failed it works", code, out, err)
+                shutil.rmtree(name) if os.path.isdir(
+                    name) else os.path.exists(name) and os.remove(name)
+        check(
+            code in (FINE, DIFFERENT) and n > 3 and
+            starve(-1, *args)[1].count(",") == out.count(","), args, n,
+            "when the last has failed it works", code, out, err)
         for name in set(listing()) - before:
             shutil.rmtree(name) if os.path.isdir(name) else os.path.exists(name) and os.remove(name)
 
@@ -2357,7 +2646,8 @@ def test_starved():
 def test_threads_that_cannot_start():
     """Of a user that may have two processes, whom root has to become: of root none are refused."""
     x = save("x.npy", random(1, 2, 300, 16))
-    qkv = save_safetensors("qkv.safetensors", **{name: ("F32", random(1, 2, 300, 16)) for name in "qkv"})
+    qkv = save_safetensors("qkv.safetensors",
+                           **{name: ("F32", random(1, 2, 300, 16)) for name in "qkv"})
     os.chmod(".", 0o777)
 
     def limited():
@@ -2366,11 +2656,14 @@ def test_threads_that_cannot_start():
             os.setgroups([])
             os.setgid(54321)
             os.setuid(54321)
+
     for args in ["run", x, x, x], ["map", x, x, "-o", "/dev/null/x.png"], ["tune", qkv, "-o", "p.json"], \
             ["bench", "--q-len", 64]:
         wrong(MACHINE, ["threads is 7", "start"], *args, "--threads", 7, preexec_fn=limited)
-    no_leaks = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # looking for them takes a process more
-    fine("run", x, x, x, "--threads", 2 if os.getuid() == 0 else 1, preexec_fn=limited, env=no_leaks)
+    no_leaks = {**os.environ, "ASAN_OPTIONS":
+                "detect_leaks=0"}  # looking for them takes a process more
+    fine("run", x, x, x, "--threads", 2 if os.getuid() == 0 else 1, preexec_fn=limited,
+         env=no_leaks)
 
 
 def test_signals_and_progress():
@@ -2399,8 +2692,10 @@ def test_signals_and_progress():
         pass
     child.wait()
     os.close(terminal)
-    check(child.returncode == UNFINISHED and said.endswith(INTERRUPTED.encode().replace(b"\n", b"\r\n")), "ends",
-          child.returncode, said[-200:])
+    check(
+        child.returncode == UNFINISHED and
+        said.endswith(INTERRUPTED.encode().replace(b"\n", b"\r\n")), "ends", child.returncode,
+        said[-200:])
     check(listing() == ["./x.npy"], "interrupted: no file left", listing())
 
 
@@ -2414,12 +2709,16 @@ def opened(_):
 
 def test_interrupted():
     """What is long for any machine ends at once, with one line, and leaves nothing."""
-    long, longer = save("long.npy", np.zeros((1 << 14, 64), np.float16)), save("longer.npy", np.zeros((1 << 18, 64), "f2"))
+    long, longer = save("long.npy", np.zeros((1 << 14, 64),
+                                             np.float16)), save("longer.npy",
+                                                                np.zeros((1 << 18, 64), "f2"))
     before = listing()
-    for begun, args in ((opened, ["run", long, long, long, "-o", "o.npy", "--dump", "d", "--backend", "ref"]),
-                        (opened, ["run", longer, longer, longer, "-o", "o.npy", "--dense", "--threads", 1]),
-                        (lambda child: child.stdout.readline().startswith(b"case"),
-                         ["bench", "--q-len", "64,32768", "--heads", 2, "--threads", 1, "--repeat", 100])):
+    for begun, args in ((opened, [
+            "run", long, long, long, "-o", "o.npy", "--dump", "d", "--backend", "ref"
+    ]), (opened,
+         ["run", longer, longer, longer, "-o", "o.npy", "--dense", "--threads",
+          1]), (lambda child: child.stdout.readline().startswith(b"case"),
+                ["bench", "--q-len", "64,32768", "--heads", 2, "--threads", 1, "--repeat", 100])):
         for number in signal.SIGINT, signal.SIGTERM:
             code, out, err = stopped([PROGRAM, *args], number, begun)
             check(code == UNFINISHED and err == INTERRUPTED, args, number, "one line", code, err)
@@ -2432,10 +2731,12 @@ def test_ignored_signals():
     x = np.zeros((1, 1 << 16, 64), np.float16)
     long = save("long.npy", x)
     save_safetensors("qkv.safetensors", q=("F16", x), k=("F16", x), v=("F16", x))
-    for args in ["run", long, long, long, "-o", "o.npy"], ["tune", "qkv.safetensors", "-o", "p.json"]:
+    for args in ["run", long, long, long, "-o",
+                 "o.npy"], ["tune", "qkv.safetensors", "-o", "p.json"]:
         for number in signal.SIGINT, signal.SIGTERM:
             seen = []
-            stopped([PROGRAM, *args], signal.SIGKILL, lambda child: opened(child) and not seen.append(ignored(child)),
+            stopped([PROGRAM, *args], signal.SIGKILL,
+                    lambda child: opened(child) and not seen.append(ignored(child)),
                     preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
             check(seen == [[number]], args, number, "stays ignored", seen)
 
@@ -2445,8 +2746,10 @@ def test_locale():
     qkv = files()[3]
     subprocess.run(["localedef", "-i", "de_DE", "-f", "UTF-8", "./de_DE.UTF-8"], check=True)
     german = {**os.environ, "LOCPATH": os.getcwd(), "LC_ALL": "de_DE.UTF-8"}
-    comma = subprocess.run([sys.executable, "-c", "import locale; locale.setlocale(locale.LC_ALL, ''); "
-                            "print(locale.localeconv()['decimal_point'])"], env=german, capture_output=True).stdout
+    comma = subprocess.run([
+        sys.executable, "-c", "import locale; locale.setlocale(locale.LC_ALL, ''); "
+        "print(locale.localeconv()['decimal_point'])"
+    ], env=german, capture_output=True).stdout
     check(comma == b",\n", "there is such a locale", comma)
     x = fine("run", *qkv, "--tau", "0.5", env=german)
     check(isinstance(x.get("sparsity"), float), "numbers have a point", x)

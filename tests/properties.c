@@ -1,5 +1,5 @@
-/* properties.c: what attention keeps when its input is changed, copied, cut or moved; no reference is
- * needed. Sums that change their order agree within rounding, everything else bit for bit. */
+/* properties.c: what attention keeps when its input is changed, copied, cut or moved; no reference
+ * is needed. Sums that change their order agree within rounding, everything else bit for bit. */
 #define _DEFAULT_SOURCE /* MAP_ANONYMOUS, MAP_NORESERVE */
 #include <math.h>
 #include <stdlib.h>
@@ -14,8 +14,8 @@ TestSuite(properties);
 
 enum { PAIRS = 9 }; /* of a precision of Q.K and one of P.V */
 
-static const sparge_precision precisions[] = { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT };
-static const char *const precision_names[] = { "int8", "int12", "float" };
+static const sparge_precision precisions[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT};
+static const char *const precision_names[] = {"int8", "int12", "float"};
 
 /* 2 batches of 4 heads on 2 key heads, 70 queries, 90 keys, smoothed, in pair n of precisions. */
 static problem typical(const char *name, int64_t n)
@@ -32,7 +32,8 @@ static problem typical(const char *name, int64_t n)
 static void near_answer(const answer *got, const answer *want, double share)
 {
     double largest = 0.0;
-    const int64_t count = tensor_count(&want->o), rows = want->o.batch * want->o.heads * want->o.tokens;
+    const int64_t count = tensor_count(&want->o),
+                  rows = want->o.batch * want->o.heads * want->o.tokens;
     int64_t o_at = -1, lse_at = -1;
     for (int64_t n = 0; n < count; n++)
         largest = fmax(largest, fabs((double)want->o.x[n]));
@@ -40,13 +41,13 @@ static void near_answer(const answer *got, const answer *want, double share)
         if (!(fabs((double)got->o.x[n] - (double)want->o.x[n]) <= share * largest))
             o_at = n;
     for (int64_t n = 0; n < rows; n++)
-        if (!(got->lse[n] == want->lse[n] ||
-              fabs((double)got->lse[n] - (double)want->lse[n]) <= share * (1.0 + fabs((double)want->lse[n]))))
+        if (!(got->lse[n] == want->lse[n] || fabs((double)got->lse[n] - (double)want->lse[n]) <=
+                                                 share * (1.0 + fabs((double)want->lse[n]))))
             lse_at = n;
-    check(o_at < 0, "o[%lld] is %.9g, should be %.9g within %g", (long long)o_at, (double)got->o.x[o_at],
-          (double)want->o.x[o_at], share * largest);
-    check(lse_at < 0, "lse[%lld] is %.9g, should be %.9g", (long long)lse_at, (double)got->lse[lse_at],
-          (double)want->lse[lse_at]);
+    check(o_at < 0, "o[%lld] is %.9g, should be %.9g within %g", (long long)o_at,
+          (double)got->o.x[o_at], (double)want->o.x[o_at], share * largest);
+    check(lse_at < 0, "lse[%lld] is %.9g, should be %.9g", (long long)lse_at,
+          (double)got->lse[lse_at], (double)want->lse[lse_at]);
 }
 
 /* Solves both and compares. */
@@ -59,8 +60,8 @@ static void same_problem(const problem *x, const problem *y)
 }
 
 /* `tokens` rows of one head, from one tensor's x to another's. */
-static void copy_rows(const tensor *to, int64_t b, int64_t h, int64_t at, const tensor *from, int64_t b_from,
-                      int64_t h_from, int64_t at_from, int64_t tokens)
+static void copy_rows(const tensor *to, int64_t b, int64_t h, int64_t at, const tensor *from,
+                      int64_t b_from, int64_t h_from, int64_t at_from, int64_t tokens)
 {
     if (tokens)
         memcpy(tensor_row(to, b, h, at), tensor_row(from, b_from, h_from, at_from),
@@ -73,8 +74,8 @@ static void copy_head(const tensor *to, int64_t b, int64_t h, const tensor *from
     copy_rows(to, b, h, 0, from, b_from, h_from, 0, from->tokens);
 }
 
-static void copy_mask_row(problem *to, int64_t b, int64_t h, int64_t i, const problem *from, int64_t b_from,
-                          int64_t h_from, int64_t i_from)
+static void copy_mask_row(problem *to, int64_t b, int64_t h, int64_t i, const problem *from,
+                          int64_t b_from, int64_t h_from, int64_t i_from)
 {
     for (int64_t j = 0; j < to->mask.k_blocks; j++)
         sparge_mask_set(&to->mask, b, h, i, j, mask_has(from, b_from, h_from, i_from, j));
@@ -101,8 +102,9 @@ static problem copy_of(const problem *x)
     memcpy(y.v.x, x->v.x, (size_t)tensor_count(&x->v) * sizeof(float));
     problem_write(&y);
     if (x->mask.bits)
-        memcpy(y.mask.bits, x->mask.bits, (size_t)(y.mask.batch * y.mask.heads * y.mask.q_blocks *
-                                                   y.mask.words) * sizeof *y.mask.bits);
+        memcpy(y.mask.bits, x->mask.bits,
+               (size_t)(y.mask.batch * y.mask.heads * y.mask.q_blocks * y.mask.words) *
+                   sizeof *y.mask.bits);
     return y;
 }
 
@@ -175,7 +177,8 @@ Test(properties, linear_in_v)
     }
 }
 
-/* A power of two goes through every rounding, and so does a sign; channels do not see each other. */
+/* A power of two goes through every rounding, and so does a sign; channels do not see each other.
+ */
 Test(properties, v_scaled_negated_or_with_channels_moved)
 {
     for (int64_t n = 0; n < PAIRS; n++) {
@@ -211,7 +214,7 @@ Test(properties, scale_moves_between_q_k_and_scale)
         for (int64_t e = 0; e < tensor_count(&x.k); e++)
             y.k.x[e] *= 2.0f;
         problem_write(&y);
-        x.o.knobs = y.o.knobs = (sparge_knobs){ 0.5f, 0.8f, SPARGE_OFF, -2.0f };
+        x.o.knobs = y.o.knobs = (sparge_knobs){0.5f, 0.8f, SPARGE_OFF, -2.0f};
         same_problem(&x, &y);
         answer a = attention(&x, NULL), b = attention(&y, NULL);
         same_answer(&b, &a);
@@ -260,7 +263,8 @@ Test(properties, a_vector_added_to_every_key_changes_nothing)
         a = attend(&u);
         b = attend(&w);
         memcpy(b.lse, a.lse, (size_t)problem_rows(&u) * sizeof(float));
-        near_answer(&b, &a, n % 3 == 0 ? 1e-2 : 1e-3); /* a k that rounds otherwise has another code */
+        near_answer(&b, &a,
+                    n % 3 == 0 ? 1e-2 : 1e-3); /* a k that rounds otherwise has another code */
         answer_free(&a);
         answer_free(&b);
         problem_free(&u);
@@ -272,7 +276,7 @@ Test(properties, a_vector_added_to_every_key_changes_nothing)
 
 Test(properties, key_blocks_in_any_order)
 {
-    static const int64_t place[] = { 3, 0, 5, 1, 4, 2 };
+    static const int64_t place[] = {3, 0, 5, 1, 4, 2};
     for (int64_t n = 0; n < PAIRS; n++) {
         check_case("key blocks, pair %lld", (long long)n);
         const shape s = shape_of(1, 2, 1, 40, 96, 16, 8);
@@ -286,7 +290,8 @@ Test(properties, key_blocks_in_any_order)
             copy_rows(&y.k, 0, 0, place[j] * 16, &x.k, 0, 0, j * 16, 16);
             copy_rows(&y.v, 0, 0, place[j] * 16, &x.v, 0, 0, j * 16, 16);
             for (int64_t line = 0; line < 6; line++)
-                sparge_mask_set(&y.mask, 0, line / 3, line % 3, place[j], mask_has(&x, 0, line / 3, line % 3, j));
+                sparge_mask_set(&y.mask, 0, line / 3, line % 3, place[j],
+                                mask_has(&x, 0, line / 3, line % 3, j));
         }
         problem_write(&y);
         answer a = attend(&x), b = attend(&y);
@@ -322,7 +327,8 @@ Test(properties, rows_of_a_block_in_any_order)
 
         for (int64_t line = 0; line < 8; line++)
             for (int64_t t = 0; t < 64; t++)
-                copy_rows(&y.q, line / 4, line % 4, t - t % 16 + (t * 5 + 3) % 16, &x.q, line / 4, line % 4, t, 1);
+                copy_rows(&y.q, line / 4, line % 4, t - t % 16 + (t * 5 + 3) % 16, &x.q, line / 4,
+                          line % 4, t, 1);
         memcpy(y.k.x, x.k.x, (size_t)tensor_count(&x.k) * sizeof(float));
         memcpy(y.v.x, x.v.x, (size_t)tensor_count(&x.v) * sizeof(float));
         problem_write(&y);
@@ -330,8 +336,10 @@ Test(properties, rows_of_a_block_in_any_order)
         for (int64_t line = 0; line < 8; line++)
             for (int64_t t = 0; t < 64; t++) {
                 const int64_t to = t - t % 16 + (t * 5 + 3) % 16;
-                check(!memcmp(tensor_row(&b.o, line / 4, line % 4, to), tensor_row(&a.o, line / 4, line % 4, t), 32),
-                      "row %lld of line %lld is not what row %lld was", (long long)to, (long long)line, (long long)t);
+                check(!memcmp(tensor_row(&b.o, line / 4, line % 4, to),
+                              tensor_row(&a.o, line / 4, line % 4, t), 32),
+                      "row %lld of line %lld is not what row %lld was", (long long)to,
+                      (long long)line, (long long)t);
                 check_equal(b.lse[line * 70 + to], a.lse[line * 70 + t]);
             }
         answer_free(&a);
@@ -344,15 +352,17 @@ Test(properties, rows_of_a_block_in_any_order)
 /* Heads, with their key heads, in reverse; batches swapped. */
 Test(properties, heads_and_batches_in_any_order)
 {
-    double done[4] = { 0 };
+    double done[4] = {0};
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("heads", n);
         x.o.skip_rows = 4;
         mask_fill(&x, 0.6f);
         problem y = copy_of(&x);
-        const sparge_knobs knobs[] = { { 0, 1, SPARGE_OFF, -0.6f }, { 0, 1, SPARGE_OFF, -0.3f },
-                                       { 0, 1, SPARGE_OFF, 0.0f }, { 0, 1, SPARGE_OFF, -INFINITY } };
-        const sparge_knobs reversed[] = { knobs[3], knobs[2], knobs[1], knobs[0] };
+        const sparge_knobs knobs[] = {{0, 1, SPARGE_OFF, -0.6f},
+                                      {0, 1, SPARGE_OFF, -0.3f},
+                                      {0, 1, SPARGE_OFF, 0.0f},
+                                      {0, 1, SPARGE_OFF, -INFINITY}};
+        const sparge_knobs reversed[] = {knobs[3], knobs[2], knobs[1], knobs[0]};
         for (int64_t line = 0; line < 8; line++) {
             const int64_t b = line / 4, h = line % 4;
             copy_head(&y.q, 1 - b, 3 - h, &x.q, b, h);
@@ -439,7 +449,7 @@ Test(properties, grouped_heads_equal_repeated_heads)
             copy_head(&y.v, line / 4, line % 4, &x.v, line / 4, line % 4 / 2);
         }
         problem_write(&y);
-        x.o.knobs = y.o.knobs = (sparge_knobs){ 0.5f, 0.7f, SPARGE_OFF, -1.0f };
+        x.o.knobs = y.o.knobs = (sparge_knobs){0.5f, 0.7f, SPARGE_OFF, -1.0f};
         answer a = attention(&x, NULL), b = attention(&y, NULL);
         same_answer(&b, &a);
         answer_free(&a);
@@ -454,7 +464,8 @@ Test(properties, parts_of_the_keys_merge_by_lse)
 {
     for (int64_t n = 0; n < 12; n++) {
         problem x = typical("merge", 6 + n % 3);
-        const int64_t cut = n % 3 == 2 ? 7 + 20 * (n / 3) : 16 * (1 + n / 3); /* codes: whole blocks alone */
+        const int64_t cut =
+            n % 3 == 2 ? 7 + 20 * (n / 3) : 16 * (1 + n / 3); /* codes: whole blocks alone */
         x.o.smooth_k = n % 3 == 2;
         problem low = like(&x, 2, 4, 2, 70, cut), high = like(&x, 2, 4, 2, 70, 90 - cut);
         memcpy(low.q.x, x.q.x, (size_t)tensor_count(&x.q) * sizeof(float));
@@ -490,11 +501,14 @@ Test(properties, keys_twice)
 {
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("twice", n), y = like(&x, 2, 4, 2, 70, 192);
-        const problem z = like(&x, 2, 4, 2, 70, 96); /* whole blocks, so that the copies' codes are the same */
+        const problem z =
+            like(&x, 2, 4, 2, 70, 96); /* whole blocks, so that the copies' codes are the same */
         memcpy(y.q.x, z.q.x, (size_t)tensor_count(&z.q) * sizeof(float));
         for (int64_t line = 0; line < 8; line++) {
-            copy_rows(&y.k, line / 4, line / 2 % 2, line % 2 * 96, &z.k, line / 4, line / 2 % 2, 0, 96);
-            copy_rows(&y.v, line / 4, line / 2 % 2, line % 2 * 96, &z.v, line / 4, line / 2 % 2, 0, 96);
+            copy_rows(&y.k, line / 4, line / 2 % 2, line % 2 * 96, &z.k, line / 4, line / 2 % 2, 0,
+                      96);
+            copy_rows(&y.v, line / 4, line / 2 % 2, line % 2 * 96, &z.v, line / 4, line / 2 % 2, 0,
+                      96);
         }
         problem_write(&y);
         problem once = z;
@@ -516,7 +530,7 @@ Test(properties, keys_twice)
 /* tau 1 keeps all that is visible, whatever theta says; so does a full mask, and none at all. */
 Test(properties, everything_kept_equals_dense)
 {
-    static const float thetas[] = { -1.0f, 0.3f, 1.0f };
+    static const float thetas[] = {-1.0f, 0.3f, 1.0f};
     for (int64_t n = 0; n < 3 * PAIRS; n++) {
         problem x = typical("dense", n);
         x.o.causal = (sparge_causal)(n / PAIRS);
@@ -591,7 +605,8 @@ Test(properties, skipped_blocks_are_not_read)
             }
             problem_write(&y);
             answer a = attend(&y);
-            check_same_as("o", tensor_row(&a.o, 0, h, i * 16), tensor_row(&clean.o, 0, h, i * 16), rows * 8);
+            check_same_as("o", tensor_row(&a.o, 0, h, i * 16), tensor_row(&clean.o, 0, h, i * 16),
+                          rows * 8);
             check_same_as("lse", a.lse + h * 70 + i * 16, clean.lse + h * 70 + i * 16, rows);
             answer_free(&a);
             problem_free(&y);
@@ -601,14 +616,17 @@ Test(properties, skipped_blocks_are_not_read)
     }
 }
 
-/* ||o - o_dense|| <= 2 (1 - mass) max|v| in every row, mass = exp(lse - lse_dense) of what is kept. */
+/* ||o - o_dense|| <= 2 (1 - mass) max|v| in every row, mass = exp(lse - lse_dense) of what is kept.
+ */
 Test(properties, error_is_bounded_by_the_skipped_mass)
 {
     check_case("skipped mass");
     const shape s = shape_of(2, 4, 2, 1280, 256, 16, 8);
     problem x = problem_make(&s);
-    const sparge_knobs knobs[] = { { -1, 0.3f, SPARGE_OFF, -INFINITY }, { 0.2f, 0.6f, SPARGE_OFF, -INFINITY },
-                                   { 0.2f, 0.99f, SPARGE_OFF, -INFINITY }, { -1, SPARGE_OFF, 0.5f, -INFINITY } };
+    const sparge_knobs knobs[] = {{-1, 0.3f, SPARGE_OFF, -INFINITY},
+                                  {0.2f, 0.6f, SPARGE_OFF, -INFINITY},
+                                  {0.2f, 0.99f, SPARGE_OFF, -INFINITY},
+                                  {-1, SPARGE_OFF, 0.5f, -INFINITY}};
     x.o.per_head = knobs;
     answer dense = attend(&x), sparse = attention(&x, NULL);
     double largest = 0.0, tightest = 0.0;
@@ -617,7 +635,8 @@ Test(properties, error_is_bounded_by_the_skipped_mass)
         largest = fmax(largest, fabs((double)x.v.x[e]));
     for (int64_t e = 0; e < tensor_count(&dense.o); e++) {
         const double lost = 1.0 - exp((double)sparse.lse[e / 8] - (double)dense.lse[e / 8]);
-        const double off = fabs((double)sparse.o.x[e] - (double)dense.o.x[e]), bound = 2.0 * lost * largest;
+        const double off = fabs((double)sparse.o.x[e] - (double)dense.o.x[e]),
+                     bound = 2.0 * lost * largest;
         if (!(off <= bound + 3e-6 * largest && lost > -1e-5))
             wrong = e;
         tightest = lost > 0.01 ? fmax(tightest, off / bound) : tightest;
@@ -635,8 +654,8 @@ Test(properties, error_is_bounded_by_the_skipped_mass)
 
 Test(properties, sparsity_grows_with_tau_and_lambda)
 {
-    static const float taus[] = { 1.0f, 0.98f, 0.9f, 0.7f, 0.5f, 0.3f, 0.1f, 0.0f };
-    static const float lambdas[] = { -INFINITY, -8.0f, -4.0f, -2.0f, -1.0f, -0.5f, 0.0f };
+    static const float taus[] = {1.0f, 0.98f, 0.9f, 0.7f, 0.5f, 0.3f, 0.1f, 0.0f};
+    static const float lambdas[] = {-INFINITY, -8.0f, -4.0f, -2.0f, -1.0f, -0.5f, 0.0f};
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("monotone", n), more = typical("monotone", n);
         x.o.knobs.theta = more.o.knobs.theta = -1.0f;
@@ -648,9 +667,10 @@ Test(properties, sparsity_grows_with_tau_and_lambda)
             mask_predict(&x);
             for (int64_t e = 0; t && e < 40; e++)
                 for (int64_t j = 0; j < 6; j++)
-                    check(!mask_has(&x, e / 20, e / 5 % 4, e % 5, j) || mask_has(&more, e / 20, e / 5 % 4, e % 5, j),
-                          "tau %g keeps block %lld of line %lld, %g does not", (double)taus[t], (long long)j,
-                          (long long)e, (double)more.o.knobs.tau);
+                    check(!mask_has(&x, e / 20, e / 5 % 4, e % 5, j) ||
+                              mask_has(&more, e / 20, e / 5 % 4, e % 5, j),
+                          "tau %g keeps block %lld of line %lld, %g does not", (double)taus[t],
+                          (long long)j, (long long)e, (double)more.o.knobs.tau);
             answer a = attend(&x);
             check(a.result.counts.qk_done <= kept, "a smaller tau keeps more");
             kept = a.result.counts.qk_done;
@@ -668,7 +688,8 @@ Test(properties, sparsity_grows_with_tau_and_lambda)
             answer a = attend(&x);
             for (int64_t e = 0; e < 40 * 6; e++)
                 check(a.trace.pv_done[e] <= before.trace.pv_done[e], "a larger lambda skips less");
-            check_same_as("m", a.trace.m, before.trace.m, problem_rows(&x)); /* none that raises m is skipped */
+            check_same_as("m", a.trace.m, before.trace.m,
+                          problem_rows(&x)); /* none that raises m is skipped */
             least = fmin(least, a.result.counts.pv_done / (double)a.result.counts.qk_done);
             answer_free(&before);
             before = a;
@@ -695,15 +716,18 @@ static void future_is_unseen(problem *x, int64_t cut, bool keys)
         }
     problem_write(&y);
     answer a = attend(x), b = attend(&y);
-    const int64_t last = cut - (x->o.causal == SPARGE_CAUSAL_END ? 90 - 70 : 0); /* the last such row */
+    const int64_t last =
+        cut - (x->o.causal == SPARGE_CAUSAL_END ? 90 - 70 : 0); /* the last such row */
     const int64_t rows = last < -1 ? 0 : last < 70 ? last + 1 : 70;
     bool changed = false;
     for (int64_t line = 0; line < 8; line++) {
         check_same_as("o before the cut", b.o.x + line * 70 * 8, a.o.x + line * 70 * 8, rows * 8);
         check_same_as("lse before the cut", b.lse + line * 70, a.lse + line * 70, rows);
-        changed |= rows < 70 && memcmp(b.o.x + (line * 70 + rows) * 8, a.o.x + (line * 70 + rows) * 8, 32);
+        changed |=
+            rows < 70 && memcmp(b.o.x + (line * 70 + rows) * 8, a.o.x + (line * 70 + rows) * 8, 32);
     }
-    check(changed || rows == 70 || x->mask.bits, "the first row that sees the change did not change");
+    check(changed || rows == 70 || x->mask.bits,
+          "the first row that sees the change did not change");
     answer_free(&a);
     answer_free(&b);
     problem_free(&y);
@@ -799,10 +823,10 @@ Test(properties, a_wider_dtype_of_the_same_values)
 
 Test(properties, repetition_and_threads_do_not_matter)
 {
-    static const int threads[] = { 1, 2, 3, 7, 16, 0 };
+    static const int threads[] = {1, 2, 3, 7, 16, 0};
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("threads", n);
-        x.o.knobs = (sparge_knobs){ 0.5f, 0.7f, SPARGE_OFF, -1.0f };
+        x.o.knobs = (sparge_knobs){0.5f, 0.7f, SPARGE_OFF, -1.0f};
         answer want = attention(&x, NULL);
         for (int64_t t = 0; t < COUNT(threads); t++) {
             x.o.threads = threads[t];
@@ -820,10 +844,10 @@ Test(properties, one_call_equals_two)
     for (int64_t n = 0; n < 2 * PAIRS; n++) {
         problem x = typical("one call", n);
         x.o.causal = n / PAIRS ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-        x.o.knobs = (sparge_knobs){ 0.5f, 0.7f, SPARGE_OFF, -1.0f };
+        x.o.knobs = (sparge_knobs){0.5f, 0.7f, SPARGE_OFF, -1.0f};
         mask_predict(&x);
         answer two = attend(&x);
-        sparge_mask mask = { 0 };
+        sparge_mask mask = {0};
         check(sparge_mask_alloc(&mask, &x.p, &x.o, NULL) == SPARGE_OK, "no mask");
         memset(mask.bits, 0xFF, (size_t)(2 * 4 * mask.q_blocks * mask.words) * sizeof *mask.bits);
         answer own = attention(&x, NULL), given = attention(&x, &mask);
@@ -847,7 +871,7 @@ Test(properties, what_is_not_asked_for_does_not_matter)
         problem x = typical("NULL", n);
         answer want = attend(&x);
         float *o = check_alloc((size_t)tensor_count(&want.o) * sizeof *o);
-        sparge_result result = { .o = { o, SPARGE_F32, 4 * 70 * 8, 70 * 8, 8 } };
+        sparge_result result = {.o = {o, SPARGE_F32, 4 * 70 * 8, 70 * 8, 8}};
         check(sparge_attend(&x.p, &x.o, NULL, &result, NULL) == SPARGE_OK, "failed");
         check_same_as("o", o, want.o.x, tensor_count(&want.o));
         check_equal(result.counts.pv_tokens, want.result.counts.pv_tokens);
@@ -874,8 +898,8 @@ Test(properties, lse_is_that_of_m_and_l)
             if (a.trace.l[r] == 0.0f)
                 want = -INFINITY;
             check_close(a.lse[r], want, 2e-6 * (1.0 + fabs(want)));
-            check(a.trace.l[r] == 0.0f ? a.trace.m[r] == -INFINITY : a.trace.l[r] >= 0.999f, "l[%lld] is %g",
-                  (long long)r, (double)a.trace.l[r]);
+            check(a.trace.l[r] == 0.0f ? a.trace.m[r] == -INFINITY : a.trace.l[r] >= 0.999f,
+                  "l[%lld] is %g", (long long)r, (double)a.trace.l[r]);
         }
         answer_free(&a);
         problem_free(&x);
@@ -903,31 +927,39 @@ Test(properties, progress_rises_to_1)
 
 /* ---- Beyond 32 bits ---- */
 
-/* Copies a packed f32 tensor to rows that lie `stride[]` elements apart, in pages that exist only where
- * they are written. NULL where this machine has not the address space. */
+/* Copies a packed f32 tensor to rows that lie `stride[]` elements apart, in pages that exist only
+ * where they are written. NULL where this machine has not the address space. */
 static void *spread(const tensor *t, const int64_t stride[3], sparge_in *in, size_t *bytes)
 {
-    *bytes = (size_t)((t->batch - 1) * stride[0] + (t->heads - 1) * stride[1] + (t->tokens - 1) * stride[2] +
-                      t->channels) * sizeof(float);
-    float *memory = mmap(NULL, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    *bytes = (size_t)((t->batch - 1) * stride[0] + (t->heads - 1) * stride[1] +
+                      (t->tokens - 1) * stride[2] + t->channels) *
+             sizeof(float);
+    float *memory = mmap(NULL, *bytes, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
-    *in = (sparge_in){ memory, SPARGE_F32, stride[0], stride[1], stride[2] };
+    *in = (sparge_in){memory, SPARGE_F32, stride[0], stride[1], stride[2]};
     for (int64_t line = 0; line < t->batch * t->heads * t->tokens; line++) {
-        const int64_t b = line / t->tokens / t->heads, h = line / t->tokens % t->heads, n = line % t->tokens;
+        const int64_t b = line / t->tokens / t->heads, h = line / t->tokens % t->heads,
+                      n = line % t->tokens;
         memcpy(memory + b * stride[0] + h * stride[1] + n * stride[2], t->x + line * t->channels,
                (size_t)t->channels * sizeof(float));
     }
     return memory;
 }
 
-/* One of the strides is larger than 2^31 elements, 2^33 bytes; what wraps reads or writes elsewhere. */
+/* One of the strides is larger than 2^31 elements, 2^33 bytes; what wraps reads or writes
+ * elsewhere. */
 Test(properties, strides_beyond_32_bits)
 {
     const int64_t far = ((int64_t)1 << 31) + 24;
-    const int64_t strides[3][3] = { { 4096, 64, far }, { 64, far, 128 }, { far, 4096, 128 } };
+    const int64_t strides[3][3] = {{4096, 64, far}, {64, far, 128}, {far, 4096, 128}};
     for (int64_t n = 0; n < 3 * 3; n++) {
-        check_case("far %s, pair %lld", n % 3 == 0 ? "tokens" : n % 3 == 1 ? "heads" : "batches", (long long)(n / 3));
+        check_case("far %s, pair %lld",
+                   n % 3 == 0   ? "tokens"
+                   : n % 3 == 1 ? "heads"
+                                : "batches",
+                   (long long)(n / 3));
         const shape s = shape_of(2, 4, 2, 3, 4, 16, 8);
         problem x = problem_make(&s);
         x.o.qk = precisions[n / 3];
@@ -939,19 +971,23 @@ Test(properties, strides_beyond_32_bits)
         sparge_in o;
         size_t bytes[4];
         void *const memory[] = {
-            spread(&x.q, strides[n % 3], &y.p.q, &bytes[0]), spread(&x.k, strides[n % 3], &y.p.k, &bytes[1]),
-            spread(&x.v, strides[n % 3], &y.p.v, &bytes[2]), spread(&a.o, strides[n % 3], &o, &bytes[3]),
+            spread(&x.q, strides[n % 3], &y.p.q, &bytes[0]),
+            spread(&x.k, strides[n % 3], &y.p.k, &bytes[1]),
+            spread(&x.v, strides[n % 3], &y.p.v, &bytes[2]),
+            spread(&a.o, strides[n % 3], &o, &bytes[3]),
         };
         const bool there = memory[0] && memory[1] && memory[2] && memory[3];
         float *lse = check_alloc((size_t)problem_rows(&x) * sizeof *lse);
-        sparge_result result = { .o = { memory[3], SPARGE_F32, o.batch, o.head, o.token }, .lse = lse };
+        sparge_result result = {.o = {memory[3], SPARGE_F32, o.batch, o.head, o.token}, .lse = lse};
         if (there) {
             sparge_error error;
             check(sparge_attention(&y.p, &y.o, &result, &error) == SPARGE_OK, "%s", error.text);
             check_same_as("lse", lse, want.lse, problem_rows(&x));
             for (int64_t line = 0; line < problem_rows(&x); line++)
-                check_same_as("o", (const float *)memory[3] + line / 12 * o.batch + line / 3 % 4 * o.head +
-                              line % 3 * o.token, want.o.x + line * 8, 8);
+                check_same_as("o",
+                              (const float *)memory[3] + line / 12 * o.batch +
+                                  line / 3 % 4 * o.head + line % 3 * o.token,
+                              want.o.x + line * 8, 8);
         }
         for (int m = 0; m < 4; m++)
             if (memory[m])
@@ -973,17 +1009,34 @@ static uint16_t *random_halves(int64_t count) /* of size 2^-3 to 2 */
     return x;
 }
 
-/* 2^20 tokens, 2^27 pairs of blocks of which two a row are kept: 64 rows against their own blocks alone,
- * bit for bit, and against the oracle. */
+/* 2^20 tokens, 2^27 pairs of blocks of which two a row are kept: 64 rows against their own blocks
+ * alone, bit for bit, and against the oracle. */
 Test(properties, a_million_tokens)
 {
     check_case("a million tokens");
-    enum { LEN = 1 << 20, D = 16, DV = 8, BQ = 128, BK = 64, Q_BLOCKS = LEN / BQ, K_BLOCKS = LEN / BK };
+    enum {
+        LEN = 1 << 20,
+        D = 16,
+        DV = 8,
+        BQ = 128,
+        BK = 64,
+        Q_BLOCKS = LEN / BQ,
+        K_BLOCKS = LEN / BK
+    };
     uint16_t *q = random_halves((int64_t)LEN * D), *k = random_halves((int64_t)LEN * D);
     uint16_t *v = random_halves((int64_t)LEN * DV);
-    float *o = check_alloc((size_t)LEN * DV * sizeof *o), *lse = check_alloc((size_t)LEN * sizeof *lse);
-    const sparge_problem p = { 1, 1, 1, LEN, LEN, D, DV, .q = { q, SPARGE_F16, 0, 0, D },
-                               .k = { k, SPARGE_F16, 0, 0, D }, .v = { v, SPARGE_F16, 0, 0, DV } };
+    float *o = check_alloc((size_t)LEN * DV * sizeof *o),
+          *lse = check_alloc((size_t)LEN * sizeof *lse);
+    const sparge_problem p = {1,
+                              1,
+                              1,
+                              LEN,
+                              LEN,
+                              D,
+                              DV,
+                              .q = {q, SPARGE_F16, 0, 0, D},
+                              .k = {k, SPARGE_F16, 0, 0, D},
+                              .v = {v, SPARGE_F16, 0, 0, DV}};
     sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
     options.backend = SPARGE_REF;
     options.smooth_k = false;
@@ -993,7 +1046,7 @@ Test(properties, a_million_tokens)
     for (int64_t i = 0; i < Q_BLOCKS; i++)
         for (int64_t j = 0; j < 2; j++)
             sparge_mask_set(&mask, 0, 0, i, (2 * i + 5000 + j) % K_BLOCKS, true);
-    sparge_result result = { .o = { o, SPARGE_F32, 0, 0, DV }, .lse = lse };
+    sparge_result result = {.o = {o, SPARGE_F32, 0, 0, DV}, .lse = lse};
     sparge_error error;
     check(sparge_attend(&p, &options, &mask, &result, &error) == SPARGE_OK, "%s", error.text);
     check_equal(result.counts.pairs, (int64_t)Q_BLOCKS * K_BLOCKS);
@@ -1013,11 +1066,12 @@ Test(properties, a_million_tokens)
         part.v.data = v + key * DV;
         float part_o[BQ * DV], part_lse[BQ];
         static double want[BQ * DV], want_lse[BQ];
-        sparge_result part_result = { .o = { part_o, SPARGE_F32, 0, 0, DV }, .lse = part_lse };
+        sparge_result part_result = {.o = {part_o, SPARGE_F32, 0, 0, DV}, .lse = part_lse};
         check(sparge_attend(&part, &options, NULL, &part_result, NULL) == SPARGE_OK, "failed");
         check_same_as("o", o + i * BQ * DV, part_o, BQ * DV);
         check_same_as("lse", lse + i * BQ, part_lse, BQ);
-        check(sparge_oracle(&part, &options, NULL, SPARGE_ORACLE_CODES, want, want_lse, NULL, NULL) == SPARGE_OK,
+        check(sparge_oracle(&part, &options, NULL, SPARGE_ORACLE_CODES, want, want_lse, NULL,
+                            NULL) == SPARGE_OK,
               "failed");
         for (int64_t c = 0; c < DV; c++)
             check_close(o[t * DV + c], want[t % BQ * DV + c], 1e-5);

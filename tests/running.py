@@ -23,8 +23,10 @@ def listing():
 
 # What sparge says where a reason beside tau and topk keeps more than half of the visible blocks.
 HINT = "of the visible block pairs are kept whatever tau and topk are, since"
-HINTS = {"dissimilar_q": "their queries", "dissimilar_k": "their keys", "overflow": "not finite", "diagonal": "diagonal",
-         "sink": "sink"}
+HINTS = {
+    "dissimilar_q": "their queries", "dissimilar_k": "their keys", "overflow": "not finite",
+    "diagonal": "diagonal", "sink": "sink"
+}
 
 
 def hinted(x):
@@ -42,28 +44,33 @@ def keys_of(x):
     """All keys of an object, and of those in it."""
     if isinstance(x, list):
         return {key for part in x for key in keys_of(part)}
-    return {key for name, part in x.items() for key in {name} | keys_of(part)} if isinstance(x, dict) else set()
+    return {key for name, part in x.items()
+            for key in {name} | keys_of(part)} if isinstance(x, dict) else set()
 
 
 def explained(command, x):
     """Is every key of what a command prints in its section of tools/json.md?"""
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../tools/json.md")) as file:
-        sections = [part for part in file.read().split("\n## ") if f"`{command}" in part.split("\n")[0]]
+        sections = [
+            part for part in file.read().split("\n## ") if f"`{command}" in part.split("\n")[0]
+        ]
     check(len(sections) == 1, command, "a section of its own", sections)
-    check(not (missing := keys_of(x) - set(re.findall("`([a-z0-9_]+)`", sections[0]))), command, "keys explained", missing)
+    check(not (missing := keys_of(x) - set(re.findall("`([a-z0-9_]+)`", sections[0]))), command,
+          "keys explained", missing)
 
 
 def commands_of(program, called):
     """run, fine, wrong and keeps for a program; it is `called` so where it says what went wrong."""
     def run(*args, **how):
         done = subprocess.run([program, *(a if isinstance(a, bytes) else str(a) for a in args)],
-                              stdout=how.pop("stdout", subprocess.PIPE), stderr=how.pop("stderr", subprocess.PIPE),
-                              timeout=600, **how)
-        return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode(errors="replace")
+                              stdout=how.pop("stdout", subprocess.PIPE),
+                              stderr=how.pop("stderr", subprocess.PIPE), timeout=600, **how)
+        return done.returncode, (done.stdout or b"").decode(), (done.stderr or
+                                                                b"").decode(errors="replace")
 
     def fine(*args, code=FINE, says=(), **how):
-        """Runs what must work; its one JSON object. What it says beside that is nothing, or a line with these words; and
-        the hints that belong to the object."""
+        """Runs what must work; its one JSON object. What it says beside that is nothing, or a line
+        with these words; and the hints that belong to the object."""
         got, out, err = run(*args, **how)
         check(got == code, f"{args}: exit {code}", got, err)
         try:
@@ -74,11 +81,13 @@ def commands_of(program, called):
             x = {}
         lines = err.splitlines(keepends=True)
         hints, want = [line for line in lines if HINT in line], hinted(x)
-        check(len(hints) == len(want) and all(word in line for line, words in zip(hints, want) for word in words),
-              f"{args}: hints", hints, want)
+        check(
+            len(hints) == len(want) and all(word in line for line, words in zip(hints, want)
+                                            for word in words), f"{args}: hints", hints, want)
         err = "".join(line for line in lines if HINT not in line)
-        check(err.startswith(f"{called}: ") and err.count("\n") == 1 and all(w in err for w in says) if says else
-              err == "", f"{args}: says {says or 'nothing'}", repr(err))
+        check(
+            err.startswith(f"{called}: ") and err.count("\n") == 1 and all(w in err for w in says)
+            if says else err == "", f"{args}: says {says or 'nothing'}", repr(err))
         return x
 
     def wrong(code, words, *args, **how):
@@ -103,9 +112,10 @@ def commands_of(program, called):
 
 
 def at_work(args, begun, **how):
-    """Starts a program, and waits until begun(child) says that it is at work, or it has ended by itself. How long
-    that takes is no matter, if the work is long enough."""
-    child = subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+    """Starts a program, and waits until begun(child) says that it is at work, or it has ended by
+    itself. How long that takes is no matter, if the work is long enough."""
+    child = subprocess.Popen([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             **how)
     while child.poll() is None and not begun(child):
         time.sleep(0.002)
     return child

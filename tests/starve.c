@@ -1,5 +1,5 @@
-/* starve.c: the sparge program whose allocation number STARVE in the environment, from 0, fails; those that libraries
- * make before main begins do not count. */
+/* starve.c: the sparge program whose allocation number STARVE in the environment, from 0, fails;
+ * those that libraries make before main begins do not count. */
 #include <stdlib.h>
 
 #include "tests/heap.h"
@@ -9,7 +9,7 @@ int __wrap_main(int argc, char **argv);
 
 int __wrap_main(int argc, char **argv)
 {
-    const char *const which = getenv("STARVE");
+    const char *which = getenv("STARVE");
     if (which)
         heap_arm(atoll(which));
     return __real_main(argc, argv);

@@ -1,4 +1,5 @@
-/* threads.c: the cpu backend and the tuner under the thread sanitizer, whose runtime Criterion does not start under. With
+/* threads.c: the cpu backend and the tuner under the thread sanitizer, whose runtime Criterion does
+ * not start under. With
  * --race it plants a race of its own, to see that one would be seen. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,10 +48,7 @@ static bool tick(void *user, double done)
     return true;
 }
 
-static void count(void *user, int64_t head)
-{
-    *(double *)user += (double)head;
-}
+static void count(void *user, int64_t head) { *(double *)user += (double)head; }
 
 /* The same heads on four threads as on one, and no report; callbacks write to one place. */
 static int tune(const sparge_problem *whole)
@@ -74,7 +72,8 @@ static int tune(const sparge_problem *whole)
         }
     }
     for (int h = 0; h < HEADS; h++)
-        if (!heads[1][h].done || memcmp(&heads[0][h].knobs, &heads[1][h].knobs, sizeof heads[0][h].knobs) != 0) {
+        if (!heads[1][h].done ||
+            memcmp(&heads[0][h].knobs, &heads[1][h].knobs, sizeof heads[0][h].knobs) != 0) {
             fprintf(stderr, "four threads tuned head %d to something else than one\n", h);
             return 1;
         }
@@ -112,7 +111,8 @@ int main(int argc, char **argv)
         {k, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
         {v, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
     };
-    for (sparge_precision precision = SPARGE_INT8; precision <= SPARGE_FLOAT && !failed; precision++)
+    for (sparge_precision precision = SPARGE_INT8; precision <= SPARGE_FLOAT && !failed;
+         precision++)
         for (int causal = 0; causal < 2 && !failed; causal++) {
             sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
             options.backend = SPARGE_CPU;

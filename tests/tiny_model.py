@@ -1,6 +1,6 @@
-"""Tiny language models for the tests of sparge-lm: random weights, files of them in both formats, and a forward pass
-in float64 that shares nothing with the program but the papers (Llama: Touvron et al. 2023; rotation: Su et al. 2021,
-in the pairing of Hugging Face)."""
+"""Tiny language models for the tests of sparge-lm: random weights, files of them in both formats,
+and a forward pass in float64 that shares nothing with the program but the papers (Llama: Touvron et
+al. 2023; rotation: Su et al. 2021, in the pairing of Hugging Face)."""
 import json
 import os
 import struct
@@ -31,7 +31,8 @@ def draw(rng, kind, rows, columns, spread):
     assert columns % size == 0
     n = rows * columns // size
     def steps(per_code):
-        return (spread / per_code * rng.uniform(0.5, 1.5, n)).astype("<f2").view(np.uint8).reshape(n, 2)
+        return (spread / per_code * rng.uniform(0.5, 1.5, n)).astype("<f2").view(np.uint8).reshape(
+            n, 2)
     def code_bytes(count):
         return rng.integers(0, 256, (n, count), np.uint8)
     if kind == "Q8_0":
@@ -43,7 +44,8 @@ def draw(rng, kind, rows, columns, spread):
         if kind == "Q4_0":
             raw, x = [step, code], f16(step) * (both - 8)
         else:
-            low = (-7.5 * f16(step) + spread * rng.normal(0, 0.2, (n, 1))).astype("<f2").view(np.uint8).reshape(n, 2)
+            low = (-7.5 * f16(step) + spread * rng.normal(0, 0.2, (n, 1))).astype("<f2").view(
+                np.uint8).reshape(n, 2)
             raw, x = [step, low, code], f16(step) * both + f16(low)
     else:  # as ggml's dequantize_row_q6_K goes through it
         low, high, scale, step = code_bytes(128), code_bytes(64), code_bytes(16), steps(18.5 * 74)
@@ -62,13 +64,15 @@ def draw(rng, kind, rows, columns, spread):
 # ---- A model ---------------------------------------------------------------------------------
 
 class Model:
-    """Sizes, and random weights by the names of GGUF: raw is (type, shape, bytes) as it is in the file, w the values,
-    with the rows of q and k in halves."""
-    def __init__(self, seed=1, vocab=600, layers=2, dim=64, hidden=96, heads=4, kv_heads=2, head_dim=16, context=8192,
-                 theta=10000.0, eps=1e-5, architecture="llama", tied=False, name="tiny", kinds=None, usual="F32",
-                 interleaved=False, divisors=None):
+    """Sizes, and random weights by the names of GGUF: raw is (type, shape, bytes) as it is in the
+    file, w the values, with the rows of q and k in halves."""
+    def __init__(self, seed=1, vocab=600, layers=2, dim=64, hidden=96, heads=4, kv_heads=2,
+                 head_dim=16, context=8192, theta=10000.0, eps=1e-5, architecture="llama",
+                 tied=False, name="tiny", kinds=None, usual="F32", interleaved=False,
+                 divisors=None):
         self.__dict__.update((x, y) for x, y in locals().items() if x != "self")
-        self.rng, self.raw, self.w, self.divisor = np.random.default_rng(seed), {}, {}, np.ones(head_dim // 2)
+        self.rng, self.raw, self.w, self.divisor = np.random.default_rng(seed), {}, {}, np.ones(
+            head_dim // 2)
         width, narrow = heads * head_dim, kv_heads * head_dim
         self.add("token_embd.weight", vocab, dim, 1.0)
         self.add("output_norm.weight", None, dim, 0.2)
@@ -90,7 +94,8 @@ class Model:
                     self.add(f"{at}attn_{x}.bias", None, size, 1.0)
         if divisors is not None:
             self.divisor = np.asarray(divisors, np.float32).astype(np.float64)
-            self.raw["rope_freqs.weight"] = "F32", (head_dim // 2,), self.divisor.astype("<f4").tobytes()
+            self.raw["rope_freqs.weight"] = "F32", (head_dim //
+                                                    2, ), self.divisor.astype("<f4").tobytes()
 
     def kind_of(self, name):
         own = (k for part, k in (self.kinds or {}).items() if part in name)
@@ -99,7 +104,8 @@ class Model:
     def add(self, name, rows, columns, spread, turning=0):
         """rows None: a vector; of norms the mean is 1. turning: so many heads in neighbouring pairs, if they are."""
         norm, vector = "norm" in name, rows is None
-        kind = self.kind_of(name) if not vector else "F32" if self.usual not in ("F16", "BF16") else self.usual
+        kind = self.kind_of(name) if not vector else "F32" if self.usual not in (
+            "F16", "BF16") else self.usual
         raw, x = draw(self.rng, kind, rows or 1, columns, spread)
         if norm:
             x = x + 1
@@ -107,10 +113,12 @@ class Model:
             if kind == "BF16":
                 top = (top.view("<u4") >> 16 << 16).view("<f4")
             x = top.astype(np.float64)
-            raw = (top.view("<u4") >> 16).astype("<u2").tobytes() if kind == "BF16" else top.tobytes()
+            raw = (
+                top.view("<u4") >> 16).astype("<u2").tobytes() if kind == "BF16" else top.tobytes()
         self.raw[name] = kind, (columns,) if vector else (rows, columns), raw
         if turning and self.interleaved:
-            x = x.reshape(turning, self.head_dim // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            x = x.reshape(turning, self.head_dim // 2, 2,
+                          columns).swapaxes(1, 2).reshape(rows, columns)
         self.w[name] = x[0] if vector else x
 
     def replace(self, name, x):
@@ -125,7 +133,8 @@ class Model:
         w, n, d = self.w, len(token), self.head_dim
         x, seen = w["token_embd.weight"][token], []
         def norm(x, weight):
-            return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float64(np.float32(self.eps))) * w[weight]
+            return x / np.sqrt((x * x).mean(-1, keepdims=True) +
+                               np.float64(np.float32(self.eps))) * w[weight]
         def heads(x, count):
             return x.reshape(n, count, d).swapaxes(0, 1)
         turns = self.theta ** (-np.arange(0, d, 2) / d) / self.divisor
@@ -137,8 +146,9 @@ class Model:
         for layer in range(self.layers):
             at = f"blk.{layer}."
             h = norm(x, at + "attn_norm.weight")
-            q, k, v = (heads(h @ w[f"{at}attn_{y}.weight"].T + w.get(f"{at}attn_{y}.bias", 0.0), count)
-                       for y, count in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)))
+            q, k, v = (heads(h @ w[f"{at}attn_{y}.weight"].T + w.get(f"{at}attn_{y}.bias", 0.0),
+                             count) for y, count in (("q", self.heads), ("k", self.kv_heads),
+                                                     ("v", self.kv_heads)))
             q, k = rope(q), rope(k)
             seen.append((q, k, v))
             group = self.heads // self.kv_heads
@@ -149,40 +159,51 @@ class Model:
             x = x + o.swapaxes(0, 1).reshape(n, -1) @ w[at + "attn_output.weight"].T
             h = norm(x, at + "ffn_norm.weight")
             gate = h @ w[at + "ffn_gate.weight"].T
-            x = x + (gate / (1 + np.exp(-gate)) * (h @ w[at + "ffn_up.weight"].T)) @ w[at + "ffn_down.weight"].T
-        return norm(x, "output_norm.weight") @ w["token_embd.weight" if self.tied else "output.weight"].T, seen
+            x = x + (gate / (1 + np.exp(-gate)) *
+                     (h @ w[at + "ffn_up.weight"].T)) @ w[at + "ffn_down.weight"].T
+        return norm(
+            x,
+            "output_norm.weight") @ w["token_embd.weight" if self.tied else "output.weight"].T, seen
 
     # ---- Its files ----
 
     def keys(self, tokenizer=None):
         a = self.architecture
         return {
-            "general.architecture": a, "general.name": self.name, "some.list": [np.uint16(n) for n in range(9)],
-            f"{a}.block_count": np.uint32(self.layers), f"{a}.context_length": np.uint32(self.context),
-            f"{a}.embedding_length": np.uint32(self.dim), f"{a}.feed_forward_length": np.uint32(self.hidden),
-            f"{a}.attention.head_count": np.uint32(self.heads), "some.flag": True, "some.other": np.float64(0.5),
-            f"{a}.attention.head_count_kv": np.uint32(self.kv_heads), f"{a}.rope.freq_base": np.float32(self.theta),
-            f"{a}.attention.key_length": np.uint32(self.head_dim),
+            "general.architecture": a, "general.name": self.name, "some.list":
+            [np.uint16(n)
+             for n in range(9)], f"{a}.block_count": np.uint32(self.layers), f"{a}.context_length":
+            np.uint32(self.context), f"{a}.embedding_length": np.uint32(self.dim),
+            f"{a}.feed_forward_length": np.uint32(self.hidden), f"{a}.attention.head_count":
+            np.uint32(self.heads), "some.flag": True, "some.other": np.float64(0.5),
+            f"{a}.attention.head_count_kv": np.uint32(self.kv_heads), f"{a}.rope.freq_base":
+            np.float32(self.theta), f"{a}.attention.key_length": np.uint32(self.head_dim),
             f"{a}.attention.layer_norm_rms_epsilon": np.float32(self.eps), **(tokenizer or {}),
         }
 
     def gguf(self, path, tokenizer=None, change=None, **how):
         """change: other or further keys; one that is None is left out."""
-        keys = {k: v for k, v in {**self.keys(tokenizer), **(change or {})}.items() if v is not None}
+        keys = {
+            k: v for k, v in {**self.keys(tokenizer), **(change or {})}.items() if v is not None
+        }
         return write_gguf(path, keys, self.raw, **how)
 
     def folder(self, path, change=None, shards=1):
         """As Hugging Face has it."""
         os.mkdir(path)
-        config = dict(
-            model_type=self.architecture, num_hidden_layers=self.layers, hidden_size=self.dim,
-            intermediate_size=self.hidden, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim, max_position_embeddings=self.context, rms_norm_eps=self.eps,
-            rope_theta=self.theta, hidden_act="silu", tie_word_embeddings=self.tied)
+        config = dict(model_type=self.architecture, num_hidden_layers=self.layers,
+                      hidden_size=self.dim, intermediate_size=self.hidden,
+                      num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+                      head_dim=self.head_dim, max_position_embeddings=self.context,
+                      rms_norm_eps=self.eps, rope_theta=self.theta, hidden_act="silu",
+                      tie_word_embeddings=self.tied)
         config.update(change or {})
         write(f"{path}/config.json", json.dumps({k: v for k, v in config.items() if v is not ...}))
-        tensors = {theirs(name): raw for name, raw in self.raw.items() if name != "rope_freqs.weight"}
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = "F32", (2,), bytes(8)  # as old ones have it
+        tensors = {
+            theirs(name): raw for name, raw in self.raw.items() if name != "rope_freqs.weight"
+        }
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = "F32", (2, ), bytes(
+            8)  # as old ones have it
         if shards == 1:
             save_safetensors(f"{path}/model.safetensors", **tensors)
             return path
@@ -191,19 +212,23 @@ class Model:
             file = f"model-{n + 1:05}-of-{shards:05}.safetensors"
             save_safetensors(f"{path}/{file}", **{name: tensors[name] for name in names[n::shards]})
             place.update((name, file) for name in names[n::shards])
-        write(f"{path}/model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": place}))
+        write(f"{path}/model.safetensors.index.json",
+              json.dumps({"metadata": {}, "weight_map": place}))
         return path
 
 
 def theirs(name):
     """What Hugging Face calls a tensor."""
     if not name.startswith("blk."):
-        return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-                "output.weight": "lm_head.weight"}[name]
+        return {
+            "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight":
+            "model.norm.weight", "output.weight": "lm_head.weight"
+        }[name]
     _, layer, part, what = name.split(".")
     part = dict(attn_norm="input_layernorm", attn_q="self_attn.q_proj", attn_k="self_attn.k_proj",
-                attn_v="self_attn.v_proj", attn_output="self_attn.o_proj", ffn_norm="post_attention_layernorm",
-                ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj", ffn_down="mlp.down_proj")[part]
+                attn_v="self_attn.v_proj", attn_output="self_attn.o_proj",
+                ffn_norm="post_attention_layernorm", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj",
+                ffn_down="mlp.down_proj")[part]
     return f"model.layers.{layer}.{part}.{what}"
 
 
@@ -216,9 +241,11 @@ def surprise(logits, token):
 
 # ---- GGUF ------------------------------------------------------------------------------------
 
-SCALARS = {np.uint8: (0, "<B"), np.int8: (1, "<b"), np.uint16: (2, "<H"), np.int16: (3, "<h"), np.uint32: (4, "<I"),
-           np.int32: (5, "<i"), np.float32: (6, "<f"), bool: (7, "<?"), np.uint64: (10, "<Q"), np.int64: (11, "<q"),
-           np.float64: (12, "<d")}
+SCALARS = {
+    np.uint8: (0, "<B"), np.int8: (1, "<b"), np.uint16: (2, "<H"), np.int16: (3, "<h"), np.uint32:
+    (4, "<I"), np.int32: (5, "<i"), np.float32: (6, "<f"), bool: (7, "<?"), np.uint64: (10, "<Q"),
+    np.int64: (11, "<q"), np.float64: (12, "<d")
+}
 
 
 def gguf_string(text):
@@ -232,14 +259,15 @@ def gguf_value(x):
         return 8, gguf_string(x)
     if isinstance(x, list):
         items = [gguf_value(y) for y in x]
-        return 9, struct.pack("<IQ", items[0][0] if items else 8, len(items)) + b"".join(raw for _, raw in items)
+        return 9, struct.pack("<IQ", items[0][0] if items else 8, len(items)) + b"".join(
+            raw for _, raw in items)
     number, form = SCALARS[type(x)]
     return number, struct.pack(form, x)
 
 
 def gguf_bytes(keys, tensors, version=3, alignment=32, magic=b"GGUF"):
-    """tensors: by name a type (of ggml: a word, or its number), the shape, and bytes. They stand in another order
-    than their data."""
+    """tensors: by name a type (of ggml: a word, or its number), the shape, and bytes. They stand in
+    another order than their data."""
     if alignment != 32:
         keys = {**keys, "general.alignment": np.uint32(alignment)}
     head = magic + struct.pack("<IQQ", version, len(tensors), len(keys))
@@ -249,8 +277,10 @@ def gguf_bytes(keys, tensors, version=3, alignment=32, magic=b"GGUF"):
     data, table = b"", []
     for name, (kind, shape, raw) in tensors.items():
         data += bytes(-len(data) % alignment)
-        table.append(gguf_string(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape[::-1]) +
-                     struct.pack("<IQ", GGML.get(kind, kind), len(data)))
+        table.append(
+            gguf_string(name) + struct.pack("<I", len(shape)) +
+            struct.pack(f"<{len(shape)}Q", *shape[::-1]) +
+            struct.pack("<IQ", GGML.get(kind, kind), len(data)))
         data += raw
     head += b"".join(table[::-1])
     return head + bytes(-len(head) % alignment) + data

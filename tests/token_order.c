@@ -18,7 +18,7 @@ static int64_t image_of(const sparge_grid *grid) { return grid->t * grid->h * gr
 static int64_t *order_of(sparge_order order, const sparge_grid *grid, uint64_t seed)
 {
     const int64_t total = grid->text_before + image_of(grid) + grid->text_after;
-    int64_t *const index = malloc((size_t)(total + 1) * sizeof *index);
+    int64_t *index = malloc((size_t)(total + 1) * sizeof *index);
     cr_assert(index);
     memset(index, 0xff, (size_t)(total + 1) * sizeof *index);
     sparge_error error;
@@ -29,7 +29,7 @@ static int64_t *order_of(sparge_order order, const sparge_grid *grid, uint64_t s
 
 static bool is_permutation(const int64_t *index, int64_t len)
 {
-    bool *const seen = calloc((size_t)len + 1, 1);
+    bool *seen = calloc((size_t)len + 1, 1);
     cr_assert(seen);
     bool good = true;
     for (int64_t p = 0; p < len && good; p++) {
@@ -43,7 +43,7 @@ static bool is_permutation(const int64_t *index, int64_t len)
 
 static void expect_order(sparge_order order, sparge_grid grid, uint64_t seed, const int64_t *want)
 {
-    int64_t *const index = order_of(order, &grid, seed);
+    int64_t *index = order_of(order, &grid, seed);
     const int64_t total = grid.text_before + image_of(&grid) + grid.text_after;
     for (int64_t p = 0; p < total; p++)
         cr_expect_eq(index[p], want[p], "%s: place %lld has %lld, not %lld",
@@ -97,8 +97,8 @@ Test(token_order, text_keeps_its_place)
     const sparge_grid bare = {.t = 3, .h = 4, .w = 5};
     const sparge_grid full = {.t = 3, .h = 4, .w = 5, .text_before = 7, .text_after = 11};
     for (int order = 0; order < ORDERS; order++) {
-        int64_t *const without = order_of((sparge_order)order, &bare, 9);
-        int64_t *const with = order_of((sparge_order)order, &full, 9);
+        int64_t *without = order_of((sparge_order)order, &bare, 9);
+        int64_t *with = order_of((sparge_order)order, &full, 9);
         for (int64_t p = 0; p < 7 + 60 + 11; p++) {
             const bool text = p < 7 || p >= 7 + 60;
             cr_expect_eq(with[p], text ? p : 7 + without[p - 7], "%s, place %lld",
@@ -163,7 +163,7 @@ Test(token_order, random_scatters_large_grids)
 {
     const sparge_grid grid = {.t = 13, .h = 30, .w = 45};
     const int64_t n = image_of(&grid);
-    int64_t *const index = order_of(SPARGE_RANDOM, &grid, 2502);
+    int64_t *index = order_of(SPARGE_RANDOM, &grid, 2502);
     cr_expect(is_permutation(index, n));
     double moved = 0.0;
     for (int64_t p = 0; p < n; p++)
@@ -213,7 +213,7 @@ static tour tour_of(const sparge_grid *grid, const int64_t *index)
 /* Asks for unit steps through all of a grid, and a turn after `straight` of them at the latest. */
 static void expect_curve(sparge_grid grid, int64_t straight)
 {
-    int64_t *const index = order_of(SPARGE_HILBERT, &grid, 0);
+    int64_t *index = order_of(SPARGE_HILBERT, &grid, 0);
     const int t = (int)grid.t, h = (int)grid.h, w = (int)grid.w;
     cr_assert(is_permutation(index, image_of(&grid)), "%d x %d x %d: no permutation", t, h, w);
     const tour found = tour_of(&grid, index);
@@ -251,7 +251,7 @@ static int64_t spread(const sparge_grid *grid, const int64_t *index, int64_t run
 /* What the curve must not be: row-major order with every other row, and frame, turned round. */
 static int64_t *snake_of(const sparge_grid *grid)
 {
-    int64_t *const index = malloc((size_t)image_of(grid) * sizeof *index);
+    int64_t *index = malloc((size_t)image_of(grid) * sizeof *index);
     cr_assert(index);
     for (int64_t p = 0; p < image_of(grid); p++) {
         int64_t at[3];
@@ -268,8 +268,8 @@ static int64_t *snake_of(const sparge_grid *grid)
 Test(token_order, measures)
 {
     const sparge_grid grid = {.t = 1, .h = 3, .w = 4};
-    int64_t *const row = order_of(SPARGE_ROW_MAJOR, &grid, 0);
-    int64_t *const snake = snake_of(&grid);
+    int64_t *row = order_of(SPARGE_ROW_MAJOR, &grid, 0);
+    int64_t *snake = snake_of(&grid);
     const int64_t by_hand[] = {0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11};
     cr_expect_arr_eq(snake, by_hand, sizeof by_hand);
 
@@ -303,8 +303,8 @@ Test(token_order, hilbert_is_hilberts)
 Test(token_order, hilbert_fills_squares_and_cubes)
 {
     const sparge_grid square = {.t = 1, .h = 64, .w = 64}, cube = {.t = 32, .h = 32, .w = 32};
-    int64_t *const flat = order_of(SPARGE_HILBERT, &square, 0);
-    int64_t *const solid = order_of(SPARGE_HILBERT, &cube, 0);
+    int64_t *flat = order_of(SPARGE_HILBERT, &square, 0);
+    int64_t *solid = order_of(SPARGE_HILBERT, &cube, 0);
     for (int64_t side = 2; side <= 32; side *= 2) {
         const int64_t squares = 64 * 64 / (side * side);
         const int64_t cubes = 32 * 32 * 32 / (side * side * side);
@@ -353,8 +353,8 @@ Test(token_order, hilbert_of_large_boxes)
 Test(token_order, hilbert_of_figure_5)
 {
     const sparge_grid grid = {.t = 1, .h = 6, .w = 6};
-    int64_t *const hilbert = order_of(SPARGE_HILBERT, &grid, 0);
-    int64_t *const row = order_of(SPARGE_ROW_MAJOR, &grid, 0);
+    int64_t *hilbert = order_of(SPARGE_HILBERT, &grid, 0);
+    int64_t *row = order_of(SPARGE_ROW_MAJOR, &grid, 0);
     cr_expect_eq(spread(&grid, hilbert, 4), 9 * 2);
     cr_expect_eq(spread(&grid, row, 4), 6 * 3 + 3 * 6); /* a third of them wrap round */
     free(hilbert);
@@ -364,9 +364,9 @@ Test(token_order, hilbert_of_figure_5)
 /* At most `hilbert` over runs of 64 tokens, where row-major order and a snake have so much. */
 static void expect_locality(sparge_grid grid, int64_t hilbert, int64_t row, int64_t snake)
 {
-    int64_t *const by_hilbert = order_of(SPARGE_HILBERT, &grid, 0);
-    int64_t *const by_row = order_of(SPARGE_ROW_MAJOR, &grid, 0);
-    int64_t *const by_snake = snake_of(&grid);
+    int64_t *by_hilbert = order_of(SPARGE_HILBERT, &grid, 0);
+    int64_t *by_row = order_of(SPARGE_ROW_MAJOR, &grid, 0);
+    int64_t *by_snake = snake_of(&grid);
     const int64_t found = spread(&grid, by_hilbert, 64);
     cr_expect_leq(found, hilbert, "%lld where %lld is known", (long long)found, (long long)hilbert);
     cr_expect_eq(spread(&grid, by_row, 64), row);
@@ -523,7 +523,7 @@ Test(token_order, rows_return_from_every_order)
     const sparge_in in = {first, SPARGE_F32, 0, 0, 1}, again = {there, SPARGE_F32, 0, 0, 1};
     const sparge_out out = {there, SPARGE_F32, 0, 0, 1}, home = {back, SPARGE_F32, 0, 0, 1};
     for (int order = 0; order < ORDERS; order++) {
-        int64_t *const index = order_of((sparge_order)order, &grid, 1);
+        int64_t *index = order_of((sparge_order)order, &grid, 1);
         cr_expect_eq(sparge_permute(&in, &out, 1, 1, TOKENS, 1, index, NULL), SPARGE_OK);
         for (int p = 0; p < TOKENS; p++)
             cr_expect_eq((int64_t)there[p], index[p]);

@@ -1,5 +1,6 @@
-/* tune.c: what the tuner knows without calling attention against whole calls of it, what it chooses against
- * the whole grid by whole calls, and what becomes of heads whose answer is known beforehand. */
+/* tune.c: what the tuner knows without calling attention against whole calls of it, what it chooses
+ * against the whole grid by whole calls, and what becomes of heads whose answer is known
+ * beforehand. */
 #include "tune/tune.h"
 
 #include <math.h>
@@ -15,10 +16,12 @@ TestSuite(tune);
 
 enum { LAST_SHARE = TUNE_SHARES - 1, LAST_LAMBDA = TUNE_LAMBDAS - 1 };
 
-/* ---- Inputs in which every threshold matters ------------------------------------------------------ */
+/* ---- Inputs in which every threshold matters
+ * ------------------------------------------------------ */
 
-/* Runs of tokens about as long as a block, each around a centre of its own, some close to it and some far
- * away, at most `noisy`: blocks are similar to every degree. `spread` is how far the centres lie apart. */
+/* Runs of tokens about as long as a block, each around a centre of its own, some close to it and
+ * some far away, at most `noisy`: blocks are similar to every degree. `spread` is how far the
+ * centres lie apart. */
 static void cluster(tensor *t, int64_t run, float spread, float noisy)
 {
     float centre[512];
@@ -39,7 +42,8 @@ static void cluster(tensor *t, int64_t run, float spread, float noisy)
 static problem clustered(const shape *s, int64_t run_q, int64_t run_k, float spread)
 {
     problem x = problem_make(s);
-    cluster(&x.q, run_q, spread, 0.6f); /* a block of queries that is not similar keeps everything */
+    cluster(&x.q, run_q, spread,
+            0.6f); /* a block of queries that is not similar keeps everything */
     cluster(&x.k, run_k, spread, 2.0f);
     cluster(&x.v, run_k, 1.0f, 1.0f);
     problem_write(&x);
@@ -90,7 +94,8 @@ static sparge_knobs knobs_at(int theta, int share, int lambda, bool topk)
     return tune_knobs((tune_choice){theta, share, lambda}, topk);
 }
 
-/* ---- The grid --------------------------------------------------------------------------------------- */
+/* ---- The grid
+ * --------------------------------------------------------------------------------------- */
 
 Test(tune, the_grid)
 {
@@ -121,7 +126,8 @@ Test(tune, the_grid)
           "by topk");
 }
 
-/* ---- Curves against whole calls --------------------------------------------------------------------- */
+/* ---- Curves against whole calls
+ * --------------------------------------------------------------------- */
 
 static bool goes_on(void *user, double units)
 {
@@ -136,8 +142,9 @@ typedef struct seen {
     double far, lambda_far;
 } seen;
 
-/* How far a curve may be from a whole call: both add the same products of the same codes in f32, in another
- * order, and the curve goes through lse, whose rounding is 2^-24 of it. `loose`: relative to the output. */
+/* How far a curve may be from a whole call: both add the same products of the same codes in f32, in
+ * another order, and the curve goes through lse, whose rounding is 2^-24 of it. `loose`: relative
+ * to the output. */
 static const double tight = 1e-5, loose = 2e-6;
 
 static void same_error(const char *what, double got, double want, double *far)
@@ -203,13 +210,15 @@ static void tally(const tune_point *point, seen *s)
 {
     for (int theta = 0; theta < TUNE_THETAS; theta++)
         for (int n = 1; n < TUNE_SHARES; n++)
-            s->by_share += point[theta * TUNE_SHARES + n].kept != point[theta * TUNE_SHARES + n - 1].kept;
+            s->by_share +=
+                point[theta * TUNE_SHARES + n].kept != point[theta * TUNE_SHARES + n - 1].kept;
     for (int theta = 1; theta < TUNE_THETAS; theta++)
         s->by_theta += theta_moves(point, theta);
 }
 
 /* One head of one element of the batch of a problem, at some places of both curves. */
-static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool topk, int places, seen *s)
+static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool topk, int places,
+                                   seen *s)
 {
     sparge_error error;
     tune_input input;
@@ -226,7 +235,8 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
     for (int n = 0; n < places; n++) {
         const int theta = n == 0 ? 0 : interesting_theta(point);
         const int share = n == 0 ? LAST_SHARE : interesting_share(point, theta);
-        const char *place = check_text("theta %d share %d of head %lld", theta, share, (long long)at);
+        const char *place =
+            check_text("theta %d share %d of head %lld", theta, share, (long long)at);
         answer a = whole(x, knobs_at(theta, share, LAST_LAMBDA, topk));
         const tune_point *p = &point[theta * TUNE_SHARES + share];
         const int64_t kept = a.head[at].qk_done;
@@ -240,27 +250,29 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
         sparge_knobs knobs = knobs_at(theta, share, LAST_LAMBDA, topk);
         tune_point by_lambda[TUNE_LAMBDAS];
         double mask_kept;
-        check(tune_lambda_curve(&input, &knobs, by_lambda, &mask_kept, &watch, &error) == SPARGE_OK, "%s",
-              error.text);
+        check(tune_lambda_curve(&input, &knobs, by_lambda, &mask_kept, &watch, &error) == SPARGE_OK,
+              "%s", error.text);
         check_equal(mask_kept, (double)kept);
-        check_close(by_lambda[LAST_LAMBDA].kept, mask_kept, 1e-9 * mask_kept); /* a sum of shares of rows */
+        check_close(by_lambda[LAST_LAMBDA].kept, mask_kept,
+                    1e-9 * mask_kept); /* a sum of shares of rows */
         for (int m = 1; m < TUNE_LAMBDAS; m++)
             s->by_lambda += by_lambda[m].kept != by_lambda[m - 1].kept;
         for (int m = 0; m < 2; m++) {
             const int lambda = n == 1 && m == 1 ? LAST_LAMBDA : interesting_lambda(by_lambda);
             knobs.lambda = tune_lambda(lambda);
-            place =
-                check_text("theta %d share %d lambda %d of head %lld", theta, share, lambda, (long long)at);
+            place = check_text("theta %d share %d lambda %d of head %lld", theta, share, lambda,
+                               (long long)at);
             a = whole(x, knobs);
             check_equal(a.head[at].qk_done, kept);
             check(fabs(by_lambda[lambda].kept - a.head[at].pv_done) <= 1e-9 * (1.0 + mask_kept),
                   "%s: %.12g by the curve, %.12g by a whole call", place, by_lambda[lambda].kept,
                   a.head[at].pv_done);
             const double l1_whole = relative_l1(&a, &want, b, h);
-            same_error(place, tune_relative(&input, by_lambda[lambda].error), l1_whole, &s->lambda_far);
+            same_error(place, tune_relative(&input, by_lambda[lambda].error), l1_whole,
+                       &s->lambda_far);
             check(tune_evaluate(&input, &knobs, &call, &error) == SPARGE_OK, "%s", error.text);
-            check(fabs(call.l1 - l1_whole) <= 1e-12 + 1e-9 * l1_whole, "%s: evaluated as %.12g, is %.12g", place,
-                  call.l1, l1_whole);
+            check(fabs(call.l1 - l1_whole) <= 1e-12 + 1e-9 * l1_whole,
+                  "%s: evaluated as %.12g, is %.12g", place, call.l1, l1_whole);
             check_equal(call.nan + call.inf, 0);
             check_equal(call.sparsity, sparge_sparsity(&a.head[at]));
             s->places++;
@@ -290,9 +302,9 @@ static problem problem_at_random(int64_t turn)
         q_len = k_len;
     if (causal == SPARGE_CAUSAL_START && q_len > k_len)
         q_len = k_len;
-    shape s =
-        shape_of(large ? 1 : check_int(1, 2), kv * group, kv, q_len, k_len, check_int(1, large ? 24 : 70),
-                 large || check_int(0, 5) ? check_int(1, large ? 9 : 40) : check_int(257, 300));
+    shape s = shape_of(
+        large ? 1 : check_int(1, 2), kv * group, kv, q_len, k_len, check_int(1, large ? 24 : 70),
+        large || check_int(0, 5) ? check_int(1, large ? 9 : 40) : check_int(257, 300));
     s.q = dtype_at_random();
     s.k = dtype_at_random();
     s.v = dtype_at_random();
@@ -301,9 +313,9 @@ static problem problem_at_random(int64_t turn)
     s.layout_v = layout_at_random();
     /* Scores of a few units, so that neither one key nor all of them are everything. */
     const float spread = sqrtf(check_uniform(0.3f, 4.0f) / sqrtf((float)s.dim));
-    problem x =
-        clustered(&s, check_int(0, 2) ? side[0] : side[0] + 3, check_int(0, 2) ? side[1] : side[1] + 3,
-                  spread * powf((float)s.dim, 0.25f) * 0.9f);
+    problem x = clustered(&s, check_int(0, 2) ? side[0] : side[0] + 3,
+                          check_int(0, 2) ? side[1] : side[1] + 3,
+                          spread * powf((float)s.dim, 0.25f) * 0.9f);
     x.o.block_q = side[0];
     x.o.block_k = side[1];
     x.o.causal = causal;
@@ -328,28 +340,31 @@ static void sweep(const char *name, int64_t from, int64_t end)
         check_case("%s, %lld", name, (long long)turn);
         problem x = problem_at_random(turn);
         const bool topk = check_int(0, 2) == 0;
-        check_case("%s, %lld: %lldx%lld blocks of %lldx%lld, causal %d, qk %d pv %d, %s, topk %d, sink %d, "
+        check_case("%s, %lld: %lldx%lld blocks of %lldx%lld, causal %d, qk %d pv %d, %s, topk %d, "
+                   "sink %d, "
                    "smooth %d",
                    name, (long long)turn, (long long)x.p.q_len, (long long)x.p.k_len,
                    (long long)x.o.block_q, (long long)x.o.block_k, (int)x.o.causal, (int)x.o.qk,
                    (int)x.o.pv, sparge_backend_string(x.o.backend), topk, x.o.sink, x.o.smooth_k);
-        curves_are_whole_calls(&x, check_int(0, x.p.batch - 1), check_int(0, x.p.heads - 1), topk, 4, &s);
+        curves_are_whole_calls(&x, check_int(0, x.p.batch - 1), check_int(0, x.p.heads - 1), topk,
+                               4, &s);
         problem_free(&x);
     }
-    cr_log_info(
-        "%lld places; %lld steps by share, %lld by theta, %lld by lambda; %.3g and %.3g of the bound",
-        (long long)s.places, (long long)s.by_share, (long long)s.by_theta, (long long)s.by_lambda, s.far,
-        s.lambda_far);
+    cr_log_info("%lld places; %lld steps by share, %lld by theta, %lld by lambda; %.3g and %.3g of "
+                "the bound",
+                (long long)s.places, (long long)s.by_share, (long long)s.by_theta,
+                (long long)s.by_lambda, s.far, s.lambda_far);
     const int64_t turns = end - from;
     check(s.by_share > 40 * turns && s.by_theta > turns && s.by_lambda > 8 * turns,
-          "the inputs move too little: %lld, %lld, %lld", (long long)s.by_share, (long long)s.by_theta,
-          (long long)s.by_lambda);
+          "the inputs move too little: %lld, %lld, %lld", (long long)s.by_share,
+          (long long)s.by_theta, (long long)s.by_lambda);
 }
 
 Test(tune, curves_are_whole_calls) { sweep("curves", 0, 81); }
 
-/* Blocks may lie so far apart that the best of those that are kept weighs nothing beside one that is not:
- * the error is that of their own softmax. Scores in their hundreds are known to 2^-15 alone. */
+/* Blocks may lie so far apart that the best of those that are kept weighs nothing beside one that
+ * is not: the error is that of their own softmax. Scores in their hundreds are known to 2^-15
+ * alone. */
 Test(tune, scores_far_apart)
 {
     double worst = 0.0, far = 0.0;
@@ -386,7 +401,8 @@ Test(tune, scores_far_apart)
     check(worst > 0.5, "nothing is far apart");
 }
 
-/* ---- Against the whole grid by whole calls ---------------------------------------------------------- */
+/* ---- Against the whole grid by whole calls
+ * ---------------------------------------------------------- */
 
 /* One head of some small inputs, each with a batch of 1. */
 typedef struct bench {
@@ -459,8 +475,8 @@ static const double near = 3e-5;
 /* The best place of the grid, as sparge.h has it, over some of the inputs. */
 typedef struct best {
     double sparsity, error; /* of the mask, error the worst over the inputs */
-    double least, most;     /* the sparsities of masks with the bound a bit lower and a bit higher */
-    bool none;              /* but dense */
+    double least, most; /* the sparsities of masks with the bound a bit lower and a bit higher */
+    bool none;          /* but dense */
 } best;
 
 static double mean_sparsity(worth *const *w, const bool *in, int64_t count, int at)
@@ -483,11 +499,13 @@ static double worst_error(worth *const *w, const bool *in, int64_t count, int at
     return worst;
 }
 
-static best best_mask(worth *const *w, const bool *in, int64_t count, const sparge_tune_options *how)
+static best best_mask(worth *const *w, const bool *in, int64_t count,
+                      const sparge_tune_options *how)
 {
     best b = {0.0, INFINITY, 0.0, 0.0, true};
     for (int at = 0; at < TUNE_THETAS * TUNE_SHARES; at++) {
-        const double sparsity = mean_sparsity(w, in, count, at), error = worst_error(w, in, count, at);
+        const double sparsity = mean_sparsity(w, in, count, at),
+                     error = worst_error(w, in, count, at);
         if (how->sparsity > 0.0) {
             if (sparsity >= how->sparsity && error < b.error)
                 b = (best){sparsity, error, 0.0, 0.0, false};
@@ -547,20 +565,21 @@ static sparge_tune_errors errors_of(const bench *b, const bool *in, const sparge
     return e;
 }
 
-static void same_errors(const char *name, const sparge_tune_errors *got, const sparge_tune_errors *want)
+static void same_errors(const char *name, const sparge_tune_errors *got,
+                        const sparge_tune_errors *want)
 {
-    check(got->inputs == want->inputs, "%s: %lld inputs, should be %lld", name, (long long)got->inputs,
-          (long long)want->inputs);
+    check(got->inputs == want->inputs, "%s: %lld inputs, should be %lld", name,
+          (long long)got->inputs, (long long)want->inputs);
     if (want->inputs == 0) {
         check(isnan(got->mean) && isnan(got->worst), "%s: errors of no input", name);
         return;
     }
-    check(fabs(got->mean - want->mean) <= 1e-9 * want->mean, "%s: mean %.12g, should be %.12g", name,
-          got->mean, want->mean);
-    check(fabs(got->worst - want->worst) <= 1e-9 * want->worst, "%s: worst %.12g, should be %.12g", name,
-          got->worst, want->worst);
-    check(fabs(got->sparsity - want->sparsity) <= 1e-12, "%s: sparsity %.12g, should be %.12g", name,
-          got->sparsity, want->sparsity);
+    check(fabs(got->mean - want->mean) <= 1e-9 * want->mean, "%s: mean %.12g, should be %.12g",
+          name, got->mean, want->mean);
+    check(fabs(got->worst - want->worst) <= 1e-9 * want->worst, "%s: worst %.12g, should be %.12g",
+          name, got->worst, want->worst);
+    check(fabs(got->sparsity - want->sparsity) <= 1e-12, "%s: sparsity %.12g, should be %.12g",
+          name, got->sparsity, want->sparsity);
 }
 
 static int place_of(float x, float (*of)(int), int count)
@@ -588,13 +607,13 @@ static bool skips_nothing(const bench *b, const bool *in, sparge_knobs mask, int
 }
 
 /* What the tuner chose for the inputs `in`, against the whole grid. */
-static void is_best(const bench *b, worth *const *masks, const bool *in, const sparge_tune_options *how,
-                    const sparge_knobs *knobs)
+static void is_best(const bench *b, worth *const *masks, const bool *in,
+                    const sparge_tune_options *how, const sparge_knobs *knobs)
 {
     const best want = best_mask(masks, in, b->count, how);
     const int theta = place_of(knobs->theta, theta_of, TUNE_THETAS);
-    const int share =
-        place_of(how->topk && knobs->topk != SPARGE_OFF ? knobs->topk : knobs->tau, share_of, TUNE_SHARES);
+    const int share = place_of(how->topk && knobs->topk != SPARGE_OFF ? knobs->topk : knobs->tau,
+                               share_of, TUNE_SHARES);
     const int lambda = place_of(knobs->lambda, lambda_of, TUNE_LAMBDAS);
     if (want.none && how->sparsity > 0.0) { /* then the sparsest */
         const int at = theta * TUNE_SHARES + share;
@@ -612,7 +631,8 @@ static void is_best(const bench *b, worth *const *masks, const bool *in, const s
         check(theta == 0 && share == LAST_SHARE, "the mask is not dense");
         check(lambda == LAST_LAMBDA || (holds && lambda >= most && lambda <= least),
               "lambda %d, should be %d", lambda, most);
-        check(lambda < LAST_LAMBDA || !holds || skips_nothing(b, in, mask, least), "lambda would skip something");
+        check(lambda < LAST_LAMBDA || !holds || skips_nothing(b, in, mask, least),
+              "lambda would skip something");
         return;
     }
     check((knobs->topk == SPARGE_OFF) == !how->topk && (knobs->tau == SPARGE_OFF) == how->topk,
@@ -622,21 +642,24 @@ static void is_best(const bench *b, worth *const *masks, const bool *in, const s
                  error = worst_error(masks, in, b->count, at);
     if (how->sparsity > 0.0) {
         check(sparsity >= how->sparsity, "sparsity %.9g is not enough", sparsity);
-        check(error <= want.error * (1.0 + near) + 1e-6, "error %.9g, there is %.9g", error, want.error);
+        check(error <= want.error * (1.0 + near) + 1e-6, "error %.9g, there is %.9g", error,
+              want.error);
         check_equal(lambda, (int)LAST_LAMBDA);
         return;
     }
     check(error < how->l1 * (1.0 + near), "error %.9g is above l1", error);
     check(sparsity >= want.least - 1e-12 && sparsity <= want.most + 1e-12,
-          "sparsity %.9g at theta %d share %d, the best is %.9g", sparsity, theta, share, want.sparsity);
+          "sparsity %.9g at theta %d share %d, the best is %.9g", sparsity, theta, share,
+          want.sparsity);
     if (want.least == want.most) /* of equal ones that of the least error */
-        check(error <= want.error * (1.0 + near) + 1e-6, "error %.9g at theta %d share %d, there is %.9g",
-              error, theta, share, want.error);
+        check(error <= want.error * (1.0 + near) + 1e-6,
+              "error %.9g at theta %d share %d, there is %.9g", error, theta, share, want.error);
     const sparge_knobs mask = knobs_at(theta, share, LAST_LAMBDA, how->topk);
     const int most = best_lambda(b, in, mask, how->l2 * (1.0 + near));
     const int least = best_lambda(b, in, mask, how->l2 * (1.0 - near));
-    check(lambda == LAST_LAMBDA ? skips_nothing(b, in, mask, least)
-                                : lambda >= most && lambda <= least && !skips_nothing(b, in, mask, lambda),
+    check(lambda == LAST_LAMBDA
+              ? skips_nothing(b, in, mask, least)
+              : lambda >= most && lambda <= least && !skips_nothing(b, in, mask, lambda),
           "lambda %d, should be %d or up to %d", lambda, most, least);
 }
 
@@ -652,8 +675,8 @@ static void disturb(tensor *t, const tensor *from, float by)
         t->x[n] = from->x[n] + by * check_normal();
 }
 
-/* Queries that look at some clusters of keys more than at others; inputs after the first differ from it by
- * so much noise. */
+/* Queries that look at some clusters of keys more than at others; inputs after the first differ
+ * from it by so much noise. */
 static bench bench_at_random(int64_t count, float noise)
 {
     bench b = {.count = count, .o = sparge_options_default(SPARGE_RULES_DEFAULT)};
@@ -728,10 +751,12 @@ Test(tune, the_best_of_the_grid_by_topk) { against_the_grid("grid", 1, true, 3);
 Test(tune, the_best_of_the_grid_for_two_inputs) { against_the_grid("grid", 2, false, 2); }
 Test(tune, the_best_of_the_grid_for_three_inputs) { against_the_grid("grid", 3, true, 2); }
 
-/* ---- Inputs that are held out -------------------------------------------------------------------------
+/* ---- Inputs that are held out
+ * -------------------------------------------------------------------------
  */
 
-/* The inputs of a bench in another order: the ones before `last` and those after it, then `last`. */
+/* The inputs of a bench in another order: the ones before `last` and those after it, then `last`.
+ */
 static bench bench_without(const bench *b, int64_t last)
 {
     bench other = *b;
@@ -746,7 +771,8 @@ static bench bench_without(const bench *b, int64_t last)
     return other;
 }
 
-/* Without it (on the others), on it: the same as tuning on the others alone and calling attention by hand.
+/* Without it (on the others), on it: the same as tuning on the others alone and calling attention
+ * by hand.
  */
 Test(tune, each_input_is_left_out_in_turn)
 {
@@ -780,7 +806,8 @@ Test(tune, each_input_is_left_out_in_turn)
                 const worth w = worth_of(&b, n, 0, single.knobs);
                 check_close(without.held_out_first.mean, w.error, 1e-9 * w.error);
                 check_equal(single.held_out.inputs, (int64_t)0);
-                check(isnan(single.held_out.mean) && isnan(single.held_out.worst), "errors of no input");
+                check(isnan(single.held_out.mean) && isnan(single.held_out.worst),
+                      "errors of no input");
             }
             want.mean += without.held_out_first.mean / (double)count;
             want.worst = fmax(want.worst, without.held_out_first.worst);
@@ -795,7 +822,8 @@ Test(tune, each_input_is_left_out_in_turn)
     check(sparse >= 4, "%lld heads were more than dense", (long long)sparse);
 }
 
-/* ---- Backing off ---------------------------------------------------------------------------------------
+/* ---- Backing off
+ * ---------------------------------------------------------------------------------------
  */
 
 /* Does the error hold l2 over all inputs, by whole calls? */
@@ -807,8 +835,8 @@ static double worst_of(const bench *b, sparge_knobs knobs)
     return worst;
 }
 
-/* One input to tune on and others that are held out. The choice is that of the first alone; then, in this
- * order and no further than needed: lambda lowered, the share raised, dense. */
+/* One input to tune on and others that are held out. The choice is that of the first alone; then,
+ * in this order and no further than needed: lambda lowered, the share raised, dense. */
 static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_options *how)
 {
     bench first = *b;
@@ -850,7 +878,8 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
             continue;
         if (!memcmp(&t.knobs, &lowered, sizeof lowered)) {
             check_equal((int)t.back_off, (int)SPARGE_LAMBDA_LOWERED);
-            check(worst_of(b, lowered) <= how->l2, "lowered, but the error is %.9g", worst_of(b, lowered));
+            check(worst_of(b, lowered) <= how->l2, "lowered, but the error is %.9g",
+                  worst_of(b, lowered));
             return t.back_off;
         }
         check(worst_of(b, lowered) > how->l2 * (1.0 - near), "lambda %d would do: %.9g", n,
@@ -862,7 +891,8 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
         *(how->topk ? &raised.topk : &raised.tau) = tune_share(n);
         if (!memcmp(&t.knobs, &raised, sizeof raised)) {
             check_equal((int)t.back_off, (int)SPARGE_TAU_RAISED);
-            check(worst_of(b, raised) <= how->l2, "raised, but the error is %.9g", worst_of(b, raised));
+            check(worst_of(b, raised) <= how->l2, "raised, but the error is %.9g",
+                  worst_of(b, raised));
             return t.back_off;
         }
         check(worst_of(b, raised) > how->l2 * (1.0 - near), "share %d would do: %.9g", n,
@@ -895,13 +925,14 @@ Test(tune, backs_off_no_further_than_needed)
           "not every stage");
 }
 
-/* ---- Heads whose answer is known ------------------------------------------------------------------------
+/* ---- Heads whose answer is known
+ * ------------------------------------------------------------------------
  */
 
 enum { SIDE = 8, DIM = 16 };
 
-/* A bit of noise in q and k, to which directions are added; block n of v is 1 in channel n % 8. No mean is
- * taken off, and a score is q . k. */
+/* A bit of noise in q and k, to which directions are added; block n of v is 1 in channel n % 8. No
+ * mean is taken off, and a score is q . k. */
 static bench bench_of(int64_t q_blocks, int64_t k_blocks)
 {
     bench b = {.count = 1, .o = sparge_options_default(SPARGE_RULES_DEFAULT)};
@@ -940,11 +971,12 @@ static sparge_tuned keeps(bench *b, double l1, double l2, int64_t pairs)
     const sparge_tuned t = tuned(b, &how);
     answer a = whole(&b->x[0], t.knobs);
     check(a.head->qk_done == pairs, "keeps %lld of %lld pairs, should be %lld; theta %g tau %g",
-          (long long)a.head->qk_done, (long long)a.head->pairs, (long long)pairs, (double)t.knobs.theta,
-          (double)t.knobs.tau);
+          (long long)a.head->qk_done, (long long)a.head->pairs, (long long)pairs,
+          (double)t.knobs.theta, (double)t.knobs.tau);
     const double l1_whole = relative_l1(&a, &b->dense[0], 0, 0);
     check(l1_whole <= l2, "relative L1 %.9g", l1_whole);
-    check(t.dense == (pairs == a.head->pairs && a.head->pv_done == (double)pairs), "dense is %d", t.dense);
+    check(t.dense == (pairs == a.head->pairs && a.head->pv_done == (double)pairs), "dense is %d",
+          t.dense);
     answer_free(&a);
     return t;
 }
@@ -979,8 +1011,9 @@ Test(tune, a_sink)
     }
 }
 
-/* Everybody looks at its own block and a bit less at the one before; all that is older hardly matters.
- * TopCdf keeps the two, but in the second row, where they are all the mass there is and the older one goes.
+/* Everybody looks at its own block and a bit less at the one before; all that is older hardly
+ * matters. TopCdf keeps the two, but in the second row, where they are all the mass there is and
+ * the older one goes.
  */
 Test(tune, a_local_window)
 {
@@ -1009,8 +1042,8 @@ Test(tune, a_uniform_head_stays_dense)
     bench_end(&b);
 }
 
-/* One key that everybody looks at hides among keys that point away: only where its block does not count as
- * similar is it kept, and then little else is needed. Of its cosines 36 of 64 agree. */
+/* One key that everybody looks at hides among keys that point away: only where its block does not
+ * count as similar is it kept, and then little else is needed. Of its cosines 36 of 64 agree. */
 Test(tune, a_hidden_key_asks_for_theta)
 {
     check_case("hidden key");
@@ -1040,8 +1073,8 @@ Test(tune, lambda_alone)
     bench_end(&b);
 }
 
-/* Blocks that nobody looks at in the first input, of so little mass that no tau below 1 brings them back;
- * in the second one of them hides the key that takes everything. */
+/* Blocks that nobody looks at in the first input, of so little mass that no tau below 1 brings them
+ * back; in the second one of them hides the key that takes everything. */
 Test(tune, an_input_that_disagrees_leaves_the_head_dense)
 {
     for (int topk = 0; topk < 2; topk++) {
@@ -1061,7 +1094,8 @@ Test(tune, an_input_that_disagrees_leaves_the_head_dense)
         bench_begin(&b);
         const sparge_tune_options how = {.l1 = 0.05, .l2 = 0.06, .held_out = 1, .topk = topk};
         /* a topk of almost 1 is all of 5 */
-        check_equal((int)backs_off_rightly(&b, &how), (int)(topk ? SPARGE_TAU_RAISED : SPARGE_LEFT_DENSE));
+        check_equal((int)backs_off_rightly(&b, &how),
+                    (int)(topk ? SPARGE_TAU_RAISED : SPARGE_LEFT_DENSE));
         bench_end(&b);
     }
 }
@@ -1071,7 +1105,8 @@ Test(tune, an_input_that_disagrees_leaves_the_head_dense)
 
 enum { HEADS = 6, KV_HEADS = 3 };
 
-/* Two inputs of six heads on three key heads, of two lengths and batches; head `spoilt` is not finite. */
+/* Two inputs of six heads on three key heads, of two lengths and batches; head `spoilt` is not
+ * finite. */
 typedef struct model {
     problem x[2];
     sparge_problem p[2];
@@ -1115,7 +1150,8 @@ static void same_tuned(const sparge_tuned *got, const sparge_tuned *want)
           "flags");
     check_same_as("knobs", &got->knobs.theta, &want->knobs.theta, 4);
     const sparge_tune_errors *const a[] = {&got->in_sample, &got->held_out, &got->held_out_first};
-    const sparge_tune_errors *const b[] = {&want->in_sample, &want->held_out, &want->held_out_first};
+    const sparge_tune_errors *const b[] = {&want->in_sample, &want->held_out,
+                                           &want->held_out_first};
     for (int n = 0; n < 3; n++) {
         check_equal(a[n]->inputs, b[n]->inputs);
         check_same_as("errors", &a[n]->mean, &b[n]->mean, 3);
@@ -1132,7 +1168,8 @@ static bool is_untouched(const sparge_tuned *t)
            t->knobs.topk == 7 && t->knobs.lambda == 6 && t->equivalents == 5 && t->seconds == 4;
 }
 
-/* The thresholds of a head do not depend on the threads, on the other heads, or on when they were found. */
+/* The thresholds of a head do not depend on the threads, on the other heads, or on when they were
+ * found. */
 Test(tune, every_number_of_threads)
 {
     check_case("threads");
@@ -1250,8 +1287,8 @@ Test(tune, progress_goes_from_0_to_1_and_every_head_finishes_once)
     }
 }
 
-/* Stopped at any moment: no error, what is done is done as if nothing had been stopped, nothing else is
- * touched, and another call does the rest. */
+/* Stopped at any moment: no error, what is done is done as if nothing had been stopped, nothing
+ * else is touched, and another call does the rest. */
 Test(tune, stops_and_resumes)
 {
     check_case("stop and resume");
@@ -1263,8 +1300,8 @@ Test(tune, stops_and_resumes)
     for (int threads = 1; threads <= 3; threads += 2)
         for (int turn = 0; turn < 10; turn++) {
             const int64_t after = turn ? check_int(0, calls) : 0;
-            check_case("stop after %lld of %lld calls, %d threads", (long long)after, (long long)calls,
-                       threads);
+            check_case("stop after %lld of %lld calls, %d threads", (long long)after,
+                       (long long)calls, threads);
             m.o.threads = threads;
             sparge_tuned t[HEADS];
             for (int h = 0; h < HEADS; h++)
@@ -1363,13 +1400,14 @@ Test(tune, a_head_that_is_not_finite_is_left_dense)
                 continue;
             }
             const sparge_tuned *g = &got[h];
-            check(g->done && !g->finite && g->dense && g->back_off == SPARGE_AS_CHOSEN, "head %d: %d %d %d",
-                  h, g->done, g->finite, g->dense);
+            check(g->done && !g->finite && g->dense && g->back_off == SPARGE_AS_CHOSEN,
+                  "head %d: %d %d %d", h, g->done, g->finite, g->dense);
             check(g->knobs.theta == -1.0f && g->knobs.tau == 1.0f && g->knobs.topk == SPARGE_OFF &&
                       g->knobs.lambda == -INFINITY,
                   "knobs of head %d", h);
-            check(g->in_sample.inputs == 0 && isnan(g->in_sample.worst) && g->held_out.inputs == 0 &&
-                      isnan(g->held_out.mean) && g->held_out_first.inputs == 0,
+            check(g->in_sample.inputs == 0 && isnan(g->in_sample.worst) &&
+                      g->held_out.inputs == 0 && isnan(g->held_out.mean) &&
+                      g->held_out_first.inputs == 0,
                   "errors of head %d", h);
         }
         model_free(&m);
@@ -1454,21 +1492,22 @@ static void refuses(asked *a, sparge_status status, const char *words)
     sparge_error error;
     memset(&error, 'x', sizeof error);
     for (int told = 0; told < 2; told++)
-        check_equal(sparge_tune(a->inputs, a->count, a->options, a->terms, a->heads, told ? &error : NULL),
-                    status);
-    check(memchr(error.text, '\0', sizeof error.text) && strstr(error.text, words), "it says \"%.80s\"",
-          error.text);
+        check_equal(
+            sparge_tune(a->inputs, a->count, a->options, a->terms, a->heads, told ? &error : NULL),
+            status);
+    check(memchr(error.text, '\0', sizeof error.text) && strstr(error.text, words),
+          "it says \"%.80s\"", error.text);
     check(is_untouched(&a->t[0]) && is_untouched(&a->t[1]), "a head was touched");
     problem_free(&a->x[0]);
     problem_free(&a->x[1]);
 }
 
-#define REFUSES(status, words, ...)                                                                        \
-    do {                                                                                                   \
-        asked a;                                                                                           \
-        ask_begin(&a);                                                                                     \
-        __VA_ARGS__;                                                                                       \
-        refuses(&a, status, words);                                                                        \
+#define REFUSES(status, words, ...) \
+    do {                            \
+        asked a;                    \
+        ask_begin(&a);              \
+        __VA_ARGS__;                \
+        refuses(&a, status, words); \
     } while (0)
 
 Test(tune, refuses_bad_arguments)
@@ -1479,7 +1518,8 @@ Test(tune, refuses_bad_arguments)
     REFUSES(SPARGE_ERR_ARGUMENT, "heads is NULL", a.heads = NULL);
     REFUSES(SPARGE_ERR_ARGUMENT, "count is 0, there must be an input", a.count = 0);
     REFUSES(SPARGE_ERR_ARGUMENT, "count is -1, there must be an input", a.count = -1);
-    REFUSES(SPARGE_ERR_ARGUMENT, "l1 is 0.06 and l2 is 0.06, it must be that 0 < l1 < l2", a.how.l1 = 0.06);
+    REFUSES(SPARGE_ERR_ARGUMENT, "l1 is 0.06 and l2 is 0.06, it must be that 0 < l1 < l2",
+            a.how.l1 = 0.06);
     REFUSES(SPARGE_ERR_ARGUMENT, "l1 is 0.07 and l2 is 0.06", a.how.l1 = 0.07);
     REFUSES(SPARGE_ERR_ARGUMENT, "l1 is 0 and", a.how.l1 = 0.0);
     REFUSES(SPARGE_ERR_ARGUMENT, "l1 is -0.05 and", a.how.l1 = -0.05);
@@ -1519,7 +1559,8 @@ Test(tune, refuses_what_it_cannot)
             a.p[1].k_len = 8);
     REFUSES(SPARGE_ERR_UNSUPPORTED, "rules are not the default ones, which alone are tuned",
             a.o.rules = SPARGE_RULES_PAPER);
-    REFUSES(SPARGE_ERR_UNSUPPORTED, "rules are not the default ones", a.o.rules = SPARGE_RULES_UPSTREAM);
+    REFUSES(SPARGE_ERR_UNSUPPORTED, "rules are not the default ones",
+            a.o.rules = SPARGE_RULES_UPSTREAM);
     REFUSES(SPARGE_ERR_ARGUMENT, "rung is 3", a.o.rung = 3);
     if (!sparge_backend_built(SPARGE_CUDA))
         REFUSES(SPARGE_ERR_UNSUPPORTED, "backend is cuda", a.o.backend = SPARGE_CUDA);
@@ -1540,8 +1581,8 @@ Test(tune, bounds_that_play_no_part)
 /* ---- What it takes
  * ------------------------------------------------------------------------------------------ */
 
-/* Four blocks of queries and of keys, everything whole, one input that stays dense or not: dense attention
- * (1), the blocks one by one (1), whole calls. Lambda and folds none. */
+/* Four blocks of queries and of keys, everything whole, one input that stays dense or not: dense
+ * attention (1), the blocks one by one (1), whole calls. Lambda and folds none. */
 Test(tune, equivalents_by_hand)
 {
     check_case("equivalents");
@@ -1589,8 +1630,8 @@ Test(tune, equivalents_of_a_real_shape)
     const sparge_tune_options how = {.l1 = 0.05, .l2 = 0.06};
     sparge_tuned t = {0};
     check_equal(sparge_tune(p, 2, &o, &how, &t, NULL), SPARGE_OK);
-    cr_log_info("%.2f dense passes, sparsity %.2f, back off %d", t.equivalents, t.in_sample.sparsity,
-                (int)t.back_off);
+    cr_log_info("%.2f dense passes, sparsity %.2f, back off %d", t.equivalents,
+                t.in_sample.sparsity, (int)t.back_off);
     check(t.equivalents > 2.0 && t.equivalents <= 10.0, "%g dense passes", t.equivalents);
     problem_free(&x[0]);
     problem_free(&x[1]);
@@ -1608,17 +1649,20 @@ static void survives(asked *a)
         a->t[0] = untouched;
         a->t[1].done = true;
         heap_arm(n);
-        const sparge_status status = sparge_tune(a->p, 2, &a->o, &a->how, a->t, n % 2 ? NULL : &error);
+        const sparge_status status =
+            sparge_tune(a->p, 2, &a->o, &a->how, a->t, n % 2 ? NULL : &error);
         heap.armed = false;
         check(heap.live == 0, "%lld allocations leak", (long long)heap.live);
         if (heap.calls <= n) {
             check(status == SPARGE_OK && a->t[0].done, "%s", sparge_status_string(status));
-            check(n >= 60, "%lld allocations: is the library static and --wrap in use?", (long long)n);
+            check(n >= 60, "%lld allocations: is the library static and --wrap in use?",
+                  (long long)n);
             return;
         }
         check(status == SPARGE_ERR_MEMORY, "%s", sparge_status_string(status));
         check(is_untouched(&a->t[0]), "a head is half done");
-        check(n % 2 || (memchr(error.text, '\0', sizeof error.text) && strstr(error.text, "memory")),
+        check(n % 2 ||
+                  (memchr(error.text, '\0', sizeof error.text) && strstr(error.text, "memory")),
               "it says \"%.40s\"", error.text);
     }
 }

@@ -102,7 +102,8 @@ bool array_bytes(array_type type, int rank, const int64_t *shape, size_t *bytes)
     bool empty = false;
     for (int d = 0; d < rank; d++)
         empty = empty || shape[d] == 0;
-    size_t product = empty ? LARGEST_ELEMENT : array_type_size(type); /* what is empty can become any other type */
+    size_t product = empty ? LARGEST_ELEMENT
+                           : array_type_size(type); /* what is empty can become any other type */
     for (int d = 0; d < rank; d++) {
         /* Zeros do not excuse the other sizes: strides and counts multiply them in any order. */
         const uint64_t size = shape[d] == 0 ? 1 : (uint64_t)shape[d];
@@ -124,7 +125,7 @@ bool array_alloc(array_type type, int rank, const int64_t *shape, array *out, fi
                               "no array has this shape; give at most %d sizes of 0 or more whose "
                               "product fits in memory",
                               ARRAY_MAX_RANK);
-    void *const data = malloc(bytes > 0 ? bytes : 1);
+    void *data = malloc(bytes > 0 ? bytes : 1);
     if (!data)
         return file_error_set(error, NULL, "no memory for an array of %zu bytes; use a smaller one",
                               bytes);
@@ -157,26 +158,16 @@ float bf16_to_f32(uint16_t half) { return sparge_bf16_to_f32(half); }
 static float element_f32(array_type type, const void *data, int64_t i)
 {
     switch (type) {
-    case ARRAY_F16:
-        return f16_to_f32(((const uint16_t *)data)[i]);
-    case ARRAY_BF16:
-        return bf16_to_f32(((const uint16_t *)data)[i]);
-    case ARRAY_F32:
-        return ((const float *)data)[i];
-    case ARRAY_F64:
-        return (float)((const double *)data)[i];
-    case ARRAY_U8:
-        return ((const uint8_t *)data)[i];
-    case ARRAY_BOOL:
-        return ((const uint8_t *)data)[i] != 0;
-    case ARRAY_I8:
-        return ((const int8_t *)data)[i];
-    case ARRAY_I16:
-        return ((const int16_t *)data)[i];
-    case ARRAY_I32:
-        return (float)((const int32_t *)data)[i];
-    case ARRAY_I64:
-        return (float)((const int64_t *)data)[i];
+    case ARRAY_F16: return f16_to_f32(((const uint16_t *)data)[i]);
+    case ARRAY_BF16: return bf16_to_f32(((const uint16_t *)data)[i]);
+    case ARRAY_F32: return ((const float *)data)[i];
+    case ARRAY_F64: return (float)((const double *)data)[i];
+    case ARRAY_U8: return ((const uint8_t *)data)[i];
+    case ARRAY_BOOL: return ((const uint8_t *)data)[i] != 0;
+    case ARRAY_I8: return ((const int8_t *)data)[i];
+    case ARRAY_I16: return ((const int16_t *)data)[i];
+    case ARRAY_I32: return (float)((const int32_t *)data)[i];
+    case ARRAY_I64: return (float)((const int64_t *)data)[i];
     }
     assert(false);
     return 0.0f;
@@ -208,7 +199,8 @@ int64_t array_not_finite(const array *from)
 
 bool array_fits_f16(const array *from)
 {
-    const int64_t all = array_count(from), size = from->shape[from->rank - 2] * from->shape[from->rank - 1];
+    const int64_t all = array_count(from),
+                  size = from->shape[from->rank - 2] * from->shape[from->rank - 1];
     for (int64_t begin = 0; begin < all; begin += size) {
         double sum = 0.0, lost = 0.0;
         for (int64_t n = begin; n < begin + size; n++) {
@@ -235,7 +227,8 @@ bool array_to_f16(array *from, file_error *error)
         ((uint16_t *)to.data)[i] = sparge_f32_to_f16(x);
         if (isfinite(x) && fabsf(x) >= 65520.0f) { /* half a step above 65504 */
             array_free(&to);
-            return file_error_set(error, NULL, "element %" PRId64 " is %g, too large for float16", i, (double)x);
+            return file_error_set(error, NULL, "element %" PRId64 " is %g, too large for float16",
+                                  i, (double)x);
         }
     }
     array_free(from);

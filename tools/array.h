@@ -55,14 +55,16 @@ const char *array_type_string(array_type type); /* "f16", "bool", ... */
 void array_shape_string(int rank, const int64_t *shape, char text[ARRAY_SHAPE_TEXT]);
 
 /* The bytes of such an array; false where a size is negative, the rank exceeds 8, or the sizes
- * (leaving out those that are 0) multiply to more bytes than memory can ever hold; of any type, where one is 0. */
+ * (leaving out those that are 0) multiply to more bytes than memory can ever hold; of any type,
+ * where one is 0. */
 bool array_bytes(array_type type, int rank, const int64_t *shape, size_t *bytes);
 
 /* Allocates, uninitialised. After failure *out is all zero, and free to be freed. */
 bool array_alloc(array_type type, int rank, const int64_t *shape, array *out, file_error *error);
 void array_free(array *from); /* NULL and an empty array are fine */
 
-/* The n-th of the arrays that the last axes make, such as a head's matrix with 2 of 4: a view, not to be freed. */
+/* The n-th of the arrays that the last axes make, such as a head's matrix with 2 of 4: a view, not
+ * to be freed. */
 array array_part(const array *from, int axes, int64_t n);
 
 /* In place: exact from f16, bf16 and small integers, rounded to nearest (and to infinity) from the
@@ -76,17 +78,18 @@ float bf16_to_f32(uint16_t half);
 /* Elements of an F32 that are NaN or infinite. */
 int64_t array_not_finite(const array *from);
 
-/* Of an F32 with 2 axes or more: does each matrix of the last two lose no more in float16 than 11 bits of each element
- * cost? It would where it is very large or very small. */
+/* Of an F32 with 2 axes or more: does each matrix of the last two lose no more in float16 than 11
+ * bits of each element cost? It would where it is very large or very small. */
 bool array_fits_f16(const array *from);
 
-/* In place, of an F32, rounded to nearest, ties to even. After failure, which a finite number that would become
- * infinite is too, the array is as it was. */
+/* In place, of an F32, rounded to nearest, ties to even. After failure, which a finite number that
+ * would become infinite is too, the array is as it was. */
 bool array_to_f16(array *from, file_error *error);
 
 /* ---- Bytes to read ---------------------------------------------------------------------- */
 
-/* An open regular file, or bytes in memory that somebody else owns, of a file or not; and where errors go. */
+/* An open regular file, or bytes in memory that somebody else owns, of a file or not; and where
+ * errors go. */
 typedef struct file_input {
     const char *name;
     file_error *error;

@@ -12,10 +12,10 @@ typedef struct work {
     const sparge_options *options;
     const sparge_mask *mask;
     array_type type;
-    float *q;      /* [dim] of one row */
-    float *k, *v;  /* [k_len][dim], [k_len][dim_v] of one kv head */
-    int64_t *key;  /* [k_len] that the mask keeps for one query block */
-    float *score;  /* [k_len] of one row with each of them */
+    float *q;     /* [dim] of one row */
+    float *k, *v; /* [k_len][dim], [k_len][dim_v] of one kv head */
+    int64_t *key; /* [k_len] that the mask keeps for one query block */
+    float *score; /* [k_len] of one row with each of them */
 } work;
 
 static float rounded(float x, array_type type)
@@ -27,13 +27,15 @@ static float rounded(float x, array_type type)
     }
 }
 
-/* Tokens of one head. What is not finite is NaN in all that it has a part in, as everywhere here. */
-static void load(const sparge_in *in, int64_t b, int64_t h, int64_t first, int64_t tokens, int64_t dim, float *to)
+/* Tokens of one head. What is not finite is NaN in all that it has a part in, as everywhere here.
+ */
+static void load(const sparge_in *in, int64_t b, int64_t h, int64_t first, int64_t tokens,
+                 int64_t dim, float *to)
 {
     for (int64_t t = first; t < first + tokens; t++)
         for (int64_t c = 0; c < dim; c++) {
             const int64_t at = b * in->batch + h * in->head + t * in->token + c;
-            const uint16_t *const half = in->data;
+            const uint16_t *half = in->data;
             const float x = in->dtype == SPARGE_F16    ? sparge_f16_to_f32(half[at])
                             : in->dtype == SPARGE_BF16 ? sparge_bf16_to_f32(half[at])
                                                        : ((const float *)in->data)[at];
@@ -68,7 +70,7 @@ static int64_t keys_of(const work *w, int64_t b, int64_t h, int64_t i)
 /* Query t over the first keys of its block, as far as it sees: o [dim_v], and its lse. */
 static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys, float *o)
 {
-    const sparge_problem *const p = w->problem;
+    const sparge_problem *p = w->problem;
     const int64_t seen = keys_seen(p, w->options, t);
     while (keys > 0 && w->key[keys - 1] >= seen)
         keys--;
@@ -91,15 +93,21 @@ static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys
     return keys > 0 ? top + logf(sum) : -INFINITY;
 }
 
-exit_code baseline_attend(const sparge_problem *problem, const sparge_options *options, const sparge_mask *mask,
-                          array_type type, float *o, float *lse, file_error *error)
+exit_code baseline_attend(const sparge_problem *problem, const sparge_options *options,
+                          const sparge_mask *mask, array_type type, float *o, float *lse,
+                          file_error *error)
 {
-    const sparge_problem *const p = problem;
+    const sparge_problem *p = problem;
     const size_t keys = (size_t)p->k_len + 1;
     work w = {
-        .problem = problem, .options = options, .mask = mask, .type = type,
-        .q = calloc((size_t)p->dim, sizeof(float)), .k = calloc(keys, (size_t)p->dim * sizeof(float)),
-        .v = calloc(keys, (size_t)p->dim_v * sizeof(float)), .key = calloc(keys, sizeof(int64_t)),
+        .problem = problem,
+        .options = options,
+        .mask = mask,
+        .type = type,
+        .q = calloc((size_t)p->dim, sizeof(float)),
+        .k = calloc(keys, (size_t)p->dim * sizeof(float)),
+        .v = calloc(keys, (size_t)p->dim_v * sizeof(float)),
+        .key = calloc(keys, sizeof(int64_t)),
         .score = calloc(keys, sizeof(float)),
     };
     const bool room = w.q && w.k && w.v && w.key && w.score;
@@ -116,7 +124,8 @@ exit_code baseline_attend(const sparge_problem *problem, const sparge_options *o
             if (t % options->block_q == 0)
                 keys_kept = keys_of(&w, b, h, t / options->block_q);
             *lse++ = attend(&w, b, h, t, keys_kept, o);
-            if (options->progress && !options->progress(options->user, (double)(n * p->q_len + t + 1) / rows))
+            if (options->progress &&
+                !options->progress(options->user, (double)(n * p->q_len + t + 1) / rows))
                 code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
         }
     }

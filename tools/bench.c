@@ -10,7 +10,7 @@ enum { MACHINES = BENCH_LIST * BENCH_LIST };
 
 typedef struct bench {
     bench_args args;
-    given_captures given; /* one, or none: synthetic */
+    given_captures given;            /* one, or none: synthetic */
     bench_machine machine[MACHINES]; /* [isa][threads] */
     json_t *rows;
     progress watch;
@@ -41,7 +41,7 @@ static exit_code measure_machine(bench *b, int isa, int thread, file_error *erro
     const sparge_problem p = {1, 1, 1, 1, 1, 1, 1, in, in, in};
     sparge_result ran = {.o = {&o, SPARGE_F32, 1, 1, 1}};
     sparge_error why;
-    bench_machine *const m = &b->machine[isa * BENCH_LIST + thread];
+    bench_machine *m = &b->machine[isa * BENCH_LIST + thread];
     sparge_status status = sparge_attend(&p, &options, NULL, &ran, &why);
     *m = (bench_machine){.isa = ran.isa, .threads = options.threads};
     if (!status)
@@ -61,7 +61,7 @@ static void note_failure(bench *b, const char *why)
 /* Once there is something to say of it. */
 static void print_machine(const bench *b)
 {
-    const bench_args *const a = &b->args;
+    const bench_args *a = &b->args;
     bench_print_machine();
     for (int i = 0; i < a->isa.count; i++)
         for (int t = 0; t < a->threads.count; t++)
@@ -73,7 +73,8 @@ static exit_code run_group(bench *b, bench_group *g, file_error *error)
     char why[256];
     exit_code code = bench_group_make(g, error);
     const double from = (double)b->done / b->groups, to = (double)(b->done + 1) / b->groups;
-    const double checked = from + (to - from) / (double)(b->args.repeat + 1); /* a check is about a round */
+    const double checked =
+        from + (to - from) / (double)(b->args.repeat + 1); /* a check is about a round */
     for (int n = 0; n < g->count && !code; n++) {
         code = bench_check(g, &g->cases[n], why, error);
         if (!code && g->cases[n].wrong)
@@ -84,12 +85,14 @@ static exit_code run_group(bench *b, bench_group *g, file_error *error)
         code = bench_time(g, &b->watch, checked, to, error);
     if (!code && g->busy && !b->args.allow_busy) {
         if (isnan(g->foreign))
-            snprintf(why, sizeof why, "/proc/stat cannot be read, which says whether others use the "
+            snprintf(why, sizeof why,
+                     "/proc/stat cannot be read, which says whether others use the "
                      "machine; give --threads 1 or --allow-busy");
         else
-            snprintf(why, sizeof why, "other processes used up to %.2f of a core while %d threads were "
-                     "timed; wait until they end, or give --threads 1 or --allow-busy", g->foreign,
-                     g->options.threads);
+            snprintf(why, sizeof why,
+                     "other processes used up to %.2f of a core while %d threads were "
+                     "timed; wait until they end, or give --threads 1 or --allow-busy",
+                     g->foreign, g->options.threads);
         note_failure(b, why);
     }
     progress_hide(&b->watch);
@@ -108,7 +111,7 @@ static exit_code run_group(bench *b, bench_group *g, file_error *error)
 
 static exit_code run_inputs(bench *b, const inputs *in, file_error *error)
 {
-    const bench_args *const a = &b->args;
+    const bench_args *a = &b->args;
     exit_code code = EXIT_FINE;
     for (int c = 0; c < a->causal.count; c++)
         for (int i = 0; i < a->isa.count; i++)
@@ -117,8 +120,9 @@ static exit_code run_inputs(bench *b, const inputs *in, file_error *error)
                 g.machine = b->machine[i * BENCH_LIST + t];
                 g.options.causal = (sparge_causal)a->causal.item[c];
                 if (a->capture)
-                    code = capture_obey(b->given.list, &in->problem, a->causal_given ? option_bit(OPT_CAUSAL) : 0,
-                                        &g.options, error);
+                    code = capture_obey(b->given.list, &in->problem,
+                                        a->causal_given ? option_bit(OPT_CAUSAL) : 0, &g.options,
+                                        error);
                 code = code ? code : run_group(b, &g, error);
                 bench_group_free(&g);
             }
@@ -127,7 +131,7 @@ static exit_code run_inputs(bench *b, const inputs *in, file_error *error)
 
 static exit_code run_shapes(bench *b, file_error *error)
 {
-    const bench_args *const a = &b->args;
+    const bench_args *a = &b->args;
     exit_code code = EXIT_FINE;
     for (int h = 0; h < a->heads.count; h++)
         for (int n = 0; n < a->q_len.count; n++)
@@ -144,7 +148,7 @@ static exit_code run_shapes(bench *b, file_error *error)
 
 static exit_code run_all(bench *b, const inputs *captured, file_error *error)
 {
-    const bench_args *const a = &b->args;
+    const bench_args *a = &b->args;
     exit_code code = EXIT_FINE;
     for (int i = 0; i < a->isa.count; i++)
         for (int t = 0; t < a->threads.count && !code; t++)
@@ -163,7 +167,8 @@ exit_code bench_command(int argc, char **argv, file_error *error)
     inputs captured = {0};
     exit_code code = bench_parse(argc, argv, &b.args);
     if (!code && b.args.capture) {
-        const attention_args file = {.file = {b.args.capture}, .ignore_manifest = b.args.ignore_manifest};
+        const attention_args file = {.file = {b.args.capture},
+                                     .ignore_manifest = b.args.ignore_manifest};
         code = given_file(&file, &b.given, error);
     }
     if (!code && b.args.capture)

@@ -1,6 +1,7 @@
 /* bench.h: sparge bench: what its parts hand to each other. bench.c runs them in this order:
- * bench_args.c reads the lists, bench_inputs.c makes inputs and masks, bench_group.c the cases that are
- * timed in turns, bench_check.c sees that they are right, bench_time.c times, bench_report.c prints. */
+ * bench_args.c reads the lists, bench_inputs.c makes inputs and masks, bench_group.c the cases that
+ * are timed in turns, bench_check.c sees that they are right, bench_time.c times, bench_report.c
+ * prints. */
 #ifndef SPARGE_TOOLS_BENCH_H
 #define SPARGE_TOOLS_BENCH_H
 
@@ -17,7 +18,8 @@ typedef struct bench_list {
     int count;
 } bench_list;
 
-/* Where the mask of a case comes from. RANDOM and BANDED are imposed. ONEDNN: dense, and not ours. */
+/* Where the mask of a case comes from. RANDOM and BANDED are imposed. ONEDNN: dense, and not ours.
+ */
 typedef enum bench_mask {
     BENCH_RANDOM,
     BENCH_BANDED,
@@ -36,7 +38,7 @@ typedef struct bench_args {
     const char *selects; /* an option that is of the predictor alone, or NULL */
     const char *capture; /* q, k and v; NULL: synthetic */
     bool ignore_manifest, causal_given;
-    int64_t repeat;      /* rounds that count */
+    int64_t repeat; /* rounds that count */
     bool json, allow_busy;
 } bench_args;
 
@@ -45,8 +47,8 @@ int bench_cores(void); /* that this process may use */
 
 /* ---- What is run ------------------------------------------------------------------------- */
 
-/* Seconds of a call, of all of it and of its parts, and the peaks of the machine in the same pass, in
- * operations a second. NaN where a figure does not apply. */
+/* Seconds of a call, of all of it and of its parts, and the peaks of the machine in the same pass,
+ * in operations a second. NaN where a figure does not apply. */
 enum {
     BENCH_TOTAL,
     BENCH_PREDICT,
@@ -108,7 +110,8 @@ sparge_options bench_options(const bench_group *g, const bench_case *c);
 /* Runs a case; leaves its output in g->o. */
 sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparge_error *why);
 
-/* bench_onednn.c: can it compute these, and does it: o is packed; false: no memory, or oneDNN refused. */
+/* bench_onednn.c: can it compute these, and does it: o is packed; false: no memory, or oneDNN
+ * refused. */
 bool bench_onednn_can(const bench_group *g);
 bool bench_onednn(const sparge_problem *p, int threads, float *o);
 
@@ -118,14 +121,16 @@ bool bench_onednn(const sparge_problem *p, int threads, float *o);
 exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, file_error *error);
 exit_code bench_capture(const char *path, inputs *out, file_error *error);
 
-/* Keeps round((1 - sparsity) * visible) of the key blocks that each query block sees, at least 1. */
+/* Keeps round((1 - sparsity) * visible) of the key blocks that each query block sees, at least 1.
+ */
 void bench_impose(bench_mask kind, double sparsity, const sparge_problem *problem,
                   const sparge_options *options, sparge_mask *mask);
 
 /* Sets c->wrong, and says why in `text`, where the result of a case cannot be trusted. */
 exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error);
 
-/* Fills in the medians, or sets g->busy; the watched share of the work goes on from `from` to `to`. */
+/* Fills in the medians, or sets g->busy; the watched share of the work goes on from `from` to `to`.
+ */
 exit_code bench_time(bench_group *g, progress *watch, double from, double to, file_error *error);
 
 void bench_print_machine(void);

@@ -10,38 +10,68 @@
 enum { MAX_TOKENS = 1 << 24, MAX_HEADS = 1024 };
 
 enum {
-    SPARSITY = 768, Q_LEN, DIM, HEADS, MASK_KIND, THREADS, ISA, QK, PV, CAUSAL,
-    CAPTURE, IGNORE_MANIFEST, THETA, TAU, TOPK, LAMBDA, SINK, REPEAT, JSON, ALLOW_BUSY, BACKEND,
+    SPARSITY = 768,
+    Q_LEN,
+    DIM,
+    HEADS,
+    MASK_KIND,
+    THREADS,
+    ISA,
+    QK,
+    PV,
+    CAUSAL,
+    CAPTURE,
+    IGNORE_MANIFEST,
+    THETA,
+    TAU,
+    TOPK,
+    LAMBDA,
+    SINK,
+    REPEAT,
+    JSON,
+    ALLOW_BUSY,
+    BACKEND,
 };
 
 static const struct argp_option bench_options_[] = {
     {0, 0, 0, 0, "Lists; every combination is a case:", 1},
-    {"q-len", Q_LEN, "N,...", 0, "queries, and as many keys (4096,8192; in the paper's Fig 10 22272)", 0},
+    {"q-len", Q_LEN, "N,...", 0,
+     "queries, and as many keys (4096,8192; in the paper's Fig 10 22272)", 0},
     {"dim", DIM, "D,...", 0, "channels of q, k and v (64,128)", 0},
     {"heads", HEADS, "H,...", 0, "heads (1)", 0},
-    {"sparsity", SPARSITY, "X,...", 0, "of imposed masks (0,0.3,0.5,0.7,0.9); 0 is without a mask", 0},
-    {"mask-kind", MASK_KIND, "HOW,...", 0, "random and banded impose one, predicted takes what the "
-     "predictor gives (random; of a capture predicted)", 0},
+    {"sparsity", SPARSITY, "X,...", 0, "of imposed masks (0,0.3,0.5,0.7,0.9); 0 is without a mask",
+     0},
+    {"mask-kind", MASK_KIND, "HOW,...", 0,
+     "random and banded impose one, predicted takes what the "
+     "predictor gives (random; of a capture predicted)",
+     0},
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
     {"qk", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
     {"pv", PV, "HOW,...", 0, "P.V in int8, int12 or f32 (int8)", 0},
-    {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL, "none, end or start (none, or as the capture; alone: end)", 0},
+    {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL,
+     "none, end or start (none, or as the capture; alone: end)", 0},
     {0, 0, 0, 0, "What is predicted:", 2},
-    {"capture", CAPTURE, "QKV.safetensors", 0, "q, k and v of a model instead of synthetic ones", 0},
-    {"ignore-manifest", IGNORE_MANIFEST, 0, 0, "of the capture, which says whether it is causal, and the scale", 0},
+    {"capture", CAPTURE, "QKV.safetensors", 0, "q, k and v of a model instead of synthetic ones",
+     0},
+    {"ignore-manifest", IGNORE_MANIFEST, 0, 0,
+     "of the capture, which says whether it is causal, and the scale", 0},
     {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", TOPK, "X", 0, "keep this share of the visible key blocks, instead of tau; with --tau too, what "
-     "either keeps", 0},
+    {"topk", TOPK, "X", 0,
+     "keep this share of the visible key blocks, instead of tau; with --tau too, what "
+     "either keeps",
+     0},
     {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", SINK, 0, 0, "always keep key block 0", 0},
     {0, 0, 0, 0, "How:", 3},
     {"backend", BACKEND, "NAME", 0, "cpu: no other is timed", 0},
     {"repeat", REPEAT, "N", 0, "rounds, of which the medians are taken (5)", 0},
     {"json", JSON, 0, 0, "an array of objects instead of tables", 0},
-    {"allow-busy", ALLOW_BUSY, 0, 0, "time with several threads even beside other processes; the figures "
-     "are marked 'busy'", 0},
+    {"allow-busy", ALLOW_BUSY, 0, 0,
+     "time with several threads even beside other processes; the figures "
+     "are marked 'busy'",
+     0},
     {0},
 };
 
@@ -68,7 +98,8 @@ typedef struct item_kind {
     int64_t low, high;        /* high of 0: a share, [0, 1) */
 } item_kind;
 
-static error_t parse_item(struct argp_state *state, const item_kind *kind, const char *text, double *to)
+static error_t parse_item(struct argp_state *state, const item_kind *kind, const char *text,
+                          double *to)
 {
     int word = 0;
     int64_t whole = 0;
@@ -79,7 +110,8 @@ static error_t parse_item(struct argp_state *state, const item_kind *kind, const
     } else if (kind->high == 0) {
         error = options_real(state, kind->name, text, 0.0, 1.0, to);
         if (!error && *to == 1.0)
-            error = options_wrong(state, "%s is %.40s, it must be below 1: something has to be computed",
+            error = options_wrong(state,
+                                  "%s is %.40s, it must be below 1: something has to be computed",
                                   kind->name, text);
     } else if (strcmp(kind->name, "--threads") == 0 && strcmp(text, "all") == 0) {
         error = 0;
@@ -91,7 +123,8 @@ static error_t parse_item(struct argp_state *state, const item_kind *kind, const
     return error;
 }
 
-static error_t parse_list(struct argp_state *state, const item_kind *kind, const char *text, bench_list *to)
+static error_t parse_list(struct argp_state *state, const item_kind *kind, const char *text,
+                          bench_list *to)
 {
     to->count = 0;
     for (const char *at = text; at; to->count++) {
@@ -131,19 +164,23 @@ static void default_to(bench_list *list, int count, const double *item)
 static error_t finish(struct argp_state *state, bench_args *a)
 {
     if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
-        return options_wrong(state, "--capture has its own lengths, channels and heads; leave out --q-len, "
-                             "--dim and --heads");
+        return options_wrong(
+            state, "--capture has its own lengths, channels and heads; leave out --q-len, "
+                   "--dim and --heads");
     if (a->ignore_manifest && !a->capture)
         return options_wrong(state, "--ignore-manifest is of --capture, which is not given");
     default_to(&a->mask, 1, (const double[]){a->capture ? BENCH_PREDICTED : BENCH_RANDOM});
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
-        return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; add "
+        return options_wrong(state,
+                             "--sparsity is for imposed masks, the predictor finds its own; add "
                              "random or banded to --mask-kind");
     if (a->selects && !has(&a->mask, BENCH_PREDICTED))
-        return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind", a->selects);
+        return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
+                             a->selects);
     if (isnan(a->knobs.tau)) /* not given */
         a->knobs.tau = a->knobs.topk == SPARGE_OFF
-                           ? sparge_options_default(SPARGE_RULES_DEFAULT).knobs.tau : SPARGE_OFF;
+                           ? sparge_options_default(SPARGE_RULES_DEFAULT).knobs.tau
+                           : SPARGE_OFF;
     const int cores = bench_cores();
     default_to(&a->q_len, 2, (const double[]){4096, 8192});
     default_to(&a->dim, 2, (const double[]){64, 128});
@@ -172,24 +209,32 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
         [PV - SPARSITY] = {"--pv", options_first_precisions, 0, 0},
         [CAUSAL - SPARSITY] = {"--causal", options_causals, 0, 0},
     };
-    bench_args *const a = state->input;
+    bench_args *a = state->input;
     bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads, &a->mask,
                               &a->threads,  &a->isa,   &a->qk,  &a->pv,    &a->causal};
-    sparge_knobs *const k = &a->knobs;
+    sparge_knobs *k = &a->knobs;
     switch (key) {
     case CAPTURE: a->capture = text; return 0;
     case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
-    case THETA: a->selects = "--theta"; return options_float(state, "--theta", text, -1.0, 1.0, &k->theta);
+    case THETA:
+        a->selects = "--theta";
+        return options_float(state, "--theta", text, -1.0, 1.0, &k->theta);
     case TAU: a->selects = "--tau"; return options_float(state, "--tau", text, 0.0, 1.0, &k->tau);
-    case TOPK: a->selects = "--topk"; return options_float(state, "--topk", text, 0.0, 1.0, &k->topk);
+    case TOPK:
+        a->selects = "--topk";
+        return options_float(state, "--topk", text, 0.0, 1.0, &k->topk);
     case LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &k->lambda);
-    case SINK: a->selects = "--sink"; a->sink = true; return 0;
+    case SINK:
+        a->selects = "--sink";
+        a->sink = true;
+        return 0;
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;
     case BACKEND:
         return strcmp(text, "cpu") == 0
-                   ? 0 : options_wrong(state, "--backend is '%.40s', but bench times cpu alone", text);
+                   ? 0
+                   : options_wrong(state, "--backend is '%.40s', but bench times cpu alone", text);
     case ARGP_KEY_ARG:
         return options_wrong(state, "bench takes no file but that of --capture, not '%.60s'", text);
     case ARGP_KEY_END: return finish(state, a);
@@ -203,9 +248,11 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
 static const struct argp bench_argp = {
     .options = bench_options_,
     .parser = bench_parser,
-    .doc = "How fast attention is here, beside what this machine can do at most. Every result is checked "
-           "before it is timed; what is compared is timed in turns; the medians are printed. Several "
-           "threads are not timed while other processes use more than a twentieth of a core.",
+    .doc =
+        "How fast attention is here, beside what this machine can do at most. Every result is "
+        "checked "
+        "before it is timed; what is compared is timed in turns; the medians are printed. Several "
+        "threads are not timed while other processes use more than a twentieth of a core.",
 };
 
 exit_code bench_parse(int argc, char **argv, bench_args *args)

@@ -1,9 +1,9 @@
 /* bench_check.c: what sparge bench knows to be right before it takes the time of it.
  *
- * The oracle costs q_len * k_len * dim in double, so it judges two parts: the first tokens alone, computed
- * by the same kernel with the same precision, kind of mask, instruction set and threads; and one query
- * block of the whole. All of the whole is compared with the f32 kernel over the same mask, which sees what
- * the two do not share. */
+ * The oracle costs q_len * k_len * dim in double, so it judges two parts: the first tokens alone,
+ * computed by the same kernel with the same precision, kind of mask, instruction set and threads;
+ * and one query block of the whole. All of the whole is compared with the f32 kernel over the same
+ * mask, which sees what the two do not share. */
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -20,13 +20,14 @@ typedef struct allowed {
     double mean, row;
 } allowed;
 
-/* Against the oracle on the same codes only those of P err. A code is off by up to half a step, 1/sqrt(12)
- * of one in the mean, and a step is 1/levels of the largest weight of its tile. With v independent of the
- * weights, n = block_k of them make |o| err by at most sqrt(n) / (sqrt(12) levels) of itself, because
- * sqrt(sum p^2), to which |o| is proportional, is at least the largest weight. So much is allowed, and
- * twice that in a row. In a model tokens of large weight may have a small v (attention sinks): o is small
- * there and the error is not. Measured on SmolLM2: 2.8 times in the mean and 16 in a row; 5 and 50 are
- * allowed. What has no codes is rounded to f32, which was seen to cost 2e-6 in a row. */
+/* Against the oracle on the same codes only those of P err. A code is off by up to half a step,
+ * 1/sqrt(12) of one in the mean, and a step is 1/levels of the largest weight of its tile. With v
+ * independent of the weights, n = block_k of them make |o| err by at most sqrt(n) / (sqrt(12)
+ * levels) of itself, because sqrt(sum p^2), to which |o| is proportional, is at least the largest
+ * weight. So much is allowed, and twice that in a row. In a model tokens of large weight may have a
+ * small v (attention sinks): o is small there and the error is not. Measured on SmolLM2: 2.8 times
+ * in the mean and 16 in a row; 5 and 50 are allowed. What has no codes is rounded to f32, which was
+ * seen to cost 2e-6 in a row. */
 static allowed from_oracle(const sparge_options *o, bool captured)
 {
     const double levels = o->pv == SPARGE_INT8 ? 127.0 : 4095.0;
@@ -36,12 +37,12 @@ static allowed from_oracle(const sparge_options *o, bool captured)
     return captured ? (allowed){5.0 * coding, 50.0 * coding} : (allowed){coding, 2.0 * coding};
 }
 
-/* Against f32 the codes of q, k and v err too. Their steps are a/levels with a = max/rms, 4.3 in a block
- * of normal numbers: a score of q and k of variance 1 is off by sqrt(2) 4.3 / (sqrt(12) levels), which is
- * 1.8 / levels, and o by as much of itself; v and P add half of that each, in squares: 2.2 / levels for
- * all, and twice that is allowed, with the levels of the coarser. The scores of a model are larger: three
- * times as much (SmolLM2: 4.7 / levels). Single rows may be far off where two keys compete: the mean alone
- * counts. */
+/* Against f32 the codes of q, k and v err too. Their steps are a/levels with a = max/rms, 4.3 in a
+ * block of normal numbers: a score of q and k of variance 1 is off by sqrt(2) 4.3 / (sqrt(12)
+ * levels), which is 1.8 / levels, and o by as much of itself; v and P add half of that each, in
+ * squares: 2.2 / levels for all, and twice that is allowed, with the levels of the coarser. The
+ * scores of a model are larger: three times as much (SmolLM2: 4.7 / levels). Single rows may be far
+ * off where two keys compete: the mean alone counts. */
 static double from_f32(const sparge_options *o, bool captured)
 {
     const double levels = o->qk == SPARGE_INT8 || o->pv == SPARGE_INT8 ? 127.0 : 2047.0;
@@ -69,8 +70,8 @@ static sparge_result result_in(const array *o, const sparge_problem *p)
     };
 }
 
-static sparge_status sample_mask(const bench_case *c, const sparge_problem *p, const sparge_options *o,
-                                 sparge_mask *mask, sparge_error *why)
+static sparge_status sample_mask(const bench_case *c, const sparge_problem *p,
+                                 const sparge_options *o, sparge_mask *mask, sparge_error *why)
 {
     if (c->kind == BENCH_DENSE)
         return SPARGE_OK;
@@ -82,8 +83,8 @@ static sparge_status sample_mask(const bench_case *c, const sparge_problem *p, c
 }
 
 /* The oracle knows no lambda: where there is one the reference judges, over the same mask. */
-static sparge_status judge(const sparge_problem *p, const sparge_options *options, const sparge_mask *mask,
-                           array *want, sparge_error *why)
+static sparge_status judge(const sparge_problem *p, const sparge_options *options,
+                           const sparge_mask *mask, array *want, sparge_error *why)
 {
     if (options->knobs.lambda == -INFINITY)
         return sparge_oracle(p, options, mask, SPARGE_ORACLE_CODES, want->data, NULL, NULL, why);
@@ -95,8 +96,9 @@ static sparge_status judge(const sparge_problem *p, const sparge_options *option
 }
 
 /* How far `got` lies from what the judge says. */
-static exit_code distance(const sparge_problem *p, const sparge_options *options, const sparge_mask *mask,
-                          const array *got, comparison *to, file_error *error)
+static exit_code distance(const sparge_problem *p, const sparge_options *options,
+                          const sparge_mask *mask, const array *got, comparison *to,
+                          file_error *error)
 {
     const int64_t shape[] = {1, p->heads, p->q_len, p->dim_v};
     const array_type type = options->knobs.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
@@ -111,7 +113,8 @@ static exit_code distance(const sparge_problem *p, const sparge_options *options
     return library_result(status, &why, error);
 }
 
-static exit_code check_sample(const bench_group *g, const bench_case *c, comparison *to, file_error *error)
+static exit_code check_sample(const bench_group *g, const bench_case *c, comparison *to,
+                              file_error *error)
 {
     const sparge_problem p = sample_of(&g->in->problem);
     const sparge_options options = bench_options(g, c);
@@ -122,7 +125,7 @@ static exit_code check_sample(const bench_group *g, const bench_case *c, compari
         return EXIT_MACHINE;
     sparge_error why;
     sparge_status status = sample_mask(c, &p, &options, &mask, &why);
-    const sparge_mask *const kept = mask.bits ? &mask : NULL;
+    const sparge_mask *kept = mask.bits ? &mask : NULL;
     sparge_result result = result_in(&got, &p);
     if (!status)
         status = sparge_attend(&p, &options, kept, &result, &why);
@@ -144,14 +147,16 @@ static sparge_in view_from(const sparge_in *in, int64_t batch, int64_t head, int
     return part;
 }
 
-/* The last block of the last head. Where queries count from the start and keys are more or fewer, what the
- * last ones see cannot be said of them alone: there the first block. */
-static exit_code check_block(const bench_group *g, const bench_case *c, comparison *to, file_error *error)
+/* The last block of the last head. Where queries count from the start and keys are more or fewer,
+ * what the last ones see cannot be said of them alone: there the first block. */
+static exit_code check_block(const bench_group *g, const bench_case *c, comparison *to,
+                             file_error *error)
 {
-    const sparge_problem *const whole = &g->in->problem;
+    const sparge_problem *whole = &g->in->problem;
     sparge_options options = bench_options(g, c);
     const bool start = options.causal == SPARGE_CAUSAL_START;
-    const int64_t i = start && whole->q_len != whole->k_len ? 0 : (whole->q_len - 1) / options.block_q;
+    const int64_t i =
+        start && whole->q_len != whole->k_len ? 0 : (whole->q_len - 1) / options.block_q;
     if (start && whole->q_len == whole->k_len) /* then both alignments are one */
         options.causal = SPARGE_CAUSAL_END;
     const int64_t b = whole->batch - 1, h = whole->heads - 1, kv = whole->kv_heads - 1;
@@ -168,10 +173,12 @@ static exit_code check_block(const bench_group *g, const bench_case *c, comparis
     array got = {0};
     if (!array_alloc(ARRAY_F32, 4, shape, &got, error))
         return EXIT_MACHINE;
-    memcpy(got.data, (const float *)g->o.data + ((b * whole->heads + h) * whole->q_len + first) * p.dim_v,
+    memcpy(got.data,
+           (const float *)g->o.data + ((b * whole->heads + h) * whole->q_len + first) * p.dim_v,
            (size_t)(p.q_len * p.dim_v) * sizeof(float));
     sparge_error why;
-    const sparge_status status = c->mask.bits ? sparge_mask_alloc(&mask, &p, &options, &why) : SPARGE_OK;
+    const sparge_status status =
+        c->mask.bits ? sparge_mask_alloc(&mask, &p, &options, &why) : SPARGE_OK;
     for (int64_t j = 0; j < mask.k_blocks && !status; j++)
         sparge_mask_set(&mask, 0, 0, 0, j, sparge_mask_get(&c->mask, b, h, i, j));
     exit_code code = library_result(status, &why, error);
@@ -193,7 +200,8 @@ static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file
         sparge_options exact = bench_options(g, c);
         exact.qk = exact.pv = SPARGE_FLOAT;
         sparge_result result = result_in(&g->want, &g->in->problem);
-        status = sparge_attend(&g->in->problem, &exact, c->mask.bits ? &c->mask : NULL, &result, &why);
+        status =
+            sparge_attend(&g->in->problem, &exact, c->mask.bits ? &c->mask : NULL, &result, &why);
         if (!status)
             *to = compare(&g->o, &g->want);
     } else if (!status) { /* it is that kernel: what is left to see is that all of it is a number */
@@ -205,7 +213,8 @@ static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file
 static int64_t not_finite(const comparison *c) { return c->nan_got + c->inf_got; }
 
 /* What is not finite on both sides is no agreement here. lambda decides for 64 rows at a time:
- * a decision within rounding moves single rows. Of few channels |o| may happen to be next to nothing. */
+ * a decision within rounding moves single rows. Of few channels |o| may happen to be next to
+ * nothing. */
 static bool near(const comparison *c, const allowed *most, bool rows)
 {
     return not_finite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
@@ -229,18 +238,23 @@ exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error 
         return code;
     const bool sample_near = near(&sample, &coding, rows);
     const bool oracle_near = sample_near && near(&block, &coding, rows);
-    const comparison *const worst = sample_near ? &block : &sample;
+    const comparison *worst = sample_near ? &block : &sample;
     const int64_t wrong = not_finite(&whole) ? not_finite(&whole) : not_finite(&sample);
     c->wrong = !(wrong == 0 && oracle_near && whole.l1 <= rounding);
     char name[64];
     bench_case_name(g, c, name);
     if (wrong)
-        snprintf(text, 256, "%s gives %" PRId64 " elements that are NaN or infinite, so it is not timed", name, wrong);
+        snprintf(text, 256,
+                 "%s gives %" PRId64 " elements that are NaN or infinite, so it is not timed", name,
+                 wrong);
     else if (!oracle_near)
-        snprintf(text, 256, "%s is %.2g (worst row %.2g) from the oracle, allowed are %.2g (%.2g); it is "
-                 "not timed", name, worst->l1, worst->worst_row_l1, coding.mean, coding.row);
+        snprintf(text, 256,
+                 "%s is %.2g (worst row %.2g) from the oracle, allowed are %.2g (%.2g); it is "
+                 "not timed",
+                 name, worst->l1, worst->worst_row_l1, coding.mean, coding.row);
     else if (c->wrong)
-        snprintf(text, 256, "%s is %.2g from f32 over the same mask, allowed is %.2g; it is not timed",
-                 name, whole.l1, rounding);
+        snprintf(text, 256,
+                 "%s is %.2g from f32 over the same mask, allowed is %.2g; it is not timed", name,
+                 whole.l1, rounding);
     return EXIT_FINE;
 }

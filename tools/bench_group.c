@@ -15,14 +15,15 @@ sparge_options bench_options(const bench_group *g, const bench_case *c)
     return options;
 }
 
-/* Without a mask nothing is predicted. With an imposed one the predictor runs for its time alone, and
- * sparge_attend cannot share its pass over q and k: the total is more than a predicted mask costs. */
+/* Without a mask nothing is predicted. With an imposed one the predictor runs for its time alone,
+ * and sparge_attend cannot share its pass over q and k: the total is more than a predicted mask
+ * costs. */
 sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparge_error *why)
 {
-    const sparge_problem *const p = &g->in->problem;
+    const sparge_problem *p = &g->in->problem;
     const sparge_options options = bench_options(g, c);
     const bool imposed = c->kind == BENCH_RANDOM || c->kind == BENCH_BANDED;
-    sparge_result *const r = &c->result;
+    sparge_result *r = &c->result;
     *r = (sparge_result){
         .o = {g->o.data, SPARGE_F32, p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v},
         .mask = c->kind == BENCH_PREDICTED ? &c->mask : NULL,
@@ -62,16 +63,17 @@ sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparg
 static bench_case *add_case(bench_group *g, bench_mask kind, double imposed, sparge_precision qk,
                             sparge_precision pv, int dense, bool shown)
 {
-    bench_case *const c = &g->cases[g->count++];
-    *c = (bench_case){.qk = qk, .pv = pv, .kind = kind, .imposed = imposed, .dense = dense, .shown = shown};
+    bench_case *c = &g->cases[g->count++];
+    *c = (bench_case){
+        .qk = qk, .pv = pv, .kind = kind, .imposed = imposed, .dense = dense, .shown = shown};
     return c;
 }
 
 static exit_code add_masked(bench_group *g, bench_mask kind, double imposed, sparge_precision qk,
                             sparge_precision pv, int dense, file_error *error)
 {
-    const sparge_problem *const p = &g->in->problem;
-    bench_case *const c = add_case(g, kind, imposed, qk, pv, dense, true);
+    const sparge_problem *p = &g->in->problem;
+    bench_case *c = add_case(g, kind, imposed, qk, pv, dense, true);
     sparge_error why;
     const sparge_status status = sparge_mask_alloc(&c->mask, p, &g->options, &why);
     if (!status && kind != BENCH_PREDICTED)
@@ -80,9 +82,10 @@ static exit_code add_masked(bench_group *g, bench_mask kind, double imposed, spa
 }
 
 /* Dense attention once, whatever kinds of masks there are: a mask of sparsity 0 is none. */
-static exit_code add_precision(bench_group *g, sparge_precision qk, sparge_precision pv, file_error *error)
+static exit_code add_precision(bench_group *g, sparge_precision qk, sparge_precision pv,
+                               file_error *error)
 {
-    const bench_args *const a = g->args;
+    const bench_args *a = g->args;
     const bool exact = qk == SPARGE_FLOAT && pv == SPARGE_FLOAT;
     const int dense = exact ? 0 : g->count;
     if (!exact)
@@ -103,9 +106,9 @@ static exit_code add_precision(bench_group *g, sparge_precision qk, sparge_preci
 
 exit_code bench_group_make(bench_group *g, file_error *error)
 {
-    const bench_args *const a = g->args;
+    const bench_args *a = g->args;
     const int most = 2 + a->qk.count * a->pv.count * (1 + a->mask.count * (1 + a->sparsity.count));
-    const sparge_problem *const p = &g->in->problem;
+    const sparge_problem *p = &g->in->problem;
     const int64_t shape[] = {p->batch, p->heads, p->q_len, p->dim_v};
     g->cases = calloc((size_t)most, sizeof *g->cases);
     if (!g->cases) {
@@ -113,7 +116,8 @@ exit_code bench_group_make(bench_group *g, file_error *error)
         return EXIT_MACHINE;
     }
     sparge_error why;
-    exit_code code = library_result(sparge_mask_alloc(&g->spare, p, &g->options, &why), &why, error);
+    exit_code code =
+        library_result(sparge_mask_alloc(&g->spare, p, &g->options, &why), &why, error);
     if (!code && (!array_alloc(ARRAY_F32, 4, shape, &g->o, error) ||
                   !array_alloc(ARRAY_F32, 4, shape, &g->want, error)))
         code = EXIT_MACHINE;

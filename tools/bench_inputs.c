@@ -1,4 +1,5 @@
-/* bench_inputs.c: what sparge bench computes with: tensors like those of a model, and block masks. */
+/* bench_inputs.c: what sparge bench computes with: tensors like those of a model, and block masks.
+ */
 #include <math.h>
 #include <stdlib.h>
 
@@ -48,7 +49,7 @@ exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, 
 {
     *out = (inputs){.type = ARRAY_F32, .rank = 4};
     const int64_t shape[] = {1, heads, len, dim}, head = len * dim;
-    float *const topic = malloc((size_t)(TOPICS * dim) * sizeof *topic);
+    float *topic = malloc((size_t)(TOPICS * dim) * sizeof *topic);
     bool ok = topic || file_error_set(error, NULL, "no memory for the inputs");
     for (int n = 0; n < 3 && ok; n++)
         ok = array_alloc(ARRAY_F32, 4, shape, &out->tensor[n], error);
@@ -58,7 +59,8 @@ exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, 
             topic[n] = random_normal(&state);
         fill_topics(&state, topic, len, dim, (float *)out->tensor[0].data + h * head);
         fill_topics(&state, topic, len, dim, (float *)out->tensor[1].data + h * head);
-        for (int64_t n = 0; n < head; n++) /* no structure in v: nothing hides an error of a weight */
+        for (int64_t n = 0; n < head;
+             n++) /* no structure in v: nothing hides an error of a weight */
             ((float *)out->tensor[2].data)[h * head + n] = random_normal(&state);
     }
     free(topic);
@@ -70,8 +72,16 @@ exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, 
     for (int n = 0; n < 3; n++)
         view[n] = (sparge_in){out->tensor[n].data, SPARGE_F32, heads * head, head, dim};
     out->problem = (sparge_problem){
-        .batch = 1, .heads = heads, .kv_heads = heads, .q_len = len, .k_len = len, .dim = dim, .dim_v = dim,
-        .q = view[0], .k = view[1], .v = view[2],
+        .batch = 1,
+        .heads = heads,
+        .kv_heads = heads,
+        .q_len = len,
+        .k_len = len,
+        .dim = dim,
+        .dim_v = dim,
+        .q = view[0],
+        .k = view[1],
+        .v = view[2],
     };
     return EXIT_FINE;
 }
@@ -92,7 +102,8 @@ exit_code bench_capture(const char *path, inputs *out, file_error *error)
 /* ---- Masks ---- */
 
 /* Key blocks that some query of block i may see; they are the first ones. */
-static int64_t visible_blocks(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t k_blocks)
+static int64_t visible_blocks(const sparge_problem *p, const sparge_options *o, int64_t i,
+                              int64_t k_blocks)
 {
     const int64_t end = (i + 1) * o->block_q, last = (end < p->q_len ? end : p->q_len) - 1;
     const int64_t offset = o->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0;
@@ -101,24 +112,26 @@ static int64_t visible_blocks(const sparge_problem *p, const sparge_options *o, 
     return blocks < k_blocks ? blocks : k_blocks;
 }
 
-void bench_impose(bench_mask kind, double sparsity, const sparge_problem *p, const sparge_options *o,
-                  sparge_mask *mask)
+void bench_impose(bench_mask kind, double sparsity, const sparge_problem *p,
+                  const sparge_options *o, sparge_mask *mask)
 {
     uint64_t state = 1;
     for (int64_t row = 0; row < mask->batch * mask->heads * mask->q_blocks; row++) {
-        const int64_t b = row / mask->q_blocks / mask->heads, h = row / mask->q_blocks % mask->heads;
+        const int64_t b = row / mask->q_blocks / mask->heads,
+                      h = row / mask->q_blocks % mask->heads;
         const int64_t i = row % mask->q_blocks, visible = visible_blocks(p, o, i, mask->k_blocks);
         const int64_t share = llround((1.0 - sparsity) * (double)visible);
         int64_t left = share > 0 ? share : visible > 0;
         /* The key block under the middle of the query block, and as many on either side. */
-        const int64_t middle = (2 * i + 1) * o->block_q / (2 * o->block_k) +
-                               (o->causal == SPARGE_CAUSAL_END ? (p->k_len - p->q_len) / o->block_k : 0);
+        const int64_t middle =
+            (2 * i + 1) * o->block_q / (2 * o->block_k) +
+            (o->causal == SPARGE_CAUSAL_END ? (p->k_len - p->q_len) / o->block_k : 0);
         int64_t first = middle - left / 2;
         first = first > visible - left ? visible - left : first;
         first = first < 0 ? 0 : first;
         for (int64_t j = 0; j < mask->k_blocks; j++) {
             /* Of the blocks that remain, each is as likely as any other to be among those left. */
-            const bool keep = j >= visible             ? false
+            const bool keep = j >= visible           ? false
                               : kind == BENCH_BANDED ? j >= first && j < first + left
                                                      : random_below(&state, visible - j) < left;
             sparge_mask_set(mask, b, h, i, j, keep);

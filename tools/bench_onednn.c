@@ -1,6 +1,6 @@
-/* bench_onednn.c: dense f32 attention out of oneDNN's matrix product: a baseline that is not ours, and a
- * second opinion on its result. FlashAttention in tiles as large as a GEMM likes them; softmax is left to
- * the compiler. */
+/* bench_onednn.c: dense f32 attention out of oneDNN's matrix product: a baseline that is not ours,
+ * and a second opinion on its result. FlashAttention in tiles as large as a GEMM likes them;
+ * softmax is left to the compiler. */
 #include <math.h>
 #include <omp.h>
 #include <oneapi/dnnl/dnnl.h>
@@ -11,7 +11,8 @@
 
 enum { ROWS = 256, KEYS = 512 };
 
-/* 2^x for x <= 0 by a polynomial that a compiler makes vectors of; 3e-7 of relative error is plenty here.
+/* 2^x for x <= 0 by a polynomial that a compiler makes vectors of; 3e-7 of relative error is plenty
+ * here.
  */
 static inline float power_of_two(float x)
 {
@@ -22,16 +23,17 @@ static inline float power_of_two(float x)
     exponent = (exponent + 127u) << 23;
     float power;
     memcpy(&power, &exponent, sizeof power);
-    return power *
-           (1.0f + f * (0.69314718f +
-                        f * (0.24022651f + f * (0.05550332f + f * (0.00961843f + f * 0.00133977f)))));
+    return power * (1.0f + f * (0.69314718f +
+                                f * (0.24022651f +
+                                     f * (0.05550332f + f * (0.00961843f + f * 0.00133977f)))));
 }
 
 #if defined(__x86_64__)
 __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
 #endif
 static void
-softmax(float *s, int64_t rows, int64_t keys, float scale, float *max, float *sum, float *o, int64_t dim_v)
+softmax(float *s, int64_t rows, int64_t keys, float scale, float *max, float *sum, float *o,
+        int64_t dim_v)
 {
     for (int64_t r = 0; r < rows; r++) {
         float *row = s + r * keys, lane[16], top = max[r], total = 0.0f;
@@ -79,8 +81,8 @@ static bool attend_rows(const sparge_problem *p, float scale, int64_t head, int6
         fine &= dnnl_sgemm('N', 'T', rows, keys, p->dim, 1.0f, q, p->q.token, k + t * p->k.token,
                            p->k.token, 0.0f, s, keys) == dnnl_success;
         softmax(s, rows, keys, scale, max, sum, o, p->dim_v);
-        fine &= dnnl_sgemm('N', 'N', rows, p->dim_v, keys, 1.0f, s, keys, v + t * p->v.token, p->v.token,
-                           1.0f, o, p->dim_v) == dnnl_success;
+        fine &= dnnl_sgemm('N', 'N', rows, p->dim_v, keys, 1.0f, s, keys, v + t * p->v.token,
+                           p->v.token, 1.0f, o, p->dim_v) == dnnl_success;
     }
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < p->dim_v; c++)
@@ -90,7 +92,7 @@ static bool attend_rows(const sparge_problem *p, float scale, int64_t head, int6
 
 bool bench_onednn_can(const bench_group *g)
 {
-    const sparge_problem *const p = &g->in->problem;
+    const sparge_problem *p = &g->in->problem;
     return g->options.causal == SPARGE_CAUSAL_NONE && g->options.scale == 0.0f && p->batch == 1 &&
            p->q.dtype == SPARGE_F32 && p->k.dtype == SPARGE_F32 && p->v.dtype == SPARGE_F32;
 }
@@ -109,7 +111,8 @@ bool bench_onednn(const sparge_problem *p, int threads, float *o)
         float *mine = s + (int64_t)omp_get_thread_num() * ROWS * KEYS;
         omp_set_num_threads(1); /* of a product inside */
         fine = progress_goes_on(NULL, 0.0) &&
-               attend_rows(p, scale, head, first, mine, o + (head * p->q_len + first) * p->dim_v) && fine;
+               attend_rows(p, scale, head, first, mine, o + (head * p->q_len + first) * p->dim_v) &&
+               fine;
     }
     free(s);
     return fine;

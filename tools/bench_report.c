@@ -10,9 +10,10 @@
 
 typedef struct figures {
     double seconds_total, seconds_predict, seconds_quantize, seconds_attend;
-    double tops, tops_executed; /* effective: of all visible pairs, and really done; by the whole time */
-    double pct_peak;            /* executed, of the peak of its arithmetic */
-    double pct_fma;             /* effective, of the f32 peak */
+    double tops,
+        tops_executed; /* effective: of all visible pairs, and really done; by the whole time */
+    double pct_peak;   /* executed, of the peak of its arithmetic */
+    double pct_fma;    /* effective, of the f32 peak */
     double speedup, efficiency;
     double pct_predict, pct_quantize; /* of the dense time of the same precision */
     double baseline_pct_peak;
@@ -32,8 +33,8 @@ static double peak_of(const sparge_peaks *peaks, sparge_precision precision)
 
 static double pct_peak_of(const bench_group *g, const bench_case *c)
 {
-    const sparge_problem *const p = &g->in->problem;
-    const sparge_counts *const n = &c->result.counts;
+    const sparge_problem *p = &g->in->problem;
+    const sparge_counts *n = &c->result.counts;
     const double at_peak = operations(n->qk_tokens, p->dim) / peak_of(&g->machine.peaks, c->qk) +
                            operations(n->pv_tokens, p->dim_v) / peak_of(&g->machine.peaks, c->pv);
     return 100.0 * at_peak / c->median.figure[BENCH_TOTAL];
@@ -41,9 +42,9 @@ static double pct_peak_of(const bench_group *g, const bench_case *c)
 
 static figures figures_of(const bench_group *g, const bench_case *c)
 {
-    const sparge_problem *const p = &g->in->problem;
-    const sparge_counts *const n = &c->result.counts;
-    const double *const s = c->median.figure, *const dense = g->cases[c->dense].median.figure;
+    const sparge_problem *p = &g->in->problem;
+    const sparge_counts *n = &c->result.counts;
+    const double *s = c->median.figure, *dense = g->cases[c->dense].median.figure;
     const double all = operations(n->tokens, p->dim + p->dim_v);
     const double done = operations(n->qk_tokens, p->dim) + operations(n->pv_tokens, p->dim_v);
     return (figures){
@@ -56,9 +57,11 @@ static figures figures_of(const bench_group *g, const bench_case *c)
         .pct_peak = pct_peak_of(g, c),
         .pct_fma = 100.0 * all / s[BENCH_TOTAL] / g->machine.peaks.f32,
         .speedup = g->cases[0].median.figure[BENCH_TOTAL] / s[BENCH_TOTAL],
-        /* 1 if time were proportional to what is left to do; of dense attention there is nothing to say. */
+        /* 1 if time were proportional to what is left to do; of dense attention there is nothing to
+           say. */
         .efficiency = c->kind == BENCH_DENSE || c->kind == BENCH_ONEDNN
-                          ? NAN : (1.0 - sparge_sparsity(n)) * dense[BENCH_ATTEND] / s[BENCH_ATTEND],
+                          ? NAN
+                          : (1.0 - sparge_sparsity(n)) * dense[BENCH_ATTEND] / s[BENCH_ATTEND],
         .pct_predict = 100.0 * s[BENCH_PREDICT] / dense[BENCH_TOTAL],
         .pct_quantize = 100.0 * s[BENCH_QUANTIZE] / dense[BENCH_TOTAL],
         .baseline_pct_peak = pct_peak_of(g, &g->cases[0]),
@@ -85,7 +88,7 @@ static const char *plural(int64_t n) { return n == 1 ? "" : "s"; }
 void bench_print_machine(void)
 {
     char model[128] = "unknown processor", line[256];
-    FILE *const file = fopen("/proc/cpuinfo", "r");
+    FILE *file = fopen("/proc/cpuinfo", "r");
     while (file && fgets(line, sizeof line, file))
         if (strncmp(line, "model name", 10) == 0 && strchr(line, ':')) {
             snprintf(model, sizeof model, "%.*s", (int)strcspn(strchr(line, ':') + 2, "\n"),
@@ -95,7 +98,8 @@ void bench_print_machine(void)
     if (file)
         fclose(file);
     const int cores = bench_cores();
-    printf("%s, %d core%s, sparge %s, %s\n", model, cores, plural(cores), SPARGE_VERSION, program_compiler);
+    printf("%s, %d core%s, sparge %s, %s\n", model, cores, plural(cores), SPARGE_VERSION,
+           program_compiler);
 }
 
 void bench_print_peaks(const bench_machine *m)
@@ -139,21 +143,23 @@ static void print_case(const bench_group *g, const bench_case *c)
 
 void bench_print_group(const bench_group *g)
 {
-    const sparge_problem *const p = &g->in->problem;
+    const sparge_problem *p = &g->in->problem;
     const figures base = figures_of(g, &g->cases[0]);
-    const sparge_result *const ran = &g->cases[0].result;
+    const sparge_result *ran = &g->cases[0].result;
     printf("\nq_len %lld, k_len %lld, dim %lld, %lld head%s, %s %s, %d thread%s; dense f32: ",
-           (long long)p->q_len, (long long)p->k_len, (long long)p->dim, (long long)(p->batch * p->heads),
-           plural(p->batch * p->heads), sparge_backend_string(ran->backend),
-           sparge_isa_string(ran->isa), ran->threads, plural(ran->threads));
+           (long long)p->q_len, (long long)p->k_len, (long long)p->dim,
+           (long long)(p->batch * p->heads), plural(p->batch * p->heads),
+           sparge_backend_string(ran->backend), sparge_isa_string(ran->isa), ran->threads,
+           plural(ran->threads));
     if (isfinite(base.seconds_total))
-        printf("%.2f ms, %.1f %% of the FMA peak\n", 1e3 * base.seconds_total, base.baseline_pct_peak);
+        printf("%.2f ms, %.1f %% of the FMA peak\n", 1e3 * base.seconds_total,
+               base.baseline_pct_peak);
     else
         puts("not timed");
     if (g->busy)
         printf("others used up to %.2f of a core meanwhile\n", g->foreign);
-    printf("%-30s %6s %10s %8s %8s %6s %6s %7s %6s %7s %7s\n", "case", "sparse", "ms", "TOPS", "done",
-           "%peak", "%FMA", "vs f32", "effic.", "%pred.", "%quant.");
+    printf("%-30s %6s %10s %8s %8s %6s %6s %7s %6s %7s %7s\n", "case", "sparse", "ms", "TOPS",
+           "done", "%peak", "%FMA", "vs f32", "effic.", "%pred.", "%quant.");
     for (int n = 0; n < g->count; n++)
         if (g->cases[n].shown)
             print_case(g, &g->cases[n]);
@@ -163,24 +169,25 @@ void bench_print_group(const bench_group *g)
 
 static json_t *json_case(const bench_group *g, const bench_case *c)
 {
-    const sparge_problem *const p = &g->in->problem;
+    const sparge_problem *p = &g->in->problem;
     const figures f = figures_of(g, c);
     char name[64];
     bench_case_name(g, c, name);
     return json_pack(
-        "{s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "{s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+        "s:o, s:o, s:o, s:o}",
         "case", name, "mask", bench_mask_string(c->kind), "isa", sparge_isa_string(c->result.isa),
         "threads", c->result.threads, "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len,
-        "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads,
-        "causal", options_causals[g->options.causal], "scale",
-        g->options.scale > 0.0f ? json_float(g->options.scale) : json_null(),
-        "sparsity", json_number(sparge_sparsity(&c->result.counts)),
-        "seconds_total", json_number(f.seconds_total), "seconds_predict", json_number(f.seconds_predict),
-        "seconds_quantize", json_number(f.seconds_quantize), "seconds_attend", json_number(f.seconds_attend),
-        "tops", json_number(f.tops),
-        "tops_executed", json_number(f.tops_executed), "pct_peak", json_number(f.pct_peak),
-        "speedup_vs_f32", json_number(f.speedup), "efficiency", json_number(f.efficiency),
-        "baseline_pct_peak", json_number(f.baseline_pct_peak));
+        "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads, "causal",
+        options_causals[g->options.causal], "scale",
+        g->options.scale > 0.0f ? json_float(g->options.scale) : json_null(), "sparsity",
+        json_number(sparge_sparsity(&c->result.counts)), "seconds_total",
+        json_number(f.seconds_total), "seconds_predict", json_number(f.seconds_predict),
+        "seconds_quantize", json_number(f.seconds_quantize), "seconds_attend",
+        json_number(f.seconds_attend), "tops", json_number(f.tops), "tops_executed",
+        json_number(f.tops_executed), "pct_peak", json_number(f.pct_peak), "speedup_vs_f32",
+        json_number(f.speedup), "efficiency", json_number(f.efficiency), "baseline_pct_peak",
+        json_number(f.baseline_pct_peak));
 }
 
 bool bench_json_group(const bench_group *g, json_t *rows)

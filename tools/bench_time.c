@@ -1,4 +1,5 @@
-/* bench_time.c: takes the time of the cases of a group in turns, while nobody else uses the machine. */
+/* bench_time.c: takes the time of the cases of a group in turns, while nobody else uses the
+ * machine. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,8 +8,8 @@
 
 #include "tools/bench.h"
 
-/* A round of several threads lasts this long at least, in as many passes as it takes: the kernel counts
- * in hundredths of a second, and a twentieth of a core has to be several of them. */
+/* A round of several threads lasts this long at least, in as many passes as it takes: the kernel
+ * counts in hundredths of a second, and a twentieth of a core has to be several of them. */
 static const double round_seconds = 1.0;
 static const double foreign_cores = 0.05; /* of other processes, beside which no time is taken */
 enum { ROUNDS_FOR_ONE = 3 };              /* rounds that are tried for each that has to count */
@@ -23,12 +24,13 @@ typedef struct load {
 static load load_now(void)
 {
     load now = {.all = NAN};
-    FILE *const file = fopen("/proc/stat", "r");
+    FILE *file = fopen("/proc/stat", "r");
     if (file) {
         unsigned long long user, nice, system, idle, wait, irq, softirq, steal;
-        if (fscanf(file, "cpu %llu %llu %llu %llu %llu %llu %llu %llu", &user, &nice, &system, &idle, &wait,
-                   &irq, &softirq, &steal) == 8)
-            now.all = (double)(user + nice + system + irq + softirq + steal) / (double)sysconf(_SC_CLK_TCK);
+        if (fscanf(file, "cpu %llu %llu %llu %llu %llu %llu %llu %llu", &user, &nice, &system,
+                   &idle, &wait, &irq, &softirq, &steal) == 8)
+            now.all = (double)(user + nice + system + irq + softirq + steal) /
+                      (double)sysconf(_SC_CLK_TCK);
         fclose(file);
     }
     struct rusage own;
@@ -53,7 +55,7 @@ static bool keep_pass(bench_case *c, const bench_times *times, file_error *error
 {
     if (c->passes == c->room) {
         const int room = c->room ? 2 * c->room : 16;
-        bench_times *const more = realloc(c->pass, (size_t)room * sizeof *more);
+        bench_times *more = realloc(c->pass, (size_t)room * sizeof *more);
         if (!more)
             return file_error_set(error, NULL, "no memory for the times of %d passes", room);
         c->pass = more;
@@ -72,8 +74,8 @@ static exit_code pass(bench_group *g, file_error *error)
         sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &failed);
     if (measured)
         return library_result(measured, &failed, error);
-    const int first =
-        g->cases[0].passes; /* another case in each pass: what follows a long one may find a slower clock */
+    const int first = g->cases[0].passes; /* another case in each pass: what follows a long one may
+                                             find a slower clock */
     for (int turn = 0; turn < g->count; turn++) {
         const int n = (first + turn) % g->count;
         if (g->cases[n].wrong)
@@ -133,7 +135,7 @@ static double median_of(double *x, int n)
 
 static exit_code medians(bench_case *c, file_error *error)
 {
-    double *const x = malloc(((size_t)c->kept + 1) * sizeof *x);
+    double *x = malloc(((size_t)c->kept + 1) * sizeof *x);
     if (!x) {
         file_error_set(error, NULL, "no memory for the times of %d passes", c->kept);
         return EXIT_MACHINE;
@@ -166,7 +168,8 @@ exit_code bench_time(bench_group *g, progress *watch, double from, double to, fi
             keep_round(g);
             counted++;
         }
-        if (!progress_tick(watch, from + (to - from) * (double)counted / (double)g->args->repeat) && !code)
+        if (!progress_tick(watch, from + (to - from) * (double)counted / (double)g->args->repeat) &&
+            !code)
             code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
     }
     if (counted < g->args->repeat) {

@@ -13,14 +13,15 @@
 
 /* ---- Checksums ---- */
 
-exit_code capture_sha256_inputs(const file_input *in, int64_t count, char text[SHA256_TEXT], file_error *error)
+exit_code capture_sha256_inputs(const file_input *in, int64_t count, char text[SHA256_TEXT],
+                                file_error *error)
 {
     enum { PIECE = 1 << 20 };
     exit_code code = EXIT_MACHINE;
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned length = 0;
-    EVP_MD_CTX *const state = EVP_MD_CTX_new();
-    void *const piece = malloc(PIECE);
+    EVP_MD_CTX *state = EVP_MD_CTX_new();
+    void *piece = malloc(PIECE);
     bool ok = state && piece && EVP_DigestInit_ex(state, EVP_sha256(), NULL);
     if (!ok)
         file_error_set(error, in->name, "no memory for its checksum");
@@ -55,7 +56,7 @@ exit_code capture_sha256(const char *path, char text[SHA256_TEXT], file_error *e
 
 static const char *name_of(const json_t *entry)
 {
-    const char *const name = json_string_value(json_object_get(entry, "file"));
+    const char *name = json_string_value(json_object_get(entry, "file"));
     return name ? name : "";
 }
 
@@ -70,7 +71,8 @@ static bool is_below(const char *name)
     return ok;
 }
 
-/* Every entry names a file of the folder, each once; *wrong is the name of the first that does not. */
+/* Every entry names a file of the folder, each once; *wrong is the name of the first that does not.
+ */
 static bool are_files(const json_t *files, const char **wrong)
 {
     bool ok = true;
@@ -84,31 +86,38 @@ static bool are_files(const json_t *files, const char **wrong)
 }
 
 /* manifest.json in a folder, and its path; *out is NULL where there is none. */
-static exit_code read_manifest(const char *folder, char path[PATH_MAX], json_t **out, file_error *error)
+static exit_code read_manifest(const char *folder, char path[PATH_MAX], json_t **out,
+                               file_error *error)
 {
     const char *name = NULL;
     size_t size;
     struct stat found;
     json_error_t why;
     *out = NULL;
-    if (snprintf(path, PATH_MAX, "%s/manifest.json", folder) >= PATH_MAX || lstat(path, &found) != 0)
+    if (snprintf(path, PATH_MAX, "%s/manifest.json", folder) >= PATH_MAX ||
+        lstat(path, &found) != 0)
         return EXIT_FINE;
-    char *const text = input_text(path, &size, error);
+    char *text = input_text(path, &size, error);
     if (!text)
         return EXIT_FILE;
     *out = json_loadb(text, size, JSON_REJECT_DUPLICATES, &why);
     free(text);
-    const json_t *const files = json_object_get(*out, "files");
+    const json_t *files = json_object_get(*out, "files");
     if (json_is_array(files) && are_files(files, &name))
         return EXIT_FINE;
     if (name)
-        file_error_set(error, path, "lists '%.60s', which is no file in its folder, or there twice; mend it, or give "
-                       "--ignore-manifest", name);
+        file_error_set(
+            error, path,
+            "lists '%.60s', which is no file in its folder, or there twice; mend it, or give "
+            "--ignore-manifest",
+            name);
     else if (*out)
-        file_error_set(error, path, "is no manifest: it must be an object with a list 'files'; mend it, or give "
+        file_error_set(error, path,
+                       "is no manifest: it must be an object with a list 'files'; mend it, or give "
                        "--ignore-manifest");
     else
-        file_error_set(error, path, "line %d: %s; mend it, or give --ignore-manifest", why.line, why.text);
+        file_error_set(error, path, "line %d: %s; mend it, or give --ignore-manifest", why.line,
+                       why.text);
     json_decref(*out);
     *out = NULL;
     return EXIT_FILE;
@@ -134,14 +143,14 @@ static bool are_heads(const json_t *heads)
 /* NULL where it is not said. */
 static const json_t *said(const json_t *from, const char *key)
 {
-    const json_t *const x = json_object_get(from, key);
+    const json_t *x = json_object_get(from, key);
     return json_is_null(x) ? NULL : x;
 }
 
 /* An entry's own word, or that of the whole manifest. */
 static const json_t *either(const json_t *entry, const json_t *manifest, const char *key)
 {
-    const json_t *const own = said(entry, key);
+    const json_t *own = said(entry, key);
     return own ? own : said(manifest, key);
 }
 
@@ -154,10 +163,12 @@ static bool read_text(const json_t *from, const char *key, const char **to)
 
 static bool is_scale(const json_t *x)
 {
-    return json_is_number(x) && json_number_value(x) >= (double)FLT_MIN && json_number_value(x) <= (double)FLT_MAX;
+    return json_is_number(x) && json_number_value(x) >= (double)FLT_MIN &&
+           json_number_value(x) <= (double)FLT_MAX;
 }
 
-/* NN of the first 'layerNN' in the name of a file that nothing like a word precedes; -1: there is none. */
+/* NN of the first 'layerNN' in the name of a file that nothing like a word precedes; -1: there is
+ * none. */
 static int64_t layer_in_name(const char *name)
 {
     for (const char *at = name; (at = strstr(at, "layer")); at++) {
@@ -172,10 +183,10 @@ static int64_t layer_in_name(const char *name)
 /* A sparge_causal, or -1. */
 static int alignment(const json_t *causal_at)
 {
-    const char *const word = json_string_value(causal_at);
-    return word && strcmp(word, "end") == 0   ? SPARGE_CAUSAL_END
-         : word && strcmp(word, "start") == 0 ? SPARGE_CAUSAL_START
-                                              : -1;
+    const char *word = json_string_value(causal_at);
+    return word && strcmp(word, "end") == 0     ? SPARGE_CAUSAL_END
+           : word && strcmp(word, "start") == 0 ? SPARGE_CAUSAL_START
+                                                : -1;
 }
 
 /* What the manifest's entry says, or NULL. */
@@ -187,8 +198,10 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     c->layer_named = c->layer >= 0;
     if (code || !entry)
         return code;
-    const json_t *const layer = json_object_get(entry, "layer"), *const causal = either(entry, manifest, "causal");
-    const json_t *const scale = either(entry, manifest, "scale"), *const at = either(entry, manifest, "causal_at");
+    const json_t *layer = json_object_get(entry, "layer"),
+                 *causal = either(entry, manifest, "causal");
+    const json_t *scale = either(entry, manifest, "scale"),
+                 *at = either(entry, manifest, "causal_at");
     const char *sha, *text, *gguf, *wrong = NULL;
     c->manifest = json_incref(manifest);
     c->heads = json_object_get(entry, "query_heads");
@@ -222,7 +235,9 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     c->weights = c->weights ? c->weights : gguf;
     c->aligned = at != NULL;
     if (causal)
-        c->causal = json_is_false(causal) ? SPARGE_CAUSAL_NONE : c->aligned ? alignment(at) : SPARGE_CAUSAL_END;
+        c->causal = json_is_false(causal) ? SPARGE_CAUSAL_NONE
+                    : c->aligned          ? alignment(at)
+                                          : SPARGE_CAUSAL_END;
     c->scale = json_number_value(scale);
     if (layer) {
         c->layer = json_integer_value(layer);
@@ -230,7 +245,8 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     }
     if (!sha || strcmp(sha, c->sha256) == 0)
         return EXIT_FINE;
-    file_error_set(error, c->path, "is not the file that its manifest lists: its SHA-256 is %.12s..., not %.12s...",
+    file_error_set(error, c->path,
+                   "is not the file that its manifest lists: its SHA-256 is %.12s..., not %.12s...",
                    c->sha256, sha);
     return EXIT_FILE;
 }
@@ -238,7 +254,7 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
 /* Makes room for one more at the end of the list. */
 static capture *append(capture **list, int64_t *count, file_error *error)
 {
-    capture *const more = realloc(*list, (size_t)(*count + 1) * sizeof *more);
+    capture *more = realloc(*list, (size_t)(*count + 1) * sizeof *more);
     if (!more) {
         file_error_set(error, NULL, "no memory for the list of captures");
         return NULL;
@@ -249,13 +265,15 @@ static capture *append(capture **list, int64_t *count, file_error *error)
 }
 
 /* A file of a folder, whose name begins after `above` characters of its path. */
-static exit_code add(const char *folder, size_t above, const char *name, const char *from, json_t *manifest,
-                     const json_t *entry, capture **list, int64_t *count, file_error *error)
+static exit_code add(const char *folder, size_t above, const char *name, const char *from,
+                     json_t *manifest, const json_t *entry, capture **list, int64_t *count,
+                     file_error *error)
 {
-    capture *const c = append(list, count, error);
+    capture *c = append(list, count, error);
     if (!c)
         return EXIT_MACHINE;
-    if (snprintf(c->path, sizeof c->path, "%s%s%s", folder, *folder ? "/" : "", name) >= (int)sizeof c->path) {
+    if (snprintf(c->path, sizeof c->path, "%s%s%s", folder, *folder ? "/" : "", name) >=
+        (int)sizeof c->path) {
         file_error_set(error, name, "its path is too long");
         return EXIT_FILE;
     }
@@ -266,23 +284,26 @@ static exit_code add(const char *folder, size_t above, const char *name, const c
 }
 
 /* *manifests grows by one where the folder has a manifest. */
-static exit_code find_listed(const char *folder, size_t above, int *manifests, capture **list, int64_t *count,
-                             file_error *error)
+static exit_code find_listed(const char *folder, size_t above, int *manifests, capture **list,
+                             int64_t *count, file_error *error)
 {
     json_t *manifest;
     char path[PATH_MAX];
     exit_code code = read_manifest(folder, path, &manifest, error);
-    const json_t *const files = json_object_get(manifest, "files");
+    const json_t *files = json_object_get(manifest, "files");
     *manifests += manifest != NULL;
     for (size_t n = 0; n < json_array_size(files) && !code; n++) {
-        const json_t *const entry = json_array_get(files, n);
+        const json_t *entry = json_array_get(files, n);
         code = add(folder, above, name_of(entry), path, manifest, entry, list, count, error);
     }
     json_decref(manifest);
     return code;
 }
 
-static int by_name(const struct dirent **a, const struct dirent **b) { return strcmp((*a)->d_name, (*b)->d_name); }
+static int by_name(const struct dirent **a, const struct dirent **b)
+{
+    return strcmp((*a)->d_name, (*b)->d_name);
+}
 
 static exit_code find_folder(const char *path, capture **list, int64_t *count, file_error *error)
 {
@@ -302,21 +323,23 @@ static exit_code find_folder(const char *path, capture **list, int64_t *count, f
     free(found);
     if (!code && *count == before) {
         file_error_set(error, path, "%s; give the capture's files",
-                       manifests ? "its manifest lists no files" : "has no manifest.json, nor has a folder in it");
+                       manifests ? "its manifest lists no files"
+                                 : "has no manifest.json, nor has a folder in it");
         code = EXIT_FILE;
     }
     return code;
 }
 
-static exit_code find_file(const char *path, bool alone, capture **list, int64_t *count, file_error *error)
+static exit_code find_file(const char *path, bool alone, capture **list, int64_t *count,
+                           file_error *error)
 {
-    const char *const slash = strrchr(path, '/'), *const name = slash ? slash + 1 : path;
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     char folder[PATH_MAX] = ".", from[PATH_MAX];
     if (slash)
         snprintf(folder, sizeof folder, "%.*s", (int)(slash > path ? slash - path : 1), path);
     json_t *manifest = NULL;
     exit_code code = alone ? EXIT_FINE : read_manifest(folder, from, &manifest, error);
-    const json_t *const files = json_object_get(manifest, "files"), *entry = NULL;
+    const json_t *files = json_object_get(manifest, "files"), *entry = NULL;
     for (size_t n = 0; n < json_array_size(files) && !entry; n++)
         if (strcmp(name_of(json_array_get(files, n)), name) == 0)
             entry = json_array_get(files, n);
@@ -326,14 +349,16 @@ static exit_code find_file(const char *path, bool alone, capture **list, int64_t
     return code;
 }
 
-exit_code capture_find(const char *path, bool alone, capture **list, int64_t *count, file_error *error)
+exit_code capture_find(const char *path, bool alone, capture **list, int64_t *count,
+                       file_error *error)
 {
     struct stat found;
     if (stat(path, &found) != 0 || !S_ISDIR(found.st_mode))
         return find_file(path, alone, list, count, error);
     if (!alone)
         return find_folder(path, list, count, error);
-    file_error_set(error, path, "is a folder, of which its manifest says what is in it; give its files to "
+    file_error_set(error, path,
+                   "is a folder, of which its manifest says what is in it; give its files to "
                    "--ignore-manifest");
     return EXIT_USAGE;
 }
@@ -357,16 +382,18 @@ exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_er
     *layer = asked >= 0 ? asked : c->layer;
     if (*layer == c->layer || c->layer < 0 || c->layer_named)
         return EXIT_FINE;
-    file_error_set(error, c->path, "is of layer %" PRId64 ", as its manifest says, not of %" PRId64 "; leave out "
-                   "--layer, or give --ignore-manifest", c->layer, asked);
+    file_error_set(error, c->path,
+                   "is of layer %" PRId64 ", as its manifest says, not of %" PRId64 "; leave out "
+                   "--layer, or give --ignore-manifest",
+                   c->layer, asked);
     return EXIT_FILE;
 }
 
 /* The same to what a float and a text of some digits can hold. */
 static bool near(double a, double b) { return fabs(a / b - 1.0) <= 1e-5; }
 
-exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given, sparge_options *o,
-                       file_error *error)
+exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given,
+                       sparge_options *o, file_error *error)
 {
     static const char *const ends[] = {"", "end", "start"};
     const double usual = 1.0 / sqrt((double)p->dim);
@@ -377,19 +404,25 @@ exit_code capture_obey(const capture *c, const sparge_problem *p, option_set giv
     const double scale = o->scale != 0.0f ? (double)o->scale : usual;
     const bool causal = o->causal != SPARGE_CAUSAL_NONE;
     if (c->heads && (int64_t)json_array_size(c->heads) != p->heads)
-        file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu", p->heads,
-                       json_array_size(c->heads));
+        file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu",
+                       p->heads, json_array_size(c->heads));
     else if (c->causal >= 0 && causal != (c->causal != SPARGE_CAUSAL_NONE))
-        file_error_set(error, c->path, causal ? "is of a model that is not causal, as its manifest says; leave out "
-                                                "--causal, or give --ignore-manifest"
-                                              : "is of a causal model, as its manifest says; give --causal, or "
-                                                "--ignore-manifest");
+        file_error_set(error, c->path,
+                       causal ? "is of a model that is not causal, as its manifest says; leave out "
+                                "--causal, or give --ignore-manifest"
+                              : "is of a causal model, as its manifest says; give --causal, or "
+                                "--ignore-manifest");
     else if (causal && c->aligned && p->q_len != p->k_len && (int)o->causal != c->causal)
-        file_error_set(error, c->path, "is causal from the %s, as its manifest says; give --causal=%s, or "
-                       "--ignore-manifest", ends[c->causal], ends[c->causal]);
+        file_error_set(error, c->path,
+                       "is causal from the %s, as its manifest says; give --causal=%s, or "
+                       "--ignore-manifest",
+                       ends[c->causal], ends[c->causal]);
     else if (c->scale != 0.0 && !near(c->scale, scale))
-        file_error_set(error, c->path, "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; "
-                       "give --scale %.9g, or --ignore-manifest", c->scale, scale, c->scale);
+        file_error_set(
+            error, c->path,
+            "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; "
+            "give --scale %.9g, or --ignore-manifest",
+            c->scale, scale, c->scale);
     else
         return EXIT_FINE;
     return EXIT_FILE;
@@ -400,7 +433,7 @@ json_t *capture_json(const capture *c)
     if (!c->manifest)
         return json_null();
     return json_pack("{s:s?, s:s?, s:o, s:o, s:o}", "model", c->model, "sample", c->sample, "layer",
-                     c->layer >= 0 && !c->layer_named ? json_integer(c->layer) : json_null(), "causal",
-                     c->causal >= 0 ? json_boolean(c->causal) : json_null(), "scale",
+                     c->layer >= 0 && !c->layer_named ? json_integer(c->layer) : json_null(),
+                     "causal", c->causal >= 0 ? json_boolean(c->causal) : json_null(), "scale",
                      c->scale != 0.0 ? json_rounded(c->scale, 9) : json_null());
 }

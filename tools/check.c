@@ -1,4 +1,5 @@
-/* check.c: sparge check: judges what another kernel made of q, k and v: its mask, its o and its log-sum-exp. */
+/* check.c: sparge check: judges what another kernel made of q, k and v: its mask, its o and its
+ * log-sum-exp. */
 #include <float.h>
 #include <inttypes.h>
 #include <math.h>
@@ -25,16 +26,19 @@ typedef struct check_args {
 enum { OUTPUT = 512, LSE, MASK, MAX_WORST };
 
 static const struct argp_option check_options[] = {
-    {"o", OUTPUT, "O", 0, "the kernel's output, with the axes of q: .npy, or 'o' of a .safetensors", 0},
+    {"o", OUTPUT, "O", 0, "the kernel's output, with the axes of q: .npy, or 'o' of a .safetensors",
+     0},
     {"lse", LSE, "L.npy", 0, "its log-sum-exp, natural, [B,H,N]", 0},
-    {"mask", MASK, "M.npy", 0, "the mask that it had, [B,H,q blocks,k blocks] (none: it was dense)", 0},
-    {"max-worst", MAX_WORST, "X", 0, "fail where a row is above this relative L1, or log-sum-exp this far off", 0},
+    {"mask", MASK, "M.npy", 0, "the mask that it had, [B,H,q blocks,k blocks] (none: it was dense)",
+     0},
+    {"max-worst", MAX_WORST, "X", 0,
+     "fail where a row is above this relative L1, or log-sum-exp this far off", 0},
     {0},
 };
 
 static error_t check_parser(int key, char *text, struct argp_state *state)
 {
-    check_args *const a = state->input;
+    check_args *a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case OUTPUT: a->o = text; return 0;
@@ -47,22 +51,28 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
         if (!a->o)
             return options_wrong(state, "give the kernel's output: --o FILE");
         if (a->attention.output)
-            return options_wrong(state, "-o: nothing is written here; the kernel's output is --o FILE");
+            return options_wrong(state,
+                                 "-o: nothing is written here; the kernel's output is --o FILE");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child check_children[] = {{&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+static const struct argp_child check_children[] = {
+    {&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp check_argp = {
     .options = check_options,
     .parser = check_parser,
     .args_doc = "Q.npy K.npy V.npy --o O\nQKV.safetensors --o O",
-    .doc = "Judges another kernel, as JSON on stdout: its o beside attention in double over its mask and over all "
-           "keys, and how much attention the mask keeps beside the one that is predicted here. Exit status 1 where "
-           "the worst row is above the bound, or o is not finite where it should be, or the other way round.\v"
-           "Without --max-worst the bound is twice the worst row of an honest kernel over the same mask (f32, with P "
+    .doc = "Judges another kernel, as JSON on stdout: its o beside attention in double over its "
+           "mask and over all "
+           "keys, and how much attention the mask keeps beside the one that is predicted here. "
+           "Exit status 1 where "
+           "the worst row is above the bound, or o is not finite where it should be, or the other "
+           "way round.\v"
+           "Without --max-worst the bound is twice the worst row of an honest kernel over the same "
+           "mask (f32, with P "
            "and o rounded to the type of O), and 1e-5; for the log-sum-exp likewise.",
     .children = check_children,
 };
@@ -78,13 +88,13 @@ typedef struct check {
     given_captures given;
     inputs in;
     settled settled;
-    array_type type; /* of O in its file */
-    answer got;      /* what is judged; its lse may be empty */
-    sparge_mask mask, predicted; /* no bits where it was dense */
-    array kept, chosen;          /* the same as arrays */
+    array_type type;                          /* of O in its file */
+    answer got;                               /* what is judged; its lse may be empty */
+    sparge_mask mask, predicted;              /* no bits where it was dense */
+    array kept, chosen;                       /* the same as arrays */
     sparge_counts *counts, *predicted_counts; /* of them, [batch][heads] */
-    array mass;                  /* block_mass of dense attention */
-    answer dense, masked;        /* by the oracle */
+    array mass;                               /* block_mass of dense attention */
+    answer dense, masked;                     /* by the oracle */
     answer baseline;
 } check;
 
@@ -99,7 +109,7 @@ static const char *want_name(const check *c)
 
 static exit_code read_files(check *c, file_error *error)
 {
-    const attention_args *const a = &c->args.attention;
+    const attention_args *a = &c->args.attention;
     exit_code code = given_file(a, &c->given, error);
     sparge_error why;
     if (!code)
@@ -107,7 +117,8 @@ static exit_code read_files(check *c, file_error *error)
     if (!code)
         code = settle(a, c->given.list, &c->in.problem, &c->options, &c->settled, error);
     if (!code)
-        code = library_result(sparge_options_resolve(&c->in.problem, &c->options, &why), &why, error);
+        code =
+            library_result(sparge_options_resolve(&c->in.problem, &c->options, &why), &why, error);
     if (!code)
         code = inputs_output(c->args.o, &c->in, &c->got.o, &c->type, error);
     if (!code && c->args.lse)
@@ -119,7 +130,7 @@ static exit_code read_files(check *c, file_error *error)
 
 static exit_code count(check *c, file_error *error)
 {
-    const sparge_problem *const p = &c->in.problem;
+    const sparge_problem *p = &c->in.problem;
     const size_t heads = (size_t)(p->batch * p->heads) + 1;
     c->counts = calloc(heads, sizeof *c->counts);
     c->predicted_counts = calloc(heads, sizeof *c->predicted_counts);
@@ -134,7 +145,7 @@ static exit_code count(check *c, file_error *error)
 
 static exit_code predict(check *c, file_error *error)
 {
-    const sparge_problem *const p = &c->in.problem;
+    const sparge_problem *p = &c->in.problem;
     sparge_error why;
     double seconds;
     if (!c->args.mask)
@@ -156,23 +167,25 @@ static bool answer_alloc(const check *c, array_type type, answer *to, file_error
 }
 
 /* The oracle over a mask; mass may be NULL. */
-static exit_code ask(check *c, const sparge_mask *mask, const char *what, answer *to, double *mass, file_error *error)
+static exit_code ask(check *c, const sparge_mask *mask, const char *what, answer *to, double *mass,
+                     file_error *error)
 {
     if (!answer_alloc(c, ARRAY_F64, to, error))
         return EXIT_MACHINE;
     sparge_error why;
     progress watch = progress_begin(what);
     c->options.user = &watch;
-    const sparge_status status = sparge_oracle(&c->in.problem, &c->options, mask, SPARGE_ORACLE_REAL, to->o.data,
-                                               to->lse.data, mass, &why);
+    const sparge_status status =
+        sparge_oracle(&c->in.problem, &c->options, mask, SPARGE_ORACLE_REAL, to->o.data,
+                      to->lse.data, mass, &why);
     progress_end(&watch);
     return library_result(status, &why, error);
 }
 
 static exit_code measure(check *c, file_error *error)
 {
-    const sparge_problem *const p = &c->in.problem;
-    const sparge_mask *const mask = c->args.mask ? &c->mask : NULL;
+    const sparge_problem *p = &c->in.problem;
+    const sparge_mask *mask = c->args.mask ? &c->mask : NULL;
     if (!dump_alloc("bhij", ARRAY_F64, p, &c->options, &c->mass, error) ||
         !answer_alloc(c, ARRAY_F32, &c->baseline, error))
         return EXIT_MACHINE;
@@ -184,7 +197,8 @@ static exit_code measure(check *c, file_error *error)
         return code;
     progress watch = progress_begin("baseline");
     c->options.user = &watch;
-    code = baseline_attend(p, &c->options, mask, c->type, c->baseline.o.data, c->baseline.lse.data, error);
+    code = baseline_attend(p, &c->options, mask, c->type, c->baseline.o.data, c->baseline.lse.data,
+                           error);
     progress_end(&watch);
     return code;
 }
@@ -204,15 +218,18 @@ static bool holds(const verdict *v) { return v->c.not_finite_apart == 0 && v->wo
 
 static double worst_row(const comparison *c) { return c->summed ? c->worst_row_l1 : 0.0; }
 
-/* No bound follows from an honest kernel that is further off than `most`: all would be within it. */
+/* No bound follows from an honest kernel that is further off than `most`: all would be within it.
+ */
 static double bound_of(const check *c, double honest, double most)
 {
-    return !isnan(c->args.max_worst) ? c->args.max_worst : honest <= most ? 2.0 * honest + 1e-5 : NAN;
+    return !isnan(c->args.max_worst) ? c->args.max_worst
+           : honest <= most          ? 2.0 * honest + 1e-5
+                                     : NAN;
 }
 
 static verdict judge_o(const check *c)
 {
-    const array *const want = &want_of(c)->o;
+    const array *want = &want_of(c)->o;
     const comparison got = compare(&c->got.o, want), baseline = compare(&c->baseline.o, want);
     const double honest = worst_row(&baseline);
     return (verdict){got, worst_row(&got), got.worst_row, honest, bound_of(c, honest, 0.5)};
@@ -220,7 +237,7 @@ static verdict judge_o(const check *c)
 
 static verdict judge_lse(const check *c)
 {
-    const array *const want = &want_of(c)->lse;
+    const array *want = &want_of(c)->lse;
     const difference got = compare_elements(&c->got.lse, want, 0.0);
     const difference baseline = compare_elements(&c->baseline.lse, want, 0.0);
     return (verdict){compare(&c->got.lse, want), got.worst, got.worst_at, baseline.worst,
@@ -228,21 +245,27 @@ static verdict judge_lse(const check *c)
 }
 
 /* Why a verdict does not hold. */
-static void explain(const check *c, const verdict *v, const char *file, const array *x, bool row, file_error *error)
+static void explain(const check *c, const verdict *v, const char *file, const array *x, bool row,
+                    file_error *error)
 {
     const bool apart = v->c.not_finite_apart > 0;
-    json_t *const place = compare_place(x, apart ? v->c.first_not_finite_apart : v->at, row && !apart);
-    char *const text = json_dumps(place, 0);
-    const char *const where = text ? text : "", *const want = want_name(c);
+    json_t *place = compare_place(x, apart ? v->c.first_not_finite_apart : v->at, row && !apart);
+    char *text = json_dumps(place, 0);
+    const char *where = text ? text : "", *want = want_name(c);
     if (apart)
-        file_error_set(error, file, "%" PRId64 " elements are NaN or infinite where %s is not, or the other way round; "
-                       "the first is %s", v->c.not_finite_apart, want, where);
+        file_error_set(error, file,
+                       "%" PRId64
+                       " elements are NaN or infinite where %s is not, or the other way round; "
+                       "the first is %s",
+                       v->c.not_finite_apart, want, where);
     else if (isnan(v->bound))
-        file_error_set(error, file, "an honest kernel is itself %.3g from %s, so no bound follows; give --max-worst",
-                       v->honest, want);
+        file_error_set(
+            error, file,
+            "an honest kernel is itself %.3g from %s, so no bound follows; give --max-worst",
+            v->honest, want);
     else
-        file_error_set(error, file, "%s %s is %.3g from %s, allowed is %.3g", row ? "row" : "element", where, v->worst,
-                       want, v->bound);
+        file_error_set(error, file, "%s %s is %.3g from %s, allowed is %.3g",
+                       row ? "row" : "element", where, v->worst, want, v->bound);
     free(text);
     json_decref(place);
 }
@@ -250,18 +273,19 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
 /* ---- The report ---- */
 
 /* The mask beside the predicted one: of all heads, or of one, as views; and their counts. */
-static json_t *describe_mask(const check *c, const array *mass, const array *kept, const array *chosen,
-                             const sparge_counts *counts, const sparge_counts *predicted_counts)
+static json_t *describe_mask(const check *c, const array *mass, const array *kept,
+                             const array *chosen, const sparge_counts *counts,
+                             const sparge_counts *predicted_counts)
 {
     const int64_t q_len = c->in.problem.q_len, block_q = c->options.block_q;
     const recall given = judge_recall(mass, kept, q_len, block_q);
     const recall predicted = judge_recall(mass, chosen, q_len, block_q);
     const mask_difference d = judge_masks(kept, chosen);
-    json_t *const json = json_pack(
-        "{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share), "predicted_recall",
-        json_number(predicted.share), "blocks_not_finite", (json_int_t)given.not_finite, "pairs",
-        (json_int_t)counts->pairs, "kept_blocks", (json_int_t)counts->qk_done, "predicted_kept_blocks",
-        (json_int_t)predicted_counts->qk_done);
+    json_t *json = json_pack("{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share),
+                             "predicted_recall", json_number(predicted.share), "blocks_not_finite",
+                             (json_int_t)given.not_finite, "pairs", (json_int_t)counts->pairs,
+                             "kept_blocks", (json_int_t)counts->qk_done, "predicted_kept_blocks",
+                             (json_int_t)predicted_counts->qk_done);
     return json_joined(json, judge_json(kept, &d));
 }
 
@@ -273,12 +297,13 @@ static json_t *describe_head(const check *c, int64_t n)
     const int64_t worst = o.worst_row < 0 ? -1 : n * array_count(&got) + o.worst_row;
     json_t *json = json_pack(
         "{s:I, s:I, s:o, s:o, s:o, s:o}", "batch", (json_int_t)(n / c->in.problem.heads), "head",
-        (json_int_t)(n % c->in.problem.heads), "l1", json_number(o.l1), "worst_row_l1", json_number(o.worst_row_l1),
-        "worst_row", compare_place(&c->got.o, worst, true), "baseline_worst_row_l1",
-        json_number(baseline.worst_row_l1));
+        (json_int_t)(n % c->in.problem.heads), "l1", json_number(o.l1), "worst_row_l1",
+        json_number(o.worst_row_l1), "worst_row", compare_place(&c->got.o, worst, true),
+        "baseline_worst_row_l1", json_number(baseline.worst_row_l1));
     json = json_joined(json, compare_counts(&o));
     if (c->args.lse) {
-        const array lse = array_part(&c->got.lse, 1, n), want_lse = array_part(&want_of(c)->lse, 1, n);
+        const array lse = array_part(&c->got.lse, 1, n),
+                    want_lse = array_part(&want_of(c)->lse, 1, n);
         const difference d = compare_elements(&lse, &want_lse, 0.0);
         json = json_joined(json, json_pack("{s:o}", "lse_worst", json_number(d.worst)));
     }
@@ -287,14 +312,15 @@ static json_t *describe_head(const check *c, int64_t n)
     const array all = array_part(&c->dense.o, 2, n), mass = array_part(&c->mass, 2, n);
     const array kept = array_part(&c->kept, 2, n), chosen = array_part(&c->chosen, 2, n);
     const comparison dense = compare(&got, &all);
-    json = json_joined(json, json_pack("{s:o, s:o}", "dense_l1", json_number(dense.l1), "dense_worst_row_l1",
-                                       json_number(dense.worst_row_l1)));
-    return json_joined(json, describe_mask(c, &mass, &kept, &chosen, &c->counts[n], &c->predicted_counts[n]));
+    json = json_joined(json, json_pack("{s:o, s:o}", "dense_l1", json_number(dense.l1),
+                                       "dense_worst_row_l1", json_number(dense.worst_row_l1)));
+    return json_joined(
+        json, describe_mask(c, &mass, &kept, &chosen, &c->counts[n], &c->predicted_counts[n]));
 }
 
 static json_t *describe_heads(const check *c)
 {
-    json_t *const list = json_array();
+    json_t *list = json_array();
     bool ok = list != NULL;
     for (int64_t n = 0; n < c->in.problem.batch * c->in.problem.heads && ok; n++)
         ok = json_array_append_new(list, describe_head(c, n)) == 0;
@@ -306,33 +332,35 @@ static json_t *describe_heads(const check *c)
 
 static exit_code report(check *c, file_error *error)
 {
-    const sparge_problem *const p = &c->in.problem;
+    const sparge_problem *p = &c->in.problem;
     const verdict o = judge_o(c), lse = c->args.lse ? judge_lse(c) : o;
     const bool ok = holds(&o) && holds(&lse);
     json_t *json = json_pack(
         "{s:b, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s}", "ok", ok, "over",
-        c->args.mask ? "mask" : "dense", "type", array_type_string(c->type), "batch", (json_int_t)p->batch, "heads",
-        (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len, "k_len",
-        (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v, "block_q",
-        (json_int_t)c->options.block_q, "block_k", (json_int_t)c->options.block_k, "causal",
-        options_causals[c->options.causal]);
+        c->args.mask ? "mask" : "dense", "type", array_type_string(c->type), "batch",
+        (json_int_t)p->batch, "heads", (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads,
+        "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim,
+        "dim_v", (json_int_t)p->dim_v, "block_q", (json_int_t)c->options.block_q, "block_k",
+        (json_int_t)c->options.block_k, "causal", options_causals[c->options.causal]);
     json = json_joined(json, settled_json(&c->settled));
     json = json_joined(json, compare_json(&o.c, &c->got.o));
-    json = json_joined(json, json_pack("{s:o, s:o}", "baseline_worst_row_l1", json_number(o.honest), "max_worst",
-                                       json_number(o.bound)));
+    json = json_joined(json, json_pack("{s:o, s:o}", "baseline_worst_row_l1", json_number(o.honest),
+                                       "max_worst", json_number(o.bound)));
     if (c->args.lse) {
-        json_t *const errors = json_pack(
-            "{s:o, s:o, s:o, s:o}", "worst", json_number(lse.worst), "worst_at",
-            compare_place(&c->got.lse, lse.at, false), "baseline_worst", json_number(lse.honest), "max_worst",
-            json_number(lse.bound));
-        json = json_joined(json, json_pack("{s:o}", "lse", json_joined(errors, compare_counts(&lse.c))));
+        json_t *errors =
+            json_pack("{s:o, s:o, s:o, s:o}", "worst", json_number(lse.worst), "worst_at",
+                      compare_place(&c->got.lse, lse.at, false), "baseline_worst",
+                      json_number(lse.honest), "max_worst", json_number(lse.bound));
+        json = json_joined(json,
+                           json_pack("{s:o}", "lse", json_joined(errors, compare_counts(&lse.c))));
     }
     if (c->args.mask) {
         const comparison dense = compare(&c->got.o, &c->dense.o);
         const sparge_counts counts = kept_sum(c->counts, p->batch * p->heads);
         const sparge_counts predicted = kept_sum(c->predicted_counts, p->batch * p->heads);
-        json = json_joined(json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o), "mask",
-                                           describe_mask(c, &c->mass, &c->kept, &c->chosen, &counts, &predicted)));
+        json = json_joined(
+            json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o), "mask",
+                            describe_mask(c, &c->mass, &c->kept, &c->chosen, &counts, &predicted)));
     }
     json = json_joined(json, json_pack("{s:o}", "per_head", describe_heads(c)));
     const exit_code code = print_json(json, error);
@@ -355,7 +383,8 @@ static void answer_free(answer *a)
 
 exit_code check_command(int argc, char **argv, file_error *error)
 {
-    static exit_code (*const steps[])(check *, file_error *) = {read_files, predict, measure, report};
+    static exit_code (*const steps[])(check *, file_error *) = {read_files, predict, measure,
+                                                                report};
     check c = {.args = {.base = {error}, .max_worst = NAN}};
     exit_code code = attention_parse(&check_argp, argc, argv, &c.args.base, &c.args.attention);
     c.options = c.args.attention.options;

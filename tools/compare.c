@@ -56,7 +56,10 @@ static void count_element(comparison *c, int64_t at, double g, double w)
 comparison compare(const array *got, const array *want)
 {
     comparison c = {
-        .worst_row = -1, .first_nan_got = -1, .first_nan_want = -1, .first_nan_apart = -1,
+        .worst_row = -1,
+        .first_nan_got = -1,
+        .first_nan_want = -1,
+        .first_nan_apart = -1,
         .first_not_finite_apart = -1,
     };
     const int64_t count = array_count(got);
@@ -81,7 +84,8 @@ comparison compare(const array *got, const array *want)
         distance += row_distance;
         size += row_size;
         const double l1 = relative(row_distance, row_size);
-        if (c.summed > before && (c.worst_row < 0 || !(l1 <= c.worst_row_l1 || isnan(c.worst_row_l1)))) {
+        if (c.summed > before &&
+            (c.worst_row < 0 || !(l1 <= c.worst_row_l1 || isnan(c.worst_row_l1)))) {
             c.worst_row = first;
             c.worst_row_l1 = l1;
         }
@@ -102,19 +106,19 @@ bool compare_within(const comparison *c, double error, double bound)
 json_t *compare_counts(const comparison *c)
 {
     return json_pack("{s:I, s:I, s:I, s:I, s:I}", "nan_got", (json_int_t)c->nan_got, "nan_want",
-                     (json_int_t)c->nan_want, "inf_got", (json_int_t)c->inf_got, "inf_want", (json_int_t)c->inf_want,
-                     "not_finite_apart", (json_int_t)c->not_finite_apart);
+                     (json_int_t)c->nan_want, "inf_got", (json_int_t)c->inf_got, "inf_want",
+                     (json_int_t)c->inf_want, "not_finite_apart", (json_int_t)c->not_finite_apart);
 }
 
 json_t *compare_json(const comparison *c, const array *shaped)
 {
-    json_t *const errors = json_pack(
-        "{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(c->l1), "worst_row_l1", json_number(c->worst_row_l1),
-        "worst_row", compare_place(shaped, c->worst_row, true), "cosine", json_number(c->cosine), "rmse",
-        json_number(c->rmse));
-    json_t *const places = json_pack(
-        "{s:o, s:o, s:o, s:o}", "first_nan_got", compare_place(shaped, c->first_nan_got, false), "first_nan_want",
-        compare_place(shaped, c->first_nan_want, false), "first_nan_apart",
+    json_t *errors = json_pack("{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(c->l1),
+                               "worst_row_l1", json_number(c->worst_row_l1), "worst_row",
+                               compare_place(shaped, c->worst_row, true), "cosine",
+                               json_number(c->cosine), "rmse", json_number(c->rmse));
+    json_t *places = json_pack(
+        "{s:o, s:o, s:o, s:o}", "first_nan_got", compare_place(shaped, c->first_nan_got, false),
+        "first_nan_want", compare_place(shaped, c->first_nan_want, false), "first_nan_apart",
         compare_place(shaped, c->first_nan_apart, false), "first_not_finite_apart",
         compare_place(shaped, c->first_not_finite_apart, false));
     return json_joined(json_joined(errors, compare_counts(c)), places);
@@ -124,10 +128,13 @@ void compare_warn(const comparison *c, const char *got, const char *want)
 {
     if (c->nan_got + c->nan_want + c->inf_got + c->inf_want == 0)
         return;
-    fprintf(stderr, "sparge: %s has %" PRId64 " NaN and %" PRId64 " infinite elements, %s %" PRId64 " and %" PRId64
-            ": ", got, c->nan_got, c->inf_got, want, c->nan_want, c->inf_want);
+    fprintf(stderr,
+            "sparge: %s has %" PRId64 " NaN and %" PRId64 " infinite elements, %s %" PRId64
+            " and %" PRId64 ": ",
+            got, c->nan_got, c->inf_got, want, c->nan_want, c->inf_want);
     if (c->not_finite_apart)
-        fprintf(stderr, "%" PRId64 " are apart, so there is no error to give\n", c->not_finite_apart);
+        fprintf(stderr, "%" PRId64 " are apart, so there is no error to give\n",
+                c->not_finite_apart);
     else
         fprintf(stderr, "alike; the error is that of the other %" PRId64 "\n", c->summed);
 }
@@ -166,7 +173,7 @@ json_t *compare_place(const array *x, int64_t at, bool row)
         axis[d] = at % x->shape[d];
         at /= x->shape[d];
     }
-    json_t *const place = json_array();
+    json_t *place = json_array();
     for (int d = 0; d < x->rank - row; d++)
         json_array_append_new(place, json_integer(axis[d]));
     return place;

@@ -59,8 +59,11 @@ static exit_code bisect(finder *f, double wanted, file_error *error)
         return EXIT_USAGE;
     }
     if (!(wanted >= below && wanted <= above)) {
-        file_error_set(error, NULL, "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a "
-                       "lower --theta or smaller blocks reach further down", wanted, below, above);
+        file_error_set(
+            error, NULL,
+            "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a "
+            "lower --theta or smaller blocks reach further down",
+            wanted, below, above);
         return EXIT_USAGE;
     }
     while (high - low > 1 && !code) {
@@ -79,11 +82,13 @@ static exit_code bisect(finder *f, double wanted, file_error *error)
 
 exit_code density_find(const sparge_problem *p, sparge_options *o, double wanted, file_error *error)
 {
-    finder f = {.p = p, .o = o, .counts = calloc((size_t)(p->batch * p->heads) + 1, sizeof *f.counts)};
+    finder f = {
+        .p = p, .o = o, .counts = calloc((size_t)(p->batch * p->heads) + 1, sizeof *f.counts)};
     sparge_error why;
     exit_code code = library_result(sparge_mask_alloc(&f.mask, p, o, &why), &why, error);
     if (!code && !f.counts) {
-        file_error_set(error, NULL, "no memory for the counters of %lld heads", (long long)(p->batch * p->heads));
+        file_error_set(error, NULL, "no memory for the counters of %lld heads",
+                       (long long)(p->batch * p->heads));
         code = EXIT_MACHINE;
     }
     progress watch = progress_begin("density");

@@ -1,4 +1,5 @@
-/* device.c: a problem and its result where the backend wants them: on the device, or where they are. */
+/* device.c: a problem and its result where the backend wants them: on the device, or where they
+ * are. */
 #include "tools/device.h"
 
 #include <string.h>
@@ -44,8 +45,9 @@ static void *place(device *d, const void *from, void *home, int64_t bytes)
 
 static void *place_mask(device *d, const uint32_t *from, uint32_t *home)
 {
-    const sparge_mask *const m = &d->mask;
-    return place(d, from, home, m->batch * m->heads * m->q_blocks * m->words * (int64_t)sizeof *m->bits);
+    const sparge_mask *m = &d->mask;
+    return place(d, from, home,
+                 m->batch * m->heads * m->q_blocks * m->words * (int64_t)sizeof *m->bits);
 }
 
 static int64_t size_of(sparge_dtype dtype) { return dtype == SPARGE_F32 ? 4 : 2; }
@@ -66,7 +68,8 @@ static device begin(const sparge_problem *p, const sparge_options *o, sparge_err
     return d;
 }
 
-static const sparge_trace *place_trace(device *d, const sparge_options *o, const sparge_trace *trace)
+static const sparge_trace *place_trace(device *d, const sparge_options *o,
+                                       const sparge_trace *trace)
 {
     for (int n = 0; n < STAGES && trace; n++) {
         void *home = NULL;
@@ -74,7 +77,8 @@ static const sparge_trace *place_trace(device *d, const sparge_options *o, const
             memcpy(&home, (const char *)trace + stages[n].field, sizeof home);
         if (!home)
             continue;
-        home = place(d, home, home, stage_bytes(n, &d->problem, o)); /* some of it may be left as it was */
+        home = place(d, home, home,
+                     stage_bytes(n, &d->problem, o)); /* some of it may be left as it was */
         memcpy((char *)&d->trace + stages[n].field, &home, sizeof home);
     }
     return trace ? &d->trace : NULL;
@@ -82,9 +86,9 @@ static const sparge_trace *place_trace(device *d, const sparge_options *o, const
 
 static void place_result(device *d, const sparge_options *o, const sparge_result *result)
 {
-    const sparge_problem *const p = &d->problem;
+    const sparge_problem *p = &d->problem;
     const int64_t heads = p->batch * p->heads, rows = heads * p->q_len;
-    sparge_result *const r = &d->result;
+    sparge_result *r = &d->result;
     *r = *result;
     r->o.data = place(d, NULL, r->o.data, rows * p->dim_v * size_of(r->o.dtype));
     if (r->lse)

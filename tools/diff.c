@@ -28,7 +28,7 @@ static const struct argp_option diff_options[] = {
 
 static error_t diff_parser(int key, char *text, struct argp_state *state)
 {
-    diff_args *const a = state->input;
+    diff_args *a = state->input;
     switch (key) {
     case MAX_L1: return options_real(state, "--max-l1", text, 0.0, INFINITY, &a->max_l1);
     case MAX_WORST: return options_real(state, "--max-worst", text, 0.0, INFINITY, &a->max_worst);
@@ -48,9 +48,11 @@ static const struct argp diff_argp = {
     .options = diff_options,
     .parser = diff_parser,
     .args_doc = "GOT.npy WANT.npy\nGOT_DUMP WANT_DUMP",
-    .doc = "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
-           "one of the two is NaN or infinite, and where two dumps differ. Of two masks (bool, or uint8 of "
-           "four axes) the blocks that are missing and extra too; without a bound they must be equal.",
+    .doc =
+        "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
+        "one of the two is NaN or infinite, and where two dumps differ. Of two masks (bool, or "
+        "uint8 of "
+        "four axes) the blocks that are missing and extra too; without a bound they must be equal.",
 };
 
 /* ---- Reading --------------------------------------------------------------------------- */
@@ -82,7 +84,10 @@ static exit_code read_pair(const char *const path[2], array pair[2], file_error 
 /* ---- Two arrays ------------------------------------------------------------------------ */
 
 /* As run --mask takes them: 0 is skipped, all else is kept. */
-static bool is_mask(const array *x) { return x->type == ARRAY_BOOL || (x->type == ARRAY_U8 && x->rank == 4); }
+static bool is_mask(const array *x)
+{
+    return x->type == ARRAY_BOOL || (x->type == ARRAY_U8 && x->rank == 4);
+}
 
 static exit_code diff_files(const diff_args *a, file_error *error)
 {
@@ -92,13 +97,16 @@ static exit_code diff_files(const diff_args *a, file_error *error)
     const int masks = code ? 0 : is_mask(&pair[0]) + is_mask(&pair[1]);
     if (masks == 1 && !bounded) {
         const int other = is_mask(&pair[0]);
-        file_error_set(error, a->file[other], "is of %s and %.160s is a mask: without a bound they are not compared; "
-                       "save both as bool or uint8", array_type_string(pair[other].type), a->file[1 - other]);
+        file_error_set(error, a->file[other],
+                       "is of %s and %.160s is a mask: without a bound they are not compared; "
+                       "save both as bool or uint8",
+                       array_type_string(pair[other].type), a->file[1 - other]);
         code = EXIT_FILE;
     }
     if (!code) {
         const comparison c = compare(&pair[0], &pair[1]);
-        bool ok = compare_within(&c, c.l1, a->max_l1) && compare_within(&c, c.worst_row_l1, a->max_worst);
+        bool ok =
+            compare_within(&c, c.l1, a->max_l1) && compare_within(&c, c.worst_row_l1, a->max_worst);
         json_t *json = compare_json(&c, &pair[0]);
         if (masks == 2) {
             const mask_difference d = judge_masks(&pair[0], &pair[1]);
@@ -119,11 +127,11 @@ static exit_code diff_files(const diff_args *a, file_error *error)
 static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_t block[2])
 {
     static const char letters[] = "bhgqkijdv2";
-    static const char *const words[] = {"batch", "head", "kv_head", "query", "key", "q_block",
-                                        "k_block", "channel", "channel", "index"};
+    static const char *const words[] = {"batch",   "head",    "kv_head", "query",   "key",
+                                        "q_block", "k_block", "channel", "channel", "index"};
     if (at < 0)
         return json_null();
-    json_t *const numbers = compare_place(x, at, false), *const place = json_object();
+    json_t *numbers = compare_place(x, at, false), *place = json_object();
     for (int d = 0; d < x->rank; d++) {
         const json_int_t n = json_integer_value(json_array_get(numbers, (size_t)d));
         json_object_set_new(place, words[strchr(letters, s->axes[d]) - letters], json_integer(n));
@@ -140,7 +148,7 @@ static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_
 static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t **row,
                             bool *differs, file_error *error)
 {
-    const stage *const s = &stages[n];
+    const stage *s = &stages[n];
     char paths[2][PATH_MAX];
     const char *const path[] = {paths[0], paths[1]};
     bool there[2];
@@ -169,12 +177,11 @@ static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t 
         const double tolerance = s->type == ARRAY_F32 && !isnan(a->tolerance) ? a->tolerance : 0.0;
         const difference d = compare_elements(&pair[0], &pair[1], tolerance);
         *differs = d.first >= 0;
-        *row = json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "stage", s->name,
-                         "differs", *differs, "elements", (json_int_t)d.elements,
-                         "different", (json_int_t)d.different,
-                         "first", place_of(s, &pair[0], d.first, block),
-                         "worst", json_number(d.worst),
-                         "worst_at", place_of(s, &pair[0], d.worst_at, block));
+        *row =
+            json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "stage", s->name, "differs", *differs,
+                      "elements", (json_int_t)d.elements, "different", (json_int_t)d.different,
+                      "first", place_of(s, &pair[0], d.first, block), "worst", json_number(d.worst),
+                      "worst_at", place_of(s, &pair[0], d.worst_at, block));
     }
     array_free(&pair[0]);
     array_free(&pair[1]);
@@ -183,7 +190,7 @@ static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t 
 
 static exit_code diff_dumps(const diff_args *a, file_error *error)
 {
-    json_t *const rows = json_array();
+    json_t *rows = json_array();
     const char *first = NULL;
     json_t *place = NULL; /* owned by its row */
     int64_t block[2] = {0};
@@ -207,8 +214,9 @@ static exit_code diff_dumps(const diff_args *a, file_error *error)
         json_decref(rows);
         return code;
     }
-    code = print_json(json_pack("{s:s?, s:O?, s:o}", "first_stage", first, "first", place,
-                                "stages", rows), error);
+    code = print_json(
+        json_pack("{s:s?, s:O?, s:o}", "first_stage", first, "first", place, "stages", rows),
+        error);
     return code || !first ? code : EXIT_DIFFERENT;
 }
 
@@ -228,13 +236,17 @@ exit_code diff_command(int argc, char **argv, file_error *error)
         folders += S_ISDIR(status.st_mode) ? 1 : 0;
     }
     if (folders == 2 && !(isnan(a.max_l1) && isnan(a.max_worst))) {
-        file_error_set(error, NULL, "--max-l1 and --max-worst are of two arrays: of two dumps --tolerance bounds each "
-                       "element");
+        file_error_set(
+            error, NULL,
+            "--max-l1 and --max-worst are of two arrays: of two dumps --tolerance bounds each "
+            "element");
         return EXIT_USAGE;
     }
     if (folders < 2 && !isnan(a.tolerance)) {
-        file_error_set(error, NULL, "--tolerance is of two dumps: of two arrays --max-l1 and --max-worst are the "
-                       "bounds");
+        file_error_set(
+            error, NULL,
+            "--tolerance is of two dumps: of two arrays --max-l1 and --max-worst are the "
+            "bounds");
         return EXIT_USAGE;
     }
     /* Where only one is a folder, reading it will say so. */

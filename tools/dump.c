@@ -73,7 +73,8 @@ int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
     return bytes;
 }
 
-bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o, file_error *error)
+bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o,
+                     file_error *error)
 {
     if (!dump_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
         return false;
@@ -82,17 +83,21 @@ bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_optio
     return true;
 }
 
-bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts, bool attends,
-               file_error *error)
+bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
+               bool attends, file_error *error)
 {
     const bool there[] = {
-        [ALWAYS] = true, [PREDICTED] = predicts, [SMOOTHED] = o->smooth_k && (predicts || attends),
-        [ATTENDED] = attends, [QK_CODES] = attends && o->qk != SPARGE_FLOAT,
+        [ALWAYS] = true,
+        [PREDICTED] = predicts,
+        [SMOOTHED] = o->smooth_k && (predicts || attends),
+        [ATTENDED] = attends,
+        [QK_CODES] = attends && o->qk != SPARGE_FLOAT,
         [PV_CODES] = attends && o->pv <= SPARGE_INT12,
     };
     d->attends = attends;
     for (int n = 0; n < STAGES; n++)
-        if (there[stages[n].when] && n != STAGE_MASK && n != STAGE_O && !dump_make_stage(d, n, p, o, error))
+        if (there[stages[n].when] && n != STAGE_MASK && n != STAGE_O &&
+            !dump_make_stage(d, n, p, o, error))
             return false;
     memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
     return true;
@@ -158,7 +163,8 @@ int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t)
 
 int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)
 {
-    const int64_t first = i * o->block_q, end = clamp(first + o->block_q, 0, p->q_len), key = j * o->block_k;
+    const int64_t first = i * o->block_q, end = clamp(first + o->block_q, 0, p->q_len),
+                  key = j * o->block_k;
     int64_t tokens = 0;
     if (keys_seen(p, o, first) >= key + o->block_k) /* and so do the others */
         return (end - first) * o->block_k;
@@ -183,7 +189,7 @@ bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_o
         for (int64_t h = 0; h < out->shape[1]; h++)
             for (int64_t i = 0; i < out->shape[2]; i++)
                 for (int64_t j = 0; j < out->shape[3]; j++)
-                    *keep++ = block_visible(p, o, i, j) &&
-                              (!mask || sparge_mask_get(mask, b, h, i, j));
+                    *keep++ =
+                        block_visible(p, o, i, j) && (!mask || sparge_mask_get(mask, b, h, i, j));
     return true;
 }

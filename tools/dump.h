@@ -39,11 +39,12 @@ bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, cons
 bool stage_traced(int n);
 int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o);
 /* One stage that is traced. */
-bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o, file_error *error);
-/* The arrays of a run that predicts its mask, or does not, and attends, or does not, under options as resolved: all but
- * the mask and o, with the block sizes filled in. */
-bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts, bool attends,
-               file_error *error);
+bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o,
+                     file_error *error);
+/* The arrays of a run that predicts its mask, or does not, and attends, or does not, under options
+ * as resolved: all but the mask and o, with the block sizes filled in. */
+bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
+               bool attends, file_error *error);
 /* The file of stage n. */
 void dump_path(const char *folder, int n, char path[PATH_MAX]);
 /* Makes the folder, and opens a file in it for each array, for the mask and for o. */

@@ -11,7 +11,7 @@ typedef struct info_args {
 
 static error_t info_parser(int key, char *text, struct argp_state *state)
 {
-    info_args *const a = state->input;
+    info_args *a = state->input;
     switch (key) {
     case 'j': a->json = true; return 0;
     case ARGP_KEY_ARG: return options_wrong(state, "info takes no file, not '%.60s'", text);
@@ -28,16 +28,17 @@ static const struct argp info_argp = {
 
 static exit_code info_json(long cores, file_error *error)
 {
-    json_t *const backends = json_object(), *const isas = json_object();
+    json_t *backends = json_object(), *isas = json_object();
     for (sparge_backend b = SPARGE_REF; b <= SPARGE_CUDA; b++)
         json_object_set_new(backends, sparge_backend_string(b),
-                            json_pack("{s:b, s:b}", "built", sparge_backend_built(b),
-                                      "available", sparge_backend_available(b)));
+                            json_pack("{s:b, s:b}", "built", sparge_backend_built(b), "available",
+                                      sparge_backend_available(b)));
     for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
         json_object_set_new(isas, sparge_isa_string(isa), json_boolean(sparge_isa_available(isa)));
-    return print_json(json_pack("{s:s, s:s, s:s, s:i, s:o, s:o}", "version", SPARGE_VERSION, "compiler",
-                                program_compiler, "flags", program_flags, "cores", (int)cores, "isa", isas,
-                                "backends", backends), error);
+    return print_json(json_pack("{s:s, s:s, s:s, s:i, s:o, s:o}", "version", SPARGE_VERSION,
+                                "compiler", program_compiler, "flags", program_flags, "cores",
+                                (int)cores, "isa", isas, "backends", backends),
+                      error);
 }
 
 exit_code info_command(int argc, char **argv, file_error *error)
@@ -49,10 +50,11 @@ exit_code info_command(int argc, char **argv, file_error *error)
     const long cores = sysconf(_SC_NPROCESSORS_ONLN);
     if (a.json)
         return info_json(cores, error);
-    printf("sparge %s on %ld cores\n  built by %s, %s\n", SPARGE_VERSION, cores, program_compiler, program_flags);
+    printf("sparge %s on %ld cores\n  built by %s, %s\n", SPARGE_VERSION, cores, program_compiler,
+           program_flags);
     for (sparge_backend b = SPARGE_REF; b <= SPARGE_CUDA; b++)
         printf("  backend %-12s %s\n", sparge_backend_string(b),
-               !sparge_backend_built(b)       ? "not built"
+               !sparge_backend_built(b)      ? "not built"
                : sparge_backend_available(b) ? "built, can run here"
                                              : "built, cannot run here");
     for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)

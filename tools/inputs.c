@@ -17,7 +17,8 @@ exit_code inputs_npy(const char *path, array *out, file_error *error)
     return npy_read(path, out, error) ? EXIT_FINE : EXIT_FILE;
 }
 
-static exit_code read_named(const char *path, const char *const *name, int count, array *out, file_error *error)
+static exit_code read_named(const char *path, const char *const *name, int count, array *out,
+                            file_error *error)
 {
     return safetensors_read(path, name, count, out, error) ? EXIT_FINE : EXIT_FILE;
 }
@@ -51,7 +52,7 @@ static exit_code unfit(const attention_args *args, const array *x, int n, int th
     char one[ARRAY_SHAPE_TEXT], other[ARRAY_SHAPE_TEXT] = "";
     array_shape_string(x[n].rank, x[n].shape, one);
     array_shape_string(x[than].rank, x[than].shape, other);
-    const char *const file = args->file[args->files == 1 ? 0 : n];
+    const char *file = args->file[args->files == 1 ? 0 : n];
     if (n == than)
         file_error_set(error, file, "%s is %s %s, %s", names[n], array_type_string(x[n].type), one,
                        why);
@@ -74,12 +75,13 @@ static bool fits_f32(const array *x)
 static exit_code check(const attention_args *args, const array *x, int count, int64_t axis[3][4],
                        file_error *error)
 {
-    const int64_t *const q = axis[0], *const k = axis[1], *const v = axis[2];
+    const int64_t *q = axis[0], *k = axis[1], *const v = axis[2];
     for (int n = 0; n < count; n++) {
         if (x[n].type > ARRAY_F64)
             return unfit(args, x, n, n, "it must be of floats; convert it to f4", error);
         if (!fits_f32(&x[n]))
-            return unfit(args, x, n, n, "it has finite elements that f4 cannot hold; scale it", error);
+            return unfit(args, x, n, n, "it has finite elements that f4 cannot hold; scale it",
+                         error);
         if (x[n].rank < 2 || x[n].rank > 4)
             return unfit(args, x, n, n, "it must be [N,D], [H,N,D] or [B,H,N,D]; reshape", error);
         axes_of(&x[n], args->nhd, axis[n]);
@@ -92,8 +94,10 @@ static exit_code check(const attention_args *args, const array *x, int count, in
         if (axis[n][0] != q[0])
             return unfit(args, x, 0, n, "they must have the same batch", error);
         if (q[1] % axis[n][1] != 0)
-            return unfit(args, x, 0, n, "the heads of q must be a multiple of those of k and v; "
-                         "is --layout right?", error);
+            return unfit(args, x, 0, n,
+                         "the heads of q must be a multiple of those of k and v; "
+                         "is --layout right?",
+                         error);
     }
     if (k[3] != q[3])
         return unfit(args, x, 0, 1, "they must have as many channels", error);
@@ -122,7 +126,7 @@ exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, fil
 {
     *out = (inputs){0};
     const int count = args->files > 1 ? args->files : needs_v ? 3 : 2;
-    array *const x = out->tensor;
+    array *x = out->tensor;
     int64_t axis[3][4] = {{0}};
     exit_code code = read_tensors(args, count, out, error);
     if (!code)
@@ -135,12 +139,19 @@ exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, fil
         inputs_free(out);
         return code;
     }
-    const int64_t *const q = axis[0], *const k = axis[1], *const v = axis[2];
+    const int64_t *q = axis[0], *k = axis[1], *const v = axis[2];
     out->rank = x[0].rank;
     out->nhd = args->nhd;
     out->problem = (sparge_problem){
-        .batch = q[0], .heads = q[1], .kv_heads = k[1], .q_len = q[2], .k_len = k[2], .dim = q[3],
-        .dim_v = v[3], .q = view_of(&x[0], q, args->nhd), .k = view_of(&x[1], k, args->nhd),
+        .batch = q[0],
+        .heads = q[1],
+        .kv_heads = k[1],
+        .q_len = q[2],
+        .k_len = k[2],
+        .dim = q[3],
+        .dim_v = v[3],
+        .q = view_of(&x[0], q, args->nhd),
+        .k = view_of(&x[1], k, args->nhd),
         .v = view_of(&x[2], v, args->nhd),
     };
     return EXIT_FINE;
@@ -180,7 +191,8 @@ exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *
         char is[ARRAY_SHAPE_TEXT], must[ARRAY_SHAPE_TEXT];
         array_shape_string(x.rank, x.shape, is);
         array_shape_string(4, shape, must);
-        file_error_set(error, path, "the mask is %s %s, it must be u8 or bool %s: batch, heads, "
+        file_error_set(error, path,
+                       "the mask is %s %s, it must be u8 or bool %s: batch, heads, "
                        "blocks of %" PRId64 " queries, blocks of %" PRId64 " keys",
                        array_type_string(x.type), is, must, options->block_q, options->block_k);
         code = EXIT_FILE;
@@ -195,20 +207,24 @@ done:
 /* The axes of o in a file, and its n-th row of [batch][heads][q_len] there. */
 static void output_shape(const inputs *in, int64_t shape[4])
 {
-    const sparge_problem *const p = &in->problem;
-    const int64_t full[] = {p->batch, in->nhd ? p->q_len : p->heads, in->nhd ? p->heads : p->q_len, p->dim_v};
+    const sparge_problem *p = &in->problem;
+    const int64_t full[] = {p->batch, in->nhd ? p->q_len : p->heads, in->nhd ? p->heads : p->q_len,
+                            p->dim_v};
     const int64_t plain[] = {p->q_len, p->dim_v};
     memcpy(shape, in->rank == 2 ? plain : full + 4 - in->rank, (size_t)in->rank * sizeof *shape);
 }
 
 static int64_t output_row(const inputs *in, int64_t n)
 {
-    const sparge_problem *const p = &in->problem;
+    const sparge_problem *p = &in->problem;
     const int64_t t = n % p->q_len, h = n / p->q_len % p->heads, b = n / p->q_len / p->heads;
     return in->nhd ? (b * p->q_len + t) * p->heads + h : n;
 }
 
-static int64_t output_rows(const inputs *in) { return in->problem.batch * in->problem.heads * in->problem.q_len; }
+static int64_t output_rows(const inputs *in)
+{
+    return in->problem.batch * in->problem.heads * in->problem.q_len;
+}
 
 exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error)
 {
@@ -222,28 +238,31 @@ exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file
     for (int64_t from = 0; from < rows; from++) {
         const int64_t to = output_row(in, from);
         if (type == o->type)
-            memcpy((char *)out->data + (size_t)to * row, (const char *)o->data + (size_t)from * row, row);
+            memcpy((char *)out->data + (size_t)to * row, (const char *)o->data + (size_t)from * row,
+                   row);
         for (int64_t c = 0; type != o->type && c < dim; c++)
             ((double *)out->data)[to * dim + c] = ((const float *)o->data)[from * dim + c];
     }
     return EXIT_FINE;
 }
 
-static exit_code unfit_output(const char *path, const array *x, const char *what, int rank, const int64_t *shape,
-                              file_error *error)
+static exit_code unfit_output(const char *path, const array *x, const char *what, int rank,
+                              const int64_t *shape, file_error *error)
 {
     char is[ARRAY_SHAPE_TEXT], must[ARRAY_SHAPE_TEXT];
     array_shape_string(x->rank, x->shape, is);
     array_shape_string(rank, shape, must);
-    file_error_set(error, path, "%s is %s %s, it must be of floats and %s, as sparge run writes it for this q", what,
-                   array_type_string(x->type), is, must);
+    file_error_set(error, path,
+                   "%s is %s %s, it must be of floats and %s, as sparge run writes it for this q",
+                   what, array_type_string(x->type), is, must);
     return EXIT_FILE;
 }
 
-exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type, file_error *error)
+exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type,
+                        file_error *error)
 {
-    static const char *const name = "o";
-    const char *const end = strrchr(path, '.');
+    static const char *name = "o";
+    const char *end = strrchr(path, '.');
     array x = {0};
     exit_code code = end && strcmp(end, ".safetensors") == 0 ? read_named(path, &name, 1, &x, error)
                                                              : inputs_npy(path, &x, error);
@@ -253,13 +272,15 @@ exit_code inputs_output(const char *path, const inputs *in, array *out, array_ty
     if (!code && (x.type > ARRAY_F64 || x.rank != in->rank ||
                   memcmp(x.shape, shape, (size_t)x.rank * sizeof *shape) != 0))
         code = unfit_output(path, &x, "o", in->rank, shape, error);
-    const sparge_problem *const p = &in->problem;
+    const sparge_problem *p = &in->problem;
     const int64_t axes[] = {p->batch, p->heads, p->q_len, p->dim_v};
-    if (!code && ((x.type != ARRAY_F64 && !array_to_f32(&x, error)) || !array_alloc(x.type, 4, axes, out, error)))
+    if (!code && ((x.type != ARRAY_F64 && !array_to_f32(&x, error)) ||
+                  !array_alloc(x.type, 4, axes, out, error)))
         code = EXIT_MACHINE;
     const size_t row = code ? 0 : (size_t)p->dim_v * array_type_size(x.type);
     for (int64_t to = 0; !code && to < output_rows(in); to++)
-        memcpy((char *)out->data + (size_t)to * row, (const char *)x.data + (size_t)output_row(in, to) * row, row);
+        memcpy((char *)out->data + (size_t)to * row,
+               (const char *)x.data + (size_t)output_row(in, to) * row, row);
     array_free(&x);
     return code;
 }
@@ -270,8 +291,9 @@ exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error 
     const exit_code code = inputs_npy(path, out, error);
     if (code)
         return code;
-    const bool fits = out->rank >= 1 && out->rank <= 3 && array_count(out) == output_rows(in) &&
-                      memcmp(out->shape, shape + 3 - out->rank, (size_t)out->rank * sizeof *shape) == 0;
+    const bool fits =
+        out->rank >= 1 && out->rank <= 3 && array_count(out) == output_rows(in) &&
+        memcmp(out->shape, shape + 3 - out->rank, (size_t)out->rank * sizeof *shape) == 0;
     if (!fits || (out->type != ARRAY_F32 && out->type != ARRAY_F64))
         return unfit_output(path, out, "the log-sum-exp", 3, shape, error);
     out->rank = 3;

@@ -26,10 +26,11 @@ exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *
 /* o [batch][heads][q_len][dim_v], in f16 or f32, in the type and with the axes of q. */
 exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error);
 
-/* The other way: a file of o (.npy, or `o` of a .safetensors) with the axes of q, as [batch][heads][q_len][dim_v] of
- * f32, or f64 where the file is; *type is the file's. And one of lse, [batch][heads][q_len] in a .npy of f32 or f64;
- * leading axes of 1 may be missing. */
-exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type, file_error *error);
+/* The other way: a file of o (.npy, or `o` of a .safetensors) with the axes of q, as
+ * [batch][heads][q_len][dim_v] of f32, or f64 where the file is; *type is the file's. And one of
+ * lse, [batch][heads][q_len] in a .npy of f32 or f64; leading axes of 1 may be missing. */
+exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type,
+                        file_error *error);
 exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error *error);
 
 /* A file of one array. */

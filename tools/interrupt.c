@@ -23,7 +23,8 @@ void interrupt_catch(const char *name)
     struct sigaction old, new = {.sa_handler = handle, .sa_flags = SA_RESTART};
     sigfillset(&new.sa_mask);
     /* A terminal may show how far something is on the line where the cursor stands. */
-    snprintf(line, sizeof line, "%s%s: " INTERRUPTED "\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", name);
+    snprintf(line, sizeof line, "%s%s: " INTERRUPTED "\n", isatty(STDERR_FILENO) ? "\r\033[K" : "",
+             name);
     for (size_t n = 0; n < sizeof signals / sizeof *signals; n++)
         if (sigaction(signals[n], NULL, &old) == 0 && old.sa_handler != SIG_IGN)
             sigaction(signals[n], &new, NULL);

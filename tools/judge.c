@@ -35,7 +35,7 @@ static void count_block(int64_t at, int64_t *blocks, int64_t *first)
 mask_difference judge_masks(const array *got, const array *want)
 {
     mask_difference d = {.first_missing = -1, .first_extra = -1};
-    const uint8_t *const g = got->data, *const w = want->data;
+    const uint8_t *g = got->data, *w = want->data;
     const int64_t count = array_count(got);
     for (int64_t at = 0; at < count; at++) {
         if (w[at] && !g[at])
@@ -48,7 +48,8 @@ mask_difference judge_masks(const array *got, const array *want)
 
 json_t *judge_json(const array *mask, const mask_difference *d)
 {
-    return json_pack("{s:I, s:I, s:o, s:o}", "missing", (json_int_t)d->missing, "extra", (json_int_t)d->extra,
-                     "first_missing", compare_place(mask, d->first_missing, false), "first_extra",
+    return json_pack("{s:I, s:I, s:o, s:o}", "missing", (json_int_t)d->missing, "extra",
+                     (json_int_t)d->extra, "first_missing",
+                     compare_place(mask, d->first_missing, false), "first_extra",
                      compare_place(mask, d->first_extra, false));
 }

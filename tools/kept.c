@@ -8,10 +8,11 @@
 
 /* ---- Blocks and tokens ---- */
 
-void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o, sparge_counts *heads)
+void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o,
+                 sparge_counts *heads)
 {
     const int64_t rows = keep->shape[2], columns = keep->shape[3], count = p->batch * p->heads;
-    const uint8_t *const kept = keep->data;
+    const uint8_t *kept = keep->data;
     memset(heads, 0, (size_t)count * sizeof *heads);
     for (int64_t at = 0; at < rows * columns; at++) {
         const int64_t tokens = block_tokens(p, o, at / columns, at % columns);
@@ -58,10 +59,13 @@ static const struct {
 } names[REASONS] = {
     {"mass", "mass", false, NULL},
     {"topk", "top-k", false, NULL},
-    {"dissimilar_q", "dissimilar queries", true, "their queries not self-similar; a lower theta leaves more to choose"},
-    {"dissimilar_k", "dissimilar keys", true, "their keys not self-similar; a lower theta leaves more to choose"},
+    {"dissimilar_q", "dissimilar queries", true,
+     "their queries not self-similar; a lower theta leaves more to choose"},
+    {"dissimilar_k", "dissimilar keys", true,
+     "their keys not self-similar; a lower theta leaves more to choose"},
     {"overflow", "overflow", false, "their scores are not finite; scale q or k down"},
-    {"diagonal", "the diagonal", false, "they are on the causal diagonal; smaller blocks leave more to choose"},
+    {"diagonal", "the diagonal", false,
+     "they are on the causal diagonal; smaller blocks leave more to choose"},
     {"sink", "the sink", false, "they are the sink; smaller key blocks leave more to choose"},
 };
 
@@ -82,7 +86,7 @@ reasons reasons_of(const array *why, const sparge_problem *p, const sparge_optio
 
 json_t *reasons_json(const int64_t count[REASONS])
 {
-    json_t *const json = json_object();
+    json_t *json = json_object();
     bool ok = json != NULL;
     for (int n = 0; n < REASONS && ok; n++)
         ok = json_object_set_new(json, names[n].key, json_integer(count[n])) == 0;
@@ -92,7 +96,10 @@ json_t *reasons_json(const int64_t count[REASONS])
     return NULL;
 }
 
-static double percent(const reasons *r, int64_t count) { return 100.0 * (double)count / (double)r->pairs; }
+static double percent(const reasons *r, int64_t count)
+{
+    return 100.0 * (double)count / (double)r->pairs;
+}
 
 void reasons_text(const reasons *r, char text[256])
 {
@@ -100,8 +107,8 @@ void reasons_text(const reasons *r, char text[256])
     for (int n = 0; n < REASONS; n++)
         if (r->kept[n]) {
             const size_t used = strlen(text);
-            snprintf(text + used, 256 - used, "%s%.0f %% by %s", used ? ", " : "kept: ", percent(r, r->kept[n]),
-                     names[n].words);
+            snprintf(text + used, 256 - used, "%s%.0f %% by %s",
+                     used ? ", " : "kept: ", percent(r, r->kept[n]), names[n].words);
         }
 }
 
@@ -116,6 +123,8 @@ void reasons_warn(const reasons *r, const sparge_options *o, const char *file)
     char theta[64] = "";
     if (names[most].theta)
         snprintf(theta, sizeof theta, "theta %g finds ", (double)o->knobs.theta);
-    fprintf(stderr, "sparge: %s: %.0f %% of the visible block pairs are kept whatever tau and topk are, since %s%s\n",
+    fprintf(stderr,
+            "sparge: %s: %.0f %% of the visible block pairs are kept whatever tau and topk are, "
+            "since %s%s\n",
             file, percent(r, r->kept[most]), theta, names[most].since);
 }

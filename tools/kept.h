@@ -4,9 +4,10 @@
 
 #include "tools/program.h"
 
-/* Of every head [batch][heads] what attention over the mask would count, without lambda; keep: as mask_array gives
- * it. */
-void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o, sparge_counts *heads);
+/* Of every head [batch][heads] what attention over the mask would count, without lambda; keep: as
+ * mask_array gives it. */
+void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o,
+                 sparge_counts *heads);
 sparge_counts kept_sum(const sparge_counts *heads, int64_t count);
 
 /* Visible token pairs in computed Q.K^T, of all that are visible; NaN where none is. */
@@ -25,10 +26,11 @@ reasons reasons_of(const array *why, const sparge_problem *p, const sparge_optio
 
 /* An object with a number for each reason; NULL: no memory. */
 json_t *reasons_json(const int64_t count[REASONS]);
-/* "kept: 12 % by mass, 90 % by dissimilar keys": the reasons for which some of the visible pairs are kept. */
+/* "kept: 12 % by mass, 90 % by dissimilar keys": the reasons for which some of the visible pairs
+ * are kept. */
 void reasons_text(const reasons *r, char text[256]);
-/* A line on stderr where a reason beside tau and topk keeps more than half of the visible pairs; none where each head
- * has thresholds of its own, which were tuned so. */
+/* A line on stderr where a reason beside tau and topk keeps more than half of the visible pairs;
+ * none where each head has thresholds of its own, which were tuned so. */
 void reasons_warn(const reasons *r, const sparge_options *o, const char *file);
 
 #endif

@@ -14,7 +14,9 @@ int main(int argc, char **argv)
         {"info", info_command, "what is built, and what can run here"},
     };
     static const program sparge = {
-        "sparge", "SpargeAttn: training-free block-sparse int8 attention (arXiv 2502.18137).", commands,
+        "sparge",
+        "SpargeAttn: training-free block-sparse int8 attention (arXiv 2502.18137).",
+        commands,
         sizeof commands / sizeof *commands,
     };
     return program_main(&sparge, argc, argv);

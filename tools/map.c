@@ -30,7 +30,7 @@ typedef struct map_args {
 
 static error_t map_parser(int key, char *text, struct argp_state *state)
 {
-    map_args *const a = state->input;
+    map_args *a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case MAP_OUT: a->numbers = text; return 0;
@@ -39,15 +39,18 @@ static error_t map_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child map_children[] = {{&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+static const struct argp_child map_children[] = {
+    {&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp map_argp = {
     .options = map_options,
     .parser = map_parser,
     .children = map_children,
-    .args_doc = "-o MAP.png|svg|pdf Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
+    .args_doc =
+        "-o MAP.png|svg|pdf Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
     .doc = "A picture of the attention between blocks and of the mask that is predicted for it; "
            "with V and --lambda also of what lambda drops.\v"
-           "Of a folder of captures, as sparge tune takes it, there is a picture of each file, in a folder too.",
+           "Of a folder of captures, as sparge tune takes it, there is a picture of each file, in "
+           "a folder too.",
 };
 
 /* Of one capture. */
@@ -58,7 +61,7 @@ typedef struct map {
     inputs in;
     settled settled;
     sparge_mask mask;
-    sparge_counts *counts;     /* [heads] */
+    sparge_counts *counts;          /* [heads] */
     array mass, keep, why, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, u8, f32 */
     array o;
     char (*titles)[HEAD_TITLE];
@@ -71,7 +74,8 @@ typedef struct map {
 /* Is there a lambda to draw? */
 static bool asks_lambda(const attention_args *a)
 {
-    return a->params || a->options.knobs.lambda != sparge_options_default(a->options.rules).knobs.lambda;
+    return a->params ||
+           a->options.knobs.lambda != sparge_options_default(a->options.rules).knobs.lambda;
 }
 
 static exit_code check_args(const attention_args *a, file_error *error)
@@ -91,12 +95,13 @@ static exit_code check_args(const attention_args *a, file_error *error)
 
 static exit_code read_files(map *m, file_error *error)
 {
-    const attention_args *const a = &m->args.attention;
+    const attention_args *a = &m->args.attention;
     exit_code code = settle_spare(a, m->capture, a->output, error);
     if (!code)
         code = settle_spare(a, m->capture, m->args.numbers, error);
     if (!code && picture_format_of(a->output) == PICTURE_UNKNOWN) {
-        file_error_set(error, a->output, "is of no kind that map draws; let the name end in .png, .svg or .pdf");
+        file_error_set(error, a->output,
+                       "is of no kind that map draws; let the name end in .png, .svg or .pdf");
         code = EXIT_USAGE;
     }
     if (!code)
@@ -112,23 +117,26 @@ static const sparge_knobs *knobs_of(const map *m, int64_t head)
 /* The picture before there is anything on it: does it fit? */
 static exit_code plan(map *m, file_error *error)
 {
-    const sparge_problem *const p = &m->in.problem;
-    const sparge_options *const o = &m->options;
+    const sparge_problem *p = &m->in.problem;
+    const sparge_options *o = &m->options;
     sparge_error why;
-    const exit_code code =
-        library_result(sparge_mask_alloc(&m->mask, p, o, &why), &why, error);
+    const exit_code code = library_result(sparge_mask_alloc(&m->mask, p, o, &why), &why, error);
     if (code)
         return code;
     m->picture = (picture){
-        .heads = p->batch * p->heads, .rows = m->mask.q_blocks, .columns = m->mask.k_blocks,
-        .block_q = o->block_q, .block_k = o->block_k,
+        .heads = p->batch * p->heads,
+        .rows = m->mask.q_blocks,
+        .columns = m->mask.k_blocks,
+        .block_q = o->block_q,
+        .block_k = o->block_k,
     };
     for (int64_t h = 0; h < p->heads && p->v.data; h++)
         m->picture.lambda |= isfinite(knobs_of(m, h)->lambda);
     int64_t width, height;
     if (picture_size(&m->picture, &width, &height))
         return EXIT_FINE;
-    file_error_set(error, m->args.attention.output, "%lld heads of %lld x %lld blocks are larger "
+    file_error_set(error, m->args.attention.output,
+                   "%lld heads of %lld x %lld blocks are larger "
                    "than a picture of %d x %d; take larger --block-q and --block-k, or fewer heads",
                    (long long)m->picture.heads, (long long)m->mask.q_blocks,
                    (long long)m->mask.k_blocks, PICTURE_MAX, PICTURE_MAX);
@@ -137,8 +145,8 @@ static exit_code plan(map *m, file_error *error)
 
 static exit_code compute(map *m, file_error *error)
 {
-    const sparge_problem *const p = &m->in.problem;
-    sparge_options *const o = &m->options;
+    const sparge_problem *p = &m->in.problem;
+    sparge_options *o = &m->options;
     const bool attends = m->picture.lambda;
     sparge_error why;
     m->counts = calloc((size_t)m->picture.heads + 1, sizeof *m->counts);
@@ -176,7 +184,7 @@ static exit_code compute(map *m, file_error *error)
 
 static void describe_thresholds(const map *m, char text[128])
 {
-    const sparge_knobs *const k = &m->options.knobs;
+    const sparge_knobs *k = &m->options.knobs;
     char tau[32] = "", topk[32] = "", lambda[32] = "";
     if (k->tau != SPARGE_OFF)
         snprintf(tau, sizeof tau, ", τ %g", (double)k->tau);
@@ -194,20 +202,20 @@ static void describe_thresholds(const map *m, char text[128])
 static exit_code describe(map *m, file_error *error)
 {
     (void)error;
-    const sparge_problem *const p = &m->in.problem;
-    const sparge_options *const o = &m->options;
+    const sparge_problem *p = &m->in.problem;
+    const sparge_options *o = &m->options;
     const int64_t blocks = m->picture.rows * m->picture.columns;
     double sum = 0.0;
     int64_t not_finite = 0;
     if (!m->picture.lambda)
         kept_counts(&m->keep, p, o, m->counts);
     for (int64_t n = 0; n < m->picture.heads; n++) {
-        const sparge_counts *const c = &m->counts[n];
+        const sparge_counts *c = &m->counts[n];
         for (int64_t at = n * blocks; at < (n + 1) * blocks; at++) {
             const int64_t i = at / m->picture.columns % m->picture.rows;
             const int64_t j = at % m->picture.columns;
             const bool seen = block_visible(p, o, i, j), keep = ((uint8_t *)m->keep.data)[at];
-            float *const done = (float *)m->pv_done.data + at;
+            float *done = (float *)m->pv_done.data + at;
             if (!keep)
                 *done = seen ? PICTURE_SKIPPED : PICTURE_UNSEEN;
             else if (!m->picture.lambda)
@@ -227,16 +235,19 @@ static exit_code describe(map *m, file_error *error)
                  (long long)capture_head(m->capture, n % p->heads), sparge_sparsity(c), keeps);
     }
     if (not_finite)
-        fprintf(stderr, "sparge: %lld of %lld blocks have attention that is not a number: q or k is not finite "
-                "there; what is kept is measured over the others\n", (long long)not_finite,
-                (long long)(blocks * m->picture.heads));
+        fprintf(
+            stderr,
+            "sparge: %lld of %lld blocks have attention that is not a number: q or k is not finite "
+            "there; what is kept is measured over the others\n",
+            (long long)not_finite, (long long)(blocks * m->picture.heads));
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
              (long long)p->k_len, m->picture.heads ? sum / (double)m->picture.heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};
     char thresholds[128];
     describe_thresholds(m, thresholds);
-    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, %s%s", causal[o->causal],
-             (long long)o->block_q, (long long)o->block_k, thresholds, o->sink ? ", sink" : "");
+    snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, %s%s",
+             causal[o->causal], (long long)o->block_q, (long long)o->block_k, thresholds,
+             o->sink ? ", sink" : "");
     const reasons why = reasons_of(&m->why, p, o);
     reasons_text(&why, m->reasons);
     reasons_warn(&why, o, m->args.attention.file[0]);
@@ -245,18 +256,18 @@ static exit_code describe(map *m, file_error *error)
     m->picture.title = m->title;
     m->picture.subtitle = m->subtitle;
     m->picture.reasons = m->reasons;
-    m->picture.head_title = (const char (*)[HEAD_TITLE])m->titles;
+    m->picture.head_title = (const char(*)[HEAD_TITLE])m->titles;
     return EXIT_FINE;
 }
 
 static exit_code write_picture(const map *m, const char *bytes, size_t size, file_error *error)
 {
-    const char *const path = m->args.attention.output;
-    output_file *const numbers = m->args.numbers ? output_open(m->args.numbers, error) : NULL;
+    const char *path = m->args.attention.output;
+    output_file *numbers = m->args.numbers ? output_open(m->args.numbers, error) : NULL;
     if (m->args.numbers &&
         (!numbers || !npy_write(output_stream(numbers), m->args.numbers, &m->mass, error)))
         return EXIT_FILE;
-    output_file *const file = output_open(path, error);
+    output_file *file = output_open(path, error);
     if (!file)
         return EXIT_FILE;
     if (fwrite(bytes, 1, size, output_stream(file)) == size)
@@ -268,9 +279,9 @@ static exit_code write_picture(const map *m, const char *bytes, size_t size, fil
 /* Drawn before a file is opened: libraries of letters do not survive every want of memory. */
 static exit_code write_files(map *m, file_error *error)
 {
-    const char *const path = m->args.attention.output;
+    const char *path = m->args.attention.output;
     size_t size;
-    char *const bytes = picture_draw(&m->picture, picture_format_of(path), &size);
+    char *bytes = picture_draw(&m->picture, picture_format_of(path), &size);
     if (!bytes) {
         file_error_set(error, path, "no memory for the picture");
         return EXIT_MACHINE;
@@ -324,7 +335,8 @@ exit_code map_command(int argc, char **argv, file_error *error)
     if (!code)
         code = given_find(&args.attention, &given, error);
     for (int64_t n = 0; n < given.count && !code; n++)
-        code = given.folder ? map_listed(&args, &given.list[n], error) : map_capture(&args, given.list, error);
+        code = given.folder ? map_listed(&args, &given.list[n], error)
+                            : map_capture(&args, given.list, error);
     given_free(&given);
     return code;
 }

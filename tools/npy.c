@@ -57,7 +57,7 @@ static bool header_string(header *h, char to[32])
     const char quote = header_peek(h);
     if (quote != '\'' && quote != '"')
         return header_fail(h, "a quoted string is expected here");
-    const char *const from = h->text + h->at + 1;
+    const char *from = h->text + h->at + 1;
     const char stop[] = {quote, '\\', '\0'};
     const size_t length = strcspn(from, stop);
     if (from[length] != quote || length >= 32)
@@ -80,7 +80,8 @@ static bool header_descr(header *h)
     char descr[32];
     if (!header_string(h, descr))
         return false;
-    const char *const plain = descr[0] && strchr("<|=", descr[0]) ? descr + 1 : descr; /* without a byte order */
+    const char *plain =
+        descr[0] && strchr("<|=", descr[0]) ? descr + 1 : descr; /* without a byte order */
     for (size_t type = 0; type < sizeof descriptions / sizeof descriptions[0]; type++)
         if (*plain && strcmp(plain, descriptions[type]) == 0) {
             h->type = (array_type)type;
@@ -179,7 +180,7 @@ static bool header_parse(header *h)
 /* Reads everything before the data. The text must be freed after failure as well. */
 static bool header_read(header *h)
 {
-    const file_input *const in = h->in;
+    const file_input *in = h->in;
     uint8_t fixed[12];
     if (!input_read(in, 0, 10, fixed))
         return false;
@@ -233,8 +234,8 @@ static void transpose(const array *to, const uint8_t *from)
 
 static bool read_data(const header *h, array *out)
 {
-    const file_input *const in = h->in;
-    const char *const type = array_type_string(h->type);
+    const file_input *in = h->in;
+    const char *type = array_type_string(h->type);
     const size_t start = h->start + h->length, have = in->size - start;
     char shape[ARRAY_SHAPE_TEXT];
     array_shape_string(h->rank, h->shape, shape);
@@ -243,15 +244,16 @@ static bool read_data(const header *h, array *out)
         return input_fail(in, "byte %zu: header: shape %s of %s overflows; save a smaller array",
                           h->start, shape, type);
     if (need > have) /* what comes after it may be another array: as numpy, we read the first */
-        return input_fail(in,
-                          "byte %zu: truncated: shape %s of %s is %zu bytes from byte %zu on, not %zu; "
-                          "copy it, or save the array, again",
-                          in->size, shape, type, need, start, have);
+        return input_fail(
+            in,
+            "byte %zu: truncated: shape %s of %s is %zu bytes from byte %zu on, not %zu; "
+            "copy it, or save the array, again",
+            in->size, shape, type, need, start, have);
     if (!array_alloc(h->type, h->rank, h->shape, out, NULL))
         return input_fail(in, "no memory for %zu bytes; use a smaller array", need);
     if (!h->fortran_order || h->rank < 2)
         return input_read(in, start, need, out->data);
-    uint8_t *const scratch = malloc(need > 0 ? need : 1);
+    uint8_t *scratch = malloc(need > 0 ? need : 1);
     if (!scratch)
         return input_fail(in, "no memory for %zu bytes more; save in C order", need);
     const bool ok = input_read(in, start, need, scratch);
@@ -314,6 +316,6 @@ bool npy_write(FILE *stream, const char *name, const array *from, file_error *er
 
 bool npy_save(const char *path, const array *from, file_error *error)
 {
-    output_file *const file = output_open(path, error);
+    output_file *file = output_open(path, error);
     return file && npy_write(output_stream(file), path, from, error) && outputs_commit(error);
 }

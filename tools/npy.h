@@ -6,9 +6,8 @@
 
 #include <stdio.h>
 
-/* Reads f2 f4 f8 u1 b1 i1 i2 i4 i8, little-endian, in C or Fortran order (which it transposes); what comes after
- * the array may be another, and is left alone.
- * After failure *out is all zero. */
+/* Reads f2 f4 f8 u1 b1 i1 i2 i4 i8, little-endian, in C or Fortran order (which it transposes);
+ * what comes after the array may be another, and is left alone. After failure *out is all zero. */
 bool npy_read(const char *path, array *out, file_error *error);
 bool npy_read_memory(const uint8_t *bytes, size_t size, const char *name, array *out,
                      file_error *error);

@@ -19,7 +19,7 @@ error_t options_wrong(struct argp_state *state, const char *format, ...)
     va_start(values, format);
     vsnprintf(text, sizeof text, format, values);
     va_end(values);
-    const options_base *const base = state->input;
+    const options_base *base = state->input;
     file_error_set(base->error, NULL, "%s; see '%s --help'", text, state->argv[0]);
     return EINVAL;
 }
@@ -37,7 +37,7 @@ error_t options_real(struct argp_state *state, const char *name, const char *tex
 }
 
 error_t options_float(struct argp_state *state, const char *name, const char *text, double low,
-                           double high, float *to)
+                      double high, float *to)
 {
     double x;
     const error_t error = options_real(state, name, text, low, high, &x);
@@ -85,20 +85,25 @@ int64_t options_skip_rows(const sparge_options *o)
 
 json_t *options_json(const sparge_options *o)
 {
-    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules", options_rules[o->rules], "qk",
-                     options_precisions[o->qk], "pv", options_precisions[o->pv], "block_q", (json_int_t)o->block_q,
-                     "block_k", (json_int_t)o->block_k, "skip_rows", (json_int_t)options_skip_rows(o), "causal",
-                     options_causals[o->causal], "smooth_k", o->smooth_k, "sink", o->sink, "scale",
-                     o->scale > 0.0f ? json_float(o->scale) : json_null());
+    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules",
+                     options_rules[o->rules], "qk", options_precisions[o->qk], "pv",
+                     options_precisions[o->pv], "block_q", (json_int_t)o->block_q, "block_k",
+                     (json_int_t)o->block_k, "skip_rows", (json_int_t)options_skip_rows(o),
+                     "causal", options_causals[o->causal], "smooth_k", o->smooth_k, "sink", o->sink,
+                     "scale", o->scale > 0.0f ? json_float(o->scale) : json_null());
 }
 
 /* tau or topk. */
-static json_t *share_json(float share) { return share == SPARGE_OFF ? json_null() : json_float(share); }
+static json_t *share_json(float share)
+{
+    return share == SPARGE_OFF ? json_null() : json_float(share);
+}
 
 json_t *knobs_json(const sparge_knobs *k)
 {
-    return json_pack("{s:o, s:o, s:o, s:o}", "theta", json_float(k->theta), "tau", share_json(k->tau), "topk",
-                     share_json(k->topk), "lambda", json_float(k->lambda));
+    return json_pack("{s:o, s:o, s:o, s:o}", "theta", json_float(k->theta), "tau",
+                     share_json(k->tau), "topk", share_json(k->topk), "lambda",
+                     json_float(k->lambda));
 }
 
 int options_distance(const char *a, const char *b)
@@ -153,7 +158,7 @@ static void search_options(const struct argp *argp, search *s)
 /* getopt says only that it failed; this says why. */
 static error_t explain(struct argp_state *state)
 {
-    const char *const text = state->argv[state->next > 1 ? state->next - 1 : 0];
+    const char *text = state->argv[state->next > 1 ? state->next - 1 : 0];
     if (strncmp(text, "--", 2) != 0) {
         if (strcmp(text, "-o") == 0)
             return options_wrong(state, "-o needs a value");
@@ -181,7 +186,7 @@ typedef struct parse {
 static error_t root_parser(int key, char *text, struct argp_state *state)
 {
     (void)text;
-    parse *const p = state->input;
+    parse *p = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = p->input; return 0;
     case 'h': p->help = true; return ECANCELED;
@@ -214,20 +219,24 @@ const struct argp_option attention_options[] = {
     {0, 0, 0, 0, "What is kept:", 1},
     {"theta", OPT_THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", OPT_TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", OPT_TOPK, "X", 0, "keep this share of the visible key blocks, instead of tau; with --tau too, what "
-     "either keeps", 0},
+    {"topk", OPT_TOPK, "X", 0,
+     "keep this share of the visible key blocks, instead of tau; with --tau too, what "
+     "either keeps",
+     0},
     {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
     {"rules", OPT_RULES, "WHOSE", 0, "default, paper or upstream", 0},
     {0, 0, 0, 0, "What is computed:", 2},
-    {"causal", OPT_CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start", 0},
+    {"causal", OPT_CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start",
+     0},
     {"scale", OPT_SCALE, "X", 0, "of the scores (1/sqrt(channels))", 0},
     {"block-q", OPT_BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
     {"block-k", OPT_BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
     {"skip-rows", OPT_SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
     {"no-smooth-k", OPT_NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
     {"qk", OPT_QK, "HOW", 0, "Q.K in int8, int12 or f32", 0},
-    {"pv", OPT_PV, "HOW", 0, "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
+    {"pv", OPT_PV, "HOW", 0, "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)",
+     0},
     {0, 0, 0, 0, "By what:", 3},
     {"backend", OPT_BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
     {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
@@ -262,7 +271,7 @@ static const struct choice {
 
 static error_t choose(struct argp_state *state, attention_args *a, int key, const char *text)
 {
-    const struct choice *const c = &choices[key - OPT_CAUSAL];
+    const struct choice *c = &choices[key - OPT_CAUSAL];
     int word = a->rules == SPARGE_RULES_UPSTREAM ? SPARGE_CAUSAL_START : SPARGE_CAUSAL_END;
     const error_t error = text ? options_word(state, c->name, text, c->words, &word) : 0;
     if (error)
@@ -281,8 +290,8 @@ static error_t choose(struct argp_state *state, attention_args *a, int key, cons
 
 error_t attention_parser(int key, char *text, struct argp_state *state)
 {
-    attention_args *const a = state->input;
-    sparge_options *const o = &a->options;
+    attention_args *a = state->input;
+    sparge_options *o = &a->options;
     int64_t whole = 0;
     error_t error;
     if (key >= OPT_THETA && key <= OPT_LAYOUT)
@@ -290,7 +299,10 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT:
         *a = (attention_args){
-            .base = a->base, .options = sparge_options_default(a->rules), .rules = a->rules, .layer = -1,
+            .base = a->base,
+            .options = sparge_options_default(a->rules),
+            .rules = a->rules,
+            .layer = -1,
         };
         return 0;
     case ARGP_KEY_ARG:
@@ -301,11 +313,13 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
     case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
     case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
     case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
-    case OPT_LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
+    case OPT_LAMBDA:
+        return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
     case OPT_SCALE: return options_float(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
     case OPT_BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
     case OPT_BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
-    case OPT_SKIP_ROWS: return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
+    case OPT_SKIP_ROWS:
+        return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
     case OPT_THREADS:
         error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &whole);
         o->threads = (int)whole;
@@ -327,7 +341,8 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
             o->pv = SPARGE_FASTEST;
         return 0;
     default:
-        return key >= OPT_CAUSAL && key <= OPT_LAYOUT ? choose(state, a, key, text) : ARGP_ERR_UNKNOWN;
+        return key >= OPT_CAUSAL && key <= OPT_LAYOUT ? choose(state, a, key, text)
+                                                      : ARGP_ERR_UNKNOWN;
     }
 }
 
@@ -343,13 +358,16 @@ static const char *name_of(const struct argp *argp, int key)
     return name;
 }
 
-error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table, size_t count)
+error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table,
+                       size_t count)
 {
     for (size_t n = 0; n < count; n++)
-        for (const int *other = table[n].others; *other && given & option_bit(table[n].key); other++)
+        for (const int *other = table[n].others; *other && given & option_bit(table[n].key);
+             other++)
             if (given & option_bit(*other))
-                return options_wrong(state, "--%s %s: leave out --%s", name_of(state->root_argp, table[n].key),
-                                     table[n].why, name_of(state->root_argp, *other));
+                return options_wrong(state, "--%s %s: leave out --%s",
+                                     name_of(state->root_argp, table[n].key), table[n].why,
+                                     name_of(state->root_argp, *other));
     return 0;
 }
 
@@ -357,7 +375,7 @@ error_t options_refuse(struct argp_state *state, option_set given, const options
 
 static error_t manifest_parser(int key, char *text, struct argp_state *state)
 {
-    attention_args *const a = state->input;
+    attention_args *a = state->input;
     switch (key) {
     case OPT_LAYER: return options_whole(state, "--layer", text, 0, INT32_MAX, &a->layer);
     case OPT_IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
@@ -368,9 +386,11 @@ static error_t manifest_parser(int key, char *text, struct argp_state *state)
 static error_t params_parser(int key, char *text, struct argp_state *state)
 {
     static const options_conflict twice = {
-        OPT_PARAMS, {OPT_THETA, OPT_TAU, OPT_TOPK, OPT_LAMBDA}, "has the thresholds",
+        OPT_PARAMS,
+        {OPT_THETA, OPT_TAU, OPT_TOPK, OPT_LAMBDA},
+        "has the thresholds",
     };
-    attention_args *const a = state->input;
+    attention_args *a = state->input;
     if (key == OPT_PARAMS)
         a->given |= option_bit(key);
     switch (key) {
@@ -385,19 +405,24 @@ static error_t params_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp_option manifest_options[] = {
-    {"layer", OPT_LAYER, "N", 0, "of the files, where neither a manifest nor 'layerN' in their names says it", 1},
-    {"ignore-manifest", OPT_IGNORE_MANIFEST, 0, 0, "as if there were no manifest.json beside a file", 4},
+    {"layer", OPT_LAYER, "N", 0,
+     "of the files, where neither a manifest nor 'layerN' in their names says it", 1},
+    {"ignore-manifest", OPT_IGNORE_MANIFEST, 0, 0,
+     "as if there were no manifest.json beside a file", 4},
     {0},
 };
 const struct argp manifest_argp = {.options = manifest_options, .parser = manifest_parser};
 
 static const struct argp_option params_options[] = {
-    {"params", OPT_PARAMS, "P.json", 0, "the thresholds that sparge tune found for each head, and the options that "
-     "they were tuned with", 1},
+    {"params", OPT_PARAMS, "P.json", 0,
+     "the thresholds that sparge tune found for each head, and the options that "
+     "they were tuned with",
+     1},
     {0},
 };
 static const struct argp_child params_children[] = {{&manifest_argp, 0, NULL, 0}, {0}};
-const struct argp params_argp = {.options = params_options, .parser = params_parser, .children = params_children};
+const struct argp params_argp = {
+    .options = params_options, .parser = params_parser, .children = params_children};
 
 exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,
                           attention_args *args)

@@ -29,18 +29,19 @@ error_t options_whole(struct argp_state *state, const char *name, const char *te
 error_t options_word(struct argp_state *state, const char *name, const char *text,
                      const char *const *words, int *to);
 
-/* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on any, has
- * the first ones alone. */
-extern const char *const options_isas[], *const options_precisions[], *const options_first_precisions[],
-    *const options_causals[], *const options_rules[];
+/* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on
+ * any, has the first ones alone. */
+extern const char *const options_isas[],
+    *const options_precisions[], *const options_first_precisions[], *const options_causals[],
+                                                                        *const options_rules[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
 
 /* What --skip-rows stands for under the rules. */
 int64_t options_skip_rows(const sparge_options *o);
 
-/* rules to scale, as the command line has them; and the thresholds. null stands for what is off, or 1/sqrt(channels).
- * NULL: no memory. */
+/* rules to scale, as the command line has them; and the thresholds. null stands for what is off, or
+ * 1/sqrt(channels). NULL: no memory. */
 json_t *options_json(const sparge_options *o);
 json_t *knobs_json(const sparge_knobs *knobs);
 
@@ -48,17 +49,41 @@ json_t *knobs_json(const sparge_knobs *knobs);
 
 /* The keys of attention_options. */
 enum {
-    OPT_THETA = 256, OPT_TAU, OPT_TOPK, OPT_LAMBDA, OPT_SCALE, OPT_BLOCK_Q, OPT_BLOCK_K, OPT_SKIP_ROWS, OPT_THREADS,
-    OPT_RUNG, OPT_SINK, OPT_NO_SMOOTH_K,
-    OPT_CAUSAL, OPT_RULES, OPT_BACKEND, OPT_ISA, OPT_QK, OPT_PV, OPT_LAYOUT, /* words */
-    OPT_LAYER, OPT_IGNORE_MANIFEST, OPT_PARAMS, /* of manifest_argp and params_argp */
+    OPT_THETA = 256,
+    OPT_TAU,
+    OPT_TOPK,
+    OPT_LAMBDA,
+    OPT_SCALE,
+    OPT_BLOCK_Q,
+    OPT_BLOCK_K,
+    OPT_SKIP_ROWS,
+    OPT_THREADS,
+    OPT_RUNG,
+    OPT_SINK,
+    OPT_NO_SMOOTH_K,
+    OPT_CAUSAL,
+    OPT_RULES,
+    OPT_BACKEND,
+    OPT_ISA,
+    OPT_QK,
+    OPT_PV,
+    OPT_LAYOUT, /* words */
+    OPT_LAYER,
+    OPT_IGNORE_MANIFEST,
+    OPT_PARAMS,  /* of manifest_argp and params_argp */
     OPT_COMMAND, /* the first of a command's own */
 };
 
 /* A set of them, and -o, has a bit for each. */
 typedef uint64_t option_set;
-static inline option_set option_bit(int key) { return (option_set)1 << (key == 'o' ? 63 : key - OPT_THETA); }
-static inline option_set option_bits(int first, int last) { return 2 * option_bit(last) - option_bit(first); }
+static inline option_set option_bit(int key)
+{
+    return (option_set)1 << (key == 'o' ? 63 : key - OPT_THETA);
+}
+static inline option_set option_bits(int first, int last)
+{
+    return 2 * option_bit(last) - option_bit(first);
+}
 static inline option_set options_all(void) { return option_bits(OPT_THETA, OPT_LAYOUT); }
 
 typedef struct attention_args {
@@ -70,20 +95,22 @@ typedef struct attention_args {
     int files;
     const char *output;
     /* Of manifest_options and params_options: */
-    const char *params;   /* thresholds for every head */
-    int64_t layer;        /* -1: not given */
+    const char *params; /* thresholds for every head */
+    int64_t layer;      /* -1: not given */
     bool ignore_manifest;
-    sparge_rules rules;   /* while parsing */
+    sparge_rules rules; /* while parsing */
 } attention_args;
 
-/* Options that contradict each other: `key` beside any of the others, up to a 0, which mean nothing then. */
+/* Options that contradict each other: `key` beside any of the others, up to a 0, which mean nothing
+ * then. */
 typedef struct options_conflict {
     int key, others[10];
     const char *why; /* what `key` does: "keeps every block" */
 } options_conflict;
 
 /* Refuses the first of them that is given. */
-error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table, size_t count);
+error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table,
+                       size_t count);
 
 extern const struct argp_option attention_options[];
 error_t attention_parser(int key, char *text, struct argp_state *state); /* input: attention_args */

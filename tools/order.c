@@ -28,8 +28,8 @@ static const char *const order_words[] = {"row", "column", "time", "random", "hi
 
 static error_t order_parser(int key, char *text, struct argp_state *state)
 {
-    order_args *const a = state->input;
-    sparge_grid *const g = &a->grid;
+    order_args *a = state->input;
+    sparge_grid *g = &a->grid;
     int word = 0;
     error_t error;
     switch (key) {
@@ -76,7 +76,7 @@ exit_code order_command(int argc, char **argv, file_error *error)
     exit_code code = options_parse(&order_argp, argc, argv, &a.base);
     if (code)
         return code;
-    const sparge_grid *const g = &a.grid;
+    const sparge_grid *g = &a.grid;
     int64_t image, total;
     if (__builtin_mul_overflow(g->t, g->h, &image) || __builtin_mul_overflow(image, g->w, &image) ||
         __builtin_add_overflow(image, g->text_before, &total) ||
@@ -91,7 +91,7 @@ exit_code order_command(int argc, char **argv, file_error *error)
         return EXIT_FILE;
     if (!array_alloc(ARRAY_I64, 1, &total, &index, error))
         return EXIT_MACHINE;
-    int64_t *const place = index.data;
+    int64_t *place = index.data;
     sparge_error why;
     const sparge_status status = sparge_token_order(a.order, g, (uint64_t)a.seed, place, &why);
     code = library_result(status, &why, error);
@@ -104,9 +104,10 @@ exit_code order_command(int argc, char **argv, file_error *error)
     if (!code && file && !npy_write(output_stream(file), a.output, &index, error))
         code = EXIT_FILE;
     if (!code)
-        code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "order", order_words[a.order],
-                                    "tokens", (json_int_t)total, "longer_steps", (json_int_t)longer,
-                                    "longest_step", (json_int_t)longest), error);
+        code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "order", order_words[a.order], "tokens",
+                                    (json_int_t)total, "longer_steps", (json_int_t)longer,
+                                    "longest_step", (json_int_t)longest),
+                          error);
     if (!code && !outputs_commit(error))
         code = EXIT_FILE;
     array_free(&index);

@@ -103,7 +103,7 @@ static bool is_direct(const char *path, mode_t mode)
 static int create_temporary(output_file *output)
 {
     static int serial;
-    const char *const slash = strrchr(output->path, '/');
+    const char *slash = strrchr(output->path, '/');
     const size_t folder = slash ? (size_t)(slash + 1 - output->path) : 0;
     int file;
     do {
@@ -131,7 +131,7 @@ static int create_temporary(output_file *output)
 static void resolve(const char *path, char to[PATH_MAX])
 {
     char folder[PATH_MAX], link[PATH_MAX], target[2 * PATH_MAX];
-    const char *const slash = strrchr(path, '/'), *const name = slash ? slash + 1 : path;
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     const size_t length = (size_t)(name - path);
     memcpy(folder, length ? path : "./", length ? length : 2);
     folder[length ? length : 2] = '\0';
@@ -158,15 +158,15 @@ static void resolve(const char *path, char to[PATH_MAX])
 static bool is_stdout(const struct stat *status)
 {
     struct stat out;
-    return fstat(STDOUT_FILENO, &out) == 0 && out.st_dev == status->st_dev && out.st_ino == status->st_ino &&
-           (!S_ISCHR(out.st_mode) || isatty(STDOUT_FILENO));
+    return fstat(STDOUT_FILENO, &out) == 0 && out.st_dev == status->st_dev &&
+           out.st_ino == status->st_ino && (!S_ISCHR(out.st_mode) || isatty(STDOUT_FILENO));
 }
 
 output_file *output_open(const char *path, file_error *error)
 {
     file_error_clear(error);
     install();
-    output_file *const output = &outputs[count < OUTPUT_MAX ? count : 0];
+    output_file *output = &outputs[count < OUTPUT_MAX ? count : 0];
     struct stat status;
     const bool exists = stat(path, &status) == 0, circle = !exists && errno == ELOOP;
     const bool direct = exists && is_direct(path, status.st_mode);
@@ -220,7 +220,7 @@ bool output_folder(const char *path, file_error *error)
     install();
     if (count == OUTPUT_MAX || strlen(path) >= PATH_MAX)
         return file_error_set(error, path, "too many outputs, or too long a name; choose another");
-    output_file *const output = &outputs[count];
+    output_file *output = &outputs[count];
     memcpy(output->temporary, path, strlen(path) + 1);
     output->folder = true;
     output->placed = output->exchanged = false;
@@ -232,7 +232,8 @@ bool output_folder(const char *path, file_error *error)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     count += made;
     return made || reason == EEXIST ||
-           file_error_set(error, path, "cannot create this folder: %s; choose another", strerror(reason));
+           file_error_set(error, path, "cannot create this folder: %s; choose another",
+                          strerror(reason));
 }
 
 /* ---- Finishing -------------------------------------------------------------------------- */
@@ -262,7 +263,8 @@ static bool output_close(output_file *output, file_error *error)
                           strerror(!ok ? reason ? reason : EIO : errno));
 }
 
-/* Gives the new file its name, and keeps what had it before, where the file system can exchange two. */
+/* Gives the new file its name, and keeps what had it before, where the file system can exchange
+ * two. */
 static bool place(output_file *output)
 {
     struct stat there;
@@ -271,8 +273,8 @@ static bool place(output_file *output)
         errno = EISDIR;
         return false;
     }
-    output->exchanged =
-        exists && renameat2(AT_FDCWD, output->temporary, AT_FDCWD, output->path, RENAME_EXCHANGE) == 0;
+    output->exchanged = exists && renameat2(AT_FDCWD, output->temporary, AT_FDCWD, output->path,
+                                            RENAME_EXCHANGE) == 0;
     output->placed = output->exchanged || rename(output->temporary, output->path) == 0;
     if (output->placed)
         atomic_store(&output->pending, output->exchanged);

@@ -24,13 +24,13 @@ typedef struct reader {
 
 static bool wrong(const reader *r, const char *key, const char *must)
 {
-    return file_error_set(r->error, r->name, "'%s%s' must be %s; is it a file of sparge tune?", r->where, key,
-                          must);
+    return file_error_set(r->error, r->name, "'%s%s' must be %s; is it a file of sparge tune?",
+                          r->where, key, must);
 }
 
 static bool read_whole(const reader *r, const char *key, int64_t low, int64_t high, int64_t *to)
 {
-    const json_t *const x = json_object_get(r->object, key);
+    const json_t *x = json_object_get(r->object, key);
     char must[80];
     *to = json_integer_value(x);
     snprintf(must, sizeof must, "a whole number in [%" PRId64 ", %" PRId64 "]", low, high);
@@ -39,25 +39,27 @@ static bool read_whole(const reader *r, const char *key, int64_t low, int64_t hi
 
 static bool read_bool(const reader *r, const char *key, bool *to)
 {
-    const json_t *const x = json_object_get(r->object, key);
+    const json_t *x = json_object_get(r->object, key);
     *to = json_is_true(x);
     return json_is_boolean(x) || wrong(r, key, "true or false");
 }
 
 /* null stands for `none`. */
-static bool read_float(const reader *r, const char *key, double low, double high, float none, float *to)
+static bool read_float(const reader *r, const char *key, double low, double high, float none,
+                       float *to)
 {
-    const json_t *const x = json_object_get(r->object, key);
+    const json_t *x = json_object_get(r->object, key);
     char must[80];
     snprintf(must, sizeof must, "a number in [%g, %g], or null", low, high);
     *to = json_is_null(x) ? none : (float)json_number_value(x);
-    return json_is_null(x) || (json_is_number(x) && *to >= (float)low && *to <= (float)high) || wrong(r, key, must);
+    return json_is_null(x) || (json_is_number(x) && *to >= (float)low && *to <= (float)high) ||
+           wrong(r, key, must);
 }
 
 /* The place of a word in a list of three that ends with NULL. */
 static bool read_word(const reader *r, const char *key, const char *const *words, int *to)
 {
-    const char *const word = json_string_value(json_object_get(r->object, key));
+    const char *word = json_string_value(json_object_get(r->object, key));
     char must[80];
     for (*to = 0; word && words[*to]; ++*to)
         if (strcmp(word, words[*to]) == 0)
@@ -69,22 +71,24 @@ static bool read_word(const reader *r, const char *key, const char *const *words
 /* null, or nothing, stands for NULL. */
 static bool read_text(const reader *r, const char *key, const char **to)
 {
-    const json_t *const x = json_object_get(r->object, key);
+    const json_t *x = json_object_get(r->object, key);
     *to = json_string_value(x);
     return !x || json_is_null(x) || *to || wrong(r, key, "a text, or null");
 }
 
 static bool read_head(reader *r, params_head *to)
 {
-    sparge_knobs *const k = &to->knobs;
+    sparge_knobs *k = &to->knobs;
     bool dense;
-    return read_whole(r, "layer", 0, INT32_MAX, &to->layer) && read_whole(r, "head", 0, INT32_MAX, &to->head) &&
-           read_bool(r, "dense", &dense) && read_float(r, "theta", -1.0, 1.0, NAN, &k->theta) &&
+    return read_whole(r, "layer", 0, INT32_MAX, &to->layer) &&
+           read_whole(r, "head", 0, INT32_MAX, &to->head) && read_bool(r, "dense", &dense) &&
+           read_float(r, "theta", -1.0, 1.0, NAN, &k->theta) &&
            read_float(r, "tau", 0.0, 1.0, SPARGE_OFF, &k->tau) &&
            read_float(r, "topk", 0.0, 1.0, SPARGE_OFF, &k->topk) &&
            read_float(r, "lambda", -1e30, 0.0, -INFINITY, &k->lambda) &&
            (!isnan(k->theta) || wrong(r, "theta", "a number")) &&
-           (k->tau != SPARGE_OFF || k->topk != SPARGE_OFF || wrong(r, "tau", "a number where topk is null"));
+           (k->tau != SPARGE_OFF || k->topk != SPARGE_OFF ||
+            wrong(r, "tau", "a number where topk is null"));
 }
 
 static int by_place(const void *a, const void *b)
@@ -97,7 +101,7 @@ static int by_place(const void *a, const void *b)
 
 static bool read_heads(reader *r, params *out)
 {
-    const json_t *const heads = json_object_get(out->json, "heads");
+    const json_t *heads = json_object_get(out->json, "heads");
     if (!json_is_array(heads))
         return wrong(r, "heads", "a list");
     out->head = calloc(json_array_size(heads) + 1, sizeof *out->head);
@@ -119,7 +123,7 @@ static bool read_heads(reader *r, params *out)
 
 static bool read_all(reader *r, params *out)
 {
-    const json_t *const model = json_object_get(out->json, "model");
+    const json_t *model = json_object_get(out->json, "model");
     int64_t format;
     int causal = 0, rules = SPARGE_RULES_DEFAULT;
     r->object = out->json;
@@ -129,16 +133,20 @@ static bool read_all(reader *r, params *out)
         (json_is_string(model) || json_is_null(model) || wrong(r, "model", "a name, or null")) &&
         read_text(r, "weights_sha256", &out->weights) &&
         (!json_object_get(out->json, "rules") || read_word(r, "rules", options_rules, &rules)) &&
-        read_whole(r, "block_q", 1, 1024, &out->block_q) && read_whole(r, "block_k", 1, 1024, &out->block_k) &&
-        read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) && read_word(r, "causal", options_causals, &causal) &&
+        read_whole(r, "block_q", 1, 1024, &out->block_q) &&
+        read_whole(r, "block_k", 1, 1024, &out->block_k) &&
+        read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) &&
+        read_word(r, "causal", options_causals, &causal) &&
         read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
-        read_float(r, "scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &out->scale) && read_heads(r, out);
+        read_float(r, "scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &out->scale) &&
+        read_heads(r, out);
     out->causal = (sparge_causal)causal;
     out->rules = (sparge_rules)rules;
     return ok;
 }
 
-exit_code params_read_memory(const char *text, size_t size, const char *name, params *out, file_error *error)
+exit_code params_read_memory(const char *text, size_t size, const char *name, params *out,
+                             file_error *error)
 {
     json_error_t why;
     reader r = {.name = name, .error = error};
@@ -157,7 +165,7 @@ exit_code params_read_memory(const char *text, size_t size, const char *name, pa
 exit_code params_read(const char *path, params *out, file_error *error)
 {
     size_t size;
-    char *const text = input_text(path, &size, error);
+    char *text = input_text(path, &size, error);
     *out = (params){0};
     const exit_code code = text ? params_read_memory(text, size, path, out, error) : EXIT_FILE;
     free(text);
@@ -173,8 +181,8 @@ void params_free(params *p)
 
 /* ---- Using ---- */
 
-exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head, sparge_knobs *to,
-                      file_error *error)
+exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head,
+                      sparge_knobs *to, file_error *error)
 {
     const params_head wanted = {.layer = layer, .head = head};
     const params_head *const found =
@@ -182,11 +190,13 @@ exit_code params_find(const params *p, const char *name, int64_t layer, int64_t 
     if (found)
         *to = found->knobs;
     else
-        file_error_set(error, name, "has no thresholds for layer %" PRId64 " head %" PRId64, layer, head);
+        file_error_set(error, name, "has no thresholds for layer %" PRId64 " head %" PRId64, layer,
+                       head);
     return found ? EXIT_FINE : EXIT_FILE;
 }
 
-exit_code params_model(const params *p, const char *name, const char *model, const char *weights, file_error *error)
+exit_code params_model(const params *p, const char *name, const char *model, const char *weights,
+                       file_error *error)
 {
     const bool same = p->weights && weights && strcmp(p->weights, weights) == 0;
     if (same || !p->model || !model || strcmp(p->model, model) == 0)
@@ -216,18 +226,22 @@ static void take(const params *p, option_set given, sparge_options *o)
         o->scale = p->scale;
 }
 
-exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o, file_error *error)
+exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o,
+                      file_error *error)
 {
     char how[96] = "";
     take(p, given, o);
     if (p->rules != o->rules)
         snprintf(how, sizeof how, "under --rules %s", options_rules[p->rules]);
     else if (p->block_q != o->block_q)
-        snprintf(how, sizeof how, "for blocks of %" PRId64 " queries, not %" PRId64, p->block_q, o->block_q);
+        snprintf(how, sizeof how, "for blocks of %" PRId64 " queries, not %" PRId64, p->block_q,
+                 o->block_q);
     else if (p->block_k != o->block_k)
-        snprintf(how, sizeof how, "for blocks of %" PRId64 " keys, not %" PRId64, p->block_k, o->block_k);
+        snprintf(how, sizeof how, "for blocks of %" PRId64 " keys, not %" PRId64, p->block_k,
+                 o->block_k);
     else if (p->skip_rows != options_skip_rows(o))
-        snprintf(how, sizeof how, "for skip-rows %" PRId64 ", not %" PRId64, p->skip_rows, options_skip_rows(o));
+        snprintf(how, sizeof how, "for skip-rows %" PRId64 ", not %" PRId64, p->skip_rows,
+                 options_skip_rows(o));
     else if (p->causal != o->causal && p->causal == SPARGE_CAUSAL_NONE)
         snprintf(how, sizeof how, "without --causal");
     else if (p->causal != o->causal)
@@ -245,7 +259,8 @@ exit_code params_obey(const params *p, const char *name, option_set given, sparg
 }
 
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
-                                 const sparge_options *options, sparge_knobs *knobs, sparge_error *error)
+                                 const sparge_options *options, sparge_knobs *knobs,
+                                 sparge_error *error)
 {
     params p;
     file_error why;
@@ -259,7 +274,8 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
         code = params_find(&p, path, layer, h, &knobs[h], &why);
     params_free(&p);
     if (error)
-        snprintf(error->text, sizeof error->text, "%.*s", (int)sizeof error->text - 1, code ? why.text : "");
+        snprintf(error->text, sizeof error->text, "%.*s", (int)sizeof error->text - 1,
+                 code ? why.text : "");
     return code == EXIT_FINE ? SPARGE_OK : why.memory ? SPARGE_ERR_MEMORY : SPARGE_ERR_ARGUMENT;
 }
 
@@ -267,13 +283,14 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
 
 json_t *params_header(const char *model, const char *weights, const sparge_options *o)
 {
-    return json_joined(json_pack("{s:i, s:s, s:s?, s:s?}", "sparge_params", FORMAT, "version", SPARGE_VERSION, "model",
-                                 model, "weights_sha256", weights),
+    return json_joined(json_pack("{s:i, s:s, s:s?, s:s?}", "sparge_params", FORMAT, "version",
+                                 SPARGE_VERSION, "model", model, "weights_sha256", weights),
                        options_json(o));
 }
 
 json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs)
 {
-    return json_joined(json_pack("{s:I, s:I, s:b}", "layer", (json_int_t)layer, "head", (json_int_t)head, "dense",
-                                 dense), knobs_json(knobs));
+    return json_joined(json_pack("{s:I, s:I, s:b}", "layer", (json_int_t)layer, "head",
+                                 (json_int_t)head, "dense", dense),
+                       knobs_json(knobs));
 }

@@ -10,10 +10,17 @@
 #include <strings.h>
 
 enum { /* pixels */
-    SIDE = 288, CELL_MAX = 32,          /* about a panel, at most a cell */
-    MARGIN = 28, LEFT = 46, BELOW = 58, /* around everything; for the axes of a head */
-    CAPTION = 48, GAP = 24, HEADS = 32, /* above a head; between its panels, and between heads */
-    HEADER = 144, LOWEST = 96, NARROWEST = 768,
+       SIDE = 288,
+       CELL_MAX = 32, /* about a panel, at most a cell */
+       MARGIN = 28,
+       LEFT = 46,
+       BELOW = 58, /* around everything; for the axes of a head */
+       CAPTION = 48,
+       GAP = 24,
+       HEADS = 32, /* above a head; between its panels, and between heads */
+       HEADER = 144,
+       LOWEST = 96,
+       NARROWEST = 768,
 };
 
 typedef struct layout {
@@ -59,8 +66,14 @@ bool picture_size(const picture *p, int64_t *width, int64_t *height)
 /* ---- Colours ---- */
 
 enum {
-    KEPT = 0x33265c, DROPPED = 0xf0902e, SKIPPED = 0xf6efe6, UNSEEN = 0xd9dbe2,
-    NOT_A_NUMBER = 0x18a7a0, INK = 0x22222a, FAINT = 0x73737e, PAPER = 0xffffff,
+    KEPT = 0x33265c,
+    DROPPED = 0xf0902e,
+    SKIPPED = 0xf6efe6,
+    UNSEEN = 0xd9dbe2,
+    NOT_A_NUMBER = 0x18a7a0,
+    INK = 0x22222a,
+    FAINT = 0x73737e,
+    PAPER = 0xffffff,
 };
 
 static int mix(int from, int to, double share)
@@ -170,17 +183,18 @@ static void axis(cairo_t *to, double x, double y, int64_t blocks, int64_t cell, 
 
 /* ---- The parts ---- */
 
-static void cells(cairo_t *to, double x, double y, const layout *l, const picture *p, int64_t head, bool mask)
+static void cells(cairo_t *to, double x, double y, const layout *l, const picture *p, int64_t head,
+                  bool mask)
 {
     cairo_surface_t *const image =
         cairo_image_surface_create(CAIRO_FORMAT_RGB24, (int)l->panel_w, (int)l->panel_h);
     const int64_t stride = cairo_image_surface_get_stride(image) / 4;
-    uint32_t *const pixel = (uint32_t *)(void *)cairo_image_surface_get_data(image);
+    uint32_t *pixel = (uint32_t *)(void *)cairo_image_surface_get_data(image);
     const int scale = decades(p);
     for (int64_t at = 0; at < p->rows * p->columns && pixel; at++) {
         const int64_t n = head * p->rows * p->columns + at;
-        const int colour = mask ? colour_of_mask(p->done[n])
-                                : colour_of_mass(p->mass[n], p->done[n], scale);
+        const int colour =
+            mask ? colour_of_mask(p->done[n]) : colour_of_mass(p->mass[n], p->done[n], scale);
         const int64_t top = at / p->columns * l->cell_h, left = at % p->columns * l->cell_w;
         for (int64_t r = 0; r < l->cell_h; r++)
             for (int64_t c = 0; c < l->cell_w; c++)
@@ -208,7 +222,7 @@ static void panel(cairo_t *to, int64_t x, int64_t y, const layout *l, const pict
 static void header(cairo_t *to, const picture *p, double width)
 {
     enum { BAR = 210, HIGH = 12 };
-    static const char *const power[] = {"1",   "10⁻¹", "10⁻²", "10⁻³", "10⁻⁴",
+    static const char *const power[] = {"1",    "10⁻¹", "10⁻²", "10⁻³", "10⁻⁴",
                                         "10⁻⁵", "10⁻⁶", "10⁻⁷", "10⁻⁸"};
     const double y = MARGIN + 92;
     print(to, MARGIN, MARGIN + 14, 0, 19, true, INK, p->title);
@@ -248,7 +262,7 @@ static void header(cairo_t *to, const picture *p, double width)
 static cairo_status_t draw(const picture *p, cairo_surface_t *on, double width)
 {
     const layout l = layout_of(p);
-    cairo_t *const to = cairo_create(on);
+    cairo_t *to = cairo_create(on);
     cairo_set_source_rgb(to, 1, 1, 1);
     cairo_paint(to);
     header(to, p, width);
@@ -268,8 +282,9 @@ static cairo_status_t draw(const picture *p, cairo_surface_t *on, double width)
 
 picture_format picture_format_of(const char *path)
 {
-    static const char *const end[] = {[PICTURE_PNG] = ".png", [PICTURE_SVG] = ".svg", [PICTURE_PDF] = ".pdf"};
-    const char *const dot = strrchr(path, '.');
+    static const char *const end[] = {
+        [PICTURE_PNG] = ".png", [PICTURE_SVG] = ".svg", [PICTURE_PDF] = ".pdf"};
+    const char *dot = strrchr(path, '.');
     for (int n = PICTURE_PNG; n <= PICTURE_PDF && dot; n++)
         if (strcasecmp(dot, end[n]) == 0)
             return (picture_format)n;
@@ -278,21 +293,24 @@ picture_format picture_format_of(const char *path)
 
 static cairo_status_t keep(void *stream, const unsigned char *bytes, unsigned count)
 {
-    return fwrite(bytes, 1, count, stream) == count ? CAIRO_STATUS_SUCCESS : CAIRO_STATUS_WRITE_ERROR;
+    return fwrite(bytes, 1, count, stream) == count ? CAIRO_STATUS_SUCCESS
+                                                    : CAIRO_STATUS_WRITE_ERROR;
 }
 
 char *picture_draw(const picture *p, picture_format format, size_t *size)
 {
     int64_t width, height;
     char *bytes = NULL;
-    FILE *const stream = open_memstream(&bytes, size);
+    FILE *stream = open_memstream(&bytes, size);
     if (!stream)
         return NULL;
     picture_size(p, &width, &height);
     cairo_surface_t *const surface =
-        format == PICTURE_SVG   ? cairo_svg_surface_create_for_stream(keep, stream, (double)width, (double)height)
-        : format == PICTURE_PDF ? cairo_pdf_surface_create_for_stream(keep, stream, (double)width, (double)height)
-                                : cairo_image_surface_create(CAIRO_FORMAT_RGB24, (int)width, (int)height);
+        format == PICTURE_SVG
+            ? cairo_svg_surface_create_for_stream(keep, stream, (double)width, (double)height)
+        : format == PICTURE_PDF
+            ? cairo_pdf_surface_create_for_stream(keep, stream, (double)width, (double)height)
+            : cairo_image_surface_create(CAIRO_FORMAT_RGB24, (int)width, (int)height);
     cairo_status_t status = draw(p, surface, (double)width);
     if (!status && format == PICTURE_PNG)
         status = cairo_surface_write_to_png_stream(surface, keep, stream);

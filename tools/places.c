@@ -20,9 +20,9 @@ static exit_code make_folder(const char *path, file_error *error)
 {
     if (is_folder(path))
         return EXIT_FINE;
-    char **const more = realloc(made, (count + 1) * sizeof *more);
+    char **more = realloc(made, (count + 1) * sizeof *more);
     made = more ? more : made;
-    char *const copy = more ? strdup(path) : NULL;
+    char *copy = more ? strdup(path) : NULL;
     if (!copy) {
         file_error_set(error, path, "no memory for its name");
         return EXIT_MACHINE;
@@ -36,15 +36,17 @@ static exit_code make_folder(const char *path, file_error *error)
     return EXIT_FILE;
 }
 
-exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX], file_error *error)
+exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
+                      file_error *error)
 {
     static const char type[] = ".safetensors";
-    const char *const own = capture_name(c);
+    const char *own = capture_name(c);
     const size_t length = strlen(own), typed = sizeof type - 1;
     const bool ends = length > typed && strcmp(own + length - typed, type) == 0;
     if (!*name)
         return EXIT_FINE;
-    if (snprintf(path, PATH_MAX, "%s/%.*s%s", *name, (int)(ends ? length - typed : length), own, ending) >= PATH_MAX) {
+    if (snprintf(path, PATH_MAX, "%s/%.*s%s", *name, (int)(ends ? length - typed : length), own,
+                 ending) >= PATH_MAX) {
         file_error_set(error, *name, "the names of its files are too long; choose another");
         return EXIT_FILE;
     }
@@ -52,7 +54,8 @@ exit_code place_input(const char **name, const capture *c, const char *ending, c
     return EXIT_FINE;
 }
 
-exit_code place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX], file_error *error)
+exit_code place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
+                       file_error *error)
 {
     const size_t folder = *name ? strlen(*name) : 0;
     exit_code code = place_input(name, c, ending, path, error);
@@ -67,8 +70,9 @@ exit_code place_output(const char **name, const capture *c, const char *ending, 
 exit_code given_find(const attention_args *a, given_captures *out, file_error *error)
 {
     *out = (given_captures){.folder = a->files == 1 && is_folder(a->file[0])};
-    return out->folder ? capture_find(a->file[0], a->ignore_manifest, &out->list, &out->count, error)
-                       : given_file(a, out, error);
+    return out->folder
+               ? capture_find(a->file[0], a->ignore_manifest, &out->list, &out->count, error)
+               : given_file(a, out, error);
 }
 
 exit_code given_file(const attention_args *a, given_captures *out, file_error *error)

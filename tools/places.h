@@ -1,5 +1,5 @@
-/* places.h: the captures that a command is given, and what it reads and writes beside those of a folder: in folders, by
- * their names. */
+/* places.h: the captures that a command is given, and what it reads and writes beside those of a
+ * folder: in folders, by their names. */
 #ifndef SPARGE_TOOLS_PLACES_H
 #define SPARGE_TOOLS_PLACES_H
 
@@ -12,14 +12,17 @@ typedef struct given_captures {
 } given_captures;
 
 exit_code given_find(const attention_args *args, given_captures *out, file_error *error);
-exit_code given_file(const attention_args *args, given_captures *out, file_error *error); /* refuses a folder */
+exit_code given_file(const attention_args *args, given_captures *out,
+                     file_error *error); /* refuses a folder */
 
 /* After outputs_commit or outputs_discard: folders made here go away again where they are empty. */
 void given_free(given_captures *given);
 
-/* Replaces the name of a folder, unless it is NULL, by that of the capture's file in it, which is kept in `path`. Of an
- * output the folders above it are made. */
-exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX], file_error *error);
-exit_code place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX], file_error *error);
+/* Replaces the name of a folder, unless it is NULL, by that of the capture's file in it, which is
+ * kept in `path`. Of an output the folders above it are made. */
+exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
+                      file_error *error);
+exit_code place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
+                       file_error *error);
 
 #endif

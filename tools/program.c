@@ -1,5 +1,5 @@
-/* program.c: what the programs have in common: they find the command, say in one line what went wrong, and print
- * JSON. */
+/* program.c: what the programs have in common: they find the command, say in one line what went
+ * wrong, and print JSON. */
 #include "tools/program.h"
 
 #include <errno.h>
@@ -27,16 +27,20 @@ const char program_flags[] = SPARGE_BUILD_FLAGS;
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error)
 {
     static const exit_code codes[] = {
-        [SPARGE_OK] = EXIT_FINE,           [SPARGE_ERR_ARGUMENT] = EXIT_USAGE,
-        [SPARGE_ERR_SHAPE] = EXIT_FILE,    [SPARGE_ERR_UNSUPPORTED] = EXIT_UNSUPPORTED,
-        [SPARGE_ERR_MEMORY] = EXIT_MACHINE, [SPARGE_ERR_DEVICE] = EXIT_MACHINE,
+        [SPARGE_OK] = EXIT_FINE,
+        [SPARGE_ERR_ARGUMENT] = EXIT_USAGE,
+        [SPARGE_ERR_SHAPE] = EXIT_FILE,
+        [SPARGE_ERR_UNSUPPORTED] = EXIT_UNSUPPORTED,
+        [SPARGE_ERR_MEMORY] = EXIT_MACHINE,
+        [SPARGE_ERR_DEVICE] = EXIT_MACHINE,
         [SPARGE_ERR_CANCELLED] = EXIT_UNFINISHED,
     };
     if (status == SPARGE_ERR_CANCELLED)
         file_error_set(error, NULL, INTERRUPTED);
     else if (status)
-        file_error_set(error, NULL, "%s%s", why->text, status == SPARGE_ERR_UNSUPPORTED
-                       ? "; 'sparge info' lists what can run here" : "");
+        file_error_set(error, NULL, "%s%s", why->text,
+                       status == SPARGE_ERR_UNSUPPORTED ? "; 'sparge info' lists what can run here"
+                                                        : "");
     return codes[status];
 }
 
@@ -59,7 +63,7 @@ static char json_line[128]; /* for stderr */
 /* jansson does not survive every allocation that fails, and loses what it has no memory for. */
 static void *json_allocate(size_t bytes)
 {
-    void *const memory = malloc(bytes);
+    void *memory = malloc(bytes);
     if (!memory)
         program_stop(json_line, EXIT_MACHINE);
     return memory;
@@ -71,7 +75,8 @@ exit_code print_json(json_t *object, file_error *error)
         file_error_set(error, NULL, "no memory for the result");
         return EXIT_MACHINE;
     }
-    const bool whole = json_dumpf(object, stdout, JSON_REAL_PRECISION(9)) == 0 && putchar('\n') != EOF;
+    const bool whole =
+        json_dumpf(object, stdout, JSON_REAL_PRECISION(9)) == 0 && putchar('\n') != EOF;
     json_decref(object);
     const exit_code code = flush_stdout(error);
     if (code || whole)
@@ -82,7 +87,7 @@ exit_code print_json(json_t *object, file_error *error)
 
 json_t *json_text(const char *bytes)
 {
-    json_t *const text = json_string(bytes);
+    json_t *text = json_string(bytes);
     return text ? text : json_null();
 }
 
@@ -123,7 +128,8 @@ bool json_write_lines(FILE *to, const char *path, const json_t *object, file_err
     json_t *value;
     bool ok = true;
     errno = 0;
-    json_object_foreach((json_t *)object, key, value) {
+    json_object_foreach((json_t *)object, key, value)
+    {
         fprintf(to, "%s\n \"%s\": ", between, key);
         between = ",";
         if (!json_is_array(value)) {
@@ -145,8 +151,9 @@ bool json_write_lines(FILE *to, const char *path, const json_t *object, file_err
 
 exit_code json_save(const char *path, const json_t *object, file_error *error)
 {
-    output_file *const file = output_open(path, error);
-    const bool ok = file && json_write_lines(output_stream(file), path, object, error) && outputs_commit(error);
+    output_file *file = output_open(path, error);
+    const bool ok =
+        file && json_write_lines(output_stream(file), path, object, error) && outputs_commit(error);
     return ok ? EXIT_FINE : EXIT_FILE;
 }
 
@@ -168,8 +175,10 @@ static void print_help(const program *p)
     printf("\n'%s COMMAND --help' lists the options of a command, --version the version.\n"
            "Exit status: 0 fine, 1 a comparison failed, 2 wrong usage, 3 a file cannot be read or\n"
            "written or does not fit, 4 not supported here, 5 out of memory or a device error,\n"
-           "6 interrupted, or the time is up: give the same command again, which goes on where it keeps\n"
-           "what is done.\n", p->name);
+           "6 interrupted, or the time is up: give the same command again, which goes on where it "
+           "keeps\n"
+           "what is done.\n",
+           p->name);
 }
 
 static exit_code unknown_command(const program *p, const char *name, file_error *error)
@@ -178,14 +187,14 @@ static exit_code unknown_command(const program *p, const char *name, file_error 
     for (int n = 1; n < p->count; n++)
         if (options_distance(name, p->commands[n].name) < options_distance(name, best))
             best = p->commands[n].name;
-    file_error_set(error, NULL, "unknown command '%.60s': did you mean '%s'? '%s --help' lists all", name, best,
-                   p->name);
+    file_error_set(error, NULL, "unknown command '%.60s': did you mean '%s'? '%s --help' lists all",
+                   name, best, p->name);
     return EXIT_USAGE;
 }
 
 static exit_code dispatch(const program *p, int argc, char **argv, file_error *error)
 {
-    const char *const name = argc > 1 ? argv[1] : "";
+    const char *name = argc > 1 ? argv[1] : "";
     for (int n = 0; n < p->count; n++)
         if (strcmp(name, p->commands[n].name) == 0) {
             char title[32];

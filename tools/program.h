@@ -15,13 +15,14 @@ typedef enum exit_code {
     EXIT_FILE = 3,        /* a file that cannot be read or written, or does not fit the others */
     EXIT_UNSUPPORTED = 4, /* not on this machine, or not in this build */
     EXIT_MACHINE = 5,     /* out of memory, or a device error */
-    EXIT_UNFINISHED = 6,  /* interrupted, or the time is up: what is done is kept, the same command goes on */
-    EXIT_HELPED = -1,     /* --help was asked for and given: no error, and nothing more to do */
+    EXIT_UNFINISHED =
+        6, /* interrupted, or the time is up: what is done is kept, the same command goes on */
+    EXIT_HELPED = -1, /* --help was asked for and given: no error, and nothing more to do */
 } exit_code;
 
 /* A command leaves one line in *error where it returns more than EXIT_DIFFERENT, and may where it
- * returns that. EXIT_FILE becomes EXIT_MACHINE where that line is about memory. It prints nothing itself but its
- * result. argv[0] is "sparge run" and the like. */
+ * returns that. EXIT_FILE becomes EXIT_MACHINE where that line is about memory. It prints nothing
+ * itself but its result. argv[0] is "sparge run" and the like. */
 typedef struct program_command {
     const char *name;
     exit_code (*run)(int argc, char **argv, file_error *error);
@@ -37,7 +38,8 @@ typedef struct program {
 /* All of main: runs the command that is named; what it returns is the exit code. */
 int program_main(const program *p, int argc, char **argv);
 
-/* Ends the program here and now with one line, and leaves no half of a file; also from a signal handler. */
+/* Ends the program here and now with one line, and leaves no half of a file; also from a signal
+ * handler. */
 _Noreturn void program_stop(const char *line, exit_code code);
 
 /* What compiled the programs, and so the library in the same build. */
@@ -71,8 +73,8 @@ json_t *json_joined(json_t *to, json_t *more);
  * which there was no memory. */
 exit_code print_json(json_t *object, file_error *error);
 
-/* An object with a line for each of its keys, and for each element of its lists; json_save: as a file that appears
- * whole. */
+/* An object with a line for each of its keys, and for each element of its lists; json_save: as a
+ * file that appears whole. */
 bool json_write_lines(FILE *to, const char *path, const json_t *object, file_error *error);
 exit_code json_save(const char *path, const json_t *object, file_error *error);
 

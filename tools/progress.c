@@ -28,7 +28,7 @@ bool progress_goes_on(void *user, double done)
 
 bool progress_tick(void *user, double done)
 {
-    progress *const p = user;
+    progress *p = user;
     const double now = progress_clock(), spent = now - p->start;
     if (!p->watched || spent < 2.0 || now - p->last < 0.2 || !(done > 0.0))
         return !interrupt_came();

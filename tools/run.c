@@ -14,28 +14,36 @@ enum { DENSE = OPT_COMMAND, MASK, MASK_ONLY, DENSITY, MASK_OUT, LSE_OUT, DUMP, C
 
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
-    {"mask", MASK, "M.npy", 0, "this mask instead of a predicted one, [B,H,q blocks,k blocks]; of --params the lambdas "
-     "hold", 1},
-    {"density", DENSITY, "X", 0, "the tau, one for all heads, that keeps this share of the visible token pairs", 1},
+    {"mask", MASK, "M.npy", 0,
+     "this mask instead of a predicted one, [B,H,q blocks,k blocks]; of --params the lambdas "
+     "hold",
+     1},
+    {"density", DENSITY, "X", 0,
+     "the tau, one for all heads, that keeps this share of the visible token pairs", 1},
     {"mask-only", MASK_ONLY, 0, 0, "no attention: the mask and what it keeps; v is not needed", 1},
     {"mask-out", MASK_OUT, "M.npy", 0, "write the mask", 4},
     {"lse-out", LSE_OUT, "L.npy", 0, "write the log-sum-exp, [B,H,N]", 4},
     {"dump", DUMP, "DIR", 0, "write every stage of the algorithm", 4},
-    {"check", CHECK, 0, 0, "measure the error, and the recall of the mask, by attention in double", 4},
+    {"check", CHECK, 0, 0, "measure the error, and the recall of the mask, by attention in double",
+     4},
     {0},
 };
 
 static const options_conflict conflicts[] = {
-    {DENSE, {MASK, MASK_ONLY, DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK}, "keeps every block"},
+    {DENSE,
+     {MASK, MASK_ONLY, DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK},
+     "keeps every block"},
     {MASK, {DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
-    {MASK_ONLY, {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK, OPT_PV, OPT_RUNG}, "computes no attention"},
+    {MASK_ONLY,
+     {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK, OPT_PV, OPT_RUNG},
+     "computes no attention"},
     {DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK}, "finds tau"},
 };
 
 static error_t run_parser(int key, char *text, struct argp_state *state)
 {
-    run_args *const a = state->input;
-    attention_args *const shared = &a->attention;
+    run_args *a = state->input;
+    attention_args *shared = &a->attention;
     if (key >= OPT_COMMAND && key < RUN_END)
         shared->given |= option_bit(key);
     switch (key) {
@@ -50,21 +58,25 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     case CHECK: a->check = true; return 0;
     case ARGP_KEY_END:
         if (shared->files == 0 || (shared->files == 2 && !a->mask_only))
-            return options_wrong(state, "give the files of q, k and v, or one .safetensors of all, or a folder of "
-                                 "those");
-        return options_refuse(state, shared->given, conflicts, sizeof conflicts / sizeof *conflicts);
+            return options_wrong(
+                state, "give the files of q, k and v, or one .safetensors of all, or a folder of "
+                       "those");
+        return options_refuse(state, shared->given, conflicts,
+                              sizeof conflicts / sizeof *conflicts);
     default: return ARGP_ERR_UNKNOWN;
     }
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child run_children[] = {{&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+static const struct argp_child run_children[] = {
+    {&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp run_argp = {
     .options = run_options,
     .parser = run_parser,
     .args_doc = "Q.npy K.npy V.npy\nQKV.safetensors\nFOLDER",
     .doc = "Attention over files of float16, 32 or 64, with its counters as JSON on stdout.\v"
-           "Of a folder of captures, as sparge tune takes it, each file is run in turn, and whatever is read or "
+           "Of a folder of captures, as sparge tune takes it, each file is run in turn, and "
+           "whatever is read or "
            "written beside them is a folder too, where it has the name of the capture.",
     .children = run_children,
 };
@@ -82,7 +94,7 @@ static exit_code spare(const run *r, const char *output, file_error *error)
 
 static exit_code read_files(run *r, file_error *error)
 {
-    const attention_args *const a = &r->args.attention;
+    const attention_args *a = &r->args.attention;
     const char *const output[] = {a->output, r->args.mask_out, r->args.lse_out};
     exit_code code = EXIT_FINE;
     for (int n = 0; n < 3 && !code; n++)
@@ -98,7 +110,8 @@ static exit_code read_files(run *r, file_error *error)
         code = settle(a, r->capture, &r->in.problem, &r->options, &r->settled, error);
     sparge_error why;
     if (!code)
-        code = library_result(sparge_options_resolve(&r->in.problem, &r->options, &why), &why, error);
+        code =
+            library_result(sparge_options_resolve(&r->in.problem, &r->options, &why), &why, error);
     if (!code && r->args.mask)
         code = inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, error);
     return code;
@@ -106,7 +119,7 @@ static exit_code read_files(run *r, file_error *error)
 
 static exit_code hash_files(run *r, file_error *error)
 {
-    const attention_args *const a = &r->args.attention;
+    const attention_args *a = &r->args.attention;
     const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], r->args.mask};
     exit_code code = EXIT_FINE;
     memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
@@ -117,8 +130,9 @@ static exit_code hash_files(run *r, file_error *error)
 
 static exit_code find_density(run *r, file_error *error)
 {
-    return isnan(r->args.density) ? EXIT_FINE
-                                  : density_find(&r->in.problem, &r->options, r->args.density, error);
+    return isnan(r->args.density)
+               ? EXIT_FINE
+               : density_find(&r->in.problem, &r->options, r->args.density, error);
 }
 
 static exit_code open_file(const char *path, output_file **file, file_error *error)
@@ -128,7 +142,7 @@ static exit_code open_file(const char *path, output_file **file, file_error *err
 
 static exit_code open_files(run *r, file_error *error)
 {
-    const sparge_problem *const p = &r->in.problem;
+    const sparge_problem *p = &r->in.problem;
     exit_code code = open_file(r->args.attention.output, &r->o_file, error);
     if (!code)
         code = open_file(r->args.mask_out, &r->mask_file, error);
@@ -145,14 +159,14 @@ static exit_code open_files(run *r, file_error *error)
 
 static exit_code attend(run *r, file_error *error)
 {
-    const sparge_problem *const p = &r->in.problem;
-    array *const o = &r->dump.array[STAGE_O];
+    const sparge_problem *p = &r->in.problem;
+    array *o = &r->dump.array[STAGE_O];
     const bool half = r->in.type == ARRAY_F16;
     if (!dump_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, error) ||
         !dump_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, error))
         return EXIT_MACHINE;
-    r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32, p->heads * p->q_len * p->dim_v,
-                               p->q_len * p->dim_v, p->dim_v};
+    r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32,
+                               p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v};
     r->result.lse = r->args.lse_out ? r->lse.data : NULL;
     r->result.mask = run_predicts(&r->args) ? &r->mask : NULL;
     r->result.trace = &r->dump.trace;
@@ -161,15 +175,16 @@ static exit_code attend(run *r, file_error *error)
     r->options.progress = progress_tick;
     r->options.user = &watch;
     const sparge_status status =
-        run_predicts(&r->args) ? device_attention(p, &r->options, &r->result, &r->seconds, &why)
-                               : device_attend(p, &r->options, mask_of(r), &r->result, &r->seconds, &why);
+        run_predicts(&r->args)
+            ? device_attention(p, &r->options, &r->result, &r->seconds, &why)
+            : device_attend(p, &r->options, mask_of(r), &r->result, &r->seconds, &why);
     progress_end(&watch);
     return library_result(status, &why, error);
 }
 
 static exit_code predict(run *r, file_error *error)
 {
-    const sparge_problem *const p = &r->in.problem;
+    const sparge_problem *p = &r->in.problem;
     sparge_error why;
     progress watch = progress_begin("prediction");
     r->options.progress = progress_tick;
@@ -185,8 +200,8 @@ static exit_code predict(run *r, file_error *error)
 /* The mask, and attention unless it is not wanted. */
 static exit_code compute(run *r, file_error *error)
 {
-    const sparge_problem *const p = &r->in.problem;
-    array *const mask = &r->dump.array[STAGE_MASK];
+    const sparge_problem *p = &r->in.problem;
+    array *mask = &r->dump.array[STAGE_MASK];
     const int64_t heads = p->batch * p->heads;
     sparge_error why;
     r->result.head_counts = calloc((size_t)heads + 1, sizeof(sparge_counts));
@@ -210,7 +225,7 @@ static exit_code compute(run *r, file_error *error)
 
 static exit_code write_files(run *r, file_error *error)
 {
-    array *const o = &r->dump.array[STAGE_O], *const mask = &r->dump.array[STAGE_MASK];
+    array *o = &r->dump.array[STAGE_O], *mask = &r->dump.array[STAGE_MASK];
     array shaped = {0};
     exit_code code = EXIT_FINE;
     if (r->o_file) {
@@ -229,19 +244,21 @@ static exit_code write_files(run *r, file_error *error)
     return code;
 }
 
-/* The oracle over a mask: how far o is from it, where there is an o; and how much it pays to each block. */
-static exit_code measure(run *r, const sparge_mask *mask, const char *what, comparison *to, double *mass,
-                         file_error *error)
+/* The oracle over a mask: how far o is from it, where there is an o; and how much it pays to each
+ * block. */
+static exit_code measure(run *r, const sparge_mask *mask, const char *what, comparison *to,
+                         double *mass, file_error *error)
 {
     array want = {0};
-    if (!r->args.mask_only && !dump_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
+    if (!r->args.mask_only &&
+        !dump_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
         return EXIT_MACHINE;
     sparge_error why;
     progress watch = progress_begin(what);
     r->options.progress = progress_tick;
     r->options.user = &watch;
-    const sparge_status status = sparge_oracle(&r->in.problem, &r->options, mask, SPARGE_ORACLE_REAL, want.data,
-                                               NULL, mass, &why);
+    const sparge_status status = sparge_oracle(&r->in.problem, &r->options, mask,
+                                               SPARGE_ORACLE_REAL, want.data, NULL, mass, &why);
     progress_end(&watch);
     if (!status && want.data)
         *to = compare(&r->dump.array[STAGE_O], &want);
@@ -258,7 +275,8 @@ static exit_code check(run *r, file_error *error)
         return EXIT_MACHINE;
     exit_code code = measure(r, NULL, "check", &r->real, mass.data, error);
     if (!code)
-        r->recall = judge_recall(&mass, &r->dump.array[STAGE_MASK], r->in.problem.q_len, r->options.block_q);
+        r->recall = judge_recall(&mass, &r->dump.array[STAGE_MASK], r->in.problem.q_len,
+                                 r->options.block_q);
     r->masked = r->real;
     if (!code && mask_of(r) && !r->args.mask_only)
         code = measure(r, mask_of(r), "check of the mask", &r->masked, NULL, error);
@@ -268,7 +286,8 @@ static exit_code check(run *r, file_error *error)
 
 static exit_code add_row(run *r, json_t *json, file_error *error)
 {
-    json_t *const row = json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture))));
+    json_t *row =
+        json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture))));
     if (row && json_array_append_new(r->rows, row) == 0)
         return EXIT_FINE;
     file_error_set(error, NULL, "no memory for the result");
@@ -277,7 +296,7 @@ static exit_code add_row(run *r, json_t *json, file_error *error)
 
 static exit_code report(run *r, file_error *error)
 {
-    json_t *const json = run_json(r);
+    json_t *json = run_json(r);
     const exit_code code = r->rows ? add_row(r, json, error) : print_json(json, error);
     if (!code)
         run_warn(r);
@@ -285,7 +304,8 @@ static exit_code report(run *r, file_error *error)
 }
 
 /* All of it for one capture. */
-static exit_code run_capture(const run_args *args, const capture *c, json_t *rows, file_error *error)
+static exit_code run_capture(const run_args *args, const capture *c, json_t *rows,
+                             file_error *error)
 {
     static exit_code (*const steps[])(run *, file_error *) = {
         read_files, hash_files, find_density, open_files, compute, write_files, check, report,
@@ -329,16 +349,18 @@ static exit_code run_listed(const run_args *args, const capture *c, json_t *rows
 exit_code run_command(int argc, char **argv, file_error *error)
 {
     run_args args = {.base = {error}, .density = NAN};
-    const attention_args *const a = &args.attention;
+    const attention_args *a = &args.attention;
     given_captures given = {0};
     exit_code code = attention_parse(&run_argp, argc, argv, &args.base, &args.attention);
     if (!code)
         code = given_find(a, &given, error);
-    json_t *const rows = given.folder ? json_array() : NULL;
+    json_t *rows = given.folder ? json_array() : NULL;
     for (int64_t n = 0; n < given.count && !code; n++)
-        code = rows ? run_listed(&args, &given.list[n], rows, error) : run_capture(&args, given.list, NULL, error);
+        code = rows ? run_listed(&args, &given.list[n], rows, error)
+                    : run_capture(&args, given.list, NULL, error);
     if (rows && !code)
-        code = print_json(json_pack("{s:o, s:O}", "folder", json_text(a->file[0]), "files", rows), error);
+        code = print_json(json_pack("{s:o, s:O}", "folder", json_text(a->file[0]), "files", rows),
+                          error);
     json_decref(rows);
     given_free(&given);
     return code;

@@ -1,4 +1,5 @@
-/* run.h: sparge run: one capture on its way through the steps of run.c, and what run_report.c says of it. */
+/* run.h: sparge run: one capture on its way through the steps of run.c, and what run_report.c says
+ * of it. */
 #ifndef SPARGE_TOOLS_RUN_H
 #define SPARGE_TOOLS_RUN_H
 
@@ -34,7 +35,7 @@ typedef struct run {
     double seconds;          /* of the call */
     comparison real, masked; /* distance to dense attention, and over the same mask */
     recall recall;
-    json_t *rows;            /* of a folder of captures; NULL: there is but one */
+    json_t *rows; /* of a folder of captures; NULL: there is but one */
 } run;
 
 /* Was the mask predicted, and not given or dense? */

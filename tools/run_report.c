@@ -1,4 +1,5 @@
-/* run_report.c: what sparge run says: every option as it was resolved, what was counted, timed and measured. */
+/* run_report.c: what sparge run says: every option as it was resolved, what was counted, timed and
+ * measured. */
 #include "tools/run.h"
 
 #include <inttypes.h>
@@ -16,13 +17,14 @@ static json_t *file_json(const char *path, const char *sha256)
 
 static json_t *describe_files(const run *r)
 {
-    const attention_args *const a = &r->args.attention;
-    json_t *const list = json_array();
+    const attention_args *a = &r->args.attention;
+    json_t *list = json_array();
     bool ok = list != NULL;
     for (int n = 0; n < a->files && ok; n++)
         ok = json_array_append_new(list, file_json(a->file[n], r->sha256[n])) == 0;
-    json_t *const json = json_pack("{s:i, s:s, s:o, s:o}", "schema", SCHEMA, "version", SPARGE_VERSION, "inputs",
-                                   ok ? list : NULL, "mask", file_json(r->args.mask, r->sha256[3]));
+    json_t *json =
+        json_pack("{s:i, s:s, s:o, s:o}", "schema", SCHEMA, "version", SPARGE_VERSION, "inputs",
+                  ok ? list : NULL, "mask", file_json(r->args.mask, r->sha256[3]));
     if (!ok)
         json_decref(list);
     return json_joined(json, settled_json(&r->settled));
@@ -31,8 +33,8 @@ static json_t *describe_files(const run *r)
 /* Thresholds that every head has, and that played a part; of those of each head the file tells. */
 static json_t *describe_thresholds(const run *r)
 {
-    json_t *const json = json_joined(knobs_json(&r->options.knobs),
-                                     json_pack("{s:o}", "density", json_number(r->args.density)));
+    json_t *json = json_joined(knobs_json(&r->options.knobs),
+                               json_pack("{s:o}", "density", json_number(r->args.density)));
     static const char *const of_prediction[] = {"theta", "tau", "topk"};
     for (int n = 0; n < 3 && json && (r->options.per_head || !run_predicts(&r->args)); n++)
         json_object_set_new(json, of_prediction[n], json_null());
@@ -43,71 +45,85 @@ static json_t *describe_thresholds(const run *r)
 
 static json_t *describe_sizes(const run *r)
 {
-    const sparge_problem *const p = &r->in.problem;
+    const sparge_problem *p = &r->in.problem;
     return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "batch", (json_int_t)p->batch, "heads",
-                     (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len, "k_len",
-                     (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v);
+                     (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads, "q_len",
+                     (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim,
+                     "dim_v", (json_int_t)p->dim_v);
 }
 
 static json_t *describe_run(const run *r)
 {
-    const sparge_options *const o = &r->options;
-    json_t *const by = json_pack("{s:s, s:s, s:i, s:o}", "backend", sparge_backend_string(o->backend), "isa",
-                                 sparge_isa_string(o->isa), "threads", o->threads, "rung",
-                                 o->rung ? json_integer(o->rung) : json_null());
-    return json_joined(json_joined(json_joined(by, options_json(o)), describe_thresholds(r)), describe_sizes(r));
+    const sparge_options *o = &r->options;
+    json_t *by = json_pack("{s:s, s:s, s:i, s:o}", "backend", sparge_backend_string(o->backend),
+                           "isa", sparge_isa_string(o->isa), "threads", o->threads, "rung",
+                           o->rung ? json_integer(o->rung) : json_null());
+    return json_joined(json_joined(json_joined(by, options_json(o)), describe_thresholds(r)),
+                       describe_sizes(r));
 }
 
 /* ---- What came of it ---- */
 
 static json_t *describe_kept(const run *r)
 {
-    const sparge_counts *const c = &r->result.counts;
-    json_t *const per_head = json_array();
+    const sparge_counts *c = &r->result.counts;
+    json_t *per_head = json_array();
     bool ok = per_head != NULL;
     for (int64_t h = 0; h < r->in.problem.batch * r->in.problem.heads && ok; h++)
-        ok = json_array_append_new(per_head, json_number(sparge_sparsity(&r->result.head_counts[h]))) == 0;
-    json_t *const json = json_pack(
-        "{s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "pairs", (json_int_t)c->pairs, "kept_blocks", (json_int_t)c->qk_done,
-        "density_tokens", json_number(kept_density(c)), "sparsity", json_number(sparge_sparsity(c)), "sparsity_qk",
-        json_number(sparge_sparsity_qk(c)), "sparsity_pv", json_number(sparge_sparsity_pv(c)), "sparsity_per_head",
-        per_head);
+        ok = json_array_append_new(per_head,
+                                   json_number(sparge_sparsity(&r->result.head_counts[h]))) == 0;
+    json_t *json = json_pack(
+        "{s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "pairs", (json_int_t)c->pairs, "kept_blocks",
+        (json_int_t)c->qk_done, "density_tokens", json_number(kept_density(c)), "sparsity",
+        json_number(sparge_sparsity(c)), "sparsity_qk", json_number(sparge_sparsity_qk(c)),
+        "sparsity_pv", json_number(sparge_sparsity_pv(c)), "sparsity_per_head", per_head);
     if (!run_predicts(&r->args))
         return json_joined(json, json_pack("{s:n, s:n}", "kept_by", "kept_by_alone"));
     const reasons why = reasons_of(&r->dump.array[STAGE_WHY], &r->in.problem, &r->options);
-    return json_joined(json, json_pack("{s:o, s:o}", "kept_by", reasons_json(why.kept), "kept_by_alone",
-                                       reasons_json(why.alone)));
+    return json_joined(json, json_pack("{s:o, s:o}", "kept_by", reasons_json(why.kept),
+                                       "kept_by_alone", reasons_json(why.alone)));
 }
 
 static json_t *describe_speed(const run *r)
 {
-    const sparge_result *const x = &r->result;
-    const sparge_counts *const c = &x->counts;
-    const double dim = (double)r->in.problem.dim, dim_v = (double)r->in.problem.dim_v, tera = 1e12 * r->seconds;
+    const sparge_result *x = &r->result;
+    const sparge_counts *c = &x->counts;
+    const double dim = (double)r->in.problem.dim, dim_v = (double)r->in.problem.dim_v,
+                 tera = 1e12 * r->seconds;
     return json_pack(
-        "{s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "workspace_bytes", (json_int_t)x->workspace, "seconds_predict",
-        json_number(x->seconds_predict), "seconds_quantize", json_number(x->seconds_quantize), "seconds_attend",
-        json_number(x->seconds_attend), "seconds_total", json_number(r->seconds), "tops",
+        "{s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "workspace_bytes", (json_int_t)x->workspace,
+        "seconds_predict", json_number(x->seconds_predict), "seconds_quantize",
+        json_number(x->seconds_quantize), "seconds_attend", json_number(x->seconds_attend),
+        "seconds_total", json_number(r->seconds), "tops",
         json_number(2.0 * (dim + dim_v) * (double)c->tokens / tera), "tops_executed",
         json_number(2.0 * (dim * (double)c->qk_tokens + dim_v * (double)c->pv_tokens) / tera));
 }
 
 static json_t *describe_errors(const run *r)
 {
-    const comparison *const real = &r->real;
-    json_t *const errors = json_pack(
-        "{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(real->l1), "worst_row_l1", json_number(real->worst_row_l1),
-        "cosine", json_number(real->cosine), "rmse", json_number(real->rmse), "mask_worst_row_l1",
-        json_number(r->masked.worst_row_l1));
-    return json_joined(json_joined(errors, compare_counts(real)),
-                       json_pack("{s:I}", "mask_not_finite_apart", (json_int_t)r->masked.not_finite_apart));
+    const comparison *real = &r->real;
+    json_t *errors = json_pack("{s:o, s:o, s:o, s:o, s:o}", "l1", json_number(real->l1),
+                               "worst_row_l1", json_number(real->worst_row_l1), "cosine",
+                               json_number(real->cosine), "rmse", json_number(real->rmse),
+                               "mask_worst_row_l1", json_number(r->masked.worst_row_l1));
+    return json_joined(
+        json_joined(errors, compare_counts(real)),
+        json_pack("{s:I}", "mask_not_finite_apart", (json_int_t)r->masked.not_finite_apart));
 }
 
 /* What plays no part where there is no attention. */
 static void blank(json_t *json)
 {
-    static const char *const keys[] = {"qk", "pv", "skip_rows", "lambda", "dim_v", "workspace_bytes",
-                                       "seconds_quantize", "seconds_attend", "tops", "tops_executed"};
+    static const char *const keys[] = {"qk",
+                                       "pv",
+                                       "skip_rows",
+                                       "lambda",
+                                       "dim_v",
+                                       "workspace_bytes",
+                                       "seconds_quantize",
+                                       "seconds_attend",
+                                       "tops",
+                                       "tops_executed"};
     for (size_t n = 0; n < sizeof keys / sizeof *keys && json; n++)
         json_object_set_new(json, keys[n], json_null());
 }
@@ -119,8 +135,8 @@ json_t *run_json(const run *r)
     if (r->args.mask_only)
         blank(json);
     if (r->args.check)
-        json = json_joined(json, json_pack("{s:o, s:I}", "recall", json_number(r->recall.share), "blocks_not_finite",
-                                           (json_int_t)r->recall.not_finite));
+        json = json_joined(json, json_pack("{s:o, s:I}", "recall", json_number(r->recall.share),
+                                           "blocks_not_finite", (json_int_t)r->recall.not_finite));
     return r->args.check && !r->args.mask_only ? json_joined(json, describe_errors(r)) : json;
 }
 
@@ -132,11 +148,14 @@ void run_warn(const run *r)
     }
     if (r->args.mask_only)
         return;
-    const char *const what = r->rows ? capture_name(r->capture) : "o";
+    const char *what = r->rows ? capture_name(r->capture) : "o";
     const int64_t not_finite = r->args.check ? 0 : array_not_finite(&r->dump.array[STAGE_O]);
     if (not_finite)
-        fprintf(stderr, "sparge: %s has %" PRId64 " elements that are NaN or infinite; --check says whether dense "
-                "attention has them too\n", what, not_finite);
+        fprintf(stderr,
+                "sparge: %s has %" PRId64
+                " elements that are NaN or infinite; --check says whether dense "
+                "attention has them too\n",
+                what, not_finite);
     if (!r->args.check)
         return;
     compare_warn(&r->real, what, "dense attention");

@@ -29,7 +29,7 @@ struct safetensors {
 
 static bool read_json(safetensors *t)
 {
-    const file_input *const in = t->in;
+    const file_input *in = t->in;
     uint8_t fixed[LENGTH_BYTES];
     if (!input_read(in, 0, LENGTH_BYTES, fixed))
         return false;
@@ -43,7 +43,7 @@ static bool read_json(safetensors *t)
             " bytes is longer than %s; check that it is a .safetensors file, and copy it again",
             length, length > MAX_HEADER ? "the format allows" : "the file");
     t->start = LENGTH_BYTES + (size_t)length;
-    char *const text = malloc(length > 0 ? (size_t)length : 1);
+    char *text = malloc(length > 0 ? (size_t)length : 1);
     if (!text)
         return input_fail(in, "no memory for the header; free some");
     const bool ok = input_read(in, LENGTH_BYTES, (size_t)length, text);
@@ -59,8 +59,8 @@ static bool read_json(safetensors *t)
 
 static bool parse_offsets(const safetensors *t, tensor *to)
 {
-    const json_t *const offsets = json_object_get(to->entry, "data_offsets");
-    const json_t *const begin = json_array_get(offsets, 0), *const end = json_array_get(offsets, 1);
+    const json_t *offsets = json_object_get(to->entry, "data_offsets");
+    const json_t *begin = json_array_get(offsets, 0), *end = json_array_get(offsets, 1);
     const size_t have = t->in->size - t->start;
     to->begin = json_integer_value(begin);
     to->end = json_integer_value(end);
@@ -75,7 +75,7 @@ static bool parse_offsets(const safetensors *t, tensor *to)
 
 static int tensor_compare(const void *one, const void *other)
 {
-    const tensor *const a = one, *const b = other;
+    const tensor *a = one, *b = other;
     if (a->begin != b->begin)
         return a->begin < b->begin ? -1 : 1;
     return (a->end > b->end) - (a->end < b->end);
@@ -114,7 +114,7 @@ static bool read_table(safetensors *t)
     {
         if (strcmp(name, "__metadata__") == 0)
             continue;
-        tensor *const to = &t->tensors[t->count++];
+        tensor *to = &t->tensors[t->count++];
         *to = (tensor){.name = name, .entry = entry};
         if (!parse_offsets(t, to))
             return false;
@@ -145,7 +145,7 @@ enum { DTYPES = sizeof dtypes / sizeof *dtypes };
 
 static bool parse_type(const tensor *from, array_type *type)
 {
-    const char *const dtype = json_string_value(json_object_get(from->entry, "dtype"));
+    const char *dtype = json_string_value(json_object_get(from->entry, "dtype"));
     for (size_t i = 0; i < DTYPES && dtype; i++)
         if (strcmp(dtype, dtypes[i].name) == 0) {
             *type = dtypes[i].type;
@@ -156,12 +156,12 @@ static bool parse_type(const tensor *from, array_type *type)
 
 static bool parse_shape(const tensor *from, int *rank, int64_t shape[ARRAY_MAX_RANK])
 {
-    const json_t *const sizes = json_object_get(from->entry, "shape");
+    const json_t *sizes = json_object_get(from->entry, "shape");
     if (!json_is_array(sizes) || json_array_size(sizes) > ARRAY_MAX_RANK)
         return false;
     *rank = (int)json_array_size(sizes);
     for (int d = 0; d < *rank; d++) {
-        const json_t *const size = json_array_get(sizes, (size_t)d);
+        const json_t *size = json_array_get(sizes, (size_t)d);
         if (!json_is_integer(size) || json_integer_value(size) < 0)
             return false;
         shape[d] = json_integer_value(size);
@@ -171,15 +171,16 @@ static bool parse_shape(const tensor *from, int *rank, int64_t shape[ARRAY_MAX_R
 
 bool safetensors_find(const safetensors *t, const char *name, safetensors_place *out)
 {
-    const file_input *const in = t->in;
+    const file_input *in = t->in;
     size_t i = 0;
     while (i < t->count && strcmp(t->tensors[i].name, name) != 0)
         i++;
     if (i == t->count)
         return fail_missing(t, name);
-    const tensor *const from = &t->tensors[i];
+    const tensor *from = &t->tensors[i];
 
-    *out = (safetensors_place){.at = t->start + (size_t)from->begin, .bytes = (size_t)(from->end - from->begin)};
+    *out = (safetensors_place){.at = t->start + (size_t)from->begin,
+                               .bytes = (size_t)(from->end - from->begin)};
     if (!parse_type(from, &out->type))
         return input_fail(
             in, "key '%.100s': dtype is none of F16, BF16 and F32; convert it with .float()", name);
@@ -193,7 +194,8 @@ bool safetensors_find(const safetensors *t, const char *name, safetensors_place 
     size_t need;
     if (!array_bytes(out->type, out->rank, out->shape, &need) || need != out->bytes)
         return input_fail(in,
-                          "key '%.100s': shape %s of %s does not fit the %zu bytes of its data_offsets; write the "
+                          "key '%.100s': shape %s of %s does not fit the %zu bytes of its "
+                          "data_offsets; write the "
                           "file again",
                           name, text, array_type_string(out->type), out->bytes);
     return true;
@@ -205,8 +207,8 @@ static bool read_tensor(const safetensors *t, const char *name, array *out)
     if (!safetensors_find(t, name, &from))
         return false;
     if (!array_alloc(from.type, from.rank, from.shape, out, NULL))
-        return input_fail(t->in, "key '%.100s': no memory for %zu bytes; use a smaller tensor", name,
-                          from.bytes);
+        return input_fail(t->in, "key '%.100s': no memory for %zu bytes; use a smaller tensor",
+                          name, from.bytes);
     return input_read(t->in, from.at, from.bytes, out->data);
 }
 
@@ -214,7 +216,7 @@ static bool read_tensor(const safetensors *t, const char *name, array *out)
 
 safetensors *safetensors_open(const file_input *in)
 {
-    safetensors *const t = calloc(1, sizeof *t);
+    safetensors *t = calloc(1, sizeof *t);
     if (!t) {
         input_fail(in, "no memory for the header; free some");
         return NULL;
@@ -242,7 +244,7 @@ static bool read_input(const file_input *in, const char *const *names, int count
 {
     for (int i = 0; i < count; i++)
         out[i] = (array){0};
-    safetensors *const t = safetensors_open(in);
+    safetensors *t = safetensors_open(in);
     bool ok = t != NULL;
     for (int i = 0; i < count && ok; i++)
         ok = read_tensor(t, names[i], &out[i]);
@@ -280,17 +282,17 @@ static json_t *describe(const array *from, int64_t begin, int64_t end)
     for (size_t i = 0; i < DTYPES; i++)
         if (dtypes[i].type == from->type)
             name = dtypes[i].name;
-    json_t *const shape = json_array();
+    json_t *shape = json_array();
     for (int d = 0; d < from->rank; d++)
         json_array_append_new(shape, json_integer(from->shape[d]));
-    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", name, "shape", shape, "data_offsets", (json_int_t)begin,
-                     (json_int_t)end);
+    return json_pack("{s:s, s:o, s:[I, I]}", "dtype", name, "shape", shape, "data_offsets",
+                     (json_int_t)begin, (json_int_t)end);
 }
 
-bool safetensors_write(FILE *stream, const char *name, const char *const *names, int count, const array *from,
-                       file_error *error)
+bool safetensors_write(FILE *stream, const char *name, const char *const *names, int count,
+                       const array *from, file_error *error)
 {
-    json_t *const root = json_object();
+    json_t *root = json_object();
     int64_t end = 0;
     bool ok = true;
     for (int i = 0; i < count; i++) {
@@ -298,11 +300,12 @@ bool safetensors_write(FILE *stream, const char *name, const char *const *names,
         end += array_count(&from[i]) * (int64_t)array_type_size(from[i].type);
         ok &= json_object_set_new(root, names[i], describe(&from[i], begin, end)) == 0;
     }
-    char *const text = ok ? json_dumps(root, JSON_COMPACT) : NULL;
+    char *text = ok ? json_dumps(root, JSON_COMPACT) : NULL;
     json_decref(root);
     if (!text)
         return file_error_set(error, name, "no memory for its header, or not of F16, BF16 and F32");
-    const size_t length = strlen(text), padded = (length + 7) / 8 * 8; /* data begin at a multiple of 8 */
+    const size_t length = strlen(text),
+                 padded = (length + 7) / 8 * 8; /* data begin at a multiple of 8 */
     uint8_t fixed[LENGTH_BYTES];
     for (int i = 0; i < LENGTH_BYTES; i++)
         fixed[i] = (uint8_t)(padded >> (8 * i));

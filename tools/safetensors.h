@@ -14,8 +14,8 @@ bool safetensors_read_memory(const uint8_t *bytes, size_t size, const char *name
                              const char *const *names, int count, array *out, file_error *error);
 
 /* Writes tensors in this order. The name is for the error. */
-bool safetensors_write(FILE *stream, const char *name, const char *const *names, int count, const array *from,
-                       file_error *error);
+bool safetensors_write(FILE *stream, const char *name, const char *const *names, int count,
+                       const array *from, file_error *error);
 
 /* ---- The table of a file, for those who read the bytes themselves ---- */
 

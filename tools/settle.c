@@ -10,39 +10,48 @@
 /* The layer whose thresholds these heads have. */
 static exit_code find_layer(const attention_args *a, const params *p, settled *s, file_error *error)
 {
-    const capture *const c = s->capture;
+    const capture *c = s->capture;
     const bool several = p->heads > 0 && p->head[0].layer != p->head[p->heads - 1].layer;
     const exit_code code = capture_layer(c, a->layer, &s->layer, error);
     if (code)
         return code;
-    s->layer_from = a->layer >= 0 ? "--layer" : c->layer_named ? "name" : c->layer >= 0 ? "manifest" : "params";
+    s->layer_from = a->layer >= 0    ? "--layer"
+                    : c->layer_named ? "name"
+                    : c->layer >= 0  ? "manifest"
+                                     : "params";
     if (s->layer >= 0)
         return EXIT_FINE;
     s->layer = p->heads > 0 ? p->head[0].layer : 0;
     if (!several)
         return EXIT_FINE;
-    file_error_set(error, c->path, "neither a manifest nor its name says of which layer it is, and %.100s has several; "
-                   "give --layer", a->params);
+    file_error_set(
+        error, c->path,
+        "neither a manifest nor its name says of which layer it is, and %.100s has several; "
+        "give --layer",
+        a->params);
     return EXIT_FILE;
 }
 
-static exit_code find_heads(const attention_args *a, const params *p, int64_t heads, settled *s, file_error *error)
+static exit_code find_heads(const attention_args *a, const params *p, int64_t heads, settled *s,
+                            file_error *error)
 {
     exit_code code = find_layer(a, p, s, error);
     if (code)
         return code;
     s->per_head = malloc((size_t)heads * sizeof *s->per_head);
     if (!s->per_head) {
-        file_error_set(error, a->params, "no memory for the thresholds of %" PRId64 " heads", heads);
+        file_error_set(error, a->params, "no memory for the thresholds of %" PRId64 " heads",
+                       heads);
         return EXIT_MACHINE;
     }
     for (int64_t h = 0; h < heads && !code; h++)
-        code = params_find(p, a->params, s->layer, capture_head(s->capture, h), &s->per_head[h], error);
+        code = params_find(p, a->params, s->layer, capture_head(s->capture, h), &s->per_head[h],
+                           error);
     return code;
 }
 
-exit_code settle(const attention_args *a, const capture *c, const sparge_problem *problem, sparge_options *options,
-                 settled *out, file_error *error)
+exit_code settle(const attention_args *a, const capture *c, const sparge_problem *problem,
+                 sparge_options *options, settled *out, file_error *error)
 {
     params p = {0};
     option_set given = a->given;
@@ -71,7 +80,8 @@ void settled_free(settled *s)
     s->per_head = NULL;
 }
 
-exit_code settle_spare(const attention_args *a, const capture *c, const char *output, file_error *error)
+exit_code settle_spare(const attention_args *a, const capture *c, const char *output,
+                       file_error *error)
 {
     const char *const input[] = {a->file[0], a->file[1], a->file[2], a->params, c->from};
     return inputs_spare(output, input, sizeof input / sizeof *input, error);
@@ -79,9 +89,9 @@ exit_code settle_spare(const attention_args *a, const capture *c, const char *ou
 
 json_t *settled_json(const settled *s)
 {
-    json_t *const thresholds = s->params ? json_pack("{s:o, s:s, s:I, s:s}", "file", json_text(s->params), "sha256",
-                                                     s->sha256, "layer", (json_int_t)s->layer, "layer_from",
-                                                     s->layer_from)
-                                         : json_null();
+    json_t *thresholds =
+        s->params ? json_pack("{s:o, s:s, s:I, s:s}", "file", json_text(s->params), "sha256",
+                              s->sha256, "layer", (json_int_t)s->layer, "layer_from", s->layer_from)
+                  : json_null();
     return json_pack("{s:o, s:o}", "manifest", capture_json(s->capture), "params", thresholds);
 }

@@ -1,5 +1,5 @@
-/* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of --params, or else
- * the manifest beside the file; what contradicts one of them is an error. */
+/* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of
+ * --params, or else the manifest beside the file; what contradicts one of them is an error. */
 #ifndef SPARGE_TOOLS_SETTLE_H
 #define SPARGE_TOOLS_SETTLE_H
 
@@ -7,21 +7,22 @@
 
 typedef struct settled {
     const capture *capture;
-    const char *params;     /* the file of thresholds, or NULL */
+    const char *params;       /* the file of thresholds, or NULL */
     char sha256[SHA256_TEXT]; /* of it */
-    int64_t layer;          /* whose thresholds; -1: not asked for */
-    const char *layer_from; /* who says so */
-    sparge_knobs *per_head; /* options->per_head */
+    int64_t layer;            /* whose thresholds; -1: not asked for */
+    const char *layer_from;   /* who says so */
+    sparge_knobs *per_head;   /* options->per_head */
 } settled;
 
 /* options: of the command line. They are then whole, and point into *out. */
-exit_code settle(const attention_args *args, const capture *c, const sparge_problem *p, sparge_options *options,
-                 settled *out, file_error *error);
+exit_code settle(const attention_args *args, const capture *c, const sparge_problem *p,
+                 sparge_options *options, settled *out, file_error *error);
 void settled_free(settled *s);
 
-/* Refuses an output that would replace a file of the capture's, of its manifest or of thresholds; NULL is not a
- * file. */
-exit_code settle_spare(const attention_args *args, const capture *c, const char *output, file_error *error);
+/* Refuses an output that would replace a file of the capture's, of its manifest or of thresholds;
+ * NULL is not a file. */
+exit_code settle_spare(const attention_args *args, const capture *c, const char *output,
+                       file_error *error);
 
 /* "manifest" and "params": what they said; null where there are none. NULL: no memory. */
 json_t *settled_json(const settled *s);

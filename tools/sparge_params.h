@@ -1,8 +1,9 @@
-/* sparge_params.h: thresholds of sparge tune for programs that use libsparge: link libsparge_tools and jansson.
+/* sparge_params.h: thresholds of sparge tune for programs that use libsparge: link libsparge_tools
+ * and jansson.
  *
  *     sparge_knobs knobs[9];
- *     if (sparge_params_load("params.json", "SmolLM2-135M-Instruct", layer, 9, &options, knobs, &error) == SPARGE_OK)
- *         options.per_head = knobs;
+ *     if (sparge_params_load("params.json", "SmolLM2-135M-Instruct", layer, 9, &options, knobs,
+ * &error) == SPARGE_OK) options.per_head = knobs;
  */
 #ifndef SPARGE_PARAMS_H
 #define SPARGE_PARAMS_H
@@ -13,11 +14,13 @@
 extern "C" {
 #endif
 
-/* The thresholds of query heads 0 .. heads - 1 of a layer. SPARGE_ERR_ARGUMENT where the file cannot be read, or
- * is cut short, or lacks a head, or is for another model (NULL: any), or was tuned under other options than these:
- * rules, block sizes, skip_rows, causal, smooth_k, sink, scale. */
+/* The thresholds of query heads 0 .. heads - 1 of a layer. SPARGE_ERR_ARGUMENT where the file
+ * cannot be read, or is cut short, or lacks a head, or is for another model (NULL: any), or was
+ * tuned under other options than these: rules, block sizes, skip_rows, causal, smooth_k, sink,
+ * scale. */
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
-                                 const sparge_options *options, sparge_knobs *knobs, sparge_error *error);
+                                 const sparge_options *options, sparge_knobs *knobs,
+                                 sparge_error *error);
 
 #ifdef __cplusplus
 }

@@ -18,10 +18,13 @@ static const struct argp_option tune_options[] = {
     {"l1", L1, "X", 0, "relative L1 that theta and tau may cost (0.07)", 0},
     {"l2", L2, "X", 0, "and with lambda (0.08)", 0},
     {"bound", BOUND, "WHAT", 0, "the worst capture, or the mean over them (worst)", 0},
-    {"sparsity", SPARSITY, "X", 0, "instead: reach this sparsity with the least error, without lambda", 0},
+    {"sparsity", SPARSITY, "X", 0,
+     "instead: reach this sparsity with the least error, without lambda", 0},
     {"by", BY, "WHAT", 0, "choose tau, or topk in its place (tau)", 0},
-    {"held-out", HELD_OUT, "CAPTURE", 0, "judge on this one and do not tune on it; may be repeated; "
-     "without one, each capture is left out in turn", 0},
+    {"held-out", HELD_OUT, "CAPTURE", 0,
+     "judge on this one and do not tune on it; may be repeated; "
+     "without one, each capture is left out in turn",
+     0},
     {"seconds", SECONDS, "X", 0, "stop after so long; the same command goes on", 0},
     {"model", MODEL, "NAME", 0, "where no manifest says it", 0},
     {0},
@@ -40,11 +43,12 @@ typedef struct tune_args {
     paths tuned, held; /* captures to tune on, and those that are held out */
 } tune_args;
 
-static const char *const shares[] = {"tau", "topk", NULL}, *const bounds[] = {"worst", "mean", NULL};
+static const char *const shares[] = {"tau", "topk", NULL}, *const bounds[] = {"worst", "mean",
+                                                                              NULL};
 
 static error_t append(paths *to, const char *path)
 {
-    const char **const more = realloc(to->path, (size_t)(to->count + 1) * sizeof *more);
+    const char **more = realloc(to->path, (size_t)(to->count + 1) * sizeof *more);
     if (!more)
         return ENOMEM;
     to->path = more;
@@ -54,23 +58,26 @@ static error_t append(paths *to, const char *path)
 
 static bool is_text(const char *bytes)
 {
-    json_t *const text = json_string(bytes);
+    json_t *text = json_string(bytes);
     json_decref(text);
     return text != NULL;
 }
 
 static error_t check_args(struct argp_state *state, tune_args *a)
 {
-    static const options_conflict instead = {SPARSITY, {L1, L2, BOUND}, "is sought instead of a bound"};
-    const sparge_tune_options *const how = &a->how;
+    static const options_conflict instead = {
+        SPARSITY, {L1, L2, BOUND}, "is sought instead of a bound"};
+    const sparge_tune_options *how = &a->how;
     if (a->tuned.count == 0)
-        return options_wrong(state, "give a capture: a .safetensors file of q, k and v, or a folder of them");
+        return options_wrong(
+            state, "give a capture: a .safetensors file of q, k and v, or a folder of them");
     if (!a->attention.output)
         return options_wrong(state, "-o is missing: where to write the thresholds");
     if (options_refuse(state, a->attention.given, &instead, 1))
         return EINVAL;
     if (how->sparsity == 0.0 && !(how->l1 < how->l2))
-        return options_wrong(state, "--l1 is %g and --l2 is %g: l1 must be the smaller", how->l1, how->l2);
+        return options_wrong(state, "--l1 is %g and --l2 is %g: l1 must be the smaller", how->l1,
+                             how->l2);
     if (a->attention.given & option_bits(OPT_THETA, OPT_LAMBDA))
         return options_wrong(state, "--theta, --tau, --topk and --lambda are what is tuned");
     if (!is_text(a->attention.output) || (a->model && !is_text(a->model)))
@@ -80,8 +87,8 @@ static error_t check_args(struct argp_state *state, tune_args *a)
 
 static error_t tune_parser(int key, char *text, struct argp_state *state)
 {
-    tune_args *const a = state->input;
-    sparge_tune_options *const how = &a->how;
+    tune_args *a = state->input;
+    sparge_tune_options *how = &a->how;
     int word = 0;
     error_t error;
     if (key >= OPT_COMMAND && key <= MODEL)
@@ -113,16 +120,21 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
 /* Their groups stay apart. */
-static const struct argp_child tune_children[] = {{&shared, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}};
+static const struct argp_child tune_children[] = {
+    {&shared, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}};
 static const struct argp tune_argp = {
     .options = tune_options,
     .parser = tune_parser,
     .args_doc = "CAPTURE...",
-    .doc = "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below l1, then lambda "
-           "below l2, on every capture; and what they cost on captures that they were not tuned on.\v"
-           "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json, or a folder of "
-           "such folders. Causality and scale are those of the manifests. The file that -o names grows head by head; "
-           "after an interruption the same command goes on with it.",
+    .doc =
+        "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below l1, "
+        "then lambda "
+        "below l2, on every capture; and what they cost on captures that they were not tuned on.\v"
+        "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json, "
+        "or a folder of "
+        "such folders. Causality and scale are those of the manifests. The file that -o names "
+        "grows head by head; "
+        "after an interruption the same command goes on with it.",
     .children = tune_children,
 };
 
@@ -145,7 +157,7 @@ typedef struct tune {
     /* Of the unit at hand: */
     inputs *in;
     sparge_tuned *tuned;
-    bool left; /* heads are, of this unit or one before it */
+    bool left;      /* heads are, of this unit or one before it */
     exit_code code; /* of writing a head */
     progress watch;
     double start;
@@ -155,8 +167,9 @@ typedef struct tune {
 
 static bool same_heads(const capture *a, const capture *b)
 {
-    return a->layer == b->layer && (a->heads && b->heads ? json_equal((json_t *)a->heads, (json_t *)b->heads)
-                                                         : a->heads == b->heads);
+    return a->layer == b->layer &&
+           (a->heads && b->heads ? json_equal((json_t *)a->heads, (json_t *)b->heads)
+                                 : a->heads == b->heads);
 }
 
 /* Some of the same heads, or who knows? */
@@ -175,12 +188,14 @@ static const char *name_of(const capture *c) { return basename(c->path); }
 static exit_code check_capture(const capture *c, const unit *u, file_error *error)
 {
     if (!is_text(name_of(c))) {
-        file_error_set(error, c->path, "its name is no UTF-8 text, to be written in JSON; rename it");
+        file_error_set(error, c->path,
+                       "its name is no UTF-8 text, to be written in JSON; rename it");
         return EXIT_FILE;
     }
     for (int64_t n = 0; n < u->count; n++)
         if (strcmp(u->capture[n]->sha256, c->sha256) == 0) {
-            file_error_set(error, c->path, "holds what %.100s holds; give each capture once", u->capture[n]->path);
+            file_error_set(error, c->path, "holds what %.100s holds; give each capture once",
+                           u->capture[n]->path);
             return EXIT_FILE;
         }
     return EXIT_FINE;
@@ -203,13 +218,14 @@ static exit_code no_memory(file_error *error)
 
 static exit_code find(tune *t)
 {
-    const attention_args *const a = &t->args.attention;
+    const attention_args *a = &t->args.attention;
     const paths *const list[] = {&t->args.tuned, &t->args.held};
     exit_code code = EXIT_FINE;
     for (int l = 0; l < 2; l++) {
         const int64_t before = t->captures;
         for (int64_t n = 0; n < list[l]->count && !code; n++)
-            code = capture_find(list[l]->path[n], a->ignore_manifest, &t->capture, &t->captures, t->error);
+            code = capture_find(list[l]->path[n], a->ignore_manifest, &t->capture, &t->captures,
+                                t->error);
         t->held_out = t->captures - before;
     }
     return code;
@@ -221,11 +237,12 @@ static exit_code find_layers(tune *t)
     const int64_t asked = t->args.attention.layer;
     exit_code code = EXIT_FINE;
     for (int64_t n = 0; n < t->captures && !code; n++) {
-        capture *const c = &t->capture[n];
+        capture *c = &t->capture[n];
         code = capture_layer(c, asked, &c->layer, t->error);
         c->layer_named &= asked < 0;
         if (!code && c->layer < 0 && t->captures > 1) {
-            file_error_set(t->error, c->path, "neither a manifest nor its name says of which layer it is; give "
+            file_error_set(t->error, c->path,
+                           "neither a manifest nor its name says of which layer it is; give "
                            "--layer, if all such files are of one");
             code = EXIT_FILE;
         }
@@ -242,8 +259,11 @@ static void say_layers(const tune *t)
         if (t->capture[n].layer_named && count++ == 0)
             first = &t->capture[n];
     if (first)
-        fprintf(stderr, "sparge: no manifest says the layer of %" PRId64 " of %" PRId64 " files, so their names do: %s "
-                "is of layer %" PRId64 "\n", count, t->captures, capture_name(first), first->layer);
+        fprintf(stderr,
+                "sparge: no manifest says the layer of %" PRId64 " of %" PRId64
+                " files, so their names do: %s "
+                "is of layer %" PRId64 "\n",
+                count, t->captures, capture_name(first), first->layer);
 }
 
 static exit_code group(tune *t)
@@ -252,15 +272,17 @@ static exit_code group(tune *t)
     if (!t->unit)
         return no_memory(t->error);
     for (int64_t n = 0; n < t->captures; n++) {
-        const capture *const c = &t->capture[n];
+        const capture *c = &t->capture[n];
         int64_t u = 0;
         for (; u < t->units && !same_heads(t->unit[u].capture[0], c); u++)
             if (share_heads(t->unit[u].capture[0], c)) {
-                file_error_set(t->error, c->path, "has heads of layer %" PRId64 " that %.100s has too, but not the "
-                               "same ones; give captures of the same heads", c->layer, t->unit[u].capture[0]->path);
+                file_error_set(t->error, c->path,
+                               "has heads of layer %" PRId64 " that %.100s has too, but not the "
+                               "same ones; give captures of the same heads",
+                               c->layer, t->unit[u].capture[0]->path);
                 return EXIT_FILE;
             }
-        unit *const to = &t->unit[u];
+        unit *to = &t->unit[u];
         if (!to->capture)
             to->capture = calloc((size_t)t->captures + 1, sizeof *to->capture);
         if (!to->capture)
@@ -271,35 +293,44 @@ static exit_code group(tune *t)
             return code;
         to->capture[to->count++] = c;
         to->held_out += n >= t->captures - t->held_out;
-        const char *const model = c->model ? c->model : t->args.model;
+        const char *model = c->model ? c->model : t->args.model;
         if (t->args.model && strcmp(model, t->args.model) != 0) {
-            file_error_set(t->error, c->path, "is of the model '%.60s', as its manifest says, not of '%.60s'; leave "
-                           "out --model, or give --ignore-manifest", model, t->args.model);
+            file_error_set(t->error, c->path,
+                           "is of the model '%.60s', as its manifest says, not of '%.60s'; leave "
+                           "out --model, or give --ignore-manifest",
+                           model, t->args.model);
             return EXIT_FILE;
         }
-        if (n > 0 && ((model == NULL) != (t->model == NULL) || (model && strcmp(model, t->model) != 0))) {
-            file_error_set(t->error, c->path, "is of the model '%.60s', and the first capture of '%.60s'",
+        if (n > 0 &&
+            ((model == NULL) != (t->model == NULL) || (model && strcmp(model, t->model) != 0))) {
+            file_error_set(t->error, c->path,
+                           "is of the model '%.60s', and the first capture of '%.60s'",
                            model ? model : "unknown", t->model ? t->model : "unknown");
             return EXIT_FILE;
         }
         t->model = model;
-        t->weights = c->weights && (n == 0 || (t->weights && strcmp(t->weights, c->weights) == 0)) ? c->weights : NULL;
+        t->weights = c->weights && (n == 0 || (t->weights && strcmp(t->weights, c->weights) == 0))
+                         ? c->weights
+                         : NULL;
     }
     for (int64_t u = 0; u < t->units; u++)
         if (t->unit[u].held_out == t->unit[u].count) {
-            file_error_set(t->error, t->unit[u].capture[0]->path, "is held out, and nothing else is there of its "
-                           "layer %" PRId64 " to tune on", t->unit[u].capture[0]->layer);
+            file_error_set(t->error, t->unit[u].capture[0]->path,
+                           "is held out, and nothing else is there of its "
+                           "layer %" PRId64 " to tune on",
+                           t->unit[u].capture[0]->layer);
             return EXIT_FILE;
         }
     qsort(t->unit, (size_t)t->units, sizeof *t->unit, by_layer);
     return EXIT_FINE;
 }
 
-/* Attention as in the model: as the manifest of the first capture says; of the others it must say the same. */
+/* Attention as in the model: as the manifest of the first capture says; of the others it must say
+ * the same. */
 static exit_code settle_options(tune *t)
 {
-    const capture *const first = t->unit[0].capture[0];
-    attention_args *const a = &t->args.attention;
+    const capture *first = t->unit[0].capture[0];
+    attention_args *a = &t->args.attention;
     attention_args file = *a;
     inputs in;
     file.file[0] = first->path;
@@ -315,25 +346,28 @@ static exit_code settle_options(tune *t)
 
 static json_t *describe_input(const capture *c, bool held_out)
 {
-    return json_pack("{s:I, s:s?, s:s, s:s, s:b}", "layer", (json_int_t)c->layer, "sample", c->sample, "file",
-                     name_of(c), "sha256", c->sha256, "held_out", held_out);
+    return json_pack("{s:I, s:s?, s:s, s:s, s:b}", "layer", (json_int_t)c->layer, "sample",
+                     c->sample, "file", name_of(c), "sha256", c->sha256, "held_out", held_out);
 }
 
 static exit_code make_header(tune *t)
 {
-    const tune_args *const a = &t->args;
+    const tune_args *a = &t->args;
     const bool bounded = a->how.sparsity == 0.0;
     t->header = params_header(t->model, t->weights, &a->attention.options);
     json_object_set_new(t->header, "by", json_string(shares[a->how.topk]));
-    json_object_set_new(t->header, "bound", bounded ? json_string(bounds[a->how.mean]) : json_null());
+    json_object_set_new(t->header, "bound",
+                        bounded ? json_string(bounds[a->how.mean]) : json_null());
     json_object_set_new(t->header, "l1", bounded ? json_rounded(a->how.l1, 9) : json_null());
     json_object_set_new(t->header, "l2", bounded ? json_rounded(a->how.l2, 9) : json_null());
-    json_object_set_new(t->header, "sparsity", bounded ? json_null() : json_rounded(a->how.sparsity, 9));
-    json_t *const list = json_array();
+    json_object_set_new(t->header, "sparsity",
+                        bounded ? json_null() : json_rounded(a->how.sparsity, 9));
+    json_t *list = json_array();
     for (int64_t u = 0; u < t->units; u++)
         for (int64_t n = 0; n < t->unit[u].count; n++)
-            json_array_append_new(list, describe_input(t->unit[u].capture[n],
-                                                       n >= t->unit[u].count - t->unit[u].held_out));
+            json_array_append_new(
+                list,
+                describe_input(t->unit[u].capture[n], n >= t->unit[u].count - t->unit[u].held_out));
     json_object_set_new(t->header, "inputs", list);
     return json_object_set_new(t->header, "heads", json_array()) ? no_memory(t->error) : EXIT_FINE;
 }
@@ -341,7 +375,7 @@ static exit_code make_header(tune *t)
 /* What an earlier run left in the file, if it was of the same captures and options. */
 static exit_code take_up(tune *t)
 {
-    const char *const path = t->args.attention.output;
+    const char *path = t->args.attention.output;
     params before;
     for (int64_t n = 0; n < t->captures; n++) {
         const char *const input[] = {t->capture[n].path, t->capture[n].from};
@@ -353,7 +387,7 @@ static exit_code take_up(tune *t)
     const exit_code code = params_read(path, &before, t->error);
     if (code)
         return code;
-    json_t *const heads = json_incref(json_object_get(before.json, "heads"));
+    json_t *heads = json_incref(json_object_get(before.json, "heads"));
     json_object_set_new(before.json, "heads", json_array());
     const bool same = json_equal(before.json, t->header);
     if (same)
@@ -361,7 +395,8 @@ static exit_code take_up(tune *t)
     json_decref(heads);
     params_free(&before);
     if (!same)
-        file_error_set(t->error, path, "is of other captures or other options; choose another name, or remove it");
+        file_error_set(t->error, path,
+                       "is of other captures or other options; choose another name, or remove it");
     return same ? EXIT_FINE : EXIT_FILE;
 }
 
@@ -381,9 +416,9 @@ static int compare_lines(const void *a, const void *b)
 /* In the order of layers and heads, whichever was done first. */
 static exit_code sort_heads(tune *t)
 {
-    json_t *const heads = json_object_get(t->header, "heads");
+    json_t *heads = json_object_get(t->header, "heads");
     const size_t count = json_array_size(heads);
-    json_t **const line = calloc(count + 1, sizeof *line);
+    json_t **line = calloc(count + 1, sizeof *line);
     if (!line)
         return no_memory(t->error);
     for (size_t n = 0; n < count; n++)
@@ -404,8 +439,8 @@ static exit_code save(tune *t)
 /* Can it be written? What is there stays. */
 static exit_code probe(tune *t)
 {
-    const char *const path = t->args.attention.output;
-    output_file *const file = output_open(path, t->error);
+    const char *path = t->args.attention.output;
+    output_file *file = output_open(path, t->error);
     const bool ok = file && json_write_lines(output_stream(file), path, t->header, t->error);
     outputs_discard();
     return ok ? EXIT_FINE : EXIT_FILE;
@@ -417,16 +452,17 @@ static json_t *errors_json(const sparge_tune_errors *e)
         return json_null();
     return json_pack("{s:I, s:o, s:o, s:o, s:I, s:I}", "inputs", (json_int_t)e->inputs, "l1",
                      json_rounded(e->mean, 6), "worst_l1", json_rounded(e->worst, 6), "sparsity",
-                     json_rounded(e->sparsity, 6), "nan_got", (json_int_t)e->nan, "inf_got", (json_int_t)e->inf);
+                     json_rounded(e->sparsity, 6), "nan_got", (json_int_t)e->nan, "inf_got",
+                     (json_int_t)e->inf);
 }
 
 static void finished(void *user, int64_t h)
 {
     static const char *const back_offs[] = {"none", "lambda lowered", "tau raised", "left dense"};
-    tune *const t = user;
-    const capture *const c = t->unit[t->unit_at].capture[0];
-    const sparge_tuned *const head = &t->tuned[h];
-    json_t *const line = params_line(c->layer, capture_head(c, h), head->dense, &head->knobs);
+    tune *t = user;
+    const capture *c = t->unit[t->unit_at].capture[0];
+    const sparge_tuned *head = &t->tuned[h];
+    json_t *line = params_line(c->layer, capture_head(c, h), head->dense, &head->knobs);
     json_object_set_new(line, "finite", json_boolean(head->finite));
     json_object_set_new(line, "back_off", json_string(back_offs[head->back_off]));
     json_object_set_new(line, "in_sample", errors_json(&head->in_sample));
@@ -439,20 +475,25 @@ static void finished(void *user, int64_t h)
     else if (!t->code)
         t->code = save(t);
     if (!head->finite)
-        fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64 " elements of its captures, or of "
-                "attention over them, are not finite; left dense\n", c->layer, capture_head(c, h), head->not_finite);
-    const sparge_tune_errors *const in = &head->in_sample, *const out = &head->held_out;
+        fprintf(stderr,
+                "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64
+                " elements of its captures, or of "
+                "attention over them, are not finite; left dense\n",
+                c->layer, capture_head(c, h), head->not_finite);
+    const sparge_tune_errors *in = &head->in_sample, *out = &head->held_out;
     if (in->nan + in->inf + out->nan + out->inf)
-        fprintf(stderr, "sparge: layer %" PRId64 " head %" PRId64 ": o has %" PRId64 " NaN and %" PRId64 " infinite "
-                "elements under its thresholds; its error is not known\n", c->layer, capture_head(c, h),
-                in->nan + out->nan, in->inf + out->inf);
+        fprintf(stderr,
+                "sparge: layer %" PRId64 " head %" PRId64 ": o has %" PRId64 " NaN and %" PRId64
+                " infinite "
+                "elements under its thresholds; its error is not known\n",
+                c->layer, capture_head(c, h), in->nan + out->nan, in->inf + out->inf);
 }
 
 /* ---- One unit ---- */
 
 static bool goes_on(void *user, double done)
 {
-    tune *const t = user;
+    tune *t = user;
     return progress_tick(&t->watch, ((double)t->unit_at + done) / (double)t->units) && !t->code;
 }
 
@@ -467,11 +508,12 @@ static exit_code read_inputs(tune *t, const unit *u, sparge_problem *problem)
         problem[n] = t->in[n].problem;
         if (!code)
             code = capture_obey(u->capture[n], &problem[n], options_all(), &file.options, t->error);
-        const sparge_problem *const p = &problem[n], *const first = problem;
-        if (!code && (p->heads != first->heads || p->kv_heads != first->kv_heads || p->dim != first->dim ||
-                      p->dim_v != first->dim_v)) {
-            file_error_set(t->error, u->capture[n]->path, "has %" PRId64 " heads, %" PRId64 " key heads and %"
-                           PRId64 " channels, not %" PRId64 ", %" PRId64 " and %" PRId64 " as %.100s",
+        const sparge_problem *p = &problem[n], *first = problem;
+        if (!code && (p->heads != first->heads || p->kv_heads != first->kv_heads ||
+                      p->dim != first->dim || p->dim_v != first->dim_v)) {
+            file_error_set(t->error, u->capture[n]->path,
+                           "has %" PRId64 " heads, %" PRId64 " key heads and %" PRId64
+                           " channels, not %" PRId64 ", %" PRId64 " and %" PRId64 " as %.100s",
                            p->heads, p->kv_heads, p->dim, first->heads, first->kv_heads, first->dim,
                            u->capture[0]->path);
             code = EXIT_FILE;
@@ -483,9 +525,9 @@ static exit_code read_inputs(tune *t, const unit *u, sparge_problem *problem)
 /* Heads that the file has already. */
 static void mark_done(const tune *t, const unit *u, int64_t heads)
 {
-    const json_t *const lines = json_object_get(t->header, "heads");
+    const json_t *lines = json_object_get(t->header, "heads");
     for (size_t n = 0; n < json_array_size(lines); n++) {
-        const json_t *const line = json_array_get(lines, n);
+        const json_t *line = json_array_get(lines, n);
         for (int64_t h = 0; h < heads; h++)
             if (json_integer_value(json_object_get(line, "layer")) == u->capture[0]->layer &&
                 json_integer_value(json_object_get(line, "head")) == capture_head(u->capture[0], h))
@@ -495,8 +537,8 @@ static void mark_done(const tune *t, const unit *u, int64_t heads)
 
 static exit_code tune_unit(tune *t)
 {
-    const unit *const u = &t->unit[t->unit_at];
-    sparge_problem *const problem = calloc((size_t)u->count, sizeof *problem);
+    const unit *u = &t->unit[t->unit_at];
+    sparge_problem *problem = calloc((size_t)u->count, sizeof *problem);
     t->in = calloc((size_t)u->count, sizeof *t->in);
     exit_code code = problem && t->in ? read_inputs(t, u, problem) : no_memory(t->error);
     t->tuned = code ? NULL : calloc((size_t)problem->heads, sizeof *t->tuned);
@@ -512,8 +554,9 @@ static exit_code tune_unit(tune *t)
         how.finished = finished;
         how.user = t;
         mark_done(t, u, problem->heads);
-        code = library_result(sparge_tune(problem, u->count, &t->args.attention.options, &how, t->tuned, &why),
-                              &why, t->error);
+        code = library_result(
+            sparge_tune(problem, u->count, &t->args.attention.options, &how, t->tuned, &why), &why,
+            t->error);
         for (int64_t h = 0; h < problem->heads; h++)
             t->left |= !t->tuned[h].done;
     }
@@ -534,7 +577,7 @@ static int64_t heads_wanted(const tune *t)
 {
     int64_t heads = 0;
     for (int64_t u = 0; u < t->units; u++) {
-        const capture *const c = t->unit[u].capture[0];
+        const capture *c = t->unit[u].capture[0];
         if (!c->heads)
             return 0;
         heads += (int64_t)json_array_size(c->heads);
@@ -544,8 +587,8 @@ static int64_t heads_wanted(const tune *t)
 
 static double number(const json_t *line, const char *object, const char *key)
 {
-    const json_t *const from = object ? json_object_get(line, object) : line;
-    const json_t *const x = json_object_get(from, key);
+    const json_t *from = object ? json_object_get(line, object) : line;
+    const json_t *x = json_object_get(from, key);
     return json_is_number(x) ? json_number_value(x) : NAN;
 }
 
@@ -560,11 +603,11 @@ typedef struct noise {
 
 static noise find_noise(const tune *t)
 {
-    const json_t *const heads = json_object_get(t->header, "heads");
+    const json_t *heads = json_object_get(t->header, "heads");
     const double l1 = t->args.how.sparsity > 0.0 ? (double)INFINITY : t->args.how.l1;
     noise found = {0, NAN, NAN};
     for (size_t n = 0; n < json_array_size(heads); n++) {
-        const json_t *const line = json_array_get(heads, n);
+        const json_t *line = json_array_get(heads, n);
         const double error = number(line, "in_sample", t->args.how.mean ? "l1" : "worst_l1");
         if (!json_is_true(json_object_get(line, "dense")) || !(error > l1))
             continue;
@@ -578,33 +621,36 @@ static noise find_noise(const tune *t)
 /* null: there is none. */
 static json_t *noise_json(const noise *found)
 {
-    return found->heads ? json_pack("{s:I, s:o, s:o}", "heads", (json_int_t)found->heads, "least",
-                                    json_rounded(found->least, 6), "most", json_rounded(found->most, 6))
-                        : json_null();
+    return found->heads
+               ? json_pack("{s:I, s:o, s:o}", "heads", (json_int_t)found->heads, "least",
+                           json_rounded(found->least, 6), "most", json_rounded(found->most, 6))
+               : json_null();
 }
 
 static void warn_of_noise(const tune *t, const noise *found)
 {
-    const sparge_options *const o = &t->args.attention.options;
+    const sparge_options *o = &t->args.attention.options;
     if (found->heads)
-        fprintf(stderr, "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, in %" PRId64
-                " of %zu heads: they stay dense; give a larger --l1, or --qk and --pv with less noise\n",
-                t->args.how.l1, options_precisions[o->qk], options_precisions[o->pv], found->least, found->most,
-                found->heads, json_array_size(json_object_get(t->header, "heads")));
+        fprintf(stderr,
+                "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, "
+                "in %" PRId64 " of %zu heads: they stay dense; give a larger --l1, or --qk and "
+                "--pv with less noise\n",
+                t->args.how.l1, options_precisions[o->qk], options_precisions[o->pv], found->least,
+                found->most, found->heads, json_array_size(json_object_get(t->header, "heads")));
 }
 
 static exit_code report(const tune *t)
 {
-    const json_t *const heads = json_object_get(t->header, "heads");
+    const json_t *heads = json_object_get(t->header, "heads");
     const size_t count = json_array_size(heads);
     const double l2 = t->args.how.sparsity > 0.0 ? (double)INFINITY : t->args.how.l2;
     double sum[3] = {0}; /* sparsity, held-out sparsity, equivalents */
     double worst[2] = {0};
-    const char *const bound = t->args.how.mean ? "l1" : "worst_l1";
+    const char *bound = t->args.how.mean ? "l1" : "worst_l1";
     int64_t finite = 0, dense = 0, backed = 0, judged = 0, first = 0, last = 0;
     for (size_t n = 0; n < count; n++) {
-        const json_t *const line = json_array_get(heads, n);
-        const char *const back = json_string_value(json_object_get(line, "back_off"));
+        const json_t *line = json_array_get(heads, n);
+        const char *back = json_string_value(json_object_get(line, "back_off"));
         dense += json_is_true(json_object_get(line, "dense"));
         backed += back && strcmp(back, "none") != 0;
         if (json_is_true(json_object_get(line, "finite"))) {
@@ -625,14 +671,15 @@ static exit_code report(const tune *t)
     const noise found = find_noise(t);
     warn_of_noise(t, &found);
     return print_json(
-        json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o, s:o}", "params",
-                  t->args.attention.output, "heads", (json_int_t)count, "not_finite",
+        json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o, s:o}",
+                  "params", t->args.attention.output, "heads", (json_int_t)count, "not_finite",
                   (json_int_t)((int64_t)count - finite), "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
-                  finite ? json_rounded(worst[0], 6) : json_null(), "judged", (json_int_t)judged, "held_out_sparsity",
-                  json_rounded(sum[1] / out, 6), "held_out_worst_l1", judged ? json_rounded(worst[1], 6) : json_null(),
-                  "held_out_within_l2_first", (json_int_t)first, "held_out_within_l2", (json_int_t)last,
-                  "equivalents", json_rounded(sum[2] / all, 4), "seconds",
+                  finite ? json_rounded(worst[0], 6) : json_null(), "judged", (json_int_t)judged,
+                  "held_out_sparsity", json_rounded(sum[1] / out, 6), "held_out_worst_l1",
+                  judged ? json_rounded(worst[1], 6) : json_null(), "held_out_within_l2_first",
+                  (json_int_t)first, "held_out_within_l2", (json_int_t)last, "equivalents",
+                  json_rounded(sum[2] / all, 4), "seconds",
                   json_rounded(progress_clock() - t->start, 4), "noise", noise_json(&found)),
         t->error);
 }
@@ -644,7 +691,8 @@ static exit_code stopped(const tune *t)
     char of[32] = "";
     if (wanted)
         snprintf(of, sizeof of, " of %" PRId64, wanted);
-    file_error_set(t->error, t->args.attention.output, "%s: it has %zu%s heads; the same command goes on",
+    file_error_set(t->error, t->args.attention.output,
+                   "%s: it has %zu%s heads; the same command goes on",
                    interrupt_came() ? "interrupted" : "the time is up", done, of);
     return EXIT_UNFINISHED;
 }
@@ -656,7 +704,7 @@ exit_code tune_command(int argc, char **argv, file_error *error)
         .start = progress_clock(),
         .error = error,
     };
-    tune_args *const a = &t.args;
+    tune_args *a = &t.args;
     exit_code code = attention_parse(&tune_argp, argc, argv, &a->base, &a->attention);
     if (!code)
         code = find(&t);

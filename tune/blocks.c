@@ -1,22 +1,22 @@
 /* blocks.c: attention of one query block taken apart into what each key block contributes.
  *
  * Attention over a set of key blocks is the mean of attention over each of them, weighted by
- * exp(lse of each): so when o and lse are known for every block alone, any mask is a weighted sum away. Int8
- * and int12 have no say in this: codes of q, k and v belong to blocks, and those of P are relative to the
- * maximum of their own tile. (P V in f16 and fp8 rounds P against the running maximum, and fp8 has steps of v
- * over all tokens: there the sums are near, not equal.)
+ * exp(lse of each): so when o and lse are known for every block alone, any mask is a weighted sum
+ * away. Int8 and int12 have no say in this: codes of q, k and v belong to blocks, and those of P
+ * are relative to the maximum of their own tile. (P V in f16 and fp8 rounds P against the running
+ * maximum, and fp8 has steps of v over all tokens: there the sums are near, not equal.)
  *
- * The backend does it by its public face: the key blocks become a batch, which all read the same queries
- * (stride 0). Blocks that causality cuts, or that are short, are a second batch, which all read the same keys
- * under a mask of one block each: there a row sees what it would see. */
+ * The backend does it by its public face: the key blocks become a batch, which all read the same
+ * queries (stride 0). Blocks that causality cuts, or that are short, are a second batch, which all
+ * read the same keys under a mask of one block each: there a row sees what it would see. */
 #include "tune/tune.h"
 
 #include "common/block_mask.h"
 
 /* ---- Memory ---- */
 
-static sparge_status part_make(tune_part *part, int64_t count, int64_t rows, int64_t dim_v, int64_t words,
-                               bool device, sparge_error *error)
+static sparge_status part_make(tune_part *part, int64_t count, int64_t rows, int64_t dim_v,
+                               int64_t words, bool device, sparge_error *error)
 {
     const int64_t cell = (int64_t)sizeof(float);
     sparge_status status = tune_array_make(&part->o, count * rows * dim_v * cell, device, error);
@@ -25,7 +25,8 @@ static sparge_status part_make(tune_part *part, int64_t count, int64_t rows, int
     if (!status)
         status = tune_array_make(&part->m, count * rows * cell, device, error);
     if (!status)
-        status = tune_array_make(&part->bits, count * words * (int64_t)sizeof(uint32_t), device, error);
+        status =
+            tune_array_make(&part->bits, count * words * (int64_t)sizeof(uint32_t), device, error);
     return status;
 }
 
@@ -37,8 +38,8 @@ static void part_free(tune_part *part)
     tune_array_free(&part->bits);
 }
 
-/* Key blocks between the first that causality cuts for some row of a query block and the last that a row of
- * it sees; and the query blocks of as many rows as the edge may have. */
+/* Key blocks between the first that causality cuts for some row of a query block and the last that
+ * a row of it sees; and the query blocks of as many rows as the edge may have. */
 static int64_t most_at_edge(const sparge_geometry *g)
 {
     return sparge_min(g->k_blocks, sparge_ceil_div(g->block_q, g->block_k) + 1);
@@ -55,7 +56,7 @@ sparge_status tune_blocks_make(tune_blocks *b, const tune_input *x, sparge_error
     const bool device = x->q.device;
     const int64_t edge = most_at_edge(g), words = q_blocks_at_edge(g) * sparge_mask_row_words(edge);
     const int64_t rows = sparge_min(g->block_q, g->q_len), dim_v = x->problem.dim_v;
-    *b = (tune_blocks){ 0 };
+    *b = (tune_blocks){0};
     sparge_status status = part_make(&b->whole, g->k_blocks, rows, dim_v, 1, device, error);
     if (!status)
         status = part_make(&b->edge, edge, g->block_q + g->block_k, dim_v, words, device, error);
@@ -68,7 +69,7 @@ void tune_blocks_free(tune_blocks *b)
 {
     part_free(&b->whole);
     part_free(&b->edge);
-    *b = (tune_blocks){ 0 };
+    *b = (tune_blocks){0};
 }
 
 /* ---- Taking apart ---- */
@@ -85,13 +86,19 @@ const float *tune_block_o(const tune_blocks *b, int64_t j, int64_t dim_v)
     return at(b, offsetof(tune_part, o), j, dim_v);
 }
 
-const float *tune_block_m(const tune_blocks *b, int64_t j) { return at(b, offsetof(tune_part, m), j, 1); }
+const float *tune_block_m(const tune_blocks *b, int64_t j)
+{
+    return at(b, offsetof(tune_part, m), j, 1);
+}
 
-const float *tune_block_lse(const tune_blocks *b, int64_t j) { return at(b, offsetof(tune_part, lse), j, 1); }
+const float *tune_block_lse(const tune_blocks *b, int64_t j)
+{
+    return at(b, offsetof(tune_part, lse), j, 1);
+}
 
 /* Attention of the part's batch: p has its views, its lengths and its causality. */
-static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem p, sparge_causal causal,
-                                 const sparge_mask *mask, sparge_error *error)
+static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem p,
+                                 sparge_causal causal, const sparge_mask *mask, sparge_error *error)
 {
     const int64_t cells = part->count * part->rows, dim_v = x->problem.dim_v;
     sparge_options o = *x->o;
@@ -102,9 +109,9 @@ static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem 
     p.q_len = part->rows;
     p.dim = x->problem.dim;
     p.dim_v = dim_v;
-    const sparge_trace trace = { .m = tune_there(&part->m) };
+    const sparge_trace trace = {.m = tune_there(&part->m)};
     sparge_result result = {
-        .o = { tune_there(&part->o), SPARGE_F32, part->rows * dim_v, 0, dim_v },
+        .o = {tune_there(&part->o), SPARGE_F32, part->rows * dim_v, 0, dim_v},
         .lse = tune_there(&part->lse),
         .trace = &trace,
     };
@@ -124,10 +131,11 @@ static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem 
 /* The view of one head from token `first` on; `batch` elements from one key block to the next. */
 static sparge_in view(const tune_array *x, int64_t first, int64_t dim, int64_t batch)
 {
-    return (sparge_in){ (float *)tune_there(x) + first * dim, SPARGE_F32, batch, 0, dim };
+    return (sparge_in){(float *)tune_there(x) + first * dim, SPARGE_F32, batch, 0, dim};
 }
 
-static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *kept, sparge_error *error)
+static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *kept,
+                                sparge_error *error)
 {
     tune_part *part = &b->whole;
     const int64_t dim = x->problem.dim, dim_v = x->problem.dim_v, keys = x->g.block_k;
@@ -137,17 +145,20 @@ static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *k
         .k = view(&x->smooth, 0, dim, keys * dim),
         .v = view(&x->v, 0, dim_v, keys * dim_v),
     };
-    const sparge_mask mask = { tune_there(&part->bits), part->count, 1, 1, 1, 1 };
+    const sparge_mask mask = {tune_there(&part->bits), part->count, 1, 1, 1, 1};
     for (int64_t j = 0; j < part->count && kept; j++)
         ((uint32_t *)part->bits.host)[j] = sparge_mask_row_get(kept, j);
     part->first = 0;
     part->rows = b->rows;
-    return part->count ? attend_part(part, x, p, SPARGE_CAUSAL_NONE, kept ? &mask : NULL, error) : SPARGE_OK;
+    return part->count ? attend_part(part, x, p, SPARGE_CAUSAL_NONE, kept ? &mask : NULL, error)
+                       : SPARGE_OK;
 }
 
-/* Causality is aligned to the end here: so many rows more are looked at that the last of them sees the last
- * key. They are those of the next query block, or of 0 beyond the last, and nobody reads what they give. */
-static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *kept, sparge_error *error)
+/* Causality is aligned to the end here: so many rows more are looked at that the last of them sees
+ * the last key. They are those of the next query block, or of 0 beyond the last, and nobody reads
+ * what they give. */
+static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *kept,
+                               sparge_error *error)
 {
     tune_part *part = &b->edge;
     const sparge_geometry *g = &x->g;
@@ -162,7 +173,11 @@ static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *ke
         .v = view(&x->v, first, dim_v, 0),
     };
     const sparge_mask mask = {
-        tune_there(&part->bits), part->count, 1, sparge_ceil_div(part->rows, g->block_q), part->count,
+        tune_there(&part->bits),
+        part->count,
+        1,
+        sparge_ceil_div(part->rows, g->block_q),
+        part->count,
         sparge_mask_row_words(part->count),
     };
     const int64_t words = mask.q_blocks * mask.words;
@@ -171,7 +186,8 @@ static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *ke
     for (int64_t n = 0; n < part->count; n++)
         if (!kept || sparge_mask_row_get(kept, part->first + n))
             sparge_mask_row_set(&bits[n * words], n);
-    return part->count ? attend_part(part, x, p, causal ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE, &mask, error)
+    return part->count ? attend_part(part, x, p, causal ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE,
+                                     &mask, error)
                        : SPARGE_OK;
 }
 

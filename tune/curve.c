@@ -1,10 +1,11 @@
 /* curve.c: error and sparsity at every place of the grid, from running sums.
  *
- * The masks of a row are nested: with tau (or topk) growing, key blocks join in the order of S. So are those
- * that lambda leaves: with lambda falling, groups of rows join in the order of their gaps, because a block
- * that lambda skips never holds a maximum, and gaps therefore do not depend on lambda. So one pass over the
- * contributions of blocks.c gives the error at every place. Theta changes which blocks are there from the
- * beginning; thetas between which no block changes sides share a walk. */
+ * The masks of a row are nested: with tau (or topk) growing, key blocks join in the order of S. So
+ * are those that lambda leaves: with lambda falling, groups of rows join in the order of their
+ * gaps, because a block that lambda skips never holds a maximum, and gaps therefore do not depend
+ * on lambda. So one pass over the contributions of blocks.c gives the error at every place. Theta
+ * changes which blocks are there from the beginning; thetas between which no block changes sides
+ * share a walk. */
 #include <stdlib.h>
 
 #include "common/block_mask.h"
@@ -13,19 +14,19 @@
 sparge_knobs tune_knobs(tune_choice at, bool topk)
 {
     const float share = tune_share(at.share);
-    return (sparge_knobs){ tune_theta(at.theta), topk ? SPARGE_OFF : share, topk ? share : SPARGE_OFF,
-                           tune_lambda(at.lambda) };
+    return (sparge_knobs){tune_theta(at.theta), topk ? SPARGE_OFF : share,
+                          topk ? share : SPARGE_OFF, tune_lambda(at.lambda)};
 }
 
-tune_choice tune_dense(void) { return (tune_choice){ 0, TUNE_SHARES - 1, TUNE_LAMBDAS - 1 }; }
+tune_choice tune_dense(void) { return (tune_choice){0, TUNE_SHARES - 1, TUNE_LAMBDAS - 1}; }
 
 /* ---- A walk: blocks join, and the error of what has joined is asked for ---- */
 
 typedef struct walk {
     const tune_input *x;
     const tune_blocks *b;
-    int64_t r0, r1;   /* rows [r0, r1) of the query block */
-    float *o;         /* [rows][dim_v] of the blocks that have joined, not yet divided by the sum */
+    int64_t r0, r1; /* rows [r0, r1) of the query block */
+    float *o;       /* [rows][dim_v] of the blocks that have joined, not yet divided by the sum */
     sparge_row *state; /* [rows] online softmax over blocks: their lse stand for scores */
     bool changed;
     double error; /* when it was last asked for */
@@ -62,7 +63,7 @@ static void walk_join(walk *w, int64_t j)
 /* sum|o * scale - want| */
 static float distance(const float *o, float scale, const float *want, int64_t n)
 {
-    float partial[16] = { 0 };
+    float partial[16] = {0};
     int64_t c = 0;
     for (; c + 16 <= n; c += 16)
         for (int lane = 0; lane < 16; lane++)
@@ -81,7 +82,8 @@ static double walk_error(walk *w)
     w->error = 0.0;
     for (int64_t r = w->r0; r < w->r1; r++) {
         const float norm = sparge_row_norm(&w->state[r]);
-        w->error += (double)distance(&w->o[r * dim_v], norm, &w->x->want[(w->b->first + r) * dim_v], dim_v);
+        w->error +=
+            (double)distance(&w->o[r * dim_v], norm, &w->x->want[(w->b->first + r) * dim_v], dim_v);
     }
     return w->error;
 }
@@ -102,9 +104,9 @@ typedef struct walker {
     bool *similar;            /* [k_blocks] under one theta */
     sparge_ref_scored *order; /* [k_blocks] */
     uint32_t *forced;         /* [words] blocks that join first */
-    bool *before;             /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
-    tune_point *row;          /* [TUNE_SHARES] of one query block under one theta */
-    entry *entry;             /* [k_blocks] */
+    bool *before;    /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
+    tune_point *row; /* [TUNE_SHARES] of one query block under one theta */
+    entry *entry;    /* [k_blocks] */
 } walker;
 
 static void walker_free(walker *w)
@@ -127,9 +129,9 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
     const size_t words = (size_t)sparge_mask_row_words(x->g.k_blocks) + 1;
     *w = (walker){
         .x = x,
-        .walk = { .x = x,
-                  .o = malloc(rows * (size_t)x->problem.dim_v * sizeof(float)),
-                  .state = malloc(rows * sizeof(sparge_row)) },
+        .walk = {.x = x,
+                 .o = malloc(rows * (size_t)x->problem.dim_v * sizeof(float)),
+                 .state = malloc(rows * sizeof(sparge_row))},
         .s = malloc(blocks * sizeof(float)),
         .similar = malloc(blocks * sizeof(bool)),
         .order = malloc(blocks * sizeof(sparge_ref_scored)),
@@ -138,8 +140,8 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .row = malloc(TUNE_SHARES * sizeof(tune_point)),
         .entry = malloc(blocks * sizeof(entry)),
     };
-    sparge_status status = w->walk.o && w->walk.state && w->s && w->similar && w->order && w->forced &&
-                                   w->before && w->row && w->entry
+    sparge_status status = w->walk.o && w->walk.state && w->s && w->similar && w->order &&
+                                   w->forced && w->before && w->row && w->entry
                                ? tune_blocks_make(&w->blocks, x, error)
                                : SPARGE_ERR_MEMORY;
     w->walk.b = &w->blocks;
@@ -153,9 +155,9 @@ static sparge_ref_row row_under(walker *w, int64_t i, const sparge_knobs *knobs)
 {
     tune_input *x = w->x;
     sparge_ref_row row = sparge_ref_row_of(&x->g, x->o, i);
-    const sparge_ref_summary q = { .sim = x->sim_q[i], .finite = true };
+    const sparge_ref_summary q = {.sim = x->sim_q[i], .finite = true};
     for (int64_t j = 0; j < row.visible; j++) {
-        const sparge_ref_summary k = { .sim = x->sim_k[j], .finite = true };
+        const sparge_ref_summary k = {.sim = x->sim_k[j], .finite = true};
         w->similar[j] = sparge_ref_similar(&k, knobs->theta);
         w->s[j] = w->similar[j] ? x->s[i * x->g.k_blocks + j] : -INFINITY;
     }
@@ -179,7 +181,7 @@ typedef struct cut {
 
 static cut cut_begin(const sparge_ref_row *row)
 {
-    cut c = { .row = row };
+    cut c = {.row = row};
     for (int64_t n = 0; n < row->finite; n++)
         c.total += sparge_ref_mass(row, n);
     c.prefix = row->finite ? sparge_ref_mass(row, 0) : 0;
@@ -212,7 +214,7 @@ static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool to
         walk_join(all, j);
     cut c = cut_begin(row);
     for (int n = 0; n < TUNE_SHARES; n++) {
-        const sparge_knobs knobs = tune_knobs((tune_choice){ theta, n, 0 }, topk);
+        const sparge_knobs knobs = tune_knobs((tune_choice){theta, n, 0}, topk);
         for (const int64_t count = cut_at(&c, &knobs); placed < count; placed++) {
             const int64_t j = row->order[placed].block;
             if (sparge_mask_row_get(w->forced, j))
@@ -220,12 +222,13 @@ static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool to
             walk_join(all, j);
             kept++;
         }
-        w->row[n] = (tune_point){ walk_error(all), (double)kept };
+        w->row[n] = (tune_point){walk_error(all), (double)kept};
     }
 }
 
-/* Is some block similar that was not under the theta before, or the other way round? (Where Q_i is not, before
- * and now, every block is kept whatever it is itself.) Keeps what is for the next theta. */
+/* Is some block similar that was not under the theta before, or the other way round? (Where Q_i is
+ * not, before and now, every block is kept whatever it is itself.) Keeps what is for the next
+ * theta. */
 static bool changes_sides(walker *w, const sparge_ref_row *row)
 {
     const size_t bytes = (size_t)row->visible * sizeof *w->before;
@@ -248,7 +251,7 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
         status = tune_blocks_load(&w.blocks, x, i, NULL, error);
         for (int theta = 0; theta < TUNE_THETAS && !status; theta++) {
-            const sparge_knobs knobs = tune_knobs((tune_choice){ theta, 0, 0 }, topk);
+            const sparge_knobs knobs = tune_knobs((tune_choice){theta, 0, 0}, topk);
             const sparge_ref_row row = row_under(&w, i, &knobs);
             memset(w.forced, 0, words);
             sparge_ref_keep_dissimilar(&row, w.forced);
@@ -309,7 +312,7 @@ static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1
             gap = fmaxf(gap, sparge_row_gap(&state[r], local[r], local[r] > -INFINITY));
         for (int64_t r = r0; r < r1; r++)
             state[r].max = fmaxf(state[r].max, local[r]);
-        w->entry[entries++] = (entry){ j, step_of(gap) };
+        w->entry[entries++] = (entry){j, step_of(gap)};
     }
     qsort(w->entry, (size_t)entries, sizeof *w->entry, by_step);
     walk_begin(&w->walk, r0, r1);

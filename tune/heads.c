@@ -10,7 +10,8 @@ typedef struct heads {
     tune_sample *sample;
     int64_t count, tuned;
     double start;
-    double units, units_done; /* of work, for progress: query blocks of the mask curves of all heads */
+    double units,
+        units_done; /* of work, for progress: query blocks of the mask curves of all heads */
     bool stopped;
     sparge_status status; /* of the first head that failed */
     sparge_error error;
@@ -49,11 +50,12 @@ static bool tick(void *user, double units)
 
 static void work(heads *all, int64_t head, double units, sparge_tuned *to)
 {
-    worker w = { all, 0.0 };
-    const tune_task task = { all->how, &all->o, all->sample, all->count, all->tuned, head, { tick, &w } };
+    worker w = {all, 0.0};
+    const tune_task task = {all->how,   &all->o, all->sample, all->count,
+                            all->tuned, head,    {tick, &w}};
     const double start = sparge_ref_seconds();
-    sparge_tuned t = { 0 };
-    sparge_error error = { "" };
+    sparge_tuned t = {0};
+    sparge_error error = {""};
     const sparge_status status = tick(&w, 0.0) ? tune_head(&task, &t, &error) : SPARGE_OK;
     t.seconds = sparge_ref_seconds() - start;
 #pragma omp critical(sparge_tune)
@@ -73,11 +75,12 @@ static void work(heads *all, int64_t head, double units, sparge_tuned *to)
     }
 }
 
-sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count, const sparge_options *o,
-                                const sparge_tune_options *how, sparge_tuned *tuned, sparge_error *error)
+sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
+                                const sparge_options *o, const sparge_tune_options *how,
+                                sparge_tuned *tuned, sparge_error *error)
 {
     const int64_t q_heads = inputs[0].heads;
-    heads all = { .how = how, .o = *o, .start = sparge_ref_seconds() };
+    heads all = {.how = how, .o = *o, .start = sparge_ref_seconds()};
     double units = 0.0; /* of one head */
     int64_t todo = 0;
     for (int64_t h = 0; h < q_heads; h++)
@@ -90,13 +93,14 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count, con
     all.count = 0;
     for (int64_t n = 0; n < count; n++)
         for (int64_t b = 0; b < inputs[n].batch; b++) {
-            all.sample[all.count++] = (tune_sample){ &inputs[n], b };
+            all.sample[all.count++] = (tune_sample){&inputs[n], b};
             all.tuned += n < count - how->held_out;
             units += (double)sparge_ceil_div(inputs[n].q_len, o->block_q);
         }
     all.units = (double)todo * units;
     /* Heads side by side, and the threads that are left over within each. */
-    const int threads = o->backend == SPARGE_CPU ? (int)sparge_max(1, sparge_min(o->threads, todo)) : 1;
+    const int threads =
+        o->backend == SPARGE_CPU ? (int)sparge_max(1, sparge_min(o->threads, todo)) : 1;
     all.o.threads = o->backend == SPARGE_CPU ? (int)sparge_max(1, o->threads / threads) : 0;
     all.o.per_head = NULL;
     all.o.progress = NULL;

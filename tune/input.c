@@ -1,5 +1,6 @@
-/* input.c: one head of one input, where the backend runs, with what is known of it before any threshold:
- * S, the self-similarity of its blocks, and dense attention in f32, which errors are measured against. */
+/* input.c: one head of one input, where the backend runs, with what is known of it before any
+ * threshold: S, the self-similarity of its blocks, and dense attention in f32, which errors are
+ * measured against. */
 #include "tune/tune.h"
 
 #include <stdlib.h>
@@ -10,7 +11,7 @@
 
 sparge_status tune_array_make(tune_array *x, int64_t bytes, bool device, sparge_error *error)
 {
-    *x = (tune_array){ .bytes = bytes, .host = calloc((size_t)sparge_max(1, bytes), 1) };
+    *x = (tune_array){.bytes = bytes, .host = calloc((size_t)sparge_max(1, bytes), 1)};
     if (!x->host)
         return SPARGE_ERR_MEMORY;
     return device ? sparge_device_alloc(sparge_max(1, bytes), &x->device, error) : SPARGE_OK;
@@ -30,19 +31,20 @@ void tune_array_free(tune_array *x)
 {
     free(x->host);
     sparge_device_free(x->device);
-    *x = (tune_array){ 0 };
+    *x = (tune_array){0};
 }
 
 /* ---- Into place ---- */
 
 static sparge_in packed(const tune_array *x, int64_t dim)
 {
-    return (sparge_in){ .data = tune_there(x), .dtype = SPARGE_F32, .token = dim };
+    return (sparge_in){.data = tune_there(x), .dtype = SPARGE_F32, .token = dim};
 }
 
 /* Tokens of one head in f32, and `pad` rows of 0; counts elements that are not finite. */
-static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int64_t head, int64_t tokens,
-                          int64_t dim, int64_t pad, bool device, int64_t *not_finite, sparge_error *error)
+static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int64_t head,
+                          int64_t tokens, int64_t dim, int64_t pad, bool device,
+                          int64_t *not_finite, sparge_error *error)
 {
     sparge_status status =
         tune_array_make(x, (tokens + pad) * dim * (int64_t)sizeof(float), device, error);
@@ -61,17 +63,19 @@ static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int
 
 /* ---- What comes before any threshold ---- */
 
-/* S for every pair and the similarities: prediction under a theta that nothing fails. And the mean key. */
+/* S for every pair and the similarities: prediction under a theta that nothing fails. And the mean
+ * key. */
 static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *error)
 {
     const sparge_geometry *g = &x->g;
     const bool device = x->q.device;
     sparge_options o = *x->o;
     o.knobs = tune_knobs(tune_dense(), false);
-    tune_array part[3] = { { 0 } }, bits = { 0 }; /* S, sim_q, sim_k */
-    const int64_t count[3] = { g->q_blocks * g->k_blocks, g->q_blocks, g->k_blocks };
+    tune_array part[3] = {{0}}, bits = {0}; /* S, sim_q, sim_k */
+    const int64_t count[3] = {g->q_blocks * g->k_blocks, g->q_blocks, g->k_blocks};
     const int64_t words = sparge_mask_row_words(g->k_blocks);
-    sparge_status status = tune_array_make(&bits, g->q_blocks * words * (int64_t)sizeof(uint32_t), device, error);
+    sparge_status status =
+        tune_array_make(&bits, g->q_blocks * words * (int64_t)sizeof(uint32_t), device, error);
     for (int n = 0; n < 3 && !status; n++)
         status = tune_array_make(&part[n], count[n] * (int64_t)sizeof(float), device, error);
     if (!status) {
@@ -81,10 +85,11 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
             .sim_q = tune_there(&part[1]),
             .sim_k = tune_there(&part[2]),
         };
-        sparge_mask mask = { tune_there(&bits), 1, 1, g->q_blocks, g->k_blocks, words }; /* nobody reads it */
+        sparge_mask mask = {tune_there(&bits), 1,           1,
+                            g->q_blocks,       g->k_blocks, words}; /* nobody reads it */
         status = sparge_predict(&x->problem, &o, &mask, &trace, error);
     }
-    float **const to[3] = { &x->s, &x->sim_q, &x->sim_k };
+    float **const to[3] = {&x->s, &x->sim_q, &x->sim_k};
     for (int n = 0; n < 3 && !status; n++) {
         status = tune_array_pull(&part[n], part[n].bytes, error);
         *to[n] = part[n].host;
@@ -116,7 +121,7 @@ static sparge_status attend(tune_input *x, const sparge_options *o, bool dense, 
     const int64_t dim_v = x->problem.dim_v;
     sparge_status status =
         tune_array_make(o_out, x->g.q_len * dim_v * (int64_t)sizeof(float), x->q.device, error);
-    sparge_result result = { .o = { tune_there(o_out), SPARGE_F32, 0, 0, dim_v } };
+    sparge_result result = {.o = {tune_there(o_out), SPARGE_F32, 0, 0, dim_v}};
     if (!status)
         status = dense ? sparge_attend(&x->problem, o, NULL, &result, error)
                        : sparge_attention(&x->problem, o, &result, error);
@@ -158,15 +163,24 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
         .o = o,
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
     };
-    tune_array mean = { 0 };
-    sparge_status status =
-        load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device, &x->not_finite, error);
+    tune_array mean = {0};
+    sparge_status status = load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device,
+                                &x->not_finite, error);
     if (!status)
         status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->not_finite, error);
     if (!status)
-        status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->not_finite, error);
-    x->problem = (sparge_problem){ 1, 1, 1, p->q_len, p->k_len, p->dim, p->dim_v, packed(&x->q, p->dim),
-                                   packed(&x->k, p->dim), packed(&x->v, p->dim_v) };
+        status =
+            load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->not_finite, error);
+    x->problem = (sparge_problem){1,
+                                  1,
+                                  1,
+                                  p->q_len,
+                                  p->k_len,
+                                  p->dim,
+                                  p->dim_v,
+                                  packed(&x->q, p->dim),
+                                  packed(&x->k, p->dim),
+                                  packed(&x->v, p->dim_v)};
     if (!status && x->not_finite == 0) {
         status = tune_array_make(&mean, p->dim * (int64_t)sizeof(float), device, error);
         if (!status)
@@ -192,7 +206,7 @@ void tune_input_close(tune_input *x)
     free(x->sim_q);
     free(x->sim_k);
     free(x->want);
-    *x = (tune_input){ 0 };
+    *x = (tune_input){0};
 }
 
 /* ---- A triple, whole ---- */
@@ -202,7 +216,8 @@ double tune_relative(const tune_input *x, double error)
     return error == 0.0 ? 0.0 : error > 0.0 ? error / x->want_sum : (double)INFINITY;
 }
 
-sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to, sparge_error *error)
+sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to,
+                            sparge_error *error)
 {
     sparge_options o = *x->o;
     o.knobs = *knobs;
@@ -210,7 +225,7 @@ sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call 
     sparge_counts counts;
     const sparge_status status = attend(x, &o, false, &out, &counts, error);
     double error_sum = 0.0;
-    *to = (tune_call){ .sparsity = sparge_sparsity(&counts) };
+    *to = (tune_call){.sparsity = sparge_sparsity(&counts)};
     for (int64_t n = 0; n < x->g.q_len * x->problem.dim_v && !status; n++) {
         const float got = ((const float *)out.host)[n];
         to->nan += isnan(got) != 0;

@@ -1,5 +1,5 @@
-/* search.c: what is chosen, from the curves; what it is worth, by whole calls; and what is done where it does
- * not hold on inputs that it was not tuned on. */
+/* search.c: what is chosen, from the curves; what it is worth, by whole calls; and what is done
+ * where it does not hold on inputs that it was not tuned on. */
 #include <stdlib.h>
 
 #include "tune/tune.h"
@@ -38,7 +38,7 @@ static const tune_point *mask_curve(head *h, int64_t n)
     if (h->mask[n] || !goes_on(h))
         return h->mask[n];
     tune_point *point = malloc((size_t)TUNE_THETAS * TUNE_SHARES * sizeof *point);
-    const tune_watch watch = { tick, h };
+    const tune_watch watch = {tick, h};
     h->status = point ? tune_mask_curve(&h->input[n], h->how->topk, point, &watch, &h->error)
                       : SPARGE_ERR_MEMORY;
     if (!goes_on(h)) {
@@ -56,7 +56,7 @@ static const lambda_curve *lambda_curve_at(head *h, int64_t n, tune_choice at)
     if (!goes_on(h))
         return NULL;
     lambda_curve *c = malloc(sizeof *c);
-    const tune_watch watch = { tick, h };
+    const tune_watch watch = {tick, h};
     const sparge_knobs knobs = tune_knobs(at, h->how->topk);
     double kept;
     h->status = c ? tune_lambda_curve(&h->input[n], &knobs, c->point, &kept, &watch, &h->error)
@@ -113,7 +113,7 @@ static double bounded_error(const bounded *b)
 
 static merit merit_of(const head *h, const fold *f, tune_choice at)
 {
-    bounded error = { .mean = h->how->mean };
+    bounded error = {.mean = h->how->mean};
     double sparsity = 0.0;
     for (int64_t n = 0; n < h->tuned; n++)
         if (tunes_on(f, n)) {
@@ -121,12 +121,13 @@ static merit merit_of(const head *h, const fold *f, tune_choice at)
             sparsity += 1.0 - p->kept / h->input[n].pairs;
             bounded_add(&error, tune_relative(&h->input[n], p->error));
         }
-    return (merit){ sparsity / (double)error.samples, bounded_error(&error) };
+    return (merit){sparsity / (double)error.samples, bounded_error(&error)};
 }
 
 static bool better(const sparge_tune_options *how, merit a, merit than)
 {
-    if (how->sparsity > 0.0) { /* the least error of those that are sparse enough, or else the sparsest */
+    if (how->sparsity >
+        0.0) { /* the least error of those that are sparse enough, or else the sparsest */
         const double enough = how->sparsity - 1e-9; /* 1 - 28/35 is a little less than 0.2 */
         if ((a.sparsity >= enough) != (than.sparsity >= enough))
             return a.sparsity >= enough;
@@ -148,7 +149,7 @@ static void choose_mask(head *h, fold *f)
     best.sparsity = 0.0;
     for (int theta = 0; theta < TUNE_THETAS; theta++)
         for (int share = 0; share < TUNE_SHARES; share++) {
-            const tune_choice at = { theta, share, TUNE_LAMBDAS - 1 };
+            const tune_choice at = {theta, share, TUNE_LAMBDAS - 1};
             const merit m = merit_of(h, f, at);
             if (m.sparsity > 0.0 && better(h->how, m, best)) {
                 best = m;
@@ -157,7 +158,10 @@ static void choose_mask(head *h, fold *f)
         }
 }
 
-static bool is_dense(tune_choice at) { return at.share == TUNE_SHARES - 1 && at.lambda == TUNE_LAMBDAS - 1; }
+static bool is_dense(tune_choice at)
+{
+    return at.share == TUNE_SHARES - 1 && at.lambda == TUNE_LAMBDAS - 1;
+}
 
 /* Does this lambda skip anything on the samples of the fold? */
 static bool skips(head *h, const fold *f, int lambda)
@@ -178,11 +182,12 @@ static void choose_lambda(head *h, fold *f)
         if (tunes_on(f, n) && !lambda_curve_at(h, n, f->choice))
             return;
     for (int lambda = 0; lambda < TUNE_LAMBDAS; lambda++) {
-        bounded error = { .mean = h->how->mean };
+        bounded error = {.mean = h->how->mean};
         for (int64_t n = 0; n < h->tuned; n++)
             if (tunes_on(f, n))
-                bounded_add(&error, tune_relative(&h->input[n],
-                                                  lambda_curve_at(h, n, f->choice)->point[lambda].error));
+                bounded_add(&error,
+                            tune_relative(&h->input[n],
+                                          lambda_curve_at(h, n, f->choice)->point[lambda].error));
         if (bounded_error(&error) < h->how->l2) {
             f->choice.lambda = skips(h, f, lambda) ? lambda : TUNE_LAMBDAS - 1;
             return;
@@ -206,7 +211,10 @@ static void judge(head *h, const sparge_knobs *knobs, int64_t n, sparge_tune_err
     e->inf += call.inf;
 }
 
-static sparge_tune_errors nothing_judged(void) { return (sparge_tune_errors){ .mean = NAN, .worst = NAN }; }
+static sparge_tune_errors nothing_judged(void)
+{
+    return (sparge_tune_errors){.mean = NAN, .worst = NAN};
+}
 
 /* How far a choice is backed off: places of the grid, toward keeping more. */
 typedef struct retreat {
@@ -220,9 +228,10 @@ static tune_choice retreated(tune_choice at, retreat by)
     return at;
 }
 
-/* The errors of what is chosen on all samples, and of what each fold chose on those that it did not see, all
- * backed off so far. */
-static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, retreat by, sparge_tuned *t)
+/* The errors of what is chosen on all samples, and of what each fold chose on those that it did not
+ * see, all backed off so far. */
+static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, retreat by,
+                      sparge_tuned *t)
 {
     const sparge_knobs chosen = tune_knobs(retreated(final->choice, by), h->how->topk);
     t->in_sample = t->held_out = nothing_judged();
@@ -251,7 +260,8 @@ static bool holds(const sparge_tune_options *how, const sparge_tuned *t)
 static double known_error(head *h, int64_t n, tune_choice at)
 {
     if (at.lambda == TUNE_LAMBDAS - 1)
-        return mask_curve(h, n) ? tune_relative(&h->input[n], point_at(h, n, at)->error) : (double)INFINITY;
+        return mask_curve(h, n) ? tune_relative(&h->input[n], point_at(h, n, at)->error)
+                                : (double)INFINITY;
     const lambda_curve *c = lambda_curve_at(h, n, at);
     return c ? tune_relative(&h->input[n], c->point[at.lambda].error) : (double)INFINITY;
 }
@@ -259,7 +269,7 @@ static double known_error(head *h, int64_t n, tune_choice at)
 /* Would l2 hold, as far as the curves know? */
 static bool would_hold(head *h, const fold *final, const fold *folds, int64_t count, retreat by)
 {
-    bounded in = { .mean = h->how->mean }, out = in;
+    bounded in = {.mean = h->how->mean}, out = in;
     for (int64_t n = 0; n < h->tuned; n++)
         bounded_add(&in, known_error(h, n, retreated(final->choice, by)));
     for (const fold *f = folds; f < folds + count; f++)
@@ -271,7 +281,7 @@ static bool would_hold(head *h, const fold *final, const fold *folds, int64_t co
 /* Lambda goes down, place by place, until it is off for all; then the share goes up. */
 static void back_off(head *h, fold *final, const fold *folds, int64_t count, sparge_tuned *t)
 {
-    retreat by = { 0, 0 };
+    retreat by = {0, 0};
     while (goes_on(h)) {
         if (by.lambda < TUNE_LAMBDAS - 1)
             by.lambda++;
@@ -301,7 +311,8 @@ static void open_all(head *h)
     const tune_task *task = h->task;
     for (int64_t n = 0; n < h->count && goes_on(h); n++) {
         const tune_sample *sample = &task->sample[n];
-        h->status = tune_input_open(&h->input[n], sample->problem, sample->batch, task->head, task->o, &h->error);
+        h->status = tune_input_open(&h->input[n], sample->problem, sample->batch, task->head,
+                                    task->o, &h->error);
         tick(h, 0.0);
     }
 }
@@ -323,14 +334,15 @@ static void choose(head *h, fold *f)
         choose_lambda(h, f);
 }
 
-/* One fold that the samples held out judge; or each sample judges in turn, if there are two or more. */
+/* One fold that the samples held out judge; or each sample judges in turn, if there are two or
+ * more. */
 static int64_t make_folds(head *h, const fold *final, fold *folds)
 {
-    folds[0] = (fold){ h->tuned, h->count, final->choice };
+    folds[0] = (fold){h->tuned, h->count, final->choice};
     if (h->tuned < h->count)
         return 1;
     for (int64_t n = 0; n < h->count && h->count > 1; n++) {
-        folds[n] = (fold){ n, n + 1, tune_dense() };
+        folds[n] = (fold){n, n + 1, tune_dense()};
         if (!is_dense(final->choice) && goes_on(h))
             choose(h, &folds[n]);
     }
@@ -339,10 +351,10 @@ static int64_t make_folds(head *h, const fold *final, fold *folds)
 
 static void tune(head *h, fold *folds, sparge_tuned *t)
 {
-    fold final = { -1, -1, tune_dense() };
+    fold final = {-1, -1, tune_dense()};
     choose(h, &final);
     const int64_t count = make_folds(h, &final, folds);
-    judge_all(h, &final, folds, count, (retreat){ 0, 0 }, t);
+    judge_all(h, &final, folds, count, (retreat){0, 0}, t);
     t->held_out_first = t->held_out;
     if (!holds(h->how, t) && !is_dense(final.choice) && goes_on(h))
         back_off(h, &final, folds, count, t);
@@ -379,7 +391,7 @@ sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *er
         .lambda = calloc(count, sizeof *h.lambda),
     };
     fold *folds = calloc(count, sizeof *folds);
-    *t = (sparge_tuned){ .dense = true, .knobs = tune_knobs(tune_dense(), false) };
+    *t = (sparge_tuned){.dense = true, .knobs = tune_knobs(tune_dense(), false)};
     t->in_sample = t->held_out = t->held_out_first = nothing_judged();
     if (!h.input || !h.mask || !h.lambda || !folds)
         h.status = SPARGE_ERR_MEMORY;

@@ -1,7 +1,7 @@
-/* tune.h: what the parts of the tuner hand to each other. input.c brings one head of one input to where the
- * backend runs, blocks.c takes attention apart into what each key block contributes, curve.c adds the
- * contributions up again in the order in which tau, topk or lambda would, search.c chooses for one head, and
- * heads.c has all heads do so side by side.
+/* tune.h: what the parts of the tuner hand to each other. input.c brings one head of one input to
+ * where the backend runs, blocks.c takes attention apart into what each key block contributes,
+ * curve.c adds the contributions up again in the order in which tau, topk or lambda would, search.c
+ * chooses for one head, and heads.c has all heads do so side by side.
  *
  * Letters as in ref/: query block i, key block j, row r, channel c. */
 #ifndef SPARGE_TUNE_TUNE_H
@@ -25,14 +25,17 @@ static inline float tune_theta(int n) { return -1.0f + (float)n / 16.0f; }
 /* tau, or topk: 0.001 apart, then ten for each power of ten nearer to 1, up to 1e-6 below it. */
 static inline float tune_share(int n)
 {
-    const double share = n < 1000 ? n / 1000.0 : n < TUNE_SHARES - 1 ? 1.0 - pow(10.0, -3.0 - (n - 999) / 10.0) : 1.0;
+    const double share = n < 1000              ? n / 1000.0
+                         : n < TUNE_SHARES - 1 ? 1.0 - pow(10.0, -3.0 - (n - 999) / 10.0)
+                                               : 1.0;
     return (float)share;
 }
 
 /* 0.1 apart in log2 units, down to -50. */
 static inline float tune_lambda(int n)
 {
-    return n < TUNE_LAMBDAS - 1 ? 0.0f - (float)((double)n / 10.0 / (double)SPARGE_LOG2E) : -INFINITY;
+    return n < TUNE_LAMBDAS - 1 ? 0.0f - (float)((double)n / 10.0 / (double)SPARGE_LOG2E)
+                                : -INFINITY;
 }
 sparge_knobs tune_knobs(tune_choice at, bool topk);
 tune_choice tune_dense(void);
@@ -54,20 +57,24 @@ typedef struct tune_array {
 static inline void *tune_there(const tune_array *x) { return x->device ? x->device : x->host; }
 sparge_status tune_array_make(tune_array *x, int64_t bytes, bool device, sparge_error *error);
 sparge_status tune_array_push(const tune_array *x, sparge_error *error); /* host to device */
-sparge_status tune_array_pull(const tune_array *x, int64_t bytes, sparge_error *error); /* and back */
+sparge_status tune_array_pull(const tune_array *x, int64_t bytes,
+                              sparge_error *error); /* and back */
 void tune_array_free(tune_array *x);
 
 typedef struct tune_input {
-    const sparge_options *o;  /* without thresholds, without callbacks */
+    const sparge_options *o; /* without thresholds, without callbacks */
     sparge_geometry g;
-    tune_array q, k, smooth, v; /* f32, packed; `smooth` is k less its mean; block_k rows of 0 after q */
-    sparge_problem problem;     /* of q, k and v, for the backend */
-    int64_t not_finite;         /* elements of q, k, v; where these are finite, of `want` */
-    float *s, *sim_q, *sim_k; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair, visible or -inf */
+    tune_array q, k, smooth,
+        v; /* f32, packed; `smooth` is k less its mean; block_k rows of 0 after q */
+    sparge_problem problem;   /* of q, k and v, for the backend */
+    int64_t not_finite;       /* elements of q, k, v; where these are finite, of `want` */
+    float *s, *sim_q, *sim_k; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair,
+                                 visible or -inf */
     float *want;              /* [q_len][dim_v] dense attention in f32 */
     double want_sum;          /* sum|want| */
     double pairs;             /* visible (query block, key block) pairs */
-    double products;          /* of blocks that were computed so far; a pair has one of Q.K^T and one of P.V */
+    double
+        products; /* of blocks that were computed so far; a pair has one of Q.K^T and one of P.V */
 } tune_input;
 
 /* Computes dense attention and S. After failure the input is all 0. */
@@ -84,7 +91,8 @@ typedef struct tune_call {
     int64_t nan, inf; /* elements of o that are */
 } tune_call;
 
-sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to, sparge_error *error);
+sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to,
+                            sparge_error *error);
 
 /* ---- blocks.c: what each key block contributes to a query block ---------------------------- */
 
@@ -97,13 +105,14 @@ typedef struct tune_part {
 /* The query block at hand: attention to each key block alone, in the backend's own arithmetic. */
 typedef struct tune_blocks {
     int64_t first, rows, visible; /* its first row; key blocks that some row may see */
-    tune_part whole, edge; /* every row sees all keys of a whole block */
+    tune_part whole, edge;        /* every row sees all keys of a whole block */
 } tune_blocks;
 
 sparge_status tune_blocks_make(tune_blocks *b, const tune_input *x, sparge_error *error);
 void tune_blocks_free(tune_blocks *b);
 
-/* Takes query block i apart: for the key blocks that a row of a mask keeps, or for all where it is NULL. */
+/* Takes query block i apart: for the key blocks that a row of a mask keeps, or for all where it is
+ * NULL. */
 sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const uint32_t *kept,
                                sparge_error *error);
 
@@ -114,8 +123,8 @@ const float *tune_block_m(const tune_blocks *b, int64_t j);
 
 /* ---- curve.c: error and sparsity along the grid -------------------------------------------- */
 
-/* Is told after every query block, of how many units of work; false stops, and the curve is SPARGE_OK but not
- * whole. A query block of a mask curve is a unit. */
+/* Is told after every query block, of how many units of work; false stops, and the curve is
+ * SPARGE_OK but not whole. A query block of a mask curve is a unit. */
 typedef struct tune_watch {
     bool (*tick)(void *user, double units);
     void *user;
@@ -152,7 +161,8 @@ sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *er
 /* ---- heads.c: what sparge.c calls ----------------------------------------------------------- */
 
 /* Arguments are checked by then. */
-sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count, const sparge_options *o,
-                                const sparge_tune_options *how, sparge_tuned *heads, sparge_error *error);
+sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
+                                const sparge_options *o, const sparge_tune_options *how,
+                                sparge_tuned *heads, sparge_error *error);
 
 #endif

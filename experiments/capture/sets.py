@@ -1,5 +1,6 @@
-"""sets.py: capture sets: folders of .safetensors files with a manifest.json, single heads of them, and the
-thresholds that belong to them. What is wrong with one ends the program with a line that names the file."""
+"""sets.py: capture sets: folders of .safetensors files with a manifest.json, single heads of them,
+and the thresholds that belong to them. What is wrong with one ends the program with a line that
+names the file."""
 import json
 import sys
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 SMOLLM2 = Path(__file__).resolve().parent / "smollm2-135m"  # that is committed
-# One setting for all nine heads of it that keeps each within the relative L1 of 0.09 that the paper allows a language
-# model; it was picked by hand on these very heads, so it says what is possible, not what a tuner would find blind.
+# One setting for all nine heads of it that keeps each within the relative L1 of 0.09 that the paper
+# allows a language model; it was picked by hand on these very heads, so it says what is possible,
+# not what a tuner would find blind.
 CHOSEN = ["--sink", "--theta", "0.4", "--tau", "0.98", "--lambda=-5"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a set. heads: the numbers of its query heads in the model. grid: T, H, W of its tokens, or None; text:
-    how many tokens stand before the grid and after it. scale: of the scores, or None, which is 1/sqrt(D)."""
+    """A file of a set. heads: the numbers of its query heads in the model. grid: T, H, W of its
+    tokens, or None; text: how many tokens stand before the grid and after it. scale: of the scores,
+    or None, which is 1/sqrt(D)."""
     path: Path
     model: str
     sample: str
@@ -55,9 +58,11 @@ def entry_of(folder, manifest, file):
         raise ValueError(f"'grid' is {grid}, not three numbers T, H, W")
     if causal not in (None, False, True):
         raise ValueError(f"'causal' is {causal!r}")
-    return Entry(folder / file["file"], manifest["model"], manifest.get("sample", folder.name), int(file["layer"]),
-                 int(file.get("step", 0)), tuple(file["query_heads"]), tuple(grid) if grid else None,
-                 (int(text), 0) if manifest.get("text_first", True) else (0, int(text)), bool(causal), own("scale"))
+    return Entry(folder / file["file"], manifest["model"], manifest.get("sample", folder.name),
+                 int(file["layer"]), int(file.get("step", 0)), tuple(file["query_heads"]),
+                 tuple(grid) if grid else None,
+                 (int(text), 0) if manifest.get("text_first", True) else (0, int(text)),
+                 bool(causal), own("scale"))
 
 
 def entries(folder):
@@ -78,7 +83,9 @@ def entries(folder):
     for entry in found:
         own = {(*entry.at.values(), head) for head in entry.heads}
         if heads & own:
-            sys.exit(f"{entry.path}: another file has a head of it too, of the same sample, layer and step")
+            sys.exit(
+                f"{entry.path}: another file has a head of it too, of the same sample, layer and step"
+            )
         heads |= own
     return found
 
@@ -107,7 +114,9 @@ def tokens_of(path, found):
     """How many; queries and keys must be the same."""
     lengths = [x.shape[2] for x in found.values()]
     if len(set(lengths)) > 1:
-        sys.exit(f"{path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of each")
+        sys.exit(
+            f"{path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of each"
+        )
     return lengths[0]
 
 
@@ -120,8 +129,9 @@ def attends(entry):
 
 def read_params(path):
     tuned = read_json(path)
-    if not (isinstance(tuned, dict) and {"heads", "causal", "scale", "sink", "smooth_k"} <= tuned.keys()
-            and isinstance(tuned["heads"], list) and all(isinstance(head, dict) for head in tuned["heads"])):
+    if not (isinstance(tuned, dict) and
+            {"heads", "causal", "scale", "sink", "smooth_k"} <= tuned.keys() and isinstance(
+                tuned["heads"], list) and all(isinstance(head, dict) for head in tuned["heads"])):
         sys.exit(f"{path}: is not of sparge tune")
     return tuned
 
@@ -147,8 +157,9 @@ def changed(params, to, **knobs):
 # ---- Copies -----------------------------------------------------------------------------------
 
 def copied(entry, found, to, dtype=np.float32):
-    """A copy of a file with these tensors [1, H, N, D] in place of its own, and a manifest beside it. In float32 an
-    output in it is not rounded to the float16 of the capture; None keeps the type that the tensors have."""
+    """A copy of a file with these tensors [1, H, N, D] in place of its own, and a manifest beside
+    it. In float32 an output in it is not rounded to the float16 of the capture; None keeps the type
+    that the tensors have."""
     to.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(x, dtype) for name, x in found.items()}, to)
     (to.parent / "manifest.json").write_text(json.dumps({
@@ -164,8 +175,8 @@ def beginning(entry, tokens, to):
 
 def order(sparge, grid, name, folder, seed=0, text=(0, 0)):
     """An order of the tokens of a grid, by sparge order; text around it stays where it is."""
-    sparge("order", *grid, "--order", name, "--seed", seed, "--text-before", text[0], "--text-after", text[1],
-           "-o", folder / "index.npy")
+    sparge("order", *grid, "--order", name, "--seed", seed, "--text-before", text[0],
+           "--text-after", text[1], "-o", folder / "index.npy")
     return np.load(folder / "index.npy")
 
 
@@ -193,8 +204,8 @@ def heads(folder):
 
 
 def write_head(path, place, folder):
-    """q, k and v [N, D] of the query head at a place of a file, as the .npy files that sparge run takes; in float32: an
-    output in it is not rounded to the float16 of the capture."""
+    """q, k and v [N, D] of the query head at a place of a file, as the .npy files that sparge run
+    takes; in float32: an output in it is not rounded to the float16 of the capture."""
     found = tensors(path)
     count, kv_heads = found["q"].shape[1], found["k"].shape[1]
     paths = [folder / f"{name}.npy" for name in "qkv"]

@@ -368,9 +368,10 @@ def parse_args() -> argparse.Namespace:
                         help="folder for the captures and manifest.json (default: smollm2-135m; "
                              "with --texts build/captures, which gets the folders)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of text to run")
-    parser.add_argument("--capture", default="6:2,12:1,21:0",
-                        help="layer:key-head pairs to write (default: %(default)s), or 'all': every "
-                             "layer in a file, with all heads")
+    parser.add_argument(
+        "--capture", default="6:2,12:1,21:0",
+        help="layer:key-head pairs to write (default: %(default)s), or 'all': every "
+        "layer in a file, with all heads")
     parser.add_argument("--survey", type=Path, metavar="CSV",
                         help="also write here how concentrated the attention of each group is")
     args = parser.parse_args()

@@ -119,7 +119,8 @@ def r_lines(data: bytes) -> list[bytes]:
         data = stream.unused_data
         if vector[:2] != b"X\n" or vector[5] != 3:
             fail("this R database has another format")
-        place = 18 + int.from_bytes(vector[14:18], "big") + 4  # after the encoding's name, and flags
+        place = 18 + int.from_bytes(vector[14:18],
+                                    "big") + 4  # after the encoding's name, and flags
         count = int.from_bytes(vector[place:place + 4], "big")
         place += 4
         for _ in range(count):

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Measures the cpu backend against its targets, and writes the README's table.
 
-Everything is taken from `sparge bench` and `sparge run` on this machine, now. Writes cases.csv (every case of
-every benchmark), table.csv (the figures of the table) and, with --readme, the table between the markers in the
-README. A machine that others use gives wrong ratios: the benchmark refuses several threads then, and so does this.
+Everything is taken from `sparge bench` and `sparge run` on this machine, now. Writes cases.csv
+(every case of every benchmark), table.csv (the figures of the table) and, with --readme, the table
+between the markers in the README. A machine that others use gives wrong ratios: the benchmark
+refuses several threads then, and so does this.
 """
 import argparse
 import statistics
@@ -17,8 +18,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 from errors import number  # noqa: E402
-from harness import (ROOT, bench_json, fill_in, machine_line, run_json, run_main, write_csv,  # noqa: E402
-                     write_text)
+from harness import (
+    ROOT,
+    bench_json,
+    fill_in,
+    machine_line,
+    run_json,
+    run_main,
+    write_csv,  # noqa: E402
+    write_text)
 from sets import CHOSEN, SMOLLM2  # noqa: E402
 
 LONG = 131072
@@ -39,13 +47,15 @@ def one(found, case, **where):
 
 def imposed(program, cases, repeat):
     """Dense, imposed masks and the predictor's own mask, one thread and two."""
-    found = bench(program, cases, "--q-len", "4096,8192", "--dim", "64,128", "--threads", 1, "--repeat", repeat,
-                  "--mask-kind", "random,banded", "--sparsity", "0,0.3,0.5,0.7,0.9")
-    found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat", repeat,
-                   "--mask-kind", "predicted")
-    found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat", repeat,
-                   "--qk", "int12", "--pv", "int12", "--sparsity", 0)
-    bench(program, cases, "--q-len", 22272, "--dim", 128, "--threads", 1, "--repeat", 3)  # the paper's Fig 10
+    found = bench(program, cases, "--q-len", "4096,8192", "--dim", "64,128", "--threads", 1,
+                  "--repeat", repeat, "--mask-kind", "random,banded", "--sparsity",
+                  "0,0.3,0.5,0.7,0.9")
+    found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat",
+                   repeat, "--mask-kind", "predicted")
+    found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat",
+                   repeat, "--qk", "int12", "--pv", "int12", "--sparsity", 0)
+    bench(program, cases, "--q-len", 22272, "--dim", 128, "--threads", 1, "--repeat",
+          3)  # the paper's Fig 10
     return found
 
 
@@ -54,8 +64,8 @@ def scaling(program, cases, repeat):
     ms = {1: [], 2: []}
     for _ in range(repeat):
         for threads in ms:
-            found = bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", threads, "--repeat", 1,
-                          "--sparsity", "0.5")
+            found = bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", threads,
+                          "--repeat", 1, "--sparsity", "0.5")
             ms[threads].append(one(found, "int8/int8 random 0.5")["ms_attend"])
     return statistics.median(ms[1]) / statistics.median(ms[2])
 
@@ -76,14 +86,16 @@ def workspace(program):
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "x.npy")
         np.save(file, draw.standard_normal((LONG, 128), dtype=np.float32))
-        return run_json(program, "run", file, file, file, "--theta", -1, "--tau", 0)["workspace_bytes"]
+        return run_json(program, "run", file, file, file, "--theta", -1, "--tau",
+                        0)["workspace_bytes"]
 
 
 def captured(program, cases, repeat):
     """Speed-up over dense f32 on each captured key head at the chosen setting, and the error there."""
     rows = []
     for file in sorted(SMOLLM2.glob("*.safetensors")):
-        found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat", repeat, *CHOSEN)
+        found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat",
+                      repeat, *CHOSEN)
         row = one(found, "int8/int8 predicted causal")
         check = run_json(program, "run", file, "--causal", "--check", *CHOSEN)
         rows.append((file.stem, row["speedup_vs_f32"], row["sparsity"], number(check["l1"])))
@@ -108,8 +120,8 @@ def torch_times(program, cases, repeat):
             start = time.perf_counter()
             torch.nn.functional.scaled_dot_product_attention(q, k, v)
             times["torch"].append(1e3 * (time.perf_counter() - start))
-            rows = bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", threads, "--repeat", 1,
-                         "--sparsity", "0,0.5")
+            rows = bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", threads,
+                         "--repeat", 1, "--sparsity", "0,0.5")
             times["dense"].append(one(rows, "int8/int8 dense")["ms"])
             times["half"].append(one(rows, "int8/int8 random 0.5")["ms"])
         found[threads] = {name: statistics.median(values) for name, values in times.items()}
@@ -132,12 +144,15 @@ def figures(program, repeat):
         f"{dense(128)['baseline_pct_peak']:.1f} ({dense(64)['baseline_pct_peak']:.1f})")
     add("dense int8 over dense f32 (D = 64)", "1.50x (1.40x)", "1.68x (1.57x)",
         f"{dense(128)['speedup_vs_f32']:.2f}x ({dense(64)['speedup_vs_f32']:.2f}x)")
-    add("dense int8, effective operations, % of the FMA peak (D = 64)", "125", "144",
-        " ".join(f"{'' if dim == 128 else '('}{dense(dim)['speedup_vs_f32'] * dense(dim)['baseline_pct_peak']:.0f}"
-                 f"{'' if dim == 128 else ')'}" for dim in (128, 64)))
+    add(
+        "dense int8, effective operations, % of the FMA peak (D = 64)", "125", "144", " ".join(
+            f"{'' if dim == 128 else '('}{dense(dim)['speedup_vs_f32'] * dense(dim)['baseline_pct_peak']:.0f}"
+            f"{'' if dim == 128 else ')'}" for dim in (128, 64)))
     int12 = one(found, "int12/int12 dense")
-    add("dense int12 over dense f32; relative L1 on normal data", "1.35x; 1e-3", "1.52x; 5e-4",
-        f"{int12['speedup_vs_f32']:.2f}x; {relative_l1(program, '--qk', 'int12', '--pv', 'int12'):.1e}")
+    add(
+        "dense int12 over dense f32; relative L1 on normal data", "1.35x; 1e-3", "1.52x; 5e-4",
+        f"{int12['speedup_vs_f32']:.2f}x; {relative_l1(program, '--qk', 'int12', '--pv', 'int12'):.1e}"
+    )
     for kind in ("random", "banded"):
         measured = [100 * one(found, f"int8/int8 {kind} {share}", q_len=8192, dim=128)["efficiency"]
                     for share in (0.5, 0.7, 0.9)]
@@ -145,7 +160,8 @@ def figures(program, repeat):
             " / ".join(f"{x:.0f}" for x in measured) + " %")
     predicted = one(found, "int8/int8 predicted")
     share = 100 * (predicted["ms_predict"] + predicted["ms_quantize"]) / dense(128)["ms"]
-    add("prediction, quantisation and packing, share of dense int8", "1.5 %", "0.9 %", f"{share:.2f} %")
+    add("prediction, quantisation and packing, share of dense int8", "1.5 %", "0.9 %",
+        f"{share:.2f} %")
     add("1 to 2 threads, random 50 %", "1.90x", "1.97x", f"{scaling(program, cases, repeat):.2f}x")
     for name, speedup, sparsity, l1 in captured(program, cases, repeat):
         add(f"{name}, 4096 tokens, causal: over dense f32 (sparsity, L1)", "report", "2.5x",
@@ -153,8 +169,10 @@ def figures(program, repeat):
     torch = torch_times(program, cases, repeat)
     for threads in (1, 2):
         t = torch and torch[threads]
-        add(f"over torch's SDPA in f32, {threads} thread{'s' * (threads > 1)}: dense int8; int8 at 50 %", "1.5x; 3x",
-            "2x; 4x", f"{t['torch'] / t['dense']:.2f}x; {t['torch'] / t['half']:.2f}x" if t else "torch is not here")
+        add(
+            f"over torch's SDPA in f32, {threads} thread{'s' * (threads > 1)}: dense int8; int8 at 50 %",
+            "1.5x; 3x", "2x; 4x", f"{t['torch'] / t['dense']:.2f}x; {t['torch'] / t['half']:.2f}x"
+            if t else "torch is not here")
     add("memory beside inputs and output, 131072 tokens, 1 head", "64 MiB", "40 MiB",
         f"{workspace(program) / 2**20:.0f} MiB")
     return cases, rows
@@ -162,23 +180,32 @@ def figures(program, repeat):
 
 def by_isa(program, repeat):
     """Every instruction set that is here but the scalar one: 8192 tokens, one thread, medians."""
-    here = [isa for isa, yes in run_json(program, "info", "--json")["isa"].items() if yes and isa != "scalar"]
+    here = [
+        isa for isa, yes in run_json(program, "info", "--json")["isa"].items()
+        if yes and isa != "scalar"
+    ]
     cases, rows = [], []
-    found = bench(program, cases, "--isa", ",".join(here), "--q-len", 8192, "--dim", "64,128", "--threads", 1,
-                  "--repeat", repeat, "--sparsity", "0,0.5")
+    found = bench(program, cases, "--isa", ",".join(here), "--q-len", 8192, "--dim", "64,128",
+                  "--threads", 1, "--repeat", repeat, "--sparsity", "0,0.5")
     for isa in here:
         for dim in (64, 128):
-            dense, half = (one(found, f"int8/int8 {case}", isa=isa, dim=dim) for case in ("dense", "random 0.5"))
-            rows.append({"instructions": isa, "D": str(dim), "dense f32, ms": f"{dense['ms'] * dense['speedup_vs_f32']:.0f}",
-                         "% of the FMA peak": f"{dense['baseline_pct_peak']:.0f}",
-                         "dense int8, ms": f"{dense['ms']:.1f}", "over f32": f"{dense['speedup_vs_f32']:.2f}x",
-                         "int8 at 50 %, ms": f"{half['ms']:.1f}", "efficiency": f"{100 * half['efficiency']:.0f} %"})
+            dense, half = (one(found, f"int8/int8 {case}", isa=isa, dim=dim)
+                           for case in ("dense", "random 0.5"))
+            rows.append({
+                "instructions": isa, "D": str(dim), "dense f32, ms":
+                f"{dense['ms'] * dense['speedup_vs_f32']:.0f}", "% of the FMA peak":
+                f"{dense['baseline_pct_peak']:.0f}", "dense int8, ms": f"{dense['ms']:.1f}",
+                "over f32": f"{dense['speedup_vs_f32']:.2f}x", "int8 at 50 %, ms":
+                f"{half['ms']:.1f}", "efficiency": f"{100 * half['efficiency']:.0f} %"
+            })
     return cases, rows
 
 
 def fill_table(path, marker, rows, machine, option):
-    table = [f"{machine}. Command: `build/venv/bin/python experiments/cpu_speed/run.py {option}`.", "",
-             "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    table = [
+        f"{machine}. Command: `build/venv/bin/python experiments/cpu_speed/run.py {option}`.", "",
+        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"
+    ]
     fill_in(path, marker, table + ["| " + " | ".join(row.values()) + " |" for row in rows])
 
 
@@ -188,12 +215,16 @@ def write_readme(rows, machine):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
+                        help="the program")
     parser.add_argument("--repeat", type=int, default=5, help="rounds that count")
     parser.add_argument("--readme", action="store_true", help="write the table into README.md too")
-    parser.add_argument("--isas", action="store_true", help="instead, time every instruction set that is here: isas.csv, "
-                        "and the table of cpu/README.md")
+    parser.add_argument(
+        "--isas", action="store_true",
+        help="instead, time every instruction set that is here: isas.csv, "
+        "and the table of cpu/README.md")
     args = parser.parse_args()
     if args.isas:
         cases, rows = by_isa(args.sparge, args.repeat)

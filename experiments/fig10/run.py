@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Fig 10: speed by sparsity at 22272 tokens and 128 channels: one head, all cores, not causal.
 
-Masks are imposed, at random and as a band, or predicted, by the share of blocks that are kept, on the inputs of
-`sparge bench`. Every row is measured beside our dense f32 and dense int8 by turns; those of torch beside its own dense
-attention: FlexAttention over the random masks.
+Masks are imposed, at random and as a band, or predicted, by the share of blocks that are kept, on
+the inputs of `sparge bench`. Every row is measured beside our dense f32 and dense int8 by turns;
+those of torch beside its own dense attention: FlexAttention over the random masks.
 """
 import os
 import statistics
@@ -25,17 +25,21 @@ TIMES = ["ms", "ms_predict", "ms_quantize", "ms_dense_f32", "ms_dense_int8", "ef
 
 def ours(mask, asked, how):
     """efficiency: of the ideal, time in proportion to what is left; prediction and quantisation are in ms."""
-    which = (["--mask-kind", "random,predicted", "--sparsity", 0, "--topk", round(1 - asked, 9)] if mask == "predicted"
-             else ["--mask-kind", mask, "--sparsity", f"0,{asked}"])
+    which = (["--mask-kind", "random,predicted", "--sparsity", 0, "--topk",
+              round(1 - asked, 9)]
+             if mask == "predicted" else ["--mask-kind", mask, "--sparsity", f"0,{asked}"])
     found = how.bench("--q-len", TOKENS, "--dim", DIM, *how.threads(),
                       "--repeat", REPEAT if how.full else 1, *which)
     case = {row["case"]: row for row in found}
     dense = case["int8/int8 dense"]
     row = case["int8/int8 predicted" if mask == "predicted" else f"int8/int8 {mask} {asked}"]
-    return {"sparsity": round(row["sparsity"], 6), "ms": round(row["ms"], 3),
-            "ms_predict": round(row["ms_predict"], 3), "ms_quantize": round(row["ms_quantize"], 3),
-            "ms_dense_f32": round(dense["ms"] * dense["speedup_vs_f32"], 2), "ms_dense_int8": round(dense["ms"], 2),
-            "efficiency": round((1 - row["sparsity"]) * dense["ms"] / row["ms"], 4)}
+    return {
+        "sparsity": round(row["sparsity"], 6), "ms": round(row["ms"], 3), "ms_predict":
+        round(row["ms_predict"], 3), "ms_quantize": round(row["ms_quantize"], 3), "ms_dense_f32":
+        round(dense["ms"] * dense["speedup_vs_f32"],
+              2), "ms_dense_int8": round(dense["ms"], 2), "efficiency": round(
+                  (1 - row["sparsity"]) * dense["ms"] / row["ms"], 4)
+    }
 
 
 def seconds(call):
@@ -56,7 +60,8 @@ def flex_mask(torch, share):
     return BlockMask.from_kv_blocks(torch.zeros(1, 1, rows, dtype=torch.int32),
                                     torch.zeros(1, 1, rows, columns, dtype=torch.int32),
                                     torch.full((1, 1, rows), kept, dtype=torch.int32),
-                                    torch.tensor(index[None, None], dtype=torch.int32), BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
+                                    torch.tensor(index[None, None],
+                                                 dtype=torch.int32), BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
                                     seq_lengths=(TOKENS, TOKENS)), 1 - kept / columns
 
 
@@ -88,11 +93,14 @@ def torch_rows(share):
 
 
 def measure(key, how):
-    return torch_rows(key["asked"]) if key["mask"] == "torch" else ours(key["mask"], key["asked"], how)
+    return torch_rows(key["asked"]) if key["mask"] == "torch" else ours(
+        key["mask"], key["asked"], how)
 
 
-JOBS = [Job({"mask": mask, "asked": share}, 30, smoke=(mask, share) == ("random", 0.5),
-            needs=["torch"] * (mask == "torch")) for mask, shares in SHARES.items() for share in shares]
+JOBS = [
+    Job({"mask": mask, "asked": share}, 30, smoke=(mask, share) == ("random", 0.5),
+        needs=["torch"] * (mask == "torch")) for mask, shares in SHARES.items() for share in shares
+]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure, TIMES)

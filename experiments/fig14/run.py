@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Figs 14 to 17: sparsity by layer, denoising step, sample and head, over the captures of the video model.
+"""Figs 14 to 17: sparsity by layer, denoising step, sample and head, over the captures of the video
+model.
 
-Thresholds as in ../table9; where a set has a grid its tokens are put into Hilbert's order first, as the paper has them.
+Thresholds as in ../table9; where a set has a grid its tokens are put into Hilbert's order first, as
+the paper has them.
 """
 import sys
 from pathlib import Path
@@ -22,10 +24,14 @@ def measure(key, how):
         if entry.grid and not entry.causal:
             file, _ = reordered(entry, how.sparge, "hilbert", how.folder / "mixed.safetensors")
         found = how.sparge("run", file, *options_of(how.params or PARAMS))
-        rows += [{"head": head, "sparsity": f"{s:.6f}"} for head, s in zip(entry.heads, found["sparsity_per_head"])]
+        rows += [{"head": head, "sparsity": f"{s:.6f}"}
+                 for head, s in zip(entry.heads, found["sparsity_per_head"])]
     return rows
 
 
 if __name__ == "__main__":
-    run(__file__, committed(1) + whole(samples=range(3), layers=range(6), steps=[0, 2, 4, 6, 8, 9], seconds=6), measure,
+    run(
+        __file__,
+        committed(1) +
+        whole(samples=range(3), layers=range(6), steps=[0, 2, 4, 6, 8, 9], seconds=6), measure,
         captures=of_user, params=True)

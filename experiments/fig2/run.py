@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Fig 2 (and Fig 3's last step): maps of attention by blocks: the mass of P, what the predictor keeps, and the share of
-P.V that lambda leaves, for heads of a language model and of the video model.
+"""Fig 2 (and Fig 3's last step): maps of attention by blocks: the mass of P, what the predictor
+keeps, and the share of P.V that lambda leaves, for heads of a language model and of the video
+model.
 
-Rows: query block, key block, mass (the mean attention of the query block's rows to the key block), kept,
-share of P.V computed.
+Rows: query block, key block, mass (the mean attention of the query block's rows to the key block),
+kept, share of P.V computed.
 """
 import sys
 from pathlib import Path
@@ -29,8 +30,10 @@ def measure(key, how):
     how.sparge("run", *files, *mode, "--dump", dump)
     how.sparge("map", *files, *mode, "-o", how.folder / "map.png", "--map-out", mass)
     maps = [np.load(x)[0, 0] for x in (mass, dump / "mask.npy", dump / "pv_done.npy")]
-    return [{"q_block": i, "k_block": j, "mass": f"{maps[0][i, j]:.6g}", "kept": int(maps[1][i, j]),
-             "pv_done": f"{maps[2][i, j]:.6g}"} for i, j in np.ndindex(maps[0].shape) if maps[0][i, j] > 0]
+    return [{
+        "q_block": i, "k_block": j, "mass": f"{maps[0][i, j]:.6g}", "kept": int(maps[1][i, j]),
+        "pv_done": f"{maps[2][i, j]:.6g}"
+    } for i, j in np.ndindex(maps[0].shape) if maps[0][i, j] > 0]
 
 
 JOBS = [Job({"source": source, "layer": layer, "head": head}, 2, smoke=True)

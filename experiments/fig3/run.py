@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Fig 3: the workflow on the paper's toy: three query blocks, four key blocks, of which Q3 and K3 are not self-similar.
+"""Fig 3: the workflow on the paper's toy: three query blocks, four key blocks, of which Q3 and K3
+are not self-similar.
 
-q and k are made so that the pooled scores give the P of the paper's picture; what follows from it is what the program
-does: every stage out of `sparge run --dump`. Rows: the stage, query block, key block (-1: none), value.
+q and k are made so that the pooled scores give the P of the paper's picture; what follows from it
+is what the program does: every stage out of `sparge run --dump`. Rows: the stage, query block, key
+block (-1: none), value.
 """
 import sys
 from pathlib import Path
@@ -36,7 +38,8 @@ def toy():
         mean[:4] = row - row.mean()
         q.append(block(mean, BLOCK_Q, 10.0 if i == LOW else 0.3, slice(4, 34), draw))
     for j in range(4):
-        k.append(block(length * np.eye(DIM)[j], BLOCK_K, 3.0 if j == LOW else 0.1, slice(34, 64), draw))
+        k.append(
+            block(length * np.eye(DIM)[j], BLOCK_K, 3.0 if j == LOW else 0.1, slice(34, 64), draw))
     return np.concatenate(q), np.concatenate(k), draw.standard_normal((4 * BLOCK_K, DIM))
 
 
@@ -47,11 +50,16 @@ def measure(key, how):
         np.save(files[-1], x.astype(np.float32))
     how.sparge("run", *files, *THRESHOLDS, "--dump", how.folder / "dump")
     stage = {path.stem: np.load(path) for path in (how.folder / "dump").glob("*.npy")}
-    rows = [{"stage": "P of the paper", "q_block": i, "k_block": j, "value": P[i, j]} for i, j in np.ndindex(P.shape)]
+    rows = [{"stage": "P of the paper", "q_block": i, "k_block": j, "value": P[i, j]}
+            for i, j in np.ndindex(P.shape)]
     for i, value in enumerate(stage["sim_q"][0, 0]):
-        rows.append({"stage": "similarity of q", "q_block": i, "k_block": -1, "value": float(f"{value:.5g}")})
+        rows.append({
+            "stage": "similarity of q", "q_block": i, "k_block": -1, "value": float(f"{value:.5g}")
+        })
     for j, value in enumerate(stage["sim_k"][0, 0]):
-        rows.append({"stage": "similarity of k", "q_block": -1, "k_block": j, "value": float(f"{value:.5g}")})
+        rows.append({
+            "stage": "similarity of k", "q_block": -1, "k_block": j, "value": float(f"{value:.5g}")
+        })
     score = stage["S"][0, 0].astype(float)
     weight = np.exp(score - score.max(1, keepdims=True))
     for name, map_ in [("P", weight / weight.sum(1, keepdims=True)), ("mask", stage["mask"][0, 0]),

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Fig 4: 128 tokens of q and k of one head, channel by channel: neighbours are alike, which is what pooling a block
-relies on."""
+"""Fig 4: 128 tokens of q and k of one head, channel by channel: neighbours are alike, which is what
+pooling a block relies on."""
 import sys
 from pathlib import Path
 

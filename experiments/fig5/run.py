@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Fig 5: token orders in a grid of 1 x 6 x 6: which place each order visits when, and which block of four it falls
-into."""
+"""Fig 5: token orders in a grid of 1 x 6 x 6: which place each order visits when, and which block
+of four it falls into."""
 import sys
 from pathlib import Path
 
@@ -21,7 +21,9 @@ def measure(key, how):
             for n, (t, h, w) in enumerate(zip(*(axis.tolist() for axis in places)))]
 
 
-JOBS = [Job({"order": name}, 0.1, smoke=True) for name in ("row", "column", "time", "random", "hilbert")]
+JOBS = [
+    Job({"order": name}, 0.1, smoke=True) for name in ("row", "column", "time", "random", "hilbert")
+]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure)

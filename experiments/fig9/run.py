@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Figs 9 and 11: needles in a haystack by depth and length, on SmolLM2-135M, out of experiments/lm: how many are
-found."""
+"""Figs 9 and 11: needles in a haystack by depth and length, on SmolLM2-135M, out of experiments/lm:
+how many are found."""
 import statistics
 import sys
 from pathlib import Path
@@ -25,9 +25,11 @@ def measure(key, _how):
             "sparsity": f"{statistics.mean(float(row['sparsity']) for row in found):.6f}"}
 
 
-JOBS = [Job({"attention": title, "tokens": tokens, "depth": depth}, 0.01, smoke=True, needs=[NEEDLES])
-        for title, name in NAMES.items() for tokens in LENGTHS
-        for depth in sorted({at[2] for at in ROWS}) if (name, tokens, depth) in ROWS]
+JOBS = [
+    Job({"attention": title, "tokens": tokens, "depth": depth}, 0.01, smoke=True, needs=[NEEDLES])
+    for title, name in NAMES.items() for tokens in LENGTHS
+    for depth in sorted({at[2] for at in ROWS}) if (name, tokens, depth) in ROWS
+]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure, again=again.needle)

@@ -5,10 +5,11 @@
     run.py --limit 120                and stops in time; what was left out is said
     run.py --readme                   measures nothing: fills the table of gpu/README.md from results.csv
 
-Times are the device's own (CUDA events), medians over rounds in which the variants that are compared take
-turns. Every result is checked first: each rung against attention in double on a small case, and two rows of
-each result that is timed. Effective operations are those of dense attention over the visible pairs, 4 a
-channel; tops_done counts what was multiplied. Needs nothing but libsparge.so; torch, where there is one.
+Times are the device's own (CUDA events), medians over rounds in which the variants that are
+compared take turns. Every result is checked first: each rung against attention in double on a small
+case, and two rows of each result that is timed. Effective operations are those of dense attention
+over the visible pairs, 4 a channel; tops_done counts what was multiplied. Needs nothing but
+libsparge.so; torch, where there is one.
 """
 import argparse
 import csv
@@ -42,7 +43,8 @@ LADDER = {
     (4, "int8"): ("mma_s8", "mma_s8"), (4, "f16"): ("mma_s8", "mma_f16"),
     (5, "f16"): ("wgmma_s8", "wgmma_f16"), (5, "fp8"): ("wgmma_s8_e4m3", "wgmma_s8_e4m3"),
 }
-# The largest mean distance from attention in double, relative to its size, on normal numbers; o is in f16.
+# The largest mean distance from attention in double, relative to its size, on normal numbers; o is
+# in f16.
 BOUND = {"float": 2e-3, "f16": 3e-2, "int8": 6e-2, "fp8": 8e-2}
 IDEAS = {
     (1, "float"): "a thread owns a row, everything from global memory",
@@ -53,12 +55,14 @@ IDEAS = {
     (5, "f16"): "Hopper: wgmma, bulk copies, roles for warps; P.V in f16",
     (5, "fp8"): "the same with P.V in fp8",
 }
-COLUMNS = ["what", "rung", "pv", "dim", "n", "heads", "causal", "sparsity", "blocks_a_row", "calls", "ms",
-           "ms_min", "ms_quantize", "ms_predict", "tops", "tops_done", "ceiling", "percent_of_ceiling",
-           "efficiency", "prepare_percent_of_dense", "l1"]
+COLUMNS = [
+    "what", "rung", "pv", "dim", "n", "heads", "causal", "sparsity", "blocks_a_row", "calls", "ms",
+    "ms_min", "ms_quantize", "ms_predict", "tops", "tops_done", "ceiling", "percent_of_ceiling",
+    "efficiency", "prepare_percent_of_dense", "l1"
+]
 
-
-PATIENCE = 90  # seconds for making, checking or a round: then a kernel hangs, and SIGALRM ends the process
+# seconds for making, checking or a round: then a kernel hangs, and SIGALRM ends the process
+PATIENCE = 90
 
 
 class Late(Exception):
@@ -113,7 +117,8 @@ class Counts(c.Structure):
 
 class Result(c.Structure):
     _fields_ = [("o", View), ("lse", c.c_void_p), ("mask", c.c_void_p), ("trace", c.c_void_p)]
-    _fields_ += [("head_counts", c.c_void_p), ("counts", Counts), ("backend", c.c_int), ("isa", c.c_int)]
+    _fields_ += [("head_counts", c.c_void_p), ("counts", Counts), ("backend", c.c_int),
+                 ("isa", c.c_int)]
     _fields_ += [("threads", c.c_int), ("rung", c.c_int), ("pv", c.c_int)] + ints("workspace")
     _fields_ += [(x, c.c_double) for x in ("seconds_predict", "seconds_quantize", "seconds_attend")]
 
@@ -175,7 +180,8 @@ class Case:
         except RuntimeError:
             self.free()
             raise
-        self.problem = Problem(1, heads, heads, n, n, dim, dim, *(self.view(x) for x in self.tensors[:3]))
+        self.problem = Problem(1, heads, heads, n, n, dim, dim,
+                               *(self.view(x) for x in self.tensors[:3]))
 
     def fill(self, tensor, pool, draw):
         """Pieces of the pool in random order; from 16 MiB on, copies of what is there."""
@@ -215,7 +221,8 @@ class Case:
         mask = self.mask(None)
         count = self.heads * mask.q_blocks * mask.words * 32
         draw, keep, bits = random.Random(17), round(256 * (1 - sparsity)), 0
-        for place in range(8):  # from the lowest digit of `keep` on: or where it is 1, and where it is 0
+        for place in range(
+                8):  # from the lowest digit of `keep` on: or where it is 1, and where it is 0
             more = draw.getrandbits(count)
             bits = bits | more if keep >> place & 1 else bits & more
         raw = bits.to_bytes(count // 8, "little")
@@ -245,10 +252,12 @@ class Case:
         words = self.mask(None).words
         for head in {0, self.heads - 1} if self.n <= 32768 else {0}:
             row = (head + 1) * -(-self.n // BLOCK_Q) - 1
-            kept = int.from_bytes(raw[row * words * 4:(row + 1) * words * 4], "little") if raw else -1
+            kept = int.from_bytes(raw[row * words * 4:(row + 1) * words *
+                                      4], "little") if raw else -1
             blocks = [b for j, b in enumerate(self.sums(head)) if kept >> j & 1]
             weight = sum(b[0] for b in blocks)
-            want = [sum(x) / weight for x in zip(*(b[1] for b in blocks))] if blocks else [0.0] * self.dim
+            want = [sum(x) / weight
+                    for x in zip(*(b[1] for b in blocks))] if blocks else [0.0] * self.dim
             at = self.tensors[3] + (head + 1) * self.head_bytes - 2 * self.dim
             got = halves(self.lib.fetch(at, 2 * self.dim))
             off += sum(abs(g - w) for g, w in zip(got, want))
@@ -289,7 +298,8 @@ class Sparge:
 
     def call(self):
         lib, common = self.case.lib, (c.byref(self.case.problem), c.byref(self.options))
-        self.options.workspace, self.options.workspace_bytes = self.case.workspace  # may have moved since
+        # may have moved since
+        self.options.workspace, self.options.workspace_bytes = self.case.workspace
         if self.predicts:
             lib.call("sparge_attention", *common, c.byref(self.result))
         else:
@@ -304,7 +314,8 @@ class Sparge:
         raw = self.case.lib.fetch(self.mask.bits, len(self.raw)) if self.mask else None
         l1 = self.case.distance(raw)
         if not l1 <= BOUND[self.pv]:
-            raise RuntimeError(f"rung {self.rung} {self.pv}, {self.what}: o is wrong, relative L1 {l1:.3g}")
+            raise RuntimeError(
+                f"rung {self.rung} {self.pv}, {self.what}: o is wrong, relative L1 {l1:.3g}")
         return l1
 
     def row(self, seconds, l1):
@@ -313,9 +324,10 @@ class Sparge:
         done = 2 * case.dim * (r.qk_tokens + r.pv_tokens)
         return about(self, seconds) | {
             "rung": self.rung, "pv": self.pv, "sparsity": 1 - r.qk_done / max(1, r.pairs),
-            "blocks_a_row": r.qk_done / (case.heads * -(-case.n // BLOCK_Q)), "ms_quantize": 1e3 * quantize,
-            "ms_predict": 1e3 * predict, "tops": 4e-12 * case.dim * r.tokens / max(attend, 1e-9),
-            "tops_done": 1e-12 * done / max(attend, 1e-9), "l1": l1}
+            "blocks_a_row": r.qk_done / (case.heads * -(-case.n // BLOCK_Q)), "ms_quantize":
+            1e3 * quantize, "ms_predict": 1e3 * predict, "tops": 4e-12 * case.dim * r.tokens /
+            max(attend, 1e-9), "tops_done": 1e-12 * done / max(attend, 1e-9), "l1": l1
+        }
 
     def free(self):
         if self.mask:
@@ -385,7 +397,8 @@ class Torch:
             if self.like:
                 words = self.like.mask.words
                 row = -(-self.case.n // BLOCK_Q) - 1
-                kept = int.from_bytes(self.like.raw[row * words * 4:(row + 1) * words * 4], "little")
+                kept = int.from_bytes(self.like.raw[row * words * 4:(row + 1) * words * 4],
+                                      "little")
                 keep = torch.tensor([bool(kept >> (t // BLOCK_K) & 1) for t in range(self.case.n)])
                 s = s.masked_fill(~keep.to(self.DEVICE), -math.inf)
             want = torch.softmax(s, 0) @ v
@@ -467,7 +480,9 @@ class Session:
             signal.alarm(0)
             for thing, _, _ in things:
                 thing.free()
-        rows = [self.derive(x.row(times, l1)) for (x, l1, _), times in zip(things, seconds) if times]
+        rows = [
+            self.derive(x.row(times, l1)) for (x, l1, _), times in zip(things, seconds) if times
+        ]
         dense = {(r["rung"], r["pv"]): r for r in rows if r["what"] == "dense"}
         for r in rows:
             d = dense.get((r["rung"], r["pv"]))
@@ -530,7 +545,10 @@ def small_cases(session):
     for rung, pv in sorted(LADDER, reverse=True):
         if rung not in session.args.rungs:
             continue
-        command = [sys.executable, __file__, "--library", session.args.library, "--check", str(rung), pv]
+        command = [
+            sys.executable, __file__, "--library", session.args.library, "--check",
+            str(rung), pv
+        ]
         try:
             most = max(1, min(40, session.left()))
             done = subprocess.run(command, capture_output=True, text=True, timeout=most)
@@ -546,9 +564,11 @@ def small_cases(session):
 
 
 def line_of(r):
-    parts = [f"{r['what']:>11}", f"rung {r['rung']} {r['pv']}" if r["rung"] else r["pv"],
-             f"D {r['dim']} N {r['n']}", "causal" if r["causal"] else "", f"sparsity {r['sparsity']:.2f}",
-             f"{r['ms']:.3f} ms", f"{r['tops']:.0f} TOPS"]
+    parts = [
+        f"{r['what']:>11}", f"rung {r['rung']} {r['pv']}" if r["rung"] else r["pv"],
+        f"D {r['dim']} N {r['n']}", "causal" if r["causal"] else "",
+        f"sparsity {r['sparsity']:.2f}", f"{r['ms']:.3f} ms", f"{r['tops']:.0f} TOPS"
+    ]
     if "percent_of_ceiling" in r:
         parts.append(f"{r['percent_of_ceiling']:.0f} % of the ceiling")
     if "efficiency" in r:
@@ -585,7 +605,8 @@ def everything(session):
                 *(theirs(x, dim, n, causal) for x in ("flash", "cudnn") if torch))
 
     def prediction(n):
-        best = next((x for x in ((5, "fp8"), (5, "f16"), (4, "f16"), (4, "int8")) if x in right), None)
+        best = next((x for x in ((5, "fp8"), (5, "f16"), (4, "f16"), (4, "int8")) if x in right),
+                    None)
         if best:
             measure(f"prediction N {n}", mine(*best, 128, n), mine(*best, 128, n, predicts=True))
 
@@ -647,7 +668,8 @@ def flex(session, measure, n, share, right):
 def machine_line():
     def said(*command):
         try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+            return subprocess.run(command, capture_output=True, text=True,
+                                  timeout=20).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
             return ""
     asked = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit"
@@ -671,7 +693,10 @@ def middle(rows, column):
 
 def readme_cells(full, rung, pv):
     """Of one rung, at the largest N where sparsity was imposed on it: dense by the median of its groups."""
-    own = [r for r in full if (r["rung"], r["pv"]) == (str(rung), pv) and r["what"] in ("dense", "imposed")]
+    own = [
+        r for r in full
+        if (r["rung"], r["pv"]) == (str(rung), pv) and r["what"] in ("dense", "imposed")
+    ]
     if not own:
         return ["never run"] * 6
     n = max([int(r["n"]) for r in own if r["what"] == "imposed"] or [int(r["n"]) for r in own])
@@ -683,7 +708,8 @@ def readme_cells(full, rung, pv):
         values.append(middle(near, "tops"))
     values.append(middle(dense, "percent_of_ceiling"))
     cells = [str(n)] + ["not measured" if x is None else f"{x:.0f}" for x in values]
-    torch = (middle([r for r in here if r["what"] == f"torch {x}"], "tops") for x in ("flash", "cudnn"))
+    torch = (middle([r for r in here if r["what"] == f"torch {x}"], "tops")
+             for x in ("flash", "cudnn"))
     best = max((x for x in torch if x), default=None)
     return cells + [f"{values[0] / best:.2f}x" if best and values[0] else "not measured"]
 
@@ -733,15 +759,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, default=ROOT / "build/gpu/libsparge.so")
-    parser.add_argument("--ceilings", type=Path, help="what gpu/ceilings printed, on this machine, now")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.csv and machine.txt")
+    parser.add_argument("--ceilings", type=Path,
+                        help="what gpu/ceilings printed, on this machine, now")
+    parser.add_argument("--out", type=Path, default=HERE,
+                        help="folder of results.csv and machine.txt")
     parser.add_argument("--limit", type=float, default=1e9, metavar="SECONDS")
     parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--tiny", action="store_true", help="sizes for the host model, to try this script")
-    parser.add_argument("--readme", action="store_true", help="only fill the table of gpu/README.md")
-    parser.add_argument("--readme-file", type=Path, default=ROOT / "gpu/README.md", help=argparse.SUPPRESS)
-    parser.add_argument("--rungs", type=lambda x: {int(n) for n in x.split(",")}, default={1, 2, 3, 4, 5},
-                        metavar="1,2,..", help="only these")
+    parser.add_argument("--tiny", action="store_true",
+                        help="sizes for the host model, to try this script")
+    parser.add_argument("--readme", action="store_true",
+                        help="only fill the table of gpu/README.md")
+    parser.add_argument("--readme-file", type=Path, default=ROOT / "gpu/README.md",
+                        help=argparse.SUPPRESS)
+    parser.add_argument("--rungs", type=lambda x: {int(n) for n in x.split(",")},
+                        default={1, 2, 3, 4, 5}, metavar="1,2,..", help="only these")
     parser.add_argument("--check", nargs=2, metavar=("RUNG", "PV"), help="only check this one")
     args = parser.parse_args()
     if args.readme:

@@ -1,5 +1,5 @@
-"""again.py: a little of what stands in ppl.csv and needle.csv, measured again in a smoke run, where the weights and the
-text are here or can be fetched."""
+"""again.py: a little of what stands in ppl.csv and needle.csv, measured again in a smoke run, where
+the weights and the text are here or can be fetched."""
 import sys
 from math import isclose
 from pathlib import Path
@@ -14,9 +14,9 @@ from item import TOLERANCE  # noqa: E402
 from names import MODEL, TUNED  # noqa: E402
 
 LENGTH, ATTENTION = 1024, ["f32", TUNED["0.08, 0.09"]]
-# Products of matrices are rounded as the processor's kernels do it. Where a score is rounded to int8 or decides on a
-# block, the last bit of a product can change it: perplexity by 0.2 % between AVX2 and AVX-512. Dense instead of sparse
-# would be 4 %.
+# Products of matrices are rounded as the processor's kernels do it. Where a score is rounded to
+# int8 or decides on a block, the last bit of a product can change it: perplexity by 0.2 % between
+# AVX2 and AVX-512. Dense instead of sparse would be 4 %.
 ROUNDED = 0.01
 
 
@@ -26,15 +26,17 @@ def again(how, command, text, columns, *options):
         files = [weights.fetch(), *texts.fetch(texts.select([text]))]
     except SystemExit as why:
         return f"not measured: {why}", []
-    found = run_json(how.lm, command, *files, "--length", LENGTH, "--attention", ",".join(map(str, ATTENTION)),
-                     "--model", MODEL, "--sink", *options)["rows"]
+    found = run_json(how.lm, command, *files, "--length", LENGTH, "--attention",
+                     ",".join(map(str, ATTENTION)), "--model", MODEL, "--sink", *options)["rows"]
     keys = [key for key in ("attention", "text", "tokens", "depth", "needle") if key in found[0]]
     committed = {tuple(row[key] for key in keys): row for row in read_csv(HERE / f"{command}.csv")}
     pairs = [(row, committed[tuple(str(row[key]) for key in keys)]) for row in found]
-    differences = [f"{row['attention']}, {text}: {column} is {row[column]}, committed is {old[column]}"
-                   for row, old in pairs for column in columns
-                   if not isclose(float(old[column]), row[column], abs_tol=1e-9,
-                                  rel_tol=TOLERANCE if row["attention"] == "f32" else ROUNDED)]
+    differences = [
+        f"{row['attention']}, {text}: {column} is {row[column]}, committed is {old[column]}"
+        for row, old in pairs for column in columns
+        if not isclose(float(old[column]), row[column], abs_tol=1e-9,
+                       rel_tol=TOLERANCE if row["attention"] == "f32" else ROUNDED)
+    ]
     return f"measured again: {', '.join(row['attention'] for row in found)} over {LENGTH} tokens of {text}", differences
 
 

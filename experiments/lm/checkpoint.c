@@ -10,10 +10,11 @@
 
 double memory_available(void)
 {
-    FILE *const info = fopen("/proc/meminfo", "r");
+    FILE *info = fopen("/proc/meminfo", "r");
     char line[128];
     double kilobytes = INFINITY;
-    while (info && fgets(line, sizeof line, info) && sscanf(line, "MemAvailable: %lf kB", &kilobytes) != 1)
+    while (info && fgets(line, sizeof line, info) &&
+           sscanf(line, "MemAvailable: %lf kB", &kilobytes) != 1)
         ;
     if (info)
         fclose(info);
@@ -23,15 +24,16 @@ double memory_available(void)
 static bool is_changed(const file_input *in, const struct timespec *then)
 {
     struct stat now;
-    return fstat(in->file, &now) != 0 || (size_t)now.st_size != in->size || now.st_mtim.tv_sec != then->tv_sec ||
-           now.st_mtim.tv_nsec != then->tv_nsec;
+    return fstat(in->file, &now) != 0 || (size_t)now.st_size != in->size ||
+           now.st_mtim.tv_sec != then->tv_sec || now.st_mtim.tv_nsec != then->tv_nsec;
 }
 
 exit_code checkpoint_check(const checkpoint *c)
 {
     for (int64_t n = 0; n < c->files; n++)
         if (is_changed(&c->file[n], &c->changed[n])) {
-            input_fail(&c->file[n], "has changed since it was read; what is computed is of neither: run again");
+            input_fail(&c->file[n],
+                       "has changed since it was read; what is computed is of neither: run again");
             return EXIT_FILE;
         }
     return EXIT_FINE;
@@ -39,9 +41,10 @@ exit_code checkpoint_check(const checkpoint *c)
 
 exit_code checkpoint_load(checkpoint *c, const char *path, file_error *error)
 {
-    file_input *const more = realloc(c->file, (size_t)(c->files + 1) * sizeof *more);
+    file_input *more = realloc(c->file, (size_t)(c->files + 1) * sizeof *more);
     c->file = more ? more : c->file;
-    struct timespec *const times = more ? realloc(c->changed, (size_t)(c->files + 1) * sizeof *times) : NULL;
+    struct timespec *times =
+        more ? realloc(c->changed, (size_t)(c->files + 1) * sizeof *times) : NULL;
     c->changed = times ? times : c->changed;
     if (!times) {
         file_error_set(error, path, "no memory to open it");
@@ -52,7 +55,7 @@ exit_code checkpoint_load(checkpoint *c, const char *path, file_error *error)
     if (!input_open(path, &in, error))
         return EXIT_FILE;
     fstat(in.file, &found);
-    uint8_t *const bytes = (double)in.size < memory_available() ? malloc(in.size + 1) : NULL;
+    uint8_t *bytes = (double)in.size < memory_available() ? malloc(in.size + 1) : NULL;
     exit_code code = EXIT_FILE;
     if (in.size == 0) {
         input_fail(&in, "is empty; copy it again");
@@ -72,11 +75,11 @@ exit_code checkpoint_load(checkpoint *c, const char *path, file_error *error)
 
 const char *checkpoint_name(checkpoint *c, const char *text, size_t length)
 {
-    char **const more = realloc(c->owned, (size_t)(c->owns + 1) * sizeof *more);
+    char **more = realloc(c->owned, (size_t)(c->owns + 1) * sizeof *more);
     if (!more)
         return NULL;
     c->owned = more;
-    char *const copy = malloc(length + 1);
+    char *copy = malloc(length + 1);
     if (!copy)
         return NULL;
     memcpy(copy, text, length);
@@ -91,7 +94,7 @@ void checkpoint_text(char *to, size_t size, const char *from, size_t length)
             length--;
     memcpy(to, from, length);
     to[length] = '\0';
-    json_t *const text = json_stringn(to, length);
+    json_t *text = json_stringn(to, length);
     for (size_t n = 0; n < length && !text; n++)
         to[n] = (uint8_t)to[n] < 0x80 ? to[n] : '?';
     json_decref(text);
@@ -143,7 +146,7 @@ void checkpoint_close(checkpoint *c)
 
 static exit_code check_sizes(const checkpoint *c, const char *name, file_error *error)
 {
-    const hyper *const h = &c->hyper;
+    const hyper *h = &c->hyper;
     const struct {
         const char *what;
         int64_t x, high;
@@ -159,8 +162,8 @@ static exit_code check_sizes(const checkpoint *c, const char *name, file_error *
     const char *wrong = NULL;
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes && !wrong; n++)
         if (sizes[n].x < 1 || sizes[n].x > sizes[n].high) {
-            file_error_set(error, name, "has %lld %s, it must be 1 to %lld", (long long)sizes[n].x, sizes[n].what,
-                           (long long)sizes[n].high);
+            file_error_set(error, name, "has %lld %s, it must be 1 to %lld", (long long)sizes[n].x,
+                           sizes[n].what, (long long)sizes[n].high);
             return EXIT_FILE;
         }
     if (h->heads % h->kv_heads)
@@ -194,5 +197,6 @@ exit_code checkpoint_finish(checkpoint *c, const char *name, file_error *error)
 const tensor *checkpoint_find(const checkpoint *c, const char *name)
 {
     const tensor wanted = {.name = name};
-    return c->tensors ? bsearch(&wanted, c->tensor, (size_t)c->tensors, sizeof wanted, by_name) : NULL;
+    return c->tensors ? bsearch(&wanted, c->tensor, (size_t)c->tensors, sizeof wanted, by_name)
+                      : NULL;
 }

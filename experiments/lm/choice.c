@@ -1,4 +1,5 @@
-/* choice.c: by which attention the model runs: reading what was asked for, and one call of the library. */
+/* choice.c: by which attention the model runs: reading what was asked for, and one call of the
+ * library. */
 #include "experiments/lm/choice.h"
 
 #include <inttypes.h>
@@ -15,8 +16,8 @@ bool ends_with(const char *name, const char *end)
     return length > ending && strcmp(name + length - ending, end) == 0;
 }
 
-static exit_code read_thresholds(choice *c, option_set given, const hyper *h, const char *name, const char *weights,
-                                 file_error *error)
+static exit_code read_thresholds(choice *c, option_set given, const hyper *h, const char *name,
+                                 const char *weights, file_error *error)
 {
     params p;
     exit_code code = params_read(c->path, &p, error);
@@ -40,19 +41,21 @@ static exit_code read_mask(choice *c, const hyper *h, file_error *error)
     const exit_code code = inputs_npy(c->path, &c->mask, error);
     if (code)
         return code;
-    const array *const m = &c->mask;
+    const array *m = &c->mask;
     if ((m->type == ARRAY_U8 || m->type == ARRAY_BOOL) && m->rank == 4 && m->shape[1] == h->heads &&
         (m->shape[0] == 1 || m->shape[0] == h->layers))
         return EXIT_FINE;
     char shape[ARRAY_SHAPE_TEXT];
     array_shape_string(m->rank, m->shape, shape);
-    file_error_set(error, c->path, "is %s %s; a mask is u8 or bool, [%" PRId64 " layers or 1, %" PRId64
-                   " heads, query blocks, key blocks]", array_type_string(m->type), shape, h->layers, h->heads);
+    file_error_set(error, c->path,
+                   "is %s %s; a mask is u8 or bool, [%" PRId64 " layers or 1, %" PRId64
+                   " heads, query blocks, key blocks]",
+                   array_type_string(m->type), shape, h->layers, h->heads);
     return EXIT_FILE;
 }
 
-exit_code choice_open(const char *text, const attention_args *asked, const hyper *h, const char *name,
-                      const char *weights, choice *out, file_error *error)
+exit_code choice_open(const char *text, const attention_args *asked, const hyper *h,
+                      const char *name, const char *weights, choice *out, file_error *error)
 {
     *out = (choice){.name = basename(text), .options = asked->options};
     exit_code code = EXIT_FINE;
@@ -66,8 +69,11 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
         out->path = text;
         code = read_mask(out, h, error);
     } else if (strcmp(text, "sparse") != 0) {
-        file_error_set(error, NULL, "--attention is '%.60s', it must be f32, int8, sparse, a .json of thresholds or a "
-                       ".npy of masks", text);
+        file_error_set(
+            error, NULL,
+            "--attention is '%.60s', it must be f32, int8, sparse, a .json of thresholds or a "
+            ".npy of masks",
+            text);
         code = EXIT_USAGE;
     }
     if (!code && out->path)
@@ -87,11 +93,11 @@ void choice_free(choice *c)
 /* The mask of one layer, from the file. */
 static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file_error *error)
 {
-    const array *const from = &c->mask;
+    const array *from = &c->mask;
     if (from->shape[2] != to->q_blocks || from->shape[3] != to->k_blocks) {
         file_error_set(error, c->path,
-                       "has %" PRId64 " query blocks and %" PRId64 " key blocks; this length has %" PRId64
-                       " and %" PRId64,
+                       "has %" PRId64 " query blocks and %" PRId64
+                       " key blocks; this length has %" PRId64 " and %" PRId64,
                        from->shape[2], from->shape[3], to->q_blocks, to->k_blocks);
         return EXIT_FILE;
     }
@@ -101,8 +107,8 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
     return EXIT_FINE;
 }
 
-exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o,
-                        measured *to, file_error *error)
+exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem,
+                        const sparge_out *o, measured *to, file_error *error)
 {
     sparge_options options = c->options;
     sparge_result result = {.o = *o};

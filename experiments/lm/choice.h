@@ -8,11 +8,12 @@
 /* Does a file's name end so, after something else? */
 bool ends_with(const char *name, const char *end);
 
-/* "f32" and "int8" are dense; "sparse" is SpargeAttn with the thresholds of the command line; a .json file has tuned
- * ones for every head; a .npy file is a mask, [layers or 1][heads][query blocks][key blocks]. */
+/* "f32" and "int8" are dense; "sparse" is SpargeAttn with the thresholds of the command line; a
+ * .json file has tuned ones for every head; a .npy file is a mask, [layers or 1][heads][query
+ * blocks][key blocks]. */
 typedef struct choice {
-    const char *name; /* as above; of a file without its folder */
-    const char *path; /* NULL: of no file */
+    const char *name;         /* as above; of a file without its folder */
+    const char *path;         /* NULL: of no file */
     char sha256[SHA256_TEXT]; /* of the file */
     sparge_options options;
     bool dense;
@@ -22,21 +23,22 @@ typedef struct choice {
 
 /* What a run of a model by it took, and what it left out. */
 typedef struct measured {
-    sparge_counts *layer; /* [layers] */
-    double seconds, prepare; /* of attention without copies to a device; of those, prediction and quantisation */
+    sparge_counts *layer;    /* [layers] */
+    double seconds, prepare; /* of attention without copies to a device; of those, prediction and
+                                quantisation */
     sparge_isa isa;
     int threads;
 } measured;
 
-/* asked: by the command line, and what the model says. name, weights: of the model that thresholds must be for, and the
- * SHA-256 of its weights. */
-exit_code choice_open(const char *text, const attention_args *asked, const hyper *h, const char *name,
-                      const char *weights, choice *out, file_error *error);
+/* asked: by the command line, and what the model says. name, weights: of the model that thresholds
+ * must be for, and the SHA-256 of its weights. */
+exit_code choice_open(const char *text, const attention_args *asked, const hyper *h,
+                      const char *name, const char *weights, choice *out, file_error *error);
 void choice_free(choice *c);
 
 /* Attention of a layer; adds to `to`. */
-exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem, const sparge_out *o,
-                        measured *to, file_error *error);
+exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem,
+                        const sparge_out *o, measured *to, file_error *error);
 
 /* The sum over the layers. */
 sparge_counts measured_counts(const measured *m, int64_t layers);

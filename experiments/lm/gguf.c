@@ -1,5 +1,6 @@
-/* gguf.c: GGUF files, versions 2 and 3: keys and values, a table of tensors, their data. Nothing in the file is
- * believed before it is looked at. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md */
+/* gguf.c: GGUF files, versions 2 and 3: keys and values, a table of tensors, their data. Nothing in
+ * the file is believed before it is looked at.
+ * https://github.com/ggml-org/ggml/blob/master/docs/gguf.md */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,7 +32,7 @@ static const uint8_t *take(cursor *c, uint64_t n)
 
 static uint64_t number(cursor *c, size_t bytes)
 {
-    const uint8_t *const p = take(c, bytes);
+    const uint8_t *p = take(c, bytes);
     uint64_t x = 0;
     for (size_t n = 0; p && n < bytes; n++)
         x |= (uint64_t)p[n] << (8 * n);
@@ -41,7 +42,7 @@ static uint64_t number(cursor *c, size_t bytes)
 static span string(cursor *c)
 {
     const uint64_t length = number(c, 8);
-    const uint8_t *const p = take(c, length);
+    const uint8_t *p = take(c, length);
     return (span){p ? (const char *)p : "", p ? (size_t)length : 0};
 }
 
@@ -50,7 +51,7 @@ static uint32_t list_head(cursor *c, uint64_t *count)
 {
     const uint32_t of = (uint32_t)number(c, 4);
     *count = number(c, 8);
-    c->ended |= of < TYPES && *count > (c->size - c->at) / size_of[of];
+    c->ended |= of<TYPES && * count>(c->size - c->at) / size_of[of];
     return of;
 }
 
@@ -159,7 +160,10 @@ static span read_string(const reader *r, const char *key)
     return find(r, key, &at) == STRING ? string(&at) : (span){"", 0};
 }
 
-static void copy_string(char *to, size_t size, span from) { checkpoint_text(to, size, from.text, from.length); }
+static void copy_string(char *to, size_t size, span from)
+{
+    checkpoint_text(to, size, from.text, from.length);
+}
 
 /* "llama.block_count" and the like. */
 static const char *own(const reader *r, const char *key, char text[96])
@@ -203,8 +207,10 @@ static exit_code check_channels(const reader *r, const hyper *h)
             return EXIT_FILE;
         if (channels != h->head_dim) {
             input_fail(r->file,
-                       n ? "has values of %" PRId64 " channels and keys of %" PRId64 ", which is not known here"
-                         : "turns %" PRId64 " of the %" PRId64 " channels of a head, which is not known here",
+                       n ? "has values of %" PRId64 " channels and keys of %" PRId64
+                           ", which is not known here"
+                         : "turns %" PRId64 " of the %" PRId64
+                           " channels of a head, which is not known here",
                        channels, h->head_dim);
             return EXIT_UNSUPPORTED;
         }
@@ -220,7 +226,7 @@ static exit_code read_list(const reader *r, const char *key, span **list, int64_
     uint64_t count;
     if (find(r, key, &at) != ARRAY || list_head(&at, &count) != STRING)
         return EXIT_FINE;
-    span *const to = *list = calloc((size_t)count + 1, sizeof *to);
+    span *to = *list = calloc((size_t)count + 1, sizeof *to);
     if (!to) {
         input_fail(r->file, "no memory for '%s'", key);
         return EXIT_MACHINE;
@@ -241,7 +247,9 @@ static exit_code read_kept(const reader *r, vocabulary *v)
         return EXIT_FINE;
     const uint32_t of = list_head(&at, &count);
     if (of == STRING || of == ARRAY || (int64_t)count != v->tokens) {
-        input_fail(r->file, "'tokenizer.ggml.token_type' is no list of a number for each of %" PRId64 " tokens",
+        input_fail(r->file,
+                   "'tokenizer.ggml.token_type' is no list of a number for each of %" PRId64
+                   " tokens",
                    v->tokens);
         return EXIT_FILE;
     }
@@ -268,7 +276,8 @@ static exit_code read_vocabulary(const reader *r, vocabulary *v)
         !read_whole(r, "tokenizer.ggml.bos_token_id", &v->bos))
         return EXIT_FILE;
     if (v->bos > INT32_MAX) {
-        input_fail(r->file, "'tokenizer.ggml.bos_token_id' is %" PRId64 ", which no token is", v->bos);
+        input_fail(r->file, "'tokenizer.ggml.bos_token_id' is %" PRId64 ", which no token is",
+                   v->bos);
         return EXIT_FILE;
     }
     exit_code code = read_list(r, "tokenizer.ggml.tokens", &v->token, &v->tokens);
@@ -285,15 +294,40 @@ static const struct {
     bool known;
     tensor_type type;
 } types[] = {
-    {"F32", true, TENSOR_F32},   {"F16", true, TENSOR_F16},   {"Q4_0", true, TENSOR_Q4_0}, {"Q4_1", true, TENSOR_Q4_1},
-    [6] = {.name = "Q5_0"},      {.name = "Q5_1"},            {"Q8_0", true, TENSOR_Q8_0}, {.name = "Q8_1"},
-    {.name = "Q2_K"},            {.name = "Q3_K"},            {.name = "Q4_K"},            {.name = "Q5_K"},
-    {"Q6_K", true, TENSOR_Q6_K}, {.name = "Q8_K"},            {.name = "IQ2_XXS"},         {.name = "IQ2_XS"},
-    {.name = "IQ3_XXS"},         {.name = "IQ1_S"},           {.name = "IQ4_NL"},          {.name = "IQ3_S"},
-    {.name = "IQ2_S"},           {.name = "IQ4_XS"},          {.name = "I8"},              {.name = "I16"},
-    {.name = "I32"},             {.name = "I64"},             {.name = "F64"},             {.name = "IQ1_M"},
-    {"BF16", true, TENSOR_BF16}, [34] = {.name = "TQ1_0"},    {.name = "TQ2_0"},           [39] = {.name = "MXFP4"},
-    {.name = "NVFP4"},           {.name = "Q1_0"},
+    {"F32", true, TENSOR_F32},
+    {"F16", true, TENSOR_F16},
+    {"Q4_0", true, TENSOR_Q4_0},
+    {"Q4_1", true, TENSOR_Q4_1},
+    [6] = {.name = "Q5_0"},
+    {.name = "Q5_1"},
+    {"Q8_0", true, TENSOR_Q8_0},
+    {.name = "Q8_1"},
+    {.name = "Q2_K"},
+    {.name = "Q3_K"},
+    {.name = "Q4_K"},
+    {.name = "Q5_K"},
+    {"Q6_K", true, TENSOR_Q6_K},
+    {.name = "Q8_K"},
+    {.name = "IQ2_XXS"},
+    {.name = "IQ2_XS"},
+    {.name = "IQ3_XXS"},
+    {.name = "IQ1_S"},
+    {.name = "IQ4_NL"},
+    {.name = "IQ3_S"},
+    {.name = "IQ2_S"},
+    {.name = "IQ4_XS"},
+    {.name = "I8"},
+    {.name = "I16"},
+    {.name = "I32"},
+    {.name = "I64"},
+    {.name = "F64"},
+    {.name = "IQ1_M"},
+    {"BF16", true, TENSOR_BF16},
+    [34] = {.name = "TQ1_0"},
+    {.name = "TQ2_0"},
+    [39] = {.name = "MXFP4"},
+    {.name = "NVFP4"},
+    {.name = "Q1_0"},
 };
 
 static exit_code read_type(const reader *r, uint64_t number, tensor *t)
@@ -303,8 +337,11 @@ static exit_code read_type(const reader *r, uint64_t number, tensor *t)
         t->type = types[number].type;
         return EXIT_FINE;
     }
-    input_fail(r->file, "tensor '%.80s' is of ggml's type %" PRIu64 ", %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K "
-               "are known: convert it", t->name, number,
+    input_fail(r->file,
+               "tensor '%.80s' is of ggml's type %" PRIu64
+               ", %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K "
+               "are known: convert it",
+               t->name, number,
                listed && types[number].name ? types[number].name : "which has no name here");
     return EXIT_UNSUPPORTED;
 }
@@ -334,15 +371,18 @@ static exit_code read_tensor(const reader *r, cursor *at, size_t base, checkpoin
     t->rows = (int64_t)side[1];
     const size_t bytes = tensor_bytes(t->type, t->rows, t->columns), size = r->file->size;
     if (bytes == 0 || base > size || offset > size - base || bytes > size - base - offset) {
-        input_fail(r->file, bytes ? "tensor '%.80s' lies beyond the end of the file; is it cut short?"
-                                  : "tensor '%.80s' has rows that are no whole blocks", t->name);
+        input_fail(r->file,
+                   bytes ? "tensor '%.80s' lies beyond the end of the file; is it cut short?"
+                         : "tensor '%.80s' has rows that are no whole blocks",
+                   t->name);
         return EXIT_FILE;
     }
     t->data = r->file->bytes + base + offset;
     return EXIT_FINE;
 }
 
-static exit_code read_tensors(const reader *r, cursor table, uint64_t count, uint64_t alignment, checkpoint *out)
+static exit_code read_tensors(const reader *r, cursor table, uint64_t count, uint64_t alignment,
+                              checkpoint *out)
 {
     cursor at = table;
     for (uint64_t n = 0; n < count && !at.ended; n++) {
@@ -371,11 +411,12 @@ static exit_code read_tensors(const reader *r, cursor table, uint64_t count, uin
 static bool read_divisors(const reader *r, const checkpoint *c, hyper *h)
 {
     for (int64_t n = 0; n < c->tensors; n++) {
-        const tensor *const t = &c->tensor[n];
+        const tensor *t = &c->tensor[n];
         if (strcmp(t->name, "rope_freqs.weight") != 0)
             continue;
         if (t->rows != 1 || t->columns != h->head_dim / 2 || t->columns > SPARGE_MAX_DIM / 2)
-            return input_fail(r->file, "'%s' does not have %" PRId64 " elements", t->name, h->head_dim / 2);
+            return input_fail(r->file, "'%s' does not have %" PRId64 " elements", t->name,
+                              h->head_dim / 2);
         tensor_read(t, 0, 1, h->rope_divisor);
     }
     return true;
@@ -387,17 +428,28 @@ static bool read_divisors(const reader *r, const checkpoint *c, hyper *h)
 static bool is_obeyed(span key, cursor at, uint32_t type)
 {
     static const char *const known[] = {
-        "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-        "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-        "rope.dimension_count", "rope.freq_base",
-        "vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "rope.scaling.original_context_length", /* tell */
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "vocab_size",
+        "tensor_data_layout",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length", /* tell */
     };
     static const struct {
         const char *key;
         double value;
     } idle[] = {
         {"rope.scale_linear", 1.0}, {"rope.scaling.factor", 1.0}, {"rope.scaling.attn_factor", 1.0},
-        {"attention.causal", 1.0}, {"expert_count", 0.0}, {"expert_used_count", 0.0},
+        {"attention.causal", 1.0},  {"expert_count", 0.0},        {"expert_used_count", 0.0},
     };
     for (size_t n = 0; n < sizeof known / sizeof *known; n++)
         if (equals(key, known[n]))
@@ -408,7 +460,8 @@ static bool is_obeyed(span key, cursor at, uint32_t type)
     return equals(key, "rope.scaling.type") && type == STRING && equals(string(&at), "none");
 }
 
-/* Sees that there is no other key of the architecture: positions or scores might be scaled by it. */
+/* Sees that there is no other key of the architecture: positions or scores might be scaled by it.
+ */
 static bool check_own_keys(const reader *r)
 {
     const size_t prefix = strlen(r->architecture);
@@ -418,7 +471,8 @@ static bool check_own_keys(const reader *r)
         const uint32_t type = (uint32_t)number(&at, 4);
         const cursor value = at;
         skip(&at, type, 0);
-        if (name.length <= prefix || memcmp(name.text, r->architecture, prefix) != 0 || name.text[prefix] != '.' ||
+        if (name.length <= prefix || memcmp(name.text, r->architecture, prefix) != 0 ||
+            name.text[prefix] != '.' ||
             is_obeyed((span){name.text + prefix + 1, name.length - prefix - 1}, value, type))
             continue;
         char text[64] = "", shown[96];
@@ -428,7 +482,8 @@ static bool check_own_keys(const reader *r)
         else if (type != ARRAY)
             snprintf(text, sizeof text, "%.9g", read_number(&what, type));
         copy_string(shown, sizeof shown, name);
-        return input_fail(r->file, "has the key '%s'%s%s, which is not computed here", shown, *text ? " = " : "", text);
+        return input_fail(r->file, "has the key '%s'%s%s, which is not computed here", shown,
+                          *text ? " = " : "", text);
     }
     return true;
 }
@@ -445,12 +500,13 @@ static exit_code check_kind(const reader *r, hyper *h)
     const uint32_t split = find(r, "split.count", &at);
     if (split != TYPES && !(split != STRING && split != ARRAY && read_number(&at, split) <= 1.0))
         input_fail(r->file, "is one of several files of a model ('split.count'); join them with "
-                   "llama-gguf-split --merge");
+                            "llama-gguf-split --merge");
     else if (type.length && !equals(type, "model"))
         input_fail(r->file, "is of the type '%.*s' ('general.type'), and no model",
                    (int)(type.length < 40 ? type.length : 40), type.text);
     else if (!h->interleaved && !h->biases)
-        input_fail(r->file, "is of the architecture '%s'; llama and qwen2 are known", h->architecture);
+        input_fail(r->file, "is of the architecture '%s'; llama and qwen2 are known",
+                   h->architecture);
     else if (check_own_keys(r))
         return EXIT_FINE;
     return EXIT_UNSUPPORTED;
@@ -459,20 +515,23 @@ static exit_code check_kind(const reader *r, hyper *h)
 /* The magic, the version, and how many tensors and keys there are. */
 static exit_code read_head(const file_input *file, cursor *at, uint64_t *tensors, uint64_t *keys)
 {
-    const uint8_t *const magic = take(at, 4);
+    const uint8_t *magic = take(at, 4);
     const uint32_t version = (uint32_t)number(at, 4), turned = __builtin_bswap32(version);
     *tensors = number(at, 8);
     *keys = number(at, 8);
     if (!magic || memcmp(magic, "GGUF", 4) != 0) {
         input_fail(file, "is no GGUF file");
     } else if (turned >= 1 && turned <= 3) {
-        input_fail(file, "is a big-endian GGUF file; little-endian ones are known: convert it with gguf-py's "
-                   "gguf_convert_endian.py");
+        input_fail(
+            file,
+            "is a big-endian GGUF file; little-endian ones are known: convert it with gguf-py's "
+            "gguf_convert_endian.py");
         return EXIT_UNSUPPORTED;
     } else if (version != 2 && version != 3) {
         input_fail(file, "is of GGUF version %" PRIu32 "; 2 and 3 are known", version);
     } else if (*tensors > TENSORS_MAX || *keys > KEYS_MAX) {
-        input_fail(file, "has %" PRIu64 " tensors and %" PRIu64 " keys, too many to be true", *tensors, *keys);
+        input_fail(file, "has %" PRIu64 " tensors and %" PRIu64 " keys, too many to be true",
+                   *tensors, *keys);
     } else {
         return EXIT_FINE;
     }
@@ -496,7 +555,8 @@ static bool pass_keys(const reader *r, cursor *at, int64_t *alignment)
     if (has(r, "general.alignment") && !read_whole(r, "general.alignment", alignment))
         return false;
     return (*alignment >= 1 && *alignment <= 1 << 16) ||
-           input_fail(r->file, "'general.alignment' is %" PRId64 ", it must be 1 to 65536", *alignment);
+           input_fail(r->file, "'general.alignment' is %" PRId64 ", it must be 1 to 65536",
+                      *alignment);
 }
 
 exit_code gguf_read(const file_input *file, checkpoint *out)

@@ -25,13 +25,14 @@ static const struct argp_option lm_options[] = {
      ".json has tuned ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)",
      0},
     {"length", LENGTH, "N,...", 0, "tokens from the start of each text (all of it)", 0},
-    {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)", 0},
+    {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)",
+     0},
     {"csv", CSV, "FILE", 0, "write the rows as a table too, at the end", 0},
     {0},
 };
 
-error_t lm_list(struct argp_state *state, const char *name, const char *text, int64_t low, int64_t high, int64_t *to,
-                int *count)
+error_t lm_list(struct argp_state *state, const char *name, const char *text, int64_t low,
+                int64_t high, int64_t *to, int *count)
 {
     *count = 0;
     for (const char *at = text; at;) {
@@ -53,7 +54,7 @@ error_t lm_list(struct argp_state *state, const char *name, const char *text, in
 static error_t add_choices(struct argp_state *state, lm_args *a, char *text)
 {
     for (char *item = text; item;) {
-        char *const comma = strchr(item, ',');
+        char *comma = strchr(item, ',');
         if (comma)
             *comma = '\0';
         if (!*item)
@@ -83,32 +84,37 @@ error_t lm_file(struct argp_state *state, lm_args *a, const char *path)
 
 error_t lm_check_files(struct argp_state *state, const lm_args *a)
 {
-    return a->attention.files ? 0 : options_wrong(state, "give a model: a .gguf file, or a folder with config.json");
+    return a->attention.files
+               ? 0
+               : options_wrong(state, "give a model: a .gguf file, or a folder with config.json");
 }
 
-/* Thresholds mean nothing to an attention that keeps everything, or has them from a file; of a mask lambda is left. */
+/* Thresholds mean nothing to an attention that keeps everything, or has them from a file; of a mask
+ * lambda is left. */
 static error_t check_kept(struct argp_state *state, const lm_args *a)
 {
     const option_set mask = option_bits(OPT_THETA, OPT_TOPK), all = mask | option_bit(OPT_LAMBDA);
     option_set meant = a->choices ? 0 : all;
     for (int n = 0; n < a->choices; n++)
-        meant |= strcmp(a->choice[n], "sparse") == 0   ? all
-                 : ends_with(a->choice[n], ".npy") ? option_bit(OPT_LAMBDA)
-                                                   : 0;
+        meant |= strcmp(a->choice[n], "sparse") == 0 ? all
+                 : ends_with(a->choice[n], ".npy")   ? option_bit(OPT_LAMBDA)
+                                                     : 0;
     if (!(a->attention.given & all & ~meant))
         return 0;
     return options_wrong(state, "%s for --attention sparse, which is not asked for",
-                         a->attention.given & mask & ~meant ? "--theta, --tau and --topk are" : "--lambda is");
+                         a->attention.given & mask & ~meant ? "--theta, --tau and --topk are"
+                                                            : "--lambda is");
 }
 
 static error_t check_args(struct argp_state *state, const lm_args *a)
 {
-    const sparge_options *const o = &a->attention.options;
+    const sparge_options *o = &a->attention.options;
     const error_t error = lm_check_files(state, a);
     if (error)
         return error;
     if (o->causal != SPARGE_CAUSAL_NONE || o->scale != 0.0f || a->attention.nhd)
-        return options_wrong(state, "--causal, --scale and --layout are the model's: leave them out");
+        return options_wrong(state,
+                             "--causal, --scale and --layout are the model's: leave them out");
     if (o->rules != SPARGE_RULES_DEFAULT)
         return options_wrong(state, "--rules other than the default are not for a model");
     if (a->csv && a->attention.output && strcmp(a->csv, a->attention.output) == 0)
@@ -118,7 +124,7 @@ static error_t check_args(struct argp_state *state, const lm_args *a)
 
 static error_t lm_parser(int key, char *text, struct argp_state *state)
 {
-    lm_args *const a = state->input;
+    lm_args *a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
     case ARGP_KEY_ARG: return lm_file(state, a, text);
@@ -132,7 +138,8 @@ static error_t lm_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child lm_children[] = {{&shared, 0, "", 1}, {0}}; /* its groups stay apart */
+static const struct argp_child lm_children[] = {{&shared, 0, "", 1},
+                                                {0}}; /* its groups stay apart */
 const struct argp lm_argp = {.options = lm_options, .parser = lm_parser, .children = lm_children};
 
 /* ---- Opening ---- */
@@ -147,7 +154,8 @@ static exit_code read_numbers(lm_text *t, file_error *error)
     const int64_t count = array_count(&from);
     const bool wide = from.type == ARRAY_I64, whole = wide || from.type == ARRAY_I32;
     if (!whole || from.rank < 1 || from.shape[from.rank - 1] != count) {
-        file_error_set(error, t->path, "must hold int32 or int64 of one axis, the numbers of tokens");
+        file_error_set(error, t->path,
+                       "must hold int32 or int64 of one axis, the numbers of tokens");
         code = EXIT_FILE;
     }
     t->token = code ? NULL : malloc(((size_t)count + 1) * sizeof *t->token);
@@ -168,14 +176,16 @@ static exit_code check_tokens(const lm *m, const char *name, const int32_t *toke
 {
     for (int64_t n = 0; n < tokens; n++)
         if (token[n] < 0 || token[n] >= m->hyper->vocab) {
-            file_error_set(m->error, name, "token %" PRId64 " is no number from 0 to %" PRId64 ", which %s has", n,
+            file_error_set(m->error, name,
+                           "token %" PRId64 " is no number from 0 to %" PRId64 ", which %s has", n,
                            m->hyper->vocab - 1, m->name);
             return EXIT_FILE;
         }
     return EXIT_FINE;
 }
 
-exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token, int64_t *tokens)
+exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token,
+                    int64_t *tokens)
 {
     exit_code code = m->tokenizer ? EXIT_FINE : tokenizer_open(&m->files, &m->tokenizer, m->error);
     if (!code)
@@ -193,7 +203,7 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
     if (ends_with(path, ".npy")) {
         code = read_numbers(t, m->error);
     } else {
-        char *const bytes = input_text(path, &size, m->error);
+        char *bytes = input_text(path, &size, m->error);
         code = bytes ? lm_encode(m, path, bytes, size, &t->token, &t->tokens) : EXIT_FILE;
         if (!code && m->files.vocabulary.bos >= 0) { /* there is room for it */
             memmove(t->token + 1, t->token, (size_t)t->tokens++ * sizeof *t->token);
@@ -206,22 +216,24 @@ static exit_code read_text(lm *m, lm_text *t, const char *path)
 
 exit_code lm_weights(lm *m)
 {
-    return *m->weights ? EXIT_FINE : capture_sha256_inputs(m->files.file, m->files.files, m->weights, m->error);
+    return *m->weights ? EXIT_FINE
+                       : capture_sha256_inputs(m->files.file, m->files.files, m->weights, m->error);
 }
 
 static exit_code open_choices(lm *m)
 {
     static const char *const usual[] = {"f32", "sparse"};
-    const lm_args *const a = m->args;
+    const lm_args *a = m->args;
     attention_args asked = a->attention;
     bool thresholds = false;
-    asked.given |= option_bit(OPT_CAUSAL) | option_bit(OPT_SCALE) | option_bit(OPT_RULES); /* by the model */
+    asked.given |=
+        option_bit(OPT_CAUSAL) | option_bit(OPT_SCALE) | option_bit(OPT_RULES); /* by the model */
     for (int n = 0; n < a->choices; n++)
         thresholds |= ends_with(a->choice[n], ".json");
     exit_code code = thresholds ? lm_weights(m) : EXIT_FINE;
     for (int n = 0; n < (a->choices ? a->choices : 2) && !code; n++) {
-        code = choice_open(a->choices ? a->choice[n] : usual[n], &asked, m->hyper, m->name, m->weights,
-                           &m->choice[n], m->error);
+        code = choice_open(a->choices ? a->choice[n] : usual[n], &asked, m->hyper, m->name,
+                           m->weights, &m->choice[n], m->error);
         m->choices += !code;
     }
     return code;
@@ -229,7 +241,7 @@ static exit_code open_choices(lm *m)
 
 exit_code lm_spare(const lm *m, const char *output)
 {
-    const lm_args *const a = m->args;
+    const lm_args *a = m->args;
     exit_code code = inputs_spare(output, a->attention.file, 1, m->error);
     for (int64_t n = 0; n < m->files.files && !code; n++)
         code = inputs_spare(output, &m->files.file[n].name, 1, m->error);
@@ -241,7 +253,7 @@ exit_code lm_spare(const lm *m, const char *output)
 /* JSON has no other texts. */
 static bool is_utf8(const char *name, file_error *error)
 {
-    json_t *const text = json_string(name);
+    json_t *text = json_string(name);
     json_decref(text);
     return text || file_error_set(error, name, "this name is no UTF-8; choose another");
 }
@@ -259,7 +271,8 @@ static exit_code check_names(const lm *m)
     return ok ? EXIT_FINE : EXIT_FILE;
 }
 
-/* Can as many threads start as are asked for? A product that they cannot start for ends the program. */
+/* Can as many threads start as are asked for? A product that they cannot start for ends the
+ * program. */
 static exit_code check_threads(const lm_args *a, file_error *error)
 {
     const sparge_problem none = {.heads = 1, .kv_heads = 1, .dim = 1};
@@ -271,7 +284,8 @@ static exit_code check_threads(const lm_args *a, file_error *error)
     return library_result(sparge_options_resolve(&none, &on_cpu, &why), &why, error);
 }
 
-exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args)
+exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input,
+                  lm_args *args)
 {
     *m = (lm){.args = args, .error = input->error};
     args->base = *input; /* what is wrong is said in the error of the whole */
@@ -326,19 +340,25 @@ void lm_close(lm *m)
 
 int lm_lengths(const lm *m) { return m->args->lengths ? m->args->lengths : 1; }
 
-int64_t lm_length(const lm *m, const lm_text *t, int k) { return m->args->lengths ? m->args->length[k] : t->tokens; }
+int64_t lm_length(const lm *m, const lm_text *t, int k)
+{
+    return m->args->lengths ? m->args->length[k] : t->tokens;
+}
 
 exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
 {
     if (t->tokens < tokens)
-        file_error_set(m->error, t->path, "has %" PRId64 " tokens, and %" PRId64 " are asked for", t->tokens, tokens);
+        file_error_set(m->error, t->path, "has %" PRId64 " tokens, and %" PRId64 " are asked for",
+                       t->tokens, tokens);
     else if (tokens > m->hyper->context)
         file_error_set(m->error, t->path,
-                       "%" PRId64 " tokens are more than the %" PRId64 " that %s was made for; give a "
+                       "%" PRId64 " tokens are more than the %" PRId64
+                       " that %s was made for; give a "
                        "smaller --length",
                        tokens, m->hyper->context, m->name);
     else if (tokens < 2)
-        file_error_set(m->error, t->path, "has %" PRId64 " tokens; there is nothing to predict", tokens);
+        file_error_set(m->error, t->path, "has %" PRId64 " tokens; there is nothing to predict",
+                       tokens);
     else
         return EXIT_FINE;
     return EXIT_FILE;
@@ -357,10 +377,10 @@ exit_code lm_begin(lm *m, const char *command, json_t *extra)
 {
     exit_code code = lm_weights(m);
     json_t *const settings =
-        json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:s}, s:s, s:o}", "command", command, "version", SPARGE_VERSION,
-                  "model", "name", m->name, "file", basename(weights_of(m)->name), "bytes",
-                  (json_int_t)weights_of(m)->size, "sha256", m->weights, "matmul", matmul_by(), "options",
-                  describe_options(&m->args->attention.options));
+        json_pack("{s:s, s:s, s:{s:s, s:s, s:I, s:s}, s:s, s:o}", "command", command, "version",
+                  SPARGE_VERSION, "model", "name", m->name, "file", basename(weights_of(m)->name),
+                  "bytes", (json_int_t)weights_of(m)->size, "sha256", m->weights, "matmul",
+                  matmul_by(), "options", describe_options(&m->args->attention.options));
     if (extra && settings)
         json_object_update(settings, extra);
     json_decref(extra);
@@ -374,8 +394,9 @@ exit_code lm_begin(lm *m, const char *command, json_t *extra)
 
 json_t *lm_job(const choice *c, const lm_text *t, int64_t tokens)
 {
-    return json_pack("{s:s, s:s?, s:s, s:s, s:I}", "attention", c->name, "attention_sha256", c->path ? c->sha256 : NULL,
-                     "text", t->name, "text_sha256", t->sha256, "tokens", (json_int_t)tokens);
+    return json_pack("{s:s, s:s?, s:s, s:s, s:I}", "attention", c->name, "attention_sha256",
+                     c->path ? c->sha256 : NULL, "text", t->name, "text_sha256", t->sha256,
+                     "tokens", (json_int_t)tokens);
 }
 
 /* In some unit: products with weights grow with the tokens, attention with their square. */
@@ -395,9 +416,10 @@ bool lm_has(lm *m, json_t *job)
 
 float *lm_hidden(const lm *m, int64_t tokens)
 {
-    float *const hidden = malloc((size_t)(tokens * m->hyper->dim) * sizeof *hidden);
+    float *hidden = malloc((size_t)(tokens * m->hyper->dim) * sizeof *hidden);
     if (!hidden)
-        file_error_set(m->error, NULL, "no memory for the activations of %" PRId64 " tokens", tokens);
+        file_error_set(m->error, NULL, "no memory for the activations of %" PRId64 " tokens",
+                       tokens);
     return hidden;
 }
 
@@ -407,15 +429,18 @@ typedef struct run {
     const choice *c;
 } run;
 
-static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o,
-                        file_error *error)
+static exit_code attend(void *user, int64_t layer, const sparge_problem *problem,
+                        const sparge_out *o, file_error *error)
 {
-    lm *const m = ((run *)user)->m;
-    const double done = m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers;
+    lm *m = ((run *)user)->m;
+    const double done =
+        m->done + work_of(problem->q_len) * (double)layer / (double)m->hyper->layers;
     if (!progress_tick(&m->watch, done / m->work)) {
-        file_error_set(error, m->rows.path, m->rows.path ? "interrupted: it has %zu rows; the same command goes on"
-                       : m->visit ? "interrupted: the folder has what its manifest.json lists"
-                                  : "interrupted; with -o FILE rows are kept", json_array_size(rows_list(&m->rows)));
+        file_error_set(error, m->rows.path,
+                       m->rows.path ? "interrupted: it has %zu rows; the same command goes on"
+                       : m->visit   ? "interrupted: the folder has what its manifest.json lists"
+                                    : "interrupted; with -o FILE rows are kept",
+                       json_array_size(rows_list(&m->rows)));
         return EXIT_UNFINISHED;
     }
     exit_code code = checkpoint_check(&m->files);
@@ -439,7 +464,7 @@ exit_code lm_run(lm *m, const choice *c, const int32_t *token, int64_t tokens, f
 /* Of every layer. */
 static json_t *list_layers(const lm *m, double (*share)(const sparge_counts *))
 {
-    json_t *const list = json_array();
+    json_t *list = json_array();
     for (int64_t n = 0; n < m->hyper->layers; n++)
         json_array_append_new(list, json_rounded(share(&m->measured.layer[n]), 6));
     return list;
@@ -470,7 +495,10 @@ exit_code lm_finish(lm *m, json_t *summary)
     json_object_set_new(m->rows.all, "summary", summary);
     const size_t unknown = rows_unknown(rows_list(&m->rows));
     if (unknown)
-        fprintf(stderr, "sparge-lm: %s: %zu of %zu results are null, and so are summaries over them: the model is not "
-                "finite there\n", m->name, unknown, json_array_size(rows_list(&m->rows)));
+        fprintf(stderr,
+                "sparge-lm: %s: %zu of %zu results are null, and so are summaries over them: the "
+                "model is not "
+                "finite there\n",
+                m->name, unknown, json_array_size(rows_list(&m->rows)));
     return print_json(json_incref(m->rows.all), m->error);
 }

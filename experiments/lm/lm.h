@@ -1,5 +1,5 @@
-/* lm.h: what the commands of sparge-lm have in common: a model, texts, the attentions to compare, and results that
- * grow in a file. */
+/* lm.h: what the commands of sparge-lm have in common: a model, texts, the attentions to compare,
+ * and results that grow in a file. */
 #ifndef SPARGE_LM_LM_H
 #define SPARGE_LM_LM_H
 
@@ -29,13 +29,14 @@ typedef struct lm_args {
 
 extern const struct argp lm_argp; /* a child for the commands' own; its input is an lm_args */
 
-/* For a command that has other options than those: the model, or a text after it; and is there a model? */
+/* For a command that has other options than those: the model, or a text after it; and is there a
+ * model? */
 error_t lm_file(struct argp_state *state, lm_args *a, const char *path);
 error_t lm_check_files(struct argp_state *state, const lm_args *a);
 
 /* A list of whole numbers, like "1024,2048". */
-error_t lm_list(struct argp_state *state, const char *name, const char *text, int64_t low, int64_t high, int64_t *to,
-                int *count);
+error_t lm_list(struct argp_state *state, const char *name, const char *text, int64_t low,
+                int64_t high, int64_t *to, int *count);
 
 /* ---- What is run ---- */
 
@@ -51,9 +52,10 @@ typedef struct lm {
     checkpoint files;
     model *model;
     const hyper *hyper;
-    const char *name; /* of the model */
-    char weights[SHA256_TEXT]; /* of all its files: config.json of a folder, its index, its weights; see lm_weights */
-    tokenizer *tokenizer; /* NULL until a text needs it */
+    const char *name;          /* of the model */
+    char weights[SHA256_TEXT]; /* of all its files: config.json of a folder, its index, its weights;
+                                  see lm_weights */
+    tokenizer *tokenizer;      /* NULL until a text needs it */
     lm_text *text;
     int texts;
     choice choice[LM_LIST];
@@ -70,7 +72,8 @@ typedef struct lm {
 } lm;
 
 /* Parses, and opens the model and the texts. A line in *error, as every command. */
-exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input, lm_args *args);
+exit_code lm_open(lm *m, const struct argp *argp, int argc, char **argv, options_base *input,
+                  lm_args *args);
 void lm_close(lm *m);
 
 /* Knows the weights by content, from the first call on. */
@@ -86,10 +89,11 @@ int64_t lm_length(const lm *m, const lm_text *t, int k);
 /* The first `tokens` of a text; an error where it has fewer, or the model cannot take so many. */
 exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens);
 
-exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token, int64_t *tokens);
+exit_code lm_encode(lm *m, const char *name, const char *bytes, size_t size, int32_t **token,
+                    int64_t *tokens);
 
-/* Opens the results: extra is added to the settings that must be the same when a run goes on. From here on an
- * interrupt is an end like others. */
+/* Opens the results: extra is added to the settings that must be the same when a run goes on. From
+ * here on an interrupt is an end like others. */
 exit_code lm_begin(lm *m, const char *command, json_t *extra);
 
 /* A job by a choice; and what a row of its result begins with. */
@@ -110,7 +114,8 @@ exit_code lm_run(lm *m, const choice *c, const int32_t *token, int64_t tokens, f
 /* What every run tells: sparsities over all and for each layer, and seconds. */
 void lm_describe(const lm *m, json_t *row);
 
-/* The CSV, if asked for; then settings, rows and a summary on standard output. Steals the summary. */
+/* The CSV, if asked for; then settings, rows and a summary on standard output. Steals the summary.
+ */
 exit_code lm_finish(lm *m, json_t *summary);
 
 /* ---- The commands ---- */

@@ -11,7 +11,9 @@ int main(int argc, char **argv)
         {"tokens", tokens_command, "the token numbers of texts"},
     };
     static const program sparge_lm = {
-        "sparge-lm", "Prefill of Llama-family models with SpargeAttn (arXiv 2502.18137).", commands,
+        "sparge-lm",
+        "Prefill of Llama-family models with SpargeAttn (arXiv 2502.18137).",
+        commands,
         sizeof commands / sizeof *commands,
     };
     return program_main(&sparge_lm, argc, argv);

@@ -4,8 +4,8 @@
 
 #include "experiments/lm/checkpoint.h"
 
-/* y [rows][w->rows] = x [rows][w->columns] w^T, plus `bias` [w->rows] in every row unless it is NULL. Weights
- * become floats a few rows at a time. False: no memory. */
+/* y [rows][w->rows] = x [rows][w->columns] w^T, plus `bias` [w->rows] in every row unless it is
+ * NULL. Weights become floats a few rows at a time. False: no memory. */
 bool matmul(const float *x, int64_t rows, const tensor *w, const tensor *bias, float *y);
 
 /* What computes it: "oneDNN", "OpenBLAS" or "plain". */

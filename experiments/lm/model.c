@@ -3,8 +3,8 @@
  *     x += W_o attention(rope(W_q h), rope(W_k h), W_v h)      h = rms_norm(x)
  *     x += W_down (silu(W_gate h) * W_up h)                    h = rms_norm(x)
  *
- * and that is all there is, beside an embedding before the first and a norm after the last. Memory holds the
- * activations of one layer. */
+ * and that is all there is, beside an embedding before the first and a norm after the last. Memory
+ * holds the activations of one layer. */
 #include "experiments/lm/model.h"
 
 #include <inttypes.h>
@@ -45,13 +45,14 @@ typedef struct activations {
 /* ---- The parts of a layer ---- */
 
 /* y = x / sqrt(mean(x^2) + eps) * weight, row by row. */
-static void rms_norm(const model *m, const activations *a, const float *x, const tensor *weight, float *y)
+static void rms_norm(const model *m, const activations *a, const float *x, const tensor *weight,
+                     float *y)
 {
     const int64_t dim = m->hyper.dim;
     tensor_read(weight, 0, 1, a->weight);
 #pragma omp parallel for
     for (int64_t t = 0; t < a->tokens; t++) {
-        const float *const from = x + t * dim;
+        const float *from = x + t * dim;
         double squares = 0.0;
         for (int64_t c = 0; c < dim; c++)
             squares += (double)from[c] * (double)from[c];
@@ -68,20 +69,23 @@ static void set_angles(const hyper *h, const activations *a)
 #pragma omp parallel for
     for (int64_t t = 0; t < a->tokens; t++)
         for (int64_t i = 0; i < pairs; i++) {
-            const double turns = pow((double)h->rope_theta, -(double)i / (double)pairs) / (double)h->rope_divisor[i];
+            const double turns =
+                pow((double)h->rope_theta, -(double)i / (double)pairs) / (double)h->rope_divisor[i];
             a->cosine[t * pairs + i] = (float)cos((double)t * turns);
             a->sine[t * pairs + i] = (float)sin((double)t * turns);
         }
 }
 
-/* x [tokens][heads][head_dim] turns; pairs that were neighbours are half a head apart afterwards, as all are. */
+/* x [tokens][heads][head_dim] turns; pairs that were neighbours are half a head apart afterwards,
+ * as all are. */
 static void rope(const hyper *h, const activations *a, int64_t heads, float *x)
 {
-    const int64_t pairs = h->head_dim / 2, stride = h->interleaved ? 2 : 1, apart = h->interleaved ? 1 : pairs;
+    const int64_t pairs = h->head_dim / 2, stride = h->interleaved ? 2 : 1,
+                  apart = h->interleaved ? 1 : pairs;
 #pragma omp parallel for
     for (int64_t t = 0; t < a->tokens; t++)
         for (int64_t n = 0; n < heads; n++) {
-            float *const head = x + (t * heads + n) * h->head_dim, turned[SPARGE_MAX_DIM];
+            float *head = x + (t * heads + n) * h->head_dim, turned[SPARGE_MAX_DIM];
             for (int64_t i = 0; i < pairs; i++) {
                 const float low = head[i * stride], high = head[i * stride + apart];
                 const float cosine = a->cosine[t * pairs + i], sine = a->sine[t * pairs + i];
@@ -104,10 +108,11 @@ static exit_code no_memory(const model *m, file_error *error)
     return EXIT_MACHINE;
 }
 
-static exit_code attention(const model *m, int64_t number, const attender *how, activations *a, file_error *error)
+static exit_code attention(const model *m, int64_t number, const attender *how, activations *a,
+                           file_error *error)
 {
-    const hyper *const h = &m->hyper;
-    const layer *const l = &m->layer[number];
+    const hyper *h = &m->hyper;
+    const layer *l = &m->layer[number];
     const int64_t n = a->tokens, d = h->head_dim, width = h->heads * d, narrow = h->kv_heads * d;
     rms_norm(m, a, a->x, l->norm, a->h);
     if (!matmul(a->h, n, l->q, l->q_bias, a->q) || !matmul(a->h, n, l->k, l->k_bias, a->k) ||
@@ -116,13 +121,19 @@ static exit_code attention(const model *m, int64_t number, const attender *how, 
     rope(h, a, h->heads, a->q);
     rope(h, a, h->kv_heads, a->k);
     const sparge_problem problem = {
-        .batch = 1, .heads = h->heads, .kv_heads = h->kv_heads, .q_len = n, .k_len = n, .dim = d, .dim_v = d,
+        .batch = 1,
+        .heads = h->heads,
+        .kv_heads = h->kv_heads,
+        .q_len = n,
+        .k_len = n,
+        .dim = d,
+        .dim_v = d,
         .q = {a->q, SPARGE_F32, n * width, d, width},
         .k = {a->k, SPARGE_F32, n * narrow, d, narrow},
         .v = {a->v, SPARGE_F32, n * narrow, d, narrow},
     };
-    const exit_code code =
-        how->attend(how->user, number, &problem, &(sparge_out){a->o, SPARGE_F32, n * width, d, width}, error);
+    const exit_code code = how->attend(how->user, number, &problem,
+                                       &(sparge_out){a->o, SPARGE_F32, n * width, d, width}, error);
     if (code)
         return code;
     if (!matmul(a->o, n, l->o, NULL, a->h))
@@ -133,13 +144,14 @@ static exit_code attention(const model *m, int64_t number, const attender *how, 
 
 static exit_code feed_forward(const model *m, int64_t number, activations *a, file_error *error)
 {
-    const hyper *const h = &m->hyper;
-    const layer *const l = &m->layer[number];
+    const hyper *h = &m->hyper;
+    const layer *l = &m->layer[number];
     rms_norm(m, a, a->x, l->ffn_norm, a->h);
     for (int64_t first = 0; first < a->tokens; first += ROWS) {
         const int64_t rows = a->tokens - first < ROWS ? a->tokens - first : ROWS;
-        float *const in_out = a->h + first * h->dim;
-        if (!matmul(in_out, rows, l->gate, NULL, a->gate) || !matmul(in_out, rows, l->up, NULL, a->up))
+        float *in_out = a->h + first * h->dim;
+        if (!matmul(in_out, rows, l->gate, NULL, a->gate) ||
+            !matmul(in_out, rows, l->up, NULL, a->up))
             return no_memory(m, error);
 #pragma omp parallel for
         for (int64_t n = 0; n < rows * h->hidden; n++)
@@ -155,16 +167,23 @@ static exit_code feed_forward(const model *m, int64_t number, activations *a, fi
 
 static exit_code allocate(const model *m, int64_t tokens, activations *a, file_error *error)
 {
-    const hyper *const h = &m->hyper;
+    const hyper *h = &m->hyper;
     const int64_t n = tokens, width = h->heads * h->head_dim, narrow = h->kv_heads * h->head_dim;
     const struct {
         float **to;
         int64_t count;
     } parts[] = {
-        {&a->x, n * h->dim},  {&a->h, n * h->dim},          {&a->q, n * width},
-        {&a->o, n * width},   {&a->k, n * narrow},          {&a->v, n * narrow},
-        {&a->gate, ROWS * h->hidden}, {&a->up, ROWS * h->hidden}, {&a->cosine, n * h->head_dim / 2},
-        {&a->sine, n * h->head_dim / 2}, {&a->weight, h->dim},
+        {&a->x, n * h->dim},
+        {&a->h, n * h->dim},
+        {&a->q, n * width},
+        {&a->o, n * width},
+        {&a->k, n * narrow},
+        {&a->v, n * narrow},
+        {&a->gate, ROWS * h->hidden},
+        {&a->up, ROWS * h->hidden},
+        {&a->cosine, n * h->head_dim / 2},
+        {&a->sine, n * h->head_dim / 2},
+        {&a->weight, h->dim},
     };
     enum { PARTS = sizeof parts / sizeof *parts, ALIGN = 16 };
     int64_t total = 0;
@@ -172,9 +191,11 @@ static exit_code allocate(const model *m, int64_t tokens, activations *a, file_e
         total += (parts[p].count + ALIGN - 1) / ALIGN * ALIGN;
     const size_t bytes = (size_t)total * sizeof(float);
     a->tokens = tokens;
-    a->memory = (double)bytes < memory_available() ? aligned_alloc(ALIGN * sizeof(float), bytes) : NULL;
+    a->memory =
+        (double)bytes < memory_available() ? aligned_alloc(ALIGN * sizeof(float), bytes) : NULL;
     if (!a->memory) {
-        file_error_set(error, h->name, "%" PRId64 " tokens need %.1f GB of memory; use a shorter text", tokens,
+        file_error_set(error, h->name,
+                       "%" PRId64 " tokens need %.1f GB of memory; use a shorter text", tokens,
                        1e-9 * (double)bytes);
         return EXIT_MACHINE;
     }
@@ -186,8 +207,8 @@ static exit_code allocate(const model *m, int64_t tokens, activations *a, file_e
     return EXIT_FINE;
 }
 
-exit_code model_run(const model *m, const int32_t *token, int64_t tokens, const attender *how, float *hidden,
-                    file_error *error)
+exit_code model_run(const model *m, const int32_t *token, int64_t tokens, const attender *how,
+                    float *hidden, file_error *error)
 {
     activations a;
     exit_code code = allocate(m, tokens, &a, error);
@@ -207,7 +228,8 @@ exit_code model_run(const model *m, const int32_t *token, int64_t tokens, const 
     return code;
 }
 
-exit_code model_logits(const model *m, const float *hidden, int64_t rows, float *logits, file_error *error)
+exit_code model_logits(const model *m, const float *hidden, int64_t rows, float *logits,
+                       file_error *error)
 {
     return matmul(hidden, rows, m->output, NULL, logits) ? EXIT_FINE : no_memory(m, error);
 }
@@ -215,21 +237,24 @@ exit_code model_logits(const model *m, const float *hidden, int64_t rows, float 
 /* ---- Where the tensors are ---- */
 
 /* One of this shape, or an error. rows of -1: any number. */
-static bool need(const model *m, const char *name, int64_t rows, int64_t columns, const tensor **to, file_error *error)
+static bool need(const model *m, const char *name, int64_t rows, int64_t columns, const tensor **to,
+                 file_error *error)
 {
-    const tensor *const t = *to = checkpoint_find(m->c, name);
+    const tensor *t = *to = checkpoint_find(m->c, name);
     if (!t)
         return file_error_set(error, m->hyper.name, "has no tensor '%s'", name);
     m->read[t - m->c->tensor] = true;
     if ((rows >= 0 && t->rows != rows) || t->columns != columns)
-        return file_error_set(error, m->hyper.name, "tensor '%s' is %" PRId64 " x %" PRId64 ", it must be %" PRId64
-                              " x %" PRId64, name, t->rows, t->columns, rows < 0 ? t->rows : rows, columns);
+        return file_error_set(error, m->hyper.name,
+                              "tensor '%s' is %" PRId64 " x %" PRId64 ", it must be %" PRId64
+                              " x %" PRId64,
+                              name, t->rows, t->columns, rows < 0 ? t->rows : rows, columns);
     return true;
 }
 
 static bool find_layer(const model *m, int64_t number, layer *l, file_error *error)
 {
-    const hyper *const h = &m->hyper;
+    const hyper *h = &m->hyper;
     const int64_t width = h->heads * h->head_dim, narrow = h->kv_heads * h->head_dim;
     const struct {
         const char *name;
@@ -269,20 +294,25 @@ static bool is_same(const tensor *a, const tensor *b)
 static exit_code find_output(model *m, file_error *error)
 {
     static const char name[] = "output.weight";
-    const hyper *const h = &m->hyper;
+    const hyper *h = &m->hyper;
     m->output = m->embedding;
     if (!checkpoint_find(m->c, name)) {
         if (h->untied)
-            file_error_set(error, h->name, "has no tensor '%s' (lm_head.weight), and its config.json does not say "
-                           "tie_word_embeddings", name);
+            file_error_set(error, h->name,
+                           "has no tensor '%s' (lm_head.weight), and its config.json does not say "
+                           "tie_word_embeddings",
+                           name);
         return h->untied ? EXIT_FILE : EXIT_FINE;
     }
     if (!need(m, name, h->vocab, h->dim, &m->output, error))
         return EXIT_FILE;
     if (!h->tied || is_same(m->output, m->embedding))
         return EXIT_FINE;
-    file_error_set(error, h->name, "its config.json says tie_word_embeddings, and its '%s' (lm_head.weight) is another "
-                   "than its embedding", name);
+    file_error_set(
+        error, h->name,
+        "its config.json says tie_word_embeddings, and its '%s' (lm_head.weight) is another "
+        "than its embedding",
+        name);
     return EXIT_UNSUPPORTED;
 }
 
@@ -290,10 +320,11 @@ static exit_code find_output(model *m, file_error *error)
 static exit_code check_all_read(const model *m, file_error *error)
 {
     for (int64_t n = 0; n < m->c->tensors; n++) {
-        const char *const name = m->c->tensor[n].name;
+        const char *name = m->c->tensor[n].name;
         if (m->read[n] || strcmp(name, "rope_freqs.weight") == 0) /* which are among the sizes */
             continue;
-        file_error_set(error, m->hyper.name, "has the tensor '%.80s', which no forward pass of a %s reads here", name,
+        file_error_set(error, m->hyper.name,
+                       "has the tensor '%.80s', which no forward pass of a %s reads here", name,
                        m->hyper.architecture);
         return EXIT_UNSUPPORTED;
     }
@@ -318,7 +349,7 @@ static exit_code find_all(model *m, file_error *error)
 exit_code model_open(const checkpoint *c, model **out, file_error *error)
 {
     exit_code code = EXIT_MACHINE;
-    model *const m = *out = calloc(1, sizeof *m);
+    model *m = *out = calloc(1, sizeof *m);
     if (m) {
         m->c = c;
         m->hyper = c->hyper;

@@ -1,5 +1,5 @@
-"""names.py: the model and the attentions that the tables of sparge-lm are about, what they are called, and a figure of
-their rows."""
+"""names.py: the model and the attentions that the tables of sparge-lm are about, what they are
+called, and a figure of their rows."""
 from math import exp
 from pathlib import Path
 

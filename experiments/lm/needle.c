@@ -1,6 +1,6 @@
-/* needle.c: sparge-lm needle: a number is hidden in a long text, and asked for at its end. Each place of the grid is
- * one run over text, question and answer; the answer is right when each of its tokens is the likeliest after those
- * before it. */
+/* needle.c: sparge-lm needle: a number is hidden in a long text, and asked for at its end. Each
+ * place of the grid is one run over text, question and answer; the answer is right when each of its
+ * tokens is the likeliest after those before it. */
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -29,7 +29,7 @@ static const struct argp_option needle_options[] = {
 
 static error_t needle_parser(int key, char *text, struct argp_state *state)
 {
-    needle_args *const a = state->input;
+    needle_args *a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &a->lm; return 0;
     case DEPTHS: return options_whole(state, "--depths", text, 1, 1000, &a->depths);
@@ -53,9 +53,12 @@ static const struct argp needle_argp = {
     .options = needle_options,
     .parser = needle_parser,
     .args_doc = "MODEL TEXT",
-    .doc = "Needles in a haystack: a number is hidden in TEXT at each depth and length, and asked for at the end. An "
-           "answer is right when each of its tokens is the likeliest. JSON on stdout; --csv has the grid.\v"
-           "With -o rows are kept as they come, and after an interruption the same command goes on.",
+    .doc =
+        "Needles in a haystack: a number is hidden in TEXT at each depth and length, and asked for "
+        "at the end. An "
+        "answer is right when each of its tokens is the likeliest. JSON on stdout; --csv has the "
+        "grid.\v"
+        "With -o rows are kept as they come, and after an interruption the same command goes on.",
     .children = children,
 };
 
@@ -77,7 +80,7 @@ static void draw_number(const needle_args *a, int64_t n, char text[24])
 static char *fill_in(const char *needle, const char *number)
 {
     const size_t length = strlen(number);
-    char *const filled = malloc(strlen(needle) * (length + 1) + 1), *to = filled;
+    char *filled = malloc(strlen(needle) * (length + 1) + 1), *to = filled;
     for (const char *c = needle; filled && *c;) {
         const bool hole = strncmp(c, "{}", 2) == 0;
         if (hole)
@@ -93,7 +96,7 @@ static char *fill_in(const char *needle, const char *number)
 }
 
 typedef struct haystack {
-    int32_t *token; /* [tokens] */
+    int32_t *token;         /* [tokens] */
     int64_t tokens, answer; /* the last so many are the answer */
 } haystack;
 
@@ -102,37 +105,43 @@ static int64_t line_before(const lm *m, const int32_t *token, int64_t place)
 {
     for (int64_t n = place; n > 0 && n > place - 128; n--) {
         const span s = tokenizer_spelling(m->tokenizer, token[n - 1]);
-        if (s.length >= 2 && memcmp(s.text + s.length - 2, "\xc4\x8a", 2) == 0) /* how a line feed is shown */
+        if (s.length >= 2 &&
+            memcmp(s.text + s.length - 2, "\xc4\x8a", 2) == 0) /* how a line feed is shown */
             return n;
     }
     return place;
 }
 
-/* Text, needle, text, question, answer: `tokens` in all. Needle n of a place begins elsewhere in the text. */
-static exit_code make_haystack(lm *m, const needle_args *a, int64_t depth, int64_t n, const char *number, haystack *to)
+/* Text, needle, text, question, answer: `tokens` in all. Needle n of a place begins elsewhere in
+ * the text. */
+static exit_code make_haystack(lm *m, const needle_args *a, int64_t depth, int64_t n,
+                               const char *number, haystack *to)
 {
-    const lm_text *const from = m->text;
+    const lm_text *from = m->text;
     int32_t *part[3] = {0};
     int64_t count[3] = {0};
     char answer[32];
-    char *const needle = fill_in(a->needle, number);
+    char *needle = fill_in(a->needle, number);
     snprintf(answer, sizeof answer, " %s", number);
     const char *const texts[] = {needle, a->question, answer};
     exit_code code = needle ? EXIT_FINE : EXIT_MACHINE;
     for (int p = 0; p < 3 && !code; p++)
         code = lm_encode(m, "needle", texts[p], strlen(texts[p]), &part[p], &count[p]);
-    const int64_t lead = m->files.vocabulary.bos >= 0 && from->token[0] == m->files.vocabulary.bos; /* it stays first */
-    const int64_t hay = to->tokens - lead - count[0] - count[1] - count[2], there = from->tokens - lead;
+    const int64_t lead = m->files.vocabulary.bos >= 0 &&
+                         from->token[0] == m->files.vocabulary.bos; /* it stays first */
+    const int64_t hay = to->tokens - lead - count[0] - count[1] - count[2],
+                  there = from->tokens - lead;
     if (!code && (hay < 1 || hay > there)) {
         file_error_set(m->error, from->path,
-                       "has %" PRId64 " tokens; %" PRId64 " with needle and question need %" PRId64, there,
-                       to->tokens, hay);
+                       "has %" PRId64 " tokens; %" PRId64 " with needle and question need %" PRId64,
+                       there, to->tokens, hay);
         code = EXIT_FILE;
     }
     if (!code) {
         const int64_t start = a->needles > 1 ? (there - hay) * n / a->needles : 0;
-        const int32_t *const text = from->token + lead + start;
-        const int64_t place = line_before(m, text, a->depths > 1 ? hay * depth / (a->depths - 1) : hay / 2);
+        const int32_t *text = from->token + lead + start;
+        const int64_t place =
+            line_before(m, text, a->depths > 1 ? hay * depth / (a->depths - 1) : hay / 2);
         int32_t *at = to->token;
         if (lead)
             *at++ = from->token[0];
@@ -156,15 +165,16 @@ static exit_code make_haystack(lm *m, const needle_args *a, int64_t depth, int64
 static exit_code count_right(lm *m, const haystack *h, const float *hidden, double *right)
 {
     const int64_t vocab = m->hyper->vocab, first = h->tokens - h->answer;
-    float *const logits = malloc((size_t)(h->answer * vocab) * sizeof *logits);
+    float *logits = malloc((size_t)(h->answer * vocab) * sizeof *logits);
     exit_code code = EXIT_MACHINE;
     if (logits)
-        code = model_logits(m->model, hidden + (first - 1) * m->hyper->dim, h->answer, logits, m->error);
+        code = model_logits(m->model, hidden + (first - 1) * m->hyper->dim, h->answer, logits,
+                            m->error);
     else
         file_error_set(m->error, NULL, "no memory for the logits of an answer");
     *right = 0.0;
     for (int64_t r = 0; r < h->answer && !code; r++) {
-        const float *const row = logits + r * vocab;
+        const float *row = logits + r * vocab;
         int64_t best = 0;
         bool finite = true;
         for (int64_t n = 0; n < vocab; n++) {
@@ -177,11 +187,12 @@ static exit_code count_right(lm *m, const haystack *h, const float *hidden, doub
     return code;
 }
 
-static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t tokens, int64_t depth, int64_t n)
+static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t tokens,
+                           int64_t depth, int64_t n)
 {
     char number[24];
     draw_number(a, n, number);
-    json_t *const row = lm_job(c, m->text, tokens);
+    json_t *row = lm_job(c, m->text, tokens);
     const double at = a->depths > 1 ? (double)depth / (double)(a->depths - 1) : 0.5;
     json_object_set_new(row, "depth", json_rounded(at, 4));
     json_object_set_new(row, "needle", json_integer(n));
@@ -189,7 +200,7 @@ static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t
     if (lm_has(m, row))
         return EXIT_FINE;
     haystack h = {malloc((size_t)tokens * sizeof *h.token), tokens, 0};
-    float *const hidden = lm_hidden(m, tokens);
+    float *hidden = lm_hidden(m, tokens);
     double right;
     exit_code code = h.token && hidden ? make_haystack(m, a, depth, n, number, &h) : EXIT_MACHINE;
     if (!code)
@@ -202,8 +213,10 @@ static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t
         json_decref(row);
         return code;
     }
-    json_object_set_new(row, "right", isnan(right) ? json_null() : json_integer(right == (double)h.answer));
-    json_object_set_new(row, "tokens_right", isnan(right) ? json_null() : json_integer((json_int_t)right));
+    json_object_set_new(row, "right",
+                        isnan(right) ? json_null() : json_integer(right == (double)h.answer));
+    json_object_set_new(row, "tokens_right",
+                        isnan(right) ? json_null() : json_integer((json_int_t)right));
     json_object_set_new(row, "tokens_of_answer", json_integer(h.answer));
     lm_describe(m, row);
     return rows_add(&m->rows, row, m->error);
@@ -214,11 +227,12 @@ static exit_code run_place(lm *m, const needle_args *a, const choice *c, int64_t
 /* For each attention and length: the share of answers that are right, and of their tokens. */
 static json_t *summarise(const lm *m)
 {
-    json_t *const list = rows_groups(&m->rows);
+    json_t *list = rows_groups(&m->rows);
     size_t n;
     json_t *group;
-    json_array_foreach(list, n, group) {
-        const json_t *const all = json_object_get(group, "rows");
+    json_array_foreach(list, n, group)
+    {
+        const json_t *all = json_object_get(group, "rows");
         const double right = rows_sum(all, "right") / (double)json_array_size(all);
         const double tokens = rows_sum(all, "tokens_right") / rows_sum(all, "tokens_of_answer");
         rows_means(group);
@@ -231,7 +245,11 @@ static json_t *summarise(const lm *m)
 exit_code needle_command(int argc, char **argv, file_error *error)
 {
     needle_args a = {
-        .base = {error}, .depths = 5, .needles = 4, .digits = 5, .seed = 1,
+        .base = {error},
+        .depths = 5,
+        .needles = 4,
+        .digits = 5,
+        .seed = 1,
         .needle = "\nThe pass key is {}. Remember it. The pass key is {}.\n",
         .question = "\nWhat is the pass key? The pass key is",
     };
@@ -243,9 +261,10 @@ exit_code needle_command(int argc, char **argv, file_error *error)
     }
     if (!code)
         code = lm_begin(&m, "needle",
-                        json_pack("{s:I, s:I, s:I, s:I, s:s, s:s}", "depths", (json_int_t)a.depths, "needles",
-                                  (json_int_t)a.needles, "digits", (json_int_t)a.digits, "seed", (json_int_t)a.seed,
-                                  "needle", a.needle, "question", a.question));
+                        json_pack("{s:I, s:I, s:I, s:I, s:s, s:s}", "depths", (json_int_t)a.depths,
+                                  "needles", (json_int_t)a.needles, "digits", (json_int_t)a.digits,
+                                  "seed", (json_int_t)a.seed, "needle", a.needle, "question",
+                                  a.question));
     for (int k = 0; k < a.lm.lengths && !code; k++)
         for (int64_t depth = 0; depth < a.depths && !code; depth++)
             for (int64_t n = 0; n < a.needles && !code; n++)

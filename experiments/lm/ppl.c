@@ -15,14 +15,16 @@ typedef struct ppl_args {
 enum { LOGITS = 1280, ROWS = 256 }; /* rows whose logits are held at a time */
 
 static const struct argp_option ppl_options[] = {
-    {"logits", LOGITS, "FILE.npy", 0, "write the logits, [tokens, vocabulary] in float32; of one text, length and "
-     "attention", 0},
+    {"logits", LOGITS, "FILE.npy", 0,
+     "write the logits, [tokens, vocabulary] in float32; of one text, length and "
+     "attention",
+     0},
     {0},
 };
 
 static error_t ppl_parser(int key, char *text, struct argp_state *state)
 {
-    ppl_args *const a = state->input;
+    ppl_args *a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &a->lm; return 0;
     case LOGITS: a->logits = text; return 0;
@@ -30,11 +32,13 @@ static error_t ppl_parser(int key, char *text, struct argp_state *state)
         if (a->lm.texts == 0)
             return options_wrong(state, "give a text: UTF-8, or a .npy of token numbers");
         if (a->logits && (a->lm.texts != 1 || a->lm.lengths > 1 || a->lm.choices != 1))
-            return options_wrong(state, "--logits is for one text, one --length and one --attention");
+            return options_wrong(state,
+                                 "--logits is for one text, one --length and one --attention");
         if (a->logits && a->lm.csv && strcmp(a->logits, a->lm.csv) == 0)
             return options_wrong(state, "--logits and --csv are the same file");
         if (a->logits && a->lm.attention.output)
-            return options_wrong(state, "--logits and -o exclude each other: a row that is there is not run again");
+            return options_wrong(
+                state, "--logits and -o exclude each other: a row that is there is not run again");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -45,9 +49,12 @@ static const struct argp ppl_argp = {
     .options = ppl_options,
     .parser = ppl_parser,
     .args_doc = "MODEL TEXT...",
-    .doc = "Perplexity of texts under several attentions, with their sparsity and their time, as JSON on stdout.\v"
-           "MODEL is a .gguf file or a folder with config.json and .safetensors; TEXT is UTF-8, or a .npy of token "
-           "numbers. With -o rows are kept as they come, and after an interruption the same command goes on.",
+    .doc = "Perplexity of texts under several attentions, with their sparsity and their time, as "
+           "JSON on stdout.\v"
+           "MODEL is a .gguf file or a folder with config.json and .safetensors; TEXT is UTF-8, or "
+           "a .npy of token "
+           "numbers. With -o rows are kept as they come, and after an interruption the same "
+           "command goes on.",
     .children = children,
 };
 
@@ -64,11 +71,12 @@ static double surprise(const float *logits, int64_t vocab, int32_t token)
 }
 
 /* The sum over tokens 1 .. tokens - 1. all: NULL, or [tokens][vocab] to be filled in. */
-static exit_code sum_surprise(lm *m, const lm_text *t, int64_t tokens, const float *hidden, float *all, double *sum)
+static exit_code sum_surprise(lm *m, const lm_text *t, int64_t tokens, const float *hidden,
+                              float *all, double *sum)
 {
     const int64_t vocab = m->hyper->vocab, dim = m->hyper->dim;
-    float *const piece = all ? NULL : malloc((size_t)(ROWS * vocab) * sizeof *piece);
-    double *const each = malloc((size_t)tokens * sizeof *each);
+    float *piece = all ? NULL : malloc((size_t)(ROWS * vocab) * sizeof *piece);
+    double *each = malloc((size_t)tokens * sizeof *each);
     exit_code code = EXIT_FINE;
     if ((!all && !piece) || !each) {
         file_error_set(m->error, t->path, "no memory for the logits of %d tokens", ROWS);
@@ -76,7 +84,7 @@ static exit_code sum_surprise(lm *m, const lm_text *t, int64_t tokens, const flo
     }
     for (int64_t first = 0; first < tokens && !code; first += ROWS) {
         const int64_t rows = tokens - first < ROWS ? tokens - first : ROWS;
-        float *const logits = all ? all + first * vocab : piece;
+        float *logits = all ? all + first * vocab : piece;
         code = model_logits(m->model, hidden + first * dim, rows, logits, m->error);
 #pragma omp parallel for
         for (int64_t r = 0; r < rows; r++)
@@ -91,16 +99,18 @@ static exit_code sum_surprise(lm *m, const lm_text *t, int64_t tokens, const flo
     return code;
 }
 
-static exit_code run_job(lm *m, const ppl_args *a, const choice *c, const lm_text *t, int64_t tokens)
+static exit_code run_job(lm *m, const ppl_args *a, const choice *c, const lm_text *t,
+                         int64_t tokens)
 {
-    json_t *const row = lm_job(c, t, tokens);
+    json_t *row = lm_job(c, t, tokens);
     if (lm_has(m, row))
         return EXIT_FINE;
     const int64_t shape[] = {tokens, m->hyper->vocab};
     array logits = {0};
-    float *const hidden = lm_hidden(m, tokens);
-    exit_code code = hidden && (!a->logits || array_alloc(ARRAY_F32, 2, shape, &logits, m->error)) ? EXIT_FINE
-                                                                                                  : EXIT_MACHINE;
+    float *hidden = lm_hidden(m, tokens);
+    exit_code code = hidden && (!a->logits || array_alloc(ARRAY_F32, 2, shape, &logits, m->error))
+                         ? EXIT_FINE
+                         : EXIT_MACHINE;
     double sum;
     if (!code)
         code = lm_run(m, c, t->token, tokens, hidden);
@@ -124,13 +134,15 @@ static exit_code run_job(lm *m, const ppl_args *a, const choice *c, const lm_tex
 /* For each attention and length, over the texts. */
 static json_t *summarise(const lm *m)
 {
-    json_t *const list = rows_groups(&m->rows);
+    json_t *list = rows_groups(&m->rows);
     size_t n;
     json_t *group;
-    json_array_foreach(list, n, group) {
-        const json_t *const rows = json_object_get(group, "rows");
+    json_array_foreach(list, n, group)
+    {
+        const json_t *rows = json_object_get(group, "rows");
         const double tokens = rows_sum(rows, "tokens") - (double)json_array_size(rows);
-        json_object_set_new(group, "perplexity", json_rounded(exp(rows_sum(rows, "surprise") / tokens), 7));
+        json_object_set_new(group, "perplexity",
+                            json_rounded(exp(rows_sum(rows, "surprise") / tokens), 7));
         rows_means(group);
     }
     return list;

@@ -23,8 +23,16 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
 import model as weights  # noqa: E402
 import texts  # noqa: E402
-from harness import (ROOT, fill_in, machine_line, markdown, read_csv, run_json, run_main, run_program,  # noqa: E402
-                     write_text)
+from harness import (
+    ROOT,
+    fill_in,
+    machine_line,
+    markdown,
+    read_csv,
+    run_json,
+    run_main,
+    run_program,  # noqa: E402
+    write_text)
 from names import DENSE, LENGTHS, MODEL, TITLES, TUNED, perplexity  # noqa: E402
 
 WORK = ROOT / "build/lm"
@@ -41,7 +49,9 @@ def paths(name):
 
 def lm(args, command, *options):
     """A command of sparge-lm, whose progress is seen."""
-    done = run_program([args.sparge_lm, command, weights.fetch(), *options, *SHARED], stdout=subprocess.PIPE, text=True)
+    done = run_program(
+        [args.sparge_lm, command, weights.fetch(), *options, *SHARED], stdout=subprocess.PIPE,
+        text=True)
     if done.returncode != 0:
         sys.exit(done.returncode)
     return json.loads(done.stdout)
@@ -61,7 +71,9 @@ def tune(args):
     for pair, path in TUNED.items():
         if path.parent == HERE:
             bounds = [f"--{name}={x}" for name, x in zip(("l1", "l2"), pair.split(", "))]
-            print(pair, run_json(args.sparge, "tune", *folders, "--causal", "--sink", *bounds, "-o", path))
+            print(
+                pair,
+                run_json(args.sparge, "tune", *folders, "--causal", "--sink", *bounds, "-o", path))
 
 
 def listed(items):
@@ -71,23 +83,26 @@ def listed(items):
 def ppl(args):
     """Every attention at every length; and at one of them in f32 what the sparse ones compute in int8."""
     texts_of = paths("judge")
-    lm(args, "ppl", *texts_of, "--length", listed(LENGTHS), "--attention", listed([*DENSE, *TUNED.values()]),
-       "-o", WORK / "ppl.json", "--csv", HERE / "ppl.csv")
-    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()), "--qk", "f32", "--pv", "f32",
-       "-o", WORK / "ppl_f32.json", "--csv", HERE / "ppl_f32.csv")
+    lm(args, "ppl", *texts_of, "--length", listed(LENGTHS), "--attention",
+       listed([*DENSE, *TUNED.values()]), "-o", WORK / "ppl.json", "--csv", HERE / "ppl.csv")
+    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()), "--qk",
+       "f32", "--pv", "f32", "-o", WORK / "ppl_f32.json", "--csv", HERE / "ppl_f32.csv")
 
 
 def needle(args):
     """Every attention up to 4096 tokens; at 8192 dense and one sparse."""
     common = [*paths(TEXT), "-o", WORK / "needle.json", "--csv", HERE / "needle.csv"]
-    lm(args, "needle", *common, "--length", listed(LENGTHS[:3]), "--attention", listed([*DENSE, *TUNED.values()]))
+    lm(args, "needle", *common, "--length", listed(LENGTHS[:3]), "--attention",
+       listed([*DENSE, *TUNED.values()]))
     lm(args, "needle", *common, "--length", LENGTHS[3], "--attention", listed(["f32", TUNED[MAIN]]))
 
 
 def seconds(args):
     found = lm(args, "time", *paths(TEXT), "--length", listed(LENGTHS), "--attention",
-               listed([*DENSE, *TUNED.values()]), "--repeat", 5, "-o", WORK / "time.json", "--csv", HERE / "time.csv")
-    write_text(HERE / "machine.txt", f"{machine_line(args.sparge)}; products by {found['matmul']}\n")
+               listed([*DENSE, *TUNED.values()]), "--repeat", 5, "-o", WORK / "time.json", "--csv",
+               HERE / "time.csv")
+    write_text(HERE / "machine.txt",
+               f"{machine_line(args.sparge)}; products by {found['matmul']}\n")
 
 
 # ---- The tables -------------------------------------------------------------------------------
@@ -129,11 +144,17 @@ def table_length():
         dense, texts_of = (at[0], "f32"), by_ppl[at]
         took, value = median(by_time[at], "seconds_attention"), perplexity(texts_of)
         rows.append([
-            TITLES[at[1]], at[0], f"{value:.3f}", more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}",
-            f"{mean(texts_of, 'sparsity_qk'):.3f}", found_of(by_needle[at]), f"{took:.2f}",
-            f"{median(by_time[dense], 'seconds_attention') / took:.2f}x", f"{median(by_time[at], 'seconds'):.1f}"])
-    return markdown(["attention", "tokens", "perplexity", "over dense f32", "sparsity", "of Q.K", "needles found",
-                     "attention, s", "faster than dense f32", "prefill, s"], rows)
+            TITLES[at[1]], at[0], f"{value:.3f}",
+            more(value, perplexity(by_ppl[dense])), f"{mean(texts_of):.3f}",
+            f"{mean(texts_of, 'sparsity_qk'):.3f}",
+            found_of(by_needle[at]), f"{took:.2f}",
+            f"{median(by_time[dense], 'seconds_attention') / took:.2f}x",
+            f"{median(by_time[at], 'seconds'):.1f}"
+        ])
+    return markdown([
+        "attention", "tokens", "perplexity", "over dense f32", "sparsity", "of Q.K",
+        "needles found", "attention, s", "faster than dense f32", "prefill, s"
+    ], rows)
 
 
 def table_short():
@@ -143,11 +164,15 @@ def table_short():
     for n in LENGTHS:
         dense, sparse = (n, "f32"), (n, name)
         rows.append([
-            n, ", ".join(f"{perplexity(by_ppl[n, x]):.3f}" for x in (*DENSE, name)), f"{mean(by_ppl[sparse]):.3f}",
+            n, ", ".join(f"{perplexity(by_ppl[n, x]):.3f}"
+                         for x in (*DENSE, name)), f"{mean(by_ppl[sparse]):.3f}",
             f"{found_of(by_needle[dense])}, {found_of(by_needle[sparse])}",
-            f"{median(by_time[dense], 'seconds_attention') / median(by_time[sparse], 'seconds_attention'):.2f}x"])
-    return markdown(["tokens", "perplexity: dense f32, dense int8, SpargeAttn", "sparsity",
-                     "needles found: dense, SpargeAttn", "attention faster than dense f32"], rows, 0)
+            f"{median(by_time[dense], 'seconds_attention') / median(by_time[sparse], 'seconds_attention'):.2f}x"
+        ])
+    return markdown([
+        "tokens", "perplexity: dense f32, dense int8, SpargeAttn", "sparsity",
+        "needles found: dense, SpargeAttn", "attention faster than dense f32"
+    ], rows, 0)
 
 
 def table_arithmetic():
@@ -159,8 +184,11 @@ def table_arithmetic():
         return f"{perplexity(rows):.3f} ({more(perplexity(rows), base)})"
 
     rows = [["everything", cell(by_int8[MIDDLE, "int8"]), f"{base:.3f}"]]
-    rows += [[f"what ({pair}) keeps", cell(by_int8[MIDDLE, path.name]), cell(by_f32[MIDDLE, path.name])]
-             for pair, path in TUNED.items()]
+    rows += [[
+        f"what ({pair}) keeps",
+        cell(by_int8[MIDDLE, path.name]),
+        cell(by_f32[MIDDLE, path.name])
+    ] for pair, path in TUNED.items()]
     return markdown(["what is computed", "perplexity in int8", "in f32"], rows)
 
 
@@ -184,9 +212,12 @@ def layers_of(rows, key):
 def table_layers():
     """Sparsity of each layer, and that of Q.K."""
     by = read("ppl.csv")
-    columns = [zip(*(layers_of(by[n, TUNED[MAIN].name], key) for key in ("layers_sparsity", "layers_sparsity_qk")))
-               for n in LENGTHS]
-    rows = [[layer, *(f"{both:.3f}, {mask:.3f}" for both, mask in cells)] for layer, cells in enumerate(zip(*columns))]
+    columns = [
+        zip(*(layers_of(by[n, TUNED[MAIN].name], key)
+              for key in ("layers_sparsity", "layers_sparsity_qk"))) for n in LENGTHS
+    ]
+    rows = [[layer, *(f"{both:.3f}, {mask:.3f}" for both, mask in cells)]
+            for layer, cells in enumerate(zip(*columns))]
     return markdown(["layer", *(f"{n} tokens: sparsity, of Q.K" for n in LENGTHS)], rows, 0)
 
 
@@ -197,7 +228,10 @@ def table_needles():
     for n in LENGTHS:
         for name, title in TITLES.items():
             if by[n, name]:
-                at_depth = [found_of([r for r in by[n, name] if float(r["depth"]) == depth]) for depth in depths]
+                at_depth = [
+                    found_of([r for r in by[n, name] if float(r["depth"]) == depth])
+                    for depth in depths
+                ]
                 rows.append([title, n, *at_depth, f"{mean(by[n, name]):.3f}"])
     return markdown(["attention", "tokens", *(f"depth {d:g}" for d in depths), "sparsity"], rows)
 
@@ -208,15 +242,21 @@ def table_verify():
     tokens = found["tokens"]
     models = {f"{MODEL}, {key}": value for key, value in found[MODEL].items()}
     models |= {f"random, {key}": value for key, value in found["random weights"].items()}
-    rows = [[name, x["tokens"], f"{x['largest_difference']:.1e}", f"{x['standard_deviation_of_logits']:.2f}",
-             f"{100 * x['top_token_agreement']:.1f} %", f"{x['perplexity']:.4f}", f"{x['perplexity_theirs']:.4f}"]
-            for name, x in models.items()]
-    table = markdown(["weights", "tokens", "largest difference of a logit", "standard deviation of logits",
-                      "same likeliest token", "perplexity, ours", "theirs"], rows)
-    return [f"Beside {found['reference']}:", "", *table, "",
-            f"Beside {tokens['reference']}: {tokens['strings']} strings of many scripts and of the texts, "
-            f"{tokens['tokens']} tokens, {tokens['strings_apart']} strings apart. {len(tokens['bytes_without_token'])} "
-            "bytes have no token in SmolLM2's vocabulary; texts with them are refused."]
+    rows = [[
+        name, x["tokens"], f"{x['largest_difference']:.1e}",
+        f"{x['standard_deviation_of_logits']:.2f}", f"{100 * x['top_token_agreement']:.1f} %",
+        f"{x['perplexity']:.4f}", f"{x['perplexity_theirs']:.4f}"
+    ] for name, x in models.items()]
+    table = markdown([
+        "weights", "tokens", "largest difference of a logit", "standard deviation of logits",
+        "same likeliest token", "perplexity, ours", "theirs"
+    ], rows)
+    return [
+        f"Beside {found['reference']}:", "", *table, "",
+        f"Beside {tokens['reference']}: {tokens['strings']} strings of many scripts and of the texts, "
+        f"{tokens['tokens']} tokens, {tokens['strings_apart']} strings apart. {len(tokens['bytes_without_token'])} "
+        "bytes have no token in SmolLM2's vocabulary; texts with them are refused."
+    ]
 
 
 def readme(_args):
@@ -230,9 +270,12 @@ def readme(_args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
-    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"), help="the program")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
+                        help="the program")
+    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
+                        help="the program")
     steps = {"tune": tune, "ppl": ppl, "needle": needle, "time": seconds, "readme": readme}
     parser.add_argument("step", choices=steps)
     args = parser.parse_args()

@@ -16,9 +16,12 @@ static const struct {
     int64_t elements; /* of a block */
     size_t bytes;
 } layout[] = {
-    [TENSOR_F32] = {"F32", 1, 4},        [TENSOR_F16] = {"F16", 1, 2},
-    [TENSOR_BF16] = {"BF16", 1, 2},      [TENSOR_Q8_0] = {"Q8_0", 32, 2 + 32},
-    [TENSOR_Q4_0] = {"Q4_0", 32, 2 + 16}, [TENSOR_Q4_1] = {"Q4_1", 32, 2 + 2 + 16},
+    [TENSOR_F32] = {"F32", 1, 4},
+    [TENSOR_F16] = {"F16", 1, 2},
+    [TENSOR_BF16] = {"BF16", 1, 2},
+    [TENSOR_Q8_0] = {"Q8_0", 32, 2 + 32},
+    [TENSOR_Q4_0] = {"Q4_0", 32, 2 + 16},
+    [TENSOR_Q4_1] = {"Q4_1", 32, 2 + 2 + 16},
     [TENSOR_Q6_K] = {"Q6_K", 256, 128 + 64 + 16 + 2},
 };
 
@@ -28,7 +31,8 @@ size_t tensor_bytes(tensor_type type, int64_t rows, int64_t columns)
 {
     size_t bytes;
     if (columns % layout[type].elements != 0 ||
-        __builtin_mul_overflow((size_t)(columns / layout[type].elements), layout[type].bytes, &bytes) ||
+        __builtin_mul_overflow((size_t)(columns / layout[type].elements), layout[type].bytes,
+                               &bytes) ||
         __builtin_mul_overflow(bytes, (size_t)rows, &bytes))
         return 0;
     return bytes;
@@ -53,11 +57,11 @@ static void read_q4(const uint8_t *codes, float step, float offset, float *to)
     }
 }
 
-/* Each half of 128 codes has 64 bytes of low bits, of which the low halves are the first 64 codes, and 32 bytes
- * of high bits, of which the lowest two are the first 32 codes. */
+/* Each half of 128 codes has 64 bytes of low bits, of which the low halves are the first 64 codes,
+ * and 32 bytes of high bits, of which the lowest two are the first 32 codes. */
 static void read_q6_k(const uint8_t *p, float *to)
 {
-    const uint8_t *const low = p, *const high = p + 128, *const steps = p + 128 + 64;
+    const uint8_t *low = p, *high = p + 128, *const steps = p + 128 + 64;
     const float step = half(steps + 16);
     for (int n = 0; n < 256; n++) {
         const int part = n / 128, quarter = n % 128 / 32, lane = n % 32;

@@ -19,7 +19,7 @@ static const struct argp_option time_options[] = {
 
 static error_t time_parser(int key, char *text, struct argp_state *state)
 {
-    time_args *const a = state->input;
+    time_args *a = state->input;
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &a->lm; return 0;
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
@@ -33,8 +33,10 @@ static const struct argp time_argp = {
     .options = time_options,
     .parser = time_parser,
     .args_doc = "MODEL TEXT",
-    .doc = "Seconds of a prefill without its logits, and of attention in it, by length and attention; the attentions "
-           "take turns, so that what slows the machine down slows all of them. The summary has the medians.",
+    .doc = "Seconds of a prefill without its logits, and of attention in it, by length and "
+           "attention; the attentions "
+           "take turns, so that what slows the machine down slows all of them. The summary has the "
+           "medians.",
     .children = children,
 };
 
@@ -48,7 +50,7 @@ static int by_size(const void *a, const void *b)
 static double median(const json_t *rows, const char *key)
 {
     const size_t count = json_array_size(rows);
-    double *const x = isnan(rows_sum(rows, key)) ? NULL : malloc(count * sizeof *x);
+    double *x = isnan(rows_sum(rows, key)) ? NULL : malloc(count * sizeof *x);
     if (!x)
         return NAN;
     for (size_t n = 0; n < count; n++)
@@ -61,12 +63,14 @@ static double median(const json_t *rows, const char *key)
 
 static json_t *summarise(const lm *m)
 {
-    json_t *const list = rows_groups(&m->rows);
+    json_t *list = rows_groups(&m->rows);
     size_t n;
     json_t *group;
-    json_array_foreach(list, n, group) {
-        const json_t *const rows = json_object_get(group, "rows");
-        const double seconds = median(rows, "seconds"), attention = median(rows, "seconds_attention");
+    json_array_foreach(list, n, group)
+    {
+        const json_t *rows = json_object_get(group, "rows");
+        const double seconds = median(rows, "seconds"),
+                     attention = median(rows, "seconds_attention");
         rows_means(group);
         json_object_set_new(group, "seconds", json_rounded(seconds, 6));
         json_object_set_new(group, "seconds_attention", json_rounded(attention, 6));
@@ -77,11 +81,11 @@ static json_t *summarise(const lm *m)
 
 static exit_code run_job(lm *m, const choice *c, int64_t tokens, int64_t turn)
 {
-    json_t *const row = lm_job(c, m->text, tokens);
+    json_t *row = lm_job(c, m->text, tokens);
     json_object_set_new(row, "turn", json_integer(turn));
     if (lm_has(m, row))
         return EXIT_FINE;
-    float *const hidden = lm_hidden(m, tokens);
+    float *hidden = lm_hidden(m, tokens);
     exit_code code = hidden ? lm_run(m, c, m->text->token, tokens, hidden) : EXIT_MACHINE;
     free(hidden);
     if (!code) {

@@ -1,6 +1,7 @@
-/* tokenizer.c: byte-level BPE. Text is cut into words by regular expressions. A word is a row of bytes; the pair of
- * neighbours that stands first in the list of merges becomes one token, the leftmost of such pairs first, and so on
- * until no pair is in the list. In the vocabulary a byte is shown as a printable character (Radford et al. 2019). */
+/* tokenizer.c: byte-level BPE. Text is cut into words by regular expressions. A word is a row of
+ * bytes; the pair of neighbours that stands first in the list of merges becomes one token, the
+ * leftmost of such pairs first, and so on until no pair is in the list. In the vocabulary a byte is
+ * shown as a printable character (Radford et al. 2019). */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "experiments/lm/tokenizer.h"
 
@@ -11,14 +12,17 @@
 
 /* ---- How text is cut ---- */
 
-/* Each cuts what the one before it left; what lies between two matches is a word too. Spaces are those of Unicode,
- * of which PCRE's \s has one more, U+180E. */
-#define SPACES "\\t-\\r \\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
+/* Each cuts what the one before it left; what lies between two matches is a word too. Spaces are
+ * those of Unicode, of which PCRE's \s has one more, U+180E. */
+#define SPACES \
+    "\\t-\\r " \
+    "\\x{85}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}\\x{3000}"
 #define DIGIT "\\p{N}"
-#define GPT2                                                                                                         \
-    "'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^" SPACES "\\p{L}\\p{N}]+|[" SPACES "]+(?![^" SPACES "])|[" SPACES "]+"
-#define LLAMA3_WITH(digits)                                                                                          \
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits "| ?[^" SPACES                              \
+#define GPT2                                                                         \
+    "'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^" SPACES "\\p{L}\\p{N}]+|[" SPACES \
+    "]+(?![^" SPACES "])|[" SPACES "]+"
+#define LLAMA3_WITH(digits)                                                             \
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits "| ?[^" SPACES \
     "\\p{L}\\p{N}]+[\\r\\n]*|[" SPACES "]*[\\r\\n]+|[" SPACES "]+(?![^" SPACES "])|[" SPACES "]+"
 
 enum { CUTS = 2 };
@@ -43,9 +47,10 @@ typedef struct merge {
 struct tokenizer {
     const vocabulary *v;
     int32_t *by_text; /* [tokens] numbers, in the order of spellings */
-    int32_t *kept;    /* [keeps] tokens that are taken whole where their text occurs, long ones first */
+    int32_t
+        *kept; /* [keeps] tokens that are taken whole where their text occurs, long ones first */
     int64_t keeps;
-    merge *merge;     /* [merges] in the order of left and right */
+    merge *merge; /* [merges] in the order of left and right */
     int64_t merges;
     int32_t byte[256]; /* the token of each; -1: none, of what no text held that it was made from */
     char shown[256][3];
@@ -79,7 +84,7 @@ static int32_t find_token(const tokenizer *t, span text)
 
 static int by_pair(const void *a, const void *b)
 {
-    const merge *const x = a, *const y = b;
+    const merge *x = a, *y = b;
     return x->left != y->left ? (x->left > y->left) - (x->left < y->left)
                               : (x->right > y->right) - (x->right < y->right);
 }
@@ -90,7 +95,8 @@ static const merge *find_merge(const tokenizer *t, int32_t left, int32_t right)
     return bsearch(&wanted, t->merge, (size_t)t->merges, sizeof wanted, by_pair);
 }
 
-/* The character that shows a byte: itself where it is printable in Latin-1, or else the next one from U+0100 on. */
+/* The character that shows a byte: itself where it is printable in Latin-1, or else the next one
+ * from U+0100 on. */
 static void show_bytes(char text[256][3])
 {
     int next = 0x100;
@@ -106,7 +112,7 @@ static void show_bytes(char text[256][3])
 
 static int by_spelling(const void *a, const void *b, void *vocabulary_of)
 {
-    const vocabulary *const v = vocabulary_of;
+    const vocabulary *v = vocabulary_of;
     const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
     const int order = compare_pieces(v->token[x], v->token[y]);
     return order ? order : (x > y) - (x < y);
@@ -114,7 +120,7 @@ static int by_spelling(const void *a, const void *b, void *vocabulary_of)
 
 static int by_length(const void *a, const void *b, void *vocabulary_of)
 {
-    const vocabulary *const v = vocabulary_of;
+    const vocabulary *v = vocabulary_of;
     const int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
     const size_t one = v->token[x].length, other = v->token[y].length;
     return one != other ? (one < other) - (one > other) : (x > y) - (x < y);
@@ -123,7 +129,7 @@ static int by_length(const void *a, const void *b, void *vocabulary_of)
 /* "Ġ t": what it merges, and into what; false where one of the three is no token. */
 static bool parse_merge(const tokenizer *t, span text, int32_t rank, merge *to)
 {
-    const char *const space = memchr(text.text + (text.length > 0), ' ', text.length - (text.length > 0));
+    const char *space = memchr(text.text + (text.length > 0), ' ', text.length - (text.length > 0));
     if (!space)
         return false;
     const size_t left = (size_t)(space - text.text), right = text.length - left - 1;
@@ -143,7 +149,7 @@ static bool parse_merge(const tokenizer *t, span text, int32_t rank, merge *to)
 
 static exit_code make_tables(tokenizer *t, const char *name, file_error *error)
 {
-    const vocabulary *const v = t->v;
+    const vocabulary *v = t->v;
     t->by_text = malloc(((size_t)v->tokens + 1) * sizeof *t->by_text);
     t->merge = malloc(((size_t)v->merges + 1) * sizeof *t->merge);
     t->kept = malloc(((size_t)v->tokens + 1) * sizeof *t->kept);
@@ -160,8 +166,9 @@ static exit_code make_tables(tokenizer *t, const char *name, file_error *error)
     qsort_r(t->kept, (size_t)t->keeps, sizeof *t->kept, by_length, (void *)v);
     for (int64_t n = 0; n < v->merges; n++, t->merges++)
         if (!parse_merge(t, v->merge[n], (int32_t)n, &t->merge[n])) {
-            file_error_set(error, name, "merge %" PRId64 ", '%.*s', is not of two tokens into a third", n,
-                           (int)(v->merge[n].length < 80 ? v->merge[n].length : 80), v->merge[n].text);
+            file_error_set(
+                error, name, "merge %" PRId64 ", '%.*s', is not of two tokens into a third", n,
+                (int)(v->merge[n].length < 80 ? v->merge[n].length : 80), v->merge[n].text);
             return EXIT_FILE;
         }
     qsort(t->merge, (size_t)t->merges, sizeof *t->merge, by_pair);
@@ -173,29 +180,36 @@ static exit_code make_tables(tokenizer *t, const char *name, file_error *error)
 
 exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error)
 {
-    const char *const name = c->hyper.name, *const splitter = c->vocabulary.splitter;
+    const char *name = c->hyper.name, *splitter = c->vocabulary.splitter;
     size_t kind = 0;
     enum { KINDS = sizeof splitters / sizeof *splitters };
     *out = NULL;
     if (c->vocabulary.kind[0] && strcmp(c->vocabulary.kind, "gpt2") != 0) {
-        file_error_set(error, name, "its vocabulary is of the kind '%s'; a byte-level BPE, 'gpt2', is known; give a "
-                       ".npy of token numbers in place of text", c->vocabulary.kind);
+        file_error_set(
+            error, name,
+            "its vocabulary is of the kind '%s'; a byte-level BPE, 'gpt2', is known; give a "
+            ".npy of token numbers in place of text",
+            c->vocabulary.kind);
         return EXIT_UNSUPPORTED;
     }
     if (c->vocabulary.tokens == 0 || c->vocabulary.merges == 0) {
-        file_error_set(error, name, "its files have no byte-level BPE; give a .npy of token numbers in place of text");
+        file_error_set(
+            error, name,
+            "its files have no byte-level BPE; give a .npy of token numbers in place of text");
         return EXIT_UNSUPPORTED;
     }
     while (kind < KINDS && strcmp(splitters[kind].name, splitter) != 0)
         kind++;
     if (kind == KINDS) {
-        file_error_set(error, name, "its tokenizer %s%s; smollm, gpt-2, llama-bpe and qwen2 are known; give a .npy of "
-                       "token numbers in place of text",
-                       *splitter ? "cuts text like " : "does not say how it cuts text ('tokenizer.ggml.pre')",
-                       splitter);
+        file_error_set(
+            error, name,
+            "its tokenizer %s%s; smollm, gpt-2, llama-bpe and qwen2 are known; give a .npy of "
+            "token numbers in place of text",
+            *splitter ? "cuts text like " : "does not say how it cuts text ('tokenizer.ggml.pre')",
+            splitter);
         return EXIT_UNSUPPORTED;
     }
-    tokenizer *const t = calloc(1, sizeof *t);
+    tokenizer *t = calloc(1, sizeof *t);
     if (!t) {
         file_error_set(error, name, "no memory for its tokenizer");
         return EXIT_MACHINE;
@@ -206,13 +220,14 @@ exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error
     for (int n = 0; n < CUTS && splitters[kind].pattern[n] && !code; n++) {
         int why;
         size_t where;
-        t->cut[n] = pcre2_compile((PCRE2_SPTR)splitters[kind].pattern[n], PCRE2_ZERO_TERMINATED, PCRE2_UTF | PCRE2_UCP,
-                                  &why, &where, NULL);
+        t->cut[n] = pcre2_compile((PCRE2_SPTR)splitters[kind].pattern[n], PCRE2_ZERO_TERMINATED,
+                                  PCRE2_UTF | PCRE2_UCP, &why, &where, NULL);
         if (!t->cut[n]) {
             file_error_set(error, name, "no memory for its tokenizer");
             code = EXIT_MACHINE;
         } else
-            pcre2_jit_compile(t->cut[n], PCRE2_JIT_COMPLETE); /* where it cannot, matching is slower */
+            pcre2_jit_compile(t->cut[n],
+                              PCRE2_JIT_COMPLETE); /* where it cannot, matching is slower */
     }
     if (code)
         tokenizer_close(t);
@@ -242,7 +257,7 @@ span tokenizer_spelling(const tokenizer *t, int32_t token)
 
 /* Of a word, in a list that merges make shorter. */
 typedef struct symbol {
-    int32_t token; /* -1: it has become a part of the one before it */
+    int32_t token;         /* -1: it has become a part of the one before it */
     int32_t before, after; /* -1: none */
 } symbol;
 
@@ -293,7 +308,7 @@ static due pop(encoding *e)
 /* The merge of a symbol and the one after it; NULL: none, or there are no two. */
 static const merge *merge_at(const encoding *e, int32_t at)
 {
-    const symbol *const s = e->symbol;
+    const symbol *s = e->symbol;
     if (at < 0 || s[at].token < 0 || s[at].after < 0)
         return NULL;
     return find_merge(e->t, s[at].token, s[s[at].after].token);
@@ -301,7 +316,7 @@ static const merge *merge_at(const encoding *e, int32_t at)
 
 static void push_merge(encoding *e, int32_t at)
 {
-    const merge *const m = merge_at(e, at);
+    const merge *m = merge_at(e, at);
     if (m)
         push(e, (due){m->rank, at, m->whole});
 }
@@ -309,15 +324,15 @@ static void push_merge(encoding *e, int32_t at)
 /* The first of these symbols becomes as few as the merges make of them. */
 static void merge_word(encoding *e, int64_t count)
 {
-    symbol *const s = e->symbol;
+    symbol *s = e->symbol;
     for (int64_t n = 0; n + 1 < count; n++)
         push_merge(e, (int32_t)n);
     while (e->dues > 0) {
         const due next = pop(e);
-        const merge *const m = merge_at(e, next.at);
+        const merge *m = merge_at(e, next.at);
         if (!m || m->whole != next.whole) /* other merges have come before it */
             continue;
-        symbol *const left = &s[next.at], *const right = &s[left->after];
+        symbol *left = &s[next.at], *right = &s[left->after];
         left->token = m->whole;
         left->after = right->after;
         right->token = -1;
@@ -333,9 +348,9 @@ static bool make_room(encoding *e, int64_t count)
 {
     if (count <= e->room)
         return true;
-    symbol *const symbols = realloc(e->symbol, (size_t)count * sizeof *symbols);
+    symbol *symbols = realloc(e->symbol, (size_t)count * sizeof *symbols);
     e->symbol = symbols ? symbols : e->symbol;
-    due *const heap = symbols ? realloc(e->heap, 3 * (size_t)count * sizeof *heap) : NULL;
+    due *heap = symbols ? realloc(e->heap, 3 * (size_t)count * sizeof *heap) : NULL;
     e->heap = heap ? heap : e->heap;
     e->room = heap ? count : e->room;
     return heap != NULL;
@@ -367,7 +382,8 @@ static exit_code encode_word(encoding *e, size_t begin, size_t end)
         const uint8_t byte = (uint8_t)e->text[begin + (size_t)n];
         e->symbol[n] = (symbol){e->t->byte[byte], n - 1, n + 1 < count ? n + 1 : -1};
         if (e->symbol[n].token < 0) {
-            file_error_set(e->error, e->name, "byte %zu: 0x%02x has no token in this vocabulary; take it out",
+            file_error_set(e->error, e->name,
+                           "byte %zu: 0x%02x has no token in this vocabulary; take it out",
                            begin + (size_t)n, byte);
             return EXIT_FILE;
         }
@@ -385,15 +401,15 @@ static exit_code cut(encoding *e, int level, size_t begin, size_t end)
 {
     if (level == CUTS || !e->t->cut[level])
         return begin < end ? encode_word(e, begin, end) : EXIT_FINE;
-    pcre2_match_data *const match = pcre2_match_data_create(1, NULL);
+    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
     exit_code code = match ? EXIT_FINE : EXIT_MACHINE;
     if (code)
         file_error_set(e->error, e->name, "no memory to cut it into words");
     while (begin < end && !code) {
         /* Looking ahead sees what this level was given, and no more. */
-        const int found = pcre2_match(e->t->cut[level], (PCRE2_SPTR)e->text, end, begin, PCRE2_NO_UTF_CHECK, match,
-                                      NULL);
-        const size_t *const at = pcre2_get_ovector_pointer(match);
+        const int found = pcre2_match(e->t->cut[level], (PCRE2_SPTR)e->text, end, begin,
+                                      PCRE2_NO_UTF_CHECK, match, NULL);
+        const size_t *at = pcre2_get_ovector_pointer(match);
         const size_t from = found > 0 ? at[0] : end, to = found > 0 ? at[1] : end;
         if (found < 0 && found != PCRE2_ERROR_NOMATCH) {
             const bool memory = found == PCRE2_ERROR_NOMEMORY;
@@ -414,13 +430,15 @@ static exit_code cut(encoding *e, int level, size_t begin, size_t end)
 /* A first match looks at all bytes. */
 static exit_code check_utf8(const encoding *e, size_t length)
 {
-    pcre2_match_data *const match = pcre2_match_data_create(1, NULL);
-    const int found = match ? pcre2_match(e->t->cut[0], (PCRE2_SPTR)e->text, length, 0, 0, match, NULL) : 0;
+    pcre2_match_data *match = pcre2_match_data_create(1, NULL);
+    const int found =
+        match ? pcre2_match(e->t->cut[0], (PCRE2_SPTR)e->text, length, 0, 0, match, NULL) : 0;
     const bool utf8 = found > PCRE2_ERROR_UTF8_ERR1 || found < PCRE2_ERROR_UTF8_ERR21;
     if (!match)
         file_error_set(e->error, e->name, "no memory to cut it into words");
     else if (!utf8)
-        file_error_set(e->error, e->name, "byte %zu: is no UTF-8; convert it with iconv", pcre2_get_startchar(match));
+        file_error_set(e->error, e->name, "byte %zu: is no UTF-8; convert it with iconv",
+                       pcre2_get_startchar(match));
     pcre2_match_data_free(match);
     return !match ? EXIT_MACHINE : utf8 ? EXIT_FINE : EXIT_FILE;
 }
@@ -432,14 +450,15 @@ static bool begins_character(char byte) { return ((uint8_t)byte & 0xc0) != 0x80;
 /* Is the text [at, at + size) whole characters, which no token has? */
 static bool is_free(const encoding *e, const int32_t *owner, size_t at, size_t size, size_t length)
 {
-    bool open = begins_character(e->text[at]) && (at + size == length || begins_character(e->text[at + size]));
+    bool open = begins_character(e->text[at]) &&
+                (at + size == length || begins_character(e->text[at + size]));
     for (size_t n = 0; n < size && open; n++)
         open = owner[at + n] == FREE;
     return open;
 }
 
-/* Gives bytes of the text to tokens that are kept whole, the longest first, as llama.cpp does. owner [length]: at the
- * first byte of a token its number. */
+/* Gives bytes of the text to tokens that are kept whole, the longest first, as llama.cpp does.
+ * owner [length]: at the first byte of a token its number. */
 static void give_whole(const encoding *e, size_t length, int32_t *owner)
 {
     for (size_t n = 0; n < length; n++)
@@ -462,7 +481,7 @@ static exit_code encode_text(encoding *e, size_t length)
 {
     if (e->t->keeps == 0)
         return cut(e, 0, 0, length);
-    int32_t *const owner = malloc((length + 1) * sizeof *owner);
+    int32_t *owner = malloc((length + 1) * sizeof *owner);
     if (!owner) {
         file_error_set(e->error, e->name, "no memory for its tokens");
         return EXIT_MACHINE;
@@ -483,8 +502,8 @@ static exit_code encode_text(encoding *e, size_t length)
     return code;
 }
 
-exit_code tokenizer_encode(const tokenizer *t, const char *name, const char *text, size_t length, int32_t **token,
-                           int64_t *tokens, file_error *error)
+exit_code tokenizer_encode(const tokenizer *t, const char *name, const char *text, size_t length,
+                           int32_t **token, int64_t *tokens, file_error *error)
 {
     encoding e = {.t = t, .text = text, .name = name, .error = error};
     *token = NULL;

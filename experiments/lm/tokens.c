@@ -11,13 +11,14 @@ typedef struct tokens_args {
 } tokens_args;
 
 static const struct argp_option tokens_options[] = {
-    {"output", 'o', "FILE.npy", 0, "write the numbers of one text as int32, in place of the list", 0},
+    {"output", 'o', "FILE.npy", 0, "write the numbers of one text as int32, in place of the list",
+     0},
     {0},
 };
 
 static error_t tokens_parser(int key, char *text, struct argp_state *state)
 {
-    tokens_args *const a = state->input;
+    tokens_args *a = state->input;
     switch (key) {
     case ARGP_KEY_ARG: return lm_file(state, &a->lm, text);
     case 'o': a->lm.attention.output = text; return 0;
@@ -53,7 +54,7 @@ static exit_code write_numbers(const lm_text *t, const char *path, file_error *e
 /* NULL, and not *ok: no memory. */
 static json_t *list_numbers(const lm_text *t, bool *ok)
 {
-    json_t *const list = json_array();
+    json_t *list = json_array();
     for (int64_t k = 0; k < t->tokens && *ok; k++)
         *ok = json_array_append_new(list, json_integer(t->token[k])) == 0;
     *ok &= list != NULL;
@@ -65,16 +66,18 @@ exit_code tokens_command(int argc, char **argv, file_error *error)
     tokens_args a = {.base = {error}};
     lm m;
     exit_code code = lm_open(&m, &tokens_argp, argc, argv, &a.base, &a.lm);
-    const char *const output = a.lm.attention.output;
+    const char *output = a.lm.attention.output;
     if (!code && output)
         code = write_numbers(m.text, output, error);
     if (!code) {
-        json_t *const all = json_array();
+        json_t *all = json_array();
         bool ok = true;
         for (int n = 0; n < m.texts && ok; n++) /* the numbers are in the file, or else here */
-            ok = json_array_append_new(all, json_pack("{s:s, s:I, s:o*}", "text", m.text[n].name, "count",
-                                                      (json_int_t)m.text[n].tokens, "tokens",
-                                                      output ? NULL : list_numbers(&m.text[n], &ok))) == 0 && ok;
+            ok = json_array_append_new(
+                     all, json_pack("{s:s, s:I, s:o*}", "text", m.text[n].name, "count",
+                                    (json_int_t)m.text[n].tokens, "tokens",
+                                    output ? NULL : list_numbers(&m.text[n], &ok))) == 0 &&
+                 ok;
         code = print_json(ok ? json_pack("{s:O}", "texts", all) : NULL, error);
         json_decref(all);
     }

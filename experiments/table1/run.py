@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Table 1's language rows, on SmolLM2-135M: perplexity, needles, sparsity and speed by length, out of experiments/lm.
+"""Table 1's language rows, on SmolLM2-135M: perplexity, needles, sparsity and speed by length, out
+of experiments/lm.
 
-speed is the paper's O(attn) / t: operations of dense attention by the time that this attention takes; of the causal
-half, all layers and heads, two threads.
+speed is the paper's O(attn) / t: operations of dense attention by the time that this attention
+takes; of the causal half, all layers and heads, two threads.
 """
 import statistics
 import sys

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Table 3: what predicting the mask costs beside dense attention, by length.
 
-One head of 128 channels, all cores, not causal. Inputs: normal numbers, where nothing is to be found; and those of
-`sparge bench`, whose blocks are alike.
+One head of 128 channels, all cores, not causal. Inputs: normal numbers, where nothing is to be
+found; and those of `sparge bench`, whose blocks are alike.
 """
 import sys
 from pathlib import Path
@@ -16,13 +16,16 @@ from item import Job, run  # noqa: E402
 
 DIM, SEED = 128, 1
 TOKENS = {8192: 20, 16384: 50, 32768: 130, 65536: 210, 131072: 550}  # and seconds
-TIMES = ["ms_predict", "ms_quantize", "ms_dense_f32", "ms_dense_int8", "overhead_f32", "overhead_int8"]
+TIMES = [
+    "ms_predict", "ms_quantize", "ms_dense_f32", "ms_dense_int8", "overhead_f32", "overhead_int8"
+]
 
 
 def normal(folder, tokens):
     draw = np.random.default_rng(SEED)
     file = folder / "normal.safetensors"
-    save_file({name: draw.standard_normal((1, 1, tokens, DIM), dtype=np.float32) for name in "qkv"}, file)
+    save_file({name: draw.standard_normal((1, 1, tokens, DIM), dtype=np.float32) for name in "qkv"},
+              file)
     return file
 
 

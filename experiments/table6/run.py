@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Table 6: what the mask leaves out and what lambda leaves out, alone and together, at the thresholds that the tuner
-found.
+"""Table 6: what the mask leaves out and what lambda leaves out, alone and together, at the
+thresholds that the tuner found.
 
-On the committed captures by `sparge run`; and on all of SmolLM2-135M at 8192 tokens of five texts by `sparge-lm ppl`,
-with the perplexity that each costs. Sparsity is the paper's: Q.K and P.V are a half each, so that lambda alone reaches
-0.5 at most.
+On the committed captures by `sparge run`; and on all of SmolLM2-135M at 8192 tokens of five texts
+by `sparge-lm ppl`, with the perplexity that each costs. Sparsity is the paper's: Q.K and P.V are a
+half each, so that lambda alone reaches 0.5 at most.
 """
 import statistics
 import sys
@@ -31,21 +31,27 @@ LENGTH = 8192
 def of_captures(folder, params, part, how):
     options = options_of(changed(params, how.folder / "part.json", **PARTS[part]))
     found = [how.sparge("run", entry.path, *options) for entry in entries(folder)]
-    return {"sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity": ""}
+    return {
+        "sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity":
+        ""
+    }
 
 
 def of_model(part, how):
     """Over all heads; the perplexity over all texts."""
     params = changed(WORST, how.folder / f"{part}.json", **PARTS[part])
-    found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params, "--model",
-                     MODEL, "--sink")["rows"]
-    return {"sparsity": statistics.mean(row["sparsity"] for row in found), "perplexity": f"{perplexity(found):.4f}"}
+    found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params,
+                     "--model", MODEL, "--sink")["rows"]
+    return {
+        "sparsity": statistics.mean(row["sparsity"] for row in found), "perplexity":
+        f"{perplexity(found):.4f}"
+    }
 
 
 def measure(key, how):
     part = key["part"]
-    found = (of_captures(how.captures, how.params, part, how) if how.captures else
-             of_captures(SMOLLM2, COMMITTED, part, how) if key["inputs"] == "captures" else of_model(part, how))
+    found = (of_captures(how.captures, how.params, part, how) if how.captures else of_captures(
+        SMOLLM2, COMMITTED, part, how) if key["inputs"] == "captures" else of_model(part, how))
     return found | {"sparsity": f"{found['sparsity']:.6f}"}
 
 
@@ -56,8 +62,12 @@ def captures(folder):
     return [Job({"inputs": str(folder), "part": part}, needs=paths) for part in PARTS]
 
 
-JOBS = [Job({"inputs": "captures", "part": part}, 1, smoke=True, needs=[COMMITTED]) for part in PARTS]
-JOBS += [Job({"inputs": "model", "part": part}, 150, needs=[WEIGHTS, WORST, *TEXTS]) for part in PARTS]
+JOBS = [
+    Job({"inputs": "captures", "part": part}, 1, smoke=True, needs=[COMMITTED]) for part in PARTS
+]
+JOBS += [
+    Job({"inputs": "model", "part": part}, 150, needs=[WEIGHTS, WORST, *TEXTS]) for part in PARTS
+]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure, captures=captures, params=True)

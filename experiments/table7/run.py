@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Table 7: sparsity by length at a constant bound on the error: thresholds are tuned anew for every length.
+"""Table 7: sparsity by length at a constant bound on the error: thresholds are tuned anew for every
+length.
 
-On the committed captures (nine heads, up to 4096 tokens); and on all heads of SmolLM2-135M over the beginnings of texts
-up to 8192 tokens. (l1, l2) = (0.08, 0.09), as in the paper; each text is tuned on by itself and not judged on others.
+On the committed captures (nine heads, up to 4096 tokens); and on all heads of SmolLM2-135M over the
+beginnings of texts up to 8192 tokens. (l1, l2) = (0.08, 0.09), as in the paper; each text is tuned
+on by itself and not judged on others.
 """
 import json
 import statistics
@@ -28,8 +30,8 @@ BOUNDS = ["--l1", 0.08, "--l2", 0.09]
 def captured(text, tokens, how):
     """Of the whole model."""
     folder = how.folder / "capture"
-    run_json(how.lm, "capture", WEIGHTS, ROOT / f"build/texts/{text}.txt", "--length", tokens, "--attention", "f32",
-             "-o", folder)
+    run_json(how.lm, "capture", WEIGHTS, ROOT / f"build/texts/{text}.txt", "--length", tokens,
+             "--attention", "f32", "-o", folder)
     return [(entry, entry.path) for entry in entries(folder)]
 
 
@@ -41,12 +43,14 @@ def truncated(folder, tokens, how):
 def measure(key, how):
     """Each file is tuned alone. Attention that is causal has a sink."""
     text, tokens = key["text"], key["tokens"]
-    files = (truncated(how.captures, tokens, how) if how.captures else
-             truncated(SMOLLM2, tokens, how) if text == "committed" else captured(text, tokens, how))
+    files = (truncated(how.captures, tokens, how) if how.captures else truncated(
+        SMOLLM2, tokens, how) if text == "committed" else captured(text, tokens, how))
     heads, params = [], how.folder / "params.json"
     for entry, file in files:
         how.sparge("tune", file, *attends(entry), *["--sink"] * entry.causal, *BOUNDS, "-o", params)
-        heads += [head["in_sample"] or NOT_FINITE for head in json.loads(params.read_text())["heads"]]
+        heads += [
+            head["in_sample"] or NOT_FINITE for head in json.loads(params.read_text())["heads"]
+        ]
         params.unlink()
     return {"heads": len(heads), "sparsity": f"{statistics.mean(x['sparsity'] for x in heads):.6f}",
             "worst_l1": cell(worst(x["worst_l1"] for x in heads), 6)}
@@ -60,7 +64,10 @@ def captures(folder):
             for n in [*(n for n in LENGTHS if n < tokens), tokens]]
 
 
-JOBS = [Job({"text": "committed", "tokens": tokens}, tokens / 2048, smoke=tokens < 4096) for tokens in LENGTHS[:3]]
+JOBS = [
+    Job({"text": "committed", "tokens": tokens}, tokens / 2048, smoke=tokens < 4096)
+    for tokens in LENGTHS[:3]
+]
 JOBS += [Job({"text": text, "tokens": tokens}, 5 + 140 * (tokens / 8192) ** 2,
              needs=[WEIGHTS, ROOT / f"build/texts/{text}.txt"])
          for text in TEXTS for tokens in LENGTHS[:4]]

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Tables 4, 9 and 10: token orders of a video, and the self-similarity judge on and off.
 
-Each capture of the video model is reordered in five ways after the position embedding, as in A.1 of the paper.
-Thresholds "tuned" are those that the tuner found for each head at (l1, l2) = (0.05, 0.06) in Hilbert's order on another
-sample (../video/params.json); most of them have no use for the judge, so there are also thresholds "alike" for all
-heads. Without a model, attention of the patches of two clips to each other, with thresholds from another part of each.
-Without the judge theta is -1. sim_q and sim_k are means over blocks of 128 and 64 tokens, of k less its mean;
-sim_k_raw without that. L1 is against dense f32.
+Each capture of the video model is reordered in five ways after the position embedding, as in A.1 of
+the paper. Thresholds "tuned" are those that the tuner found for each head at (l1, l2) = (0.05,
+0.06) in Hilbert's order on another sample (../video/params.json); most of them have no use for the
+judge, so there are also thresholds "alike" for all heads. Without a model, attention of the patches
+of two clips to each other, with thresholds from another part of each. Without the judge theta is
+-1. sim_q and sim_k are means over blocks of 128 and 64 tokens, of k less its mean; sim_k_raw
+without that. L1 is against dense f32.
 """
 import sys
 from pathlib import Path
@@ -28,14 +29,17 @@ BLOCK_K, SEED = 64, 0
 # Chosen on the committed capture, which is of another sample.
 ALIKE = {"theta": 0.3, "tau": 0.9, "topk": None, "lambda": None}
 OFF = {"theta": -1.0}
-VARIANTS = [("tuned", "on", {}), ("tuned", "off", OFF), ("alike", "on", ALIKE), ("alike", "off", ALIKE | OFF)]
+VARIANTS = [("tuned", "on", {}), ("tuned", "off", OFF), ("alike", "on", ALIKE),
+            ("alike", "off", ALIKE | OFF)]
 
 
 def self_similarity(x, rows):
     """Mean over blocks of |mean of unit rows|^2, of each head of [H, N, D]."""
     norm = np.linalg.norm(x, axis=-1, keepdims=True)
     unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
-    return np.mean([np.square(unit[:, a:a + rows].mean(1)).sum(-1) for a in range(0, x.shape[1], rows)], axis=0)
+    return np.mean(
+        [np.square(unit[:, a:a + rows].mean(1)).sum(-1) for a in range(0, x.shape[1], rows)],
+        axis=0)
 
 
 def rows_of(name, entry, params, want, how):
@@ -47,12 +51,17 @@ def rows_of(name, entry, params, want, how):
     for thresholds, judge, knobs in VARIANTS:
         options = options_of(changed(params, how.folder / "params.json", **knobs))
         result = how.sparge("run", mixed, *options, "-o", got, "--dump", dump)
-        error = relative_l1(np.load(got)[0], want[:, index], f"{entry.path}, {name}, {thresholds}, judge {judge}: o")
+        error = relative_l1(
+            np.load(got)[0], want[:, index],
+            f"{entry.path}, {name}, {thresholds}, judge {judge}: o")
         sim_q, sim_k = (np.load(dump / f"sim_{x}.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
         group = len(error) // len(sim_k)
-        rows += [{"order": name, "head": head, "thresholds": thresholds, "judge": judge, "sim_q": f"{sim_q[h]:.5f}",
-                  "sim_k": f"{sim_k[h // group]:.5f}", "sim_k_raw": f"{raw[h // group]:.5f}", "l1": cell(error[h], 6),
-                  "sparsity": f"{result['sparsity_per_head'][h]:.6f}"} for h, head in enumerate(entry.heads)]
+        rows += [{
+            "order": name, "head": head, "thresholds": thresholds, "judge": judge, "sim_q":
+            f"{sim_q[h]:.5f}", "sim_k": f"{sim_k[h // group]:.5f}", "sim_k_raw":
+            f"{raw[h // group]:.5f}", "l1": cell(error[h], 6), "sparsity":
+            f"{result['sparsity_per_head'][h]:.6f}"
+        } for h, head in enumerate(entry.heads)]
     return rows
 
 
@@ -83,9 +92,13 @@ def of_entry(entry, params, how):
 def measure(key, how):
     if key["source"] == "patches" and not how.captures:
         return of_entry(*of_patches(key["sample"], how), how)
-    return [row for entry in entries_of(key, how) for row in of_entry(entry, how.params or PARAMS, how)]
+    return [
+        row for entry in entries_of(key, how) for row in of_entry(entry, how.params or PARAMS, how)
+    ]
 
 
 if __name__ == "__main__":
-    run(__file__, committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30) + patches.jobs(60),
-        measure, captures=with_grid, params=True)
+    run(
+        __file__,
+        committed(8) + whole(samples=[1, 2], layers=range(6), steps=[6], seconds=30) +
+        patches.jobs(60), measure, captures=with_grid, params=True)

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Turns the thresholds that SpargeAttn's own tuner saved, a .pt file of torch, into parameters of sparge.
+"""Turns the thresholds that SpargeAttn's own tuner saved, a .pt file of torch, into parameters of
+sparge.
 
     from_pt.py CogVideoX-2b_0.06_0.07.pt -o cogvideox.json
 
-A .pt file is a zip of data.pkl, a pickled dict of tensors, and data/0, data/1, ..., their numbers. The dict
-has five tensors [heads] for each layer: is_sparse, cdfthreshd (tau), simthreshd1 (theta), simthreshd2 (not
-used) and pvthreshd (-lambda in log2 units). torch is not needed, and no file can make this program run
-anything: of the pickle only what such a dict consists of is accepted.
+A .pt file is a zip of data.pkl, a pickled dict of tensors, and data/0, data/1, ..., their numbers.
+The dict has five tensors [heads] for each layer: is_sparse, cdfthreshd (tau), simthreshd1 (theta),
+simthreshd2 (not used) and pvthreshd (-lambda in log2 units). torch is not needed, and no file can
+make this program run anything: of the pickle only what such a dict consists of is accepted.
 
-What comes out is what the authors' code does with the file: their rules, key block 0 kept by every query
-(attention_sink, which their tuner leaves off and their inference turns on), and pvthreshd in every head, also
-in those that they call dense. `sparge run CAPTURE --params OUT` then runs so.
+What comes out is what the authors' code does with the file: their rules, key block 0 kept by every
+query (attention_sink, which their tuner leaves off and their inference turns on), and pvthreshd in
+every head, also in those that they call dense. `sparge run CAPTURE --params OUT` then runs so.
 
-Exit code 0: written; 2: wrong usage; 3: a file is wrong or cannot be read or written, said in one line.
+Exit code 0: written; 2: wrong usage; 3: a file is wrong or cannot be read or written, said in one
+line.
 """
 import argparse
 import contextlib
@@ -73,8 +75,10 @@ KINDS = {"FloatStorage": Kind("f4"), "DoubleStorage": Kind("f8"), "HalfStorage":
          "IntStorage": Kind("i4"), "LongStorage": Kind("i8")}
 
 # All that a pickled dict of tensors consists of: nothing that sets an attribute or makes an object.
-OPCODES = set("""PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET EMPTY_DICT SETITEM
-    SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE SHORT_BINUNICODE BININT BININT1 BININT2
+OPCODES = set(
+    """PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET EMPTY_DICT SETITEM
+    SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINUNICODE SHORT_BINUNICODE BININT BININT1
+    BININT2
     LONG1 NEWTRUE NEWFALSE NONE GLOBAL STACK_GLOBAL REDUCE BINPERSID""".split())
 
 
@@ -88,10 +92,12 @@ def empty_dict() -> dict:
     return {}
 
 
-def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: object) -> np.ndarray:
+def rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_:
+                   object) -> np.ndarray:
     """Stands for torch._utils._rebuild_tensor_v2: elements [heads] of a storage."""
-    if not (isinstance(storage, np.ndarray) and isinstance(size, tuple) and isinstance(stride, tuple) and
-            len(size) == len(stride) and all(map(is_count, (offset, *size, *stride)))):
+    if not (isinstance(storage, np.ndarray) and isinstance(size, tuple) and
+            isinstance(stride, tuple) and len(size) == len(stride) and
+            all(map(is_count, (offset, *size, *stride)))):
         raise Bad("the offset, size and stride of a tensor make no sense")
     if len(size) != 1 or not 1 <= size[0] <= MAX_HEADS:
         raise Bad(f"a tensor has size {list(size)}, where [heads] is expected, 1 to {MAX_HEADS}")
@@ -128,7 +134,8 @@ class Unpickler(pickle.Unpickler):
             raise Bad(f"there is no storage data/{key}")
         dtype = np.dtype(self.order + kind.code)
         if len(raw) != elements * dtype.itemsize:
-            raise Bad(f"storage data/{key} has {len(raw)} bytes instead of {elements * dtype.itemsize}")
+            raise Bad(
+                f"storage data/{key} has {len(raw)} bytes instead of {elements * dtype.itemsize}")
         numbers = np.frombuffer(raw, dtype)
         return (numbers.astype(np.uint32) << 16).view(np.float32) if kind.bf16 else numbers
 
@@ -223,9 +230,11 @@ def make_heads(layers: dict[int, dict[str, list[float]]]) -> list[dict]:
         for head in range(len(lists["is_sparse"])):
             value = {name: values[head] for name, values in lists.items()}
             for name, (low, high) in RANGES.items():
-                if not low <= value[name] <= high or name == "is_sparse" and value[name] % 1:  # NaN too
+                if not low <= value[
+                        name] <= high or name == "is_sparse" and value[name] % 1:  # NaN too
                     wanted = "0 or 1" if name == "is_sparse" else f"in [{low}, {high}]"
-                    raise Bad(f"layer {layer}, head {head}: {name} is {value[name]:g}, not {wanted}")
+                    raise Bad(
+                        f"layer {layer}, head {head}: {name} is {value[name]:g}, not {wanted}")
             dense = not value["is_sparse"]
             skip = 0.0 - value["pvthreshd"] * math.log(2)  # never -0
             heads.append({
@@ -280,7 +289,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("file", metavar="FILE", help="MODEL_l1_l2.pt, or another name")
     add("-o", "--output", metavar="OUT", required=True, help="the JSON file to write")
     add("--model", help="(from the name of FILE)")
-    add("--l1", metavar="X", type=bound, help="relative L1 that tau was tuned for (from the name, or null)")
+    add("--l1", metavar="X", type=bound,
+        help="relative L1 that tau was tuned for (from the name, or null)")
     add("--l2", metavar="X", type=bound, help="relative L1 with lambda (from the name, or null)")
     add("--rules", choices=["default", "paper", "upstream"], default="upstream", help="(upstream)")
     add("--block-q", metavar="N", type=block, default=128, help="(128; the authors' on Hopper: 64)")
@@ -290,7 +300,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--qk", choices=["int8", "int12", "f32"], default="int8", help="(int8)")
     add("--pv", choices=["int8", "int12", "f32", "f16", "fp8"], default="fp8", help="(fp8)")
     args = parser.parse_args(arguments)
-    if all(map(os.path.exists, (args.file, args.output))) and os.path.samefile(args.file, args.output):
+    if all(map(os.path.exists,
+               (args.file, args.output))) and os.path.samefile(args.file, args.output):
         parser.error("OUT is FILE")
     args.source = os.path.basename(args.file)
     said = re.fullmatch(r"(.+)_(0\.[0-9]+)_(0\.[0-9]+)\.pt", args.source, re.DOTALL)
@@ -310,17 +321,13 @@ def main(arguments: list[str] | None = None) -> None:
             data = file.read(MAX_FILE + 1)
         heads = make_heads(group(read_tensors(data)))
         model, source = (x.encode(errors="replace").decode() for x in (args.model, args.source))
-        text = to_json([
-            {"sparge_params": 1},
-            {"version": VERSION},
-            {"model": model},
-            {"tuner": "upstream", "source": source, "source_sha256": hashlib.sha256(data).hexdigest()},
-            {"rules": args.rules},
-            {"block_q": args.block_q, "block_k": args.block_k, "skip_rows": args.skip_rows,
-             "causal": args.causal, "smooth_k": True, "sink": True, "scale": None,
-             "qk": args.qk, "pv": args.pv},
-            {"l1": args.l1, "l2": args.l2},
-            {"inputs": []}], heads)
+        text = to_json([{"sparge_params": 1}, {"version": VERSION}, {"model": model}, {
+            "tuner": "upstream", "source": source, "source_sha256":
+            hashlib.sha256(data).hexdigest()
+        }, {"rules": args.rules}, {
+            "block_q": args.block_q, "block_k": args.block_k, "skip_rows": args.skip_rows, "causal":
+            args.causal, "smooth_k": True, "sink": True, "scale": None, "qk": args.qk, "pv": args.pv
+        }, {"l1": args.l1, "l2": args.l2}, {"inputs": []}], heads)
         path = args.output
         write(path, text)
     except (Bad, OSError) as error:

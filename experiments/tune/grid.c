@@ -1,5 +1,6 @@
-/* grid.c: what the tuner has to be compared with: the best of an exhaustive grid, and what the authors' search
- * finds, both by whole calls of attention. Takes half an hour of one core for a head of 4096 tokens.
+/* grid.c: what the tuner has to be compared with: the best of an exhaustive grid, and what the
+ * authors' search finds, both by whole calls of attention. Takes half an hour of one core for a
+ * head of 4096 tokens.
  *
  *     tune_grid q.bin k.bin v.bin TOKENS DIM CAUSAL SINK L1 L2
  *
@@ -48,7 +49,7 @@ static void require(sparge_status status, const sparge_error *error)
 static trial try(grid *g, sparge_knobs knobs)
 {
     sparge_error error;
-    sparge_result result = { .o = { g->o, SPARGE_F32, 0, 0, g->problem.dim_v } };
+    sparge_result result = {.o = {g->o, SPARGE_F32, 0, 0, g->problem.dim_v}};
     sparge_options o = g->options;
     o.knobs = knobs;
     require(sparge_attention(&g->problem, &o, &result, &error), &error);
@@ -57,7 +58,7 @@ static trial try(grid *g, sparge_knobs knobs)
         wrong += fabs((double)g->o[n] - (double)g->want[n]);
         all += fabs((double)g->want[n]);
     }
-    const trial t = { knobs, wrong / all, sparge_sparsity(&result.counts) };
+    const trial t = {knobs, wrong / all, sparge_sparsity(&result.counts)};
     g->calls += 1.0;
     g->equivalents += 1.0 - t.sparsity;
     return t;
@@ -65,13 +66,14 @@ static trial try(grid *g, sparge_knobs knobs)
 
 static sparge_knobs at(float theta, double tau, double log2_gap)
 {
-    return (sparge_knobs){ theta, (float)tau, SPARGE_OFF, (float)(-log2_gap * 0.69314718055994530942) };
+    return (sparge_knobs){theta, (float)tau, SPARGE_OFF,
+                          (float)(-log2_gap * 0.69314718055994530942)};
 }
 
 static float theta_of(int n) { return -1.0f + (float)n / 16.0f; }
 
-/* All 32 x 1001 masks, then all 501 lambdas over the best of them. No similarity is below 0: the thetas that
- * are share their masks, and one of them is enough. */
+/* All 32 x 1001 masks, then all 501 lambdas over the best of them. No similarity is below 0: the
+ * thetas that are share their masks, and one of them is enough. */
 static void exhaustive(grid *g, double l1, double l2, trial *mask, trial *best)
 {
     *mask = try(g, at(-1.0f, 1.0, (double)INFINITY));
@@ -89,7 +91,8 @@ static void exhaustive(grid *g, double l1, double l2, trial *mask, trial *best)
     }
 }
 
-/* For every theta: tau by bisection, then lambda by bisection; the thetas end where sparsity falls below 0.1. */
+/* For every theta: tau by bisection, then lambda by bisection; the thetas end where sparsity falls
+ * below 0.1. */
 static void authors(grid *g, double l1, double l2, trial *mask, trial *best)
 {
     *mask = *best = try(g, at(-1.0f, 1.0, (double)INFINITY));
@@ -138,8 +141,16 @@ int main(int argc, char **argv)
     const double l1 = atof(argv[8]), l2 = atof(argv[9]);
     const float *q = read_all(argv[1], n), *k = read_all(argv[2], n), *v = read_all(argv[3], n);
     grid g = {
-        .problem = { 1, 1, 1, tokens, tokens, dim, dim, { q, SPARGE_F32, 0, 0, dim }, { k, SPARGE_F32, 0, 0, dim },
-                     { v, SPARGE_F32, 0, 0, dim } },
+        .problem = {1,
+                    1,
+                    1,
+                    tokens,
+                    tokens,
+                    dim,
+                    dim,
+                    {q, SPARGE_F32, 0, 0, dim},
+                    {k, SPARGE_F32, 0, 0, dim},
+                    {v, SPARGE_F32, 0, 0, dim}},
         .options = sparge_options_default(SPARGE_RULES_DEFAULT),
         .o = read_all(argv[1], n),
         .want = read_all(argv[1], n),
@@ -151,21 +162,21 @@ int main(int argc, char **argv)
 
     sparge_options dense = g.options;
     sparge_error error;
-    sparge_result result = { .o = { g.want, SPARGE_F32, 0, 0, dim } };
+    sparge_result result = {.o = {g.want, SPARGE_F32, 0, 0, dim}};
     dense.qk = dense.pv = SPARGE_FLOAT;
     require(sparge_attend(&g.problem, &dense, NULL, &result, &error), &error);
 
     static const struct {
         const char *name;
         void (*search)(grid *, double, double, trial *, trial *);
-    } searches[] = { { "authors", authors }, { "exhaustive", exhaustive } };
+    } searches[] = {{"authors", authors}, {"exhaustive", exhaustive}};
     for (int s = 0; s < 2; s++) {
         trial mask, best;
         g.calls = g.equivalents = 0.0;
         searches[s].search(&g, l1, l2, &mask, &best);
-        printf("%s,%.9g,%.9g,%.9g,%.6f,%.6f,%.6f,%.0f,%.1f\n", searches[s].name, (double)best.knobs.theta,
-               (double)best.knobs.tau, (double)best.knobs.lambda, mask.sparsity, best.sparsity, best.l1, g.calls,
-               g.equivalents);
+        printf("%s,%.9g,%.9g,%.9g,%.6f,%.6f,%.6f,%.0f,%.1f\n", searches[s].name,
+               (double)best.knobs.theta, (double)best.knobs.tau, (double)best.knobs.lambda,
+               mask.sparsity, best.sparsity, best.l1, g.calls, g.equivalents);
         fflush(stdout);
     }
     return 0;

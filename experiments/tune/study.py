@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""The tuner beyond the committed captures: what its thresholds cost on texts that it has not seen, and what it takes.
+"""The tuner beyond the committed captures: what its thresholds cost on texts that it has not seen,
+and what it takes.
 
     study.py grid               against an exhaustive grid and the authors' search: grid.csv (an hour on two cores)
     study.py model TUNE JUDGE   every head of the model, judged on other texts: model.csv, judge.csv, model_*.json
     study.py length CAPTURE     seconds and products by length: length.csv (on a machine that is otherwise idle)
     study.py readme             the tables of README.md here and at the root, from those files and out.csv of run.py
 
-TUNE, JUDGE and CAPTURE are folders that experiments/capture/smollm2.py writes; README.md has its commands.
+TUNE, JUDGE and CAPTURE are folders that experiments/capture/smollm2.py writes; README.md has its
+commands.
 """
 import argparse
 import statistics
@@ -37,7 +39,10 @@ def sparge(args):
 
 # ---- Against whole calls ----------------------------------------------------------------------
 
-GRID = ["layer", "head", "search", "theta", "tau", "lambda", "mask_sparsity", "sparsity", "l1", "calls", "equivalents"]
+GRID = [
+    "layer", "head", "search", "theta", "tau", "lambda", "mask_sparsity", "sparsity", "l1", "calls",
+    "equivalents"
+]
 
 
 def grid_head(program, entry, h, l1, l2):
@@ -64,9 +69,11 @@ def grid(args):
         rows = sum(pool.map(lambda job: grid_head(args.grid, *job, l1, l2), jobs), [])
     with tempfile.TemporaryDirectory() as folder:
         heads, _ = tune(sparge(args), [SMOLLM2], Path(folder) / "params.json", l1, l2)
-    rows += [{"search": "tuner", "sparsity": head["in_sample"]["sparsity"], "l1": head["in_sample"]["l1"]} |
-             {key: head[key] for key in GRID if key in head} for head in heads]
-    write_csv(HERE / "grid.csv", columns=GRID, rows=sorted(rows, key=lambda row: (row["layer"], row["head"])))
+    rows += [{
+        "search": "tuner", "sparsity": head["in_sample"]["sparsity"], "l1": head["in_sample"]["l1"]
+    } | {key: head[key] for key in GRID if key in head} for head in heads]
+    write_csv(HERE / "grid.csv", columns=GRID,
+              rows=sorted(rows, key=lambda row: (row["layer"], row["head"])))
 
 
 # ---- The whole model --------------------------------------------------------------------------
@@ -77,16 +84,22 @@ def judge_file(program, params, entry):
         got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
         copy = copied(entry, tensors(entry.path), Path(folder) / entry.path.name)
         result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
-        run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o", want)
+        run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o",
+                 want)
         l1 = relative_l1(np.load(got)[0], np.load(want)[0], f"{entry.path} under {params}: o")
-    return [{"text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
-             "l1": cell(x, 6)} for head, s, x in zip(entry.heads, result["sparsity_per_head"], l1)]
+    return [{
+        "text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
+        "l1": cell(x, 6)
+    } for head, s, x in zip(entry.heads, result["sparsity_per_head"], l1)]
 
 
 def model(args):
     l1, l2 = PAIRS[0]
     texts = sorted(path.parent for path in Path(args.tune).glob("*/manifest.json"))
-    others = [entry for path in sorted(Path(args.judge).glob("*/manifest.json")) for entry in entries(path.parent)]
+    others = [
+        entry for path in sorted(Path(args.judge).glob("*/manifest.json"))
+        for entry in entries(path.parent)
+    ]
     if not texts or not others:
         sys.exit("study.py: no captures in these folders; README.md says how they are made")
     rows, judged = [], []
@@ -94,12 +107,18 @@ def model(args):
         params = HERE / f"model_{bound}.json"
         heads, summary = tune(sparge(args), texts, params, l1, l2, "--bound", bound)
         print(bound, summary, flush=True)
-        means = {"mean_l1_in": "in_sample", "first_mean_l1_out": "held_out_first", "mean_l1_out": "held_out"}
+        means = {
+            "mean_l1_in": "in_sample", "first_mean_l1_out": "held_out_first", "mean_l1_out":
+            "held_out"
+        }
         rows += [{"bound": bound, "l1": l1, "l2": l2} | row_of(head) |
                  {name: (head[of] or {}).get("l1") for name, of in means.items()} for head in heads]
         with ThreadPoolExecutor(args.jobs) as pool:
-            judged += [{"bound": bound} | row for found in
-                       pool.map(lambda entry: judge_file(args.sparge, params, entry), others) for row in found]
+            judged += [
+                {"bound": bound} | row
+                for found in pool.map(lambda entry: judge_file(args.sparge, params, entry), others)
+                for row in found
+            ]
     for row in rows:
         del row["seconds"]  # they depend on what else runs: length.csv has those of a quiet machine
     write_csv(HERE / "model.csv", rows,
@@ -116,13 +135,22 @@ def length(args):
         with tempfile.TemporaryDirectory() as folder:
             for entry in entries(args.capture):
                 file = beginning(entry, tokens, Path(folder) / entry.path.stem / entry.path.name)
-                runs = [tune(sparge(args), [file], Path(folder) / "params.json", l1, l2) for _ in range(REPEAT)]
+                runs = [
+                    tune(sparge(args), [file],
+                         Path(folder) / "params.json", l1, l2) for _ in range(REPEAT)
+                ]
                 heads = runs[0][0]
                 spent = statistics.median(summary["seconds"] for _, summary in runs)
-                rows.append({"file": file.stem, "tokens": tokens, "heads": len(heads), "seconds": f"{spent:.3f}",
-                             "seconds_per_head": f"{spent / len(heads):.4f}",
-                             "equivalents": f"{statistics.mean(h['equivalents'] for h in heads):.3f}",
-                             "sparsity": f"{statistics.mean(h['in_sample']['sparsity'] for h in heads):.4f}"})
+                rows.append({
+                    "file":
+                    file.stem, "tokens":
+                    tokens, "heads":
+                    len(heads), "seconds":
+                    f"{spent:.3f}", "seconds_per_head":
+                    f"{spent / len(heads):.4f}", "equivalents":
+                    f"{statistics.mean(h['equivalents'] for h in heads):.3f}", "sparsity":
+                    f"{statistics.mean(h['in_sample']['sparsity'] for h in heads):.4f}"
+                })
                 print(rows[-1], flush=True)
     write_csv(HERE / "length.csv", rows)
 
@@ -130,28 +158,37 @@ def length(args):
 # ---- README.md --------------------------------------------------------------------------------
 
 def table_committed():
-    lines = ["| l1, l2 | layer | head | theta | tau | lambda | sparsity | L1 | unseen at first: sparsity, L1 | "
-             "backed off | unseen then: sparsity, L1 | products | seconds |", "|---" * 13 + "|"]
+    lines = [
+        "| l1, l2 | layer | head | theta | tau | lambda | sparsity | L1 | unseen at first: sparsity, L1 | "
+        "backed off | unseen then: sparsity, L1 | products | seconds |", "|---" * 13 + "|"
+    ]
     for r in read_csv(HERE / "out.csv"):
         thresholds = ["dense", "", ""] if r["dense"] == "True" else [
             cell(r["theta"], 4), f"{float(r['tau']):g}", cell(r["lambda"], 2) or "off"]
         lines.append("| " + " | ".join([
-            f"{r['l1']}, {r['l2']}", r["layer"], r["head"], *thresholds, cell(r["sparsity"]), cell(r["l1_in"]),
-            f"{cell(r['first_sparsity_out'])}, {cell(r['first_l1_out'])}", r["back_off"].replace("none", ""),
-            f"{cell(r['sparsity_out'])}, {cell(r['l1_out'])}", cell(r["equivalents"], 2),
-            cell(r["seconds"], 2)]) + " |")
+            f"{r['l1']}, {r['l2']}", r["layer"], r["head"], *thresholds,
+            cell(r["sparsity"]),
+            cell(r["l1_in"]), f"{cell(r['first_sparsity_out'])}, {cell(r['first_l1_out'])}",
+            r["back_off"].replace("none", ""), f"{cell(r['sparsity_out'])}, {cell(r['l1_out'])}",
+            cell(r["equivalents"], 2),
+            cell(r["seconds"], 2)
+        ]) + " |")
     return lines
 
 
 def table_grid():
-    lines = ["| layer | head | exhaustive: sparsity, L1, products | authors' search | tuner | given up |",
-             "|---" * 6 + "|"]
+    lines = [
+        "| layer | head | exhaustive: sparsity, L1, products | authors' search | tuner | given up |",
+        "|---" * 6 + "|"
+    ]
     rows = read_csv(HERE / "grid.csv")
     for layer, head in sorted({(int(r["layer"]), int(r["head"])) for r in rows}):
         found = {r["search"]: r for r in rows if (int(r["layer"]), int(r["head"])) == (layer, head)}
-        cells = [f"{cell(r['sparsity'])}, {cell(r['l1'])}, "
-                 f"{float(r['equivalents']):.{2 if name == 'tuner' else 0}f}"
-                 for name, r in ((name, found[name]) for name in ("exhaustive", "authors", "tuner"))]
+        cells = [
+            f"{cell(r['sparsity'])}, {cell(r['l1'])}, "
+            f"{float(r['equivalents']):.{2 if name == 'tuner' else 0}f}"
+            for name, r in ((name, found[name]) for name in ("exhaustive", "authors", "tuner"))
+        ]
         lost = float(found["exhaustive"]["sparsity"]) - float(found["tuner"]["sparsity"])
         lines.append(f"| {layer} | {head} | " + " | ".join(cells) + f" | {lost:.3f} |")
     return lines
@@ -162,26 +199,38 @@ def share(values, bound):
 
 
 def table_model():
-    lines = ["| the bound is on | sparsity | heads within l2 on the text left out: at first, after backing off | "
-             "lambda lowered, tau raised, dense | sparsity on five other texts | heads within l2 there, mean of the "
-             "five | pairs of head and text within l2 | worst pair | products |", "|---" * 9 + "|"]
+    lines = [
+        "| the bound is on | sparsity | heads within l2 on the text left out: at first, after backing off | "
+        "lambda lowered, tau raised, dense | sparsity on five other texts | heads within l2 there, mean of the "
+        "five | pairs of head and text within l2 | worst pair | products |", "|---" * 9 + "|"
+    ]
     tuned, judged = read_csv(HERE / "model.csv"), read_csv(HERE / "judge.csv")
     for bound in "worst", "mean":
         rows = [r for r in tuned if r["bound"] == bound]
         seen = [r for r in judged if r["bound"] == bound]
         l2 = float(rows[0]["l2"])
-        key = ("first_l1_out", "l1_out") if bound == "worst" else ("first_mean_l1_out", "mean_l1_out")
-        mean = [statistics.mean(number(r["l1"]) for r in seen if (r["layer"], r["head"]) == (t["layer"], t["head"]))
-                for t in rows]
-        count = [sum(r["back_off"] == way for r in rows) for way in ("lambda lowered", "tau raised")]
+        key = ("first_l1_out", "l1_out") if bound == "worst" else ("first_mean_l1_out",
+                                                                   "mean_l1_out")
+        mean = [
+            statistics.mean(
+                number(r["l1"]) for r in seen if (r["layer"], r["head"]) == (t["layer"], t["head"]))
+            for t in rows
+        ]
+        count = [
+            sum(r["back_off"] == way for r in rows) for way in ("lambda lowered", "tau raised")
+        ]
         pairs = [number(r["l1"]) for r in seen]
         lines.append("| " + " | ".join([
             "every text" if bound == "worst" else "the mean of the texts",
-            cell(statistics.mean(float(r["sparsity"]) for r in rows)),
-            ", ".join(share([number(r[k]) for r in rows], l2) for k in key),
-            f"{count[0]}, {count[1]}, {sum(r['dense'] == 'True' for r in rows)}",
-            cell(statistics.mean(float(r["sparsity"]) for r in seen)), share(mean, l2), share(pairs, l2),
-            cell(worst(pairs)), cell(statistics.mean(float(r["equivalents"]) for r in rows), 2)]) + " |")
+            cell(statistics.mean(float(r["sparsity"]) for r in rows)), ", ".join(
+                share([number(r[k]) for r in rows], l2)
+                for k in key), f"{count[0]}, {count[1]}, {sum(r['dense'] == 'True' for r in rows)}",
+            cell(statistics.mean(float(r["sparsity"]) for r in seen)),
+            share(mean, l2),
+            share(pairs, l2),
+            cell(worst(pairs)),
+            cell(statistics.mean(float(r["equivalents"]) for r in rows), 2)
+        ]) + " |")
     return lines
 
 
@@ -206,13 +255,17 @@ def readme(_args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
-    parser.add_argument("--jobs", type=int, default=2, help="at a time, of grid and of judging (default: 2)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
+                        help="the program")
+    parser.add_argument("--jobs", type=int, default=2,
+                        help="at a time, of grid and of judging (default: 2)")
     what = parser.add_subparsers(required=True)
     by_grid = what.add_parser("grid")
-    by_grid.add_argument("--grid", default=str(ROOT / "build/release/tools/tune_grid"),
-                         help="the program; cmake --build --preset release --target tune_grid makes it")
+    by_grid.add_argument(
+        "--grid", default=str(ROOT / "build/release/tools/tune_grid"),
+        help="the program; cmake --build --preset release --target tune_grid makes it")
     by_grid.set_defaults(run=grid)
     by_model = what.add_parser("model")
     by_model.add_argument("tune")

@@ -4,9 +4,10 @@
     capture.py                     three samples of the whole grid, all layers and heads: 2 GB in build/video/captures
     capture.py --small             the capture that is committed, in capture/
 
-A sample is made in ten Euler steps, from the noise of its seed or, with --start below 1, from a clip of the held-out
-frames that is noised to this level. SAMPLE/layerLL_stepSSS.safetensors and SAMPLE/manifest.json are written by
-experiments/capture/hook.py; SAMPLE/frames.png shows what came out. A sample that is whole is not made again.
+A sample is made in ten Euler steps, from the noise of its seed or, with --start below 1, from a
+clip of the held-out frames that is noised to this level. SAMPLE/layerLL_stepSSS.safetensors and
+SAMPLE/manifest.json are written by experiments/capture/hook.py; SAMPLE/frames.png shows what came
+out. A sample that is whole is not made again.
 """
 import argparse
 import hashlib
@@ -30,7 +31,10 @@ from train import cut  # noqa: E402
 
 WEIGHTS = HERE / "weights.safetensors"
 EULER_STEPS = 10
-SMALL = {"grid": [13, 14, 20], "layers": [1, 4], "steps": [5], "samples": [0], "heads": [0], "out": HERE / "capture"}
+SMALL = {
+    "grid": [13, 14, 20], "layers": [1, 4], "steps": [5], "samples": [0], "heads": [0], "out":
+    HERE / "capture"
+}
 
 
 def load():
@@ -63,7 +67,8 @@ def make(model, tokens, grid, origin, start):
         seconds = time.perf_counter()
         seen = model(tokens, timestep=level.reshape(1), grid=grid, origin=origin)
         tokens = seen + (tokens - seen) * (after / level)
-        print(f"  step {step}, level {level:.2f}: {time.perf_counter() - seconds:.1f} s", flush=True)
+        print(f"  step {step}, level {level:.2f}: {time.perf_counter() - seconds:.1f} s",
+              flush=True)
     return tokens
 
 
@@ -77,8 +82,12 @@ def picture(path, tokens, grid, about):
 def whole(folder, args):
     """Whether the sample's files are all there."""
     path = folder / "manifest.json"
-    listed = {entry["file"] for entry in json.loads(path.read_text())["files"]} if path.exists() else set()
-    wanted = {f"layer{layer:02d}_step{step:03d}.safetensors" for layer in args.layers for step in args.steps}
+    listed = {entry["file"]
+              for entry in json.loads(path.read_text())["files"]} if path.exists() else set()
+    wanted = {
+        f"layer{layer:02d}_step{step:03d}.safetensors" for layer in args.layers
+        for step in args.steps
+    }
     return wanted <= listed and all((folder / file).exists() for file in wanted)
 
 
@@ -89,18 +98,24 @@ def numbers(text):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=int, nargs=3, default=list(GRID), metavar=("T", "H", "W"),
                         help="tokens of a clip, from the middle of the frame (default: 13 30 45)")
-    parser.add_argument("--layers", type=numbers, default="0-5", metavar="LIST", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=numbers, default="0,2,4,6,8,9", metavar="LIST", help="(default: %(default)s)")
+    parser.add_argument("--layers", type=numbers, default="0-5", metavar="LIST",
+                        help="(default: %(default)s)")
+    parser.add_argument("--steps", type=numbers, default="0,2,4,6,8,9", metavar="LIST",
+                        help="(default: %(default)s)")
     parser.add_argument("--samples", type=numbers, default="0-2", metavar="LIST",
                         help="seeds (default: %(default)s)")
-    parser.add_argument("--heads", type=numbers, default="0-2", metavar="LIST", help="(default: %(default)s)")
-    parser.add_argument("--start", type=float, default=1.0, metavar="LEVEL",
-                        help="below 1: begin with a held-out clip at this level of noise (default: 1)")
+    parser.add_argument("--heads", type=numbers, default="0-2", metavar="LIST",
+                        help="(default: %(default)s)")
+    parser.add_argument(
+        "--start", type=float, default=1.0, metavar="LEVEL",
+        help="below 1: begin with a held-out clip at this level of noise (default: 1)")
     parser.add_argument("--out", type=Path, default=clips.CACHE / "captures")
-    parser.add_argument("--small", action="store_true", help="the committed capture, whatever else is said")
+    parser.add_argument("--small", action="store_true",
+                        help="the committed capture, whatever else is said")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if any(not 0 < part <= all_ for part, all_ in zip(args.grid, GRID)):
@@ -117,10 +132,10 @@ def main():
     grid = tuple(args.grid)
     origin = (0, *((all_ - part) // 2 for all_, part in zip(GRID[1:], grid[1:])))
     recorder = Recorder(
-        model, args.out, name=about["name"], layers=args.layers, steps=args.steps, heads=args.heads, budget=1e11,
-        weights_sha256=about["sha256"], licence=about["licence"], grid=grid, origin=origin, euler_steps=EULER_STEPS,
-        start_level=args.start,
-        channel_order="channels 2i and 2i + 1 are rotated together: 0-15 by frame, 16-39 by row, 40-63 by column")
+        model, args.out, name=about["name"], layers=args.layers, steps=args.steps, heads=args.heads,
+        budget=1e11, weights_sha256=about["sha256"], licence=about["licence"], grid=grid,
+        origin=origin, euler_steps=EULER_STEPS, start_level=args.start, channel_order=
+        "channels 2i and 2i + 1 are rotated together: 0-15 by frame, 16-39 by row, 40-63 by column")
     for sample in args.samples:
         folder = args.out / f"sample{sample}"
         if whole(folder, args):
@@ -128,7 +143,8 @@ def main():
         print(folder, flush=True)
         with recorder:
             recorder.begin(folder.name, seed=sample)
-            tokens = make(model, begin(sample, grid, origin, args.start, about), grid, origin, args.start)
+            tokens = make(model, begin(sample, grid, origin, args.start, about), grid, origin,
+                          args.start)
         picture(folder / "frames.png", tokens, grid, about)
 
 

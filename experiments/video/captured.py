@@ -1,5 +1,5 @@
-"""captured.py: jobs over the captures of the video model: the small ones that are committed, the whole ones in build/,
-and, in their place, those of a user."""
+"""captured.py: jobs over the captures of the video model: the small ones that are committed, the
+whole ones in build/, and, in their place, those of a user."""
 import sys
 from pathlib import Path
 
@@ -16,7 +16,8 @@ FOLDERS = {"committed": HERE / "capture/sample0", "whole": ROOT / "build/video/c
 
 def entries_of(key, how):
     """The files that a job is about: one, or several that have other heads of the same."""
-    folder = how.captures or FOLDERS[key["source"]] / (key["sample"] if key["source"] == "whole" else "")
+    folder = how.captures or FOLDERS[key["source"]] / (key["sample"]
+                                                       if key["source"] == "whole" else "")
     return [entry for entry in entries(folder) if entry.at.items() <= key.items()]
 
 
@@ -24,7 +25,10 @@ def of_folder(source, folder, **how):
     found = {}
     for entry in entries(folder):
         found.setdefault(tuple(entry.at.items()), []).append(entry.path)
-    return [Job({"source": source} | dict(at), needs=[*paths, PARAMS], **how) for at, paths in found.items()]
+    return [
+        Job({"source": source} | dict(at), needs=[*paths, PARAMS], **how)
+        for at, paths in found.items()
+    ]
 
 
 def committed(seconds):
@@ -33,9 +37,12 @@ def committed(seconds):
 
 def whole(samples, layers, steps, seconds):
     """These parts of the whole captures, whether they are there or not."""
-    return [Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, seconds,
-                needs=[FOLDERS["whole"] / f"sample{n}/layer{layer:02}_step{step:03}.safetensors", PARAMS])
-            for n in samples for layer in layers for step in steps]
+    return [
+        Job({"source": "whole", "sample": f"sample{n}", "layer": layer, "step": step}, seconds,
+            needs=[
+                FOLDERS["whole"] / f"sample{n}/layer{layer:02}_step{step:03}.safetensors", PARAMS
+            ]) for n in samples for layer in layers for step in steps
+    ]
 
 
 def of_user(folder):

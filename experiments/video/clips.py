@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Bring the clips of Debian's opencv-doc into build/video/NAME.npy: frames of 360 x 240, RGB, uint8.
+"""Bring the clips of Debian's opencv-doc into build/video/NAME.npy: frames of 360 x 240, RGB,
+uint8.
 
-The package is downloaded with apt-get and not installed; a package, or the clip itself, that lies in build/video
-already is taken instead. Every clip has a pinned SHA-256. A clip keeps its proportions: it is scaled until it covers
-360 x 240, and what is too much is cut off on both sides. Needs dpkg-deb, but no root.
+The package is downloaded with apt-get and not installed; a package, or the clip itself, that lies
+in build/video already is taken instead. Every clip has a pinned SHA-256. A clip keeps its
+proportions: it is scaled until it covers 360 x 240, and what is too much is cut off on both sides.
+Needs dpkg-deb, but no root.
 """
 import argparse
 import gzip
@@ -56,10 +58,12 @@ def find_package(folder):
     if not list(folder.glob(f"{PACKAGE}_*.deb")):
         print(f"Downloading {PACKAGE}, 95 MB, with apt-get", file=sys.stderr)
         try:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, capture_output=True)
+            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True,
+                           capture_output=True)
         except (OSError, subprocess.CalledProcessError):
-            fail(f"cannot download {PACKAGE} with apt-get (offline, not Debian, or 'apt-get update' was never run?); "
-                 f"put the package into {folder} by hand")
+            fail(
+                f"cannot download {PACKAGE} with apt-get (offline, not Debian, or 'apt-get update' was never run?); "
+                f"put the package into {folder} by hand")
     return next(folder.glob(f"{PACKAGE}_*.deb"))
 
 
@@ -98,8 +102,10 @@ def load(name, folder=CACHE):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", nargs="*", metavar="NAME", help=f"default: all of {', '.join(CLIPS)}")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", nargs="*", metavar="NAME",
+                        help=f"default: all of {', '.join(CLIPS)}")
     args = parser.parse_args()
     for name in args.clips or CLIPS:
         if name not in CLIPS:

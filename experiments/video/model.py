@@ -1,12 +1,13 @@
 """A small diffusion transformer over video, in pixel space.
 
-A token is a patch of 8 x 8 pixels of one frame. The model is given the tokens of noise * level + clip * (1 - level) and
-says what the clip is; flow matching follows from that, as (noisy - clip) / level is the velocity. It works on principal
-components of patches. The best guess at one that looks at no other token is known (Wiener's filter): the transformer
-is given the guesses, and adds what it learns from the other tokens. Attention goes both ways over all T x H x W tokens.
-A token's place rotates its queries and keys: the first 16 channels of a head turn with the frame, the next 24 with the
-row, the last 24 with the column, channels 2i and 2i + 1 together. Row and column are added to the input too, as the
-camera stands still.
+A token is a patch of 8 x 8 pixels of one frame. The model is given the tokens of noise * level +
+clip * (1 - level) and says what the clip is; flow matching follows from that, as (noisy - clip) /
+level is the velocity. It works on principal components of patches. The best guess at one that looks
+at no other token is known (Wiener's filter): the transformer is given the guesses, and adds what it
+learns from the other tokens. Attention goes both ways over all T x H x W tokens. A token's place
+rotates its queries and keys: the first 16 channels of a head turn with the frame, the next 24 with
+the row, the last 24 with the column, channels 2i and 2i + 1 together. Row and column are added to
+the input too, as the camera stands still.
 """
 import math
 from dataclasses import dataclass
@@ -48,9 +49,11 @@ def to_video(tokens, grid):
 
 
 def guess(noisy, level, spread):
-    """The components as they are likeliest, given themselves, and the standard deviation of what is left to find.
+    """The components as they are likeliest, given themselves, and the standard deviation of what is
+    left to find.
 
-    noisy [B, N, 192], level [B], spread [192]: the standard deviation of each component of the clip.
+    noisy [B, N, 192], level [B], spread [192]: the standard deviation of each component of the
+    clip.
     """
     level = level[:, None, None]
     signal, total = (1 - level) * spread, ((1 - level) * spread).square() + level.square()
@@ -67,7 +70,8 @@ def turns(grid, origin, theta):
 
 def waves(count, width):
     """Sines and cosines of 0 to count - 1, from half a wave over all of them to one over four: [count, width]."""
-    angle = torch.arange(count)[:, None] * torch.linspace(0.5, count / 4, width // 2) * (2 * math.pi / count)
+    angle = torch.arange(count)[:, None] * torch.linspace(0.5, count / 4,
+                                                          width // 2) * (2 * math.pi / count)
     return torch.cat([angle.cos(), angle.sin()], dim=1) * 0.5
 
 
@@ -99,7 +103,8 @@ class Block(nn.Module):
     def forward(self, x, level, turn):
         shift, scale, gate, shift2, scale2, gate2 = (level + self.table).unsqueeze(2).unbind(1)
         x = x + (1 + gate) * self.attend(self.norm(x) * (1 + scale) + shift, turn)
-        return x + (1 + gate2) * self.down(F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2), approximate="tanh"))
+        return x + (1 + gate2) * self.down(
+            F.gelu(self.up(self.norm(x) * (1 + scale2) + shift2), approximate="tanh"))
 
 
 class VideoModel(nn.Module):
@@ -111,7 +116,8 @@ class VideoModel(nn.Module):
         self.register_buffer("basis", torch.eye(CHANNELS))
         self.register_buffer("spread", torch.ones(CHANNELS))
         features = config.level_features
-        self.level = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, 6 * config.width))
+        self.level = nn.Sequential(nn.Linear(features, features), nn.SiLU(),
+                                   nn.Linear(features, 6 * config.width))
         self.enter = nn.Linear(CHANNELS, config.width)
         self.row, self.column = (nn.Parameter(waves(n, config.width // 2)) for n in GRID[1:])
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -121,7 +127,8 @@ class VideoModel(nn.Module):
             nn.init.zeros_(parameter)
         for block in self.blocks:
             for layer in (block.out, block.down):
-                nn.init.normal_(layer.weight, std=1 / math.sqrt(2 * config.layers * layer.in_features))
+                nn.init.normal_(layer.weight,
+                                std=1 / math.sqrt(2 * config.layers * layer.in_features))
 
     def set_components(self, patches):
         """The principal components of patches [M, 192], and how far they spread."""
@@ -131,13 +138,16 @@ class VideoModel(nn.Module):
 
     def embed(self, level):
         """Six vectors [B, 6, width] for levels [B] between 0 and 1."""
-        angle = level[:, None] * torch.exp(torch.linspace(0, math.log(200), self.config.level_features // 2))
+        angle = level[:, None] * torch.exp(
+            torch.linspace(0, math.log(200), self.config.level_features // 2))
         return self.level(torch.cat([angle.cos(), angle.sin()], dim=1)).unflatten(1, (6, -1))
 
     def place(self, grid, origin):
         """Where in the frame each token is: [THW, width]."""
         (t, h, w), (_, y, x) = grid, origin
-        rows, columns = self.row[y:y + h, None].expand(-1, w, -1), self.column[None, x:x + w].expand(h, -1, -1)
+        rows, columns = self.row[y:y + h, None].expand(-1, w,
+                                                       -1), self.column[None,
+                                                                        x:x + w].expand(h, -1, -1)
         return torch.cat([rows, columns], dim=2).flatten(0, 1).repeat(t, 1)
 
     def forward(self, tokens, timestep, grid, origin=(0, 0, 0)):

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Train the model of model.py on the first four fifths of vtest; the last fifth is held out.
 
-A step is one crop of the clip at one level of noise. The state is kept in build/video/train.pt every three minutes, and
-the same command goes on with it. In the end: weights.safetensors (float16, the running mean of the weights),
-weights.json, which says what they are, and loss.csv. OMP_WAIT_POLICY=passive saves much time where cores are not idle.
+A step is one crop of the clip at one level of noise. The state is kept in build/video/train.pt
+every three minutes, and the same command goes on with it. In the end: weights.safetensors (float16,
+the running mean of the weights), weights.json, which says what they are, and loss.csv.
+OMP_WAIT_POLICY=passive saves much time where cores are not idle.
 """
 import argparse
 import hashlib
@@ -27,13 +28,14 @@ from model import GRID, PATCH, Config, VideoModel, guess, to_tokens  # noqa: E40
 
 STATE = clips.CACHE / "train.pt"
 CLIP = "vtest"
-# Frames, rows and columns of the crops, and until which share of the steps they are used: small ones first, as many
-# steps of these take little time. Each axis is seen at its full length.
-CROPS = [
-    (0.6, [(13, 4, 8), (7, 8, 8), (13, 6, 5), (4, 10, 10), (2, 15, 15), (2, 5, 45), (1, 20, 20), (1, 30, 14)]),
-    (0.9, [(13, 8, 8), (6, 12, 12), (13, 4, 16), (4, 15, 15), (2, 20, 22), (2, 10, 45), (1, 30, 30), (2, 30, 15)]),
-    (1.0, [(13, 12, 12), (13, 6, 24), (13, 18, 8), (8, 15, 15), (5, 16, 23), (4, 30, 15), (3, 13, 45), (2, 30, 30)]),
-]
+# Frames, rows and columns of the crops, and until which share of the steps they are used: small
+# ones first, as many steps of these take little time. Each axis is seen at its full length.
+CROPS = [(0.6, [(13, 4, 8), (7, 8, 8), (13, 6, 5), (4, 10, 10), (2, 15, 15), (2, 5, 45),
+                (1, 20, 20), (1, 30, 14)]),
+         (0.9, [(13, 8, 8), (6, 12, 12), (13, 4, 16), (4, 15, 15), (2, 20, 22), (2, 10, 45),
+                (1, 30, 30), (2, 30, 15)]),
+         (1.0, [(13, 12, 12), (13, 6, 24), (13, 18, 8), (8, 15, 15), (5, 16, 23), (4, 30, 15),
+                (3, 13, 45), (2, 30, 30)]), ]
 LEVELS = [0.1, 0.3, 0.5, 0.7, 0.9]  # of the held-out loss
 
 
@@ -49,7 +51,8 @@ def normal(pixels, mean, std):
 def cut(frames, grid, origin, start, mean, std):
     """Tokens [1, THW, 192] of a crop."""
     (t, h, w), (_, y, x) = grid, (o * PATCH for o in origin)
-    return to_tokens(normal(frames[start:start + t, y:y + h * PATCH, x:x + w * PATCH], mean, std)[None])
+    return to_tokens(
+        normal(frames[start:start + t, y:y + h * PATCH, x:x + w * PATCH], mean, std)[None])
 
 
 def crop(frames, grid, random, mean, std):
@@ -73,7 +76,8 @@ def mix(tokens, level, generator):
 
 @torch.no_grad()
 def held_out(model, frames, mean, std, count=4):
-    """Mean squared error of the clip that the model sees, at each of LEVELS, over the same crops every time.
+    """Mean squared error of the clip that the model sees, at each of LEVELS, over the same crops
+    every time.
 
     The clip has variance 1. A model that is not trained is Wiener's filter of each patch.
     """
@@ -94,8 +98,11 @@ def trivial(train, frames, mean, std, count=4):
     errors = np.zeros(2)
     for n in range(count):
         tokens, grid, origin = crop(frames, CROPS[-1][1][2 * n], random, mean, std)
-        errors += [x / count for x in (tokens.square().mean().item(),
-                                       (cut(background, grid, origin, 0, mean, std) - tokens).square().mean().item())]
+        errors += [
+            x / count
+            for x in (tokens.square().mean().item(),
+                      (cut(background, grid, origin, 0, mean, std) - tokens).square().mean().item())
+        ]
     return errors
 
 
@@ -108,8 +115,10 @@ class Training:
         self.model.set_components(patches)
         self.mean.load_state_dict(self.model.state_dict())
         self.rate, self.step, self.seconds, self.rows = rate, 0, 0.0, []
-        groups = [{"params": [p for p in self.model.parameters() if (p.dim() > 1) == decays], "weight_decay": decay}
-                  for decays, decay in ((True, 0.01), (False, 0.0))]
+        groups = [{
+            "params": [p for p in self.model.parameters()
+                       if (p.dim() > 1) == decays], "weight_decay": decay
+        } for decays, decay in ((True, 0.01), (False, 0.0))]
         self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
 
     def parts(self):
@@ -130,7 +139,8 @@ class Training:
         """One step on one crop; its loss: the error, where that of Wiener's filter is about 1."""
         done = self.step / steps
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * min(1, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = self.rate * min(
+                1, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * done))
         level = level_of(self.step)
         noisy = mix(tokens, level, torch.Generator().manual_seed(1000 + self.step))
         error = (self.model(noisy, level, grid, origin) - tokens).square().mean()
@@ -150,9 +160,10 @@ class Training:
 def log(training, test, mean, std, losses):
     """A row of loss.csv."""
     errors = held_out(training.mean, test, mean, std)
-    training.rows.append({"step": training.step, "seconds": round(training.seconds),
-                          "loss": round(float(np.mean(losses)), 4) if losses else None} |
-                         {f"held_out_{level}": round(float(e), 5) for level, e in zip(LEVELS, errors)})
+    training.rows.append({
+        "step": training.step, "seconds": round(training.seconds), "loss":
+        round(float(np.mean(losses)), 4) if losses else None
+    } | {f"held_out_{level}": round(float(e), 5) for level, e in zip(LEVELS, errors)})
     print(training.rows[-1], flush=True)
 
 
@@ -181,32 +192,36 @@ def write(training, train, test, mean, std, out):
     write_csv(out / "loss.csv", training.rows)
     one_colour, mean_frame = trivial(train, test, mean, std)
     about = {
-        "name": "tiny video diffusion transformer, trained on vtest",
-        "sha256": hashlib.sha256((out / "weights.safetensors").read_bytes()).hexdigest(),
-        "config": asdict(training.model.config),
-        "weights": sum(x.numel() for x in training.model.parameters()),
-        "clip": CLIP, "clip_sha256": clips.CLIPS[CLIP].sha256,
-        "package": f"{clips.PACKAGE} {clips.VERSION}", "licence": clips.LICENCE,
-        "frames": len(train), "mean": mean, "std": std,
-        "steps": training.step, "seconds": round(training.seconds),
-        "held_out": {str(level): training.rows[-1][f"held_out_{level}"] for level in LEVELS},
-        "held_out_one_colour": round(float(one_colour), 5), "held_out_mean_frame": round(float(mean_frame), 5),
+        "name": "tiny video diffusion transformer, trained on vtest", "sha256": hashlib.sha256(
+            (out / "weights.safetensors").read_bytes()).hexdigest(), "config":
+        asdict(training.model.config), "weights": sum(x.numel()
+                                                      for x in training.model.parameters()), "clip":
+        CLIP, "clip_sha256": clips.CLIPS[CLIP].sha256, "package":
+        f"{clips.PACKAGE} {clips.VERSION}", "licence": clips.LICENCE, "frames": len(train), "mean":
+        mean, "std": std, "steps": training.step, "seconds": round(training.seconds), "held_out":
+        {str(level): training.rows[-1][f"held_out_{level}"] for level in LEVELS
+         }, "held_out_one_colour": round(float(one_colour),
+                                         5), "held_out_mean_frame": round(float(mean_frame), 5),
     }
     write_json(out / "weights.json", about, indent=2)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--rate", type=float, default=3e-3, help="of learning, at its highest (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3e-3,
+                        help="of learning, at its highest (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the three files (default: this one)")
+    parser.add_argument("--out", type=Path, default=HERE,
+                        help="folder of the three files (default: this one)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train, test = split(clips.load(CLIP))
     some = train[::20]
     mean, std = float(some.mean()), float(some.std())
-    training = Training(Config(), args.rate, cut(some, (len(some), *GRID[1:]), (0, 0, 0), 0, mean, std)[0])
+    training = Training(Config(), args.rate,
+                        cut(some, (len(some), *GRID[1:]), (0, 0, 0), 0, mean, std)[0])
     if STATE.exists():
         training.load()
     else:

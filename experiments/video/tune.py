@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Thresholds for every head of the video model, from sample 0 of its captures, in Hilbert's order, at the paper's
-(0.05, 0.06) for video: params.json. An interrupted run goes on.
+"""Thresholds for every head of the video model, from sample 0 of its captures, in Hilbert's order,
+at the paper's (0.05, 0.06) for video: params.json. An interrupted run goes on.
 """
 import argparse
 import sys
@@ -18,8 +18,10 @@ WORK = ROOT / "build/video/hilbert"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"), help="the program")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
+                        help="the program")
     sparge, folders = partial(run_json, parser.parse_args().sparge), []
     for entry in entries(CAPTURES):  # a manifest is of one file here
         folders.append(WORK / entry.path.stem)

@@ -10,12 +10,13 @@
 extern "C" {
 #endif
 
-/* Read at every call and launch; a test writes what it wants. CUDA_MODEL_LATE and CUDA_MODEL_SEED in the
- * environment give the first two their values at the start of the program and at every reset. */
+/* Read at every call and launch; a test writes what it wants. CUDA_MODEL_LATE and CUDA_MODEL_SEED
+ * in the environment give the first two their values at the start of the program and at every
+ * reset. */
 extern struct cuda_model_settings {
-    int late;                 /* 0: copies and products happen at once; 1, 2: as late as the program allows;
-                                 products read shared memory when they are waited for (1) or issued (2) */
-    uint64_t seed;            /* 0: threads take turns in ascending order; else a random order, this one */
+    int late;      /* 0: copies and products happen at once; 1, 2: as late as the program allows;
+                      products read shared memory when they are waited for (1) or issued (2) */
+    uint64_t seed; /* 0: threads take turns in ascending order; else a random order, this one */
     unsigned resident_blocks; /* how many blocks run side by side: 2 */
     int devices;              /* 1; 0 makes every call fail with cudaErrorNoDevice */
     int major, minor;         /* compute capability: 9.0 */
@@ -25,12 +26,13 @@ extern struct cuda_model_settings {
     bool quiet;               /* what goes wrong inside a kernel is not printed to stderr */
 } cuda_model_settings;
 
-/* As a new process: the settings above, no sticky error, nothing planned to fail, counts at 0. All memory
- * of the device is freed, and streams, events and graphs are gone. */
+/* As a new process: the settings above, no sticky error, nothing planned to fail, counts at 0. All
+ * memory of the device is freed, and streams, events and graphs are gone. */
 void cuda_model_reset(void);
 
-/* The nth call of the API, or the nth launch, from here on (1 is the next) fails with this cudaError_t and,
- * unless it is one that releases something, does nothing. It does not stick. n = 0 takes it back. */
+/* The nth call of the API, or the nth launch, from here on (1 is the next) fails with this
+ * cudaError_t and, unless it is one that releases something, does nothing. It does not stick. n = 0
+ * takes it back. */
 void cuda_model_fail_call(uint64_t n, int error);
 void cuda_model_fail_launch(uint64_t n, int error);
 
@@ -47,7 +49,8 @@ struct cuda_model_counts cuda_model_count(void);
 /* What went wrong inside a kernel: the text of the sticky error; "" if nothing did. */
 const char *cuda_model_report(void);
 
-/* Who waits for what in the blocks that are resident; for a debugger: `call cuda_model_threads()`. */
+/* Who waits for what in the blocks that are resident; for a debugger: `call cuda_model_threads()`.
+ */
 void cuda_model_threads(void);
 
 #ifdef __cplusplus

@@ -7,7 +7,8 @@
 namespace cuda_model {
 enum class Element { s8, e4m3, f16 };
 /* d[64][n] from a in registers, or from its descriptor where `registers` is null. */
-void wgmma(Element element, int n, void *d, const uint32_t *registers, uint64_t a, uint64_t b, bool add);
+void wgmma(Element element, int n, void *d, const uint32_t *registers, uint64_t a, uint64_t b,
+           bool add);
 void wait_for_products(size_t groups_left);
 } // namespace cuda_model
 
@@ -26,12 +27,14 @@ SPARGE_DEVICE void wgmma_s8(int (&d)[64], uint64_t a, uint64_t b, bool add)
 {
     cuda_model::wgmma(cuda_model::Element::s8, 128, d, nullptr, a, b, add);
 }
-template <int N> SPARGE_DEVICE void wgmma_e4m3(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool add)
+template <int N>
+SPARGE_DEVICE void wgmma_e4m3(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool add)
 {
     static_assert(N == 32 || N == 48 || N == 64, "the shapes of gpu/hopper.h");
     cuda_model::wgmma(cuda_model::Element::e4m3, 2 * N, d, a, 0, b, add);
 }
-template <int N> SPARGE_DEVICE void wgmma_f16(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool add)
+template <int N>
+SPARGE_DEVICE void wgmma_f16(float (&d)[N], const uint32_t (&a)[4], uint64_t b, bool add)
 {
     static_assert(N == 32 || N == 48 || N == 64, "the shapes of gpu/hopper.h");
     cuda_model::wgmma(cuda_model::Element::f16, 2 * N, d, a, 0, b, add);

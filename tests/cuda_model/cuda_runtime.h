@@ -1,6 +1,7 @@
-/* cuda_runtime.h: stands in for NVIDIA's header where a .cu file is compiled for the host model. The first
- * half is CUDA C++ inside a kernel, the second the part of the runtime API that the project uses, with
- * NVIDIA's names, values and signatures (CUDA 13). No __shared__: kernels use shared_memory() alone. */
+/* cuda_runtime.h: stands in for NVIDIA's header where a .cu file is compiled for the host model.
+ * The first half is CUDA C++ inside a kernel, the second the part of the runtime API that the
+ * project uses, with NVIDIA's names, values and signatures (CUDA 13). No __shared__: kernels use
+ * shared_memory() alone. */
 #ifndef CUDA_MODEL_CUDA_RUNTIME_H
 #define CUDA_MODEL_CUDA_RUNTIME_H
 
@@ -22,20 +23,34 @@
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
-struct uint2 { unsigned x, y; } __align__(8);
-struct uint3 { unsigned x, y, z; };
-struct uint4 { unsigned x, y, z, w; } __align__(16);
-struct int2 { int x, y; } __align__(8);
-struct int4 { int x, y, z, w; } __align__(16);
-struct float2 { float x, y; } __align__(8);
-struct float4 { float x, y, z, w; } __align__(16);
-inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
-inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return { x, y, z }; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
-inline int2 make_int2(int x, int y) { return { x, y }; }
-inline int4 make_int4(int x, int y, int z, int w) { return { x, y, z, w }; }
-inline float2 make_float2(float x, float y) { return { x, y }; }
-inline float4 make_float4(float x, float y, float z, float w) { return { x, y, z, w }; }
+struct uint2 {
+    unsigned x, y;
+} __align__(8);
+struct uint3 {
+    unsigned x, y, z;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+} __align__(16);
+struct int2 {
+    int x, y;
+} __align__(8);
+struct int4 {
+    int x, y, z, w;
+} __align__(16);
+struct float2 {
+    float x, y;
+} __align__(8);
+struct float4 {
+    float x, y, z, w;
+} __align__(16);
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct dim3 {
     unsigned x, y, z;
@@ -50,15 +65,16 @@ extern dim3 blockDim, gridDim;
 
 namespace cuda_model {
 
-/* Every lane of the warp brings 4 bytes and sees those of all: shuffles, votes and reductions are what a
- * lane then makes of them. The call ends the launch with an error if the mask is not full, lanes of this
- * warp have returned, or others of them wait in a different call. */
+/* Every lane of the warp brings 4 bytes and sees those of all: shuffles, votes and reductions are
+ * what a lane then makes of them. The call ends the launch with an error if the mask is not full,
+ * lanes of this warp have returned, or others of them wait in a different call. */
 struct Values {
     uint32_t of[32];
 };
 Values exchange(const char *name, unsigned mask, uint32_t mine);
 int lane();
-/* The number of threads that said yes, when all threads of the block that have not returned are there. */
+/* The number of threads that said yes, when all threads of the block that have not returned are
+ * there. */
 int meet_block(const char *name, bool yes);
 void give_way();
 
@@ -83,8 +99,8 @@ template <class T> T shuffle(const char *name, unsigned mask, T mine, int from)
 
 } // namespace cuda_model
 
-/* Lanes fall into segments of `width`; what would come from outside the segment is the lane's own value,
- * but for an xor into an earlier segment. */
+/* Lanes fall into segments of `width`; what would come from outside the segment is the lane's own
+ * value, but for an xor into an earlier segment. */
 template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32)
 {
     const int from = (cuda_model::lane() & -width) | (source & (width - 1));
@@ -98,12 +114,14 @@ template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int 
 template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32)
 {
     const int lane = cuda_model::lane(), from = lane + (int)delta;
-    return cuda_model::shuffle("__shfl_down_sync", mask, value, from > (lane | (width - 1)) ? lane : from);
+    return cuda_model::shuffle("__shfl_down_sync", mask, value,
+                               from > (lane | (width - 1)) ? lane : from);
 }
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32)
 {
     const int lane = cuda_model::lane(), from = lane ^ bits;
-    return cuda_model::shuffle("__shfl_xor_sync", mask, value, from > (lane | (width - 1)) ? lane : from);
+    return cuda_model::shuffle("__shfl_xor_sync", mask, value,
+                               from > (lane | (width - 1)) ? lane : from);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate)
@@ -115,7 +133,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate)
     return ballot;
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == ~0u; }
+inline int __all_sync(unsigned mask, int predicate)
+{
+    return __ballot_sync(mask, predicate) == ~0u;
+}
 inline void __syncwarp(unsigned mask = ~0u) { cuda_model::exchange("__syncwarp", mask, 0); }
 
 template <class T> T __reduce_add_sync(unsigned mask, T value)
@@ -142,20 +163,38 @@ template <class T> T __reduce_min_sync(unsigned mask, T value)
 }
 
 inline void __syncthreads() { cuda_model::meet_block("__syncthreads", false); }
-inline int __syncthreads_count(int yes) { return cuda_model::meet_block("__syncthreads_count", yes); }
-inline int __syncthreads_or(int yes) { return cuda_model::meet_block("__syncthreads_or", yes) != 0; }
-inline int __syncthreads_and(int yes) { return cuda_model::meet_block("__syncthreads_and", !yes) == 0; }
+inline int __syncthreads_count(int yes)
+{
+    return cuda_model::meet_block("__syncthreads_count", yes);
+}
+inline int __syncthreads_or(int yes)
+{
+    return cuda_model::meet_block("__syncthreads_or", yes) != 0;
+}
+inline int __syncthreads_and(int yes)
+{
+    return cuda_model::meet_block("__syncthreads_and", !yes) == 0;
+}
 
-/* Threads give way in calls alone, so that what stands between two of them is atomic and in order. A loop
- * that waits for another thread to write must call __nanosleep. */
+/* Threads give way in calls alone, so that what stands between two of them is atomic and in order.
+ * A loop that waits for another thread to write must call __nanosleep. */
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { cuda_model::give_way(); }
 
-template <class T> T atomicAdd(T *p, std::common_type_t<T> value) { return std::exchange(*p, *p + value); }
-template <class T> T atomicOr(T *p, std::common_type_t<T> value) { return std::exchange(*p, *p | value); }
-template <class T> T atomicAnd(T *p, std::common_type_t<T> value) { return std::exchange(*p, *p & value); }
+template <class T> T atomicAdd(T *p, std::common_type_t<T> value)
+{
+    return std::exchange(*p, *p + value);
+}
+template <class T> T atomicOr(T *p, std::common_type_t<T> value)
+{
+    return std::exchange(*p, *p | value);
+}
+template <class T> T atomicAnd(T *p, std::common_type_t<T> value)
+{
+    return std::exchange(*p, *p & value);
+}
 template <class T> T atomicMax(T *p, std::common_type_t<T> value)
 {
     return std::exchange(*p, *p < value ? value : *p);
@@ -308,7 +347,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status);
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags = 0);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                 unsigned long long flags = 0);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
@@ -333,16 +373,19 @@ template <class T> cudaError_t cudaMallocAsync(T **p, size_t bytes, cudaStream_t
 {
     return cudaMallocAsync((void **)(void *)p, bytes, stream);
 }
-template <class T> cudaError_t cudaFuncSetAttribute(T *kernel, cudaFuncAttribute attribute, int value)
+template <class T>
+cudaError_t cudaFuncSetAttribute(T *kernel, cudaFuncAttribute attribute, int value)
 {
     return cudaFuncSetAttribute((const void *)kernel, attribute, value);
 }
 
 namespace cuda_model {
-cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::function<void()> thread);
+cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel,
+                   std::function<void()> thread);
 }
 
-/* As NVIDIA's: the arguments become the parameters' types here, and the launch keeps these copies. */
+/* As NVIDIA's: the arguments become the parameters' types here, and the launch keeps these copies.
+ */
 template <class... ExpTypes, class... ActTypes>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(ExpTypes...),
                                ActTypes &&...args)

@@ -1,5 +1,5 @@
-/* instructions.cc: what gpu/ptx.h and gpu/hopper.h declare, as the PTX ISA 9.0 describes it. A fragment is
- * spread over lanes: lane = 4 g + q. */
+/* instructions.cc: what gpu/ptx.h and gpu/hopper.h declare, as the PTX ISA 9.0 describes it. A
+ * fragment is spread over lanes: lane = 4 g + q. */
 #include "common/half.h"
 #include "tests/cuda_model/cuda_model.h"
 #include "tests/cuda_model/threads.h"
@@ -7,14 +7,15 @@
 #include <algorithm>
 #include <math.h>
 
-/* Loops that the address sanitizer would make ten times as slow; what they read has been checked. */
+/* Loops that the address sanitizer would make ten times as slow; what they read has been checked.
+ */
 #define UNCHECKED __attribute__((no_sanitize("address", "undefined")))
 
 namespace cuda_model {
 namespace {
 
-/* What asynchronous work has not written yet: NaN as a float, and the largest int. In shared memory 0x7f, a
- * NaN as e4m3 or binary16. */
+/* What asynchronous work has not written yet: NaN as a float, and the largest int. In shared memory
+ * 0x7f, a NaN as e4m3 or binary16. */
 const uint32_t register_poison = 0x7fffffff;
 const int memory_poison = 0x7f;
 
@@ -22,11 +23,13 @@ bool late() { return cuda_model_settings.late != 0; }
 
 /* ---- Numbers ------------------------------------------------------------------------------ */
 
-/* e4m3: a sign, 4 bits of exponent of bias 7, 3 of mantissa; no infinity, and NaN is 0x7f or 0xff. */
+/* e4m3: a sign, 4 bits of exponent of bias 7, 3 of mantissa; no infinity, and NaN is 0x7f or 0xff.
+ */
 float from_e4m3(uint32_t code)
 {
     const uint32_t rest = code & 0x7f;
-    float size = rest < 8 ? (float)rest * 0x1p-9f : ldexpf((float)(8 + rest % 8), (int)rest / 8 - 10);
+    float size =
+        rest < 8 ? (float)rest * 0x1p-9f : ldexpf((float)(8 + rest % 8), (int)rest / 8 - 10);
     if (rest == 0x7f)
         size = NAN;
     return code & 0x80 ? -size : size;
@@ -63,8 +66,8 @@ UNCHECKED float value(Element element, uint32_t bits)
 
 /* ---- Products ----------------------------------------------------------------------------- */
 
-/* d[rows][columns] += a[rows][k] b[k][columns], in ascending k. T is float or int, whose 4 bytes d holds. A
- * product of two bytes is exact as a float. */
+/* d[rows][columns] += a[rows][k] b[k][columns], in ascending k. T is float or int, whose 4 bytes d
+ * holds. A product of two bytes is exact as a float. */
 template <class T, int columns>
 UNCHECKED void multiply(uint32_t *d, const float *a, const float *b, int rows, int k)
 {
@@ -78,7 +81,8 @@ UNCHECKED void multiply(uint32_t *d, const float *a, const float *b, int rows, i
     }
 }
 
-template <int columns> void multiply(Element element, uint32_t *d, const float *a, const float *b, int rows)
+template <int columns>
+void multiply(Element element, uint32_t *d, const float *a, const float *b, int rows)
 {
     if (element == Element::s8)
         multiply<int, columns>(d, a, b, rows, 32);
@@ -86,8 +90,9 @@ template <int columns> void multiply(Element element, uint32_t *d, const float *
         multiply<float, columns>(d, a, b, rows, 32 / bytes_of(element));
 }
 
-/* Where register n of a lane stands, in tiles of 16 rows. PTX ISA, matrix fragments of mma.m16n8k32,
- * m16n8k16 and wgmma.m64: d, then element e of a or b (whose n counts the halves of k alone). */
+/* Where register n of a lane stands, in tiles of 16 rows. PTX ISA, matrix fragments of
+ * mma.m16n8k32, m16n8k16 and wgmma.m64: d, then element e of a or b (whose n counts the halves of k
+ * alone). */
 UNCHECKED int d_row(int lane, int n) { return lane / 4 + 8 * (n / 2 % 2); }
 UNCHECKED int d_column(int lane, int n) { return 8 * (n / 4) + 2 * (lane % 4) + n % 2; }
 UNCHECKED int a_row(int lane, int n) { return lane / 4 + 8 * (n % 2); }
@@ -129,7 +134,8 @@ template <Element element> UNCHECKED void mma(void *const *tiles)
     multiply<8>(element, d, a, b, 16);
     for (int lane = 0; lane < 32; lane++)
         for (int n = 0; n < 4; n++)
-            memcpy((char *)((Tile *)tiles[lane])->d + 4 * n, &d[d_row(lane, n) * 8 + d_column(lane, n)], 4);
+            memcpy((char *)((Tile *)tiles[lane])->d + 4 * n,
+                   &d[d_row(lane, n) * 8 + d_column(lane, n)], 4);
 }
 
 /* ---- wgmma -------------------------------------------------------------------------------- */
@@ -138,8 +144,9 @@ template <Element element> UNCHECKED void mma(void *const *tiles)
 int offset(uint64_t descriptor, int bit) { return (int)(descriptor >> bit & 0x3fff) << 4; }
 int pitch(uint64_t descriptor) { return 256 >> (descriptor >> 62); }
 
-/* The 16 bytes of an operand that are `at` bytes behind its first by the descriptor's strides; the swizzle
- * depends on the address alone. PTX ISA, asynchronous warpgroup level matrix shared memory layout. */
+/* The 16 bytes of an operand that are `at` bytes behind its first by the descriptor's strides; the
+ * swizzle depends on the address alone. PTX ISA, asynchronous warpgroup level matrix shared memory
+ * layout. */
 const uint8_t *piece(uint64_t descriptor, int at)
 {
     const Block &block = *self().block;
@@ -150,8 +157,8 @@ const uint8_t *piece(uint64_t descriptor, int at)
     return block.shared + at;
 }
 
-/* 8-bit operands are k-major: 32 values of k side by side, the rows (along M or N) `pitch` bytes apart,
- * groups of 8 rows a stride. The value (row, k) goes to values[row * by_row + k * by_k]. */
+/* 8-bit operands are k-major: 32 values of k side by side, the rows (along M or N) `pitch` bytes
+ * apart, groups of 8 rows a stride. The value (row, k) goes to values[row * by_row + k * by_k]. */
 UNCHECKED void read_k_major(Element element, uint64_t descriptor, int rows, int by_row, int by_k,
                             float *values)
 {
@@ -164,14 +171,15 @@ UNCHECKED void read_k_major(Element element, uint64_t descriptor, int rows, int 
         }
 }
 
-/* Binary16 is n-major: 64 columns side by side, 8 rows of k 128 bytes apart, groups of those a stride, the
- * next 64 columns a leading offset. */
+/* Binary16 is n-major: 64 columns side by side, 8 rows of k 128 bytes apart, groups of those a
+ * stride, the next 64 columns a leading offset. */
 UNCHECKED void read_n_major(uint64_t descriptor, int columns, float *values)
 {
     for (int k = 0; k < 16; k++)
         for (int c = 0; c < columns; c += 8) {
             uint16_t halves[8];
-            const int row = c / 64 * offset(descriptor, 16) + k / 8 * offset(descriptor, 32) + k % 8 * 128;
+            const int row =
+                c / 64 * offset(descriptor, 16) + k / 8 * offset(descriptor, 32) + k % 8 * 128;
             memcpy(halves, piece(descriptor, row + c % 64 * 2), sizeof halves);
             for (int n = 0; n < 8; n++)
                 values[k * columns + c + n] = value(Element::f16, halves[n]);
@@ -207,13 +215,16 @@ void complete(Product &p, Products &all)
         read_operands(p);
     if (!p.add)
         std::fill(d.values.begin(), d.values.end(), 0u);
-    const auto product = d.columns == 64 ? multiply<64> : d.columns == 96 ? multiply<96> : multiply<128>;
+    const auto product = d.columns == 64   ? multiply<64>
+                         : d.columns == 96 ? multiply<96>
+                                           : multiply<128>;
     product(p.element, d.values.data(), p.a.data(), p.b.data(), 64);
     if (--d.products)
         return;
     for_registers(d, [](char *r, const uint32_t *v) {
         if (late() && memcmp(r, &register_poison, 4))
-            misuse("wgmma: accumulators were written before wgmma_wait for the product that writes them");
+            misuse("wgmma: accumulators were written before wgmma_wait for the product that writes "
+                   "them");
         memcpy(r, v, 4);
     });
     all.busy.erase(std::find(all.busy.begin(), all.busy.end(), p.d));
@@ -236,11 +247,12 @@ void issue(void *const *issues)
     Products &all = products();
     for (int t = 1; t < 128; t++) {
         const Issue &other = *(const Issue *)issues[t];
-        if (other.element != first.element || other.columns != first.columns || other.a != first.a ||
-            other.b != first.b || other.add != first.add)
-            misuse("wgmma: descriptors or `add` differ between threads 0 and %d of the warpgroup", t);
+        if (other.element != first.element || other.columns != first.columns ||
+            other.a != first.a || other.b != first.b || other.add != first.add)
+            misuse("wgmma: descriptors or `add` differ between threads 0 and %d of the warpgroup",
+                   t);
     }
-    for (uint64_t descriptor : { first.registers ? first.b : first.a, first.b })
+    for (uint64_t descriptor : {first.registers ? first.b : first.a, first.b})
         if (descriptor >> 62 == 0 || descriptor >> 62 == 3 ||
             (first.element == Element::f16 && descriptor >> 62 != 1))
             misuse("wgmma: a swizzle that is not of 128 bytes, or of 64 for 8-bit operands");
@@ -254,14 +266,16 @@ void issue(void *const *issues)
     const int k = 32 / bytes_of(first.element);
     p.a.resize((size_t)(64 * k));
     for (int t = 0; t < 128 && p.a_in_registers; t++)
-        decode_a(p.element, t % 32, ((const Issue *)issues[t])->registers, &p.a[(size_t)(t / 32 * 16 * k)]);
+        decode_a(p.element, t % 32, ((const Issue *)issues[t])->registers,
+                 &p.a[(size_t)(t / 32 * 16 * k)]);
 
     const auto busy = std::find_if(all.busy.begin(), all.busy.end(),
                                    [&](const auto &d) { return d->registers[0] == first.d; });
     if (busy != all.busy.end()) {
         p.d = *busy;
         if (p.d->columns != first.columns)
-            misuse("wgmma: %d columns into accumulators in flight of %d", first.columns, p.d->columns);
+            misuse("wgmma: %d columns into accumulators in flight of %d", first.columns,
+                   p.d->columns);
     } else {
         p.d = std::make_shared<Accumulators>();
         p.d->columns = first.columns;
@@ -287,8 +301,8 @@ void issue(void *const *issues)
 
 /* ---- mbarrier ----------------------------------------------------------------------------- */
 
-/* PTX ISA, mbarrier: the ranges are the hardware's. `bytes` are those announced and not yet landed, below 0
- * when they landed first. */
+/* PTX ISA, mbarrier: the ranges are the hardware's. `bytes` are those announced and not yet landed,
+ * below 0 when they landed first. */
 struct Mbarrier {
     uint64_t phase : 1, expected : 20, pending : 20, bytes_plus_2_20 : 21;
     uint64_t valid : 2; /* 1: memory full of 0xFF is not a barrier */
@@ -310,10 +324,12 @@ void count(const char *call, uint64_t *b, int64_t bytes, unsigned arrivals)
 {
     Mbarrier m = load_barrier(call, b);
     if (arrivals > m.pending)
-        misuse("%s: more arrivals than the barrier at shared memory + %u expects", call, shared_address(b));
+        misuse("%s: more arrivals than the barrier at shared memory + %u expects", call,
+               shared_address(b));
     const int64_t sum = m.bytes() + bytes;
     if (sum >= 1 << 20 || sum <= -(1 << 20))
-        misuse("%s: %lld bytes are outstanding, the barrier counts up to 2^20 - 1", call, (long long)sum);
+        misuse("%s: %lld bytes are outstanding, the barrier counts up to 2^20 - 1", call,
+               (long long)sum);
     m.bytes_plus_2_20 = (uint64_t)(sum + (1 << 20)) & 0x1fffff;
     m.pending = (m.pending - arrivals) & 0xfffff;
     const bool over = m.pending == 0 && sum == 0;
@@ -360,15 +376,15 @@ std::string describe_barrier(const void *mbarrier)
     Mbarrier m;
     memcpy(&m, mbarrier, sizeof m);
     char line[100];
-    snprintf(line, sizeof line, "phase %d lacks %d arrivals and %d bytes", (int)m.phase, (int)m.pending,
-             m.bytes());
+    snprintf(line, sizeof line, "phase %d lacks %d arrivals and %d bytes", (int)m.phase,
+             (int)m.pending, m.bytes());
     return line;
 }
 
 void wgmma(Element element, int columns, void *d, const uint32_t *registers, uint64_t a, uint64_t b,
            bool add)
 {
-    Issue mine = { element, columns, d, registers, a, b, add };
+    Issue mine = {element, columns, d, registers, a, b, add};
     together(self().block->warpgroups, "wgmma", &mine, issue);
 }
 
@@ -410,18 +426,19 @@ struct Row {
 
 void ldmatrix(uint32_t (&r)[4], const void *row)
 {
-    Row mine = { r, (const uint8_t *)row };
+    Row mine = {r, (const uint8_t *)row};
     shared_range("ldmatrix", row, 16, 16);
     together(self().block->warps, "ldmatrix", &mine, [](void *const *rows) {
         for (int lane = 0; lane < 32; lane++)
             for (int n = 0; n < 4; n++)
-                memcpy(((Row *)rows[lane])->r + n, ((Row *)rows[8 * n + lane / 4])->row + lane % 4 * 4, 4);
+                memcpy(((Row *)rows[lane])->r + n,
+                       ((Row *)rows[8 * n + lane / 4])->row + lane % 4 * 4, 4);
     });
 }
 
 void ldmatrix_transposed(uint32_t (&r)[4], const void *row)
 {
-    Row mine = { r, (const uint8_t *)row };
+    Row mine = {r, (const uint8_t *)row};
     shared_range("ldmatrix_transposed", row, 16, 16);
     together(self().block->warps, "ldmatrix_transposed", &mine, [](void *const *rows) {
         for (int lane = 0; lane < 32; lane++)
@@ -434,20 +451,20 @@ void ldmatrix_transposed(uint32_t (&r)[4], const void *row)
 
 void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
-    Tile mine = { d, a, { b0, b1 } };
+    Tile mine = {d, a, {b0, b1}};
     together(self().block->warps, "mma_s8", &mine, mma<Element::s8>);
 }
 
 void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
-    Tile mine = { d, a, { b0, b1 } };
+    Tile mine = {d, a, {b0, b1}};
     together(self().block->warps, "mma_f16", &mine, mma<Element::f16>);
 }
 
 void copy_async(void *shared, const void *global)
 {
     check_copy("copy_async", shared, global, 16);
-    const Copy c = { shared, global, 16, nullptr };
+    const Copy c = {shared, global, 16, nullptr};
     if (!late())
         return land(c);
     memset(shared, memory_poison, 16);
@@ -461,7 +478,10 @@ void copy_async_commit()
 }
 
 float exp2_fast(float x) { return x > 0 ? exp2f(x) : sparge_exp2(x); }
-uint32_t pack_f16(float a, float b) { return sparge_f32_to_f16(a) | (uint32_t)sparge_f32_to_f16(b) << 16; }
+uint32_t pack_f16(float a, float b)
+{
+    return sparge_f32_to_f16(a) | (uint32_t)sparge_f32_to_f16(b) << 16;
+}
 
 /* ---- gpu/hopper.h ------------------------------------------------------------------------- */
 
@@ -487,7 +507,10 @@ void barrier_init(uint64_t *b, int arrivals)
 }
 
 void barrier_arrive(uint64_t *b) { count("barrier_arrive", b, 0, 1); }
-void barrier_arrive_expect(uint64_t *b, uint32_t bytes) { count("barrier_arrive_expect", b, bytes, 1); }
+void barrier_arrive_expect(uint64_t *b, uint32_t bytes)
+{
+    count("barrier_arrive_expect", b, bytes, 1);
+}
 
 void barrier_wait(uint64_t *b, uint32_t parity)
 {
@@ -504,13 +527,14 @@ void copy_bulk(void *shared, const void *global, uint32_t bytes, uint64_t *b)
         misuse("copy_bulk: %u bytes, not a multiple of 16", bytes);
     check_copy("copy_bulk", shared, global, bytes);
     load_barrier("copy_bulk", b);
-    self().block->copies.push_back({ shared, global, bytes, b });
+    self().block->copies.push_back({shared, global, bytes, b});
     if (!late()) {
         land_one(b);
         return;
     }
     memset(shared, memory_poison, bytes);
-    wake(b, 0, (unsigned)self().block->threads.size(), 0); /* who waits for it already sees it land */
+    wake(b, 0, (unsigned)self().block->threads.size(),
+         0); /* who waits for it already sees it land */
 }
 
 uint32_t pack_e4m3(float a, float b, float c, float d)

@@ -1,5 +1,5 @@
-/* model.cc: the runtime API. Device memory is host memory that is known here; a stream is a queue of work
- * that runs when somebody waits for it and not earlier, so that a missing wait shows. */
+/* model.cc: the runtime API. Device memory is host memory that is known here; a stream is a queue
+ * of work that runs when somebody waits for it and not earlier, so that a missing wait shows. */
 #include "tests/cuda_model/cuda_model.h"
 #include "tests/cuda_model/threads.h"
 
@@ -19,8 +19,8 @@ struct Operation {
     Task task;
 };
 
-/* What was captured. A graph and what was instantiated from it share it: memory that was allocated in the
- * capture lives as long as either. */
+/* What was captured. A graph and what was instantiated from it share it: memory that was allocated
+ * in the capture lives as long as either. */
 struct Captured {
     bool invalid = false;
     cudaStreamCaptureMode mode;
@@ -46,7 +46,8 @@ struct CUstream_st {
     std::shared_ptr<cuda_model::Captured> capture = nullptr;
 };
 struct CUevent_st {
-    std::shared_ptr<cuda_model::Clock::time_point> happened; /* null: never recorded; the epoch: not yet */
+    std::shared_ptr<cuda_model::Clock::time_point>
+        happened; /* null: never recorded; the epoch: not yet */
     CUstream_st *stream = nullptr;
     uint64_t number = 0;
     bool captured = false;
@@ -71,7 +72,7 @@ struct State {
     int device = 0;
     cudaError_t last = cudaSuccess, sticky = cudaSuccess;
     ::cuda_model_counts counts = {};
-    State() { streams.emplace_back(new CUstream_st{ true }); }
+    State() { streams.emplace_back(new CUstream_st{true}); }
 };
 State *state = new State;
 
@@ -79,7 +80,8 @@ const struct cuda_model_settings &settings = ::cuda_model_settings;
 
 /* ---- Memory ------------------------------------------------------------------------------- */
 
-/* Under the address sanitizer device memory may be touched while the device works, and by nobody else. */
+/* Under the address sanitizer device memory may be touched while the device works, and by nobody
+ * else. */
 void set_visible(uintptr_t p, const Allocation &a, bool visible)
 {
     (void)p, (void)a, (void)visible;
@@ -112,7 +114,7 @@ cudaError_t allocate(void **p, size_t bytes, cudaMemoryType type)
     memset(*p, 0xff, bytes);
     state->counts.bytes += bytes;
     state->counts.allocations++;
-    const Allocation &a = state->memory[(uintptr_t)*p] = { bytes, type, state->device };
+    const Allocation &a = state->memory[(uintptr_t)*p] = {bytes, type, state->device};
     set_visible((uintptr_t)*p, a, false);
     return cudaSuccess;
 }
@@ -140,16 +142,19 @@ void deallocate(void *p)
 bool is_end(const void *p, size_t bytes, bool device, bool any)
 {
     const auto *a = find(p);
-    return a && a->second.type == cudaMemoryTypeDevice ? (device || any) && is_device_memory(p, bytes)
-                                                       : !device && p;
+    return a && a->second.type == cudaMemoryTypeDevice
+               ? (device || any) && is_device_memory(p, bytes)
+               : !device && p;
 }
 
 bool copy_is_possible(const void *to, const void *from, size_t bytes, cudaMemcpyKind kind)
 {
     const bool any = kind == cudaMemcpyDefault;
     return !bytes ||
-           (is_end(to, bytes, kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice, any) &&
-            is_end(from, bytes, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice, any));
+           (is_end(to, bytes, kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
+                   any) &&
+            is_end(from, bytes, kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice,
+                   any));
 }
 
 void copy(void *to, const void *from, size_t bytes)
@@ -162,7 +167,8 @@ void copy(void *to, const void *from, size_t bytes)
 
 enum Purpose { works, releases };
 
-/* Every function of the API runs in this: counts, planned failures, errors that stick or are remembered. */
+/* Every function of the API runs in this: counts, planned failures, errors that stick or are
+ * remembered. */
 template <class Body> cudaError_t api(Body body, Purpose purpose = works)
 {
     State &s = *state;
@@ -211,8 +217,8 @@ CUstream_st *find_stream(cudaStream_t handle)
     return nullptr;
 }
 
-/* CUDA C++ Programming Guide, stream capture: what waits or allocates is not permitted while a stream
- * captures, unless it does so in relaxed mode, and ends that capture. */
+/* CUDA C++ Programming Guide, stream capture: what waits or allocates is not permitted while a
+ * stream captures, unless it does so in relaxed mode, and ends that capture. */
 bool somebody_captures()
 {
     bool any = false;
@@ -242,12 +248,12 @@ cudaError_t enqueue(CUstream_st *stream, Task task, bool operation_releases = fa
                 s->capture->invalid = true;
                 return cudaErrorStreamCaptureImplicit;
             }
-    stream->queue.push_back({ state->number++, operation_releases, std::move(task) });
+    stream->queue.push_back({state->number++, operation_releases, std::move(task)});
     return cudaSuccess;
 }
 
-/* Runs what is in the stream and older than `end`. The NULL stream and the blocking streams wait for each
- * other's older work. */
+/* Runs what is in the stream and older than `end`. The NULL stream and the blocking streams wait
+ * for each other's older work. */
 void run_stream(CUstream_st &stream, uint64_t end)
 {
     CUstream_st *const null_stream = state->streams[0].get();
@@ -307,7 +313,8 @@ bool is_device_memory(const void *p, size_t bytes)
            bytes <= a->first + a->second.bytes - (uintptr_t)p;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::function<void()> thread)
+cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel,
+                   std::function<void()> thread)
 {
     return api([&] {
         State &s = *state;
@@ -317,13 +324,14 @@ cudaError_t launch(const cudaLaunchConfig_t &config, const void *kernel, std::fu
             return (cudaError_t)s.fail_launch_error;
         if (!kernel || config.numAttrs)
             return cudaErrorInvalidValue;
-        if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 || !b.x || !b.y ||
-            !b.z || b.x > 1024 || b.y > 1024 || b.z > 64 || (uint64_t)b.x * b.y * b.z > 1024)
+        if (!g.x || !g.y || !g.z || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535 || !b.x ||
+            !b.y || !b.z || b.x > 1024 || b.y > 1024 || b.z > 64 ||
+            (uint64_t)b.x * b.y * b.z > 1024)
             return cudaErrorInvalidConfiguration;
         const auto limit = s.shared_limit.find(kernel);
         if (config.dynamicSmemBytes > (limit == s.shared_limit.end() ? 48 << 10 : limit->second))
             return cudaErrorInvalidValue;
-        const Grid grid = { g, b, config.dynamicSmemBytes, std::move(thread) };
+        const Grid grid = {g, b, config.dynamicSmemBytes, std::move(thread)};
         return enqueue(find_stream(config.stream), [grid] {
             state->counts.kernels++;
             if (!run(grid))
@@ -360,7 +368,10 @@ void cuda_model_reset()
     ::cuda_model_settings = defaults();
 }
 
-void cuda_model_fail_call(uint64_t n, int error) { state->fail_call = n, state->fail_call_error = error; }
+void cuda_model_fail_call(uint64_t n, int error)
+{
+    state->fail_call = n, state->fail_call_error = error;
+}
 void cuda_model_fail_launch(uint64_t n, int error)
 {
     state->fail_launch = n, state->fail_launch_error = error;
@@ -375,17 +386,19 @@ struct Sentence {
     cudaError_t error;
     const char *name, *text;
 };
-#define SENTENCE(error, text)                                                                              \
+#define SENTENCE(error, text) \
     Sentence { error, #error, text }
 const Sentence sentences[] = {
     SENTENCE(cudaSuccess, "no error"),
     SENTENCE(cudaErrorInvalidValue, "invalid argument"),
     SENTENCE(cudaErrorMemoryAllocation, "out of memory"),
     SENTENCE(cudaErrorInvalidConfiguration, "invalid configuration argument"),
-    SENTENCE(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for CUDA runtime version"),
+    SENTENCE(cudaErrorInsufficientDriver,
+             "CUDA driver version is insufficient for CUDA runtime version"),
     SENTENCE(cudaErrorNoDevice, "no CUDA-capable device is detected"),
     SENTENCE(cudaErrorInvalidDevice, "invalid device ordinal"),
-    SENTENCE(cudaErrorNoKernelImageForDevice, "no kernel image is available for execution on the device"),
+    SENTENCE(cudaErrorNoKernelImageForDevice,
+             "no kernel image is available for execution on the device"),
     SENTENCE(cudaErrorInvalidResourceHandle, "invalid resource handle"),
     SENTENCE(cudaErrorNotReady, "device not ready"),
     SENTENCE(cudaErrorIllegalAddress, "an illegal memory access was encountered"),
@@ -393,7 +406,8 @@ const Sentence sentences[] = {
     SENTENCE(cudaErrorLaunchFailure, "unspecified launch failure"),
     SENTENCE(cudaErrorNotSupported, "operation not supported"),
     SENTENCE(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
-    SENTENCE(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
+    SENTENCE(cudaErrorStreamCaptureInvalidated,
+             "operation failed due to a previous error during capture"),
     SENTENCE(cudaErrorStreamCaptureImplicit,
              "operation would make the legacy stream depend on a capturing blocking stream"),
     SENTENCE(cudaErrorCapturedEvent,
@@ -407,7 +421,8 @@ const Sentence &sentence(cudaError_t error)
     for (const Sentence &s : sentences)
         if (s.error == error)
             return s;
-    static const Sentence none = { cudaErrorUnknown, "unrecognized error code", "unrecognized error code" };
+    static const Sentence none = {cudaErrorUnknown, "unrecognized error code",
+                                  "unrecognized error code"};
     return none;
 }
 } // namespace
@@ -451,14 +466,10 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
         if (device < 0 || device >= settings.devices)
             return cudaErrorInvalidDevice;
         switch (attribute) {
-        case cudaDevAttrMaxSharedMemoryPerBlock:
-            return *value = 48 << 10, cudaSuccess;
-        case cudaDevAttrMultiProcessorCount:
-            return *value = settings.multiprocessors, cudaSuccess;
-        case cudaDevAttrComputeCapabilityMajor:
-            return *value = settings.major, cudaSuccess;
-        case cudaDevAttrComputeCapabilityMinor:
-            return *value = settings.minor, cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlock: return *value = 48 << 10, cudaSuccess;
+        case cudaDevAttrMultiProcessorCount: return *value = settings.multiprocessors, cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor: return *value = settings.major, cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor: return *value = settings.minor, cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             return *value = (int)settings.shared_memory, cudaSuccess;
         }
@@ -468,7 +479,8 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaDeviceSynchronize()
 {
-    return api([] { return somebody_captures() ? cudaErrorStreamCaptureUnsupported : finish(nullptr); });
+    return api(
+        [] { return somebody_captures() ? cudaErrorStreamCaptureUnsupported : finish(nullptr); });
 }
 
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value)
@@ -487,8 +499,9 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
 namespace {
 cudaError_t allocate_now(void **p, size_t bytes, cudaMemoryType type)
 {
-    return api(
-        [&] { return somebody_captures() ? cudaErrorStreamCaptureUnsupported : allocate(p, bytes, type); });
+    return api([&] {
+        return somebody_captures() ? cudaErrorStreamCaptureUnsupported : allocate(p, bytes, type);
+    });
 }
 
 /* cudaFree waits for the device. */
@@ -508,12 +521,19 @@ cudaError_t free_now(void *p, cudaMemoryType type)
 }
 } // namespace
 
-cudaError_t cudaMalloc(void **p, size_t bytes) { return allocate_now(p, bytes, cudaMemoryTypeDevice); }
-cudaError_t cudaMallocHost(void **p, size_t bytes) { return allocate_now(p, bytes, cudaMemoryTypeHost); }
+cudaError_t cudaMalloc(void **p, size_t bytes)
+{
+    return allocate_now(p, bytes, cudaMemoryTypeDevice);
+}
+cudaError_t cudaMallocHost(void **p, size_t bytes)
+{
+    return allocate_now(p, bytes, cudaMemoryTypeHost);
+}
 cudaError_t cudaFree(void *p) { return free_now(p, cudaMemoryTypeDevice); }
 cudaError_t cudaFreeHost(void *p) { return free_now(p, cudaMemoryTypeHost); }
 
-/* At once, in a capture too: the memory is the graph's, and full of 0xFF again whenever the graph runs. */
+/* At once, in a capture too: the memory is the graph's, and full of 0xFF again whenever the graph
+ * runs. */
 cudaError_t cudaMallocAsync(void **p, size_t bytes, cudaStream_t stream)
 {
     return api([&] {
@@ -597,10 +617,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const vo
 {
     return api([&] {
         const auto *a = find(p);
-        *attributes = { cudaMemoryTypeUnregistered, -2, nullptr, const_cast<void *>(p) };
+        *attributes = {cudaMemoryTypeUnregistered, -2, nullptr, const_cast<void *>(p)};
         if (a)
-            *attributes = { a->second.type, a->second.device, const_cast<void *>(p),
-                            a->second.type == cudaMemoryTypeHost ? const_cast<void *>(p) : nullptr };
+            *attributes = {a->second.type, a->second.device, const_cast<void *>(p),
+                           a->second.type == cudaMemoryTypeHost ? const_cast<void *>(p) : nullptr};
         return cudaSuccess;
     });
 }
@@ -612,7 +632,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags)
     return api([&] {
         if (flags > cudaStreamNonBlocking)
             return cudaErrorInvalidValue;
-        state->streams.emplace_back(new CUstream_st{ flags == cudaStreamDefault });
+        state->streams.emplace_back(new CUstream_st{flags == cudaStreamDefault});
         *stream = state->streams.back().get();
         state->counts.handles++;
         return cudaSuccess;
@@ -679,7 +699,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
             const std::shared_ptr<Captured> captured = std::move(s->capture);
             if (captured->invalid)
                 return cudaErrorStreamCaptureInvalidated;
-            return create(graph, { captured });
+            return create(graph, {captured});
         },
         releases);
 }
@@ -699,7 +719,8 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags)
 {
-    return api([&] { return graph && !flags ? create(exec, { graph->captured }) : cudaErrorInvalidValue; });
+    return api(
+        [&] { return graph && !flags ? create(exec, {graph->captured}) : cudaErrorInvalidValue; });
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
@@ -732,7 +753,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
         if (!s || !event)
             return cudaErrorInvalidResourceHandle;
         const auto happened = std::make_shared<Clock::time_point>();
-        *event = { happened, s, state->number, s->capture != nullptr };
+        *event = {happened, s, state->number, s->capture != nullptr};
         return enqueue(s, [happened] { *happened = Clock::now(); });
     });
 }
@@ -756,7 +777,8 @@ cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEve
         const Clock::time_point not_yet;
         if (*start->happened == not_yet || *end->happened == not_yet)
             return cudaErrorNotReady;
-        *milliseconds = std::chrono::duration<float, std::milli>(*end->happened - *start->happened).count();
+        *milliseconds =
+            std::chrono::duration<float, std::milli>(*end->happened - *start->happened).count();
         return cudaSuccess;
     });
 }

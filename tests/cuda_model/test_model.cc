@@ -1,6 +1,6 @@
 /* test_model.cc: the model against plain definitions, written from the comments of gpu/ptx.h and
- * gpu/hopper.h, and against mistakes that it has to report. Every kernel runs in all late modes and in
- * several orders. */
+ * gpu/hopper.h, and against mistakes that it has to report. Every kernel runs in all late modes and
+ * in several orders. */
 #include "common/half.h"
 #include "gpu/hopper.h"
 #include "tests/cuda_model/cuda_model.h"
@@ -39,13 +39,16 @@ void check_error(cudaError_t got, cudaError_t want, const char *what)
     check(got == want, "%s: %s, expected %s", what, cudaGetErrorName(got), cudaGetErrorName(want));
 }
 
-template <class T> void check_same(const std::vector<T> &got, const std::vector<T> &want, const char *what)
+template <class T>
+void check_same(const std::vector<T> &got, const std::vector<T> &want, const char *what)
 {
-    if (!check(got.size() == want.size(), "%s: %zu values, expected %zu", what, got.size(), want.size()))
+    if (!check(got.size() == want.size(), "%s: %zu values, expected %zu", what, got.size(),
+               want.size()))
         return;
     for (size_t n = 0; n < got.size(); n++)
         if (memcmp(&got[n], &want[n], sizeof(T)))
-            return (void)check(false, "%s[%zu]: %g, expected %g", what, n, (double)got[n], (double)want[n]);
+            return (void)check(false, "%s[%zu]: %g, expected %g", what, n, (double)got[n],
+                               (double)want[n]);
     passed++;
 }
 
@@ -68,8 +71,8 @@ template <class T> struct Device {
     }
     explicit Device(const std::vector<T> &values) : Device(values.size())
     {
-        check_error(cudaMemcpy(p, values.data(), count * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess,
-                    "upload");
+        check_error(cudaMemcpy(p, values.data(), count * sizeof(T), cudaMemcpyHostToDevice),
+                    cudaSuccess, "upload");
     }
     Device(const Device &) = delete;
     Device &operator=(const Device &) = delete;
@@ -77,8 +80,8 @@ template <class T> struct Device {
     std::vector<T> values() const
     {
         std::vector<T> all(count);
-        check_error(cudaMemcpy(all.data(), p, count * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess,
-                    "download");
+        check_error(cudaMemcpy(all.data(), p, count * sizeof(T), cudaMemcpyDeviceToHost),
+                    cudaSuccess, "download");
         return all;
     }
 };
@@ -94,7 +97,8 @@ cudaLaunchConfig_t config(dim3 grid, dim3 block, size_t shared, cudaStream_t str
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t run(dim3 grid, dim3 block, size_t shared, void (*kernel)(Parameters...), Arguments... arguments)
+cudaError_t run(dim3 grid, dim3 block, size_t shared, void (*kernel)(Parameters...),
+                Arguments... arguments)
 {
     const cudaLaunchConfig_t c = config(grid, block, shared);
     cudaError_t error =
@@ -119,7 +123,8 @@ void test_indices()
         dim3(3, 4, 2), dim3(8, 4, 2), 0,
         +[](int *o) {
             const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-            const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+            const unsigned thread =
+                (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
             o[block * 64 + thread] = (int)(block * 1000 + thread);
         },
         out.p);
@@ -140,19 +145,20 @@ void test_shuffles()
             const int v = 100 + rank();
             const float f = (float)v;
             const unsigned u = (unsigned)v;
-            const int got[cases] = { __shfl_sync(~0u, v, 5),
-                                     __shfl_sync(~0u, v, rank() + 1),
-                                     __shfl_sync(~0u, v, 3, 8),
-                                     (int)__shfl_xor_sync(~0u, f, 16),
-                                     __shfl_xor_sync(~0u, v, 9, 8),
-                                     (int)__shfl_up_sync(~0u, u, 3),
-                                     __shfl_up_sync(~0u, v, 2, 4),
-                                     (int)__shfl_down_sync(~0u, f, 30),
-                                     __shfl_down_sync(~0u, v, 1, 16),
-                                     (int)__ballot_sync(~0u, rank() % 3 == 0),
-                                     __any_sync(~0u, rank() == 40) + 2 * __all_sync(~0u, rank() < 32),
-                                     __reduce_add_sync(~0u, v),
-                                     (int)(__shfl_xor_sync(~0u, (long long)v << 40, 4) >> 40) };
+            const int got[cases] = {__shfl_sync(~0u, v, 5),
+                                    __shfl_sync(~0u, v, rank() + 1),
+                                    __shfl_sync(~0u, v, 3, 8),
+                                    (int)__shfl_xor_sync(~0u, f, 16),
+                                    __shfl_xor_sync(~0u, v, 9, 8),
+                                    (int)__shfl_up_sync(~0u, u, 3),
+                                    __shfl_up_sync(~0u, v, 2, 4),
+                                    (int)__shfl_down_sync(~0u, f, 30),
+                                    __shfl_down_sync(~0u, v, 1, 16),
+                                    (int)__ballot_sync(~0u, rank() % 3 == 0),
+                                    __any_sync(~0u, rank() == 40) +
+                                        2 * __all_sync(~0u, rank() < 32),
+                                    __reduce_add_sync(~0u, v),
+                                    (int)(__shfl_xor_sync(~0u, (long long)v << 40, 4) >> 40)};
             for (int n = 0; n < cases; n++)
                 o[n * 64 + rank()] = got[n];
         },
@@ -166,19 +172,19 @@ void test_shuffles()
             sum += base + l;
         }
         const int xor_9 = lane ^ 9; /* in segments of 8: only towards an earlier segment */
-        const int all[cases] = { base + 5,
-                                 base + (lane + 1) % 32,
-                                 base + lane / 8 * 8 + 3,
-                                 base + (lane + 16) % 32,
-                                 base + (xor_9 / 8 > lane / 8 ? lane : xor_9),
-                                 base + (lane < 3 ? lane : lane - 3),
-                                 base + (lane % 4 < 2 ? lane : lane - 2),
-                                 base + (lane < 2 ? lane + 30 : lane),
-                                 base + (lane % 16 == 15 ? lane : lane + 1),
-                                 ballot,
-                                 t < 32 ? 2 : 1,
-                                 sum,
-                                 base + (lane ^ 4) };
+        const int all[cases] = {base + 5,
+                                base + (lane + 1) % 32,
+                                base + lane / 8 * 8 + 3,
+                                base + (lane + 16) % 32,
+                                base + (xor_9 / 8 > lane / 8 ? lane : xor_9),
+                                base + (lane < 3 ? lane : lane - 3),
+                                base + (lane % 4 < 2 ? lane : lane - 2),
+                                base + (lane < 2 ? lane + 30 : lane),
+                                base + (lane % 16 == 15 ? lane : lane + 1),
+                                ballot,
+                                t < 32 ? 2 : 1,
+                                sum,
+                                base + (lane ^ 4)};
         for (int n = 0; n < cases; n++)
             want[(size_t)(n * 64 + t)] = all[n];
     }
@@ -198,7 +204,7 @@ void test_reductions()
             o[3] = (int)__reduce_add_sync(~0u, 0x80000000u + (unsigned)rank()); /* wraps */
         },
         out.p);
-    check_same(out.values(), { 15, -16, 31, 31 * 16 }, "reductions");
+    check_same(out.values(), {15, -16, 31, 31 * 16}, "reductions");
 }
 
 void test_block_barriers()
@@ -239,28 +245,31 @@ void test_returned_threads()
             o[0] = __syncthreads_count(1);
         },
         out.p);
-    check_same(out.values(), { 32 }, "a barrier of those that are left");
+    check_same(out.values(), {32}, "a barrier of those that are left");
 }
 
 void test_arithmetic()
 {
     check(__popc(0xf0f0u) == 8 && __popcll(~0ull) == 64 && __ffs(0) == 0 && __ffs(12) == 3, "bits");
     check(__clz(0) == 32 && __clz(1) == 31 && __clz(-1) == 0, "__clz");
-    check(__dp4a((int)0x80ff7f01, (int)0x80027f03, 5) == 128 * 128 - 2 + 127 * 127 + 3 + 5, "__dp4a");
-    check(min(-1, 2) == -1 && max(1u, ~0u) == ~0u && max(NAN, 1.0f) == 1.0f && __vimax3_s32(-5, 7, 2) == 7,
+    check(__dp4a((int)0x80ff7f01, (int)0x80027f03, 5) == 128 * 128 - 2 + 127 * 127 + 3 + 5,
+          "__dp4a");
+    check(min(-1, 2) == -1 && max(1u, ~0u) == ~0u && max(NAN, 1.0f) == 1.0f &&
+              __vimax3_s32(-5, 7, 2) == 7,
           "max");
     check(__float_as_int(-0.0f) == INT32_MIN && __uint_as_float(0x3f800000) == 1, "bits of floats");
     int i = 5;
     unsigned u = 6;
     unsigned long long l = 1ull << 40;
     check(atomicAdd(&i, -7) == 5 && i == -2 && atomicMax(&i, 9) == -2 && i == 9, "atomics of int");
-    check(atomicOr(&u, 9) == 6 && u == 15 && atomicAnd(&u, 5) == 15 && u == 5, "atomics of unsigned");
+    check(atomicOr(&u, 9) == 6 && u == 15 && atomicAnd(&u, 5) == 15 && u == 5,
+          "atomics of unsigned");
     check(atomicAdd(&l, 3) == 1ull << 40 && l == (1ull << 40) + 3, "atomics of unsigned long long");
 }
 
 void test_conversions()
 {
-    for (float x : { -0.0f, -1e-3f, -0.5f, -3.75f, -125.9f, -126.5f, -1000.0f, -INFINITY })
+    for (float x : {-0.0f, -1e-3f, -0.5f, -3.75f, -125.9f, -126.5f, -1000.0f, -INFINITY})
         check(exp2_fast(x) == sparge_exp2(x), "exp2_fast(%g)", (double)x);
     check(exp2_fast(2.5f) == exp2f(2.5f) && isnan(exp2_fast(NAN)), "exp2_fast above 0");
     check(pack_f16(1.0f, -2.0f) == 0xc0003c00, "pack_f16");
@@ -275,13 +284,15 @@ void test_conversions()
         if (c == 0x7e)
             break;
         const float between = (value(c) + value(c + 1)) / 2; /* exact */
-        right &= code(between) == (c % 2 ? c + 1 : c) && code(-between) == (c % 2 ? c + 1 : c) + 0x80;
+        right &=
+            code(between) == (c % 2 ? c + 1 : c) && code(-between) == (c % 2 ? c + 1 : c) + 0x80;
         right &= code(nextafterf(between, 0)) == c && code(nextafterf(between, 1e9f)) == c + 1;
     }
     check(right, "pack_e4m3: values and midpoints");
     check(value(0x7e) == 448 && code(449) == 0x7e && code(464) == 0x7e && code(1e30f) == 0x7e,
           "pack_e4m3 saturates");
-    check(code(INFINITY) == 0x7e && code(-INFINITY) == 0xfe && code(NAN) == 0x7f && code(-NAN) == 0x7f,
+    check(code(INFINITY) == 0x7e && code(-INFINITY) == 0xfe && code(NAN) == 0x7f &&
+              code(-NAN) == 0x7f,
           "pack_e4m3: inf");
     check(code(-0.0f) == 0x80 && code(1e-40f) == 0, "pack_e4m3: 0");
     check(pack_e4m3(1, 2, -1, 448) == 0x7eb84038, "pack_e4m3: order");
@@ -392,7 +403,7 @@ void test_mma_f16()
         +[](const float *A, const float *B, float *o) {
             const int g = rank() / 4, q = rank() % 4;
             uint32_t r[4];
-            float d[4] = { 0.1f, 0.1f, 0.1f, 0.1f };
+            float d[4] = {0.1f, 0.1f, 0.1f, 0.1f};
             for (int n = 0; n < 4; n++) {
                 const float *two = A + (g + n % 2 * 8) * 16 + n / 2 * 8 + 2 * q;
                 r[n] = pack_f16(two[0], two[1]);
@@ -415,8 +426,12 @@ void test_copy_async()
     run_well(
         1, 32, 3 * 512,
         +[](const uint32_t *x, uint32_t *o) {
-            const auto mine = [](int n) { return (uint32_t *)shared_memory() + n * 128 + rank() * 4; };
-            const auto show = [&](int to, int n) { memcpy(o + to * 128 + rank() * 4, mine(n), 16); };
+            const auto mine = [](int n) {
+                return (uint32_t *)shared_memory() + n * 128 + rank() * 4;
+            };
+            const auto show = [&](int to, int n) {
+                memcpy(o + to * 128 + rank() * 4, mine(n), 16);
+            };
             for (int n = 0; n < 2; n++) {
                 copy_async(mine(n), x + n * 128 + rank() * 4);
                 copy_async_commit();
@@ -459,7 +474,8 @@ int image_at(int pitch, int r, int c)
 float e4m3_value(int code)
 {
     const int rest = code & 0x7f;
-    const float size = rest < 8 ? (float)rest / 512 : ldexpf((float)(8 + rest % 8) / 8, rest / 8 - 7);
+    const float size =
+        rest < 8 ? (float)rest / 512 : ldexpf((float)(8 + rest % 8) / 8, rest / 8 - 7);
     return rest == 0x7f ? NAN : code & 0x80 ? -size : size;
 }
 
@@ -500,7 +516,8 @@ void test_wgmma_s8(int pitch)
     for (int r = 0; r < 128; r++)
         for (int c = 0; c < 128; c++)
             for (int k = 0; k < pitch; k++)
-                want[(size_t)(r * 128 + c)] += a[(size_t)(r * pitch + k)] * b[(size_t)(c * pitch + k)];
+                want[(size_t)(r * 128 + c)] +=
+                    a[(size_t)(r * pitch + k)] * b[(size_t)(c * pitch + k)];
     Device<uint8_t> da(a_image), db(b_image);
     Device<int> out(128 * 128);
     run_well(
@@ -522,10 +539,10 @@ void test_wgmma_s8(int pitch)
             wgmma_wait<0>();
             pin(d);
             for (int n = 0; n < 64; n++)
-                ((int *)x.d)[(64 * group + row_of(rank() % 128, n)) * 128 + column_of(rank() % 128, n)] =
-                    d[n];
+                ((int *)x.d)[(64 * group + row_of(rank() % 128, n)) * 128 +
+                             column_of(rank() % 128, n)] = d[n];
         },
-        Images{ da.p, db.p, (int)a.size(), (int)b.size(), out.p, steps, pitch, 0 });
+        Images{da.p, db.p, (int)a.size(), (int)b.size(), out.p, steps, pitch, 0});
     check_same(out.values(), want, "wgmma_s8");
 }
 
@@ -540,10 +557,12 @@ template <int N> void kernel_e4m3(Images x)
     for (int step = 0; step < x.steps; step++) {
         uint32_t a[4];
         for (int n = 0; n < 4; n++)
-            memcpy(&a[n], x.a + (top + g + n % 2 * 8) * x.pitch + 32 * step + n / 2 * 16 + 4 * q, 4);
+            memcpy(&a[n], x.a + (top + g + n % 2 * 8) * x.pitch + 32 * step + n / 2 * 16 + 4 * q,
+                   4);
         wgmma_fence();
-        wgmma_e4m3(d, a, descriptor_k_major(s + x.a_bytes, x.pitch) + (uint64_t)step * DESCRIPTOR_32_BYTES,
-                   true);
+        wgmma_e4m3(
+            d, a, descriptor_k_major(s + x.a_bytes, x.pitch) + (uint64_t)step * DESCRIPTOR_32_BYTES,
+            true);
     }
     wgmma_commit();
     wgmma_wait<0>();
@@ -573,7 +592,7 @@ template <int N> void test_wgmma_e4m3(int pitch)
     Device<uint8_t> da(a), db(image);
     Device<float> out(64 * N);
     run_well(1, 128, a.size() + b.size(), kernel_e4m3<N>,
-             Images{ da.p, db.p, (int)a.size(), (int)b.size(), out.p, pitch / 32, pitch, 0 });
+             Images{da.p, db.p, (int)a.size(), (int)b.size(), out.p, pitch / 32, pitch, 0});
     check_same(out.values(), want, "wgmma_e4m3");
 }
 
@@ -586,10 +605,12 @@ template <int N> void kernel_f16(Images x)
     for (int step = 0; step < x.steps; step++) {
         uint32_t a[4];
         for (int n = 0; n < 4; n++)
-            memcpy(&a[n], x.a + 2 * ((top + g + n % 2 * 8) * 16 * x.steps + 16 * step + n / 2 * 8 + 2 * q),
+            memcpy(&a[n],
+                   x.a + 2 * ((top + g + n % 2 * 8) * 16 * x.steps + 16 * step + n / 2 * 8 + 2 * q),
                    4);
         wgmma_fence();
-        wgmma_f16(d, a, descriptor_n_major(s + x.a_bytes, x.chunk) + (uint64_t)step * DESCRIPTOR_16_ROWS,
+        wgmma_f16(d, a,
+                  descriptor_n_major(s + x.a_bytes, x.chunk) + (uint64_t)step * DESCRIPTOR_16_ROWS,
                   step > 0);
     }
     wgmma_commit();
@@ -598,7 +619,8 @@ template <int N> void kernel_f16(Images x)
         ((float *)x.d)[row_of(rank(), n) * N + column_of(rank(), n)] = d[n];
 }
 
-/* `keys` rows of b; each chunk of 64 columns is an image of its own, `gap` bytes after the one before. */
+/* `keys` rows of b; each chunk of 64 columns is an image of its own, `gap` bytes after the one
+ * before. */
 template <int N> void test_wgmma_f16(int keys, int gap)
 {
     const int chunk = keys * 128 + gap;
@@ -621,8 +643,9 @@ template <int N> void test_wgmma_f16(int keys, int gap)
                                              sparge_f16_to_f32(b[(size_t)(k * N + c)]);
     Device<uint8_t> da(a_bytes), db(image);
     Device<float> out(64 * N);
-    run_well(1, 128, a_bytes.size() + image.size(), kernel_f16<N>,
-             Images{ da.p, db.p, (int)a_bytes.size(), (int)image.size(), out.p, keys / 16, 128, chunk });
+    run_well(
+        1, 128, a_bytes.size() + image.size(), kernel_f16<N>,
+        Images{da.p, db.p, (int)a_bytes.size(), (int)image.size(), out.p, keys / 16, 128, chunk});
     check_same(out.values(), want, "wgmma_f16");
 }
 
@@ -630,7 +653,7 @@ void test_wgmma()
 {
     test_wgmma_s8(128);
     test_wgmma_s8(64);
-    for (int pitch : { 64, 128 }) {
+    for (int pitch : {64, 128}) {
         test_wgmma_e4m3<64>(pitch);
         test_wgmma_e4m3<96>(pitch);
         test_wgmma_e4m3<128>(pitch);
@@ -655,7 +678,7 @@ void test_every_e4m3_code()
         Device<uint8_t> da(a), db(image);
         Device<float> out(64 * 128);
         run_well(1, 128, a.size() + image.size(), kernel_e4m3<128>,
-                 Images{ da.p, db.p, 64 * 64, 128 * 64, out.p, 2, 64, 0 });
+                 Images{da.p, db.p, 64 * 64, 128 * 64, out.p, 2, 64, 0});
         std::vector<float> got = out.values();
         for (size_t n = 0; n < got.size(); n++)
             if (isnan(got[n]) && isnan(want[n]))
@@ -707,8 +730,8 @@ void test_late_products()
         },
         out.p);
     const int mode = cuda_model_settings.late, poison = 0x7fffffff;
-    const std::vector<int> want = { mode ? poison : 1032,    1032, mode ? poison : 1064,
-                                    mode == 1 ? 1192 : 1064, 1032, 1128 };
+    const std::vector<int> want = {mode ? poison : 1032,    1032, mode ? poison : 1064,
+                                   mode == 1 ? 1192 : 1064, 1032, 1128};
     check_same(out.values(), want, "products in flight");
 }
 
@@ -738,7 +761,8 @@ void test_ring()
             __syncthreads();
             if (rank() == 0)
                 for (int n = 0; n < 11; n++) {
-                    barrier_wait(empty + n % 2, (n / 2 & 1) ^ 1); /* at first nothing has to be emptied */
+                    barrier_wait(empty + n % 2,
+                                 (n / 2 & 1) ^ 1); /* at first nothing has to be emptied */
                     if (n % 3) {
                         barrier_arrive_expect(full + n % 2, 256);
                         copy_bulk(s + n % 2 * 256, x + n * 64, 128, full + n % 2);
@@ -788,7 +812,7 @@ void test_late_bulk_copy()
         },
         in.p, out.p);
     const uint32_t early = cuda_model_settings.late ? 0x7f7f7f7f : 5;
-    check_same(out.values(), { early, early, 5, 5 }, "bulk copies land for who waits for them");
+    check_same(out.values(), {early, early, 5, 5}, "bulk copies land for who waits for them");
 }
 
 void test_named_barriers()
@@ -807,7 +831,8 @@ void test_named_barriers()
                     named_arrive(2, 128);
                     named_sync(1, 128);
                     o[round * 64 + rank() - 64] = s[127 - rank()];
-                    const bool any = named_any(3, 64, rank() == 64 + round); /* between the readers */
+                    const bool any =
+                        named_any(3, 64, rank() == 64 + round); /* between the readers */
                     o[round * 64 + rank() - 64] += any && !named_any(3, 64, false) ? 1000 : 0;
                 }
             }
@@ -834,7 +859,8 @@ void test_blocks()
             __syncthreads();
             __syncthreads();
             o[blockIdx.x * 32 + threadIdx.x] =
-                was == -1 && shared_address(s) == 0 && (uintptr_t)s % 1024 == 0 ? s[31 - rank()] : -1;
+                was == -1 && shared_address(s) == 0 && (uintptr_t)s % 1024 == 0 ? s[31 - rank()]
+                                                                                : -1;
         },
         out.p);
     std::vector<int> want;
@@ -842,7 +868,8 @@ void test_blocks()
         want.push_back(n / 32);
     check_same(out.values(), want, "blocks have shared memory of their own");
 
-    for (unsigned resident : { 1u, 2u, 3u, 5u }) { /* how many blocks have begun before any has ended */
+    for (unsigned resident :
+         {1u, 2u, 3u, 5u}) { /* how many blocks have begun before any has ended */
         cuda_model_settings.resident_blocks = resident;
         Device<unsigned> most(std::vector<unsigned>(2, 0));
         run_well(
@@ -857,9 +884,10 @@ void test_blocks()
                 }
             },
             most.p);
-        const unsigned blocks = most.values()[1]; /* another order may end one before the last has begun */
-        check(cuda_model_settings.seed ? blocks <= resident : blocks == resident, "%u blocks at once",
-              blocks);
+        const unsigned blocks =
+            most.values()[1]; /* another order may end one before the last has begun */
+        check(cuda_model_settings.seed ? blocks <= resident : blocks == resident,
+              "%u blocks at once", blocks);
     }
     cuda_model_settings.resident_blocks = 2;
 
@@ -876,7 +904,8 @@ void test_blocks()
         flag.p);
 }
 
-/* Each thread reads what the thread before it writes, without a barrier: right in ascending order alone. */
+/* Each thread reads what the thread before it writes, without a barrier: right in ascending order
+ * alone. */
 void test_races_show()
 {
     Device<int> out(32);
@@ -897,7 +926,7 @@ void test_races_show()
 void test_orders()
 {
     std::vector<std::vector<int>> orders;
-    for (uint64_t seed : { 0u, 1u, 2u, 2u }) {
+    for (uint64_t seed : {0u, 1u, 2u, 2u}) {
         cuda_model_settings.seed = seed;
         Device<int> out(std::vector<int>(33, 0));
         run_well(
@@ -922,7 +951,8 @@ void expect_report(const char *report, dim3 grid, dim3 block, size_t shared, All
     int *p;
     check_error(cudaMalloc(&p, 4), cudaErrorLaunchFailure, "a call after the error");
     check_error(cudaGetLastError(), cudaErrorLaunchFailure, "cudaGetLastError");
-    check_error(cudaGetLastError(), cudaErrorLaunchFailure, "cudaGetLastError, which cannot clear it");
+    check_error(cudaGetLastError(), cudaErrorLaunchFailure,
+                "cudaGetLastError, which cannot clear it");
     cuda_model_reset();
     cuda_model_settings = before;
 }
@@ -935,8 +965,9 @@ void test_deadlocks()
                 named_sync(4, 64);
         });
     expect_report(
-        "\n  block (1,0,0): 5 in barrier_wait, shared memory + 8: phase 0 lacks 2 arrivals and 48 bytes", 2,
-        64, 16, +[] {
+        "\n  block (1,0,0): 5 in barrier_wait, shared memory + 8: phase 0 lacks 2 arrivals and 48 "
+        "bytes",
+        2, 64, 16, +[] {
             uint64_t *b = (uint64_t *)shared_memory() + 1;
             if (rank() == 5 && blockIdx.x == 1) {
                 barrier_init(b, 3);
@@ -962,7 +993,8 @@ void test_deadlocks()
                 barrier_wait(b, 0);
             }
         });
-    /* Bytes that landed and are never announced; in late modes they have not landed when the phase ends. */
+    /* Bytes that landed and are never announced; in late modes they have not landed when the phase
+     * ends. */
     if (cuda_model_settings.late == 0) {
         Device<uint8_t> x(16);
         expect_report(
@@ -991,10 +1023,11 @@ void test_misuse()
     expect("__syncwarp with mask 0000ffff", 32, [](X) { __syncwarp(0xffff); });
     expect("where 24 threads of the warp", 40, [](X) { __syncwarp(); });
     /* Lane 3 has returned, or returns, as the order has it. */
-    expect(cuda_model_settings.seed ? "return" : "thread 3: returned while threads of its warp", 32, [](X) {
-        if (rank() != 3)
-            __syncwarp();
-    });
+    expect(cuda_model_settings.seed ? "return" : "thread 3: returned while threads of its warp", 32,
+           [](X) {
+               if (rank() != 3)
+                   __syncwarp();
+           });
     expect(" of its warp is in __", 32, [](X) {
         if (rank() < 16)
             __syncwarp();
@@ -1023,20 +1056,22 @@ void test_misuse()
         uint32_t r[4];
         ldmatrix_transposed(r, shared_memory() + 32992);
     });
-    expect("copy_async: the source is not aligned", 32, [](X x) { copy_async(shared_memory(), x + 4); });
-    expect("copy_async: shared memory + 4 is not", 32, [](X x) { copy_async(shared_memory() + 4, x); });
+    expect("copy_async: the source is not aligned", 32,
+           [](X x) { copy_async(shared_memory(), x + 4); });
+    expect("copy_async: shared memory + 4 is not", 32,
+           [](X x) { copy_async(shared_memory() + 4, x); });
     expect("copy_async: 16 bytes from ", 32, [](X x) { copy_async(shared_memory(), x + 1024); });
 
     /* The barrier of those that follow stands at 0, and expects one arrival. */
     expect("barrier_init: 0 arrivals", 32, [](X) { barrier_init((uint64_t *)shared_memory(), 0); });
     expect("barrier_wait: no barrier_init at shared memory + 8", 32,
            [](X) { barrier_wait((uint64_t *)shared_memory() + 1, 0); });
-#define WITH_BARRIER(report, ...)                                                                          \
-    expect(report, 1, [](X x) {                                                                            \
-        uint64_t *b = (uint64_t *)shared_memory();                                                         \
-        barrier_init(b, 1);                                                                                \
-        __VA_ARGS__;                                                                                       \
-        (void)x;                                                                                           \
+#define WITH_BARRIER(report, ...)                  \
+    expect(report, 1, [](X x) {                    \
+        uint64_t *b = (uint64_t *)shared_memory(); \
+        barrier_init(b, 1);                        \
+        __VA_ARGS__;                               \
+        (void)x;                                   \
     })
     WITH_BARRIER("barrier_wait: the parity is 2", barrier_wait(b, 2));
     WITH_BARRIER("barrier_arrive: more arrivals", barrier_arrive_expect(b, 16); barrier_arrive(b));
@@ -1053,25 +1088,27 @@ void test_misuse()
         WITH_BARRIER("1 bulk copies that nobody waited for", copy_bulk(b + 2, x, 16, b));
 #undef WITH_BARRIER
 
-#define WITH_PRODUCT(report, ...)                                                                          \
-    expect(report, 128, [](X) {                                                                            \
-        int d[64] = {};                                                                                    \
-        const uint32_t one[4] = {};                                                                        \
-        const uint64_t tile = descriptor_k_major(shared_memory(), 128);                                    \
-        __VA_ARGS__;                                                                                       \
-        (void)d, (void)one, (void)tile;                                                                    \
+#define WITH_PRODUCT(report, ...)                                       \
+    expect(report, 128, [](X) {                                         \
+        int d[64] = {};                                                 \
+        const uint32_t one[4] = {};                                     \
+        const uint64_t tile = descriptor_k_major(shared_memory(), 128); \
+        __VA_ARGS__;                                                    \
+        (void)d, (void)one, (void)tile;                                 \
     })
-    WITH_PRODUCT("differ between threads 0 and 64", wgmma_s8(d, tile, tile + (rank() >= 64 ? 2 : 0), true));
+    WITH_PRODUCT("differ between threads 0 and 64",
+                 wgmma_s8(d, tile, tile + (rank() >= 64 ? 2 : 0), true));
     WITH_PRODUCT("differ between threads 0 and 1 ", wgmma_s8(d, tile, tile, rank() == 0));
     WITH_PRODUCT("leads to shared memory + 33", wgmma_s8(d, tile, tile + (17000 >> 4), true);
                  wgmma_commit(); wgmma_wait<0>());
     WITH_PRODUCT("a swizzle that is not", wgmma_s8(d, tile, tile & ~(3ull << 62), true));
     WITH_PRODUCT("or of 64 for 8-bit", float f[32]; wgmma_f16(f, one, tile ^ 3ull << 62, false));
     WITH_PRODUCT("warpgroup 0 returned before wgmma_wait", wgmma_s8(d, tile, tile, true));
-    WITH_PRODUCT("warpgroup 0 returned before wgmma_wait", wgmma_s8(d, tile, tile, true); wgmma_commit());
+    WITH_PRODUCT("warpgroup 0 returned before wgmma_wait", wgmma_s8(d, tile, tile, true);
+                 wgmma_commit());
     if (late)
-        WITH_PRODUCT("accumulators were written before", wgmma_s8(d, tile, tile, true); wgmma_commit();
-                     d[rank() % 64] = 0; wgmma_wait<0>());
+        WITH_PRODUCT("accumulators were written before", wgmma_s8(d, tile, tile, true);
+                     wgmma_commit(); d[rank() % 64] = 0; wgmma_wait<0>());
     expect("wgmma_commit where 32 threads of the warpgroup", 96, [](X) { wgmma_commit(); });
 #undef WITH_PRODUCT
 }
@@ -1099,7 +1136,7 @@ void test_streams()
     SUCCEEDS(cudaMalloc(&p, 4));
     SUCCEEDS(cudaMalloc(&q, 4));
     SUCCEEDS(cudaMemset(p, 0, 4));
-    Numbers numbers = { { 5, 7 } };
+    Numbers numbers = {{5, 7}};
     const cudaLaunchConfig_t in_a = config(1, 1, 0, a), in_b = config(1, 1, 0, b),
                              in_null = config(1, 1, 0);
     const cudaLaunchConfig_t in_apart = config(1, 1, 0, apart);
@@ -1154,7 +1191,8 @@ void test_memory()
     cudaPointerAttributes attributes;
     cuda_model_settings.memory = 10000;
     SUCCEEDS(cudaMalloc(&p, 100));
-    check(cuda_model_count().bytes == 100 && cuda_model_count().allocations == 1, "counts of memory");
+    check(cuda_model_count().bytes == 100 && cuda_model_count().allocations == 1,
+          "counts of memory");
     SUCCEEDS(cudaMemcpy(host, p + 36, 64, cudaMemcpyDeviceToHost));
     check(host[0] == 0xff && host[63] == 0xff, "memory is full of 0xFF");
     SUCCEEDS(cudaPointerGetAttributes(&attributes, p + 99));
@@ -1231,8 +1269,9 @@ void test_launch_limits()
     SUCCEEDS(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 << 10));
     SUCCEEDS(launch(1, 1, 100 << 10));
     FAILS(launch(1, 1, (100 << 10) + 1), cudaErrorInvalidValue);
-    FAILS(cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1),
-          cudaErrorInvalidValue);
+    FAILS(
+        cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, (227 << 10) + 1),
+        cudaErrorInvalidValue);
     cudaLaunchConfig_t c = config(1, 1, 0, (cudaStream_t)&c);
     FAILS(cudaLaunchKernelEx(&c, nothing, 0), cudaErrorInvalidResourceHandle);
     SUCCEEDS(cudaDeviceSynchronize());
@@ -1246,7 +1285,7 @@ void test_capture()
     cudaGraphExec_t exec;
     cudaStreamCaptureStatus status;
     int *p, *scratch, got = 0;
-    const Numbers numbers = { { 5 } };
+    const Numbers numbers = {{5}};
     SUCCEEDS(cudaStreamCreate(&stream));
     SUCCEEDS(cudaStreamCreate(&other));
     SUCCEEDS(cudaMalloc(&p, 4));
@@ -1308,7 +1347,8 @@ void test_capture()
     FAILS(cudaFreeAsync(memory, stream), cudaErrorInvalidValue);
     FAILS(cudaStreamEndCapture(stream, &graph), cudaErrorStreamCaptureInvalidated);
     FAILS(cudaStreamEndCapture(stream, &graph), cudaErrorInvalidValue);
-    FAILS(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported);
+    FAILS(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal),
+          cudaErrorStreamCaptureUnsupported);
 
     cudaEvent_t event;
     SUCCEEDS(cudaEventCreate(&event));
@@ -1474,50 +1514,50 @@ int main()
         void (*run)();
     };
     const Test in_every_mode[] = {
-        { "indices", test_indices },
-        { "shuffles", test_shuffles },
-        { "reductions", test_reductions },
-        { "block barriers", test_block_barriers },
-        { "returned threads", test_returned_threads },
-        { "ldmatrix", test_ldmatrix },
-        { "mma_s8", test_mma_s8 },
-        { "mma_f16", test_mma_f16 },
-        { "copy_async", test_copy_async },
-        { "wgmma", test_wgmma },
-        { "e4m3 codes", test_every_e4m3_code },
-        { "late products", test_late_products },
-        { "ring", test_ring },
-        { "late bulk copy", test_late_bulk_copy },
-        { "named barriers", test_named_barriers },
-        { "blocks", test_blocks },
-        { "races", test_races_show },
-        { "deadlocks", test_deadlocks },
-        { "misuse", test_misuse },
+        {"indices", test_indices},
+        {"shuffles", test_shuffles},
+        {"reductions", test_reductions},
+        {"block barriers", test_block_barriers},
+        {"returned threads", test_returned_threads},
+        {"ldmatrix", test_ldmatrix},
+        {"mma_s8", test_mma_s8},
+        {"mma_f16", test_mma_f16},
+        {"copy_async", test_copy_async},
+        {"wgmma", test_wgmma},
+        {"e4m3 codes", test_every_e4m3_code},
+        {"late products", test_late_products},
+        {"ring", test_ring},
+        {"late bulk copy", test_late_bulk_copy},
+        {"named barriers", test_named_barriers},
+        {"blocks", test_blocks},
+        {"races", test_races_show},
+        {"deadlocks", test_deadlocks},
+        {"misuse", test_misuse},
     };
     const Test once[] = {
-        { "arithmetic", test_arithmetic },
-        { "conversions", test_conversions },
-        { "orders", test_orders },
-        { "streams", test_streams },
-        { "memory", test_memory },
-        { "launch limits", test_launch_limits },
-        { "capture", test_capture },
-        { "planned failures", test_planned_failures },
-        { "sticky error", test_sticky_error },
-        { "devices", test_devices },
-        { "sanitizer", test_sanitizer },
+        {"arithmetic", test_arithmetic},
+        {"conversions", test_conversions},
+        {"orders", test_orders},
+        {"streams", test_streams},
+        {"memory", test_memory},
+        {"launch limits", test_launch_limits},
+        {"capture", test_capture},
+        {"planned failures", test_planned_failures},
+        {"sticky error", test_sticky_error},
+        {"devices", test_devices},
+        {"sanitizer", test_sanitizer},
     };
     const auto run_test = [](const Test &test, int late, uint64_t seed) {
         cuda_model_reset();
         cuda_model_settings.late = late;
         cuda_model_settings.seed = seed;
         random_state = 1;
-        where =
-            std::string(test.name) + ", late " + std::to_string(late) + ", seed " + std::to_string(seed);
+        where = std::string(test.name) + ", late " + std::to_string(late) + ", seed " +
+                std::to_string(seed);
         test.run();
     };
     for (int late = 0; late < 3; late++)
-        for (unsigned seed : { 0u, 1u, 2u, 3u })
+        for (unsigned seed : {0u, 1u, 2u, 3u})
             for (const Test &test : in_every_mode)
                 run_test(test, late, seed);
     for (const Test &test : once)

@@ -1,8 +1,8 @@
-/* threads.cc: the scheduler. Each thread of a block is a fiber, a stack that is left where the thread has
- * to wait and taken up again when what it waits for is there. One fiber runs at a time, so nothing here
- * needs a lock, and a kernel can be stepped through in a debugger. */
-#include "tests/cuda_model/cuda_model.h"
+/* threads.cc: the scheduler. Each thread of a block is a fiber, a stack that is left where the
+ * thread has to wait and taken up again when what it waits for is there. One fiber runs at a time,
+ * so nothing here needs a lock, and a kernel can be stepped through in a debugger. */
 #include "tests/cuda_model/threads.h"
+#include "tests/cuda_model/cuda_model.h"
 
 #include <algorithm>
 #include <stdarg.h>
@@ -59,7 +59,8 @@ __attribute__((no_sanitize("address"))) void thread_main();
 
 #ifdef CUDA_MODEL_ASSEMBLY
 
-/* The registers that a function must keep (System V ABI) go to the stack, and the stack's pointer to *from.
+/* The registers that a function must keep (System V ABI) go to the stack, and the stack's pointer
+ * to *from.
  */
 asm(R"(
     .text
@@ -147,7 +148,10 @@ std::string text(const char *format, ...)
     return line;
 }
 
-std::string name(const Block &b) { return text("block (%u,%u,%u)", b.index.x, b.index.y, b.index.z); }
+std::string name(const Block &b)
+{
+    return text("block (%u,%u,%u)", b.index.x, b.index.y, b.index.z);
+}
 
 void fail(const std::string &what)
 {
@@ -162,11 +166,12 @@ std::string describe(const Thread &t)
     const Block &b = *t.block;
     for (const Barrier &barrier : b.barriers)
         if (t.waits_on == &barrier)
-            return text("%s, barrier %d with %u of %u threads", t.waits_for, (int)(&barrier - b.barriers),
-                        barrier.arrived, barrier.expected);
+            return text("%s, barrier %d with %u of %u threads", t.waits_for,
+                        (int)(&barrier - b.barriers), barrier.arrived, barrier.expected);
     const uintptr_t at = (uintptr_t)t.waits_on - (uintptr_t)b.shared;
     if (at < b.shared_bytes)
-        return text("%s, shared memory + %d: ", t.waits_for, (int)at) + describe_barrier(t.waits_on);
+        return text("%s, shared memory + %d: ", t.waits_for, (int)at) +
+               describe_barrier(t.waits_on);
     return t.waits_for;
 }
 
@@ -196,8 +201,8 @@ std::string waiting_threads(size_t most)
 void start(Block &b, const Grid &grid, uint64_t n)
 {
     const dim3 &size = grid.threads;
-    b.index = { (unsigned)(n % grid.blocks.x), (unsigned)(n / grid.blocks.x % grid.blocks.y),
-                (unsigned)(n / grid.blocks.x / grid.blocks.y) };
+    b.index = {(unsigned)(n % grid.blocks.x), (unsigned)(n / grid.blocks.x % grid.blocks.y),
+               (unsigned)(n / grid.blocks.x / grid.blocks.y)};
     b.alive = (unsigned)b.threads.size();
     b.copies.clear();
     memset(b.barriers, 0, sizeof b.barriers);
@@ -205,7 +210,7 @@ void start(Block &b, const Grid &grid, uint64_t n)
     const auto form = [&](std::vector<Team> &teams, unsigned of) {
         teams.clear();
         for (unsigned first = 0; first < b.alive; first += of)
-            teams.push_back({ first, of, 0, first + of > b.alive ? first + of - b.alive : 0 });
+            teams.push_back({first, of, 0, first + of > b.alive ? first + of - b.alive : 0});
     };
     form(b.warps, 32);
     form(b.warpgroups, 128);
@@ -214,7 +219,7 @@ void start(Block &b, const Grid &grid, uint64_t n)
         Thread &t = b.threads[rank];
         t.block = &b;
         t.rank = rank;
-        t.index = { rank % size.x, rank / size.x % size.y, rank / size.x / size.y };
+        t.index = {rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
         t.state = Thread::ready;
         t.copies.clear();
         t.copy_groups.clear();
@@ -252,9 +257,10 @@ void complete(Barrier &b, Block &block)
 void say_goodbye()
 {
     Block &b = *current->block;
-    for (Team *team : { &b.warps[current->rank / 32], &b.warpgroups[current->rank / 128] })
+    for (Team *team : {&b.warps[current->rank / 32], &b.warpgroups[current->rank / 128]})
         if (team->gone++, team->arrived)
-            misuse("returned while threads of its %s wait for it", team->size == 32 ? "warp" : "warpgroup");
+            misuse("returned while threads of its %s wait for it",
+                   team->size == 32 ? "warp" : "warpgroup");
     b.alive--;
     if (b.barriers[0].arrived && b.barriers[0].arrived == b.alive)
         complete(b.barriers[0], b);
@@ -276,7 +282,8 @@ void thread_main()
     switch_stack(current->context, scheduler, true);
 }
 
-/* PTX ISA, wgmma and cp.async.bulk: what is in flight must be waited for before the thread exits. */
+/* PTX ISA, wgmma and cp.async.bulk: what is in flight must be waited for before the thread exits.
+ */
 void check_nothing_in_flight(const Block &b)
 {
     for (const Products &p : b.products) {
@@ -288,7 +295,8 @@ void check_nothing_in_flight(const Block &b)
                         " returned before wgmma_wait for its products");
     }
     if (!b.copies.empty())
-        fail(name(b) + text(": returned with %zu bulk copies that nobody waited for", b.copies.size()));
+        fail(name(b) +
+             text(": returned with %zu bulk copies that nobody waited for", b.copies.size()));
 }
 
 } // namespace
@@ -323,7 +331,8 @@ bool run(const Grid &grid)
     thread_body = &grid.thread;
     blockDim = grid.threads;
     gridDim = grid.blocks;
-    resident.resize((size_t)std::min<uint64_t>(blocks, std::max(1u, cuda_model_settings.resident_blocks)));
+    resident.resize(
+        (size_t)std::min<uint64_t>(blocks, std::max(1u, cuda_model_settings.resident_blocks)));
     for (Block &b : resident) {
         void *shared = nullptr;
         if (posix_memalign(&shared, 1024, grid.shared_bytes))
@@ -418,12 +427,14 @@ void together(std::vector<Team> &teams, const char *call, void *operand, Work wo
         for (unsigned n = 0; n < team.size; n++) {
             const Thread &other = t.block->threads[team.first + n];
             if (strcmp(other.waits_for, call))
-                misuse("%s while thread %u of its %s is in %s", call, other.rank, kind, other.waits_for);
+                misuse("%s while thread %u of its %s is in %s", call, other.rank, kind,
+                       other.waits_for);
             operands[n] = other.operand;
         }
         work(operands);
         team.arrived = 0;
-        wake(&team, team.first, team.size, 0); /* itself too, so that turns stay in ascending order */
+        wake(&team, team.first, team.size,
+             0); /* itself too, so that turns stay in ascending order */
     }
     leave();
 }
@@ -433,7 +444,7 @@ Values exchange(const char *call, unsigned mask, uint32_t mine)
     struct Operand {
         uint32_t mine;
         Values all;
-    } operand = { mine, {} };
+    } operand = {mine, {}};
     if (mask != ~0u)
         misuse("%s with mask %08x: the model knows full masks alone", call, mask);
     together(self().block->warps, call, &operand, [](void *const *operands) {
@@ -454,8 +465,8 @@ unsigned meet(int id, const char *call, unsigned expected, bool reduces, bool ye
     Block &block = *current->block;
     Barrier &b = block.barriers[id];
     if (b.arrived && (b.reduces != reduces || (id && b.expected != expected)))
-        misuse("%s(%d, %u) while others wait there for %u threads or in another kind of call", call, id,
-               expected, b.expected);
+        misuse("%s(%d, %u) while others wait there for %u threads or in another kind of call", call,
+               id, expected, b.expected);
     b.expected = expected;
     b.reduces = reduces;
     b.yes += yes;
@@ -473,7 +484,8 @@ unsigned meet_named(int id, const char *call, int threads, bool reduces, bool ye
 {
     const int all = (int)current->block->threads.size();
     if (id < 1 || id > 15 || threads < 32 || threads % 32 || threads > all)
-        misuse("%s(%d, %d): ids are 1 to 15, threads a multiple of 32 up to %d", call, id, threads, all);
+        misuse("%s(%d, %d): ids are 1 to 15, threads a multiple of 32 up to %d", call, id, threads,
+               all);
     return meet(id, call, (unsigned)threads, reduces, yes, waits);
 }
 } // namespace
@@ -488,7 +500,8 @@ uint32_t shared_range(const char *call, const void *p, size_t bytes, size_t alig
     const Block &b = *current->block;
     const uintptr_t at = (uintptr_t)p - (uintptr_t)b.shared;
     if (at >= b.shared_bytes || bytes > b.shared_bytes - at)
-        misuse("%s: %zu bytes at shared memory + %td of %zu", call, bytes, (ptrdiff_t)at, b.shared_bytes);
+        misuse("%s: %zu bytes at shared memory + %td of %zu", call, bytes, (ptrdiff_t)at,
+               b.shared_bytes);
     if (at % alignment)
         misuse("%s: shared memory + %zu is not aligned to %zu", call, (size_t)at, alignment);
     return (uint32_t)at;
@@ -499,7 +512,10 @@ uint32_t shared_range(const char *call, const void *p, size_t bytes, size_t alig
 using namespace cuda_model;
 
 void named_sync(int id, int threads) { meet_named(id, "named_sync", threads, false, false, true); }
-void named_arrive(int id, int threads) { meet_named(id, "named_arrive", threads, false, false, false); }
+void named_arrive(int id, int threads)
+{
+    meet_named(id, "named_arrive", threads, false, false, false);
+}
 bool named_any(int id, int threads, bool yes)
 {
     return meet_named(id, "named_any", threads, true, yes, true);

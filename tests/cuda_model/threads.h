@@ -1,4 +1,5 @@
-/* threads.h: what the files of the model share: a grid that runs, its blocks and threads, how they wait. */
+/* threads.h: what the files of the model share: a grid that runs, its blocks and threads, how they
+ * wait. */
 #ifndef CUDA_MODEL_THREADS_H
 #define CUDA_MODEL_THREADS_H
 
@@ -117,12 +118,13 @@ uint32_t random_below(size_t n);
 void wait_on(const void *thing, const char *call);
 void wake(const void *thing, unsigned first, unsigned count, unsigned result);
 
-/* Returns when every thread of the team has called it. The last one does the work for all: operands[n] is
- * what thread n of the team brought. */
+/* Returns when every thread of the team has called it. The last one does the work for all:
+ * operands[n] is what thread n of the team brought. */
 typedef void (*Work)(void *const *operands);
 void together(std::vector<Team> &teams, const char *call, void *operand, Work work);
 
-/* Where p points in shared memory; misuse if `bytes` from there are not in it or p is not aligned. */
+/* Where p points in shared memory; misuse if `bytes` from there are not in it or p is not aligned.
+ */
 uint32_t shared_range(const char *call, const void *p, size_t bytes, size_t alignment);
 
 /* ---- instructions.cc ---------------------------------------------------------------------- */

@@ -1,5 +1,6 @@
-/* monitor.c: loads one static Linux program and answers the system calls that glibc's start, malloc,
-   stdio and exit make. Program and monitor both run in ring 0, on one CPU without interrupts. */
+/* monitor.c: loads one static Linux program and answers the system calls that glibc's start,
+   malloc, stdio and exit make. Program and monitor both run in ring 0, on one CPU without
+   interrupts. */
 #include <elf.h>
 #include <errno.h>
 #include <stddef.h>
@@ -9,18 +10,23 @@
 #include <sys/uio.h>
 
 enum { MIB = 1 << 20, PAGE = 4096, LARGE_PAGE = 2 * MIB };
-/* 0 to 4 MiB is not mapped; the program and its heap; mmap; the stack; at 192 MiB the monitor (link.ld). */
+/* 0 to 4 MiB is not mapped; the program and its heap; mmap; the stack; at 192 MiB the monitor
+ * (link.ld). */
 enum { HEAP_END = 96 * MIB, MMAP_END = 180 * MIB, STACK_END = 184 * MIB, STACK_TOP = 192 * MIB };
-enum { STDOUT = 0x3F8, STDERR = 0x2F8, STATUS = 0x3E8 }; /* COM1, COM2, COM3: run.sh gives each a file */
+enum {
+    STDOUT = 0x3F8,
+    STDERR = 0x2F8,
+    STATUS = 0x3E8
+}; /* COM1, COM2, COM3: run.sh gives each a file */
 enum { UART_LINE_CONTROL = 3, UART_8N1 = 0x03, UART_DIVISOR = 0x80 };
 enum { UART_LINE_STATUS = 5, UART_MAY_SEND = 0x20, UART_ALL_SENT = 0x40 };
 enum { SHUTDOWN_PORT = 0x8900 }; /* Bochs: the word "Shutdown" ends the emulator */
 enum { CODE64 = 0x10, GATE_INTERRUPT = 0x8E00, FAULTS = 32, RFLAGS_TF_IF_DF = 0x700 };
 enum { ARCH_SET_FS = 0x1002, EXIT_FAULT = 139, EXIT_NOT_LOADED = 126, EXIT_SIGNAL = 128 };
 enum { ARGUMENTS = 64, AUXILIARIES = 8 };
-#define MSR_STAR 0xC0000081u
-#define MSR_LSTAR 0xC0000082u
-#define MSR_FMASK 0xC0000084u
+#define MSR_STAR    0xC0000081u
+#define MSR_LSTAR   0xC0000082u
+#define MSR_FMASK   0xC0000084u
 #define MSR_FS_BASE 0xC0000100u
 
 struct call {
@@ -291,7 +297,8 @@ _Noreturn void monitor_main(void)
     const Elf64_Ehdr *elf = (const Elf64_Ehdr *)program_start;
     const uint64_t headers = load(elf);
 
-    /* What the ABI puts on a new stack: argc, argv, 0, no environment, 0, pairs of auxiliary values. */
+    /* What the ABI puts on a new stack: argc, argv, 0, no environment, 0, pairs of auxiliary
+     * values. */
     uint64_t *stack = (uint64_t *)(STACK_TOP - LARGE_PAGE), count = 0, words = 1;
     for (char *text = arguments_start; text < arguments_end && count < ARGUMENTS; count++) {
         stack[words++] = (uint64_t)text;
@@ -301,9 +308,14 @@ _Noreturn void monitor_main(void)
     stack[0] = count;
     stack[words++] = 0;
     stack[words++] = 0;
-    const uint64_t auxiliary[AUXILIARIES][2] = {
-        {AT_PHDR, headers},     {AT_PHENT, sizeof(Elf64_Phdr)}, {AT_PHNUM, elf->e_phnum}, {AT_PAGESZ, PAGE},
-        {AT_ENTRY, elf->e_entry}, {AT_SECURE, 0}, {AT_RANDOM, (uint64_t)program_start}, {AT_NULL, 0}};
+    const uint64_t auxiliary[AUXILIARIES][2] = {{AT_PHDR, headers},
+                                                {AT_PHENT, sizeof(Elf64_Phdr)},
+                                                {AT_PHNUM, elf->e_phnum},
+                                                {AT_PAGESZ, PAGE},
+                                                {AT_ENTRY, elf->e_entry},
+                                                {AT_SECURE, 0},
+                                                {AT_RANDOM, (uint64_t)program_start},
+                                                {AT_NULL, 0}};
     memcpy(stack + words, auxiliary, sizeof auxiliary);
     enter_program(elf->e_entry, stack);
 }

@@ -1,7 +1,8 @@
-/* differential.c: the reference against the cpu backend on every instruction set that is here, all bits, on
- * questions as wild as they may be: numbers of any size, infinities, NaN, subnormals and zeros of both signs,
- * in any shape, layout (broadcast ones too), dtype, mask and option. For as many seconds as
- * SPARGE_FUZZ_SECONDS says, 5 where it says nothing, from another seed each time unless SPARGE_SEED is set. */
+/* differential.c: the reference against the cpu backend on every instruction set that is here, all
+ * bits, on questions as wild as they may be: numbers of any size, infinities, NaN, subnormals and
+ * zeros of both signs, in any shape, layout (broadcast ones too), dtype, mask and option. For as
+ * many seconds as SPARGE_FUZZ_SECONDS says, 5 where it says nothing, from another seed each time
+ * unless SPARGE_SEED is set. */
 #include <float.h>
 #include <math.h>
 #include <stdio.h>
@@ -23,8 +24,9 @@ static float sized(int64_t low, int64_t high)
 
 static float special(void)
 {
-    static const float odd[] = { 0.0f, 1.0f, FLT_MIN, 0x1p-149f, 0x1p-140f, FLT_MAX, 1e38f, 1e20f, 1e19f, 65504.0f, 1e-20f };
-    static const float worse[] = { INFINITY, -INFINITY, NAN };
+    static const float odd[] = {0.0f,  1.0f,  FLT_MIN, 0x1p-149f, 0x1p-140f, FLT_MAX,
+                                1e38f, 1e20f, 1e19f,   65504.0f,  1e-20f};
+    static const float worse[] = {INFINITY, -INFINITY, NAN};
     if (!often(30))
         return worse[check_int(0, 2)];
     const float x = odd[check_int(0, (int64_t)(sizeof odd / sizeof *odd) - 1)];
@@ -51,7 +53,9 @@ static void make_wild(tensor *t)
             float *x = &t->x[line * t->channels + c];
             switch (kind) {
             case 0: *x = size * (constant ? 1.0f : check_normal()); break;
-            case 1: *x = constant ? same * size : sized(low, low + 20 < 127 ? low + 20 : 127); break;
+            case 1:
+                *x = constant ? same * size : sized(low, low + 20 < 127 ? low + 20 : 127);
+                break;
             case 2: *x = check_int(0, 3) ? *x : special(); break;
             default: *x = often(40) ? *x * size : special(); break;
             }
@@ -62,7 +66,7 @@ static void make_wild(tensor *t)
 /* Some axes of length beyond 1 read the same element again and again. */
 static void broadcast(sparge_in *in)
 {
-    int64_t *const stride[] = { &in->batch, &in->head, &in->token };
+    int64_t *const stride[] = {&in->batch, &in->head, &in->token};
     for (int n = 0; n < 3; n++)
         if (!often(16))
             *stride[n] = 0;
@@ -70,13 +74,23 @@ static void broadcast(sparge_in *in)
 
 static void ask_wildly(void)
 {
-    const int64_t kv_heads = check_int(1, 2), longest = check_int(0, 3) ? 40 : check_int(0, 3) ? 90 : 260;
+    const int64_t kv_heads = check_int(1, 2), longest = check_int(0, 3)   ? 40
+                                                        : check_int(0, 3) ? 90
+                                                                          : 260;
     const shape s = {
-        .batch = check_int(1, 2), .heads = kv_heads * check_int(1, 3), .kv_heads = kv_heads,
-        .q_len = check_int(often(20), longest), .k_len = check_int(often(20), longest),
-        .dim = channels_at_random(), .dim_v = channels_at_random(),
-        .q = dtype_at_random(), .k = dtype_at_random(), .v = dtype_at_random(),
-        .layout_q = layout_at_random(), .layout_k = layout_at_random(), .layout_v = layout_at_random(),
+        .batch = check_int(1, 2),
+        .heads = kv_heads * check_int(1, 3),
+        .kv_heads = kv_heads,
+        .q_len = check_int(often(20), longest),
+        .k_len = check_int(often(20), longest),
+        .dim = channels_at_random(),
+        .dim_v = channels_at_random(),
+        .q = dtype_at_random(),
+        .k = dtype_at_random(),
+        .v = dtype_at_random(),
+        .layout_q = layout_at_random(),
+        .layout_k = layout_at_random(),
+        .layout_v = layout_at_random(),
     };
     problem x = problem_make(&s);
     x.o.block_q = check_int(1, check_int(0, 1) ? 16 : 128);
@@ -98,9 +112,9 @@ static void ask_wildly(void)
     const way how = check_int(0, 1) ? ATTENTION : ATTEND;
     if (how == ATTEND && check_int(0, 3))
         mask_at_random(&x);
-    const int threads[] = { (int)check_int(1, 2), 0 };
-    verify_with(&x, how, how == ATTEND ? dtype_at_random() : SPARGE_F32, how == ATTEND ? layout_at_random() : PACKED,
-                threads, NULL);
+    const int threads[] = {(int)check_int(1, 2), 0};
+    verify_with(&x, how, how == ATTEND ? dtype_at_random() : SPARGE_F32,
+                how == ATTEND ? layout_at_random() : PACKED, threads, NULL);
     problem_free(&x);
 }
 
@@ -113,7 +127,7 @@ static double now(void)
 
 Test(differential, wild_questions)
 {
-    const char *const wanted = getenv("SPARGE_FUZZ_SECONDS");
+    const char *wanted = getenv("SPARGE_FUZZ_SECONDS");
     const double end = now() + (wanted ? strtod(wanted, NULL) : 5.0);
     char seed[32];
     snprintf(seed, sizeof seed, "%lld", (long long)time(NULL));

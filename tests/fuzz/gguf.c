@@ -1,5 +1,6 @@
-/* gguf.c: libFuzzer target: any bytes give either one line of error and nothing, or a checkpoint whose tensors lie in
- * the bytes. From that come a model that runs and a tokenizer whose numbers are those of tokens; or a line each. */
+/* gguf.c: libFuzzer target: any bytes give either one line of error and nothing, or a checkpoint
+ * whose tensors lie in the bytes. From that come a model that runs and a tokenizer whose numbers
+ * are those of tokens; or a line each. */
 #include "experiments/lm/model.h"
 #include "experiments/lm/tokenizer.h"
 
@@ -20,7 +21,8 @@ static void require_line(const file_error *error)
     require(error->text[0] && !strpbrk(error->text, "\r\n"));
 }
 
-/* What checkpoint_open does, of bytes that are in memory: there an address sanitizer sees where they end. */
+/* What checkpoint_open does, of bytes that are in memory: there an address sanitizer sees where
+ * they end. */
 static bool open_bytes(const uint8_t *bytes, size_t size, checkpoint *c, file_error *error)
 {
     const file_input in = input_memory(bytes, size, "fuzz", error);
@@ -37,11 +39,11 @@ static bool open_bytes(const uint8_t *bytes, size_t size, checkpoint *c, file_er
 static void read_tensors(const checkpoint *c, const uint8_t *bytes, size_t size)
 {
     for (int64_t n = 0; n < c->tensors; n++) {
-        const tensor *const t = &c->tensor[n];
+        const tensor *t = &c->tensor[n];
         const size_t all = tensor_bytes(t->type, t->rows, t->columns);
         require(t->rows >= 1 && t->columns >= 1 && all > 0 && all <= size);
         require(t->data >= bytes && t->data + all <= bytes + size);
-        float *const row = malloc((size_t)t->columns * sizeof *row);
+        float *row = malloc((size_t)t->columns * sizeof *row);
         require(row != NULL);
         tensor_read(t, 0, 1, row);
         tensor_read(t, t->rows - 1, 1, row);
@@ -51,15 +53,16 @@ static void read_tensors(const checkpoint *c, const uint8_t *bytes, size_t size)
 }
 
 /* Attention that sees nothing. */
-static exit_code attend(void *user, int64_t layer, const sparge_problem *problem, const sparge_out *o,
-                        file_error *error)
+static exit_code attend(void *user, int64_t layer, const sparge_problem *problem,
+                        const sparge_out *o, file_error *error)
 {
     (void)user;
     (void)layer;
     (void)error;
     for (int64_t t = 0; t < problem->q_len; t++)
         for (int64_t h = 0; h < problem->heads; h++)
-            memset((float *)o->data + h * o->head + t * o->token, 0, (size_t)problem->dim_v * sizeof(float));
+            memset((float *)o->data + h * o->head + t * o->token, 0,
+                   (size_t)problem->dim_v * sizeof(float));
     return EXIT_FINE;
 }
 
@@ -74,10 +77,10 @@ static void run(const checkpoint *c)
         require_line(&error);
         return;
     }
-    const hyper *const h = model_hyper(m);
+    const hyper *h = model_hyper(m);
     const int32_t token[] = {0, (int32_t)(h->vocab - 1)};
-    float *const hidden = malloc(2 * (size_t)h->dim * sizeof *hidden);
-    float *const logits = malloc(2 * (size_t)h->vocab * sizeof *logits);
+    float *hidden = malloc(2 * (size_t)h->dim * sizeof *hidden);
+    float *logits = malloc(2 * (size_t)h->vocab * sizeof *logits);
     require(hidden && logits);
     if (model_run(m, token, 2, &(attender){attend, NULL}, hidden, &error) == EXIT_FINE)
         require(model_logits(m, hidden, 2, logits, &error) == EXIT_FINE);

@@ -17,7 +17,7 @@ static void check_round_trip(const array *want)
 {
     char *text = NULL;
     size_t length = 0;
-    FILE *const stream = open_memstream(&text, &length);
+    FILE *stream = open_memstream(&text, &length);
     require(stream && npy_write(stream, "fuzz", want, NULL) && fclose(stream) == 0);
     array got;
     require(npy_read_memory((const uint8_t *)text, length, "fuzz", &got, NULL));

@@ -22,13 +22,22 @@ static void check_accepted(const attention_args *a, char *const *argv, int argc)
             found++;
         require(found < argc);
     }
-    const sparge_options *const o = &a->options;
-    require(o->rules == a->rules && (o->knobs.topk == SPARGE_OFF || (a->given & option_bit(OPT_TAU)) ||
-                                     o->knobs.tau == SPARGE_OFF));
+    const sparge_options *o = &a->options;
+    require(o->rules == a->rules &&
+            (o->knobs.topk == SPARGE_OFF || (a->given & option_bit(OPT_TAU)) ||
+             o->knobs.tau == SPARGE_OFF));
     const float x = 0.0f;
     const sparge_problem problem = {
-        .batch = 1, .heads = 1, .kv_heads = 1, .q_len = 1, .k_len = 1, .dim = 1, .dim_v = 1,
-        .q = {.data = &x}, .k = {.data = &x}, .v = {.data = &x},
+        .batch = 1,
+        .heads = 1,
+        .kv_heads = 1,
+        .q_len = 1,
+        .k_len = 1,
+        .dim = 1,
+        .dim_v = 1,
+        .q = {.data = &x},
+        .k = {.data = &x},
+        .v = {.data = &x},
     };
     sparge_mask mask;
     sparge_error why;
@@ -40,8 +49,8 @@ static void check_accepted(const attention_args *a, char *const *argv, int argc)
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 {
     static const struct argp argp = {.options = attention_options, .parser = attention_parser};
-    char *const text = malloc(size + 1);
-    char **const argv = malloc((size + 3) * sizeof *argv);
+    char *text = malloc(size + 1);
+    char **argv = malloc((size + 3) * sizeof *argv);
     require(text && argv);
     if (size > 0)
         memcpy(text, bytes, size);

@@ -1,5 +1,6 @@
-/* params.c: libFuzzer target: any bytes give either one line of error and nothing, or thresholds in their
- * ranges and in strict order, which are found, and come back the same from a file that we write. */
+/* params.c: libFuzzer target: any bytes give either one line of error and nothing, or thresholds in
+ * their ranges and in strict order, which are found, and come back the same from a file that we
+ * write. */
 #include "tools/params.h"
 
 #include <float.h>
@@ -30,16 +31,18 @@ static void check_heads(const params *p)
 {
     require(p->head && p->heads >= 0);
     for (int64_t n = 0; n < p->heads; n++) {
-        const params_head *const h = &p->head[n];
+        const params_head *h = &p->head[n];
         require(h->layer >= 0 && h->layer <= INT32_MAX && h->head >= 0 && h->head <= INT32_MAX);
         check_knobs(&h->knobs);
         sparge_knobs found;
         require(params_find(p, "fuzz", h->layer, h->head, &found, NULL) == EXIT_FINE);
         require(memcmp(&found, &h->knobs, sizeof found) == 0);
-        require(n == 0 || h[-1].layer < h->layer || (h[-1].layer == h->layer && h[-1].head < h->head));
+        require(n == 0 || h[-1].layer < h->layer ||
+                (h[-1].layer == h->layer && h[-1].head < h->head));
     }
     sparge_knobs none;
-    require(params_find(p, "fuzz", -1, 0, &none, NULL) && params_find(p, "fuzz", 0, -1, &none, NULL));
+    require(params_find(p, "fuzz", -1, 0, &none, NULL) &&
+            params_find(p, "fuzz", 0, -1, &none, NULL));
 }
 
 /* The options that these thresholds are for. */
@@ -60,11 +63,12 @@ static void check_round_trip(const params *want, const sparge_options *o)
 {
     char *text = NULL;
     size_t length = 0;
-    FILE *const stream = open_memstream(&text, &length);
-    json_t *const header = params_header(want->model, want->weights, o), *const heads = json_array();
+    FILE *stream = open_memstream(&text, &length);
+    json_t *header = params_header(want->model, want->weights, o), *heads = json_array();
     for (int64_t n = 0; n < want->heads; n++) {
-        const params_head *const h = &want->head[n];
-        require(json_array_append_new(heads, params_line(h->layer, h->head, false, &h->knobs)) == 0);
+        const params_head *h = &want->head[n];
+        require(json_array_append_new(heads, params_line(h->layer, h->head, false, &h->knobs)) ==
+                0);
     }
     require(stream && json_object_set_new(header, "heads", heads) == 0);
     require(json_write_lines(stream, "fuzz", header, NULL) && fclose(stream) == 0);
@@ -73,7 +77,7 @@ static void check_round_trip(const params *want, const sparge_options *o)
     require(params_read_memory(text, length, "fuzz", &got, NULL) == EXIT_FINE);
     require(got.heads == want->heads && got.scale == want->scale);
     for (int64_t n = 0; n < got.heads; n++) {
-        const params_head *const a = &got.head[n], *const b = &want->head[n];
+        const params_head *a = &got.head[n], *b = &want->head[n];
         require(a->layer == b->layer && a->head == b->head && a->knobs.theta == b->knobs.theta);
         require(a->knobs.tau == b->knobs.tau && a->knobs.topk == b->knobs.topk);
         require(a->knobs.lambda == b->knobs.lambda);
@@ -96,7 +100,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (code) {
         require(code == EXIT_FILE && memcmp(&got, &nothing, sizeof got) == 0);
         require(memchr(error.text, '\0', sizeof error.text) != NULL);
-        require(strncmp(error.text, "fuzz: ", 6) == 0 && error.text[6] && !strchr(error.text, '\n'));
+        require(strncmp(error.text, "fuzz: ", 6) == 0 && error.text[6] &&
+                !strchr(error.text, '\n'));
         return 0;
     }
     require(error.text[0] == '\0' && json_is_object(got.json));
@@ -108,7 +113,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (got.skip_rows <= got.block_q) { /* as a file of ours has it */
         require(params_obey(&got, "fuzz", options_all(), &o, &error) == EXIT_FINE);
         require(params_obey(&got, "fuzz", 0, &taken, &error) == EXIT_FINE);
-        require(taken.rules == o.rules && taken.causal == o.causal && taken.scale == o.scale && taken.sink == o.sink);
+        require(taken.rules == o.rules && taken.causal == o.causal && taken.scale == o.scale &&
+                taken.sink == o.sink);
         check_round_trip(&got, &o);
     }
     params_free(&got);

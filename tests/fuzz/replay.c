@@ -11,7 +11,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
 
 static int replay_file(const char *path)
 {
-    FILE *const file = fopen(path, "rb");
+    FILE *file = fopen(path, "rb");
     if (!file || fseek(file, 0, SEEK_END) != 0) {
         perror(path);
         exit(1);
@@ -46,7 +46,7 @@ int main(int argc, char **argv)
 {
     int count = 0;
     for (int i = 1; i < argc; i++) {
-        DIR *const folder = opendir(argv[i]);
+        DIR *folder = opendir(argv[i]);
         count += folder ? replay_folder(argv[i], folder) : replay_file(argv[i]);
         if (folder)
             closedir(folder);

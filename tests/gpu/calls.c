@@ -1,5 +1,5 @@
-/* calls.c: the cuda backend from its caller's side: streams, graphs, workspaces, what is refused and with
- * which words, and what happens when CUDA fails. */
+/* calls.c: the cuda backend from its caller's side: streams, graphs, workspaces, what is refused
+ * and with which words, and what happens when CUDA fails. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,7 +17,7 @@ static problem usual(const rung *r)
     const shape s = shape_of(1, 2, 1, 150, 200, 24, 40);
     problem x = question(&s, r);
     x.o.causal = SPARGE_CAUSAL_END;
-    x.o.knobs = (sparge_knobs){ 0.2f, 0.7f, SPARGE_OFF, -1.0f };
+    x.o.knobs = (sparge_knobs){0.2f, 0.7f, SPARGE_OFF, -1.0f};
     return x;
 }
 
@@ -59,10 +59,11 @@ Test(calls, a_workspace_of_exactly_the_bytes)
             sparge_problem nowhere = s.p; /* it does not look at pointers */
             nowhere.q.data = nowhere.k.data = nowhere.v.data = NULL;
             int64_t again = -1;
-            check(sparge_workspace_bytes(&nowhere, &s.o, true, &again, NULL) == SPARGE_OK && again == bytes,
+            check(sparge_workspace_bytes(&nowhere, &s.o, true, &again, NULL) == SPARGE_OK &&
+                      again == bytes,
                   "pointers");
             char *memory = check_alloc((size_t)bytes);
-            twins t = { .count = 0 };
+            twins t = {.count = 0};
             s.o.workspace = twin(&t, memory);
             s.o.workspace_bytes = bytes;
             for (int turn = 0; turn < 2; turn++) { /* the second finds what the first left there */
@@ -71,8 +72,8 @@ Test(calls, a_workspace_of_exactly_the_bytes)
                 scene_fetch(&s);
                 same_outputs(&s, &want);
             }
-            check(s.result.workspace <= bytes, "%lld bytes, said %lld", (long long)s.result.workspace,
-                  (long long)bytes);
+            check(s.result.workspace <= bytes, "%lld bytes, said %lld",
+                  (long long)s.result.workspace, (long long)bytes);
             twins_fetch(&t); /* looks at the guards */
 
             const int64_t needed = s.result.workspace;
@@ -81,8 +82,8 @@ Test(calls, a_workspace_of_exactly_the_bytes)
             scene_poison(&s);
             s.o.workspace_bytes = needed - 1;
             check_equal(scene_call(&s), SPARGE_ERR_ARGUMENT);
-            check(strstr(s.error.text, "workspace has ") && strstr(s.error.text, check_text("%lld",
-                    (long long)needed)),
+            check(strstr(s.error.text, "workspace has ") &&
+                      strstr(s.error.text, check_text("%lld", (long long)needed)),
                   "%s", s.error.text);
             s.o.workspace_bytes = bytes + 300;
             s.o.workspace = (char *)s.o.workspace + 128;
@@ -98,8 +99,8 @@ Test(calls, a_workspace_of_exactly_the_bytes)
 
 /* ---- Streams ---- */
 
-/* Two calls are queued without waiting, in one workspace or in none; nothing is there before somebody
- * waits. */
+/* Two calls are queued without waiting, in one workspace or in none; nothing is there before
+ * somebody waits. */
 Test(calls, two_calls_on_a_stream)
 {
     fresh_device();
@@ -115,18 +116,20 @@ Test(calls, two_calls_on_a_stream)
             scene_open(&s[0], &x, &rungs[i], true);
             scene_open(&s[1], &y, &rungs[i], true);
             int64_t bytes;
-            check(sparge_workspace_bytes(&s[0].p, &s[0].o, true, &bytes, NULL) == SPARGE_OK, "bytes");
+            check(sparge_workspace_bytes(&s[0].p, &s[0].o, true, &bytes, NULL) == SPARGE_OK,
+                  "bytes");
             char *memory = check_alloc((size_t)bytes);
-            twins t = { .count = 0 };
+            twins t = {.count = 0};
             void *there = own ? twin(&t, memory) : NULL, *stream = stream_make();
             for (int n = 0; n < 2; n++) {
                 s[n].o.stream = stream;
                 s[n].o.workspace = there;
                 s[n].o.workspace_bytes = bytes;
                 check(scene_call(&s[n]) == SPARGE_OK, "%s", s[n].error.text);
-                const sparge_counts none = { 0 };
+                const sparge_counts none = {0};
                 same_counts(&s[n].result.counts, &none);
-                check(s[n].result.seconds_attend == 0.0 && s[n].result.seconds_predict == 0.0, "times");
+                check(s[n].result.seconds_attend == 0.0 && s[n].result.seconds_predict == 0.0,
+                      "times");
             }
             if (on_model())
                 check(scene_untouched(&s[0]) && scene_untouched(&s[1]), "it did not only queue");
@@ -156,8 +159,8 @@ Test(calls, a_graph_replayed_with_changed_inputs)
         for (int own = 0; own < 2 && runs_here(rungs[i].n); own++) {
             check_case("rung %d pv %d, own workspace %d", rungs[i].n, (int)rungs[i].pv, own);
             problem x = usual(&rungs[i]);
-            const sparge_knobs thresholds[2] = { { 0.1f, 0.8f, SPARGE_OFF, -1.0f }, { 0.1f, SPARGE_OFF,
-                                                                                      0.5f, -INFINITY } };
+            const sparge_knobs thresholds[2] = {{0.1f, 0.8f, SPARGE_OFF, -1.0f},
+                                                {0.1f, SPARGE_OFF, 0.5f, -INFINITY}};
             sparge_knobs *each = malloc(sizeof thresholds);
             memcpy(each, thresholds, sizeof thresholds);
             scene s;
@@ -166,7 +169,7 @@ Test(calls, a_graph_replayed_with_changed_inputs)
             int64_t bytes;
             check(sparge_workspace_bytes(&s.p, &s.o, true, &bytes, NULL) == SPARGE_OK, "bytes");
             char *memory = check_alloc((size_t)bytes);
-            twins t = { .count = 0 };
+            twins t = {.count = 0};
             s.o.workspace = own ? twin(&t, memory) : NULL;
             s.o.workspace_bytes = bytes;
             s.o.stream = stream_make();
@@ -210,13 +213,15 @@ Test(calls, pointers_that_are_not_the_devices)
 {
     fresh_device();
     static const char *const names[] = {
-        "q.data", "k.data", "v.data", "result.o", "result.lse", "result.head_counts", "mask.bits",
-            "workspace",
-        "trace.mean_k", "trace.pool_q", "trace.pool_k", "trace.sim_q", "trace.sim_k",
-            "trace.s_all", "trace.s", "trace.why", "trace.codes_q",
-        "trace.codes_k", "trace.codes_v", "trace.steps_q", "trace.steps_k", "trace.steps_v",
-            "trace.pv_done",
-        "trace.m", "trace.l",
+        "q.data",        "k.data",        "v.data",
+        "result.o",      "result.lse",    "result.head_counts",
+        "mask.bits",     "workspace",     "trace.mean_k",
+        "trace.pool_q",  "trace.pool_k",  "trace.sim_q",
+        "trace.sim_k",   "trace.s_all",   "trace.s",
+        "trace.why",     "trace.codes_q", "trace.codes_k",
+        "trace.codes_v", "trace.steps_q", "trace.steps_k",
+        "trace.steps_v", "trace.pv_done", "trace.m",
+        "trace.l",
     };
     for (int64_t n = 0; n < COUNT(names); n++)
         for (int how = 0; how < 4; how++) { /* memory, pinned memory; NULL; predict alone */
@@ -225,11 +230,11 @@ Test(calls, pointers_that_are_not_the_devices)
             scene s;
             scene_open(&s, &x, fastest(), true);
             static float host[1 << 16];
-            sparge_trace trace = { 0 };
+            sparge_trace trace = {0};
             s.result.trace = &trace;
             s.o.workspace_bytes = 1 << 30;
             void *pinned = how == 1 ? pinned_alloc(sizeof host) : NULL;
-            void *const bad = how == 1 ? pinned : how == 2 ? NULL : host;
+            void *bad = how == 1 ? pinned : how == 2 ? NULL : host;
             switch (n) {
             case 0: s.p.q.data = bad; break;
             case 1: s.p.k.data = bad; break;
@@ -249,9 +254,9 @@ Test(calls, pointers_that_are_not_the_devices)
                 status = scene_call(&s);
             if (how == 2 ? needed : how < 3 || predicts) {
                 check_equal(status, SPARGE_ERR_ARGUMENT);
-                check(strstr(s.error.text, names[n]) && strstr(s.error.text,
-                                                               how == 2 ? "NULL" : "host memory"), "%s",
-                      s.error.text);
+                check(strstr(s.error.text, names[n]) &&
+                          strstr(s.error.text, how == 2 ? "NULL" : "host memory"),
+                      "%s", s.error.text);
                 if (n == 6) /* it is an output that is not there any more */
                     s.mask.bits = NULL;
                 check(scene_untouched(&s), "written after an error");
@@ -272,13 +277,12 @@ static void refused(const sparge_problem *p, const sparge_options *o, sparge_sta
                     const char *sentence)
 {
     int64_t bytes = -7;
-    sparge_error error = { "?" };
+    sparge_error error = {"?"};
     const sparge_status got = sparge_workspace_bytes(p, o, true, &bytes, &error);
     check(got == status && strstr(error.text, sentence), "%s: \"%s\", not \"%s\"",
-          sparge_status_string(got), error.text,
-          sentence);
+          sparge_status_string(got), error.text, sentence);
     check_equal(bytes, (int64_t)-7);
-    sparge_result result = { .o = { &bytes, SPARGE_F32, 1, 1, 1 } };
+    sparge_result result = {.o = {&bytes, SPARGE_F32, 1, 1, 1}};
     check_equal(sparge_attend(p, o, NULL, &result, NULL), status);
     check_equal(sparge_attention(p, o, &result, &error), status);
     check(strstr(error.text, sentence), "%s", error.text);
@@ -287,8 +291,8 @@ static void refused(const sparge_problem *p, const sparge_options *o, sparge_sta
 
 Test(calls, precisions_of_each_rung)
 {
-    static const sparge_precision all[] = { SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
-                                            SPARGE_FP8 };
+    static const sparge_precision all[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
+                                           SPARGE_FP8};
     fresh_device();
     problem x = usual(&rungs[0]);
     x.o.backend = SPARGE_CUDA;
@@ -299,8 +303,7 @@ Test(calls, precisions_of_each_rung)
                 bool has = false;
                 for (int i = 0; i < RUNGS; i++)
                     has |= (n == 0 || rungs[i].n == n) && rungs[i].qk == all[qk] &&
-                        rungs[i].pv == all[pv] &&
-                           runs_here(rungs[i].n);
+                           rungs[i].pv == all[pv] && runs_here(rungs[i].n);
                 x.o.rung = n;
                 x.o.qk = all[qk];
                 x.o.pv = all[pv];
@@ -323,7 +326,8 @@ Test(calls, sizes_that_the_backend_does_not_have)
     sparge_problem p = x.p;
     sparge_options o = x.o;
     o.block_q = 64;
-    refused(&p, &o, SPARGE_ERR_UNSUPPORTED, "blocks are 64 x 64, the cuda backend has 128 x 64 alone");
+    refused(&p, &o, SPARGE_ERR_UNSUPPORTED,
+            "blocks are 64 x 64, the cuda backend has 128 x 64 alone");
     o = x.o;
     o.block_k = 128;
     refused(&p, &o, SPARGE_ERR_UNSUPPORTED, "128 x 128");
@@ -369,14 +373,18 @@ Test(calls, sizes_that_the_backend_does_not_have)
 Test(calls, the_best_rung_is_found)
 {
     fresh_device();
-    static const struct { sparge_precision qk, pv; int64_t rows; int rung, below_9;
-                          sparge_precision got, got_below; } want[] = {
-        { SPARGE_INT8, SPARGE_FASTEST, 64, 5, 4, SPARGE_FP8, SPARGE_HALF },
-        { SPARGE_INT8, SPARGE_HALF, 64, 5, 4, SPARGE_HALF, SPARGE_HALF },
-        { SPARGE_INT8, SPARGE_INT8, 64, 4, 4, SPARGE_INT8, SPARGE_INT8 },
-        { SPARGE_INT8, SPARGE_FASTEST, 48, 4, 4, SPARGE_HALF, SPARGE_HALF },
-        { SPARGE_FLOAT, SPARGE_FASTEST, 64, 2, 2, SPARGE_FLOAT, SPARGE_FLOAT },
-        { SPARGE_FLOAT, SPARGE_FLOAT, 5, 2, 2, SPARGE_FLOAT, SPARGE_FLOAT },
+    static const struct {
+        sparge_precision qk, pv;
+        int64_t rows;
+        int rung, below_9;
+        sparge_precision got, got_below;
+    } want[] = {
+        {SPARGE_INT8, SPARGE_FASTEST, 64, 5, 4, SPARGE_FP8, SPARGE_HALF},
+        {SPARGE_INT8, SPARGE_HALF, 64, 5, 4, SPARGE_HALF, SPARGE_HALF},
+        {SPARGE_INT8, SPARGE_INT8, 64, 4, 4, SPARGE_INT8, SPARGE_INT8},
+        {SPARGE_INT8, SPARGE_FASTEST, 48, 4, 4, SPARGE_HALF, SPARGE_HALF},
+        {SPARGE_FLOAT, SPARGE_FASTEST, 64, 2, 2, SPARGE_FLOAT, SPARGE_FLOAT},
+        {SPARGE_FLOAT, SPARGE_FLOAT, 5, 2, 2, SPARGE_FLOAT, SPARGE_FLOAT},
     };
     for (int old = 0; old < 1 + on_model(); old++) {
 #ifdef SPARGE_CUDA_MODEL
@@ -454,7 +462,7 @@ Test(calls, memory_that_is_not_there)
             continue;
         }
         check(status == SPARGE_ERR_MEMORY && more < s.result.workspace &&
-              strstr(s.error.text, "cudaMallocAsync"),
+                  strstr(s.error.text, "cudaMallocAsync"),
               "%s: %s", sparge_status_string(status), s.error.text);
         check(scene_untouched(&s), "written after an error");
         check_equal(cuda_model_count().allocations, before.allocations);
@@ -465,8 +473,8 @@ Test(calls, memory_that_is_not_there)
     problem_free(&x);
 }
 
-/* Eight rows of S stand in shared memory together, or fewer: on the smallest device that there is (99 KB)
- * 3000 blocks leave room for six. */
+/* Eight rows of S stand in shared memory together, or fewer: on the smallest device that there is
+ * (99 KB) 3000 blocks leave room for six. */
 Test(calls, rows_of_scores_in_little_shared_memory)
 {
     fresh_device();
@@ -482,23 +490,24 @@ Test(calls, rows_of_scores_in_little_shared_memory)
 
 /* ---- CUDA fails ---- */
 
-static const char *const calls_by_name[] = { "cuda", "the launch of ", "no CUDA device" };
+static const char *const calls_by_name[] = {"cuda", "the launch of ", "no CUDA device"};
 
-static void fails_well(scene *s, struct cuda_model_counts before, sparge_status status, const char *what,
-                       uint64_t n)
+static void fails_well(scene *s, struct cuda_model_counts before, sparge_status status,
+                       const char *what, uint64_t n)
 {
     bool named = false;
     for (int64_t i = 0; i < COUNT(calls_by_name); i++)
         named |= strstr(s->error.text, calls_by_name[i]) != NULL;
-    check(status != SPARGE_OK && status != SPARGE_ERR_ARGUMENT && status != SPARGE_ERR_SHAPE && named,
+    check(status != SPARGE_OK && status != SPARGE_ERR_ARGUMENT && status != SPARGE_ERR_SHAPE &&
+              named,
           "%s %llu failed: %s, \"%s\"", what, (unsigned long long)n, sparge_status_string(status),
-              s->error.text);
-    check(strstr(s->error.text, "\?\?\?") == NULL, "the sentence was not written: %s", s->error.text);
+          s->error.text);
+    check(strstr(s->error.text, "\?\?\?") == NULL, "the sentence was not written: %s",
+          s->error.text);
     stream_wait(NULL); /* memory is freed in the order of its stream */
     const struct cuda_model_counts after = cuda_model_count();
-    check(after.allocations == before.allocations && after.handles == before.handles, "%s %llu leaks: %s",
-          what,
-          (unsigned long long)n, s->error.text);
+    check(after.allocations == before.allocations && after.handles == before.handles,
+          "%s %llu leaks: %s", what, (unsigned long long)n, s->error.text);
 }
 
 /* Every call and every launch in turn; then the same question is answered. */
@@ -515,8 +524,8 @@ static void fail_in_turn(const rung *r, bool predict, bool queued)
     scene_open(&s, &x, r, predict);
     void *stream = queued ? stream_make() : NULL;
     s.o.stream = stream;
-    sparge_trace trace = { 0 };
-    twins t = { .count = 0 };
+    sparge_trace trace = {0};
+    twins t = {.count = 0};
     trace.codes_q = twin(&t, s.a.trace.codes_q); /* the launch of trace, too */
     s.result.trace = &trace;
     const struct cuda_model_counts before = cuda_model_count();
@@ -534,8 +543,7 @@ static void fail_in_turn(const rung *r, bool predict, bool queued)
             stream_wait(stream);
         /* What only releases may fail unheard after the answer is there. */
         if (status == SPARGE_OK) {
-            check(n + 4 > calls && !queued, "call %llu failed in silence",
-                  (unsigned long long)n);
+            check(n + 4 > calls && !queued, "call %llu failed in silence", (unsigned long long)n);
             continue;
         }
         fails_well(&s, before, status, "call", n);
@@ -548,9 +556,8 @@ static void fail_in_turn(const rung *r, bool predict, bool queued)
             stream_wait(stream);
         fails_well(&s, before, status, "launch", n);
         check(status == SPARGE_ERR_DEVICE && strstr(s.error.text, "the launch of ") &&
-                  strstr(s.error.text, "cudaErrorLaunchOutOfResources"), "launch %llu: %s",
-                      (unsigned long long)n,
-              s.error.text);
+                  strstr(s.error.text, "cudaErrorLaunchOutOfResources"),
+              "launch %llu: %s", (unsigned long long)n, s.error.text);
     }
     scene_poison(&s);
     check(scene_call(&s) == SPARGE_OK, "%s", s.error.text);
@@ -618,20 +625,20 @@ Test(calls, how_many_launches)
         for (int n = 0; n < 4; n++) {
             check_case("rung %d pv %d, %d", rungs[i].n, (int)rungs[i].pv, n);
             problem x = usual(&rungs[i]);
-            const sparge_knobs each[2] = { x.o.knobs, x.o.knobs };
+            const sparge_knobs each[2] = {x.o.knobs, x.o.knobs};
             x.o.per_head = n & 1 ? each : NULL;
             x.o.smooth_k = n & 2;
             scene s;
             scene_open(&s, &x, &rungs[i], true);
             uint64_t before = cuda_model_count().launches;
-            check(sparge_predict(&s.p, &s.o, &s.mask, NULL, &s.error) == SPARGE_OK, "%s", s.error.text);
+            check(sparge_predict(&s.p, &s.o, &s.mask, NULL, &s.error) == SPARGE_OK, "%s",
+                  s.error.text);
             const uint64_t predict = cuda_model_count().launches - before;
             before = cuda_model_count().launches;
             check(scene_call(&s) == SPARGE_OK, "%s", s.error.text);
             const uint64_t both = cuda_model_count().launches - before;
             check(predict <= 7 && both <= 13, "%llu launches, %llu with stage 2",
-                  (unsigned long long)predict,
-                  (unsigned long long)both);
+                  (unsigned long long)predict, (unsigned long long)both);
             scene_close(&s);
             problem_free(&x);
         }

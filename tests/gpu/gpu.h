@@ -1,5 +1,5 @@
-/* gpu.h: what the files of the cuda backend's tests share: which rungs there are, the same question to
- * ref and to a rung, and the judgement of what comes back. */
+/* gpu.h: what the files of the cuda backend's tests share: which rungs there are, the same question
+ * to ref and to a rung, and the judgement of what comes back. */
 #ifndef SPARGE_TESTS_GPU_GPU_H
 #define SPARGE_TESTS_GPU_GPU_H
 
@@ -19,13 +19,14 @@ typedef struct rung {
 extern const rung rungs[];
 enum { RUNGS = 7 };
 
-/* Every rung with every precision it has, those that run here; --quick: rungs 2, 4 and 5 with one each. */
-#define EACH_RUNG(r)                                                                                     \
-    for (const rung *r = rungs + plain_quick(); r < rungs + RUNGS; r += plain_quick() ? 2 : 1)           \
+/* Every rung with every precision it has, those that run here; --quick: rungs 2, 4 and 5 with one
+ * each. */
+#define EACH_RUNG(r)                                                                           \
+    for (const rung *r = rungs + plain_quick(); r < rungs + RUNGS; r += plain_quick() ? 2 : 1) \
         if (runs_here(r->n))
 
 bool on_model(void);
-bool runs_here(int n);  /* this rung; a device before sm_90 has no rung 5 */
+bool runs_here(int n);   /* this rung; a device before sm_90 has no rung 5 */
 void fresh_device(void); /* the model's settings and counts as at first; nothing on a GPU */
 void any_schedule(void); /* of the model, at random: late mode, order of threads, resident blocks */
 
@@ -57,8 +58,8 @@ void verify(problem *x, const rung *r, bool predict);
 /* Stage 1 alone: the mask is ref's, whose rows have so many words to spare. */
 void verify_prediction(problem *x, const rung *r, int64_t spare);
 
-/* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at the
- * end. */
+/* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at
+ * the end. */
 extern double worst_ratio[RUNGS];
 
 sparge_mask wide_mask(const problem *x, int64_t spare);
@@ -71,7 +72,7 @@ typedef struct scene {
     twins inputs, outputs;
     sparge_problem p;
     sparge_options o;
-    sparge_mask given, mask;   /* of attend; of attention */
+    sparge_mask given, mask; /* of attend; of attention */
     sparge_mask host_mask;
     answer a;
     sparge_result result;
@@ -81,8 +82,8 @@ typedef struct scene {
 
 void scene_open(scene *s, problem *x, const rung *r, bool predict);
 sparge_status scene_call(scene *s);
-void scene_fetch(scene *s);  /* outputs to host memory */
-void scene_poison(scene *s); /* the outputs, there and here */
+void scene_fetch(scene *s);     /* outputs to host memory */
+void scene_poison(scene *s);    /* the outputs, there and here */
 bool scene_untouched(scene *s); /* they still are poison on the device */
 void scene_close(scene *s);
 

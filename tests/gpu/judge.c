@@ -1,11 +1,11 @@
 /* judge.c: what is promised of the cuda backend's answers, and a judge for what is not ref's bits.
  *
- * The judge is section 5 of the definition once more, over the codes of ref's trace, with P in binary16
- * or e4m3 as rungs 4 and 5 round it: against the running maximum after a block (4) or after both blocks
- * of a stage of two kept ones (5). Maxima, lambda's votes and the weights before they are rounded are
- * floats, for they decide; sums are double. On the model a rung then differs by its sums of floats alone.
- * On a GPU, whose exp2 is within 2 ulp, a weight at the edge of rounding may fall to the other side: two
- * of its half steps. */
+ * The judge is section 5 of the definition once more, over the codes of ref's trace, with P in
+ * binary16 or e4m3 as rungs 4 and 5 round it: against the running maximum after a block (4) or
+ * after both blocks of a stage of two kept ones (5). Maxima, lambda's votes and the weights before
+ * they are rounded are floats, for they decide; sums are double. On the model a rung then differs
+ * by its sums of floats alone. On a GPU, whose exp2 is within 2 ulp, a weight at the edge of
+ * rounding may fall to the other side: two of its half steps. */
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
@@ -16,9 +16,9 @@
 #include "tests/gpu/gpu.h"
 
 const rung rungs[RUNGS] = {
-    { 1, SPARGE_FLOAT, SPARGE_FLOAT }, { 2, SPARGE_FLOAT, SPARGE_FLOAT }, { 3, SPARGE_INT8, SPARGE_INT8 },
-    { 4, SPARGE_INT8, SPARGE_HALF },   { 4, SPARGE_INT8, SPARGE_INT8 },   { 5, SPARGE_INT8, SPARGE_FP8 },
-    { 5, SPARGE_INT8, SPARGE_HALF },
+    {1, SPARGE_FLOAT, SPARGE_FLOAT}, {2, SPARGE_FLOAT, SPARGE_FLOAT}, {3, SPARGE_INT8, SPARGE_INT8},
+    {4, SPARGE_INT8, SPARGE_HALF},   {4, SPARGE_INT8, SPARGE_INT8},   {5, SPARGE_INT8, SPARGE_FP8},
+    {5, SPARGE_INT8, SPARGE_HALF},
 };
 
 double worst_ratio[RUNGS];
@@ -32,8 +32,9 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 /* ---- The judge ---- */
 
 typedef struct judged {
-    double *o, *bound; /* [rows][dim_v] of a query block; bound: what rounding to the other side can do */
-    double *l;         /* [rows] */
+    double *o,
+        *bound; /* [rows][dim_v] of a query block; bound: what rounding to the other side can do */
+    double *l;  /* [rows] */
     float *m;
 } judged;
 
@@ -46,9 +47,9 @@ typedef struct tile { /* scores of a block */
 
 static int64_t keys_seen(const problem *x, int64_t t, int64_t j)
 {
-    const int64_t offset = x->o.causal == SPARGE_CAUSAL_NONE  ? x->p.k_len
-                         : x->o.causal == SPARGE_CAUSAL_START ? 0
-                                                              : x->p.k_len - x->p.q_len;
+    const int64_t offset = x->o.causal == SPARGE_CAUSAL_NONE    ? x->p.k_len
+                           : x->o.causal == SPARGE_CAUSAL_START ? 0
+                                                                : x->p.k_len - x->p.q_len;
     const int64_t end = smaller(x->p.k_len, t + offset + 1) - j * BLOCK_K;
     return end < 0 ? 0 : smaller(end, BLOCK_K);
 }
@@ -65,7 +66,8 @@ static void score(const problem *x, const answer *want, int64_t n, int64_t kv, i
         t->seen[r] = (int)keys_seen(x, first + r, t->j);
         t->local[r] = isfinite(t->unit) ? -INFINITY : NAN;
         for (int64_t key = 0; key < t->seen[r]; key++) {
-            const int16_t *k = want->trace.codes_k + (kv * p->k_len + t->j * BLOCK_K + key) * p->dim;
+            const int16_t *k =
+                want->trace.codes_k + (kv * p->k_len + t->j * BLOCK_K + key) * p->dim;
             int sum = 0;
             for (int64_t c = 0; c < p->dim; c++)
                 sum += q[c] * k[c];
@@ -109,23 +111,27 @@ static double *narrowed(const problem *x, int64_t kv, sparge_precision pv)
         for (int64_t e = c; e < n; e += x->p.dim_v) {
             const float f = isfinite(v[e]) ? v[e] : 0.0f;
             const float half = sparge_f16_to_f32(sparge_f32_to_f16(f));
-            const float eighth = step > 0.0f ? sparge_e4m3_to_f32(sparge_f32_to_e4m3(f / step)) : 0.0f;
+            const float eighth =
+                step > 0.0f ? sparge_e4m3_to_f32(sparge_f32_to_e4m3(f / step)) : 0.0f;
             to[e] = pv == SPARGE_HALF ? (isfinite(half) ? (double)half : 0.0)
-                                          : (double)eighth * (double)step;
+                                      : (double)eighth * (double)step;
         }
     }
     return to;
 }
 
-static void fold(const problem *x, const rung *of, const tile *t, const double *v, int64_t r, float m,
-                 judged *w)
+static void fold(const problem *x, const rung *of, const tile *t, const double *v, int64_t r,
+                 float m, judged *w)
 {
     const bool half = of->pv == SPARGE_HALF;
     for (int64_t key = 0; key < t->seen[r]; key++) {
-        const float z = (float)t->s[r][key] * t->unit, p = z == -INFINITY ? 0.0f : sparge_exp2(z - m);
-        const double kept = half ? (double)sparge_f16_to_f32(sparge_f32_to_f16(p))
-                                 : (double)sparge_e4m3_to_f32(sparge_f32_to_e4m3(256.0f * p)) / 256.0;
-        const double step = half ? fmax(0x1p-10 * (double)p, 0x1p-24) : fmax(0x1p-3 * (double)p, 0x1p-17);
+        const float z = (float)t->s[r][key] * t->unit,
+                    p = z == -INFINITY ? 0.0f : sparge_exp2(z - m);
+        const double kept =
+            half ? (double)sparge_f16_to_f32(sparge_f32_to_f16(p))
+                 : (double)sparge_e4m3_to_f32(sparge_f32_to_e4m3(256.0f * p)) / 256.0;
+        const double step =
+            half ? fmax(0x1p-10 * (double)p, 0x1p-24) : fmax(0x1p-3 * (double)p, 0x1p-17);
         const double *value = v + (t->j * BLOCK_K + key) * x->p.dim_v;
         w->l[r] += (double)p;
         for (int64_t c = 0; c < x->p.dim_v; c++) {
@@ -146,17 +152,16 @@ static void shrink_row(const problem *x, judged *w, int64_t r, double by)
 }
 
 static void judge_block(const problem *x, const rung *of, const answer *got, const answer *want,
-                        const sparge_mask *mask,
-                        int64_t n, int64_t kv, int64_t i, const double *v)
+                        const sparge_mask *mask, int64_t n, int64_t kv, int64_t i, const double *v)
 {
     const sparge_problem *p = &x->p;
     const int64_t first = i * BLOCK_Q, rows = smaller(BLOCK_Q, p->q_len - first),
-        columns = blocks(p->k_len, BLOCK_K);
+                  columns = blocks(p->k_len, BLOCK_K);
     const float lambda = x->o.per_head ? x->o.per_head[n % p->heads].lambda : x->o.knobs.lambda;
     static tile stage[2];
-    judged w = { calloc((size_t)(rows * p->dim_v), sizeof(double)),
-                 calloc((size_t)(rows * p->dim_v), sizeof(double)),
-                 calloc((size_t)rows, sizeof(double)), malloc((size_t)rows * sizeof(float)) };
+    judged w = {calloc((size_t)(rows * p->dim_v), sizeof(double)),
+                calloc((size_t)(rows * p->dim_v), sizeof(double)),
+                calloc((size_t)rows, sizeof(double)), malloc((size_t)rows * sizeof(float))};
     float before[BLOCK_Q];
     for (int64_t r = 0; r < rows; r++)
         w.m[r] = -INFINITY;
@@ -165,7 +170,8 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
         bool visible = false;
         for (int64_t r = 0; j < columns && r < rows; r++)
             visible |= keys_seen(x, first + r, j) > 0;
-        const bool kept = visible && (!mask || sparge_mask_get(mask, n / p->heads, n % p->heads, i, j));
+        const bool kept =
+            visible && (!mask || sparge_mask_get(mask, n / p->heads, n % p->heads, i, j));
         if (kept) {
             if (held == 0)
                 memcpy(before, w.m, (size_t)rows * sizeof *w.m);
@@ -184,9 +190,10 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
         }
         held = 0;
     }
-    double *const ratio = &worst_ratio[of - rungs];
-    const double coarse =
-        got->o.in.dtype == SPARGE_F32 ? 0.0 : got->o.in.dtype == SPARGE_F16 ? 0x1p-11 : 0x1p-8;
+    double *ratio = &worst_ratio[of - rungs];
+    const double coarse = got->o.in.dtype == SPARGE_F32   ? 0.0
+                          : got->o.in.dtype == SPARGE_F16 ? 0x1p-11
+                                                          : 0x1p-8;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t row = n * p->q_len + first + r;
         const float l = got->trace.l[row];
@@ -196,8 +203,8 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
             continue;
         }
         check(fabs((double)l - w.l[r]) <= 2e-5 * w.l[r],
-              "l of row %lld of head %lld is %.9g, should be %.9g",
-              (long long)(first + r), (long long)n, (double)l, w.l[r]);
+              "l of row %lld of head %lld is %.9g, should be %.9g", (long long)(first + r),
+              (long long)n, (double)l, w.l[r]);
         for (int64_t c = 0; c < p->dim_v; c++) {
             const float o = got->o.x[row * p->dim_v + c], ref = want->o.x[row * p->dim_v + c];
             if (ref != ref || w.l[r] == 0.0)
@@ -209,8 +216,7 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
                 *ratio = fmax(*ratio, off / may);
             check(off <= may || (fabs(should) > 6e4 && coarse > 0.0),
                   "o of row %lld channel %lld of head %lld is %.9g, should be %.9g within %g",
-                      (long long)(first + r),
-                  (long long)c, (long long)n, (double)o, should, may);
+                  (long long)(first + r), (long long)c, (long long)n, (double)o, should, may);
         }
     }
     free(w.o);
@@ -233,14 +239,14 @@ static void judge(const problem *x, const rung *of, const answer *got, const ans
     for (int64_t n = 0; n < problem_rows(x); n++) {
         const float a = got->lse[n], b = want->lse[n];
         for (int64_t c = n * p->dim_v; c < (n + 1) * p->dim_v; c++)
-            check(isnan(got->o.x[c]) == isnan(want->o.x[c]), "o[%lld] is %g, ref has %g", (long long)c,
-                  (double)got->o.x[c], (double)want->o.x[c]);
+            check(isnan(got->o.x[c]) == isnan(want->o.x[c]), "o[%lld] is %g, ref has %g",
+                  (long long)c, (double)got->o.x[c], (double)want->o.x[c]);
         check(a == b || (isnan(a) && isnan(b)) || fabsf(a - b) <= 1e-5f * fmaxf(1.0f, fabsf(b)),
               "lse[%lld] is %.9g, should be %.9g", (long long)n, (double)a, (double)b);
         if (b == -INFINITY)
             for (int64_t c = 0; c < p->dim_v; c++)
-                check(got->o.x[n * p->dim_v + c] == 0.0f, "o of the empty row %lld is %g", (long long)n,
-                      (double)got->o.x[n * p->dim_v + c]);
+                check(got->o.x[n * p->dim_v + c] == 0.0f, "o of the empty row %lld is %g",
+                      (long long)n, (double)got->o.x[n * p->dim_v + c]);
     }
 }
 
@@ -250,15 +256,17 @@ static void nearly_same(const problem *x, const answer *got, const answer *want)
     for (int64_t n = 0; n < problem_rows(x); n++) {
         double off = 0.0, size = 0.0;
         for (int64_t c = n * x->p.dim_v; c < (n + 1) * x->p.dim_v; c++) {
-            check(isnan(got->o.x[c]) == isnan(want->o.x[c]), "o[%lld] is %g, ref has %g", (long long)c,
-                  (double)got->o.x[c], (double)want->o.x[c]);
+            check(isnan(got->o.x[c]) == isnan(want->o.x[c]), "o[%lld] is %g, ref has %g",
+                  (long long)c, (double)got->o.x[c], (double)want->o.x[c]);
             off += isnan(want->o.x[c]) ? 0.0 : fabs((double)got->o.x[c] - (double)want->o.x[c]);
             size += isnan(want->o.x[c]) ? 0.0 : fabs((double)want->o.x[c]);
         }
-        check(off <= 2e-2 * size + 1e-30, "row %lld of o is off by %g of %g", (long long)n, off, size);
+        check(off <= 2e-2 * size + 1e-30, "row %lld of o is off by %g of %g", (long long)n, off,
+              size);
         check(got->lse[n] == want->lse[n] || isnan(want->lse[n]) ||
-              fabsf(got->lse[n] - want->lse[n]) <= 2e-2f, "lse[%lld] is %g, should be %g", (long long)n,
-              (double)got->lse[n], (double)want->lse[n]);
+                  fabsf(got->lse[n] - want->lse[n]) <= 2e-2f,
+              "lse[%lld] is %g, should be %g", (long long)n, (double)got->lse[n],
+              (double)want->lse[n]);
     }
 }
 
@@ -266,9 +274,10 @@ static void same_lse(const answer *got, const answer *want, int64_t rows)
 {
     for (int64_t n = 0; n < rows; n++)
         check(got->lse[n] == want->lse[n] || (isnan(got->lse[n]) && isnan(want->lse[n])) ||
-              (!on_model() && fabsf(got->lse[n] - want->lse[n]) <= 1.2e-7f * fmaxf(1.0f,
-                                                                                   fabsf(want->lse[n]))),
-              "lse[%lld] is %.9g, should be %.9g", (long long)n, (double)got->lse[n], (double)want->lse[n]);
+                  (!on_model() &&
+                   fabsf(got->lse[n] - want->lse[n]) <= 1.2e-7f * fmaxf(1.0f, fabsf(want->lse[n]))),
+              "lse[%lld] is %.9g, should be %.9g", (long long)n, (double)got->lse[n],
+              (double)want->lse[n]);
 }
 
 void compare(const problem *x, const rung *r, const reply *got, const reply *want)
@@ -292,7 +301,10 @@ void compare(const problem *x, const rung *r, const reply *got, const reply *wan
     } else if (codes) {
         nearly_same(x, &got->a, &want->a);
     } else {
-        judge(x, r, &got->a, &want->a, want->mask.bits ? &want->mask : x->mask.bits ? &x->mask : NULL);
+        judge(x, r, &got->a, &want->a,
+              want->mask.bits ? &want->mask
+              : x->mask.bits  ? &x->mask
+                              : NULL);
     }
 }
 
@@ -302,8 +314,12 @@ sparge_mask wide_mask(const problem *x, int64_t spare)
 {
     const int64_t lines = x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q);
     const int64_t k_blocks = blocks(x->p.k_len, x->o.block_k), words = blocks(k_blocks, 32) + spare;
-    return (sparge_mask){ check_alloc((size_t)(lines * words) * sizeof(uint32_t)), x->p.batch, x->p.heads,
-                          blocks(x->p.q_len, x->o.block_q), k_blocks, words };
+    return (sparge_mask){check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
+                         x->p.batch,
+                         x->p.heads,
+                         blocks(x->p.q_len, x->o.block_q),
+                         k_blocks,
+                         words};
 }
 
 bool on_model(void)
@@ -343,9 +359,16 @@ void use(problem *x, const rung *r)
 bool runs_here(int n)
 {
     const float one = 1.0f;
-    const sparge_problem p = { 1, 1, 1, 1, 1, 1, 1, { &one, SPARGE_F32, 1, 1, 1 }, { &one, SPARGE_F32, 1, 1,
-                                                                                     1 },
-                               { &one, SPARGE_F32, 1, 1, 1 } };
+    const sparge_problem p = {1,
+                              1,
+                              1,
+                              1,
+                              1,
+                              1,
+                              1,
+                              {&one, SPARGE_F32, 1, 1, 1},
+                              {&one, SPARGE_F32, 1, 1, 1},
+                              {&one, SPARGE_F32, 1, 1, 1}};
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_CUDA;
     o.rung = n;
@@ -375,7 +398,7 @@ static void one_nan(float *x, int64_t count)
 
 static reply ask(const problem *x, const terms *t)
 {
-    reply r = { .mask = { 0 } };
+    reply r = {.mask = {0}};
     if (t->predict) {
         r.mask = wide_mask(x, t->spare);
         r.a = attention_to(x, &r.mask, t->dtype, t->layout);
@@ -419,7 +442,7 @@ void verify_with(problem *x, const rung *r, const terms *t)
 
 void verify(problem *x, const rung *r, bool predict)
 {
-    const terms t = { predict, SPARGE_F32, PACKED, 0 };
+    const terms t = {predict, SPARGE_F32, PACKED, 0};
     verify_with(x, r, &t);
 }
 
@@ -428,12 +451,13 @@ void verify(problem *x, const rung *r, bool predict)
 void scene_open(scene *s, problem *x, const rung *r, bool predict)
 {
     use(x, r);
-    *s = (scene){ .x = x, .o = x->o, .predict = predict, .a = answer_make(x, SPARGE_F32, PACKED) };
+    *s = (scene){.x = x, .o = x->o, .predict = predict, .a = answer_make(x, SPARGE_F32, PACKED)};
     s->p = twin_problem(&s->inputs, x);
     if (!predict && x->mask.bits)
         s->given = twin_mask(&s->inputs, &x->mask);
-    s->result = (sparge_result){ .o = twin_out(&s->outputs, &s->a.o), .lse = twin(&s->outputs, s->a.lse),
-                                 .head_counts = twin(&s->outputs, s->a.head) };
+    s->result = (sparge_result){.o = twin_out(&s->outputs, &s->a.o),
+                                .lse = twin(&s->outputs, s->a.lse),
+                                .head_counts = twin(&s->outputs, s->a.head)};
     if (predict) {
         s->host_mask = wide_mask(x, 0);
         s->mask = twin_mask(&s->outputs, &s->host_mask);
@@ -488,13 +512,14 @@ void verify_prediction(problem *x, const rung *r, int64_t spare)
     x->o.rung = 0;
     check(sparge_predict(&x->p, &x->o, &want, NULL, &error) == SPARGE_OK, "%s", error.text);
     use(x, r);
-    twins there = { .count = 0 };
+    twins there = {.count = 0};
     const sparge_problem p = twin_problem(&there, x);
     sparge_mask m = twin_mask(&there, &got);
     check(sparge_predict(&p, &x->o, &m, NULL, &error) == SPARGE_OK, "%s", error.text);
     twins_fetch(&there);
     twins_free(&there);
-    check_same_as("mask", got.bits, want.bits, want.batch * want.heads * want.q_blocks * want.words);
+    check_same_as("mask", got.bits, want.bits,
+                  want.batch * want.heads * want.q_blocks * want.words);
     check_free(got.bits);
     check_free(want.bits);
 }

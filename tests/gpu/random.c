@@ -8,13 +8,13 @@ TestSuite(gpu);
 
 static int64_t channels_at_random(void)
 {
-    static const int64_t usual[] = { 1, 16, 33, 64, 65, 80, 96, 97, 128 };
+    static const int64_t usual[] = {1, 16, 33, 64, 65, 80, 96, 97, 128};
     return check_int(0, 3) ? usual[check_int(0, COUNT(usual) - 1)] : check_int(1, 128);
 }
 
 static int64_t length_at_random(int64_t longest)
 {
-    static const int64_t edge[] = { 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 384 };
+    static const int64_t edge[] = {1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 384};
     return check_int(0, 1) ? edge[check_int(0, COUNT(edge) - 1)] : check_int(1, longest);
 }
 
@@ -34,18 +34,22 @@ static void ask_at_random(int64_t n, const rung *r, totals *sum)
         .k_len = length_at_random(longest),
         .dim = channels_at_random(),
         .dim_v = channels_at_random(),
-        .q = dtype_at_random(), .k = dtype_at_random(), .v = dtype_at_random(),
-        .layout_q = layout_at_random(), .layout_k = layout_at_random(), .layout_v = layout_at_random(),
+        .q = dtype_at_random(),
+        .k = dtype_at_random(),
+        .v = dtype_at_random(),
+        .layout_q = layout_at_random(),
+        .layout_k = layout_at_random(),
+        .layout_v = layout_at_random(),
     };
     problem x = question(&s, r);
-    static const int64_t groups[] = { 0, 16, 32, 64, 128, 200 };
+    static const int64_t groups[] = {0, 16, 32, 64, 128, 200};
     x.o.skip_rows = groups[check_int(0, 5)];
     if (r->n < 5 && check_int(0, 2) == 0)
         x.o.skip_rows = check_int(1, 140);
     x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
     sparge_knobs each[6];
     vary(&x, each);
-    const terms t = { check_int(0, 2) != 0, dtype_at_random(), layout_at_random(), check_int(0, 2) };
+    const terms t = {check_int(0, 2) != 0, dtype_at_random(), layout_at_random(), check_int(0, 2)};
     if (!t.predict && check_int(0, 3))
         mask_at_random(&x);
     any_schedule();
@@ -57,7 +61,7 @@ static void ask_at_random(int64_t n, const rung *r, totals *sum)
     sum->skipped += (double)c->qk_done - c->pv_done;
     if (t.predict) { /* stage 1 alone gives the same mask */
         sparge_mask alone = wide_mask(&x, t.spare);
-        twins there = { .count = 0 };
+        twins there = {.count = 0};
         const sparge_problem p = twin_problem(&there, &x);
         sparge_mask m = twin_mask(&there, &alone);
         sparge_error error;
@@ -77,7 +81,7 @@ static void ask_a_rung(int index)
 {
     const rung *r = &rungs[index];
     const int64_t cases = plain_quick() ? 4 : r->n == 1 ? 15 : r->n <= 3 ? 30 : 70;
-    totals sum = { 0 };
+    totals sum = {0};
     fresh_device();
     if (!runs_here(r->n)) {
         plain_log("rung %d does not run here", r->n);
@@ -88,8 +92,7 @@ static void ask_a_rung(int index)
         ask_at_random(n, r, &sum);
     }
     plain_log("%lld of %lld pairs kept, P.V of %.0f skipped; worst row at %.2f of its bound",
-              (long long)sum.kept,
-              (long long)sum.pairs, sum.skipped, worst_ratio[index]);
+              (long long)sum.kept, (long long)sum.pairs, sum.skipped, worst_ratio[index]);
     check(plain_quick() || (sum.kept < sum.pairs * 19 / 20 && sum.skipped > (double)sum.kept / 100),
           "too little was dropped or skipped");
 }
@@ -112,17 +115,16 @@ Test(gpu, every_length)
             const int64_t other = turn ? n * 37 % 201 : (n * 91 + 13) % 201;
             const rung *r = &rungs[(n + n / 7 + 3 * turn) % RUNGS];
             check_case("rung %d pv %d q_len %lld k_len %lld", r->n, (int)r->pv,
-                       (long long)(turn ? other : n),
-                       (long long)(turn ? n : other));
-            const shape s = shape_of(1, 2, 1, turn ? other : n, turn ? n : other, 1 + n % 40,
-                                     1 + n * 7 % 40);
+                       (long long)(turn ? other : n), (long long)(turn ? n : other));
+            const shape s =
+                shape_of(1, 2, 1, turn ? other : n, turn ? n : other, 1 + n % 40, 1 + n * 7 % 40);
             if (!runs_here(r->n))
                 continue;
             problem x = question(&s, r);
-            static const int64_t groups[] = { 16, 32, 64, 128 };
+            static const int64_t groups[] = {16, 32, 64, 128};
             x.o.causal = (sparge_causal)(n % 3);
             x.o.skip_rows = groups[n / 3 % 4];
-            x.o.knobs = (sparge_knobs){ 0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY };
+            x.o.knobs = (sparge_knobs){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
             any_schedule();
             verify(&x, r, n % 5 != 0);
             problem_free(&x);

@@ -1,5 +1,5 @@
-/* stream.cu: the CUDA runtime's streams and graphs for tests in C: the model has its functions in C++
- * alone. */
+/* stream.cu: the CUDA runtime's streams and graphs for tests in C: the model has its functions in
+ * C++ alone. */
 #include <cuda_runtime.h>
 
 extern "C" {
@@ -28,8 +28,10 @@ void *stream_make(void)
 void stream_wait(void *s) { note(cudaStreamSynchronize((cudaStream_t)s)); }
 void stream_free(void *s) { note(cudaStreamDestroy((cudaStream_t)s)); }
 
-void capture_begin(void *s) { note(cudaStreamBeginCapture((cudaStream_t)s,
-                                                          cudaStreamCaptureModeThreadLocal)); }
+void capture_begin(void *s)
+{
+    note(cudaStreamBeginCapture((cudaStream_t)s, cudaStreamCaptureModeThreadLocal));
+}
 
 void *capture_end(void *s)
 {
@@ -43,7 +45,10 @@ void *capture_end(void *s)
     return exec;
 }
 
-void graph_launch(void *graph, void *s) { note(cudaGraphLaunch((cudaGraphExec_t)graph, (cudaStream_t)s)); }
+void graph_launch(void *graph, void *s)
+{
+    note(cudaGraphLaunch((cudaGraphExec_t)graph, (cudaStream_t)s));
+}
 void graph_free(void *graph) { note(cudaGraphExecDestroy((cudaGraphExec_t)graph)); }
 
 void *pinned_alloc(size_t bytes)
@@ -53,5 +58,4 @@ void *pinned_alloc(size_t bytes)
     return p;
 }
 void pinned_free(void *p) { note(cudaFreeHost(p)); }
-
 }

@@ -1,4 +1,5 @@
-/* tune.c: sparge_tune with the cuda backend: inputs are in host memory, the work is done on the device. */
+/* tune.c: sparge_tune with the cuda backend: inputs are in host memory, the work is done on the
+ * device. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +10,8 @@ TestSuite(tune);
 
 enum { HEADS = 2, INPUTS = 2 };
 
-/* Runs of keys as long as a block around centres of their own, and queries that look at some of them. */
+/* Runs of keys as long as a block around centres of their own, and queries that look at some of
+ * them. */
 static void cluster(tensor *t, int64_t run, float spread)
 {
     float centre[64] = {0}, noise = 0.0f;
@@ -107,7 +109,8 @@ Test(tune, what_is_chosen_holds_in_whole_calls)
         const int n = (int)(r - rungs);
         check_case("rung %d pv %d", r->n, (int)r->pv);
         questions a = ask(r, n % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE);
-        const sparge_tune_options how = {.l1 = 0.3, .l2 = 0.4, .topk = n % 3 == 2, .held_out = n % 2};
+        const sparge_tune_options how = {
+            .l1 = 0.3, .l2 = 0.4, .topk = n % 3 == 2, .held_out = n % 2};
         sparge_tuned t[HEADS] = {{0}};
         sparge_error error = {"poison"};
         check(sparge_tune(a.p, INPUTS, &a.o, &how, t, &error) == SPARGE_OK, "%s", error.text);
@@ -119,8 +122,8 @@ Test(tune, what_is_chosen_holds_in_whole_calls)
           (long long)asked);
 }
 
-/* Precisions that ref has, too: the same heads. Calls of the tuner wait, whatever stream and workspace the
- * options name for attention. */
+/* Precisions that ref has, too: the same heads. Calls of the tuner wait, whatever stream and
+ * workspace the options name for attention. */
 Test(tune, the_same_heads_as_ref)
 {
     fresh_device();
