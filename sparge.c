@@ -17,9 +17,9 @@
 #include "ref/ref.h"
 #include "tune/tune.h"
 
-enum { MAX_BLOCK = 1024, MAX_RUNG = 5 };
+enum { MAX_BLOCK = 1024, MAX_KERNEL = 5 };
 
-static const sparge_trace no_trace;
+static const sparge_intermediates no_intermediates;
 
 /* ---- Names ---- */
 
@@ -43,13 +43,20 @@ const char *sparge_isa_string(sparge_isa isa)
     return (unsigned)isa < sizeof name / sizeof *name ? name[isa] : "unknown isa";
 }
 
+const char *sparge_dtype_string(sparge_dtype dtype)
+{
+    static const char *const name[] = {"f32", "f16", "bf16", "fp8", "int8", "int12", "fastest"};
+    return (unsigned)dtype < sizeof name / sizeof *name ? name[dtype] : "unknown dtype";
+}
+
 /* ---- What is here ---- */
 
 /* The stages of a backend on the host, which fail for want of memory or are cancelled (gpu/gpu.h
- * has those of cuda): arguments are checked and options resolved by then, no trace is NULL. */
+ * has those of cuda): arguments are checked and options resolved by then, no intermediates is NULL.
+ */
 static const struct stages {
     sparge_status (*predict)(const sparge_problem *, const sparge_options *, sparge_mask *,
-                             const sparge_trace *);
+                             const sparge_intermediates *);
     sparge_status (*attend)(const sparge_problem *, const sparge_options *, const sparge_mask *,
                             sparge_result *);
     sparge_status (*attention)(const sparge_problem *, const sparge_options *, sparge_mask *,
@@ -110,14 +117,14 @@ static bool fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
 /* NaN fails every one of these comparisons. */
 static bool in_range(float x, float low, float high) { return x >= low && x <= high; }
 
-/* head: of per_head, or -1 for the knobs of all. */
-static sparge_status check_knobs(const sparge_knobs *k, int64_t head, sparge_error *error)
+/* head: of per_head, or -1 for the thresholds of all. */
+static sparge_status check_thresholds(const sparge_thresholds *k, int64_t head, sparge_error *error)
 {
     const struct {
         const char *name;
         float value, low, high;
         bool may_be_off;
-    } knob[] = {
+    } threshold[] = {
         {"theta", k->theta, -1.0f, 1.0f, false},
         {"tau", k->tau, 0.0f, 1.0f, true},
         {"topk", k->topk, 0.0f, 1.0f, true},
@@ -126,12 +133,13 @@ static sparge_status check_knobs(const sparge_knobs *k, int64_t head, sparge_err
     char where[64] = "";
     if (head >= 0)
         snprintf(where, sizeof where, " in per_head[%lld]", (long long)head);
-    for (size_t n = 0; n < sizeof knob / sizeof *knob; n++)
-        if (!in_range(knob[n].value, knob[n].low, knob[n].high) &&
-            !(knob[n].may_be_off && knob[n].value == SPARGE_OFF))
+    for (size_t n = 0; n < sizeof threshold / sizeof *threshold; n++)
+        if (!in_range(threshold[n].value, threshold[n].low, threshold[n].high) &&
+            !(threshold[n].may_be_off && threshold[n].value == SPARGE_OFF))
             return fail(error, SPARGE_ERR_ARGUMENT, "%s is %.9g%s, it must be in [%g, %g]%s",
-                        knob[n].name, (double)knob[n].value, where, (double)knob[n].low,
-                        (double)knob[n].high, knob[n].may_be_off ? " or SPARGE_OFF" : "");
+                        threshold[n].name, (double)threshold[n].value, where,
+                        (double)threshold[n].low, (double)threshold[n].high,
+                        threshold[n].may_be_off ? " or SPARGE_OFF" : "");
     if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF)
         return fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off%s", where);
     return SPARGE_OK;
@@ -204,27 +212,36 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         {"block_k", o->block_k, 1, MAX_BLOCK},
         {"skip_rows", o->skip_rows, 0, INT64_MAX},
         {"causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START},
-        {"qk", (int64_t)o->qk, SPARGE_INT8, SPARGE_FLOAT},
-        {"pv", (int64_t)o->pv, SPARGE_INT8, SPARGE_FASTEST},
         {"rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM},
-        {"rung", o->rung, 0, MAX_RUNG},
+        {"kernel", o->kernel, 0, MAX_KERNEL},
     };
     for (size_t n = 0; n < sizeof number / sizeof *number; n++)
         if (number[n].value < number[n].low || number[n].value > number[n].high)
             return fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be in [%lld, %lld]",
                         number[n].name, (long long)number[n].value, (long long)number[n].low,
                         (long long)number[n].high);
-    if (!(o->scale >= 0.0f && o->scale < INFINITY))
+    const bool qk =
+        o->qk_dtype == SPARGE_INT8 || o->qk_dtype == SPARGE_INT12 || o->qk_dtype == SPARGE_F32;
+    if (!qk)
         return fail(error, SPARGE_ERR_ARGUMENT,
-                    "scale is %g, it must be finite and positive (or 0 for 1/sqrt(dim))",
-                    (double)o->scale);
-    if (o->pv == SPARGE_INT12 && o->block_k > 128)
+                    "qk_dtype is %s (%d), it must be int8, int12 or f32",
+                    sparge_dtype_string(o->qk_dtype), (int)o->qk_dtype);
+    if ((unsigned)o->pv_dtype > SPARGE_FASTEST || o->pv_dtype == SPARGE_BF16)
         return fail(error, SPARGE_ERR_ARGUMENT,
-                    "block_k is %lld, with pv int12 it must be at most 128 for sums to fit int32",
-                    (long long)o->block_k);
-    sparge_status status = o->per_head ? SPARGE_OK : check_knobs(&o->knobs, -1, error);
+                    "pv_dtype is %s (%d), it must be int8, int12, f32, f16, fp8 or fastest",
+                    sparge_dtype_string(o->pv_dtype), (int)o->pv_dtype);
+    if (!(o->softmax_scale >= 0.0f && o->softmax_scale < INFINITY))
+        return fail(error, SPARGE_ERR_ARGUMENT,
+                    "softmax_scale is %g, it must be finite and positive (or 0 for 1/sqrt(dim))",
+                    (double)o->softmax_scale);
+    if (o->pv_dtype == SPARGE_INT12 && o->block_k > 128)
+        return fail(
+            error, SPARGE_ERR_ARGUMENT,
+            "block_k is %lld, with pv_dtype int12 it must be at most 128 for sums to fit int32",
+            (long long)o->block_k);
+    sparge_status status = o->per_head ? SPARGE_OK : check_thresholds(&o->thresholds, -1, error);
     for (int64_t h = 0; o->per_head && h < p->heads && !status; h++)
-        status = check_knobs(&o->per_head[h], h, error);
+        status = check_thresholds(&o->per_head[h], h, error);
     return status;
 }
 
@@ -276,15 +293,18 @@ static sparge_status check_result(const sparge_problem *p, const sparge_result *
 sparge_options sparge_options_default(sparge_rules rules)
 {
     return (sparge_options){
+        .qk_dtype = SPARGE_INT8,
+        .pv_dtype = SPARGE_INT8,
         .block_q = 128,
         .block_k = 64,
         .smooth_k = true,
         .rules = rules,
-        .knobs = {.theta = 0.6f,
-                  .tau = 0.98f,
-                  .topk = SPARGE_OFF,
-                  /* upstream's pvthreshd of 50, in its log2 units */
-                  .lambda = rules == SPARGE_RULES_UPSTREAM ? -50.0f / SPARGE_LOG2E : -INFINITY},
+        .thresholds = {.theta = 0.6f,
+                       .tau = 0.98f,
+                       .topk = SPARGE_OFF,
+                       /* upstream's pvthreshd of 50, in its log2 units */
+                       .lambda =
+                           rules == SPARGE_RULES_UPSTREAM ? -50.0f / SPARGE_LOG2E : -INFINITY},
     };
 }
 
@@ -304,10 +324,10 @@ static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
 
 static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
 {
-    if (o->pv == SPARGE_HALF || o->pv == SPARGE_FP8)
+    if (o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "pv is %s, which the cpu backend does not have, but ref has",
-                    o->pv == SPARGE_HALF ? "HALF" : "FP8");
+                    "pv_dtype is %s, which the cpu backend does not have, but ref has",
+                    sparge_dtype_string(o->pv_dtype));
     const bool named = o->isa != SPARGE_ISA_AUTO;
     const sparge_status status = named ? SPARGE_OK : isa_of_environment(&o->isa, error);
     if (status)
@@ -334,8 +354,8 @@ static sparge_status resolve_cpu(sparge_options *o, sparge_error *error)
  * never cuda: whether a pointer is the host's or the device's, CUDA alone could tell. */
 static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
 {
-    if (o->scale == 0.0f)
-        o->scale = 1.0f / sqrtf((float)p->dim);
+    if (o->softmax_scale == 0.0f)
+        o->softmax_scale = 1.0f / sqrtf((float)p->dim);
     if (o->skip_rows == 0)
         o->skip_rows = o->rules == SPARGE_RULES_DEFAULT ? 64
                        : o->rules == SPARGE_RULES_PAPER ? sparge_ceil_div(o->block_q, 4)
@@ -345,12 +365,12 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     if (wants_isa && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
         return fail(error, SPARGE_ERR_ARGUMENT, "isa is %s, which the %s backend does not have",
                     sparge_isa_string(o->isa), sparge_backend_string(o->backend));
-    if (o->rung && o->backend != SPARGE_CUDA)
+    if (o->kernel && o->backend != SPARGE_CUDA)
         return fail(error, SPARGE_ERR_ARGUMENT,
-                    "rung is %d, which is of the cuda backend: backend is %s", o->rung,
+                    "kernel is %d, which is of the cuda backend: backend is %s", o->kernel,
                     sparge_backend_string(o->backend));
     const bool on_cpu =
-        o->rules == SPARGE_RULES_DEFAULT && o->pv != SPARGE_HALF && o->pv != SPARGE_FP8;
+        o->rules == SPARGE_RULES_DEFAULT && o->pv_dtype != SPARGE_F16 && o->pv_dtype != SPARGE_FP8;
     if (o->backend == SPARGE_AUTO)
         o->backend = wants_isa || on_cpu ? SPARGE_CPU : SPARGE_REF;
     if (!sparge_backend_built(o->backend))
@@ -360,8 +380,8 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     if (o->rules != SPARGE_RULES_DEFAULT && o->backend != SPARGE_REF)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
                     "rules are not the default ones, which the ref backend alone has");
-    if (o->pv == SPARGE_FASTEST && o->backend != SPARGE_CUDA)
-        o->pv = SPARGE_INT8;
+    if (o->pv_dtype == SPARGE_FASTEST && o->backend != SPARGE_CUDA)
+        o->pv_dtype = SPARGE_INT8;
     if (o->backend == SPARGE_CPU)
         return resolve_cpu(o, error);
     o->isa = SPARGE_ISA_SCALAR;
@@ -479,7 +499,8 @@ static sparge_counts sum_of(const sparge_counts *head, int64_t n)
 /* ---- The two stages, and both ---- */
 
 static sparge_status predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
+                             sparge_mask *mask, const sparge_intermediates *intermediates,
+                             sparge_error *error)
 {
     if (!mask)
         return fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
@@ -488,11 +509,12 @@ static sparge_status predict(const sparge_problem *problem, const sparge_options
         return status;
     sparge_options o = *options;
     status = resolve(problem, &o, error);
-    if (!trace)
-        trace = &no_trace;
+    if (!intermediates)
+        intermediates = &no_intermediates;
     if (!status)
-        status = o.backend == SPARGE_CUDA ? sparge_cuda_predict(problem, &o, mask, trace, error)
-                                          : stages[o.backend].predict(problem, &o, mask, trace);
+        status = o.backend == SPARGE_CUDA
+                     ? sparge_cuda_predict(problem, &o, mask, intermediates, error)
+                     : stages[o.backend].predict(problem, &o, mask, intermediates);
     return told(status, error);
 }
 
@@ -529,12 +551,12 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
         .lse = result->lse,
         .mask = result->mask,
         .head_counts = result->head_counts,
-        .trace = result->trace ? result->trace : &no_trace,
+        .intermediates = result->intermediates ? result->intermediates : &no_intermediates,
         .backend = o.backend,
         .isa = o.isa,
         .threads = o.threads,
-        .rung = o.rung,
-        .pv = o.pv,
+        .kernel = o.kernel,
+        .pv_dtype = o.pv_dtype,
     };
     if (o.backend != SPARGE_CUDA)
         status = run_on_host(problem, &o, predicted, mask, &now);
@@ -542,7 +564,7 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
         status = sparge_cuda_attention(problem, &o, predicted, &now, error);
     else
         status = sparge_cuda_attend(problem, &o, mask, &now, error);
-    now.trace = result->trace;
+    now.intermediates = result->intermediates;
     now.head_counts = result->head_counts;
     *result = now;
     return told(status, error);
@@ -637,7 +659,7 @@ static sparge_status tune(const sparge_problem *inputs, int64_t count,
                     (long long)count);
     sparge_options o = *options;
     o.per_head = NULL;
-    o.knobs = sparge_options_default(SPARGE_RULES_DEFAULT).knobs;
+    o.thresholds = sparge_options_default(SPARGE_RULES_DEFAULT).thresholds;
     sparge_status status = SPARGE_OK;
     for (int64_t n = 0; n < count && !status; n++) {
         status = check(&inputs[n], &o, true, NULL, error);
@@ -774,10 +796,11 @@ sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_optio
 }
 
 sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
+                             sparge_mask *mask, const sparge_intermediates *intermediates,
+                             sparge_error *error)
 {
     const fenv_t caller = sparge_arithmetic_begin();
-    const sparge_status status = predict(problem, options, mask, trace, error);
+    const sparge_status status = predict(problem, options, mask, intermediates, error);
     sparge_arithmetic_end(caller);
     return status;
 }

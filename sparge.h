@@ -74,11 +74,30 @@ bool sparge_isa_available(sparge_isa isa);             /* does this processor ha
 
 /* ---- What goes in and out ------------------------------------------------------------- */
 
-typedef enum sparge_dtype { SPARGE_F32, SPARGE_F16, SPARGE_BF16 } sparge_dtype;
+/* F32, F16 and BF16 are the types of arrays. Products are computed in INT8, INT12, F32 and, P.V
+ * alone, F16 and FP8; FASTEST stands for what the backend does fastest on this machine.
+ *
+ * INT8 is the paper's. INT12 has 8 to 14 times less error in the same integer arithmetic. F32
+ * quantizes nothing, which separates the error of quantization from the error of sparsity. F16 and
+ * FP8 are for P.V on tensor cores, defined by the ref backend: P and V are rounded to binary16 (a v
+ * beyond 65504 is then not finite), or to e4m3 (P as 256 p, V by one scale for each channel of a
+ * head). The cpu backend has neither. FASTEST, of P.V alone, is INT8 on ref and cpu, and FP8 or F16
+ * on cuda. */
+typedef enum sparge_dtype {
+    SPARGE_F32,
+    SPARGE_F16,
+    SPARGE_BF16,
+    SPARGE_FP8,
+    SPARGE_INT8,
+    SPARGE_INT12,
+    SPARGE_FASTEST,
+} sparge_dtype;
+
+const char *sparge_dtype_string(sparge_dtype dtype);
 
 /* Strided views [batch][head][token][channel]. Strides count elements, not bytes; channels are
- * contiguous. On the cuda backend these pointers, and those of masks, traces, lse and head_counts,
- * are device pointers. */
+ * contiguous. On the cuda backend these pointers, and those of masks, intermediates, lse and
+ * head_counts, are device pointers. */
 typedef struct sparge_in {
     const void *data;
     sparge_dtype dtype;
@@ -111,21 +130,6 @@ typedef enum sparge_causal {
     SPARGE_CAUSAL_START
 } sparge_causal;
 
-/* INT8 is the paper's; INT12 has 8 to 14 times less error in the same integer arithmetic;
- * FLOAT quantises nothing and so separates the error of codes from the error of sparsity.
- * HALF and FP8 are for P.V on tensor cores, defined by the ref backend: P and V rounded to binary16
- * (a v beyond 65504 is then not finite), or to e4m3 (P as 256 p, V by one step for each channel of
- * a head); the cpu backend has neither. FASTEST, of pv alone, is what the backend does fastest on
- * this machine: INT8, but FP8 or HALF on the cuda backend. */
-typedef enum sparge_precision {
-    SPARGE_INT8,
-    SPARGE_INT12,
-    SPARGE_FLOAT,
-    SPARGE_HALF,
-    SPARGE_FP8,
-    SPARGE_FASTEST,
-} sparge_precision;
-
 /* Whose decisions where the paper, its released kernels and this project differ: the table in
  * ref/README.md. PAPER and UPSTREAM run on the reference backend alone. */
 typedef enum sparge_rules {
@@ -138,13 +142,13 @@ typedef enum sparge_rules {
 
 /* What the paper tunes for each head (Sec 3.6). With tau and topk both on, a row keeps the union.
  */
-typedef struct sparge_knobs {
+typedef struct sparge_thresholds {
     float theta;  /* a block is self-similar when its mean cosine exceeds theta; in [-1, 1] */
     float tau;    /* keep the most probable key blocks up to this mass; in [0, 1], or SPARGE_OFF */
     float topk;   /* keep this share of the visible key blocks; in [0, 1], or SPARGE_OFF */
     float lambda; /* skip P.V where max(local max - running max) <= lambda; natural-log units,
                      in [-inf, 0]; -inf never skips */
-} sparge_knobs;
+} sparge_thresholds;
 
 typedef struct sparge_options {
     sparge_backend backend;
@@ -158,20 +162,21 @@ typedef struct sparge_options {
     int64_t block_q, block_k; /* rows of a query block, keys of a key block; 1 to 1024 */
     int64_t skip_rows;        /* lambda is decided for this many rows at a time; 0: by the rules */
     sparge_causal causal;
-    sparge_precision qk, pv; /* of Q.K^T and of P.V */
-    float scale;             /* of the scores, finite and > 0; 0 stands for 1/sqrt(dim) */
-    bool smooth_k;           /* subtract the mean key: softmax does not change, int8 error does */
-    bool sink;               /* always keep key block 0 */
+    sparge_dtype qk_dtype; /* what Q.K^T is computed in: INT8, INT12 or F32 */
+    sparge_dtype pv_dtype; /* what P.V is computed in: INT8, INT12, F32, F16, FP8 or FASTEST */
+    float softmax_scale;   /* of the scores, finite and > 0; 0 stands for 1/sqrt(dim) */
+    bool smooth_k;         /* subtract the mean key: softmax does not change, int8 error does */
+    bool sink;             /* always keep key block 0 */
     sparge_rules rules;
-    sparge_knobs knobs;           /* for every head, unless: */
-    const sparge_knobs *per_head; /* [heads], or NULL */
+    sparge_thresholds thresholds;      /* for every head, unless: */
+    const sparge_thresholds *per_head; /* [heads], or NULL */
     /* Called now and then with 0..1, which never falls, by attention, prediction and the oracle,
      * but not on cuda, from the calling thread; prediction alone stays at 0. false gives up, and is
      * the last call. Or NULL. */
     bool (*progress)(void *user, double done);
     void *user;
     /* Of the cuda backend: */
-    int rung;        /* of the ladder in gpu/README.md, 1 to 5; 0: the best that can do this here */
+    int kernel;      /* of the ladder in gpu/README.md, 1 to 5; 0: the best that can do this here */
     void *stream;    /* a cudaStream_t: calls queue their work there and return; NULL: they wait */
     void *workspace; /* device memory to work in, or NULL: allocated and freed in the order of the
                         stream */
@@ -183,8 +188,8 @@ typedef struct sparge_options {
 sparge_options sparge_options_default(sparge_rules rules);
 
 /* Puts in the place of AUTO, 0 and FASTEST what they stand for, as every call does for itself:
- * backend, isa, threads, rung, skip_rows, scale and pv. v is not looked at. After failure the
- * options are as they were. */
+ * backend, isa, threads, kernel, skip_rows, softmax_scale and pv_dtype. v is not looked at. After
+ * failure the options are as they were. */
 sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options,
                                      sparge_error *error);
 
@@ -237,34 +242,34 @@ typedef enum sparge_reason {
 /* Every stage, for looking between them and for finding where two backends part. The arrays are
  * packed and belong to the caller; NULL is not wanted. Codes and steps of what is not in integers
  * (FLOAT; of v also HALF and FP8), and the mean key without smooth_k, are left as they were. */
-typedef struct sparge_trace {
-    float *mean_k;          /* [batch][kv_heads][dim] */
-    float *pool_q, *pool_k; /* [batch][heads | kv_heads][q | k_blocks][dim] */
-    float *sim_q, *sim_k;   /* [batch][heads | kv_heads][q | k_blocks] */
+typedef struct sparge_intermediates {
+    float *k_mean;          /* [batch][kv_heads][dim] */
+    float *q_pool, *k_pool; /* [batch][heads | kv_heads][q | k_blocks][dim] */
+    float *q_sim, *k_sim;   /* [batch][heads | kv_heads][q | k_blocks] */
     /* [batch][heads][q_blocks][k_blocks] each, S in natural units: */
-    float *s_all; /* of every visible pair, whatever theta is; -inf elsewhere */
-    float *s;     /* S: the same, but -inf where the keys are not self-similar */
-    uint8_t *why; /* bits of sparge_reason; 0: skipped */
-    int16_t *codes_q, *codes_k, *codes_v; /* [batch][heads | kv_heads][tokens][channels] */
-    float *steps_q, *steps_k;             /* [batch][heads | kv_heads][q | k_blocks] */
-    float *steps_v;                       /* [batch][kv_heads][k_blocks][dim_v] */
-    float *pv_done; /* [batch][heads][q_blocks][k_blocks], share of the rows */
-    float *m, *l;   /* [batch][heads][q_len], m in log2 units */
-} sparge_trace;
+    float *s_all;                   /* of every visible pair, whatever theta is; -inf elsewhere */
+    float *s;                       /* S: the same, but -inf where the keys are not self-similar */
+    uint8_t *why;                   /* bits of sparge_reason; 0: skipped */
+    int16_t *q_int, *k_int, *v_int; /* [batch][heads | kv_heads][tokens][channels] */
+    float *q_scale, *k_scale;       /* [batch][heads | kv_heads][q | k_blocks] */
+    float *v_scale;                 /* [batch][kv_heads][k_blocks][dim_v] */
+    float *pv_done;                 /* [batch][heads][q_blocks][k_blocks], share of the rows */
+    float *m, *l;                   /* [batch][heads][q_len], m in log2 units */
+} sparge_intermediates;
 
 typedef struct sparge_result {
     sparge_out o;      /* [batch][heads][q_len][dim_v] */
     float *lse;        /* [batch][heads][q_len], natural log, or NULL */
     sparge_mask *mask; /* sparge_attention leaves its mask here; an allocated one, or NULL */
-    const sparge_trace *trace;  /* or NULL */
-    sparge_counts *head_counts; /* [batch][heads], or NULL */
+    const sparge_intermediates *intermediates; /* or NULL */
+    sparge_counts *head_counts;                /* [batch][heads], or NULL */
     /* Filled in: */
     sparge_counts counts;   /* the sum over all heads; 0 after a call that only queued its work */
     sparge_backend backend; /* what ran */
     sparge_isa isa;
     int threads;
-    int rung;
-    sparge_precision pv;
+    int kernel;
+    sparge_dtype pv_dtype;
     int64_t
         workspace; /* bytes that cpu or cuda worked in, beside inputs and output; 0: not counted */
     /* What cpu and cuda do to q, k and v in one pass counts as quantize. On cuda these are the
@@ -285,7 +290,8 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
 
 /* Stage 1 (Sec 3.3, Algorithm 1 lines 4-6): writes every word of an allocated mask. */
 sparge_status sparge_predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, const sparge_trace *trace, sparge_error *error);
+                             sparge_mask *mask, const sparge_intermediates *intermediates,
+                             sparge_error *error);
 
 /* Stage 2 (Algorithm 1 lines 3, 7-22): attention over the kept pairs. A mask of NULL is dense
  * attention by the same kernel. Bits of pairs that no row may see are ignored. */
@@ -366,21 +372,22 @@ typedef struct sparge_tuned {
     bool done;   /* where it is set on entry the head is left alone */
     bool finite; /* no: q, k, v or dense attention is not finite in some input, and nothing was
                     tried */
-    int64_t not_finite; /* elements of them that are not */
+    int64_t nonfinite; /* elements of them that are not */
     bool dense; /* theta -1, tau 1, lambda -inf: nothing sparser held, or nothing was tried */
-    sparge_knobs knobs;
+    sparge_thresholds thresholds;
     sparge_back_off back_off;
-    sparge_tune_errors in_sample; /* of these knobs on the inputs that they were tuned on */
+    sparge_tune_errors in_sample; /* of these thresholds on the inputs that they were tuned on */
     /* On inputs not tuned on. Where each is left out in turn: what is chosen without it, on it; but
      * of a head that is dense, dense. */
     sparge_tune_errors held_out, held_out_first; /* first: before backing off */
-    double equivalents; /* products of blocks that all this took, in dense passes over the inputs */
+    double
+        dense_passes; /* products of blocks that all this took, in dense passes over the inputs */
     double seconds;
 } sparge_tuned;
 
 /* Tunes heads [heads] on inputs of one kind: the same heads, key heads and channels; lengths and
  * batches may differ, and an element of a batch is an input. q, k and v are in host memory on every
- * backend. Of the options, knobs, per_head, progress, stream and workspace play no part. The
+ * backend. Of the options, thresholds, per_head, progress, stream and workspace play no part. The
  * callbacks may not call this function. Heads run in parallel on options.threads threads. The same
  * heads come out for any number of threads. */
 sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
@@ -391,7 +398,7 @@ sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
 
 /* Attention by the textbook formula in double precision; shares no code with any backend.
  * REAL takes q, k and v as they are: the distance to it is quality. CODES takes them as the
- * options' precisions define them (dequantised codes; v too unless pv is FLOAT; FASTEST is taken
+ * options' precisions define them (dequantized codes; v too unless pv is FLOAT; FASTEST is taken
  * for INT8): the distance to it is correctness. */
 typedef enum sparge_oracle_mode { SPARGE_ORACLE_REAL, SPARGE_ORACLE_CODES } sparge_oracle_mode;
 

@@ -39,14 +39,14 @@ SPARGE_HD int64_t sparge_last_key(const sparge_geometry *g, int64_t t)
 }
 
 /* How many keys of block j query t may see: the first so many of it. */
-SPARGE_HD int64_t sparge_keys_seen(const sparge_geometry *g, int64_t t, int64_t j)
+SPARGE_HD int64_t sparge_keys_visible(const sparge_geometry *g, int64_t t, int64_t j)
 {
     const int64_t seen = sparge_last_key(g, t) + 1 - j * g->block_k;
     return sparge_max(0, sparge_min(seen, g->block_k));
 }
 
 /* How many key blocks some row of query block i may see: the first so many. */
-SPARGE_HD int64_t sparge_blocks_seen(const sparge_geometry *g, int64_t i)
+SPARGE_HD int64_t sparge_blocks_visible(const sparge_geometry *g, int64_t i)
 {
     const int64_t last = sparge_last_key(g, sparge_min(g->q_len, (i + 1) * g->block_q) - 1);
     return last < 0 ? 0 : last / g->block_k + 1;

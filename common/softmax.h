@@ -48,7 +48,7 @@ SPARGE_HD bool sparge_group_skips(float gap, float lambda)
 
 /* Raises the maximum to at least `local`, the largest score of a block that the row sees, and
  * returns the factor by which everything that was accumulated under the old one shrinks. */
-SPARGE_HD float sparge_row_raise(sparge_row *row, float local)
+SPARGE_HD float sparge_row_update_max(sparge_row *row, float local)
 {
     const float old = row->max;
     if (local == -INFINITY && old == -INFINITY)
@@ -72,23 +72,23 @@ SPARGE_HD float sparge_weight(float score, float unit, float max)
     return sparge_exp2(unit * score - sparge_row_base(max));
 }
 
-/* The code, 0 .. levels, of a weight; 0 of a NaN. */
-SPARGE_HD int32_t sparge_code(float weight, int levels)
+/* The code, 0 .. qmax, of a weight; 0 of a NaN. */
+SPARGE_HD int32_t sparge_code(float weight, int qmax)
 {
-    return weight <= 1.0f ? (int32_t)fmaf((float)levels, weight, 0.5f) : 0;
+    return weight <= 1.0f ? (int32_t)fmaf((float)qmax, weight, 0.5f) : 0;
 }
 
 /* That of a score beside the largest visible one of its tile. Integers are subtracted exactly. */
-SPARGE_HD int32_t sparge_weight_code(float score, float most, float unit, int levels)
+SPARGE_HD int32_t sparge_weight_code(float score, float most, float unit, int qmax)
 {
-    return sparge_code(sparge_exp2(unit * (score - most)), levels);
+    return sparge_code(sparge_exp2(unit * (score - most)), qmax);
 }
 
-/* What a code of that tile weighs under the row's maximum: exp2(local - max) / levels, and 0 where
+/* What a code of that tile weighs under the row's maximum: exp2(local - max) / qmax, and 0 where
  * all scores of the tile are -inf. */
-SPARGE_HD float sparge_code_weight(float local, float max, int levels)
+SPARGE_HD float sparge_code_weight(float local, float max, int qmax)
 {
-    return sparge_exp2(local == -INFINITY ? local : local - max) / (float)levels;
+    return sparge_exp2(local == -INFINITY ? local : local - max) / (float)qmax;
 }
 
 /* The state of two disjoint sets of keys together; outputs add as o = a_share * o_a + b_share * o_b
@@ -102,7 +102,7 @@ SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share
         both.sum = a.max == -INFINITY ? a.sum + b.sum : a.sum;
         return both;
     }
-    *a_share = sparge_row_raise(&both, b.max);
+    *a_share = sparge_row_update_max(&both, b.max);
     *b_share = sparge_exp2(b.max - both.max);
     both.sum = fmaf(b.sum, *b_share, both.sum);
     return both;

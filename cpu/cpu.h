@@ -13,9 +13,10 @@ int sparge_cpu_threads(void); /* as many as OpenMP would take; 1 without it */
  * the system when the calling thread has never had so many. */
 bool sparge_cpu_can_start(int threads);
 
-/* Stage 1, stage 2, or both in one pass over q, k and v. trace may not be NULL, its arrays may. */
+/* Stage 1, stage 2, or both in one pass over q, k and v. intermediates may not be NULL, its arrays
+ * may. */
 sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o,
-                                 sparge_mask *mask, const sparge_trace *trace);
+                                 sparge_mask *mask, const sparge_intermediates *intermediates);
 sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result);
 sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o,

@@ -80,13 +80,13 @@ static void *take(arena *a, int64_t count, size_t size)
     return piece;
 }
 
-static sparge_operand operand(arena *a, sparge_format format, int levels, int64_t blocks,
+static sparge_operand operand(arena *a, sparge_format format, int qmax, int64_t blocks,
                               int64_t stride, int64_t rows, int64_t starts, int64_t steps)
 {
     const int64_t block = rows * stride * (int64_t)size_of[format];
     return (sparge_operand){
         .format = format,
-        .levels = levels,
+        .qmax = qmax,
         .stride = stride,
         .block = block,
         .starts = starts,
@@ -131,13 +131,13 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         t->p = t->s;
 }
 
-/* The levels of a precision's codes, and the format that its product runs in. */
-static int levels_of(sparge_precision precision, int int12_levels)
+/* The qmax of a precision's codes, and the format that its product runs in. */
+static int levels_of(sparge_dtype precision, int int12_qmax)
 {
-    return precision == SPARGE_INT8 ? 127 : precision == SPARGE_INT12 ? int12_levels : 0;
+    return precision == SPARGE_INT8 ? 127 : precision == SPARGE_INT12 ? int12_qmax : 0;
 }
 
-static sparge_format format_of(sparge_precision precision, sparge_format int8_format)
+static sparge_format format_of(sparge_dtype precision, sparge_format int8_format)
 {
     return precision == SPARGE_INT8    ? int8_format
            : precision == SPARGE_INT12 ? SPARGE_WORDS
@@ -149,9 +149,9 @@ static void lay_out(arena *a, sparge_work *w)
     const sparge_problem *p = w->p;
     const sparge_geometry *g = &w->g;
     const int64_t dim = sparge_padded(p->dim), dim_v = w->result ? sparge_padded(p->dim_v) : 0;
-    const sparge_format qk = format_of(w->o->qk, w->kernels.int8_scores),
-                        pv = format_of(w->o->pv, SPARGE_BYTES);
-    const int qk_levels = levels_of(w->o->qk, 2047), pv_levels = levels_of(w->o->pv, 4095);
+    const sparge_format qk = format_of(w->o->qk_dtype, w->kernels.int8_scores),
+                        pv = format_of(w->o->pv_dtype, SPARGE_BYTES);
+    const int qk_qmax = levels_of(w->o->qk_dtype, 2047), pv_qmax = levels_of(w->o->pv_dtype, 4095);
 
     const int64_t heads = p->batch * p->kv_heads, group = p->heads / p->kv_heads;
     const int64_t channels = dim * (int64_t)size_of[qk] + dim_v * (int64_t)size_of[pv];
@@ -166,13 +166,13 @@ static void lay_out(arena *a, sparge_work *w)
     w->no_mean = take(a, sparge_max(dim, dim_v), sizeof(float));
     w->mean = take(a, w->wave * dim, sizeof(float));
     w->pv_rows = take(a, p->batch * p->heads, sizeof *w->pv_rows);
-    w->pool_k = take(a, w->predicted || w->o->smooth_k ? blocks * dim : 0, sizeof(float));
-    w->sim_k = take(a, w->predicted ? blocks : 0, sizeof(float));
+    w->k_pool = take(a, w->predicted || w->o->smooth_k ? blocks * dim : 0, sizeof(float));
+    w->k_sim = take(a, w->predicted ? blocks : 0, sizeof(float));
     w->bad = take(a, blocks, sizeof(uint8_t));
-    w->k = operand(a, qk, qk_levels, packed, dim, w->keys, w->keys, 1);
-    w->v = operand(a, pv, pv_levels, packed, dim_v, w->keys, dim_v, dim_v);
-    w->q = operand(a, qk, qk_levels, w->result ? w->chunk : 0, dim, g->block_q, g->block_q, 1);
-    w->pool_q = take(a, w->predicted ? w->chunk * dim : 0, sizeof(float));
+    w->k = operand(a, qk, qk_qmax, packed, dim, w->keys, w->keys, 1);
+    w->v = operand(a, pv, pv_qmax, packed, dim_v, w->keys, dim_v, dim_v);
+    w->q = operand(a, qk, qk_qmax, w->result ? w->chunk : 0, dim, g->block_q, g->block_q, 1);
+    w->q_pool = take(a, w->predicted ? w->chunk * dim : 0, sizeof(float));
     w->task = take(a, w->chunk, sizeof *w->task);
     w->scratch = take(a, w->o->threads, sizeof *w->scratch);
     for (int n = 0; n < w->o->threads; n++) {
@@ -272,7 +272,7 @@ static void attend_chunk(sparge_work *w)
 {
     const sparge_geometry *g = &w->g;
     for (int64_t n = 0; n < w->tasks; n++) {
-        const int64_t visible = sparge_blocks_seen(g, w->task[n].i);
+        const int64_t visible = sparge_blocks_visible(g, w->task[n].i);
         const int64_t line = w->task[n].head * g->q_blocks + w->task[n].i;
         w->task[n].cost =
             w->mask ? sparge_mask_row_count(w->mask->bits + line * w->mask->words, visible)
@@ -324,12 +324,13 @@ static void run_waves(sparge_work *w)
 }
 
 static sparge_status run(const sparge_problem *p, const sparge_options *o, sparge_mask *predicted,
-                         const sparge_mask *mask, const sparge_trace *trace, sparge_result *result)
+                         const sparge_mask *mask, const sparge_intermediates *intermediates,
+                         sparge_result *result)
 {
     sparge_work w = {
         .p = p,
         .o = o,
-        .trace = trace,
+        .intermediates = intermediates,
         .kernels = sparge_cpu_kernels(o->isa),
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
         .predicted = predicted,
@@ -367,19 +368,19 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
 }
 
 sparge_status sparge_cpu_predict(const sparge_problem *p, const sparge_options *o,
-                                 sparge_mask *mask, const sparge_trace *trace)
+                                 sparge_mask *mask, const sparge_intermediates *intermediates)
 {
-    return run(p, o, mask, NULL, trace, NULL);
+    return run(p, o, mask, NULL, intermediates, NULL);
 }
 
 sparge_status sparge_cpu_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result)
 {
-    return run(p, o, NULL, mask, result->trace, result);
+    return run(p, o, NULL, mask, result->intermediates, result);
 }
 
 sparge_status sparge_cpu_attention(const sparge_problem *p, const sparge_options *o,
                                    sparge_mask *mask, sparge_result *result)
 {
-    return run(p, o, mask, mask, result->trace, result);
+    return run(p, o, mask, mask, result->intermediates, result);
 }

@@ -98,9 +98,9 @@ typedef struct sparge_kernels {
                 float *sum);
     /* pool and the sum of unit rows, [stride]; returns the mean cosine. */
     float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit);
-    /* Codes in [-levels, levels]; one step for the block, or one for each channel. */
-    float (*quantize)(const float *x, int64_t n, int levels, int16_t *code);
-    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int levels, float *step,
+    /* Codes in [-qmax, qmax]; one step for the block, or one for each channel. */
+    float (*quantize)(const float *x, int64_t n, int qmax, int16_t *code);
+    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int qmax, float *step,
                               int16_t *code);
     /* Rows of x or code as A; as columns of B [panels(rows)][stride]; with depth running over the
      * rows as B [panels(stride)][depth], zero from rows to depth. from is float for FLOATS, int16
@@ -123,7 +123,7 @@ typedef struct sparge_kernels {
     /* The largest score of each row, NaN if there is one, and sparge_row_local of it. Is each of
      * these above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);
-    void (*raise)(const sparge_group *, int64_t rows, int levels); /* levels 0: P is not coded */
+    void (*raise)(const sparge_group *, int64_t rows, int qmax); /* qmax 0: P is not coded */
     /* P of each row, with its sum and, for WORDS, a_start. Columns: scores->keys. Codes against the
      * largest score of the row, with c > 0; FLOATS, which may stand where S does, against the
      * running maximum. */

@@ -66,13 +66,13 @@ static void keep_prefix(const ranked *row, double limit, const mask_row *to, spa
 void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_task *task)
 {
     const sparge_geometry *g = &w->g;
-    const sparge_knobs *knobs = sparge_ref_knobs(w->o, task->head % w->p->heads);
+    const sparge_thresholds *thresholds = sparge_ref_thresholds(w->o, task->head % w->p->heads);
     const int64_t line = task->head * g->q_blocks + task->i,
-                  visible = sparge_blocks_seen(g, task->i);
+                  visible = sparge_blocks_visible(g, task->i);
     const int64_t key_blocks = (sparge_kv_of(w->p, task->head) - w->first_kv) * g->k_blocks;
     const mask_row to = {
         .kept = w->predicted->bits + line * w->predicted->words,
-        .why = w->trace->why ? w->trace->why + line * g->k_blocks : NULL,
+        .why = w->intermediates->why ? w->intermediates->why + line * g->k_blocks : NULL,
     };
     memset(to.kept, 0, (size_t)w->predicted->words * sizeof *to.kept);
     if (to.why)
@@ -80,17 +80,18 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
 
     /* Line 5: S[i,:]; what cannot be ranked is kept, as is everything for a query block that is not
      * similar. */
-    w->kernels.rank(w->pool_q + task->slot * w->q.stride, w->pool_k + key_blocks * w->k.stride,
-                    visible, w->k.stride, w->o->scale, t->rank);
+    w->kernels.rank(w->q_pool + task->slot * w->q.stride, w->k_pool + key_blocks * w->k.stride,
+                    visible, w->k.stride, w->o->softmax_scale, t->rank);
     for (int64_t j = visible; j < g->k_blocks; j++)
         t->rank[j] = -INFINITY;
-    sparge_trace_rows(w->trace->s_all, line, 1, g->k_blocks, t->rank, g->k_blocks, sizeof *t->rank);
-    const bool q_similar = task->finite && task->sim > knobs->theta;
+    sparge_trace_rows(w->intermediates->s_all, line, 1, g->k_blocks, t->rank, g->k_blocks,
+                      sizeof *t->rank);
+    const bool q_similar = task->finite && task->sim > thresholds->theta;
     int64_t n = 0;
     float top = -INFINITY;
     for (int64_t j = 0; j < visible; j++) {
         const int64_t key = key_blocks + j;
-        const bool k_similar = !(w->bad[key] & SPARGE_BAD_KEY) && w->sim_k[key] > knobs->theta;
+        const bool k_similar = !(w->bad[key] & SPARGE_BAD_KEY) && w->k_sim[key] > thresholds->theta;
         if (!k_similar)
             t->rank[j] = -INFINITY;
         const bool ranks = sparge_finite(t->rank[j]);
@@ -104,22 +105,23 @@ void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
             t->place[n++] = (uint32_t)j;
         }
     }
-    sparge_trace_rows(w->trace->s, line, 1, g->k_blocks, t->rank, g->k_blocks, sizeof *t->rank);
+    sparge_trace_rows(w->intermediates->s, line, 1, g->k_blocks, t->rank, g->k_blocks,
+                      sizeof *t->rank);
 
     /* Line 6: M[i,:]. */
     ranked row = {n, t->key, t->mass, t->place};
-    if (knobs->tau != SPARGE_OFF) {
+    if (thresholds->tau != SPARGE_OFF) {
         uint64_t total = 0;
         for (int64_t e = 0; e < n; e++)
             t->rank[e] = t->rank[t->place[e]];
         w->kernels.mass(t->rank, n, top, t->mass);
         for (int64_t e = 0; e < n; e++)
             total += t->mass[e];
-        keep_prefix(&row, (double)knobs->tau * (double)total, &to, SPARGE_KEPT_MASS);
+        keep_prefix(&row, (double)thresholds->tau * (double)total, &to, SPARGE_KEPT_MASS);
     }
-    if (knobs->topk != SPARGE_OFF) {
+    if (thresholds->topk != SPARGE_OFF) {
         row.mass = NULL;
-        keep_prefix(&row, floor((double)knobs->topk * (double)visible + 1e-5), &to,
+        keep_prefix(&row, floor((double)thresholds->topk * (double)visible + 1e-5), &to,
                     SPARGE_KEPT_TOPK);
     }
     if (w->o->causal != SPARGE_CAUSAL_NONE)

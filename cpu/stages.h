@@ -114,29 +114,29 @@ static float largest(const float *x, int64_t n)
     return sparge_bits_float((uint32_t)top);
 }
 
-static float step_of(float max, int levels)
+static float step_of(float max, int qmax)
 {
-    const float step = max / (float)levels;
+    const float step = max / (float)qmax;
     return step < FLT_MIN ? 0.0f : step;
 }
 
 /* A divisor of infinity gives code 0, as a step of 0 must. */
-static int16_t code_of(float x, float divisor, int levels)
+static int16_t code_of(float x, float divisor, int qmax)
 {
     const int32_t code = sparge_round(x / divisor);
-    const int32_t above = code < -levels ? -levels : code;
-    return (int16_t)(above > levels ? levels : above);
+    const int32_t above = code < -qmax ? -qmax : code;
+    return (int16_t)(above > qmax ? qmax : above);
 }
 
-static float quantize(const float *x, int64_t n, int levels, int16_t *restrict code)
+static float quantize(const float *x, int64_t n, int qmax, int16_t *restrict code)
 {
-    const float step = step_of(largest(x, n), levels), divisor = step > 0.0f ? step : INFINITY;
+    const float step = step_of(largest(x, n), qmax), divisor = step > 0.0f ? step : INFINITY;
     for (int64_t e = 0; e < n; e++)
-        code[e] = code_of(x[e], divisor, levels);
+        code[e] = code_of(x[e], divisor, qmax);
     return step;
 }
 
-static void quantize_channels(const float *x, int64_t rows, int64_t stride, int levels,
+static void quantize_channels(const float *x, int64_t rows, int64_t stride, int qmax,
                               float *restrict step, int16_t *restrict code)
 {
     for (int64_t c = 0; c < stride; c++)
@@ -147,11 +147,11 @@ static void quantize_channels(const float *x, int64_t rows, int64_t stride, int 
             step[c] = size > step[c] ? size : step[c];
         }
     for (int64_t c = 0; c < stride; c++)
-        step[c] = step_of(step[c], levels);
+        step[c] = step_of(step[c], qmax);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < stride; c++)
             code[r * stride + c] =
-                code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, levels);
+                code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, qmax);
 }
 
 /* ---- Packing ---- */
@@ -306,12 +306,12 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 
 /* ---- One tile ---- */
 
-/* sparge_row_raise and sparge_code_weight for a vector of rows. A row that sees nothing of the tile
- * keeps what it has. P that is not coded is weighed against the running maximum, and needs no
+/* sparge_row_update_max and sparge_code_weight for a vector of rows. A row that sees nothing of the
+ * tile keeps what it has. P that is not coded is weighed against the running maximum, and needs no
  * weight of its own. */
-static void raise_rows(const sparge_group *g, int64_t rows, int levels)
+static void raise_rows(const sparge_group *g, int64_t rows, int qmax)
 {
-    const float unit = levels ? (float)levels : 1.0f, *restrict local = g->local;
+    const float unit = qmax ? (float)qmax : 1.0f, *restrict local = g->local;
     float *restrict max = g->max, *restrict sum = g->sum, *restrict shrink = g->shrink,
                     *restrict weight = g->weight;
     for (int64_t r = 0; r < rows; r++) {
@@ -320,7 +320,7 @@ static void raise_rows(const sparge_group *g, int64_t rows, int levels)
         const float raised = stays ? old : now;
         const float behind = now == -INFINITY ? now : now - raised;
         shrink[r] = sparge_exp2(stays ? 0.0f : old - raised);
-        weight[r] = sparge_exp2(levels ? behind : 0.0f) / unit;
+        weight[r] = sparge_exp2(qmax ? behind : 0.0f) / unit;
         sum[r] = stays ? sum[r] : old == -INFINITY ? 0.0f : sum[r] * shrink[r];
         max[r] = raised;
     }

@@ -18,7 +18,7 @@ static int64_t hide(const sparge_work *w, const group *x, float *s, int64_t colu
 {
     int64_t visible = 0;
     for (int64_t r = 0; r < x->rows; r++) {
-        const int64_t seen = sparge_min(x->keys, sparge_keys_seen(&w->g, x->first + r, x->j));
+        const int64_t seen = sparge_min(x->keys, sparge_keys_visible(&w->g, x->first + r, x->j));
         for (int64_t t = seen; t < columns; t++)
             s[r * stride + t] = -INFINITY;
         visible += seen;
@@ -28,7 +28,7 @@ static int64_t hide(const sparge_work *w, const group *x, float *s, int64_t colu
 
 static bool sees(const sparge_work *w, const group *x, int64_t r)
 {
-    return sparge_keys_seen(&w->g, x->first + r, x->j) > 0;
+    return sparge_keys_visible(&w->g, x->first + r, x->j) > 0;
 }
 
 /* Rows without a number above -inf: one that sees nothing has no m_local, one that sees scores of
@@ -76,10 +76,10 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
     };
     run->score[q->format](&scores, t->s, stride);
     *visible = x->rows * x->keys;
-    if (sparge_keys_seen(&w->g, x->first, x->j) < columns)
+    if (sparge_keys_visible(&w->g, x->first, x->j) < columns)
         *visible = hide(w, x, t->s, columns, stride);
 
-    const float c = q->step[task->slot] * k->step[x->at] * w->o->scale * SPARGE_LOG2E;
+    const float c = q->step[task->slot] * k->step[x->at] * w->o->softmax_scale * SPARGE_LOG2E;
     sparge_scores s = {t->s, x->rows, columns, stride, c, q->format == SPARGE_FLOATS};
     if (!run->maxima(&s, t->most, t->local))
         mend_maxima(w, t, x);
@@ -88,10 +88,10 @@ static bool fold(const sparge_work *w, sparge_scratch *t, const sparge_task *tas
 
     const sparge_group rows = {t->max + x->i_row, t->sum + x->i_row, t->local, t->shrink,
                                t->weight};
-    run->raise(&rows, x->rows, v->levels);
+    run->raise(&rows, x->rows, v->qmax);
     /* A step of 0, or two small ones, make c 0; a c that is not 0 keeps -inf what it is. */
     s.c = c == 0.0f ? 0x1p-149f : c;
-    run->weigh[v->format](&s, v->levels ? t->most : rows.max, t->p, stride, t->row_sum, t->p_start);
+    run->weigh[v->format](&s, v->qmax ? t->most : rows.max, t->p, stride, t->row_sum, t->p_start);
     for (int64_t r = 0; r < x->rows; r++)
         rows.sum[r] += t->weight[r] * t->row_sum[r];
     const sparge_product products = {
@@ -124,7 +124,7 @@ static void spoil(const sparge_work *w, sparge_scratch *t, const group *x, int64
             w->o->smooth_k ? w->mean + (kv - w->first_kv) * w->k.stride : w->no_mean;
         const bool bad = !w->kernels.load(&k, mean, w->k.stride, t->x);
         for (int64_t r = 0; r < x->rows; r++)
-            t->spoilt[x->i_row + r] |= bad && key < sparge_keys_seen(&w->g, x->first + r, x->j);
+            t->spoilt[x->i_row + r] |= bad && key < sparge_keys_visible(&w->g, x->first + r, x->j);
         for (int64_t c = 0; c < p->dim_v && done; c++) {
             sparge_rows element = v;
             element.data = (const char *)v.data + c * (v.dtype == SPARGE_F32 ? 4 : 2);
@@ -132,7 +132,7 @@ static void spoil(const sparge_work *w, sparge_scratch *t, const group *x, int64
             if (w->kernels.load(&element, w->no_mean, 1, t->x))
                 continue;
             for (int64_t r = 0; r < x->rows; r++)
-                if (key < sparge_keys_seen(&w->g, x->first + r, x->j))
+                if (key < sparge_keys_visible(&w->g, x->first + r, x->j))
                     t->o[(x->i_row + r) * w->v.stride + c] = NAN;
         }
     }
@@ -156,7 +156,7 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
         float lse = spoilt ? NAN : sparge_row_lse(&state);
         if (w->o->smooth_k && !empty) {
             const float *mean = w->mean + (sparge_kv_of(p, task->head) - w->first_kv) * w->k.stride;
-            lse += w->o->scale * w->kernels.dot(t->x, mean, w->k.stride);
+            lse += w->o->softmax_scale * w->kernels.dot(t->x, mean, w->k.stride);
         }
         w->result->lse[line] = lse;
     }
@@ -164,18 +164,18 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
         task->head / p->heads * out->batch + task->head % p->heads * out->head + token * out->token;
     w->kernels.store(t->o + r * w->v.stride, p->dim_v, spoilt ? NAN : sparge_row_norm(&state),
                      out->dtype, (char *)out->data + at * (out->dtype == SPARGE_F32 ? 4 : 2));
-    sparge_trace_rows(w->trace->m, line, 1, 1, &state.max, 1, sizeof state.max);
-    sparge_trace_rows(w->trace->l, line, 1, 1, &state.sum, 1, sizeof state.sum);
+    sparge_trace_rows(w->intermediates->m, line, 1, 1, &state.max, 1, sizeof state.max);
+    sparge_trace_rows(w->intermediates->l, line, 1, 1, &state.sum, 1, sizeof state.sum);
 }
 
 void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *task)
 {
     const sparge_geometry *g = &w->g;
-    const float lambda = sparge_ref_knobs(w->o, task->head % w->p->heads)->lambda;
+    const float lambda = sparge_ref_thresholds(w->o, task->head % w->p->heads)->lambda;
     const int64_t kv = sparge_kv_of(w->p, task->head), line = task->head * g->q_blocks + task->i;
     const int64_t first = task->i * g->block_q,
                   rows = sparge_block_rows(g->q_len, g->block_q, task->i);
-    const int64_t visible = sparge_blocks_seen(g, task->i);
+    const int64_t visible = sparge_blocks_visible(g, task->i);
     const int64_t together =
         lambda > -INFINITY ? w->o->skip_rows : sparge_min(SPARGE_GROUP_ROWS, g->block_q);
     const uint32_t *kept = w->mask ? w->mask->bits + line * w->mask->words : NULL;
@@ -201,7 +201,7 @@ void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *ta
                              at,        sparge_block_rows(g->k_len, g->block_k, j)};
             int64_t seen = 0;
             bool done = true; /* as a group that sees none of the keys counts */
-            if (sparge_keys_seen(g, x.first + x.rows - 1, j))
+            if (sparge_keys_visible(g, x.first + x.rows - 1, j))
                 done = fold(w, t, task, &x, lambda, &seen);
             if (w->bad[at])
                 spoil(w, t, &x, kv, done);
@@ -215,6 +215,6 @@ void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *ta
     }
     for (int64_t r = 0; r < rows; r++)
         finish_row(w, t, task, r);
-    sparge_trace_rows(w->trace->pv_done, line, 1, g->k_blocks, t->share, g->k_blocks,
+    sparge_trace_rows(w->intermediates->pv_done, line, 1, g->k_blocks, t->share, g->k_blocks,
                       sizeof *t->share);
 }

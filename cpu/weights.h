@@ -85,14 +85,14 @@ INLINE void powers(const floats x[BESIDE], int vectors, floats p[BESIDE])
 }
 
 /* sparge_weight_code */
-INLINE void codes_of(const weighing *w, int64_t t, int vectors, float levels, ints code[BESIDE])
+INLINE void codes_of(const weighing *w, int64_t t, int vectors, float qmax, ints code[BESIDE])
 {
     floats x[BESIDE], p[BESIDE];
     for (int n = 0; n < vectors; n++)
         x[n] = f_mul(w->c, f_sub(f_load(w->s + t + n * LANES), w->top));
     powers(x, vectors, p);
     for (int n = 0; n < vectors; n++)
-        code[n] = i_of(f_fma(f_all(levels), p[n], f_all(0.5f)));
+        code[n] = i_of(f_fma(f_all(qmax), p[n], f_all(0.5f)));
 }
 
 INLINE void weigh_some_bytes(weighing *w, int64_t t, int vectors)

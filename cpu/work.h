@@ -12,7 +12,7 @@
 /* Q, K or V in blocks, each as a kernel wants it. */
 typedef struct sparge_operand {
     sparge_format format;
-    int levels;            /* codes are in [-levels, levels]; 0: values */
+    int qmax;              /* codes are in [-qmax, qmax]; 0: values */
     int64_t stride;        /* channels, padded to 16 */
     int64_t block;         /* bytes of a block */
     int64_t starts, steps; /* of a block */
@@ -24,7 +24,7 @@ typedef struct sparge_operand {
 /* One query block of one head. */
 typedef struct sparge_task {
     int64_t head, i; /* batch * heads + head; query block */
-    int64_t slot;    /* its place in Q and pool_q */
+    int64_t slot;    /* its place in Q and q_pool */
     int64_t cost;    /* key blocks to compute */
     float sim;
     bool finite;
@@ -57,7 +57,7 @@ enum { SPARGE_BAD_KEY = 1, SPARGE_BAD_VALUE = 2 }; /* a block holds a non-finite
 typedef struct sparge_work {
     const sparge_problem *p;
     const sparge_options *o;
-    const sparge_trace *trace;
+    const sparge_intermediates *intermediates;
     sparge_geometry g;
     sparge_kernels kernels;
     int64_t keys;            /* of a key block, padded to 16 */
@@ -74,14 +74,14 @@ typedef struct sparge_work {
     int64_t first_kv, end_kv;
     float *no_mean; /* [stride] zeros */
     float *mean;    /* [key heads][stride] */
-    float *pool_k;  /* [key heads][k_blocks][stride]; sums of blocks before the mean is known */
-    float *sim_k;   /* [key heads][k_blocks] */
+    float *k_pool;  /* [key heads][k_blocks][stride]; sums of blocks before the mean is known */
+    float *k_sim;   /* [key heads][k_blocks] */
     uint8_t *bad;   /* [key heads][k_blocks] */
     sparge_operand k, v;
 
     /* Of a chunk of the wave's query blocks. */
     sparge_operand q;
-    float *pool_q; /* [slots][stride] */
+    float *q_pool; /* [slots][stride] */
     sparge_task *task;
     int64_t tasks;
 
@@ -96,8 +96,8 @@ static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
     return head / (p->heads / p->kv_heads);
 }
 
-/* Rows [first, first + rows) of a traced array [rows][dim], where it is wanted; from has padding up
- * to stride. */
+/* Rows [first, first + rows) of a recorded array [rows][dim], where it is wanted; from has padding
+ * up to stride. */
 static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, int64_t dim,
                                      const void *from, int64_t stride, size_t size)
 {

@@ -40,7 +40,7 @@ ITEMS = [
         "table3", ("table3", ), "Table 3: overhead of predicting the mask",
         "one head of 128 channels (B x H = 1 x 1), all cores of a CPU, not causal",
         "The paper does not say batch and heads; its times fit 4096 channels in all on an RTX 4090. Overhead here is "
-        "prediction, quantisation and packing together; beside the slower dense attention of a CPU it weighs less.",
+        "prediction, quantization and packing together; beside the slower dense attention of a CPU it weighs less.",
         False, 2200, 45, figures=("table3", )),
     Item(
         "fig10", ("fig10", ), "Fig 10: speed by sparsity",

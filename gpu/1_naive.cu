@@ -1,5 +1,5 @@
-/* 1_naive.cu: rung 1, the algorithm and nothing else. A thread owns a query row and walks the kept
- * key blocks, reading every element from global memory when it needs it, in float.
+/* 1_naive.cu: kernel 1, the algorithm and nothing else. A thread owns a query row and walks the
+ * kept key blocks, reading every element from global memory when it needs it, in float.
  *
  * What it costs: 128 threads read the same keys 128 times, a row of q once for every key, and a row
  * of o does not fit into registers. */
@@ -29,7 +29,7 @@ static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_const
     votes &v = *(votes *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
     const uint32_t *const kept = mask_row(w, q);
-    const float lambda = knobs_of(w, q.h).lambda, unit = w.scale * SPARGE_LOG2E;
+    const float lambda = thresholds_of(w, q.h).lambda, unit = w.softmax_scale * SPARGE_LOG2E;
     const int r = (int)threadIdx.x;
     const int64_t q_at = place(w.q, q.b, q.h, q.first + r);
 

@@ -1,4 +1,4 @@
-/* 2_shared.cu: rung 2, tiles in shared memory. 256 threads load a piece of q, of k or of v
+/* 2_shared.cu: kernel 2, tiles in shared memory. 256 threads load a piece of q, of k or of v
  * together, and each multiplies an 8 x 4 piece of S or an 8 x (width / 16) piece of o out of it, in
  * float: an element is read from global memory once for a whole block, and from shared memory once
  * for 4 to 8 multiply-adds.
@@ -69,7 +69,7 @@ static __device__ void weigh(const work &w, const query_block &q, int64_t j, flo
                              sparge_row &state, tiles<WIDTH> &t)
 {
     const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
-    const float unit = w.scale * SPARGE_LOG2E;
+    const float unit = w.softmax_scale * SPARGE_LOG2E;
     const float local = sparge_row_local(seen ? most_of_row(t.p[r], seen) : -INFINITY, unit);
     const bool skips =
         group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
@@ -114,7 +114,7 @@ static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_cons
     tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
     const uint32_t *const kept = mask_row(w, q);
-    const float lambda = knobs_of(w, q.h).lambda;
+    const float lambda = thresholds_of(w, q.h).lambda;
     sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
     float o[ROWS][WIDTH / SIDE] = {{0}};
     for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {

@@ -1,4 +1,4 @@
-/* 3_dp4a.cu: rung 3, the paper's int8 arithmetic. The shape of rung 2, but tiles hold the codes
+/* 3_dp4a.cu: kernel 3, the paper's int8 arithmetic. The shape of kernel 2, but tiles hold the codes
  * that prepare.cu made, and dp4a multiplies four of them at once into int32: exact, with a quarter
  * of the instructions and of the bytes.
  *
@@ -129,7 +129,7 @@ static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_cons
     tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
     const uint32_t *const kept = mask_row(w, q);
-    const float lambda = knobs_of(w, q.h).lambda;
+    const float lambda = thresholds_of(w, q.h).lambda;
     sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
     float o[ROWS][WIDTH / SIDE] = {{0}};
     load(t.q, w.q8 + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
@@ -140,7 +140,7 @@ static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_cons
         __syncthreads();
         multiply_qk(t);
         weigh(w, q, j, lambda, state, t);
-        multiply_pv(t, w.step_v + key_block * WIDTH, o);
+        multiply_pv(t, w.v_scale + key_block * WIDTH, o);
     }
     store_square(w, q, state, o, t.shrink);
 }

@@ -1,4 +1,4 @@
-/* 4_mma.cu: rung 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each.
+/* 4_mma.cu: kernel 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each.
  * Scores never leave the registers: the accumulators of Q.K^T are, packed, the operand of P.V.
  * While a block is multiplied, the next one is on its way to the other half of shared memory
  * (cp.async).
@@ -7,7 +7,7 @@
  * quad on: x[i][2 h + e] is row g + 8 h, column 8 i + 2 quad + e. A row is spread over the four
  * lanes of a quad.
  *
- * P.V in int8 is rung 3's, bit for bit but for exp2; in f16 it is FlashAttention's: P against the
+ * P.V in int8 is kernel 3's, bit for bit but for exp2; in f16 it is FlashAttention's: P against the
  * running maximum, sums in float. exp2 is the hardware's, within 2 ulp. */
 #include "gpu/image.h"
 #include "gpu/ptx.h"
@@ -193,7 +193,7 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
     float shrink[2], base[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        shrink[h] = used[h] ? sparge_row_raise(&f.state[h], local[h]) : 1.0f;
+        shrink[h] = used[h] ? sparge_row_update_max(&f.state[h], local[h]) : 1.0f;
         base[h] = sparge_row_base(f.state[h].max);
     }
 #pragma unroll
@@ -248,16 +248,16 @@ static __device__ void fold_scores(const work &w, const query_block &q, int64_t 
         fold_f16<WIDTH, EDGE>(f, s, unit, used, local, v);
     else
         fold_int8<WIDTH, EDGE>(f, s, unit, used, most, local, v,
-                               w.step_v + (q.kv * w.g.k_blocks + j) * WIDTH);
+                               w.v_scale + (q.kv * w.g.k_blocks + j) * WIDTH);
 }
 
 template <int WIDTH, bool HALF>
 static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda,
-                                  const int8_t *codes_q, const stage<WIDTH, HALF> &t, votes &ballot,
+                                  const int8_t *q_int, const stage<WIDTH, HALF> &t, votes &ballot,
                                   fragment<WIDTH> &f)
 {
     int s[8][4];
-    multiply_qk<WIDTH>(codes_q, t.k, s);
+    multiply_qk<WIDTH>(q_int, t.k, s);
     /* The first row sees least. With int8 two copies of the code would spill registers. */
     if (HALF && q.rows == BLOCK_Q && keys_of_row(w, q, 0, j) == BLOCK_K)
         fold_scores<WIDTH, HALF, false>(w, q, j, lambda, s, t.v, ballot, f);
@@ -271,7 +271,7 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
     tiles<WIDTH, HALF> &t = *(tiles<WIDTH, HALF> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
     const uint32_t *const kept = mask_row(w, q);
-    const float lambda = knobs_of(w, q.h).lambda;
+    const float lambda = thresholds_of(w, q.h).lambda;
     int64_t j = next_kept(kept, q, 0);
     if (j >= q.seen)
         return; /* finish.cu writes rows without keys */
@@ -332,7 +332,7 @@ template <bool HALF> static cudaError_t attend_width(const work &w, cudaStream_t
 
 cudaError_t attend_mma(const work &w, cudaStream_t stream)
 {
-    return w.pv == SPARGE_HALF ? attend_width<true>(w, stream) : attend_width<false>(w, stream);
+    return w.pv == SPARGE_F16 ? attend_width<true>(w, stream) : attend_width<false>(w, stream);
 }
 
 } // namespace sparge

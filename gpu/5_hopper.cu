@@ -1,5 +1,5 @@
-/* 5_hopper.cu: rung 5, sm_90a. One warp does nothing but fetch: it walks the mask and keeps a ring
- * of shared-memory stages full with bulk copies. Two warpgroups of 64 query rows each multiply
+/* 5_hopper.cu: kernel 5, sm_90a. One warp does nothing but fetch: it walks the mask and keeps a
+ * ring of shared-memory stages full with bulk copies. Two warpgroups of 64 query rows each multiply
  * (wgmma) and take turns, so that the softmax of one runs under the products of the other; within a
  * warpgroup P.V of one stage runs under the maxima of the next.
  *
@@ -26,7 +26,7 @@ static __device__ void fetch_q(const work &w, const query_block &q, tiles<WIDTH,
                                uint32_t at)
 {
     using size = shape<WIDTH, HALF>;
-    t.items[at] = {q.line, knobs_of(w, q.h).lambda * SPARGE_LOG2E};
+    t.items[at] = {q.line, thresholds_of(w, q.h).lambda * SPARGE_LOG2E};
     barrier_arrive_expect(&t.q_full[at], size::Q_BYTES);
     copy_bulk(t.q[at], w.q8 + q.line * size::Q_BYTES, size::Q_BYTES, &t.q_full[at]);
 }
@@ -309,7 +309,7 @@ static cudaError_t attend_width(const work &w, cudaStream_t stream)
 
 cudaError_t attend_hopper(const work &w, cudaStream_t stream)
 {
-    if (w.pv == SPARGE_HALF)
+    if (w.pv == SPARGE_F16)
         return w.may_skip ? attend_width<true, true>(w, stream)
                           : attend_width<true, false>(w, stream);
     return w.may_skip ? attend_width<false, true>(w, stream)

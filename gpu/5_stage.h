@@ -1,4 +1,4 @@
-/* 5_stage.h: what a warpgroup of rung 5 does to one stage: products, maxima, lambda's vote,
+/* 5_stage.h: what a warpgroup of kernel 5 does to one stage: products, maxima, lambda's vote,
  * weights. The order in which it does them is 5_hopper.cu's.
  *
  * Thread = 32 warp + 4 g + quad of its warpgroup holds rows 16 warp + g + 8 h; register 4 i + 2 h +
@@ -317,8 +317,8 @@ SPARGE_DEVICE void store_rows(const work &w, const query_block &q, const float (
                 const int c = 8 * i + column;
                 float x = o[4 * i + 2 * h] * norm, y = o[4 * i + 2 * h + 1] * norm;
                 if (!HALF) {
-                    x *= w.step_v[q.kv * WIDTH + c];
-                    y *= w.step_v[q.kv * WIDTH + c + 1];
+                    x *= w.v_scale[q.kv * WIDTH + c];
+                    y *= w.v_scale[q.kv * WIDTH + c + 1];
                 }
                 store_pair(w.o, at, c, w.dim_v, x, y);
             }

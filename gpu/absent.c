@@ -28,9 +28,10 @@ sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_option
 }
 
 sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o,
-                                  sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
+                                  sparge_mask *mask, const sparge_intermediates *intermediates,
+                                  sparge_error *error)
 {
-    (void)p, (void)o, (void)mask, (void)trace;
+    (void)p, (void)o, (void)mask, (void)intermediates;
     return absent(error);
 }
 

@@ -360,7 +360,7 @@ template <int OP> void measure_throughput(const char *what, int ops, const char 
 enum { STAGE_KEYS = 128, CHANNELS = 128, V_TILE = CHANNELS * 64 };
 
 /* 64 rows of P times V, 128 keys a stage: added up inside the tensor core all the way, and each
- * stage by itself with the sum in float, as rung 5 has it. v: tiles of 64 keys. */
+ * stage by itself with the sum in float, as kernel 5 has it. v: tiles of 64 keys. */
 __global__ void __launch_bounds__(128) add_up(const uint8_t *p, const uint8_t *v, float *inside,
                                               float *outside, int stages, int row_bytes)
 {

@@ -1,5 +1,5 @@
-/* device.cu: what the device at hand can do: its limits, which rung answers a question, its memory
- * for programs that have no CUDA of their own. */
+/* device.cu: what the device at hand can do: its limits, which kernel answers a question, its
+ * memory for programs that have no CUDA of their own. */
 #include "gpu/host.h"
 
 #include <stdarg.h>
@@ -59,43 +59,43 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
     return check(e, "cudaDeviceGetAttribute", error);
 }
 
-enum { FLOATS = 1u << SPARGE_FLOAT, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_HALF };
+enum { FLOATS = 1u << SPARGE_F32, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_F16 };
 enum { EIGHTHS = 1u << SPARGE_FP8 };
 
-/* What each rung multiplies with; FASTEST is `fastest`. */
-static const struct rung {
+/* What each kernel multiplies with; FASTEST is `fastest`. */
+static const struct kernel {
     unsigned qk, pv; /* sets of precisions */
-    sparge_precision fastest;
+    sparge_dtype fastest;
     attention attend;
 } ladder[] = {
     {0, 0, SPARGE_FASTEST, NULL},
-    {FLOATS, FLOATS, SPARGE_FLOAT, attend_naive},
-    {FLOATS, FLOATS, SPARGE_FLOAT, attend_shared},
+    {FLOATS, FLOATS, SPARGE_F32, attend_naive},
+    {FLOATS, FLOATS, SPARGE_F32, attend_shared},
     {BYTES, BYTES, SPARGE_INT8, attend_dp4a},
-    {BYTES, BYTES | HALVES, SPARGE_HALF, attend_mma},
+    {BYTES, BYTES | HALVES, SPARGE_F16, attend_mma},
     {BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper},
 };
 enum { RUNGS = sizeof ladder / sizeof *ladder - 1 };
 
-attention sparge::attention_of(int rung) { return ladder[rung].attend; }
+attention sparge::attention_of(int kernel) { return ladder[kernel].attend; }
 
 bool sparge::may_skip(const sparge_problem *p, const sparge_options *o)
 {
     if (!o->per_head)
-        return o->knobs.lambda > -INFINITY;
+        return o->thresholds.lambda > -INFINITY;
     for (int64_t h = 0; h < p->heads; h++)
         if (o->per_head[h].lambda > -INFINITY)
             return true;
     return false;
 }
 
-/* Why a rung cannot do this here, as the end of a sentence; NULL where it can. */
+/* Why a kernel cannot do this here, as the end of a sentence; NULL where it can. */
 static const char *obstacle(int n, const device &d, const sparge_problem *p,
                             const sparge_options *o)
 {
-    const sparge_precision pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
+    const sparge_dtype pv = o->pv_dtype == SPARGE_FASTEST ? ladder[n].fastest : o->pv_dtype;
     const int64_t rows = o->skip_rows;
-    if (!(ladder[n].qk >> o->qk & 1u))
+    if (!(ladder[n].qk >> o->qk_dtype & 1u))
         return n <= 2 ? "computes Q.K^T in float alone" : "computes Q.K^T in int8 alone";
     if (!(ladder[n].pv >> pv & 1u))
         return "does not have this precision of P.V";
@@ -106,11 +106,11 @@ static const char *obstacle(int n, const device &d, const sparge_problem *p,
     return NULL;
 }
 
-static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_options *o,
-                               sparge_error *error)
+static sparge_status find_kernel(const device &d, const sparge_problem *p, sparge_options *o,
+                                 sparge_error *error)
 {
     const char *why = NULL;
-    int n = o->rung;
+    int n = o->kernel;
     if (n)
         why = obstacle(n, d, p, o);
     else
@@ -118,11 +118,11 @@ static sparge_status find_rung(const device &d, const sparge_problem *p, sparge_
             ;
     if (n == 0)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "no rung of the cuda backend has these precisions of Q.K^T and P.V");
+                    "no kernel of the cuda backend has these precisions of Q.K^T and P.V");
     if (why)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "rung is %d, which %s", n, why);
-    o->rung = n;
-    o->pv = o->pv == SPARGE_FASTEST ? ladder[n].fastest : o->pv;
+        return fail(error, SPARGE_ERR_UNSUPPORTED, "kernel is %d, which %s", n, why);
+    o->kernel = n;
+    o->pv_dtype = o->pv_dtype == SPARGE_FASTEST ? ladder[n].fastest : o->pv_dtype;
     return SPARGE_OK;
 }
 
@@ -160,7 +160,7 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sp
         return fail(error, SPARGE_ERR_UNSUPPORTED,
                     "k_len is %lld, a row of its blocks does not fit into shared memory",
                     (long long)p->k_len);
-    return find_rung(d, p, o, error);
+    return find_kernel(d, p, o, error);
 }
 
 /* ---- Memory ---- */

@@ -1,8 +1,8 @@
-/* finish.cu: what surrounds stage 2 on every rung: rows that have no key, lse, elements that were
+/* finish.cu: what surrounds stage 2 on every kernel: rows that have no key, lse, elements that were
  * not finite, counters. Algorithm 1 lines 20-21; ref/driver.c in the reference.
  *
- * A rung leaves o, m and l as if every number were finite, and says in `skipped` what lambda left
- * out; the rest can be told from the mask, so no rung counts anything. */
+ * A kernel leaves o, m and l as if every number were finite, and says in `skipped` what lambda left
+ * out; the rest can be told from the mask, so no kernel counts anything. */
 #include "gpu/work.h"
 
 namespace sparge {
@@ -18,11 +18,11 @@ static __device__ bool skips(const work &w, const query_block &q, int r, int64_t
 static __device__ int64_t tokens_of(const work &w, const query_block &q, int r0, int r1, int64_t j)
 {
     const int64_t keys = sparge_block_rows(w.g.k_len, BLOCK_K, j);
-    if (sparge_keys_seen(&w.g, q.first + r0, j) >= keys)
+    if (sparge_keys_visible(&w.g, q.first + r0, j) >= keys)
         return (r1 - r0) * keys;
     int64_t sum = 0;
     for (int r = r0; r < r1; r++)
-        sum += sparge_min(keys, sparge_keys_seen(&w.g, q.first + r, j));
+        sum += sparge_min(keys, sparge_keys_visible(&w.g, q.first + r, j));
     return sum;
 }
 
@@ -68,13 +68,13 @@ static __device__ void fill_row(const work &w, const query_block &q, int r, floa
  */
 static __device__ bool sees_a_key(const work &w, const query_block &q, int r, const uint32_t *kept)
 {
-    return sparge_keys_seen(&w.g, q.first + r, next_kept(kept, q, 0)) > 0;
+    return sparge_keys_visible(&w.g, q.first + r, next_kept(kept, q, 0)) > 0;
 }
 
 /* Is an element of v one that P.V could not take? */
 static __device__ bool spoils(const work &w, float v)
 {
-    return !sparge_finite(v) || (w.pv == SPARGE_HALF && !(fabsf(v) < 65520.0f));
+    return !sparge_finite(v) || (w.pv == SPARGE_F16 && !(fabsf(v) < 65520.0f));
 }
 
 /* NaN where row r met something that was not finite: the whole row for a query or a key, a channel
@@ -86,7 +86,7 @@ static __device__ void spoil_row(const work &w, const query_block &q, int r, con
     bool row = w.bad_q[line];
     for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
         const bool of_v = w.wild_v[keys + j] && !skips(w, q, r, j);
-        const int64_t first = j * BLOCK_K, end = first + sparge_keys_seen(&w.g, token, j);
+        const int64_t first = j * BLOCK_K, end = first + sparge_keys_visible(&w.g, token, j);
         for (int64_t t = first; t < end && t < w.g.k_len && (of_v || w.wild_k[keys + j]); t++) {
             row |= w.bad_k[q.kv * w.g.k_len + t];
             const int64_t v = place(w.v, q.b, q.kv % w.kv_heads, t);
@@ -130,19 +130,19 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
             state.max = w.m[line];
             state.sum = w.l[line];
             if (sparge_row_is_empty(&state) &&
-                sees_a_key(w, q, r, kept)) { /* rung 5: only scores of -inf */
+                sees_a_key(w, q, r, kept)) { /* kernel 5: only scores of -inf */
                 state.sum = NAN;
                 store_state(w, q, r, state);
                 fill_row(w, q, r, NAN);
             }
-        } else { /* no rung need look at a block that keeps nothing */
+        } else { /* no kernel need look at a block that keeps nothing */
             store_state(w, q, r, state);
             fill_row(w, q, r, 0.0f);
         }
         const bool empty = sparge_row_is_empty(&state);
         if (w.lse)
             w.lse[line] =
-                sparge_row_lse(&state) + (w.lift && !empty ? w.scale * w.lift[line] : 0.0f);
+                sparge_row_lse(&state) + (w.lift && !empty ? w.softmax_scale * w.lift[line] : 0.0f);
         if (wild && !empty)
             spoil_row(w, q, r, kept);
         tally[TALLY_TOKENS] =

@@ -14,10 +14,10 @@ extern "C" {
 #endif
 
 bool sparge_cuda_built(void);
-bool sparge_cuda_available(void); /* there is a device, and rung 1 runs on it */
+bool sparge_cuda_available(void); /* there is a device, and kernel 1 runs on it */
 
-/* Fills in o->rung and o->pv where 0 and FASTEST leave the choice; an error where this device or
- * this backend cannot do what is asked. */
+/* Fills in o->kernel and o->pv_dtype where 0 and FASTEST leave the choice; an error where this
+ * device or this backend cannot do what is asked. */
 sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
 
 sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
@@ -26,7 +26,7 @@ sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_option
 /* The stages. mask->bits may be NULL in `attention`: the mask then stands in the workspace. A mask
  * of NULL is dense. result->head_counts may be NULL; result->counts is the callee's to fill in. */
 sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o,
-                                  sparge_mask *mask, const sparge_trace *trace,
+                                  sparge_mask *mask, const sparge_intermediates *intermediates,
                                   sparge_error *error);
 sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *o,
                                  const sparge_mask *mask, sparge_result *result,

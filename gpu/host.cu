@@ -17,7 +17,7 @@ struct call {
     bool predicts, attends;
     uint32_t *mask; /* NULL: dense, or in the workspace where `predicts` */
     int64_t words;
-    const sparge_trace *trace;
+    const sparge_intermediates *intermediates;
     sparge_result *result; /* NULL unless `attends` */
     bool lse;
 };
@@ -47,24 +47,24 @@ static void lay_out_prediction(work &w, const call &c, arena &a)
     const int64_t lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
     if (c.o->smooth_k) {
         w.sums = take<float>(a, blocks * w.dim);
-        w.mean = take_unless(c.trace->mean_k, a, kv * w.dim);
+        w.mean = take_unless(c.intermediates->k_mean, a, kv * w.dim);
     }
     if (c.predicts) {
-        w.pool_q = take_unless(c.trace->pool_q, a, lines * w.dim);
-        w.pool_k = take_unless(c.trace->pool_k, a, blocks * w.dim);
-        w.sim_q = take_unless(c.trace->sim_q, a, lines);
-        w.sim_k = take_unless(c.trace->sim_k, a, blocks);
+        w.q_pool = take_unless(c.intermediates->q_pool, a, lines * w.dim);
+        w.k_pool = take_unless(c.intermediates->k_pool, a, blocks * w.dim);
+        w.q_sim = take_unless(c.intermediates->q_sim, a, lines);
+        w.k_sim = take_unless(c.intermediates->k_sim, a, blocks);
         w.mask = take_unless(c.mask, a, lines * w.words);
-        w.s_all = c.trace->s_all;
-        w.s = c.trace->s;
-        w.why = c.trace->why;
+        w.s_all = c.intermediates->s_all;
+        w.s = c.intermediates->s;
+        w.why = c.intermediates->why;
     }
     w.bad_q = take<uint8_t>(a, n * w.g.q_len);
     w.bad_k = take<uint8_t>(a, kv * w.g.k_len);
     w.wild_q = take<uint8_t>(a, lines);
     w.wild_k = take<uint8_t>(a, blocks);
     if (c.o->per_head)
-        w.head_knobs = take<sparge_knobs>(a, w.heads);
+        w.head_thresholds = take<sparge_thresholds>(a, w.heads);
 }
 
 static int64_t skipped_words(const work &w)
@@ -76,41 +76,41 @@ static void lay_out_attention(work &w, const call &c, arena &a)
 {
     const int64_t n = w.batch * w.heads, kv = w.batch * w.kv_heads;
     const int64_t lines = n * w.g.q_blocks, blocks = kv * w.g.k_blocks;
-    const bool codes = c.o->qk == SPARGE_INT8, halves = w.pv == SPARGE_HALF;
+    const bool codes = c.o->qk_dtype == SPARGE_INT8, halves = w.pv == SPARGE_F16;
     w.wild_v = take<uint8_t>(a, blocks);
     if (codes) {
         w.q8 = take<int8_t>(a, lines * q_tile_bytes(w.width));
         w.k8 = take<int8_t>(a, blocks * k_tile_bytes(w.width));
-        w.step_q = take_unless(c.trace->steps_q, a, lines);
-        w.step_k = take_unless(c.trace->steps_k, a, blocks);
-        w.codes_q = c.trace->codes_q;
-        w.codes_k = c.trace->codes_k;
+        w.q_scale = take_unless(c.intermediates->q_scale, a, lines);
+        w.k_scale = take_unless(c.intermediates->k_scale, a, blocks);
+        w.q_int = c.intermediates->q_int;
+        w.k_int = c.intermediates->k_int;
     }
-    if (w.pv != SPARGE_FLOAT)
+    if (w.pv != SPARGE_F32)
         w.v_tile = take<uint8_t>(a, blocks * v_tile_bytes(w.width, halves));
     if (w.pv == SPARGE_INT8) {
-        w.step_v = take<float>(a, blocks * w.width);
-        w.codes_v = c.trace->codes_v;
-        w.steps_v = c.trace->steps_v;
+        w.v_scale = take<float>(a, blocks * w.width);
+        w.v_int = c.intermediates->v_int;
+        w.v_scale_out = c.intermediates->v_scale;
     }
     if (w.pv == SPARGE_FP8) {
-        w.step_v = take<float>(a, kv * w.width);
+        w.v_scale = take<float>(a, kv * w.width);
         w.max_v = take<float>(a, blocks * w.width);
     }
     if (c.lse && c.o->smooth_k)
         w.lift = take<float>(a, n * w.g.q_len);
     if (w.may_skip)
         w.skipped = take<uint32_t>(a, skipped_words(w));
-    w.m = take_unless(c.trace->m, a, n * w.g.q_len);
-    w.l = take_unless(c.trace->l, a, n * w.g.q_len);
-    if (c.o->rung == 5) {
+    w.m = take_unless(c.intermediates->m, a, n * w.g.q_len);
+    w.l = take_unless(c.intermediates->l, a, n * w.g.q_len);
+    if (c.o->kernel == 5) {
         w.order = take<int64_t>(a, lines);
         w.order_len = take<int64_t>(a, 1);
         w.ticket = take<unsigned long long>(a, 1);
     }
     w.tally = take<unsigned long long>(a, n * TALLIES);
     w.counts = take_unless(c.result ? c.result->head_counts : NULL, a, n);
-    w.pv_done = c.trace->pv_done;
+    w.pv_done = c.intermediates->pv_done;
     if (c.result) {
         w.o = c.result->o;
         w.lse = c.result->lse;
@@ -135,13 +135,13 @@ static int64_t lay_out(work &w, const call &c, void *base)
     w.q = p->q;
     w.k = p->k;
     w.v = p->v;
-    w.scale = o->scale;
+    w.softmax_scale = o->softmax_scale;
     w.causal = o->causal != SPARGE_CAUSAL_NONE;
     w.sink = o->sink;
-    w.pv = o->pv;
+    w.pv = o->pv_dtype;
     w.skip_rows = (int)o->skip_rows;
     w.may_skip = c.attends && may_skip(p, o);
-    w.knobs = o->knobs;
+    w.thresholds = o->thresholds;
     w.mask = c.mask;
     w.words = c.mask ? c.words : sparge_mask_row_words(w.g.k_blocks);
     lay_out_prediction(w, c, a);
@@ -170,7 +170,7 @@ static sparge_status check_pointer(const char *name, const void *data, bool need
 static sparge_status check_pointers(const call &c, sparge_error *error)
 {
     const sparge_problem *p = c.p;
-    const sparge_trace *t = c.trace;
+    const sparge_intermediates *t = c.intermediates;
     const sparge_result none = {}, *r = c.result ? c.result : &none;
     const bool queries = p->batch && p->q_len, keys = p->batch && p->k_len;
     const struct {
@@ -186,23 +186,23 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
         {"result.head_counts", r->head_counts, false},
         {"mask.bits", c.mask, false},
         {"workspace", c.o->workspace, false},
-        {"trace.mean_k", t->mean_k, false},
-        {"trace.pool_q", t->pool_q, false},
-        {"trace.pool_k", t->pool_k, false},
-        {"trace.sim_q", t->sim_q, false},
-        {"trace.sim_k", t->sim_k, false},
-        {"trace.s_all", t->s_all, false},
-        {"trace.s", t->s, false},
-        {"trace.why", t->why, false},
-        {"trace.codes_q", t->codes_q, false},
-        {"trace.codes_k", t->codes_k, false},
-        {"trace.codes_v", t->codes_v, false},
-        {"trace.steps_q", t->steps_q, false},
-        {"trace.steps_k", t->steps_k, false},
-        {"trace.steps_v", t->steps_v, false},
-        {"trace.pv_done", t->pv_done, false},
-        {"trace.m", t->m, false},
-        {"trace.l", t->l, false},
+        {"intermediates.k_mean", t->k_mean, false},
+        {"intermediates.q_pool", t->q_pool, false},
+        {"intermediates.k_pool", t->k_pool, false},
+        {"intermediates.q_sim", t->q_sim, false},
+        {"intermediates.k_sim", t->k_sim, false},
+        {"intermediates.s_all", t->s_all, false},
+        {"intermediates.s", t->s, false},
+        {"intermediates.why", t->why, false},
+        {"intermediates.q_int", t->q_int, false},
+        {"intermediates.k_int", t->k_int, false},
+        {"intermediates.v_int", t->v_int, false},
+        {"intermediates.q_scale", t->q_scale, false},
+        {"intermediates.k_scale", t->k_scale, false},
+        {"intermediates.v_scale", t->v_scale, false},
+        {"intermediates.pv_done", t->pv_done, false},
+        {"intermediates.m", t->m, false},
+        {"intermediates.l", t->l, false},
     };
     sparge_status status = SPARGE_OK;
     for (const auto &x : pointers)
@@ -213,27 +213,28 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
 
 /* ---- Thresholds travel as arguments: a graph may run when the caller's array is long gone ---- */
 
-enum { KNOBS = 128 };
+enum { THRESHOLDS = 128 };
 
-struct some_knobs {
-    sparge_knobs of[KNOBS];
+struct some_thresholds {
+    sparge_thresholds of[THRESHOLDS];
 };
 
-static __global__ void set_knobs(sparge_knobs *to, int count,
-                                 const __grid_constant__ some_knobs knobs)
+static __global__ void set_thresholds(sparge_thresholds *to, int count,
+                                      const __grid_constant__ some_thresholds thresholds)
 {
     if ((int)threadIdx.x < count)
-        to[threadIdx.x] = knobs.of[threadIdx.x];
+        to[threadIdx.x] = thresholds.of[threadIdx.x];
 }
 
-static cudaError_t send_knobs(const work &w, const sparge_knobs *per_head, cudaStream_t stream)
+static cudaError_t send_thresholds(const work &w, const sparge_thresholds *per_head,
+                                   cudaStream_t stream)
 {
     cudaError_t e = cudaSuccess;
-    for (int64_t h = 0; h < w.heads && e == cudaSuccess; h += KNOBS) {
-        const int count = (int)sparge_min(KNOBS, w.heads - h);
-        some_knobs part = {};
+    for (int64_t h = 0; h < w.heads && e == cudaSuccess; h += THRESHOLDS) {
+        const int count = (int)sparge_min(THRESHOLDS, w.heads - h);
+        some_thresholds part = {};
         memcpy(part.of, per_head + h, (size_t)count * sizeof *part.of);
-        e = launch(set_knobs, 1, KNOBS, 0, stream, w.head_knobs + h, count, part);
+        e = launch(set_thresholds, 1, THRESHOLDS, 0, stream, w.head_thresholds + h, count, part);
     }
     return e;
 }
@@ -262,8 +263,8 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
         return watch.made == 0 || step("cudaEventRecord", cudaEventRecord(watch.mark[n], stream));
     };
     bool on = mark(0);
-    if (on && w.head_knobs)
-        on = step("the launch of set_knobs", send_knobs(w, c.o->per_head, stream));
+    if (on && w.head_thresholds)
+        on = step("the launch of set_thresholds", send_thresholds(w, c.o->per_head, stream));
     on = on && step("the launch of prepare", prepare(w, stream)) && mark(1);
     if (on && c.predicts)
         on = step("the launch of predict", predict(w, stream));
@@ -275,9 +276,9 @@ static cudaError_t queue(const work &w, const call &c, stopwatch &watch, const c
                                       stream));
         if (on && w.order)
             on = step("the launch of plan", plan(w, stream));
-        on = on && step("the launch of attend", attention_of(c.o->rung)(w, stream)) &&
+        on = on && step("the launch of attend", attention_of(c.o->kernel)(w, stream)) &&
              step("the launch of finish", finish(w, stream)) &&
-             step("the launch of trace", trace(w, stream));
+             step("the launch of intermediates", intermediates(w, stream));
     }
     if (on)
         mark(3);
@@ -365,12 +366,13 @@ static sparge_status run(const call &c, sparge_error *error)
 
 /* ---- The entries ---- */
 
-static const sparge_trace no_trace = {};
+static const sparge_intermediates no_intermediates = {};
 
 sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o,
-                                  sparge_mask *mask, const sparge_trace *trace, sparge_error *error)
+                                  sparge_mask *mask, const sparge_intermediates *intermediates,
+                                  sparge_error *error)
 {
-    const call c = {p, o, true, false, mask->bits, mask->words, trace, NULL, false};
+    const call c = {p, o, true, false, mask->bits, mask->words, intermediates, NULL, false};
     return run(c, error);
 }
 
@@ -384,7 +386,7 @@ sparge_status sparge_cuda_attend(const sparge_problem *p, const sparge_options *
                     true,
                     mask ? mask->bits : NULL,
                     mask ? mask->words : 0,
-                    result->trace ? result->trace : &no_trace,
+                    result->intermediates ? result->intermediates : &no_intermediates,
                     result,
                     result->lse != NULL};
     return run(c, error);
@@ -399,7 +401,7 @@ sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_option
                     true,
                     mask->bits,
                     mask->words,
-                    result->trace ? result->trace : &no_trace,
+                    result->intermediates ? result->intermediates : &no_intermediates,
                     result,
                     result->lse != NULL};
     return run(c, error);
@@ -408,7 +410,7 @@ sparge_status sparge_cuda_attention(const sparge_problem *p, const sparge_option
 sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
                                     int64_t *bytes, sparge_error *)
 {
-    const call c = {p, o, true, true, NULL, 0, &no_trace, NULL, lse};
+    const call c = {p, o, true, true, NULL, 0, &no_intermediates, NULL, lse};
     work w;
     *bytes = lay_out(w, c, NULL);
     return SPARGE_OK;

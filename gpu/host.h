@@ -15,9 +15,9 @@ struct device {
 /* The current device; an error where there is none, or one before sm_80. */
 sparge_status find_device(device *d, sparge_error *error);
 
-/* The kernel of a rung, 1 to 5. */
+/* The kernel of a kernel, 1 to 5. */
 typedef cudaError_t (*attention)(const work &, cudaStream_t);
-attention attention_of(int rung);
+attention attention_of(int kernel);
 
 /* Some head has a lambda above -inf. */
 bool may_skip(const sparge_problem *p, const sparge_options *o);

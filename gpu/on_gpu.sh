@@ -133,7 +133,7 @@ measure speed 230 ${RUN_OPTIONS:-}
 case $? in
 9 | 124 | 137 | 142) # what hung or lost the device has left its rows; the lower rungs are asked alone
     mv "$out/results.csv" "$out/results_until_then.csv" 2>/dev/null
-    measure speed_rungs_1_to_4 60 --rungs 1,2,3,4 ${RUN_OPTIONS:-}
+    measure speed_rungs_1_to_4 60 --kernels 1,2,3,4 ${RUN_OPTIONS:-}
     ;;
 esac
 for file in "$out"/results*.csv; do

@@ -1,4 +1,4 @@
-/* plan.cu: the order in which rung 5 takes its work: for each key head the query blocks that keep
+/* plan.cu: the order in which kernel 5 takes its work: for each key head the query blocks that keep
  * something, in about descending order of what they keep, so that the long ones do not come last;
  * heads one after the other, so that all who are at work read the same keys out of the cache. */
 #include "gpu/ptx.h"

@@ -31,7 +31,7 @@ static __device__ float dot(const float *a, const float *b, int n)
 static __device__ bool key_is_similar(const work &w, const query_block &q, float theta, int64_t j)
 {
     const int64_t at = q.kv * w.g.k_blocks + j;
-    return !w.wild_k[at] && w.sim_k[at] > theta;
+    return !w.wild_k[at] && w.k_sim[at] > theta;
 }
 
 /* Line 5: S[i,:] of every warp's row; -inf where K_j is not similar or not seen. */
@@ -42,13 +42,13 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
               padded = (w.dim + 15) / 16 * 16;
     const int64_t keys = q.kv * w.g.k_blocks;
     for (int c = lane; c < padded; c += 32)
-        s.q[warp][c] = there && c < w.dim ? w.pool_q[q.line * w.dim + c] : 0.0f;
+        s.q[warp][c] = there && c < w.dim ? w.q_pool[q.line * w.dim + c] : 0.0f;
     for (int64_t j0 = 0; j0 < w.g.k_blocks; j0 += KEYS) {
         __syncthreads();
         for (int n = (int)threadIdx.x; n < KEYS * padded; n += THREADS) {
             const int t = n / padded, c = n % padded;
             s.k[t * PITCH + c] =
-                j0 + t < w.g.k_blocks && c < w.dim ? w.pool_k[(keys + j0 + t) * w.dim + c] : 0.0f;
+                j0 + t < w.g.k_blocks && c < w.dim ? w.k_pool[(keys + j0 + t) * w.dim + c] : 0.0f;
         }
         __syncthreads();
         const int64_t j = j0 + lane;
@@ -56,7 +56,8 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
             const bool similar = key_is_similar(w, q, theta, j),
                        scored = j < q.seen && (similar || w.s_all);
             const float score =
-                scored ? w.scale * dot(s.q[warp], &s.k[lane * PITCH], padded) + 0.0f : -INFINITY;
+                scored ? w.softmax_scale * dot(s.q[warp], &s.k[lane * PITCH], padded) + 0.0f
+                       : -INFINITY;
             if (w.s_all)
                 w.s_all[q.line * w.g.k_blocks + j] = score;
             row[j] = similar ? score : -INFINITY;
@@ -147,8 +148,8 @@ static __device__ bool keeps(const cut &c, bool finite, uint64_t rank, uint32_t 
 }
 
 /* Line 6: M[i,:]. */
-static __device__ void select_row(const work &w, const query_block &q, const sparge_knobs &knobs,
-                                  const float *row)
+static __device__ void select_row(const work &w, const query_block &q,
+                                  const sparge_thresholds &thresholds, const float *row)
 {
     const int lane = (int)threadIdx.x % 32;
     float max = -INFINITY;
@@ -156,8 +157,8 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
         max = sparge_finite(row[j]) ? fmaxf(max, row[j]) : max;
     for (int half = 16; half > 0; half /= 2)
         max = fmaxf(max, __shfl_xor_sync(~0u, max, half));
-    const bool some = max > -INFINITY, by_mass = some && knobs.tau != SPARGE_OFF,
-               by_count = some && knobs.topk != SPARGE_OFF;
+    const bool some = max > -INFINITY, by_mass = some && thresholds.tau != SPARGE_OFF,
+               by_count = some && thresholds.topk != SPARGE_OFF;
 
     cut heavy = {0, 0}, top = {0, 0};
     if (by_mass) {
@@ -165,14 +166,14 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
         for (int64_t j = lane; j < q.seen; j += 32)
             total += sparge_finite(row[j]) ? mass(row[j], max) : 0;
         heavy = best_within(row, q.seen, max, false,
-                            (uint64_t)((double)knobs.tau * (double)sum_of_warp(total)));
+                            (uint64_t)((double)thresholds.tau * (double)sum_of_warp(total)));
     }
     if (by_count) {
-        const int64_t share = (int64_t)floor((double)knobs.topk * (double)q.seen + 1e-5);
+        const int64_t share = (int64_t)floor((double)thresholds.topk * (double)q.seen + 1e-5);
         top = best_within(row, q.seen, max, true, (uint64_t)sparge_max(1, share));
     }
 
-    const bool q_similar = !w.wild_q[q.line] && w.sim_q[q.line] > knobs.theta;
+    const bool q_similar = !w.wild_q[q.line] && w.q_sim[q.line] > thresholds.theta;
     const int64_t diagonal =
         w.causal ? sparge_max(0, sparge_last_key(&w.g, q.first)) / BLOCK_K : q.seen;
     uint32_t heavy_ties = 0, top_ties = 0;
@@ -188,8 +189,8 @@ static __device__ void select_row(const work &w, const query_block &q, const spa
         if (!q_similar)
             why |= SPARGE_KEPT_DISSIMILAR_Q;
         if (there && !finite)
-            why |= key_is_similar(w, q, knobs.theta, j) ? SPARGE_KEPT_OVERFLOW
-                                                        : SPARGE_KEPT_DISSIMILAR_K;
+            why |= key_is_similar(w, q, thresholds.theta, j) ? SPARGE_KEPT_OVERFLOW
+                                                             : SPARGE_KEPT_DISSIMILAR_K;
         if (j >= diagonal)
             why |= SPARGE_KEPT_DIAGONAL;
         if (w.sink && j == 0)
@@ -212,14 +213,14 @@ static __global__ void __launch_bounds__(THREADS)
     const int64_t i = blockIdx.x % parts * rows + warp;
     const bool there = warp < rows && i < w.g.q_blocks;
     const query_block q = query_block_of(w, n * w.g.q_blocks + (there ? i : 0));
-    const sparge_knobs knobs = knobs_of(w, q.h);
-    score_rows(w, q, there, knobs.theta, s, row);
+    const sparge_thresholds thresholds = thresholds_of(w, q.h);
+    score_rows(w, q, there, thresholds.theta, s, row);
     if (!there)
         return;
     if (w.s)
         for (int64_t j = threadIdx.x % 32; j < w.g.k_blocks; j += 32)
             w.s[q.line * w.g.k_blocks + j] = row[j];
-    select_row(w, q, knobs, row);
+    select_row(w, q, thresholds, row);
 }
 
 /* Rows of S that fit into shared memory together; 0: not even one. */

@@ -39,9 +39,9 @@ static __global__ void __launch_bounds__(MAX_WIDTH) sum_blocks(const __grid_cons
     }
 }
 
-static __device__ float step_of(float max, float levels)
+static __device__ float step_of(float max, float qmax)
 {
-    const float step = max / levels;
+    const float step = max / qmax;
     return step < FLT_MIN ? 0.0f : step;
 }
 
@@ -59,7 +59,7 @@ static __global__ void __launch_bounds__(MAX_WIDTH) fold_blocks(const __grid_con
         float max = 0.0f;
         for (int64_t j = 0; j < w.g.k_blocks; j++)
             max = fmaxf(max, w.max_v[(kv * w.g.k_blocks + j) * w.width + c]);
-        w.step_v[kv * w.width + c] = step_of(max, 448.0f);
+        w.v_scale[kv * w.width + c] = step_of(max, 448.0f);
     }
 }
 
@@ -236,10 +236,10 @@ template <int WIDTH> static __device__ void prepare_q(const work &w, int64_t lin
     const int rows = (int)q.rows;
     load_block(w.q, q.b, q.h, q.first, rows, BLOCK_Q, w.dim, NULL, s);
     store_bad(s, rows, w.bad_q + q.n * w.g.q_len + q.first, &w.wild_q[line]);
-    if (w.pool_q)
-        summarize(w, s, rows, w.pool_q + line * w.dim, &w.sim_q[line]);
+    if (w.q_pool)
+        summarize(w, s, rows, w.q_pool + line * w.dim, &w.q_sim[line]);
     if (w.q8)
-        quantize(s, rows, BLOCK_Q, w.q8 + line * q_tile_bytes(WIDTH), &w.step_q[line]);
+        quantize(s, rows, BLOCK_Q, w.q8 + line * q_tile_bytes(WIDTH), &w.q_scale[line]);
     if (w.lift) { /* q . mean, what lse lost with the mean key */
         __syncthreads();
         if (threadIdx.x < MAX_WIDTH)
@@ -261,10 +261,10 @@ template <int WIDTH> static __device__ void prepare_k(const work &w, int64_t lin
     load_block(w.k, kv / w.kv_heads, kv % w.kv_heads, j * BLOCK_K, rows, BLOCK_K, w.dim,
                w.mean ? w.mean + kv * w.dim : NULL, s);
     store_bad(s, rows, w.bad_k + kv * w.g.k_len + j * BLOCK_K, &w.wild_k[line]);
-    if (w.pool_k)
-        summarize(w, s, rows, w.pool_k + line * w.dim, &w.sim_k[line]);
+    if (w.k_pool)
+        summarize(w, s, rows, w.k_pool + line * w.dim, &w.k_sim[line]);
     if (w.k8)
-        quantize(s, rows, BLOCK_K, w.k8 + line * k_tile_bytes(WIDTH), &w.step_k[line]);
+        quantize(s, rows, BLOCK_K, w.k8 + line * k_tile_bytes(WIDTH), &w.k_scale[line]);
 }
 
 /* A row of V transposed, 64 keys of a channel as bytes, half of it by each thread. */
@@ -279,9 +279,9 @@ static __device__ void transpose_v(const work &w, int64_t line, int rows, block<
         for (int r = 0; r < rows; r++)
             step = fmaxf(step, fabsf(s.x[r * WIDTH + c]));
         step = step_of(step, 127.0f);
-        w.step_v[line * WIDTH + c] = step; /* by both threads */
+        w.v_scale[line * WIDTH + c] = step; /* by both threads */
     } else {
-        step = w.step_v[line / w.g.k_blocks * WIDTH + c];
+        step = w.v_scale[line / w.g.k_blocks * WIDTH + c];
     }
     uint8_t *const tile = w.v_tile + line * v_tile_bytes(WIDTH, false);
     for (int k0 = 32 * part; k0 < 32 * part + 32; k0 += 16) {
@@ -315,7 +315,7 @@ template <int WIDTH> static __device__ void prepare_v(const work &w, int64_t lin
     const int64_t kv = line / w.g.k_blocks, j = line % w.g.k_blocks;
     const int rows = (int)sparge_block_rows(w.g.k_len, BLOCK_K, j);
     load_block(w.v, kv / w.kv_heads, kv % w.kv_heads, j * BLOCK_K, rows, BLOCK_K, w.dim_v, NULL, s);
-    if (w.pv == SPARGE_HALF) { /* what is too large for binary16 is not finite there */
+    if (w.pv == SPARGE_F16) { /* what is too large for binary16 is not finite there */
         for (int n = (int)threadIdx.x; n < rows * WIDTH; n += THREADS)
             if (!(fabsf(s.x[n]) < 65520.0f)) {
                 s.x[n] = 0.0f;
@@ -325,7 +325,7 @@ template <int WIDTH> static __device__ void prepare_v(const work &w, int64_t lin
     }
     if (threadIdx.x == 0)
         w.wild_v[line] = (s.bad[0] | s.bad[1]) != 0;
-    if (w.pv == SPARGE_HALF)
+    if (w.pv == SPARGE_F16)
         halve_v(w, line, s);
     else if (w.v_tile)
         transpose_v(w, line, rows, s);

@@ -650,7 +650,7 @@ verdict probe_pack_e4m3()
 
 /* ---- Roles of warpgroups ---- */
 
-/* As rung 5: one warpgroup gives registers away, two take them and keep 200 values each. */
+/* As kernel 5: one warpgroup gives registers away, two take them and keep 200 values each. */
 __global__ void __launch_bounds__(384, 1) share_registers(const float *x, float *y)
 {
 #ifdef HOPPER

@@ -2,7 +2,7 @@
 """What ptxas gives every kernel: registers, shared memory, spills. `--check` keeps it from changing
 unseen.
 
-    gpu/resources.py                  sm_80 and sm_90 (rung 5: sm_90a), printed
+    gpu/resources.py                  sm_80 and sm_90 (kernel 5: sm_90a), printed
     gpu/resources.py --all --write    every architecture this nvcc has, into resources.csv
     gpu/resources.py --check          against resources.csv; no spill in 4_mma and 5_hopper, no wgmma
                                       serialised, no setmaxnreg ignored; 77: nvcc is not on this

@@ -1,4 +1,5 @@
-/* rows.h: what every rung does to a row of scores: lambda's vote, the running maximum, weights. */
+/* rows.h: what every kernel does to a row of scores: lambda's vote, the running maximum, weights.
+ */
 #ifndef SPARGE_GPU_ROWS_H
 #define SPARGE_GPU_ROWS_H
 
@@ -11,7 +12,7 @@ SPARGE_DEVICE int keys_of_row(const work &w, const query_block &q, int r, int64_
 {
     if (r >= q.rows)
         return 0;
-    return (int)sparge_min(sparge_keys_seen(&w.g, q.first + r, j), w.g.k_len - j * BLOCK_K);
+    return (int)sparge_min(sparge_keys_visible(&w.g, q.first + r, j), w.g.k_len - j * BLOCK_K);
 }
 
 /* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block that none of them comes near
@@ -72,7 +73,7 @@ template <class T> SPARGE_DEVICE float most_of_row(const T *s, int seen)
 SPARGE_DEVICE float weigh_row(sparge_row &state, float *s, int seen, float unit, float local)
 {
     float sum[16] = {0};
-    const float shrink = sparge_row_raise(&state, local);
+    const float shrink = sparge_row_update_max(&state, local);
     for (int t = 0; t < seen; t++) {
         s[t] = sparge_weight(s[t], unit, state.max);
         sum[t % 16] += s[t];
@@ -92,13 +93,13 @@ struct coded {
 SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, int codes)
 {
     coded c;
-    c.shrink = sparge_row_raise(&state, local);
+    c.shrink = sparge_row_update_max(&state, local);
     c.weight = sparge_code_weight(local, state.max, P_LEVELS);
     state.sum += c.weight * (float)codes;
     return c;
 }
 
-/* ---- Rungs 2 and 3: 256 threads as a square of 16 x 16 ---- */
+/* ---- Kernels 2 and 3: 256 threads as a square of 16 x 16 ---- */
 
 enum { SIDE = 16, SQUARE = SIDE * SIDE };
 

@@ -25,20 +25,20 @@ struct work {
     int dim, dim_v, width;
     sparge_in q, k, v;
     sparge_out o;
-    float scale;
+    float softmax_scale;
     bool causal, sink;
-    sparge_precision pv;
+    sparge_dtype pv;
     int skip_rows;
-    bool may_skip;            /* some head has a lambda above -inf */
-    sparge_knobs knobs;       /* of all heads, or: */
-    sparge_knobs *head_knobs; /* [heads]; these, if not NULL */
+    bool may_skip;                      /* some head has a lambda above -inf */
+    sparge_thresholds thresholds;       /* of all heads, or: */
+    sparge_thresholds *head_thresholds; /* [heads]; these, if not NULL */
 
     /* Stage 1. NULL where nobody asked. */
     float *sums;           /* [kv][k_blocks][dim] of the keys of a block */
     float *mean;           /* [kv][dim]: the mean key; NULL: keys stay as they are */
-    float *pool_q, *sim_q; /* [n][q_blocks][dim], [n][q_blocks] */
-    float *pool_k, *sim_k; /* [kv][k_blocks][dim], [kv][k_blocks] */
-    float *s_all, *s;      /* [n][q_blocks][k_blocks], traces */
+    float *q_pool, *q_sim; /* [n][q_blocks][dim], [n][q_blocks] */
+    float *k_pool, *k_sim; /* [kv][k_blocks][dim], [kv][k_blocks] */
+    float *s_all, *s;      /* [n][q_blocks][k_blocks], intermediates */
     uint8_t *why;
     uint32_t *mask; /* [n][q_blocks][words]; NULL: dense */
     int64_t words;
@@ -46,8 +46,8 @@ struct work {
     /* Codes, in the images of image.h. */
     int8_t *q8, *k8;                   /* [n][q_blocks][128 rows], [kv][k_blocks][64 rows] */
     uint8_t *v_tile;                   /* [kv][k_blocks], by pv */
-    float *step_q, *step_k;            /* [n][q_blocks], [kv][k_blocks] */
-    float *step_v;                     /* int8: [kv][k_blocks][width]; fp8: [kv][width] */
+    float *q_scale, *k_scale;          /* [n][q_blocks], [kv][k_blocks] */
+    float *v_scale;                    /* int8: [kv][k_blocks][width]; fp8: [kv][width] */
     float *max_v;                      /* fp8: [kv][k_blocks][width] of |v| */
     float *lift;                       /* [n][q_len]: q . mean key, which lse gets back */
     uint8_t *bad_q, *bad_k;            /* [n][q_len], [kv][k_len]: some element is not finite */
@@ -60,10 +60,10 @@ struct work {
     unsigned long long *ticket; /* how many of them are taken */
 
     /* What comes back beside o. */
-    float *lse;                           /* [n][q_len] */
-    float *pv_done;                       /* [n][q_blocks][k_blocks], a trace */
-    int16_t *codes_q, *codes_k, *codes_v; /* traces, as in sparge.h */
-    float *steps_v;
+    float *lse;                     /* [n][q_len] */
+    float *pv_done;                 /* [n][q_blocks][k_blocks], one of the intermediates */
+    int16_t *q_int, *k_int, *v_int; /* intermediates, as in sparge.h */
+    float *v_scale_out;
     sparge_counts *counts;     /* [n] */
     unsigned long long *tally; /* [n][TALLIES] */
 
@@ -102,13 +102,13 @@ SPARGE_DEVICE query_block query_block_of(const work &w, int64_t line)
     q.kv = q.b * w.kv_heads + q.h / (w.heads / w.kv_heads);
     q.first = q.i * BLOCK_Q;
     q.rows = sparge_block_rows(w.g.q_len, BLOCK_Q, q.i);
-    q.seen = sparge_blocks_seen(&w.g, q.i);
+    q.seen = sparge_blocks_visible(&w.g, q.i);
     return q;
 }
 
-SPARGE_DEVICE const sparge_knobs &knobs_of(const work &w, int64_t h)
+SPARGE_DEVICE const sparge_thresholds &thresholds_of(const work &w, int64_t h)
 {
-    return w.head_knobs ? w.head_knobs[h] : w.knobs;
+    return w.head_thresholds ? w.head_thresholds[h] : w.thresholds;
 }
 
 SPARGE_DEVICE const uint32_t *mask_row(const work &w, const query_block &q)
@@ -148,7 +148,7 @@ SPARGE_DEVICE void mark_skipped(const work &w, const query_block &q, int r, int6
 /* To log2 units: what an integer score of the pair is multiplied by. */
 SPARGE_DEVICE float score_unit(const work &w, const query_block &q, int64_t j)
 {
-    return w.step_q[q.line] * w.step_k[q.kv * w.g.k_blocks + j] * w.scale * SPARGE_LOG2E;
+    return w.q_scale[q.line] * w.k_scale[q.kv * w.g.k_blocks + j] * w.softmax_scale * SPARGE_LOG2E;
 }
 
 /* ---- Elements of the caller's tensors ---- */
@@ -158,9 +158,8 @@ SPARGE_DEVICE float element(const sparge_in &in, int64_t at)
     switch (in.dtype) {
     case SPARGE_F16: return sparge_f16_to_f32(((const uint16_t *)in.data)[at]);
     case SPARGE_BF16: return sparge_bf16_to_f32(((const uint16_t *)in.data)[at]);
-    case SPARGE_F32: break;
+    default: return ((const float *)in.data)[at];
     }
-    return ((const float *)in.data)[at];
 }
 
 SPARGE_DEVICE int64_t place(const sparge_in &in, int64_t b, int64_t h, int64_t token)
@@ -173,9 +172,9 @@ SPARGE_DEVICE void store(const sparge_out &out, int64_t at, float x)
 {
     x += 0.0f;
     switch (out.dtype) {
-    case SPARGE_F32: ((float *)out.data)[at] = x; break;
     case SPARGE_F16: ((uint16_t *)out.data)[at] = sparge_f32_to_f16(x); break;
     case SPARGE_BF16: ((uint16_t *)out.data)[at] = sparge_f32_to_bf16(x); break;
+    default: ((float *)out.data)[at] = x; break;
     }
 }
 
@@ -218,11 +217,11 @@ cudaError_t prepare(const work &w,
                     cudaStream_t stream); /* sums, mean, pooled rows, codes: at most 3 launches */
 cudaError_t predict(const work &w, cudaStream_t stream); /* the mask: 1 launch */
 bool predict_fits(int64_t k_blocks, int shared_limit);   /* into shared memory */
-cudaError_t plan(const work &w, cudaStream_t stream);    /* the order of rung 5: 1 launch */
+cudaError_t plan(const work &w, cudaStream_t stream);    /* the order of kernel 5: 1 launch */
 cudaError_t finish(const work &w,
                    cudaStream_t stream); /* lse, counters, NaN, rows without keys: 2 launches */
-cudaError_t trace(const work &w,
-                  cudaStream_t stream); /* codes out of their images, where asked: 1 launch */
+cudaError_t intermediates(
+    const work &w, cudaStream_t stream); /* codes out of their images, where asked: 1 launch */
 
 /* The ladder (README.md): stage 2 up to m and l. */
 cudaError_t attend_naive(const work &w, cudaStream_t stream);

@@ -207,7 +207,7 @@ def table3():
 
 
 def gpu_speeds():
-    """{label: (sparsities, speeds over dense)} of the highest rung, where gpu/on_gpu.sh has been run on a GPU."""
+    """{label: (sparsities, speeds over dense)} of the highest kernel, where gpu/on_gpu.sh has been run on a GPU."""
     path = HERE.parent / "gpu/results/results.csv"
     if not path.exists():
         return {}
@@ -216,15 +216,15 @@ def gpu_speeds():
         if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")
     ]
     lines = {}
-    for (rung, pv), found in grouped(rows, "rung", "pv").items():
-        if rung != max(r["rung"] for r in rows):
+    for (kernel, pv), found in grouped(rows, "kernel", "pv").items():
+        if kernel != max(r["kernel"] for r in rows):
             continue
         n = max(int(r["n"]) for r in found if r["what"] == "imposed")
         here = [r for r in found if int(r["n"]) == n]
         dense = np.median(column([r for r in here if r["what"] == "dense"], "ms"))
         masked = sorted((r for r in here if r["what"] == "imposed"),
                         key=lambda r: float(r["sparsity"]))
-        lines[f"GPU, rung {rung}, P·V in {pv}, {n} tokens"] = column(
+        lines[f"GPU, kernel {kernel}, P·V in {pv}, {n} tokens"] = column(
             masked, "sparsity"), dense / column(masked, "ms")
     return lines
 

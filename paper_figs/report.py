@@ -168,7 +168,7 @@ MEASURED = {  # by item and the place of the band in bands.csv
     "table6": [lambda: part("both") - part("mask"), lambda: part("lambda")],
     "table7": [lambda: min(b - a for found in texts() for a, b in zip(found, found[1:])),
                lambda: statistics.mean(found[-1] for found in texts())],
-    "table9": [lambda: hilbert_ahead("sparsity"), lambda: hilbert_ahead("sim_k"), lambda: orders("sim_k")["random"],
+    "table9": [lambda: hilbert_ahead("sparsity"), lambda: hilbert_ahead("k_sim"), lambda: orders("k_sim")["random"],
                lambda: orders("sparsity")["random"] / orders("sparsity")["row"], lambda: judge_gains("l1", "tuned"),
                lambda: judge_gains("l1", "tuned", filtered=True), lambda: -judge_gains("sparsity", "tuned"),
                lambda: judge_gains("l1", "alike", filtered=True),
@@ -306,8 +306,8 @@ def beside_table9():
     names = {"hilbert": "hilbert"} | {x: f"{x}_major"
                                       for x in ("time", "row", "column")} | {"random": "random"}
     columns = [("sparsity, %", "sparsity", "sparsity", 100),
-               ("self-similarity of k", "Sim-k", "sim_k", 1),
-               ("self-similarity of q", "Sim-q", "sim_q", 1), ("L1", "L1", "l1", 1)]
+               ("self-similarity of k", "Sim-k", "k_sim", 1),
+               ("self-similarity of q", "Sim-q", "q_sim", 1), ("L1", "L1", "l1", 1)]
     models = "CogvideoX", "Mochi"
     lines = []
     for what, key, our_key, factor in columns:
@@ -400,11 +400,11 @@ COLUMNS = {  # what the columns of out.csv are called here, and what turns them 
     ("theta", 1), "tau": ("tau", 1), "lambda": ("lambda", 1), "perplexity": ("perplexity", 1),
     "needles": ("needles found, %", 100), "gops": ("speed, TOPS", 1e-3), "seconds_attention":
     ("attention, s", 1), "seconds_prefill": ("prefill, s", 1), "ms": ("time, ms", 1), "ms_predict":
-    ("prediction, ms", 1), "ms_quantize": ("quantisation, ms", 1), "ms_dense_f32":
+    ("prediction, ms", 1), "ms_quantize": ("quantization, ms", 1), "ms_dense_f32":
     ("dense f32, ms", 1), "ms_dense_int8": ("dense int8, ms", 1), "overhead_f32":
     ("overhead, % of dense f32", 100), "overhead_int8": ("overhead, % of dense int8", 100), "asked":
-    ("sparsity asked, %", 100), "efficiency": ("share of the ideal speed, %", 100), "sim_q":
-    ("self-similarity of q", 1), "sim_k": ("self-similarity of k",
+    ("sparsity asked, %", 100), "efficiency": ("share of the ideal speed, %", 100), "q_sim":
+    ("self-similarity of q", 1), "k_sim": ("self-similarity of k",
                                            1), "sim_k_raw": ("self-similarity of k, mean kept", 1)
 }
 
@@ -423,7 +423,7 @@ def plain(item, keys, **where):
 
 
 def table_of_orders():
-    keys = ["sim_q", "sim_k", "sim_k_raw", "l1", "sparsity"]
+    keys = ["q_sim", "k_sim", "sim_k_raw", "l1", "sparsity"]
     lines = []
     for name, of in ("model", MODEL), ("patches, moving", MOVING), ("patches, still", STILL):
         for thresholds, judge in (("tuned", "on"), ("tuned", "off"), ("alike", "on"), ("alike",

@@ -9,17 +9,17 @@ void sparge_ref_codes(const sparge_ref_attender *w, const sparge_in *in, int64_t
 {
     for (int64_t n = 0; n * to->block < len; n++) {
         const int64_t first = n * to->block, rows = sparge_block_rows(len, to->block, n);
-        float *x = to->levels ? w->x : &to->value[first * to->dim];
+        float *x = to->qmax ? w->x : &to->value[first * to->dim];
         sparge_ref_load(in, b, h, first, rows, to->dim, mean, x, &to->bad[first * to->dim]);
-        int16_t *code = to->levels ? &to->code[first * to->dim] : NULL;
+        int16_t *code = to->qmax ? &to->code[first * to->dim] : NULL;
         if (!code)
             to->step[n] = 1.0f;
         else if (!to->by_channel)
-            to->step[n] = sparge_ref_quantize(x, rows * to->dim, 1, to->levels, to->slack, code);
+            to->step[n] = sparge_ref_quantize(x, rows * to->dim, 1, to->qmax, to->slack, code);
         else
             for (int64_t c = 0; c < to->dim; c++)
                 to->step[n * to->dim + c] =
-                    sparge_ref_quantize(x + c, rows, to->dim, to->levels, to->slack, code + c);
+                    sparge_ref_quantize(x + c, rows, to->dim, to->qmax, to->slack, code + c);
     }
 }
 
@@ -42,7 +42,7 @@ void sparge_ref_score(const sparge_ref_operand *q, const sparge_ref_operand *k,
 static void local_maxima(const sparge_geometry *g, int64_t j, sparge_ref_tile *tile)
 {
     for (int64_t r = 0; r < tile->rows; r++) {
-        tile->seen[r] = sparge_keys_seen(g, tile->first_q + r, j);
+        tile->seen[r] = sparge_keys_visible(g, tile->first_q + r, j);
         float most = -INFINITY;
         for (int64_t t = 0; t < tile->seen[r]; t++) {
             const float s = tile->s[r * tile->keys + t];
@@ -56,17 +56,17 @@ static void local_maxima(const sparge_geometry *g, int64_t j, sparge_ref_tile *t
 /* Lines 12, 13 and 16 for one row. P is coded against the row's largest score in this tile, which
  * uses all of the codes; `weight` carries the tile's sums over to the running maximum. l adds the
  * codes that o adds, so V = 1 gives 1. */
-void sparge_ref_weigh(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+void sparge_ref_weigh(const sparge_ref_operand *v, int p_qmax, sparge_ref_tile *tile, int64_t r)
 {
     sparge_row *state = &tile->state[r];
-    const float shrink = sparge_row_raise(state, tile->local[r]);
-    const float weight = sparge_code_weight(tile->local[r], state->max, p_levels);
+    const float shrink = sparge_row_update_max(state, tile->local[r]);
+    const float weight = sparge_code_weight(tile->local[r], state->max, p_qmax);
 
     int32_t sum = 0;
     memset(tile->product, 0, (size_t)v->dim * sizeof *tile->product);
     for (int64_t t = 0; t < tile->seen[r]; t++) {
         const int32_t code =
-            sparge_weight_code(tile->s[r * tile->keys + t], tile->most[r], tile->c, p_levels);
+            sparge_weight_code(tile->s[r * tile->keys + t], tile->most[r], tile->c, p_qmax);
         const int16_t *v_code = &v->code[(tile->first_k + t) * v->dim];
         sum += code;
         for (int64_t c = 0; c < v->dim; c++)
@@ -93,7 +93,7 @@ static void fold(const sparge_ref_attender *w, float lambda)
         for (int64_t r = r0; r < r1; r++) {
             tile.done[r] = !skips;
             if (tile.seen[r] && !skips)
-                w->mode.weigh(&w->v, w->mode.p_levels, &tile, r);
+                w->mode.weigh(&w->v, w->mode.p_qmax, &tile, r);
             else if (tile.seen[r] && w->mode.skipped)
                 w->mode.skipped(&tile, r);
         }
@@ -104,7 +104,7 @@ static void fold(const sparge_ref_attender *w, float lambda)
 void sparge_ref_attend_block(sparge_ref_attender *w, int64_t i, const uint32_t *kept, float lambda)
 {
     const sparge_geometry *g = &w->g;
-    const int64_t visible = sparge_blocks_seen(g, i);
+    const int64_t visible = sparge_blocks_visible(g, i);
     sparge_ref_tile *tile = &w->tile;
     tile->first_q = i * g->block_q;
     tile->rows = sparge_block_rows(g->q_len, g->block_q, i);
@@ -117,7 +117,7 @@ void sparge_ref_attend_block(sparge_ref_attender *w, int64_t i, const uint32_t *
          j = sparge_mask_row_next(kept, j + 1, visible), left--) {
         tile->first_k = j * g->block_k;
         tile->keys = sparge_block_rows(g->k_len, g->block_k, j);
-        tile->c = w->q.step[i] * w->k.step[j] * w->o->scale * SPARGE_LOG2E;
+        tile->c = w->q.step[i] * w->k.step[j] * w->o->softmax_scale * SPARGE_LOG2E;
         w->mode.score(&w->q, &w->k, tile);
         local_maxima(g, j, tile);
         fold(w, left > w->mode.never_skip ? lambda : -INFINITY);

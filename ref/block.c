@@ -1,5 +1,5 @@
 /* block.c: what is done to one block of tokens: load, mean, pool, self-similarity, int8 codes.
- * Sec 3.3 (pooling and CosSim), Algorithm 1 line 3 (quantisation, as SageAttention does it). */
+ * Sec 3.3 (pooling and CosSim), Algorithm 1 line 3 (quantization, as SageAttention does it). */
 #include "ref/ref.h"
 
 #include "common/half.h"
@@ -9,9 +9,8 @@ static float element(const sparge_in *in, int64_t at)
     switch (in->dtype) {
     case SPARGE_F16: return sparge_f16_to_f32(((const uint16_t *)in->data)[at]);
     case SPARGE_BF16: return sparge_bf16_to_f32(((const uint16_t *)in->data)[at]);
-    case SPARGE_F32: break;
+    default: return ((const float *)in->data)[at];
     }
-    return ((const float *)in->data)[at];
 }
 
 void sparge_ref_load(const sparge_in *in, int64_t batch, int64_t head, int64_t first, int64_t rows,
@@ -72,18 +71,18 @@ sparge_ref_summary sparge_ref_summarize(const float *x, const bool *bad, int64_t
     return s;
 }
 
-float sparge_ref_quantize(const float *x, int64_t n, int64_t stride, int levels, float slack,
+float sparge_ref_quantize(const float *x, int64_t n, int64_t stride, int qmax, float slack,
                           int16_t *code)
 {
     float max = 0.0f;
     for (int64_t e = 0; e < n; e++)
         max = fmaxf(max, fabsf(x[e * stride]));
-    float step = max / (float)levels + slack;
+    float step = max / (float)qmax + slack;
     if (step < FLT_MIN)
         step = 0.0f;
     for (int64_t e = 0; e < n; e++) {
         const int32_t rounded = step > 0.0f ? sparge_round(x[e * stride] / step) : 0;
-        code[e * stride] = (int16_t)sparge_max(-levels, sparge_min(levels, rounded));
+        code[e * stride] = (int16_t)sparge_max(-qmax, sparge_min(qmax, rounded));
     }
     return step;
 }

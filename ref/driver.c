@@ -1,5 +1,5 @@
 /* driver.c: what the stages stand in: memory, loops over heads and blocks, non-finite rows,
- * counters, traces, output. Nothing of the algorithm is here. */
+ * counters, intermediates, output. Nothing of the algorithm is here. */
 #include <stdlib.h>
 #include <time.h>
 
@@ -33,7 +33,8 @@ static void release(arena *a)
         free(a->piece[--a->pieces]);
 }
 
-/* Copies n elements to place `at` of a traced array, in units of n; nothing where it is not wanted.
+/* Copies n elements to place `at` of a recorded array, in units of n; nothing where it is not
+ * wanted.
  */
 void sparge_ref_record(void *array, int64_t at, const void *from, int64_t n, size_t size)
 {
@@ -57,7 +58,7 @@ static bool goes_on(const sparge_options *o, int64_t done, int64_t all)
 /* ---- Stage 1 ---- */
 
 sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o,
-                                 sparge_mask *mask, const sparge_trace *trace)
+                                 sparge_mask *mask, const sparge_intermediates *intermediates)
 {
     const sparge_geometry g =
         sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
@@ -66,10 +67,10 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
     const sparge_ref_predictor w = {
         .p = p,
         .o = o,
-        .trace = trace,
+        .intermediates = intermediates,
         .g = g,
         .mode = sparge_ref_mode_of(p, o),
-        .pool_k = take(&a, g.k_blocks * p->dim, sizeof(float)),
+        .k_pool = take(&a, g.k_blocks * p->dim, sizeof(float)),
         .summary_k = take(&a, g.k_blocks, sizeof(sparge_ref_summary)),
         .similar_k = take(&a, g.k_blocks, sizeof(bool)),
         .x = take(&a, longest * p->dim, sizeof(float)),
@@ -86,7 +87,7 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
         if (h % group == 0)
             sparge_ref_summarize_keys(&w, b, h / group);
         for (int64_t j = 0; j < g.k_blocks; j++)
-            w.similar_k[j] = w.mode.similar(&w.summary_k[j], sparge_ref_knobs(o, h)->theta);
+            w.similar_k[j] = w.mode.similar(&w.summary_k[j], sparge_ref_thresholds(o, h)->theta);
         for (int64_t i = 0; i < g.q_blocks && !status; i++) {
             uint32_t *kept = mask->bits + (n * g.q_blocks + i) * mask->words;
             memset(kept, 0, (size_t)mask->words * sizeof *kept);
@@ -149,9 +150,9 @@ void sparge_ref_count(sparge_ref_attender *w, int64_t j)
 static void store(const sparge_out *out, int64_t at, float x)
 {
     switch (out->dtype) {
-    case SPARGE_F32: ((float *)out->data)[at] = x; break;
     case SPARGE_F16: ((uint16_t *)out->data)[at] = sparge_f32_to_f16(x); break;
     case SPARGE_BF16: ((uint16_t *)out->data)[at] = sparge_f32_to_bf16(x); break;
+    default: ((float *)out->data)[at] = x; break;
     }
 }
 
@@ -168,15 +169,15 @@ static void finish_row(const sparge_ref_attender *w, int64_t b, int64_t h, int64
         result->lse[line] = spoilt ? NAN : sparge_row_lse(state);
         if (w->mean && !empty) {
             sparge_ref_load(&p->q, b, h, token, 1, p->dim, NULL, w->x, &w->q.bad[token * p->dim]);
-            result->lse[line] += w->o->scale * sparge_dot(w->x, w->mean, p->dim);
+            result->lse[line] += w->o->softmax_scale * sparge_dot(w->x, w->mean, p->dim);
         }
     }
     const float norm = sparge_row_norm(state);
     for (int64_t c = 0; c < p->dim_v; c++)
         store(&result->o, at + c,
               spoilt ? NAN : w->tile.o[r * p->dim_v + c] * norm * w->tile.unit[c] + 0.0f);
-    sparge_ref_record(result->trace->m, line, &state->max, 1, 4);
-    sparge_ref_record(result->trace->l, line, &state->sum, 1, 4);
+    sparge_ref_record(result->intermediates->m, line, &state->max, 1, 4);
+    sparge_ref_record(result->intermediates->l, line, &state->sum, 1, 4);
 }
 
 static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h,
@@ -188,7 +189,7 @@ static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h,
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t line = n * g->q_blocks + i, first = i * g->block_q;
         const int64_t rows = sparge_block_rows(g->q_len, g->block_q, i);
-        w->counts->pairs += sparge_blocks_seen(g, i);
+        w->counts->pairs += sparge_blocks_visible(g, i);
         for (int64_t r = 0; r < rows; r++) {
             w->spoilt[r] = any(&w->q.bad[(first + r) * w->q.dim], w->q.dim);
             w->counts->tokens += sparge_max(0, sparge_last_key(g, first + r) + 1);
@@ -196,10 +197,10 @@ static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h,
         for (int64_t j = 0; j < g->k_blocks; j++)
             w->share[j] = 0.0f;
         sparge_ref_attend_block(w, i, mask ? mask->bits + line * mask->words : all,
-                                sparge_ref_knobs(w->o, h)->lambda);
+                                sparge_ref_thresholds(w->o, h)->lambda);
         for (int64_t r = 0; r < rows; r++)
             finish_row(w, b, h, r);
-        sparge_ref_record(w->result->trace->pv_done, line, w->share, g->k_blocks, 4);
+        sparge_ref_record(w->result->intermediates->pv_done, line, w->share, g->k_blocks, 4);
         if (!goes_on(w->o, line + 1, lines))
             return SPARGE_ERR_CANCELLED;
     }
@@ -211,18 +212,18 @@ static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h,
 
 /* ---- Stage 2: around each head ---- */
 
-static sparge_ref_operand operand(arena *a, int64_t tokens, int64_t dim, int64_t block, int levels,
+static sparge_ref_operand operand(arena *a, int64_t tokens, int64_t dim, int64_t block, int qmax,
                                   float slack, bool by_channel)
 {
     const int64_t steps = sparge_ceil_div(tokens, block) * (by_channel ? dim : 1);
     return (sparge_ref_operand){
         .dim = dim,
         .block = block,
-        .levels = levels,
+        .qmax = qmax,
         .slack = slack,
         .by_channel = by_channel,
-        .code = levels ? take(a, tokens * dim, sizeof(int16_t)) : NULL,
-        .value = levels ? NULL : take(a, tokens * dim, sizeof(float)),
+        .code = qmax ? take(a, tokens * dim, sizeof(int16_t)) : NULL,
+        .value = qmax ? NULL : take(a, tokens * dim, sizeof(float)),
         .step = take(a, steps, sizeof(float)),
         .bad = take(a, tokens * dim, sizeof(bool)),
     };
@@ -231,7 +232,7 @@ static sparge_ref_operand operand(arena *a, int64_t tokens, int64_t dim, int64_t
 static void record_codes(const sparge_ref_operand *x, int64_t head, int64_t tokens, int16_t *codes,
                          float *steps)
 {
-    if (x->levels) {
+    if (x->qmax) {
         const int64_t blocks = sparge_ceil_div(tokens, x->block);
         sparge_ref_record(codes, head, x->code, tokens * x->dim, sizeof(int16_t));
         sparge_ref_record(steps, head, x->step, x->by_channel ? blocks * x->dim : blocks, 4);
@@ -241,7 +242,7 @@ static void record_codes(const sparge_ref_operand *x, int64_t head, int64_t toke
 static void quantize_keys(const sparge_ref_attender *w, int64_t b, int64_t kv)
 {
     const sparge_problem *p = w->p;
-    const sparge_trace *trace = w->result->trace;
+    const sparge_intermediates *intermediates = w->result->intermediates;
     const int64_t at = b * p->kv_heads + kv;
     if (w->mean)
         sparge_ref_mean(&p->k, b, kv, &w->g, p->dim, w->x, w->k.bad, w->mean);
@@ -250,9 +251,9 @@ static void quantize_keys(const sparge_ref_attender *w, int64_t b, int64_t kv)
     if (w->mode.narrow)
         w->mode.narrow(&w->v, p->k_len, w->tile.unit);
     if (w->mean)
-        sparge_ref_record(trace->mean_k, at, w->mean, p->dim, 4);
-    record_codes(&w->k, at, p->k_len, trace->codes_k, trace->steps_k);
-    record_codes(&w->v, at, p->k_len, trace->codes_v, trace->steps_v);
+        sparge_ref_record(intermediates->k_mean, at, w->mean, p->dim, 4);
+    record_codes(&w->k, at, p->k_len, intermediates->k_int, intermediates->k_scale);
+    record_codes(&w->v, at, p->k_len, intermediates->v_int, intermediates->v_scale);
 }
 
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
@@ -271,9 +272,9 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
         .g = g,
         .mode = mode,
         .result = result,
-        .q = operand(&a, p->q_len, p->dim, g.block_q, mode.qk_levels, mode.slack, false),
-        .k = operand(&a, p->k_len, p->dim, g.block_k, mode.qk_levels, mode.slack, false),
-        .v = operand(&a, p->k_len, p->dim_v, g.block_k, mode.v_levels, 0.0f, true),
+        .q = operand(&a, p->q_len, p->dim, g.block_q, mode.qk_qmax, mode.slack, false),
+        .k = operand(&a, p->k_len, p->dim, g.block_k, mode.qk_qmax, mode.slack, false),
+        .v = operand(&a, p->k_len, p->dim_v, g.block_k, mode.v_qmax, 0.0f, true),
         .x = take(&a, longest * widest, sizeof(float)),
         .mean = o->smooth_k ? take(&a, p->dim, sizeof(float)) : NULL,
         .tile =
@@ -305,7 +306,8 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
         if (h % group == 0)
             quantize_keys(&w, b, h / group);
         sparge_ref_codes(&w, &p->q, b, h, p->q_len, NULL, &w.q);
-        record_codes(&w.q, n, p->q_len, result->trace->codes_q, result->trace->steps_q);
+        record_codes(&w.q, n, p->q_len, result->intermediates->q_int,
+                     result->intermediates->q_scale);
         quantizing += sparge_ref_seconds() - before;
         w.counts = &result->head_counts[n];
         status = attend_head(&w, b, h, mask, all);
@@ -320,7 +322,7 @@ sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options
                                    sparge_mask *mask, sparge_result *result)
 {
     const double start = sparge_ref_seconds();
-    const sparge_status status = sparge_ref_predict(p, o, mask, result->trace);
+    const sparge_status status = sparge_ref_predict(p, o, mask, result->intermediates);
     result->seconds_predict = sparge_ref_seconds() - start;
     return status ? status : sparge_ref_attend(p, o, mask, result);
 }

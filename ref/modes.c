@@ -28,7 +28,7 @@ static void weigh_values(const sparge_ref_operand *v, sparge_ref_tile *tile, int
 {
     sparge_row *state = &tile->state[r];
     float *o = &tile->o[r * v->dim], sum[16] = {0};
-    const float shrink = sparge_row_raise(state, tile->local[r]);
+    const float shrink = sparge_row_update_max(state, tile->local[r]);
     for (int64_t c = 0; c < v->dim; c++)
         o[c] *= shrink;
     for (int64_t t = 0; t < tile->seen[r]; t++) {
@@ -48,21 +48,21 @@ static float in_e4m3(float x) { return sparge_e4m3_to_f32(sparge_f32_to_e4m3(x))
 /* 256 p stays below 448, and reaches down to weights of 2^-18. */
 static float in_256ths(float p) { return in_e4m3(256.0f * p) / 256.0f; }
 
-static void weigh_float(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+static void weigh_float(const sparge_ref_operand *v, int p_qmax, sparge_ref_tile *tile, int64_t r)
 {
-    (void)p_levels;
+    (void)p_qmax;
     weigh_values(v, tile, r, in_float);
 }
 
-static void weigh_half(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+static void weigh_half(const sparge_ref_operand *v, int p_qmax, sparge_ref_tile *tile, int64_t r)
 {
-    (void)p_levels;
+    (void)p_qmax;
     weigh_values(v, tile, r, in_half);
 }
 
-static void weigh_fp8(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *tile, int64_t r)
+static void weigh_fp8(const sparge_ref_operand *v, int p_qmax, sparge_ref_tile *tile, int64_t r)
 {
-    (void)p_levels;
+    (void)p_qmax;
     weigh_values(v, tile, r, in_256ths);
 }
 
@@ -128,7 +128,7 @@ static bool similar_upstream(const sparge_ref_summary *s, float theta)
 static void select_upstream(const sparge_ref_row *row, uint32_t *kept)
 {
     sparge_ref_keep_mass(row, 1, kept);
-    sparge_ref_keep_best(row, (int64_t)(row->knobs->topk * (float)row->blocks), kept);
+    sparge_ref_keep_best(row, (int64_t)(row->thresholds->topk * (float)row->blocks), kept);
     sparge_ref_keep_dissimilar(row, kept);
     sparge_ref_keep_sink(row, kept);
 }
@@ -140,25 +140,27 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
         .select = sparge_ref_select,
         .score = sparge_ref_score,
         .weigh = sparge_ref_weigh,
-        .qk_levels = 127,
-        .p_levels = 127,
-        .v_levels = 127,
-        .predict_scale = o->scale,
+        .qk_qmax = 127,
+        .p_qmax = 127,
+        .v_qmax = 127,
+        .predict_scale = o->softmax_scale,
     };
-    if (o->qk == SPARGE_INT12)
-        mode.qk_levels = 2047;
-    if (o->qk == SPARGE_FLOAT) {
-        mode.qk_levels = 0;
+    if (o->qk_dtype == SPARGE_INT12)
+        mode.qk_qmax = 2047;
+    if (o->qk_dtype == SPARGE_F32) {
+        mode.qk_qmax = 0;
         mode.score = score_float;
     }
-    if (o->pv == SPARGE_INT12)
-        mode.p_levels = mode.v_levels = 4095;
-    if (o->pv == SPARGE_FLOAT || o->pv == SPARGE_HALF || o->pv == SPARGE_FP8) {
-        mode.p_levels = mode.v_levels = 0;
-        mode.weigh = o->pv == SPARGE_HALF  ? weigh_half
-                     : o->pv == SPARGE_FP8 ? weigh_fp8
-                                           : weigh_float;
-        mode.narrow = o->pv == SPARGE_HALF ? narrow_half : o->pv == SPARGE_FP8 ? narrow_fp8 : NULL;
+    if (o->pv_dtype == SPARGE_INT12)
+        mode.p_qmax = mode.v_qmax = 4095;
+    if (o->pv_dtype == SPARGE_F32 || o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8) {
+        mode.p_qmax = mode.v_qmax = 0;
+        mode.weigh = o->pv_dtype == SPARGE_F16   ? weigh_half
+                     : o->pv_dtype == SPARGE_FP8 ? weigh_fp8
+                                                 : weigh_float;
+        mode.narrow = o->pv_dtype == SPARGE_F16   ? narrow_half
+                      : o->pv_dtype == SPARGE_FP8 ? narrow_fp8
+                                                  : NULL;
     }
     if (o->rules != SPARGE_RULES_DEFAULT)
         mode.predict_scale = 1.0f / sqrtf((float)p->dim);
@@ -170,7 +172,7 @@ sparge_ref_mode sparge_ref_mode_of(const sparge_problem *p, const sparge_options
     if (o->rules == SPARGE_RULES_UPSTREAM) {
         mode.similar = similar_upstream;
         mode.select = select_upstream;
-        mode.slack = o->qk == SPARGE_INT8 ? 1e-7f : 0.0f;
+        mode.slack = o->qk_dtype == SPARGE_INT8 ? 1e-7f : 0.0f;
         mode.never_skip = o->block_q > o->block_k ? 2 : 1;
     }
     return mode;

@@ -2,7 +2,7 @@
  * the real inputs or over the codes of Sec 3.2, the judge of every backend.
  *
  * It shares no code with what it judges. Only what defines the codes (mean key, k minus that mean,
- * steps, quotients) is f32. Non-finite inputs need no rule of their own: dequantise() makes them
+ * steps, quotients) is f32. Non-finite inputs need no rule of their own: dequantize() makes them
  * NaN, and NaN reaches exactly the results in which a kept and visible element has a part.
  */
 #include "ref/oracle.h"
@@ -33,7 +33,7 @@ typedef struct work {
     const sparge_mask *mask; /* NULL: dense */
     rule qk, pv;
     bool smooth; /* are the keys used here k - mean? */
-    double scale;
+    double softmax_scale;
     int64_t q_blocks, k_blocks;
     float *block;   /* [rows][channels] one block of q, k or v as it came */
     float *mean;    /* [dim] of the keys of one kv head; 0 where they are not smoothed */
@@ -78,7 +78,7 @@ static double nearest(double x, rule r)
 }
 
 /* What the codes of x[0], x[stride], ... stand for; they share one step (Sec 3.2). */
-static void dequantise(double *to, const float *x, int64_t count, int64_t stride, rule r)
+static void dequantize(double *to, const float *x, int64_t count, int64_t stride, rule r)
 {
     float top = 0.0f;
     for (int64_t n = 0; n < count * stride; n += stride)
@@ -129,7 +129,7 @@ static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t c = 0; c < p->dim; c++)
                 w->block[r * p->dim + c] = element(&p->k, b, g, first + r, c) - w->mean[c];
-        dequantise(w->k + first * p->dim, w->block, rows * p->dim, 1, w->qk);
+        dequantize(w->k + first * p->dim, w->block, rows * p->dim, 1, w->qk);
     }
     for (int64_t first = 0; needs_v && first < p->k_len; first += w->v_rows) {
         const int64_t rows = least(w->v_rows, p->k_len - first);
@@ -137,7 +137,7 @@ static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
             for (int64_t c = 0; c < p->dim_v; c++)
                 w->block[r * p->dim_v + c] = element(&p->v, b, g, first + r, c);
         for (int64_t c = 0; c < p->dim_v; c++)
-            dequantise(w->v + first * p->dim_v + c, w->block + c, rows, p->dim_v, w->pv);
+            dequantize(w->v + first * p->dim_v + c, w->block + c, rows, p->dim_v, w->pv);
     }
 }
 
@@ -158,7 +158,7 @@ static void attend(const work *w, int64_t b, int64_t h, int64_t i, double *o, do
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < dim; c++)
             w->block[r * dim + c] = element(&p->q, b, h, first + r, c);
-    dequantise(w->q, w->block, rows * dim, 1, w->qk);
+    dequantize(w->q, w->block, rows * dim, 1, w->qk);
     int64_t all = 0;
     for (int64_t t = 0; t < p->k_len; t++)
         if (kept(w->mask, b, h, i, t / block_k))
@@ -179,13 +179,13 @@ static void attend(const work *w, int64_t b, int64_t h, int64_t i, double *o, do
             double dot = 0.0;
             for (int64_t c = 0; c < dim; c++)
                 dot += w->q[r * dim + c] * w->k[w->key[n] * dim + c];
-            w->weight[n] = w->scale * dot;
+            w->weight[n] = w->softmax_scale * dot;
             top = fmax(top, w->weight[n]);
         }
         for (int64_t n = 0; n < keys; n++)
             sum += w->weight[n] = exp(w->weight[n] - top);
         for (int64_t c = 0; w->smooth && c < dim; c++) /* smoothing took this from every score */
-            lost += w->scale * (double)w->block[r * dim + c] * (double)w->mean[c];
+            lost += w->softmax_scale * (double)w->block[r * dim + c] * (double)w->mean[c];
         if (lse)
             lse[r] = keys > 0 ? top + log(sum) + lost : -INFINITY;
 
@@ -213,20 +213,23 @@ sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_opti
     w.k_blocks = (k_len + block_k - 1) / block_k;
     if (mode == SPARGE_ORACLE_CODES) {
         const bool upstream = options->rules == SPARGE_RULES_UPSTREAM;
-        if (options->qk != SPARGE_FLOAT) /* to real scores smoothing makes no difference */
-            w.qk = options->qk == SPARGE_INT12 ? int12_of_qk : upstream ? int8_of_upstream : int8;
-        switch (options->pv) {
+        if (options->qk_dtype != SPARGE_F32) /* to real scores smoothing makes no difference */
+            w.qk = options->qk_dtype == SPARGE_INT12 ? int12_of_qk
+                   : upstream                        ? int8_of_upstream
+                                                     : int8;
+        switch (options->pv_dtype) {
         case SPARGE_INT8:
         case SPARGE_FASTEST: w.pv = int8; break;
         case SPARGE_INT12: w.pv = int12_of_pv; break;
-        case SPARGE_HALF: w.pv = binary16; break;
+        case SPARGE_F16: w.pv = binary16; break;
         case SPARGE_FP8: w.pv = e4m3; break;
-        case SPARGE_FLOAT: break;
+        default: break;
         }
-        w.smooth = options->smooth_k && options->qk != SPARGE_FLOAT;
+        w.smooth = options->smooth_k && options->qk_dtype != SPARGE_F32;
     }
     w.v_rows = w.pv.by_head ? k_len : block_k;
-    w.scale = (double)(options->scale > 0.0f ? options->scale : 1.0f / sqrtf((float)dim));
+    w.softmax_scale =
+        (double)(options->softmax_scale > 0.0f ? options->softmax_scale : 1.0f / sqrtf((float)dim));
 
     sparge_status status = SPARGE_OK;
     const size_t keys = (size_t)k_len + 1; /* one more than needed: calloc(0) may be NULL */

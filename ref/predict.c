@@ -36,12 +36,12 @@ static void keep(const sparge_ref_row *row, int64_t j, sparge_reason why, uint32
 /* TopCdf: the most probable blocks while their mass stays within tau, and at least so many. */
 void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *kept)
 {
-    if (row->knobs->tau == SPARGE_OFF)
+    if (row->thresholds->tau == SPARGE_OFF)
         return;
     uint64_t total = 0, prefix = 0;
     for (int64_t n = 0; n < row->finite; n++)
         total += sparge_ref_mass(row, n);
-    const double limit = (double)row->knobs->tau * (double)total;
+    const double limit = (double)row->thresholds->tau * (double)total;
     for (int64_t n = 0; n < row->finite; n++) {
         prefix += sparge_ref_mass(row, n);
         if (n >= least && !((double)prefix <= limit))
@@ -53,12 +53,12 @@ void sparge_ref_keep_mass(const sparge_ref_row *row, int64_t least, uint32_t *ke
 /* The share `topk` of the visible blocks; the addend makes 0.7f of 10 seven. */
 int64_t sparge_ref_topk(const sparge_ref_row *row)
 {
-    return (int64_t)floor((double)row->knobs->topk * (double)row->visible + 1e-5);
+    return (int64_t)floor((double)row->thresholds->topk * (double)row->visible + 1e-5);
 }
 
 void sparge_ref_keep_best(const sparge_ref_row *row, int64_t count, uint32_t *kept)
 {
-    if (row->knobs->topk == SPARGE_OFF)
+    if (row->thresholds->topk == SPARGE_OFF)
         return;
     for (int64_t n = 0; n < row->finite && n < sparge_max(1, count); n++)
         keep(row, row->order[n].block, SPARGE_KEPT_TOPK, kept);
@@ -113,18 +113,19 @@ void sparge_ref_summarize_keys(const sparge_ref_predictor *w, int64_t b, int64_t
         const int64_t rows = sparge_block_rows(g->k_len, g->block_k, j);
         sparge_ref_load(&p->k, b, kv, j * g->block_k, rows, p->dim, w->mean, w->x, w->bad);
         w->summary_k[j] = sparge_ref_summarize(w->x, w->bad, rows, g->block_k, p->dim,
-                                               &w->pool_k[j * p->dim], w->unit);
-        sparge_ref_record(w->trace->sim_k, at * g->k_blocks + j, &w->summary_k[j].sim, 1, 4);
+                                               &w->k_pool[j * p->dim], w->unit);
+        sparge_ref_record(w->intermediates->k_sim, at * g->k_blocks + j, &w->summary_k[j].sim, 1,
+                          4);
     }
-    sparge_ref_record(w->trace->pool_k, at, w->pool_k, g->k_blocks * p->dim, 4);
+    sparge_ref_record(w->intermediates->k_pool, at, w->k_pool, g->k_blocks * p->dim, 4);
     if (w->mean)
-        sparge_ref_record(w->trace->mean_k, at, w->mean, p->dim, 4);
+        sparge_ref_record(w->intermediates->k_mean, at, w->mean, p->dim, 4);
 }
 
 sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options *o, int64_t i)
 {
     sparge_ref_row row = {
-        .visible = sparge_blocks_seen(g, i), .blocks = g->k_blocks, .sink = o->sink};
+        .visible = sparge_blocks_visible(g, i), .blocks = g->k_blocks, .sink = o->sink};
     if (o->causal != SPARGE_CAUSAL_NONE) {
         row.diagonal = sparge_max(0, sparge_last_key(g, i * g->block_q)) / g->block_k;
         row.diagonal_end = row.visible;
@@ -132,18 +133,18 @@ sparge_ref_row sparge_ref_row_of(const sparge_geometry *g, const sparge_options 
     return row;
 }
 
-/* Line 5: S[i,:]; `at` is its place in the traces. */
+/* Line 5: S[i,:]; `at` is its place in the intermediates. */
 static void score_row(const sparge_ref_predictor *w, int64_t visible, int64_t at)
 {
     const int64_t dim = w->p->dim;
     for (int64_t j = 0; j < w->g.k_blocks; j++)
         w->s[j] = j < visible
-                      ? w->mode.predict_scale * sparge_dot(w->pool, &w->pool_k[j * dim], dim) + 0.0f
+                      ? w->mode.predict_scale * sparge_dot(w->pool, &w->k_pool[j * dim], dim) + 0.0f
                       : -INFINITY; /* a score of 0 has no sign */
-    sparge_ref_record(w->trace->s_all, at, w->s, w->g.k_blocks, 4);
+    sparge_ref_record(w->intermediates->s_all, at, w->s, w->g.k_blocks, 4);
     for (int64_t j = 0; j < visible; j++)
         w->s[j] = w->similar_k[j] ? w->s[j] : -INFINITY;
-    sparge_ref_record(w->trace->s, at, w->s, w->g.k_blocks, 4);
+    sparge_ref_record(w->intermediates->s, at, w->s, w->g.k_blocks, 4);
 }
 
 void sparge_ref_rank(sparge_ref_row *row)
@@ -166,20 +167,20 @@ void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h,
     const sparge_ref_summary q =
         sparge_ref_summarize(w->x, w->bad, rows, g->block_q, p->dim, w->pool, w->unit);
 
-    const sparge_knobs *knobs = sparge_ref_knobs(w->o, h);
+    const sparge_thresholds *thresholds = sparge_ref_thresholds(w->o, h);
     sparge_ref_row row = sparge_ref_row_of(g, w->o, i);
     row.s = w->s;
     row.k_similar = w->similar_k;
-    row.q_similar = w->mode.similar(&q, knobs->theta);
-    row.knobs = knobs;
+    row.q_similar = w->mode.similar(&q, thresholds->theta);
+    row.thresholds = thresholds;
     row.order = w->order;
     const int64_t at = (b * p->heads + h) * g->q_blocks + i;
-    if (w->trace->why)
-        row.why = memset(w->trace->why + at * g->k_blocks, 0, (size_t)g->k_blocks);
+    if (w->intermediates->why)
+        row.why = memset(w->intermediates->why + at * g->k_blocks, 0, (size_t)g->k_blocks);
     score_row(w, row.visible, at);
     sparge_ref_rank(&row);
     w->mode.select(&row, kept);
 
-    sparge_ref_record(w->trace->pool_q, at, w->pool, p->dim, 4);
-    sparge_ref_record(w->trace->sim_q, at, &q.sim, 1, 4);
+    sparge_ref_record(w->intermediates->q_pool, at, w->pool, p->dim, 4);
+    sparge_ref_record(w->intermediates->q_sim, at, &q.sim, 1, 4);
 }

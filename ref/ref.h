@@ -2,8 +2,8 @@
  *
  * The order to read in: block.c (what is done to one block), predict.c (stage 1), attend.c (stage
  * 2). Beside them stand modes.c (everything that is not the default) and driver.c (memory, loops
- * over heads, counters, traces: nothing of the algorithm). The letters are the paper's: query block
- * i, key block j; row r and key t of a block; channel c; batch b and head h. */
+ * over heads, counters, intermediates: nothing of the algorithm). The letters are the paper's:
+ * query block i, key block j; row r and key t of a block; channel c; batch b and head h. */
 #ifndef SPARGE_REF_REF_H
 #define SPARGE_REF_REF_H
 
@@ -15,7 +15,7 @@
  */
 
 sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *o,
-                                 sparge_mask *mask, const sparge_trace *trace);
+                                 sparge_mask *mask, const sparge_intermediates *intermediates);
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result);
 sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o,
@@ -25,9 +25,9 @@ sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options
 double sparge_ref_seconds(void); /* since some moment; never runs backwards */
 
 /* The thresholds of one query head. */
-static inline const sparge_knobs *sparge_ref_knobs(const sparge_options *o, int64_t h)
+static inline const sparge_thresholds *sparge_ref_thresholds(const sparge_options *o, int64_t h)
 {
-    return o->per_head ? &o->per_head[h] : &o->knobs;
+    return o->per_head ? &o->per_head[h] : &o->thresholds;
 }
 
 /* ---- block.c: one block ------------------------------------------------------------------- */
@@ -54,9 +54,9 @@ typedef struct sparge_ref_summary {
 sparge_ref_summary sparge_ref_summarize(const float *x, const bool *bad, int64_t rows,
                                         int64_t block, int64_t dim, float *pool, float *unit);
 
-/* n elements, `stride` apart, to codes in [-levels, levels] at the same places; returns the step,
- * max|x| / levels + slack. */
-float sparge_ref_quantize(const float *x, int64_t n, int64_t stride, int levels, float slack,
+/* n elements, `stride` apart, to codes in [-qmax, qmax] at the same places; returns the step,
+ * max|x| / qmax + slack. */
+float sparge_ref_quantize(const float *x, int64_t n, int64_t stride, int qmax, float slack,
                           int16_t *code);
 
 /* ---- What modes.c may replace -------------------------------------------------------------- */
@@ -74,18 +74,18 @@ typedef struct sparge_ref_row {
     const bool *k_similar;   /* [visible] */
     bool q_similar;
     int64_t diagonal, diagonal_end; /* blocks of the last visible keys: [diagonal, diagonal_end) */
-    const sparge_knobs *knobs;
+    const sparge_thresholds *thresholds;
     bool sink;
     sparge_ref_scored *order; /* [finite] best first; equal ones by block */
     int64_t finite;
     uint8_t *why; /* [visible] gathers the bits of sparge_reason, or NULL */
 } sparge_ref_row;
 
-/* Q, K or V of one head as stage 2 reads it: codes and steps, or values where nothing is quantised.
+/* Q, K or V of one head as stage 2 reads it: codes and steps, or values where nothing is quantized.
  */
 typedef struct sparge_ref_operand {
     int64_t dim, block;
-    int levels;      /* codes are in [-levels, levels]; 0: values, not codes */
+    int qmax;        /* codes are in [-qmax, qmax]; 0: values, not codes */
     float slack;     /* added to every step */
     bool by_channel; /* a step for each channel of a block, as V has, instead of one */
     int16_t *code;   /* [tokens][dim] */
@@ -99,7 +99,7 @@ typedef struct sparge_ref_tile {
     int64_t first_q, first_k; /* tokens */
     int64_t rows, keys;       /* real rows of Q_i and of K_j */
     float *s;                 /* [rows][keys] scores in units of c */
-    float c;                  /* to log2 units: step_q * step_k * scale * log2 e */
+    float c;                  /* to log2 units: q_scale * k_scale * scale * log2 e */
     int64_t *seen;            /* [rows] keys of block j that the row may see: the first ones */
     float *most;              /* [rows] the largest visible s; -inf where nothing is seen */
     float *local;             /* [rows] m_local: the same in log2 units */
@@ -114,14 +114,14 @@ typedef struct sparge_ref_mode {
     bool (*similar)(const sparge_ref_summary *, float theta);
     void (*select)(const sparge_ref_row *, uint32_t *kept); /* kept arrives empty */
     void (*score)(const sparge_ref_operand *q, const sparge_ref_operand *k, sparge_ref_tile *);
-    /* Folds row r of a tile into m, l and o. p_levels: codes of P are 0 .. p_levels. */
-    void (*weigh)(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *, int64_t r);
+    /* Folds row r of a tile into m, l and o. p_qmax: codes of P are 0 .. p_qmax. */
+    void (*weigh)(const sparge_ref_operand *v, int p_qmax, sparge_ref_tile *, int64_t r);
     void (*skipped)(sparge_ref_tile *, int64_t r); /* what a skipped row still does, or NULL */
     /* Rounds one head of V, in values, as its precision has it, or NULL. */
     void (*narrow)(const sparge_ref_operand *v, int64_t tokens, float *unit);
-    int qk_levels, p_levels, v_levels; /* 0: not quantised */
-    float slack;                       /* added to the steps of Q and K */
-    int64_t never_skip;                /* so many last kept blocks ignore lambda */
+    int qk_qmax, p_qmax, v_qmax; /* 0: not quantized */
+    float slack;                 /* added to the steps of Q and K */
+    int64_t never_skip;          /* so many last kept blocks ignore lambda */
     float predict_scale;
 } sparge_ref_mode;
 
@@ -147,6 +147,6 @@ void sparge_ref_keep_dissimilar(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_diagonal(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_sink(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_score(const sparge_ref_operand *q, const sparge_ref_operand *k, sparge_ref_tile *);
-void sparge_ref_weigh(const sparge_ref_operand *v, int p_levels, sparge_ref_tile *, int64_t r);
+void sparge_ref_weigh(const sparge_ref_operand *v, int p_qmax, sparge_ref_tile *, int64_t r);
 
 #endif

@@ -9,10 +9,10 @@
 typedef struct sparge_ref_predictor {
     const sparge_problem *p;
     const sparge_options *o;
-    const sparge_trace *trace;
+    const sparge_intermediates *intermediates;
     sparge_geometry g;
     sparge_ref_mode mode;
-    float *pool_k;                 /* [k_blocks][dim] */
+    float *k_pool;                 /* [k_blocks][dim] */
     sparge_ref_summary *summary_k; /* [k_blocks] */
     bool *similar_k;               /* [k_blocks], under the theta of one query head */
     float *x, *pool, *unit, *mean; /* a block; its pooled row and unit sum; the mean key, or NULL */

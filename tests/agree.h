@@ -1,5 +1,6 @@
 /* agree.h: one question to the reference and to the cpu backend, on every instruction set that is
- * here: masks, traces, counters, o and lse, bit for bit. For cpu.c and fuzz/differential.c. */
+ * here: masks, intermediates, counters, o and lse, bit for bit. For cpu.c and fuzz/differential.c.
+ */
 #ifndef SPARGE_TESTS_AGREE_H
 #define SPARGE_TESTS_AGREE_H
 

@@ -222,13 +222,13 @@ Test(api, attention_checks_everything_before_it_predicts)
     a.result.o.data = NULL;
     refused(ATTENTION, a, SPARGE_ERR_ARGUMENT, "result.o.data is NULL");
     a = question();
-    a.result.o.dtype = (sparge_dtype)3;
+    a.result.o.dtype = SPARGE_FP8;
     refused(ATTENTION, a, SPARGE_ERR_ARGUMENT, "result.o.dtype is 3");
     a = question();
     a.p.v.data = NULL;
     refused(ATTENTION, a, SPARGE_ERR_ARGUMENT, "v.data is NULL");
     a = question();
-    a.p.v.dtype = (sparge_dtype)3;
+    a.p.v.dtype = SPARGE_FP8;
     refused(ATTENTION, a, SPARGE_ERR_ARGUMENT, "v.dtype is 3");
     a = question();
     a.p.dim_v = 0;
@@ -258,7 +258,7 @@ Test(api, oracle_without_o_ignores_v)
     asked a = question();
     double want[ROWS];
     a.p.v.data = NULL;
-    a.p.v.dtype = (sparge_dtype)3;
+    a.p.v.dtype = SPARGE_FP8;
     a.oracle_o = NULL;
     accepted(ORACLE, a, "no v");
     memcpy(want, out.oracle_lse, sizeof want);
@@ -345,7 +345,7 @@ Test(api, heads_that_do_not_divide)
 Test(api, types_out_of_range)
 {
     asked a = question();
-    a.p.q.dtype = (sparge_dtype)3;
+    a.p.q.dtype = SPARGE_FP8;
     refused(ALL, a, SPARGE_ERR_ARGUMENT, "q.dtype is 3");
     a = question();
     a.p.k.dtype = (sparge_dtype)17;
@@ -354,7 +354,7 @@ Test(api, types_out_of_range)
     a.p.v.dtype = (sparge_dtype)-1;
     refused(ATTEND | ORACLE, a, SPARGE_ERR_ARGUMENT, "v.dtype is -1");
     a = question();
-    a.result.o.dtype = (sparge_dtype)3;
+    a.result.o.dtype = SPARGE_FP8;
     refused(ATTEND, a, SPARGE_ERR_ARGUMENT, "result.o.dtype is 3");
 }
 
@@ -417,7 +417,7 @@ Test(api, empty_problems_of_huge_sizes)
                 a.p.dim = 256;
                 a.p.dim_v = table[n].dim_v;
                 a.o.block_q = a.o.block_k = block;
-                a.o.scale = 1;
+                a.o.softmax_scale = 1;
                 a.m.q_blocks = blocks(a.p.q_len, block);
                 a.m.k_blocks = blocks(a.p.k_len, block);
                 a.m.words = blocks(a.m.k_blocks, 32);
@@ -467,13 +467,17 @@ Test(api, options_out_of_range)
         {"block_k is 1025, ", offsetof(sparge_options, block_k), 1025, 8},
         {"skip_rows is -1, ", offsetof(sparge_options, skip_rows), -1, 8},
         {"causal is 3, it must be in [0, 2]", offsetof(sparge_options, causal), 3, 4},
-        {"qk is 3, it must be in [0, 2]", offsetof(sparge_options, qk), 3, 4},
-        {"qk is 4, ", offsetof(sparge_options, qk), SPARGE_FP8, 4},
-        {"qk is 5, ", offsetof(sparge_options, qk), SPARGE_FASTEST, 4},
-        {"pv is 6, it must be in [0, 5]", offsetof(sparge_options, pv), 6, 4},
+        {"qk_dtype is f16 (1), it must be int8, int12 or f32", offsetof(sparge_options, qk_dtype),
+         SPARGE_F16, 4},
+        {"qk_dtype is fp8 (3), ", offsetof(sparge_options, qk_dtype), SPARGE_FP8, 4},
+        {"qk_dtype is unknown dtype (7), ", offsetof(sparge_options, qk_dtype), 7, 4},
+        {"qk_dtype is fastest (6), ", offsetof(sparge_options, qk_dtype), SPARGE_FASTEST, 4},
+        {"pv_dtype is unknown dtype (7), it must be int8, ", offsetof(sparge_options, pv_dtype), 7,
+         4},
+        {"pv_dtype is bf16 (2), ", offsetof(sparge_options, pv_dtype), SPARGE_BF16, 4},
         {"rules is 3, it must be in [0, 2]", offsetof(sparge_options, rules), 3, 4},
-        {"rung is 6, it must be in [0, 5]", offsetof(sparge_options, rung), 6, 4},
-        {"rung is -1, ", offsetof(sparge_options, rung), -1, 4},
+        {"kernel is 6, it must be in [0, 5]", offsetof(sparge_options, kernel), 6, 4},
+        {"kernel is -1, ", offsetof(sparge_options, kernel), -1, 4},
     };
     cr_assert(sizeof(sparge_backend) == 4 && sizeof(int) == 4);
     for (int64_t n = 0; n < COUNT(table); n++) {
@@ -485,39 +489,39 @@ Test(api, options_out_of_range)
     a.o.causal = (sparge_causal)-1;
     refused(ALL, a, SPARGE_ERR_ARGUMENT, "causal is ");
     a = question();
-    a.o.pv = SPARGE_INT12;
+    a.o.pv_dtype = SPARGE_INT12;
     a.o.block_k = 129;
-    refused(ALL, a, SPARGE_ERR_ARGUMENT, "block_k is 129, with pv int12");
+    refused(ALL, a, SPARGE_ERR_ARGUMENT, "block_k is 129, with pv_dtype int12");
 }
 
 Test(api, scales_that_are_not)
 {
     const struct {
-        float scale;
+        float softmax_scale;
         const char *sentence;
     } table[] = {
-        {-1, "scale is -1, "},
-        {NAN, "scale is "},
-        {INFINITY, "scale is inf, "},
-        {-INFINITY, "scale is -inf, "},
-        {-0x1p-149f, "scale is -1.4013e-45, "},
+        {-1, "softmax_scale is -1, "},
+        {NAN, "softmax_scale is "},
+        {INFINITY, "softmax_scale is inf, "},
+        {-INFINITY, "softmax_scale is -inf, "},
+        {-0x1p-149f, "softmax_scale is -1.4013e-45, "},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
-        a.o.scale = table[n].scale;
+        a.o.softmax_scale = table[n].softmax_scale;
         refused(ALL, a, SPARGE_ERR_ARGUMENT, table[n].sentence);
     }
     asked a = question();
-    a.o.scale = 0x1p-149f;
+    a.o.softmax_scale = 0x1p-149f;
     accepted(ALL, a, "the smallest scale");
 }
 
 Test(api, thresholds_out_of_range)
 {
     enum { LAST = HEADS - 1 };
-    const sparge_knobs sound_ones = {0.6f, 0.98f, SPARGE_OFF, -INFINITY};
+    const sparge_thresholds sound_ones = {0.6f, 0.98f, SPARGE_OFF, -INFINITY};
     const struct {
-        sparge_knobs knobs;
+        sparge_thresholds thresholds;
         const char *name, *value;
     } table[] = {
         {{1.5f, 0.9f, 0.5f, -1}, "theta", "1.5"},
@@ -542,25 +546,25 @@ Test(api, thresholds_out_of_range)
                                    ? check_text("%s is %s", table[n].name, table[n].value)
                                    : "tau and topk are both off";
         asked a = question();
-        a.o.knobs = table[n].knobs;
+        a.o.thresholds = table[n].thresholds;
         refused(ALL, a, SPARGE_ERR_ARGUMENT, sentence);
-        sparge_knobs heads[HEADS] = {sound_ones, sound_ones, sound_ones, table[n].knobs};
+        sparge_thresholds heads[HEADS] = {sound_ones, sound_ones, sound_ones, table[n].thresholds};
         a.o.per_head = heads;
-        a.o.knobs = sound_ones;
+        a.o.thresholds = sound_ones;
         refused(ALL, a, SPARGE_ERR_ARGUMENT, sentence);
         point(&a);
         sparge_error error;
         sparge_predict(&a.p, &a.o, &a.m, NULL, &error);
         check(strstr(error.text, check_text("per_head[%d]", LAST)), "it says \"%s\"", error.text);
         heads[LAST] = sound_ones;
-        a.o.knobs = table[n].knobs;
+        a.o.thresholds = table[n].thresholds;
         accepted(ALL, a, "the thresholds of all heads are not read when each has its own");
     }
 }
 
 Test(api, thresholds_at_their_limits)
 {
-    const sparge_knobs table[] = {
+    const sparge_thresholds table[] = {
         {-1, 0, 0, 0},
         {1, 1, 1, -INFINITY},
         {0, SPARGE_OFF, 0, -3e38f},
@@ -568,7 +572,7 @@ Test(api, thresholds_at_their_limits)
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
-        a.o.knobs = table[n];
+        a.o.thresholds = table[n];
         accepted(ALL, a, check_text("limits %lld", (long long)n));
     }
 }
@@ -621,13 +625,15 @@ Test(api, cuda_without_a_device)
     a.result.head_counts = NULL;
     a.result.lse = NULL;
     refused_by_cuda(a);
-    for (int rung = 1; rung <= 5; rung++) {
-        a.o.rung = rung;
+    for (int kernel = 1; kernel <= 5; kernel++) {
+        a.o.kernel = kernel;
         refused_by_cuda(a);
     }
     a = question();
-    for (int pv = SPARGE_INT8; pv <= SPARGE_FASTEST; pv++) {
-        a.o.pv = (sparge_precision)pv;
+    for (int pv = SPARGE_F32; pv <= SPARGE_FASTEST; pv++) {
+        if (pv == SPARGE_BF16)
+            continue;
+        a.o.pv_dtype = (sparge_dtype)pv;
         refused_by_cuda(a);
     }
     a = question();
@@ -650,9 +656,9 @@ Test(api, rungs_are_of_cuda)
     for (int64_t n = 0; n < COUNT(backend); n++) {
         asked a = question();
         a.o.backend = backend[n];
-        a.o.rung = 1 + (int)n;
+        a.o.kernel = 1 + (int)n;
         refused(STAGES, a, SPARGE_ERR_ARGUMENT,
-                check_text("rung is %d, which is of the cuda backend: backend is %s", a.o.rung,
+                check_text("kernel is %d, which is of the cuda backend: backend is %s", a.o.kernel,
                            sparge_backend_string(backend[n])));
     }
 }
@@ -711,7 +717,7 @@ Test(api, workspace_of_a_problem)
     for (sparge_backend backend = SPARGE_AUTO; backend <= SPARGE_CUDA; backend++) {
         check_case("the options say %s", sparge_backend_string(backend));
         a.o.backend = backend;
-        a.o.rung = 1;
+        a.o.kernel = 1;
         const sparge_status status =
             sparge_workspace_bytes(&a.p, &a.o, backend % 2, &bytes, &error);
         check(status == (available ? SPARGE_OK : SPARGE_ERR_UNSUPPORTED) &&
@@ -738,26 +744,27 @@ Test(api, workspace_of_a_problem)
 Test(api, precisions_and_the_backends_that_have_them)
 {
     float int8[ROWS * DIM_V];
-    for (int pv = SPARGE_INT8; pv <= SPARGE_FASTEST; pv++)
+    for (int n = 0; n <= COUNT(precisions); n++)
         for (sparge_backend backend = SPARGE_AUTO; backend <= SPARGE_CPU; backend++) {
-            const bool narrow = pv == SPARGE_HALF || pv == SPARGE_FP8;
+            const sparge_dtype pv = n < COUNT(precisions) ? precisions[n] : SPARGE_FASTEST;
+            const bool narrow = pv == SPARGE_F16 || pv == SPARGE_FP8;
             asked a = question();
-            a.o.pv = (sparge_precision)pv;
+            a.o.pv_dtype = pv;
             a.o.backend = backend;
             if (narrow && backend == SPARGE_CPU) {
-                refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
-                        check_text("pv is %s, which the cpu backend",
-                                   pv == SPARGE_HALF ? "HALF" : "FP8"));
+                refused(
+                    STAGES, a, SPARGE_ERR_UNSUPPORTED,
+                    check_text("pv_dtype is %s, which the cpu backend", sparge_dtype_string(pv)));
                 continue;
             }
-            a.result.pv = (sparge_precision)77;
-            a.result.rung = 77;
-            check_case("pv %d on %s", pv, sparge_backend_string(backend));
+            a.result.pv_dtype = (sparge_dtype)77;
+            a.result.kernel = 77;
+            check_case("pv %s on %s", sparge_dtype_string(pv), sparge_backend_string(backend));
             check(sparge_attention(&a.p, &a.o, &a.result, NULL) == SPARGE_OK, "refused");
             check_equal(a.result.backend,
                         narrow || backend == SPARGE_REF ? SPARGE_REF : SPARGE_CPU);
-            check_equal(a.result.pv, pv == SPARGE_FASTEST ? SPARGE_INT8 : (sparge_precision)pv);
-            check_equal(a.result.rung, 0);
+            check_equal(a.result.pv_dtype, pv == SPARGE_FASTEST ? SPARGE_INT8 : pv);
+            check_equal(a.result.kernel, 0);
             if (pv == SPARGE_INT8)
                 memcpy(int8, out.o, sizeof int8);
             check((pv == SPARGE_INT8 || pv == SPARGE_FASTEST) == !memcmp(out.o, int8, sizeof int8),
@@ -766,8 +773,8 @@ Test(api, precisions_and_the_backends_that_have_them)
     asked a = question(); /* AUTO with a named instruction set is the cpu backend */
     a.o.backend = SPARGE_AUTO;
     a.o.isa = SPARGE_ISA_AVX2;
-    a.o.pv = SPARGE_FP8;
-    refused(STAGES, a, SPARGE_ERR_UNSUPPORTED, "pv is FP8, which the cpu backend");
+    a.o.pv_dtype = SPARGE_FP8;
+    refused(STAGES, a, SPARGE_ERR_UNSUPPORTED, "pv_dtype is fp8, which the cpu backend");
 }
 
 Test(api, backends_that_are_not_built)
@@ -846,21 +853,21 @@ Test(api, defaults)
         check_equal(o.block_k, 64);
         check_equal(o.skip_rows, 0);
         check_equal(o.causal, SPARGE_CAUSAL_NONE);
-        check_equal(o.qk, SPARGE_INT8);
-        check_equal(o.pv, SPARGE_INT8);
-        check_equal(o.scale, 0.0f);
+        check_equal(o.qk_dtype, SPARGE_INT8);
+        check_equal(o.pv_dtype, SPARGE_INT8);
+        check_equal(o.softmax_scale, 0.0f);
         check_equal(o.smooth_k, true);
         check_equal(o.sink, false);
         check_equal(o.rules, (sparge_rules)rules);
-        check_equal(o.knobs.theta, 0.6f);
-        check_equal(o.knobs.tau, 0.98f);
-        check_equal(o.knobs.topk, -1.0f);
-        check_equal(o.rung, 0);
+        check_equal(o.thresholds.theta, 0.6f);
+        check_equal(o.thresholds.tau, 0.98f);
+        check_equal(o.thresholds.topk, -1.0f);
+        check_equal(o.kernel, 0);
         check(!o.stream && !o.workspace && !o.workspace_bytes, "something of a device is set");
         if (rules == SPARGE_RULES_UPSTREAM) /* 50 in log2 units */
-            check_close(o.knobs.lambda, -50 / 1.4426950408889634, 1e-5);
+            check_close(o.thresholds.lambda, -50 / 1.4426950408889634, 1e-5);
         else
-            check_equal(o.knobs.lambda, -INFINITY);
+            check_equal(o.thresholds.lambda, -INFINITY);
         check(!o.per_head && !o.progress && !o.user, "a pointer is set");
     }
     cr_assert_eq(SPARGE_OFF, -1.0f);
@@ -883,15 +890,15 @@ Test(api, zero_stands_for_the_default)
     problem_write(&x);
     x.o.block_q = 98;
     x.o.block_k = 8;
-    x.o.knobs.lambda = -3;
+    x.o.thresholds.lambda = -3;
     for (int n = 0; n < 3; n++) {
         check_case("rules %d", (int)rules[n]);
         x.o.rules = rules[n];
         x.o.skip_rows = 0;
-        x.o.scale = 0;
+        x.o.softmax_scale = 0;
         answer by_default = attend(&x);
         x.o.skip_rows = rows[n];
-        x.o.scale = 0.25f;
+        x.o.softmax_scale = 0.25f;
         answer spelled = attend(&x);
         same_answer(&by_default, &spelled);
         check_equal(by_default.result.counts.pv_done, spelled.result.counts.pv_done);
@@ -923,7 +930,7 @@ Test(api, options_as_resolved)
         asked a = question();
         a.o.backend = SPARGE_AUTO;
         a.o.rules = table[n].rules;
-        a.o.pv = SPARGE_FASTEST;
+        a.o.pv_dtype = SPARGE_FASTEST;
         sparge_error error = {"poison"};
         check(sparge_options_resolve(&a.p, &a.o, &error) == SPARGE_OK && !error.text[0], "%s",
               error.text);
@@ -932,19 +939,19 @@ Test(api, options_as_resolved)
         check_equal(a.result.backend, a.o.backend);
         check_equal(a.result.isa, a.o.isa);
         check_equal(a.result.threads, a.o.threads);
-        check_equal(a.o.pv, SPARGE_INT8);
+        check_equal(a.o.pv_dtype, SPARGE_INT8);
         check_equal(a.o.skip_rows, table[n].rows);
-        check_equal(a.o.scale, 1 / sqrtf(DIM));
+        check_equal(a.o.softmax_scale, 1 / sqrtf(DIM));
         const sparge_options once = a.o;
         cr_assert_eq(sparge_options_resolve(&a.p, &a.o, NULL), SPARGE_OK);
         check(!memcmp(&once, &a.o, sizeof once), "the second time changes something");
     }
     asked a = question();
-    a.o.rung = 2;
+    a.o.kernel = 2;
     const sparge_options before = a.o;
     sparge_error error;
     cr_assert_eq(sparge_options_resolve(&a.p, &a.o, &error), SPARGE_ERR_ARGUMENT);
-    check(!strncmp(error.text, "rung is 2", 9), "it says \"%s\"", error.text);
+    check(!strncmp(error.text, "kernel is 2", 9), "it says \"%s\"", error.text);
     check(!memcmp(&before, &a.o, sizeof before), "a refusal changes something");
     cr_assert_eq(sparge_options_resolve(NULL, &a.o, NULL), SPARGE_ERR_ARGUMENT);
     cr_assert_eq(sparge_options_resolve(&a.p, NULL, NULL), SPARGE_ERR_ARGUMENT);
@@ -1026,7 +1033,7 @@ Test(api, mask_rows_may_be_longer_than_their_bits)
     for (int words = 1; words <= WORDS; words += WORDS - 1) {
         asked a = question();
         point(&a);
-        a.o.knobs = (sparge_knobs){-1, 0.7f, SPARGE_OFF, -INFINITY};
+        a.o.thresholds = (sparge_thresholds){-1, 0.7f, SPARGE_OFF, -INFINITY};
         a.m.bits = words == 1 ? out.bits : wide;
         a.m.words = words;
         for (int entry = PREDICT; entry <= ORACLE; entry *= 2) {
@@ -1071,9 +1078,9 @@ Test(api, sparsity_table)
 /* attention = predict, then attend; and the sum of the heads' counts. */
 Test(api, attention_is_both_stages)
 {
-    const sparge_knobs few = {-1, 0.7f, SPARGE_OFF, -0.1f};
+    const sparge_thresholds few = {-1, 0.7f, SPARGE_OFF, -0.1f};
     asked a = question();
-    a.o.knobs = few;
+    a.o.thresholds = few;
     a.o.skip_rows = 1;
     a.o.causal = SPARGE_CAUSAL_END;
     a.result.mask = &a.m;
@@ -1082,7 +1089,7 @@ Test(api, attention_is_both_stages)
     const sparge_result from_both = a.result;
 
     a = question();
-    a.o.knobs = few;
+    a.o.thresholds = few;
     a.o.skip_rows = 1;
     a.o.causal = SPARGE_CAUSAL_END;
     cr_assert_eq(sparge_predict(&a.p, &a.o, &a.m, NULL, NULL), SPARGE_OK);
@@ -1093,7 +1100,7 @@ Test(api, attention_is_both_stages)
     check_same(out.bits, both.bits, LINES);
 
     a = question(); /* a mask of its own */
-    a.o.knobs = few;
+    a.o.thresholds = few;
     a.o.skip_rows = 1;
     a.o.causal = SPARGE_CAUSAL_END;
     cr_assert_eq(sparge_attention(&a.p, &a.o, &a.result, NULL), SPARGE_OK);
@@ -1118,7 +1125,7 @@ Test(api, attention_is_both_stages)
           "nothing was dropped or skipped: the case tests nothing");
 
     a = question(); /* head_counts may be NULL, and the sum is the same */
-    a.o.knobs = few;
+    a.o.thresholds = few;
     a.o.skip_rows = 1;
     a.o.causal = SPARGE_CAUSAL_END;
     a.result.head_counts = NULL;
@@ -1142,8 +1149,8 @@ Test(api, result_says_what_ran)
     a.result.backend = SPARGE_CUDA;
     a.result.isa = SPARGE_ISA_AVX512VNNI;
     a.result.threads = -5;
-    a.result.rung = -5;
-    a.result.pv = SPARGE_FP8;
+    a.result.kernel = -5;
+    a.result.pv_dtype = SPARGE_FP8;
     a.result.seconds_predict = a.result.seconds_quantize = a.result.seconds_attend = -1;
     const double start = now();
     cr_assert_eq(sparge_attention(&a.p, &a.o, &a.result, NULL), SPARGE_OK);
@@ -1151,8 +1158,8 @@ Test(api, result_says_what_ran)
     check_equal(a.result.backend, SPARGE_REF);
     check_equal(a.result.isa, SPARGE_ISA_SCALAR);
     check_equal(a.result.threads, 1);
-    check_equal(a.result.rung, 0);
-    check_equal(a.result.pv, SPARGE_INT8);
+    check_equal(a.result.kernel, 0);
+    check_equal(a.result.pv_dtype, SPARGE_INT8);
     check(a.result.seconds_predict >= 0 && a.result.seconds_quantize >= 0 &&
               a.result.seconds_attend >= 0 &&
               a.result.seconds_predict + a.result.seconds_quantize + a.result.seconds_attend <=
@@ -1268,15 +1275,15 @@ static int64_t survives(int entry, asked *a)
 
 /* `way`: without and with smoothing, with the caller's mask and counts and with those of the call's
  * own. */
-static void every_allocation_fails(int entry, sparge_backend backend, sparge_precision precision,
+static void every_allocation_fails(int entry, sparge_backend backend, sparge_dtype precision,
                                    int way)
 {
     asked a = question();
     point(&a);
     a.o.backend = backend;
     a.o.threads = backend == SPARGE_CPU ? 3 : 0;
-    a.o.qk = precision <= SPARGE_FLOAT ? precision : SPARGE_INT8;
-    a.o.pv = precision;
+    a.o.qk_dtype = precision == SPARGE_F16 || precision == SPARGE_FP8 ? SPARGE_INT8 : precision;
+    a.o.pv_dtype = precision;
     a.o.smooth_k = way % 2;
     if (way / 2) {
         a.mask = entry == ALLOC || entry == PREDICT ? &a.m : NULL;
@@ -1292,12 +1299,11 @@ Test(api, every_allocation_may_fail)
 {
     const int entries[] = {ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE};
     for (int64_t n = 0; n < COUNT(entries); n++)
-        for (int precision = SPARGE_INT8; precision <= SPARGE_FP8; precision++)
+        for (int precision = 0; precision < 5; precision++)
             for (int way = 0; way < 4; way++)
                 for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++)
-                    if (backend == SPARGE_REF || (entries[n] & STAGES && precision <= SPARGE_FLOAT))
-                        every_allocation_fails(entries[n], backend, (sparge_precision)precision,
-                                               way);
+                    if (backend == SPARGE_REF || (entries[n] & STAGES && precision < 3))
+                        every_allocation_fails(entries[n], backend, precisions[precision], way);
 }
 
 /* The mask of a call on cuda that nobody wants stands in its workspace: the host allocates none.
@@ -1388,11 +1394,11 @@ Test(api, threads_do_not_disturb_each_other)
     for (int n = 0; n < THREADS; n++) {
         worker *w = &workers[n];
         *w = (worker){.x = problem_make(&shapes[n]), .start = &start};
-        w->x.o.qk = n % 2 ? SPARGE_INT8 : SPARGE_INT12;
-        w->x.o.pv = (sparge_precision)(n % 3);
+        w->x.o.qk_dtype = n % 2 ? SPARGE_INT8 : SPARGE_INT12;
+        w->x.o.pv_dtype = precisions[n % 3];
         w->x.o.causal = (sparge_causal)(n % 3);
         w->x.o.rules = n == 3 ? SPARGE_RULES_UPSTREAM : SPARGE_RULES_DEFAULT;
-        w->x.o.knobs = (sparge_knobs){0.3f, 0.6f, SPARGE_OFF, -4};
+        w->x.o.thresholds = (sparge_thresholds){0.3f, 0.6f, SPARGE_OFF, -4};
         mask_predict(&w->x);
         w->alone = attention(&w->x, &w->x.mask);
     }

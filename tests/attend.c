@@ -26,9 +26,6 @@ enum { LONGEST = 128 }; /* block that the judge takes */
 
 static const double log2e = 1.4426950408889634;
 enum { QKS = 3, PVS = 5 }; /* so many of these are for qk and for pv */
-static const sparge_precision precisions[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
-                                              SPARGE_FP8};
-static const char *const precision_names[] = {"int8", "int12", "float", "half", "fp8"};
 
 static double larger(double a, double b) { return a > b ? a : b; }
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -36,7 +33,8 @@ static void *zeros(int64_t count, size_t size) { return calloc((size_t)count + 1
 
 static double scale_of(const problem *x)
 {
-    return x->o.scale > 0.0f ? (double)x->o.scale : (double)(1.0f / sqrtf((float)x->p.dim));
+    return x->o.softmax_scale > 0.0f ? (double)x->o.softmax_scale
+                                     : (double)(1.0f / sqrtf((float)x->p.dim));
 }
 
 static bool sees(const problem *x, int64_t query, int64_t key)
@@ -72,8 +70,8 @@ typedef struct coded {
     double *value; /* [tokens][dim] what the codes stand for */
 } coded;
 
-static coded code(const float *x, int64_t tokens, int64_t dim, int64_t block, int levels,
-                  float extra, bool by_channel, const float *mean)
+static coded code(const float *x, int64_t tokens, int64_t dim, int64_t block, int qmax, float extra,
+                  bool by_channel, const float *mean)
 {
     const int64_t steps = by_channel ? dim : 1;
     coded to = {zeros(tokens * dim, sizeof(int16_t)),
@@ -81,18 +79,18 @@ static coded code(const float *x, int64_t tokens, int64_t dim, int64_t block, in
                 zeros(tokens * dim, sizeof(double))};
     for (int64_t n = 0; n < tokens * dim; n++)
         to.value[n] = (double)(x[n] - (mean ? mean[n % dim] : 0.0f));
-    for (int64_t s = 0; levels && s < blocks(tokens, block) * steps; s++) {
+    for (int64_t s = 0; qmax && s < blocks(tokens, block) * steps; s++) {
         const int64_t first = s / steps * block, end = smaller(first + block, tokens);
         float top = 0.0f;
         for (int64_t n = first * dim; n < end * dim; n++)
             if (!by_channel || n % dim == s % steps)
                 top = fmaxf(top, (float)fabs(to.value[n]));
-        const float step = top / (float)levels + extra;
+        const float step = top / (float)qmax + extra;
         to.step[s] = step < FLT_MIN ? 0.0f : step;
         for (int64_t n = first * dim; n < end * dim; n++)
             if (!by_channel || n % dim == s % steps) {
                 const float quotient = step < FLT_MIN ? 0.0f : roundf((float)to.value[n] / step);
-                to.code[n] = (int16_t)fmaxf((float)-levels, fminf(quotient, (float)levels));
+                to.code[n] = (int16_t)fmaxf((float)-qmax, fminf(quotient, (float)qmax));
                 to.value[n] = (double)to.code[n] * (double)to.step[s];
             }
     }
@@ -108,7 +106,7 @@ static double nearest(double x, int digits, int lowest)
 }
 
 /* V of one head as half and fp8 take it. */
-static coded narrowed(const float *x, int64_t tokens, int64_t dim, sparge_precision pv)
+static coded narrowed(const float *x, int64_t tokens, int64_t dim, sparge_dtype pv)
 {
     coded to = code(x, tokens, dim, 1, 0, 0.0f, false, NULL);
     for (int64_t c = 0; c < dim; c++) {
@@ -119,7 +117,7 @@ static coded narrowed(const float *x, int64_t tokens, int64_t dim, sparge_precis
         for (int64_t n = c; n < tokens * dim; n += dim) {
             const double e4m3 = step < FLT_MIN ? 0.0 : nearest((double)(x[n] / step), 4, -6);
             to.value[n] =
-                pv == SPARGE_HALF ? (double)round_to(SPARGE_F16, x[n]) : e4m3 * (double)step;
+                pv == SPARGE_F16 ? (double)round_to(SPARGE_F16, x[n]) : e4m3 * (double)step;
         }
     }
     return to;
@@ -150,9 +148,9 @@ static void mean_key(const problem *x, int64_t b, int64_t kv, float *mean)
 /* ---- The judge: online softmax ---- */
 
 typedef struct verdict {
-    int qk_levels, pv_levels; /* 0: no codes */
-    int p_digits;             /* of half and fp8, or 0 */
-    float extra;              /* added to the steps of q and k */
+    int qk_qmax, pv_qmax;  /* 0: no codes */
+    int p_digits;          /* of half and fp8, or 0 */
+    float extra;           /* added to the steps of q and k */
     int64_t group, exempt; /* rows that decide lambda together; last kept blocks that ignore it */
     double *o;             /* [rows][dim_v] */
     double *m, *l, *lse;   /* [rows] natural units */
@@ -162,7 +160,7 @@ typedef struct verdict {
     sparge_counts *head;
     int64_t decided, skipped; /* groups */
     double margin;            /* of the closest decision, in units of what f32 may be wrong by */
-    bool codes_equal;         /* those of the trace, bit for bit */
+    bool codes_equal;         /* those of the intermediates, bit for bit */
 } verdict;
 
 typedef struct row {
@@ -173,7 +171,7 @@ typedef struct row {
 static void weigh(const verdict *w, row *r, const double *s, int64_t seen, double local,
                   const double *v, int64_t dim_v)
 {
-    const double m = larger(r->m, local), shrink = exp(r->m - m), P = w->pv_levels;
+    const double m = larger(r->m, local), shrink = exp(r->m - m), P = w->pv_qmax;
     r->m = m;
     r->l *= shrink;
     r->coding *= shrink;
@@ -183,9 +181,9 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
     for (int64_t t = 0; t < seen; t++) {
         const double p_of_m = exp(s[t] - m);
         double weight = p_of_m;
-        if (w->pv_levels) {
+        if (w->pv_qmax) {
             const double to_m = exp(local - m), p = exp(s[t] - local), at = P * p + 0.5;
-            const double wrong = w->qk_levels ? 2e-7 * log2e * (local - s[t] + fabs(local)) : 3e-5;
+            const double wrong = w->qk_qmax ? 2e-7 * log2e * (local - s[t] + fabs(local)) : 3e-5;
             weight = to_m * floor(at) / P;
             r->coding += to_m * fmin(0.5 / P, p);
             if (fabs(at - round(at)) <= P * p * wrong + 4e-7 * (at + 1.0))
@@ -193,7 +191,7 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
         }
         if (w->p_digits) {
             const double wrong =
-                (w->qk_levels ? 2e-7 * log2e * (m - s[t] + 2.0 * fabs(m)) : 3e-5) + 4e-7;
+                (w->qk_qmax ? 2e-7 * log2e * (m - s[t] + 2.0 * fabs(m)) : 3e-5) + 4e-7;
             weight = nearest(p_of_m, w->p_digits, -14);
             r->coding += fmin(p_of_m, ldexp(fmax(p_of_m, 0x1p-14), -w->p_digits));
             r->edge += nearest(p_of_m * (1.0 + wrong), w->p_digits, -14) -
@@ -212,7 +210,7 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
     const int64_t first = i * x->o.block_q, rows = smaller(x->o.block_q, p->q_len - first);
     const int64_t line = (b * p->heads + h) * p->q_len + first,
                   k_blocks = blocks(p->k_len, x->o.block_k);
-    const double scale = scale_of(x), lambda = (double)x->o.knobs.lambda;
+    const double scale = scale_of(x), lambda = (double)x->o.thresholds.lambda;
     sparge_counts *head = &w->head[b * p->heads + h];
     static double s[LONGEST][LONGEST];
     row state[LONGEST];
@@ -245,7 +243,7 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
         if (!kept)
             continue;
         for (int64_t r0 = 0; r0 < rows; r0 += w->group) {
-            double gap = -INFINITY, unit = w->qk_levels ? 0.0 : 1e-5;
+            double gap = -INFINITY, unit = w->qk_qmax ? 0.0 : 1e-5;
             bool votes = false;
             for (int64_t r = r0; r < smaller(rows, r0 + w->group); r++)
                 if (seen[r]) {
@@ -307,22 +305,23 @@ static void judge_codes(bool coded_at_all, const char *what, int64_t head, const
               "codes of %s were written though there are none", what);
 }
 
-/* Judges a problem of finite values; its codes are compared with those of the trace. */
-static verdict judge(const problem *x, const sparge_trace *trace)
+/* Judges a problem of finite values; its codes are compared with those of the intermediates. */
+static verdict judge(const problem *x, const sparge_intermediates *intermediates)
 {
     const sparge_problem *p = &x->p;
     const sparge_options *o = &x->o;
     const int64_t rows = problem_rows(x), heads = p->batch * p->heads,
                   group = p->heads / p->kv_heads;
     const int64_t q_blocks = blocks(p->q_len, o->block_q), k_blocks = blocks(p->k_len, o->block_k);
-    static const int qk_levels[QKS] = {127, 2047}, pv_levels[PVS] = {127, 4095};
-    static const int p_digits[PVS] = {[SPARGE_HALF] = 11, [SPARGE_FP8] = 4};
+    static const int qk_qmax[] = {[SPARGE_INT8] = 127, [SPARGE_INT12] = 2047};
+    static const int pv_qmax[] = {[SPARGE_INT8] = 127, [SPARGE_INT12] = 4095};
+    static const int p_digits[SPARGE_FASTEST] = {[SPARGE_F16] = 11, [SPARGE_FP8] = 4};
     verdict w = {
-        .qk_levels = qk_levels[o->qk],
-        .pv_levels = pv_levels[o->pv],
-        .p_digits = p_digits[o->pv],
+        .qk_qmax = qk_qmax[o->qk_dtype],
+        .pv_qmax = pv_qmax[o->pv_dtype],
+        .p_digits = p_digits[o->pv_dtype],
         .margin = INFINITY,
-        .extra = o->rules == SPARGE_RULES_UPSTREAM && o->qk == SPARGE_INT8 ? 1e-7f : 0.0f,
+        .extra = o->rules == SPARGE_RULES_UPSTREAM && o->qk_dtype == SPARGE_INT8 ? 1e-7f : 0.0f,
         .group = o->skip_rows                       ? o->skip_rows
                  : o->rules == SPARGE_RULES_DEFAULT ? 64
                  : o->rules == SPARGE_RULES_PAPER   ? (o->block_q + 3) / 4
@@ -346,23 +345,23 @@ static verdict judge(const problem *x, const sparge_trace *trace)
         const float *key = p->k_len ? tensor_row(&x->k, b, kv, 0) : NULL;
         const float *value = p->k_len ? tensor_row(&x->v, b, kv, 0) : NULL;
         mean_key(x, b, kv, mean);
-        coded k = code(key, p->k_len, p->dim, o->block_k, w.qk_levels, w.extra, false,
+        coded k = code(key, p->k_len, p->dim, o->block_k, w.qk_qmax, w.extra, false,
                        o->smooth_k ? mean : NULL);
         coded v = w.p_digits
-                      ? narrowed(value, p->k_len, p->dim_v, o->pv)
-                      : code(value, p->k_len, p->dim_v, o->block_k, w.pv_levels, 0.0f, true, NULL);
-        judge_codes(w.qk_levels, "k", n, &k, p->k_len, p->dim, k_blocks, trace->codes_k,
-                    trace->steps_k);
-        judge_codes(w.pv_levels, "v", n, &v, p->k_len, p->dim_v, k_blocks * p->dim_v,
-                    trace->codes_v, trace->steps_v);
+                      ? narrowed(value, p->k_len, p->dim_v, o->pv_dtype)
+                      : code(value, p->k_len, p->dim_v, o->block_k, w.pv_qmax, 0.0f, true, NULL);
+        judge_codes(w.qk_qmax, "k", n, &k, p->k_len, p->dim, k_blocks, intermediates->k_int,
+                    intermediates->k_scale);
+        judge_codes(w.pv_qmax, "v", n, &v, p->k_len, p->dim_v, k_blocks * p->dim_v,
+                    intermediates->v_int, intermediates->v_scale);
         if (o->smooth_k && p->k_len)
-            check_same_as("mean_k", trace->mean_k + n * p->dim, mean, p->dim);
+            check_same_as("k_mean", intermediates->k_mean + n * p->dim, mean, p->dim);
         for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
             const int64_t at = b * p->heads + h;
             coded q = code(p->q_len ? tensor_row(&x->q, b, h, 0) : NULL, p->q_len, p->dim,
-                           o->block_q, w.qk_levels, w.extra, false, NULL);
-            judge_codes(w.qk_levels, "q", at, &q, p->q_len, p->dim, q_blocks, trace->codes_q,
-                        trace->steps_q);
+                           o->block_q, w.qk_qmax, w.extra, false, NULL);
+            judge_codes(w.qk_qmax, "q", at, &q, p->q_len, p->dim, q_blocks, intermediates->q_int,
+                        intermediates->q_scale);
             for (int64_t c = 0; c < p->dim_v; c++) {
                 double low = INFINITY, high = -INFINITY;
                 for (int64_t t = 0; t < p->k_len; t++) {
@@ -396,7 +395,7 @@ static void verdict_free(verdict *w)
  * precision. */
 typedef struct tally {
     int64_t cases, against_oracle, decided, skipped;
-    double o, lse, oracle, row_l1[QKS][PVS];
+    double o, lse, oracle, row_l1[SPARGE_FASTEST][SPARGE_FASTEST];
 } tally;
 
 /* The element of `got` furthest from `want` in units of what is allowed. NaN is further than all
@@ -466,7 +465,7 @@ static void counts_agree(const problem *x, const answer *a, const verdict *w)
 static void judge_agrees(const problem *x, const answer *a, const verdict *w, tally *sum)
 {
     const int64_t rows = problem_rows(x), dim_v = x->p.dim_v, lines = x->p.batch * x->p.heads;
-    check_same_as("pv_done", a->trace.pv_done, w->share,
+    check_same_as("pv_done", a->intermediates.pv_done, w->share,
                   lines * blocks(x->p.q_len, x->o.block_q) * blocks(x->p.k_len, x->o.block_k));
     worst o = {0}, lse = {0}, m = {0}, l = {0};
     for (int64_t n = 0; n < rows; n++) {
@@ -475,11 +474,11 @@ static void judge_agrees(const problem *x, const answer *a, const verdict *w, ta
             compare(&o, n * dim_v + c, (double)a->o.x[n * dim_v + c], want,
                     range * (w->edge[n] + 2e-5) + 2e-6 * fabs(want) + 1e-30);
         }
-        const double edge = w->pv_levels ? w->edge[n] : 0.0;
+        const double edge = w->pv_qmax ? w->edge[n] : 0.0;
         const double score = 1e-6 * (1.0 + fabs(w->m[n])),
                      lost = w->lse[n] - w->m[n] - log(w->l[n]);
-        compare(&m, n, (double)a->trace.m[n], w->m[n] * log2e, 2.0 * score + 1e-5);
-        compare(&l, n, (double)a->trace.l[n], w->l[n], w->l[n] * (edge + 3e-5 + score));
+        compare(&m, n, (double)a->intermediates.m[n], w->m[n] * log2e, 2.0 * score + 1e-5);
+        compare(&l, n, (double)a->intermediates.l[n], w->l[n], w->l[n] * (edge + 3e-5 + score));
         compare(&lse, n, (double)a->lse[n], w->lse[n], edge + 3e-5 + score + 1e-6 * fabs(lost));
     }
     sum->o = larger(sum->o, worst_report(&o, "o against the judge", dim_v, x));
@@ -508,15 +507,16 @@ static void oracle_agrees(const problem *x, const answer *a, const verdict *w, t
                     range * (w->coding[n] + w->edge[n] + 2e-5) + 1e-6 * fabs(want[n * dim_v + c]) +
                         1e-30);
         }
-        const double of_l = w->pv_levels ? w->coding[n] + w->edge[n] : 0.0;
+        const double of_l = w->pv_qmax ? w->coding[n] + w->edge[n] : 0.0;
         compare(&l1, n, off, 0.0, size);
         compare(&lse, n, (double)a->lse[n], want_lse[n],
                 -log1p(-fmin(0.9, of_l)) + 5e-5 + 3e-6 * fabs(want_lse[n]));
     }
     sum->oracle = larger(sum->oracle, worst_report(&o, "o against the oracle", dim_v, x));
     worst_report(&lse, "lse against the oracle", 1, x);
-    sum->row_l1[x->o.qk][x->o.pv] = larger(sum->row_l1[x->o.qk][x->o.pv], l1.excess);
-    if (x->o.pv == SPARGE_FLOAT)
+    sum->row_l1[x->o.qk_dtype][x->o.pv_dtype] =
+        larger(sum->row_l1[x->o.qk_dtype][x->o.pv_dtype], l1.excess);
+    if (x->o.pv_dtype == SPARGE_F32)
         check(l1.excess <= 1e-4, "row %lld is %g of its L1 from the oracle's", (long long)l1.at,
               l1.excess);
     sum->against_oracle++;
@@ -529,13 +529,13 @@ static void oracle_agrees(const problem *x, const answer *a, const verdict *w, t
 static int64_t verify(problem *x, sparge_dtype dtype, tensor_layout layout, tally *sum)
 {
     answer a = attend_to(x, SPARGE_F32, layout);
-    verdict w = judge(x, &a.trace);
+    verdict w = judge(x, &a.intermediates);
     for (int tries = 0; w.margin < 1.0 && tries < 50; tries++) {
         verdict_free(&w);
         answer_free(&a);
-        x->o.knobs.lambda -= 0.0137f;
+        x->o.thresholds.lambda -= 0.0137f;
         a = attend_to(x, SPARGE_F32, layout);
-        w = judge(x, &a.trace);
+        w = judge(x, &a.intermediates);
     }
     check(w.margin >= 1.0, "a decision on lambda is too close to its threshold");
     counts_agree(x, &a, &w);
@@ -566,11 +566,12 @@ static void tally_log(const tally *sum)
         (long long)sum->cases, (long long)sum->against_oracle, sum->o, sum->lse, sum->oracle,
         (long long)sum->skipped, (long long)sum->decided);
     for (int64_t n = 0; n < QKS * PVS; n++)
-        cr_log_info("qk %-5s pv %-5s: worst row %.2e", precision_names[n / PVS],
-                    precision_names[n % PVS], sum->row_l1[n / PVS][n % PVS]);
+        cr_log_info("qk %-5s pv %-5s: worst row %.2e", sparge_dtype_string(precisions[n / PVS]),
+                    sparge_dtype_string(precisions[n % PVS]),
+                    sum->row_l1[precisions[n / PVS]][precisions[n % PVS]]);
 }
 
-/* ---- Every pair of levels of every two factors ---- */
+/* ---- Every pair of qmax of every two factors ---- */
 
 enum {
     Q_LEN,
@@ -600,11 +601,11 @@ enum {
     FACTORS
 };
 enum { DENSE, RANDOM, EMPTY_ROWS, PREDICTED };
-enum { MOST = 15 }; /* levels */
+enum { MOST = 15 }; /* qmax */
 
 static const struct {
     const char *name;
-    int64_t levels, level[MOST];
+    int64_t qmax, level[MOST];
 } factor[FACTORS] = {
     [Q_LEN] = {"q_len", 15, {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200}},
     [K_LEN] = {"k_len", 15, {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200}},
@@ -626,8 +627,8 @@ static const struct {
     [SMOOTH] = {"smooth", 2, {0, 1}},
     [SKIP_ROWS] = {"skip_rows", 5, {0, 1, 16, 48, 1000}},
     [LAMBDA] = {"-10 lambda", 4, {1000, 0, 5, 20}}, /* 1000: never */
-    [QK] = {"qk", 3, {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT}},
-    [PV] = {"pv", PVS, {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF, SPARGE_FP8}},
+    [QK] = {"qk", 3, {SPARGE_INT8, SPARGE_INT12, SPARGE_F32}},
+    [PV] = {"pv", PVS, {SPARGE_INT8, SPARGE_INT12, SPARGE_F32, SPARGE_F16, SPARGE_FP8}},
     [RULES] = {"rules", 3, {SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM}},
     [SCALE] = {"100 scale", 2, {0, 12}},
 };
@@ -646,10 +647,10 @@ static bool next_case(int64_t *chosen)
     int order[FACTORS], taken = 0;
     for (int f = 0; f < FACTORS && !taken; f++)
         for (int g = f + 1; g < FACTORS && !taken; g++)
-            for (int64_t n = 0; n < factor[f].levels * factor[g].levels && !taken; n++)
-                if (!*pair_of(f, n / factor[g].levels, g, n % factor[g].levels)) {
-                    chosen[f] = n / factor[g].levels;
-                    chosen[g] = n % factor[g].levels;
+            for (int64_t n = 0; n < factor[f].qmax * factor[g].qmax && !taken; n++)
+                if (!*pair_of(f, n / factor[g].qmax, g, n % factor[g].qmax)) {
+                    chosen[f] = n / factor[g].qmax;
+                    chosen[g] = n % factor[g].qmax;
                     order[taken++] = f;
                     order[taken++] = g;
                 }
@@ -660,8 +661,8 @@ static bool next_case(int64_t *chosen)
         if (next == order[0] || next == order[1])
             continue;
         int64_t best = -1;
-        for (int64_t n = 0, turn = check_int(0, MOST); n < factor[next].levels; n++) {
-            const int64_t level = (n + turn) % factor[next].levels;
+        for (int64_t n = 0, turn = check_int(0, MOST); n < factor[next].qmax; n++) {
+            const int64_t level = (n + turn) % factor[next].qmax;
             int64_t gain = 0;
             for (int e = 0; e < taken; e++)
                 gain += !*pair_of(next, level, order[e], chosen[order[e]]);
@@ -701,11 +702,11 @@ static void verify_case(const int64_t *level, tally *sum)
     x.o.causal = (sparge_causal)level[CAUSAL];
     x.o.smooth_k = level[SMOOTH];
     x.o.skip_rows = level[SKIP_ROWS];
-    x.o.knobs.lambda = level[LAMBDA] == 1000 ? -INFINITY : (float)level[LAMBDA] / -10.0f;
-    x.o.qk = (sparge_precision)level[QK];
-    x.o.pv = (sparge_precision)level[PV];
+    x.o.thresholds.lambda = level[LAMBDA] == 1000 ? -INFINITY : (float)level[LAMBDA] / -10.0f;
+    x.o.qk_dtype = (sparge_dtype)level[QK];
+    x.o.pv_dtype = (sparge_dtype)level[PV];
     x.o.rules = (sparge_rules)level[RULES];
-    x.o.scale = (float)level[SCALE] / 100.0f;
+    x.o.softmax_scale = (float)level[SCALE] / 100.0f;
     if (level[MASK] == RANDOM)
         mask_fill(&x, 0.5f);
     if (level[MASK] == EMPTY_ROWS) {
@@ -715,8 +716,8 @@ static void verify_case(const int64_t *level, tally *sum)
                    (size_t)x.mask.words * sizeof *x.mask.bits);
     }
     if (level[MASK] == PREDICTED) {
-        x.o.knobs.tau = 0.7f;
-        x.o.knobs.theta = 0.3f;
+        x.o.thresholds.tau = 0.7f;
+        x.o.thresholds.theta = 0.3f;
         mask_predict(&x);
     }
     verify(&x, (sparge_dtype)level[TYPE_O], (tensor_layout)level[LAYOUT_O], sum);
@@ -758,9 +759,9 @@ Test(attend, every_length)
         x.o.block_q = 24;
         x.o.block_k = 16;
         x.o.causal = (sparge_causal)(n % 3);
-        x.o.qk = precisions[n / 3 % 3];
-        x.o.pv = precisions[n / 9 % PVS];
-        x.o.knobs.lambda = n % 2 ? -1.0f : -INFINITY;
+        x.o.qk_dtype = precisions[n / 3 % 3];
+        x.o.pv_dtype = precisions[n / 9 % PVS];
+        x.o.thresholds.lambda = n % 2 ? -1.0f : -INFINITY;
         x.o.skip_rows = 8;
         verify(&x, SPARGE_F32, PACKED, &sum);
         problem_free(&x);
@@ -778,28 +779,28 @@ Test(attend, no_batch)
     problem_free(&x);
 }
 
-/* c = ((step_q * step_k) * scale) * log2 e, each product rounded: m of a row with one block of keys
- * is c times its largest integer score, bit for bit. */
+/* c = ((q_scale * k_scale) * scale) * log2 e, each product rounded: m of a row with one block of
+ * keys is c times its largest integer score, bit for bit. */
 Test(attend, units_of_the_scores)
 {
     for (int64_t n = 0; n < 20; n++) {
         check_case("units %lld", (long long)n);
         const shape s = shape_of(1, 1, 1, 30, 16, 16, 1);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % 2];
-        x.o.scale = check_uniform(0.05f, 0.5f);
+        x.o.qk_dtype = precisions[n % 2];
+        x.o.softmax_scale = check_uniform(0.05f, 0.5f);
         answer a = attend(&x);
         for (int64_t r = 0; r < 30; r++) {
             int32_t top = INT32_MIN;
             for (int64_t t = 0; t < 16; t++) {
                 int32_t score = 0;
                 for (int64_t c = 0; c < 16; c++)
-                    score += a.trace.codes_q[r * 16 + c] * a.trace.codes_k[t * 16 + c];
+                    score += a.intermediates.q_int[r * 16 + c] * a.intermediates.k_int[t * 16 + c];
                 top = score > top ? score : top;
             }
-            const float unit =
-                a.trace.steps_q[r / 16] * a.trace.steps_k[0] * x.o.scale * (float)log2e;
-            check_equal(a.trace.m[r], unit * (float)top);
+            const float unit = a.intermediates.q_scale[r / 16] * a.intermediates.k_scale[0] *
+                               x.o.softmax_scale * (float)log2e;
+            check_equal(a.intermediates.m[r], unit * (float)top);
         }
         answer_free(&a);
         problem_free(&x);
@@ -808,7 +809,7 @@ Test(attend, units_of_the_scores)
 
 /* ---- Non-finite values ---- */
 
-static const float not_finite[] = {NAN, INFINITY, -INFINITY};
+static const float nonfinite[] = {NAN, INFINITY, -INFINITY};
 
 typedef struct spoilt {
     bool *q, *k, *v; /* [..][tokens][channels] as the tensors */
@@ -821,7 +822,7 @@ static bool *spoil(tensor *t, int64_t count)
     for (int64_t n = 0; n < count; n++) {
         const int64_t at = check_int(0, tensor_count(t) - 1);
         bad[at] = true;
-        t->x[at] = not_finite[n % 3];
+        t->x[at] = nonfinite[n % 3];
     }
     tensor_write(t);
     return bad;
@@ -895,7 +896,7 @@ static void spoilt_as_expected(problem *x, spoilt *bad, places *met)
         }
     }
     same_answer(&got, &want);
-    check_same_as("pv_done", got.trace.pv_done, want.trace.pv_done,
+    check_same_as("pv_done", got.intermediates.pv_done, want.intermediates.pv_done,
                   x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q) *
                       blocks(x->p.k_len, x->o.block_k));
     answer_free(&got);
@@ -913,8 +914,8 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
         problem x = problem_make(&s);
         x.o.block_k = 8;
         x.o.causal = (sparge_causal)(n % 3);
-        x.o.qk = precisions[n / 3 % 3];
-        x.o.pv = precisions[n / 9 % PVS];
+        x.o.qk_dtype = precisions[n / 3 % 3];
+        x.o.pv_dtype = precisions[n / 9 % PVS];
         x.o.smooth_k = n / 45 % 2;
         for (int64_t e = 0; e < tensor_count(&x.k);
              e += 64) /* so that no step is that of 0 - mean */
@@ -941,21 +942,22 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
 Test(attend, everything_non_finite_or_skipped)
 {
     for (int64_t n = 0; n < QKS * PVS; n++) {
-        check_case("all bad, qk %s pv %s", precision_names[n / PVS], precision_names[n % PVS]);
+        check_case("all bad, qk %s pv %s", sparge_dtype_string(precisions[n / PVS]),
+                   sparge_dtype_string(precisions[n % PVS]));
         const shape s = shape_of(1, 2, 1, 40, 40, 8, 5);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n / PVS];
-        x.o.pv = precisions[n % PVS];
+        x.o.qk_dtype = precisions[n / PVS];
+        x.o.pv_dtype = precisions[n % PVS];
         places met = {0};
         spoilt bad = {zeros(tensor_count(&x.q), 1), zeros(tensor_count(&x.k), 1),
                       zeros(tensor_count(&x.v), 1)};
         const int64_t all = n % 2 ? tensor_count(&x.k) : 16 * 8; /* every key, or the first block */
         for (int64_t e = 0; e < all; e++) {
-            x.k.x[e] = not_finite[e % 3];
+            x.k.x[e] = nonfinite[e % 3];
             bad.k[e] = true;
         }
         for (int64_t e = 0; e < tensor_count(&x.v) / 2; e++) {
-            x.v.x[e] = not_finite[e % 3];
+            x.v.x[e] = nonfinite[e % 3];
             bad.v[e] = true;
         }
         problem_write(&x);
@@ -990,9 +992,9 @@ static problem by_hand(int64_t q_len, const float *scores, int64_t k_len, int64_
     problem_write(&x);
     x.o.block_q = block_q;
     x.o.block_k = block_k;
-    x.o.scale = 1.0f;
+    x.o.softmax_scale = 1.0f;
     x.o.smooth_k = false;
-    x.o.knobs.lambda = lambda;
+    x.o.thresholds.lambda = lambda;
     return x;
 }
 
@@ -1000,7 +1002,7 @@ static problem by_hand(int64_t q_len, const float *scores, int64_t k_len, int64_
 static void shares_are(const problem *x, const float *want)
 {
     answer a = attend(x);
-    check_same_as("pv_done", a.trace.pv_done, want,
+    check_same_as("pv_done", a.intermediates.pv_done, want,
                   blocks(x->p.q_len, x->o.block_q) * blocks(x->p.k_len, x->o.block_k));
     answer_free(&a);
 }
@@ -1056,9 +1058,9 @@ Test(attend, lambda_is_in_natural_units_and_at_it_is_skipped)
     problem_free(&x);
     check_case("the scale belongs to the score");
     x = by_hand(1, (float[]){0.0f, -1.7f, -2.3f}, 3, 1, 1, -2.0f);
-    x.o.scale = 0.5f;
+    x.o.softmax_scale = 0.5f;
     shares_are(&x, (float[]){1, 1, 1});
-    x.o.scale = 2.0f;
+    x.o.softmax_scale = 2.0f;
     shares_are(&x, (float[]){1, 0, 0});
     problem_free(&x);
 }
@@ -1115,7 +1117,7 @@ Test(attend, rows_without_visible_keys_do_not_vote)
         sparge_mask_set(&x.mask, 0, 0, 0, j, true);
     shares_are(&x, (float[]){0, 1, 1, 1});
     x.o.skip_rows = 2;
-    x.o.knobs.lambda = 0.0f;
+    x.o.thresholds.lambda = 0.0f;
     shares_are(&x, (float[]){0, 1, 0.5f, 0.5f}); /* rows 0 and 1 see nothing of blocks 2 and 3 */
     problem_free(&x);
 }
@@ -1132,7 +1134,7 @@ Test(attend, non_finite_in_what_lambda_skips)
     answer a = attend(&x);
     check_close(a.o.x[0], (1.0 + 4.0 * exp(1.0)) / (1.0 + exp(1.0)), 1e-5);
     answer_free(&a);
-    x.o.knobs.lambda = -INFINITY;
+    x.o.thresholds.lambda = -INFINITY;
     a = attend(&x);
     check(isnan(a.o.x[0]) && isnan(a.o.x[1]) && isfinite(a.lse[0]), "NaN of v: %g",
           (double)a.o.x[0]);
@@ -1167,10 +1169,10 @@ Test(attend, lambda_of_random_values)
         x.o.block_q = 128;
         x.o.rules = (sparge_rules)(n / COUNT(rows) / COUNT(lambdas));
         x.o.skip_rows = rows[n % COUNT(rows)];
-        x.o.knobs.lambda = lambda;
+        x.o.thresholds.lambda = lambda;
         x.o.causal = (sparge_causal)(n % 2);
-        x.o.qk = precisions[n % 5 % 3];
-        x.o.pv = precisions[n % 7 % PVS];
+        x.o.qk_dtype = precisions[n % 5 % 3];
+        x.o.pv_dtype = precisions[n % 7 % PVS];
         verify(&x, SPARGE_F32, PACKED, &sum);
         problem_free(&x);
     }
@@ -1253,13 +1255,14 @@ Test(attend, upstream_adds_to_the_steps)
     for (int64_t n = 0; n < tensor_count(&x.q); n++)
         x.q.x[n] *= 1e-5f;
     problem_write(&x);
-    x.o.qk = SPARGE_INT8;
+    x.o.qk_dtype = SPARGE_INT8;
     answer a = attend(&x);
     x.o.rules = SPARGE_RULES_UPSTREAM;
     answer b = attend(&x);
-    check_close(b.trace.steps_q[0], (double)a.trace.steps_q[0] + 1e-7, 1e-14);
-    check_close(b.trace.steps_k[0], (double)a.trace.steps_k[0] + 1e-7, 1e-9);
-    check(memcmp(a.trace.codes_q, b.trace.codes_q, 32), "the step did not reach the codes");
+    check_close(b.intermediates.q_scale[0], (double)a.intermediates.q_scale[0] + 1e-7, 1e-14);
+    check_close(b.intermediates.k_scale[0], (double)a.intermediates.k_scale[0] + 1e-7, 1e-9);
+    check(memcmp(a.intermediates.q_int, b.intermediates.q_int, 32),
+          "the step did not reach the codes");
     answer_free(&a);
     answer_free(&b);
     tally sum = {0};
@@ -1274,12 +1277,12 @@ static void verify_all(const char *what, void (*prepare)(problem *))
 {
     tally sum = {0};
     for (int64_t n = 0; n < 2 * QKS * PVS; n++) {
-        check_case("%s, qk %s pv %s smooth %lld", what, precision_names[n % QKS],
-                   precision_names[n / QKS % PVS], (long long)(n / QKS / PVS));
+        check_case("%s, qk %s pv %s smooth %lld", what, sparge_dtype_string(precisions[n % QKS]),
+                   sparge_dtype_string(precisions[n / QKS % PVS]), (long long)(n / QKS / PVS));
         const shape s = shape_of(1, 2, 1, 70, 90, 16, 8);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % QKS];
-        x.o.pv = precisions[n / QKS % PVS];
+        x.o.qk_dtype = precisions[n % QKS];
+        x.o.pv_dtype = precisions[n / QKS % PVS];
         x.o.smooth_k = n / QKS / PVS;
         prepare(&x);
         problem_write(&x);
@@ -1326,17 +1329,18 @@ Test(attend, values_of_one)
 {
     verify_all("v of 1", ones);
     for (int64_t n = 0; n < QKS * PVS; n++) {
-        check_case("v of 1, qk %s pv %s", precision_names[n % QKS], precision_names[n / QKS]);
+        check_case("v of 1, qk %s pv %s", sparge_dtype_string(precisions[n % QKS]),
+                   sparge_dtype_string(precisions[n / QKS]));
         const shape s = shape_of(1, 1, 1, 70, 90, 16, 8);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % QKS];
-        x.o.pv = precisions[n / QKS];
+        x.o.qk_dtype = precisions[n % QKS];
+        x.o.pv_dtype = precisions[n / QKS];
         ones(&x);
         problem_write(&x);
         answer a = attend(&x);
-        const double off = x.o.pv == SPARGE_HALF  ? 0x1p-11 + 90 * 0x1p-25
-                           : x.o.pv == SPARGE_FP8 ? 0x1p-4 + 90 * 0x1p-18
-                                                  : 0.0;
+        const double off = x.o.pv_dtype == SPARGE_F16   ? 0x1p-11 + 90 * 0x1p-25
+                           : x.o.pv_dtype == SPARGE_FP8 ? 0x1p-4 + 90 * 0x1p-18
+                                                        : 0.0;
         for (int64_t e = 0; e < tensor_count(&a.o); e++)
             check_close(a.o.x[e], 1.0, off + 1e-5);
         answer_free(&a);
@@ -1351,7 +1355,7 @@ Test(attend, values_that_binary16_cannot_hold)
     static const float large[] = {65519.0f, 65520.0f, -1e30f, FLT_MAX};
     const shape s = shape_of(1, 1, 1, 40, 48, 8, 5);
     problem x = problem_make(&s);
-    x.o.pv = SPARGE_HALF;
+    x.o.pv_dtype = SPARGE_F16;
     for (int64_t n = 0; n < COUNT(large); n++) {
         check_case("v of %g", (double)large[n]);
         tensor_row(&x.v, 0, 0, 20)[3] = large[n];
@@ -1382,18 +1386,22 @@ static void ties(problem *x)
                                  2051.0f,    0x1p-25f,      0x3p-25f,   0.0f};
     static const float fp8[] = {0x1.1p0f, 0x1.100002p0f, 0x1.3p0f, 17.0f,
                                 19.0f,    0x1p-10f,      0x3p-10f, 0};
-    const float *v_middle = x->o.pv == SPARGE_HALF ? half : x->o.pv == SPARGE_FP8 ? fp8 : middle;
-    const float step = x->o.qk == SPARGE_INT12 ? 1.0f / 16 : 1.0f,
-                top = x->o.qk == SPARGE_INT12 ? 2047 * step : 127;
-    const float v_step = x->o.pv == SPARGE_INT12 ? 1.0f / 16 : 1.0f;
-    const float v_top = x->o.pv == SPARGE_INT12 ? 4095 * v_step : x->o.pv == SPARGE_FP8 ? 448 : 127;
+    const float *v_middle = x->o.pv_dtype == SPARGE_F16   ? half
+                            : x->o.pv_dtype == SPARGE_FP8 ? fp8
+                                                          : middle;
+    const float step = x->o.qk_dtype == SPARGE_INT12 ? 1.0f / 16 : 1.0f,
+                top = x->o.qk_dtype == SPARGE_INT12 ? 2047 * step : 127;
+    const float v_step = x->o.pv_dtype == SPARGE_INT12 ? 1.0f / 16 : 1.0f;
+    const float v_top = x->o.pv_dtype == SPARGE_INT12 ? 4095 * v_step
+                        : x->o.pv_dtype == SPARGE_FP8 ? 448
+                                                      : 127;
     for (int64_t n = 0; n < tensor_count(&x->q); n++)
         x->q.x[n] = n % 64 == 5 ? top : (n % 3 ? step : -step) * middle[n % 8];
     for (int64_t n = 0; n < tensor_count(&x->k); n++)
         x->k.x[n] = n % 64 == 9 ? -top : (n % 3 ? step : -step) * middle[n * 3 % 8];
     for (int64_t n = 0; n < tensor_count(&x->v); n++)
         x->v.x[n] = n / 8 % 5 == 2 ? v_top : (n % 3 ? v_step : -v_step) * v_middle[(n + n / 8) % 8];
-    x->o.scale = 1e-3f;
+    x->o.softmax_scale = 1e-3f;
 }
 Test(attend, values_between_codes) { verify_all("ties", ties); }
 
@@ -1410,8 +1418,8 @@ Test(attend, tiny_values) { verify_all("tiny", tiny); }
 Test(attend, huge_scores)
 {
     for (int64_t n = 0; n < 2 * QKS * PVS; n++) {
-        check_case("scores of 1e4, qk %s pv %s", precision_names[n % QKS],
-                   precision_names[n / QKS % PVS]);
+        check_case("scores of 1e4, qk %s pv %s", sparge_dtype_string(precisions[n % QKS]),
+                   sparge_dtype_string(precisions[n / QKS % PVS]));
         const shape s = shape_of(1, 1, 1, 40, 50, 4, 2);
         problem x = problem_make(&s);
         for (int64_t e = 0; e < tensor_count(&x.q); e++)
@@ -1420,10 +1428,10 @@ Test(attend, huge_scores)
             for (int64_t c = 0; c < 4; c++)
                 x.k.x[t * 4 + c] = t == 20 ? 50.0f : t == 30 ? -50.0f : (float)(t % 7) - 3.0f;
         problem_write(&x);
-        x.o.qk = precisions[n % QKS];
-        x.o.pv = precisions[n / QKS % PVS];
+        x.o.qk_dtype = precisions[n % QKS];
+        x.o.pv_dtype = precisions[n / QKS % PVS];
         x.o.smooth_k = n / QKS / PVS;
-        x.o.knobs.lambda = n % 2 ? -5.0f : -INFINITY;
+        x.o.thresholds.lambda = n % 2 ? -5.0f : -INFINITY;
         answer a = attend(&x);
         worst o = {0}, lse = {0};
         for (int64_t r = 0; r < 40; r++) {
@@ -1431,7 +1439,7 @@ Test(attend, huge_scores)
             compare(&lse, r, (double)a.lse[r], 1e4, 100.0); /* codes of int8 are 1 % wide */
             for (int64_t c = 0; c < 2; c++) {
                 const double v = (double)x.v.x[key * 2 + c];
-                const double off = x.o.pv == SPARGE_FP8 ? fabs(v) / 16 : 0.02;
+                const double off = x.o.pv_dtype == SPARGE_FP8 ? fabs(v) / 16 : 0.02;
                 compare(&o, r * 2 + c, (double)a.o.x[r * 2 + c], v, off);
             }
         }
@@ -1478,7 +1486,8 @@ static void ask_small(const small *x, sparge_backend backend, bool backwards, fl
                               .k = k.in,
                               .v = v.in};
     sparge_options options = x->o;
-    options.backend = x->o.pv > SPARGE_FLOAT ? SPARGE_REF : backend;
+    options.backend =
+        x->o.pv_dtype == SPARGE_F16 || x->o.pv_dtype == SPARGE_FP8 ? SPARGE_REF : backend;
     sparge_error error;
     sparge_result r = {.o = {o, SPARGE_F32, 1, 1, 1}, .lse = lse};
     *o = *lse = -7.0f;
@@ -1496,16 +1505,17 @@ static void small_is(small x, int first_qk, int last_qk, double o, double lse)
         for (int way = 0; way < 8; way++) {
             const sparge_backend backend = way & 1 ? SPARGE_CPU : SPARGE_REF;
             float got[2];
-            x.o.qk = precisions[n / PVS];
-            x.o.pv = precisions[n % PVS];
+            x.o.qk_dtype = precisions[n / PVS];
+            x.o.pv_dtype = precisions[n % PVS];
             x.o.block_k = way & 2 ? 1 : 64;
             ask_small(&x, backend, way & 4, &got[0], &got[1]);
             const double want[] = {o, lse};
             for (int e = 0; e < 2; e++)
                 check(isnan(want[e]) ? isnan(got[e])
                                      : fabs((double)got[e] - want[e]) <= 1e-6 * fabs(want[e]),
-                      "qk %s, pv %s, %s, way %d: %s is %g, should be %g", precision_names[n / PVS],
-                      precision_names[n % PVS], sparge_backend_string(backend), way,
+                      "qk %s, pv %s, %s, way %d: %s is %g, should be %g",
+                      sparge_dtype_string(precisions[n / PVS]),
+                      sparge_dtype_string(precisions[n % PVS]), sparge_backend_string(backend), way,
                       e ? "lse" : "o", (double)got[e], want[e]);
         }
 }

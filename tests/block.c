@@ -305,7 +305,7 @@ Test(block, similarity_table)
 }
 
 /* One marked element anywhere is enough; a zero without a mark is only a zero. */
-Test(block, a_marked_element_makes_the_block_not_finite)
+Test(block, a_marked_element_makes_the_block_nonfinite)
 {
     const float x[6] = {1, 0, 1, 1, 1, 1};
     char bad[] = "000000";
@@ -402,7 +402,7 @@ Test(block, similarity_is_at_most_1)
 /* ---- quantize -------------------------------------------------------------------------------- */
 
 /* n elements `stride` apart; the places between stay as they were, and so does what follows. */
-static float quantized(const float *x, int64_t n, int64_t stride, int levels, float slack,
+static float quantized(const float *x, int64_t n, int64_t stride, int qmax, float slack,
                        int16_t *code)
 {
     const int64_t span = n ? (n - 1) * stride + 1 : 0;
@@ -410,7 +410,7 @@ static float quantized(const float *x, int64_t n, int64_t stride, int levels, fl
     int16_t *out = check_alloc((size_t)span * sizeof *out);
     for (int64_t e = 0; e < span; e++)
         in[e] = e % stride ? NAN : x[e / stride];
-    const float step = sparge_ref_quantize(in, n, stride, levels, slack, out);
+    const float step = sparge_ref_quantize(in, n, stride, qmax, slack, out);
     for (int64_t e = 0; e < span; e++) {
         if (e % stride == 0)
             code[e / stride] = out[e];
@@ -427,7 +427,7 @@ Test(block, quantize_table)
 {
     const struct {
         const char *name;
-        int levels;
+        int qmax;
         float slack;
         int64_t n;
         float x[10], step;
@@ -488,7 +488,7 @@ Test(block, quantize_table)
             check_case("%s, stride %lld", table[n].name, (long long)stride);
             int16_t code[10];
             const float step =
-                quantized(table[n].x, table[n].n, stride, table[n].levels, table[n].slack, code);
+                quantized(table[n].x, table[n].n, stride, table[n].qmax, table[n].slack, code);
             check_equal(step, table[n].step);
             check_same(code, table[n].code, table[n].n);
         }
@@ -497,12 +497,12 @@ Test(block, quantize_table)
 /* IEEE division and roundf, at every level count; the largest element takes the outermost code. */
 Test(block, quantize_by_the_definition)
 {
-    const int levels[] = {127, 2047, 4095};
+    const int qmax[] = {127, 2047, 4095};
     int64_t differs = 0;
     for (int64_t n = 0; n < 600; n++) {
         check_case("random block %lld", (long long)n);
         const int64_t count = check_int(1, 600);
-        const int top = levels[n % 3];
+        const int top = qmax[n % 3];
         const float size = exp2f(check_uniform(-100, 100));
         float x[600], max = 0;
         int16_t code[600], want[600];
@@ -529,18 +529,17 @@ Test(block, quantize_by_the_definition)
 /* Every half and its neighbours, for the step 1: where two ways to round part. */
 Test(block, quantize_rounds_as_roundf_at_every_half)
 {
-    const int levels[] = {127, 2047, 4095};
+    const int qmax[] = {127, 2047, 4095};
     for (int n = 0; n < 3; n++)
-        for (int half = 0; half < levels[n]; half++)
+        for (int half = 0; half < qmax[n]; half++)
             for (int side = -1; side <= 1; side++) {
-                check_case("levels %d, %d and a half, side %d", levels[n], half, side);
+                check_case("qmax %d, %d and a half, side %d", qmax[n], half, side);
                 const float middle = (float)half + 0.5f;
                 const float x = side ? nextafterf(middle, side < 0 ? 0.0f : 1e9f) : middle;
-                const float block[] = {(float)levels[n], x, -x};
-                const int16_t want[] = {(int16_t)levels[n], (int16_t)roundf(x),
-                                        (int16_t)-roundf(x)};
+                const float block[] = {(float)qmax[n], x, -x};
+                const int16_t want[] = {(int16_t)qmax[n], (int16_t)roundf(x), (int16_t)-roundf(x)};
                 int16_t code[3];
-                sparge_ref_quantize(block, 3, 1, levels[n], 0, code);
+                sparge_ref_quantize(block, 3, 1, qmax[n], 0, code);
                 check_same(code, want, 3);
             }
 }

@@ -510,7 +510,7 @@ Test(common, keys_seen)
         const sparge_geometry g =
             sparge_geometry_make(table[i].q_len, table[i].k_len, 128, 64, table[i].causal);
         check_equal(sparge_last_key(&g, table[i].t), table[i].last);
-        check_equal(sparge_keys_seen(&g, table[i].t, table[i].j), table[i].seen);
+        check_equal(sparge_keys_visible(&g, table[i].t, table[i].j), table[i].seen);
     }
 }
 
@@ -560,7 +560,7 @@ Test(common, blocks_seen)
         check_case("line %zu", i);
         const sparge_geometry g = sparge_geometry_make(
             table[i].q_len, table[i].k_len, table[i].block_q, table[i].block_k, table[i].causal);
-        check_equal(sparge_blocks_seen(&g, table[i].i), table[i].blocks);
+        check_equal(sparge_blocks_visible(&g, table[i].i), table[i].blocks);
     }
 }
 
@@ -591,10 +591,10 @@ Test(common, geometry_by_definition)
                             of_block[t / bq] = sparge_max(of_block[t / bq], u / bk + 1);
                         }
                     for (int64_t j = 0; j < g.k_blocks; j++)
-                        check_equal(sparge_keys_seen(&g, t, j), keys[j]);
+                        check_equal(sparge_keys_visible(&g, t, j), keys[j]);
                 }
                 for (int64_t i = 0; i < g.q_blocks; i++) {
-                    check_equal(sparge_blocks_seen(&g, i), of_block[i]);
+                    check_equal(sparge_blocks_visible(&g, i), of_block[i]);
                     rows += sparge_block_rows(q_len, bq, i);
                 }
                 check_equal(rows, q_len);
@@ -960,7 +960,7 @@ Test(common, row_raise)
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
         sparge_row row = table[i].row;
-        check_number(sparge_row_raise(&row, table[i].local), table[i].shrink);
+        check_number(sparge_row_update_max(&row, table[i].local), table[i].shrink);
         check_number(row.max, table[i].after.max);
         check_number(row.sum, table[i].after.sum);
     }
@@ -1077,7 +1077,7 @@ Test(common, weight_code)
 {
     static const struct {
         float score, most, unit;
-        int levels, code;
+        int qmax, code;
     } table[] = {
         {7.0f, 7.0f, 1e30f, 127, 127},
         {-16129.0f, -16129.0f, 1e30f, 127, 127},
@@ -1096,15 +1096,13 @@ Test(common, weight_code)
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        check_equal(
-            sparge_weight_code(table[i].score, table[i].most, table[i].unit, table[i].levels),
-            table[i].code);
+        check_equal(sparge_weight_code(table[i].score, table[i].most, table[i].unit, table[i].qmax),
+                    table[i].code);
     }
-    for (int levels = 127; levels <= 4095;
-         levels += 4095 - 127) /* one rounding or two: the same codes */
+    for (int qmax = 127; qmax <= 4095; qmax += 4095 - 127) /* one rounding or two: the same codes */
         for (uint32_t bits = 0; bits <= sparge_float_bits(1.0f); bits += 97) {
             const float p = sparge_bits_float(bits);
-            cr_assert_eq((int)fmaf((float)levels, p, 0.5f), (int)((float)levels * p + 0.5f), "%a",
+            cr_assert_eq((int)fmaf((float)qmax, p, 0.5f), (int)((float)qmax * p + 0.5f), "%a",
                          (double)p);
         }
 }
@@ -1113,7 +1111,7 @@ Test(common, code_weight)
 {
     static const struct {
         float local, max;
-        int levels;
+        int qmax;
         float weight;
     } table[] = {
         {3.0f, 3.0f, 127, 0x1.020408p-7f}, {3.0f, 5.0f, 127, 0x1.020408p-9f},
@@ -1123,7 +1121,7 @@ Test(common, code_weight)
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        check_number(sparge_code_weight(table[i].local, table[i].max, table[i].levels),
+        check_number(sparge_code_weight(table[i].local, table[i].max, table[i].qmax),
                      table[i].weight);
     }
 }
@@ -1213,7 +1211,7 @@ Test(common, row_online)
             float local = -INFINITY;
             for (int t = t0; t < 50 && t < t0 + 8; t++)
                 local = fmaxf(local, (float)score[t] * scale);
-            o[t0 / 32] *= sparge_row_raise(row, local);
+            o[t0 / 32] *= sparge_row_update_max(row, local);
             for (int t = t0; t < 50 && t < t0 + 8; t++) {
                 const float p = sparge_weight((float)score[t], scale, row->max);
                 row->sum += p;

@@ -1,6 +1,6 @@
-/* cpu.c: the cpu backend against the reference, bit for bit: masks, traces, counters, o and lse, on
- * every instruction set that is here; and which backend and instruction set run at all. What the
- * reference gives is tested elsewhere, what each kernel gives in kernels.c. */
+/* cpu.c: the cpu backend against the reference, bit for bit: masks, intermediates, counters, o and
+ * lse, on every instruction set that is here; and which backend and instruction set run at all.
+ * What the reference gives is tested elsewhere, what each kernel gives in kernels.c. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -60,13 +60,13 @@ Test(cpu, questions_at_random)
         problem x = problem_make(&s);
         x.o.block_q = check_int(0, 2) ? check_int(1, 130) : 128;
         x.o.block_k = check_int(0, 2) ? check_int(1, 130) : 64;
-        x.o.qk = (sparge_precision)check_int(SPARGE_INT8, SPARGE_FLOAT);
-        x.o.pv = (sparge_precision)check_int(SPARGE_INT8, SPARGE_FLOAT);
-        if (x.o.pv == SPARGE_INT12 && x.o.block_k > 128)
+        x.o.qk_dtype = precisions[check_int(0, 2)];
+        x.o.pv_dtype = precisions[check_int(0, 2)];
+        if (x.o.pv_dtype == SPARGE_INT12 && x.o.block_k > 128)
             x.o.block_k = 128;
         x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
         x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, 140);
-        sparge_knobs each[6];
+        sparge_thresholds each[6];
         vary(&x, each);
         const way how = check_int(0, 3) ? ATTENTION : ATTEND;
         const sparge_dtype dtype = how == ATTEND ? dtype_at_random() : SPARGE_F32;
@@ -93,10 +93,10 @@ Test(cpu, every_length)
         x.o.block_q = 24;
         x.o.block_k = n % 2 ? 16 : 21;
         x.o.causal = (sparge_causal)(n % 3);
-        x.o.qk = (sparge_precision)(n / 3 % 3);
-        x.o.pv = (sparge_precision)(n / 9 % 3);
+        x.o.qk_dtype = precisions[n / 3 % 3];
+        x.o.pv_dtype = precisions[n / 9 % 3];
         x.o.skip_rows = 1 + n % 24;
-        x.o.knobs = (sparge_knobs){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
+        x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
@@ -113,9 +113,9 @@ Test(cpu, the_largest_blocks)
         x.o.block_k = n % 2 ? 1000 : 1024;
         x.o.skip_rows = 1024;
         x.o.causal = n / 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-        x.o.qk = n % 2 ? SPARGE_INT12 : SPARGE_INT8;
-        x.o.pv = n % 2 ? SPARGE_FLOAT : SPARGE_INT8;
-        x.o.knobs.lambda = -1.0f;
+        x.o.qk_dtype = n % 2 ? SPARGE_INT12 : SPARGE_INT8;
+        x.o.pv_dtype = n % 2 ? SPARGE_F32 : SPARGE_INT8;
+        x.o.thresholds.lambda = -1.0f;
         verify(&x, ATTENTION);
         problem_free(&x);
     }
@@ -126,14 +126,15 @@ Test(cpu, extremes)
 {
     const float corners[] = {1.0f, -1.0f};
     for (int way_of = 0; way_of < 8; way_of++)
-        for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
-            check_case("extremes %d, precision %d", way_of, precision);
-            const shape s = shape_of(1, 1, 1, 40, 128, precision == SPARGE_INT8 ? 256 : 128, 40);
+        for (int level = 0; level < 3; level++) {
+            check_case("extremes %d, precision %d", way_of, precisions[level]);
+            const shape s =
+                shape_of(1, 1, 1, 40, 128, precisions[level] == SPARGE_INT8 ? 256 : 128, 40);
             problem x = problem_make(&s);
             x.o.block_q = 32;
             x.o.block_k = 128;
             x.o.smooth_k = false;
-            x.o.qk = x.o.pv = (sparge_precision)precision;
+            x.o.qk_dtype = x.o.pv_dtype = precisions[level];
             for (int64_t n = 0; n < tensor_count(&x.q); n++)
                 x.q.x[n] = way_of & 4 && n % 2 ? -1.0f : 1.0f;
             for (int64_t n = 0; n < tensor_count(&x.k); n++)
@@ -152,12 +153,12 @@ Test(cpu, magnitudes)
     const float size[] = {1e-45f, 1e-38f, 1e-30f, 1e-20f, 1e10f, 1e18f, 1e19f, 3e38f};
     for (int64_t q = 0; q < COUNT(size); q++)
         for (int64_t k = 0; k < COUNT(size); k++)
-            for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
+            for (int level = 0; level < 3; level++) {
                 check_case("q of %g, k of %g, precision %d", (double)size[q], (double)size[k],
-                           precision);
+                           precisions[level]);
                 const shape s = shape_of(1, 1, 1, 20, 40, 8, 8);
                 problem x = problem_make(&s);
-                x.o.qk = x.o.pv = (sparge_precision)precision;
+                x.o.qk_dtype = x.o.pv_dtype = precisions[level];
                 tensor_fill(&x.q, -size[q], size[q]);
                 tensor_fill(&x.k, -size[k], size[k]);
                 verify(&x, ATTENTION);
@@ -170,15 +171,15 @@ Test(cpu, magnitudes)
 Test(cpu, every_number_of_threads)
 {
     static const int threads[] = {1, 2, 3, 7, 16, 2, 2, 16, 0};
-    for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision++) {
-        check_case("threads, precision %d", precision);
+    for (int level = 0; level < 3; level++) {
+        check_case("threads, precision %d", precisions[level]);
         const shape s = shape_of(2, 4, 2, 200, 170, 40, 24);
         problem x = problem_make(&s);
-        x.o.qk = x.o.pv = (sparge_precision)precision;
+        x.o.qk_dtype = x.o.pv_dtype = precisions[level];
         x.o.causal = SPARGE_CAUSAL_END;
         x.o.skip_rows = 8;
-        x.o.scale = 0.5f;
-        x.o.knobs = (sparge_knobs){0.3f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.softmax_scale = 0.5f;
+        x.o.thresholds = (sparge_thresholds){0.3f, 0.7f, SPARGE_OFF, -1.0f};
         totals sum = {0};
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, &sum);
         check(sum.skipped > 0, "nothing was skipped");
@@ -194,15 +195,15 @@ Test(cpu, every_number_of_threads)
 Test(cpu, more_than_one_wave)
 {
     static const int threads[] = {1, 2, 0};
-    for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision += 2) {
-        check_case("waves, precision %d", precision);
-        const int64_t keys = precision == SPARGE_FLOAT ? 300 : 700;
+    for (int level = 0; level < 3; level += 2) {
+        check_case("waves, precision %d", precisions[level]);
+        const int64_t keys = precisions[level] == SPARGE_F32 ? 300 : 700;
         const shape s = shape_of(1, 8 * 12, 8, 5, keys, 256, 250);
         problem x = problem_make(&s);
         x.o.block_q = 1024;
         x.o.block_k = 1;
-        x.o.qk = x.o.pv = (sparge_precision)precision;
-        x.o.knobs = (sparge_knobs){-1.0f, 0.5f, SPARGE_OFF, -4.0f};
+        x.o.qk_dtype = x.o.pv_dtype = precisions[level];
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -4.0f};
         x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last wave, and of no other */
         problem_write(&x);
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
@@ -218,10 +219,10 @@ Test(cpu, a_chunk_ends_within_a_head)
     const shape s = shape_of(2, 6, 3, 700, 20, 256, 8);
     problem x = problem_make(&s);
     x.o.block_q = 300;
-    x.o.qk = SPARGE_FLOAT;
-    x.o.pv = SPARGE_INT12;
+    x.o.qk_dtype = SPARGE_F32;
+    x.o.pv_dtype = SPARGE_INT12;
     x.o.causal = SPARGE_CAUSAL_START;
-    x.o.knobs.tau = 0.5f;
+    x.o.thresholds.tau = 0.5f;
     verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
     mask_fill(&x, 0.5f);
     verify_with(&x, ATTEND, SPARGE_F32, PACKED, threads, NULL);
@@ -243,7 +244,7 @@ Test(cpu, output_in_the_place_of_q)
         x.o.threads = 3;
         x.o.smooth_k = n / 3 % 2;
         x.o.causal = SPARGE_CAUSAL_END;
-        x.o.qk = x.o.pv = n % 2 ? SPARGE_INT8 : SPARGE_FLOAT;
+        x.o.qk_dtype = x.o.pv_dtype = n % 2 ? SPARGE_INT8 : SPARGE_F32;
         if (n >= 6)
             x.q.x[48 * 33 + 5] = NAN;
         problem_write(&x);
@@ -261,7 +262,7 @@ Test(cpu, output_in_the_place_of_q)
     }
 }
 
-/* lse, traces and head_counts may be missing; o stays the same. */
+/* lse, intermediates and head_counts may be missing; o stays the same. */
 Test(cpu, only_o_is_wanted)
 {
     for (int smooth = 0; smooth < 2; smooth++) {
@@ -270,7 +271,7 @@ Test(cpu, only_o_is_wanted)
         problem x = problem_make(&s);
         x.o.backend = SPARGE_CPU;
         x.o.smooth_k = smooth;
-        x.o.knobs.tau = 0.6f;
+        x.o.thresholds.tau = 0.6f;
         answer all = attention(&x, NULL);
         tensor o = tensor_make(1, 2, 50, 16, SPARGE_F32, PACKED);
         sparge_result result = {.o = tensor_out(&o)};
@@ -305,7 +306,7 @@ Test(cpu, rows_of_the_mask_with_ties)
             for (int64_t topk = tau == 0; topk < COUNT(share); topk++) {
                 check_case("ties of %d, tau %g, topk %g", values, (double)share[tau],
                            (double)share[topk]);
-                x.o.knobs = (sparge_knobs){-1.0f, share[tau], share[topk], -INFINITY};
+                x.o.thresholds = (sparge_thresholds){-1.0f, share[tau], share[topk], -INFINITY};
                 x.o.smooth_k = topk % 2;
                 x.o.causal = (sparge_causal)(topk % 3);
                 x.o.sink = tau % 2;
@@ -325,15 +326,15 @@ Test(cpu, zeros_of_both_signs_tie)
     x.o.block_q = 4;
     x.o.block_k = 1;
     x.o.smooth_k = false;
-    x.o.scale = 0.25f;
+    x.o.softmax_scale = 0.25f;
     for (int64_t n = 0; n < 4; n++)
         x.q.x[n] = 0x1p-100f;
     for (int64_t n = 0; n < 40; n++)
         x.k.x[n] = n % 2 ? 0x1p-49f : -0x1p-49f;
     problem_write(&x);
-    x.o.knobs = (sparge_knobs){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
+    x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
     verify(&x, ATTENTION);
-    x.o.knobs = (sparge_knobs){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
+    x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
     verify(&x, ATTENTION);
     problem_free(&x);
 }
@@ -350,10 +351,10 @@ Test(cpu, rows_of_the_mask_of_every_length)
         const float size = ldexpf(1.0f, (int)check_int(-10, 10));
         tensor_fill(&x.q, -size, size);
         tensor_fill(&x.k, -1, 1);
-        x.o.knobs = (sparge_knobs){-1.0f, check_uniform(0.1f, 0.9f),
-                                   check_int(0, 1) ? SPARGE_OFF : 0.25f, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, check_uniform(0.1f, 0.9f),
+                                             check_int(0, 1) ? SPARGE_OFF : 0.25f, -INFINITY};
         verify(&x, ATTENTION);
-        x.o.knobs = (sparge_knobs){-1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
@@ -368,7 +369,7 @@ Test(cpu, a_mask_that_names_invisible_blocks)
         const shape s = shape_of(1, 2, 1, 90, 60, 16, 8);
         problem x = problem_make(&s);
         x.o.causal = (sparge_causal)causal;
-        x.o.knobs.lambda = -1.0f;
+        x.o.thresholds.lambda = -1.0f;
         x.mask = wide_mask(&x, 2);
         const sparge_mask own = x.mask;
         verify(&x, ATTEND);
@@ -630,7 +631,8 @@ static void under(const problem *x, unsigned control, const answer *want, const 
     check(judged == SPARGE_OK && searched == SPARGE_OK, "oracle %d, tune %d", (int)judged,
           (int)searched);
     check_same_as("oracle", o, exact, tensor_count(&want->o));
-    check(tuned.in_sample.mean == best->in_sample.mean && tuned.knobs.tau == best->knobs.tau,
+    check(tuned.in_sample.mean == best->in_sample.mean &&
+              tuned.thresholds.tau == best->thresholds.tau,
           "tune: %.17g, %.17g", tuned.in_sample.mean, best->in_sample.mean);
     answer_free(&got);
     free(o);
@@ -647,20 +649,20 @@ Test(cpu, arithmetic_of_the_caller)
         const sparge_status status = sparge_options_resolve(&p, &o, NULL);
         __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() & ~(unsigned)UPWARD);
         check(status == SPARGE_OK, "status %d", (int)status);
-        check_equal(o.scale, 1.0f / sqrtf((float)dim));
+        check_equal(o.softmax_scale, 1.0f / sqrtf((float)dim));
     }
     const shape s = shape_of(1, 1, 1, 150, 200, 40, 24);
     problem x = problem_make(&s);
     for (int64_t n = 0; n < tensor_count(&x.v); n += 3)
         x.v.x[n] *= 1e-39f;
     problem_write(&x);
-    x.o.knobs = (sparge_knobs){0.2f, 0.7f, SPARGE_OFF, -6.0f};
+    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -6.0f};
     const sparge_backend each[] = {SPARGE_REF, SPARGE_CPU, SPARGE_CPU, SPARGE_CPU};
     for (int n = 0; n < COUNT(each); n++)
-        for (int precision = SPARGE_INT8; precision <= SPARGE_FLOAT; precision += SPARGE_FLOAT) {
-            check_case("backend %d, precision %d", n, precision);
+        for (int level = 0; level < 3; level += 2) {
+            check_case("backend %d, precision %d", n, precisions[level]);
             x.o.backend = each[n];
-            x.o.qk = x.o.pv = (sparge_precision)precision;
+            x.o.qk_dtype = x.o.pv_dtype = precisions[level];
             x.o.threads = n ? 2 * n - 1 : 1; /* 1, 3 and 5: some are made under another setting */
             __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | FLUSH | UPWARD);
             answer made = attention(&x, NULL);
@@ -721,13 +723,13 @@ Test(cpu, scores_that_all_overflow_give_nan)
                               {q, SPARGE_F32, 2, 2, 2},
                               {k, SPARGE_F32, 64, 64, 2},
                               {v, SPARGE_F32, 32, 32, 1}};
-    for (sparge_precision pv = SPARGE_INT8; pv <= SPARGE_FLOAT; pv++) {
+    for (sparge_dtype pv = SPARGE_INT8; pv <= SPARGE_F32; pv++) {
         float o[2], lse[2];
         for (int n = 0; n < 2; n++) {
             sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
             options.backend = n ? SPARGE_CPU : SPARGE_REF;
-            options.qk = SPARGE_FLOAT;
-            options.pv = pv;
+            options.qk_dtype = SPARGE_F32;
+            options.pv_dtype = pv;
             options.smooth_k = false;
             sparge_result result = {.o = {&o[n], SPARGE_F32, 1, 1, 1}, .lse = &lse[n]};
             check(sparge_attend(&p, &options, NULL, &result, NULL) == SPARGE_OK, "pv %d", (int)pv);

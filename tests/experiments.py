@@ -444,8 +444,8 @@ def test_sets():
           np.abs(wide / q - 1).max())
     copy, = sets.entries(Path("head"))
     check(copy.at == entry.at and copy.heads == entry.heads and copy.causal, "its manifest", copy)
-    manifest |= {"causal": None, "scale": None}
-    manifest["files"][0] |= {"causal": False, "scale": 0.25}
+    manifest |= {"causal": None, "softmax_scale": None}
+    manifest["files"][0] |= {"causal": False, "softmax_scale": 0.25}
     write("manifest.json", json.dumps(manifest))
     entry, = sets.entries(Path("."))
     check(not entry.causal and entry.scale == 0.25, "a file's own word", entry)
@@ -508,12 +508,12 @@ def test_thresholds_that_change():
     code, out, err = said(SPARGE, "run", capture, *map(str, sets.options_of(Path("x.json"))))
     check(code == 0 and json.loads(out)["sparsity"] > 0.5, "sparge takes them", err)
     own = json.loads(
-        params.read_text()) | {"scale": 0.25, "causal": "none", "sink": False, "smooth_k": False}
+        params.read_text()) | {"softmax_scale": 0.25, "causal": "none", "sink": False, "smooth_k": False}
     write("x.json", json.dumps(own))
     check(
         sets.options_of(
             Path("x.json")) == ["--params",
-                                Path("x.json"), "--scale", 0.25, "--no-smooth-k"],
+                                Path("x.json"), "--softmax-scale", 0.25, "--no-smooth-k"],
         "their own scale", sets.options_of(Path("x.json")))
 
 
@@ -588,17 +588,17 @@ def test_good_captures():
     wrong("another file has a head of it", "fig14/run.py", "--captures", "split", "--params",
           "split.json", "-o", "no.csv")
     # text around the grid, and a scale of the model's own
-    make_set("text", grid=[2, 9, 10], n_text=20, scale=1.5)
-    params = tuned("text", "--scale", "1.5")
+    make_set("text", grid=[2, 9, 10], n_text=20, softmax_scale=1.5)
+    params = tuned("text", "--softmax-scale", "1.5")
     row = next(r for r in of_captures("table9", "text", *params)
                if (r["order"], r["thresholds"], r["judge"], r["head"]) == ("hilbert", "tuned", "on",
                                                                            "0"))
-    for name, options in ("got", params), ("want", ("--dense", "--qk", "f32", "--pv", "f32")):
+    for name, options in ("got", params), ("want", ("--dense", "--qk-dtype", "f32", "--pv-dtype", "f32")):
         said(SPARGE, "order", "2", "9", "10", "--text-before", "20", "-o", "i.npy")
         mixed = {n: ("F32", x.astype(np.float32)[:, :, np.load("i.npy")]) for n, x in
                  sets.load_file("text/a.safetensors").items()}
         save_safetensors("mixed.safetensors", **mixed)
-        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--scale", "1.5", "-o",
+        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--softmax-scale", "1.5", "-o",
                               f"{name}.npy")
         check(code == 0, "run", err)
     got, want = (np.load(f"{name}.npy")[0, 0].astype(np.float64) for name in ("got", "want"))

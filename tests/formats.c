@@ -1521,10 +1521,11 @@ Test(formats, sudden_signal_in_another_thread, .init = folder_make, .fini = fold
 #define HEADER                                                                                    \
     "{\"sparge_params\": 1, \"model\": \"m\", \"block_q\": 128, \"block_k\": 64, \"skip_rows\": " \
     "64, "                                                                                        \
-    "\"causal\": \"start\", \"smooth_k\": false, \"sink\": true, \"scale\": 0.125, \"heads\": ["
-#define HEAD_OF(layer, head, knobs) \
-    "{\"layer\": " layer ", \"head\": " head ", \"dense\": false, " knobs "}"
-#define KNOBS "\"theta\": 0.5, \"tau\": 0.98, \"topk\": null, \"lambda\": -4"
+    "\"causal\": \"start\", \"smooth_k\": false, \"sink\": true, \"softmax_scale\": 0.125, "      \
+    "\"heads\": ["
+#define HEAD_OF(layer, head, thresholds) \
+    "{\"layer\": " layer ", \"head\": " head ", \"dense\": false, " thresholds "}"
+#define THRESHOLDS "\"theta\": 0.5, \"tau\": 0.98, \"topk\": null, \"lambda\": -4"
 
 static exit_code params_of(const char *text, params *out, file_error *error)
 {
@@ -1537,19 +1538,19 @@ Test(formats, params_literal)
 {
     params p;
     file_error error;
-    const char *knobs = "\"theta\": -1, \"tau\": null, \"topk\": 0.25, \"lambda\": null";
+    const char *thresholds = "\"theta\": -1, \"tau\": null, \"topk\": 0.25, \"lambda\": null";
     char text[1000];
     snprintf(text, sizeof text,
-             HEADER HEAD_OF("7", "3", KNOBS) ", " HEAD_OF("0", "9", KNOBS) ", " HEAD_OF(
+             HEADER HEAD_OF("7", "3", THRESHOLDS) ", " HEAD_OF("0", "9", THRESHOLDS) ", " HEAD_OF(
                  "7", "0", "%s") "], \"more\": []}",
-             knobs);
+             thresholds);
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
     cr_expect_str_empty(error.text);
     cr_expect_str_eq(p.model, "m");
     cr_expect(p.block_q == 128 && p.block_k == 64 && p.skip_rows == 64 &&
               p.causal == SPARGE_CAUSAL_START);
-    cr_expect(!p.smooth_k && p.sink && p.scale == 0.125f && p.heads == 3);
-    sparge_knobs first, second, third;
+    cr_expect(!p.smooth_k && p.sink && p.softmax_scale == 0.125f && p.heads == 3);
+    sparge_thresholds first, second, third;
     cr_assert(!params_find(&p, "f", 0, 9, &first, &error) &&
               !params_find(&p, "f", 7, 0, &second, &error) &&
               !params_find(&p, "f", 7, 3, &third, &error));
@@ -1575,28 +1576,29 @@ Test(formats, params_load)
     char path[] = "/tmp/sparge-params-XXXXXX";
     const int file = mkstemp(path);
     FILE *stream = fdopen(file, "w");
-    fprintf(stream, HEADER HEAD_OF("7", "0", KNOBS) ", " HEAD_OF("7", "1", KNOBS) "]}");
+    fprintf(stream, HEADER HEAD_OF("7", "0", THRESHOLDS) ", " HEAD_OF("7", "1", THRESHOLDS) "]}");
     fclose(stream);
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.causal = SPARGE_CAUSAL_START;
     o.smooth_k = false;
     o.sink = true;
-    o.scale = 0.125f;
-    sparge_knobs knobs[3];
+    o.softmax_scale = 0.125f;
+    sparge_thresholds thresholds[3];
     sparge_error why;
-    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, knobs, &why), SPARGE_OK, "%s", why.text);
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_OK, "%s",
+                 why.text);
     cr_expect_str_empty(why.text);
-    cr_expect(knobs[0].tau == 0.98f && knobs[1].lambda == -4.0f);
-    cr_expect_eq(sparge_params_load(path, NULL, 7, 2, &o, knobs, NULL), SPARGE_OK);
-    cr_expect_eq(sparge_params_load(path, "m", 7, 3, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect(thresholds[0].tau == 0.98f && thresholds[1].lambda == -4.0f);
+    cr_expect_eq(sparge_params_load(path, NULL, 7, 2, &o, thresholds, NULL), SPARGE_OK);
+    cr_expect_eq(sparge_params_load(path, "m", 7, 3, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "has no thresholds for layer 7 head 2"), "%s", why.text);
-    cr_expect_eq(sparge_params_load(path, "n", 7, 2, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect_eq(sparge_params_load(path, "n", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "for the model 'm', not for 'n'"), "%s", why.text);
     o.block_k = 128;
-    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "blocks of 64 keys, not 128"), "%s", why.text);
     remove(path);
-    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, knobs, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "cannot open"), "%s", why.text);
 }
 
@@ -1616,7 +1618,7 @@ Test(formats, params_ranges)
         {"block_q", {"1", "1024"}, {"0", "1025", "128.0", "null"}},
         {"block_k", {"1", "1024"}, {"0", "1025", "64.0", "\"64\""}},
         {"skip_rows", {"1", "1024"}, {"0", "1025", "-64", "null"}},
-        {"scale", {"1.1754944e-38", "3.4028235e38"}, {"0", "1e-39", "3.5e38", "-1"}},
+        {"softmax_scale", {"1.1754944e-38", "3.4028235e38"}, {"0", "1e-39", "3.5e38", "-1"}},
         {"causal", {"\"none\"", "\"end\""}, {"\"middle\"", "null", "1", "\"END\""}},
         {"smooth_k", {"true", "false"}, {"1", "null", "\"\"", "{}"}},
         {"sink", {"true", "false"}, {"1", "null", "\"\"", "{}"}},
@@ -1628,7 +1630,7 @@ Test(formats, params_ranges)
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++)
         for (int n = 0; n < 6; n++) {
             const char *value = n < 2 ? cases[c].good[n] : cases[c].bad[n - 2];
-            json_t *whole = json_loads(HEADER HEAD_OF("0", "0", KNOBS) "]}", 0, NULL);
+            json_t *whole = json_loads(HEADER HEAD_OF("0", "0", THRESHOLDS) "]}", 0, NULL);
             json_t *to = c < 7 ? json_array_get(json_object_get(whole, "heads"), 0) : whole;
             json_object_set_new(to, cases[c].key, json_loads(value, JSON_DECODE_ANY, NULL));
             char *text = json_dumps(whole, 0);
@@ -1659,9 +1661,9 @@ Test(formats, params_refused)
         {HEADER "]", "line 1: "},
         {HEADER "]}}", "line 1: "},
         {HEADER "3]}", "'heads[0].layer' must be"},
-        {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("1", "2", KNOBS) "]}",
+        {HEADER HEAD_OF("1", "2", THRESHOLDS) "," HEAD_OF("1", "2", THRESHOLDS) "]}",
          "has layer 1 head 2 twice"},
-        {HEADER HEAD_OF("1", "2", KNOBS) "," HEAD_OF("0", "2", KNOBS ", \"tau\": 1") "]}",
+        {HEADER HEAD_OF("1", "2", THRESHOLDS) "," HEAD_OF("0", "2", THRESHOLDS ", \"tau\": 1") "]}",
          "line 1: duplicate"},
         {HEADER HEAD_OF("1", "2",
                         "\"theta\": 0, \"tau\": null, \"topk\": null, \"lambda\": null") "]}",
@@ -1682,8 +1684,9 @@ Test(formats, params_refused)
 /* How the header of a line writes this float. */
 static void text_of_threshold(float x, char text[64])
 {
-    const sparge_knobs knobs = {.theta = 0.0f, .tau = 1.0f, .topk = SPARGE_OFF, .lambda = x};
-    json_t *line = params_line(0, 0, false, &knobs);
+    const sparge_thresholds thresholds = {
+        .theta = 0.0f, .tau = 1.0f, .topk = SPARGE_OFF, .lambda = x};
+    json_t *line = params_line(0, 0, false, &thresholds);
     char *all = json_dumps(line, JSON_REAL_PRECISION(9));
     const char *at = all ? strstr(all, "\"lambda\": ") : NULL;
     cr_assert(at && sscanf(at, "\"lambda\": %63[^}]", text) == 1);
@@ -1737,15 +1740,15 @@ Test(formats, params_written)
 {
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.block_q = 32;
-    o.scale = 0.3f;
+    o.softmax_scale = 0.3f;
     o.causal = SPARGE_CAUSAL_END;
-    const sparge_knobs knobs = {
+    const sparge_thresholds thresholds = {
         .theta = -0.3f, .tau = SPARGE_OFF, .topk = 0.7f, .lambda = -INFINITY};
     char *text = NULL;
     size_t size = 0;
     file_error error;
     json_t *header = params_header("a \"b\"\n", "ab12", &o), *heads = json_array();
-    json_array_append_new(heads, params_line(3, 4, true, &knobs));
+    json_array_append_new(heads, params_line(3, 4, true, &thresholds));
     json_object_set_new(header, "inputs", json_array());
     json_object_set_new(header, "heads", heads);
     FILE *stream = open_memstream(&text, &size);
@@ -1754,18 +1757,20 @@ Test(formats, params_written)
         text,
         "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
         " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n"
-        " \"rules\": \"default\",\n \"qk\": \"int8\",\n \"pv\": \"int8\",\n"
+        " \"rules\": \"default\",\n \"qk_dtype\": \"int8\",\n \"pv_dtype\": \"int8\",\n"
         " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
-        " \"smooth_k\": true,\n \"sink\": false,\n \"scale\": 0.3,\n \"inputs\": [],\n \"heads\": "
+        " \"smooth_k\": true,\n \"sink\": false,\n \"softmax_scale\": 0.3,\n \"inputs\": [],\n "
+        "\"heads\": "
         "[\n"
         "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "
         "\"topk\": 0.7, \"lambda\": null}\n ]\n}\n",
         "%s", text);
     params p;
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
-    cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 && p.scale == o.scale &&
-              p.skip_rows == 32);
-    cr_expect(p.head->knobs.theta == knobs.theta && p.head->knobs.topk == knobs.topk);
+    cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 &&
+              p.softmax_scale == o.softmax_scale && p.skip_rows == 32);
+    cr_expect(p.head->thresholds.theta == thresholds.theta &&
+              p.head->thresholds.topk == thresholds.topk);
     cr_expect_eq(params_obey(&p, "p.json", options_all(), &o, &error), EXIT_FINE, "%s", error.text);
     cr_expect_eq(params_model(&p, "p.json", "a \"b\"\n", NULL, &error), EXIT_FINE, "%s",
                  error.text);
@@ -1795,7 +1800,7 @@ static exit_code check_capture(const capture *c, int64_t heads, sparge_causal ca
                                file_error *error)
 {
     const sparge_problem problem = {.heads = heads, .dim = 64};
-    sparge_options options = {.causal = causal, .scale = scale};
+    sparge_options options = {.causal = causal, .softmax_scale = scale};
     return capture_obey(c, &problem, options_all(), &options, error);
 }
 
@@ -1822,9 +1827,9 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     file_make("manifest.json",
               BYTES("{\"model\": \"m\", \"text\": \"t\", \"causal\": true, \"files\": ["
                     "{\"file\": \"b.st\", \"layer\": 2147483647, "
-                    "\"query_heads\": [8, 0, 2147483647], \"scale\": 0.5},"
+                    "\"query_heads\": [8, 0, 2147483647], \"softmax_scale\": 0.5},"
                     "{\"file\": \"a.st\", \"sha256\": \"" SHA_ABC "\", \"causal\": false}], "
-                    "\"scale\": 0.125}"));
+                    "\"softmax_scale\": 0.125}"));
     cr_assert_eq(capture_find(in_folder("a.st"), false, &list, &count, &error), EXIT_FINE, "%s",
                  error.text);
     cr_assert_eq(capture_find(folder, false, &list, &count, &error), EXIT_FINE, "%s", error.text);
@@ -1832,7 +1837,7 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     const capture *a = &list[1], *b = &list[2];
     cr_expect_str_eq(a->model, "m");
     cr_expect_str_eq(a->sample, "t");
-    cr_expect(a->causal == 0 && a->layer == -1 && a->scale == 0.125 && !a->heads);
+    cr_expect(a->causal == 0 && a->layer == -1 && a->softmax_scale == 0.125 && !a->heads);
     cr_expect_str_eq(a->sha256, list[3].sha256);
     cr_expect_str_eq(b->path, in_folder("b.st"));
     cr_expect_str_eq(b->sha256, SHA_NONE);
@@ -1841,13 +1846,13 @@ Test(formats, captures, .init = folder_make, .fini = folder_remove)
     cr_expect_eq(check_capture(a, 3, SPARGE_CAUSAL_NONE, 0.0f, &error), EXIT_FINE);
     const char *const counted[] = {"b.st", "has 2 query heads", "lists 3"},
                       *const says[] = {"b.st", "give --causal"},
-                      *const scaled[] = {"b.st", "by 0.5", "not by 0.125", "--scale 0.5"};
+                      *const scaled[] = {"b.st", "by 0.5", "not by 0.125", "--softmax-scale 0.5"};
     cr_expect_eq(check_capture(b, 2, SPARGE_CAUSAL_END, 0.5f, &error), EXIT_FILE);
     expect_says(&error, "heads", counted, 3);
     cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_NONE, 0.5f, &error), EXIT_FILE);
     expect_says(&error, "causality", says, 2);
     cr_expect_eq(check_capture(b, 3, SPARGE_CAUSAL_END, 0.0f, &error), EXIT_FILE);
-    expect_says(&error, "scale", scaled, 4);
+    expect_says(&error, "softmax_scale", scaled, 4);
 
     file_make("b.st", BYTES("abd"));
     file_make("manifest.json",
@@ -1900,25 +1905,23 @@ Test(formats, judge_recall_by_rows)
     const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_BOOL, 2, {2, 2}, bits};
     const recall r = judge_recall(&paid, &keep, 4, 3);
     cr_expect(r.share == (3 * 0.75 + 0.5) / 4, "%g", r.share);
-    cr_expect(r.not_finite == 0);
+    cr_expect(r.nonfinite == 0);
     const array no_rows = {ARRAY_F64, 2, {0, 2}, mass};
     cr_expect(judge_recall(&no_rows, &keep, 0, 3).share == 1.0);
     memset(mass, 0, sizeof mass); /* rows that see no key */
     cr_expect(judge_recall(&paid, &keep, 4, 3).share == 1.0);
 }
 
-Test(formats, judge_recall_not_finite)
+Test(formats, judge_recall_nonfinite)
 {
     double mass[] = {NAN, NAN, 0.25, 0.75};
     uint8_t bits[] = {1, 0, 0, 1};
     const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_U8, 2, {2, 2}, bits};
     const recall half = judge_recall(&paid, &keep, 4, 2);
-    cr_expect(half.share == 0.75 && half.not_finite == 2, "%g, %d", half.share,
-              (int)half.not_finite);
+    cr_expect(half.share == 0.75 && half.nonfinite == 2, "%g, %d", half.share, (int)half.nonfinite);
     mass[2] = mass[3] = NAN;
     const recall none = judge_recall(&paid, &keep, 4, 2);
-    cr_expect(isnan(none.share) && none.not_finite == 4, "%g, %d", none.share,
-              (int)none.not_finite);
+    cr_expect(isnan(none.share) && none.nonfinite == 4, "%g, %d", none.share, (int)none.nonfinite);
 }
 
 /* Queries 0 to 2 see the first 3, 4 and 5 keys; the last block of each is short. */

@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import stat
 import struct
@@ -189,7 +190,7 @@ def test_values():
     check(
         list(x) == [
             "sparge_params", "version", "model", "tuner", "source", "source_sha256", "rules",
-            "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "scale", "qk", "pv",
+            "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "softmax_scale", "qk_dtype", "pv_dtype",
             "l1", "l2", "inputs", "heads"
         ], "fields", list(x))
     heads = x.pop("heads")
@@ -203,13 +204,13 @@ def test_values():
     check(heads[5]["lambda"] == 0 and math.copysign(1, heads[5]["lambda"]) == 1, "no -0", heads[5])
     version = x.pop("version")
     with open(os.path.join(ROOT, "sparge.h")) as file:
-        check(f'SPARGE_VERSION "{version}"' in file.read(), "version", version)
+        check(re.search(r'SPARGE_VERSION +"(.*)"', file.read())[1] == version, "version", version)
     check(
         x == {
             "sparge_params": 1, "model": "My-model", "tuner": "upstream", "source":
             "My-model_0.06_0.07.pt", "source_sha256": hashlib.sha256(data).hexdigest(), "rules":
             "upstream", "block_q": 128, "block_k": 64, "skip_rows": 128, "causal": "none",
-            "smooth_k": True, "sink": True, "scale": None, "qk": "int8", "pv": "fp8", "l1": 0.06,
+            "smooth_k": True, "sink": True, "softmax_scale": None, "qk_dtype": "int8", "pv_dtype": "fp8", "l1": 0.06,
             "l2": 0.07, "inputs": []
         }, "header", x)
     with open("o.json") as file:
@@ -219,16 +220,16 @@ def test_values():
 def test_options():
     data = zipped(make_members(tensors_of()))
     x = fine(data, "--model", "m\udc80", "--rules", "default", "--l1", "0.5", "--block-q", "64",
-             "--block-k", "128", "--causal", "start", "--qk", "f32", "--pv", "f16",
+             "--block-k", "128", "--causal", "start", "--qk-dtype", "f32", "--pv-dtype", "f16",
              name="a_0.1_0.2.pt")
     check((x["model"], x["l1"], x["l2"], x["block_q"], x["block_k"], x["skip_rows"], x["causal"],
-           x["qk"], x["pv"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16",
+           x["qk_dtype"], x["pv_dtype"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16",
                                              "default"), "options", x)
     x = fine(data, "--skip-rows", "16", name="wan_2_1.pt")
     check((x["model"], x["l1"], x["l2"], x["skip_rows"]) == ("wan_2_1", None, None, 16),
           "no bounds", x)
     for options in (["--block-q", "0"], ["--block-k", "1025"], ["--l1", "nan"], ["--l2", "-1"],
-                    ["--causal", "yes"], ["--pv",
+                    ["--causal", "yes"], ["--pv-dtype",
                                           "int4"], ["--skip-rows",
                                                     "x"], ["--rules",
                                                            "ours"], ["y.pt"], ["-o", "wan_2_1.pt"]):

@@ -71,8 +71,8 @@ def softmax_of(q, k, v, entry):
     q, k, v = (x.double().numpy() for x in (q, k, v))
     k, v = (x.repeat(q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     unit = HALF[entry["dtype"]]
-    s = entry["scale"] * q @ k.swapaxes(2, 3)
-    off = entry["scale"] * np.abs(q) @ np.abs(k).swapaxes(2, 3) * 2.1 * unit
+    s = entry["softmax_scale"] * q @ k.swapaxes(2, 3)
+    off = entry["softmax_scale"] * np.abs(q) @ np.abs(k).swapaxes(2, 3) * 2.1 * unit
     if entry["causal"]:
         start = entry.get("causal_at") == "start" or s.shape[2] == s.shape[3]
         seen = np.tril(np.ones(s.shape[2:], bool), 0 if start else s.shape[3] - s.shape[2])
@@ -206,7 +206,7 @@ def test_transformers():
         check((got["model"], got["sample"], got["prompt"], got["layout"], got["dtype"],
                got["left_out"]) == (what, what, "x", "BHND", "float16", {}),
               f"{what}: and more of it", got)
-        check(got["model_class"] == type(model).__name__ and got["scale"] == dim**-0.5,
+        check(got["model_class"] == type(model).__name__ and got["softmax_scale"] == dim**-0.5,
               f"{what}: class, scale", got)
         check(
             got["framework"] == {
@@ -673,17 +673,17 @@ def test_the_type_that_loses_less():
 
 def test_scale():
     got = record_plain("said", *qkv(), scale=0.3)
-    check(got["scale"] == 0.3 and got["files"][0]["scale"] == 0.3, "a scale", got)
-    check(record_plain("usual", *qkv(dim=16))["scale"] == 0.25, "the usual one")
+    check(got["softmax_scale"] == 0.3 and got["files"][0]["softmax_scale"] == 0.3, "a scale", got)
+    check(record_plain("usual", *qkv(dim=16))["softmax_scale"] == 0.25, "the usual one")
     model = Plain(2)
     model.forward = lambda: [layer(*qkv(dim=d), scale=s, is_causal=c) for layer, d, s, c in
                              zip(model.layer, (8, 16), (0.5, 0.25), (True, False))]
     with Recorder(model, "both", name="plain"):
         model()
     got = manifest_of("both/sample")
-    check(got["scale"] is got["head_dim"] is got["causal"] is None and got["n_heads"] == 4,
+    check(got["softmax_scale"] is got["head_dim"] is got["causal"] is None and got["n_heads"] == 4,
           "null where they differ")
-    check([(e["scale"], e["head_dim"], e["causal"]) for e in got["files"]] == [(0.5, 8, True),
+    check([(e["softmax_scale"], e["head_dim"], e["causal"]) for e in got["files"]] == [(0.5, 8, True),
                                                                                (0.25, 16, False)],
           "each its own", got)
 
@@ -1219,12 +1219,12 @@ def test_sparge():
     for folder, causal in ("out/a", ["--causal"]), ("flux/sample", []), ("wide/sample", []):
         for entry in manifest_of(folder)["files"]:
             path = f"{folder}/{entry['file']}"
-            how = [*causal, "--scale", repr(entry["scale"])]
-            for option in ["--dense", "--qk", "f32", "--pv", "f32"], []:
+            how = [*causal, "--softmax-scale", repr(entry["softmax_scale"])]
+            for option in ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"], []:
                 got = fine("run", path, *how, *option, "--check", "-o", "o.npy")
                 check(got["l1"] < (3e-4 if option else 0.2), f"run {path} {option}", got)
             want, _ = softmax_of(*(load(path)[n] for n in "qkv"), entry)
-            fine("run", path, *how, "--dense", "--qk", "f32", "--pv", "f32", "-o", "o.npy")
+            fine("run", path, *how, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", "-o", "o.npy")
             check(
                 np.abs(np.load("o.npy") - want).max() <= 6e-4 * np.abs(want).max(),
                 f"output of {path}")

@@ -388,35 +388,35 @@ static void test_summarize(const sparge_kernels *k, sparge_format f)
 
 static int some_levels(void)
 {
-    static const int levels[] = {127, 2047, 4095};
-    return levels[pick(0, 2)];
+    static const int qmax[] = {127, 2047, 4095};
+    return qmax[pick(0, 2)];
 }
 
 static void test_quantize(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const block b = make_block(MOST_DEPTH);
-    const int levels = some_levels();
+    const int qmax = some_levels();
     const pair code = make("code", I16, b.rows * b.stride, b.stride),
                step = make("step", F32, 1, 1);
     settle();
-    *(float *)step.got = k->quantize(b.x.got, b.rows * b.stride, levels, code.got);
+    *(float *)step.got = k->quantize(b.x.got, b.rows * b.stride, qmax, code.got);
     *(float *)step.want =
-        sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, levels, 0.0f, code.want);
+        sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, qmax, 0.0f, code.want);
 }
 
 static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const block b = make_block(MOST_COLUMNS);
-    const int levels = some_levels();
+    const int qmax = some_levels();
     const pair code = make("code", I16, b.rows * b.stride, b.stride),
                step = make("step", F32, b.stride, b.stride);
     settle();
-    k->quantize_channels(b.x.got, b.rows, b.stride, levels, step.got, code.got);
+    k->quantize_channels(b.x.got, b.rows, b.stride, qmax, step.got, code.got);
     for (int64_t c = 0; c < b.stride; c++)
-        ((float *)step.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride,
-                                                      levels, 0.0f, (int16_t *)code.want + c);
+        ((float *)step.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride, qmax,
+                                                      0.0f, (int16_t *)code.want + c);
 }
 
 /* ---- Packing: the layouts of kernels.h, once more ---- */
@@ -454,14 +454,14 @@ typedef struct source {
     pair from;
 } source;
 
-static source make_source(sparge_format f, int64_t most_rows, int64_t most_columns, int levels)
+static source make_source(sparge_format f, int64_t most_rows, int64_t most_columns, int qmax)
 {
     source s = {.f = f, .rows = size_up_to(most_rows), .stride = depth_up_to(most_columns)};
     s.from = make_lanes("from", f == SPARGE_FLOATS ? F32 : I16, s.rows * s.stride, s.stride);
     if (f == SPARGE_FLOATS)
         values(s.from.got, s.rows * s.stride, PLAIN);
     else
-        codes(s.from.got, s.rows * s.stride, s.stride, f == SPARGE_BYTES ? 127 : levels, true);
+        codes(s.from.got, s.rows * s.stride, s.stride, f == SPARGE_BYTES ? 127 : qmax, true);
     snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, s.rows, s.stride);
     return s;
 }
@@ -593,9 +593,9 @@ static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS]
 static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_fold)
 {
     operands x = {.f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9)};
-    const int levels = f == SPARGE_BYTES ? 127 : is_fold || one_in(2) ? 4095 : 2047;
+    const int qmax = f == SPARGE_BYTES ? 127 : is_fold || one_in(2) ? 4095 : 2047;
     const int bytes = k->isa == SPARGE_ISA_AVX2 || one_in(4) ? 127 : 255;
-    x.depth = depth_up_to(f == SPARGE_WORDS && levels == 4095 ? 128 : MOST_DEPTH);
+    x.depth = depth_up_to(f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
     x.a_stride = x.depth + (one_in(2) ? 0 : one_in(2) ? SPARGE_PANEL : pick(1, 20));
     const int64_t columns = x.panels * SPARGE_PANEL, depth = x.depth;
     x.a = make("a", kind_of_a[f], x.rows * x.a_stride, x.a_stride);
@@ -605,9 +605,9 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     snprintf(shape, sizeof shape,
              "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows,
              depth, x.a_stride, x.panels);
-    codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : levels,
+    codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : qmax,
           f == SPARGE_WORDS && !is_fold);
-    codes(code_b, depth * columns, columns, levels, true);
+    codes(code_b, depth * columns, columns, qmax, true);
     values(value_a, f == SPARGE_FLOATS ? x.rows * depth : 0, range_of());
     values(value_b, f == SPARGE_FLOATS ? depth * columns : 0, range_of());
     for (int64_t r = 0; r < x.rows; r++) {
@@ -771,7 +771,7 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const int64_t rows = size_up_to(MOST_ROWS);
-    const int levels = one_in(3) ? 0 : some_levels();
+    const int qmax = one_in(3) ? 0 : some_levels();
     const char *const names[] = {"max", "sum", "local", "shrink", "weight"};
     pair x[5];
     for (int n = 0; n < 5; n++)
@@ -786,16 +786,16 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
         const float local = one_in(8) && !first ? max : one_in(20) ? odd : spread * uniform();
         ((float *)x[2].got)[r] = one_in(5) ? -INFINITY : local;
     }
-    snprintf(shape, sizeof shape, "%" PRId64 " rows, levels %d", rows, levels);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows, qmax %d", rows, qmax);
     settle();
     const sparge_group group = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
-    k->raise(&group, rows, levels);
+    k->raise(&group, rows, qmax);
     for (int64_t r = 0; r < rows; r++) {
         sparge_row row = {((float *)x[0].want)[r], ((float *)x[1].want)[r]};
         const float local = ((float *)x[2].want)[r];
         const float sum = row.sum;
-        ((float *)x[3].want)[r] = sparge_row_raise(&row, local);
-        ((float *)x[4].want)[r] = levels ? sparge_code_weight(local, row.max, levels) : 1.0f;
+        ((float *)x[3].want)[r] = sparge_row_update_max(&row, local);
+        ((float *)x[4].want)[r] = qmax ? sparge_code_weight(local, row.max, qmax) : 1.0f;
         if (local == -INFINITY) /* nothing is seen: what the row had */
             row.sum = sum;
         ((float *)x[0].want)[r] = row.max;

@@ -570,7 +570,7 @@ def test_capture():
     seen = m.run(token)[1]
     x = fine("capture", "m.gguf", "t.npy", "-o", "all")
     explained("sparge-lm capture", x)
-    check(x == dict(folder="all", files=3, tokens=600, not_finite=0), "what it says", x)
+    check(x == dict(folder="all", files=3, tokens=600, nonfinite=0), "what it says", x)
     check(
         sorted(os.listdir("all")) == [
             "layer00.safetensors", "layer01.safetensors", "layer02.safetensors", "manifest.json"
@@ -1033,7 +1033,7 @@ def test_weights_that_change():
         os.remove("R.json")
 
 
-def test_not_finite():
+def test_nonfinite():
     """A result that is not a number is null, and so is what is summed up over it; and that is said."""
     bpe = small_bpe()
     m = Model(seed=63, interleaved=True)
@@ -1085,7 +1085,7 @@ def test_not_finite():
         "no needle is found nor lost", x)
 
 
-def test_capture_not_finite():
+def test_capture_nonfinite():
     m = Model(seed=64, interleaved=True, layers=4)
     x = m.w["blk.1.attn_v.weight"].copy()
     x[3] = np.nan
@@ -1100,7 +1100,7 @@ def test_capture_not_finite():
     ]
     check(
         counts[0] == 0 and counts[1] == 60 and min(counts[2:]) > 60 and
-        x["not_finite"] == sum(counts) and [f["not_finite"] for f in manifest["files"]] == counts,
+        x["nonfinite"] == sum(counts) and [f["nonfinite"] for f in manifest["files"]] == counts,
         "counted", counts, x, manifest["files"])
 
     m = Model(seed=65, interleaved=True, layers=4)
@@ -1115,7 +1115,7 @@ def test_capture_not_finite():
             np.where(np.arange(len(x))[:, None] < rows.stop, by, 1)).astype("<f4").tobytes()
     m.gguf("m.gguf")
     seen = m.run(np.load("t.npy"))[1]
-    check(fine("capture", "m.gguf", "t.npy", "-o", "d")["not_finite"] == 0, "all finite")
+    check(fine("capture", "m.gguf", "t.npy", "-o", "d")["nonfinite"] == 0, "all finite")
     for f, want in zip(json.loads(read("d/manifest.json"))["files"], seen):
         got = load_file(f"d/{f['file']}")
         small = f["layer"] in (0, 3)
@@ -1521,7 +1521,7 @@ def test_usage():
                         (["--attention", "f32,,sparse"], "--attention"),
                         (["--attention", ",".join(f"{n}.npy" for n in range(17))], "more than 16"),
                         (["--causal"], ["--causal", "leave them out"]),
-                        (["--scale", 1], "leave them out"), (["--layout", "nhd"], "leave them out"),
+                        (["--softmax-scale", 1], "leave them out"), (["--layout", "nhd"], "leave them out"),
                         (["--rules", "paper"], "--rules"), (["--tau", 2], "--tau"),
                         (["--logits", "L.npy"], "one --attention"),
                         (["t.npy", "--attention", "f32", "--logits", "L.npy"], "one text"),
@@ -1557,7 +1557,7 @@ def test_usage():
     for args in ["-o", "same", "--csv", "same"], [*one, "--csv", "same"]:
         wrong(USAGE, "the same file", "ppl", "m.gguf", "t.npy", *args)
     keeps("t.npy", USAGE, "is an input", "tokens", "m.gguf", "t.npy", "-o", "t.npy")
-    for option in (["--tau", 0.5], ["--rung", 3], ["--attention",
+    for option in (["--tau", 0.5], ["--kernel", 3], ["--attention",
                                                    "f32"], ["--length",
                                                             5], ["--csv", "x"], ["--threads", 1]):
         wrong(USAGE, ["unknown option", option[0]], "tokens", "m.gguf", "t.npy", *option)

@@ -29,13 +29,14 @@ static ask question(int64_t q_len, int64_t k_len, int64_t dim, int64_t dim_v, co
 {
     ask a = {
         .p = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = q_len, .k_len = k_len},
-        .opt = {.backend = SPARGE_REF,
-                .block_q = 4,
-                .block_k = 4,
-                .scale = 1.0f,
-                .qk = SPARGE_FLOAT,
-                .pv = SPARGE_FLOAT,
-                .knobs = {.theta = 0.6f, .tau = 0.98f, .topk = SPARGE_OFF, .lambda = -INFINITY}},
+        .opt =
+            {.backend = SPARGE_REF,
+             .block_q = 4,
+             .block_k = 4,
+             .softmax_scale = 1.0f,
+             .qk_dtype = SPARGE_F32,
+             .pv_dtype = SPARGE_F32,
+             .thresholds = {.theta = 0.6f, .tau = 0.98f, .topk = SPARGE_OFF, .lambda = -INFINITY}},
     };
     a.p.dim = dim;
     a.p.dim_v = dim_v;
@@ -79,9 +80,9 @@ static void is_nan(const char *what, double got)
     cr_expect(isnan(got), "%s is %.17g, not NaN", what, got);
 }
 
-static void codes(ask *a, sparge_precision qk)
+static void codes(ask *a, sparge_dtype qk)
 {
-    a->opt.qk = qk;
+    a->opt.qk_dtype = qk;
     answer(a, SPARGE_ORACLE_CODES);
 }
 
@@ -91,7 +92,7 @@ Test(oracle, one_key_returns_its_value)
 {
     const float q[] = {2, 3}, k[] = {5, -7}, v[] = {11, 13, 17};
     ask a = question(1, 1, 2, 3, q, k, v);
-    a.opt.scale = 0.5f;
+    a.opt.softmax_scale = 0.5f;
     answer(&a, SPARGE_ORACLE_REAL);
     near("o", a.o[0], 11, 0);
     near("o", a.o[1], 13, 0);
@@ -118,7 +119,7 @@ Test(oracle, the_default_scale_is_a_float)
 {
     const float q[] = {1, 2, 3}, k[] = {1, 0, 0}, v[] = {1};
     ask a = question(1, 1, 3, 1, q, k, v);
-    a.opt.scale = 0.0f;
+    a.opt.softmax_scale = 0.0f;
     answer(&a, SPARGE_ORACLE_REAL);
     near("1.0f / sqrtf(3)", a.lse[0], 0.57735025882720947, 0);
 }
@@ -198,7 +199,7 @@ Test(oracle, rows_without_keys_are_zero)
     for (int mode = 0; mode < 2; mode++) {
         ask a = question(2, 0, 2, 1, ones, NULL, NULL);
         a.opt.smooth_k = true;
-        a.opt.qk = SPARGE_INT8;
+        a.opt.qk_dtype = SPARGE_INT8;
         answer(&a, (sparge_oracle_mode)mode);
         sees(&a, 0, 0);
         sees(&a, 1, 0);
@@ -206,7 +207,7 @@ Test(oracle, rows_without_keys_are_zero)
 
         a = question(2, 2, 2, 1, ones, ones, ones);
         a.opt.smooth_k = true;
-        a.opt.qk = SPARGE_INT8;
+        a.opt.qk_dtype = SPARGE_INT8;
         mask_on(&a); /* keeps nothing */
         answer(&a, (sparge_oracle_mode)mode);
         sees(&a, 0, 0);
@@ -216,7 +217,7 @@ Test(oracle, rows_without_keys_are_zero)
         a.p.q.token = 0;
         a.opt.causal = SPARGE_CAUSAL_END;
         a.opt.smooth_k = true;
-        a.opt.qk = SPARGE_INT8;
+        a.opt.qk_dtype = SPARGE_INT8;
         answer(&a, (sparge_oracle_mode)mode);
         sees(&a, 0, 0);
         is_nan("o of the row that has a key", a.o[1]);
@@ -302,7 +303,7 @@ Test(oracle, query_heads_share_key_heads)
         a.p.q.batch = 4;
         a.p.k.batch = a.p.v.batch = 2;
         a.opt.smooth_k = true; /* the only key is the mean, so codes lose nothing */
-        a.opt.qk = SPARGE_INT8;
+        a.opt.qk_dtype = SPARGE_INT8;
         answer(&a, (sparge_oracle_mode)mode);
         for (int n = 0; n < 8; n++) {
             near("o", a.o[n], 10 * (n / 4) + n % 4 / 2, 0);
@@ -486,7 +487,7 @@ Test(oracle, float_scores_have_no_codes)
 {
     const float k[] = {127, 0.5f, -2.5f, 1.5f}, v[] = {0.3f};
     ask a = question(4, 1, 4, 1, units, k, v);
-    codes(&a, SPARGE_FLOAT);
+    codes(&a, SPARGE_F32);
     near("lse", a.lse[2], 127 * -2.5, 0);
     near("o", a.o[0], (double)0.3f, 0);
 }
@@ -498,7 +499,7 @@ Test(oracle, values_have_a_step_per_channel_and_block)
     ask a = question(3, 3, 1, 2, zeros, zeros, v);
     a.opt.block_k = 2;
     a.opt.causal = SPARGE_CAUSAL_START;
-    a.opt.pv = SPARGE_INT8;
+    a.opt.pv_dtype = SPARGE_INT8;
     answer(&a, SPARGE_ORACLE_CODES);
     near("127", a.o[0], 127, 0);
     near("254", a.o[1], 254, 0);
@@ -506,10 +507,10 @@ Test(oracle, values_have_a_step_per_channel_and_block)
     near("254, 3", a.o[3], (254 + 4) / 2.0, 1e-13);
     near("and -2.5", a.o[4], (128 - 2.5) / 3.0, 1e-6);
     near("and 1", a.o[5], (258 + 1) / 3.0, 1e-6);
-    a.opt.pv = SPARGE_FLOAT;
+    a.opt.pv_dtype = SPARGE_F32;
     answer(&a, SPARGE_ORACLE_CODES);
     near("real values", a.o[2], 127.5 / 2, 1e-13);
-    a.opt.pv = SPARGE_INT8;
+    a.opt.pv_dtype = SPARGE_INT8;
     answer(&a, SPARGE_ORACLE_REAL);
     near("real mode", a.o[2], 127.5 / 2, 1e-13);
 }
@@ -518,7 +519,7 @@ Test(oracle, int12_values_have_4095_levels)
 {
     const float v[] = {4095, -0.5f};
     ask a = question(1, 2, 1, 1, zeros, zeros, v);
-    a.opt.pv = SPARGE_INT12;
+    a.opt.pv_dtype = SPARGE_INT12;
     answer(&a, SPARGE_ORACLE_CODES);
     near("o", a.o[0], (4095 - 1) / 2.0, 1e-12);
 }
@@ -542,13 +543,13 @@ Test(oracle, half_values_are_rounded_to_binary16)
     const float v[] = {1 + 0x1p-11f, 1 + 0x3p-11f, 2049, 2051, -0.1f};
     ask a = question(5, 5, 1, 1, zeros, zeros, v);
     a.opt.block_k = 2;
-    a.opt.pv = SPARGE_HALF;
+    a.opt.pv_dtype = SPARGE_F16;
     values_are(&a, 5, (const double[]){1, 1 + 0x1p-9, 2048, 2052, -0.0999755859375});
     const float small[] = {0x3p-25f, 0x1p-25f, 0x1.000002p-25f, -0x1p-26f};
     const double to[] = {0x1p-23, 0, 0x1p-24, 0};
     for (int n = 0; n < 4; n++) {
         a = question(1, 1, 1, 1, zeros, zeros, small + n);
-        a.opt.pv = SPARGE_HALF;
+        a.opt.pv_dtype = SPARGE_F16;
         answer(&a, SPARGE_ORACLE_CODES);
         near("a small v", a.o[0], to[n], 0);
     }
@@ -559,7 +560,7 @@ Test(oracle, what_binary16_cannot_hold_is_wild)
     const float v[] = {65519, 65520, -1e30f};
     for (int n = 0; n < 3; n++) {
         ask a = question(1, 1, 1, 1, zeros, zeros, v + n);
-        a.opt.pv = SPARGE_HALF;
+        a.opt.pv_dtype = SPARGE_F16;
         answer(&a, SPARGE_ORACLE_CODES);
         if (n == 0)
             near("the largest", a.o[0], 65504, 0);
@@ -567,7 +568,7 @@ Test(oracle, what_binary16_cannot_hold_is_wild)
             is_nan("beyond it", a.o[0]);
         answer(&a, SPARGE_ORACLE_REAL);
         near("real", a.o[0], (double)v[n], 0);
-        a.opt.pv = SPARGE_FP8;
+        a.opt.pv_dtype = SPARGE_FP8;
         answer(&a, SPARGE_ORACLE_CODES);
         near("e4m3 has a step", a.o[0] / (double)v[n], 1, 1e-7);
     }
@@ -580,7 +581,7 @@ Test(oracle, fp8_values_have_a_step_per_channel_of_all_keys)
     const float v[] = {17, 38, 19, -34, 0x3p-10f, 0x1p-8f, 0x1p-10f, 5, -448, 896};
     ask a = question(5, 5, 1, 2, zeros, zeros, v);
     a.opt.block_k = 2;
-    a.opt.pv = SPARGE_FP8;
+    a.opt.pv_dtype = SPARGE_FP8;
     a.opt.causal = SPARGE_CAUSAL_START;
     answer(&a, SPARGE_ORACLE_CODES);
     const double want[] = {16, 40, 20, -32, 0x1p-8, 0x1p-8, 0, 5, -448, 896};
@@ -598,12 +599,12 @@ Test(oracle, fp8_codes_are_quotients_in_float)
     const float v[] = {10, 0x1.84924ap+1f};
     const float step = 10.0f / 448.0f;
     ask a = question(2, 2, 1, 1, zeros, zeros, v);
-    a.opt.pv = SPARGE_FP8;
+    a.opt.pv_dtype = SPARGE_FP8;
     values_are(&a, 2, (const double[]){448 * (double)step, 128 * (double)step});
     const float zero[] = {0, 0, 0x1p-126f, 0x1p-120f};
     for (int n = 0; n < 4; n += 2) {
         a = question(2, 2, 1, 1, zeros, zeros, zero + n);
-        a.opt.pv = SPARGE_FP8;
+        a.opt.pv_dtype = SPARGE_FP8;
         values_are(&a, 2, (const double[]){0, 0}); /* no step, or a subnormal one */
     }
 }
@@ -612,13 +613,13 @@ Test(oracle, fp8_is_a_matter_of_values_alone)
 {
     const float q[] = {1}, k[] = {0.3f}, v[] = {1};
     ask a = question(1, 1, 1, 1, q, k, v);
-    a.opt.pv = SPARGE_FP8;
+    a.opt.pv_dtype = SPARGE_FP8;
     answer(&a, SPARGE_ORACLE_CODES);
     near("lse", a.lse[0], (double)0.3f, 1e-15);
-    a.opt.pv = SPARGE_FASTEST;
+    a.opt.pv_dtype = SPARGE_FASTEST;
     const float other[] = {127, 0.4f};
     a = question(1, 2, 1, 1, zeros, zeros, other);
-    a.opt.pv = SPARGE_FASTEST;
+    a.opt.pv_dtype = SPARGE_FASTEST;
     answer(&a, SPARGE_ORACLE_CODES);
     near("fastest is int8", a.o[0], 127 / 2.0, 0);
 }
@@ -636,7 +637,7 @@ Test(oracle, steps_below_the_smallest_normal_give_zeros)
     answer(&a, SPARGE_ORACLE_REAL);
     near("real", a.lse[0] * 0x1p26, 126, 0);
     a = question(1, 1, 1, 1, v, v, below);
-    a.opt.pv = SPARGE_INT8;
+    a.opt.pv_dtype = SPARGE_INT8;
     answer(&a, SPARGE_ORACLE_CODES);
     near("in v", a.o[0], 0, 0);
 }
@@ -648,7 +649,7 @@ Test(oracle, upstream_adds_to_the_int8_step)
     codes(&a, SPARGE_INT8);
     near("step 3e-7", a.lse[0], 4.83869971e-3, 1e-10);
     a.opt.rules = SPARGE_RULES_UPSTREAM;
-    a.opt.pv = SPARGE_INT8;
+    a.opt.pv_dtype = SPARGE_INT8;
     codes(&a, SPARGE_INT8);
     near("95 steps of 4e-7", a.lse[0], 4.82600029e-3, 1e-11);
     near("v is not upstream's", a.o[0], 3.81e-5, 1e-10);
@@ -674,7 +675,7 @@ Test(oracle, smoothing_takes_the_mean_from_the_keys)
     near("lse 2", a.lse[2], 127 * 7 + 0.69314718055994531, 1e-12);
     near("o 1", a.o[1], 1, 1e-15);
     near("o 2", a.o[2], 0.5, 1e-15);
-    a.opt.scale = 0.5f;
+    a.opt.softmax_scale = 0.5f;
     codes(&a, SPARGE_INT8);
     near("scaled lse 1", a.lse[1], 63.5 + 63.5 * 5, 1e-12);
     a.opt.smooth_k = false;
@@ -736,7 +737,7 @@ Test(oracle, smoothing_makes_no_difference_to_real_scores)
     ask a = question(2, 3, 2, 1, q, k, v), b = a;
     b.opt.smooth_k = true;
     answer(&a, SPARGE_ORACLE_REAL);
-    codes(&b, SPARGE_FLOAT);
+    codes(&b, SPARGE_F32);
     for (int r = 0; r < 2; r++) {
         near("o", b.o[r], a.o[r], 0);
         near("lse", b.lse[r], a.lse[r], 0);
@@ -754,7 +755,7 @@ Test(oracle, a_wild_query_spoils_its_row)
         const float q[] = {127, 0, wild[n % 3], 1, 0, 0.5f};
         ask a = question(3, 2, 2, 1, q, k, v);
         a.opt.smooth_k = n / 6;
-        a.opt.qk = SPARGE_INT8;
+        a.opt.qk_dtype = SPARGE_INT8;
         answer(&a, n / 3 % 2 ? SPARGE_ORACLE_CODES : SPARGE_ORACLE_REAL);
         is_nan("o 1", a.o[1]);
         is_nan("lse 1", a.lse[1]);
@@ -777,7 +778,7 @@ Test(oracle, a_wild_key_spoils_the_rows_that_see_it)
         a.opt.block_q = 1;
         a.opt.block_k = 3;
         a.opt.smooth_k = smooth;
-        a.opt.qk = SPARGE_INT8;
+        a.opt.qk_dtype = SPARGE_INT8;
         mask_on(&a);
         for (int r = 0; r < 5; r++)
             a.bits[r] = r == 3 ? 2 : 3; /* row 3 does not keep the block that holds key 2 */
@@ -808,7 +809,7 @@ Test(oracle, a_wild_value_spoils_its_channel)
         const float v[] = {127, 127, 0, wild[n % 3], 127, 127};
         ask a = question(3, 3, 1, 2, q, k, v);
         a.opt.causal = SPARGE_CAUSAL_START;
-        a.opt.pv = n < 6 ? SPARGE_INT8 : SPARGE_INT12;
+        a.opt.pv_dtype = n < 6 ? SPARGE_INT8 : SPARGE_INT12;
         answer(&a, n < 3 ? SPARGE_ORACLE_REAL : SPARGE_ORACLE_CODES);
         near("row 0", a.o[1], 127, n < 6 ? 0 : 1e-4);
         for (int r = 1; r < 3; r++) {
@@ -820,7 +821,7 @@ Test(oracle, a_wild_value_spoils_its_channel)
     const float v[] = {127, INFINITY, 0.5f}; /* the step is that of the finite values */
     ask a = question(1, 3, 1, 1, zeros, zeros, v);
     a.opt.block_k = 3;
-    a.opt.pv = SPARGE_INT8;
+    a.opt.pv_dtype = SPARGE_INT8;
     a.p.v.token = 2; /* values 127 and 0.5; then with the wild one between them */
     a.p.k_len = 2;
     answer(&a, SPARGE_ORACLE_CODES);
@@ -859,7 +860,7 @@ Test(oracle, outputs_are_optional)
               SPARGE_OK);
     near("o", a.o[1], 5, 0);
     a.p.v.data = NULL; /* nobody asks for o, nobody reads v */
-    a.opt.pv = SPARGE_INT8;
+    a.opt.pv_dtype = SPARGE_INT8;
     cr_expect(sparge_oracle(&a.p, &a.opt, NULL, SPARGE_ORACLE_CODES, NULL, a.lse, a.mass, &error) ==
               SPARGE_OK);
     near("lse", a.lse[1], 6, 0);

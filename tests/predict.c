@@ -31,7 +31,7 @@ static bool bit(const sparge_mask *mask, int64_t line, int64_t j)
  * and no bit beyond the last block be set. What is kept has a reason, and nothing else has. The
  * caller frees it. */
 static sparge_mask predicted(const sparge_problem *p, const sparge_options *o,
-                             const sparge_trace *trace)
+                             const sparge_intermediates *intermediates)
 {
     const int64_t q_blocks = ceil_div(p->q_len, o->block_q),
                   k_blocks = ceil_div(p->k_len, o->block_k);
@@ -39,7 +39,7 @@ static sparge_mask predicted(const sparge_problem *p, const sparge_options *o,
     sparge_mask mask = {
         check_alloc((size_t)(lines * words) * 4), p->batch, p->heads, q_blocks, k_blocks, words};
     sparge_error error = {"poison"};
-    sparge_trace whole = trace ? *trace : (sparge_trace){0};
+    sparge_intermediates whole = intermediates ? *intermediates : (sparge_intermediates){0};
     uint8_t *why = whole.why ? whole.why : check_alloc((size_t)(lines * k_blocks));
     whole.why = why;
     const sparge_status status = sparge_predict(p, o, &mask, &whole, &error);
@@ -52,7 +52,7 @@ static sparge_mask predicted(const sparge_problem *p, const sparge_options *o,
               "block %lld of row %lld is %s for %d", (long long)(at % k_blocks),
               (long long)(at / k_blocks),
               bit(&mask, at / k_blocks, at % k_blocks) ? "kept" : "skipped", why[at]);
-    if (!trace || !trace->why)
+    if (!intermediates || !intermediates->why)
         check_free(why);
     return mask;
 }
@@ -85,9 +85,9 @@ static hand by_hand(int64_t q_len, int64_t k_blocks, const float *x)
     h.p.k = (sparge_in){h.k, SPARGE_F32, 0, 0, 2};
     h.o.backend = SPARGE_REF;
     h.o.block_q = h.o.block_k = 2;
-    h.o.scale = 1;
+    h.o.softmax_scale = 1;
     h.o.smooth_k = false;
-    h.o.knobs = (sparge_knobs){0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY};
     return h;
 }
 
@@ -128,8 +128,8 @@ static void row_keeps(const char *what, int64_t k_blocks, const float *x, float 
                       const char *want)
 {
     hand h = by_hand(2, k_blocks, x);
-    h.o.knobs.tau = tau;
-    h.o.knobs.topk = topk;
+    h.o.thresholds.tau = tau;
+    h.o.thresholds.topk = topk;
     keeps(what, &h, want);
     drop(&h);
 }
@@ -144,7 +144,7 @@ Test(predict, tau_0_keeps_one_block)
     row_keeps("all equal", 4, (float[]){5, 5, 5, 5}, 0, SPARGE_OFF, "1000");
     row_keeps("the only one", 1, (float[]){0}, 0, SPARGE_OFF, "1");
     hand h = by_hand(2, 4, (float[]){4, 3, 2, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     disagree(h.k, 0);
     keeps("the best similar one, beside one that is not", &h, "1100");
     drop(&h);
@@ -156,8 +156,8 @@ Test(predict, tau_1_keeps_every_block)
     for (int64_t n = 0; n < COUNT(theta); n++)
         for (int64_t odd = -1; odd < 5; odd++) {
             hand h = by_hand(4, 5, x);
-            h.o.knobs.theta = theta[n];
-            h.o.knobs.tau = 1;
+            h.o.thresholds.theta = theta[n];
+            h.o.thresholds.tau = 1;
             if (odd >= 0)
                 disagree(h.k, odd);
             keeps(check_text("theta %g, block %lld disagrees", (double)theta[n], (long long)odd),
@@ -244,7 +244,7 @@ Test(predict, topk_is_a_share_of_the_visible_blocks)
 Test(predict, topk_counts_what_the_row_may_see)
 {
     hand h = by_hand(16, 8, (float[]){8, 7, 6, 5, 4, 3, 2, 1});
-    h.o.knobs.topk = 0.5f;
+    h.o.thresholds.topk = 0.5f;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("causal", &h, "10000000/11000000/10100000/11010000/11001000/11100100/11100010/11110001");
     drop(&h);
@@ -254,7 +254,7 @@ Test(predict, topk_counts_what_the_row_may_see)
 Test(predict, topk_takes_similar_blocks)
 {
     hand h = by_hand(2, 6, (float[]){9, 8, 5, 4, 3, 2});
-    h.o.knobs.topk = 0.5f;
+    h.o.thresholds.topk = 0.5f;
     disagree(h.k, 0);
     disagree(h.k, 1);
     keeps("half of six", &h, "111110");
@@ -279,7 +279,7 @@ Test(predict, theta_is_exceeded_strictly)
     hand h = by_hand(2, 4, (float[]){1, 1, 1, 1});
     const float k[] = {9, 1, 9, 1, 2, 0, 0, 2, 2, 1, -2, -1, 1, 0, 0, 0};
     memcpy(h.k, k, sizeof k);
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     const struct {
         float theta;
         const char *want;
@@ -288,10 +288,10 @@ Test(predict, theta_is_exceeded_strictly)
         {0.25f, "1011"}, {0.49f, "1011"}, {0.5f, "1111"}, {0.9f, "1111"},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
-        h.o.knobs.theta = table[n].theta;
+        h.o.thresholds.theta = table[n].theta;
         keeps(check_text("theta %g", (double)table[n].theta), &h, table[n].want);
     }
-    h.o.knobs.theta = -0x1p-149f;
+    h.o.thresholds.theta = -0x1p-149f;
     keeps("theta below 0", &h, "1000");
     drop(&h);
 }
@@ -300,7 +300,7 @@ Test(predict, theta_is_exceeded_strictly)
 Test(predict, theta_1_keeps_everything)
 {
     hand h = by_hand(6, 3, (float[]){1, 2, 3});
-    h.o.knobs = (sparge_knobs){1, 0, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){1, 0, SPARGE_OFF, -INFINITY};
     keeps("theta 1", &h, "111/111/111");
     drop(&h);
 }
@@ -308,7 +308,7 @@ Test(predict, theta_1_keeps_everything)
 Test(predict, a_key_block_that_is_not_similar_is_kept_for_every_row)
 {
     hand h = by_hand(6, 4, (float[]){1, 2, 3, 4});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     disagree(h.k, 1);
     keeps("one column", &h, "0101/0101/0101");
     disagree(h.k, 3);
@@ -316,7 +316,7 @@ Test(predict, a_key_block_that_is_not_similar_is_kept_for_every_row)
     disagree(h.k, 0);
     disagree(h.k, 2);
     keeps("every column: nothing is left to select", &h, "1111/1111/1111");
-    h.o.knobs = (sparge_knobs){0.6f, 0.5f, 0.1f, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.6f, 0.5f, 0.1f, -INFINITY};
     keeps("every column, tau and topk", &h, "1111/1111/1111");
     drop(&h);
 }
@@ -324,7 +324,7 @@ Test(predict, a_key_block_that_is_not_similar_is_kept_for_every_row)
 Test(predict, a_query_block_that_is_not_similar_keeps_its_row)
 {
     hand h = by_hand(8, 3, (float[]){1, 2, 3});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     disagree(h.q, 1);
     keeps("row 1", &h, "001/111/001/001");
     h.o.causal = SPARGE_CAUSAL_START;
@@ -332,7 +332,7 @@ Test(predict, a_query_block_that_is_not_similar_keeps_its_row)
     h.o.causal = SPARGE_CAUSAL_NONE;
     memset(h.q + 12, 0, 16);
     keeps("a block of zero queries agrees on nothing", &h, "001/111/001/111");
-    h.o.knobs.theta = -1;
+    h.o.thresholds.theta = -1;
     keeps("theta -1: similar, with all scores 0", &h, "001/100/001/100");
     drop(&h);
 }
@@ -341,7 +341,7 @@ Test(predict, a_query_block_that_is_not_similar_keeps_its_row)
 Test(predict, a_short_block_is_a_block)
 {
     hand h = by_hand(3, 3, (float[]){1, 5, 3});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.p.k_len = 5;
     keeps("short and similar", &h, "010/010");
     h.k[8] = 6;
@@ -356,7 +356,7 @@ Test(predict, a_short_block_is_a_block)
 Test(predict, the_blocks_of_last_visible_keys_are_forced)
 {
     hand h = by_hand(8, 4, (float[]){4, 3, 2, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("2 x 2", &h, "1000/1100/1010/1001");
     h.o.block_q = 4;
@@ -370,7 +370,7 @@ Test(predict, the_blocks_of_last_visible_keys_are_forced)
     drop(&h);
 
     h = by_hand(8, 4, (float[]){1, 2, 3, 4});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.block_q = 4;
     keeps("only the second of two diagonal blocks is selected", &h, "1100/0011");
@@ -379,7 +379,7 @@ Test(predict, the_blocks_of_last_visible_keys_are_forced)
     drop(&h);
 
     h = by_hand(8, 4, (float[]){2, 2, 1, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.block_k = 4;
     keeps("2 x 4", &h, "10/10/11/11");
@@ -389,19 +389,19 @@ Test(predict, the_blocks_of_last_visible_keys_are_forced)
 Test(predict, causal_aligns_to_the_end_or_to_the_start)
 {
     hand h = by_hand(4, 4, (float[]){4, 3, 2, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("end, more keys", &h, "1010/1001");
     h.o.causal = SPARGE_CAUSAL_START;
     keeps("start, more keys", &h, "1000/1100");
-    h.o.knobs.tau = 1;
+    h.o.thresholds.tau = 1;
     keeps("start, more keys, tau 1", &h, "1000/1100");
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("end, more keys, tau 1", &h, "1110/1111");
     drop(&h);
 
     h = by_hand(10, 2, (float[]){2, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.causal = SPARGE_CAUSAL_END;
     keeps("end, more queries: three blocks see nothing", &h, "00/00/00/10/11");
     h.o.block_q = 4;
@@ -426,7 +426,7 @@ Test(predict, what_no_row_may_see_is_never_on)
     hand h = by_hand(8, 2, (float[]){2, 1});
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.sink = true;
-    h.o.knobs = (sparge_knobs){1, 1, 1, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){1, 1, 1, -INFINITY};
     keeps("end", &h, "00/00/10/11");
     h.o.causal = SPARGE_CAUSAL_START;
     keeps("start", &h, "10/11/11/11");
@@ -440,7 +440,7 @@ Test(predict, what_no_row_may_see_is_never_on)
 Test(predict, sink_keeps_block_0)
 {
     hand h = by_hand(6, 3, (float[]){1, 2, 3});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     keeps("no sink", &h, "001/001/001");
     h.o.sink = true;
     keeps("sink", &h, "101/101/101");
@@ -454,7 +454,7 @@ Test(predict, sink_keeps_block_0)
 Test(predict, nothing_in_nothing_out)
 {
     hand h = by_hand(4, 2, (float[]){1, 2});
-    h.o.knobs = (sparge_knobs){0.6f, 0.5f, 0.5f, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.6f, 0.5f, 0.5f, -INFINITY};
     h.o.sink = true;
     const sparge_causal causal[] = {SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START};
     for (int n = 0; n < 6; n++) {
@@ -505,7 +505,7 @@ Test(predict, more_blocks_than_a_word_has_bits)
 Test(predict, heads_and_batches_read_their_own)
 {
     hand h = by_hand(2, 16, (float[16]){0});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     for (int64_t n = 0; n < 4; n++)
         h.k[2 * (8 * n + 2 * n)] = h.k[2 * (8 * n + 2 * n + 1)] = 5;
     float q[] = {1, 0, 1, 0, -1, 0, -1, 0};
@@ -533,15 +533,15 @@ Test(predict, thresholds_by_head)
     hand h = by_hand(4, 3, (float[]){1, 5, 3});
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k + 8, orthogonal, sizeof orthogonal);
-    const sparge_knobs knobs[] = {
+    const sparge_thresholds thresholds[] = {
         {0.4f, 0, SPARGE_OFF, -INFINITY},
         {0.6f, 0, SPARGE_OFF, -INFINITY},
         {0.4f, SPARGE_OFF, 0.7f, -1},
         {0.4f, 1, SPARGE_OFF, 0},
     };
     h.p.heads = 4;
-    h.o.per_head = knobs;
-    h.o.knobs = (sparge_knobs){NAN, NAN, NAN, NAN};
+    h.o.per_head = thresholds;
+    h.o.thresholds = (sparge_thresholds){NAN, NAN, NAN, NAN};
     keeps("four heads", &h, "010/010/011/011/110/110/111/111");
     drop(&h);
 }
@@ -552,7 +552,7 @@ Test(predict, thresholds_by_head)
 Test(predict, the_scale_of_the_user_is_the_scale_of_the_scores)
 {
     hand h = by_hand(2, 3, (float[]){0, 1, 2});
-    h.o.knobs.tau = 0.68f;
+    h.o.thresholds.tau = 0.68f;
     const struct {
         float scale;
         const char *want;
@@ -563,19 +563,19 @@ Test(predict, the_scale_of_the_user_is_the_scale_of_the_scores)
         {100, "001"},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
-        h.o.scale = table[n].scale;
+        h.o.softmax_scale = table[n].scale;
         keeps(check_text("scale %g", (double)table[n].scale), &h, table[n].want);
     }
-    h.o.knobs.tau = 0.92f;
-    h.o.scale = 1;
+    h.o.thresholds.tau = 0.92f;
+    h.o.softmax_scale = 1;
     keeps("scale 1: 0.665 + 0.245", &h, "011");
-    h.o.scale = 0;
+    h.o.softmax_scale = 0;
     keeps("scale 0 is 1/sqrt(2): 0.576 + 0.284", &h, "011");
-    h.o.knobs.tau = 0.88f;
+    h.o.thresholds.tau = 0.88f;
     keeps("scale 0 at 0.88", &h, "011");
-    h.o.scale = 1;
+    h.o.softmax_scale = 1;
     keeps("scale 1 at 0.88", &h, "001");
-    h.o.scale = sqrtf(0.5f);
+    h.o.softmax_scale = sqrtf(0.5f);
     keeps("scale 1/sqrt(2) at 0.88", &h, "011");
     drop(&h);
 }
@@ -601,7 +601,7 @@ Test(predict, a_vector_added_to_every_key_changes_no_bit)
     int64_t noticed = 0;
     for (int n = 0; n < 20; n++) {
         check_case("keys %d", n);
-        o.knobs = (sparge_knobs){0.4f, check_uniform(0.2f, 0.9f), SPARGE_OFF, -INFINITY};
+        o.thresholds = (sparge_thresholds){0.4f, check_uniform(0.2f, 0.9f), SPARGE_OFF, -INFINITY};
         for (int64_t e = 0; e < K_LEN * DIM; e++) {
             const int64_t block = e / DIM / 8, noise = block % 3 ? 2 : 20;
             k[e] = (float)(check_int(-noise, noise) + (block * 7 + e % DIM * 5) % 17 - 8);
@@ -615,7 +615,7 @@ Test(predict, a_vector_added_to_every_key_changes_no_bit)
             p.k.data = way ? moved : k;
             o.smooth_k = way < 2;
             s[way] = check_alloc(Q_BLOCKS * K_BLOCKS * sizeof(float));
-            mask[way] = predicted(&p, &o, &(sparge_trace){.s = s[way]});
+            mask[way] = predicted(&p, &o, &(sparge_intermediates){.s = s[way]});
         }
         check_same(s[1], s[0], Q_BLOCKS * K_BLOCKS);
         check_same(mask[1].bits, mask[0].bits, Q_BLOCKS);
@@ -630,14 +630,14 @@ Test(predict, a_vector_added_to_every_key_changes_no_bit)
 
 /* ---- What is not finite ---------------------------------------------------------------------- */
 
-Test(predict, a_block_that_is_not_finite_is_kept_and_nothing_else_changes)
+Test(predict, a_block_that_is_nonfinite_is_kept_and_nothing_else_changes)
 {
     const float odd[] = {NAN, INFINITY, -INFINITY};
     const float theta[] = {-1, 0.6f};
     for (int n = 0; n < 6; n++)
         for (int channel = 0; channel < 2; channel++) {
             hand h = by_hand(8, 4, (float[]){1, 2, 4, 3});
-            h.o.knobs = (sparge_knobs){theta[n / 3], 0, SPARGE_OFF, -INFINITY};
+            h.o.thresholds = (sparge_thresholds){theta[n / 3], 0, SPARGE_OFF, -INFINITY};
             h.k[4 + channel] = odd[n % 3];
             keeps("first row of key block 1", &h, "0110/0110/0110/0110");
             h.k[8 + channel] = odd[n % 3];
@@ -654,10 +654,10 @@ Test(predict, a_block_that_is_not_finite_is_kept_and_nothing_else_changes)
 }
 
 /* Head 1 of K is full of NaN, and so is batch 1: the heads that read others see none of it. */
-Test(predict, not_finite_stays_in_its_head_and_batch)
+Test(predict, nonfinite_stays_in_its_head_and_batch)
 {
     hand h = by_hand(2, 12, (float[]){1, 5, 2, 0, 0, 0, 0, 0, 0, 4, 2, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.smooth_k = true;
     for (int e = 12; e < 36; e++)
         h.k[e] = NAN;
@@ -675,15 +675,15 @@ Test(predict, not_finite_stays_in_its_head_and_batch)
 
 /* A non-finite element counts as 0 in the mean: here the mean of channel 0 is (0 + 1 + 8 * 2 + 7) /
  * 12, and without its block's 1 the order of the rest is what it was. */
-Test(predict, the_mean_leaves_out_what_is_not_finite)
+Test(predict, the_mean_leaves_out_what_is_nonfinite)
 {
     hand h = by_hand(2, 6, (float[]){1, 2, 2, 2, 2, 3.5f});
     float mean[2];
     h.o.smooth_k = true;
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.k[0] = INFINITY;
     h.k[3] = NAN;
-    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){.mean_k = mean});
+    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_intermediates){.k_mean = mean});
     check_equal(mean[0], 2.0f);
     check_equal(mean[1], 11.0f / 12.0f);
     check_free(mask.bits);
@@ -694,16 +694,16 @@ Test(predict, the_mean_leaves_out_what_is_not_finite)
 Test(predict, a_score_that_overflows_is_kept)
 {
     hand h = by_hand(2, 4, (float[]){1e15f, -1e15f, 2, 1});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.q[0] = h.q[2] = 1e15f;
-    h.o.scale = 1e10f;
+    h.o.softmax_scale = 1e10f;
     keeps("+inf, -inf and two finite ones", &h, "1110");
-    h.o.scale = 1;
+    h.o.softmax_scale = 1;
     keeps("in range", &h, "1000");
     drop(&h);
 
     h = by_hand(2, 3, (float[]){1, 2, 3});
-    h.o.knobs = (sparge_knobs){-1, 0, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){-1, 0, SPARGE_OFF, -INFINITY};
     h.q[0] = h.q[1] = h.q[2] = h.q[3] = 1e30f;
     for (int t = 0; t < 2; t++)
         h.k[2 * t] = 1e30f, h.k[2 * t + 1] = -1e30f;
@@ -727,13 +727,13 @@ Test(predict, rules_of_the_paper)
 {
     const sparge_rules paper = SPARGE_RULES_PAPER;
     hand h = by_hand(4, 3, (float[]){1, 2, 3});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     mode_keeps("nothing within tau", &h, paper, "001/001", "000/000");
-    h.o.knobs.tau = 0.55f; /* shares of 0.576, 0.284, 0.140 at the scale 1/sqrt(2) */
+    h.o.thresholds.tau = 0.55f; /* shares of 0.576, 0.284, 0.140 at the scale 1/sqrt(2) */
     mode_keeps("the first block alone above tau", &h, paper, "001/001", "000/000");
-    h.o.knobs.tau = 0.6f;
+    h.o.thresholds.tau = 0.6f;
     mode_keeps("within tau", &h, paper, "001/001", "001/001");
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.o.sink = true;
     mode_keeps("sink", &h, paper, "101/101", "100/100");
     h.o.sink = false;
@@ -745,17 +745,17 @@ Test(predict, rules_of_the_paper)
     drop(&h);
 
     h = by_hand(2, 3, (float[]){1, 2, 3});
-    h.o.knobs = (sparge_knobs){0.5f, 0.6f, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.5f, 0.6f, SPARGE_OFF, -INFINITY};
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
     mode_keeps("sim = theta is similar", &h, paper, "101", "001");
     drop(&h);
 
     h = by_hand(2, 3, (float[]){1, 2, 3});
-    h.o.scale = 0.01f;
-    h.o.knobs.tau = 0.6f;
+    h.o.softmax_scale = 0.01f;
+    h.o.thresholds.tau = 0.6f;
     mode_keeps("the scale of the prediction is 1/sqrt(2)", &h, paper, "001", "001");
-    h.o.knobs.tau = 0.7f; /* a third each, or 0.576 + 0.284 */
+    h.o.thresholds.tau = 0.7f; /* a third each, or 0.576 + 0.284 */
     mode_keeps("the scale of the prediction is 1/sqrt(2)", &h, paper, "011", "001");
     drop(&h);
 }
@@ -764,7 +764,7 @@ Test(predict, rules_of_the_paper)
 Test(predict, rules_of_the_paper_know_topk)
 {
     hand h = by_hand(2, 4, (float[]){1, 2, 3, 4});
-    h.o.knobs.topk = 0.5f;
+    h.o.thresholds.topk = 0.5f;
     mode_keeps("topk", &h, SPARGE_RULES_PAPER, "0011", "0011");
     drop(&h);
 }
@@ -773,12 +773,12 @@ Test(predict, rules_of_the_released_kernels)
 {
     const sparge_rules upstream = SPARGE_RULES_UPSTREAM;
     hand h = by_hand(3, 3, (float[]){1, 2, 3});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     mode_keeps("a short query block is not similar", &h, upstream, "001/001", "001/111");
     h.p.q_len = 2;
     h.p.k_len = 5;
     mode_keeps("a short key block is not similar", &h, upstream, "001", "011");
-    h.o.knobs.theta = -1;
+    h.o.thresholds.theta = -1;
     mode_keeps("whatever theta says", &h, upstream, "001", "011");
     h.p.k_len = 6;
     h.k[0] = h.k[1] = 0;
@@ -789,14 +789,14 @@ Test(predict, rules_of_the_released_kernels)
     drop(&h);
 
     h = by_hand(4, 3, (float[]){1, 2, 3});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     mode_keeps("at least one", &h, upstream, "001/001", "001/001");
-    h.o.knobs.theta = 0.5f;
+    h.o.thresholds.theta = 0.5f;
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
     mode_keeps("sim = theta is not similar", &h, upstream, "101/101", "101/101");
     h.o.sink = true;
-    h.o.knobs.theta = 0.4f;
+    h.o.thresholds.theta = 0.4f;
     mode_keeps("sink", &h, upstream, "101/101", "101/101");
     h.k[4] = NAN;
     mode_keeps("NaN", &h, upstream, "111/111", "111/111");
@@ -804,23 +804,23 @@ Test(predict, rules_of_the_released_kernels)
 
     h = by_hand(16, 8, (float[]){8, 7, 6, 5, 4, 3, 2, 1});
     h.o.causal = SPARGE_CAUSAL_START;
-    h.o.knobs.topk = 0.5f;
+    h.o.thresholds.topk = 0.5f;
     mode_keeps("topk counts all blocks; the diagonal is not forced", &h, upstream,
                "10000000/11000000/10100000/11010000/11001000/11100100/11100010/11110001",
                "10000000/11000000/11100000/11110000/11110000/11110000/11110000/11110000");
-    h.o.knobs.topk = 0;
+    h.o.thresholds.topk = 0;
     mode_keeps("topk of none is one", &h, upstream,
                "10000000/11000000/10100000/10010000/10001000/10000100/10000010/10000001",
                "10000000/10000000/10000000/10000000/10000000/10000000/10000000/10000000");
-    h.o.knobs.topk = 0.49f;
+    h.o.thresholds.topk = 0.49f;
     h.o.causal = SPARGE_CAUSAL_NONE;
     h.o.block_q = 16;
     mode_keeps("3.92 of 8 is 3", &h, upstream, "11100000", "11100000");
     drop(&h);
 
     h = by_hand(2, 3, (float[]){1, 2, 3});
-    h.o.scale = 0.01f;
-    h.o.knobs.tau = 0.7f;
+    h.o.softmax_scale = 0.01f;
+    h.o.thresholds.tau = 0.7f;
     mode_keeps("the scale of the prediction is 1/sqrt(2)", &h, upstream, "011", "001");
     drop(&h);
 }
@@ -839,13 +839,13 @@ Test(predict, traces_hold_every_stage)
                            .dim = 2,
                            .q = {h.q, SPARGE_F32, 8, 2, 2},
                            .k = {h.k, SPARGE_F32, 16, 8, 2}};
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     h.q[2] = 3;
     h.q[6] = -4;
     /* Queries (1,0) (3,0) | (1,0) and (3,0) (1,0) | (-4,0): blocks of two, the second one short. */
-    const float pool_q[] = {2, 0, 1, 0, 2, 0, -4, 0}, sim_q[] = {1, 1, 1, 1};
-    const float mean_k[] = {1.5f, 1, 3.5f, 1};
-    const float pool_k[] = {-0.5f, 0, 0.5f, 0, 0.5f, 0, -0.5f, 0}, sim_k[] = {1, 1, 1, 1};
+    const float q_pool[] = {2, 0, 1, 0, 2, 0, -4, 0}, q_sim[] = {1, 1, 1, 1};
+    const float k_mean[] = {1.5f, 1, 3.5f, 1};
+    const float k_pool[] = {-0.5f, 0, 0.5f, 0, 0.5f, 0, -0.5f, 0}, k_sim[] = {1, 1, 1, 1};
     const float s[] = {-1, 1, -0.5f, 0.5f, 1, -1, -2, 2};
     const struct {
         const char *name;
@@ -853,12 +853,12 @@ Test(predict, traces_hold_every_stage)
         const float *want;
         int64_t count;
     } array[] = {
-        {"mean_k", offsetof(sparge_trace, mean_k), mean_k, COUNT(mean_k)},
-        {"pool_q", offsetof(sparge_trace, pool_q), pool_q, COUNT(pool_q)},
-        {"pool_k", offsetof(sparge_trace, pool_k), pool_k, COUNT(pool_k)},
-        {"sim_q", offsetof(sparge_trace, sim_q), sim_q, COUNT(sim_q)},
-        {"sim_k", offsetof(sparge_trace, sim_k), sim_k, COUNT(sim_k)},
-        {"s", offsetof(sparge_trace, s), s, COUNT(s)},
+        {"k_mean", offsetof(sparge_intermediates, k_mean), k_mean, COUNT(k_mean)},
+        {"q_pool", offsetof(sparge_intermediates, q_pool), q_pool, COUNT(q_pool)},
+        {"k_pool", offsetof(sparge_intermediates, k_pool), k_pool, COUNT(k_pool)},
+        {"q_sim", offsetof(sparge_intermediates, q_sim), q_sim, COUNT(q_sim)},
+        {"k_sim", offsetof(sparge_intermediates, k_sim), k_sim, COUNT(k_sim)},
+        {"s", offsetof(sparge_intermediates, s), s, COUNT(s)},
     };
     h.o.smooth_k = true;
     h.o.causal = SPARGE_CAUSAL_NONE;
@@ -866,9 +866,9 @@ Test(predict, traces_hold_every_stage)
     for (int64_t n = 0; n < COUNT(array); n++) {
         check_case("%s alone", array[n].name);
         float *buffer = check_alloc((size_t)array[n].count * sizeof *buffer);
-        sparge_trace trace = {0};
-        memcpy((char *)&trace + array[n].at, &buffer, sizeof buffer);
-        sparge_mask mask = predicted(&h.p, &h.o, &trace);
+        sparge_intermediates intermediates = {0};
+        memcpy((char *)&intermediates + array[n].at, &buffer, sizeof buffer);
+        sparge_mask mask = predicted(&h.p, &h.o, &intermediates);
         check_same(buffer, array[n].want, array[n].count);
         const uint32_t bits[] = {2, 2, 1, 2};
         check_same(mask.bits, bits, 4);
@@ -882,24 +882,24 @@ Test(predict, traces_hold_every_stage)
 Test(predict, traces_of_stage_2_are_left_alone)
 {
     hand h = by_hand(2, 2, (float[]){1, 2});
-    h.o.knobs.tau = 0;
+    h.o.thresholds.tau = 0;
     int16_t codes[3][16];
     float arrays[7][16], mean[2] = {77, 78};
     memset(codes, 0x5a, sizeof codes);
     memset(arrays, 0x5a, sizeof arrays);
-    const sparge_trace trace = {
-        .mean_k = mean,
-        .codes_q = codes[0],
-        .codes_k = codes[1],
-        .codes_v = codes[2],
-        .steps_q = arrays[0],
-        .steps_k = arrays[1],
-        .steps_v = arrays[2],
+    const sparge_intermediates intermediates = {
+        .k_mean = mean,
+        .q_int = codes[0],
+        .k_int = codes[1],
+        .v_int = codes[2],
+        .q_scale = arrays[0],
+        .k_scale = arrays[1],
+        .v_scale = arrays[2],
         .pv_done = arrays[3],
         .m = arrays[4],
         .l = arrays[5],
     };
-    sparge_mask mask = predicted(&h.p, &h.o, &trace);
+    sparge_mask mask = predicted(&h.p, &h.o, &intermediates);
     check(mean[0] == 77 && mean[1] == 78, "the mean key was written");
     for (size_t e = 0; e < sizeof codes; e++)
         check(((char *)codes)[e] == 0x5a, "codes were written");
@@ -916,13 +916,13 @@ Test(predict, trace_of_s_is_minus_infinity_where_nothing_is_scored)
     h.o.causal = SPARGE_CAUSAL_END;
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
-    const sparge_knobs knobs[] = {{0.6f, 1, SPARGE_OFF, 0}, {0.4f, 1, SPARGE_OFF, 0}};
+    const sparge_thresholds thresholds[] = {{0.6f, 1, SPARGE_OFF, 0}, {0.4f, 1, SPARGE_OFF, 0}};
     h.p.heads = 2;
-    h.o.per_head = knobs;
+    h.o.per_head = thresholds;
     float s[8], s_all[8];
     const float want[] = {-INFINITY, -INFINITY, -INFINITY, 2, 1, -INFINITY, 1, 2};
     const float all[] = {1, -INFINITY, 1, 2, 1, -INFINITY, 1, 2};
-    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_trace){.s = s, .s_all = s_all});
+    sparge_mask mask = predicted(&h.p, &h.o, &(sparge_intermediates){.s = s, .s_all = s_all});
     check_same(s, want, 8);
     check_same(s_all, all, 8);
     check_free(mask.bits);
@@ -945,7 +945,7 @@ static void keeps_for(const char *what, const hand *h, const uint8_t *want, int6
 {
     check_case("%s", what);
     uint8_t *why = check_alloc((size_t)count);
-    sparge_mask mask = predicted(&h->p, &h->o, &(sparge_trace){.why = why});
+    sparge_mask mask = predicted(&h->p, &h->o, &(sparge_intermediates){.why = why});
     check_same(why, want, count);
     check_free(why);
     check_free(mask.bits);
@@ -958,11 +958,11 @@ Test(predict, every_reason_is_told)
     for (int64_t n = 0; n < COUNT(backends); n++) {
         hand h = by_hand(4, 4, (float[]){1, 2, 4, 3});
         h.o.backend = backends[n];
-        h.o.knobs.tau = 0;
+        h.o.thresholds.tau = 0;
         keeps_for("tau", &h, (uint8_t[]){0, 0, MASS, 0, 0, 0, MASS, 0}, 8);
-        h.o.knobs.topk = 0.5f;
+        h.o.thresholds.topk = 0.5f;
         keeps_for("topk too", &h, (uint8_t[]){0, 0, MASS | TOPK, TOPK, 0, 0, MASS | TOPK, TOPK}, 8);
-        h.o.knobs.topk = SPARGE_OFF;
+        h.o.thresholds.topk = SPARGE_OFF;
         h.o.sink = true;
         keeps_for("sink", &h, (uint8_t[]){SINK, 0, MASS, 0, SINK, 0, MASS, 0}, 8);
         h.o.sink = false;
@@ -983,14 +983,14 @@ Test(predict, every_reason_is_told)
         drop(&h);
         h = by_hand(2, 3, (float[]){1, 1e18f, 2});
         h.o.backend = backends[n];
-        h.o.knobs.tau = 0;
-        h.o.scale = 3e38f;
+        h.o.thresholds.tau = 0;
+        h.o.softmax_scale = 3e38f;
         keeps_for("overflow", &h, (uint8_t[]){MASS, OVERFLOW_, OVERFLOW_}, 3);
         drop(&h);
     }
 }
 
-/* What one trace holds gives S under any other theta. */
+/* What one intermediates holds gives S under any other theta. */
 Test(predict, one_trace_serves_every_theta)
 {
     enum { BLOCKS = 12, DIM = 8, ROWS = 4 };
@@ -1010,16 +1010,16 @@ Test(predict, one_trace_serves_every_theta)
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_REF;
     o.block_q = o.block_k = ROWS;
-    o.knobs.theta = 1; /* hides every column */
-    sparge_mask mask = predicted(&p, &o, &(sparge_trace){.s_all = s_all, .sim_k = sim});
+    o.thresholds.theta = 1; /* hides every column */
+    sparge_mask mask = predicted(&p, &o, &(sparge_intermediates){.s_all = s_all, .k_sim = sim});
     check_free(mask.bits);
     int64_t hidden = 0;
-    for (o.knobs.theta = 0; o.knobs.theta < 0.9f; o.knobs.theta += 0.1f) {
-        mask = predicted(&p, &o, &(sparge_trace){.s = s});
+    for (o.thresholds.theta = 0; o.thresholds.theta < 0.9f; o.thresholds.theta += 0.1f) {
+        mask = predicted(&p, &o, &(sparge_intermediates){.s = s});
         check_free(mask.bits);
         float want[BLOCKS];
         for (int64_t j = 0; j < BLOCKS; j++) {
-            want[j] = sim[j] > o.knobs.theta ? s_all[j] : -INFINITY;
+            want[j] = sim[j] > o.thresholds.theta ? s_all[j] : -INFINITY;
             hidden += want[j] < -FLT_MAX;
         }
         check_same(s, want, BLOCKS);
@@ -1034,7 +1034,7 @@ static const double near_threshold = 1e-5;
 typedef struct scene {
     sparge_problem p;
     sparge_options o;
-    sparge_knobs per_head[16];
+    sparge_thresholds per_head[16];
     tensor q, k;
 } scene;
 
@@ -1042,7 +1042,8 @@ typedef enum verdict { DROP, KEEP, OPEN } verdict; /* open: within 1e-5 of a thr
 
 /* What one head should give. */
 typedef struct judged {
-    double *mean, *pool_q, *pool_k, *sim_q, *sim_k, *s; /* shapes of sparge_trace, for one head */
+    double *mean, *q_pool, *k_pool, *q_sim, *k_sim,
+        *s; /* shapes of sparge_intermediates, for one head */
     verdict *similar_q, *similar_k;
     verdict *mask; /* [q_blocks][k_blocks] */
 } judged;
@@ -1101,7 +1102,8 @@ static void open_beside(const double *score, const int64_t *order, int64_t count
 }
 
 /* Row i: S, its order, TopCdf, top-k, and what is forced. */
-static void judge_row(const scene *s, const judged *w, const sparge_knobs *knobs, int64_t i)
+static void judge_row(const scene *s, const judged *w, const sparge_thresholds *thresholds,
+                      int64_t i)
 {
     const int64_t k_blocks = ceil_div(s->p.k_len, s->o.block_k), dim = s->p.dim;
     const int64_t first = i * s->o.block_q, end = least(s->p.q_len, first + s->o.block_q);
@@ -1131,7 +1133,8 @@ static void judge_row(const scene *s, const judged *w, const sparge_knobs *knobs
             continue;
         score[j] = 0;
         for (int64_t c = 0; c < dim; c++)
-            score[j] += (double)s->o.scale * w->pool_q[i * dim + c] * w->pool_k[j * dim + c];
+            score[j] +=
+                (double)s->o.softmax_scale * w->q_pool[i * dim + c] * w->k_pool[j * dim + c];
         int64_t place = count++;
         for (; place > 0 && score[order[place - 1]] < score[j]; place--)
             order[place] = order[place - 1];
@@ -1140,20 +1143,20 @@ static void judge_row(const scene *s, const judged *w, const sparge_knobs *knobs
     for (int64_t n = 0; n < count; n++)
         total += exp(score[order[n]] - score[order[0]]);
     int64_t kept = 0;
-    for (int64_t n = 0; n < count && knobs->tau >= 0; n++) {
+    for (int64_t n = 0; n < count && thresholds->tau >= 0; n++) {
         mass += exp(score[order[n]] - score[order[0]]) / total;
-        const bool within = knobs->tau >= 1 || mass <= (double)knobs->tau;
+        const bool within = thresholds->tau >= 1 || mass <= (double)thresholds->tau;
         if (n == 0 || (within && kept == n)) {
             by_tau[order[n]] = KEEP;
             kept = n + 1;
         }
-        if (n > 0 && knobs->tau < 1 && fabs(mass - (double)knobs->tau) <= near_threshold)
+        if (n > 0 && thresholds->tau < 1 && fabs(mass - (double)thresholds->tau) <= near_threshold)
             by_tau[order[n]] = OPEN;
     }
-    if (knobs->tau >= 0)
+    if (thresholds->tau >= 0)
         open_beside(score, order, count, kept, by_tau);
-    if (knobs->topk >= 0) {
-        const int64_t share = (int64_t)floor((double)knobs->topk * (double)in_view + 1e-5);
+    if (thresholds->topk >= 0) {
+        const int64_t share = (int64_t)floor((double)thresholds->topk * (double)in_view + 1e-5);
         kept = least(count, share > 1 ? share : 1);
         for (int64_t n = 0; n < kept; n++)
             by_topk[order[n]] = KEEP;
@@ -1185,7 +1188,7 @@ static judged judge_head(const scene *s, int64_t b, int64_t h)
     const sparge_problem *p = &s->p;
     const int64_t dim = p->dim, q_blocks = ceil_div(p->q_len, s->o.block_q);
     const int64_t k_blocks = ceil_div(p->k_len, s->o.block_k), kv = h / (p->heads / p->kv_heads);
-    const sparge_knobs *knobs = s->o.per_head ? &s->o.per_head[h] : &s->o.knobs;
+    const sparge_thresholds *thresholds = s->o.per_head ? &s->o.per_head[h] : &s->o.thresholds;
     const float *q = tensor_row(&s->q, b, h, 0), *k = tensor_row(&s->k, b, kv, 0);
     judged w = {doubles(dim),
                 doubles(q_blocks * dim),
@@ -1201,20 +1204,20 @@ static judged judge_head(const scene *s, int64_t b, int64_t h)
     for (int64_t j = 0; j < k_blocks; j++) {
         const int64_t first = j * s->o.block_k, rows = least(s->o.block_k, p->k_len - first);
         w.similar_k[j] = judge_block(k + first * dim, s->o.smooth_k ? w.mean : NULL, rows, dim,
-                                     knobs->theta, w.pool_k + j * dim, &w.sim_k[j]);
+                                     thresholds->theta, w.k_pool + j * dim, &w.k_sim[j]);
     }
     for (int64_t i = 0; i < q_blocks; i++) {
         const int64_t first = i * s->o.block_q, rows = least(s->o.block_q, p->q_len - first);
-        w.similar_q[i] = judge_block(q + first * dim, NULL, rows, dim, knobs->theta,
-                                     w.pool_q + i * dim, &w.sim_q[i]);
-        judge_row(s, &w, knobs, i);
+        w.similar_q[i] = judge_block(q + first * dim, NULL, rows, dim, thresholds->theta,
+                                     w.q_pool + i * dim, &w.q_sim[i]);
+        judge_row(s, &w, thresholds, i);
     }
     return w;
 }
 
 static void forget(judged *w)
 {
-    free(w->mean), free(w->pool_q), free(w->pool_k), free(w->sim_q), free(w->sim_k), free(w->s);
+    free(w->mean), free(w->q_pool), free(w->k_pool), free(w->q_sim), free(w->k_sim), free(w->s);
     free(w->similar_q), free(w->similar_k), free(w->mask);
 }
 
@@ -1254,16 +1257,16 @@ static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, 
 
 static float one_of(const float *list, int64_t count) { return list[check_int(0, count - 1)]; }
 
-static sparge_knobs some_knobs(void)
+static sparge_thresholds some_thresholds(void)
 {
     const float theta[] = {-1, -0.5f, 0.03f, 0.2f, 0.3f, 0.4f, 0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 1};
     const float tau[] = {SPARGE_OFF, 0, 0.2f, 0.5f, 0.7f, 0.9f, 0.95f, 0.98f, 1};
     const float topk[] = {SPARGE_OFF, SPARGE_OFF, 0, 0.1f, 0.25f, 0.5f, 0.7f, 1};
-    sparge_knobs knobs = {one_of(theta, COUNT(theta)), one_of(tau, COUNT(tau)),
-                          one_of(topk, COUNT(topk)), -INFINITY};
-    if (knobs.tau == SPARGE_OFF && knobs.topk == SPARGE_OFF)
-        knobs.tau = 0.9f;
-    return knobs;
+    sparge_thresholds thresholds = {one_of(theta, COUNT(theta)), one_of(tau, COUNT(tau)),
+                                    one_of(topk, COUNT(topk)), -INFINITY};
+    if (thresholds.tau == SPARGE_OFF && thresholds.topk == SPARGE_OFF)
+        thresholds.tau = 0.9f;
+    return thresholds;
 }
 
 static scene some_scene(void)
@@ -1297,10 +1300,10 @@ static scene some_scene(void)
     s.o.causal = (sparge_causal)check_int(0, 2);
     s.o.smooth_k = check_int(0, 2) > 0;
     s.o.sink = check_int(0, 4) == 0;
-    s.o.scale = (check_int(0, 1) ? 1.0f : check_uniform(0.05f, 1)) / sqrtf((float)s.p.dim);
-    s.o.knobs = some_knobs();
+    s.o.softmax_scale = (check_int(0, 1) ? 1.0f : check_uniform(0.05f, 1)) / sqrtf((float)s.p.dim);
+    s.o.thresholds = some_thresholds();
     for (int64_t h = 0; h < s.p.heads; h++)
-        s.per_head[h] = some_knobs();
+        s.per_head[h] = some_thresholds();
     const bool spoilt = check_int(0, 5) == 0;
     s.q = tokens_of(s.p.batch, s.p.heads, s.p.q_len, s.p.dim, s.o.block_q, 0, spoilt);
     s.k = tokens_of(s.p.batch, s.p.kv_heads, s.p.k_len, s.p.dim, s.o.block_k,
@@ -1335,30 +1338,31 @@ static void compare(const scene *s, tally *sum)
     const int64_t q_blocks = ceil_div(p->q_len, s->o.block_q),
                   k_blocks = ceil_div(p->k_len, s->o.block_k);
     const int64_t lines = p->batch * p->heads, kv_lines = p->batch * p->kv_heads;
-    const sparge_trace trace = {
-        .mean_k = check_alloc((size_t)(kv_lines * p->dim) * 4),
-        .pool_q = check_alloc((size_t)(lines * q_blocks * p->dim) * 4),
-        .pool_k = check_alloc((size_t)(kv_lines * k_blocks * p->dim) * 4),
-        .sim_q = check_alloc((size_t)(lines * q_blocks) * 4),
-        .sim_k = check_alloc((size_t)(kv_lines * k_blocks) * 4),
+    const sparge_intermediates intermediates = {
+        .k_mean = check_alloc((size_t)(kv_lines * p->dim) * 4),
+        .q_pool = check_alloc((size_t)(lines * q_blocks * p->dim) * 4),
+        .k_pool = check_alloc((size_t)(kv_lines * k_blocks * p->dim) * 4),
+        .q_sim = check_alloc((size_t)(lines * q_blocks) * 4),
+        .k_sim = check_alloc((size_t)(kv_lines * k_blocks) * 4),
         .s = check_alloc((size_t)(lines * q_blocks * k_blocks) * 4),
     };
-    sparge_mask mask = predicted(p, &s->o, &trace);
+    sparge_mask mask = predicted(p, &s->o, &intermediates);
     for (int64_t n = 0; n < lines; n++) {
         const int64_t b = n / p->heads, h = n % p->heads,
                       kv = b * p->kv_heads + h / (p->heads / p->kv_heads);
         judged want = judge_head(s, b, h);
-        const float *mean_k = trace.mean_k + kv * p->dim, *sim_q = trace.sim_q + n * q_blocks;
-        const float *pool_q = trace.pool_q + n * q_blocks * p->dim,
-                    *sim_k = trace.sim_k + kv * k_blocks;
-        const float *pool_k = trace.pool_k + kv * k_blocks * p->dim;
-        const float *scores = trace.s + n * q_blocks * k_blocks;
+        const float *k_mean = intermediates.k_mean + kv * p->dim,
+                    *q_sim = intermediates.q_sim + n * q_blocks;
+        const float *q_pool = intermediates.q_pool + n * q_blocks * p->dim,
+                    *k_sim = intermediates.k_sim + kv * k_blocks;
+        const float *k_pool = intermediates.k_pool + kv * k_blocks * p->dim;
+        const float *scores = intermediates.s + n * q_blocks * k_blocks;
         if (s->o.smooth_k)
-            worst("mean_k", b, h, mean_k, want.mean, p->dim, 1e-6, &sum->mean);
-        worst("pool_q", b, h, pool_q, want.pool_q, q_blocks * p->dim, 1e-5, &sum->pool);
-        worst("pool_k", b, h, pool_k, want.pool_k, k_blocks * p->dim, 1e-5, &sum->pool);
-        worst("sim_q", b, h, sim_q, want.sim_q, q_blocks, 4e-6, &sum->sim);
-        worst("sim_k", b, h, sim_k, want.sim_k, k_blocks, 4e-6, &sum->sim);
+            worst("k_mean", b, h, k_mean, want.mean, p->dim, 1e-6, &sum->mean);
+        worst("q_pool", b, h, q_pool, want.q_pool, q_blocks * p->dim, 1e-5, &sum->pool);
+        worst("k_pool", b, h, k_pool, want.k_pool, k_blocks * p->dim, 1e-5, &sum->pool);
+        worst("q_sim", b, h, q_sim, want.q_sim, q_blocks, 4e-6, &sum->sim);
+        worst("k_sim", b, h, k_sim, want.k_sim, k_blocks, 4e-6, &sum->sim);
         for (int64_t e = 0; e < q_blocks * k_blocks; e++) {
             const int64_t i = e / k_blocks, j = e % k_blocks;
             const bool got = bit(&mask, n * q_blocks + i, j);
@@ -1371,7 +1375,7 @@ static void compare(const scene *s, tally *sum)
                   (long long)b, (long long)h, (long long)i, (long long)j, got ? "kept" : "dropped",
                   (long long)s->o.block_q, (long long)s->o.block_k, (long long)p->q_len,
                   (long long)p->k_len, (long long)p->dim, (int)s->o.causal, want.s[e],
-                  want.sim_q[i], want.sim_k[j]);
+                  want.q_sim[i], want.k_sim[j]);
             sum->open += want.mask[e] == OPEN;
             sum->decided += want.mask[e] != OPEN;
             sum->kept += got;
@@ -1379,8 +1383,10 @@ static void compare(const scene *s, tally *sum)
         }
         forget(&want);
     }
-    check_free(trace.mean_k), check_free(trace.pool_q), check_free(trace.pool_k);
-    check_free(trace.sim_q), check_free(trace.sim_k), check_free(trace.s), check_free(mask.bits);
+    check_free(intermediates.k_mean), check_free(intermediates.q_pool),
+        check_free(intermediates.k_pool);
+    check_free(intermediates.q_sim), check_free(intermediates.k_sim), check_free(intermediates.s),
+        check_free(mask.bits);
 }
 
 static void discard(scene *s)
@@ -1421,9 +1427,9 @@ Test(predict, masks_grow_with_tau)
         check_case("growing %lld", (long long)n);
         scene s = some_scene();
         uint32_t *before = NULL;
-        s.o.knobs.topk = SPARGE_OFF;
+        s.o.thresholds.topk = SPARGE_OFF;
         for (int64_t step = 0; step < COUNT(tau); step++) {
-            s.o.knobs.tau = tau[step];
+            s.o.thresholds.tau = tau[step];
             sparge_mask mask = predicted(&s.p, &s.o, NULL);
             const int64_t words = mask.batch * mask.heads * mask.q_blocks * mask.words;
             for (int64_t e = 0; before && e < words; e++)

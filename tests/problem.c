@@ -207,7 +207,7 @@ problem problem_make(const shape *s)
     };
     x.o.backend = SPARGE_REF;
     x.o.block_q = x.o.block_k = 16;
-    x.o.qk = x.o.pv = SPARGE_FLOAT;
+    x.o.qk_dtype = x.o.pv_dtype = SPARGE_F32;
     drift(&x.q, 0.8f, 0.8f, 0.0f);
     drift(&x.k, 0.8f, 0.8f, 0.5f);
     drift(&x.v, 0.7f, 0.5f, 0.0f);
@@ -281,22 +281,22 @@ answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
         .o = tensor_make(p->batch, p->heads, p->q_len, p->dim_v, dtype, layout),
         .lse = array(q_heads * p->q_len, 4),
         .head = array(q_heads, sizeof(sparge_counts)),
-        .trace =
+        .intermediates =
             {
-                .mean_k = array(kv_heads * p->dim, 4),
-                .pool_q = array(q_heads * q_blocks * p->dim, 4),
-                .pool_k = array(kv_heads * k_blocks * p->dim, 4),
-                .sim_q = array(q_heads * q_blocks, 4),
-                .sim_k = array(kv_heads * k_blocks, 4),
+                .k_mean = array(kv_heads * p->dim, 4),
+                .q_pool = array(q_heads * q_blocks * p->dim, 4),
+                .k_pool = array(kv_heads * k_blocks * p->dim, 4),
+                .q_sim = array(q_heads * q_blocks, 4),
+                .k_sim = array(kv_heads * k_blocks, 4),
                 .s_all = array(q_heads * q_blocks * k_blocks, 4),
                 .s = array(q_heads * q_blocks * k_blocks, 4),
                 .why = array(q_heads * q_blocks * k_blocks, 1),
-                .codes_q = array(q_heads * p->q_len * p->dim, 2),
-                .codes_k = array(kv_heads * p->k_len * p->dim, 2),
-                .codes_v = array(kv_heads * p->k_len * p->dim_v, 2),
-                .steps_q = array(q_heads * q_blocks, 4),
-                .steps_k = array(kv_heads * k_blocks, 4),
-                .steps_v = array(kv_heads * k_blocks * p->dim_v, 4),
+                .q_int = array(q_heads * p->q_len * p->dim, 2),
+                .k_int = array(kv_heads * p->k_len * p->dim, 2),
+                .v_int = array(kv_heads * p->k_len * p->dim_v, 2),
+                .q_scale = array(q_heads * q_blocks, 4),
+                .k_scale = array(kv_heads * k_blocks, 4),
+                .v_scale = array(kv_heads * k_blocks * p->dim_v, 4),
                 .pv_done = array(q_heads * q_blocks * k_blocks, 4),
                 .m = array(q_heads * p->q_len, 4),
                 .l = array(q_heads * p->q_len, 4),
@@ -306,11 +306,11 @@ answer answer_make(const problem *x, sparge_dtype dtype, tensor_layout layout)
 
 void answer_free(answer *a)
 {
-    sparge_trace *t = &a->trace;
-    void *const arrays[] = {a->lse,     a->head,    t->mean_k,  t->pool_q,  t->pool_k,
-                            t->sim_q,   t->sim_k,   t->s_all,   t->s,       t->why,
-                            t->codes_q, t->codes_k, t->codes_v, t->steps_q, t->steps_k,
-                            t->steps_v, t->pv_done, t->m,       t->l};
+    sparge_intermediates *t = &a->intermediates;
+    void *const arrays[] = {a->lse,     a->head,    t->k_mean, t->q_pool,  t->k_pool,
+                            t->q_sim,   t->k_sim,   t->s_all,  t->s,       t->why,
+                            t->q_int,   t->k_int,   t->v_int,  t->q_scale, t->k_scale,
+                            t->v_scale, t->pv_done, t->m,      t->l};
     for (size_t n = 0; n < sizeof arrays / sizeof *arrays; n++)
         check_free(arrays[n]);
     tensor_free(&a->o);
@@ -440,23 +440,23 @@ sparge_mask twin_mask(twins *t, const sparge_mask *mask)
     return m;
 }
 
-sparge_trace twin_trace(twins *t, const sparge_trace *x)
+sparge_intermediates twin_trace(twins *t, const sparge_intermediates *x)
 {
-    return (sparge_trace){
-        .mean_k = twin(t, x->mean_k),
-        .pool_q = twin(t, x->pool_q),
-        .pool_k = twin(t, x->pool_k),
-        .sim_q = twin(t, x->sim_q),
-        .sim_k = twin(t, x->sim_k),
+    return (sparge_intermediates){
+        .k_mean = twin(t, x->k_mean),
+        .q_pool = twin(t, x->q_pool),
+        .k_pool = twin(t, x->k_pool),
+        .q_sim = twin(t, x->q_sim),
+        .k_sim = twin(t, x->k_sim),
         .s_all = twin(t, x->s_all),
         .s = twin(t, x->s),
         .why = twin(t, x->why),
-        .codes_q = twin(t, x->codes_q),
-        .codes_k = twin(t, x->codes_k),
-        .codes_v = twin(t, x->codes_v),
-        .steps_q = twin(t, x->steps_q),
-        .steps_k = twin(t, x->steps_k),
-        .steps_v = twin(t, x->steps_v),
+        .q_int = twin(t, x->q_int),
+        .k_int = twin(t, x->k_int),
+        .v_int = twin(t, x->v_int),
+        .q_scale = twin(t, x->q_scale),
+        .k_scale = twin(t, x->k_scale),
+        .v_scale = twin(t, x->v_scale),
         .pv_done = twin(t, x->pv_done),
         .m = twin(t, x->m),
         .l = twin(t, x->l),
@@ -478,7 +478,7 @@ static sparge_status call_there(const problem *x, bool predict, sparge_mask *mas
 {
     twins t = {.count = 0};
     const sparge_problem p = twin_problem(&t, x);
-    const sparge_trace trace = twin_trace(&t, &a->trace);
+    const sparge_intermediates intermediates = twin_trace(&t, &a->intermediates);
     sparge_mask given = {0}, predicted = {0};
     if (!predict && x->mask.bits)
         given = twin_mask(&t, &x->mask);
@@ -487,18 +487,18 @@ static sparge_status call_there(const problem *x, bool predict, sparge_mask *mas
     sparge_result r = {.o = twin_out(&t, &a->o),
                        .lse = twin(&t, a->lse),
                        .mask = mask ? &predicted : NULL,
-                       .trace = &trace,
+                       .intermediates = &intermediates,
                        .head_counts = twin(&t, a->head)};
     const sparge_status status = call(&p, &x->o, predict, &given, &r, error);
     if (status == SPARGE_OK)
         twins_fetch(&t);
     twins_free(&t);
-    check(r.trace == &trace && r.mask == (mask ? &predicted : NULL),
+    check(r.intermediates == &intermediates && r.mask == (mask ? &predicted : NULL),
           "the result's own pointers changed");
     r.o = a->result.o;
     r.lse = a->result.lse;
     r.mask = a->result.mask;
-    r.trace = a->result.trace;
+    r.intermediates = a->result.intermediates;
     r.head_counts = a->result.head_counts;
     a->result = r;
     return status;
@@ -511,7 +511,7 @@ static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bo
     a.result = (sparge_result){.o = tensor_out(&a.o),
                                .lse = a.lse,
                                .mask = mask,
-                               .trace = &a.trace,
+                               .intermediates = &a.intermediates,
                                .head_counts = a.head};
     const snapshot q = snapshot_take(&x->q), k = snapshot_take(&x->k), v = snapshot_take(&x->v);
     sparge_error error = {"poison"};
@@ -528,7 +528,7 @@ static answer ask(const problem *x, sparge_dtype dtype, tensor_layout layout, bo
           a.o.used[wrong < 0 ? 0 : wrong] ? "not written" : "written, which lies between rows");
     check(unwritten(a.lse, rows) < 0, "lse[%lld] was not written",
           (long long)unwritten(a.lse, rows));
-    check(unwritten(a.trace.m, rows) < 0 && unwritten(a.trace.l, rows) < 0,
+    check(unwritten(a.intermediates.m, rows) < 0 && unwritten(a.intermediates.l, rows) < 0,
           "m or l was not written");
     tensor_read(&a.o);
     return a;
@@ -570,24 +570,24 @@ void same_counts(const sparge_counts *got, const sparge_counts *want)
 void same_traces(const problem *x, const answer *got, const answer *want, bool with_l)
 {
     const sparge_problem *p = &x->p;
-    const sparge_trace *a = &got->trace, *b = &want->trace;
+    const sparge_intermediates *a = &got->intermediates, *b = &want->intermediates;
     const int64_t heads = p->batch * p->heads, kv = p->batch * p->kv_heads;
     const int64_t lines = heads * blocks(p->q_len, x->o.block_q),
                   columns = blocks(p->k_len, x->o.block_k);
-    check_same(a->mean_k, b->mean_k, kv * p->dim);
-    check_same(a->pool_q, b->pool_q, lines * p->dim);
-    check_same(a->pool_k, b->pool_k, kv * columns * p->dim);
-    check_same(a->sim_q, b->sim_q, lines);
-    check_same(a->sim_k, b->sim_k, kv * columns);
+    check_same(a->k_mean, b->k_mean, kv * p->dim);
+    check_same(a->q_pool, b->q_pool, lines * p->dim);
+    check_same(a->k_pool, b->k_pool, kv * columns * p->dim);
+    check_same(a->q_sim, b->q_sim, lines);
+    check_same(a->k_sim, b->k_sim, kv * columns);
     check_same(a->s_all, b->s_all, lines * columns);
     check_same(a->s, b->s, lines * columns);
     check_same(a->why, b->why, lines * columns);
-    check_same(a->codes_q, b->codes_q, heads * p->q_len * p->dim);
-    check_same(a->codes_k, b->codes_k, kv * p->k_len * p->dim);
-    check_same(a->codes_v, b->codes_v, kv * p->k_len * p->dim_v);
-    check_same(a->steps_q, b->steps_q, lines);
-    check_same(a->steps_k, b->steps_k, kv * columns);
-    check_same(a->steps_v, b->steps_v, kv * columns * p->dim_v);
+    check_same(a->q_int, b->q_int, heads * p->q_len * p->dim);
+    check_same(a->k_int, b->k_int, kv * p->k_len * p->dim);
+    check_same(a->v_int, b->v_int, kv * p->k_len * p->dim_v);
+    check_same(a->q_scale, b->q_scale, lines);
+    check_same(a->k_scale, b->k_scale, kv * columns);
+    check_same(a->v_scale, b->v_scale, kv * columns * p->dim_v);
     check_same(a->pv_done, b->pv_done, lines * columns);
     check_same(a->m, b->m, heads * p->q_len);
     if (with_l)
@@ -610,28 +610,30 @@ void zero_some(tensor *t)
         t->x[n] = 0.0f;
 }
 
-sparge_knobs knobs_at_random(void)
+sparge_thresholds thresholds_at_random(void)
 {
     static const float share[] = {0.0f, 0.1f, 0.5f, 0.7f, 0.95f, 1.0f};
     static const float lambda[] = {-INFINITY, -INFINITY, 0.0f, -0.5f, -2.0f, -6.0f};
     const int which = (int)check_int(1, 3);
-    return (sparge_knobs){.theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
-                          .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
-                          .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
-                          .lambda = lambda[check_int(0, 5)]};
+    return (sparge_thresholds){.theta = check_int(0, 1) ? -1.0f : check_uniform(0.0f, 0.7f),
+                               .tau = which & 1 ? share[check_int(0, 5)] : SPARGE_OFF,
+                               .topk = which & 2 ? share[check_int(0, 5)] : SPARGE_OFF,
+                               .lambda = lambda[check_int(0, 5)]};
 }
+
+const sparge_dtype precisions[5] = {SPARGE_INT8, SPARGE_INT12, SPARGE_F32, SPARGE_F16, SPARGE_FP8};
 
 sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }
 tensor_layout layout_at_random(void) { return (tensor_layout)check_int(PACKED, LAYOUTS - 1); }
 
-void vary(problem *x, sparge_knobs each[6])
+void vary(problem *x, sparge_thresholds each[6])
 {
     x->o.smooth_k = check_int(0, 3) != 0;
     x->o.sink = check_int(0, 2) == 0;
-    x->o.scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
-    x->o.knobs = knobs_at_random();
+    x->o.softmax_scale = check_int(0, 1) ? 0.0f : check_uniform(0.01f, 0.6f);
+    x->o.thresholds = thresholds_at_random();
     for (int h = 0; h < 6; h++)
-        each[h] = knobs_at_random();
+        each[h] = thresholds_at_random();
     if (check_int(0, 2) == 0)
         x->o.per_head = each;
     tensor *const tensors[] = {&x->q, &x->k, &x->v};

@@ -1,5 +1,5 @@
 /* problem.h: questions for the library and its answers: tensors of any dtype and layout with NaN
- * wherever no element lies, structured values, every output and trace between guards. */
+ * wherever no element lies, structured values, every output and intermediates between guards. */
 #ifndef SPARGE_TESTS_PROBLEM_H
 #define SPARGE_TESTS_PROBLEM_H
 
@@ -65,11 +65,15 @@ int64_t problem_rows(const problem *x); /* batch * heads * q_len */
 /* At random: a few elements not finite, a run of zeros; thresholds, types. */
 void poke(tensor *t);
 void zero_some(tensor *t);
-sparge_knobs knobs_at_random(void);
+sparge_thresholds thresholds_at_random(void);
+/* What products are computed in: the first three on every backend, for Q.K^T and P.V; the others
+ * for P.V alone. */
+extern const sparge_dtype precisions[5];
+
 sparge_dtype dtype_at_random(void);
 tensor_layout layout_at_random(void);
 /* Options, thresholds (of at most six heads, in `each`) and special values at random, written. */
-void vary(problem *x, sparge_knobs each[6]);
+void vary(problem *x, sparge_thresholds each[6]);
 void mask_at_random(problem *x); /* now and then every other row of blocks is empty */
 
 /* Masks of the shape under x->o; each throws away the one before. */
@@ -83,7 +87,7 @@ typedef struct answer {
     tensor o;
     float *lse;
     sparge_counts *head;
-    sparge_trace trace;
+    sparge_intermediates intermediates;
     sparge_result result;
 } answer;
 
@@ -109,7 +113,7 @@ void *twin(twins *t, void *buffer); /* of check_alloc; NULL stays NULL */
 void *twin_of(twins *t, void *host, size_t bytes);
 sparge_problem twin_problem(twins *t, const problem *x);
 sparge_mask twin_mask(twins *t, const sparge_mask *mask);
-sparge_trace twin_trace(twins *t, const sparge_trace *trace);
+sparge_intermediates twin_trace(twins *t, const sparge_intermediates *intermediates);
 sparge_out twin_out(twins *t, const tensor *o);
 void twins_send(const twins *t);  /* host to device */
 void twins_fetch(const twins *t); /* device to host; nobody wrote beside them */
@@ -117,7 +121,7 @@ void twins_free(twins *t);
 
 void same_counts(const sparge_counts *got, const sparge_counts *want);
 
-/* Every array of the traces, bit for bit; what nobody wrote is poison in both. */
+/* Every array of the intermediates, bit for bit; what nobody wrote is poison in both. */
 void same_traces(const problem *x, const answer *got, const answer *want, bool with_l);
 
 /* o and lse bit for bit. */

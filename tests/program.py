@@ -82,20 +82,20 @@ def random(seed, *shape):
     return x.astype(np.float32)
 
 
-EXACT = ["--dense", "--qk", "f32", "--pv", "f32"]
+EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
-    "schema version inputs mask manifest params backend isa threads rung rules qk pv block_q block_k skip_rows "
-    "causal smooth_k sink scale theta tau topk lambda density"
+    "schema version inputs mask manifest params backend isa threads kernel rules qk_dtype pv_dtype block_q block_k skip_rows "
+    "causal smooth_k sink softmax_scale theta tau topk lambda density"
 ).split() + SIZES + (
     "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by kept_by_alone "
     "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops tops_executed"
 ).split()
 REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink".split()
-COUNTS = "nan_got nan_want inf_got inf_want not_finite_apart".split()
+COUNTS = "nan_got nan_want inf_got inf_want nonfinite_apart".split()
 CHECK_KEYS = [
-    "recall", "blocks_not_finite", "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1",
-    *COUNTS, "mask_not_finite_apart"
+    "recall", "blocks_nonfinite", "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1",
+    *COUNTS, "mask_nonfinite_apart"
 ]
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
 
@@ -114,7 +114,7 @@ def test_forms():
     check(list(x) == KEYS, "keys in their order", list(x))
     check([x[n] for n in SIZES] == [B, HQ, HK, NQ, NK, D, DV], "sizes", x)
     check(x["workspace_bytes"] > 0, "memory", x)
-    check(x["rung"] is None and x["pv"] == "f32", "what ran", x)
+    check(x["kernel"] is None and x["pv_dtype"] == "f32", "what ran", x)
     check(x["pairs"] == B * HQ * 3 * 6 and x["sparsity"] == 0, "dense counts", x)
     check(x["sparsity_per_head"] == [0] * (B * HQ), "flat, one a head", x)
     tokens = B * HQ * NQ * NK
@@ -177,7 +177,7 @@ def test_options():
     def run(*more):
         x = fine("run", *qkv, "-o", "o.npy", "--mask-out", "m.npy", "--lse-out", "l.npy", *more)
         return x, np.load("o.npy"), np.load("m.npy"), np.load("l.npy")
-    float_ = ["--qk", "f32", "--pv", "f32"]
+    float_ = ["--qk-dtype", "f32", "--pv-dtype", "f32"]
 
     for how, where in ("--causal", "end"), ("--causal=end", "end"), ("--causal=start", "start"):
         x, o, m, l = run(*EXACT, how)
@@ -209,8 +209,8 @@ def test_options():
     check(run("--theta", -1, "--tau", 0.5)[2].sum() < run("--theta", -1, "--tau", 0.98)[2].sum(),
           "tau")
 
-    o = run(*EXACT, "--scale", 0.03)[1]
-    near(o, attention(q, k, v, scale=0.03)[0], 1e-5, "scale")
+    o = run(*EXACT, "--softmax-scale", 0.03)[1]
+    near(o, attention(q, k, v, scale=0.03)[0], 1e-5, "softmax_scale")
     x, o, m, _ = run("--block-q", 64, "--block-k", 32, *float_, "--tau", 0.5)
     check(m.shape == (B, HQ, 5, 11) and x["block_q"] == 64 and x["block_k"] == 32, "blocks",
           m.shape)
@@ -218,22 +218,22 @@ def test_options():
     per_head = (1 - m.mean((2, 3))).ravel()
     check(np.abs(x["sparsity_per_head"] - per_head).max() < 1e-6, "per head, from the mask")
 
-    error = {how: rows_l1(run("--dense", "--qk", how, "--pv", how)[1], attention(q, k, v)[0]).max()
+    error = {how: rows_l1(run("--dense", "--qk-dtype", how, "--pv-dtype", how)[1], attention(q, k, v)[0]).max()
              for how in ("int8", "int12", "f32")}
     check(error["f32"] < 1e-5 < 8 * error["int12"] < error["int8"] < 0.3, "precision", error)
     narrow = {}
     for how in "f16", "fp8":
-        x, o = run("--dense", "--qk", "f32", "--pv", how)[:2]
+        x, o = run("--dense", "--qk-dtype", "f32", "--pv-dtype", how)[:2]
         narrow[how] = rows_l1(o, attention(q, k, v)[0]).max()
-        check(x["pv"] == how and x["backend"] == "ref", how, x)
+        check(x["pv_dtype"] == how and x["backend"] == "ref", how, x)
     check(error["f32"] < narrow["f16"] < 1e-3 < narrow["fp8"] < 0.2, "f16 and fp8", narrow)
-    x, o = run("--pv", "fastest")[:2]
-    check(x["pv"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(), "fastest of cpu",
+    x, o = run("--pv-dtype", "fastest")[:2]
+    check(x["pv_dtype"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(), "fastest of cpu",
           x)
-    check((run("--dense")[1] == run("--dense", "--qk=int8", "--pv=int8")[1]).all(), "int8 and int8")
-    one = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1],
-                  run("--dense", "--qk", "int8")[1]).max()
-    other = rows_l1(run("--dense", "--qk", "int8", "--pv", "f32")[1], run(*EXACT)[1]).max()
+    check((run("--dense")[1] == run("--dense", "--qk-dtype=int8", "--pv-dtype=int8")[1]).all(), "int8 and int8")
+    one = rows_l1(run("--dense", "--qk-dtype", "int8", "--pv-dtype", "f32")[1],
+                  run("--dense", "--qk-dtype", "int8")[1]).max()
+    other = rows_l1(run("--dense", "--qk-dtype", "int8", "--pv-dtype", "f32")[1], run(*EXACT)[1]).max()
     check(one > 1e-5 and other > 1e-5, "qk and pv apart", one, other)
     shift = k + 300 * np.sign(random(9, 1, 1, 1, D))
     save("k.npy", shift)
@@ -294,7 +294,7 @@ def test_instruction_sets():
     os.remove("o.npy")
     wrong(USAGE, ["SPARGE_ISA", "sse9"], "run", *qkv, env=dict(os.environ, SPARGE_ISA="sse9"))
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
-    wrong(UNSUPPORTED, ["pv", "FP8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv", "fp8")
+    wrong(UNSUPPORTED, ["pv_dtype", "fp8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv-dtype", "fp8")
     check(
         fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
 
@@ -308,25 +308,25 @@ def test_cuda():
     mask = save("given.npy", np.random.default_rng(4).random((B, HQ, 3, 6)) < 0.6)
     def run(backend, *more):
         x = fine("run", *qkv, "--backend", backend, "-o", "o.npy", "--mask-out", "m.npy",
-                 "--lse-out", "l.npy", "--dump", "d", *more)
+                 "--lse-out", "l.npy", "--intermediates", "d", *more)
         return x, *(np.load(n) for n in ("o.npy", "m.npy", "l.npy", "d/pv_done.npy"))
     for args in (["--causal", "--tau", 0.7, "--theta", 0.3], ["--mask", mask], ["--dense"]):
         x, o, m, l, done = run("cuda", *args)
-        check(x["backend"] == "cuda" and 1 <= x["rung"] <= 5 and x["pv"] in ("f16", "fp8"),
+        check(x["backend"] == "cuda" and 1 <= x["kernel"] <= 5 and x["pv_dtype"] in ("f16", "fp8"),
               "what ran", x)
         check(list(x) == KEYS and x["workspace_bytes"] > 0, "keys", x)
-        ref, want, m_ref, l_ref, done_ref = run("ref", *args, "--pv", x["pv"])
+        ref, want, m_ref, l_ref, done_ref = run("ref", *args, "--pv-dtype", x["pv_dtype"])
         check((m == m_ref).all() and (done == done_ref).all(), args, "the mask")
-        near(o, want, {"fp8": 6e-2, "f16": 1e-3}[x["pv"]],
+        near(o, want, {"fp8": 6e-2, "f16": 1e-3}[x["pv_dtype"]],
              f"o of {args}")  # P under another maximum
         check(np.abs(l - l_ref).max() < 1e-3, args, "lse", np.abs(l - l_ref).max())
         for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
             check(x[key] == ref[key], args, key, x[key], ref[key])
-    x, o = run("cuda", "--rung", 1, *EXACT)[:2]
-    check(x["rung"] == 1 and x["pv"] == "f32", "--rung and --pv", x)
-    near(o, attention(q, k, v)[0], 1e-5, "rung 1")
-    x = fine("run", *qkv, "--backend", "cuda", "--pv", "f16", "--dense", "--check")
-    check(x["pv"] == "f16" and x["worst_row_l1"] < 0.2, "--check", x)
+    x, o = run("cuda", "--kernel", 1, *EXACT)[:2]
+    check(x["kernel"] == 1 and x["pv_dtype"] == "f32", "--kernel and --pv-dtype", x)
+    near(o, attention(q, k, v)[0], 1e-5, "kernel 1")
+    x = fine("run", *qkv, "--backend", "cuda", "--pv-dtype", "f16", "--dense", "--check")
+    check(x["pv_dtype"] == "f16" and x["worst_row_l1"] < 0.2, "--check", x)
     for name, x in zip("qkv", (q, k, v)):
         save(f"{name}n.npy", x.transpose(0, 2, 1, 3).astype(np.float16))
     fine("run", "qn.npy", "kn.npy", "vn.npy", "--layout", "nhd", "--dense", "--backend", "cuda",
@@ -345,7 +345,7 @@ def test_mask():
     save("b.npy", mask.astype(bool))
     for name in "m.npy", "b.npy":
         x = fine("run", *qkv, "--mask", name, "-o", "o.npy", "--mask-out", "out.npy", "--lse-out",
-                 "l.npy", "--qk", "f32", "--pv", "f32", "--check")
+                 "l.npy", "--qk-dtype", "f32", "--pv-dtype", "f32", "--check")
         want, lse = attention(q, k, v, mask=mask)
         near(np.load("o.npy"), want, 1e-5, "a given mask")
         check((np.load("out.npy") == mask).all() and np.load("out.npy").dtype == np.uint8,
@@ -386,21 +386,21 @@ def test_check():
     save("e.npy", np.zeros((2, 0, 8), np.float32))
     save("ev.npy", np.zeros((2, 0, 3), np.float32))
     save("eq.npy", np.ones((2, 5, 8), np.float32))
-    x = fine("run", "eq.npy", "e.npy", "ev.npy", "-o", "o.npy", "--check", "--dump", "d")
+    x = fine("run", "eq.npy", "e.npy", "ev.npy", "-o", "o.npy", "--check", "--intermediates", "d")
     check(x["sparsity"] == 0 and x["l1"] == 0 and x["tops"] == 0, "no keys", x)
     check(np.load("o.npy").shape == (2, 5, 3) and not np.load("o.npy").any(), "no keys: 0")
     x = fine("run", *[save(f"{n}.npy", x.transpose(0, 2, 1, 3)) for n, x in zip("qkv", (q, k, v))],
              "--check", "--layout", "nhd", *EXACT, says=["alike"])
     check(x["worst_row_l1"] < 1e-5, "check of [B,N,H,D]", x)
     save("e0.npy", np.zeros((0, 2, 5, 8), np.float16))
-    x = fine("run", "e0.npy", "e0.npy", "e0.npy", "-o", "o.npy", "--check", "--dump", "d",
+    x = fine("run", "e0.npy", "e0.npy", "e0.npy", "-o", "o.npy", "--check", "--intermediates", "d",
              "--causal")
     check(np.load("o.npy").shape == (0, 2, 5, 8) and x["sparsity_per_head"] == [], "no batch", x)
     x = fine("run", "e.npy", "eq.npy", "eq.npy", "-o", "o.npy", "--check")
     check(np.load("o.npy").shape == (2, 0, 8), "no queries")
 
 
-def test_check_not_finite():
+def test_check_nonfinite():
     """What is not finite is counted and said, and never taken for an error of 0."""
     q, k, v, qkv = files()
     rest = q.copy()
@@ -411,7 +411,7 @@ def test_check_not_finite():
     fine("run", *qkv, "--mask-only")
     half = fine("run", *qkv, "--check", *EXACT, says=["alike"])
     some = B * HQ * 150 * DV
-    check(half["nan_got"] == half["nan_want"] == some and half["not_finite_apart"] == 0,
+    check(half["nan_got"] == half["nan_want"] == some and half["nonfinite_apart"] == 0,
           "as many in both", half)
     save("rest.npy", rest[:, :, :150])
     without = fine("run", "rest.npy", *qkv[1:], "--check", *EXACT)
@@ -430,16 +430,16 @@ def test_check_not_finite():
     x = fine("run", *qkv, "--mask", save("m.npy", mask), "--check", *EXACT[1:], says=["are apart"])
     check(
         x["nan_got"] == x["inf_got"] == 0 and
-        x["nan_want"] + x["inf_want"] == x["not_finite_apart"] == 2 * NQ and x["l1"] is None and
+        x["nan_want"] + x["inf_want"] == x["nonfinite_apart"] == 2 * NQ and x["l1"] is None and
         x["worst_row_l1"] is None, "apart: no error", x)
-    check(x["mask_not_finite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5,
+    check(x["mask_nonfinite_apart"] == 0 and x["mask_worst_row_l1"] < 1e-5,
           "but not over the mask", x)
 
 
 JUDGED = (
     "ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal manifest params l1 "
     "worst_row_l1 worst_row cosine rmse").split() + COUNTS + (
-        "first_nan_got first_nan_want first_nan_apart first_not_finite_apart "
+        "first_nan_got first_nan_want first_nan_apart first_nonfinite_apart "
         "baseline_worst_row_l1 max_worst").split()
 
 
@@ -536,7 +536,7 @@ def test_judge():
         off[at] = value
         save("l.npy", off)
         x = fails(f"{list(at)}")
-        check(x["lse"]["worst_at"] == list(at) and x["lse"]["not_finite_apart"] == (value == 0),
+        check(x["lse"]["worst_at"] == list(at) and x["lse"]["nonfinite_apart"] == (value == 0),
               "where the lse is off", x)
 
 
@@ -579,7 +579,7 @@ def test_judge_types():
     check(x["nan_want"] == DV and x["nan_got"] == 0, "a number where it should be NaN", x)
     o[0, 1, 290] = np.nan
     x = fine("check", *args, save("on.npy", o), says=[f"{DV} NaN", "alike"])
-    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_not_finite"] > 0,
+    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_nonfinite"] > 0,
           "NaN of both", x)
     for empty in "q", "k":
         x = {n: np.ones((2, 0 if n == empty else 5, 8), np.float32) for n in "qkv"}
@@ -625,19 +625,19 @@ def test_what_was_run():
     """The JSON of run says every option as it was resolved, and every file."""
     q, k, v, qkv = files()
     x = fine("run", *qkv, "--theta", 0.3, "--tau", 0.9, "--lambda", -7.1, "--sink", "--causal",
-             "--scale", 0.123, "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
-    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default", qk="int8",
-                pv="int8", block_q=128, block_k=64, skip_rows=32, causal="end", smooth_k=False,
-                sink=True, scale=0.123, theta=0.3, tau=0.9, topk=None, density=None, mask=None,
-                params=None, rung=None, threads=1, backend="cpu")
+             "--softmax-scale", 0.123, "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
+    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default", qk_dtype="int8",
+                pv_dtype="int8", block_q=128, block_k=64, skip_rows=32, causal="end", smooth_k=False,
+                sink=True, softmax_scale=0.123, theta=0.3, tau=0.9, topk=None, density=None, mask=None,
+                params=None, kernel=None, threads=1, backend="cpu")
     check({n: x[n] for n in want} == want and x["lambda"] == -7.1, "options as typed", x)
     check(x["inputs"] == [dict(file=n, sha256=sha256(n)) for n in qkv], "files", x["inputs"])
-    x = fine("run", *qkv, "--pv", "fastest", "--topk", 0.7)
+    x = fine("run", *qkv, "--pv-dtype", "fastest", "--topk", 0.7)
     check(
-        x["scale"] == round(D**-0.5, 9) or
-        np.float32(x["scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "scale", x)
+        x["softmax_scale"] == round(D**-0.5, 9) or
+        np.float32(x["softmax_scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "softmax_scale", x)
     check(
-        x["skip_rows"] == 64 and x["pv"] == "int8" and x["lambda"] is None and x["tau"] is None and
+        x["skip_rows"] == 64 and x["pv_dtype"] == "int8" and x["lambda"] is None and x["tau"] is None and
         x["topk"] == 0.7 and x["isa"] != "auto",
         "what 0, auto and fastest stand for, and what is off", x)
     x = fine("run", *qkv, "--rules", "upstream")
@@ -660,12 +660,12 @@ def test_json_is_explained():
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
     explained("sparge run",
               fine("run", *qkv, "--check", "--mask", "m.npy", "-o", "o.npy", "--lse-out", "l.npy"))
-    explained("sparge run", fine("run", *qkv, "--dump", "d", "--density", 0.9, "--theta", 0.2))
+    explained("sparge run", fine("run", *qkv, "--intermediates", "d", "--density", 0.9, "--theta", 0.2))
     explained(
         "sparge check",
         fine("check", *qkv, "--o", "o.npy", "--lse", "l.npy", "--mask", "m.npy", "--max-worst", 1))
     explained("sparge diff", fine("diff", "m.npy", "m.npy"))
-    fine("run", *qkv, "--dump", "e", "--tau", 0.3, "--theta", 0.2)
+    fine("run", *qkv, "--intermediates", "e", "--tau", 0.3, "--theta", 0.2)
     os.remove("e/l.npy")
     explained("sparge diff", fine("diff", "d", "e", code=DIFFERENT))
     explained("sparge order", fine("order", 2, 3, 4))
@@ -691,7 +691,7 @@ def test_reasons():
                       "--sink"], ["--theta", -1, "--topk", 0.3, "--tau",
                                   0.2], ["--theta", 0.45, "--rules",
                                          "upstream"], ["--theta", -1, "--tau", 0]):
-        x = fine("run", *qkv, *args, "--dump", "d")
+        x = fine("run", *qkv, *args, "--intermediates", "d")
         why = np.load("d/why.npy")
         check(x["kept_by"] == {r: int((why >> n & 1).sum()) for n, r in enumerate(REASONS)}, args,
               "counts", x["kept_by"])
@@ -709,7 +709,7 @@ def test_reasons():
     check(x["kept_by"]["dissimilar_q"] == x["kept_by"]["dissimilar_k"] == 0 < x["kept_by"]["mass"],
           "no hint", x)
     big = save("big.npy", np.full((128, 4), 1e20, np.float32))
-    x = fine("run", big, big, big, "--no-smooth-k", "--scale", 1e3, "--theta", -1,
+    x = fine("run", big, big, big, "--no-smooth-k", "--softmax-scale", 1e3, "--theta", -1,
              says=["o has 512 elements", "NaN"])
     check(x["kept_by"]["overflow"] == x["kept_blocks"] == 2, "scores that overflow", x)
 
@@ -717,22 +717,22 @@ def test_reasons():
 def test_mask_only():
     q, k, v, qkv = files()
     args = ["--tau", 0.7, "--theta", 0.5, "--causal"]
-    full = fine("run", *qkv, *args, "--dump", "d", "--check")
-    x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--dump", "e", "--check")
+    full = fine("run", *qkv, *args, "--intermediates", "d", "--check")
+    x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--intermediates", "e", "--check")
     check((np.load("m.npy") == np.load("d/mask.npy")).all(), "the mask of run")
-    check(list(x) == KEYS + ["recall", "blocks_not_finite"], "the same keys", list(x))
+    check(list(x) == KEYS + ["recall", "blocks_nonfinite"], "the same keys", list(x))
     for key in (
-            "pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal scale backend isa "
-            "threads recall blocks_not_finite").split():
+            "pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal softmax_scale backend isa "
+            "threads recall blocks_nonfinite").split():
         check(x[key] == full[key], "as run says", key, x[key], full[key])
     check(
         all(x[n] is None for n in
-            "qk pv skip_rows lambda dim_v workspace_bytes seconds_quantize seconds_attend tops "
+            "qk_dtype pv_dtype skip_rows lambda dim_v workspace_bytes seconds_quantize seconds_attend tops "
             "tops_executed".split()) and x["seconds_predict"] > 0, "no attention", x)
     check(
         x["sparsity"] == x["sparsity_pv"] == x["sparsity_qk"] and
         len(x["sparsity_per_head"]) == B * HQ, "sparsity", x)
-    there = "blocks mask mean_k pool_q pool_k sim_q sim_k S_all S why".split()
+    there = "blocks mask k_mean q_pool k_pool q_sim k_sim S_all S why".split()
     check(
         sorted(os.listdir("e")) == sorted(n + ".npy" for n in there), "stages of the prediction",
         os.listdir("e"))
@@ -800,7 +800,7 @@ def test_contradictions():
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
     predicts = [["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5]]
     attends = [["-o", "o.npy"], ["--lse-out", "l.npy"], ["--lambda", -3], ["--skip-rows", 8],
-               ["--qk", "f32"], ["--pv", "f32"]]
+               ["--qk-dtype", "f32"], ["--pv-dtype", "f32"]]
     for one, others in [(["--dense"], [
             *predicts, ["--mask", "m.npy"], ["--density", 0.5], ["--mask-only"],
         ["--params", "p.json"]
@@ -813,14 +813,18 @@ def test_contradictions():
             for args in one + other, other + one:
                 wrong(USAGE, [one[0], f"leave out {name}"], "run", *qkv, *args)
     fine("run", *qkv, "--dense", "--lambda", -3, "--sink")
-    wrong(USAGE, ["rung", "cuda"], "run", *qkv, "--rung", 3, "--backend", "cpu")
+    wrong(USAGE, ["kernel", "cuda"], "run", *qkv, "--kernel", 3, "--backend", "cpu")
+    for old, new in ("--qk=int8", "--qk-dtype"), ("--pv=f32", "--pv-dtype"), \
+            ("--rung=1", "--kernel"), ("--scale=1", "--softmax-scale"), \
+            ("--dump=d", "--intermediates"):
+        wrong(USAGE, [f"{old.split('=')[0]} is now {new};"], "run", *qkv, old)
     wrong(USAGE, ["isa", "ref"], "run", *qkv, "--isa", "avx2", "--backend", "ref")
     for other in ["--l1", 0.1], ["--l2", 0.2], ["--bound", "mean"]:
         wrong(USAGE, ["--sparsity", f"leave out {other[0]}"], "tune", "x.safetensors", "-o",
               "p.json", "--sparsity", 0.5, *other)
     for other in *predicts, ["--sink"]:
         wrong(USAGE, [other[0], "predicted"], "bench", *ONE, *other)
-    fine("run", *qkv, "--dense", "--dump", "d")
+    fine("run", *qkv, "--dense", "--intermediates", "d")
     for bound in "--max-l1", "--max-worst":
         wrong(USAGE, [bound, "two arrays", "--tolerance"], "diff", "d", "d", bound, 0.1)
     wrong(USAGE, ["--tolerance", "two dumps"], "diff", "q.npy", "q.npy", "--tolerance", 0.1)
@@ -828,28 +832,28 @@ def test_contradictions():
 
 def test_dump_and_diff():
     q, k, v, qkv = files()
-    fine("run", *qkv, "--dump", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
-    stages = dict(blocks=(2, ), mean_k=(B, HK, D), pool_q=(B, HQ, 3, D), pool_k=(B, HK, 6, D),
-                  sim_q=(B, HQ, 3), sim_k=(B, HK, 6), S_all=(B, HQ, 3, 6), S=(B, HQ, 3, 6),
-                  why=(B, HQ, 3, 6), mask=(B, HQ, 3, 6), codes_q=(B, HQ, NQ, D),
-                  codes_k=(B, HK, NK, D), codes_v=(B, HK, NK, DV), steps_q=(B, HQ, 3),
-                  steps_k=(B, HK, 6), steps_v=(B, HK, 6, DV), pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ),
+    fine("run", *qkv, "--intermediates", "d", "-o", "o.npy", "--mask-out", "m.npy", "--tau", 0.7)
+    stages = dict(blocks=(2, ), k_mean=(B, HK, D), q_pool=(B, HQ, 3, D), k_pool=(B, HK, 6, D),
+                  q_sim=(B, HQ, 3), k_sim=(B, HK, 6), S_all=(B, HQ, 3, 6), S=(B, HQ, 3, 6),
+                  why=(B, HQ, 3, 6), mask=(B, HQ, 3, 6), q_int=(B, HQ, NQ, D),
+                  k_int=(B, HK, NK, D), v_int=(B, HK, NK, DV), q_scale=(B, HQ, 3),
+                  k_scale=(B, HK, 6), v_scale=(B, HK, 6, DV), pv_done=(B, HQ, 3, 6), m=(B, HQ, NQ),
                   l=(B, HQ, NQ), o=(B, HQ, NQ, DV))
     check(sorted(os.listdir("d")) == sorted(n + ".npy" for n in stages), "stages", os.listdir("d"))
     for name, shape in stages.items():
         check(np.load(f"d/{name}.npy").shape == shape, "shape of", name)
     load = lambda name: np.load(f"d/{name}.npy")
-    check(np.abs(load("mean_k") - k.mean(2)).max() < 1e-5, "mean_k")
-    smooth = k - load("mean_k")[:, :, None]
-    check(np.abs(load("pool_q")[:, :, 2] - q[:, :, 256:].mean(2)).max() < 1e-5, "pool_q")
-    check(np.abs(load("pool_k")[:, :, 1] - smooth[:, :, 64:128].mean(2)).max() < 1e-5, "pool_k")
+    check(np.abs(load("k_mean") - k.mean(2)).max() < 1e-5, "k_mean")
+    smooth = k - load("k_mean")[:, :, None]
+    check(np.abs(load("q_pool")[:, :, 2] - q[:, :, 256:].mean(2)).max() < 1e-5, "q_pool")
+    check(np.abs(load("k_pool")[:, :, 1] - smooth[:, :, 64:128].mean(2)).max() < 1e-5, "k_pool")
     unit = smooth / np.linalg.norm(smooth, axis=-1, keepdims=True)
     sim = (unit[:, :, 64:128].sum(2)**2).sum(-1) / 64**2
-    check(np.abs(load("sim_k")[:, :, 1] - sim).max() < 1e-5, "sim_k")
-    back = load("codes_k")[:, :, :64] * load("steps_k")[:, :, :1, None]
-    check(np.abs(back - smooth[:, :, :64]).max() <= load("steps_k")[:, :, 0].max() * 0.51,
+    check(np.abs(load("k_sim")[:, :, 1] - sim).max() < 1e-5, "k_sim")
+    back = load("k_int")[:, :, :64] * load("k_scale")[:, :, :1, None]
+    check(np.abs(back - smooth[:, :, :64]).max() <= load("k_scale")[:, :, 0].max() * 0.51,
           "codes, steps")
-    similar = np.repeat(load("sim_k"), HQ // HK, 1)[:, :, None] > np.float32(0.6)
+    similar = np.repeat(load("k_sim"), HQ // HK, 1)[:, :, None] > np.float32(0.6)
     check(
         np.isfinite(load("S_all")).all() and not similar.all() and
         (load("S") == np.where(similar, load("S_all"), -np.inf)).all(),
@@ -860,39 +864,39 @@ def test_dump_and_diff():
     check((load("mask") == np.load("m.npy")).all() and (load("o") == np.load("o.npy")).all(),
           "mask, o")
     check(((load("pv_done") > 0) == load("mask")).all(), "pv_done")
-    check(load("codes_q").dtype == np.int16, "codes are int16")
-    fine("run", *qkv, "--dump", "f", *EXACT, "--no-smooth-k")
+    check(load("q_int").dtype == np.int16, "codes are int16")
+    fine("run", *qkv, "--intermediates", "f", *EXACT, "--no-smooth-k")
     there = "blocks mask pv_done m l o".split()
     check(sorted(os.listdir("f")) == sorted(n + ".npy" for n in there),
           "only what there is", os.listdir("f"))
 
-    fine("run", *qkv, "--dump", "same")
-    fine("run", *qkv, "--dump", "same", *EXACT)  # leaves nothing of what was there
+    fine("run", *qkv, "--intermediates", "same")
+    fine("run", *qkv, "--intermediates", "same", *EXACT)  # leaves nothing of what was there
     check(len(os.listdir("same")) == 7, "an old dump is replaced", os.listdir("same"))
-    fine("run", *qkv, "--dump", "same", "--tau", 0.7)
+    fine("run", *qkv, "--intermediates", "same", "--tau", 0.7)
     x = fine("diff", "d", "same")
-    check(x["first_stage"] is None and len(x["stages"]) == 20, "equal dumps", x)
-    check([s["stage"] for s in x["stages"]
-           ][:10] == "blocks mean_k pool_k sim_k pool_q sim_q S_all S why mask".split(),
+    check(x["first_array"] is None and len(x["arrays"]) == 20, "equal dumps", x)
+    check([s["array"] for s in x["arrays"]
+           ][:10] == "blocks k_mean k_pool k_sim q_pool q_sim S_all S why mask".split(),
           "in the order of the algorithm")
-    fine("run", *qkv, "--dump", "d", "--tau", 0.7)  # over what is there
-    check(fine("diff", "d", "same")["first_stage"] is None, "dumped again")
-    changed = load("codes_v")
+    fine("run", *qkv, "--intermediates", "d", "--tau", 0.7)  # over what is there
+    check(fine("diff", "d", "same")["first_array"] is None, "dumped again")
+    changed = load("v_int")
     changed[1, 0, 70, 3] += 1
-    save("same/codes_v.npy", changed)
+    save("same/v_int.npy", changed)
     changed = load("m")
     changed[0, 2, 290] *= 1 + 1e-5
     save("same/m.npy", changed)
     x = fine("diff", "d", "same", code=DIFFERENT)
-    check(x["first_stage"] == "codes_v" and x["first"] ==
+    check(x["first_array"] == "v_int" and x["first"] ==
           dict(batch=1, kv_head=0, key=70, k_block=1, channel=3), "the first that differs",
           x["first"])
-    rows = {s["stage"]: s for s in x["stages"]}
+    rows = {s["array"]: s for s in x["arrays"]}
     check(rows["m"]["first"] == dict(batch=0, head=2, query=290, q_block=2) and
           rows["m"]["different"] == 1, "m", rows["m"])
     x = fine("diff", "d", "same", "--tolerance", 1, code=DIFFERENT)
-    check(x["first_stage"] == "codes_v", "integers are compared exactly")
-    save("same/codes_v.npy", load("codes_v"))
+    check(x["first_array"] == "v_int", "integers are compared exactly")
+    save("same/v_int.npy", load("v_int"))
     fine("diff", "d", "same", "--tolerance", 1e-4)
     fine("diff", "d", "same", "--tolerance", 1e-6, code=DIFFERENT)
     save("same/m.npy", load("m"))
@@ -900,13 +904,13 @@ def test_dump_and_diff():
     changed[1, 3, 2, 4] ^= 1
     save("same/mask.npy", changed)
     x = fine("diff", "d", "same", code=DIFFERENT)
-    check(x["first"] == dict(batch=1, head=3, q_block=2, k_block=4) and x["first_stage"] == "mask",
+    check(x["first"] == dict(batch=1, head=3, q_block=2, k_block=4) and x["first_array"] == "mask",
           "mask", x["first"])
-    os.remove("same/mean_k.npy")
+    os.remove("same/k_mean.npy")
     x = fine("diff", "d", "same", code=DIFFERENT)
-    check(x["first_stage"] == "mean_k", "a stage that is missing", x["first_stage"])
+    check(x["first_array"] == "k_mean", "a stage that is missing", x["first_array"])
     os.mkdir("empty")
-    wrong(FILE, "holds no dump", "diff", "empty", "empty")
+    wrong(FILE, "holds no intermediates", "diff", "empty", "empty")
     wrong(FILE, ["d", "directory"], "diff", "d", "o.npy")
     wrong(FILE, ["nowhere"], "diff", "d", "nowhere")
 
@@ -951,14 +955,14 @@ def test_diff():
     save("b.npy", np.array([[0, 0], [7, 1]], np.float64))
     x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
     check(
-        x["inf_got"] == x["not_finite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
-        x["first_not_finite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number",
+        x["inf_got"] == x["nonfinite_apart"] == 1 and x["inf_want"] == 0 and x["l1"] is None and
+        x["first_nonfinite_apart"] == [1, 0] and x["first_nan_apart"] is None, "inf and a number",
         x)
     fine("diff", "b.npy", "a.npy", code=DIFFERENT)
     fine("diff", "a.npy", "b.npy", "--max-l1", "inf", code=DIFFERENT)
     save("b.npy", np.array([[0, 0], [np.nan, 1]], np.float64))
     x = fine("diff", "a.npy", "b.npy", code=DIFFERENT)
-    check(x["not_finite_apart"] == 1 and x["first_nan_apart"] == [1, 0], "inf and NaN", x)
+    check(x["nonfinite_apart"] == 1 and x["first_nan_apart"] == [1, 0], "inf and NaN", x)
     save("a.npy", np.full((2, 2), np.nan))
     x = fine("diff", "a.npy", "a.npy", "--max-l1", 0)
     check(x["l1"] is None and x["worst_row"] is None and x["nan_got"] == 4,
@@ -1077,7 +1081,7 @@ def test_map():
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "m.png", "--map-out", "nowhere/mass.npy")
     draw(*qkv, "-o", "map.png", "--lambda", 0, "--theta", 1, "--skip-rows", 1024)
     x = pixels("map.png")
-    fine("run", *qkv, "--lambda", 0, "--theta", 1, "--skip-rows", 1024, "--dump", "d")
+    fine("run", *qkv, "--lambda", 0, "--theta", 1, "--skip-rows", 1024, "--intermediates", "d")
     done = np.load("d/pv_done.npy")
     check(set(np.unique(done)) == {0, 1}, "lambda drops some", np.unique(done))
     check((x == 0xF0902E).sum() == swatch + (done == 0).sum() * cell, "cells that lambda drops")
@@ -1175,9 +1179,9 @@ def test_info_and_help():
     for command in "run", "diff", "map", "order", "bench", "info":
         code, out, err = sparge(command, "--help")
         check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
-    for option in ("--theta --tau --topk --lambda --sink --causal[= --scale --block-q --block-k "
+    for option in ("--theta --tau --topk --lambda --sink --causal[= --softmax-scale --block-q --block-k "
                    "--mask --no-smooth-k --skip-rows --rules --threads --backend --isa --dense "
-                   "--mask-out --qk --pv --lse-out --dump --check --layout").split():
+                   "--mask-out --qk-dtype --pv-dtype --lse-out --intermediates --check --layout").split():
         check(option in sparge("run", "--help")[1], "run --help names", option)
     wrong(USAGE, "info", "info", "x")
 
@@ -1226,7 +1230,7 @@ def test_order():
 
 
 BENCH_KEYS = (
-    "case mask isa threads q_len k_len dim heads causal scale sparsity seconds_total seconds_predict "
+    "case mask isa threads q_len k_len dim heads causal softmax_scale sparsity seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
     "baseline_pct_peak").split()
 TIMES = BENCH_KEYS[11:]
@@ -1286,11 +1290,11 @@ def test_bench():
                   "parts", x)
     check([round(x["sparsity"], 6) for x in rows.values()][:5] == [0, 0.5, 0.75, 0.5, 0.75],
           "imposed", rows)
-    rows = bench(*ONE, "--qk", "int8,f32", "--pv", "int12,f32", "--sparsity", "0.5", "--heads",
+    rows = bench(*ONE, "--qk-dtype", "int8,f32", "--pv-dtype", "int12,f32", "--sparsity", "0.5", "--heads",
                  "1,2")
     check([(x["pct_peak"] is None) for x in rows.values()] == [True, False, True, False],
           "12 bits have no peak", rows)
-    rows = bench(*ONE, "--qk", "f32", "--pv", "f32", "--sparsity", 0, "--causal=none,end,start")
+    rows = bench(*ONE, "--qk-dtype", "f32", "--pv-dtype", "f32", "--sparsity", 0, "--causal=none,end,start")
     check(
         list(rows) == ["f32/f32 dense", "f32/f32 dense causal", "f32/f32 dense causal=start"],
         "causal", list(rows))
@@ -1366,7 +1370,7 @@ def test_bench_usage():
         wrong(UNSUPPORTED, [isa, *(n for n, there in has.items() if there)], "bench", *ONE, "--isa",
               isa)
     for args, words in [(["--mask-kind", "diagonal"], "random, banded, predicted"),
-                        (["--qk", "int8,int9"], "int9"), (["--pv", "f16"], "int8, int12, f32"),
+                        (["--qk-dtype", "int8,int9"], "int9"), (["--pv-dtype", "f16"], "int8, int12, f32"),
                         (["--isa", "sse"], "avx512vnni"), (["--causal=middle"], "none, end, start"),
                         (["--q-len", "256,,512"], "empty item"),
                         (["--backend", "cuda"], ["cuda", "cpu alone"]),
@@ -1388,14 +1392,14 @@ def test_bench_usage():
 
 TUNE = ["--block-q", 32, "--block-k", 16]
 TUNE_KEYS = (
-    "params heads not_finite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
-    "held_out_within_l2_first held_out_within_l2 equivalents seconds noise").split()
+    "params heads nonfinite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
+    "held_out_within_l2_first held_out_within_l2 dense_passes seconds noise").split()
 HEADER_KEYS = (
-    "sparge_params version model weights_sha256 rules qk pv block_q block_k skip_rows causal smooth_k sink "
-    "scale by bound l1 l2 sparsity inputs heads").split()
+    "sparge_params version model weights_sha256 rules qk_dtype pv_dtype block_q block_k skip_rows causal smooth_k sink "
+    "softmax_scale by bound l1 l2 sparsity inputs heads").split()
 HEAD_KEYS = (
     "layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
-    "equivalents seconds").split()
+    "dense_passes seconds").split()
 ERROR_KEYS = "inputs l1 worst_l1 sparsity nan_got inf_got".split()
 
 
@@ -1487,9 +1491,9 @@ def test_tune():
     names = of_one_layer(*(capture(f"c{n}.safetensors", n) for n in range(3)))
     x, p = tune(*names)
     check(list(x) == TUNE_KEYS and list(p) == HEADER_KEYS, "keys in their order", list(x), list(p))
-    header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default", qk="int8",
-                  pv="int8", block_q=32, block_k=16, skip_rows=32, causal="none", smooth_k=True,
-                  sink=False, scale=None, by="tau", bound="worst", l1=0.07, l2=0.08, sparsity=None)
+    header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default", qk_dtype="int8",
+                  pv_dtype="int8", block_q=32, block_k=16, skip_rows=32, causal="none", smooth_k=True,
+                  sink=False, softmax_scale=None, by="tau", bound="worst", l1=0.07, l2=0.08, sparsity=None)
     check(all(p[key] == value and type(p[key]) is type(value) for key, value in header.items()),
           "header", p)
     check(p["version"] in sparge("--version")[1], "version", p["version"])
@@ -1504,13 +1508,13 @@ def test_tune():
         check(h["dense"] is False and h["finite"] is True and h["topk"] is None, "a head", h)
         check(h["back_off"] in ("none", "lambda lowered", "tau raised"), "back_off", h)
         check(type(h["theta"]) is float and type(h["tau"]) is float and -1 <= h["theta"] <= 1 and
-              0 <= h["tau"] <= 1 and (h["lambda"] is None or h["lambda"] <= 0), "knobs", h)
+              0 <= h["tau"] <= 1 and (h["lambda"] is None or h["lambda"] <= 0), "thresholds", h)
         check(
             list(h["held_out_first"]) == ERROR_KEYS and h["held_out_first"]["inputs"] == 3,
             "held out", h)
         check(h["held_out"]["inputs"] == 3 and h["held_out"]["worst_l1"] <= 0.08,
               "held out: within l2", h)
-        check(h["equivalents"] > 1 and h["seconds"] > 0, "what it took", h)
+        check(h["dense_passes"] > 1 and h["seconds"] > 0, "what it took", h)
         check_errors(h["in_sample"], l1[:, n], sparsity[:, n], f"head {n}")
     check(0.1 < sparsity.mean() and l1.max() <= 0.08, "sparse, and within l2", sparsity, l1)
     for knob in "theta", "tau", "topk", "lambda":
@@ -1608,17 +1612,17 @@ def test_tune_options():
                                          h["lambda"] is None and h["in_sample"]["sparsity"] == 0
                                          for h in p["heads"]), "left dense", p)
     p, l1, sparsity = run(
-        "cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--scale", 0.3, "--pv",
+        "cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--softmax-scale", 0.3, "--pv-dtype",
                                   "f32", "--skip-rows", 8, "--backend", "ref"))
-    check([p[n] for n in "causal sink smooth_k scale pv skip_rows".split()] ==
+    check([p[n] for n in "causal sink smooth_k softmax_scale pv_dtype skip_rows".split()] ==
           ["end", True, False, 0.3, "f32", 8], "options in the header", p)
     check_errors(p["heads"][1]["in_sample"], l1[:, 1], sparsity[:, 1], "under other options")
     for scale, says in ("1.2e-38", ()), ("3.4028234e38",
                                          ["NaN or infinite"
                                           ]):  # the least and the most that run takes
-        check(sparge("tune", names[0], "--scale", scale, "-o", f"{scale}.json", *TUNE)[0] == FINE,
-              "--scale", scale)
-        fine("run", names[0], "--scale", scale, "--params", f"{scale}.json", *TUNE, says=says)
+        check(sparge("tune", names[0], "--softmax-scale", scale, "-o", f"{scale}.json", *TUNE)[0] == FINE,
+              "--softmax-scale", scale)
+        fine("run", names[0], "--softmax-scale", scale, "--params", f"{scale}.json", *TUNE, says=says)
 
     files = [
         save_safetensors(f"n{n}.safetensors",
@@ -1795,7 +1799,7 @@ def test_tune_again():
     keeps("p.json", FILE, "other captures or other options", *args)
 
 
-def test_tune_not_finite():
+def test_tune_nonfinite():
     """A head with a NaN is left dense, and said; the others are as without it."""
     names, seeds = [], range(2)
     for n in seeds:
@@ -1809,7 +1813,7 @@ def test_tune_not_finite():
     tune(*(f"c{n}.safetensors" for n in seeds))
     want = lines()
     code, out, err = sparge("tune", *names, "-o", "n.json", *TUNE)
-    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["not_finite"] == 2, "exit 0",
+    check(code == FINE and json.loads(out)["dense"] == json.loads(out)["nonfinite"] == 2, "exit 0",
           code, out)
     dim = x["v"].shape[3]
     bad = {1: (x["v"].shape[2] - 77) * dim, 2: 1}
@@ -1832,9 +1836,9 @@ def test_tune_overflow():
     x["v"][0, 1] *= 1e6
     file = save_safetensors("x.safetensors", **{key: ("F32", t) for key, t in x.items()})
     sizes = x["v"].shape[2] * x["v"].shape[3]
-    got = fine("tune", file, "-o", "p.json", *TUNE, "--backend", "ref", "--pv", "f16",
+    got = fine("tune", file, "-o", "p.json", *TUNE, "--backend", "ref", "--pv-dtype", "f16",
                says=["layer 0 head 1", f"{sizes} ", "not known"])
-    check(got["worst_l1"] is None and got["not_finite"] == 0 and got["heads"] == 2,
+    check(got["worst_l1"] is None and got["nonfinite"] == 0 and got["heads"] == 2,
           "no worst error", got)
     fits, odd = json.loads(read("p.json"))["heads"]
     check(
@@ -2005,8 +2009,8 @@ def test_manifests():
     for value in "", "0" * 64, entry["sha256"][:-1]:
         both([file, "SHA-256", entry["sha256"][:12]], with_(sha256=value))
     for value in "0.5", 0, -1, []:
-        both([file, "'scale'"], {**good, "scale": value})
-        both([file, "'scale'"], with_(scale=value))
+        both([file, "'softmax_scale'"], {**good, "softmax_scale": value})
+        both([file, "'softmax_scale'"], with_(softmax_scale=value))
     for value in "middle", 1, True:
         both([file, "'causal_at'"], {**good, "causal_at": value})
     for key in "weights_sha256", "gguf_sha256":
@@ -2017,7 +2021,7 @@ def test_manifests():
     both(["d/manifest.json: lists", entry["file"], "twice"],
          {**good, "files": [entry, {**entry, "layer": 5}]})
     for value in 1e-60, 1e60:
-        both([file, "'scale'"], {**good, "scale": value})
+        both([file, "'softmax_scale'"], {**good, "softmax_scale": value})
     os.remove("d/manifest.json")
     os.symlink("nowhere", "d/manifest.json")
     wrong(FILE, "d/manifest.json", "run", file)
@@ -2089,16 +2093,16 @@ def picture(*args):
 
 def test_manifest_obeyed():
     """Causality and scale are the manifest's in every command; an option that contradicts it is refused."""
-    folder_of("d", 1, [(3, 0)], causal=True, scale=0.3)
+    folder_of("d", 1, [(3, 0)], causal=True, softmax_scale=0.3)
     file = "d/layer03_0.safetensors"
     alone, bench_one = unlisted(file), ["--threads", 1, "--repeat", 1, "--allow-busy"]
-    asked = ["--causal", "--scale", 0.3]
+    asked = ["--causal", "--softmax-scale", 0.3]
     want, plain = output(alone, *asked, *TUNE), output(alone, *TUNE)
     check((output(file, *TUNE) == want).all() and (want != plain).any(), "run")
     check((output(file, *asked, *TUNE) == want).all() and
           (output(file, "--causal=start", *TUNE) == want).all(), "asked for what it says")
     x = fine("run", file, "--check", *TUNE)
-    check(x["manifest"] == dict(model="small", sample="sample d", layer=3, causal=True, scale=0.3),
+    check(x["manifest"] == dict(model="small", sample="sample d", layer=3, causal=True, softmax_scale=0.3),
           "said", x)
     check(x["l1"] == fine("run", alone, "--check", *asked, *TUNE)["l1"], "--check")
     check((output(file, "--ignore-manifest", *TUNE) == plain).all(), "--ignore-manifest")
@@ -2110,24 +2114,24 @@ def test_manifest_obeyed():
         picture(file, "--ignore-manifest", *TUNE) == picture(alone, *TUNE), "map --ignore-manifest")
     np.save("want.npy", want)
     rows = bench("--capture", file, *bench_one)
-    check(all(x["causal"] == "end" and x["scale"] == 0.3 for x in rows.values()), "bench", rows)
+    check(all(x["causal"] == "end" and x["softmax_scale"] == 0.3 for x in rows.values()), "bench", rows)
     rows = bench("--capture", file, "--ignore-manifest", *bench_one)
-    check(all(x["causal"] == "none" and x["scale"] is None for x in rows.values()),
+    check(all(x["causal"] == "none" and x["softmax_scale"] is None for x in rows.values()),
           "bench --ignore-manifest", rows)
     for command in (["run", file,
                      "--check"], ["map", file, "-o",
                                   "x.png"], ["tune", file, "-o",
                                              "x.json"], ["check", file, "--o", "want.npy"]):
         wrong(FILE, [file, "causal", "--ignore-manifest"], *command, "--causal=none", *TUNE)
-        wrong(FILE, [file, "--scale 0.3", "--ignore-manifest"], *command, "--scale", 0.25, *TUNE)
+        wrong(FILE, [file, "--softmax-scale 0.3", "--ignore-manifest"], *command, "--softmax-scale", 0.25, *TUNE)
     wrong(FILE, [file, "--ignore-manifest"], "bench", "--capture", file, "--causal=none,end",
           *bench_one)
-    folder_of("e", 1, [(3, 0)], scale=0.3)  # which oneDNN could do but for the scale
+    folder_of("e", 1, [(3, 0)], softmax_scale=0.3)  # which oneDNN could do but for the scale
     rows = bench("--capture", "e/layer03_0.safetensors", *bench_one)
-    check(all(x["causal"] == "none" and x["scale"] == 0.3 for x in rows.values()),
+    check(all(x["causal"] == "none" and x["softmax_scale"] == 0.3 for x in rows.values()),
           "bench, not causal", rows)
     p = tune("d", out="p.json")[1]
-    check(p["causal"] == "end" and p["scale"] == 0.3, "tune", p)
+    check(p["causal"] == "end" and p["softmax_scale"] == 0.3, "tune", p)
     wrong(FILE, [file, "'small'", "'large'", "--ignore-manifest"], "tune", "d", "--model", "large",
           "-o", "x.json", *TUNE)
     wrong(USAGE, ["d", "its manifest", "--ignore-manifest"], "tune", "d", "--ignore-manifest", "-o",
@@ -2139,7 +2143,7 @@ def test_manifest_obeyed():
     manifest["files"][0] |= dict(sha256=sha256(file), causal_at="start")
     write("d/manifest.json", json.dumps(manifest))
     alone = unlisted(file)
-    check((output(file, *TUNE) == output(alone, "--causal=start", "--scale", 0.3, *TUNE)).all(),
+    check((output(file, *TUNE) == output(alone, "--causal=start", "--softmax-scale", 0.3, *TUNE)).all(),
           "causal_at")
     wrong(FILE, [file, "causal from the start", "--causal=start"], "run", file, "--causal", *TUNE)
     manifest["causal"] = False
@@ -2199,7 +2203,7 @@ def test_folders():
           [(h["layer"], h["head"], h["held_out"]["inputs"]) for h in p["heads"]] ==
           [(layer, head, 2) for layer, head in [(6, 0), (6, 1), (12, 2), (12, 3)]], "tune", p)
     x = fine("run", "caps", "--params", "p.json", "-o", "o", "--mask-out", "m", "--lse-out", "l",
-             "--dump", "d", *TUNE)
+             "--intermediates", "d", *TUNE)
     check(
         x["folder"] == "caps" and
         [row["file"] for row in x["files"]] == [f"{name}.safetensors" for name in names],
@@ -2243,13 +2247,13 @@ def test_params_taken():
         for h in range(2)
     ]
     good = dict(sparge_params=1, model=None, block_q=32, block_k=16, skip_rows=32, causal="none",
-                smooth_k=True, sink=False, scale=None, heads=heads)
-    knobs = ["--theta", 0.3, "--tau", 0.9, "--lambda", -3.5]
+                smooth_k=True, sink=False, softmax_scale=None, heads=heads)
+    thresholds = ["--theta", 0.3, "--tau", 0.9, "--lambda", -3.5]
     for change, options in [({}, []), (dict(causal="end"), ["--causal"]),
                             (dict(causal="start"), ["--causal=start"]),
                             (dict(sink=True), ["--sink"]),
                             (dict(smooth_k=False), ["--no-smooth-k"]),
-                            (dict(scale=0.3), ["--scale", 0.3]),
+                            (dict(softmax_scale=0.3), ["--softmax-scale", 0.3]),
                             (dict(block_q=64, skip_rows=64), ["--block-q", 64]),
                             (dict(block_k=32), ["--block-k", 32]),
                             (dict(skip_rows=8), ["--skip-rows", 8]), (dict(rules="default"), []),
@@ -2257,7 +2261,7 @@ def test_params_taken():
                             (dict(rules="upstream", sink=True), ["--rules", "upstream", "--sink"])]:
         write("p.json", json.dumps(good | change))
         asked = [
-            *knobs, *([] if "block_q" in change else TUNE[:2]),
+            *thresholds, *([] if "block_q" in change else TUNE[:2]),
             *([] if "block_k" in change else TUNE[2:]), *options
         ]
         want = output(c, *asked)
@@ -2287,7 +2291,7 @@ def test_params_of_the_authors():
         "p.json",
         json.dumps(
             dict(sparge_params=1, model=None, rules="upstream", block_q=128, block_k=64,
-                 skip_rows=128, causal="none", smooth_k=True, sink=True, scale=None, heads=[head])))
+                 skip_rows=128, causal="none", smooth_k=True, sink=True, softmax_scale=None, heads=[head])))
     want = output(c, "--rules", "upstream", "--sink", "--theta", -1, "--tau", 1, "--lambda", -2)
     for more in [], ["--rules", "upstream"], ["--rules", "upstream", "--sink"]:
         x = fine("run", c, "--params", "p.json", "-o", "o.npy", *more)
@@ -2303,7 +2307,7 @@ def test_params():
     heads = [head, {**head, "head": 1, "theta": -1}]
     good = dict(sparge_params=1, model=None, block_q=32, block_k=16, skip_rows=32, causal="none",
                 smooth_k=True,
-                sink=False, scale=None, heads=heads)
+                sink=False, softmax_scale=None, heads=heads)
     def with_(**changes):
         return {**good, **changes}
     def run(p, *more):
@@ -2341,11 +2345,11 @@ def test_params():
                         (["--causal"], "without --causal"),
                         (["--causal=start"], "without --causal"), (["--sink"], "without --sink"),
                         (["--no-smooth-k"], "without --no-smooth-k"),
-                        (["--scale", 0.3], "another --scale"),
+                        (["--softmax-scale", 0.3], "another --softmax-scale"),
                         (["--rules", "paper"], "under --rules default"),
                         (["--rules", "upstream"], "under --rules default")]:
         bad(["p.json", words] if isinstance(words, str) else words, good, *args)
-    fine(*run(with_(scale=0.3), "--scale", 0.3))
+    fine(*run(with_(softmax_scale=0.3), "--softmax-scale", 0.3))
     fine(*run(with_(skip_rows=8), "--skip-rows", 8))
     fine(*run(good, "--skip-rows", 4000))  # as many as a block has
     for key, values in dict(
@@ -2353,7 +2357,7 @@ def test_params():
             block_q=[0, 1025, 32.0, "32", None, 10**30],
             block_k=[0, 1025, 16.5], skip_rows=[0, 1025, None], causal=["middle", "", 1, None],
             smooth_k=[1, None],
-            sink=["false", 0], scale=[0, -1, 1e-60, 1e39, "1"], heads=[None, {}, 3, "x"]).items():
+            sink=["false", 0], softmax_scale=[0, -1, 1e-60, 1e39, "1"], heads=[None, {}, 3, "x"]).items():
         for value in values:
             bad(["p.json"] if value == 10**30 else ["p.json", f"'{key}'"], with_(**{key: value}))
         bad(["p.json", f"'{key}'"], {k: v for k, v in good.items() if k != key})
@@ -2417,9 +2421,9 @@ def test_usage():
                         (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"),
                         (["--lambda", 0.5], "[-inf, 0]"), (["--lambda", "inf"], "--lambda"),
                         (["--theta", 1.01], "[-1, 1]"), (["--topk", 2], "--topk"),
-                        (["--scale", 0], "--scale"), (["--scale", -1], "--scale"),
-                        (["--scale", "inf"], "--scale"), (["--scale", "nan"], "--scale"),
-                        (["--scale", "1e-60"], "--scale"), (["--tau", "0.5x"], "0.5x"),
+                        (["--softmax-scale", 0], "--softmax-scale"), (["--softmax-scale", -1], "--softmax-scale"),
+                        (["--softmax-scale", "inf"], "--softmax-scale"), (["--softmax-scale", "nan"], "--softmax-scale"),
+                        (["--softmax-scale", "1e-60"], "--softmax-scale"), (["--tau", "0.5x"], "0.5x"),
                         (["--tau", " 0.5"], "--tau"), (["--tau", ""], "--tau"),
                         (["--block-q", "64.0"], "64.0"), (["--block-q", 0], "[1, 1024]"),
                         (["--block-k", 1025], "[1, 1024]"), (["--block-q", "1e2"], "1e2"),
@@ -2431,17 +2435,17 @@ def test_usage():
                         (["--causal=middle"], "none, end, start"),
                         (["--rules", "mine"], "default, paper, upstream"),
                         (["--backend", "gpu"], "auto, ref, cpu, cuda"),
-                        (["--isa", "sse"], "avx512vnni"), (["--qk", "int9"], "int8, int12, f32"),
-                        (["--pv", ""], "--pv"), (["--qk", "f16"], "int8, int12, f32"),
-                        (["--qk", "fastest"], "int8, int12, f32"),
-                        (["--pv", "f8"], "int8, int12, f32, f16, fp8, fastest"),
-                        (["--rung", 0], "[1, 5]"), (["--rung", 6], "[1, 5]"),
-                        (["--rung", "mma"], "whole number"),
-                        (["--rung", 4], ["rung is 4", "cuda", "auto"]),
-                        (["--rung", 1, "--backend", "ref"], ["rung is 1", "cuda", "ref"]),
+                        (["--isa", "sse"], "avx512vnni"), (["--qk-dtype", "int9"], "int8, int12, f32"),
+                        (["--pv-dtype", ""], "--pv-dtype"), (["--qk-dtype", "f16"], "int8, int12, f32"),
+                        (["--qk-dtype", "fastest"], "int8, int12, f32"),
+                        (["--pv-dtype", "f8"], "int8, int12, f32, f16, fp8, fastest"),
+                        (["--kernel", 0], "[1, 5]"), (["--kernel", 6], "[1, 5]"),
+                        (["--kernel", "mma"], "whole number"),
+                        (["--kernel", 4], ["kernel is 4", "cuda", "auto"]),
+                        (["--kernel", 1, "--backend", "ref"], ["kernel is 1", "cuda", "ref"]),
                         (["--layout", "bhnd"], "hnd, nhd"),
                         (["--dense", "--mask", "q.npy"], ["--dense", "--mask"]),
-                        (["more.npy"], "too many"), (["--pv", "int12", "--block-k", 256], "128"),
+                        (["more.npy"], "too many"), (["--pv-dtype", "int12", "--block-k", 256], "128"),
                         (["--isa", "avx2", "--backend", "ref"], "isa")]:
         wrong(USAGE, words, "run", *qkv, *args)
     wrong(USAGE, "q, k and v", "run")
@@ -2464,7 +2468,7 @@ def test_usage():
     wrong(FILE, "already", "run", *qkv, "-o", "same.npy", "--mask-out", "same.npy")
     os.mkdir("d")
     shutil.copy("q.npy", "d/o.npy")
-    wrong(USAGE, "is an input", "run", "d/o.npy", *qkv[1:], "--dump", "d")
+    wrong(USAGE, "is an input", "run", "d/o.npy", *qkv[1:], "--intermediates", "d")
     wrong(USAGE, "--max-l1", "diff", *qkv[:2], "--max-l1", -1)
     wrong(USAGE, "--tolerance", "diff", *qkv[:2], "--tolerance", "nan")
     wrong(USAGE, "two", "diff", "q.npy")
@@ -2530,28 +2534,28 @@ def test_files():
     for name, x in built.items():
         if not x["available"]:
             wrong(UNSUPPORTED, [name, "info"], "run", *qkv, "--backend", name, "-o", "o.npy",
-                  "--dump", "d")
+                  "--intermediates", "d")
             wrong(UNSUPPORTED, [name, "info"], "map", *qkv, "--backend", name, "-o", "map.png",
                   "--lambda", -1)
     if not built["cuda"]["available"]:
-        wrong(UNSUPPORTED, "cuda", "run", *qkv, "--backend", "cuda", "--rung", 4, "--pv", "f16")
+        wrong(UNSUPPORTED, "cuda", "run", *qkv, "--backend", "cuda", "--kernel", 4, "--pv-dtype", "f16")
 
 
 def test_writing():
     qkv = files()[3]
-    outputs = ["-o", "o.npy", "--mask-out", "m.npy", "--lse-out", "l.npy", "--dump", "d"]
-    wrong(FILE, "nowhere", "run", *qkv, "-o", "nowhere/o.npy", "--dump", "d")
-    wrong(FILE, "folder", "run", *qkv, "-o", "o.npy", "--dump", "nowhere/folder")
-    wrong(FILE, "q.npy", "run", *qkv, "-o", "o.npy", "--dump", "q.npy")
+    outputs = ["-o", "o.npy", "--mask-out", "m.npy", "--lse-out", "l.npy", "--intermediates", "d"]
+    wrong(FILE, "nowhere", "run", *qkv, "-o", "nowhere/o.npy", "--intermediates", "d")
+    wrong(FILE, "folder", "run", *qkv, "-o", "o.npy", "--intermediates", "nowhere/folder")
+    wrong(FILE, "q.npy", "run", *qkv, "-o", "o.npy", "--intermediates", "q.npy")
     os.mkdir("folder")
     wrong(FILE, ["folder", "directory"], "run", *qkv, "-o", "folder", "--mask-out", "m.npy")
     device = full_device()
     if device:
         wrong(FILE, "No space left", "run", *qkv, "-o", device, "--mask-out", "m.npy",
-              "--dump", "d")
+              "--intermediates", "d")
     for limit in 1000, 100000:  # bytes of a file: as a full disk would be
         small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        wrong(FILE, ["d/", ".npy: cannot write", "too large"], "run", *qkv, "--dump", "d",
+        wrong(FILE, ["d/", ".npy: cannot write", "too large"], "run", *qkv, "--intermediates", "d",
               "--backend", "ref", preexec_fn=small)
         # (the ref backend: clang's OpenMP makes a file of its own when it starts, and ends the
         # program)
@@ -2574,7 +2578,7 @@ def test_writing():
     check(code == FINE and np.load("o2.npy").shape == (B, HQ, NQ, DV), "stdin and stderr closed")
     check(not [n for n in listing() if "tmp" in n], "no temporary file", listing())
     before = open("o.npy", "rb").read()
-    code, _, _ = sparge("run", *qkv, "-o", "o.npy", "--tau", 0, "--dump", "nowhere/d")
+    code, _, _ = sparge("run", *qkv, "-o", "o.npy", "--tau", 0, "--intermediates", "nowhere/d")
     check(code == FILE and open("o.npy", "rb").read() == before,
           "an old output stays when a run fails")
     fine("run", *qkv, *outputs)
@@ -2612,7 +2616,7 @@ def test_starved():
     fine("run", x, x, x, *tiny, "--mask-out", "m.npy", "-o", "o.npy")
     before = set(listing())
     for args in ([
-            "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--dump", "d",
+            "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--intermediates", "d",
             "--check", *tiny
     ], ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy",
             *tiny], ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
@@ -2714,7 +2718,7 @@ def test_interrupted():
                                                                 np.zeros((1 << 18, 64), "f2"))
     before = listing()
     for begun, args in ((opened, [
-            "run", long, long, long, "-o", "o.npy", "--dump", "d", "--backend", "ref"
+            "run", long, long, long, "-o", "o.npy", "--intermediates", "d", "--backend", "ref"
     ]), (opened,
          ["run", longer, longer, longer, "-o", "o.npy", "--dense", "--threads",
           1]), (lambda child: child.stdout.readline().startswith(b"case"),

@@ -14,7 +14,6 @@ TestSuite(properties);
 
 enum { PAIRS = 9 }; /* of a precision of Q.K and one of P.V */
 
-static const sparge_precision precisions[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT};
 static const char *const precision_names[] = {"int8", "int12", "float"};
 
 /* 2 batches of 4 heads on 2 key heads, 70 queries, 90 keys, smoothed, in pair n of precisions. */
@@ -23,8 +22,8 @@ static problem typical(const char *name, int64_t n)
     check_case("%s, qk %s pv %s", name, precision_names[n % 3], precision_names[n / 3 % 3]);
     const shape s = shape_of(2, 4, 2, 70, 90, 16, 8);
     problem x = problem_make(&s);
-    x.o.qk = precisions[n % 3];
-    x.o.pv = precisions[n / 3 % 3];
+    x.o.qk_dtype = precisions[n % 3];
+    x.o.pv_dtype = precisions[n / 3 % 3];
     return x;
 }
 
@@ -116,7 +115,7 @@ Test(properties, ones_in_ones_out)
     for (int64_t n = 0; n < 3 * PAIRS; n++) {
         problem x = typical("ones", n);
         x.o.causal = (sparge_causal)(n / PAIRS);
-        x.o.knobs.lambda = -0.2f;
+        x.o.thresholds.lambda = -0.2f;
         x.o.skip_rows = 2;
         mask_fill(&x, 0.4f);
         tensor_fill(&x.v, 1.0f, 1.0f);
@@ -206,15 +205,15 @@ Test(properties, v_scaled_negated_or_with_channels_moved)
 Test(properties, scale_moves_between_q_k_and_scale)
 {
     for (int64_t n = 0; n < PAIRS; n++) {
-        problem x = typical("scale", n), y = copy_of(&x);
-        x.o.scale = 0.3f;
-        y.o.scale = x.o.scale / 4.0f;
+        problem x = typical("softmax_scale", n), y = copy_of(&x);
+        x.o.softmax_scale = 0.3f;
+        y.o.softmax_scale = x.o.softmax_scale / 4.0f;
         for (int64_t e = 0; e < tensor_count(&x.q); e++)
             y.q.x[e] *= 2.0f;
         for (int64_t e = 0; e < tensor_count(&x.k); e++)
             y.k.x[e] *= 2.0f;
         problem_write(&y);
-        x.o.knobs = y.o.knobs = (sparge_knobs){0.5f, 0.8f, SPARGE_OFF, -2.0f};
+        x.o.thresholds = y.o.thresholds = (sparge_thresholds){0.5f, 0.8f, SPARGE_OFF, -2.0f};
         same_problem(&x, &y);
         answer a = attention(&x, NULL), b = attention(&y, NULL);
         same_answer(&b, &a);
@@ -232,8 +231,8 @@ Test(properties, a_vector_added_to_every_key_changes_nothing)
         check_case("shift, pair %lld", (long long)n);
         const shape s = shape_of(1, 2, 1, 40, 64, 8, 4);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % 3];
-        x.o.pv = precisions[n / 3];
+        x.o.qk_dtype = precisions[n % 3];
+        x.o.pv_dtype = precisions[n / 3];
         for (int64_t e = 0; e < tensor_count(&x.k); e++)
             x.k.x[e] = (float)check_int(-16, 16) / 8.0f;
         problem_write(&x);
@@ -244,7 +243,8 @@ Test(properties, a_vector_added_to_every_key_changes_nothing)
         answer a = attend(&x), b = attend(&y);
         check_same_as("o", b.o.x, a.o.x, tensor_count(&a.o));
         if (n % 3 < 2)
-            check_same_as("codes of k", b.trace.codes_k, a.trace.codes_k, tensor_count(&x.k));
+            check_same_as("codes of k", b.intermediates.k_int, a.intermediates.k_int,
+                          tensor_count(&x.k));
         for (int64_t line = 0; line < problem_rows(&x); line++) {
             double shift = 0.0;
             for (int64_t c = 0; c < 8; c++)
@@ -281,9 +281,10 @@ Test(properties, key_blocks_in_any_order)
         check_case("key blocks, pair %lld", (long long)n);
         const shape s = shape_of(1, 2, 1, 40, 96, 16, 8);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % 3];
-        x.o.pv = precisions[n / 3];
-        x.o.smooth_k = x.o.qk == SPARGE_FLOAT; /* a mean may round otherwise, and codes with it */
+        x.o.qk_dtype = precisions[n % 3];
+        x.o.pv_dtype = precisions[n / 3];
+        x.o.smooth_k =
+            x.o.qk_dtype == SPARGE_F32; /* a mean may round otherwise, and codes with it */
         mask_fill(&x, 0.6f);
         problem y = copy_of(&x);
         for (int64_t j = 0; j < 6; j++) {
@@ -319,7 +320,7 @@ Test(properties, rows_of_a_block_in_any_order)
             }
         problem_write(&y);
         answer a = attend(&x), b = attend(&y);
-        if (x.o.pv == SPARGE_FLOAT)
+        if (x.o.pv_dtype == SPARGE_F32)
             near_answer(&b, &a, 3e-6);
         else
             same_answer(&b, &a);
@@ -358,11 +359,12 @@ Test(properties, heads_and_batches_in_any_order)
         x.o.skip_rows = 4;
         mask_fill(&x, 0.6f);
         problem y = copy_of(&x);
-        const sparge_knobs knobs[] = {{0, 1, SPARGE_OFF, -0.6f},
-                                      {0, 1, SPARGE_OFF, -0.3f},
-                                      {0, 1, SPARGE_OFF, 0.0f},
-                                      {0, 1, SPARGE_OFF, -INFINITY}};
-        const sparge_knobs reversed[] = {knobs[3], knobs[2], knobs[1], knobs[0]};
+        const sparge_thresholds thresholds[] = {{0, 1, SPARGE_OFF, -0.6f},
+                                                {0, 1, SPARGE_OFF, -0.3f},
+                                                {0, 1, SPARGE_OFF, 0.0f},
+                                                {0, 1, SPARGE_OFF, -INFINITY}};
+        const sparge_thresholds reversed[] = {thresholds[3], thresholds[2], thresholds[1],
+                                              thresholds[0]};
         for (int64_t line = 0; line < 8; line++) {
             const int64_t b = line / 4, h = line % 4;
             copy_head(&y.q, 1 - b, 3 - h, &x.q, b, h);
@@ -374,7 +376,7 @@ Test(properties, heads_and_batches_in_any_order)
             }
         }
         problem_write(&y);
-        x.o.per_head = knobs;
+        x.o.per_head = thresholds;
         y.o.per_head = reversed;
         answer a = attend(&x), b = attend(&y);
         for (int64_t line = 0; line < 8; line++) {
@@ -401,7 +403,7 @@ Test(properties, heads_and_query_blocks_alone)
 {
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("alone", n);
-        x.o.knobs.lambda = -1.0f;
+        x.o.thresholds.lambda = -1.0f;
         mask_fill(&x, 0.6f);
         answer all = attend(&x);
         for (int64_t line = 0; line < 8; line++) {
@@ -449,7 +451,7 @@ Test(properties, grouped_heads_equal_repeated_heads)
             copy_head(&y.v, line / 4, line % 4, &x.v, line / 4, line % 4 / 2);
         }
         problem_write(&y);
-        x.o.knobs = y.o.knobs = (sparge_knobs){0.5f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = y.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f};
         answer a = attention(&x, NULL), b = attention(&y, NULL);
         same_answer(&b, &a);
         answer_free(&a);
@@ -534,8 +536,8 @@ Test(properties, everything_kept_equals_dense)
     for (int64_t n = 0; n < 3 * PAIRS; n++) {
         problem x = typical("dense", n);
         x.o.causal = (sparge_causal)(n / PAIRS);
-        x.o.knobs.theta = thetas[n % 5 % 3];
-        x.o.knobs.tau = 1.0f;
+        x.o.thresholds.theta = thetas[n % 5 % 3];
+        x.o.thresholds.tau = 1.0f;
         answer dense = attend(&x), predicted = attention(&x, NULL);
         mask_fill(&x, 2.0f);
         answer full = attend(&x);
@@ -587,8 +589,8 @@ Test(properties, skipped_blocks_are_not_read)
         check_case("NaN in skipped blocks, %lld", (long long)n);
         const shape s = shape_of(1, 2, 1, 70, 90, 16, 8);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % 3];
-        x.o.pv = precisions[n / 3 % 3];
+        x.o.qk_dtype = precisions[n % 3];
+        x.o.pv_dtype = precisions[n / 3 % 3];
         x.o.smooth_k = n >= PAIRS; /* then a key is read by the mean: v alone is poisoned */
         mask_fill(&x, 0.5f);
         answer clean = attend(&x);
@@ -623,11 +625,11 @@ Test(properties, error_is_bounded_by_the_skipped_mass)
     check_case("skipped mass");
     const shape s = shape_of(2, 4, 2, 1280, 256, 16, 8);
     problem x = problem_make(&s);
-    const sparge_knobs knobs[] = {{-1, 0.3f, SPARGE_OFF, -INFINITY},
-                                  {0.2f, 0.6f, SPARGE_OFF, -INFINITY},
-                                  {0.2f, 0.99f, SPARGE_OFF, -INFINITY},
-                                  {-1, SPARGE_OFF, 0.5f, -INFINITY}};
-    x.o.per_head = knobs;
+    const sparge_thresholds thresholds[] = {{-1, 0.3f, SPARGE_OFF, -INFINITY},
+                                            {0.2f, 0.6f, SPARGE_OFF, -INFINITY},
+                                            {0.2f, 0.99f, SPARGE_OFF, -INFINITY},
+                                            {-1, SPARGE_OFF, 0.5f, -INFINITY}};
+    x.o.per_head = thresholds;
     answer dense = attend(&x), sparse = attention(&x, NULL);
     double largest = 0.0, tightest = 0.0;
     int64_t wrong = -1, lossy = 0;
@@ -658,19 +660,19 @@ Test(properties, sparsity_grows_with_tau_and_lambda)
     static const float lambdas[] = {-INFINITY, -8.0f, -4.0f, -2.0f, -1.0f, -0.5f, 0.0f};
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("monotone", n), more = typical("monotone", n);
-        x.o.knobs.theta = more.o.knobs.theta = -1.0f;
+        x.o.thresholds.theta = more.o.thresholds.theta = -1.0f;
         int64_t kept = INT64_MAX;
         for (int64_t t = 0; t < COUNT(taus); t++) {
-            more.o.knobs.tau = x.o.knobs.tau;
+            more.o.thresholds.tau = x.o.thresholds.tau;
             mask_predict(&more); /* under the tau before */
-            x.o.knobs.tau = taus[t];
+            x.o.thresholds.tau = taus[t];
             mask_predict(&x);
             for (int64_t e = 0; t && e < 40; e++)
                 for (int64_t j = 0; j < 6; j++)
                     check(!mask_has(&x, e / 20, e / 5 % 4, e % 5, j) ||
                               mask_has(&more, e / 20, e / 5 % 4, e % 5, j),
                           "tau %g keeps block %lld of line %lld, %g does not", (double)taus[t],
-                          (long long)j, (long long)e, (double)more.o.knobs.tau);
+                          (long long)j, (long long)e, (double)more.o.thresholds.tau);
             answer a = attend(&x);
             check(a.result.counts.qk_done <= kept, "a smaller tau keeps more");
             kept = a.result.counts.qk_done;
@@ -680,15 +682,16 @@ Test(properties, sparsity_grows_with_tau_and_lambda)
 
         sparge_mask_free(&x.mask);
         x.o.skip_rows = 5;
-        x.o.knobs.lambda = -INFINITY;
+        x.o.thresholds.lambda = -INFINITY;
         answer before = attend(&x);
         double least = 1.0;
         for (int64_t t = 0; t < COUNT(lambdas); t++) {
-            x.o.knobs.lambda = lambdas[t];
+            x.o.thresholds.lambda = lambdas[t];
             answer a = attend(&x);
             for (int64_t e = 0; e < 40 * 6; e++)
-                check(a.trace.pv_done[e] <= before.trace.pv_done[e], "a larger lambda skips less");
-            check_same_as("m", a.trace.m, before.trace.m,
+                check(a.intermediates.pv_done[e] <= before.intermediates.pv_done[e],
+                      "a larger lambda skips less");
+            check_same_as("m", a.intermediates.m, before.intermediates.m,
                           problem_rows(&x)); /* none that raises m is skipped */
             least = fmin(least, a.result.counts.pv_done / (double)a.result.counts.qk_done);
             answer_free(&before);
@@ -739,7 +742,7 @@ Test(properties, no_row_sees_its_future)
         problem x = typical("future", n);
         const bool coded = n % PAIRS != 8;
         x.o.causal = n / PAIRS % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_START;
-        x.o.knobs.lambda = -1.0f;
+        x.o.thresholds.lambda = -1.0f;
         x.o.skip_rows = 1; /* a group decides together */
         if (n >= 2 * PAIRS)
             mask_fill(&x, 0.5f);
@@ -812,8 +815,8 @@ Test(properties, a_wider_dtype_of_the_same_values)
         s.q = s.k = s.v = n / PAIRS ? SPARGE_F16 : SPARGE_BF16;
         check_case("dtype %lld", (long long)n);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n % 3];
-        x.o.pv = precisions[n / 3 % 3];
+        x.o.qk_dtype = precisions[n % 3];
+        x.o.pv_dtype = precisions[n / 3 % 3];
         problem y = copy_of(&x);
         same_problem(&x, &y);
         problem_free(&x);
@@ -826,7 +829,7 @@ Test(properties, repetition_and_threads_do_not_matter)
     static const int threads[] = {1, 2, 3, 7, 16, 0};
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("threads", n);
-        x.o.knobs = (sparge_knobs){0.5f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f};
         answer want = attention(&x, NULL);
         for (int64_t t = 0; t < COUNT(threads); t++) {
             x.o.threads = threads[t];
@@ -844,7 +847,7 @@ Test(properties, one_call_equals_two)
     for (int64_t n = 0; n < 2 * PAIRS; n++) {
         problem x = typical("one call", n);
         x.o.causal = n / PAIRS ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-        x.o.knobs = (sparge_knobs){0.5f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f};
         mask_predict(&x);
         answer two = attend(&x);
         sparge_mask mask = {0};
@@ -864,7 +867,7 @@ Test(properties, one_call_equals_two)
     }
 }
 
-/* lse, trace and counts may be NULL, and nothing else changes. */
+/* lse, intermediates and counts may be NULL, and nothing else changes. */
 Test(properties, what_is_not_asked_for_does_not_matter)
 {
     for (int64_t n = 0; n < PAIRS; n++) {
@@ -887,19 +890,21 @@ Test(properties, lse_is_that_of_m_and_l)
     for (int64_t n = 0; n < 2 * PAIRS; n++) {
         problem x = typical("m and l", n);
         x.o.smooth_k = n >= PAIRS;
-        x.o.scale = 0.2f;
+        x.o.softmax_scale = 0.2f;
         mask_fill(&x, 0.3f);
         answer a = attend(&x);
         for (int64_t r = 0; r < problem_rows(&x); r++) {
-            double want = ((double)a.trace.m[r] + log2((double)a.trace.l[r])) * 0.6931471805599453;
+            double want = ((double)a.intermediates.m[r] + log2((double)a.intermediates.l[r])) *
+                          0.6931471805599453;
             for (int64_t c = 0; c < 16 && x.o.smooth_k; c++)
-                want += (double)x.o.scale * (double)x.q.x[r * 16 + c] *
-                        (double)a.trace.mean_k[r / 70 / 4 * 32 + r / 70 % 4 / 2 * 16 + c];
-            if (a.trace.l[r] == 0.0f)
+                want += (double)x.o.softmax_scale * (double)x.q.x[r * 16 + c] *
+                        (double)a.intermediates.k_mean[r / 70 / 4 * 32 + r / 70 % 4 / 2 * 16 + c];
+            if (a.intermediates.l[r] == 0.0f)
                 want = -INFINITY;
             check_close(a.lse[r], want, 2e-6 * (1.0 + fabs(want)));
-            check(a.trace.l[r] == 0.0f ? a.trace.m[r] == -INFINITY : a.trace.l[r] >= 0.999f,
-                  "l[%lld] is %g", (long long)r, (double)a.trace.l[r]);
+            check(a.intermediates.l[r] == 0.0f ? a.intermediates.m[r] == -INFINITY
+                                               : a.intermediates.l[r] >= 0.999f,
+                  "l[%lld] is %g", (long long)r, (double)a.intermediates.l[r]);
         }
         answer_free(&a);
         problem_free(&x);
@@ -962,10 +967,10 @@ Test(properties, strides_beyond_32_bits)
                    (long long)(n / 3));
         const shape s = shape_of(2, 4, 2, 3, 4, 16, 8);
         problem x = problem_make(&s);
-        x.o.qk = precisions[n / 3];
-        x.o.pv = precisions[2 - n / 3];
+        x.o.qk_dtype = precisions[n / 3];
+        x.o.pv_dtype = precisions[2 - n / 3];
         x.o.block_q = x.o.block_k = 2;
-        x.o.knobs.tau = 0.5f;
+        x.o.thresholds.tau = 0.5f;
         answer want = attention(&x, NULL), a = attention(&x, NULL);
         problem y = x;
         sparge_in o;
@@ -1040,7 +1045,7 @@ Test(properties, a_million_tokens)
     sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
     options.backend = SPARGE_REF;
     options.smooth_k = false;
-    options.pv = SPARGE_FLOAT;
+    options.pv_dtype = SPARGE_F32;
     sparge_mask mask;
     check(sparge_mask_alloc(&mask, &p, &options, NULL) == SPARGE_OK, "no mask");
     for (int64_t i = 0; i < Q_BLOCKS; i++)

@@ -72,8 +72,8 @@ static int tune(const sparge_problem *whole)
         }
     }
     for (int h = 0; h < HEADS; h++)
-        if (!heads[1][h].done ||
-            memcmp(&heads[0][h].knobs, &heads[1][h].knobs, sizeof heads[0][h].knobs) != 0) {
+        if (!heads[1][h].done || memcmp(&heads[0][h].thresholds, &heads[1][h].thresholds,
+                                        sizeof heads[0][h].thresholds) != 0) {
             fprintf(stderr, "four threads tuned head %d to something else than one\n", h);
             return 1;
         }
@@ -111,15 +111,15 @@ int main(int argc, char **argv)
         {k, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
         {v, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
     };
-    for (sparge_precision precision = SPARGE_INT8; precision <= SPARGE_FLOAT && !failed;
-         precision++)
+    for (int n = 0; n < 3 && !failed; n++)
         for (int causal = 0; causal < 2 && !failed; causal++) {
             sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
             options.backend = SPARGE_CPU;
-            options.qk = options.pv = precision;
+            options.qk_dtype = options.pv_dtype =
+                (const sparge_dtype[]){SPARGE_INT8, SPARGE_INT12, SPARGE_F32}[n];
             options.causal = causal ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-            options.knobs.tau = 0.7f;
-            options.knobs.lambda = -2.0f;
+            options.thresholds.tau = 0.7f;
+            options.thresholds.lambda = -2.0f;
             failed = compare(&p, &options, o);
         }
     failed = failed || tune(&p);

@@ -607,10 +607,9 @@ Test(token_order, refused_views)
     float from[2] = {0}, to[2];
     const int64_t index[2] = {1, 0};
     const sparge_in in = {from, SPARGE_F32, 2, 2, 1}, nowhere = {NULL, SPARGE_F32, 2, 2, 1};
-    const sparge_in half = {from, SPARGE_F16, 2, 2, 1}, odd = {from, (sparge_dtype)3, 2, 2, 1};
+    const sparge_in half = {from, SPARGE_F16, 2, 2, 1}, odd = {from, SPARGE_FP8, 2, 2, 1};
     const sparge_out out = {to, SPARGE_F32, 2, 2, 1}, lost = {NULL, SPARGE_F32, 2, 2, 1};
-    const sparge_out half_out = {to, SPARGE_BF16, 2, 2, 1},
-                     odd_out = {to, (sparge_dtype)3, 2, 2, 1};
+    const sparge_out half_out = {to, SPARGE_BF16, 2, 2, 1}, odd_out = {to, SPARGE_FP8, 2, 2, 1};
     const sparge_status bad = SPARGE_ERR_ARGUMENT;
     refuse_call((call){NULL, &out, 1, 1, 2, 1, index}, bad, "from is NULL");
     refuse_call((call){&in, NULL, 1, 1, 2, 1, index}, bad, "to is NULL");

@@ -76,22 +76,22 @@ static double relative_l1(const answer *got, const answer *want, int64_t b, int6
 static answer dense(const problem *x)
 {
     problem y = *x;
-    y.o.qk = y.o.pv = SPARGE_FLOAT;
-    y.o.knobs.lambda = -INFINITY;
+    y.o.qk_dtype = y.o.pv_dtype = SPARGE_F32;
+    y.o.thresholds.lambda = -INFINITY;
     y.mask.bits = NULL;
     return attend(&y);
 }
 
-static answer whole(const problem *x, sparge_knobs knobs)
+static answer whole(const problem *x, sparge_thresholds thresholds)
 {
     problem y = *x;
-    y.o.knobs = knobs;
+    y.o.thresholds = thresholds;
     return attention(&y, NULL);
 }
 
-static sparge_knobs knobs_at(int theta, int share, int lambda, bool topk)
+static sparge_thresholds thresholds_at(int theta, int share, int lambda, bool topk)
 {
-    return tune_knobs((tune_choice){theta, share, lambda}, topk);
+    return tune_thresholds((tune_choice){theta, share, lambda}, topk);
 }
 
 /* ---- The grid
@@ -117,7 +117,8 @@ Test(tune, the_grid)
         check(tune_share(n) > tune_share(n - 1), "share %d", n);
     for (int n = 1; n < TUNE_LAMBDAS; n++)
         check(tune_lambda(n) < tune_lambda(n - 1), "lambda %d", n);
-    const sparge_knobs by_tau = knobs_at(3, 500, 7, false), by_topk = knobs_at(3, 500, 7, true);
+    const sparge_thresholds by_tau = thresholds_at(3, 500, 7, false),
+                            by_topk = thresholds_at(3, 500, 7, true);
     check(by_tau.theta == tune_theta(3) && by_tau.tau == 0.5f && by_tau.topk == SPARGE_OFF &&
               by_tau.lambda == tune_lambda(7),
           "by tau");
@@ -158,8 +159,8 @@ static void same_error(const char *what, double got, double want, double *far)
 static sparge_options resolved(const problem *x)
 {
     sparge_options o = x->o;
-    if (o.scale == 0.0f)
-        o.scale = 1.0f / sqrtf((float)x->p.dim);
+    if (o.softmax_scale == 0.0f)
+        o.softmax_scale = 1.0f / sqrtf((float)x->p.dim);
     o.skip_rows = o.skip_rows ? o.skip_rows : 64;
     o.skip_rows = o.skip_rows < o.block_q ? o.skip_rows : o.block_q;
     o.threads = o.backend == SPARGE_CPU ? 1 : 0;
@@ -225,7 +226,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
     const sparge_options o = resolved(x);
     const tune_watch watch = {goes_on, NULL};
     check(tune_input_open(&input, &x->p, b, h, &o, &error) == SPARGE_OK, "%s", error.text);
-    check(input.not_finite == 0, "a finite input is not");
+    check(input.nonfinite == 0, "a finite input is not");
     tune_point *point = check_alloc(TUNE_THETAS * TUNE_SHARES * sizeof *point);
     check(tune_mask_curve(&input, topk, point, &watch, &error) == SPARGE_OK, "%s", error.text);
     tally(point, s);
@@ -237,7 +238,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
         const int share = n == 0 ? LAST_SHARE : interesting_share(point, theta);
         const char *place =
             check_text("theta %d share %d of head %lld", theta, share, (long long)at);
-        answer a = whole(x, knobs_at(theta, share, LAST_LAMBDA, topk));
+        answer a = whole(x, thresholds_at(theta, share, LAST_LAMBDA, topk));
         const tune_point *p = &point[theta * TUNE_SHARES + share];
         const int64_t kept = a.head[at].qk_done;
         check((int64_t)p->kept == kept && p->kept == a.head[at].pv_done,
@@ -247,10 +248,11 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
         s->places++;
         answer_free(&a);
         tune_call call;
-        sparge_knobs knobs = knobs_at(theta, share, LAST_LAMBDA, topk);
+        sparge_thresholds thresholds = thresholds_at(theta, share, LAST_LAMBDA, topk);
         tune_point by_lambda[TUNE_LAMBDAS];
         double mask_kept;
-        check(tune_lambda_curve(&input, &knobs, by_lambda, &mask_kept, &watch, &error) == SPARGE_OK,
+        check(tune_lambda_curve(&input, &thresholds, by_lambda, &mask_kept, &watch, &error) ==
+                  SPARGE_OK,
               "%s", error.text);
         check_equal(mask_kept, (double)kept);
         check_close(by_lambda[LAST_LAMBDA].kept, mask_kept,
@@ -259,10 +261,10 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
             s->by_lambda += by_lambda[m].kept != by_lambda[m - 1].kept;
         for (int m = 0; m < 2; m++) {
             const int lambda = n == 1 && m == 1 ? LAST_LAMBDA : interesting_lambda(by_lambda);
-            knobs.lambda = tune_lambda(lambda);
+            thresholds.lambda = tune_lambda(lambda);
             place = check_text("theta %d share %d lambda %d of head %lld", theta, share, lambda,
                                (long long)at);
-            a = whole(x, knobs);
+            a = whole(x, thresholds);
             check_equal(a.head[at].qk_done, kept);
             check(fabs(by_lambda[lambda].kept - a.head[at].pv_done) <= 1e-9 * (1.0 + mask_kept),
                   "%s: %.12g by the curve, %.12g by a whole call", place, by_lambda[lambda].kept,
@@ -270,7 +272,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
             const double l1_whole = relative_l1(&a, &want, b, h);
             same_error(place, tune_relative(&input, by_lambda[lambda].error), l1_whole,
                        &s->lambda_far);
-            check(tune_evaluate(&input, &knobs, &call, &error) == SPARGE_OK, "%s", error.text);
+            check(tune_evaluate(&input, &thresholds, &call, &error) == SPARGE_OK, "%s", error.text);
             check(fabs(call.l1 - l1_whole) <= 1e-12 + 1e-9 * l1_whole,
                   "%s: evaluated as %.12g, is %.12g", place, call.l1, l1_whole);
             check_equal(call.nan + call.inf, 0);
@@ -289,7 +291,6 @@ static problem problem_at_random(int64_t turn)
 {
     static const int64_t sides[][2] = {{16, 16}, {128, 64}, {64, 128}, {32, 48}, {1, 16},
                                        {16, 1},  {24, 7},   {7, 24},   {40, 40}};
-    static const sparge_precision precisions[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT};
     const int64_t *side = sides[turn % COUNT(sides)];
     const bool large = side[0] * side[1] > 2000; /* few heads of few channels then */
     const int64_t kv = check_int(1, 2), group = check_int(1, large ? 1 : 3);
@@ -320,11 +321,11 @@ static problem problem_at_random(int64_t turn)
     x.o.block_k = side[1];
     x.o.causal = causal;
     x.o.backend = check_int(0, 1) ? SPARGE_CPU : SPARGE_REF;
-    x.o.qk = precisions[check_int(0, 2)];
-    x.o.pv = precisions[check_int(0, 2)];
+    x.o.qk_dtype = precisions[check_int(0, 2)];
+    x.o.pv_dtype = precisions[check_int(0, 2)];
     x.o.smooth_k = check_int(0, 2) != 0;
     x.o.sink = check_int(0, 2) == 0;
-    x.o.scale = check_int(0, 2) ? 0.0f : check_uniform(0.05f, 0.5f);
+    x.o.softmax_scale = check_int(0, 2) ? 0.0f : check_uniform(0.05f, 0.5f);
     x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, side[0] < 30 ? side[0] : 30);
     if (check_int(0, 9) == 0) { /* a run of zeros, a head of one value */
         zero_some(check_int(0, 1) ? &x.q : &x.k);
@@ -344,8 +345,9 @@ static void sweep(const char *name, int64_t from, int64_t end)
                    "sink %d, "
                    "smooth %d",
                    name, (long long)turn, (long long)x.p.q_len, (long long)x.p.k_len,
-                   (long long)x.o.block_q, (long long)x.o.block_k, (int)x.o.causal, (int)x.o.qk,
-                   (int)x.o.pv, sparge_backend_string(x.o.backend), topk, x.o.sink, x.o.smooth_k);
+                   (long long)x.o.block_q, (long long)x.o.block_k, (int)x.o.causal,
+                   (int)x.o.qk_dtype, (int)x.o.pv_dtype, sparge_backend_string(x.o.backend), topk,
+                   x.o.sink, x.o.smooth_k);
         curves_are_whole_calls(&x, check_int(0, x.p.batch - 1), check_int(0, x.p.heads - 1), topk,
                                4, &s);
         problem_free(&x);
@@ -375,7 +377,7 @@ Test(tune, scores_far_apart)
         sparge_error error;
         tune_input input;
         x.o.block_q = x.o.block_k = 8;
-        x.o.scale = 30.0f;
+        x.o.softmax_scale = 30.0f;
         const sparge_options o = resolved(&x);
         const tune_watch watch = {goes_on, NULL};
         check(tune_input_open(&input, &x.p, 0, 0, &o, &error) == SPARGE_OK, "%s", error.text);
@@ -383,7 +385,7 @@ Test(tune, scores_far_apart)
         check(tune_mask_curve(&input, true, point, &watch, &error) == SPARGE_OK, "%s", error.text);
         answer want = dense(&x);
         for (int share = 0; share < LAST_SHARE; share += 125) {
-            answer a = whole(&x, knobs_at(0, share, LAST_LAMBDA, true));
+            answer a = whole(&x, thresholds_at(0, share, LAST_LAMBDA, true));
             const double by_curve = tune_relative(&input, point[share].error),
                          l1 = relative_l1(&a, &want, 0, 0);
             check(fabs(by_curve - l1) <= 1e-3 * l1 + 1e-5,
@@ -435,9 +437,9 @@ typedef struct worth {
     double error, sparsity;
 } worth;
 
-static worth worth_of(const bench *b, int64_t n, int64_t h, sparge_knobs knobs)
+static worth worth_of(const bench *b, int64_t n, int64_t h, sparge_thresholds thresholds)
 {
-    answer a = whole(&b->x[n], knobs);
+    answer a = whole(&b->x[n], thresholds);
     const worth w = {relative_l1(&a, &b->dense[n], 0, h), sparge_sparsity(&a.head[h])};
     answer_free(&a);
     return w;
@@ -456,12 +458,12 @@ static worth *worth_of_masks(const bench *b, int64_t n, bool topk)
     for (int theta = 0; theta < TUNE_THETAS; theta++)
         for (int share = 0; share < TUNE_SHARES; share++) {
             worth *at = &w[theta * TUNE_SHARES + share];
-            x.o.knobs = knobs_at(theta, share, LAST_LAMBDA, topk);
+            x.o.thresholds = thresholds_at(theta, share, LAST_LAMBDA, topk);
             check(sparge_predict(&x.p, &x.o, &x.mask, NULL, &error) == SPARGE_OK, "%s", error.text);
             if (at > w && !memcmp(x.mask.bits, before.bits, bytes))
                 *at = at[-1];
             else
-                *at = worth_of(b, n, 0, x.o.knobs);
+                *at = worth_of(b, n, 0, x.o.thresholds);
             memcpy(before.bits, x.mask.bits, bytes);
         }
     sparge_mask_free(&x.mask);
@@ -526,13 +528,13 @@ static best best_mask(worth *const *w, const bool *in, int64_t count,
 }
 
 /* The largest lambda of the grid that holds l2 everywhere, from below by `slack` of it. */
-static int best_lambda(const bench *b, const bool *in, sparge_knobs knobs, double l2)
+static int best_lambda(const bench *b, const bool *in, sparge_thresholds thresholds, double l2)
 {
     for (int lambda = 0; lambda < TUNE_LAMBDAS; lambda++) {
         bool holds = true;
-        knobs.lambda = tune_lambda(lambda);
+        thresholds.lambda = tune_lambda(lambda);
         for (int64_t n = 0; n < b->count && holds; n++)
-            holds = !in[n] || worth_of(b, n, 0, knobs).error < l2;
+            holds = !in[n] || worth_of(b, n, 0, thresholds).error < l2;
         if (holds)
             return lambda;
     }
@@ -549,12 +551,13 @@ static sparge_tuned tuned(const bench *b, const sparge_tune_options *how)
 }
 
 /* Errors over inputs, by whole calls. */
-static sparge_tune_errors errors_of(const bench *b, const bool *in, const sparge_knobs *knobs)
+static sparge_tune_errors errors_of(const bench *b, const bool *in,
+                                    const sparge_thresholds *thresholds)
 {
     sparge_tune_errors e = {0};
     for (int64_t n = 0; n < b->count; n++)
         if (in[n]) {
-            const worth w = worth_of(b, n, 0, knobs[n]);
+            const worth w = worth_of(b, n, 0, thresholds[n]);
             e.inputs++;
             e.mean += w.error;
             e.worst = w.error > e.worst ? w.error : e.worst;
@@ -596,9 +599,9 @@ static float share_of(int n) { return tune_share(n); }
 static float lambda_of(int n) { return tune_lambda(n); }
 
 /* Would this lambda skip nothing over a mask? Then it is to be off. */
-static bool skips_nothing(const bench *b, const bool *in, sparge_knobs mask, int lambda)
+static bool skips_nothing(const bench *b, const bool *in, sparge_thresholds mask, int lambda)
 {
-    sparge_knobs with = mask;
+    sparge_thresholds with = mask;
     with.lambda = tune_lambda(lambda);
     bool nothing = true;
     for (int64_t n = 0; n < b->count; n++)
@@ -608,13 +611,14 @@ static bool skips_nothing(const bench *b, const bool *in, sparge_knobs mask, int
 
 /* What the tuner chose for the inputs `in`, against the whole grid. */
 static void is_best(const bench *b, worth *const *masks, const bool *in,
-                    const sparge_tune_options *how, const sparge_knobs *knobs)
+                    const sparge_tune_options *how, const sparge_thresholds *thresholds)
 {
     const best want = best_mask(masks, in, b->count, how);
-    const int theta = place_of(knobs->theta, theta_of, TUNE_THETAS);
-    const int share = place_of(how->topk && knobs->topk != SPARGE_OFF ? knobs->topk : knobs->tau,
-                               share_of, TUNE_SHARES);
-    const int lambda = place_of(knobs->lambda, lambda_of, TUNE_LAMBDAS);
+    const int theta = place_of(thresholds->theta, theta_of, TUNE_THETAS);
+    const int share =
+        place_of(how->topk && thresholds->topk != SPARGE_OFF ? thresholds->topk : thresholds->tau,
+                 share_of, TUNE_SHARES);
+    const int lambda = place_of(thresholds->lambda, lambda_of, TUNE_LAMBDAS);
     if (want.none && how->sparsity > 0.0) { /* then the sparsest */
         const int at = theta * TUNE_SHARES + share;
         for (int n = 0; n < TUNE_THETAS * TUNE_SHARES; n++)
@@ -623,7 +627,7 @@ static void is_best(const bench *b, worth *const *masks, const bool *in,
         return;
     }
     if (want.none) { /* dense; then lambda alone may skip something */
-        const sparge_knobs mask = knobs_at(0, LAST_SHARE, LAST_LAMBDA, false);
+        const sparge_thresholds mask = thresholds_at(0, LAST_SHARE, LAST_LAMBDA, false);
         const int at = LAST_SHARE;
         const bool holds = worst_error(masks, in, b->count, at) < how->l1;
         const int most = best_lambda(b, in, mask, how->l2 * (1.0 + near));
@@ -635,7 +639,8 @@ static void is_best(const bench *b, worth *const *masks, const bool *in,
               "lambda would skip something");
         return;
     }
-    check((knobs->topk == SPARGE_OFF) == !how->topk && (knobs->tau == SPARGE_OFF) == how->topk,
+    check((thresholds->topk == SPARGE_OFF) == !how->topk &&
+              (thresholds->tau == SPARGE_OFF) == how->topk,
           "tau or topk");
     const int at = theta * TUNE_SHARES + share;
     const double sparsity = mean_sparsity(masks, in, b->count, at),
@@ -654,7 +659,7 @@ static void is_best(const bench *b, worth *const *masks, const bool *in,
     if (want.least == want.most) /* of equal ones that of the least error */
         check(error <= want.error * (1.0 + near) + 1e-6,
               "error %.9g at theta %d share %d, there is %.9g", error, theta, share, want.error);
-    const sparge_knobs mask = knobs_at(theta, share, LAST_LAMBDA, how->topk);
+    const sparge_thresholds mask = thresholds_at(theta, share, LAST_LAMBDA, how->topk);
     const int most = best_lambda(b, in, mask, how->l2 * (1.0 + near));
     const int least = best_lambda(b, in, mask, how->l2 * (1.0 - near));
     check(lambda == LAST_LAMBDA
@@ -686,8 +691,8 @@ static bench bench_at_random(int64_t count, float noise)
     b.o.skip_rows = check_int(0, 1) ? 4 : 0;
     b.o.causal = (sparge_causal)check_int(0, 2);
     b.o.sink = check_int(0, 1);
-    b.o.qk = check_int(0, 1) ? SPARGE_INT8 : SPARGE_FLOAT;
-    b.o.pv = check_int(0, 1) ? SPARGE_INT8 : SPARGE_INT12;
+    b.o.qk_dtype = check_int(0, 1) ? SPARGE_INT8 : SPARGE_F32;
+    b.o.pv_dtype = check_int(0, 1) ? SPARGE_INT8 : SPARGE_INT12;
     const int64_t len = check_int(40, 58), k_len = len + check_int(0, 9);
     for (int64_t n = 0; n < count; n++) {
         const shape s = shape_of(1, 1, 1, len, k_len, 8, 4);
@@ -727,10 +732,11 @@ static void against_the_grid(const char *name, int64_t count, bool topk, int tur
                        (long long)count, topk, turn, how.l1, how.l2, how.sparsity);
             const sparge_tuned t = tuned(&b, &how);
             if (t.back_off == SPARGE_AS_CHOSEN)
-                is_best(&b, masks, in, &how, &t.knobs);
+                is_best(&b, masks, in, &how, &t.thresholds);
             sparse += !t.dense;
-            skipping += t.knobs.lambda > -INFINITY;
-            const sparge_knobs same[4] = {t.knobs, t.knobs, t.knobs, t.knobs};
+            skipping += t.thresholds.lambda > -INFINITY;
+            const sparge_thresholds same[4] = {t.thresholds, t.thresholds, t.thresholds,
+                                               t.thresholds};
             const sparge_tune_errors e = errors_of(&b, in, same);
             same_errors("in_sample", &t.in_sample, &e);
             if (count < 2)
@@ -796,14 +802,14 @@ Test(tune, each_input_is_left_out_in_turn)
             check_equal(without.held_out.inputs, (int64_t)1);
             other.count = count - 1; /* nobody else there */
             if (without.back_off == SPARGE_AS_CHOSEN) {
-                const worth w = worth_of(&b, n, 0, without.knobs);
+                const worth w = worth_of(&b, n, 0, without.thresholds);
                 check_close(without.held_out.mean, w.error, 1e-9 * w.error);
                 check_close(without.held_out.sparsity, w.sparsity, 1e-12);
                 check_equal(without.held_out_first.mean, without.held_out.mean);
             }
             if (count == 2) { /* what is tuned on the other one alone */
                 const sparge_tuned single = tuned(&other, &how);
-                const worth w = worth_of(&b, n, 0, single.knobs);
+                const worth w = worth_of(&b, n, 0, single.thresholds);
                 check_close(without.held_out_first.mean, w.error, 1e-9 * w.error);
                 check_equal(single.held_out.inputs, (int64_t)0);
                 check(isnan(single.held_out.mean) && isnan(single.held_out.worst),
@@ -827,11 +833,11 @@ Test(tune, each_input_is_left_out_in_turn)
  */
 
 /* Does the error hold l2 over all inputs, by whole calls? */
-static double worst_of(const bench *b, sparge_knobs knobs)
+static double worst_of(const bench *b, sparge_thresholds thresholds)
 {
     double worst = 0.0;
     for (int64_t n = 0; n < b->count; n++)
-        worst = fmax(worst, worth_of(b, n, 0, knobs).error);
+        worst = fmax(worst, worth_of(b, n, 0, thresholds).error);
     return worst;
 }
 
@@ -846,37 +852,39 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
     const sparge_tuned chosen = tuned(&first, &alone), t = tuned(b, how);
     check_equal(t.in_sample.inputs, (int64_t)1);
     check_equal(t.held_out.inputs, b->count - 1);
-    sparge_knobs knobs[4] = {chosen.knobs, chosen.knobs, chosen.knobs, chosen.knobs};
+    sparge_thresholds thresholds[4] = {chosen.thresholds, chosen.thresholds, chosen.thresholds,
+                                       chosen.thresholds};
     bool in[4], out[4];
     for (int n = 0; n < 4; n++) {
         in[n] = n == 0;
         out[n] = n > 0 && n < b->count;
     }
-    sparge_tune_errors e = errors_of(b, out, knobs);
+    sparge_tune_errors e = errors_of(b, out, thresholds);
     same_errors("held_out_first", &t.held_out_first, &e);
     for (int n = 0; n < 4; n++)
-        knobs[n] = t.knobs;
-    e = errors_of(b, out, knobs);
+        thresholds[n] = t.thresholds;
+    e = errors_of(b, out, thresholds);
     same_errors("held_out", &t.held_out, &e);
-    e = errors_of(b, in, knobs);
+    e = errors_of(b, in, thresholds);
     same_errors("in_sample", &t.in_sample, &e);
 
-    sparge_knobs off = chosen.knobs;
+    sparge_thresholds off = chosen.thresholds;
     off.lambda = -INFINITY;
     if ((how->topk ? off.topk : off.tau) == 1.0f) /* the mask was dense */
-        off = knobs_at(0, LAST_SHARE, LAST_LAMBDA, false);
-    if (chosen.dense || !(worst_of(b, chosen.knobs) > how->l2)) {
-        check(t.back_off == SPARGE_AS_CHOSEN && !memcmp(&t.knobs, &chosen.knobs, sizeof t.knobs),
+        off = thresholds_at(0, LAST_SHARE, LAST_LAMBDA, false);
+    if (chosen.dense || !(worst_of(b, chosen.thresholds) > how->l2)) {
+        check(t.back_off == SPARGE_AS_CHOSEN &&
+                  !memcmp(&t.thresholds, &chosen.thresholds, sizeof t.thresholds),
               "backs off");
         return t.back_off;
     }
     check(t.held_out_first.worst > how->l2, "held_out_first is %.9g", t.held_out_first.worst);
     for (int n = 0; n < TUNE_LAMBDAS; n++) {
-        sparge_knobs lowered = n < LAST_LAMBDA ? chosen.knobs : off;
+        sparge_thresholds lowered = n < LAST_LAMBDA ? chosen.thresholds : off;
         lowered.lambda = tune_lambda(n);
-        if (lowered.lambda >= chosen.knobs.lambda)
+        if (lowered.lambda >= chosen.thresholds.lambda)
             continue;
-        if (!memcmp(&t.knobs, &lowered, sizeof lowered)) {
+        if (!memcmp(&t.thresholds, &lowered, sizeof lowered)) {
             check_equal((int)t.back_off, (int)SPARGE_LAMBDA_LOWERED);
             check(worst_of(b, lowered) <= how->l2, "lowered, but the error is %.9g",
                   worst_of(b, lowered));
@@ -887,9 +895,9 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
     }
     const int share = place_of(how->topk ? off.topk : off.tau, share_of, TUNE_SHARES);
     for (int n = share + 1; n < LAST_SHARE; n++) {
-        sparge_knobs raised = off;
+        sparge_thresholds raised = off;
         *(how->topk ? &raised.topk : &raised.tau) = tune_share(n);
-        if (!memcmp(&t.knobs, &raised, sizeof raised)) {
+        if (!memcmp(&t.thresholds, &raised, sizeof raised)) {
             check_equal((int)t.back_off, (int)SPARGE_TAU_RAISED);
             check(worst_of(b, raised) <= how->l2, "raised, but the error is %.9g",
                   worst_of(b, raised));
@@ -899,8 +907,8 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
               worst_of(b, raised));
     }
     check_equal((int)t.back_off, (int)SPARGE_LEFT_DENSE);
-    check(t.dense && t.knobs.theta == -1.0f && t.knobs.tau == 1.0f && t.knobs.topk == SPARGE_OFF &&
-              t.knobs.lambda == -INFINITY,
+    check(t.dense && t.thresholds.theta == -1.0f && t.thresholds.tau == 1.0f &&
+              t.thresholds.topk == SPARGE_OFF && t.thresholds.lambda == -INFINITY,
           "not dense");
     return t.back_off;
 }
@@ -939,7 +947,7 @@ static bench bench_of(int64_t q_blocks, int64_t k_blocks)
     b.o.backend = SPARGE_REF;
     b.o.block_q = b.o.block_k = SIDE;
     b.o.smooth_k = false;
-    b.o.scale = 1.0f;
+    b.o.softmax_scale = 1.0f;
     const shape s = shape_of(1, 1, 1, q_blocks * SIDE, k_blocks * SIDE, DIM, 8);
     b.x[0] = clustered(&s, SIDE, SIDE, 1.0f);
     for (int64_t n = 0; n < tensor_count(&b.x[0].q); n++)
@@ -969,10 +977,10 @@ static sparge_tuned keeps(bench *b, double l1, double l2, int64_t pairs)
     bench_begin(b);
     const sparge_tune_options how = {.l1 = l1, .l2 = l2};
     const sparge_tuned t = tuned(b, &how);
-    answer a = whole(&b->x[0], t.knobs);
+    answer a = whole(&b->x[0], t.thresholds);
     check(a.head->qk_done == pairs, "keeps %lld of %lld pairs, should be %lld; theta %g tau %g",
           (long long)a.head->qk_done, (long long)a.head->pairs, (long long)pairs,
-          (double)t.knobs.theta, (double)t.knobs.tau);
+          (double)t.thresholds.theta, (double)t.thresholds.tau);
     const double l1_whole = relative_l1(&a, &b->dense[0], 0, 0);
     check(l1_whole <= l2, "relative L1 %.9g", l1_whole);
     check(t.dense == (pairs == a.head->pairs && a.head->pv_done == (double)pairs), "dense is %d",
@@ -1037,7 +1045,8 @@ Test(tune, a_uniform_head_stays_dense)
     for (int64_t i = 0; i < 4; i++)
         along(&b.x[0].q, i, 0, 1.0f);
     const sparge_tuned t = keeps(&b, 0.02, 0.03, 20);
-    check(t.dense && t.knobs.theta == -1.0f && t.knobs.tau == 1.0f && t.knobs.lambda == -INFINITY,
+    check(t.dense && t.thresholds.theta == -1.0f && t.thresholds.tau == 1.0f &&
+              t.thresholds.lambda == -INFINITY,
           "not dense");
     bench_end(&b);
 }
@@ -1054,7 +1063,7 @@ Test(tune, a_hidden_key_asks_for_theta)
         along(&b.x[0].k, j, 0, j == 4 ? -2.0f : -0.1f * (float)(j + 1));
     along_one(&b.x[0].k, 4 * SIDE + 3, 0, 12.0f);
     const sparge_tuned t = keeps(&b, 0.01, 0.02, 8);
-    check(t.knobs.theta >= 0.5625f, "theta is %g", (double)t.knobs.theta);
+    check(t.thresholds.theta >= 0.5625f, "theta is %g", (double)t.thresholds.theta);
     bench_end(&b);
 }
 
@@ -1069,7 +1078,7 @@ Test(tune, lambda_alone)
     along_one(&b.x[0].k, 3, 0, 12.0f);
     const sparge_tuned t = keeps(&b, 0.01, 0.02, 6);
     check_close(t.in_sample.sparsity, 0.25, 1e-12);
-    check_equal(t.knobs.lambda, 0.0f);
+    check_equal(t.thresholds.lambda, 0.0f);
     bench_end(&b);
 }
 
@@ -1148,7 +1157,7 @@ static void same_tuned(const sparge_tuned *got, const sparge_tuned *want)
     check(got->done == want->done && got->finite == want->finite && got->dense == want->dense &&
               got->back_off == want->back_off,
           "flags");
-    check_same_as("knobs", &got->knobs.theta, &want->knobs.theta, 4);
+    check_same_as("thresholds", &got->thresholds.theta, &want->thresholds.theta, 4);
     const sparge_tune_errors *const a[] = {&got->in_sample, &got->held_out, &got->held_out_first};
     const sparge_tune_errors *const b[] = {&want->in_sample, &want->held_out,
                                            &want->held_out_first};
@@ -1156,16 +1165,17 @@ static void same_tuned(const sparge_tuned *got, const sparge_tuned *want)
         check_equal(a[n]->inputs, b[n]->inputs);
         check_same_as("errors", &a[n]->mean, &b[n]->mean, 3);
     }
-    check_equal(got->equivalents, want->equivalents);
+    check_equal(got->dense_passes, want->dense_passes);
 }
 
 static const sparge_tuned untouched = {
-    .finite = true, .knobs = {9, 8, 7, 6}, .equivalents = 5, .seconds = 4};
+    .finite = true, .thresholds = {9, 8, 7, 6}, .dense_passes = 5, .seconds = 4};
 
 static bool is_untouched(const sparge_tuned *t)
 {
-    return !t->done && t->finite && !t->dense && t->knobs.theta == 9 && t->knobs.tau == 8 &&
-           t->knobs.topk == 7 && t->knobs.lambda == 6 && t->equivalents == 5 && t->seconds == 4;
+    return !t->done && t->finite && !t->dense && t->thresholds.theta == 9 &&
+           t->thresholds.tau == 8 && t->thresholds.topk == 7 && t->thresholds.lambda == 6 &&
+           t->dense_passes == 5 && t->seconds == 4;
 }
 
 /* The thresholds of a head do not depend on the threads, on the other heads, or on when they were
@@ -1182,7 +1192,7 @@ Test(tune, every_number_of_threads)
         check(want[h].done && want[h].finite, "head %d", h);
         check_equal(want[h].in_sample.inputs, (int64_t)3);
         check_equal(want[h].held_out.inputs, (int64_t)3);
-        check(want[h].seconds > 0.0 && want[h].equivalents > 0.0, "head %d took no time", h);
+        check(want[h].seconds > 0.0 && want[h].dense_passes > 0.0, "head %d took no time", h);
         sparse += !want[h].dense;
     }
     check(sparse >= 1, "%lld sparse heads", (long long)sparse);
@@ -1202,9 +1212,9 @@ Test(tune, every_number_of_threads)
         check_equal(out[h].held_out.inputs, (int64_t)1);
     }
     m.how.held_out = 0;
-    m.o.threads = 2; /* knobs play no part */
-    m.o.knobs = (sparge_knobs){0.5f, 0.1f, 0.2f, -1.0f};
-    const sparge_knobs each[HEADS] = {{0}};
+    m.o.threads = 2; /* thresholds play no part */
+    m.o.thresholds = (sparge_thresholds){0.5f, 0.1f, 0.2f, -1.0f};
+    const sparge_thresholds each[HEADS] = {{0}};
     m.o.per_head = each;
     sparge_tuned got[HEADS] = {{0}};
     model_tune(&m, got);
@@ -1347,7 +1357,8 @@ Test(tune, heads_that_are_done_are_left_alone)
         if (h % 2 == 0)
             same_tuned(&t[h], &want[h]);
         else
-            check(t[h].done && t[h].knobs.theta == 9 && t[h].seconds == 4 && t[h].equivalents == 5,
+            check(t[h].done && t[h].thresholds.theta == 9 && t[h].seconds == 4 &&
+                      t[h].dense_passes == 5,
                   "head %d", h);
     }
     const witness none = watch_model(&m, -1, all);
@@ -1379,7 +1390,7 @@ Test(tune, time_runs_out)
 /* ---- What is not finite, and what is 0
  * ------------------------------------------------------------------- */
 
-Test(tune, a_head_that_is_not_finite_is_left_dense)
+Test(tune, a_head_that_is_nonfinite_is_left_dense)
 {
     for (int what = 0; what < 4; what++) {
         check_case("not finite, %d", what);
@@ -1402,9 +1413,9 @@ Test(tune, a_head_that_is_not_finite_is_left_dense)
             const sparge_tuned *g = &got[h];
             check(g->done && !g->finite && g->dense && g->back_off == SPARGE_AS_CHOSEN,
                   "head %d: %d %d %d", h, g->done, g->finite, g->dense);
-            check(g->knobs.theta == -1.0f && g->knobs.tau == 1.0f && g->knobs.topk == SPARGE_OFF &&
-                      g->knobs.lambda == -INFINITY,
-                  "knobs of head %d", h);
+            check(g->thresholds.theta == -1.0f && g->thresholds.tau == 1.0f &&
+                      g->thresholds.topk == SPARGE_OFF && g->thresholds.lambda == -INFINITY,
+                  "thresholds of head %d", h);
             check(g->in_sample.inputs == 0 && isnan(g->in_sample.worst) &&
                       g->held_out.inputs == 0 && isnan(g->held_out.mean) &&
                       g->held_out_first.inputs == 0,
@@ -1415,7 +1426,7 @@ Test(tune, a_head_that_is_not_finite_is_left_dense)
 }
 
 /* Scores that overflow: q, k and v are finite, attention is not. */
-Test(tune, attention_that_is_not_finite)
+Test(tune, attention_that_is_nonfinite)
 {
     check_case("overflow");
     bench b = bench_of(2, 3);
@@ -1449,7 +1460,7 @@ Test(tune, values_of_zero)
     const sparge_tuned t = tuned(&b, &how);
     check(!t.dense && t.in_sample.worst == 0.0 && t.held_out.worst == 0.0, "errors %g and %g",
           t.in_sample.worst, t.held_out.worst);
-    check_equal(t.knobs.lambda, 0.0f);
+    check_equal(t.thresholds.lambda, 0.0f);
     check(t.in_sample.sparsity > 0.3, "sparsity %g", t.in_sample.sparsity);
     bench_end(&b);
 }
@@ -1561,7 +1572,7 @@ Test(tune, refuses_what_it_cannot)
             a.o.rules = SPARGE_RULES_PAPER);
     REFUSES(SPARGE_ERR_UNSUPPORTED, "rules are not the default ones",
             a.o.rules = SPARGE_RULES_UPSTREAM);
-    REFUSES(SPARGE_ERR_ARGUMENT, "rung is 3", a.o.rung = 3);
+    REFUSES(SPARGE_ERR_ARGUMENT, "kernel is 3", a.o.kernel = 3);
     if (!sparge_backend_built(SPARGE_CUDA))
         REFUSES(SPARGE_ERR_UNSUPPORTED, "backend is cuda", a.o.backend = SPARGE_CUDA);
 }
@@ -1583,9 +1594,9 @@ Test(tune, bounds_that_play_no_part)
 
 /* Four blocks of queries and of keys, everything whole, one input that stays dense or not: dense
  * attention (1), the blocks one by one (1), whole calls. Lambda and folds none. */
-Test(tune, equivalents_by_hand)
+Test(tune, dense_passes_by_hand)
 {
-    check_case("equivalents");
+    check_case("dense_passes");
     bench b = bench_of(4, 5);
     for (int64_t i = 0; i < 4; i++)
         along(&b.x[0].q, i, 0, 1.0f);
@@ -1593,25 +1604,25 @@ Test(tune, equivalents_by_hand)
     bench_begin(&b);
     sparge_tune_options how = {.sparsity = 0.55};
     const sparge_tuned t = tuned(&b, &how);
-    answer a = whole(&b.x[0], t.knobs);
+    answer a = whole(&b.x[0], t.thresholds);
     /* of 20 pairs: dense, the curve, and the choice */
-    check_equal(t.equivalents, (20.0 + 20.0 + (double)a.head->qk_done) / 20.0);
+    check_equal(t.dense_passes, (20.0 + 20.0 + (double)a.head->qk_done) / 20.0);
     answer_free(&a);
     how = (sparge_tune_options){.l1 = 1.0, .l2 = 1.5};
     const sparge_tuned skipping = tuned(&b, &how);
-    a = whole(&b.x[0], skipping.knobs);
+    a = whole(&b.x[0], skipping.thresholds);
     const double kept = (double)a.head->qk_done, done = (kept + a.head->pv_done) / 2.0;
     check(!skipping.dense && kept < 20.0, "kept %g", kept);
-    check_close(skipping.equivalents, (20.0 + 20.0 + kept + done) / 20.0,
+    check_close(skipping.dense_passes, (20.0 + 20.0 + kept + done) / 20.0,
                 1e-12); /* and the curve of lambda */
     answer_free(&a);
     bench_end(&b);
 }
 
 /* The shapes of the real capture, if not its values: few passes over the inputs are enough. */
-Test(tune, equivalents_of_a_real_shape)
+Test(tune, dense_passes_of_a_real_shape)
 {
-    check_case("equivalents of a real shape");
+    check_case("dense_passes of a real shape");
     const shape s = shape_of(1, 1, 1, 1024, 1024, 64, 64);
     problem x[2];
     sparge_problem p[2];
@@ -1630,9 +1641,9 @@ Test(tune, equivalents_of_a_real_shape)
     const sparge_tune_options how = {.l1 = 0.05, .l2 = 0.06};
     sparge_tuned t = {0};
     check_equal(sparge_tune(p, 2, &o, &how, &t, NULL), SPARGE_OK);
-    cr_log_info("%.2f dense passes, sparsity %.2f, back off %d", t.equivalents,
+    cr_log_info("%.2f dense passes, sparsity %.2f, back off %d", t.dense_passes,
                 t.in_sample.sparsity, (int)t.back_off);
-    check(t.equivalents > 2.0 && t.equivalents <= 10.0, "%g dense passes", t.equivalents);
+    check(t.dense_passes > 2.0 && t.dense_passes <= 10.0, "%g dense passes", t.dense_passes);
     problem_free(&x[0]);
     problem_free(&x[1]);
 }

@@ -189,7 +189,7 @@ bool array_to_f32(array *from, file_error *error)
     return true;
 }
 
-int64_t array_not_finite(const array *from)
+int64_t array_nonfinite(const array *from)
 {
     int64_t count = 0;
     for (int64_t n = 0; n < array_count(from); n++)

@@ -76,7 +76,7 @@ float f16_to_f32(uint16_t half);
 float bf16_to_f32(uint16_t half);
 
 /* Elements of an F32 that are NaN or infinite. */
-int64_t array_not_finite(const array *from);
+int64_t array_nonfinite(const array *from);
 
 /* Of an F32 with 2 axes or more: does each matrix of the last two lose no more in float16 than 11
  * bits of each element cost? It would where it is very large or very small. */

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 
 #include "common/half.h"
-#include "tools/dump.h"
+#include "tools/intermediates.h"
 
 typedef struct work {
     const sparge_problem *problem;
@@ -77,7 +77,7 @@ static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys
     load(&p->q, b, h, t, 1, p->dim, w->q);
     float top = -INFINITY, sum = 0.0f;
     for (int64_t n = 0; n < keys; n++) {
-        w->score[n] = w->options->scale * dot(w->q, w->k + w->key[n] * p->dim, p->dim);
+        w->score[n] = w->options->softmax_scale * dot(w->q, w->k + w->key[n] * p->dim, p->dim);
         top = fmaxf(top, w->score[n]);
     }
     for (int64_t c = 0; c < p->dim_v; c++)

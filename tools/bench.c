@@ -25,7 +25,7 @@ static sparge_options machine_options(const bench *b, int isa, int thread)
     options.backend = SPARGE_CPU;
     options.isa = (sparge_isa)b->args.isa.item[isa];
     options.threads = (int)b->args.threads.item[thread];
-    options.knobs = b->args.knobs;
+    options.thresholds = b->args.thresholds;
     options.sink = b->args.sink;
     options.progress = progress_goes_on;
     return options;

@@ -33,7 +33,7 @@ const char *bench_mask_string(bench_mask mask);
 typedef struct bench_args {
     options_base base;
     bench_list q_len, dim, heads, sparsity, mask, threads, isa, qk, pv, causal;
-    sparge_knobs knobs;
+    sparge_thresholds thresholds;
     bool sink;
     const char *selects; /* an option that is of the predictor alone, or NULL */
     const char *capture; /* q, k and v; NULL: synthetic */
@@ -65,7 +65,7 @@ typedef struct bench_times {
 
 /* One way to compute attention for the inputs of a group. */
 typedef struct bench_case {
-    sparge_precision qk, pv;
+    sparge_dtype qk, pv;
     bench_mask kind;
     double imposed;   /* the sparsity that was asked for; NaN where the predictor decides */
     sparge_mask mask; /* for PREDICTED the place of the result; no bits when dense */

@@ -47,8 +47,8 @@ static const struct argp_option bench_options_[] = {
      0},
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
-    {"qk", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
-    {"pv", PV, "HOW,...", 0, "P.V in int8, int12 or f32 (int8)", 0},
+    {"qk-dtype", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
+    {"pv-dtype", PV, "HOW,...", 0, "P.V in int8, int12 or f32 (int8)", 0},
     {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL,
      "none, end or start (none, or as the capture; alone: end)", 0},
     {0, 0, 0, 0, "What is predicted:", 2},
@@ -177,10 +177,10 @@ static error_t finish(struct argp_state *state, bench_args *a)
     if (a->selects && !has(&a->mask, BENCH_PREDICTED))
         return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
                              a->selects);
-    if (isnan(a->knobs.tau)) /* not given */
-        a->knobs.tau = a->knobs.topk == SPARGE_OFF
-                           ? sparge_options_default(SPARGE_RULES_DEFAULT).knobs.tau
-                           : SPARGE_OFF;
+    if (isnan(a->thresholds.tau)) /* not given */
+        a->thresholds.tau = a->thresholds.topk == SPARGE_OFF
+                                ? sparge_options_default(SPARGE_RULES_DEFAULT).thresholds.tau
+                                : SPARGE_OFF;
     const int cores = bench_cores();
     default_to(&a->q_len, 2, (const double[]){4096, 8192});
     default_to(&a->dim, 2, (const double[]){64, 128});
@@ -188,8 +188,8 @@ static error_t finish(struct argp_state *state, bench_args *a)
     default_to(&a->sparsity, 5, (const double[]){0.0, 0.3, 0.5, 0.7, 0.9});
     default_to(&a->threads, cores > 1 ? 2 : 1, (const double[]){1, cores});
     default_to(&a->isa, 1, (const double[]){SPARGE_ISA_AUTO});
-    default_to(&a->qk, 1, (const double[]){SPARGE_INT8});
-    default_to(&a->pv, 1, (const double[]){SPARGE_INT8});
+    default_to(&a->qk, 1, (const double[]){0});
+    default_to(&a->pv, 1, (const double[]){0});
     a->causal_given = a->causal.count > 0;
     default_to(&a->causal, 1, (const double[]){SPARGE_CAUSAL_NONE});
     return 0;
@@ -205,14 +205,14 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
         [MASK_KIND - SPARSITY] = {"--mask-kind", masks, 0, 0},
         [THREADS - SPARSITY] = {"--threads", NULL, 1, SPARGE_MAX_THREADS},
         [ISA - SPARSITY] = {"--isa", options_isas, 0, 0},
-        [QK - SPARSITY] = {"--qk", options_first_precisions, 0, 0},
-        [PV - SPARSITY] = {"--pv", options_first_precisions, 0, 0},
+        [QK - SPARSITY] = {"--qk-dtype", options_qk_dtypes, 0, 0},
+        [PV - SPARSITY] = {"--pv-dtype", options_qk_dtypes, 0, 0},
         [CAUSAL - SPARSITY] = {"--causal", options_causals, 0, 0},
     };
     bench_args *a = state->input;
     bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads, &a->mask,
                               &a->threads,  &a->isa,   &a->qk,  &a->pv,    &a->causal};
-    sparge_knobs *k = &a->knobs;
+    sparge_thresholds *k = &a->thresholds;
     switch (key) {
     case CAPTURE: a->capture = text; return 0;
     case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
@@ -257,8 +257,8 @@ static const struct argp bench_argp = {
 
 exit_code bench_parse(int argc, char **argv, bench_args *args)
 {
-    args->knobs = sparge_options_default(SPARGE_RULES_DEFAULT).knobs;
-    args->knobs.tau = NAN;
+    args->thresholds = sparge_options_default(SPARGE_RULES_DEFAULT).thresholds;
+    args->thresholds.tau = NAN;
     args->repeat = 5;
     return options_parse(&bench_argp, argc, argv, &args->base);
 }

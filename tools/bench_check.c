@@ -21,32 +21,32 @@ typedef struct allowed {
 } allowed;
 
 /* Against the oracle on the same codes only those of P err. A code is off by up to half a step,
- * 1/sqrt(12) of one in the mean, and a step is 1/levels of the largest weight of its tile. With v
+ * 1/sqrt(12) of one in the mean, and a step is 1/qmax of the largest weight of its tile. With v
  * independent of the weights, n = block_k of them make |o| err by at most sqrt(n) / (sqrt(12)
- * levels) of itself, because sqrt(sum p^2), to which |o| is proportional, is at least the largest
+ * qmax) of itself, because sqrt(sum p^2), to which |o| is proportional, is at least the largest
  * weight. So much is allowed, and twice that in a row. In a model tokens of large weight may have a
  * small v (attention sinks): o is small there and the error is not. Measured on SmolLM2: 2.8 times
  * in the mean and 16 in a row; 5 and 50 are allowed. What has no codes is rounded to f32, which was
  * seen to cost 2e-6 in a row. */
 static allowed from_oracle(const sparge_options *o, bool captured)
 {
-    const double levels = o->pv == SPARGE_INT8 ? 127.0 : 4095.0;
-    const double coding = sqrt((double)o->block_k / 12.0) / levels;
-    if (o->pv == SPARGE_FLOAT)
+    const double qmax = o->pv_dtype == SPARGE_INT8 ? 127.0 : 4095.0;
+    const double coding = sqrt((double)o->block_k / 12.0) / qmax;
+    if (o->pv_dtype == SPARGE_F32)
         return (allowed){1e-5, 1e-4};
     return captured ? (allowed){5.0 * coding, 50.0 * coding} : (allowed){coding, 2.0 * coding};
 }
 
-/* Against f32 the codes of q, k and v err too. Their steps are a/levels with a = max/rms, 4.3 in a
+/* Against f32 the codes of q, k and v err too. Their steps are a/qmax with a = max/rms, 4.3 in a
  * block of normal numbers: a score of q and k of variance 1 is off by sqrt(2) 4.3 / (sqrt(12)
- * levels), which is 1.8 / levels, and o by as much of itself; v and P add half of that each, in
- * squares: 2.2 / levels for all, and twice that is allowed, with the levels of the coarser. The
- * scores of a model are larger: three times as much (SmolLM2: 4.7 / levels). Single rows may be far
+ * qmax), which is 1.8 / qmax, and o by as much of itself; v and P add half of that each, in
+ * squares: 2.2 / qmax for all, and twice that is allowed, with the qmax of the coarser. The
+ * scores of a model are larger: three times as much (SmolLM2: 4.7 / qmax). Single rows may be far
  * off where two keys compete: the mean alone counts. */
 static double from_f32(const sparge_options *o, bool captured)
 {
-    const double levels = o->qk == SPARGE_INT8 || o->pv == SPARGE_INT8 ? 127.0 : 2047.0;
-    return (captured ? 13.0 : 4.4) / levels;
+    const double qmax = o->qk_dtype == SPARGE_INT8 || o->pv_dtype == SPARGE_INT8 ? 127.0 : 2047.0;
+    return (captured ? 13.0 : 4.4) / qmax;
 }
 
 /* ---- The first tokens against the oracle ---- */
@@ -86,7 +86,7 @@ static sparge_status sample_mask(const bench_case *c, const sparge_problem *p,
 static sparge_status judge(const sparge_problem *p, const sparge_options *options,
                            const sparge_mask *mask, array *want, sparge_error *why)
 {
-    if (options->knobs.lambda == -INFINITY)
+    if (options->thresholds.lambda == -INFINITY)
         return sparge_oracle(p, options, mask, SPARGE_ORACLE_CODES, want->data, NULL, NULL, why);
     sparge_options reference = *options;
     reference.backend = SPARGE_REF;
@@ -101,7 +101,7 @@ static exit_code distance(const sparge_problem *p, const sparge_options *options
                           file_error *error)
 {
     const int64_t shape[] = {1, p->heads, p->q_len, p->dim_v};
-    const array_type type = options->knobs.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
+    const array_type type = options->thresholds.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
     array want = {0};
     if (!array_alloc(type, 4, shape, &want, error))
         return EXIT_MACHINE;
@@ -196,9 +196,9 @@ static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file
     sparge_error why;
     bench_times times;
     sparge_status status = bench_run(g, c, &times, &why);
-    if (!status && (c->kind == BENCH_ONEDNN || c->qk != SPARGE_FLOAT || c->pv != SPARGE_FLOAT)) {
+    if (!status && (c->kind == BENCH_ONEDNN || c->qk != SPARGE_F32 || c->pv != SPARGE_F32)) {
         sparge_options exact = bench_options(g, c);
-        exact.qk = exact.pv = SPARGE_FLOAT;
+        exact.qk_dtype = exact.pv_dtype = SPARGE_F32;
         sparge_result result = result_in(&g->want, &g->in->problem);
         status =
             sparge_attend(&g->in->problem, &exact, c->mask.bits ? &c->mask : NULL, &result, &why);
@@ -210,20 +210,21 @@ static exit_code check_whole(bench_group *g, bench_case *c, comparison *to, file
     return library_result(status, &why, error);
 }
 
-static int64_t not_finite(const comparison *c) { return c->nan_got + c->inf_got; }
+static int64_t nonfinite(const comparison *c) { return c->nan_got + c->inf_got; }
 
 /* What is not finite on both sides is no agreement here. lambda decides for 64 rows at a time:
  * a decision within rounding moves single rows. Of few channels |o| may happen to be next to
  * nothing. */
 static bool near(const comparison *c, const allowed *most, bool rows)
 {
-    return not_finite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
+    return nonfinite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
 }
 
 exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error)
 {
     const sparge_options options = bench_options(g, c);
-    const bool rows = options.knobs.lambda == -INFINITY && g->in->problem.dim_v >= ROW_CHANNELS;
+    const bool rows =
+        options.thresholds.lambda == -INFINITY && g->in->problem.dim_v >= ROW_CHANNELS;
     const allowed coding = from_oracle(&options, g->args->capture);
     const double rounding = from_f32(&options, g->args->capture);
     comparison sample = {.l1 = NAN}, block = {.l1 = NAN}, whole = {.l1 = NAN};
@@ -239,7 +240,7 @@ exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error 
     const bool sample_near = near(&sample, &coding, rows);
     const bool oracle_near = sample_near && near(&block, &coding, rows);
     const comparison *worst = sample_near ? &block : &sample;
-    const int64_t wrong = not_finite(&whole) ? not_finite(&whole) : not_finite(&sample);
+    const int64_t wrong = nonfinite(&whole) ? nonfinite(&whole) : nonfinite(&sample);
     c->wrong = !(wrong == 0 && oracle_near && whole.l1 <= rounding);
     char name[64];
     bench_case_name(g, c, name);

@@ -10,8 +10,8 @@
 sparge_options bench_options(const bench_group *g, const bench_case *c)
 {
     sparge_options options = g->options;
-    options.qk = c->qk;
-    options.pv = c->pv;
+    options.qk_dtype = c->qk;
+    options.pv_dtype = c->pv;
     return options;
 }
 
@@ -60,8 +60,8 @@ sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparg
 
 /* ---- The cases of a group ---- */
 
-static bench_case *add_case(bench_group *g, bench_mask kind, double imposed, sparge_precision qk,
-                            sparge_precision pv, int dense, bool shown)
+static bench_case *add_case(bench_group *g, bench_mask kind, double imposed, sparge_dtype qk,
+                            sparge_dtype pv, int dense, bool shown)
 {
     bench_case *c = &g->cases[g->count++];
     *c = (bench_case){
@@ -69,8 +69,8 @@ static bench_case *add_case(bench_group *g, bench_mask kind, double imposed, spa
     return c;
 }
 
-static exit_code add_masked(bench_group *g, bench_mask kind, double imposed, sparge_precision qk,
-                            sparge_precision pv, int dense, file_error *error)
+static exit_code add_masked(bench_group *g, bench_mask kind, double imposed, sparge_dtype qk,
+                            sparge_dtype pv, int dense, file_error *error)
 {
     const sparge_problem *p = &g->in->problem;
     bench_case *c = add_case(g, kind, imposed, qk, pv, dense, true);
@@ -82,11 +82,10 @@ static exit_code add_masked(bench_group *g, bench_mask kind, double imposed, spa
 }
 
 /* Dense attention once, whatever kinds of masks there are: a mask of sparsity 0 is none. */
-static exit_code add_precision(bench_group *g, sparge_precision qk, sparge_precision pv,
-                               file_error *error)
+static exit_code add_precision(bench_group *g, sparge_dtype qk, sparge_dtype pv, file_error *error)
 {
     const bench_args *a = g->args;
-    const bool exact = qk == SPARGE_FLOAT && pv == SPARGE_FLOAT;
+    const bool exact = qk == SPARGE_F32 && pv == SPARGE_F32;
     const int dense = exact ? 0 : g->count;
     if (!exact)
         add_case(g, BENCH_DENSE, 0.0, qk, pv, dense, false);
@@ -121,12 +120,13 @@ exit_code bench_group_make(bench_group *g, file_error *error)
     if (!code && (!array_alloc(ARRAY_F32, 4, shape, &g->o, error) ||
                   !array_alloc(ARRAY_F32, 4, shape, &g->want, error)))
         code = EXIT_MACHINE;
-    add_case(g, BENCH_DENSE, 0.0, SPARGE_FLOAT, SPARGE_FLOAT, 0, false);
+    add_case(g, BENCH_DENSE, 0.0, SPARGE_F32, SPARGE_F32, 0, false);
     if (bench_onednn_can(g))
-        add_case(g, BENCH_ONEDNN, 0.0, SPARGE_FLOAT, SPARGE_FLOAT, 0, true);
+        add_case(g, BENCH_ONEDNN, 0.0, SPARGE_F32, SPARGE_F32, 0, true);
     for (int n = 0; n < a->qk.count * a->pv.count && !code; n++)
-        code = add_precision(g, (sparge_precision)a->qk.item[n / a->pv.count],
-                             (sparge_precision)a->pv.item[n % a->pv.count], error);
+        code = add_precision(g, options_dtype(options_qk_dtypes[(int)a->qk.item[n / a->pv.count]]),
+                             options_dtype(options_qk_dtypes[(int)a->pv.item[n % a->pv.count]]),
+                             error);
     return code;
 }
 

@@ -93,8 +93,9 @@ static bool attend_rows(const sparge_problem *p, float scale, int64_t head, int6
 bool bench_onednn_can(const bench_group *g)
 {
     const sparge_problem *p = &g->in->problem;
-    return g->options.causal == SPARGE_CAUSAL_NONE && g->options.scale == 0.0f && p->batch == 1 &&
-           p->q.dtype == SPARGE_F32 && p->k.dtype == SPARGE_F32 && p->v.dtype == SPARGE_F32;
+    return g->options.causal == SPARGE_CAUSAL_NONE && g->options.softmax_scale == 0.0f &&
+           p->batch == 1 && p->q.dtype == SPARGE_F32 && p->k.dtype == SPARGE_F32 &&
+           p->v.dtype == SPARGE_F32;
 }
 
 bool bench_onednn(const sparge_problem *p, int threads, float *o)

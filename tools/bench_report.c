@@ -26,9 +26,9 @@ static double operations(int64_t tokens, int64_t channels)
 }
 
 /* 12-bit codes have no peak of their own: instruction sets compute them in different ways. */
-static double peak_of(const sparge_peaks *peaks, sparge_precision precision)
+static double peak_of(const sparge_peaks *peaks, sparge_dtype precision)
 {
-    return precision == SPARGE_INT8 ? peaks->int8 : precision == SPARGE_FLOAT ? peaks->f32 : NAN;
+    return precision == SPARGE_INT8 ? peaks->int8 : precision == SPARGE_F32 ? peaks->f32 : NAN;
 }
 
 static double pct_peak_of(const bench_group *g, const bench_case *c)
@@ -76,7 +76,7 @@ void bench_case_name(const bench_group *g, const bench_case *c, char text[64])
     char imposed[16] = "";
     if (c->kind == BENCH_RANDOM || c->kind == BENCH_BANDED)
         snprintf(imposed, sizeof imposed, " %.6g", c->imposed);
-    snprintf(text, 64, "%s/%s %s%s%s%s", options_precisions[c->qk], options_precisions[c->pv],
+    snprintf(text, 64, "%s/%s %s%s%s%s", sparge_dtype_string(c->qk), sparge_dtype_string(c->pv),
              bench_mask_string(c->kind), imposed, where[g->options.causal],
              g->busy && g->args->allow_busy ? " (busy)" : "");
 }
@@ -179,9 +179,9 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
         "case", name, "mask", bench_mask_string(c->kind), "isa", sparge_isa_string(c->result.isa),
         "threads", c->result.threads, "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len,
         "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads, "causal",
-        options_causals[g->options.causal], "scale",
-        g->options.scale > 0.0f ? json_float(g->options.scale) : json_null(), "sparsity",
-        json_number(sparge_sparsity(&c->result.counts)), "seconds_total",
+        options_causals[g->options.causal], "softmax_scale",
+        g->options.softmax_scale > 0.0f ? json_float(g->options.softmax_scale) : json_null(),
+        "sparsity", json_number(sparge_sparsity(&c->result.counts)), "seconds_total",
         json_number(f.seconds_total), "seconds_predict", json_number(f.seconds_predict),
         "seconds_quantize", json_number(f.seconds_quantize), "seconds_attend",
         json_number(f.seconds_attend), "tops", json_number(f.tops), "tops_executed",

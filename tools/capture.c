@@ -200,7 +200,7 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
         return code;
     const json_t *layer = json_object_get(entry, "layer"),
                  *causal = either(entry, manifest, "causal");
-    const json_t *scale = either(entry, manifest, "scale"),
+    const json_t *scale = either(entry, manifest, "softmax_scale"),
                  *at = either(entry, manifest, "causal_at");
     const char *sha, *text, *gguf, *wrong = NULL;
     c->manifest = json_incref(manifest);
@@ -220,7 +220,9 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
     else if (at && alignment(at) < 0)
         wrong = "'causal_at' in its manifest is neither end nor start";
     else if (scale && !is_scale(scale))
-        wrong = "'scale' in its manifest is no number above 0";
+        wrong = "'softmax_scale' in its manifest is no number above 0";
+    else if (either(entry, manifest, "scale"))
+        wrong = "'scale' in its manifest is now 'softmax_scale'";
     else if (layer && !is_number(layer))
         wrong = "'layer' in its manifest is no number";
     else if (c->heads && !are_heads(c->heads))
@@ -238,7 +240,7 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
         c->causal = json_is_false(causal) ? SPARGE_CAUSAL_NONE
                     : c->aligned          ? alignment(at)
                                           : SPARGE_CAUSAL_END;
-    c->scale = json_number_value(scale);
+    c->softmax_scale = json_number_value(scale);
     if (layer) {
         c->layer = json_integer_value(layer);
         c->layer_named = false;
@@ -399,9 +401,9 @@ exit_code capture_obey(const capture *c, const sparge_problem *p, option_set giv
     const double usual = 1.0 / sqrt((double)p->dim);
     if (c->causal >= 0 && !(given & option_bit(OPT_CAUSAL)))
         o->causal = (sparge_causal)c->causal;
-    if (c->scale != 0.0 && !(given & option_bit(OPT_SCALE)))
-        o->scale = near(c->scale, usual) ? 0.0f : (float)c->scale;
-    const double scale = o->scale != 0.0f ? (double)o->scale : usual;
+    if (c->softmax_scale != 0.0 && !(given & option_bit(OPT_SOFTMAX_SCALE)))
+        o->softmax_scale = near(c->softmax_scale, usual) ? 0.0f : (float)c->softmax_scale;
+    const double scale = o->softmax_scale != 0.0f ? (double)o->softmax_scale : usual;
     const bool causal = o->causal != SPARGE_CAUSAL_NONE;
     if (c->heads && (int64_t)json_array_size(c->heads) != p->heads)
         file_error_set(error, c->path, "has %" PRId64 " query heads, its manifest lists %zu",
@@ -417,12 +419,12 @@ exit_code capture_obey(const capture *c, const sparge_problem *p, option_set giv
                        "is causal from the %s, as its manifest says; give --causal=%s, or "
                        "--ignore-manifest",
                        ends[c->causal], ends[c->causal]);
-    else if (c->scale != 0.0 && !near(c->scale, scale))
+    else if (c->softmax_scale != 0.0 && !near(c->softmax_scale, scale))
         file_error_set(
             error, c->path,
             "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; "
-            "give --scale %.9g, or --ignore-manifest",
-            c->scale, scale, c->scale);
+            "give --softmax-scale %.9g, or --ignore-manifest",
+            c->softmax_scale, scale, c->softmax_scale);
     else
         return EXIT_FINE;
     return EXIT_FILE;
@@ -434,6 +436,7 @@ json_t *capture_json(const capture *c)
         return json_null();
     return json_pack("{s:s?, s:s?, s:o, s:o, s:o}", "model", c->model, "sample", c->sample, "layer",
                      c->layer >= 0 && !c->layer_named ? json_integer(c->layer) : json_null(),
-                     "causal", c->causal >= 0 ? json_boolean(c->causal) : json_null(), "scale",
-                     c->scale != 0.0 ? json_rounded(c->scale, 9) : json_null());
+                     "causal", c->causal >= 0 ? json_boolean(c->causal) : json_null(),
+                     "softmax_scale",
+                     c->softmax_scale != 0.0 ? json_rounded(c->softmax_scale, 9) : json_null());
 }

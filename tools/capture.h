@@ -21,9 +21,9 @@ typedef struct capture {
     bool layer_named; /* the layer is what the name of the file says, 'layerNN': no manifest does */
     int causal;       /* a sparge_causal; END where the manifest does not say which */
     bool aligned;     /* it does */
-    double scale;     /* of the scores; 0: not said */
-    json_t *manifest; /* what the above points into */
-    char from[PATH_MAX]; /* its file; empty: there is none beside the capture */
+    double softmax_scale; /* of the scores; 0: not said */
+    json_t *manifest;     /* what the above points into */
+    char from[PATH_MAX];  /* its file; empty: there is none beside the capture */
 } capture;
 
 /* A file; or a folder: all the files of its manifest, or where it has none of those of the folders

@@ -8,8 +8,8 @@
 #include "tools/baseline.h"
 #include "tools/compare.h"
 #include "tools/device.h"
-#include "tools/dump.h"
 #include "tools/inputs.h"
+#include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
 #include "tools/places.h"
@@ -162,8 +162,8 @@ static exit_code predict(check *c, file_error *error)
 
 static bool answer_alloc(const check *c, array_type type, answer *to, file_error *error)
 {
-    return dump_alloc("bhqv", type, &c->in.problem, &c->options, &to->o, error) &&
-           dump_alloc("bhq", type, &c->in.problem, &c->options, &to->lse, error);
+    return intermediates_alloc("bhqv", type, &c->in.problem, &c->options, &to->o, error) &&
+           intermediates_alloc("bhq", type, &c->in.problem, &c->options, &to->lse, error);
 }
 
 /* The oracle over a mask; mass may be NULL. */
@@ -186,7 +186,7 @@ static exit_code measure(check *c, file_error *error)
 {
     const sparge_problem *p = &c->in.problem;
     const sparge_mask *mask = c->args.mask ? &c->mask : NULL;
-    if (!dump_alloc("bhij", ARRAY_F64, p, &c->options, &c->mass, error) ||
+    if (!intermediates_alloc("bhij", ARRAY_F64, p, &c->options, &c->mass, error) ||
         !answer_alloc(c, ARRAY_F32, &c->baseline, error))
         return EXIT_MACHINE;
     c->options.progress = progress_tick;
@@ -214,7 +214,7 @@ typedef struct verdict {
     double bound;  /* NaN: not known */
 } verdict;
 
-static bool holds(const verdict *v) { return v->c.not_finite_apart == 0 && v->worst <= v->bound; }
+static bool holds(const verdict *v) { return v->c.nonfinite_apart == 0 && v->worst <= v->bound; }
 
 static double worst_row(const comparison *c) { return c->summed ? c->worst_row_l1 : 0.0; }
 
@@ -248,8 +248,8 @@ static verdict judge_lse(const check *c)
 static void explain(const check *c, const verdict *v, const char *file, const array *x, bool row,
                     file_error *error)
 {
-    const bool apart = v->c.not_finite_apart > 0;
-    json_t *place = compare_place(x, apart ? v->c.first_not_finite_apart : v->at, row && !apart);
+    const bool apart = v->c.nonfinite_apart > 0;
+    json_t *place = compare_place(x, apart ? v->c.first_nonfinite_apart : v->at, row && !apart);
     char *text = json_dumps(place, 0);
     const char *where = text ? text : "", *want = want_name(c);
     if (apart)
@@ -257,7 +257,7 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
                        "%" PRId64
                        " elements are NaN or infinite where %s is not, or the other way round; "
                        "the first is %s",
-                       v->c.not_finite_apart, want, where);
+                       v->c.nonfinite_apart, want, where);
     else if (isnan(v->bound))
         file_error_set(
             error, file,
@@ -282,8 +282,8 @@ static json_t *describe_mask(const check *c, const array *mass, const array *kep
     const recall predicted = judge_recall(mass, chosen, q_len, block_q);
     const mask_difference d = judge_masks(kept, chosen);
     json_t *json = json_pack("{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share),
-                             "predicted_recall", json_number(predicted.share), "blocks_not_finite",
-                             (json_int_t)given.not_finite, "pairs", (json_int_t)counts->pairs,
+                             "predicted_recall", json_number(predicted.share), "blocks_nonfinite",
+                             (json_int_t)given.nonfinite, "pairs", (json_int_t)counts->pairs,
                              "kept_blocks", (json_int_t)counts->qk_done, "predicted_kept_blocks",
                              (json_int_t)predicted_counts->qk_done);
     return json_joined(json, judge_json(kept, &d));
@@ -366,7 +366,7 @@ static exit_code report(check *c, file_error *error)
     const exit_code code = print_json(json, error);
     if (code)
         return code;
-    if (o.c.not_finite_apart == 0)
+    if (o.c.nonfinite_apart == 0)
         compare_warn(&o.c, "o", want_name(c));
     if (!holds(&o))
         explain(c, &o, c->args.o, &c->got.o, true, error);

@@ -46,11 +46,11 @@ static void count_element(comparison *c, int64_t at, double g, double w)
     c->nan_want += isnan(w) != 0;
     c->inf_got += isinf(g) != 0;
     c->inf_want += isinf(w) != 0;
-    c->not_finite_apart += apart;
+    c->nonfinite_apart += apart;
     note(isnan(g), at, &c->first_nan_got);
     note(isnan(w), at, &c->first_nan_want);
     note(isnan(g) != isnan(w), at, &c->first_nan_apart);
-    note(apart, at, &c->first_not_finite_apart);
+    note(apart, at, &c->first_nonfinite_apart);
 }
 
 comparison compare(const array *got, const array *want)
@@ -60,7 +60,7 @@ comparison compare(const array *got, const array *want)
         .first_nan_got = -1,
         .first_nan_want = -1,
         .first_nan_apart = -1,
-        .first_not_finite_apart = -1,
+        .first_nonfinite_apart = -1,
     };
     const int64_t count = array_count(got);
     const int64_t row = got->rank ? got->shape[got->rank - 1] : 1;
@@ -100,14 +100,14 @@ comparison compare(const array *got, const array *want)
 
 bool compare_within(const comparison *c, double error, double bound)
 {
-    return c->not_finite_apart == 0 && (isnan(bound) || c->summed == 0 || error <= bound);
+    return c->nonfinite_apart == 0 && (isnan(bound) || c->summed == 0 || error <= bound);
 }
 
 json_t *compare_counts(const comparison *c)
 {
     return json_pack("{s:I, s:I, s:I, s:I, s:I}", "nan_got", (json_int_t)c->nan_got, "nan_want",
                      (json_int_t)c->nan_want, "inf_got", (json_int_t)c->inf_got, "inf_want",
-                     (json_int_t)c->inf_want, "not_finite_apart", (json_int_t)c->not_finite_apart);
+                     (json_int_t)c->inf_want, "nonfinite_apart", (json_int_t)c->nonfinite_apart);
 }
 
 json_t *compare_json(const comparison *c, const array *shaped)
@@ -119,8 +119,8 @@ json_t *compare_json(const comparison *c, const array *shaped)
     json_t *places = json_pack(
         "{s:o, s:o, s:o, s:o}", "first_nan_got", compare_place(shaped, c->first_nan_got, false),
         "first_nan_want", compare_place(shaped, c->first_nan_want, false), "first_nan_apart",
-        compare_place(shaped, c->first_nan_apart, false), "first_not_finite_apart",
-        compare_place(shaped, c->first_not_finite_apart, false));
+        compare_place(shaped, c->first_nan_apart, false), "first_nonfinite_apart",
+        compare_place(shaped, c->first_nonfinite_apart, false));
     return json_joined(json_joined(errors, compare_counts(c)), places);
 }
 
@@ -132,9 +132,9 @@ void compare_warn(const comparison *c, const char *got, const char *want)
             "sparge: %s has %" PRId64 " NaN and %" PRId64 " infinite elements, %s %" PRId64
             " and %" PRId64 ": ",
             got, c->nan_got, c->inf_got, want, c->nan_want, c->inf_want);
-    if (c->not_finite_apart)
+    if (c->nonfinite_apart)
         fprintf(stderr, "%" PRId64 " are apart, so there is no error to give\n",
-                c->not_finite_apart);
+                c->nonfinite_apart);
     else
         fprintf(stderr, "alike; the error is that of the other %" PRId64 "\n", c->summed);
 }

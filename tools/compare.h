@@ -15,10 +15,10 @@ typedef struct comparison {
     double worst_row_l1; /* the largest of any row; NaN is larger than all */
     double cosine, rmse;
     int64_t worst_row; /* its first element, -1 where no row is judged */
-    int64_t nan_got, nan_want, inf_got, inf_want, not_finite_apart; /* elements */
+    int64_t nan_got, nan_want, inf_got, inf_want, nonfinite_apart; /* elements */
     int64_t first_nan_got, first_nan_want, first_nan_apart,
-        first_not_finite_apart; /* or -1; NaN in one alone */
-    int64_t summed;             /* elements in the sums, apart or finite */
+        first_nonfinite_apart; /* or -1; NaN in one alone */
+    int64_t summed;            /* elements in the sums, apart or finite */
 } comparison;
 
 /* Two arrays of one shape, neither f16 nor bf16. */

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "tools/device.h"
-#include "tools/dump.h"
+#include "tools/intermediates.h"
 #include "tools/kept.h"
 #include "tools/progress.h"
 
@@ -30,7 +30,7 @@ static exit_code density_at(finder *f, uint32_t tau, double *density, file_error
     double seconds;
     sparge_error why;
     array keep;
-    f->o->knobs.tau = float_of(tau);
+    f->o->thresholds.tau = float_of(tau);
     const exit_code code =
         library_result(device_predict(f->p, f->o, &f->mask, NULL, &seconds, &why), &why, error);
     if (code)
@@ -76,7 +76,7 @@ static exit_code bisect(finder *f, double wanted, file_error *error)
         if (!progress_tick(f->o->user, 1.0 - log2((double)(high - low)) / 30.0) && !code)
             code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
     }
-    f->o->knobs.tau = float_of(wanted - below <= above - wanted ? low : high);
+    f->o->thresholds.tau = float_of(wanted - below <= above - wanted ? low : high);
     return code;
 }
 

@@ -4,7 +4,7 @@
 
 #include "tools/program.h"
 
-/* Sets o->knobs.tau, one for all heads, to where the share of the visible token pairs in kept
+/* Sets o->thresholds.tau, one for all heads, to where the share of the visible token pairs in kept
  * blocks is nearest to `wanted`; of two that are as near, to the smaller. Masks grow with tau, so
  * between two floats there is nothing: what lies below what theta, the diagonal and the sink keep
  * is an error. */

@@ -4,10 +4,10 @@
 
 #include <string.h>
 
-#include "tools/dump.h"
+#include "tools/intermediates.h"
 #include "tools/progress.h"
 
-enum { PIECES = 32 }; /* q, k, v, o, lse, a mask, counts and the trace are less */
+enum { PIECES = 32 }; /* q, k, v, o, lse, a mask, counts and the intermediates are less */
 
 typedef struct piece {
     void *there, *home; /* home: where it comes back to, or NULL */
@@ -19,7 +19,7 @@ typedef struct device {
     bool remote; /* is that memory of its own? */
     sparge_problem problem;
     sparge_mask mask;
-    sparge_trace trace;
+    sparge_intermediates intermediates;
     sparge_result result;
     piece piece[PIECES];
     int pieces;
@@ -68,20 +68,20 @@ static device begin(const sparge_problem *p, const sparge_options *o, sparge_err
     return d;
 }
 
-static const sparge_trace *place_trace(device *d, const sparge_options *o,
-                                       const sparge_trace *trace)
+static const sparge_intermediates *place_trace(device *d, const sparge_options *o,
+                                               const sparge_intermediates *intermediates)
 {
-    for (int n = 0; n < STAGES && trace; n++) {
+    for (int n = 0; n < STAGES && intermediates; n++) {
         void *home = NULL;
-        if (stage_traced(n))
-            memcpy(&home, (const char *)trace + stages[n].field, sizeof home);
+        if (stage_recorded(n))
+            memcpy(&home, (const char *)intermediates + stages[n].field, sizeof home);
         if (!home)
             continue;
         home = place(d, home, home,
                      stage_bytes(n, &d->problem, o)); /* some of it may be left as it was */
-        memcpy((char *)&d->trace + stages[n].field, &home, sizeof home);
+        memcpy((char *)&d->intermediates + stages[n].field, &home, sizeof home);
     }
-    return trace ? &d->trace : NULL;
+    return intermediates ? &d->intermediates : NULL;
 }
 
 static void place_result(device *d, const sparge_options *o, const sparge_result *result)
@@ -95,7 +95,7 @@ static void place_result(device *d, const sparge_options *o, const sparge_result
         r->lse = place(d, NULL, r->lse, rows * (int64_t)sizeof *r->lse);
     if (r->head_counts)
         r->head_counts = place(d, NULL, r->head_counts, heads * (int64_t)sizeof *r->head_counts);
-    r->trace = place_trace(d, o, result->trace);
+    r->intermediates = place_trace(d, o, result->intermediates);
 }
 
 /* Brings everything home, unless something failed. */
@@ -117,21 +117,21 @@ static void fill_in(sparge_result *result, const sparge_result *there)
     result->o = home.o;
     result->lse = home.lse;
     result->mask = home.mask;
-    result->trace = home.trace;
+    result->intermediates = home.intermediates;
     result->head_counts = home.head_counts;
 }
 
 sparge_status device_predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, const sparge_trace *trace, double *seconds,
-                             sparge_error *error)
+                             sparge_mask *mask, const sparge_intermediates *intermediates,
+                             double *seconds, sparge_error *error)
 {
     device d = begin(problem, options, error);
     d.mask = *mask;
     d.mask.bits = place_mask(&d, NULL, mask->bits);
-    trace = place_trace(&d, options, trace);
+    intermediates = place_trace(&d, options, intermediates);
     const double start = progress_clock();
     if (!d.status)
-        d.status = sparge_predict(&d.problem, options, &d.mask, trace, error);
+        d.status = sparge_predict(&d.problem, options, &d.mask, intermediates, error);
     *seconds = progress_clock() - start;
     return finish(&d);
 }

@@ -8,8 +8,8 @@
 /* As the functions of those names. Arrays have no gaps; their axes may be in any order. `seconds`
  * are those of the call itself, without the copies. */
 sparge_status device_predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, const sparge_trace *trace, double *seconds,
-                             sparge_error *error);
+                             sparge_mask *mask, const sparge_intermediates *intermediates,
+                             double *seconds, sparge_error *error);
 sparge_status device_attend(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_result *result, double *seconds,
                             sparge_error *error);

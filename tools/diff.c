@@ -5,7 +5,7 @@
 #include <sys/stat.h>
 
 #include "tools/compare.h"
-#include "tools/dump.h"
+#include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/npy.h"
 #include "tools/options.h"
@@ -39,7 +39,8 @@ static error_t diff_parser(int key, char *text, struct argp_state *state)
         a->file[a->files++] = text;
         return 0;
     case ARGP_KEY_END:
-        return a->files == 2 ? 0 : options_wrong(state, "give two files, or two dump folders");
+        return a->files == 2 ? 0
+                             : options_wrong(state, "give two files, or two intermediates folders");
     default: return ARGP_ERR_UNKNOWN;
     }
 }
@@ -154,20 +155,21 @@ static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t 
     bool there[2];
     struct stat status;
     for (int side = 0; side < 2; side++) {
-        dump_path(a->file[side], n, paths[side]);
+        intermediates_path(a->file[side], n, paths[side]);
         there[side] = stat(path[side], &status) == 0;
     }
     *differs = there[0] != there[1];
     if (!there[0] || !there[1]) {
         if (*differs)
-            *row = json_pack("{s:s, s:b, s:s}", "stage", s->name, "differs", true, "missing",
+            *row = json_pack("{s:s, s:b, s:s}", "array", s->name, "differs", true, "missing",
                              a->file[there[0]]);
         return EXIT_FINE;
     }
     array pair[2] = {{0}};
     exit_code code = read_pair(path, pair, error);
     if (!code && pair[0].rank != (int)strlen(s->axes)) {
-        file_error_set(error, path[0], "has %d axes, %s of a dump has %zu; dump it again",
+        file_error_set(error, path[0],
+                       "has %d axes, %s of a intermediates has %zu; intermediates it again",
                        pair[0].rank, s->name, strlen(s->axes));
         code = EXIT_FILE;
     }
@@ -178,7 +180,7 @@ static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t 
         const difference d = compare_elements(&pair[0], &pair[1], tolerance);
         *differs = d.first >= 0;
         *row =
-            json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "stage", s->name, "differs", *differs,
+            json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "array", s->name, "differs", *differs,
                       "elements", (json_int_t)d.elements, "different", (json_int_t)d.different,
                       "first", place_of(s, &pair[0], d.first, block), "worst", json_number(d.worst),
                       "worst_at", place_of(s, &pair[0], d.worst_at, block));
@@ -207,7 +209,8 @@ static exit_code diff_dumps(const diff_args *a, file_error *error)
             json_array_append_new(rows, row);
     }
     if (!code && json_array_size(rows) == 0) {
-        file_error_set(error, a->file[0], "holds no dump; 'sparge run --dump DIR' writes one");
+        file_error_set(error, a->file[0],
+                       "holds no intermediates; 'sparge run --intermediates DIR' writes one");
         code = EXIT_FILE;
     }
     if (code) {
@@ -215,7 +218,7 @@ static exit_code diff_dumps(const diff_args *a, file_error *error)
         return code;
     }
     code = print_json(
-        json_pack("{s:s?, s:O?, s:o}", "first_stage", first, "first", place, "stages", rows),
+        json_pack("{s:s?, s:O?, s:o}", "first_array", first, "first", place, "arrays", rows),
         error);
     return code || !first ? code : EXIT_DIFFERENT;
 }

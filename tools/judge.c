@@ -16,13 +16,13 @@ recall judge_recall(const array *mass, const array *keep, int64_t q_len, int64_t
         const int64_t left = q_len - at / columns % rows * block_q;
         const double paid = mean * (double)(left < block_q ? left : block_q);
         if (!isfinite(paid)) {
-            r.not_finite++;
+            r.nonfinite++;
             continue;
         }
         all += paid;
         kept += ((const uint8_t *)keep->data)[at] ? paid : 0.0;
     }
-    r.share = all > 0.0 ? kept / all : r.not_finite ? NAN : 1.0;
+    r.share = all > 0.0 ? kept / all : r.nonfinite ? NAN : 1.0;
     return r;
 }
 

@@ -11,7 +11,7 @@
 typedef struct recall {
     double
         share; /* in [0, 1]; 1 where nothing is attended to, NaN where no attention is a number */
-    int64_t not_finite; /* blocks whose attention is not a number: left out */
+    int64_t nonfinite; /* blocks whose attention is not a number: left out */
 } recall;
 
 /* The share of the attention of all rows that a mask keeps; mass: the oracle's block_mass without a

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "tools/dump.h"
+#include "tools/intermediates.h"
 
 /* ---- Blocks and tokens ---- */
 
@@ -122,7 +122,7 @@ void reasons_warn(const reasons *r, const sparge_options *o, const char *file)
         return;
     char theta[64] = "";
     if (names[most].theta)
-        snprintf(theta, sizeof theta, "theta %g finds ", (double)o->knobs.theta);
+        snprintf(theta, sizeof theta, "theta %g finds ", (double)o->thresholds.theta);
     fprintf(stderr,
             "sparge: %s: %.0f %% of the visible block pairs are kept whatever tau and topk are, "
             "since %s%s\n",

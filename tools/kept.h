@@ -21,7 +21,7 @@ typedef struct reasons {
     int64_t alone[REASONS]; /* and for no other */
 } reasons;
 
-/* why: as sparge_trace has it. */
+/* why: as sparge_intermediates has it. */
 reasons reasons_of(const array *why, const sparge_problem *p, const sparge_options *o);
 
 /* An object with a number for each reason; NULL: no memory. */

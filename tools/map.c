@@ -5,8 +5,8 @@
 #include <string.h>
 
 #include "tools/device.h"
-#include "tools/dump.h"
 #include "tools/inputs.h"
+#include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
 #include "tools/npy.h"
@@ -74,8 +74,8 @@ typedef struct map {
 /* Is there a lambda to draw? */
 static bool asks_lambda(const attention_args *a)
 {
-    return a->params ||
-           a->options.knobs.lambda != sparge_options_default(a->options.rules).knobs.lambda;
+    return a->params || a->options.thresholds.lambda !=
+                            sparge_options_default(a->options.rules).thresholds.lambda;
 }
 
 static exit_code check_args(const attention_args *a, file_error *error)
@@ -109,9 +109,9 @@ static exit_code read_files(map *m, file_error *error)
     return code ? code : settle(a, m->capture, &m->in.problem, &m->options, &m->settled, error);
 }
 
-static const sparge_knobs *knobs_of(const map *m, int64_t head)
+static const sparge_thresholds *thresholds_of(const map *m, int64_t head)
 {
-    return m->options.per_head ? &m->options.per_head[head] : &m->options.knobs;
+    return m->options.per_head ? &m->options.per_head[head] : &m->options.thresholds;
 }
 
 /* The picture before there is anything on it: does it fit? */
@@ -131,7 +131,7 @@ static exit_code plan(map *m, file_error *error)
         .block_k = o->block_k,
     };
     for (int64_t h = 0; h < p->heads && p->v.data; h++)
-        m->picture.lambda |= isfinite(knobs_of(m, h)->lambda);
+        m->picture.lambda |= isfinite(thresholds_of(m, h)->lambda);
     int64_t width, height;
     if (picture_size(&m->picture, &width, &height))
         return EXIT_FINE;
@@ -151,23 +151,24 @@ static exit_code compute(map *m, file_error *error)
     sparge_error why;
     m->counts = calloc((size_t)m->picture.heads + 1, sizeof *m->counts);
     m->titles = calloc((size_t)m->picture.heads + 1, sizeof *m->titles);
-    if (!m->counts || !m->titles || !dump_alloc("bhij", ARRAY_F64, p, o, &m->mass, error) ||
-        !dump_alloc("bhij", ARRAY_U8, p, o, &m->why, error) ||
-        !dump_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
-        (attends && !dump_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
+    if (!m->counts || !m->titles ||
+        !intermediates_alloc("bhij", ARRAY_F64, p, o, &m->mass, error) ||
+        !intermediates_alloc("bhij", ARRAY_U8, p, o, &m->why, error) ||
+        !intermediates_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
+        (attends && !intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
         return EXIT_MACHINE;
     double seconds;
-    const sparge_trace wanted = {.why = m->why.data};
+    const sparge_intermediates wanted = {.why = m->why.data};
     progress watch = progress_begin("lambda");
     o->progress = progress_tick;
     o->user = &watch;
     sparge_status status = device_predict(p, o, &m->mask, &wanted, &seconds, &why);
     if (!status && attends) {
-        const sparge_trace trace = {.pv_done = m->pv_done.data};
+        const sparge_intermediates intermediates = {.pv_done = m->pv_done.data};
         sparge_result result = {
             .o = {m->o.data, SPARGE_F32, p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v,
                   p->dim_v},
-            .trace = &trace,
+            .intermediates = &intermediates,
             .head_counts = m->counts,
         };
         status = device_attend(p, o, &m->mask, &result, &seconds, &why);
@@ -184,7 +185,7 @@ static exit_code compute(map *m, file_error *error)
 
 static void describe_thresholds(const map *m, char text[128])
 {
-    const sparge_knobs *k = &m->options.knobs;
+    const sparge_thresholds *k = &m->options.thresholds;
     char tau[32] = "", topk[32] = "", lambda[32] = "";
     if (k->tau != SPARGE_OFF)
         snprintf(tau, sizeof tau, ", τ %g", (double)k->tau);
@@ -206,7 +207,7 @@ static exit_code describe(map *m, file_error *error)
     const sparge_options *o = &m->options;
     const int64_t blocks = m->picture.rows * m->picture.columns;
     double sum = 0.0;
-    int64_t not_finite = 0;
+    int64_t nonfinite = 0;
     if (!m->picture.lambda)
         kept_counts(&m->keep, p, o, m->counts);
     for (int64_t n = 0; n < m->picture.heads; n++) {
@@ -223,7 +224,7 @@ static exit_code describe(map *m, file_error *error)
         }
         const array mass = array_part(&m->mass, 2, n), kept = array_part(&m->keep, 2, n);
         const recall r = judge_recall(&mass, &kept, p->q_len, o->block_q);
-        not_finite += r.not_finite;
+        nonfinite += r.nonfinite;
         sum += sparge_sparsity(c);
         char batch[32] = "";
         if (p->batch > 1)
@@ -234,12 +235,12 @@ static exit_code describe(map *m, file_error *error)
         snprintf(m->titles[n], HEAD_TITLE, "%shead %lld: sparsity %.3f, %s", batch,
                  (long long)capture_head(m->capture, n % p->heads), sparge_sparsity(c), keeps);
     }
-    if (not_finite)
+    if (nonfinite)
         fprintf(
             stderr,
             "sparge: %lld of %lld blocks have attention that is not a number: q or k is not finite "
             "there; what is kept is measured over the others\n",
-            (long long)not_finite, (long long)(blocks * m->picture.heads));
+            (long long)nonfinite, (long long)(blocks * m->picture.heads));
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
              (long long)p->k_len, m->picture.heads ? sum / (double)m->picture.heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};

@@ -72,6 +72,14 @@ error_t options_word(struct argp_state *state, const char *name, const char *tex
     return options_wrong(state, "%s is '%.40s', it must be one of %s", name, text, all);
 }
 
+sparge_dtype options_dtype(const char *word)
+{
+    sparge_dtype dtype = SPARGE_F32;
+    while (dtype < SPARGE_FASTEST && strcmp(sparge_dtype_string(dtype), word) != 0)
+        dtype++;
+    return dtype;
+}
+
 int64_t options_skip_rows(const sparge_options *o)
 {
     const sparge_problem none = {.heads = 1, .kv_heads = 1, .dim = 1};
@@ -86,11 +94,12 @@ int64_t options_skip_rows(const sparge_options *o)
 json_t *options_json(const sparge_options *o)
 {
     return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules",
-                     options_rules[o->rules], "qk", options_precisions[o->qk], "pv",
-                     options_precisions[o->pv], "block_q", (json_int_t)o->block_q, "block_k",
-                     (json_int_t)o->block_k, "skip_rows", (json_int_t)options_skip_rows(o),
-                     "causal", options_causals[o->causal], "smooth_k", o->smooth_k, "sink", o->sink,
-                     "scale", o->scale > 0.0f ? json_float(o->scale) : json_null());
+                     options_rules[o->rules], "qk_dtype", sparge_dtype_string(o->qk_dtype),
+                     "pv_dtype", sparge_dtype_string(o->pv_dtype), "block_q",
+                     (json_int_t)o->block_q, "block_k", (json_int_t)o->block_k, "skip_rows",
+                     (json_int_t)options_skip_rows(o), "causal", options_causals[o->causal],
+                     "smooth_k", o->smooth_k, "sink", o->sink, "softmax_scale",
+                     o->softmax_scale > 0.0f ? json_float(o->softmax_scale) : json_null());
 }
 
 /* tau or topk. */
@@ -99,7 +108,7 @@ static json_t *share_json(float share)
     return share == SPARGE_OFF ? json_null() : json_float(share);
 }
 
-json_t *knobs_json(const sparge_knobs *k)
+json_t *thresholds_json(const sparge_thresholds *k)
 {
     return json_pack("{s:o, s:o, s:o, s:o}", "theta", json_float(k->theta), "tau",
                      share_json(k->tau), "topk", share_json(k->topk), "lambda",
@@ -195,6 +204,29 @@ static error_t root_parser(int key, char *text, struct argp_state *state)
     }
 }
 
+/* Words of an earlier version, which abbreviations would otherwise take for the new ones. */
+static const char *const renamed[][2] = {
+    {"qk", "qk-dtype"},         {"pv", "pv-dtype"},        {"rung", "kernel"},
+    {"scale", "softmax-scale"}, {"dump", "intermediates"},
+};
+
+/* Refuses the first of them whose new name is an option of the command. */
+static bool refuse_renamed(const struct argp *argp, int argc, char **argv, file_error *error)
+{
+    for (int n = 1; n < argc && strcmp(argv[n], "--") != 0; n++)
+        for (size_t w = 0; w < sizeof renamed / sizeof *renamed; w++) {
+            const char *old = renamed[w][0], *now = renamed[w][1];
+            const size_t length = strlen(old);
+            search s = {.word = now, .length = strlen(now)};
+            search_options(argp, &s);
+            if (s.whole && strncmp(argv[n], "--", 2) == 0 &&
+                strncmp(argv[n] + 2, old, length) == 0 && strchr("=", argv[n][2 + length]))
+                return file_error_set(error, NULL, "--%s is now --%s; see '%s --help'", old, now,
+                                      argv[0]);
+        }
+    return true;
+}
+
 exit_code options_parse(const struct argp *argp, int argc, char **argv, options_base *input)
 {
     static const struct argp_option help[] = {{"help", 'h', 0, 0, "show this", -1}, {0}};
@@ -202,6 +234,8 @@ exit_code options_parse(const struct argp *argp, int argc, char **argv, options_
     const struct argp root = {.options = help, .parser = root_parser, .children = children};
     parse p = {*input, input, false};
     file_error_clear(input->error);
+    if (!refuse_renamed(argp, argc, argv, input->error))
+        return EXIT_USAGE;
     const error_t failed =
         argp_parse(&root, argc, argv, ARGP_NO_EXIT | ARGP_NO_ERRS | ARGP_NO_HELP, NULL, &p);
     if (failed == ENOMEM) {
@@ -229,19 +263,20 @@ const struct argp_option attention_options[] = {
     {0, 0, 0, 0, "What is computed:", 2},
     {"causal", OPT_CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start",
      0},
-    {"scale", OPT_SCALE, "X", 0, "of the scores (1/sqrt(channels))", 0},
+    {"softmax-scale", OPT_SOFTMAX_SCALE, "X", 0, "factor of the scores (1/sqrt(channels))", 0},
     {"block-q", OPT_BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
     {"block-k", OPT_BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
     {"skip-rows", OPT_SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
     {"no-smooth-k", OPT_NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
-    {"qk", OPT_QK, "HOW", 0, "Q.K in int8, int12 or f32", 0},
-    {"pv", OPT_PV, "HOW", 0, "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)",
-     0},
+    {"qk-dtype", OPT_QK_DTYPE, "HOW", 0, "Q.K in int8, int12 or f32", 0},
+    {"pv-dtype", OPT_PV_DTYPE, "HOW", 0,
+     "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
     {0, 0, 0, 0, "By what:", 3},
     {"backend", OPT_BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
     {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
     {"threads", OPT_THREADS, "N", 0, "of the cpu backend (0: as many as there are cores)", 0},
-    {"rung", OPT_RUNG, "N", 0, "of the ladder of cuda, 1 to 5 (the best that can do it)", 0},
+    {"kernel", OPT_KERNEL, "N", 0, "kernel of the cuda backend, 1 to 5 (the best that can do it)",
+     0},
     {0, 0, 0, 0, "Files:", 4},
     {"layout", OPT_LAYOUT, "HOW", 0, "of the axes: hnd ([B,H,N,D], [H,N,D]) or nhd ([B,N,H,D])", 0},
     {"output", 'o', "FILE", 0, "where to write", 0},
@@ -249,8 +284,8 @@ const struct argp_option attention_options[] = {
 };
 
 const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", NULL};
-const char *const options_precisions[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
-const char *const options_first_precisions[] = {"int8", "int12", "f32", NULL};
+static const char *const pv_dtypes[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
+const char *const options_qk_dtypes[] = {"int8", "int12", "f32", NULL};
 const char *const options_causals[] = {"none", "end", "start", NULL};
 const char *const options_rules[] = {"default", "paper", "upstream", NULL};
 static const char *const backends[] = {"auto", "ref", "cpu", "cuda", NULL};
@@ -264,8 +299,8 @@ static const struct choice {
     [OPT_RULES - OPT_CAUSAL] = {"--rules", options_rules},
     [OPT_BACKEND - OPT_CAUSAL] = {"--backend", backends},
     [OPT_ISA - OPT_CAUSAL] = {"--isa", options_isas},
-    [OPT_QK - OPT_CAUSAL] = {"--qk", options_first_precisions},
-    [OPT_PV - OPT_CAUSAL] = {"--pv", options_precisions},
+    [OPT_QK_DTYPE - OPT_CAUSAL] = {"--qk-dtype", options_qk_dtypes},
+    [OPT_PV_DTYPE - OPT_CAUSAL] = {"--pv-dtype", pv_dtypes},
     [OPT_LAYOUT - OPT_CAUSAL] = {"--layout", layouts},
 };
 
@@ -281,8 +316,8 @@ static error_t choose(struct argp_state *state, attention_args *a, int key, cons
     case OPT_RULES: a->rules = (sparge_rules)word; break;
     case OPT_BACKEND: a->options.backend = (sparge_backend)word; break;
     case OPT_ISA: a->options.isa = (sparge_isa)word; break;
-    case OPT_QK: a->options.qk = (sparge_precision)word; break;
-    case OPT_PV: a->options.pv = (sparge_precision)word; break;
+    case OPT_QK_DTYPE: a->options.qk_dtype = options_dtype(c->words[word]); break;
+    case OPT_PV_DTYPE: a->options.pv_dtype = options_dtype(c->words[word]); break;
     default: a->nhd = word == 1; break;
     }
     return 0;
@@ -310,12 +345,13 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "'%.60s' is one file too many", text);
         a->file[a->files++] = text;
         return 0;
-    case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->knobs.theta);
-    case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &o->knobs.tau);
-    case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->knobs.topk);
+    case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->thresholds.theta);
+    case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &o->thresholds.tau);
+    case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->thresholds.topk);
     case OPT_LAMBDA:
-        return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->knobs.lambda);
-    case OPT_SCALE: return options_float(state, "--scale", text, FLT_MIN, FLT_MAX, &o->scale);
+        return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->thresholds.lambda);
+    case OPT_SOFTMAX_SCALE:
+        return options_float(state, "--softmax-scale", text, FLT_MIN, FLT_MAX, &o->softmax_scale);
     case OPT_BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
     case OPT_BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
     case OPT_SKIP_ROWS:
@@ -324,9 +360,9 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
         error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &whole);
         o->threads = (int)whole;
         return error;
-    case OPT_RUNG:
-        error = options_whole(state, "--rung", text, 1, 5, &whole);
-        o->rung = (int)whole;
+    case OPT_KERNEL:
+        error = options_whole(state, "--kernel", text, 1, 5, &whole);
+        o->kernel = (int)whole;
         return error;
     case OPT_SINK: o->sink = true; return 0;
     case OPT_NO_SMOOTH_K: o->smooth_k = false; return 0;
@@ -335,10 +371,10 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
         a->output = text;
         return 0;
     case ARGP_KEY_END:
-        if (o->knobs.topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
-            o->knobs.tau = SPARGE_OFF;
-        if (o->backend == SPARGE_CUDA && !(a->given & option_bit(OPT_PV)))
-            o->pv = SPARGE_FASTEST;
+        if (o->thresholds.topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
+            o->thresholds.tau = SPARGE_OFF;
+        if (o->backend == SPARGE_CUDA && !(a->given & option_bit(OPT_PV_DTYPE)))
+            o->pv_dtype = SPARGE_FASTEST;
         return 0;
     default:
         return key >= OPT_CAUSAL && key <= OPT_LAYOUT ? choose(state, a, key, text)

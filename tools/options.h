@@ -31,11 +31,13 @@ error_t options_word(struct argp_state *state, const char *name, const char *tex
 
 /* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on
  * any, has the first ones alone. */
-extern const char *const options_isas[],
-    *const options_precisions[], *const options_first_precisions[], *const options_causals[],
-                                                                        *const options_rules[];
+extern const char *const options_isas[], *const options_qk_dtypes[], *const options_causals[],
+                                                                         *const options_rules[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
+
+/* The dtype that one of their words names. */
+sparge_dtype options_dtype(const char *word);
 
 /* What --skip-rows stands for under the rules. */
 int64_t options_skip_rows(const sparge_options *o);
@@ -43,7 +45,7 @@ int64_t options_skip_rows(const sparge_options *o);
 /* rules to scale, as the command line has them; and the thresholds. null stands for what is off, or
  * 1/sqrt(channels). NULL: no memory. */
 json_t *options_json(const sparge_options *o);
-json_t *knobs_json(const sparge_knobs *knobs);
+json_t *thresholds_json(const sparge_thresholds *thresholds);
 
 /* ---- For commands that run attention ---------------------------------------------------- */
 
@@ -53,20 +55,20 @@ enum {
     OPT_TAU,
     OPT_TOPK,
     OPT_LAMBDA,
-    OPT_SCALE,
+    OPT_SOFTMAX_SCALE,
     OPT_BLOCK_Q,
     OPT_BLOCK_K,
     OPT_SKIP_ROWS,
     OPT_THREADS,
-    OPT_RUNG,
+    OPT_KERNEL,
     OPT_SINK,
     OPT_NO_SMOOTH_K,
     OPT_CAUSAL,
     OPT_RULES,
     OPT_BACKEND,
     OPT_ISA,
-    OPT_QK,
-    OPT_PV,
+    OPT_QK_DTYPE,
+    OPT_PV_DTYPE,
     OPT_LAYOUT, /* words */
     OPT_LAYER,
     OPT_IGNORE_MANIFEST,

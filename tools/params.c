@@ -78,7 +78,7 @@ static bool read_text(const reader *r, const char *key, const char **to)
 
 static bool read_head(reader *r, params_head *to)
 {
-    sparge_knobs *k = &to->knobs;
+    sparge_thresholds *k = &to->thresholds;
     bool dense;
     return read_whole(r, "layer", 0, INT32_MAX, &to->layer) &&
            read_whole(r, "head", 0, INT32_MAX, &to->head) && read_bool(r, "dense", &dense) &&
@@ -138,7 +138,8 @@ static bool read_all(reader *r, params *out)
         read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) &&
         read_word(r, "causal", options_causals, &causal) &&
         read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
-        read_float(r, "scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &out->scale) &&
+        read_float(r, "softmax_scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f,
+                   &out->softmax_scale) &&
         read_heads(r, out);
     out->causal = (sparge_causal)causal;
     out->rules = (sparge_rules)rules;
@@ -182,13 +183,13 @@ void params_free(params *p)
 /* ---- Using ---- */
 
 exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head,
-                      sparge_knobs *to, file_error *error)
+                      sparge_thresholds *to, file_error *error)
 {
     const params_head wanted = {.layer = layer, .head = head};
     const params_head *const found =
         p->heads ? bsearch(&wanted, p->head, (size_t)p->heads, sizeof wanted, by_place) : NULL;
     if (found)
-        *to = found->knobs;
+        *to = found->thresholds;
     else
         file_error_set(error, name, "has no thresholds for layer %" PRId64 " head %" PRId64, layer,
                        head);
@@ -222,8 +223,8 @@ static void take(const params *p, option_set given, sparge_options *o)
         o->smooth_k = p->smooth_k;
     if (!(given & option_bit(OPT_SINK)))
         o->sink = p->sink;
-    if (!(given & option_bit(OPT_SCALE)))
-        o->scale = p->scale;
+    if (!(given & option_bit(OPT_SOFTMAX_SCALE)))
+        o->softmax_scale = p->softmax_scale;
 }
 
 exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o,
@@ -250,8 +251,8 @@ exit_code params_obey(const params *p, const char *name, option_set given, sparg
         snprintf(how, sizeof how, "%s --sink", p->sink ? "with" : "without");
     else if (p->smooth_k != o->smooth_k)
         snprintf(how, sizeof how, "%s --no-smooth-k", p->smooth_k ? "without" : "with");
-    else if (p->scale != o->scale)
-        snprintf(how, sizeof how, "with another --scale");
+    else if (p->softmax_scale != o->softmax_scale)
+        snprintf(how, sizeof how, "with another --softmax-scale");
     if (!*how)
         return EXIT_FINE;
     file_error_set(error, name, "was tuned %s; run so too", how);
@@ -259,7 +260,7 @@ exit_code params_obey(const params *p, const char *name, option_set given, sparg
 }
 
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
-                                 const sparge_options *options, sparge_knobs *knobs,
+                                 const sparge_options *options, sparge_thresholds *thresholds,
                                  sparge_error *error)
 {
     params p;
@@ -271,7 +272,7 @@ sparge_status sparge_params_load(const char *path, const char *model, int64_t la
     if (!code)
         code = params_obey(&p, path, options_all(), &same, &why);
     for (int64_t h = 0; h < heads && !code; h++)
-        code = params_find(&p, path, layer, h, &knobs[h], &why);
+        code = params_find(&p, path, layer, h, &thresholds[h], &why);
     params_free(&p);
     if (error)
         snprintf(error->text, sizeof error->text, "%.*s", (int)sizeof error->text - 1,
@@ -288,9 +289,9 @@ json_t *params_header(const char *model, const char *weights, const sparge_optio
                        options_json(o));
 }
 
-json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs)
+json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_thresholds *thresholds)
 {
     return json_joined(json_pack("{s:I, s:I, s:b}", "layer", (json_int_t)layer, "head",
                                  (json_int_t)head, "dense", dense),
-                       knobs_json(knobs));
+                       thresholds_json(thresholds));
 }

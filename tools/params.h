@@ -8,7 +8,7 @@
 
 typedef struct params_head {
     int64_t layer, head;
-    sparge_knobs knobs;
+    sparge_thresholds thresholds;
 } params_head;
 
 typedef struct params {
@@ -18,7 +18,7 @@ typedef struct params {
     int64_t block_q, block_k, skip_rows;
     sparge_causal causal;
     bool smooth_k, sink;
-    float scale; /* 0: 1/sqrt(dim) */
+    float softmax_scale; /* 0: 1/sqrt(dim) */
     params_head *head;
     int64_t heads;
 } params;
@@ -31,7 +31,7 @@ void params_free(params *p);
 
 /* Of a head of a layer; an error where the file lacks it. */
 exit_code params_find(const params *p, const char *name, int64_t layer, int64_t head,
-                      sparge_knobs *to, file_error *error);
+                      sparge_thresholds *to, file_error *error);
 
 /* Are these thresholds for a model of this name, or with these weights? NULL: unknown. name: of the
  * file. */
@@ -49,6 +49,6 @@ json_t *params_header(const char *model, const char *weights, const sparge_optio
 
 /* A head's line begins so; NULL: no memory. Thresholds are the shortest decimals that are these
  * floats. */
-json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_knobs *knobs);
+json_t *params_line(int64_t layer, int64_t head, bool dense, const sparge_thresholds *thresholds);
 
 #endif

@@ -10,7 +10,17 @@
 #include "tools/progress.h"
 #include "tools/run.h"
 
-enum { DENSE = OPT_COMMAND, MASK, MASK_ONLY, DENSITY, MASK_OUT, LSE_OUT, DUMP, CHECK, RUN_END };
+enum {
+    DENSE = OPT_COMMAND,
+    MASK,
+    MASK_ONLY,
+    DENSITY,
+    MASK_OUT,
+    LSE_OUT,
+    INTERMEDIATES,
+    CHECK,
+    RUN_END
+};
 
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
@@ -23,7 +33,8 @@ static const struct argp_option run_options[] = {
     {"mask-only", MASK_ONLY, 0, 0, "no attention: the mask and what it keeps; v is not needed", 1},
     {"mask-out", MASK_OUT, "M.npy", 0, "write the mask", 4},
     {"lse-out", LSE_OUT, "L.npy", 0, "write the log-sum-exp, [B,H,N]", 4},
-    {"dump", DUMP, "DIR", 0, "write every stage of the algorithm", 4},
+    {"intermediates", INTERMEDIATES, "DIR", 0, "write the intermediate results of the algorithm",
+     4},
     {"check", CHECK, 0, 0, "measure the error, and the recall of the mask, by attention in double",
      4},
     {0},
@@ -35,7 +46,7 @@ static const options_conflict conflicts[] = {
      "keeps every block"},
     {MASK, {DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
     {MASK_ONLY,
-     {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK, OPT_PV, OPT_RUNG},
+     {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK_DTYPE, OPT_PV_DTYPE, OPT_KERNEL},
      "computes no attention"},
     {DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK}, "finds tau"},
 };
@@ -54,7 +65,7 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     case DENSITY: return options_real(state, "--density", text, 0.0, 1.0, &a->density);
     case MASK_OUT: a->mask_out = text; return 0;
     case LSE_OUT: a->lse_out = text; return 0;
-    case DUMP: a->dump = text; return 0;
+    case INTERMEDIATES: a->intermediates = text; return 0;
     case CHECK: a->check = true; return 0;
     case ARGP_KEY_END:
         if (shared->files == 0 || (shared->files == 2 && !a->mask_only))
@@ -99,9 +110,9 @@ static exit_code read_files(run *r, file_error *error)
     exit_code code = EXIT_FINE;
     for (int n = 0; n < 3 && !code; n++)
         code = spare(r, output[n], error);
-    for (int n = 0; n < STAGES && r->args.dump && !code; n++) {
+    for (int n = 0; n < STAGES && r->args.intermediates && !code; n++) {
         char path[PATH_MAX];
-        dump_path(r->args.dump, n, path);
+        intermediates_path(r->args.intermediates, n, path);
         code = spare(r, path, error);
     }
     if (!code)
@@ -151,25 +162,29 @@ static exit_code open_files(run *r, file_error *error)
     if (code)
         return code;
     const bool predicts = run_predicts(&r->args);
-    if (r->args.dump ? !dump_make(&r->dump, p, &r->options, predicts, !r->args.mask_only, error)
-                     : predicts && !dump_make_stage(&r->dump, STAGE_WHY, p, &r->options, error))
+    if (r->args.intermediates ? !intermediates_make(&r->intermediates, p, &r->options, predicts,
+                                                    !r->args.mask_only, error)
+                              : predicts && !intermediates_make_stage(&r->intermediates, STAGE_WHY,
+                                                                      p, &r->options, error))
         return EXIT_MACHINE;
-    return r->args.dump ? dump_open(&r->dump, r->args.dump, error) : EXIT_FINE;
+    return r->args.intermediates
+               ? intermediates_open(&r->intermediates, r->args.intermediates, error)
+               : EXIT_FINE;
 }
 
 static exit_code attend(run *r, file_error *error)
 {
     const sparge_problem *p = &r->in.problem;
-    array *o = &r->dump.array[STAGE_O];
+    array *o = &r->intermediates.array[STAGE_O];
     const bool half = r->in.type == ARRAY_F16;
-    if (!dump_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, error) ||
-        !dump_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, error))
+    if (!intermediates_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, error) ||
+        !intermediates_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, error))
         return EXIT_MACHINE;
     r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32,
                                p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v};
     r->result.lse = r->args.lse_out ? r->lse.data : NULL;
     r->result.mask = run_predicts(&r->args) ? &r->mask : NULL;
-    r->result.trace = &r->dump.trace;
+    r->result.intermediates = &r->intermediates.intermediates;
     sparge_error why;
     progress watch = progress_begin("attention");
     r->options.progress = progress_tick;
@@ -191,7 +206,8 @@ static exit_code predict(run *r, file_error *error)
     r->options.user = &watch;
     const sparge_status status =
         r->args.mask ? SPARGE_OK
-                     : device_predict(p, &r->options, &r->mask, &r->dump.trace, &r->seconds, &why);
+                     : device_predict(p, &r->options, &r->mask, &r->intermediates.intermediates,
+                                      &r->seconds, &why);
     progress_end(&watch);
     r->result.seconds_predict = r->seconds;
     return library_result(status, &why, error);
@@ -201,7 +217,7 @@ static exit_code predict(run *r, file_error *error)
 static exit_code compute(run *r, file_error *error)
 {
     const sparge_problem *p = &r->in.problem;
-    array *mask = &r->dump.array[STAGE_MASK];
+    array *mask = &r->intermediates.array[STAGE_MASK];
     const int64_t heads = p->batch * p->heads;
     sparge_error why;
     r->result.head_counts = calloc((size_t)heads + 1, sizeof(sparge_counts));
@@ -225,7 +241,7 @@ static exit_code compute(run *r, file_error *error)
 
 static exit_code write_files(run *r, file_error *error)
 {
-    array *o = &r->dump.array[STAGE_O], *mask = &r->dump.array[STAGE_MASK];
+    array *o = &r->intermediates.array[STAGE_O], *mask = &r->intermediates.array[STAGE_MASK];
     array shaped = {0};
     exit_code code = EXIT_FINE;
     if (r->o_file) {
@@ -239,7 +255,7 @@ static exit_code write_files(run *r, file_error *error)
     if (!code &&
         ((r->mask_file && !npy_write(output_stream(r->mask_file), r->args.mask_out, mask, error)) ||
          (r->lse_file && !npy_write(output_stream(r->lse_file), r->args.lse_out, &r->lse, error)) ||
-         !dump_write(&r->dump, error)))
+         !intermediates_write(&r->intermediates, error)))
         code = EXIT_FILE;
     return code;
 }
@@ -251,7 +267,7 @@ static exit_code measure(run *r, const sparge_mask *mask, const char *what, comp
 {
     array want = {0};
     if (!r->args.mask_only &&
-        !dump_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
+        !intermediates_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
         return EXIT_MACHINE;
     sparge_error why;
     progress watch = progress_begin(what);
@@ -261,7 +277,7 @@ static exit_code measure(run *r, const sparge_mask *mask, const char *what, comp
                                                SPARGE_ORACLE_REAL, want.data, NULL, mass, &why);
     progress_end(&watch);
     if (!status && want.data)
-        *to = compare(&r->dump.array[STAGE_O], &want);
+        *to = compare(&r->intermediates.array[STAGE_O], &want);
     array_free(&want);
     return library_result(status, &why, error);
 }
@@ -271,11 +287,11 @@ static exit_code check(run *r, file_error *error)
     array mass;
     if (!r->args.check)
         return EXIT_FINE;
-    if (!dump_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass, error))
+    if (!intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass, error))
         return EXIT_MACHINE;
     exit_code code = measure(r, NULL, "check", &r->real, mass.data, error);
     if (!code)
-        r->recall = judge_recall(&mass, &r->dump.array[STAGE_MASK], r->in.problem.q_len,
+        r->recall = judge_recall(&mass, &r->intermediates.array[STAGE_MASK], r->in.problem.q_len,
                                  r->options.block_q);
     r->masked = r->real;
     if (!code && mask_of(r) && !r->args.mask_only)
@@ -317,9 +333,9 @@ static exit_code run_capture(const run_args *args, const capture *c, json_t *row
     if (!code && !outputs_commit(error)) /* last: whatever failed before leaves no file */
         code = EXIT_FILE;
     else if (!code)
-        dump_tidy(&r.dump);
+        intermediates_tidy(&r.intermediates);
     outputs_discard();
-    dump_free(&r.dump);
+    intermediates_free(&r.intermediates);
     array_free(&r.lse);
     sparge_mask_free(&r.mask);
     inputs_free(&r.in);
@@ -342,7 +358,7 @@ static exit_code run_listed(const run_args *args, const capture *c, json_t *rows
     if (!code)
         code = place_output(&one.lse_out, c, ".npy", path[3], error);
     if (!code)
-        code = place_output(&one.dump, c, "", path[4], error);
+        code = place_output(&one.intermediates, c, "", path[4], error);
     return code ? code : run_capture(&one, c, rows, error);
 }
 

@@ -4,8 +4,8 @@
 #define SPARGE_TOOLS_RUN_H
 
 #include "tools/compare.h"
-#include "tools/dump.h"
 #include "tools/inputs.h"
+#include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
 #include "tools/settle.h"
@@ -13,7 +13,7 @@
 typedef struct run_args {
     options_base base;
     attention_args attention;
-    const char *mask, *mask_out, *lse_out, *dump;
+    const char *mask, *mask_out, *lse_out, *intermediates;
     double density; /* NaN: not asked for */
     bool dense, mask_only, check;
 } run_args;
@@ -28,7 +28,8 @@ typedef struct run {
     inputs in;
     settled settled;
     sparge_mask mask; /* no bits when dense */
-    dump dump;        /* of the mask, o and the reasons too when there is no --dump */
+    intermediate_arrays
+        intermediates; /* of the mask, o and the reasons too when there is no --intermediates */
     array lse;
     output_file *o_file, *mask_file, *lse_file;
     sparge_result result;

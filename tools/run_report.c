@@ -33,7 +33,7 @@ static json_t *describe_files(const run *r)
 /* Thresholds that every head has, and that played a part; of those of each head the file tells. */
 static json_t *describe_thresholds(const run *r)
 {
-    json_t *json = json_joined(knobs_json(&r->options.knobs),
+    json_t *json = json_joined(thresholds_json(&r->options.thresholds),
                                json_pack("{s:o}", "density", json_number(r->args.density)));
     static const char *const of_prediction[] = {"theta", "tau", "topk"};
     for (int n = 0; n < 3 && json && (r->options.per_head || !run_predicts(&r->args)); n++)
@@ -56,8 +56,8 @@ static json_t *describe_run(const run *r)
 {
     const sparge_options *o = &r->options;
     json_t *by = json_pack("{s:s, s:s, s:i, s:o}", "backend", sparge_backend_string(o->backend),
-                           "isa", sparge_isa_string(o->isa), "threads", o->threads, "rung",
-                           o->rung ? json_integer(o->rung) : json_null());
+                           "isa", sparge_isa_string(o->isa), "threads", o->threads, "kernel",
+                           o->kernel ? json_integer(o->kernel) : json_null());
     return json_joined(json_joined(json_joined(by, options_json(o)), describe_thresholds(r)),
                        describe_sizes(r));
 }
@@ -79,7 +79,7 @@ static json_t *describe_kept(const run *r)
         "sparsity_pv", json_number(sparge_sparsity_pv(c)), "sparsity_per_head", per_head);
     if (!run_predicts(&r->args))
         return json_joined(json, json_pack("{s:n, s:n}", "kept_by", "kept_by_alone"));
-    const reasons why = reasons_of(&r->dump.array[STAGE_WHY], &r->in.problem, &r->options);
+    const reasons why = reasons_of(&r->intermediates.array[STAGE_WHY], &r->in.problem, &r->options);
     return json_joined(json, json_pack("{s:o, s:o}", "kept_by", reasons_json(why.kept),
                                        "kept_by_alone", reasons_json(why.alone)));
 }
@@ -108,22 +108,15 @@ static json_t *describe_errors(const run *r)
                                "mask_worst_row_l1", json_number(r->masked.worst_row_l1));
     return json_joined(
         json_joined(errors, compare_counts(real)),
-        json_pack("{s:I}", "mask_not_finite_apart", (json_int_t)r->masked.not_finite_apart));
+        json_pack("{s:I}", "mask_nonfinite_apart", (json_int_t)r->masked.nonfinite_apart));
 }
 
 /* What plays no part where there is no attention. */
 static void blank(json_t *json)
 {
-    static const char *const keys[] = {"qk",
-                                       "pv",
-                                       "skip_rows",
-                                       "lambda",
-                                       "dim_v",
-                                       "workspace_bytes",
-                                       "seconds_quantize",
-                                       "seconds_attend",
-                                       "tops",
-                                       "tops_executed"};
+    static const char *const keys[] = {
+        "qk_dtype",        "pv_dtype",         "skip_rows",      "lambda", "dim_v",
+        "workspace_bytes", "seconds_quantize", "seconds_attend", "tops",   "tops_executed"};
     for (size_t n = 0; n < sizeof keys / sizeof *keys && json; n++)
         json_object_set_new(json, keys[n], json_null());
 }
@@ -136,29 +129,30 @@ json_t *run_json(const run *r)
         blank(json);
     if (r->args.check)
         json = json_joined(json, json_pack("{s:o, s:I}", "recall", json_number(r->recall.share),
-                                           "blocks_not_finite", (json_int_t)r->recall.not_finite));
+                                           "blocks_nonfinite", (json_int_t)r->recall.nonfinite));
     return r->args.check && !r->args.mask_only ? json_joined(json, describe_errors(r)) : json;
 }
 
 void run_warn(const run *r)
 {
     if (run_predicts(&r->args)) {
-        const reasons why = reasons_of(&r->dump.array[STAGE_WHY], &r->in.problem, &r->options);
+        const reasons why =
+            reasons_of(&r->intermediates.array[STAGE_WHY], &r->in.problem, &r->options);
         reasons_warn(&why, &r->options, r->args.attention.file[0]);
     }
     if (r->args.mask_only)
         return;
     const char *what = r->rows ? capture_name(r->capture) : "o";
-    const int64_t not_finite = r->args.check ? 0 : array_not_finite(&r->dump.array[STAGE_O]);
-    if (not_finite)
+    const int64_t nonfinite = r->args.check ? 0 : array_nonfinite(&r->intermediates.array[STAGE_O]);
+    if (nonfinite)
         fprintf(stderr,
                 "sparge: %s has %" PRId64
                 " elements that are NaN or infinite; --check says whether dense "
                 "attention has them too\n",
-                what, not_finite);
+                what, nonfinite);
     if (!r->args.check)
         return;
     compare_warn(&r->real, what, "dense attention");
-    if (r->masked.not_finite_apart)
+    if (r->masked.nonfinite_apart)
         compare_warn(&r->masked, what, "attention over the mask");
 }

@@ -7,11 +7,11 @@
 
 typedef struct settled {
     const capture *capture;
-    const char *params;       /* the file of thresholds, or NULL */
-    char sha256[SHA256_TEXT]; /* of it */
-    int64_t layer;            /* whose thresholds; -1: not asked for */
-    const char *layer_from;   /* who says so */
-    sparge_knobs *per_head;   /* options->per_head */
+    const char *params;          /* the file of thresholds, or NULL */
+    char sha256[SHA256_TEXT];    /* of it */
+    int64_t layer;               /* whose thresholds; -1: not asked for */
+    const char *layer_from;      /* who says so */
+    sparge_thresholds *per_head; /* options->per_head */
 } settled;
 
 /* options: of the command line. They are then whole, and point into *out. */

@@ -1,9 +1,9 @@
 /* sparge_params.h: thresholds of sparge tune for programs that use libsparge: link libsparge_tools
  * and jansson.
  *
- *     sparge_knobs knobs[9];
- *     if (sparge_params_load("params.json", "SmolLM2-135M-Instruct", layer, 9, &options, knobs,
- * &error) == SPARGE_OK) options.per_head = knobs;
+ *     sparge_thresholds thresholds[9];
+ *     if (sparge_params_load("params.json", "SmolLM2-135M-Instruct", layer, 9, &options,
+ * thresholds, &error) == SPARGE_OK) options.per_head = thresholds;
  */
 #ifndef SPARGE_PARAMS_H
 #define SPARGE_PARAMS_H
@@ -19,7 +19,7 @@ extern "C" {
  * tuned under other options than these: rules, block sizes, skip_rows, causal, smooth_k, sink,
  * scale. */
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
-                                 const sparge_options *options, sparge_knobs *knobs,
+                                 const sparge_options *options, sparge_thresholds *thresholds,
                                  sparge_error *error);
 
 #ifdef __cplusplus

@@ -462,13 +462,13 @@ static void finished(void *user, int64_t h)
     tune *t = user;
     const capture *c = t->unit[t->unit_at].capture[0];
     const sparge_tuned *head = &t->tuned[h];
-    json_t *line = params_line(c->layer, capture_head(c, h), head->dense, &head->knobs);
+    json_t *line = params_line(c->layer, capture_head(c, h), head->dense, &head->thresholds);
     json_object_set_new(line, "finite", json_boolean(head->finite));
     json_object_set_new(line, "back_off", json_string(back_offs[head->back_off]));
     json_object_set_new(line, "in_sample", errors_json(&head->in_sample));
     json_object_set_new(line, "held_out", errors_json(&head->held_out));
     json_object_set_new(line, "held_out_first", errors_json(&head->held_out_first));
-    json_object_set_new(line, "equivalents", json_rounded(head->equivalents, 4));
+    json_object_set_new(line, "dense_passes", json_rounded(head->dense_passes, 4));
     json_object_set_new(line, "seconds", json_rounded(head->seconds, 4));
     if (json_array_append_new(json_object_get(t->header, "heads"), line))
         t->code = no_memory(t->error);
@@ -479,7 +479,7 @@ static void finished(void *user, int64_t h)
                 "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64
                 " elements of its captures, or of "
                 "attention over them, are not finite; left dense\n",
-                c->layer, capture_head(c, h), head->not_finite);
+                c->layer, capture_head(c, h), head->nonfinite);
     const sparge_tune_errors *in = &head->in_sample, *out = &head->held_out;
     if (in->nan + in->inf + out->nan + out->inf)
         fprintf(stderr,
@@ -633,10 +633,12 @@ static void warn_of_noise(const tune *t, const noise *found)
     if (found->heads)
         fprintf(stderr,
                 "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, "
-                "in %" PRId64 " of %zu heads: they stay dense; give a larger --l1, or --qk and "
-                "--pv with less noise\n",
-                t->args.how.l1, options_precisions[o->qk], options_precisions[o->pv], found->least,
-                found->most, found->heads, json_array_size(json_object_get(t->header, "heads")));
+                "in %" PRId64
+                " of %zu heads: they stay dense; give a larger --l1, or --qk-dtype and "
+                "--pv-dtype with less noise\n",
+                t->args.how.l1, sparge_dtype_string(o->qk_dtype), sparge_dtype_string(o->pv_dtype),
+                found->least, found->most, found->heads,
+                json_array_size(json_object_get(t->header, "heads")));
 }
 
 static exit_code report(const tune *t)
@@ -644,7 +646,7 @@ static exit_code report(const tune *t)
     const json_t *heads = json_object_get(t->header, "heads");
     const size_t count = json_array_size(heads);
     const double l2 = t->args.how.sparsity > 0.0 ? (double)INFINITY : t->args.how.l2;
-    double sum[3] = {0}; /* sparsity, held-out sparsity, equivalents */
+    double sum[3] = {0}; /* sparsity, held-out sparsity, dense_passes */
     double worst[2] = {0};
     const char *bound = t->args.how.mean ? "l1" : "worst_l1";
     int64_t finite = 0, dense = 0, backed = 0, judged = 0, first = 0, last = 0;
@@ -658,7 +660,7 @@ static exit_code report(const tune *t)
             sum[0] += number(line, "in_sample", "sparsity");
             worst[0] = larger(worst[0], number(line, "in_sample", "worst_l1"));
         }
-        sum[2] += number(line, NULL, "equivalents");
+        sum[2] += number(line, NULL, "dense_passes");
         if (!json_is_object(json_object_get(line, "held_out")))
             continue;
         judged++;
@@ -672,13 +674,13 @@ static exit_code report(const tune *t)
     warn_of_noise(t, &found);
     return print_json(
         json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o, s:o}",
-                  "params", t->args.attention.output, "heads", (json_int_t)count, "not_finite",
+                  "params", t->args.attention.output, "heads", (json_int_t)count, "nonfinite",
                   (json_int_t)((int64_t)count - finite), "dense", (json_int_t)dense, "backed_off",
                   (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
                   finite ? json_rounded(worst[0], 6) : json_null(), "judged", (json_int_t)judged,
                   "held_out_sparsity", json_rounded(sum[1] / out, 6), "held_out_worst_l1",
                   judged ? json_rounded(worst[1], 6) : json_null(), "held_out_within_l2_first",
-                  (json_int_t)first, "held_out_within_l2", (json_int_t)last, "equivalents",
+                  (json_int_t)first, "held_out_within_l2", (json_int_t)last, "dense_passes",
                   json_rounded(sum[2] / all, 4), "seconds",
                   json_rounded(progress_clock() - t->start, 4), "noise", noise_json(&found)),
         t->error);

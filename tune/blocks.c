@@ -109,11 +109,11 @@ static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem 
     p.q_len = part->rows;
     p.dim = x->problem.dim;
     p.dim_v = dim_v;
-    const sparge_trace trace = {.m = tune_there(&part->m)};
+    const sparge_intermediates intermediates = {.m = tune_there(&part->m)};
     sparge_result result = {
         .o = {tune_there(&part->o), SPARGE_F32, part->rows * dim_v, 0, dim_v},
         .lse = tune_there(&part->lse),
-        .trace = &trace,
+        .intermediates = &intermediates,
     };
     sparge_status status = mask ? tune_array_push(&part->bits, error) : SPARGE_OK;
     if (!status)

@@ -11,11 +11,11 @@
 #include "common/block_mask.h"
 #include "tune/tune.h"
 
-sparge_knobs tune_knobs(tune_choice at, bool topk)
+sparge_thresholds tune_thresholds(tune_choice at, bool topk)
 {
     const float share = tune_share(at.share);
-    return (sparge_knobs){tune_theta(at.theta), topk ? SPARGE_OFF : share,
-                          topk ? share : SPARGE_OFF, tune_lambda(at.lambda)};
+    return (sparge_thresholds){tune_theta(at.theta), topk ? SPARGE_OFF : share,
+                               topk ? share : SPARGE_OFF, tune_lambda(at.lambda)};
 }
 
 tune_choice tune_dense(void) { return (tune_choice){0, TUNE_SHARES - 1, TUNE_LAMBDAS - 1}; }
@@ -51,7 +51,7 @@ static void walk_join(walk *w, int64_t j)
         const float score = lse[r] * SPARGE_LOG2E;
         if (score == -INFINITY) /* the row sees no key of the block */
             continue;
-        const float shrink = sparge_row_raise(&w->state[r], score);
+        const float shrink = sparge_row_update_max(&w->state[r], score);
         const float weight = sparge_exp2(score - w->state[r].max);
         w->state[r].sum += weight;
         for (int64_t c = 0; c < dim_v; c++)
@@ -151,20 +151,20 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
 }
 
 /* The row of query block i under one theta, as stage 1 sees it. */
-static sparge_ref_row row_under(walker *w, int64_t i, const sparge_knobs *knobs)
+static sparge_ref_row row_under(walker *w, int64_t i, const sparge_thresholds *thresholds)
 {
     tune_input *x = w->x;
     sparge_ref_row row = sparge_ref_row_of(&x->g, x->o, i);
-    const sparge_ref_summary q = {.sim = x->sim_q[i], .finite = true};
+    const sparge_ref_summary q = {.sim = x->q_sim[i], .finite = true};
     for (int64_t j = 0; j < row.visible; j++) {
-        const sparge_ref_summary k = {.sim = x->sim_k[j], .finite = true};
-        w->similar[j] = sparge_ref_similar(&k, knobs->theta);
+        const sparge_ref_summary k = {.sim = x->k_sim[j], .finite = true};
+        w->similar[j] = sparge_ref_similar(&k, thresholds->theta);
         w->s[j] = w->similar[j] ? x->s[i * x->g.k_blocks + j] : -INFINITY;
     }
     row.s = w->s;
     row.k_similar = w->similar;
-    row.q_similar = sparge_ref_similar(&q, knobs->theta);
-    row.knobs = knobs;
+    row.q_similar = sparge_ref_similar(&q, thresholds->theta);
+    row.thresholds = thresholds;
     row.order = w->order;
     sparge_ref_rank(&row);
     return row;
@@ -188,15 +188,15 @@ static cut cut_begin(const sparge_ref_row *row)
     return c;
 }
 
-static int64_t cut_at(cut *c, const sparge_knobs *knobs)
+static int64_t cut_at(cut *c, const sparge_thresholds *thresholds)
 {
     const sparge_ref_row *row = c->row;
-    if (knobs->topk != SPARGE_OFF) {
+    if (thresholds->topk != SPARGE_OFF) {
         sparge_ref_row asked = *row;
-        asked.knobs = knobs;
+        asked.thresholds = thresholds;
         return sparge_min(row->finite, sparge_max(1, sparge_ref_topk(&asked)));
     }
-    const double limit = (double)knobs->tau * (double)c->total;
+    const double limit = (double)thresholds->tau * (double)c->total;
     while (c->count < row->finite && (double)c->prefix <= limit)
         if (++c->count < row->finite)
             c->prefix += sparge_ref_mass(row, c->count);
@@ -214,8 +214,8 @@ static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool to
         walk_join(all, j);
     cut c = cut_begin(row);
     for (int n = 0; n < TUNE_SHARES; n++) {
-        const sparge_knobs knobs = tune_knobs((tune_choice){theta, n, 0}, topk);
-        for (const int64_t count = cut_at(&c, &knobs); placed < count; placed++) {
+        const sparge_thresholds thresholds = tune_thresholds((tune_choice){theta, n, 0}, topk);
+        for (const int64_t count = cut_at(&c, &thresholds); placed < count; placed++) {
             const int64_t j = row->order[placed].block;
             if (sparge_mask_row_get(w->forced, j))
                 continue;
@@ -251,8 +251,8 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
         status = tune_blocks_load(&w.blocks, x, i, NULL, error);
         for (int theta = 0; theta < TUNE_THETAS && !status; theta++) {
-            const sparge_knobs knobs = tune_knobs((tune_choice){theta, 0, 0}, topk);
-            const sparge_ref_row row = row_under(&w, i, &knobs);
+            const sparge_thresholds thresholds = tune_thresholds((tune_choice){theta, 0, 0}, topk);
+            const sparge_ref_row row = row_under(&w, i, &thresholds);
             memset(w.forced, 0, words);
             sparge_ref_keep_dissimilar(&row, w.forced);
             sparge_ref_keep_diagonal(&row, w.forced);
@@ -325,8 +325,9 @@ static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1
     }
 }
 
-sparge_status tune_lambda_curve(tune_input *x, const sparge_knobs *knobs, tune_point *point,
-                                double *mask_kept, const tune_watch *watch, sparge_error *error)
+sparge_status tune_lambda_curve(tune_input *x, const sparge_thresholds *thresholds,
+                                tune_point *point, double *mask_kept, const tune_watch *watch,
+                                sparge_error *error)
 {
     walker w;
     sparge_status status = walker_make(&w, x, error);
@@ -335,7 +336,7 @@ sparge_status tune_lambda_curve(tune_input *x, const sparge_knobs *knobs, tune_p
     memset(point, 0, TUNE_LAMBDAS * sizeof *point);
     *mask_kept = 0.0;
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
-        const sparge_ref_row row = row_under(&w, i, knobs);
+        const sparge_ref_row row = row_under(&w, i, thresholds);
         memset(w.forced, 0, (size_t)sparge_mask_row_words(x->g.k_blocks) * sizeof *w.forced);
         sparge_ref_select(&row, w.forced);
         *mask_kept += (double)sparge_mask_row_count(w.forced, row.visible);

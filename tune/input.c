@@ -43,8 +43,8 @@ static sparge_in packed(const tune_array *x, int64_t dim)
 
 /* Tokens of one head in f32, and `pad` rows of 0; counts elements that are not finite. */
 static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int64_t head,
-                          int64_t tokens, int64_t dim, int64_t pad, bool device,
-                          int64_t *not_finite, sparge_error *error)
+                          int64_t tokens, int64_t dim, int64_t pad, bool device, int64_t *nonfinite,
+                          sparge_error *error)
 {
     sparge_status status =
         tune_array_make(x, (tokens + pad) * dim * (int64_t)sizeof(float), device, error);
@@ -56,7 +56,7 @@ static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int
             from.data = (const char *)in->data + c * (in->dtype == SPARGE_F32 ? 4 : 2);
             sparge_ref_load(&from, batch, head, t, 1, n, NULL, (float *)x->host + t * dim + c, bad);
             for (int64_t e = 0; e < n; e++)
-                *not_finite += bad[e];
+                *nonfinite += bad[e];
         }
     return status ? status : tune_array_push(x, error);
 }
@@ -70,8 +70,8 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
     const sparge_geometry *g = &x->g;
     const bool device = x->q.device;
     sparge_options o = *x->o;
-    o.knobs = tune_knobs(tune_dense(), false);
-    tune_array part[3] = {{0}}, bits = {0}; /* S, sim_q, sim_k */
+    o.thresholds = tune_thresholds(tune_dense(), false);
+    tune_array part[3] = {{0}}, bits = {0}; /* S, q_sim, k_sim */
     const int64_t count[3] = {g->q_blocks * g->k_blocks, g->q_blocks, g->k_blocks};
     const int64_t words = sparge_mask_row_words(g->k_blocks);
     sparge_status status =
@@ -79,17 +79,17 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
     for (int n = 0; n < 3 && !status; n++)
         status = tune_array_make(&part[n], count[n] * (int64_t)sizeof(float), device, error);
     if (!status) {
-        const sparge_trace trace = {
-            .mean_k = tune_there(mean),
+        const sparge_intermediates intermediates = {
+            .k_mean = tune_there(mean),
             .s = tune_there(&part[0]),
-            .sim_q = tune_there(&part[1]),
-            .sim_k = tune_there(&part[2]),
+            .q_sim = tune_there(&part[1]),
+            .k_sim = tune_there(&part[2]),
         };
         sparge_mask mask = {tune_there(&bits), 1,           1,
                             g->q_blocks,       g->k_blocks, words}; /* nobody reads it */
-        status = sparge_predict(&x->problem, &o, &mask, &trace, error);
+        status = sparge_predict(&x->problem, &o, &mask, &intermediates, error);
     }
-    float **const to[3] = {&x->s, &x->sim_q, &x->sim_k};
+    float **const to[3] = {&x->s, &x->q_sim, &x->k_sim};
     for (int n = 0; n < 3 && !status; n++) {
         status = tune_array_pull(&part[n], part[n].bytes, error);
         *to[n] = part[n].host;
@@ -135,9 +135,9 @@ static sparge_status attend(tune_input *x, const sparge_options *o, bool dense, 
 static sparge_status attend_dense(tune_input *x, sparge_error *error)
 {
     sparge_options o = *x->o;
-    o.qk = o.pv = SPARGE_FLOAT;
-    o.rung = 0;
-    o.knobs = tune_knobs(tune_dense(), false);
+    o.qk_dtype = o.pv_dtype = SPARGE_F32;
+    o.kernel = 0;
+    o.thresholds = tune_thresholds(tune_dense(), false);
     tune_array out;
     sparge_counts counts;
     sparge_status status = attend(x, &o, true, &out, &counts, error);
@@ -148,7 +148,7 @@ static sparge_status attend_dense(tune_input *x, sparge_error *error)
     }
     tune_array_free(&out);
     for (int64_t n = 0; n < x->g.q_len * x->problem.dim_v && !status; n++) {
-        x->not_finite += !sparge_finite(x->want[n]);
+        x->nonfinite += !sparge_finite(x->want[n]);
         x->want_sum += (double)fabsf(x->want[n]);
     }
     return status;
@@ -164,13 +164,12 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
         .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
     };
     tune_array mean = {0};
-    sparge_status status = load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device,
-                                &x->not_finite, error);
+    sparge_status status =
+        load(&x->q, &p->q, batch, head, p->q_len, p->dim, o->block_k, device, &x->nonfinite, error);
     if (!status)
-        status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->not_finite, error);
+        status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->nonfinite, error);
     if (!status)
-        status =
-            load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->not_finite, error);
+        status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->nonfinite, error);
     x->problem = (sparge_problem){1,
                                   1,
                                   1,
@@ -181,7 +180,7 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
                                   packed(&x->q, p->dim),
                                   packed(&x->k, p->dim),
                                   packed(&x->v, p->dim_v)};
-    if (!status && x->not_finite == 0) {
+    if (!status && x->nonfinite == 0) {
         status = tune_array_make(&mean, p->dim * (int64_t)sizeof(float), device, error);
         if (!status)
             status = predict(x, &mean, error);
@@ -203,8 +202,8 @@ void tune_input_close(tune_input *x)
     tune_array_free(&x->smooth);
     tune_array_free(&x->v);
     free(x->s);
-    free(x->sim_q);
-    free(x->sim_k);
+    free(x->q_sim);
+    free(x->k_sim);
     free(x->want);
     *x = (tune_input){0};
 }
@@ -216,11 +215,11 @@ double tune_relative(const tune_input *x, double error)
     return error == 0.0 ? 0.0 : error > 0.0 ? error / x->want_sum : (double)INFINITY;
 }
 
-sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to,
+sparge_status tune_evaluate(tune_input *x, const sparge_thresholds *thresholds, tune_call *to,
                             sparge_error *error)
 {
     sparge_options o = *x->o;
-    o.knobs = *knobs;
+    o.thresholds = *thresholds;
     tune_array out;
     sparge_counts counts;
     const sparge_status status = attend(x, &o, false, &out, &counts, error);

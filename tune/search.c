@@ -57,9 +57,9 @@ static const lambda_curve *lambda_curve_at(head *h, int64_t n, tune_choice at)
         return NULL;
     lambda_curve *c = malloc(sizeof *c);
     const tune_watch watch = {tick, h};
-    const sparge_knobs knobs = tune_knobs(at, h->how->topk);
+    const sparge_thresholds thresholds = tune_thresholds(at, h->how->topk);
     double kept;
-    h->status = c ? tune_lambda_curve(&h->input[n], &knobs, c->point, &kept, &watch, &h->error)
+    h->status = c ? tune_lambda_curve(&h->input[n], &thresholds, c->point, &kept, &watch, &h->error)
                   : SPARGE_ERR_MEMORY;
     if (!goes_on(h)) {
         free(c);
@@ -197,12 +197,12 @@ static void choose_lambda(head *h, fold *f)
 
 /* ---- Judging ---- */
 
-static void judge(head *h, const sparge_knobs *knobs, int64_t n, sparge_tune_errors *e)
+static void judge(head *h, const sparge_thresholds *thresholds, int64_t n, sparge_tune_errors *e)
 {
     tune_call call;
     if (!goes_on(h) || !tick(h, 0.0))
         return;
-    h->status = tune_evaluate(&h->input[n], knobs, &call, &h->error);
+    h->status = tune_evaluate(&h->input[n], thresholds, &call, &h->error);
     const double before = (double)e->inputs++;
     e->mean = before > 0.0 ? (e->mean * before + call.l1) / (before + 1.0) : call.l1;
     e->worst = before > 0.0 ? fmax(e->worst, call.l1) : call.l1;
@@ -233,14 +233,15 @@ static tune_choice retreated(tune_choice at, retreat by)
 static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, retreat by,
                       sparge_tuned *t)
 {
-    const sparge_knobs chosen = tune_knobs(retreated(final->choice, by), h->how->topk);
+    const sparge_thresholds chosen = tune_thresholds(retreated(final->choice, by), h->how->topk);
     t->in_sample = t->held_out = nothing_judged();
     for (int64_t n = 0; n < h->tuned; n++)
         judge(h, &chosen, n, &t->in_sample);
     for (const fold *f = folds; f < folds + count; f++) {
-        const sparge_knobs knobs = tune_knobs(retreated(f->choice, by), h->how->topk);
+        const sparge_thresholds thresholds =
+            tune_thresholds(retreated(f->choice, by), h->how->topk);
         for (int64_t n = f->from; n < f->to; n++)
-            judge(h, &knobs, n, &t->held_out);
+            judge(h, &thresholds, n, &t->held_out);
     }
 }
 
@@ -317,11 +318,11 @@ static void open_all(head *h)
     }
 }
 
-static int64_t count_not_finite(const head *h)
+static int64_t count_nonfinite(const head *h)
 {
     int64_t count = 0;
     for (int64_t n = 0; n < h->count; n++)
-        count += h->input[n].not_finite;
+        count += h->input[n].nonfinite;
     return count;
 }
 
@@ -359,7 +360,7 @@ static void tune(head *h, fold *folds, sparge_tuned *t)
     if (!holds(h->how, t) && !is_dense(final.choice) && goes_on(h))
         back_off(h, &final, folds, count, t);
     t->dense = is_dense(final.choice);
-    t->knobs = tune_knobs(final.choice, h->how->topk && !t->dense);
+    t->thresholds = tune_thresholds(final.choice, h->how->topk && !t->dense);
 }
 
 static void close_all(head *h, sparge_tuned *t)
@@ -375,7 +376,7 @@ static void close_all(head *h, sparge_tuned *t)
             free(c);
         }
     }
-    t->equivalents = pairs > 0.0 ? products / pairs : 0.0;
+    t->dense_passes = pairs > 0.0 ? products / pairs : 0.0;
 }
 
 sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *error)
@@ -391,14 +392,14 @@ sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *er
         .lambda = calloc(count, sizeof *h.lambda),
     };
     fold *folds = calloc(count, sizeof *folds);
-    *t = (sparge_tuned){.dense = true, .knobs = tune_knobs(tune_dense(), false)};
+    *t = (sparge_tuned){.dense = true, .thresholds = tune_thresholds(tune_dense(), false)};
     t->in_sample = t->held_out = t->held_out_first = nothing_judged();
     if (!h.input || !h.mask || !h.lambda || !folds)
         h.status = SPARGE_ERR_MEMORY;
     else {
         open_all(&h);
-        t->not_finite = count_not_finite(&h);
-        t->finite = t->not_finite == 0;
+        t->nonfinite = count_nonfinite(&h);
+        t->finite = t->nonfinite == 0;
         if (t->finite && goes_on(&h))
             tune(&h, folds, t);
         close_all(&h, t);

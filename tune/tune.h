@@ -37,7 +37,7 @@ static inline float tune_lambda(int n)
     return n < TUNE_LAMBDAS - 1 ? 0.0f - (float)((double)n / 10.0 / (double)SPARGE_LOG2E)
                                 : -INFINITY;
 }
-sparge_knobs tune_knobs(tune_choice at, bool topk);
+sparge_thresholds tune_thresholds(tune_choice at, bool topk);
 tune_choice tune_dense(void);
 
 /* What a place in the grid costs and keeps, in one input. */
@@ -67,8 +67,8 @@ typedef struct tune_input {
     tune_array q, k, smooth,
         v; /* f32, packed; `smooth` is k less its mean; block_k rows of 0 after q */
     sparge_problem problem;   /* of q, k and v, for the backend */
-    int64_t not_finite;       /* elements of q, k, v; where these are finite, of `want` */
-    float *s, *sim_q, *sim_k; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair,
+    int64_t nonfinite;        /* elements of q, k, v; where these are finite, of `want` */
+    float *s, *q_sim, *k_sim; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair,
                                  visible or -inf */
     float *want;              /* [q_len][dim_v] dense attention in f32 */
     double want_sum;          /* sum|want| */
@@ -91,7 +91,7 @@ typedef struct tune_call {
     int64_t nan, inf; /* elements of o that are */
 } tune_call;
 
-sparge_status tune_evaluate(tune_input *x, const sparge_knobs *knobs, tune_call *to,
+sparge_status tune_evaluate(tune_input *x, const sparge_thresholds *thresholds, tune_call *to,
                             sparge_error *error);
 
 /* ---- blocks.c: what each key block contributes to a query block ---------------------------- */
@@ -134,9 +134,11 @@ typedef struct tune_watch {
 sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const tune_watch *watch,
                               sparge_error *error);
 
-/* point [TUNE_LAMBDAS], over the mask of these knobs; *mask_kept is the pairs that it keeps. */
-sparge_status tune_lambda_curve(tune_input *x, const sparge_knobs *knobs, tune_point *point,
-                                double *mask_kept, const tune_watch *watch, sparge_error *error);
+/* point [TUNE_LAMBDAS], over the mask of these thresholds; *mask_kept is the pairs that it keeps.
+ */
+sparge_status tune_lambda_curve(tune_input *x, const sparge_thresholds *thresholds,
+                                tune_point *point, double *mask_kept, const tune_watch *watch,
+                                sparge_error *error);
 
 /* ---- search.c: one head --------------------------------------------------------------------- */
 

@@ -16,7 +16,7 @@ from sets import CHOSEN, SMOLLM2, heads, write_head  # noqa: E402
 
 # Two operating points. "default" is what the program does when nothing is said.
 SETTINGS = {"default": ["--theta", "0.6", "--tau", "0.98"], "chosen": CHOSEN}
-F32 = ["--qk", "f32", "--pv", "f32"]
+F32 = ["--qk-dtype", "f32", "--pv-dtype", "f32"]
 VARIANTS = [("dense", "f32", ["--dense", *F32]), ("dense", "int8", ["--dense"]),
             ("default", "int8", SETTINGS["default"]),
             ("chosen", "f32", SETTINGS["chosen"] + F32), ("chosen", "int8", SETTINGS["chosen"])]

@@ -75,7 +75,7 @@ PART = 1 << 24
 HEADER = 512  # bytes, more than the header of three tensors takes
 HIDDEN = -1e4  # added to a score, this or less hides the key
 # in each file's entry, and at the top
-SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "scale", "dtype"
+SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "softmax_scale", "dtype"
 FOUND = "left_out", "left_out_at", "files"
 OURS = "model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED, *FOUND
 
@@ -533,7 +533,7 @@ class Recorder:
                 None if seen == "all" and q.shape[2] == 1 else seen
                 != "all",  # the last token sees all keys
                 **({"causal_at": seen} if seen != "all" and q.shape[2] != k.shape[2] else {}),
-                "scale":
+                "softmax_scale":
                 q.shape[3]**-0.5 if scale is None else float(scale)
             })
 

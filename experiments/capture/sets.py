@@ -62,7 +62,7 @@ def entry_of(folder, manifest, file):
                  int(file["layer"]), int(file.get("step", 0)), tuple(file["query_heads"]),
                  tuple(grid) if grid else None,
                  (int(text), 0) if manifest.get("text_first", True) else (0, int(text)),
-                 bool(causal), own("scale"))
+                 bool(causal), own("softmax_scale"))
 
 
 def entries(folder):
@@ -122,7 +122,7 @@ def tokens_of(path, found):
 
 def attends(entry):
     """The options of sparge that say how its model attends."""
-    return ["--causal"] * entry.causal + (["--scale", entry.scale] if entry.scale else [])
+    return ["--causal"] * entry.causal + (["--softmax-scale", entry.scale] if entry.scale else [])
 
 
 # ---- Thresholds -------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def attends(entry):
 def read_params(path):
     tuned = read_json(path)
     if not (isinstance(tuned, dict) and
-            {"heads", "causal", "scale", "sink", "smooth_k"} <= tuned.keys() and isinstance(
+            {"heads", "causal", "softmax_scale", "sink", "smooth_k"} <= tuned.keys() and isinstance(
                 tuned["heads"], list) and all(isinstance(head, dict) for head in tuned["heads"])):
         sys.exit(f"{path}: is not of sparge tune")
     return tuned
@@ -140,16 +140,16 @@ def options_of(params):
     """The options of sparge run that thresholds were tuned for."""
     tuned = read_params(params)
     causal = [] if tuned["causal"] == "none" else [f"--causal={tuned['causal']}"]
-    scale = [] if tuned["scale"] is None else ["--scale", tuned["scale"]]
+    scale = [] if tuned["softmax_scale"] is None else ["--softmax-scale", tuned["softmax_scale"]]
     return ["--params", params, *causal, *scale, *["--sink"] * tuned["sink"],
             *["--no-smooth-k"] * (not tuned["smooth_k"])]
 
 
-def changed(params, to, **knobs):
+def changed(params, to, **thresholds):
     """A copy of thresholds with some of them the same for every head."""
     tuned = read_params(params)
     for head in tuned["heads"]:
-        head |= knobs
+        head |= thresholds
     Path(to).write_text(json.dumps(tuned))
     return to
 
@@ -163,7 +163,7 @@ def copied(entry, found, to, dtype=np.float32):
     to.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(x, dtype) for name, x in found.items()}, to)
     (to.parent / "manifest.json").write_text(json.dumps({
-        "model": entry.model, "sample": entry.sample, "causal": entry.causal, "scale": entry.scale,
+        "model": entry.model, "sample": entry.sample, "causal": entry.causal, "softmax_scale": entry.scale,
         "files": [{"file": to.name, "layer": entry.layer, "query_heads": entry.heads}]}))
     return to
 

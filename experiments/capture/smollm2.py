@@ -165,7 +165,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray,
 
 
 class Model:
-    """The model's hyper-parameters, and its weights dequantised to float32 on demand."""
+    """The model's hyper-parameters, and its weights dequantized to float32 on demand."""
 
     def __init__(self, reader: gguf.GGUFReader) -> None:
         def field(name: str):
@@ -178,7 +178,7 @@ class Model:
         self.head_dim = field("rope.dimension_count")
         self.theta = field("rope.freq_base")
         self.eps = np.float32(field("attention.layer_norm_rms_epsilon"))
-        self.quantisation = self.tensors["blk.0.attn_q.weight"].tensor_type.name
+        self.quantization = self.tensors["blk.0.attn_q.weight"].tensor_type.name
 
     def weight(self, name: str) -> np.ndarray:
         """One tensor as float32, a matrix as [outputs, inputs]."""
@@ -294,7 +294,7 @@ def make_manifest(model: Model, sample: Sample, tokens: np.ndarray, losses: np.n
         "wheel_sha256": weights.WHEEL_SHA256,
         "gguf": weights.GGUF,
         "gguf_sha256": weights.GGUF_SHA256,
-        "quantisation": f"{model.quantisation} matrices, Q8_0 embedding, F32 norms; run in float32",
+        "quantization": f"{model.quantization} matrices, Q8_0 embedding, F32 norms; run in float32",
         "n_layers": model.layers,
         "n_heads": model.heads,
         "n_kv_heads": model.kv_heads,
@@ -310,7 +310,7 @@ def make_manifest(model: Model, sample: Sample, tokens: np.ndarray, losses: np.n
         "hook_point": "after RoPE, before the softmax scale",
         "channel_order": "half-split: channel i is rotated with i + 32, as in Hugging Face",
         "rope_theta": model.theta,
-        "scale": model.head_dim ** -0.5,
+        "softmax_scale": model.head_dim ** -0.5,
         "causal": True,
         "files": files,
         "perplexity": round(float(np.exp(losses.mean(dtype=np.float64))), 4),

@@ -1,7 +1,7 @@
 """Compare the numpy model of smollm2.py with two independent programs on the same GGUF and text.
 
 llama.cpp uses its own tokenizer, reader and 4-bit kernels (which also round the activations to 8
-bits, so its logits differ slightly). transformers uses the dequantised weights in float32, and
+bits, so its logits differ slightly). transformers uses the dequantized weights in float32, and
 its q, k, v are compared with the captured files. The outcome is added to the manifest.
 """
 
@@ -26,7 +26,7 @@ TORCH = torch.__version__.split("+")[0]
 FIRST = 512  # positions of the first top-token comparison
 
 
-def check_dequantisation(tensors: dict) -> None:
+def check_dequantization(tensors: dict) -> None:
     """Compares the library's values of one Q4_1 and one Q8_0 tensor with the formats' definition.
 
     A Q4_1 block is a float16 scale, a float16 minimum and 32 4-bit numbers, of which byte i holds
@@ -128,7 +128,7 @@ def main() -> None:
     path = weights.fetch(args.cache)
     reader = gguf.GGUFReader(path)
     model = smollm2.Model(reader)
-    check_dequantisation(model.tensors)
+    check_dequantization(model.tensors)
     tokens = smollm2.tokenise(smollm2.make_tokenizer(reader), sample, manifest["tokens"])
     losses, top = model.score(model.run(tokens, lambda *_: None), tokens)
     manifest["verification"] = {

@@ -53,7 +53,7 @@ def imposed(program, cases, repeat):
     found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat",
                    repeat, "--mask-kind", "predicted")
     found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat",
-                   repeat, "--qk", "int12", "--pv", "int12", "--sparsity", 0)
+                   repeat, "--qk-dtype", "int12", "--pv-dtype", "int12", "--sparsity", 0)
     bench(program, cases, "--q-len", 22272, "--dim", 128, "--threads", 1, "--repeat",
           3)  # the paper's Fig 10
     return found
@@ -151,7 +151,7 @@ def figures(program, repeat):
     int12 = one(found, "int12/int12 dense")
     add(
         "dense int12 over dense f32; relative L1 on normal data", "1.35x; 1e-3", "1.52x; 5e-4",
-        f"{int12['speedup_vs_f32']:.2f}x; {relative_l1(program, '--qk', 'int12', '--pv', 'int12'):.1e}"
+        f"{int12['speedup_vs_f32']:.2f}x; {relative_l1(program, '--qk-dtype', 'int12', '--pv-dtype', 'int12'):.1e}"
     )
     for kind in ("random", "banded"):
         measured = [100 * one(found, f"int8/int8 {kind} {share}", q_len=8192, dim=128)["efficiency"]
@@ -160,7 +160,7 @@ def figures(program, repeat):
             " / ".join(f"{x:.0f}" for x in measured) + " %")
     predicted = one(found, "int8/int8 predicted")
     share = 100 * (predicted["ms_predict"] + predicted["ms_quantize"]) / dense(128)["ms"]
-    add("prediction, quantisation and packing, share of dense int8", "1.5 %", "0.9 %",
+    add("prediction, quantization and packing, share of dense int8", "1.5 %", "0.9 %",
         f"{share:.2f} %")
     add("1 to 2 threads, random 50 %", "1.90x", "1.97x", f"{scaling(program, cases, repeat):.2f}x")
     for name, speedup, sparsity, l1 in captured(program, cases, repeat):

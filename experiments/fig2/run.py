@@ -27,7 +27,7 @@ def measure(key, how):
     head = heads(CAPTURES[key["source"]])[key["layer"], key["head"]]
     files, mode = write_head(*head, how.folder), MODES[key["source"]]
     mass, dump = how.folder / "mass.npy", how.folder / "dump"
-    how.sparge("run", *files, *mode, "--dump", dump)
+    how.sparge("run", *files, *mode, "--intermediates", dump)
     how.sparge("map", *files, *mode, "-o", how.folder / "map.png", "--map-out", mass)
     maps = [np.load(x)[0, 0] for x in (mass, dump / "mask.npy", dump / "pv_done.npy")]
     return [{

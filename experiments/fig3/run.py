@@ -3,7 +3,7 @@
 are not self-similar.
 
 q and k are made so that the pooled scores give the P of the paper's picture; what follows from it
-is what the program does: every stage out of `sparge run --dump`. Rows: the stage, query block, key
+is what the program does: every stage out of `sparge run --intermediates`. Rows: the stage, query block, key
 block (-1: none), value.
 """
 import sys
@@ -48,15 +48,15 @@ def measure(key, how):
     for name, x in zip("qkv", toy()):
         files.append(how.folder / f"{name}.npy")
         np.save(files[-1], x.astype(np.float32))
-    how.sparge("run", *files, *THRESHOLDS, "--dump", how.folder / "dump")
+    how.sparge("run", *files, *THRESHOLDS, "--intermediates", how.folder / "dump")
     stage = {path.stem: np.load(path) for path in (how.folder / "dump").glob("*.npy")}
     rows = [{"stage": "P of the paper", "q_block": i, "k_block": j, "value": P[i, j]}
             for i, j in np.ndindex(P.shape)]
-    for i, value in enumerate(stage["sim_q"][0, 0]):
+    for i, value in enumerate(stage["q_sim"][0, 0]):
         rows.append({
             "stage": "similarity of q", "q_block": i, "k_block": -1, "value": float(f"{value:.5g}")
         })
-    for j, value in enumerate(stage["sim_k"][0, 0]):
+    for j, value in enumerate(stage["k_sim"][0, 0]):
         rows.append({
             "stage": "similarity of k", "q_block": -1, "k_block": j, "value": float(f"{value:.5g}")
         })

@@ -22,7 +22,7 @@ def measure(key, how):
 
 
 JOBS = [Job({"capture": path.stem, "tensor": tensor}, 0.1, smoke=True)
-        for path in sorted(SMOLLM2.glob("*.safetensors")) for tensor in "qk"]
+        for path in sorted(SMOLLM2.glob("*.safetensors")) for tensor in "qk_dtype"]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measures the cuda backend, rung by rung, beside PyTorch's attention in the same process.
+"""Measures the cuda backend, kernel by kernel, beside PyTorch's attention in the same process.
 
     run.py --ceilings FILE            measures all it can, the most telling first, into results.csv
     run.py --limit 120                and stops in time; what was left out is said
     run.py --readme                   measures nothing: fills the table of gpu/README.md from results.csv
 
 Times are the device's own (CUDA events), medians over rounds in which the variants that are
-compared take turns. Every result is checked first: each rung against attention in double on a small
+compared take turns. Every result is checked first: each kernel against attention in double on a small
 case, and two rows of each result that is timed. Effective operations are those of dense attention
 over the visible pairs, 4 a channel; tops_done counts what was multiplied. Needs nothing but
 libsparge.so; torch, where there is one.
@@ -37,7 +37,7 @@ F16, REF, CUDA, CAUSAL_END, INT8, FLOAT, HALF, FP8 = 1, 1, 3, 1, 0, 2, 3, 4  # o
 PV = {"float": FLOAT, "int8": INT8, "f16": HALF, "fp8": FP8}
 BLOCK_Q, BLOCK_K = 128, 64
 
-# What a rung multiplies with, and the ceiling (of gpu/ceilings.cu) of each of its two products.
+# What a kernel multiplies with, and the ceiling (of gpu/ceilings.cu) of each of its two products.
 LADDER = {
     (1, "float"): ("f32", "f32"), (2, "float"): ("f32", "f32"), (3, "int8"): ("dp4a", "dp4a"),
     (4, "int8"): ("mma_s8", "mma_s8"), (4, "f16"): ("mma_s8", "mma_f16"),
@@ -56,7 +56,7 @@ IDEAS = {
     (5, "fp8"): "the same with P.V in fp8",
 }
 COLUMNS = [
-    "what", "rung", "pv", "dim", "n", "heads", "causal", "sparsity", "blocks_a_row", "calls", "ms",
+    "what", "kernel", "pv", "dim", "n", "heads", "causal", "sparsity", "blocks_a_row", "calls", "ms",
     "ms_min", "ms_quantize", "ms_predict", "tops", "tops_done", "ceiling", "percent_of_ceiling",
     "efficiency", "prepare_percent_of_dense", "l1"
 ]
@@ -99,10 +99,10 @@ class Knobs(c.Structure):
 class Options(c.Structure):
     _fields_ = [("backend", c.c_int), ("isa", c.c_int), ("threads", c.c_int)]
     _fields_ += ints("block_q", "block_k", "skip_rows")
-    _fields_ += [("causal", c.c_int), ("qk", c.c_int), ("pv", c.c_int), ("scale", c.c_float)]
-    _fields_ += [("smooth_k", c.c_bool), ("sink", c.c_bool), ("rules", c.c_int), ("knobs", Knobs)]
+    _fields_ += [("causal", c.c_int), ("qk", c.c_int), ("pv", c.c_int), ("softmax_scale", c.c_float)]
+    _fields_ += [("smooth_k", c.c_bool), ("sink", c.c_bool), ("rules", c.c_int), ("thresholds", Knobs)]
     _fields_ += [("per_head", c.c_void_p), ("progress", c.c_void_p), ("user", c.c_void_p)]
-    _fields_ += [("rung", c.c_int), ("stream", c.c_void_p), ("workspace", c.c_void_p)]
+    _fields_ += [("kernel", c.c_int), ("stream", c.c_void_p), ("workspace", c.c_void_p)]
     _fields_ += ints("workspace_bytes")
 
 
@@ -119,7 +119,7 @@ class Result(c.Structure):
     _fields_ = [("o", View), ("lse", c.c_void_p), ("mask", c.c_void_p), ("trace", c.c_void_p)]
     _fields_ += [("head_counts", c.c_void_p), ("counts", Counts), ("backend", c.c_int),
                  ("isa", c.c_int)]
-    _fields_ += [("threads", c.c_int), ("rung", c.c_int), ("pv", c.c_int)] + ints("workspace")
+    _fields_ += [("threads", c.c_int), ("kernel", c.c_int), ("pv", c.c_int)] + ints("workspace")
     _fields_ += [(x, c.c_double) for x in ("seconds_predict", "seconds_quantize", "seconds_attend")]
 
 
@@ -198,9 +198,9 @@ class Case:
     def view(self, data):
         return View(data, F16, self.heads * self.n * self.dim, self.n * self.dim, self.dim)
 
-    def options(self, rung, pv, causal):
+    def options(self, kernel, pv, causal):
         o = self.lib.so.sparge_options_default(0)
-        o.backend, o.rung, o.pv, o.qk = CUDA, rung, PV[pv], FLOAT if rung <= 2 else INT8
+        o.backend, o.kernel, o.pv, o.qk = CUDA, kernel, PV[pv], FLOAT if kernel <= 2 else INT8
         o.causal = CAUSAL_END if causal else 0
         need = c.c_int64()
         self.lib.call("sparge_workspace_bytes", c.byref(self.problem), c.byref(o), c.c_bool(False),
@@ -286,11 +286,11 @@ def about(thing, seconds):
 
 
 class Sparge:
-    def __init__(self, case, rung, pv, causal=False, sparsity=0.0, predicts=False):
-        self.case, self.rung, self.pv, self.causal, self.predicts = case, rung, pv, causal, predicts
+    def __init__(self, case, kernel, pv, causal=False, sparsity=0.0, predicts=False):
+        self.case, self.kernel, self.pv, self.causal, self.predicts = case, kernel, pv, causal, predicts
         self.sparsity = sparsity
         self.what = "predicted" if predicts else "imposed" if sparsity else "dense"
-        self.options = case.options(rung, pv, causal)
+        self.options = case.options(kernel, pv, causal)
         self.raw, self.mask = case.random_mask(sparsity) if sparsity or predicts else (None, None)
         self.result = Result(o=case.view(case.tensors[3]))
         if predicts:
@@ -315,7 +315,7 @@ class Sparge:
         l1 = self.case.distance(raw)
         if not l1 <= BOUND[self.pv]:
             raise RuntimeError(
-                f"rung {self.rung} {self.pv}, {self.what}: o is wrong, relative L1 {l1:.3g}")
+                f"kernel {self.kernel} {self.pv}, {self.what}: o is wrong, relative L1 {l1:.3g}")
         return l1
 
     def row(self, seconds, l1):
@@ -323,7 +323,7 @@ class Sparge:
         attend, quantize, predict = (statistics.median(x) for x in zip(*seconds))
         done = 2 * case.dim * (r.qk_tokens + r.pv_tokens)
         return about(self, seconds) | {
-            "rung": self.rung, "pv": self.pv, "sparsity": 1 - r.qk_done / max(1, r.pairs),
+            "kernel": self.kernel, "pv_dtype": self.pv, "sparsity": 1 - r.qk_done / max(1, r.pairs),
             "blocks_a_row": r.qk_done / (case.heads * -(-case.n // BLOCK_Q)), "ms_quantize":
             1e3 * quantize, "ms_predict": 1e3 * predict, "tops": 4e-12 * case.dim * r.tokens /
             max(attend, 1e-9), "tops_done": 1e-12 * done / max(attend, 1e-9), "l1": l1
@@ -412,7 +412,7 @@ class Torch:
         pairs = case.n * (case.n + 1) / 2 if self.causal else case.n * case.n
         tops = 4e-9 * case.dim * pairs * case.heads / max(base["ms"], 1e-6)
         sparsity = self.like.sparsity if self.like else 0.0
-        return base | {"rung": "", "pv": "bf16", "sparsity": sparsity, "tops": tops, "l1": l1}
+        return base | {"kernel": "", "pv_dtype": "bf16", "sparsity": sparsity, "tops": tops, "l1": l1}
 
     def free(self):
         pass
@@ -483,9 +483,9 @@ class Session:
         rows = [
             self.derive(x.row(times, l1)) for (x, l1, _), times in zip(things, seconds) if times
         ]
-        dense = {(r["rung"], r["pv"]): r for r in rows if r["what"] == "dense"}
+        dense = {(r["kernel"], r["pv_dtype"]): r for r in rows if r["what"] == "dense"}
         for r in rows:
-            d = dense.get((r["rung"], r["pv"]))
+            d = dense.get((r["kernel"], r["pv_dtype"]))
             if d and r["what"] == "imposed":
                 r["efficiency"] = (1 - r["sparsity"]) * d["ms"] / r["ms"]
             if d and r["what"] == "predicted":
@@ -503,8 +503,8 @@ class Session:
             raise Lost(first_line(e)) from e
 
     def derive(self, row):
-        if (row["rung"], row["pv"]) in LADDER:
-            both = [self.ceilings.get(x) for x in LADDER[row["rung"], row["pv"]]]
+        if (row["kernel"], row["pv_dtype"]) in LADDER:
+            both = [self.ceilings.get(x) for x in LADDER[row["kernel"], row["pv_dtype"]]]
             if all(both):  # half of the operations each
                 row["ceiling"] = 2 / (1 / both[0] + 1 / both[1])
                 row["percent_of_ceiling"] = 100 * row["tops_done"] / row["ceiling"]
@@ -527,45 +527,45 @@ def read_ceilings(path):
     return found
 
 
-def check_small(lib, rung, pv):
-    """One rung with masks and without, causal and not, at sizes with ragged ends; the largest distance."""
+def check_small(lib, kernel, pv):
+    """One kernel with masks and without, causal and not, at sizes with ragged ends; the largest distance."""
     worst = 0.0
     for dim, n in ((128, 449), (64, 200)):
         case = Case(lib, dim, n, 2)
         for causal in (False, True):
             for sparsity in (0.0, 0.5):
-                worst = max(worst, Sparge(case, rung, pv, causal, sparsity).check())
+                worst = max(worst, Sparge(case, kernel, pv, causal, sparsity).check())
         case.free()
     return worst
 
 
 def small_cases(session):
-    """The rungs that are right, each asked in a process of its own: one may crash or hang."""
+    """The kernels that are right, each asked in a process of its own: one may crash or hang."""
     right = set()
-    for rung, pv in sorted(LADDER, reverse=True):
-        if rung not in session.args.rungs:
+    for kernel, pv in sorted(LADDER, reverse=True):
+        if kernel not in session.args.kernels:
             continue
         command = [
             sys.executable, __file__, "--library", session.args.library, "--check",
-            str(rung), pv
+            str(kernel), pv
         ]
         try:
             most = max(1, min(40, session.left()))
             done = subprocess.run(command, capture_output=True, text=True, timeout=most)
             said = first_line(done.stdout + done.stderr[-300:])
             if done.returncode == 0:
-                right.add((rung, pv))
+                right.add((kernel, pv))
         except subprocess.TimeoutExpired:
             said = "hangs, or has no time"
-        print(f"check: rung {rung} {pv}: {said}", flush=True)
-        if (rung, pv) not in right:
-            session.left_out.append(f"rung {rung} {pv} ({said})")
+        print(f"check: kernel {kernel} {pv}: {said}", flush=True)
+        if (kernel, pv) not in right:
+            session.left_out.append(f"kernel {kernel} {pv} ({said})")
     return right
 
 
 def line_of(r):
     parts = [
-        f"{r['what']:>11}", f"rung {r['rung']} {r['pv']}" if r["rung"] else r["pv"],
+        f"{r['what']:>11}", f"kernel {r['kernel']} {r['pv_dtype']}" if r["kernel"] else r["pv_dtype"],
         f"D {r['dim']} N {r['n']}", "causal" if r["causal"] else "",
         f"sparsity {r['sparsity']:.2f}", f"{r['ms']:.3f} ms", f"{r['tops']:.0f} TOPS"
     ]
@@ -574,7 +574,7 @@ def line_of(r):
     if "efficiency" in r:
         parts.append(f"efficiency {100 * r['efficiency']:.0f} %")
     if "prepare_percent_of_dense" in r:
-        parts.append(f"prediction and quantisation {r['prepare_percent_of_dense']:.2f} % of dense")
+        parts.append(f"prediction and quantization {r['prepare_percent_of_dense']:.2f} % of dense")
     return ", ".join(x for x in parts if x)
 
 
@@ -587,16 +587,16 @@ def everything(session):
     def measure(name, *makers):
         return session.measure(makers, name)
 
-    def mine(rung, pv, dim, n, causal=False, sparsity=0.0, predicts=False):
-        return lambda: Sparge(session.case(dim, n), rung, pv, causal, sparsity, predicts)
+    def mine(kernel, pv, dim, n, causal=False, sparsity=0.0, predicts=False):
+        return lambda: Sparge(session.case(dim, n), kernel, pv, causal, sparsity, predicts)
 
     def theirs(what, dim, n, causal=False):
         return lambda: Torch(torch, session.case(dim, n), what, causal)
 
-    def all_shares(rung, pv, dim, n, causal=False):
-        if (rung, pv) in right:
-            measure(f"rung {rung} {pv} D {dim} N {n}{' causal' * causal}, sparsity",
-                    *(mine(rung, pv, dim, n, causal, x) for x in (0.0, *shares)))
+    def all_shares(kernel, pv, dim, n, causal=False):
+        if (kernel, pv) in right:
+            measure(f"kernel {kernel} {pv} D {dim} N {n}{' causal' * causal}, sparsity",
+                    *(mine(kernel, pv, dim, n, causal, x) for x in (0.0, *shares)))
 
     def beside_torch(dim, n, causal=False):
         names = [(5, pv) for pv in ("fp8", "f16") if (5, pv) in right]
@@ -610,12 +610,12 @@ def everything(session):
         if best:
             measure(f"prediction N {n}", mine(*best, 128, n), mine(*best, 128, n, predicts=True))
 
-    def climb(rung, pv):
+    def climb(kernel, pv):
         """At the largest N where a call takes less than a second: found from a small one."""
         n, last = (short if session.args.tiny else 2048), None
-        while (rung, pv) in right and n <= long:
-            rows = measure(f"rung {rung} {pv} N {n}",
-                           *(mine(rung, pv, 128, n, False, x) for x in (0.0, 0.5, 0.9)),
+        while (kernel, pv) in right and n <= long:
+            rows = measure(f"kernel {kernel} {pv} N {n}",
+                           *(mine(kernel, pv, 128, n, False, x) for x in (0.0, 0.5, 0.9)),
                            *(theirs(x, 128, n) for x in ("flash", "cudnn") if torch and n < long))
             if not rows or last or rows[0]["what"] != "dense":
                 break
@@ -626,11 +626,11 @@ def everything(session):
                 break
 
     if (5, "fp8") in right:
-        measure("rung 5 fp8 dense", mine(5, "fp8", 128, long))
+        measure("kernel 5 fp8 dense", mine(5, "fp8", 128, long))
     beside_torch(128, long)
     all_shares(5, "fp8", 128, long)
-    for rung, pv in ((4, "f16"), (3, "int8"), (2, "float"), (1, "float"), (4, "int8")):
-        climb(rung, pv)
+    for kernel, pv in ((4, "f16"), (3, "int8"), (2, "float"), (1, "float"), (4, "int8")):
+        climb(kernel, pv)
     prediction(long)
     beside_torch(64, long)
     beside_torch(128, long, True)
@@ -650,14 +650,14 @@ def everything(session):
 
 
 def flex(session, measure, n, share, right):
-    """FlexAttention over the very mask that rung 5 gets, by turns with it."""
-    rung = next((x for x in ((5, "fp8"), (5, "f16"), (4, "f16")) if x in right), None)
-    if not rung:
+    """FlexAttention over the very mask that kernel 5 gets, by turns with it."""
+    kernel = next((x for x in ((5, "fp8"), (5, "f16"), (4, "f16")) if x in right), None)
+    if not kernel:
         return
     case = session.case(128, n)
-    like = Sparge(case, *rung, False, share)
+    like = Sparge(case, *kernel, False, share)
     try:
-        measure(f"FlexAttention at {share}", lambda: Sparge(case, *rung, False, share),
+        measure(f"FlexAttention at {share}", lambda: Sparge(case, *kernel, False, share),
                 lambda: Torch(session.torch, case, "flex", like=like))
     finally:
         like.free()
@@ -691,11 +691,11 @@ def middle(rows, column):
     return statistics.median(values) if values else None
 
 
-def readme_cells(full, rung, pv):
-    """Of one rung, at the largest N where sparsity was imposed on it: dense by the median of its groups."""
+def readme_cells(full, kernel, pv):
+    """Of one kernel, at the largest N where sparsity was imposed on it: dense by the median of its groups."""
     own = [
         r for r in full
-        if (r["rung"], r["pv"]) == (str(rung), pv) and r["what"] in ("dense", "imposed")
+        if (r["kernel"], r["pv_dtype"]) == (str(kernel), pv) and r["what"] in ("dense", "imposed")
     ]
     if not own:
         return ["never run"] * 6
@@ -715,12 +715,12 @@ def readme_cells(full, rung, pv):
 
 
 def readme_table(rows):
-    titles = ["rung", "idea", "N", "effective TOPS, dense", "at 50 %", "at 90 %",
+    titles = ["kernel", "idea", "N", "effective TOPS, dense", "at 50 %", "at 90 %",
               "% of the measured ceiling", "over torch SDPA"]
     lines = ["| " + " | ".join(titles) + " |", "|--:|---|--:|--:|--:|--:|--:|--:|"]
     full = [r for r in rows if r["dim"] == "128" and r["causal"] == "0"]
-    lines += ["| " + " | ".join([str(rung), idea, *readme_cells(full, rung, pv)]) + " |"
-              for (rung, pv), idea in IDEAS.items()]
+    lines += ["| " + " | ".join([str(kernel), idea, *readme_cells(full, kernel, pv)]) + " |"
+              for (kernel, pv), idea in IDEAS.items()]
     return lines
 
 
@@ -735,9 +735,9 @@ def write_readme(folder, readme):
     fill_in(readme, "gpu_speed", [f"{note} Command: `gpu/on_gpu.sh`.", "", *readme_table(rows)])
 
 
-def check_one(lib, rung, pv):
+def check_one(lib, kernel, pv):
     try:
-        print(f"relative L1 at most {check_small(lib, rung, pv):.2g}")
+        print(f"relative L1 at most {check_small(lib, kernel, pv):.2g}")
     except RuntimeError as e:
         sys.exit(first_line(e))
 
@@ -771,7 +771,7 @@ def main():
                         help="only fill the table of gpu/README.md")
     parser.add_argument("--readme-file", type=Path, default=ROOT / "gpu/README.md",
                         help=argparse.SUPPRESS)
-    parser.add_argument("--rungs", type=lambda x: {int(n) for n in x.split(",")},
+    parser.add_argument("--kernels", type=lambda x: {int(n) for n in x.split(",")},
                         default={1, 2, 3, 4, 5}, metavar="1,2,..", help="only these")
     parser.add_argument("--check", nargs=2, metavar=("RUNG", "PV"), help="only check this one")
     args = parser.parse_args()

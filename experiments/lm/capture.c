@@ -66,7 +66,7 @@ typedef struct capturing {
     const lm_text *text;
     const char *folder;
     json_t *manifest, *files; /* the files are in the manifest */
-    int64_t not_finite;       /* elements of all files */
+    int64_t nonfinite;        /* elements of all files */
 } capturing;
 
 /* An empty list holds every number. */
@@ -121,17 +121,17 @@ static exit_code save_manifest(const capturing *x, file_error *error)
 
 /* Adds the file to the manifest, so that what is there is always said to be there. */
 static exit_code list_file(capturing *x, const char *name, int64_t layer, json_t *heads,
-                           json_t *groups, bool small, int64_t not_finite, file_error *error)
+                           json_t *groups, bool small, int64_t nonfinite, file_error *error)
 {
     char path[PATH_MAX], sha256[SHA256_TEXT];
     snprintf(path, sizeof path, "%s/%s", x->folder, name);
     const exit_code code = capture_sha256(path, sha256, error);
-    x->not_finite += not_finite;
+    x->nonfinite += nonfinite;
     json_array_append_new(x->files,
                           json_pack("{s:s, s:s, s:I, s:O, s:O, s:s, s:I}", "file", name, "sha256",
                                     sha256, "layer", (json_int_t)layer, "query_heads", heads,
                                     "kv_heads", groups, "dtype", small ? "float16" : "float32",
-                                    "not_finite", (json_int_t)not_finite));
+                                    "nonfinite", (json_int_t)nonfinite));
     return code ? code : save_manifest(x, error);
 }
 
@@ -148,16 +148,16 @@ static exit_code visit(void *user, int64_t layer, const sparge_problem *p, file_
               copy_heads(x, &p->v, p->kv_heads, 1, p->k_len, p->dim_v, &qkv[2], NULL, error);
     const bool small =
         ok && array_fits_f16(&qkv[0]) && array_fits_f16(&qkv[1]) && array_fits_f16(&qkv[2]);
-    int64_t not_finite = 0;
+    int64_t nonfinite = 0;
     for (int n = 0; n < 3 && ok; n++) {
-        not_finite += array_not_finite(&qkv[n]);
+        nonfinite += array_nonfinite(&qkv[n]);
         ok = !small || array_to_f16(&qkv[n], error);
     }
     char name[32];
     snprintf(name, sizeof name, "layer%02" PRId64 ".safetensors", layer);
     exit_code code = ok ? save(x, name, qkv, error) : EXIT_MACHINE;
     if (!code)
-        code = list_file(x, name, layer, heads, groups, small, not_finite, error);
+        code = list_file(x, name, layer, heads, groups, small, nonfinite, error);
     for (int n = 0; n < 3; n++)
         array_free(&qkv[n]);
     json_decref(heads);
@@ -240,15 +240,15 @@ exit_code capture_command(int argc, char **argv, file_error *error)
         code = lm_run(&m, &m.choice[0], m.text->token, tokens, hidden);
     }
     progress_end(&m.watch);
-    if (!code && x.not_finite)
+    if (!code && x.nonfinite)
         fprintf(stderr,
                 "sparge-lm: %s: %" PRId64 " elements of what was written are not finite, as its "
                 "manifest.json says of each file; attention over them is not either\n",
-                x.folder, x.not_finite);
+                x.folder, x.nonfinite);
     if (!code)
         code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "folder", x.folder, "files",
                                     (json_int_t)json_array_size(x.files), "tokens",
-                                    (json_int_t)tokens, "not_finite", (json_int_t)x.not_finite),
+                                    (json_int_t)tokens, "nonfinite", (json_int_t)x.nonfinite),
                           error);
     free(hidden);
     json_decref(x.manifest);

@@ -25,13 +25,13 @@ static exit_code read_thresholds(choice *c, option_set given, const hyper *h, co
         code = params_model(&p, c->path, name, weights, error);
     if (!code)
         code = params_obey(&p, c->path, given, &c->options, error);
-    c->knobs = code ? NULL : calloc((size_t)(h->layers * h->heads), sizeof *c->knobs);
-    if (!code && !c->knobs) {
+    c->thresholds = code ? NULL : calloc((size_t)(h->layers * h->heads), sizeof *c->thresholds);
+    if (!code && !c->thresholds) {
         file_error_set(error, c->path, "no memory for its thresholds");
         code = EXIT_MACHINE;
     }
     for (int64_t n = 0; n < h->layers * h->heads && !code; n++)
-        code = params_find(&p, c->path, n / h->heads, n % h->heads, &c->knobs[n], error);
+        code = params_find(&p, c->path, n / h->heads, n % h->heads, &c->thresholds[n], error);
     params_free(&p);
     return code;
 }
@@ -61,7 +61,8 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
     exit_code code = EXIT_FINE;
     if (strcmp(text, "f32") == 0 || strcmp(text, "int8") == 0) {
         out->dense = true;
-        out->options.qk = out->options.pv = strcmp(text, "f32") == 0 ? SPARGE_FLOAT : SPARGE_INT8;
+        out->options.qk_dtype = out->options.pv_dtype =
+            strcmp(text, "f32") == 0 ? SPARGE_F32 : SPARGE_INT8;
     } else if (ends_with(text, ".json")) {
         out->path = text;
         code = read_thresholds(out, asked->given, h, name, weights, error);
@@ -85,9 +86,9 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
 
 void choice_free(choice *c)
 {
-    free(c->knobs);
+    free(c->thresholds);
     array_free(&c->mask);
-    c->knobs = NULL;
+    c->thresholds = NULL;
 }
 
 /* The mask of one layer, from the file. */
@@ -115,8 +116,8 @@ exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *pr
     sparge_mask mask = {0};
     sparge_error why;
     double seconds = 0.0;
-    if (c->knobs)
-        options.per_head = c->knobs + layer * problem->heads;
+    if (c->thresholds)
+        options.per_head = c->thresholds + layer * problem->heads;
     sparge_status status = SPARGE_OK;
     exit_code code = EXIT_FINE;
     if (c->mask.data) {

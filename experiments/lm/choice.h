@@ -17,15 +17,15 @@ typedef struct choice {
     char sha256[SHA256_TEXT]; /* of the file */
     sparge_options options;
     bool dense;
-    sparge_knobs *knobs; /* [layers][heads], of a .json */
-    array mask;          /* of a .npy */
+    sparge_thresholds *thresholds; /* [layers][heads], of a .json */
+    array mask;                    /* of a .npy */
 } choice;
 
 /* What a run of a model by it took, and what it left out. */
 typedef struct measured {
     sparge_counts *layer;    /* [layers] */
     double seconds, prepare; /* of attention without copies to a device; of those, prediction and
-                                quantisation */
+                                quantization */
     sparge_isa isa;
     int threads;
 } measured;

@@ -112,9 +112,9 @@ static error_t check_args(struct argp_state *state, const lm_args *a)
     const error_t error = lm_check_files(state, a);
     if (error)
         return error;
-    if (o->causal != SPARGE_CAUSAL_NONE || o->scale != 0.0f || a->attention.nhd)
-        return options_wrong(state,
-                             "--causal, --scale and --layout are the model's: leave them out");
+    if (o->causal != SPARGE_CAUSAL_NONE || o->softmax_scale != 0.0f || a->attention.nhd)
+        return options_wrong(
+            state, "--causal, --softmax-scale and --layout are the model's: leave them out");
     if (o->rules != SPARGE_RULES_DEFAULT)
         return options_wrong(state, "--rules other than the default are not for a model");
     if (a->csv && a->attention.output && strcmp(a->csv, a->attention.output) == 0)
@@ -226,8 +226,8 @@ static exit_code open_choices(lm *m)
     const lm_args *a = m->args;
     attention_args asked = a->attention;
     bool thresholds = false;
-    asked.given |=
-        option_bit(OPT_CAUSAL) | option_bit(OPT_SCALE) | option_bit(OPT_RULES); /* by the model */
+    asked.given |= option_bit(OPT_CAUSAL) | option_bit(OPT_SOFTMAX_SCALE) |
+                   option_bit(OPT_RULES); /* by the model */
     for (int n = 0; n < a->choices; n++)
         thresholds |= ends_with(a->choice[n], ".json");
     exit_code code = thresholds ? lm_weights(m) : EXIT_FINE;
@@ -369,7 +369,7 @@ exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
 /* Thresholds and block sizes of `sparse` and of masks. */
 static json_t *describe_options(const sparge_options *o)
 {
-    return json_joined(json_joined(options_json(o), knobs_json(&o->knobs)),
+    return json_joined(json_joined(options_json(o), thresholds_json(&o->thresholds)),
                        json_pack("{s:s}", "backend", sparge_backend_string(o->backend)));
 }
 

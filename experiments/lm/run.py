@@ -85,8 +85,8 @@ def ppl(args):
     texts_of = paths("judge")
     lm(args, "ppl", *texts_of, "--length", listed(LENGTHS), "--attention",
        listed([*DENSE, *TUNED.values()]), "-o", WORK / "ppl.json", "--csv", HERE / "ppl.csv")
-    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()), "--qk",
-       "f32", "--pv", "f32", "-o", WORK / "ppl_f32.json", "--csv", HERE / "ppl_f32.csv")
+    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()), "--qk-dtype",
+       "f32", "--pv-dtype", "f32", "-o", WORK / "ppl_f32.json", "--csv", HERE / "ppl_f32.csv")
 
 
 def needle(args):

@@ -6,7 +6,7 @@ the paper. Thresholds "tuned" are those that the tuner found for each head at (l
 0.06) in Hilbert's order on another sample (../video/params.json); most of them have no use for the
 judge, so there are also thresholds "alike" for all heads. Without a model, attention of the patches
 of two clips to each other, with thresholds from another part of each. Without the judge theta is
--1. sim_q and sim_k are means over blocks of 128 and 64 tokens, of k less its mean; sim_k_raw
+-1. q_sim and k_sim are means over blocks of 128 and 64 tokens, of k less its mean; sim_k_raw
 without that. L1 is against dense f32.
 """
 import sys
@@ -48,17 +48,17 @@ def rows_of(name, entry, params, want, how):
     mixed, index = reordered(entry, how.sparge, name, how.folder / "mixed.safetensors", seed=SEED)
     raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
     rows = []
-    for thresholds, judge, knobs in VARIANTS:
-        options = options_of(changed(params, how.folder / "params.json", **knobs))
-        result = how.sparge("run", mixed, *options, "-o", got, "--dump", dump)
+    for thresholds, judge, chosen in VARIANTS:
+        options = options_of(changed(params, how.folder / "params.json", **chosen))
+        result = how.sparge("run", mixed, *options, "-o", got, "--intermediates", dump)
         error = relative_l1(
             np.load(got)[0], want[:, index],
             f"{entry.path}, {name}, {thresholds}, judge {judge}: o")
-        sim_q, sim_k = (np.load(dump / f"sim_{x}.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
-        group = len(error) // len(sim_k)
+        q_sim, k_sim = (np.load(dump / f"{x}_sim.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
+        group = len(error) // len(k_sim)
         rows += [{
-            "order": name, "head": head, "thresholds": thresholds, "judge": judge, "sim_q":
-            f"{sim_q[h]:.5f}", "sim_k": f"{sim_k[h // group]:.5f}", "sim_k_raw":
+            "order": name, "head": head, "thresholds": thresholds, "judge": judge, "q_sim":
+            f"{q_sim[h]:.5f}", "k_sim": f"{k_sim[h // group]:.5f}", "sim_k_raw":
             f"{raw[h // group]:.5f}", "l1": cell(error[h], 6), "sparsity":
             f"{result['sparsity_per_head'][h]:.6f}"
         } for h, head in enumerate(entry.heads)]
@@ -84,7 +84,7 @@ def of_patches(clip, how):
 def of_entry(entry, params, how):
     plain, want = how.folder / "plain.safetensors", how.folder / "want.npy"
     copied(entry, tensors(entry.path), plain)
-    how.sparge("run", plain, "--dense", "--qk", "f32", "--pv", "f32", *attends(entry), "-o", want)
+    how.sparge("run", plain, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", *attends(entry), "-o", want)
     want = np.load(want)[0].astype(np.float64)
     return [row for name in ORDERS for row in rows_of(name, entry, params, want, how)]
 

@@ -297,8 +297,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--block-k", metavar="N", type=block, default=64, help="(64; the authors' on Hopper: 128)")
     add("--skip-rows", metavar="N", type=block, help="(block-q)")
     add("--causal", choices=["none", "end", "start"], default="none", help="(none)")
-    add("--qk", choices=["int8", "int12", "f32"], default="int8", help="(int8)")
-    add("--pv", choices=["int8", "int12", "f32", "f16", "fp8"], default="fp8", help="(fp8)")
+    add("--qk-dtype", choices=["int8", "int12", "f32"], default="int8", help="(int8)")
+    add("--pv-dtype", choices=["int8", "int12", "f32", "f16", "fp8"], default="fp8", help="(fp8)")
     args = parser.parse_args(arguments)
     if all(map(os.path.exists,
                (args.file, args.output))) and os.path.samefile(args.file, args.output):
@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
             hashlib.sha256(data).hexdigest()
         }, {"rules": args.rules}, {
             "block_q": args.block_q, "block_k": args.block_k, "skip_rows": args.skip_rows, "causal":
-            args.causal, "smooth_k": True, "sink": True, "scale": None, "qk": args.qk, "pv": args.pv
+            args.causal, "smooth_k": True, "sink": True, "softmax_scale": None, "qk_dtype": args.qk_dtype, "pv_dtype": args.pv_dtype
         }, {"l1": args.l1, "l2": args.l2}, {"inputs": []}], heads)
         path = args.output
         write(path, text)

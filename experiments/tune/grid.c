@@ -5,7 +5,7 @@
  *     tune_grid q.bin k.bin v.bin TOKENS DIM CAUSAL SINK L1 L2
  *
  * The files are f32 [TOKENS][DIM] of one head. Prints one line of CSV for each of the two searches:
- * search,theta,tau,lambda,mask_sparsity,sparsity,l1,calls,equivalents */
+ * search,theta,tau,lambda,mask_sparsity,sparsity,l1,calls,dense_passes */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,11 +17,11 @@ typedef struct grid {
     sparge_options options;
     float *o, *want;
     int64_t n; /* of elements of o */
-    double calls, equivalents;
+    double calls, dense_passes;
 } grid;
 
 typedef struct trial {
-    sparge_knobs knobs;
+    sparge_thresholds thresholds;
     double l1, sparsity;
 } trial;
 
@@ -46,28 +46,28 @@ static void require(sparge_status status, const sparge_error *error)
 }
 
 /* Attention at these thresholds, its error and its sparsity. */
-static trial try(grid *g, sparge_knobs knobs)
+static trial try(grid *g, sparge_thresholds thresholds)
 {
     sparge_error error;
     sparge_result result = {.o = {g->o, SPARGE_F32, 0, 0, g->problem.dim_v}};
     sparge_options o = g->options;
-    o.knobs = knobs;
+    o.thresholds = thresholds;
     require(sparge_attention(&g->problem, &o, &result, &error), &error);
     double wrong = 0.0, all = 0.0;
     for (int64_t n = 0; n < g->n; n++) {
         wrong += fabs((double)g->o[n] - (double)g->want[n]);
         all += fabs((double)g->want[n]);
     }
-    const trial t = {knobs, wrong / all, sparge_sparsity(&result.counts)};
+    const trial t = {thresholds, wrong / all, sparge_sparsity(&result.counts)};
     g->calls += 1.0;
-    g->equivalents += 1.0 - t.sparsity;
+    g->dense_passes += 1.0 - t.sparsity;
     return t;
 }
 
-static sparge_knobs at(float theta, double tau, double log2_gap)
+static sparge_thresholds at(float theta, double tau, double log2_gap)
 {
-    return (sparge_knobs){theta, (float)tau, SPARGE_OFF,
-                          (float)(-log2_gap * 0.69314718055994530942)};
+    return (sparge_thresholds){theta, (float)tau, SPARGE_OFF,
+                               (float)(-log2_gap * 0.69314718055994530942)};
 }
 
 static float theta_of(int n) { return -1.0f + (float)n / 16.0f; }
@@ -85,7 +85,8 @@ static void exhaustive(grid *g, double l1, double l2, trial *mask, trial *best)
         }
     *best = *mask;
     for (int step = 0; step <= 500; step++) {
-        const trial t = try(g, at(mask->knobs.theta, (double)mask->knobs.tau, step / 10.0));
+        const trial t =
+            try(g, at(mask->thresholds.theta, (double)mask->thresholds.tau, step / 10.0));
         if (t.l1 < l2 && t.sparsity > best->sparsity)
             *best = t;
     }
@@ -117,7 +118,7 @@ static void authors(grid *g, double l1, double l2, trial *mask, trial *best)
         chosen = kept;
         for (double least = 0.0, most = 50.0; most - least > 0.1;) {
             const double gap = (least + most) / 2.0;
-            const trial t = try(g, at(theta_of(theta), (double)kept.knobs.tau, gap));
+            const trial t = try(g, at(theta_of(theta), (double)kept.thresholds.tau, gap));
             if (t.l1 < l2) {
                 most = gap;
                 chosen = t;
@@ -163,7 +164,7 @@ int main(int argc, char **argv)
     sparge_options dense = g.options;
     sparge_error error;
     sparge_result result = {.o = {g.want, SPARGE_F32, 0, 0, dim}};
-    dense.qk = dense.pv = SPARGE_FLOAT;
+    dense.qk_dtype = dense.pv_dtype = SPARGE_F32;
     require(sparge_attend(&g.problem, &dense, NULL, &result, &error), &error);
 
     static const struct {
@@ -172,11 +173,12 @@ int main(int argc, char **argv)
     } searches[] = {{"authors", authors}, {"exhaustive", exhaustive}};
     for (int s = 0; s < 2; s++) {
         trial mask, best;
-        g.calls = g.equivalents = 0.0;
+        g.calls = g.dense_passes = 0.0;
         searches[s].search(&g, l1, l2, &mask, &best);
         printf("%s,%.9g,%.9g,%.9g,%.6f,%.6f,%.6f,%.0f,%.1f\n", searches[s].name,
-               (double)best.knobs.theta, (double)best.knobs.tau, (double)best.knobs.lambda,
-               mask.sparsity, best.sparsity, best.l1, g.calls, g.equivalents);
+               (double)best.thresholds.theta, (double)best.thresholds.tau,
+               (double)best.thresholds.lambda, mask.sparsity, best.sparsity, best.l1, g.calls,
+               g.dense_passes);
         fflush(stdout);
     }
     return 0;

@@ -21,7 +21,7 @@ PAIRS = [("0.08", "0.09"), ("0.07", "0.08"), ("0.05", "0.06"), ("0.03", "0.035")
 MODE = ["--causal", "--sink"]
 TABLE = [
     "layer", "head", "theta", "tau", "lambda", "dense", "back_off", "sparsity", "l1_in",
-    "first_sparsity_out", "first_l1_out", "sparsity_out", "l1_out", "equivalents", "seconds"
+    "first_sparsity_out", "first_l1_out", "sparsity_out", "l1_out", "dense_passes", "seconds"
 ]
 
 

@@ -41,7 +41,7 @@ def sparge(args):
 
 GRID = [
     "layer", "head", "search", "theta", "tau", "lambda", "mask_sparsity", "sparsity", "l1", "calls",
-    "equivalents"
+    "dense_passes"
 ]
 
 
@@ -84,7 +84,7 @@ def judge_file(program, params, entry):
         got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
         copy = copied(entry, tensors(entry.path), Path(folder) / entry.path.name)
         result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
-        run_json(program, "run", copy, "--causal", "--dense", "--qk", "f32", "--pv", "f32", "-o",
+        run_json(program, "run", copy, "--causal", "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", "-o",
                  want)
         l1 = relative_l1(np.load(got)[0], np.load(want)[0], f"{entry.path} under {params}: o")
     return [{
@@ -147,8 +147,8 @@ def length(args):
                     tokens, "heads":
                     len(heads), "seconds":
                     f"{spent:.3f}", "seconds_per_head":
-                    f"{spent / len(heads):.4f}", "equivalents":
-                    f"{statistics.mean(h['equivalents'] for h in heads):.3f}", "sparsity":
+                    f"{spent / len(heads):.4f}", "dense_passes":
+                    f"{statistics.mean(h['dense_passes'] for h in heads):.3f}", "sparsity":
                     f"{statistics.mean(h['in_sample']['sparsity'] for h in heads):.4f}"
                 })
                 print(rows[-1], flush=True)
@@ -170,7 +170,7 @@ def table_committed():
             cell(r["sparsity"]),
             cell(r["l1_in"]), f"{cell(r['first_sparsity_out'])}, {cell(r['first_l1_out'])}",
             r["back_off"].replace("none", ""), f"{cell(r['sparsity_out'])}, {cell(r['l1_out'])}",
-            cell(r["equivalents"], 2),
+            cell(r["dense_passes"], 2),
             cell(r["seconds"], 2)
         ]) + " |")
     return lines
@@ -186,7 +186,7 @@ def table_grid():
         found = {r["search"]: r for r in rows if (int(r["layer"]), int(r["head"])) == (layer, head)}
         cells = [
             f"{cell(r['sparsity'])}, {cell(r['l1'])}, "
-            f"{float(r['equivalents']):.{2 if name == 'tuner' else 0}f}"
+            f"{float(r['dense_passes']):.{2 if name == 'tuner' else 0}f}"
             for name, r in ((name, found[name]) for name in ("exhaustive", "authors", "tuner"))
         ]
         lost = float(found["exhaustive"]["sparsity"]) - float(found["tuner"]["sparsity"])
@@ -229,7 +229,7 @@ def table_model():
             share(mean, l2),
             share(pairs, l2),
             cell(worst(pairs)),
-            cell(statistics.mean(float(r["equivalents"]) for r in rows), 2)
+            cell(statistics.mean(float(r["dense_passes"]) for r in rows), 2)
         ]) + " |")
     return lines
 
@@ -242,7 +242,7 @@ def table_length():
     for tokens in sorted({int(r["tokens"]) for r in rows}):
         here = sorted((r for r in rows if int(r["tokens"]) == tokens), key=lambda r: r["file"])
         lines.append(f"| {tokens} | " + " | ".join(
-            f"{cell(r['seconds_per_head'], 3)}, {cell(r['equivalents'], 2)}, {cell(r['sparsity'])}"
+            f"{cell(r['seconds_per_head'], 3)}, {cell(r['dense_passes'], 2)}, {cell(r['sparsity'])}"
             for r in here) + " |")
     return lines
 

@@ -95,17 +95,17 @@ static void ask_wildly(void)
     problem x = problem_make(&s);
     x.o.block_q = check_int(1, check_int(0, 1) ? 16 : 128);
     x.o.block_k = check_int(1, check_int(0, 1) ? 16 : 128);
-    x.o.qk = (sparge_precision)check_int(SPARGE_INT8, SPARGE_FLOAT);
-    x.o.pv = (sparge_precision)check_int(SPARGE_INT8, SPARGE_FLOAT);
+    x.o.qk_dtype = precisions[check_int(0, 2)];
+    x.o.pv_dtype = precisions[check_int(0, 2)];
     x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
     x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, 140);
     make_wild(&x.q);
     make_wild(&x.k);
     make_wild(&x.v);
-    sparge_knobs each[6];
+    sparge_thresholds each[6];
     vary(&x, each);
     if (check_int(0, 2) == 0)
-        x.o.scale = fabsf(sized(-126, 126));
+        x.o.softmax_scale = fabsf(sized(-126, 126));
     broadcast(&x.p.q);
     broadcast(&x.p.k);
     broadcast(&x.p.v);

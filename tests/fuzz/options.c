@@ -24,8 +24,8 @@ static void check_accepted(const attention_args *a, char *const *argv, int argc)
     }
     const sparge_options *o = &a->options;
     require(o->rules == a->rules &&
-            (o->knobs.topk == SPARGE_OFF || (a->given & option_bit(OPT_TAU)) ||
-             o->knobs.tau == SPARGE_OFF));
+            (o->thresholds.topk == SPARGE_OFF || (a->given & option_bit(OPT_TAU)) ||
+             o->thresholds.tau == SPARGE_OFF));
     const float x = 0.0f;
     const sparge_problem problem = {
         .batch = 1,

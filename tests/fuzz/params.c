@@ -18,7 +18,7 @@ static void require(bool condition)
 
 static bool within(double x, double low, double high) { return x >= low && x <= high; }
 
-static void check_knobs(const sparge_knobs *k)
+static void check_thresholds(const sparge_thresholds *k)
 {
     require(within((double)k->theta, -1.0, 1.0));
     require(k->tau == SPARGE_OFF || within((double)k->tau, 0.0, 1.0));
@@ -33,14 +33,14 @@ static void check_heads(const params *p)
     for (int64_t n = 0; n < p->heads; n++) {
         const params_head *h = &p->head[n];
         require(h->layer >= 0 && h->layer <= INT32_MAX && h->head >= 0 && h->head <= INT32_MAX);
-        check_knobs(&h->knobs);
-        sparge_knobs found;
+        check_thresholds(&h->thresholds);
+        sparge_thresholds found;
         require(params_find(p, "fuzz", h->layer, h->head, &found, NULL) == EXIT_FINE);
-        require(memcmp(&found, &h->knobs, sizeof found) == 0);
+        require(memcmp(&found, &h->thresholds, sizeof found) == 0);
         require(n == 0 || h[-1].layer < h->layer ||
                 (h[-1].layer == h->layer && h[-1].head < h->head));
     }
-    sparge_knobs none;
+    sparge_thresholds none;
     require(params_find(p, "fuzz", -1, 0, &none, NULL) &&
             params_find(p, "fuzz", 0, -1, &none, NULL));
 }
@@ -55,7 +55,7 @@ static sparge_options options_of(const params *p)
     o.causal = p->causal;
     o.smooth_k = p->smooth_k;
     o.sink = p->sink;
-    o.scale = p->scale;
+    o.softmax_scale = p->softmax_scale;
     return o;
 }
 
@@ -67,20 +67,21 @@ static void check_round_trip(const params *want, const sparge_options *o)
     json_t *header = params_header(want->model, want->weights, o), *heads = json_array();
     for (int64_t n = 0; n < want->heads; n++) {
         const params_head *h = &want->head[n];
-        require(json_array_append_new(heads, params_line(h->layer, h->head, false, &h->knobs)) ==
-                0);
+        require(json_array_append_new(heads,
+                                      params_line(h->layer, h->head, false, &h->thresholds)) == 0);
     }
     require(stream && json_object_set_new(header, "heads", heads) == 0);
     require(json_write_lines(stream, "fuzz", header, NULL) && fclose(stream) == 0);
     json_decref(header);
     params got;
     require(params_read_memory(text, length, "fuzz", &got, NULL) == EXIT_FINE);
-    require(got.heads == want->heads && got.scale == want->scale);
+    require(got.heads == want->heads && got.softmax_scale == want->softmax_scale);
     for (int64_t n = 0; n < got.heads; n++) {
         const params_head *a = &got.head[n], *b = &want->head[n];
-        require(a->layer == b->layer && a->head == b->head && a->knobs.theta == b->knobs.theta);
-        require(a->knobs.tau == b->knobs.tau && a->knobs.topk == b->knobs.topk);
-        require(a->knobs.lambda == b->knobs.lambda);
+        require(a->layer == b->layer && a->head == b->head &&
+                a->thresholds.theta == b->thresholds.theta);
+        require(a->thresholds.tau == b->thresholds.tau && a->thresholds.topk == b->thresholds.topk);
+        require(a->thresholds.lambda == b->thresholds.lambda);
     }
     require(params_model(&got, "fuzz", want->model, NULL, NULL) == EXIT_FINE);
     sparge_options same = *o;
@@ -107,14 +108,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     require(error.text[0] == '\0' && json_is_object(got.json));
     require(within((double)got.block_q, 1, 1024) && within((double)got.block_k, 1, 1024));
     require(within((double)got.skip_rows, 1, 1024) && (unsigned)got.causal <= SPARGE_CAUSAL_START);
-    require(got.scale == 0.0f || within((double)got.scale, (double)FLT_MIN, (double)FLT_MAX));
+    require(got.softmax_scale == 0.0f ||
+            within((double)got.softmax_scale, (double)FLT_MIN, (double)FLT_MAX));
     check_heads(&got);
     sparge_options o = options_of(&got), taken = sparge_options_default(SPARGE_RULES_DEFAULT);
     if (got.skip_rows <= got.block_q) { /* as a file of ours has it */
         require(params_obey(&got, "fuzz", options_all(), &o, &error) == EXIT_FINE);
         require(params_obey(&got, "fuzz", 0, &taken, &error) == EXIT_FINE);
-        require(taken.rules == o.rules && taken.causal == o.causal && taken.scale == o.scale &&
-                taken.sink == o.sink);
+        require(taken.rules == o.rules && taken.causal == o.causal &&
+                taken.softmax_scale == o.softmax_scale && taken.sink == o.sink);
         check_round_trip(&got, &o);
     }
     params_free(&got);

@@ -9,15 +9,15 @@
 
 TestSuite(calls);
 
-static const rung *fastest(void) { return runs_here(5) ? &rungs[5] : &rungs[3]; }
+static const kernel *fastest(void) { return runs_here(5) ? &kernels[5] : &kernels[3]; }
 
 /* Some of everything, small. */
-static problem usual(const rung *r)
+static problem usual(const kernel *r)
 {
     const shape s = shape_of(1, 2, 1, 150, 200, 24, 40);
     problem x = question(&s, r);
     x.o.causal = SPARGE_CAUSAL_END;
-    x.o.knobs = (sparge_knobs){0.2f, 0.7f, SPARGE_OFF, -1.0f};
+    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -1.0f};
     return x;
 }
 
@@ -42,16 +42,16 @@ Test(calls, a_workspace_of_exactly_the_bytes)
 {
     fresh_device();
     for (int i = plain_quick(); i < RUNGS; i += plain_quick() ? 4 : 1)
-        for (int n = 0; n < 8 && runs_here(rungs[i].n); n += 1 + 2 * plain_quick()) {
-            check_case("rung %d pv %d, %d", rungs[i].n, (int)rungs[i].pv, n);
-            problem x = usual(&rungs[i]);
+        for (int n = 0; n < 8 && runs_here(kernels[i].n); n += 1 + 2 * plain_quick()) {
+            check_case("kernel %d pv %d, %d", kernels[i].n, (int)kernels[i].pv_dtype, n);
+            problem x = usual(&kernels[i]);
             x.o.smooth_k = n & 1;
             if (n & 2)
-                x.o.knobs.lambda = -INFINITY;
-            use(&x, &rungs[i]);
+                x.o.thresholds.lambda = -INFINITY;
+            use(&x, &kernels[i]);
             answer want = n & 4 ? attention(&x, NULL) : attend(&x);
             scene s;
-            scene_open(&s, &x, &rungs[i], n & 4);
+            scene_open(&s, &x, &kernels[i], n & 4);
             s.result.mask = NULL; /* the mask stands in the workspace, too */
             int64_t bytes = -1;
             check(sparge_workspace_bytes(&s.p, &s.o, true, &bytes, &s.error) == SPARGE_OK, "%s",
@@ -105,16 +105,17 @@ Test(calls, two_calls_on_a_stream)
 {
     fresh_device();
     for (int i = plain_quick(); i < RUNGS; i += plain_quick() ? 4 : 1)
-        for (int own = 0; own < 2 && runs_here(rungs[i].n); own++) {
-            check_case("rung %d pv %d, own workspace %d", rungs[i].n, (int)rungs[i].pv, own);
-            problem x = usual(&rungs[i]), y = usual(&rungs[i]);
-            use(&x, &rungs[i]);
-            use(&y, &rungs[i]);
+        for (int own = 0; own < 2 && runs_here(kernels[i].n); own++) {
+            check_case("kernel %d pv %d, own workspace %d", kernels[i].n, (int)kernels[i].pv_dtype,
+                       own);
+            problem x = usual(&kernels[i]), y = usual(&kernels[i]);
+            use(&x, &kernels[i]);
+            use(&y, &kernels[i]);
             tensor_fill(&y.q, -1, 1);
             answer want_x = attention(&x, NULL), want_y = attention(&y, NULL);
             scene s[2];
-            scene_open(&s[0], &x, &rungs[i], true);
-            scene_open(&s[1], &y, &rungs[i], true);
+            scene_open(&s[0], &x, &kernels[i], true);
+            scene_open(&s[1], &y, &kernels[i], true);
             int64_t bytes;
             check(sparge_workspace_bytes(&s[0].p, &s[0].o, true, &bytes, NULL) == SPARGE_OK,
                   "bytes");
@@ -156,16 +157,17 @@ Test(calls, a_graph_replayed_with_changed_inputs)
 {
     fresh_device();
     for (int i = plain_quick(); i < RUNGS; i += plain_quick() ? 4 : 1)
-        for (int own = 0; own < 2 && runs_here(rungs[i].n); own++) {
-            check_case("rung %d pv %d, own workspace %d", rungs[i].n, (int)rungs[i].pv, own);
-            problem x = usual(&rungs[i]);
-            const sparge_knobs thresholds[2] = {{0.1f, 0.8f, SPARGE_OFF, -1.0f},
-                                                {0.1f, SPARGE_OFF, 0.5f, -INFINITY}};
-            sparge_knobs *each = malloc(sizeof thresholds);
+        for (int own = 0; own < 2 && runs_here(kernels[i].n); own++) {
+            check_case("kernel %d pv %d, own workspace %d", kernels[i].n, (int)kernels[i].pv_dtype,
+                       own);
+            problem x = usual(&kernels[i]);
+            const sparge_thresholds thresholds[2] = {{0.1f, 0.8f, SPARGE_OFF, -1.0f},
+                                                     {0.1f, SPARGE_OFF, 0.5f, -INFINITY}};
+            sparge_thresholds *each = malloc(sizeof thresholds);
             memcpy(each, thresholds, sizeof thresholds);
             scene s;
             x.o.per_head = each;
-            scene_open(&s, &x, &rungs[i], true);
+            scene_open(&s, &x, &kernels[i], true);
             int64_t bytes;
             check(sparge_workspace_bytes(&s.p, &s.o, true, &bytes, NULL) == SPARGE_OK, "bytes");
             char *memory = check_alloc((size_t)bytes);
@@ -213,15 +215,31 @@ Test(calls, pointers_that_are_not_the_devices)
 {
     fresh_device();
     static const char *const names[] = {
-        "q.data",        "k.data",        "v.data",
-        "result.o",      "result.lse",    "result.head_counts",
-        "mask.bits",     "workspace",     "trace.mean_k",
-        "trace.pool_q",  "trace.pool_k",  "trace.sim_q",
-        "trace.sim_k",   "trace.s_all",   "trace.s",
-        "trace.why",     "trace.codes_q", "trace.codes_k",
-        "trace.codes_v", "trace.steps_q", "trace.steps_k",
-        "trace.steps_v", "trace.pv_done", "trace.m",
-        "trace.l",
+        "q.data",
+        "k.data",
+        "v.data",
+        "result.o",
+        "result.lse",
+        "result.head_counts",
+        "mask.bits",
+        "workspace",
+        "intermediates.k_mean",
+        "intermediates.q_pool",
+        "intermediates.k_pool",
+        "intermediates.q_sim",
+        "intermediates.k_sim",
+        "intermediates.s_all",
+        "intermediates.s",
+        "intermediates.why",
+        "intermediates.q_int",
+        "intermediates.k_int",
+        "intermediates.v_int",
+        "intermediates.q_scale",
+        "intermediates.k_scale",
+        "intermediates.v_scale",
+        "intermediates.pv_done",
+        "intermediates.m",
+        "intermediates.l",
     };
     for (int64_t n = 0; n < COUNT(names); n++)
         for (int how = 0; how < 4; how++) { /* memory, pinned memory; NULL; predict alone */
@@ -230,8 +248,8 @@ Test(calls, pointers_that_are_not_the_devices)
             scene s;
             scene_open(&s, &x, fastest(), true);
             static float host[1 << 16];
-            sparge_trace trace = {0};
-            s.result.trace = &trace;
+            sparge_intermediates intermediates = {0};
+            s.result.intermediates = &intermediates;
             s.o.workspace_bytes = 1 << 30;
             void *pinned = how == 1 ? pinned_alloc(sizeof host) : NULL;
             void *bad = how == 1 ? pinned : how == 2 ? NULL : host;
@@ -244,12 +262,13 @@ Test(calls, pointers_that_are_not_the_devices)
             case 5: s.result.head_counts = bad; break;
             case 6: s.mask.bits = bad; break;
             case 7: s.o.workspace = bad; break;
-            default: memcpy((char *)&trace + (n - 8) * (int64_t)sizeof bad, &bad, sizeof bad);
+            default:
+                memcpy((char *)&intermediates + (n - 8) * (int64_t)sizeof bad, &bad, sizeof bad);
             }
             const bool needed = n <= 3 || n == 6, predicts = n != 2 && n != 3 && n != 4 && n != 5;
             sparge_status status = SPARGE_OK;
             if (how == 3 && predicts)
-                status = sparge_predict(&s.p, &s.o, &s.mask, &trace, &s.error);
+                status = sparge_predict(&s.p, &s.o, &s.mask, &intermediates, &s.error);
             else if (how < 3)
                 status = scene_call(&s);
             if (how == 2 ? needed : how < 3 || predicts) {
@@ -289,30 +308,30 @@ static void refused(const sparge_problem *p, const sparge_options *o, sparge_sta
     check_equal(bytes, (int64_t)-7);
 }
 
-Test(calls, precisions_of_each_rung)
+Test(calls, precisions_of_each_kernel)
 {
-    static const sparge_precision all[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_FLOAT, SPARGE_HALF,
-                                           SPARGE_FP8};
+    static const sparge_dtype all[] = {SPARGE_INT8, SPARGE_INT12, SPARGE_F32, SPARGE_F16,
+                                       SPARGE_FP8};
     fresh_device();
-    problem x = usual(&rungs[0]);
+    problem x = usual(&kernels[0]);
     x.o.backend = SPARGE_CUDA;
     for (int n = 0; n <= 5; n++)
         for (int qk = 0; qk < 3; qk++)
             for (int pv = 0; pv < 5; pv++) {
-                check_case("rung %d, qk %d, pv %d", n, qk, pv);
+                check_case("kernel %d, qk %d, pv %d", n, qk, pv);
                 bool has = false;
                 for (int i = 0; i < RUNGS; i++)
-                    has |= (n == 0 || rungs[i].n == n) && rungs[i].qk == all[qk] &&
-                           rungs[i].pv == all[pv] && runs_here(rungs[i].n);
-                x.o.rung = n;
-                x.o.qk = all[qk];
-                x.o.pv = all[pv];
+                    has |= (n == 0 || kernels[i].n == n) && kernels[i].qk_dtype == all[qk] &&
+                           kernels[i].pv_dtype == all[pv] && runs_here(kernels[i].n);
+                x.o.kernel = n;
+                x.o.qk_dtype = all[qk];
+                x.o.pv_dtype = all[pv];
                 int64_t bytes;
                 if (has)
                     check_equal(sparge_workspace_bytes(&x.p, &x.o, true, &bytes, NULL), SPARGE_OK);
                 else
                     refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED,
-                            n ? check_text("rung is %d, which", n) : "no rung");
+                            n ? check_text("kernel is %d, which", n) : "no kernel");
             }
     problem_free(&x);
 }
@@ -321,8 +340,8 @@ Test(calls, sizes_that_the_backend_does_not_have)
 {
     fresh_device();
     check_case("sizes");
-    problem x = usual(&rungs[2]);
-    use(&x, &rungs[2]);
+    problem x = usual(&kernels[2]);
+    use(&x, &kernels[2]);
     sparge_problem p = x.p;
     sparge_options o = x.o;
     o.block_q = 64;
@@ -346,45 +365,45 @@ Test(calls, sizes_that_the_backend_does_not_have)
     p = x.p;
     p.q_len = ((int64_t)1 << 30) + 1;
     refused(&p, &o, SPARGE_ERR_UNSUPPORTED, "too much for one launch");
-    o.rung = 6;
-    refused(&x.p, &o, SPARGE_ERR_ARGUMENT, "rung is 6");
+    o.kernel = 6;
+    refused(&x.p, &o, SPARGE_ERR_ARGUMENT, "kernel is 6");
     o = x.o;
     o.rules = SPARGE_RULES_PAPER;
     refused(&x.p, &o, SPARGE_ERR_UNSUPPORTED, "rules");
     if (runs_here(5)) {
-        use(&x, &rungs[5]);
+        use(&x, &kernels[5]);
         for (int64_t rows = 1; rows < 140; rows++) {
             x.o.skip_rows = rows;
             const bool has = rows == 16 || rows == 32 || rows == 64 || rows >= 128;
             int64_t bytes;
             if (!has)
                 refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED,
-                        "rung is 5, which tests lambda for 16, 32, 64 or 128 rows");
+                        "kernel is 5, which tests lambda for 16, 32, 64 or 128 rows");
             else
                 check_equal(sparge_workspace_bytes(&x.p, &x.o, true, &bytes, NULL), SPARGE_OK);
             sparge_options never = x.o;
-            never.knobs.lambda = -INFINITY;
+            never.thresholds.lambda = -INFINITY;
             check_equal(sparge_workspace_bytes(&x.p, &never, true, &bytes, NULL), SPARGE_OK);
         }
     }
     problem_free(&x);
 }
 
-Test(calls, the_best_rung_is_found)
+Test(calls, the_best_kernel_is_found)
 {
     fresh_device();
     static const struct {
-        sparge_precision qk, pv;
+        sparge_dtype qk_dtype, pv_dtype;
         int64_t rows;
-        int rung, below_9;
-        sparge_precision got, got_below;
+        int kernel, below_9;
+        sparge_dtype got, got_below;
     } want[] = {
-        {SPARGE_INT8, SPARGE_FASTEST, 64, 5, 4, SPARGE_FP8, SPARGE_HALF},
-        {SPARGE_INT8, SPARGE_HALF, 64, 5, 4, SPARGE_HALF, SPARGE_HALF},
+        {SPARGE_INT8, SPARGE_FASTEST, 64, 5, 4, SPARGE_FP8, SPARGE_F16},
+        {SPARGE_INT8, SPARGE_F16, 64, 5, 4, SPARGE_F16, SPARGE_F16},
         {SPARGE_INT8, SPARGE_INT8, 64, 4, 4, SPARGE_INT8, SPARGE_INT8},
-        {SPARGE_INT8, SPARGE_FASTEST, 48, 4, 4, SPARGE_HALF, SPARGE_HALF},
-        {SPARGE_FLOAT, SPARGE_FASTEST, 64, 2, 2, SPARGE_FLOAT, SPARGE_FLOAT},
-        {SPARGE_FLOAT, SPARGE_FLOAT, 5, 2, 2, SPARGE_FLOAT, SPARGE_FLOAT},
+        {SPARGE_INT8, SPARGE_FASTEST, 48, 4, 4, SPARGE_F16, SPARGE_F16},
+        {SPARGE_F32, SPARGE_FASTEST, 64, 2, 2, SPARGE_F32, SPARGE_F32},
+        {SPARGE_F32, SPARGE_F32, 5, 2, 2, SPARGE_F32, SPARGE_F32},
     };
     for (int old = 0; old < 1 + on_model(); old++) {
 #ifdef SPARGE_CUDA_MODEL
@@ -392,16 +411,16 @@ Test(calls, the_best_rung_is_found)
 #endif
         const bool below = !runs_here(5);
         for (int64_t n = 0; n < COUNT(want); n++) {
-            check_case("qk %d pv %d rows %lld, old %d", (int)want[n].qk, (int)want[n].pv,
-                       (long long)want[n].rows, old);
-            problem x = usual(&rungs[0]);
+            check_case("qk %d pv %d rows %lld, old %d", (int)want[n].qk_dtype,
+                       (int)want[n].pv_dtype, (long long)want[n].rows, old);
+            problem x = usual(&kernels[0]);
             x.o.backend = SPARGE_CUDA;
-            x.o.qk = want[n].qk;
-            x.o.pv = want[n].pv;
+            x.o.qk_dtype = want[n].qk_dtype;
+            x.o.pv_dtype = want[n].pv_dtype;
             x.o.skip_rows = want[n].rows;
             answer a = attention(&x, NULL);
-            check_equal(a.result.rung, below ? want[n].below_9 : want[n].rung);
-            check_equal(a.result.pv, below ? want[n].got_below : want[n].got);
+            check_equal(a.result.kernel, below ? want[n].below_9 : want[n].kernel);
+            check_equal(a.result.pv_dtype, below ? want[n].got_below : want[n].got);
             answer_free(&a);
             problem_free(&x);
         }
@@ -416,8 +435,8 @@ Test(calls, devices)
 {
     fresh_device();
     check_case("devices");
-    problem x = usual(&rungs[2]);
-    use(&x, &rungs[2]);
+    problem x = usual(&kernels[2]);
+    use(&x, &kernels[2]);
     check(sparge_backend_available(SPARGE_CUDA), "there is one");
     cuda_model_settings.devices = 0;
     check(!sparge_backend_available(SPARGE_CUDA), "there is none");
@@ -434,10 +453,10 @@ Test(calls, devices)
     cuda_model_settings.major = 8;
     cuda_model_settings.minor = 0;
     check(sparge_backend_available(SPARGE_CUDA), "8.0 will do");
-    use(&x, &rungs[5]);
-    refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED, "rung is 5, which needs compute capability 9.0");
+    use(&x, &kernels[5]);
+    refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED, "kernel is 5, which needs compute capability 9.0");
     cuda_model_settings.major = 12;
-    refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED, "rung is 5, which needs compute capability 9.0");
+    refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED, "kernel is 5, which needs compute capability 9.0");
     problem_free(&x);
     fresh_device();
 }
@@ -447,9 +466,9 @@ Test(calls, memory_that_is_not_there)
 {
     fresh_device();
     check_case("memory");
-    problem x = usual(&rungs[5]);
+    problem x = usual(&kernels[5]);
     scene s;
-    scene_open(&s, &x, &rungs[5], true);
+    scene_open(&s, &x, &kernels[5], true);
     const struct cuda_model_counts before = cuda_model_count();
     int64_t bytes;
     check(sparge_workspace_bytes(&s.p, &s.o, true, &bytes, NULL) == SPARGE_OK, "bytes");
@@ -481,9 +500,9 @@ Test(calls, rows_of_scores_in_little_shared_memory)
     check_case("99 KB");
     cuda_model_settings.shared_memory = 99 << 10;
     const shape s = shape_of(1, 1, 1, 128 * 9, 64 * (plain_quick() ? 100 : 3000), 1, 1);
-    problem x = question(&s, &rungs[2]);
-    x.o.knobs.tau = 0.6f;
-    verify_prediction(&x, &rungs[2], 0);
+    problem x = question(&s, &kernels[2]);
+    x.o.thresholds.tau = 0.6f;
+    verify_prediction(&x, &kernels[2], 0);
     problem_free(&x);
     fresh_device();
 }
@@ -511,12 +530,12 @@ static void fails_well(scene *s, struct cuda_model_counts before, sparge_status 
 }
 
 /* Every call and every launch in turn; then the same question is answered. */
-static void fail_in_turn(const rung *r, bool predict, bool queued)
+static void fail_in_turn(const kernel *r, bool predict, bool queued)
 {
     problem x = usual(r);
-    static sparge_knobs each[300];
+    static sparge_thresholds each[300];
     for (int h = 0; h < 300; h++)
-        each[h] = x.o.knobs;
+        each[h] = x.o.thresholds;
     x.o.per_head = each;
     use(&x, r);
     answer want = predict ? attention(&x, NULL) : attend(&x);
@@ -524,10 +543,10 @@ static void fail_in_turn(const rung *r, bool predict, bool queued)
     scene_open(&s, &x, r, predict);
     void *stream = queued ? stream_make() : NULL;
     s.o.stream = stream;
-    sparge_trace trace = {0};
+    sparge_intermediates intermediates = {0};
     twins t = {.count = 0};
-    trace.codes_q = twin(&t, s.a.trace.codes_q); /* the launch of trace, too */
-    s.result.trace = &trace;
+    intermediates.q_int = twin(&t, s.a.intermediates.q_int); /* the launch of intermediates, too */
+    s.result.intermediates = &intermediates;
     const struct cuda_model_counts before = cuda_model_count();
     check(scene_call(&s) == SPARGE_OK, "%s", s.error.text);
     const struct cuda_model_counts after = cuda_model_count();
@@ -579,8 +598,8 @@ Test(calls, every_call_and_every_launch_fails_in_turn)
     fresh_device();
     for (int i = 1 + 4 * plain_quick(); i < RUNGS; i += 2)
         for (int n = 0; n < 4; n += 1 + 2 * plain_quick()) {
-            check_case("rung %d pv %d, %d", rungs[i].n, (int)rungs[i].pv, n);
-            fail_in_turn(&rungs[i], n & 1, n & 2);
+            check_case("kernel %d pv %d, %d", kernels[i].n, (int)kernels[i].pv_dtype, n);
+            fail_in_turn(&kernels[i], n & 1, n & 2);
         }
     fresh_device();
 }
@@ -623,13 +642,13 @@ Test(calls, how_many_launches)
     fresh_device();
     for (int i = plain_quick(); i < RUNGS; i += plain_quick() ? 4 : 1)
         for (int n = 0; n < 4; n++) {
-            check_case("rung %d pv %d, %d", rungs[i].n, (int)rungs[i].pv, n);
-            problem x = usual(&rungs[i]);
-            const sparge_knobs each[2] = {x.o.knobs, x.o.knobs};
+            check_case("kernel %d pv %d, %d", kernels[i].n, (int)kernels[i].pv_dtype, n);
+            problem x = usual(&kernels[i]);
+            const sparge_thresholds each[2] = {x.o.thresholds, x.o.thresholds};
             x.o.per_head = n & 1 ? each : NULL;
             x.o.smooth_k = n & 2;
             scene s;
-            scene_open(&s, &x, &rungs[i], true);
+            scene_open(&s, &x, &kernels[i], true);
             uint64_t before = cuda_model_count().launches;
             check(sparge_predict(&s.p, &s.o, &s.mask, NULL, &s.error) == SPARGE_OK, "%s",
                   s.error.text);

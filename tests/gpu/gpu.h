@@ -1,5 +1,5 @@
-/* gpu.h: what the files of the cuda backend's tests share: which rungs there are, the same question
- * to ref and to a rung, and the judgement of what comes back. */
+/* gpu.h: what the files of the cuda backend's tests share: which kernels there are, the same
+ * question to ref and to a kernel, and the judgement of what comes back. */
 #ifndef SPARGE_TESTS_GPU_GPU_H
 #define SPARGE_TESTS_GPU_GPU_H
 
@@ -11,28 +11,29 @@
 
 #define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
 
-/* What each rung multiplies with, the fastest first. */
-typedef struct rung {
+/* What each kernel multiplies with, the fastest first. */
+typedef struct kernel {
     int n;
-    sparge_precision qk, pv;
-} rung;
-extern const rung rungs[];
+    sparge_dtype qk_dtype, pv_dtype;
+} kernel;
+extern const kernel kernels[];
 enum { RUNGS = 7 };
 
-/* Every rung with every precision it has, those that run here; --quick: rungs 2, 4 and 5 with one
- * each. */
-#define EACH_RUNG(r)                                                                           \
-    for (const rung *r = rungs + plain_quick(); r < rungs + RUNGS; r += plain_quick() ? 2 : 1) \
+/* Every kernel with every precision it has, those that run here; --quick: kernels 2, 4 and 5 with
+ * one each. */
+#define EACH_RUNG(r)                                                     \
+    for (const kernel *r = kernels + plain_quick(); r < kernels + RUNGS; \
+         r += plain_quick() ? 2 : 1)                                     \
         if (runs_here(r->n))
 
 bool on_model(void);
-bool runs_here(int n);   /* this rung; a device before sm_90 has no rung 5 */
+bool runs_here(int n);   /* this kernel; a device before sm_90 has no kernel 5 */
 void fresh_device(void); /* the model's settings and counts as at first; nothing on a GPU */
 void any_schedule(void); /* of the model, at random: late mode, order of threads, resident blocks */
 
-/* 128 x 64 blocks on ref with the precisions of a rung. */
-problem question(const shape *s, const rung *r);
-void use(problem *x, const rung *r);
+/* 128 x 64 blocks on ref with the precisions of a kernel. */
+problem question(const shape *s, const kernel *r);
+void use(problem *x, const kernel *r);
 
 typedef struct reply {
     answer a;
@@ -47,16 +48,16 @@ typedef struct terms { /* of a question */
 } terms;
 
 reply ask_ref(problem *x, const terms *t);
-reply ask_rung(problem *x, const rung *r, const terms *t);
+reply ask_kernel(problem *x, const kernel *r, const terms *t);
 void forget(reply *r);
 
-/* Everything that is promised of a rung's answer, ref's being `want`. */
-void compare(const problem *x, const rung *r, const reply *got, const reply *want);
+/* Everything that is promised of a kernel's answer, ref's being `want`. */
+void compare(const problem *x, const kernel *r, const reply *got, const reply *want);
 /* Asks both and compares. */
-void verify_with(problem *x, const rung *r, const terms *t);
-void verify(problem *x, const rung *r, bool predict);
+void verify_with(problem *x, const kernel *r, const terms *t);
+void verify(problem *x, const kernel *r, bool predict);
 /* Stage 1 alone: the mask is ref's, whose rows have so many words to spare. */
-void verify_prediction(problem *x, const rung *r, int64_t spare);
+void verify_prediction(problem *x, const kernel *r, int64_t spare);
 
 /* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at
  * the end. */
@@ -80,7 +81,7 @@ typedef struct scene {
     bool predict;
 } scene;
 
-void scene_open(scene *s, problem *x, const rung *r, bool predict);
+void scene_open(scene *s, problem *x, const kernel *r, bool predict);
 sparge_status scene_call(scene *s);
 void scene_fetch(scene *s);     /* outputs to host memory */
 void scene_poison(scene *s);    /* the outputs, there and here */

@@ -1,9 +1,9 @@
 /* judge.c: what is promised of the cuda backend's answers, and a judge for what is not ref's bits.
  *
- * The judge is section 5 of the definition once more, over the codes of ref's trace, with P in
- * binary16 or e4m3 as rungs 4 and 5 round it: against the running maximum after a block (4) or
+ * The judge is section 5 of the definition once more, over the codes of ref's intermediates, with P
+ * in binary16 or e4m3 as kernels 4 and 5 round it: against the running maximum after a block (4) or
  * after both blocks of a stage of two kept ones (5). Maxima, lambda's votes and the weights before
- * they are rounded are floats, for they decide; sums are double. On the model a rung then differs
+ * they are rounded are floats, for they decide; sums are double. On the model a kernel then differs
  * by its sums of floats alone. On a GPU, whose exp2 is within 2 ulp, a weight at the edge of
  * rounding may fall to the other side: two of its half steps. */
 #include <float.h>
@@ -15,10 +15,10 @@
 #include "common/softmax.h"
 #include "tests/gpu/gpu.h"
 
-const rung rungs[RUNGS] = {
-    {1, SPARGE_FLOAT, SPARGE_FLOAT}, {2, SPARGE_FLOAT, SPARGE_FLOAT}, {3, SPARGE_INT8, SPARGE_INT8},
-    {4, SPARGE_INT8, SPARGE_HALF},   {4, SPARGE_INT8, SPARGE_INT8},   {5, SPARGE_INT8, SPARGE_FP8},
-    {5, SPARGE_INT8, SPARGE_HALF},
+const kernel kernels[RUNGS] = {
+    {1, SPARGE_F32, SPARGE_F32},  {2, SPARGE_F32, SPARGE_F32},   {3, SPARGE_INT8, SPARGE_INT8},
+    {4, SPARGE_INT8, SPARGE_F16}, {4, SPARGE_INT8, SPARGE_INT8}, {5, SPARGE_INT8, SPARGE_FP8},
+    {5, SPARGE_INT8, SPARGE_F16},
 };
 
 double worst_ratio[RUNGS];
@@ -58,16 +58,18 @@ static void score(const problem *x, const answer *want, int64_t n, int64_t kv, i
 {
     const sparge_problem *p = &x->p;
     const int64_t first = i * BLOCK_Q, rows = smaller(BLOCK_Q, p->q_len - first);
-    const float scale = x->o.scale > 0.0f ? x->o.scale : 1.0f / sqrtf((float)p->dim);
-    t->unit = want->trace.steps_q[n * blocks(p->q_len, BLOCK_Q) + i] *
-              want->trace.steps_k[kv * blocks(p->k_len, BLOCK_K) + t->j] * scale * SPARGE_LOG2E;
+    const float scale =
+        x->o.softmax_scale > 0.0f ? x->o.softmax_scale : 1.0f / sqrtf((float)p->dim);
+    t->unit = want->intermediates.q_scale[n * blocks(p->q_len, BLOCK_Q) + i] *
+              want->intermediates.k_scale[kv * blocks(p->k_len, BLOCK_K) + t->j] * scale *
+              SPARGE_LOG2E;
     for (int64_t r = 0; r < rows; r++) {
-        const int16_t *q = want->trace.codes_q + (n * p->q_len + first + r) * p->dim;
+        const int16_t *q = want->intermediates.q_int + (n * p->q_len + first + r) * p->dim;
         t->seen[r] = (int)keys_seen(x, first + r, t->j);
         t->local[r] = isfinite(t->unit) ? -INFINITY : NAN;
         for (int64_t key = 0; key < t->seen[r]; key++) {
             const int16_t *k =
-                want->trace.codes_k + (kv * p->k_len + t->j * BLOCK_K + key) * p->dim;
+                want->intermediates.k_int + (kv * p->k_len + t->j * BLOCK_K + key) * p->dim;
             int sum = 0;
             for (int64_t c = 0; c < p->dim; c++)
                 sum += q[c] * k[c];
@@ -98,7 +100,7 @@ static void decide(const problem *x, float lambda, int64_t rows, float *m, tile 
 }
 
 /* V of a kv head as P.V takes it; what is not finite is 0. */
-static double *narrowed(const problem *x, int64_t kv, sparge_precision pv)
+static double *narrowed(const problem *x, int64_t kv, sparge_dtype pv)
 {
     const int64_t n = x->p.k_len * x->p.dim_v;
     const float *v = x->v.x + kv * n;
@@ -113,17 +115,17 @@ static double *narrowed(const problem *x, int64_t kv, sparge_precision pv)
             const float half = sparge_f16_to_f32(sparge_f32_to_f16(f));
             const float eighth =
                 step > 0.0f ? sparge_e4m3_to_f32(sparge_f32_to_e4m3(f / step)) : 0.0f;
-            to[e] = pv == SPARGE_HALF ? (isfinite(half) ? (double)half : 0.0)
-                                      : (double)eighth * (double)step;
+            to[e] = pv == SPARGE_F16 ? (isfinite(half) ? (double)half : 0.0)
+                                     : (double)eighth * (double)step;
         }
     }
     return to;
 }
 
-static void fold(const problem *x, const rung *of, const tile *t, const double *v, int64_t r,
+static void fold(const problem *x, const kernel *of, const tile *t, const double *v, int64_t r,
                  float m, judged *w)
 {
-    const bool half = of->pv == SPARGE_HALF;
+    const bool half = of->pv_dtype == SPARGE_F16;
     for (int64_t key = 0; key < t->seen[r]; key++) {
         const float z = (float)t->s[r][key] * t->unit,
                     p = z == -INFINITY ? 0.0f : sparge_exp2(z - m);
@@ -151,13 +153,14 @@ static void shrink_row(const problem *x, judged *w, int64_t r, double by)
     }
 }
 
-static void judge_block(const problem *x, const rung *of, const answer *got, const answer *want,
+static void judge_block(const problem *x, const kernel *of, const answer *got, const answer *want,
                         const sparge_mask *mask, int64_t n, int64_t kv, int64_t i, const double *v)
 {
     const sparge_problem *p = &x->p;
     const int64_t first = i * BLOCK_Q, rows = smaller(BLOCK_Q, p->q_len - first),
                   columns = blocks(p->k_len, BLOCK_K);
-    const float lambda = x->o.per_head ? x->o.per_head[n % p->heads].lambda : x->o.knobs.lambda;
+    const float lambda =
+        x->o.per_head ? x->o.per_head[n % p->heads].lambda : x->o.thresholds.lambda;
     static tile stage[2];
     judged w = {calloc((size_t)(rows * p->dim_v), sizeof(double)),
                 calloc((size_t)(rows * p->dim_v), sizeof(double)),
@@ -190,14 +193,14 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
         }
         held = 0;
     }
-    double *ratio = &worst_ratio[of - rungs];
+    double *ratio = &worst_ratio[of - kernels];
     const double coarse = got->o.in.dtype == SPARGE_F32   ? 0.0
                           : got->o.in.dtype == SPARGE_F16 ? 0x1p-11
                                                           : 0x1p-8;
     for (int64_t r = 0; r < rows; r++) {
         const int64_t row = n * p->q_len + first + r;
-        const float l = got->trace.l[row];
-        if (isnan(want->trace.l[row])) {
+        const float l = got->intermediates.l[row];
+        if (isnan(want->intermediates.l[row])) {
             check(isnan(l), "l of row %lld of head %lld is %g, ref has NaN", (long long)(first + r),
                   (long long)n, (double)l);
             continue;
@@ -225,13 +228,13 @@ static void judge_block(const problem *x, const rung *of, const answer *got, con
     free(w.m);
 }
 
-static void judge(const problem *x, const rung *of, const answer *got, const answer *want,
+static void judge(const problem *x, const kernel *of, const answer *got, const answer *want,
                   const sparge_mask *mask)
 {
     const sparge_problem *p = &x->p;
     for (int64_t n = 0; n < p->batch * p->heads; n++) {
         const int64_t kv = n / p->heads * p->kv_heads + n % p->heads / (p->heads / p->kv_heads);
-        double *v = narrowed(x, kv, of->pv);
+        double *v = narrowed(x, kv, of->pv_dtype);
         for (int64_t i = 0; i < blocks(p->q_len, BLOCK_Q); i++)
             judge_block(x, of, got, want, mask, n, kv, i, v);
         free(v);
@@ -280,13 +283,13 @@ static void same_lse(const answer *got, const answer *want, int64_t rows)
               (double)want->lse[n]);
 }
 
-void compare(const problem *x, const rung *r, const reply *got, const reply *want)
+void compare(const problem *x, const kernel *r, const reply *got, const reply *want)
 {
-    const bool codes = r->pv == SPARGE_FLOAT || r->pv == SPARGE_INT8;
+    const bool codes = r->pv_dtype == SPARGE_F32 || r->pv_dtype == SPARGE_INT8;
     const bool exact = codes && (r->n <= 3 || on_model());
     check_equal(got->a.result.backend, SPARGE_CUDA);
-    check_equal(got->a.result.rung, r->n);
-    check_equal(got->a.result.pv, r->pv);
+    check_equal(got->a.result.kernel, r->n);
+    check_equal(got->a.result.pv_dtype, r->pv_dtype);
     check(got->a.result.workspace > 0, "no workspace is counted");
     if (want->mask.bits)
         check_same_as("mask", got->mask.bits, want->mask.bits,
@@ -348,12 +351,12 @@ void any_schedule(void)
 #endif
 }
 
-void use(problem *x, const rung *r)
+void use(problem *x, const kernel *r)
 {
     x->o.backend = SPARGE_CUDA;
-    x->o.rung = r->n;
-    x->o.qk = r->qk;
-    x->o.pv = r->pv;
+    x->o.kernel = r->n;
+    x->o.qk_dtype = r->qk_dtype;
+    x->o.pv_dtype = r->pv_dtype;
 }
 
 bool runs_here(int n)
@@ -371,20 +374,20 @@ bool runs_here(int n)
                               {&one, SPARGE_F32, 1, 1, 1}};
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_CUDA;
-    o.rung = n;
-    o.qk = n <= 2 ? SPARGE_FLOAT : SPARGE_INT8;
-    o.pv = SPARGE_FASTEST;
+    o.kernel = n;
+    o.qk_dtype = n <= 2 ? SPARGE_F32 : SPARGE_INT8;
+    o.pv_dtype = SPARGE_FASTEST;
     int64_t bytes;
     return sparge_workspace_bytes(&p, &o, true, &bytes, NULL) == SPARGE_OK;
 }
 
-problem question(const shape *s, const rung *r)
+problem question(const shape *s, const kernel *r)
 {
     problem x = problem_make(s);
     x.o.block_q = BLOCK_Q;
     x.o.block_k = BLOCK_K;
-    x.o.qk = r->qk;
-    x.o.pv = r->pv;
+    x.o.qk_dtype = r->qk_dtype;
+    x.o.pv_dtype = r->pv_dtype;
     return x;
 }
 
@@ -406,19 +409,19 @@ static reply ask(const problem *x, const terms *t)
         r.a = attend_to(x, t->dtype, t->layout);
     }
     one_nan(r.a.o.x, tensor_count(&r.a.o));
-    one_nan(r.a.trace.m, problem_rows(x));
-    one_nan(r.a.trace.l, problem_rows(x));
+    one_nan(r.a.intermediates.m, problem_rows(x));
+    one_nan(r.a.intermediates.l, problem_rows(x));
     return r;
 }
 
 reply ask_ref(problem *x, const terms *t)
 {
     x->o.backend = SPARGE_REF;
-    x->o.rung = 0;
+    x->o.kernel = 0;
     return ask(x, t);
 }
 
-reply ask_rung(problem *x, const rung *r, const terms *t)
+reply ask_kernel(problem *x, const kernel *r, const terms *t)
 {
     use(x, r);
     return ask(x, t);
@@ -430,17 +433,17 @@ void forget(reply *r)
     answer_free(&r->a);
 }
 
-void verify_with(problem *x, const rung *r, const terms *t)
+void verify_with(problem *x, const kernel *r, const terms *t)
 {
-    x->o.qk = r->qk;
-    x->o.pv = r->pv;
-    reply want = ask_ref(x, t), got = ask_rung(x, r, t);
+    x->o.qk_dtype = r->qk_dtype;
+    x->o.pv_dtype = r->pv_dtype;
+    reply want = ask_ref(x, t), got = ask_kernel(x, r, t);
     compare(x, r, &got, &want);
     forget(&got);
     forget(&want);
 }
 
-void verify(problem *x, const rung *r, bool predict)
+void verify(problem *x, const kernel *r, bool predict)
 {
     const terms t = {predict, SPARGE_F32, PACKED, 0};
     verify_with(x, r, &t);
@@ -448,7 +451,7 @@ void verify(problem *x, const rung *r, bool predict)
 
 /* ---- Calls that are made by hand ---- */
 
-void scene_open(scene *s, problem *x, const rung *r, bool predict)
+void scene_open(scene *s, problem *x, const kernel *r, bool predict)
 {
     use(x, r);
     *s = (scene){.x = x, .o = x->o, .predict = predict, .a = answer_make(x, SPARGE_F32, PACKED)};
@@ -504,12 +507,12 @@ void scene_close(scene *s)
     answer_free(&s->a);
 }
 
-void verify_prediction(problem *x, const rung *r, int64_t spare)
+void verify_prediction(problem *x, const kernel *r, int64_t spare)
 {
     sparge_mask want = wide_mask(x, spare), got = wide_mask(x, spare);
     sparge_error error;
     x->o.backend = SPARGE_REF;
-    x->o.rung = 0;
+    x->o.kernel = 0;
     check(sparge_predict(&x->p, &x->o, &want, NULL, &error) == SPARGE_OK, "%s", error.text);
     use(x, r);
     twins there = {.count = 0};

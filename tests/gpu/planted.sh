@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# planted.sh: bugs of timing in rung 5, planted one at a time, that the tests must not miss: what the model's
+# planted.sh: bugs of timing in kernel 5, planted one at a time, that the tests must not miss: what the model's
 # late modes are for (README.md here has the whole table).
 #
 #     planted.sh ROOT COMPILER OBJECTS...
@@ -32,7 +32,7 @@ plant()
     "$compiler" -std=c++17 -x c++ -O1 -w -ffp-contract=off -I"$work" -I"$root" -I"$root/tests/cuda_model" \
         -c "$work/gpu/5_hopper.cu" -o "$work/planted.o" &&
         "$compiler" "$work/planted.o" "${objects[@]}" -o "$work/test_gpu" -lm || exit 2
-    timeout 60 "$work/test_gpu" --quick --first --limit 50 rung_5_as_late > "$work/log" 2>&1
+    timeout 60 "$work/test_gpu" --quick --first --limit 50 kernel_5_as_late > "$work/log" 2>&1
     local status=$?
     if [ "$1" = nothing ]; then
         [ $status = 0 ] && return

@@ -1,4 +1,4 @@
-/* random.c: every rung against ref on questions at random and on every length. */
+/* random.c: every kernel against ref on questions at random and on every length. */
 #include <math.h>
 #include <string.h>
 
@@ -23,7 +23,7 @@ typedef struct totals {
     double skipped;
 } totals;
 
-static void ask_at_random(int64_t n, const rung *r, totals *sum)
+static void ask_at_random(int64_t n, const kernel *r, totals *sum)
 {
     const int64_t kv_heads = check_int(1, 2), longest = n % 10 ? 300 : 900;
     const shape s = {
@@ -47,13 +47,13 @@ static void ask_at_random(int64_t n, const rung *r, totals *sum)
     if (r->n < 5 && check_int(0, 2) == 0)
         x.o.skip_rows = check_int(1, 140);
     x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
-    sparge_knobs each[6];
+    sparge_thresholds each[6];
     vary(&x, each);
     const terms t = {check_int(0, 2) != 0, dtype_at_random(), layout_at_random(), check_int(0, 2)};
     if (!t.predict && check_int(0, 3))
         mask_at_random(&x);
     any_schedule();
-    reply want = ask_ref(&x, &t), got = ask_rung(&x, r, &t);
+    reply want = ask_ref(&x, &t), got = ask_kernel(&x, r, &t);
     compare(&x, r, &got, &want);
     const sparge_counts *c = &want.a.result.counts;
     sum->pairs += c->pairs;
@@ -77,18 +77,18 @@ static void ask_at_random(int64_t n, const rung *r, totals *sum)
     problem_free(&x);
 }
 
-static void ask_a_rung(int index)
+static void ask_a_kernel(int index)
 {
-    const rung *r = &rungs[index];
+    const kernel *r = &kernels[index];
     const int64_t cases = plain_quick() ? 4 : r->n == 1 ? 15 : r->n <= 3 ? 30 : 70;
     totals sum = {0};
     fresh_device();
     if (!runs_here(r->n)) {
-        plain_log("rung %d does not run here", r->n);
+        plain_log("kernel %d does not run here", r->n);
         return;
     }
     for (int64_t n = 0; n < cases; n++) {
-        check_case("rung %d pv %d question %lld", r->n, (int)r->pv, (long long)n);
+        check_case("kernel %d pv %d question %lld", r->n, (int)r->pv_dtype, (long long)n);
         ask_at_random(n, r, &sum);
     }
     plain_log("%lld of %lld pairs kept, P.V of %.0f skipped; worst row at %.2f of its bound",
@@ -97,13 +97,13 @@ static void ask_a_rung(int index)
           "too little was dropped or skipped");
 }
 
-Test(gpu, questions_1_float) { ask_a_rung(0); }
-Test(gpu, questions_2_float) { ask_a_rung(1); }
-Test(gpu, questions_3_int8) { ask_a_rung(2); }
-Test(gpu, questions_4_half) { ask_a_rung(3); }
-Test(gpu, questions_4_int8) { ask_a_rung(4); }
-Test(gpu, questions_5_fp8) { ask_a_rung(5); }
-Test(gpu, questions_5_half) { ask_a_rung(6); }
+Test(gpu, questions_1_float) { ask_a_kernel(0); }
+Test(gpu, questions_2_float) { ask_a_kernel(1); }
+Test(gpu, questions_3_int8) { ask_a_kernel(2); }
+Test(gpu, questions_4_half) { ask_a_kernel(3); }
+Test(gpu, questions_4_int8) { ask_a_kernel(4); }
+Test(gpu, questions_5_fp8) { ask_a_kernel(5); }
+Test(gpu, questions_5_half) { ask_a_kernel(6); }
 
 /* Tile edges of queries and keys and a causal edge at every place. */
 Test(gpu, every_length)
@@ -113,8 +113,8 @@ Test(gpu, every_length)
     for (int64_t n = 0; n <= 200; n += step)
         for (int turn = 0; turn < 2; turn++) {
             const int64_t other = turn ? n * 37 % 201 : (n * 91 + 13) % 201;
-            const rung *r = &rungs[(n + n / 7 + 3 * turn) % RUNGS];
-            check_case("rung %d pv %d q_len %lld k_len %lld", r->n, (int)r->pv,
+            const kernel *r = &kernels[(n + n / 7 + 3 * turn) % RUNGS];
+            check_case("kernel %d pv %d q_len %lld k_len %lld", r->n, (int)r->pv_dtype,
                        (long long)(turn ? other : n), (long long)(turn ? n : other));
             const shape s =
                 shape_of(1, 2, 1, turn ? other : n, turn ? n : other, 1 + n % 40, 1 + n * 7 % 40);
@@ -124,7 +124,7 @@ Test(gpu, every_length)
             static const int64_t groups[] = {16, 32, 64, 128};
             x.o.causal = (sparge_causal)(n % 3);
             x.o.skip_rows = groups[n / 3 % 4];
-            x.o.knobs = (sparge_knobs){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
+            x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
             any_schedule();
             verify(&x, r, n % 5 != 0);
             problem_free(&x);

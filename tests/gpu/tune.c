@@ -32,7 +32,7 @@ typedef struct questions {
     sparge_options o;
 } questions;
 
-static questions ask(const rung *r, sparge_causal causal)
+static questions ask(const kernel *r, sparge_causal causal)
 {
     questions a;
     for (int n = 0; n < INPUTS; n++) {
@@ -56,12 +56,13 @@ static void forget_all(questions *a)
 }
 
 /* Relative L1 of a whole call on the device against dense attention in f32 on the device. */
-static double whole_call(const problem *x, int64_t h, const sparge_knobs *knobs, double *sparsity)
+static double whole_call(const problem *x, int64_t h, const sparge_thresholds *thresholds,
+                         double *sparsity)
 {
     problem one = *x, all = *x;
-    one.o.knobs = *knobs;
-    all.o.qk = all.o.pv = SPARGE_FLOAT;
-    all.o.rung = 0;
+    one.o.thresholds = *thresholds;
+    all.o.qk_dtype = all.o.pv_dtype = SPARGE_F32;
+    all.o.kernel = 0;
     answer got = attention(&one, NULL), want = attend(&all);
     const float *a = tensor_row(&got.o, 0, h, 0), *b = tensor_row(&want.o, 0, h, 0);
     double error = 0.0, size = 0.0;
@@ -86,7 +87,7 @@ static int64_t confirm(const questions *a, const sparge_tuned *t, const sparge_t
         double worst = 0.0, mean = 0.0, share = 0.0;
         for (int n = 0; n < inputs; n++) {
             double sparsity;
-            const double error = whole_call(&a->x[n], h, &t[h].knobs, &sparsity);
+            const double error = whole_call(&a->x[n], h, &t[h].thresholds, &sparsity);
             worst = fmax(worst, error);
             mean += error / inputs;
             share += sparsity / inputs;
@@ -106,8 +107,8 @@ Test(tune, what_is_chosen_holds_in_whole_calls)
     fresh_device();
     EACH_RUNG(r)
     {
-        const int n = (int)(r - rungs);
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        const int n = (int)(r - kernels);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         questions a = ask(r, n % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE);
         const sparge_tune_options how = {
             .l1 = 0.3, .l2 = 0.4, .topk = n % 3 == 2, .held_out = n % 2};
@@ -127,7 +128,7 @@ Test(tune, what_is_chosen_holds_in_whole_calls)
 Test(tune, the_same_heads_as_ref)
 {
     fresh_device();
-    const rung *r = &rungs[2];
+    const kernel *r = &kernels[2];
     if (!runs_here(r->n))
         return;
     check_case("the same heads as ref");
@@ -137,10 +138,10 @@ Test(tune, the_same_heads_as_ref)
     sparge_error error;
     check(sparge_tune(a.p, INPUTS, &a.o, &how, there, &error) == SPARGE_OK, "%s", error.text);
     a.o.backend = SPARGE_REF;
-    a.o.rung = 0;
+    a.o.kernel = 0;
     check(sparge_tune(a.p, INPUTS, &a.o, &how, here, &error) == SPARGE_OK, "%s", error.text);
     for (int h = 0; h < HEADS; h++) {
-        check_same_as("knobs", &there[h].knobs.theta, &here[h].knobs.theta, 4);
+        check_same_as("thresholds", &there[h].thresholds.theta, &here[h].thresholds.theta, 4);
         check_close(there[h].in_sample.worst, here[h].in_sample.worst,
                     1e-4 * here[h].in_sample.worst + 1e-6);
         check_equal(there[h].in_sample.sparsity, here[h].in_sample.sparsity);
@@ -152,7 +153,7 @@ Test(tune, the_same_heads_as_ref)
 Test(tune, a_stream_and_a_workspace_in_the_options)
 {
     fresh_device();
-    const rung *r = &rungs[2];
+    const kernel *r = &kernels[2];
     if (!runs_here(r->n))
         return;
     check_case("a stream in the options");
@@ -164,7 +165,7 @@ Test(tune, a_stream_and_a_workspace_in_the_options)
     a.o.stream = stream_make();
     check(sparge_tune(a.p, INPUTS, &a.o, &how, got, &error) == SPARGE_OK, "%s", error.text);
     for (int h = 0; h < HEADS; h++) {
-        check_same_as("knobs", &got[h].knobs.theta, &want[h].knobs.theta, 4);
+        check_same_as("thresholds", &got[h].thresholds.theta, &want[h].thresholds.theta, 4);
         check_equal(got[h].in_sample.sparsity, want[h].in_sample.sparsity);
     }
     stream_free(a.o.stream);

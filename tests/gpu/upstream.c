@@ -1,5 +1,5 @@
-/* upstream.c: what the authors' released kernels get wrong, each by name, on every rung. Most of it
- * is ref's business too; here stand questions that a GPU kernel is tempted to answer wrongly.
+/* upstream.c: what the authors' released kernels get wrong, each by name, on every kernel. Most of
+ * it is ref's business too; here stand questions that a GPU kernel is tempted to answer wrongly.
  * Futures, empty rows, zero channels, streams and graphs have their tests in values.c and calls.c.
  */
 #include <math.h>
@@ -12,9 +12,9 @@ TestSuite(upstream);
 
 /* How far a row of o may lie from dense attention on the real inputs by codes and rounding alone.
  */
-static double quality(const rung *r)
+static double quality(const kernel *r)
 {
-    return r->qk == SPARGE_FLOAT ? 1e-4 : r->pv == SPARGE_FP8 ? 0.12 : 0.06;
+    return r->qk_dtype == SPARGE_F32 ? 1e-4 : r->pv_dtype == SPARGE_FP8 ? 0.12 : 0.06;
 }
 
 static double worst_row(const problem *x, const answer *a, const sparge_mask *mask)
@@ -35,7 +35,7 @@ static double worst_row(const problem *x, const answer *a, const sparge_mask *ma
     return worst;
 }
 
-static void near_dense(problem *x, const rung *r, bool predict)
+static void near_dense(problem *x, const kernel *r, bool predict)
 {
     use(x, r);
     answer a = predict ? attention(x, NULL) : attend(x);
@@ -50,12 +50,12 @@ Test(upstream, a_dense_map_is_dense_attention)
     fresh_device();
     EACH_RUNG(r)
     for (int causal = 0; causal < 3; causal++) {
-        check_case("rung %d pv %d, causal %d", r->n, (int)r->pv, causal);
+        check_case("kernel %d pv %d, causal %d", r->n, (int)r->pv_dtype, causal);
         const shape s = shape_of(1, 2, 1, 200, 260, 64, 64);
         problem x = question(&s, r);
         x.o.causal = (sparge_causal)causal;
         near_dense(&x, r, false);
-        x.o.knobs.tau = 1.0f; /* "tau = 1 is not guaranteed dense" */
+        x.o.thresholds.tau = 1.0f; /* "tau = 1 is not guaranteed dense" */
         near_dense(&x, r, true);
         mask_fill(&x, 1.0f);
         near_dense(&x, r, false);
@@ -70,7 +70,7 @@ Test(upstream, smoothing_off)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 2, 1, 150, 200, 48, 32);
         problem x = question(&s, r);
         use(&x, r);
@@ -78,7 +78,7 @@ Test(upstream, smoothing_off)
         x.o.smooth_k = false;
         answer off = attend(&x);
         for (int64_t n = 0; n < problem_rows(&x); n++)
-            check_close(on.lse[n], off.lse[n], r->qk == SPARGE_FLOAT ? 1e-4 : 0.05);
+            check_close(on.lse[n], off.lse[n], r->qk_dtype == SPARGE_F32 ? 1e-4 : 0.05);
         near_dense(&x, r, false);
         answer_free(&on);
         answer_free(&off);
@@ -93,13 +93,14 @@ Test(upstream, groups_of_heads_are_repeated_heads)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t group = 2; group <= (plain_quick() ? 2 : 8); group *= 4) {
-        check_case("rung %d pv %d, groups of %lld", r->n, (int)r->pv, (long long)group);
+        check_case("kernel %d pv %d, groups of %lld", r->n, (int)r->pv_dtype, (long long)group);
         const shape s = shape_of(1, group * 2, 2, 130, 200, 16, 16),
                     all = shape_of(1, group * 2, group * 2, 130, 200, 16, 16);
         problem x = question(&s, r), y = question(&all, r);
-        sparge_knobs each[16];
+        sparge_thresholds each[16];
         for (int h = 0; h < 16; h++)
-            each[h] = (sparge_knobs){0.3f, 0.05f * (float)h, SPARGE_OFF, h % 2 ? -1.0f : -INFINITY};
+            each[h] =
+                (sparge_thresholds){0.3f, 0.05f * (float)h, SPARGE_OFF, h % 2 ? -1.0f : -INFINITY};
         x.o.per_head = y.o.per_head = each;
         memcpy(y.q.x, x.q.x, (size_t)tensor_count(&x.q) * sizeof(float));
         for (int64_t h = 0; h < group * 2; h++) {
@@ -133,7 +134,7 @@ Test(upstream, only_the_second_diagonal_block)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 1, 1, 256, 256, 16, 16);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_START;
@@ -150,7 +151,7 @@ Test(upstream, only_the_second_diagonal_block)
                   (double)a.o.x[row * 16]);
         }
         answer_free(&a);
-        x.o.knobs = (sparge_knobs){-1.0f, SPARGE_OFF, 0.0f, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.0f, -INFINITY};
         verify(&x, r, true);
         use(&x, r);
         a = attention(&x, NULL);
@@ -168,7 +169,7 @@ Test(upstream, short_blocks_and_zero_rows_are_judged_by_their_rows)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 1, 1, 150, 330, 16, 16);
         problem x = question(&s, r);
         for (int64_t n = 0; n < tensor_count(&x.q); n++)
@@ -177,7 +178,7 @@ Test(upstream, short_blocks_and_zero_rows_are_judged_by_their_rows)
             for (int64_t c = 0; c < 16; c++)
                 x.k.x[t * 16 + c] = t / 64 == 2 ? 0.0f : 1.0f + 0.01f * (float)(t / 64);
         x.o.smooth_k = false;
-        x.o.knobs = (sparge_knobs){0.9f, SPARGE_OFF, 0.17f, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){0.9f, SPARGE_OFF, 0.17f, -INFINITY};
         problem_write(&x);
         verify(&x, r, true);
         use(&x, r);
@@ -202,7 +203,7 @@ Test(upstream, few_queries_on_a_long_cache)
     EACH_RUNG(r)
     for (int64_t q = 0; q < COUNT(queries); q++)
         for (int64_t k = 0; k < COUNT(keys); k += 1 + 2 * plain_quick()) {
-            check_case("rung %d pv %d, %lld queries, %lld keys", r->n, (int)r->pv,
+            check_case("kernel %d pv %d, %lld queries, %lld keys", r->n, (int)r->pv_dtype,
                        (long long)queries[q], (long long)keys[k]);
             const shape s = shape_of(1, 1, 1, queries[q], keys[k], 64, 64);
             problem x = question(&s, r);
@@ -221,7 +222,7 @@ Test(upstream, huge_and_hugely_negative_scores)
     EACH_RUNG(r)
     for (int64_t n = 0; n < COUNT(size); n++)
         for (int sign = -1; sign <= 1; sign += 2) {
-            check_case("rung %d pv %d, scores of %g", r->n, (int)r->pv,
+            check_case("kernel %d pv %d, scores of %g", r->n, (int)r->pv_dtype,
                        (double)((float)sign * size[n]));
             const shape s = shape_of(1, 1, 1, 130, 200, 4, 8);
             problem x = question(&s, r);
@@ -249,8 +250,8 @@ Test(upstream, large_values)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t n = 0; n < COUNT(size); n++) {
-        check_case("rung %d pv %d, v of %g", r->n, (int)r->pv, (double)size[n]);
-        if (r->pv == SPARGE_HALF && size[n] > 65000.0f)
+        check_case("kernel %d pv %d, v of %g", r->n, (int)r->pv_dtype, (double)size[n]);
+        if (r->pv_dtype == SPARGE_F16 && size[n] > 65000.0f)
             continue;
         shape s = shape_of(1, 1, 1, 130, 200, 16, 70);
         s.v = SPARGE_BF16;
@@ -269,7 +270,7 @@ Test(upstream, an_outlier_among_the_values)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 1, 1, 130, 200, 16, 16);
         problem x = question(&s, r);
         x.v.x[77 * 16 + 3] = 1e4f;
@@ -286,13 +287,13 @@ Test(upstream, the_scale_reaches_the_prediction)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 2, 1, 256, 1280, 16, 8);
         problem x = question(&s, r);
-        x.o.knobs = (sparge_knobs){-1.0f, 0.6f, SPARGE_OFF, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.6f, SPARGE_OFF, -INFINITY};
         int64_t kept[2];
         for (int n = 0; n < 2; n++) {
-            x.o.scale = n ? 0.02f : 2.0f;
+            x.o.softmax_scale = n ? 0.02f : 2.0f;
             verify(&x, r, true);
             use(&x, r);
             answer a = attention(&x, NULL);
@@ -312,13 +313,13 @@ Test(upstream, lambda_from_never_to_always)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t rows = 16; rows <= 128; rows *= 2) {
-        check_case("rung %d pv %d, %lld rows", r->n, (int)r->pv, (long long)rows);
+        check_case("kernel %d pv %d, %lld rows", r->n, (int)r->pv_dtype, (long long)rows);
         const shape s = shape_of(1, 1, 1, 200, 400, 32, 16);
         problem x = question(&s, r);
         x.o.skip_rows = rows;
         double before = 1e9;
         for (int64_t n = 0; n < COUNT(lambda); n += 1 + plain_quick()) {
-            x.o.knobs.lambda = lambda[n];
+            x.o.thresholds.lambda = lambda[n];
             verify(&x, r, false);
             use(&x, r);
             answer a = attend(&x);
@@ -339,7 +340,7 @@ Test(upstream, sparsity_is_what_the_mask_says)
     fresh_device();
     EACH_RUNG(r)
     for (int causal = 0; causal < 3; causal++) {
-        check_case("rung %d pv %d, causal %d", r->n, (int)r->pv, causal);
+        check_case("kernel %d pv %d, causal %d", r->n, (int)r->pv_dtype, causal);
         const shape s = shape_of(2, 2, 1, 300, 350, 16, 8);
         problem x = question(&s, r);
         x.o.causal = (sparge_causal)causal;
@@ -376,7 +377,7 @@ Test(upstream, every_width)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t dim = 1; dim <= 128; dim += plain_quick() ? 63 : 9) {
-        check_case("rung %d pv %d, dim %lld", r->n, (int)r->pv, (long long)dim);
+        check_case("kernel %d pv %d, dim %lld", r->n, (int)r->pv_dtype, (long long)dim);
         const shape s = shape_of(1, 1, 1, 70, 100, dim, 1 + dim * 53 % 128);
         problem x = question(&s, r);
         verify(&x, r, true);

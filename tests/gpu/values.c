@@ -23,8 +23,8 @@ static void set_mask(problem *x, bool (*keep)(int64_t line, int64_t j))
 static bool odd_rows(int64_t line, int64_t j) { return line % 2 && j % 2 == 0; }
 static bool second_alone(int64_t line, int64_t j) { return line >= 0 && j == 1; }
 
-/* A rung's own answer over x's mask, in f32. */
-static answer answer_of(problem *x, const rung *r)
+/* A kernel's own answer over x's mask, in f32. */
+static answer answer_of(problem *x, const kernel *r)
 {
     use(x, r);
     return attend(x);
@@ -38,7 +38,7 @@ Test(values, empty_rows_of_the_mask)
     fresh_device();
     EACH_RUNG(r)
     for (int layout = PACKED; layout < LAYOUTS; layout += 1 + 2 * plain_quick()) {
-        check_case("rung %d pv %d, layout %d", r->n, (int)r->pv, layout);
+        check_case("kernel %d pv %d, layout %d", r->n, (int)r->pv_dtype, layout);
         const shape s = shape_of(2, 2, 1, 300, 200, 24, 20);
         problem x = question(&s, r);
         x.o.causal = layout % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
@@ -67,11 +67,11 @@ Test(values, rows_before_the_first_key)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t keys = 1; keys < 300; keys += 61) {
-        check_case("rung %d pv %d, %lld keys", r->n, (int)r->pv, (long long)keys);
+        check_case("kernel %d pv %d, %lld keys", r->n, (int)r->pv_dtype, (long long)keys);
         const shape s = shape_of(1, 2, 2, 300, keys, 17, 9);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_END;
-        x.o.knobs.lambda = -0.5f;
+        x.o.thresholds.lambda = -0.5f;
         verify(&x, r, true);
         verify(&x, r, false);
         problem_free(&x);
@@ -89,14 +89,14 @@ Test(values, empty_questions)
     EACH_RUNG(r)
     for (int64_t n = 0; n < COUNT(size); n++)
         for (int causal = 0; causal < 3; causal++) {
-            check_case("rung %d pv %d, batch %lld, %lld queries, %lld keys, causal %d", r->n,
-                       (int)r->pv, (long long)size[n].batch, (long long)size[n].q_len,
+            check_case("kernel %d pv %d, batch %lld, %lld queries, %lld keys, causal %d", r->n,
+                       (int)r->pv_dtype, (long long)size[n].batch, (long long)size[n].q_len,
                        (long long)size[n].k_len, causal);
             const shape s = shape_of(size[n].batch, 2, 1, size[n].q_len, size[n].k_len, 5, 7);
             problem x = question(&s, r);
             x.o.causal = (sparge_causal)causal;
             x.o.sink = true;
-            x.o.knobs.lambda = causal ? -1.0f : -INFINITY;
+            x.o.thresholds.lambda = causal ? -1.0f : -INFINITY;
             x.o.smooth_k = n % 2;
             verify(&x, r, true);
             verify(&x, r, false);
@@ -113,12 +113,12 @@ Test(values, nan_in_blocks_that_no_row_keeps)
     fresh_device();
     EACH_RUNG(r)
     for (int layout = PADDED; layout < LAYOUTS; layout += 2) {
-        check_case("rung %d pv %d, layout %d", r->n, (int)r->pv, layout);
+        check_case("kernel %d pv %d, layout %d", r->n, (int)r->pv_dtype, layout);
         shape s = shape_of(1, 2, 1, 200, 400, 40, 72);
         s.layout_q = s.layout_k = s.layout_v = (tensor_layout)layout;
         problem x = question(&s, r);
         x.o.smooth_k = false;
-        x.o.knobs.lambda = layout == ODD ? -1.0f : -INFINITY;
+        x.o.thresholds.lambda = layout == ODD ? -1.0f : -INFINITY;
         set_mask(&x, second_alone);
         answer clean = answer_of(&x, r);
         float top[72] = {0}; /* of fp8 one step is a whole head's */
@@ -131,7 +131,7 @@ Test(values, nan_in_blocks_that_no_row_keeps)
             for (int64_t c = 0; c < 40; c++)
                 x.k.x[t * 40 + c] = NAN;
             for (int64_t c = 0; c < 72; c++)
-                x.v.x[t * 72 + c] = t == 0 && r->pv == SPARGE_FP8 ? top[c] : NAN;
+                x.v.x[t * 72 + c] = t == 0 && r->pv_dtype == SPARGE_FP8 ? top[c] : NAN;
         }
         problem_write(&x);
         answer a = answer_of(&x, r);
@@ -148,7 +148,7 @@ Test(values, nan_in_blocks_that_no_row_keeps)
 
 /* One element of q, k or v at every kind of place; lambda skips some of it. Where NaN stands is
  * ref's, and checked here besides for what ref itself could get wrong: rows that cannot see it. */
-Test(values, one_element_that_is_not_finite)
+Test(values, one_element_that_is_nonfinite)
 {
     static const float special[] = {INFINITY, -INFINITY, NAN};
     static const int64_t tokens[] = {0, 63, 128, 199};
@@ -156,12 +156,12 @@ Test(values, one_element_that_is_not_finite)
     EACH_RUNG(r)
     for (int where = 0; where < 3; where++)
         for (int64_t n = 0; n < COUNT(tokens); n += plain_quick() ? 6 : 1) {
-            check_case("rung %d pv %d, tensor %d, token %lld", r->n, (int)r->pv, where,
+            check_case("kernel %d pv %d, tensor %d, token %lld", r->n, (int)r->pv_dtype, where,
                        (long long)tokens[n]);
             const shape s = shape_of(1, 2, 1, 200, 200, 12, 33);
             problem x = question(&s, r);
             x.o.causal = n % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-            x.o.knobs = (sparge_knobs){0.0f, 0.6f, SPARGE_OFF, n % 3 ? -INFINITY : -0.5f};
+            x.o.thresholds = (sparge_thresholds){0.0f, 0.6f, SPARGE_OFF, n % 3 ? -INFINITY : -0.5f};
             x.o.skip_rows = n % 2 ? 16 : 128;
             tensor *t = where == 0 ? &x.q : where == 1 ? &x.k : &x.v;
             t->x[tokens[n] * t->channels + t->channels - 1] = special[n % 3];
@@ -190,7 +190,7 @@ Test(values, v_beyond_binary16)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t n = 0; n < COUNT(v); n++) {
-        check_case("rung %d pv %d, v %g", r->n, (int)r->pv, (double)v[n]);
+        check_case("kernel %d pv %d, v %g", r->n, (int)r->pv_dtype, (double)v[n]);
         const shape s = shape_of(1, 1, 1, 130, 130, 8, 8);
         problem x = question(&s, r);
         x.v.x[70 * 8 + 3] = v[n];
@@ -208,9 +208,9 @@ Test(values, magnitudes)
     EACH_RUNG(r)
     for (int64_t q = 0; q < COUNT(size); q += 1 + plain_quick())
         for (int64_t k = 0; k < COUNT(size); k++) {
-            check_case("rung %d pv %d, q of %g, k of %g", r->n, (int)r->pv, (double)size[q],
+            check_case("kernel %d pv %d, q of %g, k of %g", r->n, (int)r->pv_dtype, (double)size[q],
                        (double)size[k]);
-            if (r->pv == SPARGE_FLOAT && size[q] * size[k] < 1e-35f)
+            if (r->pv_dtype == SPARGE_F32 && size[q] * size[k] < 1e-35f)
                 continue; /* of 0 and -0 either is the larger */
             const shape s = shape_of(1, 1, 1, 20, 140, 8, 8);
             problem x = question(&s, r);
@@ -230,7 +230,7 @@ Test(values, the_weight_of_the_maximum_is_one)
     EACH_RUNG(r)
     for (int64_t n = 0; n < COUNT(top); n++)
         for (int64_t at = 0; at < 200; at += 66) {
-            check_case("rung %d pv %d, q of %g, key %lld", r->n, (int)r->pv, (double)top[n],
+            check_case("kernel %d pv %d, q of %g, key %lld", r->n, (int)r->pv_dtype, (double)top[n],
                        (long long)at);
             const shape s = shape_of(1, 1, 1, 140, 200, 64, 8);
             problem x = question(&s, r);
@@ -261,12 +261,12 @@ Test(values, a_block_beyond_float)
     fresh_device();
     EACH_RUNG(r)
     for (int n = 0; n < 9; n++) {
-        check_case("rung %d pv %d, block %d, lambda %d", r->n, (int)r->pv, n % 3, n / 3);
+        check_case("kernel %d pv %d, block %d, lambda %d", r->n, (int)r->pv_dtype, n % 3, n / 3);
         const shape s = shape_of(1, 1, 1, ROWS, KEYS, DIM, DIM);
         problem x = question(&s, r);
         x.o.smooth_k = false;
         x.o.skip_rows = 16;
-        x.o.knobs.lambda = n < 3 ? -INFINITY : n < 6 ? -1.0f : 0.0f;
+        x.o.thresholds.lambda = n < 3 ? -INFINITY : n < 6 ? -1.0f : 0.0f;
         static const float size[] = {1e20f, 0.0f, -1e20f};
         for (int64_t e = 0; e < ROWS * DIM; e++) /* a third of the groups each */
             x.q.x[e] = size[e / DIM / 16 % 3];
@@ -303,12 +303,12 @@ Test(values, nothing_but_scores_of_minus_infinity)
     fresh_device();
     EACH_RUNG(r)
     for (int n = 0; n < 2; n++) {
-        check_case("rung %d pv %d, lambda %d", r->n, (int)r->pv, n);
+        check_case("kernel %d pv %d, lambda %d", r->n, (int)r->pv_dtype, n);
         const shape s = shape_of(1, 1, 1, 200, 130, 4, 4);
         problem x = question(&s, r);
         x.o.smooth_k = false;
         x.o.causal = SPARGE_CAUSAL_START;
-        x.o.knobs.lambda = n ? -1.0f : -INFINITY;
+        x.o.thresholds.lambda = n ? -1.0f : -INFINITY;
         tensor_fill(&x.q, 1e20f, 1e20f);
         tensor_fill(&x.k, -1e20f, -1e20f);
         set_mask(&x, second_alone);
@@ -332,7 +332,7 @@ Test(values, scores_whose_unit_is_zero)
     fresh_device();
     EACH_RUNG(r)
     for (int causal = 0; causal < 3; causal++) {
-        check_case("rung %d pv %d, causal %d", r->n, (int)r->pv, causal);
+        check_case("kernel %d pv %d, causal %d", r->n, (int)r->pv_dtype, causal);
         const shape s = shape_of(1, 1, 1, 150, 170, 16, 1);
         problem x = question(&s, r);
         x.o.causal = (sparge_causal)causal;
@@ -362,13 +362,13 @@ Test(values, scores_whose_unit_is_infinite)
     fresh_device();
     EACH_RUNG(r)
     for (int n = 0; n < 2; n++) {
-        check_case("rung %d pv %d, lambda %d", r->n, (int)r->pv, n);
+        check_case("kernel %d pv %d, lambda %d", r->n, (int)r->pv_dtype, n);
         const shape s = shape_of(1, 1, 1, 150, 100, 8, 8);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_END;
         x.o.smooth_k = false;
-        x.o.knobs.lambda = n ? -1.0f : -INFINITY;
-        x.o.scale = 3e38f;
+        x.o.thresholds.lambda = n ? -1.0f : -INFINITY;
+        x.o.softmax_scale = 3e38f;
         tensor_fill(&x.q, -1e3f, 1e3f);
         tensor_fill(&x.k, -1e3f, 1e3f);
         verify(&x, r, false);
@@ -389,7 +389,7 @@ Test(values, extremes)
     fresh_device();
     EACH_RUNG(r)
     for (int n = 0; n < 8; n += 1 + 2 * plain_quick()) {
-        check_case("rung %d pv %d, extremes %d", r->n, (int)r->pv, n);
+        check_case("kernel %d pv %d, extremes %d", r->n, (int)r->pv_dtype, n);
         const shape s = shape_of(1, 1, 1, 140, 140, 128, 128);
         problem x = question(&s, r);
         x.o.smooth_k = false;
@@ -411,7 +411,7 @@ Test(values, a_channel_of_zeros_stays_zero)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 2, 1, 150, 190, 16, 66);
         problem x = question(&s, r);
         for (int64_t n = 0; n < 190; n++)
@@ -433,15 +433,17 @@ Test(values, ones_give_one)
     fresh_device();
     EACH_RUNG(r)
     for (int n = 0; n < 2; n++) {
-        check_case("rung %d pv %d, %d", r->n, (int)r->pv, n);
+        check_case("kernel %d pv %d, %d", r->n, (int)r->pv_dtype, n);
         const shape s = shape_of(1, 2, 1, 150, 290, 16, 97);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_END;
-        x.o.knobs.lambda = n ? -0.5f : -INFINITY;
+        x.o.thresholds.lambda = n ? -0.5f : -INFINITY;
         x.o.skip_rows = n ? 16 : 64;
         tensor_fill(&x.v, 1.0f, 1.0f);
         answer a = answer_of(&x, r);
-        const float off = r->pv == SPARGE_FP8 ? 0x1p-4f : r->pv == SPARGE_HALF ? 0x1p-11f : 1e-5f;
+        const float off = r->pv_dtype == SPARGE_FP8   ? 0x1p-4f
+                          : r->pv_dtype == SPARGE_F16 ? 0x1p-11f
+                                                      : 1e-5f;
         for (int64_t e = 0; e < tensor_count(&a.o); e++)
             check_close(a.o.x[e], 1.0, off + 1e-5f);
         answer_free(&a);
@@ -455,12 +457,13 @@ Test(values, one_kept_block)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 1, 1, 150, 200, 16, 32),
                     part = shape_of(1, 1, 1, 150, 64, 16, 32);
         problem x = question(&s, r), y = question(&part, r);
         x.o.smooth_k = y.o.smooth_k = false;
-        if (r->pv == SPARGE_FP8) /* one step for a head: the largest of each channel is in both */
+        if (r->pv_dtype ==
+            SPARGE_FP8) /* one step for a head: the largest of each channel is in both */
             for (int64_t c = 0; c < 32; c++)
                 x.v.x[64 * 32 + c] = 4.0f;
         problem_write(&x);
@@ -485,11 +488,11 @@ Test(values, everything_kept_is_dense)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(2, 4, 2, 200, 330, 33, 65);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_START;
-        x.o.knobs.tau = 1.0f;
+        x.o.thresholds.tau = 1.0f;
         use(&x, r);
         answer a = attention(&x, NULL), b = attend(&x);
         same_answer(&a, &b);
@@ -511,7 +514,7 @@ Test(values, nobody_sees_the_future)
     EACH_RUNG(r)
     for (int causal = SPARGE_CAUSAL_END; causal <= SPARGE_CAUSAL_START; causal++)
         for (int64_t probe = 0; probe < 200; probe += plain_quick() ? 67 : 21) {
-            check_case("rung %d pv %d, causal %d, token %lld", r->n, (int)r->pv, causal,
+            check_case("kernel %d pv %d, causal %d, token %lld", r->n, (int)r->pv_dtype, causal,
                        (long long)probe);
             const int64_t q_len = 170, k_len = 200,
                           shift = causal == SPARGE_CAUSAL_END ? k_len - q_len : 0;
@@ -521,7 +524,7 @@ Test(values, nobody_sees_the_future)
             x.o.smooth_k = false;
             /* Steps of V are a block's or a head's: its largest are at token 0, before the future.
              * Those of a block with int8 are not: the change then begins with a block. */
-            const bool whole = r->pv == SPARGE_INT8;
+            const bool whole = r->pv_dtype == SPARGE_INT8;
             const int64_t from = whole ? blocks(probe + 1, 64) * 64 : probe + 1;
             for (int64_t c = 0; c < 10; c++)
                 x.v.x[c] = 1.5e3f;
@@ -530,7 +533,8 @@ Test(values, nobody_sees_the_future)
             for (int64_t t = from; t < k_len; t++)
                 for (int64_t c = 0; c < 10; c++)
                     x.v.x[t * 10 + c] += t % 2 ? 1e3f : -1e3f;
-            const int64_t k_from = r->qk == SPARGE_FLOAT ? probe + 1 : blocks(probe + 1, 64) * 64;
+            const int64_t k_from =
+                r->qk_dtype == SPARGE_F32 ? probe + 1 : blocks(probe + 1, 64) * 64;
             for (int64_t t = k_from; t < k_len; t++)
                 for (int64_t c = 0; c < 20; c++)
                     x.k.x[t * 20 + c] += 1e3f;
@@ -554,7 +558,7 @@ Test(values, every_group_votes_alone)
     fresh_device();
     EACH_RUNG(r)
     for (int64_t rows = 16; rows <= 128; rows *= 2) {
-        check_case("rung %d pv %d, %lld rows", r->n, (int)r->pv, (long long)rows);
+        check_case("kernel %d pv %d, %lld rows", r->n, (int)r->pv_dtype, (long long)rows);
         const shape s = shape_of(1, 1, 1, 256, 64 * 10, 8, 8);
         problem x = question(&s, r);
         for (int64_t e = 0; e < tensor_count(&x.q); e++)
@@ -564,7 +568,7 @@ Test(values, every_group_votes_alone)
         problem_write(&x);
         x.o.smooth_k = false;
         x.o.skip_rows = rows;
-        x.o.knobs.lambda = 0.0f;
+        x.o.thresholds.lambda = 0.0f;
         verify(&x, r, false);
         use(&x, r);
         answer a = attend(&x);
@@ -582,11 +586,11 @@ Test(values, a_mask_with_garbage_beyond_its_blocks)
     fresh_device();
     EACH_RUNG(r)
     for (int causal = 0; causal < 3; causal++) {
-        check_case("rung %d pv %d, causal %d", r->n, (int)r->pv, causal);
+        check_case("kernel %d pv %d, causal %d", r->n, (int)r->pv_dtype, causal);
         const shape s = shape_of(1, 2, 1, 150, 330, 16, 8);
         problem x = question(&s, r);
         x.o.causal = (sparge_causal)causal;
-        x.o.knobs.lambda = -1.0f;
+        x.o.thresholds.lambda = -1.0f;
         answer dense = answer_of(&x, r);
         x.mask = wide_mask(&x, 2); /* all bits set */
         const sparge_mask own = x.mask;
@@ -609,18 +613,18 @@ Test(values, thresholds_of_many_heads)
     static const int64_t heads[] = {128, 129, 260};
     for (int64_t n = plain_quick(); n < COUNT(heads); n += 1 + plain_quick())
         for (int i = 2; i < RUNGS; i += 3) {
-            if (!runs_here(rungs[i].n))
+            if (!runs_here(kernels[i].n))
                 continue;
-            check_case("rung %d pv %d, %lld heads", rungs[i].n, (int)rungs[i].pv,
+            check_case("kernel %d pv %d, %lld heads", kernels[i].n, (int)kernels[i].pv_dtype,
                        (long long)heads[n]);
             const shape s = shape_of(1, heads[n], 1, 9, 2200 / heads[n] + 130, 8, 8);
-            problem x = question(&s, &rungs[i]);
-            sparge_knobs *each = malloc((size_t)heads[n] * sizeof *each);
+            problem x = question(&s, &kernels[i]);
+            sparge_thresholds *each = malloc((size_t)heads[n] * sizeof *each);
             for (int64_t h = 0; h < heads[n]; h++)
-                each[h] = (sparge_knobs){-1.0f, check_uniform(0, 1), SPARGE_OFF,
-                                         h % 3 ? -INFINITY : 0.0f};
+                each[h] = (sparge_thresholds){-1.0f, check_uniform(0, 1), SPARGE_OFF,
+                                              h % 3 ? -INFINITY : 0.0f};
             x.o.per_head = each;
-            verify(&x, &rungs[i], true);
+            verify(&x, &kernels[i], true);
             free(each);
             problem_free(&x);
         }
@@ -635,13 +639,13 @@ Test(values, rows_of_the_mask_of_many_lengths)
                                                                : columns < 60 ? 10
                                                                               : 3,
                  n++) {
-        const rung *r = &rungs[3 + n % 4];
+        const kernel *r = &kernels[3 + n % 4];
         if (!runs_here(r->n))
             continue;
-        check_case("rung %d pv %d, %lld key blocks", r->n, (int)r->pv, (long long)columns);
+        check_case("kernel %d pv %d, %lld key blocks", r->n, (int)r->pv_dtype, (long long)columns);
         const shape s = shape_of(1, 1, 1, 140, columns * 64 - 5, 8, 8);
         problem x = question(&s, r);
-        x.o.knobs = (sparge_knobs){-1.0f, 0.3f, 0.2f, -2.0f};
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.3f, 0.2f, -2.0f};
         x.o.causal = n % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
         verify(&x, r, true);
         mask_fill(&x, n % 3 ? 0.05f : 0.5f);
@@ -657,15 +661,15 @@ Test(values, similarity_at_its_threshold)
     for (int n = 0; n < 6; n++) {
         check_case("theta %d, %s keys", n % 3 - 1, n < 3 ? "identical" : "antiparallel");
         const shape s = shape_of(1, 1, 1, 300, 640, 16, 4);
-        problem x = question(&s, &rungs[2]);
+        problem x = question(&s, &kernels[2]);
         x.o.smooth_k = false;
         for (int64_t e = 0; e < tensor_count(&x.q); e++)
             x.q.x[e] = e % 16 == 0;
         for (int64_t e = 0; e < tensor_count(&x.k); e++)
             x.k.x[e] = e % 16 == 0 ? (n >= 3 && e / 16 % 2 ? -1.0f : 1.0f) : 0.0f;
         problem_write(&x);
-        x.o.knobs = (sparge_knobs){(float)(n % 3 - 1), SPARGE_OFF, 0.0f, -INFINITY};
-        verify(&x, &rungs[2], true);
+        x.o.thresholds = (sparge_thresholds){(float)(n % 3 - 1), SPARGE_OFF, 0.0f, -INFINITY};
+        verify(&x, &kernels[2], true);
         problem_free(&x);
     }
 }
@@ -677,35 +681,35 @@ Test(values, zeros_of_both_signs_tie)
     fresh_device();
     check_case("zeros");
     const shape s = shape_of(1, 1, 1, 4, 64 * 40, 1, 1);
-    problem x = question(&s, &rungs[2]);
+    problem x = question(&s, &kernels[2]);
     x.o.smooth_k = false;
-    x.o.scale = 0.25f;
+    x.o.softmax_scale = 0.25f;
     for (int64_t n = 0; n < 4; n++)
         x.q.x[n] = 0x1p-100f;
     for (int64_t n = 0; n < 64 * 40; n++)
         x.k.x[n] = n / 64 % 2 ? 0x1p-49f : -0x1p-49f;
     problem_write(&x);
-    x.o.knobs = (sparge_knobs){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
-    verify(&x, &rungs[2], true);
-    x.o.knobs = (sparge_knobs){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
-    verify(&x, &rungs[2], true);
+    x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
+    verify(&x, &kernels[2], true);
+    x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
+    verify(&x, &kernels[2], true);
     problem_free(&x);
 }
 
-/* Rung 5's producer reads a word of the mask in each lane: more than 32 words, and blocks kept far
- * apart. */
+/* Kernel 5's producer reads a word of the mask in each lane: more than 32 words, and blocks kept
+ * far apart. */
 Test(values, more_than_1024_key_blocks)
 {
     fresh_device();
     for (int i = 3; i < RUNGS && !plain_quick(); i += 2) {
-        if (!runs_here(rungs[i].n))
+        if (!runs_here(kernels[i].n))
             continue;
-        check_case("rung %d pv %d", rungs[i].n, (int)rungs[i].pv);
+        check_case("kernel %d pv %d", kernels[i].n, (int)kernels[i].pv_dtype);
         const shape s = shape_of(1, 1, 1, 70, 64 * 1100, 1, 1);
-        problem x = question(&s, &rungs[i]);
+        problem x = question(&s, &kernels[i]);
         mask_fill(&x, 0.005f);
         sparge_mask_set(&x.mask, 0, 0, 0, 1099, true);
-        verify(&x, &rungs[i], false);
+        verify(&x, &kernels[i], false);
         problem_free(&x);
     }
 }
@@ -718,7 +722,7 @@ Test(values, rows_of_the_mask_with_ties)
     for (int values = 1; values <= 50; values += values < 3 ? 1 : 47) {
         const int64_t tokens = 64 * (plain_quick() ? 20 : 40);
         const shape s = shape_of(1, 1, 1, 128 * 3, tokens, 4, 1);
-        problem x = question(&s, &rungs[2]);
+        problem x = question(&s, &kernels[2]);
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t c = 0; c < 4; c++)
                 x.k.x[t * 4 + c] =
@@ -728,11 +732,11 @@ Test(values, rows_of_the_mask_with_ties)
             for (int64_t topk = tau == 0; topk < COUNT(share); topk += 1 + 2 * plain_quick()) {
                 check_case("ties of %d, tau %g, topk %g", values, (double)share[tau],
                            (double)share[topk]);
-                x.o.knobs = (sparge_knobs){-1.0f, share[tau], share[topk], -INFINITY};
+                x.o.thresholds = (sparge_thresholds){-1.0f, share[tau], share[topk], -INFINITY};
                 x.o.smooth_k = topk % 2;
                 x.o.causal = (sparge_causal)(topk % 3);
                 x.o.sink = tau % 2;
-                verify_prediction(&x, &rungs[2], 1);
+                verify_prediction(&x, &kernels[2], 1);
             }
         problem_free(&x);
     }
@@ -747,11 +751,11 @@ Test(values, the_same_bits_every_time)
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 3, 1, 150, 330, 16, 60);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_END;
-        x.o.knobs = (sparge_knobs){0.0f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.0f, 0.7f, SPARGE_OFF, -1.0f};
         use(&x, r);
         answer first = attention(&x, NULL);
         for (int n = 0; n < (plain_quick() ? 3 : on_model() ? 20 : 100); n++) {
@@ -759,7 +763,7 @@ Test(values, the_same_bits_every_time)
             answer again = attention(&x, NULL);
             same_answer(&again, &first);
             same_counts(&again.result.counts, &first.result.counts);
-            check_same(again.trace.l, first.trace.l, problem_rows(&x));
+            check_same(again.intermediates.l, first.intermediates.l, problem_rows(&x));
             answer_free(&again);
         }
         fresh_device();
@@ -777,8 +781,8 @@ static void late(int first, int end)
     for (int i = first; i < end; i++)
         for (int mode = plain_quick(); mode < 3; mode++)
             for (int seed = 0; seed < (plain_quick() ? 1 : 3); seed++) {
-                const rung *r = &rungs[i];
-                check_case("rung %d pv %d, late %d, seed %d", r->n, (int)r->pv, mode, seed);
+                const kernel *r = &kernels[i];
+                check_case("kernel %d pv %d, late %d, seed %d", r->n, (int)r->pv_dtype, mode, seed);
                 fresh_device();
                 cuda_model_settings.late = mode;
                 cuda_model_settings.seed = (uint64_t)seed;
@@ -788,7 +792,8 @@ static void late(int first, int end)
                 problem x = question(&s, r);
                 x.o.causal = SPARGE_CAUSAL_END;
                 x.o.skip_rows = 16 << seed;
-                x.o.knobs = (sparge_knobs){-1.0f, 0.9f, SPARGE_OFF, seed ? -3.0f : -INFINITY};
+                x.o.thresholds =
+                    (sparge_thresholds){-1.0f, 0.9f, SPARGE_OFF, seed ? -3.0f : -INFINITY};
                 verify(&x, r, true);
                 mask_fill(&x, 0.15f);
                 verify(&x, r, false);
@@ -797,20 +802,20 @@ static void late(int first, int end)
     fresh_device();
 }
 
-Test(values, rung_4_as_late_as_the_program_allows) { late(3, 5); }
-Test(values, rung_5_as_late_as_the_program_allows) { late(5, RUNGS); } /* planted.sh */
+Test(values, kernel_4_as_late_as_the_program_allows) { late(3, 5); }
+Test(values, kernel_5_as_late_as_the_program_allows) { late(5, RUNGS); } /* planted.sh */
 #endif
 
 /* ---- Correctness by the oracle ---- */
 
-/* Rung 4 in f16 defines nothing of its own: within twice ref's distance from the oracle over the
+/* Kernel 4 in f16 defines nothing of its own: within twice ref's distance from the oracle over the
  * codes. */
 Test(values, distance_from_the_oracle)
 {
     fresh_device();
     EACH_RUNG(r)
     {
-        check_case("rung %d pv %d", r->n, (int)r->pv);
+        check_case("kernel %d pv %d", r->n, (int)r->pv_dtype);
         const shape s = shape_of(1, 2, 1, 200, 300, 64, 64);
         problem x = question(&s, r);
         x.o.causal = SPARGE_CAUSAL_END;
@@ -821,7 +826,7 @@ Test(values, distance_from_the_oracle)
         check(sparge_oracle(&x.p, &x.o, &x.mask, SPARGE_ORACLE_CODES, o, NULL, NULL, NULL) ==
                   SPARGE_OK,
               "oracle");
-        reply got = ask_rung(&x, r, &t);
+        reply got = ask_kernel(&x, r, &t);
         for (int64_t row = 0; row < problem_rows(&x); row++) {
             double size = 0, off[2] = {0, 0};
             for (int64_t c = row * 64; c < row * 64 + 64; c++) {
@@ -832,8 +837,8 @@ Test(values, distance_from_the_oracle)
             for (int n = 0; n < 2 && size > 0; n++)
                 far[n] = fmax(far[n], off[n] / size);
         }
-        plain_log("rung %d pv %d: worst row %.2e from the oracle, ref %.2e", r->n, (int)r->pv,
-                  far[1], far[0]);
+        plain_log("kernel %d pv %d: worst row %.2e from the oracle, ref %.2e", r->n,
+                  (int)r->pv_dtype, far[1], far[0]);
         check(far[1] <= 2 * far[0] + 1e-6, "%g from the oracle, ref %g", far[1], far[0]);
         free(o);
         forget(&got);
@@ -842,16 +847,16 @@ Test(values, distance_from_the_oracle)
     }
 }
 
-/* lse, traces, counts may be missing, the output may stand in the place of q. */
+/* lse, intermediates, counts may be missing, the output may stand in the place of q. */
 Test(values, only_o_is_wanted)
 {
     fresh_device();
     EACH_RUNG(r)
     for (int n = 0; n < 2; n++) {
-        check_case("rung %d pv %d, predict %d", r->n, (int)r->pv, n);
+        check_case("kernel %d pv %d, predict %d", r->n, (int)r->pv_dtype, n);
         const shape s = shape_of(1, 2, 1, 140, 200, 32, 32);
         problem x = question(&s, r);
-        x.o.knobs.tau = 0.6f;
+        x.o.thresholds.tau = 0.6f;
         use(&x, r);
         answer all = n ? attention(&x, NULL) : attend(&x);
         scene z;

@@ -1,5 +1,5 @@
-/* dump.c: what the stages are called, how large they are, and their files. */
-#include "tools/dump.h"
+/* intermediates.c: what the stages are called, how large they are, and their files. */
+#include "tools/intermediates.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -7,25 +7,25 @@
 
 #include "tools/npy.h"
 
-#define TRACE(field) offsetof(sparge_trace, field)
+#define TRACE(field) offsetof(sparge_intermediates, field)
 
 const stage stages[STAGES] = {
     [STAGE_BLOCKS] = {"blocks", "2", ARRAY_I64, ALWAYS, 0}, /* block_q, block_k */
-    {"mean_k", "bgd", ARRAY_F32, SMOOTHED, TRACE(mean_k)},
-    {"pool_k", "bgjd", ARRAY_F32, PREDICTED, TRACE(pool_k)},
-    {"sim_k", "bgj", ARRAY_F32, PREDICTED, TRACE(sim_k)},
-    {"pool_q", "bhid", ARRAY_F32, PREDICTED, TRACE(pool_q)},
-    {"sim_q", "bhi", ARRAY_F32, PREDICTED, TRACE(sim_q)},
+    {"k_mean", "bgd", ARRAY_F32, SMOOTHED, TRACE(k_mean)},
+    {"k_pool", "bgjd", ARRAY_F32, PREDICTED, TRACE(k_pool)},
+    {"k_sim", "bgj", ARRAY_F32, PREDICTED, TRACE(k_sim)},
+    {"q_pool", "bhid", ARRAY_F32, PREDICTED, TRACE(q_pool)},
+    {"q_sim", "bhi", ARRAY_F32, PREDICTED, TRACE(q_sim)},
     {"S_all", "bhij", ARRAY_F32, PREDICTED, TRACE(s_all)},
     {"S", "bhij", ARRAY_F32, PREDICTED, TRACE(s)},
     [STAGE_WHY] = {"why", "bhij", ARRAY_U8, PREDICTED, TRACE(why)}, /* bits of sparge_reason */
     [STAGE_MASK] = {"mask", "bhij", ARRAY_U8, ALWAYS, 0},
-    {"steps_q", "bhi", ARRAY_F32, QK_CODES, TRACE(steps_q)},
-    {"codes_q", "bhqd", ARRAY_I16, QK_CODES, TRACE(codes_q)},
-    {"steps_k", "bgj", ARRAY_F32, QK_CODES, TRACE(steps_k)},
-    {"codes_k", "bgkd", ARRAY_I16, QK_CODES, TRACE(codes_k)},
-    {"steps_v", "bgjv", ARRAY_F32, PV_CODES, TRACE(steps_v)},
-    {"codes_v", "bgkv", ARRAY_I16, PV_CODES, TRACE(codes_v)},
+    {"q_scale", "bhi", ARRAY_F32, QK_CODES, TRACE(q_scale)},
+    {"q_int", "bhqd", ARRAY_I16, QK_CODES, TRACE(q_int)},
+    {"k_scale", "bgj", ARRAY_F32, QK_CODES, TRACE(k_scale)},
+    {"k_int", "bgkd", ARRAY_I16, QK_CODES, TRACE(k_int)},
+    {"v_scale", "bgjv", ARRAY_F32, PV_CODES, TRACE(v_scale)},
+    {"v_int", "bgkv", ARRAY_I16, PV_CODES, TRACE(v_int)},
     {"pv_done", "bhij", ARRAY_F32, ATTENDED, TRACE(pv_done)},
     {"m", "bhq", ARRAY_F32, ATTENDED, TRACE(m)},
     {"l", "bhq", ARRAY_F32, ATTENDED, TRACE(l)},
@@ -53,8 +53,8 @@ static int64_t axis_size(char axis, const sparge_problem *p, const sparge_option
     }
 }
 
-bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, const sparge_options *o,
-                array *out, file_error *error)
+bool intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
+                         const sparge_options *o, array *out, file_error *error)
 {
     int64_t shape[ARRAY_MAX_RANK];
     const int rank = (int)strlen(axes);
@@ -63,7 +63,7 @@ bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, cons
     return array_alloc(type, rank, shape, out, error);
 }
 
-bool stage_traced(int n) { return n != STAGE_BLOCKS && n != STAGE_MASK && n != STAGE_O; }
+bool stage_recorded(int n) { return n != STAGE_BLOCKS && n != STAGE_MASK && n != STAGE_O; }
 
 int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
 {
@@ -73,49 +73,49 @@ int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
     return bytes;
 }
 
-bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o,
-                     file_error *error)
+bool intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
+                              const sparge_options *o, file_error *error)
 {
-    if (!dump_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
+    if (!intermediates_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
         return false;
-    if (stage_traced(n))
-        memcpy((char *)&d->trace + stages[n].field, &d->array[n].data, sizeof(void *));
+    if (stage_recorded(n))
+        memcpy((char *)&d->intermediates + stages[n].field, &d->array[n].data, sizeof(void *));
     return true;
 }
 
-bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
-               bool attends, file_error *error)
+bool intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
+                        bool predicts, bool attends, file_error *error)
 {
     const bool there[] = {
         [ALWAYS] = true,
         [PREDICTED] = predicts,
         [SMOOTHED] = o->smooth_k && (predicts || attends),
         [ATTENDED] = attends,
-        [QK_CODES] = attends && o->qk != SPARGE_FLOAT,
-        [PV_CODES] = attends && o->pv <= SPARGE_INT12,
+        [QK_CODES] = attends && o->qk_dtype != SPARGE_F32,
+        [PV_CODES] = attends && (o->pv_dtype == SPARGE_INT8 || o->pv_dtype == SPARGE_INT12),
     };
     d->attends = attends;
     for (int n = 0; n < STAGES; n++)
         if (there[stages[n].when] && n != STAGE_MASK && n != STAGE_O &&
-            !dump_make_stage(d, n, p, o, error))
+            !intermediates_make_stage(d, n, p, o, error))
             return false;
     memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
     return true;
 }
 
-void dump_path(const char *folder, int n, char path[PATH_MAX])
+void intermediates_path(const char *folder, int n, char path[PATH_MAX])
 {
     snprintf(path, PATH_MAX, "%s/%s.npy", folder, stages[n].name);
 }
 
-exit_code dump_open(dump *d, const char *folder, file_error *error)
+exit_code intermediates_open(intermediate_arrays *d, const char *folder, file_error *error)
 {
     d->folder = folder;
     if (!output_folder(folder, error))
         return EXIT_FILE;
     for (int n = 0; n < STAGES; n++) {
         char path[PATH_MAX];
-        dump_path(folder, n, path);
+        intermediates_path(folder, n, path);
         const bool wanted = d->array[n].data || n == STAGE_MASK || (n == STAGE_O && d->attends);
         if (wanted && !(d->file[n] = output_open(path, error)))
             return EXIT_FILE;
@@ -123,28 +123,28 @@ exit_code dump_open(dump *d, const char *folder, file_error *error)
     return EXIT_FINE;
 }
 
-bool dump_write(const dump *d, file_error *error)
+bool intermediates_write(const intermediate_arrays *d, file_error *error)
 {
     for (int n = 0; n < STAGES && d->folder; n++) {
         char path[PATH_MAX];
-        dump_path(d->folder, n, path);
+        intermediates_path(d->folder, n, path);
         if (d->file[n] && !npy_write(output_stream(d->file[n]), path, &d->array[n], error))
             return false;
     }
     return true;
 }
 
-void dump_tidy(const dump *d)
+void intermediates_tidy(const intermediate_arrays *d)
 {
     for (int n = 0; n < STAGES && d->folder; n++) {
         char path[PATH_MAX];
-        dump_path(d->folder, n, path);
+        intermediates_path(d->folder, n, path);
         if (!d->file[n])
             unlink(path);
     }
 }
 
-void dump_free(dump *d)
+void intermediates_free(intermediate_arrays *d)
 {
     for (int n = 0; n < STAGES; n++)
         array_free(&d->array[n]);
@@ -182,7 +182,7 @@ bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, 
 bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                 array *out, file_error *error)
 {
-    if (!dump_alloc("bhij", ARRAY_U8, p, o, out, error))
+    if (!intermediates_alloc("bhij", ARRAY_U8, p, o, out, error))
         return false;
     uint8_t *keep = out->data;
     for (int64_t b = 0; b < out->shape[0]; b++)

@@ -1,6 +1,6 @@
-/* dump.h: every stage of the algorithm as an array: a folder of .npy files. */
-#ifndef SPARGE_TOOLS_DUMP_H
-#define SPARGE_TOOLS_DUMP_H
+/* intermediates.h: every stage of the algorithm as an array: a folder of .npy files. */
+#ifndef SPARGE_TOOLS_INTERMEDIATES_H
+#define SPARGE_TOOLS_INTERMEDIATES_H
 
 #include <limits.h>
 
@@ -17,42 +17,43 @@ typedef struct stage {
     const char *axes;
     array_type type;
     stage_when when;
-    size_t field; /* of sparge_trace; 0 also for what is not in it */
+    size_t field; /* of sparge_intermediates; 0 also for what is not in it */
 } stage;
 
 /* In the order of the algorithm. */
 enum { STAGE_BLOCKS, STAGE_WHY = 8, STAGE_MASK, STAGE_O = 19, STAGES };
 extern const stage stages[STAGES];
 
-typedef struct dump {
-    array array[STAGES]; /* empty where there is nothing to see */
-    sparge_trace trace;  /* points into them */
+typedef struct intermediate_arrays {
+    array array[STAGES];                /* empty where there is nothing to see */
+    sparge_intermediates intermediates; /* points into them */
     output_file *file[STAGES];
     const char *folder;
     bool attends; /* there is an o */
-} dump;
+} intermediate_arrays;
 
 /* The shape of one array of axes such as "bhij". */
-bool dump_alloc(const char *axes, array_type type, const sparge_problem *p, const sparge_options *o,
-                array *out, file_error *error);
-/* Is stage n an array of sparge_trace, and of how many bytes? */
-bool stage_traced(int n);
+bool intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
+                         const sparge_options *o, array *out, file_error *error);
+/* Is stage n an array of sparge_intermediates, and of how many bytes? */
+bool stage_recorded(int n);
 int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o);
-/* One stage that is traced. */
-bool dump_make_stage(dump *d, int n, const sparge_problem *p, const sparge_options *o,
-                     file_error *error);
+/* One stage that is recorded. */
+bool intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
+                              const sparge_options *o, file_error *error);
 /* The arrays of a run that predicts its mask, or does not, and attends, or does not, under options
  * as resolved: all but the mask and o, with the block sizes filled in. */
-bool dump_make(dump *d, const sparge_problem *p, const sparge_options *o, bool predicts,
-               bool attends, file_error *error);
+bool intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
+                        bool predicts, bool attends, file_error *error);
 /* The file of stage n. */
-void dump_path(const char *folder, int n, char path[PATH_MAX]);
+void intermediates_path(const char *folder, int n, char path[PATH_MAX]);
 /* Makes the folder, and opens a file in it for each array, for the mask and for o. */
-exit_code dump_open(dump *d, const char *folder, file_error *error);
-bool dump_write(const dump *d, file_error *error);
-/* After outputs_commit: removes what an earlier dump left there of stages that this one lacks. */
-void dump_tidy(const dump *d);
-void dump_free(dump *d);
+exit_code intermediates_open(intermediate_arrays *d, const char *folder, file_error *error);
+bool intermediates_write(const intermediate_arrays *d, file_error *error);
+/* After outputs_commit: removes what an earlier intermediates left there of stages that this one
+ * lacks. */
+void intermediates_tidy(const intermediate_arrays *d);
+void intermediates_free(intermediate_arrays *d);
 
 /* How many keys query t may see: the first ones. */
 int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t);

@@ -1,5 +1,5 @@
-/* trace.cu: the codes of a call as plain arrays [head][token][channel], for looking between the
- * stages. */
+/* intermediates.cu: the codes of a call as plain arrays [head][token][channel], for looking between
+ * the stages. */
 #include "gpu/image.h"
 #include "gpu/work.h"
 
@@ -24,27 +24,27 @@ static __global__ void __launch_bounds__(THREADS) unpack_codes(const __grid_cons
 {
     const int64_t at = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     const int pitch = pitch_of(w.width);
-    if (w.codes_q && at < w.batch * w.heads * w.g.q_len * w.dim) {
+    if (w.q_int && at < w.batch * w.heads * w.g.q_len * w.dim) {
         const code_place p = place_of_code(at, w.g.q_len, w.dim, w.g.q_blocks, BLOCK_Q);
-        w.codes_q[at] = w.q8[p.tile * q_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
+        w.q_int[at] = w.q8[p.tile * q_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
     }
-    if (w.codes_k && at < w.batch * w.kv_heads * w.g.k_len * w.dim) {
+    if (w.k_int && at < w.batch * w.kv_heads * w.g.k_len * w.dim) {
         const code_place p = place_of_code(at, w.g.k_len, w.dim, w.g.k_blocks, BLOCK_K);
-        w.codes_k[at] = w.k8[p.tile * k_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
+        w.k_int[at] = w.k8[p.tile * k_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
     }
-    if ((w.codes_v || w.steps_v) && at < w.batch * w.kv_heads * w.g.k_len * w.dim_v) {
+    if ((w.v_int || w.v_scale_out) && at < w.batch * w.kv_heads * w.g.k_len * w.dim_v) {
         const code_place p = place_of_code(at, w.g.k_len, w.dim_v, w.g.k_blocks, BLOCK_K);
-        if (w.codes_v)
-            w.codes_v[at] = (int8_t)w.v_tile[p.tile * v_tile_bytes(w.width, false) +
-                                             image_at(64, p.c, key_slot(p.row))];
-        if (w.steps_v && p.row == 0)
-            w.steps_v[p.tile * w.dim_v + p.c] = w.step_v[p.tile * w.width + p.c];
+        if (w.v_int)
+            w.v_int[at] = (int8_t)w.v_tile[p.tile * v_tile_bytes(w.width, false) +
+                                           image_at(64, p.c, key_slot(p.row))];
+        if (w.v_scale_out && p.row == 0)
+            w.v_scale_out[p.tile * w.dim_v + p.c] = w.v_scale[p.tile * w.width + p.c];
     }
 }
 
-cudaError_t trace(const work &w, cudaStream_t stream)
+cudaError_t intermediates(const work &w, cudaStream_t stream)
 {
-    if (!w.codes_q && !w.codes_k && !w.codes_v && !w.steps_v)
+    if (!w.q_int && !w.k_int && !w.v_int && !w.v_scale_out)
         return cudaSuccess;
     const int64_t of_q = w.heads * w.g.q_len, of_k = w.kv_heads * w.g.k_len;
     const int64_t codes = w.batch * sparge_max(of_q, of_k) * sparge_max(w.dim, w.dim_v);
