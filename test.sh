@@ -30,7 +30,7 @@ for preset in "$@"; do
     echo "== $preset"
     if [ "$preset" = hook ]; then
         if need_python experiments/capture/requirements-hook.txt build/hook-venv; then
-            build/hook-venv/bin/python tests/hook.py build/dev/tools/sparge
+            build/hook-venv/bin/python tests/experiments/hook.py build/dev/tools/sparge
         else
             echo "skipped: its packages cannot be installed here"
         fi

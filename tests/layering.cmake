@@ -6,7 +6,7 @@ get_filename_component(ROOT "${ROOT}" ABSOLUTE)
 set(standard "(assert|complex|ctype|errno|fenv|float|inttypes|limits|locale|math|setjmp|signal|stdalign|stdarg|stdatomic|stdbool|stddef|stdint|stdio|stdlib|stdnoreturn|string|tgmath|threads|time)\\.h")
 set(intrinsics "(.*intrin|arm_neon|arm_sve|arm_acle)\\.h")
 
-set(kernels "cpu/(avx2|avxvnni|avx512vnni)\\.c|tests/avxvnni_shim\\.h")
+set(kernels "cpu/(avx2|avxvnni|avx512vnni)\\.c|tests/cpu/avxvnni_shim\\.h")
 
 # One rule a line, the first that matches a file holds for it. No semicolons: these are lists.
 #     rule(<files> <what of ours they include> <which system headers> <the rule in words>)

@@ -3,7 +3,7 @@
 #ifndef SPARGE_TESTS_GPU_GPU_H
 #define SPARGE_TESTS_GPU_GPU_H
 
-#include "tests/problem.h"
+#include "tests/support/problem.h"
 
 #ifdef SPARGE_CUDA_MODEL
 #include <cuda_model.h>

@@ -1,0 +1,100 @@
+/* agree.c: the cpu backend against the reference, all bits, on one question. */
+#include "tests/support/agree.h"
+
+/* ---- Two answers ---- */
+
+void same_everything(const problem *x, const answer *got, const answer *want)
+{
+    same_traces(x, got, want, true);
+    for (int64_t h = 0; h < x->p.batch * x->p.heads; h++)
+        same_counts(&got->head[h], &want->head[h]);
+    same_counts(&got->result.counts, &want->result.counts);
+    same_answer(got, want);
+}
+
+void same_mask(const sparge_mask *got, const sparge_mask *want)
+{
+    check_same_as("mask", got->bits, want->bits,
+                  want->batch * want->heads * want->q_blocks * want->words);
+}
+
+sparge_mask wide_mask(const problem *x, int64_t spare)
+{
+    const int64_t lines = x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q);
+    const int64_t k_blocks = blocks(x->p.k_len, x->o.block_k), words = blocks(k_blocks, 32) + spare;
+    return (sparge_mask){check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
+                         x->p.batch,
+                         x->p.heads,
+                         blocks(x->p.q_len, x->o.block_q),
+                         k_blocks,
+                         words};
+}
+
+/* ---- One question on every instruction set ---- */
+
+reply ask(const problem *x, way how, sparge_dtype dtype, tensor_layout layout, int64_t spare)
+{
+    reply r = {0};
+    if (how == ATTEND) {
+        r.a = attend_to(x, dtype, layout);
+        return r;
+    }
+    r.mask = wide_mask(x, spare);
+    r.a = attention(x, &r.mask);
+    return r;
+}
+
+void forget(reply *r)
+{
+    check_free(r->mask.bits);
+    answer_free(&r->a);
+}
+
+void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads,
+                 totals *sum)
+{
+    const int64_t spare = check_int(0, 2);
+    x->o.backend = SPARGE_REF;
+    x->o.isa = SPARGE_ISA_AUTO;
+    reply want = ask(x, how, dtype, layout, spare);
+    check_equal(want.a.result.backend, SPARGE_REF);
+    x->o.backend = SPARGE_CPU;
+    for (int isa = FIRST_ISA; isa <= LAST_ISA; isa++) {
+        if (!sparge_isa_available((sparge_isa)isa))
+            continue;
+        x->o.isa = (sparge_isa)isa;
+        for (const int *n = threads; *n; n++) {
+            x->o.threads = *n;
+            reply got = ask(x, how, dtype, layout, spare);
+            check_equal(got.a.result.backend, SPARGE_CPU);
+            check_equal(got.a.result.isa, (sparge_isa)isa);
+            check_equal(got.a.result.threads, *n);
+            if (how == ATTENTION)
+                same_mask(&got.mask, &want.mask);
+            same_everything(x, &got.a, &want.a);
+            forget(&got);
+        }
+        if (how == ATTENTION) { /* stage 1 alone gives the same mask */
+            sparge_mask alone = wide_mask(x, spare);
+            sparge_error error;
+            check(sparge_predict(&x->p, &x->o, &alone, NULL, &error) == SPARGE_OK, "%s",
+                  error.text);
+            same_mask(&alone, &want.mask);
+            check_free(alone.bits);
+        }
+    }
+    const sparge_counts *c = &want.a.result.counts;
+    if (sum) {
+        sum->cases++;
+        sum->pairs += c->pairs;
+        sum->kept += c->qk_done;
+        sum->skipped += (int64_t)((double)c->qk_done - c->pv_done);
+    }
+    forget(&want);
+}
+
+int64_t channels_at_random(void)
+{
+    static const int64_t usual[] = {1, 15, 16, 17, 32, 64, 80, 128};
+    return check_int(0, 2) ? usual[check_int(0, 7)] : check_int(1, 140);
+}
