@@ -1,4 +1,4 @@
-/* interrupt.c: what SIGINT and SIGTERM do. */
+/* interrupt.c: what SIGINT, SIGTERM and SIGHUP do. */
 #include "tools/interrupt.h"
 
 #include <signal.h>
@@ -19,7 +19,7 @@ static void handle(int number)
 
 void interrupt_catch(const char *name)
 {
-    static const int signals[] = {SIGINT, SIGTERM};
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
     struct sigaction old, new = {.sa_handler = handle, .sa_flags = SA_RESTART};
     sigfillset(&new.sa_mask);
     /* A terminal may show how far something is on the line where the cursor stands. */

@@ -1,5 +1,6 @@
-/* interrupt.h: SIGINT and SIGTERM. They end a program with EXIT_UNFINISHED and one line, at once;
- * or, while something waits for them, when that has seen to its end. A second one never waits. */
+/* interrupt.h: SIGINT, SIGTERM and SIGHUP. They end a program with EXIT_UNFINISHED and one line, at
+ * once; or, while something waits for them, when that has seen to its end. A second one never
+ * waits. */
 #ifndef SPARGE_TOOLS_INTERRUPT_H
 #define SPARGE_TOOLS_INTERRUPT_H
 

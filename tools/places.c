@@ -1,39 +1,15 @@
 /* places.c: files in folders, by the names of captures. */
 #include "tools/places.h"
 
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-static char **made;
-static size_t count;
+#include "tools/output.h"
 
 static bool is_folder(const char *path)
 {
     struct stat found;
     return stat(path, &found) == 0 && S_ISDIR(found.st_mode);
-}
-
-static exit_code make_folder(const char *path, file_error *error)
-{
-    if (is_folder(path))
-        return EXIT_FINE;
-    char **more = realloc(made, (count + 1) * sizeof *more);
-    made = more ? more : made;
-    char *copy = more ? strdup(path) : NULL;
-    if (!copy) {
-        file_error_set(error, path, "no memory for its name");
-        return EXIT_MACHINE;
-    }
-    if (mkdir(path, 0777) == 0) {
-        made[count++] = copy;
-        return EXIT_FINE;
-    }
-    file_error_set(error, path, "cannot create this folder: %s; choose another", strerror(errno));
-    free(copy);
-    return EXIT_FILE;
 }
 
 exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
@@ -61,7 +37,7 @@ exit_code place_output(const char **name, const capture *c, const char *ending, 
     exit_code code = place_input(name, c, ending, path, error);
     for (char *slash = path + folder; *name && slash && !code; slash = strchr(slash + 1, '/')) {
         *slash = '\0';
-        code = make_folder(path, error);
+        code = output_folder(path, error) ? EXIT_FINE : EXIT_FILE;
         *slash = '/';
     }
     return code;
@@ -84,13 +60,4 @@ exit_code given_file(const attention_args *a, given_captures *out, file_error *e
     return EXIT_FILE;
 }
 
-void given_free(given_captures *given)
-{
-    capture_free(given->list, given->count);
-    while (count > 0) {
-        rmdir(made[--count]);
-        free(made[count]);
-    }
-    free(made);
-    made = NULL;
-}
+void given_free(given_captures *given) { capture_free(given->list, given->count); }

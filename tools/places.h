@@ -15,11 +15,10 @@ exit_code given_find(const attention_args *args, given_captures *out, file_error
 exit_code given_file(const attention_args *args, given_captures *out,
                      file_error *error); /* refuses a folder */
 
-/* After outputs_commit or outputs_discard: folders made here go away again where they are empty. */
 void given_free(given_captures *given);
 
 /* Replaces the name of a folder, unless it is NULL, by that of the capture's file in it, which is
- * kept in `path`. Of an output the folders above it are made. */
+ * kept in `path`. Of an output the folders above it are made, and go again if it never comes. */
 exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
                       file_error *error);
 exit_code place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX],

@@ -221,6 +221,8 @@ int program_main(const program *p, int argc, char **argv)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) != fd)
             return EXIT_FILE;
     signal(SIGPIPE, SIG_IGN); /* a reader that went away is an error like a full disk */
+    signal(SIGXFSZ, SIG_IGN); /* and so is a file too large */
+    atexit(outputs_discard);
     interrupt_catch(p->name);
     snprintf(json_line, sizeof json_line, "%s: no memory for JSON; free some\n", p->name);
     json_set_alloc_funcs(json_allocate, free);
