@@ -22,7 +22,7 @@ typedef struct bench {
 static sparge_options machine_options(const bench *b, int isa, int thread)
 {
     sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
-    options.backend = SPARGE_CPU;
+    options.backend = b->args.backend;
     options.isa = (sparge_isa)b->args.isa.item[isa];
     options.threads = (int)b->args.threads.item[thread];
     options.thresholds = b->args.thresholds;
@@ -63,6 +63,8 @@ static void print_machine(const bench *b)
 {
     const bench_args *a = &b->args;
     bench_print_machine();
+    if (a->backend == SPARGE_CUDA)
+        return;
     for (int i = 0; i < a->isa.count; i++)
         for (int t = 0; t < a->threads.count; t++)
             bench_print_peaks(&b->machine[i * BENCH_LIST + t]);
@@ -116,7 +118,10 @@ static exit_code run_inputs(bench *b, const inputs *in, file_error *error)
     for (int c = 0; c < a->causal.count; c++)
         for (int i = 0; i < a->isa.count; i++)
             for (int t = 0; t < a->threads.count && !code; t++) {
-                bench_group g = {.args = a, .in = in, .options = machine_options(b, i, t)};
+                bench_group g = {.args = a,
+                                 .in = in,
+                                 .problem = in->problem,
+                                 .options = machine_options(b, i, t)};
                 g.machine = b->machine[i * BENCH_LIST + t];
                 g.options.causal = (sparge_causal)a->causal.item[c];
                 if (a->capture)
@@ -137,8 +142,9 @@ static exit_code run_shapes(bench *b, file_error *error)
         for (int n = 0; n < a->q_len.count; n++)
             for (int d = 0; d < a->dim.count && !code; d++) {
                 inputs in = {0};
-                code = bench_synthetic((int64_t)a->heads.item[h], (int64_t)a->q_len.item[n],
-                                       (int64_t)a->dim.item[d], &in, error);
+                code = (a->backend == SPARGE_CUDA ? bench_synthetic_f16 : bench_synthetic)(
+                    (int64_t)a->heads.item[h], (int64_t)a->q_len.item[n], (int64_t)a->dim.item[d],
+                    &in, error);
                 if (!code)
                     code = run_inputs(b, &in, error);
                 inputs_free(&in);
@@ -150,7 +156,7 @@ static exit_code run_all(bench *b, const inputs *captured, file_error *error)
 {
     const bench_args *a = &b->args;
     exit_code code = EXIT_FINE;
-    for (int i = 0; i < a->isa.count; i++)
+    for (int i = 0; i < a->isa.count && a->backend == SPARGE_CPU; i++)
         for (int t = 0; t < a->threads.count && !code; t++)
             code = measure_machine(b, i, t, error);
     if (code)

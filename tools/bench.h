@@ -5,6 +5,7 @@
 #ifndef SPARGE_TOOLS_BENCH_H
 #define SPARGE_TOOLS_BENCH_H
 
+#include "tools/device.h"
 #include "tools/inputs.h"
 #include "tools/progress.h"
 
@@ -33,6 +34,9 @@ const char *bench_mask_string(bench_mask mask);
 typedef struct bench_args {
     options_base base;
     bench_list q_len, dim, heads, sparsity, mask, threads, isa, qk, pv, causal;
+    sparge_backend backend; /* CPU or CUDA */
+    bench_list kernel;      /* of cuda; 0: the best that can do it. There FASTEST in qk is int8, or
+                               f32 where a kernel has no int8 */
     sparge_thresholds thresholds;
     bool sink;
     const char *selects; /* an option that is of the predictor alone, or NULL */
@@ -66,12 +70,14 @@ typedef struct bench_times {
 /* One way to compute attention for the inputs of a group. */
 typedef struct bench_case {
     sparge_dtype qk, pv;
+    int kernel; /* of cuda, else 0 */
     bench_mask kind;
-    double imposed;   /* the sparsity that was asked for; NaN where the predictor decides */
-    sparge_mask mask; /* for PREDICTED the place of the result; no bits when dense */
-    int dense;        /* the case of the same precision without a mask */
-    bool shown;       /* asked for, not only compared with */
-    bool wrong;       /* its result did not pass the check */
+    double imposed;     /* the sparsity that was asked for; NaN where the predictor decides */
+    sparge_mask mask;   /* for PREDICTED the place of the result; no bits when dense */
+    device_memory bits; /* of the mask */
+    int dense;          /* the case of the same precision without a mask */
+    bool shown;         /* asked for, not only compared with */
+    bool wrong;         /* its result did not pass the check */
     bench_times *pass;
     int passes, kept, room; /* kept: of the rounds that count */
     bench_times median;
@@ -87,18 +93,23 @@ typedef struct bench_machine {
 } bench_machine;
 
 /* The cases of one shape, instruction set and number of threads: timed in turns, so that whatever
- * slows the machine down for a while slows all of them. cases[0] is dense f32, the baseline. */
+ * slows the machine down for a while slows all of them. On cpu cases[0] is dense f32, the baseline.
+ * On cuda there is none: f32 is what the two lessons before dp4a compute in, and nobody's fast
+ * attention. */
 typedef struct bench_group {
     const bench_args *args;
     const inputs *in;
-    sparge_options options; /* without qk and pv */
+    sparge_problem problem; /* that of `in`, where the backend finds it */
+    sparge_options options; /* without qk, pv and kernel */
     bench_machine machine;
     bench_case *cases;
     int count;
-    array o, want;     /* [batch][heads][q_len][dim_v] */
-    sparge_mask spare; /* where the predictor writes for a case whose mask is imposed */
-    double foreign;    /* cores that others used, at most, in a busy round; NaN: unknown */
-    bool busy;         /* too many: there are no times, or with --allow-busy disturbed ones */
+    array o, want;     /* [batch][heads][q_len][dim_v]; on cuda `want` of one head */
+    sparge_mask spare; /* where the predictor writes for a case whose mask is imposed; cpu alone */
+    device_memory input[3], output; /* q, k, v and o; on cuda o is in the type of q */
+    device_memory workspace;        /* of cuda */
+    double foreign; /* cores that others used, at most, in a busy round; NaN: unknown */
+    bool busy;      /* too many: there are no times, or with --allow-busy disturbed ones */
 } bench_group;
 
 /* Of g, args to machine are given. */
@@ -107,8 +118,13 @@ void bench_group_free(bench_group *g);
 
 sparge_options bench_options(const bench_group *g, const bench_case *c);
 
-/* Runs a case; leaves its output in g->o. */
+/* Runs a case; leaves its output in g->output. */
 sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparge_error *why);
+/* And brings that to g->o in f32, with the mask that was predicted. */
+exit_code bench_fetch(bench_group *g, bench_case *c, file_error *error);
+
+/* o of heads that lie packed from `data` on. */
+sparge_out bench_output(const sparge_problem *p, void *data, sparge_dtype dtype);
 
 /* bench_onednn.c: can it compute these, and does it: o is packed; false: no memory, or oneDNN
  * refused. */
@@ -119,6 +135,9 @@ bool bench_onednn(const sparge_problem *p, int threads, float *o);
 
 /* Normal numbers of variance 1 whose blocks of tokens are alike, from a fixed seed. */
 exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, file_error *error);
+/* The same for cuda: in f16, and a head from the third on repeats one of the first two. */
+exit_code bench_synthetic_f16(int64_t heads, int64_t len, int64_t dim, inputs *out,
+                              file_error *error);
 exit_code bench_capture(const char *path, inputs *out, file_error *error);
 
 /* Keeps round((1 - sparsity) * visible) of the key blocks that each query block sees, at least 1.
@@ -137,7 +156,7 @@ void bench_print_machine(void);
 void bench_print_peaks(const bench_machine *machine);
 void bench_print_group(const bench_group *g);
 bool bench_json_group(const bench_group *g, json_t *rows); /* false: no memory */
-/* "int8/int8 random 0.5", and " causal" where it is. */
+/* "int8/int8 random 0.5", and " causal" where it is; on cuda "kernel 5 int8/fp8 random 0.5". */
 void bench_case_name(const bench_group *g, const bench_case *c, char text[64]);
 
 #endif

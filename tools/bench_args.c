@@ -20,6 +20,7 @@ enum {
     QK,
     PV,
     CAUSAL,
+    KERNEL,
     CAPTURE,
     IGNORE_MANIFEST,
     THETA,
@@ -48,7 +49,9 @@ static const struct argp_option bench_options_[] = {
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
     {"qk-dtype", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
-    {"pv-dtype", PV, "HOW,...", 0, "P.V in int8, int12 or f32 (int8)", 0},
+    {"pv-dtype", PV, "HOW,...", 0,
+     "P.V in int8, int12 or f32 (int8); on cuda int8, f32, f16, fp8 or fastest (fastest)", 0},
+    {"kernel", KERNEL, "N,...", 0, "of cuda, 1 to 5 (the best that can do it)", 0},
     {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL,
      "none, end or start (none, or as the capture; alone: end)", 0},
     {0, 0, 0, 0, "What is predicted:", 2},
@@ -65,7 +68,10 @@ static const struct argp_option bench_options_[] = {
     {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", SINK, 0, 0, "always keep key block 0", 0},
     {0, 0, 0, 0, "How:", 3},
-    {"backend", BACKEND, "NAME", 0, "cpu: no other is timed", 0},
+    {"backend", BACKEND, "NAME", 0,
+     "cpu, or cuda: its times are the device's own, and precisions that a kernel lacks are left "
+     "out (cpu)",
+     0},
     {"repeat", REPEAT, "N", 0, "rounds, of which the medians are taken (5)", 0},
     {"json", JSON, 0, 0, "an array of objects instead of tables", 0},
     {"allow-busy", ALLOW_BUSY, 0, 0,
@@ -96,6 +102,7 @@ typedef struct item_kind {
     const char *name;
     const char *const *words; /* NULL: numbers */
     int64_t low, high;        /* high of 0: a share, [0, 1) */
+    bool dtype;               /* words that stand for a sparge_dtype */
 } item_kind;
 
 static error_t parse_item(struct argp_state *state, const item_kind *kind, const char *text,
@@ -106,7 +113,7 @@ static error_t parse_item(struct argp_state *state, const item_kind *kind, const
     error_t error;
     if (kind->words) {
         error = options_word(state, kind->name, text, kind->words, &word);
-        *to = word;
+        *to = kind->dtype ? (int)options_dtype(kind->words[word]) : word;
     } else if (kind->high == 0) {
         error = options_real(state, kind->name, text, 0.0, 1.0, to);
         if (!error && *to == 1.0)
@@ -181,15 +188,28 @@ static error_t finish(struct argp_state *state, bench_args *a)
         a->thresholds.tau = a->thresholds.topk == SPARGE_OFF
                                 ? sparge_options_default(SPARGE_RULES_DEFAULT).thresholds.tau
                                 : SPARGE_OFF;
-    const int cores = bench_cores();
+    const bool cuda = a->backend == SPARGE_CUDA;
+    if (cuda && (a->threads.count || a->isa.count || a->allow_busy))
+        return options_wrong(
+            state, "--threads, --isa and --allow-busy are of the cpu backend; leave them out");
+    if (!cuda && a->kernel.count)
+        return options_wrong(state, "--kernel is of the cuda backend; add --backend cuda");
+    for (int n = 0; n < a->pv.count && !cuda; n++) {
+        const sparge_dtype pv = (sparge_dtype)a->pv.item[n];
+        if (pv != SPARGE_INT8 && pv != SPARGE_INT12 && pv != SPARGE_F32)
+            return options_wrong(state, "--pv-dtype has %s, the cpu backend has int8, int12, f32",
+                                 pv == SPARGE_FASTEST ? "fastest" : sparge_dtype_string(pv));
+    }
+    const int cores = cuda ? 1 : bench_cores();
     default_to(&a->q_len, 2, (const double[]){4096, 8192});
     default_to(&a->dim, 2, (const double[]){64, 128});
     default_to(&a->heads, 1, (const double[]){1});
     default_to(&a->sparsity, 5, (const double[]){0.0, 0.3, 0.5, 0.7, 0.9});
     default_to(&a->threads, cores > 1 ? 2 : 1, (const double[]){1, cores});
     default_to(&a->isa, 1, (const double[]){SPARGE_ISA_AUTO});
-    default_to(&a->qk, 1, (const double[]){0});
-    default_to(&a->pv, 1, (const double[]){0});
+    default_to(&a->qk, 1, (const double[]){cuda ? SPARGE_FASTEST : SPARGE_INT8});
+    default_to(&a->pv, 1, (const double[]){cuda ? SPARGE_FASTEST : SPARGE_INT8});
+    default_to(&a->kernel, 1, (const double[]){0});
     a->causal_given = a->causal.count > 0;
     default_to(&a->causal, 1, (const double[]){SPARGE_CAUSAL_NONE});
     return 0;
@@ -198,20 +218,21 @@ static error_t finish(struct argp_state *state, bench_args *a)
 static error_t bench_parser(int key, char *text, struct argp_state *state)
 {
     static const item_kind lists[] = {
-        [SPARSITY - SPARSITY] = {"--sparsity", NULL, 0, 0},
-        [Q_LEN - SPARSITY] = {"--q-len", NULL, 1, MAX_TOKENS},
-        [DIM - SPARSITY] = {"--dim", NULL, 1, SPARGE_MAX_DIM},
-        [HEADS - SPARSITY] = {"--heads", NULL, 1, MAX_HEADS},
-        [MASK_KIND - SPARSITY] = {"--mask-kind", masks, 0, 0},
-        [THREADS - SPARSITY] = {"--threads", NULL, 1, SPARGE_MAX_THREADS},
-        [ISA - SPARSITY] = {"--isa", options_isas, 0, 0},
-        [QK - SPARSITY] = {"--qk-dtype", options_qk_dtypes, 0, 0},
-        [PV - SPARSITY] = {"--pv-dtype", options_qk_dtypes, 0, 0},
-        [CAUSAL - SPARSITY] = {"--causal", options_causals, 0, 0},
+        [SPARSITY - SPARSITY] = {"--sparsity", NULL, 0, 0, false},
+        [Q_LEN - SPARSITY] = {"--q-len", NULL, 1, MAX_TOKENS, false},
+        [DIM - SPARSITY] = {"--dim", NULL, 1, SPARGE_MAX_DIM, false},
+        [HEADS - SPARSITY] = {"--heads", NULL, 1, MAX_HEADS, false},
+        [MASK_KIND - SPARSITY] = {"--mask-kind", masks, 0, 0, false},
+        [THREADS - SPARSITY] = {"--threads", NULL, 1, SPARGE_MAX_THREADS, false},
+        [ISA - SPARSITY] = {"--isa", options_isas, 0, 0, false},
+        [QK - SPARSITY] = {"--qk-dtype", options_qk_dtypes, 0, 0, true},
+        [PV - SPARSITY] = {"--pv-dtype", options_pv_dtypes, 0, 0, true},
+        [CAUSAL - SPARSITY] = {"--causal", options_causals, 0, 0, false},
+        [KERNEL - SPARSITY] = {"--kernel", NULL, 1, 5, false},
     };
     bench_args *a = state->input;
-    bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads, &a->mask,
-                              &a->threads,  &a->isa,   &a->qk,  &a->pv,    &a->causal};
+    bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads,  &a->mask,  &a->threads,
+                              &a->isa,      &a->qk,    &a->pv,  &a->causal, &a->kernel};
     sparge_thresholds *k = &a->thresholds;
     switch (key) {
     case CAPTURE: a->capture = text; return 0;
@@ -232,14 +253,16 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;
     case BACKEND:
-        return strcmp(text, "cpu") == 0
+        a->backend = strcmp(text, "cuda") == 0 ? SPARGE_CUDA : SPARGE_CPU;
+        return a->backend == SPARGE_CUDA || strcmp(text, "cpu") == 0
                    ? 0
-                   : options_wrong(state, "--backend is '%.40s', but bench times cpu alone", text);
+                   : options_wrong(
+                         state, "--backend is '%.40s', but bench times cpu and cuda alone", text);
     case ARGP_KEY_ARG:
         return options_wrong(state, "bench takes no file but that of --capture, not '%.60s'", text);
     case ARGP_KEY_END: return finish(state, a);
     default:
-        if (key < SPARSITY || key > CAUSAL)
+        if (key < SPARSITY || key > KERNEL)
             return ARGP_ERR_UNKNOWN;
         return parse_list(state, &lists[key - SPARSITY], text ? text : "end", to[key - SPARSITY]);
     }
@@ -260,5 +283,6 @@ exit_code bench_parse(int argc, char **argv, bench_args *args)
     args->thresholds = sparge_options_default(SPARGE_RULES_DEFAULT).thresholds;
     args->thresholds.tau = NAN;
     args->repeat = 5;
+    args->backend = SPARGE_CPU;
     return options_parse(&bench_argp, argc, argv, &args->base);
 }

@@ -2,6 +2,7 @@
  */
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "tools/bench.h"
 
@@ -84,6 +85,38 @@ exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, 
         .v = view[2],
     };
     return EXIT_FINE;
+}
+
+/* A head more costs a copy: normal numbers of 32 heads would take longer than their attention. */
+exit_code bench_synthetic_f16(int64_t heads, int64_t len, int64_t dim, inputs *out,
+                              file_error *error)
+{
+    const int64_t made = heads < 2 ? heads : 2, shape[] = {1, heads, len, dim};
+    inputs few;
+    exit_code code = bench_synthetic(made, len, dim, &few, error);
+    if (code)
+        return code;
+    *out = few;
+    sparge_in *const view[] = {&out->problem.q, &out->problem.k, &out->problem.v};
+    for (int n = 0; n < 3; n++)
+        out->tensor[n] = (array){0};
+    for (int n = 0; n < 3 && !code; n++) {
+        const size_t bytes = (size_t)(len * dim) * sizeof(uint16_t);
+        if (!array_to_f16(&few.tensor[n], error) ||
+            !array_alloc(ARRAY_F16, 4, shape, &out->tensor[n], error)) {
+            code = EXIT_MACHINE;
+            break;
+        }
+        for (int64_t h = 0; h < heads; h++)
+            memcpy((char *)out->tensor[n].data + (size_t)h * bytes,
+                   (char *)few.tensor[n].data + (size_t)(h % made) * bytes, bytes);
+        *view[n] = (sparge_in){out->tensor[n].data, SPARGE_F16, heads * len * dim, len * dim, dim};
+    }
+    out->problem.heads = out->problem.kv_heads = heads;
+    inputs_free(&few);
+    if (code)
+        inputs_free(out);
+    return code;
 }
 
 exit_code bench_capture(const char *path, inputs *out, file_error *error)

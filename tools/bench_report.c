@@ -47,6 +47,8 @@ static figures figures_of(const bench_group *g, const bench_case *c)
     const double *s = c->median.figure, *dense = g->cases[c->dense].median.figure;
     const double all = operations(n->tokens, p->dim + p->dim_v);
     const double done = operations(n->qk_tokens, p->dim) + operations(n->pv_tokens, p->dim_v);
+    const bool cuda = g->options.backend == SPARGE_CUDA; /* which has no baseline */
+    const double baseline = cuda ? NAN : g->cases[0].median.figure[BENCH_TOTAL];
     return (figures){
         .seconds_total = s[BENCH_TOTAL],
         .seconds_predict = s[BENCH_PREDICT],
@@ -56,7 +58,7 @@ static figures figures_of(const bench_group *g, const bench_case *c)
         .tops_executed = 1e-12 * done / s[BENCH_TOTAL],
         .pct_peak = pct_peak_of(g, c),
         .pct_fma = 100.0 * all / s[BENCH_TOTAL] / g->machine.peaks.f32,
-        .speedup = g->cases[0].median.figure[BENCH_TOTAL] / s[BENCH_TOTAL],
+        .speedup = baseline / s[BENCH_TOTAL],
         /* 1 if time were proportional to what is left to do; of dense attention there is nothing to
            say. */
         .efficiency = c->kind == BENCH_DENSE || c->kind == BENCH_ONEDNN
@@ -64,7 +66,7 @@ static figures figures_of(const bench_group *g, const bench_case *c)
                           : (1.0 - sparge_sparsity(n)) * dense[BENCH_ATTEND] / s[BENCH_ATTEND],
         .pct_predict = 100.0 * s[BENCH_PREDICT] / dense[BENCH_TOTAL],
         .pct_quantize = 100.0 * s[BENCH_QUANTIZE] / dense[BENCH_TOTAL],
-        .baseline_pct_peak = pct_peak_of(g, &g->cases[0]),
+        .baseline_pct_peak = cuda ? NAN : pct_peak_of(g, &g->cases[0]),
     };
 }
 
@@ -73,12 +75,14 @@ static figures figures_of(const bench_group *g, const bench_case *c)
 void bench_case_name(const bench_group *g, const bench_case *c, char text[64])
 {
     static const char *const where[] = {"", " causal", " causal=start"};
-    char imposed[16] = "";
+    char imposed[16] = "", kernel[24] = "";
+    if (c->kernel)
+        snprintf(kernel, sizeof kernel, "kernel %d ", c->kernel);
     if (c->kind == BENCH_RANDOM || c->kind == BENCH_BANDED)
         snprintf(imposed, sizeof imposed, " %.6g", c->imposed);
-    snprintf(text, 64, "%s/%s %s%s%s%s", sparge_dtype_string(c->qk), sparge_dtype_string(c->pv),
-             bench_mask_string(c->kind), imposed, where[g->options.causal],
-             g->busy && g->args->allow_busy ? " (busy)" : "");
+    snprintf(text, 64, "%s%s/%s %s%s%s%s", kernel, sparge_dtype_string(c->qk),
+             sparge_dtype_string(c->pv), bench_mask_string(c->kind), imposed,
+             where[g->options.causal], g->busy && g->args->allow_busy ? " (busy)" : "");
 }
 
 static const char *plural(int64_t n) { return n == 1 ? "" : "s"; }
@@ -146,15 +150,18 @@ void bench_print_group(const bench_group *g)
     const sparge_problem *p = &g->in->problem;
     const figures base = figures_of(g, &g->cases[0]);
     const sparge_result *ran = &g->cases[0].result;
-    printf("\nq_len %lld, k_len %lld, dim %lld, %lld head%s, %s %s, %d thread%s; dense f32: ",
-           (long long)p->q_len, (long long)p->k_len, (long long)p->dim,
-           (long long)(p->batch * p->heads), plural(p->batch * p->heads),
-           sparge_backend_string(ran->backend), sparge_isa_string(ran->isa), ran->threads,
-           plural(ran->threads));
-    if (isfinite(base.seconds_total))
+    printf("\nq_len %lld, k_len %lld, dim %lld, %lld head%s, %s", (long long)p->q_len,
+           (long long)p->k_len, (long long)p->dim, (long long)(p->batch * p->heads),
+           plural(p->batch * p->heads), sparge_backend_string(g->options.backend));
+    if (g->options.backend == SPARGE_CUDA)
+        puts(", the device's own times");
+    else
+        printf(" %s, %d thread%s; dense f32: ", sparge_isa_string(ran->isa), ran->threads,
+               plural(ran->threads));
+    if (g->options.backend == SPARGE_CPU && isfinite(base.seconds_total))
         printf("%.2f ms, %.1f %% of the FMA peak\n", 1e3 * base.seconds_total,
                base.baseline_pct_peak);
-    else
+    else if (g->options.backend == SPARGE_CPU)
         puts("not timed");
     if (g->busy)
         printf("others used up to %.2f of a core meanwhile\n", g->foreign);
@@ -174,9 +181,12 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
     char name[64];
     bench_case_name(g, c, name);
     return json_pack(
-        "{s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+        "{s:s, s:s, s:s, s:o, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, s:o, "
+        "s:o, s:o, "
         "s:o, s:o, s:o, s:o}",
-        "case", name, "mask", bench_mask_string(c->kind), "isa", sparge_isa_string(c->result.isa),
+        "case", name, "mask", bench_mask_string(c->kind), "backend",
+        sparge_backend_string(g->options.backend), "kernel",
+        c->kernel ? json_integer(c->kernel) : json_null(), "isa", sparge_isa_string(c->result.isa),
         "threads", c->result.threads, "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len,
         "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads, "causal",
         options_causals[g->options.causal], "softmax_scale",

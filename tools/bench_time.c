@@ -68,10 +68,12 @@ static bool keep_pass(bench_case *c, const bench_times *times, file_error *error
 /* The peaks, and one call of each case. */
 static exit_code pass(bench_group *g, file_error *error)
 {
-    sparge_peaks peaks;
+    sparge_peaks peaks = {.f32 = NAN, .int8 = NAN}; /* of cuda: what gpu/ceilings measures */
     sparge_error failed;
     const sparge_status measured =
-        sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &failed);
+        g->options.backend == SPARGE_CPU
+            ? sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &failed)
+            : SPARGE_OK;
     if (measured)
         return library_result(measured, &failed, error);
     const int first = g->cases[0].passes; /* another case in each pass: what follows a long one may

@@ -9,45 +9,71 @@
 
 enum { PIECES = 32 }; /* q, k, v, o, lse, a mask, counts and the intermediates are less */
 
-typedef struct piece {
-    void *there, *home; /* home: where it comes back to, or NULL */
-    int64_t bytes;
-} piece;
-
 /* The structures of sparge.h once more, with pointers that the backend can follow. */
 typedef struct device {
-    bool remote; /* is that memory of its own? */
+    sparge_backend backend;
     sparge_problem problem;
     sparge_mask mask;
     sparge_intermediates intermediates;
     sparge_result result;
-    piece piece[PIECES];
+    device_memory piece[PIECES];
+    bool back[PIECES]; /* does it come back to the host? */
     int pieces;
     sparge_status status; /* of the first step that failed; the later ones do nothing */
     sparge_error *error;
 } device;
 
-/* Memory for an array, filled `from` the host and to come back `home`, each or NULL. */
-static void *place(device *d, const void *from, void *home, int64_t bytes)
+sparge_status device_memory_make(sparge_backend backend, void *host, int64_t bytes,
+                                 device_memory *to, sparge_error *error)
 {
-    void *there = NULL;
-    if (!d->remote)
-        return home ? home : (void *)from;
-    if (!d->status) /* what is empty has an address too */
-        d->status = sparge_device_alloc(bytes > 0 ? bytes : 1, &there, d->error);
-    if (d->status)
-        return NULL;
-    d->piece[d->pieces++] = (piece){there, home, bytes};
-    if (from)
-        d->status = sparge_device_copy(there, from, bytes, d->error);
-    return there;
+    *to = (device_memory){host, host, bytes};
+    if (backend != SPARGE_CUDA)
+        return SPARGE_OK;
+    to->device = NULL; /* what is empty has an address too */
+    return sparge_device_alloc(bytes > 0 ? bytes : 1, &to->device, error);
 }
 
-static void *place_mask(device *d, const uint32_t *from, uint32_t *home)
+sparge_status device_memory_put(const device_memory *to, sparge_error *error)
 {
-    const sparge_mask *m = &d->mask;
-    return place(d, from, home,
-                 m->batch * m->heads * m->q_blocks * m->words * (int64_t)sizeof *m->bits);
+    return to->device == to->host ? SPARGE_OK
+                                  : sparge_device_copy(to->device, to->host, to->bytes, error);
+}
+
+sparge_status device_memory_get(const device_memory *from, sparge_error *error)
+{
+    return from->device == from->host
+               ? SPARGE_OK
+               : sparge_device_copy(from->host, from->device, from->bytes, error);
+}
+
+void device_memory_free(device_memory *from)
+{
+    if (from->device != from->host)
+        sparge_device_free(from->device);
+    *from = (device_memory){0};
+}
+
+/* Where the backend finds an array of the host: it is filled from there, or comes back, or both. */
+static void *place(device *d, const void *host, bool fill, bool back, int64_t bytes)
+{
+    if (d->status)
+        return NULL;
+    device_memory *const m = &d->piece[d->pieces];
+    d->back[d->pieces++] = back;
+    d->status = device_memory_make(d->backend, (void *)host, bytes, m, d->error);
+    if (!d->status && fill)
+        d->status = device_memory_put(m, d->error);
+    return m->device;
+}
+
+static void *place_mask(device *d, const uint32_t *bits, bool fill)
+{
+    return place(d, bits, fill, !fill, device_mask_bytes(&d->mask));
+}
+
+int64_t device_mask_bytes(const sparge_mask *m)
+{
+    return m->batch * m->heads * m->q_blocks * m->words * (int64_t)sizeof *m->bits;
 }
 
 static int64_t size_of(sparge_dtype dtype) { return dtype == SPARGE_F32 ? 4 : 2; }
@@ -56,12 +82,12 @@ static void place_input(device *d, sparge_in *in, int64_t heads, int64_t tokens,
 {
     const int64_t elements = d->problem.batch * heads * tokens * channels;
     if (in->data)
-        in->data = place(d, in->data, NULL, elements * size_of(in->dtype));
+        in->data = place(d, in->data, true, false, elements * size_of(in->dtype));
 }
 
 static device begin(const sparge_problem *p, const sparge_options *o, sparge_error *error)
 {
-    device d = {.remote = o->backend == SPARGE_CUDA, .problem = *p, .error = error};
+    device d = {.backend = o->backend, .problem = *p, .error = error};
     place_input(&d, &d.problem.q, p->heads, p->q_len, p->dim);
     place_input(&d, &d.problem.k, p->kv_heads, p->k_len, p->dim);
     place_input(&d, &d.problem.v, p->kv_heads, p->k_len, p->dim_v);
@@ -72,14 +98,14 @@ static const sparge_intermediates *place_trace(device *d, const sparge_options *
                                                const sparge_intermediates *intermediates)
 {
     for (int n = 0; n < STAGES && intermediates; n++) {
-        void *home = NULL;
+        void *at = NULL;
         if (stage_recorded(n))
-            memcpy(&home, (const char *)intermediates + stages[n].field, sizeof home);
-        if (!home)
+            memcpy(&at, (const char *)intermediates + stages[n].field, sizeof at);
+        if (!at)
             continue;
-        home = place(d, home, home,
-                     stage_bytes(n, &d->problem, o)); /* some of it may be left as it was */
-        memcpy((char *)&d->intermediates + stages[n].field, &home, sizeof home);
+        at = place(d, at, true, true,
+                   stage_bytes(n, &d->problem, o)); /* some of it may be left as it was */
+        memcpy((char *)&d->intermediates + stages[n].field, &at, sizeof at);
     }
     return intermediates ? &d->intermediates : NULL;
 }
@@ -90,35 +116,36 @@ static void place_result(device *d, const sparge_options *o, const sparge_result
     const int64_t heads = p->batch * p->heads, rows = heads * p->q_len;
     sparge_result *r = &d->result;
     *r = *result;
-    r->o.data = place(d, NULL, r->o.data, rows * p->dim_v * size_of(r->o.dtype));
+    r->o.data = place(d, r->o.data, false, true, rows * p->dim_v * size_of(r->o.dtype));
     if (r->lse)
-        r->lse = place(d, NULL, r->lse, rows * (int64_t)sizeof *r->lse);
+        r->lse = place(d, r->lse, false, true, rows * (int64_t)sizeof *r->lse);
     if (r->head_counts)
-        r->head_counts = place(d, NULL, r->head_counts, heads * (int64_t)sizeof *r->head_counts);
+        r->head_counts =
+            place(d, r->head_counts, false, true, heads * (int64_t)sizeof *r->head_counts);
     r->intermediates = place_trace(d, o, result->intermediates);
 }
 
-/* Brings everything home, unless something failed. */
+/* Brings everything back, unless something failed. */
 static sparge_status finish(device *d)
 {
-    for (const piece *p = d->piece; p < d->piece + d->pieces; p++) {
-        if (p->home && !d->status)
-            d->status = sparge_device_copy(p->home, p->there, p->bytes, d->error);
-        sparge_device_free(p->there);
+    for (int n = 0; n < d->pieces; n++) {
+        if (d->back[n] && !d->status)
+            d->status = device_memory_get(&d->piece[n], d->error);
+        device_memory_free(&d->piece[n]);
     }
     return d->status;
 }
 
 /* What the call has filled in beside the arrays. */
-static void fill_in(sparge_result *result, const sparge_result *there)
+static void fill_in(sparge_result *result, const sparge_result *ran)
 {
-    const sparge_result home = *result;
-    *result = *there;
-    result->o = home.o;
-    result->lse = home.lse;
-    result->mask = home.mask;
-    result->intermediates = home.intermediates;
-    result->head_counts = home.head_counts;
+    const sparge_result host = *result;
+    *result = *ran;
+    result->o = host.o;
+    result->lse = host.lse;
+    result->mask = host.mask;
+    result->intermediates = host.intermediates;
+    result->head_counts = host.head_counts;
 }
 
 sparge_status device_predict(const sparge_problem *problem, const sparge_options *options,
@@ -127,7 +154,7 @@ sparge_status device_predict(const sparge_problem *problem, const sparge_options
 {
     device d = begin(problem, options, error);
     d.mask = *mask;
-    d.mask.bits = place_mask(&d, NULL, mask->bits);
+    d.mask.bits = place_mask(&d, mask->bits, false);
     intermediates = place_trace(&d, options, intermediates);
     const double start = progress_clock();
     if (!d.status)
@@ -144,7 +171,7 @@ sparge_status device_attend(const sparge_problem *problem, const sparge_options 
     place_result(&d, options, result);
     if (mask) {
         d.mask = *mask;
-        d.mask.bits = place_mask(&d, mask->bits, NULL);
+        d.mask.bits = place_mask(&d, mask->bits, true);
     }
     const double start = progress_clock();
     if (!d.status)
@@ -161,7 +188,7 @@ sparge_status device_attention(const sparge_problem *problem, const sparge_optio
     place_result(&d, options, result);
     if (result->mask) {
         d.mask = *result->mask;
-        d.mask.bits = place_mask(&d, NULL, d.mask.bits);
+        d.mask.bits = place_mask(&d, d.mask.bits, false);
         d.result.mask = &d.mask;
     }
     const double start = progress_clock();

@@ -5,6 +5,21 @@
 
 #include "sparge.h"
 
+/* An array of the host, and where the backend finds it: on cuda memory of its own, else the same.
+ * put copies it to the device, get back. */
+typedef struct device_memory {
+    void *host, *device;
+    int64_t bytes;
+} device_memory;
+
+sparge_status device_memory_make(sparge_backend backend, void *host, int64_t bytes,
+                                 device_memory *to, sparge_error *error);
+sparge_status device_memory_put(const device_memory *to, sparge_error *error);
+sparge_status device_memory_get(const device_memory *from, sparge_error *error);
+void device_memory_free(device_memory *from); /* all zero is fine */
+
+int64_t device_mask_bytes(const sparge_mask *mask);
+
 /* As the functions of those names. Arrays have no gaps; their axes may be in any order. `seconds`
  * are those of the call itself, without the copies. */
 sparge_status device_predict(const sparge_problem *problem, const sparge_options *options,

@@ -284,7 +284,7 @@ const struct argp_option attention_options[] = {
 };
 
 const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", NULL};
-static const char *const pv_dtypes[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
+const char *const options_pv_dtypes[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
 const char *const options_qk_dtypes[] = {"int8", "int12", "f32", NULL};
 const char *const options_causals[] = {"none", "end", "start", NULL};
 const char *const options_rules[] = {"default", "paper", "upstream", NULL};
@@ -300,7 +300,7 @@ static const struct choice {
     [OPT_BACKEND - OPT_CAUSAL] = {"--backend", backends},
     [OPT_ISA - OPT_CAUSAL] = {"--isa", options_isas},
     [OPT_QK_DTYPE - OPT_CAUSAL] = {"--qk-dtype", options_qk_dtypes},
-    [OPT_PV_DTYPE - OPT_CAUSAL] = {"--pv-dtype", pv_dtypes},
+    [OPT_PV_DTYPE - OPT_CAUSAL] = {"--pv-dtype", options_pv_dtypes},
     [OPT_LAYOUT - OPT_CAUSAL] = {"--layout", layouts},
 };
 

@@ -31,8 +31,9 @@ error_t options_word(struct argp_state *state, const char *name, const char *tex
 
 /* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on
  * any, has the first ones alone. */
-extern const char *const options_isas[], *const options_qk_dtypes[], *const options_causals[],
-                                                                         *const options_rules[];
+extern const char *const options_isas[], *const options_qk_dtypes[], *const options_pv_dtypes[],
+                                                                         *const options_causals[],
+                                                                             *const options_rules[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
 
