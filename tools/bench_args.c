@@ -113,7 +113,7 @@ static error_t parse_item(struct argp_state *state, const item_kind *kind, const
     error_t error;
     if (kind->words) {
         error = options_word(state, kind->name, text, kind->words, &word);
-        *to = kind->dtype ? (int)options_dtype(kind->words[word]) : word;
+        *to = kind->dtype && !error ? (int)options_dtype(kind->words[word]) : word;
     } else if (kind->high == 0) {
         error = options_real(state, kind->name, text, 0.0, 1.0, to);
         if (!error && *to == 1.0)

@@ -336,6 +336,49 @@ def test_cuda():
     code, _, err = sparge("map", *qkv, "--backend", "cuda", "-o", "map.png", "--lambda", -2)
     check(code == FINE and os.path.exists("map.png"), "map", err)
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cuda", "--rules", "paper")
+    bench_cuda()
+
+
+def bench_cuda():
+    """Every kernel and precision is checked, then timed; what a kernel lacks is left out."""
+    size = ["--backend", "cuda", "--q-len", 200, "--dim", 32, "--heads", 3, "--repeat", 1]
+    rows = bench(*size, "--kernel", "1,2,3,4,5", "--pv-dtype", "f32,int8,f16,fp8", "--mask-kind",
+                 "random,banded,predicted", "--sparsity", "0,0.5", "--causal=none,end")
+    parts = ["1 f32/f32", "2 f32/f32", "3 int8/int8", "4 int8/int8", "4 int8/f16", "5 int8/f16",
+             "5 int8/fp8"]
+    masks = ["dense", "random 0.5", "banded 0.5", "predicted"]
+    check(list(rows) == [f"kernel {part} {mask}{causal}" for causal in ("", " causal")
+                         for part in parts for mask in masks], "cases", list(rows))
+    for name, x in rows.items():
+        check(x["backend"] == "cuda" and x["kernel"] == int(name.split()[1]) and x["heads"] == 3,
+              name, x)
+        check(all(x[n] is None for n in ("pct_peak", "speedup_vs_f32", "baseline_pct_peak")), name,
+              "no baseline", x)
+        check(x["seconds_attend"] > 0 and x["tops"] > 0 and
+              (x["seconds_predict"] is None) == (x["mask"] != "predicted"), name, "times", x)
+        check((x["efficiency"] is None) == (x["mask"] == "dense"), name, "efficiency", x)
+        parts = sum(x[n] or 0 for n in ("seconds_predict", "seconds_quantize", "seconds_attend"))
+        check(abs(x["seconds_total"] / parts - 1) < 1e-6, name, "all of its parts", x)
+    check({x["sparsity"] for x in rows.values() if x["mask"] == "random" and x["causal"] == "none"}
+          == {0.5}, "imposed", rows)
+    name, x = bench(*size, "--sparsity", 0).popitem()
+    check(x["kernel"] == 5 and name == "kernel 5 int8/fp8 dense", "the best kernel", name, x)
+    tensors = {n: ("F16", random(s, 1, h, 200, 24))
+               for s, n, h in ((1, "q", 4), (2, "k", 2), (3, "v", 2))}
+    capture = ["--backend", "cuda", "--capture", save_safetensors("x.safetensors", **tensors),
+               "--repeat", 1]
+    name, x = bench(*capture, "--lambda", -3).popitem()
+    check(name == "kernel 5 int8/fp8 predicted" and x["heads"] == 4, "a capture", x)
+    tensors["q"][1][0, 0, 5, 0] = np.nan
+    save_safetensors("x.safetensors", **tensors)
+    name, x = bench(*capture, code=DIFFERENT).popitem()
+    check(all(x[n] is None for n in TIMES), "what is wrong is not timed", x)
+    code, out, err = sparge("bench", *size, "--sparsity", 0)
+    check(code == FINE and err == "" and "the device's own times" in out, "in words", out, err)
+    wrong(UNSUPPORTED, "kernel is 3", "bench", *size, "--kernel", 3, "--pv-dtype", "fp8")
+    for args, words in ((["--threads", 1], "--threads"), (["--isa", "avx2"], "--isa"),
+                        (["--kernel", 6], "--kernel"), (["--allow-busy"], "--allow-busy")):
+        wrong(USAGE, words, "bench", *size, *args)
 
 
 def test_mask():
@@ -1231,10 +1274,10 @@ def test_order():
 
 
 BENCH_KEYS = (
-    "case mask isa threads q_len k_len dim heads causal softmax_scale sparsity seconds_total seconds_predict "
+    "case mask backend kernel isa threads q_len k_len dim heads causal softmax_scale sparsity seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
     "baseline_pct_peak").split()
-TIMES = BENCH_KEYS[11:]
+TIMES = BENCH_KEYS[13:]
 SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
 ONE = [*SMALL, "--threads", 1]
 
@@ -1374,7 +1417,8 @@ def test_bench_usage():
                         (["--qk-dtype", "int8,int9"], "int9"), (["--pv-dtype", "f16"], "int8, int12, f32"),
                         (["--isa", "sse"], "avx512vnni"), (["--causal=middle"], "none, end, start"),
                         (["--q-len", "256,,512"], "empty item"),
-                        (["--backend", "cuda"], ["cuda", "cpu alone"]),
+                        (["--backend", "ref"], ["ref", "cpu and cuda alone"]),
+                        (["--kernel", 4], "--backend cuda"),
                         (["--sparsity", ""], "empty item"), (["--threads", "1,"], "empty item"),
                         (["--sparsity", 1], "below 1"), (["--sparsity", "0.5,1.5"], "[0, 1]"),
                         (["--sparsity", -0.5], "[0, 1]"), (["--sparsity", "nan"], "[0, 1]"),
