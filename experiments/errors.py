@@ -1,4 +1,5 @@
-"""errors.py: figures that may be unknown, and how far one attention is from another where not all of it is finite."""
+"""errors.py: figures that may be unknown, and how far one attention is from another where not all
+of it is finite."""
 import math
 import sys
 
@@ -31,7 +32,8 @@ def relative_l1(got, want, what):
         (nan_got, inf_got), (nan_want, inf_want) = ((np.isnan(x).sum(), np.isinf(x).sum())
                                                     for x in (got, want))
         print(
-            f"{what} has {nan_got} NaN and {inf_got} infinite elements, what it is compared with {nan_want} and "
+            f"{what} has {nan_got} NaN and {inf_got} infinite elements, what it is compared with "
+            f"{nan_want} and "
             f"{inf_want}: {apart.sum()} are apart", file=sys.stderr)
     distance = np.abs(np.subtract(got, want, out=np.zeros_like(got), where=finite)).sum((1, 2))
     size = np.abs(np.where(finite, want, 0.0)).sum((1, 2))

@@ -20,7 +20,8 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def interrupt(*_):
-    """The first signal is an interruption like Ctrl-C; those after it do not disturb what tidies up."""
+    """The first signal is an interruption like Ctrl-C; those after it do not disturb what tidies
+    up."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -157,7 +158,8 @@ def commit():
 
 
 def stands_on(program):
-    """What a measurement stands on: sources and their day, machine, and what compiled the program."""
+    """What a measurement stands on: sources and their day, machine, and what compiled the
+    program."""
     info = run_json(program, "info", "--json")
     model = next((line.split(":", 1)[1].strip()
                   for line in open("/proc/cpuinfo") if line.startswith("model name")),

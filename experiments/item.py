@@ -55,14 +55,16 @@ class How:
         return bench_json(self.program, *options)
 
     def threads(self):
-        """For sparge bench: it refuses several threads beside other processes, which a smoke run may have."""
+        """For sparge bench: it refuses several threads beside other processes, which a smoke run
+        may have."""
         return ["--threads", "all" if self.full else 1]
 
 
 # ---- What an interrupted run left -------------------------------------------------------------
 
 def scripts():
-    """The one that runs, and those of this project that it has loaded: what a measurement depends on."""
+    """The one that runs, and those of this project that it has loaded: what a measurement depends
+    on."""
     ours, main = Path(__file__).resolve().parent, Path(sys.modules["__main__"].__file__)
     loaded = [
         Path(module.__file__) for module in list(sys.modules.values())
@@ -107,7 +109,8 @@ class Kept:
 # ---- Progress ---------------------------------------------------------------------------------
 
 class Watch:
-    """A line on a terminal: how much is done, and about how long the rest takes at the pace so far."""
+    """A line on a terminal: how much is done, and about how long the rest takes at the pace so
+    far."""
 
     def __init__(self, name, jobs):
         self.name, self.left = name, sum(job.seconds for job in jobs)

@@ -21,12 +21,14 @@ SOURCES = {  # what --full needs first: about how many seconds it takes, and how
     "lm": (7000, [["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
                   for step in ("ppl", "needle", "time")]),
     "clips": (20, [["experiments/video/clips.py", "vtest", "cup"]]),
-    "video": (3500, [["experiments/video/capture.py"], ["experiments/video/tune.py", "--sparge", "{sparge}"]]),
+    "video": (3500, [["experiments/video/capture.py"],
+                     ["experiments/video/tune.py", "--sparge", "{sparge}"]]),
 }
 
 
 def chosen(lists):
-    """The items of the names in these lists, with commas between them; or all where there is no list."""
+    """The items of the names in these lists, with commas between them; or all where there is no
+    list."""
     known = {name for item in ITEMS for name in (item.folder, *item.covers)}
     names = {name.strip() for text in lists for name in text.split(",")}
     for name in names - known:

@@ -3,7 +3,8 @@
 experiments/paper.csv alone.
 
     figures.py [NAME...]                             some of them, or all; NAME is that of the file
-    figures.py fig14 ... --csv MINE.csv --to FOLDER  the same of rows that a run.py made of your captures
+    figures.py fig14 ... --csv MINE.csv --to FOLDER
+                                                     the same of rows of your captures
 """
 import argparse
 from itertools import cycle
@@ -44,7 +45,8 @@ LOOK = {"aspect": "auto", "interpolation": "nearest"}
 
 
 def maps_of(source):
-    """{(layer, head): (mass, kept, pv_done)}, each [query blocks, key blocks]; NaN where no row may see any key."""
+    """{(layer, head): (mass, kept, pv_done)}, each [query blocks, key blocks]; NaN where no row may
+    see any key."""
     maps = {}
     for (layer, head), rows in grouped([r for r in of_item("fig2") if r["source"] == source],
                                        "layer", "head").items():
@@ -55,14 +57,16 @@ def maps_of(source):
 
 
 def shares(mass, kept, done):
-    """Share of visible blocks skipped by the mask, share of P.V dropped by lambda, attention mass kept."""
+    """Share of visible blocks skipped by the mask, share of P.V dropped by lambda, attention mass
+    kept."""
     seen = ~np.isnan(mass)
     return 1 - kept[seen].mean(), (kept -
                                    done)[seen].mean(), np.nansum(mass * kept) / np.nansum(mass)
 
 
 def attention_map():
-    """Three heads of the language model: what attention is, what the mask keeps, what lambda drops of it."""
+    """Three heads of the language model: what attention is, what the mask keeps, what lambda drops
+    of it."""
     maps = maps_of("smollm2")
     figure, axes = plt.subplots(len(maps), 3, figsize=(10, 3.3 * len(maps)), sharex=True,
                                 sharey=True, squeeze=False)
@@ -207,7 +211,8 @@ def table3():
 
 
 def gpu_speeds():
-    """{label: (sparsities, speeds over dense)} of the highest kernel, where gpu/on_gpu.sh has been run on a GPU."""
+    """{label: (sparsities, speeds over dense)} of the highest kernel, where gpu/on_gpu.sh has been
+    run on a GPU."""
     path = HERE.parent / "gpu/results/results.csv"
     if not path.exists():
         return {}
@@ -391,7 +396,8 @@ def given(path, names, error):
     for name in names:
         if not rows or not OF_CAPTURES[name] <= rows[0].keys():
             error(
-                f"{path} has no rows with {', '.join(sorted(OF_CAPTURES[name]))}, as {name} needs them"
+                f"{path} has no rows with {', '.join(sorted(OF_CAPTURES[name]))}, as {name} needs "
+                "them"
             )
     return rows
 

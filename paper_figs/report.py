@@ -159,24 +159,31 @@ def tuned(l2, key):
 MEASURED = {  # by item and the place of the band in bands.csv
     "attention_map": [lambda: worst(column(rows("attention_map", attention="chosen"), "l1"))],
     "tune": [lambda: worst(tuned("0.09", "l1_out")),
-             lambda: statistics.mean(tuned("0.09", "sparsity")) - statistics.mean(tuned("0.035", "sparsity"))],
+             lambda: statistics.mean(tuned("0.09", "sparsity")) -
+             statistics.mean(tuned("0.035", "sparsity"))],
     "table1": [lambda: lost(MAIN), lambda: lost("SpargeAttn, (0.03, 0.035)"), lambda: needles(MAIN),
                lambda: needles("SpargeAttn, (0.05, 0.06)"),
                lambda: faster(8192)],
     "table3": [lambda: overhead(8192), lambda: overhead(32768), lambda: overhead(131072)],
-    "fig10": [lambda: efficiency("random"), lambda: efficiency("banded"), lambda: efficiency("predicted")],
+    "fig10": [lambda: efficiency("random"), lambda: efficiency("banded"),
+              lambda: efficiency("predicted")],
     "table6": [lambda: part("both") - part("mask"), lambda: part("lambda")],
     "table7": [lambda: min(b - a for found in texts() for a, b in zip(found, found[1:])),
                lambda: statistics.mean(found[-1] for found in texts())],
-    "table9": [lambda: hilbert_ahead("sparsity"), lambda: hilbert_ahead("k_sim"), lambda: orders("k_sim")["random"],
-               lambda: orders("sparsity")["random"] / orders("sparsity")["row"], lambda: judge_gains("l1", "tuned"),
-               lambda: judge_gains("l1", "tuned", filtered=True), lambda: -judge_gains("sparsity", "tuned"),
+    "table9": [lambda: hilbert_ahead("sparsity"), lambda: hilbert_ahead("k_sim"),
+               lambda: orders("k_sim")["random"],
+               lambda: orders("sparsity")["random"] / orders("sparsity")["row"],
+               lambda: judge_gains("l1", "tuned"),
+               lambda: judge_gains("l1", "tuned", filtered=True),
+               lambda: -judge_gains("sparsity", "tuned"),
                lambda: judge_gains("l1", "alike", filtered=True),
                lambda: len(judged("alike", filtered=True)) / len(judged("alike")),
                lambda: hilbert_ahead("sparsity", MOVING)],
     "fig9": [lambda: lm(DENSE, 4096, "needles")],
-    "fig14": [lambda: max(layers("layer")) / min(layers("layer")), lambda: layers("step")[-1] - layers("step")[0],
-              lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")), spread_of_heads],
+    "fig14": [lambda: max(layers("layer")) / min(layers("layer")),
+              lambda: layers("step")[-1] - layers("step")[0],
+              lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")),
+              spread_of_heads],
 }
 
 
@@ -487,7 +494,8 @@ OURS = {
 # ---- HTML -------------------------------------------------------------------------------------
 
 STYLE = (
-    "\n:root { --ink: #262130; --dim: #6c667a; --line: #e4e0ea; --accent: #33265c; --good: #1f7a4d; "
+    "\n:root { --ink: #262130; --dim: #6c667a; --line: #e4e0ea; --accent: #33265c; --good: "
+    "#1f7a4d; "
     "--bad: #b0413e; --pale: #f7f5fa; }\n"
     "* { box-sizing: border-box; }\n"
     "body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 60px; "
@@ -500,27 +508,35 @@ STYLE = (
     ".head { display: flex; flex-wrap: wrap; gap: 8px; align-items: baseline; }\n"
     ".chip { border-radius: 99px; padding: 1px 10px; font-size: .78rem; white-space: nowrap; "
     "background: var(--pale); color: var(--dim); }\n"
-    ".good { background: #e3f3ea; color: var(--good); } .bad { background: #f9e6e5; color: var(--bad); }\n"
-    ".scroll { overflow-x: auto; max-height: 420px; border: 1px solid var(--line); border-radius: 6px; }\n"
+    ".good { background: #e3f3ea; color: var(--good); } .bad { background: #f9e6e5; color: "
+    "var(--bad); }\n"
+    ".scroll { overflow-x: auto; max-height: 420px; border: 1px solid var(--line); border-radius: "
+    "6px; }\n"
     ".whole { max-height: none; } td { white-space: nowrap; }\n"
     ".whole td:first-child { white-space: normal; min-width: 8em; }\n"
-    "table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums; }\n"
+    "table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: "
+    "tabular-nums; }\n"
     "th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line); }\n"
     "th { position: sticky; top: 0; background: var(--pale); font-weight: 600; } "
     "tr:last-child td { border-bottom: 0; }\n"
     "th:first-child, td:first-child, .word { text-align: left; }\n"
-    ".side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); "
+    ".side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), "
+    "1fr)); "
     "gap: 0 22px; }\n"
     ".bands { list-style: none; padding: 0; margin: 12px 0; } .bands li { padding: 3px 0; } "
     "summary { cursor: pointer; margin: 10px 0; color: var(--accent); }\n"
-    "@media (max-width: 760px) { th, td { padding: 4px 6px; } body { padding: 16px 14px 40px; font-size: 15px; } "
+    "@media (max-width: 760px) { th, td { padding: 4px 6px; } body { padding: 16px 14px 40px; "
+    "font-size: 15px; } "
     "h1 { font-size: 1.6rem; } }\n"
-    "figure { margin: 14px 0; overflow-x: auto; } figcaption { color: var(--dim); font-size: .9rem; }\n"
+    "figure { margin: 14px 0; overflow-x: auto; } figcaption { color: var(--dim); font-size: "
+    ".9rem; }\n"
     "img { max-width: 100%; height: auto; display: block; margin: 6px 0; }\n"
     "@media (max-width: 760px) { img.wide { min-width: 900px; max-width: none; } }\n"
-    'code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--pale); padding: 1px 5px; '
+    'code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; background: var(--pale); '
+    'padding: 1px 5px; '
     "border-radius: 4px; }\n"
-    ".dim { color: var(--dim); font-size: .86rem; } nav { columns: 2; font-size: .92rem; margin: 12px 0; }\n"
+    ".dim { color: var(--dim); font-size: .86rem; } nav { columns: 2; font-size: .92rem; margin: "
+    "12px 0; }\n"
     "@media (max-width: 760px) { nav { columns: 1; } }\n")
 
 
@@ -533,7 +549,8 @@ def grid(titles, lines, kind=""):
     body = "".join("<tr>" + "".join(f"<td{word}>{c}</td>" for c, word in zip(line, words)) + "</tr>"
                    for line in cells)
     return (
-        f'<div class="scroll{kind}" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        f'<div class="scroll{kind}" '
+        f'tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         '</div>')
 
 
@@ -658,16 +675,20 @@ def is_command(how):
 
 
 def waiting():
-    """What needs the paper's models: its numbers, and the command that fills ours, or what it takes."""
+    """What needs the paper's models: its numbers, and the command that fills ours, or what it
+    takes."""
     lines = "".join(
         f'<li><b>{escape(what)}</b>: {escape(number)}.<br>'
         f'{f"<code>{escape(how)}</code>" if is_command(how) else "Takes " + escape(how) + "."}</li>'
         for what, number, how in MISSING)
     return (
-        '<section id="missing"><h2>Not measured</h2><p>These need the paper\'s own models, and some of them a '
-        'judge of pictures or answers that is not part of this project. What stands here is the paper\'s. Captures '
+        '<section id="missing"><h2>Not measured</h2><p>These need the paper\'s own models, and '
+        'some of them a '
+        'judge of pictures or answers that is not part of this project. What stands here is the '
+        'paper\'s. Captures '
         'come from a running model by <code>experiments/capture/hook.py</code>, thresholds from '
-        '<code>build/release/tools/sparge tune FOLDER -o P.json</code>; the commands are for the root of the '
+        '<code>build/release/tools/sparge tune FOLDER -o P.json</code>; the commands are for the '
+        'root of the '
         f'project, after <code>./reproduce.sh</code>.</p><ul class="missing">{lines}</ul></section>'
     )
 
@@ -691,21 +712,28 @@ def main():
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>sparge: the paper, regenerated</title><style>{STYLE}</style></head><body>'
         f'<h1>SpargeAttn, regenerated</h1><p>The tables and figures of '
-        f'<a href="https://arxiv.org/abs/2502.18137">arXiv 2502.18137</a> beside what sparge measures. What is '
-        f'measured on another model than the paper\'s says <span class="chip">substitute</span>: compare shapes '
-        f'there, not values. A band is what was expected before anything was measured. Where it had one end, and '
-        f'the paper has a value, another was added afterwards by a rule: half or twice the paper\'s value. '
-        f'Differences of shares are in points, of quotients it is said that one thing is divided by another, and a '
+        '<a href="https://arxiv.org/abs/2502.18137">arXiv 2502.18137</a> beside what sparge '
+        'measures. What is '
+        'measured on another model than the paper\'s says <span class="chip">substitute</span>: '
+        'compare shapes '
+        'there, not values. A band is what was expected before anything was measured. Where it '
+        'had one end, and '
+        'the paper has a value, another was added afterwards by a rule: half or twice the '
+        'paper\'s value. '
+        'Differences of shares are in points, of quotients it is said that one thing is divided '
+        'by another, and a '
         f'change against something is in % of that.</p>'
         f'<p><b>{sum(h is True for h in states)}</b> of {len(states)} bands hold, '
-        f'{sum(h is False for h in states)} do not, {sum(h is None for h in states)} had no case to judge.</p>'
+        f'{sum(h is False for h in states)} do not, {sum(h is None for h in states)} had no case '
+        'to judge.</p>'
         f'{missed(found)}'
         f'<nav><ul>{nav}<li><a href="#missing">Not measured</a></li></ul></nav>' +
         "".join(section(item, found[item.folder])
                 for item in ITEMS) + waiting() + "</body></html>\n")
     write_text(HERE / "report.html", page)
     print(
-        f"wrote paper_figs/report.html: {sum(h is True for h in states)} of {len(states)} bands hold"
+        f"wrote paper_figs/report.html: {sum(h is True for h in states)} of {len(states)} bands "
+        "hold"
     )
 
 

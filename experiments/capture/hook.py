@@ -27,22 +27,25 @@ is written after every file. The same command again adds what is missing; a fold
 or other rules is refused. At the end a line on stderr says what was written and what was left out.
 
 What is recorded:
-    layers, steps, heads, batch  numbers, or a function of the number; None: all. heads are query heads, as many of each
-                                 key head that has any. With guidance two samples are a batch:
-                                 batch=[1] is the second
+    layers, steps, heads, batch
+            numbers, or a function of the number; None: all. heads are query heads, as many of each
+            key head that has any. With guidance two samples are a batch: batch=[1] is the second
     budget  bytes of all files in FOLDER; what does not fit is left out
-    masked  attention may be causal, or have a mask that hides nothing. Other masks (padding, windows, biases) are not
-            in the files, so they are refused: record without padding. masked="skip" leaves such
-            calls out
-    cross   whether to take calls whose queries and keys have never been as many in that place. (Where they once were,
-            as in a prompt, fewer queries are the next tokens, and are recorded.)
+    masked  attention may be causal, or have a mask that hides nothing. Other masks (padding,
+            windows, biases) are not in the files, so they are refused: record without padding.
+            masked="skip" leaves such calls out
+    cross   whether to take calls whose queries and keys have never been as many in that place.
+            (Where they once were, as in a prompt, fewer queries are the next tokens, and are
+            recorded.)
 
 The manifest counts what is left out, and lists it by layer and module: by budget, mask, cross, and
 shape (not [B, H, N, D] and [B, G, N, D]); and attention that does not come by
 torch.nn.functional.scaled_dot_product_attention:
-    bypass  by another operation (of torch.nn.MultiheadAttention's fast path, flex_attention, the function as it was
-            kept before), or as a softmax between two products of tensors that are no weights
-    unseen  in a module whose class is called attention, and in which none was seen, as by a kernel of its own
+    bypass  by another operation (of torch.nn.MultiheadAttention's fast path, flex_attention, the
+            function as it was kept before), or as a softmax between two products of tensors that
+            are no weights
+    unseen  in a module whose class is called attention, and in which none was seen, as by a kernel
+            of its own
 Such attention has a number too, so that those of the others do not depend on it. What a model
 compiles runs uncompiled while it is recorded.
 
@@ -77,13 +80,15 @@ HIDDEN = -1e4  # added to a score, this or less hides the key
 # in each file's entry, and at the top
 SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "softmax_scale", "dtype"
 FOUND = "left_out", "left_out_at", "files"
-OURS = "model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED, *FOUND
+OURS = ("model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED,
+        *FOUND)
 
 
 # ---- Tensors ----------------------------------------------------------------------------------
 
 def copies(x):
-    """How many heads in a row of x [B, H, N, D] are the same, if that is so all along: a divisor of H."""
+    """How many heads in a row of x [B, H, N, D] are the same, if that is so all along: a divisor of
+    H."""
     last = [*(x[:, 1:] != x[:, :-1]).flatten(2).any(2).any(0).tolist(), True]
     count = last.index(True) + 1
     return count if last == ([False] * (count - 1) + [True]) * (len(last) // count) else 1
@@ -108,7 +113,8 @@ def fit(q, k, v):
 
 
 def sight(mask, is_causal, queries, keys):
-    """What queries see: "all", "end" or "start" (causal, the last or the first tokens aligned), or "other"."""
+    """What queries see: "all", "end" or "start" (causal, the last or the first tokens aligned), or
+    "other"."""
     if is_causal:
         return "end" if queries == keys else "start"
     if mask is None:
@@ -126,7 +132,8 @@ def sight(mask, is_causal, queries, keys):
 
 
 def loss(tensors, dtype):
-    """The worst error of a token by rounding to this type, relative to its largest value; NaN if one is not finite."""
+    """The worst error of a token by rounding to this type, relative to its largest value; NaN if
+    one is not finite."""
     worst = []
     for x in tensors.values():
         for some in x.flatten(0, 1).split(max(1, PART // x[0, 0].numel())):
@@ -137,7 +144,8 @@ def loss(tensors, dtype):
 
 
 def narrowest(tensors):
-    """The one of float16 and bfloat16 that loses less; float32 where that is more than bfloat16's last bit; or None."""
+    """The one of float16 and bfloat16 that loses less; float32 where that is more than bfloat16's
+    last bit; or None."""
     lost = {dtype: loss(tensors, dtype) for dtype in (torch.float16, torch.bfloat16)}
     best = min(lost, key=lost.get)
     if lost[best] <= torch.finfo(torch.bfloat16).eps / 2:
@@ -162,7 +170,8 @@ def tensors_of(tree):
 
 
 def storages(tree):
-    """Where the tensors' elements are, which views share. While one of these is kept, no other storage equals it."""
+    """Where the tensors' elements are, which views share. While one of these is kept, no other
+    storage equals it."""
     return [
         StorageWeakRef(x.untyped_storage()) for x in tensors_of(tree) if x.layout is torch.strided
     ]
@@ -183,7 +192,8 @@ class Watch(TorchDispatchMode):
         self.found, self.paused, self.marks = found, False, {}
 
     def begin(self, model):
-        """Copies of weights that were made in an earlier step, as autocast does, are still weights."""
+        """Copies of weights that were made in an earlier step, as autocast does, are still
+        weights."""
         self.marks = {x: mark for x, mark in self.marks.items() if not x.expired()}
         self.marks.update(dict.fromkeys(storages([*model.parameters(), *model.buffers()]), WEIGHT))
 
@@ -238,7 +248,8 @@ def write_whole(path, data):
 
 
 class Place(NamedTuple):
-    """A layer that was left out, and why; by: the operation that was called in place of ours, or the module's class."""
+    """A layer that was left out, and why; by: the operation that was called in place of ours, or
+    the module's class."""
     layer: int
     module: str
     why: str
@@ -253,18 +264,19 @@ def by_reason(left_out):
 
 
 class Sample:
-    """A folder, and its manifest: a head, the files' entries by name, how often a layer was left out, and why."""
+    """A folder, and its manifest: a head, the files' entries by name, how often a layer was left
+    out, and why."""
 
     def __init__(self, folder, head):
-        self.folder, self.head, self.entries, self.left_out, self.written = folder, head, {}, Counter(
-        ), []
+        self.folder, self.head, self.entries = folder, head, {}
+        self.left_out, self.written = Counter(), []
         if self.path.exists():
             before = json.loads(self.path.read_text())
             for key in (before.keys() | head.keys()) - {*SHARED, *FOUND}:
                 if before.get(key) != head.get(key):
                     raise ValueError(
-                        f"{self.path} is of another recording, its '{key}' is {before.get(key)!r}, not "
-                        f"{head.get(key)!r}; choose another folder or sample")
+                        f"{self.path} is of another recording, its '{key}' is {before.get(key)!r}, "
+                        f"not {head.get(key)!r}; choose another folder or sample")
             self.entries = {entry["file"]: entry for entry in before["files"]}
 
     @property
@@ -276,8 +288,8 @@ class Sample:
             return False
         if (before := self.entries[name]["module"]) != module:
             raise ValueError(
-                f"{self.folder / name} is of the module {before}, and its layer is now {module}; choose "
-                "another folder or sample")
+                f"{self.folder / name} is of the module {before}, and its layer is now {module}; "
+                "choose another folder or sample")
         return True
 
     def add(self, name, tensors, entry):
@@ -322,7 +334,8 @@ def is_compiled(module):
 
 
 def holders(function):
-    """Modules that have it, and under which name: users import it from torch's, where it stays what it is but in F."""
+    """Modules that have it, and under which name: users import it from torch's, where it stays what
+    it is but in F."""
     return [(module, name) for place, module in list(sys.modules.items())
             if isinstance(module, ModuleType) and (module is F or place.split(".")[0] != "torch")
             for name, value in list(vars(module).items()) if value is function]
@@ -354,7 +367,8 @@ class Recorder:
     # ---- Samples ----
 
     def begin(self, sample, **more):
-        """What follows is of this sample, from step 0 on; more: what its manifest shall say of it."""
+        """What follows is of this sample, from step 0 on; more: what its manifest shall say of
+        it."""
         more, sample = {**self.more, **more}, str(sample)
         if self.inside:
             raise RuntimeError("a sample cannot begin while the model runs")
@@ -391,7 +405,8 @@ class Recorder:
             raise RuntimeError("a Recorder is at work already; leave it first")
         if any(is_compiled(module) for module in self.model.modules()):
             raise ValueError(
-                "the model is compiled: its attention cannot be seen; record it before torch.compile"
+                "the model is compiled: its attention cannot be seen; record it before "
+                "torch.compile"
             )
         self.inside, self.written, self.left_out = [], [], Counter()
         self.original = F.scaled_dot_product_attention
@@ -441,8 +456,9 @@ class Recorder:
             other = f", but {self.by} in '{self.module}'" if self.calls else ""
             raise RuntimeError(
                 f"the model did not call scaled_dot_product_attention{other}; give "
-                'attn_implementation="sdpa" to transformers, a native backend to diffusers, and let a '
-                "model of your own call torch.nn.functional.scaled_dot_product_attention by this name"
+                'attn_implementation="sdpa" to transformers, a native backend to diffusers, and '
+                "let a model of your own call "
+                "torch.nn.functional.scaled_dot_product_attention by this name"
             )
 
     def leave_step(self, *_):
@@ -459,7 +475,8 @@ class Recorder:
         del self.inside[-1:]
 
     def arrive(self, by=""):
-        """At the layer of this call: of the innermost module, and which of its calls in this step it is. Chosen?"""
+        """At the layer of this call: of the innermost module, and which of its calls in this step
+        it is. Chosen?"""
         self.module, self.by = self.inside[-1][0], by
         self.calls[self.module] += 1
         for _, seen in self.inside:
@@ -501,7 +518,8 @@ class Recorder:
             return self.leave_out("cross")
         if seen == "other" and self.masked == "refuse":
             raise ValueError(
-                f"{self.where}: attention has a mask that the files cannot hold; record without padding, "
+                f"{self.where}: attention has a mask that the files cannot hold; record without "
+                "padding, "
                 'or give masked="skip"')
         if seen == "other":
             return self.leave_out("mask")
@@ -575,7 +593,8 @@ class Recorder:
         return rows, heads, sorted(of)
 
     def miss(self, why, by):
-        """Attention that cannot be recorded has its number too; heads or slices in a loop have one together."""
+        """Attention that cannot be recorded has its number too; heads or slices in a loop have one
+        together."""
         name, seen = self.inside[-1]
         looped = by == PRODUCT_SOFTMAX and (name, by) in seen
         if not looped and self.arrive(by):
@@ -586,9 +605,11 @@ class Recorder:
 
     def summary(self):
         """What was written and left out since the Recorder was entered, in a line."""
-        text = f"hook: {self.folder}: {len(self.written)} files written, {sum(self.written):,} bytes"
+        text = (f"hook: {self.folder}: {len(self.written)} files written, {sum(self.written):,} "
+                "bytes")
         for n, (why, calls) in enumerate(by_reason(self.left_out).items()):
             first = min(place for place in self.left_out if place.why == why)
             by = f", {first.by}" if first.by else ""
-            text += f"{',' if n else '; left out:'} {calls} by {why} (first layer {first.layer}, {first.module}{by})"
+            text += (f"{',' if n else '; left out:'} {calls} by {why} (first layer {first.layer}, "
+                     f"{first.module}{by})")
         return text

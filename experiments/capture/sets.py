@@ -84,7 +84,8 @@ def entries(folder):
         own = {(*entry.at.values(), head) for head in entry.heads}
         if heads & own:
             sys.exit(
-                f"{entry.path}: another file has a head of it too, of the same sample, layer and step"
+                f"{entry.path}: another file has a head of it too, of the same sample, layer and "
+                "step"
             )
         heads |= own
     return found
@@ -115,7 +116,8 @@ def tokens_of(path, found):
     lengths = [x.shape[2] for x in found.values()]
     if len(set(lengths)) > 1:
         sys.exit(
-            f"{path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of each"
+            f"{path}: q, k and v have {', '.join(map(str, lengths))} tokens; this takes as many of "
+            "each"
         )
     return lengths[0]
 
@@ -163,7 +165,8 @@ def copied(entry, found, to, dtype=np.float32):
     to.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: np.ascontiguousarray(x, dtype) for name, x in found.items()}, to)
     (to.parent / "manifest.json").write_text(json.dumps({
-        "model": entry.model, "sample": entry.sample, "causal": entry.causal, "softmax_scale": entry.scale,
+        "model": entry.model, "sample": entry.sample, "causal": entry.causal,
+        "softmax_scale": entry.scale,
         "files": [{"file": to.name, "layer": entry.layer, "query_heads": entry.heads}]}))
     return to
 

@@ -9,13 +9,12 @@ manifest that holds the perplexity.
 import argparse
 import csv
 import hashlib
-import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the number of threads changes how products are rounded
 

@@ -49,7 +49,8 @@ class Text:
     @property
     def source(self) -> str:
         """Where the text comes from, as manifest.json says it."""
-        return f"{self.title}, {self.file} of the {self.archive} package {self.package} {self.version}"
+        return (f"{self.title}, {self.file} of the {self.archive} package {self.package} "
+                f"{self.version}")
 
 
 def fail(message: str) -> None:
@@ -65,7 +66,8 @@ def read_table() -> dict[str, Text]:
 
 
 def select(wanted: list[str]) -> list[Text]:
-    """The texts with these names or roles, or all of them if none is named, in the table's order."""
+    """The texts with these names or roles, or all of them if none is named, in the table's
+    order."""
     table = read_table()
     for word in wanted:
         if not any(word in (text.name, text.role) for text in table.values()):

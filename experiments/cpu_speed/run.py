@@ -26,7 +26,8 @@ from harness import (
     run_json,
     run_main,
     write_csv,  # noqa: E402
-    write_text)
+    write_text,
+)
 from sets import CHOSEN, SMOLLM2  # noqa: E402
 
 LONG = 131072
@@ -81,7 +82,8 @@ def relative_l1(program, *options):
 
 
 def workspace(program):
-    """Bytes beside inputs and output for one head of 131072 tokens; the least of attention does to see them."""
+    """Bytes beside inputs and output for one head of 131072 tokens; the least of attention does to
+    see them."""
     draw = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "x.npy")
@@ -91,7 +93,8 @@ def workspace(program):
 
 
 def captured(program, cases, repeat):
-    """Speed-up over dense f32 on each captured key head at the chosen setting, and the error there."""
+    """Speed-up over dense f32 on each captured key head at the chosen setting, and the error
+    there."""
     rows = []
     for file in sorted(SMOLLM2.glob("*.safetensors")):
         found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat",
@@ -103,7 +106,8 @@ def captured(program, cases, repeat):
 
 
 def torch_times(program, cases, repeat):
-    """torch's scaled_dot_product_attention and ours by turns; seconds of each, or None without torch."""
+    """torch's scaled_dot_product_attention and ours by turns; seconds of each, or None without
+    torch."""
     try:
         import time
 
@@ -146,12 +150,14 @@ def figures(program, repeat):
         f"{dense(128)['speedup_vs_f32']:.2f}x ({dense(64)['speedup_vs_f32']:.2f}x)")
     add(
         "dense int8, effective operations, % of the FMA peak (D = 64)", "125", "144", " ".join(
-            f"{'' if dim == 128 else '('}{dense(dim)['speedup_vs_f32'] * dense(dim)['baseline_pct_peak']:.0f}"
+            f"{'' if dim == 128 else '('}"
+            f"{dense(dim)['speedup_vs_f32'] * dense(dim)['baseline_pct_peak']:.0f}"
             f"{'' if dim == 128 else ')'}" for dim in (128, 64)))
     int12 = one(found, "int12/int12 dense")
     add(
         "dense int12 over dense f32; relative L1 on normal data", "1.35x; 1e-3", "1.52x; 5e-4",
-        f"{int12['speedup_vs_f32']:.2f}x; {relative_l1(program, '--qk-dtype', 'int12', '--pv-dtype', 'int12'):.1e}"
+        f"{int12['speedup_vs_f32']:.2f}x; "
+        f"{relative_l1(program, '--qk-dtype', 'int12', '--pv-dtype', 'int12'):.1e}"
     )
     for kind in ("random", "banded"):
         measured = [100 * one(found, f"int8/int8 {kind} {share}", q_len=8192, dim=128)["efficiency"]
@@ -170,7 +176,8 @@ def figures(program, repeat):
     for threads in (1, 2):
         t = torch and torch[threads]
         add(
-            f"over torch's SDPA in f32, {threads} thread{'s' * (threads > 1)}: dense int8; int8 at 50 %",
+            f"over torch's SDPA in f32, {threads} thread{'s' * (threads > 1)}: dense int8; int8 at "
+            "50 %",
             "1.5x; 3x", "2x; 4x", f"{t['torch'] / t['dense']:.2f}x; {t['torch'] / t['half']:.2f}x"
             if t else "torch is not here")
     add("memory beside inputs and output, 131072 tokens, 1 head", "64 MiB", "40 MiB",
@@ -209,18 +216,14 @@ def fill_table(path, marker, rows, machine, option):
     fill_in(path, marker, table + ["| " + " | ".join(row.values()) + " |" for row in rows])
 
 
-def write_readme(rows, machine):
-    for path in (ROOT / "README.md", ROOT / "cpu/README.md"):
-        fill_table(path, "cpu_speed", rows, machine, "--readme")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
                         help="the program")
     parser.add_argument("--repeat", type=int, default=5, help="rounds that count")
-    parser.add_argument("--readme", action="store_true", help="write the table into README.md too")
+    parser.add_argument("--readme", action="store_true",
+                        help="write the table into cpu/README.md too")
     parser.add_argument(
         "--isas", action="store_true",
         help="instead, time every instruction set that is here: isas.csv, "
@@ -237,7 +240,7 @@ def main():
     write_csv(HERE / "table.csv", rows)
     write_text(HERE / "machine.txt", machine + "\n")
     if args.readme:
-        write_readme(rows, machine)
+        fill_table(ROOT / "cpu/README.md", "cpu_speed", rows, machine, "--readme")
     print(machine)
     for row in rows:
         print(f"  {row['figure']:85} {row['at least']:>15} {row['goal']:>15}   {row['measured']}")

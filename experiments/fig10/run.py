@@ -24,7 +24,8 @@ TIMES = ["ms", "ms_predict", "ms_quantize", "ms_dense_f32", "ms_dense_int8", "ef
 
 
 def ours(mask, asked, how):
-    """efficiency: of the ideal, time in proportion to what is left; prediction and quantization are in ms."""
+    """efficiency: of the ideal, time in proportion to what is left; prediction and quantization are
+    in ms."""
     which = (["--mask-kind", "random,predicted", "--sparsity", 0, "--topk",
               round(1 - asked, 9)]
              if mask == "predicted" else ["--mask-kind", mask, "--sparsity", f"0,{asked}"])

@@ -3,8 +3,8 @@
 are not self-similar.
 
 q and k are made so that the pooled scores give the P of the paper's picture; what follows from it
-is what the program does: every stage out of `sparge run --intermediates`. Rows: the stage, query block, key
-block (-1: none), value.
+is what the program does: every stage out of `sparge run --intermediates`. Rows: the stage,
+query block, key block (-1: none), value.
 """
 import sys
 from pathlib import Path
@@ -29,7 +29,8 @@ def block(mean, rows, noise, at, draw):
 
 
 def toy():
-    """q, k and v. Key block j lies in direction j, and a query block asks for it by log P sqrt(DIM)."""
+    """q, k and v. Key block j lies in direction j, and a query block asks for it by log P
+    sqrt(DIM)."""
     draw = np.random.default_rng(SEED)
     length = 4.0
     q, k = [], []

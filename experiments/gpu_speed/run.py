@@ -32,7 +32,6 @@ sys.path.insert(0, str(HERE.parent))
 import harness  # noqa: E402
 from harness import ROOT, fill_in, read_csv, write_text  # noqa: E402
 
-
 F16, REF, CUDA, CAUSAL_END, INT8, FLOAT, HALF, FP8 = 1, 1, 3, 1, 0, 2, 3, 4  # of sparge.h
 PV = {"float": FLOAT, "int8": INT8, "f16": HALF, "fp8": FP8}
 BLOCK_Q, BLOCK_K = 128, 64

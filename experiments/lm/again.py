@@ -21,7 +21,8 @@ ROUNDED = 0.01
 
 
 def again(how, command, text, columns, *options):
-    """Rows of a command over a text, beside the committed ones: in words what was measured, and how they differ."""
+    """Rows of a command over a text, beside the committed ones: in words what was measured, and how
+    they differ."""
     try:
         files = [weights.fetch(), *texts.fetch(texts.select([text]))]
     except SystemExit as why:
@@ -37,7 +38,8 @@ def again(how, command, text, columns, *options):
         if not isclose(float(old[column]), row[column], abs_tol=1e-9,
                        rel_tol=TOLERANCE if row["attention"] == "f32" else ROUNDED)
     ]
-    return f"measured again: {', '.join(row['attention'] for row in found)} over {LENGTH} tokens of {text}", differences
+    names = ", ".join(row["attention"] for row in found)
+    return f"measured again: {names} over {LENGTH} tokens of {text}", differences
 
 
 def ppl(how):

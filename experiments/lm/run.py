@@ -3,10 +3,10 @@
 
     experiments/lm/get_model.sh                  the weights
     python3 experiments/capture/texts.py         the texts: five to tune on, five to judge on
-    run.py tune                                  thresholds at other bounds than experiments/tune has: params_*.json
+    run.py tune                                  thresholds at other bounds: params_*.json
     run.py ppl                                   perplexity of the five judging texts: ppl.csv
     run.py needle                                needles in a haystack: needle.csv
-    run.py time                                  seconds, on a machine that is otherwise idle: time.csv
+    run.py time                                  seconds, on an idle machine: time.csv
     run.py readme                                the tables of README.md here, from those files
 
 Every step goes on where it was interrupted; what is unfinished lies in build/lm.
@@ -14,6 +14,7 @@ Every step goes on where it was interrupted; what is unfinished lies in build/lm
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -32,7 +33,8 @@ from harness import (
     run_json,
     run_main,
     run_program,  # noqa: E402
-    write_text)
+    write_text,
+)
 from names import DENSE, LENGTHS, MODEL, TITLES, TUNED, perplexity  # noqa: E402
 
 WORK = ROOT / "build/lm"
@@ -81,12 +83,14 @@ def listed(items):
 
 
 def ppl(args):
-    """Every attention at every length; and at one of them in f32 what the sparse ones compute in int8."""
+    """Every attention at every length; and at one of them in f32 what the sparse ones compute in
+    int8."""
     texts_of = paths("judge")
     lm(args, "ppl", *texts_of, "--length", listed(LENGTHS), "--attention",
        listed([*DENSE, *TUNED.values()]), "-o", WORK / "ppl.json", "--csv", HERE / "ppl.csv")
-    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()), "--qk-dtype",
-       "f32", "--pv-dtype", "f32", "-o", WORK / "ppl_f32.json", "--csv", HERE / "ppl_f32.csv")
+    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()),
+       "--qk-dtype", "f32", "--pv-dtype", "f32", "-o", WORK / "ppl_f32.json",
+       "--csv", HERE / "ppl_f32.csv")
 
 
 def needle(args):
@@ -157,24 +161,6 @@ def table_length():
     ], rows)
 
 
-def table_short():
-    """For the README at the root."""
-    by_ppl, by_needle, by_time = read("ppl.csv"), read("needle.csv"), read("time.csv")
-    name, rows = TUNED[MAIN].name, []
-    for n in LENGTHS:
-        dense, sparse = (n, "f32"), (n, name)
-        rows.append([
-            n, ", ".join(f"{perplexity(by_ppl[n, x]):.3f}"
-                         for x in (*DENSE, name)), f"{mean(by_ppl[sparse]):.3f}",
-            f"{found_of(by_needle[dense])}, {found_of(by_needle[sparse])}",
-            f"{median(by_time[dense], 'seconds_attention') / median(by_time[sparse], 'seconds_attention'):.2f}x"
-        ])
-    return markdown([
-        "tokens", "perplexity: dense f32, dense int8, SpargeAttn", "sparsity",
-        "needles found: dense, SpargeAttn", "attention faster than dense f32"
-    ], rows, 0)
-
-
 def table_arithmetic():
     """What leaving out costs, and what int8 costs."""
     by_int8, by_f32 = read("ppl.csv"), read("ppl_f32.csv")
@@ -204,38 +190,6 @@ def table_parts():
     return markdown(["tokens", *(f"({pair}): mask, lambda, both" for pair in TUNED)], rows, 0)
 
 
-def layers_of(rows, key):
-    """Means over the texts, layer by layer."""
-    return [statistics.mean(x) for x in zip(*(json.loads(r[key]) for r in rows))]
-
-
-def table_layers():
-    """Sparsity of each layer, and that of Q.K."""
-    by = read("ppl.csv")
-    columns = [
-        zip(*(layers_of(by[n, TUNED[MAIN].name], key)
-              for key in ("layers_sparsity", "layers_sparsity_qk"))) for n in LENGTHS
-    ]
-    rows = [[layer, *(f"{both:.3f}, {mask:.3f}" for both, mask in cells)]
-            for layer, cells in enumerate(zip(*columns))]
-    return markdown(["layer", *(f"{n} tokens: sparsity, of Q.K" for n in LENGTHS)], rows, 0)
-
-
-def table_needles():
-    """Needles found of those hidden, by depth."""
-    by, rows = read("needle.csv"), []
-    depths = sorted({float(r["depth"]) for found in by.values() for r in found})
-    for n in LENGTHS:
-        for name, title in TITLES.items():
-            if by[n, name]:
-                at_depth = [
-                    found_of([r for r in by[n, name] if float(r["depth"]) == depth])
-                    for depth in depths
-                ]
-                rows.append([title, n, *at_depth, f"{mean(by[n, name]):.3f}"])
-    return markdown(["attention", "tokens", *(f"depth {d:g}" for d in depths), "sparsity"], rows)
-
-
 def table_verify():
     """Ours beside transformers, and beside tokenizers."""
     found = json.loads((HERE / "verify.json").read_text())
@@ -253,8 +207,10 @@ def table_verify():
     ], rows)
     return [
         f"Beside {found['reference']}:", "", *table, "",
-        f"Beside {tokens['reference']}: {tokens['strings']} strings of many scripts and of the texts, "
-        f"{tokens['tokens']} tokens, {tokens['strings_apart']} strings apart. {len(tokens['bytes_without_token'])} "
+        f"Beside {tokens['reference']}: {tokens['strings']} strings of many scripts and of the "
+        "texts, "
+        f"{tokens['tokens']} tokens, {tokens['strings_apart']} strings apart. "
+        f"{len(tokens['bytes_without_token'])} "
         "bytes have no token in SmolLM2's vocabulary; texts with them are refused."
     ]
 
@@ -262,11 +218,9 @@ def table_verify():
 def readme(_args):
     machine = (HERE / "machine.txt").read_text().strip()
     tables = {"verify": table_verify(), "length": [*table_length(), "", f"Seconds: {machine}."],
-              "arithmetic": table_arithmetic(), "parts": table_parts(), "layers": table_layers(),
-              "needles": table_needles()}
+              "arithmetic": table_arithmetic(), "parts": table_parts()}
     for name, lines in tables.items():
         fill_in(HERE / "README.md", name, lines)
-    fill_in(ROOT / "README.md", "lm", table_short())
 
 
 def main():

@@ -58,7 +58,8 @@ def sparge_lm(program, *options):
 # ---- Tokens ----
 
 def draw_strings(count):
-    """Strings of one script or of several, with all kinds of white space, digits and contractions."""
+    """Strings of one script or of several, with all kinds of white space, digits and
+    contractions."""
     draw = random.Random(1)
     found = []
     while len(found) < count:
@@ -71,7 +72,8 @@ def draw_strings(count):
             elif kind < 0.25:
                 parts.append(str(draw.randint(0, 10**draw.randint(1, 9))))
             elif kind < 0.3:
-                parts.append(draw.choice(["'s", "'LL", "don't", "I've", "...", "\r\n", "--", "«»"]))
+                parts.append(
+                    draw.choice(["'s", "'LL", "don't", "I've", "...", "\r\n", "--", "«»"]))
             else:
                 c = chr(draw.randint(low, high))
                 if unicodedata.category(c) not in ("Cs",

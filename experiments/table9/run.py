@@ -84,7 +84,8 @@ def of_patches(clip, how):
 def of_entry(entry, params, how):
     plain, want = how.folder / "plain.safetensors", how.folder / "want.npy"
     copied(entry, tensors(entry.path), plain)
-    how.sparge("run", plain, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", *attends(entry), "-o", want)
+    how.sparge("run", plain, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32",
+               *attends(entry), "-o", want)
     want = np.load(want)[0].astype(np.float64)
     return [row for name in ORDERS for row in rows_of(name, entry, params, want, how)]
 

@@ -141,7 +141,8 @@ class Unpickler(pickle.Unpickler):
 
 
 def check_opcodes(data: bytes) -> None:
-    """Refuses, before anything of a pickle is run, what is not needed or takes much memory or stack."""
+    """Refuses, before anything of a pickle is run, what is not needed or takes much memory or
+    stack."""
     tuples = 0
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name not in OPCODES:
@@ -196,7 +197,8 @@ def read_tensors(data: bytes) -> dict[str, np.ndarray]:
 # ---- The parameters ------------------------------------------------------------------------------
 
 def group(tensors: dict[str, np.ndarray]) -> dict[int, dict[str, list[float]]]:
-    """The five lists of every layer; the number of a layer is the first in the name of its module."""
+    """The five lists of every layer; the number of a layer is the first in the name of its
+    module."""
     layers, modules = {}, {}
     for key, tensor in tensors.items():
         *path, name = key.split(".")
@@ -321,13 +323,15 @@ def main(arguments: list[str] | None = None) -> None:
             data = file.read(MAX_FILE + 1)
         heads = make_heads(group(read_tensors(data)))
         model, source = (x.encode(errors="replace").decode() for x in (args.model, args.source))
-        text = to_json([{"sparge_params": 1}, {"version": VERSION}, {"model": model}, {
-            "tuner": "upstream", "source": source, "source_sha256":
-            hashlib.sha256(data).hexdigest()
-        }, {"rules": args.rules}, {
-            "block_q": args.block_q, "block_k": args.block_k, "skip_rows": args.skip_rows, "causal":
-            args.causal, "smooth_k": True, "sink": True, "softmax_scale": None, "qk_dtype": args.qk_dtype, "pv_dtype": args.pv_dtype
-        }, {"l1": args.l1, "l2": args.l2}, {"inputs": []}], heads)
+        text = to_json([
+            {"sparge_params": 1}, {"version": VERSION}, {"model": model},
+            {"tuner": "upstream", "source": source,
+             "source_sha256": hashlib.sha256(data).hexdigest()},
+            {"rules": args.rules},
+            {"block_q": args.block_q, "block_k": args.block_k, "skip_rows": args.skip_rows,
+             "causal": args.causal, "smooth_k": True, "sink": True, "softmax_scale": None,
+             "qk_dtype": args.qk_dtype, "pv_dtype": args.pv_dtype},
+            {"l1": args.l1, "l2": args.l2}, {"inputs": []}], heads)
         path = args.output
         write(path, text)
     except (Bad, OSError) as error:

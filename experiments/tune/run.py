@@ -26,7 +26,8 @@ TABLE = [
 
 
 def tune(program, captures, output, l1, l2, *options):
-    """Tunes from the beginning; the heads of the file, and the program's summary. An older file stays until then."""
+    """Tunes from the beginning; the heads of the file, and the program's summary. An older file
+    stays until then."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "params.json"
         summary = program("tune", *captures, "-o", found, "--l1", l1, "--l2", l2, *MODE, *options)
@@ -35,7 +36,8 @@ def tune(program, captures, output, l1, l2, *options):
 
 
 def row_of(head):
-    """Of a head. The errors are of the worst input, as the bounds are; unknown where the head is not finite."""
+    """Of a head. The errors are of the worst input, as the bounds are; unknown where the head is
+    not finite."""
     inside, first, out = (head[name] or {} for name in ("in_sample", "held_out_first", "held_out"))
     row = head | {
         "sparsity": inside.get("sparsity", 0.0), "l1_in": inside.get("worst_l1"),

@@ -2,16 +2,19 @@
 """The tuner beyond the committed captures: what its thresholds cost on texts that it has not seen,
 and what it takes.
 
-    study.py grid               against an exhaustive grid and the authors' search: grid.csv (an hour on two cores)
-    study.py model TUNE JUDGE   every head of the model, judged on other texts: model.csv, judge.csv, model_*.json
-    study.py length CAPTURE     seconds and products by length: length.csv (on a machine that is otherwise idle)
-    study.py readme             the tables of README.md here and at the root, from those files and out.csv of run.py
+    study.py grid               against an exhaustive grid and the authors' search: grid.csv
+                                (an hour on two cores)
+    study.py model TUNE JUDGE   every head of the model, judged on other texts: model.csv,
+                                judge.csv, model_*.json
+    study.py length CAPTURE     seconds and products by length: length.csv (on an idle machine)
+    study.py readme             the tables of README.md here, from those files and out.csv of run.py
 
 TUNE, JUDGE and CAPTURE are folders that experiments/capture/smollm2.py writes; README.md has its
 commands.
 """
 import argparse
 import statistics
+import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +87,8 @@ def judge_file(program, params, entry):
         got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
         copy = copied(entry, tensors(entry.path), Path(folder) / entry.path.name)
         result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
-        run_json(program, "run", copy, "--causal", "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", "-o",
-                 want)
+        run_json(program, "run", copy, "--causal", "--dense", "--qk-dtype", "f32",
+                 "--pv-dtype", "f32", "-o", want)
         l1 = relative_l1(np.load(got)[0], np.load(want)[0], f"{entry.path} under {params}: o")
     return [{
         "text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
@@ -158,27 +161,35 @@ def length(args):
 # ---- README.md --------------------------------------------------------------------------------
 
 def table_committed():
+    """Nine heads at each pair of bounds; head by head they stand in out.csv."""
     lines = [
-        "| l1, l2 | layer | head | theta | tau | lambda | sparsity | L1 | unseen at first: sparsity, L1 | "
-        "backed off | unseen then: sparsity, L1 | products | seconds |", "|---" * 13 + "|"
+        "| l1, l2 | sparsity | worst L1 | on the other text, as found: sparsity, worst L1 | "
+        "backed off: lambda, tau, dense | then: sparsity, worst L1 | products |", "|---" * 7 + "|"
     ]
-    for r in read_csv(HERE / "out.csv"):
-        thresholds = ["dense", "", ""] if r["dense"] == "True" else [
-            cell(r["theta"], 4), f"{float(r['tau']):g}", cell(r["lambda"], 2) or "off"]
-        lines.append("| " + " | ".join([
-            f"{r['l1']}, {r['l2']}", r["layer"], r["head"], *thresholds,
-            cell(r["sparsity"]),
-            cell(r["l1_in"]), f"{cell(r['first_sparsity_out'])}, {cell(r['first_l1_out'])}",
-            r["back_off"].replace("none", ""), f"{cell(r['sparsity_out'])}, {cell(r['l1_out'])}",
-            cell(r["dense_passes"], 2),
-            cell(r["seconds"], 2)
-        ]) + " |")
+    rows = read_csv(HERE / "out.csv")
+    for l1, l2 in dict.fromkeys((r["l1"], r["l2"]) for r in rows):
+        found = [r for r in rows if (r["l1"], r["l2"]) == (l1, l2)]
+
+        def mean(key, found=found, digits=3):
+            return cell(statistics.mean(float(r[key]) for r in found), digits)
+
+        def largest(key, found=found):
+            return cell(worst([number(r[key]) for r in found]))
+
+        ways = ", ".join(
+            str(sum(r["back_off"] == way for r in found))
+            for way in ("lambda lowered", "tau raised", "left dense"))
+        lines.append(f"| {l1}, {l2} | {mean('sparsity')} | {largest('l1_in')} | "
+                     f"{mean('first_sparsity_out')}, {largest('first_l1_out')} | {ways} | "
+                     f"{mean('sparsity_out')}, {largest('l1_out')} | "
+                     f"{mean('dense_passes', digits=2)} |")
     return lines
 
 
 def table_grid():
     lines = [
-        "| layer | head | exhaustive: sparsity, L1, products | authors' search | tuner | given up |",
+        "| layer | head | exhaustive: sparsity, L1, products | authors' search | tuner | given up "
+        "|",
         "|---" * 6 + "|"
     ]
     rows = read_csv(HERE / "grid.csv")
@@ -200,8 +211,10 @@ def share(values, bound):
 
 def table_model():
     lines = [
-        "| the bound is on | sparsity | heads within l2 on the text left out: at first, after backing off | "
-        "lambda lowered, tau raised, dense | sparsity on five other texts | heads within l2 there, mean of the "
+        "| the bound is on | sparsity | heads within l2 on the text left out: at first, after "
+        "backing off | "
+        "lambda lowered, tau raised, dense | sparsity on five other texts | heads within l2 there, "
+        "mean of the "
         "five | pairs of head and text within l2 | worst pair | products |", "|---" * 9 + "|"
     ]
     tuned, judged = read_csv(HERE / "model.csv"), read_csv(HERE / "judge.csv")
@@ -251,7 +264,6 @@ def readme(_args):
     for name, table in [("table", table_committed), ("grid", table_grid), ("model", table_model),
                         ("length", table_length)]:
         fill_in(HERE / "README.md", name, table())
-    fill_in(ROOT / "README.md", "tune", table_model())
 
 
 def main():

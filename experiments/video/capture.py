@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Record q, k and v of every attention while the model of weights.safetensors makes a clip.
 
-    capture.py                     three samples of the whole grid, all layers and heads: 2 GB in build/video/captures
+    capture.py                     three samples of the whole grid, all layers and heads: 2 GB in
+                                   build/video/captures
     capture.py --small             the capture that is committed, in capture/
 
 A sample is made in ten Euler steps, from the noise of its seed or, with --start below 1, from a
@@ -48,7 +49,8 @@ def load():
 
 
 def begin(sample, grid, origin, start, about):
-    """The tokens that a sample begins with: noise, and below level 1 a part of the held-out frames."""
+    """The tokens that a sample begins with: noise, and below level 1 a part of the held-out
+    frames."""
     noise = torch.randn(1, grid[0] * grid[1] * grid[2], PATCH * PATCH * 3,
                         generator=torch.Generator().manual_seed(sample))
     if start == 1:

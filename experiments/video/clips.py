@@ -62,7 +62,8 @@ def find_package(folder):
                            capture_output=True)
         except (OSError, subprocess.CalledProcessError):
             fail(
-                f"cannot download {PACKAGE} with apt-get (offline, not Debian, or 'apt-get update' was never run?); "
+                f"cannot download {PACKAGE} with apt-get (offline, not Debian, or 'apt-get update' "
+                "was never run?); "
                 f"put the package into {folder} by hand")
     return next(folder.glob(f"{PACKAGE}_*.deb"))
 

@@ -69,7 +69,8 @@ def turns(grid, origin, theta):
 
 
 def waves(count, width):
-    """Sines and cosines of 0 to count - 1, from half a wave over all of them to one over four: [count, width]."""
+    """Sines and cosines of 0 to count - 1, from half a wave over all of them to one over four:
+    [count, width]."""
     angle = torch.arange(count)[:, None] * torch.linspace(0.5, count / 4,
                                                           width // 2) * (2 * math.pi / count)
     return torch.cat([angle.cos(), angle.sin()], dim=1) * 0.5
@@ -81,7 +82,8 @@ def rotate(x, turn):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each with shift, scale and gate from the level: one table a layer, on top of the shared."""
+    """Attention and an MLP, each with shift, scale and gate from the level: one table a layer, on
+    top of the shared."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,7 +153,8 @@ class VideoModel(nn.Module):
         return torch.cat([rows, columns], dim=2).flatten(0, 1).repeat(t, 1)
 
     def forward(self, tokens, timestep, grid, origin=(0, 0, 0)):
-        """tokens [B, THW, 192] at the levels timestep [B]; origin: where the grid begins in that of the whole clip."""
+        """tokens [B, THW, 192] at the levels timestep [B]; origin: where the grid begins in that of
+        the whole clip."""
         likely, left = guess(tokens @ self.basis, timestep, self.spread)
         levels, turn = self.embed(timestep), turns(grid, origin, self.config.rope_theta)
         x = self.enter(likely / self.spread) + self.place(grid, origin)

@@ -30,7 +30,8 @@ def jobs(seconds):
 
 
 def capture(clip, first, folder):
-    """Of one head: q, k and v are the patches of 13 frames, in their pixels less the mean, over the deviation."""
+    """Of one head: q, k and v are the patches of 13 frames, in their pixels less the mean, over the
+    deviation."""
     frames = np.load(file_of(clip), mmap_mode="r")[first:first + FRAMES].astype(np.float32)
     _, height, width, colours = frames.shape
     grid = FRAMES, height // PATCH, width // PATCH

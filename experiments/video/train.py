@@ -8,7 +8,6 @@ OMP_WAIT_POLICY=passive saves much time where cores are not idle.
 """
 import argparse
 import hashlib
-import json
 import math
 import sys
 import time
@@ -63,7 +62,8 @@ def crop(frames, grid, random, mean, std):
 
 
 def level_of(step):
-    """A level of noise: logit-normal around 0.6, and spread evenly over the steps. As a tensor [1]."""
+    """A level of noise: logit-normal around 0.6, and spread evenly over the steps. As a tensor
+    [1]."""
     u = torch.tensor((0.5 + step * 0.6180339887498949) % 1.0).clamp(1e-4, 1 - 1e-4)
     return torch.sigmoid(0.4 + 1.0 * math.sqrt(2) * torch.erfinv(2 * u - 1)).reshape(1)
 
@@ -92,7 +92,8 @@ def held_out(model, frames, mean, std, count=4):
 
 
 def trivial(train, frames, mean, std, count=4):
-    """The same errors of two that look at nothing: one colour, and the mean frame of what is trained on."""
+    """The same errors of two that look at nothing: one colour, and the mean frame of what is
+    trained on."""
     random = np.random.default_rng(1)
     background = np.broadcast_to(train[::5].mean(axis=0), (GRID[0], *train.shape[1:]))
     errors = np.zeros(2)
