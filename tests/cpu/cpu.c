@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "tests/support/agree.h"
@@ -281,6 +282,31 @@ Test(cpu, only_o_is_wanted)
         same_counts(&result.counts, &all.result.counts);
         tensor_free(&o);
         answer_free(&all);
+        problem_free(&x);
+    }
+}
+
+/* Keys that take long to pack, then queries. */
+Test(cpu, seconds_add_up)
+{
+    for (int n = 0; n < 2; n++) {
+        check_case("seconds, %d", n);
+        const shape s = shape_of(1, 1, 1, n ? 4000 : 1, n ? 1 : 4000, 64, 64);
+        problem x = problem_make(&s);
+        x.o.backend = SPARGE_CPU;
+        tensor o = tensor_make(1, 1, s.q_len, 64, SPARGE_F32, PACKED);
+        sparge_result r = {.o = tensor_out(&o)};
+        struct timespec begin, end;
+        clock_gettime(CLOCK_MONOTONIC, &begin);
+        check(sparge_attention(&x.p, &x.o, &r, NULL) == SPARGE_OK, "call");
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        const double took =
+            (double)(end.tv_sec - begin.tv_sec) + 1e-9 * (double)(end.tv_nsec - begin.tv_nsec);
+        check(r.seconds_predict > 0 && r.seconds_quantize > 0 && r.seconds_attend > 0 &&
+                  r.seconds_predict + r.seconds_quantize + r.seconds_attend <= took,
+              "%g s, %g s and %g s of %g s", r.seconds_predict, r.seconds_quantize,
+              r.seconds_attend, took);
+        tensor_free(&o);
         problem_free(&x);
     }
 }

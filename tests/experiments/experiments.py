@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -809,6 +809,52 @@ def test_driver():
     check([x.folder for x in driver.chosen(["fig15, table4"])] == ["table9", "fig14"],
           "by other names")
     check(driver.chosen([]) == ITEMS, "all")
+
+
+def test_commands_of_the_driver():
+    """Which scripts it runs, with both programs."""
+    driver = load(ROOT / "experiments/reproduce.py")
+    programs, ran, argv = ["--sparge", "A", "--sparge-lm", "B"], [], sys.argv
+    def run(*command):
+        ran.append([str(word).removeprefix(f"{ROOT}/") for word in command])
+        return 0
+    driver.run = run
+    for full in [], ["--full"]:
+        sys.argv = ["reproduce.py", "--only", "fig9", *programs, *full]
+        with redirect_stdout(io.StringIO()):
+            code = driver.main()
+        sys.argv = argv
+        check(code == 0, "exit", code)
+        needs = [[word.format(sparge="A", lm="B") for word in words]
+                 for name, (_, commands) in driver.SOURCES.items() for words in commands
+                 if name in driver.chosen(["fig9"])[0].needs]
+        folder = driver.chosen(["fig9"])[0].folder
+        want = [*needs * len(full), [f"experiments/{folder}/run.py", *programs, *full],
+                ["paper_figs/figures.py"], ["paper_figs/report.py"]]
+        check(ran == want, full, ran, want)
+        ran.clear()
+
+
+def test_how_and_how_long():
+    args = argparse.Namespace(sparge="A", sparge_lm="B", full=False, captures=None, params=None)
+    check(item.How(args).threads() == ["--threads", 1], "a smoke run may have neighbours")
+    args.full = True
+    check(item.How(args).threads() == ["--threads", "all"], "a full run is alone")
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    jobs, clock = [Job({"n": n}, seconds) for n, seconds in enumerate((1, 1, 2))], iter(range(0, 99, 3))
+    before, item.time = item.time, argparse.Namespace(monotonic=lambda: next(clock))
+    with redirect_stderr(Terminal()) as said:
+        watch = item.Watch("name", jobs)
+        for job in jobs:
+            watch.begin(job)
+            watch.end(job)
+    item.time = before
+    check([int(n) for n in re.findall(r"(\d+) s left", said.getvalue())] == [4, 9, 6],
+          "the rest at the pace so far", said.getvalue())
 
 
 def test_figures():

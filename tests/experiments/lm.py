@@ -30,8 +30,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 sys.path.append(os.path.join(os.path.dirname(__file__), "../support"))
 from counted import check, run_tests
 from running import (FILE, FINE, MACHINE, UNFINISHED, UNSUPPORTED, USAGE, at_work, commands_of,
-                     computed, ended, explained, full_device, ignored, listing, read, save,
-                     save_safetensors, sha256, stopped, write)
+                     ended, explained, full_device, ignored, listing, read, save,
+                     save_safetensors, sha256, stopped, watched, write)
 from tiny_model import GGML, Model, gguf_bytes, surprise, theirs
 
 PROGRAM = os.path.abspath(sys.argv[1])
@@ -951,13 +951,9 @@ def test_resume():
             (child) and not seen.append(ignored(child)),
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     check(seen == [[signal.SIGINT]], "an interrupt that was ignored when it began stays so", seen)
-    err, ticks = "", 1
-    while "-o FILE" not in err and ticks < 10000:  # before the model runs it ends with another line
-        ticks *= 2
-        code, out, err = stopped([PROGRAM, "ppl", "m.gguf", "text.txt", "--length", LONG[0]],
-                                 signal.SIGINT, lambda child: computed(child) >= ticks)
-    check(code == UNFINISHED and "-o FILE" in err and err.count("\n") == 1 and out == "",
-          "without -o", code, err)
+    code, seen, after, last = watched([PROGRAM, "ppl", "m.gguf", "text.txt", "--length", LONG[0]])
+    check("s left" in seen, "progress on a terminal", seen)
+    check(code == UNFINISHED and "-o FILE" in last and last.count("\n") == 1, "without -o", code, last)
 
 
 def test_resume_once_more():
@@ -1193,6 +1189,8 @@ def test_gguf_wrong():
                         ("blk.1.ffn_down.weight", (96, 64)), ("token_embd.weight", (50, 65)),
                         ("blk.1.attn_norm.weight", (64, 1))]:
         bad(FILE, ["tiny", name, "it must be"], {name: ("F32", shape, bytes(4 * np.prod(shape)))})
+    bad(FILE, ["tiny", "output_norm.weight", "is 1 x 1, it must be"],
+        {"output_norm.weight": ("F32", (), bytes(4))})
     for shape in (2, 25, 64), (0, 64):
         bad(FILE, ["token_embd.weight", "no vector and no matrix"],
             {"token_embd.weight": ("F32", shape, bytes(4 * int(np.prod(shape))))})

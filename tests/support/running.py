@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
 import stat
 import struct
@@ -134,9 +135,25 @@ def stopped(args, number, begun, **how):
     return ended(child)
 
 
-def computed(child):
-    """The kernel's ticks that it has computed for."""
-    return int(read(f"/proc/{child.pid}/stat").rsplit(")", 1)[1].split()[11])
+def watched(args):
+    """Runs on a terminal what takes minutes, until it says how long, and interrupts it: its code,
+    what it said until then and after how many seconds, and what it said last."""
+    terminal, other = os.openpty()
+    started, said = time.monotonic(), [b"", b""]
+    child = subprocess.Popen([str(a) for a in args], stderr=other, stdout=subprocess.PIPE)
+    os.close(other)
+    try:
+        while b"s left" not in said[0] and select.select([terminal], [], [], 60)[0]:
+            said[0] += os.read(terminal, 4096)
+        after = time.monotonic() - started
+        child.send_signal(signal.SIGINT)
+        while more := os.read(terminal, 4096):
+            said[1] += more
+    except OSError:  # the other end is closed
+        pass
+    child.communicate()
+    os.close(terminal)
+    return child.returncode, said[0].decode(), after, said[1].decode()
 
 
 def ignored(child):

@@ -25,7 +25,7 @@ sys.path.append(os.path.join(os.path.dirname(__file__), "../support"))
 from counted import check, run_tests
 from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORTED, USAGE,
                      commands_of, explained, full_device, ignored, listing, read, save,
-                     save_safetensors, sha256, stopped, write)
+                     save_safetensors, sha256, stopped, watched, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
@@ -2058,6 +2058,7 @@ def test_manifests():
         both([file, "'softmax_scale'"], with_(softmax_scale=value))
     for value in "middle", 1, True:
         both([file, "'causal_at'"], {**good, "causal_at": value})
+    both(None, {**good, "files": [{"file": "n" * 5000}]}, "its path is too long")
     for key in "weights_sha256", "gguf_sha256":
         both([file, f"'{key}'"], {**good, key: 3})
     for name in "/etc/passwd", "..", "../d/layer03_0.safetensors", "a/../../b", "./" + entry[
@@ -2718,33 +2719,10 @@ def test_threads_that_cannot_start():
 def test_signals_and_progress():
     """A picture that takes minutes on any machine: watched on a terminal, and then interrupted."""
     x = save("x.npy", random(1, 8, 1 << 15, 32))
-    terminal, other = os.openpty()
-    started = time.monotonic()
-    child = subprocess.Popen([PROGRAM, "map", x, x, "-o", "map.png"], stderr=other,
-                             stdout=subprocess.PIPE)
-    os.close(other)
-    seen = b""
-    try:
-        while b"s left" not in seen:
-            seen += os.read(terminal, 4096)
-    except OSError:
-        pass
-    after = time.monotonic() - started
-    check(b" %, " in seen and b"s left" in seen, "progress on a terminal", seen[:100])
+    code, seen, after, last = watched([PROGRAM, "map", x, x, "-o", "map.png"])
+    check(" %, " in seen and "s left" in seen, "progress on a terminal", seen[:100])
     check(after > 1.9, "not in the first two seconds", after)
-    child.send_signal(signal.SIGINT)
-    said = b""
-    try:
-        while more := os.read(terminal, 4096):
-            said += more
-    except OSError:
-        pass
-    child.wait()
-    os.close(terminal)
-    check(
-        child.returncode == UNFINISHED and
-        said.endswith(INTERRUPTED.encode().replace(b"\n", b"\r\n")), "ends", child.returncode,
-        said[-200:])
+    check(code == UNFINISHED and last.endswith(INTERRUPTED.replace("\n", "\r\n")), "ends", code, last)
     check(listing() == ["./x.npy"], "interrupted: no file left", listing())
 
 
