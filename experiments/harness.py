@@ -7,6 +7,7 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -133,7 +134,10 @@ def markdown(titles, rows, words=1):
 
 
 def fill_in(path, name, lines):
-    """Puts lines between the markers of that name."""
+    """Puts lines between the markers of that name: rows of a table as they are, prose in lines of
+    100 columns."""
+    lines = [part for line in lines for part in
+             ([line] if line.startswith("|") else textwrap.wrap(line, 100) or [""])]
     text = path.read_text()
     before, _, rest = text.partition(f"<!-- {name} -->\n")
     _, found, after = rest.partition(f"<!-- /{name} -->")

@@ -689,10 +689,11 @@ def test_items():
     names = [name for x in ITEMS for name in {x.folder, *x.covers}]
     check(len(names) == len(set(names)), "each name once", sorted(names))
     paper = {r["item"] for r in table(ROOT / "experiments/paper.csv")}
+    readme = (ROOT / "experiments/README.md").read_text()
     for x in ITEMS:
         folder = ROOT / "experiments" / x.folder
-        check((folder / "run.py").exists() and (folder / "README.md").exists(), "script and README",
-              x.folder)
+        check((folder / "run.py").exists() and f"| `{folder.name}`" in readme.replace(", `", " | `"),
+              "script and README", x.folder)
         has_none = x.folder in ("attention_map", "tune", "fig2", "fig3", "fig4", "fig5")
         check(has_none != bool(set(x.covers) & paper), "the paper's numbers", x.folder)
     expected = {f"table{n}" for n in range(1, 12)} | {f"fig{n}" for n in (9, 10, 14, 15, 16, 17)}
