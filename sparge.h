@@ -26,6 +26,9 @@
 #ifdef __cplusplus
 extern "C" {
 #endif
+#ifdef __GNUC__
+#pragma GCC visibility push(default) /* the library hides every other name */
+#endif
 
 #define SPARGE_VERSION     "0.1.0"
 #define SPARGE_MAX_DIM     256
@@ -446,6 +449,9 @@ sparge_status sparge_unpermute(const sparge_in *from, const sparge_out *to, int6
                                int64_t heads, int64_t len, int64_t dim, const int64_t *index,
                                sparge_error *error);
 
+#ifdef __GNUC__
+#pragma GCC visibility pop
+#endif
 #ifdef __cplusplus
 }
 #endif

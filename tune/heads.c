@@ -1,4 +1,5 @@
 /* heads.c: all heads side by side, and what they share: time, progress, the caller's functions. */
+#include <pthread.h>
 #include <stdlib.h>
 
 #include "common/arithmetic.h"
@@ -15,6 +16,7 @@ typedef struct heads {
     bool stopped;
     sparge_status status; /* of the first head that failed */
     sparge_error error;
+    pthread_mutex_t lock; /* not omp critical, whose name is global */
 } heads;
 
 /* One of them, at work. */
@@ -35,16 +37,14 @@ static bool tick(void *user, double units)
 {
     worker *w = user;
     heads *all = w->all;
-    bool goes_on;
     w->units += units;
-#pragma omp critical(sparge_tune)
-    {
-        all->units_done += units;
-        all->stopped |=
-            all->how->seconds > 0.0 && sparge_ref_seconds() - all->start > all->how->seconds;
-        tell(all);
-        goes_on = !all->stopped;
-    }
+    pthread_mutex_lock(&all->lock);
+    all->units_done += units;
+    all->stopped |=
+        all->how->seconds > 0.0 && sparge_ref_seconds() - all->start > all->how->seconds;
+    tell(all);
+    const bool goes_on = !all->stopped;
+    pthread_mutex_unlock(&all->lock);
     return goes_on;
 }
 
@@ -58,21 +58,20 @@ static void work(heads *all, int64_t head, double units, sparge_tuned *to)
     sparge_error error = {""};
     const sparge_status status = tick(&w, 0.0) ? tune_head(&task, &t, &error) : SPARGE_OK;
     t.seconds = sparge_ref_seconds() - start;
-#pragma omp critical(sparge_tune)
-    {
-        if (status && !all->status) {
-            all->status = status;
-            all->error = error;
-        }
-        all->stopped |= status != SPARGE_OK;
-        if (t.done) {
-            all->units_done += units - w.units; /* some curves were not asked for */
-            tell(all);
-            *to = t;
-            if (all->how->finished)
-                all->how->finished(all->how->user, head);
-        }
+    pthread_mutex_lock(&all->lock);
+    if (status && !all->status) {
+        all->status = status;
+        all->error = error;
     }
+    all->stopped |= status != SPARGE_OK;
+    if (t.done) {
+        all->units_done += units - w.units; /* some curves were not asked for */
+        tell(all);
+        *to = t;
+        if (all->how->finished)
+            all->how->finished(all->how->user, head);
+    }
+    pthread_mutex_unlock(&all->lock);
 }
 
 sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
@@ -80,7 +79,8 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
                                 sparge_tuned *tuned, sparge_error *error)
 {
     const int64_t q_heads = inputs[0].heads;
-    heads all = {.how = how, .o = *o, .start = sparge_ref_seconds()};
+    heads all = {
+        .how = how, .o = *o, .start = sparge_ref_seconds(), .lock = PTHREAD_MUTEX_INITIALIZER};
     double units = 0.0; /* of one head */
     int64_t todo = 0;
     for (int64_t h = 0; h < q_heads; h++)
@@ -115,6 +115,7 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
                 work(&all, h, units, &tuned[h]);
         sparge_arithmetic_end(caller);
     }
+    pthread_mutex_destroy(&all.lock);
     free(all.sample);
     if (all.status && error)
         *error = all.error;
