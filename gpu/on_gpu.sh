@@ -71,7 +71,7 @@ device_state() {
 build() {
     local jobs
     jobs=$(nproc)
-    cmake -S . -B build/gpu -G "Unix Makefiles" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+    cmake -S . -B build/gpu -G "Unix Makefiles" -DCMAKE_BUILD_TYPE=Release \
         -DSPARGE_TOOLS=OFF -DSPARGE_TESTS=OFF -DSPARGE_CUDA=ON -DSPARGE_GPU_CHECKS=ON || return
     # -k: one program that does not compile leaves the others
     cmake --build build/gpu --parallel "$jobs" -- -k
