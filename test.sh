@@ -1,42 +1,86 @@
 #!/usr/bin/env bash
-# test.sh: installs what is missing, builds, runs every test.
-#   ./test.sh              all presets: dev (gcc), clang, asan (address and undefined sanitizers), tsan (threads), and hook
-#   ./test.sh dev          the named presets alone
-#   ./test.sh hook         the recorder of PyTorch models, in an environment with torch; with the program that dev built
+# test.sh: installs what is missing, builds, tests.
+#   ./test.sh              what is quick: gcc, the form of the sources, a part under the sanitizers
+#   ./test.sh all          everything: dev (gcc), clang, asan (address and undefined sanitizers), tsan
+#                          (threads), and hook; emulated processors and reproducible builds in dev
+#   ./test.sh cpu          the quick tests of a folder, built by gcc: api (of sparge.h), common, ref,
+#                          cpu, gpu, cuda_model, tune, tools, experiments, install, form
+#   ./test.sh dev asan     everything in these builds
+#   ./test.sh hook         the recorder of PyTorch models, in an environment with torch; after dev
 #   ./test.sh --deps       installs and stops
 set -euo pipefail
 cd "$(dirname "$0")"
 . .ci/install.sh
 
 case "${1:-}" in
--h | --help) sed -n '2,6s/^# //p' "$0"; exit ;;
+-h | --help) sed -n '2,10s/^# //p' "$0"; exit ;;
 esac
 
-presets=(dev clang asan tsan hook)
-[ "$*" = --deps ] || for word in "$@"; do
-    case " ${presets[*]} " in
-    *" $word "*) ;;
-    *) echo "test.sh: there is no preset '$word'; there are $(printf '%s, ' "${presets[@]}" | sed 's/, $//')" >&2; exit 2 ;;
-    esac
-done
+builds=(dev clang asan tsan hook)
+folders=(api common ref cpu gpu cuda_model tune tools experiments install form)
+words=" ${builds[*]} ${folders[*]} "
+case "$*" in
+"" | all | --deps) ;;
+*)
+    for word in "$@"; do
+        [[ $words == *" $word "* ]] || {
+            echo "test.sh: there is no '$word'; there are all,$(printf ' %s,' $words | sed 's/,$//')" >&2
+            exit 2
+        }
+    done
+    ;;
+esac
+case "$*" in
+"") echo "About 5 minutes on two idle cores, and at first 10 more to build; ./test.sh all: 30" ;;
+all) echo "About 30 minutes on two idle cores, and at first 15 more to build" ;;
+esac
 
 need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang locales libclang-rt-14-dev \
-    libomp-14-dev libdnnl-dev libcriterion-dev "${emulator_packages[@]}"
+    libomp-14-dev libdnnl-dev libcriterion-dev clang-format "${emulator_packages[@]}"
 need_python experiments/requirements.txt
-[ "${1:-}" = --deps ] && exit
+[ "$*" = --deps ] && exit
 
-[ $# -eq 0 ] && set -- "${presets[@]}"
-for preset in "$@"; do
-    echo "== $preset"
-    if [ "$preset" = hook ]; then
-        if need_python experiments/capture/requirements-hook.txt build/hook-venv; then
-            build/hook-venv/bin/python tests/experiments/hook.py build/dev/tools/sparge
-        else
-            echo "skipped: its packages cannot be installed here"
-        fi
-        continue
+# prepare BUILD [TARGET...]: configured, and built, whole where no targets are given
+prepare() {
+    local build=$1 log=build/$1.configure.log
+    cmake --preset "$build" >"$log" || { cat "$log"; exit 1; }
+    cmake --build --preset "$build" ${2:+--target "${@:2}"}
+}
+
+# folder NAME: its quick tests, and before them what they take
+folder() {
+    local targets=(tests/"$1"/all)
+    case $1 in
+    gpu | tools | experiments) targets+=(tools/all experiments/lm/all tests/cuda_model/all) ;;
+    install) targets=(all) ;;
+    esac
+    prepare dev "${targets[@]}"
+    ctest --preset dev -L "^$1\$" -LE slow
+}
+
+# whole BUILD [OPTION...]: all its tests, but for what the options of ctest leave out
+whole() {
+    if [ "$1" != hook ]; then
+        prepare "$1"
+        ctest --preset "$@"
+    elif need_python experiments/capture/requirements-hook.txt build/hook-venv; then
+        build/hook-venv/bin/python tests/experiments/hook.py build/dev/tools/sparge
+    else
+        echo "skipped: its packages cannot be installed here"
     fi
-    cmake --preset "$preset" >build/"$preset".configure.log || { cat build/"$preset".configure.log; exit 1; }
-    cmake --build --preset "$preset"
-    ctest --preset "$preset"
+}
+
+quick=()
+case "$*" in
+"") set -- dev asan tsan; quick=(-LE slow) ;;
+all) set -- "${builds[@]}" ;;
+esac
+for word in "$@"; do
+    echo "== $word"
+    if [[ " ${builds[*]} " == *" $word "* ]]; then
+        whole "$word" "${quick[@]}"
+    else
+        folder "$word"
+    fi
 done
+echo "test.sh: fine, after $((SECONDS / 60)) min $((SECONDS % 60)) s"

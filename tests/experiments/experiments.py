@@ -776,9 +776,9 @@ def test_nothing_is_built_for_a_word():
                                  ("./reproduce.sh --only nonsense", 2,
                                   "nothing is called 'nonsense'"), ("./reproduce.sh --full --help",
                                                                     0, "all rows"),
-                                 ("./test.sh nonsense", 2, "there are dev, clang"),
-                                 ("./test.sh dev nonsens", 2, "no preset 'nonsens'"),
-                                 ("./test.sh dev --deps", 2, "no preset '--deps'")):
+                                 ("./test.sh nonsense", 2, "there are all, dev, clang"),
+                                 ("./test.sh dev nonsens", 2, "no 'nonsens'"),
+                                 ("./test.sh dev --deps", 2, "no '--deps'")):
         code, out, err = said("bash", *command.split(), **how)
         check(code == want and words in (err if want else out) and (want == 0 or out == ""),
               command, code, out, err)

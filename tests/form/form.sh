@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# form.sh ROOT [--fix]: clang-format on C and CUDA, ruff on Python, and lines of at most 100 columns there
+# and in Markdown. --fix formats C and CUDA, and sorts the imports of Python, in place.
+set -euo pipefail
+cd "$1"
+fix=${2:-}
+failed=0
+
+mapfile -t c < <(git ls-files -c -o --exclude-standard '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
+mapfile -t text < <(git ls-files -c -o --exclude-standard '*.py' '*.md')
+[ ${#c[@]} -gt 100 ] && [ ${#text[@]} -gt 50 ]
+ruff=build/venv/bin/ruff
+
+if [ "$fix" = --fix ]; then
+    clang-format -i "${c[@]}"
+    "$ruff" check --quiet --fix || failed=1
+else
+    clang-format --dry-run -Werror "${c[@]}" || failed=1
+    "$ruff" check --quiet --output-format concise || failed=1
+fi
+# A table of Markdown cannot be broken: its rows begin with |.
+LC_ALL=C.UTF-8 awk 'FNR == 1 { tables = FILENAME ~ /[.]md$/ }
+    length > 100 && !(tables && /^ *[|]/) { print FILENAME ":" FNR ": " length " columns"; bad = 1 }
+    END { exit bad }' "${c[@]}" "${text[@]}" || failed=1
+exit $failed
