@@ -170,7 +170,7 @@ MISSING = [
     ("Table 11: needles at 16K to 28K, Llama3.1-8B", "86.3 % (dense 83.8 %), 36 % sparse",
      f"{LM_PROGRAM} needle MODEL TEXT --length 16384 --attention f32,P.json"),
     ("Fig 10 on an RTX 4090", "548 TOPS at half sparse, dense 302",
-     "gpu/on_gpu.sh on the machine in question"),
+     "tests/gpu/on_gpu.sh on the machine in question"),
     ("Figs 14 to 17 on CogvideoX", "27 % sparse over layers, steps, samples and heads", LAYERS),
     ("MInference and FlexPrefill (Table 1, Table 11, Figs 9 and 10), SageAttention (Table 2, "
      "Fig 10)",

@@ -30,8 +30,8 @@ FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-I."]  # as in CMakeLists.txt
 CHECKED = ["sm_80", "sm_90"]
 OTHERS = ["sm_86", "sm_89", "sm_100", "sm_120"]
 HOPPER = {"5_hopper": "sm_90a"}  # instructions of this architecture alone
-PROGRAMS = {"probes": "sm_90a", "ceilings":
-            "sm_90a"}  # measuring tools: looked at, but not in the table
+# Of tests/gpu, for sm_90a: looked at, but not in the table.
+PROGRAMS = ["instructions", "ceilings"]
 NO_SPILLS = ["4_mma", "5_hopper"]
 COLUMNS = [
     "file", "kernel", "arch", "registers", "shared", "stack", "spill_stores", "spill_loads", "nvcc"
@@ -53,18 +53,22 @@ def known_architectures():
     return set(done.stdout.split())
 
 
+def source(file):
+    return f"{'tests/' * (file in PROGRAMS)}gpu/{file}.cu"
+
+
 def compile_one(job):
     """What the compiler said of one file for one architecture; only the device's part is compiled."""
     file, arch = job
     number = arch.removeprefix("sm_")
     command = [
         "nvcc", *FLAGS, "-Xptxas", "-v", "-gencode", f"arch=compute_{number},code={arch}", "-cubin",
-        "-o", "/dev/null", f"gpu/{file}.cu"
+        "-o", "/dev/null", source(file)
     ]
     done = subprocess.run(command, cwd=GPU.parent, capture_output=True, text=True)
     said = done.stdout + done.stderr
     if done.returncode != 0:
-        sys.exit(f"gpu/{file}.cu does not compile for {arch}:\n{said}")
+        sys.exit(f"{source(file)} does not compile for {arch}:\n{said}")
     return file, arch, said
 
 
@@ -99,8 +103,9 @@ def look(architectures, jobs):
     """The rows of all files, and the messages that must not be there."""
     work = []
     for path in sorted(GPU.glob("*.cu")):
-        only = HOPPER.get(path.stem) or PROGRAMS.get(path.stem)
+        only = HOPPER.get(path.stem)
         work += [(path.stem, arch) for arch in ([only] if only else architectures)]
+    work += [(program, "sm_90a") for program in PROGRAMS]
     work.sort(key=lambda job: job[0] not in
               ("5_hopper", "4_mma", "ceilings"))  # the long ones first
     version, rows, bad = nvcc_version(), [], []

@@ -211,25 +211,21 @@ def table3():
 
 
 def gpu_speeds():
-    """{label: (sparsities, speeds over dense)} of the highest kernel, where gpu/on_gpu.sh has been
-    run on a GPU."""
+    """{label: (sparsities, speeds over dense)} of the highest kernel, if on_gpu.sh has been run."""
     path = HERE.parent / "gpu/results/results.csv"
     if not path.exists():
         return {}
-    rows = [
-        r for r in read_csv(path)
-        if (r["dim"], r["causal"]) == ("128", "0") and r["what"] in ("dense", "imposed")
-    ]
+    rows = [r for r in read_csv(path) if (r["dim"], r["causal"]) == ("128", "none") and r["kernel"]]
     lines = {}
-    for (kernel, pv), found in grouped(rows, "kernel", "pv").items():
+    for (kernel, dtypes), found in grouped(rows, "kernel", "dtypes").items():
         if kernel != max(r["kernel"] for r in rows):
             continue
-        n = max(int(r["n"]) for r in found if r["what"] == "imposed")
+        n = max(int(r["n"]) for r in found if r["mask"] == "random")
         here = [r for r in found if int(r["n"]) == n]
-        dense = np.median(column([r for r in here if r["what"] == "dense"], "ms"))
-        masked = sorted((r for r in here if r["what"] == "imposed"),
+        dense = np.median(column([r for r in here if r["mask"] == "dense"], "ms"))
+        masked = sorted((r for r in here if r["mask"] == "random"),
                         key=lambda r: float(r["sparsity"]))
-        lines[f"GPU, kernel {kernel}, P·V in {pv}, {n} tokens"] = column(
+        lines[f"GPU, kernel {kernel}, {dtypes}, {n} tokens"] = column(
             masked, "sparsity"), dense / column(masked, "ms")
     return lines
 

@@ -671,7 +671,7 @@ def section(item, found):
 
 
 def is_command(how):
-    return how.startswith(("build/", "gpu/"))
+    return how.startswith(("build/", "tests/"))
 
 
 def waiting():

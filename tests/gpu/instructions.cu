@@ -10,7 +10,7 @@
 #include "common/half.h"
 #include "gpu/hopper.h"
 #include "gpu/image.h"
-#include "gpu/program.h"
+#include "tests/gpu/program.h"
 
 #include <math.h>
 #include <stdarg.h>

@@ -8,7 +8,7 @@
 #include "common/half.h"
 #include "gpu/hopper.h"
 #include "gpu/image.h"
-#include "gpu/program.h"
+#include "tests/gpu/program.h"
 
 #include <algorithm>
 #include <math.h>

@@ -1,7 +1,8 @@
-/* program.h: what the programs of gpu/ (probes, ceilings) share: memory, launches, random numbers.
- * They stand beside the library, not in it, and end with a sentence at the first error of CUDA. */
-#ifndef SPARGE_GPU_PROGRAM_H
-#define SPARGE_GPU_PROGRAM_H
+/* program.h: what the programs of on_gpu.sh (instructions, ceilings) share: memory, launches,
+ * random numbers. They stand beside the library, not in it, and end with a sentence at the first
+ * error of CUDA. */
+#ifndef SPARGE_TESTS_GPU_PROGRAM_H
+#define SPARGE_TESTS_GPU_PROGRAM_H
 
 #include <cuda_runtime.h>
 #include <stdint.h>
