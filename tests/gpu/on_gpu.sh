@@ -178,7 +178,9 @@ device_state
 
 # ---- What the sanitizer sees: hints, for it does not know all of wgmma and of bulk copies ----
 
-if [ -z "$model" ] && command -v compute-sanitizer >/dev/null; then
+if [ -n "$model" ]; then
+    say "the model looks for mistakes itself"
+elif command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
         step "$tool" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$test_gpu" --quick --seed "$seed" --limit 40
