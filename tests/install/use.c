@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <sparge.h>
+#include "sparge.h"
 
 enum { N = 256, D = 64 };
 

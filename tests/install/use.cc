@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <vector>
 
-#include <sparge.h>
+#include "sparge.h"
 
 int main()
 {
