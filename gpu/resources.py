@@ -31,7 +31,7 @@ CHECKED = ["sm_80", "sm_90"]
 OTHERS = ["sm_86", "sm_89", "sm_100", "sm_120"]
 HOPPER = {"5_hopper": "sm_90a"}  # instructions of this architecture alone
 # Of tests/gpu, for sm_90a: looked at, but not in the table.
-PROGRAMS = ["instructions", "ceilings"]
+PROGRAMS = ["instructions", "language", "products", "ceilings"]
 NO_SPILLS = ["4_mma", "5_hopper"]
 COLUMNS = [
     "file", "kernel", "arch", "registers", "shared", "stack", "spill_stores", "spill_loads", "nvcc"
