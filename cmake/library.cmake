@@ -1,13 +1,16 @@
 # library.cmake: how the libraries are made and installed.
 
-# add_static_library(target output objects...): an archive of one object in which every hidden name is
-# local, so that it meets no other library's names in a program.
-function(add_static_library target output)
+# add_static_library(target output archive): what is in the archive as one object in which every hidden
+# name is local, and what the compiler makes for OpenMP (-d: it has no place yet), so that it meets no
+# other library's names in a program.
+function(add_static_library target output archive)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/${target}.o)
   add_custom_command(OUTPUT ${object}
-    COMMAND ${CMAKE_LINKER} -r --force-group-allocation -o ${object} ${ARGN}
-    COMMAND ${CMAKE_OBJCOPY} --localize-hidden ${object}
-    DEPENDS ${ARGN} COMMAND_EXPAND_LISTS VERBATIM)
+    COMMAND ${CMAKE_LINKER} -r -d --force-group-allocation -o ${object}
+      --whole-archive $<TARGET_FILE:${archive}>
+    COMMAND ${CMAKE_OBJCOPY} --localize-hidden --wildcard
+      "--keep-global-symbol=sparge_*" ${object}
+    DEPENDS ${archive} VERBATIM)
   add_library(${target} STATIC ${object})
   set_target_properties(${target} PROPERTIES LINKER_LANGUAGE C OUTPUT_NAME ${output})
 endfunction()

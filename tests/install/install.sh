@@ -68,8 +68,8 @@ for language in c cc; do
     # shellcheck disable=SC2046 # words on purpose
     "$compiler" "${use[@]}" $(pkg-config --cflags --libs sparge)
     fine env LD_LIBRARY_PATH="$library" "$work/use"
-    "$compiler" "${use[@]}" -static $(pkg-config --static --cflags --libs sparge)
-    fine "$work/use"
+    "$compiler" "${use[@]}" $(pkg-config --static --cflags --libs sparge | sed 's/-lsparge/-l:libsparge.a/')
+    fine "$work/use" # without the folder of libsparge.so
 done
 
 # ---- The manual page has every command and every exit status of --help ----
