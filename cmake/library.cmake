@@ -2,14 +2,14 @@
 
 # add_static_library(target output archive): what is in the archive as one object in which every hidden
 # name is local, and what the compiler makes for OpenMP (-d: it has no place yet), so that it meets no
-# other library's names in a program.
+# other library's names in a program. nvcc's temporary files have other names each time.
 function(add_static_library target output archive)
   set(object ${CMAKE_CURRENT_BINARY_DIR}/${target}.o)
   add_custom_command(OUTPUT ${object}
     COMMAND ${CMAKE_LINKER} -r -d --force-group-allocation -o ${object}
       --whole-archive $<TARGET_FILE:${archive}>
     COMMAND ${CMAKE_OBJCOPY} --localize-hidden --wildcard
-      "--keep-global-symbol=sparge_*" ${object}
+      "--keep-global-symbol=sparge_*" "--strip-symbol=tmpxft_*" ${object}
     DEPENDS ${archive} VERBATIM)
   add_library(${target} STATIC ${object})
   set_target_properties(${target} PROPERTIES LINKER_LANGUAGE C OUTPUT_NAME ${output})
