@@ -1,4 +1,5 @@
-/* block_mask.h: one row of the block mask, one bit per key block. */
+/* block_mask.h: one row of the block mask, one bit per key block. A row of NULL keeps every block:
+ * dense attention. */
 #ifndef SPARGE_COMMON_BLOCK_MASK_H
 #define SPARGE_COMMON_BLOCK_MASK_H
 
@@ -24,7 +25,7 @@ SPARGE_HD bool sparge_mask_row_get(const uint32_t *row, int64_t block)
 /* The first set block in [from, blocks), or `blocks`: the loop that every backend runs. */
 SPARGE_HD int64_t sparge_mask_row_next(const uint32_t *row, int64_t from, int64_t blocks)
 {
-    while (from < blocks && !sparge_mask_row_get(row, from))
+    while (row && from < blocks && !sparge_mask_row_get(row, from))
         from = row[from >> 5] >> (from & 31) ? from + 1 : (from | 31) + 1; /* past an empty word */
     return sparge_min(from, blocks);
 }
@@ -37,6 +38,14 @@ SPARGE_HD int64_t sparge_mask_row_count(const uint32_t *row, int64_t blocks)
          j = sparge_mask_row_next(row, j + 1, blocks))
         count++;
     return count;
+}
+
+/* Word `at` of a row, without the bits from `blocks` on. */
+SPARGE_HD uint32_t sparge_mask_row_word(const uint32_t *row, int64_t at, int64_t blocks)
+{
+    const int64_t left = blocks - 32 * at;
+    const uint32_t among = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
+    return row ? row[at] & among : among;
 }
 
 #endif

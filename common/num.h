@@ -16,6 +16,16 @@
 
 #define SPARGE_LOG2E 1.44269504088896340736f
 
+/* Of sparge_exp2, for those who write it again in vectors. */
+#define SPARGE_EXP2_LOWEST  (-126.0f)       /* below it 2^x is taken for 0 */
+#define SPARGE_EXP2_ROUNDER 12582912.0f     /* 1.5 * 2^23 */
+#define SPARGE_EXP2_C6      0x1.41fbbcp-13f /* 2^f = C6 f^6 + .. + C1 f + 1 */
+#define SPARGE_EXP2_C5      0x1.5f3e52p-10f
+#define SPARGE_EXP2_C4      0x1.3b2d4cp-7f
+#define SPARGE_EXP2_C3      0x1.c6aee8p-5f
+#define SPARGE_EXP2_C2      0x1.ebfbdcp-3f
+#define SPARGE_EXP2_C1      0x1.62e43p-1f
+
 SPARGE_HD int64_t sparge_min(int64_t a, int64_t b) { return a < b ? a : b; }
 SPARGE_HD int64_t sparge_max(int64_t a, int64_t b) { return a > b ? a : b; }
 SPARGE_HD int64_t sparge_ceil_div(int64_t a, int64_t b)
@@ -48,22 +58,22 @@ SPARGE_HD int32_t sparge_round(float x) { return (int32_t)(x + copysignf(0.49999
 
 /* 2^x for x <= 0, within 1 ulp and never above 1: 1 at 0, 0 below -126 and at -inf, NaN for NaN.
  * 2^n by the exponent field, 2^f for f in [-1/2, 1/2] by a minimax polynomial of relative error
- * 2e-9 whose constant term is held at 1. Adding 1.5 * 2^23 rounds x to its nearest integer, which
+ * 2e-9 whose constant term is held at 1. Adding the rounder rounds x to its nearest integer, which
  * then stands in the low bits. No branch, so that a loop of it becomes vectors. */
 SPARGE_HD float sparge_exp2(float x)
 {
-    const float inside = x < -126.0f ? -126.0f : x;
-    const float shifted = inside + 12582912.0f;
-    const float f = inside - (shifted - 12582912.0f);
-    float p = 0x1.41fbbcp-13f;
-    p = fmaf(p, f, 0x1.5f3e52p-10f);
-    p = fmaf(p, f, 0x1.3b2d4cp-7f);
-    p = fmaf(p, f, 0x1.c6aee8p-5f);
-    p = fmaf(p, f, 0x1.ebfbdcp-3f);
-    p = fmaf(p, f, 0x1.62e43p-1f);
+    const float inside = x < SPARGE_EXP2_LOWEST ? SPARGE_EXP2_LOWEST : x;
+    const float shifted = inside + SPARGE_EXP2_ROUNDER;
+    const float f = inside - (shifted - SPARGE_EXP2_ROUNDER);
+    float p = SPARGE_EXP2_C6;
+    p = fmaf(p, f, SPARGE_EXP2_C5);
+    p = fmaf(p, f, SPARGE_EXP2_C4);
+    p = fmaf(p, f, SPARGE_EXP2_C3);
+    p = fmaf(p, f, SPARGE_EXP2_C2);
+    p = fmaf(p, f, SPARGE_EXP2_C1);
     p = fmaf(p, f, 1.0f);
     p *= sparge_bits_float((sparge_float_bits(shifted) + 127u) << 23);
-    return x < -126.0f ? 0.0f : p;
+    return x < SPARGE_EXP2_LOWEST ? 0.0f : p;
 }
 
 /* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials fold 8
@@ -87,5 +97,8 @@ SPARGE_HD float sparge_dot(const float *a, const float *b, int64_t n)
         partial[lane] = fmaf(a[c + lane], b[c + lane], partial[lane]);
     return sparge_sum_of(partial);
 }
+
+/* The mean of n values that have this sum; 0 if there are none. */
+SPARGE_HD float sparge_mean(double sum, int64_t n) { return n ? (float)(sum / (double)n) : 0.0f; }
 
 #endif

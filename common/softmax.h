@@ -22,16 +22,17 @@ SPARGE_HD sparge_row sparge_row_empty(void)
 }
 
 /* A row's largest score in a block, m_local, from the largest visible s: one rounding, as every
- * score has, so that no score is above it. A score of 0 has no sign. NaN where some s is a NaN or
- * the unit is not finite. */
-SPARGE_HD float sparge_row_local(float most, float unit)
+ * score has, so that no score is above it. A score of 0 has no sign. NaN if some s is a NaN or the
+ * scale is not finite. */
+SPARGE_HD float sparge_row_local(float most, float scale)
 {
-    return sparge_finite(unit) ? unit * most + 0.0f : NAN;
+    return sparge_finite(scale) ? scale * most + 0.0f : NAN;
 }
 
-/* How near a block's largest score comes to the row's maximum, for the lambda test: -inf (no vote)
- * where the row sees no key of the block, +inf from a row that has no maximum yet or meets a NaN.
- */
+/* ---- Lambda (lines 14-16) ---- */
+
+/* How near a block's largest score comes to the row's maximum: -inf (no vote) if the row sees no
+ * key of the block, +inf from a row that has no maximum yet or meets a NaN. */
 SPARGE_HD float sparge_row_gap(const sparge_row *row, float local, bool sees)
 {
     const float gap = local - row->max;
@@ -40,36 +41,70 @@ SPARGE_HD float sparge_row_gap(const sparge_row *row, float local, bool sees)
     return row->max == -INFINITY || gap != gap ? INFINITY : gap < -FLT_MAX ? -FLT_MAX : gap;
 }
 
+/* Does a row of this gap keep its group from skipping the block? Not if it sees no key of it. */
+SPARGE_HD bool sparge_gap_is_near(float gap, float lambda) { return gap > lambda * SPARGE_LOG2E; }
+
 /* Does a group of rows whose largest gap is this skip the block? Never without any visible key. */
 SPARGE_HD bool sparge_group_skips(float gap, float lambda)
 {
-    return gap > -INFINITY && gap <= lambda * SPARGE_LOG2E;
+    return gap > -INFINITY && !sparge_gap_is_near(gap, lambda);
 }
 
-/* Raises the maximum to at least `local`, the largest score of a block that the row sees, and
- * returns the factor by which everything that was accumulated under the old one shrinks. */
+/* ---- The running maximum (line 11). Every exponential is exp2 of a function here that ends in
+ * _log2, so that a kernel may take the hardware's instead of sparge_exp2. ---- */
+
+/* Whether `max` stays after a block whose largest score is `local`; a NaN does. */
+SPARGE_HD bool sparge_max_stays(float max, float local) { return local <= max || max != max; }
+
+/* The maximum after that block. */
+SPARGE_HD float sparge_max_update(float max, float local)
+{
+    return sparge_max_stays(max, local) ? max : local;
+}
+
+/* exp2 of it is the factor by which everything that was accumulated under `max` shrinks then. */
+SPARGE_HD float sparge_shrink_log2(float max, float local)
+{
+    return sparge_max_stays(max, local) ? 0.0f : max - local;
+}
+
+/* The row after that block, by that factor. A row that sees no key of the block, with a local of
+ * -inf, stays as it is. No branch, so that a loop of it becomes vectors. */
+SPARGE_HD sparge_row sparge_row_shrunk(sparge_row row, float local, float shrink)
+{
+    sparge_row after;
+    after.max = sparge_max_update(row.max, local);
+    after.sum = row.max == -INFINITY && local != -INFINITY ? 0.0f : row.sum * shrink;
+    return after;
+}
+
+/* Raises the maximum to at least `local`, the largest score of a block of which the row sees a key,
+ * and returns the factor. A row that sees scores of -inf alone is not empty any more. */
 SPARGE_HD float sparge_row_update_max(sparge_row *row, float local)
 {
-    const float old = row->max;
-    if (local == -INFINITY && old == -INFINITY)
+    const float shrink = sparge_exp2(sparge_shrink_log2(row->max, local));
+    if (local == -INFINITY && row->max == -INFINITY)
         row->sum = NAN;
-    if (local <= old || old != old)
-        return 1.0f;
-    const float shrink = sparge_exp2(old - local);
-    row->max = local;
-    row->sum = old == -INFINITY ? 0.0f : row->sum * shrink;
+    *row = sparge_row_shrunk(*row, local, shrink);
     return shrink;
 }
 
-/* What is subtracted from scores under this maximum: 0 where there is none, so that -inf stays
- * -inf. */
+/* ---- Weights (lines 12 and 13) ---- */
+
+/* What is subtracted from scores under this maximum: 0 if there is none, so that -inf stays -inf.
+ */
 SPARGE_HD float sparge_row_base(float max) { return max == -INFINITY ? 0.0f : max; }
 
-/* exp2(unit * score - max), the weight of a score under the row's maximum: exactly 1 at the
- * maximum, since both are rounded alike, and 0 of a score of -inf. */
-SPARGE_HD float sparge_weight(float score, float unit, float max)
+/* exp2 of it is the weight of a score, where base is sparge_row_base of the row's maximum: exactly
+ * 1 at the maximum, since both are rounded alike, and 0 of a score of -inf. */
+SPARGE_HD float sparge_weight_log2(float score, float scale, float base)
 {
-    return sparge_exp2(unit * score - sparge_row_base(max));
+    return scale * score - base;
+}
+
+SPARGE_HD float sparge_weight(float score, float scale, float max)
+{
+    return sparge_exp2(sparge_weight_log2(score, scale, sparge_row_base(max)));
 }
 
 /* The code, 0 .. qmax, of a weight; 0 of a NaN. */
@@ -78,18 +113,26 @@ SPARGE_HD int32_t sparge_code(float weight, int qmax)
     return weight <= 1.0f ? (int32_t)fmaf((float)qmax, weight, 0.5f) : 0;
 }
 
-/* That of a score beside the largest visible one of its tile. Integers are subtracted exactly. */
-SPARGE_HD int32_t sparge_weight_code(float score, float most, float unit, int qmax)
+/* exp2 of it is the weight of a score beside the largest visible one of its tile. Integers are
+ * subtracted exactly. */
+SPARGE_HD float sparge_code_log2(float score, float most, float scale)
 {
-    return sparge_code(sparge_exp2(unit * (score - most)), qmax);
+    return scale * (score - most);
 }
 
-/* What a code of that tile weighs under the row's maximum: exp2(local - max) / qmax, and 0 where
- * all scores of the tile are -inf. */
+SPARGE_HD int32_t sparge_weight_code(float score, float most, float scale, int qmax)
+{
+    return sparge_code(sparge_exp2(sparge_code_log2(score, most, scale)), qmax);
+}
+
+/* What a code of that tile weighs under the row's maximum: exp2(local - max) / qmax, and 0 if all
+ * scores of the tile are -inf. */
 SPARGE_HD float sparge_code_weight(float local, float max, int qmax)
 {
     return sparge_exp2(local == -INFINITY ? local : local - max) / (float)qmax;
 }
+
+/* ---- The end of a row (lines 20 and 21) ---- */
 
 /* The state of two disjoint sets of keys together; outputs add as o = a_share * o_a + b_share * o_b
  * (unnormalised). */
@@ -108,7 +151,7 @@ SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share
     return both;
 }
 
-/* A row that saw no key. */
+/* It saw no key. */
 SPARGE_HD bool sparge_row_is_empty(const sparge_row *row)
 {
     return row->max == -INFINITY && row->sum == 0.0f;
@@ -126,6 +169,20 @@ SPARGE_HD float sparge_row_lse(const sparge_row *row)
     if (sparge_row_is_empty(row))
         return -INFINITY;
     return (float)(((double)row->max + log2((double)row->sum)) * 0.69314718055994530942);
+}
+
+/* The same where smoothing took `mean_score` = softmax_scale * (q . mean key) off every score. */
+SPARGE_HD float sparge_row_lse_smoothed(const sparge_row *row, float mean_score)
+{
+    return sparge_row_is_empty(row) ? -INFINITY : sparge_row_lse(row) + mean_score;
+}
+
+/* A row that met a query or a key that is not finite: o and lse are NaN, unless it saw no key. */
+SPARGE_HD sparge_row sparge_row_nonfinite(sparge_row row)
+{
+    if (!sparge_row_is_empty(&row))
+        row.sum = NAN;
+    return row;
 }
 
 #endif

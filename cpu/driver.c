@@ -17,9 +17,9 @@ static int omp_get_thread_num(void) { return 0; }
 
 #include "common/arithmetic.h"
 #include "common/block_mask.h"
+#include "common/clock.h"
 #include "cpu/cpu.h"
 #include "cpu/work.h"
-#include "ref/ref.h"
 
 enum {
     WAVE_BYTES = 32 << 20, /* of K and V, unless one head needs more */
@@ -299,26 +299,26 @@ static void run_waves(sparge_work *w)
                   blocks = w->p->heads / w->p->kv_heads * g->q_blocks;
     for (w->first_kv = 0; w->first_kv < heads && !w->cancelled; w->first_kv += w->wave) {
         w->end_kv = sparge_min(heads, w->first_kv + w->wave);
-        const double start = sparge_ref_seconds();
+        const double start = sparge_seconds();
         pack_wave(w);
-        w->packing += sparge_ref_seconds() - start;
+        w->packing += sparge_seconds() - start;
         for (int64_t first = w->first_kv * blocks; first < w->end_kv * blocks && !w->cancelled;
              first += w->chunk) {
             w->tasks = sparge_min(w->chunk, w->end_kv * blocks - first);
             for (int64_t n = 0; n < w->tasks; n++)
                 w->task[n] = (sparge_task){
                     .head = (first + n) / g->q_blocks, .i = (first + n) % g->q_blocks, .slot = n};
-            const double begin = sparge_ref_seconds();
+            const double begin = sparge_seconds();
             on_each(w, w->tasks, PACKED_TOGETHER, pack_queries);
-            const double packed = sparge_ref_seconds();
+            const double packed = sparge_seconds();
             if (w->predicted)
                 on_each(w, w->tasks, PACKED_TOGETHER, select_row);
-            const double predicted = sparge_ref_seconds();
+            const double predicted = sparge_seconds();
             if (w->result && !w->cancelled)
                 attend_chunk(w);
             w->packing += packed - begin;
             w->predicting += predicted - packed;
-            w->attending += sparge_ref_seconds() - predicted;
+            w->attending += sparge_seconds() - predicted;
         }
     }
 }
@@ -332,7 +332,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         .o = o,
         .intermediates = intermediates,
         .kernels = sparge_cpu_kernels(o->isa),
-        .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
+        .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal),
         .predicted = predicted,
         .mask = mask,
         .result = result,

@@ -7,9 +7,9 @@
 #include <omp.h>
 #endif
 
+#include "common/clock.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
-#include "ref/ref.h"
 
 enum { TRIALS = 7, BUFFER = 64 << 20 /* floats: far more than a cache holds */ };
 
@@ -35,10 +35,10 @@ static double operation_rate(int64_t (*peak)(int64_t rounds), int threads)
     (void)threads;
     for (int trial = 0; trial < TRIALS;) {
         int64_t operations = 0;
-        const double start = sparge_ref_seconds();
+        const double start = sparge_seconds();
 #pragma omp parallel num_threads(threads) reduction(+ : operations)
         operations += peak(rounds);
-        const double seconds = sparge_ref_seconds() - start;
+        const double seconds = sparge_seconds() - start;
         if (seconds < trial_seconds && rounds < INT64_C(1) << 40) {
             rounds *= 2;
             continue;
@@ -54,11 +54,11 @@ static double read_rate(float (*read)(const float *x, int64_t n), const float *x
     float sum = 0.0f;
     (void)threads;
     for (int trial = 0; trial < TRIALS; trial++) {
-        const double start = sparge_ref_seconds();
+        const double start = sparge_seconds();
 #pragma omp parallel for num_threads(threads) reduction(+ : sum)
         for (int64_t part = 0; part < 64; part++)
             sum += read(x + part * (BUFFER / 64), BUFFER / 64);
-        const double seconds = sparge_ref_seconds() - start;
+        const double seconds = sparge_seconds() - start;
         rate[trial] = (double)BUFFER * sizeof *x / seconds;
     }
     return sum >= 0.0f ? median(rate) : 0.0; /* which the compiler cannot know */

@@ -1,8 +1,8 @@
 /* select.c: one row of the block mask (ref/predict.c; Algorithm 1 lines 5 and 6), in time that
  * grows as the row: the reference sorts, this finds the score at which the sorted prefix ends. */
 #include "common/block_mask.h"
+#include "common/thresholds.h"
 #include "cpu/work.h"
-#include "ref/ref.h"
 
 /* One row of the mask, and why: bits of sparge_reason for each block, or NULL. */
 typedef struct mask_row {
@@ -66,7 +66,7 @@ static void keep_prefix(const ranked *row, double limit, const mask_row *to, spa
 void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_task *task)
 {
     const sparge_geometry *g = &w->g;
-    const sparge_thresholds *thresholds = sparge_ref_thresholds(w->o, task->head % w->p->heads);
+    const sparge_thresholds *thresholds = sparge_thresholds_of(w->o, task->head % w->p->heads);
     const int64_t line = task->head * g->q_blocks + task->i,
                   visible = sparge_blocks_visible(g, task->i);
     const int64_t key_blocks = (sparge_kv_of(w->p, task->head) - w->first_kv) * g->k_blocks;

@@ -3,8 +3,8 @@
 #include <string.h>
 
 #include "common/block_mask.h"
+#include "common/thresholds.h"
 #include "cpu/work.h"
-#include "ref/ref.h"
 
 /* A group of rows of query block i over key block j. */
 typedef struct group {
@@ -171,7 +171,7 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_tas
 void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *task)
 {
     const sparge_geometry *g = &w->g;
-    const float lambda = sparge_ref_thresholds(w->o, task->head % w->p->heads)->lambda;
+    const float lambda = sparge_thresholds_of(w->o, task->head % w->p->heads)->lambda;
     const int64_t kv = sparge_kv_of(w->p, task->head), line = task->head * g->q_blocks + task->i;
     const int64_t first = task->i * g->block_q,
                   rows = sparge_block_rows(g->q_len, g->block_q, task->i);

@@ -125,7 +125,7 @@ static int64_t lay_out(work &w, const call &c, void *base)
     const int64_t widest = c.attends ? sparge_max(p->dim, p->dim_v) : p->dim;
     arena a = {(char *)base, 0};
     w = work();
-    w.g = sparge_geometry_make(p->q_len, p->k_len, BLOCK_Q, BLOCK_K, (int)o->causal);
+    w.g = sparge_geometry_make(p->q_len, p->k_len, BLOCK_Q, BLOCK_K, o->causal);
     w.batch = p->batch;
     w.heads = p->heads;
     w.kv_heads = p->kv_heads;

@@ -1,9 +1,9 @@
 /* driver.c: what the stages stand in: memory, loops over heads and blocks, non-finite rows,
  * counters, intermediates, output. Nothing of the algorithm is here. */
 #include <stdlib.h>
-#include <time.h>
 
 #include "common/block_mask.h"
+#include "common/clock.h"
 #include "common/half.h"
 #include "ref/stage.h"
 
@@ -42,13 +42,6 @@ void sparge_ref_record(void *array, int64_t at, const void *from, int64_t n, siz
         memcpy((char *)array + (size_t)(at * n) * size, from, (size_t)n * size);
 }
 
-double sparge_ref_seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 /* Asks the caller, when so much is done of all. */
 static bool goes_on(const sparge_options *o, int64_t done, int64_t all)
 {
@@ -61,7 +54,7 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
                                  sparge_mask *mask, const sparge_intermediates *intermediates)
 {
     const sparge_geometry g =
-        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal);
     const int64_t group = p->heads / p->kv_heads, longest = sparge_max(g.block_q, g.block_k);
     arena a = {0};
     const sparge_ref_predictor w = {
@@ -87,7 +80,7 @@ sparge_status sparge_ref_predict(const sparge_problem *p, const sparge_options *
         if (h % group == 0)
             sparge_ref_summarize_keys(&w, b, h / group);
         for (int64_t j = 0; j < g.k_blocks; j++)
-            w.similar_k[j] = w.mode.similar(&w.summary_k[j], sparge_ref_thresholds(o, h)->theta);
+            w.similar_k[j] = w.mode.similar(&w.summary_k[j], sparge_thresholds_of(o, h)->theta);
         for (int64_t i = 0; i < g.q_blocks && !status; i++) {
             uint32_t *kept = mask->bits + (n * g.q_blocks + i) * mask->words;
             memset(kept, 0, (size_t)mask->words * sizeof *kept);
@@ -197,7 +190,7 @@ static sparge_status attend_head(sparge_ref_attender *w, int64_t b, int64_t h,
         for (int64_t j = 0; j < g->k_blocks; j++)
             w->share[j] = 0.0f;
         sparge_ref_attend_block(w, i, mask ? mask->bits + line * mask->words : all,
-                                sparge_ref_thresholds(w->o, h)->lambda);
+                                sparge_thresholds_of(w->o, h)->lambda);
         for (int64_t r = 0; r < rows; r++)
             finish_row(w, b, h, r);
         sparge_ref_record(w->result->intermediates->pv_done, line, w->share, g->k_blocks, 4);
@@ -259,10 +252,10 @@ static void quantize_keys(const sparge_ref_attender *w, int64_t b, int64_t kv)
 sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o,
                                 const sparge_mask *mask, sparge_result *result)
 {
-    const double start = sparge_ref_seconds();
+    const double start = sparge_seconds();
     const sparge_ref_mode mode = sparge_ref_mode_of(p, o);
     const sparge_geometry g =
-        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal);
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal);
     const int64_t longest = sparge_max(g.block_q, g.block_k), widest = sparge_max(p->dim, p->dim_v);
     const int64_t group = p->heads / p->kv_heads, words = sparge_mask_row_words(g.k_blocks);
     arena a = {0};
@@ -302,27 +295,27 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
     sparge_status status = a.failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
     for (int64_t n = 0; n < p->batch * p->heads && !status; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;
-        const double before = sparge_ref_seconds();
+        const double before = sparge_seconds();
         if (h % group == 0)
             quantize_keys(&w, b, h / group);
         sparge_ref_codes(&w, &p->q, b, h, p->q_len, NULL, &w.q);
         record_codes(&w.q, n, p->q_len, result->intermediates->q_int,
                      result->intermediates->q_scale);
-        quantizing += sparge_ref_seconds() - before;
+        quantizing += sparge_seconds() - before;
         w.counts = &result->head_counts[n];
         status = attend_head(&w, b, h, mask, all);
     }
     release(&a);
     result->seconds_quantize = quantizing;
-    result->seconds_attend = sparge_ref_seconds() - start - quantizing;
+    result->seconds_attend = sparge_seconds() - start - quantizing;
     return status;
 }
 
 sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o,
                                    sparge_mask *mask, sparge_result *result)
 {
-    const double start = sparge_ref_seconds();
+    const double start = sparge_seconds();
     const sparge_status status = sparge_ref_predict(p, o, mask, result->intermediates);
-    result->seconds_predict = sparge_ref_seconds() - start;
+    result->seconds_predict = sparge_seconds() - start;
     return status ? status : sparge_ref_attend(p, o, mask, result);
 }

@@ -167,7 +167,7 @@ void sparge_ref_predict_row(const sparge_ref_predictor *w, int64_t b, int64_t h,
     const sparge_ref_summary q =
         sparge_ref_summarize(w->x, w->bad, rows, g->block_q, p->dim, w->pool, w->unit);
 
-    const sparge_thresholds *thresholds = sparge_ref_thresholds(w->o, h);
+    const sparge_thresholds *thresholds = sparge_thresholds_of(w->o, h);
     sparge_ref_row row = sparge_ref_row_of(g, w->o, i);
     row.s = w->s;
     row.k_similar = w->similar_k;

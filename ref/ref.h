@@ -9,6 +9,7 @@
 
 #include "common/geometry.h"
 #include "common/softmax.h"
+#include "common/thresholds.h"
 #include "sparge.h"
 
 /* ---- The backend: what sparge.c calls. Arguments are checked and options resolved by then. ----
@@ -21,14 +22,6 @@ sparge_status sparge_ref_attend(const sparge_problem *p, const sparge_options *o
 sparge_status sparge_ref_attention(const sparge_problem *p, const sparge_options *o,
                                    sparge_mask *mask,
                                    sparge_result *result); /* the one, then the other */
-
-double sparge_ref_seconds(void); /* since some moment; never runs backwards */
-
-/* The thresholds of one query head. */
-static inline const sparge_thresholds *sparge_ref_thresholds(const sparge_options *o, int64_t h)
-{
-    return o->per_head ? &o->per_head[h] : &o->thresholds;
-}
 
 /* ---- block.c: one block ------------------------------------------------------------------- */
 

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "common/arithmetic.h"
+#include "common/clock.h"
 #include "tune/tune.h"
 
 typedef struct heads {
@@ -41,7 +42,7 @@ static bool tick(void *user, double units)
     pthread_mutex_lock(&all->lock);
     all->units_done += units;
     all->stopped |=
-        all->how->seconds > 0.0 && sparge_ref_seconds() - all->start > all->how->seconds;
+        all->how->seconds > 0.0 && sparge_seconds() - all->start > all->how->seconds;
     tell(all);
     const bool goes_on = !all->stopped;
     pthread_mutex_unlock(&all->lock);
@@ -53,11 +54,11 @@ static void work(heads *all, int64_t head, double units, sparge_tuned *to)
     worker w = {all, 0.0};
     const tune_task task = {all->how,   &all->o, all->sample, all->count,
                             all->tuned, head,    {tick, &w}};
-    const double start = sparge_ref_seconds();
+    const double start = sparge_seconds();
     sparge_tuned t = {0};
     sparge_error error = {""};
     const sparge_status status = tick(&w, 0.0) ? tune_head(&task, &t, &error) : SPARGE_OK;
-    t.seconds = sparge_ref_seconds() - start;
+    t.seconds = sparge_seconds() - start;
     pthread_mutex_lock(&all->lock);
     if (status && !all->status) {
         all->status = status;
@@ -80,7 +81,7 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
 {
     const int64_t q_heads = inputs[0].heads;
     heads all = {
-        .how = how, .o = *o, .start = sparge_ref_seconds(), .lock = PTHREAD_MUTEX_INITIALIZER};
+        .how = how, .o = *o, .start = sparge_seconds(), .lock = PTHREAD_MUTEX_INITIALIZER};
     double units = 0.0; /* of one head */
     int64_t todo = 0;
     for (int64_t h = 0; h < q_heads; h++)

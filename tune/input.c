@@ -161,7 +161,7 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
     const int64_t kv = head / (p->heads / p->kv_heads);
     *x = (tune_input){
         .o = o,
-        .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, (int)o->causal),
+        .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal),
     };
     tune_array mean = {0};
     sparge_status status =

@@ -137,6 +137,16 @@ Test(common, integers)
     check_equal(sparge_max(3000000001, 3000000000), 3000000001);
 }
 
+Test(common, mean)
+{
+    check_equal(sparge_mean(6.0, 4), 1.5f);
+    check_equal(sparge_mean(1.0, 3), 0x1.555556p-2f);
+    check_equal(sparge_mean(0.0, 0), 0.0f);
+    check_equal(sparge_mean(NAN, 0), 0.0f);
+    check_equal(sparge_mean(3.0 + 0x1p-30, 1), 3.0f);
+    check_equal(sparge_mean(0x1p130, 8), 0x1p127f); /* not in f32 before the division */
+}
+
 Test(common, float_bits)
 {
     static const struct {
@@ -416,7 +426,7 @@ Test(common, dot_every_length)
 
 /* ---- geometry.h ------------------------------------------------------------------------- */
 
-enum { NONE, END, START };
+enum { NONE = SPARGE_CAUSAL_NONE, END = SPARGE_CAUSAL_END, START = SPARGE_CAUSAL_START };
 
 Test(common, blocks)
 {
@@ -437,8 +447,8 @@ Test(common, blocks)
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        const sparge_geometry g = sparge_geometry_make(table[i].q_len, table[i].k_len,
-                                                       table[i].block_q, table[i].block_k, NONE);
+        const sparge_geometry g = sparge_geometry_make(
+            table[i].q_len, table[i].k_len, table[i].block_q, table[i].block_k, SPARGE_CAUSAL_NONE);
         check_equal(g.q_len, table[i].q_len);
         check_equal(g.k_len, table[i].k_len);
         check_equal(g.block_q, table[i].block_q);
@@ -510,6 +520,7 @@ Test(common, keys_seen)
         const sparge_geometry g =
             sparge_geometry_make(table[i].q_len, table[i].k_len, 128, 64, table[i].causal);
         check_equal(sparge_last_key(&g, table[i].t), table[i].last);
+        check_equal(sparge_keys_of_query(&g, table[i].t), sparge_max(0, table[i].last + 1));
         check_equal(sparge_keys_visible(&g, table[i].t, table[i].j), table[i].seen);
     }
 }
@@ -582,19 +593,26 @@ Test(common, geometry_by_definition)
                 check_case("%d x %d in %d x %d, causal %d", (int)q_len, (int)k_len, (int)bq,
                            (int)bk, causal);
                 const sparge_geometry g = sparge_geometry_make(q_len, k_len, bq, bk, causal);
-                int64_t of_block[18] = {0}, rows = 0;
+                int64_t of_block[18] = {0}, diagonal[18], rows = 0;
+                for (int i = 0; i < 18; i++)
+                    diagonal[i] = 18;
                 for (int64_t t = 0; t < q_len; t++) {
-                    int64_t keys[18] = {0};
+                    int64_t keys[18] = {0}, all = 0;
                     for (int64_t u = 0; u < k_len; u++)
                         if (sees(causal, q_len, k_len, t, u)) {
+                            all++;
                             keys[u / bk]++;
                             of_block[t / bq] = sparge_max(of_block[t / bq], u / bk + 1);
                         }
                     for (int64_t j = 0; j < g.k_blocks; j++)
                         check_equal(sparge_keys_visible(&g, t, j), keys[j]);
+                    check_equal(sparge_keys_of_query(&g, t), all);
+                    diagonal[t / bq] = sparge_min(diagonal[t / bq], sparge_max(0, all - 1) / bk);
                 }
                 for (int64_t i = 0; i < g.q_blocks; i++) {
                     check_equal(sparge_blocks_visible(&g, i), of_block[i]);
+                    check_equal(sparge_first_diagonal(&g, i),
+                                causal == NONE ? g.k_blocks : diagonal[i]);
                     rows += sparge_block_rows(q_len, bq, i);
                 }
                 check_equal(rows, q_len);
@@ -668,6 +686,42 @@ Test(common, mask_bits)
     check_free(row);
     cr_assert_eq(sparge_mask_row_next(NULL, 0, 0), 0);
     cr_assert_eq(sparge_mask_row_count(NULL, 0), 0);
+}
+
+/* Dense: every block, up to the last one. */
+Test(common, mask_of_null)
+{
+    check_equal(sparge_mask_row_next(NULL, 3, 100), 3);
+    check_equal(sparge_mask_row_next(NULL, 100, 100), 100);
+    check_equal(sparge_mask_row_next(NULL, 101, 100), 100);
+    check_equal(sparge_mask_row_count(NULL, 100), 100);
+}
+
+Test(common, mask_word)
+{
+    static const uint32_t row[] = {0xffffffff, 0xf000000f, 0x80000001};
+    static const struct {
+        int64_t at, blocks;
+        uint32_t word, dense;
+    } table[] = {
+        {0, 96, 0xffffffff, 0xffffffff},
+        {1, 96, 0xf000000f, 0xffffffff},
+        {2, 96, 0x80000001, 0xffffffff},
+        {2, 95, 0x00000001, 0x7fffffff},
+        {2, 65, 0x00000001, 0x00000001},
+        {2, 64, 0, 0},
+        {2, 10, 0, 0},
+        {1, 62, 0x3000000f, 0x3fffffff},
+        {0, 1, 1, 1},
+        {0, 0, 0, 0},
+        {0, 31, 0x7fffffff, 0x7fffffff},
+        {0, 32, 0xffffffff, 0xffffffff},
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_equal(sparge_mask_row_word(row, table[i].at, table[i].blocks), table[i].word);
+        check_equal(sparge_mask_row_word(NULL, table[i].at, table[i].blocks), table[i].dense);
+    }
 }
 
 /* More than 2^31 blocks: a quarter of a gigabyte, of which a few pages are touched. */
@@ -963,6 +1017,18 @@ Test(common, row_raise)
         check_number(sparge_row_update_max(&row, table[i].local), table[i].shrink);
         check_number(row.max, table[i].after.max);
         check_number(row.sum, table[i].after.sum);
+
+        /* In parts, as a kernel with an exponential of its own does it. */
+        const float old = table[i].row.max, local = table[i].local;
+        check_number(sparge_max_update(old, local), table[i].after.max);
+        check_equal(sparge_max_stays(old, local), table[i].shrink == 1.0f);
+        check_number(sparge_exp2(sparge_shrink_log2(old, local)), table[i].shrink);
+        row = sparge_row_shrunk(table[i].row, local, table[i].shrink);
+        check_number(row.max, table[i].after.max);
+        if (local == -INFINITY) /* for it the row may see no key of the block */
+            check_number(row.sum, table[i].row.sum);
+        else
+            check_number(row.sum, table[i].after.sum);
     }
 }
 
@@ -1038,7 +1104,11 @@ Test(common, group_skips)
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("gap %g, lambda %g", (double)table[i].gap, (double)table[i].lambda);
         check_equal(sparge_group_skips(table[i].gap, table[i].lambda), table[i].skips);
+        if (!isnan(table[i].gap))
+            check_equal(sparge_gap_is_near(table[i].gap, table[i].lambda),
+                        table[i].gap > -INFINITY && !table[i].skips);
     }
+    cr_assert(!sparge_gap_is_near(-INFINITY, -INFINITY) && !sparge_gap_is_near(-INFINITY, 0.0f));
 }
 
 Test(common, weight)
@@ -1070,6 +1140,9 @@ Test(common, weight)
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
         check_number(sparge_weight(table[i].score, table[i].scale, table[i].max), table[i].weight);
+        const float base = sparge_row_base(table[i].max);
+        check_number(sparge_exp2(sparge_weight_log2(table[i].score, table[i].scale, base)),
+                     table[i].weight);
     }
 }
 
@@ -1098,6 +1171,8 @@ Test(common, weight_code)
         check_case("line %zu", i);
         check_equal(sparge_weight_code(table[i].score, table[i].most, table[i].unit, table[i].qmax),
                     table[i].code);
+        const float p = sparge_exp2(sparge_code_log2(table[i].score, table[i].most, table[i].unit));
+        check_equal(sparge_code(p, table[i].qmax), table[i].code);
     }
     for (int qmax = 127; qmax <= 4095; qmax += 4095 - 127) /* one rounding or two: the same codes */
         for (uint32_t bits = 0; bits <= sparge_float_bits(1.0f); bits += 97) {
@@ -1185,6 +1260,15 @@ Test(common, row_norm_and_lse)
     const sparge_row bad = row_of(3.0f, NAN), worse = row_of(NAN, 1.0f);
     cr_assert(isnan(sparge_row_norm(&bad)) && isnan(sparge_row_lse(&bad)) &&
               isnan(sparge_row_lse(&worse)));
+
+    const sparge_row empty = sparge_row_empty(), some = row_of(2.0f, 4.0f);
+    check_equal(sparge_row_lse_smoothed(&some, 0.0f), sparge_row_lse(&some));
+    check_equal(sparge_row_lse_smoothed(&some, -1.5f), sparge_row_lse(&some) - 1.5f);
+    check_equal(sparge_row_lse_smoothed(&empty, 3.0f), -INFINITY);
+    check_equal(sparge_row_lse_smoothed(&empty, INFINITY), -INFINITY);
+    check_equal(sparge_row_lse_smoothed(&empty, NAN), -INFINITY);
+    const sparge_row met = sparge_row_nonfinite(some), none = sparge_row_nonfinite(empty);
+    cr_assert(met.max == 2.0f && isnan(met.sum) && sparge_row_is_empty(&none));
 }
 
 /* 50 scores, eight at a time and in two halves that merge, against the formula in double. */

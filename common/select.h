@@ -1,0 +1,88 @@
+/* select.h: how stage 1 decides which key blocks a query block keeps (Sec 3.3, Algorithm 1 lines
+ * 4-6). A backend may sort a row, select by radix or bisect; what it asks is here. */
+#ifndef SPARGE_COMMON_SELECT_H
+#define SPARGE_COMMON_SELECT_H
+
+#include "common/num.h"
+#include "sparge.h"
+
+/* ---- A block ---- */
+
+/* What a row is multiplied by to have length 1, from its squared length; 0 for a row of zeros. */
+SPARGE_HD float sparge_unit_factor(float square)
+{
+    return square > 0.0f ? 1.0f / sqrtf(square) : 0.0f;
+}
+
+/* The mean cosine of all n * n pairs of rows, from the squared length of the sum of n unit rows:
+ * the Gram matrix is never needed. */
+SPARGE_HD float sparge_mean_cosine(float square, int64_t n)
+{
+    const float rows = (float)n;
+    return fminf(1.0f, square / (rows * rows));
+}
+
+/* Does the mean row of a block stand for it? Never if some element is not finite. */
+SPARGE_HD bool sparge_is_similar(bool finite, float sim, float theta)
+{
+    return finite && sim > theta;
+}
+
+/* ---- A row of S ---- */
+
+/* The score of two mean rows. A score of 0 has no sign. */
+SPARGE_HD float sparge_pool_score(float dot, float softmax_scale)
+{
+    return softmax_scale * dot + 0.0f;
+}
+
+/* Bits that compare as the floats do, and -0 as 0. Not for NaN. */
+SPARGE_HD uint32_t sparge_order_key(float x)
+{
+    const uint32_t bits = sparge_float_bits(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* Does one block come before another? The better score does, and of equal ones the earlier block,
+ * so that the mask is unique. */
+SPARGE_HD bool sparge_comes_before(float score, int64_t block, float other, int64_t other_block)
+{
+    return score > other || (score == other && block < other_block);
+}
+
+/* The weight of a score in softmax(S[i,:]) beside the largest score of the row, in units of 2^-30.
+ * It is an integer, so that a sum has one value in any order. */
+SPARGE_HD uint32_t sparge_mass(float score, float top)
+{
+    return (uint32_t)(int32_t)(sparge_exp2((score - top) * SPARGE_LOG2E) * 0x1p30f);
+}
+
+/* TopCdf keeps the best blocks as long as their mass together is at most this. */
+SPARGE_HD double sparge_mass_limit(float tau, uint64_t total)
+{
+    return (double)tau * (double)total;
+}
+
+/* How many best blocks top-k keeps: a share of the visible ones, but at least one. The addend makes
+ * 0.7f of 10 seven. */
+SPARGE_HD int64_t sparge_topk_count(float topk, int64_t visible)
+{
+    return sparge_max(1, (int64_t)floor((double)topk * (double)visible + 1e-5));
+}
+
+/* Why a visible block is kept whatever its rank: bits of sparge_reason, 0 if it need not be. A mean
+ * row that does not stand for its block, on either side, says nothing of the pair; nor does a score
+ * that is not finite. */
+SPARGE_HD uint32_t sparge_forced(bool q_similar, bool k_similar, bool score_finite, bool diagonal,
+                                 bool sink)
+{
+    uint32_t why = 0;
+    why |= q_similar ? 0u : (uint32_t)SPARGE_KEPT_DISSIMILAR_Q;
+    why |= k_similar ? 0u : (uint32_t)SPARGE_KEPT_DISSIMILAR_K;
+    why |= !k_similar || score_finite ? 0u : (uint32_t)SPARGE_KEPT_OVERFLOW;
+    why |= diagonal ? (uint32_t)SPARGE_KEPT_DIAGONAL : 0u;
+    why |= sink ? (uint32_t)SPARGE_KEPT_SINK : 0u;
+    return why;
+}
+
+#endif
