@@ -16,7 +16,7 @@ else()
   message(FATAL_ERROR "headers: LANGUAGE=${LANGUAGE}")
 endif()
 
-file(GLOB headers RELATIVE ${ROOT} ${ROOT}/sparge.h ${ROOT}/tools/sparge_params.h ${ROOT}/common/*.h)
+file(GLOB headers RELATIVE ${ROOT} ${ROOT}/sparge*.h ${ROOT}/tools/sparge_params.h ${ROOT}/common/*.h)
 if(NOT headers)
   message(FATAL_ERROR "headers: none under ROOT=${ROOT}")
 endif()
