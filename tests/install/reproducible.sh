@@ -7,10 +7,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export CCACHE_DISABLE=1 # it would compare an object with itself
 
+mkdir -p "$work/one" "$work/another/and"
+tar -C "$root" -c --exclude=./build --exclude=./.git --exclude='*.safetensors' . | tar -C "$work/one" -x
+cp -r "$work/one" "$work/another/and/longer"
 for folder in one another/and/longer; do
-    mkdir -p "$work/$folder"
-    tar -C "$root" -c --exclude=./build --exclude=./.git --exclude='*.safetensors' . |
-        tar -C "$work/$folder" -x
     "$cmake" -S "$work/$folder" -B "$work/$folder/out" -DSPARGE_TOOLS=ON -DCMAKE_C_COMPILER="$cc" \
         -DCMAKE_BUILD_TYPE=RelWithDebInfo >"$work/log" &&
         "$cmake" --build "$work/$folder/out" --parallel 2 >"$work/log" ||
