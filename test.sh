@@ -52,7 +52,7 @@ folder() {
     local targets=(tests/"$1"/all)
     case $1 in
     gpu | tools | experiments) targets+=(tools/all experiments/lm/all tests/cuda_model/all) ;;
-    install) targets=(all) ;;
+    install) targets=(tools/all experiments/lm/all sparge_shared sparge_static) ;;
     esac
     prepare dev "${targets[@]}"
     ctest --preset dev -L "^$1\$" -LE slow
