@@ -43,7 +43,7 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
             c[r][n] =
-                i_add(i_all(x->a_start[at.row + r]), i_load(x->b_start + (at.column + n) * LANES));
+                i_add(i_all(x->a_init[at.row + r]), i_load(x->b_init + (at.column + n) * LANES));
     for (int64_t e = 0; e < half; e += 2, b += 4 * SPARGE_PANEL) {
         const ints first[WIDTH] = {i_load(b), i_load(b + 16)},
                    second[WIDTH] = {i_load(b + 32), i_load(b + 48)};
@@ -83,7 +83,7 @@ INLINE floats f_scale(floats p, ints n)
 
 INLINE floats f_flush(floats x, floats p)
 {
-    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), p);
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, f_all(SPARGE_EXP2_LOWEST), _CMP_LT_OQ), p);
 }
 
 INLINE float f_most(floats x)
@@ -140,9 +140,9 @@ INLINE ints store_words(int16_t *to, const ints *code, int vectors)
     return sum;
 }
 
-#include "cpu/weights.h"
+#include "cpu/softmax.h"
 
-/* ---- Stages ---- */
+/* ---- What plain.h asks for ---- */
 
 static float dot(const float *a, const float *b, int64_t n)
 {
@@ -164,8 +164,8 @@ static void widen(const uint16_t *from, int64_t n, float *to)
 
 void sparge_avx2_kernels(sparge_kernels *k)
 {
-    stages(k);
-    products(k);
-    weights(k);
+    plain_kernels(k);
+    product_kernels(k);
+    softmax_kernels(k);
     k->isa = SPARGE_ISA_AVX2;
 }

@@ -58,7 +58,8 @@ INLINE floats f_scale(floats p, ints n)
 
 INLINE floats f_flush(floats x, floats p)
 {
-    return _mm512_maskz_mov_ps((__mmask16)~_mm512_cmp_ps_mask(x, f_all(-126.0f), _CMP_LT_OQ), p);
+    return _mm512_maskz_mov_ps(
+        (__mmask16)~_mm512_cmp_ps_mask(x, f_all(SPARGE_EXP2_LOWEST), _CMP_LT_OQ), p);
 }
 
 /* 8 + 8, 4 + 4, 2 + 2, 1 + 1: the order of sparge_sum_of. */
@@ -92,9 +93,9 @@ INLINE ints store_words(int16_t *to, const ints *code, int vectors)
     return sum;
 }
 
-#include "cpu/weights.h"
+#include "cpu/softmax.h"
 
-/* ---- Stages ---- */
+/* ---- What plain.h asks for ---- */
 
 static float dot(const float *a, const float *b, int64_t n)
 {
@@ -115,8 +116,8 @@ static void widen(const uint16_t *from, int64_t n, float *to)
 
 void sparge_avx512vnni_kernels(sparge_kernels *k)
 {
-    stages(k);
-    vnni_products(k);
-    weights(k);
+    plain_kernels(k);
+    vnni_kernels(k);
+    softmax_kernels(k);
     k->isa = SPARGE_ISA_AVX512VNNI;
 }

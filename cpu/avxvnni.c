@@ -37,6 +37,6 @@ INLINE ints i_dot_words(ints c, ints a, ints b)
 
 void sparge_avxvnni_kernels(sparge_kernels *k)
 {
-    vnni_products(k);
+    vnni_kernels(k);
     k->isa = SPARGE_ISA_AVXVNNI;
 }

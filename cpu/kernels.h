@@ -10,19 +10,21 @@
  * Depth is padded to 16 with zeros, so that no product has a tail. A panel has its 16 columns in
  * lanes of 32 bits, and a lane holds as much depth as it can:
  *
- *     format   A          B, one panel                         exact while
- *     BYTES    uint8      [depth / 4][16][4] int8              A <= 127 on AVX2, any A elsewhere
- *     WORDS    int16      [depth / 4][2][16][2] int16          |A|, |B| <= 4095 and depth <= 128,
- * or 2047 and 256 FLOATS   float      [depth][16] float                    rounds as fmaf in the
- * order of depth
+ *     format   A          B, one panel                      exact if
+ *     BYTES    uint8      [depth / 4][16][4] int8           A <= 127 on AVX2, any A elsewhere
+ *     WORDS    int16      [depth / 4][2][16][2] int16       |A|, |B| <= 4095 and depth <= 128, or
+ *                                                           |A|, |B| <= 2047 and depth <= 256
+ *     FLOATS   float      [depth][16] float                 rounds as fmaf in the order of depth
  *
  * WORDS keeps two pairs side by side: elements 2s and 2s + 1 of the first half of depth, then those
  * of the second half. That is what the inner product of Winograd (1968) needs: with x = A, y = B
  * and ' for the second half,  (x + y')(x' + y) = x y + x' y' + x x' + y y':  one multiplication for
- * two, and sums that depend on A or on B alone, which are subtracted by starting the accumulator at
- * a_start + b_start. A kernel that multiplies directly ignores them. BYTES multiplies unsigned by
- * signed. A query is signed and so stored as q + 128; the excess, 128 times the sum of the key's
- * codes, is subtracted by b_start. P is unsigned by nature and b_start 0. */
+ * two, and sums that depend on A or on B alone. They are subtracted by what the accumulator is
+ * initialized with, a_init + b_init. A kernel that multiplies directly ignores both.
+ *
+ * BYTES multiplies unsigned by signed. A query is signed and so stored as q + 128. The excess, 128
+ * times the sum of the key's codes, is subtracted by b_init. P is unsigned by nature and its b_init
+ * 0. */
 #ifndef SPARGE_CPU_KERNELS_H
 #define SPARGE_CPU_KERNELS_H
 
@@ -55,35 +57,38 @@ typedef struct sparge_rows {
 typedef struct sparge_product {
     int64_t rows, panels, depth; /* depth is a multiple of 16 */
     const void *a;
-    int64_t a_stride;       /* elements from row to row */
-    const int32_t *a_start; /* [rows] WORDS */
+    int64_t a_stride;      /* elements from row to row */
+    const int32_t *a_init; /* [rows] WORDS */
     const void *b;
-    const int32_t *b_start; /* [panels * 16] WORDS, BYTES */
+    const int32_t *b_init; /* [panels * 16] WORDS, BYTES */
 } sparge_product;
 
-/* Where O += P V goes: o = o * shrink + weight * step * C, or without weight and step for FLOATS.
- */
-typedef struct sparge_fold {
+/* O += P V: o = o * shrink + weight * v_scale * C; FLOATS have no weight and no v_scale. */
+typedef struct sparge_accumulator {
     const float *shrink, *weight; /* [rows] */
-    const float *step;            /* [panels * 16] */
+    const float *v_scale;         /* [panels * 16] */
     float *o;                     /* [rows][o_stride] */
     int64_t o_stride;
-} sparge_fold;
+} sparge_accumulator;
 
-/* A group of rows of S, -inf where a row must not look. */
+/* Rows of S, -inf where a row must not look. */
 typedef struct sparge_scores {
-    const float *s;             /* [rows][stride] in units of c */
+    const float *s;             /* [rows][stride] in units of scale */
     int64_t rows, keys, stride; /* keys is a multiple of 16 */
-    float c;                    /* to log2 units */
+    float scale;                /* to log2 units */
     bool nans;                  /* may hold some: sums of floats do, integers never */
 } sparge_scores;
 
-/* The rows of a group: m and l of the online softmax, and what the tile at hand does to them. */
-typedef struct sparge_group {
+/* m and l of these rows, and what the tile does to them. */
+typedef struct sparge_softmax_rows {
     float *max, *sum;       /* m, l */
-    const float *local;     /* m_local; -inf where nothing is seen, or nothing but scores of -inf */
+    const float *local;     /* m_local; -inf if no key is visible, or no score is above -inf */
     float *shrink, *weight; /* of what was accumulated; of what is added */
-} sparge_group;
+} sparge_softmax_rows;
+
+/* A block of codes, int16, or for FLOATS of values, [rows][stride], as A or B. init: of the
+ * accumulator. */
+typedef void sparge_pack(const void *from, int64_t rows, int64_t stride, void *to, int32_t *init);
 
 typedef struct sparge_kernels {
     sparge_isa isa;
@@ -96,44 +101,38 @@ typedef struct sparge_kernels {
     /* The sum of the rows, in their order; x [rows][stride] is scratch. */
     void (*sum)(const sparge_rows *rows, const float *no_mean, int64_t stride, float *x,
                 float *sum);
-    /* pool and the sum of unit rows, [stride]; returns the mean cosine. */
-    float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit);
-    /* Codes in [-qmax, qmax]; one step for the block, or one for each channel. */
+    /* The mean row and the sum of unit rows, [stride]; returns the mean cosine. */
+    float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit_sum);
+    /* Codes in [-qmax, qmax]; one scale for the block, or one for each channel. */
     float (*quantize)(const float *x, int64_t n, int qmax, int16_t *code);
-    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int qmax, float *step,
+    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int qmax, float *scale,
                               int16_t *code);
-    /* Rows of x or code as A; as columns of B [panels(rows)][stride]; with depth running over the
-     * rows as B [panels(stride)][depth], zero from rows to depth. from is float for FLOATS, int16
-     * codes otherwise. B begins where a lane may. */
-    void (*pack_rows[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *a,
-                                      int32_t *start);
-    void (*pack_keys[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b,
-                                      int32_t *start);
-    void (*pack_values[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b,
-                                        int32_t *start);
+    sparge_pack *pack_rows[SPARGE_FORMATS];   /* as A */
+    sparge_pack *pack_keys[SPARGE_FORMATS];   /* as columns of B [panels(rows)][stride] */
+    sparge_pack *pack_values[SPARGE_FORMATS]; /* depth runs over the rows: B [panels(stride)]
+                                               * [depth], zero from rows to depth. B begins where
+                                               * a lane may. */
 
     /* ---- One row of the prediction (ref/predict.c) ---- */
-    void (*rank)(const float *pool, const float *pools, int64_t n, int64_t stride, float scale,
-                 float *s);
-    void (*mass)(const float *s, int64_t n, float top,
-                 uint32_t *mass); /* floor(2^30 exp(s - top)) */
+    void (*score_pools)(const float *pool, const float *pools, int64_t n, int64_t stride,
+                        float softmax_scale, float *s);
+    void (*mass)(const float *s, int64_t n, float top, uint32_t *mass); /* sparge_mass */
 
     /* ---- One tile (ref/attend.c) ---- */
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
     /* The largest score of each row, NaN if there is one, and sparge_row_local of it. Is each of
      * these above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);
-    void (*raise)(const sparge_group *, int64_t rows, int qmax); /* qmax 0: P is not coded */
-    /* P of each row, with its sum and, for WORDS, a_start. Columns: scores->keys. Codes against the
-     * largest score of the row, with c > 0; FLOATS, which may stand where S does, against the
-     * running maximum. */
-    void (*weigh[SPARGE_FORMATS])(const sparge_scores *, const float *top, void *p,
-                                  int64_t p_stride, float *sum, int32_t *start);
-    void (*fold[SPARGE_FORMATS])(const sparge_product *, const sparge_fold *);
+    void (*update_max)(const sparge_softmax_rows *, int64_t rows, int qmax); /* 0: P in floats */
+    /* P of each row, with its sum and, for WORDS, a_init. Columns: scores->keys. Codes against the
+     * largest score of the row, with a scale above 0. FLOATS against the running maximum; they may
+     * stand where S does. */
+    void (*softmax[SPARGE_FORMATS])(const sparge_scores *, const float *top, void *p,
+                                    int64_t p_stride, float *sum, int32_t *init);
+    void (*accumulate_pv[SPARGE_FORMATS])(const sparge_product *, const sparge_accumulator *);
 
     /* ---- One row of the output ---- */
-    float (*dot)(const float *a, const float *b,
-                 int64_t n); /* as sparge_dot; n is a multiple of 16 */
+    float (*dot)(const float *a, const float *b, int64_t n); /* sparge_dot of a multiple of 16 */
     void (*store)(const float *o, int64_t n, float norm, sparge_dtype dtype, void *out);
 
     /* ---- Ceilings: returns the operations done, a multiply-add being two ---- */

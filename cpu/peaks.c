@@ -1,6 +1,6 @@
 /* peaks.c: what this machine can do at most, measured: the ceilings that speeds are divided by.
- * Medians, as those speeds are: where the clock moves or a neighbour shares the core, the best
- * moment of a ceiling would be held against the usual one of a kernel. */
+ * Medians, as benchmarks use medians: on a shared machine the best moment of a ceiling would make
+ * kernels look slow. */
 #include <stdlib.h>
 
 #ifdef _OPENMP

@@ -3,10 +3,11 @@
  *
  *     LANES, floats, ints             vectors of so many lanes of 32 bits
  *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from
- * ints f_mul, f_fma                    a * b, and a * b + c rounded once i_load, i_all ints from
- * memory; one int32 in every lane i_dot_bytes(c, a, b)            c + the four products of a,
- * unsigned, and b in a lane WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of
- * integers and of floats
+ *                                     ints
+ *     f_mul, f_fma                    a * b, and a * b + c rounded once
+ *     i_load, i_all                   ints from memory; one int32 in every lane
+ *     i_dot_bytes(c, a, b)            c + the four products of a, unsigned, and b in a lane
+ *     WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of integers and of floats
  *
  * and defines the tile of words. A tile is inlined with constant rows and vectors, so that C stays
  * in registers. */
@@ -30,7 +31,7 @@ typedef struct part {
     int64_t row, column;
 } part;
 
-/* C = A B with what the starts say. */
+/* C = A B, its accumulator initialized. */
 INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
                        ints c[HEIGHT][WIDTH]);
 
@@ -52,7 +53,7 @@ INLINE int64_t b_apart(const sparge_product *x, size_t size)
     return (int)LANES < (int)SPARGE_PANEL ? LANES * 4 : x->depth * SPARGE_PANEL * (int64_t)size;
 }
 
-/* C = b_start + A B. */
+/* C = b_init + A B. */
 INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors,
                        ints c[HEIGHT][WIDTH])
 {
@@ -62,7 +63,7 @@ INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors,
     for (int r = 0; r < rows; r++) {
         row[r] = a_of(x, at.row + r, sizeof **row);
         for (int n = 0; n < vectors; n++)
-            c[r][n] = i_load(x->b_start + (at.column + n) * LANES);
+            c[r][n] = i_load(x->b_init + (at.column + n) * LANES);
     }
     for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
         for (int r = 0; r < rows; r++) {
@@ -139,13 +140,14 @@ INLINE void score_part_floats(const sparge_product *x, const void *to, part at, 
 
 /* ---- O += P V ---- */
 
-INLINE float *o_of(const sparge_fold *to, part at, int r, int n)
+INLINE float *o_of(const sparge_accumulator *to, part at, int r, int n)
 {
     return to->o + (at.row + r) * to->o_stride + (at.column + n) * LANES;
 }
 
 /* Without the pragmas gcc parks C in memory between the product and this. */
-INLINE void fold_ints(const sparge_fold *to, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
+INLINE void accumulate_ints(const sparge_accumulator *to, part at, int rows, int vectors,
+                            ints c[HEIGHT][WIDTH])
 {
     _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
     {
@@ -153,30 +155,29 @@ INLINE void fold_ints(const sparge_fold *to, part at, int rows, int vectors, int
         _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++)
         {
             float *o = o_of(to, at, r, n);
-            const floats step = f_mul(weight, f_load(to->step + (at.column + n) * LANES));
-            f_store(o, f_fma(step, f_of(c[r][n]), f_mul(f_load(o), shrink)));
+            const floats scale = f_mul(weight, f_load(to->v_scale + (at.column + n) * LANES));
+            f_store(o, f_fma(scale, f_of(c[r][n]), f_mul(f_load(o), shrink)));
         }
     }
 }
 
-INLINE void fold_part_bytes(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void pv_part_bytes(const sparge_product *x, const void *to, part at, int rows, int vectors)
 {
     ints c[HEIGHT][WIDTH];
     tile_bytes(x, at, rows, vectors, c);
-    fold_ints(to, at, rows, vectors, c);
+    accumulate_ints(to, at, rows, vectors, c);
 }
 
-INLINE void fold_part_words(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void pv_part_words(const sparge_product *x, const void *to, part at, int rows, int vectors)
 {
     ints c[HEIGHT][WIDTH];
     tile_words(x, at, rows, vectors, c);
-    fold_ints(to, at, rows, vectors, c);
+    accumulate_ints(to, at, rows, vectors, c);
 }
 
-INLINE void fold_part_floats(const sparge_product *x, const void *to, part at, int rows,
-                             int vectors)
+INLINE void pv_part_floats(const sparge_product *x, const void *to, part at, int rows, int vectors)
 {
-    const sparge_fold *f = to;
+    const sparge_accumulator *f = to;
     floats c[HEIGHT_FLOATS][WIDTH];
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
@@ -232,17 +233,17 @@ static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
     product(x, &(scored){s, s_stride}, score_part_floats, HEIGHT_FLOATS);
 }
 
-static void fold_bytes(const sparge_product *x, const sparge_fold *f)
+static void accumulate_pv_bytes(const sparge_product *x, const sparge_accumulator *f)
 {
-    product(x, f, fold_part_bytes, HEIGHT);
+    product(x, f, pv_part_bytes, HEIGHT);
 }
-static void fold_words(const sparge_product *x, const sparge_fold *f)
+static void accumulate_pv_words(const sparge_product *x, const sparge_accumulator *f)
 {
-    product(x, f, fold_part_words, HEIGHT);
+    product(x, f, pv_part_words, HEIGHT);
 }
-static void fold_floats(const sparge_product *x, const sparge_fold *f)
+static void accumulate_pv_floats(const sparge_product *x, const sparge_accumulator *f)
 {
-    product(x, f, fold_part_floats, HEIGHT_FLOATS);
+    product(x, f, pv_part_floats, HEIGHT_FLOATS);
 }
 
 /* ---- What the units can do at most: as many operations as fit, from registers ---- */
@@ -284,16 +285,16 @@ static int64_t peak_bytes(int64_t rounds)
     return rounds * CHAINS * LANES * 4 * 2;
 }
 
-static void products(sparge_kernels *k)
+static void product_kernels(sparge_kernels *k)
 {
     k->peak_floats = peak_floats;
     k->peak_bytes = peak_bytes;
     k->score[SPARGE_BYTES] = score_bytes;
     k->score[SPARGE_WORDS] = score_words;
     k->score[SPARGE_FLOATS] = score_floats;
-    k->fold[SPARGE_BYTES] = fold_bytes;
-    k->fold[SPARGE_WORDS] = fold_words;
-    k->fold[SPARGE_FLOATS] = fold_floats;
+    k->accumulate_pv[SPARGE_BYTES] = accumulate_pv_bytes;
+    k->accumulate_pv[SPARGE_WORDS] = accumulate_pv_words;
+    k->accumulate_pv[SPARGE_FLOATS] = accumulate_pv_floats;
 }
 
 #endif

@@ -1,6 +1,6 @@
 /* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others
  * overwrite. */
-#include "cpu/stages.h"
+#include "cpu/plain.h"
 
 static float dot(const float *a, const float *b, int64_t n) { return sparge_dot(a, b, n); }
 
@@ -17,7 +17,7 @@ static void row_bytes(const sparge_product *x, int64_t r, int64_t panel, int32_t
     const uint8_t *a = (const uint8_t *)x->a + r * x->a_stride;
     const int8_t *b = (const int8_t *)x->b + panel * x->depth * SPARGE_PANEL;
     for (int64_t n = 0; n < SPARGE_PANEL; n++) {
-        c[n] = x->b_start[panel * SPARGE_PANEL + n];
+        c[n] = x->b_init[panel * SPARGE_PANEL + n];
         for (int64_t e = 0; e < x->depth; e++)
             c[n] += a[e] * b[(e / 4 * SPARGE_PANEL + n) * 4 + e % 4];
     }
@@ -81,30 +81,37 @@ static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
 
 /* ---- O += P V ---- */
 
-static void fold(const sparge_product *x, const sparge_fold *f,
-                 void (*row)(const sparge_product *, int64_t, int64_t, int32_t *))
+static void accumulate_pv(const sparge_product *x, const sparge_accumulator *to,
+                          void (*row)(const sparge_product *, int64_t, int64_t, int32_t *))
 {
     for (int64_t r = 0; r < x->rows; r++)
         for (int64_t panel = 0; panel < x->panels; panel++) {
-            const float *step = f->step + panel * SPARGE_PANEL;
-            float *o = f->o + r * f->o_stride + panel * SPARGE_PANEL;
+            const float *v_scale = to->v_scale + panel * SPARGE_PANEL;
+            float *o = to->o + r * to->o_stride + panel * SPARGE_PANEL;
             int32_t c[SPARGE_PANEL];
             row(x, r, panel, c);
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                o[n] = fmaf(f->weight[r] * step[n], (float)c[n], o[n] * f->shrink[r]);
+                o[n] = fmaf(to->weight[r] * v_scale[n], (float)c[n], o[n] * to->shrink[r]);
         }
 }
 
-static void fold_bytes(const sparge_product *x, const sparge_fold *f) { fold(x, f, row_bytes); }
-static void fold_words(const sparge_product *x, const sparge_fold *f) { fold(x, f, row_words); }
+static void accumulate_pv_bytes(const sparge_product *x, const sparge_accumulator *to)
+{
+    accumulate_pv(x, to, row_bytes);
+}
 
-static void fold_floats(const sparge_product *x, const sparge_fold *f)
+static void accumulate_pv_words(const sparge_product *x, const sparge_accumulator *to)
+{
+    accumulate_pv(x, to, row_words);
+}
+
+static void accumulate_pv_floats(const sparge_product *x, const sparge_accumulator *to)
 {
     for (int64_t r = 0; r < x->rows; r++)
         for (int64_t panel = 0; panel < x->panels; panel++) {
-            float *o = f->o + r * f->o_stride + panel * SPARGE_PANEL;
+            float *o = to->o + r * to->o_stride + panel * SPARGE_PANEL;
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                o[n] *= f->shrink[r];
+                o[n] *= to->shrink[r];
             row_floats(x, r, panel, o);
         }
 }
@@ -126,21 +133,21 @@ static bool maxima(const sparge_scores *x, float *most, float *local)
         for (int64_t n = 1; n < 16; n++)
             max = lane[n] > max || lane[n] != lane[n] ? lane[n] : max;
         most[r] = max;
-        local[r] = sparge_row_local(max, x->c);
+        local[r] = sparge_row_local(max, x->scale);
         above &= local[r] > -INFINITY;
     }
     return above;
 }
 
-static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                        float *sum, int32_t *start)
+static void softmax_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                          float *sum, int32_t *init)
 {
-    (void)start;
+    (void)init;
     for (int64_t r = 0; r < x->rows; r++) {
         uint8_t *restrict to = (uint8_t *)p + r * p_stride;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code = sparge_weight_code(x->s[r * x->stride + t], top[r], x->c, 127);
+            const int32_t code = sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, 127);
             to[t] = (uint8_t)code;
             codes += code;
         }
@@ -148,30 +155,31 @@ static void weigh_bytes(const sparge_scores *x, const float *top, void *p, int64
     }
 }
 
-static void weigh_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                        float *sum, int32_t *start)
+static void softmax_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                          float *sum, int32_t *init)
 {
     for (int64_t r = 0; r < x->rows; r++) {
         int16_t *restrict to = (int16_t *)p + r * p_stride;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code = sparge_weight_code(x->s[r * x->stride + t], top[r], x->c, 4095);
+            const int32_t code =
+                sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, 4095);
             to[t] = (int16_t)code;
             codes += code;
         }
         sum[r] = (float)codes;
-        start[r] = words_start(to, x->keys);
+        init[r] = words_init(to, x->keys);
     }
 }
 
-static void weigh_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                         float *sum, int32_t *start)
+static void softmax_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                           float *sum, int32_t *init)
 {
-    (void)start;
+    (void)init;
     for (int64_t r = 0; r < x->rows; r++) {
         float *to = (float *)p + r * p_stride, partial[16] = {0};
         for (int64_t t = 0; t < x->keys; t++)
-            to[t] = sparge_weight(x->s[r * x->stride + t], x->c, top[r]);
+            to[t] = sparge_weight(x->s[r * x->stride + t], x->scale, top[r]);
         for (int64_t t = 0; t < x->keys; t += 16)
             for (int64_t lane = 0; lane < 16; lane++)
                 partial[lane] += to[t + lane];
@@ -206,7 +214,7 @@ static int64_t peak_bytes(int64_t rounds)
 
 void sparge_scalar_kernels(sparge_kernels *k)
 {
-    stages(k);
+    plain_kernels(k);
     k->peak_floats = peak_floats;
     k->peak_bytes = peak_bytes;
     k->isa = SPARGE_ISA_SCALAR;
@@ -214,11 +222,11 @@ void sparge_scalar_kernels(sparge_kernels *k)
     k->score[SPARGE_BYTES] = score_bytes;
     k->score[SPARGE_WORDS] = score_words;
     k->score[SPARGE_FLOATS] = score_floats;
-    k->fold[SPARGE_BYTES] = fold_bytes;
-    k->fold[SPARGE_WORDS] = fold_words;
-    k->fold[SPARGE_FLOATS] = fold_floats;
+    k->accumulate_pv[SPARGE_BYTES] = accumulate_pv_bytes;
+    k->accumulate_pv[SPARGE_WORDS] = accumulate_pv_words;
+    k->accumulate_pv[SPARGE_FLOATS] = accumulate_pv_floats;
     k->maxima = maxima;
-    k->weigh[SPARGE_BYTES] = weigh_bytes;
-    k->weigh[SPARGE_WORDS] = weigh_words;
-    k->weigh[SPARGE_FLOATS] = weigh_floats;
+    k->softmax[SPARGE_BYTES] = softmax_bytes;
+    k->softmax[SPARGE_WORDS] = softmax_words;
+    k->softmax[SPARGE_FLOATS] = softmax_floats;
 }

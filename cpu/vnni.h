@@ -8,7 +8,7 @@
 
 #include "cpu/products.h"
 
-/* The direct product has no excess, and so no use for the starts. */
+/* The direct product has no excess, and so no use for a_init and b_init. */
 INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
                        ints c[HEIGHT][WIDTH])
 {
@@ -28,9 +28,9 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
 }
 
 /* Q and K of 8 bits are bytes too: the product is right for any unsigned A. */
-static void vnni_products(sparge_kernels *k)
+static void vnni_kernels(sparge_kernels *k)
 {
-    products(k);
+    product_kernels(k);
     k->int8_scores = SPARGE_BYTES;
 }
 

@@ -1,12 +1,12 @@
-/* work.h: what the cpu backend holds while it works, and its four steps: pack.c (one pass over q, k
- * and v), select.c (one row of the mask), tile.c (one query block through its key blocks), driver.c
- * (memory, threads, the order of it all). None of them knows an instruction set. */
+/* work.h: what the cpu backend holds while it works, by how long it lives: a call, a batch of key
+ * heads, a batch of their query blocks; and a thread's scratch. Its steps are pack.c (one pass over
+ * q, k and v), select.c (one row of the mask) and tile.c (one query block through its key blocks).
+ * None of them knows an instruction set. driver.c has memory, threads and the order of it all. */
 #ifndef SPARGE_CPU_WORK_H
 #define SPARGE_CPU_WORK_H
 
-#include <stdatomic.h>
-
-#include "common/geometry.h"
+#include "common/counts.h"
+#include "common/thresholds.h"
 #include "cpu/kernels.h"
 
 /* Q, K or V in blocks, each as a kernel wants it. */
@@ -15,44 +15,41 @@ typedef struct sparge_operand {
     int qmax;              /* codes are in [-qmax, qmax]; 0: values */
     int64_t stride;        /* channels, padded to 16 */
     int64_t block;         /* bytes of a block */
-    int64_t starts, steps; /* of a block */
+    int64_t inits, scales; /* of a block */
     char *data;            /* [blocks][block] */
-    int32_t *start;        /* [blocks][starts] */
-    float *step;           /* [blocks][steps] */
+    int32_t *init;         /* [blocks][inits] of accumulators */
+    float *scale;          /* [blocks][scales] */
 } sparge_operand;
 
-/* One query block of one head. */
-typedef struct sparge_task {
-    int64_t head, i; /* batch * heads + head; query block */
-    int64_t slot;    /* its place in Q and q_pool */
+/* A batch of key heads, [first, end) of batch * kv_heads. "blocks": [end - first][k_blocks] */
+typedef struct sparge_kv_batch {
+    int64_t first, end;
+    float *mean;        /* [end - first][stride] the mean key */
+    float *pool;        /* [blocks][stride] sums of K_j until the mean is known, then mean rows */
+    float *sim;         /* [blocks] self-similarity of K_j */
+    uint8_t *nonfinite; /* [blocks] bits of sparge_nonfinite */
+    sparge_operand k, v;
+} sparge_kv_batch;
+
+enum sparge_nonfinite { SPARGE_NONFINITE_K = 1, SPARGE_NONFINITE_V = 2 };
+
+/* A query block of a head. */
+typedef struct sparge_q_block {
+    int64_t head, i; /* head of batch * heads; query block of it */
+    int64_t index;   /* its place in the operand and the pool of the batch */
     int64_t cost;    /* key blocks to compute */
-    float sim;
+    float sim;       /* self-similarity of Q_i */
     bool finite;
-    sparge_counts counts; /* but for pv_done: */
-    int64_t pv_rows;      /* summed over the tiles: rows whose P.V was computed */
-} sparge_task;
+    sparge_tally tally;
+} sparge_q_block;
 
-/* Where a thread works. */
-typedef struct sparge_scratch {
-    float *x, *unit; /* a block of tokens on its way to codes */
-    int16_t *code;
-    float *rank;                      /* [k_blocks] S[i,:] */
-    uint32_t *key, *mass, *place;     /* [k_blocks] select.c */
-    float *s, *o;                     /* [group][keys + 16], [block_q][stride of V] */
-    void *p;                          /* [group][keys + 16] in the format of V */
-    float *max, *sum;                 /* [block_q] m and l */
-    float *most, *local;              /* [group] the largest s of a row, m_local */
-    float *shrink, *weight, *row_sum; /* [group] */
-    int32_t *p_start;                 /* [group] */
-    bool *spoilt;                     /* [block_q] rows that met a non-finite query or key */
-    float *share;                     /* [k_blocks] of the rows whose P.V was computed */
-} sparge_scratch;
-
-enum {
-    SPARGE_GROUP_ROWS = 64
-}; /* of a tile where lambda does not say: Q and S of them stay in L1 */
-
-enum { SPARGE_BAD_KEY = 1, SPARGE_BAD_VALUE = 2 }; /* a block holds a non-finite element */
+/* A batch of query blocks that read a batch of key heads. */
+typedef struct sparge_q_batch {
+    sparge_operand operand;
+    float *pool;           /* [count][stride] mean rows */
+    sparge_q_block *block; /* [count] */
+    int64_t count;
+} sparge_q_batch;
 
 typedef struct sparge_work {
     const sparge_problem *p;
@@ -64,31 +61,29 @@ typedef struct sparge_work {
     sparge_mask *predicted;  /* NULL: not asked for */
     const sparge_mask *mask; /* NULL: dense */
     sparge_result *result;   /* NULL: attention is not asked for */
-
-    atomic_llong attended;                 /* query blocks */
-    atomic_bool cancelled;                 /* by the caller: what has not begun never does */
-    int64_t wave, chunk;                   /* so many key heads, so many query blocks at a time */
-    double packing, predicting, attending; /* seconds */
-
-    /* Of a wave of key heads, first_kv to end_kv of batch * kv_heads. */
-    int64_t first_kv, end_kv;
-    float *no_mean; /* [stride] zeros */
-    float *mean;    /* [key heads][stride] */
-    float *k_pool;  /* [key heads][k_blocks][stride]; sums of blocks before the mean is known */
-    float *k_sim;   /* [key heads][k_blocks] */
-    uint8_t *bad;   /* [key heads][k_blocks] */
-    sparge_operand k, v;
-
-    /* Of a chunk of the wave's query blocks. */
-    sparge_operand q;
-    float *q_pool; /* [slots][stride] */
-    sparge_task *task;
-    int64_t tasks;
-
-    int64_t (*pv_rows)[2]; /* [batch * heads] of whole and of short query blocks */
-
-    sparge_scratch *scratch; /* [threads] */
+    float *no_mean;          /* [stride] zeros */
+    sparge_kv_batch kv;
+    sparge_q_batch q;
 } sparge_work;
+
+/* Where a thread works. */
+typedef struct sparge_scratch {
+    float *x, *unit_sum; /* a block of tokens on its way to codes; the sum of its unit rows */
+    int16_t *code;
+    float *row;                       /* [k_blocks] S[i,:] */
+    uint32_t *order_key, *mass, *j;   /* [k_blocks] of the finite scores, and their key blocks */
+    float *s, *o;                     /* [tile rows][keys + 16], [block_q][stride of V] */
+    void *p;                          /* [tile rows][keys + 16] in the format of V */
+    float *max, *sum;                 /* [block_q] m and l */
+    float *most, *local;              /* [tile rows] the largest s of a row, m_local */
+    float *shrink, *weight, *row_sum; /* [tile rows] */
+    int32_t *p_init;                  /* [tile rows] */
+    bool *nonfinite;                  /* [block_q] rows that met a non-finite query or key */
+    float *pv_done;                   /* [k_blocks] share of the rows whose P.V was computed */
+} sparge_scratch;
+
+/* Rows of a tile if lambda does not say: Q and S of them stay in L1. */
+enum { SPARGE_TILE_ROWS = 64 };
 
 /* The key head, counted over the batch, that a query head of that kind reads. */
 static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
@@ -96,10 +91,16 @@ static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
     return head / (p->heads / p->kv_heads);
 }
 
-/* Rows [first, first + rows) of a recorded array [rows][dim], where it is wanted; from has padding
- * up to stride. */
-static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, int64_t dim,
-                                     const void *from, int64_t stride, size_t size)
+/* The thresholds of a query head that is counted over the batch. */
+static inline const sparge_thresholds *sparge_thresholds_at(const sparge_work *w, int64_t head)
+{
+    return sparge_thresholds_of(w->o, head % w->p->heads);
+}
+
+/* Rows [first, first + rows) of a recorded array [rows][dim], or nothing if it is not wanted; from
+ * has padding up to stride. */
+static inline void sparge_record_rows(void *array, int64_t first, int64_t rows, int64_t dim,
+                                      const void *from, int64_t stride, size_t size)
 {
     for (int64_t r = 0; array && r < rows && dim; r++)
         memcpy((char *)array + (size_t)((first + r) * dim) * size,
@@ -110,17 +111,16 @@ static inline void sparge_trace_rows(void *array, int64_t first, int64_t rows, i
 sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first,
                            int64_t rows, int64_t dim);
 
-/* pack.c; n is a key head of the wave */
-void sparge_pack_sum(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t j);
-void sparge_pack_mean(const sparge_work *w, int64_t n);
-void sparge_pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t j);
-void sparge_pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t j);
-void sparge_pack_query(const sparge_work *w, sparge_scratch *t, sparge_task *task);
+/* A step on key block n of the kv batch, or on query block n of the q batch. */
+typedef void sparge_step(const sparge_work *w, sparge_scratch *t, int64_t n);
 
-/* select.c */
-void sparge_select_row(const sparge_work *w, sparge_scratch *t, const sparge_task *task);
+sparge_step sparge_sum_keys;       /* pack.c: a summand of the mean key */
+sparge_step sparge_pack_kv;        /* pack.c */
+sparge_step sparge_pack_query;     /* pack.c */
+sparge_step sparge_select_row;     /* select.c */
+sparge_step sparge_attend_q_block; /* tile.c */
 
-/* tile.c */
-void sparge_attend_task(const sparge_work *w, sparge_scratch *t, sparge_task *task);
+/* pack.c: the mean key of a head of the batch, once the sums of all its blocks are there. */
+void sparge_mean_key(const sparge_work *w, int64_t head);
 
 #endif

@@ -549,7 +549,7 @@ static void test_rank(const sparge_kernels *k, sparge_format f)
     values(pools.got, n * stride, range_of());
     snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, n, stride);
     settle();
-    k->rank(pool.got, pools.got, n, stride, scale, s.got);
+    k->score_pools(pool.got, pools.got, n, stride, scale, s.got);
     for (int64_t j = 0; j < n; j++)
         ((float *)s.want)[j] =
             scale * sparge_dot(pool.want, (float *)pools.want + j * stride, stride);
@@ -580,7 +580,7 @@ static void test_mass(const sparge_kernels *k, sparge_format f)
 typedef struct operands {
     sparge_format f;
     int64_t rows, panels, depth, a_stride;
-    pair a, b, a_start, b_start;
+    pair a, b, a_init, b_init;
 } operands;
 
 /* A [rows][depth] and B [depth][columns]. */
@@ -600,8 +600,8 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     const int64_t columns = x.panels * SPARGE_PANEL, depth = x.depth;
     x.a = make("a", kind_of_a[f], x.rows * x.a_stride, x.a_stride);
     x.b = make_lanes("b", kind_of_b[f], columns * depth, depth * SPARGE_PANEL);
-    x.a_start = make("a_start", I32, x.rows, x.rows);
-    x.b_start = make("b_start", I32, columns, columns);
+    x.a_init = make("a_init", I32, x.rows, x.rows);
+    x.b_init = make("b_init", I32, columns, columns);
     snprintf(shape, sizeof shape,
              "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows,
              depth, x.a_stride, x.panels);
@@ -619,7 +619,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
                 e < depth / 2 ? code_a[r * depth + e] * code_a[r * depth + depth / 2 + e] : 0;
         }
         if (f == SPARGE_WORDS)
-            ((int32_t *)x.a_start.got)[r] = -product;
+            ((int32_t *)x.a_init.got)[r] = -product;
     }
     for (int64_t n = 0; n < columns; n++) {
         int32_t product = 0;
@@ -630,7 +630,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
                 e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
         }
         if (f != SPARGE_FLOATS)
-            ((int32_t *)x.b_start.got)[n] = f == SPARGE_WORDS ? -product
+            ((int32_t *)x.b_init.got)[n] = f == SPARGE_WORDS ? -product
                                             : is_fold         ? 0
                                                               : (int32_t)pick(-4000000, 4000000);
     }
@@ -640,7 +640,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
 static sparge_product product_of(const operands *x)
 {
     return (sparge_product){x->rows,     x->panels,      x->depth, x->a.got,
-                            x->a_stride, x->a_start.got, x->b.got, x->b_start.got};
+                            x->a_stride, x->a_init.got, x->b.got, x->b_init.got};
 }
 
 /* Element (r, n) of C; for floats added to `from`. */
@@ -652,7 +652,7 @@ static float product_at(const operands *x, int64_t r, int64_t n, float from)
             from = fmaf(value_a[r * depth + e], value_b[e * columns + n], from);
         return from;
     }
-    int64_t sum = x->f == SPARGE_BYTES ? ((int32_t *)x->b_start.want)[n] : 0;
+    int64_t sum = x->f == SPARGE_BYTES ? ((int32_t *)x->b_init.want)[n] : 0;
     for (int64_t e = 0; e < depth; e++)
         sum += code_a[r * depth + e] * code_b[e * columns + n];
     if (sum != (int32_t)sum)
@@ -691,8 +691,8 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
     values(step.got, columns, PLAIN);
     settle();
     const sparge_product product = product_of(&x);
-    const sparge_fold fold = {shrink.got, weight.got, step.got, o.got, stride};
-    k->fold[f](&product, &fold);
+    const sparge_accumulator fold = {shrink.got, weight.got, step.got, o.got, stride};
+    k->accumulate_pv[f](&product, &fold);
     for (int64_t r = 0; r < x.rows; r++)
         for (int64_t n = 0; n < columns; n++) {
             float *to = (float *)o.want + r * stride + n;
@@ -788,8 +788,8 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
     }
     snprintf(shape, sizeof shape, "%" PRId64 " rows, qmax %d", rows, qmax);
     settle();
-    const sparge_group group = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
-    k->raise(&group, rows, qmax);
+    const sparge_softmax_rows group = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
+    k->update_max(&group, rows, qmax);
     for (int64_t r = 0; r < rows; r++) {
         sparge_row row = {((float *)x[0].want)[r], ((float *)x[1].want)[r]};
         const float local = ((float *)x[2].want)[r];
@@ -816,7 +816,7 @@ static void test_weigh(const sparge_kernels *k, sparge_format f)
                                       : sparge_row_local(most_of(&x, r), x.got.c) +
                                             (one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
     settle();
-    k->weigh[f](&x.got, x.top.got, p.got, stride, sum.got, start.got);
+    k->softmax[f](&x.got, x.top.got, p.got, stride, sum.got, start.got);
     for (int64_t r = 0; r < rows; r++) {
         const float most = ((float *)x.top.want)[r];
         float partial[16] = {0};

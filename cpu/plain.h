@@ -1,12 +1,15 @@
-/* stages.h: every stage but the two matrix products, in plain C that a compiler turns into vectors.
- * Each instruction set's file includes it and so compiles it with its own flags: one text, the same
- * bits.
+/* plain.h: every kernel but the two matrix products and softmax, in plain C that a compiler turns
+ * into vectors. Each instruction set's file includes it and so compiles it with its own flags: one
+ * text, the same bits.
  *
- * The including file defines the two functions that are declared here, and calls stages(&table). */
-#ifndef SPARGE_CPU_STAGES_H
-#define SPARGE_CPU_STAGES_H
+ * The including file defines the two functions that are declared here, and calls
+ * plain_kernels(&table). */
+#ifndef SPARGE_CPU_PLAIN_H
+#define SPARGE_CPU_PLAIN_H
 
-#include "common/half.h"
+#include "common/element.h"
+#include "common/quant.h"
+#include "common/select.h"
 #include "cpu/kernels.h"
 
 static float dot(const float *a, const float *b, int64_t n);   /* sparge_dot, n a multiple of 16 */
@@ -14,9 +17,12 @@ static void widen(const uint16_t *from, int64_t n, float *to); /* binary16, exac
 
 /* ---- One block of tokens ---- */
 
+/* Bits without the sign are ordered as the magnitudes are, and compare faster. */
+static int32_t magnitude(float x) { return (int32_t)(sparge_float_bits(x) & 0x7fffffffu); }
+
 static bool load(const sparge_rows *in, const float *mean, int64_t stride, float *x)
 {
-    int32_t top = 0; /* of the bits without the sign, which are ordered as the magnitudes are */
+    int32_t top = 0;
     for (int64_t r = 0; r < in->rows; r++) {
         float *row = x + r * stride;
         const uint16_t *half = (const uint16_t *)in->data + r * in->token;
@@ -30,13 +36,13 @@ static bool load(const sparge_rows *in, const float *mean, int64_t stride, float
             from = row;
         for (int64_t c = 0; c < in->dim; c++) {
             row[c] = from[c] - mean[c];
-            const int32_t bits = (int32_t)(sparge_float_bits(row[c]) & 0x7fffffffu);
-            top = bits > top ? bits : top;
+            const int32_t size = magnitude(row[c]);
+            top = size > top ? size : top;
         }
         for (int64_t c = in->dim; c < stride; c++)
             row[c] = 0.0f;
     }
-    if (top < 0x7f800000)
+    if (top < magnitude(INFINITY))
         return true;
     for (int64_t n = 0; n < in->rows * stride; n++)
         if (!sparge_finite(x[n]))
@@ -75,89 +81,66 @@ static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride
 }
 
 static float summarize(const float *x, int64_t rows, int64_t stride, float *restrict pool,
-                       float *restrict unit)
+                       float *restrict unit_sum)
 {
     memset(pool, 0, (size_t)stride * sizeof *pool);
-    memset(unit, 0, (size_t)stride * sizeof *unit);
+    memset(unit_sum, 0, (size_t)stride * sizeof *unit_sum);
     for (int64_t r0 = 0; r0 < rows; r0 += 8) {
         const int64_t n = sparge_min(8, rows - r0);
-        float inverse[8];
-        for (int64_t r = 0; r < n; r++) {
-            const float *row = x + (r0 + r) * stride, square = dot(row, row, stride);
-            inverse[r] = square > 0.0f ? 1.0f / sqrtf(square) : 0.0f;
-        }
         const float *first = x + r0 * stride;
+        float factor[8];
+        for (int64_t r = 0; r < n; r++)
+            factor[r] = sparge_unit_factor(dot(first + r * stride, first + r * stride, stride));
         for (int64_t c = 0; c < stride && n == 8; c++)
             for (int64_t r = 0; r < 8; r++) {
                 pool[c] += first[r * stride + c];
-                unit[c] = fmaf(first[r * stride + c], inverse[r], unit[c]);
+                unit_sum[c] = fmaf(first[r * stride + c], factor[r], unit_sum[c]);
             }
         for (int64_t r = 0; r < n && n < 8; r++)
             for (int64_t c = 0; c < stride; c++) {
                 pool[c] += first[r * stride + c];
-                unit[c] = fmaf(first[r * stride + c], inverse[r], unit[c]);
+                unit_sum[c] = fmaf(first[r * stride + c], factor[r], unit_sum[c]);
             }
     }
-    const float n = (float)rows;
     for (int64_t c = 0; c < stride; c++)
-        pool[c] /= n;
-    return fminf(1.0f, dot(unit, unit, stride) / (n * n));
-}
-
-static float largest(const float *x, int64_t n)
-{
-    int32_t top = 0;
-    for (int64_t e = 0; e < n; e++) {
-        const int32_t bits = (int32_t)(sparge_float_bits(x[e]) & 0x7fffffffu);
-        top = bits > top ? bits : top;
-    }
-    return sparge_bits_float((uint32_t)top);
-}
-
-static float step_of(float max, int qmax)
-{
-    const float step = max / (float)qmax;
-    return step < FLT_MIN ? 0.0f : step;
-}
-
-/* A divisor of infinity gives code 0, as a step of 0 must. */
-static int16_t code_of(float x, float divisor, int qmax)
-{
-    const int32_t code = sparge_round(x / divisor);
-    const int32_t above = code < -qmax ? -qmax : code;
-    return (int16_t)(above > qmax ? qmax : above);
+        pool[c] /= (float)rows;
+    return sparge_mean_cosine(dot(unit_sum, unit_sum, stride), rows);
 }
 
 static float quantize(const float *x, int64_t n, int qmax, int16_t *restrict code)
 {
-    const float step = step_of(largest(x, n), qmax), divisor = step > 0.0f ? step : INFINITY;
+    int32_t top = 0;
+    for (int64_t e = 0; e < n; e++) {
+        const int32_t size = magnitude(x[e]);
+        top = size > top ? size : top;
+    }
+    const float scale = sparge_quant_scale(sparge_bits_float((uint32_t)top), qmax);
     for (int64_t e = 0; e < n; e++)
-        code[e] = code_of(x[e], divisor, qmax);
-    return step;
+        code[e] = (int16_t)sparge_quant_code(x[e], scale, qmax);
+    return scale;
 }
 
 static void quantize_channels(const float *x, int64_t rows, int64_t stride, int qmax,
-                              float *restrict step, int16_t *restrict code)
+                              float *restrict scale, int16_t *restrict code)
 {
     for (int64_t c = 0; c < stride; c++)
-        step[c] = 0.0f;
+        scale[c] = 0.0f;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < stride; c++) {
             const float size = fabsf(x[r * stride + c]);
-            step[c] = size > step[c] ? size : step[c];
+            scale[c] = size > scale[c] ? size : scale[c];
         }
     for (int64_t c = 0; c < stride; c++)
-        step[c] = step_of(step[c], qmax);
+        scale[c] = sparge_quant_scale(scale[c], qmax);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < stride; c++)
-            code[r * stride + c] =
-                code_of(x[r * stride + c], step[c] > 0.0f ? step[c] : INFINITY, qmax);
+            code[r * stride + c] = (int16_t)sparge_quant_code(x[r * stride + c], scale[c], qmax);
 }
 
 /* ---- Packing ---- */
 
 /* -(first half . second half), what Winograd's product has too much of. */
-static int32_t words_start(const int16_t *row, int64_t depth)
+static int32_t words_init(const int16_t *row, int64_t depth)
 {
     int32_t sum = 0;
     for (int64_t c = 0; c < depth / 2; c++)
@@ -165,26 +148,25 @@ static int32_t words_start(const int16_t *row, int64_t depth)
     return -sum;
 }
 
-static void pack_rows_bytes(const void *from, int64_t rows, int64_t stride, void *a, int32_t *start)
+static void pack_rows_bytes(const void *from, int64_t rows, int64_t stride, void *a, int32_t *init)
 {
     const int16_t *code = from;
     uint8_t *restrict to = a;
-    (void)start;
+    (void)init;
     for (int64_t n = 0; n < rows * stride; n++)
         to[n] = (uint8_t)(code[n] + 128);
 }
 
-static void pack_rows_words(const void *from, int64_t rows, int64_t stride, void *a, int32_t *start)
+static void pack_rows_words(const void *from, int64_t rows, int64_t stride, void *a, int32_t *init)
 {
     memcpy(a, from, (size_t)(rows * stride) * sizeof(int16_t));
     for (int64_t r = 0; r < rows; r++)
-        start[r] = words_start((const int16_t *)from + r * stride, stride);
+        init[r] = words_init((const int16_t *)from + r * stride, stride);
 }
 
-static void pack_rows_floats(const void *from, int64_t rows, int64_t stride, void *a,
-                             int32_t *start)
+static void pack_rows_floats(const void *from, int64_t rows, int64_t stride, void *a, int32_t *init)
 {
-    (void)start;
+    (void)init;
     memcpy(a, from, (size_t)(rows * stride) * sizeof(float));
 }
 
@@ -204,7 +186,7 @@ static void transpose(const uint32_t *from, int64_t rows, int64_t lanes, bool ha
     }
 }
 
-static void pack_keys_bytes(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
+static void pack_keys_bytes(const void *from, int64_t rows, int64_t stride, void *b, int32_t *init)
 {
     const int16_t *code = from;
     for (int64_t t0 = 0; t0 < rows; t0 += SPARGE_PANEL) {
@@ -219,27 +201,26 @@ static void pack_keys_bytes(const void *from, int64_t rows, int64_t stride, void
             int32_t sum = 0;
             for (int64_t c = 0; c < stride && t < n; c++)
                 sum += byte[t * stride + c];
-            start[t0 + t] = -128 * sum;
+            init[t0 + t] = -128 * sum;
         }
     }
 }
 
-static void pack_keys_words(const void *from, int64_t rows, int64_t stride, void *b, int32_t *start)
+static void pack_keys_words(const void *from, int64_t rows, int64_t stride, void *b, int32_t *init)
 {
     transpose(from, rows, stride / 2, true, b);
     for (int64_t t = 0; t < sparge_padded(rows); t++)
-        start[t] = t < rows ? words_start((const int16_t *)from + t * stride, stride) : 0;
+        init[t] = t < rows ? words_init((const int16_t *)from + t * stride, stride) : 0;
 }
 
-static void pack_keys_floats(const void *from, int64_t rows, int64_t stride, void *b,
-                             int32_t *start)
+static void pack_keys_floats(const void *from, int64_t rows, int64_t stride, void *b, int32_t *init)
 {
-    (void)start;
+    (void)init;
     transpose(from, rows, stride, false, b);
 }
 
 static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, void *b,
-                              int32_t *start)
+                              int32_t *init)
 {
     const int64_t depth = sparge_padded(rows);
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
@@ -252,11 +233,11 @@ static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, vo
                     lane[c] |= (uint32_t)(uint8_t)code[c] << 8 * k;
             }
         }
-    memset(start, 0, (size_t)stride * sizeof *start);
+    memset(init, 0, (size_t)stride * sizeof *init);
 }
 
 static void pack_values_words(const void *from, int64_t rows, int64_t stride, void *b,
-                              int32_t *start)
+                              int32_t *init)
 {
     const int64_t half = sparge_padded(rows) / 2;
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
@@ -270,17 +251,17 @@ static void pack_values_words(const void *from, int64_t rows, int64_t stride, vo
                     lane[c] |= (uint32_t)(uint16_t)code[c] << 16 * k;
             }
         }
-    memset(start, 0, (size_t)stride * sizeof *start);
+    memset(init, 0, (size_t)stride * sizeof *init);
     for (int64_t t = 0; t + half < rows; t++)
         for (int64_t c = 0; c < stride; c++)
-            start[c] -= ((const int16_t *)from)[t * stride + c] *
-                        ((const int16_t *)from)[(t + half) * stride + c];
+            init[c] -= ((const int16_t *)from)[t * stride + c] *
+                       ((const int16_t *)from)[(t + half) * stride + c];
 }
 
 static void pack_values_floats(const void *from, int64_t rows, int64_t stride, void *b,
-                               int32_t *start)
+                               int32_t *init)
 {
-    (void)start;
+    (void)init;
     for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
         for (int64_t t = 0; t < sparge_padded(rows); t++) {
             float *restrict to = (float *)b + c0 * sparge_padded(rows) + t * SPARGE_PANEL;
@@ -291,38 +272,35 @@ static void pack_values_floats(const void *from, int64_t rows, int64_t stride, v
 
 /* ---- One row of the prediction ---- */
 
-static void rank(const float *pool, const float *pools, int64_t n, int64_t stride, float scale,
-                 float *s)
+static void score_pools(const float *pool, const float *pools, int64_t n, int64_t stride,
+                        float softmax_scale, float *s)
 {
     for (int64_t j = 0; j < n; j++)
-        s[j] = scale * dot(pool, pools + j * stride, stride) + 0.0f;
+        s[j] = sparge_pool_score(dot(pool, pools + j * stride, stride), softmax_scale);
 }
 
 static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 {
     for (int64_t j = 0; j < n; j++)
-        to[j] = (uint32_t)(int32_t)(sparge_exp2((s[j] - top) * SPARGE_LOG2E) * 0x1p30f);
+        to[j] = sparge_mass(s[j], top);
 }
 
 /* ---- One tile ---- */
 
-/* sparge_row_update_max and sparge_code_weight for a vector of rows. A row that sees nothing of the
- * tile keeps what it has. P that is not coded is weighed against the running maximum, and needs no
- * weight of its own. */
-static void raise_rows(const sparge_group *g, int64_t rows, int qmax)
+/* A row that sees nothing of the tile keeps what it has. P that is not coded is weighed against the
+ * running maximum, and needs no weight of its own. */
+static void update_max_rows(const sparge_softmax_rows *x, int64_t rows, int qmax)
 {
-    const float unit = qmax ? (float)qmax : 1.0f, *restrict local = g->local;
-    float *restrict max = g->max, *restrict sum = g->sum, *restrict shrink = g->shrink,
-                    *restrict weight = g->weight;
+    const float *restrict local = x->local;
+    float *restrict max = x->max, *restrict sum = x->sum, *restrict shrink = x->shrink,
+                    *restrict weight = x->weight;
     for (int64_t r = 0; r < rows; r++) {
-        const float old = max[r], now = local[r];
-        const bool stays = now <= old || old != old;
-        const float raised = stays ? old : now;
-        const float behind = now == -INFINITY ? now : now - raised;
-        shrink[r] = sparge_exp2(stays ? 0.0f : old - raised);
-        weight[r] = sparge_exp2(qmax ? behind : 0.0f) / unit;
-        sum[r] = stays ? sum[r] : old == -INFINITY ? 0.0f : sum[r] * shrink[r];
-        max[r] = raised;
+        const sparge_row row = {max[r], sum[r]};
+        shrink[r] = sparge_exp2(sparge_shrink_log2(row.max, local[r]));
+        const sparge_row after = sparge_row_shrunk(row, local[r], shrink[r]);
+        weight[r] = qmax ? sparge_code_weight(local[r], after.max, qmax) : 1.0f;
+        max[r] = after.max;
+        sum[r] = after.sum;
     }
 }
 
@@ -330,18 +308,8 @@ static void raise_rows(const sparge_group *g, int64_t rows, int qmax)
 
 static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, void *out)
 {
-    if (dtype == SPARGE_F32)
-        for (int64_t c = 0; c < n; c++)
-            ((float *)out)[c] = o[c] * norm + 0.0f;
-    for (int64_t c = 0; c < n && dtype != SPARGE_F32; c += SPARGE_PANEL) {
-        float row[SPARGE_PANEL];
-        const int64_t some = sparge_min(SPARGE_PANEL, n - c);
-        for (int64_t e = 0; e < some; e++)
-            row[e] = o[c + e] * norm + 0.0f;
-        for (int64_t e = 0; e < some; e++) /* (vcvtps2ph would keep the payload of a NaN) */
-            ((uint16_t *)out)[c + e] =
-                dtype == SPARGE_F16 ? sparge_f32_to_f16(row[e]) : sparge_f32_to_bf16(row[e]);
-    }
+    for (int64_t c = 0; c < n; c++)
+        sparge_element_store(out, dtype, c, o[c] * norm);
 }
 
 static float peak_read(const float *x, int64_t n)
@@ -356,7 +324,7 @@ static float peak_read(const float *x, int64_t n)
     return all;
 }
 
-static void stages(sparge_kernels *k)
+static void plain_kernels(sparge_kernels *k)
 {
     k->peak_read = peak_read;
     k->load = load;
@@ -373,9 +341,9 @@ static void stages(sparge_kernels *k)
     k->pack_values[SPARGE_BYTES] = pack_values_bytes;
     k->pack_values[SPARGE_WORDS] = pack_values_words;
     k->pack_values[SPARGE_FLOATS] = pack_values_floats;
-    k->rank = rank;
+    k->score_pools = score_pools;
     k->mass = mass;
-    k->raise = raise_rows;
+    k->update_max = update_max_rows;
     k->dot = dot;
     k->store = store;
 }
