@@ -281,7 +281,7 @@ static int64_t padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPA
 static void test_load(const sparge_kernels *k, sparge_format f)
 {
     static float plain[MOST_ROWS * MOST_DEPTH];
-    static bool bad[MOST_ROWS * MOST_DEPTH];
+    static bool nonfinite[MOST_ROWS * MOST_DEPTH];
     (void)f;
     const sparge_dtype dtype = (sparge_dtype)pick(SPARGE_F32, SPARGE_BF16);
     const int64_t rows = size_up_to(MOST_ROWS), dim = size_up_to(MOST_DEPTH), stride = padded(dim);
@@ -294,7 +294,7 @@ static void test_load(const sparge_kernels *k, sparge_format f)
                          all, step);
     const pair mean = make("mean", F32, dim, dim), x = make("x", F32, rows * stride, stride);
     const pair finite = make("finite", I32, 1, 1);
-    const bool some_bad = one_in(3), smooth = one_in(2);
+    const bool some_nonfinite = one_in(3), smooth = one_in(2);
     const range r = range_of();
     snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " rows of %" PRId64 ", %" PRId64 " apart",
              (int)dtype, rows, dim, token);
@@ -304,12 +304,13 @@ static void test_load(const sparge_kernels *k, sparge_format f)
     for (int64_t n = 0; n < rows; n++)
         for (int64_t c = 0; c < dim; c++) {
             const float special[] = {INFINITY, -INFINITY, NAN};
-            const float value = some_bad && one_in(40) ? special[pick(0, 2)] : value_of(r);
+            const float value = some_nonfinite && one_in(40) ? special[pick(0, 2)] : value_of(r);
             if (dtype == SPARGE_F32)
                 ((float *)in.got)[n * step + c] = value;
             else if (dtype == SPARGE_F16)
-                ((uint16_t *)in.got)[n * step + c] =
-                    one_in(2) && some_bad ? (uint16_t)random_bits() : sparge_f32_to_f16(value);
+                ((uint16_t *)in.got)[n * step + c] = one_in(2) && some_nonfinite
+                                                         ? (uint16_t)random_bits()
+                                                         : sparge_f32_to_f16(value);
             else
                 ((uint16_t *)in.got)[n * step + c] = sparge_f32_to_bf16(value);
         }
@@ -320,11 +321,11 @@ static void test_load(const sparge_kernels *k, sparge_format f)
 
     const sparge_in view = {(char *)in.want + (size_t)first * size, dtype, 0, 0, token};
     bool none = true;
-    sparge_ref_load(&view, 0, 0, 0, rows, dim, mean.want, plain, bad);
+    sparge_ref_load(&view, 0, 0, 0, rows, dim, mean.want, plain, nonfinite);
     for (int64_t n = 0; n < rows; n++)
         for (int64_t c = 0; c < stride; c++) {
             ((float *)x.want)[n * stride + c] = c < dim ? plain[n * dim + c] : 0.0f;
-            none &= c >= dim || !bad[n * dim + c];
+            none &= c >= dim || !nonfinite[n * dim + c];
         }
     *(int32_t *)finite.want = none;
 }
@@ -351,9 +352,9 @@ static void test_sum(const sparge_kernels *k, sparge_format f)
     (void)f;
     const block b = make_block(MOST_DEPTH);
     const pair sum = make("sum", F32, b.stride, b.stride);
-    const int64_t bad = one_in(3) ? pick(0, b.rows * b.dim - 1) : -1; /* counts as 0 */
-    if (bad >= 0)
-        ((float *)b.x.got)[bad / b.dim * b.stride + bad % b.dim] = one_in(2) ? INFINITY : NAN;
+    const int64_t odd = one_in(3) ? pick(0, b.rows * b.dim - 1) : -1; /* counts as 0 */
+    if (odd >= 0)
+        ((float *)b.x.got)[odd / b.dim * b.stride + odd % b.dim] = one_in(2) ? INFINITY : NAN;
     settle();
     const sparge_rows rows = {b.x.got, SPARGE_F32, b.stride, b.rows, b.dim};
     k->sum(&rows, zeros, b.stride, scratch, sum.got);
@@ -370,23 +371,23 @@ static void test_sum(const sparge_kernels *k, sparge_format f)
 static void test_summarize(const sparge_kernels *k, sparge_format f)
 {
     static float plain[MOST_ROWS * MOST_DEPTH];
-    static const bool bad[MOST_ROWS * MOST_DEPTH];
+    static const bool nonfinite[MOST_ROWS * MOST_DEPTH];
     (void)f;
     const block b = make_block(MOST_DEPTH);
     const pair pool = make("pool", F32, b.stride, b.stride),
-               unit = make("unit", F32, b.stride, b.stride);
+               unit_sum = make("unit_sum", F32, b.stride, b.stride);
     const pair sim = make("sim", F32, 1, 1);
     settle();
-    *(float *)sim.got = k->summarize(b.x.got, b.rows, b.stride, pool.got, unit.got);
+    *(float *)sim.got = k->summarize(b.x.got, b.rows, b.stride, pool.got, unit_sum.got);
     for (int64_t r = 0; r < b.rows; r++)
         memcpy(plain + r * b.dim, (float *)b.x.want + r * b.stride, (size_t)b.dim * sizeof *plain);
     memset(pool.want, 0, (size_t)b.stride * sizeof(float));
-    memset(unit.want, 0, (size_t)b.stride * sizeof(float));
+    memset(unit_sum.want, 0, (size_t)b.stride * sizeof(float));
     *(float *)sim.want =
-        sparge_ref_summarize(plain, bad, b.rows, b.rows, b.dim, pool.want, unit.want).sim;
+        sparge_ref_summarize(plain, nonfinite, b.rows, b.rows, b.dim, pool.want, unit_sum.want).sim;
 }
 
-static int some_levels(void)
+static int some_qmax(void)
 {
     static const int qmax[] = {127, 2047, 4095};
     return qmax[pick(0, 2)];
@@ -396,12 +397,12 @@ static void test_quantize(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const block b = make_block(MOST_DEPTH);
-    const int qmax = some_levels();
+    const int qmax = some_qmax();
     const pair code = make("code", I16, b.rows * b.stride, b.stride),
-               step = make("step", F32, 1, 1);
+               scale = make("scale", F32, 1, 1);
     settle();
-    *(float *)step.got = k->quantize(b.x.got, b.rows * b.stride, qmax, code.got);
-    *(float *)step.want =
+    *(float *)scale.got = k->quantize(b.x.got, b.rows * b.stride, qmax, code.got);
+    *(float *)scale.want =
         sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, qmax, 0.0f, code.want);
 }
 
@@ -409,14 +410,14 @@ static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const block b = make_block(MOST_COLUMNS);
-    const int qmax = some_levels();
+    const int qmax = some_qmax();
     const pair code = make("code", I16, b.rows * b.stride, b.stride),
-               step = make("step", F32, b.stride, b.stride);
+               scale = make("scale", F32, b.stride, b.stride);
     settle();
-    k->quantize_channels(b.x.got, b.rows, b.stride, qmax, step.got, code.got);
+    k->quantize_channels(b.x.got, b.rows, b.stride, qmax, scale.got, code.got);
     for (int64_t c = 0; c < b.stride; c++)
-        ((float *)step.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride, qmax,
-                                                      0.0f, (int16_t *)code.want + c);
+        ((float *)scale.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride,
+                                                       qmax, 0.0f, (int16_t *)code.want + c);
 }
 
 /* ---- Packing: the layouts of kernels.h, once more ---- */
@@ -481,9 +482,9 @@ static void test_pack_rows(const sparge_kernels *k, sparge_format f)
 {
     const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
     const pair a = make("a", kind_of_a[f], s.rows * s.stride, s.stride),
-               start = make("start", I32, s.rows, s.rows);
+               init = make("init", I32, s.rows, s.rows);
     settle();
-    k->pack_rows[f](s.from.got, s.rows, s.stride, a.got, start.got);
+    k->pack_rows[f](s.from.got, s.rows, s.stride, a.got, init.got);
     for (int64_t r = 0; r < s.rows; r++) {
         int32_t sum = 0;
         for (int64_t c = 0; c < s.stride; c++) {
@@ -492,7 +493,7 @@ static void test_pack_rows(const sparge_kernels *k, sparge_format f)
             sum += c < s.stride / 2 ? code_at(&s, r, c) * code_at(&s, r, s.stride / 2 + c) : 0;
         }
         if (f == SPARGE_WORDS)
-            ((int32_t *)start.want)[r] = -sum;
+            ((int32_t *)init.want)[r] = -sum;
     }
 }
 
@@ -501,9 +502,9 @@ static void test_pack_keys(const sparge_kernels *k, sparge_format f)
     const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
     const int64_t columns = padded(s.rows), depth = s.stride;
     const pair b = make_lanes("b", kind_of_b[f], columns * depth, depth * 16),
-               start = make("start", I32, columns, columns);
+               init = make("init", I32, columns, columns);
     settle();
-    k->pack_keys[f](s.from.got, s.rows, s.stride, b.got, start.got);
+    k->pack_keys[f](s.from.got, s.rows, s.stride, b.got, init.got);
     for (int64_t n = 0; n < columns; n++) {
         int32_t sum = 0, product = 0;
         for (int64_t e = 0; e < depth; e++) {
@@ -512,7 +513,7 @@ static void test_pack_keys(const sparge_kernels *k, sparge_format f)
             product += e < depth / 2 ? code_at(&s, n, e) * code_at(&s, n, depth / 2 + e) : 0;
         }
         if (f != SPARGE_FLOATS)
-            ((int32_t *)start.want)[n] = f == SPARGE_BYTES ? -128 * sum : -product;
+            ((int32_t *)init.want)[n] = f == SPARGE_BYTES ? -128 * sum : -product;
     }
 }
 
@@ -521,9 +522,9 @@ static void test_pack_values(const sparge_kernels *k, sparge_format f)
     const source s = make_source(f, f == SPARGE_WORDS ? 128 : 200, MOST_COLUMNS / 2, 4095);
     const int64_t depth = padded(s.rows), columns = s.stride;
     const pair b = make_lanes("b", kind_of_b[f], columns * depth, depth * 16),
-               start = make("start", I32, columns, columns);
+               init = make("init", I32, columns, columns);
     settle();
-    k->pack_values[f](s.from.got, s.rows, s.stride, b.got, start.got);
+    k->pack_values[f](s.from.got, s.rows, s.stride, b.got, init.got);
     for (int64_t n = 0; n < columns; n++) {
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
@@ -531,13 +532,13 @@ static void test_pack_values(const sparge_kernels *k, sparge_format f)
             product += e < depth / 2 ? code_at(&s, e, n) * code_at(&s, depth / 2 + e, n) : 0;
         }
         if (f != SPARGE_FLOATS)
-            ((int32_t *)start.want)[n] = f == SPARGE_BYTES ? 0 : -product;
+            ((int32_t *)init.want)[n] = f == SPARGE_BYTES ? 0 : -product;
     }
 }
 
 /* ---- One row of the prediction ---- */
 
-static void test_rank(const sparge_kernels *k, sparge_format f)
+static void test_score_pools(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const int64_t n = size_up_to(MOST_ROWS), stride = depth_up_to(MOST_DEPTH);
@@ -589,11 +590,11 @@ static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS]
 
 /* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow.
  * BYTES of A are within 127 where two products of them are added in 16 bits, and bytes of K come
- * with a start. */
-static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_fold)
+ * with b_init. */
+static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_pv)
 {
     operands x = {.f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9)};
-    const int qmax = f == SPARGE_BYTES ? 127 : is_fold || one_in(2) ? 4095 : 2047;
+    const int qmax = f == SPARGE_BYTES ? 127 : is_pv || one_in(2) ? 4095 : 2047;
     const int bytes = k->isa == SPARGE_ISA_AVX2 || one_in(4) ? 127 : 255;
     x.depth = depth_up_to(f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
     x.a_stride = x.depth + (one_in(2) ? 0 : one_in(2) ? SPARGE_PANEL : pick(1, 20));
@@ -606,7 +607,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
              "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows,
              depth, x.a_stride, x.panels);
     codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : qmax,
-          f == SPARGE_WORDS && !is_fold);
+          f == SPARGE_WORDS && !is_pv);
     codes(code_b, depth * columns, columns, qmax, true);
     values(value_a, f == SPARGE_FLOATS ? x.rows * depth : 0, range_of());
     values(value_b, f == SPARGE_FLOATS ? depth * columns : 0, range_of());
@@ -631,15 +632,15 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
         }
         if (f != SPARGE_FLOATS)
             ((int32_t *)x.b_init.got)[n] = f == SPARGE_WORDS ? -product
-                                            : is_fold         ? 0
-                                                              : (int32_t)pick(-4000000, 4000000);
+                                           : is_pv           ? 0
+                                                             : (int32_t)pick(-4000000, 4000000);
     }
     return x;
 }
 
 static sparge_product product_of(const operands *x)
 {
-    return (sparge_product){x->rows,     x->panels,      x->depth, x->a.got,
+    return (sparge_product){x->rows,     x->panels,     x->depth, x->a.got,
                             x->a_stride, x->a_init.got, x->b.got, x->b_init.got};
 }
 
@@ -674,13 +675,13 @@ static void test_score(const sparge_kernels *k, sparge_format f)
             ((float *)s.want)[r * stride + n] = product_at(&x, r, n, 0.0f);
 }
 
-static void test_fold(const sparge_kernels *k, sparge_format f)
+static void test_accumulate_pv(const sparge_kernels *k, sparge_format f)
 {
     const operands x = make_operands(k, f, true);
     const int64_t columns = x.panels * SPARGE_PANEL,
                   stride = columns + (one_in(2) ? 0 : pick(0, 20));
     const pair o = make("o", F32, (x.rows - 1) * stride + columns, stride),
-               step = make("step", F32, columns, columns);
+               v_scale = make("v_scale", F32, columns, columns);
     const pair shrink = make("shrink", F32, x.rows, x.rows),
                weight = make("weight", F32, x.rows, x.rows);
     for (int64_t r = 0; r < x.rows; r++) {
@@ -688,18 +689,18 @@ static void test_fold(const sparge_kernels *k, sparge_format f)
         ((float *)weight.got)[r] = one_in(8) ? 0.0f : fabsf(uniform()) / 127;
         values((float *)o.got + r * stride, columns, PLAIN);
     }
-    values(step.got, columns, PLAIN);
+    values(v_scale.got, columns, PLAIN);
     settle();
     const sparge_product product = product_of(&x);
-    const sparge_accumulator fold = {shrink.got, weight.got, step.got, o.got, stride};
-    k->accumulate_pv[f](&product, &fold);
+    const sparge_accumulator into = {shrink.got, weight.got, v_scale.got, o.got, stride};
+    k->accumulate_pv[f](&product, &into);
     for (int64_t r = 0; r < x.rows; r++)
         for (int64_t n = 0; n < columns; n++) {
             float *to = (float *)o.want + r * stride + n;
             const float kept = *to * ((float *)shrink.want)[r];
-            const float unit = ((float *)weight.want)[r] * ((float *)step.want)[n];
+            const float scale = ((float *)weight.want)[r] * ((float *)v_scale.want)[n];
             *to = f == SPARGE_FLOATS ? product_at(&x, r, n, kept)
-                                     : fmaf(unit, product_at(&x, r, n, 0.0f), kept);
+                                     : fmaf(scale, product_at(&x, r, n, 0.0f), kept);
         }
 }
 
@@ -724,18 +725,18 @@ static scores make_scores(void)
     const float c = ldexpf(1.5f + uniform() / 2, (int)pick(-24, one_in(4) ? 100 : 4));
     x.got = (sparge_scores){x.s.got, rows, keys, stride, one_in(20) ? 0x1p-149f : c, special};
     for (int64_t r = 0; r < rows; r++) {
-        const int64_t seen = one_in(3) ? pick(0, keys) : keys;
+        const int64_t visible = one_in(3) ? pick(0, keys) : keys;
         for (int64_t t = 0; t < keys; t++) {
             const float odd[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN};
             float score = size * uniform();
             score = special && one_in(10) ? odd[pick(0, 5)]
                     : one_in(8)           ? 0.0f
                                           : rintf(score) + 0.0f;
-            ((float *)x.s.got)[r * stride + t] = t < seen ? score : -INFINITY;
+            ((float *)x.s.got)[r * stride + t] = t < visible ? score : -INFINITY;
         }
     }
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", c %a", rows,
-             keys, stride, (double)x.got.c);
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", scale %a",
+             rows, keys, stride, (double)x.got.scale);
     return x;
 }
 
@@ -755,23 +756,23 @@ static void test_maxima(const sparge_kernels *k, sparge_format f)
     (void)f;
     scores x = make_scores();
     const pair local = make("local", F32, x.got.rows, x.got.rows), above = make("above", I32, 1, 1);
-    x.got.c = one_in(20) ? 0.0f : one_in(20) ? INFINITY : x.got.c;
+    x.got.scale = one_in(20) ? 0.0f : one_in(20) ? INFINITY : x.got.scale;
     settle();
     *(int32_t *)above.got = k->maxima(&x.got, x.top.got, local.got);
     *(int32_t *)above.want = 1;
     for (int64_t r = 0; r < x.got.rows; r++) {
         const float most = most_of(&x, r);
         ((float *)x.top.want)[r] = most;
-        ((float *)local.want)[r] = sparge_row_local(most, x.got.c);
+        ((float *)local.want)[r] = sparge_row_local(most, x.got.scale);
         *(int32_t *)above.want &= ((float *)local.want)[r] > -INFINITY;
     }
 }
 
-static void test_raise(const sparge_kernels *k, sparge_format f)
+static void test_update_max(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
     const int64_t rows = size_up_to(MOST_ROWS);
-    const int qmax = one_in(3) ? 0 : some_levels();
+    const int qmax = one_in(3) ? 0 : some_qmax();
     const char *const names[] = {"max", "sum", "local", "shrink", "weight"};
     pair x[5];
     for (int n = 0; n < 5; n++)
@@ -788,46 +789,47 @@ static void test_raise(const sparge_kernels *k, sparge_format f)
     }
     snprintf(shape, sizeof shape, "%" PRId64 " rows, qmax %d", rows, qmax);
     settle();
-    const sparge_softmax_rows group = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
-    k->update_max(&group, rows, qmax);
+    const sparge_softmax_rows all = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
+    k->update_max(&all, rows, qmax);
     for (int64_t r = 0; r < rows; r++) {
         sparge_row row = {((float *)x[0].want)[r], ((float *)x[1].want)[r]};
         const float local = ((float *)x[2].want)[r];
         const float sum = row.sum;
         ((float *)x[3].want)[r] = sparge_row_update_max(&row, local);
         ((float *)x[4].want)[r] = qmax ? sparge_code_weight(local, row.max, qmax) : 1.0f;
-        if (local == -INFINITY) /* nothing is seen: what the row had */
+        if (local == -INFINITY) /* nothing is visible: what the row had */
             row.sum = sum;
         ((float *)x[0].want)[r] = row.max;
         ((float *)x[1].want)[r] = row.sum;
     }
 }
 
-static void test_weigh(const sparge_kernels *k, sparge_format f)
+static void test_softmax(const sparge_kernels *k, sparge_format f)
 {
     const scores x = make_scores();
     const int64_t rows = x.got.rows, keys = x.got.keys,
                   stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
     const pair p = make("p", kind_of_a[f], (rows - 1) * stride + keys, stride);
-    const pair sum = make("sum", F32, rows, rows), start = make("start", I32, rows, rows);
+    const pair sum = make("sum", F32, rows, rows), init = make("init", I32, rows, rows);
     for (int64_t r = 0; r < rows; r++)
         ((float *)x.top.got)[r] = f != SPARGE_FLOATS
                                       ? most_of(&x, r)
-                                      : sparge_row_local(most_of(&x, r), x.got.c) +
+                                      : sparge_row_local(most_of(&x, r), x.got.scale) +
                                             (one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
     settle();
-    k->softmax[f](&x.got, x.top.got, p.got, stride, sum.got, start.got);
+    k->softmax[f](&x.got, x.top.got, p.got, stride, sum.got, init.got);
     for (int64_t r = 0; r < rows; r++) {
         const float most = ((float *)x.top.want)[r];
         float partial[16] = {0};
         int64_t total = 0, product = 0;
         for (int64_t t = 0; t < keys; t++) {
             const float score = ((float *)x.s.want)[r * x.got.stride + t];
-            const float weight = f == SPARGE_FLOATS ? sparge_weight(score, x.got.c, most) : 0.0f;
+            const float weight =
+                f == SPARGE_FLOATS ? sparge_weight(score, x.got.scale, most) : 0.0f;
             const int code =
                 f == SPARGE_FLOATS
                     ? 0
-                    : sparge_weight_code(score, most, x.got.c, f == SPARGE_BYTES ? 127 : 4095);
+                    : sparge_weight_code(score, most, x.got.scale, f == SPARGE_BYTES ? 127 : 4095);
             put(p.want, kind_of_a[f], r * stride + t, code, weight);
             partial[t % 16] += weight;
             total += code;
@@ -837,7 +839,7 @@ static void test_weigh(const sparge_kernels *k, sparge_format f)
                        ((int16_t *)p.want)[r * stride + keys / 2 + t];
         ((float *)sum.want)[r] = f == SPARGE_FLOATS ? sparge_sum_of(partial) : (float)total;
         if (f == SPARGE_WORDS)
-            ((int32_t *)start.want)[r] = (int32_t)-product;
+            ((int32_t *)init.want)[r] = (int32_t)-product;
     }
 }
 
@@ -906,19 +908,19 @@ static const struct kernel {
     {"pack_values bytes", test_pack_values, SPARGE_BYTES},
     {"pack_values words", test_pack_values, SPARGE_WORDS},
     {"pack_values floats", test_pack_values, SPARGE_FLOATS},
-    {"rank", test_rank, 0},
+    {"score_pools", test_score_pools, 0},
     {"mass", test_mass, 0},
     {"score bytes", test_score, SPARGE_BYTES},
     {"score words", test_score, SPARGE_WORDS},
     {"score floats", test_score, SPARGE_FLOATS},
     {"maxima", test_maxima, 0},
-    {"raise", test_raise, 0},
-    {"weigh bytes", test_weigh, SPARGE_BYTES},
-    {"weigh words", test_weigh, SPARGE_WORDS},
-    {"weigh floats", test_weigh, SPARGE_FLOATS},
-    {"fold bytes", test_fold, SPARGE_BYTES},
-    {"fold words", test_fold, SPARGE_WORDS},
-    {"fold floats", test_fold, SPARGE_FLOATS},
+    {"update_max", test_update_max, 0},
+    {"softmax bytes", test_softmax, SPARGE_BYTES},
+    {"softmax words", test_softmax, SPARGE_WORDS},
+    {"softmax floats", test_softmax, SPARGE_FLOATS},
+    {"accumulate_pv bytes", test_accumulate_pv, SPARGE_BYTES},
+    {"accumulate_pv words", test_accumulate_pv, SPARGE_WORDS},
+    {"accumulate_pv floats", test_accumulate_pv, SPARGE_FLOATS},
     {"dot", test_dot, 0},
     {"store", test_store, 0},
 };
