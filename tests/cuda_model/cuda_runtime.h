@@ -71,7 +71,7 @@ namespace cuda_model {
 struct Values {
     uint32_t of[32];
 };
-Values exchange(const char *name, unsigned mask, uint32_t mine);
+const Values &exchange(const char *name, unsigned mask, uint32_t mine);
 int lane();
 /* The number of threads that said yes, when all threads of the block that have not returned are
  * there. */
@@ -126,7 +126,7 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int width
 
 inline unsigned __ballot_sync(unsigned mask, int predicate)
 {
-    const cuda_model::Values all = cuda_model::exchange("__ballot_sync", mask, predicate != 0);
+    const cuda_model::Values &all = cuda_model::exchange("__ballot_sync", mask, predicate != 0);
     unsigned ballot = 0;
     for (int n = 0; n < 32; n++)
         ballot |= all.of[n] << n;
@@ -141,7 +141,8 @@ inline void __syncwarp(unsigned mask = ~0u) { cuda_model::exchange("__syncwarp",
 
 template <class T> T __reduce_add_sync(unsigned mask, T value)
 {
-    const cuda_model::Values all = cuda_model::exchange("__reduce_add_sync", mask, (uint32_t)value);
+    const cuda_model::Values &all =
+        cuda_model::exchange("__reduce_add_sync", mask, (uint32_t)value);
     uint32_t sum = 0;
     for (uint32_t other : all.of)
         sum += other;
@@ -149,14 +150,16 @@ template <class T> T __reduce_add_sync(unsigned mask, T value)
 }
 template <class T> T __reduce_max_sync(unsigned mask, T value)
 {
-    const cuda_model::Values all = cuda_model::exchange("__reduce_max_sync", mask, (uint32_t)value);
+    const cuda_model::Values &all =
+        cuda_model::exchange("__reduce_max_sync", mask, (uint32_t)value);
     for (uint32_t other : all.of)
         value = (T)other > value ? (T)other : value;
     return value;
 }
 template <class T> T __reduce_min_sync(unsigned mask, T value)
 {
-    const cuda_model::Values all = cuda_model::exchange("__reduce_min_sync", mask, (uint32_t)value);
+    const cuda_model::Values &all =
+        cuda_model::exchange("__reduce_min_sync", mask, (uint32_t)value);
     for (uint32_t other : all.of)
         value = (T)other < value ? (T)other : value;
     return value;

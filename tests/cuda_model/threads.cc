@@ -210,7 +210,7 @@ void start(Block &b, const Grid &grid, uint64_t n)
     const auto form = [&](std::vector<Team> &teams, unsigned of) {
         teams.clear();
         for (unsigned first = 0; first < b.alive; first += of)
-            teams.push_back({first, of, 0, first + of > b.alive ? first + of - b.alive : 0});
+            teams.push_back({first, of, 0, first + of > b.alive ? first + of - b.alive : 0, {}});
     };
     form(b.warps, 32);
     form(b.warpgroups, 128);
@@ -426,7 +426,7 @@ void together(std::vector<Team> &teams, const char *call, void *operand, Work wo
         void *operands[128];
         for (unsigned n = 0; n < team.size; n++) {
             const Thread &other = t.block->threads[team.first + n];
-            if (strcmp(other.waits_for, call))
+            if (other.waits_for != call && strcmp(other.waits_for, call))
                 misuse("%s while thread %u of its %s is in %s", call, other.rank, kind,
                        other.waits_for);
             operands[n] = other.operand;
@@ -439,22 +439,24 @@ void together(std::vector<Team> &teams, const char *call, void *operand, Work wo
     leave();
 }
 
-Values exchange(const char *call, unsigned mask, uint32_t mine)
+/* The values stand in the team until its next call together, which nobody can end before all have
+ * read them. */
+const Values &exchange(const char *call, unsigned mask, uint32_t mine)
 {
     struct Operand {
         uint32_t mine;
-        Values all;
-    } operand = {mine, {}};
+        Values *all;
+    };
     if (mask != ~0u)
         misuse("%s with mask %08x: the model knows full masks alone", call, mask);
-    together(self().block->warps, call, &operand, [](void *const *operands) {
-        Values all;
+    std::vector<Team> &warps = self().block->warps;
+    Operand operand = {mine, &warps[self().rank / 32].values};
+    together(warps, call, &operand, [](void *const *operands) {
+        Values &all = *((Operand *)operands[0])->all;
         for (int n = 0; n < 32; n++)
             all.of[n] = ((Operand *)operands[n])->mine;
-        for (int n = 0; n < 32; n++)
-            ((Operand *)operands[n])->all = all;
     });
-    return operand.all;
+    return *operand.all;
 }
 
 int lane() { return (int)(current->rank % 32); }

@@ -57,6 +57,7 @@ struct Thread {
 /* The threads of a warp or a warpgroup, who make some calls together. */
 struct Team {
     unsigned first, size, arrived, gone;
+    Values values; /* of a warp's last exchange */
 };
 
 /* PTX ISA, barrier.cta: 16 of them, and __syncthreads is number 0. */

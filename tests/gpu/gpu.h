@@ -65,6 +65,37 @@ extern double worst_ratio[RUNGS];
 
 sparge_mask wide_mask(const problem *x, int64_t spare);
 
+/* ---- One question with variations, of every kernel ---- */
+
+/* n is 0 .. count - 1; under --quick every quick-th. */
+#define EACH_CASE(r, n, count, quick)                                                \
+    for (int n = (fresh_device(), 0); n < (count); n += plain_quick() ? (quick) : 1) \
+        EACH_RUNG(r)                                                                 \
+    if (name_case(r, n))
+
+#define EACH_KERNEL(r) EACH_CASE(r, only, 1, 1)
+
+bool name_case(const kernel *r, int n); /* true */
+
+problem question_of(const kernel *r, int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len,
+                    int64_t k_len, int64_t dim, int64_t dim_v);
+
+/* Writes x, sees that the kernel gives ref's answers over x's mask or that of attention, frees x.
+ */
+enum { GIVEN = 1, PREDICTED = 2 };
+void check_answers(problem *x, const kernel *r, unsigned masks);
+
+/* A kernel's own answer over x's mask, in f32; verified: x is written and it is ref's first. */
+answer answer_of(problem *x, const kernel *r);
+answer verified(problem *x, const kernel *r);
+void forget_both(answer *a, problem *x);
+
+/* That answer, or that over a predicted mask, is near dense attention on the real inputs. */
+void near_dense(problem *x, const kernel *r, bool predict);
+
+void set_mask(problem *x, bool (*keep)(int64_t line, int64_t j)); /* line: a row of the mask */
+bool second_alone(int64_t line, int64_t j);                       /* key block 1 */
+
 /* ---- Calls that are made by hand ---- */
 
 /* A question on the device, with poisoned outputs in host memory to compare afterwards. */
