@@ -29,8 +29,8 @@ rule("ref/(oracle|token_order)\\.[ch]" "sparge\\.h|ref/oracle\\.h" "${standard}"
 rule("ref/.*" "sparge\\.h|common/.*|ref/.*" "${standard}" "ref/ includes sparge.h, common/, ref/ and the C library")
 rule("cpu/.*" "sparge\\.h|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|cpuid\\.h|${intrinsics}"
      "cpu/ includes sparge.h, common/, cpu/, the C library, OpenMP, POSIX threads and, in a kernel file, intrinsics")
-rule("tune/.*" "sparge\\.h|common/.*|ref/ref\\.h|tune/.*" "${standard}|pthread\\.h"
-     "tune/ includes sparge.h, common/, ref/ref.h, tune/, the C library and POSIX threads")
+rule("tune/.*" "sparge\\.h|common/.*|tune/.*" "${standard}|pthread\\.h"
+     "tune/ includes sparge.h, common/, tune/, the C library and POSIX threads")
 rule("gpu/.*" "sparge\\.h|common/.*|gpu/.*" ".*" "gpu/ includes sparge.h, common/, gpu/ and system headers")
 rule("tools/.*" "sparge\\.h|common/half\\.h|tools/.*" ".*"
      "tools/ is a user's program: it includes sparge.h, common/half.h, tools/ and system headers")

@@ -195,11 +195,11 @@ sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const u
                                sparge_error *error)
 {
     const sparge_geometry *g = &x->g;
-    const sparge_ref_row row = sparge_ref_row_of(g, x->o, i);
     b->first = i * g->block_q;
     b->rows = sparge_block_rows(g->q_len, g->block_q, i);
-    b->visible = row.visible;
-    b->edge.first = x->o->causal == SPARGE_CAUSAL_NONE ? g->k_len / g->block_k : row.diagonal;
+    b->visible = sparge_blocks_visible(g, i);
+    b->edge.first =
+        x->o->causal == SPARGE_CAUSAL_NONE ? g->k_len / g->block_k : sparge_first_diagonal(g, i);
     b->edge.first = sparge_min(b->edge.first, b->visible);
     b->whole.count = b->edge.first;
     b->edge.count = b->visible - b->edge.first;

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 
 #include "common/block_mask.h"
+#include "common/select.h"
+#include "common/softmax.h"
 #include "tune/tune.h"
 
 sparge_thresholds tune_thresholds(tune_choice at, bool topk)
@@ -96,17 +98,22 @@ typedef struct entry {
     int step;
 } entry;
 
+/* A similar key block with a finite score. */
+typedef struct scored {
+    float s;
+    int64_t block;
+} scored;
+
 typedef struct walker {
     tune_input *x;
     tune_blocks blocks;
     walk walk;
-    float *s;                 /* [k_blocks] S[i,:] under one theta */
-    bool *similar;            /* [k_blocks] under one theta */
-    sparge_ref_scored *order; /* [k_blocks] */
-    uint32_t *forced;         /* [words] blocks that join first */
-    bool *before;    /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
-    tune_point *row; /* [TUNE_SHARES] of one query block under one theta */
-    entry *entry;    /* [k_blocks] */
+    bool *similar;    /* [k_blocks] under one theta */
+    scored *order;    /* [k_blocks] the same in the order of S */
+    uint32_t *forced; /* [words] blocks that join first */
+    bool *before;     /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
+    tune_point *row;  /* [TUNE_SHARES] of one query block under one theta */
+    entry *entry;     /* [k_blocks] */
 } walker;
 
 static void walker_free(walker *w)
@@ -114,7 +121,6 @@ static void walker_free(walker *w)
     tune_blocks_free(&w->blocks);
     free(w->walk.o);
     free(w->walk.state);
-    free(w->s);
     free(w->similar);
     free(w->order);
     free(w->forced);
@@ -132,16 +138,15 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .walk = {.x = x,
                  .o = malloc(rows * (size_t)x->problem.dim_v * sizeof(float)),
                  .state = malloc(rows * sizeof(sparge_row))},
-        .s = malloc(blocks * sizeof(float)),
         .similar = malloc(blocks * sizeof(bool)),
-        .order = malloc(blocks * sizeof(sparge_ref_scored)),
+        .order = malloc(blocks * sizeof(scored)),
         .forced = malloc(words * sizeof(uint32_t)),
         .before = calloc(blocks, sizeof(bool)),
         .row = malloc(TUNE_SHARES * sizeof(tune_point)),
         .entry = malloc(blocks * sizeof(entry)),
     };
-    sparge_status status = w->walk.o && w->walk.state && w->s && w->similar && w->order &&
-                                   w->forced && w->before && w->row && w->entry
+    sparge_status status = w->walk.o && w->walk.state && w->similar && w->order && w->forced &&
+                                   w->before && w->row && w->entry
                                ? tune_blocks_make(&w->blocks, x, error)
                                : SPARGE_ERR_MEMORY;
     w->walk.b = &w->blocks;
@@ -150,23 +155,39 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
     return status;
 }
 
-/* The row of query block i under one theta, as stage 1 sees it. */
-static sparge_ref_row row_under(walker *w, int64_t i, const sparge_thresholds *thresholds)
+static int compare(const void *a, const void *b)
 {
-    tune_input *x = w->x;
-    sparge_ref_row row = sparge_ref_row_of(&x->g, x->o, i);
-    const sparge_ref_summary q = {.sim = x->q_sim[i], .finite = true};
+    const scored *x = a, *y = b;
+    return sparge_comes_before(x->s, x->block, y->s, y->block) ? -1 : 1;
+}
+
+/* A row of S under one theta, as stage 1 sees it. */
+typedef struct row_of_s {
+    int64_t visible, finite;
+    bool q_similar;
+    const scored *order; /* [finite] best first */
+} row_of_s;
+
+/* And w->forced of it. */
+static row_of_s row_under(walker *w, int64_t i, float theta)
+{
+    const tune_input *x = w->x;
+    const sparge_geometry *g = &x->g;
+    const int64_t diagonal = sparge_first_diagonal(g, i);
+    row_of_s row = {.visible = sparge_blocks_visible(g, i),
+                    .q_similar = sparge_is_similar(true, x->q_sim[i], theta),
+                    .order = w->order};
+    memset(w->forced, 0, (size_t)sparge_mask_row_words(g->k_blocks) * sizeof *w->forced);
     for (int64_t j = 0; j < row.visible; j++) {
-        const sparge_ref_summary k = {.sim = x->k_sim[j], .finite = true};
-        w->similar[j] = sparge_ref_similar(&k, thresholds->theta);
-        w->s[j] = w->similar[j] ? x->s[i * x->g.k_blocks + j] : -INFINITY;
+        const float s = x->s[i * g->k_blocks + j];
+        w->similar[j] = sparge_is_similar(true, x->k_sim[j], theta);
+        if (sparge_forced(row.q_similar, w->similar[j], sparge_finite(s), j >= diagonal,
+                          x->o->sink && j == 0))
+            sparge_mask_row_set(w->forced, j);
+        if (w->similar[j] && sparge_finite(s))
+            w->order[row.finite++] = (scored){s, j};
     }
-    row.s = w->s;
-    row.k_similar = w->similar;
-    row.q_similar = sparge_ref_similar(&q, thresholds->theta);
-    row.thresholds = thresholds;
-    row.order = w->order;
-    sparge_ref_rank(&row);
+    qsort(w->order, (size_t)row.finite, sizeof *w->order, compare);
     return row;
 }
 
@@ -174,37 +195,39 @@ static sparge_ref_row row_under(walker *w, int64_t i, const sparge_thresholds *t
 
 /* How many blocks of the row's order are kept at each share in turn. */
 typedef struct cut {
-    const sparge_ref_row *row;
+    const row_of_s *row;
     uint64_t total, prefix; /* masses; prefix: of the first `count` and the next */
     int64_t count;
 } cut;
 
-static cut cut_begin(const sparge_ref_row *row)
+static uint32_t mass(const row_of_s *row, int64_t n)
+{
+    return sparge_mass(row->order[n].s, row->order[0].s);
+}
+
+static cut cut_begin(const row_of_s *row)
 {
     cut c = {.row = row};
     for (int64_t n = 0; n < row->finite; n++)
-        c.total += sparge_ref_mass(row, n);
-    c.prefix = row->finite ? sparge_ref_mass(row, 0) : 0;
+        c.total += mass(row, n);
+    c.prefix = row->finite ? mass(row, 0) : 0;
     return c;
 }
 
 static int64_t cut_at(cut *c, const sparge_thresholds *thresholds)
 {
-    const sparge_ref_row *row = c->row;
-    if (thresholds->topk != SPARGE_OFF) {
-        sparge_ref_row asked = *row;
-        asked.thresholds = thresholds;
-        return sparge_min(row->finite, sparge_max(1, sparge_ref_topk(&asked)));
-    }
-    const double limit = (double)thresholds->tau * (double)c->total;
+    const row_of_s *row = c->row;
+    if (thresholds->topk != SPARGE_OFF)
+        return sparge_min(row->finite, sparge_topk_count(thresholds->topk, row->visible));
+    const double limit = sparge_mass_limit(thresholds->tau, c->total);
     while (c->count < row->finite && (double)c->prefix <= limit)
         if (++c->count < row->finite)
-            c->prefix += sparge_ref_mass(row, c->count);
+            c->prefix += mass(row, c->count);
     return sparge_min(row->finite, sparge_max(1, c->count));
 }
 
 /* w->row: one query block under the theta of a row whose forced blocks are known. */
-static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool topk)
+static void walk_shares(walker *w, const row_of_s *row, int theta, bool topk)
 {
     walk *all = &w->walk;
     walk_begin(all, 0, w->blocks.rows);
@@ -229,7 +252,7 @@ static void walk_shares(walker *w, const sparge_ref_row *row, int theta, bool to
 /* Is some block similar that was not under the theta before, or the other way round? (Where Q_i is
  * not, before and now, every block is kept whatever it is itself.) Keeps what is for the next
  * theta. */
-static bool changes_sides(walker *w, const sparge_ref_row *row)
+static bool changes_sides(walker *w, const row_of_s *row)
 {
     const size_t bytes = (size_t)row->visible * sizeof *w->before;
     const bool changes = row->q_similar != w->before[row->visible] ||
@@ -242,7 +265,6 @@ static bool changes_sides(walker *w, const sparge_ref_row *row)
 sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const tune_watch *watch,
                               sparge_error *error)
 {
-    const size_t words = (size_t)sparge_mask_row_words(x->g.k_blocks) * sizeof(uint32_t);
     walker w;
     sparge_status status = walker_make(&w, x, error);
     if (status)
@@ -251,12 +273,7 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
         status = tune_blocks_load(&w.blocks, x, i, NULL, error);
         for (int theta = 0; theta < TUNE_THETAS && !status; theta++) {
-            const sparge_thresholds thresholds = tune_thresholds((tune_choice){theta, 0, 0}, topk);
-            const sparge_ref_row row = row_under(&w, i, &thresholds);
-            memset(w.forced, 0, words);
-            sparge_ref_keep_dissimilar(&row, w.forced);
-            sparge_ref_keep_diagonal(&row, w.forced);
-            sparge_ref_keep_sink(&row, w.forced);
+            const row_of_s row = row_under(&w, i, tune_theta(theta));
             if (changes_sides(&w, &row) || theta == 0)
                 walk_shares(&w, &row, theta, topk);
             for (int n = 0; n < TUNE_SHARES; n++) {
@@ -336,9 +353,10 @@ sparge_status tune_lambda_curve(tune_input *x, const sparge_thresholds *threshol
     memset(point, 0, TUNE_LAMBDAS * sizeof *point);
     *mask_kept = 0.0;
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
-        const sparge_ref_row row = row_under(&w, i, thresholds);
-        memset(w.forced, 0, (size_t)sparge_mask_row_words(x->g.k_blocks) * sizeof *w.forced);
-        sparge_ref_select(&row, w.forced);
+        const row_of_s row = row_under(&w, i, thresholds->theta);
+        cut c = cut_begin(&row);
+        for (int64_t n = cut_at(&c, thresholds); n > 0; n--)
+            sparge_mask_row_set(w.forced, row.order[n - 1].block);
         *mask_kept += (double)sparge_mask_row_count(w.forced, row.visible);
         status = tune_blocks_load(&w.blocks, x, i, w.forced, error);
         for (int64_t r = 0; r < w.blocks.rows && !status; r += x->o->skip_rows)

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "common/block_mask.h"
+#include "common/element.h"
 
 /* ---- Arrays that live twice ---- */
 
@@ -48,15 +49,13 @@ static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int
 {
     sparge_status status =
         tune_array_make(x, (tokens + pad) * dim * (int64_t)sizeof(float), device, error);
-    bool bad[SPARGE_MAX_DIM];
     for (int64_t t = 0; t < tokens && !status; t++)
-        for (int64_t c = 0; c < dim; c += SPARGE_MAX_DIM) { /* dim_v may be larger */
-            const int64_t n = sparge_min(SPARGE_MAX_DIM, dim - c);
-            sparge_in from = *in;
-            from.data = (const char *)in->data + c * (in->dtype == SPARGE_F32 ? 4 : 2);
-            sparge_ref_load(&from, batch, head, t, 1, n, NULL, (float *)x->host + t * dim + c, bad);
-            for (int64_t e = 0; e < n; e++)
-                *nonfinite += bad[e];
+        for (int64_t c = 0; c < dim; c++) {
+            const float value =
+                sparge_element_load(in->data, in->dtype, sparge_in_row(in, batch, head, t) + c);
+            const bool finite = sparge_finite(value);
+            ((float *)x->host)[t * dim + c] = finite ? value : 0.0f;
+            *nonfinite += !finite;
         }
     return status ? status : tune_array_push(x, error);
 }

@@ -8,7 +8,6 @@
 #define SPARGE_TUNE_TUNE_H
 
 #include "common/geometry.h"
-#include "ref/ref.h"
 #include "sparge.h"
 
 /* ---- The grid: as fine as the authors', and finer where tau comes near 1 ------------------- */

@@ -321,7 +321,8 @@ static void test_load(const sparge_kernels *k, sparge_format f)
 
     const sparge_in view = {(char *)in.want + (size_t)first * size, dtype, 0, 0, token};
     bool none = true;
-    sparge_ref_load(&view, 0, 0, 0, rows, dim, mean.want, plain, nonfinite);
+    sparge_ref_load(&view, 0, 0, 0, rows, dim, plain, nonfinite);
+    sparge_ref_subtract_mean(plain, nonfinite, rows, dim, mean.want);
     for (int64_t n = 0; n < rows; n++)
         for (int64_t c = 0; c < stride; c++) {
             ((float *)x.want)[n * stride + c] = c < dim ? plain[n * dim + c] : 0.0f;

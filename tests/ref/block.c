@@ -3,7 +3,7 @@
  *
  * A sum shows its order where it swallows: beside 2^24 a float loses a 1, beside 2^60 a double
  * does. */
-#include "ref/stage.h"
+#include "ref/ref.h"
 
 #include "tests/support/check.h"
 
@@ -20,7 +20,9 @@ static void loads(const char *what, const sparge_in *in, int64_t batch, int64_t 
     check_case("load: %s", what);
     float *x = check_alloc((size_t)(rows * dim) * sizeof *x);
     bool *marks = check_alloc((size_t)(rows * dim) * sizeof *marks);
-    sparge_ref_load(in, batch, head, first, rows, dim, mean, x, marks);
+    sparge_ref_load(in, batch, head, first, rows, dim, x, marks);
+    if (mean)
+        sparge_ref_subtract_mean(x, marks, rows, dim, mean);
     check_same(x, want, rows * dim);
     for (int64_t e = 0; e < rows * dim; e++)
         check(marks[e] == (bad[e] == '1'), "element %lld is marked %d", (long long)e, marks[e]);
@@ -119,17 +121,17 @@ Test(block, load_subtracts_the_mean)
 
 /* ---- mean ------------------------------------------------------------------------------------ */
 
-/* Scratch and result have the exact size; the scratch holds one block. */
+/* Of tokens as they are loaded; the arrays have the exact size. */
 static void mean_is(const char *what, const float *tokens, int64_t len, int64_t dim,
                     int64_t block_k, const float *want)
 {
     check_case("mean: %s", what);
-    const int64_t rows = len < block_k ? len : block_k;
-    const sparge_geometry g = sparge_geometry_make(7, len, 3, block_k, 1);
-    float *x = check_alloc((size_t)(rows * dim) * sizeof *x),
+    const sparge_geometry g = sparge_geometry_make(7, len, 3, block_k, SPARGE_CAUSAL_END);
+    float *x = check_alloc((size_t)(len * dim) * sizeof *x),
           *mean = check_alloc((size_t)dim * sizeof *mean);
-    bool *bad = check_alloc((size_t)(rows * dim));
-    sparge_ref_mean(&(sparge_in){tokens, SPARGE_F32, 0, 0, dim}, 0, 0, &g, dim, x, bad, mean);
+    bool *bad = check_alloc((size_t)(len * dim));
+    sparge_ref_load(&(sparge_in){tokens, SPARGE_F32, 0, 0, dim}, 0, 0, 0, len, dim, x, bad);
+    sparge_ref_mean(x, &g, dim, mean);
     check_same(mean, want, dim);
     check_free(x);
     check_free(bad);
@@ -172,20 +174,6 @@ Test(block, mean_divides_by_the_token_count)
     mean_is("a non-finite element counts as 0", spoilt, 5, 1, 2, (float[]){12.0f / 5.0f});
     mean_is("nothing finite", spoilt + 3, 2, 1, 2, (float[]){0});
     mean_is("no keys", NULL, 0, 2, 2, (float[]){0, 0});
-}
-
-Test(block, mean_reads_its_own_head)
-{
-    const uint16_t x[] = {0x3c00, 0x3c00, 0x4000, 0x4200, 0x4400, 0x4000, 0x4000, 0x4600};
-    const sparge_geometry g = sparge_geometry_make(1, 2, 1, 2, 0);
-    float scratch[2], mean;
-    bool bad[2];
-    const float want[] = {1, 2.5f, 3, 4};
-    for (int64_t n = 0; n < 4; n++) {
-        sparge_ref_mean(&(sparge_in){x, SPARGE_F16, 4, 2, 1}, n / 2, n % 2, &g, 1, scratch, bad,
-                        &mean);
-        check_equal(mean, want[n]);
-    }
 }
 
 /* The definition spelled out, over lengths around the block size. */
