@@ -946,7 +946,7 @@ static float compiler_rounded(float x) { return rounded(x, 10, -14, 65536.0); }
 
 Test(common, half_narrowing)
 {
-    const uint64_t step = stride(263);
+    const uint64_t step = stride(2053);
     for (uint64_t bits = 0; bits <= 0xffffffff; bits += step) {
         const float x = sparge_bits_float((uint32_t)bits);
         if (isnan(x))

@@ -13,10 +13,13 @@ import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -139,8 +142,7 @@ def run(*options, **how):
 
 def wrong(words, script, *options):
     """That a script of experiments/ ends with a line that has these words."""
-    code, out, err = said(sys.executable, ROOT / "experiments" / script, "--sparge", SPARGE,
-                          *options)
+    code, out, err = script_said(ROOT / "experiments" / script, "--sparge", SPARGE, *options)
     check(code in (1, 2) and words in err and "Traceback" not in err,
           f"{words!r} of {script} {options}", code, err)
 
@@ -148,6 +150,31 @@ def wrong(words, script, *options):
 def said(*command, **how):
     done = subprocess.run(command, capture_output=True, text=True, **how)
     return done.returncode, done.stdout, done.stderr
+
+
+def script_said(path, *args):
+    """The same of a script of ours, in a fork of this process, which has numpy already."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = [str(path), *map(str, args)]
+            sys.path.insert(0, str(Path(path).parent))
+            try:
+                runpy.run_path(str(path), run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+                if isinstance(code, str):
+                    code = print(code, file=sys.stderr) or 1
+            except BaseException:
+                code = traceback.print_exc() or 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return code, *(x.seek(0) or x.read() for x in (out, err))
 
 
 def calls():
@@ -536,8 +563,8 @@ def make_set(folder, seed=1, heads=2, kv_heads=2, tokens=200, dtype="F16", name=
 
 def of_captures(script, folder, *options):
     """Rows of a user's captures."""
-    code, out, err = said(sys.executable, ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE,
-                          "--captures", folder, *options, "-o", "rows.csv")
+    code, out, err = script_said(ROOT / f"experiments/{script}/run.py", "--sparge", SPARGE,
+                                 "--captures", folder, *options, "-o", "rows.csv")
     check(code == 0 and err == "", f"{script} of {folder}", code, err)
     return table("rows.csv") if code == 0 else []
 
@@ -560,9 +587,10 @@ def test_good_captures():
         check(len(of_captures(script, "good", *params)) == rows, f"rows of {script}")
     # a name that the scripts themselves use is a name like any other
     for script in "table9", "fig14", "table6":
+        want = of_captures(script, "good", *params)
         for name in "committed", "captures", "model", "whole", "patches":
             shutil.copytree("good", name, dirs_exist_ok=True)
-            want, got = of_captures(script, "good", *params), of_captures(script, name, *params)
+            got = of_captures(script, name, *params)
             check([list(row.values())[1:]
                    for row in want] == [list(row.values())[1:] for row in got], script, name)
     # two samples, and two files of one layer
@@ -617,8 +645,8 @@ def test_capture_that_overflows():
     tensors, _ = make_set("large", tokens=100, grid=None)
     tensors["v"][0, 1] = 3e38
     save_safetensors("large/a.safetensors", **{n: ("F32", x) for n, x in tensors.items()})
-    code, out, err = said(sys.executable, ROOT / "experiments/table7/run.py", "--sparge", SPARGE,
-                          "--captures", "large", "-o", "rows.csv")
+    code, out, err = script_said(ROOT / "experiments/table7/run.py", "--sparge", SPARGE,
+                                 "--captures", "large", "-o", "rows.csv")
     check(code == 0 and "layer 0 head 1" in err and "not finite" in err, "said", code, err)
     check([(r["heads"], r["worst_l1"]) for r in table("rows.csv")] == [("2", "")], "no worst error",
           table("rows.csv"))
@@ -789,7 +817,7 @@ def test_nothing_is_built_for_a_word():
 
 def test_driver():
     def reproduce(*options):
-        return said(sys.executable, ROOT / "experiments/reproduce.py", *options)
+        return script_said(ROOT / "experiments/reproduce.py", *options)
 
     code, out, err = reproduce("--list")
     check(code == 0 and err == "" and all(x.folder in out for x in ITEMS), "--list", out, err)
@@ -860,7 +888,7 @@ def test_how_and_how_long():
 
 def test_figures():
     def figures(*options):
-        return said(sys.executable, ROOT / "paper_figs/figures.py", *options)
+        return script_said(ROOT / "paper_figs/figures.py", *options)
 
     rows = [
         f"mine,{sample},{layer},{step},{head},0.{step}{head}" for sample in "ab"
@@ -966,7 +994,7 @@ def test_commands_run_as_printed():
         words = [{"FOLDER": "good", "P.json": "good.json"}.get(word, word) for word in words]
         check(program in ("build/venv/bin/python", items.LM_PROGRAM), "the interpreter", program)
         if program == "build/venv/bin/python":
-            code, out, err = said(sys.executable, ROOT / words[0], *words[1:], "--sparge", SPARGE)
+            code, out, err = script_said(ROOT / words[0], *words[1:], "--sparge", SPARGE)
             check(code == 0 and table("out.csv"), f"{words}", code, err)
 
 

@@ -611,7 +611,7 @@ static const struct {
     [K_LEN] = {"k_len", 15, {0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 200}},
     [BLOCKS] = {"blocks", 5, {1608, 12864, 64128, 2440, 3305}}, /* 33 x 5: two words a mask row */
     [CAUSAL] = {"causal", 3, {SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START}},
-    [HEADS] = {"heads", 3, {22, 62, 81}}, /* 10 * heads + kv_heads */
+    [HEADS] = {"heads", 3, {22, 42, 31}}, /* 10 * heads + kv_heads */
     [BATCH] = {"batch", 2, {1, 2}},
     [DIM] = {"dim", 8, {1, 8, 40, 64, 80, 128, 192, 256}},
     [DIM_V] = {"dim_v", 8, {1, 8, 40, 64, 80, 128, 192, 256}},

@@ -1021,8 +1021,8 @@ Test(properties, a_million_tokens)
     check_case("a million tokens");
     enum {
         LEN = 1 << 20,
-        D = 16,
-        DV = 8,
+        D = 4,
+        DV = 2,
         BQ = 128,
         BK = 64,
         Q_BLOCKS = LEN / BQ,

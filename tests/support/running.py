@@ -14,6 +14,9 @@ import numpy as np
 
 from counted import check
 
+# A shell's background jobs ignore it, and so would the programs that are interrupted here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 FINE, DIFFERENT, USAGE, FILE, UNSUPPORTED, MACHINE, UNFINISHED = range(7)
 
 
