@@ -109,10 +109,10 @@ static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem 
     p.q_len = part->rows;
     p.dim = x->problem.dim;
     p.dim_v = dim_v;
-    const sparge_intermediates intermediates = {.m = tune_there(&part->m)};
+    const sparge_intermediates intermediates = {.m = tune_data(&part->m)};
     sparge_result result = {
-        .o = {tune_there(&part->o), SPARGE_F32, part->rows * dim_v, 0, dim_v},
-        .lse = tune_there(&part->lse),
+        .o = {tune_data(&part->o), SPARGE_F32, part->rows * dim_v, 0, dim_v},
+        .lse = tune_data(&part->lse),
         .intermediates = &intermediates,
     };
     sparge_status status = mask ? tune_array_push(&part->bits, error) : SPARGE_OK;
@@ -131,7 +131,7 @@ static sparge_status attend_part(tune_part *part, tune_input *x, sparge_problem 
 /* The view of one head from token `first` on; `batch` elements from one key block to the next. */
 static sparge_in view(const tune_array *x, int64_t first, int64_t dim, int64_t batch)
 {
-    return (sparge_in){(float *)tune_there(x) + first * dim, SPARGE_F32, batch, 0, dim};
+    return (sparge_in){(float *)tune_data(x) + first * dim, SPARGE_F32, batch, 0, dim};
 }
 
 static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *kept,
@@ -145,7 +145,7 @@ static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *k
         .k = view(&x->smooth, 0, dim, keys * dim),
         .v = view(&x->v, 0, dim_v, keys * dim_v),
     };
-    const sparge_mask mask = {tune_there(&part->bits), part->count, 1, 1, 1, 1};
+    const sparge_mask mask = {tune_data(&part->bits), part->count, 1, 1, 1, 1};
     for (int64_t j = 0; j < part->count && kept; j++)
         ((uint32_t *)part->bits.host)[j] = sparge_mask_row_get(kept, j);
     part->first = 0;
@@ -155,8 +155,8 @@ static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *k
 }
 
 /* Causality is aligned to the end here: so many rows more are looked at that the last of them sees
- * the last key. They are those of the next query block, or of 0 beyond the last, and nobody reads
- * what they give. */
+ * the last key. They are those of the next query block, or of 0 beyond the last. What
+ * they give is not read. */
 static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *kept,
                                sparge_error *error)
 {
@@ -173,7 +173,7 @@ static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *ke
         .v = view(&x->v, first, dim_v, 0),
     };
     const sparge_mask mask = {
-        tune_there(&part->bits),
+        tune_data(&part->bits),
         part->count,
         1,
         sparge_ceil_div(part->rows, g->block_q),

@@ -5,22 +5,21 @@
  * gaps, because a block that lambda skips never holds a maximum, and gaps therefore do not depend
  * on lambda. So one pass over the contributions of blocks.c gives the error at every place. Theta
  * changes which blocks are there from the beginning; thetas between which no block changes sides
- * share a walk. */
+ * have one walk. */
 #include <stdlib.h>
 
 #include "common/block_mask.h"
 #include "common/select.h"
-#include "common/softmax.h"
 #include "tune/tune.h"
 
 sparge_thresholds tune_thresholds(tune_choice at, bool topk)
 {
-    const float share = tune_share(at.share);
-    return (sparge_thresholds){tune_theta(at.theta), topk ? SPARGE_OFF : share,
-                               topk ? share : SPARGE_OFF, tune_lambda(at.lambda)};
+    const float keep = tune_keep(at.keep);
+    return (sparge_thresholds){tune_theta(at.theta), topk ? SPARGE_OFF : keep,
+                               topk ? keep : SPARGE_OFF, tune_lambda(at.lambda)};
 }
 
-tune_choice tune_dense(void) { return (tune_choice){0, TUNE_SHARES - 1, TUNE_LAMBDAS - 1}; }
+tune_choice tune_dense(void) { return (tune_choice){0, TUNE_KEEPS - 1, TUNE_LAMBDAS - 1}; }
 
 /* ---- A walk: blocks join, and the error of what has joined is asked for ---- */
 
@@ -92,28 +91,29 @@ static double walk_error(walk *w)
 
 /* ---- What both curves hold while they walk ---- */
 
+/* A finite score of S[i,:]. */
+typedef struct scored {
+    float s;
+    int64_t j;
+} scored;
+
 /* A block and a group of rows that joins at a step. */
 typedef struct entry {
     int64_t j;
     int step;
 } entry;
 
-/* A similar key block with a finite score. */
-typedef struct scored {
-    float s;
-    int64_t block;
-} scored;
-
 typedef struct walker {
     tune_input *x;
     tune_blocks blocks;
     walk walk;
-    bool *similar;    /* [k_blocks] under one theta */
-    scored *order;    /* [k_blocks] the same in the order of S */
-    uint32_t *forced; /* [words] blocks that join first */
-    bool *before;     /* [k_blocks + 1] under the theta before: similar, and whether Q_i was */
-    tune_point *row;  /* [TUNE_SHARES] of one query block under one theta */
-    entry *entry;     /* [k_blocks] */
+    bool q_similar, *k_similar; /* [k_blocks] of the query block at hand under one theta */
+    scored *order;              /* [finite] the better ones first */
+    int64_t finite;
+    uint32_t *kept;  /* [words] forced blocks first */
+    bool *before;    /* [k_blocks + 1] under the theta before: k_similar, and q_similar */
+    tune_point *row; /* [TUNE_KEEPS] of one query block under one theta */
+    entry *entry;    /* [k_blocks] */
 } walker;
 
 static void walker_free(walker *w)
@@ -121,9 +121,9 @@ static void walker_free(walker *w)
     tune_blocks_free(&w->blocks);
     free(w->walk.o);
     free(w->walk.state);
-    free(w->similar);
+    free(w->k_similar);
     free(w->order);
-    free(w->forced);
+    free(w->kept);
     free(w->before);
     free(w->row);
     free(w->entry);
@@ -138,109 +138,104 @@ static sparge_status walker_make(walker *w, tune_input *x, sparge_error *error)
         .walk = {.x = x,
                  .o = malloc(rows * (size_t)x->problem.dim_v * sizeof(float)),
                  .state = malloc(rows * sizeof(sparge_row))},
-        .similar = malloc(blocks * sizeof(bool)),
+        .k_similar = malloc(blocks * sizeof(bool)),
         .order = malloc(blocks * sizeof(scored)),
-        .forced = malloc(words * sizeof(uint32_t)),
+        .kept = malloc(words * sizeof(uint32_t)),
         .before = calloc(blocks, sizeof(bool)),
-        .row = malloc(TUNE_SHARES * sizeof(tune_point)),
+        .row = malloc(TUNE_KEEPS * sizeof(tune_point)),
         .entry = malloc(blocks * sizeof(entry)),
     };
-    sparge_status status = w->walk.o && w->walk.state && w->similar && w->order && w->forced &&
-                                   w->before && w->row && w->entry
-                               ? tune_blocks_make(&w->blocks, x, error)
-                               : SPARGE_ERR_MEMORY;
+    const bool made = w->walk.o && w->walk.state && w->k_similar && w->order && w->kept &&
+                      w->before && w->row && w->entry;
+    sparge_status status = made ? tune_blocks_make(&w->blocks, x, error) : SPARGE_ERR_MEMORY;
     w->walk.b = &w->blocks;
     if (status)
         walker_free(w);
     return status;
 }
 
-static int compare(const void *a, const void *b)
+static int best_first(const void *a, const void *b)
 {
     const scored *x = a, *y = b;
-    return sparge_comes_before(x->s, x->block, y->s, y->block) ? -1 : 1;
+    return sparge_comes_before(x->s, x->j, y->s, y->j) ? -1 : 1;
 }
 
-/* A row of S under one theta, as stage 1 sees it. */
-typedef struct row_of_s {
-    int64_t visible, finite;
-    bool q_similar;
-    const scored *order; /* [finite] best first */
-} row_of_s;
-
-/* And w->forced of it. */
-static row_of_s row_under(walker *w, int64_t i, float theta)
+/* Query block i under one theta: what is similar, what is kept whatever tau or topk, the order of
+ * the rest. Returns how many key blocks are visible. */
+static int64_t order_row(walker *w, int64_t i, float theta)
 {
     const tune_input *x = w->x;
     const sparge_geometry *g = &x->g;
-    const int64_t diagonal = sparge_first_diagonal(g, i);
-    row_of_s row = {.visible = sparge_blocks_visible(g, i),
-                    .q_similar = sparge_is_similar(true, x->q_sim[i], theta),
-                    .order = w->order};
-    memset(w->forced, 0, (size_t)sparge_mask_row_words(g->k_blocks) * sizeof *w->forced);
-    for (int64_t j = 0; j < row.visible; j++) {
+    const int64_t visible = sparge_blocks_visible(g, i), diagonal = sparge_first_diagonal(g, i);
+    w->q_similar = sparge_is_similar(true, x->q_sim[i], theta);
+    w->finite = 0;
+    memset(w->kept, 0, (size_t)sparge_mask_row_words(g->k_blocks) * sizeof *w->kept);
+    for (int64_t j = 0; j < visible; j++) {
         const float s = x->s[i * g->k_blocks + j];
-        w->similar[j] = sparge_is_similar(true, x->k_sim[j], theta);
-        if (sparge_forced(row.q_similar, w->similar[j], sparge_finite(s), j >= diagonal,
+        w->k_similar[j] = sparge_is_similar(true, x->k_sim[j], theta);
+        if (sparge_forced(w->q_similar, w->k_similar[j], sparge_finite(s), j >= diagonal,
                           x->o->sink && j == 0))
-            sparge_mask_row_set(w->forced, j);
-        if (w->similar[j] && sparge_finite(s))
-            w->order[row.finite++] = (scored){s, j};
+            sparge_mask_row_set(w->kept, j);
+        if (w->k_similar[j] && sparge_finite(s))
+            w->order[w->finite++] = (scored){s, j};
     }
-    qsort(w->order, (size_t)row.finite, sizeof *w->order, compare);
-    return row;
+    qsort(w->order, (size_t)w->finite, sizeof *w->order, best_first);
+    return visible;
 }
 
 /* ---- By tau, or by topk ---- */
 
-/* How many blocks of the row's order are kept at each share in turn. */
-typedef struct cut {
-    const row_of_s *row;
-    uint64_t total, prefix; /* masses; prefix: of the first `count` and the next */
+/* How many blocks of a row's order are kept at each place of the grid in turn. */
+typedef struct prefix {
+    const walker *w;
+    int64_t visible;
+    uint64_t total, mass; /* mass: of the first `count` and the next */
     int64_t count;
-} cut;
+} prefix;
 
-static uint32_t mass(const row_of_s *row, int64_t n)
+static uint64_t mass_of(const walker *w, int64_t n)
 {
-    return sparge_mass(row->order[n].s, row->order[0].s);
+    return n < w->finite ? sparge_mass(w->order[n].s, w->order[0].s) : 0;
 }
 
-static cut cut_begin(const row_of_s *row)
+static prefix prefix_begin(const walker *w, int64_t visible)
 {
-    cut c = {.row = row};
-    for (int64_t n = 0; n < row->finite; n++)
-        c.total += mass(row, n);
-    c.prefix = row->finite ? mass(row, 0) : 0;
-    return c;
+    prefix x = {.w = w, .visible = visible, .mass = mass_of(w, 0)};
+    for (int64_t n = 0; n < w->finite; n++)
+        x.total += mass_of(w, n);
+    return x;
 }
 
-static int64_t cut_at(cut *c, const sparge_thresholds *thresholds)
+/* Thresholds ask for no less than before. */
+static int64_t prefix_at(prefix *x, const sparge_thresholds *thresholds)
 {
-    const row_of_s *row = c->row;
+    int64_t count = 0;
     if (thresholds->topk != SPARGE_OFF)
-        return sparge_min(row->finite, sparge_topk_count(thresholds->topk, row->visible));
-    const double limit = sparge_mass_limit(thresholds->tau, c->total);
-    while (c->count < row->finite && (double)c->prefix <= limit)
-        if (++c->count < row->finite)
-            c->prefix += mass(row, c->count);
-    return sparge_min(row->finite, sparge_max(1, c->count));
+        count = sparge_topk_count(thresholds->topk, x->visible);
+    else {
+        const double limit = sparge_mass_limit(thresholds->tau, x->total);
+        while (x->count < x->w->finite && (double)x->mass <= limit)
+            x->mass += mass_of(x->w, ++x->count);
+        count = sparge_max(1, x->count);
+    }
+    return sparge_min(x->w->finite, count);
 }
 
-/* w->row: one query block under the theta of a row whose forced blocks are known. */
-static void walk_shares(walker *w, const row_of_s *row, int theta, bool topk)
+/* w->row: the query block at hand under the theta of its order. */
+static void walk_keeps(walker *w, int64_t visible, int theta, bool topk)
 {
     walk *all = &w->walk;
     walk_begin(all, 0, w->blocks.rows);
     int64_t kept = 0, placed = 0;
-    for (int64_t j = sparge_mask_row_next(w->forced, 0, row->visible); j < row->visible;
-         j = sparge_mask_row_next(w->forced, j + 1, row->visible), kept++)
+    for (int64_t j = sparge_mask_row_next(w->kept, 0, visible); j < visible;
+         j = sparge_mask_row_next(w->kept, j + 1, visible), kept++)
         walk_join(all, j);
-    cut c = cut_begin(row);
-    for (int n = 0; n < TUNE_SHARES; n++) {
+    prefix x = prefix_begin(w, visible);
+    for (int n = 0; n < TUNE_KEEPS; n++) {
         const sparge_thresholds thresholds = tune_thresholds((tune_choice){theta, n, 0}, topk);
-        for (const int64_t count = cut_at(&c, &thresholds); placed < count; placed++) {
-            const int64_t j = row->order[placed].block;
-            if (sparge_mask_row_get(w->forced, j))
+        for (const int64_t count = prefix_at(&x, &thresholds); placed < count; placed++) {
+            const int64_t j = w->order[placed].j;
+            if (sparge_mask_row_get(w->kept, j))
                 continue;
             walk_join(all, j);
             kept++;
@@ -249,16 +244,16 @@ static void walk_shares(walker *w, const row_of_s *row, int theta, bool topk)
     }
 }
 
-/* Is some block similar that was not under the theta before, or the other way round? (Where Q_i is
+/* Is some block similar that was not under the theta before, or the other way round? (If Q_i is
  * not, before and now, every block is kept whatever it is itself.) Keeps what is for the next
  * theta. */
-static bool changes_sides(walker *w, const row_of_s *row)
+static bool changes_sides(walker *w, int64_t visible)
 {
-    const size_t bytes = (size_t)row->visible * sizeof *w->before;
-    const bool changes = row->q_similar != w->before[row->visible] ||
-                         (row->q_similar && memcmp(w->similar, w->before, bytes) != 0);
-    memcpy(w->before, w->similar, bytes);
-    w->before[row->visible] = row->q_similar;
+    const size_t bytes = (size_t)visible * sizeof *w->before;
+    const bool changes = w->q_similar != w->before[visible] ||
+                         (w->q_similar && memcmp(w->k_similar, w->before, bytes) != 0);
+    memcpy(w->before, w->k_similar, bytes);
+    w->before[visible] = w->q_similar;
     return changes;
 }
 
@@ -269,16 +264,16 @@ sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const
     sparge_status status = walker_make(&w, x, error);
     if (status)
         return status;
-    memset(point, 0, TUNE_THETAS * TUNE_SHARES * sizeof *point);
+    memset(point, 0, TUNE_THETAS * TUNE_KEEPS * sizeof *point);
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
         status = tune_blocks_load(&w.blocks, x, i, NULL, error);
         for (int theta = 0; theta < TUNE_THETAS && !status; theta++) {
-            const row_of_s row = row_under(&w, i, tune_theta(theta));
-            if (changes_sides(&w, &row) || theta == 0)
-                walk_shares(&w, &row, theta, topk);
-            for (int n = 0; n < TUNE_SHARES; n++) {
-                point[theta * TUNE_SHARES + n].error += w.row[n].error;
-                point[theta * TUNE_SHARES + n].kept += w.row[n].kept;
+            const int64_t visible = order_row(&w, i, tune_theta(theta));
+            if (changes_sides(&w, visible) || theta == 0)
+                walk_keeps(&w, visible, theta, topk);
+            for (int n = 0; n < TUNE_KEEPS; n++) {
+                point[theta * TUNE_KEEPS + n].error += w.row[n].error;
+                point[theta * TUNE_KEEPS + n].kept += w.row[n].kept;
             }
         }
         if (!watch->tick(watch->user, 1.0))
@@ -316,7 +311,7 @@ static int step_of(float gap)
 static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1, tune_point *point)
 {
     const tune_blocks *b = &w->blocks;
-    const double share = (double)(r1 - r0) / (double)b->rows;
+    const double part = (double)(r1 - r0) / (double)b->rows;
     sparge_row *state = w->walk.state; /* running maxima, before the walk begins */
     int64_t entries = 0;
     for (int64_t r = r0; r < r1; r++)
@@ -338,7 +333,7 @@ static void walk_lambdas(walker *w, const uint32_t *kept, int64_t r0, int64_t r1
         for (; placed < entries && w->entry[placed].step <= n; placed++)
             walk_join(&w->walk, w->entry[placed].j);
         point[n].error += walk_error(&w->walk);
-        point[n].kept += share * (double)placed;
+        point[n].kept += part * (double)placed;
     }
 }
 
@@ -353,14 +348,14 @@ sparge_status tune_lambda_curve(tune_input *x, const sparge_thresholds *threshol
     memset(point, 0, TUNE_LAMBDAS * sizeof *point);
     *mask_kept = 0.0;
     for (int64_t i = 0; i < x->g.q_blocks && !status; i++) {
-        const row_of_s row = row_under(&w, i, thresholds->theta);
-        cut c = cut_begin(&row);
-        for (int64_t n = cut_at(&c, thresholds); n > 0; n--)
-            sparge_mask_row_set(w.forced, row.order[n - 1].block);
-        *mask_kept += (double)sparge_mask_row_count(w.forced, row.visible);
-        status = tune_blocks_load(&w.blocks, x, i, w.forced, error);
+        const int64_t visible = order_row(&w, i, thresholds->theta);
+        prefix best = prefix_begin(&w, visible);
+        for (int64_t n = prefix_at(&best, thresholds); n > 0; n--)
+            sparge_mask_row_set(w.kept, w.order[n - 1].j);
+        *mask_kept += (double)sparge_mask_row_count(w.kept, visible);
+        status = tune_blocks_load(&w.blocks, x, i, w.kept, error);
         for (int64_t r = 0; r < w.blocks.rows && !status; r += x->o->skip_rows)
-            walk_lambdas(&w, w.forced, r, sparge_min(w.blocks.rows, r + x->o->skip_rows), point);
+            walk_lambdas(&w, w.kept, r, sparge_min(w.blocks.rows, r + x->o->skip_rows), point);
         if (!watch->tick(watch->user, 0.0))
             break;
     }

@@ -12,8 +12,7 @@ typedef struct heads {
     tune_sample *sample;
     int64_t count, tuned;
     double start;
-    double units,
-        units_done; /* of work, for progress: query blocks of the mask curves of all heads */
+    double work, work_done; /* for progress: query blocks of the mask curves of all heads */
     bool stopped;
     sparge_status status; /* of the first head that failed */
     sparge_error error;
@@ -23,33 +22,32 @@ typedef struct heads {
 /* One of them, at work. */
 typedef struct worker {
     heads *all;
-    double units; /* done */
+    double work; /* done */
 } worker;
 
 /* Tells how far it is, unless it is stopped already. For one thread at a time. */
 static void tell(heads *all)
 {
     if (!all->stopped && all->how->progress)
-        all->stopped = !all->how->progress(all->how->user, fmin(1.0, all->units_done / all->units));
+        all->stopped = !all->how->progress(all->how->user, fmin(1.0, all->work_done / all->work));
 }
 
 /* Is there time for more? */
-static bool tick(void *user, double units)
+static bool tick(void *user, double work)
 {
     worker *w = user;
     heads *all = w->all;
-    w->units += units;
+    w->work += work;
     pthread_mutex_lock(&all->lock);
-    all->units_done += units;
-    all->stopped |=
-        all->how->seconds > 0.0 && sparge_seconds() - all->start > all->how->seconds;
+    all->work_done += work;
+    all->stopped |= all->how->seconds > 0.0 && sparge_seconds() - all->start > all->how->seconds;
     tell(all);
     const bool goes_on = !all->stopped;
     pthread_mutex_unlock(&all->lock);
     return goes_on;
 }
 
-static void work(heads *all, int64_t head, double units, sparge_tuned *to)
+static void run_head(heads *all, int64_t head, double work, sparge_tuned *to)
 {
     worker w = {all, 0.0};
     const tune_task task = {all->how,   &all->o, all->sample, all->count,
@@ -66,7 +64,7 @@ static void work(heads *all, int64_t head, double units, sparge_tuned *to)
     }
     all->stopped |= status != SPARGE_OK;
     if (t.done) {
-        all->units_done += units - w.units; /* some curves were not asked for */
+        all->work_done += work - w.work; /* some curves were not asked for */
         tell(all);
         *to = t;
         if (all->how->finished)
@@ -80,9 +78,8 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
                                 sparge_tuned *tuned, sparge_error *error)
 {
     const int64_t q_heads = inputs[0].heads;
-    heads all = {
-        .how = how, .o = *o, .start = sparge_seconds(), .lock = PTHREAD_MUTEX_INITIALIZER};
-    double units = 0.0; /* of one head */
+    heads all = {.how = how, .o = *o, .start = sparge_seconds(), .lock = PTHREAD_MUTEX_INITIALIZER};
+    double work = 0.0; /* of one head */
     int64_t todo = 0;
     for (int64_t h = 0; h < q_heads; h++)
         todo += !tuned[h].done;
@@ -96,9 +93,9 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
         for (int64_t b = 0; b < inputs[n].batch; b++) {
             all.sample[all.count++] = (tune_sample){&inputs[n], b};
             all.tuned += n < count - how->held_out;
-            units += (double)sparge_ceil_div(inputs[n].q_len, o->block_q);
+            work += (double)sparge_ceil_div(inputs[n].q_len, o->block_q);
         }
-    all.units = (double)todo * units;
+    all.work = (double)todo * work;
     /* Heads side by side, and the threads that are left over within each. */
     const int threads =
         o->backend == SPARGE_CPU ? (int)sparge_max(1, sparge_min(o->threads, todo)) : 1;
@@ -113,7 +110,7 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
 #pragma omp for schedule(dynamic, 1)
         for (int64_t h = 0; h < q_heads; h++)
             if (!tuned[h].done)
-                work(&all, h, units, &tuned[h]);
+                run_head(&all, h, work, &tuned[h]);
         sparge_arithmetic_end(caller);
     }
     pthread_mutex_destroy(&all.lock);

@@ -39,7 +39,7 @@ void tune_array_free(tune_array *x)
 
 static sparge_in packed(const tune_array *x, int64_t dim)
 {
-    return (sparge_in){.data = tune_there(x), .dtype = SPARGE_F32, .token = dim};
+    return (sparge_in){.data = tune_data(x), .dtype = SPARGE_F32, .token = dim};
 }
 
 /* Tokens of one head in f32, and `pad` rows of 0; counts elements that are not finite. */
@@ -51,8 +51,8 @@ static sparge_status load(tune_array *x, const sparge_in *in, int64_t batch, int
         tune_array_make(x, (tokens + pad) * dim * (int64_t)sizeof(float), device, error);
     for (int64_t t = 0; t < tokens && !status; t++)
         for (int64_t c = 0; c < dim; c++) {
-            const float value =
-                sparge_element_load(in->data, in->dtype, sparge_in_row(in, batch, head, t) + c);
+            const int64_t at = sparge_in_row(in, batch, head, t) + c;
+            const float value = sparge_element_load(in->data, in->dtype, at);
             const bool finite = sparge_finite(value);
             ((float *)x->host)[t * dim + c] = finite ? value : 0.0f;
             *nonfinite += !finite;
@@ -79,13 +79,13 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
         status = tune_array_make(&part[n], count[n] * (int64_t)sizeof(float), device, error);
     if (!status) {
         const sparge_intermediates intermediates = {
-            .k_mean = tune_there(mean),
-            .s = tune_there(&part[0]),
-            .q_sim = tune_there(&part[1]),
-            .k_sim = tune_there(&part[2]),
+            .k_mean = tune_data(mean),
+            .s = tune_data(&part[0]),
+            .q_sim = tune_data(&part[1]),
+            .k_sim = tune_data(&part[2]),
         };
-        sparge_mask mask = {tune_there(&bits), 1,           1,
-                            g->q_blocks,       g->k_blocks, words}; /* nobody reads it */
+        sparge_mask mask = {tune_data(&bits), 1,           1,
+                            g->q_blocks,      g->k_blocks, words}; /* nobody reads it */
         status = sparge_predict(&x->problem, &o, &mask, &intermediates, error);
     }
     float **const to[3] = {&x->s, &x->q_sim, &x->k_sim};
@@ -120,7 +120,7 @@ static sparge_status attend(tune_input *x, const sparge_options *o, bool dense, 
     const int64_t dim_v = x->problem.dim_v;
     sparge_status status =
         tune_array_make(o_out, x->g.q_len * dim_v * (int64_t)sizeof(float), x->q.device, error);
-    sparge_result result = {.o = {tune_there(o_out), SPARGE_F32, 0, 0, dim_v}};
+    sparge_result result = {.o = {tune_data(o_out), SPARGE_F32, 0, 0, dim_v}};
     if (!status)
         status = dense ? sparge_attend(&x->problem, o, NULL, &result, error)
                        : sparge_attention(&x->problem, o, &result, error);

@@ -1,10 +1,10 @@
-/* search.c: what is chosen, from the curves; what it is worth, by whole calls; and what is done
- * where it does not hold on inputs that it was not tuned on. */
+/* search.c: chooses thresholds from the curves, judges them by whole calls of attention, and backs
+ * off if an input that was held out exceeds l2. */
 #include <stdlib.h>
 
 #include "tune/tune.h"
 
-/* A lambda curve that was asked for, over the mask of one (theta, share). */
+/* A lambda curve that was asked for, over the mask of one (theta, keep). */
 typedef struct lambda_curve {
     tune_choice at;
     tune_point point[TUNE_LAMBDAS];
@@ -24,10 +24,10 @@ typedef struct head {
 } head;
 
 /* Is there time for more? */
-static bool tick(void *user, double units)
+static bool tick(void *user, double work)
 {
     head *h = user;
-    h->stopped |= !h->task->watch.tick(h->task->watch.user, units);
+    h->stopped |= !h->task->watch.tick(h->task->watch.user, work);
     return !h->stopped;
 }
 
@@ -37,7 +37,7 @@ static const tune_point *mask_curve(head *h, int64_t n)
 {
     if (h->mask[n] || !goes_on(h))
         return h->mask[n];
-    tune_point *point = malloc((size_t)TUNE_THETAS * TUNE_SHARES * sizeof *point);
+    tune_point *point = malloc((size_t)TUNE_THETAS * TUNE_KEEPS * sizeof *point);
     const tune_watch watch = {tick, h};
     h->status = point ? tune_mask_curve(&h->input[n], h->how->topk, point, &watch, &h->error)
                       : SPARGE_ERR_MEMORY;
@@ -51,7 +51,7 @@ static const tune_point *mask_curve(head *h, int64_t n)
 static const lambda_curve *lambda_curve_at(head *h, int64_t n, tune_choice at)
 {
     for (lambda_curve *c = h->lambda[n]; c; c = c->next)
-        if (c->at.theta == at.theta && c->at.share == at.share)
+        if (c->at.theta == at.theta && c->at.keep == at.keep)
             return c;
     if (!goes_on(h))
         return NULL;
@@ -72,7 +72,7 @@ static const lambda_curve *lambda_curve_at(head *h, int64_t n, tune_choice at)
 
 static const tune_point *point_at(const head *h, int64_t n, tune_choice at)
 {
-    return &h->mask[n][at.theta * TUNE_SHARES + at.share];
+    return &h->mask[n][at.theta * TUNE_KEEPS + at.keep];
 }
 
 /* ---- Folds: what is tuned on what ---- */
@@ -148,8 +148,8 @@ static void choose_mask(head *h, fold *f)
     merit best = merit_of(h, f, f->choice);
     best.sparsity = 0.0;
     for (int theta = 0; theta < TUNE_THETAS; theta++)
-        for (int share = 0; share < TUNE_SHARES; share++) {
-            const tune_choice at = {theta, share, TUNE_LAMBDAS - 1};
+        for (int keep = 0; keep < TUNE_KEEPS; keep++) {
+            const tune_choice at = {theta, keep, TUNE_LAMBDAS - 1};
             const merit m = merit_of(h, f, at);
             if (m.sparsity > 0.0 && better(h->how, m, best)) {
                 best = m;
@@ -160,7 +160,7 @@ static void choose_mask(head *h, fold *f)
 
 static bool is_dense(tune_choice at)
 {
-    return at.share == TUNE_SHARES - 1 && at.lambda == TUNE_LAMBDAS - 1;
+    return at.keep == TUNE_KEEPS - 1 && at.lambda == TUNE_LAMBDAS - 1;
 }
 
 /* Does this lambda skip anything on the samples of the fold? */
@@ -217,29 +217,29 @@ static sparge_tune_errors nothing_judged(void)
 }
 
 /* How far a choice is backed off: places of the grid, toward keeping more. */
-typedef struct retreat {
-    int share, lambda;
-} retreat;
+typedef struct back_off {
+    int keep, lambda;
+} back_off;
 
-static tune_choice retreated(tune_choice at, retreat by)
+static tune_choice backed_off(tune_choice at, back_off by)
 {
-    at.share = (int)sparge_min(TUNE_SHARES - 1, at.share + by.share);
+    at.keep = (int)sparge_min(TUNE_KEEPS - 1, at.keep + by.keep);
     at.lambda = (int)sparge_min(TUNE_LAMBDAS - 1, at.lambda + by.lambda);
     return at;
 }
 
 /* The errors of what is chosen on all samples, and of what each fold chose on those that it did not
  * see, all backed off so far. */
-static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, retreat by,
+static void judge_all(head *h, const fold *final, const fold *folds, int64_t count, back_off by,
                       sparge_tuned *t)
 {
-    const sparge_thresholds chosen = tune_thresholds(retreated(final->choice, by), h->how->topk);
+    const sparge_thresholds chosen = tune_thresholds(backed_off(final->choice, by), h->how->topk);
     t->in_sample = t->held_out = nothing_judged();
     for (int64_t n = 0; n < h->tuned; n++)
         judge(h, &chosen, n, &t->in_sample);
     for (const fold *f = folds; f < folds + count; f++) {
         const sparge_thresholds thresholds =
-            tune_thresholds(retreated(f->choice, by), h->how->topk);
+            tune_thresholds(backed_off(f->choice, by), h->how->topk);
         for (int64_t n = f->from; n < f->to; n++)
             judge(h, &thresholds, n, &t->held_out);
     }
@@ -268,39 +268,39 @@ static double known_error(head *h, int64_t n, tune_choice at)
 }
 
 /* Would l2 hold, as far as the curves know? */
-static bool would_hold(head *h, const fold *final, const fold *folds, int64_t count, retreat by)
+static bool would_hold(head *h, const fold *final, const fold *folds, int64_t count, back_off by)
 {
     bounded in = {.mean = h->how->mean}, out = in;
     for (int64_t n = 0; n < h->tuned; n++)
-        bounded_add(&in, known_error(h, n, retreated(final->choice, by)));
+        bounded_add(&in, known_error(h, n, backed_off(final->choice, by)));
     for (const fold *f = folds; f < folds + count; f++)
         for (int64_t n = f->from; n < f->to; n++)
-            bounded_add(&out, known_error(h, n, retreated(f->choice, by)));
+            bounded_add(&out, known_error(h, n, backed_off(f->choice, by)));
     return bounded_error(&in) <= h->how->l2 && bounded_error(&out) <= h->how->l2;
 }
 
-/* Lambda goes down, place by place, until it is off for all; then the share goes up. */
-static void back_off(head *h, fold *final, const fold *folds, int64_t count, sparge_tuned *t)
+/* Lambda goes down, place by place, until it is off for all; then the keep goes up. */
+static void find_back_off(head *h, fold *final, const fold *folds, int64_t count, sparge_tuned *t)
 {
-    retreat by = {0, 0};
+    back_off by = {0, 0};
     while (goes_on(h)) {
         if (by.lambda < TUNE_LAMBDAS - 1)
             by.lambda++;
         else
-            by.share++;
-        if (by.share && final->choice.share + by.share >= TUNE_SHARES - 1)
+            by.keep++;
+        if (by.keep && final->choice.keep + by.keep >= TUNE_KEEPS - 1)
             break;
-        t->back_off = by.share ? SPARGE_TAU_RAISED : SPARGE_LAMBDA_LOWERED;
+        t->back_off = by.keep ? SPARGE_TAU_RAISED : SPARGE_LAMBDA_LOWERED;
         if (!would_hold(h, final, folds, count, by))
             continue;
         judge_all(h, final, folds, count, by, t);
         if (holds(h->how, t)) {
-            final->choice = retreated(final->choice, by);
+            final->choice = backed_off(final->choice, by);
             return;
         }
     }
     t->back_off = SPARGE_LEFT_DENSE;
-    by.share = TUNE_SHARES;
+    by.keep = TUNE_KEEPS;
     final->choice = tune_dense();
     judge_all(h, final, folds, count, by, t);
 }
@@ -355,10 +355,10 @@ static void tune(head *h, fold *folds, sparge_tuned *t)
     fold final = {-1, -1, tune_dense()};
     choose(h, &final);
     const int64_t count = make_folds(h, &final, folds);
-    judge_all(h, &final, folds, count, (retreat){0, 0}, t);
+    judge_all(h, &final, folds, count, (back_off){0, 0}, t);
     t->held_out_first = t->held_out;
     if (!holds(h->how, t) && !is_dense(final.choice) && goes_on(h))
-        back_off(h, &final, folds, count, t);
+        find_back_off(h, &final, folds, count, t);
     t->dense = is_dense(final.choice);
     t->thresholds = tune_thresholds(final.choice, h->how->topk && !t->dense);
 }

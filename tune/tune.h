@@ -3,31 +3,36 @@
  * curve.c adds the contributions up again in the order in which tau, topk or lambda would, search.c
  * chooses for one head, and heads.c has all heads do so side by side.
  *
- * Letters as in ref/: query block i, key block j, row r, channel c. */
+ * sparge.c calls sparge_tune_heads, and the tuner calls attention through the public face,
+ * sparge.h, alone: it stands on top of the library as a user does, for any backend.
+ *
+ * Letters as in ref/ref.h: query block i, key block j, row r, channel c. */
 #ifndef SPARGE_TUNE_TUNE_H
 #define SPARGE_TUNE_TUNE_H
 
 #include "common/geometry.h"
+#include "common/softmax.h"
 #include "sparge.h"
 
 /* ---- The grid: as fine as the authors', and finer where tau comes near 1 ------------------- */
 
-enum { TUNE_THETAS = 32, TUNE_SHARES = 1031, TUNE_LAMBDAS = 502 };
+enum { TUNE_THETAS = 32, TUNE_KEEPS = 1031, TUNE_LAMBDAS = 502 };
 
-/* A place in the grid. The last share keeps everything, the last lambda never skips. */
+/* A place in the grid. The last keep, of tau or topk, keeps everything; the last lambda never
+ * skips. */
 typedef struct tune_choice {
-    int theta, share, lambda;
+    int theta, keep, lambda;
 } tune_choice;
 
 static inline float tune_theta(int n) { return -1.0f + (float)n / 16.0f; }
 
 /* tau, or topk: 0.001 apart, then ten for each power of ten nearer to 1, up to 1e-6 below it. */
-static inline float tune_share(int n)
+static inline float tune_keep(int n)
 {
-    const double share = n < 1000              ? n / 1000.0
-                         : n < TUNE_SHARES - 1 ? 1.0 - pow(10.0, -3.0 - (n - 999) / 10.0)
-                                               : 1.0;
-    return (float)share;
+    const double keep = n < 1000             ? n / 1000.0
+                        : n < TUNE_KEEPS - 1 ? 1.0 - pow(10.0, -3.0 - (n - 999) / 10.0)
+                                             : 1.0;
+    return (float)keep;
 }
 
 /* 0.1 apart in log2 units, down to -50. */
@@ -53,7 +58,7 @@ typedef struct tune_array {
     int64_t bytes;
 } tune_array;
 
-static inline void *tune_there(const tune_array *x) { return x->device ? x->device : x->host; }
+static inline void *tune_data(const tune_array *x) { return x->device ? x->device : x->host; }
 sparge_status tune_array_make(tune_array *x, int64_t bytes, bool device, sparge_error *error);
 sparge_status tune_array_push(const tune_array *x, sparge_error *error); /* host to device */
 sparge_status tune_array_pull(const tune_array *x, int64_t bytes,
@@ -63,17 +68,16 @@ void tune_array_free(tune_array *x);
 typedef struct tune_input {
     const sparge_options *o; /* without thresholds, without callbacks */
     sparge_geometry g;
-    tune_array q, k, smooth,
-        v; /* f32, packed; `smooth` is k less its mean; block_k rows of 0 after q */
+    tune_array q, k, v;       /* f32, packed; block_k rows of 0 after q */
+    tune_array smooth;        /* k less its mean */
     sparge_problem problem;   /* of q, k and v, for the backend */
-    int64_t nonfinite;        /* elements of q, k, v; where these are finite, of `want` */
+    int64_t nonfinite;        /* elements of q, k, v; of `want` if these are finite */
     float *s, *q_sim, *k_sim; /* [q_blocks][k_blocks], [q_blocks], [k_blocks]: S for every pair,
                                  visible or -inf */
     float *want;              /* [q_len][dim_v] dense attention in f32 */
     double want_sum;          /* sum|want| */
     double pairs;             /* visible (query block, key block) pairs */
-    double
-        products; /* of blocks that were computed so far; a pair has one of Q.K^T and one of P.V */
+    double products;          /* of blocks so far; a pair has one of Q.K^T and one of P.V */
 } tune_input;
 
 /* Computes dense attention and S. After failure the input is all 0. */
@@ -110,8 +114,9 @@ typedef struct tune_blocks {
 sparge_status tune_blocks_make(tune_blocks *b, const tune_input *x, sparge_error *error);
 void tune_blocks_free(tune_blocks *b);
 
-/* Takes query block i apart: for the key blocks that a row of a mask keeps, or for all where it is
- * NULL. */
+/* Takes query block i apart: for the key blocks that a row of a mask keeps, or for all if it is
+ * NULL.
+ */
 sparge_status tune_blocks_load(tune_blocks *b, tune_input *x, int64_t i, const uint32_t *kept,
                                sparge_error *error);
 
@@ -122,14 +127,14 @@ const float *tune_block_m(const tune_blocks *b, int64_t j);
 
 /* ---- curve.c: error and sparsity along the grid -------------------------------------------- */
 
-/* Is told after every query block, of how many units of work; false stops, and the curve is
- * SPARGE_OK but not whole. A query block of a mask curve is a unit. */
+/* Is called after every query block with the work done: 1 for a query block of a mask curve, else
+ * 0. False stops, and the curve is SPARGE_OK but not whole. */
 typedef struct tune_watch {
-    bool (*tick)(void *user, double units);
+    bool (*tick)(void *user, double work);
     void *user;
 } tune_watch;
 
-/* point [TUNE_THETAS][TUNE_SHARES] */
+/* point [TUNE_THETAS][TUNE_KEEPS] */
 sparge_status tune_mask_curve(tune_input *x, bool topk, tune_point *point, const tune_watch *watch,
                               sparge_error *error);
 
@@ -156,7 +161,7 @@ typedef struct tune_task {
     tune_watch watch;
 } tune_task;
 
-/* SPARGE_OK where the watch stopped it, too: *t is not done then. */
+/* SPARGE_OK if the watch stopped it, too: *t is not done then. */
 sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *error);
 
 /* ---- heads.c: what sparge.c calls ----------------------------------------------------------- */

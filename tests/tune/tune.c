@@ -14,7 +14,7 @@ TestSuite(tune);
 
 #define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
 
-enum { LAST_SHARE = TUNE_SHARES - 1, LAST_LAMBDA = TUNE_LAMBDAS - 1 };
+enum { LAST_KEEP = TUNE_KEEPS - 1, LAST_LAMBDA = TUNE_LAMBDAS - 1 };
 
 /* ---- Inputs in which every threshold matters
  * ------------------------------------------------------ */
@@ -89,9 +89,9 @@ static answer whole(const problem *x, sparge_thresholds thresholds)
     return attention(&y, NULL);
 }
 
-static sparge_thresholds thresholds_at(int theta, int share, int lambda, bool topk)
+static sparge_thresholds thresholds_at(int theta, int keep, int lambda, bool topk)
 {
-    return tune_thresholds((tune_choice){theta, share, lambda}, topk);
+    return tune_thresholds((tune_choice){theta, keep, lambda}, topk);
 }
 
 /* ---- The grid
@@ -102,19 +102,19 @@ Test(tune, the_grid)
     check_case("the grid");
     check_equal(tune_theta(0), -1.0f);
     check_equal(tune_theta(TUNE_THETAS - 1), 0.9375f);
-    check_equal(tune_share(0), 0.0f);
-    check_equal(tune_share(999), 0.999f);
-    check_close(tune_share(1009), 0.9999, 1e-9 + 3e-8);
-    check_close(tune_share(LAST_SHARE - 1), 1.0 - 1e-6, 3e-8);
-    check_equal(tune_share(LAST_SHARE), 1.0f);
+    check_equal(tune_keep(0), 0.0f);
+    check_equal(tune_keep(999), 0.999f);
+    check_close(tune_keep(1009), 0.9999, 1e-9 + 3e-8);
+    check_close(tune_keep(LAST_KEEP - 1), 1.0 - 1e-6, 3e-8);
+    check_equal(tune_keep(LAST_KEEP), 1.0f);
     check_equal(tune_lambda(0), 0.0f);
     check_close((double)tune_lambda(1) * 1.4426950408889634, -0.1, 1e-8);
     check_close((double)tune_lambda(LAST_LAMBDA - 1) * 1.4426950408889634, -50.0, 1e-5);
     check_equal(tune_lambda(LAST_LAMBDA), -INFINITY);
     for (int n = 1; n < TUNE_THETAS; n++)
         check(tune_theta(n) > tune_theta(n - 1), "theta %d", n);
-    for (int n = 1; n < TUNE_SHARES; n++)
-        check(tune_share(n) > tune_share(n - 1), "share %d", n);
+    for (int n = 1; n < TUNE_KEEPS; n++)
+        check(tune_keep(n) > tune_keep(n - 1), "keep %d", n);
     for (int n = 1; n < TUNE_LAMBDAS; n++)
         check(tune_lambda(n) < tune_lambda(n - 1), "lambda %d", n);
     const sparge_thresholds by_tau = thresholds_at(3, 500, 7, false),
@@ -130,16 +130,16 @@ Test(tune, the_grid)
 /* ---- Curves against whole calls
  * --------------------------------------------------------------------- */
 
-static bool goes_on(void *user, double units)
+static bool goes_on(void *user, double work)
 {
     (void)user;
-    (void)units;
+    (void)work;
     return true;
 }
 
 /* What the cases of a sweep hit, so that it cannot pass by never moving anything. */
 typedef struct seen {
-    int64_t places, by_share, by_theta, by_lambda, masks_alone, edges;
+    int64_t places, by_keep, by_theta, by_lambda, masks_alone, edges;
     double far, lambda_far;
 } seen;
 
@@ -167,16 +167,16 @@ static sparge_options resolved(const problem *x)
     return o;
 }
 
-/* A share where something changes under this theta, one before it, or any. */
-static int interesting_share(const tune_point *point, int theta)
+/* A keep where something changes under this theta, one before it, or any. */
+static int interesting_keep(const tune_point *point, int theta)
 {
-    const tune_point *row = &point[theta * TUNE_SHARES];
-    int share = (int)check_int(0, LAST_SHARE);
+    const tune_point *row = &point[theta * TUNE_KEEPS];
+    int keep = (int)check_int(0, LAST_KEEP);
     if (check_int(0, 3) == 0)
-        return share;
-    while (share < LAST_SHARE && row[share].kept == row[share + 1].kept)
-        share++;
-    return check_int(0, 1) && share < LAST_SHARE ? share + 1 : share;
+        return keep;
+    while (keep < LAST_KEEP && row[keep].kept == row[keep + 1].kept)
+        keep++;
+    return check_int(0, 1) && keep < LAST_KEEP ? keep + 1 : keep;
 }
 
 static int interesting_lambda(const tune_point *point)
@@ -190,9 +190,9 @@ static int interesting_lambda(const tune_point *point)
 /* Does this theta keep other blocks than the one before? */
 static bool theta_moves(const tune_point *point, int theta)
 {
-    const tune_point *row = &point[theta * TUNE_SHARES];
-    for (int n = 0; n < TUNE_SHARES; n++)
-        if (row[n].kept != row[n - TUNE_SHARES].kept)
+    const tune_point *row = &point[theta * TUNE_KEEPS];
+    for (int n = 0; n < TUNE_KEEPS; n++)
+        if (row[n].kept != row[n - TUNE_KEEPS].kept)
             return true;
     return false;
 }
@@ -210,9 +210,9 @@ static int interesting_theta(const tune_point *point)
 static void tally(const tune_point *point, seen *s)
 {
     for (int theta = 0; theta < TUNE_THETAS; theta++)
-        for (int n = 1; n < TUNE_SHARES; n++)
-            s->by_share +=
-                point[theta * TUNE_SHARES + n].kept != point[theta * TUNE_SHARES + n - 1].kept;
+        for (int n = 1; n < TUNE_KEEPS; n++)
+            s->by_keep +=
+                point[theta * TUNE_KEEPS + n].kept != point[theta * TUNE_KEEPS + n - 1].kept;
     for (int theta = 1; theta < TUNE_THETAS; theta++)
         s->by_theta += theta_moves(point, theta);
 }
@@ -227,7 +227,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
     const tune_watch watch = {goes_on, NULL};
     check(tune_input_open(&input, &x->p, b, h, &o, &error) == SPARGE_OK, "%s", error.text);
     check(input.nonfinite == 0, "a finite input is not");
-    tune_point *point = check_alloc(TUNE_THETAS * TUNE_SHARES * sizeof *point);
+    tune_point *point = check_alloc(TUNE_THETAS * TUNE_KEEPS * sizeof *point);
     check(tune_mask_curve(&input, topk, point, &watch, &error) == SPARGE_OK, "%s", error.text);
     tally(point, s);
     answer want = dense(x);
@@ -235,11 +235,10 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
     check_equal(input.pairs, (double)want.head[at].pairs);
     for (int n = 0; n < places; n++) {
         const int theta = n == 0 ? 0 : interesting_theta(point);
-        const int share = n == 0 ? LAST_SHARE : interesting_share(point, theta);
-        const char *place =
-            check_text("theta %d share %d of head %lld", theta, share, (long long)at);
-        answer a = whole(x, thresholds_at(theta, share, LAST_LAMBDA, topk));
-        const tune_point *p = &point[theta * TUNE_SHARES + share];
+        const int keep = n == 0 ? LAST_KEEP : interesting_keep(point, theta);
+        const char *place = check_text("theta %d keep %d of head %lld", theta, keep, (long long)at);
+        answer a = whole(x, thresholds_at(theta, keep, LAST_LAMBDA, topk));
+        const tune_point *p = &point[theta * TUNE_KEEPS + keep];
         const int64_t kept = a.head[at].qk_done;
         check((int64_t)p->kept == kept && p->kept == a.head[at].pv_done,
               "%s: %.9g pairs are kept by the curve, %lld by a whole call", place, p->kept,
@@ -248,7 +247,7 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
         s->places++;
         answer_free(&a);
         tune_call call;
-        sparge_thresholds thresholds = thresholds_at(theta, share, LAST_LAMBDA, topk);
+        sparge_thresholds thresholds = thresholds_at(theta, keep, LAST_LAMBDA, topk);
         tune_point by_lambda[TUNE_LAMBDAS];
         double mask_kept;
         check(tune_lambda_curve(&input, &thresholds, by_lambda, &mask_kept, &watch, &error) ==
@@ -256,13 +255,13 @@ static void curves_are_whole_calls(const problem *x, int64_t b, int64_t h, bool 
               "%s", error.text);
         check_equal(mask_kept, (double)kept);
         check_close(by_lambda[LAST_LAMBDA].kept, mask_kept,
-                    1e-9 * mask_kept); /* a sum of shares of rows */
+                    1e-9 * mask_kept); /* a sum of parts of rows */
         for (int m = 1; m < TUNE_LAMBDAS; m++)
             s->by_lambda += by_lambda[m].kept != by_lambda[m - 1].kept;
         for (int m = 0; m < 2; m++) {
             const int lambda = n == 1 && m == 1 ? LAST_LAMBDA : interesting_lambda(by_lambda);
             thresholds.lambda = tune_lambda(lambda);
-            place = check_text("theta %d share %d lambda %d of head %lld", theta, share, lambda,
+            place = check_text("theta %d keep %d lambda %d of head %lld", theta, keep, lambda,
                                (long long)at);
             a = whole(x, thresholds);
             check_equal(a.head[at].qk_done, kept);
@@ -352,13 +351,13 @@ static void sweep(const char *name, int64_t from, int64_t end)
                                4, &s);
         problem_free(&x);
     }
-    cr_log_info("%lld places; %lld steps by share, %lld by theta, %lld by lambda; %.3g and %.3g of "
+    cr_log_info("%lld places; %lld steps by keep, %lld by theta, %lld by lambda; %.3g and %.3g of "
                 "the bound",
-                (long long)s.places, (long long)s.by_share, (long long)s.by_theta,
+                (long long)s.places, (long long)s.by_keep, (long long)s.by_theta,
                 (long long)s.by_lambda, s.far, s.lambda_far);
     const int64_t turns = end - from;
-    check(s.by_share > 40 * turns && s.by_theta > turns && s.by_lambda > 8 * turns,
-          "the inputs move too little: %lld, %lld, %lld", (long long)s.by_share,
+    check(s.by_keep > 40 * turns && s.by_theta > turns && s.by_lambda > 8 * turns,
+          "the inputs move too little: %lld, %lld, %lld", (long long)s.by_keep,
           (long long)s.by_theta, (long long)s.by_lambda);
 }
 
@@ -381,15 +380,15 @@ Test(tune, scores_far_apart)
         const sparge_options o = resolved(&x);
         const tune_watch watch = {goes_on, NULL};
         check(tune_input_open(&input, &x.p, 0, 0, &o, &error) == SPARGE_OK, "%s", error.text);
-        tune_point *point = check_alloc(TUNE_THETAS * TUNE_SHARES * sizeof *point);
+        tune_point *point = check_alloc(TUNE_THETAS * TUNE_KEEPS * sizeof *point);
         check(tune_mask_curve(&input, true, point, &watch, &error) == SPARGE_OK, "%s", error.text);
         answer want = dense(&x);
-        for (int share = 0; share < LAST_SHARE; share += 125) {
-            answer a = whole(&x, thresholds_at(0, share, LAST_LAMBDA, true));
-            const double by_curve = tune_relative(&input, point[share].error),
+        for (int keep = 0; keep < LAST_KEEP; keep += 125) {
+            answer a = whole(&x, thresholds_at(0, keep, LAST_LAMBDA, true));
+            const double by_curve = tune_relative(&input, point[keep].error),
                          l1 = relative_l1(&a, &want, 0, 0);
             check(fabs(by_curve - l1) <= 1e-3 * l1 + 1e-5,
-                  "share %d: %.9g by the curve, %.9g by a whole call", share, by_curve, l1);
+                  "keep %d: %.9g by the curve, %.9g by a whole call", keep, by_curve, l1);
             far = fmax(far, fabs(by_curve - l1));
             worst = fmax(worst, l1);
             answer_free(&a);
@@ -448,7 +447,7 @@ static worth worth_of(const bench *b, int64_t n, int64_t h, sparge_thresholds th
 /* Of every mask of the grid, in one input: calls whose mask is the one before have its answer. */
 static worth *worth_of_masks(const bench *b, int64_t n, bool topk)
 {
-    worth *w = check_alloc(TUNE_THETAS * TUNE_SHARES * sizeof *w);
+    worth *w = check_alloc(TUNE_THETAS * TUNE_KEEPS * sizeof *w);
     problem x = b->x[n];
     sparge_mask before = {0};
     sparge_error error;
@@ -456,9 +455,9 @@ static worth *worth_of_masks(const bench *b, int64_t n, bool topk)
     check(sparge_mask_alloc(&before, &x.p, &x.o, &error) == SPARGE_OK, "%s", error.text);
     const size_t bytes = (size_t)(before.q_blocks * before.words) * sizeof *before.bits;
     for (int theta = 0; theta < TUNE_THETAS; theta++)
-        for (int share = 0; share < TUNE_SHARES; share++) {
-            worth *at = &w[theta * TUNE_SHARES + share];
-            x.o.thresholds = thresholds_at(theta, share, LAST_LAMBDA, topk);
+        for (int keep = 0; keep < TUNE_KEEPS; keep++) {
+            worth *at = &w[theta * TUNE_KEEPS + keep];
+            x.o.thresholds = thresholds_at(theta, keep, LAST_LAMBDA, topk);
             check(sparge_predict(&x.p, &x.o, &x.mask, NULL, &error) == SPARGE_OK, "%s", error.text);
             if (at > w && !memcmp(x.mask.bits, before.bits, bytes))
                 *at = at[-1];
@@ -505,7 +504,7 @@ static best best_mask(worth *const *w, const bool *in, int64_t count,
                       const sparge_tune_options *how)
 {
     best b = {0.0, INFINITY, 0.0, 0.0, true};
-    for (int at = 0; at < TUNE_THETAS * TUNE_SHARES; at++) {
+    for (int at = 0; at < TUNE_THETAS * TUNE_KEEPS; at++) {
         const double sparsity = mean_sparsity(w, in, count, at),
                      error = worst_error(w, in, count, at);
         if (how->sparsity > 0.0) {
@@ -595,7 +594,7 @@ static int place_of(float x, float (*of)(int), int count)
 }
 
 static float theta_of(int n) { return tune_theta(n); }
-static float share_of(int n) { return tune_share(n); }
+static float keep_of(int n) { return tune_keep(n); }
 static float lambda_of(int n) { return tune_lambda(n); }
 
 /* Would this lambda skip nothing over a mask? Then it is to be off. */
@@ -615,24 +614,24 @@ static void is_best(const bench *b, worth *const *masks, const bool *in,
 {
     const best want = best_mask(masks, in, b->count, how);
     const int theta = place_of(thresholds->theta, theta_of, TUNE_THETAS);
-    const int share =
+    const int keep =
         place_of(how->topk && thresholds->topk != SPARGE_OFF ? thresholds->topk : thresholds->tau,
-                 share_of, TUNE_SHARES);
+                 keep_of, TUNE_KEEPS);
     const int lambda = place_of(thresholds->lambda, lambda_of, TUNE_LAMBDAS);
     if (want.none && how->sparsity > 0.0) { /* then the sparsest */
-        const int at = theta * TUNE_SHARES + share;
-        for (int n = 0; n < TUNE_THETAS * TUNE_SHARES; n++)
+        const int at = theta * TUNE_KEEPS + keep;
+        for (int n = 0; n < TUNE_THETAS * TUNE_KEEPS; n++)
             check(mean_sparsity(masks, in, b->count, at) >= mean_sparsity(masks, in, b->count, n),
                   "not the sparsest: %.9g", mean_sparsity(masks, in, b->count, at));
         return;
     }
     if (want.none) { /* dense; then lambda alone may skip something */
-        const sparge_thresholds mask = thresholds_at(0, LAST_SHARE, LAST_LAMBDA, false);
-        const int at = LAST_SHARE;
+        const sparge_thresholds mask = thresholds_at(0, LAST_KEEP, LAST_LAMBDA, false);
+        const int at = LAST_KEEP;
         const bool holds = worst_error(masks, in, b->count, at) < how->l1;
         const int most = best_lambda(b, in, mask, how->l2 * (1.0 + near));
         const int least = best_lambda(b, in, mask, how->l2 * (1.0 - near));
-        check(theta == 0 && share == LAST_SHARE, "the mask is not dense");
+        check(theta == 0 && keep == LAST_KEEP, "the mask is not dense");
         check(lambda == LAST_LAMBDA || (holds && lambda >= most && lambda <= least),
               "lambda %d, should be %d", lambda, most);
         check(lambda < LAST_LAMBDA || !holds || skips_nothing(b, in, mask, least),
@@ -642,7 +641,7 @@ static void is_best(const bench *b, worth *const *masks, const bool *in,
     check((thresholds->topk == SPARGE_OFF) == !how->topk &&
               (thresholds->tau == SPARGE_OFF) == how->topk,
           "tau or topk");
-    const int at = theta * TUNE_SHARES + share;
+    const int at = theta * TUNE_KEEPS + keep;
     const double sparsity = mean_sparsity(masks, in, b->count, at),
                  error = worst_error(masks, in, b->count, at);
     if (how->sparsity > 0.0) {
@@ -654,12 +653,12 @@ static void is_best(const bench *b, worth *const *masks, const bool *in,
     }
     check(error < how->l1 * (1.0 + near), "error %.9g is above l1", error);
     check(sparsity >= want.least - 1e-12 && sparsity <= want.most + 1e-12,
-          "sparsity %.9g at theta %d share %d, the best is %.9g", sparsity, theta, share,
+          "sparsity %.9g at theta %d keep %d, the best is %.9g", sparsity, theta, keep,
           want.sparsity);
     if (want.least == want.most) /* of equal ones that of the least error */
         check(error <= want.error * (1.0 + near) + 1e-6,
-              "error %.9g at theta %d share %d, there is %.9g", error, theta, share, want.error);
-    const sparge_thresholds mask = thresholds_at(theta, share, LAST_LAMBDA, how->topk);
+              "error %.9g at theta %d keep %d, there is %.9g", error, theta, keep, want.error);
+    const sparge_thresholds mask = thresholds_at(theta, keep, LAST_LAMBDA, how->topk);
     const int most = best_lambda(b, in, mask, how->l2 * (1.0 + near));
     const int least = best_lambda(b, in, mask, how->l2 * (1.0 - near));
     check(lambda == LAST_LAMBDA
@@ -842,7 +841,7 @@ static double worst_of(const bench *b, sparge_thresholds thresholds)
 }
 
 /* One input to tune on and others that are held out. The choice is that of the first alone; then,
- * in this order and no further than needed: lambda lowered, the share raised, dense. */
+ * in this order and no further than needed: lambda lowered, the keep raised, dense. */
 static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_options *how)
 {
     bench first = *b;
@@ -871,7 +870,7 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
     sparge_thresholds off = chosen.thresholds;
     off.lambda = -INFINITY;
     if ((how->topk ? off.topk : off.tau) == 1.0f) /* the mask was dense */
-        off = thresholds_at(0, LAST_SHARE, LAST_LAMBDA, false);
+        off = thresholds_at(0, LAST_KEEP, LAST_LAMBDA, false);
     if (chosen.dense || !(worst_of(b, chosen.thresholds) > how->l2)) {
         check(t.back_off == SPARGE_AS_CHOSEN &&
                   !memcmp(&t.thresholds, &chosen.thresholds, sizeof t.thresholds),
@@ -893,17 +892,17 @@ static sparge_back_off backs_off_rightly(const bench *b, const sparge_tune_optio
         check(worst_of(b, lowered) > how->l2 * (1.0 - near), "lambda %d would do: %.9g", n,
               worst_of(b, lowered));
     }
-    const int share = place_of(how->topk ? off.topk : off.tau, share_of, TUNE_SHARES);
-    for (int n = share + 1; n < LAST_SHARE; n++) {
+    const int keep = place_of(how->topk ? off.topk : off.tau, keep_of, TUNE_KEEPS);
+    for (int n = keep + 1; n < LAST_KEEP; n++) {
         sparge_thresholds raised = off;
-        *(how->topk ? &raised.topk : &raised.tau) = tune_share(n);
+        *(how->topk ? &raised.topk : &raised.tau) = tune_keep(n);
         if (!memcmp(&t.thresholds, &raised, sizeof raised)) {
             check_equal((int)t.back_off, (int)SPARGE_TAU_RAISED);
             check(worst_of(b, raised) <= how->l2, "raised, but the error is %.9g",
                   worst_of(b, raised));
             return t.back_off;
         }
-        check(worst_of(b, raised) > how->l2 * (1.0 - near), "share %d would do: %.9g", n,
+        check(worst_of(b, raised) > how->l2 * (1.0 - near), "keep %d would do: %.9g", n,
               worst_of(b, raised));
     }
     check_equal((int)t.back_off, (int)SPARGE_LEFT_DENSE);
