@@ -7,18 +7,19 @@
 #                          cpu, gpu, cuda_model, tune, tools, experiments, install, form
 #   ./test.sh dev asan     everything in these builds
 #   ./test.sh hook         the recorder of PyTorch models, in an environment with torch; after dev
+#   ./test.sh planted      plants the bugs of tests/planted, which the tests must see; half an hour
 #   ./test.sh --deps       installs and stops
 set -euo pipefail
 cd "$(dirname "$0")"
 . .ci/install.sh
 
 case "${1:-}" in
--h | --help) sed -n '2,10s/^# //p' "$0"; exit ;;
+-h | --help) sed -n '2,11s/^# //p' "$0"; exit ;;
 esac
 
 builds=(dev clang asan tsan hook)
 folders=(api common ref cpu gpu cuda_model tune tools experiments install form)
-words=" ${builds[*]} ${folders[*]} "
+words=" ${builds[*]} ${folders[*]} planted "
 case "$*" in
 "" | all | --deps) ;;
 *)
@@ -79,6 +80,8 @@ for word in "$@"; do
     echo "== $word"
     if [[ " ${builds[*]} " == *" $word "* ]]; then
         whole "$word" "${quick[@]}"
+    elif [ "$word" = planted ]; then
+        build/venv/bin/python tests/planted/run.py
     else
         folder "$word"
     fi
