@@ -128,14 +128,6 @@ void switch_stack(Context &from, Context &to, bool for_ever)
     (void)for_ever;
 }
 
-/* Back to the scheduler. After a mistake a thread is taken up once more, to unwind its stack. */
-void leave()
-{
-    switch_stack(current->context, scheduler, false);
-    if (failed)
-        throw Misuse();
-}
-
 /* ---- Messages ----------------------------------------------------------------------------- */
 
 std::string text(const char *format, ...)
@@ -228,15 +220,6 @@ void start(Block &b, const Grid &grid, uint64_t n)
     }
 }
 
-void take_turn(Thread &t)
-{
-    current = &t;
-    threadIdx = t.index;
-    blockIdx = t.block->index;
-    switch_stack(scheduler, t.context, false);
-    current = nullptr;
-}
-
 Thread &next_turn()
 {
     if (cuda_model_settings.seed)
@@ -244,6 +227,40 @@ Thread &next_turn()
     Thread &t = *ready.front();
     ready.pop_front();
     return t;
+}
+
+void become(Thread &t)
+{
+    current = &t;
+    threadIdx = t.index;
+    blockIdx = t.block->index;
+}
+
+/* From the scheduler: threads hand over to each other until none is ready or one has returned, and
+ * that is the one which comes back. */
+Thread &take_turn(Thread &t)
+{
+    become(t);
+    switch_stack(scheduler, t.context, false);
+    Thread &back = *current;
+    current = nullptr;
+    return back;
+}
+
+/* After a mistake a thread is taken up once more, to unwind its stack. */
+void leave()
+{
+    Thread &from = *current;
+    if (failed || ready.empty()) {
+        switch_stack(from.context, scheduler, false);
+    } else {
+        Thread &to = next_turn();
+        become(to);
+        if (&to != &from)
+            switch_stack(from.context, to.context, false);
+    }
+    if (failed)
+        throw Misuse();
 }
 
 void complete(Barrier &b, Block &block)
@@ -269,7 +286,13 @@ void say_goodbye()
 void thread_main()
 {
 #ifdef CUDA_MODEL_ASAN
-    __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.size);
+    const void *stack; /* of whom this thread follows: the first one follows the scheduler */
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &stack, &size);
+    if (!scheduler.stack) {
+        scheduler.stack = stack;
+        scheduler.size = size;
+    }
 #endif
     try {
         if (!failed) {
@@ -349,8 +372,7 @@ bool run(const Grid &grid)
     for (Block &b : resident)
         start(b, grid, next++);
     while (!failed && !ready.empty()) {
-        Thread &t = next_turn();
-        take_turn(t);
+        Thread &t = take_turn(next_turn());
         if (t.state != Thread::returned)
             continue;
         release(t.context);
