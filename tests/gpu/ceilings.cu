@@ -13,9 +13,6 @@
 #include <algorithm>
 #include <math.h>
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HOPPER /* elsewhere the kernels that need it are empty */
-#endif
 #ifndef __CUDACC__
 static long long clock64() /* on the model time is what it costs to ask for it */
 {
@@ -460,13 +457,6 @@ void measure_sums()
 
 /* ---- All of it ---- */
 
-__global__ void is_hopper(int *yes)
-{
-#ifdef HOPPER
-    *yes = 1;
-#endif
-}
-
 } // namespace
 
 int main()
@@ -478,9 +468,7 @@ int main()
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
     printf("what,value,unit,expected\n");
-    buffer<int> yes(std::vector<int>(1, 0));
-    run(is_hopper, 1, 1, 0, yes.p);
-    const bool hopper = yes.get()[0] == 1;
+    const bool hopper = has_hopper();
     if (hopper) {
         measure_warpgroups<S8_AND_E4M3>("wgmma_s8_e4m3", 2,
                                         "1450 under 700 W; 1979 by the data sheet");

@@ -1,6 +1,7 @@
-/* each.c: what the questions of values.c, masks.c and schedules.c share. */
+/* each.c: what the tests share: questions of every kernel, and calls that are made by hand. */
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "tests/gpu/gpu.h"
 
@@ -90,4 +91,79 @@ void near_dense(problem *x, const kernel *r, bool predict)
     const double far = worst_row(x, &a, NULL);
     check(far <= quality(r), "worst row at %g", far);
     answer_free(&a);
+}
+
+/* ---- Calls that are made by hand ---- */
+
+void scene_open(scene *s, problem *x, const kernel *r, bool predict)
+{
+    use(x, r);
+    *s = (scene){.x = x, .o = x->o, .predict = predict, .a = answer_make(x, SPARGE_F32, PACKED)};
+    s->p = twin_problem(&s->inputs, x);
+    if (!predict && x->mask.bits)
+        s->given = twin_mask(&s->inputs, &x->mask);
+    s->result = (sparge_result){.o = twin_out(&s->outputs, &s->a.o),
+                                .lse = twin(&s->outputs, s->a.lse),
+                                .head_counts = twin(&s->outputs, s->a.head)};
+    if (predict) {
+        s->host_mask = wide_mask(x, 0);
+        s->mask = twin_mask(&s->outputs, &s->host_mask);
+        s->result.mask = &s->mask;
+    }
+}
+
+sparge_status scene_call(scene *s)
+{
+    memset(s->error.text, '?', sizeof s->error.text - 1);
+    return s->predict ? sparge_attention(&s->p, &s->o, &s->result, &s->error)
+                      : sparge_attend(&s->p, &s->o, s->given.bits ? &s->given : NULL, &s->result,
+                                      &s->error);
+}
+
+void scene_fetch(scene *s)
+{
+    twins_fetch(&s->outputs);
+    tensor_read(&s->a.o);
+}
+
+void scene_poison(scene *s)
+{
+    for (int n = 0; n < s->outputs.count; n++)
+        memset(s->outputs.of[n].host, 0xFF, s->outputs.of[n].bytes);
+    twins_send(&s->outputs);
+}
+
+bool scene_untouched(scene *s)
+{
+    twins_fetch(&s->outputs);
+    bool same = true;
+    for (int n = 0; n < s->outputs.count; n++)
+        for (size_t i = 0; i < s->outputs.of[n].bytes; i++)
+            same &= ((unsigned char *)s->outputs.of[n].host)[i] == 0xFF;
+    return same;
+}
+
+void scene_close(scene *s)
+{
+    twins_free(&s->inputs);
+    twins_free(&s->outputs);
+    check_free(s->host_mask.bits);
+    answer_free(&s->a);
+}
+
+problem usual(const kernel *r)
+{
+    const shape s = shape_of(1, 2, 1, 150, 200, 24, 40);
+    problem x = question(&s, r);
+    x.o.causal = SPARGE_CAUSAL_END;
+    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -1.0f};
+    return x;
+}
+
+void same_outputs(const scene *got, const answer *want)
+{
+    check_same_as("o", got->a.o.x, want->o.x, tensor_count(&want->o));
+    check_same_as("lse", got->a.lse, want->lse, problem_rows(got->x));
+    for (int64_t h = 0; h < got->x->p.batch * got->x->p.heads; h++)
+        same_counts(&got->a.head[h], &want->head[h]);
 }

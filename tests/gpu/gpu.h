@@ -112,10 +112,12 @@ typedef struct scene {
     bool predict;
 } scene;
 
+problem usual(const kernel *r); /* some of everything, small */
 void scene_open(scene *s, problem *x, const kernel *r, bool predict);
 sparge_status scene_call(scene *s);
-void scene_fetch(scene *s);     /* outputs to host memory */
-void scene_poison(scene *s);    /* the outputs, there and here */
+void scene_fetch(scene *s);  /* outputs to host memory */
+void scene_poison(scene *s); /* the outputs, there and here */
+void same_outputs(const scene *got, const answer *want);
 bool scene_untouched(scene *s); /* they still are poison on the device */
 void scene_close(scene *s);
 

@@ -312,13 +312,6 @@ verdict probe_named()
 
 /* ---- All of them ---- */
 
-__global__ void is_hopper(int *yes)
-{
-#ifdef HOPPER
-    *yes = 1;
-#endif
-}
-
 std::vector<question> questions()
 {
     std::vector<question> all = product_questions();
@@ -361,9 +354,7 @@ int main(int argc, char **argv)
         return 77;
     }
     setvbuf(stdout, NULL, _IONBF, 0); /* a probe that hangs or ends all is the one without an end */
-    buffer<int> yes(std::vector<int>(1, 0));
-    run(is_hopper, 1, 1, 0, yes.p);
-    const bool hopper = yes.get()[0] == 1;
+    const bool hopper = has_hopper();
     for (const question &p : probes) {
         if (!wanted(p.name, argc, argv))
             continue;

@@ -10,10 +10,6 @@
 #include <stdarg.h>
 #include <string>
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HOPPER /* elsewhere the kernels that need it are empty */
-#endif
-
 /* What is wrong; begins with "ok" if nothing is. */
 typedef std::string verdict;
 

@@ -449,64 +449,6 @@ void verify(problem *x, const kernel *r, bool predict)
     verify_with(x, r, &t);
 }
 
-/* ---- Calls that are made by hand ---- */
-
-void scene_open(scene *s, problem *x, const kernel *r, bool predict)
-{
-    use(x, r);
-    *s = (scene){.x = x, .o = x->o, .predict = predict, .a = answer_make(x, SPARGE_F32, PACKED)};
-    s->p = twin_problem(&s->inputs, x);
-    if (!predict && x->mask.bits)
-        s->given = twin_mask(&s->inputs, &x->mask);
-    s->result = (sparge_result){.o = twin_out(&s->outputs, &s->a.o),
-                                .lse = twin(&s->outputs, s->a.lse),
-                                .head_counts = twin(&s->outputs, s->a.head)};
-    if (predict) {
-        s->host_mask = wide_mask(x, 0);
-        s->mask = twin_mask(&s->outputs, &s->host_mask);
-        s->result.mask = &s->mask;
-    }
-}
-
-sparge_status scene_call(scene *s)
-{
-    memset(s->error.text, '?', sizeof s->error.text - 1);
-    return s->predict ? sparge_attention(&s->p, &s->o, &s->result, &s->error)
-                      : sparge_attend(&s->p, &s->o, s->given.bits ? &s->given : NULL, &s->result,
-                                      &s->error);
-}
-
-void scene_fetch(scene *s)
-{
-    twins_fetch(&s->outputs);
-    tensor_read(&s->a.o);
-}
-
-void scene_poison(scene *s)
-{
-    for (int n = 0; n < s->outputs.count; n++)
-        memset(s->outputs.of[n].host, 0xFF, s->outputs.of[n].bytes);
-    twins_send(&s->outputs);
-}
-
-bool scene_untouched(scene *s)
-{
-    twins_fetch(&s->outputs);
-    bool same = true;
-    for (int n = 0; n < s->outputs.count; n++)
-        for (size_t i = 0; i < s->outputs.of[n].bytes; i++)
-            same &= ((unsigned char *)s->outputs.of[n].host)[i] == 0xFF;
-    return same;
-}
-
-void scene_close(scene *s)
-{
-    twins_free(&s->inputs);
-    twins_free(&s->outputs);
-    check_free(s->host_mask.bits);
-    answer_free(&s->a);
-}
-
 void verify_prediction(problem *x, const kernel *r, int64_t spare)
 {
     sparge_mask want = wide_mask(x, spare), got = wide_mask(x, spare);

@@ -73,13 +73,17 @@ device_state() {
 }
 
 build() {
-    local jobs tools=OFF
+    local jobs tools=OFF programs="instructions ceilings test_gpu test_kernels"
     jobs=$(nproc)
-    pkg-config --exists jansson libcrypto cairo libpcre2-8 && tools=ON
+    if pkg-config --exists jansson libcrypto cairo libpcre2-8; then
+        tools=ON programs+=" bench"
+    else
+        echo "no bench: it needs jansson, libcrypto, cairo and pcre2 to be built"
+    fi
     cmake -S . -B build/gpu -G "Unix Makefiles" -DCMAKE_BUILD_TYPE=Release -DSPARGE_TOOLS=$tools \
         -DSPARGE_TESTS=OFF -DSPARGE_CUDA=ON -DSPARGE_GPU_CHECKS=ON || return
     # -k: one program that does not compile leaves the others
-    cmake --build build/gpu --parallel "$jobs" -- -k
+    cmake --build build/gpu --parallel "$jobs" --target $programs -- -k
 }
 export -f build
 

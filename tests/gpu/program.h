@@ -16,6 +16,10 @@ enum { ON_MODEL = 1 }; /* threads that take turns on one processor: everything i
 enum { ON_MODEL = 0 };
 #endif
 
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HOPPER /* elsewhere the kernels that need it are empty */
+#endif
+
 static inline void must(cudaError_t e, const char *call)
 {
     if (e == cudaSuccess)
@@ -78,6 +82,20 @@ static void run(void (*kernel)(Args...), int blocks, int threads, size_t shared,
 {
     queue(kernel, blocks, threads, shared, args...);
     must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+static __global__ void set_on_hopper(int *yes)
+{
+#ifdef HOPPER
+    *yes = 1;
+#endif
+}
+
+static inline bool has_hopper()
+{
+    buffer<int> yes(std::vector<int>(1, 0));
+    run(set_on_hopper, 1, 1, 0, yes.p);
+    return yes.get()[0] == 1;
 }
 
 struct draws {
