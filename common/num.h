@@ -76,8 +76,8 @@ SPARGE_HD float sparge_exp2(float x)
     return x < SPARGE_EXP2_LOWEST ? 0.0f : p;
 }
 
-/* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials fold 8
- * + 8, 4 + 4, 2 + 2, 1 + 1. */
+/* A sum in f32 has one order everywhere: term n goes to partial n mod 16, then the partials add
+ * up as 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
 SPARGE_HD float sparge_sum_of(float partial[16])
 {
     for (int half = 8; half > 0; half /= 2)

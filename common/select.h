@@ -1,5 +1,5 @@
-/* select.h: how stage 1 decides which key blocks a query block keeps (Sec 3.3, Algorithm 1 lines
- * 4-6). A backend may sort a row, select by radix or bisect; what it asks is here. */
+/* select.h: how the prediction decides which key blocks a query block keeps (Sec 3.3, Algorithm 1
+ * lines 4-6). A backend may sort a row, select by radix or bisect; what it asks is here. */
 #ifndef SPARGE_COMMON_SELECT_H
 #define SPARGE_COMMON_SELECT_H
 

@@ -78,8 +78,8 @@ SPARGE_HD sparge_row sparge_row_shrunk(sparge_row row, float local, float shrink
     return after;
 }
 
-/* Raises the maximum to at least `local`, the largest score of a block of which the row sees a key,
- * and returns the factor. A row that sees scores of -inf alone is not empty any more. */
+/* Updates the maximum to at least `local`, the largest score of a block of which the row sees a
+ * key, and returns the factor. A row that sees scores of -inf alone is not empty any more. */
 SPARGE_HD float sparge_row_update_max(sparge_row *row, float local)
 {
     const float shrink = sparge_exp2(sparge_shrink_log2(row->max, local));

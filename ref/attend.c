@@ -1,4 +1,4 @@
-/* attend.c: stage 2, int8 FlashAttention over the blocks that the mask kept.
+/* attend.c: int8 FlashAttention over the blocks that the mask kept.
  * Algorithm 1 lines 3 and 7-21; the second skip, lambda, is lines 14-16. */
 #include "common/block_mask.h"
 #include "common/element.h"
@@ -118,29 +118,27 @@ static void finish_row(const sparge_ref_work *w, int64_t r)
 /* Lines 7-21: one query block through its kept key blocks, in ascending order. */
 void sparge_ref_attend_block(sparge_ref_work *w, int64_t i, const uint32_t *kept)
 {
-    const sparge_geometry *g = &w->g;
-    const int64_t visible = sparge_blocks_visible(g, i);
+    const int64_t visible = sparge_blocks_visible(&w->g, i);
     const float lambda = sparge_thresholds_of(w->o, w->h)->lambda;
     sparge_ref_tile *tile = &w->tile;
     tile->i = i;
-    tile->first_q = i * g->block_q;
-    tile->rows = sparge_block_rows(g->q_len, g->block_q, i);
+    tile->first_q = i * w->g.block_q;
+    tile->rows = sparge_block_rows(w->g.q_len, w->g.block_q, i);
     for (int64_t r = 0; r < tile->rows; r++)
         tile->row[r] = sparge_row_empty();
     memset(tile->o, 0, (size_t)(tile->rows * w->v.dim) * sizeof *tile->o);
-    sparge_ref_begin_counts(w);
+    sparge_ref_record_queries(w);
 
     int64_t left = sparge_mask_row_count(kept, visible);
     for (int64_t j = sparge_mask_row_next(kept, 0, visible); j < visible;
          j = sparge_mask_row_next(kept, j + 1, visible), left--) {
         tile->j = j;
-        tile->first_k = j * g->block_k;
-        tile->keys = sparge_block_rows(g->k_len, g->block_k, j);
+        tile->first_k = j * w->g.block_k;
+        tile->keys = sparge_block_rows(w->g.k_len, w->g.block_k, j);
         w->mode.score(w);
-        local_maxima(g, tile);
+        local_maxima(&w->g, tile);
         skip_groups(w, left > w->mode.never_skip ? lambda : -INFINITY);
-        sparge_ref_mark_nonfinite(w);
-        sparge_ref_count_tile(w);
+        sparge_ref_record_tile(w);
     }
     for (int64_t r = 0; r < tile->rows; r++)
         finish_row(w, r);

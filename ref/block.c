@@ -14,10 +14,9 @@ static void set(float *x, bool *nonfinite, float value)
 void sparge_ref_load(const sparge_in *in, int64_t batch, int64_t head, int64_t first, int64_t rows,
                      int64_t dim, float *x, bool *nonfinite)
 {
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t from = sparge_in_row(in, batch, head, first + r), to = r * dim;
-        for (int64_t c = 0; c < dim; c++)
-            set(&x[to + c], &nonfinite[to + c], sparge_element_load(in->data, in->dtype, from + c));
+    for (int64_t e = 0; e < rows * dim; e++) {
+        const int64_t at = sparge_in_row(in, batch, head, first + e / dim) + e % dim;
+        set(&x[e], &nonfinite[e], sparge_element_load(in->data, in->dtype, at));
     }
 }
 

@@ -1,5 +1,5 @@
-/* driver.c: what the stages stand in: memory, and the loops over heads and query blocks. Each of q,
- * k and v is decoded once, whatever stages there are. */
+/* driver.c: memory, and the loops over heads and query blocks. Each of q, k and v is decoded once,
+ * whether a call predicts, attends or both. */
 #include <stdlib.h>
 
 #include "common/clock.h"
@@ -81,9 +81,13 @@ static void lay_out(arena *a, sparge_ref_work *w)
     w->k_summary = take(a, g->k_blocks, sizeof *w->k_summary);
     w->q_pool = take(a, dim, sizeof(float));
     w->unit_sum = take(a, dim, sizeof(float));
-    w->row.s = take(a, g->k_blocks, sizeof(float));
-    w->row.k_similar = take(a, g->k_blocks, sizeof(bool));
-    w->row.order = take(a, g->k_blocks, sizeof *w->row.order);
+    w->row = (sparge_ref_row){
+        .blocks = g->k_blocks,
+        .sink = w->o->sink,
+        .s = take(a, g->k_blocks, sizeof(float)),
+        .k_similar = take(a, g->k_blocks, sizeof(bool)),
+        .order = take(a, g->k_blocks, sizeof(sparge_ref_scored)),
+    };
     w->tile = (sparge_ref_tile){
         .s = take(a, block_q * block_k, sizeof(float)),
         .visible = take(a, block_q, sizeof(int64_t)),

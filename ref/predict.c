@@ -1,4 +1,4 @@
-/* predict.c: stage 1, which (query block, key block) pairs are worth computing.
+/* predict.c: which (query block, key block) pairs are worth computing.
  * Sec 3.3, Algorithm 1 lines 4-6. */
 #include <stdlib.h>
 
@@ -120,9 +120,7 @@ void sparge_ref_predict_row(sparge_ref_work *w, int64_t i, uint32_t *kept)
 
     sparge_ref_row *row = &w->row;
     row->visible = sparge_blocks_visible(&w->g, i);
-    row->blocks = w->g.k_blocks;
     row->diagonal = sparge_first_diagonal(&w->g, i);
-    row->sink = w->o->sink;
     row->thresholds = sparge_thresholds_of(w->o, w->h);
     row->q_similar = w->mode.similar(&summary, row->thresholds->theta);
     if (w->intermediates->why)

@@ -36,7 +36,7 @@ static bool any(const bool *flag, int64_t n)
     return false;
 }
 
-void sparge_ref_begin_counts(sparge_ref_work *w)
+void sparge_ref_record_queries(sparge_ref_work *w)
 {
     const sparge_ref_tile *tile = &w->tile;
     w->tally.pairs += sparge_blocks_visible(&w->g, tile->i);
@@ -48,21 +48,9 @@ void sparge_ref_begin_counts(sparge_ref_work *w)
         w->pv_done[j] = 0.0f;
 }
 
-void sparge_ref_count_tile(sparge_ref_work *w)
-{
-    const sparge_ref_tile *tile = &w->tile;
-    int64_t done = 0;
-    for (int64_t r = 0; r < tile->rows; r++) {
-        done += tile->done[r];
-        sparge_tally_rows(&w->tally, &w->g, tile->i, 1, tile->visible[r], tile->done[r]);
-    }
-    w->tally.qk_done++;
-    w->pv_done[tile->j] = (float)done / (float)tile->rows;
-}
-
 /* A non-finite key makes NaN of the rows that see it; a non-finite element of V, of its channel of
  * those rows, if they computed P.V. */
-void sparge_ref_mark_nonfinite(sparge_ref_work *w)
+static void mark_nonfinite(sparge_ref_work *w)
 {
     const sparge_ref_tile *tile = &w->tile;
     for (int64_t t = 0; t < tile->keys; t++) {
@@ -79,4 +67,17 @@ void sparge_ref_mark_nonfinite(sparge_ref_work *w)
                     tile->o[r * w->v.dim + c] = NAN;
         }
     }
+}
+
+void sparge_ref_record_tile(sparge_ref_work *w)
+{
+    const sparge_ref_tile *tile = &w->tile;
+    int64_t done = 0;
+    for (int64_t r = 0; r < tile->rows; r++) {
+        done += tile->done[r];
+        sparge_tally_rows(&w->tally, &w->g, tile->i, 1, tile->visible[r], tile->done[r]);
+    }
+    mark_nonfinite(w);
+    w->tally.qk_done++;
+    w->pv_done[tile->j] = (float)done / (float)tile->rows;
 }

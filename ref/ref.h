@@ -1,4 +1,4 @@
-/* ref.h: what sparge.c calls, and the steps between, which are the contract that every faster
+/* ref.h: what sparge.c calls, and the steps of it, which are the contract that every faster
  * version keeps. work.h has the structs. */
 #ifndef SPARGE_REF_REF_H
 #define SPARGE_REF_REF_H
@@ -54,9 +54,9 @@ void sparge_ref_attend_block(sparge_ref_work *, int64_t i, const uint32_t *kept)
 /* Copies n elements to place `at` of an array, in units of n, if it is wanted. */
 void sparge_ref_record(void *array, int64_t at, const void *from, int64_t n, size_t size);
 void sparge_ref_record_codes(const sparge_ref_tensor *, int64_t head, int16_t *code, float *scale);
-void sparge_ref_record_rows(const sparge_ref_work *); /* of query block tile.i at its end */
-void sparge_ref_begin_counts(sparge_ref_work *);      /* of query block tile.i */
-void sparge_ref_count_tile(sparge_ref_work *);
-void sparge_ref_mark_nonfinite(sparge_ref_work *); /* by the keys and values of a tile */
+/* Of query block tile.i: at its beginning, after each key block, at its end. */
+void sparge_ref_record_queries(sparge_ref_work *);
+void sparge_ref_record_tile(sparge_ref_work *);
+void sparge_ref_record_rows(const sparge_ref_work *);
 
 #endif

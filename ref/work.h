@@ -6,7 +6,6 @@
 #include "common/counts.h"
 #include "common/softmax.h"
 #include "ref/mode.h"
-#include "sparge.h"
 
 /* Q, K or V of one head. */
 typedef struct sparge_ref_tensor {
@@ -19,7 +18,7 @@ typedef struct sparge_ref_tensor {
     float *scale;               /* [blocks][scales] */
 } sparge_ref_tensor;
 
-/* What stage 1 knows of a block beside its pooled row. */
+/* What the prediction knows of a block beside its pooled row. */
 typedef struct sparge_ref_summary {
     float sim;     /* mean cosine of all pairs of rows, self pairs too; in [0, 1] */
     bool finite;   /* no element was infinite or NaN */
@@ -38,12 +37,11 @@ typedef struct sparge_ref_row {
     int64_t visible, blocks;    /* key blocks that some row of Q_i may see: the first ones; all */
     float *s;                   /* [blocks] S[i,:]; -inf where K_j is not similar, or not visible */
     bool q_similar, *k_similar; /* [visible] */
-    int64_t diagonal;           /* the first block that causality forces */
+    int64_t diagonal, finite;   /* the first block that causality forces; entries of order */
     bool sink;
     const sparge_thresholds *thresholds;
     sparge_ref_scored *order; /* [finite] best first */
-    int64_t finite;
-    uint8_t *why; /* [visible] gathers the bits of sparge_reason, or NULL */
+    uint8_t *why;             /* [visible] gathers the bits of sparge_reason, or NULL */
 } sparge_ref_row;
 
 /* Query block i over key block j. */

@@ -469,7 +469,7 @@ Test(common, blocks)
 }
 
 /* Blocks of 128 x 64 tokens: the last key that query t sees, and how many keys of block j. */
-Test(common, keys_seen)
+Test(common, keys_visible)
 {
     static const struct {
         int64_t q_len, k_len;
@@ -526,7 +526,7 @@ Test(common, keys_seen)
 }
 
 /* How many blocks of keys query block i sees. */
-Test(common, blocks_seen)
+Test(common, blocks_visible)
 {
     static const struct {
         int64_t q_len, k_len, block_q, block_k;
@@ -987,7 +987,7 @@ Test(common, row_empty)
     check_equal(sparge_row_lse(&row), -INFINITY);
 }
 
-Test(common, row_raise)
+Test(common, row_update_max)
 {
     static const struct {
         sparge_row row;
