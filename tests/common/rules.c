@@ -173,6 +173,7 @@ Test(rules, quant_scale)
     check_equal(sparge_quant_scale(1.0f, 127), 0x1.020408p-7f);
     check_equal(sparge_quant_scale(1.0f, 4095), 0x1.001002p-12f);
     check_equal(sparge_quant_scale(224.0f, SPARGE_E4M3_MAX), 0.5f);
+    check_equal(sparge_quant_scale(9.0f, 127), 0x1.22448ap-4f); /* not by a reciprocal */
     check_equal(sparge_quant_scale(0.0f, 127), 0.0f);
     check_equal(sparge_quant_scale(127.0f * FLT_MIN, 127), FLT_MIN);
     check_equal(sparge_quant_scale(126.9999f * FLT_MIN, 127), 0.0f);
@@ -208,9 +209,16 @@ Test(rules, score_scale)
 {
     check_equal(sparge_score_scale(1.0f, 1.0f, 1.0f), 0x1.715476p+0f);
     check_equal(sparge_score_scale(0.5f, 4.0f, 0.125f), 0x1.715476p-2f);
-    const volatile float a = 0.1f * 0.3f, b = a * 0.7f, c = b * SPARGE_LOG2E;
-    check_equal(sparge_score_scale(0.1f, 0.3f, 0.7f), c);
+    check_equal(sparge_score_scale(0.9f, 0.7f, 0.088388f), 0x1.490e0ep-4f);
     check_equal(sparge_score_scale(0x1p-100f, 0x1p-100f, 0x1p100f), 0.0f);
+}
+
+/* P of 1 is exact in e4m3, and the least P that is not 0 is just above 2^-18. */
+Test(rules, p_fp8_scale)
+{
+    check_equal(sparge_e4m3_to_f32(sparge_f32_to_e4m3(SPARGE_P_FP8_SCALE)), SPARGE_P_FP8_SCALE);
+    check_equal(sparge_f32_to_e4m3(SPARGE_P_FP8_SCALE * 0x1.00001p-18f), 1);
+    check_equal(sparge_f32_to_e4m3(SPARGE_P_FP8_SCALE * 0x1p-18f), 0);
 }
 
 Test(rules, value_is_finite)
