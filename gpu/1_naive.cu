@@ -1,25 +1,24 @@
 /* 1_naive.cu: kernel 1, the algorithm and nothing else. A thread owns a query row and walks the
- * kept key blocks, reading every element from global memory when it needs it, in float.
+ * kept key blocks. It reads every element from global memory when it needs it, in float.
  *
- * What it costs: 128 threads read the same keys 128 times, a row of q once for every key, and a row
- * of o does not fit into registers. */
+ * What it costs: 128 threads read the same keys 128 times, a row of q is read once for every key,
+ * and a row of o does not fit into registers. */
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
 
 namespace sparge {
 
-/* What is not finite counts as 0 here; finish.cu spoils what it touched. */
+/* NaN and infinity count as 0 here. finish.cu writes NaN where they matter. */
 static __device__ float finite_or_0(float x) { return sparge_finite(x) ? x : 0.0f; }
 
 /* Line 10: q . (k - mean), in the order of channels. */
 static __device__ float score(const work &w, const query_block &q, int64_t q_at, int64_t token)
 {
-    const int64_t k_at = place(w.k, q.b, q.kv % w.kv_heads, token);
+    const int64_t k_at = key_row(w, q, token);
     float sum = 0.0f;
     for (int c = 0; c < w.dim; c++) {
-        const float mean = w.mean ? w.mean[q.kv * w.dim + c] : 0.0f;
-        sum = fmaf(finite_or_0(element(w.q, q_at + c)), finite_or_0(element(w.k, k_at + c) - mean),
-                   sum);
+        const float mean = w.k_mean ? w.k_mean[q.kv * w.dim + c] : 0.0f;
+        sum = fmaf(finite_or_0(load(w.q, q_at + c)), finite_or_0(load(w.k, k_at + c) - mean), sum);
     }
     return sum;
 }
@@ -28,28 +27,27 @@ static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_const
 {
     votes &v = *(votes *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
-    const uint32_t *const kept = mask_row(w, q);
-    const float lambda = thresholds_of(w, q.h).lambda, unit = w.softmax_scale * SPARGE_LOG2E;
+    const float scale = w.softmax_scale * SPARGE_LOG2E;
     const int r = (int)threadIdx.x;
-    const int64_t q_at = place(w.q, q.b, q.h, q.first + r);
+    const int64_t q_at = sparge_in_row(&w.q, q.b, q.h, q.first + r);
 
     float o[MAX_WIDTH] = {0};
     sparge_row state = sparge_row_empty();
-    for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
-        const int seen = keys_of_row(w, q, r, j);
+    for (int64_t j = next_kept(q, 0); j < q.visible; j = next_kept(q, j + 1)) {
+        const int visible = visible_keys(w, q.first + r, j);
         float p[BLOCK_K];
-        for (int t = 0; t < seen; t++)
+        for (int t = 0; t < visible; t++)
             p[t] = score(w, q, q_at, j * BLOCK_K + t);
-        const float local = sparge_row_local(most_of_row(p, seen), unit);
-        if (group_skips(w, q, v, r, j, sparge_row_gap(&state, local, seen > 0), lambda) || !seen)
+        const float local = sparge_row_local(max_of_row(p, visible), scale);
+        if (!attended_keys(w, q, v, r, j, state, local, visible))
             continue;
-        const float shrink = weigh_row(state, p, seen, unit, local);
+        const float shrink = softmax_row(state, p, visible, scale, local);
         for (int c = 0; c < w.dim_v; c++)
             o[c] *= shrink;
-        for (int t = 0; t < seen; t++) {
-            const int64_t v_at = place(w.v, q.b, q.kv % w.kv_heads, j * BLOCK_K + t);
+        for (int t = 0; t < visible; t++) {
+            const int64_t v_at = value_row(w, q, j * BLOCK_K + t);
             for (int c = 0; c < w.dim_v; c++)
-                o[c] = fmaf(p[t], finite_or_0(element(w.v, v_at + c)), o[c]);
+                o[c] = fmaf(p[t], finite_or_0(load(w.v, v_at + c)), o[c]);
         }
     }
     if (r >= q.rows)
@@ -61,7 +59,7 @@ static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_const
 
 cudaError_t attend_naive(const work &w, cudaStream_t stream)
 {
-    return launch(attend_rows, w.batch * w.heads * w.g.q_blocks, BLOCK_Q, sizeof(votes), stream, w);
+    return launch(attend_rows, q_blocks_of_all_heads(w), BLOCK_Q, sizeof(votes), stream, w);
 }
 
 } // namespace sparge

@@ -1,10 +1,10 @@
-/* 3_dp4a.cu: kernel 3, the paper's int8 arithmetic. The shape of kernel 2, but tiles hold the codes
- * that prepare.cu made, and dp4a multiplies four of them at once into int32: exact, with a quarter
- * of the instructions and of the bytes.
+/* 3_dp4a.cu: kernel 3, the paper's int8 arithmetic. It has the shape of kernel 2, but tiles hold
+ * the codes that prepare.cu made. dp4a multiplies four of them at once into int32, exactly, with a
+ * quarter of the instructions and of the bytes.
  *
- * P is coded too, against the row's maximum in this block, so that o takes one multiply-add a
- * block. */
-#include "gpu/image.h"
+ * P is coded too, against the row's maximum in this block. o then takes one multiply-add a block.
+ */
+#include "gpu/layout.h"
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
 
@@ -13,12 +13,12 @@ namespace sparge {
 enum { THREADS = SQUARE, ROWS = BLOCK_Q / SIDE, KEYS = BLOCK_K / SIDE, P_PITCH = BLOCK_K / 4 + 1 };
 
 template <int WIDTH> struct tiles {
-    alignas(16) int8_t q[BLOCK_Q * (WIDTH == 64 ? 64 : 128)]; /* images: image.h */
-    alignas(16) int8_t k[BLOCK_K * (WIDTH == 64 ? 64 : 128)];
-    alignas(16) uint8_t v[WIDTH * 64];
+    alignas(16) int8_t q[q_tile_bytes(WIDTH)]; /* as layout.h says */
+    alignas(16) int8_t k[k_tile_bytes(WIDTH)];
+    alignas(16) uint8_t v[v_tile_bytes(WIDTH, false)];
     int s[BLOCK_Q][BLOCK_K + 1];
-    uint32_t p[BLOCK_Q * P_PITCH]; /* [rows][64 keys in the order of key_slot] */
-    float weight[BLOCK_Q], shrink[BLOCK_Q];
+    uint32_t p[BLOCK_Q * P_PITCH]; /* [rows][64 keys in the order of permute_key] */
+    float p_scale[BLOCK_Q], shrink[BLOCK_Q];
     votes ballot;
 };
 
@@ -29,9 +29,9 @@ static __device__ void load(void *to, const void *from, int bytes)
         ((uint4 *)to)[n] = ((const uint4 *)from)[n];
 }
 
-static __device__ int word(const void *image, int pitch, int row, int at)
+static __device__ int word(const void *tile, int pitch, int row, int at)
 {
-    return *(const int *)((const char *)image + image_at(pitch, row, at));
+    return *(const int *)((const char *)tile + swizzle(pitch, row, at));
 }
 
 /* Line 10: S of a block, exact. */
@@ -52,51 +52,45 @@ template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
                 s[a][b] = __dp4a(q, k[b], s[a][b]);
         }
     }
-#pragma unroll
-    for (int a = 0; a < ROWS; a++)
-#pragma unroll
-        for (int b = 0; b < KEYS; b++)
-            t.s[y + SIDE * a][x + SIDE * b] = s[a][b];
+    store_piece(s, t.s);
     __syncthreads();
 }
 
-/* Lines 11-16: a thread for each row. A row that skips, or sees nothing, has codes and a weight of
- * 0. */
+/* Lines 11-16: a thread for each row. P is 0 if the row skips the block or sees nothing of it. */
 template <int WIDTH>
-static __device__ void weigh(const work &w, const query_block &q, int64_t j, float lambda,
-                             sparge_row &state, tiles<WIDTH> &t)
+static __device__ void softmax(const work &w, const query_block &q, int64_t j, sparge_row &state,
+                               tiles<WIDTH> &t)
 {
-    const int r = (int)threadIdx.x, seen = r < BLOCK_Q ? keys_of_row(w, q, r, j) : 0;
-    const float unit = score_unit(w, q, j), most = seen ? most_of_row(t.s[r], seen) : -INFINITY;
-    const float local = sparge_row_local(most, unit);
-    const bool skips =
-        group_skips(w, q, t.ballot, r, j, sparge_row_gap(&state, local, seen > 0), lambda);
+    const int r = (int)threadIdx.x, visible = r < BLOCK_Q ? visible_keys(w, q.first + r, j) : 0;
+    const float scale = dequant_scale(w, q, j);
+    const float most = visible ? max_of_row(t.s[r], visible) : -INFINITY;
+    const float local = sparge_row_local(most, scale);
+    const int used = attended_keys(w, q, t.ballot, r, j, state, local, visible);
     if (r < BLOCK_Q) {
-        const int used = skips ? 0 : seen;
         uint32_t p[BLOCK_K / 4] = {0};
         int sum = 0;
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k++) {
             const int code =
-                k < used ? sparge_weight_code((float)t.s[r][k], most, unit, P_LEVELS) : 0;
-            p[key_slot(k) / 4] |= (uint32_t)code << 8 * (key_slot(k) % 4);
+                k < used ? sparge_weight_code((float)t.s[r][k], most, scale, P_QMAX) : 0;
+            p[permute_key(k) / 4] |= (uint32_t)code << 8 * (permute_key(k) % 4);
             sum += code;
         }
 #pragma unroll
         for (int n = 0; n < BLOCK_K / 4; n++)
             t.p[r * P_PITCH + n] = p[n];
-        coded c = {0.0f, 1.0f};
+        coded_row c = {0.0f, 1.0f};
         if (used)
-            c = fold_codes(state, local, sum);
-        t.weight[r] = c.weight;
+            c = update_by_codes(state, local, sum);
+        t.p_scale[r] = c.p_scale;
         t.shrink[r] = c.shrink;
     }
     __syncthreads();
 }
 
-/* Line 16: o = shrink * o + weight * step * (codes of P times codes of V). */
+/* Line 16: o = shrink * o + p_scale * v_scale * (codes of P times codes of V). */
 template <int WIDTH>
-static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step,
+static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *v_scale,
                                    float (&o)[ROWS][WIDTH / SIDE])
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
@@ -108,7 +102,7 @@ static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step,
             p[a] = (int)t.p[(y + SIDE * a) * P_PITCH + k / 4];
 #pragma unroll
         for (int b = 0; b < WIDTH / SIDE; b++) {
-            const int v = word(t.v, 64, x + SIDE * b, k);
+            const int v = word(t.v, V_PITCH, x + SIDE * b, k);
 #pragma unroll
             for (int a = 0; a < ROWS; a++)
                 sum[a][b] = __dp4a(p[a], v, sum[a][b]);
@@ -118,7 +112,7 @@ static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *step,
     for (int a = 0; a < ROWS; a++)
 #pragma unroll
         for (int b = 0; b < WIDTH / SIDE; b++)
-            o[a][b] = fmaf(t.weight[y + SIDE * a] * step[x + SIDE * b], (float)sum[a][b],
+            o[a][b] = fmaf(t.p_scale[y + SIDE * a] * v_scale[x + SIDE * b], (float)sum[a][b],
                            o[a][b] * t.shrink[y + SIDE * a]);
     __syncthreads();
 }
@@ -128,18 +122,16 @@ static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_cons
 {
     tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
-    const uint32_t *const kept = mask_row(w, q);
-    const float lambda = thresholds_of(w, q.h).lambda;
     sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
     float o[ROWS][WIDTH / SIDE] = {{0}};
-    load(t.q, w.q8 + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
-    for (int64_t j = next_kept(kept, q, 0); j < q.seen; j = next_kept(kept, q, j + 1)) {
+    load(t.q, w.q_tile + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
+    for (int64_t j = next_kept(q, 0); j < q.visible; j = next_kept(q, j + 1)) {
         const int64_t key_block = q.kv * w.g.k_blocks + j;
-        load(t.k, w.k8 + key_block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
+        load(t.k, w.k_tile + key_block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
         load(t.v, w.v_tile + key_block * v_tile_bytes(WIDTH, false), v_tile_bytes(WIDTH, false));
         __syncthreads();
         multiply_qk(t);
-        weigh(w, q, j, lambda, state, t);
+        softmax(w, q, j, state, t);
         multiply_pv(t, w.v_scale + key_block * WIDTH, o);
     }
     store_square(w, q, state, o, t.shrink);
@@ -147,12 +139,10 @@ static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_cons
 
 cudaError_t attend_dp4a(const work &w, cudaStream_t stream)
 {
-    const int64_t blocks = w.batch * w.heads * w.g.q_blocks;
-    switch (w.width) {
-    case 64: return launch(attend_codes<64>, blocks, THREADS, sizeof(tiles<64>), stream, w);
-    case 96: return launch(attend_codes<96>, blocks, THREADS, sizeof(tiles<96>), stream, w);
-    default: return launch(attend_codes<128>, blocks, THREADS, sizeof(tiles<128>), stream, w);
-    }
+    return at_width(w, [&](auto width) {
+        return launch(attend_codes<width>, q_blocks_of_all_heads(w), THREADS, sizeof(tiles<width>),
+                      stream, w);
+    });
 }
 
 } // namespace sparge

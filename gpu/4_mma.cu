@@ -1,15 +1,13 @@
 /* 4_mma.cu: kernel 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each.
- * Scores never leave the registers: the accumulators of Q.K^T are, packed, the operand of P.V.
- * While a block is multiplied, the next one is on its way to the other half of shared memory
- * (cp.async).
+ * Scores never leave the registers: packed, the accumulators of Q.K^T are the operand of P.V. While
+ * a block is multiplied, the next one is copied to the other half of shared memory (cp.async).
  *
- * Lane = 4 g + quad holds rows g and g + 8 of its warp's 16, and of each 8 columns the two from 2
- * quad on: x[i][2 h + e] is row g + 8 h, column 8 i + 2 quad + e. A row is spread over the four
- * lanes of a quad.
+ * Lane = 4 g + quad holds rows g and g + 8 of its warp's 16, and two of each 8 columns: x[i][2 h +
+ * e] is row g + 8 h, column 8 i + 2 quad + e. A row is spread over the four lanes of a quad.
  *
- * P.V in int8 is kernel 3's, bit for bit but for exp2; in f16 it is FlashAttention's: P against the
- * running maximum, sums in float. exp2 is the hardware's, within 2 ulp. */
-#include "gpu/image.h"
+ * P.V in int8 gives the bits of kernel 3, except for exp2, which is the hardware's, within 2 ulp.
+ * P.V in f16 is FlashAttention's: P against the running maximum, sums in float. */
+#include "gpu/layout.h"
 #include "gpu/ptx.h"
 #include "gpu/rows.h"
 
@@ -17,21 +15,21 @@ namespace sparge {
 
 enum { THREADS = 256, STAGES = 2 };
 
-template <int WIDTH, bool HALF> struct stage {
-    alignas(1024) int8_t k[BLOCK_K * (WIDTH == 64 ? 64 : 128)]; /* images: image.h */
-    alignas(1024) uint8_t v[HALF ? (WIDTH + 63) / 64 * 64 * 128 : WIDTH * 64];
+template <int WIDTH, bool F16> struct stage {
+    alignas(1024) int8_t k[k_tile_bytes(WIDTH)]; /* as layout.h says */
+    alignas(1024) uint8_t v[v_tile_bytes(WIDTH, F16)];
 };
 
-template <int WIDTH, bool HALF> struct tiles {
-    alignas(1024) int8_t q[BLOCK_Q * (WIDTH == 64 ? 64 : 128)];
-    stage<WIDTH, HALF> ring[STAGES];
+template <int WIDTH, bool F16> struct tiles {
+    alignas(1024) int8_t q[q_tile_bytes(WIDTH)];
+    stage<WIDTH, F16> ring[STAGES];
     votes ballot;
 };
 
 /* A thread's share of its warp: two rows. */
 template <int WIDTH> struct fragment {
     float o[WIDTH / 8][4];
-    sparge_row state[2]; /* with f16 the sum is this thread's columns' alone, up to the end */
+    sparge_row state[2]; /* f16: the sum is over this thread's columns, until the end */
 };
 
 SPARGE_DEVICE int lane() { return (int)threadIdx.x % 32; }
@@ -44,22 +42,22 @@ static __device__ void load(void *to, const void *from, int bytes)
         copy_async((char *)to + n, (const char *)from + n);
 }
 
-template <int WIDTH, bool HALF>
+template <int WIDTH, bool F16>
 static __device__ void load_stage(const work &w, const query_block &q, int64_t j,
-                                  stage<WIDTH, HALF> &s)
+                                  stage<WIDTH, F16> &s)
 {
     const int64_t block = q.kv * w.g.k_blocks + j;
-    load(s.k, w.k8 + block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
-    load(s.v, w.v_tile + block * v_tile_bytes(WIDTH, HALF), v_tile_bytes(WIDTH, HALF));
+    load(s.k, w.k_tile + block * k_tile_bytes(WIDTH), k_tile_bytes(WIDTH));
+    load(s.v, w.v_tile + block * v_tile_bytes(WIDTH, F16), v_tile_bytes(WIDTH, F16));
 }
 
-/* Two neighbouring operands b of 8 columns and 32 bytes of k each; a column is a row of the image.
+/* Two neighbouring operands b of 8 columns and 32 bytes of k each. A column is a row of the tile.
  */
-SPARGE_DEVICE void load_columns(uint32_t (&b)[4], const void *image, int pitch, int column, int at)
+SPARGE_DEVICE void load_columns(uint32_t (&b)[4], const void *tile, int pitch, int column, int at)
 {
     const int matrix = lane() / 8;
-    ldmatrix(b, (const char *)image + image_at(pitch, column + 8 * (matrix / 2) + lane() % 8,
-                                               at + 16 * (matrix % 2)));
+    ldmatrix(b, (const char *)tile +
+                    swizzle(pitch, column + 8 * (matrix / 2) + lane() % 8, at + 16 * (matrix % 2)));
 }
 
 /* Line 10: S of 16 rows. */
@@ -73,7 +71,7 @@ static __device__ void multiply_qk(const int8_t *q, const int8_t *k, int (&s)[8]
 #pragma unroll
     for (int c = 0; c < WIDTH; c += 32) {
         uint32_t a[4];
-        ldmatrix(a, q + image_at(pitch_of(WIDTH), r, c + 16 * (matrix / 2)));
+        ldmatrix(a, q + swizzle(pitch_of(WIDTH), r, c + 16 * (matrix / 2)));
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
             uint32_t b[4];
@@ -84,16 +82,16 @@ static __device__ void multiply_qk(const int8_t *q, const int8_t *k, int (&s)[8]
     }
 }
 
-/* Is column 2 quad + e of 8-column tile i one of the first `count` keys? Off the edge of what is
- * seen, a row has all of a block or, where it skips, none. */
-template <bool EDGE> SPARGE_DEVICE bool among(int i, int e, int count)
+/* Is column 2 quad + e of 8-column tile i one of the first `count` keys? Without EDGE every row has
+ * all keys of the block, or none if it skips. */
+template <bool EDGE> SPARGE_DEVICE bool attends_to(int i, int e, int count)
 {
     return EDGE ? 8 * i + 2 * (lane() % 4) + e < count : count != 0;
 }
 
-/* Line 11: the largest score of a thread's two rows; each sees the first `seen` keys. */
+/* Line 11: the largest score of each of a thread's two rows. */
 template <bool EDGE>
-static __device__ void largest_scores(const int (&s)[8][4], const int (&seen)[2], int (&most)[2])
+static __device__ void largest_scores(const int (&s)[8][4], const int (&visible)[2], int (&most)[2])
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -102,7 +100,7 @@ static __device__ void largest_scores(const int (&s)[8][4], const int (&seen)[2]
         for (int i = 0; i < 8; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (among<EDGE>(i, e, seen[h]))
+                if (attends_to<EDGE>(i, e, visible[h]))
                     max = s[i][2 * h + e] > max ? s[i][2 * h + e] : max;
         for (int step = 1; step < 4; step *= 2) {
             const int other = __shfl_xor_sync(~0u, max, step);
@@ -115,7 +113,7 @@ static __device__ void largest_scores(const int (&s)[8][4], const int (&seen)[2]
 /* Lines 14-16: which of the two rows skip. All threads of the block come here together. */
 static __device__ void skipped_rows(const work &w, const query_block &q, votes &v, int64_t j,
                                     const sparge_row (&state)[2], const float (&local)[2],
-                                    const int (&seen)[2], float lambda, bool (&skips)[2])
+                                    const int (&visible)[2], bool (&skips)[2])
 {
     skips[0] = skips[1] = false;
     if (!w.may_skip)
@@ -126,7 +124,7 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
 #pragma unroll
     for (int h = 0; h < 2; h++)
         if (lane() % 4 == 0)
-            vote(w, v, row_of(h), sparge_row_gap(&state[h], local[h], seen[h] > 0), lambda);
+            vote(w, q, v, row_of(h), sparge_row_gap(&state[h], local[h], visible[h] > 0));
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -136,26 +134,26 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
     }
 }
 
-/* Lines 12, 13 and 16 in codes: P against the largest score. used: keys of each row, 0 where it
- * skips. */
+/* Lines 12, 13 and 16 with P in codes, against the largest score of the block. `used`: how many
+ * keys each row attends to. */
 template <int WIDTH, bool EDGE>
-static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float unit,
-                                 const int (&used)[2], const int (&most)[2],
-                                 const float (&local)[2], const uint8_t *v, const float *step)
+static __device__ void accumulate_int8(fragment<WIDTH> &f, const int (&s)[8][4], float scale,
+                                       const int (&used)[2], const int (&most)[2],
+                                       const float (&local)[2], const uint8_t *v,
+                                       const float *v_scale)
 {
-    uint32_t p[2][4] = {{0}};
-    coded c[2];
+    uint32_t p[2][4] = {{0}}; /* 32 keys are p[i / 4]; of 16 keys each h has one register */
+    coded_row c[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int sum = 0;
 #pragma unroll
-        for (int i = 0; i < 8;
-             i++) /* 32 keys are p[i / 4]; 16 of them two registers, one for each h */
+        for (int i = 0; i < 8; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const bool there = among<EDGE>(i, e, used[h]);
-                const float below = unit * (float)(s[i][2 * h + e] - most[h]);
-                const int code = there ? sparge_code(exp2_fast(below), P_LEVELS) : 0;
+                const bool attended = attends_to<EDGE>(i, e, used[h]);
+                const float below = sparge_code_log2((float)s[i][2 * h + e], (float)most[h], scale);
+                const int code = attended ? sparge_code(exp2_fast(below), P_QMAX) : 0;
                 p[i / 4][i / 2 % 2 * 2 + h] |= (uint32_t)code << 8 * (i % 2 * 2 + e);
                 sum += code;
             }
@@ -163,7 +161,7 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
         sum += __shfl_xor_sync(~0u, sum, 2);
         c[h] = {0.0f, 1.0f};
         if (used[h])
-            c[h] = fold_codes(f.state[h], local[h], sum);
+            c[h] = update_by_codes(f.state[h], local[h], sum);
     }
 #pragma unroll
     for (int i = 0; i < WIDTH / 8; i += 2) {
@@ -171,24 +169,25 @@ static __device__ void fold_int8(fragment<WIDTH> &f, const int (&s)[8][4], float
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             uint32_t b[4];
-            load_columns(b, v, 64, 8 * i, 32 * k);
+            load_columns(b, v, V_PITCH, 8 * i, 32 * k);
             mma_s8(sum[0], p[k], b[0], b[1]);
             mma_s8(sum[1], p[k], b[2], b[3]);
         }
 #pragma unroll
         for (int n = 0; n < 8; n++) {
             const int u = n / 4, h = n / 2 % 2, e = n % 2;
-            const float d = step[8 * (i + u) + 2 * (lane() % 4) + e];
-            f.o[i + u][2 * h + e] = fmaf(c[h].weight * d, (float)sum[u][2 * h + e],
+            const float d = v_scale[8 * (i + u) + 2 * (lane() % 4) + e];
+            f.o[i + u][2 * h + e] = fmaf(c[h].p_scale * d, (float)sum[u][2 * h + e],
                                          f.o[i + u][2 * h + e] * c[h].shrink);
         }
     }
 }
 
-/* The same in f16: P against the running maximum. */
+/* The same with P in f16, against the running maximum. */
 template <int WIDTH, bool EDGE>
-static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float unit,
-                                const int (&used)[2], const float (&local)[2], const uint8_t *v)
+static __device__ void accumulate_f16(fragment<WIDTH> &f, const int (&s)[8][4], float scale,
+                                      const int (&used)[2], const float (&local)[2],
+                                      const uint8_t *v)
 {
     float shrink[2], base[2];
 #pragma unroll
@@ -210,8 +209,9 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
             float x[2];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-                const bool there = among<EDGE>(i, e, used[h]);
-                x[e] = there ? exp2_fast(unit * (float)s[i][2 * h + e] - base[h]) : 0.0f;
+                const bool attended = attends_to<EDGE>(i, e, used[h]);
+                const float z = sparge_weight_log2((float)s[i][2 * h + e], scale, base[h]);
+                x[e] = attended ? exp2_fast(z) : 0.0f;
                 f.state[h].sum += x[e];
             }
             p[n] = pack_f16(x[0], x[1]);
@@ -221,62 +221,61 @@ static __device__ void fold_f16(fragment<WIDTH> &f, const int (&s)[8][4], float 
             uint32_t b[4];
             const int matrix = lane() / 8, key = 16 * k + lane() % 8 + 8 * (matrix % 2),
                       c = 8 * (i + matrix / 2);
-            ldmatrix_transposed(b, v + c / 64 * 8192 + image_at(128, key, c % 64 * 2));
+            ldmatrix_transposed(b, v + swizzle_v_f16(key, c));
             mma_f16(f.o[i], p, b[0], b[1]);
             mma_f16(f.o[i + 1], p, b[2], b[3]);
         }
     }
 }
 
-template <int WIDTH, bool HALF, bool EDGE>
-static __device__ void fold_scores(const work &w, const query_block &q, int64_t j, float lambda,
-                                   const int (&s)[8][4], const uint8_t *v, votes &ballot,
-                                   fragment<WIDTH> &f)
+template <int WIDTH, bool F16, bool EDGE>
+static __device__ void accumulate(const work &w, const query_block &q, int64_t j,
+                                  const int (&s)[8][4], const uint8_t *v, votes &ballot,
+                                  fragment<WIDTH> &f)
 {
-    const float unit = score_unit(w, q, j);
-    const int seen[2] = {keys_of_row(w, q, row_of(0), j), keys_of_row(w, q, row_of(1), j)};
+    const float scale = dequant_scale(w, q, j);
+    const int visible[2] = {visible_keys(w, q.first + row_of(0), j),
+                            visible_keys(w, q.first + row_of(1), j)};
     int most[2];
     bool skips[2];
-    largest_scores<EDGE>(s, seen, most);
-    const float local[2] = {sparge_row_local((float)most[0], unit),
-                            sparge_row_local((float)most[1], unit)};
-    skipped_rows(w, q, ballot, j, f.state, local, seen, lambda, skips);
-    const int used[2] = {skips[0] ? 0 : seen[0], skips[1] ? 0 : seen[1]};
+    largest_scores<EDGE>(s, visible, most);
+    const float local[2] = {sparge_row_local((float)most[0], scale),
+                            sparge_row_local((float)most[1], scale)};
+    skipped_rows(w, q, ballot, j, f.state, local, visible, skips);
+    const int used[2] = {skips[0] ? 0 : visible[0], skips[1] ? 0 : visible[1]};
     if (!__any_sync(~0u, used[0] || used[1]))
         return; /* none of the warp's rows */
-    if (HALF)
-        fold_f16<WIDTH, EDGE>(f, s, unit, used, local, v);
+    if (F16)
+        accumulate_f16<WIDTH, EDGE>(f, s, scale, used, local, v);
     else
-        fold_int8<WIDTH, EDGE>(f, s, unit, used, most, local, v,
-                               w.v_scale + (q.kv * w.g.k_blocks + j) * WIDTH);
+        accumulate_int8<WIDTH, EDGE>(f, s, scale, used, most, local, v,
+                                     w.v_scale + (q.kv * w.g.k_blocks + j) * WIDTH);
 }
 
-template <int WIDTH, bool HALF>
-static __device__ void fold_block(const work &w, const query_block &q, int64_t j, float lambda,
-                                  const int8_t *q_int, const stage<WIDTH, HALF> &t, votes &ballot,
-                                  fragment<WIDTH> &f)
+template <int WIDTH, bool F16>
+static __device__ void attend_block(const work &w, const query_block &q, int64_t j,
+                                    const int8_t *q_int, const stage<WIDTH, F16> &t, votes &ballot,
+                                    fragment<WIDTH> &f)
 {
     int s[8][4];
     multiply_qk<WIDTH>(q_int, t.k, s);
     /* The first row sees least. With int8 two copies of the code would spill registers. */
-    if (HALF && q.rows == BLOCK_Q && keys_of_row(w, q, 0, j) == BLOCK_K)
-        fold_scores<WIDTH, HALF, false>(w, q, j, lambda, s, t.v, ballot, f);
+    if (F16 && q.rows == BLOCK_Q && visible_keys(w, q.first, j) == BLOCK_K)
+        accumulate<WIDTH, F16, false>(w, q, j, s, t.v, ballot, f);
     else
-        fold_scores<WIDTH, HALF, true>(w, q, j, lambda, s, t.v, ballot, f);
+        accumulate<WIDTH, F16, true>(w, q, j, s, t.v, ballot, f);
 }
 
-template <int WIDTH, bool HALF>
+template <int WIDTH, bool F16>
 static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_constant__ work w)
 {
-    tiles<WIDTH, HALF> &t = *(tiles<WIDTH, HALF> *)shared_memory();
+    tiles<WIDTH, F16> &t = *(tiles<WIDTH, F16> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
-    const uint32_t *const kept = mask_row(w, q);
-    const float lambda = thresholds_of(w, q.h).lambda;
-    int64_t j = next_kept(kept, q, 0);
-    if (j >= q.seen)
-        return; /* finish.cu writes rows without keys */
+    int64_t j = next_kept(q, 0);
+    if (j >= q.visible)
+        return; /* finish.cu writes the rows */
 
-    load(t.q, w.q8 + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
+    load(t.q, w.q_tile + q.line * q_tile_bytes(WIDTH), q_tile_bytes(WIDTH));
     load_stage(w, q, j, t.ring[0]);
     copy_async_commit();
     copy_async_wait<0>();
@@ -287,20 +286,20 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
         f.o[i][0] = f.o[i][1] = f.o[i][2] = f.o[i][3] = 0.0f;
     f.state[0] = f.state[1] = sparge_row_empty();
 
-    for (int at = 0; j < q.seen; at ^= 1) {
-        const int64_t next = next_kept(kept, q, j + 1);
-        if (next < q.seen)
+    for (int at = 0; j < q.visible; at ^= 1) {
+        const int64_t next = next_kept(q, j + 1);
+        if (next < q.visible)
             load_stage(w, q, next, t.ring[at ^ 1]);
         copy_async_commit();
-        fold_block<WIDTH, HALF>(w, q, j, lambda, t.q, t.ring[at], t.ballot, f);
-        copy_async_wait<0>(); /* the next block is here, */
-        __syncthreads();      /* and nobody reads this one any more */
+        attend_block<WIDTH, F16>(w, q, j, t.q, t.ring[at], t.ballot, f);
+        copy_async_wait<0>(); /* the next block is here */
+        __syncthreads();      /* nobody reads this one any more */
         j = next;
     }
 
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        if (HALF) {
+        if (F16) {
             f.state[h].sum += __shfl_xor_sync(~0u, f.state[h].sum, 1);
             f.state[h].sum += __shfl_xor_sync(~0u, f.state[h].sum, 2);
         }
@@ -316,23 +315,17 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
     }
 }
 
-template <bool HALF> static cudaError_t attend_width(const work &w, cudaStream_t stream)
+template <bool F16> static cudaError_t attend_pv(const work &w, cudaStream_t stream)
 {
-    const int64_t blocks = w.batch * w.heads * w.g.q_blocks;
-    switch (w.width) {
-    case 64:
-        return launch(attend_warps<64, HALF>, blocks, THREADS, sizeof(tiles<64, HALF>), stream, w);
-    case 96:
-        return launch(attend_warps<96, HALF>, blocks, THREADS, sizeof(tiles<96, HALF>), stream, w);
-    default:
-        return launch(attend_warps<128, HALF>, blocks, THREADS, sizeof(tiles<128, HALF>), stream,
-                      w);
-    }
+    return at_width(w, [&](auto width) {
+        return launch(attend_warps<width, F16>, q_blocks_of_all_heads(w), THREADS,
+                      sizeof(tiles<width, F16>), stream, w);
+    });
 }
 
 cudaError_t attend_mma(const work &w, cudaStream_t stream)
 {
-    return w.pv == SPARGE_F16 ? attend_width<true>(w, stream) : attend_width<false>(w, stream);
+    return w.pv == SPARGE_F16 ? attend_pv<true>(w, stream) : attend_pv<false>(w, stream);
 }
 
 } // namespace sparge

@@ -1,75 +1,81 @@
-/* 5_stage.h: what a warpgroup of kernel 5 does to one stage: products, maxima, lambda's vote,
- * weights. The order in which it does them is 5_hopper.cu's.
+/* 5_stage.h: configuration and shared memory of kernel 5, and what a warpgroup computes on one
+ * stage: products, maxima, lambda's vote, P. 5_hopper.cu has the order in which it does so.
  *
- * Thread = 32 warp + 4 g + quad of its warpgroup holds rows 16 warp + g + 8 h; register 4 i + 2 h +
+ * Thread = 32 warp + 4 g + quad of its warpgroup holds rows 16 warp + g + 8 h. Register 4 i + 2 h +
  * e of an accumulator is column 8 i + 2 quad + e. */
 #ifndef SPARGE_GPU_5_STAGE_H
 #define SPARGE_GPU_5_STAGE_H
 
 #include "gpu/hopper.h"
-#include "gpu/image.h"
+#include "gpu/layout.h"
 #include "gpu/rows.h"
 
 namespace sparge {
 
-enum { THREADS = 384, WARPGROUP = 128, CONSUMER_WARPS = 8, STAGES = 4 };
+/* ---- Configuration ------------------------------------------------------------------------- */
+
+enum { THREADS = 384, WARPGROUP = 128, CONSUMER_WARPS = 8, STAGES = 4, Q_STAGES = 2 };
 enum { PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240 }; /* a thread */
 
 /* Named barriers; 0 is __syncthreads. */
 enum { TURN = 2, VOTE_64 = 4, VOTE_128 = 6, VOTE_32 = 8 };
 
-/* Of a slot: some row does not see all of a or of b; there is no b; it is the last of its query
+/* ---- Shared memory ------------------------------------------------------------------------- */
+
+/* EDGE: some pair is masked. ONLY_A: the stage has one block. LAST: the last stage of its query
  * block. */
 enum { EDGE = 1, ONLY_A = 2, LAST = 4 };
 
-struct slot {
-    float unit[2];
+/* What the producer says of a stage, whose blocks are a and b. */
+struct kv_slot {
+    float dequant_scale[2];
     int block[2];
     uint32_t flags;
-    uint32_t skips; /* from the consumers: bit g where group g of rows skipped a, bit 8 + g for b */
-    int first;      /* the query block's first token */
-    uint32_t *skipped; /* [groups][words] of it, where lambda may skip */
+    int first;         /* the query block's first token */
+    uint32_t *skipped; /* its [skip groups][words] of w.skipped, or NULL */
+    uint32_t skips;    /* from the consumers: bit g: group g skips a; bit 8 + g: it skips b */
 };
 
-struct item {
+/* What the producer says of a query block. */
+struct q_slot {
     int64_t line; /* negative: there is no more work */
-    float lambda; /* in log2 units */
+    float lambda;
 };
 
-template <int WIDTH, bool HALF> struct shape {
-    static constexpr int PITCH = WIDTH == 64 ? 64 : 128;
-    static constexpr int Q_BYTES = BLOCK_Q * PITCH, K_BYTES = BLOCK_K * PITCH;
-    static constexpr int V_BYTES = HALF ? (WIDTH + 63) / 64 * 64 * 128 : WIDTH * 64;
-    static constexpr int P = HALF ? 32 : 16; /* registers of 64 weights */
-};
-
-template <int WIDTH, bool HALF> struct tiles {
-    using size = shape<WIDTH, HALF>;
-    alignas(1024) uint8_t q[2][size::Q_BYTES];
-    alignas(1024) uint8_t k[STAGES][2 * size::K_BYTES];
-    alignas(1024) uint8_t v[STAGES][2 * size::V_BYTES];
-    slot slots[STAGES];
-    item items[2];
+template <int WIDTH, bool F16> struct tiles {
+    alignas(1024) uint8_t q[Q_STAGES][q_tile_bytes(WIDTH)];
+    alignas(1024) uint8_t k[STAGES][2][k_tile_bytes(WIDTH)];
+    alignas(1024) uint8_t v[STAGES][2][v_tile_bytes(WIDTH, F16)];
+    kv_slot kv_slots[STAGES];
+    q_slot q_slots[Q_STAGES];
     alignas(8) uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    uint64_t q_full[2], q_empty[2];
+    uint64_t q_full[Q_STAGES], q_empty[Q_STAGES];
 };
 
-/* The nth use of a ring: its place there, and the parity of the place's barriers. */
+/* The nth use of a ring: its stage, and the parity of the stage's barriers. */
 template <int LENGTH> struct cursor {
     uint32_t n;
     __device__ __forceinline__ uint32_t at() const { return n % LENGTH; }
     __device__ __forceinline__ uint32_t parity() const { return n / LENGTH % 2; }
 };
 
-/* What a thread knows of its two rows. */
-struct rows {
-    float m[2], l[2], shrink[2]; /* l: of its own columns */
+/* ---- Registers ----------------------------------------------------------------------------- */
+
+/* A thread's share of its warpgroup's 64 rows. */
+template <int WIDTH, bool F16> struct fragment {
+    int s[64];                 /* S of a stage */
+    uint32_t p[F16 ? 32 : 16]; /* P of a stage, packed */
+    float o[WIDTH / 2];
+    float pv[F16 ? 1 : WIDTH / 2]; /* fp8: P.V of a stage */
+    sparge_row row[2];             /* the sum is over this thread's columns */
+    float shrink[2];               /* by how much o shrinks before P.V is added */
 };
 
-/* What comes of looking at the scores of a stage. Its slot stays until the stage is given back. */
-struct view {
-    float m[2];   /* the new running maxima */
-    bool keep[2]; /* of block a, b: some row of the group comes near its maximum */
+/* What the scores of a stage say. Index b is block a or b, h one of a thread's two rows. */
+struct verdict {
+    float max[2];  /* [h]: the new running maximum */
+    bool keep[2];  /* [b]: the group does not skip the block */
+    bool issue[2]; /* [b]: its P.V is issued */
 };
 
 SPARGE_DEVICE int thread_of_warpgroup() { return (int)threadIdx.x % WARPGROUP; }
@@ -80,20 +86,31 @@ SPARGE_DEVICE int row_of(int h)
            8 * h;
 }
 
-/* How many keys of block B of a stage each of a thread's rows sees: the first ones; none of them
- * may be negative, all of them more than 64. */
-SPARGE_DEVICE int seen_of_row(const work &w, const slot &t, int b, int h)
+/* Where the keys end that a query sees, counted from key block j on: it sees none of the block if
+ * not positive, all if 64 or more. visible_keys would need registers that are not there. */
+SPARGE_DEVICE int visible_end(const work &w, int token, int j)
 {
-    const int token = t.first + row_of(h);
     const int64_t end = token < w.g.q_len ? sparge_last_key(&w.g, token) + 1 : 0;
-    return (int)end - BLOCK_K * t.block[b];
+    return (int)end - BLOCK_K * j;
 }
 
-template <int WIDTH, bool HALF>
+template <int WIDTH, bool F16> SPARGE_DEVICE void clear(fragment<WIDTH, F16> &f)
+{
+#pragma unroll
+    for (int n = 0; n < WIDTH / 2; n++)
+        f.o[n] = 0.0f;
+    f.row[0] = f.row[1] = sparge_row_empty();
+    f.shrink[0] = f.shrink[1] = 1.0f;
+}
+
+/* ---- Products: issued here, awaited in 5_hopper.cu ----------------------------------------- */
+
+/* Line 10: S of 64 rows and the 128 keys of a stage. */
+template <int WIDTH>
 SPARGE_DEVICE void multiply_qk(int (&s)[64], const uint8_t *q, const uint8_t *k)
 {
-    const uint64_t a = descriptor_k_major(q, shape<WIDTH, HALF>::PITCH),
-                   b = descriptor_k_major(k, shape<WIDTH, HALF>::PITCH);
+    const uint64_t a = descriptor_k_major(q, pitch_of(WIDTH)),
+                   b = descriptor_k_major(k, pitch_of(WIDTH));
     pin(s);
     wgmma_fence();
 #pragma unroll
@@ -102,8 +119,7 @@ SPARGE_DEVICE void multiply_qk(int (&s)[64], const uint8_t *q, const uint8_t *k)
     wgmma_commit();
 }
 
-/* One step of P.V: 32 keys in fp8, 16 in f16. `fresh`: the first one of a sum that starts from
- * zero. */
+/* One step of P.V: 32 keys in fp8, 16 in f16. `fresh`: the first step of a sum from zero (fp8). */
 template <int STEP, int N>
 SPARGE_DEVICE void pv_step(float (&acc)[N], const uint32_t (&p)[16], uint64_t a, uint64_t b,
                            bool fresh)
@@ -129,35 +145,43 @@ SPARGE_DEVICE void pv_steps(float (&acc)[N], const uint32_t (&p)[P], uint64_t a,
     }
 }
 
-/* P.V of the blocks that are kept; their products alone are issued. The conditions are the same for
- * the whole warpgroup, which the compiler has to see (__any_sync), or it serialises every product.
- */
-template <int WIDTH, bool HALF, int N, int P>
-SPARGE_DEVICE void multiply_pv(float (&acc)[N], uint32_t (&p)[P], const uint8_t *v, bool keep_a,
-                               bool keep_b)
+/* Line 16: P.V of the blocks whose products are issued. The conditions are the same for the whole
+ * warpgroup. The compiler has to see that (__any_sync), or it serialises every product. */
+template <int N, int P, int V_BYTES>
+SPARGE_DEVICE void multiply_pv(float (&acc)[N], uint32_t (&p)[P], const uint8_t (&v)[2][V_BYTES],
+                               const bool (&issue)[2])
 {
-    enum { HALFWAY = P / 8, ALL = P / 4 }; /* steps */
-    const uint8_t *const v_b = v + shape<WIDTH, HALF>::V_BYTES;
-    const uint64_t a = HALF ? descriptor_n_major(v, 8192) : descriptor_k_major(v, 64);
-    const uint64_t b = HALF ? descriptor_n_major(v_b, 8192) : descriptor_k_major(v_b, 64);
+    enum { F16 = P == 32, HALFWAY = P / 8, ALL = P / 4 }; /* steps */
+    const uint64_t a =
+        F16 ? descriptor_n_major(v[0], V_F16_PANEL) : descriptor_k_major(v[0], V_PITCH);
+    const uint64_t b =
+        F16 ? descriptor_n_major(v[1], V_F16_PANEL) : descriptor_k_major(v[1], V_PITCH);
     pin(p);
     pin(acc);
     wgmma_fence();
-    keep_a = __any_sync(~0u, keep_a);
-    keep_b = __any_sync(~0u, keep_b);
-    if (keep_a && keep_b)
+    const bool issue_a = __any_sync(~0u, issue[0]), issue_b = __any_sync(~0u, issue[1]);
+    if (issue_a && issue_b)
         pv_steps<0, ALL, 0>(acc, p, a, b);
-    else if (keep_a)
+    else if (issue_a)
         pv_steps<0, HALFWAY, 0>(acc, p, a, b);
-    else if (keep_b)
+    else if (issue_b)
         pv_steps<HALFWAY, ALL, HALFWAY>(acc, p, a, b);
     wgmma_commit();
 }
 
-/* The largest score of each of a thread's rows in block B, over its quad; INT32_MIN: no key is
- * seen. */
+/* ---- Lines 11 and 14-15: maxima and the vote ------------------------------------------------- */
+
+/* How many keys each of a thread's rows sees of block b of a stage, as visible_end counts. */
+SPARGE_DEVICE void find_visible(const work &w, const kv_slot &t, int b, int (&visible)[2])
+{
+    for (int h = 0; h < 2; h++)
+        visible[h] = visible_end(w, t.first + row_of(h), t.block[b]);
+}
+
+/* The largest score of each of a thread's rows in block B, over its quad. INT32_MIN: no key is
+ * visible. */
 template <int B, bool EDGE>
-SPARGE_DEVICE void max_of_block(const int (&s)[64], const int (&seen)[2], int (&max_of)[2])
+SPARGE_DEVICE void max_of_block(const int (&s)[64], const int (&visible)[2], int (&max_of)[2])
 {
     const int column = 2 * ((int)threadIdx.x % 4);
 #pragma unroll
@@ -167,8 +191,8 @@ SPARGE_DEVICE void max_of_block(const int (&s)[64], const int (&seen)[2], int (&
         for (int i = 0; i < 8; i++) {
             int x = s[32 * B + 4 * i + 2 * h], y = s[32 * B + 4 * i + 2 * h + 1];
             if (EDGE) {
-                x = 8 * i + column < seen[h] ? x : INT32_MIN;
-                y = 8 * i + column + 1 < seen[h] ? y : INT32_MIN;
+                x = 8 * i + column < visible[h] ? x : INT32_MIN;
+                y = 8 * i + column + 1 < visible[h] ? y : INT32_MIN;
             }
             max = __vimax3_s32(max, x, y);
         }
@@ -177,65 +201,68 @@ SPARGE_DEVICE void max_of_block(const int (&s)[64], const int (&seen)[2], int (&
     }
 }
 
-/* Lambda's vote in a group of `skip_rows` rows, and whether the products of its warpgroup can be
- * left out where it skips: a group of fewer than 64 rows is only a part of them. */
-SPARGE_DEVICE bool any_of_group(int skip_rows, bool near)
+/* Does any row of this thread's group say yes? */
+SPARGE_DEVICE bool any_of_group(int skip_rows, bool yes)
 {
     switch (skip_rows) {
-    case 16: return __any_sync(~0u, near);
-    case 32: return named_any(VOTE_32 + 2 * warpgroup() + thread_of_warpgroup() / 64, 64, near);
-    case 64: return named_any(VOTE_64 + warpgroup(), WARPGROUP, near);
-    default: return named_any(VOTE_128, 2 * WARPGROUP, near);
+    case 16: return __any_sync(~0u, yes);
+    case 32: return named_any(VOTE_32 + 2 * warpgroup() + thread_of_warpgroup() / 64, 64, yes);
+    case 64: return named_any(VOTE_64 + warpgroup(), WARPGROUP, yes);
+    default: return named_any(VOTE_128, 2 * WARPGROUP, yes);
     }
 }
 
-/* A row's maximum after a block whose largest score is `local`; a NaN stays. */
-SPARGE_DEVICE float raised(float max, float local)
-{
-    return local <= max || max != max ? max : local;
-}
-
-/* Lines 11 and 14-15 for both blocks of a stage. */
+/* Block b is judged against the maximum after block a. */
 template <bool LAMBDA>
-SPARGE_DEVICE view look(const work &w, const int (&s)[64], const slot &t, const rows &r,
-                        float lambda)
+SPARGE_DEVICE verdict judge(const work &w, const int (&s)[64], const kv_slot &t,
+                            sparge_row (&row)[2], float lambda)
 {
     const bool only_a = (t.flags & ONLY_A) != 0;
-    int max_a[2], max_b[2];
-    int seen[2] = {BLOCK_K, BLOCK_K};
+    int max[2][2], visible[2] = {BLOCK_K, BLOCK_K};
     if (t.flags & EDGE) {
-        for (int h = 0; h < 2; h++)
-            seen[h] = seen_of_row(w, t, 0, h);
-        max_of_block<0, true>(s, seen, max_a);
-        for (int h = 0; h < 2; h++)
-            seen[h] = seen_of_row(w, t, 1, h);
-        max_of_block<1, true>(s, seen, max_b);
+        find_visible(w, t, 0, visible);
+        max_of_block<0, true>(s, visible, max[0]);
+        find_visible(w, t, 1, visible);
+        max_of_block<1, true>(s, visible, max[1]);
     } else {
-        max_of_block<0, false>(s, seen, max_a);
-        max_of_block<1, false>(s, seen, max_b);
+        max_of_block<0, false>(s, visible, max[0]);
+        max_of_block<1, false>(s, visible, max[1]);
     }
-    view x;
-    bool near_a = false, near_b = false;
+    verdict x;
+    bool near[2] = {false, false};
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const bool sees_a = max_a[h] != INT32_MIN, sees_b = max_b[h] != INT32_MIN && !only_a;
-        const float a = sees_a ? sparge_row_local((float)max_a[h], t.unit[0]) : -INFINITY;
-        const float b = sees_b ? sparge_row_local((float)max_b[h], t.unit[1]) : -INFINITY;
-        const sparge_row first = {r.m[h], 0.0f}, second = {raised(first.max, a), 0.0f};
-        near_a |= sparge_row_gap(&first, a, sees_a) > lambda;
-        near_b |= sparge_row_gap(&second, b, sees_b) > lambda;
-        x.m[h] = raised(second.max, b);
+        sparge_row after = row[h];
+        bool sees_any = false;
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const bool sees = max[b][h] != INT32_MIN && !(b == 1 && only_a);
+            const float local = sparge_row_local((float)max[b][h], t.dequant_scale[b]);
+            near[b] |= sparge_gap_is_near(sparge_row_gap(&after, local, sees), lambda);
+            after.max = sparge_max_update(after.max, sees ? local : -INFINITY);
+            sees_any |= sees;
+        }
+        x.max[h] = after.max;
+        if (sees_any && after.max == -INFINITY)
+            row[h].sum = NAN; /* scores of -inf alone, as in sparge_row_update_max */
     }
-    x.keep[0] = LAMBDA ? any_of_group(w.skip_rows, near_a) : true;
-    x.keep[1] = LAMBDA ? any_of_group(w.skip_rows, near_b) : !only_a;
+    /* The products of a group of fewer than 64 rows cannot be left out: its P is 0. */
+    const bool whole = !LAMBDA || w.skip_rows >= 64;
+    x.keep[0] = LAMBDA ? any_of_group(w.skip_rows, near[0]) : true;
+    x.keep[1] = LAMBDA ? any_of_group(w.skip_rows, near[1]) : !only_a;
+    x.issue[0] = x.keep[0] || !whole;
+    x.issue[1] = whole ? x.keep[1] : !only_a;
     return x;
 }
 
-/* Lines 12-13 for block B: scores become weights, packed as the operand of P.V. The 8-column tiles
- * i and i + 1 are four neighbouring bytes (key_slot) or two halves in each of two registers. */
-template <int B, bool EDGE, bool HALF, int P>
-SPARGE_DEVICE void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit,
-                               const float (&base)[2], const int (&seen)[2], float (&l)[2])
+/* ---- Lines 12-13: P ---------------------------------------------------------------------------
+ */
+
+/* P of block B, packed as the operand of P.V, and its row sums. The 8-column tiles i and i + 1 are
+ * four neighbouring bytes (permute_key), or two halves in each of two registers. */
+template <int B, bool EDGE, int P>
+SPARGE_DEVICE void softmax_visible(const int (&s)[64], uint32_t (&p)[P], float scale,
+                                   const int (&visible)[2], sparge_row (&row)[2])
 {
     const int column = 2 * ((int)threadIdx.x % 4);
 #pragma unroll
@@ -245,86 +272,82 @@ SPARGE_DEVICE void weigh_block(const int (&s)[64], uint32_t (&p)[P], float unit,
             float e[4]; /* columns 2 quad, 2 quad + 1 of tile i, then of tile i + 1 */
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                e[n] = exp2_fast((float)s[4 * (i + n / 2) + 2 * h + n % 2] * unit - base[h]);
-                if (EDGE && 8 * (i - 8 * B + n / 2) + column + n % 2 >= seen[h])
+                const float x = (float)s[4 * (i + n / 2) + 2 * h + n % 2];
+                e[n] = exp2_fast(sparge_weight_log2(x, scale, sparge_row_base(row[h].max)));
+                if (EDGE && 8 * (i - 8 * B + n / 2) + column + n % 2 >= visible[h])
                     e[n] = 0.0f;
-                l[h] += e[n];
+                row[h].sum += e[n];
             }
-            if constexpr (HALF) {
+            if constexpr (P == 32) {
                 p[2 * i + h] = pack_f16(e[0], e[1]);
                 p[2 * i + 2 + h] = pack_f16(e[2], e[3]);
             } else {
                 p[i / 4 * 4 + i / 2 % 2 * 2 + h] =
-                    pack_e4m3(256.0f * e[0], 256.0f * e[1], 256.0f * e[2], 256.0f * e[3]);
+                    pack_e4m3(SPARGE_P_FP8_SCALE * e[0], SPARGE_P_FP8_SCALE * e[1],
+                              SPARGE_P_FP8_SCALE * e[2], SPARGE_P_FP8_SCALE * e[3]);
             }
         }
 }
 
-/* The same, or zeros where the group skips it. */
-template <int B, bool HALF, int P>
-SPARGE_DEVICE void weigh_or_clear(const work &w, const int (&s)[64], uint32_t (&p)[P], bool keep,
-                                  const slot &t, const float (&base)[2], rows &r)
+/* The same, or zeros if the group skips the block. */
+template <int B, int P>
+SPARGE_DEVICE void softmax_block(const work &w, const int (&s)[64], uint32_t (&p)[P], bool keep,
+                                 const kv_slot &t, sparge_row (&row)[2])
 {
-    int seen[2] = {BLOCK_K, BLOCK_K};
+    int visible[2] = {BLOCK_K, BLOCK_K};
     if (!keep) {
 #pragma unroll
         for (int n = B * P / 2; n < (B + 1) * P / 2; n++)
             p[n] = 0;
     } else if (t.flags & EDGE) {
-        for (int h = 0; h < 2; h++)
-            seen[h] = seen_of_row(w, t, B, h);
-        weigh_block<B, true, HALF>(s, p, t.unit[B], base, seen, r.l);
+        find_visible(w, t, B, visible);
+        softmax_visible<B, true>(s, p, t.dequant_scale[B], visible, row);
     } else {
-        weigh_block<B, false, HALF>(s, p, t.unit[B], base, seen, r.l);
+        softmax_visible<B, false>(s, p, t.dequant_scale[B], visible, row);
     }
 }
 
-template <bool HALF, int P>
-SPARGE_DEVICE void weigh(const work &w, const int (&s)[64], uint32_t (&p)[P], const view &x,
-                         const slot &t, rows &r)
+/* Both blocks of a stage, under the maximum after the second one. */
+template <int WIDTH, bool F16>
+SPARGE_DEVICE void softmax(const work &w, const kv_slot &t, const verdict &x,
+                           fragment<WIDTH, F16> &f)
 {
-    float base[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        base[h] = sparge_row_base(x.m[h]);
-        r.shrink[h] = exp2_fast(r.m[h] - base[h]);
-        r.l[h] *= r.shrink[h];
-        r.m[h] = x.m[h];
+        f.shrink[h] = exp2_fast(sparge_shrink_log2(f.row[h].max, x.max[h]));
+        f.row[h] = sparge_row_shrunk(f.row[h], x.max[h], f.shrink[h]);
     }
-    weigh_or_clear<0, HALF>(w, s, p, x.keep[0], t, base, r);
-    weigh_or_clear<1, HALF>(w, s, p, x.keep[1], t, base, r);
+    softmax_block<0>(w, f.s, f.p, x.keep[0], t, f.row);
+    softmax_block<1>(w, f.s, f.p, x.keep[1], t, f.row);
 }
 
-/* A query block's 64 rows of this warpgroup: o / l, m and l. */
-template <int WIDTH, bool HALF>
-SPARGE_DEVICE void store_rows(const work &w, const query_block &q, const float (&o)[WIDTH / 2],
-                              const rows &r)
+/* ---- Lines 20-21: o / l, m and l of the warpgroup's 64 rows ---------------------------------- */
+
+template <int WIDTH, bool F16>
+SPARGE_DEVICE void store_rows(const work &w, const query_block &q, const fragment<WIDTH, F16> &f)
 {
     const int column = 2 * ((int)threadIdx.x % 4);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        sparge_row state;
-        state.max = r.m[h];
-        state.sum = r.l[h] + __shfl_xor_sync(~0u, r.l[h], 1);
+        sparge_row state = f.row[h];
+        state.sum += __shfl_xor_sync(~0u, state.sum, 1);
         state.sum += __shfl_xor_sync(~0u, state.sum, 2);
-        const float norm =
-            sparge_row_norm(&state) * (HALF ? 1.0f : 0x1p-8f); /* P is 256 p with fp8 */
-        const int row = row_of(h);
-        if (row < q.rows) {
-            const int64_t at = out_row(w, q, row);
+        const float norm = sparge_row_norm(&state) * (F16 ? 1.0f : 1.0f / SPARGE_P_FP8_SCALE);
+        const int r = row_of(h);
+        if (r >= q.rows)
+            continue;
 #pragma unroll
-            for (int i = 0; i < WIDTH / 8; i++) {
-                const int c = 8 * i + column;
-                float x = o[4 * i + 2 * h] * norm, y = o[4 * i + 2 * h + 1] * norm;
-                if (!HALF) {
-                    x *= w.v_scale[q.kv * WIDTH + c];
-                    y *= w.v_scale[q.kv * WIDTH + c + 1];
-                }
-                store_pair(w.o, at, c, w.dim_v, x, y);
+        for (int i = 0; i < WIDTH / 8; i++) {
+            const int c = 8 * i + column;
+            float x = f.o[4 * i + 2 * h] * norm, y = f.o[4 * i + 2 * h + 1] * norm;
+            if (!F16) {
+                x *= w.v_scale[q.kv * WIDTH + c];
+                y *= w.v_scale[q.kv * WIDTH + c + 1];
             }
-            if (column == 0)
-                store_state(w, q, row, state);
+            store_pair(w.o, out_row(w, q, r), c, w.dim_v, x, y);
         }
+        if (column == 0)
+            store_state(w, q, r, state);
     }
 }
 

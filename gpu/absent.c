@@ -1,4 +1,4 @@
-/* absent.c: what gpu.h answers in a library that was built without CUDA. */
+/* absent.c: the functions of gpu.h in a library that was built without CUDA. */
 #include "gpu/gpu.h"
 
 #include <stdio.h>

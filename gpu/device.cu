@@ -1,5 +1,5 @@
-/* device.cu: what the device at hand can do: its limits, which kernel answers a question, its
- * memory for programs that have no CUDA of their own. */
+/* device.cu: what the device at hand can do: its limits, which kernel runs for a call, its memory
+ * for programs that have no CUDA of their own. */
 #include "gpu/host.h"
 
 #include <stdarg.h>
@@ -28,11 +28,18 @@ sparge_status sparge::check(cudaError_t e, const char *call, sparge_error *error
                 "%s: %s (%s)", call, cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
-/* ---- The device and the ladder ---- */
+/* ---- The device and the kernels ---- */
+
+cudaError_t sparge::device_attribute(cudaDeviceAttr name, int *value)
+{
+    int id = 0;
+    const cudaError_t e = cudaGetDevice(&id);
+    return e == cudaSuccess ? cudaDeviceGetAttribute(value, name, id) : e;
+}
 
 sparge_status sparge::find_device(device *d, sparge_error *error)
 {
-    int count = 0, id = 0, major = 0, minor = 0;
+    int count = 0, major = 0, minor = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e != cudaSuccess || count == 0)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
@@ -45,12 +52,10 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
         {cudaDevAttrComputeCapabilityMajor, &major},
         {cudaDevAttrComputeCapabilityMinor, &minor},
         {cudaDevAttrMaxSharedMemoryPerBlockOptin, &d->shared_limit},
-        {cudaDevAttrMultiProcessorCount, &d->multiprocessors},
     };
-    e = cudaGetDevice(&id);
     for (const auto &a : attributes)
         if (e == cudaSuccess)
-            e = cudaDeviceGetAttribute(a.value, a.name, id);
+            e = device_attribute(a.name, a.value);
     d->capability = 10 * major + minor;
     if (e == cudaSuccess && d->capability < 80)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
@@ -59,25 +64,25 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
     return check(e, "cudaDeviceGetAttribute", error);
 }
 
-enum { FLOATS = 1u << SPARGE_F32, BYTES = 1u << SPARGE_INT8, HALVES = 1u << SPARGE_F16 };
-enum { EIGHTHS = 1u << SPARGE_FP8 };
+enum { F32 = 1u << SPARGE_F32, INT8 = 1u << SPARGE_INT8 };
+enum { F16 = 1u << SPARGE_F16, FP8 = 1u << SPARGE_FP8 };
 
-/* What each kernel multiplies with; FASTEST is `fastest`. */
+/* What each kernel multiplies with. SPARGE_FASTEST means `fastest`. */
 static const struct kernel {
-    unsigned qk, pv; /* sets of precisions */
+    unsigned qk, pv; /* sets of dtypes */
     sparge_dtype fastest;
     attention attend;
-} ladder[] = {
+} kernels[] = {
     {0, 0, SPARGE_FASTEST, NULL},
-    {FLOATS, FLOATS, SPARGE_F32, attend_naive},
-    {FLOATS, FLOATS, SPARGE_F32, attend_shared},
-    {BYTES, BYTES, SPARGE_INT8, attend_dp4a},
-    {BYTES, BYTES | HALVES, SPARGE_F16, attend_mma},
-    {BYTES, HALVES | EIGHTHS, SPARGE_FP8, attend_hopper},
+    {F32, F32, SPARGE_F32, attend_naive},
+    {F32, F32, SPARGE_F32, attend_shared},
+    {INT8, INT8, SPARGE_INT8, attend_dp4a},
+    {INT8, INT8 | F16, SPARGE_F16, attend_mma},
+    {INT8, F16 | FP8, SPARGE_FP8, attend_hopper},
 };
-enum { RUNGS = sizeof ladder / sizeof *ladder - 1 };
+enum { KERNELS = sizeof kernels / sizeof *kernels - 1 };
 
-attention sparge::attention_of(int kernel) { return ladder[kernel].attend; }
+attention sparge::attention_of(int kernel) { return kernels[kernel].attend; }
 
 bool sparge::may_skip(const sparge_problem *p, const sparge_options *o)
 {
@@ -89,15 +94,15 @@ bool sparge::may_skip(const sparge_problem *p, const sparge_options *o)
     return false;
 }
 
-/* Why a kernel cannot do this here, as the end of a sentence; NULL where it can. */
+/* Why a kernel cannot do this here, as the end of a sentence. NULL: it can. */
 static const char *obstacle(int n, const device &d, const sparge_problem *p,
                             const sparge_options *o)
 {
-    const sparge_dtype pv = o->pv_dtype == SPARGE_FASTEST ? ladder[n].fastest : o->pv_dtype;
+    const sparge_dtype pv = o->pv_dtype == SPARGE_FASTEST ? kernels[n].fastest : o->pv_dtype;
     const int64_t rows = o->skip_rows;
-    if (!(ladder[n].qk >> o->qk_dtype & 1u))
+    if (!(kernels[n].qk >> o->qk_dtype & 1u))
         return n <= 2 ? "computes Q.K^T in float alone" : "computes Q.K^T in int8 alone";
-    if (!(ladder[n].pv >> pv & 1u))
+    if (!(kernels[n].pv >> pv & 1u))
         return "does not have this precision of P.V";
     if (n == 5 && d.capability != 90)
         return "needs compute capability 9.0";
@@ -114,7 +119,7 @@ static sparge_status find_kernel(const device &d, const sparge_problem *p, sparg
     if (n)
         why = obstacle(n, d, p, o);
     else
-        for (n = RUNGS; n > 0 && (why = obstacle(n, d, p, o)); n--)
+        for (n = KERNELS; n > 0 && (why = obstacle(n, d, p, o)); n--)
             ;
     if (n == 0)
         return fail(error, SPARGE_ERR_UNSUPPORTED,
@@ -122,7 +127,7 @@ static sparge_status find_kernel(const device &d, const sparge_problem *p, sparg
     if (why)
         return fail(error, SPARGE_ERR_UNSUPPORTED, "kernel is %d, which %s", n, why);
     o->kernel = n;
-    o->pv_dtype = o->pv_dtype == SPARGE_FASTEST ? ladder[n].fastest : o->pv_dtype;
+    o->pv_dtype = o->pv_dtype == SPARGE_FASTEST ? kernels[n].fastest : o->pv_dtype;
     return SPARGE_OK;
 }
 
@@ -165,7 +170,7 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sp
 
 /* ---- Memory ---- */
 
-/* Where a call failed because there is no device to use, that is what is said. */
+/* If a call failed because there is no device to use, the message says that. */
 static sparge_status check_memory(cudaError_t e, const char *call, sparge_error *error)
 {
     device d;

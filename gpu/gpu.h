@@ -1,9 +1,10 @@
-/* gpu.h: the cuda backend as sparge.c sees it, and all of it that a C compiler sees. Arguments are
- * checked and options resolved by then; pointers are device pointers. gpu/absent.c answers where
- * the library is built without CUDA.
+/* gpu.h: the cuda backend as sparge.c sees it, and all of it that a C compiler sees. sparge.c has
+ * checked the arguments and resolved the options. Pointers are device pointers. In a library built
+ * without CUDA the functions of gpu/absent.c answer.
  *
- * Every function that fails for more reasons than memory says which in `error` (or NULL): a CUDA
- * error by the name of the call that caused it. */
+ * `error` may be NULL. It says why a function failed, for a CUDA error with the call that caused
+ * it.
+ */
 #ifndef SPARGE_GPU_GPU_H
 #define SPARGE_GPU_GPU_H
 
@@ -14,17 +15,18 @@ extern "C" {
 #endif
 
 bool sparge_cuda_built(void);
-bool sparge_cuda_available(void); /* there is a device, and kernel 1 runs on it */
+bool sparge_cuda_available(void); /* there is a device that runs kernel 1 */
 
-/* Fills in o->kernel and o->pv_dtype where 0 and FASTEST leave the choice; an error where this
- * device or this backend cannot do what is asked. */
+/* Fills in o->kernel if 0 and o->pv_dtype if FASTEST. Fails if this device or this backend cannot
+ * do what is asked. */
 sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
 
 sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
                                     int64_t *bytes, sparge_error *error);
 
-/* The stages. mask->bits may be NULL in `attention`: the mask then stands in the workspace. A mask
- * of NULL is dense. result->head_counts may be NULL; result->counts is the callee's to fill in. */
+/* Prediction, attention, both. In `attention` mask->bits may be NULL: the mask then stands in the
+ * workspace. In `attend` a mask of NULL is dense. Intermediates are never NULL. result->head_counts
+ * may be NULL. The callee fills in result->counts. */
 sparge_status sparge_cuda_predict(const sparge_problem *p, const sparge_options *o,
                                   sparge_mask *mask, const sparge_intermediates *intermediates,
                                   sparge_error *error);

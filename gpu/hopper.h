@@ -1,10 +1,9 @@
 /* hopper.h: the instructions of sm_90a: products of a warpgroup (wgmma), barriers that count
- * arrivals and bytes (mbarrier), copies of whole tiles (the bulk copies of TMA). As ptx.h: one
- * name, one instruction, and the same names in tests/cuda_model.
+ * arrivals and bytes (mbarrier), copies of whole tiles (the bulk copies of TMA). As in ptx.h one
+ * name is one instruction, and tests/cuda_model has the same names.
  *
- * A warpgroup is four warps, 128 threads: thread = 32 w + 4 g + q, w = 0..3, g = 0..7, q = 0..3. It
- * is the unit that wgmma belongs to: every thread of it makes every call with the same descriptors.
- */
+ * A warpgroup is four warps, 128 threads: thread = 32 w + 4 g + q, w = 0..3, g = 0..7, q = 0..3.
+ * All its threads make every call of wgmma, with the same descriptors. */
 #ifndef SPARGE_GPU_HOPPER_H
 #define SPARGE_GPU_HOPPER_H
 
@@ -12,27 +11,27 @@
 
 /* ---- Descriptors: how the tensor core finds an operand in shared memory ------------------- */
 
-/* The image of a tile has rows of `pitch` bytes, 128 or 64, whose 16-byte pieces are swizzled as
- * image.h says. Bits 0-13 the address, 16-29 the leading and 32-45 the stride byte offset, all in
- * units of 16; 62-63 the swizzle, 1 of 128 bytes, 2 of 64. */
+/* A tile has rows of `pitch` bytes, 128 or 64, swizzled as layout.h says. Bits 0-13 the address,
+ * 16-29 the leading and 32-45 the stride byte offset, all in units of 16; 62-63 the swizzle, 1 of
+ * 128 bytes, 2 of 64. */
 SPARGE_DEVICE uint64_t descriptor(const void *tile, int pitch, int leading, int stride)
 {
     return (uint64_t)((shared_address(tile) & 0x3ffffu) >> 4) | (uint64_t)(leading >> 4) << 16 |
            (uint64_t)(stride >> 4) << 32 | (uint64_t)(pitch == 128 ? 1 : 2) << 62;
 }
 
-/* Rows along M or N, k along the row: the only layout for bytes. Eight rows further is 8 * pitch
- * bytes; 32 bytes further along k add DESCRIPTOR_32_BYTES. */
+/* Rows along M or N, k along the row: the only layout for bytes. The next eight rows begin 8 *
+ * pitch bytes further. For the next 32 bytes along k add DESCRIPTOR_32_BYTES. */
 SPARGE_DEVICE uint64_t descriptor_k_major(const void *tile, int pitch)
 {
     return descriptor(tile, pitch, 16, 8 * pitch);
 }
 
-/* Rows along k, 64 elements of 16 bits along N in each; `chunk` bytes further stand the next 64
- * columns. 16 rows further along k add DESCRIPTOR_16_ROWS. */
-SPARGE_DEVICE uint64_t descriptor_n_major(const void *tile, int chunk)
+/* Rows along k, 64 elements of 16 bits along N in each. The next 64 columns begin `panel` bytes
+ * further. For the next 16 rows along k add DESCRIPTOR_16_ROWS. */
+SPARGE_DEVICE uint64_t descriptor_n_major(const void *tile, int panel)
 {
-    return descriptor(tile, 128, chunk, 1024);
+    return descriptor(tile, 128, panel, 1024);
 }
 
 enum { DESCRIPTOR_32_BYTES = 32 >> 4, DESCRIPTOR_16_ROWS = 16 * 128 >> 4 };
@@ -41,20 +40,19 @@ enum { DESCRIPTOR_32_BYTES = 32 >> 4, DESCRIPTOR_16_ROWS = 16 * 128 >> 4 };
 #include <cuda_model_hopper.h>
 #else
 
-/* ---- wgmma: d[64][N] = a b, or d += a b where `add`; asynchronous ------------------------- */
+/* ---- wgmma: d[64][N] = a b, or d += a b if `add`; asynchronous ---------------------------- */
 
 /* Between a thread's own writes to registers of d or a and the first product that touches them. */
 SPARGE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-/* What was issued since the last commit is a group; wait<N> returns when all but the newest N are
- * done. */
+/* Products issued since the last commit are a group. wait<N> returns when all but the newest N
+ * groups are done. */
 SPARGE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> SPARGE_DEVICE void wgmma_wait()
 {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-/* Keeps the compiler from moving uses of x across this place: around wgmma its registers change
- * unseen. */
+/* Keeps the compiler from moving uses of x across this place. wgmma changes registers unseen. */
 template <int N> SPARGE_DEVICE void pin(float (&x)[N])
 {
 #pragma unroll
@@ -74,9 +72,8 @@ template <int N> SPARGE_DEVICE void pin(uint32_t (&x)[N])
         asm volatile("" : "+r"(x[n])::"memory");
 }
 
-/* The N / 2 registers of d: d[4 i + 2 h + e] is row 16 w + g + 8 h, column 8 i + 2 q + e. Assembly
- * wants them one by one: REGISTERS_n is their list in its text, OPERANDS_n the list of constraints.
- */
+/* d[4 i + 2 h + e] of the N / 2 registers of d is row 16 w + g + 8 h, column 8 i + 2 q + e.
+ * Assembly wants them one by one: REGISTERS_n lists them in its text, OPERANDS_n as constraints. */
 #define OPERANDS_8(type, d, n)                                                                  \
     type(d[n]), type(d[n + 1]), type(d[n + 2]), type(d[n + 3]), type(d[n + 4]), type(d[n + 5]), \
         type(d[n + 6]), type(d[n + 7])
@@ -100,8 +97,8 @@ SPARGE_DEVICE void wgmma_s8(int (&d)[64], uint64_t a, uint64_t b, bool add)
                  : "l"(a), "l"(b), "r"((int)add));
 }
 
-/* float, a in registers, b in shared memory: `shape` is the instruction's, `more` its last
- * immediates, and a0 .. a3, b_at, add_at the numbers of the operands after d's. */
+/* float, a in registers, b in shared memory. `shape` is the instruction's, `more` its last
+ * immediates, and a0 .. a3, b_at, add_at number the operands after d's. */
 #define WGMMA_FROM_REGISTERS(name, count, shape, a0, a1, a2, a3, b_at, add_at, more)       \
     SPARGE_DEVICE void name(float(&d)[count], const uint32_t(&a)[4], uint64_t b, bool add) \
     {                                                                                      \
@@ -122,8 +119,9 @@ WGMMA_FROM_REGISTERS(wgmma_f16, 32, "m64n64k16.f32.f16.f16", 32, 33, 34, 35, 36,
 WGMMA_FROM_REGISTERS(wgmma_f16, 48, "m64n96k16.f32.f16.f16", 48, 49, 50, 51, 52, 53, "1, 1, 1")
 WGMMA_FROM_REGISTERS(wgmma_f16, 64, "m64n128k16.f32.f16.f16", 64, 65, 66, 67, 68, 69, "1, 1, 1")
 
-/* ---- mbarrier: a phase ends when `arrivals` threads have arrived and all announced bytes landed
- * --- */
+/* ---- mbarrier -------------------------------------------------------------------------------- */
+
+/* A phase ends when `arrivals` threads have arrived and all announced bytes have landed. */
 
 SPARGE_DEVICE void barrier_init(uint64_t *b, int arrivals)
 {
@@ -156,7 +154,7 @@ SPARGE_DEVICE void barrier_wait(uint64_t *b, uint32_t parity)
                  : "memory");
 }
 
-/* `bytes` from global to shared memory, a multiple of 16 and both aligned to 16; counted on b. */
+/* Copies from global to shared memory, both aligned to 16. b counts the bytes, a multiple of 16. */
 SPARGE_DEVICE void copy_bulk(void *shared, const void *global, uint32_t bytes, uint64_t *b)
 {
     asm volatile(
@@ -177,7 +175,7 @@ SPARGE_DEVICE void named_arrive(int id, int threads)
 {
     asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/* Waits, and is true where `yes` is true on any of the threads. */
+/* Waits. Is `yes` true on any of the threads? */
 SPARGE_DEVICE bool named_any(int id, int threads, bool yes)
 {
     int any;
@@ -191,7 +189,7 @@ SPARGE_DEVICE bool named_any(int id, int threads, bool yes)
 
 /* ---- The rest ---- */
 
-/* Registers a thread of this warpgroup may hold from here on; every warp of it calls. */
+/* Registers that a thread of this warpgroup may hold from here on. Every warp of it calls. */
 template <int N> SPARGE_DEVICE void registers_grow()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
@@ -204,7 +202,7 @@ template <int N> SPARGE_DEVICE void registers_shrink()
 /* Before the tensor core or a bulk copy reads shared memory that threads have written. */
 SPARGE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/* Four floats as e4m3, a in the lowest byte; above 448 becomes 448. */
+/* Four floats as e4m3, a in the lowest byte. What is above 448 becomes 448. */
 SPARGE_DEVICE uint32_t pack_e4m3(float a, float b, float c, float d)
 {
     uint32_t r;

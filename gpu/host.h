@@ -8,23 +8,23 @@
 namespace sparge {
 
 struct device {
-    int capability; /* 90 for 9.0 */
-    int shared_limit, multiprocessors;
+    int capability;   /* 90 for 9.0 */
+    int shared_limit; /* bytes of shared memory that a thread block may have */
 };
 
-/* The current device; an error where there is none, or one before sm_80. */
+/* The current device. Fails if there is none, or one before sm_80. */
 sparge_status find_device(device *d, sparge_error *error);
 
-/* The kernel of a kernel, 1 to 5. */
+/* The function of kernel 1 to 5. */
 typedef cudaError_t (*attention)(const work &, cudaStream_t);
 attention attention_of(int kernel);
 
-/* Some head has a lambda above -inf. */
+/* Does some head have a lambda above -inf? */
 bool may_skip(const sparge_problem *p, const sparge_options *o);
 
 sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
-/* `call` as the sentence names it. */
+/* The message begins with `call`. */
 sparge_status check(cudaError_t e, const char *call, sparge_error *error);
 
 } // namespace sparge

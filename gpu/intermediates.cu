@@ -1,13 +1,13 @@
-/* intermediates.cu: the codes of a call as plain arrays [head][token][channel], for looking between
- * the stages. */
-#include "gpu/image.h"
+/* intermediates.cu: the codes of a call as plain arrays [head][token][channel], for those who ask
+ * for intermediates. */
+#include "gpu/layout.h"
 #include "gpu/work.h"
 
 namespace sparge {
 
 enum { THREADS = 256 };
 
-/* Which code of q, k or v this is: a block's row, that is a token, and a channel. */
+/* Where a code of q, k or v lies: which tile, which row of it (a token), which channel. */
 struct code_place {
     int64_t tile;
     int row, c;
@@ -26,17 +26,17 @@ static __global__ void __launch_bounds__(THREADS) unpack_codes(const __grid_cons
     const int pitch = pitch_of(w.width);
     if (w.q_int && at < w.batch * w.heads * w.g.q_len * w.dim) {
         const code_place p = place_of_code(at, w.g.q_len, w.dim, w.g.q_blocks, BLOCK_Q);
-        w.q_int[at] = w.q8[p.tile * q_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
+        w.q_int[at] = w.q_tile[p.tile * q_tile_bytes(w.width) + swizzle(pitch, p.row, p.c)];
     }
     if (w.k_int && at < w.batch * w.kv_heads * w.g.k_len * w.dim) {
         const code_place p = place_of_code(at, w.g.k_len, w.dim, w.g.k_blocks, BLOCK_K);
-        w.k_int[at] = w.k8[p.tile * k_tile_bytes(w.width) + image_at(pitch, p.row, p.c)];
+        w.k_int[at] = w.k_tile[p.tile * k_tile_bytes(w.width) + swizzle(pitch, p.row, p.c)];
     }
     if ((w.v_int || w.v_scale_out) && at < w.batch * w.kv_heads * w.g.k_len * w.dim_v) {
         const code_place p = place_of_code(at, w.g.k_len, w.dim_v, w.g.k_blocks, BLOCK_K);
         if (w.v_int)
             w.v_int[at] = (int8_t)w.v_tile[p.tile * v_tile_bytes(w.width, false) +
-                                           image_at(64, p.c, key_slot(p.row))];
+                                           swizzle(V_PITCH, p.c, permute_key(p.row))];
         if (w.v_scale_out && p.row == 0)
             w.v_scale_out[p.tile * w.dim_v + p.c] = w.v_scale[p.tile * w.width + p.c];
     }

@@ -1,6 +1,7 @@
-/* plan.cu: the order in which kernel 5 takes its work: for each key head the query blocks that keep
- * something, in about descending order of what they keep, so that the long ones do not come last;
- * heads one after the other, so that all who are at work read the same keys out of the cache. */
+/* plan.cu: the order in which kernel 5 takes its work. Key heads come one after the other, so that
+ * all thread blocks read the same keys out of the cache. Within a key head come the query blocks
+ * that keep something, those that keep most first (roughly), so that the long ones do not come
+ * last. */
 #include "gpu/ptx.h"
 #include "gpu/work.h"
 
@@ -16,10 +17,9 @@ struct bins {
 static __device__ int kept_of(const work &w, int64_t line)
 {
     const query_block q = query_block_of(w, line);
-    const uint32_t *const row = mask_row(w, q);
     int kept = 0;
-    for (int64_t n = 0; 32 * n < q.seen; n++)
-        kept += __popc(kept_word(row, n, q.seen));
+    for (int64_t n = 0; 32 * n < q.visible; n++)
+        kept += __popc(kept_word(q, n));
     return kept;
 }
 

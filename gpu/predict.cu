@@ -1,12 +1,14 @@
-/* predict.cu: stage 1, which (query block, key block) pairs are worth computing: scores, selection
- * and the bit mask in one kernel. Sec 3.3, Algorithm 1 lines 4-6; ref/predict.c in the reference.
+/* predict.cu: which (query block, key block) pairs are worth computing: scores, selection and the
+ * bit mask in one kernel. Sec 3.3, Algorithm 1 lines 4-6; ref/predict.c in the reference.
  *
  * A warp owns a row of S. Up to eight rows of a head share a thread block, so that a pooled key is
- * read once for all of them; fewer where the rows are too long to stand in shared memory together.
- * Nothing is sorted: the best blocks are those above a cut, and the cut is found by bisection.
- * Masses are integers, so that their sums are the reference's in any order. */
+ * read once for all of them. Fewer do if so many rows do not fit into shared memory.
+ * Nothing is sorted: the best blocks are those above a cut, and bisection finds the cut. Masses are
+ * integers, so that their sums are the reference's in any order. */
 #include "gpu/ptx.h"
 #include "gpu/work.h"
+
+#include "common/select.h"
 
 namespace sparge {
 
@@ -31,18 +33,18 @@ static __device__ float dot(const float *a, const float *b, int n)
 static __device__ bool key_is_similar(const work &w, const query_block &q, float theta, int64_t j)
 {
     const int64_t at = q.kv * w.g.k_blocks + j;
-    return !w.wild_k[at] && w.k_sim[at] > theta;
+    return sparge_is_similar(!w.k_block_nonfinite[at], w.k_sim[at], theta);
 }
 
-/* Line 5: S[i,:] of every warp's row; -inf where K_j is not similar or not seen. */
-static __device__ void score_rows(const work &w, const query_block &q, bool there, float theta,
+/* Line 5: S[i,:] of every warp's row. -inf if K_j is not similar or not visible. */
+static __device__ void score_rows(const work &w, const query_block &q, bool exists, float theta,
                                   scores &s, float *row)
 {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32,
               padded = (w.dim + 15) / 16 * 16;
     const int64_t keys = q.kv * w.g.k_blocks;
     for (int c = lane; c < padded; c += 32)
-        s.q[warp][c] = there && c < w.dim ? w.q_pool[q.line * w.dim + c] : 0.0f;
+        s.q[warp][c] = exists && c < w.dim ? w.q_pool[q.line * w.dim + c] : 0.0f;
     for (int64_t j0 = 0; j0 < w.g.k_blocks; j0 += KEYS) {
         __syncthreads();
         for (int n = (int)threadIdx.x; n < KEYS * padded; n += THREADS) {
@@ -52,12 +54,13 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
         }
         __syncthreads();
         const int64_t j = j0 + lane;
-        if (there && j < w.g.k_blocks) {
+        if (exists && j < w.g.k_blocks) {
             const bool similar = key_is_similar(w, q, theta, j),
-                       scored = j < q.seen && (similar || w.s_all);
+                       scored = j < q.visible && (similar || w.s_all);
             const float score =
-                scored ? w.softmax_scale * dot(s.q[warp], &s.k[lane * PITCH], padded) + 0.0f
-                       : -INFINITY;
+                scored
+                    ? sparge_pool_score(dot(s.q[warp], &s.k[lane * PITCH], padded), w.softmax_scale)
+                    : -INFINITY;
             if (w.s_all)
                 w.s_all[q.line * w.g.k_blocks + j] = score;
             row[j] = similar ? score : -INFINITY;
@@ -68,13 +71,6 @@ static __device__ void score_rows(const work &w, const query_block &q, bool ther
 
 /* ---- Selection: one warp, its row of S in shared memory ---- */
 
-/* A number that orders as the float does, which is not -0. */
-static __device__ uint32_t rank_of(float s)
-{
-    const uint32_t bits = sparge_float_bits(s);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 static __device__ uint64_t sum_of_warp(uint64_t x)
 {
     unsigned long long sum = x;
@@ -83,22 +79,22 @@ static __device__ uint64_t sum_of_warp(uint64_t x)
     return sum;
 }
 
-/* The best blocks of a row: those whose rank is at least `above`, and of the rank just below it the
- * first `ties` by index. */
+/* The best blocks of a row: those whose order key is at least `above`, and the first `ties` of
+ * those whose order key is one below. */
 struct cut {
     uint64_t above;
     uint64_t ties;
 };
 
-/* What a block counts towards a limit: its share of softmax(S[i,:]) as an integer, or 1. */
-static __device__ uint64_t mass(float s, float max)
+/* What a block counts towards a limit: its mass, or 1. */
+static __device__ uint64_t mass_or_one(float s, float max, bool count)
 {
-    return (uint64_t)(sparge_exp2((s - max) * SPARGE_LOG2E) * 0x1p30f);
+    return count ? 1 : sparge_mass(s, max);
 }
 
 /* The longest run of best blocks whose mass, or number where `count`, is within `limit`; at least
  * one. */
-static __device__ cut best_within(const float *row, int64_t seen, float max, bool count,
+static __device__ cut best_within(const float *row, int64_t blocks, float max, bool count,
                                   uint64_t limit)
 {
     const int lane = (int)threadIdx.x % 32;
@@ -106,10 +102,10 @@ static __device__ cut best_within(const float *row, int64_t seen, float max, boo
     while (high - low > 1) {
         const uint64_t middle = (low + high) / 2;
         uint64_t sum = 0, number = 0;
-        for (int64_t j = lane; j < seen; j += 32) {
-            const uint64_t rank = rank_of(row[j]);
-            if (sparge_finite(row[j]) && rank >= middle && rank < high) {
-                sum += count ? 1 : mass(row[j], max);
+        for (int64_t j = lane; j < blocks; j += 32) {
+            const uint64_t key = sparge_order_key(row[j]);
+            if (sparge_finite(row[j]) && key >= middle && key < high) {
+                sum += mass_or_one(row[j], max, count);
                 number++;
             }
         }
@@ -122,11 +118,12 @@ static __device__ cut best_within(const float *row, int64_t seen, float max, boo
             low = middle;
         }
     }
-    /* All blocks of rank `low` weigh the same; none has it where everything is within the limit. */
+    /* All blocks of order key `low` weigh the same. If everything is within the limit, none has it.
+     */
     uint64_t each = 0;
-    for (int64_t j = lane; j < seen; j += 32)
-        if (sparge_finite(row[j]) && rank_of(row[j]) == low)
-            each = count ? 1 : mass(row[j], max);
+    for (int64_t j = lane; j < blocks; j += 32)
+        if (sparge_finite(row[j]) && sparge_order_key(row[j]) == low)
+            each = mass_or_one(row[j], max, count);
     for (int half = 16; half > 0; half /= 2) {
         const unsigned long long other = __shfl_xor_sync(~0u, (unsigned long long)each, half);
         each = each > other ? each : other;
@@ -138,13 +135,13 @@ static __device__ cut best_within(const float *row, int64_t seen, float max, boo
 }
 
 /* Does the cut keep block j? `taken` counts the ties of earlier words. */
-static __device__ bool keeps(const cut &c, bool finite, uint64_t rank, uint32_t *taken)
+static __device__ bool keeps(const cut &c, bool finite, uint64_t key, uint32_t *taken)
 {
-    const bool tie = finite && rank + 1 == c.above;
+    const bool tie = finite && key + 1 == c.above;
     const uint32_t ties = __ballot_sync(~0u, tie), before = ties & ((1u << threadIdx.x % 32) - 1u);
     const bool first = tie && *taken + (uint32_t)__popc(before) < c.ties;
     *taken += (uint32_t)__popc(ties);
-    return first || (finite && rank >= c.above);
+    return first || (finite && key >= c.above);
 }
 
 /* Line 6: M[i,:]. */
@@ -153,7 +150,7 @@ static __device__ void select_row(const work &w, const query_block &q,
 {
     const int lane = (int)threadIdx.x % 32;
     float max = -INFINITY;
-    for (int64_t j = lane; j < q.seen; j += 32)
+    for (int64_t j = lane; j < q.visible; j += 32)
         max = sparge_finite(row[j]) ? fmaxf(max, row[j]) : max;
     for (int half = 16; half > 0; half /= 2)
         max = fmaxf(max, __shfl_xor_sync(~0u, max, half));
@@ -163,41 +160,34 @@ static __device__ void select_row(const work &w, const query_block &q,
     cut heavy = {0, 0}, top = {0, 0};
     if (by_mass) {
         uint64_t total = 0;
-        for (int64_t j = lane; j < q.seen; j += 32)
-            total += sparge_finite(row[j]) ? mass(row[j], max) : 0;
-        heavy = best_within(row, q.seen, max, false,
-                            (uint64_t)((double)thresholds.tau * (double)sum_of_warp(total)));
+        for (int64_t j = lane; j < q.visible; j += 32)
+            total += sparge_finite(row[j]) ? sparge_mass(row[j], max) : 0;
+        heavy = best_within(row, q.visible, max, false,
+                            (uint64_t)sparge_mass_limit(thresholds.tau, sum_of_warp(total)));
     }
-    if (by_count) {
-        const int64_t share = (int64_t)floor((double)thresholds.topk * (double)q.seen + 1e-5);
-        top = best_within(row, q.seen, max, true, (uint64_t)sparge_max(1, share));
-    }
+    if (by_count)
+        top = best_within(row, q.visible, max, true,
+                          (uint64_t)sparge_topk_count(thresholds.topk, q.visible));
 
-    const bool q_similar = !w.wild_q[q.line] && w.q_sim[q.line] > thresholds.theta;
-    const int64_t diagonal =
-        w.causal ? sparge_max(0, sparge_last_key(&w.g, q.first)) / BLOCK_K : q.seen;
+    const bool q_similar =
+        sparge_is_similar(!w.q_block_nonfinite[q.line], w.q_sim[q.line], thresholds.theta);
+    const int64_t diagonal = sparge_first_diagonal(&w.g, q.i);
     uint32_t heavy_ties = 0, top_ties = 0;
     for (int64_t word = 0; word < w.words; word++) {
         const int64_t j = 32 * word + lane;
-        const bool there = j < q.seen, finite = there && sparge_finite(row[j]);
-        const uint64_t rank = finite ? rank_of(row[j]) : 0;
+        const bool exists = j < q.visible, finite = exists && sparge_finite(row[j]);
+        const uint64_t key = finite ? sparge_order_key(row[j]) : 0;
         uint32_t why = 0;
-        if (by_mass && keeps(heavy, finite, rank, &heavy_ties))
+        if (by_mass && keeps(heavy, finite, key, &heavy_ties))
             why |= SPARGE_KEPT_MASS;
-        if (by_count && keeps(top, finite, rank, &top_ties))
+        if (by_count && keeps(top, finite, key, &top_ties))
             why |= SPARGE_KEPT_TOPK;
-        if (!q_similar)
-            why |= SPARGE_KEPT_DISSIMILAR_Q;
-        if (there && !finite)
-            why |= key_is_similar(w, q, thresholds.theta, j) ? SPARGE_KEPT_OVERFLOW
-                                                             : SPARGE_KEPT_DISSIMILAR_K;
-        if (j >= diagonal)
-            why |= SPARGE_KEPT_DIAGONAL;
-        if (w.sink && j == 0)
-            why |= SPARGE_KEPT_SINK;
+        if (exists)
+            why |= sparge_forced(q_similar, key_is_similar(w, q, thresholds.theta, j), finite,
+                                 j >= diagonal, w.sink && j == 0);
         if (w.why && j < w.g.k_blocks)
-            w.why[q.line * w.g.k_blocks + j] = there ? (uint8_t)why : 0;
-        const uint32_t bits = __ballot_sync(~0u, there && why != 0);
+            w.why[q.line * w.g.k_blocks + j] = (uint8_t)why;
+        const uint32_t bits = __ballot_sync(~0u, why != 0);
         if (lane == 0)
             w.mask[q.line * w.words + word] = bits;
     }
@@ -211,11 +201,11 @@ static __global__ void __launch_bounds__(THREADS)
     float *const row = (float *)(&s + 1) + warp * w.g.k_blocks;
     const int64_t parts = sparge_ceil_div(w.g.q_blocks, rows), n = blockIdx.x / parts;
     const int64_t i = blockIdx.x % parts * rows + warp;
-    const bool there = warp < rows && i < w.g.q_blocks;
-    const query_block q = query_block_of(w, n * w.g.q_blocks + (there ? i : 0));
+    const bool exists = warp < rows && i < w.g.q_blocks;
+    const query_block q = query_block_of(w, n * w.g.q_blocks + (exists ? i : 0));
     const sparge_thresholds thresholds = thresholds_of(w, q.h);
-    score_rows(w, q, there, thresholds.theta, s, row);
-    if (!there)
+    score_rows(w, q, exists, thresholds.theta, s, row);
+    if (!exists)
         return;
     if (w.s)
         for (int64_t j = threadIdx.x % 32; j < w.g.k_blocks; j += 32)
@@ -223,11 +213,11 @@ static __global__ void __launch_bounds__(THREADS)
     select_row(w, q, thresholds, row);
 }
 
-/* Rows of S that fit into shared memory together; 0: not even one. */
+/* How many rows of S fit into shared memory together. */
 static int rows_that_fit(int64_t k_blocks, int shared_limit)
 {
-    const int64_t room = (shared_limit - (int64_t)sizeof(scores)) / (int64_t)sizeof(float);
-    return (int)sparge_min(MAX_ROWS, room / sparge_max(1, k_blocks));
+    const int64_t floats = (shared_limit - (int64_t)sizeof(scores)) / (int64_t)sizeof(float);
+    return (int)sparge_min(MAX_ROWS, floats / sparge_max(1, k_blocks));
 }
 
 bool predict_fits(int64_t k_blocks, int shared_limit)
@@ -237,7 +227,12 @@ bool predict_fits(int64_t k_blocks, int shared_limit)
 
 cudaError_t predict(const work &w, cudaStream_t stream)
 {
-    const int rows = rows_that_fit(w.g.k_blocks, w.shared_limit);
+    int shared_limit = 0;
+    const cudaError_t error =
+        device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_limit);
+    if (error != cudaSuccess)
+        return error;
+    const int rows = rows_that_fit(w.g.k_blocks, shared_limit);
     const size_t shared = sizeof(scores) + (size_t)(rows * w.g.k_blocks) * sizeof(float);
     return launch(predict_rows, w.batch * w.heads * sparge_ceil_div(w.g.q_blocks, rows), THREADS,
                   shared, stream, w, rows);

@@ -1,7 +1,6 @@
-/* ptx.h: the instructions of the tensor cores and their surroundings that CUDA C++ has no name for
- * (sm_80 and later). One name, one instruction; inline assembly stands here and in hopper.h alone,
- * so that every kernel also compiles for the host model of tests/cuda_model, which has the same
- * names.
+/* ptx.h: the instructions around the tensor cores that CUDA C++ has no name for (sm_80 and later).
+ * One name is one instruction. Inline assembly stands here and in hopper.h alone, so that every
+ * kernel also compiles for the host model of tests/cuda_model, which has the same names.
  *
  * A fragment is spread over the 32 lanes of a warp: lane = 4 g + q, g = 0..7, q = 0..3. */
 #ifndef SPARGE_GPU_PTX_H
@@ -29,8 +28,8 @@ SPARGE_DEVICE uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* Four 8 x 8 matrices of 16-bit elements, that is 8 rows of 16 bytes each: lane l names row l % 8
- * of matrix l / 8, and receives in r[n] the 4 bytes from 4 q of row g of matrix n. */
+/* Four 8 x 8 matrices of 16-bit elements, 8 rows of 16 bytes each. Lane l names row l % 8 of matrix
+ * l / 8 and receives in r[n] the 4 bytes from 4 q of row g of matrix n. */
 SPARGE_DEVICE void ldmatrix(uint32_t (&r)[4], const void *row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -49,8 +48,9 @@ SPARGE_DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void *row)
 }
 
 /* d[16][8] += a[16][32] b[32][8], bytes and int32.
- *   a[n] byte e: row g + 8 (n % 2), k = 16 (n / 2) + 4 q + e     b_n byte e: k = 16 n + 4 q + e,
- * column g d[n]: row g + 8 (n / 2), column 2 q + n % 2 */
+ *   a[n] byte e: row g + 8 (n % 2), k = 16 (n / 2) + 4 q + e
+ *   b_n byte e:  column g, k = 16 n + 4 q + e
+ *   d[n]:        row g + 8 (n / 2), column 2 q + n % 2 */
 SPARGE_DEVICE void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
     asm volatile(
@@ -61,8 +61,9 @@ SPARGE_DEVICE void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 }
 
 /* d[16][8] += a[16][16] b[16][8], binary16 and float.
- *   a[n] half e: row g + 8 (n % 2), k = 8 (n / 2) + 2 q + e      b_n half e: k = 8 n + 2 q + e,
- * column g d[n] as above */
+ *   a[n] half e: row g + 8 (n % 2), k = 8 (n / 2) + 2 q + e
+ *   b_n half e:  column g, k = 8 n + 2 q + e
+ *   d[n]:        as above */
 SPARGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
     asm volatile(
@@ -72,8 +73,8 @@ SPARGE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* 16 bytes from global to shared memory, both aligned to 16; a group is what was copied since the
- * last commit, and wait<N> returns when all but the newest N groups of this thread have landed. */
+/* Copies 16 bytes from global to shared memory, both aligned to 16. Copies since the last commit
+ * are a group. wait<N> returns when all but the newest N groups of this thread have landed. */
 SPARGE_DEVICE void copy_async(void *shared, const void *global)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),

@@ -1,5 +1,5 @@
-/* rows.h: what every kernel does to a row of scores: lambda's vote, the running maximum, weights.
- */
+/* rows.h: what every kernel does to a row of scores: how many keys it sees, lambda's vote, the
+ * running maximum, P. The rules themselves are those of common/softmax.h. */
 #ifndef SPARGE_GPU_ROWS_H
 #define SPARGE_GPU_ROWS_H
 
@@ -7,101 +7,111 @@
 
 namespace sparge {
 
-/* How many keys of block j row r may see: the first ones. */
-SPARGE_DEVICE int keys_of_row(const work &w, const query_block &q, int r, int64_t j)
+/* How many keys of block j a query sees: the first ones. A token past the end sees none. */
+SPARGE_DEVICE int visible_keys(const work &w, int64_t token, int64_t j)
 {
-    if (r >= q.rows)
-        return 0;
-    return (int)sparge_min(sparge_keys_visible(&w.g, q.first + r, j), w.g.k_len - j * BLOCK_K);
+    return token < w.g.q_len ? (int)sparge_keys_visible(&w.g, token, j) : 0;
 }
 
-/* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block that none of them comes near
- * ---- */
+/* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block if none comes near ---- */
 
-/* In shared memory: bit 0 where a row of the group sees a key, bit 1 where one comes near its
- * maximum. */
+/* In shared memory. Bit 0: a row of the group sees a key. Bit 1: a row comes near its maximum. */
 struct votes {
     uint32_t group[BLOCK_Q];
 };
 
-SPARGE_DEVICE void vote(const work &w, votes &v, int r, float gap, float lambda)
+SPARGE_DEVICE void vote(const work &w, const query_block &q, votes &v, int r, float gap)
 {
     if (gap > -INFINITY)
-        atomicOr(&v.group[r / w.skip_rows], sparge_group_skips(gap, lambda) ? 1u : 2u);
+        atomicOr(&v.group[r / w.skip_rows],
+                 sparge_gap_is_near(gap, thresholds_of(w, q.h).lambda) ? 2u : 1u);
 }
 
-/* Called by all threads of the block between two of its barriers; then each asks for its rows. */
+/* All threads of the block call this between two of its barriers. */
 SPARGE_DEVICE bool voted_to_skip(const work &w, const votes &v, int r)
 {
     return v.group[r / w.skip_rows] == 1u;
 }
 
-/* The whole vote where thread r owns row r (and threads from BLOCK_Q on own none). */
-SPARGE_DEVICE bool group_skips(const work &w, const query_block &q, votes &v, int r, int64_t j,
-                               float gap, float lambda)
+/* The whole vote. Thread r owns row r, and threads from BLOCK_Q on own none. Returns how many of
+ * the visible keys the row attends to: all or, if its group skips the block, none. */
+SPARGE_DEVICE int attended_keys(const work &w, const query_block &q, votes &v, int r, int64_t j,
+                                const sparge_row &state, float local, int visible)
 {
     if (!w.may_skip)
-        return false;
+        return visible;
     if (r < BLOCK_Q)
         v.group[r] = 0;
     __syncthreads();
     if (r < BLOCK_Q)
-        vote(w, v, r, gap, lambda);
+        vote(w, q, v, r, sparge_row_gap(&state, local, visible > 0));
     __syncthreads();
     const bool skips = r < BLOCK_Q && voted_to_skip(w, v, r);
     __syncthreads();
     if (skips && r % w.skip_rows == 0)
         mark_skipped(w, q, r, j);
-    return skips;
+    return skips ? 0 : visible;
 }
 
 /* ---- One row, by one thread ---- */
 
 /* The largest score; a NaN stays. */
-template <class T> SPARGE_DEVICE float most_of_row(const T *s, int seen)
+template <class T> SPARGE_DEVICE float max_of_row(const T *s, int visible)
 {
     float most = -INFINITY;
-    for (int t = 0; t < seen; t++) {
+    for (int t = 0; t < visible; t++) {
         const float x = (float)s[t];
         most = x > most || x != x ? x : most;
     }
     return most;
 }
 
-/* Lines 12-13 with P in float: scores become weights against the running maximum, in place. Returns
- * the factor by which the row of o shrinks. */
-SPARGE_DEVICE float weigh_row(sparge_row &state, float *s, int seen, float unit, float local)
+/* Lines 12-13 with P in float: scores become P against the running maximum, in place. Returns the
+ * factor by which the row of o shrinks. */
+SPARGE_DEVICE float softmax_row(sparge_row &state, float *s, int visible, float scale, float local)
 {
     float sum[16] = {0};
     const float shrink = sparge_row_update_max(&state, local);
-    for (int t = 0; t < seen; t++) {
-        s[t] = sparge_weight(s[t], unit, state.max);
+    for (int t = 0; t < visible; t++) {
+        s[t] = sparge_weight(s[t], scale, state.max);
         sum[t % 16] += s[t];
     }
     state.sum += sparge_sum_of(sum);
     return shrink;
 }
 
-enum { P_LEVELS = 127 };
+enum { P_QMAX = 127 };
 
-/* Lines 12-13 with P in codes that sum to `codes`: l, and what their products with V are multiplied
- * by; o shrinks by `shrink`. */
-struct coded {
-    float weight, shrink;
+/* A row of P in codes: o = shrink * o + p_scale * (codes of P) (codes of V) * v_scale. */
+struct coded_row {
+    float p_scale, shrink;
 };
 
-SPARGE_DEVICE coded fold_codes(sparge_row &state, float local, int codes)
+/* Lines 12-13 with P in codes, which sum to `codes`. */
+SPARGE_DEVICE coded_row update_by_codes(sparge_row &state, float local, int codes)
 {
-    coded c;
+    coded_row c;
     c.shrink = sparge_row_update_max(&state, local);
-    c.weight = sparge_code_weight(local, state.max, P_LEVELS);
-    state.sum += c.weight * (float)codes;
+    c.p_scale = sparge_code_weight(local, state.max, P_QMAX);
+    state.sum += c.p_scale * (float)codes;
     return c;
 }
 
 /* ---- Kernels 2 and 3: 256 threads as a square of 16 x 16 ---- */
 
 enum { SIDE = 16, SQUARE = SIDE * SIDE };
+
+/* Stores the piece of S that thread (y, x) holds: rows y + 16 a, keys x + 16 b. */
+template <class T, int ROWS, int COLUMNS, int PITCH>
+SPARGE_DEVICE void store_piece(const T (&piece)[ROWS][COLUMNS], T (*to)[PITCH])
+{
+    const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
+#pragma unroll
+    for (int a = 0; a < ROWS; a++)
+#pragma unroll
+        for (int b = 0; b < COLUMNS; b++)
+            to[y + SIDE * a][x + SIDE * b] = piece[a][b];
+}
 
 /* Lines 20-21: thread (y, x) holds rows y + 16 a and channels x + 16 b of o, thread r the state of
  * row r. `norm` is shared memory. */

@@ -1,17 +1,19 @@
-/* work.h: what one call works on, as every kernel gets it: the problem, the options, and where each
- * stage leaves what the next one reads. host.cu fills it in; the letters are those of ref/ref.h.
+/* work.h: what one call works on, as every launch gets it: the problem, the options, and where each
+ * launch leaves what the next one reads. host.cu fills it in. The letters are those of ref/ref.h.
  *
- * The cuda backend has one block size, 128 x 64, and channels are padded with zeros to a `width` of
- * 64, 96 or 128: the shapes of the tensor cores. n counts query heads over the batch, kv key heads.
- */
+ * The cuda backend has one block size, 128 x 64. Channels are padded with zeros to a `width` of 64,
+ * 96 or 128, the shapes of the tensor cores. n counts query heads over the batch, kv key heads. */
 #ifndef SPARGE_GPU_WORK_H
 #define SPARGE_GPU_WORK_H
+
+#include <type_traits>
 
 #include "gpu/ptx.h"
 
 #include "common/block_mask.h"
-#include "common/geometry.h"
-#include "common/half.h"
+#include "common/counts.h"
+#include "common/element.h"
+#include "common/quant.h"
 #include "common/softmax.h"
 #include "sparge.h"
 
@@ -26,16 +28,16 @@ struct work {
     sparge_in q, k, v;
     sparge_out o;
     float softmax_scale;
-    bool causal, sink;
+    bool sink;
     sparge_dtype pv;
     int skip_rows;
     bool may_skip;                      /* some head has a lambda above -inf */
     sparge_thresholds thresholds;       /* of all heads, or: */
-    sparge_thresholds *head_thresholds; /* [heads]; these, if not NULL */
+    sparge_thresholds *head_thresholds; /* [heads], used if not NULL */
 
-    /* Stage 1. NULL where nobody asked. */
-    float *sums;           /* [kv][k_blocks][dim] of the keys of a block */
-    float *mean;           /* [kv][dim]: the mean key; NULL: keys stay as they are */
+    /* Prediction. NULL: not computed, or not asked for. */
+    float *k_sums;         /* [kv][k_blocks][dim]: the sum of the keys of a block */
+    float *k_mean;         /* [kv][dim]; NULL: smooth_k is off */
     float *q_pool, *q_sim; /* [n][q_blocks][dim], [n][q_blocks] */
     float *k_pool, *k_sim; /* [kv][k_blocks][dim], [kv][k_blocks] */
     float *s_all, *s;      /* [n][q_blocks][k_blocks], intermediates */
@@ -43,20 +45,23 @@ struct work {
     uint32_t *mask; /* [n][q_blocks][words]; NULL: dense */
     int64_t words;
 
-    /* Codes, in the images of image.h. */
-    int8_t *q8, *k8;                   /* [n][q_blocks][128 rows], [kv][k_blocks][64 rows] */
-    uint8_t *v_tile;                   /* [kv][k_blocks], by pv */
-    float *q_scale, *k_scale;          /* [n][q_blocks], [kv][k_blocks] */
-    float *v_scale;                    /* int8: [kv][k_blocks][width]; fp8: [kv][width] */
-    float *max_v;                      /* fp8: [kv][k_blocks][width] of |v| */
-    float *lift;                       /* [n][q_len]: q . mean key, which lse gets back */
-    uint8_t *bad_q, *bad_k;            /* [n][q_len], [kv][k_len]: some element is not finite */
-    uint8_t *wild_q, *wild_k, *wild_v; /* [n][q_blocks], [kv][k_blocks]: some row is bad */
+    /* Codes, as layout.h says. */
+    int8_t *q_tile, *k_tile;  /* [n][q_blocks], [kv][k_blocks] tiles */
+    uint8_t *v_tile;          /* [kv][k_blocks] tiles, by pv */
+    float *q_scale, *k_scale; /* [n][q_blocks], [kv][k_blocks] */
+    float *v_scale;           /* int8: [kv][k_blocks][width]; fp8: [kv][width] */
+    float *v_max;             /* fp8: [kv][k_blocks][width], the largest |v| */
+    float *q_dot_mean_k;      /* [n][q_len]: what smooth_k takes from lse, before the scale */
 
-    /* Stage 2. */
-    uint32_t *skipped; /* [n][q_blocks][groups][words]: groups of rows that lambda skipped */
+    /* Is some element of a row NaN or infinite? Of a block? */
+    uint8_t *q_nonfinite, *k_nonfinite; /* [n][q_len], [kv][k_len] */
+    uint8_t *q_block_nonfinite, *k_block_nonfinite, *v_block_nonfinite; /* as q_scale, k_scale */
+
+    /* Attention. */
+    uint32_t *skipped; /* [n][q_blocks][skip groups][words]: blocks that lambda skipped */
     float *m, *l;      /* [n][q_len], m in log2 units */
-    int64_t *order, *order_len; /* the query blocks that keep something, longest first; how many */
+    int64_t *order;    /* kernel 5: the query blocks that keep something, longest first */
+    int64_t *order_len;
     unsigned long long *ticket; /* how many of them are taken */
 
     /* What comes back beside o. */
@@ -64,23 +69,8 @@ struct work {
     float *pv_done;                 /* [n][q_blocks][k_blocks], one of the intermediates */
     int16_t *q_int, *k_int, *v_int; /* intermediates, as in sparge.h */
     float *v_scale_out;
-    sparge_counts *counts;     /* [n] */
-    unsigned long long *tally; /* [n][TALLIES] */
-
-    int shared_limit,
-        multiprocessors; /* of the device: bytes of shared memory for a thread block */
-};
-
-/* What is counted of a head, as integers, which have one sum in any order. */
-enum {
-    TALLY_PAIRS,
-    TALLY_TOKENS,
-    TALLY_QK_DONE,
-    TALLY_QK_TOKENS,
-    TALLY_PV_TOKENS,
-    TALLY_PV_ROWS,       /* of whole query blocks, a row for each key block */
-    TALLY_PV_ROWS_SHORT, /* of the short one */
-    TALLIES
+    sparge_counts *counts; /* [n] */
+    sparge_tally *tally;   /* [n] */
 };
 
 /* A query block. */
@@ -88,7 +78,8 @@ struct query_block {
     int64_t n, b, h, kv, i; /* kv counts over the batch */
     int64_t first, rows;    /* tokens */
     int64_t line;           /* n * q_blocks + i */
-    int64_t seen;           /* key blocks that some row may see: the first ones */
+    int64_t visible;        /* how many key blocks some row may see: the first ones */
+    const uint32_t *mask;   /* its row; NULL: dense */
 };
 
 SPARGE_DEVICE query_block query_block_of(const work &w, int64_t line)
@@ -102,94 +93,72 @@ SPARGE_DEVICE query_block query_block_of(const work &w, int64_t line)
     q.kv = q.b * w.kv_heads + q.h / (w.heads / w.kv_heads);
     q.first = q.i * BLOCK_Q;
     q.rows = sparge_block_rows(w.g.q_len, BLOCK_Q, q.i);
-    q.seen = sparge_blocks_visible(&w.g, q.i);
+    q.visible = sparge_blocks_visible(&w.g, q.i);
+    q.mask = w.mask ? w.mask + line * w.words : NULL;
     return q;
 }
 
-SPARGE_DEVICE const sparge_thresholds &thresholds_of(const work &w, int64_t h)
+SPARGE_DEVICE sparge_thresholds thresholds_of(const work &w, int64_t h)
 {
     return w.head_thresholds ? w.head_thresholds[h] : w.thresholds;
 }
 
-SPARGE_DEVICE const uint32_t *mask_row(const work &w, const query_block &q)
+/* The first kept block in [from, q.visible); q.visible if there is none. */
+SPARGE_DEVICE int64_t next_kept(const query_block &q, int64_t from)
 {
-    return w.mask ? w.mask + q.line * w.words : NULL;
+    return sparge_mask_row_next(q.mask, from, q.visible);
 }
 
-/* The first kept block in [from, q.seen), or q.seen. */
-SPARGE_DEVICE int64_t next_kept(const uint32_t *row, const query_block &q, int64_t from)
+/* Word n of the row of the mask. */
+SPARGE_DEVICE uint32_t kept_word(const query_block &q, int64_t n)
 {
-    return row ? sparge_mask_row_next(row, from, q.seen) : sparge_min(from, q.seen);
+    return sparge_mask_row_word(q.mask, n, q.visible);
 }
 
-/* Word `at` of a row, of blocks that some row may see. */
-SPARGE_DEVICE uint32_t kept_word(const uint32_t *row, int64_t at, int64_t seen)
-{
-    const int64_t left = seen - 32 * at;
-    const uint32_t visible = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
-    return row ? row[at] & visible : visible;
-}
-
-SPARGE_HD int groups(const work &w) { return (BLOCK_Q + w.skip_rows - 1) / w.skip_rows; }
+/* Groups of skip_rows rows in a query block. */
+SPARGE_HD int skip_groups(const work &w) { return (BLOCK_Q + w.skip_rows - 1) / w.skip_rows; }
 
 /* The row of `skipped` that belongs to the group of row r of a query block. */
 SPARGE_DEVICE uint32_t *skipped_row(const work &w, const query_block &q, int r)
 {
     const int64_t words = sparge_mask_row_words(w.g.k_blocks);
-    return w.skipped + (q.line * groups(w) + r / w.skip_rows) * words;
+    return w.skipped + (q.line * skip_groups(w) + r / w.skip_rows) * words;
 }
 
-/* One thread of a group that skips block j says so; nothing is said of those that never do. */
+/* Records that the group of row r skips block j. One thread of the group calls. */
 SPARGE_DEVICE void mark_skipped(const work &w, const query_block &q, int r, int64_t j)
 {
     atomicOr(&skipped_row(w, q, r)[j >> 5], 1u << (j & 31));
 }
 
-/* To log2 units: what an integer score of the pair is multiplied by. */
-SPARGE_DEVICE float score_unit(const work &w, const query_block &q, int64_t j)
+/* What an integer score of the pair of blocks is multiplied by: to log2 units. */
+SPARGE_DEVICE float dequant_scale(const work &w, const query_block &q, int64_t j)
 {
-    return w.q_scale[q.line] * w.k_scale[q.kv * w.g.k_blocks + j] * w.softmax_scale * SPARGE_LOG2E;
+    return sparge_score_scale(w.q_scale[q.line], w.k_scale[q.kv * w.g.k_blocks + j],
+                              w.softmax_scale);
 }
 
-/* ---- Elements of the caller's tensors ---- */
+/* ---- Rows of the caller's tensors ---- */
 
-SPARGE_DEVICE float element(const sparge_in &in, int64_t at)
+SPARGE_DEVICE float load(const sparge_in &in, int64_t at)
 {
-    switch (in.dtype) {
-    case SPARGE_F16: return sparge_f16_to_f32(((const uint16_t *)in.data)[at]);
-    case SPARGE_BF16: return sparge_bf16_to_f32(((const uint16_t *)in.data)[at]);
-    default: return ((const float *)in.data)[at];
-    }
+    return sparge_element_load(in.data, in.dtype, at);
 }
 
-SPARGE_DEVICE int64_t place(const sparge_in &in, int64_t b, int64_t h, int64_t token)
-{
-    return b * in.batch + h * in.head + token * in.token;
-}
-
-/* A zero of o has no sign. */
 SPARGE_DEVICE void store(const sparge_out &out, int64_t at, float x)
 {
-    x += 0.0f;
-    switch (out.dtype) {
-    case SPARGE_F16: ((uint16_t *)out.data)[at] = sparge_f32_to_f16(x); break;
-    case SPARGE_BF16: ((uint16_t *)out.data)[at] = sparge_f32_to_bf16(x); break;
-    default: ((float *)out.data)[at] = x; break;
-    }
+    sparge_element_store(out.data, out.dtype, at, x);
 }
 
-/* Channels c and c + 1 of a row that begins `at`, as far as they are there: in one access where
- * both are and memory is aligned. */
+/* Channels c and c + 1 of a row that begins `at`, those below dim. One access if both exist and
+ * memory is aligned. */
 SPARGE_DEVICE void store_pair(const sparge_out &out, int64_t at, int c, int dim, float x, float y)
 {
     at += c;
-    x += 0.0f;
-    y += 0.0f;
     if (out.dtype != SPARGE_F32 && c + 1 < dim &&
         ((uintptr_t)((uint16_t *)out.data + at) & 3) == 0) {
-        const bool f16 = out.dtype == SPARGE_F16;
-        const uint32_t low = f16 ? sparge_f32_to_f16(x) : sparge_f32_to_bf16(x);
-        const uint32_t high = f16 ? sparge_f32_to_f16(y) : sparge_f32_to_bf16(y);
+        const uint32_t low = sparge_narrow(x + 0.0f, out.dtype);
+        const uint32_t high = sparge_narrow(y + 0.0f, out.dtype);
         *(uint32_t *)((uint16_t *)out.data + at) = low | high << 16;
         return;
     }
@@ -199,38 +168,52 @@ SPARGE_DEVICE void store_pair(const sparge_out &out, int64_t at, int c, int dim,
         store(out, at + 1, y);
 }
 
-SPARGE_DEVICE int64_t out_row(const work &w, const query_block &q, int r)
+/* The rows of a token in k and v that the heads of q read. */
+SPARGE_DEVICE int64_t key_row(const work &w, const query_block &q, int64_t token)
 {
-    return q.b * w.o.batch + q.h * w.o.head + (q.first + r) * w.o.token;
+    return sparge_in_row(&w.k, q.b, q.kv % w.kv_heads, token);
 }
 
-/* m and l of a row: finish.cu makes lse and counters of them. */
+SPARGE_DEVICE int64_t value_row(const work &w, const query_block &q, int64_t token)
+{
+    return sparge_in_row(&w.v, q.b, q.kv % w.kv_heads, token);
+}
+
+SPARGE_DEVICE int64_t out_row(const work &w, const query_block &q, int r)
+{
+    return sparge_out_row(&w.o, q.b, q.h, q.first + r);
+}
+
+/* m and l of a row, from which finish.cu computes lse. */
 SPARGE_DEVICE void store_state(const work &w, const query_block &q, int r, const sparge_row &state)
 {
     w.m[q.n * w.g.q_len + q.first + r] = state.max;
     w.l[q.n * w.g.q_len + q.first + r] = state.sum;
 }
 
-/* ---- The kernels, each behind a function that queues it ---- */
+/* ---- The functions that queue a launch ---- */
 
-cudaError_t prepare(const work &w,
-                    cudaStream_t stream); /* sums, mean, pooled rows, codes: at most 3 launches */
-cudaError_t predict(const work &w, cudaStream_t stream); /* the mask: 1 launch */
-bool predict_fits(int64_t k_blocks, int shared_limit);   /* into shared memory */
-cudaError_t plan(const work &w, cudaStream_t stream);    /* the order of kernel 5: 1 launch */
-cudaError_t finish(const work &w,
-                   cudaStream_t stream); /* lse, counters, NaN, rows without keys: 2 launches */
-cudaError_t intermediates(
-    const work &w, cudaStream_t stream); /* codes out of their images, where asked: 1 launch */
+/* The mean key, pooled rows, codes: at most 3 launches. */
+cudaError_t prepare(const work &w, cudaStream_t stream);
+/* The mask: 1 launch. */
+cudaError_t predict(const work &w, cudaStream_t stream);
+/* Does a row of S fit into shared memory? */
+bool predict_fits(int64_t k_blocks, int shared_limit);
+/* The order of kernel 5: 1 launch. */
+cudaError_t plan(const work &w, cudaStream_t stream);
+/* lse, counters, NaN, rows without keys: 2 launches. */
+cudaError_t finish(const work &w, cudaStream_t stream);
+/* Codes out of their tiles, if asked for: 1 launch. */
+cudaError_t intermediates(const work &w, cudaStream_t stream);
 
-/* The ladder (README.md): stage 2 up to m and l. */
+/* The numbered kernels (README.md): o, m and l. */
 cudaError_t attend_naive(const work &w, cudaStream_t stream);
 cudaError_t attend_shared(const work &w, cudaStream_t stream);
 cudaError_t attend_dp4a(const work &w, cudaStream_t stream);
 cudaError_t attend_mma(const work &w, cudaStream_t stream);
 cudaError_t attend_hopper(const work &w, cudaStream_t stream);
 
-/* A launch in the order of the stream; `shared` bytes of dynamic shared memory. */
+/* A launch in the order of the stream, with `shared` bytes of dynamic shared memory. */
 template <class... Args, class... Given>
 cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared,
                    cudaStream_t stream, Given... args)
@@ -247,6 +230,25 @@ cudaError_t launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t 
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     return error != cudaSuccess ? error : cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+/* An attribute of the current device. */
+cudaError_t device_attribute(cudaDeviceAttr name, int *value);
+
+/* Calls `queue` with the width as a constant. */
+template <class Queue> cudaError_t at_width(const work &w, const Queue &queue)
+{
+    switch (w.width) {
+    case 64: return queue(std::integral_constant<int, 64>());
+    case 96: return queue(std::integral_constant<int, 96>());
+    default: return queue(std::integral_constant<int, 128>());
+    }
+}
+
+SPARGE_HD int64_t q_blocks_of_all_heads(const work &w) { return w.batch * w.heads * w.g.q_blocks; }
+SPARGE_HD int64_t k_blocks_of_all_heads(const work &w)
+{
+    return w.batch * w.kv_heads * w.g.k_blocks;
 }
 
 } // namespace sparge

@@ -7,7 +7,7 @@
  * design counted on stands beside what is there. */
 #include "common/half.h"
 #include "gpu/hopper.h"
-#include "gpu/image.h"
+#include "gpu/layout.h"
 #include "tests/gpu/program.h"
 
 #include <algorithm>
@@ -418,7 +418,7 @@ void measure_sums()
         x = sparge_f32_to_e4m3(draw.normal() * 448 / 4);
     for (int k = 0; k < keys; k++)
         for (int c = 0; c < CHANNELS; c++)
-            image[(size_t)(k / 64) * V_TILE + (size_t)image_at(64, c, k % 64)] =
+            image[(size_t)(k / 64) * V_TILE + (size_t)swizzle(64, c, k % 64)] =
                 v[(size_t)k * CHANNELS + c];
     float value[256];
     for (int code = 0; code < 256; code++)

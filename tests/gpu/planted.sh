@@ -28,7 +28,7 @@ plant()
         missed=1
         return
     fi
-    perl -0pi -e 's/(case 96|default): return attend_with.*/$1: return cudaErrorNotSupported;/g' "$work/gpu/5_hopper.cu"
+    perl -0pi -e 's/at_width\(w, queue\)/queue(std::integral_constant<int, 64>())/' "$work/gpu/5_hopper.cu"
     "$compiler" -std=c++17 -x c++ -O1 -w -ffp-contract=off -I"$work" -I"$root" -I"$root/tests/cuda_model" \
         -c "$work/gpu/5_hopper.cu" -o "$work/planted.o" &&
         "$compiler" "$work/planted.o" "${objects[@]}" -o "$work/test_gpu" -lm || exit 2
@@ -52,11 +52,11 @@ plant nothing 5_hopper.cu 'wgmma_wait<1>();' 'wgmma_wait<1>();'
 plant 'scores read without wgmma_wait' 5_hopper.cu 'wgmma_wait<1>();' ''
 plant 'wgmma_wait<1> made <2>' 5_hopper.cu 'wgmma_wait<1>();' 'wgmma_wait<2>();'
 plant 'V given back before its wait' 5_hopper.cu 'wgmma_wait<0>();
-            take_in(before, c.a || c.b);' 'take_in(before, c.a || c.b);
-            wgmma_wait<0>();'
-plant 'v_full announces half of its bytes' 5_hopper.cu 'last ? size::V_BYTES : 2 * size::V_BYTES' 'size::V_BYTES'
+        add_pv<LAMBDA>(t, before.at(), x, f);' 'add_pv<LAMBDA>(t, before.at(), x, f);
+        wgmma_wait<0>();'
+plant 'v_full announces half of its bytes' 5_hopper.cu 'blocks * v_bytes' 'v_bytes'
 plant 'no wait on k_full' 5_hopper.cu 'barrier_wait(&t.k_full[stage.at()], stage.parity());' ''
-plant 'no wait on v_full' 5_hopper.cu 'barrier_wait(&t.v_full[before], stage.parity());' ''
+plant 'no wait on v_full' 5_hopper.cu 'barrier_wait(&t.v_full[before.at()], before.parity());' ''
 plant 'phase not flipped' 5_stage.h 'return n / LENGTH % 2;' 'return 0;'
 plant 'one warp too few at v_empty' 5_hopper.cu 'barrier_init(&t.v_empty[n], CONSUMER_WARPS);' \
     'barrier_init(&t.v_empty[n], CONSUMER_WARPS - 1);'

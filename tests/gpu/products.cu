@@ -1,7 +1,7 @@
 /* products.cu: the tensor cores' instructions, each against its plain definition. Products are
  * exact: small whole numbers in small sums. First one-hot operands for every k, which show where an
  * element really lies; then random ones. */
-#include "gpu/image.h"
+#include "gpu/layout.h"
 #include "tests/gpu/instructions.h"
 
 namespace {
@@ -39,7 +39,7 @@ verdict describe(const std::vector<int> &map)
 
 /* ---- wgmma, int8 ---- */
 
-/* s[case][64][128] = a b^T of images of a [64 rows] and b [128 rows]; two warpgroups take every
+/* s[case][64][128] = a b^T of tiles a [64 rows] and b [128 rows]; two warpgroups take every
  * other case, at their own pace. */
 template <int PITCH>
 __global__ void __launch_bounds__(256)
@@ -87,9 +87,9 @@ template <int PITCH, class A, class B> std::vector<int> products_s8(int cases, A
     for (int c = 0; c < cases; c++)
         for (int k = 0; k < PITCH; k++) {
             for (int r = 0; r < 64; r++)
-                x[(size_t)c * 64 * PITCH + image_at(PITCH, r, k)] = (uint8_t)a(c, r, k);
+                x[(size_t)c * 64 * PITCH + swizzle(PITCH, r, k)] = (uint8_t)a(c, r, k);
             for (int r = 0; r < 128; r++)
-                y[(size_t)c * 128 * PITCH + image_at(PITCH, r, k)] = (uint8_t)b(c, r, k);
+                y[(size_t)c * 128 * PITCH + swizzle(PITCH, r, k)] = (uint8_t)b(c, r, k);
         }
     buffer<uint8_t> on_device_x(x), on_device_y(y);
     buffer<int> s(std::vector<int>((size_t)cases * 64 * 128, -1));
@@ -169,7 +169,7 @@ template <int PITCH> verdict probe_s8()
                              want);
 }
 
-/* ---- wgmma, P.V: P packed from the places that accumulators have, V in its image ---- */
+/* ---- wgmma, P.V: P packed from the places that accumulators have, V in its tile ---- */
 
 /* o[case][64][N] = p[case][64][64] v[64][N]. */
 template <int N, bool HALF>
@@ -238,9 +238,9 @@ template <int N, bool HALF, class P, class V> std::vector<float> products_pv(int
         for (int c = 0; c < N; c++) {
             const uint16_t half = sparge_f32_to_f16(v(k, c));
             if (HALF)
-                memcpy(&tile[(size_t)(c / 64 * 8192 + image_at(128, k, c % 64 * 2))], &half, 2);
+                memcpy(&tile[(size_t)(c / 64 * 8192 + swizzle(128, k, c % 64 * 2))], &half, 2);
             else
-                tile[(size_t)image_at(64, c, key_slot(k))] = sparge_f32_to_e4m3(v(k, c));
+                tile[(size_t)swizzle(64, c, permute_key(k))] = sparge_f32_to_e4m3(v(k, c));
         }
     buffer<float> on_device_x(x), o(std::vector<float>((size_t)cases * 64 * N, NAN));
     buffer<uint8_t> on_device_v(tile);
