@@ -3,6 +3,7 @@
 #include "tools/npy.h"
 
 #include <errno.h>
+#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,166 +20,95 @@ static const char descriptions[][3] = {
     [ARRAY_I16] = "i2", [ARRAY_I32] = "i4",  [ARRAY_I64] = "i8",
 };
 
-/* ---- The dictionary --------------------------------------------------------------------- */
+/* ---- The header ------------------------------------------------------------------------- */
 
 typedef struct header {
     const file_input *in;
-    char *text;           /* ends in a NUL that is not counted */
-    size_t start, length; /* of the text, in the file */
-    size_t at;            /* where we are in the text */
+    size_t start, length; /* of the dictionary, in the file */
     array_type type;
     bool fortran_order;
     int rank;
     int64_t shape[ARRAY_MAX_RANK];
 } header;
 
-static bool header_fail(const header *h, const char *wrong)
+static bool header_fail(const header *h, int at, const char *wrong)
 {
     return input_fail(h->in, "byte %zu: header: %s; save it again with numpy.save",
-                      h->start + h->at, wrong);
+                      h->start + (size_t)(at > 0 ? at : 0), wrong);
 }
 
-static char header_peek(header *h)
+/* A Python dictionary becomes a JSON object of as many characters, so that places stay. */
+static void to_json(char *text, size_t length)
 {
-    h->at += strspn(h->text + h->at, " \t\r\n\f");
-    return h->text[h->at];
+    static const char python[] = "'()TFL\f", json[] = "\"[]tf  ";
+    bool quoted = false;
+    char *comma = NULL; /* JSON has none before a bracket that closes */
+    for (char *c = text; c < text + length; c++) {
+        const char *at = *c && (!quoted || *c == '\'') ? strchr(python, *c) : NULL;
+        *c = at ? json[at - python] : *c;
+        quoted ^= *c == '"';
+        if (comma && (*c == ']' || *c == '}'))
+            *comma = ' ';
+        if (!strchr(" \t\r\n", *c))
+            comma = *c == ',' && !quoted ? c : NULL;
+    }
 }
 
-static bool header_accept(header *h, char c)
+static bool parse_type(header *h, const json_t *from)
 {
-    const bool found = header_peek(h) == c;
-    h->at += found;
-    return found;
-}
-
-/* Leaves h->at at the opening quote, for the messages to come; header_skip goes on. */
-static bool header_string(header *h, char to[32])
-{
-    const char quote = header_peek(h);
-    if (quote != '\'' && quote != '"')
-        return header_fail(h, "a quoted string is expected here");
-    const char *from = h->text + h->at + 1;
-    const char stop[] = {quote, '\\', '\0'};
-    const size_t length = strcspn(from, stop);
-    if (from[length] != quote || length >= 32)
-        return header_fail(h, "this string does not end, or is none that numpy writes");
-    memcpy(to, from, length);
-    to[length] = '\0';
-    return true;
-}
-
-static void header_skip(header *h, const char *string) { h->at += strlen(string) + 2; }
-
-static bool header_descr(header *h)
-{
-    const char first = header_peek(h);
-    if (first == '[' || first == '(' || first == '{')
+    const char *descr = json_string_value(from);
+    if (!descr)
         return input_fail(h->in,
                           "byte %zu: descr is a structured dtype; save one field of it: "
                           "numpy.save(f, a['field'])",
-                          h->start + h->at);
-    char descr[32];
-    if (!header_string(h, descr))
-        return false;
-    const char *plain =
-        descr[0] && strchr("<|=", descr[0]) ? descr + 1 : descr; /* without a byte order */
-    for (size_t type = 0; type < sizeof descriptions / sizeof descriptions[0]; type++)
+                          h->start);
+    const char *plain = *descr && strchr("<|=", *descr) ? descr + 1 : descr; /* the byte order */
+    for (size_t type = 0; type < sizeof descriptions / sizeof *descriptions; type++)
         if (*plain && strcmp(plain, descriptions[type]) == 0) {
             h->type = (array_type)type;
-            header_skip(h, descr);
             return true;
         }
-    return input_fail(h->in, "byte %zu: descr '%s' %s; convert with a.astype('<f4')",
-                      h->start + h->at, descr,
-                      descr[0] == '>'           ? "is big-endian"
-                      : strchr(descr, 'O')      ? "holds Python objects"
-                      : strcmp(descr + 1, "V2") ? "is none of f2 f4 f8 u1 b1 i1 i2 i4 i8"
-                                                : "may be bf16, which .safetensors can hold");
+    return input_fail(h->in, "byte %zu: descr '%.30s' %s; convert with a.astype('<f4')", h->start,
+                      descr,
+                      descr[0] == '>'       ? "is big-endian"
+                      : strchr(descr, 'O')  ? "holds Python objects"
+                      : strcmp(plain, "V2") ? "is none of f2 f4 f8 u1 b1 i1 i2 i4 i8"
+                                            : "may be bf16, which .safetensors can hold");
 }
 
-static bool header_fortran_order(header *h)
+static bool parse_shape(header *h, const json_t *from)
 {
-    header_peek(h);
-    h->fortran_order = strncmp(h->text + h->at, "True", 4) == 0;
-    if (!h->fortran_order && strncmp(h->text + h->at, "False", 5) != 0)
-        return header_fail(h, "fortran_order must be True or False");
-    h->at += h->fortran_order ? 4 : 5;
+    const size_t rank = json_array_size(from);
+    if (!json_is_array(from) || rank > ARRAY_MAX_RANK)
+        return header_fail(h, 0, "shape must be a tuple of at most 8 integers");
+    for (h->rank = 0; h->rank < (int)rank; h->rank++) {
+        const json_t *size = json_array_get(from, (size_t)h->rank);
+        if (!json_is_integer(size) || json_integer_value(size) < 0)
+            return header_fail(h, 0, "shape must be a tuple of integers of 0 or more");
+        h->shape[h->rank] = json_integer_value(size);
+    }
     return true;
 }
 
-static bool header_shape(header *h)
+static bool parse_header(header *h, char *text)
 {
-    static const char wanted[] = "shape must be a tuple of integers like (2, 3) or (3,)";
-    if (!header_accept(h, '('))
-        return header_fail(h, wanted);
-    bool comma = true;
-    while (!header_accept(h, ')')) {
-        const char first = header_peek(h);
-        if (first == '-')
-            return header_fail(h, "shape has a negative size");
-        if (!comma || first < '0' || first > '9')
-            return header_fail(h, wanted);
-        if (h->rank == ARRAY_MAX_RANK)
-            return header_fail(h, "shape has more than 8 sizes");
-        int64_t size = 0;
-        for (; h->text[h->at] >= '0' && h->text[h->at] <= '9'; h->at++) {
-            const int digit = h->text[h->at] - '0';
-            if (size > (INT64_MAX - digit) / 10)
-                return header_fail(h, "shape overflows: this size exceeds 64 bits");
-            size = size * 10 + digit;
-        }
-        header_accept(h, 'L'); /* Python 2 wrote its long integers so */
-        h->shape[h->rank++] = size;
-        comma = header_accept(h, ',');
-    }
-    /* Python takes (3) for an integer and (3,) for a tuple. */
-    return h->rank != 1 || comma ? true : header_fail(h, wanted);
+    json_error_t why;
+    json_t *descr, *shape;
+    int fortran = 0;
+    to_json(text, h->length);
+    json_t *root = json_loadb(text, h->length, JSON_REJECT_DUPLICATES, &why);
+    bool ok = root && json_unpack_ex(root, &why, JSON_STRICT, "{s:o, s:b, s:o}", "descr", &descr,
+                                     "fortran_order", &fortran, "shape", &shape) == 0;
+    if (!ok)
+        header_fail(h, root ? 0 : why.position, why.text);
+    h->fortran_order = fortran;
+    ok = ok && parse_type(h, descr) && parse_shape(h, shape);
+    json_decref(root);
+    return ok;
 }
 
-static bool header_parse(header *h)
-{
-    static const struct {
-        const char *key;
-        bool (*parse)(header *);
-    } fields[] = {
-        {"descr", header_descr}, {"fortran_order", header_fortran_order}, {"shape", header_shape}};
-    enum { FIELDS = sizeof fields / sizeof fields[0] };
-
-    bool seen[FIELDS] = {false}, comma = true;
-    if (!header_accept(h, '{'))
-        return header_fail(h, "a dictionary must begin here");
-    while (!header_accept(h, '}')) {
-        char key[32];
-        if (!comma)
-            return header_fail(h, "a comma or the closing brace is expected here");
-        if (!header_string(h, key))
-            return false;
-        int f = 0;
-        while (f < FIELDS && strcmp(key, fields[f].key) != 0)
-            f++;
-        if (f == FIELDS || seen[f])
-            return header_fail(h, f < FIELDS ? "this key appears twice"
-                                             : "the keys must be descr, fortran_order and shape");
-        seen[f] = true;
-        header_skip(h, key);
-        if (!header_accept(h, ':'))
-            return header_fail(h, "a colon is expected here");
-        if (!fields[f].parse(h))
-            return false;
-        comma = header_accept(h, ',');
-    }
-    if (!seen[0] || !seen[1] || !seen[2])
-        return header_fail(h, !seen[0]   ? "the key 'descr' is missing"
-                              : !seen[1] ? "the key 'fortran_order' is missing"
-                                         : "the key 'shape' is missing");
-    header_peek(h);
-    return h->at == h->length || header_fail(h, "there is text after the dictionary");
-}
-
-/* ---- Reading ---------------------------------------------------------------------------- */
-
-/* Reads everything before the data. The text must be freed after failure as well. */
-static bool header_read(header *h)
+/* Reads everything before the data. */
+static bool read_header(header *h)
 {
     const file_input *in = h->in;
     uint8_t fixed[12];
@@ -205,11 +135,15 @@ static bool header_read(header *h)
         return input_fail(in,
                           "byte 8: a header of %zu bytes is longer than %s; copy or save it again",
                           h->length, h->length > MAX_HEADER ? "any of numpy's" : "the file");
-    h->text = calloc(h->length + 1, 1);
-    if (!h->text)
+    char *text = malloc(h->length + 1);
+    if (!text)
         return input_fail(in, "no memory for the header; free some");
-    return input_read(in, h->start, h->length, h->text) && header_parse(h);
+    const bool ok = input_read(in, h->start, h->length, text) && parse_header(h, text);
+    free(text);
+    return ok;
 }
+
+/* ---- The data --------------------------------------------------------------------------- */
 
 /* Rewrites elements that lie with the first index fastest in row-major order. */
 static void transpose(const array *to, const uint8_t *from)
@@ -267,8 +201,7 @@ static bool read_input(const file_input *in, array *out)
 {
     header h = {.in = in};
     *out = (array){0};
-    const bool ok = header_read(&h) && read_data(&h, out);
-    free(h.text);
+    const bool ok = read_header(&h) && read_data(&h, out);
     if (!ok)
         array_free(out);
     return ok;
