@@ -93,40 +93,35 @@ static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys
     return keys > 0 ? top + logf(sum) : -INFINITY;
 }
 
-exit_code baseline_attend(const sparge_problem *problem, const sparge_options *options,
-                          const sparge_mask *mask, array_type type, float *o, float *lse,
-                          file_error *error)
+void baseline_attend(const sparge_problem *problem, const sparge_options *options,
+                     const sparge_mask *mask, array_type type, float *o, float *lse)
 {
+    static const char what[] = "the baseline";
     const sparge_problem *p = problem;
-    const size_t keys = (size_t)p->k_len + 1;
+    const size_t keys = (size_t)p->k_len, size = sizeof(float);
     work w = {
         .problem = problem,
         .options = options,
         .mask = mask,
         .type = type,
-        .q = calloc((size_t)p->dim, sizeof(float)),
-        .k = calloc(keys, (size_t)p->dim * sizeof(float)),
-        .v = calloc(keys, (size_t)p->dim_v * sizeof(float)),
-        .key = calloc(keys, sizeof(int64_t)),
-        .score = calloc(keys, sizeof(float)),
+        .q = must_alloc((size_t)p->dim, size, what),
+        .k = must_alloc(keys, (size_t)p->dim * size, what),
+        .v = must_alloc(keys, (size_t)p->dim_v * size, what),
+        .key = must_alloc(keys, sizeof(int64_t), what),
+        .score = must_alloc(keys, size, what),
     };
-    const bool room = w.q && w.k && w.v && w.key && w.score;
-    exit_code code = room ? EXIT_FINE : EXIT_MACHINE;
-    if (!room)
-        file_error_set(error, NULL, "no memory for the baseline");
-    const int64_t heads = p->batch * p->heads, group = p->heads / p->kv_heads;
+    const int64_t heads = p->batch * p->heads, gqa = p->heads / p->kv_heads;
     const double rows = (double)(heads * p->q_len);
-    for (int64_t n = 0; n < heads && !code; n++) {
+    for (int64_t n = 0; n < heads; n++) {
         const int64_t b = n / p->heads, h = n % p->heads;
-        load(&p->k, b, h / group, 0, p->k_len, p->dim, w.k);
-        load(&p->v, b, h / group, 0, p->k_len, p->dim_v, w.v);
-        for (int64_t t = 0, keys_kept = 0; t < p->q_len && !code; t++, o += p->dim_v) {
+        load(&p->k, b, h / gqa, 0, p->k_len, p->dim, w.k);
+        load(&p->v, b, h / gqa, 0, p->k_len, p->dim_v, w.v);
+        for (int64_t t = 0, keys_kept = 0; t < p->q_len; t++, o += p->dim_v) {
             if (t % options->block_q == 0)
                 keys_kept = keys_of(&w, b, h, t / options->block_q);
             *lse++ = attend(&w, b, h, t, keys_kept, o);
-            if (options->progress &&
-                !options->progress(options->user, (double)(n * p->q_len + t + 1) / rows))
-                code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
+            if (!options->progress(options->user, (double)(n * p->q_len + t + 1) / rows))
+                must_sparge(SPARGE_ERR_CANCELLED);
         }
     }
     free(w.q);
@@ -134,5 +129,4 @@ exit_code baseline_attend(const sparge_problem *problem, const sparge_options *o
     free(w.v);
     free(w.key);
     free(w.score);
-    return code;
 }

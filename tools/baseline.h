@@ -8,8 +8,7 @@
  * type (f16, bf16; f32 and f64: not at all), as FlashAttention's tests have it: what a kernel may
  * lose that keeps P and o so. The scale of the options is not 0. o [batch][heads][q_len][dim_v],
  * lse [batch][heads][q_len]. */
-exit_code baseline_attend(const sparge_problem *problem, const sparge_options *options,
-                          const sparge_mask *mask, array_type type, float *o, float *lse,
-                          file_error *error);
+void baseline_attend(const sparge_problem *problem, const sparge_options *options,
+                     const sparge_mask *mask, array_type type, float *o, float *lse);
 
 #endif

@@ -107,100 +107,75 @@ static const char *want_name(const check *c)
 
 /* ---- The steps, in their order ---- */
 
-static exit_code read_files(check *c, file_error *error)
+static void read_files(check *c)
 {
     const attention_args *a = &c->args.attention;
-    exit_code code = given_file(a, &c->given, error);
-    sparge_error why;
-    if (!code)
-        code = inputs_read(a, true, &c->in, error);
-    if (!code)
-        code = settle(a, c->given.list, &c->in.problem, &c->options, &c->settled, error);
-    if (!code)
-        code =
-            library_result(sparge_options_resolve(&c->in.problem, &c->options, &why), &why, error);
-    if (!code)
-        code = inputs_output(c->args.o, &c->in, &c->got.o, &c->type, error);
-    if (!code && c->args.lse)
-        code = inputs_lse(c->args.lse, &c->in, &c->got.lse, error);
-    if (!code && c->args.mask)
-        code = inputs_mask(c->args.mask, &c->in, &c->options, &c->mask, error);
-    return code;
+    must(given_file(a, &c->given, &failure));
+    must(inputs_read(a, true, &c->in, &failure));
+    must(settle(a, c->given.list, &c->in.problem, &c->options, &c->settled, &failure));
+    must_sparge(sparge_options_resolve(&c->in.problem, &c->options, &library_error));
+    must(inputs_output(c->args.o, &c->in, &c->got.o, &c->type, &failure));
+    if (c->args.lse)
+        must(inputs_lse(c->args.lse, &c->in, &c->got.lse, &failure));
+    if (c->args.mask)
+        must(inputs_mask(c->args.mask, &c->in, &c->options, &c->mask, &failure));
 }
 
-static exit_code count(check *c, file_error *error)
+/* A mask as an array, and what it keeps. */
+static sparge_counts *count(const check *c, const sparge_mask *mask, array *kept)
 {
     const sparge_problem *p = &c->in.problem;
-    const size_t heads = (size_t)(p->batch * p->heads) + 1;
-    c->counts = calloc(heads, sizeof *c->counts);
-    c->predicted_counts = calloc(heads, sizeof *c->predicted_counts);
-    if (!c->counts || !c->predicted_counts) {
-        file_error_set(error, NULL, "no memory for the counters of %zu heads", heads - 1);
-        return EXIT_MACHINE;
-    }
-    kept_counts(&c->kept, p, &c->options, c->counts);
-    kept_counts(&c->chosen, p, &c->options, c->predicted_counts);
-    return EXIT_FINE;
+    sparge_counts *counts =
+        must_alloc((size_t)(p->batch * p->heads), sizeof *counts, "the counters of the heads");
+    must_have(mask_array(mask, p, &c->options, kept, &failure));
+    kept_counts(kept, p, &c->options, counts);
+    return counts;
 }
 
-static exit_code predict(check *c, file_error *error)
+static void predict(check *c)
 {
-    const sparge_problem *p = &c->in.problem;
-    sparge_error why;
     double seconds;
-    if (!c->args.mask)
-        return EXIT_FINE;
-    sparge_status status = sparge_mask_alloc(&c->predicted, p, &c->options, &why);
-    if (!status)
-        status = device_predict(p, &c->options, &c->predicted, NULL, &seconds, &why);
-    const exit_code code = library_result(status, &why, error);
-    if (!code && (!mask_array(&c->mask, p, &c->options, &c->kept, error) ||
-                  !mask_array(&c->predicted, p, &c->options, &c->chosen, error)))
-        return EXIT_MACHINE;
-    return code ? code : count(c, error);
+    must_sparge(sparge_mask_alloc(&c->predicted, &c->in.problem, &c->options, &library_error));
+    must_sparge(
+        device_predict(&c->in.problem, &c->options, &c->predicted, NULL, &seconds, &library_error));
+    c->counts = count(c, &c->mask, &c->kept);
+    c->predicted_counts = count(c, &c->predicted, &c->chosen);
 }
 
-static bool answer_alloc(const check *c, array_type type, answer *to, file_error *error)
+static void answer_alloc(const check *c, array_type type, answer *to)
 {
-    return intermediates_alloc("bhqv", type, &c->in.problem, &c->options, &to->o, error) &&
-           intermediates_alloc("bhq", type, &c->in.problem, &c->options, &to->lse, error);
+    const sparge_problem *p = &c->in.problem;
+    must_have(intermediates_alloc("bhqv", type, p, &c->options, &to->o, &failure) &&
+              intermediates_alloc("bhq", type, p, &c->options, &to->lse, &failure));
 }
 
 /* The oracle over a mask; mass may be NULL. */
-static exit_code ask(check *c, const sparge_mask *mask, const char *what, answer *to, double *mass,
-                     file_error *error)
+static void ask(check *c, const sparge_mask *mask, const char *what, answer *to, double *mass)
 {
-    if (!answer_alloc(c, ARRAY_F64, to, error))
-        return EXIT_MACHINE;
-    sparge_error why;
+    answer_alloc(c, ARRAY_F64, to);
     progress watch = progress_begin(what);
-    c->options.user = &watch;
+    progress_watch(&watch, &c->options);
     const sparge_status status =
         sparge_oracle(&c->in.problem, &c->options, mask, SPARGE_ORACLE_REAL, to->o.data,
-                      to->lse.data, mass, &why);
+                      to->lse.data, mass, &library_error);
     progress_end(&watch);
-    return library_result(status, &why, error);
+    must_sparge(status);
 }
 
-static exit_code measure(check *c, file_error *error)
+static void measure(check *c)
 {
-    const sparge_problem *p = &c->in.problem;
     const sparge_mask *mask = c->args.mask ? &c->mask : NULL;
-    if (!intermediates_alloc("bhij", ARRAY_F64, p, &c->options, &c->mass, error) ||
-        !answer_alloc(c, ARRAY_F32, &c->baseline, error))
-        return EXIT_MACHINE;
-    c->options.progress = progress_tick;
-    exit_code code = ask(c, NULL, "dense attention", &c->dense, c->mass.data, error);
-    if (!code && mask)
-        code = ask(c, mask, "attention over the mask", &c->masked, NULL, error);
-    if (code)
-        return code;
+    must_have(
+        intermediates_alloc("bhij", ARRAY_F64, &c->in.problem, &c->options, &c->mass, &failure));
+    answer_alloc(c, ARRAY_F32, &c->baseline);
+    ask(c, NULL, "dense attention", &c->dense, c->mass.data);
+    if (mask)
+        ask(c, mask, "attention over the mask", &c->masked, NULL);
     progress watch = progress_begin("baseline");
-    c->options.user = &watch;
-    code = baseline_attend(p, &c->options, mask, c->type, c->baseline.o.data, c->baseline.lse.data,
-                           error);
+    progress_watch(&watch, &c->options);
+    baseline_attend(&c->in.problem, &c->options, mask, c->type, c->baseline.o.data,
+                    c->baseline.lse.data);
     progress_end(&watch);
-    return code;
 }
 
 /* ---- The verdict ---- */
@@ -321,13 +296,9 @@ static json_t *describe_head(const check *c, int64_t n)
 static json_t *describe_heads(const check *c)
 {
     json_t *list = json_array();
-    bool ok = list != NULL;
-    for (int64_t n = 0; n < c->in.problem.batch * c->in.problem.heads && ok; n++)
-        ok = json_array_append_new(list, describe_head(c, n)) == 0;
-    if (ok)
-        return list;
-    json_decref(list);
-    return NULL;
+    for (int64_t n = 0; n < c->in.problem.batch * c->in.problem.heads; n++)
+        json_array_append_new(list, describe_head(c, n));
+    return list;
 }
 
 static exit_code report(check *c, file_error *error)
@@ -363,9 +334,7 @@ static exit_code report(check *c, file_error *error)
                             describe_mask(c, &c->mass, &c->kept, &c->chosen, &counts, &predicted)));
     }
     json = json_joined(json, json_pack("{s:o}", "per_head", describe_heads(c)));
-    const exit_code code = print_json(json, error);
-    if (code)
-        return code;
+    must(print_json(json, error));
     if (o.c.nonfinite_apart == 0)
         compare_warn(&o.c, "o", want_name(c));
     if (!holds(&o))
@@ -383,13 +352,15 @@ static void answer_free(answer *a)
 
 exit_code check_command(int argc, char **argv, file_error *error)
 {
-    static exit_code (*const steps[])(check *, file_error *) = {read_files, predict, measure,
-                                                                report};
-    check c = {.args = {.base = {error}, .max_worst = NAN}};
-    exit_code code = attention_parse(&check_argp, argc, argv, &c.args.base, &c.args.attention);
+    static check c;
+    c.args = (check_args){.base = {error}, .max_worst = NAN};
+    must(attention_parse(&check_argp, argc, argv, &c.args.base, &c.args.attention));
     c.options = c.args.attention.options;
-    for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
-        code = steps[n](&c, error);
+    read_files(&c);
+    if (c.args.mask)
+        predict(&c);
+    measure(&c);
+    const exit_code code = report(&c, error);
     answer_free(&c.got);
     answer_free(&c.dense);
     answer_free(&c.masked);

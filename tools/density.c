@@ -10,13 +10,6 @@
 #include "tools/kept.h"
 #include "tools/progress.h"
 
-typedef struct finder {
-    const sparge_problem *p;
-    sparge_options *o;
-    sparge_mask mask;
-    sparge_counts *counts; /* [batch][heads] */
-} finder;
-
 /* Floats from 0 to 1 are ordered as their bits are. */
 static float float_of(uint32_t bits)
 {
@@ -25,79 +18,51 @@ static float float_of(uint32_t bits)
     return x;
 }
 
-static exit_code density_at(finder *f, uint32_t tau, double *density, file_error *error)
+static double density_at(const sparge_problem *p, sparge_options *o, sparge_mask *mask,
+                         sparge_counts *counts, uint32_t tau)
 {
     double seconds;
-    sparge_error why;
     array keep;
-    f->o->thresholds.tau = float_of(tau);
-    const exit_code code =
-        library_result(device_predict(f->p, f->o, &f->mask, NULL, &seconds, &why), &why, error);
-    if (code)
-        return code;
-    if (!mask_array(&f->mask, f->p, f->o, &keep, error))
-        return EXIT_MACHINE;
-    kept_counts(&keep, f->p, f->o, f->counts);
-    const sparge_counts sum = kept_sum(f->counts, f->p->batch * f->p->heads);
-    *density = kept_density(&sum);
+    o->thresholds.tau = float_of(tau);
+    must_sparge(device_predict(p, o, mask, NULL, &seconds, &library_error));
+    must_have(mask_array(mask, p, o, &keep, &failure));
+    kept_counts(&keep, p, o, counts);
     array_free(&keep);
-    return EXIT_FINE;
+    const sparge_counts sum = kept_sum(counts, p->batch * p->heads);
+    return kept_density(&sum);
 }
 
-static exit_code bisect(finder *f, double wanted, file_error *error)
+void density_find(const sparge_problem *p, sparge_options *o, double wanted)
 {
     enum { ONE = 0x3f800000 };
-    uint32_t low = 0, high = ONE;
-    double below, above;
-    exit_code code = density_at(f, low, &below, error);
-    if (!code)
-        code = density_at(f, high, &above, error);
-    if (code)
-        return code;
-    if (isnan(below)) {
-        file_error_set(error, NULL, "--density %g cannot be reached: no query sees a key", wanted);
-        return EXIT_USAGE;
-    }
-    if (!(wanted >= below && wanted <= above)) {
-        file_error_set(
-            error, NULL,
-            "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a "
-            "lower --theta or smaller blocks reach further down",
-            wanted, below, above);
-        return EXIT_USAGE;
-    }
-    while (high - low > 1 && !code) {
-        const uint32_t middle = low + (high - low) / 2;
-        double density = 0.0;
-        code = density_at(f, middle, &density, error);
-        const bool fits = density <= wanted;
-        *(fits ? &low : &high) = middle;
-        *(fits ? &below : &above) = density;
-        if (!progress_tick(f->o->user, 1.0 - log2((double)(high - low)) / 30.0) && !code)
-            code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
-    }
-    f->o->thresholds.tau = float_of(wanted - below <= above - wanted ? low : high);
-    return code;
-}
-
-exit_code density_find(const sparge_problem *p, sparge_options *o, double wanted, file_error *error)
-{
-    finder f = {
-        .p = p, .o = o, .counts = calloc((size_t)(p->batch * p->heads) + 1, sizeof *f.counts)};
-    sparge_error why;
-    exit_code code = library_result(sparge_mask_alloc(&f.mask, p, o, &why), &why, error);
-    if (!code && !f.counts) {
-        file_error_set(error, NULL, "no memory for the counters of %lld heads",
-                       (long long)(p->batch * p->heads));
-        code = EXIT_MACHINE;
-    }
+    sparge_mask mask;
+    sparge_counts *counts =
+        must_alloc((size_t)(p->batch * p->heads), sizeof *counts, "the counters of the heads");
+    must_sparge(sparge_mask_alloc(&mask, p, o, &library_error));
     progress watch = progress_begin("density");
     o->progress = progress_goes_on;
     o->user = &watch;
-    if (!code)
-        code = bisect(&f, wanted, error);
+    uint32_t low = 0, high = ONE;
+    double below = density_at(p, o, &mask, counts, low);
+    double above = density_at(p, o, &mask, counts, high);
+    if (isnan(below))
+        fail(EXIT_USAGE, NULL, "--density %g cannot be reached: no query sees a key", wanted);
+    if (!(wanted >= below && wanted <= above))
+        fail(EXIT_USAGE, NULL,
+             "--density %g cannot be reached: from tau 0 to 1 it goes from %.6g to %.6g; a lower "
+             "--theta or smaller blocks reach further down",
+             wanted, below, above);
+    while (high - low > 1) {
+        const uint32_t middle = low + (high - low) / 2;
+        const double density = density_at(p, o, &mask, counts, middle);
+        const bool fits = density <= wanted;
+        *(fits ? &low : &high) = middle;
+        *(fits ? &below : &above) = density;
+        if (!progress_tick(&watch, 1.0 - log2((double)(high - low)) / 30.0))
+            must_sparge(SPARGE_ERR_CANCELLED);
+    }
+    o->thresholds.tau = float_of(wanted - below <= above - wanted ? low : high);
     progress_end(&watch);
-    sparge_mask_free(&f.mask);
-    free(f.counts);
-    return code;
+    sparge_mask_free(&mask);
+    free(counts);
 }

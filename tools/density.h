@@ -7,8 +7,7 @@
 /* Sets o->thresholds.tau, one for all heads, to where the share of the visible token pairs in kept
  * blocks is nearest to `wanted`; of two that are as near, to the smaller. Masks grow with tau, so
  * between two floats there is nothing: what lies below what theta, the diagonal and the sink keep
- * is an error. */
-exit_code density_find(const sparge_problem *p, sparge_options *o, double wanted,
-                       file_error *error);
+ * ends the program. */
+void density_find(const sparge_problem *p, sparge_options *o, double wanted);
 
 #endif

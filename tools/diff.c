@@ -1,8 +1,9 @@
-/* diff.c: sparge diff: how far two arrays are apart, or where two dumps part. */
+/* diff.c: sparge diff: how far two arrays are apart, or where two folders of intermediates part. */
 #include <errno.h>
 #include <math.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "tools/compare.h"
 #include "tools/intermediates.h"
@@ -22,7 +23,7 @@ enum { MAX_L1 = 256, MAX_WORST, TOLERANCE };
 static const struct argp_option diff_options[] = {
     {"max-l1", MAX_L1, "X", 0, "fail above this relative L1", 0},
     {"max-worst", MAX_WORST, "X", 0, "fail where a row is above this relative L1", 0},
-    {"tolerance", TOLERANCE, "X", 0, "of two dumps: floats may differ by this share (0)", 0},
+    {"tolerance", TOLERANCE, "X", 0, "of two folders: floats may differ by this share (0)", 0},
     {0},
 };
 
@@ -48,38 +49,30 @@ static error_t diff_parser(int key, char *text, struct argp_state *state)
 static const struct argp diff_argp = {
     .options = diff_options,
     .parser = diff_parser,
-    .args_doc = "GOT.npy WANT.npy\nGOT_DUMP WANT_DUMP",
+    .args_doc = "GOT.npy WANT.npy\nGOT_FOLDER WANT_FOLDER",
     .doc =
         "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
-        "one of the two is NaN or infinite, and where two dumps differ. Of two masks (bool, or "
+        "one of the two is NaN or infinite, and where two folders differ. Of two masks (bool, or "
         "uint8 of "
         "four axes) the blocks that are missing and extra too; without a bound they must be equal.",
 };
 
 /* ---- Reading --------------------------------------------------------------------------- */
 
-static exit_code read_array(const char *path, array *out, file_error *error)
+static void read_pair(const char *got, const char *want, array pair[2])
 {
-    const bool half = npy_read(path, out, error) && out->type == ARRAY_F16;
-    if (out->data && (!half || array_to_f32(out, error)))
-        return EXIT_FINE;
-    return EXIT_FILE;
-}
-
-static exit_code read_pair(const char *const path[2], array pair[2], file_error *error)
-{
-    exit_code code = read_array(path[0], &pair[0], error);
-    if (!code)
-        code = read_array(path[1], &pair[1], error);
-    if (!code && !compare_same_shape(&pair[0], &pair[1])) {
-        char one[ARRAY_SHAPE_TEXT], other[ARRAY_SHAPE_TEXT];
-        array_shape_string(pair[0].rank, pair[0].shape, one);
-        array_shape_string(pair[1].rank, pair[1].shape, other);
-        file_error_set(error, path[0], "is %s and %.160s is %s: only equal shapes can be compared",
-                       one, path[1], other);
-        code = EXIT_FILE;
+    const char *const path[] = {got, want};
+    for (int side = 0; side < 2; side++) {
+        must(npy_read(path[side], &pair[side], &failure) ? EXIT_FINE : EXIT_FILE);
+        must_do(pair[side].type != ARRAY_F16 || array_to_f32(&pair[side], &failure));
     }
-    return code;
+    if (compare_same_shape(&pair[0], &pair[1]))
+        return;
+    char one[ARRAY_SHAPE_TEXT], other[ARRAY_SHAPE_TEXT];
+    array_shape_string(pair[0].rank, pair[0].shape, one);
+    array_shape_string(pair[1].rank, pair[1].shape, other);
+    fail(EXIT_FILE, got, "is %s and %.160s is %s: only equal shapes can be compared", one, want,
+         other);
 }
 
 /* ---- Two arrays ------------------------------------------------------------------------ */
@@ -90,41 +83,35 @@ static bool is_mask(const array *x)
     return x->type == ARRAY_BOOL || (x->type == ARRAY_U8 && x->rank == 4);
 }
 
-static exit_code diff_files(const diff_args *a, file_error *error)
+static exit_code diff_files(const diff_args *a)
 {
-    array pair[2] = {{0}};
+    static array pair[2];
     const bool bounded = !isnan(a->max_l1) || !isnan(a->max_worst);
-    exit_code code = read_pair(a->file, pair, error);
-    const int masks = code ? 0 : is_mask(&pair[0]) + is_mask(&pair[1]);
-    if (masks == 1 && !bounded) {
-        const int other = is_mask(&pair[0]);
-        file_error_set(error, a->file[other],
-                       "is of %s and %.160s is a mask: without a bound they are not compared; "
-                       "save both as bool or uint8",
-                       array_type_string(pair[other].type), a->file[1 - other]);
-        code = EXIT_FILE;
+    read_pair(a->file[0], a->file[1], pair);
+    const int masks = is_mask(&pair[0]) + is_mask(&pair[1]), other = is_mask(&pair[0]);
+    if (masks == 1 && !bounded)
+        fail(EXIT_FILE, a->file[other],
+             "is of %s and %.160s is a mask: without a bound they are not compared; save both as "
+             "bool or uint8",
+             array_type_string(pair[other].type), a->file[1 - other]);
+    const comparison c = compare(&pair[0], &pair[1]);
+    bool ok =
+        compare_within(&c, c.l1, a->max_l1) && compare_within(&c, c.worst_row_l1, a->max_worst);
+    json_t *json = compare_json(&c, &pair[0]);
+    if (masks == 2) {
+        const mask_difference d = judge_masks(&pair[0], &pair[1]);
+        ok = ok && (bounded || d.missing + d.extra == 0);
+        json = json_joined(json, judge_json(&pair[0], &d));
     }
-    if (!code) {
-        const comparison c = compare(&pair[0], &pair[1]);
-        bool ok =
-            compare_within(&c, c.l1, a->max_l1) && compare_within(&c, c.worst_row_l1, a->max_worst);
-        json_t *json = compare_json(&c, &pair[0]);
-        if (masks == 2) {
-            const mask_difference d = judge_masks(&pair[0], &pair[1]);
-            ok = ok && (bounded || d.missing + d.extra == 0);
-            json = json_joined(json, judge_json(&pair[0], &d));
-        }
-        code = print_json(json_joined(json, json_pack("{s:b}", "ok", ok)), error);
-        code = code || ok ? code : EXIT_DIFFERENT;
-    }
+    must(print_json(json_joined(json, json_pack("{s:b}", "ok", ok)), &failure));
     array_free(&pair[0]);
     array_free(&pair[1]);
-    return code;
+    return ok ? EXIT_FINE : EXIT_DIFFERENT;
 }
 
-/* ---- Two dumps ------------------------------------------------------------------------- */
+/* ---- Two folders of intermediates ------------------------------------------------------ */
 
-/* What the axes of a stage are called, and for tokens the block they are in. */
+/* What the axes of an array are called, and for tokens the block they are in. */
 static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_t block[2])
 {
     static const char letters[] = "bhgqkijdv2";
@@ -145,113 +132,78 @@ static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_
     return place;
 }
 
-/* One stage, as a row of the report; *differs where it does. */
-static exit_code diff_stage(const diff_args *a, int n, int64_t block[2], json_t **row,
-                            bool *differs, file_error *error)
+/* The n-th array as a row of the report; NULL: it is in neither folder. */
+static json_t *diff_stage(const diff_args *a, int n, int64_t block[2])
 {
+    static array pair[2];
     const stage *s = &stages[n];
-    char paths[2][PATH_MAX];
-    const char *const path[] = {paths[0], paths[1]};
-    bool there[2];
-    struct stat status;
+    char path[2][PATH_MAX];
+    bool found[2];
     for (int side = 0; side < 2; side++) {
-        intermediates_path(a->file[side], n, paths[side]);
-        there[side] = stat(path[side], &status) == 0;
+        intermediates_path(a->file[side], n, path[side]);
+        found[side] = access(path[side], F_OK) == 0;
     }
-    *differs = there[0] != there[1];
-    if (!there[0] || !there[1]) {
-        if (*differs)
-            *row = json_pack("{s:s, s:b, s:s}", "array", s->name, "differs", true, "missing",
-                             a->file[there[0]]);
-        return EXIT_FINE;
-    }
-    array pair[2] = {{0}};
-    exit_code code = read_pair(path, pair, error);
-    if (!code && pair[0].rank != (int)strlen(s->axes)) {
-        file_error_set(error, path[0],
-                       "has %d axes, %s of a intermediates has %zu; intermediates it again",
-                       pair[0].rank, s->name, strlen(s->axes));
-        code = EXIT_FILE;
-    }
-    if (!code) {
-        if (n == STAGE_BLOCKS && array_count(&pair[0]) == 2 && pair[0].type == ARRAY_I64)
-            memcpy(block, pair[0].data, 2 * sizeof *block);
-        const double tolerance = s->type == ARRAY_F32 && !isnan(a->tolerance) ? a->tolerance : 0.0;
-        const difference d = compare_elements(&pair[0], &pair[1], tolerance);
-        *differs = d.first >= 0;
-        *row =
-            json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "array", s->name, "differs", *differs,
-                      "elements", (json_int_t)d.elements, "different", (json_int_t)d.different,
-                      "first", place_of(s, &pair[0], d.first, block), "worst", json_number(d.worst),
-                      "worst_at", place_of(s, &pair[0], d.worst_at, block));
-    }
+    if (!found[0] && !found[1])
+        return NULL;
+    if (!found[0] || !found[1])
+        return json_pack("{s:s, s:b, s:s}", "array", s->name, "differs", true, "missing",
+                         a->file[found[0]]);
+    read_pair(path[0], path[1], pair);
+    if (pair[0].rank != (int)strlen(s->axes))
+        fail(EXIT_FILE, path[0], "got %d axes, expected %zu for %s; write the intermediates again",
+             pair[0].rank, strlen(s->axes), s->name);
+    if (n == STAGE_BLOCKS && array_count(&pair[0]) == 2 && pair[0].type == ARRAY_I64)
+        memcpy(block, pair[0].data, 2 * sizeof *block);
+    const double tolerance = s->type == ARRAY_F32 && !isnan(a->tolerance) ? a->tolerance : 0.0;
+    const difference d = compare_elements(&pair[0], &pair[1], tolerance);
+    json_t *row =
+        json_pack("{s:s, s:b, s:I, s:I, s:o, s:o, s:o}", "array", s->name, "differs", d.first >= 0,
+                  "elements", (json_int_t)d.elements, "different", (json_int_t)d.different, "first",
+                  place_of(s, &pair[0], d.first, block), "worst", json_number(d.worst), "worst_at",
+                  place_of(s, &pair[0], d.worst_at, block));
     array_free(&pair[0]);
     array_free(&pair[1]);
-    return code;
+    return row;
 }
 
-static exit_code diff_dumps(const diff_args *a, file_error *error)
+static exit_code diff_folders(const diff_args *a)
 {
     json_t *rows = json_array();
-    const char *first = NULL;
-    json_t *place = NULL; /* owned by its row */
+    const json_t *first = NULL;
     int64_t block[2] = {0};
-    exit_code code = EXIT_FINE;
-    for (int n = 0; n < STAGES && !code; n++) {
-        json_t *row = NULL;
-        bool differs = false;
-        code = diff_stage(a, n, block, &row, &differs, error);
-        if (differs && !first) {
-            first = stages[n].name;
-            place = json_object_get(row, "first");
-        }
+    for (int n = 0; n < STAGES; n++) {
+        json_t *row = diff_stage(a, n, block);
+        if (!first && json_is_true(json_object_get(row, "differs")))
+            first = row;
         if (row)
             json_array_append_new(rows, row);
     }
-    if (!code && json_array_size(rows) == 0) {
-        file_error_set(error, a->file[0],
-                       "holds no intermediates; 'sparge run --intermediates DIR' writes one");
-        code = EXIT_FILE;
-    }
-    if (code) {
-        json_decref(rows);
-        return code;
-    }
-    code = print_json(
-        json_pack("{s:s?, s:O?, s:o}", "first_array", first, "first", place, "arrays", rows),
-        error);
-    return code || !first ? code : EXIT_DIFFERENT;
+    if (json_array_size(rows) == 0)
+        fail(EXIT_FILE, a->file[0],
+             "holds no intermediates; 'sparge run --intermediates DIR' writes them");
+    must(print_json(json_pack("{s:O?, s:O?, s:o}", "first_array", json_object_get(first, "array"),
+                              "first", json_object_get(first, "first"), "arrays", rows),
+                    &failure));
+    return first ? EXIT_DIFFERENT : EXIT_FINE;
 }
 
 exit_code diff_command(int argc, char **argv, file_error *error)
 {
     diff_args a = {.base = {error}, .max_l1 = NAN, .max_worst = NAN, .tolerance = NAN};
-    const exit_code code = options_parse(&diff_argp, argc, argv, &a.base);
-    if (code)
-        return code;
-    struct stat status;
+    must(options_parse(&diff_argp, argc, argv, &a.base));
     int folders = 0;
     for (int side = 0; side < 2; side++) {
-        if (stat(a.file[side], &status) != 0) {
-            file_error_set(error, a.file[side], "cannot open: %s; check the path", strerror(errno));
-            return EXIT_FILE;
-        }
+        struct stat status;
+        if (stat(a.file[side], &status) != 0)
+            fail(EXIT_FILE, a.file[side], "cannot open: %s; check the path", strerror(errno));
         folders += S_ISDIR(status.st_mode) ? 1 : 0;
     }
-    if (folders == 2 && !(isnan(a.max_l1) && isnan(a.max_worst))) {
-        file_error_set(
-            error, NULL,
-            "--max-l1 and --max-worst are of two arrays: of two dumps --tolerance bounds each "
-            "element");
-        return EXIT_USAGE;
-    }
-    if (folders < 2 && !isnan(a.tolerance)) {
-        file_error_set(
-            error, NULL,
-            "--tolerance is of two dumps: of two arrays --max-l1 and --max-worst are the "
-            "bounds");
-        return EXIT_USAGE;
-    }
+    if (folders == 2 && !(isnan(a.max_l1) && isnan(a.max_worst)))
+        fail(EXIT_USAGE, NULL,
+             "--max-l1 and --max-worst are for two arrays; for two folders give --tolerance");
+    if (folders < 2 && !isnan(a.tolerance))
+        fail(EXIT_USAGE, NULL,
+             "--tolerance is for two folders; for two arrays give --max-l1 and --max-worst");
     /* Where only one is a folder, reading it will say so. */
-    return folders == 2 ? diff_dumps(&a, error) : diff_files(&a, error);
+    return folders == 2 ? diff_folders(&a) : diff_files(&a);
 }

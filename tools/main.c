@@ -6,7 +6,7 @@ int main(int argc, char **argv)
     static const program_command commands[] = {
         {"run", run_command, "attention over the files of q, k and v"},
         {"check", check_command, "a verdict on what another kernel made of q, k and v"},
-        {"diff", diff_command, "the distance between two outputs, or where two dumps part"},
+        {"diff", diff_command, "the distance between two outputs, or where two folders part"},
         {"map", map_command, "a picture of the attention and of the mask that was predicted"},
         {"tune", tune_command, "thresholds for every head, from captures"},
         {"order", order_command, "a token order for images and video"},

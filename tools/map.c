@@ -78,52 +78,36 @@ static bool asks_lambda(const attention_args *a)
                             sparge_options_default(a->options.rules).thresholds.lambda;
 }
 
-static exit_code check_args(const attention_args *a, file_error *error)
+static void check_args(const attention_args *a)
 {
-    if (!a->files || !a->output) {
-        file_error_set(error, NULL, "map needs %s; see 'sparge map --help'",
-                       a->files ? "-o, the name of the picture" : "the files of q and k");
-        return EXIT_USAGE;
-    }
-    if (a->files == 2 && asks_lambda(a)) {
-        file_error_set(error, NULL, "%s needs the file of v too, to show what lambda drops",
-                       a->params ? "--params" : "--lambda");
-        return EXIT_USAGE;
-    }
-    return EXIT_FINE;
+    if (!a->files || !a->output)
+        fail(EXIT_USAGE, NULL, "map needs %s; see 'sparge map --help'",
+             a->files ? "-o, the name of the picture" : "the files of q and k");
+    if (a->files == 2 && asks_lambda(a))
+        fail(EXIT_USAGE, NULL, "%s needs the file of v too, to show what lambda drops",
+             a->params ? "--params" : "--lambda");
 }
 
-static exit_code read_files(map *m, file_error *error)
+static void read_files(map *m)
 {
     const attention_args *a = &m->args.attention;
-    exit_code code = settle_spare(a, m->capture, a->output, error);
-    if (!code)
-        code = settle_spare(a, m->capture, m->args.numbers, error);
-    if (!code && picture_format_of(a->output) == PICTURE_UNKNOWN) {
-        file_error_set(error, a->output,
-                       "is of no kind that map draws; let the name end in .png, .svg or .pdf");
-        code = EXIT_USAGE;
-    }
-    if (!code)
-        code = inputs_read(a, asks_lambda(a), &m->in, error);
-    return code ? code : settle(a, m->capture, &m->in.problem, &m->options, &m->settled, error);
-}
-
-static const sparge_thresholds *thresholds_of(const map *m, int64_t head)
-{
-    return m->options.per_head ? &m->options.per_head[head] : &m->options.thresholds;
+    must(settle_spare(a, m->capture, a->output, &failure));
+    must(settle_spare(a, m->capture, m->args.numbers, &failure));
+    if (picture_format_of(a->output) == PICTURE_UNKNOWN)
+        fail(EXIT_USAGE, a->output,
+             "is of no kind that map draws; let the name end in .png, .svg or .pdf");
+    must(inputs_read(a, asks_lambda(a), &m->in, &failure));
+    must(settle(a, m->capture, &m->in.problem, &m->options, &m->settled, &failure));
 }
 
 /* The picture before there is anything on it: does it fit? */
-static exit_code plan(map *m, file_error *error)
+static void plan(map *m)
 {
     const sparge_problem *p = &m->in.problem;
     const sparge_options *o = &m->options;
-    sparge_error why;
-    const exit_code code = library_result(sparge_mask_alloc(&m->mask, p, o, &why), &why, error);
-    if (code)
-        return code;
-    m->picture = (picture){
+    picture *to = &m->picture;
+    must_sparge(sparge_mask_alloc(&m->mask, p, o, &library_error));
+    *to = (picture){
         .heads = p->batch * p->heads,
         .rows = m->mask.q_blocks,
         .columns = m->mask.k_blocks,
@@ -131,56 +115,51 @@ static exit_code plan(map *m, file_error *error)
         .block_k = o->block_k,
     };
     for (int64_t h = 0; h < p->heads && p->v.data; h++)
-        m->picture.lambda |= isfinite(thresholds_of(m, h)->lambda);
+        to->lambda |= isfinite((o->per_head ? &o->per_head[h] : &o->thresholds)->lambda);
     int64_t width, height;
-    if (picture_size(&m->picture, &width, &height))
-        return EXIT_FINE;
-    file_error_set(error, m->args.attention.output,
-                   "%lld heads of %lld x %lld blocks are larger "
-                   "than a picture of %d x %d; take larger --block-q and --block-k, or fewer heads",
-                   (long long)m->picture.heads, (long long)m->mask.q_blocks,
-                   (long long)m->mask.k_blocks, PICTURE_MAX, PICTURE_MAX);
-    return EXIT_USAGE;
+    if (!picture_size(to, &width, &height))
+        fail(EXIT_USAGE, m->args.attention.output,
+             "%lld heads of %lld x %lld blocks are larger than a picture of %d x %d; take larger "
+             "--block-q and --block-k, or fewer heads",
+             (long long)to->heads, (long long)to->rows, (long long)to->columns, PICTURE_MAX,
+             PICTURE_MAX);
 }
 
-static exit_code compute(map *m, file_error *error)
+static void compute(map *m)
 {
     const sparge_problem *p = &m->in.problem;
     sparge_options *o = &m->options;
-    const bool attends = m->picture.lambda;
-    sparge_error why;
-    m->counts = calloc((size_t)m->picture.heads + 1, sizeof *m->counts);
-    m->titles = calloc((size_t)m->picture.heads + 1, sizeof *m->titles);
-    if (!m->counts || !m->titles ||
-        !intermediates_alloc("bhij", ARRAY_F64, p, o, &m->mass, error) ||
-        !intermediates_alloc("bhij", ARRAY_U8, p, o, &m->why, error) ||
-        !intermediates_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, error) ||
-        (attends && !intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o, error)))
-        return EXIT_MACHINE;
+    const size_t heads = (size_t)m->picture.heads;
     double seconds;
-    const sparge_intermediates wanted = {.why = m->why.data};
+    m->counts = must_alloc(heads, sizeof *m->counts, "the counters of the heads");
+    m->titles = must_alloc(heads, sizeof *m->titles, "the titles of the heads");
+    must_have(intermediates_alloc("bhij", ARRAY_F64, p, o, &m->mass, &failure) &&
+              intermediates_alloc("bhij", ARRAY_U8, p, o, &m->why, &failure) &&
+              intermediates_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, &failure));
+    const sparge_intermediates predicted = {.why = m->why.data};
     progress watch = progress_begin("lambda");
-    o->progress = progress_tick;
-    o->user = &watch;
-    sparge_status status = device_predict(p, o, &m->mask, &wanted, &seconds, &why);
-    if (!status && attends) {
-        const sparge_intermediates intermediates = {.pv_done = m->pv_done.data};
+    progress_watch(&watch, o);
+    must_sparge(device_predict(p, o, &m->mask, &predicted, &seconds, &library_error));
+    if (m->picture.lambda) {
+        must_have(intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o, &failure));
+        const sparge_intermediates attended = {.pv_done = m->pv_done.data};
         sparge_result result = {
             .o = {m->o.data, SPARGE_F32, p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v,
                   p->dim_v},
-            .intermediates = &intermediates,
+            .intermediates = &attended,
             .head_counts = m->counts,
         };
-        status = device_attend(p, o, &m->mask, &result, &seconds, &why);
+        must_sparge(device_attend(p, o, &m->mask, &result, &seconds, &library_error));
     }
     progress_end(&watch);
     watch = progress_begin("attention map");
-    if (!status)
-        status = sparge_oracle(p, o, NULL, SPARGE_ORACLE_REAL, NULL, NULL, m->mass.data, &why);
+    const sparge_status status =
+        sparge_oracle(p, o, NULL, SPARGE_ORACLE_REAL, NULL, NULL, m->mass.data, &library_error);
     progress_end(&watch);
-    if (status)
-        return library_result(status, &why, error);
-    return mask_array(&m->mask, p, o, &m->keep, error) ? EXIT_FINE : EXIT_MACHINE;
+    must_sparge(status);
+    must_have(mask_array(&m->mask, p, o, &m->keep, &failure));
+    if (!m->picture.lambda)
+        kept_counts(&m->keep, p, o, m->counts);
 }
 
 static void describe_thresholds(const map *m, char text[128])
@@ -199,50 +178,52 @@ static void describe_thresholds(const map *m, char text[128])
         snprintf(text, 128, "θ %g%s%s%s", (double)k->theta, tau, topk, lambda);
 }
 
-/* Of each block what is drawn, of each head its title. */
-static exit_code describe(map *m, file_error *error)
+/* What is drawn of each block of head n: pv_done says how much of a kept one was computed. */
+static void mark_blocks(map *m, int64_t n)
 {
-    (void)error;
+    const int64_t blocks = m->picture.rows * m->picture.columns;
+    float *done = (float *)m->pv_done.data + n * blocks;
+    const uint8_t *keep = (const uint8_t *)m->keep.data + n * blocks;
+    for (int64_t at = 0; at < blocks; at++) {
+        const bool visible = block_visible(&m->in.problem, &m->options, at / m->picture.columns,
+                                           at % m->picture.columns);
+        if (!keep[at])
+            done[at] = visible ? PICTURE_SKIPPED : PICTURE_INVISIBLE;
+        else if (!m->picture.lambda)
+            done[at] = 1.0f;
+    }
+}
+
+/* The title of each head, and of all. */
+static void describe(map *m)
+{
     const sparge_problem *p = &m->in.problem;
     const sparge_options *o = &m->options;
-    const int64_t blocks = m->picture.rows * m->picture.columns;
+    picture *to = &m->picture;
     double sum = 0.0;
     int64_t nonfinite = 0;
-    if (!m->picture.lambda)
-        kept_counts(&m->keep, p, o, m->counts);
-    for (int64_t n = 0; n < m->picture.heads; n++) {
-        const sparge_counts *c = &m->counts[n];
-        for (int64_t at = n * blocks; at < (n + 1) * blocks; at++) {
-            const int64_t i = at / m->picture.columns % m->picture.rows;
-            const int64_t j = at % m->picture.columns;
-            const bool seen = block_visible(p, o, i, j), keep = ((uint8_t *)m->keep.data)[at];
-            float *done = (float *)m->pv_done.data + at;
-            if (!keep)
-                *done = seen ? PICTURE_SKIPPED : PICTURE_UNSEEN;
-            else if (!m->picture.lambda)
-                *done = 1.0f;
-        }
+    for (int64_t n = 0; n < to->heads; n++) {
+        mark_blocks(m, n);
         const array mass = array_part(&m->mass, 2, n), kept = array_part(&m->keep, 2, n);
         const recall r = judge_recall(&mass, &kept, p->q_len, o->block_q);
+        const double sparsity = sparge_sparsity(&m->counts[n]);
         nonfinite += r.nonfinite;
-        sum += sparge_sparsity(c);
-        char batch[32] = "";
+        sum += sparsity;
+        char batch[32] = "", keeps[48] = "its attention is not a number";
         if (p->batch > 1)
             snprintf(batch, sizeof batch, "batch %lld, ", (long long)(n / p->heads));
-        char keeps[48] = "its attention is not a number";
         if (!isnan(r.share))
             snprintf(keeps, sizeof keeps, "keeps %.1f %% of the attention", 100.0 * r.share);
         snprintf(m->titles[n], HEAD_TITLE, "%shead %lld: sparsity %.3f, %s", batch,
-                 (long long)capture_head(m->capture, n % p->heads), sparge_sparsity(c), keeps);
+                 (long long)capture_head(m->capture, n % p->heads), sparsity, keeps);
     }
     if (nonfinite)
-        fprintf(
-            stderr,
-            "sparge: %lld of %lld blocks have attention that is not a number: q or k is not finite "
-            "there; what is kept is measured over the others\n",
-            (long long)nonfinite, (long long)(blocks * m->picture.heads));
+        fprintf(stderr,
+                "sparge: %lld of %lld blocks have attention that is not a number: q or k is not "
+                "finite there; what is kept is measured over the others\n",
+                (long long)nonfinite, (long long)(to->rows * to->columns * to->heads));
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
-             (long long)p->k_len, m->picture.heads ? sum / (double)m->picture.heads : 0.0);
+             (long long)p->k_len, to->heads ? sum / (double)to->heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};
     char thresholds[128];
     describe_thresholds(m, thresholds);
@@ -252,56 +233,41 @@ static exit_code describe(map *m, file_error *error)
     const reasons why = reasons_of(&m->why, p, o);
     reasons_text(&why, m->reasons);
     reasons_warn(&why, o, m->args.attention.file[0]);
-    m->picture.mass = m->mass.data;
-    m->picture.done = m->pv_done.data;
-    m->picture.title = m->title;
-    m->picture.subtitle = m->subtitle;
-    m->picture.reasons = m->reasons;
-    m->picture.head_title = (const char(*)[HEAD_TITLE])m->titles;
-    return EXIT_FINE;
-}
-
-static exit_code write_picture(const map *m, const char *bytes, size_t size, file_error *error)
-{
-    const char *path = m->args.attention.output;
-    output_file *numbers = m->args.numbers ? output_open(m->args.numbers, error) : NULL;
-    if (m->args.numbers &&
-        (!numbers || !npy_write(output_stream(numbers), m->args.numbers, &m->mass, error)))
-        return EXIT_FILE;
-    output_file *file = output_open(path, error);
-    if (!file)
-        return EXIT_FILE;
-    if (fwrite(bytes, 1, size, output_stream(file)) == size)
-        return outputs_commit(error) ? EXIT_FINE : EXIT_FILE;
-    file_error_set(error, path, "cannot write: %s; choose another place", strerror(errno));
-    return EXIT_FILE;
+    to->mass = m->mass.data;
+    to->done = m->pv_done.data;
+    to->title = m->title;
+    to->subtitle = m->subtitle;
+    to->reasons = m->reasons;
+    to->head_title = (const char(*)[HEAD_TITLE])m->titles;
 }
 
 /* Drawn before a file is opened: libraries of letters do not survive every want of memory. */
-static exit_code write_files(map *m, file_error *error)
+static void write_files(const map *m)
 {
-    const char *path = m->args.attention.output;
+    const char *path = m->args.attention.output, *numbers = m->args.numbers;
     size_t size;
     char *bytes = picture_draw(&m->picture, picture_format_of(path), &size);
-    if (!bytes) {
-        file_error_set(error, path, "no memory for the picture");
-        return EXIT_MACHINE;
-    }
-    const exit_code code = write_picture(m, bytes, size, error);
+    if (!bytes)
+        fail(EXIT_MACHINE, path, "no memory for the picture");
+    output_file *file = numbers ? output_open(numbers, &failure) : NULL;
+    must_do(!numbers || (file && npy_write(output_stream(file), numbers, &m->mass, &failure)));
+    file = output_open(path, &failure);
+    must_do(file);
+    if (fwrite(bytes, 1, size, output_stream(file)) != size)
+        fail(EXIT_FILE, path, "cannot write: %s; choose another place", strerror(errno));
+    must_do(outputs_commit(&failure));
     free(bytes);
-    return code;
 }
 
-static exit_code map_capture(const map_args *args, const capture *c, file_error *error)
+static void map_capture(const map_args *args, const capture *c)
 {
-    static exit_code (*const steps[])(map *, file_error *) = {
-        read_files, plan, compute, describe, write_files,
-    };
-    map m = {.args = *args, .capture = c, .options = args->attention.options};
-    exit_code code = EXIT_FINE;
-    for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
-        code = steps[n](&m, error);
-    outputs_discard();
+    static map m;
+    m = (map){.args = *args, .capture = c, .options = args->attention.options};
+    read_files(&m);
+    plan(&m);
+    compute(&m);
+    describe(&m);
+    write_files(&m);
     free(m.counts);
     free(m.titles);
     array_free(&m.mass);
@@ -312,32 +278,25 @@ static exit_code map_capture(const map_args *args, const capture *c, file_error 
     sparge_mask_free(&m.mask);
     inputs_free(&m.in);
     settled_free(&m.settled);
-    return code;
-}
-
-static exit_code map_listed(const map_args *args, const capture *c, file_error *error)
-{
-    map_args one = *args;
-    char drawing[PATH_MAX], numbers[PATH_MAX];
-    one.attention.file[0] = c->path;
-    exit_code code = place_output(&one.attention.output, c, ".png", drawing, error);
-    if (!code)
-        code = place_output(&one.numbers, c, ".npy", numbers, error);
-    return code ? code : map_capture(&one, c, error);
 }
 
 exit_code map_command(int argc, char **argv, file_error *error)
 {
+    static given_captures given;
     map_args args = {.base = {error}};
-    given_captures given = {0};
-    exit_code code = attention_parse(&map_argp, argc, argv, &args.base, &args.attention);
-    if (!code)
-        code = check_args(&args.attention, error);
-    if (!code)
-        code = given_find(&args.attention, &given, error);
-    for (int64_t n = 0; n < given.count && !code; n++)
-        code = given.folder ? map_listed(&args, &given.list[n], error)
-                            : map_capture(&args, given.list, error);
+    must(attention_parse(&map_argp, argc, argv, &args.base, &args.attention));
+    check_args(&args.attention);
+    must(given_find(&args.attention, &given, error));
+    for (const capture *c = given.list; c < given.list + given.count; c++) {
+        map_args one = args;
+        char drawing[PATH_MAX], numbers[PATH_MAX];
+        if (given.folder) {
+            one.attention.file[0] = c->path;
+            must(place_output(&one.attention.output, c, ".png", drawing, error));
+            must(place_output(&one.numbers, c, ".npy", numbers, error));
+        }
+        map_capture(&one, c);
+    }
     given_free(&given);
-    return code;
+    return EXIT_FINE;
 }

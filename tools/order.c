@@ -28,8 +28,10 @@ static const char *const order_words[] = {"row", "column", "time", "random", "hi
 
 static error_t order_parser(int key, char *text, struct argp_state *state)
 {
+    static const char *const sides[] = {"T", "H", "W"};
     order_args *a = state->input;
     sparge_grid *g = &a->grid;
+    int64_t *const side[] = {&g->t, &g->h, &g->w};
     int word = 0;
     error_t error;
     switch (key) {
@@ -44,12 +46,10 @@ static error_t order_parser(int key, char *text, struct argp_state *state)
         return options_whole(state, "--text-after", text, 0, INT64_MAX, &g->text_after);
     case 'o': a->output = text; return 0;
     case ARGP_KEY_ARG:
-        switch (a->sides++) {
-        case 0: return options_whole(state, "T", text, 0, INT64_MAX, &g->t);
-        case 1: return options_whole(state, "H", text, 0, INT64_MAX, &g->h);
-        case 2: return options_whole(state, "W", text, 0, INT64_MAX, &g->w);
-        default: return options_wrong(state, "'%.60s' is one side too many", text);
-        }
+        if (a->sides == 3)
+            return options_wrong(state, "'%.60s' is one side too many", text);
+        word = a->sides++;
+        return options_whole(state, sides[word], text, 0, INT64_MAX, side[word]);
     case ARGP_KEY_END:
         return a->sides == 3 ? 0 : options_wrong(state, "give T, H and W, the sides of the grid");
     default: return ARGP_ERR_UNKNOWN;
@@ -72,44 +72,32 @@ static int64_t step(const sparge_grid *g, int64_t a, int64_t b)
 
 exit_code order_command(int argc, char **argv, file_error *error)
 {
+    static array index;
     order_args a = {.base = {error}, .order = SPARGE_HILBERT};
-    exit_code code = options_parse(&order_argp, argc, argv, &a.base);
-    if (code)
-        return code;
+    must(options_parse(&order_argp, argc, argv, &a.base));
     const sparge_grid *g = &a.grid;
-    int64_t image, total;
+    int64_t image, total, longer = 0, longest = 0;
     if (__builtin_mul_overflow(g->t, g->h, &image) || __builtin_mul_overflow(image, g->w, &image) ||
         __builtin_add_overflow(image, g->text_before, &total) ||
-        __builtin_add_overflow(total, g->text_after, &total)) {
-        file_error_set(error, NULL, "a grid of %lld x %lld x %lld and its text are too many tokens",
-                       (long long)g->t, (long long)g->h, (long long)g->w);
-        return EXIT_USAGE;
-    }
-    output_file *file = NULL;
-    array index = {0};
-    if (a.output && !(file = output_open(a.output, error)))
-        return EXIT_FILE;
-    if (!array_alloc(ARRAY_I64, 1, &total, &index, error))
-        return EXIT_MACHINE;
+        __builtin_add_overflow(total, g->text_after, &total))
+        fail(EXIT_USAGE, NULL, "a grid of %lld x %lld x %lld and its text are too many tokens",
+             (long long)g->t, (long long)g->h, (long long)g->w);
+    output_file *file = a.output ? output_open(a.output, error) : NULL;
+    must_do(file || !a.output);
+    must_have(array_alloc(ARRAY_I64, 1, &total, &index, error));
     int64_t *place = index.data;
-    sparge_error why;
-    const sparge_status status = sparge_token_order(a.order, g, (uint64_t)a.seed, place, &why);
-    code = library_result(status, &why, error);
-    int64_t longer = 0, longest = 0;
-    for (int64_t p = g->text_before + 1; p < g->text_before + image && !code; p++) {
+    must_sparge(sparge_token_order(a.order, g, (uint64_t)a.seed, place, &library_error));
+    for (int64_t p = g->text_before + 1; p < g->text_before + image; p++) {
         const int64_t far = step(g, place[p] - g->text_before, place[p - 1] - g->text_before);
         longer += far > 1;
         longest = far > longest ? far : longest;
     }
-    if (!code && file && !npy_write(output_stream(file), a.output, &index, error))
-        code = EXIT_FILE;
-    if (!code)
-        code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "order", order_words[a.order], "tokens",
-                                    (json_int_t)total, "longer_steps", (json_int_t)longer,
-                                    "longest_step", (json_int_t)longest),
-                          error);
-    if (!code && !outputs_commit(error))
-        code = EXIT_FILE;
+    must_do(!file || npy_write(output_stream(file), a.output, &index, error));
+    must(print_json(json_pack("{s:s, s:I, s:I, s:I}", "order", order_words[a.order], "tokens",
+                              (json_int_t)total, "longer_steps", (json_int_t)longer, "longest_step",
+                              (json_int_t)longest),
+                    error));
+    must_do(outputs_commit(error));
     array_free(&index);
-    return code;
+    return EXIT_FINE;
 }

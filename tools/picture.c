@@ -69,7 +69,7 @@ enum {
     KEPT = 0x33265c,
     DROPPED = 0xf0902e,
     SKIPPED = 0xf6efe6,
-    UNSEEN = 0xd9dbe2,
+    INVISIBLE = 0xd9dbe2,
     NOT_A_NUMBER = 0x18a7a0,
     INK = 0x22222a,
     FAINT = 0x73737e,
@@ -107,15 +107,15 @@ static int colour_of_mass(double mass, float done, int scale)
 {
     if (isnan(mass))
         return NOT_A_NUMBER;
-    if (done == PICTURE_UNSEEN)
-        return UNSEEN;
+    if (done == PICTURE_INVISIBLE)
+        return INVISIBLE;
     return mass > 0.0 ? heat(1.0 + log10(mass) / scale) : heat(0.0);
 }
 
 static int colour_of_mask(float done)
 {
-    if (done == PICTURE_UNSEEN)
-        return UNSEEN;
+    if (done == PICTURE_INVISIBLE)
+        return INVISIBLE;
     return done == PICTURE_SKIPPED ? SKIPPED : mix(DROPPED, KEPT, done);
 }
 
@@ -246,7 +246,7 @@ static void header(cairo_t *to, const picture *p, double width)
         {p->lambda, DROPPED, "kept, P·V dropped by λ"},
         {p->lambda, mix(DROPPED, KEPT, 0.5), "in part"},
         {true, SKIPPED, "skipped"},
-        {true, UNSEEN, "not visible"},
+        {true, INVISIBLE, "not visible"},
     };
     x += BAR + 2 * GAP;
     print(to, x, y - 7, 0, 11, false, INK, "mask");
@@ -256,7 +256,7 @@ static void header(cairo_t *to, const picture *p, double width)
             frame(to, x, y, HIGH, HIGH);
             x = round(print(to, x + HIGH + 6, y + 10, 0, 11, false, INK, words[n].text)) + 16;
         }
-    box(to, MARGIN, MARGIN + HEADER - 12, width - 2 * MARGIN, 1, UNSEEN);
+    box(to, MARGIN, MARGIN + HEADER - 12, width - 2 * MARGIN, 1, INVISIBLE);
 }
 
 static cairo_status_t draw(const picture *p, cairo_surface_t *on, double width)

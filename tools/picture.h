@@ -9,8 +9,8 @@
 enum { PICTURE_MAX = 16384, HEAD_TITLE = 160 }; /* pixels of a side; bytes */
 
 /* Beside the share of a kept block that was computed, 0 to 1: */
-#define PICTURE_SKIPPED (-1.0f)
-#define PICTURE_UNSEEN  (-2.0f) /* no row may see it */
+#define PICTURE_SKIPPED   (-1.0f)
+#define PICTURE_INVISIBLE (-2.0f) /* no row may see it */
 
 typedef struct picture {
     int64_t heads, rows, columns; /* query blocks, key blocks */

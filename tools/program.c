@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <math.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,7 +23,60 @@ const char program_compiler[] = "gcc " __VERSION__;
 #endif
 const char program_flags[] = SPARGE_BUILD_FLAGS;
 
-/* ---- What the library answered ---- */
+/* ---- How commands fail ---- */
+
+file_error failure;
+sparge_error library_error;
+static const char *program_name = "sparge";
+
+/* The end of the program: its exit code, and one line where something is to be said. */
+static exit_code finish(exit_code code)
+{
+    outputs_discard();
+    if (code == EXIT_FILE && failure.memory)
+        code = EXIT_MACHINE;
+    if (code == EXIT_HELPED)
+        code = EXIT_FINE;
+    if (code <= EXIT_DIFFERENT) {
+        const exit_code printed = flush_stdout(&failure);
+        code = printed ? printed : code;
+    }
+    if (code > EXIT_DIFFERENT || (code == EXIT_DIFFERENT && failure.text[0]))
+        /* A terminal may show how far something is on the line where the cursor stands. */
+        fprintf(stderr, "%s%s: %s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", program_name,
+                failure.text);
+    return code;
+}
+
+void must(exit_code code)
+{
+    if (code)
+        exit((int)finish(code));
+}
+
+void must_do(bool ok) { must(ok ? EXIT_FINE : EXIT_FILE); }
+void must_have(bool ok) { must(ok ? EXIT_FINE : EXIT_MACHINE); }
+
+void must_sparge(sparge_status s) { must(library_result(s, &library_error, &failure)); }
+
+void *must_alloc(size_t count, size_t size, const char *what)
+{
+    void *memory = calloc(count + 1, size); /* NULL would be none */
+    if (!memory)
+        fail(EXIT_MACHINE, NULL, "no memory for %s", what);
+    return memory;
+}
+
+void fail(exit_code code, const char *name, const char *format, ...)
+{
+    char text[sizeof failure.text];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(text, sizeof text, format, values);
+    va_end(values);
+    file_error_set(&failure, name, "%s", text);
+    exit((int)finish(code));
+}
 
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error)
 {
@@ -224,25 +278,10 @@ int program_main(const program *p, int argc, char **argv)
     signal(SIGXFSZ, SIG_IGN); /* and so is a file too large */
     atexit(outputs_discard);
     interrupt_catch(p->name);
+    program_name = p->name;
     snprintf(json_line, sizeof json_line, "%s: no memory for JSON; free some\n", p->name);
     json_set_alloc_funcs(json_allocate, free);
-
-    file_error error = {.text = ""};
-    exit_code code = EXIT_FILE;
     if (no_stdout)
-        file_error_set(&error, NULL, "standard output is closed; the result would be lost");
-    else
-        code = dispatch(p, argc, argv, &error);
-    outputs_discard();
-    if (code == EXIT_FILE && error.memory)
-        code = EXIT_MACHINE;
-    if (code == EXIT_HELPED)
-        code = EXIT_FINE;
-    if (code <= EXIT_DIFFERENT) {
-        const exit_code printed = flush_stdout(&error);
-        code = printed ? printed : code;
-    }
-    if (code > EXIT_DIFFERENT || (code == EXIT_DIFFERENT && error.text[0]))
-        fprintf(stderr, "%s: %s\n", p->name, error.text);
-    return (int)code;
+        fail(EXIT_FILE, NULL, "standard output is closed; the result would be lost");
+    return (int)finish(dispatch(p, argc, argv, &failure));
 }

@@ -56,10 +56,23 @@ exit_code order_command(int argc, char **argv, file_error *error);
 exit_code tune_command(int argc, char **argv, file_error *error);
 exit_code bench_command(int argc, char **argv, file_error *error);
 
-/* ---- How they speak ---- */
+/* ---- How they fail: what does not succeed ends the program with one line ---- */
+
+extern file_error failure;         /* the line; commands hand it to what they call */
+extern sparge_error library_error; /* what the library answered */
+
+void must(exit_code code);         /* or the program ends with the line in `failure` */
+void must_do(bool ok);             /* the same for files */
+void must_have(bool ok);           /* the same for memory */
+void must_sparge(sparge_status s); /* the same with the line in `library_error` */
+void *must_alloc(size_t count, size_t size, const char *what); /* of zeros, to be freed */
+__attribute__((format(printf, 3, 4))) _Noreturn void fail(exit_code code, const char *name,
+                                                          const char *format, ...);
 
 /* What the library answered, as ours. */
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error);
+
+/* ---- How they speak ---- */
 
 json_t *json_number(double x);              /* null where JSON has no word for it */
 json_t *json_text(const char *bytes);       /* the same: they may be no UTF-8 */

@@ -39,6 +39,12 @@ bool progress_tick(void *user, double done)
     return !interrupt_came();
 }
 
+void progress_watch(progress *p, sparge_options *o)
+{
+    o->progress = progress_tick;
+    o->user = p;
+}
+
 void progress_hide(progress *p)
 {
     if (p->shown)

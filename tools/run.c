@@ -97,287 +97,229 @@ static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : 
 /* ---- The steps, in their order ---- */
 
 /* Refuses an output that would replace an input. */
-static exit_code spare(const run *r, const char *output, file_error *error)
+static void spare(const run *r, const char *output)
 {
-    const exit_code code = inputs_spare(output, &r->args.mask, 1, error);
-    return code ? code : settle_spare(&r->args.attention, r->capture, output, error);
+    must(inputs_spare(output, &r->args.mask, 1, &failure));
+    must(settle_spare(&r->args.attention, r->capture, output, &failure));
 }
 
-static exit_code read_files(run *r, file_error *error)
+static void read_files(run *r)
 {
     const attention_args *a = &r->args.attention;
-    const char *const output[] = {a->output, r->args.mask_out, r->args.lse_out};
-    exit_code code = EXIT_FINE;
-    for (int n = 0; n < 3 && !code; n++)
-        code = spare(r, output[n], error);
-    for (int n = 0; n < STAGES && r->args.intermediates && !code; n++) {
+    spare(r, a->output);
+    spare(r, r->args.mask_out);
+    spare(r, r->args.lse_out);
+    for (int n = 0; n < STAGES && r->args.intermediates; n++) {
         char path[PATH_MAX];
         intermediates_path(r->args.intermediates, n, path);
-        code = spare(r, path, error);
+        spare(r, path);
     }
-    if (!code)
-        code = inputs_read(a, !r->args.mask_only, &r->in, error);
-    if (!code)
-        code = settle(a, r->capture, &r->in.problem, &r->options, &r->settled, error);
-    sparge_error why;
-    if (!code)
-        code =
-            library_result(sparge_options_resolve(&r->in.problem, &r->options, &why), &why, error);
-    if (!code && r->args.mask)
-        code = inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, error);
-    return code;
-}
-
-static exit_code hash_files(run *r, file_error *error)
-{
-    const attention_args *a = &r->args.attention;
+    must(inputs_read(a, !r->args.mask_only, &r->in, &failure));
+    must(settle(a, r->capture, &r->in.problem, &r->options, &r->settled, &failure));
+    must_sparge(sparge_options_resolve(&r->in.problem, &r->options, &library_error));
+    if (r->args.mask)
+        must(inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, &failure));
     const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], r->args.mask};
-    exit_code code = EXIT_FINE;
     memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
-    for (int n = 1; n < RUN_INPUTS && !code; n++)
-        code = input[n] ? capture_sha256(input[n], r->sha256[n], error) : EXIT_FINE;
-    return code;
+    for (int n = 1; n < RUN_INPUTS; n++)
+        if (input[n])
+            must(capture_sha256(input[n], r->sha256[n], &failure));
 }
 
-static exit_code find_density(run *r, file_error *error)
+static output_file *open_file(const char *path)
 {
-    return isnan(r->args.density)
-               ? EXIT_FINE
-               : density_find(&r->in.problem, &r->options, r->args.density, error);
+    output_file *file = path ? output_open(path, &failure) : NULL;
+    must_do(file || !path);
+    return file;
 }
 
-static exit_code open_file(const char *path, output_file **file, file_error *error)
-{
-    return path && !(*file = output_open(path, error)) ? EXIT_FILE : EXIT_FINE;
-}
-
-static exit_code open_files(run *r, file_error *error)
+static void open_files(run *r)
 {
     const sparge_problem *p = &r->in.problem;
-    exit_code code = open_file(r->args.attention.output, &r->o_file, error);
-    if (!code)
-        code = open_file(r->args.mask_out, &r->mask_file, error);
-    if (!code)
-        code = open_file(r->args.lse_out, &r->lse_file, error);
-    if (code)
-        return code;
     const bool predicts = run_predicts(&r->args);
-    if (r->args.intermediates ? !intermediates_make(&r->intermediates, p, &r->options, predicts,
-                                                    !r->args.mask_only, error)
-                              : predicts && !intermediates_make_stage(&r->intermediates, STAGE_WHY,
-                                                                      p, &r->options, error))
-        return EXIT_MACHINE;
-    return r->args.intermediates
-               ? intermediates_open(&r->intermediates, r->args.intermediates, error)
-               : EXIT_FINE;
+    intermediate_arrays *d = &r->intermediates;
+    r->o_file = open_file(r->args.attention.output);
+    r->mask_file = open_file(r->args.mask_out);
+    r->lse_file = open_file(r->args.lse_out);
+    if (r->args.intermediates) {
+        must_have(intermediates_make(d, p, &r->options, predicts, !r->args.mask_only, &failure));
+        must(intermediates_open(d, r->args.intermediates, &failure));
+    } else if (predicts)
+        must_have(intermediates_make_stage(d, STAGE_WHY, p, &r->options, &failure));
 }
 
-static exit_code attend(run *r, file_error *error)
+static void attend(run *r)
 {
     const sparge_problem *p = &r->in.problem;
     array *o = &r->intermediates.array[STAGE_O];
     const bool half = r->in.type == ARRAY_F16;
-    if (!intermediates_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, error) ||
-        !intermediates_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, error))
-        return EXIT_MACHINE;
+    must_have(
+        intermediates_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, &failure) &&
+        intermediates_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, &failure));
     r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32,
                                p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v};
     r->result.lse = r->args.lse_out ? r->lse.data : NULL;
     r->result.mask = run_predicts(&r->args) ? &r->mask : NULL;
     r->result.intermediates = &r->intermediates.intermediates;
-    sparge_error why;
     progress watch = progress_begin("attention");
-    r->options.progress = progress_tick;
-    r->options.user = &watch;
+    progress_watch(&watch, &r->options);
     const sparge_status status =
         run_predicts(&r->args)
-            ? device_attention(p, &r->options, &r->result, &r->seconds, &why)
-            : device_attend(p, &r->options, mask_of(r), &r->result, &r->seconds, &why);
+            ? device_attention(p, &r->options, &r->result, &r->seconds, &library_error)
+            : device_attend(p, &r->options, mask_of(r), &r->result, &r->seconds, &library_error);
     progress_end(&watch);
-    return library_result(status, &why, error);
+    must_sparge(status);
 }
 
-static exit_code predict(run *r, file_error *error)
+static void predict(run *r)
 {
-    const sparge_problem *p = &r->in.problem;
-    sparge_error why;
     progress watch = progress_begin("prediction");
-    r->options.progress = progress_tick;
-    r->options.user = &watch;
+    progress_watch(&watch, &r->options);
     const sparge_status status =
         r->args.mask ? SPARGE_OK
-                     : device_predict(p, &r->options, &r->mask, &r->intermediates.intermediates,
-                                      &r->seconds, &why);
+                     : device_predict(&r->in.problem, &r->options, &r->mask,
+                                      &r->intermediates.intermediates, &r->seconds, &library_error);
     progress_end(&watch);
+    must_sparge(status);
     r->result.seconds_predict = r->seconds;
-    return library_result(status, &why, error);
 }
 
 /* The mask, and attention unless it is not wanted. */
-static exit_code compute(run *r, file_error *error)
+static void compute(run *r)
 {
     const sparge_problem *p = &r->in.problem;
-    array *mask = &r->intermediates.array[STAGE_MASK];
     const int64_t heads = p->batch * p->heads;
-    sparge_error why;
-    r->result.head_counts = calloc((size_t)heads + 1, sizeof(sparge_counts));
-    if (!r->result.head_counts) {
-        file_error_set(error, NULL, "no memory for the counters of %lld heads", (long long)heads);
-        return EXIT_MACHINE;
-    }
-    exit_code code = EXIT_FINE;
+    array *mask = &r->intermediates.array[STAGE_MASK];
+    r->result.head_counts =
+        must_alloc((size_t)heads, sizeof(sparge_counts), "the counters of the heads");
     if (run_predicts(&r->args))
-        code = library_result(sparge_mask_alloc(&r->mask, p, &r->options, &why), &why, error);
-    if (!code)
-        code = r->args.mask_only ? predict(r, error) : attend(r, error);
-    if (!code && !mask_array(mask_of(r), p, &r->options, mask, error))
-        code = EXIT_MACHINE;
-    if (!code && r->args.mask_only) {
+        must_sparge(sparge_mask_alloc(&r->mask, p, &r->options, &library_error));
+    (r->args.mask_only ? predict : attend)(r);
+    must_have(mask_array(mask_of(r), p, &r->options, mask, &failure));
+    if (r->args.mask_only) {
         kept_counts(mask, p, &r->options, r->result.head_counts);
         r->result.counts = kept_sum(r->result.head_counts, heads);
     }
-    return code;
 }
 
-static exit_code write_files(run *r, file_error *error)
+static void write_file(output_file *file, const char *path, const array *x)
+{
+    must_do(!file || npy_write(output_stream(file), path, x, &failure));
+}
+
+static void write_files(run *r)
 {
     array *o = &r->intermediates.array[STAGE_O], *mask = &r->intermediates.array[STAGE_MASK];
-    array shaped = {0};
-    exit_code code = EXIT_FINE;
     if (r->o_file) {
-        code = inputs_shape_output(&r->in, o, &shaped, error);
-        if (!code && !npy_write(output_stream(r->o_file), r->args.attention.output, &shaped, error))
-            code = EXIT_FILE;
+        array shaped;
+        must(inputs_shape_output(&r->in, o, &shaped, &failure));
+        write_file(r->o_file, r->args.attention.output, &shaped);
         array_free(&shaped);
     }
-    if (!code && !r->args.mask_only && !array_to_f32(o, error))
-        code = EXIT_MACHINE;
-    if (!code &&
-        ((r->mask_file && !npy_write(output_stream(r->mask_file), r->args.mask_out, mask, error)) ||
-         (r->lse_file && !npy_write(output_stream(r->lse_file), r->args.lse_out, &r->lse, error)) ||
-         !intermediates_write(&r->intermediates, error)))
-        code = EXIT_FILE;
-    return code;
+    must_have(r->args.mask_only || array_to_f32(o, &failure));
+    write_file(r->mask_file, r->args.mask_out, mask);
+    write_file(r->lse_file, r->args.lse_out, &r->lse);
+    must_do(intermediates_write(&r->intermediates, &failure));
 }
 
 /* The oracle over a mask: how far o is from it, where there is an o; and how much it pays to each
  * block. */
-static exit_code measure(run *r, const sparge_mask *mask, const char *what, comparison *to,
-                         double *mass, file_error *error)
+static void measure(run *r, const sparge_mask *mask, const char *what, comparison *to, double *mass)
 {
+    const sparge_problem *p = &r->in.problem;
     array want = {0};
-    if (!r->args.mask_only &&
-        !intermediates_alloc("bhqv", ARRAY_F64, &r->in.problem, &r->options, &want, error))
-        return EXIT_MACHINE;
-    sparge_error why;
+    must_have(r->args.mask_only ||
+              intermediates_alloc("bhqv", ARRAY_F64, p, &r->options, &want, &failure));
     progress watch = progress_begin(what);
-    r->options.progress = progress_tick;
-    r->options.user = &watch;
-    const sparge_status status = sparge_oracle(&r->in.problem, &r->options, mask,
-                                               SPARGE_ORACLE_REAL, want.data, NULL, mass, &why);
+    progress_watch(&watch, &r->options);
+    const sparge_status status = sparge_oracle(p, &r->options, mask, SPARGE_ORACLE_REAL, want.data,
+                                               NULL, mass, &library_error);
     progress_end(&watch);
-    if (!status && want.data)
+    must_sparge(status);
+    if (want.data)
         *to = compare(&r->intermediates.array[STAGE_O], &want);
     array_free(&want);
-    return library_result(status, &why, error);
 }
 
-static exit_code check(run *r, file_error *error)
+static void check(run *r)
 {
     array mass;
-    if (!r->args.check)
-        return EXIT_FINE;
-    if (!intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass, error))
-        return EXIT_MACHINE;
-    exit_code code = measure(r, NULL, "check", &r->real, mass.data, error);
-    if (!code)
-        r->recall = judge_recall(&mass, &r->intermediates.array[STAGE_MASK], r->in.problem.q_len,
-                                 r->options.block_q);
+    must_have(intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass, &failure));
+    measure(r, NULL, "check", &r->real, mass.data);
+    r->recall = judge_recall(&mass, &r->intermediates.array[STAGE_MASK], r->in.problem.q_len,
+                             r->options.block_q);
     r->masked = r->real;
-    if (!code && mask_of(r) && !r->args.mask_only)
-        code = measure(r, mask_of(r), "check of the mask", &r->masked, NULL, error);
+    if (mask_of(r) && !r->args.mask_only)
+        measure(r, mask_of(r), "check of the mask", &r->masked, NULL);
     array_free(&mass);
-    return code;
 }
 
-static exit_code add_row(run *r, json_t *json, file_error *error)
-{
-    json_t *row =
-        json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture))));
-    if (row && json_array_append_new(r->rows, row) == 0)
-        return EXIT_FINE;
-    file_error_set(error, NULL, "no memory for the result");
-    return EXIT_MACHINE;
-}
-
-static exit_code report(run *r, file_error *error)
+static void report(run *r)
 {
     json_t *json = run_json(r);
-    const exit_code code = r->rows ? add_row(r, json, error) : print_json(json, error);
-    if (!code)
-        run_warn(r);
-    return code;
+    if (r->rows)
+        json_array_append_new(
+            r->rows,
+            json_joined(json, json_pack("{s:o}", "file", json_text(capture_name(r->capture)))));
+    else
+        must(print_json(json, &failure));
+    run_warn(r);
 }
 
 /* All of it for one capture. */
-static exit_code run_capture(const run_args *args, const capture *c, json_t *rows,
-                             file_error *error)
+static void run_capture(const run_args *args, const capture *c, json_t *rows)
 {
-    static exit_code (*const steps[])(run *, file_error *) = {
-        read_files, hash_files, find_density, open_files, compute, write_files, check, report,
-    };
-    run r = {.args = *args, .capture = c, .options = args->attention.options, .rows = rows};
-    exit_code code = EXIT_FINE;
-    for (size_t n = 0; n < sizeof steps / sizeof *steps && !code; n++)
-        code = steps[n](&r, error);
-    if (!code && !outputs_commit(error)) /* last: whatever failed before leaves no file */
-        code = EXIT_FILE;
-    else if (!code)
-        intermediates_tidy(&r.intermediates);
-    outputs_discard();
+    static run r;
+    r = (run){.args = *args, .capture = c, .options = args->attention.options, .rows = rows};
+    read_files(&r);
+    if (!isnan(r.args.density))
+        density_find(&r.in.problem, &r.options, r.args.density);
+    open_files(&r);
+    compute(&r);
+    write_files(&r);
+    if (r.args.check)
+        check(&r);
+    report(&r);
+    must_do(outputs_commit(&failure)); /* last: whatever failed before leaves no file */
+    intermediates_tidy(&r.intermediates);
     intermediates_free(&r.intermediates);
     array_free(&r.lse);
     sparge_mask_free(&r.mask);
     inputs_free(&r.in);
     free(r.result.head_counts);
     settled_free(&r.settled);
-    return code;
 }
 
 /* One of a folder: what is beside it is in folders too. */
-static exit_code run_listed(const run_args *args, const capture *c, json_t *rows, file_error *error)
+static void run_listed(const run_args *args, const capture *c, json_t *rows)
 {
     run_args one = *args;
     char path[5][PATH_MAX];
     one.attention.file[0] = c->path;
-    exit_code code = place_input(&one.mask, c, ".npy", path[0], error);
-    if (!code)
-        code = place_output(&one.attention.output, c, ".npy", path[1], error);
-    if (!code)
-        code = place_output(&one.mask_out, c, ".npy", path[2], error);
-    if (!code)
-        code = place_output(&one.lse_out, c, ".npy", path[3], error);
-    if (!code)
-        code = place_output(&one.intermediates, c, "", path[4], error);
-    return code ? code : run_capture(&one, c, rows, error);
+    must(place_input(&one.mask, c, ".npy", path[0], &failure));
+    must(place_output(&one.attention.output, c, ".npy", path[1], &failure));
+    must(place_output(&one.mask_out, c, ".npy", path[2], &failure));
+    must(place_output(&one.lse_out, c, ".npy", path[3], &failure));
+    must(place_output(&one.intermediates, c, "", path[4], &failure));
+    run_capture(&one, c, rows);
 }
 
 exit_code run_command(int argc, char **argv, file_error *error)
 {
+    static given_captures given;
     run_args args = {.base = {error}, .density = NAN};
     const attention_args *a = &args.attention;
-    given_captures given = {0};
-    exit_code code = attention_parse(&run_argp, argc, argv, &args.base, &args.attention);
-    if (!code)
-        code = given_find(a, &given, error);
+    must(attention_parse(&run_argp, argc, argv, &args.base, &args.attention));
+    must(given_find(a, &given, error));
     json_t *rows = given.folder ? json_array() : NULL;
-    for (int64_t n = 0; n < given.count && !code; n++)
-        code = rows ? run_listed(&args, &given.list[n], rows, error)
-                    : run_capture(&args, given.list, NULL, error);
-    if (rows && !code)
-        code = print_json(json_pack("{s:o, s:O}", "folder", json_text(a->file[0]), "files", rows),
-                          error);
-    json_decref(rows);
+    for (int64_t n = 0; n < given.count; n++)
+        if (rows)
+            run_listed(&args, &given.list[n], rows);
+        else
+            run_capture(&args, given.list, NULL);
+    if (rows)
+        must(print_json(json_pack("{s:o, s:o}", "folder", json_text(a->file[0]), "files", rows),
+                        error));
     given_free(&given);
-    return code;
+    return EXIT_FINE;
 }

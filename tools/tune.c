@@ -138,31 +138,28 @@ static const struct argp tune_argp = {
     .children = tune_children,
 };
 
-/* ---- The work ---- */
+/* ---- The captures of a layer ---- */
 
-/* What is tuned together: the captures of the same layer and heads. */
-typedef struct unit {
+/* What is tuned together: the captures of the same heads of a layer, those held out last. */
+typedef struct layer {
     const capture **capture;
     int64_t count, held_out;
-} unit;
+} layer;
 
 typedef struct tune {
     tune_args args;
     capture *capture; /* those to tune on, then those that are held out */
     int64_t captures, held_out;
     const char *model, *weights;
-    unit *unit;
-    int64_t units;
-    json_t *header; /* with its lists `inputs` and `heads`: what the file holds */
-    /* Of the unit at hand: */
-    inputs *in;
-    sparge_tuned *tuned;
-    bool left;      /* heads are, of this unit or one before it */
-    exit_code code; /* of writing a head */
+    layer *layer;
+    int64_t layers;
+    json_t *header, *heads; /* what the file holds; and the list in it */
+    /* Of the layer at hand: */
+    int64_t at;
+    const sparge_tuned *tuned;
+    bool left; /* heads are, of this layer or one before it */
     progress watch;
     double start;
-    int64_t unit_at;
-    file_error *error;
 } tune;
 
 static bool same_heads(const capture *a, const capture *b)
@@ -182,73 +179,41 @@ static bool share_heads(const capture *a, const capture *b)
     return some;
 }
 
-static const char *name_of(const capture *c) { return basename(c->path); }
-
-/* May it be tuned on beside these of the same heads? */
-static exit_code check_capture(const capture *c, const unit *u, file_error *error)
-{
-    if (!is_text(name_of(c))) {
-        file_error_set(error, c->path,
-                       "its name is no UTF-8 text, to be written in JSON; rename it");
-        return EXIT_FILE;
-    }
-    for (int64_t n = 0; n < u->count; n++)
-        if (strcmp(u->capture[n]->sha256, c->sha256) == 0) {
-            file_error_set(error, c->path, "holds what %.100s holds; give each capture once",
-                           u->capture[n]->path);
-            return EXIT_FILE;
-        }
-    return EXIT_FINE;
-}
-
 static int by_layer(const void *a, const void *b)
 {
-    const capture *x = ((const unit *)a)->capture[0], *y = ((const unit *)b)->capture[0];
+    const capture *x = ((const layer *)a)->capture[0], *y = ((const layer *)b)->capture[0];
     if (x->layer != y->layer)
         return x->layer < y->layer ? -1 : 1;
     const int64_t m = capture_head(x, 0), n = capture_head(y, 0);
     return (m > n) - (m < n);
 }
 
-static exit_code no_memory(file_error *error)
-{
-    file_error_set(error, NULL, "no memory for the captures");
-    return EXIT_MACHINE;
-}
+static const char *name_of(const capture *c) { return basename(c->path); }
 
-static exit_code find(tune *t)
+/* Captures, and the layer of each. What nobody says would be taken for several texts of one layer.
+ */
+static void find(tune *t)
 {
     const attention_args *a = &t->args.attention;
     const paths *const list[] = {&t->args.tuned, &t->args.held};
-    exit_code code = EXIT_FINE;
     for (int l = 0; l < 2; l++) {
         const int64_t before = t->captures;
-        for (int64_t n = 0; n < list[l]->count && !code; n++)
-            code = capture_find(list[l]->path[n], a->ignore_manifest, &t->capture, &t->captures,
-                                t->error);
+        for (int64_t n = 0; n < list[l]->count; n++)
+            must(capture_find(list[l]->path[n], a->ignore_manifest, &t->capture, &t->captures,
+                              &failure));
         t->held_out = t->captures - before;
     }
-    return code;
-}
-
-/* What nobody says would be taken for several texts of one layer. */
-static exit_code find_layers(tune *t)
-{
-    const int64_t asked = t->args.attention.layer;
-    exit_code code = EXIT_FINE;
-    for (int64_t n = 0; n < t->captures && !code; n++) {
-        capture *c = &t->capture[n];
-        code = capture_layer(c, asked, &c->layer, t->error);
-        c->layer_named &= asked < 0;
-        if (!code && c->layer < 0 && t->captures > 1) {
-            file_error_set(t->error, c->path,
-                           "neither a manifest nor its name says of which layer it is; give "
-                           "--layer, if all such files are of one");
-            code = EXIT_FILE;
-        }
+    for (capture *c = t->capture; c < t->capture + t->captures; c++) {
+        must(capture_layer(c, a->layer, &c->layer, &failure));
+        c->layer_named &= a->layer < 0;
+        if (c->layer < 0 && t->captures > 1)
+            fail(EXIT_FILE, c->path,
+                 "neither a manifest nor its name says of which layer it is; give --layer, if all "
+                 "such files are of one");
         c->layer = c->layer < 0 ? 0 : c->layer;
+        if (!is_text(name_of(c)))
+            fail(EXIT_FILE, c->path, "its name is no UTF-8 text, to be written in JSON; rename it");
     }
-    return code;
 }
 
 static void say_layers(const tune *t)
@@ -261,189 +226,146 @@ static void say_layers(const tune *t)
     if (first)
         fprintf(stderr,
                 "sparge: no manifest says the layer of %" PRId64 " of %" PRId64
-                " files, so their names do: %s "
-                "is of layer %" PRId64 "\n",
+                " files, so their names do: %s is of layer %" PRId64 "\n",
                 count, t->captures, capture_name(first), first->layer);
 }
 
-static exit_code group(tune *t)
+/* All captures are of one model, whoever says which; and of one file of weights, or of none known.
+ */
+static void check_model(tune *t, const capture *c)
 {
-    t->unit = calloc((size_t)t->captures + 1, sizeof *t->unit);
-    if (!t->unit)
-        return no_memory(t->error);
-    for (int64_t n = 0; n < t->captures; n++) {
-        const capture *c = &t->capture[n];
-        int64_t u = 0;
-        for (; u < t->units && !same_heads(t->unit[u].capture[0], c); u++)
-            if (share_heads(t->unit[u].capture[0], c)) {
-                file_error_set(t->error, c->path,
-                               "has heads of layer %" PRId64 " that %.100s has too, but not the "
-                               "same ones; give captures of the same heads",
-                               c->layer, t->unit[u].capture[0]->path);
-                return EXIT_FILE;
-            }
-        unit *to = &t->unit[u];
-        if (!to->capture)
-            to->capture = calloc((size_t)t->captures + 1, sizeof *to->capture);
-        if (!to->capture)
-            return no_memory(t->error);
-        t->units += u == t->units;
-        const exit_code code = check_capture(c, to, t->error);
-        if (code)
-            return code;
-        to->capture[to->count++] = c;
-        to->held_out += n >= t->captures - t->held_out;
-        const char *model = c->model ? c->model : t->args.model;
-        if (t->args.model && strcmp(model, t->args.model) != 0) {
-            file_error_set(t->error, c->path,
-                           "is of the model '%.60s', as its manifest says, not of '%.60s'; leave "
-                           "out --model, or give --ignore-manifest",
-                           model, t->args.model);
-            return EXIT_FILE;
-        }
-        if (n > 0 &&
-            ((model == NULL) != (t->model == NULL) || (model && strcmp(model, t->model) != 0))) {
-            file_error_set(t->error, c->path,
-                           "is of the model '%.60s', and the first capture of '%.60s'",
-                           model ? model : "unknown", t->model ? t->model : "unknown");
-            return EXIT_FILE;
-        }
-        t->model = model;
-        t->weights = c->weights && (n == 0 || (t->weights && strcmp(t->weights, c->weights) == 0))
-                         ? c->weights
-                         : NULL;
-    }
-    for (int64_t u = 0; u < t->units; u++)
-        if (t->unit[u].held_out == t->unit[u].count) {
-            file_error_set(t->error, t->unit[u].capture[0]->path,
-                           "is held out, and nothing else is there of its "
-                           "layer %" PRId64 " to tune on",
-                           t->unit[u].capture[0]->layer);
-            return EXIT_FILE;
-        }
-    qsort(t->unit, (size_t)t->units, sizeof *t->unit, by_layer);
-    return EXIT_FINE;
+    const char *asked = t->args.model, *model = c->model ? c->model : asked;
+    const bool first = c == t->capture;
+    if (asked && strcmp(model, asked) != 0)
+        fail(EXIT_FILE, c->path,
+             "is of the model '%.60s', as its manifest says, not of '%.60s'; leave out --model, or "
+             "give --ignore-manifest",
+             model, asked);
+    if (!first && strcmp(model ? model : "", t->model ? t->model : "") != 0)
+        fail(EXIT_FILE, c->path, "is of the model '%.60s', and the first capture of '%.60s'",
+             model ? model : "unknown", t->model ? t->model : "unknown");
+    t->model = model;
+    t->weights = c->weights && (first || (t->weights && strcmp(t->weights, c->weights) == 0))
+                     ? c->weights
+                     : NULL;
 }
 
-/* Attention as in the model: as the manifest of the first capture says; of the others it must say
- * the same. */
-static exit_code settle_options(tune *t)
+static void group(tune *t)
 {
-    const capture *first = t->unit[0].capture[0];
-    attention_args *a = &t->args.attention;
-    attention_args file = *a;
-    inputs in;
-    file.file[0] = first->path;
+    t->layer = must_alloc((size_t)t->captures, sizeof *t->layer, "the captures");
+    for (const capture *c = t->capture; c < t->capture + t->captures; c++) {
+        layer *to = t->layer;
+        for (; to->count && !same_heads(to->capture[0], c); to++)
+            if (share_heads(to->capture[0], c))
+                fail(EXIT_FILE, c->path,
+                     "has heads of layer %" PRId64 " that %.100s has too, but not the same ones; "
+                     "give captures of the same heads",
+                     c->layer, to->capture[0]->path);
+        if (!to->count) {
+            to->capture = must_alloc((size_t)t->captures, sizeof *to->capture, "the captures");
+            t->layers++;
+        }
+        for (int64_t n = 0; n < to->count; n++)
+            if (strcmp(to->capture[n]->sha256, c->sha256) == 0)
+                fail(EXIT_FILE, c->path, "holds what %.100s holds; give each capture once",
+                     to->capture[n]->path);
+        to->capture[to->count++] = c;
+        to->held_out += c >= t->capture + t->captures - t->held_out;
+        check_model(t, c);
+    }
+    for (const layer *l = t->layer; l < t->layer + t->layers; l++)
+        if (l->held_out == l->count)
+            fail(EXIT_FILE, l->capture[0]->path,
+                 "is held out, and nothing else is there of its layer %" PRId64 " to tune on",
+                 l->capture[0]->layer);
+    qsort(t->layer, (size_t)t->layers, sizeof *t->layer, by_layer);
+}
+
+/* Reads a capture; attention over it as its manifest says, or as the options have it. */
+static void read_capture(const tune *t, const capture *c, option_set given, sparge_options *options,
+                         inputs *in)
+{
+    attention_args file = t->args.attention;
+    file.file[0] = c->path;
     file.files = 1;
-    exit_code code = inputs_read(&file, true, &in, t->error);
-    if (!code)
-        code = capture_obey(first, &in.problem, a->given, &a->options, t->error);
-    inputs_free(&in);
-    return code;
+    must(inputs_read(&file, true, in, &failure));
+    must(capture_obey(c, &in->problem, given, options, &failure));
 }
 
 /* ---- The file ---- */
 
-static json_t *describe_input(const capture *c, bool held_out)
+static void make_header(tune *t)
 {
-    return json_pack("{s:I, s:s?, s:s, s:s, s:b}", "layer", (json_int_t)c->layer, "sample",
-                     c->sample, "file", name_of(c), "sha256", c->sha256, "held_out", held_out);
+    const sparge_tune_options *how = &t->args.how;
+    const bool bounded = how->sparsity == 0.0;
+    json_t *list = json_array();
+    for (int64_t l = 0; l < t->layers; l++)
+        for (int64_t n = 0; n < t->layer[l].count; n++) {
+            const capture *c = t->layer[l].capture[n];
+            json_array_append_new(list, json_pack("{s:I, s:s?, s:s, s:s, s:b}", "layer",
+                                                  (json_int_t)c->layer, "sample", c->sample, "file",
+                                                  name_of(c), "sha256", c->sha256, "held_out",
+                                                  n >= t->layer[l].count - t->layer[l].held_out));
+        }
+    t->heads = json_array();
+    t->header =
+        json_joined(params_header(t->model, t->weights, &t->args.attention.options),
+                    json_pack("{s:s, s:s?, s:o, s:o, s:o, s:o, s:o}", "by", shares[how->topk],
+                              "bound", bounded ? bounds[how->mean] : NULL, "l1",
+                              json_rounded(bounded ? how->l1 : NAN, 9), "l2",
+                              json_rounded(bounded ? how->l2 : NAN, 9), "sparsity",
+                              json_rounded(bounded ? NAN : how->sparsity, 9), "inputs", list,
+                              "heads", t->heads));
 }
 
-static exit_code make_header(tune *t)
+static json_int_t whole(const json_t *line, const char *key)
 {
-    const tune_args *a = &t->args;
-    const bool bounded = a->how.sparsity == 0.0;
-    t->header = params_header(t->model, t->weights, &a->attention.options);
-    json_object_set_new(t->header, "by", json_string(shares[a->how.topk]));
-    json_object_set_new(t->header, "bound",
-                        bounded ? json_string(bounds[a->how.mean]) : json_null());
-    json_object_set_new(t->header, "l1", bounded ? json_rounded(a->how.l1, 9) : json_null());
-    json_object_set_new(t->header, "l2", bounded ? json_rounded(a->how.l2, 9) : json_null());
-    json_object_set_new(t->header, "sparsity",
-                        bounded ? json_null() : json_rounded(a->how.sparsity, 9));
-    json_t *list = json_array();
-    for (int64_t u = 0; u < t->units; u++)
-        for (int64_t n = 0; n < t->unit[u].count; n++)
-            json_array_append_new(
-                list,
-                describe_input(t->unit[u].capture[n], n >= t->unit[u].count - t->unit[u].held_out));
-    json_object_set_new(t->header, "inputs", list);
-    return json_object_set_new(t->header, "heads", json_array()) ? no_memory(t->error) : EXIT_FINE;
+    return json_integer_value(json_object_get(line, key));
+}
+
+/* In the order of layers and heads, whichever was done first. */
+static void insert(json_t *heads, json_t *line)
+{
+    size_t at = json_array_size(heads);
+    for (; at > 0; at--) {
+        const json_t *before = json_array_get(heads, at - 1);
+        const json_int_t apart = whole(before, "layer") - whole(line, "layer");
+        if (apart < 0 || (apart == 0 && whole(before, "head") < whole(line, "head")))
+            break;
+    }
+    json_array_insert_new(heads, at, line);
 }
 
 /* What an earlier run left in the file, if it was of the same captures and options. */
-static exit_code take_up(tune *t)
+static void take_up(tune *t)
 {
     const char *path = t->args.attention.output;
     params before;
     for (int64_t n = 0; n < t->captures; n++) {
         const char *const input[] = {t->capture[n].path, t->capture[n].from};
-        if (inputs_spare(path, input, 2, t->error))
-            return EXIT_USAGE;
+        must(inputs_spare(path, input, 2, &failure));
     }
     if (access(path, F_OK) != 0)
-        return EXIT_FINE;
-    const exit_code code = params_read(path, &before, t->error);
-    if (code)
-        return code;
+        return;
+    must(params_read(path, &before, &failure));
     json_t *heads = json_incref(json_object_get(before.json, "heads"));
     json_object_set_new(before.json, "heads", json_array());
-    const bool same = json_equal(before.json, t->header);
-    if (same)
-        json_object_set(t->header, "heads", heads);
+    if (!json_equal(before.json, t->header))
+        fail(EXIT_FILE, path,
+             "is of other captures or other options; choose another name, or remove it");
+    for (size_t n = 0; n < json_array_size(heads); n++)
+        insert(t->heads, json_incref(json_array_get(heads, n)));
     json_decref(heads);
     params_free(&before);
-    if (!same)
-        file_error_set(t->error, path,
-                       "is of other captures or other options; choose another name, or remove it");
-    return same ? EXIT_FINE : EXIT_FILE;
-}
-
-static int compare_lines(const void *a, const void *b)
-{
-    const json_t *const *x = a, *const *y = b;
-    const char *const key[] = {"layer", "head"};
-    for (int n = 0; n < 2; n++) {
-        const json_int_t m = json_integer_value(json_object_get(*x, key[n]));
-        const json_int_t k = json_integer_value(json_object_get(*y, key[n]));
-        if (m != k)
-            return m < k ? -1 : 1;
-    }
-    return 0;
-}
-
-/* In the order of layers and heads, whichever was done first. */
-static exit_code sort_heads(tune *t)
-{
-    json_t *heads = json_object_get(t->header, "heads");
-    const size_t count = json_array_size(heads);
-    json_t **line = calloc(count + 1, sizeof *line);
-    if (!line)
-        return no_memory(t->error);
-    for (size_t n = 0; n < count; n++)
-        line[n] = json_incref(json_array_get(heads, n));
-    qsort(line, count, sizeof *line, compare_lines);
-    for (size_t n = 0; n < count; n++)
-        json_array_set_new(heads, n, line[n]);
-    free(line);
-    return EXIT_FINE;
-}
-
-static exit_code save(tune *t)
-{
-    const exit_code sorted = sort_heads(t);
-    return sorted ? sorted : json_save(t->args.attention.output, t->header, t->error);
 }
 
 /* Can it be written? What is there stays. */
-static exit_code probe(tune *t)
+static void probe(const tune *t)
 {
     const char *path = t->args.attention.output;
-    output_file *file = output_open(path, t->error);
-    const bool ok = file && json_write_lines(output_stream(file), path, t->header, t->error);
+    output_file *file = output_open(path, &failure);
+    must_do(file && json_write_lines(output_stream(file), path, t->header, &failure));
     outputs_discard();
-    return ok ? EXIT_FINE : EXIT_FILE;
 }
 
 static json_t *errors_json(const sparge_tune_errors *e)
@@ -460,284 +382,204 @@ static void finished(void *user, int64_t h)
 {
     static const char *const back_offs[] = {"none", "lambda lowered", "tau raised", "left dense"};
     tune *t = user;
-    const capture *c = t->unit[t->unit_at].capture[0];
+    const capture *c = t->layer[t->at].capture[0];
     const sparge_tuned *head = &t->tuned[h];
-    json_t *line = params_line(c->layer, capture_head(c, h), head->dense, &head->thresholds);
-    json_object_set_new(line, "finite", json_boolean(head->finite));
-    json_object_set_new(line, "back_off", json_string(back_offs[head->back_off]));
-    json_object_set_new(line, "in_sample", errors_json(&head->in_sample));
-    json_object_set_new(line, "held_out", errors_json(&head->held_out));
-    json_object_set_new(line, "held_out_first", errors_json(&head->held_out_first));
-    json_object_set_new(line, "dense_passes", json_rounded(head->dense_passes, 4));
-    json_object_set_new(line, "seconds", json_rounded(head->seconds, 4));
-    if (json_array_append_new(json_object_get(t->header, "heads"), line))
-        t->code = no_memory(t->error);
-    else if (!t->code)
-        t->code = save(t);
+    const int64_t number = capture_head(c, h);
+    insert(t->heads, json_joined(params_line(c->layer, number, head->dense, &head->thresholds),
+                                 json_pack("{s:b, s:s, s:o, s:o, s:o, s:o, s:o}", "finite",
+                                           head->finite, "back_off", back_offs[head->back_off],
+                                           "in_sample", errors_json(&head->in_sample), "held_out",
+                                           errors_json(&head->held_out), "held_out_first",
+                                           errors_json(&head->held_out_first), "dense_passes",
+                                           json_rounded(head->dense_passes, 4), "seconds",
+                                           json_rounded(head->seconds, 4))));
+    must(json_save(t->args.attention.output, t->header, &failure));
     if (!head->finite)
         fprintf(stderr,
                 "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64
-                " elements of its captures, or of "
-                "attention over them, are not finite; left dense\n",
-                c->layer, capture_head(c, h), head->nonfinite);
+                " elements of its captures, or of attention over them, are not finite; left "
+                "dense\n",
+                c->layer, number, head->nonfinite);
     const sparge_tune_errors *in = &head->in_sample, *out = &head->held_out;
     if (in->nan + in->inf + out->nan + out->inf)
         fprintf(stderr,
                 "sparge: layer %" PRId64 " head %" PRId64 ": o has %" PRId64 " NaN and %" PRId64
-                " infinite "
-                "elements under its thresholds; its error is not known\n",
-                c->layer, capture_head(c, h), in->nan + out->nan, in->inf + out->inf);
+                " infinite elements under its thresholds; its error is not known\n",
+                c->layer, number, in->nan + out->nan, in->inf + out->inf);
 }
 
-/* ---- One unit ---- */
+/* ---- One layer ---- */
 
 static bool goes_on(void *user, double done)
 {
     tune *t = user;
-    return progress_tick(&t->watch, ((double)t->unit_at + done) / (double)t->units) && !t->code;
+    return progress_tick(&t->watch, ((double)t->at + done) / (double)t->layers);
 }
 
-static exit_code read_inputs(tune *t, const unit *u, sparge_problem *problem)
+static void tune_layer(tune *t)
 {
-    exit_code code = EXIT_FINE;
-    for (int64_t n = 0; n < u->count && !code; n++) {
-        attention_args file = t->args.attention;
-        file.file[0] = u->capture[n]->path;
-        file.files = 1;
-        code = inputs_read(&file, true, &t->in[n], t->error);
-        problem[n] = t->in[n].problem;
-        if (!code)
-            code = capture_obey(u->capture[n], &problem[n], options_all(), &file.options, t->error);
-        const sparge_problem *p = &problem[n], *first = problem;
-        if (!code && (p->heads != first->heads || p->kv_heads != first->kv_heads ||
-                      p->dim != first->dim || p->dim_v != first->dim_v)) {
-            file_error_set(t->error, u->capture[n]->path,
-                           "has %" PRId64 " heads, %" PRId64 " key heads and %" PRId64
-                           " channels, not %" PRId64 ", %" PRId64 " and %" PRId64 " as %.100s",
-                           p->heads, p->kv_heads, p->dim, first->heads, first->kv_heads, first->dim,
-                           u->capture[0]->path);
-            code = EXIT_FILE;
-        }
+    const layer *l = &t->layer[t->at];
+    const capture *first = l->capture[0];
+    sparge_problem *problem = must_alloc((size_t)l->count, sizeof *problem, "the captures");
+    inputs *in = must_alloc((size_t)l->count, sizeof *in, "the captures");
+    for (int64_t n = 0; n < l->count; n++) {
+        sparge_options same = t->args.attention.options;
+        read_capture(t, l->capture[n], options_all(), &same, &in[n]);
+        const sparge_problem *p = &in[n].problem, *q = &in[0].problem;
+        if (p->heads != q->heads || p->kv_heads != q->kv_heads || p->dim != q->dim ||
+            p->dim_v != q->dim_v)
+            fail(EXIT_FILE, l->capture[n]->path,
+                 "has %" PRId64 " heads, %" PRId64 " key heads and %" PRId64
+                 " channels, not %" PRId64 ", %" PRId64 " and %" PRId64 " as %.100s",
+                 p->heads, p->kv_heads, p->dim, q->heads, q->kv_heads, q->dim, first->path);
+        problem[n] = *p;
     }
-    return code;
-}
-
-/* Heads that the file has already. */
-static void mark_done(const tune *t, const unit *u, int64_t heads)
-{
-    const json_t *lines = json_object_get(t->header, "heads");
-    for (size_t n = 0; n < json_array_size(lines); n++) {
-        const json_t *line = json_array_get(lines, n);
+    const int64_t heads = problem->heads;
+    sparge_tuned *tuned = must_alloc((size_t)heads, sizeof *tuned, "the heads");
+    for (size_t n = 0; n < json_array_size(t->heads); n++)
         for (int64_t h = 0; h < heads; h++)
-            if (json_integer_value(json_object_get(line, "layer")) == u->capture[0]->layer &&
-                json_integer_value(json_object_get(line, "head")) == capture_head(u->capture[0], h))
-                t->tuned[h].done = true;
-    }
-}
-
-static exit_code tune_unit(tune *t)
-{
-    const unit *u = &t->unit[t->unit_at];
-    sparge_problem *problem = calloc((size_t)u->count, sizeof *problem);
-    t->in = calloc((size_t)u->count, sizeof *t->in);
-    exit_code code = problem && t->in ? read_inputs(t, u, problem) : no_memory(t->error);
-    t->tuned = code ? NULL : calloc((size_t)problem->heads, sizeof *t->tuned);
-    if (!code && !t->tuned)
-        code = no_memory(t->error);
-    if (!code) {
-        sparge_tune_options how = t->args.how;
-        sparge_error why;
-        if (how.seconds > 0.0)
-            how.seconds = fmax(1e-9, how.seconds - (progress_clock() - t->start));
-        how.held_out = u->held_out;
-        how.progress = goes_on;
-        how.finished = finished;
-        how.user = t;
-        mark_done(t, u, problem->heads);
-        code = library_result(
-            sparge_tune(problem, u->count, &t->args.attention.options, &how, t->tuned, &why), &why,
-            t->error);
-        for (int64_t h = 0; h < problem->heads; h++)
-            t->left |= !t->tuned[h].done;
-    }
+            tuned[h].done |= whole(json_array_get(t->heads, n), "layer") == first->layer &&
+                             whole(json_array_get(t->heads, n), "head") == capture_head(first, h);
+    sparge_tune_options how = t->args.how;
+    if (how.seconds > 0.0)
+        how.seconds = fmax(1e-9, how.seconds - (progress_clock() - t->start));
+    how.held_out = l->held_out;
+    how.progress = goes_on;
+    how.finished = finished;
+    how.user = t;
+    t->tuned = tuned;
+    must_sparge(
+        sparge_tune(problem, l->count, &t->args.attention.options, &how, tuned, &library_error));
+    for (int64_t h = 0; h < heads; h++)
+        t->left |= !tuned[h].done;
+    for (int64_t n = 0; n < l->count; n++)
+        inputs_free(&in[n]);
+    free(in);
+    free(tuned);
     free(problem);
-    free(t->tuned);
-    for (int64_t n = 0; n < u->count && t->in; n++)
-        inputs_free(&t->in[n]);
-    free(t->in);
-    t->tuned = NULL;
-    t->in = NULL;
-    return t->code ? t->code : code;
 }
 
 /* ---- The whole ---- */
 
-/* 0: unknown. */
-static int64_t heads_wanted(const tune *t)
-{
-    int64_t heads = 0;
-    for (int64_t u = 0; u < t->units; u++) {
-        const capture *c = t->unit[u].capture[0];
-        if (!c->heads)
-            return 0;
-        heads += (int64_t)json_array_size(c->heads);
-    }
-    return heads;
-}
-
 static double number(const json_t *line, const char *object, const char *key)
 {
-    const json_t *from = object ? json_object_get(line, object) : line;
-    const json_t *x = json_object_get(from, key);
+    const json_t *x = json_object_get(object ? json_object_get(line, object) : line, key);
     return json_is_number(x) ? json_number_value(x) : NAN;
 }
 
 /* NaN is larger than all. */
 static double larger(double a, double b) { return isnan(a) || a > b ? a : b; }
 
-/* Heads whose dense attention is itself further off than l1 allows. */
-typedef struct noise {
-    int64_t heads;
-    double least, most;
-} noise;
-
-static noise find_noise(const tune *t)
-{
-    const json_t *heads = json_object_get(t->header, "heads");
-    const double l1 = t->args.how.sparsity > 0.0 ? (double)INFINITY : t->args.how.l1;
-    noise found = {0, NAN, NAN};
-    for (size_t n = 0; n < json_array_size(heads); n++) {
-        const json_t *line = json_array_get(heads, n);
-        const double error = number(line, "in_sample", t->args.how.mean ? "l1" : "worst_l1");
-        if (!json_is_true(json_object_get(line, "dense")) || !(error > l1))
-            continue;
-        found.heads++;
-        found.least = fmin(found.least, error);
-        found.most = fmax(found.most, error);
-    }
-    return found;
-}
-
-/* null: there is none. */
-static json_t *noise_json(const noise *found)
-{
-    return found->heads
-               ? json_pack("{s:I, s:o, s:o}", "heads", (json_int_t)found->heads, "least",
-                           json_rounded(found->least, 6), "most", json_rounded(found->most, 6))
-               : json_null();
-}
-
-static void warn_of_noise(const tune *t, const noise *found)
-{
-    const sparge_options *o = &t->args.attention.options;
-    if (found->heads)
-        fprintf(stderr,
-                "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, "
-                "in %" PRId64
-                " of %zu heads: they stay dense; give a larger --l1, or --qk-dtype and "
-                "--pv-dtype with less noise\n",
-                t->args.how.l1, sparge_dtype_string(o->qk_dtype), sparge_dtype_string(o->pv_dtype),
-                found->least, found->most, found->heads,
-                json_array_size(json_object_get(t->header, "heads")));
-}
-
 static exit_code report(const tune *t)
 {
-    const json_t *heads = json_object_get(t->header, "heads");
-    const size_t count = json_array_size(heads);
-    const double l2 = t->args.how.sparsity > 0.0 ? (double)INFINITY : t->args.how.l2;
-    double sum[3] = {0}; /* sparsity, held-out sparsity, dense_passes */
-    double worst[2] = {0};
-    const char *bound = t->args.how.mean ? "l1" : "worst_l1";
-    int64_t finite = 0, dense = 0, backed = 0, judged = 0, first = 0, last = 0;
+    const tune_args *a = &t->args;
+    const sparge_options *o = &a->attention.options;
+    const size_t count = json_array_size(t->heads);
+    const char *bound = a->how.mean ? "l1" : "worst_l1";
+    const bool bounded = a->how.sparsity == 0.0;
+    const double l1 = bounded ? a->how.l1 : (double)INFINITY;
+    const double l2 = bounded ? a->how.l2 : (double)INFINITY;
+    double sparsity = 0.0, out_sparsity = 0.0, passes = 0.0, worst = 0.0, out_worst = 0.0;
+    int64_t finite = 0, dense = 0, backed = 0, judged = 0, first = 0, last = 0, noisy = 0;
+    double least = NAN, most = NAN; /* errors of heads whose dense attention is above l1 */
     for (size_t n = 0; n < count; n++) {
-        const json_t *line = json_array_get(heads, n);
+        const json_t *line = json_array_get(t->heads, n);
         const char *back = json_string_value(json_object_get(line, "back_off"));
-        dense += json_is_true(json_object_get(line, "dense"));
+        const bool is_dense = json_is_true(json_object_get(line, "dense"));
+        const double error = number(line, "in_sample", bound);
+        dense += is_dense;
         backed += back && strcmp(back, "none") != 0;
+        passes += number(line, NULL, "dense_passes");
         if (json_is_true(json_object_get(line, "finite"))) {
             finite++;
-            sum[0] += number(line, "in_sample", "sparsity");
-            worst[0] = larger(worst[0], number(line, "in_sample", "worst_l1"));
+            sparsity += number(line, "in_sample", "sparsity");
+            worst = larger(worst, number(line, "in_sample", "worst_l1"));
         }
-        sum[2] += number(line, NULL, "dense_passes");
-        if (!json_is_object(json_object_get(line, "held_out")))
-            continue;
-        judged++;
-        sum[1] += number(line, "held_out", "sparsity");
-        worst[1] = larger(worst[1], number(line, "held_out", "worst_l1"));
-        first += number(line, "held_out_first", bound) <= l2;
-        last += number(line, "held_out", bound) <= l2;
+        if (is_dense && error > l1) {
+            noisy++;
+            least = fmin(least, error);
+            most = fmax(most, error);
+        }
+        if (json_is_object(json_object_get(line, "held_out"))) {
+            judged++;
+            out_sparsity += number(line, "held_out", "sparsity");
+            out_worst = larger(out_worst, number(line, "held_out", "worst_l1"));
+            first += number(line, "held_out_first", bound) <= l2;
+            last += number(line, "held_out", bound) <= l2;
+        }
     }
+    if (noisy)
+        fprintf(stderr,
+                "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, "
+                "in %" PRId64 " of %zu heads: they stay dense; give a larger --l1, or --qk-dtype "
+                "and --pv-dtype with less noise\n",
+                l1, sparge_dtype_string(o->qk_dtype), sparge_dtype_string(o->pv_dtype), least, most,
+                noisy, count);
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;
-    const noise found = find_noise(t);
-    warn_of_noise(t, &found);
+    json_t *noise = noisy ? json_pack("{s:I, s:o, s:o}", "heads", (json_int_t)noisy, "least",
+                                      json_rounded(least, 6), "most", json_rounded(most, 6))
+                          : json_null();
     return print_json(
         json_pack("{s:s, s:I, s:I, s:I, s:I, s:o, s:o, s:I, s:o, s:o, s:I, s:I, s:o, s:o, s:o}",
-                  "params", t->args.attention.output, "heads", (json_int_t)count, "nonfinite",
+                  "params", a->attention.output, "heads", (json_int_t)count, "nonfinite",
                   (json_int_t)((int64_t)count - finite), "dense", (json_int_t)dense, "backed_off",
-                  (json_int_t)backed, "sparsity", json_rounded(sum[0] / all, 6), "worst_l1",
-                  finite ? json_rounded(worst[0], 6) : json_null(), "judged", (json_int_t)judged,
-                  "held_out_sparsity", json_rounded(sum[1] / out, 6), "held_out_worst_l1",
-                  judged ? json_rounded(worst[1], 6) : json_null(), "held_out_within_l2_first",
+                  (json_int_t)backed, "sparsity", json_rounded(sparsity / all, 6), "worst_l1",
+                  json_rounded(finite ? worst : NAN, 6), "judged", (json_int_t)judged,
+                  "held_out_sparsity", json_rounded(out_sparsity / out, 6), "held_out_worst_l1",
+                  json_rounded(judged ? out_worst : NAN, 6), "held_out_within_l2_first",
                   (json_int_t)first, "held_out_within_l2", (json_int_t)last, "dense_passes",
-                  json_rounded(sum[2] / all, 4), "seconds",
-                  json_rounded(progress_clock() - t->start, 4), "noise", noise_json(&found)),
-        t->error);
+                  json_rounded(passes / all, 4), "seconds",
+                  json_rounded(progress_clock() - t->start, 4), "noise", noise),
+        &failure);
 }
 
-static exit_code stopped(const tune *t)
+/* Not all heads are done. How many there are, the manifests know, or nobody. */
+static void stop(const tune *t)
 {
-    const size_t done = json_array_size(json_object_get(t->header, "heads"));
-    const int64_t wanted = heads_wanted(t);
+    size_t heads = 0;
+    bool known = true;
+    for (int64_t l = 0; l < t->layers; l++) {
+        known &= t->layer[l].capture[0]->heads != NULL;
+        heads += json_array_size(t->layer[l].capture[0]->heads);
+    }
     char of[32] = "";
-    if (wanted)
-        snprintf(of, sizeof of, " of %" PRId64, wanted);
-    file_error_set(t->error, t->args.attention.output,
-                   "%s: it has %zu%s heads; the same command goes on",
-                   interrupt_came() ? "interrupted" : "the time is up", done, of);
-    return EXIT_UNFINISHED;
+    if (known)
+        snprintf(of, sizeof of, " of %zu", heads);
+    fail(EXIT_UNFINISHED, t->args.attention.output,
+         "%s: it has %zu%s heads; the same command goes on",
+         interrupt_came() ? "interrupted" : "the time is up", json_array_size(t->heads), of);
 }
 
 exit_code tune_command(int argc, char **argv, file_error *error)
 {
-    tune t = {
-        .args = {.base = {error}, .how = {.l1 = 0.07, .l2 = 0.08}},
-        .start = progress_clock(),
-        .error = error,
-    };
+    static tune t;
+    inputs in = {0};
     tune_args *a = &t.args;
-    exit_code code = attention_parse(&tune_argp, argc, argv, &a->base, &a->attention);
-    if (!code)
-        code = find(&t);
-    if (!code)
-        code = find_layers(&t);
-    if (!code)
-        code = group(&t);
-    if (!code)
-        code = settle_options(&t);
-    if (!code)
-        code = make_header(&t);
-    if (!code)
-        code = take_up(&t);
-    if (!code)
-        code = probe(&t); /* And from here on an interrupt is an end like others. */
-    if (!code) {
-        say_layers(&t);
-        t.watch = progress_begin("tune");
-        for (t.unit_at = 0; t.unit_at < t.units && !code && goes_on(&t, 0.0); t.unit_at++)
-            code = tune_unit(&t);
-        t.left |= t.unit_at < t.units;
-        progress_end(&t.watch);
-    }
-    if (!code && t.left)
-        code = stopped(&t);
-    if (!code)
-        code = report(&t);
+    t.start = progress_clock();
+    *a = (tune_args){.base = {error}, .how = {.l1 = 0.07, .l2 = 0.08}};
+    must(attention_parse(&tune_argp, argc, argv, &a->base, &a->attention));
+    find(&t);
+    group(&t);
+    /* Attention as in the model: as the manifest of the first capture says; of the others it must
+     * say the same. */
+    read_capture(&t, t.layer[0].capture[0], a->attention.given, &a->attention.options, &in);
+    inputs_free(&in);
+    make_header(&t);
+    take_up(&t);
+    probe(&t);
+    say_layers(&t);
+    t.watch = progress_begin("tune"); /* from here on an interrupt is an end like others */
+    for (t.at = 0; t.at < t.layers && goes_on(&t, 0.0); t.at++)
+        tune_layer(&t);
+    t.left |= t.at < t.layers;
+    progress_end(&t.watch);
+    if (t.left)
+        stop(&t);
+    const exit_code code = report(&t);
     json_decref(t.header);
-    for (int64_t u = 0; u < t.units; u++)
-        free(t.unit[u].capture);
-    free(t.unit);
+    for (int64_t l = 0; l < t.layers; l++)
+        free(t.layer[l].capture);
+    free(t.layer);
     free(a->tuned.path);
     free(a->held.path);
     capture_free(t.capture, t.captures);

@@ -871,7 +871,7 @@ def test_contradictions():
     fine("run", *qkv, "--dense", "--intermediates", "d")
     for bound in "--max-l1", "--max-worst":
         wrong(USAGE, [bound, "two arrays", "--tolerance"], "diff", "d", "d", bound, 0.1)
-    wrong(USAGE, ["--tolerance", "two dumps"], "diff", "q.npy", "q.npy", "--tolerance", 0.1)
+    wrong(USAGE, ["--tolerance", "two folders"], "diff", "q.npy", "q.npy", "--tolerance", 0.1)
 
 
 def test_dump_and_diff():
