@@ -124,6 +124,7 @@ static bool read_heads(reader *r, params *out)
 static bool read_all(reader *r, params *out)
 {
     const json_t *model = json_object_get(out->json, "model");
+    sparge_options *o = &out->options;
     int64_t format;
     int causal = 0, rules = SPARGE_RULES_DEFAULT;
     r->object = out->json;
@@ -133,16 +134,15 @@ static bool read_all(reader *r, params *out)
         (json_is_string(model) || json_is_null(model) || wrong(r, "model", "a name, or null")) &&
         read_text(r, "weights_sha256", &out->weights) &&
         (!json_object_get(out->json, "rules") || read_word(r, "rules", options_rules, &rules)) &&
-        read_whole(r, "block_q", 1, 1024, &out->block_q) &&
-        read_whole(r, "block_k", 1, 1024, &out->block_k) &&
-        read_whole(r, "skip_rows", 1, 1024, &out->skip_rows) &&
+        read_whole(r, "block_q", 1, 1024, &o->block_q) &&
+        read_whole(r, "block_k", 1, 1024, &o->block_k) &&
+        read_whole(r, "skip_rows", 1, 1024, &o->skip_rows) &&
         read_word(r, "causal", options_causals, &causal) &&
-        read_bool(r, "smooth_k", &out->smooth_k) && read_bool(r, "sink", &out->sink) &&
-        read_float(r, "softmax_scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f,
-                   &out->softmax_scale) &&
+        read_bool(r, "smooth_k", &o->smooth_k) && read_bool(r, "sink", &o->sink) &&
+        read_float(r, "softmax_scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &o->softmax_scale) &&
         read_heads(r, out);
-    out->causal = (sparge_causal)causal;
-    out->rules = (sparge_rules)rules;
+    o->causal = (sparge_causal)causal;
+    o->rules = (sparge_rules)rules;
     return ok;
 }
 
@@ -207,56 +207,48 @@ exit_code params_model(const params *p, const char *name, const char *model, con
 }
 
 /* What is not given. */
-static void take(const params *p, option_set given, sparge_options *o)
+static void take(const sparge_options *tuned, option_set given, sparge_options *o)
 {
     if (!(given & option_bit(OPT_RULES)))
-        o->rules = p->rules;
+        o->rules = tuned->rules;
     if (!(given & option_bit(OPT_BLOCK_Q)))
-        o->block_q = p->block_q;
+        o->block_q = tuned->block_q;
     if (!(given & option_bit(OPT_BLOCK_K)))
-        o->block_k = p->block_k;
+        o->block_k = tuned->block_k;
     if (!(given & option_bit(OPT_SKIP_ROWS)))
-        o->skip_rows = p->skip_rows;
+        o->skip_rows = tuned->skip_rows;
     if (!(given & option_bit(OPT_CAUSAL)))
-        o->causal = p->causal;
+        o->causal = tuned->causal;
     if (!(given & option_bit(OPT_NO_SMOOTH_K)))
-        o->smooth_k = p->smooth_k;
+        o->smooth_k = tuned->smooth_k;
     if (!(given & option_bit(OPT_SINK)))
-        o->sink = p->sink;
+        o->sink = tuned->sink;
     if (!(given & option_bit(OPT_SOFTMAX_SCALE)))
-        o->softmax_scale = p->softmax_scale;
+        o->softmax_scale = tuned->softmax_scale;
 }
 
 exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o,
                       file_error *error)
 {
-    char how[96] = "";
-    take(p, given, o);
-    if (p->rules != o->rules)
-        snprintf(how, sizeof how, "under --rules %s", options_rules[p->rules]);
-    else if (p->block_q != o->block_q)
-        snprintf(how, sizeof how, "for blocks of %" PRId64 " queries, not %" PRId64, p->block_q,
-                 o->block_q);
-    else if (p->block_k != o->block_k)
-        snprintf(how, sizeof how, "for blocks of %" PRId64 " keys, not %" PRId64, p->block_k,
-                 o->block_k);
-    else if (p->skip_rows != options_skip_rows(o))
-        snprintf(how, sizeof how, "for skip-rows %" PRId64 ", not %" PRId64, p->skip_rows,
-                 options_skip_rows(o));
-    else if (p->causal != o->causal && p->causal == SPARGE_CAUSAL_NONE)
-        snprintf(how, sizeof how, "without --causal");
-    else if (p->causal != o->causal)
-        snprintf(how, sizeof how, "with --causal=%s", options_causals[p->causal]);
-    else if (p->sink != o->sink)
-        snprintf(how, sizeof how, "%s --sink", p->sink ? "with" : "without");
-    else if (p->smooth_k != o->smooth_k)
-        snprintf(how, sizeof how, "%s --no-smooth-k", p->smooth_k ? "without" : "with");
-    else if (p->softmax_scale != o->softmax_scale)
-        snprintf(how, sizeof how, "with another --softmax-scale");
-    if (!*how)
-        return EXIT_FINE;
-    file_error_set(error, name, "was tuned %s; run so too", how);
-    return EXIT_FILE;
+    static const char *const keys[] = {"rules",  "block_q", "block_k",  "skip_rows",
+                                       "causal", "sink",    "smooth_k", "softmax_scale"};
+    take(&p->options, given, o);
+    json_t *tuned = options_json(&p->options), *asked = options_json(o);
+    exit_code code = EXIT_FINE;
+    for (size_t n = 0; n < sizeof keys / sizeof *keys && !code; n++) {
+        const json_t *was = json_object_get(tuned, keys[n]), *is = json_object_get(asked, keys[n]);
+        if (json_equal(was, is))
+            continue;
+        char *expected = json_dumps(was, JSON_ENCODE_ANY), *got = json_dumps(is, JSON_ENCODE_ANY);
+        file_error_set(error, name, "was tuned with %s %s, not %s; run so too", keys[n],
+                       expected ? expected : "", got ? got : "");
+        free(expected);
+        free(got);
+        code = EXIT_FILE;
+    }
+    json_decref(tuned);
+    json_decref(asked);
+    return code;
 }
 
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,

@@ -14,11 +14,7 @@ typedef struct params_head {
 typedef struct params {
     json_t *json;                /* the whole */
     const char *model, *weights; /* NULL: not said; weights: the SHA-256 of their file */
-    sparge_rules rules;
-    int64_t block_q, block_k, skip_rows;
-    sparge_causal causal;
-    bool smooth_k, sink;
-    float softmax_scale; /* 0: 1/sqrt(dim) */
+    sparge_options options; /* rules, blocks, skip_rows, causal, smooth_k, sink, softmax_scale */
     params_head *head;
     int64_t heads;
 } params;

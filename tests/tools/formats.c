@@ -1404,9 +1404,10 @@ Test(formats, params_literal)
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
     cr_expect_str_empty(error.text);
     cr_expect_str_eq(p.model, "m");
-    cr_expect(p.block_q == 128 && p.block_k == 64 && p.skip_rows == 64 &&
-              p.causal == SPARGE_CAUSAL_START);
-    cr_expect(!p.smooth_k && p.sink && p.softmax_scale == 0.125f && p.heads == 3);
+    cr_expect(p.options.block_q == 128 && p.options.block_k == 64 && p.options.skip_rows == 64 &&
+              p.options.causal == SPARGE_CAUSAL_START);
+    cr_expect(!p.options.smooth_k && p.options.sink && p.options.softmax_scale == 0.125f &&
+              p.heads == 3);
     sparge_thresholds first, second, third;
     cr_assert(!params_find(&p, "f", 0, 9, &first, &error) &&
               !params_find(&p, "f", 7, 0, &second, &error) &&
@@ -1453,7 +1454,7 @@ Test(formats, params_load)
     cr_expect(strstr(why.text, "for the model 'm', not for 'n'"), "%s", why.text);
     o.block_k = 128;
     cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
-    cr_expect(strstr(why.text, "blocks of 64 keys, not 128"), "%s", why.text);
+    cr_expect(strstr(why.text, "block_k 64, not 128"), "%s", why.text);
     remove(path);
     cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "cannot open"), "%s", why.text);
@@ -1499,7 +1500,7 @@ Test(formats, params_ranges)
             const char *const says[] = {"p.json: '", cases[c].key, "' must be "};
             if (code)
                 expect_says(&error, value, says, 3);
-            cr_expect(!code || (!p.json && !p.head && !p.heads && !p.block_q), "all 0");
+            cr_expect(!code || (!p.json && !p.head && !p.heads && !p.options.block_q), "all 0");
             params_free(&p);
             free(text);
             json_decref(whole);
@@ -1625,7 +1626,7 @@ Test(formats, params_written)
     params p;
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
     cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 &&
-              p.softmax_scale == o.softmax_scale && p.skip_rows == 32);
+              p.options.softmax_scale == o.softmax_scale && p.options.skip_rows == 32);
     cr_expect(p.head->thresholds.theta == thresholds.theta &&
               p.head->thresholds.topk == thresholds.topk);
     cr_expect_eq(params_obey(&p, "p.json", options_all(), &o, &error), EXIT_FINE, "%s", error.text);

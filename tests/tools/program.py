@@ -2280,7 +2280,7 @@ def test_folders():
     wrong(FILE, ["caps", "is a directory"], "run", "caps", "k.npy", "v.npy", *TUNE)
     wrong(FILE, ["caps", "is a directory"], "check", "caps", "--o", "one.npy", *TUNE)
     wrong(FILE, ["caps", "is a directory"], "bench", "--capture", "caps", "--threads", 1)
-    wrong(FILE, "blocks of 16 keys, not 32", "run", "caps", "--params", "p.json", "-o", "new",
+    wrong(FILE, "block_k 16, not 32", "run", "caps", "--params", "p.json", "-o", "new",
           "--block-k", 32)
     wrong(FILE, "one.npy", "run", "caps", "-o", "one.npy", *TUNE)
 
@@ -2319,7 +2319,7 @@ def test_params_taken():
         if "sink" not in options:
             check(sparge("map", c, "--params", "p.json", "-o", "m.png")[0] == FINE, "map", change)
     write("p.json", json.dumps(good | dict(rules="upstream")))
-    wrong(FILE, ["p.json", "under --rules upstream"], "run", c, "--params", "p.json", "--rules",
+    wrong(FILE, ["p.json", 'rules "upstream"'], "run", c, "--params", "p.json", "--rules",
           "default")
     for value in "", "theirs", 1, None:
         write("p.json", json.dumps(good | dict(rules=value)))
@@ -2385,15 +2385,16 @@ def test_params():
     os.remove("cut.json")
 
     fine("run", c, "--params", write("p.json", text), *TUNE)
-    for args, words in [(["--block-q", 64], ["blocks of 32 queries, not 64"]),
-                        (["--block-k", 32], "blocks of 16 keys, not 32"),
-                        (["--skip-rows", 8], "skip-rows 32, not 8"),
-                        (["--causal"], "without --causal"),
-                        (["--causal=start"], "without --causal"), (["--sink"], "without --sink"),
-                        (["--no-smooth-k"], "without --no-smooth-k"),
-                        (["--softmax-scale", 0.3], "another --softmax-scale"),
-                        (["--rules", "paper"], "under --rules default"),
-                        (["--rules", "upstream"], "under --rules default")]:
+    for args, words in [(["--block-q", 64], ["block_q 32, not 64"]),
+                        (["--block-k", 32], "block_k 16, not 32"),
+                        (["--skip-rows", 8], "skip_rows 32, not 8"),
+                        (["--causal"], 'causal "none", not "end"'),
+                        (["--causal=start"], 'causal "none", not "start"'),
+                        (["--sink"], "sink false, not true"),
+                        (["--no-smooth-k"], "smooth_k true, not false"),
+                        (["--softmax-scale", 0.3], "softmax_scale null, not 0.3"),
+                        (["--rules", "paper"], 'rules "default", not "paper"'),
+                        (["--rules", "upstream"], 'rules "default", not')]:
         bad(["p.json", words] if isinstance(words, str) else words, good, *args)
     fine(*run(with_(softmax_scale=0.3), "--softmax-scale", 0.3))
     fine(*run(with_(skip_rows=8), "--skip-rows", 8))

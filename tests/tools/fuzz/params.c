@@ -45,20 +45,6 @@ static void check_heads(const params *p)
             params_find(p, "fuzz", 0, -1, &none, NULL));
 }
 
-/* The options that these thresholds are for. */
-static sparge_options options_of(const params *p)
-{
-    sparge_options o = sparge_options_default(p->rules);
-    o.block_q = p->block_q;
-    o.block_k = p->block_k;
-    o.skip_rows = p->skip_rows;
-    o.causal = p->causal;
-    o.smooth_k = p->smooth_k;
-    o.sink = p->sink;
-    o.softmax_scale = p->softmax_scale;
-    return o;
-}
-
 static void check_round_trip(const params *want, const sparge_options *o)
 {
     char *text = NULL;
@@ -75,7 +61,7 @@ static void check_round_trip(const params *want, const sparge_options *o)
     json_decref(header);
     params got;
     require(params_read_memory(text, length, "fuzz", &got, NULL) == EXIT_FINE);
-    require(got.heads == want->heads && got.softmax_scale == want->softmax_scale);
+    require(got.heads == want->heads && got.options.softmax_scale == want->options.softmax_scale);
     for (int64_t n = 0; n < got.heads; n++) {
         const params_head *a = &got.head[n], *b = &want->head[n];
         require(a->layer == b->layer && a->head == b->head &&
@@ -106,13 +92,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
         return 0;
     }
     require(error.text[0] == '\0' && json_is_object(got.json));
-    require(within((double)got.block_q, 1, 1024) && within((double)got.block_k, 1, 1024));
-    require(within((double)got.skip_rows, 1, 1024) && (unsigned)got.causal <= SPARGE_CAUSAL_START);
-    require(got.softmax_scale == 0.0f ||
-            within((double)got.softmax_scale, (double)FLT_MIN, (double)FLT_MAX));
+    require(within((double)got.options.block_q, 1, 1024) &&
+            within((double)got.options.block_k, 1, 1024));
+    require(within((double)got.options.skip_rows, 1, 1024) &&
+            (unsigned)got.options.causal <= SPARGE_CAUSAL_START);
+    require(got.options.softmax_scale == 0.0f ||
+            within((double)got.options.softmax_scale, (double)FLT_MIN, (double)FLT_MAX));
     check_heads(&got);
-    sparge_options o = options_of(&got), taken = sparge_options_default(SPARGE_RULES_DEFAULT);
-    if (got.skip_rows <= got.block_q) { /* as a file of ours has it */
+    sparge_options o = got.options, taken = sparge_options_default(SPARGE_RULES_DEFAULT);
+    if (got.options.skip_rows <= got.options.block_q) { /* as a file of ours has it */
         require(params_obey(&got, "fuzz", options_all(), &o, &error) == EXIT_FINE);
         require(params_obey(&got, "fuzz", 0, &taken, &error) == EXIT_FINE);
         require(taken.rules == o.rules && taken.causal == o.causal &&
