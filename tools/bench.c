@@ -32,7 +32,7 @@ static sparge_options machine_options(const bench *b, int isa, int thread)
 }
 
 /* Attention of one token to itself says what will run; the peaks say how fast it could at most. */
-static exit_code measure_machine(bench *b, int isa, int thread, file_error *error)
+static void measure_machine(bench *b, int isa, int thread)
 {
     const sparge_options options = machine_options(b, isa, thread);
     const float one = 1.0f;
@@ -40,15 +40,11 @@ static exit_code measure_machine(bench *b, int isa, int thread, file_error *erro
     const sparge_in in = {&one, SPARGE_F32, 1, 1, 1};
     const sparge_problem p = {1, 1, 1, 1, 1, 1, 1, in, in, in};
     sparge_result ran = {.o = {&o, SPARGE_F32, 1, 1, 1}};
-    sparge_error why;
     bench_machine *m = &b->machine[isa * BENCH_LIST + thread];
-    sparge_status status = sparge_attend(&p, &options, NULL, &ran, &why);
+    must_sparge(sparge_attend(&p, &options, NULL, &ran, &library_error));
     *m = (bench_machine){.isa = ran.isa, .threads = options.threads};
-    if (!status)
-        status = sparge_measure_peaks(options.isa, options.threads, &m->peaks, &why);
-    if (!status)
-        status = sparge_measure_bandwidth(options.isa, options.threads, &m->bytes, &why);
-    return library_result(status, &why, error);
+    must_sparge(sparge_measure_peaks(options.isa, options.threads, &m->peaks, &library_error));
+    must_sparge(sparge_measure_bandwidth(options.isa, options.threads, &m->bytes, &library_error));
 }
 
 /* The first reason is the one that is told. */
@@ -70,133 +66,115 @@ static void print_machine(const bench *b)
             bench_print_peaks(&b->machine[i * BENCH_LIST + t]);
 }
 
-static exit_code run_group(bench *b, bench_group *g, file_error *error)
+static void run_group(bench *b, bench_group *g)
 {
     char why[256];
-    exit_code code = bench_group_make(g, error);
     const double from = (double)b->done / b->groups, to = (double)(b->done + 1) / b->groups;
     const double checked =
         from + (to - from) / (double)(b->args.repeat + 1); /* a check is about a round */
-    for (int n = 0; n < g->count && !code; n++) {
-        code = bench_check(g, &g->cases[n], why, error);
-        if (!code && g->cases[n].wrong)
+    bench_group_make(g);
+    for (int n = 0; n < g->count; n++) {
+        bench_check(g, &g->cases[n], why);
+        if (g->cases[n].wrong)
             note_failure(b, why);
         progress_tick(&b->watch, from + (checked - from) * (n + 1) / g->count);
     }
-    if (!code)
-        code = bench_time(g, &b->watch, checked, to, error);
-    if (!code && g->busy && !b->args.allow_busy) {
+    bench_time(g, &b->watch, checked, to);
+    if (g->busy && !b->args.allow_busy) {
         if (isnan(g->foreign))
             snprintf(why, sizeof why,
-                     "/proc/stat cannot be read, which says whether others use the "
-                     "machine; give --threads 1 or --allow-busy");
+                     "/proc/stat cannot be read, which says whether others use the machine; give "
+                     "--threads 1 or --allow-busy");
         else
             snprintf(why, sizeof why,
-                     "other processes used up to %.2f of a core while %d threads were "
-                     "timed; wait until they end, or give --threads 1 or --allow-busy",
+                     "other processes used up to %.2f of a core while %d threads were timed; wait "
+                     "until they end, or give --threads 1 or --allow-busy",
                      g->foreign, g->options.threads);
         note_failure(b, why);
     }
     progress_hide(&b->watch);
-    if (!code && !b->args.json) {
+    if (b->args.json)
+        bench_json_group(g, b->rows);
+    else {
         if (b->done == 0)
             print_machine(b);
         bench_print_group(g);
-        code = flush_stdout(error);
-    } else if (!code && !bench_json_group(g, b->rows)) {
-        file_error_set(error, NULL, "no memory for the result");
-        code = EXIT_MACHINE;
+        must(flush_stdout(&failure));
     }
     b->done++;
-    return code;
 }
 
-static exit_code run_inputs(bench *b, const inputs *in, file_error *error)
+static void run_inputs(bench *b, const inputs *in)
 {
     const bench_args *a = &b->args;
-    exit_code code = EXIT_FINE;
+    const option_set given = a->causal_given ? option_bit(OPT_CAUSAL) : 0;
     for (int c = 0; c < a->causal.count; c++)
         for (int i = 0; i < a->isa.count; i++)
-            for (int t = 0; t < a->threads.count && !code; t++) {
-                bench_group g = {.args = a,
-                                 .in = in,
-                                 .problem = in->problem,
-                                 .options = machine_options(b, i, t)};
-                g.machine = b->machine[i * BENCH_LIST + t];
+            for (int t = 0; t < a->threads.count; t++) {
+                static bench_group g;
+                g = (bench_group){.args = a,
+                                  .in = in,
+                                  .problem = in->problem,
+                                  .options = machine_options(b, i, t),
+                                  .machine = b->machine[i * BENCH_LIST + t]};
                 g.options.causal = (sparge_causal)a->causal.item[c];
                 if (a->capture)
-                    code = capture_obey(b->given.list, &in->problem,
-                                        a->causal_given ? option_bit(OPT_CAUSAL) : 0, &g.options,
-                                        error);
-                code = code ? code : run_group(b, &g, error);
+                    must(capture_obey(b->given.list, &in->problem, given, &g.options, &failure));
+                run_group(b, &g);
                 bench_group_free(&g);
             }
-    return code;
 }
 
-static exit_code run_shapes(bench *b, file_error *error)
+static void run_shapes(bench *b)
 {
+    static inputs in;
     const bench_args *a = &b->args;
-    exit_code code = EXIT_FINE;
     for (int h = 0; h < a->heads.count; h++)
         for (int n = 0; n < a->q_len.count; n++)
-            for (int d = 0; d < a->dim.count && !code; d++) {
-                inputs in = {0};
-                code = (a->backend == SPARGE_CUDA ? bench_synthetic_f16 : bench_synthetic)(
+            for (int d = 0; d < a->dim.count; d++) {
+                (a->backend == SPARGE_CUDA ? bench_synthetic_f16 : bench_synthetic)(
                     (int64_t)a->heads.item[h], (int64_t)a->q_len.item[n], (int64_t)a->dim.item[d],
-                    &in, error);
-                if (!code)
-                    code = run_inputs(b, &in, error);
+                    &in);
+                run_inputs(b, &in);
                 inputs_free(&in);
             }
-    return code;
 }
 
-static exit_code run_all(bench *b, const inputs *captured, file_error *error)
+static void run_capture(bench *b)
 {
-    const bench_args *a = &b->args;
-    exit_code code = EXIT_FINE;
-    for (int i = 0; i < a->isa.count && a->backend == SPARGE_CPU; i++)
-        for (int t = 0; t < a->threads.count && !code; t++)
-            code = measure_machine(b, i, t, error);
-    if (code)
-        return code;
-    b->groups = a->causal.count * a->isa.count * a->threads.count;
-    b->groups *= a->capture ? 1 : a->heads.count * a->q_len.count * a->dim.count;
-    b->watch = progress_begin("bench");
-    return a->capture ? run_inputs(b, captured, error) : run_shapes(b, error);
+    static inputs in;
+    bench_capture(b->args.capture, &in);
+    run_inputs(b, &in);
+    inputs_free(&in);
 }
 
 exit_code bench_command(int argc, char **argv, file_error *error)
 {
-    bench b = {.args = {.base = {error}}};
-    inputs captured = {0};
-    exit_code code = bench_parse(argc, argv, &b.args);
-    if (!code && b.args.capture) {
-        const attention_args file = {.file = {b.args.capture},
-                                     .ignore_manifest = b.args.ignore_manifest};
-        code = given_file(&file, &b.given, error);
+    static bench b;
+    bench_args *a = &b.args;
+    a->base.error = error;
+    bench_parse(argc, argv, a);
+    if (a->capture) {
+        const attention_args file = {.file = {a->capture}, .ignore_manifest = a->ignore_manifest};
+        given_file(&file, &b.given);
     }
-    if (!code && b.args.capture)
-        code = bench_capture(b.args.capture, &captured, error);
-    if (!code && b.args.json && !(b.rows = json_array())) {
-        file_error_set(error, NULL, "no memory for the result");
-        code = EXIT_MACHINE;
-    }
-    if (!code)
-        code = run_all(&b, &captured, error);
+    b.rows = json_array();
+    for (int i = 0; i < a->isa.count && a->backend == SPARGE_CPU; i++)
+        for (int t = 0; t < a->threads.count; t++)
+            measure_machine(&b, i, t);
+    b.groups = a->causal.count * a->isa.count * a->threads.count;
+    b.groups *= a->capture ? 1 : a->heads.count * a->q_len.count * a->dim.count;
+    b.watch = progress_begin("bench");
+    (a->capture ? run_capture : run_shapes)(&b);
     progress_end(&b.watch);
-    inputs_free(&captured);
     given_free(&b.given);
-    if (!code && b.args.json)
-        code = print_json(b.rows, error);
+    if (a->json)
+        must(print_json(b.rows, error));
     else
         json_decref(b.rows);
-    if (code || b.failed == 0)
-        return code;
+    if (b.failed == 0)
+        return EXIT_FINE;
     if (b.failed == 1)
-        file_error_set(error, NULL, "%s", b.why);
-    else
-        file_error_set(error, NULL, "%s; and %d more such failures", b.why, b.failed - 1);
-    return EXIT_DIFFERENT;
+        fail(EXIT_DIFFERENT, NULL, "%s", b.why);
+    fail(EXIT_DIFFERENT, NULL, "%s; and %d more such failures", b.why, b.failed - 1);
 }

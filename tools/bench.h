@@ -46,7 +46,7 @@ typedef struct bench_args {
     bool json, allow_busy;
 } bench_args;
 
-exit_code bench_parse(int argc, char **argv, bench_args *args);
+void bench_parse(int argc, char **argv, bench_args *args);
 int bench_cores(void); /* that this process may use */
 
 /* ---- What is run ------------------------------------------------------------------------- */
@@ -113,15 +113,15 @@ typedef struct bench_group {
 } bench_group;
 
 /* Of g, args to machine are given. */
-exit_code bench_group_make(bench_group *g, file_error *error);
+void bench_group_make(bench_group *g);
 void bench_group_free(bench_group *g);
 
 sparge_options bench_options(const bench_group *g, const bench_case *c);
 
 /* Runs a case; leaves its output in g->output. */
-sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparge_error *why);
+void bench_run(bench_group *g, bench_case *c, bench_times *times);
 /* And brings that to g->o in f32, with the mask that was predicted. */
-exit_code bench_fetch(bench_group *g, bench_case *c, file_error *error);
+void bench_fetch(bench_group *g, bench_case *c);
 
 /* o of heads that lie packed from `data` on. */
 sparge_out bench_output(const sparge_problem *p, void *data, sparge_dtype dtype);
@@ -134,11 +134,10 @@ bool bench_onednn(const sparge_problem *p, int threads, float *o);
 /* ---- The parts --------------------------------------------------------------------------- */
 
 /* Normal numbers of variance 1 whose blocks of tokens are alike, from a fixed seed. */
-exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, file_error *error);
+void bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out);
 /* The same for cuda: in f16, and a head from the third on repeats one of the first two. */
-exit_code bench_synthetic_f16(int64_t heads, int64_t len, int64_t dim, inputs *out,
-                              file_error *error);
-exit_code bench_capture(const char *path, inputs *out, file_error *error);
+void bench_synthetic_f16(int64_t heads, int64_t len, int64_t dim, inputs *out);
+void bench_capture(const char *path, inputs *out);
 
 /* Keeps round((1 - sparsity) * visible) of the key blocks that each query block sees, at least 1.
  */
@@ -146,16 +145,16 @@ void bench_impose(bench_mask kind, double sparsity, const sparge_problem *proble
                   const sparge_options *options, sparge_mask *mask);
 
 /* Sets c->wrong, and says why in `text`, where the result of a case cannot be trusted. */
-exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error);
+void bench_check(bench_group *g, bench_case *c, char text[256]);
 
 /* Fills in the medians, or sets g->busy; the watched share of the work goes on from `from` to `to`.
  */
-exit_code bench_time(bench_group *g, progress *watch, double from, double to, file_error *error);
+void bench_time(bench_group *g, progress *watch, double from, double to);
 
 void bench_print_machine(void);
 void bench_print_peaks(const bench_machine *machine);
 void bench_print_group(const bench_group *g);
-bool bench_json_group(const bench_group *g, json_t *rows); /* false: no memory */
+void bench_json_group(const bench_group *g, json_t *rows);
 /* "int8/int8 random 0.5", and " causal" where it is; on cuda "kernel 5 int8/fp8 random 0.5". */
 void bench_case_name(const bench_group *g, const bench_case *c, char text[64]);
 

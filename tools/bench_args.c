@@ -278,11 +278,11 @@ static const struct argp bench_argp = {
         "threads are not timed while other processes use more than a twentieth of a core.",
 };
 
-exit_code bench_parse(int argc, char **argv, bench_args *args)
+void bench_parse(int argc, char **argv, bench_args *args)
 {
     args->thresholds = sparge_options_default(SPARGE_RULES_DEFAULT).thresholds;
     args->thresholds.tau = NAN;
     args->repeat = 5;
     args->backend = SPARGE_CPU;
-    return options_parse(&bench_argp, argc, argv, &args->base);
+    must(options_parse(&bench_argp, argc, argv, &args->base));
 }

@@ -73,105 +73,86 @@ static sparge_problem sample_of(const sparge_problem *whole)
 }
 
 /* Its mask, on the host and where the backend finds it; none if it is dense. */
-static sparge_status sample_mask(const bench_case *c, const sparge_problem *p,
-                                 const sparge_options *o, sparge_mask *mask, device_memory *bits,
-                                 sparge_error *why)
+static void sample_mask(const bench_case *c, const sparge_problem *p, const sparge_options *o,
+                        sparge_mask *mask, device_memory *bits)
 {
     if (c->kind == BENCH_DENSE)
-        return SPARGE_OK;
-    sparge_status status = sparge_mask_alloc(mask, p, o, why);
-    if (!status)
-        status = device_memory_make(o->backend, mask->bits, device_mask_bytes(mask), bits, why);
-    if (!status && c->kind == BENCH_PREDICTED) {
+        return;
+    must_sparge(sparge_mask_alloc(mask, p, o, &library_error));
+    must_sparge(
+        device_memory_make(o->backend, mask->bits, device_mask_bytes(mask), bits, &library_error));
+    if (c->kind == BENCH_PREDICTED) {
         sparge_mask predicted = *mask;
         predicted.bits = bits->device;
-        status = sparge_predict(p, o, &predicted, NULL, why);
-        return status ? status : device_memory_get(bits, why);
-    }
-    if (!status) {
+        must_sparge(sparge_predict(p, o, &predicted, NULL, &library_error));
+        must_sparge(device_memory_get(bits, &library_error));
+    } else {
         bench_impose(c->kind, c->imposed, p, o, mask);
-        status = device_memory_put(bits, why);
+        must_sparge(device_memory_put(bits, &library_error));
     }
-    return status;
 }
 
 /* Attention where the backend finds its arrays, packed into `got` on the host. */
-static sparge_status attend_into(const sparge_problem *p, const sparge_options *options,
-                                 const sparge_mask *mask, const device_memory *bits, array *got,
-                                 sparge_error *why)
+static void attend_into(const sparge_problem *p, const sparge_options *options,
+                        const sparge_mask *mask, const device_memory *bits, array *got)
 {
-    device_memory o = {0};
+    device_memory o;
     sparge_mask kept = {0};
     if (mask) {
         kept = *mask;
         kept.bits = bits->device;
     }
-    sparge_status status = device_memory_make(options->backend, got->data,
-                                              array_count(got) * (int64_t)sizeof(float), &o, why);
+    must_sparge(device_memory_make(options->backend, got->data,
+                                   array_count(got) * (int64_t)sizeof(float), &o, &library_error));
     sparge_result result = {.o = bench_output(p, o.device, SPARGE_F32)};
-    if (!status)
-        status = sparge_attend(p, options, mask ? &kept : NULL, &result, why);
-    if (!status)
-        status = device_memory_get(&o, why);
+    must_sparge(sparge_attend(p, options, mask ? &kept : NULL, &result, &library_error));
+    must_sparge(device_memory_get(&o, &library_error));
     device_memory_free(&o);
-    return status;
 }
 
-/* The oracle knows no lambda: where there is one the reference judges, over the same mask. */
-static sparge_status judge(const sparge_problem *p, const sparge_options *options,
-                           const sparge_mask *mask, array *want, sparge_error *why)
+static void rows_alloc(const sparge_problem *p, array_type type, array *out)
 {
+    const int64_t shape[] = {1, p->heads, p->q_len, p->dim_v};
+    must_have(array_alloc(type, 4, shape, out, &failure));
+}
+
+/* How far `got` lies from what the oracle says. It knows no lambda: where there is one the
+ * reference judges, over the same mask. */
+static comparison distance(const sparge_problem *p, const sparge_options *options,
+                           const sparge_mask *mask, const array *got)
+{
+    const bool exact = options->thresholds.lambda == -INFINITY;
     sparge_options reference = *options;
     reference.backend = SPARGE_REF;
     reference.isa = SPARGE_ISA_AUTO;
     reference.kernel = 0;
-    if (options->thresholds.lambda == -INFINITY)
-        return sparge_oracle(p, &reference, mask, SPARGE_ORACLE_CODES, want->data, NULL, NULL, why);
-    sparge_result result = {.o = bench_output(p, want->data, SPARGE_F32)};
-    return sparge_attend(p, &reference, mask, &result, why);
-}
-
-/* How far `got` lies from what the judge says. */
-static exit_code distance(const sparge_problem *p, const sparge_options *options,
-                          const sparge_mask *mask, const array *got, comparison *to,
-                          file_error *error)
-{
-    const int64_t shape[] = {1, p->heads, p->q_len, p->dim_v};
-    const array_type type = options->thresholds.lambda == -INFINITY ? ARRAY_F64 : ARRAY_F32;
-    array want = {0};
-    if (!array_alloc(type, 4, shape, &want, error))
-        return EXIT_MACHINE;
-    sparge_error why;
-    const sparge_status status = judge(p, options, mask, &want, &why);
-    if (!status)
-        *to = compare(got, &want);
+    array want;
+    rows_alloc(p, exact ? ARRAY_F64 : ARRAY_F32, &want);
+    sparge_result result = {.o = bench_output(p, want.data, SPARGE_F32)};
+    must_sparge(exact ? sparge_oracle(p, &reference, mask, SPARGE_ORACLE_CODES, want.data, NULL,
+                                      NULL, &library_error)
+                      : sparge_attend(p, &reference, mask, &result, &library_error));
+    const comparison c = compare(got, &want);
     array_free(&want);
-    return library_result(status, &why, error);
+    return c;
 }
 
-static exit_code check_sample(const bench_group *g, const bench_case *c, comparison *to,
-                              file_error *error)
+static comparison check_sample(const bench_group *g, const bench_case *c)
 {
     const sparge_problem p = sample_of(&g->problem), host = sample_of(&g->in->problem);
     const sparge_options options = bench_options(g, c);
-    const int64_t shape[] = {1, p.heads, p.q_len, p.dim_v};
     sparge_mask mask = {0};
     device_memory bits = {0};
-    array got = {0};
-    if (!array_alloc(ARRAY_F32, 4, shape, &got, error))
-        return EXIT_MACHINE;
-    sparge_error why;
-    sparge_status status = sample_mask(c, &p, &options, &mask, &bits, &why);
+    array got;
+    rows_alloc(&p, ARRAY_F32, &got);
+    sample_mask(c, &p, &options, &mask, &bits);
     const sparge_mask *kept = mask.bits ? &mask : NULL;
-    if (!status)
-        status = attend_into(&p, &options, kept, &bits, &got, &why);
-    exit_code code = library_result(status, &why, error);
-    if (!code)
-        code = distance(&host, &options, kept, &got, to, error);
+    attend_into(&p, &options, kept, &bits, &got);
+    const comparison to = distance(&host, &options, kept, &got);
     array_free(&got);
     device_memory_free(&bits);
     sparge_mask_free(&mask);
-    return code;
+    return to;
 }
 
 /* ---- One query block of the whole against the oracle ---- */
@@ -186,8 +167,7 @@ static sparge_in view_from(const sparge_in *in, int64_t batch, int64_t head, int
 
 /* The last block of the last head. Where queries count from the start and keys are more or fewer,
  * what the last ones see cannot be said of them alone: there the first block. */
-static exit_code check_block(const bench_group *g, const bench_case *c, comparison *to,
-                             file_error *error)
+static comparison check_block(const bench_group *g, const bench_case *c)
 {
     const sparge_problem *whole = &g->in->problem;
     sparge_options options = bench_options(g, c);
@@ -205,31 +185,26 @@ static exit_code check_block(const bench_group *g, const bench_case *c, comparis
     p.k = view_from(&whole->k, b, kv, 0);
     p.v = view_from(&whole->v, b, kv, 0);
 
-    const int64_t shape[] = {1, 1, p.q_len, p.dim_v};
     sparge_mask mask = {0};
-    array got = {0};
-    if (!array_alloc(ARRAY_F32, 4, shape, &got, error))
-        return EXIT_MACHINE;
+    array got;
+    rows_alloc(&p, ARRAY_F32, &got);
     memcpy(got.data,
            (const float *)g->o.data + ((b * whole->heads + h) * whole->q_len + first) * p.dim_v,
            (size_t)(p.q_len * p.dim_v) * sizeof(float));
-    sparge_error why;
-    const sparge_status status =
-        c->mask.bits ? sparge_mask_alloc(&mask, &p, &options, &why) : SPARGE_OK;
-    for (int64_t j = 0; j < mask.k_blocks && !status; j++)
+    if (c->mask.bits)
+        must_sparge(sparge_mask_alloc(&mask, &p, &options, &library_error));
+    for (int64_t j = 0; j < mask.k_blocks; j++)
         sparge_mask_set(&mask, 0, 0, 0, j, sparge_mask_get(&c->mask, b, h, i, j));
-    exit_code code = library_result(status, &why, error);
-    if (!code)
-        code = distance(&p, &options, mask.bits ? &mask : NULL, &got, to, error);
+    const comparison to = distance(&p, &options, mask.bits ? &mask : NULL, &got);
     array_free(&got);
     sparge_mask_free(&mask);
-    return code;
+    return to;
 }
 
 /* ---- The whole against f32 ---- */
 
 /* On cuda the last head alone: the f32 of kernel 2 is slow. */
-static exit_code compare_with_f32(bench_group *g, bench_case *c, comparison *to, file_error *error)
+static comparison compare_with_f32(bench_group *g, bench_case *c)
 {
     const bool cuda = g->options.backend == SPARGE_CUDA;
     sparge_options exact = bench_options(g, c);
@@ -248,31 +223,9 @@ static exit_code compare_with_f32(bench_group *g, bench_case *c, comparison *to,
         got = array_part(&g->o, 2, p.batch * p.heads - 1);
         p.batch = p.heads = p.kv_heads = mask.batch = mask.heads = 1;
     }
-    sparge_error why;
-    const sparge_status status =
-        attend_into(&p, &exact, mask.bits ? &mask : NULL, &bits, &g->want, &why);
-    if (!status) {
-        const array want = cuda ? array_part(&g->want, 2, 0) : g->want;
-        *to = compare(&got, &want);
-    }
-    return library_result(status, &why, error);
-}
-
-static exit_code check_whole(bench_group *g, bench_case *c, int64_t *wrong, comparison *to,
-                             file_error *error)
-{
-    sparge_error why;
-    bench_times times;
-    exit_code code = library_result(bench_run(g, c, &times, &why), &why, error);
-    if (!code)
-        code = bench_fetch(g, c, error);
-    if (code)
-        return code;
-    *wrong = array_nonfinite(&g->o);
-    if (c->kind == BENCH_ONEDNN || c->kernel || c->qk != SPARGE_F32 || c->pv != SPARGE_F32)
-        return compare_with_f32(g, c, to, error);
-    *to = compare(&g->o, &g->o); /* it is that kernel */
-    return EXIT_FINE;
+    attend_into(&p, &exact, mask.bits ? &mask : NULL, &bits, &g->want);
+    const array want = cuda ? array_part(&g->want, 2, 0) : g->want;
+    return compare(&got, &want);
 }
 
 static int64_t nonfinite(const comparison *c) { return c->nan_got + c->inf_got; }
@@ -285,24 +238,23 @@ static bool near(const comparison *c, const allowed *most, bool rows)
     return nonfinite(c) == 0 && c->l1 <= most->mean && (!rows || c->worst_row_l1 <= most->row);
 }
 
-exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error *error)
+void bench_check(bench_group *g, bench_case *c, char text[256])
 {
     const sparge_options options = bench_options(g, c);
     const bool rows =
         options.thresholds.lambda == -INFINITY && g->in->problem.dim_v >= ROW_CHANNELS;
     const allowed coding = from_oracle(&options, g->args->capture);
     const double rounding = from_f32(&options, g->args->capture);
-    comparison sample = {.l1 = NAN}, block = {.l1 = NAN}, whole = {.l1 = NAN};
-    int64_t wrong = 0;
-    exit_code code = check_whole(g, c, &wrong, &whole, error);
-    if (!code)
-        code = check_block(g, c, &block, error);
-    if (!code && c->kind != BENCH_ONEDNN) /* which has no smaller problem of its own */
-        code = check_sample(g, c, &sample, error);
-    else
-        sample = block;
-    if (code)
-        return code;
+    bench_times times;
+    bench_run(g, c, &times);
+    bench_fetch(g, c);
+    int64_t wrong = array_nonfinite(&g->o);
+    const bool is_f32 = c->kind != BENCH_ONEDNN && !c->kernel && c->qk == SPARGE_F32 &&
+                        c->pv == SPARGE_F32; /* then it is that kernel */
+    const comparison whole = is_f32 ? compare(&g->o, &g->o) : compare_with_f32(g, c);
+    const comparison block = check_block(g, c);
+    const comparison sample =
+        c->kind == BENCH_ONEDNN ? block : check_sample(g, c); /* it has no smaller problem */
     const bool sample_near = near(&sample, &coding, rows);
     const bool oracle_near = sample_near && near(&block, &coding, rows);
     const comparison *worst = sample_near ? &block : &sample;
@@ -323,5 +275,4 @@ exit_code bench_check(bench_group *g, bench_case *c, char text[256], file_error 
         snprintf(text, 256,
                  "%s is %.2g from f32 over the same mask, allowed is %.2g; it is not timed", name,
                  whole.l1, rounding);
-    return EXIT_FINE;
 }

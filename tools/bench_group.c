@@ -22,35 +22,46 @@ sparge_out bench_output(const sparge_problem *p, void *data, sparge_dtype dtype)
 }
 
 /* The device has its own clock for each part. An imposed mask costs no prediction there. */
-static sparge_status run_on_device(bench_group *g, bench_case *c, bench_times *times,
-                                   sparge_error *why)
+static void run_on_device(bench_group *g, bench_case *c, bench_times *times)
 {
     const bool predicted = c->kind == BENCH_PREDICTED;
+    const sparge_problem *p = &g->problem;
     sparge_options options = bench_options(g, c);
     sparge_mask mask = c->mask;
     sparge_result *r = &c->result;
     options.workspace = g->workspace.device;
     options.workspace_bytes = g->workspace.bytes;
     mask.bits = c->bits.device;
-    *r = (sparge_result){.o = bench_output(&g->problem, g->output.device, g->problem.q.dtype)};
+    *r = (sparge_result){.o = bench_output(p, g->output.device, p->q.dtype)};
     r->mask = predicted ? &mask : NULL;
-    const sparge_status status =
-        predicted ? sparge_attention(&g->problem, &options, r, why)
-                  : sparge_attend(&g->problem, &options, mask.bits ? &mask : NULL, r, why);
+    must_sparge(predicted
+                    ? sparge_attention(p, &options, r, &library_error)
+                    : sparge_attend(p, &options, mask.bits ? &mask : NULL, r, &library_error));
     const double predict = predicted ? r->seconds_predict : 0.0;
     r->mask = NULL;
     *times = (bench_times){{predict + r->seconds_quantize + r->seconds_attend,
                             predicted ? predict : NAN, r->seconds_quantize, r->seconds_attend}};
-    return status;
+}
+
+static void run_onednn(bench_group *g, bench_case *c, bench_times *times)
+{
+    const double start = progress_clock();
+    if (!bench_onednn(&g->problem, g->machine.threads, g->o.data)) {
+        if (!progress_goes_on(NULL, 0.0))
+            must_sparge(SPARGE_ERR_CANCELLED);
+        fail(EXIT_MACHINE, NULL, "oneDNN failed");
+    }
+    const double all = progress_clock() - start;
+    c->result = (sparge_result){
+        .counts = g->cases[0].result.counts, .isa = g->machine.isa, .threads = g->machine.threads};
+    *times = (bench_times){{all, NAN, NAN, all}};
 }
 
 /* Without a mask nothing is predicted. With an imposed one the predictor runs for its time alone,
  * and sparge_attend cannot share its pass over q and k: the total is more than a predicted mask
  * costs. */
-sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparge_error *why)
+static void run_on_cpu(bench_group *g, bench_case *c, bench_times *times)
 {
-    if (g->options.backend == SPARGE_CUDA)
-        return run_on_device(g, c, times, why);
     const sparge_problem *p = &g->problem;
     const sparge_options options = bench_options(g, c);
     const bool imposed = c->kind == BENCH_RANDOM || c->kind == BENCH_BANDED;
@@ -58,58 +69,47 @@ sparge_status bench_run(bench_group *g, bench_case *c, bench_times *times, sparg
     *r = (sparge_result){.o = bench_output(p, g->o.data, SPARGE_F32),
                          .mask = c->kind == BENCH_PREDICTED ? &c->mask : NULL};
     double predict = NAN;
-    sparge_status status = SPARGE_OK;
     const double start = progress_clock();
-    if (c->kind == BENCH_ONEDNN) {
-        snprintf(why->text, sizeof why->text, "oneDNN failed");
-        status = bench_onednn(p, g->machine.threads, g->o.data) ? SPARGE_OK
-                 : progress_goes_on(NULL, 0.0)                  ? SPARGE_ERR_MEMORY
-                                                                : SPARGE_ERR_CANCELLED;
-        const double all = progress_clock() - start;
-        r->counts = g->cases[0].result.counts;
-        r->isa = g->machine.isa;
-        r->threads = g->machine.threads;
-        *times = (bench_times){{all, NAN, NAN, all}};
-        return status;
-    }
     if (imposed) {
-        status = sparge_predict(p, &options, &g->spare, NULL, why);
+        must_sparge(sparge_predict(p, &options, &g->spare, NULL, &library_error));
         predict = progress_clock() - start;
     }
-    if (!status && c->kind == BENCH_PREDICTED) {
-        status = sparge_attention(p, &options, r, why);
+    if (r->mask) {
+        must_sparge(sparge_attention(p, &options, r, &library_error));
         predict = r->seconds_predict;
-    } else if (!status) {
-        status = sparge_attend(p, &options, imposed ? &c->mask : NULL, r, why);
-    }
+    } else
+        must_sparge(sparge_attend(p, &options, imposed ? &c->mask : NULL, r, &library_error));
     const double total = progress_clock() - start;
     *times = (bench_times){{total, predict, r->seconds_quantize, r->seconds_attend}};
-    return status;
 }
 
-exit_code bench_fetch(bench_group *g, bench_case *c, file_error *error)
+void bench_run(bench_group *g, bench_case *c, bench_times *times)
+{
+    if (g->options.backend == SPARGE_CUDA)
+        run_on_device(g, c, times);
+    else if (c->kind == BENCH_ONEDNN)
+        run_onednn(g, c, times);
+    else
+        run_on_cpu(g, c, times);
+}
+
+void bench_fetch(bench_group *g, bench_case *c)
 {
     const array_type type = g->problem.q.dtype == SPARGE_F16    ? ARRAY_F16
                             : g->problem.q.dtype == SPARGE_BF16 ? ARRAY_BF16
                                                                 : ARRAY_F32;
-    sparge_error why;
     if (g->options.backend != SPARGE_CUDA)
-        return EXIT_FINE;
-    array o = {0};
-    if (!array_alloc(type, g->o.rank, g->o.shape, &o, error))
-        return EXIT_MACHINE;
+        return;
+    array o;
+    must_have(array_alloc(type, g->o.rank, g->o.shape, &o, &failure));
     device_memory output = g->output;
     output.host = o.data;
-    sparge_status status = device_memory_get(&output, &why);
-    if (!status && c->kind == BENCH_PREDICTED)
-        status = device_memory_get(&c->bits, &why);
-    if (status || !array_to_f32(&o, error)) {
-        array_free(&o);
-        return status ? library_result(status, &why, error) : EXIT_MACHINE;
-    }
+    must_sparge(device_memory_get(&output, &library_error));
+    if (c->kind == BENCH_PREDICTED)
+        must_sparge(device_memory_get(&c->bits, &library_error));
+    must_have(array_to_f32(&o, &failure));
     array_free(&g->o);
     g->o = o;
-    return EXIT_FINE;
 }
 
 /* ---- The cases of a group ---- */
@@ -129,25 +129,21 @@ static bench_case *add_case(bench_group *g, bench_mask kind, double imposed, con
     return c;
 }
 
-static exit_code add_masked(bench_group *g, bench_mask kind, double imposed, const bench_case *like,
-                            int dense, file_error *error)
+static void add_masked(bench_group *g, bench_mask kind, double imposed, const bench_case *like,
+                       int dense)
 {
     const sparge_problem *p = &g->problem;
     bench_case *c = add_case(g, kind, imposed, like, dense, true);
-    sparge_error why;
-    sparge_status status = sparge_mask_alloc(&c->mask, p, &g->options, &why);
-    if (!status && kind != BENCH_PREDICTED)
+    must_sparge(sparge_mask_alloc(&c->mask, p, &g->options, &library_error));
+    if (kind != BENCH_PREDICTED)
         bench_impose(kind, imposed, p, &g->options, &c->mask);
-    if (!status)
-        status = device_memory_make(g->options.backend, c->mask.bits, device_mask_bytes(&c->mask),
-                                    &c->bits, &why);
-    if (!status)
-        status = device_memory_put(&c->bits, &why);
-    return library_result(status, &why, error);
+    must_sparge(device_memory_make(g->options.backend, c->mask.bits, device_mask_bytes(&c->mask),
+                                   &c->bits, &library_error));
+    must_sparge(device_memory_put(&c->bits, &library_error));
 }
 
 /* Dense attention once, whatever kinds of masks there are: a mask of sparsity 0 is none. */
-static exit_code add_precision(bench_group *g, const bench_case *like, file_error *error)
+static void add_precision(bench_group *g, const bench_case *like)
 {
     const bench_args *a = g->args;
     const bool baseline =
@@ -155,31 +151,29 @@ static exit_code add_precision(bench_group *g, const bench_case *like, file_erro
     const int dense = baseline ? 0 : g->count;
     if (!baseline)
         add_case(g, BENCH_DENSE, 0.0, like, dense, false);
-    exit_code code = EXIT_FINE;
-    for (int m = 0; m < a->mask.count && !code; m++) {
+    for (int m = 0; m < a->mask.count; m++) {
         const bench_mask kind = (bench_mask)a->mask.item[m];
         if (kind == BENCH_PREDICTED)
-            code = add_masked(g, kind, NAN, like, dense, error);
-        for (int s = 0; s < a->sparsity.count && !code && kind != BENCH_PREDICTED; s++)
+            add_masked(g, kind, NAN, like, dense);
+        for (int s = 0; s < a->sparsity.count && kind != BENCH_PREDICTED; s++)
             if (a->sparsity.item[s] == 0.0)
                 g->cases[dense].shown = true;
             else
-                code = add_masked(g, kind, a->sparsity.item[s], like, dense, error);
+                add_masked(g, kind, a->sparsity.item[s], like, dense);
     }
-    return code;
 }
 
 /* What a kernel computes in; false, and why, if it cannot. */
-static bool resolve(const bench_group *g, bench_case *c, sparge_error *why)
+static bool resolve(const bench_group *g, bench_case *c)
 {
     const bool either = c->qk == SPARGE_FASTEST;
     sparge_options options = bench_options(g, c);
     if (either)
         options.qk_dtype = SPARGE_INT8;
-    sparge_status status = sparge_options_resolve(&g->problem, &options, why);
+    sparge_status status = sparge_options_resolve(&g->problem, &options, &library_error);
     if (status && either) {
         options.qk_dtype = SPARGE_F32;
-        status = sparge_options_resolve(&g->problem, &options, why);
+        status = sparge_options_resolve(&g->problem, &options, &library_error);
     }
     c->qk = options.qk_dtype;
     c->pv = options.pv_dtype;
@@ -188,77 +182,68 @@ static bool resolve(const bench_group *g, bench_case *c, sparge_error *why)
 }
 
 /* Of kernels and precisions those that exist, each once: two kernels may have the same fastest. */
-static exit_code add_kernels(bench_group *g, file_error *error)
+static void add_kernels(bench_group *g)
 {
     const bench_args *a = g->args;
-    exit_code code = EXIT_FINE;
-    sparge_error why = {""};
-    for (int n = 0; n < a->kernel.count * a->qk.count * a->pv.count && !code; n++) {
+    for (int n = 0; n < a->kernel.count * a->qk.count * a->pv.count; n++) {
         bench_case like = {.kernel = (int)a->kernel.item[n / a->pv.count / a->qk.count],
                            .qk = (sparge_dtype)a->qk.item[n / a->pv.count % a->qk.count],
                            .pv = (sparge_dtype)a->pv.item[n % a->pv.count]};
-        if (resolve(g, &like, &why))
-            code = add_precision(g, &like, error);
+        if (resolve(g, &like))
+            add_precision(g, &like);
     }
-    if (!code && g->count == 0)
-        code = library_result(SPARGE_ERR_UNSUPPORTED, &why, error);
-    return code;
+    if (g->count == 0)
+        must_sparge(SPARGE_ERR_UNSUPPORTED);
 }
 
-static exit_code add_precisions(bench_group *g, file_error *error)
+static void add_precisions(bench_group *g)
 {
     const bench_args *a = g->args;
     const bench_case exact = {.qk = SPARGE_F32, .pv = SPARGE_F32};
-    exit_code code = EXIT_FINE;
     add_case(g, BENCH_DENSE, 0.0, &exact, 0, false);
     if (bench_onednn_can(g))
         add_case(g, BENCH_ONEDNN, 0.0, &exact, 0, true);
-    for (int n = 0; n < a->qk.count * a->pv.count && !code; n++) {
+    for (int n = 0; n < a->qk.count * a->pv.count; n++) {
         const bench_case like = {.qk = (sparge_dtype)a->qk.item[n / a->pv.count],
                                  .pv = (sparge_dtype)a->pv.item[n % a->pv.count]};
-        code = add_precision(g, &like, error);
+        add_precision(g, &like);
     }
-    return code;
 }
 
 /* ---- Memory ---- */
 
-static sparge_status place_inputs(bench_group *g, sparge_error *why)
+static void place_inputs(bench_group *g)
 {
     sparge_in *const view[] = {&g->problem.q, &g->problem.k, &g->problem.v};
-    sparge_status status = SPARGE_OK;
-    for (int n = 0; n < 3 && !status; n++) {
+    for (int n = 0; n < 3; n++) {
         const array *x = &g->in->tensor[n];
         const int64_t bytes = array_count(x) * (int64_t)array_type_size(x->type);
-        status = device_memory_make(g->options.backend, x->data, bytes, &g->input[n], why);
-        if (!status)
-            status = device_memory_put(&g->input[n], why);
+        must_sparge(
+            device_memory_make(g->options.backend, x->data, bytes, &g->input[n], &library_error));
+        must_sparge(device_memory_put(&g->input[n], &library_error));
         view[n]->data =
             (char *)g->input[n].device + ((const char *)view[n]->data - (const char *)x->data);
     }
-    if (!status)
-        status = device_memory_make(g->options.backend, g->o.data,
-                                    array_count(&g->o) * (g->problem.q.dtype == SPARGE_F32 ? 4 : 2),
-                                    &g->output, why);
-    return status;
+    must_sparge(device_memory_make(g->options.backend, g->o.data,
+                                   array_count(&g->o) * (g->problem.q.dtype == SPARGE_F32 ? 4 : 2),
+                                   &g->output, &library_error));
 }
 
 /* As much as the greediest case needs. */
-static sparge_status place_workspace(bench_group *g, sparge_error *why)
+static void place_workspace(bench_group *g)
 {
     int64_t most = 0;
-    sparge_status status = SPARGE_OK;
-    for (int n = 0; n < g->count && !status; n++) {
+    for (int n = 0; n < g->count; n++) {
         const sparge_options options = bench_options(g, &g->cases[n]);
-        int64_t bytes = 0;
-        status = sparge_workspace_bytes(&g->problem, &options, g->cases[n].kind == BENCH_PREDICTED,
-                                        &bytes, why);
+        int64_t bytes;
+        must_sparge(sparge_workspace_bytes(
+            &g->problem, &options, g->cases[n].kind == BENCH_PREDICTED, &bytes, &library_error));
         most = bytes > most ? bytes : most;
     }
-    return status ? status : device_memory_make(g->options.backend, NULL, most, &g->workspace, why);
+    must_sparge(device_memory_make(g->options.backend, NULL, most, &g->workspace, &library_error));
 }
 
-exit_code bench_group_make(bench_group *g, file_error *error)
+void bench_group_make(bench_group *g)
 {
     const bench_args *a = g->args;
     const bool cuda = g->options.backend == SPARGE_CUDA;
@@ -267,24 +252,15 @@ exit_code bench_group_make(bench_group *g, file_error *error)
     const sparge_problem *p = &g->problem;
     const int64_t shape[] = {p->batch, p->heads, p->q_len, p->dim_v};
     const int64_t one_head[] = {1, 1, p->q_len, p->dim_v};
-    g->cases = calloc((size_t)most, sizeof *g->cases);
-    if (!g->cases) {
-        file_error_set(error, NULL, "no memory for %d cases", most);
-        return EXIT_MACHINE;
-    }
-    sparge_error why;
-    sparge_status status = cuda ? SPARGE_OK : sparge_mask_alloc(&g->spare, p, &g->options, &why);
-    exit_code code = library_result(status, &why, error);
-    if (!code && (!array_alloc(ARRAY_F32, 4, shape, &g->o, error) ||
-                  !array_alloc(ARRAY_F32, 4, cuda ? one_head : shape, &g->want, error)))
-        code = EXIT_MACHINE;
-    if (!code)
-        code = library_result(place_inputs(g, &why), &why, error);
-    if (!code)
-        code = cuda ? add_kernels(g, error) : add_precisions(g, error);
-    if (!code && cuda)
-        code = library_result(place_workspace(g, &why), &why, error);
-    return code;
+    g->cases = must_alloc((size_t)most, sizeof *g->cases, "the cases");
+    if (!cuda)
+        must_sparge(sparge_mask_alloc(&g->spare, p, &g->options, &library_error));
+    must_have(array_alloc(ARRAY_F32, 4, shape, &g->o, &failure));
+    must_have(array_alloc(ARRAY_F32, 4, cuda ? one_head : shape, &g->want, &failure));
+    place_inputs(g);
+    (cuda ? add_kernels : add_precisions)(g);
+    if (cuda)
+        place_workspace(g);
 }
 
 void bench_group_free(bench_group *g)

@@ -46,90 +46,63 @@ static void fill_topics(uint64_t *state, const float *topic, int64_t len, int64_
     }
 }
 
-exit_code bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out, file_error *error)
+/* Packed tensors of one batch. */
+static void make_views(int64_t heads, int64_t len, int64_t dim, sparge_dtype dtype, inputs *out)
+{
+    sparge_in view[3];
+    for (int n = 0; n < 3; n++)
+        view[n] = (sparge_in){out->tensor[n].data, dtype, heads * len * dim, len * dim, dim};
+    out->problem = (sparge_problem){
+        1, heads, heads, len, len, dim, dim, view[0], view[1], view[2],
+    };
+}
+
+void bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out)
 {
     *out = (inputs){.type = ARRAY_F32, .rank = 4};
     const int64_t shape[] = {1, heads, len, dim}, head = len * dim;
-    float *topic = malloc((size_t)(TOPICS * dim) * sizeof *topic);
-    bool ok = topic || file_error_set(error, NULL, "no memory for the inputs");
-    for (int n = 0; n < 3 && ok; n++)
-        ok = array_alloc(ARRAY_F32, 4, shape, &out->tensor[n], error);
-    for (int64_t h = 0; h < heads && ok; h++) {
+    float *topic = must_alloc((size_t)(TOPICS * dim), sizeof *topic, "the inputs");
+    for (int n = 0; n < 3; n++)
+        must_have(array_alloc(ARRAY_F32, 4, shape, &out->tensor[n], &failure));
+    for (int64_t h = 0; h < heads; h++) {
         uint64_t state = (uint64_t)h << 32;
         for (int64_t n = 0; n < TOPICS * dim; n++)
             topic[n] = random_normal(&state);
         fill_topics(&state, topic, len, dim, (float *)out->tensor[0].data + h * head);
         fill_topics(&state, topic, len, dim, (float *)out->tensor[1].data + h * head);
-        for (int64_t n = 0; n < head;
-             n++) /* no structure in v: nothing hides an error of a weight */
-            ((float *)out->tensor[2].data)[h * head + n] = random_normal(&state);
+        float *v = (float *)out->tensor[2].data + h * head;
+        for (int64_t n = 0; n < head; n++) /* no structure: nothing hides an error of a weight */
+            v[n] = random_normal(&state);
     }
     free(topic);
-    if (!ok) {
-        inputs_free(out);
-        return EXIT_MACHINE;
-    }
-    sparge_in view[3];
-    for (int n = 0; n < 3; n++)
-        view[n] = (sparge_in){out->tensor[n].data, SPARGE_F32, heads * head, head, dim};
-    out->problem = (sparge_problem){
-        .batch = 1,
-        .heads = heads,
-        .kv_heads = heads,
-        .q_len = len,
-        .k_len = len,
-        .dim = dim,
-        .dim_v = dim,
-        .q = view[0],
-        .k = view[1],
-        .v = view[2],
-    };
-    return EXIT_FINE;
+    make_views(heads, len, dim, SPARGE_F32, out);
 }
 
 /* A head more costs a copy: normal numbers of 32 heads would take longer than their attention. */
-exit_code bench_synthetic_f16(int64_t heads, int64_t len, int64_t dim, inputs *out,
-                              file_error *error)
+void bench_synthetic_f16(int64_t heads, int64_t len, int64_t dim, inputs *out)
 {
     const int64_t made = heads < 2 ? heads : 2, shape[] = {1, heads, len, dim};
+    const size_t bytes = (size_t)(len * dim) * sizeof(uint16_t);
     inputs few;
-    exit_code code = bench_synthetic(made, len, dim, &few, error);
-    if (code)
-        return code;
-    *out = few;
-    sparge_in *const view[] = {&out->problem.q, &out->problem.k, &out->problem.v};
-    for (int n = 0; n < 3; n++)
-        out->tensor[n] = (array){0};
-    for (int n = 0; n < 3 && !code; n++) {
-        const size_t bytes = (size_t)(len * dim) * sizeof(uint16_t);
-        if (!array_to_f16(&few.tensor[n], error) ||
-            !array_alloc(ARRAY_F16, 4, shape, &out->tensor[n], error)) {
-            code = EXIT_MACHINE;
-            break;
-        }
+    bench_synthetic(made, len, dim, &few);
+    *out = (inputs){.type = ARRAY_F32, .rank = 4};
+    for (int n = 0; n < 3; n++) {
+        must_have(array_to_f16(&few.tensor[n], &failure));
+        must_have(array_alloc(ARRAY_F16, 4, shape, &out->tensor[n], &failure));
         for (int64_t h = 0; h < heads; h++)
             memcpy((char *)out->tensor[n].data + (size_t)h * bytes,
                    (char *)few.tensor[n].data + (size_t)(h % made) * bytes, bytes);
-        *view[n] = (sparge_in){out->tensor[n].data, SPARGE_F16, heads * len * dim, len * dim, dim};
     }
-    out->problem.heads = out->problem.kv_heads = heads;
+    make_views(heads, len, dim, SPARGE_F16, out);
     inputs_free(&few);
-    if (code)
-        inputs_free(out);
-    return code;
 }
 
-exit_code bench_capture(const char *path, inputs *out, file_error *error)
+void bench_capture(const char *path, inputs *out)
 {
     const attention_args args = {.file = {path}, .files = 1};
-    const exit_code code = inputs_read(&args, true, out, error);
-    if (code)
-        return code;
-    if (out->problem.batch > 0 && out->problem.q_len > 0 && out->problem.k_len > 0)
-        return EXIT_FINE;
-    inputs_free(out);
-    file_error_set(error, path, "holds no tokens; there is nothing to time");
-    return EXIT_FILE;
+    inputs_read(&args, true, out);
+    if (out->problem.batch == 0 || out->problem.q_len == 0 || out->problem.k_len == 0)
+        fail(EXIT_FILE, path, "holds no tokens; there is nothing to time");
 }
 
 /* ---- Masks ---- */

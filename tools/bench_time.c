@@ -51,48 +51,38 @@ static double foreign_since(const load *then)
 
 /* ---- Passes and rounds ---- */
 
-static bool keep_pass(bench_case *c, const bench_times *times, file_error *error)
+static void keep_pass(bench_case *c, const bench_times *times)
 {
     if (c->passes == c->room) {
         const int room = c->room ? 2 * c->room : 16;
         bench_times *more = realloc(c->pass, (size_t)room * sizeof *more);
         if (!more)
-            return file_error_set(error, NULL, "no memory for the times of %d passes", room);
+            fail(EXIT_MACHINE, NULL, "no memory for the times of %d passes", room);
         c->pass = more;
         c->room = room;
     }
     c->pass[c->passes++] = *times;
-    return true;
 }
 
 /* The peaks, and one call of each case. */
-static exit_code pass(bench_group *g, file_error *error)
+static void pass(bench_group *g)
 {
     sparge_peaks peaks = {.f32 = NAN, .int8 = NAN}; /* of cuda: what gpu/ceilings measures */
-    sparge_error failed;
-    const sparge_status measured =
-        g->options.backend == SPARGE_CPU
-            ? sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &failed)
-            : SPARGE_OK;
-    if (measured)
-        return library_result(measured, &failed, error);
+    if (g->options.backend == SPARGE_CPU)
+        must_sparge(
+            sparge_measure_peaks(g->machine.isa, g->machine.threads, &peaks, &library_error));
     const int first = g->cases[0].passes; /* another case in each pass: what follows a long one may
                                              find a slower clock */
     for (int turn = 0; turn < g->count; turn++) {
-        const int n = (first + turn) % g->count;
-        if (g->cases[n].wrong)
+        bench_case *c = &g->cases[(first + turn) % g->count];
+        if (c->wrong)
             continue;
         bench_times times;
-        sparge_error why;
-        const sparge_status status = bench_run(g, &g->cases[n], &times, &why);
-        if (status)
-            return library_result(status, &why, error);
+        bench_run(g, c, &times);
         times.figure[BENCH_PEAK_F32] = peaks.f32;
         times.figure[BENCH_PEAK_INT8] = peaks.int8;
-        if (!keep_pass(&g->cases[n], &times, error))
-            return EXIT_MACHINE;
+        keep_pass(c, &times);
     }
-    return EXIT_FINE;
 }
 
 static void drop_round(bench_group *g)
@@ -107,16 +97,14 @@ static void keep_round(bench_group *g)
         g->cases[n].kept = g->cases[n].passes;
 }
 
-/* *foreign: what others used meanwhile. */
-static exit_code round_of_passes(bench_group *g, double *foreign, file_error *error)
+/* What others used meanwhile. */
+static double round_of_passes(bench_group *g)
 {
     const load before = load_now();
-    exit_code code;
     do
-        code = pass(g, error);
-    while (!code && g->options.threads > 1 && progress_clock() - before.wall < round_seconds);
-    *foreign = foreign_since(&before);
-    return code;
+        pass(g);
+    while (g->options.threads > 1 && progress_clock() - before.wall < round_seconds);
+    return foreign_since(&before);
 }
 
 /* ---- Medians ---- */
@@ -135,31 +123,24 @@ static double median_of(double *x, int n)
     return (x[(n - 1) / 2] + x[n / 2]) / 2.0;
 }
 
-static exit_code medians(bench_case *c, file_error *error)
+static void medians(bench_case *c)
 {
-    double *x = malloc(((size_t)c->kept + 1) * sizeof *x);
-    if (!x) {
-        file_error_set(error, NULL, "no memory for the times of %d passes", c->kept);
-        return EXIT_MACHINE;
-    }
+    double *x = must_alloc((size_t)c->kept, sizeof *x, "the times of the passes");
     for (int figure = 0; figure < BENCH_FIGURES; figure++) {
         for (int n = 0; n < c->kept; n++)
             x[n] = c->pass[n].figure[figure];
         c->median.figure[figure] = median_of(x, c->kept);
     }
     free(x);
-    return EXIT_FINE;
 }
 
-exit_code bench_time(bench_group *g, progress *watch, double from, double to, file_error *error)
+void bench_time(bench_group *g, progress *watch, double from, double to)
 {
     const bool judged = g->options.threads > 1;
-    const int64_t most = ROUNDS_FOR_ONE * g->args->repeat;
-    exit_code code = EXIT_FINE;
+    const int64_t rounds = g->args->repeat, most = ROUNDS_FOR_ONE * rounds;
     int64_t counted = 0, discarded = 0;
-    while (counted < g->args->repeat && discarded < most && !code) {
-        double foreign;
-        code = round_of_passes(g, &foreign, error);
+    while (counted < rounds && discarded < most) {
+        const double foreign = round_of_passes(g);
         const bool busy = judged && !(foreign <= foreign_cores); /* also where it is unknown */
         g->foreign = busy && !(foreign <= g->foreign) ? foreign : g->foreign;
         if (busy && !g->args->allow_busy) {
@@ -170,18 +151,14 @@ exit_code bench_time(bench_group *g, progress *watch, double from, double to, fi
             keep_round(g);
             counted++;
         }
-        if (!progress_tick(watch, from + (to - from) * (double)counted / (double)g->args->repeat) &&
-            !code)
-            code = library_result(SPARGE_ERR_CANCELLED, NULL, error);
+        if (!progress_tick(watch, from + (to - from) * (double)counted / (double)rounds))
+            must_sparge(SPARGE_ERR_CANCELLED);
     }
-    if (counted < g->args->repeat) {
-        g->busy = true;
-        for (int n = 0; n < g->count; n++)
-            g->cases[n].kept = 0;
+    g->busy |= counted < rounds;
+    for (int n = 0; n < g->count; n++) {
+        g->cases[n].kept = counted < rounds ? 0 : g->cases[n].kept;
+        medians(&g->cases[n]);
     }
-    for (int n = 0; n < g->count && !code; n++)
-        code = medians(&g->cases[n], error);
     g->machine.peaks.f32 = g->cases[0].median.figure[BENCH_PEAK_F32];
     g->machine.peaks.int8 = g->cases[0].median.figure[BENCH_PEAK_INT8];
-    return code;
 }

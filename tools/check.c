@@ -110,15 +110,15 @@ static const char *want_name(const check *c)
 static void read_files(check *c)
 {
     const attention_args *a = &c->args.attention;
-    must(given_file(a, &c->given, &failure));
-    must(inputs_read(a, true, &c->in, &failure));
-    must(settle(a, c->given.list, &c->in.problem, &c->options, &c->settled, &failure));
+    given_file(a, &c->given);
+    inputs_read(a, true, &c->in);
+    settle(a, c->given.list, &c->in.problem, &c->options, &c->settled);
     must_sparge(sparge_options_resolve(&c->in.problem, &c->options, &library_error));
-    must(inputs_output(c->args.o, &c->in, &c->got.o, &c->type, &failure));
+    inputs_output(c->args.o, &c->in, &c->got.o, &c->type);
     if (c->args.lse)
-        must(inputs_lse(c->args.lse, &c->in, &c->got.lse, &failure));
+        inputs_lse(c->args.lse, &c->in, &c->got.lse);
     if (c->args.mask)
-        must(inputs_mask(c->args.mask, &c->in, &c->options, &c->mask, &failure));
+        inputs_mask(c->args.mask, &c->in, &c->options, &c->mask);
 }
 
 /* A mask as an array, and what it keeps. */
@@ -127,7 +127,7 @@ static sparge_counts *count(const check *c, const sparge_mask *mask, array *kept
     const sparge_problem *p = &c->in.problem;
     sparge_counts *counts =
         must_alloc((size_t)(p->batch * p->heads), sizeof *counts, "the counters of the heads");
-    must_have(mask_array(mask, p, &c->options, kept, &failure));
+    mask_array(mask, p, &c->options, kept);
     kept_counts(kept, p, &c->options, counts);
     return counts;
 }
@@ -145,8 +145,8 @@ static void predict(check *c)
 static void answer_alloc(const check *c, array_type type, answer *to)
 {
     const sparge_problem *p = &c->in.problem;
-    must_have(intermediates_alloc("bhqv", type, p, &c->options, &to->o, &failure) &&
-              intermediates_alloc("bhq", type, p, &c->options, &to->lse, &failure));
+    intermediates_alloc("bhqv", type, p, &c->options, &to->o);
+    intermediates_alloc("bhq", type, p, &c->options, &to->lse);
 }
 
 /* The oracle over a mask; mass may be NULL. */
@@ -165,8 +165,7 @@ static void ask(check *c, const sparge_mask *mask, const char *what, answer *to,
 static void measure(check *c)
 {
     const sparge_mask *mask = c->args.mask ? &c->mask : NULL;
-    must_have(
-        intermediates_alloc("bhij", ARRAY_F64, &c->in.problem, &c->options, &c->mass, &failure));
+    intermediates_alloc("bhij", ARRAY_F64, &c->in.problem, &c->options, &c->mass);
     answer_alloc(c, ARRAY_F32, &c->baseline);
     ask(c, NULL, "dense attention", &c->dense, c->mass.data);
     if (mask)

@@ -25,7 +25,7 @@ static double density_at(const sparge_problem *p, sparge_options *o, sparge_mask
     array keep;
     o->thresholds.tau = float_of(tau);
     must_sparge(device_predict(p, o, mask, NULL, &seconds, &library_error));
-    must_have(mask_array(mask, p, o, &keep, &failure));
+    mask_array(mask, p, o, &keep);
     kept_counts(&keep, p, o, counts);
     array_free(&keep);
     const sparge_counts sum = kept_sum(counts, p->batch * p->heads);

@@ -17,22 +17,12 @@ exit_code inputs_npy(const char *path, array *out, file_error *error)
     return npy_read(path, out, error) ? EXIT_FINE : EXIT_FILE;
 }
 
-static exit_code read_named(const char *path, const char *const *name, int count, array *out,
-                            file_error *error)
-{
-    return safetensors_read(path, name, count, out, error) ? EXIT_FINE : EXIT_FILE;
-}
-
-static exit_code read_tensors(const attention_args *args, int count, inputs *out, file_error *error)
+static void read_tensors(const attention_args *args, int count, array *out)
 {
     if (args->files == 1)
-        return read_named(args->file[0], names, count, out->tensor, error);
-    for (int n = 0; n < args->files; n++) {
-        const exit_code code = inputs_npy(args->file[n], &out->tensor[n], error);
-        if (code)
-            return code;
-    }
-    return EXIT_FINE;
+        must_do(safetensors_read(args->file[0], names, count, out, &failure));
+    for (int n = 0; n < args->files && args->files > 1; n++)
+        must_do(npy_read(args->file[n], &out[n], &failure));
 }
 
 /* ---- What has to fit ---- */
@@ -46,20 +36,17 @@ static void axes_of(const array *x, bool nhd, int64_t axis[4])
     axis[3] = x->shape[x->rank - 1];
 }
 
-static exit_code unfit(const attention_args *args, const array *x, int n, int than, const char *why,
-                       file_error *error)
+_Noreturn static void unfit(const attention_args *args, const array *x, int n, int than,
+                            const char *why)
 {
     char one[ARRAY_SHAPE_TEXT], other[ARRAY_SHAPE_TEXT] = "";
     array_shape_string(x[n].rank, x[n].shape, one);
     array_shape_string(x[than].rank, x[than].shape, other);
     const char *file = args->file[args->files == 1 ? 0 : n];
     if (n == than)
-        file_error_set(error, file, "%s is %s %s, %s", names[n], array_type_string(x[n].type), one,
-                       why);
-    else
-        file_error_set(error, file, "%s is %s and %s in %.120s is %s: %s", names[n], one,
-                       names[than], args->file[args->files == 1 ? 0 : than], other, why);
-    return EXIT_FILE;
+        fail(EXIT_FILE, file, "%s is %s %s, %s", names[n], array_type_string(x[n].type), one, why);
+    fail(EXIT_FILE, file, "%s is %s and %s in %.120s is %s: %s", names[n], one, names[than],
+         args->file[args->files == 1 ? 0 : than], other, why);
 }
 
 static bool fits_f32(const array *x)
@@ -72,38 +59,33 @@ static bool fits_f32(const array *x)
     return fits;
 }
 
-static exit_code check(const attention_args *args, const array *x, int count, int64_t axis[3][4],
-                       file_error *error)
+static void check(const attention_args *args, const array *x, int count, int64_t axis[3][4])
 {
     const int64_t *q = axis[0], *k = axis[1], *const v = axis[2];
     for (int n = 0; n < count; n++) {
         if (x[n].type > ARRAY_F64)
-            return unfit(args, x, n, n, "it must be of floats; convert it to f4", error);
+            unfit(args, x, n, n, "it must be of floats; convert it to f4");
         if (!fits_f32(&x[n]))
-            return unfit(args, x, n, n, "it has finite elements that f4 cannot hold; scale it",
-                         error);
+            unfit(args, x, n, n, "it has finite elements that f4 cannot hold; scale it");
         if (x[n].rank < 2 || x[n].rank > 4)
-            return unfit(args, x, n, n, "it must be [N,D], [H,N,D] or [B,H,N,D]; reshape", error);
+            unfit(args, x, n, n, "it must be [N,D], [H,N,D] or [B,H,N,D]; reshape");
         axes_of(&x[n], args->nhd, axis[n]);
         if (axis[n][1] < 1 || axis[n][3] < 1)
-            return unfit(args, x, n, n, "it needs a head and a channel at least", error);
+            unfit(args, x, n, n, "it needs a head and a channel at least");
         if (n < 2 && axis[n][3] > SPARGE_MAX_DIM)
-            return unfit(args, x, n, n, "it may have 256 channels at most", error);
+            unfit(args, x, n, n, "it may have 256 channels at most");
         if (x[n].rank != x[0].rank)
-            return unfit(args, x, 0, n, "they must have as many axes; reshape one", error);
+            unfit(args, x, 0, n, "they must have as many axes; reshape one");
         if (axis[n][0] != q[0])
-            return unfit(args, x, 0, n, "they must have the same batch", error);
+            unfit(args, x, 0, n, "they must have the same batch");
         if (q[1] % axis[n][1] != 0)
-            return unfit(args, x, 0, n,
-                         "the heads of q must be a multiple of those of k and v; "
-                         "is --layout right?",
-                         error);
+            unfit(args, x, 0, n,
+                  "the heads of q must be a multiple of those of k and v; is --layout right?");
     }
     if (k[3] != q[3])
-        return unfit(args, x, 0, 1, "they must have as many channels", error);
+        unfit(args, x, 0, 1, "they must have as many channels");
     if (count > 2 && (v[1] != k[1] || v[2] != k[2]))
-        return unfit(args, x, 1, 2, "they must have the same heads and tokens", error);
-    return EXIT_FINE;
+        unfit(args, x, 1, 2, "they must have the same heads and tokens");
 }
 
 /* ---- Q, K, V ---- */
@@ -122,23 +104,17 @@ static sparge_in view_of(const array *x, const int64_t axis[4], bool nhd)
     };
 }
 
-exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, file_error *error)
+void inputs_read(const attention_args *args, bool needs_v, inputs *out)
 {
     *out = (inputs){0};
     const int count = args->files > 1 ? args->files : needs_v ? 3 : 2;
     array *x = out->tensor;
     int64_t axis[3][4] = {{0}};
-    exit_code code = read_tensors(args, count, out, error);
-    if (!code)
-        code = check(args, x, count, axis, error);
+    read_tensors(args, count, x);
+    check(args, x, count, axis);
     out->type = x[0].type;
-    for (int n = 0; n < count && !code; n++)
-        if (x[n].type == ARRAY_F64 && !array_to_f32(&x[n], error))
-            code = EXIT_MACHINE;
-    if (code) {
-        inputs_free(out);
-        return code;
-    }
+    for (int n = 0; n < count; n++)
+        must_have(x[n].type != ARRAY_F64 || array_to_f32(&x[n], &failure));
     const int64_t *q = axis[0], *k = axis[1], *const v = axis[2];
     out->rank = x[0].rank;
     out->nhd = args->nhd;
@@ -154,7 +130,6 @@ exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, fil
         .k = view_of(&x[1], k, args->nhd),
         .v = view_of(&x[2], v, args->nhd),
     };
-    return EXIT_FINE;
 }
 
 void inputs_free(inputs *in)
@@ -174,34 +149,25 @@ void inputs_fill_mask(sparge_mask *to, const uint8_t *keep)
                     sparge_mask_set(to, b, h, i, j, *keep++ != 0);
 }
 
-exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *options,
-                      sparge_mask *out, file_error *error)
+void inputs_mask(const char *path, const inputs *in, const sparge_options *options,
+                 sparge_mask *out)
 {
-    sparge_error why;
-    array x = {0};
-    const sparge_status status = sparge_mask_alloc(out, &in->problem, options, &why);
-    exit_code code = library_result(status, &why, error);
-    if (!code)
-        code = inputs_npy(path, &x, error);
-    if (code)
-        goto done;
+    array x;
+    must_sparge(sparge_mask_alloc(out, &in->problem, options, &library_error));
+    must_do(npy_read(path, &x, &failure));
     const int64_t shape[] = {out->batch, out->heads, out->q_blocks, out->k_blocks};
     if ((x.type != ARRAY_U8 && x.type != ARRAY_BOOL) || x.rank != 4 ||
         memcmp(x.shape, shape, sizeof shape) != 0) {
-        char is[ARRAY_SHAPE_TEXT], must[ARRAY_SHAPE_TEXT];
+        char is[ARRAY_SHAPE_TEXT], expected[ARRAY_SHAPE_TEXT];
         array_shape_string(x.rank, x.shape, is);
-        array_shape_string(4, shape, must);
-        file_error_set(error, path,
-                       "the mask is %s %s, it must be u8 or bool %s: batch, heads, "
-                       "blocks of %" PRId64 " queries, blocks of %" PRId64 " keys",
-                       array_type_string(x.type), is, must, options->block_q, options->block_k);
-        code = EXIT_FILE;
-        goto done;
+        array_shape_string(4, shape, expected);
+        fail(EXIT_FILE, path,
+             "the mask is %s %s, it must be u8 or bool %s: batch, heads, blocks of %" PRId64
+             " queries, blocks of %" PRId64 " keys",
+             array_type_string(x.type), is, expected, options->block_q, options->block_k);
     }
     inputs_fill_mask(out, x.data);
-done:
     array_free(&x);
-    return code;
 }
 
 /* The axes of o in a file, and its n-th row of [batch][heads][q_len] there. */
@@ -226,14 +192,13 @@ static int64_t output_rows(const inputs *in)
     return in->problem.batch * in->problem.heads * in->problem.q_len;
 }
 
-exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error)
+void inputs_shape_output(const inputs *in, const array *o, array *out)
 {
     const array_type type = in->type == ARRAY_F64 ? ARRAY_F64 : o->type;
     const int64_t dim = in->problem.dim_v, rows = output_rows(in);
     int64_t shape[4];
     output_shape(in, shape);
-    if (!array_alloc(type, in->rank, shape, out, error))
-        return EXIT_MACHINE;
+    must_have(array_alloc(type, in->rank, shape, out, &failure));
     const size_t row = (size_t)dim * array_type_size(o->type);
     for (int64_t from = 0; from < rows; from++) {
         const int64_t to = output_row(in, from);
@@ -243,62 +208,54 @@ exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file
         for (int64_t c = 0; type != o->type && c < dim; c++)
             ((double *)out->data)[to * dim + c] = ((const float *)o->data)[from * dim + c];
     }
-    return EXIT_FINE;
 }
 
-static exit_code unfit_output(const char *path, const array *x, const char *what, int rank,
-                              const int64_t *shape, file_error *error)
+_Noreturn static void unfit_output(const char *path, const array *x, const char *what, int rank,
+                                   const int64_t *shape)
 {
-    char is[ARRAY_SHAPE_TEXT], must[ARRAY_SHAPE_TEXT];
+    char is[ARRAY_SHAPE_TEXT], expected[ARRAY_SHAPE_TEXT];
     array_shape_string(x->rank, x->shape, is);
-    array_shape_string(rank, shape, must);
-    file_error_set(error, path,
-                   "%s is %s %s, it must be of floats and %s, as sparge run writes it for this q",
-                   what, array_type_string(x->type), is, must);
-    return EXIT_FILE;
+    array_shape_string(rank, shape, expected);
+    fail(EXIT_FILE, path,
+         "%s is %s %s, it must be of floats and %s, as sparge run writes it for this q", what,
+         array_type_string(x->type), is, expected);
 }
 
-exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type,
-                        file_error *error)
+void inputs_output(const char *path, const inputs *in, array *out, array_type *type)
 {
     static const char *name = "o";
-    const char *end = strrchr(path, '.');
-    array x = {0};
-    exit_code code = end && strcmp(end, ".safetensors") == 0 ? read_named(path, &name, 1, &x, error)
-                                                             : inputs_npy(path, &x, error);
-    int64_t shape[4];
-    output_shape(in, shape);
-    *type = x.type;
-    if (!code && (x.type > ARRAY_F64 || x.rank != in->rank ||
-                  memcmp(x.shape, shape, (size_t)x.rank * sizeof *shape) != 0))
-        code = unfit_output(path, &x, "o", in->rank, shape, error);
     const sparge_problem *p = &in->problem;
     const int64_t axes[] = {p->batch, p->heads, p->q_len, p->dim_v};
-    if (!code && ((x.type != ARRAY_F64 && !array_to_f32(&x, error)) ||
-                  !array_alloc(x.type, 4, axes, out, error)))
-        code = EXIT_MACHINE;
-    const size_t row = code ? 0 : (size_t)p->dim_v * array_type_size(x.type);
-    for (int64_t to = 0; !code && to < output_rows(in); to++)
+    const char *end = strrchr(path, '.');
+    array x;
+    int64_t shape[4];
+    must_do(end && strcmp(end, ".safetensors") == 0 ? safetensors_read(path, &name, 1, &x, &failure)
+                                                    : npy_read(path, &x, &failure));
+    *type = x.type;
+    output_shape(in, shape);
+    if (x.type > ARRAY_F64 || x.rank != in->rank ||
+        memcmp(x.shape, shape, (size_t)x.rank * sizeof *shape) != 0)
+        unfit_output(path, &x, "o", in->rank, shape);
+    must_have((x.type == ARRAY_F64 || array_to_f32(&x, &failure)) &&
+              array_alloc(x.type, 4, axes, out, &failure));
+    const size_t row = (size_t)p->dim_v * array_type_size(x.type);
+    for (int64_t to = 0; to < output_rows(in); to++)
         memcpy((char *)out->data + (size_t)to * row,
                (const char *)x.data + (size_t)output_row(in, to) * row, row);
     array_free(&x);
-    return code;
 }
 
-exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error *error)
+void inputs_lse(const char *path, const inputs *in, array *out)
 {
     const int64_t shape[] = {in->problem.batch, in->problem.heads, in->problem.q_len};
-    const exit_code code = inputs_npy(path, out, error);
-    if (code)
-        return code;
+    must_do(npy_read(path, out, &failure));
     const bool fits =
         out->rank >= 1 && out->rank <= 3 && array_count(out) == output_rows(in) &&
         memcmp(out->shape, shape + 3 - out->rank, (size_t)out->rank * sizeof *shape) == 0;
     if (!fits || (out->type != ARRAY_F32 && out->type != ARRAY_F64))
-        return unfit_output(path, out, "the log-sum-exp", 3, shape, error);
+        unfit_output(path, out, "the log-sum-exp", 3, shape);
     out->rank = 3;
     memcpy(out->shape, shape, sizeof shape);
-    return EXIT_FINE;
 }
 
 exit_code inputs_spare(const char *output, const char *const *input, int n, file_error *error)

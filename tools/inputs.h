@@ -12,26 +12,27 @@ typedef struct inputs {
     bool nhd;
 } inputs;
 
+/* Those that return nothing end the program when something is wrong. */
+
 /* Reads q and k, and v too where it is needed or has a file of its own. */
-exit_code inputs_read(const attention_args *args, bool needs_v, inputs *out, file_error *error);
+void inputs_read(const attention_args *args, bool needs_v, inputs *out);
 void inputs_free(inputs *in);
 
 /* The pairs of a mask, from a byte each: [batch][heads][q_blocks][k_blocks]. */
 void inputs_fill_mask(sparge_mask *to, const uint8_t *keep);
 
 /* A mask of uint8 or bool, [batch][heads][q_blocks][k_blocks]. */
-exit_code inputs_mask(const char *path, const inputs *in, const sparge_options *options,
-                      sparge_mask *out, file_error *error);
+void inputs_mask(const char *path, const inputs *in, const sparge_options *options,
+                 sparge_mask *out);
 
 /* o [batch][heads][q_len][dim_v], in f16 or f32, in the type and with the axes of q. */
-exit_code inputs_shape_output(const inputs *in, const array *o, array *out, file_error *error);
+void inputs_shape_output(const inputs *in, const array *o, array *out);
 
 /* The other way: a file of o (.npy, or `o` of a .safetensors) with the axes of q, as
  * [batch][heads][q_len][dim_v] of f32, or f64 where the file is; *type is the file's. And one of
  * lse, [batch][heads][q_len] in a .npy of f32 or f64; leading axes of 1 may be missing. */
-exit_code inputs_output(const char *path, const inputs *in, array *out, array_type *type,
-                        file_error *error);
-exit_code inputs_lse(const char *path, const inputs *in, array *out, file_error *error);
+void inputs_output(const char *path, const inputs *in, array *out, array_type *type);
+void inputs_lse(const char *path, const inputs *in, array *out);
 
 /* A file of one array. */
 exit_code inputs_npy(const char *path, array *out, file_error *error);

@@ -7,28 +7,28 @@
 
 #include "tools/npy.h"
 
-#define TRACE(field) offsetof(sparge_intermediates, field)
+#define FIELD(field) offsetof(sparge_intermediates, field)
 
 const stage stages[STAGES] = {
     [STAGE_BLOCKS] = {"blocks", "2", ARRAY_I64, ALWAYS, 0}, /* block_q, block_k */
-    {"k_mean", "bgd", ARRAY_F32, SMOOTHED, TRACE(k_mean)},
-    {"k_pool", "bgjd", ARRAY_F32, PREDICTED, TRACE(k_pool)},
-    {"k_sim", "bgj", ARRAY_F32, PREDICTED, TRACE(k_sim)},
-    {"q_pool", "bhid", ARRAY_F32, PREDICTED, TRACE(q_pool)},
-    {"q_sim", "bhi", ARRAY_F32, PREDICTED, TRACE(q_sim)},
-    {"S_all", "bhij", ARRAY_F32, PREDICTED, TRACE(s_all)},
-    {"S", "bhij", ARRAY_F32, PREDICTED, TRACE(s)},
-    [STAGE_WHY] = {"why", "bhij", ARRAY_U8, PREDICTED, TRACE(why)}, /* bits of sparge_reason */
+    {"k_mean", "bgd", ARRAY_F32, SMOOTHED, FIELD(k_mean)},
+    {"k_pool", "bgjd", ARRAY_F32, PREDICTED, FIELD(k_pool)},
+    {"k_sim", "bgj", ARRAY_F32, PREDICTED, FIELD(k_sim)},
+    {"q_pool", "bhid", ARRAY_F32, PREDICTED, FIELD(q_pool)},
+    {"q_sim", "bhi", ARRAY_F32, PREDICTED, FIELD(q_sim)},
+    {"S_all", "bhij", ARRAY_F32, PREDICTED, FIELD(s_all)},
+    {"S", "bhij", ARRAY_F32, PREDICTED, FIELD(s)},
+    [STAGE_WHY] = {"why", "bhij", ARRAY_U8, PREDICTED, FIELD(why)}, /* bits of sparge_reason */
     [STAGE_MASK] = {"mask", "bhij", ARRAY_U8, ALWAYS, 0},
-    {"q_scale", "bhi", ARRAY_F32, QK_CODES, TRACE(q_scale)},
-    {"q_int", "bhqd", ARRAY_I16, QK_CODES, TRACE(q_int)},
-    {"k_scale", "bgj", ARRAY_F32, QK_CODES, TRACE(k_scale)},
-    {"k_int", "bgkd", ARRAY_I16, QK_CODES, TRACE(k_int)},
-    {"v_scale", "bgjv", ARRAY_F32, PV_CODES, TRACE(v_scale)},
-    {"v_int", "bgkv", ARRAY_I16, PV_CODES, TRACE(v_int)},
-    {"pv_done", "bhij", ARRAY_F32, ATTENDED, TRACE(pv_done)},
-    {"m", "bhq", ARRAY_F32, ATTENDED, TRACE(m)},
-    {"l", "bhq", ARRAY_F32, ATTENDED, TRACE(l)},
+    {"q_scale", "bhi", ARRAY_F32, QK_CODES, FIELD(q_scale)},
+    {"q_int", "bhqd", ARRAY_I16, QK_CODES, FIELD(q_int)},
+    {"k_scale", "bgj", ARRAY_F32, QK_CODES, FIELD(k_scale)},
+    {"k_int", "bgkd", ARRAY_I16, QK_CODES, FIELD(k_int)},
+    {"v_scale", "bgjv", ARRAY_F32, PV_CODES, FIELD(v_scale)},
+    {"v_int", "bgkv", ARRAY_I16, PV_CODES, FIELD(v_int)},
+    {"pv_done", "bhij", ARRAY_F32, ATTENDED, FIELD(pv_done)},
+    {"m", "bhq", ARRAY_F32, ATTENDED, FIELD(m)},
+    {"l", "bhq", ARRAY_F32, ATTENDED, FIELD(l)},
     [STAGE_O] = {"o", "bhqv", ARRAY_F32, ATTENDED, 0},
 };
 
@@ -53,14 +53,14 @@ static int64_t axis_size(char axis, const sparge_problem *p, const sparge_option
     }
 }
 
-bool intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
-                         const sparge_options *o, array *out, file_error *error)
+void intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
+                         const sparge_options *o, array *out)
 {
     int64_t shape[ARRAY_MAX_RANK];
     const int rank = (int)strlen(axes);
     for (int d = 0; d < rank; d++)
         shape[d] = axis_size(axes[d], p, o);
-    return array_alloc(type, rank, shape, out, error);
+    must_have(array_alloc(type, rank, shape, out, &failure));
 }
 
 bool stage_recorded(int n) { return n != STAGE_BLOCKS && n != STAGE_MASK && n != STAGE_O; }
@@ -73,20 +73,18 @@ int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
     return bytes;
 }
 
-bool intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
-                              const sparge_options *o, file_error *error)
+void intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
+                              const sparge_options *o)
 {
-    if (!intermediates_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n], error))
-        return false;
+    intermediates_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n]);
     if (stage_recorded(n))
         memcpy((char *)&d->intermediates + stages[n].field, &d->array[n].data, sizeof(void *));
-    return true;
 }
 
-bool intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
-                        bool predicts, bool attends, file_error *error)
+void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
+                        bool predicts, bool attends)
 {
-    const bool there[] = {
+    const bool wanted[] = {
         [ALWAYS] = true,
         [PREDICTED] = predicts,
         [SMOOTHED] = o->smooth_k && (predicts || attends),
@@ -96,11 +94,9 @@ bool intermediates_make(intermediate_arrays *d, const sparge_problem *p, const s
     };
     d->attends = attends;
     for (int n = 0; n < STAGES; n++)
-        if (there[stages[n].when] && n != STAGE_MASK && n != STAGE_O &&
-            !intermediates_make_stage(d, n, p, o, error))
-            return false;
+        if (wanted[stages[n].when] && n != STAGE_MASK && n != STAGE_O)
+            intermediates_make_stage(d, n, p, o);
     memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
-    return true;
 }
 
 void intermediates_path(const char *folder, int n, char path[PATH_MAX])
@@ -108,30 +104,25 @@ void intermediates_path(const char *folder, int n, char path[PATH_MAX])
     snprintf(path, PATH_MAX, "%s/%s.npy", folder, stages[n].name);
 }
 
-exit_code intermediates_open(intermediate_arrays *d, const char *folder, file_error *error)
+void intermediates_open(intermediate_arrays *d, const char *folder)
 {
     d->folder = folder;
-    if (!output_folder(folder, error))
-        return EXIT_FILE;
+    must_do(output_folder(folder, &failure));
     for (int n = 0; n < STAGES; n++) {
         char path[PATH_MAX];
         intermediates_path(folder, n, path);
-        const bool wanted = d->array[n].data || n == STAGE_MASK || (n == STAGE_O && d->attends);
-        if (wanted && !(d->file[n] = output_open(path, error)))
-            return EXIT_FILE;
+        if (d->array[n].data || n == STAGE_MASK || (n == STAGE_O && d->attends))
+            must_do((d->file[n] = output_open(path, &failure)));
     }
-    return EXIT_FINE;
 }
 
-bool intermediates_write(const intermediate_arrays *d, file_error *error)
+void intermediates_write(const intermediate_arrays *d)
 {
     for (int n = 0; n < STAGES && d->folder; n++) {
         char path[PATH_MAX];
         intermediates_path(d->folder, n, path);
-        if (d->file[n] && !npy_write(output_stream(d->file[n]), path, &d->array[n], error))
-            return false;
+        must_do(!d->file[n] || npy_write(output_stream(d->file[n]), path, &d->array[n], &failure));
     }
-    return true;
 }
 
 void intermediates_tidy(const intermediate_arrays *d)
@@ -179,11 +170,10 @@ bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, 
     return keys_seen(p, o, last) > j * o->block_k;
 }
 
-bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
-                array *out, file_error *error)
+void mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
+                array *out)
 {
-    if (!intermediates_alloc("bhij", ARRAY_U8, p, o, out, error))
-        return false;
+    intermediates_alloc("bhij", ARRAY_U8, p, o, out);
     uint8_t *keep = out->data;
     for (int64_t b = 0; b < out->shape[0]; b++)
         for (int64_t h = 0; h < out->shape[1]; h++)
@@ -191,5 +181,4 @@ bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_o
                 for (int64_t j = 0; j < out->shape[3]; j++)
                     *keep++ =
                         block_visible(p, o, i, j) && (!mask || sparge_mask_get(mask, b, h, i, j));
-    return true;
 }

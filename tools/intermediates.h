@@ -32,24 +32,24 @@ typedef struct intermediate_arrays {
     bool attends; /* there is an o */
 } intermediate_arrays;
 
-/* The shape of one array of axes such as "bhij". */
-bool intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
-                         const sparge_options *o, array *out, file_error *error);
+/* An array of axes such as "bhij". What is wrong, here and below, ends the program. */
+void intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
+                         const sparge_options *o, array *out);
 /* Is stage n an array of sparge_intermediates, and of how many bytes? */
 bool stage_recorded(int n);
 int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o);
 /* One stage that is recorded. */
-bool intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
-                              const sparge_options *o, file_error *error);
+void intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
+                              const sparge_options *o);
 /* The arrays of a run that predicts its mask, or does not, and attends, or does not, under options
  * as resolved: all but the mask and o, with the block sizes filled in. */
-bool intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
-                        bool predicts, bool attends, file_error *error);
+void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
+                        bool predicts, bool attends);
 /* The file of stage n. */
 void intermediates_path(const char *folder, int n, char path[PATH_MAX]);
 /* Makes the folder, and opens a file in it for each array, for the mask and for o. */
-exit_code intermediates_open(intermediate_arrays *d, const char *folder, file_error *error);
-bool intermediates_write(const intermediate_arrays *d, file_error *error);
+void intermediates_open(intermediate_arrays *d, const char *folder);
+void intermediates_write(const intermediate_arrays *d);
 /* After outputs_commit: removes what an earlier intermediates left there of stages that this one
  * lacks. */
 void intermediates_tidy(const intermediate_arrays *d);
@@ -61,7 +61,7 @@ int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t);
 int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
 bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
 /* uint8 [batch][heads][q_blocks][k_blocks]: 1 for the visible blocks of a mask; NULL: of all. */
-bool mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
-                array *out, file_error *error);
+void mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
+                array *out);
 
 #endif

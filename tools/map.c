@@ -91,13 +91,13 @@ static void check_args(const attention_args *a)
 static void read_files(map *m)
 {
     const attention_args *a = &m->args.attention;
-    must(settle_spare(a, m->capture, a->output, &failure));
-    must(settle_spare(a, m->capture, m->args.numbers, &failure));
+    settle_spare(a, m->capture, a->output);
+    settle_spare(a, m->capture, m->args.numbers);
     if (picture_format_of(a->output) == PICTURE_UNKNOWN)
         fail(EXIT_USAGE, a->output,
              "is of no kind that map draws; let the name end in .png, .svg or .pdf");
-    must(inputs_read(a, asks_lambda(a), &m->in, &failure));
-    must(settle(a, m->capture, &m->in.problem, &m->options, &m->settled, &failure));
+    inputs_read(a, asks_lambda(a), &m->in);
+    settle(a, m->capture, &m->in.problem, &m->options, &m->settled);
 }
 
 /* The picture before there is anything on it: does it fit? */
@@ -133,15 +133,15 @@ static void compute(map *m)
     double seconds;
     m->counts = must_alloc(heads, sizeof *m->counts, "the counters of the heads");
     m->titles = must_alloc(heads, sizeof *m->titles, "the titles of the heads");
-    must_have(intermediates_alloc("bhij", ARRAY_F64, p, o, &m->mass, &failure) &&
-              intermediates_alloc("bhij", ARRAY_U8, p, o, &m->why, &failure) &&
-              intermediates_alloc("bhij", ARRAY_F32, p, o, &m->pv_done, &failure));
+    intermediates_alloc("bhij", ARRAY_F64, p, o, &m->mass);
+    intermediates_alloc("bhij", ARRAY_U8, p, o, &m->why);
+    intermediates_alloc("bhij", ARRAY_F32, p, o, &m->pv_done);
     const sparge_intermediates predicted = {.why = m->why.data};
     progress watch = progress_begin("lambda");
     progress_watch(&watch, o);
     must_sparge(device_predict(p, o, &m->mask, &predicted, &seconds, &library_error));
     if (m->picture.lambda) {
-        must_have(intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o, &failure));
+        intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o);
         const sparge_intermediates attended = {.pv_done = m->pv_done.data};
         sparge_result result = {
             .o = {m->o.data, SPARGE_F32, p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v,
@@ -157,7 +157,7 @@ static void compute(map *m)
         sparge_oracle(p, o, NULL, SPARGE_ORACLE_REAL, NULL, NULL, m->mass.data, &library_error);
     progress_end(&watch);
     must_sparge(status);
-    must_have(mask_array(&m->mask, p, o, &m->keep, &failure));
+    mask_array(&m->mask, p, o, &m->keep);
     if (!m->picture.lambda)
         kept_counts(&m->keep, p, o, m->counts);
 }
@@ -286,14 +286,14 @@ exit_code map_command(int argc, char **argv, file_error *error)
     map_args args = {.base = {error}};
     must(attention_parse(&map_argp, argc, argv, &args.base, &args.attention));
     check_args(&args.attention);
-    must(given_find(&args.attention, &given, error));
+    given_find(&args.attention, &given);
     for (const capture *c = given.list; c < given.list + given.count; c++) {
         map_args one = args;
         char drawing[PATH_MAX], numbers[PATH_MAX];
         if (given.folder) {
             one.attention.file[0] = c->path;
-            must(place_output(&one.attention.output, c, ".png", drawing, error));
-            must(place_output(&one.numbers, c, ".npy", numbers, error));
+            place_output(&one.attention.output, c, ".png", drawing);
+            place_output(&one.numbers, c, ".npy", numbers);
         }
         map_capture(&one, c);
     }

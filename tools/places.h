@@ -11,17 +11,14 @@ typedef struct given_captures {
     bool folder; /* they are of a folder, not one of a file or of several */
 } given_captures;
 
-exit_code given_find(const attention_args *args, given_captures *out, file_error *error);
-exit_code given_file(const attention_args *args, given_captures *out,
-                     file_error *error); /* refuses a folder */
-
+/* What is wrong ends the program. */
+void given_find(const attention_args *args, given_captures *out);
+void given_file(const attention_args *args, given_captures *out); /* refuses a folder */
 void given_free(given_captures *given);
 
 /* Replaces the name of a folder, unless it is NULL, by that of the capture's file in it, which is
  * kept in `path`. Of an output the folders above it are made, and go again if it never comes. */
-exit_code place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
-                      file_error *error);
-exit_code place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX],
-                       file_error *error);
+void place_input(const char **name, const capture *c, const char *ending, char path[PATH_MAX]);
+void place_output(const char **name, const capture *c, const char *ending, char path[PATH_MAX]);
 
 #endif

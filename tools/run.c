@@ -100,7 +100,7 @@ static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : 
 static void spare(const run *r, const char *output)
 {
     must(inputs_spare(output, &r->args.mask, 1, &failure));
-    must(settle_spare(&r->args.attention, r->capture, output, &failure));
+    settle_spare(&r->args.attention, r->capture, output);
 }
 
 static void read_files(run *r)
@@ -114,11 +114,11 @@ static void read_files(run *r)
         intermediates_path(r->args.intermediates, n, path);
         spare(r, path);
     }
-    must(inputs_read(a, !r->args.mask_only, &r->in, &failure));
-    must(settle(a, r->capture, &r->in.problem, &r->options, &r->settled, &failure));
+    inputs_read(a, !r->args.mask_only, &r->in);
+    settle(a, r->capture, &r->in.problem, &r->options, &r->settled);
     must_sparge(sparge_options_resolve(&r->in.problem, &r->options, &library_error));
     if (r->args.mask)
-        must(inputs_mask(r->args.mask, &r->in, &r->options, &r->mask, &failure));
+        inputs_mask(r->args.mask, &r->in, &r->options, &r->mask);
     const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], r->args.mask};
     memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
     for (int n = 1; n < RUN_INPUTS; n++)
@@ -142,10 +142,10 @@ static void open_files(run *r)
     r->mask_file = open_file(r->args.mask_out);
     r->lse_file = open_file(r->args.lse_out);
     if (r->args.intermediates) {
-        must_have(intermediates_make(d, p, &r->options, predicts, !r->args.mask_only, &failure));
-        must(intermediates_open(d, r->args.intermediates, &failure));
+        intermediates_make(d, p, &r->options, predicts, !r->args.mask_only);
+        intermediates_open(d, r->args.intermediates);
     } else if (predicts)
-        must_have(intermediates_make_stage(d, STAGE_WHY, p, &r->options, &failure));
+        intermediates_make_stage(d, STAGE_WHY, p, &r->options);
 }
 
 static void attend(run *r)
@@ -153,9 +153,8 @@ static void attend(run *r)
     const sparge_problem *p = &r->in.problem;
     array *o = &r->intermediates.array[STAGE_O];
     const bool half = r->in.type == ARRAY_F16;
-    must_have(
-        intermediates_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o, &failure) &&
-        intermediates_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse, &failure));
+    intermediates_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o);
+    intermediates_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse);
     r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32,
                                p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v};
     r->result.lse = r->args.lse_out ? r->lse.data : NULL;
@@ -195,7 +194,7 @@ static void compute(run *r)
     if (run_predicts(&r->args))
         must_sparge(sparge_mask_alloc(&r->mask, p, &r->options, &library_error));
     (r->args.mask_only ? predict : attend)(r);
-    must_have(mask_array(mask_of(r), p, &r->options, mask, &failure));
+    mask_array(mask_of(r), p, &r->options, mask);
     if (r->args.mask_only) {
         kept_counts(mask, p, &r->options, r->result.head_counts);
         r->result.counts = kept_sum(r->result.head_counts, heads);
@@ -212,14 +211,14 @@ static void write_files(run *r)
     array *o = &r->intermediates.array[STAGE_O], *mask = &r->intermediates.array[STAGE_MASK];
     if (r->o_file) {
         array shaped;
-        must(inputs_shape_output(&r->in, o, &shaped, &failure));
+        inputs_shape_output(&r->in, o, &shaped);
         write_file(r->o_file, r->args.attention.output, &shaped);
         array_free(&shaped);
     }
     must_have(r->args.mask_only || array_to_f32(o, &failure));
     write_file(r->mask_file, r->args.mask_out, mask);
     write_file(r->lse_file, r->args.lse_out, &r->lse);
-    must_do(intermediates_write(&r->intermediates, &failure));
+    intermediates_write(&r->intermediates);
 }
 
 /* The oracle over a mask: how far o is from it, where there is an o; and how much it pays to each
@@ -228,8 +227,8 @@ static void measure(run *r, const sparge_mask *mask, const char *what, compariso
 {
     const sparge_problem *p = &r->in.problem;
     array want = {0};
-    must_have(r->args.mask_only ||
-              intermediates_alloc("bhqv", ARRAY_F64, p, &r->options, &want, &failure));
+    if (!r->args.mask_only)
+        intermediates_alloc("bhqv", ARRAY_F64, p, &r->options, &want);
     progress watch = progress_begin(what);
     progress_watch(&watch, &r->options);
     const sparge_status status = sparge_oracle(p, &r->options, mask, SPARGE_ORACLE_REAL, want.data,
@@ -244,7 +243,7 @@ static void measure(run *r, const sparge_mask *mask, const char *what, compariso
 static void check(run *r)
 {
     array mass;
-    must_have(intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass, &failure));
+    intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass);
     measure(r, NULL, "check", &r->real, mass.data);
     r->recall = judge_recall(&mass, &r->intermediates.array[STAGE_MASK], r->in.problem.q_len,
                              r->options.block_q);
@@ -296,11 +295,11 @@ static void run_listed(const run_args *args, const capture *c, json_t *rows)
     run_args one = *args;
     char path[5][PATH_MAX];
     one.attention.file[0] = c->path;
-    must(place_input(&one.mask, c, ".npy", path[0], &failure));
-    must(place_output(&one.attention.output, c, ".npy", path[1], &failure));
-    must(place_output(&one.mask_out, c, ".npy", path[2], &failure));
-    must(place_output(&one.lse_out, c, ".npy", path[3], &failure));
-    must(place_output(&one.intermediates, c, "", path[4], &failure));
+    place_input(&one.mask, c, ".npy", path[0]);
+    place_output(&one.attention.output, c, ".npy", path[1]);
+    place_output(&one.mask_out, c, ".npy", path[2]);
+    place_output(&one.lse_out, c, ".npy", path[3]);
+    place_output(&one.intermediates, c, "", path[4]);
     run_capture(&one, c, rows);
 }
 
@@ -310,7 +309,7 @@ exit_code run_command(int argc, char **argv, file_error *error)
     run_args args = {.base = {error}, .density = NAN};
     const attention_args *a = &args.attention;
     must(attention_parse(&run_argp, argc, argv, &args.base, &args.attention));
-    must(given_find(a, &given, error));
+    given_find(a, &given);
     json_t *rows = given.folder ? json_array() : NULL;
     for (int64_t n = 0; n < given.count; n++)
         if (rows)

@@ -8,70 +8,44 @@
 #include "tools/params.h"
 
 /* The layer whose thresholds these heads have. */
-static exit_code find_layer(const attention_args *a, const params *p, settled *s, file_error *error)
+static void find_layer(const attention_args *a, const params *p, settled *s)
 {
     const capture *c = s->capture;
-    const bool several = p->heads > 0 && p->head[0].layer != p->head[p->heads - 1].layer;
-    const exit_code code = capture_layer(c, a->layer, &s->layer, error);
-    if (code)
-        return code;
+    must(capture_layer(c, a->layer, &s->layer, &failure));
     s->layer_from = a->layer >= 0    ? "--layer"
                     : c->layer_named ? "name"
                     : c->layer >= 0  ? "manifest"
                                      : "params";
     if (s->layer >= 0)
-        return EXIT_FINE;
+        return;
     s->layer = p->heads > 0 ? p->head[0].layer : 0;
-    if (!several)
-        return EXIT_FINE;
-    file_error_set(
-        error, c->path,
-        "neither a manifest nor its name says of which layer it is, and %.100s has several; "
-        "give --layer",
-        a->params);
-    return EXIT_FILE;
+    if (p->heads > 0 && p->head[p->heads - 1].layer != s->layer)
+        fail(EXIT_FILE, c->path,
+             "neither a manifest nor its name says of which layer it is, and %.100s has several; "
+             "give --layer",
+             a->params);
 }
 
-static exit_code find_heads(const attention_args *a, const params *p, int64_t heads, settled *s,
-                            file_error *error)
+void settle(const attention_args *a, const capture *c, const sparge_problem *problem,
+            sparge_options *options, settled *out)
 {
-    exit_code code = find_layer(a, p, s, error);
-    if (code)
-        return code;
-    s->per_head = malloc((size_t)heads * sizeof *s->per_head);
-    if (!s->per_head) {
-        file_error_set(error, a->params, "no memory for the thresholds of %" PRId64 " heads",
-                       heads);
-        return EXIT_MACHINE;
-    }
-    for (int64_t h = 0; h < heads && !code; h++)
-        code = params_find(p, a->params, s->layer, capture_head(s->capture, h), &s->per_head[h],
-                           error);
-    return code;
-}
-
-exit_code settle(const attention_args *a, const capture *c, const sparge_problem *problem,
-                 sparge_options *options, settled *out, file_error *error)
-{
-    params p = {0};
-    option_set given = a->given;
-    exit_code code = EXIT_FINE;
     *out = (settled){.capture = c, .params = a->params, .layer = -1};
     if (a->params) {
-        code = capture_sha256(a->params, out->sha256, error);
-        if (!code)
-            code = params_read(a->params, &p, error);
-        if (!code)
-            code = params_model(&p, a->params, c->model, c->weights, error);
-        if (!code)
-            code = params_obey(&p, a->params, given, options, error);
-        if (!code)
-            code = find_heads(a, &p, problem->heads, out, error);
-        given = options_all();
+        params p;
+        must(capture_sha256(a->params, out->sha256, &failure));
+        must(params_read(a->params, &p, &failure));
+        must(params_model(&p, a->params, c->model, c->weights, &failure));
+        must(params_obey(&p, a->params, a->given, options, &failure));
+        find_layer(a, &p, out);
+        out->per_head =
+            must_alloc((size_t)problem->heads, sizeof *out->per_head, "the thresholds of heads");
+        for (int64_t h = 0; h < problem->heads; h++)
+            must(params_find(&p, a->params, out->layer, capture_head(c, h), &out->per_head[h],
+                             &failure));
+        params_free(&p);
     }
-    params_free(&p);
     options->per_head = out->per_head;
-    return code ? code : capture_obey(c, problem, given, options, error);
+    must(capture_obey(c, problem, a->params ? options_all() : a->given, options, &failure));
 }
 
 void settled_free(settled *s)
@@ -80,11 +54,10 @@ void settled_free(settled *s)
     s->per_head = NULL;
 }
 
-exit_code settle_spare(const attention_args *a, const capture *c, const char *output,
-                       file_error *error)
+void settle_spare(const attention_args *a, const capture *c, const char *output)
 {
     const char *const input[] = {a->file[0], a->file[1], a->file[2], a->params, c->from};
-    return inputs_spare(output, input, sizeof input / sizeof *input, error);
+    must(inputs_spare(output, input, sizeof input / sizeof *input, &failure));
 }
 
 json_t *settled_json(const settled *s)

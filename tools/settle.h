@@ -1,5 +1,5 @@
 /* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of
- * --params, or else the manifest beside the file; what contradicts one of them is an error. */
+ * --params, or else the manifest beside the file; what contradicts one of them ends the program. */
 #ifndef SPARGE_TOOLS_SETTLE_H
 #define SPARGE_TOOLS_SETTLE_H
 
@@ -15,14 +15,13 @@ typedef struct settled {
 } settled;
 
 /* options: of the command line. They are then whole, and point into *out. */
-exit_code settle(const attention_args *args, const capture *c, const sparge_problem *p,
-                 sparge_options *options, settled *out, file_error *error);
+void settle(const attention_args *args, const capture *c, const sparge_problem *p,
+            sparge_options *options, settled *out);
 void settled_free(settled *s);
 
 /* Refuses an output that would replace a file of the capture's, of its manifest or of thresholds;
  * NULL is not a file. */
-exit_code settle_spare(const attention_args *args, const capture *c, const char *output,
-                       file_error *error);
+void settle_spare(const attention_args *args, const capture *c, const char *output);
 
 /* "manifest" and "params": what they said; null where there are none. NULL: no memory. */
 json_t *settled_json(const settled *s);

@@ -288,7 +288,7 @@ static void read_capture(const tune *t, const capture *c, option_set given, spar
     attention_args file = t->args.attention;
     file.file[0] = c->path;
     file.files = 1;
-    must(inputs_read(&file, true, in, &failure));
+    inputs_read(&file, true, in);
     must(capture_obey(c, &in->problem, given, options, &failure));
 }
 
