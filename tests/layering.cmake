@@ -32,8 +32,8 @@ rule("cpu/.*" "sparge\\.h|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|cpu
 rule("tune/.*" "sparge\\.h|common/.*|tune/.*" "${standard}|pthread\\.h"
      "tune/ includes sparge.h, common/, tune/, the C library and POSIX threads")
 rule("gpu/.*" "sparge\\.h|common/.*|gpu/.*" ".*" "gpu/ includes sparge.h, common/, gpu/ and system headers")
-rule("tools/.*" "sparge\\.h|common/half\\.h|tools/.*" ".*"
-     "tools/ is a user's program: it includes sparge.h, common/half.h, tools/ and system headers")
+rule("tools/.*" "sparge\\.h|common/.*|tools/.*" ".*"
+     "tools/ is a user's program: it includes sparge.h, common/, tools/ and system headers")
 rule("(experiments|paper_figs)/.*" "sparge\\.h|tools/.*|experiments/.*" ".*"
      "experiments/ and paper_figs/ are a user's programs: they include sparge.h, tools/ for files and arguments, experiments/ and system headers")
 rule("tests/.*" ".*" ".*" "tests/ includes everything")

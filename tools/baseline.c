@@ -4,7 +4,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "common/half.h"
+#include "common/element.h"
 #include "tools/intermediates.h"
 
 typedef struct work {
@@ -34,11 +34,8 @@ static void load(const sparge_in *in, int64_t b, int64_t h, int64_t first, int64
 {
     for (int64_t t = first; t < first + tokens; t++)
         for (int64_t c = 0; c < dim; c++) {
-            const int64_t at = b * in->batch + h * in->head + t * in->token + c;
-            const uint16_t *half = in->data;
-            const float x = in->dtype == SPARGE_F16    ? sparge_f16_to_f32(half[at])
-                            : in->dtype == SPARGE_BF16 ? sparge_bf16_to_f32(half[at])
-                                                       : ((const float *)in->data)[at];
+            const float x =
+                sparge_element_load(in->data, in->dtype, sparge_in_row(in, b, h, t) + c);
             *to++ = isfinite(x) ? x : NAN;
         }
 }
@@ -71,8 +68,9 @@ static int64_t keys_of(const work *w, int64_t b, int64_t h, int64_t i)
 static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys, float *o)
 {
     const sparge_problem *p = w->problem;
-    const int64_t seen = keys_seen(p, w->options, t);
-    while (keys > 0 && w->key[keys - 1] >= seen)
+    const sparge_geometry g = geometry_of(p, w->options);
+    const int64_t visible = sparge_keys_of_query(&g, t);
+    while (keys > 0 && w->key[keys - 1] >= visible)
         keys--;
     load(&p->q, b, h, t, 1, p->dim, w->q);
     float top = -INFINITY, sum = 0.0f;

@@ -79,16 +79,15 @@ static void sample_mask(const bench_case *c, const sparge_problem *p, const spar
     if (c->kind == BENCH_DENSE)
         return;
     must_sparge(sparge_mask_alloc(mask, p, o, &library_error));
-    must_sparge(
-        device_memory_make(o->backend, mask->bits, device_mask_bytes(mask), bits, &library_error));
+    device_memory_make(o->backend, mask->bits, device_mask_bytes(mask), bits);
     if (c->kind == BENCH_PREDICTED) {
         sparge_mask predicted = *mask;
         predicted.bits = bits->device;
         must_sparge(sparge_predict(p, o, &predicted, NULL, &library_error));
-        must_sparge(device_memory_get(bits, &library_error));
+        device_memory_get(bits);
     } else {
         bench_impose(c->kind, c->imposed, p, o, mask);
-        must_sparge(device_memory_put(bits, &library_error));
+        device_memory_put(bits);
     }
 }
 
@@ -102,11 +101,10 @@ static void attend_into(const sparge_problem *p, const sparge_options *options,
         kept = *mask;
         kept.bits = bits->device;
     }
-    must_sparge(device_memory_make(options->backend, got->data,
-                                   array_count(got) * (int64_t)sizeof(float), &o, &library_error));
+    device_memory_make(options->backend, got->data, array_count(got) * (int64_t)sizeof(float), &o);
     sparge_result result = {.o = bench_output(p, o.device, SPARGE_F32)};
     must_sparge(sparge_attend(p, options, mask ? &kept : NULL, &result, &library_error));
-    must_sparge(device_memory_get(&o, &library_error));
+    device_memory_get(&o);
     device_memory_free(&o);
 }
 

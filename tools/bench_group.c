@@ -104,9 +104,9 @@ void bench_fetch(bench_group *g, bench_case *c)
     must_have(array_alloc(type, g->o.rank, g->o.shape, &o, &failure));
     device_memory output = g->output;
     output.host = o.data;
-    must_sparge(device_memory_get(&output, &library_error));
+    device_memory_get(&output);
     if (c->kind == BENCH_PREDICTED)
-        must_sparge(device_memory_get(&c->bits, &library_error));
+        device_memory_get(&c->bits);
     must_have(array_to_f32(&o, &failure));
     array_free(&g->o);
     g->o = o;
@@ -137,9 +137,8 @@ static void add_masked(bench_group *g, bench_mask kind, double imposed, const be
     must_sparge(sparge_mask_alloc(&c->mask, p, &g->options, &library_error));
     if (kind != BENCH_PREDICTED)
         bench_impose(kind, imposed, p, &g->options, &c->mask);
-    must_sparge(device_memory_make(g->options.backend, c->mask.bits, device_mask_bytes(&c->mask),
-                                   &c->bits, &library_error));
-    must_sparge(device_memory_put(&c->bits, &library_error));
+    device_memory_make(g->options.backend, c->mask.bits, device_mask_bytes(&c->mask), &c->bits);
+    device_memory_put(&c->bits);
 }
 
 /* Dense attention once, whatever kinds of masks there are: a mask of sparsity 0 is none. */
@@ -218,15 +217,13 @@ static void place_inputs(bench_group *g)
     for (int n = 0; n < 3; n++) {
         const array *x = &g->in->tensor[n];
         const int64_t bytes = array_count(x) * (int64_t)array_type_size(x->type);
-        must_sparge(
-            device_memory_make(g->options.backend, x->data, bytes, &g->input[n], &library_error));
-        must_sparge(device_memory_put(&g->input[n], &library_error));
+        device_memory_make(g->options.backend, x->data, bytes, &g->input[n]);
+        device_memory_put(&g->input[n]);
         view[n]->data =
             (char *)g->input[n].device + ((const char *)view[n]->data - (const char *)x->data);
     }
-    must_sparge(device_memory_make(g->options.backend, g->o.data,
-                                   array_count(&g->o) * (g->problem.q.dtype == SPARGE_F32 ? 4 : 2),
-                                   &g->output, &library_error));
+    device_memory_make(g->options.backend, g->o.data,
+                       array_count(&g->o) * (g->problem.q.dtype == SPARGE_F32 ? 4 : 2), &g->output);
 }
 
 /* As much as the greediest case needs. */
@@ -240,7 +237,7 @@ static void place_workspace(bench_group *g)
             &g->problem, &options, g->cases[n].kind == BENCH_PREDICTED, &bytes, &library_error));
         most = bytes > most ? bytes : most;
     }
-    must_sparge(device_memory_make(g->options.backend, NULL, most, &g->workspace, &library_error));
+    device_memory_make(g->options.backend, NULL, most, &g->workspace);
 }
 
 void bench_group_make(bench_group *g)

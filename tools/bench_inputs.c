@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tools/bench.h"
+#include "tools/intermediates.h"
 
 /* ---- Random numbers, the same everywhere ---- */
 
@@ -107,25 +108,15 @@ void bench_capture(const char *path, inputs *out)
 
 /* ---- Masks ---- */
 
-/* Key blocks that some query of block i may see; they are the first ones. */
-static int64_t visible_blocks(const sparge_problem *p, const sparge_options *o, int64_t i,
-                              int64_t k_blocks)
-{
-    const int64_t end = (i + 1) * o->block_q, last = (end < p->q_len ? end : p->q_len) - 1;
-    const int64_t offset = o->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0;
-    const int64_t keys = o->causal == SPARGE_CAUSAL_NONE ? p->k_len : last + offset + 1;
-    const int64_t blocks = keys <= 0 ? 0 : (keys + o->block_k - 1) / o->block_k;
-    return blocks < k_blocks ? blocks : k_blocks;
-}
-
 void bench_impose(bench_mask kind, double sparsity, const sparge_problem *p,
                   const sparge_options *o, sparge_mask *mask)
 {
+    const sparge_geometry g = geometry_of(p, o);
     uint64_t state = 1;
     for (int64_t row = 0; row < mask->batch * mask->heads * mask->q_blocks; row++) {
         const int64_t b = row / mask->q_blocks / mask->heads,
                       h = row / mask->q_blocks % mask->heads;
-        const int64_t i = row % mask->q_blocks, visible = visible_blocks(p, o, i, mask->k_blocks);
+        const int64_t i = row % mask->q_blocks, visible = sparge_blocks_visible(&g, i);
         const int64_t share = llround((1.0 - sparsity) * (double)visible);
         int64_t left = share > 0 ? share : visible > 0;
         /* The key block under the middle of the query block, and as many on either side. */

@@ -134,10 +134,8 @@ static sparge_counts *count(const check *c, const sparge_mask *mask, array *kept
 
 static void predict(check *c)
 {
-    double seconds;
     must_sparge(sparge_mask_alloc(&c->predicted, &c->in.problem, &c->options, &library_error));
-    must_sparge(
-        device_predict(&c->in.problem, &c->options, &c->predicted, NULL, &seconds, &library_error));
+    device_predict(&c->in.problem, &c->options, &c->predicted, NULL);
     c->counts = count(c, &c->mask, &c->kept);
     c->predicted_counts = count(c, &c->predicted, &c->chosen);
 }

@@ -21,10 +21,9 @@ static float float_of(uint32_t bits)
 static double density_at(const sparge_problem *p, sparge_options *o, sparge_mask *mask,
                          sparge_counts *counts, uint32_t tau)
 {
-    double seconds;
     array keep;
     o->thresholds.tau = float_of(tau);
-    must_sparge(device_predict(p, o, mask, NULL, &seconds, &library_error));
+    device_predict(p, o, mask, NULL);
     mask_array(mask, p, o, &keep);
     kept_counts(&keep, p, o, counts);
     array_free(&keep);

@@ -6,29 +6,25 @@
 #include "sparge.h"
 
 /* An array of the host, and where the backend finds it: on cuda memory of its own, else the same.
- * put copies it to the device, get back. */
+ * put copies it to the device, get back. What fails here and below ends the program. */
 typedef struct device_memory {
     void *host, *device;
     int64_t bytes;
 } device_memory;
 
-sparge_status device_memory_make(sparge_backend backend, void *host, int64_t bytes,
-                                 device_memory *to, sparge_error *error);
-sparge_status device_memory_put(const device_memory *to, sparge_error *error);
-sparge_status device_memory_get(const device_memory *from, sparge_error *error);
+void device_memory_make(sparge_backend backend, void *host, int64_t bytes, device_memory *to);
+void device_memory_put(const device_memory *to);
+void device_memory_get(const device_memory *from);
 void device_memory_free(device_memory *from); /* all zero is fine */
 
 int64_t device_mask_bytes(const sparge_mask *mask);
 
-/* As the functions of those names. Arrays have no gaps; their axes may be in any order. `seconds`
- * are those of the call itself, without the copies. */
-sparge_status device_predict(const sparge_problem *problem, const sparge_options *options,
-                             sparge_mask *mask, const sparge_intermediates *intermediates,
-                             double *seconds, sparge_error *error);
-sparge_status device_attend(const sparge_problem *problem, const sparge_options *options,
-                            const sparge_mask *mask, sparge_result *result, double *seconds,
-                            sparge_error *error);
-sparge_status device_attention(const sparge_problem *problem, const sparge_options *options,
-                               sparge_result *result, double *seconds, sparge_error *error);
+/* sparge_predict; and sparge_attend, or sparge_attention if it predicts the mask.
+ * Arrays have no gaps; their axes may be in any order. They return the seconds of the call itself,
+ * without the copies. */
+double device_predict(const sparge_problem *problem, const sparge_options *options,
+                      sparge_mask *mask, const sparge_intermediates *intermediates);
+double device_attend(const sparge_problem *problem, const sparge_options *options,
+                     const sparge_mask *mask, bool predicts, sparge_result *result);
 
 #endif

@@ -32,11 +32,6 @@ const stage stages[STAGES] = {
     [STAGE_O] = {"o", "bhqv", ARRAY_F32, ATTENDED, 0},
 };
 
-static int64_t blocks(int64_t tokens, int64_t block)
-{
-    return tokens / block + (tokens % block > 0);
-}
-
 static int64_t axis_size(char axis, const sparge_problem *p, const sparge_options *o)
 {
     switch (axis) {
@@ -45,8 +40,8 @@ static int64_t axis_size(char axis, const sparge_problem *p, const sparge_option
     case 'g': return p->kv_heads;
     case 'q': return p->q_len;
     case 'k': return p->k_len;
-    case 'i': return blocks(p->q_len, o->block_q);
-    case 'j': return blocks(p->k_len, o->block_k);
+    case 'i': return sparge_ceil_div(p->q_len, o->block_q);
+    case 'j': return sparge_ceil_div(p->k_len, o->block_k);
     case 'd': return p->dim;
     case 'v': return p->dim_v;
     default: return 2;
@@ -141,44 +136,29 @@ void intermediates_free(intermediate_arrays *d)
         array_free(&d->array[n]);
 }
 
-static int64_t clamp(int64_t x, int64_t low, int64_t high)
+sparge_geometry geometry_of(const sparge_problem *p, const sparge_options *o)
 {
-    return x < low ? low : x > high ? high : x;
+    return sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal);
 }
 
-int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t)
+int64_t block_tokens(const sparge_geometry *g, int64_t i, int64_t j)
 {
-    const int64_t ahead = o->causal == SPARGE_CAUSAL_START ? 0 : p->k_len - p->q_len;
-    return o->causal == SPARGE_CAUSAL_NONE ? p->k_len : clamp(t + 1 + ahead, 0, p->k_len);
-}
-
-int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)
-{
-    const int64_t first = i * o->block_q, end = clamp(first + o->block_q, 0, p->q_len),
-                  key = j * o->block_k;
     int64_t tokens = 0;
-    if (keys_seen(p, o, first) >= key + o->block_k) /* and so do the others */
-        return (end - first) * o->block_k;
-    for (int64_t t = first; t < end; t++)
-        tokens += clamp(keys_seen(p, o, t) - key, 0, o->block_k);
+    for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++)
+        tokens += sparge_keys_visible(g, i * g->block_q + r, j);
     return tokens;
-}
-
-bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j)
-{
-    const int64_t last = clamp((i + 1) * o->block_q, 0, p->q_len) - 1; /* it sees most */
-    return keys_seen(p, o, last) > j * o->block_k;
 }
 
 void mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                 array *out)
 {
+    const sparge_geometry g = geometry_of(p, o);
     intermediates_alloc("bhij", ARRAY_U8, p, o, out);
     uint8_t *keep = out->data;
     for (int64_t b = 0; b < out->shape[0]; b++)
         for (int64_t h = 0; h < out->shape[1]; h++)
             for (int64_t i = 0; i < out->shape[2]; i++)
                 for (int64_t j = 0; j < out->shape[3]; j++)
-                    *keep++ =
-                        block_visible(p, o, i, j) && (!mask || sparge_mask_get(mask, b, h, i, j));
+                    *keep++ = j < sparge_blocks_visible(&g, i) &&
+                              (!mask || sparge_mask_get(mask, b, h, i, j));
 }

@@ -4,6 +4,7 @@
 
 #include <limits.h>
 
+#include "common/geometry.h"
 #include "tools/output.h"
 #include "tools/program.h"
 
@@ -55,11 +56,9 @@ void intermediates_write(const intermediate_arrays *d);
 void intermediates_tidy(const intermediate_arrays *d);
 void intermediates_free(intermediate_arrays *d);
 
-/* How many keys query t may see: the first ones. */
-int64_t keys_seen(const sparge_problem *p, const sparge_options *o, int64_t t);
-/* The (query, key) pairs of blocks i and j that are visible; are there any? */
-int64_t block_tokens(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
-bool block_visible(const sparge_problem *p, const sparge_options *o, int64_t i, int64_t j);
+sparge_geometry geometry_of(const sparge_problem *p, const sparge_options *o);
+/* The (query, key) pairs of blocks i and j that are visible. */
+int64_t block_tokens(const sparge_geometry *g, int64_t i, int64_t j);
 /* uint8 [batch][heads][q_blocks][k_blocks]: 1 for the visible blocks of a mask; NULL: of all. */
 void mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                 array *out);

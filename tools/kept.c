@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/counts.h"
 #include "tools/intermediates.h"
 
 /* ---- Blocks and tokens ---- */
@@ -13,9 +14,10 @@ void kept_counts(const array *keep, const sparge_problem *p, const sparge_option
 {
     const int64_t rows = keep->shape[2], columns = keep->shape[3], count = p->batch * p->heads;
     const uint8_t *kept = keep->data;
+    const sparge_geometry g = geometry_of(p, o);
     memset(heads, 0, (size_t)count * sizeof *heads);
     for (int64_t at = 0; at < rows * columns; at++) {
-        const int64_t tokens = block_tokens(p, o, at / columns, at % columns);
+        const int64_t tokens = block_tokens(&g, at / columns, at % columns);
         for (int64_t h = 0; h < count && tokens; h++) {
             const bool keeps = kept[h * rows * columns + at];
             heads[h].pairs++;
@@ -33,14 +35,8 @@ void kept_counts(const array *keep, const sparge_problem *p, const sparge_option
 sparge_counts kept_sum(const sparge_counts *heads, int64_t count)
 {
     sparge_counts sum = {0};
-    for (int64_t h = 0; h < count; h++) {
-        sum.pairs += heads[h].pairs;
-        sum.tokens += heads[h].tokens;
-        sum.qk_done += heads[h].qk_done;
-        sum.qk_tokens += heads[h].qk_tokens;
-        sum.pv_done += heads[h].pv_done;
-        sum.pv_tokens += heads[h].pv_tokens;
-    }
+    for (int64_t h = 0; h < count; h++)
+        sparge_counts_add(&sum, &heads[h]);
     return sum;
 }
 
@@ -72,10 +68,11 @@ static const struct {
 reasons reasons_of(const array *why, const sparge_problem *p, const sparge_options *o)
 {
     const int64_t rows = why->shape[2], columns = why->shape[3], blocks = array_count(why);
+    const sparge_geometry g = geometry_of(p, o);
     reasons r = {0};
     for (int64_t at = 0; at < blocks; at++) {
         const unsigned bits = ((const uint8_t *)why->data)[at];
-        r.pairs += block_visible(p, o, at / columns % rows, at % columns);
+        r.pairs += at % columns < sparge_blocks_visible(&g, at / columns % rows);
         for (int n = 0; n < REASONS; n++) {
             r.kept[n] += bits >> n & 1;
             r.alone[n] += bits == 1u << n;

@@ -130,7 +130,6 @@ static void compute(map *m)
     const sparge_problem *p = &m->in.problem;
     sparge_options *o = &m->options;
     const size_t heads = (size_t)m->picture.heads;
-    double seconds;
     m->counts = must_alloc(heads, sizeof *m->counts, "the counters of the heads");
     m->titles = must_alloc(heads, sizeof *m->titles, "the titles of the heads");
     intermediates_alloc("bhij", ARRAY_F64, p, o, &m->mass);
@@ -139,7 +138,7 @@ static void compute(map *m)
     const sparge_intermediates predicted = {.why = m->why.data};
     progress watch = progress_begin("lambda");
     progress_watch(&watch, o);
-    must_sparge(device_predict(p, o, &m->mask, &predicted, &seconds, &library_error));
+    device_predict(p, o, &m->mask, &predicted);
     if (m->picture.lambda) {
         intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o);
         const sparge_intermediates attended = {.pv_done = m->pv_done.data};
@@ -149,7 +148,7 @@ static void compute(map *m)
             .intermediates = &attended,
             .head_counts = m->counts,
         };
-        must_sparge(device_attend(p, o, &m->mask, &result, &seconds, &library_error));
+        device_attend(p, o, &m->mask, false, &result);
     }
     progress_end(&watch);
     watch = progress_begin("attention map");
@@ -184,9 +183,9 @@ static void mark_blocks(map *m, int64_t n)
     const int64_t blocks = m->picture.rows * m->picture.columns;
     float *done = (float *)m->pv_done.data + n * blocks;
     const uint8_t *keep = (const uint8_t *)m->keep.data + n * blocks;
+    const sparge_geometry g = geometry_of(&m->in.problem, &m->options);
     for (int64_t at = 0; at < blocks; at++) {
-        const bool visible = block_visible(&m->in.problem, &m->options, at / m->picture.columns,
-                                           at % m->picture.columns);
+        const bool visible = at % g.k_blocks < sparge_blocks_visible(&g, at / g.k_blocks);
         if (!keep[at])
             done[at] = visible ? PICTURE_SKIPPED : PICTURE_INVISIBLE;
         else if (!m->picture.lambda)

@@ -162,24 +162,18 @@ static void attend(run *r)
     r->result.intermediates = &r->intermediates.intermediates;
     progress watch = progress_begin("attention");
     progress_watch(&watch, &r->options);
-    const sparge_status status =
-        run_predicts(&r->args)
-            ? device_attention(p, &r->options, &r->result, &r->seconds, &library_error)
-            : device_attend(p, &r->options, mask_of(r), &r->result, &r->seconds, &library_error);
+    r->seconds = device_attend(p, &r->options, mask_of(r), run_predicts(&r->args), &r->result);
     progress_end(&watch);
-    must_sparge(status);
 }
 
 static void predict(run *r)
 {
     progress watch = progress_begin("prediction");
     progress_watch(&watch, &r->options);
-    const sparge_status status =
-        r->args.mask ? SPARGE_OK
-                     : device_predict(&r->in.problem, &r->options, &r->mask,
-                                      &r->intermediates.intermediates, &r->seconds, &library_error);
+    if (!r->args.mask)
+        r->seconds =
+            device_predict(&r->in.problem, &r->options, &r->mask, &r->intermediates.intermediates);
     progress_end(&watch);
-    must_sparge(status);
     r->result.seconds_predict = r->seconds;
 }
 

@@ -8,6 +8,7 @@
 
 #include "tools/device.h"
 #include "tools/inputs.h"
+#include "tools/kept.h"
 #include "tools/params.h"
 
 bool ends_with(const char *name, const char *end)
@@ -114,44 +115,26 @@ exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *pr
     sparge_options options = c->options;
     sparge_result result = {.o = *o};
     sparge_mask mask = {0};
-    sparge_error why;
-    double seconds = 0.0;
+    exit_code code = EXIT_FINE;
     if (c->thresholds)
         options.per_head = c->thresholds + layer * problem->heads;
-    sparge_status status = SPARGE_OK;
-    exit_code code = EXIT_FINE;
     if (c->mask.data) {
-        status = sparge_mask_alloc(&mask, problem, &options, &why);
-        if (!status)
-            code = take_mask(c, layer, &mask, error);
+        must_sparge(sparge_mask_alloc(&mask, problem, &options, &library_error));
+        code = take_mask(c, layer, &mask, error);
     }
-    if (!status && !code && (c->dense || c->mask.data))
-        status = device_attend(problem, &options, c->dense ? NULL : &mask, &result, &seconds, &why);
-    else if (!status && !code)
-        status = device_attention(problem, &options, &result, &seconds, &why);
-    sparge_mask_free(&mask);
-    if (!code)
-        code = library_result(status, &why, error);
     if (!code) {
+        to->seconds += device_attend(problem, &options, c->mask.data ? &mask : NULL,
+                                     !c->dense && !c->mask.data, &result);
         to->layer[layer] = result.counts;
-        to->seconds += seconds;
         to->prepare += result.seconds_predict + result.seconds_quantize;
         to->isa = result.isa;
         to->threads = result.threads;
     }
+    sparge_mask_free(&mask);
     return code;
 }
 
 sparge_counts measured_counts(const measured *m, int64_t layers)
 {
-    sparge_counts sum = {0};
-    for (int64_t n = 0; n < layers; n++) {
-        sum.pairs += m->layer[n].pairs;
-        sum.qk_done += m->layer[n].qk_done;
-        sum.pv_done += m->layer[n].pv_done;
-        sum.tokens += m->layer[n].tokens;
-        sum.qk_tokens += m->layer[n].qk_tokens;
-        sum.pv_tokens += m->layer[n].pv_tokens;
-    }
-    return sum;
+    return kept_sum(m->layer, layers);
 }
