@@ -79,7 +79,7 @@ typedef struct bench_case {
     bool shown;         /* asked for, not only compared with */
     bool wrong;         /* its result did not pass the check */
     bench_times *pass;
-    int passes, kept, room; /* kept: of the rounds that count */
+    int passes, kept, capacity; /* kept: of the rounds that count */
     bench_times median;
     sparge_result result; /* of the last call */
 } bench_case;

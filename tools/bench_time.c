@@ -53,13 +53,13 @@ static double foreign_since(const load *then)
 
 static void keep_pass(bench_case *c, const bench_times *times)
 {
-    if (c->passes == c->room) {
-        const int room = c->room ? 2 * c->room : 16;
-        bench_times *more = realloc(c->pass, (size_t)room * sizeof *more);
+    if (c->passes == c->capacity) {
+        const int capacity = c->capacity ? 2 * c->capacity : 16;
+        bench_times *more = realloc(c->pass, (size_t)capacity * sizeof *more);
         if (!more)
-            fail(EXIT_MACHINE, NULL, "no memory for the times of %d passes", room);
+            fail(EXIT_MACHINE, NULL, "no memory for the times of %d passes", capacity);
         c->pass = more;
-        c->room = room;
+        c->capacity = capacity;
     }
     c->pass[c->passes++] = *times;
 }

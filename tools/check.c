@@ -78,9 +78,9 @@ static const struct argp check_argp = {
 };
 
 /* Attention by one judge. */
-typedef struct answer {
+typedef struct attended {
     array o, lse; /* [batch][heads][q_len][dim_v], [batch][heads][q_len] */
-} answer;
+} attended;
 
 typedef struct check {
     check_args args;
@@ -89,17 +89,17 @@ typedef struct check {
     inputs in;
     settled settled;
     array_type type;                          /* of O in its file */
-    answer got;                               /* what is judged; its lse may be empty */
+    attended got;                             /* what is judged; its lse may be empty */
     sparge_mask mask, predicted;              /* no bits where it was dense */
     array kept, chosen;                       /* the same as arrays */
     sparge_counts *counts, *predicted_counts; /* of them, [batch][heads] */
     array mass;                               /* block_mass of dense attention */
-    answer dense, masked;                     /* by the oracle */
-    answer baseline;
+    attended dense, masked;                   /* by the oracle */
+    attended baseline;
 } check;
 
 /* What O and the log-sum-exp are measured by: over the mask where there is one. */
-static const answer *want_of(const check *c) { return c->args.mask ? &c->masked : &c->dense; }
+static const attended *want_of(const check *c) { return c->args.mask ? &c->masked : &c->dense; }
 static const char *want_name(const check *c)
 {
     return c->args.mask ? "attention over the mask" : "dense attention";
@@ -140,7 +140,7 @@ static void predict(check *c)
     c->predicted_counts = count(c, &c->predicted, &c->chosen);
 }
 
-static void answer_alloc(const check *c, array_type type, answer *to)
+static void attended_alloc(const check *c, array_type type, attended *to)
 {
     const sparge_problem *p = &c->in.problem;
     intermediates_alloc("bhqv", type, p, &c->options, &to->o);
@@ -148,9 +148,9 @@ static void answer_alloc(const check *c, array_type type, answer *to)
 }
 
 /* The oracle over a mask; mass may be NULL. */
-static void ask(check *c, const sparge_mask *mask, const char *what, answer *to, double *mass)
+static void ask(check *c, const sparge_mask *mask, const char *what, attended *to, double *mass)
 {
-    answer_alloc(c, ARRAY_F64, to);
+    attended_alloc(c, ARRAY_F64, to);
     progress watch = progress_begin(what);
     progress_watch(&watch, &c->options);
     const sparge_status status =
@@ -164,7 +164,7 @@ static void measure(check *c)
 {
     const sparge_mask *mask = c->args.mask ? &c->mask : NULL;
     intermediates_alloc("bhij", ARRAY_F64, &c->in.problem, &c->options, &c->mass);
-    answer_alloc(c, ARRAY_F32, &c->baseline);
+    attended_alloc(c, ARRAY_F32, &c->baseline);
     ask(c, NULL, "dense attention", &c->dense, c->mass.data);
     if (mask)
         ask(c, mask, "attention over the mask", &c->masked, NULL);
@@ -341,7 +341,7 @@ static exit_code report(check *c, file_error *error)
     return ok ? EXIT_FINE : EXIT_DIFFERENT;
 }
 
-static void answer_free(answer *a)
+static void attended_free(attended *a)
 {
     array_free(&a->o);
     array_free(&a->lse);
@@ -358,10 +358,10 @@ exit_code check_command(int argc, char **argv, file_error *error)
         predict(&c);
     measure(&c);
     const exit_code code = report(&c, error);
-    answer_free(&c.got);
-    answer_free(&c.dense);
-    answer_free(&c.masked);
-    answer_free(&c.baseline);
+    attended_free(&c.got);
+    attended_free(&c.dense);
+    attended_free(&c.masked);
+    attended_free(&c.baseline);
     array_free(&c.kept);
     array_free(&c.chosen);
     free(c.counts);

@@ -92,14 +92,14 @@ static sparge_mask *place_mask(device *d, const sparge_mask *mask, bool is_input
 
 static const sparge_intermediates *place_intermediates(device *d, const sparge_intermediates *from)
 {
-    for (int n = 0; n < STAGES && from; n++) {
+    for (int n = 0; n < INTERMEDIATE_COUNT && from; n++) {
         void *at = NULL;
-        if (stage_recorded(n))
-            memcpy(&at, (const char *)from + stages[n].field, sizeof at);
+        if (intermediate_recorded(n))
+            memcpy(&at, (const char *)from + intermediate_table[n].field, sizeof at);
         /* Some of it may be left as it was. */
-        at = place(d, at, true, true, stage_bytes(n, &d->problem, d->options));
+        at = place(d, at, true, true, intermediate_bytes(n, &d->problem, d->options));
         if (at)
-            memcpy((char *)&d->intermediates + stages[n].field, &at, sizeof at);
+            memcpy((char *)&d->intermediates + intermediate_table[n].field, &at, sizeof at);
     }
     return from ? &d->intermediates : NULL;
 }

@@ -112,7 +112,7 @@ static exit_code diff_files(const diff_args *a)
 /* ---- Two folders of intermediates ------------------------------------------------------ */
 
 /* What the axes of an array are called, and for tokens the block they are in. */
-static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_t block[2])
+static json_t *place_of(const intermediate *s, const array *x, int64_t at, const int64_t block[2])
 {
     static const char letters[] = "bhgqkijdv2";
     static const char *const words[] = {"batch",   "head",    "kv_head", "query",   "key",
@@ -133,10 +133,10 @@ static json_t *place_of(const stage *s, const array *x, int64_t at, const int64_
 }
 
 /* The n-th array as a row of the report; NULL: it is in neither folder. */
-static json_t *diff_stage(const diff_args *a, int n, int64_t block[2])
+static json_t *diff_one(const diff_args *a, int n, int64_t block[2])
 {
     static array pair[2];
-    const stage *s = &stages[n];
+    const intermediate *s = &intermediate_table[n];
     char path[2][PATH_MAX];
     bool found[2];
     for (int side = 0; side < 2; side++) {
@@ -152,7 +152,7 @@ static json_t *diff_stage(const diff_args *a, int n, int64_t block[2])
     if (pair[0].rank != (int)strlen(s->axes))
         fail(EXIT_FILE, path[0], "got %d axes, expected %zu for %s; write the intermediates again",
              pair[0].rank, strlen(s->axes), s->name);
-    if (n == STAGE_BLOCKS && array_count(&pair[0]) == 2 && pair[0].type == ARRAY_I64)
+    if (n == INTERMEDIATE_BLOCKS && array_count(&pair[0]) == 2 && pair[0].type == ARRAY_I64)
         memcpy(block, pair[0].data, 2 * sizeof *block);
     const double tolerance = s->type == ARRAY_F32 && !isnan(a->tolerance) ? a->tolerance : 0.0;
     const difference d = compare_elements(&pair[0], &pair[1], tolerance);
@@ -171,8 +171,8 @@ static exit_code diff_folders(const diff_args *a)
     json_t *rows = json_array();
     const json_t *first = NULL;
     int64_t block[2] = {0};
-    for (int n = 0; n < STAGES; n++) {
-        json_t *row = diff_stage(a, n, block);
+    for (int n = 0; n < INTERMEDIATE_COUNT; n++) {
+        json_t *row = diff_one(a, n, block);
         if (!first && json_is_true(json_object_get(row, "differs")))
             first = row;
         if (row)

@@ -1,4 +1,5 @@
-/* intermediates.c: what the stages are called, how large they are, and their files. */
+/* intermediates.c: what the intermediate results are called, how large they are, and their files.
+ */
 #include "tools/intermediates.h"
 
 #include <stddef.h>
@@ -9,8 +10,8 @@
 
 #define FIELD(field) offsetof(sparge_intermediates, field)
 
-const stage stages[STAGES] = {
-    [STAGE_BLOCKS] = {"blocks", "2", ARRAY_I64, ALWAYS, 0}, /* block_q, block_k */
+const intermediate intermediate_table[INTERMEDIATE_COUNT] = {
+    [INTERMEDIATE_BLOCKS] = {"blocks", "2", ARRAY_I64, ALWAYS, 0}, /* block_q, block_k */
     {"k_mean", "bgd", ARRAY_F32, SMOOTHED, FIELD(k_mean)},
     {"k_pool", "bgjd", ARRAY_F32, PREDICTED, FIELD(k_pool)},
     {"k_sim", "bgj", ARRAY_F32, PREDICTED, FIELD(k_sim)},
@@ -18,8 +19,9 @@ const stage stages[STAGES] = {
     {"q_sim", "bhi", ARRAY_F32, PREDICTED, FIELD(q_sim)},
     {"S_all", "bhij", ARRAY_F32, PREDICTED, FIELD(s_all)},
     {"S", "bhij", ARRAY_F32, PREDICTED, FIELD(s)},
-    [STAGE_WHY] = {"why", "bhij", ARRAY_U8, PREDICTED, FIELD(why)}, /* bits of sparge_reason */
-    [STAGE_MASK] = {"mask", "bhij", ARRAY_U8, ALWAYS, 0},
+    [INTERMEDIATE_WHY] = {"why", "bhij", ARRAY_U8, PREDICTED,
+                          FIELD(why)}, /* bits of sparge_reason */
+    [INTERMEDIATE_MASK] = {"mask", "bhij", ARRAY_U8, ALWAYS, 0},
     {"q_scale", "bhi", ARRAY_F32, QK_CODES, FIELD(q_scale)},
     {"q_int", "bhqd", ARRAY_I16, QK_CODES, FIELD(q_int)},
     {"k_scale", "bgj", ARRAY_F32, QK_CODES, FIELD(k_scale)},
@@ -29,7 +31,7 @@ const stage stages[STAGES] = {
     {"pv_done", "bhij", ARRAY_F32, ATTENDED, FIELD(pv_done)},
     {"m", "bhq", ARRAY_F32, ATTENDED, FIELD(m)},
     {"l", "bhq", ARRAY_F32, ATTENDED, FIELD(l)},
-    [STAGE_O] = {"o", "bhqv", ARRAY_F32, ATTENDED, 0},
+    [INTERMEDIATE_O] = {"o", "bhqv", ARRAY_F32, ATTENDED, 0},
 };
 
 static int64_t axis_size(char axis, const sparge_problem *p, const sparge_options *o)
@@ -58,22 +60,26 @@ void intermediates_alloc(const char *axes, array_type type, const sparge_problem
     must_have(array_alloc(type, rank, shape, out, &failure));
 }
 
-bool stage_recorded(int n) { return n != STAGE_BLOCKS && n != STAGE_MASK && n != STAGE_O; }
-
-int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o)
+bool intermediate_recorded(int n)
 {
-    int64_t bytes = (int64_t)array_type_size(stages[n].type);
-    for (const char *axis = stages[n].axes; *axis; axis++)
+    return n != INTERMEDIATE_BLOCKS && n != INTERMEDIATE_MASK && n != INTERMEDIATE_O;
+}
+
+int64_t intermediate_bytes(int n, const sparge_problem *p, const sparge_options *o)
+{
+    int64_t bytes = (int64_t)array_type_size(intermediate_table[n].type);
+    for (const char *axis = intermediate_table[n].axes; *axis; axis++)
         bytes *= axis_size(*axis, p, o);
     return bytes;
 }
 
-void intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
-                              const sparge_options *o)
+void intermediates_make_one(intermediate_arrays *d, int n, const sparge_problem *p,
+                            const sparge_options *o)
 {
-    intermediates_alloc(stages[n].axes, stages[n].type, p, o, &d->array[n]);
-    if (stage_recorded(n))
-        memcpy((char *)&d->intermediates + stages[n].field, &d->array[n].data, sizeof(void *));
+    intermediates_alloc(intermediate_table[n].axes, intermediate_table[n].type, p, o, &d->array[n]);
+    if (intermediate_recorded(n))
+        memcpy((char *)&d->intermediates + intermediate_table[n].field, &d->array[n].data,
+               sizeof(void *));
 }
 
 void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
@@ -88,32 +94,32 @@ void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const s
         [PV_CODES] = attends && (o->pv_dtype == SPARGE_INT8 || o->pv_dtype == SPARGE_INT12),
     };
     d->attends = attends;
-    for (int n = 0; n < STAGES; n++)
-        if (wanted[stages[n].when] && n != STAGE_MASK && n != STAGE_O)
-            intermediates_make_stage(d, n, p, o);
-    memcpy(d->array[STAGE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
+    for (int n = 0; n < INTERMEDIATE_COUNT; n++)
+        if (wanted[intermediate_table[n].when] && n != INTERMEDIATE_MASK && n != INTERMEDIATE_O)
+            intermediates_make_one(d, n, p, o);
+    memcpy(d->array[INTERMEDIATE_BLOCKS].data, (const int64_t[]){o->block_q, o->block_k}, 16);
 }
 
 void intermediates_path(const char *folder, int n, char path[PATH_MAX])
 {
-    snprintf(path, PATH_MAX, "%s/%s.npy", folder, stages[n].name);
+    snprintf(path, PATH_MAX, "%s/%s.npy", folder, intermediate_table[n].name);
 }
 
 void intermediates_open(intermediate_arrays *d, const char *folder)
 {
     d->folder = folder;
     must_do(output_folder(folder, &failure));
-    for (int n = 0; n < STAGES; n++) {
+    for (int n = 0; n < INTERMEDIATE_COUNT; n++) {
         char path[PATH_MAX];
         intermediates_path(folder, n, path);
-        if (d->array[n].data || n == STAGE_MASK || (n == STAGE_O && d->attends))
+        if (d->array[n].data || n == INTERMEDIATE_MASK || (n == INTERMEDIATE_O && d->attends))
             must_do((d->file[n] = output_open(path, &failure)));
     }
 }
 
 void intermediates_write(const intermediate_arrays *d)
 {
-    for (int n = 0; n < STAGES && d->folder; n++) {
+    for (int n = 0; n < INTERMEDIATE_COUNT && d->folder; n++) {
         char path[PATH_MAX];
         intermediates_path(d->folder, n, path);
         must_do(!d->file[n] || npy_write(output_stream(d->file[n]), path, &d->array[n], &failure));
@@ -122,7 +128,7 @@ void intermediates_write(const intermediate_arrays *d)
 
 void intermediates_tidy(const intermediate_arrays *d)
 {
-    for (int n = 0; n < STAGES && d->folder; n++) {
+    for (int n = 0; n < INTERMEDIATE_COUNT && d->folder; n++) {
         char path[PATH_MAX];
         intermediates_path(d->folder, n, path);
         if (!d->file[n])
@@ -132,7 +138,7 @@ void intermediates_tidy(const intermediate_arrays *d)
 
 void intermediates_free(intermediate_arrays *d)
 {
-    for (int n = 0; n < STAGES; n++)
+    for (int n = 0; n < INTERMEDIATE_COUNT; n++)
         array_free(&d->array[n]);
 }
 

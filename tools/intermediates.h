@@ -1,4 +1,5 @@
-/* intermediates.h: every stage of the algorithm as an array: a folder of .npy files. */
+/* intermediates.h: every intermediate result of the algorithm as an array: a folder of .npy files.
+ */
 #ifndef SPARGE_TOOLS_INTERMEDIATES_H
 #define SPARGE_TOOLS_INTERMEDIATES_H
 
@@ -8,27 +9,40 @@
 #include "tools/output.h"
 #include "tools/program.h"
 
-/* When a stage is there to be seen. */
-typedef enum stage_when { ALWAYS, PREDICTED, SMOOTHED, ATTENDED, QK_CODES, PV_CODES } stage_when;
+/* When a result exists. */
+typedef enum intermediate_when {
+    ALWAYS,
+    PREDICTED,
+    SMOOTHED,
+    ATTENDED,
+    QK_CODES,
+    PV_CODES
+} intermediate_when;
 
-typedef struct stage {
+typedef struct intermediate {
     const char *name; /* of its file too, with .npy */
     /* A letter an axis: b batch, h head, g key head, q query, k key, i query block, j key block,
      * d channel of q and k, v channel of v, 2: two numbers. */
     const char *axes;
     array_type type;
-    stage_when when;
+    intermediate_when when;
     size_t field; /* of sparge_intermediates; 0 also for what is not in it */
-} stage;
+} intermediate;
 
 /* In the order of the algorithm. */
-enum { STAGE_BLOCKS, STAGE_WHY = 8, STAGE_MASK, STAGE_O = 19, STAGES };
-extern const stage stages[STAGES];
+enum {
+    INTERMEDIATE_BLOCKS,
+    INTERMEDIATE_WHY = 8,
+    INTERMEDIATE_MASK,
+    INTERMEDIATE_O = 19,
+    INTERMEDIATE_COUNT
+};
+extern const intermediate intermediate_table[INTERMEDIATE_COUNT];
 
 typedef struct intermediate_arrays {
-    array array[STAGES];                /* empty where there is nothing to see */
+    array array[INTERMEDIATE_COUNT];    /* empty where there is nothing to see */
     sparge_intermediates intermediates; /* points into them */
-    output_file *file[STAGES];
+    output_file *file[INTERMEDIATE_COUNT];
     const char *folder;
     bool attends; /* there is an o */
 } intermediate_arrays;
@@ -36,23 +50,22 @@ typedef struct intermediate_arrays {
 /* An array of axes such as "bhij". What is wrong, here and below, ends the program. */
 void intermediates_alloc(const char *axes, array_type type, const sparge_problem *p,
                          const sparge_options *o, array *out);
-/* Is stage n an array of sparge_intermediates, and of how many bytes? */
-bool stage_recorded(int n);
-int64_t stage_bytes(int n, const sparge_problem *p, const sparge_options *o);
-/* One stage that is recorded. */
-void intermediates_make_stage(intermediate_arrays *d, int n, const sparge_problem *p,
-                              const sparge_options *o);
+/* Is n an array of sparge_intermediates, and of how many bytes? */
+bool intermediate_recorded(int n);
+int64_t intermediate_bytes(int n, const sparge_problem *p, const sparge_options *o);
+/* One that is recorded. */
+void intermediates_make_one(intermediate_arrays *d, int n, const sparge_problem *p,
+                            const sparge_options *o);
 /* The arrays of a run that predicts its mask, or does not, and attends, or does not, under options
  * as resolved: all but the mask and o, with the block sizes filled in. */
 void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const sparge_options *o,
                         bool predicts, bool attends);
-/* The file of stage n. */
+/* The file of number n. */
 void intermediates_path(const char *folder, int n, char path[PATH_MAX]);
 /* Makes the folder, and opens a file in it for each array, for the mask and for o. */
 void intermediates_open(intermediate_arrays *d, const char *folder);
 void intermediates_write(const intermediate_arrays *d);
-/* After outputs_commit: removes what an earlier intermediates left there of stages that this one
- * lacks. */
+/* After outputs_commit: removes the files of an earlier run that this one does not write. */
 void intermediates_tidy(const intermediate_arrays *d);
 void intermediates_free(intermediate_arrays *d);
 

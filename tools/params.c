@@ -232,6 +232,7 @@ exit_code params_obey(const params *p, const char *name, option_set given, sparg
 {
     static const char *const keys[] = {"rules",  "block_q", "block_k",  "skip_rows",
                                        "causal", "sink",    "smooth_k", "softmax_scale"};
+    enum { DIGITS = JSON_ENCODE_ANY | JSON_REAL_PRECISION(9) };
     take(&p->options, given, o);
     json_t *tuned = options_json(&p->options), *asked = options_json(o);
     exit_code code = EXIT_FINE;
@@ -239,7 +240,7 @@ exit_code params_obey(const params *p, const char *name, option_set given, sparg
         const json_t *was = json_object_get(tuned, keys[n]), *is = json_object_get(asked, keys[n]);
         if (json_equal(was, is))
             continue;
-        char *expected = json_dumps(was, JSON_ENCODE_ANY), *got = json_dumps(is, JSON_ENCODE_ANY);
+        char *expected = json_dumps(was, DIGITS), *got = json_dumps(is, DIGITS);
         file_error_set(error, name, "was tuned with %s %s, not %s; run so too", keys[n],
                        expected ? expected : "", got ? got : "");
         free(expected);

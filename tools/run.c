@@ -109,7 +109,7 @@ static void read_files(run *r)
     spare(r, a->output);
     spare(r, r->args.mask_out);
     spare(r, r->args.lse_out);
-    for (int n = 0; n < STAGES && r->args.intermediates; n++) {
+    for (int n = 0; n < INTERMEDIATE_COUNT && r->args.intermediates; n++) {
         char path[PATH_MAX];
         intermediates_path(r->args.intermediates, n, path);
         spare(r, path);
@@ -145,13 +145,13 @@ static void open_files(run *r)
         intermediates_make(d, p, &r->options, predicts, !r->args.mask_only);
         intermediates_open(d, r->args.intermediates);
     } else if (predicts)
-        intermediates_make_stage(d, STAGE_WHY, p, &r->options);
+        intermediates_make_one(d, INTERMEDIATE_WHY, p, &r->options);
 }
 
 static void attend(run *r)
 {
     const sparge_problem *p = &r->in.problem;
-    array *o = &r->intermediates.array[STAGE_O];
+    array *o = &r->intermediates.array[INTERMEDIATE_O];
     const bool half = r->in.type == ARRAY_F16;
     intermediates_alloc("bhqv", half ? ARRAY_F16 : ARRAY_F32, p, &r->options, o);
     intermediates_alloc("bhq", ARRAY_F32, p, &r->options, &r->lse);
@@ -182,7 +182,7 @@ static void compute(run *r)
 {
     const sparge_problem *p = &r->in.problem;
     const int64_t heads = p->batch * p->heads;
-    array *mask = &r->intermediates.array[STAGE_MASK];
+    array *mask = &r->intermediates.array[INTERMEDIATE_MASK];
     r->result.head_counts =
         must_alloc((size_t)heads, sizeof(sparge_counts), "the counters of the heads");
     if (run_predicts(&r->args))
@@ -202,7 +202,8 @@ static void write_file(output_file *file, const char *path, const array *x)
 
 static void write_files(run *r)
 {
-    array *o = &r->intermediates.array[STAGE_O], *mask = &r->intermediates.array[STAGE_MASK];
+    array *o = &r->intermediates.array[INTERMEDIATE_O],
+          *mask = &r->intermediates.array[INTERMEDIATE_MASK];
     if (r->o_file) {
         array shaped;
         inputs_shape_output(&r->in, o, &shaped);
@@ -230,7 +231,7 @@ static void measure(run *r, const sparge_mask *mask, const char *what, compariso
     progress_end(&watch);
     must_sparge(status);
     if (want.data)
-        *to = compare(&r->intermediates.array[STAGE_O], &want);
+        *to = compare(&r->intermediates.array[INTERMEDIATE_O], &want);
     array_free(&want);
 }
 
@@ -239,7 +240,7 @@ static void check(run *r)
     array mass;
     intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass);
     measure(r, NULL, "check", &r->real, mass.data);
-    r->recall = judge_recall(&mass, &r->intermediates.array[STAGE_MASK], r->in.problem.q_len,
+    r->recall = judge_recall(&mass, &r->intermediates.array[INTERMEDIATE_MASK], r->in.problem.q_len,
                              r->options.block_q);
     r->masked = r->real;
     if (mask_of(r) && !r->args.mask_only)

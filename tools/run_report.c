@@ -79,7 +79,8 @@ static json_t *describe_kept(const run *r)
         "sparsity_pv", json_number(sparge_sparsity_pv(c)), "sparsity_per_head", per_head);
     if (!run_predicts(&r->args))
         return json_joined(json, json_pack("{s:n, s:n}", "kept_by", "kept_by_alone"));
-    const reasons why = reasons_of(&r->intermediates.array[STAGE_WHY], &r->in.problem, &r->options);
+    const reasons why =
+        reasons_of(&r->intermediates.array[INTERMEDIATE_WHY], &r->in.problem, &r->options);
     return json_joined(json, json_pack("{s:o, s:o}", "kept_by", reasons_json(why.kept),
                                        "kept_by_alone", reasons_json(why.alone)));
 }
@@ -137,13 +138,14 @@ void run_warn(const run *r)
 {
     if (run_predicts(&r->args)) {
         const reasons why =
-            reasons_of(&r->intermediates.array[STAGE_WHY], &r->in.problem, &r->options);
+            reasons_of(&r->intermediates.array[INTERMEDIATE_WHY], &r->in.problem, &r->options);
         reasons_warn(&why, &r->options, r->args.attention.file[0]);
     }
     if (r->args.mask_only)
         return;
     const char *what = r->rows ? capture_name(r->capture) : "o";
-    const int64_t nonfinite = r->args.check ? 0 : array_nonfinite(&r->intermediates.array[STAGE_O]);
+    const int64_t nonfinite =
+        r->args.check ? 0 : array_nonfinite(&r->intermediates.array[INTERMEDIATE_O]);
     if (nonfinite)
         fprintf(stderr,
                 "sparge: %s has %" PRId64

@@ -28,8 +28,8 @@ static bool has_room(void)
 #ifdef _OPENMP
     bytes += (size_t)omp_get_max_threads() << 24;
 #endif
-    void *room = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return room != MAP_FAILED && munmap(room, bytes) == 0;
+    void *pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return pages != MAP_FAILED && munmap(pages, bytes) == 0;
 }
 
 #endif

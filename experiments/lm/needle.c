@@ -130,15 +130,15 @@ static exit_code make_haystack(lm *m, const needle_args *a, int64_t depth, int64
     const int64_t lead = m->files.vocabulary.bos >= 0 &&
                          from->token[0] == m->files.vocabulary.bos; /* it stays first */
     const int64_t hay = to->tokens - lead - count[0] - count[1] - count[2],
-                  there = from->tokens - lead;
-    if (!code && (hay < 1 || hay > there)) {
+                  available = from->tokens - lead;
+    if (!code && (hay < 1 || hay > available)) {
         file_error_set(m->error, from->path,
                        "has %" PRId64 " tokens; %" PRId64 " with needle and question need %" PRId64,
-                       there, to->tokens, hay);
+                       available, to->tokens, hay);
         code = EXIT_FILE;
     }
     if (!code) {
-        const int64_t start = a->needles > 1 ? (there - hay) * n / a->needles : 0;
+        const int64_t start = a->needles > 1 ? (available - hay) * n / a->needles : 0;
         const int32_t *text = from->token + lead + start;
         const int64_t place =
             line_before(m, text, a->depths > 1 ? hay * depth / (a->depths - 1) : hay / 2);

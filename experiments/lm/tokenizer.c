@@ -271,9 +271,9 @@ typedef struct encoding {
     const char *text, *name;
     int32_t *token; /* one for each byte is enough, and one more is there */
     int64_t tokens;
-    symbol *symbol; /* [room] */
-    due *heap;      /* [3 * room], the first to come on top */
-    int64_t room, dues;
+    symbol *symbol; /* [capacity] */
+    due *heap;      /* [3 * capacity], the first to come on top */
+    int64_t capacity, dues;
     file_error *error;
 } encoding;
 
@@ -346,13 +346,13 @@ static void merge_word(encoding *e, int64_t count)
 /* Symbols for so many bytes; each merge leaves one less, and may bring two more on the heap. */
 static bool make_room(encoding *e, int64_t count)
 {
-    if (count <= e->room)
+    if (count <= e->capacity)
         return true;
     symbol *symbols = realloc(e->symbol, (size_t)count * sizeof *symbols);
     e->symbol = symbols ? symbols : e->symbol;
     due *heap = symbols ? realloc(e->heap, 3 * (size_t)count * sizeof *heap) : NULL;
     e->heap = heap ? heap : e->heap;
-    e->room = heap ? count : e->room;
+    e->capacity = heap ? count : e->capacity;
     return heap != NULL;
 }
 
