@@ -43,8 +43,8 @@ static const struct argp_option bench_options_[] = {
     {"sparsity", SPARSITY, "X,...", 0, "of imposed masks (0,0.3,0.5,0.7,0.9); 0 is without a mask",
      0},
     {"mask-kind", MASK_KIND, "HOW,...", 0,
-     "random and banded impose one, predicted takes what the "
-     "predictor gives (random; of a capture predicted)",
+     "random and banded impose one, predicted takes what the predictor gives (random; of a capture "
+     "predicted)",
      0},
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
@@ -62,8 +62,7 @@ static const struct argp_option bench_options_[] = {
     {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
     {"topk", TOPK, "X", 0,
-     "keep this share of the visible key blocks, instead of tau; with --tau too, what "
-     "either keeps",
+     "keep this share of the visible key blocks, instead of tau; with --tau too, what either keeps",
      0},
     {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", SINK, 0, 0, "always keep key block 0", 0},
@@ -75,9 +74,7 @@ static const struct argp_option bench_options_[] = {
     {"repeat", REPEAT, "N", 0, "rounds, of which the medians are taken (5)", 0},
     {"json", JSON, 0, 0, "an array of objects instead of tables", 0},
     {"allow-busy", ALLOW_BUSY, 0, 0,
-     "time with several threads even beside other processes; the figures "
-     "are marked 'busy'",
-     0},
+     "time with several threads even beside other processes; the figures are marked 'busy'", 0},
     {0},
 };
 
@@ -171,16 +168,14 @@ static void default_to(bench_list *list, int count, const double *item)
 static error_t finish(struct argp_state *state, bench_args *a)
 {
     if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
-        return options_wrong(
-            state, "--capture has its own lengths, channels and heads; leave out --q-len, "
-                   "--dim and --heads");
+        return options_wrong(state, "--capture has its own lengths, channels and heads; leave out "
+                                    "--q-len, --dim and --heads");
     if (a->ignore_manifest && !a->capture)
         return options_wrong(state, "--ignore-manifest is of --capture, which is not given");
     default_to(&a->mask, 1, (const double[]){a->capture ? BENCH_PREDICTED : BENCH_RANDOM});
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
-        return options_wrong(state,
-                             "--sparsity is for imposed masks, the predictor finds its own; add "
-                             "random or banded to --mask-kind");
+        return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; "
+                                    "add random or banded to --mask-kind");
     if (a->selects && !has(&a->mask, BENCH_PREDICTED))
         return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
                              a->selects);
@@ -273,9 +268,8 @@ static const struct argp bench_argp = {
     .parser = bench_parser,
     .doc =
         "How fast attention is here, beside what this machine can do at most. Every result is "
-        "checked "
-        "before it is timed; what is compared is timed in turns; the medians are printed. Several "
-        "threads are not timed while other processes use more than a twentieth of a core.",
+        "checked before it is timed; what is compared is timed in turns; the medians are printed. "
+        "Several threads are not timed while other processes use more than a twentieth of a core.",
 };
 
 void bench_parse(int argc, char **argv, bench_args *args)

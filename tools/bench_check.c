@@ -265,10 +265,10 @@ void bench_check(bench_group *g, bench_case *c, char text[256])
                  "%s gives %" PRId64 " elements that are NaN or infinite, so it is not timed", name,
                  wrong);
     else if (!oracle_near)
-        snprintf(text, 256,
-                 "%s is %.2g (worst row %.2g) from the oracle, allowed are %.2g (%.2g); it is "
-                 "not timed",
-                 name, worst->l1, worst->worst_row_l1, coding.mean, coding.row);
+        snprintf(
+            text, 256,
+            "%s is %.2g (worst row %.2g) from the oracle, allowed are %.2g (%.2g); it is not timed",
+            name, worst->l1, worst->worst_row_l1, coding.mean, coding.row);
     else if (c->wrong)
         snprintf(text, 256,
                  "%s is %.2g from f32 over the same mask, allowed is %.2g; it is not timed", name,

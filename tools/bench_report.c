@@ -182,8 +182,7 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
     bench_case_name(g, c, name);
     return json_pack(
         "{s:s, s:s, s:s, s:o, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, s:o, s:o, "
-        "s:o, s:o, "
-        "s:o, s:o, s:o, s:o}",
+        "s:o, s:o, s:o, s:o, s:o, s:o}",
         "case", name, "mask", bench_mask_string(c->kind), "backend",
         sparge_backend_string(g->options.backend), "kernel",
         c->kernel ? json_integer(c->kernel) : json_null(), "isa", sparge_isa_string(c->result.isa),

@@ -106,11 +106,10 @@ static exit_code read_manifest(const char *folder, char path[PATH_MAX], json_t *
     if (json_is_array(files) && are_files(files, &name))
         return EXIT_FINE;
     if (name)
-        file_error_set(
-            error, path,
-            "lists '%.60s', which is no file in its folder, or there twice; mend it, or give "
-            "--ignore-manifest",
-            name);
+        file_error_set(error, path,
+                       "lists '%.60s', which is no file in its folder, or there twice; mend it, or "
+                       "give --ignore-manifest",
+                       name);
     else if (*out)
         file_error_set(error, path,
                        "is no manifest: it must be an object with a list 'files'; mend it, or give "
@@ -385,8 +384,8 @@ exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_er
     if (*layer == c->layer || c->layer < 0 || c->layer_named)
         return EXIT_FINE;
     file_error_set(error, c->path,
-                   "is of layer %" PRId64 ", as its manifest says, not of %" PRId64 "; leave out "
-                   "--layer, or give --ignore-manifest",
+                   "is of layer %" PRId64 ", as its manifest says, not of %" PRId64
+                   "; leave out --layer, or give --ignore-manifest",
                    c->layer, asked);
     return EXIT_FILE;
 }
@@ -415,16 +414,15 @@ exit_code capture_obey(const capture *c, const sparge_problem *p, option_set giv
                               : "is of a causal model, as its manifest says; give --causal, or "
                                 "--ignore-manifest");
     else if (causal && c->aligned && p->q_len != p->k_len && (int)o->causal != c->causal)
-        file_error_set(error, c->path,
-                       "is causal from the %s, as its manifest says; give --causal=%s, or "
-                       "--ignore-manifest",
-                       ends[c->causal], ends[c->causal]);
-    else if (c->softmax_scale != 0.0 && !near(c->softmax_scale, scale))
         file_error_set(
             error, c->path,
-            "is of a model that scales scores by %.9g, as its manifest says, not by %.6g; "
-            "give --softmax-scale %.9g, or --ignore-manifest",
-            c->softmax_scale, scale, c->softmax_scale);
+            "is causal from the %s, as its manifest says; give --causal=%s, or --ignore-manifest",
+            ends[c->causal], ends[c->causal]);
+    else if (c->softmax_scale != 0.0 && !near(c->softmax_scale, scale))
+        file_error_set(error, c->path,
+                       "is of a model that scales scores by %.9g, as its manifest says, not by "
+                       "%.6g; give --softmax-scale %.9g, or --ignore-manifest",
+                       c->softmax_scale, scale, c->softmax_scale);
     else
         return EXIT_FINE;
     return EXIT_FILE;

@@ -66,14 +66,11 @@ static const struct argp check_argp = {
     .parser = check_parser,
     .args_doc = "Q.npy K.npy V.npy --o O\nQKV.safetensors --o O",
     .doc = "Judges another kernel, as JSON on stdout: its o beside attention in double over its "
-           "mask and over all "
-           "keys, and how much attention the mask keeps beside the one that is predicted here. "
-           "Exit status 1 where "
-           "the worst row is above the bound, or o is not finite where it should be, or the other "
-           "way round.\v"
-           "Without --max-worst the bound is twice the worst row of an honest kernel over the same "
-           "mask (f32, with P "
-           "and o rounded to the type of O), and 1e-5; for the log-sum-exp likewise.",
+           "mask and over all keys, and how much attention the mask keeps beside the one that is "
+           "predicted here. Exit status 1 where the worst row is above the bound, or o is not "
+           "finite where it should be, or the other way round.\vWithout --max-worst the bound is "
+           "twice the worst row of an honest kernel over the same mask (f32, with P and o rounded "
+           "to the type of O), and 1e-5; for the log-sum-exp likewise.",
     .children = check_children,
 };
 
@@ -226,9 +223,8 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
     const char *where = text ? text : "", *want = want_name(c);
     if (apart)
         file_error_set(error, file,
-                       "%" PRId64
-                       " elements are NaN or infinite where %s is not, or the other way round; "
-                       "the first is %s",
+                       "%" PRId64 " elements are NaN or infinite where %s is not, or the other way "
+                                  "round; the first is %s",
                        v->c.nonfinite_apart, want, where);
     else if (isnan(v->bound))
         file_error_set(

@@ -50,11 +50,10 @@ static const struct argp diff_argp = {
     .options = diff_options,
     .parser = diff_parser,
     .args_doc = "GOT.npy WANT.npy\nGOT_FOLDER WANT_FOLDER",
-    .doc =
-        "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
-        "one of the two is NaN or infinite, and where two folders differ. Of two masks (bool, or "
-        "uint8 of "
-        "four axes) the blocks that are missing and extra too; without a bound they must be equal.",
+    .doc = "How far GOT is from WANT, as JSON on stdout; exit status 1 above a bound, where only "
+           "one of the two is NaN or infinite, and where two folders differ. Of two masks (bool, "
+           "or uint8 of four axes) the blocks that are missing and extra too; without a bound they "
+           "must be equal.",
 };
 
 /* ---- Reading --------------------------------------------------------------------------- */

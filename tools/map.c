@@ -48,9 +48,8 @@ static const struct argp map_argp = {
     .args_doc =
         "-o MAP.png|svg|pdf Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
     .doc = "A picture of the attention between blocks and of the mask that is predicted for it; "
-           "with V and --lambda also of what lambda drops.\v"
-           "Of a folder of captures, as sparge tune takes it, there is a picture of each file, in "
-           "a folder too.",
+           "with V and --lambda also of what lambda drops.\vOf a folder of captures, as sparge "
+           "tune takes it, there is a picture of each file, in a folder too.",
 };
 
 /* Of one capture. */

@@ -178,11 +178,10 @@ static bool read_data(const header *h, array *out)
         return input_fail(in, "byte %zu: header: shape %s of %s overflows; save a smaller array",
                           h->start, shape, type);
     if (need > have) /* what comes after it may be another array: as numpy, we read the first */
-        return input_fail(
-            in,
-            "byte %zu: truncated: shape %s of %s is %zu bytes from byte %zu on, not %zu; "
-            "copy it, or save the array, again",
-            in->size, shape, type, need, start, have);
+        return input_fail(in,
+                          "byte %zu: truncated: shape %s of %s is %zu bytes from byte %zu on, not "
+                          "%zu; copy it, or save the array, again",
+                          in->size, shape, type, need, start, have);
     if (!array_alloc(h->type, h->rank, h->shape, out, NULL))
         return input_fail(in, "no memory for %zu bytes; use a smaller array", need);
     if (!h->fortran_order || h->rank < 2)

@@ -254,8 +254,7 @@ const struct argp_option attention_options[] = {
     {"theta", OPT_THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", OPT_TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
     {"topk", OPT_TOPK, "X", 0,
-     "keep this share of the visible key blocks, instead of tau; with --tau too, what "
-     "either keeps",
+     "keep this share of the visible key blocks, instead of tau; with --tau too, what either keeps",
      0},
     {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
@@ -451,8 +450,8 @@ const struct argp manifest_argp = {.options = manifest_options, .parser = manife
 
 static const struct argp_option params_options[] = {
     {"params", OPT_PARAMS, "P.json", 0,
-     "the thresholds that sparge tune found for each head, and the options that "
-     "they were tuned with",
+     "the thresholds that sparge tune found for each head, and the options that they were tuned "
+     "with",
      1},
     {0},
 };

@@ -226,12 +226,11 @@ static void print_help(const program *p)
     printf("Usage: %s COMMAND [OPTION...]\n%s\n\n", p->name, p->about);
     for (int n = 0; n < p->count; n++)
         printf("  %s %-7s %s\n", p->name, p->commands[n].name, p->commands[n].what);
-    printf("\n'%s COMMAND --help' lists the options of a command, --version the version.\n"
-           "Exit status: 0 fine, 1 a comparison failed, 2 wrong usage, 3 a file cannot be read or\n"
-           "written or does not fit, 4 not supported here, 5 out of memory or a device error,\n"
-           "6 interrupted, or the time is up: give the same command again, which goes on where it "
-           "keeps\n"
-           "what is done.\n",
+    printf("\n'%s COMMAND --help' lists the options of a command, --version the version.\nExit "
+           "status: 0 fine, 1 a comparison failed, 2 wrong usage, 3 a file cannot be read "
+           "or\nwritten or does not fit, 4 not supported here, 5 out of memory or a device "
+           "error,\n6 interrupted, or the time is up: give the same command again, which goes on "
+           "where it keeps\nwhat is done.\n",
            p->name);
 }
 

@@ -25,8 +25,7 @@ enum {
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
     {"mask", MASK, "M.npy", 0,
-     "this mask instead of a predicted one, [B,H,q blocks,k blocks]; of --params the lambdas "
-     "hold",
+     "this mask instead of a predicted one, [B,H,q blocks,k blocks]; of --params the lambdas hold",
      1},
     {"density", DENSITY, "X", 0,
      "the tau, one for all heads, that keeps this share of the visible token pairs", 1},
@@ -70,8 +69,8 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     case ARGP_KEY_END:
         if (shared->files == 0 || (shared->files == 2 && !a->mask_only))
             return options_wrong(
-                state, "give the files of q, k and v, or one .safetensors of all, or a folder of "
-                       "those");
+                state,
+                "give the files of q, k and v, or one .safetensors of all, or a folder of those");
         return options_refuse(state, shared->given, conflicts,
                               sizeof conflicts / sizeof *conflicts);
     default: return ARGP_ERR_UNKNOWN;
@@ -85,10 +84,9 @@ static const struct argp run_argp = {
     .options = run_options,
     .parser = run_parser,
     .args_doc = "Q.npy K.npy V.npy\nQKV.safetensors\nFOLDER",
-    .doc = "Attention over files of float16, 32 or 64, with its counters as JSON on stdout.\v"
-           "Of a folder of captures, as sparge tune takes it, each file is run in turn, and "
-           "whatever is read or "
-           "written beside them is a folder too, where it has the name of the capture.",
+    .doc = "Attention over files of float16, 32 or 64, with its counters as JSON on stdout.\vOf a "
+           "folder of captures, as sparge tune takes it, each file is run in turn, and whatever is "
+           "read or written beside them is a folder too, where it has the name of the capture.",
     .children = run_children,
 };
 

@@ -148,9 +148,8 @@ void run_warn(const run *r)
         r->args.check ? 0 : array_nonfinite(&r->intermediates.array[INTERMEDIATE_O]);
     if (nonfinite)
         fprintf(stderr,
-                "sparge: %s has %" PRId64
-                " elements that are NaN or infinite; --check says whether dense "
-                "attention has them too\n",
+                "sparge: %s has %" PRId64 " elements that are NaN or infinite; --check says "
+                                          "whether dense attention has them too\n",
                 what, nonfinite);
     if (!r->args.check)
         return;

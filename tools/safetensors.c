@@ -195,8 +195,7 @@ bool safetensors_find(const safetensors *t, const char *name, safetensors_place 
     if (!array_bytes(out->type, out->rank, out->shape, &need) || need != out->bytes)
         return input_fail(in,
                           "key '%.100s': shape %s of %s does not fit the %zu bytes of its "
-                          "data_offsets; write the "
-                          "file again",
+                          "data_offsets; write the file again",
                           name, text, array_type_string(out->type), out->bytes);
     return true;
 }

@@ -22,8 +22,8 @@ static const struct argp_option tune_options[] = {
      "instead: reach this sparsity with the least error, without lambda", 0},
     {"by", BY, "WHAT", 0, "choose tau, or topk in its place (tau)", 0},
     {"held-out", HELD_OUT, "CAPTURE", 0,
-     "judge on this one and do not tune on it; may be repeated; "
-     "without one, each capture is left out in turn",
+     "judge on this one and do not tune on it; may be repeated; without one, each capture is left "
+     "out in turn",
      0},
     {"seconds", SECONDS, "X", 0, "stop after so long; the same command goes on", 0},
     {"model", MODEL, "NAME", 0, "where no manifest says it", 0},
@@ -126,15 +126,12 @@ static const struct argp tune_argp = {
     .options = tune_options,
     .parser = tune_parser,
     .args_doc = "CAPTURE...",
-    .doc =
-        "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below l1, "
-        "then lambda "
-        "below l2, on every capture; and what they cost on captures that they were not tuned on.\v"
-        "A capture is a .safetensors file of q, k and v, or a folder of them with a manifest.json, "
-        "or a folder of "
-        "such folders. Causality and scale are those of the manifests. The file that -o names "
-        "grows head by head; "
-        "after an interruption the same command goes on with it.",
+    .doc = "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below "
+           "l1, then lambda below l2, on every capture; and what they cost on captures that they "
+           "were not tuned on.\vA capture is a .safetensors file of q, k and v, or a folder of "
+           "them with a manifest.json, or a folder of such folders. Causality and scale are those "
+           "of the manifests. The file that -o names grows head by head; after an interruption the "
+           "same command goes on with it.",
     .children = tune_children,
 };
 
@@ -258,8 +255,8 @@ static void group(tune *t)
         for (; to->count && !same_heads(to->capture[0], c); to++)
             if (share_heads(to->capture[0], c))
                 fail(EXIT_FILE, c->path,
-                     "has heads of layer %" PRId64 " that %.100s has too, but not the same ones; "
-                     "give captures of the same heads",
+                     "has heads of layer %" PRId64
+                     " that %.100s has too, but not the same ones; give captures of the same heads",
                      c->layer, to->capture[0]->path);
         if (!to->count) {
             to->capture = must_alloc((size_t)t->captures, sizeof *to->capture, "the captures");
@@ -395,11 +392,11 @@ static void finished(void *user, int64_t h)
                                            json_rounded(head->seconds, 4))));
     must(json_save(t->args.attention.output, t->header, &failure));
     if (!head->finite)
-        fprintf(stderr,
-                "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64
-                " elements of its captures, or of attention over them, are not finite; left "
-                "dense\n",
-                c->layer, number, head->nonfinite);
+        fprintf(
+            stderr,
+            "sparge: layer %" PRId64 " head %" PRId64 ": %" PRId64
+            " elements of its captures, or of attention over them, are not finite; left dense\n",
+            c->layer, number, head->nonfinite);
     const sparge_tune_errors *in = &head->in_sample, *out = &head->held_out;
     if (in->nan + in->inf + out->nan + out->inf)
         fprintf(stderr,
@@ -512,7 +509,7 @@ static exit_code report(const tune *t)
         fprintf(stderr,
                 "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, "
                 "in %" PRId64 " of %zu heads: they stay dense; give a larger --l1, or --qk-dtype "
-                "and --pv-dtype with less noise\n",
+                              "and --pv-dtype with less noise\n",
                 l1, sparge_dtype_string(o->qk_dtype), sparge_dtype_string(o->pv_dtype), least, most,
                 noisy, count);
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;

@@ -38,10 +38,8 @@ static error_t capture_parser(int key, char *text, struct argp_state *state)
         if (!a->lm.attention.output)
             return options_wrong(state, "-o is missing: the folder to write into");
         if (a->lm.choices == 0 && a->lm.attention.given & option_bits(OPT_THETA, OPT_LAMBDA))
-            return options_wrong(
-                state,
-                "--theta, --tau, --topk and --lambda are for --attention sparse, which is not "
-                "asked for");
+            return options_wrong(state, "--theta, --tau, --topk and --lambda are for --attention "
+                                        "sparse, which is not asked for");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -53,10 +51,8 @@ static const struct argp capture_argp = {
     .parser = capture_parser,
     .args_doc = "MODEL TEXT",
     .doc = "Writes q, k and v of layers, after the rotation and before the scale, in float16 "
-           "(float32 where that would "
-           "lose more than 11 bits do), and manifest.json, into the folder that -o names. The "
-           "model runs with "
-           "--attention (f32).",
+           "(float32 where that would lose more than 11 bits do), and manifest.json, into the "
+           "folder that -o names. The model runs with --attention (f32).",
     .children = children,
 };
 
@@ -242,8 +238,9 @@ exit_code capture_command(int argc, char **argv, file_error *error)
     progress_end(&m.watch);
     if (!code && x.nonfinite)
         fprintf(stderr,
-                "sparge-lm: %s: %" PRId64 " elements of what was written are not finite, as its "
-                "manifest.json says of each file; attention over them is not either\n",
+                "sparge-lm: %s: %" PRId64
+                " elements of what was written are not finite, as its manifest.json says of each "
+                "file; attention over them is not either\n",
                 x.folder, x.nonfinite);
     if (!code)
         code = print_json(json_pack("{s:s, s:I, s:I, s:I}", "folder", x.folder, "files",

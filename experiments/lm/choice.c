@@ -71,11 +71,10 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
         out->path = text;
         code = read_mask(out, h, error);
     } else if (strcmp(text, "sparse") != 0) {
-        file_error_set(
-            error, NULL,
-            "--attention is '%.60s', it must be f32, int8, sparse, a .json of thresholds or a "
-            ".npy of masks",
-            text);
+        file_error_set(error, NULL,
+                       "--attention is '%.60s', it must be f32, int8, sparse, a .json of "
+                       "thresholds or a .npy of masks",
+                       text);
         code = EXIT_USAGE;
     }
     if (!code && out->path)

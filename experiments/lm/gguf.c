@@ -339,8 +339,7 @@ static exit_code read_type(const reader *r, uint64_t number, tensor *t)
     }
     input_fail(r->file,
                "tensor '%.80s' is of ggml's type %" PRIu64
-               ", %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K "
-               "are known: convert it",
+               ", %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q6_K are known: convert it",
                t->name, number,
                listed && types[number].name ? types[number].name : "which has no name here");
     return EXIT_UNSUPPORTED;
@@ -522,10 +521,8 @@ static exit_code read_head(const file_input *file, cursor *at, uint64_t *tensors
     if (!magic || memcmp(magic, "GGUF", 4) != 0) {
         input_fail(file, "is no GGUF file");
     } else if (turned >= 1 && turned <= 3) {
-        input_fail(
-            file,
-            "is a big-endian GGUF file; little-endian ones are known: convert it with gguf-py's "
-            "gguf_convert_endian.py");
+        input_fail(file, "is a big-endian GGUF file; little-endian ones are known: convert it with "
+                         "gguf-py's gguf_convert_endian.py");
         return EXIT_UNSUPPORTED;
     } else if (version != 2 && version != 3) {
         input_fail(file, "is of GGUF version %" PRIu32 "; 2 and 3 are known", version);

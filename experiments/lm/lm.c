@@ -21,8 +21,8 @@ enum { ATTENTION = 1024, LENGTH, MODEL, CSV };
 static const struct argp_option lm_options[] = {
     {0, 0, 0, 0, "What is run:", 0},
     {"attention", ATTENTION, "WHICH,...", 0,
-     "f32 and int8 are dense, sparse is SpargeAttn with the thresholds below, a "
-     ".json has tuned ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)",
+     "f32 and int8 are dense, sparse is SpargeAttn with the thresholds below, a .json has tuned "
+     "ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)",
      0},
     {"length", LENGTH, "N,...", 0, "tokens from the start of each text (all of it)", 0},
     {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)",
@@ -353,8 +353,7 @@ exit_code lm_check_length(const lm *m, const lm_text *t, int64_t tokens)
     else if (tokens > m->hyper->context)
         file_error_set(m->error, t->path,
                        "%" PRId64 " tokens are more than the %" PRId64
-                       " that %s was made for; give a "
-                       "smaller --length",
+                       " that %s was made for; give a smaller --length",
                        tokens, m->hyper->context, m->name);
     else if (tokens < 2)
         file_error_set(m->error, t->path, "has %" PRId64 " tokens; there is nothing to predict",
@@ -497,8 +496,7 @@ exit_code lm_finish(lm *m, json_t *summary)
     if (unknown)
         fprintf(stderr,
                 "sparge-lm: %s: %zu of %zu results are null, and so are summaries over them: the "
-                "model is not "
-                "finite there\n",
+                "model is not finite there\n",
                 m->name, unknown, json_array_size(rows_list(&m->rows)));
     return print_json(json_incref(m->rows.all), m->error);
 }

@@ -308,11 +308,10 @@ static exit_code find_output(model *m, file_error *error)
         return EXIT_FILE;
     if (!h->tied || is_same(m->output, m->embedding))
         return EXIT_FINE;
-    file_error_set(
-        error, h->name,
-        "its config.json says tie_word_embeddings, and its '%s' (lm_head.weight) is another "
-        "than its embedding",
-        name);
+    file_error_set(error, h->name,
+                   "its config.json says tie_word_embeddings, and its '%s' (lm_head.weight) is "
+                   "another than its embedding",
+                   name);
     return EXIT_UNSUPPORTED;
 }
 

@@ -53,12 +53,10 @@ static const struct argp needle_argp = {
     .options = needle_options,
     .parser = needle_parser,
     .args_doc = "MODEL TEXT",
-    .doc =
-        "Needles in a haystack: a number is hidden in TEXT at each depth and length, and asked for "
-        "at the end. An "
-        "answer is right when each of its tokens is the likeliest. JSON on stdout; --csv has the "
-        "grid.\v"
-        "With -o rows are kept as they come, and after an interruption the same command goes on.",
+    .doc = "Needles in a haystack: a number is hidden in TEXT at each depth and length, and asked "
+           "for at the end. An answer is right when each of its tokens is the likeliest. JSON on "
+           "stdout; --csv has the grid.\vWith -o rows are kept as they come, and after an "
+           "interruption the same command goes on.",
     .children = children,
 };
 

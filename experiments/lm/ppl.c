@@ -16,9 +16,7 @@ enum { LOGITS = 1280, ROWS = 256 }; /* rows whose logits are held at a time */
 
 static const struct argp_option ppl_options[] = {
     {"logits", LOGITS, "FILE.npy", 0,
-     "write the logits, [tokens, vocabulary] in float32; of one text, length and "
-     "attention",
-     0},
+     "write the logits, [tokens, vocabulary] in float32; of one text, length and attention", 0},
     {0},
 };
 
@@ -50,11 +48,9 @@ static const struct argp ppl_argp = {
     .parser = ppl_parser,
     .args_doc = "MODEL TEXT...",
     .doc = "Perplexity of texts under several attentions, with their sparsity and their time, as "
-           "JSON on stdout.\v"
-           "MODEL is a .gguf file or a folder with config.json and .safetensors; TEXT is UTF-8, or "
-           "a .npy of token "
-           "numbers. With -o rows are kept as they come, and after an interruption the same "
-           "command goes on.",
+           "JSON on stdout.\vMODEL is a .gguf file or a folder with config.json and .safetensors; "
+           "TEXT is UTF-8, or a .npy of token numbers. With -o rows are kept as they come, and "
+           "after an interruption the same command goes on.",
     .children = children,
 };
 

@@ -34,9 +34,8 @@ static const struct argp time_argp = {
     .parser = time_parser,
     .args_doc = "MODEL TEXT",
     .doc = "Seconds of a prefill without its logits, and of attention in it, by length and "
-           "attention; the attentions "
-           "take turns, so that what slows the machine down slows all of them. The summary has the "
-           "medians.",
+           "attention; the attentions take turns, so that what slows the machine down slows all of "
+           "them. The summary has the medians.",
     .children = children,
 };
 

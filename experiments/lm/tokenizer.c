@@ -185,11 +185,10 @@ exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error
     enum { KINDS = sizeof splitters / sizeof *splitters };
     *out = NULL;
     if (c->vocabulary.kind[0] && strcmp(c->vocabulary.kind, "gpt2") != 0) {
-        file_error_set(
-            error, name,
-            "its vocabulary is of the kind '%s'; a byte-level BPE, 'gpt2', is known; give a "
-            ".npy of token numbers in place of text",
-            c->vocabulary.kind);
+        file_error_set(error, name,
+                       "its vocabulary is of the kind '%s'; a byte-level BPE, 'gpt2', is known; "
+                       "give a .npy of token numbers in place of text",
+                       c->vocabulary.kind);
         return EXIT_UNSUPPORTED;
     }
     if (c->vocabulary.tokens == 0 || c->vocabulary.merges == 0) {
@@ -201,12 +200,12 @@ exit_code tokenizer_open(const checkpoint *c, tokenizer **out, file_error *error
     while (kind < KINDS && strcmp(splitters[kind].name, splitter) != 0)
         kind++;
     if (kind == KINDS) {
-        file_error_set(
-            error, name,
-            "its tokenizer %s%s; smollm, gpt-2, llama-bpe and qwen2 are known; give a .npy of "
-            "token numbers in place of text",
-            *splitter ? "cuts text like " : "does not say how it cuts text ('tokenizer.ggml.pre')",
-            splitter);
+        file_error_set(error, name,
+                       "its tokenizer %s%s; smollm, gpt-2, llama-bpe and qwen2 are known; give a "
+                       ".npy of token numbers in place of text",
+                       *splitter ? "cuts text like "
+                                 : "does not say how it cuts text ('tokenizer.ggml.pre')",
+                       splitter);
         return EXIT_UNSUPPORTED;
     }
     tokenizer *t = calloc(1, sizeof *t);
