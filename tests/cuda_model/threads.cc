@@ -8,13 +8,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
-
-#if defined(__x86_64__) && defined(__ELF__) && !defined(CUDA_MODEL_UCONTEXT)
-#define CUDA_MODEL_ASSEMBLY
-#else
-#include <ucontext.h> /* slower: a system call for each switch */
-#endif
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -25,9 +18,6 @@ std::string report;
 
 namespace {
 
-enum : size_t { stack_bytes = 256 << 10, guard_bytes = 4096 };
-
-std::vector<char *> spare_stacks;
 std::vector<Block> resident;
 std::deque<Thread *> ready; /* in the order of their turns */
 const std::function<void()> *thread_body;
@@ -37,96 +27,7 @@ uint64_t random_state;
 bool failed;
 struct Misuse {}; /* thrown where a kernel goes wrong: `catch throw` in gdb stops there */
 
-char *take_stack()
-{
-    if (!spare_stacks.empty()) {
-        char *stack = spare_stacks.back();
-        spare_stacks.pop_back();
-        return stack;
-    }
-    void *map = mmap(nullptr, guard_bytes + stack_bytes, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (map == MAP_FAILED || mprotect(map, guard_bytes, PROT_NONE)) {
-        perror("cuda_model: the stack of a thread");
-        abort();
-    }
-    return (char *)map + guard_bytes;
-}
-
-/* ---- Switching stacks --------------------------------------------------------------------- */
-
 __attribute__((no_sanitize("address"))) void thread_main();
-
-#ifdef CUDA_MODEL_ASSEMBLY
-
-/* The registers that a function must keep (System V ABI) go to the stack, and the stack's pointer
- * to *from.
- */
-asm(R"(
-    .text
-    .type cuda_model_switch, @function
-cuda_model_switch:
-    .cfi_startproc
-    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
-    mov %rsp, (%rdi)
-    mov %rsi, %rsp
-    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-    ret
-    .cfi_endproc
-    .size cuda_model_switch, . - cuda_model_switch
-)");
-extern "C" void cuda_model_switch(void **from, void *to);
-
-void change(Context &from, Context &to) { cuda_model_switch(&from.state, to.state); }
-
-/* As if thread_main had been called, by nobody, and had switched away in its first instruction. */
-void prepare(Context &c, char *stack)
-{
-    void **top = (void **)(stack + stack_bytes);
-    *--top = nullptr;
-    *--top = (void *)thread_main;
-    for (int n = 0; n < 6; n++)
-        *--top = nullptr;
-    c.state = top;
-}
-
-void release(Context &) {}
-
-#else
-
-void change(Context &from, Context &to)
-{
-    if (!from.state)
-        from.state = new ucontext_t;
-    swapcontext((ucontext_t *)from.state, (ucontext_t *)to.state);
-}
-
-void prepare(Context &c, char *stack)
-{
-    ucontext_t *u = new ucontext_t;
-    getcontext(u);
-    u->uc_stack.ss_sp = stack;
-    u->uc_stack.ss_size = stack_bytes;
-    u->uc_link = nullptr;
-    makecontext(u, thread_main, 0);
-    c.state = u;
-}
-
-void release(Context &c) { delete (ucontext_t *)c.state; }
-
-#endif
-
-void switch_stack(Context &from, Context &to, bool for_ever)
-{
-#ifdef CUDA_MODEL_ASAN
-    __sanitizer_start_switch_fiber(for_ever ? nullptr : &from.fake_stack, to.stack, to.size);
-#endif
-    change(from, to);
-#ifdef CUDA_MODEL_ASAN
-    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#endif
-    (void)for_ever;
-}
 
 /* ---- Messages ----------------------------------------------------------------------------- */
 
@@ -215,7 +116,7 @@ void start(Block &b, const Grid &grid, uint64_t n)
         t.state = Thread::ready;
         t.copies.clear();
         t.copy_groups.clear();
-        prepare(t.context, (char *)t.context.stack);
+        prepare(t.context, thread_main);
         ready.push_back(&t);
     }
 }
@@ -364,8 +265,7 @@ bool run(const Grid &grid)
         b.shared_bytes = grid.shared_bytes;
         b.threads.resize(threads);
         for (Thread &t : b.threads) {
-            t.context.stack = take_stack();
-            t.context.size = stack_bytes;
+            take_stack(t.context);
         }
     }
     uint64_t next = 0;
@@ -392,7 +292,7 @@ bool run(const Grid &grid)
                 take_turn(t);
                 release(t.context);
             }
-            spare_stacks.push_back((char *)const_cast<void *>(t.context.stack));
+            give_stack(t.context);
         }
         free(b.shared);
     }

@@ -3,6 +3,7 @@
 #ifndef CUDA_MODEL_THREADS_H
 #define CUDA_MODEL_THREADS_H
 
+#include <cuda_model.h>
 #include <cuda_model_hopper.h>
 #include <deque>
 #include <memory>
@@ -128,7 +129,17 @@ void together(std::vector<Team> &teams, const char *call, void *operand, Work wo
  */
 uint32_t shared_range(const char *call, const void *p, size_t bytes, size_t alignment);
 
-/* ---- instructions.cc ---------------------------------------------------------------------- */
+inline bool late() { return cuda_model_settings.late != 0; }
+
+/* ---- stacks.cc ---------------------------------------------------------------------------- */
+
+void take_stack(Context &c); /* where a thread runs */
+void give_stack(Context &c);
+void prepare(Context &c, void (*main)()); /* switching to c enters main */
+void release(Context &c);
+void switch_stack(Context &from, Context &to, bool for_ever);
+
+/* ---- copies.cc ---------------------------------------------------------------------------- */
 
 std::string describe_barrier(const void *mbarrier); /* for the report of a deadlock */
 
