@@ -1,5 +1,11 @@
 # library.cmake: how the libraries are made and installed.
 
+# hide_names(target): all but those that the public headers declare (their #pragma says so).
+function(hide_names target)
+  set_target_properties(${target} PROPERTIES C_VISIBILITY_PRESET hidden
+    CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+endfunction()
+
 # add_static_library(target output archive): what is in the archive as one object in which every hidden
 # name is local, and what the compiler makes for OpenMP (-d: it has no place yet), so that it meets no
 # other library's names in a program. nvcc's temporary files have other names each time.
