@@ -107,11 +107,12 @@ def main():
             print(f"{r['what']} {r['kernel'] or ''} {r['dtypes']} D {r['dim']} N {r['n']} causal "
                   f"{r['causal']} {r['mask']} {r['sparsity']}: {r['ms']} ms, {r['tops']} TOPS")
         return
-    rows = [r for r in read_csv(results) if (r["dim"], r["causal"]) == ("128", "none")] \
-        if results.exists() else []
+    if not results.exists():
+        sys.exit(f"{results} is not there: nothing has been measured")
+    rows = [r for r in read_csv(results) if (r["dim"], r["causal"]) == ("128", "none")]
     machine = args.folder / "machine.txt"
-    note = f"{machine.read_text().strip()}. D = 128, 32 heads." if rows and machine.exists() else \
-        "These kernels have never run on a GPU; no figure stands here until they have."
+    note = machine.read_text().strip() if machine.exists() else "Machine unknown"
+    note += ". D = 128, 32 heads."
     titles = ["kernel", "idea", "N", "effective TOPS, dense", "at 50 %", "at 90 %",
               "% of the measured ceiling", "over torch SDPA"]
     lines = [[str(kernel), idea, *cells(rows, kernel, dtypes)]

@@ -124,7 +124,8 @@ step test_gpu 120 "$test_gpu" --seed "$seed" --limit 110 ${model:+--quick device
 
 # ---- How fast is it? ----
 
-device_state | tee "$out/machine.txt"
+echo "$(device_state); commit $(git describe --always --dirty 2>/dev/null || echo unknown)" \
+    >"$out/machine.txt"
 rm -f "$out"/ceilings.* "$out"/speed_*.txt "$out"/torch_*.txt "$out/results.csv"
 step ceilings 40 "$ceilings"
 # what there is of it, if it did not come to its end
