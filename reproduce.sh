@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # reproduce.sh: installs what is missing, builds, and regenerates the tables and figures of the paper beside its numbers:
 # experiments/*/out.csv, paper_figs/, and paper_figs/report.html, which shows all of it.
 #   ./reproduce.sh                        some rows of each, compared with the committed ones: minutes on two cores
@@ -13,7 +14,7 @@ cd "$(dirname "$0")"
 command -v python3 >/dev/null || need_packages python3
 for word in "$@"; do
     case "$word" in
-    -h | --help) sed -n '2,7s/^# //p' "$0"; exit ;;
+    -h | --help) sed -n '3,8s/^# //p' "$0"; exit ;;
     --list) exec python3 experiments/reproduce.py "$@" ;;
     esac
 done

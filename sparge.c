@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* sparge.c: the front door: checks every argument, fills in the defaults, hands over to a backend.
  */
 #include "sparge.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* sparge.h: SpargeAttn, training-free block-sparse int8 attention (arXiv 2502.18137).
  *
  * One call for those who want one:

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # test.sh: installs what is missing, builds, tests.
 #   ./test.sh              what is quick: gcc, the form of the sources, a part under the sanitizers
 #   ./test.sh all          everything: dev (gcc), clang, asan (address and undefined sanitizers), tsan
@@ -14,7 +15,7 @@ cd "$(dirname "$0")"
 . .ci/install.sh
 
 case "${1:-}" in
--h | --help) sed -n '2,11s/^# //p' "$0"; exit ;;
+-h | --help) sed -n '3,12s/^# //p' "$0"; exit ;;
 esac
 
 builds=(dev clang asan tsan hook)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # install.sh: what test.sh and reproduce.sh share: Debian packages and a Python environment.
 # Sourced, not run; expects the current directory to be the project's root.
 

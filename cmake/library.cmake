@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # library.cmake: how the libraries are made and installed.
 
 # hide_names(target): all but those that the public headers declare (their #pragma says so).

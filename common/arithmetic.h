@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* arithmetic.h: rounding to nearest, subnormal numbers, no traps: what every bit rests on, whatever
  * the caller has set. A thread has its own setting, and one that OpenMP keeps has that of the day
  * it was made: whoever runs arithmetic in a thread brackets it with these. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* block_mask.h: one row of the block mask, one bit per key block. A row of NULL keeps every block:
  * dense attention. */
 #ifndef SPARGE_COMMON_BLOCK_MASK_H

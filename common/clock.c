@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* clock.c: not in the header, as C11 alone has no monotonic clock. */
 #include "common/clock.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* counts.h: what a head has computed and what it could see, as exact numbers (sparge_counts). */
 #ifndef SPARGE_COMMON_COUNTS_H
 #define SPARGE_COMMON_COUNTS_H

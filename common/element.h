@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* element.h: the caller's arrays, in F32, F16 or BF16. */
 #ifndef SPARGE_COMMON_ELEMENT_H
 #define SPARGE_COMMON_ELEMENT_H

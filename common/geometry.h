@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* geometry.h: where blocks start, how long they are, and what causality lets them see. */
 #ifndef SPARGE_COMMON_GEOMETRY_H
 #define SPARGE_COMMON_GEOMETRY_H

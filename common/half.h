@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* half.h: IEEE binary16, bfloat16 and e4m3 as bit patterns; widening is exact, narrowing rounds to
  * nearest even, and a NaN stays a NaN. */
 #ifndef SPARGE_COMMON_HALF_H

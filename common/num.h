@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* num.h: scalar arithmetic whose result must be the same bits in every backend and compiler. */
 #ifndef SPARGE_COMMON_NUM_H
 #define SPARGE_COMMON_NUM_H

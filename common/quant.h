@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* quant.h: numbers as codes times a scale (Algorithm 1 line 3; SageAttention). The codes of P are
  * softmax.h's. */
 #ifndef SPARGE_COMMON_QUANT_H

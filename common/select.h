@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* select.h: how the prediction decides which key blocks a query block keeps (Sec 3.3, Algorithm 1
  * lines 4-6). A backend may sort a row, select by radix or bisect; what it asks is here. */
 #ifndef SPARGE_COMMON_SELECT_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* softmax.h: one row of online softmax (Milakov & Gimelshein 2018; Algorithm 1 lines 11-13).
  * Scores are in log2 units, s = (q . k) * scale * log2 e, so that every exponential is an exp2. */
 #ifndef SPARGE_COMMON_SOFTMAX_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* thresholds.h: the thresholds of one query head. */
 #ifndef SPARGE_COMMON_THRESHOLDS_H
 #define SPARGE_COMMON_THRESHOLDS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* avx2.c: AVX2, FMA and F16C (Haswell, Zen): vectors of 8 lanes, 16 registers.
  *
  * There is no dot product of signed bytes. vpmaddubsw adds two products of an unsigned and a signed

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* avx512vnni.c: AVX-512 with VNNI (Ice Lake, Zen 4): vectors of 16 lanes, 32 registers; a vector is
  * a whole panel. */
 #include <immintrin.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* avxvnni.c: AVX-VNNI (Alder Lake, Zen 5): the dot products of AVX-512 VNNI on vectors of 8 lanes.
  * vpdpbusd adds four products of an unsigned and a signed byte to a lane, vpdpwssd two of signed
  * words, both exactly. What is no product of integers is avx2.c's. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* dispatch.c: which instruction sets this processor and this operating system have, and their
  * kernels. */
 #include <stdatomic.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* driver.c: memory, threads and the order of it all.
  *
  * Key heads go in batches that fit a budget, and the query blocks of such a batch in batches of

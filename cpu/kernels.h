@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* kernels.h: what an instruction set may do better than plain C, as a table of functions, and the
  * layouts that those functions share. driver.c calls the table and nothing else of an instruction
  * set.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* pack.c: one pass over q, k and v: while a block is in cache it is smoothed, pooled, judged, coded
  * and laid out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
 #include "common/element.h"

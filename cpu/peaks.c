@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* peaks.c: what this machine can do at most, measured: the ceilings that speeds are divided by.
  * Medians, as benchmarks use medians: on a shared machine the best moment of a ceiling would make
  * kernels look slow. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* plain.h: every kernel but the two matrix products and softmax, in plain C that a compiler turns
  * into vectors. Each instruction set's file includes it and so compiles it with its own flags: one
  * text, the same bits.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* products.h: the two matrix products in vectors, written once. An instruction set's file includes
  * it after it has said what a vector is:
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* scalar.c: every kernel in plain C: what runs where there are no vectors, and what the others
  * overwrite. */
 #include "cpu/plain.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* select.c: one row of the block mask (ref/predict.c; Algorithm 1 lines 5 and 6), in time that
  * grows as the row: the reference sorts, this finds the score at which the sorted prefix ends. */
 #include "common/select.h"

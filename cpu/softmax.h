@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* softmax.h: softmax of a tile in vectors, written once: the largest score of each row, and P from
  * S. An instruction set's file includes it after products.h and after it has said
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tile.c: one query block through its kept key blocks (ref/attend.c; Algorithm 1 lines 7-21), a
  * group of rows at a time: the rows that decide lambda together. */
 #include "common/block_mask.h"

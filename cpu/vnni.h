@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* vnni.h: the tile of words by the dot products of VNNI, on vectors of any length. Included, with
  * products.h's vectors, after
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* work.h: what the cpu backend holds while it works, by how long it lives: a call, a batch of key
  * heads, a batch of their query blocks; and a thread's scratch. Its steps are pack.c (one pass over
  * q, k and v), select.c (one row of the mask) and tile.c (one query block through its key blocks).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """errors.py: figures that may be unknown, and how far one attention is from another where not all
 of it is finite."""
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """harness.py: what the scripts of experiments/ share: run a program, write a file whole, keep a
 table, fill it into a README, end in a line."""
 import csv

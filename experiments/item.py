@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """item.py: the common form of what regenerates a table or a figure: a script
 experiments/NAME/run.py that lists jobs, and measures one of them. README.md here says what a run
 does with them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """items.py: the tables and figures of the paper: which folder here has them, what is measured in
 their place, what needs more."""
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Regenerates the paper's tables and figures: runs experiments/*/run.py, draws paper_figs/, writes
 paper_figs/report.html.
 

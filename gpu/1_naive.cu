@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* 1_naive.cu: kernel 1, the algorithm and nothing else. A thread owns a query row and walks the
  * kept key blocks. It reads every element from global memory when it needs it, in float.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* 2_shared.cu: kernel 2, tiles in shared memory. 256 threads load a piece of q, of k or of v
  * together. Each multiplies an 8 x 4 piece of S or an 8 x (width / 16) piece of o out of it, in
  * float. An element is read from global memory once for a whole block, and from shared memory once

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* 3_dp4a.cu: kernel 3, the paper's int8 arithmetic. It has the shape of kernel 2, but tiles hold
  * the codes that prepare.cu made. dp4a multiplies four of them at once into int32, exactly, with a
  * quarter of the instructions and of the bytes.

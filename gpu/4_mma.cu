@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* 4_mma.cu: kernel 4, tensor cores (mma.sync, sm_80 and later). Eight warps, 16 query rows each.
  * Scores never leave the registers: packed, the accumulators of Q.K^T are the operand of P.V. While
  * a block is multiplied, the next one is copied to the other half of shared memory (cp.async).

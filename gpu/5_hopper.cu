@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* 5_hopper.cu: kernel 5, sm_90a. One warp does nothing but fetch. It walks the mask and keeps a
  * ring of shared-memory stages full with bulk copies. Two warpgroups of 64 query rows each multiply
  * (wgmma) and take turns, so that the softmax of one runs under the products of the other. Within a

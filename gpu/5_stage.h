@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* 5_stage.h: configuration and shared memory of kernel 5, and what a warpgroup computes on one
  * stage: products, maxima, lambda's vote, P. 5_hopper.cu has the order in which it does so.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* absent.c: the functions of gpu.h in a library that was built without CUDA. */
 #include "gpu/gpu.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* device.cu: what the device at hand can do: its limits, which kernel runs for a call, its memory
  * for programs that have no CUDA of their own. */
 #include "gpu/host.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* finish.cu: what follows attention on every kernel: rows without keys, lse, NaN, counters.
  * Algorithm 1 lines 20-21; ref/driver.c in the reference.
  *

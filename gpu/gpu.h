@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* gpu.h: the cuda backend as sparge.c sees it, and all of it that a C compiler sees. sparge.c has
  * checked the arguments and resolved the options. Pointers are device pointers. In a library built
  * without CUDA the functions of gpu/absent.c answer.

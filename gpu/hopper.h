@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* hopper.h: the instructions of sm_90a: products of a warpgroup (wgmma), barriers that count
  * arrivals and bytes (mbarrier), copies of whole tiles (the bulk copies of TMA). As in ptx.h one
  * name is one instruction, and tests/cuda_model has the same names.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* host.cu: one call of the cuda backend from the processor's side: memory, the order of the
  * launches, what comes back. Nothing of the algorithm is here.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* host.h: what device.cu and host.cu share on the processor's side. */
 #ifndef SPARGE_GPU_HOST_H
 #define SPARGE_GPU_HOST_H

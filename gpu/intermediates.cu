@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* intermediates.cu: the codes of a call as plain arrays [head][token][channel], for those who ask
  * for intermediates. */
 #include "gpu/layout.h"

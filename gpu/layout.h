@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* layout.h: how the codes of a block lie in memory. prepare.cu writes each tile once, in global
  * memory, as the very bytes that the kernels want in shared memory. Loading a tile is then one
  * contiguous copy. Rows and channels that do not exist are zeros.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* plan.cu: the order in which kernel 5 takes its work. Key heads come one after the other, so that
  * all thread blocks read the same keys out of the cache. Within a key head come the query blocks
  * that keep something, those that keep most first (roughly), so that the long ones do not come

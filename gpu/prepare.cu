@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* prepare.cu: everything that is done once to each block of q, k and v: pooled row,
  * self-similarity, scale, codes. q and v are read once, k twice, because its mean comes first.
  * Sec 3.3 and Algorithm 1 line 3; ref/block.c in the reference.

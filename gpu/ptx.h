@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* ptx.h: the instructions around the tensor cores that CUDA C++ has no name for (sm_80 and later).
  * One name is one instruction. Inline assembly stands here and in hopper.h alone, so that every
  * kernel also compiles for the host model of tests/cuda_model, which has the same names.

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What ptxas gives every kernel: registers, shared memory, spills. `--check` keeps it from changing
 unseen.
 

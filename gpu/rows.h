@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* rows.h: what every kernel does to a row of scores: how many keys it sees, lambda's vote, the
  * running maximum, P. The rules themselves are those of common/softmax.h. */
 #ifndef SPARGE_GPU_ROWS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* work.h: what one call works on, as every launch gets it: the problem, the options, and where each
  * launch leaves what the next one reads. host.cu fills it in. The letters are those of ref/ref.h.
  *

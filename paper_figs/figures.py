@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Draws the figures of this folder, as PNG and SVG, out of experiments/*/out.csv and
 experiments/paper.csv alone.
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Writes report.html: for every table and figure the paper's values beside ours, the bands that
 were set beforehand and whether they hold, and what is missing. One file that needs no other; out of
 experiments/*/out.csv, paper.csv, bands.csv and the figures here. Shares are in %, differences of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """rows.py: the CSV files that figures.py and report.py stand on."""
 import sys
 from collections import defaultdict

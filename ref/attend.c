@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* attend.c: int8 FlashAttention over the blocks that the mask kept.
  * Algorithm 1 lines 3 and 7-21; the second skip, lambda, is lines 14-16. */
 #include "common/block_mask.h"

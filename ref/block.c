@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* block.c: what is done to one block of tokens: load, mean, pool, self-similarity, codes.
  * Sec 3.3 (pooling and CosSim), Algorithm 1 line 3 (quantization, as SageAttention does it). */
 #include "common/element.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* driver.c: memory, and the loops over heads and query blocks. Each of q, k and v is decoded once,
  * whether a call predicts, attends or both. */
 #include <stdlib.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* mode.h: which functions run, where rules and precisions differ. */
 #ifndef SPARGE_REF_MODE_H
 #define SPARGE_REF_MODE_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* oracle.c: attention by the textbook formula, softmax(scale * Q K^T) V (Sec 3.1), in double over
  * the real inputs or over the codes of Sec 3.2, the judge of every backend.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* oracle.h: what sparge.c calls once arguments are checked. Apart from ref.h, so that the oracle
  * sees nothing of what it judges. */
 #ifndef SPARGE_REF_ORACLE_H

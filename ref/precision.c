@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* precision.c: products that are not in int8: codes of 12 bits, no codes at all, and P.V as tensor
  * cores do it in binary16 and in e4m3. */
 #include "common/quant.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* predict.c: which (query block, key block) pairs are worth computing.
  * Sec 3.3, Algorithm 1 lines 4-6. */
 #include <stdlib.h>

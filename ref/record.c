@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* record.c: what is told beside o: intermediates, rows that met an element that is not finite,
  * counts. */
 #include "ref/ref.h"

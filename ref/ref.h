@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* ref.h: what sparge.c calls, and the steps of it, which are the contract that every faster
  * version keeps. work.h has the structs. */
 #ifndef SPARGE_REF_REF_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* rules.c: the rules of the paper as printed and of the authors' released kernels, as far as they
  * are not the default: algorithm.md section 9, the table in ref/README.md. */
 #include "common/select.h"

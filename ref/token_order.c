@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* token_order.c: orders for the tokens of images and video, and moving rows by them. Sec 3.7. */
 #include "sparge.h"
 

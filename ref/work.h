@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* work.h: what the reference holds while it works. The letters are the paper's: query block i, key
  * block j; row r and key t of a block; channel c; batch b and head h. */
 #ifndef SPARGE_REF_WORK_H

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # layering.cmake: who may include whom. A file that breaks a rule breaks the build.
 #   cmake -DROOT=<the repository> -P tests/layering.cmake
 cmake_minimum_required(VERSION 3.25)

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* array.c: packed arrays, their conversion to f32, error lines, and reading bytes from a file. */
 #include "tools/array.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* array.h: what the program's files hold: packed arrays, the line that says what is wrong with a
  * file, and the bytes that the readers read. */
 #ifndef SPARGE_TOOLS_ARRAY_H

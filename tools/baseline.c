@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* baseline.c: attention in f32, row by row, rounded where a kernel of half precision rounds. */
 #include "tools/baseline.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* baseline.h: an honest kernel, to measure others by. */
 #ifndef SPARGE_TOOLS_BASELINE_H
 #define SPARGE_TOOLS_BASELINE_H

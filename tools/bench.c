@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench.c: sparge bench: how fast attention is here, as a share of what the machine can do. */
 #include "tools/bench.h"
 

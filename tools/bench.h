@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench.h: sparge bench: what its parts hand to each other. bench.c runs them in this order:
  * bench_args.c reads the lists, bench_inputs.c makes inputs and masks, bench_group.c the cases that
  * are timed in turns, bench_check.c sees that they are right, bench_time.c times, bench_report.c

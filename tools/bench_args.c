@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_args.c: the command line of sparge bench: lists, their defaults, and what does not fit. */
 #include <math.h>
 #include <sched.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_check.c: what sparge bench knows to be right before it takes the time of it.
  *
  * The oracle costs q_len * k_len * dim in double, so it judges two parts: the first tokens alone,

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_group.c: the cases that sparge bench times in turns, and one call of one of them. */
 #include <math.h>
 #include <stdio.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_inputs.c: what sparge bench computes with: tensors like those of a model, and block masks.
  */
 #include <math.h>

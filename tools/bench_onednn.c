@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_onednn.c: dense f32 attention out of oneDNN's matrix product: a baseline that is not ours,
  * and a second opinion on its result. FlashAttention in tiles as large as a GEMM likes them;
  * softmax is left to the compiler. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_report.c: what sparge bench found out, as tables and as JSON. */
 #include <math.h>
 #include <stdio.h>

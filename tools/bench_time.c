@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench_time.c: takes the time of the cases of a group in turns, while nobody else uses the
  * machine. */
 #include <math.h>

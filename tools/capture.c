@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* capture.c: manifests of captures, and the checksums of their files. */
 #include "tools/capture.h"
 

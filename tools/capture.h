@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* capture.h: what a file of q, k and v holds: which model, layer, heads and sample. manifest.json
  * in the folder of the file says so (experiments/capture/README.md). */
 #ifndef SPARGE_TOOLS_CAPTURE_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* check.c: sparge check: judges what another kernel made of q, k and v: its mask, its o and its
  * log-sum-exp. */
 #include <float.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* compare.c: relative L1, worst row, cosine and root mean square of a difference, in double. */
 #include "tools/compare.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* compare.h: how far one array is from another. */
 #ifndef SPARGE_TOOLS_COMPARE_H
 #define SPARGE_TOOLS_COMPARE_H

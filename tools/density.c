@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* density.c: bisects tau over all floats of [0, 1]. */
 #include "tools/density.h"
 

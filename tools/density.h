@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* density.h: the tau under which masks have a wanted density. */
 #ifndef SPARGE_TOOLS_DENSITY_H
 #define SPARGE_TOOLS_DENSITY_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* device.c: a problem and its result where the backend wants them: on the device, or where they
  * are. */
 #include "tools/device.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* device.h: the calls of sparge.h for a program whose arrays are all in host memory: under the cuda
  * backend they go to the device before the call and come back after it. */
 #ifndef SPARGE_TOOLS_DEVICE_H

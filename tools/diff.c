@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* diff.c: sparge diff: how far two arrays are apart, or where two folders of intermediates part. */
 #include <errno.h>
 #include <math.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* info.c: sparge info: what is built, and what can run on this machine. */
 #include <stdio.h>
 #include <unistd.h>

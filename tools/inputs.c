@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* inputs.c: reads q, k, v and masks, and says what does not fit. */
 #include "tools/inputs.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* inputs.h: files of q, k, v and of a mask as the library takes them, and o as the user gave q. */
 #ifndef SPARGE_TOOLS_INPUTS_H
 #define SPARGE_TOOLS_INPUTS_H

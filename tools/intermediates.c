@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* intermediates.c: what the intermediate results are called, how large they are, and their files.
  */
 #include "tools/intermediates.h"

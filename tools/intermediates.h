@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* intermediates.h: every intermediate result of the algorithm as an array: a folder of .npy files.
  */
 #ifndef SPARGE_TOOLS_INTERMEDIATES_H

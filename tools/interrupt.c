@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* interrupt.c: what SIGINT, SIGTERM and SIGHUP do. */
 #include "tools/interrupt.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* interrupt.h: SIGINT, SIGTERM and SIGHUP. They end a program with EXIT_UNFINISHED and one line, at
  * once; or, while something waits for them, when that has seen to its end. A second one never
  * waits. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* judge.c: recall of a mask, and two masks block by block. */
 #include "tools/judge.h"
 

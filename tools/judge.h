@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* judge.h: how good a block mask is: the attention that it keeps, and where it parts from another.
  * Masks are arrays that end in [q_blocks][k_blocks], of a byte each, as mask_array and files have
  * them. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* kept.c: counts blocks, tokens and reasons. */
 #include "tools/kept.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* kept.h: what a mask keeps, counted: blocks and tokens; and why a prediction keeps it. */
 #ifndef SPARGE_TOOLS_KEPT_H
 #define SPARGE_TOOLS_KEPT_H

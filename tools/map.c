@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* map.c: sparge map: the attention of every head, averaged over blocks, beside its mask. Fig 2. */
 #include <errno.h>
 #include <math.h>

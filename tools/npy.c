@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* npy.c: NumPy's .npy files: a magic number, a version, a header that is a Python dictionary, data.
  * https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html */
 #include "tools/npy.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* options.c: command lines by argp, and the options of attention that commands share. */
 #include "tools/options.h"
 

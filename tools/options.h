@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* options.h: command lines, strictly: every mistake is one line that names it and what would do. */
 #ifndef SPARGE_TOOLS_OPTIONS_H
 #define SPARGE_TOOLS_OPTIONS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* order.c: sparge order: a token order, and how far its steps are. */
 #include <stdlib.h>
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* output.c: output files that appear whole: written beside their target, and renamed to it. */
 #include "tools/output.h"
 

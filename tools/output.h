@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* output.h: output files that appear whole: written beside their target, and renamed to it. */
 #ifndef SPARGE_TOOLS_OUTPUT_H
 #define SPARGE_TOOLS_OUTPUT_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* params.c: files of tuned thresholds. */
 #include "tools/params.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* params.h: tuned thresholds in a file: a JSON object that says for what they were tuned, and has a
  * line for each head. sparge tune writes it, and experiments/tune/from_pt.py; run, map, check and
  * sparge-lm read it. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* picture.c: heat maps on a logarithmic scale, masks, and the letters around them. */
 #include "tools/picture.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* picture.h: the picture of sparge map: for every head its attention beside its mask. */
 #ifndef SPARGE_TOOLS_PICTURE_H
 #define SPARGE_TOOLS_PICTURE_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* places.c: files in folders, by the names of captures. */
 #include "tools/places.h"
 

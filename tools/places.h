@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* places.h: the captures that a command is given, and what it reads and writes beside those of a
  * folder: in folders, by their names. */
 #ifndef SPARGE_TOOLS_PLACES_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* program.c: what the programs have in common: they find the command, say in one line what went
  * wrong, and print JSON. */
 #include "tools/program.h"

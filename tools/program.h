@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* program.h: what every command of a program keeps to: its exit codes, and how it speaks. */
 #ifndef SPARGE_TOOLS_PROGRAM_H
 #define SPARGE_TOOLS_PROGRAM_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* progress.c: one line on a terminal: what, how far, how long still. */
 #include "tools/progress.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* progress.h: how far something is that takes long, for whoever watches; and whether it goes on. */
 #ifndef SPARGE_TOOLS_PROGRESS_H
 #define SPARGE_TOOLS_PROGRESS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* run.c: sparge run: attention over files. */
 #include <math.h>
 #include <stdlib.h>

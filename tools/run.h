@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* run.h: sparge run: one capture on its way through the steps of run.c, and what run_report.c says
  * of it. */
 #ifndef SPARGE_TOOLS_RUN_H

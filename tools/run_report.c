@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* run_report.c: what sparge run says: every option as it was resolved, what was counted, timed and
  * measured. */
 #include "tools/run.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* safetensors.c: a length, a JSON object that names tensors and their bytes, and those bytes.
  * https://huggingface.co/docs/safetensors */
 #include "tools/safetensors.h"

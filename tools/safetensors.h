@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* safetensors.h: named tensors in a .safetensors file. */
 #ifndef SPARGE_TOOLS_SAFETENSORS_H
 #define SPARGE_TOOLS_SAFETENSORS_H

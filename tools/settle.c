@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* settle.c: the command line, thresholds and a manifest brought together. */
 #include "tools/settle.h"
 

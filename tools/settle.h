@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* settle.h: how attention runs over a capture: as the command line says, or else the thresholds of
  * --params, or else the manifest beside the file; what contradicts one of them ends the program. */
 #ifndef SPARGE_TOOLS_SETTLE_H

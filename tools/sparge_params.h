@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* sparge_params.h: thresholds of sparge tune for programs that use libsparge: link
  * libsparge_params, jansson and libcrypto as well (CMake: sparge::sparge_params).
  *

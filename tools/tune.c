@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tune.c: sparge tune: thresholds for every head, found from captures. */
 #include <inttypes.h>
 #include <math.h>

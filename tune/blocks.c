@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* blocks.c: attention of one query block taken apart into what each key block contributes.
  *
  * Attention over a set of key blocks is the mean of attention over each of them, weighted by

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* curve.c: error and sparsity at every place of the grid, from running sums.
  *
  * The masks of a row are nested: with tau (or topk) growing, key blocks join in the order of S. So

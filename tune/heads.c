@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* heads.c: all heads side by side, and what they share: time, progress, the caller's functions. */
 #include <pthread.h>
 #include <stdlib.h>

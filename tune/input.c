@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* input.c: one head of one input, where the backend runs, with what is known of it before any
  * threshold: S, the self-similarity of its blocks, and dense attention in f32, which errors are
  * measured against. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* search.c: chooses thresholds from the curves, judges them by whole calls of attention, and backs
  * off if an input that was held out exceeds l2. */
 #include <stdlib.h>

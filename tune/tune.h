@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tune.h: what the parts of the tuner hand to each other. input.c brings one head of one input to
  * where the backend runs, blocks.c takes attention apart into what each key block contributes,
  * curve.c adds the contributions up again in the order in which tau, topk or lambda would, search.c

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """The committed capture of a real model, head by head: dense and sparse, f32 and int8; the first
 table of the README.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Record q, k and v from a running PyTorch model: whatever it gives to
 scaled_dot_product_attention.
 

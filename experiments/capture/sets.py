@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """sets.py: capture sets: folders of .safetensors files with a manifest.json, single heads of them,
 and the thresholds that belong to them. What is wrong with one ends the program with a line that
 names the file."""

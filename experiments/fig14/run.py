@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Figs 14 to 17: sparsity by layer, denoising step, sample and head, over the captures of the video
 model.
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Fig 2 (and Fig 3's last step): maps of attention by blocks: the mass of P, what the predictor
 keeps, and the share of P.V that lambda leaves, for heads of a language model and of the video
 model.

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Fig 3: the workflow on the paper's toy: three query blocks, four key blocks, of which Q3 and K3
 are not self-similar.
 

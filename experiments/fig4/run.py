@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Fig 4: 128 tokens of q and k of one head, channel by channel: neighbours are alike, which is what
 pooling a block relies on."""
 import sys

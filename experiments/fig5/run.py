@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Fig 5: token orders in a grid of 1 x 6 x 6: which place each order visits when, and which block
 of four it falls into."""
 import sys

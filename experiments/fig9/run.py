@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Figs 9 and 11: needles in a haystack by depth and length, on SmolLM2-135M, out of experiments/lm:
 how many are found."""
 import statistics

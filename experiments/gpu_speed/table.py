@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What tests/gpu/on_gpu.sh measured, as a table: results.csv, and the one of gpu/README.md.
 
     table.py FOLDER             FOLDER/speed_*.txt and torch_*.txt (JSON of `sparge bench` and of

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """torch's attention on a GPU at the sizes of `sparge bench --backend cuda`, in JSON of its keys.
 
     torch_sdpa.py --q-len 32768 --dim 128 --heads 32            flash and cudnn, dense

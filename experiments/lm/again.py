@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """again.py: a little of what stands in ppl.csv and needle.csv, measured again in a smoke run, where
 the weights and the text are here or can be fetched."""
 import sys

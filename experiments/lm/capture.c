@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* capture.c: sparge-lm capture: q, k and v of layers as attention is given them, in the files that
  * sparge tune and sparge run read (experiments/capture/README.md). */
 #include <errno.h>

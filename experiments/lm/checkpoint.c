@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* checkpoint.c: opens the files of a model, and finds their tensors. */
 #include "experiments/lm/checkpoint.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* checkpoint.h: the files of a model, in memory: its sizes, its tensors by name, its tokens. What
  * is computed is of the bytes that were read, whatever happens to the files meanwhile. Two kinds
  * are read, a .gguf file (gguf.c), and a folder with config.json and .safetensors files (hf.c);

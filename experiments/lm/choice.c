@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* choice.c: by which attention the model runs: reading what was asked for, and one call of the
  * library. */
 #include "experiments/lm/choice.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* choice.h: by which attention the model runs. */
 #ifndef SPARGE_LM_CHOICE_H
 #define SPARGE_LM_CHOICE_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* gguf.c: GGUF files, versions 2 and 3: keys and values, a table of tensors, their data. Nothing in
  * the file is believed before it is looked at.
  * https://github.com/ggml-org/ggml/blob/master/docs/gguf.md */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* hf.c: a model as Hugging Face has it: a folder with config.json, and model.safetensors, or
  * several of them that model.safetensors.index.json lists. */
 #include <inttypes.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* lm.c: what the commands of sparge-lm have in common. */
 #include "experiments/lm/lm.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* lm.h: what the commands of sparge-lm have in common: a model, texts, the attentions to compare,
  * and results that grow in a file. */
 #ifndef SPARGE_LM_LM_H

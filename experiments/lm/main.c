@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* main.c: sparge-lm: a language model whose attention is sparge.h. */
 #include "experiments/lm/lm.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* matmul.c: activations times weights: by oneDNN or a BLAS where the build found one, or else by
  * the plain loop. */
 #include "experiments/lm/matmul.h"

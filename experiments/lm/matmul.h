@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* matmul.h: activations times weights. */
 #ifndef SPARGE_LM_MATMUL_H
 #define SPARGE_LM_MATMUL_H

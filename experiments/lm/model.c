@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* model.c: Llama, to be read from model_run() upward. Over x [tokens][dim] a layer does
  *
  *     x += W_o attention(rope(W_q h), rope(W_k h), W_v h)      h = rms_norm(x)

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* model.h: the forward pass of a Llama or a Qwen2: prefill alone, no cache. */
 #ifndef SPARGE_LM_MODEL_H
 #define SPARGE_LM_MODEL_H

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """names.py: the model and the attentions that the tables of sparge-lm are about, what they are
 called, and a figure of their rows."""
 from math import exp

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* needle.c: sparge-lm needle: a number is hidden in a long text, and asked for at its end. Each
  * place of the grid is one run over text, question and answer; the answer is right when each of its
  * tokens is the likeliest after those before it. */

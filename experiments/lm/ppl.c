@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* ppl.c: sparge-lm ppl: how surprised the model is by a text, under each attention. */
 #include <math.h>
 #include <stdlib.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* rows.c: results that grow row by row in a file. */
 #include "experiments/lm/rows.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* rows.h: results that grow row by row in a file, so that what was interrupted goes on where it
  * stopped. */
 #ifndef SPARGE_LM_ROWS_H

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """A language model on SpargeAttn: perplexity, needles, sparsity and seconds by length.
 
     experiments/lm/get_model.sh                  the weights

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tensor.c: elements as they stand in files, to floats. Blocks are those of ggml:
  *
  *     Q8_0  step, 32 signed bytes          x = step * code

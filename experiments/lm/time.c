@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* time.c: sparge-lm time: seconds of a prefill, and how many of them are attention. */
 #include <math.h>
 #include <stdlib.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tokenizer.c: byte-level BPE. Text is cut into words by regular expressions. A word is a row of
  * bytes; the pair of neighbours that stands first in the list of merges becomes one token, the
  * leftmost of such pairs first, and so on until no pair is in the list. In the vocabulary a byte is

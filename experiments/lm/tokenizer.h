@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tokenizer.h: text to token numbers by a byte-level BPE, as GPT-2, Llama 3, Qwen2 and SmolLM have
  * it. */
 #ifndef SPARGE_LM_TOKENIZER_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tokens.c: sparge-lm tokens: the token numbers of texts. */
 #include <stdlib.h>
 #include <string.h>

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Compare sparge-lm with independent programs: tokens with Hugging Face's tokenizers, logits with
 transformers.
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Table 1's language rows, on SmolLM2-135M: perplexity, needles, sparsity and speed by length, out
 of experiments/lm.
 

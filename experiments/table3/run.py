@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Table 3: what predicting the mask costs beside dense attention, by length.
 
 One head of 128 channels, all cores, not causal. Inputs: normal numbers, where nothing is to be

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Table 6: what the mask leaves out and what lambda leaves out, alone and together, at the
 thresholds that the tuner found.
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Table 7: sparsity by length at a constant bound on the error: thresholds are tuned anew for every
 length.
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Tables 4, 9 and 10: token orders of a video, and the self-similarity judge on and off.
 
 Each capture of the video model is reordered in five ways after the position embedding, as in A.1 of

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Turns the thresholds that SpargeAttn's own tuner saved, a .pt file of torch, into parameters of
 sparge.
 

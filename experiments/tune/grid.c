@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* grid.c: what the tuner has to be compared with: the best of an exhaustive grid, and what the
  * authors' search finds, both by whole calls of attention. Takes half an hour of one core for a
  * head of 4096 tokens.

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """The tuner on the committed captures (Sec 3.6): thresholds for nine heads at the paper's four
 pairs of bounds, found on one text and judged on another. A full run writes the thresholds too:
 params_*.json.

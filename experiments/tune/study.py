@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """The tuner beyond the committed captures: what its thresholds cost on texts that it has not seen,
 and what it takes.
 

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Record q, k and v of every attention while the model of weights.safetensors makes a clip.
 
     capture.py                     three samples of the whole grid, all layers and heads: 2 GB in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """captured.py: jobs over the captures of the video model: the small ones that are committed, the
 whole ones in build/, and, in their place, those of a user."""
 import sys

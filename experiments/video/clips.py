@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Bring the clips of Debian's opencv-doc into build/video/NAME.npy: frames of 360 x 240, RGB,
 uint8.
 

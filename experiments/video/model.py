@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small diffusion transformer over video, in pixel space.
 
 A token is a patch of 8 x 8 pixels of one frame. The model is given the tokens of noise * level +

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """patches.py: attention of the patches of a clip to each other, as in non-local means: a capture
 that needs no model, so that nothing stands between a video and its blocks."""
 import sys

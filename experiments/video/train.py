@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Train the model of model.py on the first four fifths of vtest; the last fifth is held out.
 
 A step is one crop of the clip at one level of noise. The state is kept in build/video/train.pt

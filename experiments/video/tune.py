@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Thresholds for every head of the video model, from sample 0 of its captures, in Hilbert's order,
 at the paper's (0.05, 0.06) for video: params.json. An interrupted run goes on.
 """

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* api.c: the front door: what is refused and with which words, defaults, names, masks, counts,
  * failing allocations, threads. What the answers are is tested elsewhere.
  *

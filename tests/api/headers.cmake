@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # headers.cmake: the installed headers and every header of common/ compile alone, and twice, without a warning.
 #   cmake -DROOT=<the repository> -DWORK=<a folder to write in> -DLANGUAGE=C11|C++17|CUDA -P tests/api/headers.cmake
 cmake_minimum_required(VERSION 3.25)

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* common.c: truth tables for common/. Every backend shares these headers, so that a comparison of
  * backends cannot see a mistake in them: here are literal inputs and literal outputs, or the
  * definition written again in another way. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* rules.c: truth tables for the rules in common/ that the backends apply in loops of their own:
  * what selects, quantizes, loads, stores and counts. */
 #include <float.h>

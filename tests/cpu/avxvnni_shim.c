@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* avxvnni_shim.c: tests/cpu/avxvnni_shim.h against plain arithmetic, from the extremes inwards.
    Built with -mavx2. */
 #include "tests/cpu/avxvnni_shim.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* avxvnni_shim.h: AVX-VNNI's two intrinsics in AVX2, bit for bit, so that the sanitizers can run
    cpu/avxvnni.c on machines that lack the instructions: gcc -mavx2 -include
    tests/cpu/avxvnni_shim.h cpu/avxvnni.c */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* cpu.c: the cpu backend against the reference, bit for bit: masks, intermediates, counters, o and
  * lse, on every instruction set that is here; and which backend and instruction set run at all.
  * What the reference gives is tested elsewhere, what each kernel gives in kernels.c. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* differential.c: the reference against the cpu backend on every instruction set that is here, all
  * bits, on questions as wild as they may be: numbers of any size, infinities, NaN, subnormals and
  * zeros of both signs, in any shape, layout (broadcast ones too), dtype, mask and option. For as

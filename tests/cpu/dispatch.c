@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* dispatch.c: which instruction sets cpu/dispatch.c finds on processors that this machine is not:
  * CPUID and XGETBV are ours here. */
 #include "tests/support/check.h"

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # instructions.sh OBJECT...: which instructions the shipped objects of cpu/ hold. Each instruction set stays
 # in its own file; a wide instruction anywhere else would be executed on machines that lack it.
 set -euo pipefail

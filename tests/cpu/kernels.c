@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* kernels.c: every kernel of one instruction set against plain C that stands here or in ref/ and
  * common/, bit for bit. Without Criterion, files and threads, so that it also runs, linked
  * statically, where little else does: under an emulator of a processor that the machine is not.

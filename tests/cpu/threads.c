@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* threads.c: the cpu backend and the tuner under the thread sanitizer, whose runtime Criterion does
  * not start under. With
  * --race it plants a race of its own, to see that one would be seen. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* copies.cc: asynchronous copies and the mbarriers that they arrive at, as the PTX ISA 9.0
  * describes them. */
 #include "tests/cuda_model/cuda_model.h"

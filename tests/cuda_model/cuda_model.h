@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* cuda_model.h: what a test says to the model, and what it may ask; for C and C++. */
 #ifndef CUDA_MODEL_H
 #define CUDA_MODEL_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* cuda_model_hopper.h: the names of gpu/hopper.h on the host; what each does stands there. */
 #ifndef CUDA_MODEL_HOPPER_H
 #define CUDA_MODEL_HOPPER_H

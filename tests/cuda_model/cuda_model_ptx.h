@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* cuda_model_ptx.h: the names of gpu/ptx.h on the host; what each does stands there. */
 #ifndef CUDA_MODEL_PTX_H
 #define CUDA_MODEL_PTX_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* cuda_runtime.h: stands in for NVIDIA's header where a .cu file is compiled for the host model.
  * The first half is CUDA C++ inside a kernel, the second the part of the runtime API that the
  * project uses, with NVIDIA's names, values and signatures (CUDA 13). No __shared__: kernels use

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* instructions.cc: the products and conversions that gpu/ptx.h and gpu/hopper.h declare, as the PTX
  * ISA 9.0 describes them. A fragment is spread over lanes: lane = 4 g + q. */
 #include "common/half.h"

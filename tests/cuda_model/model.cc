@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* model.cc: device memory is host memory that is known here; a stream is a queue of work that runs
  * when somebody waits for it and not earlier, so that a missing wait shows. */
 #include "tests/cuda_model/state.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* runtime.cc: the runtime API of CUDA, as far as we use it. */
 #include "tests/cuda_model/state.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* stacks.cc: a fiber's registers and stack, left and taken up again. */
 #include "tests/cuda_model/threads.h"
 

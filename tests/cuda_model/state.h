@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* state.h: what the runtime API of the model is made of: memory, streams, graphs, errors. */
 #ifndef SPARGE_TESTS_CUDA_MODEL_STATE_H
 #define SPARGE_TESTS_CUDA_MODEL_STATE_H

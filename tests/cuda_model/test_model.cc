@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* test_model.cc: what only a model has: late modes, orders of threads, reports of deadlocks and of
  * mistakes. What it shares with a device, tests/gpu/instructions.cu asks of both. */
 #include "tests/cuda_model/test_model.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* test_model.h: what the tests of the model share. */
 #ifndef SPARGE_TESTS_CUDA_MODEL_TEST_MODEL_H
 #define SPARGE_TESTS_CUDA_MODEL_TEST_MODEL_H

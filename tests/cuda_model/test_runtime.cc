@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* test_runtime.cc: the runtime API of the model: streams, memory, graphs, errors; and what the
  * address sanitizer sees. */
 #include "tests/cuda_model/test_model.h"

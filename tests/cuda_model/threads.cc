@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* threads.cc: the scheduler. Each thread of a block is a fiber, a stack that is left where the
  * thread has to wait and taken up again when what it waits for is there. One fiber runs at a time,
  * so nothing here needs a lock, and a kernel can be stepped through in a debugger. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* threads.h: what the files of the model share: a grid that runs, its blocks and threads, how they
  * wait. */
 #ifndef CUDA_MODEL_THREADS_H

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Looks at what the scripts of experiments/ share: python3 experiments.py SPARGE
 
 Runs that are interrupted and go on, rows that are not as committed, what is missing; the tables of

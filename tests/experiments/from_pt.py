@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads .pt files made here by experiments/tune/from_pt.py: python3 from_pt.py [PATH-OF-SPARGE
 [TEST...]]
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records models with experiments/capture/hook.py as its users do: python3 hook.py [PATH-OF-SPARGE
 [TEST...]]
 

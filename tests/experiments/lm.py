@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the sparge-lm program as a user would: python3 lm.py PATH-OF-SPARGE-LM [PATH-OF-SPARGE
 [TEST...]]
 

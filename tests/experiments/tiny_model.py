@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny language models for the tests of sparge-lm: random weights, files of them in both formats,
 and a forward pass in float64 that shares nothing with the program but the papers (Llama: Touvron et
 al. 2023; rotation: Su et al. 2021, in the pairing of Hugging Face)."""

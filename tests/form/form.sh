@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# form.sh ROOT [--fix]: clang-format on C and CUDA, ruff on Python, and lines of at most 100 columns there
-# and in Markdown. --fix formats C and CUDA, and sorts the imports of Python, in place.
+# SPDX-License-Identifier: Apache-2.0
+# form.sh ROOT [--fix]: clang-format on C and CUDA, ruff on Python, lines of at most 100 columns
+# there and in Markdown, and an SPDX line in each source. --fix formats C and CUDA, and sorts the
+# imports of Python, in place.
 set -euo pipefail
 cd "$1"
 fix=${2:-}
@@ -24,6 +26,13 @@ long=$(grep -nE '^.{101}' "${c[@]}" "${text[@]}" | grep -vE '[.]md:[0-9]+: *[|]'
 if [ -n "$long" ]; then
     echo "longer than 100 columns:"
     cut -c 1-150 <<<"$long"
+    failed=1
+fi
+mapfile -t sources < <(git ls-files -c -o --exclude-standard | grep -v '/corpus/' |
+    grep -E '[.](c|h|cc|cu|cuh|S|ld|py|sh|cmake)$|CMakeLists.txt$|^[.]ci/')
+without=$(grep -L 'SPDX-License-Identifier: Apache-2.0' "${sources[@]}" || true)
+if [ -n "$without" ]; then
+    printf 'without an SPDX line:\n%s\n' "$without"
     failed=1
 fi
 exit $failed

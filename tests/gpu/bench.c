@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* bench.c: `bench` and `info` of the sparge program alone, for a machine with a GPU that lacks what
  * the other commands need. */
 #include "tools/program.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* calls.c: the cuda backend from its caller's side: streams, graphs, workspaces,
  * pointers, how many launches. */
 #include <math.h>

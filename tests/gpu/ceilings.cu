@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* ceilings.cu: what this device can do at most, so that a kernel's speed means something: products
  * of the tensor cores, memory, single instructions; and how exactly e4m3 products add up inside the
  * tensor core.

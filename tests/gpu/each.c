@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* each.c: what the tests share: questions of every kernel, and calls that are made by hand. */
 #include <math.h>
 #include <stdlib.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* gpu.h: what the files of the cuda backend's tests share: which kernels there are, the same
  * question to ref and to a kernel, and the judgement of what comes back. */
 #ifndef SPARGE_TESTS_GPU_GPU_H

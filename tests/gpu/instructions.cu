@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* instructions.cu: does this device do what ptx.h and hopper.h say? Each instruction by itself,
  * against its plain definition, before any kernel is blamed. One line each: "name: ok", or what
  * differs.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* instructions.h: what the questions of instructions.cu and products.cu share. */
 #ifndef SPARGE_TESTS_GPU_INSTRUCTIONS_H
 #define SPARGE_TESTS_GPU_INSTRUCTIONS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* judge.c: what is promised of the cuda backend's answers, and a judge for what is not ref's bits.
  *
  * The judge is section 5 of the definition once more, over the codes of ref's intermediates, with P

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* language.cu: threads, warps and blocks: what every kernel takes for granted of CUDA, and the host
  * model has to keep. */
 #include "tests/gpu/instructions.h"

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* masks.c: which rows, keys and blocks count: empty rows, what lies beside a mask, what is
  * predicted, groups of heads. Where the authors' released kernels get it wrong, their issue is
  * named. */

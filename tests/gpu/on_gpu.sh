@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # on_gpu.sh: what is worth knowing from nine minutes on a machine with an H200, what tells most first.
 #   OUT=folder tests/gpu/on_gpu.sh     builds, tests, measures; log.txt, on_gpu.csv and more in OUT
 #   tests/gpu/on_gpu.sh build          compiles only: build/gpu can be carried to the GPU
@@ -11,7 +12,7 @@ set -u
 
 model=
 case "${1:-}" in
--h | --help) sed -n '2,9s/^# //p' "$0"; exit ;;
+-h | --help) sed -n '3,10s/^# //p' "$0"; exit ;;
 "" | build) ;;
 model) model=_model ;;
 *) echo "on_gpu.sh: unknown argument '$1', see on_gpu.sh --help" >&2; exit 2 ;;

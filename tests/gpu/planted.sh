@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # planted.sh: bugs of timing in kernel 5, planted one at a time, that the tests must not miss: what the model's
 # late modes are for (README.md here has the whole table).
 #

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* products.cu: the tensor cores' instructions, each against its plain definition. Products are
  * exact: small whole numbers in small sums. First one-hot operands for every k, which show where an
  * element really lies; then random ones. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* program.h: what the programs of on_gpu.sh (instructions, ceilings) share: memory, launches,
  * random numbers. They stand beside the library, not in it, and end with a sentence at the first
  * error of CUDA. */

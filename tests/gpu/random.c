@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* random.c: every kernel against ref on questions at random and on every length. */
 #include <math.h>
 #include <string.h>

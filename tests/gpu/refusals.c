@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* refusals.c: what the cuda backend refuses and with which words, and what happens when CUDA fails.
  */
 #include <math.h>

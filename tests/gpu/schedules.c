@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* schedules.c: who sees and skips what, and that nothing depends on the order of threads: the
  * future, lambda, counts, repeated calls, copies and products as late as a program allows. */
 #include <math.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* stream.cu: the CUDA runtime's streams and graphs for tests in C: the model has its functions in
  * C++ alone. */
 #include <cuda_runtime.h>

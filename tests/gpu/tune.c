@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tune.c: sparge_tune with the cuda backend: inputs are in host memory, the work is done on the
  * device. */
 #include <math.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* values.c: the cuda backend's answers where a reader knows them without a reference: what is not
  * finite, magnitudes, scores and values where kernels go wrong. Where the authors' released kernels
  * do, it is said. */

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # install.sh ROOT BUILD VERSION CMAKE CC CXX: installs BUILD into a new folder; what is there, which names
 # the libraries have, and programs in C and C++ that use them, shared and static, by CMake and by pkg-config.
 set -euo pipefail

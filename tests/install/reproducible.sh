@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # reproducible.sh ROOT CMAKE CC: two builds in two folders install the same bytes.
 set -euo pipefail
 

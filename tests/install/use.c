@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* use.c: a program on the installed library. Attention over one value is that value. */
 #include <math.h>
 #include <stdio.h>

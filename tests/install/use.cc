@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* use.cc: a C++ program on the installed library. Both stages, and the mask between them. */
 #include <cstdio>
 #include <vector>

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """run.py [--check] [WORD...]: plants the bugs of bugs.txt one at a time into a copy of the sources,
 builds what the bug's test runs, runs that test, and says which bugs it did not see.
 
@@ -53,7 +54,7 @@ def prepare():
     if not (COPY / "build/venv").exists():
         BUILD.parent.mkdir(exist_ok=True)
         (COPY / "build/venv").symlink_to(ROOT / "build/venv")
-    run("cmake", "--preset", "dev", "-DSPARGE_CUDA=OFF", "-DSPARGE_EMULATION=OFF", check=True)
+    run("cmake", "--preset", "dev", "-DSPARGE_CUDA=OFF", check=True)
     run("cmake", "--build", BUILD, check=True)  # CTest tells no command before its program is there
     tests = json.loads(run("ctest", "--test-dir", BUILD, "--show-only=json-v1").stdout)["tests"]
     return {test["name"]: test["command"] for test in tests if "command" in test}

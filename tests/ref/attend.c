@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* attend.c: stage 2 (Algorithm 1 lines 3 and 7-22) against the oracle and against a judge that
  * lives here: section 5 of the definition once more, in double, with lambda, the codes of P and the
  * rules.

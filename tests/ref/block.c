@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* block.c: what is done to one block of tokens (Sec 3.3, Algorithm 1 line 3): literal tables, and
  * cosines by the explicit Gram matrix.
  *

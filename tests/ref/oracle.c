@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* oracle.c: what ref/oracle.c must answer (Sec 3.1, 3.2), worked out by hand: the judge of all
  * backends has no judge but literals.
  *

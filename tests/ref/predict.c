@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* predict.c: stage 1 (Sec 3.3, Algorithm 1 lines 4-6): masks worked out by hand, and a
  * straightforward predictor in double over random inputs.
  *

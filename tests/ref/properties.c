@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* properties.c: what attention keeps when its input is changed, copied, cut or moved; no reference
  * is needed. Sums that change their order agree within rounding, everything else bit for bit. */
 #define _DEFAULT_SOURCE /* MAP_ANONYMOUS, MAP_NORESERVE */

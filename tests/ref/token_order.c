@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* token_order.c: the five orders and the moving of rows, against literals and against what an order
  * has to be: a permutation, and for the Hilbert curve one of neighbours. */
 #include "sparge.h"

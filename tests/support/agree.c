@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* agree.c: the cpu backend against the reference, all bits, on one question. */
 #include "tests/support/agree.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* agree.h: one question to the reference and to the cpu backend, on every instruction set that is
  * here: masks, intermediates, counters, o and lse, bit for bit. For cpu.c and fuzz/differential.c.
  */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* check.h: inputs that replay, buffers with guards, and comparisons that a NaN fails, on Criterion.
  *
  * Traps: a cr_log_warn in a passing test makes the program exit 1; a program that ran no test exits

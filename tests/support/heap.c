@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* heap.c: malloc, calloc, realloc and free as heap.h says. */
 #include "tests/support/heap.h"
 

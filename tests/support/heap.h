@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* heap.h: allocations that fail: for programs that are linked with
  * --wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=free. */
 #ifndef SPARGE_TESTS_HEAP_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* plain.c: runs the tests that plain.h collected.
  *
  *     test_gpu [--quick] [--first] [--seed N] [--limit SECONDS] [--list] [name ...]

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* plain.h: as much of Criterion as check.h, check.c and problem.c use, for tests that run in one
  * process: CUDA and fork do not mix, and a machine with a GPU may not have Criterion. plain.c has
  * the main program. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* problem.h: questions for the library and its answers: tensors of any dtype and layout with NaN
  * wherever no element lies, structured values, every output and intermediates between guards. */
 #ifndef SPARGE_TESTS_PROBLEM_H

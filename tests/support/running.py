@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For tests that run a program as its users do: what must work, what must fail and how, and the files for it."""
 import hashlib
 import json

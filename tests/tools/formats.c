@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* formats.c: the program's files. Readers against bytes written out here, byte for byte; every kind
  * of bad file against the line it earns; output files against all the ways to come to an end. */
 #include "tools/capture.h"

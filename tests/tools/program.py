@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the sparge program as a user would: python3 program.py PATH-OF-SPARGE
 
 What it computes is compared with a float64 attention written here; of everything that can go wrong

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* reading.c: input_read where the system reads little at a time, is interrupted, or fails: pread is
  * ours here. */
 #include <errno.h>

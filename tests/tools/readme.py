@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """What the README prints, as it prints it: readme.py PROGRAM.
 
 The lines of its section "From the shell" run in a folder that has the committed files and the

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* starve.c: the sparge program whose allocation number STARVE in the environment, from 0, fails;
  * those that libraries make before main begins do not count. */
 #include <stdlib.h>

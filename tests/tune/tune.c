@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* tune.c: what the tuner knows without calling attention against whole calls of it, what it chooses
  * against the whole grid by whole calls, and what becomes of heads whose answer is known
  * beforehand. */

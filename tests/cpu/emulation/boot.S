@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* boot.S: a ROM for an x86-64 machine: from the reset vector to monitor_main, and from there into the
    program and back at every system call and fault. The ROM is the whole machine's software: no BIOS, no
    disk. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* monitor.c: loads one static Linux program and answers the system calls that glibc's start,
    malloc, stdio and exit make. Program and monitor both run in ring 0, on one CPU without
    interrupts. */

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # run.sh [-m MODEL] [-t SECONDS] PROGRAM [ARGUMENT...]
 # Runs a single-threaded program linked with -static -no-pie on an emulated CPU: Bochs, and the
 # monitor beside this file in place of an operating system. Prints what the program prints and exits

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* gguf.c: libFuzzer target: any bytes give either one line of error and nothing, or a checkpoint
  * whose tensors lie in the bytes. From that come a model that runs and a tokenizer whose numbers
  * are those of tokens; or a line each. */

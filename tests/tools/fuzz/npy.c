@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* npy.c: libFuzzer target: any bytes give either one line of error and no array, or an array that
  * fits in the bytes, converts, and comes back the same from a file that we write. */
 #include "tools/npy.h"

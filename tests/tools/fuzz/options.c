@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* options.c: libFuzzer target: any command line of run and map gives either one line of error, or
  * options that the library accepts. Arguments end at a zero byte or a line end. */
 #include "tools/options.h"

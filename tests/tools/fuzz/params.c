@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* params.c: libFuzzer target: any bytes give either one line of error and nothing, or thresholds in
  * their ranges and in strict order, which are found, and come back the same from a file that we
  * write. */

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* replay.c: runs a fuzz target once over each file named, or each file of a folder named: the
  * corpus as a plain test for any compiler. Fails where there is nothing to run. */
 #include <dirent.h>

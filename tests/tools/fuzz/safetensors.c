@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* safetensors.c: libFuzzer target: any bytes give either one line of error and no tensor, or
  * tensors that fit in the bytes and convert. */
 #include "tools/safetensors.h"
