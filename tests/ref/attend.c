@@ -46,18 +46,18 @@ static bool sees(const problem *x, int64_t query, int64_t key)
 }
 
 /* Keys of block j that a query sees. */
-static int64_t seen_of(const problem *x, int64_t query, int64_t j)
+static int64_t visible_of(const problem *x, int64_t query, int64_t j)
 {
-    int64_t seen = 0;
+    int64_t visible = 0;
     for (int64_t t = j * x->o.block_k; t < smaller((j + 1) * x->o.block_k, x->p.k_len); t++)
-        seen += sees(x, query, t);
-    return seen;
+        visible += sees(x, query, t);
+    return visible;
 }
 
 static bool pair_visible(const problem *x, int64_t i, int64_t j)
 {
     for (int64_t r = i * x->o.block_q; r < smaller((i + 1) * x->o.block_q, x->p.q_len); r++)
-        if (seen_of(x, r, j))
+        if (visible_of(x, r, j))
             return true;
     return false;
 }
@@ -168,9 +168,9 @@ typedef struct row {
     double m, l, coding, edge, *o;
 } row;
 
-/* Lines 12, 13 and 16 of one row: s [seen] are its scores, v the keys' values. */
-static void weigh(const verdict *w, row *r, const double *s, int64_t seen, double local,
-                  const double *v, int64_t dim_v)
+/* Lines 12, 13 and 16 of one row: s [visible] are its scores, v the keys' values. */
+static void accumulate_pv(const verdict *w, row *r, const double *s, int64_t visible, double local,
+                          const double *v, int64_t dim_v)
 {
     const double m = larger(r->m, local), shrink = exp(r->m - m), P = w->pv_qmax;
     r->m = m;
@@ -179,7 +179,7 @@ static void weigh(const verdict *w, row *r, const double *s, int64_t seen, doubl
     r->edge *= shrink;
     for (int64_t c = 0; c < dim_v; c++)
         r->o[c] *= shrink;
-    for (int64_t t = 0; t < seen; t++) {
+    for (int64_t t = 0; t < visible; t++) {
         const double p_of_m = exp(s[t] - m);
         double weight = p_of_m;
         if (w->pv_qmax) {
@@ -224,15 +224,15 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
     }
 
     for (int64_t j = 0; j < k_blocks; j++) {
-        int64_t seen[LONGEST], done = 0;
+        int64_t visible[LONGEST], done = 0;
         double local[LONGEST];
         const bool kept = mask_has(x, b, h, i, j) && pair_visible(x, i, j);
         for (int64_t r = 0; r < rows; r++) {
-            seen[r] = seen_of(x, first + r, j);
+            visible[r] = visible_of(x, first + r, j);
             local[r] = -INFINITY;
-            head->tokens += seen[r];
-            head->qk_tokens += kept ? seen[r] : 0;
-            for (int64_t t = 0; kept && t < seen[r]; t++) {
+            head->tokens += visible[r];
+            head->qk_tokens += kept ? visible[r] : 0;
+            for (int64_t t = 0; kept && t < visible[r]; t++) {
                 const double *key = k->value + (j * x->o.block_k + t) * p->dim;
                 s[r][t] = 0.0;
                 for (int64_t c = 0; c < p->dim; c++)
@@ -247,7 +247,7 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
             double gap = -INFINITY, unit = w->qk_qmax ? 0.0 : 1e-5;
             bool votes = false;
             for (int64_t r = r0; r < smaller(rows, r0 + w->group); r++)
-                if (seen[r]) {
+                if (visible[r]) {
                     votes = true;
                     gap = larger(gap, local[r] - state[r].m);
                     unit = larger(unit, 4e-7 * (1.0 + fabs(local[r]) + fabs(state[r].m)));
@@ -261,12 +261,12 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
             for (int64_t r = r0; r < smaller(rows, r0 + w->group); r++) {
                 if (!skips) {
                     done++;
-                    head->pv_tokens += seen[r];
-                    if (seen[r])
-                        weigh(w, &state[r], s[r], seen[r], local[r],
-                              v->value + j * x->o.block_k * p->dim_v, p->dim_v);
+                    head->pv_tokens += visible[r];
+                    if (visible[r])
+                        accumulate_pv(w, &state[r], s[r], visible[r], local[r],
+                                      v->value + j * x->o.block_k * p->dim_v, p->dim_v);
                 } else if (x->o.rules == SPARGE_RULES_PAPER)
-                    for (int64_t t = 0; t < seen[r]; t++)
+                    for (int64_t t = 0; t < visible[r]; t++)
                         state[r].l += exp(s[r][t] - state[r].m);
             }
         }
@@ -812,27 +812,27 @@ Test(attend, units_of_the_scores)
 
 static const float nonfinite[] = {NAN, INFINITY, -INFINITY};
 
-typedef struct spoilt {
+typedef struct marks {
     bool *q, *k, *v; /* [..][tokens][channels] as the tensors */
-} spoilt;
+} marks;
 
 /* Writes `count` non-finite values into random places of t, or zeros where they were. */
-static bool *spoil(tensor *t, int64_t count)
+static bool *plant_nonfinite(tensor *t, int64_t count)
 {
-    bool *bad = zeros(tensor_count(t), sizeof *bad);
+    bool *marked = zeros(tensor_count(t), sizeof *marked);
     for (int64_t n = 0; n < count; n++) {
         const int64_t at = check_int(0, tensor_count(t) - 1);
-        bad[at] = true;
+        marked[at] = true;
         t->x[at] = nonfinite[n % 3];
     }
     tensor_write(t);
-    return bad;
+    return marked;
 }
 
-static void heal(tensor *t, const bool *bad)
+static void zero_marked(tensor *t, const bool *marked)
 {
     for (int64_t n = 0; n < tensor_count(t); n++)
-        if (bad[n])
+        if (marked[n])
             t->x[n] = 0.0f;
     tensor_write(t);
 }
@@ -845,14 +845,14 @@ static bool any(const bool *flag, int64_t n)
     return false;
 }
 
-/* How often a bad key row or value element lay in a kept block and was seen, lay in a kept block
- * and was hidden by causality, or lay in a skipped one. */
+/* How often a marked key row or value element lay in a kept block and was visible, lay in a kept
+ * block and was hidden by causality, or lay in a skipped one. */
 typedef struct places {
-    int64_t seen, hidden, skipped, empty;
+    int64_t visible, hidden, skipped, empty;
 } places;
 
 /* What a row's NaNs must be: all of its o and lse, or channels of o. */
-static bool expect(const problem *x, const spoilt *bad, int64_t b, int64_t h, int64_t t,
+static bool expect(const problem *x, const marks *marked, int64_t b, int64_t h, int64_t t,
                    bool *channel, places *met)
 {
     const int64_t kv = h / (x->p.heads / x->p.kv_heads), dim = x->p.dim, dim_v = x->p.dim_v;
@@ -860,32 +860,33 @@ static bool expect(const problem *x, const spoilt *bad, int64_t b, int64_t h, in
     memset(channel, 0, (size_t)dim_v * sizeof *channel);
     for (int64_t key = 0; key < x->p.k_len; key++) {
         const int64_t at = (b * x->p.kv_heads + kv) * x->p.k_len + key;
-        const bool k_bad = any(bad->k + at * dim, dim), v_bad = any(bad->v + at * dim_v, dim_v);
+        const bool k_bad = any(marked->k + at * dim, dim),
+                   v_bad = any(marked->v + at * dim_v, dim_v);
         const bool kept = mask_has(x, b, h, t / x->o.block_q, key / x->o.block_k),
-                   seen = sees(x, t, key);
+                   visible = sees(x, t, key);
         if (k_bad || v_bad)
-            ++*(kept && seen ? &met->seen : kept ? &met->hidden : &met->skipped);
-        keys |= kept && seen;
-        all |= kept && seen && k_bad;
-        for (int64_t c = 0; kept && seen && c < dim_v; c++)
-            channel[c] |= bad->v[at * dim_v + c];
+            ++*(kept && visible ? &met->visible : kept ? &met->hidden : &met->skipped);
+        keys |= kept && visible;
+        all |= kept && visible && k_bad;
+        for (int64_t c = 0; kept && visible && c < dim_v; c++)
+            channel[c] |= marked->v[at * dim_v + c];
     }
     met->empty += !keys;
-    return all || (keys && any(bad->q + ((b * x->p.heads + h) * x->p.q_len + t) * dim, dim));
+    return all || (keys && any(marked->q + ((b * x->p.heads + h) * x->p.q_len + t) * dim, dim));
 }
 
-/* What is NaN is what must be; the rest has the bits that it has when the bad elements are 0. */
-static void spoilt_as_expected(problem *x, spoilt *bad, places *met)
+/* What is NaN is what must be; the rest has the bits that it has when the marked elements are 0. */
+static void nonfinite_as_expected(problem *x, marks *marked, places *met)
 {
     answer got = attend(x);
-    heal(&x->q, bad->q);
-    heal(&x->k, bad->k);
-    heal(&x->v, bad->v);
+    zero_marked(&x->q, marked->q);
+    zero_marked(&x->k, marked->k);
+    zero_marked(&x->v, marked->v);
     answer want = attend(x);
     bool channel[16];
     for (int64_t line = 0; line < problem_rows(x); line++) {
         const int64_t b = line / x->p.q_len / x->p.heads, h = line / x->p.q_len % x->p.heads;
-        const bool all = expect(x, bad, b, h, line % x->p.q_len, channel, met);
+        const bool all = expect(x, marked, b, h, line % x->p.q_len, channel, met);
         for (int64_t c = 0; c < x->p.dim_v; c++)
             if (all || channel[c])
                 want.o.x[line * x->p.dim_v + c] = NAN;
@@ -904,7 +905,7 @@ static void spoilt_as_expected(problem *x, spoilt *bad, places *met)
     answer_free(&want);
 }
 
-Test(attend, non_finite_values_spoil_their_rows_alone)
+Test(attend, non_finite_values_reach_their_rows_alone)
 {
     places met = {0};
     for (int64_t n = 0; n < 180; n++) {
@@ -925,17 +926,19 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
             mask_fill(&x, 0.3f);
         const int64_t q_count = check_int(0, 3), k_count = check_int(0, 2),
                       v_count = check_int(0, 3);
-        spoilt bad = {spoil(&x.q, q_count), spoil(&x.k, k_count), spoil(&x.v, v_count)};
-        spoilt_as_expected(&x, &bad, &met);
-        free(bad.q);
-        free(bad.k);
-        free(bad.v);
+        marks marked = {plant_nonfinite(&x.q, q_count), plant_nonfinite(&x.k, k_count),
+                        plant_nonfinite(&x.v, v_count)};
+        nonfinite_as_expected(&x, &marked, &met);
+        free(marked.q);
+        free(marked.k);
+        free(marked.v);
         problem_free(&x);
     }
-    cr_log_info("bad keys and values: %lld seen, %lld hidden, %lld skipped; %lld rows without keys",
-                (long long)met.seen, (long long)met.hidden, (long long)met.skipped,
-                (long long)met.empty);
-    check(met.seen > 0 && met.hidden > 0 && met.skipped > 0 && met.empty > 0,
+    cr_log_info(
+        "marked keys and values: %lld visible, %lld hidden, %lld skipped; %lld rows without keys",
+        (long long)met.visible, (long long)met.hidden, (long long)met.skipped,
+        (long long)met.empty);
+    check(met.visible > 0 && met.hidden > 0 && met.skipped > 0 && met.empty > 0,
           "a place was never met");
 }
 
@@ -943,34 +946,34 @@ Test(attend, non_finite_values_spoil_their_rows_alone)
 Test(attend, everything_non_finite_or_skipped)
 {
     for (int64_t n = 0; n < QKS * PVS; n++) {
-        check_case("all bad, qk %s pv %s", sparge_dtype_string(precisions[n / PVS]),
+        check_case("all marked, qk %s pv %s", sparge_dtype_string(precisions[n / PVS]),
                    sparge_dtype_string(precisions[n % PVS]));
         const shape s = shape_of(1, 2, 1, 40, 40, 8, 5);
         problem x = problem_make(&s);
         x.o.qk_dtype = precisions[n / PVS];
         x.o.pv_dtype = precisions[n % PVS];
         places met = {0};
-        spoilt bad = {zeros(tensor_count(&x.q), 1), zeros(tensor_count(&x.k), 1),
-                      zeros(tensor_count(&x.v), 1)};
+        marks marked = {zeros(tensor_count(&x.q), 1), zeros(tensor_count(&x.k), 1),
+                        zeros(tensor_count(&x.v), 1)};
         const int64_t all = n % 2 ? tensor_count(&x.k) : 16 * 8; /* every key, or the first block */
         for (int64_t e = 0; e < all; e++) {
             x.k.x[e] = nonfinite[e % 3];
-            bad.k[e] = true;
+            marked.k[e] = true;
         }
         for (int64_t e = 0; e < tensor_count(&x.v) / 2; e++) {
             x.v.x[e] = nonfinite[e % 3];
-            bad.v[e] = true;
+            marked.v[e] = true;
         }
         problem_write(&x);
         mask_fill(&x, 0.0f);
         sparge_mask_set(&x.mask, 0, 0, 0, 2,
                         true); /* head 0: one row of blocks reads what is good, */
         sparge_mask_set(&x.mask, 0, 1, 1, 0,
-                        true); /* head 1: one what is bad, the others nothing */
-        spoilt_as_expected(&x, &bad, &met);
-        free(bad.q);
-        free(bad.k);
-        free(bad.v);
+                        true); /* head 1: one what is marked, the others nothing */
+        nonfinite_as_expected(&x, &marked, &met);
+        free(marked.q);
+        free(marked.k);
+        free(marked.v);
         problem_free(&x);
     }
 }
@@ -1248,7 +1251,7 @@ Test(attend, rules_choose_the_rows_that_decide)
     }
 }
 
-Test(attend, upstream_adds_to_the_steps)
+Test(attend, upstream_adds_to_the_scales)
 {
     check_case("step + 1e-7");
     const shape s = shape_of(1, 1, 1, 16, 16, 8, 4);

@@ -14,9 +14,10 @@ TestSuite(block);
 
 /* ---- load ------------------------------------------------------------------------------------ */
 
-/* Loads into buffers of the exact size; bad is compared with a string of 0 and 1. */
+/* Loads into buffers of the exact size; nonfinite is compared with a string of 0 and 1. */
 static void loads(const char *what, const sparge_in *in, int64_t batch, int64_t head, int64_t first,
-                  int64_t rows, int64_t dim, const float *mean, const float *want, const char *bad)
+                  int64_t rows, int64_t dim, const float *mean, const float *want,
+                  const char *nonfinite)
 {
     check_case("load: %s", what);
     float *x = check_alloc((size_t)(rows * dim) * sizeof *x);
@@ -26,7 +27,8 @@ static void loads(const char *what, const sparge_in *in, int64_t batch, int64_t 
         sparge_ref_subtract_mean(x, marks, rows, dim, mean);
     check_same(x, want, rows * dim);
     for (int64_t e = 0; e < rows * dim; e++)
-        check(marks[e] == (bad[e] == '1'), "element %lld is marked %d", (long long)e, marks[e]);
+        check(marks[e] == (nonfinite[e] == '1'), "element %lld is marked %d", (long long)e,
+              marks[e]);
     check_free(x);
     check_free(marks);
 }
@@ -130,12 +132,12 @@ static void mean_is(const char *what, const float *tokens, int64_t len, int64_t 
     const sparge_geometry g = sparge_geometry_make(7, len, 3, block_k, SPARGE_CAUSAL_END);
     float *x = check_alloc((size_t)(len * dim) * sizeof *x),
           *mean = check_alloc((size_t)dim * sizeof *mean);
-    bool *bad = check_alloc((size_t)(len * dim));
-    sparge_ref_load(&(sparge_in){tokens, SPARGE_F32, 0, 0, dim}, 0, 0, 0, len, dim, x, bad);
+    bool *nonfinite = check_alloc((size_t)(len * dim));
+    sparge_ref_load(&(sparge_in){tokens, SPARGE_F32, 0, 0, dim}, 0, 0, 0, len, dim, x, nonfinite);
     sparge_ref_mean(x, &g, dim, mean);
     check_same(mean, want, dim);
     check_free(x);
-    check_free(bad);
+    check_free(nonfinite);
     check_free(mean);
 }
 
@@ -171,9 +173,9 @@ Test(block, mean_divides_by_the_token_count)
     const float x[] = {1, -10, 2, -20, 3, -30, 4, -40, 5, -50};
     for (int64_t block = 1; block <= 7; block++)
         mean_is("two channels, five tokens", x, 5, 2, block, (float[]){3, -30});
-    const float spoilt[] = {8, NAN, 4, INFINITY, -INFINITY};
-    mean_is("a non-finite element counts as 0", spoilt, 5, 1, 2, (float[]){12.0f / 5.0f});
-    mean_is("nothing finite", spoilt + 3, 2, 1, 2, (float[]){0});
+    const float nonfinite[] = {8, NAN, 4, INFINITY, -INFINITY};
+    mean_is("a non-finite element counts as 0", nonfinite, 5, 1, 2, (float[]){12.0f / 5.0f});
+    mean_is("nothing finite", nonfinite + 3, 2, 1, 2, (float[]){0});
     mean_is("no keys", NULL, 0, 2, 2, (float[]){0, 0});
 }
 
@@ -215,15 +217,16 @@ typedef struct summed {
     float pool[256];
 } summed;
 
-/* bad: a string of 0 and 1, or NULL for none. */
-static summed summarized(const float *x, const char *bad, int64_t rows, int64_t block, int64_t dim)
+/* nonfinite: a string of 0 and 1, or NULL for none. */
+static summed summarized(const float *x, const char *nonfinite, int64_t rows, int64_t block,
+                         int64_t dim)
 {
     summed out;
     bool *marks = check_alloc((size_t)(rows * dim));
     float *pool = check_alloc((size_t)dim * sizeof *pool),
           *unit = check_alloc((size_t)dim * sizeof *unit);
     for (int64_t e = 0; e < rows * dim; e++)
-        marks[e] = bad && bad[e] == '1';
+        marks[e] = nonfinite && nonfinite[e] == '1';
     out.s = sparge_ref_summarize(x, marks, rows, block, dim, pool, unit);
     memcpy(out.pool, pool, (size_t)dim * sizeof *pool);
     check_free(marks);
@@ -297,12 +300,12 @@ Test(block, similarity_table)
 Test(block, a_marked_element_makes_the_block_nonfinite)
 {
     const float x[6] = {1, 0, 1, 1, 1, 1};
-    char bad[] = "000000";
-    cr_assert(summarized(x, bad, 3, 3, 2).s.finite);
+    char nonfinite[] = "000000";
+    cr_assert(summarized(x, nonfinite, 3, 3, 2).s.finite);
     for (int64_t e = 0; e < 6; e++) {
-        bad[e] = '1';
-        cr_assert(!summarized(x, bad, 3, 3, 2).s.finite, "element %lld", (long long)e);
-        bad[e] = '0';
+        nonfinite[e] = '1';
+        cr_assert(!summarized(x, nonfinite, 3, 3, 2).s.finite, "element %lld", (long long)e);
+        nonfinite[e] = '0';
     }
 }
 
@@ -399,7 +402,7 @@ static float quantized(const float *x, int64_t n, int64_t stride, int qmax, floa
     int16_t *out = check_alloc((size_t)span * sizeof *out);
     for (int64_t e = 0; e < span; e++)
         in[e] = e % stride ? NAN : x[e / stride];
-    const float step = sparge_ref_quantize(in, n, stride, qmax, slack, out);
+    const float scale = sparge_ref_quantize(in, n, stride, qmax, slack, out);
     for (int64_t e = 0; e < span; e++) {
         if (e % stride == 0)
             code[e / stride] = out[e];
@@ -409,7 +412,7 @@ static float quantized(const float *x, int64_t n, int64_t stride, int qmax, floa
     }
     check_free(in);
     check_free(out);
-    return step;
+    return scale;
 }
 
 Test(block, quantize_table)
@@ -419,7 +422,7 @@ Test(block, quantize_table)
         int qmax;
         float slack;
         int64_t n;
-        float x[10], step;
+        float x[10], scale;
         int16_t code[10];
     } table[] = {
         {"halves away from zero",
@@ -451,13 +454,13 @@ Test(block, quantize_table)
          {4095, -4094.5f, -2047.5f, 0.5f, -0.25f, 4094.4f},
          1,
          {4095, -4095, -2048, 1, 0, 4094}},
-        {"a step of a half", 127, 0, 4, {63.5f, -63.5f, 0.25f, 0.2f}, 0.5f, {127, -127, 1, 0}},
+        {"a scale of a half", 127, 0, 4, {63.5f, -63.5f, 0.25f, 0.2f}, 0.5f, {127, -127, 1, 0}},
         {"max / 127, not 128", 127, 0, 2, {1, -1}, 1.0f / 127.0f, {127, -127}},
         {"the largest is negative", 127, 0, 3, {1, -254, 3}, 2, {1, -127, 2}},
         {"zeros", 127, 0, 3, {0, -0.0f, 0}, 0, {0, 0, 0}},
         {"subnormal", 127, 0, 2, {0x1p-140f, -0x1p-149f}, 0, {0, 0}},
-        {"a step below the smallest normal", 127, 0, 2, {126 * 0x1p-126f, 0}, 0, {0, 0}},
-        {"a step of the smallest normal",
+        {"a scale below the smallest normal", 127, 0, 2, {126 * 0x1p-126f, 0}, 0, {0, 0}},
+        {"a scale of the smallest normal",
          127,
          0,
          2,
@@ -476,9 +479,9 @@ Test(block, quantize_table)
         for (int64_t stride = 1; stride <= 3; stride++) {
             check_case("%s, stride %lld", table[n].name, (long long)stride);
             int16_t code[10];
-            const float step =
+            const float scale =
                 quantized(table[n].x, table[n].n, stride, table[n].qmax, table[n].slack, code);
-            check_equal(step, table[n].step);
+            check_equal(scale, table[n].scale);
             check_same(code, table[n].code, table[n].n);
         }
 }
@@ -500,13 +503,13 @@ Test(block, quantize_by_the_definition)
             x[e] = size * check_uniform(-1, 1);
             max = fabsf(x[e]) > max ? fabsf(x[e]) : max;
         }
-        const float step = max / (float)top;
+        const float scale = max / (float)top;
         for (int64_t e = 0; e < count; e++) {
-            want[e] = (int16_t)roundf(x[e] / step);
+            want[e] = (int16_t)roundf(x[e] / scale);
             differs += want[e] != (int16_t)roundf(x[e] * ((float)top / max));
         }
         const float got = quantized(x, count, 1 + n % 2, top, 0, code);
-        check_equal(got, step);
+        check_equal(got, scale);
         check_same(code, want, count);
         for (int64_t e = 0; e < count; e++)
             outermost = abs(code[e]) > outermost ? abs(code[e]) : outermost;
@@ -515,7 +518,7 @@ Test(block, quantize_by_the_definition)
     cr_log_info("%lld codes tell a quotient from a product", (long long)differs);
 }
 
-/* Every half and its neighbours, for the step 1: where two ways to round part. */
+/* Every half and its neighbours, for the scale 1: where two ways to round part. */
 Test(block, quantize_rounds_as_roundf_at_every_half)
 {
     const int qmax[] = {127, 2047, 4095};
@@ -533,16 +536,16 @@ Test(block, quantize_rounds_as_roundf_at_every_half)
             }
 }
 
-/* As v is coded: a step for every channel of a row-major block. */
+/* As v is coded: a scale for every channel of a row-major block. */
 Test(block, quantize_by_channel)
 {
     const float x[] = {127, 1, 0, -254, -1, 0, 63.5f, 0.5f, 0};
     const int16_t want[] = {64, 127, 0, -127, -127, 0, 32, 64, 0};
-    const float steps[] = {2, 1.0f / 127.0f, 0};
+    const float scales[] = {2, 1.0f / 127.0f, 0};
     int16_t *code = check_alloc(sizeof want);
     for (int64_t c = 0; c < 3; c++) {
-        const float step = sparge_ref_quantize(x + c, 3, 3, 127, 0, code + c);
-        check_equal(step, steps[c]);
+        const float scale = sparge_ref_quantize(x + c, 3, 3, 127, 0, code + c);
+        check_equal(scale, scales[c]);
     }
     check_same(code, want, 9);
     check_free(code);

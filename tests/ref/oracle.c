@@ -435,7 +435,7 @@ Test(oracle, int8_keys_round_half_away_from_zero)
     near("real -2.5", a.lse[2], 127 * -2.5, 0);
 }
 
-Test(oracle, int8_queries_have_a_step_per_block)
+Test(oracle, int8_queries_have_a_scale_per_block)
 {
     const float q[] = {-127, 0.5f, 254, 3}, k[] = {127}, v[] = {1};
     ask a = question(4, 1, 1, 1, q, k, v);
@@ -447,7 +447,7 @@ Test(oracle, int8_queries_have_a_step_per_block)
     near("3 / 2", a.lse[3], 127 * 4, 0);
 }
 
-Test(oracle, int8_keys_have_a_step_per_block)
+Test(oracle, int8_keys_have_a_scale_per_block)
 {
     const float q[] = {0, 127}, k[] = {127, 0, 0, 0.5f, 254, 3}, v[] = {1, 2, 4};
     ask a = question(1, 3, 2, 1, q, k, v);
@@ -468,8 +468,8 @@ Test(oracle, codes_are_quotients_in_float)
     const float k[] = {1, 0.0354330689f, 0, 0}, v[] = {1};
     ask a = question(4, 1, 4, 1, units, k, v);
     codes(&a, SPARGE_INT8);
-    near("5 steps", a.lse[1], 5, 1e-6);
-    near("a step is a float", a.lse[0], 127 * 127 * (double)0.00787401572f, 1e-13);
+    near("5 scales", a.lse[1], 5, 1e-6);
+    near("a scale is a float", a.lse[0], 127 * 127 * (double)0.00787401572f, 1e-13);
 }
 
 Test(oracle, int12_has_2047_levels)
@@ -493,9 +493,9 @@ Test(oracle, float_scores_have_no_codes)
     near("o", a.o[0], (double)0.3f, 0);
 }
 
-Test(oracle, values_have_a_step_per_channel_and_block)
+Test(oracle, values_have_a_scale_per_channel_and_block)
 {
-    /* Blocks of 2 keys: steps 1 and 2, then 2.5 / 127 and 1 / 127. */
+    /* Blocks of 2 keys: scales 1 and 2, then 2.5 / 127 and 1 / 127. */
     const float v[] = {127, 254, 0.5f, 3, -2.5f, 1};
     ask a = question(3, 3, 1, 2, zeros, zeros, v);
     a.opt.block_k = 2;
@@ -571,13 +571,13 @@ Test(oracle, what_binary16_cannot_hold_is_wild)
         near("real", a.o[0], (double)v[n], 0);
         a.opt.pv_dtype = SPARGE_FP8;
         answer(&a, SPARGE_ORACLE_CODES);
-        near("e4m3 has a step", a.o[0] / (double)v[n], 1, 1e-7);
+        near("e4m3 has a scale", a.o[0] / (double)v[n], 1, 1e-7);
     }
 }
 
-Test(oracle, fp8_values_have_a_step_per_channel_of_all_keys)
+Test(oracle, fp8_values_have_a_scale_per_channel_of_all_keys)
 {
-    /* Two channels, blocks of 2 keys: steps 1 and 2, set by the last key; 17 and 19 are middles,
+    /* Two channels, blocks of 2 keys: scales 1 and 2, set by the last key; 17 and 19 are middles,
      * between 16 and 18 and between 18 and 20, 2^-9 the smallest code and 1.5 of it a middle. */
     const float v[] = {17, 38, 19, -34, 0x3p-10f, 0x1p-8f, 0x1p-10f, 5, -448, 896};
     ask a = question(5, 5, 1, 2, zeros, zeros, v);
@@ -598,15 +598,15 @@ Test(oracle, fp8_codes_are_quotients_in_float)
     /* 3.0357144 / (10 / 448) is 136 in float, the middle between 128 and 144, which goes to 128. In
      * double, or as x * 448 / 10, it is a little more, and goes to 144. */
     const float v[] = {10, 0x1.84924ap+1f};
-    const float step = 10.0f / 448.0f;
+    const float scale = 10.0f / 448.0f;
     ask a = question(2, 2, 1, 1, zeros, zeros, v);
     a.opt.pv_dtype = SPARGE_FP8;
-    values_are(&a, 2, (const double[]){448 * (double)step, 128 * (double)step});
+    values_are(&a, 2, (const double[]){448 * (double)scale, 128 * (double)scale});
     const float zero[] = {0, 0, 0x1p-126f, 0x1p-120f};
     for (int n = 0; n < 4; n += 2) {
         a = question(2, 2, 1, 1, zeros, zeros, zero + n);
         a.opt.pv_dtype = SPARGE_FP8;
-        values_are(&a, 2, (const double[]){0, 0}); /* no step, or a subnormal one */
+        values_are(&a, 2, (const double[]){0, 0}); /* no scale, or a subnormal one */
     }
 }
 
@@ -631,10 +631,10 @@ Test(oracle, steps_below_the_smallest_normal_give_zeros)
     const float least_normal[] = {127 * 0x1p-126f}, below[] = {126 * 0x1p-126f};
     ask a = question(1, 1, 1, 1, q, least_normal, v);
     codes(&a, SPARGE_INT8);
-    near("a step of 2^-126", a.lse[0] * 0x1p26, 127, 1e-4);
+    near("a scale of 2^-126", a.lse[0] * 0x1p26, 127, 1e-4);
     a = question(1, 1, 1, 1, q, below, v);
     codes(&a, SPARGE_INT8);
-    near("a subnormal step", a.lse[0], 0, 0);
+    near("a subnormal scale", a.lse[0], 0, 0);
     answer(&a, SPARGE_ORACLE_REAL);
     near("real", a.lse[0] * 0x1p26, 126, 0);
     a = question(1, 1, 1, 1, v, v, below);
@@ -643,16 +643,16 @@ Test(oracle, steps_below_the_smallest_normal_give_zeros)
     near("in v", a.o[0], 0, 0);
 }
 
-Test(oracle, upstream_adds_to_the_int8_step)
+Test(oracle, upstream_adds_to_the_int8_scale)
 {
     const float q[] = {127}, k[] = {3.81e-5f}, v[] = {3.81e-5f};
     ask a = question(1, 1, 1, 1, q, k, v);
     codes(&a, SPARGE_INT8);
-    near("step 3e-7", a.lse[0], 4.83869971e-3, 1e-10);
+    near("scale 3e-7", a.lse[0], 4.83869971e-3, 1e-10);
     a.opt.rules = SPARGE_RULES_UPSTREAM;
     a.opt.pv_dtype = SPARGE_INT8;
     codes(&a, SPARGE_INT8);
-    near("95 steps of 4e-7", a.lse[0], 4.82600029e-3, 1e-11);
+    near("95 scales of 4e-7", a.lse[0], 4.82600029e-3, 1e-11);
     near("v is not upstream's", a.o[0], 3.81e-5, 1e-10);
     codes(&a, SPARGE_INT12);
     near("nor is int12", a.lse[0], 4.8387e-3, 1e-8);
@@ -665,7 +665,7 @@ Test(oracle, upstream_adds_to_the_int8_step)
 
 Test(oracle, smoothing_takes_the_mean_from_the_keys)
 {
-    /* The mean is (1000, 5, 7), so k' is +-(127, 0.5, 0) and its step 1. Row 1 reads 0.5 as 1. */
+    /* The mean is (1000, 5, 7), so k' is +-(127, 0.5, 0) and its scale 1. Row 1 reads 0.5 as 1. */
     const float q[] = {127, 0, 0, 0, 127, 0, 0, 0, 127};
     const float k[] = {1127, 5.5f, 7, 873, 4.5f, 7}, v[] = {1, 0};
     ask a = question(3, 2, 3, 1, q, k, v);
@@ -680,7 +680,7 @@ Test(oracle, smoothing_takes_the_mean_from_the_keys)
     codes(&a, SPARGE_INT8);
     near("scaled lse 1", a.lse[1], 63.5 + 63.5 * 5, 1e-12);
     a.opt.smooth_k = false;
-    codes(&a, SPARGE_INT8); /* the step is 1127 / 127, where 5.5 is one and 4.5 is one */
+    codes(&a, SPARGE_INT8); /* the scale is 1127 / 127, where 5.5 is one and 4.5 is one */
     near("not smoothed", a.lse[1], 63.5 * 1127 / 127 + 0.69314718055994531, 1e-4);
     a.opt.smooth_k = true;
     answer(&a, SPARGE_ORACLE_REAL);
@@ -747,13 +747,13 @@ Test(oracle, smoothing_makes_no_difference_to_real_scores)
 
 /* ---- What is not finite ----------------------------------------------------------------- */
 
-static const float wild[] = {NAN, INFINITY, -INFINITY};
+static const float nonfinite[] = {NAN, INFINITY, -INFINITY};
 
-Test(oracle, a_wild_query_spoils_its_row)
+Test(oracle, a_nonfinite_query_makes_nan_of_its_row)
 {
     const float k[] = {127, 127, 0, 127}, v[] = {3, 3};
     for (int n = 0; n < 12; n++) { /* mode, smoothing, kind */
-        const float q[] = {127, 0, wild[n % 3], 1, 0, 0.5f};
+        const float q[] = {127, 0, nonfinite[n % 3], 1, 0, 0.5f};
         ask a = question(3, 2, 2, 1, q, k, v);
         a.opt.smooth_k = n / 6;
         a.opt.qk_dtype = SPARGE_INT8;
@@ -768,11 +768,11 @@ Test(oracle, a_wild_query_spoils_its_row)
     }
 }
 
-Test(oracle, a_wild_key_spoils_the_rows_that_see_it)
+Test(oracle, a_nonfinite_key_makes_nan_of_the_rows_that_see_it)
 {
     const float q[] = {127, 0, 0, 127, 1, 1, 0, 1, 0, 1};
     for (int n = 0; n < 12; n++) {
-        const float k[] = {127, 0.5f, 0, -2.5f, wild[n % 3], 0, 2, 2, 2, 2};
+        const float k[] = {127, 0.5f, 0, -2.5f, nonfinite[n % 3], 0, 2, 2, 2, 2};
         const bool coded = n / 3 % 2, smooth = n / 6;
         ask a = question(5, 5, 2, 1, q, k, powers);
         a.opt.causal = SPARGE_CAUSAL_START;
@@ -791,7 +791,7 @@ Test(oracle, a_wild_key_spoils_the_rows_that_see_it)
             near("lse 0", a.lse[0], 127 * 127, 0);
             near("lse 1", a.lse[1], coded ? 127 : 63.5, 1e-15);
         }
-        near("lse 3", a.lse[3], 2, 0.1); /* smoothed, a step is 0.19 */
+        near("lse 3", a.lse[3], 2, 0.1); /* smoothed, a scale is 0.19 */
         for (int r = 2; r < 5; r += 2) {
             is_nan("o", a.o[r]);
             is_nan("lse", a.lse[r]);
@@ -803,11 +803,11 @@ Test(oracle, a_wild_key_spoils_the_rows_that_see_it)
     }
 }
 
-Test(oracle, a_wild_value_spoils_its_channel)
+Test(oracle, a_nonfinite_value_makes_nan_of_its_channel)
 {
     const float q[] = {1, 1, 1}, k[] = {1, -3000, 1};
     for (int n = 0; n < 9; n++) { /* real; int8; int12. Key 1 weighs less than a double can hold. */
-        const float v[] = {127, 127, 0, wild[n % 3], 127, 127};
+        const float v[] = {127, 127, 0, nonfinite[n % 3], 127, 127};
         ask a = question(3, 3, 1, 2, q, k, v);
         a.opt.causal = SPARGE_CAUSAL_START;
         a.opt.pv_dtype = n < 6 ? SPARGE_INT8 : SPARGE_INT12;
@@ -819,11 +819,11 @@ Test(oracle, a_wild_value_spoils_its_channel)
         }
         near("lse", a.lse[2], 1 + 0.69314718055994531, 1e-12);
     }
-    const float v[] = {127, INFINITY, 0.5f}; /* the step is that of the finite values */
+    const float v[] = {127, INFINITY, 0.5f}; /* the scale is that of the finite values */
     ask a = question(1, 3, 1, 1, zeros, zeros, v);
     a.opt.block_k = 3;
     a.opt.pv_dtype = SPARGE_INT8;
-    a.p.v.token = 2; /* values 127 and 0.5; then with the wild one between them */
+    a.p.v.token = 2; /* values 127 and 0.5; then with the nonfinite one between them */
     a.p.k_len = 2;
     answer(&a, SPARGE_ORACLE_CODES);
     near("without it", a.o[0], 64, 0);
@@ -833,11 +833,11 @@ Test(oracle, a_wild_value_spoils_its_channel)
     is_nan("with it", a.o[0]);
 }
 
-Test(oracle, the_mean_and_steps_pass_over_what_is_wild)
+Test(oracle, the_mean_and_scales_pass_over_what_is_nonfinite)
 {
-    /* Four tokens make the mean, the wild one as a 0: 4 / 4. Row 1 has codes 0 and 3 keys. */
+    /* Four tokens make the mean, the nonfinite one as a 0: 4 / 4. Row 1 has codes 0 and 3 keys. */
     for (int n = 0; n < 3; n++) {
-        const float q[] = {127, 0.25f}, k[] = {4, wild[n], 0, 0};
+        const float q[] = {127, 0.25f}, k[] = {4, nonfinite[n], 0, 0};
         ask a = question(2, 4, 1, 1, q, k, powers);
         a.opt.smooth_k = true;
         a.opt.block_k = 1;

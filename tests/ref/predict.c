@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* predict.c: stage 1 (Sec 3.3, Algorithm 1 lines 4-6): masks worked out by hand, and a
+/* predict.c: the prediction (Sec 3.3, Algorithm 1 lines 4-6): masks worked out by hand, and a
  * straightforward predictor in double over random inputs.
  *
  * The predictor below shares nothing with ref/: it asks every token pair whether it is visible,
@@ -582,7 +582,7 @@ Test(predict, the_scale_of_the_user_is_the_scale_of_the_scores)
 }
 
 /* Integer keys, a power of two of them: every sum and the mean are exact, and so is an integer
- * added to each channel. Not one bit of stage 1 may notice it. */
+ * added to each channel. Not one bit of the prediction may notice it. */
 Test(predict, a_vector_added_to_every_key_changes_no_bit)
 {
     enum { K_LEN = 64, Q_LEN = 24, DIM = 4, K_BLOCKS = 8, Q_BLOCKS = 3 };
@@ -826,10 +826,10 @@ Test(predict, rules_of_the_released_kernels)
     drop(&h);
 }
 
-/* ---- Traces ---------------------------------------------------------------------------------- */
+/* ---- Intermediates --------------------------------------------------------------------------- */
 
 /* Two kv heads of S 1, 2 and 4, 3; the mean of the keys is (1.5, 1) and (3.5, 1). */
-Test(predict, traces_hold_every_stage)
+Test(predict, intermediates_hold_every_step)
 {
     hand h = by_hand(4, 4, (float[]){1, 2, 4, 3});
     h.p = (sparge_problem){.batch = 1,
@@ -879,8 +879,9 @@ Test(predict, traces_hold_every_stage)
     drop(&h);
 }
 
-/* What stage 1 does not make stays as it was; so does the mean key where keys are not smoothed. */
-Test(predict, traces_of_stage_2_are_left_alone)
+/* What the prediction does not make stays as it was; so does the mean key where keys are not
+ * smoothed. */
+Test(predict, intermediates_of_attention_are_left_alone)
 {
     hand h = by_hand(2, 2, (float[]){1, 2});
     h.o.thresholds.tau = 0;
@@ -905,7 +906,7 @@ Test(predict, traces_of_stage_2_are_left_alone)
     for (size_t e = 0; e < sizeof codes; e++)
         check(((char *)codes)[e] == 0x5a, "codes were written");
     for (size_t e = 0; e < sizeof arrays; e++)
-        check(((char *)arrays)[e] == 0x5a, "steps, pv_done, m or l were written");
+        check(((char *)arrays)[e] == 0x5a, "scales, pv_done, m or l were written");
     check_free(mask.bits);
     drop(&h);
 }
@@ -1226,7 +1227,7 @@ static void forget(judged *w)
  * noise, a block that repeats the one before (ties), a zero row, and where asked for something not
  * finite. */
 static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, int64_t block,
-                        float offset, bool spoilt)
+                        float offset, bool nonfinite)
 {
     tensor x = tensor_make(batch, heads, len, dim, (sparge_dtype)check_int(0, 2),
                            (tensor_layout)check_int(0, LAYOUTS - 1));
@@ -1250,7 +1251,7 @@ static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, 
                 memset(head + check_int(first, end - 1) * dim, 0, (size_t)dim * sizeof *head);
         }
     }
-    for (int64_t n = spoilt && len ? check_int(0, 2) : 0; n > 0; n--)
+    for (int64_t n = nonfinite && len ? check_int(0, 2) : 0; n > 0; n--)
         x.x[check_int(0, tensor_count(&x) - 1)] = odd[check_int(0, 2)];
     tensor_write(&x);
     return x;
@@ -1305,10 +1306,10 @@ static scene some_scene(void)
     s.o.thresholds = some_thresholds();
     for (int64_t h = 0; h < s.p.heads; h++)
         s.per_head[h] = some_thresholds();
-    const bool spoilt = check_int(0, 5) == 0;
-    s.q = tokens_of(s.p.batch, s.p.heads, s.p.q_len, s.p.dim, s.o.block_q, 0, spoilt);
+    const bool nonfinite = check_int(0, 5) == 0;
+    s.q = tokens_of(s.p.batch, s.p.heads, s.p.q_len, s.p.dim, s.o.block_q, 0, nonfinite);
     s.k = tokens_of(s.p.batch, s.p.kv_heads, s.p.k_len, s.p.dim, s.o.block_k,
-                    check_int(0, 2) ? check_uniform(0, 4) : 0, spoilt);
+                    check_int(0, 2) ? check_uniform(0, 4) : 0, nonfinite);
     s.p.q = s.q.in;
     s.p.k = s.k.in;
     return s;
