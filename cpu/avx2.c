@@ -8,30 +8,21 @@
  * multiplications for additions. */
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-
-#define INLINE static inline __attribute__((always_inline))
-
 /* C of 4 x 2 integer vectors leaves 8 registers to words; 6 x 2 of floats leaves 4, and needs 3. */
 enum { LANES = 8, WIDTH = 2, HEIGHT = 4, HEIGHT_FLOATS = 6 };
 
-typedef __m256 floats;
-typedef __m256i ints;
+#include "cpu/lanes.h"
 
-INLINE floats f_load(const float *x) { return _mm256_loadu_ps(x); }
-INLINE void f_store(float *to, floats x) { _mm256_storeu_ps(to, x); }
-INLINE floats f_all(float x) { return _mm256_set1_ps(x); }
-INLINE floats f_of(ints x) { return _mm256_cvtepi32_ps(x); }
-INLINE floats f_mul(floats a, floats b) { return _mm256_mul_ps(a, b); }
 INLINE floats f_fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE ints i_load(const void *x) { return _mm256_loadu_si256(x); }
-INLINE ints i_all(int32_t x) { return _mm256_set1_epi32(x); }
-INLINE ints i_add(ints a, ints b) { return _mm256_add_epi32(a, b); }
+
+/* The two products of words in a lane. */
+INLINE ints i_madd(ints a, ints b) { return (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 
 /* Exact while a is at most 127. */
 INLINE ints i_dot_bytes(ints c, ints a, ints b)
 {
-    return i_add(c, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+    const ints pairs = (ints)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    return i_add(c, i_madd(pairs, i_all(0x00010001)));
 }
 
 #include "cpu/products.h"
@@ -52,9 +43,9 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
             const ints a1 = i_lane(a + r * x->a_stride + e),
                        a2 = i_lane(a + r * x->a_stride + half + e);
             for (int n = 0; n < vectors; n++) {
-                const ints sum1 = _mm256_add_epi16(a1, second[n]),
-                           sum2 = _mm256_add_epi16(a2, first[n]);
-                c[r][n] = i_add(c[r][n], _mm256_madd_epi16(sum1, sum2));
+                const __m256i sum1 = _mm256_add_epi16((__m256i)a1, (__m256i)second[n]),
+                              sum2 = _mm256_add_epi16((__m256i)a2, (__m256i)first[n]);
+                c[r][n] = i_add(c[r][n], i_madd((ints)sum1, (ints)sum2));
             }
         }
     }
@@ -62,8 +53,6 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
 
 /* ---- Softmax ---- */
 
-INLINE floats f_add(floats a, floats b) { return _mm256_add_ps(a, b); }
-INLINE floats f_sub(floats a, floats b) { return _mm256_sub_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm256_max_ps(a, b); }
 INLINE floats f_nan(floats x, floats y)
 {
@@ -73,14 +62,10 @@ INLINE bool f_any_nan(floats x)
 {
     return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0;
 }
-INLINE ints i_zero(void) { return _mm256_setzero_si256(); }
-INLINE ints i_of(floats x) { return _mm256_cvttps_epi32(x); }
+INLINE ints i_of(floats x) { return (ints)_mm256_cvttps_epi32(x); }
 
-INLINE ints i_power(floats x) { return _mm256_slli_epi32(_mm256_castps_si256(x), 23); }
-INLINE floats f_scale(floats p, ints n)
-{
-    return _mm256_castsi256_ps(i_add(_mm256_castps_si256(p), n));
-}
+/* (As a shift of GNU C gcc 12 moves it about and spills.) */
+INLINE ints i_exponent(floats x) { return (ints)_mm256_slli_epi32(_mm256_castps_si256(x), 23); }
 
 INLINE floats f_flush(floats x, floats p)
 {
@@ -104,39 +89,45 @@ INLINE float sum_of(const floats x[2])
 
 INLINE int32_t i_sum(ints x)
 {
-    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m256i all = (__m256i)x;
+    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
     y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
 }
 
 /* Packing works within halves of a register: 32 keys come out as 0-3, 8-11, 16-19, 24-27, then 4-7,
  * ... */
+INLINE __m256i pack_words(ints low, ints high)
+{
+    return _mm256_packus_epi32((__m256i)low, (__m256i)high);
+}
+
 INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
 {
-    const ints in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    ints sum = i_zero();
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), zero = {0};
+    ints sum = {0};
     for (int n = 0; n < vectors; n += 4) {
         const bool all = n + 4 <= vectors;
-        const ints low = _mm256_packus_epi32(code[n], code[n + 1]);
-        const ints high = all ? _mm256_packus_epi32(code[n + 2], code[n + 3]) : i_zero();
-        const ints mixed = _mm256_packus_epi16(low, high),
-                   ordered = _mm256_permutevar8x32_epi32(mixed, in_order);
+        const __m256i low = pack_words(code[n], code[n + 1]);
+        const __m256i high = all ? pack_words(code[n + 2], code[n + 3]) : zero;
+        const __m256i mixed = _mm256_packus_epi16(low, high),
+                      ordered = _mm256_permutevar8x32_epi32(mixed, in_order);
         if (all)
-            _mm256_storeu_si256((ints *)(to + n * LANES), ordered);
+            _mm256_storeu_si256((__m256i *)(to + n * LANES), ordered);
         else
             _mm_storeu_si128((__m128i *)(to + n * LANES), _mm256_castsi256_si128(ordered));
-        sum = i_add(sum, _mm256_sad_epu8(mixed, i_zero()));
+        sum = i_add(sum, (ints)_mm256_sad_epu8(mixed, zero));
     }
     return sum;
 }
 
 INLINE ints store_words(int16_t *to, const ints *code, int vectors)
 {
-    ints sum = i_zero();
+    ints sum = {0};
     for (int n = 0; n < vectors; n += 2) {
-        const ints mixed = _mm256_packus_epi32(code[n], code[n + 1]);
-        _mm256_storeu_si256((ints *)(to + n * LANES), _mm256_permute4x64_epi64(mixed, 0xd8));
-        sum = i_add(sum, _mm256_madd_epi16(mixed, _mm256_set1_epi16(1)));
+        const __m256i mixed = pack_words(code[n], code[n + 1]);
+        _mm256_storeu_si256((__m256i *)(to + n * LANES), _mm256_permute4x64_epi64(mixed, 0xd8));
+        sum = i_add(sum, i_madd((ints)mixed, i_all(0x00010001)));
     }
     return sum;
 }

@@ -3,26 +3,12 @@
  * a whole panel. */
 #include <immintrin.h>
 
-#include "cpu/kernels.h"
-
-#define INLINE static inline __attribute__((always_inline))
-
 /* C of 6 x 4 vectors, 4 of B and a lane of A: 29 registers. */
 enum { LANES = 16, WIDTH = 4, HEIGHT = 6, HEIGHT_FLOATS = 6 };
 
-typedef __m512 floats;
-typedef int32_t ints
-    __attribute__((vector_size(64), may_alias)); /* lanes, where __m512i is quadwords */
+#include "cpu/lanes.h"
 
-INLINE floats f_load(const float *x) { return _mm512_loadu_ps(x); }
-INLINE void f_store(float *to, floats x) { _mm512_storeu_ps(to, x); }
-INLINE floats f_all(float x) { return _mm512_set1_ps(x); }
-INLINE floats f_of(ints x) { return _mm512_cvtepi32_ps((__m512i)x); }
-INLINE floats f_mul(floats a, floats b) { return _mm512_mul_ps(a, b); }
 INLINE floats f_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE ints i_load(const void *x) { return (ints)_mm512_loadu_si512(x); }
-INLINE ints i_zero(void) { return (ints)_mm512_setzero_si512(); }
-INLINE ints i_all(int32_t x) { return (ints)_mm512_set1_epi32(x); }
 
 INLINE ints i_dot_bytes(ints c, ints a, ints b)
 {
@@ -38,24 +24,18 @@ INLINE ints i_dot_words(ints c, ints a, ints b)
 
 /* ---- Softmax ---- */
 
-INLINE floats f_add(floats a, floats b) { return _mm512_add_ps(a, b); }
-INLINE floats f_sub(floats a, floats b) { return _mm512_sub_ps(a, b); }
 INLINE floats f_max(floats a, floats b) { return _mm512_max_ps(a, b); }
 INLINE floats f_nan(floats x, floats y)
 {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), y);
 }
 INLINE bool f_any_nan(floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
-INLINE ints i_add(ints a, ints b) { return a + b; }
 INLINE ints i_of(floats x) { return (ints)_mm512_cvttps_epi32(x); }
 INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE float f_most(floats x) { return _mm512_reduce_max_ps(x); }
 
-INLINE ints i_power(floats x) { return (ints)_mm512_slli_epi32(_mm512_castps_si512(x), 23); }
-INLINE floats f_scale(floats p, ints n)
-{
-    return _mm512_castsi512_ps((__m512i)((ints)_mm512_castps_si512(p) + n));
-}
+/* (As a shift of GNU C gcc 12 moves it about and spills.) */
+INLINE ints i_exponent(floats x) { return (ints)_mm512_slli_epi32(_mm512_castps_si512(x), 23); }
 
 INLINE floats f_flush(floats x, floats p)
 {
@@ -74,7 +54,7 @@ INLINE float sum_of(const floats *x)
 
 INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
 {
-    ints sum = i_zero();
+    ints sum = {0};
     for (int n = 0; n < vectors; n++) {
         const __m512i some = _mm512_max_epi32((__m512i)code[n], _mm512_setzero_si512());
         _mm_storeu_si128((__m128i *)(to + n * LANES), _mm512_cvtepi32_epi8(some));
@@ -85,7 +65,7 @@ INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
 
 INLINE ints store_words(int16_t *to, const ints *code, int vectors)
 {
-    ints sum = i_zero();
+    ints sum = {0};
     for (int n = 0; n < vectors; n++) {
         const __m512i some = _mm512_max_epi32((__m512i)code[n], _mm512_setzero_si512());
         _mm256_storeu_si256((__m256i *)(to + n * LANES), _mm512_cvtepi32_epi16(some));

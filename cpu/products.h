@@ -1,12 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* products.h: the two matrix products in vectors, written once. An instruction set's file includes
- * it after it has said what a vector is:
+ * it after lanes.h and after it has said
  *
- *     LANES, floats, ints             vectors of so many lanes of 32 bits
- *     f_load, f_store, f_all, f_of    floats from memory and to it; one float in every lane; from
- *                                     ints
- *     f_mul, f_fma                    a * b, and a * b + c rounded once
- *     i_load, i_all                   ints from memory; one int32 in every lane
+ *     f_fma(a, b, c)                  a * b + c, rounded once
  *     i_dot_bytes(c, a, b)            c + the four products of a, unsigned, and b in a lane
  *     WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of integers and of floats
  *
@@ -15,17 +11,9 @@
 #ifndef SPARGE_CPU_PRODUCTS_H
 #define SPARGE_CPU_PRODUCTS_H
 
-#include "cpu/kernels.h"
+#include "cpu/lanes.h"
 
 enum { UNROLL = 2 }; /* steps of depth, which is a multiple of 16 */
-
-/* Four bytes, or two words, in every lane. */
-INLINE ints i_lane(const void *x)
-{
-    int32_t lane;
-    memcpy(&lane, x, sizeof lane);
-    return i_all(lane);
-}
 
 /* Where a part of C begins; a column is a vector. */
 typedef struct part {
@@ -156,8 +144,8 @@ INLINE void accumulate_ints(const sparge_accumulator *to, part at, int rows, int
         _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++)
         {
             float *o = o_of(to, at, r, n);
-            const floats scale = f_mul(weight, f_load(to->v_scale + (at.column + n) * LANES));
-            f_store(o, f_fma(scale, f_of(c[r][n]), f_mul(f_load(o), shrink)));
+            const floats scale = weight * f_load(to->v_scale + (at.column + n) * LANES);
+            f_store(o, f_fma(scale, f_of(c[r][n]), f_load(o) * shrink));
         }
     }
 }
@@ -182,7 +170,7 @@ INLINE void pv_part_floats(const sparge_product *x, const void *to, part at, int
     floats c[HEIGHT_FLOATS][WIDTH];
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            c[r][n] = f_mul(f_load(o_of(f, at, r, n)), f_all(f->shrink[at.row + r]));
+            c[r][n] = f_load(o_of(f, at, r, n)) * f_all(f->shrink[at.row + r]);
     tile_floats(x, at, rows, vectors, c);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)

@@ -2,15 +2,14 @@
 /* softmax.h: softmax of a tile in vectors, written once: the largest score of each row, and P from
  * S. An instruction set's file includes it after products.h and after it has said
  *
- *     f_add, f_sub, f_max           the last gives b where a or b is a NaN
- *     i_power(x)                    n, where an exponent stands, for x = n + SPARGE_EXP2_ROUNDER
- *     f_scale(p, i)                 p * 2^n for such an i; a NaN stays one
+ *     f_max(a, b)                   the larger; b where a or b is a NaN
  *     f_flush(x, p)                 p, or 0 where x is below SPARGE_EXP2_LOWEST
  *     f_most(x)                     the largest lane
  *     f_nan(x, y)                   x, or NaN in lanes where y is one
  *     f_any_nan(x)                  is there a NaN in a lane?
- *     i_zero, i_add, i_sum(x)       of ints; the sum of all lanes
+ *     i_exponent(x)                 n where an exponent stands, for x = n + SPARGE_EXP2_ROUNDER
  *     i_of(x)                       truncated; of a NaN, the most negative one
+ *     i_sum(x)                      the sum of all lanes
  *     store_bytes, store_words      (to, x, vectors): ints as uint8 and int16, negative ones as 0;
  *                                   returns their sums
  *     sum_of(x)                     sparge_sum_of, of 16 lanes */
@@ -73,9 +72,9 @@ INLINE void exp2_of(const floats x[BESIDE], int vectors, floats p[BESIDE])
     floats f[BESIDE];
     ints power[BESIDE];
     for (int n = 0; n < vectors; n++) {
-        const floats inside = f_max(lowest, x[n]), shifted = f_add(inside, rounder);
-        power[n] = i_power(shifted);
-        f[n] = f_sub(inside, f_sub(shifted, rounder));
+        const floats inside = f_max(lowest, x[n]), shifted = inside + rounder;
+        power[n] = i_exponent(shifted);
+        f[n] = inside - (shifted - rounder);
     }
     for (int n = 0; n < vectors; n++)
         p[n] = f_fma(f_all(SPARGE_EXP2_C6), f[n], f_all(SPARGE_EXP2_C5));
@@ -83,7 +82,7 @@ INLINE void exp2_of(const floats x[BESIDE], int vectors, floats p[BESIDE])
         for (int n = 0; n < vectors; n++)
             p[n] = f_fma(p[n], f[n], f_all(coefficient[e]));
     for (int n = 0; n < vectors; n++)
-        p[n] = f_scale(p[n], power[n]);
+        p[n] = (floats)i_add((ints)p[n], power[n]); /* a NaN stays one */
 }
 
 /* sparge_weight_code */
@@ -91,7 +90,7 @@ INLINE void codes_of(const probabilities *w, int64_t t, int vectors, float qmax,
 {
     floats x[BESIDE], p[BESIDE];
     for (int n = 0; n < vectors; n++)
-        x[n] = f_mul(w->scale, f_sub(f_load(w->s + t + n * LANES), w->top));
+        x[n] = w->scale * (f_load(w->s + t + n * LANES) - w->top);
     exp2_of(x, vectors, p);
     for (int n = 0; n < vectors; n++)
         code[n] = i_of(f_fma(f_all(qmax), p[n], f_all(0.5f)));
@@ -116,12 +115,12 @@ INLINE void some_floats(probabilities *w, int64_t t, int vectors)
 {
     floats x[BESIDE], p[BESIDE];
     for (int n = 0; n < vectors; n++)
-        x[n] = f_sub(f_mul(w->scale, f_load(w->s + t + n * LANES)), w->top);
+        x[n] = w->scale * f_load(w->s + t + n * LANES) - w->top;
     exp2_of(x, vectors, p);
     for (int n = 0; n < vectors; n++) {
         p[n] = f_flush(x[n], p[n]);
         f_store((float *)w->p + t + n * LANES, p[n]);
-        w->total[n % PARTIALS] = f_add(w->total[n % PARTIALS], p[n]);
+        w->total[n % PARTIALS] += p[n];
     }
 }
 
@@ -132,7 +131,7 @@ INLINE probabilities softmax_row(const sparge_scores *x, int64_t r, float top, v
                        .scale = f_all(x->scale),
                        .top = f_all(top),
                        .p = p,
-                       .codes = i_zero()};
+                       .codes = {0}};
     for (int n = 0; n < PARTIALS; n++)
         w.total[n] = f_all(0.0f);
     if (x->keys == BESIDE * LANES) { /* a usual tile: without a loop around it gcc spills less */

@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* vnni.h: the tile of words by the dot products of VNNI, on vectors of any length. Included, with
- * products.h's vectors, after
+/* vnni.h: the tile of words by the dot products of VNNI, on vectors of any length. Included after
  *
- *     i_zero                          ints of 0
  *     i_dot_words(c, a, b)            c + the two products of signed words in a lane */
 #ifndef SPARGE_CPU_VNNI_H
 #define SPARGE_CPU_VNNI_H
@@ -19,7 +17,7 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
     for (int r = 0; r < rows; r++) {
         row[r] = a_of(x, at.row + r, sizeof **row);
         for (int n = 0; n < vectors; n++)
-            c[r][n] = i_zero();
+            c[r][n] = i_all(0);
     }
     for (int64_t e = 0; e < half; e += 2)
         for (int64_t at_half = e; at_half < x->depth; at_half += half, b += 2 * SPARGE_PANEL)
