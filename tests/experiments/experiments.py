@@ -64,7 +64,8 @@ def table(path):
 # ---- What is not finite ------------------------------------------------------------------------
 
 def test_errors():
-    """An error that is not known is NaN, an empty cell and larger than all, and what is not finite is said."""
+    """An error that is not known is NaN, an empty cell and larger than all, and what is not finite
+    is said."""
     want = np.random.default_rng(1).standard_normal((3, 5, 4))
     got = want * 1.01
     out = io.StringIO()
@@ -277,7 +278,8 @@ run_main(lambda: {1}, "page")
 
 
 def test_whole_or_not_at_all():
-    """Under a limit on file sizes, as on a full disk, what was there stays, and a line says which file it is about."""
+    """Under a limit on file sizes, as on a full disk, what was there stays, and a line says which
+    file it is about."""
     long = "x" * 5000
     for name, call in (("report.html", "report.main()"),
                        ("rows.csv", f"write_csv('rows.csv', [{{'a': '{long}'}}])"),
@@ -537,7 +539,8 @@ def test_thresholds_that_change():
     code, out, err = said(SPARGE, "run", capture, *map(str, sets.options_of(Path("x.json"))))
     check(code == 0 and json.loads(out)["sparsity"] > 0.5, "sparge takes them", err)
     own = json.loads(
-        params.read_text()) | {"softmax_scale": 0.25, "causal": "none", "sink": False, "smooth_k": False}
+        params.read_text()) | {"softmax_scale": 0.25, "causal": "none", "sink": False,
+                               "smooth_k": False}
     write("x.json", json.dumps(own))
     check(
         sets.options_of(
@@ -623,12 +626,14 @@ def test_good_captures():
     row = next(r for r in of_captures("table9", "text", *params)
                if (r["order"], r["thresholds"], r["judge"], r["head"]) == ("hilbert", "tuned", "on",
                                                                            "0"))
-    for name, options in ("got", params), ("want", ("--dense", "--qk-dtype", "f32", "--pv-dtype", "f32")):
+    for name, options in ("got", params), ("want", ("--dense", "--qk-dtype", "f32", "--pv-dtype",
+                                                    "f32")):
         said(SPARGE, "order", "2", "9", "10", "--text-before", "20", "-o", "i.npy")
         mixed = {n: ("F32", x.astype(np.float32)[:, :, np.load("i.npy")]) for n, x in
                  sets.load_file("text/a.safetensors").items()}
         save_safetensors("mixed.safetensors", **mixed)
-        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--softmax-scale", "1.5", "-o",
+        code, out, err = said(SPARGE, "run", "mixed.safetensors", *options, "--softmax-scale",
+                              "1.5", "-o",
                               f"{name}.npy")
         check(code == 0, "run", err)
     got, want = (np.load(f"{name}.npy")[0, 0].astype(np.float64) for name in ("got", "want"))
@@ -642,7 +647,8 @@ def test_good_captures():
 
 
 def test_capture_that_overflows():
-    """Finite, but attention over one of its heads is not: that head's error is unknown, and so is the worst."""
+    """Finite, but attention over one of its heads is not: that head's error is unknown, and so is
+    the worst."""
     tensors, _ = make_set("large", tokens=100, grid=None)
     tensors["v"][0, 1] = 3e38
     save_safetensors("large/a.safetensors", **{n: ("F32", x) for n, x in tensors.items()})
@@ -721,7 +727,8 @@ def test_items():
     readme = (ROOT / "experiments/README.md").read_text()
     for x in ITEMS:
         folder = ROOT / "experiments" / x.folder
-        check((folder / "run.py").exists() and f"| `{folder.name}`" in readme.replace(", `", " | `"),
+        check((folder / "run.py").exists() and f"| `{folder.name}`" in readme.replace(", `",
+                                                                                      " | `"),
               "script and README", x.folder)
         has_none = x.folder in ("attention_map", "tune", "fig2", "fig3", "fig4", "fig5")
         check(has_none != bool(set(x.covers) & paper), "the paper's numbers", x.folder)
@@ -785,9 +792,11 @@ def test_scripts_start():
 
 
 def test_nothing_is_built_for_a_word():
-    """--list and what is mistyped: before anything is installed or built, by a Python that has no packages."""
+    """--list and what is mistyped: before anything is installed or built, by a Python that has no
+    packages."""
     shutil.copytree(ROOT / ".ci", ".ci")
-    for name in "test.sh", "reproduce.sh", "experiments/harness.py", "experiments/items.py", "experiments/reproduce.py":
+    for name in ("test.sh", "reproduce.sh", "experiments/harness.py", "experiments/items.py",
+                 "experiments/reproduce.py"):
         os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
         shutil.copy(ROOT / name, name)
     os.mkdir("bin")
@@ -875,7 +884,8 @@ def test_how_and_how_long():
         def isatty(self):
             return True
 
-    jobs, clock = [Job({"n": n}, seconds) for n, seconds in enumerate((1, 1, 2))], iter(range(0, 99, 3))
+    jobs, clock = [Job({"n": n}, seconds) for n, seconds in enumerate((1, 1, 2))], iter(range(0, 99,
+                                                                                              3))
     before, item.time = item.time, argparse.Namespace(monotonic=lambda: next(clock))
     with redirect_stderr(Terminal()) as said:
         watch = item.Watch("name", jobs)
@@ -926,21 +936,22 @@ def test_figures():
 
 
 def test_report_of_unknown():
-    """A band over an error that is not known is open: it neither holds nor fails over the others."""
+    """A band over an error that is not known is open: it neither holds nor fails over the
+    others."""
     report = load(ROOT / "paper_figs/report.py")
     committed = report.of_item
-    for item, column in ("attention_map", "l1"), ("tune", "l1_out"), ("table9", "l1"):
+    for figure, column in ("attention_map", "l1"), ("tune", "l1_out"), ("table9", "l1"):
         def of_item(name):
             found = committed(name)
-            for row in found if name == item else []:
+            for row in found if name == figure else []:
                 row[column] = "" if row is found[-1] or row.get("head") == found[-1].get(
                     "head") else row[column]
             return found
         report.of_item = committed
-        before = [holds for _, _, holds in report.checks()[item]]
+        before = [holds for _, _, holds in report.checks()[figure]]
         report.of_item = of_item
-        after = [(value, holds) for _, value, holds in report.checks()[item]]
-        check(any(h is not None and now == (None, None) for h, now in zip(before, after)), item,
+        after = [(value, holds) for _, value, holds in report.checks()[figure]]
+        check(any(h is not None and now == (None, None) for h, now in zip(before, after)), figure,
               before, after)
 
 
@@ -1000,7 +1011,8 @@ def test_commands_run_as_printed():
 
 
 def test_again():
-    """Rows that are put together from others: some of those are measured again, or it is said that they are not."""
+    """Rows that are put together from others: some of those are measured again, or it is said that
+    they are not."""
     sys.path.insert(0, str(ROOT / "experiments/lm"))
     again = load(ROOT / "experiments/lm/again.py")
     row = next(r for r in table(ROOT / "experiments/lm/ppl.csv")

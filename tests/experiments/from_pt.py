@@ -192,7 +192,8 @@ def test_values():
     check(
         list(x) == [
             "sparge_params", "version", "model", "tuner", "source", "source_sha256", "rules",
-            "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "softmax_scale", "qk_dtype", "pv_dtype",
+            "block_q", "block_k", "skip_rows", "causal", "smooth_k", "sink", "softmax_scale",
+            "qk_dtype", "pv_dtype",
             "l1", "l2", "inputs", "heads"
         ], "fields", list(x))
     heads = x.pop("heads")
@@ -212,7 +213,8 @@ def test_values():
             "sparge_params": 1, "model": "My-model", "tuner": "upstream", "source":
             "My-model_0.06_0.07.pt", "source_sha256": hashlib.sha256(data).hexdigest(), "rules":
             "upstream", "block_q": 128, "block_k": 64, "skip_rows": 128, "causal": "none",
-            "smooth_k": True, "sink": True, "softmax_scale": None, "qk_dtype": "int8", "pv_dtype": "fp8", "l1": 0.06,
+            "smooth_k": True, "sink": True, "softmax_scale": None, "qk_dtype": "int8",
+            "pv_dtype": "fp8", "l1": 0.06,
             "l2": 0.07, "inputs": []
         }, "header", x)
     with open("o.json") as file:
@@ -225,7 +227,8 @@ def test_options():
              "--block-k", "128", "--causal", "start", "--qk-dtype", "f32", "--pv-dtype", "f16",
              name="a_0.1_0.2.pt")
     check((x["model"], x["l1"], x["l2"], x["block_q"], x["block_k"], x["skip_rows"], x["causal"],
-           x["qk_dtype"], x["pv_dtype"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start", "f32", "f16",
+           x["qk_dtype"], x["pv_dtype"], x["rules"]) == ("m?", 0.5, 0.2, 64, 128, 64, "start",
+                                                         "f32", "f16",
                                              "default"), "options", x)
     x = fine(data, "--skip-rows", "16", name="wan_2_1.pt")
     check((x["model"], x["l1"], x["l2"], x["skip_rows"]) == ("wan_2_1", None, None, 16),
@@ -297,7 +300,8 @@ def test_output():
 # ---- What sparge makes of it -----------------------------------------------------------------
 
 def test_sparge():
-    """Every head runs as it does alone with the authors' thresholds, rules and sink; a dense one skips too."""
+    """Every head runs as it does alone with the authors' thresholds, rules and sink; a dense one
+    skips too."""
     if not SPARGE:
         print("skipped: the program, which was not given")
         return

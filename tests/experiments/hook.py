@@ -69,7 +69,8 @@ def load(path):
 
 
 def softmax_of(q, k, v, entry):
-    """Attention of [B, H, N, D] in float64; and for each row how far the rounding of q, k and v can move it."""
+    """Attention of [B, H, N, D] in float64; and for each row how far the rounding of q, k and v can
+    move it."""
     q, k, v = (x.double().numpy() for x in (q, k, v))
     k, v = (x.repeat(q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     unit = HALF[entry["dtype"]]
@@ -321,12 +322,12 @@ def test_diffusers():
     check(got["framework"].get("diffusers") == diffusers.__version__, "versions", got["framework"])
 
     model = flux()
-    with torch.inference_mode(), watched() as calls:
+    with torch.inference_mode(), watched() as flux_calls:
         with Recorder(model, "out", name="flux") as record:
             record.sample = "flux"
             for time in 1, 0.5, 0.25:
                 run_flux(model, time=time)
-    got = same_as_model("flux", "out/flux", calls, 4)
+    got = same_as_model("flux", "out/flux", flux_calls, 4)
     check([(e["layer"], e["step"], e["timestep"])
            for e in got["files"]] == [(a, *b) for a in range(4) for b in enumerate([1, 0.5, 0.25])],
           "flux: steps", got["files"])
@@ -346,7 +347,7 @@ def test_diffusers():
     run_sd3 = lambda: sd3(hidden_states=random(1, 4, 16, 16), encoder_hidden_states=random(
         1, 5, 32), pooled_projections=random(1, 16), timestep=torch.tensor([3.0]), return_dict=False
                           )
-    got, calls = recorded("sd3", sd3, run_sd3, 3)
+    got, _ = recorded("sd3", sd3, run_sd3, 3)
     check([e["tokens"] for e in got["files"]] == [69, 69, 64, 64, 69, 69],
           "sd3: both attentions of a layer", got)
 
@@ -401,10 +402,10 @@ def qkv(heads=4, key_heads=4, n=20, dim=8, keys=None, batch=1, seed=5):
             random(batch, key_heads, keys or n, dim, seed=seed + 2))
 
 
-def record_plain(folder, *args, model=None, recorder={}, **how):
+def record_plain(folder, *args, model=None, recorder=None, **how):
     """One step; its manifest, checked against the model."""
     model = model or Plain(1)
-    with watched() as calls, Recorder(model, folder, name="plain", **recorder):
+    with watched() as calls, Recorder(model, folder, name="plain", **(recorder or {})):
         model(*args, **how)
     return same_as_model(folder, f"{folder}/sample", calls, len(model.layer))
 
@@ -473,7 +474,8 @@ def test_masks():
 
 
 def test_own_and_cross():
-    """The next tokens of a place that had as many queries as keys; text that a place sees besides."""
+    """The next tokens of a place that had as many queries as keys; text that a place sees
+    besides."""
     model = Plain(2)
     with Recorder(model, "out", name="plain") as record:
         for n, keys in (20, 20), (1, 21), (3, 24):
@@ -531,8 +533,10 @@ def test_shapes():
 
 def test_chosen():
     where = lambda got: [(e["layer"], e["step"]) for e in got["files"]]
+    plain, three = Plain(4), qkv(8, 2, batch=3)
 
-    def run(folder, model=Plain(4), times=4, args=qkv(8, 2, batch=3), **rules):
+    def run(folder, model=None, times=4, args=None, **rules):
+        model, args = model or plain, args or three
         with watched() as calls, Recorder(model, folder, name="plain", **rules):
             for _ in range(times):
                 model(*args, enable_gqa=True)
@@ -639,7 +643,8 @@ def test_types():
 
 
 def test_the_type_that_loses_less():
-    """By each token beside its own largest value: a few small numbers in it do no harm, a token of them does."""
+    """By each token beside its own largest value: a few small numbers in it do no harm, a token of
+    them does."""
     def token(x, factor):
         return torch.where(torch.arange(20)[:, None] == 7, factor * x, x)
 
@@ -685,20 +690,21 @@ def test_scale():
     got = manifest_of("both/sample")
     check(got["softmax_scale"] is got["head_dim"] is got["causal"] is None and got["n_heads"] == 4,
           "null where they differ")
-    check([(e["softmax_scale"], e["head_dim"], e["causal"]) for e in got["files"]] == [(0.5, 8, True),
+    check([(e["softmax_scale"], e["head_dim"], e["causal"]) for e in got["files"]] == [(0.5, 8,
+                                                                                        True),
                                                                                (0.25, 16, False)],
           "each its own", got)
 
 
 # ---- Files ------------------------------------------------------------------------------------
 
-def run_plain(folder, steps=3, model=None, samples=("a", "b"), name="plain", shape={}, **how):
+def run_plain(folder, steps=3, model=None, samples=("a", "b"), name="plain", shape=None, **how):
     model = model or Plain(2)
     with Recorder(model, folder, name=name, **how) as record:
         for n, sample in enumerate(samples):
             record.begin(sample, number=n)
             for step in range(steps):
-                model(*qkv(seed=100 * n + step, **shape))
+                model(*qkv(seed=100 * n + step, **(shape or {})))
 
 
 def contents(folder):
@@ -804,7 +810,8 @@ def test_the_same_again():
 
 
 def test_interrupted():
-    """By the model, at every layer; by a file that cannot be written. What is there is valid, and the rest follows."""
+    """By the model, at every layer; by a file that cannot be written. What is there is valid, and
+    the rest follows."""
     run_plain("whole")
     want = contents("whole")
     for breaks, n in itertools.product(range(2), range(6)):
@@ -1054,7 +1061,8 @@ def test_what_it_says():
     size = sum(len(x) for name, x in contents("out").items() if name.endswith(".safetensors"))
     check(
         line ==
-        f"hook: out: 4 files written, {size:,} bytes; left out: 2 by bypass (first layer 1, other, a softmax "
+        f"hook: out: 4 files written, {size:,} bytes; left out: 2 by bypass (first layer 1, "
+        f"other, a softmax "
         "between products)\n", "all", line)
     line = said(Mixed(Call(eager)), *qkv())
     check(line.startswith("hook: out: 0 files written, 0 bytes; left out: 2 by bypass"), "again",
@@ -1063,7 +1071,8 @@ def test_what_it_says():
     line = said(Plain(3), [qkv(keys=7), qkv(n=15, keys=7), [x[0] for x in qkv()]])
     check(
         line ==
-        "hook: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 by shape "
+        "hook: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 by "
+        "shape "
         "(first layer 2, layer.2)\n", "more than one reason", line)
     os.rename("out", "nothing")
     line = said(Plain(2), *qkv(), breaks=1)
@@ -1226,7 +1235,8 @@ def test_sparge():
                 got = fine("run", path, *how, *option, "--check", "-o", "o.npy")
                 check(got["l1"] < (3e-4 if option else 0.2), f"run {path} {option}", got)
             want, _ = softmax_of(*(load(path)[n] for n in "qkv"), entry)
-            fine("run", path, *how, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", "-o", "o.npy")
+            fine("run", path, *how, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32", "-o",
+                 "o.npy")
             check(
                 np.abs(np.load("o.npy") - want).max() <= 6e-4 * np.abs(want).max(),
                 f"output of {path}")

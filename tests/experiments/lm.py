@@ -148,7 +148,8 @@ SPACES = [
 ]
 PIECES = [
     "'s", "'S", "'re", "'LL", "'ſ", "'ſt", "'D", "\r\n", "\n\n", " \n", "\t\t", "   ", "\u200d",
-    "👩\u200d🚀", "❤\ufe0f", "e\u0301", "１２３", "٣٤٥", "४२", "Ⅻ", "½", "²", "don't", "I'm", "<|end|>",
+    "👩\u200d🚀", "❤\ufe0f", "e\u0301", "１２３", "٣٤٥", "४२", "Ⅻ",
+    "½", "²", "don't", "I'm", "<|end|>",
     "  x", " .", "...\n", "!?\r\n\r\n", "12345", "007", "_", "ß", "ǅ", "ʰ", "ª", "\u0e33", "שׁ",
     "\U000e0001", "\U0001f1e9\U0001f1ea", "Ġ", "K's"
 ]
@@ -245,7 +246,8 @@ def test_tokens():
 
 
 def test_kept_whole():
-    """Tokens that were added for users are taken as they are, before all else; those that control are text."""
+    """Tokens that were added for users are taken as they are, before all else; those that control
+    are text."""
     kept = ["<think>", "</think>", "<tool_call>", "é und ä", "xyzzy ", " ", "\n\n"]
     bpe = small_bpe(more=["<|im_start|>", "<odd>", *kept])
     ids = bpe.vocab
@@ -954,7 +956,8 @@ def test_resume():
     check(seen == [[signal.SIGINT]], "an interrupt that was ignored when it began stays so", seen)
     code, seen, after, last = watched([PROGRAM, "ppl", "m.gguf", "text.txt", "--length", LONG[0]])
     check("s left" in seen, "progress on a terminal", seen)
-    check(code == UNFINISHED and "-o FILE" in last and last.count("\n") == 1, "without -o", code, last)
+    check(code == UNFINISHED and "-o FILE" in last and last.count("\n") == 1, "without -o", code,
+          last)
 
 
 def test_resume_once_more():
@@ -979,7 +982,7 @@ def test_resume_once_more():
 
 def test_other_weights():
     """Weights are known by what is in their files, and not by a name and a size."""
-    token = some_tokens(100)
+    some_tokens(100)
     for kind in "gguf", "folder":
         for n, name in enumerate("AB"):
             os.makedirs(f"{kind}/{name}")
@@ -1032,7 +1035,8 @@ def test_weights_that_change():
 
 
 def test_nonfinite():
-    """A result that is not a number is null, and so is what is summed up over it; and that is said."""
+    """A result that is not a number is null, and so is what is summed up over it; and that is
+    said."""
     bpe = small_bpe()
     m = Model(seed=63, interleaved=True)
     x = m.w["token_embd.weight"].copy()
@@ -1521,7 +1525,8 @@ def test_usage():
                         (["--attention", "f32,,sparse"], "--attention"),
                         (["--attention", ",".join(f"{n}.npy" for n in range(17))], "more than 16"),
                         (["--causal"], ["--causal", "leave them out"]),
-                        (["--softmax-scale", 1], "leave them out"), (["--layout", "nhd"], "leave them out"),
+                        (["--softmax-scale", 1], "leave them out"), (["--layout", "nhd"],
+                                                                     "leave them out"),
                         (["--rules", "paper"], "--rules"), (["--tau", 2], "--tau"),
                         (["--logits", "L.npy"], "one --attention"),
                         (["t.npy", "--attention", "f32", "--logits", "L.npy"], "one text"),
@@ -1654,7 +1659,7 @@ def test_memory():
     # JSON, of many numbers to be written, or of many rows to be read: all of it or a line.
     save("many.npy", np.zeros(200_000, np.int32))
     resumed = ["ppl", "small.gguf", "t.npy", "--attention", "f32", "--length", 100, "-o", "R.json"]
-    x = fine(*resumed)
+    fine(*resumed)
     rows = json.loads(read("R.json"))
     rows["rows"] += [{**rows["rows"][0], "text": str(n)} for n in range(10_000)]
     write("many.json", json.dumps(rows))
@@ -1717,7 +1722,8 @@ def test_real_model():
 
 
 def test_committed_thresholds():
-    """They say that they are for the weights that get_model.sh fetches, so that its name does not matter."""
+    """They say that they are for the weights that get_model.sh fetches, so that its name does not
+    matter."""
     experiments = os.path.join(ROOT, "experiments")
     manifest = json.loads(
         read(os.path.join(experiments, "capture", "smollm2-135m", "manifest.json")))

@@ -20,7 +20,8 @@ def f16(bits):
 
 
 def draw(rng, kind, rows, columns, spread):
-    """Random elements of a type: their bytes, and what they are. Of blocks it is the codes that are random."""
+    """Random elements of a type: their bytes, and what they are. Of blocks it is the codes that are
+    random."""
     if kind in ("F32", "F16", "BF16"):
         x = (rng.standard_normal((rows, columns)) * spread).astype("<f4")
         if kind == "BF16":
@@ -103,7 +104,8 @@ class Model:
         return next(own, self.usual)
 
     def add(self, name, rows, columns, spread, turning=0):
-        """rows None: a vector; of norms the mean is 1. turning: so many heads in neighbouring pairs, if they are."""
+        """rows None: a vector; of norms the mean is 1. turning: so many heads in neighbouring
+        pairs, if they are."""
         norm, vector = "norm" in name, rows is None
         kind = self.kind_of(name) if not vector else "F32" if self.usual not in (
             "F16", "BF16") else self.usual

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For tests that are Python scripts: checks that are counted, and every test in a folder of its own."""
+"""For tests that are Python scripts: checks that are counted, and every test in a folder of its
+own."""
 import os
 import shutil
 import sys

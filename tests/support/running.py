@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For tests that run a program as its users do: what must work, what must fail and how, and the files for it."""
+"""For tests that run a program as its users do: what must work, what must fail and how, and the
+files for it."""
 import hashlib
 import json
 import os
@@ -35,7 +36,8 @@ HINTS = {
 
 
 def hinted(x):
-    """The words of every such line that goes with what sparge run printed; tuned thresholds are as they were tuned."""
+    """The words of every such line that goes with what sparge run printed; tuned thresholds are as
+    they were tuned."""
     words = []
     for row in x["files"] if isinstance(x.get("files"), list) else [x]:
         kept = row.get("kept_by") or {}
@@ -55,7 +57,8 @@ def keys_of(x):
 
 def explained(command, x):
     """Is every key of what a command prints in its section of tools/json.md?"""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../tools/json.md")) as file:
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                           "../../tools/json.md")) as file:
         sections = [
             part for part in file.read().split("\n## ") if f"`{command}" in part.split("\n")[0]
         ]
@@ -96,7 +99,8 @@ def commands_of(program, called):
         return x
 
     def wrong(code, words, *args, **how):
-        """Runs what must fail: the code, one line with these words, nothing printed, no file left."""
+        """Runs what must fail: the code, one line with these words, nothing printed, no file
+        left."""
         before = listing()
         got, out, err = run(*args, **how)
         check(got == code, f"{args}: exit {code}", got, err)

@@ -87,11 +87,14 @@ def random(seed, *shape):
 EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
-    "schema version inputs mask manifest params backend isa threads kernel rules qk_dtype pv_dtype block_q block_k skip_rows "
+    "schema version inputs mask manifest params backend isa threads kernel rules qk_dtype "
+    "pv_dtype block_q block_k skip_rows "
     "causal smooth_k sink softmax_scale theta tau topk lambda density"
 ).split() + SIZES + (
-    "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by kept_by_alone "
-    "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops tops_executed"
+    "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by "
+    "kept_by_alone "
+    "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops "
+    "tops_executed"
 ).split()
 REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink".split()
 COUNTS = "nan_got nan_want inf_got inf_want nonfinite_apart".split()
@@ -182,11 +185,11 @@ def test_options():
     float_ = ["--qk-dtype", "f32", "--pv-dtype", "f32"]
 
     for how, where in ("--causal", "end"), ("--causal=end", "end"), ("--causal=start", "start"):
-        x, o, m, l = run(*EXACT, how)
+        x, o, m, lse = run(*EXACT, how)
         near(o, attention(q, k, v, where)[0], 1e-5, how)
         check((m == blocks_seen(NQ, NK, where)).all(), how, "mask of dense is what is visible")
         check(x["pairs"] == B * HQ * blocks_seen(NQ, NK, where).sum(), how, "pairs")
-        check(np.abs(l - attention(q, k, v, where)[1]).max() < 1e-4, how, "lse")
+        check(np.abs(lse - attention(q, k, v, where)[1]).max() < 1e-4, how, "lse")
     x, o, m, _ = run("--rules", "upstream", "--causal", *float_)
     check((m <= blocks_seen(NQ, NK, "start")).all(), "upstream: causal from the start")
     check(x["pairs"] == B * HQ * blocks_seen(NQ, NK, "start").sum(), "upstream: pairs")
@@ -220,7 +223,8 @@ def test_options():
     per_head = (1 - m.mean((2, 3))).ravel()
     check(np.abs(x["sparsity_per_head"] - per_head).max() < 1e-6, "per head, from the mask")
 
-    error = {how: rows_l1(run("--dense", "--qk-dtype", how, "--pv-dtype", how)[1], attention(q, k, v)[0]).max()
+    error = {how: rows_l1(run("--dense", "--qk-dtype", how, "--pv-dtype", how)[1], attention(q, k,
+                                                                                             v)[0]).max()
              for how in ("int8", "int12", "f32")}
     check(error["f32"] < 1e-5 < 8 * error["int12"] < error["int8"] < 0.3, "precision", error)
     narrow = {}
@@ -230,12 +234,15 @@ def test_options():
         check(x["pv_dtype"] == how and x["backend"] == "ref", how, x)
     check(error["f32"] < narrow["f16"] < 1e-3 < narrow["fp8"] < 0.2, "f16 and fp8", narrow)
     x, o = run("--pv-dtype", "fastest")[:2]
-    check(x["pv_dtype"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(), "fastest of cpu",
+    check(x["pv_dtype"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(),
+          "fastest of cpu",
           x)
-    check((run("--dense")[1] == run("--dense", "--qk-dtype=int8", "--pv-dtype=int8")[1]).all(), "int8 and int8")
+    check((run("--dense")[1] == run("--dense", "--qk-dtype=int8", "--pv-dtype=int8")[1]).all(),
+          "int8 and int8")
     one = rows_l1(run("--dense", "--qk-dtype", "int8", "--pv-dtype", "f32")[1],
                   run("--dense", "--qk-dtype", "int8")[1]).max()
-    other = rows_l1(run("--dense", "--qk-dtype", "int8", "--pv-dtype", "f32")[1], run(*EXACT)[1]).max()
+    other = rows_l1(run("--dense", "--qk-dtype", "int8", "--pv-dtype", "f32")[1],
+                    run(*EXACT)[1]).max()
     check(one > 1e-5 and other > 1e-5, "qk and pv apart", one, other)
     shift = k + 300 * np.sign(random(9, 1, 1, 1, D))
     save("k.npy", shift)
@@ -296,7 +303,8 @@ def test_instruction_sets():
     os.remove("o.npy")
     wrong(USAGE, ["SPARGE_ISA", "sse9"], "run", *qkv, env=dict(os.environ, SPARGE_ISA="sse9"))
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
-    wrong(UNSUPPORTED, ["pv_dtype", "fp8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv-dtype", "fp8")
+    wrong(UNSUPPORTED, ["pv_dtype", "fp8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv-dtype",
+          "fp8")
     check(
         fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
 
@@ -313,7 +321,7 @@ def test_cuda():
                  "--lse-out", "l.npy", "--intermediates", "d", *more)
         return x, *(np.load(n) for n in ("o.npy", "m.npy", "l.npy", "d/pv_done.npy"))
     for args in (["--causal", "--tau", 0.7, "--theta", 0.3], ["--mask", mask], ["--dense"]):
-        x, o, m, l, done = run("cuda", *args)
+        x, o, m, lse, done = run("cuda", *args)
         check(x["backend"] == "cuda" and 1 <= x["kernel"] <= 5 and x["pv_dtype"] in ("f16", "fp8"),
               "what ran", x)
         check(list(x) == KEYS and x["workspace_bytes"] > 0, "keys", x)
@@ -321,7 +329,7 @@ def test_cuda():
         check((m == m_ref).all() and (done == done_ref).all(), args, "the mask")
         near(o, want, {"fp8": 6e-2, "f16": 1e-3}[x["pv_dtype"]],
              f"o of {args}")  # P under another maximum
-        check(np.abs(l - l_ref).max() < 1e-3, args, "lse", np.abs(l - l_ref).max())
+        check(np.abs(lse - l_ref).max() < 1e-3, args, "lse", np.abs(lse - l_ref).max())
         for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
             check(x[key] == ref[key], args, key, x[key], ref[key])
     x, o = run("cuda", "--kernel", 1, *EXACT)[:2]
@@ -482,14 +490,16 @@ def test_check_nonfinite():
 
 
 JUDGED = (
-    "ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal manifest params l1 "
+    "ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal manifest "
+    "params l1 "
     "worst_row_l1 worst_row cosine rmse").split() + COUNTS + (
         "first_nan_got first_nan_want first_nan_apart first_nonfinite_apart "
         "baseline_worst_row_l1 max_worst").split()
 
 
 def test_judge():
-    """Another kernel's o, log-sum-exp and mask: what is right passes without a bound, and what is not does not."""
+    """Another kernel's o, log-sum-exp and mask: what is right passes without a bound, and what is
+    not does not."""
     q, k, v, qkv = files()
     mask = np.random.default_rng(8).random((B, HQ, 3, 6)) < 0.6
     mask[1, 2, 1] = False  # rows without any key
@@ -671,18 +681,23 @@ def test_what_was_run():
     q, k, v, qkv = files()
     x = fine("run", *qkv, "--theta", 0.3, "--tau", 0.9, "--lambda", -7.1, "--sink", "--causal",
              "--softmax-scale", 0.123, "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
-    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default", qk_dtype="int8",
-                pv_dtype="int8", block_q=128, block_k=64, skip_rows=32, causal="end", smooth_k=False,
-                sink=True, softmax_scale=0.123, theta=0.3, tau=0.9, topk=None, density=None, mask=None,
+    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default",
+                qk_dtype="int8",
+                pv_dtype="int8", block_q=128, block_k=64, skip_rows=32, causal="end",
+                smooth_k=False,
+                sink=True, softmax_scale=0.123, theta=0.3, tau=0.9, topk=None, density=None,
+                mask=None,
                 params=None, kernel=None, threads=1, backend="cpu")
     check({n: x[n] for n in want} == want and x["lambda"] == -7.1, "options as typed", x)
     check(x["inputs"] == [dict(file=n, sha256=sha256(n)) for n in qkv], "files", x["inputs"])
     x = fine("run", *qkv, "--pv-dtype", "fastest", "--topk", 0.7)
     check(
         x["softmax_scale"] == round(D**-0.5, 9) or
-        np.float32(x["softmax_scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "softmax_scale", x)
+        np.float32(x["softmax_scale"]) == np.float32(1) / np.sqrt(np.float32(D)), "softmax_scale",
+        x)
     check(
-        x["skip_rows"] == 64 and x["pv_dtype"] == "int8" and x["lambda"] is None and x["tau"] is None and
+        x["skip_rows"] == 64 and x["pv_dtype"] == "int8" and x["lambda"] is None and
+        x["tau"] is None and
         x["topk"] == 0.7 and x["isa"] != "auto",
         "what 0, auto and fastest stand for, and what is off", x)
     x = fine("run", *qkv, "--rules", "upstream")
@@ -705,7 +720,8 @@ def test_json_is_explained():
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
     explained("sparge run",
               fine("run", *qkv, "--check", "--mask", "m.npy", "-o", "o.npy", "--lse-out", "l.npy"))
-    explained("sparge run", fine("run", *qkv, "--intermediates", "d", "--density", 0.9, "--theta", 0.2))
+    explained("sparge run", fine("run", *qkv, "--intermediates", "d", "--density", 0.9, "--theta",
+                                 0.2))
     explained(
         "sparge check",
         fine("check", *qkv, "--o", "o.npy", "--lse", "l.npy", "--mask", "m.npy", "--max-worst", 1))
@@ -763,16 +779,19 @@ def test_mask_only():
     q, k, v, qkv = files()
     args = ["--tau", 0.7, "--theta", 0.5, "--causal"]
     full = fine("run", *qkv, *args, "--intermediates", "d", "--check")
-    x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--intermediates", "e", "--check")
+    x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--intermediates", "e",
+             "--check")
     check((np.load("m.npy") == np.load("d/mask.npy")).all(), "the mask of run")
     check(list(x) == KEYS + ["recall", "blocks_nonfinite"], "the same keys", list(x))
     for key in (
-            "pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal softmax_scale backend isa "
+            "pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal "
+            "softmax_scale backend isa "
             "threads recall blocks_nonfinite").split():
         check(x[key] == full[key], "as run says", key, x[key], full[key])
     check(
         all(x[n] is None for n in
-            "qk_dtype pv_dtype skip_rows lambda dim_v workspace_bytes seconds_quantize seconds_attend tops "
+            "qk_dtype pv_dtype skip_rows lambda dim_v workspace_bytes seconds_quantize "
+            "seconds_attend tops "
             "tops_executed".split()) and x["seconds_predict"] > 0, "no attention", x)
     check(
         x["sparsity"] == x["sparsity_pv"] == x["sparsity_qk"] and
@@ -1024,7 +1043,8 @@ def test_diff():
 
 
 def test_diff_masks():
-    """Of masks the blocks that are missing and extra, and they must be equal unless a bound says otherwise."""
+    """Of masks the blocks that are missing and extra, and they must be equal unless a bound says
+    otherwise."""
     want = np.random.default_rng(6).random((2, 3, 4, 5)) < 0.5
     got = want.copy()
     want[0, 1, 2, 3], want[1, 2, 3, 4] = True, True
@@ -1164,7 +1184,8 @@ def test_map():
 
 
 def test_map_formats():
-    """By the end of the name. The panels of an SVG are pictures in it, pixel for pixel those of the PNG."""
+    """By the end of the name. The panels of an SVG are pictures in it, pixel for pixel those of the
+    PNG."""
     x = save("x.npy", random(1, 1, 512, 16))
     for name in "map.png", "map.svg", "MAP.PDF":
         check(sparge("map", x, x, "-o", name, "--causal", "--tau", 0.5) == (FINE, "", ""), name)
@@ -1224,9 +1245,11 @@ def test_info_and_help():
     for command in "run", "diff", "map", "order", "bench", "info":
         code, out, err = sparge(command, "--help")
         check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
-    for option in ("--theta --tau --topk --lambda --sink --causal[= --softmax-scale --block-q --block-k "
+    for option in ("--theta --tau --topk --lambda --sink --causal[= --softmax-scale --block-q "
+                   "--block-k "
                    "--mask --no-smooth-k --skip-rows --rules --threads --backend --isa --dense "
-                   "--mask-out --qk-dtype --pv-dtype --lse-out --intermediates --check --layout").split():
+                   "--mask-out --qk-dtype --pv-dtype --lse-out --intermediates --check "
+                   "--layout").split():
         check(option in sparge("run", "--help")[1], "run --help names", option)
     wrong(USAGE, "info", "info", "x")
 
@@ -1275,7 +1298,8 @@ def test_order():
 
 
 BENCH_KEYS = (
-    "case mask backend kernel isa threads q_len k_len dim heads causal softmax_scale sparsity seconds_total seconds_predict "
+    "case mask backend kernel isa threads q_len k_len dim heads causal softmax_scale sparsity "
+    "seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
     "baseline_pct_peak").split()
 TIMES = BENCH_KEYS[13:]
@@ -1335,11 +1359,13 @@ def test_bench():
                   "parts", x)
     check([round(x["sparsity"], 6) for x in rows.values()][:5] == [0, 0.5, 0.75, 0.5, 0.75],
           "imposed", rows)
-    rows = bench(*ONE, "--qk-dtype", "int8,f32", "--pv-dtype", "int12,f32", "--sparsity", "0.5", "--heads",
+    rows = bench(*ONE, "--qk-dtype", "int8,f32", "--pv-dtype", "int12,f32", "--sparsity", "0.5",
+                 "--heads",
                  "1,2")
     check([(x["pct_peak"] is None) for x in rows.values()] == [True, False, True, False],
           "12 bits have no peak", rows)
-    rows = bench(*ONE, "--qk-dtype", "f32", "--pv-dtype", "f32", "--sparsity", 0, "--causal=none,end,start")
+    rows = bench(*ONE, "--qk-dtype", "f32", "--pv-dtype", "f32", "--sparsity", 0,
+                 "--causal=none,end,start")
     check(
         list(rows) == ["f32/f32 dense", "f32/f32 dense causal", "f32/f32 dense causal=start"],
         "causal", list(rows))
@@ -1353,7 +1379,7 @@ def test_bench():
     code, out, err = sparge("bench", *ONE, "--sparsity", "0,0.5")
     check(code == FINE and err == "" and "peaks of" in out and "FMA peak" in out, "in words", out,
           err)
-    check([l.split()[:3] for l in out.splitlines()[-2:]] ==
+    check([line.split()[:3] for line in out.splitlines()[-2:]] ==
           [["int8/int8", "dense", "0.000"], ["int8/int8", "random", "0.5"]], "a line a case", out)
 
 
@@ -1415,7 +1441,8 @@ def test_bench_usage():
         wrong(UNSUPPORTED, [isa, *(n for n, there in has.items() if there)], "bench", *ONE, "--isa",
               isa)
     for args, words in [(["--mask-kind", "diagonal"], "random, banded, predicted"),
-                        (["--qk-dtype", "int8,int9"], "int9"), (["--pv-dtype", "f16"], "int8, int12, f32"),
+                        (["--qk-dtype", "int8,int9"], "int9"), (["--pv-dtype", "f16"],
+                                                                "int8, int12, f32"),
                         (["--isa", "sse"], "avx512vnni"), (["--causal=middle"], "none, end, start"),
                         (["--q-len", "256,,512"], "empty item"),
                         (["--backend", "ref"], ["ref", "cpu and cuda alone"]),
@@ -1438,10 +1465,12 @@ def test_bench_usage():
 
 TUNE = ["--block-q", 32, "--block-k", 16]
 TUNE_KEYS = (
-    "params heads nonfinite dense backed_off sparsity worst_l1 judged held_out_sparsity held_out_worst_l1 "
+    "params heads nonfinite dense backed_off sparsity worst_l1 judged held_out_sparsity "
+    "held_out_worst_l1 "
     "held_out_within_l2_first held_out_within_l2 dense_passes seconds noise").split()
 HEADER_KEYS = (
-    "sparge_params version model weights_sha256 rules qk_dtype pv_dtype block_q block_k skip_rows causal smooth_k sink "
+    "sparge_params version model weights_sha256 rules qk_dtype pv_dtype block_q block_k skip_rows "
+    "causal smooth_k sink "
     "softmax_scale by bound l1 l2 sparsity inputs heads").split()
 HEAD_KEYS = (
     "layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
@@ -1500,7 +1529,8 @@ def timeless(text):
 
 
 def cost(params, files, *more):
-    """Of these thresholds over these captures, by head: relative L1 and sparsity, [captures][heads]."""
+    """Of these thresholds over these captures, by head: relative L1 and sparsity,
+    [captures][heads]."""
     l1, sparsity = [], []
     for file in files:
         x = fine("run", file, "--params", params, "-o", "o.npy", *TUNE, *more)
@@ -1537,9 +1567,12 @@ def test_tune():
     names = of_one_layer(*(capture(f"c{n}.safetensors", n) for n in range(3)))
     x, p = tune(*names)
     check(list(x) == TUNE_KEYS and list(p) == HEADER_KEYS, "keys in their order", list(x), list(p))
-    header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default", qk_dtype="int8",
-                  pv_dtype="int8", block_q=32, block_k=16, skip_rows=32, causal="none", smooth_k=True,
-                  sink=False, softmax_scale=None, by="tau", bound="worst", l1=0.07, l2=0.08, sparsity=None)
+    header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default",
+                  qk_dtype="int8",
+                  pv_dtype="int8", block_q=32, block_k=16, skip_rows=32, causal="none",
+                  smooth_k=True,
+                  sink=False, softmax_scale=None, by="tau", bound="worst", l1=0.07, l2=0.08,
+                  sparsity=None)
     check(all(p[key] == value and type(p[key]) is type(value) for key, value in header.items()),
           "header", p)
     check(p["version"] in sparge("--version")[1], "version", p["version"])
@@ -1658,7 +1691,8 @@ def test_tune_options():
                                          h["lambda"] is None and h["in_sample"]["sparsity"] == 0
                                          for h in p["heads"]), "left dense", p)
     p, l1, sparsity = run(
-        "cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--softmax-scale", 0.3, "--pv-dtype",
+        "cut.json", *names, more=("--causal", "--sink", "--no-smooth-k", "--softmax-scale", 0.3,
+                                  "--pv-dtype",
                                   "f32", "--skip-rows", 8, "--backend", "ref"))
     check([p[n] for n in "causal sink smooth_k softmax_scale pv_dtype skip_rows".split()] ==
           ["end", True, False, 0.3, "f32", 8], "options in the header", p)
@@ -1666,9 +1700,11 @@ def test_tune_options():
     for scale, says in ("1.2e-38", ()), ("3.4028234e38",
                                          ["NaN or infinite"
                                           ]):  # the least and the most that run takes
-        check(sparge("tune", names[0], "--softmax-scale", scale, "-o", f"{scale}.json", *TUNE)[0] == FINE,
+        check(sparge("tune", names[0], "--softmax-scale", scale, "-o", f"{scale}.json",
+                     *TUNE)[0] == FINE,
               "--softmax-scale", scale)
-        fine("run", names[0], "--softmax-scale", scale, "--params", f"{scale}.json", *TUNE, says=says)
+        fine("run", names[0], "--softmax-scale", scale, "--params", f"{scale}.json", *TUNE,
+             says=says)
 
     files = [
         save_safetensors(f"n{n}.safetensors",
@@ -1865,7 +1901,8 @@ def test_tune_nonfinite():
     bad = {1: (x["v"].shape[2] - 77) * dim, 2: 1}
     check(
         sorted(err.splitlines()) == [
-            f"sparge: layer 0 head {h}: {n} elements of its captures, or of attention over them, are not finite; "
+            f"sparge: layer 0 head {h}: {n} elements of its captures, or of attention over them, "
+            f"are not finite; "
             "left dense" for h, n in bad.items()
         ], "two warnings", err)
     got = lines("n.json")
@@ -1979,7 +2016,8 @@ def test_tune_writing():
     keeps(write("empty.json", ""), FILE, "empty", "tune", c, "-o", "empty.json", *TUNE)
     keeps(write("foreign.json", '{"a": 1}'), FILE, "sparge_params", "tune", c, "-o", "foreign.json",
           *TUNE)
-    for name, words in ("nowhere/p.json", "cannot create"), ("d", "directory"), ("new/", "directory"), \
+    for name, words in ("nowhere/p.json", "cannot create"), ("d", "directory"), ("new/",
+                                                                                 "directory"), \
                        ("/proc/p.json", "cannot create"), ("/dev/stdout", "no regular file"), \
                        ("", "directory"), \
                        ("x" * 300, "too long"):
@@ -2017,7 +2055,8 @@ def test_tune_writing():
 
 
 def test_manifests():
-    """Whatever is wrong with a manifest is one line of tune, and of run --params; a file alone too."""
+    """Whatever is wrong with a manifest is one line of tune, and of run --params; a file alone
+    too."""
     folder_of("d", 1, [(3, 0)])
     good = json.loads(read("d/manifest.json"))
     file, entry = "d/layer03_0.safetensors", good["files"][0]
@@ -2095,7 +2134,8 @@ def test_manifests():
         [(h["layer"], h["head"]) for h in p["heads"]] == [(3, 0), (3, 1)], "a short manifest", p)
     check(
         err ==
-        "sparge: no manifest says the layer of 1 of 1 files, so their names do: layer03_0.safetensors is of "
+        "sparge: no manifest says the layer of 1 of 1 files, so their names do: "
+        "layer03_0.safetensors is of "
         "layer 3\n", "and its layer by name", err)
     os.remove("new.json")
     write("d/manifest.json", json.dumps({"files": [], "text": "t"}))
@@ -2139,7 +2179,8 @@ def picture(*args):
 
 
 def test_manifest_obeyed():
-    """Causality and scale are the manifest's in every command; an option that contradicts it is refused."""
+    """Causality and scale are the manifest's in every command; an option that contradicts it is
+    refused."""
     folder_of("d", 1, [(3, 0)], causal=True, softmax_scale=0.3)
     file = "d/layer03_0.safetensors"
     alone, bench_one = unlisted(file), ["--threads", 1, "--repeat", 1, "--allow-busy"]
@@ -2149,7 +2190,8 @@ def test_manifest_obeyed():
     check((output(file, *asked, *TUNE) == want).all() and
           (output(file, "--causal=start", *TUNE) == want).all(), "asked for what it says")
     x = fine("run", file, "--check", *TUNE)
-    check(x["manifest"] == dict(model="small", sample="sample d", layer=3, causal=True, softmax_scale=0.3),
+    check(x["manifest"] == dict(model="small", sample="sample d", layer=3, causal=True,
+                                softmax_scale=0.3),
           "said", x)
     check(x["l1"] == fine("run", alone, "--check", *asked, *TUNE)["l1"], "--check")
     check((output(file, "--ignore-manifest", *TUNE) == plain).all(), "--ignore-manifest")
@@ -2161,7 +2203,8 @@ def test_manifest_obeyed():
         picture(file, "--ignore-manifest", *TUNE) == picture(alone, *TUNE), "map --ignore-manifest")
     np.save("want.npy", want)
     rows = bench("--capture", file, *bench_one)
-    check(all(x["causal"] == "end" and x["softmax_scale"] == 0.3 for x in rows.values()), "bench", rows)
+    check(all(x["causal"] == "end" and x["softmax_scale"] == 0.3 for x in rows.values()), "bench",
+          rows)
     rows = bench("--capture", file, "--ignore-manifest", *bench_one)
     check(all(x["causal"] == "none" and x["softmax_scale"] is None for x in rows.values()),
           "bench --ignore-manifest", rows)
@@ -2170,7 +2213,8 @@ def test_manifest_obeyed():
                                   "x.png"], ["tune", file, "-o",
                                              "x.json"], ["check", file, "--o", "want.npy"]):
         wrong(FILE, [file, "causal", "--ignore-manifest"], *command, "--causal=none", *TUNE)
-        wrong(FILE, [file, "--softmax-scale 0.3", "--ignore-manifest"], *command, "--softmax-scale", 0.25, *TUNE)
+        wrong(FILE, [file, "--softmax-scale 0.3", "--ignore-manifest"], *command, "--softmax-scale",
+              0.25, *TUNE)
     wrong(FILE, [file, "--ignore-manifest"], "bench", "--capture", file, "--causal=none,end",
           *bench_one)
     folder_of("e", 1, [(3, 0)], softmax_scale=0.3)  # which oneDNN could do but for the scale
@@ -2190,7 +2234,8 @@ def test_manifest_obeyed():
     manifest["files"][0] |= dict(sha256=sha256(file), causal_at="start")
     write("d/manifest.json", json.dumps(manifest))
     alone = unlisted(file)
-    check((output(file, *TUNE) == output(alone, "--causal=start", "--softmax-scale", 0.3, *TUNE)).all(),
+    check((output(file, *TUNE) == output(alone, "--causal=start", "--softmax-scale", 0.3,
+                                         *TUNE)).all(),
           "causal_at")
     wrong(FILE, [file, "causal from the start", "--causal=start"], "run", file, "--causal", *TUNE)
     manifest["causal"] = False
@@ -2202,7 +2247,8 @@ def test_manifest_obeyed():
 
 
 def test_layers():
-    """A layer that no manifest says is read from the name of the file; where that does not say it either, nobody guesses."""
+    """A layer that no manifest says is read from the name of the file; where that does not say it
+    either, nobody guesses."""
     for n, name in enumerate(["a", "b", "layer06_step000", "x_layer12", "player7"]):
         capture(f"{name}.safetensors", n)
     code, out, err = sparge("tune", "layer06_step000.safetensors", "x_layer12.safetensors", "-o",
@@ -2211,7 +2257,8 @@ def test_layers():
     check(code == FINE and heads == [(6, 0), (6, 1), (12, 0), (12, 1)], "layers by name", heads)
     check(
         err ==
-        "sparge: no manifest says the layer of 2 of 2 files, so their names do: layer06_step000.safetensors is of "
+        "sparge: no manifest says the layer of 2 of 2 files, so their names do: "
+        "layer06_step000.safetensors is of "
         "layer 6\n", "and said", err)
     for name in "a", "player7":
         wrong(FILE, [name, "of which layer", "--layer"], "tune", "layer06_step000.safetensors",
@@ -2287,7 +2334,8 @@ def test_folders():
 
 
 def test_params_taken():
-    """run and map take from a file of thresholds what it was tuned with, where the command line is silent."""
+    """run and map take from a file of thresholds what it was tuned with, where the command line is
+    silent."""
     c = capture("c.safetensors", 1, n=200)
     heads = [
         dict(layer=0, head=h, dense=False, theta=0.3, tau=0.9, topk=None, **{"lambda": -3.5})
@@ -2331,14 +2379,16 @@ def test_params_taken():
 
 
 def test_params_of_the_authors():
-    """A dense head of the authors' keeps every block and has a lambda: under their rules, whatever is given beside."""
+    """A dense head of the authors' keeps every block and has a lambda: under their rules, whatever
+    is given beside."""
     c = capture("c.safetensors", 1, n=500, heads=1)
     head = dict(layer=0, head=0, dense=True, theta=-1.0, tau=1.0, topk=None, **{"lambda": -2.0})
     write(
         "p.json",
         json.dumps(
             dict(sparge_params=1, model=None, rules="upstream", block_q=128, block_k=64,
-                 skip_rows=128, causal="none", smooth_k=True, sink=True, softmax_scale=None, heads=[head])))
+                 skip_rows=128, causal="none", smooth_k=True, sink=True, softmax_scale=None,
+                 heads=[head])))
     want = output(c, "--rules", "upstream", "--sink", "--theta", -1, "--tau", 1, "--lambda", -2)
     for more in [], ["--rules", "upstream"], ["--rules", "upstream", "--sink"]:
         x = fine("run", c, "--params", "p.json", "-o", "o.npy", *more)
@@ -2405,7 +2455,8 @@ def test_params():
             block_q=[0, 1025, 32.0, "32", None, 10**30],
             block_k=[0, 1025, 16.5], skip_rows=[0, 1025, None], causal=["middle", "", 1, None],
             smooth_k=[1, None],
-            sink=["false", 0], softmax_scale=[0, -1, 1e-60, 1e39, "1"], heads=[None, {}, 3, "x"]).items():
+            sink=["false", 0], softmax_scale=[0, -1, 1e-60, 1e39, "1"], heads=[None, {}, 3,
+                                                                               "x"]).items():
         for value in values:
             bad(["p.json"] if value == 10**30 else ["p.json", f"'{key}'"], with_(**{key: value}))
         bad(["p.json", f"'{key}'"], {k: v for k, v in good.items() if k != key})
@@ -2469,9 +2520,12 @@ def test_usage():
                         (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"),
                         (["--lambda", 0.5], "[-inf, 0]"), (["--lambda", "inf"], "--lambda"),
                         (["--theta", 1.01], "[-1, 1]"), (["--topk", 2], "--topk"),
-                        (["--softmax-scale", 0], "--softmax-scale"), (["--softmax-scale", -1], "--softmax-scale"),
-                        (["--softmax-scale", "inf"], "--softmax-scale"), (["--softmax-scale", "nan"], "--softmax-scale"),
-                        (["--softmax-scale", "1e-60"], "--softmax-scale"), (["--tau", "0.5x"], "0.5x"),
+                        (["--softmax-scale", 0], "--softmax-scale"), (["--softmax-scale", -1],
+                                                                      "--softmax-scale"),
+                        (["--softmax-scale", "inf"], "--softmax-scale"),
+                        (["--softmax-scale", "nan"], "--softmax-scale"),
+                        (["--softmax-scale", "1e-60"], "--softmax-scale"), (["--tau", "0.5x"],
+                                                                            "0.5x"),
                         (["--tau", " 0.5"], "--tau"), (["--tau", ""], "--tau"),
                         (["--block-q", "64.0"], "64.0"), (["--block-q", 0], "[1, 1024]"),
                         (["--block-k", 1025], "[1, 1024]"), (["--block-q", "1e2"], "1e2"),
@@ -2483,8 +2537,10 @@ def test_usage():
                         (["--causal=middle"], "none, end, start"),
                         (["--rules", "mine"], "default, paper, upstream"),
                         (["--backend", "gpu"], "auto, ref, cpu, cuda"),
-                        (["--isa", "sse"], "avx512vnni"), (["--qk-dtype", "int9"], "int8, int12, f32"),
-                        (["--pv-dtype", ""], "--pv-dtype"), (["--qk-dtype", "f16"], "int8, int12, f32"),
+                        (["--isa", "sse"], "avx512vnni"), (["--qk-dtype", "int9"],
+                                                           "int8, int12, f32"),
+                        (["--pv-dtype", ""], "--pv-dtype"), (["--qk-dtype", "f16"],
+                                                             "int8, int12, f32"),
                         (["--qk-dtype", "fastest"], "int8, int12, f32"),
                         (["--pv-dtype", "f8"], "int8, int12, f32, f16, fp8, fastest"),
                         (["--kernel", 0], "[1, 5]"), (["--kernel", 6], "[1, 5]"),
@@ -2493,7 +2549,8 @@ def test_usage():
                         (["--kernel", 1, "--backend", "ref"], ["kernel is 1", "cuda", "ref"]),
                         (["--layout", "bhnd"], "hnd, nhd"),
                         (["--dense", "--mask", "q.npy"], ["--dense", "--mask"]),
-                        (["more.npy"], "too many"), (["--pv-dtype", "int12", "--block-k", 256], "128"),
+                        (["more.npy"], "too many"), (["--pv-dtype", "int12", "--block-k", 256],
+                                                     "128"),
                         (["--isa", "avx2", "--backend", "ref"], "isa")]:
         wrong(USAGE, words, "run", *qkv, *args)
     wrong(USAGE, "q, k and v", "run")
@@ -2586,7 +2643,8 @@ def test_files():
             wrong(UNSUPPORTED, [name, "info"], "map", *qkv, "--backend", name, "-o", "map.png",
                   "--lambda", -1)
     if not built["cuda"]["available"]:
-        wrong(UNSUPPORTED, "cuda", "run", *qkv, "--backend", "cuda", "--kernel", 4, "--pv-dtype", "f16")
+        wrong(UNSUPPORTED, "cuda", "run", *qkv, "--backend", "cuda", "--kernel", 4, "--pv-dtype",
+              "f16")
 
 
 def test_writing():
@@ -2647,7 +2705,8 @@ def test_memory():
 
 
 def test_starved():
-    """Every allocation that a command makes fails in turn (starve.c); whole heads that tune has written stay."""
+    """Every allocation that a command makes fails in turn (starve.c); whole heads that tune has
+    written stay."""
     def starve(n, *args):
         return sparge(*args, env={**os.environ, "STARVE": str(n)})
     if starve(0, "info", "--json")[0] == FINE:
@@ -2664,7 +2723,8 @@ def test_starved():
     fine("run", x, x, x, *tiny, "--mask-out", "m.npy", "-o", "o.npy")
     before = set(listing())
     for args in ([
-            "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--intermediates", "d",
+            "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--intermediates",
+            "d",
             "--check", *tiny
     ], ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy",
             *tiny], ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
@@ -2709,7 +2769,8 @@ def test_threads_that_cannot_start():
             os.setgid(54321)
             os.setuid(54321)
 
-    for args in ["run", x, x, x], ["map", x, x, "-o", "/dev/null/x.png"], ["tune", qkv, "-o", "p.json"], \
+    for args in ["run", x, x, x], ["map", x, x, "-o", "/dev/null/x.png"], ["tune", qkv, "-o",
+                                                                           "p.json"], \
             ["bench", "--q-len", 64]:
         wrong(MACHINE, ["threads is 7", "start"], *args, "--threads", 7, preexec_fn=limited)
     no_leaks = {**os.environ, "ASAN_OPTIONS":
@@ -2724,7 +2785,8 @@ def test_signals_and_progress():
     code, seen, after, last = watched([PROGRAM, "map", x, x, "-o", "map.png"])
     check(" %, " in seen and "s left" in seen, "progress on a terminal", seen[:100])
     check(after > 1.9, "not in the first two seconds", after)
-    check(code == UNFINISHED and last.endswith(INTERRUPTED.replace("\n", "\r\n")), "ends", code, last)
+    check(code == UNFINISHED and last.endswith(INTERRUPTED.replace("\n", "\r\n")), "ends", code,
+          last)
     check(listing() == ["./x.npy"], "interrupted: no file left", listing())
 
 
