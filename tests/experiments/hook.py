@@ -312,7 +312,7 @@ def test_diffusers():
     run_cog = lambda: cog(hidden_states=random(2, 3, 4, 8, 8), encoder_hidden_states=random(
         2, 8, 8), timestep=torch.tensor([999, 999]), image_rotary_emb=(turns.cos(), turns.sin()),
                           return_dict=False)
-    got, calls = recorded("cogvideox", cog, run_cog, 2, grid=[3, 4, 4], n_text=8, text_first=True)
+    got, _ = recorded("cogvideox", cog, run_cog, 2, grid=[3, 4, 4], n_text=8, text_first=True)
     check((got["n_heads"], got["head_dim"], got["causal"]) == (3, 16, False), "cogvideox", got)
     check((got["grid"], got["n_text"], got["text_first"]) == ([3, 4, 4], 8, True),
           "what the caller says", got)
