@@ -249,7 +249,8 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
 static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p,
                                 const sparge_options *o, sparge_error *error)
 {
-    const sparge_geometry g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
+    const sparge_geometry g =
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
     if (mask->batch != p->batch || mask->heads != p->heads || mask->q_blocks != g.q_blocks ||
         mask->k_blocks != g.k_blocks)
         return fail(error, SPARGE_ERR_SHAPE,
@@ -409,7 +410,8 @@ static sparge_status resolve_all(const sparge_problem *problem, sparge_options *
 static sparge_status shape_mask(sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                                 sparge_error *error)
 {
-    const sparge_geometry g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
+    const sparge_geometry g =
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
     const int64_t words = sparge_mask_row_words(g.k_blocks);
     if (!fits(p->batch, p->heads, g.q_blocks, words, sizeof *mask->bits))
         return fail(error, SPARGE_ERR_SHAPE, "mask of %lld x %lld blocks a head overflows",

@@ -5,7 +5,7 @@ unseen.
 
     gpu/resources.py                  sm_80 and sm_90 (kernel 5: sm_90a), printed
     gpu/resources.py --all --write    every architecture this nvcc has, into resources.csv
-    gpu/resources.py --check          against resources.csv; no spill in 4_mma and 5_hopper, no wgmma
+    gpu/resources.py --check          against resources.csv; no spill in 4_mma, 5_hopper, no wgmma
                                       serialised, no setmaxnreg ignored; 77: nvcc is not on this
                                       machine
 
@@ -59,7 +59,7 @@ def source(file):
 
 
 def compile_one(job):
-    """What the compiler said of one file for one architecture; only the device's part is compiled."""
+    """What the compiler said of one file for one architecture; the device's part is compiled."""
     file, arch = job
     number = arch.removeprefix("sm_")
     command = [
@@ -129,7 +129,7 @@ def text(row):
 
 
 def differences(rows):
-    """Between the committed table and these rows, as sentences; None if another nvcc made the table."""
+    """Between the committed table and these rows, as sentences; None if it is of another nvcc."""
     with open(TABLE, newline="") as file:
         old = {
             key(r): r for r in csv.DictReader(file) if r["arch"] in {row["arch"] for row in rows}
@@ -169,8 +169,8 @@ def main():
     if not args.check:
         for row in rows:
             print(
-                f"{row['file']:9} {row['arch']:7} {row['registers']:4} registers {row['shared']:6} shared"
-                f" {row['stack']:5} stack {row['spill_stores']:4}/{row['spill_loads']} spilled"
+                f"{row['file']:9} {row['arch']:7} {row['registers']:4} registers"
+                f" {row['shared']:6} shared {row['stack']:5} stack {row['spill_stores']:4}/{row['spill_loads']} spilled"
                 f"  {row['kernel']}")
     failures = bad
     if args.check:
@@ -178,9 +178,8 @@ def main():
                      if r["file"] in NO_SPILLS and r["spill_stores"] + r["spill_loads"]]
         changed = differences(rows)
         if changed is None:
-            print(
-                f"resources.csv is of another nvcc than {nvcc_version()}: registers are not compared"
-            )
+            print(f"resources.csv is of another nvcc than {nvcc_version()}:",
+                  "registers are not compared")
         failures += changed or []
     for line in failures:
         print(line)

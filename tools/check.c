@@ -225,7 +225,7 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
     if (apart)
         file_error_set(error, file,
                        "%" PRId64 " elements are NaN or infinite where %s is not, or the other way "
-                                  "round; the first is %s",
+                       "round; the first is %s",
                        v->c.nonfinite_apart, want, where);
     else if (isnan(v->bound))
         file_error_set(

@@ -150,7 +150,7 @@ void run_warn(const run *r)
     if (nonfinite)
         fprintf(stderr,
                 "sparge: %s has %" PRId64 " elements that are NaN or infinite; --check says "
-                                          "whether dense attention has them too\n",
+                "whether dense attention has them too\n",
                 what, nonfinite);
     if (!r->args.check)
         return;

@@ -510,7 +510,7 @@ static exit_code report(const tune *t)
         fprintf(stderr,
                 "sparge: --l1 %g is below the noise of dense attention in %s and %s, %.4g to %.4g, "
                 "in %" PRId64 " of %zu heads: they stay dense; give a larger --l1, or --qk-dtype "
-                              "and --pv-dtype with less noise\n",
+                "and --pv-dtype with less noise\n",
                 l1, sparge_dtype_string(o->qk_dtype), sparge_dtype_string(o->pv_dtype), least, most,
                 noisy, count);
     const double all = count ? (double)count : NAN, out = judged ? (double)judged : NAN;

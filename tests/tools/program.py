@@ -223,8 +223,8 @@ def test_options():
     per_head = (1 - m.mean((2, 3))).ravel()
     check(np.abs(x["sparsity_per_head"] - per_head).max() < 1e-6, "per head, from the mask")
 
-    error = {how: rows_l1(run("--dense", "--qk-dtype", how, "--pv-dtype", how)[1], attention(q, k,
-                                                                                             v)[0]).max()
+    want = attention(q, k, v)[0]
+    error = {how: rows_l1(run("--dense", "--qk-dtype", how, "--pv-dtype", how)[1], want).max()
              for how in ("int8", "int12", "f32")}
     check(error["f32"] < 1e-5 < 8 * error["int12"] < error["int8"] < 0.3, "precision", error)
     narrow = {}
