@@ -170,8 +170,8 @@ def main():
         for row in rows:
             print(
                 f"{row['file']:9} {row['arch']:7} {row['registers']:4} registers"
-                f" {row['shared']:6} shared {row['stack']:5} stack {row['spill_stores']:4}/{row['spill_loads']} spilled"
-                f"  {row['kernel']}")
+                f" {row['shared']:6} shared {row['stack']:5} stack"
+                f" {row['spill_stores']:4}/{row['spill_loads']} spilled  {row['kernel']}")
     failures = bad
     if args.check:
         failures += [f"{' '.join(key(r))}: spills {r['spill_stores']} bytes" for r in rows
