@@ -231,7 +231,8 @@ template <int KIND> void measure_warpgroups(const char *what, int groups, const 
               (const uint32_t *)weights.p, out.p, turns);
     });
     const double k = KIND == F16 ? 16 : KIND == S8_AND_E4M3 ? 64 : 32;
-    report(what, 1e-12 * 2 * 64 * 128 * k * CHAIN * groups * sms / seconds, "TOPS", expected);
+    report(what, 1e-12 * 2 * 64 * 128 * k * (double)CHAIN * groups * sms / seconds, "TOPS",
+           expected);
 }
 
 template <bool HALF> void measure_warps(const char *what, const char *expected)
