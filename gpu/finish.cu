@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* finish.cu: what follows attention on every kernel: rows without keys, lse, NaN, counters.
- * Algorithm 1 lines 20-21; ref/driver.c in the reference.
+ * Algorithm 1 lines 20-21; ref/attend.c and ref/record.c.
  *
  * A kernel leaves o, m and l as if every number were finite, and records in `skipped` what lambda
  * left out. The mask says the rest, so no kernel counts anything. */
