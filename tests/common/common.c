@@ -462,10 +462,10 @@ Test(common, blocks)
             check_equal(sparge_block_rows(g.q_len, g.block_q, 0), g.block_q);
     }
     for (int causal = NONE; causal <= START; causal++) {
-        check_equal(sparge_geometry_make(0, 100, 128, 64, causal).q_blocks, 0);
-        check_equal(sparge_geometry_make(0, 100, 128, 64, causal).k_blocks, 2);
-        check_equal(sparge_geometry_make(100, 0, 128, 64, causal).q_blocks, 1);
-        check_equal(sparge_geometry_make(100, 0, 128, 64, causal).k_blocks, 0);
+        check_equal(sparge_geometry_make(0, 100, 128, 64, (sparge_causal)causal).q_blocks, 0);
+        check_equal(sparge_geometry_make(0, 100, 128, 64, (sparge_causal)causal).k_blocks, 2);
+        check_equal(sparge_geometry_make(100, 0, 128, 64, (sparge_causal)causal).q_blocks, 1);
+        check_equal(sparge_geometry_make(100, 0, 128, 64, (sparge_causal)causal).k_blocks, 0);
     }
 }
 
@@ -518,8 +518,8 @@ Test(common, keys_visible)
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        const sparge_geometry g =
-            sparge_geometry_make(table[i].q_len, table[i].k_len, 128, 64, table[i].causal);
+        const sparge_geometry g = sparge_geometry_make(table[i].q_len, table[i].k_len, 128, 64,
+                                                       (sparge_causal)table[i].causal);
         check_equal(sparge_last_key(&g, table[i].t), table[i].last);
         check_equal(sparge_keys_of_query(&g, table[i].t), sparge_max(0, table[i].last + 1));
         check_equal(sparge_keys_visible(&g, table[i].t, table[i].j), table[i].seen);
@@ -570,8 +570,9 @@ Test(common, blocks_visible)
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
-        const sparge_geometry g = sparge_geometry_make(
-            table[i].q_len, table[i].k_len, table[i].block_q, table[i].block_k, table[i].causal);
+        const sparge_geometry g =
+            sparge_geometry_make(table[i].q_len, table[i].k_len, table[i].block_q, table[i].block_k,
+                                 (sparge_causal)table[i].causal);
         check_equal(sparge_blocks_visible(&g, table[i].i), table[i].blocks);
     }
 }
@@ -593,7 +594,8 @@ Test(common, geometry_by_definition)
                 const int causal = (int)(b % 3);
                 check_case("%d x %d in %d x %d, causal %d", (int)q_len, (int)k_len, (int)bq,
                            (int)bk, causal);
-                const sparge_geometry g = sparge_geometry_make(q_len, k_len, bq, bk, causal);
+                const sparge_geometry g =
+                    sparge_geometry_make(q_len, k_len, bq, bk, (sparge_causal)causal);
                 int64_t of_block[18] = {0}, diagonal[18], rows = 0;
                 for (int i = 0; i < 18; i++)
                     diagonal[i] = 18;
