@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* block.c: what is done to one block of tokens: load, mean, pool, self-similarity, codes.
- * Sec 3.3 (pooling and CosSim), Algorithm 1 line 3 (quantization, as SageAttention does it). */
+/* block.c: one block: load, mean, pool, self-similarity (Sec 3.3), codes (line 3, SageAttention).
+ */
 #include "common/element.h"
 #include "common/quant.h"
 #include "common/select.h"

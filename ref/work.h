@@ -21,10 +21,9 @@ typedef struct sparge_ref_tensor {
 
 /* What the prediction knows of a block beside its pooled row. */
 typedef struct sparge_ref_summary {
-    float sim;     /* mean cosine of all pairs of rows, self pairs too; in [0, 1] */
-    bool finite;   /* no element was infinite or NaN */
-    bool zero_row; /* some row is all zero */
-    bool full;     /* as long as a block can be */
+    float sim;           /* mean cosine of all pairs of rows, self pairs too; in [0, 1] */
+    bool finite;         /* no element was infinite or NaN */
+    bool zero_row, full; /* some row is all zero; it is as long as a block can be */
 } sparge_ref_summary;
 
 /* A finite entry of S[i,:]. */
@@ -72,13 +71,11 @@ typedef struct sparge_ref_work {
     float *mean;               /* [dim] the mean key, or NULL */
     float *v_scale;            /* [dim_v] of o at the end: 1, but under fp8 the scale of V */
 
-    /* predict.c */
     float *k_pool;                 /* [k_blocks][dim] */
     sparge_ref_summary *k_summary; /* [k_blocks] */
     float *q_pool, *unit_sum;      /* [dim] */
     sparge_ref_row row;
 
-    /* attend.c */
     sparge_ref_tile tile;
     bool *row_nonfinite; /* [block_q] rows that met a query or a key that is not finite */
     float *pv_done;      /* [k_blocks] share of the rows of Q_i whose P.V was computed */
