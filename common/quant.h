@@ -12,6 +12,18 @@
 /* P is e4m3(256 p) / 256: 256 p stays below 448, and reaches down to weights of 2^-18. */
 #define SPARGE_P_FP8_SCALE 256.0f
 
+/* Codes are from -qmax to qmax, those of P from 0; 0: there are none. Those of int12 let sums of
+ * 256 products of Q and K, and of 128 of P and V, fit in 32 bits. */
+SPARGE_HD int sparge_qk_qmax(sparge_dtype dtype)
+{
+    return dtype == SPARGE_INT8 ? 127 : dtype == SPARGE_INT12 ? 2047 : 0;
+}
+
+SPARGE_HD int sparge_pv_qmax(sparge_dtype dtype)
+{
+    return dtype == SPARGE_INT8 ? 127 : dtype == SPARGE_INT12 ? 4095 : 0;
+}
+
 /* What code 1 stands for if `max`, the largest magnitude, gets the code qmax. It is 0, and so is
  * every code, if it would be subnormal. */
 SPARGE_HD float sparge_quant_scale(float max, int qmax)

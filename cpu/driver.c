@@ -21,6 +21,7 @@ static int omp_get_thread_num(void) { return 0; }
 #include "common/arithmetic.h"
 #include "common/block_mask.h"
 #include "common/clock.h"
+#include "common/quant.h"
 #include "cpu/cpu.h"
 #include "cpu/work.h"
 
@@ -147,12 +148,7 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         t->p = t->s;
 }
 
-/* The qmax of a dtype's codes, and the format that its product runs in. */
-static int qmax_of(sparge_dtype dtype, int int12_qmax)
-{
-    return dtype == SPARGE_INT8 ? 127 : dtype == SPARGE_INT12 ? int12_qmax : 0;
-}
-
+/* The format that a dtype's product runs in. */
 static sparge_format format_of(sparge_dtype dtype, sparge_format int8_format)
 {
     return dtype == SPARGE_INT8    ? int8_format
@@ -169,7 +165,7 @@ static void lay_out(arena *a, driver *d)
     const int64_t dim = sparge_padded(p->dim), dim_v = w->result ? sparge_padded(p->dim_v) : 0;
     const sparge_format qk = format_of(o->qk_dtype, w->kernels.int8_scores),
                         pv = format_of(o->pv_dtype, SPARGE_BYTES);
-    const int qk_qmax = qmax_of(o->qk_dtype, 2047), pv_qmax = qmax_of(o->pv_dtype, 4095);
+    const int qk_qmax = sparge_qk_qmax(o->qk_dtype), pv_qmax = sparge_pv_qmax(o->pv_dtype);
 
     const int64_t heads = p->batch * p->heads, kv_heads = p->batch * p->kv_heads;
     const int64_t channels = dim * (int64_t)size_of[qk] + dim_v * (int64_t)size_of[pv];

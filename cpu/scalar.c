@@ -143,12 +143,14 @@ static bool maxima(const sparge_scores *x, float *most, float *local)
 static void softmax_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
                           float *sum, int32_t *init)
 {
+    const int qmax = sparge_pv_qmax(SPARGE_INT8);
     (void)init;
     for (int64_t r = 0; r < x->rows; r++) {
         uint8_t *restrict to = (uint8_t *)p + r * p_stride;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code = sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, 127);
+            const int32_t code =
+                sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, qmax);
             to[t] = (uint8_t)code;
             codes += code;
         }
@@ -159,12 +161,13 @@ static void softmax_bytes(const sparge_scores *x, const float *top, void *p, int
 static void softmax_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
                           float *sum, int32_t *init)
 {
+    const int qmax = sparge_pv_qmax(SPARGE_INT12);
     for (int64_t r = 0; r < x->rows; r++) {
         int16_t *restrict to = (int16_t *)p + r * p_stride;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
             const int32_t code =
-                sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, 4095);
+                sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, qmax);
             to[t] = (int16_t)code;
             codes += code;
         }

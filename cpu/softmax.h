@@ -99,14 +99,14 @@ INLINE void codes_of(const probabilities *w, int64_t t, int vectors, float qmax,
 INLINE void some_bytes(probabilities *w, int64_t t, int vectors)
 {
     ints code[BESIDE];
-    codes_of(w, t, vectors, 127.0f, code);
+    codes_of(w, t, vectors, (float)sparge_pv_qmax(SPARGE_INT8), code);
     w->codes = i_add(w->codes, store_bytes((uint8_t *)w->p + t, code, vectors));
 }
 
 INLINE void some_words(probabilities *w, int64_t t, int vectors)
 {
     ints code[BESIDE];
-    codes_of(w, t, vectors, 4095.0f, code);
+    codes_of(w, t, vectors, (float)sparge_pv_qmax(SPARGE_INT12), code);
     w->codes = i_add(w->codes, store_words((int16_t *)w->p + t, code, vectors));
 }
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "common/clock.h"
+#include "common/quant.h"
 #include "ref/ref.h"
 
 /* Memory that is given back in one call. After a failure `failed` is true and every take is NULL.
@@ -55,9 +56,9 @@ static sparge_ref_mode mode_of(const sparge_problem *p, const sparge_options *o)
         .select = sparge_ref_select,
         .score = sparge_ref_score,
         .accumulate_pv = sparge_ref_accumulate_pv,
-        .qk_qmax = 127,
-        .p_qmax = 127,
-        .v_qmax = 127,
+        .qk_qmax = sparge_qk_qmax(o->qk_dtype),
+        .p_qmax = sparge_pv_qmax(o->pv_dtype),
+        .v_qmax = sparge_pv_qmax(o->pv_dtype),
         .predict_scale = o->softmax_scale,
     };
     sparge_ref_set_precision(&mode, o);

@@ -77,16 +77,8 @@ static void round_v_fp8(sparge_ref_work *w)
 
 void sparge_ref_set_precision(sparge_ref_mode *mode, const sparge_options *o)
 {
-    if (o->qk_dtype == SPARGE_INT12)
-        mode->qk_qmax = 2047;
-    if (o->qk_dtype == SPARGE_F32) {
-        mode->qk_qmax = 0;
+    if (o->qk_dtype == SPARGE_F32)
         mode->score = score_f32;
-    }
-    if (o->pv_dtype == SPARGE_INT12)
-        mode->p_qmax = mode->v_qmax = 4095;
-    if (o->pv_dtype == SPARGE_F32 || o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8)
-        mode->p_qmax = mode->v_qmax = 0;
     if (o->pv_dtype == SPARGE_F32)
         mode->accumulate_pv = accumulate_f32;
     if (o->pv_dtype == SPARGE_F16) {

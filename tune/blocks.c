@@ -5,7 +5,7 @@
  * exp(lse of each): so when o and lse are known for every block alone, any mask is a weighted sum
  * away. Int8 and int12 have no say in this: codes of q, k and v belong to blocks, and those of P
  * are relative to the maximum of their own tile. (P V in f16 and fp8 rounds P against the running
- * maximum, and fp8 has steps of v over all tokens: there the sums are near, not equal.)
+ * maximum, and fp8 has scales of v over all tokens: there the sums are near, not equal.)
  *
  * The backend does it by its public face: the key blocks become a batch, which all read the same
  * queries (stride 0). Blocks that causality cuts, or that are short, are a second batch, which all

@@ -189,16 +189,16 @@ Test(cpu, every_number_of_threads)
     }
 }
 
-/* ---- Memory in portions: a wave of key heads, a chunk of its query blocks ---- */
+/* ---- Memory in portions: a batch of key heads, a batch of their query blocks ---- */
 
-/* A key block is padded to 16 keys, so blocks of one key fill the 32 MiB of a wave with few tokens:
- * three heads here, and the last wave is short. 36 query blocks of a wave are more than the chunk
- * of 32 that one thread has. */
-Test(cpu, more_than_one_wave)
+/* A key block is padded to 16 keys, so blocks of one key fill the 32 MiB of a batch with few
+ * tokens: three heads here, and the last batch is short. 36 query blocks of it are more than the
+ * batch of 32 that one thread has. */
+Test(cpu, more_than_one_kv_batch)
 {
     static const int threads[] = {1, 2, 0};
     for (int level = 0; level < 3; level += 2) {
-        check_case("waves, precision %d", precisions[level]);
+        check_case("batches of key heads, precision %d", precisions[level]);
         const int64_t keys = precisions[level] == SPARGE_F32 ? 300 : 700;
         const shape s = shape_of(1, 8 * 12, 8, 5, keys, 256, 250);
         problem x = problem_make(&s);
@@ -206,18 +206,18 @@ Test(cpu, more_than_one_wave)
         x.o.block_k = 1;
         x.o.qk_dtype = x.o.pv_dtype = precisions[level];
         x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -4.0f};
-        x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last wave, and of no other */
+        x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last batch, and of no other */
         problem_write(&x);
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
         problem_free(&x);
     }
 }
 
-/* 36 query blocks, 3 of each head, and chunks of 32. */
-Test(cpu, a_chunk_ends_within_a_head)
+/* 36 query blocks, 3 of each head, and batches of 32. */
+Test(cpu, a_q_batch_ends_within_a_head)
 {
     static const int threads[] = {1, 3, 0};
-    check_case("chunks");
+    check_case("batches of query blocks");
     const shape s = shape_of(2, 6, 3, 700, 20, 256, 8);
     problem x = problem_make(&s);
     x.o.block_q = 300;
