@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* block.c: one block: load, mean, pool, self-similarity (Sec 3.3), codes (line 3, SageAttention).
- */
+/* block.c: a block: load, mean, pool, self-similarity (Sec 3.3), codes (line 3, SageAttention) */
 #include "common/element.h"
 #include "common/quant.h"
 #include "common/select.h"
