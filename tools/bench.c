@@ -26,8 +26,8 @@ static sparge_options machine_options(const bench *b, int isa, int thread)
     options.backend = b->args.backend;
     options.isa = (sparge_isa)b->args.isa.item[isa];
     options.threads = (int)b->args.threads.item[thread];
-    options.thresholds = b->args.thresholds;
-    options.sink = b->args.sink;
+    options.thresholds = b->args.attention.options.thresholds;
+    options.sink = b->args.attention.options.sink;
     options.progress = progress_goes_on;
     return options;
 }

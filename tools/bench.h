@@ -38,10 +38,8 @@ typedef struct bench_args {
     sparge_backend backend; /* CPU or CUDA */
     bench_list kernel;      /* of cuda; 0: the best that can do it. There FASTEST in qk is int8, or
                                f32 where a kernel has no int8 */
-    sparge_thresholds thresholds;
-    bool sink;
-    const char *selects; /* an option that is of the predictor alone, or NULL */
-    const char *capture; /* q, k and v; NULL: synthetic */
+    attention_args attention; /* thresholds and sink alone */
+    const char *capture;      /* q, k and v; NULL: synthetic */
     bool ignore_manifest, causal_given;
     int64_t repeat; /* rounds that count */
     bool json, allow_busy;

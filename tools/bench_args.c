@@ -24,11 +24,6 @@ enum {
     KERNEL,
     CAPTURE,
     IGNORE_MANIFEST,
-    THETA,
-    TAU,
-    TOPK,
-    LAMBDA,
-    SINK,
     REPEAT,
     JSON,
     ALLOW_BUSY,
@@ -60,13 +55,6 @@ static const struct argp_option bench_options_[] = {
      0},
     {"ignore-manifest", IGNORE_MANIFEST, 0, 0,
      "of the capture, which says whether it is causal, and the scale", 0},
-    {"theta", THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
-    {"tau", TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
-    {"topk", TOPK, "X", 0,
-     "keep this share of the visible key blocks, instead of tau; with --tau too, what either keeps",
-     0},
-    {"lambda", LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
-    {"sink", SINK, 0, 0, "always keep key block 0", 0},
     {0, 0, 0, 0, "How:", 3},
     {"backend", BACKEND, "NAME", 0,
      "cpu, or cuda: its times are the device's own, and precisions that a kernel lacks are left "
@@ -168,6 +156,11 @@ static void default_to(bench_list *list, int count, const double *item)
 
 static error_t finish(struct argp_state *state, bench_args *a)
 {
+    static const struct {
+        int key;
+        const char *name;
+    } selecting[] = {
+        {OPT_THETA, "--theta"}, {OPT_TAU, "--tau"}, {OPT_TOPK, "--topk"}, {OPT_SINK, "--sink"}};
     if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
         return options_wrong(state, "--capture has its own lengths, channels and heads; leave out "
                                     "--q-len, --dim and --heads");
@@ -177,13 +170,10 @@ static error_t finish(struct argp_state *state, bench_args *a)
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
         return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; "
                                     "add random or banded to --mask-kind");
-    if (a->selects && !has(&a->mask, BENCH_PREDICTED))
-        return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
-                             a->selects);
-    if (isnan(a->thresholds.tau)) /* not given */
-        a->thresholds.tau = a->thresholds.topk == SPARGE_OFF
-                                ? sparge_options_default(SPARGE_RULES_DEFAULT).thresholds.tau
-                                : SPARGE_OFF;
+    for (int n = 0; n < 4 && !has(&a->mask, BENCH_PREDICTED); n++)
+        if (a->attention.given & option_bit(selecting[n].key))
+            return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
+                                 selecting[n].name);
     const bool cuda = a->backend == SPARGE_CUDA;
     if (cuda && (a->threads.count || a->isa.count || a->allow_busy))
         return options_wrong(
@@ -229,22 +219,10 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     bench_args *a = state->input;
     bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads,  &a->mask,  &a->threads,
                               &a->isa,      &a->qk,    &a->pv,  &a->causal, &a->kernel};
-    sparge_thresholds *k = &a->thresholds;
     switch (key) {
+    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
     case CAPTURE: a->capture = text; return 0;
     case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
-    case THETA:
-        a->selects = "--theta";
-        return options_float(state, "--theta", text, -1.0, 1.0, &k->theta);
-    case TAU: a->selects = "--tau"; return options_float(state, "--tau", text, 0.0, 1.0, &k->tau);
-    case TOPK:
-        a->selects = "--topk";
-        return options_float(state, "--topk", text, 0.0, 1.0, &k->topk);
-    case LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &k->lambda);
-    case SINK:
-        a->selects = "--sink";
-        a->sink = true;
-        return 0;
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;
@@ -264,7 +242,9 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     }
 }
 
+static const struct argp_child bench_children[] = {{&thresholds_argp, 0, "", 2}, {0}};
 static const struct argp bench_argp = {
+    .children = bench_children,
     .options = bench_options_,
     .parser = bench_parser,
     .doc =
@@ -275,8 +255,8 @@ static const struct argp bench_argp = {
 
 void bench_parse(int argc, char **argv, bench_args *args)
 {
-    args->thresholds = sparge_options_default(SPARGE_RULES_DEFAULT).thresholds;
-    args->thresholds.tau = NAN;
+    args->attention.options = sparge_options_default(SPARGE_RULES_DEFAULT);
+    args->attention.base = args->base;
     args->repeat = 5;
     args->backend = SPARGE_CPU;
     must(options_parse(&bench_argp, argc, argv, &args->base));

@@ -59,9 +59,8 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp shared = {.options = attention_options, .parser = attention_parser};
 static const struct argp_child check_children[] = {
-    {&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp check_argp = {
     .options = check_options,
     .parser = check_parser,

@@ -39,9 +39,8 @@ static error_t map_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp shared = {.options = attention_options, .parser = attention_parser};
 static const struct argp_child map_children[] = {
-    {&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp map_argp = {
     .options = map_options,
     .parser = map_parser,

@@ -149,6 +149,8 @@ typedef struct search {
 
 static void search_options(const struct argp *argp, search *s)
 {
+    for (const struct argp_child *c = argp->children; c && c->argp; c++)
+        search_options(c->argp, s);
     for (const struct argp_option *o = argp->options; o && (o->name || o->doc); o++) {
         if (!o->name || s->whole)
             continue;
@@ -161,8 +163,6 @@ static void search_options(const struct argp *argp, search *s)
             options_distance(s->word, o->name) < options_distance(s->word, s->nearest->name))
             s->nearest = o;
     }
-    for (const struct argp_child *c = argp->children; c && c->argp; c++)
-        search_options(c->argp, s);
 }
 
 /* getopt says only that it failed; this says why. */
@@ -250,7 +250,7 @@ exit_code options_parse(const struct argp *argp, int argc, char **argv, options_
 
 /* ---- Attention ---------------------------------------------------------------------------- */
 
-const struct argp_option attention_options[] = {
+static const struct argp_option thresholds_options[] = {
     {0, 0, 0, 0, "What is kept:", 1},
     {"theta", OPT_THETA, "X", 0, "a block is self-similar above this mean cosine (0.6)", 0},
     {"tau", OPT_TAU, "X", 0, "keep the most probable key blocks up to this mass (0.98)", 0},
@@ -259,7 +259,33 @@ const struct argp_option attention_options[] = {
      0},
     {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
-    {"rules", OPT_RULES, "WHOSE", 0, "default, paper or upstream", 0},
+    {0},
+};
+
+static error_t thresholds_parser(int key, char *text, struct argp_state *state)
+{
+    attention_args *a = state->input;
+    sparge_thresholds *t = &a->options.thresholds;
+    if ((key >= OPT_THETA && key <= OPT_LAMBDA) || key == OPT_SINK)
+        a->given |= option_bit(key);
+    switch (key) {
+    case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &t->theta);
+    case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &t->tau);
+    case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &t->topk);
+    case OPT_LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &t->lambda);
+    case OPT_SINK: a->options.sink = true; return 0;
+    case ARGP_KEY_END:
+        if (t->topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
+            t->tau = SPARGE_OFF;
+        return 0;
+    default: return ARGP_ERR_UNKNOWN;
+    }
+}
+
+const struct argp thresholds_argp = {.options = thresholds_options, .parser = thresholds_parser};
+
+static const struct argp_option attention_options[] = {
+    {"rules", OPT_RULES, "WHOSE", 0, "default, paper or upstream", 1},
     {0, 0, 0, 0, "What is computed:", 2},
     {"causal", OPT_CAUSAL, "WHERE", OPTION_ARG_OPTIONAL, "mask the future, aligned at end or start",
      0},
@@ -323,7 +349,7 @@ static error_t choose(struct argp_state *state, attention_args *a, int key, cons
     return 0;
 }
 
-error_t attention_parser(int key, char *text, struct argp_state *state)
+static error_t attention_parser(int key, char *text, struct argp_state *state)
 {
     attention_args *a = state->input;
     sparge_options *o = &a->options;
@@ -339,17 +365,13 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
             .rules = a->rules,
             .layer = -1,
         };
+        state->child_inputs[0] = a;
         return 0;
     case ARGP_KEY_ARG:
         if (a->files == 3)
             return options_wrong(state, "'%.60s' is one file too many", text);
         a->file[a->files++] = text;
         return 0;
-    case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &o->thresholds.theta);
-    case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &o->thresholds.tau);
-    case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &o->thresholds.topk);
-    case OPT_LAMBDA:
-        return options_float(state, "--lambda", text, -INFINITY, 0.0, &o->thresholds.lambda);
     case OPT_SOFTMAX_SCALE:
         return options_float(state, "--softmax-scale", text, FLT_MIN, FLT_MAX, &o->softmax_scale);
     case OPT_BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
@@ -364,15 +386,12 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
         error = options_whole(state, "--kernel", text, 1, 5, &whole);
         o->kernel = (int)whole;
         return error;
-    case OPT_SINK: o->sink = true; return 0;
     case OPT_NO_SMOOTH_K: o->smooth_k = false; return 0;
     case 'o':
         a->given |= option_bit(key);
         a->output = text;
         return 0;
     case ARGP_KEY_END:
-        if (o->thresholds.topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
-            o->thresholds.tau = SPARGE_OFF;
         if (o->backend == SPARGE_CUDA && !(a->given & option_bit(OPT_PV_DTYPE)))
             o->pv_dtype = SPARGE_FASTEST;
         return 0;
@@ -381,6 +400,10 @@ error_t attention_parser(int key, char *text, struct argp_state *state)
                                                       : ARGP_ERR_UNKNOWN;
     }
 }
+
+static const struct argp_child attention_children[] = {{&thresholds_argp, 0, NULL, 0}, {0}};
+const struct argp attention_argp = {
+    .options = attention_options, .parser = attention_parser, .children = attention_children};
 
 /* ---- Options that contradict each other ---- */
 

@@ -32,9 +32,8 @@ error_t options_word(struct argp_state *state, const char *name, const char *tex
 
 /* Words in the order of sparge.h; NULL ends them. Of the precisions the cpu backend, and Q.K on
  * any, has the first ones alone. */
-extern const char *const options_isas[], *const options_qk_dtypes[], *const options_pv_dtypes[],
-                                                                         *const options_causals[],
-                                                                             *const options_rules[];
+extern const char *const options_isas[], *const options_qk_dtypes[];
+extern const char *const options_pv_dtypes[], *const options_causals[], *const options_rules[];
 
 int options_distance(const char *a, const char *b); /* edits between two words */
 
@@ -51,7 +50,7 @@ json_t *thresholds_json(const sparge_thresholds *thresholds);
 
 /* ---- For commands that run attention ---------------------------------------------------- */
 
-/* The keys of attention_options. */
+/* The keys of attention_argp. */
 enum {
     OPT_THETA = 256,
     OPT_TAU,
@@ -116,13 +115,14 @@ typedef struct options_conflict {
 error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table,
                        size_t count);
 
-extern const struct argp_option attention_options[];
-error_t attention_parser(int key, char *text, struct argp_state *state); /* input: attention_args */
+/* Of these the input is an attention_args. thresholds_argp: the thresholds and --sink alone, whose
+ * parent sets the input to its defaults. */
+extern const struct argp attention_argp, thresholds_argp;
 
 /* Beside them, of the same input: --layer and --ignore-manifest; and those with --params. */
 extern const struct argp manifest_argp, params_argp;
 
-/* As options_parse, where `args` is what attention_parser fills in: --rules counts from the start,
+/* As options_parse, where `args` is what attention_argp fills in: --rules counts from the start,
  * wherever it stands. */
 exit_code attention_parse(const struct argp *argp, int argc, char **argv, options_base *input,
                           attention_args *args);

@@ -78,9 +78,8 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp shared = {.options = attention_options, .parser = attention_parser};
 static const struct argp_child run_children[] = {
-    {&shared, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
 static const struct argp run_argp = {
     .options = run_options,
     .parser = run_parser,

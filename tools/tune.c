@@ -119,10 +119,9 @@ static error_t tune_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp shared = {.options = attention_options, .parser = attention_parser};
 /* Their groups stay apart. */
 static const struct argp_child tune_children[] = {
-    {&shared, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}};
+    {&attention_argp, 0, "", 1}, {&manifest_argp, 0, "", 1}, {0}};
 static const struct argp tune_argp = {
     .options = tune_options,
     .parser = tune_parser,

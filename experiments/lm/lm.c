@@ -138,8 +138,7 @@ static error_t lm_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp shared = {.options = attention_options, .parser = attention_parser};
-static const struct argp_child lm_children[] = {{&shared, 0, "", 1},
+static const struct argp_child lm_children[] = {{&attention_argp, 0, "", 1},
                                                 {0}}; /* its groups stay apart */
 const struct argp lm_argp = {.options = lm_options, .parser = lm_parser, .children = lm_children};
 

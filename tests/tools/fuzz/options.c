@@ -49,7 +49,6 @@ static void check_accepted(const attention_args *a, char *const *argv, int argc)
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 {
-    static const struct argp argp = {.options = attention_options, .parser = attention_parser};
     char *text = malloc(size + 1);
     char **argv = malloc((size + 3) * sizeof *argv);
     require(text && argv);
@@ -71,7 +70,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     memset(&args, 0xff, sizeof args);
     options_base base = {&error};
     args.base = base;
-    const exit_code code = attention_parse(&argp, argc, argv, &args.base, &args);
+    const exit_code code = attention_parse(&attention_argp, argc, argv, &args.base, &args);
     if (code == EXIT_FINE) {
         require(error.text[0] == '\0');
         check_accepted(&args, argv, argc);
