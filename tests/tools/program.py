@@ -1056,6 +1056,11 @@ def test_diff_masks():
         check((x["missing"], x["extra"], x["ok"]) == (2, 1, False), "how many blocks", x)
         check(x["first_missing"] == [0, 1, 2, 3] and x["first_extra"] == [1, 0, 0, 2],
               "where the first ones are", x)
+        both = save("both.npy", (got | want).astype(kinds[0]))
+        x = fine("diff", both, a, code=DIFFERENT)
+        check((x["missing"], x["extra"], x["ok"]) == (0, 2, False), "extra alone", x)
+        x = fine("diff", a, both, code=DIFFERENT)
+        check((x["missing"], x["extra"], x["ok"]) == (2, 0, False), "missing alone", x)
         x = fine("diff", a, a)
         check(
             x["missing"] == x["extra"] == 0 and x["first_missing"] is x["first_extra"] is None and
