@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* sparge.c: the front door: checks every argument, fills in the defaults, hands over to a backend.
  */
-#include "sparge.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -16,9 +15,10 @@
 #include "gpu/gpu.h"
 #include "ref/oracle.h"
 #include "ref/ref.h"
+#include "sparge_cuda.h"
+#include "sparge_inspect.h"
+#include "sparge_tune.h"
 #include "tune/tune.h"
-
-enum { MAX_BLOCK = 1024, MAX_KERNEL = 5 };
 
 static const sparge_intermediates no_intermediates;
 
@@ -50,7 +50,21 @@ const char *sparge_dtype_string(sparge_dtype dtype)
     return (unsigned)dtype < sizeof name / sizeof *name ? name[dtype] : "unknown dtype";
 }
 
+const char *sparge_causal_string(sparge_causal causal)
+{
+    static const char *const name[] = {"none", "end", "start"};
+    return (unsigned)causal < sizeof name / sizeof *name ? name[causal] : "unknown causal";
+}
+
+const char *sparge_rules_string(sparge_rules rules)
+{
+    static const char *const name[] = {"default", "paper", "upstream"};
+    return (unsigned)rules < sizeof name / sizeof *name ? name[rules] : "unknown rules";
+}
+
 /* ---- What is here ---- */
+
+int sparge_version(void) { return SPARGE_VERSION_NUMBER; }
 
 /* The stages of a backend on the host, which fail for want of memory or are cancelled (gpu/gpu.h
  * has those of cuda): arguments are checked and options resolved by then, no intermediates is NULL.
@@ -184,8 +198,8 @@ static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge
     const int64_t widest = needs_v && p->dim_v > p->dim ? p->dim_v : p->dim;
     /* What is allocated is for at least one batch and one block, even where there are no tokens. */
     const int64_t batch = sparge_max(1, p->batch);
-    if (!fits(batch, p->heads, sparge_max(MAX_BLOCK, p->q_len), widest, 8) ||
-        !fits(batch, p->kv_heads, sparge_max(MAX_BLOCK, p->k_len), widest, 8))
+    if (!fits(batch, p->heads, sparge_max(SPARGE_MAX_BLOCK, p->q_len), widest, 8) ||
+        !fits(batch, p->kv_heads, sparge_max(SPARGE_MAX_BLOCK, p->k_len), widest, 8))
         return fail(error, SPARGE_ERR_SHAPE,
                     "batch %lld x heads %lld x tokens %lld and %lld x channels %lld overflows",
                     (long long)p->batch, (long long)p->heads, (long long)p->q_len,
@@ -209,12 +223,12 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         {"backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA},
         {"isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
         {"threads", o->threads, 0, SPARGE_MAX_THREADS},
-        {"block_q", o->block_q, 1, MAX_BLOCK},
-        {"block_k", o->block_k, 1, MAX_BLOCK},
+        {"block_q", o->block_q, 1, SPARGE_MAX_BLOCK},
+        {"block_k", o->block_k, 1, SPARGE_MAX_BLOCK},
         {"skip_rows", o->skip_rows, 0, INT64_MAX},
         {"causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START},
         {"rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM},
-        {"kernel", o->kernel, 0, MAX_KERNEL},
+        {"kernel", o->cuda.kernel, 0, SPARGE_KERNELS},
     };
     for (size_t n = 0; n < sizeof number / sizeof *number; n++)
         if (number[n].value < number[n].low || number[n].value > number[n].high)
@@ -267,13 +281,29 @@ static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p
     return SPARGE_OK;
 }
 
+/* Patch versions leave the structs of sparge*.h as they are. */
+static bool same_version(int a, int b) { return a / 100 == b / 100; }
+
+static sparge_status check_version(const sparge_options *o, sparge_error *error)
+{
+    const int v = o->version;
+    return same_version(v, SPARGE_VERSION_NUMBER)
+               ? SPARGE_OK
+               : fail(error, SPARGE_ERR_ARGUMENT,
+                      "options.version is %d (%d.%d.%d), this library is %s: fill options in by "
+                      "sparge_options_default, and compile with the sparge.h of this library",
+                      v, v / 10000, v / 100 % 100, v % 100, SPARGE_VERSION);
+}
+
 /* Everything that is common to all entries; a mask of NULL is dense. */
 static sparge_status check(const sparge_problem *p, const sparge_options *o, bool needs_v,
                            const sparge_mask *mask, sparge_error *error)
 {
     if (!p || !o)
         return fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", p ? "options" : "problem");
-    sparge_status status = check_problem(p, needs_v, error);
+    sparge_status status = check_version(o, error);
+    if (!status)
+        status = check_problem(p, needs_v, error);
     if (!status)
         status = check_options(p, o, error);
     if (!status && mask)
@@ -292,9 +322,16 @@ static sparge_status check_result(const sparge_problem *p, const sparge_result *
 
 /* ---- Options ---- */
 
-sparge_options sparge_options_default(sparge_rules rules)
+void sparge_options_init(sparge_options *options, size_t size, int version, sparge_rules rules)
 {
-    return (sparge_options){
+    if (size != sizeof *options || !same_version(version, SPARGE_VERSION_NUMBER)) {
+        /* The caller's struct is another one, but it begins with the version too. */
+        memset(options, 0, size);
+        options->version = same_version(version, SPARGE_VERSION_NUMBER) ? 0 : version;
+        return;
+    }
+    *options = (sparge_options){
+        .version = version,
         .qk_dtype = SPARGE_INT8,
         .pv_dtype = SPARGE_INT8,
         .block_q = 128,
@@ -367,9 +404,9 @@ static sparge_status resolve(const sparge_problem *p, sparge_options *o, sparge_
     if (wants_isa && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
         return fail(error, SPARGE_ERR_ARGUMENT, "isa is %s, which the %s backend does not have",
                     sparge_isa_string(o->isa), sparge_backend_string(o->backend));
-    if (o->kernel && o->backend != SPARGE_CUDA)
+    if (o->cuda.kernel && o->backend != SPARGE_CUDA)
         return fail(error, SPARGE_ERR_ARGUMENT,
-                    "kernel is %d, which is of the cuda backend: backend is %s", o->kernel,
+                    "kernel is %d, which is of the cuda backend: backend is %s", o->cuda.kernel,
                     sparge_backend_string(o->backend));
     const bool on_cpu =
         o->rules == SPARGE_RULES_DEFAULT && o->pv_dtype != SPARGE_F16 && o->pv_dtype != SPARGE_FP8;
@@ -558,7 +595,7 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
         .backend = o.backend,
         .isa = o.isa,
         .threads = o.threads,
-        .kernel = o.kernel,
+        .kernel = o.cuda.kernel,
         .pv_dtype = o.pv_dtype,
     };
     if (o.backend != SPARGE_CUDA)

@@ -5,7 +5,7 @@
 #define SPARGE_COMMON_SELECT_H
 
 #include "common/num.h"
-#include "sparge.h"
+#include "sparge_inspect.h"
 
 /* ---- A block ---- */
 

@@ -4,7 +4,7 @@
 #ifndef SPARGE_CPU_CPU_H
 #define SPARGE_CPU_CPU_H
 
-#include "sparge.h"
+#include "sparge_inspect.h"
 
 bool sparge_cpu_has(sparge_isa isa);
 sparge_isa sparge_cpu_best(void);

@@ -345,7 +345,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
     if (result) {
         for (int64_t h = 0; h < p->batch * p->heads; h++)
             result->head_counts[h] = sparge_tally_counts(&d.tally[h], g);
-        result->workspace = (int64_t)needed.used;
+        result->workspace_bytes = (int64_t)needed.used;
         result->seconds_predict = d.predicting;
         result->seconds_quantize = d.packing;
         result->seconds_attend = d.attending;

@@ -9,6 +9,7 @@
 #include "common/counts.h"
 #include "common/thresholds.h"
 #include "cpu/kernels.h"
+#include "sparge_inspect.h"
 
 /* Q, K or V in blocks, each as a kernel wants it. */
 typedef struct sparge_operand {

@@ -116,7 +116,7 @@ static sparge_status find_kernel(const device &d, const sparge_problem *p, sparg
                                  sparge_error *error)
 {
     const char *why = NULL;
-    int n = o->kernel;
+    int n = o->cuda.kernel;
     if (n)
         why = obstacle(n, d, p, o);
     else
@@ -127,7 +127,7 @@ static sparge_status find_kernel(const device &d, const sparge_problem *p, sparg
                     "no kernel of the cuda backend has these precisions of Q.K^T and P.V");
     if (why)
         return fail(error, SPARGE_ERR_UNSUPPORTED, "kernel is %d, which %s", n, why);
-    o->kernel = n;
+    o->cuda.kernel = n;
     o->pv_dtype = o->pv_dtype == SPARGE_FASTEST ? kernels[n].fastest : o->pv_dtype;
     return SPARGE_OK;
 }

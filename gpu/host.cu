@@ -7,6 +7,7 @@
  * its steps. */
 #include "gpu/host.h"
 #include "gpu/layout.h"
+#include "sparge_inspect.h"
 
 using namespace sparge;
 
@@ -103,7 +104,7 @@ static void lay_out_attention(work &w, const call &c, arena &a)
         w.skipped = take<uint32_t>(a, skipped_words(w));
     w.m = take_unless(t.m, a, n * w.g.q_len);
     w.l = take_unless(t.l, a, n * w.g.q_len);
-    if (c.o->kernel == 5) {
+    if (c.o->cuda.kernel == 5) {
         w.order = take<int64_t>(a, lines);
         w.order_len = take<int64_t>(a, 1);
         w.ticket = take<unsigned long long>(a, 1);
@@ -186,7 +187,7 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
         {"result.lse", r->lse},
         {"result.head_counts", r->head_counts},
         {"mask.bits", c.mask ? c.mask->bits : NULL},
-        {"workspace", c.o->workspace},
+        {"workspace", c.o->cuda.workspace},
         {"intermediates.k_mean", t->k_mean},
         {"intermediates.q_pool", t->q_pool},
         {"intermediates.k_pool", t->k_pool},
@@ -282,11 +283,11 @@ static sparge_status queue(const work &w, const call &c, stopwatch &watch, sparg
         {"the launch of predict", c.predicts ? predict : NULL, true},
         {"cudaMemsetAsync", w.skipped ? clear_skipped : NULL, false},
         {"the launch of plan", w.order ? plan : NULL, false},
-        {"the launch of attend", c.attends ? attention_of(c.o->kernel) : NULL, false},
+        {"the launch of attend", c.attends ? attention_of(c.o->cuda.kernel) : NULL, false},
         {"the launch of finish", c.attends ? finish : NULL, false},
         {"the launch of intermediates", c.attends ? intermediates : NULL, true},
     };
-    const cudaStream_t stream = (cudaStream_t)c.o->stream;
+    const cudaStream_t stream = (cudaStream_t)c.o->cuda.stream;
     sparge_status status = mark(watch, stream, error);
     if (!status && w.head_thresholds)
         status =
@@ -338,8 +339,8 @@ static sparge_status read_counts(const work &w, sparge_counts *sum, sparge_error
 static sparge_status conclude(const work &w, const call &c, const stopwatch &watch,
                               sparge_error *error)
 {
-    sparge_status status =
-        check(cudaStreamSynchronize((cudaStream_t)c.o->stream), "cudaStreamSynchronize", error);
+    sparge_status status = check(cudaStreamSynchronize((cudaStream_t)c.o->cuda.stream),
+                                 "cudaStreamSynchronize", error);
     if (!status && c.result)
         status = read_clock(watch, c.result, error);
     if (!status && c.result)
@@ -351,8 +352,8 @@ static sparge_status conclude(const work &w, const call &c, const stopwatch &wat
 static sparge_status run_in_memory(const call &c, int64_t bytes, stopwatch &watch,
                                    sparge_error *error)
 {
-    const cudaStream_t stream = (cudaStream_t)c.o->stream;
-    void *memory = c.o->workspace;
+    const cudaStream_t stream = (cudaStream_t)c.o->cuda.stream;
+    void *memory = c.o->cuda.workspace;
     if (!memory) {
         const sparge_status status =
             check(cudaMallocAsync(&memory, (size_t)bytes, stream), "cudaMallocAsync", error);
@@ -364,7 +365,7 @@ static sparge_status run_in_memory(const call &c, int64_t bytes, stopwatch &watc
     sparge_status status = queue(w, c, watch, error);
     if (!status && !stream)
         status = conclude(w, c, watch, error);
-    if (!c.o->workspace) {
+    if (!c.o->cuda.workspace) {
         const sparge_status freed =
             check(cudaFreeAsync(memory, stream), "cudaFreeAsync", status ? NULL : error);
         status = status ? status : freed;
@@ -378,19 +379,20 @@ static sparge_status run(const call &c, sparge_error *error)
     if (status)
         return status;
     const int64_t bytes = bytes_of(c);
-    if (c.o->workspace && (c.o->workspace_bytes < bytes || (uintptr_t)c.o->workspace % 256 != 0))
+    if (c.o->cuda.workspace &&
+        (c.o->cuda.workspace_bytes < bytes || (uintptr_t)c.o->cuda.workspace % 256 != 0))
         return fail(error, SPARGE_ERR_ARGUMENT,
                     "workspace has %lld bytes at %p, it needs %lld at a multiple of 256",
-                    (long long)c.o->workspace_bytes, c.o->workspace, (long long)bytes);
+                    (long long)c.o->cuda.workspace_bytes, c.o->cuda.workspace, (long long)bytes);
     stopwatch watch = {};
-    if (!c.o->stream)
+    if (!c.o->cuda.stream)
         status = start(watch, error);
     if (!status)
         status = run_in_memory(c, bytes, watch, error);
     while (watch.made > 0)
         cudaEventDestroy(watch.mark[--watch.made]);
     if (c.result)
-        c.result->workspace = bytes;
+        c.result->workspace_bytes = bytes;
     return status;
 }
 

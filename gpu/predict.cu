@@ -8,6 +8,7 @@
  * integers, so that their sums are the reference's in any order. */
 #include "gpu/ptx.h"
 #include "gpu/work.h"
+#include "sparge_inspect.h"
 
 #include "common/select.h"
 

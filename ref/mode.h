@@ -3,7 +3,7 @@
 #ifndef SPARGE_REF_MODE_H
 #define SPARGE_REF_MODE_H
 
-#include "sparge.h"
+#include "sparge_inspect.h"
 
 struct sparge_ref_summary;
 struct sparge_ref_row;

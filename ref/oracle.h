@@ -4,7 +4,7 @@
 #ifndef SPARGE_REF_ORACLE_H
 #define SPARGE_REF_ORACLE_H
 
-#include "sparge.h"
+#include "sparge_inspect.h"
 
 /* As sparge_oracle in sparge.h. */
 sparge_status sparge_ref_oracle(const sparge_problem *problem, const sparge_options *options,

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* token_order.c: orders for the tokens of images and video, and moving rows by them. Sec 3.7. */
-#include "sparge.h"
+#include "sparge_order.h"
 
 #include <inttypes.h>
 #include <stdarg.h>
@@ -165,8 +165,7 @@ static int64_t *hilbert_grid(int64_t *place, int64_t start, side a, side b, side
 
 const char *sparge_order_string(sparge_order order)
 {
-    static const char *const names[] = {"rowmajor", "columnmajor", "timemajor", "random",
-                                        "hilbert"};
+    static const char *const names[] = {"row", "column", "time", "random", "hilbert"};
     return order >= SPARGE_ROW_MAJOR && order <= SPARGE_HILBERT ? names[order] : "unknown";
 }
 

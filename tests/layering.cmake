@@ -21,22 +21,23 @@ function(rule files ours system words)
   endforeach()
 endfunction()
 
-rule("sparge\\.h" "-" "${standard}" "sparge.h includes the C library alone")
-rule("sparge\\.c" "sparge\\.h|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|tune/tune\\.h|common/.*" "${standard}"
-     "sparge.c includes sparge.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, tune/tune.h, common/ and the C library")
-rule("common/.*" "sparge\\.h|common/.*" "${standard}" "common/ includes sparge.h, common/ and the C library")
-rule("ref/(oracle|token_order)\\.[ch]" "sparge\\.h|ref/oracle\\.h" "${standard}"
-     "ref/oracle.c and ref/token_order.c include sparge.h, ref/oracle.h and the C library, so that they share no mistake")
-rule("ref/.*" "sparge\\.h|common/.*|ref/.*" "${standard}" "ref/ includes sparge.h, common/, ref/ and the C library")
-rule("cpu/.*" "sparge\\.h|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|cpuid\\.h|${intrinsics}"
-     "cpu/ includes sparge.h, common/, cpu/, the C library, OpenMP, POSIX threads and, in a kernel file, intrinsics")
-rule("tune/.*" "sparge\\.h|common/.*|tune/.*" "${standard}|pthread\\.h"
-     "tune/ includes sparge.h, common/, tune/, the C library and POSIX threads")
-rule("gpu/.*" "sparge\\.h|common/.*|gpu/.*" ".*" "gpu/ includes sparge.h, common/, gpu/ and system headers")
-rule("tools/.*" "sparge\\.h|common/.*|tools/.*" ".*"
-     "tools/ is a user's program: it includes sparge.h, common/, tools/ and system headers")
-rule("(experiments|paper_figs)/.*" "sparge\\.h|tools/.*|experiments/.*" ".*"
-     "experiments/ and paper_figs/ are a user's programs: they include sparge.h, tools/ for files and arguments, experiments/ and system headers")
+set(public "sparge(_[a-z]+)?\\.h")
+rule("${public}" "${public}" "${standard}" "sparge*.h include each other and the C library")
+rule("(sparge\\.c|api/.*)" "api/.*|${public}|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\.h|tune/tune\\.h|common/.*" "${standard}"
+     "sparge.c and api/ include api/, sparge*.h, ref/ref.h, ref/oracle.h, cpu/cpu.h, gpu/gpu.h, tune/tune.h, common/ and the C library")
+rule("common/.*" "${public}|common/.*" "${standard}" "common/ includes sparge*.h, common/ and the C library")
+rule("ref/(oracle|token_order)\\.[ch]" "${public}|ref/oracle\\.h" "${standard}"
+     "ref/oracle.c and ref/token_order.c include sparge*.h, ref/oracle.h and the C library, so that they share no mistake")
+rule("ref/.*" "${public}|common/.*|ref/.*" "${standard}" "ref/ includes sparge*.h, common/, ref/ and the C library")
+rule("cpu/.*" "${public}|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|cpuid\\.h|${intrinsics}"
+     "cpu/ includes sparge*.h, common/, cpu/, the C library, OpenMP, POSIX threads and, in a kernel file, intrinsics")
+rule("tune/.*" "${public}|common/.*|tune/.*" "${standard}|pthread\\.h"
+     "tune/ includes sparge*.h, common/, tune/, the C library and POSIX threads")
+rule("gpu/.*" "${public}|common/.*|gpu/.*" ".*" "gpu/ includes sparge*.h, common/, gpu/ and system headers")
+rule("tools/.*" "${public}|common/.*|tools/.*" ".*"
+     "tools/ is a user's program: it includes sparge*.h, common/, tools/ and system headers")
+rule("(experiments|paper_figs)/.*" "${public}|tools/.*|experiments/.*" ".*"
+     "experiments/ and paper_figs/ are a user's programs: they include sparge*.h, tools/ for files and arguments, experiments/ and system headers")
 rule("tests/.*" ".*" ".*" "tests/ includes everything")
 
 set(broken 0)
@@ -50,7 +51,7 @@ set(sources)
 foreach(extension c h cc cpp hpp cu cuh inc)
   file(GLOB found RELATIVE ${ROOT} ${ROOT}/*.${extension})
   list(APPEND sources ${found})
-  foreach(folder common ref cpu gpu tune tools tests experiments paper_figs)
+  foreach(folder api common ref cpu gpu tune tools tests experiments paper_figs)
     file(GLOB_RECURSE found RELATIVE ${ROOT} ${ROOT}/${folder}/*.${extension})
     list(APPEND sources ${found})
   endforeach()

@@ -6,6 +6,7 @@
 #ifndef SPARGE_TOOLS_BENCH_H
 #define SPARGE_TOOLS_BENCH_H
 
+#include "sparge_inspect.h"
 #include "tools/device.h"
 #include "tools/inputs.h"
 #include "tools/progress.h"

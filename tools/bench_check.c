@@ -124,7 +124,7 @@ static comparison distance(const sparge_problem *p, const sparge_options *option
     sparge_options reference = *options;
     reference.backend = SPARGE_REF;
     reference.isa = SPARGE_ISA_AUTO;
-    reference.kernel = 0;
+    reference.cuda.kernel = 0;
     array want;
     rows_alloc(p, exact ? ARRAY_F64 : ARRAY_F32, &want);
     sparge_result result = {.o = bench_output(p, want.data, SPARGE_F32)};
@@ -213,7 +213,7 @@ static comparison compare_with_f32(bench_group *g, bench_case *c)
     array got = g->o;
     exact.qk_dtype = exact.pv_dtype = SPARGE_F32;
     if (cuda) {
-        exact.kernel = 2;
+        exact.cuda.kernel = 2;
         p.q = view_from(&p.q, p.batch - 1, p.heads - 1, 0);
         p.k = view_from(&p.k, p.batch - 1, p.kv_heads - 1, 0);
         p.v = view_from(&p.v, p.batch - 1, p.kv_heads - 1, 0);

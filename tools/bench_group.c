@@ -6,6 +6,8 @@
 
 #include "tools/bench.h"
 
+#include "sparge_cuda.h"
+
 /* ---- One call ---- */
 
 sparge_options bench_options(const bench_group *g, const bench_case *c)
@@ -13,7 +15,7 @@ sparge_options bench_options(const bench_group *g, const bench_case *c)
     sparge_options options = g->options;
     options.qk_dtype = c->qk;
     options.pv_dtype = c->pv;
-    options.kernel = c->kernel;
+    options.cuda.kernel = c->kernel;
     return options;
 }
 
@@ -30,8 +32,8 @@ static void run_on_device(bench_group *g, bench_case *c, bench_times *times)
     sparge_options options = bench_options(g, c);
     sparge_mask mask = c->mask;
     sparge_result *r = &c->result;
-    options.workspace = g->workspace.device;
-    options.workspace_bytes = g->workspace.bytes;
+    options.cuda.workspace = g->workspace.device;
+    options.cuda.workspace_bytes = g->workspace.bytes;
     mask.bits = c->bits.device;
     *r = (sparge_result){.o = bench_output(p, g->output.device, p->q.dtype)};
     r->mask = predicted ? &mask : NULL;
@@ -177,7 +179,7 @@ static bool resolve(const bench_group *g, bench_case *c)
     }
     c->qk = options.qk_dtype;
     c->pv = options.pv_dtype;
-    c->kernel = options.kernel;
+    c->kernel = options.cuda.kernel;
     return status == SPARGE_OK;
 }
 

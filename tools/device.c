@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common/element.h"
+#include "sparge_cuda.h"
 #include "tools/intermediates.h"
 #include "tools/progress.h"
 

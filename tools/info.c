@@ -5,6 +5,8 @@
 
 #include "tools/options.h"
 
+#include "sparge_inspect.h"
+
 typedef struct info_args {
     options_base base;
     bool json;

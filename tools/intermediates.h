@@ -7,6 +7,7 @@
 #include <limits.h>
 
 #include "common/geometry.h"
+#include "sparge_inspect.h"
 #include "tools/output.h"
 #include "tools/program.h"
 

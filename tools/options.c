@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sparge_inspect.h"
+
 /* ---- What is wrong, in one line ---------------------------------------------------------- */
 
 error_t options_wrong(struct argp_state *state, const char *format, ...)
@@ -384,7 +386,7 @@ static error_t attention_parser(int key, char *text, struct argp_state *state)
         return error;
     case OPT_KERNEL:
         error = options_whole(state, "--kernel", text, 1, 5, &whole);
-        o->kernel = (int)whole;
+        o->cuda.kernel = (int)whole;
         return error;
     case OPT_NO_SMOOTH_K: o->smooth_k = false; return 0;
     case 'o':

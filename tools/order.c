@@ -2,6 +2,7 @@
 /* order.c: sparge order: a token order, and how far its steps are. */
 #include <stdlib.h>
 
+#include "sparge_order.h"
 #include "tools/npy.h"
 #include "tools/options.h"
 #include "tools/output.h"

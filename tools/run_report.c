@@ -58,7 +58,7 @@ static json_t *describe_run(const run *r)
     const sparge_options *o = &r->options;
     json_t *by = json_pack("{s:s, s:s, s:i, s:o}", "backend", sparge_backend_string(o->backend),
                            "isa", sparge_isa_string(o->isa), "threads", o->threads, "kernel",
-                           o->kernel ? json_integer(o->kernel) : json_null());
+                           o->cuda.kernel ? json_integer(o->cuda.kernel) : json_null());
     return json_joined(json_joined(json_joined(by, options_json(o)), describe_thresholds(r)),
                        describe_sizes(r));
 }
@@ -93,7 +93,7 @@ static json_t *describe_speed(const run *r)
     const double dim = (double)r->in.problem.dim, dim_v = (double)r->in.problem.dim_v,
                  tera = 1e12 * r->seconds;
     return json_pack(
-        "{s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "workspace_bytes", (json_int_t)x->workspace,
+        "{s:I, s:o, s:o, s:o, s:o, s:o, s:o}", "workspace_bytes", (json_int_t)x->workspace_bytes,
         "seconds_predict", json_number(x->seconds_predict), "seconds_quantize",
         json_number(x->seconds_quantize), "seconds_attend", json_number(x->seconds_attend),
         "seconds_total", json_number(r->seconds), "tops",

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "sparge_inspect.h"
+#include "sparge_tune.h"
 #include "tools/capture.h"
 #include "tools/inputs.h"
 #include "tools/interrupt.h"

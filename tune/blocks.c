@@ -13,6 +13,7 @@
 #include "tune/tune.h"
 
 #include "common/block_mask.h"
+#include "sparge_inspect.h"
 
 /* ---- Memory ---- */
 

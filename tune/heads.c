@@ -103,8 +103,9 @@ sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
     all.o.threads = o->backend == SPARGE_CPU ? (int)sparge_max(1, o->threads / threads) : 0;
     all.o.per_head = NULL;
     all.o.progress = NULL;
-    all.o.stream = all.o.workspace = NULL; /* outputs are read as soon as they are there */
-    all.o.workspace_bytes = 0;
+    all.o.cuda.stream = all.o.cuda.workspace =
+        NULL; /* outputs are read as soon as they are there */
+    all.o.cuda.workspace_bytes = 0;
 #pragma omp parallel num_threads(threads)
     {
         const fenv_t caller = sparge_arithmetic_begin();

@@ -8,6 +8,8 @@
 
 #include "common/block_mask.h"
 #include "common/element.h"
+#include "sparge_cuda.h"
+#include "sparge_inspect.h"
 
 /* ---- Arrays that live twice ---- */
 
@@ -136,7 +138,7 @@ static sparge_status attend_dense(tune_input *x, sparge_error *error)
 {
     sparge_options o = *x->o;
     o.qk_dtype = o.pv_dtype = SPARGE_F32;
-    o.kernel = 0;
+    o.cuda.kernel = 0;
     o.thresholds = tune_thresholds(tune_dense(), false);
     tune_array out;
     sparge_counts counts;

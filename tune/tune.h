@@ -13,7 +13,7 @@
 
 #include "common/geometry.h"
 #include "common/softmax.h"
-#include "sparge.h"
+#include "sparge_tune.h"
 
 /* ---- The grid: as fine as the authors', and finer where tau comes near 1 ------------------- */
 

@@ -12,6 +12,7 @@
 #endif
 
 #include "experiments/lm/matmul.h"
+#include "sparge_inspect.h"
 #include "tools/inputs.h"
 #include "tools/params.h"
 

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-VERSION = "0.1.0"  # SPARGE_VERSION of sparge.h
+VERSION = "0.1.0"  # SPARGE_VERSION of sparge_options.h
 LEAST_F32 = float(np.finfo(np.float32).min)
 
 # Far above what a model needs, and low enough that no file costs much memory or time.

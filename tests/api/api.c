@@ -3,11 +3,12 @@
  * failing allocations, threads. What the answers are is tested elsewhere.
  *
  * Linked with -Wl,--wrap=malloc,--wrap=calloc,--wrap=free against a static library. */
-#include "sparge.h"
+#include "sparge_cuda.h"
 
 #include <errno.h>
 #include <math.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -429,6 +430,47 @@ Test(api, empty_problems_of_huge_sizes)
             }
 }
 
+/* A caller that was compiled with the sparge.h of another version is told so by its first call, and
+ * nothing is written beyond its struct. */
+Test(api, options_of_another_version)
+{
+    cr_expect_eq(sparge_version(), SPARGE_VERSION_NUMBER);
+    char text[32];
+    snprintf(text, sizeof text, "%d.%d.%d", SPARGE_VERSION_NUMBER / 10000,
+             SPARGE_VERSION_NUMBER / 100 % 100, SPARGE_VERSION_NUMBER % 100);
+    cr_expect_str_eq(text, SPARGE_VERSION);
+    const int now = SPARGE_VERSION_NUMBER;
+    const struct {
+        size_t size;
+        int version;
+        const char *sentence; /* NULL: accepted */
+    } table[] = {
+        {sizeof(sparge_options), now, NULL},
+        {sizeof(sparge_options), now + 1, NULL},
+        {sizeof(sparge_options), now + 100,
+         "options.version is 200 (0.2.0), this library is 0.1.0"},
+        {sizeof(sparge_options), 10000, "options.version is 10000 (1.0.0), "},
+        {sizeof(sparge_options), -1, "options.version is -1 "},
+        {sizeof(sparge_options) - 8, now + 100, "options.version is 200 "},
+        {sizeof(sparge_options) - 8, now, "options.version is 0 "},
+        {sizeof(int), now, "options.version is 0 "},
+    };
+    for (int64_t n = 0; n < COUNT(table); n++) {
+        check_case("size %zu, version %d", table[n].size, table[n].version);
+        sparge_options made;
+        memset(&made, 0x55, sizeof made);
+        sparge_options_init(&made, table[n].size, table[n].version, SPARGE_RULES_DEFAULT);
+        for (size_t at = table[n].size; at < sizeof made; at++)
+            check(((char *)&made)[at] == 0x55, "byte %zu beyond the struct is written", at);
+        asked a = question();
+        a.o.version = made.version;
+        if (table[n].sentence)
+            refused(ALL, a, SPARGE_ERR_ARGUMENT, table[n].sentence);
+        else
+            accepted(ALL, a, "this version");
+    }
+}
+
 /* No tokens at all, but more heads than can be counted in memory. */
 Test(api, more_heads_than_there_is_memory_for)
 {
@@ -455,6 +497,11 @@ Test(api, options_out_of_range)
         int64_t value;
         size_t size;
     } table[] = {
+        {"options.version is 0 (0.0.0), this library is 0.1.0", offsetof(sparge_options, version),
+         0, 4},
+        {"options.version is 200 (0.2.0), ", offsetof(sparge_options, version), 200, 4},
+        {"options.version is 10000 (1.0.0), ", offsetof(sparge_options, version), 10000, 4},
+        {"options.version is -1 ", offsetof(sparge_options, version), -1, 4},
         {"backend is 4, ", offsetof(sparge_options, backend), 4, 4},
         {"isa is 5, ", offsetof(sparge_options, isa), 5, 4},
         {"threads is -1, ", offsetof(sparge_options, threads), -1, 4},
@@ -477,8 +524,8 @@ Test(api, options_out_of_range)
          4},
         {"pv_dtype is bf16 (2), ", offsetof(sparge_options, pv_dtype), SPARGE_BF16, 4},
         {"rules is 3, it must be in [0, 2]", offsetof(sparge_options, rules), 3, 4},
-        {"kernel is 6, it must be in [0, 5]", offsetof(sparge_options, kernel), 6, 4},
-        {"kernel is -1, ", offsetof(sparge_options, kernel), -1, 4},
+        {"kernel is 6, it must be in [0, 5]", offsetof(sparge_options, cuda.kernel), 6, 4},
+        {"kernel is -1, ", offsetof(sparge_options, cuda.kernel), -1, 4},
     };
     cr_assert(sizeof(sparge_backend) == 4 && sizeof(int) == 4);
     for (int64_t n = 0; n < COUNT(table); n++) {
@@ -627,7 +674,7 @@ Test(api, cuda_without_a_device)
     a.result.lse = NULL;
     refused_by_cuda(a);
     for (int kernel = 1; kernel <= 5; kernel++) {
-        a.o.kernel = kernel;
+        a.o.cuda.kernel = kernel;
         refused_by_cuda(a);
     }
     a = question();
@@ -657,10 +704,10 @@ Test(api, rungs_are_of_cuda)
     for (int64_t n = 0; n < COUNT(backend); n++) {
         asked a = question();
         a.o.backend = backend[n];
-        a.o.kernel = 1 + (int)n;
+        a.o.cuda.kernel = 1 + (int)n;
         refused(STAGES, a, SPARGE_ERR_ARGUMENT,
-                check_text("kernel is %d, which is of the cuda backend: backend is %s", a.o.kernel,
-                           sparge_backend_string(backend[n])));
+                check_text("kernel is %d, which is of the cuda backend: backend is %s",
+                           a.o.cuda.kernel, sparge_backend_string(backend[n])));
     }
 }
 
@@ -718,7 +765,7 @@ Test(api, workspace_of_a_problem)
     for (sparge_backend backend = SPARGE_AUTO; backend <= SPARGE_CUDA; backend++) {
         check_case("the options say %s", sparge_backend_string(backend));
         a.o.backend = backend;
-        a.o.kernel = 1;
+        a.o.cuda.kernel = 1;
         const sparge_status status =
             sparge_workspace_bytes(&a.p, &a.o, backend % 2, &bytes, &error);
         check(status == (available ? SPARGE_OK : SPARGE_ERR_UNSUPPORTED) &&
@@ -863,8 +910,9 @@ Test(api, defaults)
         check_equal(o.thresholds.theta, 0.6f);
         check_equal(o.thresholds.tau, 0.98f);
         check_equal(o.thresholds.topk, -1.0f);
-        check_equal(o.kernel, 0);
-        check(!o.stream && !o.workspace && !o.workspace_bytes, "something of a device is set");
+        check_equal(o.cuda.kernel, 0);
+        check(!o.cuda.stream && !o.cuda.workspace && !o.cuda.workspace_bytes,
+              "something of a device is set");
         if (rules == SPARGE_RULES_UPSTREAM) /* 50 in log2 units */
             check_close(o.thresholds.lambda, -50 / 1.4426950408889634, 1e-5);
         else
@@ -948,7 +996,7 @@ Test(api, options_as_resolved)
         check(!memcmp(&once, &a.o, sizeof once), "the second time changes something");
     }
     asked a = question();
-    a.o.kernel = 2;
+    a.o.cuda.kernel = 2;
     const sparge_options before = a.o;
     sparge_error error;
     cr_assert_eq(sparge_options_resolve(&a.p, &a.o, &error), SPARGE_ERR_ARGUMENT);

@@ -13,6 +13,8 @@
 
 #include "tests/support/agree.h"
 
+#include "sparge_tune.h"
+
 TestSuite(cpu);
 
 #define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sparge.h"
+#include "sparge_tune.h"
 
 enum { BATCH = 1, HEADS = 4, KV_HEADS = 2, TOKENS = 700, DIM = 32 };
 

@@ -206,7 +206,7 @@ def test_values():
           abs(off + 3 * math.log(2)) < 1e-6, "a dense head", heads[4], off)
     check(heads[5]["lambda"] == 0 and math.copysign(1, heads[5]["lambda"]) == 1, "no -0", heads[5])
     version = x.pop("version")
-    with open(os.path.join(ROOT, "sparge.h")) as file:
+    with open(os.path.join(ROOT, "sparge_options.h")) as file:
         check(re.search(r'SPARGE_VERSION +"(.*)"', file.read())[1] == version, "version", version)
     check(
         x == {

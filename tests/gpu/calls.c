@@ -7,6 +7,8 @@
 
 #include "tests/gpu/gpu.h"
 
+#include "sparge_cuda.h"
+
 TestSuite(calls);
 
 static const kernel *fastest(void) { return runs_here(5) ? &kernels[5] : &kernels[3]; }
@@ -46,29 +48,29 @@ Test(calls, a_workspace_of_exactly_the_bytes)
                   "pointers");
             char *memory = check_alloc((size_t)bytes);
             twins t = {.count = 0};
-            s.o.workspace = twin(&t, memory);
-            s.o.workspace_bytes = bytes;
+            s.o.cuda.workspace = twin(&t, memory);
+            s.o.cuda.workspace_bytes = bytes;
             for (int turn = 0; turn < 2; turn++) { /* the second finds what the first left there */
                 scene_poison(&s);
                 check(scene_call(&s) == SPARGE_OK, "%s", s.error.text);
                 scene_fetch(&s);
                 same_outputs(&s, &want);
             }
-            check(s.result.workspace <= bytes, "%lld bytes, said %lld",
-                  (long long)s.result.workspace, (long long)bytes);
+            check(s.result.workspace_bytes <= bytes, "%lld bytes, said %lld",
+                  (long long)s.result.workspace_bytes, (long long)bytes);
             twins_fetch(&t); /* looks at the guards */
 
-            const int64_t needed = s.result.workspace;
-            s.o.workspace_bytes = needed;
+            const int64_t needed = s.result.workspace_bytes;
+            s.o.cuda.workspace_bytes = needed;
             check(scene_call(&s) == SPARGE_OK, "%s", s.error.text);
             scene_poison(&s);
-            s.o.workspace_bytes = needed - 1;
+            s.o.cuda.workspace_bytes = needed - 1;
             check_equal(scene_call(&s), SPARGE_ERR_ARGUMENT);
             check(strstr(s.error.text, "workspace has ") &&
                       strstr(s.error.text, check_text("%lld", (long long)needed)),
                   "%s", s.error.text);
-            s.o.workspace_bytes = bytes + 300;
-            s.o.workspace = (char *)s.o.workspace + 128;
+            s.o.cuda.workspace_bytes = bytes + 300;
+            s.o.cuda.workspace = (char *)s.o.cuda.workspace + 128;
             check_equal(scene_call(&s), SPARGE_ERR_ARGUMENT);
             check(scene_untouched(&s), "written after an error");
             twins_free(&t);
@@ -105,9 +107,9 @@ Test(calls, two_calls_on_a_stream)
             twins t = {.count = 0};
             void *there = own ? twin(&t, memory) : NULL, *stream = stream_make();
             for (int n = 0; n < 2; n++) {
-                s[n].o.stream = stream;
-                s[n].o.workspace = there;
-                s[n].o.workspace_bytes = bytes;
+                s[n].o.cuda.stream = stream;
+                s[n].o.cuda.workspace = there;
+                s[n].o.cuda.workspace_bytes = bytes;
                 check(scene_call(&s[n]) == SPARGE_OK, "%s", s[n].error.text);
                 const sparge_counts none = {0};
                 same_counts(&s[n].result.counts, &none);
@@ -154,12 +156,12 @@ Test(calls, a_graph_replayed_with_changed_inputs)
             check(sparge_workspace_bytes(&s.p, &s.o, true, &bytes, NULL) == SPARGE_OK, "bytes");
             char *memory = check_alloc((size_t)bytes);
             twins t = {.count = 0};
-            s.o.workspace = own ? twin(&t, memory) : NULL;
-            s.o.workspace_bytes = bytes;
-            s.o.stream = stream_make();
-            capture_begin(s.o.stream);
+            s.o.cuda.workspace = own ? twin(&t, memory) : NULL;
+            s.o.cuda.workspace_bytes = bytes;
+            s.o.cuda.stream = stream_make();
+            capture_begin(s.o.cuda.stream);
             const sparge_status status = scene_call(&s);
-            void *graph = capture_end(s.o.stream);
+            void *graph = capture_end(s.o.cuda.stream);
             check(status == SPARGE_OK, "%s", s.error.text);
             no_stream_error();
             check(scene_untouched(&s), "a capture runs nothing");
@@ -171,8 +173,8 @@ Test(calls, a_graph_replayed_with_changed_inputs)
                 tensor_fill(&x.v, -1, 1);
                 twins_send(&s.inputs);
                 scene_poison(&s);
-                graph_launch(graph, s.o.stream);
-                stream_wait(s.o.stream);
+                graph_launch(graph, s.o.cuda.stream);
+                stream_wait(s.o.cuda.stream);
                 no_stream_error();
                 scene_fetch(&s);
                 answer want = attention(&x, NULL);
@@ -180,7 +182,7 @@ Test(calls, a_graph_replayed_with_changed_inputs)
                 answer_free(&want);
             }
             graph_free(graph);
-            stream_free(s.o.stream);
+            stream_free(s.o.cuda.stream);
             no_stream_error();
             twins_free(&t);
             check_free(memory);
@@ -232,7 +234,7 @@ Test(calls, pointers_that_are_not_the_devices)
             static float host[1 << 16];
             sparge_intermediates intermediates = {0};
             s.result.intermediates = &intermediates;
-            s.o.workspace_bytes = 1 << 30;
+            s.o.cuda.workspace_bytes = 1 << 30;
             void *pinned = how == 1 ? pinned_alloc(sizeof host) : NULL;
             void *bad = how == 1 ? pinned : how == 2 ? NULL : host;
             switch (n) {
@@ -243,7 +245,7 @@ Test(calls, pointers_that_are_not_the_devices)
             case 4: s.result.lse = bad; break;
             case 5: s.result.head_counts = bad; break;
             case 6: s.mask.bits = bad; break;
-            case 7: s.o.workspace = bad; break;
+            case 7: s.o.cuda.workspace = bad; break;
             default:
                 memcpy((char *)&intermediates + (n - 8) * (int64_t)sizeof bad, &bad, sizeof bad);
             }

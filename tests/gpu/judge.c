@@ -14,6 +14,7 @@
 
 #include "common/half.h"
 #include "common/softmax.h"
+#include "sparge_cuda.h"
 #include "tests/gpu/gpu.h"
 
 const kernel kernels[RUNGS] = {
@@ -291,7 +292,7 @@ void compare(const problem *x, const kernel *r, const reply *got, const reply *w
     check_equal(got->a.result.backend, SPARGE_CUDA);
     check_equal(got->a.result.kernel, r->n);
     check_equal(got->a.result.pv_dtype, r->pv_dtype);
-    check(got->a.result.workspace > 0, "no workspace is counted");
+    check(got->a.result.workspace_bytes > 0, "no workspace is counted");
     if (want->mask.bits)
         check_same_as("mask", got->mask.bits, want->mask.bits,
                       want->mask.batch * want->mask.heads * want->mask.q_blocks * want->mask.words);
@@ -355,7 +356,7 @@ void any_schedule(void)
 void use(problem *x, const kernel *r)
 {
     x->o.backend = SPARGE_CUDA;
-    x->o.kernel = r->n;
+    x->o.cuda.kernel = r->n;
     x->o.qk_dtype = r->qk_dtype;
     x->o.pv_dtype = r->pv_dtype;
 }
@@ -375,7 +376,7 @@ bool runs_here(int n)
                               {&one, SPARGE_F32, 1, 1, 1}};
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_CUDA;
-    o.kernel = n;
+    o.cuda.kernel = n;
     o.qk_dtype = n <= 2 ? SPARGE_F32 : SPARGE_INT8;
     o.pv_dtype = SPARGE_FASTEST;
     int64_t bytes;
@@ -418,7 +419,7 @@ static reply ask(const problem *x, const terms *t)
 reply ask_ref(problem *x, const terms *t)
 {
     x->o.backend = SPARGE_REF;
-    x->o.kernel = 0;
+    x->o.cuda.kernel = 0;
     return ask(x, t);
 }
 
@@ -455,7 +456,7 @@ void verify_prediction(problem *x, const kernel *r, int64_t spare)
     sparge_mask want = wide_mask(x, spare), got = wide_mask(x, spare);
     sparge_error error;
     x->o.backend = SPARGE_REF;
-    x->o.kernel = 0;
+    x->o.cuda.kernel = 0;
     check(sparge_predict(&x->p, &x->o, &want, NULL, &error) == SPARGE_OK, "%s", error.text);
     use(x, r);
     twins there = {.count = 0};

@@ -7,6 +7,8 @@
 
 #include "tests/gpu/gpu.h"
 
+#include "sparge_cuda.h"
+
 TestSuite(refusals);
 
 /* ---- What is refused ---- */
@@ -42,7 +44,7 @@ Test(refusals, precisions_of_each_kernel)
                 for (int i = 0; i < RUNGS; i++)
                     has |= (n == 0 || kernels[i].n == n) && kernels[i].qk_dtype == all[qk] &&
                            kernels[i].pv_dtype == all[pv] && runs_here(kernels[i].n);
-                x.o.kernel = n;
+                x.o.cuda.kernel = n;
                 x.o.qk_dtype = all[qk];
                 x.o.pv_dtype = all[pv];
                 int64_t bytes;
@@ -84,7 +86,7 @@ Test(refusals, sizes_that_the_backend_does_not_have)
     p = x.p;
     p.q_len = ((int64_t)1 << 30) + 1;
     refused(&p, &o, SPARGE_ERR_UNSUPPORTED, "too much for one launch");
-    o.kernel = 6;
+    o.cuda.kernel = 6;
     refused(&x.p, &o, SPARGE_ERR_ARGUMENT, "kernel is 6");
     o = x.o;
     o.rules = SPARGE_RULES_PAPER;
@@ -196,10 +198,10 @@ Test(refusals, memory_that_is_not_there)
         scene_poison(&s);
         const sparge_status status = scene_call(&s);
         if (status == SPARGE_OK) {
-            check(more >= s.result.workspace, "%lld bytes were enough", (long long)more);
+            check(more >= s.result.workspace_bytes, "%lld bytes were enough", (long long)more);
             continue;
         }
-        check(status == SPARGE_ERR_MEMORY && more < s.result.workspace &&
+        check(status == SPARGE_ERR_MEMORY && more < s.result.workspace_bytes &&
                   strstr(s.error.text, "cudaMallocAsync"),
               "%s: %s", sparge_status_string(status), s.error.text);
         check(scene_untouched(&s), "written after an error");
@@ -261,7 +263,7 @@ static void fail_in_turn(const kernel *r, bool predict, bool queued)
     scene s;
     scene_open(&s, &x, r, predict);
     void *stream = queued ? stream_make() : NULL;
-    s.o.stream = stream;
+    s.o.cuda.stream = stream;
     sparge_intermediates intermediates = {0};
     twins t = {.count = 0};
     intermediates.q_int = twin(&t, s.a.intermediates.q_int); /* the launch of intermediates, too */

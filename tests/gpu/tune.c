@@ -7,6 +7,9 @@
 
 #include "tests/gpu/gpu.h"
 
+#include "sparge_cuda.h"
+#include "sparge_tune.h"
+
 TestSuite(tune);
 
 enum { HEADS = 2, INPUTS = 2 };
@@ -63,7 +66,7 @@ static double whole_call(const problem *x, int64_t h, const sparge_thresholds *t
     problem one = *x, all = *x;
     one.o.thresholds = *thresholds;
     all.o.qk_dtype = all.o.pv_dtype = SPARGE_F32;
-    all.o.kernel = 0;
+    all.o.cuda.kernel = 0;
     answer got = attention(&one, NULL), want = attend(&all);
     const float *a = tensor_row(&got.o, 0, h, 0), *b = tensor_row(&want.o, 0, h, 0);
     double error = 0.0, size = 0.0;
@@ -139,7 +142,7 @@ Test(tune, the_same_heads_as_ref)
     sparge_error error;
     check(sparge_tune(a.p, INPUTS, &a.o, &how, there, &error) == SPARGE_OK, "%s", error.text);
     a.o.backend = SPARGE_REF;
-    a.o.kernel = 0;
+    a.o.cuda.kernel = 0;
     check(sparge_tune(a.p, INPUTS, &a.o, &how, here, &error) == SPARGE_OK, "%s", error.text);
     for (int h = 0; h < HEADS; h++) {
         check_same_as("thresholds", &there[h].thresholds.theta, &here[h].thresholds.theta, 4);
@@ -163,18 +166,18 @@ Test(tune, a_stream_and_a_workspace_in_the_options)
     sparge_tuned want[HEADS] = {{0}}, got[HEADS] = {{0}};
     sparge_error error;
     check(sparge_tune(a.p, INPUTS, &a.o, &how, want, &error) == SPARGE_OK, "%s", error.text);
-    a.o.stream = stream_make();
+    a.o.cuda.stream = stream_make();
     check(sparge_tune(a.p, INPUTS, &a.o, &how, got, &error) == SPARGE_OK, "%s", error.text);
     for (int h = 0; h < HEADS; h++) {
         check_same_as("thresholds", &got[h].thresholds.theta, &want[h].thresholds.theta, 4);
         check_equal(got[h].in_sample.sparsity, want[h].in_sample.sparsity);
     }
-    stream_free(a.o.stream);
+    stream_free(a.o.cuda.stream);
     void *memory;
     check(sparge_device_alloc(1 << 24, &memory, &error) == SPARGE_OK, "%s", error.text);
-    a.o.stream = NULL;
-    a.o.workspace = memory;
-    a.o.workspace_bytes = 1024; /* enough for nothing */
+    a.o.cuda.stream = NULL;
+    a.o.cuda.workspace = memory;
+    a.o.cuda.workspace_bytes = 1024; /* enough for nothing */
     memset(got, 0, sizeof got);
     check(sparge_tune(a.p, INPUTS, &a.o, &how, got, &error) == SPARGE_OK, "%s", error.text);
     sparge_device_free(memory);

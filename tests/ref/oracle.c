@@ -6,7 +6,7 @@
  * With one key, or one far above the others, lse is its score and so tells its codes. And a row of
  * q that holds 0.25 beside a 127 in its block has code 0, so its lse tells the mean key.
  */
-#include "sparge.h"
+#include "sparge_inspect.h"
 
 #include <criterion/criterion.h>
 #include <math.h>

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sparge_cuda.h"
+
 /* ---- Dtypes, by arithmetic ---- */
 
 static size_t size_of(sparge_dtype dtype) { return dtype == SPARGE_F32 ? 4 : 2; }

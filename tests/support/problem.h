@@ -4,7 +4,7 @@
 #ifndef SPARGE_TESTS_PROBLEM_H
 #define SPARGE_TESTS_PROBLEM_H
 
-#include "sparge.h"
+#include "sparge_inspect.h"
 #include "tests/support/check.h"
 
 typedef enum tensor_layout {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* formats.c: the program's files. Readers against bytes written out here, byte for byte; every kind
  * of bad file against the line it earns; output files against all the ways to come to an end. */
+#include "sparge_inspect.h"
 #include "tools/capture.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
