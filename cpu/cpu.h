@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* cpu.h: the cpu backend: what sparge.c calls. Arguments are checked and options resolved by then:
+/* cpu.h: the cpu backend: what api/ calls. Arguments are checked and options resolved by then:
  * rules are the default ones, isa is one that this processor has, threads is at least 1. */
 #ifndef SPARGE_CPU_CPU_H
 #define SPARGE_CPU_CPU_H

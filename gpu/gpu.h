@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* gpu.h: the cuda backend as sparge.c sees it, and all of it that a C compiler sees. sparge.c has
+/* gpu.h: the cuda backend as api/ sees it, and all of it that a C compiler sees. api/ has
  * checked the arguments and resolved the options. Pointers are device pointers. In a library built
  * without CUDA the functions of gpu/absent.c answer.
  *

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* oracle.h: what sparge.c calls once arguments are checked. Apart from ref.h, so that the oracle
+/* oracle.h: what api/ calls once arguments are checked. Apart from ref.h, so that the oracle
  * sees nothing of what it judges. */
 #ifndef SPARGE_REF_ORACLE_H
 #define SPARGE_REF_ORACLE_H

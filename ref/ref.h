@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* ref.h: what sparge.c calls, and the steps of it, which are the contract that every faster
+/* ref.h: what api/ calls, and the steps of it, which are the contract that every faster
  * version keeps. work.h has the structs. */
 #ifndef SPARGE_REF_REF_H
 #define SPARGE_REF_REF_H

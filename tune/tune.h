@@ -4,7 +4,7 @@
  * curve.c adds the contributions up again in the order in which tau, topk or lambda would, search.c
  * chooses for one head, and heads.c has all heads do so side by side.
  *
- * sparge.c calls sparge_tune_heads, and the tuner calls attention through the public face,
+ * api/ calls sparge_tune_heads, and the tuner calls attention through the public face,
  * sparge.h, alone: it stands on top of the library as a user does, for any backend.
  *
  * Letters as in ref/ref.h: query block i, key block j, row r, channel c. */
@@ -165,7 +165,7 @@ typedef struct tune_task {
 /* SPARGE_OK if the watch stopped it, too: *t is not done then. */
 sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *error);
 
-/* ---- heads.c: what sparge.c calls ----------------------------------------------------------- */
+/* ---- heads.c: what api/ calls ----------------------------------------------------------- */
 
 /* Arguments are checked by then. */
 sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,

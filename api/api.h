@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* api.h: what the files of api/ share. A public call checks its arguments once, resolves the
+ * options and hands over to a backend, which asserts nothing again. */
+#ifndef SPARGE_API_API_H
+#define SPARGE_API_API_H
+
+#include "common/arithmetic.h"
+#include "sparge_inspect.h"
+
+/* The default floating-point environment until the block ends, however it is left. */
+#define SPARGE_OWN_ARITHMETIC \
+    __attribute__((cleanup(sparge_arithmetic_restore))) fenv_t caller = sparge_arithmetic_begin()
+
+static inline void sparge_arithmetic_restore(fenv_t *caller) { sparge_arithmetic_end(*caller); }
+
+/* ---- check.c: errors are one sentence with the argument and its value ---- */
+
+__attribute__((format(printf, 3, 4))) sparge_status sparge_fail(sparge_error *error,
+                                                                sparge_status status,
+                                                                const char *format, ...);
+sparge_status sparge_succeed(sparge_error *error);
+
+/* Puts a failure in words if nobody has yet. */
+sparge_status sparge_with_message(sparge_status status, sparge_error *error);
+
+/* Can a * b * c * d things of this size be counted in bytes? */
+bool sparge_fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size);
+
+bool sparge_same_version(int a, int b);
+
+/* What all calls have in common. A mask of NULL is dense. */
+sparge_status sparge_check(const sparge_problem *p, const sparge_options *o, bool needs_v,
+                           const sparge_mask *mask, sparge_error *error);
+sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *result,
+                                  sparge_error *error);
+
+/* ---- options.c: on checked options ---- */
+
+sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
+sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error);
+
+/* ---- attention.c ---- */
+
+/* A mask of the problem's shape without bits. */
+sparge_status sparge_mask_shape(sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
+                                sparge_error *error);
+
+#endif

@@ -1,0 +1,240 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* check.c: the error sentence, and every argument checked once. */
+#include "api/api.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+#include "common/block_mask.h"
+#include "common/geometry.h"
+
+sparge_status sparge_fail(sparge_error *error, sparge_status status, const char *format, ...)
+{
+    if (error) {
+        va_list args;
+        va_start(args, format);
+        vsnprintf(error->text, sizeof error->text, format, args);
+        va_end(args);
+    }
+    return status;
+}
+
+sparge_status sparge_succeed(sparge_error *error)
+{
+    if (error)
+        error->text[0] = '\0';
+    return SPARGE_OK;
+}
+
+/* Puts a failure in words where nobody has yet. */
+sparge_status sparge_with_message(sparge_status status, sparge_error *error)
+{
+    return status && error && !error->text[0]
+               ? sparge_fail(error, status, "%s", sparge_status_string(status))
+               : status;
+}
+
+/* Can a * b * c * d things of this size be counted in bytes? */
+bool sparge_fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
+{
+    int64_t n;
+    return !__builtin_mul_overflow(a, b, &n) && !__builtin_mul_overflow(n, c, &n) &&
+           !__builtin_mul_overflow(n, d, &n) && !__builtin_mul_overflow(n, (int64_t)size, &n);
+}
+
+/* NaN fails every one of these comparisons. */
+static bool in_range(float x, float low, float high) { return x >= low && x <= high; }
+
+/* head: of per_head, or -1 for the thresholds of all. */
+static sparge_status check_thresholds(const sparge_thresholds *k, int64_t head, sparge_error *error)
+{
+    const struct {
+        const char *name;
+        float value, low, high;
+        bool may_be_off;
+    } threshold[] = {
+        {"theta", k->theta, -1.0f, 1.0f, false},
+        {"tau", k->tau, 0.0f, 1.0f, true},
+        {"topk", k->topk, 0.0f, 1.0f, true},
+        {"lambda", k->lambda, -INFINITY, 0.0f, false},
+    };
+    char where[64] = "";
+    if (head >= 0)
+        snprintf(where, sizeof where, " in per_head[%lld]", (long long)head);
+    for (size_t n = 0; n < sizeof threshold / sizeof *threshold; n++)
+        if (!in_range(threshold[n].value, threshold[n].low, threshold[n].high) &&
+            !(threshold[n].may_be_off && threshold[n].value == SPARGE_OFF))
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %.9g%s, it must be in [%g, %g]%s",
+                               threshold[n].name, (double)threshold[n].value, where,
+                               (double)threshold[n].low, (double)threshold[n].high,
+                               threshold[n].may_be_off ? " or SPARGE_OFF" : "");
+    if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off%s", where);
+    return SPARGE_OK;
+}
+
+static sparge_status check_view(const char *name, const void *data, sparge_dtype dtype, bool empty,
+                                sparge_error *error)
+{
+    if (!data && !empty)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s.data is NULL", name);
+    if ((unsigned)dtype > SPARGE_BF16)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "%s.dtype is %d, it must be one of sparge_dtype", name, (int)dtype);
+    return SPARGE_OK;
+}
+
+static sparge_status check_problem(const sparge_problem *p, bool needs_v, sparge_error *error)
+{
+    const struct {
+        const char *name;
+        int64_t value, low, high;
+    } size[] = {
+        {"batch", p->batch, 0, INT64_MAX},
+        {"heads", p->heads, 1, INT64_MAX},
+        {"kv_heads", p->kv_heads, 1, INT64_MAX},
+        {"q_len", p->q_len, 0, INT64_MAX / 4},
+        {"k_len", p->k_len, 0, INT64_MAX / 4},
+        {"dim", p->dim, 1, SPARGE_MAX_DIM},
+        {"dim_v", needs_v ? p->dim_v : 1, 1, INT64_MAX},
+    };
+    for (size_t n = 0; n < sizeof size / sizeof *size; n++)
+        if (size[n].value < size[n].low || size[n].value > size[n].high)
+            return sparge_fail(
+                error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be %s %lld", size[n].name,
+                (long long)size[n].value, size[n].value < size[n].low ? "at least" : "at most",
+                (long long)(size[n].value < size[n].low ? size[n].low : size[n].high));
+    if (p->heads % p->kv_heads != 0)
+        return sparge_fail(error, SPARGE_ERR_SHAPE,
+                           "heads is %lld, it must be a multiple of kv_heads, %lld",
+                           (long long)p->heads, (long long)p->kv_heads);
+    const int64_t widest = needs_v && p->dim_v > p->dim ? p->dim_v : p->dim;
+    /* What is allocated is for at least one batch and one block, even where there are no tokens. */
+    const int64_t batch = sparge_max(1, p->batch);
+    if (!sparge_fits(batch, p->heads, sparge_max(SPARGE_MAX_BLOCK, p->q_len), widest, 8) ||
+        !sparge_fits(batch, p->kv_heads, sparge_max(SPARGE_MAX_BLOCK, p->k_len), widest, 8))
+        return sparge_fail(
+            error, SPARGE_ERR_SHAPE,
+            "batch %lld x heads %lld x tokens %lld and %lld x channels %lld overflows",
+            (long long)p->batch, (long long)p->heads, (long long)p->q_len, (long long)p->k_len,
+            (long long)widest);
+    sparge_status status =
+        check_view("q", p->q.data, p->q.dtype, p->batch == 0 || p->q_len == 0, error);
+    if (!status)
+        status = check_view("k", p->k.data, p->k.dtype, p->batch == 0 || p->k_len == 0, error);
+    if (!status && needs_v)
+        status = check_view("v", p->v.data, p->v.dtype, p->batch == 0 || p->k_len == 0, error);
+    return status;
+}
+
+static sparge_status check_options(const sparge_problem *p, const sparge_options *o,
+                                   sparge_error *error)
+{
+    const struct {
+        const char *name;
+        int64_t value, low, high;
+    } number[] = {
+        {"backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA},
+        {"isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
+        {"threads", o->threads, 0, SPARGE_MAX_THREADS},
+        {"block_q", o->block_q, 1, SPARGE_MAX_BLOCK},
+        {"block_k", o->block_k, 1, SPARGE_MAX_BLOCK},
+        {"skip_rows", o->skip_rows, 0, INT64_MAX},
+        {"causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START},
+        {"rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM},
+        {"kernel", o->cuda.kernel, 0, SPARGE_KERNELS},
+    };
+    for (size_t n = 0; n < sizeof number / sizeof *number; n++)
+        if (number[n].value < number[n].low || number[n].value > number[n].high)
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be in [%lld, %lld]",
+                               number[n].name, (long long)number[n].value, (long long)number[n].low,
+                               (long long)number[n].high);
+    const bool qk =
+        o->qk_dtype == SPARGE_INT8 || o->qk_dtype == SPARGE_INT12 || o->qk_dtype == SPARGE_F32;
+    if (!qk)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "qk_dtype is %s (%d), it must be int8, int12 or f32",
+                           sparge_dtype_string(o->qk_dtype), (int)o->qk_dtype);
+    if ((unsigned)o->pv_dtype > SPARGE_FASTEST || o->pv_dtype == SPARGE_BF16)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "pv_dtype is %s (%d), it must be int8, int12, f32, f16, fp8 or fastest",
+                           sparge_dtype_string(o->pv_dtype), (int)o->pv_dtype);
+    if (!(o->softmax_scale >= 0.0f && o->softmax_scale < INFINITY))
+        return sparge_fail(
+            error, SPARGE_ERR_ARGUMENT,
+            "softmax_scale is %g, it must be finite and positive (or 0 for 1/sqrt(dim))",
+            (double)o->softmax_scale);
+    if (o->pv_dtype == SPARGE_INT12 && o->block_k > 128)
+        return sparge_fail(
+            error, SPARGE_ERR_ARGUMENT,
+            "block_k is %lld, with pv_dtype int12 it must be at most 128 for sums to fit int32",
+            (long long)o->block_k);
+    sparge_status status = o->per_head ? SPARGE_OK : check_thresholds(&o->thresholds, -1, error);
+    for (int64_t h = 0; o->per_head && h < p->heads && !status; h++)
+        status = check_thresholds(&o->per_head[h], h, error);
+    return status;
+}
+
+static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p,
+                                const sparge_options *o, sparge_error *error)
+{
+    const sparge_geometry g =
+        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
+    if (mask->batch != p->batch || mask->heads != p->heads || mask->q_blocks != g.q_blocks ||
+        mask->k_blocks != g.k_blocks)
+        return sparge_fail(error, SPARGE_ERR_SHAPE,
+                           "mask is [%lld, %lld, %lld, %lld], it must be [%lld, %lld, %lld, %lld]",
+                           (long long)mask->batch, (long long)mask->heads,
+                           (long long)mask->q_blocks, (long long)mask->k_blocks,
+                           (long long)p->batch, (long long)p->heads, (long long)g.q_blocks,
+                           (long long)g.k_blocks);
+    if (mask->words < sparge_mask_row_words(g.k_blocks))
+        return sparge_fail(error, SPARGE_ERR_SHAPE,
+                           "mask.words is %lld, %lld blocks need at least %lld",
+                           (long long)mask->words, (long long)g.k_blocks,
+                           (long long)sparge_mask_row_words(g.k_blocks));
+    if (!mask->bits)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "mask.bits is NULL");
+    return SPARGE_OK;
+}
+
+/* Patch versions leave the structs of sparge*.h as they are. */
+bool sparge_same_version(int a, int b) { return a / 100 == b / 100; }
+
+static sparge_status check_version(const sparge_options *o, sparge_error *error)
+{
+    const int v = o->version;
+    return sparge_same_version(v, SPARGE_VERSION_NUMBER)
+               ? SPARGE_OK
+               : sparge_fail(
+                     error, SPARGE_ERR_ARGUMENT,
+                     "options.version is %d (%d.%d.%d), this library is %s: fill options in by "
+                     "sparge_options_default, and compile with the sparge.h of this library",
+                     v, v / 10000, v / 100 % 100, v % 100, SPARGE_VERSION);
+}
+
+/* Everything that is common to all entries; a mask of NULL is dense. */
+sparge_status sparge_check(const sparge_problem *p, const sparge_options *o, bool needs_v,
+                           const sparge_mask *mask, sparge_error *error)
+{
+    if (!p || !o)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL", p ? "options" : "problem");
+    sparge_status status = check_version(o, error);
+    if (!status)
+        status = check_problem(p, needs_v, error);
+    if (!status)
+        status = check_options(p, o, error);
+    if (!status && mask)
+        status = check_mask(mask, p, o, error);
+    return status ? status : sparge_succeed(error);
+}
+
+sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *result,
+                                  sparge_error *error)
+{
+    if (!result)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "result is NULL");
+    return check_view("result.o", result->o.data, result->o.dtype, p->batch == 0 || p->q_len == 0,
+                      error);
+}
