@@ -31,7 +31,8 @@ static ask question(int64_t q_len, int64_t k_len, int64_t dim, int64_t dim_v, co
     ask a = {
         .p = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = q_len, .k_len = k_len},
         .opt =
-            {.backend = SPARGE_REF,
+            {.version = SPARGE_VERSION_NUMBER,
+             .backend = SPARGE_REF,
              .block_q = 4,
              .block_k = 4,
              .softmax_scale = 1.0f,
