@@ -19,6 +19,11 @@ const char *sparge_isa_string(sparge_isa isa);
 const char *sparge_causal_string(sparge_causal causal);
 const char *sparge_rules_string(sparge_rules rules);
 
+/* The range of a number by its name in the structs, such as "theta" or "block_q". Both ends belong
+ * to it. tau and topk may also be SPARGE_OFF. softmax_scale may also be 0, and a call takes numbers
+ * between. Returns false if there is no such number. */
+bool sparge_range(const char *name, double *low, double *high);
+
 /* ---- What is here ------------------------------------------------------------------------- */
 
 bool sparge_backend_built(sparge_backend backend);     /* is it in this library? */

@@ -2,9 +2,11 @@
 /* check.c: the error sentence, and every argument checked once. */
 #include "api/api.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
@@ -43,32 +45,59 @@ bool sparge_fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
            !__builtin_mul_overflow(n, d, &n) && !__builtin_mul_overflow(n, (int64_t)size, &n);
 }
 
-/* NaN fails every one of these comparisons. */
-static bool in_range(float x, float low, float high) { return x >= low && x <= high; }
+static const struct range {
+    const char *name;
+    double low, high;
+} ranges[] = {
+    {"theta", -1.0, 1.0},
+    {"tau", 0.0, 1.0},
+    {"topk", 0.0, 1.0},
+    {"lambda", -(double)INFINITY, 0.0},
+    {"softmax_scale", (double)FLT_MIN, (double)FLT_MAX},
+    {"threads", 0, SPARGE_MAX_THREADS},
+    {"block_q", 1, SPARGE_MAX_BLOCK},
+    {"block_k", 1, SPARGE_MAX_BLOCK},
+    {"skip_rows", 0, 0x1p63},
+    {"kernel", 0, SPARGE_KERNELS},
+    {"dim", 1, SPARGE_MAX_DIM},
+};
 
-/* head: of per_head, or -1 for the thresholds of all. */
+bool sparge_range(const char *name, double *low, double *high)
+{
+    for (size_t n = 0; name && n < sizeof ranges / sizeof *ranges; n++)
+        if (strcmp(ranges[n].name, name) == 0) {
+            *low = ranges[n].low;
+            *high = ranges[n].high;
+            return true;
+        }
+    return false;
+}
+
+/* head: of per_head, or -1 for the thresholds of all. NaN fails every comparison. */
 static sparge_status check_thresholds(const sparge_thresholds *k, int64_t head, sparge_error *error)
 {
     const struct {
         const char *name;
-        float value, low, high;
+        float value;
         bool may_be_off;
     } threshold[] = {
-        {"theta", k->theta, -1.0f, 1.0f, false},
-        {"tau", k->tau, 0.0f, 1.0f, true},
-        {"topk", k->topk, 0.0f, 1.0f, true},
-        {"lambda", k->lambda, -INFINITY, 0.0f, false},
+        {"theta", k->theta, false},
+        {"tau", k->tau, true},
+        {"topk", k->topk, true},
+        {"lambda", k->lambda, false},
     };
     char where[64] = "";
     if (head >= 0)
         snprintf(where, sizeof where, " in per_head[%lld]", (long long)head);
-    for (size_t n = 0; n < sizeof threshold / sizeof *threshold; n++)
-        if (!in_range(threshold[n].value, threshold[n].low, threshold[n].high) &&
-            !(threshold[n].may_be_off && threshold[n].value == SPARGE_OFF))
+    for (size_t n = 0; n < sizeof threshold / sizeof *threshold; n++) {
+        const double x = (double)threshold[n].value;
+        double low = 0.0, high = 0.0;
+        sparge_range(threshold[n].name, &low, &high);
+        if (!(x >= low && x <= high) && !(threshold[n].may_be_off && x == (double)SPARGE_OFF))
             return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %.9g%s, it must be in [%g, %g]%s",
-                               threshold[n].name, (double)threshold[n].value, where,
-                               (double)threshold[n].low, (double)threshold[n].high,
+                               threshold[n].name, x, where, low, high,
                                threshold[n].may_be_off ? " or SPARGE_OFF" : "");
+    }
     if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off%s", where);
     return SPARGE_OK;
@@ -133,23 +162,25 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
 {
     const struct {
         const char *name;
-        int64_t value, low, high;
+        int64_t value, most; /* of an enum, which has no range by name */
     } number[] = {
-        {"backend", (int64_t)o->backend, SPARGE_AUTO, SPARGE_CUDA},
-        {"isa", (int64_t)o->isa, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
-        {"threads", o->threads, 0, SPARGE_MAX_THREADS},
-        {"block_q", o->block_q, 1, SPARGE_MAX_BLOCK},
-        {"block_k", o->block_k, 1, SPARGE_MAX_BLOCK},
-        {"skip_rows", o->skip_rows, 0, INT64_MAX},
-        {"causal", (int64_t)o->causal, SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START},
-        {"rules", (int64_t)o->rules, SPARGE_RULES_DEFAULT, SPARGE_RULES_UPSTREAM},
-        {"kernel", o->cuda.kernel, 0, SPARGE_KERNELS},
+        {"backend", (int64_t)o->backend, SPARGE_CUDA},
+        {"isa", (int64_t)o->isa, SPARGE_ISA_AVX512VNNI},
+        {"threads", o->threads, 0},
+        {"block_q", o->block_q, 0},
+        {"block_k", o->block_k, 0},
+        {"skip_rows", o->skip_rows, 0},
+        {"causal", (int64_t)o->causal, SPARGE_CAUSAL_START},
+        {"rules", (int64_t)o->rules, SPARGE_RULES_UPSTREAM},
+        {"kernel", o->cuda.kernel, 0},
     };
-    for (size_t n = 0; n < sizeof number / sizeof *number; n++)
-        if (number[n].value < number[n].low || number[n].value > number[n].high)
-            return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be in [%lld, %lld]",
-                               number[n].name, (long long)number[n].value, (long long)number[n].low,
-                               (long long)number[n].high);
+    for (size_t n = 0; n < sizeof number / sizeof *number; n++) {
+        double low = 0.0, high = (double)number[n].most;
+        sparge_range(number[n].name, &low, &high);
+        if ((double)number[n].value < low || (double)number[n].value > high)
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be in [%.0f, %.0f]",
+                               number[n].name, (long long)number[n].value, low, high);
+    }
     const bool qk =
         o->qk_dtype == SPARGE_INT8 || o->qk_dtype == SPARGE_INT12 || o->qk_dtype == SPARGE_F32;
     if (!qk)
@@ -160,11 +191,12 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "pv_dtype is %s (%d), it must be int8, int12, f32, f16, fp8 or fastest",
                            sparge_dtype_string(o->pv_dtype), (int)o->pv_dtype);
-    if (!(o->softmax_scale >= 0.0f && o->softmax_scale < INFINITY))
-        return sparge_fail(
-            error, SPARGE_ERR_ARGUMENT,
-            "softmax_scale is %g, it must be finite and positive (or 0 for 1/sqrt(dim))",
-            (double)o->softmax_scale);
+    double low = 0.0, high = 0.0;
+    sparge_range("softmax_scale", &low, &high);
+    if (!(o->softmax_scale >= 0.0f && (double)o->softmax_scale <= high))
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "softmax_scale is %g, it must be in [%g, %g], or 0 for 1/sqrt(dim)",
+                           (double)o->softmax_scale, low, high);
     if (o->pv_dtype == SPARGE_INT12 && o->block_k > 128)
         return sparge_fail(
             error, SPARGE_ERR_ARGUMENT,

@@ -214,7 +214,7 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
         [QK - SPARSITY] = {"--qk-dtype", options_qk_dtypes, 0, 0, true},
         [PV - SPARSITY] = {"--pv-dtype", options_pv_dtypes, 0, 0, true},
         [CAUSAL - SPARSITY] = {"--causal", options_causals, 0, 0, false},
-        [KERNEL - SPARSITY] = {"--kernel", NULL, 1, 5, false},
+        [KERNEL - SPARSITY] = {"--kernel", NULL, 1, SPARGE_KERNELS, false},
     };
     bench_args *a = state->input;
     bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads,  &a->mask,  &a->threads,

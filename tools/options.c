@@ -39,10 +39,21 @@ error_t options_real(struct argp_state *state, const char *name, const char *tex
     return 0;
 }
 
-error_t options_float(struct argp_state *state, const char *name, const char *text, double low,
-                      double high, float *to)
+/* The library's range of what an option sets: --block-q is block_q. */
+static void range_of(const char *option, double *low, double *high)
 {
-    double x;
+    char name[32];
+    snprintf(name, sizeof name, "%s", option + strlen("--"));
+    for (char *c = name; *c; c++)
+        *c = *c == '-' ? '_' : *c;
+    *low = *high = 0.0;
+    sparge_range(name, low, high);
+}
+
+error_t options_float(struct argp_state *state, const char *name, const char *text, float *to)
+{
+    double x, low, high;
+    range_of(name, &low, &high);
     const error_t error = options_real(state, name, text, low, high, &x);
     *to = (float)x;
     return error;
@@ -60,6 +71,17 @@ error_t options_whole(struct argp_state *state, const char *name, const char *te
         return options_wrong(state, "%s is %.40s, it must be in [%lld, %lld]", name, text,
                              (long long)low, (long long)high);
     return 0;
+}
+
+/* A whole number in the library's range; 0, which stands for a default there, is refused if `least`
+ * says so. */
+static error_t ranged(struct argp_state *state, const char *name, const char *text, int64_t least,
+                      int64_t *to)
+{
+    double low, high;
+    range_of(name, &low, &high);
+    const int64_t most = high < 0x1p63 ? (int64_t)high : INT64_MAX;
+    return options_whole(state, name, text, (int64_t)fmax(low, (double)least), most, to);
 }
 
 error_t options_word(struct argp_state *state, const char *name, const char *text,
@@ -271,10 +293,10 @@ static error_t thresholds_parser(int key, char *text, struct argp_state *state)
     if ((key >= OPT_THETA && key <= OPT_LAMBDA) || key == OPT_SINK)
         a->given |= option_bit(key);
     switch (key) {
-    case OPT_THETA: return options_float(state, "--theta", text, -1.0, 1.0, &t->theta);
-    case OPT_TAU: return options_float(state, "--tau", text, 0.0, 1.0, &t->tau);
-    case OPT_TOPK: return options_float(state, "--topk", text, 0.0, 1.0, &t->topk);
-    case OPT_LAMBDA: return options_float(state, "--lambda", text, -INFINITY, 0.0, &t->lambda);
+    case OPT_THETA: return options_float(state, "--theta", text, &t->theta);
+    case OPT_TAU: return options_float(state, "--tau", text, &t->tau);
+    case OPT_TOPK: return options_float(state, "--topk", text, &t->topk);
+    case OPT_LAMBDA: return options_float(state, "--lambda", text, &t->lambda);
     case OPT_SINK: a->options.sink = true; return 0;
     case ARGP_KEY_END:
         if (t->topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
@@ -374,18 +396,16 @@ static error_t attention_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "'%.60s' is one file too many", text);
         a->file[a->files++] = text;
         return 0;
-    case OPT_SOFTMAX_SCALE:
-        return options_float(state, "--softmax-scale", text, FLT_MIN, FLT_MAX, &o->softmax_scale);
-    case OPT_BLOCK_Q: return options_whole(state, "--block-q", text, 1, 1024, &o->block_q);
-    case OPT_BLOCK_K: return options_whole(state, "--block-k", text, 1, 1024, &o->block_k);
-    case OPT_SKIP_ROWS:
-        return options_whole(state, "--skip-rows", text, 0, INT64_MAX, &o->skip_rows);
+    case OPT_SOFTMAX_SCALE: return options_float(state, "--softmax-scale", text, &o->softmax_scale);
+    case OPT_BLOCK_Q: return ranged(state, "--block-q", text, 1, &o->block_q);
+    case OPT_BLOCK_K: return ranged(state, "--block-k", text, 1, &o->block_k);
+    case OPT_SKIP_ROWS: return ranged(state, "--skip-rows", text, 0, &o->skip_rows);
     case OPT_THREADS:
-        error = options_whole(state, "--threads", text, 0, SPARGE_MAX_THREADS, &whole);
+        error = ranged(state, "--threads", text, 0, &whole);
         o->threads = (int)whole;
         return error;
     case OPT_KERNEL:
-        error = options_whole(state, "--kernel", text, 1, 5, &whole);
+        error = ranged(state, "--kernel", text, 1, &whole);
         o->cuda.kernel = (int)whole;
         return error;
     case OPT_NO_SMOOTH_K: o->smooth_k = false; return 0;

@@ -22,8 +22,8 @@ __attribute__((format(printf, 2, 3))) error_t options_wrong(struct argp_state *s
                                                             const char *format, ...);
 error_t options_real(struct argp_state *state, const char *name, const char *text, double low,
                      double high, double *to);
-error_t options_float(struct argp_state *state, const char *name, const char *text, double low,
-                      double high, float *to);
+/* In the library's range of what the option sets. */
+error_t options_float(struct argp_state *state, const char *name, const char *text, float *to);
 error_t options_whole(struct argp_state *state, const char *name, const char *text, int64_t low,
                       int64_t high, int64_t *to);
 /* The place of a word in a list that ends with NULL. */

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sparge_inspect.h"
+
 #include "tools/options.h"
 #include "tools/sparge_params.h"
 
@@ -45,12 +47,14 @@ static bool read_bool(const reader *r, const char *key, bool *to)
     return json_is_boolean(x) || wrong(r, key, "true or false");
 }
 
-/* null stands for `none`. */
-static bool read_float(const reader *r, const char *key, double low, double high, float none,
-                       float *to)
+/* In the library's range; null stands for `none`. JSON has no infinity. */
+static bool read_float(const reader *r, const char *key, float none, float *to)
 {
     const json_t *x = json_object_get(r->object, key);
     char must[80];
+    double low = 0.0, high = 0.0;
+    sparge_range(key, &low, &high);
+    low = fmax(low, -1e30);
     snprintf(must, sizeof must, "a number in [%g, %g], or null", low, high);
     *to = json_is_null(x) ? none : (float)json_number_value(x);
     return json_is_null(x) || (json_is_number(x) && *to >= (float)low && *to <= (float)high) ||
@@ -83,10 +87,9 @@ static bool read_head(reader *r, params_head *to)
     bool dense;
     return read_whole(r, "layer", 0, INT32_MAX, &to->layer) &&
            read_whole(r, "head", 0, INT32_MAX, &to->head) && read_bool(r, "dense", &dense) &&
-           read_float(r, "theta", -1.0, 1.0, NAN, &k->theta) &&
-           read_float(r, "tau", 0.0, 1.0, SPARGE_OFF, &k->tau) &&
-           read_float(r, "topk", 0.0, 1.0, SPARGE_OFF, &k->topk) &&
-           read_float(r, "lambda", -1e30, 0.0, -INFINITY, &k->lambda) &&
+           read_float(r, "theta", NAN, &k->theta) && read_float(r, "tau", SPARGE_OFF, &k->tau) &&
+           read_float(r, "topk", SPARGE_OFF, &k->topk) &&
+           read_float(r, "lambda", -INFINITY, &k->lambda) &&
            (!isnan(k->theta) || wrong(r, "theta", "a number")) &&
            (k->tau != SPARGE_OFF || k->topk != SPARGE_OFF ||
             wrong(r, "tau", "a number where topk is null"));
@@ -135,13 +138,12 @@ static bool read_all(reader *r, params *out)
         (json_is_string(model) || json_is_null(model) || wrong(r, "model", "a name, or null")) &&
         read_text(r, "weights_sha256", &out->weights) &&
         (!json_object_get(out->json, "rules") || read_word(r, "rules", options_rules, &rules)) &&
-        read_whole(r, "block_q", 1, 1024, &o->block_q) &&
-        read_whole(r, "block_k", 1, 1024, &o->block_k) &&
-        read_whole(r, "skip_rows", 1, 1024, &o->skip_rows) &&
+        read_whole(r, "block_q", 1, SPARGE_MAX_BLOCK, &o->block_q) &&
+        read_whole(r, "block_k", 1, SPARGE_MAX_BLOCK, &o->block_k) &&
+        read_whole(r, "skip_rows", 1, SPARGE_MAX_BLOCK, &o->skip_rows) &&
         read_word(r, "causal", options_causals, &causal) &&
         read_bool(r, "smooth_k", &o->smooth_k) && read_bool(r, "sink", &o->sink) &&
-        read_float(r, "softmax_scale", (double)FLT_MIN, (double)FLT_MAX, 0.0f, &o->softmax_scale) &&
-        read_heads(r, out);
+        read_float(r, "softmax_scale", 0.0f, &o->softmax_scale) && read_heads(r, out);
     o->causal = (sparge_causal)causal;
     o->rules = (sparge_rules)rules;
     return ok;

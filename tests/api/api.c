@@ -1463,3 +1463,32 @@ Test(api, threads_do_not_disturb_each_other)
     }
     pthread_barrier_destroy(&start);
 }
+
+Test(api, ranges_by_name)
+{
+    static const struct {
+        const char *name;
+        double low, high;
+    } table[] = {
+        {"theta", -1, 1},
+        {"tau", 0, 1},
+        {"topk", 0, 1},
+        {"lambda", -INFINITY, 0},
+        {"threads", 0, 1024},
+        {"block_q", 1, 1024},
+        {"block_k", 1, 1024},
+        {"skip_rows", 0, 0x1p63},
+        {"kernel", 0, 5},
+        {"dim", 1, 256},
+        {"softmax_scale", 0x1p-126, 0x1.fffffep127},
+    };
+    double low, high;
+    for (int64_t n = 0; n < COUNT(table); n++) {
+        check_case("%s", table[n].name);
+        check(sparge_range(table[n].name, &low, &high), "no such number");
+        check(low == table[n].low && high == table[n].high, "[%g, %g]", low, high);
+    }
+    check(!sparge_range("thet", &low, &high) && !sparge_range("thetas", &low, &high) &&
+              !sparge_range(NULL, &low, &high),
+          "what is no name");
+}
