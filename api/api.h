@@ -8,8 +8,9 @@
 #include "sparge_inspect.h"
 
 /* The default floating-point environment until the block ends, however it is left. */
-#define SPARGE_OWN_ARITHMETIC \
-    __attribute__((cleanup(sparge_arithmetic_restore))) fenv_t caller = sparge_arithmetic_begin()
+#define SPARGE_OWN_ARITHMETIC                                                   \
+    __attribute__((cleanup(sparge_arithmetic_restore), unused)) fenv_t caller = \
+        sparge_arithmetic_begin()
 
 static inline void sparge_arithmetic_restore(fenv_t *caller) { sparge_arithmetic_end(*caller); }
 
