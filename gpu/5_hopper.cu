@@ -78,7 +78,7 @@ static __device__ void fetch_q(const work &w, const query_block &q, tiles<WIDTH,
 {
     t.q_slots[at] = {q.line, thresholds_of(w, q.h).lambda};
     barrier_arrive_expect(&t.q_full[at], sizeof t.q[at]);
-    copy_bulk(t.q[at], w.q_tile + q.line * sizeof t.q[at], sizeof t.q[at], &t.q_full[at]);
+    copy_bulk(t.q[at], w.q_tile + q.line * (int64_t)sizeof t.q[at], sizeof t.q[at], &t.q_full[at]);
 }
 
 /* Fills a stage with key block a and, if not negative, b. The arrival at k_full comes last, because
