@@ -49,10 +49,19 @@ static exit_code finish(exit_code code)
     return code;
 }
 
+/* Ends the program inside a command. What its callers hold is given back by the system, and is no
+ * leak. */
+static _Noreturn void end_with(exit_code code)
+{
+    const exit_code said = finish(code);
+    fflush(NULL);
+    _exit((int)said);
+}
+
 void must(exit_code code)
 {
     if (code)
-        exit((int)finish(code));
+        end_with(code);
 }
 
 void must_do(bool ok) { must(ok ? EXIT_FINE : EXIT_FILE); }
@@ -76,7 +85,7 @@ void fail(exit_code code, const char *name, const char *format, ...)
     vsnprintf(text, sizeof text, format, values);
     va_end(values);
     file_error_set(&failure, name, "%s", text);
-    exit((int)finish(code));
+    end_with(code);
 }
 
 exit_code library_result(sparge_status status, const sparge_error *why, file_error *error)
