@@ -132,14 +132,16 @@ bool output_folder(const char *path, file_error *error)
         return true;
     if (count == OUTPUT_MAX || strlen(path) >= PATH_MAX)
         return file_error_set(error, path, "too many outputs, or too long a name; choose another");
-    if (mkdir(path, 0777) != 0)
-        return file_error_set(error, path, "cannot create this folder: %s; choose another",
-                              strerror(errno));
     output_file *output = &outputs[count];
     output->stream = NULL;
     output->path[0] = '\0';
     snprintf(output->temporary, PATH_MAX, "%s", path);
     count++;
+    if (mkdir(path, 0777) != 0) {
+        count--;
+        return file_error_set(error, path, "cannot create this folder: %s; choose another",
+                              strerror(errno));
+    }
     return true;
 }
 
