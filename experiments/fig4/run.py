@@ -23,7 +23,7 @@ def measure(key, how):
 
 
 JOBS = [Job({"capture": path.stem, "tensor": tensor}, 0.1, smoke=True)
-        for path in sorted(SMOLLM2.glob("*.safetensors")) for tensor in "qk_dtype"]
+        for path in sorted(SMOLLM2.glob("*.safetensors")) for tensor in "qk"]
 
 if __name__ == "__main__":
     run(__file__, JOBS, measure)
