@@ -274,16 +274,6 @@ static int64_t peak_bytes(int64_t rounds)
     return rounds * CHAINS * LANES * 4 * 2;
 }
 
-static void product_kernels(sparge_kernels *k)
-{
-    k->peak_floats = peak_floats;
-    k->peak_bytes = peak_bytes;
-    k->score[SPARGE_BYTES] = score_bytes;
-    k->score[SPARGE_WORDS] = score_words;
-    k->score[SPARGE_FLOATS] = score_floats;
-    k->accumulate_pv[SPARGE_BYTES] = accumulate_pv_bytes;
-    k->accumulate_pv[SPARGE_WORDS] = accumulate_pv_words;
-    k->accumulate_pv[SPARGE_FLOATS] = accumulate_pv_floats;
-}
+#include "cpu/product_table.h"
 
 #endif

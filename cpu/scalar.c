@@ -216,19 +216,14 @@ static int64_t peak_bytes(int64_t rounds)
     return all != 1 ? rounds * 8 * 2 : 0; /* which the compiler cannot know */
 }
 
+#include "cpu/product_table.h"
+
 void sparge_scalar_kernels(sparge_kernels *k)
 {
     plain_kernels(k);
-    k->peak_floats = peak_floats;
-    k->peak_bytes = peak_bytes;
+    product_kernels(k);
     k->isa = SPARGE_ISA_SCALAR;
     k->int8_scores = SPARGE_WORDS;
-    k->score[SPARGE_BYTES] = score_bytes;
-    k->score[SPARGE_WORDS] = score_words;
-    k->score[SPARGE_FLOATS] = score_floats;
-    k->accumulate_pv[SPARGE_BYTES] = accumulate_pv_bytes;
-    k->accumulate_pv[SPARGE_WORDS] = accumulate_pv_words;
-    k->accumulate_pv[SPARGE_FLOATS] = accumulate_pv_floats;
     k->maxima = maxima;
     k->softmax[SPARGE_BYTES] = softmax_bytes;
     k->softmax[SPARGE_WORDS] = softmax_words;
