@@ -5,6 +5,7 @@
 #define SPARGE_API_API_H
 
 #include "common/arithmetic.h"
+#include "common/error.h"
 #include "sparge_inspect.h"
 
 /* The default floating-point environment until the block ends, however it is left. */
@@ -14,15 +15,7 @@
 
 static inline void sparge_arithmetic_restore(fenv_t *caller) { sparge_arithmetic_end(*caller); }
 
-/* ---- check.c: errors are one sentence with the argument and its value ---- */
-
-__attribute__((format(printf, 3, 4))) sparge_status sparge_fail(sparge_error *error,
-                                                                sparge_status status,
-                                                                const char *format, ...);
-sparge_status sparge_succeed(sparge_error *error);
-
-/* Puts a failure in words if nobody has yet. */
-sparge_status sparge_with_message(sparge_status status, sparge_error *error);
+/* ---- check.c ---- */
 
 /* Can a * b * c * d things of this size be counted in bytes? */
 bool sparge_fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size);

@@ -1,41 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* check.c: the error sentence, and every argument checked once. */
+/* check.c: every argument checked once. */
 #include "api/api.h"
 
 #include <float.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
-
-sparge_status sparge_fail(sparge_error *error, sparge_status status, const char *format, ...)
-{
-    if (error) {
-        va_list args;
-        va_start(args, format);
-        vsnprintf(error->text, sizeof error->text, format, args);
-        va_end(args);
-    }
-    return status;
-}
-
-sparge_status sparge_succeed(sparge_error *error)
-{
-    if (error)
-        error->text[0] = '\0';
-    return SPARGE_OK;
-}
-
-/* Puts a failure in words where nobody has yet. */
-sparge_status sparge_with_message(sparge_status status, sparge_error *error)
-{
-    return status && error && !error->text[0]
-               ? sparge_fail(error, status, "%s", sparge_status_string(status))
-               : status;
-}
 
 /* Can a * b * c * d things of this size be counted in bytes? */
 bool sparge_fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)

@@ -2,14 +2,12 @@
 /* absent.c: the functions of gpu.h in a library that was built without CUDA. */
 #include "gpu/gpu.h"
 
-#include <stdio.h>
+#include "common/error.h"
 
 static sparge_status absent(sparge_error *error)
 {
-    if (error)
-        snprintf(error->text, sizeof error->text,
-                 "backend is cuda, which this library was built without");
-    return SPARGE_ERR_UNSUPPORTED;
+    return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                       "backend is cuda, which this library was built without");
 }
 
 bool sparge_cuda_built(void) { return false; }

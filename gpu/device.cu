@@ -3,30 +3,17 @@
  * for programs that have no CUDA of their own. */
 #include "gpu/host.h"
 
-#include <stdarg.h>
-#include <stdio.h>
-
 using namespace sparge;
 
 /* ---- Errors ---- */
-
-sparge_status sparge::fail(sparge_error *error, sparge_status status, const char *format, ...)
-{
-    if (error) {
-        va_list args;
-        va_start(args, format);
-        vsnprintf(error->text, sizeof error->text, format, args);
-        va_end(args);
-    }
-    return status;
-}
 
 sparge_status sparge::check(cudaError_t e, const char *call, sparge_error *error)
 {
     if (e == cudaSuccess)
         return SPARGE_OK;
-    return fail(error, e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE,
-                "%s: %s (%s)", call, cudaGetErrorString(e), cudaGetErrorName(e));
+    return sparge_fail(error,
+                       e == cudaErrorMemoryAllocation ? SPARGE_ERR_MEMORY : SPARGE_ERR_DEVICE,
+                       "%s: %s (%s)", call, cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
 /* ---- The device and the kernels ---- */
@@ -43,9 +30,9 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
     int count = 0, major = 0, minor = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e != cudaSuccess || count == 0)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "backend is cuda, but there is no CUDA device here: %s",
-                    cudaGetErrorString(e == cudaSuccess ? cudaErrorNoDevice : e));
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "backend is cuda, but there is no CUDA device here: %s",
+                           cudaGetErrorString(e == cudaSuccess ? cudaErrorNoDevice : e));
     const struct {
         cudaDeviceAttr name;
         int *value;
@@ -59,9 +46,9 @@ sparge_status sparge::find_device(device *d, sparge_error *error)
             e = device_attribute(a.name, a.value);
     d->capability = 10 * major + minor;
     if (e == cudaSuccess && d->capability < 80)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "the CUDA device has compute capability %d.%d, it must be at least 8.0", major,
-                    minor);
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "the CUDA device has compute capability %d.%d, it must be at least 8.0",
+                           major, minor);
     return check(e, "cudaDeviceGetAttribute", error);
 }
 
@@ -123,10 +110,10 @@ static sparge_status find_kernel(const device &d, const sparge_problem *p, sparg
         for (n = KERNELS; n > 0 && (why = obstacle(n, d, p, o)); n--)
             ;
     if (n == 0)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "no kernel of the cuda backend has these precisions of Q.K^T and P.V");
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "no kernel of the cuda backend has these precisions of Q.K^T and P.V");
     if (why)
-        return fail(error, SPARGE_ERR_UNSUPPORTED, "kernel is %d, which %s", n, why);
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED, "kernel is %d, which %s", n, why);
     o->cuda.kernel = n;
     o->pv_dtype = o->pv_dtype == SPARGE_FASTEST ? kernels[n].fastest : o->pv_dtype;
     return SPARGE_OK;
@@ -147,25 +134,25 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sp
     if (status)
         return status;
     if (o->block_q != BLOCK_Q || o->block_k != BLOCK_K)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "blocks are %lld x %lld, the cuda backend has 128 x 64 alone",
-                    (long long)o->block_q, (long long)o->block_k);
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "blocks are %lld x %lld, the cuda backend has 128 x 64 alone",
+                           (long long)o->block_q, (long long)o->block_k);
     if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "dim is %lld and dim_v %lld, the cuda backend has at most 128",
-                    (long long)p->dim, (long long)p->dim_v);
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "dim is %lld and dim_v %lld, the cuda backend has at most 128",
+                           (long long)p->dim, (long long)p->dim_v);
     const int64_t most = (int64_t)1 << 30,
                   lines = p->batch * p->heads * sparge_ceil_div(p->q_len, BLOCK_Q);
     const int64_t columns = p->batch * p->kv_heads * sparge_ceil_div(p->k_len, BLOCK_K);
     if (p->q_len > most || p->k_len > most || lines > most || columns > most / 2)
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
-                    (long long)p->q_len, (long long)p->k_len, (long long)p->batch,
-                    (long long)p->heads);
+        return sparge_fail(
+            error, SPARGE_ERR_UNSUPPORTED,
+            "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
+            (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
     if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
-        return fail(error, SPARGE_ERR_UNSUPPORTED,
-                    "k_len is %lld, a row of its blocks does not fit into shared memory",
-                    (long long)p->k_len);
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "k_len is %lld, a row of its blocks does not fit into shared memory",
+                           (long long)p->k_len);
     return find_kernel(d, p, o, error);
 }
 

@@ -165,8 +165,8 @@ static sparge_status check_pointer(const char *name, const void *data, sparge_er
     if (e != cudaSuccess)
         return check(e, "cudaPointerGetAttributes", error);
     if (a.type != cudaMemoryTypeDevice && a.type != cudaMemoryTypeManaged)
-        return fail(error, SPARGE_ERR_ARGUMENT,
-                    "%s points to host memory, the cuda backend needs device memory", name);
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "%s points to host memory, the cuda backend needs device memory", name);
     return SPARGE_OK;
 }
 
@@ -381,9 +381,10 @@ static sparge_status run(const call &c, sparge_error *error)
     const int64_t bytes = bytes_of(c);
     if (c.o->cuda.workspace &&
         (c.o->cuda.workspace_bytes < bytes || (uintptr_t)c.o->cuda.workspace % 256 != 0))
-        return fail(error, SPARGE_ERR_ARGUMENT,
-                    "workspace has %lld bytes at %p, it needs %lld at a multiple of 256",
-                    (long long)c.o->cuda.workspace_bytes, c.o->cuda.workspace, (long long)bytes);
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "workspace has %lld bytes at %p, it needs %lld at a multiple of 256",
+                           (long long)c.o->cuda.workspace_bytes, c.o->cuda.workspace,
+                           (long long)bytes);
     stopwatch watch = {};
     if (!c.o->cuda.stream)
         status = start(watch, error);

@@ -3,6 +3,7 @@
 #ifndef SPARGE_GPU_HOST_H
 #define SPARGE_GPU_HOST_H
 
+#include "common/error.h"
 #include "gpu/gpu.h"
 #include "gpu/work.h"
 
@@ -23,8 +24,6 @@ attention attention_of(int kernel);
 /* Does some head have a lambda above -inf? */
 bool may_skip(const sparge_problem *p, const sparge_options *o);
 
-sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
 /* The message begins with `call`. */
 sparge_status check(cudaError_t e, const char *call, sparge_error *error);
 

@@ -3,22 +3,10 @@
 #include "sparge_order.h"
 
 #include <inttypes.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-static sparge_status fail(sparge_error *error, sparge_status status, const char *format, ...)
-{
-    va_list values;
-    va_start(values, format);
-    if (error)
-        vsnprintf(error->text, sizeof error->text, format, values);
-    va_end(values);
-    return status;
-}
-
-static sparge_status succeed(sparge_error *error) { return fail(error, SPARGE_OK, "%s", ""); }
+#include "common/error.h"
 
 static const int64_t most = INT64_MAX / 8; /* no memory holds more elements of 8 bytes */
 
@@ -30,8 +18,8 @@ static sparge_status multiply(int n, const int64_t *sizes, const char *const *na
     *product = 1;
     for (int i = 0; i < n; i++) {
         if (sizes[i] < 0 || sizes[i] > capacity)
-            return fail(error, SPARGE_ERR_ARGUMENT, "%s is %" PRId64 ", which is too %s", names[i],
-                        sizes[i], sizes[i] < 0 ? "small" : "large");
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %" PRId64 ", which is too %s",
+                               names[i], sizes[i], sizes[i] < 0 ? "small" : "large");
         capacity /= sizes[i] > 0 ? sizes[i] : 1;
         *product *= sizes[i];
     }
@@ -173,9 +161,9 @@ sparge_status sparge_token_order(sparge_order order, const sparge_grid *grid, ui
                                  int64_t *index, sparge_error *error)
 {
     if (!grid)
-        return fail(error, SPARGE_ERR_ARGUMENT, "grid is NULL");
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "grid is NULL");
     if (order < SPARGE_ROW_MAJOR || order > SPARGE_HILBERT)
-        return fail(error, SPARGE_ERR_ARGUMENT, "order is %d, which is none", (int)order);
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "order is %d, which is none", (int)order);
 
     int64_t image;
     const sparge_status status =
@@ -187,17 +175,19 @@ sparge_status sparge_token_order(sparge_order order, const sparge_grid *grid, ui
     int64_t total = image;
     for (int i = 0; i < 2; i++) {
         if (text[i] < 0 || text[i] > most - total)
-            return fail(error, SPARGE_ERR_ARGUMENT, "grid->text_%s is %" PRId64 ", which is too %s",
-                        i == 0 ? "before" : "after", text[i], text[i] < 0 ? "small" : "large");
+            return sparge_fail(
+                error, SPARGE_ERR_ARGUMENT, "grid->text_%s is %" PRId64 ", which is too %s",
+                i == 0 ? "before" : "after", text[i], text[i] < 0 ? "small" : "large");
         total += text[i];
     }
     if (!index && total > 0)
-        return fail(error, SPARGE_ERR_ARGUMENT, "index is NULL for %" PRId64 " tokens", total);
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "index is NULL for %" PRId64 " tokens",
+                           total);
 
     for (int64_t p = 0; p < total; p++)
         index[p] = p; /* and so it stays for text and in row-major order */
     if (image == 0)
-        return succeed(error);
+        return sparge_succeed(error);
     int64_t *const place = index + text[0];
     const side w = {grid->w, 1}, h = {grid->h, grid->w}, t = {grid->t, grid->h * grid->w};
     if (order == SPARGE_COLUMN_MAJOR)
@@ -208,22 +198,23 @@ sparge_status sparge_token_order(sparge_order order, const sparge_grid *grid, ui
         shuffle(place, image, seed);
     else if (order == SPARGE_HILBERT)
         hilbert_grid(place, text[0], w, h, t);
-    return succeed(error);
+    return sparge_succeed(error);
 }
 
 static sparge_status check_permutation(const int64_t *index, int64_t len, sparge_error *error)
 {
     uint64_t *const seen = calloc((size_t)len / 64 + 1, sizeof *seen); /* a bit for each token */
     if (!seen)
-        return fail(error, SPARGE_ERR_MEMORY, "no memory for the check of %" PRId64 " indices",
-                    len);
+        return sparge_fail(error, SPARGE_ERR_MEMORY,
+                           "no memory for the check of %" PRId64 " indices", len);
     sparge_status status = SPARGE_OK;
     for (int64_t p = 0; p < len && status == SPARGE_OK; p++) {
         const int64_t i = index[p];
         const bool token = i >= 0 && i < len;
         if (!token || seen[i / 64] >> i % 64 & 1)
-            status = fail(error, SPARGE_ERR_ARGUMENT, "index[%" PRId64 "] is %" PRId64 ", %s", p, i,
-                          token ? "as an earlier entry is" : "outside 0 .. len-1");
+            status =
+                sparge_fail(error, SPARGE_ERR_ARGUMENT, "index[%" PRId64 "] is %" PRId64 ", %s", p,
+                            i, token ? "as an earlier entry is" : "outside 0 .. len-1");
         else
             seen[i / 64] |= (uint64_t)1 << i % 64;
     }
@@ -243,14 +234,14 @@ static sparge_status move(bool scatter, const sparge_in *from, const sparge_out 
     if (status != SPARGE_OK)
         return status;
     if (!from || (!from->data && total > 0))
-        return fail(error, SPARGE_ERR_ARGUMENT, "from%s is NULL", from ? "->data" : "");
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "from%s is NULL", from ? "->data" : "");
     if (!to || (!to->data && total > 0))
-        return fail(error, SPARGE_ERR_ARGUMENT, "to%s is NULL", to ? "->data" : "");
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "to%s is NULL", to ? "->data" : "");
     if (from->dtype < SPARGE_F32 || from->dtype > SPARGE_BF16 || to->dtype != from->dtype)
-        return fail(error, SPARGE_ERR_ARGUMENT, "to->dtype is %d and from->dtype is %d",
-                    (int)to->dtype, (int)from->dtype);
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "to->dtype is %d and from->dtype is %d",
+                           (int)to->dtype, (int)from->dtype);
     if (!index && len > 0)
-        return fail(error, SPARGE_ERR_ARGUMENT, "index is NULL for len = %" PRId64, len);
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "index is NULL for len = %" PRId64, len);
     status = check_permutation(index, len, error);
     if (status != SPARGE_OK)
         return status;
@@ -265,7 +256,7 @@ static sparge_status move(bool scatter, const sparge_in *from, const sparge_out 
                 memcpy((char *)to->data + write * size, (const char *)from->data + read * size,
                        (size_t)(dim * size));
             }
-    return succeed(error);
+    return sparge_succeed(error);
 }
 
 sparge_status sparge_permute(const sparge_in *from, const sparge_out *to, int64_t batch,

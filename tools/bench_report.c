@@ -189,7 +189,7 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
         c->kernel ? json_integer(c->kernel) : json_null(), "isa", sparge_isa_string(c->result.isa),
         "threads", c->result.threads, "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len,
         "dim", (json_int_t)p->dim, "heads", (json_int_t)p->heads, "causal",
-        options_causals[g->options.causal], "softmax_scale",
+        sparge_causal_string(g->options.causal), "softmax_scale",
         g->options.softmax_scale > 0.0f ? json_float(g->options.softmax_scale) : json_null(),
         "sparsity", json_number(sparge_sparsity(&c->result.counts)), "seconds_total",
         json_number(f.seconds_total), "seconds_predict", json_number(f.seconds_predict),

@@ -305,7 +305,7 @@ static exit_code report(check *c, file_error *error)
         (json_int_t)p->batch, "heads", (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads,
         "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim,
         "dim_v", (json_int_t)p->dim_v, "block_q", (json_int_t)c->options.block_q, "block_k",
-        (json_int_t)c->options.block_k, "causal", options_causals[c->options.causal]);
+        (json_int_t)c->options.block_k, "causal", sparge_causal_string(c->options.causal));
     json = json_joined(json, settled_json(&c->settled));
     json = json_joined(json, compare_json(&o.c, &c->got.o));
     json = json_joined(json, json_pack("{s:o, s:o}", "baseline_worst_row_l1", json_number(o.honest),

@@ -119,10 +119,10 @@ int64_t options_skip_rows(const sparge_options *o)
 json_t *options_json(const sparge_options *o)
 {
     return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules",
-                     options_rules[o->rules], "qk_dtype", sparge_dtype_string(o->qk_dtype),
+                     sparge_rules_string(o->rules), "qk_dtype", sparge_dtype_string(o->qk_dtype),
                      "pv_dtype", sparge_dtype_string(o->pv_dtype), "block_q",
                      (json_int_t)o->block_q, "block_k", (json_int_t)o->block_k, "skip_rows",
-                     (json_int_t)options_skip_rows(o), "causal", options_causals[o->causal],
+                     (json_int_t)options_skip_rows(o), "causal", sparge_causal_string(o->causal),
                      "smooth_k", o->smooth_k, "sink", o->sink, "softmax_scale",
                      o->softmax_scale > 0.0f ? json_float(o->softmax_scale) : json_null());
 }
