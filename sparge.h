@@ -131,7 +131,10 @@ typedef struct sparge_result {
  * progress is called from the calling thread with a share that never falls. It is not called on
  * cuda. If it returns false the call fails with SPARGE_ERR_CANCELLED.
  *
- * A child process has none of its parent's OpenMP threads. Set options.threads to 1 there. */
+ * A child process has none of its parent's OpenMP threads. Set options.threads to 1 there.
+ *
+ * On AMX a thread's tile registers are lost and released. The process gets Linux's permission to
+ * use them when it first asks for amx or for the best instruction set. */
 sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
                                sparge_result *result, sparge_error *error);
 

@@ -59,6 +59,8 @@ typedef enum sparge_isa {
     SPARGE_ISA_AVX2,
     SPARGE_ISA_AVXVNNI,
     SPARGE_ISA_AVX512VNNI,
+    SPARGE_ISA_AMX,
+    SPARGE_ISAS, /* how many these are */
 } sparge_isa;
 
 typedef enum sparge_causal {

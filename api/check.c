@@ -138,7 +138,7 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         int64_t value, most; /* of an enum, which has no range by name */
     } number[] = {
         {"backend", (int64_t)o->backend, SPARGE_CUDA},
-        {"isa", (int64_t)o->isa, SPARGE_ISA_AVX512VNNI},
+        {"isa", (int64_t)o->isa, SPARGE_ISAS - 1},
         {"threads", o->threads, 0},
         {"block_q", o->block_q, 0},
         {"block_k", o->block_k, 0},

@@ -21,7 +21,7 @@ const char *sparge_backend_string(sparge_backend backend)
 
 const char *sparge_isa_string(sparge_isa isa)
 {
-    static const char *const name[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"};
+    static const char *const name[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
     return (unsigned)isa < sizeof name / sizeof *name ? name[isa] : "unknown isa";
 }
 

@@ -41,10 +41,11 @@ void sparge_options_init(sparge_options *options, size_t size, int version, spar
 static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
 {
     const char *name = getenv("SPARGE_ISA");
-    *isa = sparge_cpu_best();
-    if (!name || !*name || strcmp(name, sparge_isa_string(SPARGE_ISA_AUTO)) == 0)
+    if (!name || !*name || strcmp(name, sparge_isa_string(SPARGE_ISA_AUTO)) == 0) {
+        *isa = sparge_cpu_best();
         return SPARGE_OK;
-    for (*isa = SPARGE_ISA_SCALAR; *isa <= SPARGE_ISA_AVX512VNNI; ++*isa)
+    }
+    for (*isa = SPARGE_ISA_SCALAR; *isa < SPARGE_ISAS; ++*isa)
         if (strcmp(name, sparge_isa_string(*isa)) == 0)
             return SPARGE_OK;
     return sparge_fail(error, SPARGE_ERR_ARGUMENT,
@@ -63,13 +64,13 @@ sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error)
         return status;
     if (!sparge_cpu_has(o->isa)) {
         char have[64] = "";
-        for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
+        for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)
             if (sparge_cpu_has(isa))
                 snprintf(have + strlen(have), sizeof have - strlen(have), "%s%s", *have ? ", " : "",
                          sparge_isa_string(isa));
-        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                           "%s is %s, which this processor lacks: it has %s",
-                           named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa), have);
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED, "%s is %s, %s; here are %s",
+                           named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa),
+                           sparge_cpu_lacks(o->isa), have);
     }
     if (o->threads == 0)
         o->threads = (int)sparge_min(SPARGE_MAX_THREADS, sparge_cpu_threads());

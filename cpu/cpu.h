@@ -7,6 +7,7 @@
 #include "sparge_inspect.h"
 
 bool sparge_cpu_has(sparge_isa isa);
+const char *sparge_cpu_lacks(sparge_isa isa); /* NULL, or who lacks it: "which ..." */
 sparge_isa sparge_cpu_best(void);
 int sparge_cpu_threads(void); /* as many as OpenMP would take; 1 without it */
 

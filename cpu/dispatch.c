@@ -1,21 +1,53 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* dispatch.c: which instruction sets this processor and this operating system have, and their
- * kernels. */
+/* dispatch.c: which instruction sets this processor, this operating system and this process have,
+ * and their kernels. */
+#define _DEFAULT_SOURCE 1 /* for syscall */
 #include <stdatomic.h>
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 
+/* Who stands in the way of an instruction set. */
+typedef enum lack { UNKNOWN, NOTHING, PROCESSOR, SYSTEM, PERMISSION } lack;
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-/* Bits of CPUID: Intel's Software Developer's Manual, volume 2, CPUID. */
-enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 };          /* leaf 1, ecx */
-enum { AVX2 = 1 << 5, AVX512F = 1 << 16, AVX512DQ = 1 << 17, AVX512BW = 1 << 30 }; /* leaf 7, ebx */
-enum { AVX512VNNI = 1 << 11 };                                                     /* leaf 7, ecx */
-enum { AVXVNNI = 1 << 4 };                 /* leaf 7.1, eax */
-enum { YMM = 0x6, ZMM = 0xe6 };            /* XCR0: registers that the operating system saves */
-static const unsigned AVX512VL = 1u << 31; /* leaf 7, ebx */
+/* Bits of CPUID (Intel's Software Developer's Manual, volume 2, CPUID), and of XCR0: registers that
+ * the operating system saves. */
+typedef struct features {
+    unsigned ecx1, ebx7, ecx7, edx7, eax71, saved;
+} features;
+
+#define BIT(n)     (1u << (n))
+#define OSXSAVE    BIT(27)                                 /* leaf 1, ecx: there is an XCR0 */
+#define FLOATS     (BIT(12) | BIT(28) | BIT(29))           /* leaf 1, ecx: FMA, AVX, F16C */
+#define AVX2       BIT(5)                                  /* leaf 7, ebx */
+#define AVX512     (BIT(16) | BIT(17) | BIT(30) | BIT(31)) /* leaf 7, ebx: F, DQ, BW, VL */
+#define AVX512VNNI BIT(11)                                 /* leaf 7, ecx */
+#define AMX        (BIT(24) | BIT(25))                     /* leaf 7, edx: TILE, INT8 */
+#define AVXVNNI    BIT(4)                                  /* leaf 7.1, eax */
+#define YMM        (BIT(1) | BIT(2))
+#define ZMM        (YMM | BIT(5) | BIT(6) | BIT(7))
+#define TILES      (BIT(17) | BIT(18)) /* configuration, data */
+
+static const features needed[SPARGE_ISAS] = {
+    [SPARGE_ISA_AVX2] = {.ecx1 = FLOATS, .ebx7 = AVX2, .saved = YMM},
+    [SPARGE_ISA_AVXVNNI] = {.ecx1 = FLOATS, .ebx7 = AVX2, .eax71 = AVXVNNI, .saved = YMM},
+    [SPARGE_ISA_AVX512VNNI] = {.ecx1 = FLOATS,
+                               .ebx7 = AVX2 | AVX512,
+                               .ecx7 = AVX512VNNI,
+                               .saved = ZMM},
+    [SPARGE_ISA_AMX] = {.ecx1 = FLOATS,
+                        .ebx7 = AVX2 | AVX512,
+                        .ecx7 = AVX512VNNI,
+#ifndef SPARGE_AMX_SHIM /* whose tiles are memory */
+                        .edx7 = AMX,
+                        .saved = ZMM | TILES},
+#else
+                        .saved = ZMM},
+#endif
+};
 
 static unsigned saved_registers(void)
 {
@@ -24,50 +56,82 @@ static unsigned saved_registers(void)
     return low;
 }
 
-static bool all(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
-
-static bool detect(sparge_isa isa)
+static features found(void)
 {
-    unsigned eax, ebx, ecx, edx, ecx1, eax71 = 0;
-    if (isa == SPARGE_ISA_SCALAR)
-        return true;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx1, &edx) || !all(ecx1, FMA | OSXSAVE | AVX | F16C) ||
-        !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
-        return false;
-    const unsigned saved = saved_registers(), subleaves = eax, ebx7 = ebx, ecx7 = ecx;
-    if (subleaves >= 1)
-        __get_cpuid_count(7, 1, &eax71, &ebx, &ecx, &edx);
-    const bool avx2 = all(saved, YMM) && all(ebx7, AVX2);
-    switch (isa) {
-    case SPARGE_ISA_AVX2: return avx2;
-    case SPARGE_ISA_AVXVNNI: return avx2 && all(eax71, AVXVNNI);
-    case SPARGE_ISA_AVX512VNNI:
-        return avx2 && all(saved, ZMM) && all(ecx7, AVX512VNNI) &&
-               all(ebx7, AVX512F | AVX512DQ | AVX512BW | AVX512VL);
-    default: return false;
+    features x = {0};
+    unsigned subleaves = 0, eax, ebx, ecx, edx;
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx))
+        x.ecx1 = ecx;
+    if (__get_cpuid_count(7, 0, &subleaves, &ebx, &ecx, &edx)) {
+        x.ebx7 = ebx;
+        x.ecx7 = ecx;
+        x.edx7 = edx;
     }
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx))
+        x.eax71 = eax;
+    if (x.ecx1 & OSXSAVE)
+        x.saved = saved_registers();
+    return x;
+}
+
+/* Linux gives the data of tiles to a process that asks (Documentation/arch/x86/xstate.rst). It does
+ * not where a thread has an alternate signal stack that they would not fit. */
+#if defined(SPARGE_AMX_SHIM)
+static bool tiles_permitted(void) { return true; }
+#elif defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+static bool tiles_permitted(void)
+{
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 #else
-static bool detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR; }
+static bool tiles_permitted(void) { return false; }
 #endif
 
-/* A virtual machine traps CPUID, which then takes a good part of a small call: asked once. */
-bool sparge_cpu_has(sparge_isa isa)
+static bool all(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
+
+static lack detect(sparge_isa isa)
 {
-    static atomic_uint known; /* bit isa, and bit 0 once it is */
-    unsigned bits = atomic_load_explicit(&known, memory_order_relaxed);
-    if (!bits) {
-        bits = 1;
-        for (sparge_isa each = SPARGE_ISA_SCALAR; each <= SPARGE_ISA_AVX512VNNI; each++)
-            bits |= (unsigned)detect(each) << each;
-        atomic_store_explicit(&known, bits, memory_order_relaxed);
-    }
-    return isa >= SPARGE_ISA_SCALAR && isa <= SPARGE_ISA_AVX512VNNI && bits >> isa & 1;
+    const features x = found(), *need = &needed[isa];
+    if (!all(x.ecx1, need->ecx1) || !all(x.ebx7, need->ebx7) || !all(x.ecx7, need->ecx7) ||
+        !all(x.edx7, need->edx7) || !all(x.eax71, need->eax71))
+        return PROCESSOR;
+    if (!all(x.saved, need->saved))
+        return SYSTEM;
+    return isa == SPARGE_ISA_AMX && !tiles_permitted() ? PERMISSION : NOTHING;
 }
+#else
+static lack detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR ? NOTHING : PROCESSOR; }
+#endif
+
+/* A virtual machine traps CPUID, which then takes a good part of a small call, and what is
+ * permitted cannot be given back: each is asked once, and only when somebody asks for it. */
+const char *sparge_cpu_lacks(sparge_isa isa)
+{
+    static const char *const sentence[] = {
+        [NOTHING] = NULL,
+        [PROCESSOR] = "which this processor lacks",
+        [SYSTEM] = "whose registers this operating system does not save",
+        [PERMISSION] = "whose registers this process may not use: arch_prctl refuses them",
+    };
+    static atomic_int known[SPARGE_ISAS];
+    if (isa < SPARGE_ISA_SCALAR || isa >= SPARGE_ISAS)
+        return sentence[PROCESSOR];
+    int answer = atomic_load_explicit(&known[isa], memory_order_relaxed);
+    if (answer == UNKNOWN) {
+        answer = detect(isa);
+        atomic_store_explicit(&known[isa], answer, memory_order_relaxed);
+    }
+    return sentence[answer];
+}
+
+bool sparge_cpu_has(sparge_isa isa) { return !sparge_cpu_lacks(isa); }
 
 sparge_isa sparge_cpu_best(void)
 {
-    sparge_isa isa = SPARGE_ISA_AVX512VNNI;
+    sparge_isa isa = SPARGE_ISAS - 1;
     while (!sparge_cpu_has(isa))
         isa--;
     return isa;
@@ -82,8 +146,10 @@ sparge_kernels sparge_cpu_kernels(sparge_isa isa)
         sparge_avx2_kernels(&k);
     if (isa == SPARGE_ISA_AVXVNNI)
         sparge_avxvnni_kernels(&k);
-    if (isa == SPARGE_ISA_AVX512VNNI)
+    if (isa >= SPARGE_ISA_AVX512VNNI)
         sparge_avx512vnni_kernels(&k);
+    if (isa == SPARGE_ISA_AMX)
+        sparge_amx_kernels(&k);
 #endif
     return k;
 }

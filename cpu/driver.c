@@ -228,16 +228,21 @@ static void on_each(driver *d, int64_t items, int64_t together, sparge_step *ste
 {
     const int64_t most = goes_on(d) ? sparge_min(d->work.o->threads, items) : 1;
     const int threads = (int)sparge_max(1, most);
+    const sparge_kernels *k = &d->work.kernels;
     (void)threads;
 #pragma omp parallel num_threads(threads)
     {
         const fenv_t caller = sparge_arithmetic_begin();
+        if (k->begin)
+            k->begin();
 #pragma omp for schedule(dynamic, together)
         for (int64_t n = 0; n < items; n++)
             if (goes_on(d)) {
                 step(&d->work, &d->scratch[omp_get_thread_num()], n);
                 d->attended += step == sparge_attend_q_block;
             }
+        if (k->end)
+            k->end();
         sparge_arithmetic_end(caller);
     }
 }

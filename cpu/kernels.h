@@ -95,6 +95,9 @@ typedef struct sparge_kernels {
     sparge_isa isa;
     sparge_format int8_scores; /* the format of Q and K in int8; P and V in int8 are BYTES */
 
+    /* A thread's first word before any of the functions below, and its last. May be NULL. */
+    void (*begin)(void), (*end)(void);
+
     /* ---- One block of tokens (ref/block.c); x is [rows][stride], zero from dim to stride, and
      * stride is dim padded to 16 ---- */
     /* x = rows less mean [dim], non-finite elements 0. Was every element finite? */
@@ -150,5 +153,6 @@ void sparge_scalar_kernels(sparge_kernels *k);
 void sparge_avx2_kernels(sparge_kernels *k);
 void sparge_avxvnni_kernels(sparge_kernels *k);
 void sparge_avx512vnni_kernels(sparge_kernels *k);
+void sparge_amx_kernels(sparge_kernels *k);
 
 #endif

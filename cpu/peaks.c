@@ -29,7 +29,7 @@ static double median(double rate[TRIALS])
 }
 
 /* Operations a second on all threads together. */
-static double operation_rate(int64_t (*peak)(int64_t rounds), int threads)
+static double operation_rate(const sparge_kernels *k, int64_t (*peak)(int64_t rounds), int threads)
 {
     int64_t rounds = 1000;
     double rate[TRIALS];
@@ -38,7 +38,13 @@ static double operation_rate(int64_t (*peak)(int64_t rounds), int threads)
         int64_t operations = 0;
         const double start = sparge_seconds();
 #pragma omp parallel num_threads(threads) reduction(+ : operations)
-        operations += peak(rounds);
+        {
+            if (k->begin)
+                k->begin();
+            operations += peak(rounds);
+            if (k->end)
+                k->end();
+        }
         const double seconds = sparge_seconds() - start;
         if (seconds < trial_seconds && rounds < INT64_C(1) << 40) {
             rounds *= 2;
@@ -68,8 +74,8 @@ static double read_rate(float (*read)(const float *x, int64_t n), const float *x
 sparge_peaks sparge_cpu_peaks(sparge_isa isa, int threads)
 {
     const sparge_kernels k = sparge_cpu_kernels(isa);
-    return (sparge_peaks){operation_rate(k.peak_floats, threads),
-                          operation_rate(k.peak_bytes, threads)};
+    return (sparge_peaks){operation_rate(&k, k.peak_floats, threads),
+                          operation_rate(&k, k.peak_bytes, threads)};
 }
 
 sparge_status sparge_cpu_bandwidth(sparge_isa isa, int threads, double *bytes)

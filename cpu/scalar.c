@@ -223,6 +223,7 @@ void sparge_scalar_kernels(sparge_kernels *k)
     plain_kernels(k);
     product_kernels(k);
     k->isa = SPARGE_ISA_SCALAR;
+    k->begin = k->end = NULL;
     k->int8_scores = SPARGE_WORDS;
     k->maxima = maxima;
     k->softmax[SPARGE_BYTES] = softmax_bytes;

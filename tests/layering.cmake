@@ -7,7 +7,7 @@ get_filename_component(ROOT "${ROOT}" ABSOLUTE)
 set(standard "(assert|complex|ctype|errno|fenv|float|inttypes|limits|locale|math|setjmp|signal|stdalign|stdarg|stdatomic|stdbool|stddef|stdint|stdio|stdlib|stdnoreturn|string|tgmath|threads|time)\\.h")
 set(intrinsics "(.*intrin|arm_neon|arm_sve|arm_acle)\\.h")
 
-set(kernels "cpu/(avx2|avxvnni|avx512vnni)\\.c|tests/cpu/avxvnni_shim\\.h")
+set(kernels "cpu/(avx2|avxvnni|avx512vnni|amx)\\.c|tests/cpu/(avxvnni|amx)_shim\\.h")
 
 # One rule a line, the first that matches a file holds for it. No semicolons: these are lists.
 #     rule(<files> <what of ours they include> <which system headers> <the rule in words>)
@@ -31,7 +31,9 @@ rule("ref/oracle\\.[ch]" "${public}|ref/oracle\\.h" "${standard}"
 rule("ref/token_order\\.c" "${public}|common/error\\.h" "${standard}"
      "ref/token_order.c includes sparge*.h, common/error.h and the C library")
 rule("ref/.*" "${public}|common/.*|ref/.*" "${standard}" "ref/ includes sparge*.h, common/, ref/ and the C library")
-rule("cpu/.*" "${public}|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|cpuid\\.h|${intrinsics}"
+rule("cpu/dispatch\\.c" "${public}|common/.*|cpu/.*" "${standard}|cpuid\\.h|unistd\\.h|sys/syscall\\.h"
+     "cpu/dispatch.c includes sparge*.h, common/, cpu/, the C library, cpuid.h and Linux's system calls")
+rule("cpu/.*" "${public}|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|${intrinsics}"
      "cpu/ includes sparge*.h, common/, cpu/, the C library, OpenMP, POSIX threads and, in a kernel file, intrinsics")
 rule("tune/.*" "${public}|common/.*|tune/.*" "${standard}|pthread\\.h"
      "tune/ includes sparge*.h, common/, tune/, the C library and POSIX threads")
@@ -87,7 +89,7 @@ foreach(file IN LISTS sources)
     elseif(name MATCHES "^<([^>]+)>")
       set(header "${CMAKE_MATCH_1}")
       if(header MATCHES "^${intrinsics}$" AND NOT file MATCHES "^(${kernels})$")
-        complain("intrinsics are for cpu/avx2.c, cpu/avxvnni.c and cpu/avx512vnni.c")
+        complain("intrinsics are for cpu/avx2.c, cpu/avxvnni.c, cpu/avx512vnni.c and cpu/amx.c")
       elseif(EXISTS ${ROOT}/${header} AND NOT file MATCHES "^tests/install/")
         complain("what is ours is included in quotes")
       elseif(NOT header MATCHES "${system}")

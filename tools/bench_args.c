@@ -43,7 +43,7 @@ static const struct argp_option bench_options_[] = {
      "predicted)",
      0},
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
-    {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni or avx512vnni (auto)", 0},
+    {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni, avx512vnni or amx (auto)", 0},
     {"qk-dtype", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
     {"pv-dtype", PV, "HOW,...", 0,
      "P.V in int8, int12 or f32 (int8); on cuda int8, f32, f16, fp8 or fastest (fastest)", 0},

@@ -36,7 +36,7 @@ static exit_code info_json(long cores, file_error *error)
         json_object_set_new(backends, sparge_backend_string(b),
                             json_pack("{s:b, s:b}", "built", sparge_backend_built(b), "available",
                                       sparge_backend_available(b)));
-    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
+    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)
         json_object_set_new(isas, sparge_isa_string(isa), json_boolean(sparge_isa_available(isa)));
     return print_json(json_pack("{s:s, s:s, s:s, s:i, s:o, s:o}", "version", SPARGE_VERSION,
                                 "compiler", program_compiler, "flags", program_flags, "cores",
@@ -60,7 +60,7 @@ exit_code info_command(int argc, char **argv, file_error *error)
                !sparge_backend_built(b)      ? "not built"
                : sparge_backend_available(b) ? "built, can run here"
                                              : "built, cannot run here");
-    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
+    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)
         printf("  isa     %-12s %s\n", sparge_isa_string(isa),
                sparge_isa_available(isa) ? "yes" : "no");
     return EXIT_FINE;

@@ -323,7 +323,7 @@ static const struct argp_option attention_options[] = {
      "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
     {0, 0, 0, 0, "By what:", 3},
     {"backend", OPT_BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
-    {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni or avx512vnni", 0},
+    {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni, avx512vnni or amx", 0},
     {"threads", OPT_THREADS, "N", 0, "of the cpu backend (0: as many as there are cores)", 0},
     {"kernel", OPT_KERNEL, "N", 0, "kernel of the cuda backend, 1 to 5 (the best that can do it)",
      0},
@@ -333,7 +333,7 @@ static const struct argp_option attention_options[] = {
     {0},
 };
 
-const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", NULL};
+const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", "amx", NULL};
 const char *const options_pv_dtypes[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
 const char *const options_qk_dtypes[] = {"int8", "int12", "f32", NULL};
 const char *const options_causals[] = {"none", "end", "start", NULL};

@@ -503,7 +503,7 @@ Test(api, options_out_of_range)
         {"options.version is 10000 (1.0.0), ", offsetof(sparge_options, version), 10000, 4},
         {"options.version is -1 ", offsetof(sparge_options, version), -1, 4},
         {"backend is 4, ", offsetof(sparge_options, backend), 4, 4},
-        {"isa is 5, ", offsetof(sparge_options, isa), 5, 4},
+        {"isa is 6, it must be in [0, 5]", offsetof(sparge_options, isa), SPARGE_ISAS, 4},
         {"threads is -1, ", offsetof(sparge_options, threads), -1, 4},
         {"threads is 1000000, ", offsetof(sparge_options, threads), 1000000, 4},
         {"block_q is 0, it must be in [1, 1024]", offsetof(sparge_options, block_q), 0, 8},
@@ -848,7 +848,8 @@ Test(api, backends_that_are_not_built)
 
 Test(api, ref_has_no_instruction_sets)
 {
-    const sparge_isa isa[] = {SPARGE_ISA_AVX2, SPARGE_ISA_AVXVNNI, SPARGE_ISA_AVX512VNNI};
+    const sparge_isa isa[] = {SPARGE_ISA_AVX2, SPARGE_ISA_AVXVNNI, SPARGE_ISA_AVX512VNNI,
+                              SPARGE_ISA_AMX};
     for (int64_t n = 0; n < COUNT(isa); n++) {
         asked a = question();
         a.o.isa = isa[n];
@@ -862,7 +863,7 @@ Test(api, ref_has_no_instruction_sets)
     a.o.isa = SPARGE_ISA_SCALAR;
     accepted(ALL, a, "scalar");
     cr_assert(sparge_isa_available(SPARGE_ISA_AUTO) && sparge_isa_available(SPARGE_ISA_SCALAR));
-    cr_assert(!sparge_isa_available((sparge_isa)5) && !sparge_isa_available((sparge_isa)-1));
+    cr_assert(!sparge_isa_available(SPARGE_ISAS) && !sparge_isa_available((sparge_isa)-1));
 }
 
 /* ---- Names and defaults ---------------------------------------------------------------------- */
@@ -873,7 +874,8 @@ Test(api, names)
         "ok",           "bad argument", "sizes do not fit", "out of memory", "not supported here",
         "device error", "cancelled"};
     const char *const backend[] = {"auto", "ref", "cpu", "cuda"};
-    const char *const isa[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"};
+    const char *const isa[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
+    check_equal(COUNT(isa), SPARGE_ISAS);
     for (int n = 0; n < COUNT(status); n++)
         cr_assert_str_eq(sparge_status_string((sparge_status)n), status[n]);
     for (int n = 0; n < COUNT(backend); n++)

@@ -13,6 +13,7 @@
 
 #include "tests/support/agree.h"
 
+#include "cpu/cpu.h"
 #include "sparge_tune.h"
 
 TestSuite(cpu);
@@ -593,8 +594,8 @@ Test(cpu, the_environment_names_an_instruction_set)
                 strcat(have, *have ? ", " : "");
                 strcat(have, sparge_isa_string((sparge_isa)other));
             }
-        const char *lacks = check_text("%s, which this processor lacks: it has %s",
-                                       sparge_isa_string((sparge_isa)isa), have);
+        const char *lacks = check_text("%s, %s; here are %s", sparge_isa_string((sparge_isa)isa),
+                                       sparge_cpu_lacks((sparge_isa)isa), have);
         refused(&x, SPARGE_ERR_UNSUPPORTED, check_text("SPARGE_ISA is %s", lacks));
         x.o.isa = (sparge_isa)isa;
         refused(&x, SPARGE_ERR_UNSUPPORTED, check_text("isa is %s", lacks));

@@ -1,19 +1,28 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* dispatch.c: which instruction sets cpu/dispatch.c finds on processors that this machine is not:
- * CPUID and XGETBV are ours here. */
+ * CPUID, XGETBV and what the kernel permits are ours here. */
+#define _DEFAULT_SOURCE 1
 #include "tests/support/check.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__)
+#include "tests/cpu/filter.h"
 #include <cpuid.h>
 
 typedef struct processor {
-    unsigned leaves, ecx1, subleaves, ebx7, ecx7, eax71, saved;
+    unsigned leaves, ecx1, subleaves, ebx7, ecx7, edx7, eax71, saved;
 } processor;
 
 static processor here;
+static int asked;              /* for the tiles */
+static bool permits, real_one; /* the kernel's answer; the kernel itself is asked */
 
 static int leaf(unsigned number, unsigned sub, unsigned *eax, unsigned *ebx, unsigned *ecx,
                 unsigned *edx)
@@ -21,7 +30,7 @@ static int leaf(unsigned number, unsigned sub, unsigned *eax, unsigned *ebx, uns
     *eax = number == 1 ? 0 : sub == 1 ? here.eax71 : here.subleaves;
     *ebx = number == 7 && sub == 0 ? here.ebx7 : 0;
     *ecx = number == 1 ? here.ecx1 : sub == 0 ? here.ecx7 : 0;
-    *edx = 0;
+    *edx = number == 7 && sub == 0 ? here.edx7 : 0;
     return number <= here.leaves;
 }
 
@@ -30,8 +39,17 @@ static int leaf_alone(unsigned number, unsigned *eax, unsigned *ebx, unsigned *e
     return leaf(number, 0, eax, ebx, ecx, edx);
 }
 
+static long call(long number, long what, long feature)
+{
+    asked++;
+    if (real_one)
+        return syscall(number, what, feature);
+    return permits && number == SYS_arch_prctl && what == 0x1023 && feature == 18 ? 0 : -1;
+}
+
 #define __get_cpuid       leaf_alone
 #define __get_cpuid_count leaf
+#define syscall           call
 #define __asm__                 \
     low = here.saved, high = 0; \
     if (0)                      \
@@ -39,11 +57,17 @@ static int leaf_alone(unsigned number, unsigned *eax, unsigned *ebx, unsigned *e
 #endif
 #include "cpu/dispatch.c"
 #undef __asm__
+#undef syscall
 
 void sparge_scalar_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_SCALAR; }
 void sparge_avx2_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_AVX2; }
 void sparge_avxvnni_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_AVXVNNI; }
-void sparge_avx512vnni_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_AVX512VNNI; }
+void sparge_avx512vnni_kernels(sparge_kernels *k)
+{
+    k->isa = SPARGE_ISA_AVX512VNNI;
+    k->int8_scores = SPARGE_FORMATS;
+}
+void sparge_amx_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_AMX; }
 
 #if defined(__x86_64__)
 /* Everything, as the manual numbers the bits (volume 2, CPUID; volume 1, XCR0). */
@@ -53,58 +77,137 @@ static const processor whole = {
     .subleaves = 1,
     .ebx7 = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, /* AVX2 AVX512F DQ BW VL */
     .ecx7 = 1u << 11,                                            /* AVX512_VNNI */
+    .edx7 = 1u << 24 | 1u << 25,                                 /* AMX-TILE, AMX-INT8 */
     .eax71 = 1u << 4,                                            /* AVX-VNNI */
-    .saved = 1u << 1 | 1u << 2 | 1u << 5 | 1u << 6 | 1u << 7,    /* SSE AVX opmask ZMM */
+    .saved = 1u << 1 | 1u << 2 | 1u << 5 | 1u << 6 | 1u << 7 |   /* SSE AVX opmask ZMM */
+             1u << 17 | 1u << 18,                                /* TILECFG TILEDATA */
 };
 
-/* Without the bit of *part, this processor has these of AVX2, AVX-VNNI and AVX-512 VNNI. */
-static void without(unsigned *part, int bit, bool avx2, bool avxvnni, bool avx512vnni)
+/* Each is there, or `by` stands in its way. */
+static void only(const char *there, lack by, const char *of)
+{
+    static const char *const name[] = {"", "scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
+    for (sparge_isa isa = SPARGE_ISA_AVX2; isa < SPARGE_ISAS; isa++) {
+        const lack got = detect(isa);
+        check(got == (strstr(there, name[isa]) ? NOTHING : by), "%s: %s is %d", of, name[isa], got);
+    }
+    check_equal(detect(SPARGE_ISA_SCALAR), NOTHING);
+}
+
+static void without(unsigned *part, int bit, lack by, const char *there)
 {
     const unsigned before = *part;
     *part &= ~(1u << bit);
-    check_equal(detect(SPARGE_ISA_SCALAR), true);
-    check(detect(SPARGE_ISA_AVX2) == avx2, "AVX2 without bit %d", bit);
-    check(detect(SPARGE_ISA_AVXVNNI) == avxvnni, "AVX-VNNI without bit %d", bit);
-    check(detect(SPARGE_ISA_AVX512VNNI) == avx512vnni, "AVX-512 VNNI without bit %d", bit);
+    only(there, by, check_text("without bit %d", bit));
     *part = before;
 }
+
+#define EACH(bit, ...) (const int *bit = (const int[]){__VA_ARGS__, -1}; *bit >= 0; bit++)
 
 TestSuite(dispatch);
 
 Test(dispatch, every_bit_is_needed)
 {
     here = whole;
-    without(&here.ecx1, 0, true, true, true); /* one that nobody asks for */
-    for (const int *bit = (const int[]){12, 27, 28, 29, -1}; *bit >= 0; bit++)
-        without(&here.ecx1, *bit, false, false, false);
-    without(&here.ebx7, 5, false, false, false);
-    for (const int *bit = (const int[]){16, 17, 30, 31, -1}; *bit >= 0; bit++)
-        without(&here.ebx7, *bit, true, true, false);
-    without(&here.ecx7, 11, true, true, false);
-    without(&here.eax71, 4, true, false, true);
-    without(&here.saved, 1, false, false, false);
-    without(&here.saved, 2, false, false, false);
-    for (int bit = 5; bit <= 7; bit++)
-        without(&here.saved, bit, true, true, false);
+    permits = true;
+    without(&here.ecx1, 0, NOTHING, ""); /* one that nobody asks for */
+    for
+        EACH(bit, 12, 28, 29)
+    without(&here.ecx1, *bit, PROCESSOR, "");
+    without(&here.ecx1, 27, SYSTEM, "");
+    without(&here.ebx7, 5, PROCESSOR, "");
+    for
+        EACH(bit, 16, 17, 30, 31)
+    without(&here.ebx7, *bit, PROCESSOR, "avx2 avxvnni");
+    without(&here.ecx7, 11, PROCESSOR, "avx2 avxvnni");
+    for
+        EACH(bit, 24, 25)
+    without(&here.edx7, *bit, PROCESSOR, "avx2 avxvnni avx512vnni");
+    without(&here.eax71, 4, PROCESSOR, "avx2 avx512vnni amx");
+    for
+        EACH(bit, 1, 2)
+    without(&here.saved, *bit, SYSTEM, "");
+    for
+        EACH(bit, 5, 6, 7)
+    without(&here.saved, *bit, SYSTEM, "avx2 avxvnni");
+    for
+        EACH(bit, 17, 18)
+    without(&here.saved, *bit, SYSTEM, "avx2 avxvnni avx512vnni");
 }
 
 Test(dispatch, leaves_that_are_not_there)
 {
     here = whole;
+    permits = true;
     here.subleaves = 0;
-    without(&here.ecx1, 0, true, false, true);
+    only("avx2 avx512vnni amx", PROCESSOR, "without leaf 7.1");
     here.leaves = 1;
-    without(&here.ecx1, 0, false, false, false);
+    only("", PROCESSOR, "without leaf 7");
     here.leaves = 0;
-    without(&here.ecx1, 0, false, false, false);
+    only("", PROCESSOR, "without leaf 1");
+}
+
+/* Nobody asks for what cannot be, or for another instruction set. */
+Test(dispatch, permission)
+{
+    here = whole;
+    asked = 0;
+    permits = false;
+    only("avx2 avxvnni avx512vnni", PERMISSION, "refused");
+    check_equal(asked, 1);
+    permits = true;
+    only("avx2 avxvnni avx512vnni amx", NOTHING, "permitted");
+    check_equal(asked, 2);
+    without(&here.saved, 18, SYSTEM, "avx2 avxvnni avx512vnni");
+    without(&here.edx7, 24, PROCESSOR, "avx2 avxvnni avx512vnni");
+    check_equal(asked, 2);
+}
+
+/* What a child learns whose kernel answers so: asked once, and remembered. 2: there are no filters.
+ */
+static int child_learns(unsigned short number)
+{
+    const pid_t child = fork();
+    if (child == 0) {
+        if (!answer_for_tiles(number))
+            _exit(2);
+        here = whole;
+        real_one = true;
+        asked = 0;
+        const bool has = sparge_cpu_has(SPARGE_ISA_AMX);
+        const bool same = sparge_cpu_has(SPARGE_ISA_AMX) == has && asked == 1;
+        const char *const lacks = sparge_cpu_lacks(SPARGE_ISA_AMX);
+        const bool told = has ? !lacks : lacks && strstr(lacks, "arch_prctl") != NULL;
+        const bool best = sparge_cpu_best() == (has ? SPARGE_ISA_AMX : SPARGE_ISA_AVX512VNNI);
+        _exit(!same || !told || !best ? 3 : has ? 0 : 1);
+    }
+    int status = 0;
+    check(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status), "no child");
+    return WEXITSTATUS(status);
+}
+
+Test(dispatch, the_kernel_answers)
+{
+    const int yes = child_learns(0), no = child_learns(EPERM);
+    if (yes == 2) {
+        cr_log_info("the kernel's answer: not tested, it has no filters");
+        return;
+    }
+    check_equal(yes, 0);
+    check_equal(no, 1);
 }
 #endif
 
 Test(dispatch, the_best_that_is_here_and_its_kernels)
 {
     check_equal(sparge_cpu_has(SPARGE_ISA_SCALAR), true);
+    check_equal(sparge_cpu_has(SPARGE_ISA_AUTO), false);
+    check_equal(sparge_cpu_has(SPARGE_ISAS), false);
     check_equal(sparge_cpu_has((sparge_isa)99), false);
-    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa <= SPARGE_ISA_AVX512VNNI; isa++)
+    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)
         check_equal(sparge_cpu_kernels(isa).isa, isa);
     check(sparge_cpu_has(sparge_cpu_best()), "the best is none");
+#if defined(__x86_64__)
+    check_equal(sparge_cpu_kernels(SPARGE_ISA_AMX).int8_scores, SPARGE_FORMATS);
+#endif
 }

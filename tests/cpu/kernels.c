@@ -3,7 +3,7 @@
  * common/, bit for bit. Without Criterion, files and threads, so that it also runs, linked
  * statically, where little else does: under an emulator of a processor that the machine is not.
  *
- *     test_kernels --isa scalar|avx2|avxvnni|avx512vnni --draws N --seed S
+ *     test_kernels --isa scalar|avx2|avxvnni|avx512vnni|amx --draws N --seed S
  *
  * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the
  * other, and at the end both are the same to the last byte. So inputs that were changed, padding
@@ -946,14 +946,14 @@ static bool passes(const sparge_kernels *table, const struct kernel *kernel, int
 
 static const char *isa_name(sparge_isa isa)
 {
-    static const char *const name[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni"};
+    static const char *const name[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", "amx"};
     return name[isa];
 }
 
 /* With the shim, AVX-VNNI runs wherever AVX2 does. */
 static bool has(sparge_isa isa)
 {
-#ifdef SPARGE_AVXVNNI_SHIM
+#ifdef SPARGE_SHIMS
     if (isa == SPARGE_ISA_AVXVNNI)
         isa = SPARGE_ISA_AVX2;
 #endif
@@ -969,10 +969,9 @@ int main(int count, char **word)
     for (int n = 1; n + 1 < count; n += 2) {
         char *end = word[n + 1];
         if (!strcmp(word[n], "--isa")) {
-            for (isa = SPARGE_ISA_SCALAR;
-                 isa <= SPARGE_ISA_AVX512VNNI && strcmp(end, isa_name(isa)); isa++)
+            for (isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS && strcmp(end, isa_name(isa)); isa++)
                 ;
-            fine &= isa <= SPARGE_ISA_AVX512VNNI;
+            fine &= isa < SPARGE_ISAS;
             continue;
         }
         const uint64_t number = strtoull(word[n + 1], &end, 10);
@@ -985,7 +984,7 @@ int main(int count, char **word)
     }
     if (!fine || isa == SPARGE_ISA_AUTO) {
         fprintf(stderr,
-                "test_kernels --isa scalar|avx2|avxvnni|avx512vnni [--draws N] [--seed S]\n");
+                "test_kernels --isa scalar|avx2|avxvnni|avx512vnni|amx [--draws N] [--seed S]\n");
         return 2;
     }
     const char *name = isa_name(isa);
@@ -999,8 +998,12 @@ int main(int count, char **word)
     if (wrong)
         printf("the table is of %s\n", isa_name(table.isa));
     top = MEMORY;
+    if (table.begin)
+        table.begin();
     for (int n = 0; n < KERNELS; n++)
         wrong += !passes(&table, &kernels[n], draws, seed);
+    if (table.end)
+        table.end();
     printf("kernels %s: %" PRId64 " draws of %d kernels%s\n", name, draws, KERNELS,
            wrong ? ", FAILED" : "");
     return wrong != 0;

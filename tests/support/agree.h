@@ -7,7 +7,7 @@
 
 #include "tests/support/problem.h"
 
-enum { FIRST_ISA = SPARGE_ISA_SCALAR, LAST_ISA = SPARGE_ISA_AVX512VNNI };
+enum { FIRST_ISA = SPARGE_ISA_SCALAR, LAST_ISA = SPARGE_ISAS - 1 };
 
 typedef enum way { ATTEND, ATTENTION } way; /* over x's mask; both stages */
 

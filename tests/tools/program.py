@@ -87,8 +87,8 @@ def random(seed, *shape):
 EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
-    "schema version inputs mask manifest params backend isa threads kernel rules qk_dtype "
-    "pv_dtype block_q block_k skip_rows "
+    "schema version inputs mask manifest params backend isa threads kernel rules "
+    "qk_dtype pv_dtype block_q block_k skip_rows "
     "causal smooth_k sink softmax_scale theta tau topk lambda density"
 ).split() + SIZES + (
     "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by "
@@ -268,6 +268,7 @@ def test_options():
 # What /proc/cpuinfo has to name for an instruction set; VNNI's 512-bit files use all of these.
 FLAGS = {"scalar": "", "avx2": "avx avx2 fma f16c", "avxvnni": "avx avx2 fma f16c avx_vnni",
          "avx512vnni": "avx avx2 fma f16c avx512f avx512dq avx512bw avx512vl avx512_vnni"}
+FLAGS["amx"] = FLAGS["avx512vnni"] + " amx_tile amx_int8"
 
 
 def test_instruction_sets():
@@ -281,7 +282,7 @@ def test_instruction_sets():
             check(has[isa] == (set(needed.split()) <= set(flags)), "as /proc/cpuinfo says", isa,
                   has)
     here = [isa for isa in FLAGS if has[isa]]
-    here_in_words = "it has " + ", ".join(here)
+    here_in_words = "here are " + ", ".join(here)
     outputs = {}
     for isa in FLAGS:
         env = dict(os.environ, SPARGE_ISA=isa)
@@ -1303,8 +1304,8 @@ def test_order():
 
 
 BENCH_KEYS = (
-    "case mask backend kernel isa threads q_len k_len dim heads causal softmax_scale sparsity "
-    "seconds_total seconds_predict "
+    "case mask backend kernel isa threads q_len k_len dim heads causal "
+    "softmax_scale sparsity seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
     "baseline_pct_peak").split()
 TIMES = BENCH_KEYS[13:]

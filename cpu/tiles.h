@@ -1,0 +1,34 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* tiles.h: AMX's instructions, as the compiler needs no flag for them. t, a, b and c are constants
+ * 0 to 7, a stride is in bytes. (A tile is no operand that a compiler knows, and gcc 12's own
+ * macros let ordinary stores pass a load of a tile: so each clobbers memory.)
+ *
+ * tests/cpu/amx_shim.h has the same in plain C, and comes first where it is to be used. */
+#ifndef SPARGE_CPU_TILES_H
+#define SPARGE_CPU_TILES_H
+
+#include <stdint.h>
+
+/* p: 64 bytes, the configuration. Every tile becomes zero. */
+#define TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
+#define TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#define TILE_ZERO(t)   __asm__ volatile("tilezero %%tmm%c0" : : "i"(t) : "memory")
+#define TILE_LOAD(t, base, stride)                               \
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"             \
+                     :                                           \
+                     : "r"(base), "r"((int64_t)(stride)), "i"(t) \
+                     : "memory")
+#define TILE_STORE(t, base, stride)                              \
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"            \
+                     :                                           \
+                     : "r"(base), "r"((int64_t)(stride)), "i"(t) \
+                     : "memory")
+
+/* C [16][16] of 32 bits += A [16][64 bytes] B [16][16][4 bytes]: signed bytes, or pairs of bf16. */
+#define TILE_DP_BYTES(c, a, b) \
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b) : "memory")
+#define TILE_DP_BF16(c, a, b)                                                                      \
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b) : "memor" \
+                                                                                           "y")
+
+#endif
