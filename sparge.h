@@ -112,6 +112,8 @@ typedef struct sparge_result {
     sparge_counts counts;    /* sum over all heads */
     sparge_backend backend;  /* what ran */
     sparge_isa isa;          /* what ran */
+    sparge_isa qk_isa;       /* what Q.K^T ran on: isa, or what it builds on where isa has */
+    sparge_isa pv_isa;       /* no product in that dtype; and P.V */
     int threads;             /* how many ran */
     int kernel;              /* what ran on cuda, or 0 */
     sparge_dtype pv_dtype;   /* what FASTEST stood for */

@@ -170,6 +170,8 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
         .intermediates = result->intermediates ? result->intermediates : &no_intermediates,
         .backend = o.backend,
         .isa = o.isa,
+        .qk_isa = o.isa,
+        .pv_isa = o.isa,
         .threads = o.threads,
         .kernel = o.cuda.kernel,
         .pv_dtype = o.pv_dtype,

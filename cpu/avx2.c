@@ -157,7 +157,6 @@ static void widen(const uint16_t *from, int64_t n, float *to)
 void sparge_avx2_kernels(sparge_kernels *k)
 {
     plain_kernels(k);
-    product_kernels(k);
+    product_kernels(k, SPARGE_ISA_AVX2);
     softmax_kernels(k);
-    k->isa = SPARGE_ISA_AVX2;
 }

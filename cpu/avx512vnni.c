@@ -98,7 +98,6 @@ static void widen(const uint16_t *from, int64_t n, float *to)
 void sparge_avx512vnni_kernels(sparge_kernels *k)
 {
     plain_kernels(k);
-    vnni_kernels(k);
+    vnni_kernels(k, SPARGE_ISA_AVX512VNNI);
     softmax_kernels(k);
-    k->isa = SPARGE_ISA_AVX512VNNI;
 }

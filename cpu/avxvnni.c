@@ -24,6 +24,5 @@ INLINE ints i_dot_words(ints c, ints a, ints b)
 
 void sparge_avxvnni_kernels(sparge_kernels *k)
 {
-    vnni_kernels(k);
-    k->isa = SPARGE_ISA_AVXVNNI;
+    vnni_kernels(k, SPARGE_ISA_AVXVNNI);
 }

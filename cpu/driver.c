@@ -350,6 +350,8 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
     if (result) {
         for (int64_t h = 0; h < p->batch * p->heads; h++)
             result->head_counts[h] = sparge_tally_counts(&d.tally[h], g);
+        result->qk_isa = d.work.kernels.product_isa[d.work.q.operand.format];
+        result->pv_isa = d.work.kernels.product_isa[d.work.kv.v.format];
         result->workspace_bytes = (int64_t)needed.used;
         result->seconds_predict = d.predicting;
         result->seconds_quantize = d.packing;

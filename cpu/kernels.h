@@ -93,6 +93,7 @@ typedef void sparge_pack(const void *from, int64_t rows, int64_t stride, void *t
 
 typedef struct sparge_kernels {
     sparge_isa isa;
+    sparge_isa product_isa[SPARGE_FORMATS]; /* what the products below run on */
     sparge_format int8_scores; /* the format of Q and K in int8; P and V in int8 are BYTES */
 
     /* A thread's first word before any of the functions below, and its last. May be NULL. */

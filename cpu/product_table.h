@@ -3,8 +3,11 @@
 #ifndef SPARGE_CPU_PRODUCT_TABLE_H
 #define SPARGE_CPU_PRODUCT_TABLE_H
 
-static void product_kernels(sparge_kernels *k)
+static void product_kernels(sparge_kernels *k, sparge_isa isa)
 {
+    k->isa = isa;
+    for (int f = 0; f < SPARGE_FORMATS; f++)
+        k->product_isa[f] = isa;
     k->peak_floats = peak_floats;
     k->peak_bytes = peak_bytes;
     k->score[SPARGE_BYTES] = score_bytes;

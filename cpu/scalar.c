@@ -221,8 +221,7 @@ static int64_t peak_bytes(int64_t rounds)
 void sparge_scalar_kernels(sparge_kernels *k)
 {
     plain_kernels(k);
-    product_kernels(k);
-    k->isa = SPARGE_ISA_SCALAR;
+    product_kernels(k, SPARGE_ISA_SCALAR);
     k->begin = k->end = NULL;
     k->int8_scores = SPARGE_WORDS;
     k->maxima = maxima;

@@ -27,9 +27,9 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
 }
 
 /* Q and K of 8 bits are bytes too: the product is right for any unsigned A. */
-static void vnni_kernels(sparge_kernels *k)
+static void vnni_kernels(sparge_kernels *k, sparge_isa isa)
 {
-    product_kernels(k);
+    product_kernels(k, isa);
     k->int8_scores = SPARGE_BYTES;
 }
 

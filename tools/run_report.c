@@ -56,9 +56,12 @@ static json_t *describe_sizes(const run *r)
 static json_t *describe_run(const run *r)
 {
     const sparge_options *o = &r->options;
-    json_t *by = json_pack("{s:s, s:s, s:i, s:o}", "backend", sparge_backend_string(o->backend),
-                           "isa", sparge_isa_string(o->isa), "threads", o->threads, "kernel",
-                           o->cuda.kernel ? json_integer(o->cuda.kernel) : json_null());
+    const sparge_result *x = &r->result;
+    json_t *by =
+        json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "backend", sparge_backend_string(o->backend),
+                  "isa", sparge_isa_string(o->isa), "qk_isa", sparge_isa_string(x->qk_isa),
+                  "pv_isa", sparge_isa_string(x->pv_isa), "threads", o->threads, "kernel",
+                  o->cuda.kernel ? json_integer(o->cuda.kernel) : json_null());
     return json_joined(json_joined(json_joined(by, options_json(o)), describe_thresholds(r)),
                        describe_sizes(r));
 }
@@ -117,8 +120,9 @@ static json_t *describe_errors(const run *r)
 static void blank(json_t *json)
 {
     static const char *const keys[] = {
-        "qk_dtype",        "pv_dtype",         "skip_rows",      "lambda", "dim_v",
-        "workspace_bytes", "seconds_quantize", "seconds_attend", "tops",   "tops_executed"};
+        "qk_isa",           "pv_isa",         "qk_dtype", "pv_dtype",
+        "skip_rows",        "lambda",         "dim_v",    "workspace_bytes",
+        "seconds_quantize", "seconds_attend", "tops",     "tops_executed"};
     for (size_t n = 0; n < sizeof keys / sizeof *keys && json; n++)
         json_object_set_new(json, keys[n], json_null());
 }

@@ -1198,7 +1198,7 @@ Test(api, result_says_what_ran)
 {
     asked a = question();
     a.result.backend = SPARGE_CUDA;
-    a.result.isa = SPARGE_ISA_AVX512VNNI;
+    a.result.isa = a.result.qk_isa = a.result.pv_isa = SPARGE_ISA_AVX512VNNI;
     a.result.threads = -5;
     a.result.kernel = -5;
     a.result.pv_dtype = SPARGE_FP8;
@@ -1208,6 +1208,8 @@ Test(api, result_says_what_ran)
     const double took = now() - start;
     check_equal(a.result.backend, SPARGE_REF);
     check_equal(a.result.isa, SPARGE_ISA_SCALAR);
+    check_equal(a.result.qk_isa, SPARGE_ISA_SCALAR);
+    check_equal(a.result.pv_isa, SPARGE_ISA_SCALAR);
     check_equal(a.result.threads, 1);
     check_equal(a.result.kernel, 0);
     check_equal(a.result.pv_dtype, SPARGE_INT8);

@@ -2,6 +2,8 @@
 /* agree.c: the cpu backend against the reference, all bits, on one question. */
 #include "tests/support/agree.h"
 
+#include "cpu/kernels.h"
+
 /* ---- Two answers ---- */
 
 void same_everything(const problem *x, const answer *got, const answer *want)
@@ -51,6 +53,15 @@ void forget(reply *r)
     answer_free(&r->a);
 }
 
+/* AMX has products of int8 alone. */
+static sparge_isa product_isa(sparge_isa isa, sparge_dtype dtype)
+{
+    if (isa != SPARGE_ISA_AMX)
+        return isa;
+    return dtype == SPARGE_INT8 ? sparge_cpu_kernels(isa).product_isa[SPARGE_BYTES]
+                                : SPARGE_ISA_AVX512VNNI;
+}
+
 void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads,
                  totals *sum)
 {
@@ -69,6 +80,8 @@ void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, 
             reply got = ask(x, how, dtype, layout, spare);
             check_equal(got.a.result.backend, SPARGE_CPU);
             check_equal(got.a.result.isa, (sparge_isa)isa);
+            check_equal(got.a.result.qk_isa, product_isa((sparge_isa)isa, x->o.qk_dtype));
+            check_equal(got.a.result.pv_isa, product_isa((sparge_isa)isa, x->o.pv_dtype));
             check_equal(got.a.result.threads, *n);
             if (how == ATTENTION)
                 same_mask(&got.mask, &want.mask);

@@ -87,7 +87,7 @@ def random(seed, *shape):
 EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
-    "schema version inputs mask manifest params backend isa threads kernel rules "
+    "schema version inputs mask manifest params backend isa qk_isa pv_isa threads kernel rules "
     "qk_dtype pv_dtype block_q block_k skip_rows "
     "causal smooth_k sink softmax_scale theta tau topk lambda density"
 ).split() + SIZES + (
@@ -293,6 +293,12 @@ def test_instruction_sets():
             continue
         x = fine("run", *qkv, "--isa", isa, "-o", "o.npy")
         check(x["isa"] == isa and x["backend"] == "cpu", "--isa", isa, x)
+        x = fine("run", *qkv, "--isa", isa, "--qk-dtype", "f32", "--pv-dtype", "int12", "-o",
+                 "o.npy")
+        below = "avx512vnni" if isa == "amx" else isa
+        check(x["qk_isa"] == x["pv_isa"] == below, "what the products ran on", isa, x)
+        x = fine("run", *qkv, "--isa", isa, "-o", "o.npy")
+        check(x["qk_isa"] == x["pv_isa"] in (below, isa), "the products in int8", isa, x)
         outputs[isa] = np.load("o.npy")
         x = fine("run", *qkv, "-o", "o.npy", env=env)
         check(x["isa"] == isa and x["backend"] == "cpu", "SPARGE_ISA", isa, x)
@@ -1304,11 +1310,11 @@ def test_order():
 
 
 BENCH_KEYS = (
-    "case mask backend kernel isa threads q_len k_len dim heads causal "
+    "case mask backend kernel isa qk_isa pv_isa threads q_len k_len dim heads causal "
     "softmax_scale sparsity seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
     "baseline_pct_peak").split()
-TIMES = BENCH_KEYS[13:]
+TIMES = BENCH_KEYS[15:]
 SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
 ONE = [*SMALL, "--threads", 1]
 
