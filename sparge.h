@@ -111,7 +111,7 @@ typedef struct sparge_result {
     /* Set by the call. On a cuda stream counts and seconds are 0. */
     sparge_counts counts;    /* sum over all heads */
     sparge_backend backend;  /* what ran */
-    sparge_isa isa;          /* what ran */
+    sparge_isa isa;          /* what ran; of ref in BF16 whose order of the sum */
     sparge_isa qk_isa;       /* what Q.K^T ran on: isa, or what it builds on where isa has */
     sparge_isa pv_isa;       /* no product in that dtype; and P.V */
     int threads;             /* how many ran */

@@ -68,7 +68,7 @@ struct sparge_intermediates {
     float *v_scale; /* [batch][kv_heads][k_blocks][dim_v] */
     float *pv_done; /* [batch][heads][q_blocks][k_blocks], share of the rows */
     float *m;       /* [batch][heads][q_len], row maxima in log2 units */
-    float *l;       /* [batch][heads][q_len], row sums */
+    float *l;       /* [batch][heads][q_len], row sums; in BF16 of P as it is rounded */
 };
 
 /* ---- The oracle --------------------------------------------------------------------------- */
@@ -79,7 +79,8 @@ typedef enum sparge_oracle_mode {
 } sparge_oracle_mode;
 
 /* Attention by the textbook formula in double precision. It shares no code with any backend. CODES
- * takes FASTEST for INT8. The thresholds do not matter. Time grows as q_len * k_len.
+ * takes FASTEST for INT8, and BF16, which has no codes, for F32. The thresholds do not matter. Time
+ * grows as q_len * k_len.
  * Packed arrays in host memory, each NULL if it is not wanted:
  *   o          [batch][heads][q_len][dim_v]
  *   lse        [batch][heads][q_len], natural log

@@ -52,7 +52,8 @@ typedef enum sparge_backend {
     SPARGE_CUDA,
 } sparge_backend;
 
-/* Every instruction set gives the same bits. */
+/* Every instruction set gives the same bits, but for products in BF16, whose instructions add in
+ * another order: see ref/README.md. ref computes either order on any machine. */
 typedef enum sparge_isa {
     SPARGE_ISA_AUTO, /* what SPARGE_ISA in the environment names, or else the best */
     SPARGE_ISA_SCALAR,
@@ -98,13 +99,14 @@ typedef struct sparge_cuda_options {
 typedef struct sparge_options {
     int version;            /* SPARGE_VERSION_NUMBER of the caller's sparge.h */
     sparge_backend backend; /* default AUTO */
-    sparge_isa isa;         /* of the cpu backend; default AUTO */
+    sparge_isa isa;         /* of the cpu backend; default AUTO. With BF16 also of ref, whose
+                               order of the sum it is: AVX512VNNI, which is its default, or AMX */
     int threads;            /* of the cpu backend, 0 to 1024; default 0: as many as OpenMP takes */
     int64_t block_q;        /* queries of a block, 1 to 1024; default 128 */
     int64_t block_k;        /* keys of a block, 1 to 1024, with INT12 P.V to 128; default 64 */
     int64_t skip_rows;      /* rows that share a decision of lambda; default 0: 64, or by rules */
     sparge_causal causal;   /* default NONE */
-    sparge_dtype qk_dtype;  /* arithmetic of Q.K^T: INT8, INT12 or F32; default INT8 */
+    sparge_dtype qk_dtype;  /* arithmetic of Q.K^T: INT8, INT12, F32 or BF16; default INT8 */
     sparge_dtype pv_dtype;  /* arithmetic of P.V: also F16, FP8, FASTEST; default INT8 */
     float softmax_scale;    /* factor of the scores, finite, > 0; default 0: 1/sqrt(dim) */
     bool smooth_k;          /* subtract the mean key before quantization; default true */

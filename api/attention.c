@@ -228,7 +228,13 @@ sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options 
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "mode is %d, it must be one of sparge_oracle_mode", (int)mode);
     sparge_status status = sparge_check(problem, options, o != NULL, mask, error);
-    if (!status)
-        status = sparge_ref_oracle(problem, options, mask, mode, o, lse, block_mass);
+    if (status)
+        return status;
+    sparge_options real = *options; /* bf16 has no codes */
+    if (real.qk_dtype == SPARGE_BF16)
+        real.qk_dtype = SPARGE_F32;
+    if (real.pv_dtype == SPARGE_BF16)
+        real.pv_dtype = SPARGE_F32;
+    status = sparge_ref_oracle(problem, &real, mask, mode, o, lse, block_mass);
     return sparge_with_message(status, error);
 }

@@ -154,16 +154,17 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
             return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be in [%.0f, %.0f]",
                                number[n].name, (long long)number[n].value, low, high);
     }
-    const bool qk =
-        o->qk_dtype == SPARGE_INT8 || o->qk_dtype == SPARGE_INT12 || o->qk_dtype == SPARGE_F32;
+    const bool qk = o->qk_dtype == SPARGE_INT8 || o->qk_dtype == SPARGE_INT12 ||
+                    o->qk_dtype == SPARGE_F32 || o->qk_dtype == SPARGE_BF16;
     if (!qk)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                           "qk_dtype is %s (%d), it must be int8, int12 or f32",
+                           "qk_dtype is %s (%d), it must be int8, int12, f32 or bf16",
                            sparge_dtype_string(o->qk_dtype), (int)o->qk_dtype);
-    if ((unsigned)o->pv_dtype > SPARGE_FASTEST || o->pv_dtype == SPARGE_BF16)
-        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                           "pv_dtype is %s (%d), it must be int8, int12, f32, f16, fp8 or fastest",
-                           sparge_dtype_string(o->pv_dtype), (int)o->pv_dtype);
+    if ((unsigned)o->pv_dtype > SPARGE_FASTEST)
+        return sparge_fail(
+            error, SPARGE_ERR_ARGUMENT,
+            "pv_dtype is %s (%d), it must be int8, int12, f32, bf16, f16, fp8 or fastest",
+            sparge_dtype_string(o->pv_dtype), (int)o->pv_dtype);
     double low = 0.0, high = 0.0;
     sparge_range("softmax_scale", &low, &high);
     if (!(o->softmax_scale >= 0.0f && (double)o->softmax_scale <= high))

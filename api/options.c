@@ -52,12 +52,34 @@ static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
                        "SPARGE_ISA is '%.40s', which is no instruction set", name);
 }
 
+static bool uses_bf16(const sparge_options *o)
+{
+    return o->qk_dtype == SPARGE_BF16 || o->pv_dtype == SPARGE_BF16;
+}
+
+/* Which of the two types the cpu backend lacks, or NULL. */
+static const char *lacks_on_cpu(const sparge_options *o)
+{
+    if (o->qk_dtype == SPARGE_BF16)
+        return "qk_dtype";
+    return o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8 || o->pv_dtype == SPARGE_BF16
+               ? "pv_dtype"
+               : NULL;
+}
+
+static sparge_status lacks(const char *name, const sparge_options *o, sparge_error *error)
+{
+    return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                       "%s is %s, which the %s backend does not have, but ref has", name,
+                       sparge_dtype_string(*name == 'q' ? o->qk_dtype : o->pv_dtype),
+                       sparge_backend_string(o->backend));
+}
+
 sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error)
 {
-    if (o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8)
-        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                           "pv_dtype is %s, which the cpu backend does not have, but ref has",
-                           sparge_dtype_string(o->pv_dtype));
+    const char *const lacking = lacks_on_cpu(o);
+    if (lacking)
+        return lacks(lacking, o, error);
     const bool named = o->isa != SPARGE_ISA_AUTO;
     const sparge_status status = named ? SPARGE_OK : isa_of_environment(&o->isa, error);
     if (status)
@@ -93,7 +115,9 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_
                                                         : o->block_q;
     o->skip_rows = sparge_min(o->skip_rows, o->block_q);
     const bool wants_isa = o->isa != SPARGE_ISA_AUTO && o->isa != SPARGE_ISA_SCALAR;
-    if (wants_isa && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
+    const bool wants_order = uses_bf16(o) && o->backend == SPARGE_REF &&
+                             (o->isa == SPARGE_ISA_AVX512VNNI || o->isa == SPARGE_ISA_AMX);
+    if (wants_isa && !wants_order && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "isa is %s, which the %s backend does not have",
                            sparge_isa_string(o->isa), sparge_backend_string(o->backend));
@@ -101,8 +125,7 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "kernel is %d, which is of the cuda backend: backend is %s",
                            o->cuda.kernel, sparge_backend_string(o->backend));
-    const bool on_cpu =
-        o->rules == SPARGE_RULES_DEFAULT && o->pv_dtype != SPARGE_F16 && o->pv_dtype != SPARGE_FP8;
+    const bool on_cpu = o->rules == SPARGE_RULES_DEFAULT && !lacks_on_cpu(o);
     if (o->backend == SPARGE_AUTO)
         o->backend = wants_isa || on_cpu ? SPARGE_CPU : SPARGE_REF;
     if (!sparge_backend_built(o->backend))
@@ -116,7 +139,10 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_
         o->pv_dtype = SPARGE_INT8;
     if (o->backend == SPARGE_CPU)
         return sparge_resolve_cpu(o, error);
-    o->isa = SPARGE_ISA_SCALAR;
+    if (o->backend == SPARGE_CUDA && uses_bf16(o))
+        return lacks(o->qk_dtype == SPARGE_BF16 ? "qk_dtype" : "pv_dtype", o, error);
+    if (!wants_order)
+        o->isa = uses_bf16(o) ? SPARGE_ISA_AVX512VNNI : SPARGE_ISA_SCALAR;
     o->threads = 1;
     return o->backend == SPARGE_CUDA ? sparge_with_message(sparge_cuda_resolve(p, o, error), error)
                                      : SPARGE_OK;

@@ -52,11 +52,13 @@ SPARGE_HD float sparge_score_scale(float q_scale, float k_scale, float softmax_s
     return q_scale * k_scale * softmax_scale * SPARGE_LOG2E;
 }
 
-/* Is an element of V finite where P.V is computed in this type? From 65520 on binary16 has
- * infinity. */
-SPARGE_HD bool sparge_value_is_finite(float v, sparge_dtype pv_dtype)
+/* Is an element finite in a product of this type? The 16-bit types round to infinity from the
+ * middle of their largest number and the next power of 2 on. */
+SPARGE_HD bool sparge_value_is_finite(float x, sparge_dtype dtype)
 {
-    return pv_dtype == SPARGE_F16 ? fabsf(v) < 65520.0f : sparge_finite(v);
+    return dtype == SPARGE_F16    ? fabsf(x) < 65520.0f
+           : dtype == SPARGE_BF16 ? fabsf(x) < 0x1.ffp127f
+                                  : sparge_finite(x);
 }
 
 #endif

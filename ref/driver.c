@@ -33,8 +33,9 @@ static void release(arena *a)
         free(a->piece[--a->pieces]);
 }
 
-static sparge_ref_tensor tensor(arena *a, int64_t tokens, int64_t dim, int64_t block, int qmax,
-                                int64_t scales)
+/* Without a product it is loaded, and no more: then dtype is F32. */
+static sparge_ref_tensor tensor(arena *a, int64_t tokens, int64_t dim, int64_t block,
+                                sparge_dtype dtype, int qmax, int64_t scales)
 {
     return (sparge_ref_tensor){
         .tokens = tokens,
@@ -45,6 +46,7 @@ static sparge_ref_tensor tensor(arena *a, int64_t tokens, int64_t dim, int64_t b
         .qmax = qmax,
         .scales = scales,
         .code = take(a, qmax ? tokens * dim : 0, sizeof(int16_t)),
+        .bf16 = take(a, dtype == SPARGE_BF16 ? tokens * dim : 0, sizeof(uint16_t)),
         .scale = take(a, qmax ? sparge_ceil_div(tokens, block) * scales : 0, sizeof(float)),
     };
 }
@@ -56,9 +58,7 @@ static sparge_ref_mode mode_of(const sparge_problem *p, const sparge_options *o)
         .select = sparge_ref_select,
         .score = sparge_ref_score,
         .accumulate_pv = sparge_ref_accumulate_pv,
-        .qk_qmax = sparge_qk_qmax(o->qk_dtype),
         .p_qmax = sparge_pv_qmax(o->pv_dtype),
-        .v_qmax = sparge_pv_qmax(o->pv_dtype),
         .predict_scale = o->softmax_scale,
     };
     sparge_ref_set_precision(&mode, o);
@@ -71,10 +71,11 @@ static void lay_out(arena *a, sparge_ref_work *w)
     const sparge_geometry *g = &w->g;
     const int64_t dim = w->p->dim, dim_v = w->result ? w->p->dim_v : 0;
     const int64_t block_q = w->result ? g->block_q : 0, block_k = g->block_k; /* of tiles */
-    const int qk_qmax = w->result ? w->mode.qk_qmax : 0;
-    w->q = tensor(a, g->q_len, dim, g->block_q, qk_qmax, 1);
-    w->k = tensor(a, g->k_len, dim, g->block_k, qk_qmax, 1);
-    w->v = tensor(a, g->k_len, dim_v, g->block_k, w->result ? w->mode.v_qmax : 0, dim_v);
+    const sparge_dtype qk = w->result ? w->o->qk_dtype : SPARGE_F32,
+                       pv = w->result ? w->o->pv_dtype : SPARGE_F32;
+    w->q = tensor(a, g->q_len, dim, g->block_q, qk, sparge_qk_qmax(qk), 1);
+    w->k = tensor(a, g->k_len, dim, g->block_k, qk, sparge_qk_qmax(qk), 1);
+    w->v = tensor(a, g->k_len, dim_v, g->block_k, pv, sparge_pv_qmax(pv), dim_v);
     w->mean = w->o->smooth_k ? take(a, dim, sizeof(float)) : NULL;
     w->v_scale = take(a, dim_v, sizeof(float));
     for (int64_t c = 0; c < dim_v && w->v_scale; c++)
@@ -99,6 +100,7 @@ static void lay_out(arena *a, sparge_ref_work *w)
         .row = take(a, block_q, sizeof(sparge_row)),
         .o = take(a, block_q * dim_v, sizeof(float)),
         .product = take(a, dim_v, sizeof(int32_t)),
+        .p = take(a, block_k, sizeof(uint16_t)),
     };
     w->row_nonfinite = take(a, block_q, sizeof(bool));
     w->pv_done = take(a, g->k_blocks, sizeof(float));
@@ -134,6 +136,8 @@ static void load_keys(sparge_ref_work *w, bool predicts)
     load(&p->v, w->b, h, &w->v);
     if (w->mode.round_v)
         w->mode.round_v(w);
+    if (w->mode.round_qk)
+        w->mode.round_qk(&w->k);
     quantize(&w->k, w->mode.slack, at, to->k_int, to->k_scale);
     quantize(&w->v, 0.0f, at, to->v_int, to->v_scale);
 }
@@ -173,6 +177,8 @@ static sparge_status attend_head(sparge_ref_work *w, const sparge_mask *mask)
     sparge_status status = SPARGE_OK;
     const int64_t first = w->n * w->g.q_blocks;
     w->tally = sparge_tally_zero();
+    if (w->mode.round_qk) /* the prediction takes q as it is */
+        w->mode.round_qk(&w->q);
     for (int64_t i = 0; i < w->g.q_blocks && !status; i++) {
         sparge_ref_attend_block(w, i, mask ? mask->bits + (first + i) * mask->words : NULL);
         status = go_on(w, first + i + 1);

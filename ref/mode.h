@@ -8,6 +8,7 @@
 struct sparge_ref_summary;
 struct sparge_ref_row;
 struct sparge_ref_work;
+struct sparge_ref_tensor;
 
 /* By default those of predict.c and attend.c, which have the same names. */
 typedef struct sparge_ref_mode {
@@ -16,8 +17,9 @@ typedef struct sparge_ref_mode {
     void (*score)(struct sparge_ref_work *);
     void (*accumulate_pv)(struct sparge_ref_work *, int64_t r); /* row r of the tile */
     void (*skipped)(struct sparge_ref_work *, int64_t r);       /* a row that skips, or NULL */
+    void (*round_qk)(struct sparge_ref_tensor *);               /* as Q.K^T takes it, or NULL */
     void (*round_v)(struct sparge_ref_work *);                  /* as P.V takes it, or NULL */
-    int qk_qmax, p_qmax, v_qmax;                                /* 0: not quantized */
+    int p_qmax;                                                 /* 0: not quantized */
     float slack;                                                /* added to q_scale and k_scale */
     int64_t never_skip; /* so many last kept blocks ignore lambda */
     float predict_scale;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* precision.c: products that are not in int8: codes of 12 bits, no codes at all, and P.V as tensor
- * cores do it in binary16 and in e4m3. */
+/* precision.c: products that are not in int8: codes of 12 bits, no codes at all, both in bf16 as
+ * instructions of x86 do it, and P.V as tensor cores do it in binary16 and in e4m3. */
+#include "common/bf16.h"
 #include "common/quant.h"
 #include "ref/ref.h"
 
@@ -19,6 +20,52 @@ static void score_f32(sparge_ref_work *w)
                 sum = fmaf(q[c], k[c], sum);
             tile->s[r * tile->keys + t] = sum;
         }
+}
+
+/* ---- qk = bf16 ---- */
+
+static void round_bf16(sparge_ref_tensor *t)
+{
+    for (int64_t e = 0; e < t->tokens * t->dim; e++) {
+        t->nonfinite[e] |= !sparge_value_is_finite(t->x[e], SPARGE_BF16);
+        t->bf16[e] = sparge_bf16_of(t->nonfinite[e] ? 0.0f : t->x[e]);
+    }
+}
+
+static void score_bf16(sparge_ref_work *w)
+{
+    sparge_ref_tile *tile = &w->tile;
+    const sparge_bf16_order order = sparge_bf16_order_of(w->o->isa);
+    const int64_t dim = w->q.dim;
+    tile->scale = sparge_score_scale(1.0f, 1.0f, w->o->softmax_scale);
+    for (int64_t r = 0; r < tile->rows; r++)
+        for (int64_t t = 0; t < tile->keys; t++)
+            tile->s[r * tile->keys + t] =
+                sparge_bf16_dot(0.0f, &w->q.bf16[(tile->first_q + r) * dim],
+                                &w->k.bf16[(tile->first_k + t) * dim], 1, dim, order);
+}
+
+/* ---- pv = bf16: P against the running maximum, rounded for o and for l ---- */
+
+static void round_v_bf16(sparge_ref_work *w) { round_bf16(&w->v); }
+
+static void accumulate_bf16(sparge_ref_work *w, int64_t r)
+{
+    sparge_ref_tile *tile = &w->tile;
+    const sparge_bf16_order order = sparge_bf16_order_of(w->o->isa);
+    const int64_t dim = w->v.dim, keys = tile->visible[r];
+    sparge_row *row = &tile->row[r];
+    float *o = &tile->o[r * dim], sum[16] = {0};
+    const float shrink = sparge_row_update_max(row, tile->local[r]);
+    for (int64_t t = 0; t < keys; t++) {
+        tile->p[t] =
+            sparge_bf16_of(sparge_weight(tile->s[r * tile->keys + t], tile->scale, row->max));
+        sum[t % 16] += sparge_bf16_to_f32(tile->p[t]);
+    }
+    row->sum += sparge_sum_of(sum);
+    for (int64_t c = 0; c < dim; c++)
+        o[c] = sparge_bf16_dot(o[c] * shrink, tile->p, &w->v.bf16[tile->first_k * dim + c], dim,
+                               keys, order);
 }
 
 /* ---- pv = f32, f16, fp8: P against the running maximum ---- */
@@ -79,8 +126,16 @@ void sparge_ref_set_precision(sparge_ref_mode *mode, const sparge_options *o)
 {
     if (o->qk_dtype == SPARGE_F32)
         mode->score = score_f32;
+    if (o->qk_dtype == SPARGE_BF16) {
+        mode->score = score_bf16;
+        mode->round_qk = round_bf16;
+    }
     if (o->pv_dtype == SPARGE_F32)
         mode->accumulate_pv = accumulate_f32;
+    if (o->pv_dtype == SPARGE_BF16) {
+        mode->accumulate_pv = accumulate_bf16;
+        mode->round_v = round_v_bf16;
+    }
     if (o->pv_dtype == SPARGE_F16) {
         mode->accumulate_pv = accumulate_f16;
         mode->round_v = round_v_f16;

@@ -16,6 +16,7 @@ typedef struct sparge_ref_tensor {
     int qmax;                   /* codes are in [-qmax, qmax]; 0: x is multiplied as it is */
     int64_t scales;             /* of a block: 1, or of V one for each channel */
     int16_t *code;              /* [tokens][dim] */
+    uint16_t *bf16;             /* [tokens][dim] x as a product in bf16 takes it */
     float *scale;               /* [blocks][scales] */
 } sparge_ref_tensor;
 
@@ -56,6 +57,7 @@ typedef struct sparge_ref_tile {
     sparge_row *row;     /* [rows] m and l */
     float *o;            /* [rows][dim_v], not yet divided by l */
     int32_t *product;    /* [dim_v] one row of P.V, in codes */
+    uint16_t *p;         /* [keys] one row of P, in bf16 */
 } sparge_ref_tile;
 
 typedef struct sparge_ref_work {

@@ -182,7 +182,7 @@ static error_t finish(struct argp_state *state, bench_args *a)
         return options_wrong(state, "--kernel is of the cuda backend; add --backend cuda");
     for (int n = 0; n < a->pv.count && !cuda; n++) {
         const sparge_dtype pv = (sparge_dtype)a->pv.item[n];
-        if (pv != SPARGE_INT8 && pv != SPARGE_INT12 && pv != SPARGE_F32)
+        if (pv == SPARGE_F16 || pv == SPARGE_FP8 || pv == SPARGE_FASTEST)
             return options_wrong(state, "--pv-dtype has %s, the cpu backend has int8, int12, f32",
                                  pv == SPARGE_FASTEST ? "fastest" : sparge_dtype_string(pv));
     }

@@ -30,7 +30,12 @@ typedef struct allowed {
  * in the mean and 16 in a row; 5 and 50 are allowed. A weight in f16 or fp8 (10 and 3 bits of
  * mantissa) is off by half a step at most, 1/sqrt(3) of that in the mean, of itself and so of o.
  * What has no codes is rounded to f32, which was seen to cost 2e-6 in a row. o that is stored in 16
- * bits is off by 2^-9 of itself at most. */
+ * bits is off by 2^-9 of itself at most. bf16 is judged by the reference, which has its bits. */
+static bool in_bf16(const sparge_options *o)
+{
+    return o->qk_dtype == SPARGE_BF16 || o->pv_dtype == SPARGE_BF16;
+}
+
 static allowed from_oracle(const sparge_options *o, bool captured)
 {
     const double stored = o->backend == SPARGE_CUDA ? 0x1p-9 : 0.0;
@@ -39,7 +44,7 @@ static allowed from_oracle(const sparge_options *o, bool captured)
         : o->pv_dtype == SPARGE_FP8
             ? 0x1p-4 / sqrt(3.0)
             : sqrt((double)o->block_k / 12.0) / (o->pv_dtype == SPARGE_INT8 ? 127.0 : 4095.0);
-    if (o->pv_dtype == SPARGE_F32)
+    if (o->pv_dtype == SPARGE_F32 || in_bf16(o))
         return (allowed){1e-5 + stored, 1e-4 + stored};
     return captured ? (allowed){5.0 * coding + stored, 50.0 * coding + stored}
                     : (allowed){coding + stored, 2.0 * coding + stored};
@@ -50,13 +55,15 @@ static allowed from_oracle(const sparge_options *o, bool captured)
  * qmax), which is 1.8 / qmax, and o by as much of itself; v and P add half of that each, in
  * squares: 2.2 / qmax for all, and twice that is allowed, with the qmax of the coarser. The
  * scores of a model are larger: three times as much (SmolLM2: 4.7 / qmax). In fp8 v and P are off
- * by 2^-4 / sqrt(3) each, and twice that is added. Single rows may be far off where two keys
- * compete: the mean alone counts. */
+ * by 2^-4 / sqrt(3) each, and twice that is added. In bf16 it is 2^-8 / sqrt(3), and a score of
+ * such q and k is off by sqrt(2) of that: twice that of all four, 4 * 2^-8 / sqrt(3), is added.
+ * Single rows may be far off where two keys compete: the mean alone counts. */
 static double from_f32(const sparge_options *o, bool captured)
 {
     const double qmax = o->qk_dtype == SPARGE_INT8 || o->pv_dtype == SPARGE_INT8 ? 127.0 : 2047.0;
     const double fp8 = o->pv_dtype == SPARGE_FP8 ? 2.0 * sqrt(2.0 / 3.0) * 0x1p-4 : 0.0;
-    return (captured ? 13.0 : 4.4) / qmax + fp8;
+    const double bf16 = in_bf16(o) ? 4.0 * 0x1p-8 / sqrt(3.0) : 0.0;
+    return (captured ? 13.0 : 4.4) / qmax + fp8 + (captured ? 3.0 : 1.0) * bf16;
 }
 
 /* ---- The first tokens against the oracle ---- */
@@ -115,15 +122,18 @@ static void rows_alloc(const sparge_problem *p, array_type type, array *out)
     must_have(array_alloc(type, 4, shape, out, &failure));
 }
 
-/* How far `got` lies from what the oracle says. It knows no lambda: where there is one the
- * reference judges, over the same mask. */
+/* How far `got` lies from what the oracle says. It knows no lambda and no bf16: where there is one
+ * the reference judges, over the same mask and in the same order. */
 static comparison distance(const sparge_problem *p, const sparge_options *options,
                            const sparge_mask *mask, const array *got)
 {
-    const bool exact = options->thresholds.lambda == -INFINITY;
+    const bool exact = options->thresholds.lambda == -INFINITY && !in_bf16(options);
     sparge_options reference = *options;
+    if (in_bf16(options))
+        must_sparge(sparge_options_resolve(p, &reference, &library_error));
+    else
+        reference.isa = SPARGE_ISA_AUTO;
     reference.backend = SPARGE_REF;
-    reference.isa = SPARGE_ISA_AUTO;
     reference.cuda.kernel = 0;
     array want;
     rows_alloc(p, exact ? ARRAY_F64 : ARRAY_F32, &want);

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/quant.h"
 #include "tools/npy.h"
 
 #define FIELD(field) offsetof(sparge_intermediates, field)
@@ -91,8 +92,8 @@ void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const s
         [PREDICTED] = predicts,
         [SMOOTHED] = o->smooth_k && (predicts || attends),
         [ATTENDED] = attends,
-        [QK_CODES] = attends && o->qk_dtype != SPARGE_F32,
-        [PV_CODES] = attends && (o->pv_dtype == SPARGE_INT8 || o->pv_dtype == SPARGE_INT12),
+        [QK_CODES] = attends && sparge_qk_qmax(o->qk_dtype),
+        [PV_CODES] = attends && sparge_pv_qmax(o->pv_dtype),
     };
     d->attends = attends;
     for (int n = 0; n < INTERMEDIATE_COUNT; n++)

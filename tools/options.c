@@ -318,9 +318,9 @@ static const struct argp_option attention_options[] = {
     {"block-k", OPT_BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
     {"skip-rows", OPT_SKIP_ROWS, "N", 0, "decide lambda for N rows at a time (0: by the rules)", 0},
     {"no-smooth-k", OPT_NO_SMOOTH_K, 0, 0, "do not subtract the mean key", 0},
-    {"qk-dtype", OPT_QK_DTYPE, "HOW", 0, "Q.K in int8, int12 or f32", 0},
+    {"qk-dtype", OPT_QK_DTYPE, "HOW", 0, "Q.K in int8, int12, f32 or bf16", 0},
     {"pv-dtype", OPT_PV_DTYPE, "HOW", 0,
-     "P.V in int8, int12, f32, f16, fp8 or fastest (int8; on cuda fastest)", 0},
+     "P.V in int8, int12, f32, bf16, f16, fp8 or fastest (int8; on cuda fastest)", 0},
     {0, 0, 0, 0, "By what:", 3},
     {"backend", OPT_BACKEND, "NAME", 0, "auto, ref, cpu or cuda", 0},
     {"isa", OPT_ISA, "NAME", 0, "auto, scalar, avx2, avxvnni, avx512vnni or amx", 0},
@@ -334,8 +334,9 @@ static const struct argp_option attention_options[] = {
 };
 
 const char *const options_isas[] = {"auto", "scalar", "avx2", "avxvnni", "avx512vnni", "amx", NULL};
-const char *const options_pv_dtypes[] = {"int8", "int12", "f32", "f16", "fp8", "fastest", NULL};
-const char *const options_qk_dtypes[] = {"int8", "int12", "f32", NULL};
+const char *const options_pv_dtypes[] = {"int8", "int12", "f32",     "bf16",
+                                         "f16",  "fp8",   "fastest", NULL};
+const char *const options_qk_dtypes[] = {"int8", "int12", "f32", "bf16", NULL};
 const char *const options_causals[] = {"none", "end", "start", NULL};
 const char *const options_rules[] = {"default", "paper", "upstream", NULL};
 static const char *const backends[] = {"auto", "ref", "cpu", "cuda", NULL};
