@@ -22,7 +22,4 @@ INLINE ints i_dot_words(ints c, ints a, ints b)
 
 #include "cpu/vnni.h"
 
-void sparge_avxvnni_kernels(sparge_kernels *k)
-{
-    vnni_kernels(k, SPARGE_ISA_AVXVNNI);
-}
+void sparge_avxvnni_kernels(sparge_kernels *k) { vnni_kernels(k, SPARGE_ISA_AVXVNNI); }

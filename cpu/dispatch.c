@@ -116,10 +116,10 @@ const char *sparge_cpu_lacks(sparge_isa isa)
         [SYSTEM] = "whose registers this operating system does not save",
         [PERMISSION] = "whose registers this process may not use: arch_prctl refuses them",
     };
-    static atomic_int known[SPARGE_ISAS];
+    static _Atomic(lack) known[SPARGE_ISAS];
     if (isa < SPARGE_ISA_SCALAR || isa >= SPARGE_ISAS)
         return sentence[PROCESSOR];
-    int answer = atomic_load_explicit(&known[isa], memory_order_relaxed);
+    lack answer = atomic_load_explicit(&known[isa], memory_order_relaxed);
     if (answer == UNKNOWN) {
         answer = detect(isa);
         atomic_store_explicit(&known[isa], answer, memory_order_relaxed);

@@ -9,26 +9,21 @@
 
 #include <stdint.h>
 
+#define TILE_ASM(...) __asm__ volatile(__VA_ARGS__ : "memory")
+
 /* p: 64 bytes, the configuration. Every tile becomes zero. */
-#define TILE_CONFIG(p) __asm__ volatile("ldtilecfg (%0)" : : "r"(p) : "memory")
-#define TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
-#define TILE_ZERO(t)   __asm__ volatile("tilezero %%tmm%c0" : : "i"(t) : "memory")
-#define TILE_LOAD(t, base, stride)                               \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"             \
-                     :                                           \
-                     : "r"(base), "r"((int64_t)(stride)), "i"(t) \
-                     : "memory")
-#define TILE_STORE(t, base, stride)                              \
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"            \
-                     :                                           \
-                     : "r"(base), "r"((int64_t)(stride)), "i"(t) \
-                     : "memory")
+#define TILE_CONFIG(p) TILE_ASM("ldtilecfg (%0)" : : "r"(p))
+#define TILE_RELEASE() TILE_ASM("tilerelease" : :)
+#define TILE_ZERO(t)   TILE_ASM("tilezero %%tmm%c0" : : "i"(t))
+#define TILE_LOAD(t, base, stride) \
+    TILE_ASM("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(base), "r"((int64_t)(stride)), "i"(t))
+#define TILE_STORE(t, base, stride) \
+    TILE_ASM("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(base), "r"((int64_t)(stride)), "i"(t))
 
 /* C [16][16] of 32 bits += A [16][64 bytes] B [16][16][4 bytes]: signed bytes, or pairs of bf16. */
 #define TILE_DP_BYTES(c, a, b) \
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b) : "memory")
-#define TILE_DP_BF16(c, a, b)                                                                      \
-    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b) : "memor" \
-                                                                                           "y")
+    TILE_ASM("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
+#define TILE_DP_BF16(c, a, b) \
+    TILE_ASM("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
 
 #endif
