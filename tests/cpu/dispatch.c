@@ -59,7 +59,7 @@ static long call(long number, long what, long feature)
 #undef __asm__
 #undef syscall
 
-void sparge_scalar_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_SCALAR; }
+void sparge_scalar_kernels(sparge_kernels *k) { *k = (sparge_kernels){.isa = SPARGE_ISA_SCALAR}; }
 void sparge_avx2_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_AVX2; }
 void sparge_avxvnni_kernels(sparge_kernels *k) { k->isa = SPARGE_ISA_AVXVNNI; }
 void sparge_avx512vnni_kernels(sparge_kernels *k)

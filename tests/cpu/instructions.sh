@@ -19,22 +19,31 @@ for object in "$@"; do
     has '^ +[0-9a-f]+:' || complain "$object: holds no instructions"
     file=$(basename "$object")
     case $file in
+    amx.*)
+        has 'ldtilecfg' || complain "$object: no ldtilecfg"
+        has 'tilerelease' || complain "$object: no tilerelease"
+        ! has '%zmm' || has 'tdpbssd' || complain "$object: kernels without tdpbssd"
+        ;;
     avx512vnni.*) has 'vpdpbusd.*%zmm' || complain "$object: no vpdpbusd on zmm registers" ;;
     avxvnni.*) has '\{vex\} vpdpbusd.*%ymm' || complain "$object: no {vex} vpdpbusd on ymm registers" ;;
     avx2.*) ! has 'vpdp(bu|w)s' || complain "$object: VNNI in an AVX2 file" ;;
     *) ! has '%ymm' || complain "$object: a ymm register in a file for every machine" ;;
     esac
     case $file in
-    avx512vnni.*) ;;
+    avx512vnni.* | amx.*) ;;
     *)
         ! has '%zmm' || complain "$object: a zmm register"
         ! has '%k[0-7]' || complain "$object: a mask register"
         ! has "$evex" || complain "$object: an EVEX instruction"
         ;;
     esac
+    case $file in
+    amx.*) ;;
+    *) ! has 'tile|%tmm' || complain "$object: tiles" ;;
+    esac
     seen="$seen ${file%%.*}"
 done
-for name in scalar dispatch avx2 avxvnni avx512vnni; do
+for name in scalar dispatch avx2 avxvnni avx512vnni amx; do
     [[ "$seen " == *" $name "* ]] || complain "no object of $name.c among: $*"
 done
 exit $failed

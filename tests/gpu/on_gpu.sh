@@ -198,7 +198,7 @@ fi
 # ---- The host ----
 
 step lscpu 5 lscpu
-for isa in avx512vnni avxvnni avx2; do # the cpu backend's kernels, bit for bit; 77: the host lacks it
+for isa in amx avx512vnni avxvnni avx2; do # the cpu backend's kernels, bit for bit; 77: the host lacks it
     [ -n "$model" ] ||
         step "kernels_$isa" 20 "$bin/tests/gpu/test_kernels" --isa "$isa" --draws 2000 --seed "$seed"
 done
