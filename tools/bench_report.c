@@ -183,8 +183,7 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
     bench_case_name(g, c, name);
     return json_pack(
         "{s:s, s:s, s:s, s:o, s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, "
-        "s:o, s:o, "
-        "s:o, s:o, s:o, s:o, s:o, s:o}",
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "case", name, "mask", bench_mask_string(c->kind), "backend",
         sparge_backend_string(g->options.backend), "kernel",
         c->kernel ? json_integer(c->kernel) : json_null(), "isa", sparge_isa_string(c->result.isa),
@@ -199,7 +198,8 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
         json_number(f.seconds_attend), "tops", json_number(f.tops), "tops_executed",
         json_number(f.tops_executed), "pct_peak", json_number(f.pct_peak), "speedup_vs_f32",
         json_number(f.speedup), "efficiency", json_number(f.efficiency), "baseline_pct_peak",
-        json_number(f.baseline_pct_peak));
+        json_number(f.baseline_pct_peak), "read_bytes_per_second",
+        json_number(g->options.backend == SPARGE_CUDA ? NAN : g->machine.bytes));
 }
 
 void bench_json_group(const bench_group *g, json_t *rows)

@@ -372,8 +372,8 @@ def bench_cuda():
     for name, x in rows.items():
         check(x["backend"] == "cuda" and x["kernel"] == int(name.split()[1]) and x["heads"] == 3,
               name, x)
-        check(all(x[n] is None for n in ("pct_peak", "speedup_vs_f32", "baseline_pct_peak")), name,
-              "no baseline", x)
+        check(all(x[n] is None for n in ("pct_peak", "speedup_vs_f32", "baseline_pct_peak",
+                                         "read_bytes_per_second")), name, "no baseline", x)
         check(x["seconds_attend"] > 0 and x["tops"] > 0 and
               (x["seconds_predict"] is None) == (x["mask"] != "predicted"), name, "times", x)
         check((x["efficiency"] is None) == (x["mask"] == "dense"), name, "efficiency", x)
@@ -1317,8 +1317,8 @@ BENCH_KEYS = (
     "case mask backend kernel isa qk_isa pv_isa threads q_len k_len dim heads causal "
     "softmax_scale sparsity seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
-    "baseline_pct_peak").split()
-TIMES = BENCH_KEYS[15:]
+    "baseline_pct_peak read_bytes_per_second").split()
+TIMES = BENCH_KEYS[15:-1]
 SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
 ONE = [*SMALL, "--threads", 1]
 
@@ -1355,14 +1355,16 @@ def test_bench():
         check([x[n] for n in ("q_len", "k_len", "dim", "heads", "threads")] == [256, 256, 16, 1, 1],
               name, x)
         check(name.split()[1] == x["mask"] and sparge("info")[1].count(x["isa"]) == 1, name, x)
-        check(all(x[n] > 0 for n in TIMES if n not in ("seconds_predict", "efficiency")), name, x)
+        check(all(x[n] > 0 for n in (*TIMES, "read_bytes_per_second")
+                  if n not in ("seconds_predict", "efficiency")), name, x)
         check(
             abs(x["tops"] * x["seconds_total"] / (2 * 32 * 256 * 256 * 1e-12) - 1) < 1e-6, name,
             "tops", x)
         check(
             abs(x["tops_executed"] / x["tops"] / (1 - x["sparsity"]) - 1) < 1e-6, name, "executed",
             x)
-        check(x["baseline_pct_peak"] == dense["baseline_pct_peak"], name, "one baseline", x)
+        check(all(x[n] == dense[n] for n in ("baseline_pct_peak", "read_bytes_per_second")), name,
+              "one baseline", x)
         check(
             abs(x["speedup_vs_f32"] * x["seconds_total"] / dense["speedup_vs_f32"] /
                 dense["seconds_total"] - 1) < 1e-6, name, "speed-up", x)
