@@ -162,24 +162,31 @@ def commit():
     return name + "-dirty" * bool(changed)
 
 
+def processor():
+    """What Linux says of the first processor, by name."""
+    with open("/proc/cpuinfo") as file:
+        first = file.read().split("\n\n")[0]
+    return {name.strip(): value.strip() for name, value in
+            (line.split(":", 1) for line in first.splitlines() if ":" in line)}
+
+
 def stands_on(program):
     """What a measurement stands on: sources and their day, machine, and what compiled the
     program."""
     info = run_json(program, "info", "--json")
-    model = next((line.split(":", 1)[1].strip()
-                  for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                 platform.machine())
     git = ["git", "-C", ROOT, "log", "-1", "--format=%cs"]
     day = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
-        "commit": commit(), "date": day, "machine": model, "cores": info["cores"], "isa":
+        "commit": commit(), "date": day, "machine":
+        processor().get("model name", platform.machine()), "cores": info["cores"], "isa":
         [name for name, has in info["isa"].items() if has][-1], "compiler": info["compiler"],
         "flags": info["flags"]
     }
 
 
 def machine_line(program):
-    """The same in a line, with the day."""
-    on = stands_on(program)
-    return (f"{on['machine']}, {on['cores']} cores, {on['isa']}; {on['compiler']} {on['flags']}; "
-            f"commit {on['commit']}; {date.today()}")
+    """The same in a line, with the day, and which processor of that name it is."""
+    on, cpu = stands_on(program), processor()
+    which = f" (family {cpu['cpu family']} model {cpu['model']})" if "cpu family" in cpu else ""
+    return (f"{on['machine']}{which}, {on['cores']} cores, {on['isa']}; {on['compiler']} "
+            f"{on['flags']}; commit {on['commit']}; {date.today()}")

@@ -9,16 +9,14 @@ those of torch beside its own dense attention: FlexAttention over the random mas
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from flex import SEED, attention, flex_mask, seconds  # noqa: E402
 from item import Job, run  # noqa: E402
 
-TOKENS, DIM, BLOCK_Q, BLOCK_K, REPEAT, SEED = 22272, 128, 128, 64, 3, 1
+TOKENS, DIM, REPEAT = 22272, 128, 3
 SHARES = {"random": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], "banded": [0.1, 0.3, 0.5, 0.6, 0.8],
           "predicted": [0.1, 0.3, 0.5, 0.6, 0.8], "torch": [0, 0.3, 0.5, 0.8]}  # to be left out
 TIMES = ["ms", "ms_predict", "ms_quantize", "ms_dense_f32", "ms_dense_int8", "efficiency"]
@@ -44,47 +42,15 @@ def ours(mask, asked, how):
     }
 
 
-def seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def flex_mask(torch, share):
-    """So many of the key blocks of every query block, at random."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    draw = np.random.default_rng(SEED)
-    rows, columns = TOKENS // BLOCK_Q, TOKENS // BLOCK_K
-    kept = max(1, round((1 - share) * columns))
-    index = np.stack([np.concatenate([np.sort(order[:kept]), order[kept:]]) for order in
-                      (draw.permutation(columns) for _ in range(rows))])
-    return BlockMask.from_kv_blocks(torch.zeros(1, 1, rows, dtype=torch.int32),
-                                    torch.zeros(1, 1, rows, columns, dtype=torch.int32),
-                                    torch.full((1, 1, rows), kept, dtype=torch.int32),
-                                    torch.tensor(index[None, None],
-                                                 dtype=torch.int32), BLOCK_SIZE=(BLOCK_Q, BLOCK_K),
-                                    seq_lengths=(TOKENS, TOKENS)), 1 - kept / columns
-
-
 def torch_rows(share):
     """Dense by scaled_dot_product_attention where share is 0, else FlexAttention, in f32."""
     import torch
-    from torch.nn.attention.flex_attention import flex_attention
 
     torch.set_num_threads(os.cpu_count())
     torch.manual_seed(SEED)
-    q, k, v = (torch.randn(1, 1, TOKENS, DIM) for _ in range(3))
-
-    def dense():
-        torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-    blocks, left_out = flex_mask(torch, share) if share else (None, 0.0)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def call():
-        return compiled(q, k, v, block_mask=blocks) if share else dense()
-
+    inputs = [torch.randn(1, 1, TOKENS, DIM) for _ in range(3)]
+    blocks, left_out = flex_mask(torch, TOKENS, share) if share else (None, 0.0)
+    call, dense = attention(torch, inputs, blocks), attention(torch, inputs)
     with torch.inference_mode():
         call(), dense()
         times = [(seconds(call), seconds(dense)) for _ in range(REPEAT)]
