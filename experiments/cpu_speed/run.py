@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the cpu backend against its targets, and writes the README's table.
+"""Measures the cpu backend on this machine, and fills the tables of cpu/README.md.
 
-Everything is taken from `sparge bench` and `sparge run` on this machine, now. Writes cases.csv
-(every case of every benchmark), table.csv (the figures of the table) and, with --readme, the table
-between the markers in the README. A machine that others use gives wrong ratios: the benchmark
-refuses several threads then, and so does this.
+    run.py [--machine NAME]    `sparge bench`, `sparge run` and, where it is installed, torch, by
+                               turns: cases.csv, table.csv and machine.txt of machines/NAME, and of
+                               no other machine
+    run.py --readme            measures nothing: both tables from all of machines/, a column for
+                               each
+
+A machine that others use gives wrong ratios. `sparge bench` refuses several threads then; what it
+refuses counts as not measured.
 """
 import argparse
-import statistics
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,61 +21,103 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "capture")]
 
+import flex  # noqa: E402
+from cpu_table import CAPTURES, N, Measured, fill_readme, table  # noqa: E402
 from errors import number  # noqa: E402
-from harness import (
+from harness import (  # noqa: E402
     ROOT,
     bench_json,
-    fill_in,
     machine_line,
+    processor,
     run_json,
     run_main,
-    write_csv,  # noqa: E402
+    run_program,
+    write_csv,
     write_text,
 )
 from sets import CHOSEN, SMOLLM2  # noqa: E402
 
 LONG = 131072
+COMMAND = "`build/full-venv/bin/python experiments/cpu_speed/run.py` on each, then `--readme`"
+INT12 = ["--qk-dtype", "int12", "--pv-dtype", "int12"]
+BF16 = ["--qk-dtype", "bf16", "--pv-dtype", "bf16"]
 
 
-def bench(program, cases, *options):
-    found = bench_json(program, *options)
-    cases.extend(found)
-    return found
+class Bench:
+    """sparge bench, whose cases are kept, each with the name of its call."""
+
+    def __init__(self, program, repeat):
+        self.program, self.repeat, self.cases = program, repeat, []
+        isas = run_json(program, "info", "--json")["isa"]
+        self.isas = [name for name, has in isas.items() if has and name != "scalar"] or ["scalar"]
+        self.best = self.isas[-1]
+
+    def __call__(self, call, *options, repeat=None):
+        found = bench_json(self.program, *options, "--repeat", repeat or self.repeat)
+        self.cases += [row | {"call": call} for row in found]
+        return found
+
+    def can(self, *options):
+        """Whether the cpu backend of this program, here, has the dtypes that these ask for."""
+        small = ["--q-len", 64, "--dim", 64, "--threads", 1, "--repeat", 1]
+        return run_program([self.program, "bench", *small, *options], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL).returncode == 0
+
+    def add(self, case, dim, threads, ms):
+        """What is not ours, as a case."""
+        self.cases.append({"case": case, "isa": "", "threads": threads, "q_len": N, "k_len": N,
+                           "dim": dim, "heads": 1, "causal": "none",
+                           "ms": float(f"{ms:.9g}"), "call": "turns"})
 
 
-def one(found, case, **where):
-    """The only row of that case."""
-    rows = [r for r in found if r["case"] == case and all(r[k] == v for k, v in where.items())]
-    assert len(rows) == 1, (case, where, [r["case"] for r in found])
-    return rows[0]
+# ---- torch ------------------------------------------------------------------------------------
+
+class Torch:
+    """torch's attention of one head: dense in f32 and bf16; on one thread also FlexAttention, over
+    a mask that leaves out half of the key blocks of every query block at random, as ours does."""
+
+    def __init__(self):
+        try:
+            import torch
+        except ImportError:
+            torch = None
+        self.torch, self.calls = torch, []
+        if not torch:
+            return
+        self.name = f"; torch {torch.__version__}"
+        torch.set_num_threads(1)
+        half = flex.flex_mask(torch, N, 0.5)[0]
+        for dim in (64, 128):
+            for dtype, kind in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+                inputs = [torch.randn(1, 1, N, dim).to(kind) for _ in range(3)]
+                self.add(f"torch sdpa {dtype}", dim, flex.attention(torch, inputs))
+                self.add(f"torch flex {dtype}", dim, flex.attention(torch, inputs, half))
+
+    name = ""
+
+    def add(self, case, dim, call):
+        """Where it can be called: FlexAttention needs a compiler of C++."""
+        try:
+            with self.torch.inference_mode():
+                call()
+            self.calls.append((case, dim, call))
+        except Exception as e:  # torch has many kinds; the others go on
+            print(f"{case}: {(str(e).strip() or repr(e)).splitlines()[0][:160]}", file=sys.stderr)
+
+    def time(self, bench, threads):
+        """The second call of each: the first finds other data in the caches."""
+        for case, dim, call in self.calls:
+            if threads > 1 and case != "torch sdpa f32":
+                continue
+            self.torch.set_num_threads(threads)
+            with self.torch.inference_mode():
+                call()
+                bench.add(case, dim, threads, 1e3 * flex.seconds(call))
 
 
-def imposed(program, cases, repeat):
-    """Dense, imposed masks and the predictor's own mask, one thread and two."""
-    found = bench(program, cases, "--q-len", "4096,8192", "--dim", "64,128", "--threads", 1,
-                  "--repeat", repeat, "--mask-kind", "random,banded", "--sparsity",
-                  "0,0.3,0.5,0.7,0.9")
-    found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat",
-                   repeat, "--mask-kind", "predicted")
-    found += bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", 1, "--repeat",
-                   repeat, "--qk-dtype", "int12", "--pv-dtype", "int12", "--sparsity", 0)
-    bench(program, cases, "--q-len", 22272, "--dim", 128, "--threads", 1, "--repeat",
-          3)  # the paper's Fig 10
-    return found
-
-
-def scaling(program, cases, repeat):
-    """One thread and two by turns: the ratio of their times over a random half of the blocks."""
-    ms = {1: [], 2: []}
-    for _ in range(repeat):
-        for threads in ms:
-            found = bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", threads,
-                          "--repeat", 1, "--sparsity", "0.5")
-            ms[threads].append(one(found, "int8/int8 random 0.5")["ms_attend"])
-    return statistics.median(ms[1]) / statistics.median(ms[2])
-
+# ---- By sparge run ----------------------------------------------------------------------------
 
 def relative_l1(program, *options):
     """Against attention in double, on 2048 tokens of normal numbers."""
@@ -82,168 +129,120 @@ def relative_l1(program, *options):
         return number(run_json(program, "run", *files, "--dense", "--check", *options)["l1"])
 
 
-def workspace(program):
-    """Bytes beside inputs and output for one head of 131072 tokens; the least of attention does to
-    see them."""
+def workspaces(bench):
+    """Bytes beside inputs and output for one head of 131072 tokens, with keys in words and, where
+    the best instruction set has them so, in bytes; the least of attention does to see them."""
+    isas = {"avx2": "avx2"} if "avx2" in bench.isas else {}
+    if bench.best == "amx" or "vnni" in bench.best:
+        isas["vnni"] = bench.best
     draw = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "x.npy")
         np.save(file, draw.standard_normal((LONG, 128), dtype=np.float32))
-        return run_json(program, "run", file, file, file, "--theta", -1, "--tau",
-                        0)["workspace_bytes"]
+        return {f"workspace {name}":
+                run_json(bench.program, "run", file, file, file, "--theta", -1, "--tau", 0,
+                         "--isa", isa)["workspace_bytes"] for name, isa in isas.items()}
 
 
-def captured(program, cases, repeat):
-    """Speed-up over dense f32 on each captured key head at the chosen setting, and the error
-    there."""
-    rows = []
-    for file in sorted(SMOLLM2.glob("*.safetensors")):
-        found = bench(program, cases, "--capture", file, "--causal=end", "--threads", 1, "--repeat",
-                      repeat, *CHOSEN)
-        row = one(found, "int8/int8 predicted causal")
-        check = run_json(program, "run", file, "--causal", "--check", *CHOSEN)
-        rows.append((file.stem, row["speedup_vs_f32"], row["sparsity"], number(check["l1"])))
-    return rows
+# ---- All of it --------------------------------------------------------------------------------
+
+def each_isa(bench):
+    """Dense and imposed masks, in turns within an instruction set and a number of channels."""
+    bench("isas", "--isa", ",".join(bench.isas), "--q-len", N, "--dim", "64,128", "--threads", 1,
+          "--mask-kind", "random,banded", "--sparsity", "0,0.5,0.7,0.9")
+    bench("int12", "--q-len", N, "--dim", 128, "--threads", 1, "--sparsity", 0, *INT12)
 
 
-def torch_times(program, cases, repeat):
-    """torch's scaled_dot_product_attention and ours by turns; seconds of each, or None without
-    torch."""
-    try:
-        import time
+def turns(bench, repeat):
+    """What is compared with torch, with bf16 and with two threads, one after the other in every
+    round."""
+    torch = Torch()
+    own = {"amx": ["amx", "avx512vnni"]}.get(bench.best, [bench.best])
+    bf16 = bench.can(*BF16)
+    shape = ["--q-len", N, "--dim", "64,128"]
+    for _ in range(repeat):
+        bench("turns", *shape, "--isa", ",".join(own), "--threads", 1, "--mask-kind",
+              "random,predicted", "--sparsity", "0,0.5,0.9", repeat=1)
+        if bf16:
+            bench("turns", *shape, "--threads", 1, "--sparsity", "0,0.5,0.9", *BF16, repeat=1)
+        torch.time(bench, 1)
+        try:
+            bench("turns", *shape, "--threads", 2, "--sparsity", "0,0.5", repeat=1)
+        except SystemExit as e:
+            print(f"not measured: {e}", file=sys.stderr)
+        torch.time(bench, 2)
+    return torch.name, bf16
 
-        import torch
-    except ImportError:
-        return None
-    q, k, v = (torch.randn(1, 1, 8192, 128) for _ in range(3))
+
+def captured(bench):
+    """Of each captured key head at the chosen setting: speed over dense f32, sparsity, error."""
     found = {}
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        times = {"torch": [], "dense": [], "half": []}
-        for _ in range(repeat):
-            torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            start = time.perf_counter()
-            torch.nn.functional.scaled_dot_product_attention(q, k, v)
-            times["torch"].append(1e3 * (time.perf_counter() - start))
-            rows = bench(program, cases, "--q-len", 8192, "--dim", 128, "--threads", threads,
-                         "--repeat", 1, "--sparsity", "0,0.5")
-            times["dense"].append(one(rows, "int8/int8 dense")["ms"])
-            times["half"].append(one(rows, "int8/int8 random 0.5")["ms"])
-        found[threads] = {name: statistics.median(values) for name, values in times.items()}
+    for stem in CAPTURES:
+        file = SMOLLM2 / f"{stem}.safetensors"
+        rows = bench("capture", "--capture", file, "--causal=end", "--threads", 1, *CHOSEN)
+        row, = (row for row in rows if row["case"] == "int8/int8 predicted causal")
+        check = run_json(bench.program, "run", file, "--causal", "--check", *CHOSEN)
+        found[stem] = row["speedup_vs_f32"], row["sparsity"], number(check["l1"])
     return found
 
 
-def figures(program, repeat):
-    """Rows of the table: what, the least asked, the goal, what was measured."""
-    cases, rows = [], []
-
-    def add(what, least, goal, measured):
-        rows.append({"figure": what, "at least": least, "goal": goal, "measured": measured})
-
-    found = imposed(program, cases, repeat)
-
-    def dense(dim, case="int8/int8 dense"):
-        return one(found, case, q_len=8192, dim=dim)
-
-    add("dense f32, % of the FMA peak (D = 64)", "80 (76)", "88 (84)",
-        f"{dense(128)['baseline_pct_peak']:.1f} ({dense(64)['baseline_pct_peak']:.1f})")
-    add("dense int8 over dense f32 (D = 64)", "1.50x (1.40x)", "1.68x (1.57x)",
-        f"{dense(128)['speedup_vs_f32']:.2f}x ({dense(64)['speedup_vs_f32']:.2f}x)")
-    add(
-        "dense int8, effective operations, % of the FMA peak (D = 64)", "125", "144", " ".join(
-            f"{'' if dim == 128 else '('}"
-            f"{dense(dim)['speedup_vs_f32'] * dense(dim)['baseline_pct_peak']:.0f}"
-            f"{'' if dim == 128 else ')'}" for dim in (128, 64)))
-    int12 = one(found, "int12/int12 dense")
-    add(
-        "int12 over f32; relative L1 on normal data", "1.35x; 1e-3", "1.52x; 5e-4",
-        f"{int12['speedup_vs_f32']:.2f}x; "
-        f"{relative_l1(program, '--qk-dtype', 'int12', '--pv-dtype', 'int12'):.1e}"
-    )
-    for kind in ("random", "banded"):
-        measured = [100 * one(found, f"int8/int8 {kind} {share}", q_len=8192, dim=128)["efficiency"]
-                    for share in (0.5, 0.7, 0.9)]
-        add(f"efficiency at 50 / 70 / 90 %, {kind} mask", "96 / 95 / 93 %", "99 / 98 / 97 %",
-            " / ".join(f"{x:.0f}" for x in measured) + " %")
-    predicted = one(found, "int8/int8 predicted")
-    share = 100 * (predicted["ms_predict"] + predicted["ms_quantize"]) / dense(128)["ms"]
-    add("prediction, quantization and packing, share of dense int8", "1.5 %", "0.9 %",
-        f"{share:.2f} %")
-    add("1 to 2 threads, random 50 %", "1.90x", "1.97x", f"{scaling(program, cases, repeat):.2f}x")
-    for name, speedup, sparsity, l1 in captured(program, cases, repeat):
-        add(f"{name}, 4096, causal: over f32 (sparsity, L1)", "report", "2.5x",
-            f"{speedup:.2f}x ({sparsity:.2f}, {l1:.3f})")
-    torch = torch_times(program, cases, repeat)
-    for threads in (1, 2):
-        t = torch and torch[threads]
-        add(
-            f"over torch's SDPA in f32, {threads} thread{'s' * (threads > 1)}: dense int8; int8 at "
-            "50 %",
-            "1.5x; 3x", "2x; 4x", f"{t['torch'] / t['dense']:.2f}x; {t['torch'] / t['half']:.2f}x"
-            if t else "torch is not here")
-    add("memory beside inputs and output, 131072 tokens, 1 head", "64 MiB", "40 MiB",
-        f"{workspace(program) / 2**20:.0f} MiB")
-    return cases, rows
+def measure(program, repeat):
+    """The cases, the figures that follow, and what was measured beside the program."""
+    bench = Bench(program, repeat)
+    each_isa(bench)
+    beside, bf16 = turns(bench, repeat)
+    dtypes = {"int8": [], "int12": INT12} | ({"bf16": BF16} if bf16 else {})
+    apart = captured(bench) | workspaces(bench) | {
+        f"l1 {name}": relative_l1(program, *options) for name, options in dtypes.items()}
+    return bench.cases, table(Measured(bench.cases, apart, bench.best)), beside
 
 
-def by_isa(program, repeat):
-    """Every instruction set that is here but the scalar one: 8192 tokens, one thread, medians."""
-    here = [
-        isa for isa, yes in run_json(program, "info", "--json")["isa"].items()
-        if yes and isa != "scalar"
-    ]
-    cases, rows = [], []
-    found = bench(program, cases, "--isa", ",".join(here), "--q-len", 8192, "--dim", "64,128",
-                  "--threads", 1, "--repeat", repeat, "--sparsity", "0,0.5")
-    for isa in here:
-        for dim in (64, 128):
-            dense, half = (one(found, f"int8/int8 {case}", isa=isa, dim=dim)
-                           for case in ("dense", "random 0.5"))
-            rows.append({
-                "instructions": isa, "D": str(dim), "f32, ms":
-                f"{dense['ms'] * dense['speedup_vs_f32']:.0f}", "% of FMA peak":
-                f"{dense['baseline_pct_peak']:.0f}", "int8, ms": f"{dense['ms']:.1f}",
-                "over f32": f"{dense['speedup_vs_f32']:.2f}x", "int8 at 50 %, ms":
-                f"{half['ms']:.1f}", "efficiency": f"{100 * half['efficiency']:.0f} %"
-            })
-    return cases, rows
+# ---- The machine ------------------------------------------------------------------------------
+
+ZEN = {  # family and models, by their first digit of 16
+    "zen3": (25, (0x0, 0x2, 0x3, 0x4, 0x5)), "zen4": (25, (0x1, 0x6, 0x7, 0xa)),
+    "zen5": (26, (0x0, 0x1, 0x2, 0x3, 0x4, 0x6, 0x7))
+}
 
 
-def fill_table(path, marker, rows, machine, option):
-    command = f"Command: `build/venv/bin/python experiments/cpu_speed/run.py {option}`."
-    rule = "|---" * len(rows[0]) + "|"
-    lines = ["| " + " | ".join(cells) + " |" for cells in (rows[0], *(r.values() for r in rows))]
-    fill_in(path, marker, [f"{machine}.", command, "", lines[0], rule, *lines[1:]])
+def machine_name(cpu):
+    """zen3, zen4, zen5, or the vendor with family and model; of what /proc/cpuinfo says."""
+    if "cpu family" not in cpu:
+        sys.exit("what processor this is cannot be seen; give --machine NAME")
+    vendor, family, model = cpu["vendor_id"], int(cpu["cpu family"]), int(cpu["model"])
+    for name, (of_family, models) in ZEN.items():
+        if (vendor, family) == ("AuthenticAMD", of_family) and model >> 4 in models:
+            return name
+    return f"{vendor.replace('Genuine', '').replace('Authentic', '').lower()}_{family}_{model}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", metavar="NAME",
+                        help="what this machine is called (by its processor)")
     parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
                         help="the program")
     parser.add_argument("--repeat", type=int, default=5, help="rounds that count")
     parser.add_argument("--readme", action="store_true",
-                        help="write the table into cpu/README.md too")
-    parser.add_argument(
-        "--isas", action="store_true",
-        help="instead, time every instruction set that is here: isas.csv, "
-        "and the table of cpu/README.md")
+                        help="write the tables of cpu/README.md, and measure nothing")
+    parser.add_argument("--machines", type=Path, default=HERE / "machines", help=argparse.SUPPRESS)
+    parser.add_argument("--readme-file", type=Path, default=ROOT / "cpu/README.md",
+                        help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.isas:
-        cases, rows = by_isa(args.sparge, args.repeat)
-        write_csv(HERE / "isas.csv", cases)
-        fill_table(ROOT / "cpu/README.md", "cpu_isas", rows, machine_line(args.sparge), "--isas")
-        return
-    cases, rows = figures(args.sparge, args.repeat)
-    machine = machine_line(args.sparge)
-    write_csv(HERE / "cases.csv", cases)
-    write_csv(HERE / "table.csv", rows)
-    write_text(HERE / "machine.txt", machine + "\n")
     if args.readme:
-        fill_table(ROOT / "cpu/README.md", "cpu_speed", rows, machine, "--readme")
-    print(machine)
+        return fill_readme(args.machines, args.readme_file, COMMAND)
+    name = machine_name(processor()) if args.machine is None else args.machine
+    if not re.fullmatch("[a-z0-9_]+", name):
+        parser.error(f"--machine is '{name}', it must be of a-z, 0-9 and _")
+    cases, rows, beside = measure(args.sparge, args.repeat)
+    folder = args.machines / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "cases.csv", cases)
+    write_csv(folder / "table.csv", rows)
+    write_text(folder / "machine.txt", machine_line(args.sparge) + beside + "\n")
     for row in rows:
-        print(f"  {row['figure']:85} {row['at least']:>15} {row['goal']:>15}   {row['measured']}")
+        print(f"  {row['figure']:75} {row['measured']}")
 
 
 if __name__ == "__main__":

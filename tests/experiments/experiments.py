@@ -37,9 +37,12 @@ sys.dont_write_bytecode = True
 sys.path[:0] = [
     str(ROOT / "experiments"),
     str(ROOT / "experiments/capture"),
+    str(ROOT / "experiments/cpu_speed"),
     str(ROOT / "paper_figs")
 ]
+MACHINES = ROOT / "experiments/cpu_speed/machines"
 
+import cpu_table  # noqa: E402
 import errors  # noqa: E402
 import harness  # noqa: E402
 import item  # noqa: E402
@@ -422,11 +425,136 @@ def test_bench_json():
             "case": "c", "ms": 12.3456789, "ms_predict": None, "ms_quantize": 0.1, "ms_attend":
             12.2, "tops": 2.0
         }], "milliseconds")
-    committed = table(ROOT / "experiments/cpu_speed/cases.csv")
     found = item.bench_json(SPARGE, "--q-len", 64, "--dim", 16, "--repeat", 1, "--threads", 1,
-                            "--sparsity", 0)[0]
-    check([key for key in found if key in committed[0]] == list(committed[0]),
-          "the columns of cpu_speed", list(found))
+                            "--sparsity", 0)[0] | {"call": "isas"}
+    for path in MACHINES.glob("*/cases.csv"):
+        committed = list(table(path)[0])
+        check([key for key in found if key in committed] == committed, f"columns of {path}",
+              list(found))
+
+
+# ---- cpu_speed --------------------------------------------------------------------------------
+
+def case_of(call, case, dim, isa="amx", threads=1, **figures):
+    return {"call": call, "case": case, "isa": isa, "threads": threads, "q_len": cpu_table.N,
+            "dim": dim} | figures
+
+
+def test_cpu_figures():
+    """What follows from cases: medians over the calls, of that instruction set, shape and number of
+    threads; and nothing of what was not measured."""
+    cases = [case_of("turns", "int8/int8 dense", 128, ms=x, ms_attend=x) for x in (9, 2, 1)]
+    cases += [case_of("turns", "torch sdpa bf16", 128, "", ms=x) for x in (3, 4, 50)]
+    cases += [
+        case_of("turns", "int8/int8 dense", 64, ms=1.0, ms_attend=1.0),
+        case_of("turns", "torch sdpa bf16", 64, "", ms=3.0),
+        case_of("turns", "int8/int8 dense", 128, "avx512vnni", ms=6.0, ms_attend=5.0),
+        case_of("isas", "int8/int8 dense", 128, ms=100.0, speedup_vs_f32=7.0),
+        case_of("isas", "int8/int8 random 0.5", 128, ms=1.0, efficiency=0.987),
+        case_of("isas", "int8/int8 random 0.9", 128, ms=1.0, efficiency=0.914),
+        case_of("isas", "int8/int8 random 0.9", 128, threads=2, ms=1.0, efficiency=0.1),
+        case_of("isas", "int8/int8 random 0.7", 128, qk_isa="avx512vnni", ms=1.0, efficiency=0.5),
+        case_of("turns", "int8/int8 predicted", 128, ms=2.0, ms_predict=0.5, ms_quantize=1.5,
+                read_bytes_per_second=4 * 3 * 8192 * 128 * 1e3),
+        case_of("turns", "int8/int8 random 0.5", 64, ms=1.0, ms_attend=1.0),
+        case_of("turns", "int8/int8 random 0.5", 64, threads=2, ms=1.0, ms_attend=0.5)
+    ]
+    apart = {"workspace vnni": 44 << 20, "l1 bf16": 0.00234, "l1 int8": None,
+             "layer06_group2": (1.5, 0.25, 0.04)}
+    rows = {row["figure"]: row["measured"]
+            for row in cpu_table.table(cpu_table.Measured(cases, apart, "amx"))}
+    prepared = "prediction, quantization, packing:"
+    check(rows == {
+        "int8 by AMX over torch's SDPA in bf16: dense": "2.00x (3.00x)",
+        "dense int8 by AMX over AVX-512 VNNI, attention alone": "2.50x",
+        "int8 over torch's SDPA in bf16: dense": "2.00x (3.00x)",
+        f"{prepared} ms": "2.00", f"{prepared} over the memory floor, k once": "2.00x",
+        f"{prepared} over the memory floor, k twice": "1.50x",
+        f"{prepared} share of dense int8": "100.00 %",
+        "relative L1 on normal data, bf16": "2.3e-03",
+        "layer06_group2, 4096 tokens, causal: int8 over dense f32 (sparsity, L1)":
+        "1.50x (0.25, 0.040)",
+        "memory beside inputs and output, 131072 tokens: VNNI and AMX (K in bytes)": "44 MiB",
+        "amx: dense int8, ms": "100.0", "amx: dense int8 over dense f32": "7.00x",
+        "amx: int8, 50 % left out, ms": "1.0",
+        "amx: efficiency at 50 / 70 / 90 %, random mask": "99 / - / 91 %"
+    }, "figures", rows)
+    names = [figure.name for figure in cpu_table.SPEED + cpu_table.ISAS]
+    check(len(set(names)) == len(names), "each name once", names)
+
+
+def cells_of(text):
+    """(figure, column) to cell of the tables in a README, and the columns of each table."""
+    cells, titles = {}, []
+    for line in text[text.index("<!-- cpu_speed"):text.index("<!-- /cpu_isas")].splitlines():
+        row = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else []
+        if row[:1] == ["figure"]:
+            titles.append(row)
+        elif len(row) > 3 and "---" not in row[0]:
+            cells |= {(row[0], name): cell for name, cell in zip(titles[-1][3:], row[3:])}
+    return cells, titles
+
+
+def test_cpu_tables():
+    """The README has what is committed, and no figure moves to another machine."""
+    readme = (ROOT / "cpu/README.md").read_text()
+
+    def filled(machines):
+        write("README.md", readme)
+        return script_said(ROOT / "experiments/cpu_speed/run.py", "--readme", "--readme-file",
+                           "README.md", "--machines", machines)
+
+    check(filled(MACHINES) == (0, "", ""), "filled")
+    check(Path("README.md").read_text() == readme, "cpu/README.md is up to date: run.py --readme")
+    own = {path.name: {row["figure"]: row["measured"] for row in table(path / "table.csv")}
+           for path in MACHINES.iterdir()}
+    check({"zen3", "zen5", "xeon_vnni"} <= set(own), "machines", list(own))
+    cells, titles = cells_of(readme)
+    check([x[3:] for x in titles] == [sorted(own)] * 2, "a column each", titles)
+    for (figure, name), cell in cells.items():
+        check(cell == own[name].get(figure, "not measured"), figure, name, cell)
+    check(all((figure, name) in cells for name in own for figure in own[name]), "all figures")
+
+    figure = "avx2: dense int8, ms"
+    for name, cell in ("b", "2.0"), ("a", "1.0"), ("empty", None):
+        os.makedirs(f"machines/{name}")
+        write(f"machines/{name}/machine.txt", f"line of {name}\n")
+        write(f"machines/{name}/table.csv",
+              "figure,measured\n" + (f'"{figure}",{cell}\n' if cell else ""))
+    check(filled("machines")[0] == 0, "others")
+    text = Path("README.md").read_text()
+    cells, titles = cells_of(text)
+    check(titles[0][3:] == ["a", "b", "empty"] and "* b: line of b." in text, "columns", titles)
+    check([cells[figure, name] for name in ("a", "b", "empty")] == ["1.0", "2.0", "not measured"],
+          "cells", cells)
+    check(all(cell == "not measured" for (row, _), cell in cells.items() if row != figure),
+          "nothing else", cells)
+    write("machines/b/table.csv", "figure,measured\nspeed of light,1\n")
+    code, _, err = filled("machines")
+    check(code == 1 and "speed of light" in err, "a figure of no table", code, err)
+    shutil.rmtree("machines/b")
+    write("machines/b", "")
+    code, _, err = filled("machines")
+    check(code == 1 and "machines/b is no folder" in err, "a file", code, err)
+    check(Path("README.md").read_text() == readme, "nothing is written")
+
+
+def test_cpu_machine():
+    """Machines by their processor; a name that is no folder's is refused before anything runs."""
+    run = load(ROOT / "experiments/cpu_speed/run.py")
+    for vendor, family, model, name in (
+            ("AuthenticAMD", 25, 1, "zen3"), ("AuthenticAMD", 25, 0x21, "zen3"),
+            ("AuthenticAMD", 25, 0x11, "zen4"), ("AuthenticAMD", 25, 0x61, "zen4"),
+            ("AuthenticAMD", 25, 0xa0, "zen4"), ("AuthenticAMD", 26, 2, "zen5"),
+            ("AuthenticAMD", 26, 0x50, "amd_26_80"), ("AuthenticAMD", 23, 49, "amd_23_49"),
+            ("GenuineIntel", 6, 25, "intel_6_25"), ("GenuineIntel", 25, 1, "intel_25_1")):
+        got = run.machine_name({"vendor_id": vendor, "cpu family": str(family),
+                                "model": str(model)})
+        check(got == name, name, got)
+    for name in "../zen3", "a/b", "", "Zen 3":
+        code, out, err = script_said(ROOT / "experiments/cpu_speed/run.py", "--machine", name,
+                                     "--sparge", "nowhere", "--machines", "machines")
+        check(code == 2 and f"'{name}'" in err and not os.path.exists("machines"), name, code, err)
 
 
 def test_same():
