@@ -678,8 +678,6 @@ Test(api, cuda_without_a_device)
     }
     a = question();
     for (int pv = SPARGE_F32; pv <= SPARGE_FASTEST; pv++) {
-        if (pv == SPARGE_BF16)
-            continue;
         a.o.pv_dtype = (sparge_dtype)pv;
         refused_by_cuda(a);
     }
@@ -695,6 +693,64 @@ Test(api, cuda_without_a_device)
     a = question();
     a.o.backend = SPARGE_CUDA;
     accepted(ALLOC | ORACLE, a, "masks and the oracle are the host's");
+}
+
+static asked question_in_bf16(int which)
+{
+    asked a = question();
+    a.o.qk_dtype = which & 1 ? SPARGE_BF16 : SPARGE_INT8;
+    a.o.pv_dtype = which & 2 ? SPARGE_BF16 : SPARGE_FASTEST;
+    return a;
+}
+
+/* bf16 in either product is of ref alone, which takes the isa whose order of the sum it is. */
+Test(api, bf16_is_of_ref)
+{
+    static const struct {
+        sparge_backend backend;
+        sparge_isa isa, resolved; /* AUTO: refused */
+    } table[] = {
+        {SPARGE_AUTO, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
+        {SPARGE_AUTO, SPARGE_ISA_SCALAR, SPARGE_ISA_AVX512VNNI},
+        {SPARGE_REF, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
+        {SPARGE_REF, SPARGE_ISA_AVX512VNNI, SPARGE_ISA_AVX512VNNI},
+        {SPARGE_REF, SPARGE_ISA_AMX, SPARGE_ISA_AMX},
+        {SPARGE_REF, SPARGE_ISA_AVX2, SPARGE_ISA_AUTO},
+        {SPARGE_REF, SPARGE_ISA_AVXVNNI, SPARGE_ISA_AUTO},
+    };
+    for (int which = 1; which < 4; which++) {
+        const char *const what = which & 1 ? "qk_dtype" : "pv_dtype";
+        asked a = question_in_bf16(which);
+        a.o.backend = SPARGE_CPU;
+        refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
+                check_text("%s is bf16, which the cpu backend does not have, but ref has", what));
+        a.o.backend = SPARGE_CUDA;
+        refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
+                sparge_backend_built(SPARGE_CUDA)
+                    ? check_text("%s is bf16, which the cuda backend does not have", what)
+                    : "backend is cuda");
+        accepted(ALLOC | ORACLE, a, "masks and the oracle are of no backend");
+        for (int64_t row = 0; row < COUNT(table); row++) {
+            a = question_in_bf16(which);
+            a.o.backend = table[row].backend;
+            a.o.isa = table[row].isa;
+            if (table[row].resolved == SPARGE_ISA_AUTO) {
+                refused(STAGES, a, SPARGE_ERR_ARGUMENT,
+                        check_text("isa is %s, which the ref backend does not have",
+                                   sparge_isa_string(a.o.isa)));
+                continue;
+            }
+            accepted(ALL, a, check_text("isa %s", sparge_isa_string(a.o.isa)));
+            check(!sparge_options_resolve(&a.p, &a.o, NULL), "not resolved");
+            check_equal((int)a.o.backend, (int)SPARGE_REF);
+            check_equal((int)a.o.isa, (int)table[row].resolved);
+            check_equal((int)a.o.pv_dtype, which & 2 ? (int)SPARGE_BF16 : (int)SPARGE_INT8);
+        }
+    }
+    asked a = question();
+    a.o.isa = SPARGE_ISA_AVX512VNNI;
+    refused(STAGES, a, SPARGE_ERR_ARGUMENT,
+            "isa is avx512vnni, which the ref backend does not have");
 }
 
 Test(api, rungs_are_of_cuda)
