@@ -314,6 +314,33 @@ Test(bf16_attend, by_hand)
         }
 }
 
+/* As in f32: -inf weighs 0, a row with +inf or NaN, or with -inf alone, is NaN. */
+Test(bf16_attend, scores_beyond_f32)
+{
+    for (int64_t order = 0; order < 2; order++)
+        for (int64_t n = 0; n < 4; n++) {
+            check_case("scores %lld, isa %s", (long long)n, sparge_isa_string(orders[order]));
+            const float k = n == 1 ? 0x1p64f : n == 3 ? 0.0f : -0x1p64f;
+            problem x = four((float[4]){0x1p64f, 0x1p64f}, (float[4]){k}, (float[4]){1, 2, 3, 4});
+            x.o.isa = orders[order];
+            if (n == 0)
+                x.k.x[8] = 0.0f; /* a finite score beside -inf */
+            if (n == 3) {        /* inf - inf by tiles, -inf by pairs */
+                x.k.x[12] = 0x1p64f;
+                x.k.x[13] = -0x1p64f;
+            }
+            problem_write(&x);
+            answer a = attend(&x);
+            const bool nan = n == 1 || n == 2 || (n == 3 && order == 1);
+            check(isnan(a.o.x[0]) == nan && isnan(a.lse[0]) == nan, "o is %g, lse %g",
+                  (double)a.o.x[0], (double)a.lse[0]);
+            if (!nan)
+                check_equal(a.o.x[0], n == 0 ? 3.0f : 6.0f * (1.0f / 3.0f));
+            answer_free(&a);
+            problem_free(&x);
+        }
+}
+
 /* p = 2^-0.5 = 0x1.6a09e6p-1 rounds to 0x1.6ap-1, in o and in l. */
 Test(bf16_attend, l_adds_what_o_adds)
 {

@@ -233,6 +233,15 @@ def test_options():
         narrow[how] = rows_l1(o, attention(q, k, v)[0]).max()
         check(x["pv_dtype"] == how and x["backend"] == "ref", how, x)
     check(error["f32"] < narrow["f16"] < 1e-3 < narrow["fp8"] < 0.2, "f16 and fp8", narrow)
+    both = ("--dense", "--qk-dtype", "bf16", "--pv-dtype", "bf16")
+    x, o = run(*both)[:2]
+    bf16 = rows_l1(o, attention(q, k, v)[0]).max()
+    check([x[n] for n in ("qk_dtype", "pv_dtype", "backend", "isa", "qk_isa", "pv_isa")] ==
+          ["bf16", "bf16", "ref"] + 3 * ["avx512vnni"], "bf16", x)
+    check(narrow["f16"] < bf16 < error["int8"] / 2, "bf16", (bf16, error))
+    x, by_tiles = run(*both, "--backend", "ref", "--isa", "amx")[:2]
+    check(x["isa"] == "amx" and (o != by_tiles).any(), "bf16 by tiles", x["isa"])
+    near(by_tiles, o, 1e-3, "bf16 by tiles")
     x, o = run("--pv-dtype", "fastest")[:2]
     check(x["pv_dtype"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(),
           "fastest of cpu",
@@ -314,6 +323,13 @@ def test_instruction_sets():
     os.remove("o.npy")
     wrong(USAGE, ["SPARGE_ISA", "sse9"], "run", *qkv, env=dict(os.environ, SPARGE_ISA="sse9"))
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
+    for of in "qk_dtype", "pv_dtype":
+        option = "--" + of.replace("_", "-")
+        wrong(UNSUPPORTED, [of, "bf16", "cpu", "ref"], "run", *qkv, "--backend", "cpu", option,
+              "bf16")
+        wrong(UNSUPPORTED, [of, "bf16", "cpu"], "bench", "--q-len", 64, "--dim", 8, option, "bf16")
+        wrong(USAGE, ["isa", "avx2", "ref"], "run", *qkv, "--backend", "ref", option, "bf16",
+              "--isa", "avx2")
     wrong(UNSUPPORTED, ["pv_dtype", "fp8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv-dtype",
           "fp8")
     check(
