@@ -9,7 +9,7 @@
 #include <immintrin.h>
 
 /* C of 4 x 2 integer vectors leaves 8 registers to words; 6 x 2 of floats leaves 4, and needs 3. */
-enum { LANES = 8, WIDTH = 2, HEIGHT = 4, HEIGHT_FLOATS = 6 };
+enum { LANES = 8, WIDTH = 2, HEIGHT = 4, WIDTH_FLOATS = 2, HEIGHT_FLOATS = 6 };
 
 #include "cpu/lanes.h"
 
@@ -18,10 +18,10 @@ INLINE floats f_fma(floats a, floats b, floats c) { return _mm256_fmadd_ps(a, b,
 /* The two products of words in a lane. */
 INLINE ints i_madd(ints a, ints b) { return (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 
-/* Exact while a is at most 127. */
-INLINE ints i_dot_bytes(ints c, ints a, ints b)
+/* Exact while b is at most 127. */
+INLINE ints i_dot_bytes(ints c, ints b, ints a)
 {
-    const ints pairs = (ints)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    const ints pairs = (ints)_mm256_maddubs_epi16((__m256i)b, (__m256i)a);
     return i_add(c, i_madd(pairs, i_all(0x00010001)));
 }
 
@@ -58,25 +58,17 @@ INLINE floats f_nan(floats x, floats y)
 {
     return _mm256_or_ps(x, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));
 }
-INLINE bool f_any_nan(floats x)
-{
-    return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)) != 0;
-}
 INLINE ints i_of(floats x) { return (ints)_mm256_cvttps_epi32(x); }
 
-/* (As a shift of GNU C gcc 12 moves it about and spills.) */
-INLINE ints i_exponent(floats x) { return (ints)_mm256_slli_epi32(_mm256_castps_si256(x), 23); }
+/* n stands in the low bits. (As a shift of GNU C gcc 12 moves it about and spills.) */
+INLINE floats f_power(floats p, floats n)
+{
+    return (floats)i_add((ints)p, (ints)_mm256_slli_epi32(_mm256_castps_si256(n), 23));
+}
 
 INLINE floats f_flush(floats x, floats p)
 {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, f_all(SPARGE_EXP2_LOWEST), _CMP_LT_OQ), p);
-}
-
-INLINE float f_most(floats x)
-{
-    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
 INLINE float sum_of(const floats x[2])
@@ -85,51 +77,6 @@ INLINE float sum_of(const floats x[2])
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
-
-INLINE int32_t i_sum(ints x)
-{
-    const __m256i all = (__m256i)x;
-    __m128i y = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-    y = _mm_add_epi32(y, _mm_shuffle_epi32(y, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
-}
-
-/* Packing works within halves of a register: 32 keys come out as 0-3, 8-11, 16-19, 24-27, then 4-7,
- * ... */
-INLINE __m256i pack_words(ints low, ints high)
-{
-    return _mm256_packus_epi32((__m256i)low, (__m256i)high);
-}
-
-INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
-{
-    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), zero = {0};
-    ints sum = {0};
-    for (int n = 0; n < vectors; n += 4) {
-        const bool all = n + 4 <= vectors;
-        const __m256i low = pack_words(code[n], code[n + 1]);
-        const __m256i high = all ? pack_words(code[n + 2], code[n + 3]) : zero;
-        const __m256i mixed = _mm256_packus_epi16(low, high),
-                      ordered = _mm256_permutevar8x32_epi32(mixed, in_order);
-        if (all)
-            _mm256_storeu_si256((__m256i *)(to + n * LANES), ordered);
-        else
-            _mm_storeu_si128((__m128i *)(to + n * LANES), _mm256_castsi256_si128(ordered));
-        sum = i_add(sum, (ints)_mm256_sad_epu8(mixed, zero));
-    }
-    return sum;
-}
-
-INLINE ints store_words(int16_t *to, const ints *code, int vectors)
-{
-    ints sum = {0};
-    for (int n = 0; n < vectors; n += 2) {
-        const __m256i mixed = pack_words(code[n], code[n + 1]);
-        _mm256_storeu_si256((__m256i *)(to + n * LANES), _mm256_permute4x64_epi64(mixed, 0xd8));
-        sum = i_add(sum, i_madd((ints)mixed, i_all(0x00010001)));
-    }
-    return sum;
 }
 
 #include "cpu/softmax.h"

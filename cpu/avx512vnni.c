@@ -3,21 +3,22 @@
  * a whole panel. */
 #include <immintrin.h>
 
-/* C of 6 x 4 vectors, 4 of B and a lane of A: 29 registers. */
-enum { LANES = 16, WIDTH = 4, HEIGHT = 6, HEIGHT_FLOATS = 6 };
+/* C of 6 x 4 vectors, 4 of B and a lane of A: 29 registers. Of floats 12 x 2: two panels of Q, and
+ * P, stay in L1. */
+enum { LANES = 16, WIDTH = 4, HEIGHT = 6, WIDTH_FLOATS = 2, HEIGHT_FLOATS = 12 };
 
 #include "cpu/lanes.h"
 
 INLINE floats f_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-INLINE ints i_dot_bytes(ints c, ints a, ints b)
+INLINE ints i_dot_bytes(ints c, ints b, ints a)
 {
-    return (ints)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+    return (ints)_mm512_dpbusd_epi32((__m512i)c, (__m512i)b, (__m512i)a);
 }
 
-INLINE ints i_dot_words(ints c, ints a, ints b)
+INLINE ints i_dot_words(ints c, ints b, ints a)
 {
-    return (ints)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+    return (ints)_mm512_dpwssd_epi32((__m512i)c, (__m512i)b, (__m512i)a);
 }
 
 #include "cpu/vnni.h"
@@ -29,13 +30,12 @@ INLINE floats f_nan(floats x, floats y)
 {
     return _mm512_mask_mov_ps(x, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), y);
 }
-INLINE bool f_any_nan(floats x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) != 0; }
 INLINE ints i_of(floats x) { return (ints)_mm512_cvttps_epi32(x); }
-INLINE int32_t i_sum(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
-INLINE float f_most(floats x) { return _mm512_reduce_max_ps(x); }
-
-/* (As a shift of GNU C gcc 12 moves it about and spills.) */
-INLINE ints i_exponent(floats x) { return (ints)_mm512_slli_epi32(_mm512_castps_si512(x), 23); }
+INLINE ints i_madd(ints a, ints b) { return (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+INLINE floats f_power(floats p, floats n)
+{
+    return _mm512_scalef_ps(p, n - f_all(SPARGE_EXP2_ROUNDER));
+}
 
 INLINE floats f_flush(floats x, floats p)
 {
@@ -50,28 +50,6 @@ INLINE float sum_of(const floats *x)
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
-
-INLINE ints store_bytes(uint8_t *to, const ints *code, int vectors)
-{
-    ints sum = {0};
-    for (int n = 0; n < vectors; n++) {
-        const __m512i some = _mm512_max_epi32((__m512i)code[n], _mm512_setzero_si512());
-        _mm_storeu_si128((__m128i *)(to + n * LANES), _mm512_cvtepi32_epi8(some));
-        sum = i_add(sum, (ints)some);
-    }
-    return sum;
-}
-
-INLINE ints store_words(int16_t *to, const ints *code, int vectors)
-{
-    ints sum = {0};
-    for (int n = 0; n < vectors; n++) {
-        const __m512i some = _mm512_max_epi32((__m512i)code[n], _mm512_setzero_si512());
-        _mm256_storeu_si256((__m256i *)(to + n * LANES), _mm512_cvtepi32_epi16(some));
-        sum = i_add(sum, (ints)some);
-    }
-    return sum;
 }
 
 #include "cpu/softmax.h"

@@ -118,9 +118,8 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
     const int64_t k_stride = w->kv.k.stride, v_stride = w->kv.v.stride;
     const int64_t widest = sparge_max(k_stride, v_stride),
                   longest = sparge_max(g->block_q, w->keys);
-    const int64_t rows = sparge_max(SPARGE_TILE_ROWS, w->o->skip_rows),
-                  tile = rows * (w->keys + SPARGE_PANEL);
-    const int64_t selects = w->predicted ? g->k_blocks : 0, attends = w->result ? 1 : 0;
+    const int64_t lanes = w->result ? w->q.operand.inits : 0;
+    const int64_t tile = lanes * (w->keys + 1), selects = w->predicted ? g->k_blocks : 0;
     const sparge_format pv = w->kv.v.format;
     *t = (sparge_scratch){
         .x = take(a, longest * widest, sizeof(float)),
@@ -130,19 +129,20 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         .order_key = take(a, selects, sizeof(uint32_t)),
         .mass = take(a, selects, sizeof(uint32_t)),
         .j = take(a, selects, sizeof(uint32_t)),
-        .s = take(a, attends * tile, sizeof(float)),
-        .p = take(a, pv == SPARGE_FLOATS ? 0 : attends * tile, size_of[pv]),
-        .o = take(a, attends * g->block_q * v_stride, sizeof(float)),
-        .max = take(a, attends * g->block_q, sizeof(float)),
-        .sum = take(a, attends * g->block_q, sizeof(float)),
-        .most = take(a, attends * rows, sizeof(float)),
-        .local = take(a, attends * rows, sizeof(float)),
-        .shrink = take(a, attends * rows, sizeof(float)),
-        .weight = take(a, attends * rows, sizeof(float)),
-        .row_sum = take(a, attends * rows, sizeof(float)),
-        .p_init = take(a, attends * rows, sizeof(int32_t)),
-        .nonfinite = take(a, attends * g->block_q, sizeof(bool)),
-        .pv_done = take(a, attends * g->k_blocks, sizeof(float)),
+        .s = take(a, tile, sizeof(float)),
+        .p = take(a, pv == SPARGE_FLOATS ? 0 : tile, size_of[pv]),
+        .o = take(a, lanes * v_stride, sizeof(float)),
+        .turned = take(a, SPARGE_PANEL * v_stride, sizeof(float)),
+        .max = take(a, lanes, sizeof(float)),
+        .sum = take(a, lanes, sizeof(float)),
+        .most = take(a, lanes, sizeof(float)),
+        .local = take(a, lanes, sizeof(float)),
+        .shrink = take(a, lanes, sizeof(float)),
+        .weight = take(a, lanes, sizeof(float)),
+        .row_sum = take(a, lanes, sizeof(float)),
+        .p_init = take(a, lanes, sizeof(int32_t)),
+        .nonfinite = take(a, lanes, sizeof(bool)),
+        .pv_done = take(a, w->result ? g->k_blocks : 0, sizeof(float)),
     };
     if (pv == SPARGE_FLOATS) /* P fits where S stood, and both would not fit L1 */
         t->p = t->s;
@@ -162,7 +162,8 @@ static void lay_out(arena *a, driver *d)
     const sparge_problem *p = w->p;
     const sparge_options *o = w->o;
     const sparge_geometry *g = &w->g;
-    const int64_t dim = sparge_padded(p->dim), dim_v = w->result ? sparge_padded(p->dim_v) : 0;
+    const int64_t unit = w->kernels.depth, dim = sparge_ceil_div(p->dim, unit) * unit;
+    const int64_t dim_v = w->result ? sparge_padded(p->dim_v) : 0;
     const sparge_format qk = format_of(o->qk_dtype, w->kernels.int8_scores),
                         pv = format_of(o->pv_dtype, SPARGE_BYTES);
     const int qk_qmax = sparge_qk_qmax(o->qk_dtype), pv_qmax = sparge_pv_qmax(o->pv_dtype);
@@ -170,7 +171,12 @@ static void lay_out(arena *a, driver *d)
     const int64_t heads = p->batch * p->heads, kv_heads = p->batch * p->kv_heads;
     const int64_t channels = dim * (int64_t)size_of[qk] + dim_v * (int64_t)size_of[pv];
     const int64_t head_bytes = sparge_max(1, g->k_blocks * w->keys * channels);
-    const int64_t block_bytes = g->block_q * dim * (int64_t)size_of[qk];
+    w->q.operand.format = qk;
+    w->kv.v.format = pv;
+    int64_t lanes = 0; /* of a query block */
+    for (int64_t h = 0; h < p->heads; h++)
+        lanes = sparge_max(lanes, sparge_lanes(g->block_q, sparge_group_of(w, h)));
+    const int64_t block_bytes = lanes * dim * (int64_t)size_of[qk];
     d->kv_heads = sparge_max(1, sparge_min(kv_heads, KV_BATCH_BYTES / head_bytes));
     d->q_blocks =
         sparge_min(d->kv_heads * (p->heads / p->kv_heads) * g->q_blocks,
@@ -185,8 +191,9 @@ static void lay_out(arena *a, driver *d)
     w->kv.sim = take(a, w->predicted ? k_blocks : 0, sizeof(float));
     w->kv.nonfinite = take(a, k_blocks, sizeof(uint8_t));
     w->kv.k = operand(a, qk, qk_qmax, k_packed, dim, w->keys, w->keys, 1);
-    w->kv.v = operand(a, pv, pv_qmax, k_packed, dim_v, w->keys, dim_v, dim_v);
-    w->q.operand = operand(a, qk, qk_qmax, q_packed, dim, g->block_q, g->block_q, 1);
+    w->kv.v = operand(a, pv, pv_qmax, k_packed, dim_v, w->keys, pv == SPARGE_WORDS ? dim_v : 0,
+                      pv_qmax ? dim_v : 0);
+    w->q.operand = operand(a, qk, qk_qmax, q_packed, dim, lanes, lanes, 1);
     w->q.pool = take(a, w->predicted ? d->q_blocks * dim : 0, sizeof(float));
     w->q.block = take(a, d->q_blocks, sizeof *w->q.block);
     d->scratch = take(a, o->threads, sizeof *d->scratch);
@@ -328,10 +335,11 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
                 .predicted = predicted,
                 .mask = mask,
                 .result = result,
-                .keys = sparge_padded(o->block_k),
             },
     };
     const sparge_geometry *g = &d.work.g;
+    const int64_t unit = d.work.kernels.depth;
+    d.work.keys = sparge_ceil_div(o->block_k, unit) * unit;
     /* What would overflow the counts below could not be allocated either. */
     const double tokens =
         (double)g->k_blocks * (double)d.work.keys + (double)g->q_blocks * (double)o->block_q;

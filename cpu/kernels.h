@@ -3,16 +3,19 @@
  * layouts that those functions share. driver.c calls the table and nothing else of an instruction
  * set.
  *
- * Attention is two matrix products a tile, S = Q K^T and O += P V. Each multiplies rows by panels:
+ * Attention is two matrix products a tile, S^T = K Q^T and O^T += V^T P^T. Queries are the lanes of
+ * vectors: m, l and whatever else a row of S has is a lane, and no step goes across lanes. Each
+ * product multiplies rows by panels:
  *
- *     A [rows][depth]            row-major, as softmax and a head's queries come: Q, P
- *     B [panels][depth][16]      packed once for each key head: keys of K, channels of V
+ *     A [rows][depth]            a key of K, or a channel of V
+ *     B [panels][depth][16]      a query each: of Q, packed once for each query block; of P
+ *     C [panels][rows][16]       S^T, O^T
  *
- * Depth is padded to 16 with zeros, so that no product has a tail. A panel has its 16 columns in
- * lanes of 32 bits, and a lane holds as much depth as it can:
+ * Depth is padded with zeros, so that no product has a tail. A panel has its 16 columns in lanes of
+ * 32 bits, and a lane holds as much depth as it can:
  *
  *     format   A          B, one panel                      exact if
- *     BYTES    uint8      [depth / 4][16][4] int8           A <= 127 on AVX2, any A elsewhere
+ *     BYTES    int8       [depth / 4][16][4] uint8          B <= 127 on AVX2, any B elsewhere
  *     WORDS    int16      [depth / 4][2][16][2] int16       |A|, |B| <= 4095 and depth <= 128, or
  *                                                           |A|, |B| <= 2047 and depth <= 256
  *     FLOATS   float      [depth][16] float                 rounds as fmaf in the order of depth
@@ -23,9 +26,9 @@
  * two, and sums that depend on A or on B alone. They are subtracted by what the accumulator is
  * initialized with, a_init + b_init. A kernel that multiplies directly ignores both.
  *
- * BYTES multiplies unsigned by signed. A query is signed and so stored as q + 128. The excess, 128
- * times the sum of the key's codes, is subtracted by b_init. P is unsigned by nature and its b_init
- * 0. */
+ * BYTES multiplies signed by unsigned. A query is signed and so stored as q + 128. The excess, 128
+ * times the sum of the key's codes, is subtracted by a_init. P is unsigned by nature, and V has no
+ * a_init. */
 #ifndef SPARGE_CPU_KERNELS_H
 #define SPARGE_CPU_KERNELS_H
 
@@ -54,89 +57,99 @@ typedef struct sparge_rows {
     int64_t rows, dim;
 } sparge_rows;
 
-/* C [rows][panels * 16] = A B. */
+/* C = A B. */
 typedef struct sparge_product {
-    int64_t rows, panels, depth; /* depth is a multiple of 16 */
+    int64_t rows, panels, depth; /* depth is a multiple of 16, and of what the table says */
     const void *a;
     int64_t a_stride;      /* elements from row to row */
-    const int32_t *a_init; /* [rows] WORDS */
+    const int32_t *a_init; /* [rows] WORDS, BYTES; NULL: 0 */
     const void *b;
-    const int32_t *b_init; /* [panels * 16] WORDS, BYTES */
+    int64_t b_stride;      /* elements from panel to panel */
+    const int32_t *b_init; /* [panels * 16] WORDS */
 } sparge_product;
 
-/* O += P V: o = o * shrink + weight * v_scale * C; FLOATS have no weight and no v_scale. */
+/* O^T += V^T P^T: o = o * shrink + weight * v_scale * C; FLOATS have no weight and no v_scale. */
 typedef struct sparge_accumulator {
-    const float *shrink, *weight; /* [rows] */
-    const float *v_scale;         /* [panels * 16] */
-    float *o;                     /* [rows][o_stride] */
+    const float *shrink, *weight; /* [panels * 16] */
+    bool still;                   /* every shrink is 1 */
+    const float *v_scale;         /* [rows] */
+    float *o;                     /* [panels][o_stride], of it [rows][16] */
     int64_t o_stride;
 } sparge_accumulator;
 
-/* Rows of S, -inf where a row must not look. */
+/* S^T, -inf where a query must not look. */
 typedef struct sparge_scores {
-    const float *s;             /* [rows][stride] in units of scale */
-    int64_t rows, keys, stride; /* keys is a multiple of 16 */
-    float scale;                /* to log2 units */
-    bool nans;                  /* may hold some: sums of floats do, integers never */
+    const float *s;       /* [panels][stride], of it [keys][16], in units of scale */
+    int64_t panels, keys; /* keys is a multiple of 16 */
+    int64_t stride;
+    float scale; /* to log2 units */
+    bool nans;   /* may hold some: sums of floats do, integers never */
 } sparge_scores;
 
-/* m and l of these rows, and what the tile does to them. */
+/* m and l of these queries, and what the tile does to them. */
 typedef struct sparge_softmax_rows {
     float *max, *sum;       /* m, l */
     const float *local;     /* m_local; -inf if no key is visible, or no score is above -inf */
     float *shrink, *weight; /* of what was accumulated; of what is added */
 } sparge_softmax_rows;
 
-/* A block of codes, int16, or for FLOATS of values, [rows][stride], as A or B. init: of the
- * accumulator. */
-typedef void sparge_pack(const void *from, int64_t rows, int64_t stride, void *to, int32_t *init);
-
 typedef struct sparge_kernels {
     sparge_isa isa;
     sparge_isa product_isa[SPARGE_FORMATS]; /* what the products below run on */
-    sparge_format int8_scores; /* the format of Q and K in int8; P and V in int8 are BYTES */
+    sparge_format int8_scores;     /* the format of Q and K in int8; P and V in int8 are BYTES */
+    int64_t depth;                 /* what depth is a multiple of */
+    int64_t group[SPARGE_FORMATS]; /* queries that best go through a tile together */
 
     /* A thread's first word before any of the functions below, and its last. May be NULL. */
     void (*begin)(void), (*end)(void);
 
     /* ---- One block of tokens (ref/block.c); x is [rows][stride], zero from dim to stride, and
-     * stride is dim padded to 16 ---- */
-    /* x = rows less mean [dim], non-finite elements 0. Was every element finite? */
-    bool (*load)(const sparge_rows *rows, const float *mean, int64_t stride, float *x);
+     * stride is a multiple of 16 ---- */
+    /* x = rows less mean [dim], non-finite elements 0; *max: the largest magnitude. Was every
+     * element finite? */
+    bool (*load)(const sparge_rows *rows, const float *mean, int64_t stride, float *x, float *max);
     /* The sum of the rows, in their order; x [rows][stride] is scratch. */
     void (*sum)(const sparge_rows *rows, const float *no_mean, int64_t stride, float *x,
                 float *sum);
     /* The mean row and the sum of unit rows, [stride]; returns the mean cosine. */
     float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit_sum);
-    /* Codes in [-qmax, qmax]; one scale for the block, or one for each channel. */
-    float (*quantize)(const float *x, int64_t n, int qmax, int16_t *code);
-    void (*quantize_channels)(const float *x, int64_t rows, int64_t stride, int qmax, float *scale,
-                              int16_t *code);
-    sparge_pack *pack_rows[SPARGE_FORMATS];   /* as A */
-    sparge_pack *pack_keys[SPARGE_FORMATS];   /* as columns of B [panels(rows)][stride] */
-    sparge_pack *pack_values[SPARGE_FORMATS]; /* depth runs over the rows: B [panels(stride)]
-                                               * [depth], zero from rows to depth. B begins where
-                                               * a lane may. */
+    /* Codes in [-qmax, qmax], int8 for BYTES and int16 for WORDS: under one scale, or under one for
+     * each channel, which the second finds. */
+    void (*quantize[SPARGE_FLOATS])(const float *x, int64_t n, float scale, int qmax, void *code);
+    void (*quantize_channels[SPARGE_FLOATS])(const float *x, int64_t rows, int64_t stride, int qmax,
+                                             float *scale, void *code);
+    /* Codes, or for FLOATS values, [rows][stride] as A, as columns of B, and transposed as A. */
+    /* The rows are in place; zero rows follow up to a multiple of 16. */
+    void (*pack_rows[SPARGE_FORMATS])(void *a, int64_t rows, int64_t stride, int32_t *a_init);
+    /* B [panels(rows)][stride][16]; B begins where a lane may. */
+    void (*pack_columns[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride, void *b,
+                                         int32_t *b_init);
+    /* A [stride][depth], zero from rows on; halves of WORDS are those of rows padded to 16. */
+    void (*pack_transposed[SPARGE_FORMATS])(const void *from, int64_t rows, int64_t stride,
+                                            int64_t depth, void *a, int32_t *a_init);
 
     /* ---- One row of the prediction (ref/predict.c) ---- */
     void (*score_pools)(const float *pool, const float *pools, int64_t n, int64_t stride,
                         float softmax_scale, float *s);
     void (*mass)(const float *s, int64_t n, float top, uint32_t *mass); /* sparge_mass */
 
-    /* ---- One tile (ref/attend.c) ---- */
+    /* ---- One tile (ref/attend.c); arrays of queries are [panels * 16] ---- */
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
-    /* The largest score of each row, NaN if there is one, and sparge_row_local of it. Is each of
+    /* The largest score of each query, NaN if there is one, and sparge_row_local of it. Is each of
      * these above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);
-    void (*update_max)(const sparge_softmax_rows *, int64_t rows, int qmax); /* 0: P in floats */
-    /* P of each row, with its sum and, for WORDS, a_init. Columns: scores->keys. Codes against the
-     * largest score of the row, with a scale above 0. FLOATS against the running maximum; they may
-     * stand where S does. */
+    /* Does every maximum stay? qmax is 0 for P in floats. */
+    bool (*update_max)(const sparge_softmax_rows *, int64_t queries, int qmax);
+    /* P^T [panels][p_stride], of it B of depth scores->keys, with its sum and, for WORDS, b_init.
+     * Codes against the largest score of the query, with a scale above 0. FLOATS against the
+     * running maximum; they may stand where S does. */
     void (*softmax[SPARGE_FORMATS])(const sparge_scores *, const float *top, void *p,
-                                    int64_t p_stride, float *sum, int32_t *init);
+                                    int64_t p_stride, float *sum, int32_t *b_init);
     void (*accumulate_pv[SPARGE_FORMATS])(const sparge_product *, const sparge_accumulator *);
 
     /* ---- One row of the output ---- */
+    /* O [16][stride] from a panel of O^T [stride][16] */
+    void (*turn)(const float *from, int64_t stride, float *o);
     float (*dot)(const float *a, const float *b, int64_t n); /* sparge_dot of a multiple of 16 */
     void (*store)(const float *o, int64_t n, float norm, sparge_dtype dtype, void *out);
 

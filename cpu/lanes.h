@@ -19,6 +19,7 @@ typedef ints ints_at __attribute__((aligned(1)));
 INLINE floats f_load(const float *from) { return *(const floats_at *)from; }
 INLINE ints i_load(const void *from) { return *(const ints_at *)from; }
 INLINE void f_store(float *to, floats x) { *(floats_at *)to = x; }
+INLINE void i_store(void *to, ints x) { *(ints_at *)to = x; }
 INLINE floats f_all(float x) { return x - (floats){0}; } /* -0 stays: no sum with 0 */
 INLINE ints i_all(int32_t x) { return x - (ints){0}; }
 INLINE floats f_of(ints x) { return __builtin_convertvector(x, floats); }

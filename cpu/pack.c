@@ -2,6 +2,7 @@
 /* pack.c: one pass over q, k and v: while a block is in cache it is smoothed, pooled, judged, coded
  * and laid out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
 #include "common/element.h"
+#include "common/quant.h"
 #include "cpu/work.h"
 
 sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first,
@@ -52,37 +53,40 @@ typedef struct place {
     int64_t token, block;
 } place;
 
-/* Line 4: the mean row of the block in t->x; returns its self-similarity. */
-static float summarize(const sparge_work *w, sparge_scratch *t, int64_t rows, int64_t stride,
-                       float *pool, place at, float *pools, float *sims)
+/* Line 4: the mean row of the block in x; returns its self-similarity. */
+static float summarize(const sparge_work *w, sparge_scratch *t, const float *x, int64_t rows,
+                       int64_t stride, float *pool, place at, float *pools, float *sims)
 {
-    const float sim = w->kernels.summarize(t->x, rows, stride, pool, t->unit_sum);
+    const float sim = w->kernels.summarize(x, rows, stride, pool, t->unit_sum);
     sparge_record_rows(pools, at.block, 1, w->p->dim, pool, stride, sizeof *pool);
     sparge_record_rows(sims, at.block, 1, 1, &sim, 1, sizeof sim);
     return sim;
 }
 
-/* Line 3: the block in t->x, in codes unless its operand holds values, as block n of the operand.
- */
-static void pack(const sparge_work *w, sparge_scratch *t, const sparge_rows *rows,
-                 const sparge_operand *to, int64_t n, place at, int16_t *codes, float *scales,
-                 sparge_pack *const kernel[SPARGE_FORMATS])
+/* Rows of codes of a block, as the recorded array has them. */
+static void record_codes(int16_t *codes, int64_t token, int64_t rows, int64_t dim, const void *code,
+                         const sparge_operand *from)
 {
-    float *scale = to->scale + n * to->scales;
-    const bool by_channel = to->scales != 1;
-    if (to->qmax && by_channel)
-        w->kernels.quantize_channels(t->x, rows->rows, to->stride, to->qmax, scale, t->code);
-    else if (!by_channel)
-        *scale =
-            to->qmax ? w->kernels.quantize(t->x, rows->rows * to->stride, to->qmax, t->code) : 1.0f;
-    if (to->qmax) {
-        sparge_record_rows(codes, at.token, rows->rows, rows->dim, t->code, to->stride,
-                           sizeof *codes);
-        sparge_record_rows(scales, at.block, 1, by_channel ? rows->dim : 1, scale, to->scales,
-                           sizeof *scales);
-    }
-    kernel[to->format](to->qmax ? (void *)t->code : t->x, rows->rows, to->stride,
-                       to->data + n * to->block, to->init + n * to->inits);
+    for (int64_t r = 0; codes && r < rows; r++)
+        for (int64_t c = 0; c < dim; c++)
+            codes[(token + r) * dim + c] =
+                from->format == SPARGE_BYTES ? (int16_t)((const int8_t *)code)[r * from->stride + c]
+                                             : ((const int16_t *)code)[r * from->stride + c];
+}
+
+/* Line 3 with one scale for the block in x, whose largest magnitude is `max`, as block n of the
+ * operand: its codes in `code`. */
+static void quantize(const sparge_work *w, const sparge_rows *rows, const float *x, float max,
+                     const sparge_operand *to, int64_t n, place at, void *code, int16_t *codes,
+                     float *scales)
+{
+    float *scale = to->scale + n;
+    *scale = to->qmax ? sparge_quant_scale(max, to->qmax) : 1.0f;
+    if (!to->qmax)
+        return;
+    w->kernels.quantize[to->format](x, rows->rows * to->stride, *scale, to->qmax, code);
+    record_codes(codes, at.token, rows->rows, rows->dim, code, to);
+    sparge_record_rows(scales, at.block, 1, 1, scale, 1, sizeof *scale);
 }
 
 static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, place at)
@@ -92,22 +96,34 @@ static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, place a
     const int64_t stride = kv->k.stride;
     const sparge_rows rows = key_block(w, &w->p->k, n, w->p->dim);
     const float *mean = w->o->smooth_k ? kv->mean + n / w->g.k_blocks * stride : w->no_mean;
-    kv->nonfinite[n] = w->kernels.load(&rows, mean, stride, t->x) ? 0 : SPARGE_NONFINITE_K;
+    void *data = kv->k.data + n * kv->k.block;
+    float *x = w->result && !kv->k.qmax ? data : t->x, max;
+    kv->nonfinite[n] = w->kernels.load(&rows, mean, stride, x, &max) ? 0 : SPARGE_NONFINITE_K;
     if (w->predicted)
         kv->sim[n] =
-            summarize(w, t, rows.rows, stride, kv->pool + n * stride, at, to->k_pool, to->k_sim);
-    if (w->result)
-        pack(w, t, &rows, &kv->k, n, at, to->k_int, to->k_scale, w->kernels.pack_keys);
+            summarize(w, t, x, rows.rows, stride, kv->pool + n * stride, at, to->k_pool, to->k_sim);
+    if (!w->result)
+        return;
+    quantize(w, &rows, x, max, &kv->k, n, at, data, to->k_int, to->k_scale);
+    w->kernels.pack_rows[kv->k.format](data, rows.rows, stride, kv->k.init + n * kv->k.inits);
 }
 
 static void pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, place at)
 {
-    const sparge_kv_batch *kv = &w->kv;
+    const sparge_operand *v = &w->kv.v;
     const sparge_intermediates *to = w->intermediates;
     const sparge_rows rows = key_block(w, &w->p->v, n, w->p->dim_v);
-    if (!w->kernels.load(&rows, w->no_mean, kv->v.stride, t->x))
-        kv->nonfinite[n] |= SPARGE_NONFINITE_V;
-    pack(w, t, &rows, &kv->v, n, at, to->v_int, to->v_scale, w->kernels.pack_values);
+    float *scale = v->scale + n * v->scales, max;
+    if (!w->kernels.load(&rows, w->no_mean, v->stride, t->x, &max))
+        w->kv.nonfinite[n] |= SPARGE_NONFINITE_V;
+    if (v->qmax) {
+        w->kernels.quantize_channels[v->format](t->x, rows.rows, v->stride, v->qmax, scale,
+                                                t->code);
+        record_codes(to->v_int, at.token, rows.rows, rows.dim, t->code, v);
+        sparge_record_rows(to->v_scale, at.block, 1, rows.dim, scale, v->scales, sizeof *scale);
+    }
+    w->kernels.pack_transposed[v->format](v->qmax ? t->code : t->x, rows.rows, v->stride, w->keys,
+                                          v->data + n * v->block, v->init + n * v->inits);
 }
 
 void sparge_pack_kv(const sparge_work *w, sparge_scratch *t, int64_t n)
@@ -131,10 +147,19 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, int64_t n)
     const sparge_rows rows =
         sparge_rows_of(&w->p->q, w->p->heads, block->head, first,
                        sparge_block_rows(g->q_len, g->block_q, block->i), w->p->dim);
-    block->finite = w->kernels.load(&rows, w->no_mean, q->stride, t->x);
+    float max;
+    block->finite = w->kernels.load(&rows, w->no_mean, q->stride, t->x, &max);
     if (w->predicted)
-        block->sim = summarize(w, t, rows.rows, q->stride, w->q.pool + block->index * q->stride, at,
-                               to->q_pool, to->q_sim);
-    if (w->result)
-        pack(w, t, &rows, q, block->index, at, to->q_int, to->q_scale, w->kernels.pack_rows);
+        block->sim = summarize(w, t, t->x, rows.rows, q->stride,
+                               w->q.pool + block->index * q->stride, at, to->q_pool, to->q_sim);
+    if (!w->result)
+        return;
+    quantize(w, &rows, t->x, max, q, block->index, at, t->code, to->q_int, to->q_scale);
+    const char *from = q->qmax ? t->code : t->x;
+    const int64_t group = sparge_group_of(w, block->head), row = q->block / q->inits;
+    for (int64_t r = 0, lane = 0; r < rows.rows; r += group, lane += sparge_padded(group))
+        w->kernels.pack_columns[q->format](from + r * row, sparge_min(group, rows.rows - r),
+                                           q->stride,
+                                           q->data + block->index * q->block + lane * row,
+                                           q->init + block->index * q->inits + lane);
 }

@@ -21,7 +21,17 @@ static void widen(const uint16_t *from, int64_t n, float *to); /* binary16, exac
 /* Bits without the sign are ordered as the magnitudes are, and compare faster. */
 static int32_t magnitude(float x) { return (int32_t)(sparge_float_bits(x) & 0x7fffffffu); }
 
-static bool load(const sparge_rows *in, const float *mean, int64_t stride, float *x)
+static float largest(const float *x, int64_t n)
+{
+    int32_t top = 0;
+    for (int64_t e = 0; e < n; e++) {
+        const int32_t size = magnitude(x[e]);
+        top = size > top ? size : top;
+    }
+    return sparge_bits_float((uint32_t)top);
+}
+
+static bool load(const sparge_rows *in, const float *mean, int64_t stride, float *x, float *max)
 {
     int32_t top = 0;
     for (int64_t r = 0; r < in->rows; r++) {
@@ -43,12 +53,11 @@ static bool load(const sparge_rows *in, const float *mean, int64_t stride, float
         for (int64_t c = in->dim; c < stride; c++)
             row[c] = 0.0f;
     }
-    if (top < magnitude(INFINITY))
-        return true;
-    for (int64_t n = 0; n < in->rows * stride; n++)
-        if (!sparge_finite(x[n]))
-            x[n] = 0.0f;
-    return false;
+    const bool finite = top < magnitude(INFINITY);
+    for (int64_t n = 0; n < in->rows * stride && !finite; n++)
+        x[n] = sparge_finite(x[n]) ? x[n] : 0.0f;
+    *max = finite ? sparge_bits_float((uint32_t)top) : largest(x, in->rows * stride);
+    return finite;
 }
 
 /* Eight rows at a time, so that their sums stay in registers. */
@@ -77,7 +86,8 @@ static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride
             return;
         memset(sum, 0, (size_t)stride * sizeof *sum);
     }
-    load(in, no_mean, stride, x);
+    float max;
+    load(in, no_mean, stride, x, &max);
     add_rows(x, in->rows, stride, stride, sum);
 }
 
@@ -108,167 +118,289 @@ static float summarize(const float *x, int64_t rows, int64_t stride, float *rest
     return sparge_mean_cosine(dot(unit_sum, unit_sum, stride), rows);
 }
 
-static float quantize(const float *x, int64_t n, int qmax, int16_t *restrict code)
+/* ---- Codes ---- */
+
+enum { CODES = 16 }; /* so many at once */
+
+/* A code by a product with 1 / scale, which is off by less than qmax / 2^21, is the quotient's
+ * unless it lies so near a tie. sparge_quant_code decides there. */
+static inline void codes_of_some(const float *x, int64_t n, const float *scale, int64_t step,
+                                 const float *inverse, int qmax, int32_t *code)
 {
-    int32_t top = 0;
+    const int32_t near = magnitude(0.5f - (float)qmax * 0x1p-20f);
+    int32_t furthest = 0;
     for (int64_t e = 0; e < n; e++) {
-        const int32_t size = magnitude(x[e]);
-        top = size > top ? size : top;
+        const float ratio = x[e] * inverse[e * step], shifted = ratio + SPARGE_EXP2_ROUNDER;
+        const int32_t off = magnitude(ratio - (shifted - SPARGE_EXP2_ROUNDER));
+        furthest = off > furthest ? off : furthest;
+        code[e] = (int32_t)(sparge_float_bits(shifted) - sparge_float_bits(SPARGE_EXP2_ROUNDER));
     }
-    const float scale = sparge_quant_scale(sparge_bits_float((uint32_t)top), qmax);
-    for (int64_t e = 0; e < n; e++)
-        code[e] = (int16_t)sparge_quant_code(x[e], scale, qmax);
-    return scale;
+    for (int64_t e = 0; e < n && furthest >= near; e++)
+        code[e] = sparge_quant_code(x[e], scale[e * step], qmax);
 }
 
-static void quantize_channels(const float *x, int64_t rows, int64_t stride, int qmax,
-                              float *restrict scale, int16_t *restrict code)
+/* n values, a multiple of 16, each under its own scale (step 1) or all under one (0). */
+static inline void codes_of_all(const float *x, int64_t n, const float *scale, int64_t step,
+                                const float *inverse, int qmax, void *to, bool bytes)
 {
-    for (int64_t c = 0; c < stride; c++)
-        scale[c] = 0.0f;
+    for (int64_t e = 0; e < n; e += CODES) {
+        int32_t code[CODES];
+        codes_of_some(x + e, CODES, scale + e * step, step, inverse + e * step, qmax, code);
+        for (int64_t c = 0; c < CODES && bytes; c++)
+            ((int8_t *)to)[e + c] = (int8_t)code[c];
+        for (int64_t c = 0; c < CODES && !bytes; c++)
+            ((int16_t *)to)[e + c] = (int16_t)code[c];
+    }
+}
+
+static void quantize_bytes(const float *x, int64_t n, float scale, int qmax, void *code)
+{
+    const float inverse = sparge_quant_ratio(1.0f, scale);
+    codes_of_all(x, n, &scale, 0, &inverse, qmax, code, true);
+}
+
+static void quantize_words(const float *x, int64_t n, float scale, int qmax, void *code)
+{
+    const float inverse = sparge_quant_ratio(1.0f, scale);
+    codes_of_all(x, n, &scale, 0, &inverse, qmax, code, false);
+}
+
+static void channel_scales(const float *x, int64_t rows, int64_t stride, int qmax,
+                           float *restrict scale, float *restrict inverse)
+{
+    int32_t top[SPARGE_MAX_DIM] = {0};
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < stride; c++) {
-            const float size = fabsf(x[r * stride + c]);
-            scale[c] = size > scale[c] ? size : scale[c];
+            const int32_t size = magnitude(x[r * stride + c]);
+            top[c] = size > top[c] ? size : top[c];
         }
-    for (int64_t c = 0; c < stride; c++)
-        scale[c] = sparge_quant_scale(scale[c], qmax);
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < stride; c++)
-            code[r * stride + c] = (int16_t)sparge_quant_code(x[r * stride + c], scale[c], qmax);
+    for (int64_t c = 0; c < stride; c++) {
+        scale[c] = sparge_quant_scale(sparge_bits_float((uint32_t)top[c]), qmax);
+        inverse[c] = sparge_quant_ratio(1.0f, scale[c]);
+    }
 }
 
-/* ---- Packing ---- */
+static void quantize_channels_bytes(const float *x, int64_t rows, int64_t stride, int qmax,
+                                    float *scale, void *code)
+{
+    float inverse[SPARGE_MAX_DIM];
+    channel_scales(x, rows, stride, qmax, scale, inverse);
+    for (int64_t r = 0; r < rows; r++)
+        codes_of_all(x + r * stride, stride, scale, 1, inverse, qmax, (int8_t *)code + r * stride,
+                     true);
+}
+
+static void quantize_channels_words(const float *x, int64_t rows, int64_t stride, int qmax,
+                                    float *scale, void *code)
+{
+    float inverse[SPARGE_MAX_DIM];
+    channel_scales(x, rows, stride, qmax, scale, inverse);
+    for (int64_t r = 0; r < rows; r++)
+        codes_of_all(x + r * stride, stride, scale, 1, inverse, qmax, (int16_t *)code + r * stride,
+                     false);
+}
+
+/* ---- Packing: A in rows ---- */
 
 /* -(first half . second half), what Winograd's product has too much of. */
-static int32_t words_init(const int16_t *row, int64_t depth)
+static int32_t words_init(const int16_t *row, int64_t half)
 {
     int32_t sum = 0;
-    for (int64_t c = 0; c < depth / 2; c++)
-        sum += row[c] * row[depth / 2 + c];
+    for (int64_t c = 0; c < half; c++)
+        sum += row[c] * row[half + c];
     return -sum;
 }
 
-static void pack_rows_bytes(const void *from, int64_t rows, int64_t stride, void *a, int32_t *init)
+/* Zero rows up to a multiple of 16. */
+static void pad_rows(void *a, int64_t rows, int64_t row_bytes)
 {
-    const int16_t *code = from;
-    uint8_t *restrict to = a;
-    (void)init;
-    for (int64_t n = 0; n < rows * stride; n++)
-        to[n] = (uint8_t)(code[n] + 128);
+    memset((char *)a + rows * row_bytes, 0, (size_t)((sparge_padded(rows) - rows) * row_bytes));
 }
 
-static void pack_rows_words(const void *from, int64_t rows, int64_t stride, void *a, int32_t *init)
+static void pack_rows_bytes(void *a, int64_t rows, int64_t stride, int32_t *a_init)
 {
-    memcpy(a, from, (size_t)(rows * stride) * sizeof(int16_t));
-    for (int64_t r = 0; r < rows; r++)
-        init[r] = words_init((const int16_t *)from + r * stride, stride);
-}
-
-static void pack_rows_floats(const void *from, int64_t rows, int64_t stride, void *a, int32_t *init)
-{
-    (void)init;
-    memcpy(a, from, (size_t)(rows * stride) * sizeof(float));
-}
-
-/* Key t becomes column t % 16 of panel t / 16: lane n of a key goes to place n, or, where the two
- * halves of depth stand side by side, to 2n and 2n + 1. */
-static void transpose(const uint32_t *from, int64_t rows, int64_t lanes, bool halves,
-                      uint32_t *restrict to)
-{
-    for (int64_t t = 0; t < sparge_padded(rows); t++) {
-        uint32_t *column = to + t / SPARGE_PANEL * lanes * SPARGE_PANEL + t % SPARGE_PANEL;
-        const int64_t second = halves ? lanes / 2 : lanes,
-                      apart = halves ? 2 * SPARGE_PANEL : SPARGE_PANEL;
-        for (int64_t n = 0; n < second; n++)
-            column[n * apart] = t < rows ? from[t * lanes + n] : 0;
-        for (int64_t n = second; n < lanes; n++)
-            column[(n - second) * apart + SPARGE_PANEL] = t < rows ? from[t * lanes + n] : 0;
-    }
-}
-
-static void pack_keys_bytes(const void *from, int64_t rows, int64_t stride, void *b, int32_t *init)
-{
-    const int16_t *code = from;
-    for (int64_t t0 = 0; t0 < rows; t0 += SPARGE_PANEL) {
-        const int64_t n = sparge_min(SPARGE_PANEL, rows - t0);
-        int8_t byte[SPARGE_PANEL * SPARGE_MAX_DIM];
-        for (int64_t e = 0; e < n * stride; e++)
-            byte[e] = (int8_t)code[t0 * stride + e];
-        uint32_t lane[SPARGE_PANEL * SPARGE_MAX_DIM / 4];
-        memcpy(lane, byte, (size_t)(n * stride));
-        transpose(lane, n, stride / 4, false, (uint32_t *)b + t0 * stride / 4);
-        for (int64_t t = 0; t < SPARGE_PANEL; t++) {
-            int32_t sum = 0;
-            for (int64_t c = 0; c < stride && t < n; c++)
-                sum += byte[t * stride + c];
-            init[t0 + t] = -128 * sum;
-        }
-    }
-}
-
-static void pack_keys_words(const void *from, int64_t rows, int64_t stride, void *b, int32_t *init)
-{
-    transpose(from, rows, stride / 2, true, b);
-    for (int64_t t = 0; t < sparge_padded(rows); t++)
-        init[t] = t < rows ? words_init((const int16_t *)from + t * stride, stride) : 0;
-}
-
-static void pack_keys_floats(const void *from, int64_t rows, int64_t stride, void *b, int32_t *init)
-{
-    (void)init;
-    transpose(from, rows, stride, false, b);
-}
-
-static void pack_values_bytes(const void *from, int64_t rows, int64_t stride, void *b,
-                              int32_t *init)
-{
-    const int64_t depth = sparge_padded(rows);
-    for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
-        for (int64_t t = 0; t < depth; t += 4) {
-            uint32_t *restrict lane = (uint32_t *)b + (c0 * depth + t * SPARGE_PANEL) / 4;
-            memset(lane, 0, SPARGE_PANEL * sizeof *lane);
-            for (int64_t k = 0; k < 4 && t + k < rows; k++) {
-                const int16_t *code = (const int16_t *)from + (t + k) * stride + c0;
-                for (int64_t c = 0; c < SPARGE_PANEL; c++)
-                    lane[c] |= (uint32_t)(uint8_t)code[c] << 8 * k;
-            }
-        }
-    memset(init, 0, (size_t)stride * sizeof *init);
-}
-
-static void pack_values_words(const void *from, int64_t rows, int64_t stride, void *b,
-                              int32_t *init)
-{
-    const int64_t half = sparge_padded(rows) / 2;
-    for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
-        for (int64_t t = 0; t < 2 * half; t += 2) {
-            const int64_t place = t < half ? 2 * t : 2 * (t - half) + 2;
-            uint32_t *restrict lane = (uint32_t *)b + c0 * half + place * SPARGE_PANEL / 2;
-            memset(lane, 0, SPARGE_PANEL * sizeof *lane);
-            for (int64_t k = 0; k < 2 && t + k < rows; k++) {
-                const int16_t *code = (const int16_t *)from + (t + k) * stride + c0;
-                for (int64_t c = 0; c < SPARGE_PANEL; c++)
-                    lane[c] |= (uint32_t)(uint16_t)code[c] << 16 * k;
-            }
-        }
-    memset(init, 0, (size_t)stride * sizeof *init);
-    for (int64_t t = 0; t + half < rows; t++)
+    pad_rows(a, rows, stride);
+    for (int64_t r = 0; r < sparge_padded(rows); r++) {
+        int32_t sum = 0;
         for (int64_t c = 0; c < stride; c++)
-            init[c] -= ((const int16_t *)from)[t * stride + c] *
-                       ((const int16_t *)from)[(t + half) * stride + c];
+            sum += ((const int8_t *)a)[r * stride + c];
+        a_init[r] = -128 * sum;
+    }
 }
 
-static void pack_values_floats(const void *from, int64_t rows, int64_t stride, void *b,
-                               int32_t *init)
+static void pack_rows_words(void *a, int64_t rows, int64_t stride, int32_t *a_init)
 {
-    (void)init;
-    for (int64_t c0 = 0; c0 < stride; c0 += SPARGE_PANEL)
-        for (int64_t t = 0; t < sparge_padded(rows); t++) {
-            float *restrict to = (float *)b + c0 * sparge_padded(rows) + t * SPARGE_PANEL;
-            for (int64_t c = 0; c < SPARGE_PANEL; c++)
-                to[c] = t < rows ? ((const float *)from)[t * stride + c0 + c] : 0.0f;
+    pad_rows(a, rows, stride * (int64_t)sizeof(int16_t));
+    for (int64_t r = 0; r < sparge_padded(rows); r++)
+        a_init[r] = words_init((const int16_t *)a + r * stride, stride / 2);
+}
+
+static void pack_rows_floats(void *a, int64_t rows, int64_t stride, int32_t *a_init)
+{
+    (void)a_init;
+    pad_rows(a, rows, stride * (int64_t)sizeof(float));
+}
+
+/* ---- Packing: lanes of 32 bits, transposed ---- */
+
+typedef uint32_t lanes_8 __attribute__((vector_size(32), may_alias));
+typedef lanes_8 lanes_8_at __attribute__((aligned(1)));
+
+/* Eight rows of eight lanes, `from_apart` lanes from each other. */
+static inline void transpose_8(const uint32_t *from, int64_t from_apart, uint32_t *to,
+                               int64_t to_apart)
+{
+    lanes_8 x[8], y[8];
+    for (int r = 0; r < 8; r++)
+        x[r] = *(const lanes_8_at *)(from + r * from_apart);
+    for (int r = 0; r < 8; r += 2) {
+        y[r] = __builtin_shufflevector(x[r], x[r + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        y[r + 1] = __builtin_shufflevector(x[r], x[r + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int r = 0; r < 8; r++) {
+        const lanes_8 low = y[r & ~2], high = y[r | 2];
+        x[r] = r & 2 ? __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15)
+                     : __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13);
+    }
+    for (int r = 0; r < 8; r++) {
+        const lanes_8 low = x[r & ~4], high = x[r | 4];
+        *(lanes_8_at *)(to + r * to_apart) =
+            r & 4 ? __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15)
+                  : __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    }
+}
+
+/* Sixteen rows of lanes as columns: lane n of each goes to row n. */
+static inline void transpose_16(const uint32_t *from, int64_t from_apart, int64_t lanes,
+                                uint32_t *to, int64_t to_apart)
+{
+    int64_t n = 0;
+    for (; n + 8 <= lanes; n += 8)
+        for (int64_t r = 0; r < 16; r += 8)
+            transpose_8(from + r * from_apart + n, from_apart, to + n * to_apart + r, to_apart);
+    for (; n < lanes; n++)
+        for (int64_t r = 0; r < 16; r++)
+            to[n * to_apart + r] = from[r * from_apart + n];
+}
+
+/* Rows t to t + 15, those that are there. */
+static inline const uint32_t *sixteen_rows(const void *from, int64_t t, int64_t rows, int64_t lanes,
+                                           uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM])
+{
+    const uint32_t *first = (const uint32_t *)from + t * lanes;
+    if (t + SPARGE_PANEL <= rows)
+        return first;
+    memset(copy, 0, (size_t)(SPARGE_PANEL * lanes) * sizeof *copy);
+    memcpy(copy, first, (size_t)((rows - t) * lanes) * sizeof *copy);
+    return copy;
+}
+
+/* ---- Packing: B in panels ---- */
+
+static void pack_columns_bytes(const void *from, int64_t rows, int64_t stride, void *b,
+                               int32_t *b_init)
+{
+    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    (void)b_init;
+    for (int64_t t = 0; t < rows; t += SPARGE_PANEL) {
+        uint32_t *to = (uint32_t *)b + t * stride / 4;
+        transpose_16(sixteen_rows(from, t, rows, stride / 4, copy), stride / 4, stride / 4, to,
+                     SPARGE_PANEL);
+        for (int64_t n = 0; n < stride / 4 * SPARGE_PANEL; n++)
+            to[n] ^= 0x80808080u; /* q + 128 */
+    }
+}
+
+static void pack_columns_words(const void *from, int64_t rows, int64_t stride, void *b,
+                               int32_t *b_init)
+{
+    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    for (int64_t t = 0; t < rows; t += SPARGE_PANEL) {
+        const uint32_t *first = sixteen_rows(from, t, rows, stride / 2, copy);
+        uint32_t *to = (uint32_t *)b + t * stride / 2;
+        for (int half = 0; half < 2; half++)
+            transpose_16(first + half * stride / 4, stride / 2, stride / 4,
+                         to + half * SPARGE_PANEL, 2 * SPARGE_PANEL);
+        for (int64_t n = 0; n < SPARGE_PANEL; n++)
+            b_init[t + n] = words_init((const int16_t *)(first + n * stride / 2), stride / 2);
+    }
+}
+
+static void pack_columns_floats(const void *from, int64_t rows, int64_t stride, void *b,
+                                int32_t *b_init)
+{
+    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    (void)b_init;
+    for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
+        transpose_16(sixteen_rows(from, t, rows, stride, copy), stride, stride,
+                     (uint32_t *)b + t * stride, SPARGE_PANEL);
+}
+
+/* ---- Packing: V transposed, sixteen channels at a time ---- */
+
+/* Four bytes of 16 columns, or two words, in lanes; rows from `rows` on are 0. */
+static inline void lanes_of_bytes(const int8_t *from, int64_t rows, int64_t stride, uint32_t *lane)
+{
+    static const int8_t zero[SPARGE_PANEL];
+    const int8_t *row[4];
+    for (int k = 0; k < 4; k++)
+        row[k] = k < rows ? from + k * stride : zero;
+    for (int c = 0; c < SPARGE_PANEL; c++)
+        lane[c] = (uint32_t)(uint8_t)row[0][c] | (uint32_t)(uint8_t)row[1][c] << 8 |
+                  (uint32_t)(uint8_t)row[2][c] << 16 | (uint32_t)(uint8_t)row[3][c] << 24;
+}
+
+static inline void lanes_of_words(const int16_t *from, int64_t rows, int64_t stride, uint32_t *lane)
+{
+    static const int16_t zero[SPARGE_PANEL];
+    const int16_t *first = rows > 0 ? from : zero, *second = rows > 1 ? from + stride : zero;
+    for (int c = 0; c < SPARGE_PANEL; c++)
+        lane[c] = (uint32_t)(uint16_t)first[c] | (uint32_t)(uint16_t)second[c] << 16;
+}
+
+static void pack_transposed_bytes(const void *from, int64_t rows, int64_t stride, int64_t depth,
+                                  void *a, int32_t *a_init)
+{
+    (void)a_init;
+    for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
+        for (int64_t t = 0; t < depth; t += 32) {
+            uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
+            for (int64_t k = 0; k < 8; k++)
+                lanes_of_bytes((const int8_t *)from + (t + 4 * k) * stride + c, rows - t - 4 * k,
+                               stride, lane[k]);
+            for (int64_t n = 0; n < SPARGE_PANEL; n += 8)
+                transpose_8(lane[0] + n, SPARGE_PANEL, to[n], 8);
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                memcpy((int8_t *)a + (c + n) * depth + t, to[n], (size_t)sparge_min(32, depth - t));
         }
+}
+
+static void pack_transposed_words(const void *from, int64_t rows, int64_t stride, int64_t depth,
+                                  void *a, int32_t *a_init)
+{
+    for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
+        for (int64_t t = 0; t < depth; t += 16) {
+            uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
+            for (int64_t k = 0; k < 8; k++)
+                lanes_of_words((const int16_t *)from + (t + 2 * k) * stride + c, rows - t - 2 * k,
+                               stride, lane[k]);
+            for (int64_t n = 0; n < SPARGE_PANEL; n += 8)
+                transpose_8(lane[0] + n, SPARGE_PANEL, to[n], 8);
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                memcpy((int16_t *)a + (c + n) * depth + t, to[n], sizeof to[n]);
+        }
+    for (int64_t c = 0; c < stride; c++)
+        a_init[c] = words_init((const int16_t *)a + c * depth, sparge_padded(rows) / 2);
+}
+
+static void pack_transposed_floats(const void *from, int64_t rows, int64_t stride, int64_t depth,
+                                   void *a, int32_t *a_init)
+{
+    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    (void)a_init;
+    for (int64_t t = 0; t < depth; t += SPARGE_PANEL)
+        transpose_16(sixteen_rows(from, sparge_min(t, rows), rows, stride, copy), stride, stride,
+                     (uint32_t *)a + t, depth);
 }
 
 /* ---- One row of the prediction ---- */
@@ -288,24 +420,35 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 
 /* ---- One tile ---- */
 
-/* A row that sees nothing of the tile keeps what it has. P that is not coded is weighed against the
- * running maximum, and needs no weight of its own. */
-static void update_max_rows(const sparge_softmax_rows *x, int64_t rows, int qmax)
+/* A query that sees nothing of the tile keeps what it has. P that is not coded is weighed against
+ * the running maximum, and needs no weight of its own. */
+static bool update_max_lanes(const sparge_softmax_rows *x, int64_t queries, int qmax)
 {
     const float *restrict local = x->local;
     float *restrict max = x->max, *restrict sum = x->sum, *restrict shrink = x->shrink,
                     *restrict weight = x->weight;
-    for (int64_t r = 0; r < rows; r++) {
-        const sparge_row row = {max[r], sum[r]};
-        shrink[r] = sparge_exp2(sparge_shrink_log2(row.max, local[r]));
-        const sparge_row after = sparge_row_shrunk(row, local[r], shrink[r]);
-        weight[r] = qmax ? sparge_code_weight(local[r], after.max, qmax) : 1.0f;
-        max[r] = after.max;
-        sum[r] = after.sum;
+    int still = 1;
+    for (int64_t q = 0; q < queries; q++) {
+        const sparge_row row = {max[q], sum[q]};
+        shrink[q] = sparge_exp2(sparge_shrink_log2(row.max, local[q]));
+        const sparge_row after = sparge_row_shrunk(row, local[q], shrink[q]);
+        weight[q] = qmax ? sparge_code_weight(local[q], after.max, qmax) : 1.0f;
+        max[q] = after.max;
+        sum[q] = after.sum;
+        still &= shrink[q] == 1.0f;
     }
+    return still;
 }
 
 /* ---- One row of the output ---- */
+
+static void turn(const float *from, int64_t stride, float *o)
+{
+    for (int64_t c = 0; c < stride; c += 8)
+        for (int64_t r = 0; r < SPARGE_PANEL; r += 8)
+            transpose_8((const uint32_t *)from + c * SPARGE_PANEL + r, SPARGE_PANEL,
+                        (uint32_t *)o + r * stride + c, stride);
+}
 
 static void store(const float *o, int64_t n, float norm, sparge_dtype dtype, void *out)
 {
@@ -331,21 +474,27 @@ static void plain_kernels(sparge_kernels *k)
     k->load = load;
     k->sum = sum_rows;
     k->summarize = summarize;
-    k->quantize = quantize;
-    k->quantize_channels = quantize_channels;
+    k->depth = SPARGE_PANEL;
+    for (int f = 0; f < SPARGE_FORMATS; f++)
+        k->group[f] = 4 * SPARGE_PANEL;
+    k->quantize[SPARGE_BYTES] = quantize_bytes;
+    k->quantize[SPARGE_WORDS] = quantize_words;
+    k->quantize_channels[SPARGE_BYTES] = quantize_channels_bytes;
+    k->quantize_channels[SPARGE_WORDS] = quantize_channels_words;
     k->pack_rows[SPARGE_BYTES] = pack_rows_bytes;
     k->pack_rows[SPARGE_WORDS] = pack_rows_words;
     k->pack_rows[SPARGE_FLOATS] = pack_rows_floats;
-    k->pack_keys[SPARGE_BYTES] = pack_keys_bytes;
-    k->pack_keys[SPARGE_WORDS] = pack_keys_words;
-    k->pack_keys[SPARGE_FLOATS] = pack_keys_floats;
-    k->pack_values[SPARGE_BYTES] = pack_values_bytes;
-    k->pack_values[SPARGE_WORDS] = pack_values_words;
-    k->pack_values[SPARGE_FLOATS] = pack_values_floats;
+    k->pack_columns[SPARGE_BYTES] = pack_columns_bytes;
+    k->pack_columns[SPARGE_WORDS] = pack_columns_words;
+    k->pack_columns[SPARGE_FLOATS] = pack_columns_floats;
+    k->pack_transposed[SPARGE_BYTES] = pack_transposed_bytes;
+    k->pack_transposed[SPARGE_WORDS] = pack_transposed_words;
+    k->pack_transposed[SPARGE_FLOATS] = pack_transposed_floats;
     k->score_pools = score_pools;
     k->mass = mass;
-    k->update_max = update_max_rows;
+    k->update_max = update_max_lanes;
     k->dot = dot;
+    k->turn = turn;
     k->store = store;
 }
 

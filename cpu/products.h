@@ -3,8 +3,9 @@
  * it after lanes.h and after it has said
  *
  *     f_fma(a, b, c)                  a * b + c, rounded once
- *     i_dot_bytes(c, a, b)            c + the four products of a, unsigned, and b in a lane
- *     WIDTH, HEIGHT, HEIGHT_FLOATS    a tile: vectors across, rows of integers and of floats
+ *     i_dot_bytes(c, b, a)            c + the four products of b, unsigned, and a in a lane
+ *     WIDTH, HEIGHT                   a tile of integers: vectors across, rows
+ *     WIDTH_FLOATS, HEIGHT_FLOATS     a tile of floats
  *
  * and defines the tile of words. A tile is inlined with constant rows and vectors, so that C stays
  * in registers. */
@@ -34,37 +35,37 @@ INLINE const void *b_of(const sparge_product *x, part at, size_t size)
 {
     const int64_t first = at.column * LANES, panel = first / SPARGE_PANEL,
                   lane = first % SPARGE_PANEL;
-    return (const char *)x->b + (size_t)(panel * x->depth * SPARGE_PANEL) * size + (size_t)lane * 4;
+    return (const char *)x->b + (size_t)(panel * x->b_stride) * size + (size_t)lane * 4;
 }
 
 INLINE int64_t b_apart(const sparge_product *x, size_t size)
 {
-    return (int)LANES < (int)SPARGE_PANEL ? LANES * 4 : x->depth * SPARGE_PANEL * (int64_t)size;
+    return (int)LANES < (int)SPARGE_PANEL ? LANES * 4 : x->b_stride * (int64_t)size;
 }
 
-/* C = b_init + A B. */
+/* C = a_init + A B. */
 INLINE void tile_bytes(const sparge_product *x, part at, int rows, int vectors,
                        ints c[HEIGHT][WIDTH])
 {
-    const uint8_t *row[HEIGHT];
-    const int8_t *b = b_of(x, at, sizeof *b);
+    const int8_t *row[HEIGHT];
+    const uint8_t *b = b_of(x, at, sizeof *b);
     const int64_t apart = b_apart(x, sizeof *b);
     for (int r = 0; r < rows; r++) {
         row[r] = a_of(x, at.row + r, sizeof **row);
         for (int n = 0; n < vectors; n++)
-            c[r][n] = i_load(x->b_init + (at.column + n) * LANES);
+            c[r][n] = i_all(x->a_init ? x->a_init[at.row + r] : 0);
     }
     for (int64_t e = 0; e < x->depth; e += 4, b += 4 * SPARGE_PANEL)
         for (int r = 0; r < rows; r++) {
             const ints a = i_lane(row[r] + e);
             for (int n = 0; n < vectors; n++)
-                c[r][n] = i_dot_bytes(c[r][n], a, i_load(b + n * apart));
+                c[r][n] = i_dot_bytes(c[r][n], i_load(b + n * apart), a);
         }
 }
 
 /* C += A B. */
 INLINE void tile_floats(const sparge_product *x, part at, int rows, int vectors,
-                        floats c[HEIGHT_FLOATS][WIDTH])
+                        floats c[HEIGHT_FLOATS][WIDTH_FLOATS])
 {
     const float *row[HEIGHT_FLOATS], *b = b_of(x, at, sizeof *b);
     const int64_t apart = b_apart(x, sizeof *b) / (int64_t)sizeof *b;
@@ -79,23 +80,25 @@ INLINE void tile_floats(const sparge_product *x, part at, int rows, int vectors,
             }
 }
 
-/* ---- S = Q K^T ---- */
+/* Where a vector of C [panels][stride] stands. */
+INLINE float *c_of(float *c, int64_t stride, part at, int r, int n)
+{
+    const int64_t lane = (at.column + n) * LANES;
+    return c + lane / SPARGE_PANEL * stride + (at.row + r) * SPARGE_PANEL + lane % SPARGE_PANEL;
+}
+
+/* ---- S^T = K Q^T ---- */
 
 typedef struct scored {
     float *s;
     int64_t stride;
 } scored;
 
-INLINE float *s_of(const scored *to, part at, int r, int n)
-{
-    return to->s + (at.row + r) * to->stride + (at.column + n) * LANES;
-}
-
 INLINE void score_ints(const scored *to, part at, int rows, int vectors, ints c[HEIGHT][WIDTH])
 {
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            f_store(s_of(to, at, r, n), f_of(c[r][n]));
+            f_store(c_of(to->s, to->stride, at, r, n), f_of(c[r][n]));
 }
 
 INLINE void score_part_bytes(const sparge_product *x, const void *to, part at, int rows,
@@ -114,40 +117,52 @@ INLINE void score_part_words(const sparge_product *x, const void *to, part at, i
     score_ints(to, at, rows, vectors, c);
 }
 
-INLINE void score_part_floats(const sparge_product *x, const void *to, part at, int rows,
+INLINE void score_part_floats(const sparge_product *x, const void *into, part at, int rows,
                               int vectors)
 {
-    floats c[HEIGHT_FLOATS][WIDTH];
+    const scored *to = into;
+    floats c[HEIGHT_FLOATS][WIDTH_FLOATS];
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
             c[r][n] = f_all(0.0f);
     tile_floats(x, at, rows, vectors, c);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            f_store(s_of(to, at, r, n), c[r][n]);
+            f_store(c_of(to->s, to->stride, at, r, n), c[r][n]);
 }
 
-/* ---- O += P V ---- */
-
-INLINE float *o_of(const sparge_accumulator *to, part at, int r, int n)
-{
-    return to->o + (at.row + r) * to->o_stride + (at.column + n) * LANES;
-}
+/* ---- O^T += V^T P^T ---- */
 
 /* Without the pragmas gcc parks C in memory between the product and this. */
+INLINE void fold_ints(const sparge_accumulator *to, bool still, part at, int rows, int vectors,
+                      ints c[HEIGHT][WIDTH])
+{
+    floats shrink[WIDTH], weight[WIDTH];
+    for (int n = 0; n < vectors; n++) {
+        shrink[n] = f_load(to->shrink + (at.column + n) * LANES);
+        weight[n] = f_load(to->weight + (at.column + n) * LANES);
+    }
+    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
+    {
+        const floats v_scale = f_all(to->v_scale[at.row + r]);
+        _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++)
+        {
+            float *o = c_of(to->o, to->o_stride, at, r, n);
+            floats kept = f_load(o);
+            if (!still)
+                kept *= shrink[n];
+            f_store(o, f_fma(weight[n] * v_scale, f_of(c[r][n]), kept));
+        }
+    }
+}
+
 INLINE void accumulate_ints(const sparge_accumulator *to, part at, int rows, int vectors,
                             ints c[HEIGHT][WIDTH])
 {
-    _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
-    {
-        const floats shrink = f_all(to->shrink[at.row + r]), weight = f_all(to->weight[at.row + r]);
-        _Pragma("GCC unroll 8") for (int n = 0; n < vectors; n++)
-        {
-            float *o = o_of(to, at, r, n);
-            const floats scale = weight * f_load(to->v_scale + (at.column + n) * LANES);
-            f_store(o, f_fma(scale, f_of(c[r][n]), f_load(o) * shrink));
-        }
-    }
+    if (to->still)
+        fold_ints(to, true, at, rows, vectors, c);
+    else
+        fold_ints(to, false, at, rows, vectors, c);
 }
 
 INLINE void pv_part_bytes(const sparge_product *x, const void *to, part at, int rows, int vectors)
@@ -164,17 +179,19 @@ INLINE void pv_part_words(const sparge_product *x, const void *to, part at, int 
     accumulate_ints(to, at, rows, vectors, c);
 }
 
-INLINE void pv_part_floats(const sparge_product *x, const void *to, part at, int rows, int vectors)
+INLINE void pv_part_floats(const sparge_product *x, const void *into, part at, int rows,
+                           int vectors)
 {
-    const sparge_accumulator *f = to;
-    floats c[HEIGHT_FLOATS][WIDTH];
+    const sparge_accumulator *to = into;
+    floats c[HEIGHT_FLOATS][WIDTH_FLOATS];
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            c[r][n] = f_load(o_of(f, at, r, n)) * f_all(f->shrink[at.row + r]);
+            c[r][n] = f_load(c_of(to->o, to->o_stride, at, r, n)) *
+                      f_load(to->shrink + (at.column + n) * LANES);
     tile_floats(x, at, rows, vectors, c);
     for (int r = 0; r < rows; r++)
         for (int n = 0; n < vectors; n++)
-            f_store(o_of(f, at, r, n), c[r][n]);
+            f_store(c_of(to->o, to->o_stride, at, r, n), c[r][n]);
 }
 
 /* ---- All parts of a product: columns outside, so that their panels stay in L1 while the rows pass
@@ -197,42 +214,43 @@ INLINE void down(const sparge_product *x, const void *to, part_of_product *run, 
         run(x, to, (part){r, column}, 1, vectors);
 }
 
-INLINE void product(const sparge_product *x, const void *to, part_of_product *run, int height)
+INLINE void product(const sparge_product *x, const void *to, part_of_product *run, int height,
+                    int width)
 {
     const int64_t columns = x->panels * (SPARGE_PANEL / LANES);
     int64_t column = 0;
-    for (; column + WIDTH <= columns; column += WIDTH)
-        down(x, to, run, height, column, WIDTH);
+    for (; column + width <= columns; column += width)
+        down(x, to, run, height, column, width);
     for (; (int)LANES == (int)SPARGE_PANEL && column < columns; column++)
         down(x, to, run, height, column, 1);
 }
 
 static void score_bytes(const sparge_product *x, float *s, int64_t s_stride)
 {
-    product(x, &(scored){s, s_stride}, score_part_bytes, HEIGHT);
+    product(x, &(scored){s, s_stride}, score_part_bytes, HEIGHT, WIDTH);
 }
 
 static void score_words(const sparge_product *x, float *s, int64_t s_stride)
 {
-    product(x, &(scored){s, s_stride}, score_part_words, HEIGHT);
+    product(x, &(scored){s, s_stride}, score_part_words, HEIGHT, WIDTH);
 }
 
 static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
 {
-    product(x, &(scored){s, s_stride}, score_part_floats, HEIGHT_FLOATS);
+    product(x, &(scored){s, s_stride}, score_part_floats, HEIGHT_FLOATS, WIDTH_FLOATS);
 }
 
 static void accumulate_pv_bytes(const sparge_product *x, const sparge_accumulator *f)
 {
-    product(x, f, pv_part_bytes, HEIGHT);
+    product(x, f, pv_part_bytes, HEIGHT, WIDTH);
 }
 static void accumulate_pv_words(const sparge_product *x, const sparge_accumulator *f)
 {
-    product(x, f, pv_part_words, HEIGHT);
+    product(x, f, pv_part_words, HEIGHT, WIDTH);
 }
 static void accumulate_pv_floats(const sparge_product *x, const sparge_accumulator *f)
 {
-    product(x, f, pv_part_floats, HEIGHT_FLOATS);
+    product(x, f, pv_part_floats, HEIGHT_FLOATS, WIDTH_FLOATS);
 }
 
 /* ---- What the units can do at most: as many operations as fit, from registers ---- */

@@ -15,10 +15,10 @@ static void widen(const uint16_t *from, int64_t n, float *to)
 
 static void row_bytes(const sparge_product *x, int64_t r, int64_t panel, int32_t *c)
 {
-    const uint8_t *a = (const uint8_t *)x->a + r * x->a_stride;
-    const int8_t *b = (const int8_t *)x->b + panel * x->depth * SPARGE_PANEL;
+    const int8_t *a = (const int8_t *)x->a + r * x->a_stride;
+    const uint8_t *b = (const uint8_t *)x->b + panel * x->b_stride;
     for (int64_t n = 0; n < SPARGE_PANEL; n++) {
-        c[n] = x->b_init[panel * SPARGE_PANEL + n];
+        c[n] = x->a_init ? x->a_init[r] : 0;
         for (int64_t e = 0; e < x->depth; e++)
             c[n] += a[e] * b[(e / 4 * SPARGE_PANEL + n) * 4 + e % 4];
     }
@@ -28,7 +28,7 @@ static void row_words(const sparge_product *x, int64_t r, int64_t panel, int32_t
 {
     const int64_t half = x->depth / 2;
     const int16_t *a = (const int16_t *)x->a + r * x->a_stride;
-    const int16_t *b = (const int16_t *)x->b + panel * x->depth * SPARGE_PANEL;
+    const int16_t *b = (const int16_t *)x->b + panel * x->b_stride;
     for (int64_t n = 0; n < SPARGE_PANEL; n++) {
         c[n] = 0;
         for (int64_t e = 0; e < x->depth; e++) {
@@ -41,23 +41,23 @@ static void row_words(const sparge_product *x, int64_t r, int64_t panel, int32_t
 static void row_floats(const sparge_product *x, int64_t r, int64_t panel, float *c)
 {
     const float *a = (const float *)x->a + r * x->a_stride;
-    const float *b = (const float *)x->b + panel * x->depth * SPARGE_PANEL;
+    const float *b = (const float *)x->b + panel * x->b_stride;
     for (int64_t n = 0; n < SPARGE_PANEL; n++)
         for (int64_t e = 0; e < x->depth; e++)
             c[n] = fmaf(a[e], b[e * SPARGE_PANEL + n], c[n]);
 }
 
-/* ---- S = Q K^T ---- */
+/* ---- S^T = K Q^T ---- */
 
 static void score(const sparge_product *x, float *s, int64_t s_stride,
                   void (*row)(const sparge_product *, int64_t, int64_t, int32_t *))
 {
-    for (int64_t r = 0; r < x->rows; r++)
-        for (int64_t panel = 0; panel < x->panels; panel++) {
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r = 0; r < x->rows; r++) {
             int32_t c[SPARGE_PANEL];
             row(x, r, panel, c);
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                s[r * s_stride + panel * SPARGE_PANEL + n] = (float)c[n];
+                s[panel * s_stride + r * SPARGE_PANEL + n] = (float)c[n];
         }
 }
 
@@ -72,27 +72,28 @@ static void score_words(const sparge_product *x, float *s, int64_t s_stride)
 
 static void score_floats(const sparge_product *x, float *s, int64_t s_stride)
 {
-    for (int64_t r = 0; r < x->rows; r++)
-        for (int64_t panel = 0; panel < x->panels; panel++) {
-            float *c = s + r * s_stride + panel * SPARGE_PANEL;
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r = 0; r < x->rows; r++) {
+            float *c = s + panel * s_stride + r * SPARGE_PANEL;
             memset(c, 0, SPARGE_PANEL * sizeof *c);
             row_floats(x, r, panel, c);
         }
 }
 
-/* ---- O += P V ---- */
+/* ---- O^T += V^T P^T ---- */
 
 static void accumulate_pv(const sparge_product *x, const sparge_accumulator *to,
                           void (*row)(const sparge_product *, int64_t, int64_t, int32_t *))
 {
-    for (int64_t r = 0; r < x->rows; r++)
-        for (int64_t panel = 0; panel < x->panels; panel++) {
-            const float *v_scale = to->v_scale + panel * SPARGE_PANEL;
-            float *o = to->o + r * to->o_stride + panel * SPARGE_PANEL;
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r = 0; r < x->rows; r++) {
+            const float *shrink = to->shrink + panel * SPARGE_PANEL,
+                        *weight = to->weight + panel * SPARGE_PANEL;
+            float *o = to->o + panel * to->o_stride + r * SPARGE_PANEL;
             int32_t c[SPARGE_PANEL];
             row(x, r, panel, c);
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                o[n] = fmaf(to->weight[r] * v_scale[n], (float)c[n], o[n] * to->shrink[r]);
+                o[n] = fmaf(weight[n] * to->v_scale[r], (float)c[n], o[n] * shrink[n]);
         }
 }
 
@@ -108,86 +109,89 @@ static void accumulate_pv_words(const sparge_product *x, const sparge_accumulato
 
 static void accumulate_pv_floats(const sparge_product *x, const sparge_accumulator *to)
 {
-    for (int64_t r = 0; r < x->rows; r++)
-        for (int64_t panel = 0; panel < x->panels; panel++) {
-            float *o = to->o + r * to->o_stride + panel * SPARGE_PANEL;
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r = 0; r < x->rows; r++) {
+            float *o = to->o + panel * to->o_stride + r * SPARGE_PANEL;
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                o[n] *= to->shrink[r];
+                o[n] *= to->shrink[panel * SPARGE_PANEL + n];
             row_floats(x, r, panel, o);
         }
 }
 
 /* ---- Softmax ---- */
 
+/* A score of key t and query q of the tile, counted over its panels. */
+static float score_at(const sparge_scores *x, int64_t t, int64_t q)
+{
+    return x->s[q / SPARGE_PANEL * x->stride + t * SPARGE_PANEL + q % SPARGE_PANEL];
+}
+
 static bool maxima(const sparge_scores *x, float *most, float *local)
 {
     bool above = true;
-    for (int64_t r = 0; r < x->rows; r++) {
-        const float *s = x->s + r * x->stride;
-        float lane[16];
-        for (int64_t n = 0; n < 16; n++)
-            lane[n] = -INFINITY;
-        for (int64_t t = 0; t < x->keys; t += 16)
-            for (int64_t n = 0; n < 16; n++)
-                lane[n] = s[t + n] > lane[n] || s[t + n] != s[t + n] ? s[t + n] : lane[n];
-        float max = lane[0];
-        for (int64_t n = 1; n < 16; n++)
-            max = lane[n] > max || lane[n] != lane[n] ? lane[n] : max;
-        most[r] = max;
-        local[r] = sparge_row_local(max, x->scale);
-        above &= local[r] > -INFINITY;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q++) {
+        float max = -INFINITY;
+        for (int64_t t = 0; t < x->keys; t++) {
+            const float s = score_at(x, t, q);
+            max = s > max || s != s ? s : max;
+        }
+        most[q] = max;
+        local[q] = sparge_row_local(max, x->scale);
+        above &= local[q] > -INFINITY;
     }
     return above;
 }
 
 static void softmax_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                          float *sum, int32_t *init)
+                          float *sum, int32_t *b_init)
 {
     const int qmax = sparge_pv_qmax(SPARGE_INT8);
-    (void)init;
-    for (int64_t r = 0; r < x->rows; r++) {
-        uint8_t *restrict to = (uint8_t *)p + r * p_stride;
+    (void)b_init;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q++) {
+        uint8_t *to = (uint8_t *)p + q / SPARGE_PANEL * p_stride + q % SPARGE_PANEL * 4;
         int32_t codes = 0;
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code =
-                sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, qmax);
-            to[t] = (uint8_t)code;
+            const int32_t code = sparge_weight_code(score_at(x, t, q), top[q], x->scale, qmax);
+            to[t / 4 * 4 * SPARGE_PANEL + t % 4] = (uint8_t)code;
             codes += code;
         }
-        sum[r] = (float)codes;
+        sum[q] = (float)codes;
     }
 }
 
 static void softmax_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                          float *sum, int32_t *init)
+                          float *sum, int32_t *b_init)
 {
     const int qmax = sparge_pv_qmax(SPARGE_INT12);
-    for (int64_t r = 0; r < x->rows; r++) {
-        int16_t *restrict to = (int16_t *)p + r * p_stride;
-        int32_t codes = 0;
+    const int64_t half = x->keys / 2;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q++) {
+        int16_t *to = (int16_t *)p + q / SPARGE_PANEL * p_stride + q % SPARGE_PANEL * 2;
+        int32_t codes = 0, code[SPARGE_MAX_BLOCK];
         for (int64_t t = 0; t < x->keys; t++) {
-            const int32_t code =
-                sparge_weight_code(x->s[r * x->stride + t], top[r], x->scale, qmax);
-            to[t] = (int16_t)code;
-            codes += code;
+            const int64_t pair = t < half ? t / 2 * 2 : (t - half) / 2 * 2 + 1;
+            code[t] = sparge_weight_code(score_at(x, t, q), top[q], x->scale, qmax);
+            to[pair * 2 * SPARGE_PANEL + t % 2] = (int16_t)code[t];
+            codes += code[t];
         }
-        sum[r] = (float)codes;
-        init[r] = words_init(to, x->keys);
+        sum[q] = (float)codes;
+        b_init[q] = 0;
+        for (int64_t t = 0; t < half; t++)
+            b_init[q] -= code[t] * code[half + t];
     }
 }
 
 static void softmax_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                           float *sum, int32_t *init)
+                           float *sum, int32_t *b_init)
 {
-    (void)init;
-    for (int64_t r = 0; r < x->rows; r++) {
-        float *to = (float *)p + r * p_stride, partial[16] = {0};
-        for (int64_t t = 0; t < x->keys; t++)
-            to[t] = sparge_weight(x->s[r * x->stride + t], x->scale, top[r]);
-        for (int64_t t = 0; t < x->keys; t += 16)
-            for (int64_t lane = 0; lane < 16; lane++)
-                partial[lane] += to[t + lane];
-        sum[r] = sparge_sum_of(partial);
+    (void)b_init;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q++) {
+        float *to = (float *)p + q / SPARGE_PANEL * p_stride + q % SPARGE_PANEL, partial[16] = {0};
+        for (int64_t t = 0; t < x->keys; t++) {
+            const float weight = sparge_weight(score_at(x, t, q), x->scale, top[q]);
+            to[t * SPARGE_PANEL] = weight;
+            partial[t % 16] += weight;
+        }
+        sum[q] = sparge_sum_of(partial);
     }
 }
 

@@ -1,18 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* softmax.h: softmax of a tile in vectors, written once: the largest score of each row, and P from
- * S. An instruction set's file includes it after products.h and after it has said
+/* softmax.h: softmax of a tile in vectors, written once: the largest score of each query, and P^T
+ * from S^T. A query is a lane. An instruction set's file includes it after products.h and after it
+ * has said
  *
- *     f_max(a, b)                   the larger; b where a or b is a NaN
- *     f_flush(x, p)                 p, or 0 where x is below SPARGE_EXP2_LOWEST
- *     f_most(x)                     the largest lane
- *     f_nan(x, y)                   x, or NaN in lanes where y is one
- *     f_any_nan(x)                  is there a NaN in a lane?
- *     i_exponent(x)                 n where an exponent stands, for x = n + SPARGE_EXP2_ROUNDER
- *     i_of(x)                       truncated; of a NaN, the most negative one
- *     i_sum(x)                      the sum of all lanes
- *     store_bytes, store_words      (to, x, vectors): ints as uint8 and int16, negative ones as 0;
- *                                   returns their sums
- *     sum_of(x)                     sparge_sum_of, of 16 lanes */
+ *     f_max(a, b)          the larger; b where a or b is a NaN
+ *     f_flush(x, p)        p, or 0 where x is below SPARGE_EXP2_LOWEST
+ *     f_nan(x, y)          x, or NaN in lanes where y is one
+ *     f_power(p, n)        p 2^n, which are normal numbers, for n + SPARGE_EXP2_ROUNDER
+ *     i_of(x)              truncated
+ *     i_madd(a, b)         the two products of words in a lane, added */
 #ifndef SPARGE_CPU_SOFTMAX_H
 #define SPARGE_CPU_SOFTMAX_H
 
@@ -25,154 +21,180 @@ INLINE floats f_larger(floats a, floats b, bool nans)
     return nans ? f_nan(larger, b) : larger;
 }
 
-/* So many vectors go side by side through a polynomial, as many as two units need to be busy while
- * each waits for itself: a step takes 4 cycles. */
-enum { BESIDE = 8, PARTIALS = SPARGE_PANEL / (int)LANES };
+/* So many keys go side by side, for the processor to be busy while each waits for itself. */
+enum { BESIDE = 4 };
 
-INLINE bool maxima_of(const sparge_scores *x, bool nans, float *top, float *local)
+/* The largest of a vector of queries. */
+INLINE floats most_of(const sparge_scores *x, const float *s, bool nans)
 {
-    bool above = true;
-    for (int64_t r = 0; r < x->rows; r++) {
-        const float *s = x->s + r * x->stride;
-        floats most[PARTIALS];
-        for (int n = 0; n < PARTIALS; n++)
-            most[n] = f_all(-INFINITY);
-        for (int64_t t = 0; t < x->keys; t += SPARGE_PANEL)
-            for (int n = 0; n < PARTIALS; n++)
-                most[n] = f_larger(most[n], f_load(s + t + n * LANES), nans);
-        for (int n = 1; n < PARTIALS; n++)
-            most[0] = f_larger(most[0], most[n], nans);
-        top[r] = nans && f_any_nan(most[0]) ? NAN : f_most(most[0]);
-        local[r] = sparge_row_local(top[r], x->scale);
-        above &= local[r] > -INFINITY;
+    floats most[BESIDE];
+    for (int e = 0; e < BESIDE; e++)
+        most[e] = f_all(-INFINITY);
+    for (int64_t t = 0; t < x->keys; t += BESIDE)
+        for (int e = 0; e < BESIDE; e++)
+            most[e] = f_larger(most[e], f_load(s + (t + e) * SPARGE_PANEL), nans);
+    return f_larger(f_larger(most[0], most[1], nans), f_larger(most[2], most[3], nans), nans);
+}
+
+static bool maxima(const sparge_scores *x, float *most, float *local)
+{
+    int above = 1;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q += LANES) {
+        const float *s = x->s + q / SPARGE_PANEL * x->stride + q % SPARGE_PANEL;
+        f_store(most + q, x->nans ? most_of(x, s, true) : most_of(x, s, false));
+    }
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q++) {
+        local[q] = sparge_row_local(most[q], x->scale);
+        above &= local[q] > -INFINITY;
     }
     return above;
 }
 
-static bool maxima(const sparge_scores *x, float *top, float *local)
-{
-    return x->nans ? maxima_of(x, true, top, local) : maxima_of(x, false, top, local);
-}
-
-/* One row of P on its way. */
-typedef struct probabilities {
-    const float *s;
-    floats scale, top; /* top of codes: the largest s; of floats: the running maximum */
-    void *p;
-    ints codes;             /* the sum so far, in lanes */
-    floats total[PARTIALS]; /* the same of FLOATS */
-} probabilities;
-
 /* sparge_exp2, but for the flush to 0 below SPARGE_EXP2_LOWEST, where p is 2^-126. */
-INLINE void exp2_of(const floats x[BESIDE], int vectors, floats p[BESIDE])
+INLINE void exp2_of(const floats x[BESIDE], bool nans, floats p[BESIDE])
 {
     static const float coefficient[] = {SPARGE_EXP2_C4, SPARGE_EXP2_C3, SPARGE_EXP2_C2,
                                         SPARGE_EXP2_C1, 1.0f};
     const floats rounder = f_all(SPARGE_EXP2_ROUNDER), lowest = f_all(SPARGE_EXP2_LOWEST);
-    floats f[BESIDE];
-    ints power[BESIDE];
-    for (int n = 0; n < vectors; n++) {
-        const floats inside = f_max(lowest, x[n]), shifted = inside + rounder;
-        power[n] = i_exponent(shifted);
-        f[n] = inside - (shifted - rounder);
+    floats f[BESIDE], shifted[BESIDE];
+    for (int e = 0; e < BESIDE; e++) {
+        const floats inside = nans ? f_max(lowest, x[e]) : f_max(x[e], lowest);
+        shifted[e] = inside + rounder;
+        f[e] = inside - (shifted[e] - rounder);
     }
-    for (int n = 0; n < vectors; n++)
-        p[n] = f_fma(f_all(SPARGE_EXP2_C6), f[n], f_all(SPARGE_EXP2_C5));
-    for (size_t e = 0; e < sizeof coefficient / sizeof *coefficient; e++)
-        for (int n = 0; n < vectors; n++)
-            p[n] = f_fma(p[n], f[n], f_all(coefficient[e]));
-    for (int n = 0; n < vectors; n++)
-        p[n] = (floats)i_add((ints)p[n], power[n]); /* a NaN stays one */
+    for (int e = 0; e < BESIDE; e++)
+        p[e] = f_fma(f_all(SPARGE_EXP2_C6), f[e], f_all(SPARGE_EXP2_C5));
+    for (size_t c = 0; c < sizeof coefficient / sizeof *coefficient; c++)
+        for (int e = 0; e < BESIDE; e++)
+            p[e] = f_fma(p[e], f[e], f_all(coefficient[c]));
+    for (int e = 0; e < BESIDE; e++)
+        p[e] = f_power(p[e], shifted[e]);
 }
 
-/* sparge_weight_code */
-INLINE void codes_of(const probabilities *w, int64_t t, int vectors, float qmax, ints code[BESIDE])
+/* A vector of queries through the keys of the tile. */
+typedef struct softmax_lanes {
+    const float *s;    /* of key 0 */
+    floats scale, top; /* top of codes: the largest s; of floats: the running maximum */
+} softmax_lanes;
+
+/* sparge_weight_code of keys t to t + 3. */
+INLINE void codes_of(const softmax_lanes *w, int64_t t, float qmax, ints code[BESIDE])
 {
     floats x[BESIDE], p[BESIDE];
-    for (int n = 0; n < vectors; n++)
-        x[n] = w->scale * (f_load(w->s + t + n * LANES) - w->top);
-    exp2_of(x, vectors, p);
-    for (int n = 0; n < vectors; n++)
-        code[n] = i_of(f_fma(f_all(qmax), p[n], f_all(0.5f)));
+    for (int e = 0; e < BESIDE; e++)
+        x[e] = w->scale * (f_load(w->s + (t + e) * SPARGE_PANEL) - w->top);
+    exp2_of(x, false, p);
+    for (int e = 0; e < BESIDE; e++)
+        code[e] = i_of(f_fma(f_all(qmax), p[e], f_all(0.5f)));
 }
 
-INLINE void some_bytes(probabilities *w, int64_t t, int vectors)
+INLINE floats softmax_lanes_bytes(const softmax_lanes *w, int64_t keys, void *p)
 {
-    ints code[BESIDE];
-    codes_of(w, t, vectors, (float)sparge_pv_qmax(SPARGE_INT8), code);
-    w->codes = i_add(w->codes, store_bytes((uint8_t *)w->p + t, code, vectors));
-}
-
-INLINE void some_words(probabilities *w, int64_t t, int vectors)
-{
-    ints code[BESIDE];
-    codes_of(w, t, vectors, (float)sparge_pv_qmax(SPARGE_INT12), code);
-    w->codes = i_add(w->codes, store_words((int16_t *)w->p + t, code, vectors));
-}
-
-/* sparge_weight */
-INLINE void some_floats(probabilities *w, int64_t t, int vectors)
-{
-    floats x[BESIDE], p[BESIDE];
-    for (int n = 0; n < vectors; n++)
-        x[n] = w->scale * f_load(w->s + t + n * LANES) - w->top;
-    exp2_of(x, vectors, p);
-    for (int n = 0; n < vectors; n++) {
-        p[n] = f_flush(x[n], p[n]);
-        f_store((float *)w->p + t + n * LANES, p[n]);
-        w->total[n % PARTIALS] += p[n];
+    ints sum = {0};
+    for (int64_t t = 0; t < keys; t += BESIDE) {
+        ints code[BESIDE];
+        codes_of(w, t, (float)sparge_pv_qmax(SPARGE_INT8), code);
+        const ints four = code[0] | code[1] << 8 | code[2] << 16 | code[3] << 24;
+        i_store((uint8_t *)p + t * SPARGE_PANEL, four);
+        sum = i_dot_bytes(sum, four, i_all(0x01010101));
     }
+    return f_of(sum);
 }
 
-INLINE probabilities softmax_row(const sparge_scores *x, int64_t r, float top, void *p,
-                                 void (*some)(probabilities *, int64_t t, int vectors))
+/* Pairs of the first half of the keys and of the second stand beside each other. */
+INLINE floats softmax_lanes_words(const softmax_lanes *w, int64_t keys, void *p)
 {
-    probabilities w = {.s = x->s + r * x->stride,
-                       .scale = f_all(x->scale),
-                       .top = f_all(top),
-                       .p = p,
-                       .codes = {0}};
-    for (int n = 0; n < PARTIALS; n++)
-        w.total[n] = f_all(0.0f);
-    if (x->keys == BESIDE * LANES) { /* a usual tile: without a loop around it gcc spills less */
-        some(&w, 0, BESIDE);
-        return w;
+    ints sum = {0};
+    for (int64_t t = 0; t < keys; t += BESIDE) {
+        const bool second = t >= keys / 2;
+        int16_t *to = (int16_t *)p + (second ? 2 * t - keys + 2 : 2 * t) * SPARGE_PANEL;
+        ints code[BESIDE];
+        codes_of(w, t, (float)sparge_pv_qmax(SPARGE_INT12), code);
+        for (int e = 0; e < BESIDE; e += 2) {
+            const ints two = code[e] | code[e + 1] << 16;
+            i_store(to + 2 * e * SPARGE_PANEL, two);
+            sum = i_add(sum, i_madd(two, i_all(0x00010001)));
+        }
     }
-    int64_t t = 0;
-    for (; t + BESIDE * LANES <= x->keys; t += BESIDE * LANES)
-        some(&w, t, BESIDE);
-    for (; t < x->keys; t += SPARGE_PANEL)
-        some(&w, t, PARTIALS);
-    return w;
+    return f_of(sum);
+}
+
+/* -(first half . second half), what Winograd's product has too much of. */
+INLINE ints words_init_of(const int16_t *p, int64_t keys)
+{
+    ints init = {0};
+    for (int64_t t = 0; t < keys / 2; t += 2, p += 4 * SPARGE_PANEL)
+        init = (ints)((uints)init - (uints)i_madd(i_load(p), i_load(p + 2 * SPARGE_PANEL)));
+    return init;
+}
+
+/* sparge_weight, and sparge_sum_of the weights: key t adds to partial t mod 16. */
+INLINE floats softmax_lanes_floats(const softmax_lanes *w, int64_t keys, float *p)
+{
+    floats partial[16];
+    for (int64_t t = 0; t < keys; t += BESIDE) {
+        floats x[BESIDE], weight[BESIDE];
+        for (int e = 0; e < BESIDE; e++)
+            x[e] = w->scale * f_load(w->s + (t + e) * SPARGE_PANEL) - w->top;
+        exp2_of(x, true, weight);
+        for (int e = 0; e < BESIDE; e++)
+            f_store(p + (t + e) * SPARGE_PANEL, f_flush(x[e], weight[e]));
+    }
+    for (int e = 0; e < 16; e++)
+        partial[e] = f_load(p + e * SPARGE_PANEL);
+    for (int64_t t = 16; t < keys; t += 16)
+        for (int e = 0; e < 16; e++)
+            partial[e] += f_load(p + (t + e) * SPARGE_PANEL);
+    for (int half = 8; half > 0; half /= 2)
+        for (int e = 0; e < half; e++)
+            partial[e] += partial[e + half];
+    return partial[0];
+}
+
+INLINE softmax_lanes lanes_at(const sparge_scores *x, int64_t q, floats top)
+{
+    return (softmax_lanes){x->s + q / SPARGE_PANEL * x->stride + q % SPARGE_PANEL, f_all(x->scale),
+                           top};
+}
+
+/* Where query q begins in P^T. */
+INLINE void *p_of(void *p, int64_t p_stride, int64_t q, size_t size)
+{
+    return (char *)p + (size_t)(q / SPARGE_PANEL * p_stride) * size +
+           (size_t)(q % SPARGE_PANEL) * 4;
 }
 
 static void softmax_bytes(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                          float *sum, int32_t *init)
+                          float *sum, int32_t *b_init)
 {
-    (void)init;
-    for (int64_t r = 0; r < x->rows; r++)
-        sum[r] =
-            (float)i_sum(softmax_row(x, r, top[r], (uint8_t *)p + r * p_stride, some_bytes).codes);
+    (void)b_init;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q += LANES) {
+        const softmax_lanes w = lanes_at(x, q, f_load(top + q));
+        f_store(sum + q, softmax_lanes_bytes(&w, x->keys, p_of(p, p_stride, q, 1)));
+    }
 }
 
 static void softmax_words(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                          float *sum, int32_t *init)
+                          float *sum, int32_t *b_init)
 {
-    for (int64_t r = 0; r < x->rows; r++) {
-        int16_t *row = (int16_t *)p + r * p_stride;
-        sum[r] = (float)i_sum(softmax_row(x, r, top[r], row, some_words).codes);
-        init[r] = words_init(row, x->keys);
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q += LANES) {
+        const softmax_lanes w = lanes_at(x, q, f_load(top + q));
+        int16_t *to = p_of(p, p_stride, q, sizeof *to);
+        f_store(sum + q, softmax_lanes_words(&w, x->keys, to));
+        i_store(b_init + q, words_init_of(to, x->keys));
     }
 }
 
 static void softmax_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
-                           float *sum, int32_t *init)
+                           float *sum, int32_t *b_init)
 {
-    (void)init;
-    for (int64_t r = 0; r < x->rows; r++) {
-        float *const row = (float *)p + r * p_stride;
-        const probabilities w = softmax_row(x, r, sparge_row_base(top[r]), row, some_floats);
-        sum[r] = sum_of(w.total);
+    (void)b_init;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q += LANES) {
+        float base[LANES];
+        for (int n = 0; n < LANES; n++)
+            base[n] = sparge_row_base(top[q + n]);
+        const softmax_lanes w = lanes_at(x, q, f_load(base));
+        f_store(sum + q, softmax_lanes_floats(&w, x->keys, p_of(p, p_stride, q, sizeof(float))));
     }
 }
 

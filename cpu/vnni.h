@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* vnni.h: the tile of words by the dot products of VNNI, on vectors of any length. Included after
  *
- *     i_dot_words(c, a, b)            c + the two products of signed words in a lane */
+ *     i_dot_words(c, b, a)            c + the two products of signed words in a lane */
 #ifndef SPARGE_CPU_VNNI_H
 #define SPARGE_CPU_VNNI_H
 
@@ -23,11 +23,16 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
         for (int64_t at_half = e; at_half < x->depth; at_half += half, b += 2 * SPARGE_PANEL)
             for (int r = 0; r < rows; r++)
                 for (int n = 0; n < vectors; n++)
-                    c[r][n] = i_dot_words(c[r][n], i_lane(row[r] + at_half), i_load(b + n * apart));
+                    c[r][n] = i_dot_words(c[r][n], i_load(b + n * apart), i_lane(row[r] + at_half));
 }
 
+<<<<<<< HEAD
 /* Q and K of 8 bits are bytes too: the product is right for any unsigned A. */
 static void vnni_kernels(sparge_kernels *k, sparge_isa isa)
+=======
+/* Q and K of 8 bits are bytes too: the product is right for any unsigned B. */
+static void vnni_kernels(sparge_kernels *k)
+>>>>>>> c3acfaf (cpu: queries are the lanes: S^T = K Q^T, O^T += V^T P^T)
 {
     product_kernels(k, isa);
     k->int8_scores = SPARGE_BYTES;

@@ -15,7 +15,7 @@
 typedef struct sparge_operand {
     sparge_format format;
     int qmax;              /* codes are in [-qmax, qmax]; 0: values */
-    int64_t stride;        /* channels, padded to 16 */
+    int64_t stride;        /* channels, padded */
     int64_t block;         /* bytes of a block */
     int64_t inits, scales; /* of a block */
     char *data;            /* [blocks][block] */
@@ -59,7 +59,7 @@ typedef struct sparge_work {
     const sparge_intermediates *intermediates;
     sparge_geometry g;
     sparge_kernels kernels;
-    int64_t keys;            /* of a key block, padded to 16 */
+    int64_t keys;            /* of a key block, padded: the depth of P.V */
     sparge_mask *predicted;  /* NULL: not asked for */
     const sparge_mask *mask; /* NULL: dense */
     sparge_result *result;   /* NULL: attention is not asked for */
@@ -71,21 +71,20 @@ typedef struct sparge_work {
 /* Where a thread works. */
 typedef struct sparge_scratch {
     float *x, *unit_sum; /* a block of tokens on its way to codes; the sum of its unit rows */
-    int16_t *code;
+    void *code;
     float *row;                       /* [k_blocks] S[i,:] */
     uint32_t *order_key, *mass, *j;   /* [k_blocks] of the finite scores, and their key blocks */
-    float *s, *o;                     /* [tile rows][keys + 16], [block_q][stride of V] */
-    void *p;                          /* [tile rows][keys + 16] in the format of V */
-    float *max, *sum;                 /* [block_q] m and l */
-    float *most, *local;              /* [tile rows] the largest s of a row, m_local */
-    float *shrink, *weight, *row_sum; /* [tile rows] */
-    int32_t *p_init;                  /* [tile rows] */
-    bool *nonfinite;                  /* [block_q] rows that met a non-finite query or key */
+    float *s;                         /* [panels of a group][(keys + 1) * 16] */
+    void *p;                          /* the same in the format of V */
+    float *o;                         /* [panels][channels of V][16] */
+    float *max, *sum;                 /* [lanes] m and l */
+    float *turned;                    /* [16][channels of V] rows of O */
+    bool *nonfinite;                  /* [lanes] queries that met a non-finite query or key */
+    float *most, *local;              /* [lanes] the largest s of a query, m_local */
+    float *shrink, *weight, *row_sum; /* [lanes] */
+    int32_t *p_init;                  /* [lanes] */
     float *pv_done;                   /* [k_blocks] share of the rows whose P.V was computed */
 } sparge_scratch;
-
-/* Rows of a tile if lambda does not say: Q and S of them stay in L1. */
-enum { SPARGE_TILE_ROWS = 64 };
 
 /* The key head, counted over the batch, that a query head of that kind reads. */
 static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
@@ -97,6 +96,22 @@ static inline int64_t sparge_kv_of(const sparge_problem *p, int64_t head)
 static inline const sparge_thresholds *sparge_thresholds_at(const sparge_work *w, int64_t head)
 {
     return sparge_thresholds_of(w->o, head % w->p->heads);
+}
+
+/* Queries of the head that go through a tile together: those that decide lambda, or as many as the
+ * kernels like best. Each group begins a panel. */
+static inline int64_t sparge_group_of(const sparge_work *w, int64_t head)
+{
+    const int64_t *best = w->kernels.group;
+    if (sparge_thresholds_at(w, head)->lambda > -INFINITY)
+        return w->o->skip_rows;
+    return sparge_min(w->g.block_q, sparge_max(best[w->q.operand.format], best[w->kv.v.format]));
+}
+
+/* Lanes of so many queries in groups. */
+static inline int64_t sparge_lanes(int64_t queries, int64_t group)
+{
+    return queries / group * sparge_padded(group) + sparge_padded(queries % group);
 }
 
 /* Rows [first, first + rows) of a recorded array [rows][dim], or nothing if it is not wanted; from
