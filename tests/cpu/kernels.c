@@ -5,7 +5,7 @@
  *
  *     test_kernels --isa scalar|avx2|avxvnni|avx512vnni|amx --draws N --seed S
  *
- * A draw has memory twice, full of 0xFF (a NaN, -1): the kernel works in one, the judge in the
+ * A draw has memory twice, full of NaN and -1: the kernel works in one, the judge in the
  * other, and at the end both are the same to the last byte. So inputs that were changed, padding
  * that was written and guards are found by the comparison that finds wrong results. A draw depends
  * on the seed, the kernel and its number alone.
@@ -19,14 +19,16 @@
 #include <sanitizer/asan_interface.h> /* its macros do nothing in a build without the sanitizer */
 
 #include "common/half.h"
+#include "common/quant.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 #include "ref/ref.h"
 
 enum {
     MOST_ROWS = 70,
+    MOST_KEYS = 272, /* rows of A */
     MOST_DEPTH = 256,
-    MOST_PANELS = 20,
+    MOST_PANELS = 9,
     MOST_COLUMNS = MOST_PANELS * SPARGE_PANEL
 };
 
@@ -56,13 +58,11 @@ static int64_t size_up_to(int64_t last)
     return pick(1, limit);
 }
 
-static int64_t panels_up_to(int64_t last)
-{
-    static const int64_t most[] = {1, 2, 3, 5, 6, 9};
-    return sparge_min(last, one_in(4) ? most[pick(0, 5)] : size_up_to(last));
-}
+static int64_t multiple_up_to(int64_t unit, int64_t last) { return unit * size_up_to(last / unit); }
+static int64_t panels(void) { return one_in(2) ? pick(1, MOST_PANELS) : size_up_to(MOST_PANELS); }
 
-static int64_t depth_up_to(int64_t last) { return SPARGE_PANEL * size_up_to(last / SPARGE_PANEL); }
+/* From the end of one thing of so many elements to the next one: most often nothing. */
+static int64_t gap(void) { return one_in(2) ? 0 : one_in(2) ? SPARGE_PANEL : pick(1, 20); }
 
 /* ---- Memory, twice ---- */
 
@@ -85,7 +85,8 @@ enum { MEMORY = 1 << 21, GUARD = 128, MOST_ARRAYS = 16 };
 static _Alignas(64) uint8_t memory[2][MEMORY];
 static array arrays[MOST_ARRAYS];
 static int used_arrays;
-static size_t top; /* the first byte that no array and no guard has */
+static const uint32_t unwritten = 0xffedcba9u; /* of floats, a NaN that no kernel makes */
+static size_t top;                             /* the first byte that no array and no guard has */
 static char shape[160];
 
 static void forget(void)
@@ -107,6 +108,10 @@ static pair make_beside(const char *name, kind of, int64_t count, int64_t width,
         abort();
     ASAN_POISON_MEMORY_REGION(memory[0] + top, at - top);
     ASAN_POISON_MEMORY_REGION(memory[0] + end, GUARD);
+    for (int64_t n = 0; n < count && of == F32; n++) {
+        memcpy(memory[0] + at + n * 4, &unwritten, 4);
+        memcpy(memory[1] + at + n * 4, &unwritten, 4);
+    }
     arrays[used_arrays++] = (array){name, of, at, count, width};
     top = end + GUARD;
     return (pair){memory[0] + at, memory[1] + at};
@@ -151,11 +156,11 @@ static float as_float(const array *a, const uint8_t *from, int64_t n)
     }
 }
 
-/* Any NaN is another's equal, since C does not say which one a sum gives; but what nobody
- * wrote is all ones. */
+/* Any NaN is another's equal, since C does not say which one a sum gives; but one that nobody
+ * wrote is not. */
 static bool differs(const array *a, int64_t n)
 {
-    static const uint8_t poison[4] = {0xFF, 0xFF, 0xFF, 0xFF};
+    const uint32_t ones = 0xffffffffu, *poison = a->kind == F32 ? &unwritten : &ones;
     const size_t size = size_of[a->kind], at = a->at + (size_t)n * size;
     if (!memcmp(memory[0] + at, memory[1] + at, size))
         return false;
@@ -276,8 +281,6 @@ static void values(float *x, int64_t n, range r)
 
 /* ---- One block of tokens ---- */
 
-static int64_t padded(int64_t n) { return sparge_ceil_div(n, SPARGE_PANEL) * SPARGE_PANEL; }
-
 /* How a row lies in the caller's memory, forward or backward. */
 static void test_load(const sparge_kernels *k, sparge_format f)
 {
@@ -285,7 +288,8 @@ static void test_load(const sparge_kernels *k, sparge_format f)
     static bool nonfinite[MOST_ROWS * MOST_DEPTH];
     (void)f;
     const sparge_dtype dtype = (sparge_dtype)pick(SPARGE_F32, SPARGE_BF16);
-    const int64_t rows = size_up_to(MOST_ROWS), dim = size_up_to(MOST_DEPTH), stride = padded(dim);
+    const int64_t rows = size_up_to(MOST_ROWS), dim = size_up_to(MOST_DEPTH),
+                  stride = sparge_padded(dim);
     const int64_t step = dim + (one_in(2) ? 0 : pick(0, 9)), token = one_in(4) ? -step : step;
     const int64_t all = (rows - 1) * step + dim, first = token < 0 ? (rows - 1) * step : 0;
     const pair in = make("in",
@@ -294,8 +298,9 @@ static void test_load(const sparge_kernels *k, sparge_format f)
                                                : BF16,
                          all, step);
     const pair mean = make("mean", F32, dim, dim), x = make("x", F32, rows * stride, stride);
-    const pair finite = make("finite", I32, 1, 1);
+    const pair finite = make("finite", I32, 1, 1), max = make("max", F32, 1, 1);
     const bool some_nonfinite = one_in(3), smooth = one_in(2);
+    const int64_t odds = one_in(8) ? 1 : 40; /* of a non-finite element */
     const range r = range_of();
     snprintf(shape, sizeof shape, "dtype %d, %" PRId64 " rows of %" PRId64 ", %" PRId64 " apart",
              (int)dtype, rows, dim, token);
@@ -305,7 +310,7 @@ static void test_load(const sparge_kernels *k, sparge_format f)
     for (int64_t n = 0; n < rows; n++)
         for (int64_t c = 0; c < dim; c++) {
             const float special[] = {INFINITY, -INFINITY, NAN};
-            const float value = some_nonfinite && one_in(40) ? special[pick(0, 2)] : value_of(r);
+            const float value = some_nonfinite && one_in(odds) ? special[pick(0, 2)] : value_of(r);
             if (dtype == SPARGE_F32)
                 ((float *)in.got)[n * step + c] = value;
             else if (dtype == SPARGE_F16)
@@ -318,18 +323,21 @@ static void test_load(const sparge_kernels *k, sparge_format f)
     settle();
     const size_t size = dtype == SPARGE_F32 ? 4 : 2;
     const sparge_rows from = {(char *)in.got + (size_t)first * size, dtype, token, rows, dim};
-    *(int32_t *)finite.got = k->load(&from, mean.got, stride, x.got);
+    *(int32_t *)finite.got = k->load(&from, mean.got, stride, x.got, max.got);
 
     const sparge_in view = {(char *)in.want + (size_t)first * size, dtype, 0, 0, token};
     bool none = true;
+    float largest = 0.0f;
     sparge_ref_load(&view, 0, 0, 0, rows, dim, plain, nonfinite);
     sparge_ref_subtract_mean(plain, nonfinite, rows, dim, mean.want);
     for (int64_t n = 0; n < rows; n++)
         for (int64_t c = 0; c < stride; c++) {
             ((float *)x.want)[n * stride + c] = c < dim ? plain[n * dim + c] : 0.0f;
             none &= c >= dim || !nonfinite[n * dim + c];
+            largest = fmaxf(largest, fabsf(((float *)x.want)[n * stride + c]));
         }
     *(int32_t *)finite.want = none;
+    *(float *)max.want = largest;
 }
 
 /* A block as load leaves it. */
@@ -341,7 +349,7 @@ typedef struct block {
 static block make_block(int64_t most_columns)
 {
     block b = {.rows = size_up_to(MOST_ROWS), .dim = size_up_to(most_columns)};
-    b.stride = padded(b.dim);
+    b.stride = sparge_padded(b.dim);
     b.x = make("x", F32, b.rows * b.stride, b.stride);
     block_of_tokens(b.x.got, b.rows, b.dim, b.stride);
     snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, b.rows, b.dim);
@@ -389,56 +397,16 @@ static void test_summarize(const sparge_kernels *k, sparge_format f)
         sparge_ref_summarize(plain, nonfinite, b.rows, b.rows, b.dim, pool.want, unit_sum.want).sim;
 }
 
-static int some_qmax(void)
+/* ---- Codes ---- */
+
+static const kind kind_of_a[SPARGE_FORMATS] = {I8, I16, F32},
+                  kind_of_b[SPARGE_FORMATS] = {U8, I16, F32};
+
+static int some_qmax(sparge_format f)
 {
     static const int qmax[] = {127, 2047, 4095};
-    return qmax[pick(0, 2)];
+    return f == SPARGE_BYTES ? 127 : qmax[pick(0, 2)];
 }
-
-static void test_quantize(const sparge_kernels *k, sparge_format f)
-{
-    (void)f;
-    const block b = make_block(MOST_DEPTH);
-    const int qmax = some_qmax();
-    const pair code = make("code", I16, b.rows * b.stride, b.stride),
-               scale = make("scale", F32, 1, 1);
-    settle();
-    *(float *)scale.got = k->quantize(b.x.got, b.rows * b.stride, qmax, code.got);
-    *(float *)scale.want =
-        sparge_ref_quantize(b.x.want, b.rows * b.stride, 1, qmax, 0.0f, code.want);
-}
-
-static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
-{
-    (void)f;
-    const block b = make_block(MOST_COLUMNS);
-    const int qmax = some_qmax();
-    const pair code = make("code", I16, b.rows * b.stride, b.stride),
-               scale = make("scale", F32, b.stride, b.stride);
-    settle();
-    k->quantize_channels(b.x.got, b.rows, b.stride, qmax, scale.got, code.got);
-    for (int64_t c = 0; c < b.stride; c++)
-        ((float *)scale.want)[c] = sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride,
-                                                       qmax, 0.0f, (int16_t *)code.want + c);
-}
-
-/* ---- Packing: the layouts of kernels.h, once more ---- */
-
-/* Where element (e, n) of B [panels][depth][16] stands. */
-static int64_t place(sparge_format f, int64_t depth, int64_t e, int64_t n)
-{
-    const int64_t panel = n / 16 * depth * 16, lane = n % 16, half = depth / 2;
-    if (f == SPARGE_BYTES) /* [depth / 4][16][4] */
-        return panel + e / 4 * 64 + lane * 4 + e % 4;
-    if (f == SPARGE_WORDS) { /* [depth / 4][2][16][2] */
-        const int64_t second = e >= half, within = second ? e - half : e;
-        return panel + within / 2 * 64 + second * 32 + lane * 2 + within % 2;
-    }
-    return panel + e * 16 + lane;
-}
-
-static const kind kind_of_a[SPARGE_FORMATS] = {U8, I16, F32},
-                  kind_of_b[SPARGE_FORMATS] = {I8, I16, F32};
 
 static void put(void *to, kind of, int64_t at, int code, float value)
 {
@@ -450,28 +418,114 @@ static void put(void *to, kind of, int64_t at, int code, float value)
         ((uint8_t *)to)[at] = (uint8_t)code;
 }
 
-/* Codes or values [rows][stride] on their way into a product; element (r, c), 0 beyond the rows. */
+/* x, `apart` from each other, so near n + 1/2 of their scale that the last bits of the quotient
+ * decide: all, or one of sixteen, since a neighbor's doubt must not lend its exactness. The largest
+ * one, which makes the scale, is anywhere from what makes it 0 to the largest float. */
+static void near_ties(float *x, int64_t n, int64_t apart, int qmax)
+{
+    const int lowest = FLT_MIN_EXP - 1, bits = ilogbf((float)qmax);
+    const int exponent = (int)(one_in(3) ? pick(lowest + bits - 1, 127) : pick(-8, 8));
+    const float largest = ldexpf(1.5f + uniform() / 2, exponent);
+    const float scale = sparge_quant_scale(largest, qmax);
+    const int64_t odds = one_in(2) ? 1 : 16, first = pick(0, n - 1);
+    for (int64_t e = 0; e < n; e++) {
+        float value = largest * uniform();
+        if (one_in(odds)) {
+            value = ((float)pick(0, qmax - 1) + 0.5f) * scale;
+            for (int64_t steps = pick(-4, 4); steps; steps += steps < 0 ? 1 : -1)
+                value = nextafterf(value, steps < 0 ? 0.0f : INFINITY);
+            value = one_in(2) ? value : -value;
+        }
+        x[e * apart] = e == first ? largest : value;
+    }
+}
+
+static void put_codes(const pair *code, kind of, int64_t n, const int16_t *from)
+{
+    for (int64_t e = 0; e < n; e++)
+        put(code->want, of, e, from[e], 0.0f);
+}
+
+static void test_quantize(const sparge_kernels *k, sparge_format f)
+{
+    static int16_t plain[MOST_ROWS * MOST_DEPTH];
+    const block b = make_block(MOST_DEPTH);
+    const int64_t n = b.rows * b.stride;
+    const int qmax = some_qmax(f);
+    const pair code = make("code", kind_of_a[f], n, b.stride);
+    if (one_in(2))
+        near_ties(b.x.got, n, 1, qmax);
+    settle();
+    const float scale = sparge_ref_quantize(b.x.want, n, 1, qmax, 0.0f, plain);
+    k->quantize[f](b.x.got, n, scale, qmax, code.got);
+    put_codes(&code, kind_of_a[f], n, plain);
+}
+
+static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
+{
+    static int16_t plain[MOST_ROWS * MOST_DEPTH];
+    const block b = make_block(MOST_DEPTH);
+    const int qmax = some_qmax(f);
+    const pair code = make("code", kind_of_a[f], b.rows * b.stride, b.stride),
+               scale = make("scale", F32, b.stride, b.stride);
+    const bool ties = one_in(2);
+    for (int64_t c = 0; c < b.dim && ties; c++)
+        near_ties((float *)b.x.got + c, b.rows, b.stride, qmax);
+    settle();
+    k->quantize_channels[f](b.x.got, b.rows, b.stride, qmax, scale.got, code.got);
+    for (int64_t c = 0; c < b.stride; c++)
+        ((float *)scale.want)[c] =
+            sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride, qmax, 0.0f, plain + c);
+    put_codes(&code, kind_of_a[f], b.rows * b.stride, plain);
+}
+
+/* ---- Packing: the layouts of kernels.h, once more ---- */
+
+/* Where element (e, n) of B stands, its panels `stride` apart. */
+static int64_t place(sparge_format f, int64_t stride, int64_t depth, int64_t e, int64_t n)
+{
+    const int64_t panel = n / 16 * stride, lane = n % 16, half = depth / 2;
+    if (f == SPARGE_BYTES) /* [depth / 4][16][4] */
+        return panel + e / 4 * 64 + lane * 4 + e % 4;
+    if (f == SPARGE_WORDS) { /* [depth / 4][2][16][2] */
+        const int64_t second = e >= half, within = second ? e - half : e;
+        return panel + within / 2 * 64 + second * 32 + lane * 2 + within % 2;
+    }
+    return panel + e * 16 + lane;
+}
+
+/* Where element (r, n) of S^T or O^T stands. */
+static int64_t place_of_c(int64_t stride, int64_t r, int64_t n)
+{
+    return n / 16 * stride + r * 16 + n % 16;
+}
+
+/* Codes or values [rows][stride] on their way into a product. */
 typedef struct source {
     sparge_format f;
     int64_t rows, stride;
     pair from;
 } source;
 
-static source make_source(sparge_format f, int64_t most_rows, int64_t most_columns, int qmax)
+/* With memory for `all` rows. */
+static source make_source(sparge_format f, int64_t rows, int64_t all, int64_t stride, int qmax)
 {
-    source s = {.f = f, .rows = size_up_to(most_rows), .stride = depth_up_to(most_columns)};
-    s.from = make_lanes("from", f == SPARGE_FLOATS ? F32 : I16, s.rows * s.stride, s.stride);
-    if (f == SPARGE_FLOATS)
-        values(s.from.got, s.rows * s.stride, PLAIN);
-    else
-        codes(s.from.got, s.rows * s.stride, s.stride, f == SPARGE_BYTES ? 127 : qmax, true);
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, s.rows, s.stride);
+    static int16_t plain[MOST_KEYS * MOST_DEPTH];
+    source s = {f, rows, stride, make_lanes("from", kind_of_a[f], all * stride, stride)};
+    codes(plain, rows * stride, stride, f == SPARGE_BYTES ? 127 : qmax, true);
+    for (int64_t e = 0; e < rows * stride; e++)
+        put(s.from.got, kind_of_a[f], e, plain[e], 4.0f * uniform());
+    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64, rows, stride);
     return s;
 }
 
+/* Element (r, c), and the same of values; 0 beyond the rows. */
 static int code_at(const source *s, int64_t r, int64_t c)
 {
-    return s->f == SPARGE_FLOATS || r >= s->rows ? 0 : ((int16_t *)s->from.want)[r * s->stride + c];
+    const int64_t at = r * s->stride + c;
+    return s->f == SPARGE_FLOATS || r >= s->rows ? 0
+           : s->f == SPARGE_BYTES                ? ((int8_t *)s->from.want)[at]
+                                                 : ((int16_t *)s->from.want)[at];
 }
 
 static float value_at(const source *s, int64_t r, int64_t c)
@@ -482,59 +536,64 @@ static float value_at(const source *s, int64_t r, int64_t c)
 
 static void test_pack_rows(const sparge_kernels *k, sparge_format f)
 {
-    const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
-    const pair a = make("a", kind_of_a[f], s.rows * s.stride, s.stride),
-               init = make("init", I32, s.rows, s.rows);
+    const int64_t rows = size_up_to(MOST_ROWS), all = sparge_padded(rows);
+    const source s = make_source(f, rows, all, multiple_up_to(k->depth, MOST_DEPTH), 2047);
+    const pair init = make("a_init", I32, all, all);
     settle();
-    k->pack_rows[f](s.from.got, s.rows, s.stride, a.got, init.got);
-    for (int64_t r = 0; r < s.rows; r++) {
-        int32_t sum = 0;
-        for (int64_t c = 0; c < s.stride; c++) {
-            put(a.want, kind_of_a[f], r * s.stride + c,
-                code_at(&s, r, c) + (f == SPARGE_BYTES ? 128 : 0), value_at(&s, r, c));
-            sum += c < s.stride / 2 ? code_at(&s, r, c) * code_at(&s, r, s.stride / 2 + c) : 0;
-        }
-        if (f == SPARGE_WORDS)
-            ((int32_t *)init.want)[r] = -sum;
-    }
-}
-
-static void test_pack_keys(const sparge_kernels *k, sparge_format f)
-{
-    const source s = make_source(f, MOST_ROWS, MOST_DEPTH, 2047);
-    const int64_t columns = padded(s.rows), depth = s.stride;
-    const pair b = make_lanes("b", kind_of_b[f], columns * depth, depth * 16),
-               init = make("init", I32, columns, columns);
-    settle();
-    k->pack_keys[f](s.from.got, s.rows, s.stride, b.got, init.got);
-    for (int64_t n = 0; n < columns; n++) {
+    k->pack_rows[f](s.from.got, rows, s.stride, init.got);
+    for (int64_t r = 0; r < all; r++) {
         int32_t sum = 0, product = 0;
-        for (int64_t e = 0; e < depth; e++) {
-            put(b.want, kind_of_b[f], place(f, depth, e, n), code_at(&s, n, e), value_at(&s, n, e));
-            sum += code_at(&s, n, e);
-            product += e < depth / 2 ? code_at(&s, n, e) * code_at(&s, n, depth / 2 + e) : 0;
+        for (int64_t c = 0; c < s.stride; c++) {
+            const int code = code_at(&s, r, c);
+            put(s.from.want, kind_of_a[f], r * s.stride + c, code, value_at(&s, r, c));
+            sum += code;
+            product += c < s.stride / 2 ? code * code_at(&s, r, s.stride / 2 + c) : 0;
         }
         if (f != SPARGE_FLOATS)
-            ((int32_t *)init.want)[n] = f == SPARGE_BYTES ? -128 * sum : -product;
+            ((int32_t *)init.want)[r] = f == SPARGE_BYTES ? -128 * sum : -product;
     }
 }
 
-static void test_pack_values(const sparge_kernels *k, sparge_format f)
+static void test_pack_columns(const sparge_kernels *k, sparge_format f)
 {
-    const source s = make_source(f, f == SPARGE_WORDS ? 128 : 200, MOST_COLUMNS / 2, 4095);
-    const int64_t depth = padded(s.rows), columns = s.stride;
-    const pair b = make_lanes("b", kind_of_b[f], columns * depth, depth * 16),
-               init = make("init", I32, columns, columns);
+    const int64_t rows = size_up_to(MOST_ROWS), columns = sparge_padded(rows),
+                  depth = multiple_up_to(k->depth, MOST_DEPTH), panel = depth * SPARGE_PANEL;
+    const source s = make_source(f, rows, rows, depth, 2047);
+    const pair b = make_lanes("b", kind_of_b[f], columns * depth, panel),
+               init = make("b_init", I32, columns, columns);
     settle();
-    k->pack_values[f](s.from.got, s.rows, s.stride, b.got, init.got);
+    k->pack_columns[f](s.from.got, rows, depth, b.got, init.got);
     for (int64_t n = 0; n < columns; n++) {
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
-            put(b.want, kind_of_b[f], place(f, depth, e, n), code_at(&s, e, n), value_at(&s, e, n));
-            product += e < depth / 2 ? code_at(&s, e, n) * code_at(&s, depth / 2 + e, n) : 0;
+            const int code = code_at(&s, n, e), excess = f == SPARGE_BYTES ? 128 : 0;
+            put(b.want, kind_of_b[f], place(f, panel, depth, e, n), code + excess,
+                value_at(&s, n, e));
+            product += e < depth / 2 ? code * code_at(&s, n, depth / 2 + e) : 0;
         }
-        if (f != SPARGE_FLOATS)
-            ((int32_t *)init.want)[n] = f == SPARGE_BYTES ? 0 : -product;
+        if (f == SPARGE_WORDS)
+            ((int32_t *)init.want)[n] = -product;
+    }
+}
+
+static void test_pack_transposed(const sparge_kernels *k, sparge_format f)
+{
+    const int64_t depth = multiple_up_to(k->depth, f == SPARGE_WORDS ? 128 : MOST_DEPTH),
+                  rows = one_in(2) ? depth - pick(0, k->depth - 1) : pick(1, depth),
+                  stride = multiple_up_to(SPARGE_PANEL, MOST_DEPTH), half = sparge_padded(rows) / 2;
+    const source s = make_source(f, rows, rows, stride, 4095);
+    const pair a = make_lanes("a", kind_of_a[f], stride * depth, depth),
+               init = make("a_init", I32, stride, stride);
+    settle();
+    k->pack_transposed[f](s.from.got, rows, stride, depth, a.got, init.got);
+    for (int64_t c = 0; c < stride; c++) {
+        int32_t product = 0;
+        for (int64_t t = 0; t < depth; t++) {
+            put(a.want, kind_of_a[f], c * depth + t, code_at(&s, t, c), value_at(&s, t, c));
+            product += t < half ? code_at(&s, t, c) * code_at(&s, half + t, c) : 0;
+        }
+        if (f == SPARGE_WORDS)
+            ((int32_t *)init.want)[c] = -product;
     }
 }
 
@@ -543,7 +602,7 @@ static void test_pack_values(const sparge_kernels *k, sparge_format f)
 static void test_score_pools(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
-    const int64_t n = size_up_to(MOST_ROWS), stride = depth_up_to(MOST_DEPTH);
+    const int64_t n = size_up_to(MOST_ROWS), stride = multiple_up_to(SPARGE_PANEL, MOST_DEPTH);
     const float scale = ldexpf(1.0f + uniform() / 2, (int)pick(-4, 2));
     const pair pool = make("pool", F32, stride, stride),
                pools = make("pools", F32, n * stride, stride);
@@ -582,80 +641,83 @@ static void test_mass(const sparge_kernels *k, sparge_format f)
 /* A and B by their coordinates, and as a kernel takes them. */
 typedef struct operands {
     sparge_format f;
-    int64_t rows, panels, depth, a_stride;
+    sparge_product got;
     pair a, b, a_init, b_init;
 } operands;
 
 /* A [rows][depth] and B [depth][columns]. */
-static int16_t code_a[MOST_ROWS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS];
-static float value_a[MOST_ROWS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS];
+static int16_t code_a[MOST_KEYS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS];
+static float value_a[MOST_KEYS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS];
 
-/* WORDS of Q and K are within 2047, of P and V within 4095 at no more depth than their sums allow.
- * BYTES of A are within 127 where two products of them are added in 16 bits, and bytes of K come
- * with b_init. */
+/* WORDS of K and Q are within 2047, of V and P within 4095 at no more depth than their sums allow.
+ * BYTES of P are within 127, where two products of them are added in 16 bits. */
 static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_pv)
 {
-    operands x = {.f = f, .rows = size_up_to(MOST_ROWS), .panels = panels_up_to(9)};
     const int qmax = f == SPARGE_BYTES ? 127 : is_pv || one_in(2) ? 4095 : 2047;
     const int bytes = k->isa == SPARGE_ISA_AVX2 || one_in(4) ? 127 : 255;
-    x.depth = depth_up_to(f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
-    x.a_stride = x.depth + (one_in(2) ? 0 : one_in(2) ? SPARGE_PANEL : pick(1, 20));
-    const int64_t columns = x.panels * SPARGE_PANEL, depth = x.depth;
-    x.a = make("a", kind_of_a[f], x.rows * x.a_stride, x.a_stride);
-    x.b = make_lanes("b", kind_of_b[f], columns * depth, depth * SPARGE_PANEL);
-    x.a_init = make("a_init", I32, x.rows, x.rows);
+    const int64_t depth =
+        multiple_up_to(k->depth, f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
+    const int64_t rows = multiple_up_to(SPARGE_PANEL, MOST_KEYS), columns = panels() * SPARGE_PANEL;
+    const int64_t a_stride = depth + gap(), b_stride = depth * SPARGE_PANEL + 4 * gap();
+    operands x = {.f = f};
+    x.a = make("a", kind_of_a[f], rows * a_stride, a_stride);
+    x.b = make_lanes("b", kind_of_b[f], columns / SPARGE_PANEL * b_stride, b_stride);
+    x.a_init = make("a_init", I32, rows, rows);
     x.b_init = make("b_init", I32, columns, columns);
+    const bool no_init = f == SPARGE_BYTES && one_in(2);
+    x.got = (sparge_product){
+        .rows = rows,
+        .panels = columns / SPARGE_PANEL,
+        .depth = depth,
+        .a = x.a.got,
+        .a_stride = a_stride,
+        .a_init = f == SPARGE_FLOATS || no_init ? NULL : x.a_init.got,
+        .b = x.b.got,
+        .b_stride = b_stride,
+        .b_init = f == SPARGE_WORDS ? x.b_init.got : NULL,
+    };
     snprintf(shape, sizeof shape,
-             "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", %" PRId64 " panels", x.rows,
-             depth, x.a_stride, x.panels);
-    codes(code_a, x.rows * depth, depth, f == SPARGE_BYTES ? bytes : qmax,
+             "%" PRId64 " rows of %" PRId64 ", strides %" PRId64 " and %" PRId64 ", %" PRId64
+             " panels",
+             rows, depth, a_stride, b_stride, x.got.panels);
+    codes(code_a, rows * depth, depth, qmax, true);
+    codes(code_b, depth * columns, columns, f == SPARGE_BYTES ? bytes : qmax,
           f == SPARGE_WORDS && !is_pv);
-    codes(code_b, depth * columns, columns, qmax, true);
-    values(value_a, f == SPARGE_FLOATS ? x.rows * depth : 0, range_of());
+    values(value_a, f == SPARGE_FLOATS ? rows * depth : 0, range_of());
     values(value_b, f == SPARGE_FLOATS ? depth * columns : 0, range_of());
-    for (int64_t r = 0; r < x.rows; r++) {
+    for (int64_t r = 0; r < rows; r++) {
+        const int16_t *row = code_a + r * depth;
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
-            put(x.a.got, kind_of_a[f], r * x.a_stride + e, code_a[r * depth + e],
-                value_a[r * depth + e]);
-            product +=
-                e < depth / 2 ? code_a[r * depth + e] * code_a[r * depth + depth / 2 + e] : 0;
+            put(x.a.got, kind_of_a[f], r * a_stride + e, row[e], value_a[r * depth + e]);
+            product += e < depth / 2 ? row[e] * row[depth / 2 + e] : 0;
         }
-        if (f == SPARGE_WORDS)
-            ((int32_t *)x.a_init.got)[r] = -product;
+        ((int32_t *)x.a_init.got)[r] =
+            f == SPARGE_WORDS ? -product : (int32_t)pick(-4000000, 4000000);
     }
     for (int64_t n = 0; n < columns; n++) {
+        const int16_t *column = code_b + n;
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
-            put(x.b.got, kind_of_b[f], place(f, depth, e, n), code_b[e * columns + n],
+            put(x.b.got, kind_of_b[f], place(f, b_stride, depth, e, n), column[e * columns],
                 value_b[e * columns + n]);
-            product +=
-                e < depth / 2 ? code_b[e * columns + n] * code_b[(depth / 2 + e) * columns + n] : 0;
+            product += e < depth / 2 ? column[e * columns] * column[(depth / 2 + e) * columns] : 0;
         }
-        if (f != SPARGE_FLOATS)
-            ((int32_t *)x.b_init.got)[n] = f == SPARGE_WORDS ? -product
-                                           : is_pv           ? 0
-                                                             : (int32_t)pick(-4000000, 4000000);
+        ((int32_t *)x.b_init.got)[n] = -product;
     }
     return x;
-}
-
-static sparge_product product_of(const operands *x)
-{
-    return (sparge_product){x->rows,     x->panels,     x->depth, x->a.got,
-                            x->a_stride, x->a_init.got, x->b.got, x->b_init.got};
 }
 
 /* Element (r, n) of C; for floats added to `from`. */
 static float product_at(const operands *x, int64_t r, int64_t n, float from)
 {
-    const int64_t columns = x->panels * SPARGE_PANEL, depth = x->depth;
+    const int64_t columns = x->got.panels * SPARGE_PANEL, depth = x->got.depth;
     if (x->f == SPARGE_FLOATS) {
         for (int64_t e = 0; e < depth; e++)
             from = fmaf(value_a[r * depth + e], value_b[e * columns + n], from);
         return from;
     }
-    int64_t sum = x->f == SPARGE_BYTES ? ((int32_t *)x->b_init.want)[n] : 0;
+    int64_t sum = x->f == SPARGE_BYTES && x->got.a_init ? ((int32_t *)x->a_init.want)[r] : 0;
     for (int64_t e = 0; e < depth; e++)
         sum += code_a[r * depth + e] * code_b[e * columns + n];
     if (sum != (int32_t)sum)
@@ -663,90 +725,113 @@ static float product_at(const operands *x, int64_t r, int64_t n, float from)
     return (float)sum;
 }
 
+/* S^T or O^T, their panels some way apart. */
+typedef struct panels_of_c {
+    pair c;
+    int64_t stride;
+} panels_of_c;
+
+static panels_of_c make_c(const char *name, int64_t rows, int64_t columns)
+{
+    const int64_t stride = (rows + (one_in(2) ? 0 : one_in(2) ? 1 : pick(1, 20))) * SPARGE_PANEL;
+    return (panels_of_c){make(name, F32, columns / SPARGE_PANEL * stride, SPARGE_PANEL), stride};
+}
+
 static void test_score(const sparge_kernels *k, sparge_format f)
 {
     const operands x = make_operands(k, f, false);
-    const int64_t columns = x.panels * SPARGE_PANEL,
-                  stride = columns + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
-    const pair s = make("s", F32, (x.rows - 1) * stride + columns, stride);
+    const int64_t columns = x.got.panels * SPARGE_PANEL;
+    const panels_of_c s = make_c("s", x.got.rows, columns);
     settle();
-    const sparge_product product = product_of(&x);
-    k->score[f](&product, s.got, stride);
-    for (int64_t r = 0; r < x.rows; r++)
+    k->score[f](&x.got, s.c.got, s.stride);
+    for (int64_t r = 0; r < x.got.rows; r++)
         for (int64_t n = 0; n < columns; n++)
-            ((float *)s.want)[r * stride + n] = product_at(&x, r, n, 0.0f);
+            ((float *)s.c.want)[place_of_c(s.stride, r, n)] = product_at(&x, r, n, 0.0f);
 }
 
 static void test_accumulate_pv(const sparge_kernels *k, sparge_format f)
 {
     const operands x = make_operands(k, f, true);
-    const int64_t columns = x.panels * SPARGE_PANEL,
-                  stride = columns + (one_in(2) ? 0 : pick(0, 20));
-    const pair o = make("o", F32, (x.rows - 1) * stride + columns, stride),
-               v_scale = make("v_scale", F32, columns, columns);
-    const pair shrink = make("shrink", F32, x.rows, x.rows),
-               weight = make("weight", F32, x.rows, x.rows);
-    for (int64_t r = 0; r < x.rows; r++) {
-        ((float *)shrink.got)[r] = one_in(3) ? (float)pick(0, 1) : fabsf(uniform());
-        ((float *)weight.got)[r] = one_in(8) ? 0.0f : fabsf(uniform()) / 127;
-        values((float *)o.got + r * stride, columns, PLAIN);
+    const int64_t rows = x.got.rows, columns = x.got.panels * SPARGE_PANEL;
+    const panels_of_c o = make_c("o", rows, columns);
+    const pair v_scale = make("v_scale", F32, rows, rows);
+    const pair shrink = make("shrink", F32, columns, columns),
+               weight = make("weight", F32, columns, columns);
+    const bool still = one_in(3), floats = f == SPARGE_FLOATS;
+    for (int64_t n = 0; n < columns; n++) {
+        ((float *)shrink.got)[n] = still ? 1.0f : one_in(3) ? (float)pick(0, 1) : fabsf(uniform());
+        ((float *)weight.got)[n] = one_in(8) ? 0.0f : fabsf(uniform()) / 127;
+        for (int64_t r = 0; r < rows; r++)
+            ((float *)o.c.got)[place_of_c(o.stride, r, n)] = value_of(PLAIN);
     }
-    values(v_scale.got, columns, PLAIN);
+    values(v_scale.got, rows, PLAIN);
     settle();
-    const sparge_product product = product_of(&x);
-    const sparge_accumulator into = {shrink.got, weight.got, v_scale.got, o.got, stride};
-    k->accumulate_pv[f](&product, &into);
-    for (int64_t r = 0; r < x.rows; r++)
+    const sparge_accumulator into = {
+        .shrink = shrink.got,
+        .weight = floats ? NULL : weight.got,
+        .still = still,
+        .v_scale = floats ? NULL : v_scale.got,
+        .o = o.c.got,
+        .o_stride = o.stride,
+    };
+    k->accumulate_pv[f](&x.got, &into);
+    for (int64_t r = 0; r < rows; r++)
         for (int64_t n = 0; n < columns; n++) {
-            float *to = (float *)o.want + r * stride + n;
-            const float kept = *to * ((float *)shrink.want)[r];
-            const float scale = ((float *)weight.want)[r] * ((float *)v_scale.want)[n];
-            *to = f == SPARGE_FLOATS ? product_at(&x, r, n, kept)
-                                     : fmaf(scale, product_at(&x, r, n, 0.0f), kept);
+            float *to = (float *)o.c.want + place_of_c(o.stride, r, n);
+            const float kept = *to * ((float *)shrink.want)[n];
+            const float scale = ((float *)weight.want)[n] * ((float *)v_scale.want)[r];
+            *to =
+                floats ? product_at(&x, r, n, kept) : fmaf(scale, product_at(&x, r, n, 0.0f), kept);
         }
 }
 
 /* ---- Softmax ---- */
 
-/* Rows of scores: whole numbers as sums of codes are, values, what overflowed, and rows that see
- * little or nothing. */
+/* Scores of queries: whole numbers as sums of codes are, values, what overflowed, and queries that
+ * see little or nothing. */
 typedef struct scores {
     pair s, top;
     sparge_scores got;
-    int64_t all;
+    int64_t queries;
 } scores;
 
-static scores make_scores(void)
+static scores make_scores(const sparge_kernels *k)
 {
-    const int64_t rows = size_up_to(MOST_ROWS), keys = depth_up_to(MOST_DEPTH);
-    const int64_t stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20)),
-                  all = (rows - 1) * stride + keys;
-    const bool special = one_in(4);
+    const int64_t queries = panels() * SPARGE_PANEL, keys = multiple_up_to(k->depth, MOST_DEPTH);
+    const bool special = one_in(4), hidden = one_in(2);
     const float size = ldexpf(1.0f, (int)pick(0, one_in(4) ? 120 : 24));
-    scores x = {.s = make("s", F32, all, stride), .top = make("top", F32, rows, rows), .all = all};
+    const panels_of_c s = make_c("s", keys, queries);
+    scores x = {s.c, make("top", F32, queries, queries), .queries = queries};
     const float c = ldexpf(1.5f + uniform() / 2, (int)pick(-24, one_in(4) ? 100 : 4));
-    x.got = (sparge_scores){x.s.got, rows, keys, stride, one_in(20) ? 0x1p-149f : c, special};
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t visible = one_in(3) ? pick(0, keys) : keys;
+    x.got = (sparge_scores){s.c.got,  queries / SPARGE_PANEL,     keys,
+                            s.stride, one_in(20) ? 0x1p-149f : c, special};
+    for (int64_t q = 0; q < queries; q++) {
+        const int64_t visible = !hidden ? keys : one_in(8) ? 0 : pick(0, keys);
         for (int64_t t = 0; t < keys; t++) {
             const float odd[] = {INFINITY, -INFINITY, NAN, 3e38f, -3e38f, NAN};
             float score = size * uniform();
             score = special && one_in(10) ? odd[pick(0, 5)]
                     : one_in(8)           ? 0.0f
                                           : rintf(score) + 0.0f;
-            ((float *)x.s.got)[r * stride + t] = t < visible ? score : -INFINITY;
+            ((float *)x.s.got)[place_of_c(s.stride, t, q)] = t < visible ? score : -INFINITY;
         }
     }
-    snprintf(shape, sizeof shape, "%" PRId64 " rows of %" PRId64 ", stride %" PRId64 ", scale %a",
-             rows, keys, stride, (double)x.got.scale);
+    snprintf(shape, sizeof shape,
+             "%" PRId64 " queries, %" PRId64 " keys, stride %" PRId64 ", scale %a", queries, keys,
+             s.stride, (double)x.got.scale);
     return x;
 }
 
-static float most_of(const scores *x, int64_t r)
+static float score_at(const scores *x, int64_t t, int64_t q)
+{
+    return ((float *)x->s.want)[place_of_c(x->got.stride, t, q)];
+}
+
+static float most_of(const scores *x, int64_t q, const void *s)
 {
     float most = -INFINITY;
     for (int64_t t = 0; t < x->got.keys; t++) {
-        const float score = ((float *)x->s.got)[r * x->got.stride + t];
+        const float score = ((const float *)s)[place_of_c(x->got.stride, t, q)];
         if (score > most || score != score)
             most = score;
     }
@@ -756,101 +841,132 @@ static float most_of(const scores *x, int64_t r)
 static void test_maxima(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
-    scores x = make_scores();
-    const pair local = make("local", F32, x.got.rows, x.got.rows), above = make("above", I32, 1, 1);
+    scores x = make_scores(k);
+    const pair local = make("local", F32, x.queries, x.queries), above = make("above", I32, 1, 1);
     x.got.scale = one_in(20) ? 0.0f : one_in(20) ? INFINITY : x.got.scale;
     settle();
     *(int32_t *)above.got = k->maxima(&x.got, x.top.got, local.got);
     *(int32_t *)above.want = 1;
-    for (int64_t r = 0; r < x.got.rows; r++) {
-        const float most = most_of(&x, r);
-        ((float *)x.top.want)[r] = most;
-        ((float *)local.want)[r] = sparge_row_local(most, x.got.scale);
-        *(int32_t *)above.want &= ((float *)local.want)[r] > -INFINITY;
+    for (int64_t q = 0; q < x.queries; q++) {
+        const float most = most_of(&x, q, x.s.want);
+        ((float *)x.top.want)[q] = most;
+        ((float *)local.want)[q] = sparge_row_local(most, x.got.scale);
+        *(int32_t *)above.want &= ((float *)local.want)[q] > -INFINITY;
     }
 }
 
 static void test_update_max(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
-    const int64_t rows = size_up_to(MOST_ROWS);
-    const int qmax = one_in(3) ? 0 : some_qmax();
+    const int64_t rows = panels() * SPARGE_PANEL;
+    const int qmax = one_in(3) ? 0 : some_qmax(SPARGE_WORDS);
     const char *const names[] = {"max", "sum", "local", "shrink", "weight"};
+    const bool calm = one_in(3); /* no maximum moves, or one */
     pair x[5];
     for (int n = 0; n < 5; n++)
         x[n] = make(names[n], F32, rows, rows);
+    const pair still = make("still", I32, 1, 1);
     for (int64_t r = 0; r < rows; r++) {
         const float spread = one_in(6) ? 1e4f : 20.0f, max = spread * uniform();
-        const bool first = one_in(4);
+        const bool first = one_in(4) && !calm;
         const bool lost = one_in(10); /* a row that is NaN whatever comes */
         ((float *)x[0].got)[r] = first ? -INFINITY : lost ? (one_in(2) ? NAN : INFINITY) : max;
         ((float *)x[1].got)[r] = lost ? NAN : first ? 0.0f : 100.0f * fabsf(uniform());
         const float odd = one_in(2) ? NAN : INFINITY;
-        const float local = one_in(8) && !first ? max : one_in(20) ? odd : spread * uniform();
+        const float below = max - 20.0f * fabsf(uniform());
+        const float local = one_in(8) && !first ? max
+                            : calm              ? below
+                            : one_in(20)        ? odd
+                                                : spread * uniform();
         ((float *)x[2].got)[r] = one_in(5) ? -INFINITY : local;
+    }
+    if (calm && one_in(2)) { /* by an ulp, which may shrink nothing, or by more */
+        const int64_t r = pick(0, rows - 1);
+        const float max = ((float *)x[0].got)[r];
+        ((float *)x[2].got)[r] = one_in(2) ? nextafterf(max, INFINITY) : max + 1.0f;
     }
     snprintf(shape, sizeof shape, "%" PRId64 " rows, qmax %d", rows, qmax);
     settle();
     const sparge_softmax_rows all = {x[0].got, x[1].got, x[2].got, x[3].got, x[4].got};
-    k->update_max(&all, rows, qmax);
+    *(int32_t *)still.got = k->update_max(&all, rows, qmax);
+    *(int32_t *)still.want = 1;
     for (int64_t r = 0; r < rows; r++) {
         sparge_row row = {((float *)x[0].want)[r], ((float *)x[1].want)[r]};
         const float local = ((float *)x[2].want)[r];
-        const float sum = row.sum;
-        ((float *)x[3].want)[r] = sparge_row_update_max(&row, local);
+        const float sum = row.sum, shrink = sparge_row_update_max(&row, local);
+        ((float *)x[3].want)[r] = shrink;
         ((float *)x[4].want)[r] = qmax ? sparge_code_weight(local, row.max, qmax) : 1.0f;
         if (local == -INFINITY) /* nothing is visible: what the row had */
             row.sum = sum;
         ((float *)x[0].want)[r] = row.max;
         ((float *)x[1].want)[r] = row.sum;
+        *(int32_t *)still.want &= shrink == 1.0f;
     }
 }
 
 static void test_softmax(const sparge_kernels *k, sparge_format f)
 {
-    const scores x = make_scores();
-    const int64_t rows = x.got.rows, keys = x.got.keys,
-                  stride = keys + (one_in(2) ? SPARGE_PANEL : pick(0, 20));
-    const pair p = make("p", kind_of_a[f], (rows - 1) * stride + keys, stride);
-    const pair sum = make("sum", F32, rows, rows), init = make("init", I32, rows, rows);
-    for (int64_t r = 0; r < rows; r++)
-        ((float *)x.top.got)[r] = f != SPARGE_FLOATS
-                                      ? most_of(&x, r)
-                                      : sparge_row_local(most_of(&x, r), x.got.scale) +
-                                            (one_in(2) ? 150.0f * fabsf(uniform()) : 0.0f);
+    const scores x = make_scores(k);
+    const int64_t queries = x.queries, keys = x.got.keys;
+    const bool in_place = f == SPARGE_FLOATS && one_in(2);
+    const int64_t stride = in_place ? x.got.stride : keys * SPARGE_PANEL + 4 * gap();
+    const pair p =
+        in_place ? x.s
+                 : make_lanes("p", kind_of_b[f], queries / SPARGE_PANEL * stride, SPARGE_PANEL);
+    const pair sum = make("sum", F32, queries, queries),
+               init = make("b_init", I32, queries, queries);
+    for (int64_t q = 0; q < queries; q++) {
+        const float most = most_of(&x, q, x.s.got), more = 150.0f * fabsf(uniform());
+        ((float *)x.top.got)[q] =
+            f != SPARGE_FLOATS ? most
+                               : sparge_row_local(most, x.got.scale) + (one_in(2) ? more : 0.0f);
+    }
     settle();
     k->softmax[f](&x.got, x.top.got, p.got, stride, sum.got, init.got);
-    for (int64_t r = 0; r < rows; r++) {
-        const float most = ((float *)x.top.want)[r];
+    for (int64_t q = 0; q < queries; q++) {
+        const float most = ((float *)x.top.want)[q];
         float partial[16] = {0};
+        int code[MOST_DEPTH];
         int64_t total = 0, product = 0;
         for (int64_t t = 0; t < keys; t++) {
-            const float score = ((float *)x.s.want)[r * x.got.stride + t];
+            const float score = score_at(&x, t, q);
             const float weight =
                 f == SPARGE_FLOATS ? sparge_weight(score, x.got.scale, most) : 0.0f;
-            const int code =
-                f == SPARGE_FLOATS
-                    ? 0
-                    : sparge_weight_code(score, most, x.got.scale, f == SPARGE_BYTES ? 127 : 4095);
-            put(p.want, kind_of_a[f], r * stride + t, code, weight);
+            code[t] = f == SPARGE_FLOATS ? 0
+                                         : sparge_weight_code(score, most, x.got.scale,
+                                                              f == SPARGE_BYTES ? 127 : 4095);
+            put(p.want, kind_of_b[f], place(f, stride, keys, t, q), code[t], weight);
             partial[t % 16] += weight;
-            total += code;
+            total += code[t];
         }
-        for (int64_t t = 0; t < keys / 2 && f == SPARGE_WORDS; t++)
-            product += ((int16_t *)p.want)[r * stride + t] *
-                       ((int16_t *)p.want)[r * stride + keys / 2 + t];
-        ((float *)sum.want)[r] = f == SPARGE_FLOATS ? sparge_sum_of(partial) : (float)total;
+        for (int64_t t = 0; t < keys / 2; t++)
+            product += code[t] * code[keys / 2 + t];
+        ((float *)sum.want)[q] = f == SPARGE_FLOATS ? sparge_sum_of(partial) : (float)total;
         if (f == SPARGE_WORDS)
-            ((int32_t *)init.want)[r] = (int32_t)-product;
+            ((int32_t *)init.want)[q] = (int32_t)-product;
     }
 }
 
 /* ---- One row of the output ---- */
 
+static void test_turn(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t stride = multiple_up_to(SPARGE_PANEL, MOST_DEPTH), n = stride * SPARGE_PANEL;
+    const pair from = make("from", F32, n, SPARGE_PANEL), o = make("o", F32, n, stride);
+    values(from.got, n, range_of());
+    snprintf(shape, sizeof shape, "%" PRId64 " channels", stride);
+    settle();
+    k->turn(from.got, stride, o.got);
+    for (int64_t c = 0; c < stride; c++)
+        for (int64_t r = 0; r < SPARGE_PANEL; r++)
+            ((float *)o.want)[r * stride + c] = ((float *)from.want)[c * SPARGE_PANEL + r];
+}
+
 static void test_dot(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
-    const int64_t n = depth_up_to(4 * MOST_DEPTH);
+    const int64_t n = multiple_up_to(SPARGE_PANEL, 4 * MOST_DEPTH);
     const pair a = make("a", F32, n, n), b = make("b", F32, n, n), dot = make("dot", F32, 1, 1);
     values(a.got, n, range_of());
     values(b.got, n, range_of());
@@ -899,17 +1015,19 @@ static const struct kernel {
     {"load", test_load, 0},
     {"sum", test_sum, 0},
     {"summarize", test_summarize, 0},
-    {"quantize", test_quantize, 0},
-    {"quantize_channels", test_quantize_channels, 0},
+    {"quantize bytes", test_quantize, SPARGE_BYTES},
+    {"quantize words", test_quantize, SPARGE_WORDS},
+    {"quantize_channels bytes", test_quantize_channels, SPARGE_BYTES},
+    {"quantize_channels words", test_quantize_channels, SPARGE_WORDS},
     {"pack_rows bytes", test_pack_rows, SPARGE_BYTES},
     {"pack_rows words", test_pack_rows, SPARGE_WORDS},
     {"pack_rows floats", test_pack_rows, SPARGE_FLOATS},
-    {"pack_keys bytes", test_pack_keys, SPARGE_BYTES},
-    {"pack_keys words", test_pack_keys, SPARGE_WORDS},
-    {"pack_keys floats", test_pack_keys, SPARGE_FLOATS},
-    {"pack_values bytes", test_pack_values, SPARGE_BYTES},
-    {"pack_values words", test_pack_values, SPARGE_WORDS},
-    {"pack_values floats", test_pack_values, SPARGE_FLOATS},
+    {"pack_columns bytes", test_pack_columns, SPARGE_BYTES},
+    {"pack_columns words", test_pack_columns, SPARGE_WORDS},
+    {"pack_columns floats", test_pack_columns, SPARGE_FLOATS},
+    {"pack_transposed bytes", test_pack_transposed, SPARGE_BYTES},
+    {"pack_transposed words", test_pack_transposed, SPARGE_WORDS},
+    {"pack_transposed floats", test_pack_transposed, SPARGE_FLOATS},
     {"score_pools", test_score_pools, 0},
     {"mass", test_mass, 0},
     {"score bytes", test_score, SPARGE_BYTES},
@@ -923,6 +1041,7 @@ static const struct kernel {
     {"accumulate_pv bytes", test_accumulate_pv, SPARGE_BYTES},
     {"accumulate_pv words", test_accumulate_pv, SPARGE_WORDS},
     {"accumulate_pv floats", test_accumulate_pv, SPARGE_FLOATS},
+    {"turn", test_turn, 0},
     {"dot", test_dot, 0},
     {"store", test_store, 0},
 };
