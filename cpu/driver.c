@@ -162,10 +162,11 @@ static void lay_out(arena *a, driver *d)
     const sparge_problem *p = w->p;
     const sparge_options *o = w->o;
     const sparge_geometry *g = &w->g;
-    const int64_t unit = w->kernels.depth, dim = sparge_ceil_div(p->dim, unit) * unit;
     const int64_t dim_v = w->result ? sparge_padded(p->dim_v) : 0;
     const sparge_format qk = format_of(o->qk_dtype, w->kernels.int8_scores),
                         pv = format_of(o->pv_dtype, SPARGE_BYTES);
+    const int64_t dim = sparge_whole(p->dim, w->kernels.depth[qk]);
+    w->keys = sparge_whole(o->block_k, w->kernels.depth[pv]);
     const int qk_qmax = sparge_qk_qmax(o->qk_dtype), pv_qmax = sparge_pv_qmax(o->pv_dtype);
 
     const int64_t heads = p->batch * p->heads, kv_heads = p->batch * p->kv_heads;
@@ -338,12 +339,11 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
             },
     };
     const sparge_geometry *g = &d.work.g;
-    const int64_t unit = d.work.kernels.depth;
-    d.work.keys = sparge_ceil_div(o->block_k, unit) * unit;
     /* What would overflow the counts below could not be allocated either. */
-    const double tokens =
-        (double)g->k_blocks * (double)d.work.keys + (double)g->q_blocks * (double)o->block_q;
-    const double channels = (double)p->dim + (result ? (double)p->dim_v : 0.0) + 2.0 * SPARGE_PANEL;
+    const double tokens = (double)g->k_blocks * ((double)o->block_k + SPARGE_MOST_DEPTH) +
+                          (double)g->q_blocks * (double)o->block_q;
+    const double channels =
+        (double)p->dim + (result ? (double)p->dim_v : 0.0) + 2.0 * SPARGE_MOST_DEPTH;
     if (!(tokens * channels * (double)p->heads < 0x1p58))
         return SPARGE_ERR_MEMORY;
     arena needed = {0};

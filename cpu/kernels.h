@@ -35,7 +35,7 @@
 #include "common/softmax.h"
 #include "sparge.h"
 
-enum { SPARGE_PANEL = 16 };
+enum { SPARGE_PANEL = 16, SPARGE_MOST_DEPTH = 64 /* that depth is a multiple of */ };
 
 static inline int64_t sparge_padded(int64_t n)
 {
@@ -66,6 +66,8 @@ typedef struct sparge_product {
     const void *b;
     int64_t b_stride;      /* elements from panel to panel */
     const int32_t *b_init; /* [panels * 16] WORDS */
+    const void *next;      /* [next_bytes] what is read after this, fetched meanwhile */
+    int64_t next_bytes;
 } sparge_product;
 
 /* O^T += V^T P^T: o = o * shrink + weight * v_scale * C; FLOATS have no weight and no v_scale. */
@@ -97,7 +99,7 @@ typedef struct sparge_kernels {
     sparge_isa isa;
     sparge_isa product_isa[SPARGE_FORMATS]; /* what the products below run on */
     sparge_format int8_scores;     /* the format of Q and K in int8; P and V in int8 are BYTES */
-    int64_t depth;                 /* what depth is a multiple of */
+    int64_t depth[SPARGE_FORMATS]; /* what depth is a multiple of, itself one of 16 */
     int64_t group[SPARGE_FORMATS]; /* queries that best go through a tile together */
 
     /* A thread's first word before any of the functions below, and its last. May be NULL. */

@@ -60,15 +60,10 @@ static bool load(const sparge_rows *in, const float *mean, int64_t stride, float
     return finite;
 }
 
-/* Eight rows at a time, so that their sums stay in registers. */
+/* Row after row, as they lie in memory. */
 static void add_rows(const float *x, int64_t rows, int64_t apart, int64_t n, float *restrict sum)
 {
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8)
-        for (int64_t c = 0; c < n; c++)
-            for (int64_t e = 0; e < 8; e++)
-                sum[c] += x[(r + e) * apart + c];
-    for (; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < n; c++)
             sum[c] += x[r * apart + c];
 }
@@ -120,12 +115,19 @@ static float summarize(const float *x, int64_t rows, int64_t stride, float *rest
 
 /* ---- Codes ---- */
 
-enum { CODES = 16 }; /* so many at once */
+static inline void store_code(void *to, bool bytes, int64_t e, int32_t code)
+{
+    if (bytes)
+        ((int8_t *)to)[e] = (int8_t)code;
+    else
+        ((int16_t *)to)[e] = (int16_t)code;
+}
 
 /* A code by a product with 1 / scale, which is off by less than qmax / 2^21, is the quotient's
- * unless it lies so near a tie. sparge_quant_code decides there. */
+ * unless it lies so near a tie. sparge_quant_code decides there. Each value has its own scale
+ * (step 1), or all have one (0). */
 static inline void codes_of_some(const float *x, int64_t n, const float *scale, int64_t step,
-                                 const float *inverse, int qmax, int32_t *code)
+                                 const float *inverse, int qmax, void *to, bool bytes)
 {
     const int32_t near = magnitude(0.5f - (float)qmax * 0x1p-20f);
     int32_t furthest = 0;
@@ -133,23 +135,26 @@ static inline void codes_of_some(const float *x, int64_t n, const float *scale, 
         const float ratio = x[e] * inverse[e * step], shifted = ratio + SPARGE_EXP2_ROUNDER;
         const int32_t off = magnitude(ratio - (shifted - SPARGE_EXP2_ROUNDER));
         furthest = off > furthest ? off : furthest;
-        code[e] = (int32_t)(sparge_float_bits(shifted) - sparge_float_bits(SPARGE_EXP2_ROUNDER));
+        store_code(to, bytes, e, (int32_t)sparge_float_bits(shifted)); /* its low bits */
     }
     for (int64_t e = 0; e < n && furthest >= near; e++)
-        code[e] = sparge_quant_code(x[e], scale[e * step], qmax);
+        store_code(to, bytes, e, sparge_quant_code(x[e], scale[e * step], qmax));
 }
 
-/* n values, a multiple of 16, each under its own scale (step 1) or all under one (0). */
+enum { CODES = 64 }; /* so many at most share a look for ties */
+
 static inline void codes_of_all(const float *x, int64_t n, const float *scale, int64_t step,
                                 const float *inverse, int qmax, void *to, bool bytes)
 {
+    const int64_t size = bytes ? 1 : 2;
     for (int64_t e = 0; e < n; e += CODES) {
-        int32_t code[CODES];
-        codes_of_some(x + e, CODES, scale + e * step, step, inverse + e * step, qmax, code);
-        for (int64_t c = 0; c < CODES && bytes; c++)
-            ((int8_t *)to)[e + c] = (int8_t)code[c];
-        for (int64_t c = 0; c < CODES && !bytes; c++)
-            ((int16_t *)to)[e + c] = (int16_t)code[c];
+        const int64_t some = sparge_min(CODES, n - e);
+        char *const at = (char *)to + e * size;
+        if (some == CODES) /* which the compiler unrolls */
+            codes_of_some(x + e, CODES, scale + e * step, step, inverse + e * step, qmax, at,
+                          bytes);
+        else
+            codes_of_some(x + e, some, scale + e * step, step, inverse + e * step, qmax, at, bytes);
     }
 }
 
@@ -474,9 +479,10 @@ static void plain_kernels(sparge_kernels *k)
     k->load = load;
     k->sum = sum_rows;
     k->summarize = summarize;
-    k->depth = SPARGE_PANEL;
-    for (int f = 0; f < SPARGE_FORMATS; f++)
+    for (int f = 0; f < SPARGE_FORMATS; f++) {
+        k->depth[f] = SPARGE_PANEL;
         k->group[f] = 4 * SPARGE_PANEL;
+    }
     k->quantize[SPARGE_BYTES] = quantize_bytes;
     k->quantize[SPARGE_WORDS] = quantize_words;
     k->quantize_channels[SPARGE_BYTES] = quantize_channels_bytes;

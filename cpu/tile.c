@@ -14,7 +14,7 @@ enum { CHUNK_BYTES = 256 << 10 };
 typedef struct tile {
     int64_t first, queries; /* first token, how many */
     int64_t lane, lanes;    /* first lane in the block; how many with the padding */
-    int64_t j, n;           /* key block of the head, of the kv batch */
+    int64_t j, n, next;     /* key block of the head, of the kv batch; the one after it there */
     int64_t keys, depth;    /* real ones, padded */
 } tile;
 
@@ -89,6 +89,8 @@ static bool attend_tile(const sparge_work *w, sparge_scratch *t, const sparge_q_
         .b = q->data + q_lane * (q->block / q->inits),
         .b_stride = q->stride * SPARGE_PANEL,
         .b_init = q->init + q_lane,
+        .next = v->data + x->n * v->block,
+        .next_bytes = v->block,
     };
     run->score[q->format](&scores, t->s, stride);
     *pairs = x->queries * x->keys;
@@ -121,6 +123,8 @@ static bool attend_tile(const sparge_work *w, sparge_scratch *t, const sparge_q_
         .b = t->p,
         .b_stride = stride,
         .b_init = t->p_init,
+        .next = k->data + x->next * k->block,
+        .next_bytes = k->block,
     };
     const sparge_accumulator o = {
         .shrink = t->shrink,
@@ -173,20 +177,23 @@ static int64_t attend_chunk(const sparge_work *w, sparge_scratch *t, sparge_q_bl
     const sparge_geometry *g = &w->g;
     const float lambda = sparge_thresholds_at(w, block->head)->lambda;
     const int64_t kv = sparge_kv_of(w->p, block->head);
+    const int64_t first = (kv - w->kv.first) * g->k_blocks;
     int64_t left = CHUNK_BYTES / (w->kv.k.block + w->kv.v.block);
     do {
+        const int64_t next = sparge_mask_row_next(kept, x.j + 1, visible);
         int64_t pairs = 0;
         bool done = true; /* as a group that sees none of the keys counts */
-        x.n = (kv - w->kv.first) * g->k_blocks + x.j;
+        x.n = first + x.j;
+        x.next = first + sparge_min(next, visible - 1);
         x.keys = sparge_block_rows(g->k_len, g->block_k, x.j);
-        x.depth = sparge_ceil_div(x.keys, w->kernels.depth) * w->kernels.depth;
+        x.depth = sparge_whole(x.keys, w->kernels.depth[w->kv.v.format]);
         if (visible_of(w, &x, x.queries - 1))
             done = attend_tile(w, t, block, &x, lambda, &pairs);
         if (w->kv.nonfinite[x.n])
             spread_nonfinite(w, t, &x, kv, done);
         t->pv_done[x.j] += done ? (float)x.queries : 0.0f;
         sparge_tally_rows(&block->tally, g, block->i, x.queries, pairs, done);
-        x.j = sparge_mask_row_next(kept, x.j + 1, visible);
+        x.j = next;
     } while (--left > 0 && x.j < visible);
     return x.j;
 }

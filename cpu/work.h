@@ -98,6 +98,12 @@ static inline const sparge_thresholds *sparge_thresholds_at(const sparge_work *w
     return sparge_thresholds_of(w->o, head % w->p->heads);
 }
 
+/* n up to a multiple. */
+static inline int64_t sparge_whole(int64_t n, int64_t multiple)
+{
+    return sparge_ceil_div(n, multiple) * multiple;
+}
+
 /* Queries of the head that go through a tile together: those that decide lambda, or as many as the
  * kernels like best. Each group begins a panel. */
 static inline int64_t sparge_group_of(const sparge_work *w, int64_t head)
