@@ -1,12 +1,100 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* amx.c: AMX (Sapphire Rapids): tiles of 16 rows of 64 bytes, on top of avx512vnni.c.
+/* amx.c: AMX (Sapphire Rapids): a tile is 16 rows of 64 bytes, and one instruction multiplies two
+ * of them. The operands are those of avx512vnni.c, whose kernels do all else: A is 16 keys, or
+ * channels of V, of 64 bytes of depth; B is a panel of 16 queries; C is a vector for each row of A.
  *
- * A thread configures its tiles when it begins and releases them when it ends, whatever it found:
+ * Four tiles of C, one of B and two of A by turns: an instruction waits for its A alone. A group is
+ * one panel, so that its S, P and O stay in L1 while K and V pass.
+ *
+ * A step configures its tiles when it begins and releases them when it ends, whatever it found:
  * they are the callee's to spoil, and a core whose tiles are released may sleep. */
-#include <stdint.h>
+#include <immintrin.h>
 
-#include "cpu/kernels.h"
+enum { LANES = 16 };
+
+#include "cpu/lanes.h"
 #include "cpu/tiles.h"
+
+enum { TILE = 16, TILE_BYTES = 64, ABREAST = 4 * TILE /* rows of four tiles of C */ };
+
+/* One row of tiles of A, at `a`, into tile c of C. */
+#define MULTIPLY(c, other, a, stride)          \
+    do {                                       \
+        TILE_LOAD(5 + (other), (a), (stride)); \
+        TILE_DP_BYTES((c), 5 + (other), 4);    \
+    } while (0)
+
+/* C [rows][16] = A B for up to 64 rows, a multiple of 16. */
+INLINE void multiply(const int8_t *a, int64_t a_stride, int64_t rows, int64_t depth,
+                     const uint8_t *b, int32_t *c)
+{
+    const int64_t tile = TILE * a_stride;
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int64_t e = 0; e < depth; e += TILE_BYTES, a += TILE_BYTES, b += TILE_BYTES * LANES) {
+        TILE_LOAD(4, b, TILE_BYTES);
+        MULTIPLY(0, 0, a, a_stride);
+        if (rows > TILE)
+            MULTIPLY(1, 1, a + tile, a_stride);
+        if (rows > 2 * TILE)
+            MULTIPLY(2, 0, a + 2 * tile, a_stride);
+        if (rows > 3 * TILE)
+            MULTIPLY(3, 1, a + 3 * tile, a_stride);
+    }
+    TILE_STORE(0, c, TILE_BYTES);
+    if (rows > TILE)
+        TILE_STORE(1, c + TILE * LANES, TILE_BYTES);
+    if (rows > 2 * TILE)
+        TILE_STORE(2, c + 2 * TILE * LANES, TILE_BYTES);
+    if (rows > 3 * TILE)
+        TILE_STORE(3, c + 3 * TILE * LANES, TILE_BYTES);
+}
+
+/* S^T: the integers where the scores come to stand. */
+static void score_bytes(const sparge_product *x, float *s, int64_t s_stride)
+{
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r0 = 0; r0 < x->rows; r0 += ABREAST) {
+            const int64_t rows = sparge_min(ABREAST, x->rows - r0);
+            float *to = s + panel * s_stride + r0 * LANES;
+            multiply((const int8_t *)x->a + r0 * x->a_stride, x->a_stride, rows, x->depth,
+                     (const uint8_t *)x->b + panel * x->b_stride, (int32_t *)to);
+            for (int64_t r = 0; r < rows; r++)
+                f_store(to + r * LANES,
+                        f_of(i_add(i_load(to + r * LANES), i_all(x->a_init[r0 + r]))));
+        }
+}
+
+INLINE void fold(const sparge_accumulator *to, bool still, int64_t panel, int64_t row, int64_t rows,
+                 const int32_t *c)
+{
+    const floats shrink = f_load(to->shrink + panel * LANES),
+                 weight = f_load(to->weight + panel * LANES);
+    float *o = to->o + panel * to->o_stride + row * LANES;
+    for (int64_t r = 0; r < rows; r++, o += LANES, c += LANES) {
+        floats kept = f_load(o);
+        if (!still)
+            kept *= shrink;
+        f_store(o, _mm512_fmadd_ps(weight * f_all(to->v_scale[row + r]), f_of(i_load(c)), kept));
+    }
+}
+
+static void accumulate_pv_bytes(const sparge_product *x, const sparge_accumulator *to)
+{
+    _Alignas(64) int32_t c[ABREAST * LANES];
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r0 = 0; r0 < x->rows; r0 += ABREAST) {
+            const int64_t rows = sparge_min(ABREAST, x->rows - r0);
+            multiply((const int8_t *)x->a + r0 * x->a_stride, x->a_stride, rows, x->depth,
+                     (const uint8_t *)x->b + panel * x->b_stride, c);
+            if (to->still)
+                fold(to, true, panel, r0, rows, c);
+            else
+                fold(to, false, panel, r0, rows, c);
+        }
+}
 
 static void begin(void)
 {
@@ -25,9 +113,26 @@ static void begin(void)
 
 static void end(void) { TILE_RELEASE(); }
 
+/* As many operations as tiles allow, from registers. */
+static int64_t peak_bytes(int64_t rounds)
+{
+    for (int64_t r = 0; r < rounds; r++) {
+        TILE_DP_BYTES(0, 5, 4);
+        TILE_DP_BYTES(1, 6, 4);
+        TILE_DP_BYTES(2, 5, 4);
+        TILE_DP_BYTES(3, 6, 4);
+    }
+    return rounds * 4 * TILE * LANES * TILE_BYTES * 2;
+}
+
 void sparge_amx_kernels(sparge_kernels *k)
 {
-    k->isa = SPARGE_ISA_AMX;
+    k->isa = k->product_isa[SPARGE_BYTES] = SPARGE_ISA_AMX;
+    k->depth[SPARGE_BYTES] = TILE_BYTES;
+    k->group[SPARGE_BYTES] = LANES;
+    k->score[SPARGE_BYTES] = score_bytes;
+    k->accumulate_pv[SPARGE_BYTES] = accumulate_pv_bytes;
+    k->peak_bytes = peak_bytes;
     k->begin = begin;
     k->end = end;
 }

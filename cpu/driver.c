@@ -241,16 +241,16 @@ static void on_each(driver *d, int64_t items, int64_t together, sparge_step *ste
 #pragma omp parallel num_threads(threads)
     {
         const fenv_t caller = sparge_arithmetic_begin();
-        if (k->begin)
-            k->begin();
 #pragma omp for schedule(dynamic, together)
         for (int64_t n = 0; n < items; n++)
-            if (goes_on(d)) {
+            if (goes_on(d)) { /* which may be the caller's code, in these registers too */
+                if (k->begin)
+                    k->begin();
                 step(&d->work, &d->scratch[omp_get_thread_num()], n);
+                if (k->end)
+                    k->end();
                 d->attended += step == sparge_attend_q_block;
             }
-        if (k->end)
-            k->end();
         sparge_arithmetic_end(caller);
     }
 }

@@ -102,7 +102,7 @@ typedef struct sparge_kernels {
     int64_t depth[SPARGE_FORMATS]; /* what depth is a multiple of, itself one of 16 */
     int64_t group[SPARGE_FORMATS]; /* queries that best go through a tile together */
 
-    /* A thread's first word before any of the functions below, and its last. May be NULL. */
+    /* Before some of the functions below, on the same thread, and after them. May be NULL. */
     void (*begin)(void), (*end)(void);
 
     /* ---- One block of tokens (ref/block.c); x is [rows][stride], zero from dim to stride, and

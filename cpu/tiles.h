@@ -20,9 +20,10 @@
 #define TILE_STORE(t, base, stride) \
     TILE_ASM("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(base), "r"((int64_t)(stride)), "i"(t))
 
-/* C [16][16] of 32 bits += A [16][64 bytes] B [16][16][4 bytes]: signed bytes, or pairs of bf16. */
+/* C [16][16] of 32 bits += A [16][64 bytes] B [16][16][4 bytes]: signed and unsigned bytes, or
+ * pairs of bf16. */
 #define TILE_DP_BYTES(c, a, b) \
-    TILE_ASM("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
+    TILE_ASM("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
 #define TILE_DP_BF16(c, a, b) \
     TILE_ASM("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b))
 

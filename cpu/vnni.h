@@ -26,13 +26,8 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
                     c[r][n] = i_dot_words(c[r][n], i_load(b + n * apart), i_lane(row[r] + at_half));
 }
 
-<<<<<<< HEAD
-/* Q and K of 8 bits are bytes too: the product is right for any unsigned A. */
-static void vnni_kernels(sparge_kernels *k, sparge_isa isa)
-=======
 /* Q and K of 8 bits are bytes too: the product is right for any unsigned B. */
-static void vnni_kernels(sparge_kernels *k)
->>>>>>> c3acfaf (cpu: queries are the lanes: S^T = K Q^T, O^T += V^T P^T)
+static void vnni_kernels(sparge_kernels *k, sparge_isa isa)
 {
     product_kernels(k, isa);
     k->int8_scores = SPARGE_BYTES;

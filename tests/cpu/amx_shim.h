@@ -79,7 +79,7 @@ static inline void shim_dp_bytes(int c, int a, int b)
             for (int n = 0; n < columns; n++)
                 for (int i = 0; i < 4; i++)
                     sum[n] +=
-                        (uint32_t)(of_a[4 * k + i] * ((const int8_t *)shim.tile[b][k])[4 * n + i]);
+                        (uint32_t)(of_a[4 * k + i] * ((const uint8_t *)shim.tile[b][k])[4 * n + i]);
         memcpy(shim.tile[c][m], sum, sizeof sum);
     }
 }
