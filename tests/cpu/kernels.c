@@ -537,7 +537,7 @@ static float value_at(const source *s, int64_t r, int64_t c)
 static void test_pack_rows(const sparge_kernels *k, sparge_format f)
 {
     const int64_t rows = size_up_to(MOST_ROWS), all = sparge_padded(rows);
-    const source s = make_source(f, rows, all, multiple_up_to(k->depth, MOST_DEPTH), 2047);
+    const source s = make_source(f, rows, all, multiple_up_to(k->depth[f], MOST_DEPTH), 2047);
     const pair init = make("a_init", I32, all, all);
     settle();
     k->pack_rows[f](s.from.got, rows, s.stride, init.got);
@@ -557,7 +557,7 @@ static void test_pack_rows(const sparge_kernels *k, sparge_format f)
 static void test_pack_columns(const sparge_kernels *k, sparge_format f)
 {
     const int64_t rows = size_up_to(MOST_ROWS), columns = sparge_padded(rows),
-                  depth = multiple_up_to(k->depth, MOST_DEPTH), panel = depth * SPARGE_PANEL;
+                  depth = multiple_up_to(k->depth[f], MOST_DEPTH), panel = depth * SPARGE_PANEL;
     const source s = make_source(f, rows, rows, depth, 2047);
     const pair b = make_lanes("b", kind_of_b[f], columns * depth, panel),
                init = make("b_init", I32, columns, columns);
@@ -578,8 +578,8 @@ static void test_pack_columns(const sparge_kernels *k, sparge_format f)
 
 static void test_pack_transposed(const sparge_kernels *k, sparge_format f)
 {
-    const int64_t depth = multiple_up_to(k->depth, f == SPARGE_WORDS ? 128 : MOST_DEPTH),
-                  rows = one_in(2) ? depth - pick(0, k->depth - 1) : pick(1, depth),
+    const int64_t depth = multiple_up_to(k->depth[f], f == SPARGE_WORDS ? 128 : MOST_DEPTH),
+                  rows = one_in(2) ? depth - pick(0, k->depth[f] - 1) : pick(1, depth),
                   stride = multiple_up_to(SPARGE_PANEL, MOST_DEPTH), half = sparge_padded(rows) / 2;
     const source s = make_source(f, rows, rows, stride, 4095);
     const pair a = make_lanes("a", kind_of_a[f], stride * depth, depth),
@@ -656,7 +656,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     const int qmax = f == SPARGE_BYTES ? 127 : is_pv || one_in(2) ? 4095 : 2047;
     const int bytes = k->isa == SPARGE_ISA_AVX2 || one_in(4) ? 127 : 255;
     const int64_t depth =
-        multiple_up_to(k->depth, f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
+        multiple_up_to(k->depth[f], f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
     const int64_t rows = multiple_up_to(SPARGE_PANEL, MOST_KEYS), columns = panels() * SPARGE_PANEL;
     const int64_t a_stride = depth + gap(), b_stride = depth * SPARGE_PANEL + 4 * gap();
     operands x = {.f = f};
@@ -795,9 +795,9 @@ typedef struct scores {
     int64_t queries;
 } scores;
 
-static scores make_scores(const sparge_kernels *k)
+static scores make_scores(const sparge_kernels *k, sparge_format f)
 {
-    const int64_t queries = panels() * SPARGE_PANEL, keys = multiple_up_to(k->depth, MOST_DEPTH);
+    const int64_t queries = panels() * SPARGE_PANEL, keys = multiple_up_to(k->depth[f], MOST_DEPTH);
     const bool special = one_in(4), hidden = one_in(2);
     const float size = ldexpf(1.0f, (int)pick(0, one_in(4) ? 120 : 24));
     const panels_of_c s = make_c("s", keys, queries);
@@ -841,7 +841,7 @@ static float most_of(const scores *x, int64_t q, const void *s)
 static void test_maxima(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
-    scores x = make_scores(k);
+    scores x = make_scores(k, f);
     const pair local = make("local", F32, x.queries, x.queries), above = make("above", I32, 1, 1);
     x.got.scale = one_in(20) ? 0.0f : one_in(20) ? INFINITY : x.got.scale;
     settle();
@@ -906,7 +906,7 @@ static void test_update_max(const sparge_kernels *k, sparge_format f)
 
 static void test_softmax(const sparge_kernels *k, sparge_format f)
 {
-    const scores x = make_scores(k);
+    const scores x = make_scores(k, f);
     const int64_t queries = x.queries, keys = x.got.keys;
     const bool in_place = f == SPARGE_FLOATS && one_in(2);
     const int64_t stride = in_place ? x.got.stride : keys * SPARGE_PANEL + 4 * gap();
