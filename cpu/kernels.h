@@ -62,7 +62,7 @@ typedef struct sparge_product {
     int64_t rows, panels, depth; /* depth is a multiple of 16, and of what the table says */
     const void *a;
     int64_t a_stride;      /* elements from row to row */
-    const int32_t *a_init; /* [rows] WORDS, BYTES; NULL: 0 */
+    const int32_t *a_init; /* [rows] WORDS, BYTES of K; NULL: BYTES of V */
     const void *b;
     int64_t b_stride;      /* elements from panel to panel */
     const int32_t *b_init; /* [panels * 16] WORDS */

@@ -664,7 +664,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     x.b = make_lanes("b", kind_of_b[f], columns / SPARGE_PANEL * b_stride, b_stride);
     x.a_init = make("a_init", I32, rows, rows);
     x.b_init = make("b_init", I32, columns, columns);
-    const bool no_init = f == SPARGE_BYTES && one_in(2);
+    const bool no_init = f == SPARGE_BYTES && is_pv;
     x.got = (sparge_product){
         .rows = rows,
         .panels = columns / SPARGE_PANEL,
