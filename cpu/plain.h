@@ -170,39 +170,40 @@ static void quantize_words(const float *x, int64_t n, float scale, int qmax, voi
     codes_of_all(x, n, &scale, 0, &inverse, qmax, code, false);
 }
 
-static void channel_scales(const float *x, int64_t rows, int64_t stride, int qmax,
-                           float *restrict scale, float *restrict inverse)
+enum { CHANNELS = 64 }; /* so many at once: V may have more than SPARGE_MAX_DIM */
+
+static inline void quantize_channels(const float *x, int64_t rows, int64_t stride, int qmax,
+                                     float *scale, void *code, bool bytes)
 {
-    int32_t top[SPARGE_MAX_DIM] = {0};
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < stride; c++) {
-            const int32_t size = magnitude(x[r * stride + c]);
-            top[c] = size > top[c] ? size : top[c];
+    for (int64_t c0 = 0; c0 < stride; c0 += CHANNELS) {
+        const int64_t n = sparge_min(CHANNELS, stride - c0);
+        int32_t top[CHANNELS] = {0};
+        float inverse[CHANNELS];
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t c = 0; c < n; c++) {
+                const int32_t size = magnitude(x[r * stride + c0 + c]);
+                top[c] = size > top[c] ? size : top[c];
+            }
+        for (int64_t c = 0; c < n; c++) {
+            scale[c0 + c] = sparge_quant_scale(sparge_bits_float((uint32_t)top[c]), qmax);
+            inverse[c] = sparge_quant_ratio(1.0f, scale[c0 + c]);
         }
-    for (int64_t c = 0; c < stride; c++) {
-        scale[c] = sparge_quant_scale(sparge_bits_float((uint32_t)top[c]), qmax);
-        inverse[c] = sparge_quant_ratio(1.0f, scale[c]);
+        for (int64_t r = 0; r < rows; r++)
+            codes_of_all(x + r * stride + c0, n, scale + c0, 1, inverse, qmax,
+                         (char *)code + (r * stride + c0) * (bytes ? 1 : 2), bytes);
     }
 }
 
 static void quantize_channels_bytes(const float *x, int64_t rows, int64_t stride, int qmax,
                                     float *scale, void *code)
 {
-    float inverse[SPARGE_MAX_DIM];
-    channel_scales(x, rows, stride, qmax, scale, inverse);
-    for (int64_t r = 0; r < rows; r++)
-        codes_of_all(x + r * stride, stride, scale, 1, inverse, qmax, (int8_t *)code + r * stride,
-                     true);
+    quantize_channels(x, rows, stride, qmax, scale, code, true);
 }
 
 static void quantize_channels_words(const float *x, int64_t rows, int64_t stride, int qmax,
                                     float *scale, void *code)
 {
-    float inverse[SPARGE_MAX_DIM];
-    channel_scales(x, rows, stride, qmax, scale, inverse);
-    for (int64_t r = 0; r < rows; r++)
-        codes_of_all(x + r * stride, stride, scale, 1, inverse, qmax, (int16_t *)code + r * stride,
-                     false);
+    quantize_channels(x, rows, stride, qmax, scale, code, false);
 }
 
 /* ---- Packing: A in rows ---- */
@@ -279,11 +280,11 @@ static inline void transpose_8(const uint32_t *from, int64_t from_apart, uint32_
 static inline void transpose_16(const uint32_t *from, int64_t from_apart, int64_t lanes,
                                 uint32_t *to, int64_t to_apart)
 {
-    int64_t n = 0;
-    for (; n + 8 <= lanes; n += 8)
+    const int64_t whole = lanes / 8 * 8;
+    for (int64_t n = 0; n < whole; n += 8)
         for (int64_t r = 0; r < 16; r += 8)
             transpose_8(from + r * from_apart + n, from_apart, to + n * to_apart + r, to_apart);
-    for (; n < lanes; n++)
+    for (int64_t n = whole; n < lanes; n++)
         for (int64_t r = 0; r < 16; r++)
             to[n * to_apart + r] = from[r * from_apart + n];
 }
@@ -401,11 +402,21 @@ static void pack_transposed_words(const void *from, int64_t rows, int64_t stride
 static void pack_transposed_floats(const void *from, int64_t rows, int64_t stride, int64_t depth,
                                    void *a, int32_t *a_init)
 {
-    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     (void)a_init;
-    for (int64_t t = 0; t < depth; t += SPARGE_PANEL)
-        transpose_16(sixteen_rows(from, sparge_min(t, rows), rows, stride, copy), stride, stride,
-                     (uint32_t *)a + t, depth);
+    for (int64_t t = 0; t < depth; t += SPARGE_PANEL) {
+        const int64_t n = sparge_max(0, sparge_min(SPARGE_PANEL, rows - t));
+        for (int64_t c = 0; c < stride; c += SPARGE_PANEL) {
+            const uint32_t *first = (const uint32_t *)from + t * stride + c;
+            uint32_t copy[SPARGE_PANEL][SPARGE_PANEL] = {{0}}, *to = (uint32_t *)a + c * depth + t;
+            if (n == SPARGE_PANEL) {
+                transpose_16(first, stride, SPARGE_PANEL, to, depth);
+                continue;
+            }
+            for (int64_t r = 0; r < n; r++)
+                memcpy(copy[r], first + r * stride, sizeof copy[r]);
+            transpose_16(copy[0], SPARGE_PANEL, SPARGE_PANEL, to, depth);
+        }
+    }
 }
 
 /* ---- One row of the prediction ---- */

@@ -69,7 +69,7 @@ static uint32_t c_plain_bytes(uint32_t c, const uint8_t *a, const uint8_t *b, in
 {
     for (int k = 0; k < depth; k++)
         for (int i = 0; i < 4; i++)
-            c += (uint32_t)((int8_t)a[4 * k + i] * (int8_t)b[k * PITCH + i]);
+            c += (uint32_t)((int8_t)a[4 * k + i] * b[k * PITCH + i]);
     return c;
 }
 

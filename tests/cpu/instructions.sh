@@ -22,7 +22,7 @@ for object in "$@"; do
     amx.*)
         has 'ldtilecfg' || complain "$object: no ldtilecfg"
         has 'tilerelease' || complain "$object: no tilerelease"
-        ! has '%zmm' || has 'tdpbssd' || complain "$object: kernels without tdpbssd"
+        has 'tdpbsud' || complain "$object: no tdpbsud"
         ;;
     avx512vnni.*) has 'vpdpbusd.*%zmm' || complain "$object: no vpdpbusd on zmm registers" ;;
     avxvnni.*) has '\{vex\} vpdpbusd.*%ymm' || complain "$object: no {vex} vpdpbusd on ymm registers" ;;
