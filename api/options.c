@@ -37,14 +37,13 @@ void sparge_options_init(sparge_options *options, size_t size, int version, spar
     };
 }
 
-/* The instruction set that SPARGE_ISA names, or the best one. */
+/* The instruction set that SPARGE_ISA names, or AUTO. */
 static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
 {
     const char *name = getenv("SPARGE_ISA");
-    if (!name || !*name || strcmp(name, sparge_isa_string(SPARGE_ISA_AUTO)) == 0) {
-        *isa = sparge_cpu_best();
+    *isa = SPARGE_ISA_AUTO;
+    if (!name || !*name || strcmp(name, sparge_isa_string(SPARGE_ISA_AUTO)) == 0)
         return SPARGE_OK;
-    }
     for (*isa = SPARGE_ISA_SCALAR; *isa < SPARGE_ISAS; ++*isa)
         if (strcmp(name, sparge_isa_string(*isa)) == 0)
             return SPARGE_OK;
@@ -57,20 +56,18 @@ static bool uses_bf16(const sparge_options *o)
     return o->qk_dtype == SPARGE_BF16 || o->pv_dtype == SPARGE_BF16;
 }
 
-/* Which of the two types the cpu backend lacks, or NULL. */
+/* Which of the two types the cpu backend lacks on this processor, or NULL. */
 static const char *lacks_on_cpu(const sparge_options *o)
 {
-    if (o->qk_dtype == SPARGE_BF16)
-        return "qk_dtype";
-    return o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8 || o->pv_dtype == SPARGE_BF16
-               ? "pv_dtype"
-               : NULL;
+    if (uses_bf16(o) && sparge_cpu_best(true) == SPARGE_ISA_AUTO)
+        return o->qk_dtype == SPARGE_BF16 ? "qk_dtype" : "pv_dtype";
+    return o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8 ? "pv_dtype" : NULL;
 }
 
 static sparge_status lacks(const char *name, const sparge_options *o, sparge_error *error)
 {
     return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                       "%s is %s, which the %s backend does not have, but ref has", name,
+                       "%s is %s, which the %s backend does not have here, but ref has", name,
                        sparge_dtype_string(*name == 'q' ? o->qk_dtype : o->pv_dtype),
                        sparge_backend_string(o->backend));
 }
@@ -84,6 +81,13 @@ sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error)
     const sparge_status status = named ? SPARGE_OK : isa_of_environment(&o->isa, error);
     if (status)
         return status;
+    if (o->isa == SPARGE_ISA_AUTO)
+        o->isa = sparge_cpu_best(uses_bf16(o));
+    if (sparge_cpu_has(o->isa) && uses_bf16(o) && !sparge_cpu_has_bf16(o->isa))
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "%s is %s, which has no products of bf16 here; %s has",
+                           named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa),
+                           sparge_isa_string(sparge_cpu_best(true)));
     if (!sparge_cpu_has(o->isa)) {
         char have[64] = "";
         for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)

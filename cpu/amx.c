@@ -15,41 +15,67 @@ enum { LANES = 16 };
 #include "cpu/lanes.h"
 #include "cpu/tiles.h"
 
-enum { TILE = 16, TILE_BYTES = 64, ABREAST = 4 * TILE /* rows of four tiles of C */ };
+enum {
+    TILE_BYTES = 64, /* of a row */
+    TILE_SIZE = 16 * TILE_BYTES,
+    ABREAST = 64, /* rows of four tiles of C */
+};
 
-/* One row of tiles of A, at `a`, into tile c of C. */
-#define MULTIPLY(c, other, a, stride)          \
-    do {                                       \
-        TILE_LOAD(5 + (other), (a), (stride)); \
-        TILE_DP_BYTES((c), 5 + (other), 4);    \
+/* Tile c of C, of rows r to r + 15 if they are there, and tile `of_a` of A for it. */
+#define ROWS(r, c, of_a)                                     \
+    do {                                                     \
+        if (rows > (r)) {                                    \
+            TILE_LOAD(of_a, a + (r)*a_stride + e, a_stride); \
+            if (pairs)                                       \
+                TILE_DP_BF16(c, of_a, 4);                    \
+            else                                             \
+                TILE_DP_BYTES(c, of_a, 4);                   \
+        }                                                    \
     } while (0)
 
-/* C [rows][16] = A B for up to 64 rows, a multiple of 16. */
-INLINE void multiply(const int8_t *a, int64_t a_stride, int64_t rows, int64_t depth,
-                     const uint8_t *b, int32_t *c)
+/* C [rows][16], or C += with `more`, for up to 64 rows, a multiple of 16. Depth and strides are in
+ * bytes. */
+INLINE void multiply(const char *a, int64_t a_stride, int64_t rows, int64_t depth, const char *b,
+                     void *to, bool pairs, bool more)
 {
-    const int64_t tile = TILE * a_stride;
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-    for (int64_t e = 0; e < depth; e += TILE_BYTES, a += TILE_BYTES, b += TILE_BYTES * LANES) {
-        TILE_LOAD(4, b, TILE_BYTES);
-        MULTIPLY(0, 0, a, a_stride);
-        if (rows > TILE)
-            MULTIPLY(1, 1, a + tile, a_stride);
-        if (rows > 2 * TILE)
-            MULTIPLY(2, 0, a + 2 * tile, a_stride);
-        if (rows > 3 * TILE)
-            MULTIPLY(3, 1, a + 3 * tile, a_stride);
+    char *c = to;
+    if (more) {
+        TILE_LOAD(0, c, TILE_BYTES);
+        if (rows > 16)
+            TILE_LOAD(1, c + TILE_SIZE, TILE_BYTES);
+        if (rows > 32)
+            TILE_LOAD(2, c + 2 * TILE_SIZE, TILE_BYTES);
+        if (rows > 48)
+            TILE_LOAD(3, c + 3 * TILE_SIZE, TILE_BYTES);
+    } else {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+    }
+    for (int64_t e = 0; e < depth; e += TILE_BYTES) {
+        TILE_LOAD(4, b + e * LANES, TILE_BYTES);
+        ROWS(0, 0, 5);
+        ROWS(16, 1, 6);
+        ROWS(32, 2, 5);
+        ROWS(48, 3, 6);
     }
     TILE_STORE(0, c, TILE_BYTES);
-    if (rows > TILE)
-        TILE_STORE(1, c + TILE * LANES, TILE_BYTES);
-    if (rows > 2 * TILE)
-        TILE_STORE(2, c + 2 * TILE * LANES, TILE_BYTES);
-    if (rows > 3 * TILE)
-        TILE_STORE(3, c + 3 * TILE * LANES, TILE_BYTES);
+    if (rows > 16)
+        TILE_STORE(1, c + TILE_SIZE, TILE_BYTES);
+    if (rows > 32)
+        TILE_STORE(2, c + 2 * TILE_SIZE, TILE_BYTES);
+    if (rows > 48)
+        TILE_STORE(3, c + 3 * TILE_SIZE, TILE_BYTES);
+}
+
+/* Rows r0 to r0 + `rows` of a product, over one panel. */
+INLINE void some_rows(const sparge_product *x, int64_t r0, int64_t rows, int64_t panel, void *c,
+                      bool pairs, bool more)
+{
+    const int64_t size = pairs ? 2 : 1, stride = x->a_stride * size;
+    multiply((const char *)x->a + r0 * stride, stride, rows, x->depth * size,
+             (const char *)x->b + panel * x->b_stride * size, c, pairs, more);
 }
 
 /* S^T: the integers where the scores come to stand. */
@@ -59,12 +85,19 @@ static void score_bytes(const sparge_product *x, float *s, int64_t s_stride)
         for (int64_t r0 = 0; r0 < x->rows; r0 += ABREAST) {
             const int64_t rows = sparge_min(ABREAST, x->rows - r0);
             float *to = s + panel * s_stride + r0 * LANES;
-            multiply((const int8_t *)x->a + r0 * x->a_stride, x->a_stride, rows, x->depth,
-                     (const uint8_t *)x->b + panel * x->b_stride, (int32_t *)to);
+            some_rows(x, r0, rows, panel, to, false, false);
             for (int64_t r = 0; r < rows; r++)
                 f_store(to + r * LANES,
                         f_of(i_add(i_load(to + r * LANES), i_all(x->a_init[r0 + r]))));
         }
+}
+
+static void score_pairs(const sparge_product *x, float *s, int64_t s_stride)
+{
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t r0 = 0; r0 < x->rows; r0 += ABREAST)
+            some_rows(x, r0, sparge_min(ABREAST, x->rows - r0), panel,
+                      s + panel * s_stride + r0 * LANES, true, false);
 }
 
 INLINE void fold(const sparge_accumulator *to, bool still, int64_t panel, int64_t row, int64_t rows,
@@ -87,13 +120,25 @@ static void accumulate_pv_bytes(const sparge_product *x, const sparge_accumulato
     for (int64_t panel = 0; panel < x->panels; panel++)
         for (int64_t r0 = 0; r0 < x->rows; r0 += ABREAST) {
             const int64_t rows = sparge_min(ABREAST, x->rows - r0);
-            multiply((const int8_t *)x->a + r0 * x->a_stride, x->a_stride, rows, x->depth,
-                     (const uint8_t *)x->b + panel * x->b_stride, c);
+            some_rows(x, r0, rows, panel, c, false, false);
             if (to->still)
                 fold(to, true, panel, r0, rows, c);
             else
                 fold(to, false, panel, r0, rows, c);
         }
+}
+
+/* O is C. */
+static void accumulate_pv_pairs(const sparge_product *x, const sparge_accumulator *to)
+{
+    for (int64_t panel = 0; panel < x->panels; panel++) {
+        const floats shrink = f_load(to->shrink + panel * LANES);
+        float *o = to->o + panel * to->o_stride;
+        for (int64_t r = 0; r < x->rows && !to->still; r++)
+            f_store(o + r * LANES, f_load(o + r * LANES) * shrink);
+        for (int64_t r0 = 0; r0 < x->rows; r0 += ABREAST)
+            some_rows(x, r0, sparge_min(ABREAST, x->rows - r0), panel, o + r0 * LANES, true, true);
+    }
 }
 
 static void begin(void)
@@ -122,14 +167,17 @@ static int64_t peak_bytes(int64_t rounds)
         TILE_DP_BYTES(2, 5, 4);
         TILE_DP_BYTES(3, 6, 4);
     }
-    return rounds * 4 * TILE * LANES * TILE_BYTES * 2;
+    return rounds * 4 * TILE_SIZE * LANES * 2;
 }
 
 void sparge_amx_kernels(sparge_kernels *k)
 {
-    k->isa = k->product_isa[SPARGE_BYTES] = SPARGE_ISA_AMX;
+    k->isa = k->product_isa[SPARGE_BYTES] = k->product_isa[SPARGE_PAIRS] = SPARGE_ISA_AMX;
     k->depth[SPARGE_BYTES] = TILE_BYTES;
-    k->group[SPARGE_BYTES] = LANES;
+    k->depth[SPARGE_PAIRS] = TILE_BYTES / 2;
+    k->group[SPARGE_BYTES] = k->group[SPARGE_PAIRS] = LANES;
+    k->score[SPARGE_PAIRS] = score_pairs;
+    k->accumulate_pv[SPARGE_PAIRS] = accumulate_pv_pairs;
     k->score[SPARGE_BYTES] = score_bytes;
     k->accumulate_pv[SPARGE_BYTES] = accumulate_pv_bytes;
     k->peak_bytes = peak_bytes;

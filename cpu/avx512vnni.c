@@ -52,6 +52,7 @@ INLINE float sum_of(const floats *x)
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 
+#include "cpu/pairs.h"
 #include "cpu/softmax.h"
 
 /* ---- What plain.h asks for ---- */
@@ -78,4 +79,5 @@ void sparge_avx512vnni_kernels(sparge_kernels *k)
     plain_kernels(k);
     vnni_kernels(k, SPARGE_ISA_AVX512VNNI);
     softmax_kernels(k);
+    pair_kernels(k);
 }

@@ -8,8 +8,10 @@
 
 bool sparge_cpu_has(sparge_isa isa);
 const char *sparge_cpu_lacks(sparge_isa isa); /* NULL, or who lacks it: "which ..." */
-sparge_isa sparge_cpu_best(void);
-int sparge_cpu_threads(void); /* as many as OpenMP would take; 1 without it */
+/* With products of bf16: AVX512-BF16 beside avx512vnni, AMX-BF16 beside amx. */
+bool sparge_cpu_has_bf16(sparge_isa isa);
+sparge_isa sparge_cpu_best(bool bf16); /* AUTO: none */
+int sparge_cpu_threads(void);          /* as many as OpenMP would take; 1 without it */
 
 /* Can so many work side by side? OpenMP would end the process where it cannot start one. Asked of
  * the system when the calling thread has never had so many. */

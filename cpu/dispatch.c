@@ -26,7 +26,9 @@ typedef struct features {
 #define AVX512     (BIT(16) | BIT(17) | BIT(30) | BIT(31)) /* leaf 7, ebx: F, DQ, BW, VL */
 #define AVX512VNNI BIT(11)                                 /* leaf 7, ecx */
 #define AMX        (BIT(24) | BIT(25))                     /* leaf 7, edx: TILE, INT8 */
+#define AMXBF16    BIT(22)                                 /* leaf 7, edx */
 #define AVXVNNI    BIT(4)                                  /* leaf 7.1, eax */
+#define AVX512BF16 BIT(5)                                  /* leaf 7.1, eax */
 #define YMM        (BIT(1) | BIT(2))
 #define ZMM        (YMM | BIT(5) | BIT(6) | BIT(7))
 #define TILES      (BIT(17) | BIT(18)) /* configuration, data */
@@ -92,11 +94,28 @@ static bool tiles_permitted(void) { return false; }
 
 static bool all(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
 
+static bool has_all(const features *x, const features *need)
+{
+    return all(x->ecx1, need->ecx1) && all(x->ebx7, need->ebx7) && all(x->ecx7, need->ecx7) &&
+           all(x->edx7, need->edx7) && all(x->eax71, need->eax71);
+}
+
+/* What products of bf16 ask for beside the instruction set. */
+static bool detect_bf16(sparge_isa isa)
+{
+    const features x = found(), avx512 = {.eax71 = AVX512BF16}, amx = {.edx7 = AMXBF16};
+#ifdef SPARGE_AMX_SHIM
+    return isa == SPARGE_ISA_AMX || (isa == SPARGE_ISA_AVX512VNNI && has_all(&x, &avx512));
+#endif
+    return isa == SPARGE_ISA_AVX512VNNI ? has_all(&x, &avx512)
+           : isa == SPARGE_ISA_AMX      ? has_all(&x, &amx)
+                                        : false;
+}
+
 static lack detect(sparge_isa isa)
 {
     const features x = found(), *need = &needed[isa];
-    if (!all(x.ecx1, need->ecx1) || !all(x.ebx7, need->ebx7) || !all(x.ecx7, need->ecx7) ||
-        !all(x.edx7, need->edx7) || !all(x.eax71, need->eax71))
+    if (!has_all(&x, need))
         return PROCESSOR;
     if (!all(x.saved, need->saved))
         return SYSTEM;
@@ -104,6 +123,7 @@ static lack detect(sparge_isa isa)
 }
 #else
 static lack detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR ? NOTHING : PROCESSOR; }
+static bool detect_bf16(sparge_isa isa) { return isa != isa; }
 #endif
 
 /* A virtual machine traps CPUID, which then takes a good part of a small call, and what is
@@ -129,10 +149,23 @@ const char *sparge_cpu_lacks(sparge_isa isa)
 
 bool sparge_cpu_has(sparge_isa isa) { return !sparge_cpu_lacks(isa); }
 
-sparge_isa sparge_cpu_best(void)
+bool sparge_cpu_has_bf16(sparge_isa isa)
+{
+    static _Atomic(lack) known[SPARGE_ISAS];
+    if (!sparge_cpu_has(isa))
+        return false;
+    lack answer = atomic_load_explicit(&known[isa], memory_order_relaxed);
+    if (answer == UNKNOWN) {
+        answer = detect_bf16(isa) ? NOTHING : PROCESSOR;
+        atomic_store_explicit(&known[isa], answer, memory_order_relaxed);
+    }
+    return answer == NOTHING;
+}
+
+sparge_isa sparge_cpu_best(bool bf16)
 {
     sparge_isa isa = SPARGE_ISAS - 1;
-    while (!sparge_cpu_has(isa))
+    while (isa > SPARGE_ISA_AUTO && !(bf16 ? sparge_cpu_has_bf16(isa) : sparge_cpu_has(isa)))
         isa--;
     return isa;
 }

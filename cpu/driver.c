@@ -33,7 +33,7 @@ enum {
     ALIGNED = 64,              /* bytes: a cache line, and the widest vector */
 };
 
-static const size_t size_of[SPARGE_FORMATS] = {1, sizeof(int16_t), sizeof(float)};
+static const size_t size_of[SPARGE_FORMATS] = {1, sizeof(int16_t), sizeof(float), sizeof(uint16_t)};
 
 int sparge_cpu_threads(void) { return omp_get_max_threads(); }
 
@@ -153,6 +153,7 @@ static sparge_format format_of(sparge_dtype dtype, sparge_format int8_format)
 {
     return dtype == SPARGE_INT8    ? int8_format
            : dtype == SPARGE_INT12 ? SPARGE_WORDS
+           : dtype == SPARGE_BF16  ? SPARGE_PAIRS
                                    : SPARGE_FLOATS;
 }
 

@@ -19,6 +19,7 @@
  *     WORDS    int16      [depth / 4][2][16][2] int16       |A|, |B| <= 4095 and depth <= 128, or
  *                                                           |A|, |B| <= 2047 and depth <= 256
  *     FLOATS   float      [depth][16] float                 rounds as fmaf in the order of depth
+ *     PAIRS    bf16       [depth / 2][16][2] bf16           as common/bf16.h in the ISA's order
  *
  * WORDS keeps two pairs side by side: elements 2s and 2s + 1 of the first half of depth, then those
  * of the second half. That is what the inner product of Winograd (1968) needs: with x = A, y = B
@@ -46,6 +47,7 @@ typedef enum sparge_format {
     SPARGE_BYTES,
     SPARGE_WORDS,
     SPARGE_FLOATS,
+    SPARGE_PAIRS,
     SPARGE_FORMATS
 } sparge_format;
 
@@ -70,7 +72,8 @@ typedef struct sparge_product {
     int64_t next_bytes;
 } sparge_product;
 
-/* O^T += V^T P^T: o = o * shrink + weight * v_scale * C; FLOATS have no weight and no v_scale. */
+/* O^T += V^T P^T: o = o * shrink + weight * v_scale * C; FLOATS and PAIRS have no weight and no
+ * v_scale. */
 typedef struct sparge_accumulator {
     const float *shrink, *weight; /* [panels * 16] */
     bool still;                   /* every shrink is 1 */
@@ -120,6 +123,8 @@ typedef struct sparge_kernels {
     void (*quantize[SPARGE_FLOATS])(const float *x, int64_t n, float scale, int qmax, void *code);
     void (*quantize_channels[SPARGE_FLOATS])(const float *x, int64_t rows, int64_t stride, int qmax,
                                              float *scale, void *code);
+    /* n elements in bf16; what rounds to infinity is 0. */
+    void (*round_pairs)(const float *x, int64_t n, void *pairs);
     /* Codes, or for FLOATS values, [rows][stride] as A, as columns of B, and transposed as A. */
     /* The rows are in place; zero rows follow up to a multiple of 16. */
     void (*pack_rows[SPARGE_FORMATS])(void *a, int64_t rows, int64_t stride, int32_t *a_init);
@@ -140,11 +145,11 @@ typedef struct sparge_kernels {
     /* The largest score of each query, NaN if there is one, and sparge_row_local of it. Is each of
      * these above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);
-    /* Does every maximum stay? qmax is 0 for P in floats. */
+    /* Does every maximum stay? qmax is 0 for P without codes. */
     bool (*update_max)(const sparge_softmax_rows *, int64_t queries, int qmax);
     /* P^T [panels][p_stride], of it B of depth scores->keys, with its sum and, for WORDS, b_init.
-     * Codes against the largest score of the query, with a scale above 0. FLOATS against the
-     * running maximum; they may stand where S does. */
+     * Codes against the largest score of the query, with a scale above 0. FLOATS and PAIRS against
+     * the running maximum; FLOATS may stand where S does. */
     void (*softmax[SPARGE_FORMATS])(const sparge_scores *, const float *top, void *p,
                                     int64_t p_stride, float *sum, int32_t *b_init);
     void (*accumulate_pv[SPARGE_FORMATS])(const sparge_product *, const sparge_accumulator *);

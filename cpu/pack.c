@@ -48,6 +48,13 @@ void sparge_mean_key(const sparge_work *w, int64_t head)
 
 /* ---- Blocks ---- */
 
+bool sparge_load_finite(const sparge_work *w, const sparge_rows *rows, const float *mean,
+                        int64_t stride, sparge_dtype dtype, float *x)
+{
+    float max;
+    return w->kernels.load(rows, mean, stride, x, &max) && sparge_value_is_finite(max, dtype);
+}
+
 /* Where a block stands in the recorded arrays: its first token, and itself. */
 typedef struct place {
     int64_t token, block;
@@ -75,16 +82,19 @@ static void record_codes(int16_t *codes, int64_t token, int64_t rows, int64_t di
 }
 
 /* Line 3 with one scale for the block in x, whose largest magnitude is `max`, as block n of the
- * operand: its codes in `code`. */
+ * operand: what its product takes for `x` in `code`, unless that is x. */
 static void quantize(const sparge_work *w, const sparge_rows *rows, const float *x, float max,
                      const sparge_operand *to, int64_t n, place at, void *code, int16_t *codes,
                      float *scales)
 {
+    const int64_t elements = rows->rows * to->stride;
     float *scale = to->scale + n;
     *scale = to->qmax ? sparge_quant_scale(max, to->qmax) : 1.0f;
+    if (to->format == SPARGE_PAIRS)
+        w->kernels.round_pairs(x, elements, code);
     if (!to->qmax)
         return;
-    w->kernels.quantize[to->format](x, rows->rows * to->stride, *scale, to->qmax, code);
+    w->kernels.quantize[to->format](x, elements, *scale, to->qmax, code);
     record_codes(codes, at.token, rows->rows, rows->dim, code, to);
     sparge_record_rows(scales, at.block, 1, 1, scale, 1, sizeof *scale);
 }
@@ -97,8 +107,10 @@ static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, place a
     const sparge_rows rows = key_block(w, &w->p->k, n, w->p->dim);
     const float *mean = w->o->smooth_k ? kv->mean + n / w->g.k_blocks * stride : w->no_mean;
     void *data = kv->k.data + n * kv->k.block;
-    float *x = w->result && !kv->k.qmax ? data : t->x, max;
+    float *x = w->result && kv->k.format == SPARGE_FLOATS ? data : t->x, max;
     kv->nonfinite[n] = w->kernels.load(&rows, mean, stride, x, &max) ? 0 : SPARGE_NONFINITE_K;
+    if (!sparge_value_is_finite(max, w->o->qk_dtype))
+        kv->nonfinite[n] |= SPARGE_OVERFLOW_K;
     if (w->predicted)
         kv->sim[n] =
             summarize(w, t, x, rows.rows, stride, kv->pool + n * stride, at, to->k_pool, to->k_sim);
@@ -113,17 +125,20 @@ static void pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, place
     const sparge_operand *v = &w->kv.v;
     const sparge_intermediates *to = w->intermediates;
     const sparge_rows rows = key_block(w, &w->p->v, n, w->p->dim_v);
-    float *scale = v->scale + n * v->scales, max;
-    if (!w->kernels.load(&rows, w->no_mean, v->stride, t->x, &max))
+    float *scale = v->scale + n * v->scales;
+    if (!sparge_load_finite(w, &rows, w->no_mean, v->stride, w->o->pv_dtype, t->x))
         w->kv.nonfinite[n] |= SPARGE_NONFINITE_V;
+    if (v->format == SPARGE_PAIRS)
+        w->kernels.round_pairs(t->x, rows.rows * v->stride, t->code);
     if (v->qmax) {
         w->kernels.quantize_channels[v->format](t->x, rows.rows, v->stride, v->qmax, scale,
                                                 t->code);
         record_codes(to->v_int, at.token, rows.rows, rows.dim, t->code, v);
         sparge_record_rows(to->v_scale, at.block, 1, rows.dim, scale, v->scales, sizeof *scale);
     }
-    w->kernels.pack_transposed[v->format](v->qmax ? t->code : t->x, rows.rows, v->stride, w->keys,
-                                          v->data + n * v->block, v->init + n * v->inits);
+    w->kernels.pack_transposed[v->format](v->format == SPARGE_FLOATS ? t->x : t->code, rows.rows,
+                                          v->stride, w->keys, v->data + n * v->block,
+                                          v->init + n * v->inits);
 }
 
 void sparge_pack_kv(const sparge_work *w, sparge_scratch *t, int64_t n)
@@ -149,13 +164,14 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, int64_t n)
                        sparge_block_rows(g->q_len, g->block_q, block->i), w->p->dim);
     float max;
     block->finite = w->kernels.load(&rows, w->no_mean, q->stride, t->x, &max);
+    block->fits = block->finite && sparge_value_is_finite(max, w->o->qk_dtype);
     if (w->predicted)
         block->sim = summarize(w, t, t->x, rows.rows, q->stride,
                                w->q.pool + block->index * q->stride, at, to->q_pool, to->q_sim);
     if (!w->result)
         return;
     quantize(w, &rows, t->x, max, q, block->index, at, t->code, to->q_int, to->q_scale);
-    const char *from = q->qmax ? t->code : t->x;
+    const char *from = q->format == SPARGE_FLOATS ? (const char *)t->x : t->code;
     const int64_t group = sparge_group_of(w, block->head), row = q->block / q->inits;
     for (int64_t r = 0, lane = 0; r < rows.rows; r += group, lane += sparge_padded(group))
         w->kernels.pack_columns[q->format](from + r * row, sparge_min(group, rows.rows - r),

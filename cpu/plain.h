@@ -8,6 +8,7 @@
 #ifndef SPARGE_CPU_PLAIN_H
 #define SPARGE_CPU_PLAIN_H
 
+#include "common/bf16.h"
 #include "common/element.h"
 #include "common/quant.h"
 #include "common/select.h"
@@ -206,6 +207,13 @@ static void quantize_channels_words(const float *x, int64_t rows, int64_t stride
     quantize_channels(x, rows, stride, qmax, scale, code, false);
 }
 
+static void round_pairs(const float *x, int64_t n, void *pairs)
+{
+    uint16_t *restrict to = pairs;
+    for (int64_t e = 0; e < n; e++)
+        to[e] = sparge_bf16_of(sparge_value_is_finite(x[e], SPARGE_BF16) ? x[e] : 0.0f);
+}
+
 /* ---- Packing: A in rows ---- */
 
 /* -(first half . second half), what Winograd's product has too much of. */
@@ -239,6 +247,12 @@ static void pack_rows_words(void *a, int64_t rows, int64_t stride, int32_t *a_in
     pad_rows(a, rows, stride * (int64_t)sizeof(int16_t));
     for (int64_t r = 0; r < sparge_padded(rows); r++)
         a_init[r] = words_init((const int16_t *)a + r * stride, stride / 2);
+}
+
+static void pack_rows_pairs(void *a, int64_t rows, int64_t stride, int32_t *a_init)
+{
+    (void)a_init;
+    pad_rows(a, rows, stride * (int64_t)sizeof(uint16_t));
 }
 
 static void pack_rows_floats(void *a, int64_t rows, int64_t stride, int32_t *a_init)
@@ -317,6 +331,16 @@ static void pack_columns_bytes(const void *from, int64_t rows, int64_t stride, v
     }
 }
 
+static void pack_columns_pairs(const void *from, int64_t rows, int64_t stride, void *b,
+                               int32_t *b_init)
+{
+    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    (void)b_init;
+    for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
+        transpose_16(sixteen_rows(from, t, rows, stride / 2, copy), stride / 2, stride / 2,
+                     (uint32_t *)b + t * stride / 2, SPARGE_PANEL);
+}
+
 static void pack_columns_words(const void *from, int64_t rows, int64_t stride, void *b,
                                int32_t *b_init)
 {
@@ -381,9 +405,10 @@ static void pack_transposed_bytes(const void *from, int64_t rows, int64_t stride
         }
 }
 
-static void pack_transposed_words(const void *from, int64_t rows, int64_t stride, int64_t depth,
+static void pack_transposed_pairs(const void *from, int64_t rows, int64_t stride, int64_t depth,
                                   void *a, int32_t *a_init)
 {
+    (void)a_init;
     for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
         for (int64_t t = 0; t < depth; t += 16) {
             uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
@@ -395,6 +420,12 @@ static void pack_transposed_words(const void *from, int64_t rows, int64_t stride
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
                 memcpy((int16_t *)a + (c + n) * depth + t, to[n], sizeof to[n]);
         }
+}
+
+static void pack_transposed_words(const void *from, int64_t rows, int64_t stride, int64_t depth,
+                                  void *a, int32_t *a_init)
+{
+    pack_transposed_pairs(from, rows, stride, depth, a, NULL);
     for (int64_t c = 0; c < stride; c++)
         a_init[c] = words_init((const int16_t *)a + c * depth, sparge_padded(rows) / 2);
 }
@@ -501,12 +532,16 @@ static void plain_kernels(sparge_kernels *k)
     k->pack_rows[SPARGE_BYTES] = pack_rows_bytes;
     k->pack_rows[SPARGE_WORDS] = pack_rows_words;
     k->pack_rows[SPARGE_FLOATS] = pack_rows_floats;
+    k->pack_rows[SPARGE_PAIRS] = pack_rows_pairs;
+    k->round_pairs = round_pairs;
     k->pack_columns[SPARGE_BYTES] = pack_columns_bytes;
     k->pack_columns[SPARGE_WORDS] = pack_columns_words;
     k->pack_columns[SPARGE_FLOATS] = pack_columns_floats;
+    k->pack_columns[SPARGE_PAIRS] = pack_columns_pairs;
     k->pack_transposed[SPARGE_BYTES] = pack_transposed_bytes;
     k->pack_transposed[SPARGE_WORDS] = pack_transposed_words;
     k->pack_transposed[SPARGE_FLOATS] = pack_transposed_floats;
+    k->pack_transposed[SPARGE_PAIRS] = pack_transposed_pairs;
     k->score_pools = score_pools;
     k->mass = mass;
     k->update_max = update_max_lanes;

@@ -87,6 +87,14 @@ INLINE float *c_of(float *c, int64_t stride, part at, int r, int n)
     return c + lane / SPARGE_PANEL * stride + (at.row + r) * SPARGE_PANEL + lane % SPARGE_PANEL;
 }
 
+INLINE void store_floats(float *to, int64_t stride, part at, int rows, int vectors,
+                         floats c[HEIGHT_FLOATS][WIDTH_FLOATS])
+{
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            f_store(c_of(to, stride, at, r, n), c[r][n]);
+}
+
 /* ---- S^T = K Q^T ---- */
 
 typedef struct scored {
@@ -126,9 +134,7 @@ INLINE void score_part_floats(const sparge_product *x, const void *into, part at
         for (int n = 0; n < vectors; n++)
             c[r][n] = f_all(0.0f);
     tile_floats(x, at, rows, vectors, c);
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < vectors; n++)
-            f_store(c_of(to->s, to->stride, at, r, n), c[r][n]);
+    store_floats(to->s, to->stride, at, rows, vectors, c);
 }
 
 /* ---- O^T += V^T P^T ---- */
@@ -179,19 +185,24 @@ INLINE void pv_part_words(const sparge_product *x, const void *to, part at, int 
     accumulate_ints(to, at, rows, vectors, c);
 }
 
+/* C = O shrunk. */
+INLINE void load_floats(const sparge_accumulator *from, part at, int rows, int vectors,
+                        floats c[HEIGHT_FLOATS][WIDTH_FLOATS])
+{
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < vectors; n++)
+            c[r][n] = f_load(c_of(from->o, from->o_stride, at, r, n)) *
+                      f_load(from->shrink + (at.column + n) * LANES);
+}
+
 INLINE void pv_part_floats(const sparge_product *x, const void *into, part at, int rows,
                            int vectors)
 {
     const sparge_accumulator *to = into;
     floats c[HEIGHT_FLOATS][WIDTH_FLOATS];
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < vectors; n++)
-            c[r][n] = f_load(c_of(to->o, to->o_stride, at, r, n)) *
-                      f_load(to->shrink + (at.column + n) * LANES);
+    load_floats(to, at, rows, vectors, c);
     tile_floats(x, at, rows, vectors, c);
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < vectors; n++)
-            f_store(c_of(to->o, to->o_stride, at, r, n), c[r][n]);
+    store_floats(to->o, to->o_stride, at, rows, vectors, c);
 }
 
 /* ---- All parts of a product: columns outside, so that their panels stay in L1 while the rows pass

@@ -128,27 +128,69 @@ INLINE ints words_init_of(const int16_t *p, int64_t keys)
     return init;
 }
 
-/* sparge_weight, and sparge_sum_of the weights: key t adds to partial t mod 16. */
+/* sparge_weight of keys t to t + 3. */
+INLINE void weights_of(const softmax_lanes *w, int64_t t, floats weight[BESIDE])
+{
+    floats x[BESIDE];
+    for (int e = 0; e < BESIDE; e++)
+        x[e] = w->scale * f_load(w->s + (t + e) * SPARGE_PANEL) - w->top;
+    exp2_of(x, true, weight);
+    for (int e = 0; e < BESIDE; e++)
+        weight[e] = f_flush(x[e], weight[e]);
+}
+
+/* sparge_sum_of */
+INLINE floats sum_of_partials(floats partial[16])
+{
+    for (int half = 8; half > 0; half /= 2)
+        for (int e = 0; e < half; e++)
+            partial[e] += partial[e + half];
+    return partial[0];
+}
+
 INLINE floats softmax_lanes_floats(const softmax_lanes *w, int64_t keys, float *p)
 {
     floats partial[16];
     for (int64_t t = 0; t < keys; t += BESIDE) {
-        floats x[BESIDE], weight[BESIDE];
+        floats weight[BESIDE];
+        weights_of(w, t, weight);
         for (int e = 0; e < BESIDE; e++)
-            x[e] = w->scale * f_load(w->s + (t + e) * SPARGE_PANEL) - w->top;
-        exp2_of(x, true, weight);
-        for (int e = 0; e < BESIDE; e++)
-            f_store(p + (t + e) * SPARGE_PANEL, f_flush(x[e], weight[e]));
+            f_store(p + (t + e) * SPARGE_PANEL, weight[e]);
     }
     for (int e = 0; e < 16; e++)
         partial[e] = f_load(p + e * SPARGE_PANEL);
     for (int64_t t = 16; t < keys; t += 16)
         for (int e = 0; e < 16; e++)
             partial[e] += f_load(p + (t + e) * SPARGE_PANEL);
-    for (int half = 8; half > 0; half /= 2)
-        for (int e = 0; e < half; e++)
-            partial[e] += partial[e + half];
-    return partial[0];
+    return sum_of_partials(partial);
+}
+
+/* sparge_bf16_of a weight, which is never subnormal, in the upper half of a lane. */
+INLINE ints rounded(floats weight)
+{
+    const uints bits = (uints)weight;
+    return (ints)((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+
+INLINE floats softmax_lanes_pairs(const softmax_lanes *w, int64_t keys, uint16_t *p)
+{
+    floats partial[16];
+    for (int64_t t = 0; t < keys; t += BESIDE) {
+        floats weight[BESIDE];
+        weights_of(w, t, weight);
+        for (int e = 0; e < BESIDE; e += 2)
+            i_store(p + (t + e) * SPARGE_PANEL,
+                    (ints)((uints)rounded(weight[e]) >> 16) | rounded(weight[e + 1]));
+    }
+    for (int e = 0; e < 16; e++)
+        partial[e] = f_all(0.0f);
+    for (int64_t t = 0; t < keys; t += 16)
+        for (int e = 0; e < 16; e += 2) {
+            const ints pair = i_load(p + (t + e) * SPARGE_PANEL);
+            partial[e] += (floats)(pair << 16);
+            partial[e + 1] += (floats)(pair & i_all(-65536));
+        }
+    return sum_of_partials(partial);
 }
 
 INLINE softmax_lanes lanes_at(const sparge_scores *x, int64_t q, floats top)
@@ -185,16 +227,31 @@ static void softmax_words(const sparge_scores *x, const float *top, void *p, int
     }
 }
 
+INLINE floats base_of(const float *top)
+{
+    float base[LANES];
+    for (int n = 0; n < LANES; n++)
+        base[n] = sparge_row_base(top[n]);
+    return f_load(base);
+}
+
 static void softmax_floats(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
                            float *sum, int32_t *b_init)
 {
     (void)b_init;
     for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q += LANES) {
-        float base[LANES];
-        for (int n = 0; n < LANES; n++)
-            base[n] = sparge_row_base(top[q + n]);
-        const softmax_lanes w = lanes_at(x, q, f_load(base));
+        const softmax_lanes w = lanes_at(x, q, base_of(top + q));
         f_store(sum + q, softmax_lanes_floats(&w, x->keys, p_of(p, p_stride, q, sizeof(float))));
+    }
+}
+
+static void softmax_pairs(const sparge_scores *x, const float *top, void *p, int64_t p_stride,
+                          float *sum, int32_t *b_init)
+{
+    (void)b_init;
+    for (int64_t q = 0; q < x->panels * SPARGE_PANEL; q += LANES) {
+        const softmax_lanes w = lanes_at(x, q, base_of(top + q));
+        f_store(sum + q, softmax_lanes_pairs(&w, x->keys, p_of(p, p_stride, q, sizeof(uint16_t))));
     }
 }
 
@@ -204,6 +261,7 @@ static void softmax_kernels(sparge_kernels *k)
     k->softmax[SPARGE_BYTES] = softmax_bytes;
     k->softmax[SPARGE_WORDS] = softmax_words;
     k->softmax[SPARGE_FLOATS] = softmax_floats;
+    k->softmax[SPARGE_PAIRS] = softmax_pairs;
 }
 
 #endif

@@ -99,7 +99,8 @@ static bool attend_tile(const sparge_work *w, sparge_scratch *t, const sparge_q_
 
     const float scale =
         sparge_score_scale(q->scale[block->index], k->scale[x->n], w->o->softmax_scale);
-    sparge_scores s = {t->s, panels, x->depth, stride, scale, q->format == SPARGE_FLOATS};
+    const bool nans = q->format == SPARGE_FLOATS || q->format == SPARGE_PAIRS;
+    sparge_scores s = {t->s, panels, x->depth, stride, scale, nans};
     if (!run->maxima(&s, t->most, t->local))
         mend_maxima(w, t, x);
     if (skips(w, t, x, lambda))
@@ -152,15 +153,14 @@ static void spread_nonfinite(const sparge_work *w, sparge_scratch *t, const tile
     const sparge_problem *p = w->p;
     const int64_t first = x->j * w->g.block_k, k_stride = w->kv.k.stride;
     const float *mean = w->o->smooth_k ? w->kv.mean + (kv - w->kv.first) * k_stride : w->no_mean;
-    float max;
     for (int64_t key = 0; key < x->keys; key++) {
         const sparge_rows k = sparge_rows_of(&p->k, p->kv_heads, kv, first + key, 1, p->dim);
         sparge_rows v = sparge_rows_of(&p->v, p->kv_heads, kv, first + key, 1, 1);
-        const bool k_finite = w->kernels.load(&k, mean, k_stride, t->x, &max);
+        const bool k_finite = sparge_load_finite(w, &k, mean, k_stride, w->o->qk_dtype, t->x);
         for (int64_t r = 0; r < x->queries; r++)
             t->nonfinite[x->lane + r] |= !k_finite && key < visible_of(w, x, r);
         for (int64_t c = 0; c < p->dim_v && done; c++) {
-            if (!w->kernels.load(&v, w->no_mean, 1, t->x, &max))
+            if (!sparge_load_finite(w, &v, w->no_mean, 1, w->o->pv_dtype, t->x))
                 for (int64_t r = 0; r < x->queries; r++)
                     if (key < visible_of(w, x, r))
                         *o_at(w, t, x->lane + r, c) = NAN;
@@ -211,10 +211,9 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_q_b
     sparge_row row = {t->max[lane], t->sum[lane]};
     sparge_record_rows(w->intermediates->m, line, 1, 1, &row.max, 1, sizeof row.max);
     sparge_record_rows(w->intermediates->l, line, 1, 1, &row.sum, 1, sizeof row.sum);
-    if (!block->finite || smoothed) {
+    if (!block->fits || smoothed) {
         const sparge_rows q = sparge_rows_of(&p->q, p->heads, block->head, token, 1, p->dim);
-        float max;
-        t->nonfinite[lane] |= !w->kernels.load(&q, w->no_mean, stride, t->x, &max);
+        t->nonfinite[lane] |= !sparge_load_finite(w, &q, w->no_mean, stride, w->o->qk_dtype, t->x);
     }
     if (t->nonfinite[lane])
         row = sparge_row_nonfinite(row);

@@ -33,7 +33,8 @@ typedef struct sparge_kv_batch {
     sparge_operand k, v;
 } sparge_kv_batch;
 
-enum sparge_nonfinite { SPARGE_NONFINITE_K = 1, SPARGE_NONFINITE_V = 2 };
+/* K as it is, which the prediction asks; V and K in the type of their product. */
+enum sparge_nonfinite { SPARGE_NONFINITE_K = 1, SPARGE_NONFINITE_V = 2, SPARGE_OVERFLOW_K = 4 };
 
 /* A query block of a head. */
 typedef struct sparge_q_block {
@@ -41,7 +42,8 @@ typedef struct sparge_q_block {
     int64_t index;   /* its place in the operand and the pool of the batch */
     int64_t cost;    /* key blocks to compute */
     float sim;       /* self-similarity of Q_i */
-    bool finite;
+    bool finite;     /* as it is */
+    bool fits;       /* finite in the type of Q.K^T */
     sparge_tally tally;
 } sparge_q_block;
 
@@ -133,6 +135,10 @@ static inline void sparge_record_rows(void *array, int64_t first, int64_t rows, 
 /* Rows [first, first + rows) of a head that is counted over the batch. */
 sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first,
                            int64_t rows, int64_t dim);
+
+/* pack.c: x = rows less mean. Is every element finite in a product of this type? */
+bool sparge_load_finite(const sparge_work *w, const sparge_rows *rows, const float *mean,
+                        int64_t stride, sparge_dtype dtype, float *x);
 
 /* A step on key block n of the kv batch, or on query block n of the q batch. */
 typedef void sparge_step(const sparge_work *w, sparge_scratch *t, int64_t n);
