@@ -52,8 +52,9 @@ typedef enum sparge_backend {
     SPARGE_CUDA,
 } sparge_backend;
 
-/* Every instruction set gives the same bits, but for products in BF16, whose instructions add in
- * another order: see ref/README.md. ref computes either order on any machine. */
+/* Every instruction set gives the same bits, but for products in BF16: AVX512VNNI has them where
+ * the processor has AVX512-BF16, AMX where it has AMX-BF16, and these add in different orders (see
+ * ref/README.md). ref computes either order on any machine. */
 typedef enum sparge_isa {
     SPARGE_ISA_AUTO, /* what SPARGE_ISA in the environment names, or else the best */
     SPARGE_ISA_SCALAR,
@@ -99,8 +100,9 @@ typedef struct sparge_cuda_options {
 typedef struct sparge_options {
     int version;            /* SPARGE_VERSION_NUMBER of the caller's sparge.h */
     sparge_backend backend; /* default AUTO */
-    sparge_isa isa;         /* of the cpu backend; default AUTO. With BF16 also of ref, whose
-                               order of the sum it is: AVX512VNNI, which is its default, or AMX */
+    sparge_isa isa;         /* of the cpu backend; default AUTO: of those with BF16, if that is
+                               asked for. With BF16 also of ref, whose order of the sum it is:
+                               AVX512VNNI, which is its default, or AMX */
     int threads;            /* of the cpu backend, 0 to 1024; default 0: as many as OpenMP takes */
     int64_t block_q;        /* queries of a block, 1 to 1024; default 128 */
     int64_t block_k;        /* keys of a block, 1 to 1024, with INT12 P.V to 128; default 64 */

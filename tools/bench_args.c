@@ -44,9 +44,9 @@ static const struct argp_option bench_options_[] = {
      0},
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni, avx512vnni or amx (auto)", 0},
-    {"qk-dtype", QK, "HOW,...", 0, "Q.K in int8, int12 or f32 (int8)", 0},
+    {"qk-dtype", QK, "HOW,...", 0, "Q.K in int8, int12, f32 or bf16 (int8)", 0},
     {"pv-dtype", PV, "HOW,...", 0,
-     "P.V in int8, int12 or f32 (int8); on cuda int8, f32, f16, fp8 or fastest (fastest)", 0},
+     "P.V in int8, int12, f32 or bf16 (int8); on cuda int8, f32, f16, fp8 or fastest (fastest)", 0},
     {"kernel", KERNEL, "N,...", 0, "of cuda, 1 to 5 (the best that can do it)", 0},
     {"causal", CAUSAL, "WHERE,...", OPTION_ARG_OPTIONAL,
      "none, end or start (none, or as the capture; alone: end)", 0},
@@ -183,7 +183,8 @@ static error_t finish(struct argp_state *state, bench_args *a)
     for (int n = 0; n < a->pv.count && !cuda; n++) {
         const sparge_dtype pv = (sparge_dtype)a->pv.item[n];
         if (pv == SPARGE_F16 || pv == SPARGE_FP8 || pv == SPARGE_FASTEST)
-            return options_wrong(state, "--pv-dtype has %s, the cpu backend has int8, int12, f32",
+            return options_wrong(state,
+                                 "--pv-dtype has %s, the cpu backend has int8, int12, f32, bf16",
                                  pv == SPARGE_FASTEST ? "fastest" : sparge_dtype_string(pv));
     }
     const int cores = cuda ? 1 : bench_cores();

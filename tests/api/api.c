@@ -13,6 +13,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "cpu/cpu.h"
 #include "tests/support/heap.h"
 #include "tests/support/problem.h"
 
@@ -703,54 +704,92 @@ static asked question_in_bf16(int which)
     return a;
 }
 
-/* bf16 in either product is of ref alone, which takes the isa whose order of the sum it is. */
-Test(api, bf16_is_of_ref)
+/* What was chosen, or AUTO for what is refused with these words. */
+static void bf16_resolves(int which, sparge_backend asked_of, sparge_isa isa,
+                          sparge_backend backend, sparge_isa resolved, sparge_status status,
+                          const char *words)
 {
-    static const struct {
-        sparge_backend backend;
-        sparge_isa isa, resolved; /* AUTO: refused */
-    } table[] = {
-        {SPARGE_AUTO, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
-        {SPARGE_AUTO, SPARGE_ISA_SCALAR, SPARGE_ISA_AVX512VNNI},
-        {SPARGE_REF, SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI},
-        {SPARGE_REF, SPARGE_ISA_AVX512VNNI, SPARGE_ISA_AVX512VNNI},
-        {SPARGE_REF, SPARGE_ISA_AMX, SPARGE_ISA_AMX},
-        {SPARGE_REF, SPARGE_ISA_AVX2, SPARGE_ISA_AUTO},
-        {SPARGE_REF, SPARGE_ISA_AVXVNNI, SPARGE_ISA_AUTO},
-    };
+    asked a = question_in_bf16(which);
+    a.o.backend = asked_of;
+    a.o.isa = isa;
+    if (resolved == SPARGE_ISA_AUTO) {
+        refused(STAGES, a, status, words);
+        return;
+    }
+    accepted(ALL, a,
+             check_text("%s, isa %s", sparge_backend_string(asked_of), sparge_isa_string(isa)));
+    check(!sparge_options_resolve(&a.p, &a.o, NULL), "not resolved");
+    check_equal((int)a.o.backend, (int)backend);
+    check_equal((int)a.o.isa, (int)resolved);
+    check_equal((int)a.o.pv_dtype, which & 2 ? (int)SPARGE_BF16 : (int)SPARGE_INT8);
+}
+
+/* ref takes the isa whose order of the sum it is. */
+Test(api, bf16_of_ref)
+{
     for (int which = 1; which < 4; which++) {
-        const char *const what = which & 1 ? "qk_dtype" : "pv_dtype";
+        for (sparge_isa isa = SPARGE_ISA_AUTO; isa < SPARGE_ISAS; isa++) {
+            const bool neither = isa == SPARGE_ISA_AVX2 || isa == SPARGE_ISA_AVXVNNI;
+            bf16_resolves(which, SPARGE_REF, isa, SPARGE_REF,
+                          neither                 ? SPARGE_ISA_AUTO
+                          : isa == SPARGE_ISA_AMX ? SPARGE_ISA_AMX
+                                                  : SPARGE_ISA_AVX512VNNI,
+                          SPARGE_ERR_ARGUMENT,
+                          check_text("isa is %s, which the ref backend does not have",
+                                     sparge_isa_string(isa)));
+        }
         asked a = question_in_bf16(which);
-        a.o.backend = SPARGE_CPU;
-        refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
-                check_text("%s is bf16, which the cpu backend does not have, but ref has", what));
         a.o.backend = SPARGE_CUDA;
         refused(STAGES, a, SPARGE_ERR_UNSUPPORTED,
                 sparge_backend_built(SPARGE_CUDA)
-                    ? check_text("%s is bf16, which the cuda backend does not have", what)
+                    ? check_text("%s is bf16, which the cuda backend does not have",
+                                 which & 1 ? "qk_dtype" : "pv_dtype")
                     : "backend is cuda");
         accepted(ALLOC | ORACLE, a, "masks and the oracle are of no backend");
-        for (int64_t row = 0; row < COUNT(table); row++) {
-            a = question_in_bf16(which);
-            a.o.backend = table[row].backend;
-            a.o.isa = table[row].isa;
-            if (table[row].resolved == SPARGE_ISA_AUTO) {
-                refused(STAGES, a, SPARGE_ERR_ARGUMENT,
-                        check_text("isa is %s, which the ref backend does not have",
-                                   sparge_isa_string(a.o.isa)));
-                continue;
-            }
-            accepted(ALL, a, check_text("isa %s", sparge_isa_string(a.o.isa)));
-            check(!sparge_options_resolve(&a.p, &a.o, NULL), "not resolved");
-            check_equal((int)a.o.backend, (int)SPARGE_REF);
-            check_equal((int)a.o.isa, (int)table[row].resolved);
-            check_equal((int)a.o.pv_dtype, which & 2 ? (int)SPARGE_BF16 : (int)SPARGE_INT8);
-        }
     }
     asked a = question();
     a.o.isa = SPARGE_ISA_AVX512VNNI;
     refused(STAGES, a, SPARGE_ERR_ARGUMENT,
             "isa is avx512vnni, which the ref backend does not have");
+}
+
+/* cpu has bf16 where one of its instruction sets has, and names that one; AUTO is ref elsewhere. */
+Test(api, bf16_of_cpu)
+{
+    const sparge_isa best = sparge_cpu_best(true);
+    const bool here = best != SPARGE_ISA_AUTO;
+    const sparge_backend of_auto = here ? SPARGE_CPU : SPARGE_REF;
+    const sparge_isa of_ref = here ? best : SPARGE_ISA_AVX512VNNI;
+    unsetenv("SPARGE_ISA");
+    cr_log_info("bf16 on cpu: %s", here ? sparge_isa_string(best) : "not here");
+    for (int which = 1; which < 4; which++) {
+        const char *const lacks = check_text("%s is bf16, which the cpu backend does not have here,"
+                                             " but ref has",
+                                             which & 1 ? "qk_dtype" : "pv_dtype");
+        bf16_resolves(which, SPARGE_AUTO, SPARGE_ISA_AUTO, of_auto, of_ref, SPARGE_OK, NULL);
+        bf16_resolves(which, SPARGE_CPU, SPARGE_ISA_AUTO, SPARGE_CPU, best, SPARGE_ERR_UNSUPPORTED,
+                      lacks);
+        for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++) {
+            const bool has = sparge_cpu_has_bf16(isa);
+            const char *const name = sparge_isa_string(isa);
+            const char *const words =
+                !here                  ? lacks
+                : !sparge_cpu_has(isa) ? check_text("isa is %s, which", name)
+                                       : check_text("isa is %s, which has no products of bf16 here;"
+                                                    " %s has",
+                                                    name, sparge_isa_string(best));
+            bf16_resolves(which, SPARGE_CPU, isa, SPARGE_CPU, has ? isa : SPARGE_ISA_AUTO,
+                          SPARGE_ERR_UNSUPPORTED, words);
+            if (here || isa != SPARGE_ISA_SCALAR)
+                bf16_resolves(which, SPARGE_AUTO, isa, SPARGE_CPU, has ? isa : SPARGE_ISA_AUTO,
+                              SPARGE_ERR_UNSUPPORTED, words);
+        }
+        setenv("SPARGE_ISA", "scalar", 1);
+        bf16_resolves(which, SPARGE_CPU, SPARGE_ISA_AUTO, SPARGE_CPU, SPARGE_ISA_AUTO,
+                      SPARGE_ERR_UNSUPPORTED,
+                      here ? "SPARGE_ISA is scalar, which has no products of bf16 here" : lacks);
+        unsetenv("SPARGE_ISA");
+    }
 }
 
 Test(api, rungs_are_of_cuda)

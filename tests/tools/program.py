@@ -234,7 +234,7 @@ def test_options():
         check(x["pv_dtype"] == how and x["backend"] == "ref", how, x)
     check(error["f32"] < narrow["f16"] < 1e-3 < narrow["fp8"] < 0.2, "f16 and fp8", narrow)
     both = ("--dense", "--qk-dtype", "bf16", "--pv-dtype", "bf16")
-    x, o = run(*both)[:2]
+    x, o = run(*both, "--backend", "ref")[:2]
     bf16 = rows_l1(o, attention(q, k, v)[0]).max()
     check([x[n] for n in ("qk_dtype", "pv_dtype", "backend", "isa", "qk_isa", "pv_isa")] ==
           ["bf16", "bf16", "ref"] + 3 * ["avx512vnni"], "bf16", x)
@@ -242,6 +242,11 @@ def test_options():
     x, by_tiles = run(*both, "--backend", "ref", "--isa", "amx")[:2]
     check(x["isa"] == "amx" and (o != by_tiles).any(), "bf16 by tiles", x["isa"])
     near(by_tiles, o, 1e-3, "bf16 by tiles")
+    clean = {name: value for name, value in os.environ.items() if name != "SPARGE_ISA"}
+    x = fine("run", *qkv, *both, "-o", "o.npy", env=clean)
+    best = (["ref", "avx512vnni"] + [y for isa in isas_with_bf16() for y in ("cpu", isa)])[-2:]
+    check([x["backend"], x["isa"]] == best, "bf16 by auto", x, best)
+    check((np.load("o.npy") == (by_tiles if best[1] == "amx" else o)).all(), "bf16 by auto")
     x, o = run("--pv-dtype", "fastest")[:2]
     check(x["pv_dtype"] == "int8" and x["backend"] == "cpu" and (o == run()[1]).all(),
           "fastest of cpu",
@@ -280,6 +285,23 @@ FLAGS = {"scalar": "", "avx2": "avx avx2 fma f16c", "avxvnni": "avx avx2 fma f16
 FLAGS["amx"] = FLAGS["avx512vnni"] + " amx_tile amx_int8"
 
 
+def processor_flags():
+    """None where nobody says."""
+    if not os.path.exists("/proc/cpuinfo") or os.uname().machine != "x86_64":
+        return None
+    with open("/proc/cpuinfo") as f:
+        return set(next(line for line in f if line.startswith("flags")).split())
+
+
+def isas_with_bf16():
+    """Those that have products of bf16 here, the best last."""
+    info = fine("info", "--json")
+    needs = {"avx512vnni": {"avx512_bf16"}, "amx": {"amx_bf16"}}
+    if "SPARGE_SANITIZED" in info["flags"]:  # the tiles are memory
+        needs["amx"] = set()
+    return [isa for isa in needs if info["isa"][isa] and needs[isa] <= processor_flags()]
+
+
 def test_instruction_sets():
     qkv = files()[3]
     info = fine("info", "--json")
@@ -288,12 +310,9 @@ def test_instruction_sets():
     needs = dict(FLAGS)
     if "SPARGE_SANITIZED" in info["flags"]:  # the tiles are memory
         needs["amx"] = FLAGS["avx512vnni"]
-    if os.path.exists("/proc/cpuinfo") and os.uname().machine == "x86_64":
-        with open("/proc/cpuinfo") as f:
-            flags = next(line for line in f if line.startswith("flags")).split()
-        for isa, needed in needs.items():
-            check(has[isa] == (set(needed.split()) <= set(flags)), "as /proc/cpuinfo says", isa,
-                  has)
+    flags = processor_flags()
+    for isa, needed in needs.items() if flags else ():
+        check(has[isa] == (set(needed.split()) <= flags), "as /proc/cpuinfo says", isa, has)
     here = [isa for isa in FLAGS if has[isa]]
     here_in_words = "here are " + ", ".join(here)
     outputs = {}
@@ -311,7 +330,7 @@ def test_instruction_sets():
         below = "avx512vnni" if isa == "amx" else isa
         check(x["qk_isa"] == x["pv_isa"] == below, "what the products ran on", isa, x)
         x = fine("run", *qkv, "--isa", isa, "-o", "o.npy")
-        check(x["qk_isa"] == x["pv_isa"] in (below, isa), "the products in int8", isa, x)
+        check(x["qk_isa"] == x["pv_isa"] == isa, "the products in int8", isa, x)
         outputs[isa] = np.load("o.npy")
         x = fine("run", *qkv, "-o", "o.npy", env=env)
         check(x["isa"] == isa and x["backend"] == "cpu", "SPARGE_ISA", isa, x)
@@ -325,15 +344,35 @@ def test_instruction_sets():
     wrong(UNSUPPORTED, "rules", "run", *qkv, "--backend", "cpu", "--rules", "paper")
     for of in "qk_dtype", "pv_dtype":
         option = "--" + of.replace("_", "-")
-        wrong(UNSUPPORTED, [of, "bf16", "cpu", "ref"], "run", *qkv, "--backend", "cpu", option,
-              "bf16")
-        wrong(UNSUPPORTED, [of, "bf16", "cpu"], "bench", "--q-len", 64, "--dim", 8, option, "bf16")
         wrong(USAGE, ["isa", "avx2", "ref"], "run", *qkv, "--backend", "ref", option, "bf16",
               "--isa", "avx2")
+        in_bf16(qkv, of, option, here)
     wrong(UNSUPPORTED, ["pv_dtype", "fp8", "cpu"], "run", *qkv, "--backend", "cpu", "--pv-dtype",
           "fp8")
     check(
         fine("run", *qkv, "--rules", "paper")["backend"] == "ref", "rules of the paper run on ref")
+
+
+def in_bf16(qkv, of, option, here):
+    """Where an instruction set has it, what ref gives in its order; refused elsewhere, by name."""
+    able = isas_with_bf16()
+    tiny = "bench", "--q-len", 64, "--dim", 8
+    for isa in able:
+        for backend in "ref", "cpu":
+            x = fine("run", *qkv, "--backend", backend, option, "bf16", "--isa", isa, "-o",
+                     backend + ".npy")
+            on = x["pv_isa" if of == "pv_dtype" else "qk_isa"]
+            check(x["isa"] == on == isa and x["backend"] == backend, "bf16", isa, x)
+        check((np.load("cpu.npy") == np.load("ref.npy")).all(), "bf16 on cpu as on ref", isa)
+    for isa in here if able else ():
+        if isa not in able:
+            for command in ("run", *qkv), ("run", *qkv, "--backend", "cpu"), tiny:
+                wrong(UNSUPPORTED, ["isa", isa, "bf16", able[-1]], *command, option, "bf16",
+                      "--isa", isa)
+    if not able:
+        wrong(UNSUPPORTED, [of, "bf16", "cpu", "ref"], "run", *qkv, "--backend", "cpu", option,
+              "bf16")
+        wrong(UNSUPPORTED, [of, "bf16", "cpu"], *tiny, option, "bf16")
 
 
 def test_cuda():
