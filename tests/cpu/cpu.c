@@ -25,8 +25,9 @@ Test(cpu, instruction_sets)
 {
     for (int isa = FIRST_ISA; isa <= LAST_ISA; isa++)
         cr_log_info("%s is %s", sparge_isa_string((sparge_isa)isa),
-                    sparge_isa_available((sparge_isa)isa) ? "tested"
-                                                          : "skipped: the processor lacks it");
+                    !sparge_isa_available((sparge_isa)isa) ? "skipped: the processor lacks it"
+                    : sparge_cpu_has_bf16((sparge_isa)isa) ? "tested, bf16 too"
+                                                           : "tested");
     check(sparge_isa_available(SPARGE_ISA_SCALAR), "scalar is everywhere");
     check(sparge_backend_built(SPARGE_CPU) && sparge_backend_available(SPARGE_CPU),
           "the cpu backend is not here");
@@ -42,7 +43,7 @@ static void verify(problem *x, way how)
 
 Test(cpu, questions_at_random)
 {
-    enum { CASES = 300 };
+    enum { CASES = 400 };
     totals sum = {0};
     for (int n = 0; n < CASES; n++) {
         check_case("question %d", n);
@@ -65,8 +66,8 @@ Test(cpu, questions_at_random)
         problem x = problem_make(&s);
         x.o.block_q = check_int(0, 2) ? check_int(1, 130) : 128;
         x.o.block_k = check_int(0, 2) ? check_int(1, 130) : 64;
-        x.o.qk_dtype = precisions[check_int(0, 2)];
-        x.o.pv_dtype = precisions[check_int(0, 2)];
+        x.o.qk_dtype = cpu_dtypes[check_int(0, 3)];
+        x.o.pv_dtype = cpu_dtypes[check_int(0, 3)];
         if (x.o.pv_dtype == SPARGE_INT12 && x.o.block_k > 128)
             x.o.block_k = 128;
         x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
@@ -88,23 +89,51 @@ Test(cpu, questions_at_random)
           "too little was dropped or skipped");
 }
 
-/* Short blocks, remainders of every panel and a causal edge at every place. */
+/* Short blocks, remainders of every panel and tile, and a causal edge at every place. */
 Test(cpu, every_length)
 {
-    for (int64_t n = 0; n <= 150; n++) {
-        check_case("q_len %lld k_len %lld", (long long)n, (long long)(n * 37 % 151));
-        const shape s = shape_of(1, 2, 1, n, n * 37 % 151, 1 + n % 40, 1 + n * 7 % 40);
+    enum { LONGEST = 260 };
+    const int64_t block_k[] = {16, 21, 64, 100};
+    for (int64_t n = 0; n <= LONGEST; n++) {
+        const int64_t keys = n * 37 % (LONGEST + 1);
+        check_case("q_len %lld k_len %lld", (long long)n, (long long)keys);
+        const shape s = shape_of(1, 2, 1, n, keys, 1 + n % 40, 1 + n * 7 % 40);
         problem x = problem_make(&s);
-        x.o.block_q = 24;
-        x.o.block_k = n % 2 ? 16 : 21;
+        x.o.block_q = n % 5 ? 24 : 100;
+        x.o.block_k = block_k[n % COUNT(block_k)];
         x.o.causal = (sparge_causal)(n % 3);
-        x.o.qk_dtype = precisions[n / 3 % 3];
-        x.o.pv_dtype = precisions[n / 9 % 3];
+        x.o.qk_dtype = cpu_dtypes[n / 3 % 4];
+        x.o.pv_dtype = cpu_dtypes[n / 12 % 4];
         x.o.skip_rows = 1 + n % 24;
-        x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
+        x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 7 ? -1.0f : -INFINITY};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
+}
+
+/* Groups of queries that end within a panel, and blocks that end within a group. */
+Test(cpu, groups_of_lambda)
+{
+    static const int threads[] = {2, 0};
+    const int64_t block_q[] = {24, 100, 128}, skip_rows[] = {1, 5, 24, 100};
+    totals sum = {0};
+    for (int64_t n = 0; n < COUNT(block_q) * COUNT(skip_rows) * 4; n++) {
+        const int64_t in_block = block_q[n / 4 % COUNT(block_q)],
+                      together = skip_rows[n / 4 / COUNT(block_q)];
+        check_case("groups of %lld of %lld, dtype %s", (long long)together, (long long)in_block,
+                   sparge_dtype_string(cpu_dtypes[n % 4]));
+        const shape s = shape_of(1, 1, 1, 230, 150, 40, 24);
+        problem x = problem_make(&s);
+        x.o.block_q = in_block;
+        x.o.skip_rows = together;
+        x.o.causal = (sparge_causal)(n % 3);
+        x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[n % 4];
+        x.o.softmax_scale = 0.5f;
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.9f, SPARGE_OFF, -1.0f};
+        verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, &sum);
+        problem_free(&x);
+    }
+    check(sum.skipped > 0, "nothing was skipped");
 }
 
 /* The longest rows of P, and a short block after them. */
@@ -118,8 +147,8 @@ Test(cpu, the_largest_blocks)
         x.o.block_k = n % 2 ? 1000 : 1024;
         x.o.skip_rows = 1024;
         x.o.causal = n / 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-        x.o.qk_dtype = n % 2 ? SPARGE_INT12 : SPARGE_INT8;
-        x.o.pv_dtype = n % 2 ? SPARGE_F32 : SPARGE_INT8;
+        x.o.qk_dtype = cpu_dtypes[n];
+        x.o.pv_dtype = n == 1 ? SPARGE_F32 : n == 2 ? SPARGE_BF16 : cpu_dtypes[n];
         x.o.thresholds.lambda = -1.0f;
         verify(&x, ATTENTION);
         problem_free(&x);
@@ -158,12 +187,12 @@ Test(cpu, magnitudes)
     const float size[] = {1e-45f, 1e-38f, 1e-30f, 1e-20f, 1e10f, 1e18f, 1e19f, 3e38f};
     for (int64_t q = 0; q < COUNT(size); q++)
         for (int64_t k = 0; k < COUNT(size); k++)
-            for (int level = 0; level < 3; level++) {
+            for (int level = 0; level < 4; level++) {
                 check_case("q of %g, k of %g, precision %d", (double)size[q], (double)size[k],
-                           precisions[level]);
+                           cpu_dtypes[level]);
                 const shape s = shape_of(1, 1, 1, 20, 40, 8, 8);
                 problem x = problem_make(&s);
-                x.o.qk_dtype = x.o.pv_dtype = precisions[level];
+                x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[level];
                 tensor_fill(&x.q, -size[q], size[q]);
                 tensor_fill(&x.k, -size[k], size[k]);
                 verify(&x, ATTENTION);
@@ -176,11 +205,11 @@ Test(cpu, magnitudes)
 Test(cpu, every_number_of_threads)
 {
     static const int threads[] = {1, 2, 3, 7, 16, 2, 2, 16, 0};
-    for (int level = 0; level < 3; level++) {
-        check_case("threads, precision %d", precisions[level]);
+    for (int level = 0; level < 4; level++) {
+        check_case("threads, precision %d", cpu_dtypes[level]);
         const shape s = shape_of(2, 4, 2, 200, 170, 40, 24);
         problem x = problem_make(&s);
-        x.o.qk_dtype = x.o.pv_dtype = precisions[level];
+        x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[level];
         x.o.causal = SPARGE_CAUSAL_END;
         x.o.skip_rows = 8;
         x.o.softmax_scale = 0.5f;
@@ -201,13 +230,13 @@ Test(cpu, more_than_one_kv_batch)
 {
     static const int threads[] = {1, 2, 0};
     for (int level = 0; level < 3; level += 2) {
-        check_case("batches of key heads, precision %d", precisions[level]);
-        const int64_t keys = precisions[level] == SPARGE_F32 ? 300 : 700;
+        check_case("batches of key heads, precision %d", cpu_dtypes[level]);
+        const int64_t keys = cpu_dtypes[level] == SPARGE_F32 ? 300 : 700;
         const shape s = shape_of(1, 8 * 12, 8, 5, keys, 256, 250);
         problem x = problem_make(&s);
         x.o.block_q = 1024;
         x.o.block_k = 1;
-        x.o.qk_dtype = x.o.pv_dtype = precisions[level];
+        x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[level];
         x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -4.0f};
         x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last batch, and of no other */
         problem_write(&x);
@@ -689,10 +718,12 @@ Test(cpu, arithmetic_of_the_caller)
     x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -6.0f};
     const sparge_backend each[] = {SPARGE_REF, SPARGE_CPU, SPARGE_CPU, SPARGE_CPU};
     for (int n = 0; n < COUNT(each); n++)
-        for (int level = 0; level < 3; level += 2) {
-            check_case("backend %d, precision %d", n, precisions[level]);
+        for (int level = 0; level < 4; level += level ? 1 : 2) {
+            if (cpu_dtypes[level] == SPARGE_BF16 && each[n] == SPARGE_CPU && !sparge_cpu_best(true))
+                continue;
+            check_case("backend %d, precision %d", n, cpu_dtypes[level]);
             x.o.backend = each[n];
-            x.o.qk_dtype = x.o.pv_dtype = precisions[level];
+            x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[level];
             x.o.threads = n ? 2 * n - 1 : 1; /* 1, 3 and 5: some are made under another setting */
             __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | FLUSH | UPWARD);
             answer made = attention(&x, NULL);

@@ -96,8 +96,8 @@ static void ask_wildly(void)
     problem x = problem_make(&s);
     x.o.block_q = check_int(1, check_int(0, 1) ? 16 : 128);
     x.o.block_k = check_int(1, check_int(0, 1) ? 16 : 128);
-    x.o.qk_dtype = precisions[check_int(0, 2)];
-    x.o.pv_dtype = precisions[check_int(0, 2)];
+    x.o.qk_dtype = cpu_dtypes[check_int(0, 3)];
+    x.o.pv_dtype = cpu_dtypes[check_int(0, 3)];
     x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
     x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, 140);
     make_wild(&x.q);

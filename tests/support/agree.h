@@ -9,6 +9,9 @@
 
 enum { FIRST_ISA = SPARGE_ISA_SCALAR, LAST_ISA = SPARGE_ISAS - 1 };
 
+/* Of its products. */
+extern const sparge_dtype cpu_dtypes[4];
+
 typedef enum way { ATTEND, ATTENTION } way; /* over x's mask; both stages */
 
 typedef struct reply {
@@ -29,7 +32,8 @@ typedef struct totals {
     int64_t cases, pairs, kept, skipped; /* P.V skipped, in tiles */
 } totals;
 
-/* On every instruction set, with each of these numbers of threads (a list that ends with 0). */
+/* On every instruction set, with each of these numbers of threads (a list that ends with 0). Those
+ * without bf16 refuse it by name; the others are held to the reference in their order. */
 void verify_with(problem *x, way how, sparge_dtype dtype, tensor_layout layout, const int *threads,
                  totals *sum);
 
