@@ -138,6 +138,8 @@ static sparge_status attend_dense(tune_input *x, sparge_error *error)
 {
     sparge_options o = *x->o;
     o.qk_dtype = o.pv_dtype = SPARGE_F32;
+    if (o.backend == SPARGE_REF) /* which takes one with bf16 alone */
+        o.isa = SPARGE_ISA_AUTO;
     o.cuda.kernel = 0;
     o.thresholds = tune_thresholds(tune_dense(), false);
     tune_array out;

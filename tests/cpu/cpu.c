@@ -732,11 +732,12 @@ Test(cpu, arithmetic_of_the_caller)
             same_everything(&x, &made, &want);
             double *exact = malloc((size_t)tensor_count(&want.o) * sizeof *exact);
             sparge_tuned best = {0};
+            sparge_error why = {""};
             sparge_tune_options how = {.l1 = 0.05, .l2 = 0.06};
             check(sparge_oracle(&x.p, &x.o, NULL, SPARGE_ORACLE_REAL, exact, NULL, NULL, NULL) ==
                           SPARGE_OK &&
-                      sparge_tune(&x.p, 1, &x.o, &how, &best, NULL) == SPARGE_OK,
-                  "oracle or tune failed");
+                      sparge_tune(&x.p, 1, &x.o, &how, &best, &why) == SPARGE_OK,
+                  "oracle or tune failed: %s", why.text);
             under(&x, UPWARD, &want, exact, &best);
             under(&x, FLUSH, &want, exact, &best);
             free(exact);

@@ -1678,6 +1678,25 @@ static void survives(asked *a)
     }
 }
 
+/* The dense answer that thresholds are held to is in f32, which no isa of ref is for. */
+Test(tune, bf16_of_ref_and_of_auto)
+{
+    static const sparge_isa isa[] = {SPARGE_ISA_AUTO, SPARGE_ISA_AVX512VNNI, SPARGE_ISA_AMX};
+    for (int n = 0; n <= 3; n++) {
+        asked a;
+        ask_begin(&a);
+        a.o.backend = n < 3 ? SPARGE_REF : SPARGE_AUTO;
+        a.o.isa = isa[n % 3];
+        a.o.qk_dtype = a.o.pv_dtype = SPARGE_BF16;
+        a.how = (sparge_tune_options){.l1 = 0.3, .l2 = 0.31};
+        sparge_error error = {""};
+        check(sparge_tune(a.p, 2, &a.o, &a.how, a.t, &error) == SPARGE_OK && a.t[0].done, "%d: %s",
+              n, error.text);
+        problem_free(&a.x[0]);
+        problem_free(&a.x[1]);
+    }
+}
+
 /* Of two inputs, one of which is held out and disagrees: with every stage of backing off. */
 Test(tune, every_allocation_may_fail)
 {
