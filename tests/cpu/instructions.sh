@@ -20,11 +20,14 @@ for object in "$@"; do
     file=$(basename "$object")
     case $file in
     amx.*)
-        has 'ldtilecfg' || complain "$object: no ldtilecfg"
-        has 'tilerelease' || complain "$object: no tilerelease"
-        has 'tdpbsud' || complain "$object: no tdpbsud"
+        for name in ldtilecfg tilerelease tileloadd tilestored tilezero tdpbsud tdpbf16ps; do
+            has "$name" || complain "$object: no $name"
+        done
         ;;
-    avx512vnni.*) has 'vpdpbusd.*%zmm' || complain "$object: no vpdpbusd on zmm registers" ;;
+    avx512vnni.*)
+        has 'vpdpbusd.*%zmm' || complain "$object: no vpdpbusd on zmm registers"
+        has 'vdpbf16ps.*%zmm' || complain "$object: no vdpbf16ps on zmm registers"
+        ;;
     avxvnni.*) has '\{vex\} vpdpbusd.*%ymm' || complain "$object: no {vex} vpdpbusd on ymm registers" ;;
     avx2.*) ! has 'vpdp(bu|w)s' || complain "$object: VNNI in an AVX2 file" ;;
     *) ! has '%ymm' || complain "$object: a ymm register in a file for every machine" ;;
@@ -39,7 +42,11 @@ for object in "$@"; do
     esac
     case $file in
     amx.*) ;;
-    *) ! has 'tile|%tmm' || complain "$object: tiles" ;;
+    *) ! has 'tilecfg|tilerelease|%tmm' || complain "$object: tiles" ;;
+    esac
+    case $file in
+    avx512vnni.*) ;;
+    *) ! has 'v(dp|cvtne2?ps2)bf16' || complain "$object: AVX512-BF16" ;;
     esac
     seen="$seen ${file%%.*}"
 done

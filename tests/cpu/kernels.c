@@ -18,7 +18,7 @@
 
 #include <sanitizer/asan_interface.h> /* its macros do nothing in a build without the sanitizer */
 
-#include "common/half.h"
+#include "common/bf16.h"
 #include "common/quant.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -399,8 +399,9 @@ static void test_summarize(const sparge_kernels *k, sparge_format f)
 
 /* ---- Codes ---- */
 
-static const kind kind_of_a[SPARGE_FORMATS] = {I8, I16, F32},
-                  kind_of_b[SPARGE_FORMATS] = {U8, I16, F32};
+/* Of PAIRS the bits. */
+static const kind kind_of_a[SPARGE_FORMATS] = {I8, I16, F32, I16},
+                  kind_of_b[SPARGE_FORMATS] = {U8, I16, F32, I16};
 
 static int some_qmax(sparge_format f)
 {
@@ -412,7 +413,7 @@ static void put(void *to, kind of, int64_t at, int code, float value)
 {
     if (of == F32)
         ((float *)to)[at] = value;
-    else if (of == I16)
+    else if (of == I16 || of == BF16)
         ((int16_t *)to)[at] = (int16_t)code;
     else
         ((uint8_t *)to)[at] = (uint8_t)code;
@@ -479,6 +480,36 @@ static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
     put_codes(&code, kind_of_a[f], b.rows * b.stride, plain);
 }
 
+/* To nearest even in 8 bits, of doubles. */
+static int bf16_of(float x)
+{
+    if (fabsf(x) < FLT_MIN || x == 0.0f)
+        return signbit(x) ? 0x8000 : 0;
+    const int step = ilogbf(x) - 7;
+    const double rounded = ldexp(rint(ldexp((double)x, -step)), step);
+    if (fabs(rounded) > (double)FLT_MAX)
+        return 0;
+    return (int)(sparge_float_bits((float)rounded) >> 16);
+}
+
+static void test_round_pairs(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const block b = make_block(MOST_DEPTH);
+    const int64_t n = b.rows * b.stride;
+    const pair to = make("pairs", I16, n, b.stride);
+    for (int64_t e = 0; e < n && one_in(2); e++) {
+        const float tie = sparge_bits_float((uint32_t)random_bits() << 16 | 0x8000u);
+        const float odd[] = {0x1.ffp127f, 0x1.fefffep127f, FLT_MAX, 0x1.fffffep-127f, FLT_MIN, tie};
+        const float value = odd[pick(0, 5)];
+        ((float *)b.x.got)[e] = !sparge_finite(value) ? -0.0f : one_in(2) ? value : -value;
+    }
+    settle();
+    k->round_pairs(b.x.got, n, to.got);
+    for (int64_t e = 0; e < n; e++)
+        put(to.want, I16, e, bf16_of(((float *)b.x.want)[e]), 0.0f);
+}
+
 /* ---- Packing: the layouts of kernels.h, once more ---- */
 
 /* Where element (e, n) of B stands, its panels `stride` apart. */
@@ -491,6 +522,8 @@ static int64_t place(sparge_format f, int64_t stride, int64_t depth, int64_t e, 
         const int64_t second = e >= half, within = second ? e - half : e;
         return panel + within / 2 * 64 + second * 32 + lane * 2 + within % 2;
     }
+    if (f == SPARGE_PAIRS) /* [depth / 2][16][2] */
+        return panel + e / 2 * 32 + lane * 2 + e % 2;
     return panel + e * 16 + lane;
 }
 
@@ -549,7 +582,7 @@ static void test_pack_rows(const sparge_kernels *k, sparge_format f)
             sum += code;
             product += c < s.stride / 2 ? code * code_at(&s, r, s.stride / 2 + c) : 0;
         }
-        if (f != SPARGE_FLOATS)
+        if (f <= SPARGE_WORDS)
             ((int32_t *)init.want)[r] = f == SPARGE_BYTES ? -128 * sum : -product;
     }
 }
@@ -641,6 +674,7 @@ static void test_mass(const sparge_kernels *k, sparge_format f)
 /* A and B by their coordinates, and as a kernel takes them. */
 typedef struct operands {
     sparge_format f;
+    sparge_bf16_order order;
     sparge_product got;
     pair a, b, a_init, b_init;
 } operands;
@@ -648,6 +682,24 @@ typedef struct operands {
 /* A [rows][depth] and B [depth][columns]. */
 static int16_t code_a[MOST_KEYS * MOST_DEPTH], code_b[MOST_DEPTH * MOST_COLUMNS];
 static float value_a[MOST_KEYS * MOST_DEPTH], value_b[MOST_DEPTH * MOST_COLUMNS];
+
+/* Sums of products of bf16 that cancel, that are subnormal on the way or in the end, that overflow;
+ * operands of any size, zeros and subnormal ones too, as a style has them. */
+static void bf16_values(int16_t *to, int64_t n, int64_t style)
+{
+    static const float few[] = {1.0f, -1.0f, 0x1p20f, -0x1p20f, 0x1.02p-10f, -0x1.02p-10f};
+    for (int64_t e = 0; e < n; e++) {
+        const float x = uniform();
+        float value = style == 0   ? 4.0f * x
+                      : style == 1 ? ldexpf(x, (int)pick(-66, -60))
+                      : style == 2 ? ldexpf(x, (int)pick(60, 65))
+                      : style == 3 ? few[pick(0, 5)]
+                      : style == 4 ? ldexpf(x, (int)pick(-20, 20))
+                                   : sparge_bits_float((uint32_t)random_bits());
+        value = sparge_finite(value) && fabsf(value) < 0x1.fep127f ? value : 0.0f;
+        to[e] = (int16_t)(sparge_float_bits(value) >> 16);
+    }
+}
 
 /* WORDS of K and Q are within 2047, of V and P within 4095 at no more depth than their sums allow.
  * BYTES of P are within 127, where two products of them are added in 16 bits. */
@@ -659,19 +711,18 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
         multiple_up_to(k->depth[f], f == SPARGE_WORDS && qmax == 4095 ? 128 : MOST_DEPTH);
     const int64_t rows = multiple_up_to(SPARGE_PANEL, MOST_KEYS), columns = panels() * SPARGE_PANEL;
     const int64_t a_stride = depth + gap(), b_stride = depth * SPARGE_PANEL + 4 * gap();
-    operands x = {.f = f};
+    operands x = {.f = f, .order = sparge_bf16_order_of(k->isa)};
     x.a = make("a", kind_of_a[f], rows * a_stride, a_stride);
     x.b = make_lanes("b", kind_of_b[f], columns / SPARGE_PANEL * b_stride, b_stride);
     x.a_init = make("a_init", I32, rows, rows);
     x.b_init = make("b_init", I32, columns, columns);
-    const bool no_init = f == SPARGE_BYTES && is_pv;
     x.got = (sparge_product){
         .rows = rows,
         .panels = columns / SPARGE_PANEL,
         .depth = depth,
         .a = x.a.got,
         .a_stride = a_stride,
-        .a_init = f == SPARGE_FLOATS || no_init ? NULL : x.a_init.got,
+        .a_init = f == SPARGE_WORDS || (f == SPARGE_BYTES && !is_pv) ? x.a_init.got : NULL,
         .b = x.b.got,
         .b_stride = b_stride,
         .b_init = f == SPARGE_WORDS ? x.b_init.got : NULL,
@@ -683,6 +734,11 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
     codes(code_a, rows * depth, depth, qmax, true);
     codes(code_b, depth * columns, columns, f == SPARGE_BYTES ? bytes : qmax,
           f == SPARGE_WORDS && !is_pv);
+    if (f == SPARGE_PAIRS) {
+        const int64_t style = pick(0, 5);
+        bf16_values(code_a, rows * depth, style);
+        bf16_values(code_b, depth * columns, one_in(8) ? pick(0, 5) : style);
+    }
     values(value_a, f == SPARGE_FLOATS ? rows * depth : 0, range_of());
     values(value_b, f == SPARGE_FLOATS ? depth * columns : 0, range_of());
     for (int64_t r = 0; r < rows; r++) {
@@ -690,7 +746,7 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
         int32_t product = 0;
         for (int64_t e = 0; e < depth; e++) {
             put(x.a.got, kind_of_a[f], r * a_stride + e, row[e], value_a[r * depth + e]);
-            product += e < depth / 2 ? row[e] * row[depth / 2 + e] : 0;
+            product += f == SPARGE_WORDS && e < depth / 2 ? row[e] * row[depth / 2 + e] : 0;
         }
         ((int32_t *)x.a_init.got)[r] =
             f == SPARGE_WORDS ? -product : (int32_t)pick(-4000000, 4000000);
@@ -701,14 +757,16 @@ static operands make_operands(const sparge_kernels *k, sparge_format f, bool is_
         for (int64_t e = 0; e < depth; e++) {
             put(x.b.got, kind_of_b[f], place(f, b_stride, depth, e, n), column[e * columns],
                 value_b[e * columns + n]);
-            product += e < depth / 2 ? column[e * columns] * column[(depth / 2 + e) * columns] : 0;
+            product += f == SPARGE_WORDS && e < depth / 2
+                           ? column[e * columns] * column[(depth / 2 + e) * columns]
+                           : 0;
         }
         ((int32_t *)x.b_init.got)[n] = -product;
     }
     return x;
 }
 
-/* Element (r, n) of C; for floats added to `from`. */
+/* Element (r, n) of C; without codes added to `from`. */
 static float product_at(const operands *x, int64_t r, int64_t n, float from)
 {
     const int64_t columns = x->got.panels * SPARGE_PANEL, depth = x->got.depth;
@@ -717,6 +775,9 @@ static float product_at(const operands *x, int64_t r, int64_t n, float from)
             from = fmaf(value_a[r * depth + e], value_b[e * columns + n], from);
         return from;
     }
+    if (x->f == SPARGE_PAIRS)
+        return sparge_bf16_dot(from, (const uint16_t *)code_a + r * depth,
+                               (const uint16_t *)code_b + n, columns, depth, x->order);
     int64_t sum = x->f == SPARGE_BYTES && x->got.a_init ? ((int32_t *)x->a_init.want)[r] : 0;
     for (int64_t e = 0; e < depth; e++)
         sum += code_a[r * depth + e] * code_b[e * columns + n];
@@ -757,12 +818,13 @@ static void test_accumulate_pv(const sparge_kernels *k, sparge_format f)
     const pair v_scale = make("v_scale", F32, rows, rows);
     const pair shrink = make("shrink", F32, columns, columns),
                weight = make("weight", F32, columns, columns);
-    const bool still = one_in(3), floats = f == SPARGE_FLOATS;
+    const bool still = one_in(3), floats = f >= SPARGE_FLOATS;
+    const range r_of_o = f == SPARGE_PAIRS ? range_of() : PLAIN;
     for (int64_t n = 0; n < columns; n++) {
         ((float *)shrink.got)[n] = still ? 1.0f : one_in(3) ? (float)pick(0, 1) : fabsf(uniform());
         ((float *)weight.got)[n] = one_in(8) ? 0.0f : fabsf(uniform()) / 127;
         for (int64_t r = 0; r < rows; r++)
-            ((float *)o.c.got)[place_of_c(o.stride, r, n)] = value_of(PLAIN);
+            ((float *)o.c.got)[place_of_c(o.stride, r, n)] = value_of(r_of_o);
     }
     values(v_scale.got, rows, PLAIN);
     settle();
@@ -908,18 +970,17 @@ static void test_softmax(const sparge_kernels *k, sparge_format f)
 {
     const scores x = make_scores(k, f);
     const int64_t queries = x.queries, keys = x.got.keys;
-    const bool in_place = f == SPARGE_FLOATS && one_in(2);
+    const bool codes = f <= SPARGE_WORDS, in_place = f == SPARGE_FLOATS && one_in(2);
+    const kind of = f == SPARGE_PAIRS ? BF16 : kind_of_b[f];
     const int64_t stride = in_place ? x.got.stride : keys * SPARGE_PANEL + 4 * gap();
     const pair p =
-        in_place ? x.s
-                 : make_lanes("p", kind_of_b[f], queries / SPARGE_PANEL * stride, SPARGE_PANEL);
+        in_place ? x.s : make_lanes("p", of, queries / SPARGE_PANEL * stride, SPARGE_PANEL);
     const pair sum = make("sum", F32, queries, queries),
                init = make("b_init", I32, queries, queries);
     for (int64_t q = 0; q < queries; q++) {
         const float most = most_of(&x, q, x.s.got), more = 150.0f * fabsf(uniform());
         ((float *)x.top.got)[q] =
-            f != SPARGE_FLOATS ? most
-                               : sparge_row_local(most, x.got.scale) + (one_in(2) ? more : 0.0f);
+            codes ? most : sparge_row_local(most, x.got.scale) + (one_in(2) ? more : 0.0f);
     }
     settle();
     k->softmax[f](&x.got, x.top.got, p.got, stride, sum.got, init.got);
@@ -930,18 +991,21 @@ static void test_softmax(const sparge_kernels *k, sparge_format f)
         int64_t total = 0, product = 0;
         for (int64_t t = 0; t < keys; t++) {
             const float score = score_at(&x, t, q);
-            const float weight =
-                f == SPARGE_FLOATS ? sparge_weight(score, x.got.scale, most) : 0.0f;
-            code[t] = f == SPARGE_FLOATS ? 0
-                                         : sparge_weight_code(score, most, x.got.scale,
-                                                              f == SPARGE_BYTES ? 127 : 4095);
-            put(p.want, kind_of_b[f], place(f, stride, keys, t, q), code[t], weight);
+            float weight = codes ? 0.0f : sparge_weight(score, x.got.scale, most);
+            code[t] =
+                codes ? sparge_weight_code(score, most, x.got.scale, f == SPARGE_BYTES ? 127 : 4095)
+                      : 0;
+            if (f == SPARGE_PAIRS) {
+                code[t] = sparge_bf16_of(weight);
+                weight = sparge_bf16_to_f32((uint16_t)code[t]);
+            }
+            put(p.want, of, place(f, stride, keys, t, q), code[t], weight);
             partial[t % 16] += weight;
             total += code[t];
         }
         for (int64_t t = 0; t < keys / 2; t++)
             product += code[t] * code[keys / 2 + t];
-        ((float *)sum.want)[q] = f == SPARGE_FLOATS ? sparge_sum_of(partial) : (float)total;
+        ((float *)sum.want)[q] = codes ? (float)total : sparge_sum_of(partial);
         if (f == SPARGE_WORDS)
             ((int32_t *)init.want)[q] = (int32_t)-product;
     }
@@ -1019,28 +1083,35 @@ static const struct kernel {
     {"quantize words", test_quantize, SPARGE_WORDS},
     {"quantize_channels bytes", test_quantize_channels, SPARGE_BYTES},
     {"quantize_channels words", test_quantize_channels, SPARGE_WORDS},
+    {"round_pairs", test_round_pairs, SPARGE_PAIRS},
     {"pack_rows bytes", test_pack_rows, SPARGE_BYTES},
     {"pack_rows words", test_pack_rows, SPARGE_WORDS},
     {"pack_rows floats", test_pack_rows, SPARGE_FLOATS},
+    {"pack_rows pairs", test_pack_rows, SPARGE_PAIRS},
     {"pack_columns bytes", test_pack_columns, SPARGE_BYTES},
     {"pack_columns words", test_pack_columns, SPARGE_WORDS},
     {"pack_columns floats", test_pack_columns, SPARGE_FLOATS},
+    {"pack_columns pairs", test_pack_columns, SPARGE_PAIRS},
     {"pack_transposed bytes", test_pack_transposed, SPARGE_BYTES},
     {"pack_transposed words", test_pack_transposed, SPARGE_WORDS},
     {"pack_transposed floats", test_pack_transposed, SPARGE_FLOATS},
+    {"pack_transposed pairs", test_pack_transposed, SPARGE_PAIRS},
     {"score_pools", test_score_pools, 0},
     {"mass", test_mass, 0},
     {"score bytes", test_score, SPARGE_BYTES},
     {"score words", test_score, SPARGE_WORDS},
     {"score floats", test_score, SPARGE_FLOATS},
+    {"score pairs", test_score, SPARGE_PAIRS},
     {"maxima", test_maxima, 0},
     {"update_max", test_update_max, 0},
     {"softmax bytes", test_softmax, SPARGE_BYTES},
     {"softmax words", test_softmax, SPARGE_WORDS},
     {"softmax floats", test_softmax, SPARGE_FLOATS},
+    {"softmax pairs", test_softmax, SPARGE_PAIRS},
     {"accumulate_pv bytes", test_accumulate_pv, SPARGE_BYTES},
     {"accumulate_pv words", test_accumulate_pv, SPARGE_WORDS},
     {"accumulate_pv floats", test_accumulate_pv, SPARGE_FLOATS},
+    {"accumulate_pv pairs", test_accumulate_pv, SPARGE_PAIRS},
     {"turn", test_turn, 0},
     {"dot", test_dot, 0},
     {"store", test_store, 0},
@@ -1119,11 +1190,18 @@ int main(int count, char **word)
     top = MEMORY;
     if (table.begin)
         table.begin();
-    for (int n = 0; n < KERNELS; n++)
+    int ran = 0;
+    for (int n = 0; n < KERNELS; n++) {
+        if (kernels[n].f == SPARGE_PAIRS && !sparge_cpu_has_bf16(isa)) {
+            printf("%s: skipped, %s has no products of bf16 here\n", kernels[n].name, name);
+            continue;
+        }
         wrong += !passes(&table, &kernels[n], draws, seed);
+        ran++;
+    }
     if (table.end)
         table.end();
-    printf("kernels %s: %" PRId64 " draws of %d kernels%s\n", name, draws, KERNELS,
+    printf("kernels %s: %" PRId64 " draws of %d kernels%s\n", name, draws, ran,
            wrong ? ", FAILED" : "");
     return wrong != 0;
 }
