@@ -32,6 +32,9 @@ SPARGE_HD float sparge_quant_scale(float max, int qmax)
     return scale < FLT_MIN ? 0.0f : scale;
 }
 
+/* 1 / scale, by which x / scale is nearly a product; 0 under a scale of 0. */
+SPARGE_HD float sparge_quant_inverse(float scale) { return scale > 0.0f ? 1.0f / scale : 0.0f; }
+
 /* x / scale; 0 under a scale of 0. No branch, so that a loop of it becomes vectors. */
 SPARGE_HD float sparge_quant_ratio(float x, float scale)
 {

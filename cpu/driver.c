@@ -27,7 +27,7 @@ static int omp_get_thread_num(void) { return 0; }
 
 enum {
     KV_BATCH_BYTES = 32 << 20, /* of K and V, unless one head needs more */
-    Q_BATCH_BYTES = 8 << 20,   /* of Q, unless the threads need more to share out */
+    Q_BATCH_BYTES = 2 << 20,   /* of Q, unless the threads need more to share out */
     Q_BATCH_BLOCKS = 32,       /* so many query blocks a thread */
     PACKED_TOGETHER = 4,       /* blocks that a thread packs or judges before it asks for more */
     ALIGNED = 64,              /* bytes: a cache line, and the widest vector */
@@ -125,6 +125,7 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         .x = take(a, longest * widest, sizeof(float)),
         .code = take(a, longest * widest, sizeof(int16_t)),
         .unit_sum = take(a, widest, sizeof(float)),
+        .inverse = take(a, v_stride, sizeof(float)),
         .row = take(a, selects, sizeof(float)),
         .order_key = take(a, selects, sizeof(uint32_t)),
         .mass = take(a, selects, sizeof(uint32_t)),

@@ -116,13 +116,16 @@ typedef struct sparge_kernels {
     /* The sum of the rows, in their order; x [rows][stride] is scratch. */
     void (*sum)(const sparge_rows *rows, const float *no_mean, int64_t stride, float *x,
                 float *sum);
-    /* The mean row and the sum of unit rows, [stride]; returns the mean cosine. */
-    float (*summarize)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit_sum);
-    /* Codes in [-qmax, qmax], int8 for BYTES and int16 for WORDS: under one scale, or under one for
-     * each channel, which the second finds. */
+    /* pool += rows, and unit_sum += rows of length 1, [stride]. In the order of rows. */
+    void (*sum_units)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit_sum);
+    /* max [stride] is at least the magnitudes of its channel. */
+    void (*channel_max)(const float *x, int64_t rows, int64_t stride, float *max);
+    /* Codes in [-qmax, qmax], int8 for BYTES and int16 for WORDS: n of them, a multiple of 16,
+     * under one scale, or rows under scales [stride] and their inverses. */
     void (*quantize[SPARGE_FLOATS])(const float *x, int64_t n, float scale, int qmax, void *code);
-    void (*quantize_channels[SPARGE_FLOATS])(const float *x, int64_t rows, int64_t stride, int qmax,
-                                             float *scale, void *code);
+    void (*quantize_channels[SPARGE_FLOATS])(const float *x, int64_t rows, int64_t stride,
+                                             const float *scale, const float *inverse, int qmax,
+                                             void *code);
     /* n elements in bf16; what rounds to infinity is 0. */
     void (*round_pairs)(const float *x, int64_t n, void *pairs);
     /* Codes, or for FLOATS values, [rows][stride] as A, as columns of B, and transposed as A. */

@@ -3,6 +3,7 @@
  * and laid out for the matrix products (ref/block.c; Algorithm 1 lines 3 and 4). */
 #include "common/element.h"
 #include "common/quant.h"
+#include "common/select.h"
 #include "cpu/work.h"
 
 sparge_rows sparge_rows_of(const sparge_in *in, int64_t heads, int64_t head, int64_t first,
@@ -46,7 +47,61 @@ void sparge_mean_key(const sparge_work *w, int64_t head)
                        sizeof *mean);
 }
 
-/* ---- Blocks ---- */
+/* ---- Blocks: read once, slice after slice, then coded slice after slice. While a block is in
+ * cache what is read after it comes from memory. ---- */
+
+enum { SLICE = 8 }; /* rows that stay in L1 from kernel to kernel */
+
+/* Where a block stands in the recorded arrays: its first token, and itself. */
+typedef struct place {
+    int64_t token, block;
+} place;
+
+typedef struct block {
+    place at;
+    sparge_rows rows;
+    sparge_rows next; /* what is read after them */
+    int64_t fetched;  /* rows of it that are on their way */
+    int64_t stride;
+    float *x;    /* [rows][stride] */
+    float max;   /* the largest magnitude */
+    bool finite; /* every element is */
+} block;
+
+/* Half of what a slice is of `next`: there are two sweeps. */
+static void fetch(block *b)
+{
+    const int64_t size = sparge_element_size(b->next.dtype);
+    const int64_t end = sparge_min(b->next.rows, b->fetched + SLICE / 2);
+    for (; b->fetched < end; b->fetched++) {
+        const char *row = (const char *)b->next.data + b->fetched * b->next.token * size;
+        for (int64_t byte = 0; byte < b->next.dim * size; byte += 64)
+            __builtin_prefetch(row + byte, 0, 2);
+    }
+}
+
+/* x is the block less the mean. Rows are summed up in pool and unit_sum, and largest magnitudes of
+ * channels in `most`, unless these are NULL. */
+static void read_block(const sparge_work *w, block *b, const float *mean, float *pool,
+                       float *unit_sum, float *most)
+{
+    const int64_t size = sparge_element_size(b->rows.dtype);
+    b->finite = true;
+    b->max = 0.0f;
+    for (int64_t r = 0; r < b->rows.rows; r += SLICE) {
+        float *x = b->x + r * b->stride, max;
+        sparge_rows some = b->rows;
+        some.data = (const char *)some.data + r * some.token * size;
+        some.rows = sparge_min(SLICE, b->rows.rows - r);
+        b->finite &= w->kernels.load(&some, mean, b->stride, x, &max);
+        b->max = fmaxf(b->max, max);
+        if (pool)
+            w->kernels.sum_units(x, some.rows, b->stride, pool, unit_sum);
+        if (most)
+            w->kernels.channel_max(x, some.rows, b->stride, most);
+        fetch(b);
+    }
+}
 
 bool sparge_load_finite(const sparge_work *w, const sparge_rows *rows, const float *mean,
                         int64_t stride, sparge_dtype dtype, float *x)
@@ -55,18 +110,19 @@ bool sparge_load_finite(const sparge_work *w, const sparge_rows *rows, const flo
     return w->kernels.load(rows, mean, stride, x, &max) && sparge_value_is_finite(max, dtype);
 }
 
-/* Where a block stands in the recorded arrays: its first token, and itself. */
-typedef struct place {
-    int64_t token, block;
-} place;
-
-/* Line 4: the mean row of the block in x; returns its self-similarity. */
-static float summarize(const sparge_work *w, sparge_scratch *t, const float *x, int64_t rows,
-                       int64_t stride, float *pool, place at, float *pools, float *sims)
+/* The same, and line 4: the mean row; returns its self-similarity. */
+static float summarize(const sparge_work *w, sparge_scratch *t, block *b, const float *mean,
+                       float *pool, float *pools, float *sims)
 {
-    const float sim = w->kernels.summarize(x, rows, stride, pool, t->unit_sum);
-    sparge_record_rows(pools, at.block, 1, w->p->dim, pool, stride, sizeof *pool);
-    sparge_record_rows(sims, at.block, 1, 1, &sim, 1, sizeof sim);
+    memset(pool, 0, (size_t)b->stride * sizeof *pool);
+    memset(t->unit_sum, 0, (size_t)b->stride * sizeof *t->unit_sum);
+    read_block(w, b, mean, pool, t->unit_sum, NULL);
+    for (int64_t c = 0; c < b->stride; c++)
+        pool[c] /= (float)b->rows.rows;
+    const float square = w->kernels.dot(t->unit_sum, t->unit_sum, b->stride);
+    const float sim = sparge_mean_cosine(square, b->rows.rows);
+    sparge_record_rows(pools, b->at.block, 1, w->p->dim, pool, b->stride, sizeof *pool);
+    sparge_record_rows(sims, b->at.block, 1, 1, &sim, 1, sizeof sim);
     return sim;
 }
 
@@ -81,62 +137,80 @@ static void record_codes(int16_t *codes, int64_t token, int64_t rows, int64_t di
                                              : ((const int16_t *)code)[r * from->stride + c];
 }
 
-/* Line 3 with one scale for the block in x, whose largest magnitude is `max`, as block n of the
- * operand: what its product takes for `x` in `code`, unless that is x. */
-static void quantize(const sparge_work *w, const sparge_rows *rows, const float *x, float max,
-                     const sparge_operand *to, int64_t n, place at, void *code, int16_t *codes,
-                     float *scales)
+/* Line 3: what the product takes for x, unless that is x: codes under one scale, or under one for
+ * each channel, whose inverses are in t. */
+static void code_block(const sparge_work *w, sparge_scratch *t, block *b, const sparge_operand *to,
+                       const float *scale, void *code, int16_t *codes, float *scales)
 {
-    const int64_t elements = rows->rows * to->stride;
-    float *scale = to->scale + n;
-    *scale = to->qmax ? sparge_quant_scale(max, to->qmax) : 1.0f;
-    if (to->format == SPARGE_PAIRS)
-        w->kernels.round_pairs(x, elements, code);
+    const sparge_kernels *k = &w->kernels;
+    const bool by_channel = to->scales > 1;
+    for (int64_t r = 0; r < b->rows.rows && to->format != SPARGE_FLOATS; r += SLICE) {
+        const int64_t rows = sparge_min(SLICE, b->rows.rows - r), n = rows * b->stride;
+        const float *x = b->x + r * b->stride;
+        void *at = (char *)code + r * b->stride * (to->format == SPARGE_BYTES ? 1 : 2);
+        if (to->format == SPARGE_PAIRS)
+            k->round_pairs(x, n, at);
+        else if (by_channel)
+            k->quantize_channels[to->format](x, rows, b->stride, scale, t->inverse, to->qmax, at);
+        else
+            k->quantize[to->format](x, n, *scale, to->qmax, at);
+        fetch(b);
+    }
     if (!to->qmax)
         return;
-    w->kernels.quantize[to->format](x, elements, *scale, to->qmax, code);
-    record_codes(codes, at.token, rows->rows, rows->dim, code, to);
-    sparge_record_rows(scales, at.block, 1, 1, scale, 1, sizeof *scale);
+    record_codes(codes, b->at.token, b->rows.rows, b->rows.dim, code, to);
+    sparge_record_rows(scales, b->at.block, 1, by_channel ? b->rows.dim : 1, scale, to->scales,
+                       sizeof *scale);
 }
 
-static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, place at)
+/* Of the whole block: 1 without codes. */
+static float scale_of(const sparge_operand *to, const block *b)
+{
+    return to->qmax ? sparge_quant_scale(b->max, to->qmax) : 1.0f;
+}
+
+static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, block b)
 {
     const sparge_kv_batch *kv = &w->kv;
+    const sparge_operand *k = &kv->k;
     const sparge_intermediates *to = w->intermediates;
-    const int64_t stride = kv->k.stride;
-    const sparge_rows rows = key_block(w, &w->p->k, n, w->p->dim);
-    const float *mean = w->o->smooth_k ? kv->mean + n / w->g.k_blocks * stride : w->no_mean;
-    void *data = kv->k.data + n * kv->k.block;
-    float *x = w->result && kv->k.format == SPARGE_FLOATS ? data : t->x, max;
-    kv->nonfinite[n] = w->kernels.load(&rows, mean, stride, x, &max) ? 0 : SPARGE_NONFINITE_K;
-    if (!sparge_value_is_finite(max, w->o->qk_dtype))
-        kv->nonfinite[n] |= SPARGE_OVERFLOW_K;
+    const float *mean = w->o->smooth_k ? kv->mean + n / w->g.k_blocks * k->stride : w->no_mean;
+    void *data = k->data + n * k->block;
+    b.rows = key_block(w, &w->p->k, n, w->p->dim);
+    b.stride = k->stride;
+    b.x = w->result && k->format == SPARGE_FLOATS ? data : t->x;
     if (w->predicted)
-        kv->sim[n] =
-            summarize(w, t, x, rows.rows, stride, kv->pool + n * stride, at, to->k_pool, to->k_sim);
+        kv->sim[n] = summarize(w, t, &b, mean, kv->pool + n * k->stride, to->k_pool, to->k_sim);
+    else
+        read_block(w, &b, mean, NULL, NULL, NULL);
+    kv->nonfinite[n] = b.finite ? 0 : SPARGE_NONFINITE_K;
+    if (!sparge_value_is_finite(b.max, w->o->qk_dtype))
+        kv->nonfinite[n] |= SPARGE_OVERFLOW_K;
     if (!w->result)
         return;
-    quantize(w, &rows, x, max, &kv->k, n, at, data, to->k_int, to->k_scale);
-    w->kernels.pack_rows[kv->k.format](data, rows.rows, stride, kv->k.init + n * kv->k.inits);
+    k->scale[n] = scale_of(k, &b);
+    code_block(w, t, &b, k, k->scale + n, data, to->k_int, to->k_scale);
+    w->kernels.pack_rows[k->format](data, b.rows.rows, k->stride, k->init + n * k->inits);
 }
 
-static void pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, place at)
+static void pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, block b)
 {
     const sparge_operand *v = &w->kv.v;
     const sparge_intermediates *to = w->intermediates;
-    const sparge_rows rows = key_block(w, &w->p->v, n, w->p->dim_v);
     float *scale = v->scale + n * v->scales;
-    if (!sparge_load_finite(w, &rows, w->no_mean, v->stride, w->o->pv_dtype, t->x))
+    b.rows = key_block(w, &w->p->v, n, w->p->dim_v);
+    b.stride = v->stride;
+    b.x = t->x;
+    memset(scale, 0, (size_t)v->scales * sizeof *scale);
+    read_block(w, &b, w->no_mean, NULL, NULL, v->qmax ? scale : NULL);
+    if (!b.finite || !sparge_value_is_finite(b.max, w->o->pv_dtype))
         w->kv.nonfinite[n] |= SPARGE_NONFINITE_V;
-    if (v->format == SPARGE_PAIRS)
-        w->kernels.round_pairs(t->x, rows.rows * v->stride, t->code);
-    if (v->qmax) {
-        w->kernels.quantize_channels[v->format](t->x, rows.rows, v->stride, v->qmax, scale,
-                                                t->code);
-        record_codes(to->v_int, at.token, rows.rows, rows.dim, t->code, v);
-        sparge_record_rows(to->v_scale, at.block, 1, rows.dim, scale, v->scales, sizeof *scale);
+    for (int64_t c = 0; c < v->scales; c++) {
+        scale[c] = sparge_quant_scale(scale[c], v->qmax);
+        t->inverse[c] = sparge_quant_inverse(scale[c]);
     }
-    w->kernels.pack_transposed[v->format](v->format == SPARGE_FLOATS ? t->x : t->code, rows.rows,
+    code_block(w, t, &b, v, scale, t->code, to->v_int, to->v_scale);
+    w->kernels.pack_transposed[v->format](v->format == SPARGE_FLOATS ? t->x : t->code, b.rows.rows,
                                           v->stride, w->keys, v->data + n * v->block,
                                           v->init + n * v->inits);
 }
@@ -145,10 +219,24 @@ void sparge_pack_kv(const sparge_work *w, sparge_scratch *t, int64_t n)
 {
     const sparge_geometry *g = &w->g;
     const int64_t head = w->kv.first + n / g->k_blocks, j = n % g->k_blocks;
-    const place at = {head * g->k_len + j * g->block_k, head * g->k_blocks + j};
-    pack_key(w, t, n, at);
+    const int64_t last = (w->kv.end - w->kv.first) * g->k_blocks - 1;
+    block b = {.at = {head * g->k_len + j * g->block_k, head * g->k_blocks + j}};
+    const sparge_rows k = key_block(w, &w->p->k, sparge_min(n + 1, last), w->p->dim);
     if (w->result)
-        pack_value(w, t, n, at);
+        b.next = key_block(w, &w->p->v, n, w->p->dim_v);
+    else
+        b.next = k;
+    pack_key(w, t, n, b);
+    b.next = k;
+    if (w->result)
+        pack_value(w, t, n, b);
+}
+
+static sparge_rows query_block(const sparge_work *w, const sparge_q_block *q)
+{
+    const sparge_geometry *g = &w->g;
+    return sparge_rows_of(&w->p->q, w->p->heads, q->head, q->i * g->block_q,
+                          sparge_block_rows(g->q_len, g->block_q, q->i), w->p->dim);
 }
 
 void sparge_pack_query(const sparge_work *w, sparge_scratch *t, int64_t n)
@@ -156,26 +244,30 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, int64_t n)
     const sparge_geometry *g = &w->g;
     const sparge_operand *q = &w->q.operand;
     const sparge_intermediates *to = w->intermediates;
-    sparge_q_block *block = &w->q.block[n];
-    const int64_t first = block->i * g->block_q;
-    const place at = {block->head * g->q_len + first, block->head * g->q_blocks + block->i};
-    const sparge_rows rows =
-        sparge_rows_of(&w->p->q, w->p->heads, block->head, first,
-                       sparge_block_rows(g->q_len, g->block_q, block->i), w->p->dim);
-    float max;
-    block->finite = w->kernels.load(&rows, w->no_mean, q->stride, t->x, &max);
-    block->fits = block->finite && sparge_value_is_finite(max, w->o->qk_dtype);
+    sparge_q_block *block_q = &w->q.block[n];
+    const int64_t index = block_q->index, line = block_q->head * g->q_blocks + block_q->i;
+    block b = {
+        .at = {block_q->head * g->q_len + block_q->i * g->block_q, line},
+        .rows = query_block(w, block_q),
+        .next = query_block(w, &w->q.block[sparge_min(n + 1, w->q.count - 1)]),
+        .stride = q->stride,
+        .x = t->x,
+    };
     if (w->predicted)
-        block->sim = summarize(w, t, t->x, rows.rows, q->stride,
-                               w->q.pool + block->index * q->stride, at, to->q_pool, to->q_sim);
+        block_q->sim =
+            summarize(w, t, &b, w->no_mean, w->q.pool + index * q->stride, to->q_pool, to->q_sim);
+    else
+        read_block(w, &b, w->no_mean, NULL, NULL, NULL);
+    block_q->finite = b.finite;
+    block_q->fits = b.finite && sparge_value_is_finite(b.max, w->o->qk_dtype);
     if (!w->result)
         return;
-    quantize(w, &rows, t->x, max, q, block->index, at, t->code, to->q_int, to->q_scale);
+    q->scale[index] = scale_of(q, &b);
+    code_block(w, t, &b, q, q->scale + index, t->code, to->q_int, to->q_scale);
     const char *from = q->format == SPARGE_FLOATS ? (const char *)t->x : t->code;
-    const int64_t group = sparge_group_of(w, block->head), row = q->block / q->inits;
-    for (int64_t r = 0, lane = 0; r < rows.rows; r += group, lane += sparge_padded(group))
-        w->kernels.pack_columns[q->format](from + r * row, sparge_min(group, rows.rows - r),
-                                           q->stride,
-                                           q->data + block->index * q->block + lane * row,
-                                           q->init + block->index * q->inits + lane);
+    const int64_t group = sparge_group_of(w, block_q->head), row = q->block / q->inits;
+    for (int64_t r = 0, lane = 0; r < b.rows.rows; r += group, lane += sparge_padded(group))
+        w->kernels.pack_columns[q->format](from + r * row, sparge_min(group, b.rows.rows - r),
+                                           q->stride, q->data + index * q->block + lane * row,
+                                           q->init + index * q->inits + lane);
 }

@@ -61,12 +61,16 @@ static bool load(const sparge_rows *in, const float *mean, int64_t stride, float
     return finite;
 }
 
-/* Row after row, as they lie in memory. */
+/* Row after row, as they lie in memory; two pages ahead, where a processor does not look by itself.
+ */
 static void add_rows(const float *x, int64_t rows, int64_t apart, int64_t n, float *restrict sum)
 {
-    for (int64_t r = 0; r < rows; r++)
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t c = 0; c < n; c += 16)
+            __builtin_prefetch(x + (r + 16) * apart + c, 0, 3);
         for (int64_t c = 0; c < n; c++)
             sum[c] += x[r * apart + c];
+    }
 }
 
 static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride, float *x,
@@ -87,11 +91,10 @@ static void sum_rows(const sparge_rows *in, const float *no_mean, int64_t stride
     add_rows(x, in->rows, stride, stride, sum);
 }
 
-static float summarize(const float *x, int64_t rows, int64_t stride, float *restrict pool,
-                       float *restrict unit_sum)
+/* Eight rows at a time, so that their sums stay in registers. */
+static void sum_units(const float *x, int64_t rows, int64_t stride, float *restrict pool,
+                      float *restrict unit_sum)
 {
-    memset(pool, 0, (size_t)stride * sizeof *pool);
-    memset(unit_sum, 0, (size_t)stride * sizeof *unit_sum);
     for (int64_t r0 = 0; r0 < rows; r0 += 8) {
         const int64_t n = sparge_min(8, rows - r0);
         const float *first = x + r0 * stride;
@@ -109,9 +112,15 @@ static float summarize(const float *x, int64_t rows, int64_t stride, float *rest
                 unit_sum[c] = fmaf(first[r * stride + c], factor[r], unit_sum[c]);
             }
     }
-    for (int64_t c = 0; c < stride; c++)
-        pool[c] /= (float)rows;
-    return sparge_mean_cosine(dot(unit_sum, unit_sum, stride), rows);
+}
+
+static void channel_max(const float *x, int64_t rows, int64_t stride, float *restrict max)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < stride; c++) {
+            const float size = fabsf(x[r * stride + c]);
+            max[c] = size > max[c] ? size : max[c];
+        }
 }
 
 /* ---- Codes ---- */
@@ -161,50 +170,30 @@ static inline void codes_of_all(const float *x, int64_t n, const float *scale, i
 
 static void quantize_bytes(const float *x, int64_t n, float scale, int qmax, void *code)
 {
-    const float inverse = sparge_quant_ratio(1.0f, scale);
+    const float inverse = sparge_quant_inverse(scale);
     codes_of_all(x, n, &scale, 0, &inverse, qmax, code, true);
 }
 
 static void quantize_words(const float *x, int64_t n, float scale, int qmax, void *code)
 {
-    const float inverse = sparge_quant_ratio(1.0f, scale);
+    const float inverse = sparge_quant_inverse(scale);
     codes_of_all(x, n, &scale, 0, &inverse, qmax, code, false);
 }
 
-enum { CHANNELS = 64 }; /* so many at once: V may have more than SPARGE_MAX_DIM */
-
-static inline void quantize_channels(const float *x, int64_t rows, int64_t stride, int qmax,
-                                     float *scale, void *code, bool bytes)
+static void quantize_channels_bytes(const float *x, int64_t rows, int64_t stride,
+                                    const float *scale, const float *inverse, int qmax, void *code)
 {
-    for (int64_t c0 = 0; c0 < stride; c0 += CHANNELS) {
-        const int64_t n = sparge_min(CHANNELS, stride - c0);
-        int32_t top[CHANNELS] = {0};
-        float inverse[CHANNELS];
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t c = 0; c < n; c++) {
-                const int32_t size = magnitude(x[r * stride + c0 + c]);
-                top[c] = size > top[c] ? size : top[c];
-            }
-        for (int64_t c = 0; c < n; c++) {
-            scale[c0 + c] = sparge_quant_scale(sparge_bits_float((uint32_t)top[c]), qmax);
-            inverse[c] = sparge_quant_ratio(1.0f, scale[c0 + c]);
-        }
-        for (int64_t r = 0; r < rows; r++)
-            codes_of_all(x + r * stride + c0, n, scale + c0, 1, inverse, qmax,
-                         (char *)code + (r * stride + c0) * (bytes ? 1 : 2), bytes);
-    }
+    for (int64_t r = 0; r < rows; r++)
+        codes_of_all(x + r * stride, stride, scale, 1, inverse, qmax, (int8_t *)code + r * stride,
+                     true);
 }
 
-static void quantize_channels_bytes(const float *x, int64_t rows, int64_t stride, int qmax,
-                                    float *scale, void *code)
+static void quantize_channels_words(const float *x, int64_t rows, int64_t stride,
+                                    const float *scale, const float *inverse, int qmax, void *code)
 {
-    quantize_channels(x, rows, stride, qmax, scale, code, true);
-}
-
-static void quantize_channels_words(const float *x, int64_t rows, int64_t stride, int qmax,
-                                    float *scale, void *code)
-{
-    quantize_channels(x, rows, stride, qmax, scale, code, false);
+    for (int64_t r = 0; r < rows; r++)
+        codes_of_all(x + r * stride, stride, scale, 1, inverse, qmax, (int16_t *)code + r * stride,
+                     false);
 }
 
 static void round_pairs(const float *x, int64_t n, void *pairs)
@@ -520,7 +509,8 @@ static void plain_kernels(sparge_kernels *k)
     k->peak_read = peak_read;
     k->load = load;
     k->sum = sum_rows;
-    k->summarize = summarize;
+    k->sum_units = sum_units;
+    k->channel_max = channel_max;
     for (int f = 0; f < SPARGE_FORMATS; f++) {
         k->depth[f] = SPARGE_PANEL;
         k->group[f] = 4 * SPARGE_PANEL;

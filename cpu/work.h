@@ -73,6 +73,7 @@ typedef struct sparge_work {
 /* Where a thread works. */
 typedef struct sparge_scratch {
     float *x, *unit_sum; /* a block of tokens on its way to codes; the sum of its unit rows */
+    float *inverse;      /* [channels of V] of their scales */
     void *code;
     float *row;                       /* [k_blocks] S[i,:] */
     uint32_t *order_key, *mass, *j;   /* [k_blocks] of the finite scores, and their key blocks */
