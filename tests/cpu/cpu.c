@@ -200,6 +200,30 @@ Test(cpu, magnitudes)
             }
 }
 
+/* Queries that see scores of -inf alone, from one block or from all. */
+Test(cpu, scores_of_minus_infinity)
+{
+    for (int level = 0; level < 3; level++)
+        for (int finite = 0; finite < 3; finite++) {
+            check_case("precision %d of P, some keys with finite scores %d", precisions[level],
+                       finite);
+            const shape s = shape_of(1, 1, 1, 40, 50, 8, 8);
+            problem x = problem_make(&s);
+            x.o.block_q = x.o.block_k = 16;
+            x.o.smooth_k = false;
+            x.o.qk_dtype = SPARGE_F32;
+            x.o.pv_dtype = precisions[level];
+            x.o.causal = finite == 1 ? SPARGE_CAUSAL_START : SPARGE_CAUSAL_NONE;
+            tensor_fill(&x.q, 1e19f, 2e19f);
+            tensor_fill(&x.k, -3e20f, -2e20f);
+            for (int64_t n = tensor_count(&x.k) / 2; n < tensor_count(&x.k) && finite; n++)
+                x.k.x[n] = 1e-20f * (float)(n % 7);
+            problem_write(&x);
+            verify(&x, ATTEND);
+            problem_free(&x);
+        }
+}
+
 /* ---- Threads and repetition ---- */
 
 Test(cpu, every_number_of_threads)
