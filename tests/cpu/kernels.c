@@ -20,6 +20,7 @@
 
 #include "common/bf16.h"
 #include "common/quant.h"
+#include "common/select.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 #include "ref/ref.h"
@@ -378,23 +379,43 @@ static void test_sum(const sparge_kernels *k, sparge_format f)
     }
 }
 
-static void test_summarize(const sparge_kernels *k, sparge_format f)
+/* In two parts, as a block comes in slices of 8 rows. */
+static void test_sum_units(const sparge_kernels *k, sparge_format f)
 {
-    static float plain[MOST_ROWS * MOST_DEPTH];
-    static const bool nonfinite[MOST_ROWS * MOST_DEPTH];
     (void)f;
     const block b = make_block(MOST_DEPTH);
+    const int64_t first = sparge_min(b.rows, 8 * pick(0, 4));
     const pair pool = make("pool", F32, b.stride, b.stride),
                unit_sum = make("unit_sum", F32, b.stride, b.stride);
-    const pair sim = make("sim", F32, 1, 1);
+    memset(pool.got, 0, (size_t)b.stride * sizeof(float));
+    memset(unit_sum.got, 0, (size_t)b.stride * sizeof(float));
     settle();
-    *(float *)sim.got = k->summarize(b.x.got, b.rows, b.stride, pool.got, unit_sum.got);
+    const float *x = b.x.got;
+    k->sum_units(x, first, b.stride, pool.got, unit_sum.got);
+    k->sum_units(x + first * b.stride, b.rows - first, b.stride, pool.got, unit_sum.got);
+    for (int64_t r = 0; r < b.rows; r++) {
+        const float *row = (float *)b.x.want + r * b.stride;
+        const float to_unit = sparge_unit_factor(sparge_dot(row, row, b.stride));
+        for (int64_t c = 0; c < b.stride; c++) {
+            ((float *)pool.want)[c] += row[c];
+            ((float *)unit_sum.want)[c] = fmaf(row[c], to_unit, ((float *)unit_sum.want)[c]);
+        }
+    }
+}
+
+static void test_channel_max(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const block b = make_block(MOST_CHANNELS);
+    const pair max = make("max", F32, b.stride, b.stride);
+    for (int64_t c = 0; c < b.stride; c++)
+        ((float *)max.got)[c] = one_in(2) ? 0.0f : fabsf(value_of(range_of()));
+    settle();
+    k->channel_max(b.x.got, b.rows, b.stride, max.got);
     for (int64_t r = 0; r < b.rows; r++)
-        memcpy(plain + r * b.dim, (float *)b.x.want + r * b.stride, (size_t)b.dim * sizeof *plain);
-    memset(pool.want, 0, (size_t)b.stride * sizeof(float));
-    memset(unit_sum.want, 0, (size_t)b.stride * sizeof(float));
-    *(float *)sim.want =
-        sparge_ref_summarize(plain, nonfinite, b.rows, b.rows, b.dim, pool.want, unit_sum.want).sim;
+        for (int64_t c = 0; c < b.stride; c++)
+            ((float *)max.want)[c] =
+                fmaxf(((float *)max.want)[c], fabsf(((float *)b.x.want)[r * b.stride + c]));
 }
 
 /* ---- Codes ---- */
@@ -465,18 +486,20 @@ static void test_quantize(const sparge_kernels *k, sparge_format f)
 static void test_quantize_channels(const sparge_kernels *k, sparge_format f)
 {
     static int16_t plain[MOST_ROWS * MOST_CHANNELS];
+    static float scale[MOST_CHANNELS], inverse[MOST_CHANNELS];
     const block b = make_block(MOST_CHANNELS);
     const int qmax = some_qmax(f);
-    const pair code = make("code", kind_of_a[f], b.rows * b.stride, b.stride),
-               scale = make("scale", F32, b.stride, b.stride);
+    const pair code = make("code", kind_of_a[f], b.rows * b.stride, b.stride);
     const bool ties = one_in(2);
     for (int64_t c = 0; c < b.dim && ties; c++)
         near_ties((float *)b.x.got + c, b.rows, b.stride, qmax);
     settle();
-    k->quantize_channels[f](b.x.got, b.rows, b.stride, qmax, scale.got, code.got);
-    for (int64_t c = 0; c < b.stride; c++)
-        ((float *)scale.want)[c] =
+    for (int64_t c = 0; c < b.stride; c++) {
+        scale[c] =
             sparge_ref_quantize((float *)b.x.want + c, b.rows, b.stride, qmax, 0.0f, plain + c);
+        inverse[c] = sparge_quant_inverse(scale[c]);
+    }
+    k->quantize_channels[f](b.x.got, b.rows, b.stride, scale, inverse, qmax, code.got);
     put_codes(&code, kind_of_a[f], b.rows * b.stride, plain);
 }
 
@@ -1080,7 +1103,8 @@ static const struct kernel {
 } kernels[] = {
     {"load", test_load, 0},
     {"sum", test_sum, 0},
-    {"summarize", test_summarize, 0},
+    {"sum_units", test_sum_units, 0},
+    {"channel_max", test_channel_max, 0},
     {"quantize bytes", test_quantize, SPARGE_BYTES},
     {"quantize words", test_quantize, SPARGE_WORDS},
     {"quantize_channels bytes", test_quantize_channels, SPARGE_BYTES},
