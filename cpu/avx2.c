@@ -60,12 +60,6 @@ INLINE floats f_nan(floats x, floats y)
 }
 INLINE ints i_of(floats x) { return (ints)_mm256_cvttps_epi32(x); }
 
-/* n stands in the low bits. (As a shift of GNU C gcc 12 moves it about and spills.) */
-INLINE floats f_power(floats p, floats n)
-{
-    return (floats)i_add((ints)p, (ints)_mm256_slli_epi32(_mm256_castps_si256(n), 23));
-}
-
 INLINE floats f_flush(floats x, floats p)
 {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, f_all(SPARGE_EXP2_LOWEST), _CMP_LT_OQ), p);

@@ -32,11 +32,6 @@ INLINE floats f_nan(floats x, floats y)
 }
 INLINE ints i_of(floats x) { return (ints)_mm512_cvttps_epi32(x); }
 INLINE ints i_madd(ints a, ints b) { return (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-INLINE floats f_power(floats p, floats n)
-{
-    return _mm512_scalef_ps(p, n - f_all(SPARGE_EXP2_ROUNDER));
-}
-
 INLINE floats f_flush(floats x, floats p)
 {
     return _mm512_maskz_mov_ps(

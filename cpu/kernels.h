@@ -61,7 +61,7 @@ typedef struct sparge_rows {
 
 /* C = A B. */
 typedef struct sparge_product {
-    int64_t rows, panels, depth; /* depth is a multiple of 16, and of what the table says */
+    int64_t rows, panels, depth; /* rows: a multiple of 16; depth: of what the table says */
     const void *a;
     int64_t a_stride;      /* elements from row to row */
     const int32_t *a_init; /* [rows] WORDS, BYTES of K; NULL: BYTES of V */
@@ -148,7 +148,7 @@ typedef struct sparge_kernels {
     /* The largest score of each query, NaN if there is one, and sparge_row_local of it. Is each of
      * these above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);
-    /* Does every maximum stay? qmax is 0 for P without codes. */
+    /* Is every shrink 1? qmax is 0 for P without codes. */
     bool (*update_max)(const sparge_softmax_rows *, int64_t queries, int qmax);
     /* P^T [panels][p_stride], of it B of depth scores->keys, with its sum and, for WORDS, b_init.
      * Codes against the largest score of the query, with a scale above 0. FLOATS and PAIRS against

@@ -233,8 +233,7 @@ INLINE void down(const sparge_product *x, const void *to, part_of_product *run, 
     at.row = some_rows(x, to, run, at, height, vectors, share);
     if (height > 4)
         at.row = some_rows(x, to, run, at, 4, vectors, share);
-    at.row = some_rows(x, to, run, at, 2, vectors, share);
-    some_rows(x, to, run, at, 1, vectors, share);
+    some_rows(x, to, run, at, 2, vectors, share); /* rows are a multiple of 16 */
 }
 
 INLINE void product(const sparge_product *x, const void *to, part_of_product *run, int height,

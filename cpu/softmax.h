@@ -6,7 +6,6 @@
  *     f_max(a, b)          the larger; b where a or b is a NaN
  *     f_flush(x, p)        p, or 0 where x is below SPARGE_EXP2_LOWEST
  *     f_nan(x, y)          x, or NaN in lanes where y is one
- *     f_power(p, n)        p 2^n, which are normal numbers, for n + SPARGE_EXP2_ROUNDER
  *     i_of(x)              truncated
  *     i_madd(a, b)         the two products of words in a lane, added */
 #ifndef SPARGE_CPU_SOFTMAX_H
@@ -67,8 +66,8 @@ INLINE void exp2_of(const floats x[BESIDE], bool nans, floats p[BESIDE])
     for (size_t c = 0; c < sizeof coefficient / sizeof *coefficient; c++)
         for (int e = 0; e < BESIDE; e++)
             p[e] = f_fma(p[e], f[e], f_all(coefficient[c]));
-    for (int e = 0; e < BESIDE; e++)
-        p[e] = f_power(p[e], shifted[e]);
+    for (int e = 0; e < BESIDE; e++) /* n of 2^n stands in the low bits; a NaN stays one */
+        p[e] = (floats)i_add((ints)p[e], (ints)shifted[e] << 23);
 }
 
 /* A vector of queries through the keys of the tile. */
