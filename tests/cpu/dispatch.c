@@ -77,8 +77,8 @@ static const processor whole = {
     .subleaves = 1,
     .ebx7 = 1u << 5 | 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, /* AVX2 AVX512F DQ BW VL */
     .ecx7 = 1u << 11,                                            /* AVX512_VNNI */
-    .edx7 = 1u << 24 | 1u << 25,                                 /* AMX-TILE, AMX-INT8 */
-    .eax71 = 1u << 4,                                            /* AVX-VNNI */
+    .edx7 = 1u << 22 | 1u << 24 | 1u << 25,                      /* AMX-BF16, -TILE, -INT8 */
+    .eax71 = 1u << 4 | 1u << 5,                                  /* AVX-VNNI, AVX512_BF16 */
     .saved = 1u << 1 | 1u << 2 | 1u << 5 | 1u << 6 | 1u << 7 |   /* SSE AVX opmask ZMM */
              1u << 17 | 1u << 18,                                /* TILECFG TILEDATA */
 };
@@ -161,6 +161,59 @@ Test(dispatch, permission)
     without(&here.saved, 18, SYSTEM, "avx2 avxvnni avx512vnni");
     without(&here.edx7, 24, PROCESSOR, "avx2 avxvnni avx512vnni");
     check_equal(asked, 2);
+}
+
+/* ---- What is asked once and remembered: in a child each time ---- */
+
+/* Such products are of these instruction sets, and the best of them is that one. */
+static bool bf16_is_of(bool avx512vnni, bool amx)
+{
+    bool right = true;
+    for (sparge_isa isa = SPARGE_ISA_AUTO; isa <= SPARGE_ISAS; isa++)
+        right &= sparge_cpu_has_bf16(isa) ==
+                 (isa == SPARGE_ISA_AVX512VNNI ? avx512vnni : isa == SPARGE_ISA_AMX && amx);
+    return right && sparge_cpu_best(true) == (amx          ? SPARGE_ISA_AMX
+                                              : avx512vnni ? SPARGE_ISA_AVX512VNNI
+                                                           : SPARGE_ISA_AUTO);
+}
+
+static void child_finds_bf16(const processor *x, bool avx512vnni, bool amx, sparge_isa best,
+                             const char *of)
+{
+    const pid_t child = fork();
+    if (child == 0) {
+        here = *x;
+        permits = true;
+        const bool right = bf16_is_of(avx512vnni, amx);
+        _exit(!right || !bf16_is_of(avx512vnni, amx) || sparge_cpu_best(false) != best);
+    }
+    int status = 1;
+    check(child > 0 && waitpid(child, &status, 0) == child && status == 0, "%s", of);
+}
+
+Test(dispatch, products_of_bf16)
+{
+    const unsigned avx512_bf16 = 1u << 5, amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    processor x = whole;
+    child_finds_bf16(&x, true, true, SPARGE_ISA_AMX, "all of it");
+    x.eax71 &= ~avx512_bf16;
+    child_finds_bf16(&x, false, true, SPARGE_ISA_AMX, "AMX-BF16 alone");
+    x.edx7 &= ~amx_bf16;
+    child_finds_bf16(&x, false, false, SPARGE_ISA_AMX, "neither");
+    x.eax71 |= avx512_bf16;
+    child_finds_bf16(&x, true, false, SPARGE_ISA_AMX, "AVX512-BF16 alone");
+    x = whole;
+    x.edx7 &= ~amx_tile;
+    child_finds_bf16(&x, true, false, SPARGE_ISA_AVX512VNNI, "AMX-BF16 without tiles");
+    x = whole;
+    x.saved &= ~(1u << 18);
+    child_finds_bf16(&x, true, false, SPARGE_ISA_AVX512VNNI, "tiles are not saved");
+    x = whole;
+    x.ecx7 = 0;
+    child_finds_bf16(&x, false, false, SPARGE_ISA_AVXVNNI, "AVX512-BF16 without VNNI");
+    x = whole;
+    x.subleaves = 0;
+    child_finds_bf16(&x, false, true, SPARGE_ISA_AMX, "without leaf 7.1");
 }
 
 /* What a child learns whose kernel answers so: asked once, and remembered. 2: there are no filters.
