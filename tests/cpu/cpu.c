@@ -2,6 +2,7 @@
 /* cpu.c: the cpu backend against the reference, bit for bit: masks, intermediates, counters, o and
  * lse, on every instruction set that is here; and which backend and instruction set run at all.
  * What the reference gives is tested elsewhere, what each kernel gives in kernels.c. */
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -203,16 +204,16 @@ Test(cpu, magnitudes)
 /* Queries that see scores of -inf alone, from one block or from all. */
 Test(cpu, scores_of_minus_infinity)
 {
-    for (int level = 0; level < 3; level++)
+    for (int level = 0; level < 4; level++)
         for (int finite = 0; finite < 3; finite++) {
-            check_case("precision %d of P, some keys with finite scores %d", precisions[level],
+            check_case("precision %d of P, some keys with finite scores %d", cpu_dtypes[level],
                        finite);
             const shape s = shape_of(1, 1, 1, 40, 50, 8, 8);
             problem x = problem_make(&s);
             x.o.block_q = x.o.block_k = 16;
             x.o.smooth_k = false;
             x.o.qk_dtype = SPARGE_F32;
-            x.o.pv_dtype = precisions[level];
+            x.o.pv_dtype = cpu_dtypes[level];
             x.o.causal = finite == 1 ? SPARGE_CAUSAL_START : SPARGE_CAUSAL_NONE;
             tensor_fill(&x.q, 1e19f, 2e19f);
             tensor_fill(&x.k, -3e20f, -2e20f);
@@ -222,6 +223,30 @@ Test(cpu, scores_of_minus_infinity)
             verify(&x, ATTEND);
             problem_free(&x);
         }
+}
+
+/* An element that rounds to infinity is not finite in a product of bf16, and in no other. */
+Test(cpu, elements_beyond_bf16)
+{
+    const float size[] = {FLT_MAX, 0x1.ffp127f, 0x1.fefffep127f};
+    for (int n = 0; n < 3 * 3 * 4; n++) {
+        check_case("%a in tensor %d, %d of the products in bf16", (double)size[n % 3], n / 3 % 3,
+                   n / 9);
+        const shape s = shape_of(1, 2, 1, 50, 60, 24, 20);
+        problem x = problem_make(&s);
+        tensor *const t = n / 3 % 3 == 0 ? &x.q : n / 3 % 3 == 1 ? &x.k : &x.v;
+        t->x[check_int(0, tensor_count(t) - 1)] = n % 2 ? size[n % 3] : -size[n % 3];
+        problem_write(&x);
+        x.o.block_q = 20;
+        x.o.block_k = 16;
+        x.o.qk_dtype = n / 9 & 1 ? SPARGE_BF16 : SPARGE_F32;
+        x.o.pv_dtype = n / 9 & 2 ? SPARGE_BF16 : SPARGE_F32;
+        x.o.smooth_k = check_int(0, 1);
+        x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END);
+        verify(&x, ATTEND);
+        verify(&x, ATTENTION);
+        problem_free(&x);
+    }
 }
 
 /* ---- Threads and repetition ---- */
