@@ -1028,7 +1028,7 @@ static void test_softmax(const sparge_kernels *k, sparge_format f)
             partial[t % 16] += weight;
             total += code[t];
         }
-        for (int64_t t = 0; t < keys / 2; t++)
+        for (int64_t t = 0; t < keys / 2 && f == SPARGE_WORDS; t++)
             product += code[t] * code[keys / 2 + t];
         ((float *)sum.want)[q] = codes ? (float)total : sparge_sum_of(partial);
         if (f == SPARGE_WORDS)
