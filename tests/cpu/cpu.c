@@ -225,6 +225,24 @@ Test(cpu, scores_of_minus_infinity)
         }
 }
 
+/* TDPBF16PS adds even and odd places apart: of finite elements it makes a NaN. */
+Test(cpu, sums_of_both_infinities)
+{
+    for (int every = 1; every <= 7; every += 3) {
+        check_case("one key of %d", every);
+        const shape s = shape_of(1, 1, 1, 20, 40, 8, 8);
+        problem x = problem_make(&s);
+        x.o.smooth_k = false;
+        x.o.qk_dtype = x.o.pv_dtype = SPARGE_BF16;
+        tensor_fill(&x.q, 1e20f, 2e20f);
+        for (int64_t n = 0; n < tensor_count(&x.k); n++)
+            x.k.x[n] = n / 8 % every ? 0.0f : n % 2 ? 1e20f : -1e20f;
+        problem_write(&x);
+        verify(&x, ATTEND);
+        problem_free(&x);
+    }
+}
+
 /* An element that rounds to infinity is not finite in a product of bf16, and in no other. */
 Test(cpu, elements_beyond_bf16)
 {
