@@ -56,7 +56,7 @@ INLINE void tile_words(const sparge_product *x, part at, int rows, int vectors,
 INLINE floats f_max(floats a, floats b) { return _mm256_max_ps(a, b); }
 INLINE floats f_nan(floats x, floats y)
 {
-    return _mm256_or_ps(x, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+    return _mm256_blendv_ps(x, y, _mm256_cmp_ps(y, y, _CMP_UNORD_Q));
 }
 INLINE ints i_of(floats x) { return (ints)_mm256_cvttps_epi32(x); }
 

@@ -5,7 +5,7 @@
  *
  *     f_max(a, b)          the larger; b where a or b is a NaN
  *     f_flush(x, p)        p, or 0 where x is below SPARGE_EXP2_LOWEST
- *     f_nan(x, y)          x, or NaN in lanes where y is one
+ *     f_nan(x, y)          x, or y in lanes where that is a NaN
  *     i_of(x)              truncated
  *     i_madd(a, b)         the two products of words in a lane, added */
 #ifndef SPARGE_CPU_SOFTMAX_H
@@ -66,7 +66,8 @@ INLINE void exp2_of(const floats x[BESIDE], bool nans, floats p[BESIDE])
     for (size_t c = 0; c < sizeof coefficient / sizeof *coefficient; c++)
         for (int e = 0; e < BESIDE; e++)
             p[e] = f_fma(p[e], f[e], f_all(coefficient[c]));
-    for (int e = 0; e < BESIDE; e++) /* n of 2^n stands in the low bits; a NaN stays one */
+    /* n of 2^n stands in the low bits. They are 0 in the NaN of a processor, which so stays one. */
+    for (int e = 0; e < BESIDE; e++)
         p[e] = (floats)i_add((ints)p[e], (ints)shifted[e] << 23);
 }
 

@@ -914,11 +914,11 @@ static float score_at(const scores *x, int64_t t, int64_t q)
     return ((float *)x->s.want)[place_of_c(x->got.stride, t, q)];
 }
 
-static float most_of(const scores *x, int64_t q, const void *s)
+static float most_of(const scores *x, int64_t q)
 {
     float most = -INFINITY;
     for (int64_t t = 0; t < x->got.keys; t++) {
-        const float score = ((const float *)s)[place_of_c(x->got.stride, t, q)];
+        const float score = score_at(x, t, q);
         if (score > most || score != score)
             most = score;
     }
@@ -935,7 +935,7 @@ static void test_maxima(const sparge_kernels *k, sparge_format f)
     *(int32_t *)above.got = k->maxima(&x.got, x.top.got, local.got);
     *(int32_t *)above.want = 1;
     for (int64_t q = 0; q < x.queries; q++) {
-        const float most = most_of(&x, q, x.s.want);
+        const float most = most_of(&x, q);
         ((float *)x.top.want)[q] = most;
         ((float *)local.want)[q] = sparge_row_local(most, x.got.scale);
         *(int32_t *)above.want &= ((float *)local.want)[q] > -INFINITY;
@@ -993,6 +993,7 @@ static void test_update_max(const sparge_kernels *k, sparge_format f)
 
 static void test_softmax(const sparge_kernels *k, sparge_format f)
 {
+    static float most[MOST_COLUMNS], local[MOST_COLUMNS];
     const scores x = make_scores(k, f);
     const int64_t queries = x.queries, keys = x.got.keys;
     const bool codes = f <= SPARGE_WORDS, in_place = f == SPARGE_FLOATS && one_in(2);
@@ -1002,24 +1003,24 @@ static void test_softmax(const sparge_kernels *k, sparge_format f)
         in_place ? x.s : make_lanes("p", of, queries / SPARGE_PANEL * stride, SPARGE_PANEL);
     const pair sum = make("sum", F32, queries, queries),
                init = make("b_init", I32, queries, queries);
+    k->maxima(&x.got, most, local); /* whose NaN is of this instruction set */
     for (int64_t q = 0; q < queries; q++) {
-        const float most = most_of(&x, q, x.s.got), more = 150.0f * fabsf(uniform());
-        ((float *)x.top.got)[q] =
-            codes ? most : sparge_row_local(most, x.got.scale) + (one_in(2) ? more : 0.0f);
+        const float more = 150.0f * fabsf(uniform());
+        ((float *)x.top.got)[q] = codes ? most[q] : local[q] + (one_in(2) ? more : 0.0f);
     }
     settle();
     k->softmax[f](&x.got, x.top.got, p.got, stride, sum.got, init.got);
     for (int64_t q = 0; q < queries; q++) {
-        const float most = ((float *)x.top.want)[q];
+        const float top_of_q = ((float *)x.top.want)[q];
         float partial[16] = {0};
         int code[MOST_DEPTH];
         int64_t total = 0, product = 0;
         for (int64_t t = 0; t < keys; t++) {
             const float score = score_at(&x, t, q);
-            float weight = codes ? 0.0f : sparge_weight(score, x.got.scale, most);
-            code[t] =
-                codes ? sparge_weight_code(score, most, x.got.scale, f == SPARGE_BYTES ? 127 : 4095)
-                      : 0;
+            float weight = codes ? 0.0f : sparge_weight(score, x.got.scale, top_of_q);
+            code[t] = codes ? sparge_weight_code(score, top_of_q, x.got.scale,
+                                                 f == SPARGE_BYTES ? 127 : 4095)
+                            : 0;
             if (f == SPARGE_PAIRS) {
                 code[t] = sparge_bf16_of(weight);
                 weight = sparge_bf16_to_f32((uint16_t)code[t]);
