@@ -112,14 +112,15 @@ static sparge_operand operand(arena *a, sparge_format format, int qmax, int64_t 
     };
 }
 
-static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
+/* group: lanes of what goes through a tile together. */
+static void lay_out_scratch(arena *a, const sparge_work *w, int64_t group, sparge_scratch *t)
 {
     const sparge_geometry *g = &w->g;
     const int64_t k_stride = w->kv.k.stride, v_stride = w->kv.v.stride;
     const int64_t widest = sparge_max(k_stride, v_stride),
                   longest = sparge_max(g->block_q, w->keys);
-    const int64_t lanes = w->result ? w->q.operand.inits : 0;
-    const int64_t tile = lanes * (w->keys + 1), selects = w->predicted ? g->k_blocks : 0;
+    const int64_t lanes = w->result ? w->q.operand.inits : 0, some = w->result ? group : 0;
+    const int64_t tile = some * (w->keys + 1), selects = w->predicted ? g->k_blocks : 0;
     const sparge_format pv = w->kv.v.format;
     *t = (sparge_scratch){
         .x = take(a, longest * widest, sizeof(float)),
@@ -136,12 +137,12 @@ static void lay_out_scratch(arena *a, const sparge_work *w, sparge_scratch *t)
         .turned = take(a, SPARGE_PANEL * v_stride, sizeof(float)),
         .max = take(a, lanes, sizeof(float)),
         .sum = take(a, lanes, sizeof(float)),
-        .most = take(a, lanes, sizeof(float)),
-        .local = take(a, lanes, sizeof(float)),
-        .shrink = take(a, lanes, sizeof(float)),
-        .weight = take(a, lanes, sizeof(float)),
-        .row_sum = take(a, lanes, sizeof(float)),
-        .p_init = take(a, lanes, sizeof(int32_t)),
+        .most = take(a, some, sizeof(float)),
+        .local = take(a, some, sizeof(float)),
+        .shrink = take(a, some, sizeof(float)),
+        .weight = take(a, some, sizeof(float)),
+        .row_sum = take(a, some, sizeof(float)),
+        .p_init = take(a, some, sizeof(int32_t)),
         .nonfinite = take(a, lanes, sizeof(bool)),
         .pv_done = take(a, w->result ? g->k_blocks : 0, sizeof(float)),
     };
@@ -176,9 +177,12 @@ static void lay_out(arena *a, driver *d)
     const int64_t head_bytes = sparge_max(1, g->k_blocks * w->keys * channels);
     w->q.operand.format = qk;
     w->kv.v.format = pv;
-    int64_t lanes = 0; /* of a query block */
-    for (int64_t h = 0; h < p->heads; h++)
-        lanes = sparge_max(lanes, sparge_lanes(g->block_q, sparge_group_of(w, h)));
+    int64_t lanes = 0, group = 0; /* lanes of a query block, of a group of it */
+    for (int64_t h = 0; h < p->heads; h++) {
+        const int64_t queries = sparge_group_of(w, h);
+        lanes = sparge_max(lanes, sparge_lanes(g->block_q, queries));
+        group = sparge_max(group, sparge_padded(queries));
+    }
     const int64_t block_bytes = lanes * dim * (int64_t)size_of[qk];
     d->kv_heads = sparge_max(1, sparge_min(kv_heads, KV_BATCH_BYTES / head_bytes));
     d->q_blocks =
@@ -202,7 +206,7 @@ static void lay_out(arena *a, driver *d)
     d->scratch = take(a, o->threads, sizeof *d->scratch);
     for (int n = 0; n < o->threads; n++) {
         sparge_scratch t;
-        lay_out_scratch(a, w, a->base ? &d->scratch[n] : &t);
+        lay_out_scratch(a, w, group, a->base ? &d->scratch[n] : &t);
     }
     if (a->base) {
         memset(w->no_mean, 0, (size_t)sparge_max(dim, dim_v) * sizeof *w->no_mean);

@@ -83,9 +83,9 @@ typedef struct sparge_scratch {
     float *max, *sum;                 /* [lanes] m and l */
     float *turned;                    /* [16][channels of V] rows of O */
     bool *nonfinite;                  /* [lanes] queries that met a non-finite query or key */
-    float *most, *local;              /* [lanes] the largest s of a query, m_local */
-    float *shrink, *weight, *row_sum; /* [lanes] */
-    int32_t *p_init;                  /* [lanes] */
+    float *most, *local;              /* [lanes of a group] the largest s of a query, m_local */
+    float *shrink, *weight, *row_sum; /* the same */
+    int32_t *p_init;                  /* the same */
     float *pv_done;                   /* [k_blocks] share of the rows whose P.V was computed */
 } sparge_scratch;
 
