@@ -139,7 +139,7 @@ static inline void store_code(void *to, bool bytes, int64_t e, int32_t code)
 static inline void codes_of_some(const float *x, int64_t n, const float *scale, int64_t step,
                                  const float *inverse, int qmax, void *to, bool bytes)
 {
-    const int32_t near = magnitude(0.5f - (float)qmax * 0x1p-20f);
+    const int32_t near = magnitude(0.5f - (float)qmax * 0x1p-21f);
     int32_t furthest = 0;
     for (int64_t e = 0; e < n; e++) {
         const float ratio = x[e] * inverse[e * step], shifted = ratio + SPARGE_EXP2_ROUNDER;
