@@ -123,7 +123,11 @@ static lack detect(sparge_isa isa)
 }
 #else
 static lack detect(sparge_isa isa) { return isa == SPARGE_ISA_SCALAR ? NOTHING : PROCESSOR; }
-static bool detect_bf16(sparge_isa isa) { return isa != isa; }
+static bool detect_bf16(sparge_isa isa)
+{
+    (void)isa;
+    return false;
+}
 #endif
 
 /* A virtual machine traps CPUID, which then takes a good part of a small call, and what is
@@ -172,7 +176,7 @@ sparge_isa sparge_cpu_best(bool bf16)
 
 sparge_kernels sparge_cpu_kernels(sparge_isa isa)
 {
-    sparge_kernels k;
+    sparge_kernels k = {0};
     sparge_scalar_kernels(&k);
 #if defined(__x86_64__)
     if (isa >= SPARGE_ISA_AVX2)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* lanes.h: vectors of LANES lanes of 32 uints, as far as GNU C has them for every instruction set.
+/* lanes.h: vectors of LANES lanes of 32 bits, as far as GNU C has them for every instruction set.
  * An instruction set's file includes it after it has said LANES. */
 #ifndef SPARGE_CPU_LANES_H
 #define SPARGE_CPU_LANES_H

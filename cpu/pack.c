@@ -110,7 +110,7 @@ bool sparge_load_finite(const sparge_work *w, const sparge_rows *rows, const flo
     return w->kernels.load(rows, mean, stride, x, &max) && sparge_value_is_finite(max, dtype);
 }
 
-/* The same, and line 4: the mean row; returns its self-similarity. */
+/* Reads the block, and line 4: its mean row; returns its self-similarity. */
 static float summarize(const sparge_work *w, sparge_scratch *t, block *b, const float *mean,
                        float *pool, float *pools, float *sims)
 {

@@ -226,7 +226,6 @@ void sparge_scalar_kernels(sparge_kernels *k)
 {
     plain_kernels(k);
     product_kernels(k, SPARGE_ISA_SCALAR);
-    k->begin = k->end = NULL;
     k->int8_scores = SPARGE_WORDS;
     k->maxima = maxima;
     k->softmax[SPARGE_BYTES] = softmax_bytes;
