@@ -181,44 +181,48 @@ static inline void lanes_of_words(const int16_t *from, int64_t rows, int64_t str
         lane[c] = (uint32_t)(uint16_t)first[c] | (uint32_t)(uint16_t)second[c] << 16;
 }
 
+/* Elements of one byte or two: 8 lanes of depth at a time. */
+static inline void transpose_elements(const char *from, int64_t rows, int64_t stride, int64_t depth,
+                                      char *a, int64_t size)
+{
+    const int64_t in_lane = 4 / size, step = 8 * in_lane;
+    for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
+        for (int64_t t = 0; t < depth; t += step) {
+            uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
+            for (int64_t k = 0; k < 8; k++) {
+                const int64_t row = t + k * in_lane;
+                const char *first = from + (row * stride + c) * size;
+                if (size == 1)
+                    lanes_of_bytes((const int8_t *)first, rows - row, stride, lane[k]);
+                else
+                    lanes_of_words((const int16_t *)first, rows - row, stride, lane[k]);
+            }
+            for (int64_t n = 0; n < SPARGE_PANEL; n += 8)
+                transpose_8(lane[0] + n, SPARGE_PANEL, to[n], 8);
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                memcpy(a + ((c + n) * depth + t) * size, to[n],
+                       (size_t)(sparge_min(step, depth - t) * size));
+        }
+}
+
 static void pack_transposed_bytes(const void *from, int64_t rows, int64_t stride, int64_t depth,
                                   void *a, int32_t *a_init)
 {
     (void)a_init;
-    for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
-        for (int64_t t = 0; t < depth; t += 32) {
-            uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
-            for (int64_t k = 0; k < 8; k++)
-                lanes_of_bytes((const int8_t *)from + (t + 4 * k) * stride + c, rows - t - 4 * k,
-                               stride, lane[k]);
-            for (int64_t n = 0; n < SPARGE_PANEL; n += 8)
-                transpose_8(lane[0] + n, SPARGE_PANEL, to[n], 8);
-            for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                memcpy((int8_t *)a + (c + n) * depth + t, to[n], (size_t)sparge_min(32, depth - t));
-        }
+    transpose_elements(from, rows, stride, depth, a, 1);
 }
 
 static void pack_transposed_pairs(const void *from, int64_t rows, int64_t stride, int64_t depth,
                                   void *a, int32_t *a_init)
 {
     (void)a_init;
-    for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
-        for (int64_t t = 0; t < depth; t += 16) {
-            uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
-            for (int64_t k = 0; k < 8; k++)
-                lanes_of_words((const int16_t *)from + (t + 2 * k) * stride + c, rows - t - 2 * k,
-                               stride, lane[k]);
-            for (int64_t n = 0; n < SPARGE_PANEL; n += 8)
-                transpose_8(lane[0] + n, SPARGE_PANEL, to[n], 8);
-            for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                memcpy((int16_t *)a + (c + n) * depth + t, to[n], sizeof to[n]);
-        }
+    transpose_elements(from, rows, stride, depth, a, 2);
 }
 
 static void pack_transposed_words(const void *from, int64_t rows, int64_t stride, int64_t depth,
                                   void *a, int32_t *a_init)
 {
-    pack_transposed_pairs(from, rows, stride, depth, a, NULL);
+    transpose_elements(from, rows, stride, depth, a, 2);
     for (int64_t c = 0; c < stride; c++)
         a_init[c] = words_init((const int16_t *)a + c * depth, sparge_padded(rows) / 2);
 }
