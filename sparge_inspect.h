@@ -29,6 +29,7 @@ bool sparge_range(const char *name, double *low, double *high);
 bool sparge_backend_built(sparge_backend backend);     /* is it in this library? */
 bool sparge_backend_available(sparge_backend backend); /* can it run on this machine? */
 bool sparge_isa_available(sparge_isa isa);             /* can it run in this process? */
+bool sparge_isa_has_bf16(sparge_isa isa);              /* products in BF16 too; AUTO: can any? */
 
 /* Replaces AUTO, 0 and FASTEST by what they stand for, as every call does for itself: backend, isa,
  * threads, kernel, skip_rows, softmax_scale and pv_dtype. It ignores v. The options do not change

@@ -56,3 +56,9 @@ bool sparge_backend_available(sparge_backend backend)
 }
 
 bool sparge_isa_available(sparge_isa isa) { return isa == SPARGE_ISA_AUTO || sparge_cpu_has(isa); }
+
+bool sparge_isa_has_bf16(sparge_isa isa)
+{
+    return isa == SPARGE_ISA_AUTO ? sparge_cpu_best(true) != SPARGE_ISA_AUTO
+                                  : sparge_cpu_has_bf16(isa);
+}

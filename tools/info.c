@@ -31,16 +31,18 @@ static const struct argp info_argp = {
 
 static exit_code info_json(long cores, file_error *error)
 {
-    json_t *backends = json_object(), *isas = json_object();
+    json_t *backends = json_object(), *isas = json_object(), *bf16 = json_object();
     for (sparge_backend b = SPARGE_REF; b <= SPARGE_CUDA; b++)
         json_object_set_new(backends, sparge_backend_string(b),
                             json_pack("{s:b, s:b}", "built", sparge_backend_built(b), "available",
                                       sparge_backend_available(b)));
-    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)
+    for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++) {
         json_object_set_new(isas, sparge_isa_string(isa), json_boolean(sparge_isa_available(isa)));
-    return print_json(json_pack("{s:s, s:s, s:s, s:i, s:o, s:o}", "version", SPARGE_VERSION,
+        json_object_set_new(bf16, sparge_isa_string(isa), json_boolean(sparge_isa_has_bf16(isa)));
+    }
+    return print_json(json_pack("{s:s, s:s, s:s, s:i, s:o, s:o, s:o}", "version", SPARGE_VERSION,
                                 "compiler", program_compiler, "flags", program_flags, "cores",
-                                (int)cores, "isa", isas, "backends", backends),
+                                (int)cores, "isa", isas, "bf16", bf16, "backends", backends),
                       error);
 }
 
@@ -62,6 +64,8 @@ exit_code info_command(int argc, char **argv, file_error *error)
                                              : "built, cannot run here");
     for (sparge_isa isa = SPARGE_ISA_SCALAR; isa < SPARGE_ISAS; isa++)
         printf("  isa     %-12s %s\n", sparge_isa_string(isa),
-               sparge_isa_available(isa) ? "yes" : "no");
+               sparge_isa_has_bf16(isa)    ? "yes, with products of bf16"
+               : sparge_isa_available(isa) ? "yes"
+                                           : "no");
     return EXIT_FINE;
 }

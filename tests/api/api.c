@@ -958,6 +958,9 @@ Test(api, ref_has_no_instruction_sets)
     accepted(ALL, a, "scalar");
     cr_assert(sparge_isa_available(SPARGE_ISA_AUTO) && sparge_isa_available(SPARGE_ISA_SCALAR));
     cr_assert(!sparge_isa_available(SPARGE_ISAS) && !sparge_isa_available((sparge_isa)-1));
+    cr_assert(!sparge_isa_has_bf16(SPARGE_ISAS) && !sparge_isa_has_bf16(SPARGE_ISA_SCALAR));
+    cr_assert_eq(sparge_isa_has_bf16(SPARGE_ISA_AUTO),
+                 sparge_isa_has_bf16(SPARGE_ISA_AVX512VNNI) || sparge_isa_has_bf16(SPARGE_ISA_AMX));
 }
 
 /* ---- Names and defaults ---------------------------------------------------------------------- */

@@ -313,6 +313,8 @@ def test_instruction_sets():
     flags = processor_flags()
     for isa, needed in needs.items() if flags else ():
         check(has[isa] == (set(needed.split()) <= flags), "as /proc/cpuinfo says", isa, has)
+    check([isa for isa in FLAGS if info["bf16"][isa]] == isas_with_bf16(), "bf16", info)
+    check(sparge("info")[1].count("bf16") == len(isas_with_bf16()), "bf16 in words", info)
     here = [isa for isa in FLAGS if has[isa]]
     here_in_words = "here are " + ", ".join(here)
     outputs = {}
