@@ -136,7 +136,8 @@ typedef struct sparge_result {
  * A child process has none of its parent's OpenMP threads. Set options.threads to 1 there.
  *
  * On AMX a thread's tile registers are lost and released. The process gets Linux's permission to
- * use them when it first asks for amx or for the best instruction set. */
+ * use them when it first asks for amx or for the best instruction set. From then on sigaltstack()
+ * refuses signal stacks that they would not fit. */
 sparge_status sparge_attention(const sparge_problem *problem, const sparge_options *options,
                                sparge_result *result, sparge_error *error);
 
