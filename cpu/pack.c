@@ -61,6 +61,7 @@ typedef struct block {
     place at;
     sparge_rows rows;
     sparge_rows next; /* what is read after them */
+    int64_t ahead;    /* rows of it that each slice of a sweep fetches */
     int64_t fetched;  /* rows of it that are on their way */
     int64_t stride;
     float *x;    /* [rows][stride] */
@@ -68,11 +69,16 @@ typedef struct block {
     bool finite; /* every element is */
 } block;
 
-/* Half of what a slice is of `next`: there are two sweeps. */
+/* As many rows as a slice has, but half of them if a second sweep follows, to codes. */
+static int64_t rows_ahead(const sparge_work *w, const sparge_operand *to)
+{
+    return w->result && to->format != SPARGE_FLOATS ? SLICE / 2 : SLICE;
+}
+
 static void fetch(block *b)
 {
     const int64_t size = sparge_element_size(b->next.dtype);
-    const int64_t end = sparge_min(b->next.rows, b->fetched + SLICE / 2);
+    const int64_t end = sparge_min(b->next.rows, b->fetched + b->ahead);
     for (; b->fetched < end; b->fetched++) {
         const char *row = (const char *)b->next.data + b->fetched * b->next.token * size;
         for (int64_t byte = 0; byte < b->next.dim * size; byte += 64)
@@ -177,6 +183,7 @@ static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, block b
     const float *mean = w->o->smooth_k ? kv->mean + n / w->g.k_blocks * k->stride : w->no_mean;
     void *data = k->data + n * k->block;
     b.rows = key_block(w, &w->p->k, n, w->p->dim);
+    b.ahead = rows_ahead(w, k);
     b.stride = k->stride;
     b.x = w->result && k->format == SPARGE_FLOATS ? data : t->x;
     if (w->predicted)
@@ -199,6 +206,7 @@ static void pack_value(const sparge_work *w, sparge_scratch *t, int64_t n, block
     const sparge_intermediates *to = w->intermediates;
     float *scale = v->scale + n * v->scales;
     b.rows = key_block(w, &w->p->v, n, w->p->dim_v);
+    b.ahead = rows_ahead(w, v);
     b.stride = v->stride;
     b.x = t->x;
     memset(scale, 0, (size_t)v->scales * sizeof *scale);
@@ -250,6 +258,7 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, int64_t n)
         .at = {block_q->head * g->q_len + block_q->i * g->block_q, line},
         .rows = query_block(w, block_q),
         .next = query_block(w, &w->q.block[sparge_min(n + 1, w->q.count - 1)]),
+        .ahead = rows_ahead(w, q),
         .stride = q->stride,
         .x = t->x,
     };

@@ -56,11 +56,13 @@ static void pack_rows_floats(void *a, int64_t rows, int64_t stride, int32_t *a_i
 
 /* ---- Lanes of 32 bits, transposed ---- */
 
+/* Of whatever type its memory is. */
+typedef uint32_t any_lane __attribute__((may_alias));
 typedef uint32_t lanes_8 __attribute__((vector_size(32), may_alias));
 typedef lanes_8 lanes_8_at __attribute__((aligned(1)));
 
 /* Eight rows of eight lanes, `from_apart` lanes from each other. */
-static inline void transpose_8(const uint32_t *from, int64_t from_apart, uint32_t *to,
+static inline void transpose_8(const any_lane *from, int64_t from_apart, any_lane *to,
                                int64_t to_apart)
 {
     lanes_8 x[8], y[8];
@@ -84,8 +86,8 @@ static inline void transpose_8(const uint32_t *from, int64_t from_apart, uint32_
 }
 
 /* Sixteen rows of lanes as columns: lane n of each goes to row n. */
-static inline void transpose_16(const uint32_t *from, int64_t from_apart, int64_t lanes,
-                                uint32_t *to, int64_t to_apart)
+static inline void transpose_16(const any_lane *from, int64_t from_apart, int64_t lanes,
+                                any_lane *to, int64_t to_apart)
 {
     const int64_t whole = lanes / 8 * 8;
     for (int64_t n = 0; n < whole; n += 8)
@@ -97,10 +99,10 @@ static inline void transpose_16(const uint32_t *from, int64_t from_apart, int64_
 }
 
 /* Rows t to t + 15, those that are there. */
-static inline const uint32_t *sixteen_rows(const void *from, int64_t t, int64_t rows, int64_t lanes,
-                                           uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM])
+static inline const any_lane *sixteen_rows(const void *from, int64_t t, int64_t rows, int64_t lanes,
+                                           any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM])
 {
-    const uint32_t *first = (const uint32_t *)from + t * lanes;
+    const any_lane *first = (const any_lane *)from + t * lanes;
     if (t + SPARGE_PANEL <= rows)
         return first;
     memset(copy, 0, (size_t)(SPARGE_PANEL * lanes) * sizeof *copy);
@@ -113,10 +115,10 @@ static inline const uint32_t *sixteen_rows(const void *from, int64_t t, int64_t 
 static void pack_columns_bytes(const void *from, int64_t rows, int64_t stride, void *b,
                                int32_t *b_init)
 {
-    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     (void)b_init;
     for (int64_t t = 0; t < rows; t += SPARGE_PANEL) {
-        uint32_t *to = (uint32_t *)b + t * stride / 4;
+        any_lane *to = (any_lane *)b + t * stride / 4;
         transpose_16(sixteen_rows(from, t, rows, stride / 4, copy), stride / 4, stride / 4, to,
                      SPARGE_PANEL);
         for (int64_t n = 0; n < stride / 4 * SPARGE_PANEL; n++)
@@ -127,20 +129,20 @@ static void pack_columns_bytes(const void *from, int64_t rows, int64_t stride, v
 static void pack_columns_pairs(const void *from, int64_t rows, int64_t stride, void *b,
                                int32_t *b_init)
 {
-    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     (void)b_init;
     for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
         transpose_16(sixteen_rows(from, t, rows, stride / 2, copy), stride / 2, stride / 2,
-                     (uint32_t *)b + t * stride / 2, SPARGE_PANEL);
+                     (any_lane *)b + t * stride / 2, SPARGE_PANEL);
 }
 
 static void pack_columns_words(const void *from, int64_t rows, int64_t stride, void *b,
                                int32_t *b_init)
 {
-    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     for (int64_t t = 0; t < rows; t += SPARGE_PANEL) {
-        const uint32_t *first = sixteen_rows(from, t, rows, stride / 2, copy);
-        uint32_t *to = (uint32_t *)b + t * stride / 2;
+        const any_lane *first = sixteen_rows(from, t, rows, stride / 2, copy);
+        any_lane *to = (any_lane *)b + t * stride / 2;
         for (int half = 0; half < 2; half++)
             transpose_16(first + half * stride / 4, stride / 2, stride / 4,
                          to + half * SPARGE_PANEL, 2 * SPARGE_PANEL);
@@ -152,17 +154,17 @@ static void pack_columns_words(const void *from, int64_t rows, int64_t stride, v
 static void pack_columns_floats(const void *from, int64_t rows, int64_t stride, void *b,
                                 int32_t *b_init)
 {
-    uint32_t copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     (void)b_init;
     for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
         transpose_16(sixteen_rows(from, t, rows, stride, copy), stride, stride,
-                     (uint32_t *)b + t * stride, SPARGE_PANEL);
+                     (any_lane *)b + t * stride, SPARGE_PANEL);
 }
 
 /* ---- V transposed, sixteen channels at a time ---- */
 
 /* Four bytes of 16 columns, or two words, in lanes; rows from `rows` on are 0. */
-static inline void lanes_of_bytes(const int8_t *from, int64_t rows, int64_t stride, uint32_t *lane)
+static inline void lanes_of_bytes(const int8_t *from, int64_t rows, int64_t stride, any_lane *lane)
 {
     static const int8_t zero[SPARGE_PANEL];
     const int8_t *row[4];
@@ -173,7 +175,7 @@ static inline void lanes_of_bytes(const int8_t *from, int64_t rows, int64_t stri
                   (uint32_t)(uint8_t)row[2][c] << 16 | (uint32_t)(uint8_t)row[3][c] << 24;
 }
 
-static inline void lanes_of_words(const int16_t *from, int64_t rows, int64_t stride, uint32_t *lane)
+static inline void lanes_of_words(const int16_t *from, int64_t rows, int64_t stride, any_lane *lane)
 {
     static const int16_t zero[SPARGE_PANEL];
     const int16_t *first = rows > 0 ? from : zero, *second = rows > 1 ? from + stride : zero;
@@ -188,7 +190,7 @@ static inline void transpose_elements(const char *from, int64_t rows, int64_t st
     const int64_t in_lane = 4 / size, step = 8 * in_lane;
     for (int64_t c = 0; c < stride; c += SPARGE_PANEL)
         for (int64_t t = 0; t < depth; t += step) {
-            uint32_t lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
+            any_lane lane[8][SPARGE_PANEL], to[SPARGE_PANEL][8];
             for (int64_t k = 0; k < 8; k++) {
                 const int64_t row = t + k * in_lane;
                 const char *first = from + (row * stride + c) * size;
@@ -234,8 +236,8 @@ static void pack_transposed_floats(const void *from, int64_t rows, int64_t strid
     for (int64_t t = 0; t < depth; t += SPARGE_PANEL) {
         const int64_t n = sparge_max(0, sparge_min(SPARGE_PANEL, rows - t));
         for (int64_t c = 0; c < stride; c += SPARGE_PANEL) {
-            const uint32_t *first = (const uint32_t *)from + t * stride + c;
-            uint32_t copy[SPARGE_PANEL][SPARGE_PANEL] = {{0}}, *to = (uint32_t *)a + c * depth + t;
+            const any_lane *first = (const any_lane *)from + t * stride + c;
+            any_lane copy[SPARGE_PANEL][SPARGE_PANEL] = {{0}}, *to = (any_lane *)a + c * depth + t;
             if (n == SPARGE_PANEL) {
                 transpose_16(first, stride, SPARGE_PANEL, to, depth);
                 continue;

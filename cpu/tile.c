@@ -7,7 +7,7 @@
 #include "cpu/work.h"
 
 /* K and V of so many bytes go through one group of a query block before the next begins: O of the
- * group stays in L1, and they in L2. */
+ * group stays near, and they in L2. */
 enum { CHUNK_BYTES = 256 << 10 };
 
 /* A group of queries of block i over key block j. */
