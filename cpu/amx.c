@@ -21,61 +21,48 @@ enum {
     ABREAST = 64, /* rows of four tiles of C */
 };
 
-/* Tile c of C, of rows r to r + 15 if they are there, and tile `of_a` of A for it. */
-#define ROWS(r, c, of_a)                                     \
-    do {                                                     \
-        if (rows > (r)) {                                    \
-            TILE_LOAD(of_a, a + (r)*a_stride + e, a_stride); \
-            if (pairs)                                       \
-                TILE_DP_BF16(c, of_a, 4);                    \
-            else                                             \
-                TILE_DP_BYTES(c, of_a, 4);                   \
-        }                                                    \
+/* Does something to each of the four tiles of C that has rows. */
+#define EACH_TILE(DO)  \
+    do {               \
+        DO(0);         \
+        if (rows > 16) \
+            DO(1);     \
+        if (rows > 32) \
+            DO(2);     \
+        if (rows > 48) \
+            DO(3);     \
     } while (0)
 
-/* C [rows][16], or C += with `more`, for up to 64 rows, a multiple of 16. Depth and strides are in
- * bytes. */
-INLINE void multiply(const char *a, int64_t a_stride, int64_t rows, int64_t depth, const char *b,
-                     void *to, bool pairs, bool more)
-{
-    char *c = to;
-    if (more) {
-        TILE_LOAD(0, c, TILE_BYTES);
-        if (rows > 16)
-            TILE_LOAD(1, c + TILE_SIZE, TILE_BYTES);
-        if (rows > 32)
-            TILE_LOAD(2, c + 2 * TILE_SIZE, TILE_BYTES);
-        if (rows > 48)
-            TILE_LOAD(3, c + 3 * TILE_SIZE, TILE_BYTES);
-    } else {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-    }
-    for (int64_t e = 0; e < depth; e += TILE_BYTES) {
-        TILE_LOAD(4, b + e * LANES, TILE_BYTES);
-        ROWS(0, 0, 5);
-        ROWS(16, 1, 6);
-        ROWS(32, 2, 5);
-        ROWS(48, 3, 6);
-    }
-    TILE_STORE(0, c, TILE_BYTES);
-    if (rows > 16)
-        TILE_STORE(1, c + TILE_SIZE, TILE_BYTES);
-    if (rows > 32)
-        TILE_STORE(2, c + 2 * TILE_SIZE, TILE_BYTES);
-    if (rows > 48)
-        TILE_STORE(3, c + 3 * TILE_SIZE, TILE_BYTES);
-}
+#define ZERO(n)  TILE_ZERO(n)
+#define LOAD(n)  TILE_LOAD(n, c + (n)*TILE_SIZE, TILE_BYTES)
+#define STORE(n) TILE_STORE(n, c + (n)*TILE_SIZE, TILE_BYTES)
+#define MULTIPLY(n)                                                  \
+    do {                                                             \
+        TILE_LOAD(5 + (n) % 2, a + 16 * (n)*a_stride + e, a_stride); \
+        if (pairs)                                                   \
+            TILE_DP_BF16(n, 5 + (n) % 2, 4);                         \
+        else                                                         \
+            TILE_DP_BYTES(n, 5 + (n) % 2, 4);                        \
+    } while (0)
 
-/* Rows r0 to r0 + `rows` of a product, over one panel. */
-INLINE void some_rows(const sparge_product *x, int64_t r0, int64_t rows, int64_t panel, void *c,
+/* Rows r0 to r0 + `rows` of a product over one panel, as C [rows][16], or added to it with `more`:
+ * up to 64 rows, a multiple of 16. */
+INLINE void some_rows(const sparge_product *x, int64_t r0, int64_t rows, int64_t panel, void *to,
                       bool pairs, bool more)
 {
-    const int64_t size = pairs ? 2 : 1, stride = x->a_stride * size;
-    multiply((const char *)x->a + r0 * stride, stride, rows, x->depth * size,
-             (const char *)x->b + panel * x->b_stride * size, c, pairs, more);
+    const int64_t size = pairs ? 2 : 1, a_stride = x->a_stride * size;
+    const char *a = (const char *)x->a + r0 * a_stride;
+    const char *b = (const char *)x->b + panel * x->b_stride * size;
+    char *c = to;
+    if (more)
+        EACH_TILE(LOAD);
+    else
+        EACH_TILE(ZERO);
+    for (int64_t e = 0; e < x->depth * size; e += TILE_BYTES) {
+        TILE_LOAD(4, b + e * LANES, TILE_BYTES);
+        EACH_TILE(MULTIPLY);
+    }
+    EACH_TILE(STORE);
 }
 
 /* S^T: the integers where the scores come to stand. */

@@ -51,6 +51,14 @@ static const features needed[SPARGE_ISAS] = {
 #endif
 };
 
+/* Beside these, where there are products of bf16. */
+static const features needed_by_bf16[SPARGE_ISAS] = {
+    [SPARGE_ISA_AVX512VNNI] = {.eax71 = AVX512BF16},
+#ifndef SPARGE_AMX_SHIM
+    [SPARGE_ISA_AMX] = {.edx7 = AMXBF16},
+#endif
+};
+
 static unsigned saved_registers(void)
 {
     unsigned low, high;
@@ -100,16 +108,10 @@ static bool has_all(const features *x, const features *need)
            all(x->edx7, need->edx7) && all(x->eax71, need->eax71);
 }
 
-/* What products of bf16 ask for beside the instruction set. */
 static bool detect_bf16(sparge_isa isa)
 {
-    const features x = found(), avx512 = {.eax71 = AVX512BF16}, amx = {.edx7 = AMXBF16};
-#ifdef SPARGE_AMX_SHIM
-    return isa == SPARGE_ISA_AMX || (isa == SPARGE_ISA_AVX512VNNI && has_all(&x, &avx512));
-#endif
-    return isa == SPARGE_ISA_AVX512VNNI ? has_all(&x, &avx512)
-           : isa == SPARGE_ISA_AMX      ? has_all(&x, &amx)
-                                        : false;
+    const features x = found();
+    return isa >= SPARGE_ISA_AVX512VNNI && has_all(&x, &needed_by_bf16[isa]);
 }
 
 static lack detect(sparge_isa isa)

@@ -112,28 +112,30 @@ static inline const any_lane *sixteen_rows(const void *from, int64_t t, int64_t 
 
 /* ---- B in panels ---- */
 
+/* Rows of so many lanes. */
+static inline void columns_of_lanes(const void *from, int64_t rows, int64_t lanes, any_lane *to)
+{
+    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
+        transpose_16(sixteen_rows(from, t, rows, lanes, copy), lanes, lanes, to + t * lanes,
+                     SPARGE_PANEL);
+}
+
 static void pack_columns_bytes(const void *from, int64_t rows, int64_t stride, void *b,
                                int32_t *b_init)
 {
-    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
+    any_lane *to = b;
     (void)b_init;
-    for (int64_t t = 0; t < rows; t += SPARGE_PANEL) {
-        any_lane *to = (any_lane *)b + t * stride / 4;
-        transpose_16(sixteen_rows(from, t, rows, stride / 4, copy), stride / 4, stride / 4, to,
-                     SPARGE_PANEL);
-        for (int64_t n = 0; n < stride / 4 * SPARGE_PANEL; n++)
-            to[n] ^= 0x80808080u; /* q + 128 */
-    }
+    columns_of_lanes(from, rows, stride / 4, to);
+    for (int64_t n = 0; n < sparge_padded(rows) * stride / 4; n++)
+        to[n] ^= 0x80808080u; /* q + 128 */
 }
 
 static void pack_columns_pairs(const void *from, int64_t rows, int64_t stride, void *b,
                                int32_t *b_init)
 {
-    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     (void)b_init;
-    for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
-        transpose_16(sixteen_rows(from, t, rows, stride / 2, copy), stride / 2, stride / 2,
-                     (any_lane *)b + t * stride / 2, SPARGE_PANEL);
+    columns_of_lanes(from, rows, stride / 2, b);
 }
 
 static void pack_columns_words(const void *from, int64_t rows, int64_t stride, void *b,
@@ -154,11 +156,8 @@ static void pack_columns_words(const void *from, int64_t rows, int64_t stride, v
 static void pack_columns_floats(const void *from, int64_t rows, int64_t stride, void *b,
                                 int32_t *b_init)
 {
-    any_lane copy[SPARGE_PANEL * SPARGE_MAX_DIM];
     (void)b_init;
-    for (int64_t t = 0; t < rows; t += SPARGE_PANEL)
-        transpose_16(sixteen_rows(from, t, rows, stride, copy), stride, stride,
-                     (any_lane *)b + t * stride, SPARGE_PANEL);
+    columns_of_lanes(from, rows, stride, b);
 }
 
 /* ---- V transposed, sixteen channels at a time ---- */

@@ -239,7 +239,7 @@ void sparge_attend_q_block(const sparge_work *w, sparge_scratch *t, int64_t n)
     const uint32_t *kept = w->mask ? w->mask->bits + line * w->mask->words : NULL;
 
     block->tally.pairs = visible;
-    block->tally.qk_done = sparge_mask_row_count(kept, visible);
+    block->tally.qk_done = block->cost;
     for (int64_t r = 0; r < queries; r++)
         block->tally.tokens += sparge_keys_of_query(g, first + r);
     for (int64_t lane = 0; lane < lanes; lane++) {
