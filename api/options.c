@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/bf16.h"
 #include "common/geometry.h"
 #include "common/num.h"
 #include "cpu/cpu.h"
@@ -51,15 +52,10 @@ static sparge_status isa_of_environment(sparge_isa *isa, sparge_error *error)
                        "SPARGE_ISA is '%.40s', which is no instruction set", name);
 }
 
-static bool uses_bf16(const sparge_options *o)
-{
-    return o->qk_dtype == SPARGE_BF16 || o->pv_dtype == SPARGE_BF16;
-}
-
 /* Which of the two types the cpu backend lacks on this processor, or NULL. */
 static const char *lacks_on_cpu(const sparge_options *o)
 {
-    if (uses_bf16(o) && sparge_cpu_best(true) == SPARGE_ISA_AUTO)
+    if (sparge_uses_bf16(o) && sparge_cpu_best(true) == SPARGE_ISA_AUTO)
         return o->qk_dtype == SPARGE_BF16 ? "qk_dtype" : "pv_dtype";
     return o->pv_dtype == SPARGE_F16 || o->pv_dtype == SPARGE_FP8 ? "pv_dtype" : NULL;
 }
@@ -82,8 +78,8 @@ sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error)
     if (status)
         return status;
     if (o->isa == SPARGE_ISA_AUTO)
-        o->isa = sparge_cpu_best(uses_bf16(o));
-    if (sparge_cpu_has(o->isa) && uses_bf16(o) && !sparge_cpu_has_bf16(o->isa))
+        o->isa = sparge_cpu_best(sparge_uses_bf16(o));
+    if (sparge_cpu_has(o->isa) && sparge_uses_bf16(o) && !sparge_cpu_has_bf16(o->isa))
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "%s is %s, which has no products of bf16 here; %s has",
                            named ? "isa" : "SPARGE_ISA", sparge_isa_string(o->isa),
@@ -119,7 +115,7 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_
                                                         : o->block_q;
     o->skip_rows = sparge_min(o->skip_rows, o->block_q);
     const bool wants_isa = o->isa != SPARGE_ISA_AUTO && o->isa != SPARGE_ISA_SCALAR;
-    const bool wants_order = uses_bf16(o) && o->backend == SPARGE_REF &&
+    const bool wants_order = sparge_uses_bf16(o) && o->backend == SPARGE_REF &&
                              (o->isa == SPARGE_ISA_AVX512VNNI || o->isa == SPARGE_ISA_AMX);
     if (wants_isa && !wants_order && o->backend != SPARGE_AUTO && o->backend != SPARGE_CPU)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
@@ -143,10 +139,10 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_
         o->pv_dtype = SPARGE_INT8;
     if (o->backend == SPARGE_CPU)
         return sparge_resolve_cpu(o, error);
-    if (o->backend == SPARGE_CUDA && uses_bf16(o))
+    if (o->backend == SPARGE_CUDA && sparge_uses_bf16(o))
         return lacks(o->qk_dtype == SPARGE_BF16 ? "qk_dtype" : "pv_dtype", o, error);
     if (!wants_order)
-        o->isa = uses_bf16(o) ? SPARGE_ISA_AVX512VNNI : SPARGE_ISA_SCALAR;
+        o->isa = sparge_uses_bf16(o) ? SPARGE_ISA_AVX512VNNI : SPARGE_ISA_SCALAR;
     o->threads = 1;
     return o->backend == SPARGE_CUDA ? sparge_with_message(sparge_cuda_resolve(p, o, error), error)
                                      : SPARGE_OK;

@@ -13,6 +13,11 @@ typedef enum sparge_bf16_order {
     SPARGE_TDPBF16PS, /* AMX-BF16: tile by tile, odd and even elements apart */
 } sparge_bf16_order;
 
+static inline bool sparge_uses_bf16(const sparge_options *o)
+{
+    return o->qk_dtype == SPARGE_BF16 || o->pv_dtype == SPARGE_BF16;
+}
+
 enum { SPARGE_BF16_TILE = 32 }; /* elements of depth of one TDPBF16PS */
 
 SPARGE_HD sparge_bf16_order sparge_bf16_order_of(sparge_isa isa)

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/bf16.h"
 #include "tools/bench.h"
 #include "tools/compare.h"
 
@@ -31,11 +32,6 @@ typedef struct allowed {
  * mantissa) is off by half a step at most, 1/sqrt(3) of that in the mean, of itself and so of o.
  * What has no codes is rounded to f32, which was seen to cost 2e-6 in a row. o that is stored in 16
  * bits is off by 2^-9 of itself at most. bf16 is judged by the reference, which has its bits. */
-static bool in_bf16(const sparge_options *o)
-{
-    return o->qk_dtype == SPARGE_BF16 || o->pv_dtype == SPARGE_BF16;
-}
-
 static allowed from_oracle(const sparge_options *o, bool captured)
 {
     const double stored = o->backend == SPARGE_CUDA ? 0x1p-9 : 0.0;
@@ -44,7 +40,7 @@ static allowed from_oracle(const sparge_options *o, bool captured)
         : o->pv_dtype == SPARGE_FP8
             ? 0x1p-4 / sqrt(3.0)
             : sqrt((double)o->block_k / 12.0) / (o->pv_dtype == SPARGE_INT8 ? 127.0 : 4095.0);
-    if (o->pv_dtype == SPARGE_F32 || in_bf16(o))
+    if (o->pv_dtype == SPARGE_F32 || sparge_uses_bf16(o))
         return (allowed){1e-5 + stored, 1e-4 + stored};
     return captured ? (allowed){5.0 * coding + stored, 50.0 * coding + stored}
                     : (allowed){coding + stored, 2.0 * coding + stored};
@@ -62,7 +58,7 @@ static double from_f32(const sparge_options *o, bool captured)
 {
     const double qmax = o->qk_dtype == SPARGE_INT8 || o->pv_dtype == SPARGE_INT8 ? 127.0 : 2047.0;
     const double fp8 = o->pv_dtype == SPARGE_FP8 ? 2.0 * sqrt(2.0 / 3.0) * 0x1p-4 : 0.0;
-    const double bf16 = in_bf16(o) ? 4.0 * 0x1p-8 / sqrt(3.0) : 0.0;
+    const double bf16 = sparge_uses_bf16(o) ? 4.0 * 0x1p-8 / sqrt(3.0) : 0.0;
     return (captured ? 13.0 : 4.4) / qmax + fp8 + (captured ? 3.0 : 1.0) * bf16;
 }
 
@@ -127,9 +123,9 @@ static void rows_alloc(const sparge_problem *p, array_type type, array *out)
 static comparison distance(const sparge_problem *p, const sparge_options *options,
                            const sparge_mask *mask, const array *got)
 {
-    const bool exact = options->thresholds.lambda == -INFINITY && !in_bf16(options);
+    const bool exact = options->thresholds.lambda == -INFINITY && !sparge_uses_bf16(options);
     sparge_options reference = *options;
-    if (in_bf16(options))
+    if (sparge_uses_bf16(options))
         must_sparge(sparge_options_resolve(p, &reference, &library_error));
     else
         reference.isa = SPARGE_ISA_AUTO;
