@@ -11,6 +11,7 @@
  * between calls. It reads one environment variable: SPARGE_ISA, if options.isa is AUTO. A call runs
  * under the default floating-point environment and puts the caller's back.
  *
+ * sparge_methods.h has the other methods of the field, sparge_mask.h masks of single pairs.
  * sparge_inspect.h has names, ranges, intermediates, the oracle and the speed of this machine.
  * sparge_cuda.h has device memory, sparge_tune.h the tuner, sparge_order.h token orders. */
 #ifndef SPARGE_H
@@ -67,37 +68,52 @@ typedef struct sparge_problem {
     sparge_in q;      /* [batch][heads][q_len][dim] */
     sparge_in k;      /* [batch][kv_heads][k_len][dim] */
     sparge_in v;      /* [batch][kv_heads][k_len][dim_v]; sparge_predict ignores it */
+    /* [batch][kv_heads][k_len] is added to the scores of a key, in natural log units; or NULL. -inf
+     * hides the key, NaN and +inf make every row NaN that sees it. sparge_predict ignores it. */
+    const float *k_bias;
 } sparge_problem;
 
 /* bits[batch][head][q_block][words]: bit j % 32 of word j / 32 is set if key block j is computed.
- */
+ *
+ * A computed block may be attended in part. Those of row n = (batch * heads + head) * q_blocks + i
+ * stand from partial_first[n] to partial_first[n + 1] - 1 in the other arrays, by ascending key
+ * block. Bit t % 32 of word t / 32 of its query r is set if query r of the block attends to key t
+ * of the block. Blocks that stand in no row are attended whole. sparge_mask.h makes and reads all
+ * of it. */
 typedef struct sparge_mask {
     uint32_t *bits;
     int64_t batch, heads, q_blocks, k_blocks;
-    int64_t words; /* of a row, at least ceil(k_blocks / 32) */
+    int64_t words;          /* of a row, at least ceil(k_blocks / 32) */
+    int64_t *partial_first; /* [batch * heads * q_blocks + 1]; NULL: all blocks are whole */
+    int32_t *partial_block; /* [partials] */
+    uint32_t *partial_bits; /* [partials][block_q][ceil(block_k / 32)] */
 } sparge_mask;
 
 /* Allocates a mask in host memory, with no bit set. */
 sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem,
                                 const sparge_options *options, sparge_error *error);
-void sparge_mask_free(sparge_mask *mask); /* NULL and an empty mask are allowed */
+/* Frees all arrays, which malloc made. NULL and an empty mask are allowed. */
+void sparge_mask_free(sparge_mask *mask);
 bool sparge_mask_get(const sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j);
 void sparge_mask_set(sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j,
                      bool keep);
 
 /* Exact counts. A pair is a query block and a key block that some row of it sees. */
 typedef struct sparge_counts {
-    int64_t pairs;     /* visible pairs */
-    int64_t qk_done;   /* pairs with Q.K^T computed */
-    double pv_done;    /* pairs with P.V computed; a pair counts as its share of the rows */
-    int64_t tokens;    /* visible (query, key) pairs of tokens */
-    int64_t qk_tokens; /* tokens with Q.K^T computed, 2 * dim operations each */
-    int64_t pv_tokens; /* tokens with P.V computed, 2 * dim_v operations each */
+    int64_t pairs;       /* visible pairs */
+    int64_t qk_done;     /* pairs with Q.K^T computed, whole or in part */
+    double pv_done;      /* pairs with P.V computed; a pair counts as its share of the rows */
+    int64_t tokens;      /* visible (query, key) pairs of tokens */
+    int64_t tile_tokens; /* tokens of the pairs with Q.K^T computed, attended or not */
+    int64_t qk_tokens;   /* tokens attended, 2 * dim operations each */
+    int64_t pv_tokens;   /* tokens attended with P.V computed, 2 * dim_v operations each */
 } sparge_counts;
 
-double sparge_sparsity_qk(const sparge_counts *counts); /* 1 - qk_done / pairs */
-double sparge_sparsity_pv(const sparge_counts *counts); /* 1 - pv_done / pairs */
-double sparge_sparsity(const sparge_counts *counts);    /* their mean: the paper's (Sec 4.1) */
+double sparge_density_tokens(const sparge_counts *counts); /* qk_tokens / tokens */
+double sparge_density_blocks(const sparge_counts *counts); /* qk_done / pairs */
+double sparge_sparsity_qk(const sparge_counts *counts);    /* 1 - qk_done / pairs */
+double sparge_sparsity_pv(const sparge_counts *counts);    /* 1 - pv_done / pairs */
+double sparge_sparsity(const sparge_counts *counts);       /* their mean: the paper's (Sec 4.1) */
 
 typedef struct sparge_intermediates sparge_intermediates; /* sparge_inspect.h */
 
@@ -151,6 +167,20 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
  * invisible pairs are ignored. */
 sparge_status sparge_attend(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_result *result, sparge_error *error);
+
+/* What sparge_attend gave for one set of keys. */
+typedef struct sparge_partial {
+    sparge_in o;      /* [batch][heads][q_len][dim_v], in host memory as lse */
+    const float *lse; /* [batch][heads][q_len] */
+    float log_count;  /* natural log of how many keys each key stands for; 0: itself */
+} sparge_partial;
+
+/* Attention over disjoint sets of keys together: the mean of their o, weighted by
+ * exp(lse + log_count). A set without keys for a row, of which lse is -inf, adds nothing. Of the
+ * problem it reads batch, heads, q_len and dim_v. lse may be NULL. o and lse may be those of a
+ * part. */
+sparge_status sparge_merge(const sparge_problem *problem, const sparge_partial *part, int parts,
+                           const sparge_out *o, float *lse, sparge_error *error);
 
 SPARGE_END_DECLS
 

@@ -37,6 +37,9 @@ bool sparge_same_version(int a, int b);
 /* What all calls have in common. A mask of NULL is dense. */
 sparge_status sparge_check(const sparge_problem *p, const sparge_options *o, bool needs_v,
                            const sparge_mask *mask, sparge_error *error);
+sparge_status sparge_check_partials(const sparge_mask *mask, sparge_error *error);
+sparge_status sparge_check_part(const sparge_problem *p, const sparge_partial *part, int n,
+                                sparge_error *error);
 sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *result,
                                   sparge_error *error);
 
@@ -45,10 +48,11 @@ sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *
 sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
 sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error);
 
-/* ---- attention.c ---- */
+/* ---- mask.c ---- */
 
-/* A mask of the problem's shape without bits. */
+/* A mask of the problem's shape without bits, and then bits of 0 for it. */
 sparge_status sparge_mask_shape(sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                                 sparge_error *error);
+sparge_status sparge_mask_alloc_bits(sparge_mask *mask, sparge_error *error);
 
 #endif

@@ -1,82 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* attention.c: masks, and the stages on every backend. */
+/* attention.c: the stages on every backend. */
 #include "api/api.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/block_mask.h"
 #include "common/counts.h"
-#include "common/geometry.h"
 #include "cpu/cpu.h"
 #include "gpu/gpu.h"
 #include "ref/oracle.h"
 #include "ref/ref.h"
 
-/* A mask of the problem's shape without bits. */
-sparge_status sparge_mask_shape(sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
-                                sparge_error *error)
+double sparge_density_tokens(const sparge_counts *c)
 {
-    const sparge_geometry g =
-        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
-    const int64_t words = sparge_mask_row_words(g.k_blocks);
-    if (!sparge_fits(p->batch, p->heads, g.q_blocks, words, sizeof *mask->bits))
-        return sparge_fail(error, SPARGE_ERR_SHAPE, "mask of %lld x %lld blocks a head overflows",
-                           (long long)g.q_blocks, (long long)g.k_blocks);
-    *mask = (sparge_mask){NULL, p->batch, p->heads, g.q_blocks, g.k_blocks, words};
-    return SPARGE_OK;
+    return c->tokens ? (double)c->qk_tokens / (double)c->tokens : 0.0;
 }
 
-static sparge_status alloc_bits(sparge_mask *mask, sparge_error *error)
+double sparge_density_blocks(const sparge_counts *c)
 {
-    const int64_t total = mask->batch * mask->heads * mask->q_blocks * mask->words;
-    mask->bits = calloc(total ? (size_t)total : 1, sizeof *mask->bits);
-    return mask->bits ? SPARGE_OK : sparge_fail(error, SPARGE_ERR_MEMORY, "out of memory");
-}
-
-sparge_status sparge_mask_alloc(sparge_mask *mask, const sparge_problem *problem,
-                                const sparge_options *options, sparge_error *error)
-{
-    if (!mask)
-        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "mask is NULL");
-    *mask = (sparge_mask){0};
-    sparge_mask shape;
-    sparge_status status = sparge_check(problem, options, false, NULL, error);
-    if (!status)
-        status = sparge_mask_shape(&shape, problem, options, error);
-    if (!status)
-        status = alloc_bits(&shape, error);
-    if (!status)
-        *mask = shape;
-    return status;
-}
-
-void sparge_mask_free(sparge_mask *mask)
-{
-    if (mask) {
-        free(mask->bits);
-        *mask = (sparge_mask){0};
-    }
-}
-
-static uint32_t *mask_row(const sparge_mask *mask, int64_t batch, int64_t head, int64_t i)
-{
-    return mask->bits + ((batch * mask->heads + head) * mask->q_blocks + i) * mask->words;
-}
-
-bool sparge_mask_get(const sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j)
-{
-    return sparge_mask_row_get(mask_row(mask, batch, head, i), j);
-}
-
-void sparge_mask_set(sparge_mask *mask, int64_t batch, int64_t head, int64_t i, int64_t j,
-                     bool keep)
-{
-    uint32_t *row = mask_row(mask, batch, head, i);
-    if (keep)
-        sparge_mask_row_set(row, j);
-    else
-        sparge_mask_row_clear(row, j);
+    return c->pairs ? (double)c->qk_done / (double)c->pairs : 0.0;
 }
 
 double sparge_sparsity_qk(const sparge_counts *c)
@@ -121,6 +63,9 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
     sparge_status status = sparge_check(problem, options, false, mask, error);
     if (status)
         return status;
+    if (mask->partial_first)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "mask has partly attended blocks, which a prediction cannot set");
     sparge_options o = *options;
     status = sparge_resolve(problem, &o, error);
     if (!intermediates)
@@ -159,7 +104,16 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
                          sparge_error *error)
 {
     sparge_options o = *options;
+    const char *const lacking = problem->k_bias               ? "k_bias"
+                                : mask && mask->partial_first ? "partly attended blocks"
+                                                              : NULL;
+    if (o.backend == SPARGE_AUTO && lacking)
+        o.backend = SPARGE_REF;
     sparge_status status = sparge_resolve(problem, &o, error);
+    if (!status && lacking && o.backend != SPARGE_REF)
+        status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                             "the %s backend does not take %s, but ref does",
+                             sparge_backend_string(o.backend), lacking);
     if (status)
         return status;
     sparge_result now = {
@@ -193,6 +147,8 @@ sparge_status sparge_attend(const sparge_problem *problem, const sparge_options 
 {
     SPARGE_OWN_ARITHMETIC;
     sparge_status status = sparge_check(problem, options, true, mask, error);
+    if (!status && mask && options->backend != SPARGE_CUDA)
+        status = sparge_check_partials(mask, error);
     if (!status)
         status = sparge_check_result(problem, result, error);
     return status ? status : run(problem, options, NULL, mask, result, error);
@@ -206,13 +162,17 @@ sparge_status sparge_attention(const sparge_problem *problem, const sparge_optio
         sparge_check(problem, options, true, result ? result->mask : NULL, error);
     if (!status)
         status = sparge_check_result(problem, result, error);
+    if (!status && result->mask && result->mask->partial_first)
+        status = sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                             "result.mask has partly attended blocks, which a prediction cannot "
+                             "set");
     if (status)
         return status;
     sparge_mask own = {0};
     if (!result->mask)
         status = sparge_mask_shape(&own, problem, options, error);
     if (!status && !result->mask && options->backend != SPARGE_CUDA) /* which has a workspace */
-        status = alloc_bits(&own, error);
+        status = sparge_mask_alloc_bits(&own, error);
     if (!status)
         status = run(problem, options, result->mask ? result->mask : &own, NULL, result, error);
     sparge_mask_free(&own);
@@ -228,6 +188,8 @@ sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options 
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "mode is %d, it must be one of sparge_oracle_mode", (int)mode);
     sparge_status status = sparge_check(problem, options, o != NULL, mask, error);
+    if (!status && mask)
+        status = sparge_check_partials(mask, error);
     if (status)
         return status;
     sparge_options real = *options; /* bf16 has no codes */

@@ -185,8 +185,7 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
 static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p,
                                 const sparge_options *o, sparge_error *error)
 {
-    const sparge_geometry g =
-        sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, SPARGE_CAUSAL_NONE);
+    const sparge_geometry g = sparge_geometry_of(p, o);
     if (mask->batch != p->batch || mask->heads != p->heads || mask->q_blocks != g.q_blocks ||
         mask->k_blocks != g.k_blocks)
         return sparge_fail(error, SPARGE_ERR_SHAPE,
@@ -202,6 +201,41 @@ static sparge_status check_mask(const sparge_mask *mask, const sparge_problem *p
                            (long long)sparge_mask_row_words(g.k_blocks));
     if (!mask->bits)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "mask.bits is NULL");
+    if (mask->partial_first && (!mask->partial_block || !mask->partial_bits))
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "mask.%s is NULL beside partial_first",
+                           mask->partial_block ? "partial_bits" : "partial_block");
+    return SPARGE_OK;
+}
+
+/* The partly attended blocks of a mask in host memory: in order, once, and of kept blocks. */
+sparge_status sparge_check_partials(const sparge_mask *mask, sparge_error *error)
+{
+    const int64_t lines = mask->batch * mask->heads * mask->q_blocks, *first = mask->partial_first;
+    if (first && first[0] != 0)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "mask.partial_first[0] is %lld, not 0",
+                           (long long)first[0]);
+    for (int64_t n = 0; n < lines && first; n++) {
+        const int64_t i = n % mask->q_blocks, head = n / mask->q_blocks;
+        if (first[n + 1] < first[n])
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT, "mask.partial_first falls at %lld",
+                               (long long)n);
+        for (int64_t at = first[n]; at < first[n + 1]; at++) {
+            const int64_t j = mask->partial_block[at];
+            const char *wrong = j < 0 || j >= mask->k_blocks ? "is not in the mask"
+                                : !sparge_mask_row_get(mask->bits + n * mask->words, j)
+                                    ? "is attended in part and not kept"
+                                : at > first[n] && j == mask->partial_block[at - 1]
+                                    ? "is attended in part twice"
+                                : at > first[n] && j < mask->partial_block[at - 1]
+                                    ? "is attended in part after a later one"
+                                    : NULL;
+            if (wrong)
+                return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                                   "block (%lld, %lld, %lld, %lld) of the mask %s",
+                                   (long long)(head / mask->heads), (long long)(head % mask->heads),
+                                   (long long)i, (long long)j, wrong);
+        }
+    }
     return SPARGE_OK;
 }
 
@@ -234,6 +268,22 @@ sparge_status sparge_check(const sparge_problem *p, const sparge_options *o, boo
     if (!status && mask)
         status = check_mask(mask, p, o, error);
     return status ? status : sparge_succeed(error);
+}
+
+/* Part n of those that are merged. */
+sparge_status sparge_check_part(const sparge_problem *p, const sparge_partial *part, int n,
+                                sparge_error *error)
+{
+    char name[32];
+    const bool empty = p->batch == 0 || p->q_len == 0;
+    snprintf(name, sizeof name, "part[%d].o", n);
+    if (!part->lse && !empty)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "part[%d].lse is NULL", n);
+    if (!(part->log_count >= -FLT_MAX && part->log_count <= FLT_MAX))
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "part[%d].log_count is %g, it must be finite", n,
+                           (double)part->log_count);
+    return check_view(name, part->o.data, part->o.dtype, empty, error);
 }
 
 sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *result,

@@ -44,6 +44,9 @@ static sparge_status check_input(const sparge_problem *inputs, int64_t n, const 
             (long long)n, (long long)p->heads, (long long)p->kv_heads, (long long)p->dim,
             (long long)p->dim_v, (long long)first->heads, (long long)first->kv_heads,
             (long long)first->dim, (long long)first->dim_v);
+    if (p->k_bias)
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "input %lld has a k_bias, which the tuner does not take", (long long)n);
     if (o->causal == SPARGE_CAUSAL_START && p->q_len > p->k_len)
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "input %lld has more queries, %lld, than keys, %lld, under START",

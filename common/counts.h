@@ -8,7 +8,7 @@
 /* A part of a head, in integers, which have one sum in any order. */
 typedef struct sparge_tally {
     int64_t pairs, tokens; /* visible: (query block, key block), (query, key) */
-    int64_t qk_done, qk_tokens, pv_tokens;
+    int64_t qk_done, tile_tokens, qk_tokens, pv_tokens;
     int64_t pv_rows[2]; /* [short query block]: rows whose P.V was computed, once a key block */
 } sparge_tally;
 
@@ -21,12 +21,13 @@ SPARGE_HD sparge_tally sparge_tally_zero(void)
     return t;
 }
 
-/* Rows of query block i over a key block whose scores were computed. They see `tokens` (query, key)
- * pairs of it; done: and their P.V was computed. Whoever calls it adds 1 to qk_done for the block.
- */
+/* Rows of query block i over a key block whose scores were computed. They see `visible` (query,
+ * key) pairs of it and attend to `tokens` of these; done: and their P.V was computed. Whoever calls
+ * it adds 1 to qk_done for the block. */
 SPARGE_HD void sparge_tally_rows(sparge_tally *t, const sparge_geometry *g, int64_t i, int64_t rows,
-                                 int64_t tokens, bool done)
+                                 int64_t visible, int64_t tokens, bool done)
 {
+    t->tile_tokens += visible;
     t->qk_tokens += tokens;
     t->pv_tokens += done ? tokens : 0;
     t->pv_rows[sparge_block_rows(g->q_len, g->block_q, i) < g->block_q] += done ? rows : 0;
@@ -37,6 +38,7 @@ SPARGE_HD void sparge_tally_add(sparge_tally *to, const sparge_tally *t)
     to->pairs += t->pairs;
     to->tokens += t->tokens;
     to->qk_done += t->qk_done;
+    to->tile_tokens += t->tile_tokens;
     to->qk_tokens += t->qk_tokens;
     to->pv_tokens += t->pv_tokens;
     to->pv_rows[0] += t->pv_rows[0];
@@ -53,6 +55,7 @@ SPARGE_HD sparge_counts sparge_tally_counts(const sparge_tally *t, const sparge_
     c.pv_done = (double)t->pv_rows[0] / (double)g->block_q +
                 (double)t->pv_rows[1] / (double)sparge_max(1, g->q_len % g->block_q);
     c.tokens = t->tokens;
+    c.tile_tokens = t->tile_tokens;
     c.qk_tokens = t->qk_tokens;
     c.pv_tokens = t->pv_tokens;
     return c;
@@ -65,6 +68,7 @@ SPARGE_HD void sparge_counts_add(sparge_counts *to, const sparge_counts *c)
     to->qk_done += c->qk_done;
     to->pv_done += c->pv_done;
     to->tokens += c->tokens;
+    to->tile_tokens += c->tile_tokens;
     to->qk_tokens += c->qk_tokens;
     to->pv_tokens += c->pv_tokens;
 }

@@ -32,6 +32,11 @@ SPARGE_HD sparge_geometry sparge_geometry_make(int64_t q_len, int64_t k_len, int
     return g;
 }
 
+SPARGE_HD sparge_geometry sparge_geometry_of(const sparge_problem *p, const sparge_options *o)
+{
+    return sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal);
+}
+
 SPARGE_HD int64_t sparge_block_rows(int64_t len, int64_t block, int64_t i)
 {
     return sparge_min(block, len - i * block);
@@ -54,6 +59,19 @@ SPARGE_HD int64_t sparge_keys_visible(const sparge_geometry *g, int64_t t, int64
 {
     const int64_t visible = sparge_last_key(g, t) + 1 - j * g->block_k;
     return sparge_max(0, sparge_min(visible, g->block_k));
+}
+
+/* How many (query, key) pairs of so many queries and key block j are visible. */
+SPARGE_HD int64_t sparge_pairs_visible(const sparge_geometry *g, int64_t first, int64_t queries,
+                                       int64_t j)
+{
+    const int64_t keys = sparge_block_rows(g->k_len, g->block_k, j);
+    int64_t pairs = 0;
+    if (sparge_keys_visible(g, first, j) == keys) /* the first one sees least */
+        return queries * keys;
+    for (int64_t t = first; t < first + queries; t++)
+        pairs += sparge_keys_visible(g, t, j);
+    return pairs;
 }
 
 /* How many key blocks some row of query block i may see: the first ones. */

@@ -30,6 +30,15 @@ SPARGE_HD float sparge_row_local(float most, float scale)
     return sparge_finite(scale) ? scale * most + 0.0f : NAN;
 }
 
+/* A score with the bias of its key, in log2 units: from then on its scale is 1. Two roundings. NaN
+ * if the scale is not finite. A bias of -inf hides the key instead. */
+SPARGE_HD float sparge_score_biased(float s, float scale, float bias)
+{
+    return sparge_finite(scale) ? scale * s + bias * SPARGE_LOG2E : NAN;
+}
+
+SPARGE_HD bool sparge_bias_hides(float bias) { return bias == -INFINITY; }
+
 /* ---- Lambda (lines 14-16) ---- */
 
 /* How near a block's largest score comes to the row's maximum: -inf (no vote) if the row sees no

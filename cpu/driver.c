@@ -338,7 +338,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
                 .o = o,
                 .intermediates = intermediates,
                 .kernels = sparge_cpu_kernels(o->isa),
-                .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal),
+                .g = sparge_geometry_of(p, o),
                 .predicted = predicted,
                 .mask = mask,
                 .result = result,

@@ -192,7 +192,7 @@ static int64_t attend_chunk(const sparge_work *w, sparge_scratch *t, sparge_q_bl
         if (w->kv.nonfinite[x.n])
             spread_nonfinite(w, t, &x, kv, done);
         t->pv_done[x.j] += done ? (float)x.queries : 0.0f;
-        sparge_tally_rows(&block->tally, g, block->i, x.queries, pairs, done);
+        sparge_tally_rows(&block->tally, g, block->i, x.queries, pairs, pairs, done);
         x.j = next;
     } while (--left > 0 && x.j < visible);
     return x.j;

@@ -15,18 +15,6 @@ static __device__ bool skips(const work &w, const query_block &q, int r, int64_t
     return w.may_skip && sparge_mask_row_get(skipped_row(w, q, r), j);
 }
 
-/* (query, key) pairs that rows r0 .. r1 - 1 see of block j. Row r0 sees least. */
-static __device__ int64_t tokens_of(const work &w, const query_block &q, int r0, int r1, int64_t j)
-{
-    const int64_t keys = sparge_block_rows(w.g.k_len, BLOCK_K, j);
-    if (sparge_keys_visible(&w.g, q.first + r0, j) == keys)
-        return (r1 - r0) * keys;
-    int64_t sum = 0;
-    for (int r = r0; r < r1; r++)
-        sum += sparge_keys_visible(&w.g, q.first + r, j);
-    return sum;
-}
-
 static __device__ void count_block(const work &w, const query_block &q, int64_t j,
                                    sparge_tally *tally)
 {
@@ -36,7 +24,8 @@ static __device__ void count_block(const work &w, const query_block &q, int64_t 
     for (int r0 = 0; r0 < all; r0 += group) {
         const int r1 = (int)sparge_min(all, r0 + group);
         const bool done = !skips(w, q, r0, j);
-        sparge_tally_rows(tally, &w.g, q.i, r1 - r0, tokens_of(w, q, r0, r1, j), done);
+        const int64_t tokens = sparge_pairs_visible(&w.g, q.first + r0, r1 - r0, j);
+        sparge_tally_rows(tally, &w.g, q.i, r1 - r0, tokens, tokens, done);
         rows_done += done ? r1 - r0 : 0;
     }
     if (w.pv_done)

@@ -35,18 +35,51 @@ void sparge_ref_score(sparge_ref_work *w)
         }
 }
 
-/* Line 11: m_local of every row. */
-static void local_maxima(const sparge_geometry *g, sparge_ref_tile *tile)
+/* Which pairs of the tile are attended. */
+static void hide(sparge_ref_work *w)
 {
+    sparge_ref_tile *tile = &w->tile;
+    const sparge_geometry *g = &w->g;
+    const int64_t words = sparge_mask_row_words(g->block_k);
+    const uint32_t *partial = sparge_mask_partial_at(w->mask, w->n * g->q_blocks + tile->i, tile->j,
+                                                     g->block_q, g->block_k);
     for (int64_t r = 0; r < tile->rows; r++) {
         tile->visible[r] = sparge_keys_visible(g, tile->first_q + r, tile->j);
+        tile->attended[r] = 0;
+        for (int64_t t = 0; t < tile->visible[r]; t++) {
+            const bool by_mask = partial && !sparge_mask_row_get(partial + r * words, t);
+            const bool by_bias = w->k_bias && sparge_bias_hides(w->k_bias[tile->first_k + t]);
+            tile->hidden[r * tile->keys + t] = by_mask || by_bias;
+            tile->attended[r] += !by_mask && !by_bias;
+        }
+    }
+}
+
+static void add_bias(sparge_ref_work *w)
+{
+    sparge_ref_tile *tile = &w->tile;
+    if (!w->k_bias)
+        return;
+    for (int64_t r = 0; r < tile->rows; r++)
+        for (int64_t t = 0; t < tile->keys; t++) {
+            float *s = &tile->s[r * tile->keys + t];
+            *s = sparge_score_biased(*s, tile->scale, w->k_bias[tile->first_k + t]);
+        }
+    tile->scale = 1.0f;
+}
+
+/* Line 11: m_local of every row. */
+static void local_maxima(sparge_ref_tile *tile)
+{
+    for (int64_t r = 0; r < tile->rows; r++) {
         float most = -INFINITY;
         for (int64_t t = 0; t < tile->visible[r]; t++) {
             const float s = tile->s[r * tile->keys + t];
-            most = s > most || s != s ? s : most; /* a NaN stays */
+            if (!tile->hidden[r * tile->keys + t])
+                most = s > most || s != s ? s : most; /* a NaN stays */
         }
         tile->most[r] = most;
-        tile->local[r] = tile->visible[r] ? sparge_row_local(most, tile->scale) : -INFINITY;
+        tile->local[r] = tile->attended[r] ? sparge_row_local(most, tile->scale) : -INFINITY;
     }
 }
 
@@ -64,6 +97,8 @@ void sparge_ref_accumulate_pv(sparge_ref_work *w, int64_t r)
     int32_t sum = 0;
     memset(tile->product, 0, (size_t)v->dim * sizeof *tile->product);
     for (int64_t t = 0; t < tile->visible[r]; t++) {
+        if (tile->hidden[r * tile->keys + t])
+            continue;
         const int32_t p =
             sparge_weight_code(tile->s[r * tile->keys + t], tile->most[r], tile->scale, qmax);
         sum += p;
@@ -86,13 +121,13 @@ static void skip_groups(sparge_ref_work *w, float lambda)
         const int64_t r1 = sparge_min(tile->rows, r0 + w->o->skip_rows);
         float gap = -INFINITY;
         for (int64_t r = r0; r < r1; r++)
-            gap = fmaxf(gap, sparge_row_gap(&tile->row[r], tile->local[r], tile->visible[r] > 0));
+            gap = fmaxf(gap, sparge_row_gap(&tile->row[r], tile->local[r], tile->attended[r] > 0));
         const bool skips = sparge_group_skips(gap, lambda);
         for (int64_t r = r0; r < r1; r++) {
             tile->done[r] = !skips;
-            if (tile->visible[r] && !skips)
+            if (tile->attended[r] && !skips)
                 w->mode.accumulate_pv(w, r);
-            else if (tile->visible[r] && w->mode.skipped)
+            else if (tile->attended[r] && w->mode.skipped)
                 w->mode.skipped(w, r);
         }
     }
@@ -117,8 +152,10 @@ static void finish_row(const sparge_ref_work *w, int64_t r)
 }
 
 /* Lines 7-21: one query block through its kept key blocks, in ascending order. */
-void sparge_ref_attend_block(sparge_ref_work *w, int64_t i, const uint32_t *kept)
+void sparge_ref_attend_block(sparge_ref_work *w, int64_t i)
 {
+    const uint32_t *kept =
+        w->mask ? w->mask->bits + (w->n * w->g.q_blocks + i) * w->mask->words : NULL;
     const int64_t visible = sparge_blocks_visible(&w->g, i);
     const float lambda = sparge_thresholds_of(w->o, w->h)->lambda;
     sparge_ref_tile *tile = &w->tile;
@@ -137,7 +174,9 @@ void sparge_ref_attend_block(sparge_ref_work *w, int64_t i, const uint32_t *kept
         tile->first_k = j * w->g.block_k;
         tile->keys = sparge_block_rows(w->g.k_len, w->g.block_k, j);
         w->mode.score(w);
-        local_maxima(&w->g, tile);
+        hide(w);
+        add_bias(w);
+        local_maxima(tile);
         skip_groups(w, left > w->mode.never_skip ? lambda : -INFINITY);
         sparge_ref_record_tile(w);
     }

@@ -94,6 +94,8 @@ static void lay_out(arena *a, sparge_ref_work *w)
     w->tile = (sparge_ref_tile){
         .s = take(a, block_q * block_k, sizeof(float)),
         .visible = take(a, block_q, sizeof(int64_t)),
+        .hidden = take(a, block_q * block_k, sizeof(bool)),
+        .attended = take(a, block_q, sizeof(int64_t)),
         .most = take(a, block_q, sizeof(float)),
         .local = take(a, block_q, sizeof(float)),
         .done = take(a, block_q, sizeof(bool)),
@@ -172,7 +174,7 @@ static sparge_status predict_head(sparge_ref_work *w, sparge_mask *mask)
     return status;
 }
 
-static sparge_status attend_head(sparge_ref_work *w, const sparge_mask *mask)
+static sparge_status attend_head(sparge_ref_work *w)
 {
     sparge_status status = SPARGE_OK;
     const int64_t first = w->n * w->g.q_blocks;
@@ -180,7 +182,7 @@ static sparge_status attend_head(sparge_ref_work *w, const sparge_mask *mask)
     if (w->mode.round_qk) /* the prediction takes q as it is */
         w->mode.round_qk(&w->q);
     for (int64_t i = 0; i < w->g.q_blocks && !status; i++) {
-        sparge_ref_attend_block(w, i, mask ? mask->bits + (first + i) * mask->words : NULL);
+        sparge_ref_attend_block(w, i);
         status = go_on(w, first + i + 1);
     }
     w->result->head_counts[w->n] = sparge_tally_counts(&w->tally, &w->g);
@@ -198,7 +200,8 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         .o = o,
         .intermediates = intermediates,
         .result = result,
-        .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal),
+        .mask = mask,
+        .g = sparge_geometry_of(p, o),
         .mode = mode_of(p, o),
     };
     lay_out(&a, &w);
@@ -210,6 +213,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
         w.b = w.n / p->heads;
         w.h = w.n % p->heads;
         w.kv = w.n / gqa;
+        w.k_bias = p->k_bias ? p->k_bias + w.kv * p->k_len : NULL;
         if (w.n % gqa == 0)
             load_keys(&w, predicted);
         load_queries(&w);
@@ -218,7 +222,7 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
             status = predict_head(&w, predicted);
         const double judged = sparge_seconds();
         if (result && !status)
-            status = attend_head(&w, mask);
+            status = attend_head(&w);
         loading += loaded - begin;
         predicting += judged - loaded;
         attending += sparge_seconds() - judged;

@@ -40,8 +40,8 @@ typedef struct work {
     float *mean;    /* [dim] of the keys of one kv head; 0 where they are not smoothed */
     double *q;      /* [block_q][dim] one query block */
     double *k, *v;  /* [k_len][dim], [k_len][dim_v] one kv head */
-    int64_t *key;   /* [k_len] the keys that the mask keeps for one query block, ascending */
-    double *weight; /* [k_len] what one row pays to each of them */
+    int64_t *key;   /* [k_len] the keys that one row attends to, ascending */
+    double *weight; /* [k_len] what it pays to each of them */
     int64_t v_rows; /* keys whose v shares steps: a block's, or all */
 } work;
 
@@ -142,10 +142,24 @@ static void load_keys(const work *w, int64_t b, int64_t g, bool needs_v)
     }
 }
 
-static bool kept(const sparge_mask *mask, int64_t b, int64_t h, int64_t i, int64_t j)
+static bool bit(const uint32_t *row, int64_t n) { return row[n / 32] >> n % 32 & 1; }
+
+/* Does the mask let query t of a head attend to the key? */
+static bool kept(const work *w, int64_t b, int64_t h, int64_t t, int64_t key)
 {
-    const int64_t row = mask ? ((b * mask->heads + h) * mask->q_blocks + i) * mask->words : 0;
-    return !mask || (mask->bits[row + j / 32] >> j % 32 & 1);
+    const sparge_mask *m = w->mask;
+    const int64_t block_q = w->options->block_q, block_k = w->options->block_k, j = key / block_k;
+    if (!m)
+        return true;
+    const int64_t line = (b * m->heads + h) * m->q_blocks + t / block_q;
+    if (!bit(m->bits + line * m->words, j))
+        return false;
+    const int64_t words = (block_k + 31) / 32;
+    for (int64_t n = m->partial_first ? m->partial_first[line] : 0;
+         m->partial_first && n < m->partial_first[line + 1]; n++)
+        if (m->partial_block[n] == j)
+            return bit(m->partial_bits + (n * block_q + t % block_q) * words, key % block_k);
+    return true;
 }
 
 /* Query block i of one head. o, lse and mass point at the block's own results, or are NULL. */
@@ -160,10 +174,9 @@ static void attend(const work *w, int64_t b, int64_t h, int64_t i, double *o, do
         for (int64_t c = 0; c < dim; c++)
             w->block[r * dim + c] = element(&p->q, b, h, first + r, c);
     dequantize(w->q, w->block, rows * dim, 1, w->qk);
-    int64_t all = 0;
-    for (int64_t t = 0; t < p->k_len; t++)
-        if (kept(w->mask, b, h, i, t / block_k))
-            w->key[all++] = t;
+    const float *bias = p->k_bias;
+    if (bias)
+        bias += (b * p->kv_heads + h / (p->heads / p->kv_heads)) * p->k_len;
     for (int64_t j = 0; mass && j < w->k_blocks; j++)
         mass[j] = 0.0;
 
@@ -171,16 +184,17 @@ static void attend(const work *w, int64_t b, int64_t h, int64_t i, double *o, do
         int64_t last = p->k_len - 1; /* the last key that this row may see */
         if (w->options->causal != SPARGE_CAUSAL_NONE)
             last = first + r + (w->options->causal == SPARGE_CAUSAL_END ? p->k_len - p->q_len : 0);
-        int64_t keys = all;
-        while (keys > 0 && w->key[keys - 1] > last)
-            keys--;
+        int64_t keys = 0;
+        for (int64_t t = 0; t < p->k_len && t <= last; t++)
+            if (kept(w, b, h, first + r, t) && !(bias && bias[t] == -INFINITY))
+                w->key[keys++] = t;
 
         double top = -INFINITY, sum = 0.0, lost = 0.0;
         for (int64_t n = 0; n < keys; n++) {
             double dot = 0.0;
             for (int64_t c = 0; c < dim; c++)
                 dot += w->q[r * dim + c] * w->k[w->key[n] * dim + c];
-            w->weight[n] = w->softmax_scale * dot;
+            w->weight[n] = w->softmax_scale * dot + (bias ? (double)bias[w->key[n]] : 0.0);
             top = fmax(top, w->weight[n]);
         }
         for (int64_t n = 0; n < keys; n++)

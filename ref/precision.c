@@ -58,8 +58,8 @@ static void accumulate_bf16(sparge_ref_work *w, int64_t r)
     float *o = &tile->o[r * dim], sum[16] = {0};
     const float shrink = sparge_row_update_max(row, tile->local[r]);
     for (int64_t t = 0; t < keys; t++) {
-        tile->p[t] =
-            sparge_bf16_of(sparge_weight(tile->s[r * tile->keys + t], tile->scale, row->max));
+        const float p = sparge_weight(tile->s[r * tile->keys + t], tile->scale, row->max);
+        tile->p[t] = sparge_bf16_of(tile->hidden[r * tile->keys + t] ? 0.0f : p);
         sum[t % 16] += sparge_bf16_to_f32(tile->p[t]);
     }
     row->sum += sparge_sum_of(sum);
@@ -81,6 +81,8 @@ static void accumulate(sparge_ref_work *w, int64_t r, float (*round_to)(float))
     for (int64_t c = 0; c < dim; c++)
         o[c] *= shrink;
     for (int64_t t = 0; t < tile->visible[r]; t++) {
+        if (tile->hidden[r * tile->keys + t])
+            continue;
         const float p = sparge_weight(tile->s[r * tile->keys + t], tile->scale, row->max);
         const float *v = &w->v.x[(tile->first_k + t) * dim], rounded = round_to(p);
         sum[t % 16] += p;

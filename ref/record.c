@@ -60,7 +60,7 @@ static void mark_nonfinite(sparge_ref_work *w)
         if (!k && !any(v, w->v.dim))
             continue;
         for (int64_t r = 0; r < tile->rows; r++) {
-            if (t >= tile->visible[r])
+            if (t >= tile->visible[r] || tile->hidden[r * tile->keys + t])
                 continue;
             w->row_nonfinite[r] |= k;
             for (int64_t c = 0; tile->done[r] && c < w->v.dim; c++)
@@ -76,7 +76,8 @@ void sparge_ref_record_tile(sparge_ref_work *w)
     int64_t done = 0;
     for (int64_t r = 0; r < tile->rows; r++) {
         done += tile->done[r];
-        sparge_tally_rows(&w->tally, &w->g, tile->i, 1, tile->visible[r], tile->done[r]);
+        sparge_tally_rows(&w->tally, &w->g, tile->i, 1, tile->visible[r], tile->attended[r],
+                          tile->done[r]);
     }
     mark_nonfinite(w);
     w->tally.qk_done++;

@@ -48,7 +48,7 @@ void sparge_ref_keep_forced(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_codes(sparge_ref_tensor *, float slack);     /* line 3 */
 void sparge_ref_score(sparge_ref_work *);                    /* line 10 */
 void sparge_ref_accumulate_pv(sparge_ref_work *, int64_t r); /* lines 12, 13, 16 */
-void sparge_ref_attend_block(sparge_ref_work *, int64_t i, const uint32_t *kept); /* lines 7-21 */
+void sparge_ref_attend_block(sparge_ref_work *, int64_t i);  /* lines 7-21 */
 
 /* ---- record.c: what is told beside o ---- */
 

@@ -24,8 +24,9 @@ static void skipped_paper(sparge_ref_work *w, int64_t r)
 {
     sparge_ref_tile *tile = &w->tile;
     for (int64_t t = 0; t < tile->visible[r]; t++)
-        tile->row[r].sum +=
-            sparge_weight(tile->s[r * tile->keys + t], tile->scale, tile->row[r].max);
+        if (!tile->hidden[r * tile->keys + t])
+            tile->row[r].sum +=
+                sparge_weight(tile->s[r * tile->keys + t], tile->scale, tile->row[r].max);
 }
 
 /* ---- rules = upstream ---- */

@@ -52,7 +52,9 @@ typedef struct sparge_ref_tile {
     float *s;                       /* [rows][keys] scores */
     float scale;                    /* of s, to log2 units */
     int64_t *visible;    /* [rows] keys of block j that the row may see: the first ones */
-    float *most, *local; /* [rows] the largest visible s; m_local, the same in log2 units */
+    bool *hidden;        /* [rows][keys] of those: by the mask, or by a bias of -inf */
+    int64_t *attended;   /* [rows] how many of those are not hidden */
+    float *most, *local; /* [rows] the largest attended s; m_local, the same in log2 units */
     bool *done;          /* [rows] P.V of this tile was computed */
     sparge_row *row;     /* [rows] m and l */
     float *o;            /* [rows][dim_v], not yet divided by l */
@@ -64,13 +66,15 @@ typedef struct sparge_ref_work {
     const sparge_problem *p;
     const sparge_options *o;
     const sparge_intermediates *intermediates;
-    sparge_result *result; /* NULL: prediction alone */
+    sparge_result *result;   /* NULL: prediction alone */
+    const sparge_mask *mask; /* to attend over; NULL: dense */
     sparge_geometry g;
     sparge_ref_mode mode;
 
     int64_t b, h, n, kv;       /* the query head at hand; it and its key head over the batch */
     sparge_ref_tensor q, k, v; /* of them */
     float *mean;               /* [dim] the mean key, or NULL */
+    const float *k_bias;       /* [k_len], or NULL */
     float *v_scale;            /* [dim_v] of o at the end: 1, but under fp8 the scale of V */
 
     float *k_pool;                 /* [k_blocks][dim] */

@@ -39,7 +39,16 @@ static void measure_machine(bench *b, int isa, int thread)
     const float one = 1.0f;
     float o;
     const sparge_in in = {&one, SPARGE_F32, 1, 1, 1};
-    const sparge_problem p = {1, 1, 1, 1, 1, 1, 1, in, in, in};
+    const sparge_problem p = {.batch = 1,
+                              .heads = 1,
+                              .kv_heads = 1,
+                              .q_len = 1,
+                              .k_len = 1,
+                              .dim = 1,
+                              .dim_v = 1,
+                              .q = in,
+                              .k = in,
+                              .v = in};
     sparge_result ran = {.o = {&o, SPARGE_F32, 1, 1, 1}};
     bench_machine *m = &b->machine[isa * BENCH_LIST + thread];
     must_sparge(sparge_attend(&p, &options, NULL, &ran, &library_error));

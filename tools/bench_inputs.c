@@ -54,9 +54,16 @@ static void make_views(int64_t heads, int64_t len, int64_t dim, sparge_dtype dty
     sparge_in view[3];
     for (int n = 0; n < 3; n++)
         view[n] = (sparge_in){out->tensor[n].data, dtype, heads * len * dim, len * dim, dim};
-    out->problem = (sparge_problem){
-        1, heads, heads, len, len, dim, dim, view[0], view[1], view[2],
-    };
+    out->problem = (sparge_problem){.batch = 1,
+                                    .heads = heads,
+                                    .kv_heads = heads,
+                                    .q_len = len,
+                                    .k_len = len,
+                                    .dim = dim,
+                                    .dim_v = dim,
+                                    .q = view[0],
+                                    .k = view[1],
+                                    .v = view[2]};
 }
 
 void bench_synthetic(int64_t heads, int64_t len, int64_t dim, inputs *out)

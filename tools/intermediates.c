@@ -146,7 +146,7 @@ void intermediates_free(intermediate_arrays *d)
 
 sparge_geometry geometry_of(const sparge_problem *p, const sparge_options *o)
 {
-    return sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal);
+    return sparge_geometry_of(p, o);
 }
 
 int64_t block_tokens(const sparge_geometry *g, int64_t i, int64_t j)

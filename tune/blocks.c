@@ -147,7 +147,12 @@ static sparge_status load_whole(tune_blocks *b, tune_input *x, const uint32_t *k
         .k = view(&x->smooth, 0, dim, keys * dim),
         .v = view(&x->v, 0, dim_v, keys * dim_v),
     };
-    const sparge_mask mask = {tune_data(&part->bits), part->count, 1, 1, 1, 1};
+    const sparge_mask mask = {.bits = tune_data(&part->bits),
+                              .batch = part->count,
+                              .heads = 1,
+                              .q_blocks = 1,
+                              .k_blocks = 1,
+                              .words = 1};
     for (int64_t j = 0; j < part->count && kept; j++)
         ((uint32_t *)part->bits.host)[j] = sparge_mask_row_get(kept, j);
     part->first = 0;
@@ -175,12 +180,12 @@ static sparge_status load_edge(tune_blocks *b, tune_input *x, const uint32_t *ke
         .v = view(&x->v, first, dim_v, 0),
     };
     const sparge_mask mask = {
-        tune_data(&part->bits),
-        part->count,
-        1,
-        sparge_ceil_div(part->rows, g->block_q),
-        part->count,
-        sparge_mask_row_words(part->count),
+        .bits = tune_data(&part->bits),
+        .batch = part->count,
+        .heads = 1,
+        .q_blocks = sparge_ceil_div(part->rows, g->block_q),
+        .k_blocks = part->count,
+        .words = sparge_mask_row_words(part->count),
     };
     const int64_t words = mask.q_blocks * mask.words;
     uint32_t *bits = part->bits.host;

@@ -87,8 +87,12 @@ static sparge_status predict(tune_input *x, tune_array *mean, sparge_error *erro
             .q_sim = tune_data(&part[1]),
             .k_sim = tune_data(&part[2]),
         };
-        sparge_mask mask = {tune_data(&bits), 1,           1,
-                            g->q_blocks,      g->k_blocks, words}; /* nobody reads it */
+        sparge_mask mask = {.bits = tune_data(&bits), /* nobody reads it */
+                            .batch = 1,
+                            .heads = 1,
+                            .q_blocks = g->q_blocks,
+                            .k_blocks = g->k_blocks,
+                            .words = words};
         status = sparge_predict(&x->problem, &o, &mask, &intermediates, error);
     }
     float **const to[3] = {&x->s, &x->q_sim, &x->k_sim};
@@ -165,7 +169,7 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
     const int64_t kv = head / (p->heads / p->kv_heads);
     *x = (tune_input){
         .o = o,
-        .g = sparge_geometry_make(p->q_len, p->k_len, o->block_q, o->block_k, o->causal),
+        .g = sparge_geometry_of(p, o),
     };
     tune_array mean = {0};
     sparge_status status =
@@ -174,16 +178,16 @@ sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t ba
         status = load(&x->k, &p->k, batch, kv, p->k_len, p->dim, 0, device, &x->nonfinite, error);
     if (!status)
         status = load(&x->v, &p->v, batch, kv, p->k_len, p->dim_v, 0, device, &x->nonfinite, error);
-    x->problem = (sparge_problem){1,
-                                  1,
-                                  1,
-                                  p->q_len,
-                                  p->k_len,
-                                  p->dim,
-                                  p->dim_v,
-                                  packed(&x->q, p->dim),
-                                  packed(&x->k, p->dim),
-                                  packed(&x->v, p->dim_v)};
+    x->problem = (sparge_problem){.batch = 1,
+                                  .heads = 1,
+                                  .kv_heads = 1,
+                                  .q_len = p->q_len,
+                                  .k_len = p->k_len,
+                                  .dim = p->dim,
+                                  .dim_v = p->dim_v,
+                                  .q = packed(&x->q, p->dim),
+                                  .k = packed(&x->k, p->dim),
+                                  .v = packed(&x->v, p->dim_v)};
     if (!status && x->nonfinite == 0) {
         status = tune_array_make(&mean, p->dim * (int64_t)sizeof(float), device, error);
         if (!status)

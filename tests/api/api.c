@@ -1150,7 +1150,8 @@ Test(api, mask_bits_lie_where_the_header_says)
 {
     enum { B = 2, H = 3, I = 2, J = 70, WORDS = 3, TOTAL = B * H * I * WORDS };
     uint32_t *bits = check_alloc(TOTAL * 4), want[TOTAL];
-    const sparge_mask mask = {bits, B, H, I, J, WORDS};
+    const sparge_mask mask = {
+        .bits = bits, .batch = B, .heads = H, .q_blocks = I, .k_blocks = J, .words = WORDS};
     sparge_mask writable = mask;
     for (int full = 0; full < 2; full++)
         for (int64_t n = 0; n < B * H * I * J; n++) {
@@ -1259,7 +1260,8 @@ Test(api, attention_is_both_stages)
     for (int n = 0; n < BATCH * HEADS; n++) {
         const sparge_counts *h = &out.head[n];
         sum.pairs += h->pairs, sum.qk_done += h->qk_done, sum.pv_done += h->pv_done;
-        sum.tokens += h->tokens, sum.qk_tokens += h->qk_tokens, sum.pv_tokens += h->pv_tokens;
+        sum.tokens += h->tokens, sum.tile_tokens += h->tile_tokens, sum.qk_tokens += h->qk_tokens,
+            sum.pv_tokens += h->pv_tokens;
     }
     const sparge_counts *counts = &a.result.counts, *other = &from_both.counts;
     same_counts(counts, &sum);

@@ -285,39 +285,42 @@ Test(rules, tally)
     sparge_tally t = sparge_tally_zero(), more = sparge_tally_zero();
     for (int n = 0; n < SPARGE_TALLY_WORDS; n++)
         check_equal(((const int64_t *)(const void *)&t)[n], 0);
-    sparge_tally_rows(&t, &g, 0, 64, 1000, true);
-    sparge_tally_rows(&t, &g, 0, 64, 500, false);
-    sparge_tally_rows(&t, &g, 1, 64, 30, true);
-    sparge_tally_rows(&t, &g, 1, 8, 2, false);
+    sparge_tally_rows(&t, &g, 0, 64, 1001, 1000, true);
+    sparge_tally_rows(&t, &g, 0, 64, 502, 500, false);
+    sparge_tally_rows(&t, &g, 1, 64, 34, 30, true);
+    sparge_tally_rows(&t, &g, 1, 8, 10, 2, false);
+    check_equal(t.tile_tokens, 1547);
     check_equal(t.qk_tokens, 1532);
     check_equal(t.pv_tokens, 1030);
     check_equal(t.pv_rows[0], 64);
     check_equal(t.pv_rows[1], 64);
     check_equal(t.qk_done + t.pairs + t.tokens, 0);
-    more = (sparge_tally){1, 20, 3, 400, 50, {6, 7}};
+    more = (sparge_tally){1, 20, 3, 500, 400, 50, {6, 7}};
     sparge_tally_add(&more, &t);
     sparge_tally_add(&more, &more);
-    const sparge_tally sum = {2, 40, 6, 3864, 2160, {140, 142}};
+    const sparge_tally sum = {2, 40, 6, 4094, 3864, 2160, {140, 142}};
     cr_assert_arr_eq(&more, &sum, sizeof sum);
 
     const sparge_counts c = sparge_tally_counts(&more, &g);
     check_equal(c.pairs, 2);
     check_equal(c.tokens, 40);
     check_equal(c.qk_done, 6);
+    check_equal(c.tile_tokens, 4094);
     check_equal(c.qk_tokens, 3864);
     check_equal(c.pv_tokens, 2160);
     check_equal(c.pv_done, 140.0 / 128.0 + 142.0 / 72.0);
     const sparge_geometry whole = sparge_geometry_make(256, 64, 128, 64, SPARGE_CAUSAL_NONE);
-    sparge_tally_rows(&t, &whole, 1, 8, 2, true); /* its last block is not short */
+    sparge_tally_rows(&t, &whole, 1, 8, 2, 2, true); /* its last block is not short */
     check_equal(t.pv_rows[0], 72);
     check_equal(sparge_tally_counts(&(sparge_tally){.pv_rows = {96, 0}}, &whole).pv_done, 0.75);
 
-    sparge_counts total = {1, 2, 0.5, 4, 5, 6};
-    sparge_counts_add(&total, &(sparge_counts){10, 20, 0.25, 40, 50, 60});
+    sparge_counts total = {1, 2, 0.5, 4, 7, 5, 6};
+    sparge_counts_add(&total, &(sparge_counts){10, 20, 0.25, 40, 70, 50, 60});
     check_equal(total.pairs, 11);
     check_equal(total.qk_done, 22);
     check_equal(total.pv_done, 0.75);
     check_equal(total.tokens, 44);
+    check_equal(total.tile_tokens, 77);
     check_equal(total.qk_tokens, 55);
     check_equal(total.pv_tokens, 66);
 }

@@ -842,16 +842,16 @@ Test(cpu, scores_that_all_overflow_give_nan)
         k[n] = -1e20f;
     for (int n = 0; n < 32; n++)
         v[n] = (float)n;
-    const sparge_problem p = {1,
-                              1,
-                              1,
-                              1,
-                              32,
-                              2,
-                              1,
-                              {q, SPARGE_F32, 2, 2, 2},
-                              {k, SPARGE_F32, 64, 64, 2},
-                              {v, SPARGE_F32, 32, 32, 1}};
+    const sparge_problem p = {.batch = 1,
+                              .heads = 1,
+                              .kv_heads = 1,
+                              .q_len = 1,
+                              .k_len = 32,
+                              .dim = 2,
+                              .dim_v = 1,
+                              .q = {q, SPARGE_F32, 2, 2, 2},
+                              .k = {k, SPARGE_F32, 64, 64, 2},
+                              .v = {v, SPARGE_F32, 32, 32, 1}};
     for (sparge_dtype pv = SPARGE_INT8; pv <= SPARGE_F32; pv++) {
         float o[2], lse[2];
         for (int n = 0; n < 2; n++) {

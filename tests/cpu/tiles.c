@@ -44,16 +44,16 @@ typedef struct answer {
 
 static void ask(sparge_isa isa, int threads, answer *a)
 {
-    const sparge_problem problem = {1,
-                                    1,
-                                    1,
-                                    TOKENS,
-                                    TOKENS,
-                                    DIM,
-                                    DIM,
-                                    {q, SPARGE_F32, 0, 0, DIM},
-                                    {k, SPARGE_F32, 0, 0, DIM},
-                                    {v, SPARGE_F32, 0, 0, DIM}};
+    const sparge_problem problem = {.batch = 1,
+                                    .heads = 1,
+                                    .kv_heads = 1,
+                                    .q_len = TOKENS,
+                                    .k_len = TOKENS,
+                                    .dim = DIM,
+                                    .dim_v = DIM,
+                                    .q = {q, SPARGE_F32, 0, 0, DIM},
+                                    .k = {k, SPARGE_F32, 0, 0, DIM},
+                                    .v = {v, SPARGE_F32, 0, 0, DIM}};
     sparge_options options = sparge_options_default(SPARGE_RULES_DEFAULT);
     options.backend = SPARGE_CPU;
     options.isa = isa;

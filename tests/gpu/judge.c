@@ -319,12 +319,12 @@ sparge_mask wide_mask(const problem *x, int64_t spare)
 {
     const int64_t lines = x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q);
     const int64_t k_blocks = blocks(x->p.k_len, x->o.block_k), words = blocks(k_blocks, 32) + spare;
-    return (sparge_mask){check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
-                         x->p.batch,
-                         x->p.heads,
-                         blocks(x->p.q_len, x->o.block_q),
-                         k_blocks,
-                         words};
+    return (sparge_mask){.bits = check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
+                         .batch = x->p.batch,
+                         .heads = x->p.heads,
+                         .q_blocks = blocks(x->p.q_len, x->o.block_q),
+                         .k_blocks = k_blocks,
+                         .words = words};
 }
 
 bool on_model(void)
@@ -364,16 +364,16 @@ void use(problem *x, const kernel *r)
 bool runs_here(int n)
 {
     const float one = 1.0f;
-    const sparge_problem p = {1,
-                              1,
-                              1,
-                              1,
-                              1,
-                              1,
-                              1,
-                              {&one, SPARGE_F32, 1, 1, 1},
-                              {&one, SPARGE_F32, 1, 1, 1},
-                              {&one, SPARGE_F32, 1, 1, 1}};
+    const sparge_problem p = {.batch = 1,
+                              .heads = 1,
+                              .kv_heads = 1,
+                              .q_len = 1,
+                              .k_len = 1,
+                              .dim = 1,
+                              .dim_v = 1,
+                              .q = {&one, SPARGE_F32, 1, 1, 1},
+                              .k = {&one, SPARGE_F32, 1, 1, 1},
+                              .v = {&one, SPARGE_F32, 1, 1, 1}};
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.backend = SPARGE_CUDA;
     o.cuda.kernel = n;

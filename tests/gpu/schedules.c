@@ -127,6 +127,7 @@ Test(schedules, sparsity_is_what_the_mask_says)
                     if (tokens && mask_has(&x, h / 2, h % 2, i, j)) {
                         c.qk_done++;
                         c.pv_done += 1;
+                        c.tile_tokens += tokens;
                         c.qk_tokens += tokens;
                         c.pv_tokens += tokens;
                     }

@@ -231,6 +231,7 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
             visible[r] = visible_of(x, first + r, j);
             local[r] = -INFINITY;
             head->tokens += visible[r];
+            head->tile_tokens += kept ? visible[r] : 0;
             head->qk_tokens += kept ? visible[r] : 0;
             for (int64_t t = 0; kept && t < visible[r]; t++) {
                 const double *key = k->value + (j * x->o.block_k + t) * p->dim;
@@ -433,6 +434,7 @@ static void compare_counts(const char *what, const sparge_counts *got, const spa
         {"pairs", got->pairs, want->pairs},
         {"qk_done", got->qk_done, want->qk_done},
         {"tokens", got->tokens, want->tokens},
+        {"tile_tokens", got->tile_tokens, want->tile_tokens},
         {"qk_tokens", got->qk_tokens, want->qk_tokens},
         {"pv_tokens", got->pv_tokens, want->pv_tokens},
     };
@@ -452,6 +454,7 @@ static void counts_agree(const problem *x, const answer *a, const verdict *w)
         sum.qk_done += w->head[n].qk_done;
         sum.pv_done += w->head[n].pv_done;
         sum.tokens += w->head[n].tokens;
+        sum.tile_tokens += w->head[n].tile_tokens;
         sum.qk_tokens += w->head[n].qk_tokens;
         sum.pv_tokens += w->head[n].pv_tokens;
     }

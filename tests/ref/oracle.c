@@ -51,12 +51,12 @@ static ask question(int64_t q_len, int64_t k_len, int64_t dim, int64_t dim_v, co
 /* Gives the question an empty mask of its shape, one word a row. */
 static void mask_on(ask *a)
 {
-    a->mask = (sparge_mask){a->bits,
-                            a->p.batch,
-                            a->p.heads,
-                            (a->p.q_len + a->opt.block_q - 1) / a->opt.block_q,
-                            (a->p.k_len + a->opt.block_k - 1) / a->opt.block_k,
-                            1};
+    a->mask = (sparge_mask){.bits = a->bits,
+                            .batch = a->p.batch,
+                            .heads = a->p.heads,
+                            .q_blocks = (a->p.q_len + a->opt.block_q - 1) / a->opt.block_q,
+                            .k_blocks = (a->p.k_len + a->opt.block_k - 1) / a->opt.block_k,
+                            .words = 1};
 }
 
 /* Outputs start as poison: what the oracle leaves unwritten shows. */
@@ -280,7 +280,12 @@ Test(oracle, the_mask_is_read_by_batch_head_row_and_word)
     a.p.v.batch = a.p.v.head = 0; /* all heads read the same 70 values */
     a.opt.block_q = 1;
     a.opt.block_k = 2;
-    a.mask = (sparge_mask){a.bits, 2, 2, 2, 35, 3}; /* one word more than it takes */
+    a.mask = (sparge_mask){.bits = a.bits,
+                           .batch = 2,
+                           .heads = 2,
+                           .q_blocks = 2,
+                           .k_blocks = 35,
+                           .words = 3}; /* one word more than it takes */
     memset(a.bits, 0xff, sizeof a.bits);
     for (int row = 0; row < 8; row++) { /* row n keeps key block 27 + n: words 0 and 1 */
         a.bits[3 * row] = row < 5 ? 1u << (27 + row) : 0;

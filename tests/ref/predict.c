@@ -37,8 +37,12 @@ static sparge_mask predicted(const sparge_problem *p, const sparge_options *o,
     const int64_t q_blocks = ceil_div(p->q_len, o->block_q),
                   k_blocks = ceil_div(p->k_len, o->block_k);
     const int64_t words = ceil_div(k_blocks, 32), lines = p->batch * p->heads * q_blocks;
-    sparge_mask mask = {
-        check_alloc((size_t)(lines * words) * 4), p->batch, p->heads, q_blocks, k_blocks, words};
+    sparge_mask mask = {.bits = check_alloc((size_t)(lines * words) * 4),
+                        .batch = p->batch,
+                        .heads = p->heads,
+                        .q_blocks = q_blocks,
+                        .k_blocks = k_blocks,
+                        .words = words};
     sparge_error error = {"poison"};
     sparge_intermediates whole = intermediates ? *intermediates : (sparge_intermediates){0};
     uint8_t *why = whole.why ? whole.why : check_alloc((size_t)(lines * k_blocks));

@@ -29,12 +29,12 @@ sparge_mask wide_mask(const problem *x, int64_t spare)
 {
     const int64_t lines = x->p.batch * x->p.heads * blocks(x->p.q_len, x->o.block_q);
     const int64_t k_blocks = blocks(x->p.k_len, x->o.block_k), words = blocks(k_blocks, 32) + spare;
-    return (sparge_mask){check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
-                         x->p.batch,
-                         x->p.heads,
-                         blocks(x->p.q_len, x->o.block_q),
-                         k_blocks,
-                         words};
+    return (sparge_mask){.bits = check_alloc((size_t)(lines * words) * sizeof(uint32_t)),
+                         .batch = x->p.batch,
+                         .heads = x->p.heads,
+                         .q_blocks = blocks(x->p.q_len, x->o.block_q),
+                         .k_blocks = k_blocks,
+                         .words = words};
 }
 
 /* ---- One question on every instruction set ---- */

@@ -566,6 +566,7 @@ void same_counts(const sparge_counts *got, const sparge_counts *want)
     check_equal(got->qk_done, want->qk_done);
     check_equal(got->pv_done, want->pv_done);
     check_equal(got->tokens, want->tokens);
+    check_equal(got->tile_tokens, want->tile_tokens);
     check_equal(got->qk_tokens, want->qk_tokens);
     check_equal(got->pv_tokens, want->pv_tokens);
 }
