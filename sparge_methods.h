@@ -11,7 +11,8 @@
  * &error); if (status == SPARGE_OK) status = sparge_plan_run(&plan, NULL, &result, &error);
  *     sparge_plan_free(&plan);
  *
- * All arrays are in host memory. */
+ * All arrays are in host memory. A query, key or value that is not finite counts as 0 where a
+ * method chooses. */
 #ifndef SPARGE_METHODS_H
 #define SPARGE_METHODS_H
 
@@ -51,6 +52,7 @@ typedef struct sparge_param {
 enum { SPARGE_MAX_PARAMS = 8, SPARGE_MAX_PARTS = 8 };
 
 typedef struct sparge_plan sparge_plan;
+typedef struct sparge_executor sparge_executor;
 
 typedef struct sparge_method {
     const char *name, *title;
@@ -66,7 +68,7 @@ typedef struct sparge_method {
                           sparge_error *error);
 } sparge_method;
 
-const sparge_method *sparge_methods(int *count);           /* all, by name */
+const sparge_method *const *sparge_methods(int *count);    /* all, by name */
 const sparge_method *sparge_method_find(const char *name); /* NULL: there is none */
 
 /* Makes a plan. Parameters of NULL are the defaults. context may be NULL. The plan is empty if it
@@ -80,7 +82,6 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
 /* Makes the plan whose density of tokens is nearest, by bisecting the first parameter. It writes
  * that to param[0] and takes the others from there. SPARGE_ERR_ARGUMENT names the densities that
  * can be reached. */
-typedef struct sparge_executor sparge_executor;
 sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_problem *problem,
                                     const sparge_options *options, const sparge_context *context,
                                     double *param, double density, const sparge_executor *executor,
@@ -109,7 +110,7 @@ struct sparge_plan {
     const int64_t *q_order; /* [batch][heads][q_len] which query of the caller stands at each place
                                of every part's q; NULL: itself */
     double multiply_adds;   /* what making the plan took */
-    void *memory;           /* of the arrays above, a list */
+    struct sparge_piece *memory; /* of the arrays above */
 };
 
 /* How plans are run: by what has the signatures of sparge_predict, sparge_attend and

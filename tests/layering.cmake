@@ -35,6 +35,8 @@ rule("cpu/dispatch\\.c" "${public}|common/.*|cpu/.*" "${standard}|cpuid\\.h|unis
      "cpu/dispatch.c includes sparge*.h, common/, cpu/, the C library, cpuid.h and Linux's system calls")
 rule("cpu/.*" "${public}|common/.*|cpu/.*" "${standard}|omp\\.h|pthread\\.h|${intrinsics}"
      "cpu/ includes sparge*.h, common/, cpu/, the C library, OpenMP, POSIX threads and, in a kernel file, intrinsics")
+rule("methods/.*" "${public}|common/.*|methods/.*" "${standard}"
+     "methods/ includes sparge*.h, common/, methods/ and the C library")
 rule("tune/.*" "${public}|common/.*|tune/.*" "${standard}|pthread\\.h"
      "tune/ includes sparge*.h, common/, tune/, the C library and POSIX threads")
 rule("gpu/.*" "${public}|common/.*|gpu/.*" ".*" "gpu/ includes sparge*.h, common/, gpu/ and system headers")
@@ -55,7 +57,7 @@ set(sources)
 foreach(extension c h cc cpp hpp cu cuh inc)
   file(GLOB found RELATIVE ${ROOT} ${ROOT}/*.${extension})
   list(APPEND sources ${found})
-  foreach(folder api common ref cpu gpu tune tools tests experiments paper_figs)
+  foreach(folder api common ref cpu gpu methods tune tools tests experiments paper_figs)
     file(GLOB_RECURSE found RELATIVE ${ROOT} ${ROOT}/${folder}/*.${extension})
     list(APPEND sources ${found})
   endforeach()

@@ -1,0 +1,114 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* density.c: the plan of a wanted density, by bisection of a method's first parameter. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/counts.h"
+#include "common/select.h"
+#include "methods/method.h"
+
+/* Floats as they are ordered, or whole numbers: what lies between is bisected, not measured. */
+static double value_at(const sparge_param *q, int64_t place)
+{
+    const uint32_t key = (uint32_t)place;
+    const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return q->whole ? (double)place : (double)x;
+}
+
+static int64_t place_of(const sparge_param *q, double x)
+{
+    return q->whole ? (int64_t)x : (int64_t)sparge_order_key((float)x);
+}
+
+typedef struct search {
+    const sparge_method *method;
+    const sparge_problem *problem;
+    const sparge_options *options;
+    const sparge_context *context;
+    const sparge_executor *executor;
+    double *param;
+} search;
+
+/* The plan at one value of the parameter and its density; NaN if no query sees a key. */
+static sparge_status try_place(const search *s, int64_t place, sparge_plan *plan, double *density,
+                               sparge_error *error)
+{
+    const int64_t heads = s->problem->batch * s->problem->heads;
+    s->param[0] = value_at(&s->method->param[0], place);
+    sparge_status status =
+        sparge_method_plan(s->method, s->problem, s->options, s->context, s->param, plan, error);
+    if (!status)
+        status = sparge_plan_predict(plan, s->executor, error);
+    sparge_counts *head = malloc(((size_t)heads + 1) * sizeof *head), sum = {0};
+    if (!status)
+        status = head ? sparge_plan_count(plan, head, error)
+                      : sparge_fail(error, SPARGE_ERR_MEMORY, "out of memory");
+    for (int64_t n = 0; n < heads && !status; n++)
+        sparge_counts_add(&sum, &head[n]);
+    *density = sum.tokens ? sparge_density_tokens(&sum) : (double)NAN;
+    free(head);
+    if (status)
+        sparge_plan_free(plan);
+    return status;
+}
+
+sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_problem *problem,
+                                    const sparge_options *options, const sparge_context *context,
+                                    double *param, double density, const sparge_executor *executor,
+                                    sparge_plan *plan, sparge_error *error)
+{
+    const search s = {method, problem, options, context, executor, param};
+    if (!plan)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "plan is NULL");
+    *plan = (sparge_plan){0};
+    if (!method || !problem || !options || !param)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL",
+                           !method    ? "method"
+                           : !problem ? "problem"
+                           : !options ? "options"
+                                      : "param");
+    const sparge_param *q = &method->param[0];
+    if (!q->name)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s has no parameter that sets its density",
+                           method->name);
+    const double most = (double)problem->q_len + (double)problem->k_len; /* whole numbers count */
+    int64_t low = place_of(q, q->low),
+            high = place_of(q, q->whole ? fmax(q->low, fmin(q->high, most)) : q->high);
+    double below, above;
+    sparge_plan lower = {0}, upper = {0};
+    sparge_status status = try_place(&s, low, &lower, &below, error);
+    if (!status)
+        status = try_place(&s, high, &upper, &above, error);
+    if (!status && !(density >= below && density <= above))
+        status = sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                             isnan(below) ? "density %g cannot be reached: no query sees a key"
+                                          : "density %g cannot be reached: with %s from %g to %g "
+                                            "it goes from %.6g to %.6g",
+                             density, q->name, value_at(q, low), value_at(q, high), below, above);
+    while (!status && high - low > 1 && below < above) {
+        const int64_t middle = low + (high - low) / 2;
+        sparge_plan tried;
+        double reached;
+        status = try_place(&s, middle, &tried, &reached, error);
+        const bool fits = !status && reached <= density;
+        sparge_plan_free(status ? NULL : fits ? &lower : &upper);
+        if (!status) {
+            *(fits ? &lower : &upper) = tried;
+            *(fits ? &low : &high) = middle;
+            *(fits ? &below : &above) = reached;
+        }
+    }
+    if (status) {
+        sparge_plan_free(&lower);
+        sparge_plan_free(&upper);
+        return status;
+    }
+    const bool lies_lower = density - below <= above - density;
+    param[0] = value_at(q, lies_lower ? low : high);
+    *plan = lies_lower ? lower : upper;
+    sparge_plan_free(lies_lower ? &upper : &lower);
+    return SPARGE_OK;
+}

@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* entries.h: the methods, each in the file of its name. */
+#ifndef SPARGE_METHODS_ENTRIES_H
+#define SPARGE_METHODS_ENTRIES_H
+
+#include "sparge_methods.h"
+
+/* yardsticks.c */
+extern const sparge_method sparge_method_dense, sparge_method_random, sparge_method_window,
+    sparge_method_oracle_mass, sparge_method_oracle_pairs;
+/* spargeattn.c */
+extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_paper,
+    sparge_method_spargeattn_upstream;
+
+#endif

@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* method.h: what methods are made of. A method walks over the heads (heads.c), makes maps of what
+ * queries pay to keys (maps.c), ranks and keeps (select.c), and leaves masks in a plan (plan.c).
+ * Its file has the rule of the paper, its parameters, and where the rule is our own reading.
+ *
+ * Letters as in ref/: query block i, key block j, query or key t, batch b, head h. */
+#ifndef SPARGE_METHODS_METHOD_H
+#define SPARGE_METHODS_METHOD_H
+
+#include "common/block_mask.h"
+#include "common/error.h"
+#include "common/geometry.h"
+#include "sparge_methods.h"
+
+/* ---- memory.c: pieces that are freed together ---- */
+
+typedef struct sparge_piece sparge_piece;
+
+/* So many zeroed things in a list of pieces, which `sparge_release` frees; NULL: no memory. */
+void *sparge_take(sparge_piece **pieces, int64_t count, size_t size);
+void sparge_release(sparge_piece **pieces);
+
+/* ---- heads.c: one query head after the other ---- */
+
+/* q, k and v are packed, [tokens][channels], in f32; what is not finite is 0. */
+typedef struct sparge_head {
+    const sparge_problem *problem;
+    const sparge_options *options;
+    const sparge_context *context; /* never NULL */
+    const double *param;
+    sparge_geometry g;   /* in the blocks of the part */
+    int64_t b, h, n, kv; /* n: of all query heads; kv: of all key heads */
+    float scale;         /* of scores: softmax_scale */
+    float *q, *k, *v;    /* v: only if the method asks for it */
+    sparge_plan *plan;
+    sparge_part *part;      /* the first, whose mask has the blocks of g */
+    sparge_piece **scratch; /* freed after this head */
+} sparge_head;
+
+/* Fills in the masks of one head. SPARGE_ERR_MEMORY needs no message. */
+typedef sparge_status sparge_head_function(const sparge_head *head, sparge_error *error);
+
+/* Makes the first part with an empty mask in blocks of this size (0: of the options) and walks over
+ * all heads. */
+sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
+                               const double *param, int64_t block_q, int64_t block_k, bool needs_v,
+                               sparge_head_function *function, sparge_error *error);
+
+/* ---- plan.c ---- */
+
+/* Adds a part of the caller's problem and options, without a mask. */
+sparge_part *sparge_plan_add(sparge_plan *plan);
+/* The same with an empty mask in its blocks; its options and problem are set. */
+sparge_status sparge_part_mask(sparge_part *part, sparge_error *error);
+/* Keys and values of a part as packed arrays of the plan, zeroed: a view of [batch][heads][tokens]
+ * [dim] floats; NULL data: no memory. */
+sparge_in sparge_plan_array(sparge_plan *plan, int64_t heads, int64_t tokens, int64_t dim);
+
+/* ---- maps.c: how much queries pay to keys ---- */
+
+float sparge_method_dot(const float *a, const float *b, int64_t dim);
+/* Means of blocks of rows, [blocks][dim]. padded: the last block counts as a whole one. */
+void sparge_method_pool(const float *x, int64_t rows, int64_t dim, int64_t block, bool padded,
+                        float *mean);
+/* Replaces scores by their softmax. */
+void sparge_method_softmax(float *s, int64_t n);
+/* What query t pays to each key, [k_len]: softmax over the visible ones, 0 for the others. It
+ * counts its multiply-adds. */
+void sparge_method_row(const sparge_head *head, int64_t t, float *p);
+/* Sums of the rows of a map over blocks: adds p[k_len] to mass[k_blocks]. */
+void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass);
+
+/* ---- select.c: what is kept ---- */
+
+/* A candidate: a block of a row, or of a head. */
+typedef struct sparge_ranked {
+    float score;
+    int64_t at;
+} sparge_ranked;
+
+/* The best first; of equals the lower `at`. */
+void sparge_rank(sparge_ranked *x, int64_t n);
+/* How many of the best have this mass together. crossing: the one that reaches it belongs to them,
+ * or else they stay below or at it. */
+int64_t sparge_count_mass(const sparge_ranked *x, int64_t n, double mass, bool crossing);
+int64_t sparge_count_above(const sparge_ranked *x, int64_t n, double threshold);
+
+/* Keeps block j for row i of the head at hand. */
+void sparge_keep(const sparge_head *head, int64_t i, int64_t j);
+bool sparge_kept(const sparge_head *head, int64_t i, int64_t j);
+/* Keeps the blocks that hold the last visible key of some query of row i, if causal, so that no
+ * query is without a key. */
+void sparge_keep_diagonal(const sparge_head *head, int64_t i);
+
+/* Pairs of one row of blocks, to be set at once: [block_q][words]. */
+typedef struct sparge_pairs {
+    int64_t words;
+    uint32_t *bits;
+} sparge_pairs;
+
+sparge_pairs sparge_pairs_make(const sparge_head *head); /* no bits: no memory */
+void sparge_pairs_clear(const sparge_head *head, const sparge_pairs *pairs);
+/* Keys from to `to` - 1, clipped to those that are, for query r of the block. */
+void sparge_pairs_range(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t from,
+                        int64_t to);
+sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,
+                               sparge_error *error);
+
+#endif

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* select.c: what is kept of what is ranked. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/select.h"
+#include "methods/method.h"
+
+static int best_first(const void *a, const void *b)
+{
+    const sparge_ranked *x = a, *y = b;
+    return sparge_comes_before(x->score, x->at, y->score, y->at) ? -1 : x->at != y->at;
+}
+
+void sparge_rank(sparge_ranked *x, int64_t n) { qsort(x, (size_t)n, sizeof *x, best_first); }
+
+int64_t sparge_count_mass(const sparge_ranked *x, int64_t n, double mass, bool crossing)
+{
+    double sum = 0.0;
+    for (int64_t e = 0; e < n; e++) {
+        if (crossing && sum >= mass)
+            return e;
+        sum += (double)x[e].score;
+        if (!crossing && sum > mass)
+            return e;
+    }
+    return n;
+}
+
+int64_t sparge_count_above(const sparge_ranked *x, int64_t n, double threshold)
+{
+    int64_t e = 0;
+    while (e < n && (double)x[e].score > threshold)
+        e++;
+    return e;
+}
+
+void sparge_keep(const sparge_head *head, int64_t i, int64_t j)
+{
+    sparge_mask_set(&head->part->mask, head->b, head->h, i, j, true);
+}
+
+bool sparge_kept(const sparge_head *head, int64_t i, int64_t j)
+{
+    return sparge_mask_get(&head->part->mask, head->b, head->h, i, j);
+}
+
+void sparge_keep_diagonal(const sparge_head *head, int64_t i)
+{
+    const int64_t visible = sparge_blocks_visible(&head->g, i);
+    for (int64_t j = sparge_first_diagonal(&head->g, i); j < visible; j++)
+        sparge_keep(head, i, j);
+}
+
+sparge_pairs sparge_pairs_make(const sparge_head *head)
+{
+    const int64_t words = sparge_mask_row_words(head->g.k_len);
+    return (sparge_pairs){
+        words, sparge_take(head->scratch, head->g.block_q * words + 1, sizeof(uint32_t))};
+}
+
+void sparge_pairs_clear(const sparge_head *head, const sparge_pairs *pairs)
+{
+    memset(pairs->bits, 0, (size_t)(head->g.block_q * pairs->words) * sizeof *pairs->bits);
+}
+
+void sparge_pairs_range(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t from,
+                        int64_t to)
+{
+    for (int64_t t = sparge_max(0, from); t < sparge_min(to, head->g.k_len); t++)
+        sparge_mask_row_set(pairs->bits + r * pairs->words, t);
+}
+
+sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,
+                               sparge_error *error)
+{
+    return sparge_mask_set_row(&head->part->mask, &head->part->problem, &head->part->options,
+                               head->b, head->h, i, pairs->bits, error);
+}

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* spargeattn.c: SpargeAttn itself, under its three rule sets (ref/README.md). The backend predicts,
+ * as it does for sparge_attention. */
+#include <math.h>
+
+#include "methods/entries.h"
+#include "methods/method.h"
+
+enum { TAU, THETA, TOPK, LAMBDA, SINK };
+
+static sparge_status plan_rules(sparge_plan *plan, const double *param, sparge_rules rules)
+{
+    const sparge_problem *p = &plan->problem;
+    sparge_part *part = sparge_plan_add(plan);
+    sparge_options *o = &part->options;
+    part->predicted = true;
+    o->rules = rules;
+    o->per_head = NULL;
+    o->sink = param[SINK] != 0.0;
+    o->thresholds = (sparge_thresholds){
+        .theta = (float)param[THETA],
+        .tau = (float)param[TAU],
+        .topk = (float)param[TOPK],
+        .lambda = (float)param[LAMBDA],
+    };
+    /* The mean and the unit sum of every block, and a product for each visible pair of blocks. */
+    const sparge_geometry g = sparge_geometry_of(p, o);
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < g.q_blocks; i++)
+        pairs += sparge_blocks_visible(&g, i);
+    plan->multiply_adds = (double)p->batch * (double)p->dim *
+                          ((double)p->heads * (2.0 * (double)p->q_len + (double)pairs) +
+                           (double)p->kv_heads * 2.0 * (double)p->k_len);
+    return SPARGE_OK;
+}
+
+static sparge_status plan_default(const sparge_problem *problem, const sparge_options *options,
+                                  const sparge_context *context, const double *param,
+                                  sparge_plan *plan, sparge_error *error)
+{
+    (void)problem, (void)options, (void)context, (void)error;
+    return plan_rules(plan, param, SPARGE_RULES_DEFAULT);
+}
+
+static sparge_status plan_paper(const sparge_problem *problem, const sparge_options *options,
+                                const sparge_context *context, const double *param,
+                                sparge_plan *plan, sparge_error *error)
+{
+    (void)problem, (void)options, (void)context, (void)error;
+    return plan_rules(plan, param, SPARGE_RULES_PAPER);
+}
+
+static sparge_status plan_upstream(const sparge_problem *problem, const sparge_options *options,
+                                   const sparge_context *context, const double *param,
+                                   sparge_plan *plan, sparge_error *error)
+{
+    (void)problem, (void)options, (void)context, (void)error;
+    return plan_rules(plan, param, SPARGE_RULES_UPSTREAM);
+}
+
+#define THRESHOLDS(lambda)                                                                          \
+    {                                                                                               \
+        {"tau", 0.0, 1.0, 0.98, false, "mass of the key blocks to keep"},                           \
+            {"theta", -1.0, 1.0, 0.6, false, "mean cosine above which a block is self-similar"},    \
+            {"topk", -1.0, 1.0, -1.0, false, "share of the visible key blocks to keep; -1: off"},   \
+            {"lambda", -INFINITY, 0.0, lambda, false, "P.V is skipped if max - running max <= it"}, \
+            {"sink", 0.0, 1.0, 0.0, true, "keep key block 0 always"},                               \
+    }
+#define SPARGEATTN                                                             \
+    .paper = "arXiv 2502.18137", .repository = "github.com/thu-ml/SpargeAttn", \
+    .commit = "bfd980b", .kind = "training-free",                              \
+    .evidence = "equal in f32 in 271804 of 271804 blocks"
+
+const sparge_method sparge_method_spargeattn = {
+    .name = "spargeattn",
+    .title = "SpargeAttn",
+    SPARGEATTN,
+    .param = THRESHOLDS(-INFINITY),
+    .plan = plan_default,
+};
+
+const sparge_method sparge_method_spargeattn_paper = {
+    .name = "spargeattn_paper",
+    .title = "SpargeAttn, as printed",
+    SPARGEATTN,
+    .param = THRESHOLDS(-INFINITY),
+    .plan = plan_paper,
+};
+
+const sparge_method sparge_method_spargeattn_upstream = {
+    .name = "spargeattn_upstream",
+    .title = "SpargeAttn, as released",
+    SPARGEATTN,
+    .param = THRESHOLDS(-50.0),
+    .plan = plan_upstream,
+};

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* table.c: all methods, and plans by name. */
+#include <math.h>
+#include <string.h>
+
+#include "methods/entries.h"
+#include "methods/method.h"
+#include "sparge_inspect.h"
+
+static const sparge_method *const table[] = {
+    &sparge_method_dense,
+    &sparge_method_oracle_mass,
+    &sparge_method_oracle_pairs,
+    &sparge_method_random,
+    &sparge_method_spargeattn,
+    &sparge_method_spargeattn_paper,
+    &sparge_method_spargeattn_upstream,
+    &sparge_method_window,
+};
+
+const sparge_method *const *sparge_methods(int *count)
+{
+    *count = (int)(sizeof table / sizeof *table);
+    return table;
+}
+
+const sparge_method *sparge_method_find(const char *name)
+{
+    for (size_t n = 0; name && n < sizeof table / sizeof *table; n++)
+        if (strcmp(table[n]->name, name) == 0)
+            return table[n];
+    return NULL;
+}
+
+static const char *lacking(const sparge_method *m, const sparge_options *o, const sparge_context *c)
+{
+    return m->needs & SPARGE_NEEDS_CAUSAL && o->causal == SPARGE_CAUSAL_NONE
+               ? "causal attention, and this is not causal"
+           : m->needs & SPARGE_NEEDS_NOT_CAUSAL && o->causal != SPARGE_CAUSAL_NONE
+               ? "attention without causality, and this is causal"
+           : m->needs & SPARGE_NEEDS_GRID && !c->grid ? "the grid of the tokens, and there is none"
+           : m->needs & SPARGE_NEEDS_SEGMENTS && !c->segment_ends
+               ? "the segments of the tokens, and there are none"
+           : m->needs & SPARGE_NEEDS_STATE && !c->state
+               ? "a state kept between calls, and there is none"
+               : NULL;
+}
+
+static sparge_status check_params(const sparge_method *m, const double *param, sparge_error *error)
+{
+    for (int n = 0; n < SPARGE_MAX_PARAMS && m->param[n].name; n++) {
+        const sparge_param *q = &m->param[n];
+        if (!(param[n] >= q->low && param[n] <= q->high))
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                               "%s of %s is %.9g, it must be in [%g, %g]", q->name, m->name,
+                               param[n], q->low, q->high);
+        if (q->whole && floor(param[n]) != param[n])
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                               "%s of %s is %.9g, it must be a whole number", q->name, m->name,
+                               param[n]);
+    }
+    return SPARGE_OK;
+}
+
+sparge_status sparge_method_plan(const sparge_method *method, const sparge_problem *problem,
+                                 const sparge_options *options, const sparge_context *context,
+                                 const double *param, sparge_plan *plan, sparge_error *error)
+{
+    static const sparge_context nothing;
+    if (!plan)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "plan is NULL");
+    *plan = (sparge_plan){0};
+    if (!method || !problem || !options)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL",
+                           !method    ? "method"
+                           : !problem ? "problem"
+                                      : "options");
+    double usual[SPARGE_MAX_PARAMS] = {0};
+    for (int n = 0; n < SPARGE_MAX_PARAMS; n++)
+        usual[n] = method->param[n].usual;
+    if (!param)
+        param = usual;
+    if (!context)
+        context = &nothing;
+    sparge_options resolved = *options;
+    sparge_status status = sparge_options_resolve(problem, &resolved, error);
+    if (!status)
+        status = check_params(method, param, error);
+    const char *const needs = lacking(method, options, context);
+    if (!status && needs)
+        status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED, "%s needs %s", method->name, needs);
+    if (status)
+        return status;
+    plan->problem = *problem;
+    plan->options = *options;
+    status = method->plan(problem, options, context, param, plan, error);
+    if (status)
+        sparge_plan_free(plan);
+    return sparge_with_message(status, error);
+}
