@@ -70,6 +70,22 @@ void sparge_method_row(const sparge_head *head, int64_t t, float *p);
 /* Sums of the rows of a map over blocks: adds p[k_len] to mass[k_blocks]. */
 void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass);
 
+/* ---- order.c: orders that bring tokens together which belong together. index[p] is the arriving
+ * number of the token at place p, as sparge_token_order has it. ---- */
+
+/* The patches of t x h x w tokens of a grid one after the other, both in row-major order; those at
+ * the edges are smaller. Text keeps its place. */
+void sparge_order_patches(const sparge_grid *grid, int64_t t, int64_t h, int64_t w, int64_t *index);
+/* By the remainder of the token's number by `stride`. */
+void sparge_order_residues(int64_t len, int64_t stride, int64_t *index);
+/* By the nearest of so many centers (k-means from evenly spaced rows, so many rounds); size of each
+ * cluster. x [len][dim]. SPARGE_ERR_MEMORY. */
+sparge_status sparge_order_clusters(const float *x, int64_t len, int64_t dim, int64_t clusters,
+                                    int rounds, int64_t *index, int64_t *size);
+/* Inside each whole segment of so many tokens by falling score, of equals the earlier first. */
+sparge_status sparge_order_segments(const float *score, int64_t len, int64_t segment,
+                                    int64_t *index);
+
 /* ---- select.c: what is kept ---- */
 
 /* A candidate: a block of a row, or of a head. */

@@ -58,14 +58,16 @@ static sparge_status plan_upstream(const sparge_problem *problem, const sparge_o
     return plan_rules(plan, param, SPARGE_RULES_UPSTREAM);
 }
 
-#define THRESHOLDS(lambda)                                                                          \
-    {                                                                                               \
-        {"tau", 0.0, 1.0, 0.98, false, "mass of the key blocks to keep"},                           \
-            {"theta", -1.0, 1.0, 0.6, false, "mean cosine above which a block is self-similar"},    \
-            {"topk", -1.0, 1.0, -1.0, false, "share of the visible key blocks to keep; -1: off"},   \
-            {"lambda", -INFINITY, 0.0, lambda, false, "P.V is skipped if max - running max <= it"}, \
-            {"sink", 0.0, 1.0, 0.0, true, "keep key block 0 always"},                               \
+/* By their order: TAU, THETA, TOPK, LAMBDA, SINK. */
+#define THRESHOLDS(lambda)                                                        \
+    {"tau", 0.0, 1.0, 0.98, false, "mass of the key blocks to keep"},             \
+        {"theta", -1.0, 1.0, 0.6, false, "cosine of a self-similar block"},       \
+        {"topk", -1.0, 1.0, -1.0, false, "share of the key blocks; -1: off"},     \
+        {"lambda", -INFINITY, 0.0, lambda, false, "P.V is skipped from here on"}, \
+    {                                                                             \
+        "sink", 0.0, 1.0, 0.0, true, "keep key block 0 always"                    \
     }
+
 #define SPARGEATTN                                                             \
     .paper = "arXiv 2502.18137", .repository = "github.com/thu-ml/SpargeAttn", \
     .commit = "bfd980b", .kind = "training-free",                              \
@@ -75,7 +77,7 @@ const sparge_method sparge_method_spargeattn = {
     .name = "spargeattn",
     .title = "SpargeAttn",
     SPARGEATTN,
-    .param = THRESHOLDS(-INFINITY),
+    .param = {THRESHOLDS(-INFINITY)},
     .plan = plan_default,
 };
 
@@ -83,7 +85,7 @@ const sparge_method sparge_method_spargeattn_paper = {
     .name = "spargeattn_paper",
     .title = "SpargeAttn, as printed",
     SPARGEATTN,
-    .param = THRESHOLDS(-INFINITY),
+    .param = {THRESHOLDS(-INFINITY)},
     .plan = plan_paper,
 };
 
@@ -91,6 +93,6 @@ const sparge_method sparge_method_spargeattn_upstream = {
     .name = "spargeattn_upstream",
     .title = "SpargeAttn, as released",
     SPARGEATTN,
-    .param = THRESHOLDS(-50.0),
+    .param = {THRESHOLDS(-50.0)},
     .plan = plan_upstream,
 };

@@ -28,8 +28,6 @@ rule("api/.*" "api/.*|${public}|ref/ref\\.h|ref/oracle\\.h|cpu/cpu\\.h|gpu/gpu\\
 rule("common/.*" "${public}|common/.*" "${standard}" "common/ includes sparge*.h, common/ and the C library")
 rule("ref/oracle\\.[ch]" "${public}|ref/oracle\\.h" "${standard}"
      "ref/oracle.c includes sparge*.h, ref/oracle.h and the C library, so that it shares no mistake")
-rule("ref/token_order\\.c" "${public}|common/error\\.h" "${standard}"
-     "ref/token_order.c includes sparge*.h, common/error.h and the C library")
 rule("ref/.*" "${public}|common/.*|ref/.*" "${standard}" "ref/ includes sparge*.h, common/, ref/ and the C library")
 rule("cpu/dispatch\\.c" "${public}|common/.*|cpu/.*" "${standard}|cpuid\\.h|unistd\\.h|sys/syscall\\.h"
      "cpu/dispatch.c includes sparge*.h, common/, cpu/, the C library, cpuid.h and Linux's system calls")
