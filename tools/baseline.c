@@ -5,18 +5,20 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "common/block_mask.h"
 #include "common/element.h"
-#include "tools/intermediates.h"
+#include "sparge_mask.h"
+#include "tools/program.h"
 
 typedef struct work {
     const sparge_problem *problem;
     const sparge_options *options;
-    const sparge_mask *mask;
     array_type type;
-    float *q;     /* [dim] of one row */
-    float *k, *v; /* [k_len][dim], [k_len][dim_v] of one kv head */
-    int64_t *key; /* [k_len] that the mask keeps for one query block */
-    float *score; /* [k_len] of one row with each of them */
+    float *q;        /* [dim] of one row */
+    float *k, *v;    /* [k_len][dim], [k_len][dim_v] of one kv head */
+    uint32_t *pairs; /* of one query block, as sparge_mask_get_row gives them */
+    int64_t *key;    /* [k_len] that one row attends to */
+    float *score;    /* [k_len] of the row with each of them */
 } work;
 
 static float rounded(float x, array_type type)
@@ -55,24 +57,16 @@ static float dot(const float *a, const float *b, int64_t n)
     return sum;
 }
 
-/* The keys that the mask keeps for query block i, ascending; how many. */
-static int64_t keys_of(const work *w, int64_t b, int64_t h, int64_t i)
-{
-    int64_t count = 0;
-    for (int64_t s = 0; s < w->problem->k_len; s++)
-        if (!w->mask || sparge_mask_get(w->mask, b, h, i, s / w->options->block_k))
-            w->key[count++] = s;
-    return count;
-}
-
-/* Query t over the first keys of its block, as far as it sees: o [dim_v], and its lse. */
-static float attend(const work *w, int64_t b, int64_t h, int64_t t, int64_t keys, float *o)
+/* Query t over the keys that it attends to: o [dim_v], and its lse. */
+static float attend(const work *w, int64_t b, int64_t h, int64_t t, float *o)
 {
     const sparge_problem *p = w->problem;
-    const sparge_geometry g = geometry_of(p, w->options);
-    const int64_t visible = sparge_keys_of_query(&g, t);
-    while (keys > 0 && w->key[keys - 1] >= visible)
-        keys--;
+    const uint32_t *row =
+        w->pairs + t % w->options->block_q * sparge_mask_row_words(w->problem->k_len);
+    int64_t keys = 0;
+    for (int64_t s = sparge_mask_row_next(row, 0, p->k_len); s < p->k_len;
+         s = sparge_mask_row_next(row, s + 1, p->k_len))
+        w->key[keys++] = s;
     load(&p->q, b, h, t, 1, p->dim, w->q);
     float top = -INFINITY, sum = 0.0f;
     for (int64_t n = 0; n < keys; n++) {
@@ -101,11 +95,12 @@ void baseline_attend(const sparge_problem *problem, const sparge_options *option
     work w = {
         .problem = problem,
         .options = options,
-        .mask = mask,
         .type = type,
         .q = must_alloc((size_t)p->dim, size, what),
         .k = must_alloc(keys, (size_t)p->dim * size, what),
         .v = must_alloc(keys, (size_t)p->dim_v * size, what),
+        .pairs = must_alloc((size_t)(options->block_q * sparge_mask_row_words(p->k_len)),
+                            sizeof(uint32_t), what),
         .key = must_alloc(keys, sizeof(int64_t), what),
         .score = must_alloc(keys, size, what),
     };
@@ -115,10 +110,10 @@ void baseline_attend(const sparge_problem *problem, const sparge_options *option
         const int64_t b = n / p->heads, h = n % p->heads;
         load(&p->k, b, h / gqa, 0, p->k_len, p->dim, w.k);
         load(&p->v, b, h / gqa, 0, p->k_len, p->dim_v, w.v);
-        for (int64_t t = 0, keys_kept = 0; t < p->q_len; t++, o += p->dim_v) {
+        for (int64_t t = 0; t < p->q_len; t++, o += p->dim_v) {
             if (t % options->block_q == 0)
-                keys_kept = keys_of(&w, b, h, t / options->block_q);
-            *lse++ = attend(&w, b, h, t, keys_kept, o);
+                sparge_mask_get_row(mask, p, options, b, h, t / options->block_q, w.pairs);
+            *lse++ = attend(&w, b, h, t, o);
             if (!options->progress(options->user, (double)(n * p->q_len + t + 1) / rows))
                 must_sparge(SPARGE_ERR_CANCELLED);
         }
@@ -126,6 +121,7 @@ void baseline_attend(const sparge_problem *problem, const sparge_options *option
     free(w.q);
     free(w.k);
     free(w.v);
+    free(w.pairs);
     free(w.key);
     free(w.score);
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tools/bench.h"
+#include "tools/kept.h"
 #include "tools/options.h"
 
 /* ---- Figures from times; what has no time is NaN, and so is all that follows from it ---- */
@@ -21,9 +22,9 @@ typedef struct figures {
 } figures;
 
 /* Operations of a product over so many (query, key) pairs. */
-static double operations(int64_t tokens, int64_t channels)
+static double operations(double tokens, int64_t channels)
 {
-    return 2.0 * (double)tokens * (double)channels;
+    return 2.0 * tokens * (double)channels;
 }
 
 /* 12-bit codes have no peak of their own: instruction sets compute them in different ways. */
@@ -36,8 +37,9 @@ static double pct_peak_of(const bench_group *g, const bench_case *c)
 {
     const sparge_problem *p = &g->in->problem;
     const sparge_counts *n = &c->result.counts;
-    const double at_peak = operations(n->qk_tokens, p->dim) / peak_of(&g->machine.peaks, c->qk) +
-                           operations(n->pv_tokens, p->dim_v) / peak_of(&g->machine.peaks, c->pv);
+    const double at_peak =
+        operations((double)n->tile_tokens, p->dim) / peak_of(&g->machine.peaks, c->qk) +
+        operations(kept_pv_tiles(n), p->dim_v) / peak_of(&g->machine.peaks, c->pv);
     return 100.0 * at_peak / c->median.figure[BENCH_TOTAL];
 }
 
@@ -46,8 +48,9 @@ static figures figures_of(const bench_group *g, const bench_case *c)
     const sparge_problem *p = &g->in->problem;
     const sparge_counts *n = &c->result.counts;
     const double *s = c->median.figure, *dense = g->cases[c->dense].median.figure;
-    const double all = operations(n->tokens, p->dim + p->dim_v);
-    const double done = operations(n->qk_tokens, p->dim) + operations(n->pv_tokens, p->dim_v);
+    const double all = operations((double)n->tokens, p->dim + p->dim_v);
+    const double done =
+        operations((double)n->tile_tokens, p->dim) + operations(kept_pv_tiles(n), p->dim_v);
     const bool cuda = g->options.backend == SPARGE_CUDA; /* which has no baseline */
     const double baseline = cuda ? NAN : g->cases[0].median.figure[BENCH_TOTAL];
     return (figures){

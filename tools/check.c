@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "sparge_mask.h"
 #include "tools/baseline.h"
 #include "tools/compare.h"
 #include "tools/device.h"
@@ -13,6 +14,7 @@
 #include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
+#include "tools/mask_file.h"
 #include "tools/places.h"
 #include "tools/progress.h"
 #include "tools/settle.h"
@@ -20,18 +22,21 @@
 typedef struct check_args {
     options_base base;
     attention_args attention;
-    const char *o, *lse, *mask;
+    const char *o, *lse, *mask, *mask_pairs;
     double max_worst; /* NaN: what the baseline says */
 } check_args;
 
-enum { OUTPUT = 512, LSE, MASK, MAX_WORST };
+enum { OUTPUT = 512, LSE, MASK, MASK_PAIRS, MAX_WORST };
 
 static const struct argp_option check_options[] = {
     {"o", OUTPUT, "O", 0, "the kernel's output, with the axes of q: .npy, or 'o' of a .safetensors",
      0},
     {"lse", LSE, "L.npy", 0, "its log-sum-exp, natural, [B,H,N]", 0},
-    {"mask", MASK, "M.npy", 0, "the mask that it had, [B,H,q blocks,k blocks] (none: it was dense)",
+    {"mask", MASK, "M", 0,
+     "the mask that it had: a .npy [B,H,q blocks,k blocks], or a .safetensors whose blocks may be "
+     "attended in part (none: it was dense)",
      0},
+    {"mask-pairs", MASK_PAIRS, "P.npy", 0, "the same by pairs of tokens, [B,H,queries,keys]", 0},
     {"max-worst", MAX_WORST, "X", 0,
      "fail where a row is above this relative L1, or log-sum-exp this far off", 0},
     {0},
@@ -45,10 +50,13 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
     case OUTPUT: a->o = text; return 0;
     case LSE: a->lse = text; return 0;
     case MASK: a->mask = text; return 0;
+    case MASK_PAIRS: a->mask_pairs = text; return 0;
     case MAX_WORST: return options_real(state, "--max-worst", text, 0.0, INFINITY, &a->max_worst);
     case ARGP_KEY_END:
         if (a->attention.files != 1 && a->attention.files != 3)
             return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
+        if (a->mask && a->mask_pairs)
+            return options_wrong(state, "--mask says what is kept; leave out --mask-pairs");
         if (!a->o)
             return options_wrong(state, "give the kernel's output: --o FILE");
         if (a->attention.output)
@@ -90,16 +98,17 @@ typedef struct check {
     sparge_mask mask, predicted;              /* no bits where it was dense */
     array kept, chosen;                       /* the same as arrays */
     sparge_counts *counts, *predicted_counts; /* of them, [batch][heads] */
-    array mass;                               /* block_mass of dense attention */
     attended dense, masked;                   /* by the oracle */
+    array foreseen;                           /* its lse over the predicted mask */
     attended baseline;
 } check;
 
 /* What O and the log-sum-exp are measured by: over the mask where there is one. */
-static const attended *want_of(const check *c) { return c->args.mask ? &c->masked : &c->dense; }
+static bool has_mask(const check *c) { return c->args.mask || c->args.mask_pairs; }
+static const attended *want_of(const check *c) { return has_mask(c) ? &c->masked : &c->dense; }
 static const char *want_name(const check *c)
 {
-    return c->args.mask ? "attention over the mask" : "dense attention";
+    return has_mask(c) ? "attention over the mask" : "dense attention";
 }
 
 /* ---- The steps, in their order ---- */
@@ -115,7 +124,9 @@ static void read_files(check *c)
     if (c->args.lse)
         inputs_lse(c->args.lse, &c->in, &c->got.lse);
     if (c->args.mask)
-        inputs_mask(c->args.mask, &c->in, &c->options, &c->mask);
+        mask_read(c->args.mask, &c->in.problem, &c->options, &c->mask);
+    if (c->args.mask_pairs)
+        mask_read_pairs(c->args.mask_pairs, &c->in.problem, &c->options, &c->mask);
 }
 
 /* A mask as an array, and what it keeps. */
@@ -125,7 +136,7 @@ static sparge_counts *count(const check *c, const sparge_mask *mask, array *kept
     sparge_counts *counts =
         must_alloc((size_t)(p->batch * p->heads), sizeof *counts, "the counters of the heads");
     mask_array(mask, p, &c->options, kept);
-    kept_counts(kept, p, &c->options, counts);
+    must_sparge(sparge_mask_count(mask, p, &c->options, counts, &library_error));
     return counts;
 }
 
@@ -144,27 +155,29 @@ static void attended_alloc(const check *c, array_type type, attended *to)
     intermediates_alloc("bhq", type, p, &c->options, &to->lse);
 }
 
-/* The oracle over a mask; mass may be NULL. */
-static void ask(check *c, const sparge_mask *mask, const char *what, attended *to, double *mass)
+/* The oracle over a mask; o may be NULL. */
+static void ask(check *c, const sparge_mask *mask, const char *what, double *o, double *lse)
 {
-    attended_alloc(c, ARRAY_F64, to);
     progress watch = progress_begin(what);
     progress_watch(&watch, &c->options);
-    const sparge_status status =
-        sparge_oracle(&c->in.problem, &c->options, mask, SPARGE_ORACLE_REAL, to->o.data,
-                      to->lse.data, mass, &library_error);
+    const sparge_status status = sparge_oracle(&c->in.problem, &c->options, mask,
+                                               SPARGE_ORACLE_REAL, o, lse, NULL, &library_error);
     progress_end(&watch);
     must_sparge(status);
 }
 
 static void measure(check *c)
 {
-    const sparge_mask *mask = c->args.mask ? &c->mask : NULL;
-    intermediates_alloc("bhij", ARRAY_F64, &c->in.problem, &c->options, &c->mass);
+    const sparge_mask *mask = has_mask(c) ? &c->mask : NULL;
     attended_alloc(c, ARRAY_F32, &c->baseline);
-    ask(c, NULL, "dense attention", &c->dense, c->mass.data);
-    if (mask)
-        ask(c, mask, "attention over the mask", &c->masked, NULL);
+    attended_alloc(c, ARRAY_F64, &c->dense);
+    ask(c, NULL, "dense attention", c->dense.o.data, c->dense.lse.data);
+    if (mask) {
+        attended_alloc(c, ARRAY_F64, &c->masked);
+        ask(c, mask, "attention over the mask", c->masked.o.data, c->masked.lse.data);
+        intermediates_alloc("bhq", ARRAY_F64, &c->in.problem, &c->options, &c->foreseen);
+        ask(c, &c->predicted, "attention over the predicted mask", NULL, c->foreseen.data);
+    }
     progress watch = progress_begin("baseline");
     progress_watch(&watch, &c->options);
     baseline_attend(&c->in.problem, &c->options, mask, c->type, c->baseline.o.data,
@@ -240,21 +253,21 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
 
 /* ---- The report ---- */
 
-/* The mask beside the predicted one: of all heads, or of one, as views; and their counts. */
-static json_t *describe_mask(const check *c, const array *mass, const array *kept,
-                             const array *chosen, const sparge_counts *counts,
-                             const sparge_counts *predicted_counts)
+/* The mask beside the predicted one: of all heads, or of one, as views; and their counts. lse: over
+ * the mask, over the predicted one, and of dense attention. */
+static json_t *describe_mask(const array lse[3], const array *kept, const array *chosen,
+                             const sparge_counts *counts, const sparge_counts *predicted_counts)
 {
-    const int64_t q_len = c->in.problem.q_len, block_q = c->options.block_q;
-    const recall given = judge_recall(mass, kept, q_len, block_q);
-    const recall predicted = judge_recall(mass, chosen, q_len, block_q);
+    const recall given = judge_recall(&lse[0], &lse[2]), predicted = judge_recall(&lse[1], &lse[2]);
     const mask_difference d = judge_masks(kept, chosen);
-    json_t *json = json_pack("{s:o, s:o, s:I, s:I, s:I, s:I}", "recall", json_number(given.share),
-                             "predicted_recall", json_number(predicted.share), "blocks_nonfinite",
-                             (json_int_t)given.nonfinite, "pairs", (json_int_t)counts->pairs,
-                             "kept_blocks", (json_int_t)counts->qk_done, "predicted_kept_blocks",
-                             (json_int_t)predicted_counts->qk_done);
-    return json_joined(json, judge_json(kept, &d));
+    json_t *json = json_pack("{s:o, s:o, s:o, s:o, s:I, s:I, s:I}", "predicted_recall",
+                             json_number(predicted.share), "predicted_worst_row_recall",
+                             json_number(predicted.worst_row), "density_tokens",
+                             json_number(sparge_density_tokens(counts)), "predicted_density_tokens",
+                             json_number(sparge_density_tokens(predicted_counts)), "pairs",
+                             (json_int_t)counts->pairs, "kept_blocks", (json_int_t)counts->qk_done,
+                             "predicted_kept_blocks", (json_int_t)predicted_counts->qk_done);
+    return json_joined(json_joined(recall_json(&given), json), judge_json(kept, &d));
 }
 
 static json_t *describe_head(const check *c, int64_t n)
@@ -275,15 +288,17 @@ static json_t *describe_head(const check *c, int64_t n)
         const difference d = compare_elements(&lse, &want_lse, 0.0);
         json = json_joined(json, json_pack("{s:o}", "lse_worst", json_number(d.worst)));
     }
-    if (!c->args.mask)
+    if (!has_mask(c))
         return json;
-    const array all = array_part(&c->dense.o, 2, n), mass = array_part(&c->mass, 2, n);
+    const array all = array_part(&c->dense.o, 2, n);
+    const array lse[3] = {array_part(&c->masked.lse, 1, n), array_part(&c->foreseen, 1, n),
+                          array_part(&c->dense.lse, 1, n)};
     const array kept = array_part(&c->kept, 2, n), chosen = array_part(&c->chosen, 2, n);
     const comparison dense = compare(&got, &all);
     json = json_joined(json, json_pack("{s:o, s:o}", "dense_l1", json_number(dense.l1),
                                        "dense_worst_row_l1", json_number(dense.worst_row_l1)));
-    return json_joined(
-        json, describe_mask(c, &mass, &kept, &chosen, &c->counts[n], &c->predicted_counts[n]));
+    return json_joined(json,
+                       describe_mask(lse, &kept, &chosen, &c->counts[n], &c->predicted_counts[n]));
 }
 
 static json_t *describe_heads(const check *c)
@@ -301,7 +316,7 @@ static exit_code report(check *c, file_error *error)
     const bool ok = holds(&o) && holds(&lse);
     json_t *json = json_pack(
         "{s:b, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s}", "ok", ok, "over",
-        c->args.mask ? "mask" : "dense", "type", array_type_string(c->type), "batch",
+        has_mask(c) ? "mask" : "dense", "type", array_type_string(c->type), "batch",
         (json_int_t)p->batch, "heads", (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads,
         "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim,
         "dim_v", (json_int_t)p->dim_v, "block_q", (json_int_t)c->options.block_q, "block_k",
@@ -318,13 +333,14 @@ static exit_code report(check *c, file_error *error)
         json = json_joined(json,
                            json_pack("{s:o}", "lse", json_joined(errors, compare_counts(&lse.c))));
     }
-    if (c->args.mask) {
+    if (has_mask(c)) {
+        const array lses[3] = {c->masked.lse, c->foreseen, c->dense.lse};
         const comparison dense = compare(&c->got.o, &c->dense.o);
         const sparge_counts counts = kept_sum(c->counts, p->batch * p->heads);
         const sparge_counts predicted = kept_sum(c->predicted_counts, p->batch * p->heads);
         json = json_joined(
             json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o), "mask",
-                            describe_mask(c, &c->mass, &c->kept, &c->chosen, &counts, &predicted)));
+                            describe_mask(lses, &c->kept, &c->chosen, &counts, &predicted)));
     }
     json = json_joined(json, json_pack("{s:o}", "per_head", describe_heads(c)));
     must(print_json(json, error));
@@ -350,7 +366,7 @@ exit_code check_command(int argc, char **argv, file_error *error)
     must(attention_parse(&check_argp, argc, argv, &c.args.base, &c.args.attention));
     c.options = c.args.attention.options;
     read_files(&c);
-    if (c.args.mask)
+    if (has_mask(&c))
         predict(&c);
     measure(&c);
     const exit_code code = report(&c, error);
@@ -362,7 +378,7 @@ exit_code check_command(int argc, char **argv, file_error *error)
     array_free(&c.chosen);
     free(c.counts);
     free(c.predicted_counts);
-    array_free(&c.mass);
+    array_free(&c.foreseen);
     sparge_mask_free(&c.mask);
     sparge_mask_free(&c.predicted);
     inputs_free(&c.in);

@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sparge_mask.h"
 #include "tools/device.h"
-#include "tools/intermediates.h"
 #include "tools/kept.h"
 #include "tools/progress.h"
 
@@ -22,14 +22,11 @@ static float float_of(uint32_t bits)
 static double density_at(const sparge_problem *p, sparge_options *o, sparge_mask *mask,
                          sparge_counts *counts, uint32_t tau)
 {
-    array keep;
     o->thresholds.tau = float_of(tau);
     device_predict(p, o, mask, NULL);
-    mask_array(mask, p, o, &keep);
-    kept_counts(&keep, p, o, counts);
-    array_free(&keep);
+    must_sparge(sparge_mask_count(mask, p, o, counts, &library_error));
     const sparge_counts sum = kept_sum(counts, p->batch * p->heads);
-    return kept_density(&sum);
+    return sum.tokens ? sparge_density_tokens(&sum) : NAN;
 }
 
 void density_find(const sparge_problem *p, sparge_options *o, double wanted)

@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "common/block_mask.h"
 #include "common/element.h"
 #include "sparge_cuda.h"
 #include "tools/intermediates.h"
@@ -89,6 +90,18 @@ static sparge_mask *place_mask(device *d, const sparge_mask *mask, bool is_input
         return NULL;
     d->mask = *mask;
     d->mask.bits = place(d, mask->bits, is_input, !is_input, device_mask_bytes(mask));
+    if (mask->partial_first) { /* of an input alone */
+        const int64_t rows = mask->batch * mask->heads * mask->q_blocks,
+                      partials = mask->partial_first[rows];
+        d->mask.partial_first =
+            place(d, mask->partial_first, true, false, (rows + 1) * (int64_t)sizeof(int64_t));
+        d->mask.partial_block =
+            place(d, mask->partial_block, true, false, partials * (int64_t)sizeof(int32_t));
+        d->mask.partial_bits =
+            place(d, mask->partial_bits, true, false,
+                  partials * d->options->block_q * sparge_mask_row_words(d->options->block_k) *
+                      (int64_t)sizeof(uint32_t));
+    }
     return &d->mask;
 }
 

@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* inputs.c: reads q, k, v and masks, and says what does not fit. */
+/* inputs.c: reads q, k and v, and says what does not fit. */
 #include "tools/inputs.h"
 
 #include <float.h>
-#include <inttypes.h>
 #include <math.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -141,36 +140,6 @@ void inputs_free(inputs *in)
 
 /* ---- Beside them ---- */
 
-void inputs_fill_mask(sparge_mask *to, const uint8_t *keep)
-{
-    for (int64_t b = 0; b < to->batch; b++)
-        for (int64_t h = 0; h < to->heads; h++)
-            for (int64_t i = 0; i < to->q_blocks; i++)
-                for (int64_t j = 0; j < to->k_blocks; j++)
-                    sparge_mask_set(to, b, h, i, j, *keep++ != 0);
-}
-
-void inputs_mask(const char *path, const inputs *in, const sparge_options *options,
-                 sparge_mask *out)
-{
-    array x;
-    must_sparge(sparge_mask_alloc(out, &in->problem, options, &library_error));
-    must_do(npy_read(path, &x, &failure));
-    const int64_t shape[] = {out->batch, out->heads, out->q_blocks, out->k_blocks};
-    if ((x.type != ARRAY_U8 && x.type != ARRAY_BOOL) || x.rank != 4 ||
-        memcmp(x.shape, shape, sizeof shape) != 0) {
-        char is[ARRAY_SHAPE_TEXT], expected[ARRAY_SHAPE_TEXT];
-        array_shape_string(x.rank, x.shape, is);
-        array_shape_string(4, shape, expected);
-        fail(EXIT_FILE, path,
-             "the mask is %s %s, it must be u8 or bool %s: batch, heads, blocks of %" PRId64
-             " queries, blocks of %" PRId64 " keys",
-             array_type_string(x.type), is, expected, options->block_q, options->block_k);
-    }
-    inputs_fill_mask(out, x.data);
-    array_free(&x);
-}
-
 /* The axes of o in a file, and its n-th row of [batch][heads][q_len] there. */
 static void output_shape(const inputs *in, int64_t shape[4])
 {
@@ -227,11 +196,10 @@ void inputs_output(const char *path, const inputs *in, array *out, array_type *t
     static const char *name = "o";
     const sparge_problem *p = &in->problem;
     const int64_t axes[] = {p->batch, p->heads, p->q_len, p->dim_v};
-    const char *end = strrchr(path, '.');
     array x;
     int64_t shape[4];
-    must_do(end && strcmp(end, ".safetensors") == 0 ? safetensors_read(path, &name, 1, &x, &failure)
-                                                    : npy_read(path, &x, &failure));
+    must_do(safetensors_named(path) ? safetensors_read(path, &name, 1, &x, &failure)
+                                    : npy_read(path, &x, &failure));
     *type = x.type;
     output_shape(in, shape);
     if (x.type > ARRAY_F64 || x.rank != in->rank ||

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* inputs.h: files of q, k, v and of a mask as the library takes them, and o as the user gave q. */
+/* inputs.h: files of q, k and v as the library takes them, and o as the user gave q. */
 #ifndef SPARGE_TOOLS_INPUTS_H
 #define SPARGE_TOOLS_INPUTS_H
 
@@ -18,13 +18,6 @@ typedef struct inputs {
 /* Reads q and k, and v too where it is needed or has a file of its own. */
 void inputs_read(const attention_args *args, bool needs_v, inputs *out);
 void inputs_free(inputs *in);
-
-/* The pairs of a mask, from a byte each: [batch][heads][q_blocks][k_blocks]. */
-void inputs_fill_mask(sparge_mask *to, const uint8_t *keep);
-
-/* A mask of uint8 or bool, [batch][heads][q_blocks][k_blocks]. */
-void inputs_mask(const char *path, const inputs *in, const sparge_options *options,
-                 sparge_mask *out);
 
 /* o [batch][heads][q_len][dim_v], in f16 or f32, in the type and with the axes of q. */
 void inputs_shape_output(const inputs *in, const array *o, array *out);

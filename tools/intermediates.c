@@ -149,14 +149,6 @@ sparge_geometry geometry_of(const sparge_problem *p, const sparge_options *o)
     return sparge_geometry_of(p, o);
 }
 
-int64_t block_tokens(const sparge_geometry *g, int64_t i, int64_t j)
-{
-    int64_t tokens = 0;
-    for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++)
-        tokens += sparge_keys_visible(g, i * g->block_q + r, j);
-    return tokens;
-}
-
 void mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                 array *out)
 {

@@ -72,9 +72,8 @@ void intermediates_tidy(const intermediate_arrays *d);
 void intermediates_free(intermediate_arrays *d);
 
 sparge_geometry geometry_of(const sparge_problem *p, const sparge_options *o);
-/* The (query, key) pairs of blocks i and j that are visible. */
-int64_t block_tokens(const sparge_geometry *g, int64_t i, int64_t j);
-/* uint8 [batch][heads][q_blocks][k_blocks]: 1 for the visible blocks of a mask; NULL: of all. */
+/* uint8 [batch][heads][q_blocks][k_blocks]: 1 for the visible blocks of a mask, also for those that
+ * are attended in part; NULL: of all. */
 void mask_array(const sparge_mask *mask, const sparge_problem *p, const sparge_options *o,
                 array *out);
 

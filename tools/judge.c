@@ -5,26 +5,35 @@
 #include <math.h>
 
 #include "tools/compare.h"
+#include "tools/program.h"
 
-recall judge_recall(const array *mass, const array *keep, int64_t q_len, int64_t block_q)
+recall judge_recall(const array *masked, const array *dense)
 {
-    const int64_t count = array_count(mass);
-    const int64_t rows = mass->shape[mass->rank - 2], columns = mass->shape[mass->rank - 1];
-    recall r = {0};
-    double all = 0.0, kept = 0.0;
-    for (int64_t at = 0; at < count; at++) {
-        const double mean = ((const double *)mass->data)[at]; /* over the rows of the block */
-        const int64_t left = q_len - at / columns % rows * block_q;
-        const double paid = mean * (double)(left < block_q ? left : block_q);
-        if (!isfinite(paid)) {
+    const double *part = masked->data, *all = dense->data;
+    recall r = {.worst_row = 1.0};
+    int64_t rows = 0;
+    double sum = 0.0;
+    for (int64_t at = 0; at < array_count(dense); at++) {
+        if (all[at] == -(double)INFINITY) /* it sees no key */
+            continue;
+        if (!isfinite(all[at]) || isnan(part[at])) {
             r.nonfinite++;
             continue;
         }
-        all += paid;
-        kept += ((const uint8_t *)keep->data)[at] ? paid : 0.0;
+        const double kept = fmin(1.0, exp(part[at] - all[at]));
+        r.worst_row = fmin(r.worst_row, kept);
+        sum += kept;
+        rows++;
     }
-    r.share = all > 0.0 ? kept / all : r.nonfinite ? NAN : 1.0;
+    r.share = rows ? sum / (double)rows : r.nonfinite ? NAN : 1.0;
+    r.worst_row = rows ? r.worst_row : r.share;
     return r;
+}
+
+json_t *recall_json(const recall *r)
+{
+    return json_pack("{s:o, s:o, s:I}", "recall", json_number(r->share), "worst_row_recall",
+                     json_number(r->worst_row), "rows_nonfinite", (json_int_t)r->nonfinite);
 }
 
 static void count_block(int64_t at, int64_t *blocks, int64_t *first)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* judge.h: how good a block mask is: the attention that it keeps, and where it parts from another.
- * Masks are arrays that end in [q_blocks][k_blocks], of a byte each, as mask_array and files have
- * them. */
+/* judge.h: how good a mask is: the attention that it keeps, and where its blocks part from
+ * another's. Those are arrays that end in [q_blocks][k_blocks], of a byte each, as mask_array and
+ * files have them. */
 #ifndef SPARGE_TOOLS_JUDGE_H
 #define SPARGE_TOOLS_JUDGE_H
 
@@ -9,15 +9,19 @@
 
 #include "tools/array.h"
 
+/* Over rows that see a key and whose attention is a number. */
 typedef struct recall {
-    double
-        share; /* in [0, 1]; 1 where nothing is attended to, NaN where no attention is a number */
-    int64_t nonfinite; /* blocks whose attention is not a number: left out */
+    double share, worst_row; /* in [0, 1]: the mean, and the least; 1 where no row sees a key, NaN
+                                where there is no such row */
+    int64_t nonfinite;       /* rows whose attention is not a number: left out */
 } recall;
 
-/* The share of the attention of all rows that a mask keeps; mass: the oracle's block_mass without a
- * mask, of the same shape. */
-recall judge_recall(const array *mass, const array *keep, int64_t q_len, int64_t block_q);
+/* The attention that a mask keeps, from the oracle's lse over it and over all keys: of one shape.
+ */
+recall judge_recall(const array *masked, const array *dense);
+
+/* recall, worst_row_recall and rows_nonfinite; NULL: no memory. */
+json_t *recall_json(const recall *r);
 
 typedef struct mask_difference {
     int64_t missing,

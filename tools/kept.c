@@ -1,37 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* kept.c: counts blocks, tokens and reasons. */
+/* kept.c: sums of counts, and reasons. */
 #include "tools/kept.h"
 
-#include <math.h>
 #include <string.h>
 
 #include "common/counts.h"
 #include "tools/intermediates.h"
 
-/* ---- Blocks and tokens ---- */
-
-void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o,
-                 sparge_counts *heads)
-{
-    const int64_t rows = keep->shape[2], columns = keep->shape[3], count = p->batch * p->heads;
-    const uint8_t *kept = keep->data;
-    const sparge_geometry g = geometry_of(p, o);
-    memset(heads, 0, (size_t)count * sizeof *heads);
-    for (int64_t at = 0; at < rows * columns; at++) {
-        const int64_t tokens = block_tokens(&g, at / columns, at % columns);
-        for (int64_t h = 0; h < count && tokens; h++) {
-            const bool keeps = kept[h * rows * columns + at];
-            heads[h].pairs++;
-            heads[h].tokens += tokens;
-            heads[h].qk_done += keeps;
-            heads[h].qk_tokens += keeps ? tokens : 0;
-        }
-    }
-    for (int64_t h = 0; h < count; h++) {
-        heads[h].pv_done = (double)heads[h].qk_done;
-        heads[h].pv_tokens = heads[h].qk_tokens;
-    }
-}
+/* ---- Counts ---- */
 
 sparge_counts kept_sum(const sparge_counts *heads, int64_t count)
 {
@@ -41,9 +17,10 @@ sparge_counts kept_sum(const sparge_counts *heads, int64_t count)
     return sum;
 }
 
-double kept_density(const sparge_counts *c)
+double kept_pv_tiles(const sparge_counts *c)
 {
-    return c->tokens ? (double)c->qk_tokens / (double)c->tokens : NAN;
+    return c->qk_tokens ? (double)c->tile_tokens * (double)c->pv_tokens / (double)c->qk_tokens
+                        : 0.0;
 }
 
 /* ---- Reasons ---- */

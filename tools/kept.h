@@ -1,18 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* kept.h: what a mask keeps, counted: blocks and tokens; and why a prediction keeps it. */
+/* kept.h: what was counted, over heads; and why a prediction keeps a block. */
 #ifndef SPARGE_TOOLS_KEPT_H
 #define SPARGE_TOOLS_KEPT_H
 
 #include "tools/program.h"
 
-/* Of every head [batch][heads] what attention over the mask would count, without lambda; keep: as
- * mask_array gives it. */
-void kept_counts(const array *keep, const sparge_problem *p, const sparge_options *o,
-                 sparge_counts *heads);
 sparge_counts kept_sum(const sparge_counts *heads, int64_t count);
 
-/* Visible token pairs in computed Q.K^T, of all that are visible; NaN where none is. */
-double kept_density(const sparge_counts *counts);
+/* Tokens of the tiles whose P.V was computed, attended or not, as tile_tokens are of Q.K^T: what is
+ * counted is those of them that are attended. */
+double kept_pv_tiles(const sparge_counts *counts);
 
 enum { REASONS = 7 }; /* of sparge_reason */
 

@@ -5,28 +5,32 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/block_mask.h"
+#include "sparge_mask.h"
 #include "tools/device.h"
 #include "tools/inputs.h"
 #include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
+#include "tools/mask_file.h"
 #include "tools/npy.h"
 #include "tools/picture.h"
 #include "tools/places.h"
 #include "tools/progress.h"
 #include "tools/settle.h"
 
-enum { MAP_OUT = 512 };
+enum { MAP_OUT = 512, PAIRS_OUT };
 
 static const struct argp_option map_options[] = {
     {"map-out", MAP_OUT, "M.npy", 0, "write its numbers too, float64 [B,H,q blocks,k blocks]", 4},
+    {"pairs-out", PAIRS_OUT, "P.npy", 0, "write which visible pairs of tokens the mask keeps", 4},
     {0},
 };
 
 typedef struct map_args {
     options_base base;
     attention_args attention;
-    const char *numbers;
+    const char *numbers, *pairs;
 } map_args;
 
 static error_t map_parser(int key, char *text, struct argp_state *state)
@@ -35,6 +39,7 @@ static error_t map_parser(int key, char *text, struct argp_state *state)
     switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case MAP_OUT: a->numbers = text; return 0;
+    case PAIRS_OUT: a->pairs = text; return 0;
     default: return ARGP_ERR_UNKNOWN;
     }
 }
@@ -62,6 +67,7 @@ typedef struct map {
     sparge_mask mask;
     sparge_counts *counts;          /* [heads] */
     array mass, keep, why, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, u8, f32 */
+    array dense, masked;            /* [batch][heads][q_len]: the oracle's lse, and over the mask */
     array o;
     char (*titles)[HEAD_TITLE];
     char title[160], subtitle[256], reasons[256];
@@ -92,10 +98,12 @@ static void read_files(map *m)
     const attention_args *a = &m->args.attention;
     settle_spare(a, m->capture, a->output);
     settle_spare(a, m->capture, m->args.numbers);
+    settle_spare(a, m->capture, m->args.pairs);
     if (picture_format_of(a->output) == PICTURE_UNKNOWN)
         fail(EXIT_USAGE, a->output,
              "is of no kind that map draws; let the name end in .png, .svg or .pdf");
     inputs_read(a, asks_lambda(a), &m->in);
+    mask_pairs_writable(m->args.pairs, &m->in.problem);
     settle(a, m->capture, &m->in.problem, &m->options, &m->settled);
 }
 
@@ -124,6 +132,19 @@ static void plan(map *m)
              PICTURE_MAX);
 }
 
+/* The oracle over a mask; mass may be NULL. */
+static void ask(map *m, const sparge_mask *mask, const char *what, array *lse, double *mass)
+{
+    const sparge_problem *p = &m->in.problem;
+    intermediates_alloc("bhq", ARRAY_F64, p, &m->options, lse);
+    progress watch = progress_begin(what);
+    progress_watch(&watch, &m->options);
+    const sparge_status status = sparge_oracle(p, &m->options, mask, SPARGE_ORACLE_REAL, NULL,
+                                               lse->data, mass, &library_error);
+    progress_end(&watch);
+    must_sparge(status);
+}
+
 static void compute(map *m)
 {
     const sparge_problem *p = &m->in.problem;
@@ -150,14 +171,11 @@ static void compute(map *m)
         device_attend(p, o, &m->mask, false, &result);
     }
     progress_end(&watch);
-    watch = progress_begin("attention map");
-    const sparge_status status =
-        sparge_oracle(p, o, NULL, SPARGE_ORACLE_REAL, NULL, NULL, m->mass.data, &library_error);
-    progress_end(&watch);
-    must_sparge(status);
+    ask(m, NULL, "attention map", &m->dense, m->mass.data);
+    ask(m, &m->mask, "attention over the mask", &m->masked, NULL);
     mask_array(&m->mask, p, o, &m->keep);
     if (!m->picture.lambda)
-        kept_counts(&m->keep, p, o, m->counts);
+        must_sparge(sparge_mask_count(&m->mask, p, o, m->counts, &library_error));
 }
 
 static void describe_thresholds(const map *m, char text[128])
@@ -176,6 +194,22 @@ static void describe_thresholds(const map *m, char text[128])
         snprintf(text, 128, "θ %g%s%s%s", (double)k->theta, tau, topk, lambda);
 }
 
+/* The share of the visible pairs of a kept block that are attended. */
+static float attended(const map *m, int64_t n, int64_t i, int64_t j)
+{
+    const sparge_options *o = &m->options;
+    const sparge_geometry g = geometry_of(&m->in.problem, o);
+    const int64_t heads = m->mask.heads, words = sparge_mask_row_words(g.block_k);
+    const uint32_t *bits = sparge_mask_partial(&m->mask, o, n / heads, n % heads, i, j);
+    int64_t pairs = 0, all = 0;
+    for (int64_t r = 0; bits && r < sparge_block_rows(g.q_len, g.block_q, i); r++) {
+        const int64_t keys = sparge_keys_visible(&g, i * g.block_q + r, j);
+        all += keys;
+        pairs += sparge_mask_row_count(bits + r * words, keys);
+    }
+    return bits ? (float)pairs / (float)all : 1.0f;
+}
+
 /* What is drawn of each block of head n: pv_done says how much of a kept one was computed. */
 static void mark_blocks(map *m, int64_t n)
 {
@@ -184,11 +218,11 @@ static void mark_blocks(map *m, int64_t n)
     const uint8_t *keep = (const uint8_t *)m->keep.data + n * blocks;
     const sparge_geometry g = geometry_of(&m->in.problem, &m->options);
     for (int64_t at = 0; at < blocks; at++) {
-        const bool visible = at % g.k_blocks < sparge_blocks_visible(&g, at / g.k_blocks);
+        const int64_t i = at / g.k_blocks, j = at % g.k_blocks;
         if (!keep[at])
-            done[at] = visible ? PICTURE_SKIPPED : PICTURE_INVISIBLE;
-        else if (!m->picture.lambda)
-            done[at] = 1.0f;
+            done[at] = j < sparge_blocks_visible(&g, i) ? PICTURE_SKIPPED : PICTURE_INVISIBLE;
+        else
+            done[at] = (m->picture.lambda ? done[at] : 1.0f) * attended(m, n, i, j);
     }
 }
 
@@ -202,8 +236,8 @@ static void describe(map *m)
     int64_t nonfinite = 0;
     for (int64_t n = 0; n < to->heads; n++) {
         mark_blocks(m, n);
-        const array mass = array_part(&m->mass, 2, n), kept = array_part(&m->keep, 2, n);
-        const recall r = judge_recall(&mass, &kept, p->q_len, o->block_q);
+        const array masked = array_part(&m->masked, 1, n), dense = array_part(&m->dense, 1, n);
+        const recall r = judge_recall(&masked, &dense);
         const double sparsity = sparge_sparsity(&m->counts[n]);
         nonfinite += r.nonfinite;
         sum += sparsity;
@@ -217,9 +251,9 @@ static void describe(map *m)
     }
     if (nonfinite)
         fprintf(stderr,
-                "sparge: %lld of %lld blocks have attention that is not a number: q or k is not "
+                "sparge: %lld of %lld rows have attention that is not a number: q or k is not "
                 "finite there; what is kept is measured over the others\n",
-                (long long)nonfinite, (long long)(to->rows * to->columns * to->heads));
+                (long long)nonfinite, (long long)array_count(&m->dense));
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
              (long long)p->k_len, to->heads ? sum / (double)to->heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};
@@ -231,6 +265,7 @@ static void describe(map *m)
     const reasons why = reasons_of(&m->why, p, o);
     reasons_text(&why, m->reasons);
     reasons_warn(&why, o, m->args.attention.file[0]);
+    to->partial = m->mask.partial_first != NULL;
     to->mass = m->mass.data;
     to->done = m->pv_done.data;
     to->title = m->title;
@@ -249,6 +284,10 @@ static void write_files(const map *m)
         fail(EXIT_MACHINE, path, "no memory for the picture");
     output_file *file = numbers ? output_open(numbers, &failure) : NULL;
     must_do(!numbers || (file && npy_write(output_stream(file), numbers, &m->mass, &failure)));
+    file = m->args.pairs ? output_open(m->args.pairs, &failure) : NULL;
+    must_do(!m->args.pairs || file);
+    if (file)
+        mask_write_pairs(output_stream(file), m->args.pairs, &m->mask, &m->in.problem, &m->options);
     file = output_open(path, &failure);
     must_do(file);
     if (fwrite(bytes, 1, size, output_stream(file)) != size)
@@ -272,6 +311,8 @@ static void map_capture(const map_args *args, const capture *c)
     array_free(&m.keep);
     array_free(&m.why);
     array_free(&m.pv_done);
+    array_free(&m.dense);
+    array_free(&m.masked);
     array_free(&m.o);
     sparge_mask_free(&m.mask);
     inputs_free(&m.in);
@@ -287,11 +328,12 @@ exit_code map_command(int argc, char **argv, file_error *error)
     given_find(&args.attention, &given);
     for (const capture *c = given.list; c < given.list + given.count; c++) {
         map_args one = args;
-        char drawing[PATH_MAX], numbers[PATH_MAX];
+        char drawing[PATH_MAX], numbers[PATH_MAX], pairs[PATH_MAX];
         if (given.folder) {
             one.attention.file[0] = c->path;
             place_output(&one.attention.output, c, ".png", drawing);
             place_output(&one.numbers, c, ".npy", numbers);
+            place_output(&one.pairs, c, ".npy", pairs);
         }
         map_capture(&one, c);
     }

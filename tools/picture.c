@@ -245,7 +245,7 @@ static void header(cairo_t *to, const picture *p, double width)
     } words[] = {
         {true, KEPT, "kept"},
         {p->lambda, DROPPED, "kept, P·V dropped by λ"},
-        {p->lambda, mix(DROPPED, KEPT, 0.5), "in part"},
+        {p->lambda || p->partial, mix(DROPPED, KEPT, 0.5), "in part"},
         {true, SKIPPED, "skipped"},
         {true, INVISIBLE, "not visible"},
     };

@@ -19,6 +19,7 @@ typedef struct picture {
     const double *mass;           /* [heads][rows][columns] attention */
     const float *done;            /* [heads][rows][columns] */
     bool lambda;                  /* is there anything to drop? */
+    bool partial;                 /* are there blocks that are attended in part? */
     const char *title, *subtitle, *reasons;
     const char (*head_title)[HEAD_TITLE]; /* [heads] */
 } picture;

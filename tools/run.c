@@ -3,9 +3,12 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "sparge_mask.h"
 #include "tools/density.h"
 #include "tools/device.h"
+#include "tools/mask_file.h"
 #include "tools/npy.h"
 #include "tools/places.h"
 #include "tools/progress.h"
@@ -14,9 +17,11 @@
 enum {
     DENSE = OPT_COMMAND,
     MASK,
+    MASK_PAIRS,
     MASK_ONLY,
     DENSITY,
     MASK_OUT,
+    PAIRS_OUT,
     LSE_OUT,
     INTERMEDIATES,
     CHECK,
@@ -25,13 +30,17 @@ enum {
 
 static const struct argp_option run_options[] = {
     {"dense", DENSE, 0, 0, "no mask: attention to every block, by the same kernel", 1},
-    {"mask", MASK, "M.npy", 0,
-     "this mask instead of a predicted one, [B,H,q blocks,k blocks]; of --params the lambdas hold",
+    {"mask", MASK, "M", 0,
+     "this mask instead of a predicted one: a .npy [B,H,q blocks,k blocks], or a .safetensors "
+     "whose "
+     "blocks may be attended in part; of --params the lambdas hold",
      1},
+    {"mask-pairs", MASK_PAIRS, "P.npy", 0, "the same by pairs of tokens, [B,H,queries,keys]", 1},
     {"density", DENSITY, "X", 0,
      "the tau, one for all heads, that keeps this share of the visible token pairs", 1},
     {"mask-only", MASK_ONLY, 0, 0, "no attention: the mask and what it keeps; v is not needed", 1},
-    {"mask-out", MASK_OUT, "M.npy", 0, "write the mask", 4},
+    {"mask-out", MASK_OUT, "M", 0, "write the mask, in a form that --mask takes", 4},
+    {"pairs-out", PAIRS_OUT, "P.npy", 0, "write which visible pairs of tokens it keeps", 4},
     {"lse-out", LSE_OUT, "L.npy", 0, "write the log-sum-exp, [B,H,N]", 4},
     {"intermediates", INTERMEDIATES, "DIR", 0, "write the intermediate results of the algorithm",
      4},
@@ -42,9 +51,10 @@ static const struct argp_option run_options[] = {
 
 static const options_conflict conflicts[] = {
     {DENSE,
-     {MASK, MASK_ONLY, DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK},
+     {MASK, MASK_PAIRS, MASK_ONLY, DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK},
      "keeps every block"},
-    {MASK, {DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
+    {MASK, {MASK_PAIRS, DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
+    {MASK_PAIRS, {DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
     {MASK_ONLY,
      {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK_DTYPE, OPT_PV_DTYPE, OPT_KERNEL},
      "computes no attention"},
@@ -61,9 +71,11 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = shared; return 0;
     case DENSE: a->dense = true; return 0;
     case MASK: a->mask = text; return 0;
+    case MASK_PAIRS: a->mask_pairs = text; return 0;
     case MASK_ONLY: a->mask_only = true; return 0;
     case DENSITY: return options_real(state, "--density", text, 0.0, 1.0, &a->density);
     case MASK_OUT: a->mask_out = text; return 0;
+    case PAIRS_OUT: a->pairs_out = text; return 0;
     case LSE_OUT: a->lse_out = text; return 0;
     case INTERMEDIATES: a->intermediates = text; return 0;
     case CHECK: a->check = true; return 0;
@@ -97,7 +109,7 @@ static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : 
 /* Refuses an output that would replace an input. */
 static void spare(const run *r, const char *output)
 {
-    must(inputs_spare(output, &r->args.mask, 1, &failure));
+    must(inputs_spare(output, (const char *[]){r->args.mask, r->args.mask_pairs}, 2, &failure));
     settle_spare(&r->args.attention, r->capture, output);
 }
 
@@ -106,6 +118,7 @@ static void read_files(run *r)
     const attention_args *a = &r->args.attention;
     spare(r, a->output);
     spare(r, r->args.mask_out);
+    spare(r, r->args.pairs_out);
     spare(r, r->args.lse_out);
     for (int n = 0; n < INTERMEDIATE_COUNT && r->args.intermediates; n++) {
         char path[PATH_MAX];
@@ -116,8 +129,12 @@ static void read_files(run *r)
     settle(a, r->capture, &r->in.problem, &r->options, &r->settled);
     must_sparge(sparge_options_resolve(&r->in.problem, &r->options, &library_error));
     if (r->args.mask)
-        inputs_mask(r->args.mask, &r->in, &r->options, &r->mask);
-    const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], r->args.mask};
+        mask_read(r->args.mask, &r->in.problem, &r->options, &r->mask);
+    if (r->args.mask_pairs)
+        mask_read_pairs(r->args.mask_pairs, &r->in.problem, &r->options, &r->mask);
+    mask_writable(r->args.mask_out, &r->mask);
+    mask_pairs_writable(r->args.pairs_out, &r->in.problem);
+    const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], run_mask(&r->args)};
     memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
     for (int n = 1; n < RUN_INPUTS; n++)
         if (input[n])
@@ -138,6 +155,7 @@ static void open_files(run *r)
     intermediate_arrays *d = &r->intermediates;
     r->o_file = open_file(r->args.attention.output);
     r->mask_file = open_file(r->args.mask_out);
+    r->pairs_file = open_file(r->args.pairs_out);
     r->lse_file = open_file(r->args.lse_out);
     if (r->args.intermediates) {
         intermediates_make(d, p, &r->options, predicts, !r->args.mask_only);
@@ -168,7 +186,7 @@ static void predict(run *r)
 {
     progress watch = progress_begin("prediction");
     progress_watch(&watch, &r->options);
-    if (!r->args.mask)
+    if (run_predicts(&r->args))
         r->seconds =
             device_predict(&r->in.problem, &r->options, &r->mask, &r->intermediates.intermediates);
     progress_end(&watch);
@@ -188,7 +206,8 @@ static void compute(run *r)
     (r->args.mask_only ? predict : attend)(r);
     mask_array(mask_of(r), p, &r->options, mask);
     if (r->args.mask_only) {
-        kept_counts(mask, p, &r->options, r->result.head_counts);
+        must_sparge(
+            sparge_mask_count(&r->mask, p, &r->options, r->result.head_counts, &library_error));
         r->result.counts = kept_sum(r->result.head_counts, heads);
     }
 }
@@ -200,8 +219,8 @@ static void write_file(output_file *file, const char *path, const array *x)
 
 static void write_files(run *r)
 {
-    array *o = &r->intermediates.array[INTERMEDIATE_O],
-          *mask = &r->intermediates.array[INTERMEDIATE_MASK];
+    const sparge_problem *p = &r->in.problem;
+    array *o = &r->intermediates.array[INTERMEDIATE_O];
     if (r->o_file) {
         array shaped;
         inputs_shape_output(&r->in, o, &shaped);
@@ -209,23 +228,27 @@ static void write_files(run *r)
         array_free(&shaped);
     }
     must_have(r->args.mask_only || array_to_f32(o, &failure));
-    write_file(r->mask_file, r->args.mask_out, mask);
+    if (r->mask_file)
+        mask_write(output_stream(r->mask_file), r->args.mask_out, mask_of(r), p, &r->options);
+    if (r->pairs_file)
+        mask_write_pairs(output_stream(r->pairs_file), r->args.pairs_out, mask_of(r), p,
+                         &r->options);
     write_file(r->lse_file, r->args.lse_out, &r->lse);
     intermediates_write(&r->intermediates);
 }
 
-/* The oracle over a mask: how far o is from it, where there is an o; and how much it pays to each
- * block. */
-static void measure(run *r, const sparge_mask *mask, const char *what, comparison *to, double *mass)
+/* The oracle over a mask: its lse, and how far o is from it, where there is an o. */
+static void measure(run *r, const sparge_mask *mask, const char *what, comparison *to, array *lse)
 {
     const sparge_problem *p = &r->in.problem;
     array want = {0};
+    intermediates_alloc("bhq", ARRAY_F64, p, &r->options, lse);
     if (!r->args.mask_only)
         intermediates_alloc("bhqv", ARRAY_F64, p, &r->options, &want);
     progress watch = progress_begin(what);
     progress_watch(&watch, &r->options);
     const sparge_status status = sparge_oracle(p, &r->options, mask, SPARGE_ORACLE_REAL, want.data,
-                                               NULL, mass, &library_error);
+                                               lse->data, NULL, &library_error);
     progress_end(&watch);
     must_sparge(status);
     if (want.data)
@@ -235,15 +258,21 @@ static void measure(run *r, const sparge_mask *mask, const char *what, compariso
 
 static void check(run *r)
 {
-    array mass;
-    intermediates_alloc("bhij", ARRAY_F64, &r->in.problem, &r->options, &mass);
-    measure(r, NULL, "check", &r->real, mass.data);
-    r->recall = judge_recall(&mass, &r->intermediates.array[INTERMEDIATE_MASK], r->in.problem.q_len,
-                             r->options.block_q);
+    const int64_t heads = r->in.problem.batch * r->in.problem.heads;
+    array dense, over = {0};
+    measure(r, NULL, "check", &r->real, &dense);
     r->masked = r->real;
-    if (mask_of(r) && !r->args.mask_only)
-        measure(r, mask_of(r), "check of the mask", &r->masked, NULL);
-    array_free(&mass);
+    if (mask_of(r))
+        measure(r, mask_of(r), "check of the mask", &r->masked, &over);
+    const array *masked = mask_of(r) ? &over : &dense;
+    r->recall = judge_recall(masked, &dense);
+    r->head_recall = must_alloc((size_t)heads, sizeof *r->head_recall, "the recall of the heads");
+    for (int64_t n = 0; n < heads; n++) {
+        const array one = array_part(masked, 1, n), all = array_part(&dense, 1, n);
+        r->head_recall[n] = judge_recall(&one, &all);
+    }
+    array_free(&dense);
+    array_free(&over);
 }
 
 static void report(run *r)
@@ -279,20 +308,30 @@ static void run_capture(const run_args *args, const capture *c, json_t *rows)
     sparge_mask_free(&r.mask);
     inputs_free(&r.in);
     free(r.result.head_counts);
+    free(r.head_recall);
     settled_free(&r.settled);
 }
 
-/* One of a folder: what is beside it is in folders too. */
+/* One of a folder: what is beside it is in folders too. A mask that is read in one form is written
+ * in it, and one by pairs in the form that holds them. */
 static void run_listed(const run_args *args, const capture *c, json_t *rows)
 {
     run_args one = *args;
-    char path[5][PATH_MAX];
+    char path[7][PATH_MAX];
     one.attention.file[0] = c->path;
-    place_input(&one.mask, c, ".npy", path[0]);
-    place_output(&one.attention.output, c, ".npy", path[1]);
-    place_output(&one.mask_out, c, ".npy", path[2]);
-    place_output(&one.lse_out, c, ".npy", path[3]);
-    place_output(&one.intermediates, c, "", path[4]);
+    const char *form = ".safetensors";
+    place_input(&one.mask, c, form, path[0]);
+    if (one.mask ? access(one.mask, F_OK) != 0 : !one.mask_pairs) {
+        form = ".npy";
+        one.mask = args->mask;
+        place_input(&one.mask, c, form, path[0]);
+    }
+    place_input(&one.mask_pairs, c, ".npy", path[1]);
+    place_output(&one.attention.output, c, ".npy", path[2]);
+    place_output(&one.mask_out, c, form, path[3]);
+    place_output(&one.pairs_out, c, ".npy", path[4]);
+    place_output(&one.lse_out, c, ".npy", path[5]);
+    place_output(&one.intermediates, c, "", path[6]);
     run_capture(&one, c, rows);
 }
 

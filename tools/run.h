@@ -14,7 +14,7 @@
 typedef struct run_args {
     options_base base;
     attention_args attention;
-    const char *mask, *mask_out, *lse_out, *intermediates;
+    const char *mask, *mask_pairs, *mask_out, *pairs_out, *lse_out, *intermediates;
     double density; /* NaN: not asked for */
     bool dense, mask_only, check;
 } run_args;
@@ -32,16 +32,22 @@ typedef struct run {
     intermediate_arrays
         intermediates; /* of the mask, o and the reasons too when there is no --intermediates */
     array lse;
-    output_file *o_file, *mask_file, *lse_file;
+    output_file *o_file, *mask_file, *pairs_file, *lse_file;
     sparge_result result;
-    double seconds;          /* of the call */
-    comparison real, masked; /* distance to dense attention, and over the same mask */
-    recall recall;
-    json_t *rows; /* of a folder of captures; NULL: there is but one */
+    double seconds;              /* of the call */
+    comparison real, masked;     /* distance to dense attention, and over the same mask */
+    recall recall, *head_recall; /* [heads] */
+    json_t *rows;                /* of a folder of captures; NULL: there is but one */
 } run;
 
 /* Was the mask predicted, and not given or dense? */
-static inline bool run_predicts(const run_args *a) { return !a->dense && !a->mask; }
+static inline bool run_predicts(const run_args *a)
+{
+    return !a->dense && !a->mask && !a->mask_pairs;
+}
+
+/* The file of the mask, of blocks or of pairs; NULL: it is not given. */
+static inline const char *run_mask(const run_args *a) { return a->mask ? a->mask : a->mask_pairs; }
 
 /* What ran and what came of it; NULL: no memory. */
 json_t *run_json(const run *r);

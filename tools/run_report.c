@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdio.h>
 
-enum { SCHEMA = 1 }; /* of the keys in json.md; a new one where a key changes its meaning or goes */
+enum { SCHEMA = 2 }; /* of the keys in json.md; a new one where a key changes its meaning or goes */
 
 /* ---- What ran, on what ---- */
 
@@ -25,7 +25,7 @@ static json_t *describe_files(const run *r)
         ok = json_array_append_new(list, file_json(a->file[n], r->sha256[n])) == 0;
     json_t *json =
         json_pack("{s:i, s:s, s:o, s:o}", "schema", SCHEMA, "version", SPARGE_VERSION, "inputs",
-                  ok ? list : NULL, "mask", file_json(r->args.mask, r->sha256[3]));
+                  ok ? list : NULL, "mask", file_json(run_mask(&r->args), r->sha256[3]));
     if (!ok)
         json_decref(list);
     return json_joined(json, settled_json(&r->settled));
@@ -68,19 +68,53 @@ static json_t *describe_run(const run *r)
 
 /* ---- What came of it ---- */
 
+static double tokens_of(const run *r, int64_t h)
+{
+    return sparge_density_tokens(&r->result.head_counts[h]);
+}
+static double blocks_of(const run *r, int64_t h)
+{
+    return sparge_density_blocks(&r->result.head_counts[h]);
+}
+static double sparsity_of(const run *r, int64_t h)
+{
+    return sparge_sparsity(&r->result.head_counts[h]);
+}
+static double recall_of(const run *r, int64_t h) { return r->head_recall[h].share; }
+static double worst_recall_of(const run *r, int64_t h) { return r->head_recall[h].worst_row; }
+
+/* A number of each head; NULL: no memory. */
+static json_t *per_head(const run *r, double (*of)(const run *, int64_t))
+{
+    json_t *list = json_array();
+    bool ok = list != NULL;
+    for (int64_t h = 0; h < r->in.problem.batch * r->in.problem.heads && ok; h++)
+        ok = json_array_append_new(list, json_number(of(r, h))) == 0;
+    if (ok)
+        return list;
+    json_decref(list);
+    return NULL;
+}
+
+static json_t *describe_recall(const run *r)
+{
+    return json_joined(recall_json(&r->recall),
+                       json_pack("{s:o, s:o}", "recall_per_head", per_head(r, recall_of),
+                                 "worst_row_recall_per_head", per_head(r, worst_recall_of)));
+}
+
 static json_t *describe_kept(const run *r)
 {
     const sparge_counts *c = &r->result.counts;
-    json_t *per_head = json_array();
-    bool ok = per_head != NULL;
-    for (int64_t h = 0; h < r->in.problem.batch * r->in.problem.heads && ok; h++)
-        ok = json_array_append_new(per_head,
-                                   json_number(sparge_sparsity(&r->result.head_counts[h]))) == 0;
-    json_t *json = json_pack(
-        "{s:I, s:I, s:o, s:o, s:o, s:o, s:o}", "pairs", (json_int_t)c->pairs, "kept_blocks",
-        (json_int_t)c->qk_done, "density_tokens", json_number(kept_density(c)), "sparsity",
-        json_number(sparge_sparsity(c)), "sparsity_qk", json_number(sparge_sparsity_qk(c)),
-        "sparsity_pv", json_number(sparge_sparsity_pv(c)), "sparsity_per_head", per_head);
+    json_t *json = json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "pairs",
+                             (json_int_t)c->pairs, "kept_blocks", (json_int_t)c->qk_done,
+                             "density_tokens", json_number(sparge_density_tokens(c)),
+                             "density_blocks", json_number(sparge_density_blocks(c)), "sparsity",
+                             json_number(sparge_sparsity(c)), "sparsity_qk",
+                             json_number(sparge_sparsity_qk(c)), "sparsity_pv",
+                             json_number(sparge_sparsity_pv(c)), "density_tokens_per_head",
+                             per_head(r, tokens_of), "density_blocks_per_head",
+                             per_head(r, blocks_of), "sparsity_per_head", per_head(r, sparsity_of));
     if (!run_predicts(&r->args))
         return json_joined(json, json_pack("{s:n, s:n}", "kept_by", "kept_by_alone"));
     const reasons why =
@@ -101,7 +135,7 @@ static json_t *describe_speed(const run *r)
         json_number(x->seconds_quantize), "seconds_attend", json_number(x->seconds_attend),
         "seconds_total", json_number(r->seconds), "tops",
         json_number(2.0 * (dim + dim_v) * (double)c->tokens / tera), "tops_executed",
-        json_number(2.0 * (dim * (double)c->qk_tokens + dim_v * (double)c->pv_tokens) / tera));
+        json_number(2.0 * (dim * (double)c->tile_tokens + dim_v * kept_pv_tiles(c)) / tera));
 }
 
 static json_t *describe_errors(const run *r)
@@ -134,8 +168,7 @@ json_t *run_json(const run *r)
     if (r->args.mask_only)
         blank(json);
     if (r->args.check)
-        json = json_joined(json, json_pack("{s:o, s:I}", "recall", json_number(r->recall.share),
-                                           "blocks_nonfinite", (json_int_t)r->recall.nonfinite));
+        json = json_joined(json, describe_recall(r));
     return r->args.check && !r->args.mask_only ? json_joined(json, describe_errors(r)) : json;
 }
 

@@ -26,6 +26,12 @@ struct safetensors {
     size_t start; /* of the tensors' bytes, in the file */
 };
 
+bool safetensors_named(const char *path)
+{
+    const char *end = strrchr(path, '.');
+    return end && strcmp(end, ".safetensors") == 0;
+}
+
 /* ---- The header ------------------------------------------------------------------------- */
 
 static bool read_json(safetensors *t)
@@ -141,7 +147,8 @@ static bool fail_missing(const safetensors *t, const char *name)
 static const struct {
     const char *name;
     array_type type;
-} dtypes[] = {{"F16", ARRAY_F16}, {"BF16", ARRAY_BF16}, {"F32", ARRAY_F32}};
+} dtypes[] = {{"F16", ARRAY_F16}, {"BF16", ARRAY_BF16}, {"F32", ARRAY_F32},
+              {"U8", ARRAY_U8},   {"BOOL", ARRAY_BOOL}, {"I64", ARRAY_I64}};
 enum { DTYPES = sizeof dtypes / sizeof *dtypes };
 
 static bool parse_type(const tensor *from, array_type *type)
@@ -183,8 +190,10 @@ bool safetensors_find(const safetensors *t, const char *name, safetensors_place 
     *out = (safetensors_place){.at = t->start + (size_t)from->begin,
                                .bytes = (size_t)(from->end - from->begin)};
     if (!parse_type(from, &out->type))
-        return input_fail(
-            in, "key '%.100s': dtype is none of F16, BF16 and F32; convert it with .float()", name);
+        return input_fail(in,
+                          "key '%.100s': dtype is none of F16, BF16, F32, U8, BOOL and I64; "
+                          "convert it with .float()",
+                          name);
     if (!parse_shape(from, &out->rank, out->shape))
         return input_fail(
             in,
@@ -201,7 +210,7 @@ bool safetensors_find(const safetensors *t, const char *name, safetensors_place 
     return true;
 }
 
-static bool read_tensor(const safetensors *t, const char *name, array *out)
+bool safetensors_tensor(const safetensors *t, const char *name, array *out)
 {
     safetensors_place from;
     if (!safetensors_find(t, name, &from))
@@ -247,7 +256,7 @@ static bool read_input(const file_input *in, const char *const *names, int count
     safetensors *t = safetensors_open(in);
     bool ok = t != NULL;
     for (int i = 0; i < count && ok; i++)
-        ok = read_tensor(t, names[i], &out[i]);
+        ok = safetensors_tensor(t, names[i], &out[i]);
     for (int i = 0; i < count && !ok; i++)
         array_free(&out[i]);
     safetensors_close(t);
@@ -283,8 +292,13 @@ static json_t *describe(const array *from, int64_t begin, int64_t end)
         if (dtypes[i].type == from->type)
             name = dtypes[i].name;
     json_t *shape = json_array();
-    for (int d = 0; d < from->rank; d++)
-        json_array_append_new(shape, json_integer(from->shape[d]));
+    bool ok = shape != NULL;
+    for (int d = 0; d < from->rank && ok; d++)
+        ok = json_array_append_new(shape, json_integer(from->shape[d])) == 0;
+    if (!ok) {
+        json_decref(shape);
+        return NULL;
+    }
     return json_pack("{s:s, s:o, s:[I, I]}", "dtype", name, "shape", shape, "data_offsets",
                      (json_int_t)begin, (json_int_t)end);
 }
@@ -303,7 +317,8 @@ bool safetensors_write(FILE *stream, const char *name, const char *const *names,
     char *text = ok ? json_dumps(root, JSON_COMPACT) : NULL;
     json_decref(root);
     if (!text)
-        return file_error_set(error, name, "no memory for its header, or not of F16, BF16 and F32");
+        return file_error_set(error, name,
+                              "no memory for its header, or of a dtype that is not written");
     const size_t length = strlen(text),
                  padded = (length + 7) / 8 * 8; /* data begin at a multiple of 8 */
     uint8_t fixed[LENGTH_BYTES];

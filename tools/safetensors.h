@@ -7,8 +7,11 @@
 
 #include "tools/array.h"
 
-/* Reads out[i], an F16, BF16 or F32, by the name names[i]; the layout of the whole file is checked
- * first. After failure every out[i] is all zero. */
+/* Does the name end so? */
+bool safetensors_named(const char *path);
+
+/* Reads out[i], an F16, BF16, F32, U8, BOOL or I64, by the name names[i]; the layout of the whole
+ * file is checked first. After failure every out[i] is all zero. */
 bool safetensors_read(const char *path, const char *const *names, int count, array *out,
                       file_error *error);
 bool safetensors_read_memory(const uint8_t *bytes, size_t size, const char *name,
@@ -36,5 +39,7 @@ void safetensors_close(safetensors *s); /* NULL is fine */
 size_t safetensors_count(const safetensors *s);
 const char *safetensors_name(const safetensors *s, size_t n);
 bool safetensors_find(const safetensors *s, const char *name, safetensors_place *out);
+/* The array is to be freed after failure too. */
+bool safetensors_tensor(const safetensors *s, const char *name, array *out);
 
 #endif

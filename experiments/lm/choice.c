@@ -10,6 +10,7 @@
 #include "tools/device.h"
 #include "tools/inputs.h"
 #include "tools/kept.h"
+#include "tools/mask_file.h"
 #include "tools/params.h"
 
 bool ends_with(const char *name, const char *end)
@@ -105,7 +106,7 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
     }
     const uint8_t *keep = from->data;
     keep += (from->shape[0] > 1 ? layer : 0) * to->heads * to->q_blocks * to->k_blocks;
-    inputs_fill_mask(to, keep);
+    mask_keep(to, keep);
     return EXIT_FINE;
 }
 

@@ -293,6 +293,11 @@ static exit_code add_tensor(checkpoint *c, const safetensors *s, const char *the
         input_fail(in, "no memory for its table of tensors");
         return EXIT_MACHINE;
     }
+    if (place.type > ARRAY_F32) {
+        input_fail(in, "tensor '%.80s' is of %s, not of floats", theirs,
+                   array_type_string(place.type));
+        return EXIT_FILE;
+    }
     if (place.rank < 1 || place.rank > 2 || place.bytes == 0) {
         input_fail(in, "tensor '%.80s' is no vector and no matrix", theirs);
         return EXIT_FILE;

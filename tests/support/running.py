@@ -3,6 +3,7 @@
 files for it."""
 import hashlib
 import json
+import math
 import os
 import re
 import select
@@ -192,6 +193,19 @@ def save(name, x):
     return name
 
 
+SAFETENSORS = {"F16": "<f2", "F32": "<f4", "U8": "u1", "BOOL": "?", "I64": "<i8"}
+
+
+def load_safetensors(name):
+    data = read(name, "rb")
+    at = 8 + struct.unpack("<Q", data[:8])[0]
+    return {
+        key: np.frombuffer(data[at:], SAFETENSORS[x["dtype"]], math.prod(x["shape"]),
+                           x["data_offsets"][0]).reshape(x["shape"])
+        for key, x in json.loads(data[8:at]).items()
+    }
+
+
 def save_safetensors(name, **tensors):
     """Each a type of the format and an array; or, already in bytes, (type, shape, bytes)."""
     header, data = {}, b""
@@ -203,7 +217,7 @@ def save_safetensors(name, **tensors):
             bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
             raw = (bits >> 16).astype("<u2").tobytes()
         else:
-            raw = x.astype({"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
+            raw = x.astype(SAFETENSORS[dtype]).tobytes()
         header[key] = {"dtype": dtype, "shape": list(shape),
                        "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw

@@ -5,6 +5,7 @@
 #include "tools/capture.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
+#include "tools/mask_file.h"
 #include "tools/npy.h"
 #include "tools/output.h"
 #include "tools/params.h"
@@ -944,7 +945,7 @@ Test(formats, safetensors_write)
     array_free(&x[0]);
     cr_assert(array_alloc(ARRAY_I32, 0, NULL, &x[0], NULL));
     cr_expect(!safetensors_write(stdout, "a", names, 1, x, &error));
-    expect_says(&error, "int", (const char *[]){"a: ", "F16, BF16 and F32"}, 2);
+    expect_says(&error, "int", (const char *[]){"a: ", "a dtype that is not written"}, 2);
     for (int i = 0; i < 3; i++)
         array_free(&x[i]);
 }
@@ -1024,7 +1025,7 @@ Test(formats, safetensors_bad_header)
          {"key 'q'", "no such tensor", "choose from y, x"}},
         {"{\"q\":{\"data_offsets\":[0,8]}}", {"key 'q'", "dtype is none of F16, BF16", "convert"}},
         {"{\"q\":{\"dtype\":\"F64\",\"shape\":[1],\"data_offsets\":[0,8]}}",
-         {"key 'q'", "dtype is none of F16, BF16 and F32", "convert"}},
+         {"key 'q'", "F16, BF16, F32, U8, BOOL and I64", "convert"}},
         {"{\"q\":{\"dtype\":\"F32\",\"data_offsets\":[0,8]}}",
          {"key 'q'", "shape must be", "reshape"}},
         {"{\"q\":{\"dtype\":\"F32\",\"shape\":[1,1,1,1,1,1,1,1,2],\"data_offsets\":[0,8]}}",
@@ -1077,6 +1078,49 @@ Test(formats, safetensors_prefixes)
         memcpy(exact, file, n);
         cr_expect(!safetensors_read_memory(exact, n, "a", qkv, 1, &x, NULL) && !x.data);
         free(exact);
+    }
+}
+
+/* ---- Masks ------------------------------------------------------------------------------ */
+
+/* One head of 2 x 2 blocks; blocks (0, 1) and (1, 0) are attended in part. */
+static const char mask_header[] =
+    "{\"partial_index\":{\"dtype\":\"I64\",\"shape\":[2,4],\"data_offsets\":[0,64]},"
+    "\"blocks\":{\"dtype\":\"U8\",\"shape\":[1,1,2,2],\"data_offsets\":[64,68]},"
+    "\"partial_bits\":{\"dtype\":\"U8\",\"shape\":[2,1,2],\"data_offsets\":[68,72]}}";
+static const char mask_data[] = "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0"
+                                "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\1\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
+                                "\0\1\1\1\x81\x01\xff\x00";
+
+/* The whole file, every shorter one, and each byte of the integers changed. */
+Test(formats, mask_arrays, .init = folder_make, .fini = folder_remove)
+{
+    size_t size;
+    const uint8_t *file = tensors_file(mask_header, mask_data, 72, &size);
+    mask_arrays x;
+    file_error error;
+    file_make("m.safetensors", (const char *)file, size);
+    cr_assert(mask_arrays_read(in_folder("m.safetensors"), &x, &error), "%s", error.text);
+    expect_array(&x.blocks, ARRAY_U8, 4, (int64_t[]){1, 1, 2, 2}, "\0\1\1\1");
+    expect_array(&x.partial_index, ARRAY_I64, 2, (int64_t[]){2, 4}, mask_data);
+    expect_array(&x.partial_bits, ARRAY_U8, 3, (int64_t[]){2, 1, 2}, "\x81\x01\xff");
+    mask_arrays_free(&x);
+    for (size_t n = 0; n < size; n++) {
+        file_make("m.safetensors", (const char *)file, n);
+        cr_expect(!mask_arrays_read(in_folder("m.safetensors"), &x, &error), "%zu bytes", n);
+        cr_expect(!x.blocks.data && !x.partial_index.data && !x.partial_bits.data);
+        cr_expect(strstr(error.text, "m.safetensors: byte ") ||
+                      strstr(error.text, "m.safetensors: key "),
+                  "%s", error.text);
+    }
+    for (size_t n = 0; n < 64; n++) {
+        char other[sizeof mask_data];
+        memcpy(other, mask_data, sizeof other);
+        other[n] ^= 2; /* no entry has it */
+        file = tensors_file(mask_header, other, 72, &size);
+        file_make("m.safetensors", (const char *)file, size);
+        cr_expect(!mask_arrays_read(in_folder("m.safetensors"), &x, &error), "byte %zu", n);
+        cr_expect(strstr(error.text, "is not in blocks") && !x.blocks.data, "%s", error.text);
     }
 }
 
@@ -1757,31 +1801,49 @@ Test(formats, captures_of_many_bytes, .init = folder_make, .fini = folder_remove
 
 /* ---- What masks are worth ----------------------------------------------------------------- */
 
-/* Two blocks of queries, the second of one row: its attention counts a third of the first one's. */
+/* Rows keep all, a half and nothing of their attention; one sees no key. */
 Test(formats, judge_recall_by_rows)
 {
-    double mass[] = {0.75, 0.25, 0.5, 0.5};
-    uint8_t bits[] = {1, 0, 0, 1};
-    const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_BOOL, 2, {2, 2}, bits};
-    const recall r = judge_recall(&paid, &keep, 4, 3);
-    cr_expect(r.share == (3 * 0.75 + 0.5) / 4, "%g", r.share);
+    const double none = -(double)INFINITY;
+    double dense[] = {0.75, 100.0, -3.0, none}, over[] = {0.75, 100.0 - log(2.0), none, none};
+    const array all = {ARRAY_F64, 3, {1, 2, 2}, dense}, masked = {ARRAY_F64, 3, {1, 2, 2}, over};
+    recall r = judge_recall(&masked, &all);
+    cr_expect(fabs(r.share - 0.5) < 1e-13 && r.worst_row == 0.0, "%g %g", r.share, r.worst_row);
     cr_expect(r.nonfinite == 0);
-    const array no_rows = {ARRAY_F64, 2, {0, 2}, mass};
-    cr_expect(judge_recall(&no_rows, &keep, 0, 3).share == 1.0);
-    memset(mass, 0, sizeof mass); /* rows that see no key */
-    cr_expect(judge_recall(&paid, &keep, 4, 3).share == 1.0);
+    over[2] = -3.0;
+    over[0] = nextafter(0.75, 1.0); /* by rounding */
+    r = judge_recall(&masked, &all);
+    cr_expect(fabs(r.share - 2.5 / 3) < 1e-13 && fabs(r.worst_row - 0.5) < 1e-13);
+    over[1] = dense[1];
+    cr_expect(judge_recall(&masked, &all).share == 1.0);
+    const array no_rows = {ARRAY_F64, 3, {1, 2, 0}, dense};
+    for (int n = 0; n < 4; n++)
+        dense[n] = over[n] = none;
+    for (int n = 0; n < 2; n++) {
+        r = judge_recall(n ? &no_rows : &masked, n ? &no_rows : &all);
+        cr_expect(r.share == 1.0 && r.worst_row == 1.0 && r.nonfinite == 0);
+    }
 }
 
 Test(formats, judge_recall_nonfinite)
 {
-    double mass[] = {NAN, NAN, 0.25, 0.75};
-    uint8_t bits[] = {1, 0, 0, 1};
-    const array paid = {ARRAY_F64, 2, {2, 2}, mass}, keep = {ARRAY_U8, 2, {2, 2}, bits};
-    const recall half = judge_recall(&paid, &keep, 4, 2);
-    cr_expect(half.share == 0.75 && half.nonfinite == 2, "%g, %d", half.share, (int)half.nonfinite);
-    mass[2] = mass[3] = NAN;
-    const recall none = judge_recall(&paid, &keep, 4, 2);
-    cr_expect(isnan(none.share) && none.nonfinite == 4, "%g, %d", none.share, (int)none.nonfinite);
+    double dense[] = {(double)NAN, 1.0, 1.0, (double)INFINITY},
+           over[] = {1.0, 1.0, 1.0 - log(2.0), 1.0};
+    const array all = {ARRAY_F64, 1, {4}, dense}, masked = {ARRAY_F64, 1, {4}, over};
+    const recall half = judge_recall(&masked, &all);
+    cr_expect(fabs(half.share - 0.75) < 1e-15 && fabs(half.worst_row - 0.5) < 1e-15, "%g",
+              half.share);
+    cr_expect(half.nonfinite == 2);
+    over[1] = (double)NAN; /* an error of the judge's is no recall either */
+    cr_expect(judge_recall(&masked, &all).nonfinite == 3);
+    dense[1] = dense[2] = (double)NAN;
+    const recall none = judge_recall(&masked, &all);
+    cr_expect(isnan(none.share) && isnan(none.worst_row) && none.nonfinite == 4);
+    json_t *json = recall_json(&none);
+    char *text = json_dumps(json, JSON_COMPACT);
+    cr_expect_str_eq(text, "{\"recall\":null,\"worst_row_recall\":null,\"rows_nonfinite\":4}");
+    free(text);
+    json_decref(json);
 }
 
 /* Queries 0 to 2 see the first 3, 4 and 5 keys; the last block of each is short. */
@@ -1789,20 +1851,20 @@ static const sparge_problem three = {.batch = 1, .heads = 1, .kv_heads = 1, .q_l
 static const sparge_options causal_pairs = {
     .block_q = 2, .block_k = 2, .causal = SPARGE_CAUSAL_END};
 
-Test(formats, kept_blocks_and_tokens)
+Test(formats, kept_counts)
 {
-    uint8_t bits[] = {1, 0, 0, 0, 1, 1};
-    const array keep = {ARRAY_U8, 4, {1, 1, 2, 3}, bits};
-    sparge_counts c;
-    kept_counts(&keep, &three, &causal_pairs, &c);
-    cr_expect(c.pairs == 5 && c.qk_done == 3 && c.pv_done == 3.0, "pairs %d, %d", (int)c.pairs,
-              (int)c.qk_done);
-    cr_expect(c.tokens == 12 && c.qk_tokens == 7 && c.pv_tokens == 7, "tokens %d, %d",
-              (int)c.tokens, (int)c.qk_tokens);
-    cr_expect(kept_density(&c) == 7.0 / 12.0);
+    const sparge_counts c = {.pairs = 5,
+                             .qk_done = 3,
+                             .pv_done = 2.5,
+                             .tokens = 12,
+                             .tile_tokens = 8,
+                             .qk_tokens = 6,
+                             .pv_tokens = 3};
     const sparge_counts two[] = {c, c}, sum = kept_sum(two, 2);
-    cr_expect(sum.pairs == 10 && sum.qk_tokens == 14 && kept_density(&sum) == 7.0 / 12.0);
-    cr_expect(isnan(kept_density(&(sparge_counts){0})));
+    cr_expect(sum.pairs == 10 && sum.qk_tokens == 12 && sum.pv_done == 5.0 &&
+              sum.tile_tokens == 16);
+    cr_expect(kept_pv_tiles(&sum) == 8.0);
+    cr_expect(kept_pv_tiles(&(sparge_counts){.tile_tokens = 4}) == 0.0); /* nothing is attended */
 }
 
 Test(formats, kept_for_reasons)

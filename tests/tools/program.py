@@ -25,8 +25,8 @@ import numpy as np
 sys.path.append(os.path.join(os.path.dirname(__file__), "../support"))
 from counted import check, run_tests
 from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORTED, USAGE,
-                     commands_of, explained, full_device, ignored, listing, read, save,
-                     save_safetensors, sha256, stopped, watched, write)
+                     commands_of, explained, full_device, ignored, listing, load_safetensors, read,
+                     save, save_safetensors, sha256, stopped, watched, write)
 
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
@@ -45,14 +45,14 @@ def blocks_seen(nq, nk, causal, bq=128, bk=64):
                      for i in range(0, nq, bq)]).reshape(-(-nq // bq), -(-nk // bk))
 
 
-def attention(q, k, v, causal=None, mask=None, bq=128, bk=64, scale=None):
-    """o and lse in float64 of [B,H,N,D]; mask [B,H,blocks,blocks]."""
+def attention(q, k, v, causal=None, mask=None, bq=128, bk=64, scale=None, pairs=True):
+    """o and lse in float64 of [B,H,N,D]; mask [B,H,blocks,blocks], pairs [B,H,N,N]."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     nq, nk = q.shape[2], k.shape[2]
     s = np.einsum("bhqd,bhkd->bhqk", q, k) * (scale or 1 / np.sqrt(q.shape[3]))
-    keep = np.broadcast_to(visible(nq, nk, causal), s.shape).copy()
+    keep = np.broadcast_to(visible(nq, nk, causal), s.shape) & pairs
     if mask is not None:
         keep &= np.repeat(np.repeat(mask, bq, 2)[:, :, :nq], bk, 3)[:, :, :, :nk] != 0
     s[~keep] = -np.inf
@@ -91,15 +91,17 @@ KEYS = (
     "qk_dtype pv_dtype block_q block_k skip_rows "
     "causal smooth_k sink softmax_scale theta tau topk lambda density"
 ).split() + SIZES + (
-    "pairs kept_blocks density_tokens sparsity sparsity_qk sparsity_pv sparsity_per_head kept_by "
-    "kept_by_alone "
+    "pairs kept_blocks density_tokens density_blocks sparsity sparsity_qk sparsity_pv "
+    "density_tokens_per_head density_blocks_per_head sparsity_per_head kept_by kept_by_alone "
     "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops "
     "tops_executed"
 ).split()
 REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink".split()
 COUNTS = "nan_got nan_want inf_got inf_want nonfinite_apart".split()
-CHECK_KEYS = [
-    "recall", "blocks_nonfinite", "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1",
+RECALL_KEYS = ("recall worst_row_recall rows_nonfinite recall_per_head "
+               "worst_row_recall_per_head").split()
+CHECK_KEYS = RECALL_KEYS + [
+    "l1", "worst_row_l1", "cosine", "rmse", "mask_worst_row_l1",
     *COUNTS, "mask_nonfinite_apart"
 ]
 B, HQ, HK, NQ, NK, D, DV = 2, 4, 2, 300, 333, 24, 20
@@ -490,6 +492,190 @@ def test_mask():
     check((np.load("a.npy") == np.load("b.npy")).all(), "the predicted mask, given")
 
 
+REF = ["--backend", "ref"]
+F32 = [*REF, "--qk-dtype", "f32", "--pv-dtype", "f32"]
+
+
+def partials_of(pairs, nq=NQ, nk=NK, bq=128, bk=64):
+    """blocks, partial_index and partial_bits of the visible pairs that are attended, by hand."""
+    b, h = pairs.shape[:2]
+    blocks, index, bits = np.zeros((b, h, -(-nq // bq), -(-nk // bk)), np.uint8), [], []
+    for at in np.ndindex(blocks.shape):
+        part = np.s_[at[2] * bq:at[2] * bq + bq, at[3] * bk:at[3] * bk + bk]
+        got, seen = pairs[at[0], at[1]][part], partials_of.seen[part]
+        blocks[at] = (got & seen).any()
+        if blocks[at] and not (got | ~seen).all():
+            index.append(at)
+            bits.append(np.zeros((bq, -(-bk // 8) * 8), bool))
+            bits[-1][:got.shape[0], :got.shape[1]] = got & seen
+    return (blocks, np.array(index, np.int64).reshape(-1, 4),
+            np.packbits(np.array(bits), -1, "little"))
+
+
+def test_mask_pairs():
+    """A mask by pairs: as a .npy, as a .safetensors of blocks and bits, and back."""
+    q, k, v, qkv = files()
+    r = np.random.default_rng(5)
+    for causal, block in (None, ()), ("end", (40, 37)):
+        args = [*qkv, *(["--causal"] if causal else []),
+                *(["--block-q", block[0], "--block-k", block[1]] if block else [])]
+        bq, bk = block or (128, 64)
+        pairs = r.random((B, HQ, NQ, NK)) < 0.3
+        pairs[0, 0] = True  # all whole
+        pairs[0, 1, bq:2 * bq] = False  # rows that see nothing
+        pairs[1, 2, :, :2 * bk] = True
+        seen = partials_of.seen = visible(NQ, NK, causal)
+        x = fine("run", *args, *F32, "--mask-pairs", save("p.npy", pairs), "--mask-out",
+                 "m.safetensors", "--pairs-out", "out.npy", "-o", "o.npy", "--lse-out", "l.npy",
+                 "--check")
+        check(x["mask"] == dict(file="p.npy", sha256=sha256("p.npy")), "its file", x["mask"])
+        want, lse = attention(q, k, v, causal, pairs=pairs)
+        near(np.load("o.npy"), want, 1e-5, "attention over pairs")
+        out = np.load("out.npy")
+        check(out.dtype == np.uint8 and (out == (pairs & seen)).all(), "pairs out")
+        blocks, index, bits = partials_of(pairs, bq=bq, bk=bk)
+        m = load_safetensors("m.safetensors")
+        check(list(m) == ["partial_index", "blocks", "partial_bits"] and
+              m["blocks"].dtype == np.uint8 and (m["blocks"] == blocks).all() and
+              m["partial_index"].dtype == np.int64 and
+              m["partial_index"].tolist() == index.tolist() and
+              m["partial_bits"].dtype == np.uint8 and m["partial_bits"].shape == bits.shape and
+              (m["partial_bits"] == bits).all(), "blocks and bits", m, index)
+        tokens = (pairs & seen).sum((2, 3)) / seen.sum()
+        check(abs(x["density_tokens"] - tokens.mean()) < 1e-8 and
+              np.allclose(x["density_tokens_per_head"], tokens.ravel(), atol=1e-8) and
+              abs(x["density_blocks"] - 1 + x["sparsity_qk"]) < 1e-8 and x["kept_blocks"] == blocks.sum(),
+              "density", x, tokens)
+        check(x["density_tokens"] < x["density_blocks"], "tokens, not blocks", x)
+        tiles = (np.repeat(np.repeat(blocks, bq, 2)[:, :, :NQ], bk, 3)[..., :NK] & seen).sum()
+        check(abs(x["tops_executed"] * 1e12 * x["seconds_total"] / (2 * (D + DV) * tiles) - 1)
+              < 1e-6, "operations of whole tiles", x)
+        with np.errstate(over="ignore"):
+            kept = np.exp(lse - attention(q, k, v, causal)[1])
+        check(abs(x["recall"] - kept.mean()) < 1e-6 and x["worst_row_recall"] == kept.min() == 0 and
+              np.allclose(x["recall_per_head"], kept.mean(2).ravel(), atol=1e-6) and
+              np.allclose(x["worst_row_recall_per_head"], kept.min(2).ravel(), atol=1e-6),
+              "attention that the pairs keep", x)
+        check(x["mask_worst_row_l1"] < 1e-5 < x["worst_row_l1"], "beside the same pairs", x)
+        y = fine("run", *args, *F32, "--mask", "m.safetensors", "-o", "o2.npy", "--mask-out",
+                 "m2.safetensors", "--pairs-out", "out2.npy")
+        check(read("m2.safetensors", "rb") == read("m.safetensors", "rb") and
+              read("out2.npy", "rb") == read("out.npy", "rb") and
+              read("o2.npy", "rb") == read("o.npy", "rb"), "as blocks and bits")
+        check(all(x[n] == y[n] for n in ("kept_blocks", "density_tokens")), "the same counts", x, y)
+        y = fine("run", *args[:2], *args[3:], *REF, "--mask-only", "--mask", "m.safetensors",
+                 "--check")
+        check(all(x[n] == y[n] for n in [
+            "kept_blocks", "density_tokens_per_head", "density_blocks_per_head", *RECALL_KEYS
+        ]), "without attention", x, y)
+        for mask in ["--mask", "m.safetensors"], ["--mask-pairs", "p.npy"]:
+            y = fine("check", *args, *mask, "--o", "o.npy", "--lse", "l.npy")
+            check(y["ok"] and y["over"] == "mask" and
+                  all(y["mask"][n] == x[n] for n in ("recall", "worst_row_recall",
+                                                     "density_tokens", "kept_blocks")) and
+                  [h["recall"] for h in y["per_head"]] == x["recall_per_head"], "judged", y)
+        save("w.npy", attention(q, k, v, causal, blocks, bq, bk)[0].astype(np.float32))
+        fine("check", *args, "--mask", "m.safetensors", "--o", "w.npy", code=DIFFERENT,
+             says=["from attention over the mask"])
+        # The same in other blocks.
+        fine("run", *args, *F32, "--block-q", 64, "--block-k", 48, "--mask-pairs", "out.npy",
+             "--pairs-out", "out3.npy")
+        check((np.load("out3.npy") == out).all(), "other blocks, the same pairs")
+        wrong(USAGE, ["m.npy", f"{len(index)} partly attended blocks", ".safetensors"], "run",
+              *args, *F32, "--mask", "m.safetensors", "--mask-out", "m.npy", "-o", "o3.npy")
+
+
+def test_mask_whole():
+    """What has no partly attended block is written in either form; and the masks of map."""
+    q, k, v, qkv = files()
+    mask = np.random.default_rng(4).random((B, HQ, 3, 6)) < 0.4
+    save("m.npy", mask)
+    fine("run", *qkv, "--mask", "m.npy", "--mask-out", "m.safetensors", "-o", "a.npy")
+    m = load_safetensors("m.safetensors")
+    check((m["blocks"] == mask).all() and m["partial_index"].shape == (0, 4) and
+          m["partial_bits"].shape == (0, 128, 8), "no bits", m)
+    fine("run", *qkv, "--mask", "m.safetensors", "--mask-out", "n.npy", "-o", "b.npy", "--pairs-out",
+         "p.npy")
+    pairs = np.repeat(np.repeat(mask, 128, 2)[:, :, :NQ], 64, 3)[..., :NK]
+    check((np.load("n.npy") == mask).all() and (np.load("p.npy") == pairs).all() and
+          read("a.npy", "rb") == read("b.npy", "rb"), "there and back")
+    fine("run", *qkv, "--mask-pairs", "p.npy", "--mask-out", "n.npy", "-o", "b.npy")
+    check((np.load("n.npy") == mask).all() and read("a.npy", "rb") == read("b.npy", "rb"),
+          "whole blocks, by pairs")
+    for kind in "U8", "BOOL":
+        save_safetensors("b.safetensors", blocks=(kind, mask))
+        fine("run", *qkv, "--mask", "b.safetensors", "-o", "b.npy")
+        check(read("a.npy", "rb") == read("b.npy", "rb"), kind, "blocks alone")
+    seen = visible(NQ, NK, "end")
+    fine("run", *qkv, "--dense", "--causal", "--pairs-out", "p.npy")
+    check((np.load("p.npy") == seen).all(), "the pairs of dense")
+    asked = [*qkv, "--causal", "--theta", 0.3, "--tau", 0.5]
+    fine("run", *asked, "--pairs-out", "p.npy", "--mask-out", "n.npy")
+    got = np.repeat(np.repeat(np.load("n.npy"), 128, 2)[:, :, :NQ], 64, 3)[..., :NK] & seen
+    check(0 < got.sum() < seen.sum() * B * HQ and (np.load("p.npy") == got).all(), "predicted")
+    check(sparge("map", *asked, "-o", "map.png", "--pairs-out", "pm.npy")[0] == FINE and
+          read("pm.npy", "rb") == read("p.npy", "rb"), "those of map")
+    save("wide.npy", np.zeros((32769, 1), np.float32))
+    for command in ["run", "--mask-only"], ["map", "-o", "map.png", "--block-q", 1024]:
+        wrong(USAGE, ["p.npy", "1073807361", "2^30"], command[0], "wide.npy", "wide.npy",
+              *command[1:], "--pairs-out", "p.npy")
+
+
+def test_mask_files():
+    """Masks that are no masks, or those of something else."""
+    q, k, v, qkv = files()
+    pairs = np.random.default_rng(5).random((B, HQ, NQ, NK)) < 0.3
+    partials_of.seen = visible(NQ, NK, None)
+    blocks, index, bits = partials_of(pairs)
+    blocks[1, 3, 2, 5] = 0
+    index, bits = index[:-1], bits[:-1]
+    def tensors(**other):
+        types = {"u": "U8", "b": "BOOL", "i": "I64", "f": "F32"}
+        all_of = {**dict(blocks=blocks, partial_index=index, partial_bits=bits), **other}
+        return {n: (types[x.dtype.kind], x) for n, x in all_of.items() if x is not None}
+    def changed(at, to):
+        other = index.copy()
+        other[at] = to
+        return dict(partial_index=other)
+    fine("run", *qkv, *F32, "--mask", save_safetensors("m.safetensors", **tensors()))
+    swapped = index[[0, 2, 1, *range(3, len(index))]]
+    for other, words in [
+        (dict(partial_index=swapped), ["partial_index[2], (0, 0, 0, 1), comes after a later"]),
+        (changed(2, index[1]), ["partial_index[2], (0, 0, 0, 1), is there twice"]),
+        (changed(-1, (1, 3, 2, 5)), [f"[{len(index) - 1}], (1, 3, 2, 5), is of a block that is not"
+                                     " kept"]),
+        (changed(0, (0, 0, 0, -1)), ["partial_index[0], (0, 0, 0, -1), is not in blocks"]),
+        (changed(-1, (1, 3, 3, 0)), ["(1, 3, 3, 0), is not in blocks"]),
+        (changed(-1, (2, 0, 0, 0)), ["(2, 0, 0, 0), is not in blocks"]),
+        (dict(blocks=None), ["'blocks'", "no such tensor", "partial_index"]),
+        (dict(partial_bits=None), ["'partial_bits'", "no such tensor"]),
+        (dict(partial_index=None), ["'partial_index'", "no such tensor"]),
+        (dict(blocks=blocks.astype("f")), ["blocks is f32 (2, 4, 3, 6)", "u8 or bool"]),
+        (dict(blocks=blocks[0]), ["blocks is u8 (4, 3, 6)", "four axes"]),
+        (dict(blocks=np.ones((B, HQ, 3, 7), np.uint8)), ["(2, 4, 3, 7)", "(2, 4, 3, 6)",
+                                                         "128 queries", "64 keys"]),
+        (dict(partial_index=index.astype("f")), ["partial_index is f32", "i64 (n, 4)"]),
+        (dict(partial_index=index[:, :3].copy()), ["partial_index is i64", "i64 (n, 4)"]),
+        (dict(partial_bits=bits.astype(bool)), ["partial_bits is bool", "must be u8 (n, "]),
+        (dict(partial_bits=bits[1:]), [f"partial_bits is u8 ({len(bits) - 1}, 128, 8)", "n as in"]),
+        (dict(partial_bits=bits[..., 0]), [f"partial_bits is u8 ({len(bits)}, 128)", "n as in"]),
+        (dict(partial_bits=bits[:, :64]), [f"({len(bits)}, 64, 8)", f"u8 ({len(bits)}, 128, 8) for "
+                                           "blocks of 128 queries and 64 keys"]),
+        (dict(partial_bits=bits[..., :4]), [f"({len(bits)}, 128, 4)", f"({len(bits)}, 128, 8)"]),
+    ]:
+        save_safetensors("w.safetensors", **tensors(**other))
+        wrong(FILE, ["w.safetensors", *words], "run", *qkv, "--mask", "w.safetensors")
+    save_safetensors("w.safetensors", **tensors(**changed(2, index[1])))
+    save("o.npy", attention(q, k, v)[0])
+    wrong(FILE, ["w.safetensors", "twice"], "check", *qkv, "--o", "o.npy", "--mask", "w.safetensors")
+    wrong(FILE, ["w.safetensors", "twice"], "diff", "w.safetensors", "m.safetensors")
+    whole = read("m.safetensors", "rb")
+    for size in 0, 7, 20, 400, len(whole) - 1:
+        write("cut.safetensors", whole[:size])
+        wrong(FILE, "cut.safetensors: ", "run", *qkv, "--mask", "cut.safetensors")
+    wrong(FILE, ["q.npy", "must be u8 or bool"], "run", *qkv, "--mask", "q.npy")
+
+
 def test_check():
     q, k, v, qkv = files()
     x = fine("run", *qkv, "--check", *EXACT)
@@ -614,7 +800,9 @@ def test_judge():
         max(r["worst_row_l1"] for r in rows) == x["worst_row_l1"] and
         sum(r["missing"] for r in rows) == missing.sum() and
         np.allclose([r["recall"] for r in rows],
-                    recall.mean(-1).ravel(), atol=1e-6), "heads", rows)
+                    recall.mean(-1).ravel(), atol=1e-6) and
+        np.allclose([r["worst_row_recall"] for r in rows],
+                    recall.min(-1).ravel(), atol=1e-6), "heads", rows)
     check(max(r["baseline_worst_row_l1"] for r in rows) == x["baseline_worst_row_l1"] and
           max(r["lse_worst"] for r in rows) == x["lse"]["worst"], "their worst")
     m = fine("check", *args, "--tau", 0.5, "--theta", -1)["mask"]
@@ -702,7 +890,7 @@ def test_judge_types():
     check(x["nan_want"] == DV and x["nan_got"] == 0, "a number where it should be NaN", x)
     o[0, 1, 290] = np.nan
     x = fine("check", *args, save("on.npy", o), says=[f"{DV} NaN", "alike"])
-    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["blocks_nonfinite"] > 0,
+    check(x["ok"] and x["nan_got"] == x["nan_want"] == DV and x["mask"]["rows_nonfinite"] == 1,
           "NaN of both", x)
     for empty in "q", "k":
         x = {n: np.ones((2, 0 if n == empty else 5, 8), np.float32) for n in "qkv"}
@@ -740,6 +928,8 @@ def test_judge_usage():
           save("l.npy", np.zeros((HQ, NQ))))
     wrong(FILE, ["m.npy", "(2, 4, 3, 6)"], "check", *qkv, "--o", o, "--mask",
           save("m.npy", np.ones((B, HQ, 6, 3), bool)))
+    wrong(USAGE, ["--mask", "leave out --mask-pairs"], "check", *qkv, "--o", o, "--mask", "m.npy",
+          "--mask-pairs", "m.npy")
     wrong(FILE, ["x.safetensors", "'o'"], "check", *qkv, "--o",
           save_safetensors("x.safetensors", p=("F32", q)))
 
@@ -749,7 +939,7 @@ def test_what_was_run():
     q, k, v, qkv = files()
     x = fine("run", *qkv, "--theta", 0.3, "--tau", 0.9, "--lambda", -7.1, "--sink", "--causal",
              "--softmax-scale", 0.123, "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
-    want = dict(schema=1, version=fine("info", "--json")["version"], rules="default",
+    want = dict(schema=2, version=fine("info", "--json")["version"], rules="default",
                 qk_dtype="int8",
                 pv_dtype="int8", block_q=128, block_k=64, skip_rows=32, causal="end",
                 smooth_k=False,
@@ -850,11 +1040,11 @@ def test_mask_only():
     x = fine("run", *qkv[:2], "--mask-only", *args, "--mask-out", "m.npy", "--intermediates", "e",
              "--check")
     check((np.load("m.npy") == np.load("d/mask.npy")).all(), "the mask of run")
-    check(list(x) == KEYS + ["recall", "blocks_nonfinite"], "the same keys", list(x))
+    check(list(x) == KEYS + RECALL_KEYS, "the same keys", list(x))
     for key in (
             "pairs kept_blocks density_tokens sparsity_qk kept_by kept_by_alone theta tau causal "
             "softmax_scale backend isa "
-            "threads recall blocks_nonfinite").split():
+            "threads density_blocks " + " ".join(RECALL_KEYS)).split():
         check(x[key] == full[key], "as run says", key, x[key], full[key])
     check(
         all(x[n] is None for n in
@@ -889,7 +1079,7 @@ def test_mask_only():
     check(fine("run", *qkv, "--dense", "--check")["recall"] == 1, "dense recalls all")
     save("e.npy", np.zeros((2, 0, 8), np.float32))
     x = fine("run", "e.npy", "e.npy", "--mask-only", "--check")
-    check(x["density_tokens"] is None and x["pairs"] == 0 and x["recall"] == 1, "nothing to keep",
+    check(x["density_tokens"] == 0 and x["pairs"] == 0 and x["recall"] == 1, "nothing to keep",
           x)
     wrong(FILE, "'v'", "run", "x.safetensors")
     wrong(USAGE, "q, k and v", "run", *qkv[:2])
@@ -934,9 +1124,11 @@ def test_contradictions():
     attends = [["-o", "o.npy"], ["--lse-out", "l.npy"], ["--lambda", -3], ["--skip-rows", 8],
                ["--qk-dtype", "f32"], ["--pv-dtype", "f32"]]
     for one, others in [(["--dense"], [
-            *predicts, ["--mask", "m.npy"], ["--density", 0.5], ["--mask-only"],
-        ["--params", "p.json"]
-    ]), (["--mask", "m.npy"], [*predicts, ["--sink"], ["--density", 0.5]]),
+            *predicts, ["--mask", "m.npy"], ["--mask-pairs", "m.npy"], ["--density", 0.5],
+        ["--mask-only"], ["--params", "p.json"]
+    ]), (["--mask", "m.npy"], [*predicts, ["--mask-pairs", "m.npy"], ["--sink"],
+                               ["--density", 0.5]]),
+                        (["--mask-pairs", "m.npy"], [*predicts, ["--sink"], ["--density", 0.5]]),
                         (["--mask-only"], attends),
                         (["--density", 0.5], [*predicts[1:], ["--params", "p.json"]]),
                         (["--params", "p.json"], [*predicts, ["--lambda", -3]])]:
@@ -1140,6 +1332,28 @@ def test_diff_masks():
           "what is not 0 is kept, as by run --mask", x)
     x = fine("diff", *(save(f"{n}.npy", x[0].astype(np.uint8)) for n, x in zip("ab", (got, want))))
     check("missing" not in x and x["ok"], "three axes of uint8: numbers, not a mask", x)
+    index = np.array([[0, 0, 0, 0], [1, 2, 3, 3]])
+    got[0, 0, 0, 0] = got[1, 2, 3, 3] = want[0, 0, 0, 0] = want[1, 2, 3, 3] = True
+    bits = np.arange(12, dtype=np.uint8).reshape(2, 3, 2)
+    a, b, c = (save_safetensors(f"{name}.safetensors", blocks=("U8", x), partial_index=("I64", i),
+                                partial_bits=("U8", y))
+               for name, x, i, y in (("a", want, index, bits), ("b", want, index, bits ^ (bits == 9)),
+                                     ("c", want, index[:1], bits[:1])))
+    x = fine("diff", a, a)
+    check(x["ok"] and x["partial_apart"] == 0 and x["first_partial_apart"] is None, "equal", x)
+    for pair in (a, b), (b, a), (a, c), (c, a), (c, b):
+        x = fine("diff", *pair, code=DIFFERENT)
+        check(x["missing"] == x["extra"] == 0 and x["partial_apart"] == 1 and
+              x["first_partial_apart"] == [1, 2, 3, 3] and not x["ok"], "other pairs", x)
+    x = fine("diff", save("w.npy", want.astype(np.uint8)), a, code=DIFFERENT)
+    check(x["partial_apart"] == 2 and x["first_partial_apart"] == [0, 0, 0, 0], "a whole block", x)
+    want[1, 2, 3, 3] = False
+    x = fine("diff", save("w.npy", want.astype(np.uint8)), a, code=DIFFERENT)
+    check(x["partial_apart"] == x["missing"] == 1, "a block that one lacks is not counted", x)
+    save_safetensors("s.safetensors", blocks=("U8", want), partial_index=("I64", index[:1]),
+                     partial_bits=("U8", bits[:1, :2]))
+    wrong(FILE, ["s.safetensors", "(1, 2, 2)", "(2, 3, 2)", "equal shapes"], "diff",
+          "s.safetensors", a)
     save("a.npy", want)
     for kind in np.int8, np.int64, np.float32:
         for pair in ("a.npy", save("b.npy", got.astype(kind))), ("b.npy", "a.npy"):
@@ -1212,7 +1426,7 @@ def test_map():
     odd = q.copy()
     odd[0, 200, 3] = np.nan
     got, out, err = sparge("map", save("odd.npy", odd), "k.npy", "-o", "map.png")
-    check(got == FINE and out == "" and "8 of 32 blocks" in err and err.count("\n") == 1,
+    check(got == FINE and out == "" and "1 of 512 rows" in err and err.count("\n") == 1,
           "map: how many are NaN", err)
     wrong(USAGE, "is an input", "map", *qkv[:2], "-o", "m.png", "--map-out", "q.npy")
     wrong(FILE, "nowhere", "map", *qkv[:2], "-o", "nowhere/m.png", "--map-out", "mass2.npy")
@@ -1321,7 +1535,7 @@ def test_info_and_help():
     for option in ("--theta --tau --topk --lambda --sink --causal[= --softmax-scale --block-q "
                    "--block-k "
                    "--mask --no-smooth-k --skip-rows --rules --threads --backend --isa --dense "
-                   "--mask-out --qk-dtype --pv-dtype --lse-out --intermediates --check "
+                   "--mask-pairs --mask-out --pairs-out --qk-dtype --pv-dtype --lse-out --intermediates --check "
                    "--layout").split():
         check(option in sparge("run", "--help")[1], "run --help names", option)
     wrong(USAGE, "info", "info", "x")
@@ -2636,6 +2850,10 @@ def test_usage():
         wrong(USAGE, "is an input", "run", *qkv, "--lse-out", f"link{n}")
     save("m.npy", np.ones((B, HQ, 3, 6), np.uint8))
     wrong(USAGE, "is an input", "run", *qkv, "--mask", "m.npy", "--mask-out", "./m.npy")
+    wrong(USAGE, "is an input", "run", *qkv, "--mask", "m.npy", "--pairs-out", "./m.npy")
+    save("p.npy", np.ones((B, HQ, NQ, NK), bool))
+    wrong(USAGE, "is an input", "run", *qkv, "--mask-pairs", "p.npy", "--lse-out", "./p.npy")
+    wrong(USAGE, "is an input", "map", *qkv, "-o", "new.png", "--pairs-out", "q.npy")
     folder_of("e", 1, [(3, 0)])
     fine("tune", "e", "-o", "p.json", *TUNE)
     given = "e/layer03_0.safetensors", "--params", "p.json"
@@ -2709,6 +2927,8 @@ def test_files():
                         ((B, HQ, 3, 6), np.float32):
         save("m.npy", np.ones(shape, type_))
         wrong(FILE, ["m.npy", f"{(B, HQ, 3, 6)}"], "run", *qkv, "--mask", "m.npy", "-o", "o.npy")
+        wrong(FILE, ["m.npy", f"{(B, HQ, NQ, NK)}"], "run", *qkv, "--mask-pairs", "m.npy", "-o",
+              "o.npy")
     wrong(FILE, "nowhere.npy", "run", *qkv, "--mask", "nowhere.npy", "-o", "o.npy")
     built = fine("info", "--json")["backends"]
     for name, x in built.items():
@@ -2796,13 +3016,18 @@ def test_starved():
     fine("tune", ".", "-o", "p.json", *tiny)
     x = save("x.npy", random(1, 2, 40, 8))
     fine("run", x, x, x, *tiny, "--mask-out", "m.npy", "-o", "o.npy")
+    save("p.npy", np.tril(np.ones((1, 2, 40, 40), bool), 5))
+    fine("run", x, x, x, *REF, *tiny[2:], "--mask-pairs", "p.npy", "--mask-out", "m.safetensors")
     before = set(listing())
     for args in ([
             "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--intermediates",
             "d",
             "--check", *tiny
     ], ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy",
-            *tiny], ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
+            *tiny], ["run", x, x, x, "--mask", "m.safetensors", "--mask-out", "out.safetensors",
+                     "--pairs-out", "out.npy", *REF, *tiny[2:]],
+                 ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
+                 ["diff", "m.safetensors", "m.safetensors"],
                  ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny
                   ], ["map", "layer3.safetensors", "--params", "p.json", "-o", "out.png",
                       *tiny], ["tune", "layer3.safetensors", "-o", "out.json",
