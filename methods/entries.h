@@ -11,5 +11,7 @@ extern const sparge_method sparge_method_dense, sparge_method_random, sparge_met
 /* spargeattn.c */
 extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_paper,
     sparge_method_spargeattn_upstream;
+/* Each in the file of its name. */
+extern const sparge_method sparge_method_flexprefill, sparge_method_pisa0, sparge_method_xattention;
 
 #endif

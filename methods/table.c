@@ -9,13 +9,16 @@
 
 static const sparge_method *const table[] = {
     &sparge_method_dense,
+    &sparge_method_flexprefill,
     &sparge_method_oracle_mass,
     &sparge_method_oracle_pairs,
+    &sparge_method_pisa0,
     &sparge_method_random,
     &sparge_method_spargeattn,
     &sparge_method_spargeattn_paper,
     &sparge_method_spargeattn_upstream,
     &sparge_method_window,
+    &sparge_method_xattention,
 };
 
 const sparge_method *const *sparge_methods(int *count)

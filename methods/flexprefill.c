@@ -1,0 +1,211 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* flexprefill.c: FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient
+ * Long-Sequence Inference (arXiv 2502.20766), github.com/ByteDance-Seed/FlexPrefill, commit
+ * a24b27b.
+ *
+ * The last `block` queries pay so much to each key and along each diagonal, on average. As many key
+ * blocks as gamma of the first needs are chosen, and as many diagonals of blocks as gamma of the
+ * second needs, neither less than min_budget; the first block and the main diagonal are among them.
+ * The blocks of chosen columns and on chosen diagonals are kept.
+ * A head is aware of its queries if means foretell what the last queries pay: if the square root of
+ * the Jensen-Shannon divergence between that, by blocks, and the softmax of their mean over the
+ * means of the key blocks is below tau. It chooses min_budget of both, and keeps as well the best
+ * of all its pairs of blocks by the causal softmax of mean queries over mean keys, as long as they
+ * have gamma of it together, the one that crosses it left out.
+ * k_len of at most 2 blocks or min_budget is dense.
+ *
+ * As in the authors' code: a short last block has its true mean; a diagonal of blocks holds the
+ * offsets k_len - 1 - x with x in one block; n keys need n / block + 1 blocks, where n is how many
+ * of the largest stay below or at gamma (the authors write 128 for block); a divergence that is
+ * NaN, since some block is paid exactly nothing, is not below tau.
+ * Our reading:
+ * - gamma 1 keeps every visible block, which the authors' sums reach but for rounding;
+ * - q_len and k_len differ: the offset of a key is that from the query's last visible key, and
+ *   diagonal e of a row lies e blocks before its last visible block. The blocks that hold the last
+ *   visible key of some query are kept too, so that none is without a key;
+ * - of equals the lower block, diagonal or pair comes first; every query head chooses for itself.
+ * There is no official form that is not causal. Masks are nested in gamma. multiply_adds leaves
+ * sums over diagonals, softmax and ranking out. */
+#include <math.h>
+
+#include "methods/entries.h"
+#include "methods/method.h"
+
+enum { GAMMA, TAU, MIN_BUDGET, BLOCK };
+
+typedef struct room {
+    float *p, *vertical, *slash; /* [k_len]; slash: by place, the main diagonal last */
+    float *columns, *diagonals;  /* their sums over blocks */
+    float *q_mean, *k_mean, *estimate;
+    sparge_ranked *x;
+} room;
+
+static int64_t last_rows(const sparge_geometry *g) { return sparge_min(g->block_q, g->q_len); }
+
+static void last_queries(const sparge_head *head, const room *m)
+{
+    const sparge_geometry *g = &head->g;
+    const int64_t rows = last_rows(g);
+    for (int64_t t = g->q_len - rows; t < g->q_len; t++) {
+        const int64_t visible = sparge_keys_of_query(g, t);
+        sparge_method_row(head, t, m->p);
+        for (int64_t key = 0; key < visible; key++) {
+            m->vertical[key] += m->p[key] / (float)rows;
+            m->slash[g->k_len - visible + key] += m->p[key] / (float)rows;
+        }
+    }
+    for (int64_t key = 0; key < g->k_len; key++) {
+        m->columns[key / g->block_k] += m->vertical[key];
+        m->diagonals[key / g->block_k] += m->slash[key];
+    }
+}
+
+static void fill(sparge_ranked *x, const float *score, int64_t n)
+{
+    for (int64_t e = 0; e < n; e++)
+        x[e] = (sparge_ranked){score[e], e};
+}
+
+/* The blocks that gamma of the scores of single keys needs. */
+static int64_t blocks_needed(const sparge_head *head, const float *score, sparge_ranked *x)
+{
+    fill(x, score, head->g.k_len);
+    sparge_rank(x, head->g.k_len);
+    return sparge_count_mass(x, head->g.k_len, head->param[GAMMA], false) / head->g.block_k + 1;
+}
+
+/* The softmax of one mean query over the means of the first key blocks. */
+static void pooled_row(const sparge_head *head, const float *q_mean, const float *k_mean,
+                       int64_t blocks, float *p)
+{
+    const int64_t dim = head->problem->dim;
+    for (int64_t j = 0; j < blocks; j++)
+        p[j] = head->scale * sparge_method_dot(q_mean, k_mean + j * dim, dim);
+    sparge_method_softmax(p, blocks);
+    head->plan->multiply_adds += (double)blocks * (double)dim;
+}
+
+static bool is_query_aware(const sparge_head *head, const room *m)
+{
+    const sparge_geometry *g = &head->g;
+    const int64_t dim = head->problem->dim, rows = last_rows(g);
+    const int64_t visible = sparge_blocks_visible(g, g->q_blocks - 1);
+    sparge_method_pool(head->q + (g->q_len - rows) * dim, rows, dim, rows, false, m->q_mean);
+    pooled_row(head, m->q_mean, m->k_mean, visible, m->estimate);
+    double divergence = 0.0;
+    for (int64_t j = 0; j < visible; j++) {
+        const double a = (double)m->estimate[j], b = (double)m->columns[j], mean = (a + b) / 2.0;
+        divergence += (a * log(a / mean) + b * log(b / mean)) / 2.0;
+    }
+    const double tau = head->param[TAU];
+    return tau > 0.0 && divergence < tau * tau;
+}
+
+static void keep_lines(const sparge_head *head, const room *m, int64_t columns, int64_t diagonals)
+{
+    const sparge_geometry *g = &head->g;
+    sparge_ranked *column = m->x, *diagonal = m->x + g->k_blocks; /* of the latter by place */
+    m->columns[0] = m->diagonals[g->k_blocks - 1] = INFINITY;
+    fill(column, m->columns, g->k_blocks);
+    for (int64_t e = 0; e < g->k_blocks; e++)
+        diagonal[e] = (sparge_ranked){m->diagonals[g->k_blocks - 1 - e], e};
+    sparge_rank(column, g->k_blocks);
+    sparge_rank(diagonal, g->k_blocks);
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        const int64_t visible = sparge_blocks_visible(g, i);
+        for (int64_t e = 0; e < sparge_min(columns, g->k_blocks); e++)
+            if (column[e].at < visible)
+                sparge_keep(head, i, column[e].at);
+        for (int64_t e = 0; e < sparge_min(diagonals, g->k_blocks); e++)
+            if (diagonal[e].at < visible)
+                sparge_keep(head, i, visible - 1 - diagonal[e].at);
+        sparge_keep_diagonal(head, i);
+    }
+}
+
+static void keep_best_pairs(const sparge_head *head, const room *m)
+{
+    const sparge_geometry *g = &head->g;
+    const int64_t dim = head->problem->dim;
+    double mass = 0.0;
+    int64_t n = 0;
+    sparge_method_pool(head->q, g->q_len, dim, g->block_q, false, m->q_mean);
+    head->plan->multiply_adds += (double)g->q_len * (double)dim;
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        const int64_t visible = sparge_blocks_visible(g, i);
+        pooled_row(head, m->q_mean + i * dim, m->k_mean, visible, m->estimate);
+        for (int64_t j = 0; j < visible; j++)
+            m->x[n++] = (sparge_ranked){m->estimate[j], i * g->k_blocks + j};
+        mass += visible > 0;
+    }
+    sparge_rank(m->x, n);
+    const int64_t count = sparge_count_mass(m->x, n, head->param[GAMMA] * mass, false);
+    for (int64_t e = 0; e < count; e++)
+        sparge_keep(head, m->x[e].at / g->k_blocks, m->x[e].at % g->k_blocks);
+}
+
+static sparge_status keep_flexprefill(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    const sparge_geometry *g = &head->g;
+    const int64_t dim = head->problem->dim, pairs = g->q_blocks * g->k_blocks;
+    const int64_t budget = sparge_ceil_div((int64_t)head->param[MIN_BUDGET], g->block_k);
+    if (g->k_blocks <= sparge_max(2, budget) || head->param[GAMMA] >= 1.0) {
+        for (int64_t i = 0; i < g->q_blocks; i++)
+            for (int64_t j = 0; j < sparge_blocks_visible(g, i); j++)
+                sparge_keep(head, i, j);
+        return SPARGE_OK;
+    }
+    float *const f =
+        sparge_take(head->scratch,
+                    3 * g->k_len + 3 * g->k_blocks + (g->q_blocks + g->k_blocks) * dim, sizeof *f);
+    room m = {.x = sparge_take(head->scratch, sparge_max(pairs, g->k_len) + 2 * g->k_blocks,
+                               sizeof *m.x)};
+    if (!f || !m.x)
+        return SPARGE_ERR_MEMORY;
+    m.p = f;
+    m.vertical = m.p + g->k_len;
+    m.slash = m.vertical + g->k_len;
+    m.columns = m.slash + g->k_len;
+    m.diagonals = m.columns + g->k_blocks;
+    m.estimate = m.diagonals + g->k_blocks;
+    m.k_mean = m.estimate + g->k_blocks;
+    m.q_mean = m.k_mean + g->k_blocks * dim;
+    last_queries(head, &m);
+    sparge_method_pool(head->k, g->k_len, dim, g->block_k, false, m.k_mean);
+    head->plan->multiply_adds += (double)(g->k_len + last_rows(g)) * (double)dim;
+    if (is_query_aware(head, &m)) {
+        keep_lines(head, &m, budget, budget);
+        keep_best_pairs(head, &m);
+    } else {
+        const int64_t columns = blocks_needed(head, m.vertical, m.x),
+                      diagonals = blocks_needed(head, m.slash, m.x);
+        keep_lines(head, &m, sparge_max(budget, columns), sparge_max(budget, diagonals));
+    }
+    return SPARGE_OK;
+}
+
+static sparge_status plan_flexprefill(const sparge_problem *problem, const sparge_options *options,
+                                      const sparge_context *context, const double *param,
+                                      sparge_plan *plan, sparge_error *error)
+{
+    (void)problem, (void)options;
+    const int64_t block = (int64_t)param[BLOCK];
+    return sparge_each_head(plan, context, param, block, block, false, keep_flexprefill, error);
+}
+
+const sparge_method sparge_method_flexprefill = {
+    .name = "flexprefill",
+    .title = "FlexPrefill: columns and diagonals, or pairs of mean blocks",
+    .paper = "arXiv 2502.20766",
+    .repository = "github.com/ByteDance-Seed/FlexPrefill",
+    .commit = "a24b27b",
+    .kind = "training-free",
+    .evidence = "",
+    .needs = SPARGE_NEEDS_CAUSAL,
+    .param = {{"gamma", 0.0, 1.0, 0.9, false, "mass of keys, of diagonals or of pairs to keep"},
+              {"tau", 0.0, 1.0, 0.1, false, "divergence below which means are trusted; 0: never"},
+              {"min_budget", 1.0, 0x1p24, 1024.0, true, "keys and diagonals kept at the least"},
+              {"block", 1.0, 1024.0, 128.0, true, "tokens of a block"}},
+    .plan = plan_flexprefill,
+};

@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* xattention.c: XAttention: Block Sparse Attention with Antidiagonal Scoring (arXiv 2503.16428),
+ * github.com/mit-han-lab/x-attention, commit e379887.
+ *
+ * Tokens stand in groups of `stride`. A group of queries and one of keys score the sum of an
+ * antidiagonal: the first query with the last key, the second with the last but one, and so on,
+ * over `stride` times what a score is divided by. The softmax of a group of queries over the groups
+ * of keys, summed over a block, is the block's mass. Of each row the blocks with most mass are kept
+ * until they have tau of it, the one that reaches it among them. Causal: the first block and the
+ * diagonal are kept and their mass counts first; a group that a query of its row sees in part is
+ * whole.
+ *
+ * As in the authors' code a group of the tail sums the tokens that it has, and scores no more for
+ * it. Our reading:
+ * - not causal, nothing is forced, but the best block is kept whatever tau is. In the released code
+ *   the zeros that pad keys have mass too, and a slip keeps block 0 of each row that drops any;
+ * - tau 1 keeps every visible block, where the authors drop those whose mass is below rounding;
+ * - q_len and k_len differ: group u is visible to group t if some query of t sees some key of u;
+ * - of equal masses the lower block comes first, and every query head chooses for itself.
+ * Masks are nested in tau. multiply_adds leaves softmax, sums and ranking out. */
+#include <string.h>
+
+#include "methods/entries.h"
+#include "methods/method.h"
+
+enum { TAU, STRIDE, BLOCK };
+
+/* Groups of tokens as long rows, [groups][stride][dim], 0 for tokens that are not there. */
+static float *make_groups(const sparge_head *head, const float *x, int64_t tokens, bool backwards)
+{
+    const int64_t stride = (int64_t)head->param[STRIDE], dim = head->problem->dim;
+    const int64_t padded = sparge_ceil_div(tokens, stride) * stride;
+    float *to = sparge_take(head->scratch, padded * dim + 1, sizeof *to);
+    for (int64_t t = 0; t < tokens && to; t++) {
+        const int64_t r = t % stride, place = backwards ? t - r + stride - 1 - r : t;
+        memcpy(to + place * dim, x + t * dim, (size_t)dim * sizeof *to);
+    }
+    return to;
+}
+
+static void choose(const sparge_head *head, int64_t i, const double *mass, sparge_ranked *x)
+{
+    const bool causal = head->g.causal != SPARGE_CAUSAL_NONE;
+    const int64_t visible = sparge_blocks_visible(&head->g, i);
+    const double tau = head->param[TAU];
+    double total = 0.0, forced = 0.0;
+    int64_t n = 0;
+    if (causal && visible > 0)
+        sparge_keep(head, i, 0);
+    sparge_keep_diagonal(head, i);
+    for (int64_t j = 0; j < visible; j++) {
+        const float score = (float)mass[j];
+        total += (double)score;
+        if (sparge_kept(head, i, j))
+            forced += (double)score;
+        else
+            x[n++] = (sparge_ranked){score, j};
+    }
+    sparge_rank(x, n);
+    int64_t count = tau < 1.0 ? sparge_count_mass(x, n, tau * total - forced, true) : n;
+    if (!causal)
+        count = sparge_min(n, sparge_max(1, count));
+    for (int64_t e = 0; e < count; e++)
+        sparge_keep(head, i, x[e].at);
+}
+
+static sparge_status keep_xattention(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    const sparge_geometry *g = &head->g;
+    const int64_t stride = (int64_t)head->param[STRIDE], per_block = g->block_k / stride;
+    const int64_t length = stride * head->problem->dim;
+    const sparge_geometry groups =
+        sparge_geometry_make(g->q_len, g->k_len, stride, stride, g->causal);
+    const float *q = make_groups(head, head->q, g->q_len, true),
+                *k = make_groups(head, head->k, g->k_len, false);
+    float *a = sparge_take(head->scratch, groups.k_blocks + 1, sizeof *a);
+    double *mass = sparge_take(head->scratch, g->k_blocks + 1, sizeof *mass);
+    sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
+    if (!q || !k || !a || !mass || !x)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        memset(mass, 0, (size_t)g->k_blocks * sizeof *mass);
+        for (int64_t t = i * per_block; t < sparge_min(groups.q_blocks, (i + 1) * per_block); t++) {
+            const int64_t visible = sparge_blocks_visible(&groups, t);
+            for (int64_t u = 0; u < visible; u++)
+                a[u] = sparge_method_dot(q + t * length, k + u * length, length) * head->scale /
+                       (float)stride;
+            sparge_method_softmax(a, visible);
+            for (int64_t u = 0; u < visible; u++)
+                mass[u / per_block] += (double)a[u];
+            head->plan->multiply_adds += (double)visible * (double)length;
+        }
+        choose(head, i, mass, x);
+    }
+    return SPARGE_OK;
+}
+
+static sparge_status plan_xattention(const sparge_problem *problem, const sparge_options *options,
+                                     const sparge_context *context, const double *param,
+                                     sparge_plan *plan, sparge_error *error)
+{
+    (void)problem, (void)options;
+    const int64_t stride = (int64_t)param[STRIDE], block = (int64_t)param[BLOCK];
+    if (block % stride != 0)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "block of xattention is %lld, it must be a multiple of stride, %lld",
+                           (long long)block, (long long)stride);
+    return sparge_each_head(plan, context, param, block, block, false, keep_xattention, error);
+}
+
+const sparge_method sparge_method_xattention = {
+    .name = "xattention",
+    .title = "XAttention: antidiagonal scores",
+    .paper = "arXiv 2503.16428",
+    .repository = "github.com/mit-han-lab/x-attention",
+    .commit = "e379887",
+    .kind = "training-free",
+    .evidence = "",
+    .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks to keep"},
+              {"stride", 1.0, 64.0, 8.0, true, "tokens of an antidiagonal"},
+              {"block", 1.0, 1024.0, 128.0, true, "tokens of a block, a multiple of stride"}},
+    .plan = plan_xattention,
+};

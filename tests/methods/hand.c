@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "tests/methods/hand.h"
+
+#include <string.h>
+
+#include "common/geometry.h"
+
+hand hand_make(int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len, int64_t dim,
+               int64_t dim_v, const float *q, const float *k, const float *v)
+{
+    hand x = {
+        .p = {1,
+              heads,
+              kv_heads,
+              q_len,
+              k_len,
+              dim,
+              dim_v,
+              {q, SPARGE_F32, heads * q_len * dim, q_len * dim, dim},
+              {k, SPARGE_F32, kv_heads * k_len * dim, k_len * dim, dim},
+              {v, SPARGE_F32, kv_heads * k_len * dim_v, k_len * dim_v, dim_v}},
+        .o = sparge_options_default(SPARGE_RULES_DEFAULT),
+    };
+    x.o.backend = SPARGE_REF;
+    x.o.qk_dtype = x.o.pv_dtype = SPARGE_F32;
+    x.o.softmax_scale = 1.0f;
+    return x;
+}
+
+sparge_plan hand_plan(const hand *x, const char *method, const double *param, int params)
+{
+    const sparge_method *m = sparge_method_find(method);
+    check(m, "there is no %s", method);
+    double all[SPARGE_MAX_PARAMS];
+    for (int n = 0; n < SPARGE_MAX_PARAMS; n++)
+        all[n] = n < params ? param[n] : m->param[n].usual;
+    sparge_plan plan;
+    sparge_error error;
+    const sparge_status status = sparge_method_plan(m, &x->p, &x->o, NULL, all, &plan, &error);
+    check(status == SPARGE_OK, "%s: %s", method, error.text);
+    return plan;
+}
+
+void has_pairs(const hand *x, const char *method, const double *param, int params, int64_t block,
+               const char *want)
+{
+    check_case("%s:%g, %s", method, param[0], want);
+    const int64_t q_len = x->p.q_len, k_len = x->p.k_len;
+    const sparge_geometry g = sparge_geometry_of(&x->p, &x->o);
+    sparge_plan plan = hand_plan(x, method, param, params);
+    uint8_t *pairs = check_alloc((size_t)(x->p.heads * q_len * k_len));
+    sparge_error error;
+    check(sparge_plan_pairs(&plan, pairs, &error) == SPARGE_OK, "%s", error.text);
+    for (int64_t h = 0; h < x->p.heads; h++)
+        for (int64_t i = 0; i * block < q_len; i++) {
+            const int64_t digits = (int64_t)strspn(want, "012");
+            for (int64_t t = i * block; t < sparge_min(q_len, (i + 1) * block); t++)
+                for (int64_t key = 0; key < k_len; key++) {
+                    const int64_t j = key / block;
+                    const int digit =
+                        j < digits && key < sparge_keys_of_query(&g, t) ? want[j] : '0';
+                    check(pairs[(h * q_len + t) * k_len + key] == digit - '0',
+                          "head %lld, query %lld, key %lld: %d, and not %c", (long long)h,
+                          (long long)t, (long long)key, pairs[(h * q_len + t) * k_len + key],
+                          digit);
+                }
+            want += digits;
+            want += *want == ' ';
+        }
+    check(*want == '\0', "left of the text: %s", want);
+    check_free(pairs);
+    sparge_plan_free(&plan);
+}
