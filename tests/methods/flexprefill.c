@@ -41,15 +41,18 @@ Test(flexprefill, columns_and_diagonals)
 {
     float q[2][N][D], k[N][D];
     const hand x = make(q, k);
-    /* Head 0: no key stays below .3, so 0 / 2 + 1 column; one offset does, so 1 / 2 + 1 diagonal:
-     * the first block and the main diagonal. Head 1: two keys of .118 do, so 2 columns and
-     * diagonals, of equals the first. */
-    HAS_PAIRS(&x, "flexprefill", 2, "1 11 101 1001 10001 1 11 111 1111 11011", 0.3, 0, 1, 2);
-    /* Head 0: one key below .6, the second crosses; offsets .27 + .26, so 2 diagonals, of which the
-     * one of .46 lies 3 blocks off. Head 1: 5 of both, so 3. */
-    HAS_PAIRS(&x, "flexprefill", 2, "1 11 101 1001 11001 1 11 111 1111 11111", 0.6, 0, 1, 2);
-    /* Head 0: two keys, so column 1 as well; three offsets, .73, still 2 diagonals. */
-    HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1101 11001 1 11 111 1111 11111", 0.75, 0, 1, 2);
+    /* Head 0: one key has more than .2, and one offset, so 1 / 2 + 1 column and diagonal: the first
+     * block and the main diagonal. Head 1: two keys of .118 have, so 2 columns and diagonals, of
+     * equals the first. */
+    HAS_PAIRS(&x, "flexprefill", 2, "1 11 101 1001 10001 1 11 111 1111 11011", 0.2, 0, 1, 2);
+    /* Head 0: still one key, but two offsets, .27 and .26, so the diagonal of .46 as well, which
+     * lies 3 blocks off. */
+    HAS_PAIRS(&x, "flexprefill", 2, "1 11 101 1001 11001 1 11 111 1111 11011", 0.3, 0, 1, 2);
+    /* Head 0: two keys, so column 1; three offsets, which are 2 diagonals. Head 1: six of both, so
+     * 4. */
+    HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1101 11001 1 11 111 1111 11111", 0.6, 0, 1, 2);
+    /* Head 0: four offsets, so the diagonal of .30, 2 blocks off. */
+    HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1101 11101 1 11 111 1111 11111", 0.75, 0, 1, 2);
     /* 3 tokens are 2 blocks, whatever gamma is. */
     HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1101 11001 1 11 111 1111 11011", 0.0, 0, 3, 2);
     /* 9 tokens are all blocks. */
@@ -82,9 +85,11 @@ Test(flexprefill, divergence)
     float q[2][N][D], k[N][D];
     hand x = make(q, k);
     x.p.heads = 1;
-    HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1101 11001", 0.75, 0.148, 1, 2); /* lines */
+    HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1101 11101", 0.75, 0.148, 1, 2); /* lines */
     HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1001 11001", 0.75, 0.151, 1, 2); /* means */
-    /* A key block that is paid nothing at all: the divergence is NaN, which is not below tau. */
+    /* Block 1 gets nothing at all: the divergence is NaN, which is not below tau. Of keys .400 .133
+     * .133 are 3, so 2 columns, 0 and 3; of offsets .400 .167 .100 are 3, so 2 diagonals, 0 and 1.
+     * Means would keep columns and diagonals 0 and the pair (2, 1). */
     k[2][0] = k[2][1] = k[3][0] = k[3][1] = -1000.0f;
-    HAS_PAIRS(&x, "flexprefill", 2, "1 11 101 1001 10001", 0.0, 1, 1, 2);
+    HAS_PAIRS(&x, "flexprefill", 2, "1 11 111 1011 10011", 0.6, 1, 1, 2);
 }
