@@ -107,13 +107,10 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
     const char *const lacking = problem->k_bias               ? "k_bias"
                                 : mask && mask->partial_first ? "partly attended blocks"
                                                               : NULL;
-    if (o.backend == SPARGE_AUTO && lacking)
-        o.backend = SPARGE_REF;
     sparge_status status = sparge_resolve(problem, &o, error);
-    if (!status && lacking && o.backend != SPARGE_REF)
+    if (!status && lacking && o.backend == SPARGE_CUDA)
         status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                             "the %s backend does not take %s, but ref does",
-                             sparge_backend_string(o.backend), lacking);
+                             "the cuda backend does not take %s, but cpu does", lacking);
     if (status)
         return status;
     sparge_result now = {

@@ -143,9 +143,13 @@ static void lay_out_scratch(arena *a, const sparge_work *w, int64_t group, sparg
         .weight = take(a, some, sizeof(float)),
         .row_sum = take(a, some, sizeof(float)),
         .p_init = take(a, some, sizeof(int32_t)),
+        .attended = take(a, some * sparge_mask_row_words(w->keys), sizeof(uint32_t)),
+        .attends = take(a, some, sizeof(int32_t)),
         .nonfinite = take(a, lanes, sizeof(bool)),
         .pv_done = take(a, w->result ? g->k_blocks : 0, sizeof(float)),
     };
+    if (w->mask && w->mask->partial_first)
+        t->partial = take(a, g->k_blocks, sizeof *t->partial);
     if (pv == SPARGE_FLOATS) /* P fits where S stood, and both would not fit L1 */
         t->p = t->s;
 }

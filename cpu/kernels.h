@@ -145,6 +145,10 @@ typedef struct sparge_kernels {
 
     /* ---- One tile (ref/attend.c); arrays of queries are [panels * 16] ---- */
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);
+    /* S^T, of `keys` keys, is sparge_score_biased of scale; from then on the scale is 1. */
+    void (*add_bias)(const sparge_scores *, float *s, int64_t keys, const float *bias);
+    /* S^T is -inf where attended [panels][words of keys][16] lacks the bit of the key. */
+    void (*hide)(const sparge_scores *, float *s, const uint32_t *attended);
     /* The largest score of each query, NaN if there is one, and sparge_row_local of it. Is each of
      * these above -inf? */
     bool (*maxima)(const sparge_scores *, float *most, float *local);

@@ -9,6 +9,7 @@
 #define SPARGE_CPU_PLAIN_H
 
 #include "common/bf16.h"
+#include "common/block_mask.h"
 #include "common/element.h"
 #include "common/quant.h"
 #include "common/select.h"
@@ -220,6 +221,30 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
 
 /* ---- One tile ---- */
 
+static void add_bias(const sparge_scores *x, float *restrict s, int64_t keys,
+                     const float *restrict bias)
+{
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t t = 0; t < keys; t++) {
+            const float scale = x->scale, of_key = bias[t];
+            float *const to = s + panel * x->stride + t * SPARGE_PANEL;
+            _Pragma("GCC unroll 1") for (int64_t n = 0; n < SPARGE_PANEL; n++) /* or gcc shuffles */
+                to[n] = sparge_score_biased(to[n], scale, of_key);
+        }
+}
+
+static void hide(const sparge_scores *x, float *restrict s, const uint32_t *restrict attended)
+{
+    const int64_t words = sparge_mask_row_words(x->keys);
+    for (int64_t panel = 0; panel < x->panels; panel++)
+        for (int64_t t = 0; t < x->keys; t++) {
+            const uint32_t *const word = attended + (panel * words + t / 32) * SPARGE_PANEL;
+            float *const to = s + panel * x->stride + t * SPARGE_PANEL;
+            for (int64_t n = 0; n < SPARGE_PANEL; n++)
+                to[n] = word[n] >> t % 32 & 1u ? to[n] : -INFINITY;
+        }
+}
+
 /* A query that sees nothing of the tile keeps what it has. P that is not coded is weighed against
  * the running maximum, and needs no weight of its own. */
 static bool update_max_lanes(const sparge_softmax_rows *x, int64_t queries, int qmax)
@@ -287,6 +312,8 @@ static void plain_kernels(sparge_kernels *k)
     k->round_pairs = round_pairs;
     k->score_pools = score_pools;
     k->mass = mass;
+    k->add_bias = add_bias;
+    k->hide = hide;
     k->update_max = update_max_lanes;
     k->dot = dot;
     k->turn = turn;

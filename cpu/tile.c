@@ -12,10 +12,13 @@ enum { CHUNK_BYTES = 256 << 10 };
 
 /* A group of queries of block i over key block j. */
 typedef struct tile {
-    int64_t first, queries; /* first token, how many */
-    int64_t lane, lanes;    /* first lane in the block; how many with the padding */
-    int64_t j, n, next;     /* key block of the head, of the kv batch; the one after it there */
-    int64_t keys, depth;    /* real ones, padded */
+    int64_t first, queries;  /* first token, how many */
+    int64_t lane, lanes;     /* first lane in the block; how many with the padding */
+    int64_t j, n, next;      /* key block of the head, of the kv batch; the one after it there */
+    int64_t keys, depth;     /* real ones, padded */
+    const uint32_t *partial; /* bits of the first query; NULL: the mask hides nothing */
+    const float *bias;       /* [keys]; NULL: none */
+    bool hides;              /* some pair may be hidden: sparge_scratch says which */
 } tile;
 
 /* Of query r of the tile. */
@@ -24,33 +27,59 @@ static int64_t visible_of(const sparge_work *w, const tile *x, int64_t r)
     return sparge_min(x->keys, sparge_keys_visible(&w->g, x->first + r, x->j));
 }
 
-/* What a query must not see scores -inf: keys of the future and the padding of a short block.
- * Returns how many (query, key) pairs are visible. */
-static int64_t hide(const sparge_work *w, const tile *x, float *s, int64_t stride)
+/* A loop of it becomes vectors, which one of __builtin_popcount does not on every processor. */
+static inline int32_t ones(uint32_t x)
 {
+    x -= x >> 1 & 0x55555555u;
+    x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+    x = (x + (x >> 4)) & 0x0f0f0f0fu;
+    x += x >> 8;
+    return (int32_t)((x + (x >> 16)) & 63u);
+}
+
+/* Which keys each query attends to: those that causality and the length of the block let it see and
+ * that neither the mask nor a bias hides. Returns how many pairs. */
+static int64_t look(const sparge_work *w, sparge_scratch *t, const tile *x)
+{
+    const int64_t words = sparge_mask_row_words(x->depth),
+                  row = sparge_mask_row_words(w->g.block_k);
     int64_t pairs = 0;
-    for (int64_t q0 = 0; q0 < x->lanes; q0 += SPARGE_PANEL, s += stride) {
-        int32_t visible[SPARGE_PANEL];
-        for (int64_t n = 0; n < SPARGE_PANEL; n++) {
-            visible[n] = (int32_t)visible_of(w, x, q0 + n);
-            pairs += q0 + n < x->queries ? visible[n] : 0;
-        }
-        for (int64_t t = visible[0]; t < x->depth; t++) /* the first one sees least */
+    memset(t->attends, 0, (size_t)x->lanes * sizeof *t->attends);
+    for (int64_t at = 0; at < words; at++) {
+        uint32_t open = ~0u;
+        for (int64_t key = 32 * at; x->bias && key < sparge_min(x->keys, 32 * at + 32); key++)
+            open ^= (uint32_t)sparge_bias_hides(x->bias[key]) << key % 32;
+        for (int64_t q0 = 0; q0 < x->lanes; q0 += SPARGE_PANEL) {
+            uint32_t *to = t->attended + q0 * words + at * SPARGE_PANEL;
+            for (int64_t r = q0; r < q0 + SPARGE_PANEL; r++) {
+                const bool by_mask = x->partial && r < x->queries && 32 * at < x->keys;
+                to[r - q0] = open & sparge_mask_row_word(by_mask ? x->partial + r * row : NULL, at,
+                                                         visible_of(w, x, r));
+            }
             for (int64_t n = 0; n < SPARGE_PANEL; n++)
-                s[t * SPARGE_PANEL + n] = t < visible[n] ? s[t * SPARGE_PANEL + n] : -INFINITY;
+                t->attends[q0 + n] += ones(to[n]);
+        }
     }
+    for (int64_t r = 0; r < x->queries; r++)
+        pairs += t->attends[r];
     return pairs;
+}
+
+/* Does query r attend to some key? Where nothing may be hidden, to all. */
+static bool sees(const sparge_scratch *t, const tile *x, int64_t r)
+{
+    return !x->hides || t->attends[r] > 0;
 }
 
 /* Queries without a number above -inf: one that sees nothing has no m_local, one that sees scores
  * of -inf alone is not empty any more. */
-static void mend_maxima(const sparge_work *w, sparge_scratch *t, const tile *x)
+static void mend_maxima(sparge_scratch *t, const tile *x)
 {
     for (int64_t r = 0; r < x->queries; r++) {
         sparge_row row = {t->max[x->lane + r], t->sum[x->lane + r]};
         if (t->local[r] > -INFINITY)
             continue;
-        if (visible_of(w, x, r) == 0)
+        if (!sees(t, x, r))
             t->local[r] = -INFINITY;
         else if (t->local[r] == -INFINITY)
             sparge_row_update_max(&row, -INFINITY);
@@ -59,21 +88,20 @@ static void mend_maxima(const sparge_work *w, sparge_scratch *t, const tile *x)
 }
 
 /* Lines 14-16: does no query of the group come near its maximum? */
-static bool skips(const sparge_work *w, const sparge_scratch *t, const tile *x, float lambda)
+static bool skips(const sparge_scratch *t, const tile *x, float lambda)
 {
     float gap = -INFINITY;
     for (int64_t r = 0; r < x->queries && lambda > -INFINITY; r++) {
         const sparge_row row = {t->max[x->lane + r], t->sum[x->lane + r]};
-        const bool sees = t->local[r] > -INFINITY || visible_of(w, x, r) > 0;
-        gap = fmaxf(gap, sparge_row_gap(&row, t->local[r], sees));
+        gap = fmaxf(gap, sparge_row_gap(&row, t->local[r], sees(t, x, r)));
     }
     return sparge_group_skips(gap, lambda);
 }
 
-/* Lines 10 to 16 for a group that sees `pairs` (query, key) pairs of the block, and not none.
- * Returns whether P.V was computed. */
+/* Lines 10 to 16 for a group that attends to some key of the block. Returns whether P.V was
+ * computed. */
 static bool attend_tile(const sparge_work *w, sparge_scratch *t, const sparge_q_block *block,
-                        const tile *x, float lambda, int64_t *pairs)
+                        const tile *x, float lambda)
 {
     const sparge_kernels *run = &w->kernels;
     const sparge_operand *q = &w->q.operand, *k = &w->kv.k, *v = &w->kv.v;
@@ -93,24 +121,29 @@ static bool attend_tile(const sparge_work *w, sparge_scratch *t, const sparge_q_
         .next_bytes = v->block,
     };
     run->score[q->format](&scores, t->s, stride);
-    *pairs = x->queries * x->keys;
-    if (visible_of(w, x, 0) < x->depth)
-        *pairs = hide(w, x, t->s, stride);
-
-    const float scale =
-        sparge_score_scale(q->scale[block->index], k->scale[x->n], w->o->softmax_scale);
-    const bool nans = q->format == SPARGE_FLOATS || q->format == SPARGE_PAIRS;
-    sparge_scores s = {t->s, panels, x->depth, stride, scale, nans};
+    sparge_scores s = {
+        t->s,
+        panels,
+        x->depth,
+        stride,
+        sparge_score_scale(q->scale[block->index], k->scale[x->n], w->o->softmax_scale),
+        q->format == SPARGE_FLOATS || q->format == SPARGE_PAIRS || x->bias};
+    if (x->bias) {
+        run->add_bias(&s, t->s, x->keys, x->bias);
+        s.scale = 1.0f;
+    }
+    if (x->hides)
+        run->hide(&s, t->s, t->attended);
     if (!run->maxima(&s, t->most, t->local))
-        mend_maxima(w, t, x);
-    if (skips(w, t, x, lambda))
+        mend_maxima(t, x);
+    if (skips(t, x, lambda))
         return false;
 
     const sparge_softmax_rows rows = {t->max + x->lane, t->sum + x->lane, t->local, t->shrink,
                                       t->weight};
     const bool still = run->update_max(&rows, x->lanes, v->qmax);
     /* A scale of 0 keeps -inf what it is if it is the least float instead. */
-    s.scale = scale == 0.0f ? 0x1p-149f : scale;
+    s.scale = s.scale == 0.0f ? 0x1p-149f : s.scale;
     run->softmax[v->format](&s, v->qmax ? t->most : rows.max, t->p, stride, t->row_sum, t->p_init);
     for (int64_t r = 0; r < x->lanes; r++)
         rows.sum[r] += t->weight[r] * t->row_sum[r];
@@ -145,12 +178,20 @@ static float *o_at(const sparge_work *w, sparge_scratch *t, int64_t lane, int64_
            lane % SPARGE_PANEL;
 }
 
-/* A non-finite key spoils the queries that see it; a non-finite v element its channel of those,
- * if they computed P.V. Rare, and so it looks the elements up again. */
+/* Does query r attend to that key? After look. */
+static bool attends(const sparge_scratch *t, const tile *x, int64_t r, int64_t key)
+{
+    const int64_t panel = r / SPARGE_PANEL * sparge_mask_row_words(x->depth) + key / 32;
+    return t->attended[panel * SPARGE_PANEL + r % SPARGE_PANEL] >> key % 32 & 1u;
+}
+
+/* A non-finite key spoils the queries that attend to it; a non-finite v element its channel of
+ * those, if they computed P.V. Rare, and so it looks the elements up again. */
 static void spread_nonfinite(const sparge_work *w, sparge_scratch *t, const tile *x, int64_t kv,
                              bool done)
 {
     const sparge_problem *p = w->p;
+    look(w, t, x);
     const int64_t first = x->j * w->g.block_k, k_stride = w->kv.k.stride;
     const float *mean = w->o->smooth_k ? w->kv.mean + (kv - w->kv.first) * k_stride : w->no_mean;
     for (int64_t key = 0; key < x->keys; key++) {
@@ -158,11 +199,11 @@ static void spread_nonfinite(const sparge_work *w, sparge_scratch *t, const tile
         sparge_rows v = sparge_rows_of(&p->v, p->kv_heads, kv, first + key, 1, 1);
         const bool k_finite = sparge_load_finite(w, &k, mean, k_stride, w->o->qk_dtype, t->x);
         for (int64_t r = 0; r < x->queries; r++)
-            t->nonfinite[x->lane + r] |= !k_finite && key < visible_of(w, x, r);
+            t->nonfinite[x->lane + r] |= !k_finite && attends(t, x, r, key);
         for (int64_t c = 0; c < p->dim_v && done; c++) {
             if (!sparge_load_finite(w, &v, w->no_mean, 1, w->o->pv_dtype, t->x))
                 for (int64_t r = 0; r < x->queries; r++)
-                    if (key < visible_of(w, x, r))
+                    if (attends(t, x, r, key))
                         *o_at(w, t, x->lane + r, c) = NAN;
             v.data = (const char *)v.data + sparge_element_size(v.dtype);
         }
@@ -178,21 +219,27 @@ static int64_t attend_chunk(const sparge_work *w, sparge_scratch *t, sparge_q_bl
     const float lambda = sparge_thresholds_at(w, block->head)->lambda;
     const int64_t kv = sparge_kv_of(w->p, block->head);
     const int64_t first = (kv - w->kv.first) * g->k_blocks;
+    const int64_t row = sparge_mask_row_words(g->block_k),
+                  in_block = x.first - block->i * g->block_q;
     int64_t left = CHUNK_BYTES / (w->kv.k.block + w->kv.v.block);
     do {
         const int64_t next = sparge_mask_row_next(kept, x.j + 1, visible);
-        int64_t pairs = 0;
-        bool done = true; /* as a group that sees none of the keys counts */
+        bool done = true; /* as a group that attends to none of the keys counts */
         x.n = first + x.j;
         x.next = first + sparge_min(next, visible - 1);
         x.keys = sparge_block_rows(g->k_len, g->block_k, x.j);
         x.depth = sparge_whole(x.keys, w->kernels.depth[w->kv.v.format]);
-        if (visible_of(w, &x, x.queries - 1))
-            done = attend_tile(w, t, block, &x, lambda, &pairs);
+        x.bias = w->p->k_bias ? w->p->k_bias + kv * g->k_len + x.j * g->block_k : NULL;
+        x.partial = t->partial && t->partial[x.j] ? t->partial[x.j] + in_block * row : NULL;
+        x.hides = x.partial || x.bias || visible_of(w, &x, 0) < x.depth;
+        const int64_t seen = sparge_pairs_visible(g, x.first, x.queries, x.j);
+        const int64_t pairs = x.hides && seen ? look(w, t, &x) : seen;
+        if (pairs)
+            done = attend_tile(w, t, block, &x, lambda);
         if (w->kv.nonfinite[x.n])
             spread_nonfinite(w, t, &x, kv, done);
         t->pv_done[x.j] += done ? (float)x.queries : 0.0f;
-        sparge_tally_rows(&block->tally, g, block->i, x.queries, pairs, pairs, done);
+        sparge_tally_rows(&block->tally, g, block->i, x.queries, seen, pairs, done);
         x.j = next;
     } while (--left > 0 && x.j < visible);
     return x.j;
@@ -228,6 +275,18 @@ static void finish_row(const sparge_work *w, sparge_scratch *t, const sparge_q_b
                      (char *)out->data + at * sparge_element_size(out->dtype));
 }
 
+/* The blocks of a row of the mask that are attended in part. */
+static void find_partial(const sparge_work *w, sparge_scratch *t, int64_t line)
+{
+    const sparge_mask *m = w->mask;
+    const int64_t words = w->g.block_q * sparge_mask_row_words(w->g.block_k);
+    if (!t->partial)
+        return;
+    memset(t->partial, 0, (size_t)w->g.k_blocks * sizeof *t->partial);
+    for (int64_t n = m->partial_first[line]; n < m->partial_first[line + 1]; n++)
+        t->partial[m->partial_block[n]] = m->partial_bits + n * words;
+}
+
 void sparge_attend_q_block(const sparge_work *w, sparge_scratch *t, int64_t n)
 {
     const sparge_geometry *g = &w->g;
@@ -250,6 +309,7 @@ void sparge_attend_q_block(const sparge_work *w, sparge_scratch *t, int64_t n)
     }
     memset(t->o, 0, (size_t)(lanes * v_stride) * sizeof *t->o);
     memset(t->pv_done, 0, (size_t)g->k_blocks * sizeof *t->pv_done);
+    find_partial(w, t, line);
 
     int64_t next = sparge_mask_row_next(kept, 0, visible);
     for (int64_t j = next; j < visible; j = next)

@@ -86,6 +86,9 @@ typedef struct sparge_scratch {
     float *most, *local;              /* [lanes of a group] the largest s of a query, m_local */
     float *shrink, *weight, *row_sum; /* the same */
     int32_t *p_init;                  /* the same */
+    uint32_t *attended;               /* [panels of a group][words of keys][16] bits of keys */
+    int32_t *attends;                 /* [lanes of a group] how many of them are set */
+    const uint32_t **partial;         /* [k_blocks] bits of those attended in part, or NULL */
     float *pv_done;                   /* [k_blocks] share of the rows whose P.V was computed */
 } sparge_scratch;
 

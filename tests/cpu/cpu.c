@@ -79,6 +79,10 @@ Test(cpu, questions_at_random)
         const sparge_dtype dtype = how == ATTEND ? dtype_at_random() : SPARGE_F32;
         if (how == ATTEND && check_int(0, 3))
             mask_at_random(&x);
+        if (how == ATTEND && check_int(0, 1))
+            mask_fill_partial(&x, check_uniform(0.1f, 1.1f));
+        if (check_int(0, 3) == 0)
+            bias_fill(&x, check_int(0, 1));
         const int threads[] = {(int)check_int(1, 3), 0};
         verify_with(&x, how, dtype, how == ATTEND ? layout_at_random() : PACKED, threads, &sum);
         problem_free(&x);
@@ -509,6 +513,96 @@ Test(cpu, a_mask_that_names_invisible_blocks)
         check_free(own.bits);
         problem_free(&x);
     }
+}
+
+/* ---- Single pairs ---- */
+
+/* Blocks that are attended in part by all of their bits, or by none, are like whole ones, or like
+ * none, but for what counts blocks. */
+Test(cpu, bits_of_all_pairs_and_of_none)
+{
+    static const int threads[] = {1, 2, 0};
+    for (int n = 0; n < 24; n++) {
+        check_case("bits of %s, %d", n % 2 ? "all" : "none", n);
+        const shape s = shape_of(1, 4, 2, 100, 90, 40, 24);
+        problem x = problem_make(&s);
+        x.o.block_q = 40;
+        x.o.block_k = n % 3 ? 33 : 16;
+        x.o.causal = n % 4 < 2 ? SPARGE_CAUSAL_NONE : SPARGE_CAUSAL_END;
+        x.o.thresholds.lambda = n % 5 ? -INFINITY : -1.0f;
+        x.o.qk_dtype = cpu_dtypes[n / 2 % 3];
+        x.o.pv_dtype = cpu_dtypes[n / 6 % 3];
+        mask_fill(&x, 0.6f);
+        x.o.backend = SPARGE_CPU;
+        answer whole = attend(&x);
+        mask_fill_partial(&x, 1.1f);
+        const size_t lines = (size_t)(4 * x.mask.q_blocks);
+        memset(x.mask.partial_bits, n % 2 ? 0xFF : 0,
+               (size_t)(x.mask.partial_first[lines] * 40 * blocks(x.o.block_k, 32)) * 4);
+        answer got = attend(&x);
+        if (n % 2)
+            same_everything(&x, &got, &whole);
+        for (int64_t e = 0; e < problem_rows(&x) && n % 2 == 0; e++)
+            check_equal(got.lse[e], -INFINITY);
+        check_equal(got.result.counts.tile_tokens, whole.result.counts.tile_tokens);
+        check_equal(got.result.counts.pv_done > 0, true);
+        answer_free(&whole);
+        answer_free(&got);
+        verify_with(&x, ATTEND, SPARGE_F32, PACKED, threads, NULL);
+        problem_free(&x);
+    }
+}
+
+/* What is hidden may be anything: each key that a head of keys shows to none of its queries. */
+Test(cpu, nonfinite_in_hidden_pairs_goes_nowhere)
+{
+    static const int threads[] = {1, 3, 0};
+    int64_t hidden = 0;
+    for (int n = 0; n < 24; n++) {
+        check_case("hidden, %d", n);
+        const shape s = shape_of(1, 4, 2, 70, 80, 24, 20);
+        problem x = problem_make(&s);
+        x.o.block_q = 30;
+        x.o.block_k = 20;
+        x.o.causal = (sparge_causal)(n % 3);
+        x.o.smooth_k = n / 3 % 2;
+        x.o.qk_dtype = cpu_dtypes[n % 4];
+        x.o.pv_dtype = cpu_dtypes[n / 4 % 3];
+        mask_fill_partial(&x, 1.1f);
+        if (n / 3 % 2)
+            bias_fill(&x, false);
+        for (int64_t e = 0; e < x.mask.partial_first[4 * x.mask.q_blocks] * 30; e++)
+            x.mask.partial_bits[e] &= 0xfffbfddbu; /* keys 2, 5, 9 and 18 of a block */
+        answer want[2];
+        for (int times = 0; times < 2; times++) {
+            for (int64_t kv = 0; kv < 2; kv++)
+                for (int64_t t = 0; t < 80; t++) {
+                    const int64_t in = t % 20;
+                    if (in != 2 && in != 5 && in != 9 && in != 18 &&
+                        !(x.k_bias && x.k_bias[kv * 80 + t] == -INFINITY))
+                        continue;
+                    hidden += times;
+                    for (int64_t c = 0; c < 24; c++)
+                        tensor_row(&x.k, 0, kv, t)[c] = times == 0 ? 0.0f : c % 3 ? NAN : INFINITY;
+                    for (int64_t c = 0; c < 20; c++)
+                        tensor_row(&x.v, 0, kv, t)[c] = times == 0 ? 0.0f : c % 2 ? NAN : -INFINITY;
+                }
+            problem_write(&x);
+            verify_with(&x, ATTEND, SPARGE_F32, PACKED, threads, NULL);
+            x.o.backend = SPARGE_REF;
+            x.o.isa = SPARGE_ISA_AUTO;
+            want[times] = attend(&x);
+        }
+        check(isfinite(want[1].lse[0]) || want[1].lse[0] == -INFINITY, "lse is NaN");
+        if (!x.o.smooth_k)
+            same_answer(&want[1], &want[0]);
+        for (int64_t e = 0; e < tensor_count(&want[1].o); e++)
+            check(isfinite(want[1].o.x[e]), "o[%lld] is not finite", (long long)e);
+        answer_free(&want[0]);
+        answer_free(&want[1]);
+        problem_free(&x);
+    }
+    check(hidden > 1000, "%lld hidden keys", (long long)hidden);
 }
 
 /* ---- Nothing to do ---- */

@@ -113,6 +113,10 @@ static void ask_wildly(void)
     const way how = check_int(0, 1) ? ATTENTION : ATTEND;
     if (how == ATTEND && check_int(0, 3))
         mask_at_random(&x);
+    if (how == ATTEND && check_int(0, 1))
+        mask_fill_partial(&x, check_uniform(0.1f, 1.1f));
+    if (check_int(0, 2) == 0)
+        bias_fill(&x, check_int(0, 1));
     const int threads[] = {(int)check_int(1, 2), 0};
     verify_with(&x, how, how == ATTEND ? dtype_at_random() : SPARGE_F32,
                 how == ATTEND ? layout_at_random() : PACKED, threads, NULL);

@@ -942,6 +942,46 @@ static void test_maxima(const sparge_kernels *k, sparge_format f)
     }
 }
 
+/* Of the first keys; the others stay. */
+static void test_add_bias(const sparge_kernels *k, sparge_format f)
+{
+    scores x = make_scores(k, f);
+    const int64_t keys = pick(0, x.got.keys);
+    const pair bias = make("bias", F32, keys, keys);
+    x.got.scale = one_in(20) ? 0.0f : one_in(20) ? INFINITY : one_in(20) ? NAN : x.got.scale;
+    const float odd[] = {NAN, INFINITY, -INFINITY, FLT_MAX, -0.0f, 0x1p-149f};
+    for (int64_t t = 0; t < keys; t++)
+        ((float *)bias.got)[t] = one_in(10) ? odd[pick(0, 5)] : 8.0f * uniform();
+    settle();
+    k->add_bias(&x.got, x.s.got, keys, bias.got);
+    for (int64_t q = 0; q < x.queries; q++)
+        for (int64_t t = 0; t < keys; t++)
+            ((float *)x.s.want)[place_of_c(x.got.stride, t, q)] =
+                sparge_score_biased(score_at(&x, t, q), x.got.scale, ((float *)bias.want)[t]);
+}
+
+static void test_hide(const sparge_kernels *k, sparge_format f)
+{
+    const scores x = make_scores(k, f);
+    const int64_t words = sparge_ceil_div(x.got.keys, 32), count = words * x.queries;
+    const pair attended = make("attended", I32, count, SPARGE_PANEL);
+    const int64_t style = pick(0, 3);
+    for (int64_t n = 0; n < count; n++)
+        ((uint32_t *)attended.got)[n] = style == 0                 ? 0u
+                                        : style == 1 && !one_in(8) ? ~0u
+                                                                   : (uint32_t)random_bits();
+    settle();
+    k->hide(&x.got, x.s.got, attended.got);
+    for (int64_t q = 0; q < x.queries; q++)
+        for (int64_t t = 0; t < x.got.keys; t++) {
+            const int64_t word = q / SPARGE_PANEL * words + t / 32;
+            const uint32_t bits =
+                ((uint32_t *)attended.want)[word * SPARGE_PANEL + q % SPARGE_PANEL];
+            if (!(bits >> t % 32 & 1))
+                ((float *)x.s.want)[place_of_c(x.got.stride, t, q)] = -INFINITY;
+        }
+}
+
 static void test_update_max(const sparge_kernels *k, sparge_format f)
 {
     (void)f;
@@ -1129,6 +1169,8 @@ static const struct kernel {
     {"score words", test_score, SPARGE_WORDS},
     {"score floats", test_score, SPARGE_FLOATS},
     {"score pairs", test_score, SPARGE_PAIRS},
+    {"add_bias", test_add_bias, 0},
+    {"hide", test_hide, 0},
     {"maxima", test_maxima, 0},
     {"update_max", test_update_max, 0},
     {"softmax bytes", test_softmax, SPARGE_BYTES},

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tests/support/problem.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -235,6 +236,7 @@ void problem_free(problem *x)
     tensor_free(&x->q);
     tensor_free(&x->k);
     tensor_free(&x->v);
+    check_free(x->k_bias);
     sparge_mask_free(&x->mask);
 }
 
@@ -268,6 +270,86 @@ bool mask_has(const problem *x, int64_t b, int64_t h, int64_t i, int64_t j)
     const sparge_mask *m = &x->mask;
     const int64_t row = ((b * m->heads + h) * m->q_blocks + i) * m->words;
     return !m->bits || (m->bits[row + j / 32] >> j % 32 & 1);
+}
+
+/* A partial block of so many queries, of so many words each. */
+static void bits_at_random(uint32_t *bits, int64_t queries, int64_t words)
+{
+    const int64_t all = check_int(0, 5), sparse = check_int(0, 1);
+    for (int64_t r = 0; r < queries; r++) {
+        const int64_t style = all < 2 ? all : check_int(0, 7);
+        for (int64_t n = 0; n < words; n++) {
+            const uint64_t x = check_random();
+            bits[r * words + n] = style < 2 ? 0u - (uint32_t)style
+                                  : sparse  ? (uint32_t)(x & x >> 32)
+                                            : (uint32_t)x;
+        }
+    }
+}
+
+static void *shrunk(void *memory, int64_t bytes)
+{
+    void *exact = realloc(memory, bytes ? (size_t)bytes : 1); /* the sanitizer sees its end */
+    check(exact, "no memory");
+    return exact;
+}
+
+void mask_fill_partial(problem *x, float share)
+{
+    if (!x->mask.bits)
+        mask_fill(x, 1.1f);
+    sparge_mask *m = &x->mask;
+    const int64_t lines = m->batch * m->heads * m->q_blocks, most = lines * m->k_blocks,
+                  words = blocks(x->o.block_k, 32), size = x->o.block_q * words * 4;
+    int64_t n = 0;
+    m->partial_first = shrunk(NULL, (lines + 1) * 8);
+    m->partial_block = shrunk(NULL, most * 4);
+    m->partial_bits = shrunk(NULL, most * size);
+    for (int64_t line = 0; line < lines; line++) {
+        m->partial_first[line] = n;
+        for (int64_t j = 0; j < m->k_blocks; j++)
+            if (m->bits[line * m->words + j / 32] >> j % 32 & 1 && check_uniform(0, 1) < share) {
+                m->partial_block[n] = (int32_t)j;
+                bits_at_random(m->partial_bits + n++ * size / 4, x->o.block_q, words);
+            }
+    }
+    m->partial_first[lines] = n;
+    m->partial_block = shrunk(m->partial_block, n * 4);
+    m->partial_bits = shrunk(m->partial_bits, n * size);
+}
+
+bool pair_open(const problem *x, int64_t b, int64_t h, int64_t query, int64_t key)
+{
+    const sparge_mask *m = &x->mask;
+    const int64_t i = query / x->o.block_q, j = key / x->o.block_k,
+                  line = (b * x->p.heads + h) * blocks(x->p.q_len, x->o.block_q) + i,
+                  kv = b * x->p.kv_heads + h / (x->p.heads / x->p.kv_heads),
+                  words = blocks(x->o.block_k, 32), r = query % x->o.block_q,
+                  t = key % x->o.block_k;
+    bool open = mask_has(x, b, h, i, j) &&
+                !(x->p.k_bias && x->p.k_bias[kv * x->p.k_len + key] == -INFINITY);
+    for (int64_t n = m->partial_first ? m->partial_first[line] : 0;
+         m->partial_first && n < m->partial_first[line + 1]; n++)
+        if (m->partial_block[n] == j)
+            open &= m->partial_bits[(n * x->o.block_q + r) * words + t / 32] >> t % 32 & 1;
+    return open;
+}
+
+void bias_fill(problem *x, bool wild)
+{
+    static const float odd[] = {NAN,    INFINITY, FLT_MAX,   -FLT_MAX, 3e37f,
+                                -3e38f, 1e20f,    0x1p-149f, -0.0f,    -1e4f};
+    const int64_t count = x->p.batch * x->p.kv_heads * x->p.k_len;
+    check_free(x->k_bias);
+    x->k_bias = check_alloc((size_t)count * sizeof *x->k_bias);
+    x->p.k_bias = x->k_bias;
+    for (int64_t n = 0, hidden = 0; n < count; n++, hidden--) {
+        if (check_int(0, 60) == 0)
+            hidden = check_int(1, 3 * x->o.block_k);
+        x->k_bias[n] = hidden > 0 || check_int(0, 9) == 0 ? -INFINITY
+                       : wild && check_int(0, 5) == 0     ? odd[check_int(0, 9)]
+                                                          : check_uniform(-4, 4);
+    }
 }
 
 /* ---- Answers ---- */
@@ -425,6 +507,7 @@ sparge_problem twin_problem(twins *t, const problem *x)
     p.q.data = twin_view(t, &x->q);
     p.k.data = twin_view(t, &x->k);
     p.v.data = twin_view(t, &x->v);
+    p.k_bias = twin(t, x->k_bias);
     return p;
 }
 

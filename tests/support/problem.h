@@ -51,6 +51,7 @@ typedef struct problem {
     sparge_options o;
     tensor q, k, v;
     sparge_mask mask; /* bits NULL: dense */
+    float *k_bias;    /* p.k_bias, or NULL */
 } problem;
 
 /* One head's rows drift slowly, as in video models, so blocks are alike within and differ among
@@ -79,8 +80,15 @@ void mask_at_random(problem *x); /* now and then every other row of blocks is em
 
 /* Masks of the shape under x->o; each throws away the one before. */
 void mask_fill(problem *x, float share); /* each bit with this probability, also meaningless ones */
+/* Of the blocks that the mask keeps, this share is attended in part: by bits at random, also
+ * meaningless ones; by all; by none of some queries, or of all. */
+void mask_fill_partial(problem *x, float share);
 void mask_predict(problem *x);
 bool mask_has(const problem *x, int64_t b, int64_t h, int64_t i, int64_t j); /* true when dense */
+/* Neither the mask nor a bias hides the pair of tokens; causality may. */
+bool pair_open(const problem *x, int64_t b, int64_t h, int64_t query, int64_t key);
+/* k_bias at random: some keys, and runs of them, are hidden; a wild one has all that f32 has. */
+void bias_fill(problem *x, bool wild);
 int64_t blocks(int64_t len, int64_t block);
 
 /* What came back; every array is packed and was poisoned before. */
