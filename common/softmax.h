@@ -144,23 +144,6 @@ SPARGE_HD float sparge_code_weight(float local, float max, int qmax)
 
 /* ---- The end of a row (lines 20 and 21) ---- */
 
-/* The state of two disjoint sets of keys together; outputs add as o = a_share * o_a + b_share * o_b
- * (unnormalised). */
-SPARGE_HD sparge_row sparge_row_merge(sparge_row a, sparge_row b, float *a_share, float *b_share)
-{
-    sparge_row both = a;
-    if (b.max == -INFINITY) { /* nothing, or nothing but scores of -inf */
-        *a_share = a.max == -INFINITY ? 0.0f : 1.0f;
-        *b_share = 0.0f;
-        both.sum = a.max == -INFINITY ? a.sum + b.sum : a.sum;
-        return both;
-    }
-    *a_share = sparge_row_update_max(&both, b.max);
-    *b_share = sparge_exp2(b.max - both.max);
-    both.sum = fmaf(b.sum, *b_share, both.sum);
-    return both;
-}
-
 /* It saw no key. */
 SPARGE_HD bool sparge_row_is_empty(const sparge_row *row)
 {

@@ -1205,40 +1205,6 @@ Test(common, code_weight)
     }
 }
 
-Test(common, row_merge)
-{
-    static const struct {
-        sparge_row a, b;
-        float a_share, b_share;
-        sparge_row both;
-    } table[] = {
-        {{-INFINITY, 0.0f}, {-INFINITY, 0.0f}, 0.0f, 0.0f, {-INFINITY, 0.0f}},
-        {{-INFINITY, 0.0f}, {3.0f, 2.0f}, 0.0f, 1.0f, {3.0f, 2.0f}},
-        {{3.0f, 2.0f}, {5.0f, 1.0f}, 0.25f, 1.0f, {5.0f, 1.5f}},
-        {{4.0f, 2.0f}, {4.0f, 3.0f}, 1.0f, 1.0f, {4.0f, 5.0f}},
-        {{-300.0f, 2.0f}, {4.0f, 3.0f}, 0.0f, 1.0f, {4.0f, 3.0f}},
-        {{-7.0f, 8.0f}, {-4.0f, 3.0f}, 0.125f, 1.0f, {-4.0f, 4.0f}},
-        {{-INFINITY, NAN}, {3.0f, 2.0f}, 0.0f, 1.0f, {3.0f, 2.0f}},
-        {{-INFINITY, NAN}, {-INFINITY, 0.0f}, 0.0f, 0.0f, {-INFINITY, NAN}},
-    };
-    for (size_t i = 0; i < COUNT(table); i++) {
-        check_case("line %zu", i);
-        for (int swapped = 0; swapped < 2; swapped++) {
-            float one, other;
-            const sparge_row both = swapped
-                                        ? sparge_row_merge(table[i].b, table[i].a, &other, &one)
-                                        : sparge_row_merge(table[i].a, table[i].b, &one, &other);
-            check_equal(one, table[i].a_share);
-            check_equal(other, table[i].b_share);
-            check_number(both.max, table[i].both.max);
-            check_number(both.sum, table[i].both.sum);
-        }
-    }
-    float share;
-    cr_assert(isnan(sparge_row_merge(row_of(NAN, 1.0f), row_of(3.0f, 1.0f), &share, &share).sum));
-    cr_assert(isnan(sparge_row_merge(row_of(3.0f, 1.0f), row_of(4.0f, NAN), &share, &share).sum));
-}
-
 Test(common, row_norm_and_lse)
 {
     static const struct {
@@ -1275,14 +1241,14 @@ Test(common, row_norm_and_lse)
     cr_assert(met.max == 2.0f && isnan(met.sum) && sparge_row_is_empty(&none));
 }
 
-/* 50 scores, eight at a time and in two halves that merge, against the formula in double. */
+/* 50 scores, eight at a time, against the formula in double. */
 Test(common, row_online)
 {
     for (int n = 0; n < 200; n++) {
         check_case("row %d", n);
         const float scale = check_uniform(0.001f, 0.2f);
-        sparge_row half[2] = {sparge_row_empty(), sparge_row_empty()};
-        float o[2] = {0.0f, 0.0f};
+        sparge_row row = sparge_row_empty();
+        float o = 0.0f;
         double top = -INFINITY, sum = 0.0, weighted = 0.0, score[50], value[50];
         for (int t = 0; t < 50; t++) {
             score[t] = (double)check_int(-1000, 1000);
@@ -1295,20 +1261,17 @@ Test(common, row_online)
             weighted += p * value[t];
         }
         for (int t0 = 0; t0 < 50; t0 += 8) {
-            sparge_row *row = &half[t0 / 32];
             float local = -INFINITY;
             for (int t = t0; t < 50 && t < t0 + 8; t++)
                 local = fmaxf(local, (float)score[t] * scale);
-            o[t0 / 32] *= sparge_row_update_max(row, local);
+            o *= sparge_row_update_max(&row, local);
             for (int t = t0; t < 50 && t < t0 + 8; t++) {
-                const float p = sparge_weight((float)score[t], scale, row->max);
-                row->sum += p;
-                o[t0 / 32] += p * (float)value[t];
+                const float p = sparge_weight((float)score[t], scale, row.max);
+                row.sum += p;
+                o += p * (float)value[t];
             }
         }
-        float a, b;
-        const sparge_row both = sparge_row_merge(half[0], half[1], &a, &b);
-        check_close(sparge_row_norm(&both) * (o[0] * a + o[1] * b), weighted / sum, 2e-6);
-        check_close(sparge_row_lse(&both), (top + log2(sum)) * 0.69314718055994530942, 1e-4);
+        check_close(sparge_row_norm(&row) * o, weighted / sum, 2e-6);
+        check_close(sparge_row_lse(&row), (top + log2(sum)) * 0.69314718055994530942, 1e-4);
     }
 }

@@ -45,6 +45,12 @@ static bool sees(const problem *x, int64_t query, int64_t key)
     return key <= query + (x->o.causal == SPARGE_CAUSAL_END ? x->p.k_len - x->p.q_len : 0);
 }
 
+static double bias_of(const problem *x, int64_t b, int64_t h, int64_t key)
+{
+    const int64_t kv = b * x->p.kv_heads + h / (x->p.heads / x->p.kv_heads);
+    return x->k_bias ? (double)x->k_bias[kv * x->p.k_len + key] : 0.0;
+}
+
 /* Keys of block j that a query sees. */
 static int64_t visible_of(const problem *x, int64_t query, int64_t j)
 {
@@ -151,6 +157,7 @@ static void mean_key(const problem *x, int64_t b, int64_t kv, float *mean)
 typedef struct verdict {
     int qk_qmax, pv_qmax;  /* 0: no codes */
     int p_digits;          /* of half and fp8, or 0 */
+    double bias;           /* the largest that does not hide a key */
     float extra;           /* added to the steps of q and k */
     int64_t group, exempt; /* rows that decide lambda together; last kept blocks that ignore it */
     double *o;             /* [rows][dim_v] */
@@ -168,11 +175,15 @@ typedef struct row {
     double m, l, coding, edge, *o;
 } row;
 
-/* Lines 12, 13 and 16 of one row: s [visible] are its scores, v the keys' values. */
+/* Lines 12, 13 and 16 of one row: s [visible] are its scores, -inf where it does not attend, v the
+ * keys' values. */
 static void accumulate_pv(const verdict *w, row *r, const double *s, int64_t visible, double local,
                           const double *v, int64_t dim_v)
 {
     const double m = larger(r->m, local), shrink = exp(r->m - m), P = w->pv_qmax;
+    /* A bias adds its own rounding, and that of the sum. */
+    const double unit = (w->bias ? 3e-7 : 2e-7) * log2e,
+                 extra = w->bias ? fabs(local) + 3.0 * w->bias : 0.0;
     r->m = m;
     r->l *= shrink;
     r->coding *= shrink;
@@ -180,11 +191,14 @@ static void accumulate_pv(const verdict *w, row *r, const double *s, int64_t vis
     for (int64_t c = 0; c < dim_v; c++)
         r->o[c] *= shrink;
     for (int64_t t = 0; t < visible; t++) {
+        if (s[t] == -INFINITY)
+            continue;
         const double p_of_m = exp(s[t] - m);
         double weight = p_of_m;
         if (w->pv_qmax) {
             const double to_m = exp(local - m), p = exp(s[t] - local), at = P * p + 0.5;
-            const double wrong = w->qk_qmax ? 2e-7 * log2e * (local - s[t] + fabs(local)) : 3e-5;
+            const double off = local - s[t] + fabs(local) + extra;
+            const double wrong = w->qk_qmax ? unit * off : 3e-5;
             weight = to_m * floor(at) / P;
             r->coding += to_m * fmin(0.5 / P, p);
             if (fabs(at - round(at)) <= P * p * wrong + 4e-7 * (at + 1.0))
@@ -192,7 +206,7 @@ static void accumulate_pv(const verdict *w, row *r, const double *s, int64_t vis
         }
         if (w->p_digits) {
             const double wrong =
-                (w->qk_qmax ? 2e-7 * log2e * (m - s[t] + 2.0 * fabs(m)) : 3e-5) + 4e-7;
+                (w->qk_qmax ? unit * (m - s[t] + 2.0 * fabs(m) + 3.0 * w->bias) : 3e-5) + 4e-7;
             weight = nearest(p_of_m, w->p_digits, -14);
             r->coding += fmin(p_of_m, ldexp(fmax(p_of_m, 0x1p-14), -w->p_digits));
             r->edge += nearest(p_of_m * (1.0 + wrong), w->p_digits, -14) -
@@ -224,23 +238,29 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
     }
 
     for (int64_t j = 0; j < k_blocks; j++) {
-        int64_t visible[LONGEST], done = 0;
+        int64_t visible[LONGEST], attended[LONGEST], done = 0;
         double local[LONGEST];
         const bool kept = mask_has(x, b, h, i, j) && pair_visible(x, i, j);
         for (int64_t r = 0; r < rows; r++) {
             visible[r] = visible_of(x, first + r, j);
+            attended[r] = 0;
             local[r] = -INFINITY;
             head->tokens += visible[r];
             head->tile_tokens += kept ? visible[r] : 0;
-            head->qk_tokens += kept ? visible[r] : 0;
             for (int64_t t = 0; kept && t < visible[r]; t++) {
-                const double *key = k->value + (j * x->o.block_k + t) * p->dim;
+                const int64_t token = j * x->o.block_k + t;
+                const double *key = k->value + token * p->dim;
+                s[r][t] = -INFINITY;
+                if (!pair_open(x, b, h, first + r, token))
+                    continue;
+                attended[r]++;
                 s[r][t] = 0.0;
                 for (int64_t c = 0; c < p->dim; c++)
                     s[r][t] += q->value[(first + r) * p->dim + c] * key[c];
-                s[r][t] *= scale;
+                s[r][t] = s[r][t] * scale + bias_of(x, b, h, token);
                 local[r] = larger(local[r], s[r][t]);
             }
+            head->qk_tokens += attended[r];
         }
         if (!kept)
             continue;
@@ -248,7 +268,7 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
             double gap = -INFINITY, unit = w->qk_qmax ? 0.0 : 1e-5;
             bool votes = false;
             for (int64_t r = r0; r < smaller(rows, r0 + w->group); r++)
-                if (visible[r]) {
+                if (attended[r]) {
                     votes = true;
                     gap = larger(gap, local[r] - state[r].m);
                     unit = larger(unit, 4e-7 * (1.0 + fabs(local[r]) + fabs(state[r].m)));
@@ -262,8 +282,8 @@ static void judge_block(const problem *x, int64_t b, int64_t h, int64_t i, const
             for (int64_t r = r0; r < smaller(rows, r0 + w->group); r++) {
                 if (!skips) {
                     done++;
-                    head->pv_tokens += visible[r];
-                    if (visible[r])
+                    head->pv_tokens += attended[r];
+                    if (attended[r])
                         accumulate_pv(w, &state[r], s[r], visible[r], local[r],
                                       v->value + j * x->o.block_k * p->dim_v, p->dim_v);
                 } else if (x->o.rules == SPARGE_RULES_PAPER)
@@ -342,6 +362,8 @@ static verdict judge(const problem *x, const sparge_intermediates *intermediates
         .share = zeros(heads * q_blocks * k_blocks, sizeof(float)),
     };
     float *mean = zeros(p->dim, sizeof *mean);
+    for (int64_t n = 0; x->k_bias && n < p->batch * p->kv_heads * p->k_len; n++)
+        w.bias = larger(w.bias, isfinite(x->k_bias[n]) ? fabs((double)x->k_bias[n]) : 0.0);
     for (int64_t n = 0; n < p->batch * p->kv_heads; n++) {
         const int64_t b = n / p->kv_heads, kv = n % p->kv_heads;
         const float *key = p->k_len ? tensor_row(&x->k, b, kv, 0) : NULL;
@@ -602,9 +624,10 @@ enum {
     PV,
     RULES,
     SCALE,
+    BIAS,
     FACTORS
 };
-enum { DENSE, RANDOM, EMPTY_ROWS, PREDICTED };
+enum { DENSE, RANDOM, EMPTY_ROWS, PREDICTED, PARTIAL };
 enum { MOST = 15 }; /* qmax */
 
 static const struct {
@@ -627,7 +650,7 @@ static const struct {
     [LAYOUT_K] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
     [LAYOUT_V] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
     [LAYOUT_O] = {"at", LAYOUTS, {PACKED, PADDED, NHD, ODD, BACKWARD}},
-    [MASK] = {"mask", 4, {DENSE, RANDOM, EMPTY_ROWS, PREDICTED}},
+    [MASK] = {"mask", 5, {DENSE, RANDOM, EMPTY_ROWS, PREDICTED, PARTIAL}},
     [SMOOTH] = {"smooth", 2, {0, 1}},
     [SKIP_ROWS] = {"skip_rows", 5, {0, 1, 16, 48, 1000}},
     [LAMBDA] = {"-10 lambda", 4, {1000, 0, 5, 20}}, /* 1000: never */
@@ -635,6 +658,7 @@ static const struct {
     [PV] = {"pv", PVS, {SPARGE_INT8, SPARGE_INT12, SPARGE_F32, SPARGE_F16, SPARGE_FP8}},
     [RULES] = {"rules", 3, {SPARGE_RULES_DEFAULT, SPARGE_RULES_PAPER, SPARGE_RULES_UPSTREAM}},
     [SCALE] = {"100 scale", 2, {0, 12}},
+    [BIAS] = {"bias", 2, {0, 1}},
 };
 
 static bool covered[FACTORS][FACTORS][MOST][MOST]; /* [f][g], f < g */
@@ -724,6 +748,12 @@ static void verify_case(const int64_t *level, tally *sum)
         x.o.thresholds.theta = 0.3f;
         mask_predict(&x);
     }
+    if (level[MASK] == PARTIAL) {
+        mask_fill(&x, 0.8f);
+        mask_fill_partial(&x, 0.7f);
+    }
+    if (level[BIAS])
+        bias_fill(&x, false);
     verify(&x, (sparge_dtype)level[TYPE_O], (tensor_layout)level[LAYOUT_O], sum);
     problem_free(&x);
 }
@@ -848,8 +878,8 @@ static bool any(const bool *flag, int64_t n)
     return false;
 }
 
-/* How often a marked key row or value element lay in a kept block and was visible, lay in a kept
- * block and was hidden by causality, or lay in a skipped one. */
+/* How often a marked key row or value element lay in a kept block and was attended to, lay in a
+ * kept block and was hidden by causality, bits or bias, or lay in a skipped one. */
 typedef struct places {
     int64_t visible, hidden, skipped, empty;
 } places;
@@ -866,7 +896,7 @@ static bool expect(const problem *x, const marks *marked, int64_t b, int64_t h, 
         const bool k_bad = any(marked->k + at * dim, dim),
                    v_bad = any(marked->v + at * dim_v, dim_v);
         const bool kept = mask_has(x, b, h, t / x->o.block_q, key / x->o.block_k),
-                   visible = sees(x, t, key);
+                   visible = sees(x, t, key) && pair_open(x, b, h, t, key);
         if (k_bad || v_bad)
             ++*(kept && visible ? &met->visible : kept ? &met->hidden : &met->skipped);
         keys |= kept && visible;
@@ -927,6 +957,10 @@ Test(attend, non_finite_values_reach_their_rows_alone)
             x.k.x[e] = x.k.x[e + 1] = e % 128 ? 4.0f : -4.0f;
         if (n / 90 == 0)
             mask_fill(&x, 0.3f);
+        if (n % 5 < 2)
+            mask_fill_partial(&x, 0.5f);
+        if (n % 7 < 2)
+            bias_fill(&x, false);
         const int64_t q_count = check_int(0, 3), k_count = check_int(0, 2),
                       v_count = check_int(0, 3);
         marks marked = {plant_nonfinite(&x.q, q_count), plant_nonfinite(&x.k, k_count),
@@ -1127,6 +1161,94 @@ Test(attend, rows_without_visible_keys_do_not_vote)
     x.o.thresholds.lambda = 0.0f;
     shares_are(&x, (float[]){0, 1, 0.5f, 0.5f}); /* rows 0 and 1 see nothing of blocks 2 and 3 */
     problem_free(&x);
+}
+
+/* Bits and a bias that hide what causality hides there give the same; what is hidden casts no vote,
+ * and a key that a bias of the least float takes to -inf is no hidden one. */
+Test(attend, hidden_pairs_do_not_vote)
+{
+    const float far[] = {0.0f, -9.0f, -9.0f, -9.0f};
+    for (int backend = SPARGE_REF; backend <= SPARGE_CPU; backend++) {
+        check_case("a triangle of bits, backend %d", backend);
+        problem x = by_hand(4, far, 4, 4, 1, -5.0f);
+        x.o.backend = (sparge_backend)backend;
+        mask_fill(&x, 1.1f);
+        mask_fill_partial(&x, 1.1f);
+        for (int64_t j = 0; j < 4; j++)
+            for (int64_t r = 0; r < 4; r++)
+                x.mask.partial_bits[j * 4 + r] = 0xfffffffeu | (j <= r);
+        shares_are(&x, (float[]){1, 0, 0, 0});
+        x.o.skip_rows = 1;
+        shares_are(&x, (float[]){1, 0.25f, 0.5f, 0.75f});
+        answer a = attend(&x);
+        check_equal(a.result.counts.tokens, (int64_t)16);
+        check_equal(a.result.counts.tile_tokens, (int64_t)16);
+        check_equal(a.result.counts.qk_tokens, (int64_t)10);
+        check_equal(a.result.counts.pv_tokens, (int64_t)4);
+        check_equal(a.result.counts.qk_done, (int64_t)4);
+        check_equal(a.result.counts.pv_done, 2.5);
+        answer_free(&a);
+        problem_free(&x);
+
+        check_case("a bias, backend %d", backend);
+        x = by_hand(2, far, 4, 2, 1, -5.0f);
+        x.o.backend = (sparge_backend)backend;
+        bias_fill(&x, false);
+        const float bias[] = {-INFINITY, 9.0f, 5.0f, -INFINITY};
+        memcpy(x.k_bias, bias, sizeof bias);
+        shares_are(&x, (float[]){1, 1, 1, 1}); /* scores 0 and -4; hidden blocks are computed */
+        x.o.thresholds.lambda = -3.0f;
+        shares_are(&x, (float[]){1, 1, 0, 1});
+        x.o.thresholds.lambda = -INFINITY;
+        a = attend(&x);
+        check_equal(a.result.counts.tile_tokens, (int64_t)8);
+        check_equal(a.result.counts.qk_tokens, (int64_t)4);
+        check_close(a.o.x[0], (2.0 + 4.0 * exp(-4.0)) / (1.0 + exp(-4.0)), 1e-5);
+        check_close(a.lse[1], log(1.0 + exp(-4.0)), 1e-6);
+        answer_free(&a);
+
+        const struct {
+            float bias;
+            double o, lse; /* of the key that has it alone */
+        } alone[] = {
+            {-INFINITY, 0.0, -INFINITY}, {-FLT_MAX, NAN, NAN}, {NAN, NAN, NAN},
+            {INFINITY, NAN, NAN},        {-3.5f, 4.0, -12.5},
+        };
+        for (int64_t n = 0; n < COUNT(alone); n++) {
+            check_case("a bias of %g alone, backend %d", (double)alone[n].bias, backend);
+            for (int64_t t = 0; t < 4; t++)
+                x.k_bias[t] = t == 2 ? alone[n].bias : -INFINITY;
+            a = attend(&x);
+            const double o = (double)a.o.x[1], lse = (double)a.lse[1];
+            check(isnan(alone[n].o) ? isnan(o) : o == alone[n].o, "o is %g", o);
+            check(isnan(alone[n].lse) ? isnan(lse)
+                                      : lse == alone[n].lse || fabs(lse - alone[n].lse) < 1e-5,
+                  "lse is %g", lse);
+            answer_free(&a);
+        }
+        problem_free(&x);
+    }
+}
+
+/* x_b = fl(fl(c x) + fl(b log2 e)): three roundings, none less. */
+Test(attend, a_bias_is_added_to_rounded_scores)
+{
+    check_case("roundings of a bias");
+    int64_t told = 0;
+    for (int64_t n = 0; n < 200; n++) {
+        const float score = check_uniform(-9, 9), bias = check_uniform(-9, 9);
+        problem x = by_hand(1, &score, 1, 1, 1, -INFINITY);
+        bias_fill(&x, false);
+        x.k_bias[0] = bias;
+        const float c = (float)log2e, scaled = c * score, added = (float)log2e * bias;
+        answer a = attend(&x);
+        check_equal(a.intermediates.m[0], scaled + added);
+        told += fmaf(c, score, added) != scaled + added;
+        told += fmaf((float)log2e, bias, scaled) != scaled + added;
+        answer_free(&a);
+        problem_free(&x);
+    }
+    check(told > 50, "%lld values tell a fused addition", (long long)told);
 }
 
 /* What a key's NaN spoils does not depend on lambda; a value's reaches the rows that computed P.V.

@@ -253,6 +253,53 @@ Test(oracle, the_mask_selects_blocks)
     near("lse 2", a.lse[2], log(2), 1e-15);
 }
 
+Test(oracle, a_block_is_attended_in_part)
+{
+    /* Blocks of 2 rows and 34 keys, two words a row; v is 1 at key 0, 2 at key 33, 4 at key 34. */
+    float v[40] = {[0] = 1, [33] = 2, [34] = 4};
+    ask a = question(3, 40, 1, 1, zeros, zeros, v);
+    int64_t first[] = {0, 1, 3};
+    int32_t block[] = {1, 0, 1};
+    uint32_t bits[] = {1, 8, 0, 0, 1, 2 | 8, 5, 5, 1, 0, 5, 5}; /* key 33 + 2 is beyond the block */
+    a.opt.block_q = 2;
+    a.opt.block_k = 34;
+    mask_on(&a);
+    a.bits[0] = a.bits[1] = 3;
+    a.mask.partial_first = first;
+    a.mask.partial_block = block;
+    a.mask.partial_bits = bits;
+    answer(&a, SPARGE_ORACLE_REAL);
+    near("row 0", a.o[0], 7.0 / 35, 1e-15); /* block 0 and key 34 */
+    near("row 1", a.o[1], 3.0 / 34, 1e-15); /* block 0 */
+    near("row 2", a.o[2], 7.0 / 3, 1e-15);  /* keys 0, 33 and 34 */
+    near("lse 1", a.lse[1], log(34), 1e-14);
+    near("lse 2", a.lse[2], log(3), 1e-15);
+    bits[4] = bits[5] = bits[8] = 0;
+    answer(&a, SPARGE_ORACLE_REAL);
+    near("nothing", a.o[2], 0, 0);
+    near("lse of nothing", a.lse[2], -INFINITY, 0);
+}
+
+Test(oracle, a_bias_is_of_a_key_and_its_head)
+{
+    const float two[] = {1, 2, 4, 1, 2, 4};
+    float bias[] = {0, 1, -INFINITY, -2, -INFINITY, 0};
+    ask a = question(1, 3, 1, 1, zeros, zeros, two);
+    a.p.heads = a.p.kv_heads = 2;
+    a.p.k_bias = bias;
+    answer(&a, SPARGE_ORACLE_CODES);
+    const double e = exp(1), f = exp(-2);
+    near("head 0", a.o[0], (1 + 2 * e) / (1 + e), 1e-15);
+    near("head 1", a.o[1], (f + 4) / (f + 1), 1e-15);
+    near("lse 0", a.lse[0], log(1 + e), 1e-15);
+    near("lse 1", a.lse[1], log(f + 1), 1e-15);
+    bias[0] = NAN;
+    bias[3] = INFINITY;
+    answer(&a, SPARGE_ORACLE_REAL);
+    is_nan("o of NaN", a.o[0]);
+    is_nan("lse of +inf", a.lse[1]);
+}
+
 Test(oracle, bits_of_invisible_pairs_are_ignored)
 {
     ask a = question(4, 4, 1, 1, zeros, zeros, powers);
