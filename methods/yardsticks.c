@@ -104,7 +104,8 @@ static sparge_status keep_window(const sparge_head *head, sparge_error *error)
     for (int64_t i = 0; i < g->q_blocks && !status; i++) {
         sparge_pairs_clear(head, &pairs);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
-            const int64_t now = sparge_max(0, i * g->block_q + r + offset);
+            const int64_t last = sparge_min(g->k_len - 1, i * g->block_q + r + offset);
+            const int64_t now = sparge_max(0, last);
             sparge_pairs_range(head, &pairs, r, 0, sink);
             sparge_pairs_range(head, &pairs, r, now - window + 1, now + window);
         }
