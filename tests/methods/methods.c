@@ -152,10 +152,14 @@ static bool plan_of(const sparge_method *m, question *a, const double *param, sp
     return status == SPARGE_OK;
 }
 
-static void defaults(const sparge_method *m, double *param)
+/* The defaults, with sizes in tokens as much shorter as these sequences are. */
+static void short_defaults(const sparge_method *m, double *param)
 {
-    for (int n = 0; n < SPARGE_MAX_PARAMS; n++)
-        param[n] = m->param[n].usual;
+    for (int n = 0; n < SPARGE_MAX_PARAMS; n++) {
+        const sparge_param *q = &m->param[n];
+        param[n] = q->name && q->whole && q->usual >= 32.0 ? fmax(q->low, floor(q->usual / 8.0))
+                                                           : q->usual;
+    }
 }
 
 /* Between the ends of the first parameter: share 0 to 1. */
@@ -535,23 +539,23 @@ static void check_plan(const sparge_method *m, const question *a, sparge_plan *p
     check_free(pairs);
 }
 
-/* The plans of one method in one setting: defaults, both ends of the first parameter, all at their
- * lowest. */
+/* The plans of one method in one setting. */
 static void right_plans(const sparge_method *m, question *a, int index, int setting)
 {
-    for (int which = 0; which < (m->param[0].name ? 4 : 1); which++) {
+    enum { DEFAULTS, SHORT, LOW, HIGH, ALL_LOW, WAYS };
+    for (int way = 0; way < (m->param[0].name ? WAYS : SHORT); way++) {
         double param[SPARGE_MAX_PARAMS];
         sparge_plan plan;
-        check_case("%s, setting %d, plan %d", m->name, setting, which);
-        defaults(m, param);
-        if (which == 1 || which == 2)
-            param[0] = which == 1 ? m->param[0].low : m->param[0].high;
-        for (int n = 0; n < SPARGE_MAX_PARAMS && m->param[n].name && which == 3; n++)
+        check_case("%s, setting %d, plan %d", m->name, setting, way);
+        short_defaults(m, param);
+        if (way == LOW || way == HIGH)
+            param[0] = way == LOW ? m->param[0].low : m->param[0].high;
+        for (int n = 0; n < SPARGE_MAX_PARAMS && m->param[n].name && way == ALL_LOW; n++)
             param[n] = m->param[n].low;
-        if (!plan_of(m, a, param, &plan))
+        if (!plan_of(m, a, way == DEFAULTS ? NULL : param, &plan))
             return;
-        plans[index] += which == 0;
-        check_plan(m, a, &plan, which == 0 && (index + setting) % 3 == 0, index);
+        plans[index] += way == DEFAULTS;
+        check_plan(m, a, &plan, way == SHORT && (index + setting) % 3 == 0, index);
         sparge_plan_free(&plan);
     }
 }
@@ -585,7 +589,7 @@ static void rising_density(const sparge_method *m, question *a, int index, int s
     (void)index, (void)setting;
     double param[SPARGE_MAX_PARAMS], before = -1.0, recalled = -1.0;
     uint8_t *last = NULL;
-    defaults(m, param);
+    short_defaults(m, param);
     for (int n = 0; n <= 6 && m->param[0].name; n++) {
         sparge_plan plan;
         param[0] = first_param(m, a, n / 6.0);
@@ -678,10 +682,15 @@ static void between(const sparge_method *m, question *a, int index, int setting)
         check_free(best_pairs[n]);
         best_pairs[n] = yardstick("oracle_pairs", a, &a->x.o, (double)n / STEPS, 0.0);
     }
-    defaults(m, param);
-    if (!strcmp(m->name, "random") ||
-        sparge_method_plan_at(m, &a->x.p, &a->x.o, &a->context, param, 0.3, NULL, &plan, &error))
+    short_defaults(m, param);
+    if (!strcmp(m->name, "random") || !m->param[0].name)
         return;
+    if (sparge_method_plan_at(m, &a->x.p, &a->x.o, &a->context, param, 0.3, NULL, &plan, &error)) {
+        param[0] = m->param[0].low; /* the nearest, if it makes plans here */
+        if (!plan_of(m, a, param, &plan))
+            return;
+        check(strstr(error.text, "cannot be reached"), "%s", error.text);
+    }
     uint8_t *pairs = pairs_of(&plan);
     const double got = recall(a, pairs, 0, problem_rows(&a->x));
     of_blocks(a, pairs, &plan.part[0].options, &low, &high);
@@ -726,12 +735,14 @@ static void hidden_nan(const sparge_method *m, question *a, int index, int setti
         problem x = a->x;
         tensor *t = which / 2 == 0 ? &x.q : which / 2 == 1 ? &x.k : &x.v;
         float *bad = tensor_row(t, 0, 0, POISONED) + CHANNEL, was = *bad;
+        double param[SPARGE_MAX_PARAMS];
         sparge_plan plan;
         check_case("%s, setting %d, %g in %c", m->name, setting, (double)poisons[which % 2],
                    "qkv"[which / 2]);
         *bad = poisons[which % 2];
         problem_write(&x);
-        if (!plan_of(m, a, NULL, &plan))
+        short_defaults(m, param);
+        if (!plan_of(m, a, param, &plan))
             which = 6;
         else {
             uint8_t *pairs = pairs_of(&plan);
@@ -784,7 +795,7 @@ static void bad_params(const sparge_method *m, const question *a, const sparge_o
         for (int e = 0; e < (q->whole ? 4 : 3); e++) {
             double param[SPARGE_MAX_PARAMS];
             check_case("%s, %s %g", m->name, q->name, bad[e]);
-            defaults(m, param);
+            short_defaults(m, param);
             check(q->usual >= q->low && q->usual <= q->high && q->low < q->high && q->what[0] &&
                       (!q->whole || floor(q->usual) == q->usual),
                   "default or range");
@@ -877,7 +888,7 @@ Test(methods, spargeattn_is_itself)
         for (int e = 0; e < 3; e++) {
             double param[SPARGE_MAX_PARAMS];
             check_case("%s, %d", sets[n].name, e);
-            defaults(sparge_method_find(sets[n].name), param);
+            short_defaults(sparge_method_find(sets[n].name), param);
             if (e) {
                 const double other[5] = {0.7, 0.4, e == 2 ? 0.2 : -1.0, 0.0, e == 2};
                 memcpy(param, other, sizeof other);
