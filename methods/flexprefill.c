@@ -33,7 +33,7 @@
 enum { GAMMA, TAU, MIN_BUDGET, BLOCK };
 
 typedef struct room {
-    float *p, *vertical, *slash; /* [k_len]; slash: by place, the main diagonal last */
+    float *p, *vertical, *slash; /* [k_len]: by key, by offset */
     float *columns, *diagonals;  /* their sums over blocks */
     float *q_mean, *k_mean, *estimate;
     sparge_ranked *x;
@@ -50,26 +50,26 @@ static void last_queries(const sparge_head *head, const room *m)
         sparge_method_row(head, t, m->p);
         for (int64_t key = 0; key < visible; key++) {
             m->vertical[key] += m->p[key] / (float)rows;
-            m->slash[g->k_len - visible + key] += m->p[key] / (float)rows;
+            m->slash[visible - 1 - key] += m->p[key] / (float)rows;
         }
     }
-    for (int64_t key = 0; key < g->k_len; key++) {
-        m->columns[key / g->block_k] += m->vertical[key];
-        m->diagonals[key / g->block_k] += m->slash[key];
+    for (int64_t x = 0; x < g->k_len; x++) {
+        m->columns[x / g->block_k] += m->vertical[x];
+        m->diagonals[g->k_blocks - 1 - x / g->block_k] += m->slash[g->k_len - 1 - x];
     }
 }
 
-static void fill(sparge_ranked *x, const float *score, int64_t n)
+static void rank_all(sparge_ranked *x, const float *score, int64_t n)
 {
     for (int64_t e = 0; e < n; e++)
         x[e] = (sparge_ranked){score[e], e};
+    sparge_rank(x, n);
 }
 
 /* The blocks that more than gamma of the scores of single keys needs. */
 static int64_t blocks_needed(const sparge_head *head, const float *score, sparge_ranked *x)
 {
-    fill(x, score, head->g.k_len);
-    sparge_rank(x, head->g.k_len);
+    rank_all(x, score, head->g.k_len);
     const int64_t n = sparge_count_mass(x, head->g.k_len, head->param[GAMMA], false) + 1;
     return n / head->g.block_k + 1;
 }
@@ -104,13 +104,10 @@ static bool is_query_aware(const sparge_head *head, const room *m)
 static void keep_lines(const sparge_head *head, const room *m, int64_t columns, int64_t diagonals)
 {
     const sparge_geometry *g = &head->g;
-    sparge_ranked *column = m->x, *diagonal = m->x + g->k_blocks; /* of the latter by place */
-    m->columns[0] = m->diagonals[g->k_blocks - 1] = INFINITY;
-    fill(column, m->columns, g->k_blocks);
-    for (int64_t e = 0; e < g->k_blocks; e++)
-        diagonal[e] = (sparge_ranked){m->diagonals[g->k_blocks - 1 - e], e};
-    sparge_rank(column, g->k_blocks);
-    sparge_rank(diagonal, g->k_blocks);
+    sparge_ranked *column = m->x, *diagonal = m->x + g->k_blocks;
+    m->columns[0] = m->diagonals[0] = INFINITY;
+    rank_all(column, m->columns, g->k_blocks);
+    rank_all(diagonal, m->diagonals, g->k_blocks);
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t visible = sparge_blocks_visible(g, i);
         for (int64_t e = 0; e < sparge_min(columns, g->k_blocks); e++)
@@ -156,9 +153,9 @@ static sparge_status keep_flexprefill(const sparge_head *head, sparge_error *err
                 sparge_keep(head, i, j);
         return SPARGE_OK;
     }
-    float *const f =
-        sparge_take(head->scratch,
-                    3 * g->k_len + 3 * g->k_blocks + (g->q_blocks + g->k_blocks) * dim, sizeof *f);
+    float *const f = sparge_take(
+        head->scratch, 3 * g->k_len + 3 * g->k_blocks + (g->q_blocks + 1 + g->k_blocks) * dim,
+        sizeof *f);
     room m = {.x = sparge_take(head->scratch, sparge_max(pairs, g->k_len) + 2 * g->k_blocks,
                                sizeof *m.x)};
     if (!f || !m.x)
