@@ -8,14 +8,15 @@
 #include "common/select.h"
 #include "methods/method.h"
 
-/* Floats as they are ordered, or whole numbers: what lies between is bisected, not measured. */
+/* Floats as they are ordered, or whole numbers: what lies between is bisected, not measured. An end
+ * that is no float stays what it is. */
 static double value_at(const sparge_param *q, int64_t place)
 {
     const uint32_t key = (uint32_t)place;
     const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
     float x;
     memcpy(&x, &bits, sizeof x);
-    return q->whole ? (double)place : (double)x;
+    return q->whole ? (double)place : fmax(q->low, fmin((double)x, q->high));
 }
 
 static int64_t place_of(const sparge_param *q, double x)

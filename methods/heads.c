@@ -52,6 +52,8 @@ sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
                                const double *param, int64_t block_q, int64_t block_k, bool needs_v,
                                sparge_head_function *function, sparge_error *error)
 {
+    if (needs_v && !plan->problem.v.data && plan->problem.batch && plan->problem.k_len)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "v.data is NULL");
     sparge_part *part = sparge_plan_add(plan);
     part->options.block_q = block_q ? block_q : plan->options.block_q;
     part->options.block_k = block_k ? block_k : plan->options.block_k;

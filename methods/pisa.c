@@ -142,7 +142,7 @@ static sparge_status plan_pisa0(const sparge_problem *problem, const sparge_opti
     (void)options;
     const int64_t block = (int64_t)param[BLOCK], blocks = sparge_ceil_div(problem->k_len, block);
     sparge_status status =
-        sparge_each_head(plan, context, param, block, block, param[NORM] != 0.0, keep_pisa, error);
+        sparge_each_head(plan, context, param, block, block, true, keep_pisa, error);
     if (status)
         return status;
     sparge_part *rest = sparge_plan_add(plan);

@@ -569,6 +569,37 @@ Test(methods, plans_are_right)
         check(plans[n] >= 2, "%s made plans in %d settings", all[n]->name, plans[n]);
 }
 
+/* None or few tokens, and no values. */
+Test(methods, take_the_smallest)
+{
+    static const int64_t lengths[][2] = {{0, 5}, {5, 0}, {1, 1}, {1, 70}, {70, 1}};
+    int count;
+    const sparge_method *const *all = sparge_methods(&count);
+    for (int n = 0; n < count; n++)
+        for (int e = 0; e < 5; e++)
+            for (int causal = SPARGE_CAUSAL_NONE; causal <= SPARGE_CAUSAL_START; causal++) {
+                const struct setting s = {1, 2,  1,  lengths[e][0],        lengths[e][1], 8,
+                                          3, 16, 16, (sparge_causal)causal};
+                question a;
+                sparge_plan plan;
+                question_make(&a, &s);
+                check_case("%s, %lld x %lld, %d", all[n]->name, (long long)s.q_len,
+                           (long long)s.k_len, causal);
+                if (plan_of(all[n], &a, NULL, &plan))
+                    check_plan(all[n], &a, &plan, false, 0);
+                sparge_plan_free(&plan);
+                a.x.p.v = (sparge_in){.dtype = SPARGE_F32};
+                sparge_error error = {""};
+                const sparge_status status =
+                    sparge_method_plan(all[n], &a.x.p, &a.x.o, &a.context, NULL, &plan, &error);
+                check(status == SPARGE_OK || status == SPARGE_ERR_UNSUPPORTED ||
+                          (status == SPARGE_ERR_ARGUMENT && strstr(error.text, "v.data is NULL")),
+                      "%s", error.text);
+                sparge_plan_free(&plan);
+                question_free(&a);
+            }
+}
+
 /* ---- Density ---- */
 
 /* Of how many visible keys rows attend to. */
