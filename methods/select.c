@@ -67,8 +67,10 @@ void sparge_pairs_clear(const sparge_head *head, const sparge_pairs *pairs)
 void sparge_pairs_range(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t from,
                         int64_t to)
 {
-    for (int64_t t = sparge_max(0, from); t < sparge_min(to, head->g.k_len); t++)
-        sparge_mask_row_set(pairs->bits + r * pairs->words, t);
+    uint32_t *row = pairs->bits + r * pairs->words;
+    const int64_t end = sparge_min(to, head->g.k_len);
+    for (int64_t t = sparge_max(0, from); t < end; t = (t | 31) + 1) /* a word at a time */
+        row[t >> 5] |= sparge_mask_row_word(NULL, 0, end - t) << (t & 31);
 }
 
 sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,

@@ -10,8 +10,11 @@
 static const sparge_method *const table[] = {
     &sparge_method_dense,
     &sparge_method_flexprefill,
+    &sparge_method_minference,
+    &sparge_method_moba,
     &sparge_method_oracle_mass,
     &sparge_method_oracle_pairs,
+    &sparge_method_pbs,
     &sparge_method_pisa0,
     &sparge_method_random,
     &sparge_method_spargeattn,

@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* pbs.c: PBS-Attn: Sparser Block-Sparse Attention via Token Permutation, arXiv 2510.21270;
+ * github.com/xinghaow99/pbs-attn at 8ce8e02.
+ *
+ * Keys are cut into segments. Inside each whole segment, keys and their values are put in the order
+ * of the attention that the last `block` queries pay to them, the most first: a softmax over the
+ * keys of all whole segments, causal or not. Keys never leave their segment, so every earlier
+ * segment stays visible as a whole. Mean queries of blocks and mean keys of permuted blocks give a
+ * softmax over the blocks of earlier segments; the best are kept until they have the mass
+ * `threshold`, the one that crosses it too. The blocks of the own segment are kept, and there a
+ * query attends to the keys that were not after it before the permutation. The block that holds the
+ * first key is kept. Means of a short last block count it as a whole one. With at most one segment
+ * all is dense.
+ *
+ * Ours: a threshold that rounding keeps from being reached keeps every block of earlier segments
+ * (the code keeps none), so that 1 is dense. Of equal keys the earlier one comes first, of equal
+ * blocks too. A query stands where its last visible key does: blocks of queries that lie in two
+ * segments have both for their own. Each query head has its own order, as in the code. */
+#include <string.h>
+
+#include "common/element.h"
+#include "methods/entries.h"
+#include "methods/method.h"
+
+enum { THRESHOLD, SEGMENT, BLOCK };
+
+/* Which key stands at each place of the permuted ones, order[k_len]. */
+static sparge_status order_keys(const sparge_head *head, int64_t *order)
+{
+    const sparge_geometry *g = &head->g;
+    const int64_t dim = head->problem->dim, segment = (int64_t)head->param[SEGMENT],
+                  whole = g->k_len / segment * segment;
+    float *p = sparge_take(head->scratch, whole + 1, sizeof *p);
+    float *sum = sparge_take(head->scratch, g->k_len + 1, sizeof *sum);
+    if (!p || !sum)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t t = sparge_max(0, g->q_len - g->block_q); t < g->q_len; t++) {
+        for (int64_t key = 0; key < whole; key++)
+            p[key] = head->scale * sparge_method_dot(head->q + t * dim, head->k + key * dim, dim);
+        sparge_method_softmax(p, whole);
+        for (int64_t key = 0; key < whole; key++)
+            sum[key] += p[key];
+        head->plan->multiply_adds += (double)whole * (double)dim;
+    }
+    return sparge_order_segments(sum, g->k_len, segment, order);
+}
+
+/* Rows of the caller's tensor for this head in another order, with what is not finite. */
+static void permute(const sparge_head *head, const sparge_in *from, const int64_t *order,
+                    int64_t dim, const sparge_in *to)
+{
+    const int64_t h = head->h / (head->problem->heads / head->problem->kv_heads);
+    float *row = (float *)(uintptr_t)to->data + sparge_in_row(to, head->b, head->h, 0);
+    for (int64_t at = 0; at < head->g.k_len; at++)
+        for (int64_t c = 0; c < dim; c++)
+            *row++ = sparge_element_load(from->data, from->dtype,
+                                         sparge_in_row(from, head->b, h, order[at]) + c);
+}
+
+/* The part of all heads: its keys are arrays of the plan, and its mask says what causality does. */
+static sparge_status make_part(const sparge_head *head)
+{
+    const sparge_problem *p = head->problem;
+    const int64_t keys = p->batch * p->heads * p->k_len;
+    sparge_part *part = head->part;
+    part->problem.kv_heads = p->heads;
+    part->problem.k = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim);
+    part->problem.v = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim_v);
+    part->place = sparge_take(&head->plan->memory, keys + 1, sizeof *part->place);
+    if (p->k_bias)
+        part->problem.k_bias = sparge_take(&head->plan->memory, keys + 1, sizeof(float));
+    part->options.causal = SPARGE_CAUSAL_NONE;
+    const bool made = part->problem.k.data && part->problem.v.data && part->place &&
+                      (!p->k_bias || part->problem.k_bias);
+    return made ? SPARGE_OK : SPARGE_ERR_MEMORY;
+}
+
+/* Puts the keys of this head in order, in the part and, what is not finite as 0, in k. */
+static void reorder(const sparge_head *head, const int64_t *order, float *k)
+{
+    const sparge_problem *p = head->problem;
+    sparge_part *part = head->part;
+    int64_t *place = (int64_t *)(uintptr_t)part->place + head->n * p->k_len;
+    float *bias = (float *)(uintptr_t)part->problem.k_bias;
+    permute(head, &p->k, order, p->dim, &part->problem.k);
+    permute(head, &p->v, order, p->dim_v, &part->problem.v);
+    for (int64_t at = 0; at < p->k_len; at++) {
+        place[order[at]] = at;
+        memcpy(k + at * p->dim, head->k + order[at] * p->dim, (size_t)p->dim * sizeof *k);
+        if (bias)
+            bias[head->n * p->k_len + at] = p->k_bias[head->kv * p->k_len + order[at]];
+    }
+}
+
+/* How many of the first `blocks` blocks a query block keeps; x has them, the best first. */
+static int64_t rank_blocks(const sparge_head *head, const float *q, const float *k, int64_t blocks,
+                           float *p, sparge_ranked *x)
+{
+    const int64_t dim = head->problem->dim;
+    const double threshold = head->param[THRESHOLD];
+    for (int64_t j = 0; j < blocks; j++)
+        p[j] = head->scale * sparge_method_dot(q, k + j * dim, dim);
+    sparge_method_softmax(p, blocks);
+    for (int64_t j = 0; j < blocks; j++)
+        x[j] = (sparge_ranked){p[j], j};
+    sparge_rank(x, blocks);
+    head->plan->multiply_adds += (double)blocks * (double)dim;
+    return threshold < 1.0
+               ? sparge_max(sparge_min(1, blocks), sparge_count_mass(x, blocks, threshold, true))
+               : blocks;
+}
+
+static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
+{
+    const sparge_geometry *g = &head->g;
+    const int64_t dim = head->problem->dim, block = g->block_k,
+                  blocks = (int64_t)head->param[SEGMENT] / block; /* of a segment */
+    int64_t *order = sparge_take(head->scratch, g->k_len + 1, sizeof *order);
+    float *k = sparge_take(head->scratch, g->k_len * dim + 1, sizeof *k);
+    float *q_mean = sparge_take(head->scratch, g->q_blocks * dim + 1, sizeof *q_mean);
+    float *k_mean = sparge_take(head->scratch, g->k_blocks * dim + 1, sizeof *k_mean);
+    float *p = sparge_take(head->scratch, g->k_blocks + 1, sizeof *p);
+    sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
+    const sparge_pairs pairs = sparge_pairs_make(head);
+    sparge_status status = head->n == 0 ? make_part(head) : SPARGE_OK;
+    if (!order || !k || !q_mean || !k_mean || !p || !x || !pairs.bits)
+        return SPARGE_ERR_MEMORY;
+    if (!status)
+        status = order_keys(head, order);
+    if (status)
+        return status;
+    reorder(head, order, k);
+    sparge_method_pool(head->q, g->q_len, dim, block, true, q_mean);
+    sparge_method_pool(k, g->k_len, dim, block, true, k_mean);
+    head->plan->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;
+    const int64_t first = head->part->place[head->n * g->k_len] / block; /* has the first key */
+    for (int64_t i = 0; i < g->q_blocks && !status; i++) {
+        const int64_t t = i * block, rows = sparge_block_rows(g->q_len, block, i),
+                      last = sparge_last_key(g, t + rows - 1),
+                      own = sparge_max(0, sparge_last_key(g, t)) / block / blocks * blocks,
+                      end = (last / block / blocks + 1) * blocks;
+        if (last < 0)
+            continue;
+        const int64_t count = rank_blocks(head, q_mean + i * dim, k_mean, own, p, x);
+        sparge_pairs_clear(head, &pairs);
+        for (int64_t r = 0; r < rows; r++) {
+            for (int64_t e = 0; e < count; e++)
+                sparge_pairs_range(head, &pairs, r, x[e].at * block, (x[e].at + 1) * block);
+            if (own > 0)
+                sparge_pairs_range(head, &pairs, r, first * block, (first + 1) * block);
+            for (int64_t at = own * block; at < sparge_min(g->k_len, end * block); at++)
+                if (order[at] <= sparge_last_key(g, t + r))
+                    sparge_mask_row_set(pairs.bits + r * pairs.words, at);
+        }
+        status = sparge_pairs_set(head, &pairs, i, error);
+    }
+    return status;
+}
+
+static sparge_status plan_pbs(const sparge_problem *problem, const sparge_options *options,
+                              const sparge_context *context, const double *param, sparge_plan *plan,
+                              sparge_error *error)
+{
+    (void)options;
+    const int64_t segment = (int64_t)param[SEGMENT], block = (int64_t)param[BLOCK];
+    if (segment % block)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "segment of pbs is %lld, it must be a multiple of block, which is %lld",
+                           (long long)segment, (long long)block);
+    if (problem->k_len <= segment) {
+        sparge_plan_add(plan);
+        return SPARGE_OK;
+    }
+    return sparge_each_head(plan, context, param, block, block, false, keep_blocks, error);
+}
+
+const sparge_method sparge_method_pbs = {
+    .name = "pbs",
+    .title = "PBS-Attn",
+    .paper = "arXiv 2510.21270",
+    .repository = "github.com/xinghaow99/pbs-attn",
+    .commit = "8ce8e02",
+    .kind = "training-free",
+    .evidence = "",
+    .needs = SPARGE_NEEDS_CAUSAL,
+    .param = {{"threshold", 0.0, 1.0, 0.9, false, "mass of the blocks of earlier segments"},
+              {"segment", 1.0, 0x1p24, 256.0, true, "keys of a segment, a multiple of block"},
+              {"block", 1.0, SPARGE_MAX_BLOCK, 128.0, true, "tokens of a block"}},
+    .plan = plan_pbs,
+};
