@@ -8,6 +8,7 @@
 
 #include "common/block_mask.h"
 #include "common/counts.h"
+#include "common/softmax.h"
 #include "sparge_mask.h"
 
 /* ---- Shape and memory ---- */
@@ -126,15 +127,22 @@ static uint32_t attended_word(const block *x, int64_t r, int64_t word, const uin
            sparge_mask_row_bits(pairs + r * pair_words, first_key + 32 * word, pair_words);
 }
 
-/* How many pairs it attends to; those of a block that is attended whole if `partial` is NULL. */
-static int64_t count_partial(const block *x, const uint32_t *partial)
+/* How many pairs it attends to. `partial` is NULL: it is attended whole; `shown`, a bit for each
+ * key that its bias does not hide, is NULL: none is hidden. */
+static int64_t count_attended(const block *x, const uint32_t *partial, const uint32_t *shown)
 {
     int64_t count = 0;
-    if (!partial)
+    if (!partial && !shown)
         return sparge_pairs_visible(x->g, x->first, x->queries, x->j);
     for (int64_t r = 0; r < x->queries; r++)
-        for (int64_t word = 0; word < x->words; word++)
-            count += __builtin_popcount(attended_word(x, r, word, partial, 0, x->words));
+        for (int64_t word = 0; word < x->words; word++) {
+            uint32_t bits = partial ? attended_word(x, r, word, partial, 0, x->words)
+                                    : visible_word(x, r, word);
+            if (shown)
+                bits &= sparge_mask_row_bits(shown, x->j * x->g->block_k + 32 * word,
+                                             sparge_mask_row_words(x->g->k_len));
+            count += __builtin_popcount(bits);
+        }
     return count;
 }
 
@@ -182,7 +190,11 @@ static sparge_status set_row(sparge_mask *mask, const sparge_geometry *g, int64_
     const int64_t words = sparge_mask_row_words(g->block_k),
                   pair_words = sparge_mask_row_words(g->k_len);
     uint32_t *row = mask->bits + line * mask->words;
-    int64_t at = 0, partials = 0;
+    int64_t at = mask->partial_first ? mask->partial_first[line] : 0, partials = 0;
+    if (mask->partial_first && at != mask->partial_first[lines])
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "row %lld of the mask is set after a later one, or twice",
+                           (long long)line);
     memset(row, 0, (size_t)mask->words * sizeof *row);
     for (int64_t j = 0; j < visible; j++) {
         const block x = block_at(g, i, j);
@@ -190,13 +202,6 @@ static sparge_status set_row(sparge_mask *mask, const sparge_geometry *g, int64_
         partials += some == PARTLY;
         if (some)
             sparge_mask_row_set(row, j);
-    }
-    if (mask->partial_first) {
-        at = mask->partial_first[line];
-        if (at != mask->partial_first[lines])
-            return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                               "row %lld of the mask is set after a later one, or twice",
-                               (long long)line);
     }
     if (partials == 0)
         return SPARGE_OK;
@@ -391,15 +396,25 @@ sparge_status sparge_mask_count(const sparge_mask *mask, const sparge_problem *p
     if (status)
         return status;
     const sparge_geometry g = sparge_geometry_of(problem, options);
+    const int64_t group = problem->heads / problem->kv_heads;
+    uint32_t *shown = problem->k_bias ? alloc_pairs(&g, error) : NULL; /* more than its one row */
+    if (problem->k_bias && !shown)
+        return SPARGE_ERR_MEMORY;
     for (int64_t n = 0; n < problem->batch * problem->heads; n++) {
         sparge_tally tally = sparge_tally_zero();
+        for (int64_t t = 0; t < g.k_len && shown && n % group == 0; t++) {
+            if (sparge_bias_hides(problem->k_bias[n / group * g.k_len + t]))
+                sparge_mask_row_clear(shown, t);
+            else
+                sparge_mask_row_set(shown, t);
+        }
         for (int64_t i = 0; i < g.q_blocks; i++) {
             const int64_t line = n * g.q_blocks + i, visible = sparge_blocks_visible(&g, i);
             const uint32_t *row = mask ? mask->bits + line * mask->words : NULL;
             tally.pairs += visible;
             for (int64_t j = 0; j < visible; j++) {
                 const block x = block_at(&g, i, j);
-                const int64_t tokens = count_partial(&x, NULL);
+                const int64_t tokens = count_attended(&x, NULL, NULL);
                 tally.tokens += tokens;
                 if (row && !sparge_mask_row_get(row, j))
                     continue;
@@ -407,10 +422,11 @@ sparge_status sparge_mask_count(const sparge_mask *mask, const sparge_problem *p
                     sparge_mask_partial_at(mask, line, j, g.block_q, g.block_k);
                 tally.qk_done++;
                 sparge_tally_rows(&tally, &g, i, x.queries, tokens,
-                                  partial ? count_partial(&x, partial) : tokens, true);
+                                  count_attended(&x, partial, shown), true);
             }
         }
         head_counts[n] = sparge_tally_counts(&tally, &g);
     }
+    free(shown);
     return SPARGE_OK;
 }
