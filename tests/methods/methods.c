@@ -370,24 +370,11 @@ static run run_on(const question *a, sparge_plan *plan, sparge_backend backend, 
     return r;
 }
 
-/* A probe, while the cpu backend is to learn partly attended blocks and biases. */
-static bool cpu_takes(const question *a, sparge_plan *plan)
-{
-    run r = run_make(a);
-    on(plan, SPARGE_CPU, SPARGE_ISA_SCALAR, SPARGE_F32, 1);
-    const sparge_status status = sparge_plan_run(plan, NULL, &r.result, NULL);
-    run_free(&r);
-    bool hard = false;
-    for (int n = 0; n < plan->parts; n++)
-        hard = hard || plan->part[n].mask.partial_first || plan->part[n].problem.k_bias;
-    return status != SPARGE_ERR_UNSUPPORTED || !hard;
-}
-
 /* The reference, and every instruction set that is here. */
 static void same_bits_everywhere(const question *a, sparge_plan *plan, int turn)
 {
-    if (plan->part[0].options.rules != SPARGE_RULES_DEFAULT || !cpu_takes(a, plan))
-        return; /* those rules are of ref alone */
+    if (plan->part[0].options.rules != SPARGE_RULES_DEFAULT) /* which are of ref alone */
+        return;
     for (int e = 0; e < 2; e++) {
         const sparge_dtype dtype = e ? SPARGE_INT8 : SPARGE_F32;
         run want = run_on(a, plan, SPARGE_REF, SPARGE_ISA_AUTO, dtype, 0);
