@@ -10,7 +10,7 @@
 SPARGE_BEGIN_DECLS
 
 /* The least options.cuda.workspace_bytes for calls of this problem. It ignores the pointers of the
- * problem. `lse` says if result.lse is wanted. */
+ * problem, but for whether k_bias is NULL. `lse` says if result.lse is wanted. */
 sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge_options *options,
                                      bool lse, int64_t *bytes, sparge_error *error);
 

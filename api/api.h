@@ -45,7 +45,9 @@ sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *
 
 /* ---- options.c: on checked options ---- */
 
-sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
+/* mask: to attend over; NULL: one without partly attended blocks. */
+sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, const sparge_mask *mask,
+                             sparge_error *error);
 sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error);
 
 /* ---- mask.c ---- */

@@ -66,8 +66,10 @@ sparge_status sparge_predict(const sparge_problem *problem, const sparge_options
     if (mask->partial_first)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "mask has partly attended blocks, which a prediction cannot set");
+    sparge_problem unbiased = *problem;
     sparge_options o = *options;
-    status = sparge_resolve(problem, &o, error);
+    unbiased.k_bias = NULL;
+    status = sparge_resolve(&unbiased, &o, NULL, error);
     if (!intermediates)
         intermediates = &no_intermediates;
     if (!status)
@@ -104,13 +106,7 @@ static sparge_status run(const sparge_problem *problem, const sparge_options *op
                          sparge_error *error)
 {
     sparge_options o = *options;
-    const char *const lacking = problem->k_bias               ? "k_bias"
-                                : mask && mask->partial_first ? "partly attended blocks"
-                                                              : NULL;
-    sparge_status status = sparge_resolve(problem, &o, error);
-    if (!status && lacking && o.backend == SPARGE_CUDA)
-        status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                             "the cuda backend does not take %s, but cpu does", lacking);
+    sparge_status status = sparge_resolve(problem, &o, mask, error);
     if (status)
         return status;
     sparge_result now = {

@@ -2,6 +2,7 @@
 /* devices.c: device memory, and the speed of this machine. */
 #include "api/api.h"
 
+#include "common/num.h"
 #include "cpu/cpu.h"
 #include "gpu/gpu.h"
 #include "sparge_cuda.h"
@@ -24,9 +25,15 @@ sparge_status sparge_workspace_bytes(const sparge_problem *problem, const sparge
         return status;
     sparge_options o = *options;
     o.backend = SPARGE_CUDA;
-    status = sparge_resolve(problem, &o, error);
+    sparge_options in_part = o; /* where no kernel is named, partly attended blocks may choose it */
+    shape.partial_first = &shape.words;
+    status = sparge_resolve(problem, &o, NULL, error);
     if (!status)
         status = sparge_cuda_workspace(problem, &o, lse, bytes, error);
+    int64_t more = 0;
+    if (!status && !sparge_resolve(problem, &in_part, &shape, NULL) &&
+        !sparge_cuda_workspace(problem, &in_part, lse, &more, NULL))
+        *bytes = sparge_max(*bytes, more);
     return sparge_with_message(status, error);
 }
 

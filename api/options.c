@@ -105,7 +105,8 @@ sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error)
 
 /* Fills in what 0 and FASTEST stand for, and names a backend that can do what is asked. AUTO is
  * never cuda: whether a pointer is the host's or the device's, CUDA alone could tell. */
-sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
+sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, const sparge_mask *mask,
+                             sparge_error *error)
 {
     if (o->softmax_scale == 0.0f)
         o->softmax_scale = 1.0f / sqrtf((float)p->dim);
@@ -144,8 +145,9 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, sparge_
     if (!wants_order)
         o->isa = sparge_uses_bf16(o) ? SPARGE_ISA_AVX512VNNI : SPARGE_ISA_SCALAR;
     o->threads = 1;
-    return o->backend == SPARGE_CUDA ? sparge_with_message(sparge_cuda_resolve(p, o, error), error)
-                                     : SPARGE_OK;
+    return o->backend == SPARGE_CUDA
+               ? sparge_with_message(sparge_cuda_resolve(p, o, mask, error), error)
+               : SPARGE_OK;
 }
 
 sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_options *options,
@@ -156,7 +158,7 @@ sparge_status sparge_options_resolve(const sparge_problem *problem, sparge_optio
     if (status)
         return status;
     sparge_options o = *options;
-    status = sparge_resolve(problem, &o, error);
+    status = sparge_resolve(problem, &o, NULL, error);
     if (!status)
         *options = o;
     return status;

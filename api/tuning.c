@@ -83,7 +83,7 @@ sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
         status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                              "rules are not the default ones, which alone are tuned");
     if (!status)
-        status = sparge_resolve(&inputs[0], &o, error);
+        status = sparge_resolve(&inputs[0], &o, NULL, error);
     if (!status)
         status = sparge_tune_heads(inputs, count, &o, how, heads, error);
     return sparge_with_message(status, error);

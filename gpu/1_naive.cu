@@ -24,28 +24,32 @@ static __device__ float score(const work &w, const query_block &q, int64_t q_at,
     return sum;
 }
 
+template <bool HIDES>
 static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_constant__ work w)
 {
     votes &v = *(votes *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
-    const float scale = w.softmax_scale * SPARGE_LOG2E;
     const int r = (int)threadIdx.x;
     const int64_t q_at = sparge_in_row(&w.q, q.b, q.h, q.first + r);
 
     float o[MAX_WIDTH] = {0};
     sparge_row state = sparge_row_empty();
     for (int64_t j = next_kept(q, 0); j < q.visible; j = next_kept(q, j + 1)) {
-        const int visible = visible_keys(w, q.first + r, j);
+        const row_keys<HIDES> keys = keys_of_row<HIDES>(w, q, r, j);
         float p[BLOCK_K];
-        for (int t = 0; t < visible; t++)
-            p[t] = score(w, q, q_at, j * BLOCK_K + t);
-        const float local = sparge_row_local(max_of_row(p, visible), scale);
-        if (!attended_keys(w, q, v, r, j, state, local, visible))
+        for (int t = 0; t < end_of(keys); t++)
+            if (is_among(keys, t))
+                p[t] = score(w, q, q_at, j * BLOCK_K + t);
+        const float scale = add_biases(w, q, j, keys, p, w.softmax_scale * SPARGE_LOG2E);
+        const float local = sparge_row_local(max_of_row(p, keys), scale);
+        if (!used_keys(w, q, v, r, j, state, local, keys))
             continue;
-        const float shrink = softmax_row(state, p, visible, scale, local);
+        const float shrink = softmax_row(state, p, keys, scale, local);
         for (int c = 0; c < w.dim_v; c++)
             o[c] *= shrink;
-        for (int t = 0; t < visible; t++) {
+        for (int t = 0; t < end_of(keys); t++) {
+            if (!is_among(keys, t))
+                continue;
             const int64_t v_at = value_row(w, q, j * BLOCK_K + t);
             for (int c = 0; c < w.dim_v; c++)
                 o[c] = fmaf(p[t], finite_or_0(load(w.v, v_at + c)), o[c]);
@@ -60,7 +64,8 @@ static __global__ void __launch_bounds__(BLOCK_Q) attend_rows(const __grid_const
 
 cudaError_t attend_naive(const work &w, cudaStream_t stream)
 {
-    return launch(attend_rows, q_blocks_of_all_heads(w), BLOCK_Q, sizeof(votes), stream, w);
+    return launch(hides_pairs(w) ? attend_rows<true> : attend_rows<false>, q_blocks_of_all_heads(w),
+                  BLOCK_Q, sizeof(votes), stream, w);
 }
 
 } // namespace sparge

@@ -60,19 +60,27 @@ static __device__ void multiply_qk(const work &w, const query_block &q, int64_t 
     __syncthreads();
 }
 
-/* Lines 11-16: a thread for each row. P is 0 if the row skips the block. */
-template <int WIDTH>
+/* Lines 11-16: a thread for each row. P is 0 where the row does not attend or skips the block. */
+template <bool HIDES, int WIDTH>
 static __device__ void softmax(const work &w, const query_block &q, int64_t j, sparge_row &state,
                                tiles<WIDTH> &t)
 {
-    const int r = (int)threadIdx.x, visible = r < BLOCK_Q ? visible_keys(w, q.first + r, j) : 0;
-    const float scale = w.softmax_scale * SPARGE_LOG2E;
-    const float local = sparge_row_local(visible ? max_of_row(t.p[r], visible) : -INFINITY, scale);
-    const int used = attended_keys(w, q, t.ballot, r, j, state, local, visible);
+    const int r = (int)threadIdx.x;
+    row_keys<HIDES> keys = 0;
+    float scale = w.softmax_scale * SPARGE_LOG2E, most = -INFINITY;
+    if (r < BLOCK_Q)
+        keys = keys_of_row<HIDES>(w, q, r, j);
+    if (keys) {
+        scale = add_biases(w, q, j, keys, t.p[r], scale);
+        most = max_of_row(t.p[r], keys);
+    }
+    const float local = sparge_row_local(most, scale);
+    keys = used_keys(w, q, t.ballot, r, j, state, local, keys);
     if (r < BLOCK_Q) {
-        t.shrink[r] = used ? softmax_row(state, t.p[r], used, scale, local) : 1.0f;
-        for (int k = used; k < BLOCK_K; k++)
-            t.p[r][k] = 0.0f;
+        t.shrink[r] = keys ? softmax_row(state, t.p[r], keys, scale, local) : 1.0f;
+        for (int k = 0; k < BLOCK_K; k++)
+            if (!is_among(keys, k))
+                t.p[r][k] = 0.0f;
     }
     __syncthreads();
 }
@@ -103,7 +111,7 @@ static __device__ void multiply_pv(const work &w, const query_block &q, int64_t 
     }
 }
 
-template <int WIDTH>
+template <int WIDTH, bool HIDES>
 static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_constant__ work w)
 {
     tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
@@ -112,7 +120,7 @@ static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_cons
     float o[ROWS][WIDTH / SIDE] = {{0}};
     for (int64_t j = next_kept(q, 0); j < q.visible; j = next_kept(q, j + 1)) {
         multiply_qk(w, q, j, t);
-        softmax(w, q, j, state, t);
+        softmax<HIDES>(w, q, j, state, t);
         multiply_pv(w, q, j, t, o);
     }
     store_square(w, q, state, o, t.shrink);
@@ -120,9 +128,9 @@ static __global__ void __launch_bounds__(THREADS) attend_tiles(const __grid_cons
 
 cudaError_t attend_shared(const work &w, cudaStream_t stream)
 {
-    return at_width(w, [&](auto width) {
-        return launch(attend_tiles<width>, q_blocks_of_all_heads(w), THREADS, sizeof(tiles<width>),
-                      stream, w);
+    return at_width_and_hides(w, [&](auto width, auto hides) {
+        return launch(attend_tiles<width, hides>, q_blocks_of_all_heads(w), THREADS,
+                      sizeof(tiles<width>), stream, w);
     });
 }
 

@@ -13,11 +13,11 @@ namespace sparge {
 
 enum { THREADS = SQUARE, ROWS = BLOCK_Q / SIDE, KEYS = BLOCK_K / SIDE, P_PITCH = BLOCK_K / 4 + 1 };
 
-template <int WIDTH> struct tiles {
+template <int WIDTH, bool HIDES> struct tiles {
     alignas(16) int8_t q[q_tile_bytes(WIDTH)]; /* as layout.h says */
     alignas(16) int8_t k[k_tile_bytes(WIDTH)];
     alignas(16) uint8_t v[v_tile_bytes(WIDTH, false)];
-    int s[BLOCK_Q][BLOCK_K + 1];
+    row_score<HIDES> s[BLOCK_Q][BLOCK_K + 1];
     uint32_t p[BLOCK_Q * P_PITCH]; /* [rows][64 keys in the order of permute_key] */
     float p_scale[BLOCK_Q], shrink[BLOCK_Q];
     votes ballot;
@@ -36,7 +36,7 @@ static __device__ int word(const void *tile, int pitch, int row, int at)
 }
 
 /* Line 10: S of a block, exact. */
-template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
+template <int WIDTH, bool HIDES> static __device__ void multiply_qk(tiles<WIDTH, HIDES> &t)
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE, pitch = pitch_of(WIDTH);
     int s[ROWS][KEYS] = {{0}};
@@ -57,23 +57,29 @@ template <int WIDTH> static __device__ void multiply_qk(tiles<WIDTH> &t)
     __syncthreads();
 }
 
-/* Lines 11-16: a thread for each row. P is 0 if the row skips the block or sees nothing of it. */
-template <int WIDTH>
+/* Lines 11-16: a thread for each row. P is 0 where the row does not attend or skips the block. */
+template <int WIDTH, bool HIDES>
 static __device__ void softmax(const work &w, const query_block &q, int64_t j, sparge_row &state,
-                               tiles<WIDTH> &t)
+                               tiles<WIDTH, HIDES> &t)
 {
-    const int r = (int)threadIdx.x, visible = r < BLOCK_Q ? visible_keys(w, q.first + r, j) : 0;
-    const float scale = dequant_scale(w, q, j);
-    const float most = visible ? max_of_row(t.s[r], visible) : -INFINITY;
+    const int r = (int)threadIdx.x;
+    row_keys<HIDES> keys = 0;
+    float scale = dequant_scale(w, q, j), most = -INFINITY;
+    if (r < BLOCK_Q)
+        keys = keys_of_row<HIDES>(w, q, r, j);
+    if (keys) {
+        scale = add_biases(w, q, j, keys, t.s[r], scale);
+        most = max_of_row(t.s[r], keys);
+    }
     const float local = sparge_row_local(most, scale);
-    const int used = attended_keys(w, q, t.ballot, r, j, state, local, visible);
+    keys = used_keys(w, q, t.ballot, r, j, state, local, keys);
     if (r < BLOCK_Q) {
         uint32_t p[BLOCK_K / 4] = {0};
         int sum = 0;
 #pragma unroll
         for (int k = 0; k < BLOCK_K; k++) {
             const int code =
-                k < used ? sparge_weight_code((float)t.s[r][k], most, scale, P_QMAX) : 0;
+                is_among(keys, k) ? sparge_weight_code((float)t.s[r][k], most, scale, P_QMAX) : 0;
             p[permute_key(k) / 4] |= (uint32_t)code << 8 * (permute_key(k) % 4);
             sum += code;
         }
@@ -81,7 +87,7 @@ static __device__ void softmax(const work &w, const query_block &q, int64_t j, s
         for (int n = 0; n < BLOCK_K / 4; n++)
             t.p[r * P_PITCH + n] = p[n];
         coded_row c = {0.0f, 1.0f};
-        if (used)
+        if (keys)
             c = update_by_codes(state, local, sum);
         t.p_scale[r] = c.p_scale;
         t.shrink[r] = c.shrink;
@@ -90,8 +96,8 @@ static __device__ void softmax(const work &w, const query_block &q, int64_t j, s
 }
 
 /* Line 16: o = shrink * o + p_scale * v_scale * (codes of P times codes of V). */
-template <int WIDTH>
-static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *v_scale,
+template <int WIDTH, bool HIDES>
+static __device__ void multiply_pv(const tiles<WIDTH, HIDES> &t, const float *v_scale,
                                    float (&o)[ROWS][WIDTH / SIDE])
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
@@ -118,10 +124,10 @@ static __device__ void multiply_pv(const tiles<WIDTH> &t, const float *v_scale,
     __syncthreads();
 }
 
-template <int WIDTH>
+template <int WIDTH, bool HIDES>
 static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_constant__ work w)
 {
-    tiles<WIDTH> &t = *(tiles<WIDTH> *)shared_memory();
+    tiles<WIDTH, HIDES> &t = *(tiles<WIDTH, HIDES> *)shared_memory();
     const query_block q = query_block_of(w, blockIdx.x);
     sparge_row state = sparge_row_empty(); /* of row threadIdx.x */
     float o[ROWS][WIDTH / SIDE] = {{0}};
@@ -140,9 +146,9 @@ static __global__ void __launch_bounds__(THREADS) attend_codes(const __grid_cons
 
 cudaError_t attend_dp4a(const work &w, cudaStream_t stream)
 {
-    return at_width(w, [&](auto width) {
-        return launch(attend_codes<width>, q_blocks_of_all_heads(w), THREADS, sizeof(tiles<width>),
-                      stream, w);
+    return at_width_and_hides(w, [&](auto width, auto hides) {
+        return launch(attend_codes<width, hides>, q_blocks_of_all_heads(w), THREADS,
+                      sizeof(tiles<width, hides>), stream, w);
     });
 }
 

@@ -90,31 +90,77 @@ template <bool EDGE> SPARGE_DEVICE bool attends_to(int i, int e, int count)
     return EDGE ? 8 * i + 2 * (lane() % 4) + e < count : count != 0;
 }
 
-/* Line 11: the largest score of each of a thread's two rows. */
-template <bool EDGE>
-static __device__ void largest_scores(const int (&s)[8][4], const int (&visible)[2], int (&most)[2])
+/* Is it one of `keys`, turned so that bit 0 is column 2 quad? */
+template <bool EDGE> SPARGE_DEVICE bool attends_to(int i, int e, uint64_t keys)
+{
+    return keys >> (8 * i + e) & 1;
+}
+
+template <bool HIDES>
+SPARGE_DEVICE row_keys<HIDES> keys_of_lane(const work &w, const query_block &q, int r, int64_t j)
+{
+    const row_keys<HIDES> keys = keys_of_row<HIDES>(w, q, r, j);
+    const int turn = 2 * (lane() % 4);
+    if constexpr (HIDES)
+        return keys >> turn | keys << (64 - turn) % 64;
+    else
+        return keys;
+}
+
+/* The scores of a thread. Where pairs are hidden they are floats, with the biases of their keys if
+ * there are any. Returns the scale that is left to apply. */
+template <bool HIDES>
+static __device__ float scores_of(const work &w, const query_block &q, int64_t j,
+                                  const int (&product)[8][4], float scale,
+                                  row_score<HIDES> (&s)[8][4])
+{
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            s[i][n] = (row_score<HIDES>)product[i][n];
+    if constexpr (HIDES)
+        if (w.k_bias) {
+#pragma unroll
+            for (int n = 0; n < 32; n++) {
+                const int64_t token = j * BLOCK_K + 8 * (n / 4) + 2 * (lane() % 4) + n % 2;
+                const float bias = token < w.g.k_len ? *biases(w, q, token) : 0.0f;
+                s[n / 4][n % 4] = sparge_score_biased(s[n / 4][n % 4], scale, bias);
+            }
+            return 1.0f;
+        }
+    return scale;
+}
+
+SPARGE_DEVICE int least(int) { return INT32_MIN; }
+SPARGE_DEVICE float least(float) { return -INFINITY; }
+SPARGE_DEVICE int larger(int a, int b) { return b > a ? b : a; }
+SPARGE_DEVICE float larger(float a, float b) { return b > a || b != b ? b : a; }
+
+/* Line 11: the largest score of each of a thread's two rows; a NaN stays. */
+template <bool EDGE, class S, class KEYS>
+static __device__ void largest_scores(const S (&s)[8][4], const KEYS (&keys)[2], S (&most)[2])
 {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        int max = INT32_MIN;
+        S max = least(s[0][0]);
 #pragma unroll
         for (int i = 0; i < 8; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (attends_to<EDGE>(i, e, visible[h]))
-                    max = s[i][2 * h + e] > max ? s[i][2 * h + e] : max;
-        for (int step = 1; step < 4; step *= 2) {
-            const int other = __shfl_xor_sync(~0u, max, step);
-            max = other > max ? other : max;
-        }
+                if (attends_to<EDGE>(i, e, keys[h]))
+                    max = larger(max, s[i][2 * h + e]);
+        for (int step = 1; step < 4; step *= 2)
+            max = larger(max, __shfl_xor_sync(~0u, max, step));
         most[h] = max;
     }
 }
 
 /* Lines 14-16: which of the two rows skip. All threads of the block come here together. */
+template <class KEYS>
 static __device__ void skipped_rows(const work &w, const query_block &q, votes &v, int64_t j,
                                     const sparge_row (&state)[2], const float (&local)[2],
-                                    const int (&visible)[2], bool (&skips)[2])
+                                    const KEYS (&keys)[2], bool (&skips)[2])
 {
     skips[0] = skips[1] = false;
     if (!w.may_skip)
@@ -125,7 +171,7 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
 #pragma unroll
     for (int h = 0; h < 2; h++)
         if (lane() % 4 == 0)
-            vote(w, q, v, row_of(h), sparge_row_gap(&state[h], local[h], visible[h] > 0));
+            vote(w, q, v, row_of(h), sparge_row_gap(&state[h], local[h], keys[h] != 0));
     __syncthreads();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -135,11 +181,11 @@ static __device__ void skipped_rows(const work &w, const query_block &q, votes &
     }
 }
 
-/* Lines 12, 13 and 16 with P in codes, against the largest score of the block. `used`: how many
- * keys each row attends to. */
-template <int WIDTH, bool EDGE>
-static __device__ void accumulate_int8(fragment<WIDTH> &f, const int (&s)[8][4], float scale,
-                                       const int (&used)[2], const int (&most)[2],
+/* Lines 12, 13 and 16 with P in codes, against the largest score of the block. `used`: the keys
+ * that each row uses. */
+template <int WIDTH, bool EDGE, class S, class KEYS>
+static __device__ void accumulate_int8(fragment<WIDTH> &f, const S (&s)[8][4], float scale,
+                                       const KEYS (&used)[2], const S (&most)[2],
                                        const float (&local)[2], const uint8_t *v,
                                        const float *v_scale)
 {
@@ -185,9 +231,9 @@ static __device__ void accumulate_int8(fragment<WIDTH> &f, const int (&s)[8][4],
 }
 
 /* The same with P in f16, against the running maximum. */
-template <int WIDTH, bool EDGE>
-static __device__ void accumulate_f16(fragment<WIDTH> &f, const int (&s)[8][4], float scale,
-                                      const int (&used)[2], const float (&local)[2],
+template <int WIDTH, bool EDGE, class S, class KEYS>
+static __device__ void accumulate_f16(fragment<WIDTH> &f, const S (&s)[8][4], float scale,
+                                      const KEYS (&used)[2], const float (&local)[2],
                                       const uint8_t *v)
 {
     float shrink[2], base[2];
@@ -229,21 +275,21 @@ static __device__ void accumulate_f16(fragment<WIDTH> &f, const int (&s)[8][4], 
     }
 }
 
-template <int WIDTH, bool F16, bool EDGE>
+template <int WIDTH, bool F16, bool HIDES, bool EDGE>
 static __device__ void accumulate(const work &w, const query_block &q, int64_t j,
-                                  const int (&s)[8][4], const uint8_t *v, votes &ballot,
+                                  const int (&product)[8][4], const uint8_t *v, votes &ballot,
                                   fragment<WIDTH> &f)
 {
-    const float scale = dequant_scale(w, q, j);
-    const int visible[2] = {visible_keys(w, q.first + row_of(0), j),
-                            visible_keys(w, q.first + row_of(1), j)};
-    int most[2];
+    row_score<HIDES> s[8][4], most[2];
+    const float scale = scores_of<HIDES>(w, q, j, product, dequant_scale(w, q, j), s);
+    const row_keys<HIDES> keys[2] = {keys_of_lane<HIDES>(w, q, row_of(0), j),
+                                     keys_of_lane<HIDES>(w, q, row_of(1), j)};
     bool skips[2];
-    largest_scores<EDGE>(s, visible, most);
+    largest_scores<EDGE>(s, keys, most);
     const float local[2] = {sparge_row_local((float)most[0], scale),
                             sparge_row_local((float)most[1], scale)};
-    skipped_rows(w, q, ballot, j, f.state, local, visible, skips);
-    const int used[2] = {skips[0] ? 0 : visible[0], skips[1] ? 0 : visible[1]};
+    skipped_rows(w, q, ballot, j, f.state, local, keys, skips);
+    const row_keys<HIDES> used[2] = {skips[0] ? 0 : keys[0], skips[1] ? 0 : keys[1]};
     if (!__any_sync(~0u, used[0] || used[1]))
         return; /* none of the warp's rows */
     if (F16)
@@ -253,7 +299,7 @@ static __device__ void accumulate(const work &w, const query_block &q, int64_t j
                                      w.v_scale + (q.kv * w.g.k_blocks + j) * WIDTH);
 }
 
-template <int WIDTH, bool F16>
+template <int WIDTH, bool F16, bool HIDES>
 static __device__ void attend_block(const work &w, const query_block &q, int64_t j,
                                     const int8_t *q_int, const stage<WIDTH, F16> &t, votes &ballot,
                                     fragment<WIDTH> &f)
@@ -261,13 +307,13 @@ static __device__ void attend_block(const work &w, const query_block &q, int64_t
     int s[8][4];
     multiply_qk<WIDTH>(q_int, t.k, s);
     /* The first row sees least. With int8 two copies of the code would spill registers. */
-    if (F16 && q.rows == BLOCK_Q && visible_keys(w, q.first, j) == BLOCK_K)
-        accumulate<WIDTH, F16, false>(w, q, j, s, t.v, ballot, f);
+    if (F16 && !HIDES && q.rows == BLOCK_Q && visible_keys(w, q.first, j) == BLOCK_K)
+        accumulate<WIDTH, F16, HIDES, false>(w, q, j, s, t.v, ballot, f);
     else
-        accumulate<WIDTH, F16, true>(w, q, j, s, t.v, ballot, f);
+        accumulate<WIDTH, F16, HIDES, true>(w, q, j, s, t.v, ballot, f);
 }
 
-template <int WIDTH, bool F16>
+template <int WIDTH, bool F16, bool HIDES>
 static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_constant__ work w)
 {
     tiles<WIDTH, F16> &t = *(tiles<WIDTH, F16> *)shared_memory();
@@ -292,7 +338,7 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
         if (next < q.visible)
             load_stage(w, q, next, t.ring[at ^ 1]);
         copy_async_commit();
-        attend_block<WIDTH, F16>(w, q, j, t.q, t.ring[at], t.ballot, f);
+        attend_block<WIDTH, F16, HIDES>(w, q, j, t.q, t.ring[at], t.ballot, f);
         copy_async_wait<0>(); /* the next block is here */
         __syncthreads();      /* nobody reads this one any more */
         j = next;
@@ -318,8 +364,8 @@ static __global__ void __launch_bounds__(THREADS) attend_warps(const __grid_cons
 
 template <bool F16> static cudaError_t attend_pv(const work &w, cudaStream_t stream)
 {
-    return at_width(w, [&](auto width) {
-        return launch(attend_warps<width, F16>, q_blocks_of_all_heads(w), THREADS,
+    return at_width_and_hides(w, [&](auto width, auto hides) {
+        return launch(attend_warps<width, F16, hides>, q_blocks_of_all_heads(w), THREADS,
                       sizeof(tiles<width, F16>), stream, w);
     });
 }

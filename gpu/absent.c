@@ -13,9 +13,10 @@ static sparge_status absent(sparge_error *error)
 bool sparge_cuda_built(void) { return false; }
 bool sparge_cuda_available(void) { return false; }
 
-sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
+sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o,
+                                  const sparge_mask *mask, sparge_error *error)
 {
-    (void)p, (void)o;
+    (void)p, (void)o, (void)mask;
     return absent(error);
 }
 

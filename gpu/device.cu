@@ -84,7 +84,7 @@ bool sparge::may_skip(const sparge_problem *p, const sparge_options *o)
 
 /* Why a kernel cannot do this here, as the end of a sentence. NULL: it can. */
 static const char *obstacle(int n, const device &d, const sparge_problem *p,
-                            const sparge_options *o)
+                            const sparge_options *o, const sparge_mask *mask)
 {
     const sparge_dtype pv = o->pv_dtype == SPARGE_FASTEST ? kernels[n].fastest : o->pv_dtype;
     const int64_t rows = o->skip_rows;
@@ -96,18 +96,22 @@ static const char *obstacle(int n, const device &d, const sparge_problem *p,
         return "needs compute capability 9.0";
     if (n == 5 && may_skip(p, o) && rows != 16 && rows != 32 && rows != 64 && rows != 128)
         return "tests lambda for 16, 32, 64 or 128 rows at a time";
+    if (n == 5 && mask && mask->partial_first)
+        return "does not take partly attended blocks, but kernels 1 to 4 do";
+    if (n == 5 && p->k_bias)
+        return "does not take k_bias, but kernels 1 to 4 do";
     return NULL;
 }
 
 static sparge_status find_kernel(const device &d, const sparge_problem *p, sparge_options *o,
-                                 sparge_error *error)
+                                 const sparge_mask *mask, sparge_error *error)
 {
     const char *why = NULL;
     int n = o->cuda.kernel;
     if (n)
-        why = obstacle(n, d, p, o);
+        why = obstacle(n, d, p, o, mask);
     else
-        for (n = KERNELS; n > 0 && (why = obstacle(n, d, p, o)); n--)
+        for (n = KERNELS; n > 0 && (why = obstacle(n, d, p, o, mask)); n--)
             ;
     if (n == 0)
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
@@ -127,7 +131,8 @@ bool sparge_cuda_available(void)
     return find_device(&d, NULL) == SPARGE_OK;
 }
 
-sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error)
+sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o,
+                                  const sparge_mask *mask, sparge_error *error)
 {
     device d;
     sparge_status status = find_device(&d, error);
@@ -153,7 +158,7 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sp
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "k_len is %lld, a row of its blocks does not fit into shared memory",
                            (long long)p->k_len);
-    return find_kernel(d, p, o, error);
+    return find_kernel(d, p, o, mask, error);
 }
 
 /* ---- Memory ---- */

@@ -4,7 +4,7 @@
  *
  * A kernel leaves o, m and l as if every number were finite, and records in `skipped` what lambda
  * left out. The mask says the rest, so no kernel counts anything. */
-#include "gpu/work.h"
+#include "gpu/rows.h"
 
 namespace sparge {
 
@@ -24,12 +24,20 @@ static __device__ void count_block(const work &w, const query_block &q, int64_t 
     for (int r0 = 0; r0 < all; r0 += group) {
         const int r1 = (int)sparge_min(all, r0 + group);
         const bool done = !skips(w, q, r0, j);
-        const int64_t tokens = sparge_pairs_visible(&w.g, q.first + r0, r1 - r0, j);
-        sparge_tally_rows(tally, &w.g, q.i, r1 - r0, tokens, tokens, done);
+        const int64_t visible = sparge_pairs_visible(&w.g, q.first + r0, r1 - r0, j);
+        sparge_tally_rows(tally, &w.g, q.i, r1 - r0, visible, hides_pairs(w) ? 0 : visible, done);
         rows_done += done ? r1 - r0 : 0;
     }
     if (w.pv_done)
         w.pv_done[q.line * w.g.k_blocks + j] = (float)rows_done / (float)all;
+}
+
+/* The tokens that row r attends to, where pairs are hidden. */
+static __device__ void count_row(const work &w, const query_block &q, int r, sparge_tally *tally)
+{
+    for (int64_t j = next_kept(q, 0); j < q.visible; j = next_kept(q, j + 1))
+        sparge_tally_rows(tally, &w.g, q.i, 0, 0, __popcll(attended_keys(w, q, r, j)),
+                          !skips(w, q, r, j));
 }
 
 /* The sum over a warp, added to that of the head. */
@@ -60,8 +68,13 @@ static __device__ bool meets_nonfinite(const work &w, const query_block &q, int 
     bool row = w.q_nonfinite[q.n * w.g.q_len + token];
     for (int64_t j = next_kept(q, 0); j < q.visible; j = next_kept(q, j + 1)) {
         const bool of_v = w.v_block_nonfinite[keys + j] && !skips(w, q, r, j);
+        if (!of_v && !w.k_block_nonfinite[keys + j])
+            continue;
+        const uint64_t attended = attended_keys(w, q, r, j);
         const int64_t first = j * BLOCK_K, end = first + sparge_keys_visible(&w.g, token, j);
-        for (int64_t t = first; t < end && (of_v || w.k_block_nonfinite[keys + j]); t++) {
+        for (int64_t t = first; t < end; t++) {
+            if (!is_among(attended, (int)(t - first)))
+                continue;
             row |= w.k_nonfinite[q.kv * w.g.k_len + t];
             for (int c = 0; of_v && c < w.dim_v; c++)
                 if (!sparge_value_is_finite(load(w.v, value_row(w, q, t) + c), w.pv))
@@ -110,6 +123,8 @@ static __global__ void __launch_bounds__(THREADS) finish_rows(const __grid_const
             w.lse[line] = sparge_row_lse_smoothed(
                 &state, w.q_dot_mean_k ? w.softmax_scale * w.q_dot_mean_k[line] : 0.0f);
         tally.tokens = sparge_keys_of_query(&w.g, q.first + r);
+        if (hides_pairs(w))
+            count_row(w, q, r, &tally);
     }
     if (r == 0)
         tally.pairs = q.visible;

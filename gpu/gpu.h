@@ -19,8 +19,10 @@ bool sparge_cuda_built(void);
 bool sparge_cuda_available(void); /* there is a device that runs kernel 1 */
 
 /* Fills in o->cuda.kernel if 0 and o->pv_dtype if FASTEST. Fails if this device or this backend
- * cannot do what is asked. */
-sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o, sparge_error *error);
+ * cannot do what is asked. Of the mask it asks whether it has partly attended blocks; NULL: none.
+ */
+sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o,
+                                  const sparge_mask *mask, sparge_error *error);
 
 sparge_status sparge_cuda_workspace(const sparge_problem *p, const sparge_options *o, bool lse,
                                     int64_t *bytes, sparge_error *error);

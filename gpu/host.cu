@@ -100,6 +100,8 @@ static void lay_out_attention(work &w, const call &c, arena &a)
     }
     if (c.lse && c.o->smooth_k)
         w.q_dot_mean_k = take<float>(a, n * w.g.q_len);
+    if (w.k_bias)
+        w.k_shown = take<uint32_t>(a, blocks * (BLOCK_K / 32));
     if (w.may_skip)
         w.skipped = take<uint32_t>(a, skipped_words(w));
     w.m = take_unless(t.m, a, n * w.g.q_len);
@@ -144,6 +146,9 @@ static int64_t lay_out(work &w, const call &c, void *base)
     w.thresholds = o->thresholds;
     w.mask = c.mask ? c.mask->bits : NULL;
     w.words = w.mask ? c.mask->words : sparge_mask_row_words(w.g.k_blocks);
+    if (c.attends && c.mask)
+        w.given = *c.mask;
+    w.k_bias = c.attends ? p->k_bias : NULL;
     lay_out_prediction(w, c, a);
     if (c.attends)
         lay_out_attention(w, c, a);
@@ -186,7 +191,11 @@ static sparge_status check_pointers(const call &c, sparge_error *error)
         {"result.o", r->o.data},
         {"result.lse", r->lse},
         {"result.head_counts", r->head_counts},
+        {"k_bias", c.attends ? p->k_bias : NULL},
         {"mask.bits", c.mask ? c.mask->bits : NULL},
+        {"mask.partial_first", c.mask ? c.mask->partial_first : NULL},
+        {"mask.partial_block", c.mask ? c.mask->partial_block : NULL},
+        {"mask.partial_bits", c.mask ? c.mask->partial_bits : NULL},
         {"workspace", c.o->cuda.workspace},
         {"intermediates.k_mean", t->k_mean},
         {"intermediates.q_pool", t->q_pool},

@@ -251,6 +251,13 @@ template <int WIDTH> static __device__ void prepare_k(const work &w, int64_t lin
                w.k_mean ? w.k_mean + kv * w.dim : NULL, s);
     store_nonfinite(s, rows, w.k_nonfinite + kv * w.g.k_len + j * BLOCK_K,
                     &w.k_block_nonfinite[line]);
+    if (w.k_shown && threadIdx.x < BLOCK_K) {
+        const int r = (int)threadIdx.x;
+        const uint32_t shown = __ballot_sync(
+            ~0u, r < rows && !sparge_bias_hides(w.k_bias[kv * w.g.k_len + j * BLOCK_K + r]));
+        if (r % 32 == 0)
+            w.k_shown[line * (BLOCK_K / 32) + r / 32] = shown;
+    }
     if (w.k_pool)
         summarize(w, s, rows, w.k_pool + line * w.dim, &w.k_sim[line]);
     if (w.k_tile)

@@ -8,10 +8,52 @@
 
 namespace sparge {
 
-/* How many keys of block j a query sees: the first ones. A token past the end sees none. */
-SPARGE_DEVICE int visible_keys(const work &w, int64_t token, int64_t j)
+/* The keys of a block that a row attends to: how many, since they are the first ones; where pairs
+ * are hidden, a bit for each. 0: none. */
+template <bool HIDES> using row_keys = std::conditional_t<HIDES, uint64_t, int>;
+
+template <bool HIDES>
+SPARGE_DEVICE row_keys<HIDES> keys_of_row(const work &w, const query_block &q, int r, int64_t j)
 {
-    return token < w.g.q_len ? (int)sparge_keys_visible(&w.g, token, j) : 0;
+    if constexpr (HIDES)
+        return attended_keys(w, q, r, j);
+    else
+        return visible_keys(w, q.first + r, j);
+}
+
+/* A score that is multiplied out in int8: where pairs are hidden, a bias may come. */
+template <bool HIDES> using row_score = std::conditional_t<HIDES, float, int>;
+
+SPARGE_DEVICE bool is_among(int keys, int t) { return t < keys; }
+SPARGE_DEVICE bool is_among(uint64_t keys, int t) { return keys >> t & 1; }
+
+/* All of them are below it. */
+SPARGE_DEVICE int end_of(int keys) { return keys; }
+SPARGE_DEVICE int end_of(uint64_t) { return BLOCK_K; }
+
+/* The biases of the keys from `token` on of those that q reads. */
+SPARGE_DEVICE const float *biases(const work &w, const query_block &q, int64_t token)
+{
+    return w.k_bias + q.kv * w.g.k_len + token;
+}
+
+/* Scores of a row with the biases of its keys, if there are any, in place. Returns the scale that
+ * is left to apply. */
+SPARGE_DEVICE float add_biases(const work &w, const query_block &q, int64_t j, uint64_t keys,
+                               float *s, float scale)
+{
+    if (!w.k_bias)
+        return scale;
+    for (int t = 0; t < BLOCK_K; t++)
+        if (is_among(keys, t))
+            s[t] = sparge_score_biased(s[t], scale, *biases(w, q, j * BLOCK_K + t));
+    return 1.0f;
+}
+
+template <class T>
+SPARGE_DEVICE float add_biases(const work &, const query_block &, int64_t, int, T *, float scale)
+{
+    return scale;
 }
 
 /* ---- Lambda (Algorithm 1 lines 14-16): a group of rows skips a block if none comes near ---- */
@@ -34,33 +76,36 @@ SPARGE_DEVICE bool voted_to_skip(const work &w, const votes &v, int r)
     return v.group[r / w.skip_rows] == 1u;
 }
 
-/* The whole vote. Thread r owns row r, and threads from BLOCK_Q on own none. Returns how many of
- * the visible keys the row attends to: all or, if its group skips the block, none. */
-SPARGE_DEVICE int attended_keys(const work &w, const query_block &q, votes &v, int r, int64_t j,
-                                const sparge_row &state, float local, int visible)
+/* The whole vote. Thread r owns row r, and threads from BLOCK_Q on own none. Returns which of its
+ * keys the row uses: all or, if its group skips the block, none. */
+template <class KEYS>
+SPARGE_DEVICE KEYS used_keys(const work &w, const query_block &q, votes &v, int r, int64_t j,
+                             const sparge_row &state, float local, KEYS keys)
 {
     if (!w.may_skip)
-        return visible;
+        return keys;
     if (r < BLOCK_Q)
         v.group[r] = 0;
     __syncthreads();
     if (r < BLOCK_Q)
-        vote(w, q, v, r, sparge_row_gap(&state, local, visible > 0));
+        vote(w, q, v, r, sparge_row_gap(&state, local, keys != 0));
     __syncthreads();
     const bool skips = r < BLOCK_Q && voted_to_skip(w, v, r);
     __syncthreads();
     if (skips && r % w.skip_rows == 0)
         mark_skipped(w, q, r, j);
-    return skips ? 0 : visible;
+    return skips ? 0 : keys;
 }
 
 /* ---- One row, by one thread ---- */
 
 /* The largest score; a NaN stays. */
-template <class T> SPARGE_DEVICE float max_of_row(const T *s, int visible)
+template <class T, class KEYS> SPARGE_DEVICE float max_of_row(const T *s, KEYS keys)
 {
     float most = -INFINITY;
-    for (int t = 0; t < visible; t++) {
+    for (int t = 0; t < end_of(keys); t++) {
+        if (!is_among(keys, t))
+            continue;
         const float x = (float)s[t];
         most = x > most || x != x ? x : most;
     }
@@ -69,14 +114,16 @@ template <class T> SPARGE_DEVICE float max_of_row(const T *s, int visible)
 
 /* Lines 12-13 with P in float: scores become P against the running maximum, in place. Returns the
  * factor by which the row of o shrinks. */
-SPARGE_DEVICE float softmax_row(sparge_row &state, float *s, int visible, float scale, float local)
+template <class KEYS>
+SPARGE_DEVICE float softmax_row(sparge_row &state, float *s, KEYS keys, float scale, float local)
 {
     float sum[16] = {0};
     const float shrink = sparge_row_update_max(&state, local);
-    for (int t = 0; t < visible; t++) {
-        s[t] = sparge_weight(s[t], scale, state.max);
-        sum[t % 16] += s[t];
-    }
+    for (int t = 0; t < end_of(keys); t++)
+        if (is_among(keys, t)) {
+            s[t] = sparge_weight(s[t], scale, state.max);
+            sum[t % 16] += s[t];
+        }
     state.sum += sparge_sum_of(sum);
     return shrink;
 }
@@ -103,15 +150,15 @@ SPARGE_DEVICE coded_row update_by_codes(sparge_row &state, float local, int code
 enum { SIDE = 16, SQUARE = SIDE * SIDE };
 
 /* Stores the piece of S that thread (y, x) holds: rows y + 16 a, keys x + 16 b. */
-template <class T, int ROWS, int COLUMNS, int PITCH>
-SPARGE_DEVICE void store_piece(const T (&piece)[ROWS][COLUMNS], T (*to)[PITCH])
+template <class T, class S, int ROWS, int COLUMNS, int PITCH>
+SPARGE_DEVICE void store_piece(const T (&piece)[ROWS][COLUMNS], S (*to)[PITCH])
 {
     const int y = (int)threadIdx.x / SIDE, x = (int)threadIdx.x % SIDE;
 #pragma unroll
     for (int a = 0; a < ROWS; a++)
 #pragma unroll
         for (int b = 0; b < COLUMNS; b++)
-            to[y + SIDE * a][x + SIDE * b] = piece[a][b];
+            to[y + SIDE * a][x + SIDE * b] = (S)piece[a][b];
 }
 
 /* Lines 20-21: thread (y, x) holds rows y + 16 a and channels x + 16 b of o, thread r the state of

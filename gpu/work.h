@@ -72,6 +72,11 @@ struct work {
     float *v_scale_out;
     sparge_counts *counts; /* [n] */
     sparge_tally *tally;   /* [n] */
+
+    /* What hides visible pairs. NULL, or without partial_first: nothing does. */
+    sparge_mask given;   /* the caller's, for its partly attended blocks */
+    const float *k_bias; /* [kv][k_len] */
+    uint32_t *k_shown;   /* [kv][k_blocks][2]: the keys that k_bias does not hide */
 };
 
 /* A query block. */
@@ -130,6 +135,32 @@ SPARGE_DEVICE uint32_t *skipped_row(const work &w, const query_block &q, int r)
 SPARGE_DEVICE void mark_skipped(const work &w, const query_block &q, int r, int64_t j)
 {
     atomicOr(&skipped_row(w, q, r)[j >> 5], 1u << (j & 31));
+}
+
+/* ---- Which pairs are attended ---- */
+
+/* How many keys of block j a query sees: the first ones. A token past the end sees none. */
+SPARGE_DEVICE int visible_keys(const work &w, int64_t token, int64_t j)
+{
+    return token < w.g.q_len ? (int)sparge_keys_visible(&w.g, token, j) : 0;
+}
+
+/* Are there pairs that the mask or a bias hides? Kernels are compiled for both answers. */
+SPARGE_HD bool hides_pairs(const work &w) { return w.given.partial_first || w.k_bias; }
+
+SPARGE_DEVICE uint64_t two_words(const uint32_t *at) { return at[0] | (uint64_t)at[1] << 32; }
+
+/* The keys of block j that row r, below BLOCK_Q, attends to: bit t is key t of the block. */
+SPARGE_DEVICE uint64_t attended_keys(const work &w, const query_block &q, int r, int64_t j)
+{
+    const int visible = visible_keys(w, q.first + r, j);
+    uint64_t keys = visible == BLOCK_K ? ~(uint64_t)0 : ((uint64_t)1 << visible) - 1;
+    const uint32_t *const partial = sparge_mask_partial_at(&w.given, q.line, j, BLOCK_Q, BLOCK_K);
+    if (partial)
+        keys &= two_words(partial + r * (BLOCK_K / 32));
+    if (w.k_shown)
+        keys &= two_words(w.k_shown + (q.kv * w.g.k_blocks + j) * (BLOCK_K / 32));
+    return keys;
 }
 
 /* What an integer score of the pair of blocks is multiplied by: to log2 units. */
@@ -244,6 +275,14 @@ template <class Queue> cudaError_t at_width(const work &w, const Queue &queue)
     case 96: return queue(std::integral_constant<int, 96>());
     default: return queue(std::integral_constant<int, 128>());
     }
+}
+
+/* The same, and whether pairs are hidden. */
+template <class Queue> cudaError_t at_width_and_hides(const work &w, const Queue &queue)
+{
+    return at_width(w, [&](auto width) {
+        return hides_pairs(w) ? queue(width, std::true_type()) : queue(width, std::false_type());
+    });
 }
 
 SPARGE_HD int64_t q_blocks_of_all_heads(const work &w) { return w.batch * w.heads * w.g.q_blocks; }

@@ -11,7 +11,7 @@
 #include "tools/intermediates.h"
 #include "tools/progress.h"
 
-enum { PIECES = 32 }; /* q, k, v, o, lse, a mask, counts and the intermediates are less */
+enum { PIECES = 32 }; /* q, k, v, k_bias, o, lse, a mask, counts and the intermediates are less */
 
 /* The structures of sparge.h once more, with pointers that the backend can follow. */
 typedef struct device {
@@ -80,6 +80,7 @@ static device begin(const sparge_problem *p, const sparge_options *o)
     d.problem.q.data = place_input(&d, &p->q, p->batch * p->heads * p->q_len * p->dim);
     d.problem.k.data = place_input(&d, &p->k, keys * p->dim);
     d.problem.v.data = place_input(&d, &p->v, keys * p->dim_v);
+    d.problem.k_bias = place(&d, p->k_bias, true, false, keys * (int64_t)sizeof *p->k_bias);
     return d;
 }
 

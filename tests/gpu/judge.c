@@ -15,6 +15,7 @@
 #include "common/half.h"
 #include "common/softmax.h"
 #include "sparge_cuda.h"
+#include "sparge_mask.h"
 #include "tests/gpu/gpu.h"
 
 const kernel kernels[RUNGS] = {
@@ -40,11 +41,12 @@ typedef struct judged {
     float *m;
 } judged;
 
-typedef struct tile { /* scores of a block */
+typedef struct tile { /* scores of a block, in log2 units */
     int64_t j;
-    int s[BLOCK_Q][BLOCK_K], seen[BLOCK_Q];
-    float unit, local[BLOCK_Q];
-    bool skips[BLOCK_Q]; /* by row */
+    float s[BLOCK_Q][BLOCK_K];
+    bool attends[BLOCK_Q][BLOCK_K];
+    float local[BLOCK_Q];
+    bool sees[BLOCK_Q], skips[BLOCK_Q]; /* by row */
 } tile;
 
 static int64_t keys_seen(const problem *x, int64_t t, int64_t j)
@@ -56,28 +58,39 @@ static int64_t keys_seen(const problem *x, int64_t t, int64_t j)
     return end < 0 ? 0 : smaller(end, BLOCK_K);
 }
 
-static void score(const problem *x, const answer *want, int64_t n, int64_t kv, int64_t i, tile *t)
+static void score(const problem *x, const answer *want, const sparge_mask *mask, int64_t n,
+                  int64_t kv, int64_t i, tile *t)
 {
     const sparge_problem *p = &x->p;
     const int64_t first = i * BLOCK_Q, rows = smaller(BLOCK_Q, p->q_len - first);
     const float scale =
         x->o.softmax_scale > 0.0f ? x->o.softmax_scale : 1.0f / sqrtf((float)p->dim);
-    t->unit = want->intermediates.q_scale[n * blocks(p->q_len, BLOCK_Q) + i] *
-              want->intermediates.k_scale[kv * blocks(p->k_len, BLOCK_K) + t->j] * scale *
-              SPARGE_LOG2E;
+    const uint32_t *partial =
+        mask ? sparge_mask_partial(mask, &x->o, n / p->heads, n % p->heads, i, t->j) : NULL;
+    const float *bias = p->k_bias ? p->k_bias + kv * p->k_len + t->j * BLOCK_K : NULL;
+    const float unit = want->intermediates.q_scale[n * blocks(p->q_len, BLOCK_Q) + i] *
+                       want->intermediates.k_scale[kv * blocks(p->k_len, BLOCK_K) + t->j] * scale *
+                       SPARGE_LOG2E;
     for (int64_t r = 0; r < rows; r++) {
         const int16_t *q = want->intermediates.q_int + (n * p->q_len + first + r) * p->dim;
-        t->seen[r] = (int)keys_seen(x, first + r, t->j);
-        t->local[r] = isfinite(t->unit) ? -INFINITY : NAN;
-        for (int64_t key = 0; key < t->seen[r]; key++) {
+        const int64_t seen = keys_seen(x, first + r, t->j);
+        t->sees[r] = false;
+        t->local[r] = isfinite(unit) ? -INFINITY : NAN;
+        for (int64_t key = 0; key < BLOCK_K; key++) {
+            t->attends[r][key] = key < seen && !(bias && bias[key] == -INFINITY) &&
+                                 (!partial || partial[2 * r + key / 32] >> key % 32 & 1);
+            if (!t->attends[r][key])
+                continue;
             const int16_t *k =
                 want->intermediates.k_int + (kv * p->k_len + t->j * BLOCK_K + key) * p->dim;
             int sum = 0;
             for (int64_t c = 0; c < p->dim; c++)
                 sum += q[c] * k[c];
-            t->s[r][key] = sum;
-            if (t->unit * (float)sum > t->local[r])
-                t->local[r] = t->unit * (float)sum;
+            const float z = unit * (float)sum;
+            t->s[r][key] = bias ? z + bias[key] * SPARGE_LOG2E : z;
+            t->sees[r] = true;
+            if (t->s[r][key] > t->local[r] || isnan(t->s[r][key]))
+                t->local[r] = t->s[r][key];
         }
     }
 }
@@ -89,7 +102,7 @@ static void decide(const problem *x, float lambda, int64_t rows, float *m, tile 
     for (int64_t first = 0; first < rows; first += group) {
         bool sees = false, near = false;
         for (int64_t r = first; r < smaller(rows, first + group); r++)
-            if (t->seen[r]) {
+            if (t->sees[r]) {
                 sees = true;
                 near |= m[r] == -INFINITY || !(t->local[r] - m[r] <= lambda * SPARGE_LOG2E);
             }
@@ -97,7 +110,7 @@ static void decide(const problem *x, float lambda, int64_t rows, float *m, tile 
             t->skips[r] = lambda > -INFINITY && sees && !near;
     }
     for (int64_t r = 0; r < rows; r++)
-        if (t->seen[r] && !t->skips[r] && !(t->local[r] <= m[r] || isnan(m[r])))
+        if (t->sees[r] && !t->skips[r] && !(t->local[r] <= m[r] || isnan(m[r])))
             m[r] = t->local[r];
 }
 
@@ -128,9 +141,10 @@ static void fold(const problem *x, const kernel *of, const tile *t, const double
                  float m, judged *w)
 {
     const bool half = of->pv_dtype == SPARGE_F16;
-    for (int64_t key = 0; key < t->seen[r]; key++) {
-        const float z = (float)t->s[r][key] * t->unit,
-                    p = z == -INFINITY ? 0.0f : sparge_exp2(z - m);
+    for (int64_t key = 0; key < BLOCK_K; key++) {
+        if (!t->attends[r][key])
+            continue;
+        const float z = t->s[r][key], p = z == -INFINITY ? 0.0f : sparge_exp2(z - m);
         const double kept =
             half ? (double)sparge_f16_to_f32(sparge_f32_to_f16(p))
                  : (double)sparge_e4m3_to_f32(sparge_f32_to_e4m3(256.0f * p)) / 256.0;
@@ -181,7 +195,7 @@ static void judge_block(const problem *x, const kernel *of, const answer *got, c
             if (held == 0)
                 memcpy(before, w.m, (size_t)rows * sizeof *w.m);
             stage[held].j = j;
-            score(x, want, n, kv, i, &stage[held]);
+            score(x, want, mask, n, kv, i, &stage[held]);
             decide(x, lambda, rows, w.m, &stage[held++]);
         }
         if (!held || !(held == (of->n == 5 ? 2 : 1) || j == columns))

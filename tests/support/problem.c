@@ -523,6 +523,13 @@ sparge_mask twin_mask(twins *t, const sparge_mask *mask)
     sparge_mask m = *mask;
     m.bits =
         twin_of(t, mask->bits, (size_t)(m.batch * m.heads * m.q_blocks * m.words) * sizeof *m.bits);
+    if (m.partial_first) { /* blocks are 128 x 64 */
+        const size_t lines = (size_t)(m.batch * m.heads * m.q_blocks),
+                     parts = (size_t)m.partial_first[lines];
+        m.partial_first = twin_of(t, m.partial_first, (lines + 1) * sizeof *m.partial_first);
+        m.partial_block = twin_of(t, m.partial_block, parts * sizeof *m.partial_block);
+        m.partial_bits = twin_of(t, m.partial_bits, parts * 128 * 2 * sizeof *m.partial_bits);
+    }
     return m;
 }
 
