@@ -42,8 +42,8 @@ typedef struct sparge_error {
 } sparge_error;
 
 /* Strided arrays [batch][head][token][channel]. Strides count elements. Channels are contiguous.
- * On the cuda backend all arrays are in device memory: these and those of masks, lse, head_counts
- * and intermediates. */
+ * On the cuda backend all arrays are in device memory: these and those of k_bias, masks, lse,
+ * head_counts and intermediates. */
 typedef struct sparge_in {
     const void *data;
     sparge_dtype dtype;
