@@ -5,10 +5,12 @@
 
 #include "methods/entries.h"
 #include "methods/method.h"
+#include "sparge_inspect.h"
 
 enum { TAU, THETA, TOPK, LAMBDA, SINK };
 
-static sparge_status plan_rules(sparge_plan *plan, const double *param, sparge_rules rules)
+static sparge_status plan_rules(sparge_plan *plan, const double *param, sparge_rules rules,
+                                sparge_error *error)
 {
     const sparge_problem *p = &plan->problem;
     sparge_part *part = sparge_plan_add(plan);
@@ -31,31 +33,32 @@ static sparge_status plan_rules(sparge_plan *plan, const double *param, sparge_r
     plan->multiply_adds = (double)p->batch * (double)p->dim *
                           ((double)p->heads * (2.0 * (double)p->q_len + (double)pairs) +
                            (double)p->kv_heads * 2.0 * (double)p->k_len);
-    return SPARGE_OK;
+    sparge_options resolved = *o; /* is a backend here that takes these? */
+    return sparge_options_resolve(p, &resolved, error);
 }
 
 static sparge_status plan_default(const sparge_problem *problem, const sparge_options *options,
                                   const sparge_context *context, const double *param,
                                   sparge_plan *plan, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context, (void)error;
-    return plan_rules(plan, param, SPARGE_RULES_DEFAULT);
+    (void)problem, (void)options, (void)context;
+    return plan_rules(plan, param, SPARGE_RULES_DEFAULT, error);
 }
 
 static sparge_status plan_paper(const sparge_problem *problem, const sparge_options *options,
                                 const sparge_context *context, const double *param,
                                 sparge_plan *plan, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context, (void)error;
-    return plan_rules(plan, param, SPARGE_RULES_PAPER);
+    (void)problem, (void)options, (void)context;
+    return plan_rules(plan, param, SPARGE_RULES_PAPER, error);
 }
 
 static sparge_status plan_upstream(const sparge_problem *problem, const sparge_options *options,
                                    const sparge_context *context, const double *param,
                                    sparge_plan *plan, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context, (void)error;
-    return plan_rules(plan, param, SPARGE_RULES_UPSTREAM);
+    (void)problem, (void)options, (void)context;
+    return plan_rules(plan, param, SPARGE_RULES_UPSTREAM, error);
 }
 
 /* By their order: TAU, THETA, TOPK, LAMBDA, SINK. */
