@@ -493,21 +493,21 @@ def test_mask():
 
 
 REF = ["--backend", "ref"]
-F32 = [*REF, "--qk-dtype", "f32", "--pv-dtype", "f32"]
+F32 = ["--qk-dtype", "f32", "--pv-dtype", "f32"]
 
 
-def partials_of(pairs, nq=NQ, nk=NK, bq=128, bk=64):
+def partials_of(pairs, seen, bq=128, bk=64):
     """blocks, partial_index and partial_bits of the visible pairs that are attended, by hand."""
-    b, h = pairs.shape[:2]
+    b, h, nq, nk = pairs.shape
     blocks, index, bits = np.zeros((b, h, -(-nq // bq), -(-nk // bk)), np.uint8), [], []
     for at in np.ndindex(blocks.shape):
         part = np.s_[at[2] * bq:at[2] * bq + bq, at[3] * bk:at[3] * bk + bk]
-        got, seen = pairs[at[0], at[1]][part], partials_of.seen[part]
-        blocks[at] = (got & seen).any()
-        if blocks[at] and not (got | ~seen).all():
+        got = pairs[at[0], at[1]][part] & seen[part]
+        blocks[at] = got.any()
+        if blocks[at] and (got != seen[part]).any():
             index.append(at)
             bits.append(np.zeros((bq, -(-bk // 8) * 8), bool))
-            bits[-1][:got.shape[0], :got.shape[1]] = got & seen
+            bits[-1][:got.shape[0], :got.shape[1]] = got
     return (blocks, np.array(index, np.int64).reshape(-1, 4),
             np.packbits(np.array(bits), -1, "little"))
 
@@ -524,7 +524,7 @@ def test_mask_pairs():
         pairs[0, 0] = True  # all whole
         pairs[0, 1, bq:2 * bq] = False  # rows that see nothing
         pairs[1, 2, :, :2 * bk] = True
-        seen = partials_of.seen = visible(NQ, NK, causal)
+        seen = visible(NQ, NK, causal)
         x = fine("run", *args, *F32, "--mask-pairs", save("p.npy", pairs), "--mask-out",
                  "m.safetensors", "--pairs-out", "out.npy", "-o", "o.npy", "--lse-out", "l.npy",
                  "--check")
@@ -533,7 +533,7 @@ def test_mask_pairs():
         near(np.load("o.npy"), want, 1e-5, "attention over pairs")
         out = np.load("out.npy")
         check(out.dtype == np.uint8 and (out == (pairs & seen)).all(), "pairs out")
-        blocks, index, bits = partials_of(pairs, bq=bq, bk=bk)
+        blocks, index, bits = partials_of(pairs, seen, bq, bk)
         m = load_safetensors("m.safetensors")
         check(list(m) == ["partial_index", "blocks", "partial_bits"] and
               m["blocks"].dtype == np.uint8 and (m["blocks"] == blocks).all() and
@@ -544,8 +544,8 @@ def test_mask_pairs():
         tokens = (pairs & seen).sum((2, 3)) / seen.sum()
         check(abs(x["density_tokens"] - tokens.mean()) < 1e-8 and
               np.allclose(x["density_tokens_per_head"], tokens.ravel(), atol=1e-8) and
-              abs(x["density_blocks"] - 1 + x["sparsity_qk"]) < 1e-8 and x["kept_blocks"] == blocks.sum(),
-              "density", x, tokens)
+              abs(x["density_blocks"] - 1 + x["sparsity_qk"]) < 1e-8 and
+              x["kept_blocks"] == blocks.sum(), "density", x, tokens)
         check(x["density_tokens"] < x["density_blocks"], "tokens, not blocks", x)
         tiles = (np.repeat(np.repeat(blocks, bq, 2)[:, :, :NQ], bk, 3)[..., :NK] & seen).sum()
         check(abs(x["tops_executed"] * 1e12 * x["seconds_total"] / (2 * (D + DV) * tiles) - 1)
@@ -594,8 +594,8 @@ def test_mask_whole():
     m = load_safetensors("m.safetensors")
     check((m["blocks"] == mask).all() and m["partial_index"].shape == (0, 4) and
           m["partial_bits"].shape == (0, 128, 8), "no bits", m)
-    fine("run", *qkv, "--mask", "m.safetensors", "--mask-out", "n.npy", "-o", "b.npy", "--pairs-out",
-         "p.npy")
+    fine("run", *qkv, "--mask", "m.safetensors", "--mask-out", "n.npy", "-o", "b.npy",
+         "--pairs-out", "p.npy")
     pairs = np.repeat(np.repeat(mask, 128, 2)[:, :, :NQ], 64, 3)[..., :NK]
     check((np.load("n.npy") == mask).all() and (np.load("p.npy") == pairs).all() and
           read("a.npy", "rb") == read("b.npy", "rb"), "there and back")
@@ -625,8 +625,7 @@ def test_mask_files():
     """Masks that are no masks, or those of something else."""
     q, k, v, qkv = files()
     pairs = np.random.default_rng(5).random((B, HQ, NQ, NK)) < 0.3
-    partials_of.seen = visible(NQ, NK, None)
-    blocks, index, bits = partials_of(pairs)
+    blocks, index, bits = partials_of(pairs, visible(NQ, NK, None))
     blocks[1, 3, 2, 5] = 0
     index, bits = index[:-1], bits[:-1]
     def tensors(**other):
@@ -667,7 +666,8 @@ def test_mask_files():
         wrong(FILE, ["w.safetensors", *words], "run", *qkv, "--mask", "w.safetensors")
     save_safetensors("w.safetensors", **tensors(**changed(2, index[1])))
     save("o.npy", attention(q, k, v)[0])
-    wrong(FILE, ["w.safetensors", "twice"], "check", *qkv, "--o", "o.npy", "--mask", "w.safetensors")
+    wrong(FILE, ["w.safetensors", "twice"], "check", *qkv, "--o", "o.npy", "--mask",
+          "w.safetensors")
     wrong(FILE, ["w.safetensors", "twice"], "diff", "w.safetensors", "m.safetensors")
     whole = read("m.safetensors", "rb")
     for size in 0, 7, 20, 400, len(whole) - 1:
@@ -1337,7 +1337,8 @@ def test_diff_masks():
     bits = np.arange(12, dtype=np.uint8).reshape(2, 3, 2)
     a, b, c = (save_safetensors(f"{name}.safetensors", blocks=("U8", x), partial_index=("I64", i),
                                 partial_bits=("U8", y))
-               for name, x, i, y in (("a", want, index, bits), ("b", want, index, bits ^ (bits == 9)),
+               for name, x, i, y in (("a", want, index, bits),
+                                     ("b", want, index, bits ^ (bits == 9)),
                                      ("c", want, index[:1], bits[:1])))
     x = fine("diff", a, a)
     check(x["ok"] and x["partial_apart"] == 0 and x["first_partial_apart"] is None, "equal", x)
@@ -1535,7 +1536,8 @@ def test_info_and_help():
     for option in ("--theta --tau --topk --lambda --sink --causal[= --softmax-scale --block-q "
                    "--block-k "
                    "--mask --no-smooth-k --skip-rows --rules --threads --backend --isa --dense "
-                   "--mask-pairs --mask-out --pairs-out --qk-dtype --pv-dtype --lse-out --intermediates --check "
+                   "--mask-pairs --mask-out --pairs-out --qk-dtype --pv-dtype --lse-out "
+                   "--intermediates --check "
                    "--layout").split():
         check(option in sparge("run", "--help")[1], "run --help names", option)
     wrong(USAGE, "info", "info", "x")
@@ -3017,7 +3019,7 @@ def test_starved():
     x = save("x.npy", random(1, 2, 40, 8))
     fine("run", x, x, x, *tiny, "--mask-out", "m.npy", "-o", "o.npy")
     save("p.npy", np.tril(np.ones((1, 2, 40, 40), bool), 5))
-    fine("run", x, x, x, *REF, *tiny[2:], "--mask-pairs", "p.npy", "--mask-out", "m.safetensors")
+    fine("run", x, x, x, *tiny, "--mask-pairs", "p.npy", "--mask-out", "m.safetensors")
     before = set(listing())
     for args in ([
             "run", "layer3.safetensors", "--params", "p.json", "-o", "out.npy", "--intermediates",
@@ -3025,7 +3027,7 @@ def test_starved():
             "--check", *tiny
     ], ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy",
             *tiny], ["run", x, x, x, "--mask", "m.safetensors", "--mask-out", "out.safetensors",
-                     "--pairs-out", "out.npy", *REF, *tiny[2:]],
+                     "--pairs-out", "out.npy", *tiny],
                  ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
                  ["diff", "m.safetensors", "m.safetensors"],
                  ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny
