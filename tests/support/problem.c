@@ -302,9 +302,9 @@ void mask_fill_partial(problem *x, float share)
     const int64_t lines = m->batch * m->heads * m->q_blocks, most = lines * m->k_blocks,
                   words = blocks(x->o.block_k, 32), size = x->o.block_q * words * 4;
     int64_t n = 0;
-    m->partial_first = shrunk(NULL, (lines + 1) * 8);
-    m->partial_block = shrunk(NULL, most * 4);
-    m->partial_bits = shrunk(NULL, most * size);
+    m->partial_first = shrunk(m->partial_first, (lines + 1) * 8);
+    m->partial_block = shrunk(m->partial_block, most * 4);
+    m->partial_bits = shrunk(m->partial_bits, most * size);
     for (int64_t line = 0; line < lines; line++) {
         m->partial_first[line] = n;
         for (int64_t j = 0; j < m->k_blocks; j++)
