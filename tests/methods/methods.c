@@ -34,13 +34,14 @@ static bool excepted(const sparge_method *m, int what)
 static const struct setting {
     int64_t batch, heads, kv_heads, q_len, k_len, dim, dim_v, block_q, block_k;
     sparge_causal causal;
+    bool bias; /* of each key */
 } settings[] = {
-    {2, 2, 1, 100, 300, 64, 16, 32, 32, SPARGE_CAUSAL_NONE},
-    {1, 2, 1, 300, 300, 64, 16, 32, 16, SPARGE_CAUSAL_END},
-    {1, 1, 1, 512, 512, 17, 8, 64, 64, SPARGE_CAUSAL_END},
-    {2, 2, 1, 70, 300, 33, 17, 16, 48, SPARGE_CAUSAL_END},
-    {1, 2, 2, 300, 160, 33, 17, 48, 32, SPARGE_CAUSAL_START},
-    {1, 1, 1, 300, 300, 33, 17, 64, 64, SPARGE_CAUSAL_NONE},
+    {2, 2, 1, 100, 300, 64, 16, 32, 32, SPARGE_CAUSAL_NONE, false},
+    {1, 2, 1, 300, 300, 64, 16, 32, 16, SPARGE_CAUSAL_END, false},
+    {1, 1, 1, 512, 512, 17, 8, 64, 64, SPARGE_CAUSAL_END, false},
+    {2, 2, 1, 70, 300, 33, 17, 16, 48, SPARGE_CAUSAL_END, true},
+    {1, 2, 2, 300, 160, 33, 17, 48, 32, SPARGE_CAUSAL_START, false},
+    {1, 1, 1, 300, 300, 33, 17, 64, 64, SPARGE_CAUSAL_NONE, true},
 };
 enum { SETTINGS = sizeof settings / sizeof *settings };
 
@@ -50,6 +51,7 @@ typedef struct question {
     sparge_grid grid;
     int64_t segment_ends[3];
     void *state;
+    float *bias;    /* [batch * kv_heads][k_len] or NULL */
     double *weight; /* [batch * heads][q_len][k_len] exp(score - top); 0: not visible */
     double *top;    /* [batch * heads][q_len] of the scores */
 } question;
@@ -95,6 +97,7 @@ static void weigh(question *a)
                 sees(p, a->x.o.causal, t, key)
                     ? score(p, a->x.q.x + row * p->dim, a->x.k.x + (kv * p->k_len + key) * p->dim)
                     : -INFINITY;
+            to[key] += a->bias ? (double)a->bias[kv * p->k_len + key] : 0.0;
             top = fmax(top, to[key]);
         }
         for (int64_t key = 0; key < p->k_len; key++)
@@ -115,7 +118,11 @@ static void question_make(question *a, const struct setting *from)
     cluster(&a->x.q, from->causal == SPARGE_CAUSAL_START ? 0 : from->k_len - from->q_len, 0.0f);
     cluster(&a->x.k, 0, 0.4f);
     problem_write(&a->x);
-    const int64_t tokens = from->k_len;
+    const int64_t tokens = from->k_len, keys = from->batch * from->kv_heads * tokens;
+    a->bias = from->bias ? check_alloc((size_t)keys * sizeof *a->bias) : NULL;
+    for (int64_t n = 0; n < keys && a->bias; n++)
+        a->bias[n] = check_uniform(-2.0f, 2.0f);
+    a->x.p.k_bias = a->bias;
     a->grid = (sparge_grid){tokens / 60, 6, 10, 0, tokens % 60};
     a->segment_ends[0] = tokens / 3;
     a->segment_ends[1] = tokens / 2;
@@ -130,6 +137,7 @@ static void question_make(question *a, const struct setting *from)
 static void question_free(question *a)
 {
     free(a->state);
+    check_free(a->bias);
     check_free(a->weight);
     check_free(a->top);
     problem_free(&a->x);
@@ -570,8 +578,8 @@ Test(methods, take_the_smallest)
     for (int n = 0; n < count; n++)
         for (int e = 0; e < 5; e++)
             for (int causal = SPARGE_CAUSAL_NONE; causal <= SPARGE_CAUSAL_START; causal++) {
-                const struct setting s = {1, 2,  1,  lengths[e][0],        lengths[e][1], 8,
-                                          3, 16, 16, (sparge_causal)causal};
+                const struct setting s = {1, 2,  1,  lengths[e][0],         lengths[e][1], 8,
+                                          3, 16, 16, (sparge_causal)causal, n % 2 == 0};
                 question a;
                 sparge_plan plan;
                 question_make(&a, &s);
