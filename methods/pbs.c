@@ -65,12 +65,13 @@ static sparge_status make_part(const sparge_head *head)
     sparge_part *part = head->part;
     part->problem.kv_heads = p->heads;
     part->problem.k = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim);
-    part->problem.v = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim_v);
+    if (p->v.data) /* which choosing does not need */
+        part->problem.v = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim_v);
     part->place = sparge_take(&head->plan->memory, keys + 1, sizeof *part->place);
     if (p->k_bias)
         part->problem.k_bias = sparge_take(&head->plan->memory, keys + 1, sizeof(float));
     part->options.causal = SPARGE_CAUSAL_NONE;
-    const bool made = part->problem.k.data && part->problem.v.data && part->place &&
+    const bool made = part->problem.k.data && part->place && (!p->v.data || part->problem.v.data) &&
                       (!p->k_bias || part->problem.k_bias);
     return made ? SPARGE_OK : SPARGE_ERR_MEMORY;
 }
@@ -83,7 +84,8 @@ static void reorder(const sparge_head *head, const int64_t *order, float *k)
     int64_t *place = (int64_t *)(uintptr_t)part->place + head->n * p->k_len;
     float *bias = (float *)(uintptr_t)part->problem.k_bias;
     permute(head, &p->k, order, p->dim, &part->problem.k);
-    permute(head, &p->v, order, p->dim_v, &part->problem.v);
+    if (p->v.data)
+        permute(head, &p->v, order, p->dim_v, &part->problem.v);
     for (int64_t at = 0; at < p->k_len; at++) {
         place[order[at]] = at;
         memcpy(k + at * p->dim, head->k + order[at] * p->dim, (size_t)p->dim * sizeof *k);
