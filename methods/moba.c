@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* moba.c: MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv 2502.13189;
- * github.com/MoonshotAI/MoBA at 61e456b. Small chunks are those of FlashMoBA, "Optimizing Mixture
- * of Block Attention", github.com/mit-han-lab/flash-moba at 39d9ac0.
+ * github.com/MoonshotAI/MoBA at 61e456b. Small chunks are those of FlashMoBA: Optimizing Mixture of
+ * Block Attention, arXiv 2511.11571; github.com/mit-han-lab/flash-moba at 39d9ac0.
  *
  * Keys are cut into chunks. A query's gate for a chunk is its product with the mean key. Each query
  * attends to the chunk that it stands in, as far as causality lets it, and to those earlier chunks
@@ -12,7 +12,7 @@
  * numbers of keys than of queries. The tail is a chunk like the others. Of equal gates the earlier
  * chunk comes first (FlashMoBA's reference takes the later one). Query heads that share keys choose
  * each for itself. If not causal, no chunk is a query's own, as in FlashMoBA. Its convolution of
- * keys is trained and left out. */
+ * keys is trained and left out. multiply_adds leaves out the ranking. */
 #include "methods/entries.h"
 #include "methods/method.h"
 
@@ -73,7 +73,7 @@ const sparge_method sparge_method_moba = {
     .repository = "github.com/MoonshotAI/MoBA",
     .commit = "61e456b",
     .kind = "trained with it, runs without",
-    .evidence = "",
+    .evidence = "equal in f32 in 6639672 of 6639672 chunks of queries",
     .param = {{"topk", 1.0, 0x1p24, 3.0, true, "chunks of a query, its own counted if causal"},
               {"chunk", 1.0, 0x1p24, 128.0, true, "keys of a chunk; the papers have 4096 and 128"}},
     .plan = plan_moba,
