@@ -433,17 +433,18 @@ Test(mask, partial_blocks_are_checked)
         {5, 0, "block (0, 0, 1, 0) of the mask is attended in part after a later one"},
     };
     for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
-        const int64_t first = m.partial_first[table[n].at % 100];
-        const int32_t block = m.partial_block[table[n].at % 100 % 9];
-        if (table[n].at < 100)
-            m.partial_block[table[n].at] = (int32_t)table[n].value;
+        int64_t *const first = table[n].at < 100 ? NULL : &m.partial_first[table[n].at - 100];
+        int32_t *const block = table[n].at < 100 ? &m.partial_block[table[n].at] : NULL;
+        const int64_t before = first ? *first : *block;
+        if (first)
+            *first = table[n].value;
         else
-            m.partial_first[table[n].at - 100] = table[n].value;
+            *block = (int32_t)table[n].value;
         refused(&s, &m, table[n].says);
-        if (table[n].at < 100)
-            m.partial_block[table[n].at] = block;
+        if (first)
+            *first = before;
         else
-            m.partial_first[table[n].at - 100] = first;
+            *block = (int32_t)before;
     }
     sparge_mask_set(&m, 0, 0, 1, 2, false);
     refused(&s, &m, "block (0, 0, 1, 2) of the mask is attended in part and not kept");
