@@ -68,9 +68,12 @@ static float attend(const work *w, int64_t b, int64_t h, int64_t t, float *o)
          s = sparge_mask_row_next(row, s + 1, p->k_len))
         w->key[keys++] = s;
     load(&p->q, b, h, t, 1, p->dim, w->q);
+    const int64_t kv = b * p->kv_heads + h / (p->heads / p->kv_heads);
     float top = -INFINITY, sum = 0.0f;
     for (int64_t n = 0; n < keys; n++) {
         w->score[n] = w->options->softmax_scale * dot(w->q, w->k + w->key[n] * p->dim, p->dim);
+        if (p->k_bias)
+            w->score[n] += p->k_bias[kv * p->k_len + w->key[n]];
         top = fmaxf(top, w->score[n]);
     }
     for (int64_t c = 0; c < p->dim_v; c++)

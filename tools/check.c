@@ -16,6 +16,7 @@
 #include "tools/kept.h"
 #include "tools/mask_file.h"
 #include "tools/places.h"
+#include "tools/plan.h"
 #include "tools/progress.h"
 #include "tools/settle.h"
 
@@ -27,6 +28,7 @@ typedef struct check_args {
 } check_args;
 
 enum { OUTPUT = 512, LSE, MASK, MASK_PAIRS, MAX_WORST };
+enum { CHILDREN = 3 };
 
 static const struct argp_option check_options[] = {
     {"o", OUTPUT, "O", 0, "the kernel's output, with the axes of q: .npy, or 'o' of a .safetensors",
@@ -46,7 +48,10 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
 {
     check_args *a = state->input;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
+    case ARGP_KEY_INIT:
+        for (int n = 0; n < CHILDREN; n++)
+            state->child_inputs[n] = &a->attention;
+        return 0;
     case OUTPUT: a->o = text; return 0;
     case LSE: a->lse = text; return 0;
     case MASK: a->mask = text; return 0;
@@ -57,6 +62,13 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give the files of q, k and v, or one .safetensors of all");
         if (a->mask && a->mask_pairs)
             return options_wrong(state, "--mask says what is kept; leave out --mask-pairs");
+        if ((a->mask || a->mask_pairs) && a->attention.method.method)
+            return options_wrong(state, "--method says what is kept: leave out --%s",
+                                 a->mask ? "mask" : "mask-pairs");
+        if (!isnan(a->attention.density) && !a->mask && !a->mask_pairs &&
+            !a->attention.method.method)
+            return options_wrong(state, "--density is of --method, or of what is predicted beside "
+                                        "--mask: give one of them");
         if (!a->o)
             return options_wrong(state, "give the kernel's output: --o FILE");
         if (a->attention.output)
@@ -68,14 +80,15 @@ static error_t check_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp_child check_children[] = {
-    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {&method_argp, 0, NULL, 0}, {0}};
 static const struct argp check_argp = {
     .options = check_options,
     .parser = check_parser,
     .args_doc = "Q.npy K.npy V.npy --o O\nQKV.safetensors --o O",
     .doc = "Judges another kernel, as JSON on stdout: its o beside attention in double over its "
            "mask and over all keys, and how much attention the mask keeps beside the one that is "
-           "predicted here. Exit status 1 where the worst row is above the bound, or o is not "
+           "predicted here; or beside attention by a method. Exit status 1 where the worst row is "
+           "above the bound, or o is not "
            "finite where it should be, or the other way round.\vWithout --max-worst the bound is "
            "twice the worst row of an honest kernel over the same mask (f32, with P and o rounded "
            "to the type of O), and 1e-5; for the log-sum-exp likewise.",
@@ -93,22 +106,28 @@ typedef struct check {
     given_captures given;
     inputs in;
     settled settled;
-    array_type type;                          /* of O in its file */
-    attended got;                             /* what is judged; its lse may be empty */
-    sparge_mask mask, predicted;              /* no bits where it was dense */
-    array kept, chosen;                       /* the same as arrays */
+    array_type type; /* of O in its file */
+    attended got;    /* what is judged; its lse may be empty */
+    method_choice found;
+    sparge_plan over;      /* what O is measured by: the method's, or of the mask, or dense */
+    sparge_mask predicted; /* what is predicted beside the mask */
+    array kept, chosen;    /* the same as arrays */
     sparge_counts *counts, *predicted_counts; /* of them, [batch][heads] */
-    attended dense, masked;                   /* by the oracle */
-    array foreseen;                           /* its lse over the predicted mask */
+    attended dense, masked; /* by the oracle, of all keys and of what O is measured by */
+    array recalled;         /* its lse over what of that is not pooled */
+    array foreseen;         /* its lse over the predicted mask */
     attended baseline;
 } check;
 
 /* What O and the log-sum-exp are measured by: over the mask where there is one. */
 static bool has_mask(const check *c) { return c->args.mask || c->args.mask_pairs; }
-static const attended *want_of(const check *c) { return has_mask(c) ? &c->masked : &c->dense; }
+static bool is_dense(const check *c) { return !has_mask(c) && !c->found.method; }
+static const attended *want_of(const check *c) { return is_dense(c) ? &c->dense : &c->masked; }
 static const char *want_name(const check *c)
 {
-    return has_mask(c) ? "attention over the mask" : "dense attention";
+    return is_dense(c)   ? "dense attention"
+           : has_mask(c) ? "attention over the mask"
+                         : "attention by the method";
 }
 
 /* ---- The steps, in their order ---- */
@@ -119,33 +138,37 @@ static void read_files(check *c)
     given_file(a, &c->given);
     inputs_read(a, true, &c->in);
     settle(a, c->given.list, &c->in.problem, &c->options, &c->settled);
-    must_sparge(sparge_options_resolve(&c->in.problem, &c->options, &library_error));
+    plan_make(a, c->given.list, &c->in.problem, &c->options, &c->found, &c->over);
     inputs_output(c->args.o, &c->in, &c->got.o, &c->type);
     if (c->args.lse)
         inputs_lse(c->args.lse, &c->in, &c->got.lse);
+    sparge_part *part = &c->over.part[0];
     if (c->args.mask)
-        mask_read(c->args.mask, &c->in.problem, &c->options, &c->mask);
+        mask_read(c->args.mask, &c->in.problem, &c->options, &part->mask);
     if (c->args.mask_pairs)
-        mask_read_pairs(c->args.mask_pairs, &c->in.problem, &c->options, &c->mask);
+        mask_read_pairs(c->args.mask_pairs, &c->in.problem, &c->options, &part->mask);
+    if (!c->found.method)
+        part->predicted = false;
+    must_sparge(sparge_plan_predict(&c->over, &device_executor, &library_error));
 }
 
-/* A mask as an array, and what it keeps. */
-static sparge_counts *count(const check *c, const sparge_mask *mask, array *kept)
+/* What is kept, and beside a mask what is predicted. */
+static void count(check *c)
 {
     const sparge_problem *p = &c->in.problem;
-    sparge_counts *counts =
-        must_alloc((size_t)(p->batch * p->heads), sizeof *counts, "the counters of the heads");
-    mask_array(mask, p, &c->options, kept);
-    must_sparge(sparge_mask_count(mask, p, &c->options, counts, &library_error));
-    return counts;
-}
-
-static void predict(check *c)
-{
-    must_sparge(sparge_mask_alloc(&c->predicted, &c->in.problem, &c->options, &library_error));
-    device_predict(&c->in.problem, &c->options, &c->predicted, NULL);
-    c->counts = count(c, &c->mask, &c->kept);
-    c->predicted_counts = count(c, &c->predicted, &c->chosen);
+    const size_t heads = (size_t)(p->batch * p->heads);
+    static const char what[] = "the counters of the heads";
+    c->counts = must_alloc(heads, sizeof *c->counts, what);
+    must_sparge(sparge_plan_count(&c->over, c->counts, &library_error));
+    if (!has_mask(c))
+        return;
+    must_sparge(sparge_mask_alloc(&c->predicted, p, &c->options, &library_error));
+    device_predict(p, &c->options, &c->predicted, NULL);
+    c->predicted_counts = must_alloc(heads, sizeof *c->predicted_counts, what);
+    must_sparge(
+        sparge_mask_count(&c->predicted, p, &c->options, c->predicted_counts, &library_error));
+    mask_array(&c->over.part[0].mask, p, &c->options, &c->kept);
+    mask_array(&c->predicted, p, &c->options, &c->chosen);
 }
 
 static void attended_alloc(const check *c, array_type type, attended *to)
@@ -153,6 +176,12 @@ static void attended_alloc(const check *c, array_type type, attended *to)
     const sparge_problem *p = &c->in.problem;
     intermediates_alloc("bhqv", type, p, &c->options, &to->o);
     intermediates_alloc("bhq", type, p, &c->options, &to->lse);
+}
+
+static void attended_free(attended *a)
+{
+    array_free(&a->o);
+    array_free(&a->lse);
 }
 
 /* The oracle over a mask; o may be NULL. */
@@ -166,22 +195,36 @@ static void ask(check *c, const sparge_mask *mask, const char *what, double *o, 
     must_sparge(status);
 }
 
+/* An honest kernel over a part. */
+static void be_honest(const sparge_part *part, void *user, double *o, double *lse)
+{
+    const check *c = user;
+    attended got;
+    attended_alloc(c, ARRAY_F32, &got);
+    baseline_attend(&part->problem, &part->options, plan_mask(part), c->type, got.o.data,
+                    got.lse.data);
+    for (int64_t n = 0; n < array_count(&got.o); n++)
+        o[n] = (double)((const float *)got.o.data)[n];
+    for (int64_t n = 0; n < array_count(&got.lse); n++)
+        lse[n] = (double)((const float *)got.lse.data)[n];
+    attended_free(&got);
+}
+
 static void measure(check *c)
 {
-    const sparge_mask *mask = has_mask(c) ? &c->mask : NULL;
-    attended_alloc(c, ARRAY_F32, &c->baseline);
+    array unused;
     attended_alloc(c, ARRAY_F64, &c->dense);
     ask(c, NULL, "dense attention", c->dense.o.data, c->dense.lse.data);
-    if (mask) {
-        attended_alloc(c, ARRAY_F64, &c->masked);
-        ask(c, mask, "attention over the mask", c->masked.o.data, c->masked.lse.data);
+    if (!is_dense(c))
+        plan_oracle(&c->over, want_name(c), &c->masked.o, &c->masked.lse, &c->recalled);
+    if (has_mask(c)) {
         intermediates_alloc("bhq", ARRAY_F64, &c->in.problem, &c->options, &c->foreseen);
         ask(c, &c->predicted, "attention over the predicted mask", NULL, c->foreseen.data);
     }
     progress watch = progress_begin("baseline");
-    progress_watch(&watch, &c->options);
-    baseline_attend(&c->in.problem, &c->options, mask, c->type, c->baseline.o.data,
-                    c->baseline.lse.data);
+    plan_watch(&c->over, &watch);
+    plan_sum(&c->over, be_honest, c, &c->baseline.o, &c->baseline.lse, &unused);
+    array_free(&unused);
     progress_end(&watch);
 }
 
@@ -253,21 +296,37 @@ static void explain(const check *c, const verdict *v, const char *file, const ar
 
 /* ---- The report ---- */
 
-/* The mask beside the predicted one: of all heads, or of one, as views; and their counts. lse: over
- * the mask, over the predicted one, and of dense attention. */
-static json_t *describe_mask(const array lse[3], const array *kept, const array *chosen,
-                             const sparge_counts *counts, const sparge_counts *predicted_counts)
+/* Of head n, or all of it. */
+static array view(const array *x, int axes, int64_t n)
 {
-    const recall given = judge_recall(&lse[0], &lse[2]), predicted = judge_recall(&lse[1], &lse[2]);
-    const mask_difference d = judge_masks(kept, chosen);
-    json_t *json = json_pack("{s:o, s:o, s:o, s:o, s:I, s:I, s:I}", "predicted_recall",
-                             json_number(predicted.share), "predicted_worst_row_recall",
-                             json_number(predicted.worst_row), "density_tokens",
-                             json_number(sparge_density_tokens(counts)), "predicted_density_tokens",
-                             json_number(sparge_density_tokens(predicted_counts)), "pairs",
-                             (json_int_t)counts->pairs, "kept_blocks", (json_int_t)counts->qk_done,
-                             "predicted_kept_blocks", (json_int_t)predicted_counts->qk_done);
-    return json_joined(json_joined(recall_json(&given), json), judge_json(kept, &d));
+    return n < 0 || !x->data ? *x : array_part(x, axes, n);
+}
+
+/* What is kept, and beside a mask what is predicted: of head n, or of all if it is -1. */
+static json_t *describe_mask(const check *c, int64_t n)
+{
+    const int64_t heads = c->in.problem.batch * c->in.problem.heads;
+    const array dense = view(&c->dense.lse, 1, n), recalled = view(&c->recalled, 1, n),
+                foreseen = view(&c->foreseen, 1, n), kept = view(&c->kept, 2, n),
+                chosen = view(&c->chosen, 2, n);
+    const recall given = judge_recall(&recalled, &dense);
+    const sparge_counts counts = n < 0 ? kept_sum(c->counts, heads) : c->counts[n];
+    json_t *json = json_joined(
+        recall_json(&given),
+        json_pack("{s:o, s:I, s:I}", "density_tokens", json_number(sparge_density_tokens(&counts)),
+                  "pairs", (json_int_t)counts.pairs, "kept_blocks", (json_int_t)counts.qk_done));
+    if (!has_mask(c))
+        return json;
+    const recall predicted = judge_recall(&foreseen, &dense);
+    const sparge_counts chosen_counts =
+        n < 0 ? kept_sum(c->predicted_counts, heads) : c->predicted_counts[n];
+    const mask_difference d = judge_masks(&kept, &chosen);
+    json = json_joined(json, json_pack("{s:o, s:o, s:o, s:I}", "predicted_recall",
+                                       json_number(predicted.share), "predicted_worst_row_recall",
+                                       json_number(predicted.worst_row), "predicted_density_tokens",
+                                       json_number(sparge_density_tokens(&chosen_counts)),
+                                       "predicted_kept_blocks", (json_int_t)chosen_counts.qk_done));
+    return json_joined(json, judge_json(&kept, &d));
 }
 
 static json_t *describe_head(const check *c, int64_t n)
@@ -288,17 +347,13 @@ static json_t *describe_head(const check *c, int64_t n)
         const difference d = compare_elements(&lse, &want_lse, 0.0);
         json = json_joined(json, json_pack("{s:o}", "lse_worst", json_number(d.worst)));
     }
-    if (!has_mask(c))
+    if (is_dense(c))
         return json;
     const array all = array_part(&c->dense.o, 2, n);
-    const array lse[3] = {array_part(&c->masked.lse, 1, n), array_part(&c->foreseen, 1, n),
-                          array_part(&c->dense.lse, 1, n)};
-    const array kept = array_part(&c->kept, 2, n), chosen = array_part(&c->chosen, 2, n);
     const comparison dense = compare(&got, &all);
     json = json_joined(json, json_pack("{s:o, s:o}", "dense_l1", json_number(dense.l1),
                                        "dense_worst_row_l1", json_number(dense.worst_row_l1)));
-    return json_joined(json,
-                       describe_mask(lse, &kept, &chosen, &c->counts[n], &c->predicted_counts[n]));
+    return json_joined(json, describe_mask(c, n));
 }
 
 static json_t *describe_heads(const check *c)
@@ -316,12 +371,16 @@ static exit_code report(check *c, file_error *error)
     const bool ok = holds(&o) && holds(&lse);
     json_t *json = json_pack(
         "{s:b, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:s}", "ok", ok, "over",
-        has_mask(c) ? "mask" : "dense", "type", array_type_string(c->type), "batch",
-        (json_int_t)p->batch, "heads", (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads,
-        "q_len", (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim,
-        "dim_v", (json_int_t)p->dim_v, "block_q", (json_int_t)c->options.block_q, "block_k",
-        (json_int_t)c->options.block_k, "causal", sparge_causal_string(c->options.causal));
+        is_dense(c)   ? "dense"
+        : has_mask(c) ? "mask"
+                      : "method",
+        "type", array_type_string(c->type), "batch", (json_int_t)p->batch, "heads",
+        (json_int_t)p->heads, "kv_heads", (json_int_t)p->kv_heads, "q_len", (json_int_t)p->q_len,
+        "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "dim_v", (json_int_t)p->dim_v,
+        "block_q", (json_int_t)c->options.block_q, "block_k", (json_int_t)c->options.block_k,
+        "causal", sparge_causal_string(c->options.causal));
     json = json_joined(json, settled_json(&c->settled));
+    json = json_joined(json, method_json(&c->found));
     json = json_joined(json, compare_json(&o.c, &c->got.o));
     json = json_joined(json, json_pack("{s:o, s:o}", "baseline_worst_row_l1", json_number(o.honest),
                                        "max_worst", json_number(o.bound)));
@@ -333,14 +392,10 @@ static exit_code report(check *c, file_error *error)
         json = json_joined(json,
                            json_pack("{s:o}", "lse", json_joined(errors, compare_counts(&lse.c))));
     }
-    if (has_mask(c)) {
-        const array lses[3] = {c->masked.lse, c->foreseen, c->dense.lse};
+    if (!is_dense(c)) {
         const comparison dense = compare(&c->got.o, &c->dense.o);
-        const sparge_counts counts = kept_sum(c->counts, p->batch * p->heads);
-        const sparge_counts predicted = kept_sum(c->predicted_counts, p->batch * p->heads);
-        json = json_joined(
-            json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o), "mask",
-                            describe_mask(lses, &c->kept, &c->chosen, &counts, &predicted)));
+        json = json_joined(json, json_pack("{s:o, s:o}", "dense", compare_json(&dense, &c->got.o),
+                                           "mask", describe_mask(c, -1)));
     }
     json = json_joined(json, json_pack("{s:o}", "per_head", describe_heads(c)));
     must(print_json(json, error));
@@ -353,12 +408,6 @@ static exit_code report(check *c, file_error *error)
     return ok ? EXIT_FINE : EXIT_DIFFERENT;
 }
 
-static void attended_free(attended *a)
-{
-    array_free(&a->o);
-    array_free(&a->lse);
-}
-
 exit_code check_command(int argc, char **argv, file_error *error)
 {
     static check c;
@@ -366,8 +415,8 @@ exit_code check_command(int argc, char **argv, file_error *error)
     must(attention_parse(&check_argp, argc, argv, &c.args.base, &c.args.attention));
     c.options = c.args.attention.options;
     read_files(&c);
-    if (has_mask(&c))
-        predict(&c);
+    if (!is_dense(&c))
+        count(&c);
     measure(&c);
     const exit_code code = report(&c, error);
     attended_free(&c.got);
@@ -378,8 +427,9 @@ exit_code check_command(int argc, char **argv, file_error *error)
     array_free(&c.chosen);
     free(c.counts);
     free(c.predicted_counts);
+    array_free(&c.recalled);
     array_free(&c.foreseen);
-    sparge_mask_free(&c.mask);
+    sparge_plan_free(&c.over);
     sparge_mask_free(&c.predicted);
     inputs_free(&c.in);
     settled_free(&c.settled);

@@ -175,3 +175,36 @@ double device_attend(const sparge_problem *problem, const sparge_options *option
     result->head_counts = host.head_counts;
     return seconds;
 }
+
+/* ---- Plans ---- */
+
+static double seconds;
+
+double device_seconds(void) { return seconds; }
+
+static sparge_status predict(const sparge_problem *problem, const sparge_options *options,
+                             sparge_mask *mask, const sparge_intermediates *intermediates,
+                             sparge_error *error)
+{
+    (void)error; /* what fails ends the program */
+    seconds += device_predict(problem, options, mask, intermediates);
+    return SPARGE_OK;
+}
+
+static sparge_status attend(const sparge_problem *problem, const sparge_options *options,
+                            const sparge_mask *mask, sparge_result *result, sparge_error *error)
+{
+    (void)error;
+    seconds += device_attend(problem, options, mask, false, result);
+    return SPARGE_OK;
+}
+
+static sparge_status attention(const sparge_problem *problem, const sparge_options *options,
+                               sparge_result *result, sparge_error *error)
+{
+    (void)error;
+    seconds += device_attend(problem, options, NULL, true, result);
+    return SPARGE_OK;
+}
+
+const sparge_executor device_executor = {predict, attend, attention};

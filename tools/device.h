@@ -4,7 +4,7 @@
 #ifndef SPARGE_TOOLS_DEVICE_H
 #define SPARGE_TOOLS_DEVICE_H
 
-#include "sparge.h"
+#include "sparge_methods.h"
 
 /* An array of the host, and where the backend finds it: on cuda memory of its own, else the same.
  * put copies it to the device, get back. What fails here and below ends the program. */
@@ -27,5 +27,9 @@ double device_predict(const sparge_problem *problem, const sparge_options *optio
                       sparge_mask *mask, const sparge_intermediates *intermediates);
 double device_attend(const sparge_problem *problem, const sparge_options *options,
                      const sparge_mask *mask, bool predicts, sparge_result *result);
+
+/* The same for plans, and the seconds of all its calls so far. */
+extern const sparge_executor device_executor;
+double device_seconds(void);
 
 #endif

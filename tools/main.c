@@ -12,6 +12,7 @@ int main(int argc, char **argv)
         {"tune", tune_command, "thresholds for every head, from captures"},
         {"order", order_command, "a token order for images and video"},
         {"bench", bench_command, "how fast attention is here, beside what the machine can do"},
+        {"methods", methods_command, "the methods that --method takes, and their parameters"},
         {"info", info_command, "what is built, and what can run here"},
     };
     static const program sparge = {

@@ -16,10 +16,12 @@
 #include "tools/npy.h"
 #include "tools/picture.h"
 #include "tools/places.h"
+#include "tools/plan.h"
 #include "tools/progress.h"
 #include "tools/settle.h"
 
 enum { MAP_OUT = 512, PAIRS_OUT };
+enum { CHILDREN = 3 };
 
 static const struct argp_option map_options[] = {
     {"map-out", MAP_OUT, "M.npy", 0, "write its numbers too, float64 [B,H,q blocks,k blocks]", 4},
@@ -37,7 +39,10 @@ static error_t map_parser(int key, char *text, struct argp_state *state)
 {
     map_args *a = state->input;
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
+    case ARGP_KEY_INIT:
+        for (int n = 0; n < CHILDREN; n++)
+            state->child_inputs[n] = &a->attention;
+        return 0;
     case MAP_OUT: a->numbers = text; return 0;
     case PAIRS_OUT: a->pairs = text; return 0;
     default: return ARGP_ERR_UNKNOWN;
@@ -45,14 +50,15 @@ static error_t map_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp_child map_children[] = {
-    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {&method_argp, 0, NULL, 0}, {0}};
 static const struct argp map_argp = {
     .options = map_options,
     .parser = map_parser,
     .children = map_children,
     .args_doc =
         "-o MAP.png|svg|pdf Q.npy K.npy [V.npy]\n-o MAP.png QKV.safetensors\n-o MAPS FOLDER",
-    .doc = "A picture of the attention between blocks and of the mask that is predicted for it; "
+    .doc = "A picture of the attention between blocks and of the mask that is predicted for it, "
+           "or of the pairs that a method attends to, not pooled; "
            "with V and --lambda also of what lambda drops.\vOf a folder of captures, as sparge "
            "tune takes it, there is a picture of each file, in a folder too.",
 };
@@ -64,8 +70,10 @@ typedef struct map {
     sparge_options options;
     inputs in;
     settled settled;
-    sparge_mask mask;
-    sparge_counts *counts;          /* [heads] */
+    method_choice found;
+    sparge_plan plan;
+    sparge_mask mask;      /* of the plan, in the caller's order of tokens, without what it pools */
+    sparge_counts *counts; /* [heads] */
     array mass, keep, why, pv_done; /* [batch][heads][q_blocks][k_blocks] f64, u8, u8, f32 */
     array dense, masked;            /* [batch][heads][q_len]: the oracle's lse, and over the mask */
     array o;
@@ -79,8 +87,9 @@ typedef struct map {
 /* Is there a lambda to draw? */
 static bool asks_lambda(const attention_args *a)
 {
-    return a->params || a->options.thresholds.lambda !=
-                            sparge_options_default(a->options.rules).thresholds.lambda;
+    return a->params || a->method.method ||
+           a->options.thresholds.lambda !=
+               sparge_options_default(a->options.rules).thresholds.lambda;
 }
 
 static void check_args(const attention_args *a)
@@ -89,8 +98,10 @@ static void check_args(const attention_args *a)
         fail(EXIT_USAGE, NULL, "map needs %s; see 'sparge map --help'",
              a->files ? "-o, the name of the picture" : "the files of q and k");
     if (a->files == 2 && asks_lambda(a))
-        fail(EXIT_USAGE, NULL, "%s needs the file of v too, to show what lambda drops",
-             a->params ? "--params" : "--lambda");
+        fail(EXIT_USAGE, NULL, "%s needs the file of v too",
+             a->params          ? "--params"
+             : a->method.method ? "--method"
+                                : "--lambda");
 }
 
 static void read_files(map *m)
@@ -105,10 +116,13 @@ static void read_files(map *m)
     inputs_read(a, asks_lambda(a), &m->in);
     mask_pairs_writable(m->args.pairs, &m->in.problem);
     settle(a, m->capture, &m->in.problem, &m->options, &m->settled);
+    plan_make(a, m->capture, &m->in.problem, &m->options, &m->found, &m->plan);
 }
 
+static bool predicts(const map *m) { return plan_is_plain(&m->plan) && m->plan.part[0].predicted; }
+
 /* The picture before there is anything on it: does it fit? */
-static void plan(map *m)
+static void lay_out(map *m)
 {
     const sparge_problem *p = &m->in.problem;
     const sparge_options *o = &m->options;
@@ -121,7 +135,7 @@ static void plan(map *m)
         .block_q = o->block_q,
         .block_k = o->block_k,
     };
-    for (int64_t h = 0; h < p->heads && p->v.data; h++)
+    for (int64_t h = 0; h < p->heads && p->v.data && predicts(m); h++)
         to->lambda |= isfinite((o->per_head ? &o->per_head[h] : &o->thresholds)->lambda);
     int64_t width, height;
     if (!picture_size(to, &width, &height))
@@ -145,6 +159,31 @@ static void ask(map *m, const sparge_mask *mask, const char *what, array *lse, d
     must_sparge(status);
 }
 
+/* The mask of a plan that needs no prediction any more. */
+static void take_mask(map *m)
+{
+    const sparge_problem *p = &m->in.problem;
+    sparge_part *part = &m->plan.part[0];
+    if (plan_is_plain(&m->plan)) {
+        if (!part->mask.bits) /* dense */
+            memset(m->mask.bits, 0xff, (size_t)device_mask_bytes(&m->mask));
+        else {
+            sparge_mask_free(&m->mask);
+            m->mask = part->mask;
+            part->mask = (sparge_mask){0};
+        }
+        return;
+    }
+    array pairs;
+    plan_pairs(&m->plan, &pairs);
+    for (int64_t n = 0; n < array_count(&pairs); n++)
+        ((uint8_t *)pairs.data)[n] &= 1; /* 2 is pooled */
+    sparge_mask_free(&m->mask);
+    must_sparge(sparge_mask_from_pairs(&m->mask, p, &m->options, pairs.data, &library_error));
+    array_free(&pairs);
+    must_sparge(sparge_plan_count(&m->plan, m->counts, &library_error));
+}
+
 static void compute(map *m)
 {
     const sparge_problem *p = &m->in.problem;
@@ -158,7 +197,10 @@ static void compute(map *m)
     const sparge_intermediates predicted = {.why = m->why.data};
     progress watch = progress_begin("lambda");
     progress_watch(&watch, o);
-    device_predict(p, o, &m->mask, &predicted);
+    if (predicts(m))
+        device_predict(p, o, &m->mask, &predicted);
+    else
+        take_mask(m);
     if (m->picture.lambda) {
         intermediates_alloc("bhqv", ARRAY_F32, p, o, &m->o);
         const sparge_intermediates attended = {.pv_done = m->pv_done.data};
@@ -174,13 +216,20 @@ static void compute(map *m)
     ask(m, NULL, "attention map", &m->dense, m->mass.data);
     ask(m, &m->mask, "attention over the mask", &m->masked, NULL);
     mask_array(&m->mask, p, o, &m->keep);
-    if (!m->picture.lambda)
+    if (plan_is_plain(&m->plan) && !m->picture.lambda)
         must_sparge(sparge_mask_count(&m->mask, p, o, m->counts, &library_error));
 }
 
 static void describe_thresholds(const map *m, char text[128])
 {
     const sparge_thresholds *k = &m->options.thresholds;
+    const sparge_method *method = m->found.method;
+    for (int n = method ? snprintf(text, 128, "%s", method->name) : 0, q = 0;
+         method && q < method_params(method) && n < 128; q++)
+        n += snprintf(text + n, (size_t)(128 - n), ", %s %g", method->param[q].name,
+                      m->found.param[q]);
+    if (method)
+        return;
     char tau[32] = "", topk[32] = "", lambda[32] = "";
     if (k->tau != SPARGE_OFF)
         snprintf(tau, sizeof tau, ", τ %g", (double)k->tau);
@@ -262,9 +311,11 @@ static void describe(map *m)
     snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, %s%s",
              causal[o->causal], (long long)o->block_q, (long long)o->block_k, thresholds,
              o->sink ? ", sink" : "");
-    const reasons why = reasons_of(&m->why, p, o);
-    reasons_text(&why, m->reasons);
-    reasons_warn(&why, o, m->args.attention.file[0]);
+    if (predicts(m)) {
+        const reasons why = reasons_of(&m->why, p, o);
+        reasons_text(&why, m->reasons);
+        reasons_warn(&why, o, m->args.attention.file[0]);
+    }
     to->partial = m->mask.partial_first != NULL;
     to->mass = m->mass.data;
     to->done = m->pv_done.data;
@@ -287,7 +338,7 @@ static void write_files(const map *m)
     file = m->args.pairs ? output_open(m->args.pairs, &failure) : NULL;
     must_do(!m->args.pairs || file);
     if (file)
-        mask_write_pairs(output_stream(file), m->args.pairs, &m->mask, &m->in.problem, &m->options);
+        plan_write_pairs(output_stream(file), m->args.pairs, &m->plan, &m->mask);
     file = output_open(path, &failure);
     must_do(file);
     if (fwrite(bytes, 1, size, output_stream(file)) != size)
@@ -301,7 +352,7 @@ static void map_capture(const map_args *args, const capture *c)
     static map m;
     m = (map){.args = *args, .capture = c, .options = args->attention.options};
     read_files(&m);
-    plan(&m);
+    lay_out(&m);
     compute(&m);
     describe(&m);
     write_files(&m);
@@ -315,6 +366,7 @@ static void map_capture(const map_args *args, const capture *c)
     array_free(&m.masked);
     array_free(&m.o);
     sparge_mask_free(&m.mask);
+    sparge_plan_free(&m.plan);
     inputs_free(&m.in);
     settled_free(&m.settled);
 }

@@ -389,6 +389,7 @@ static error_t attention_parser(int key, char *text, struct argp_state *state)
             .options = sparge_options_default(a->rules),
             .rules = a->rules,
             .layer = -1,
+            .density = NAN,
         };
         state->child_inputs[0] = a;
         return 0;

@@ -5,7 +5,7 @@
 
 #include <argp.h>
 
-#include "tools/program.h"
+#include "tools/method.h"
 
 /* ---- For every command ------------------------------------------------------------------ */
 
@@ -73,7 +73,9 @@ enum {
     OPT_LAYOUT, /* words */
     OPT_LAYER,
     OPT_IGNORE_MANIFEST,
-    OPT_PARAMS,  /* of manifest_argp and params_argp */
+    OPT_PARAMS, /* of manifest_argp and params_argp */
+    OPT_METHOD,
+    OPT_DENSITY, /* of method_argp */
     OPT_COMMAND, /* the first of a command's own */
 };
 
@@ -101,6 +103,9 @@ typedef struct attention_args {
     const char *params; /* thresholds for every head */
     int64_t layer;      /* -1: not given */
     bool ignore_manifest;
+    /* Of method_argp: */
+    method_choice method;
+    double density;     /* NaN: not asked for */
     sparge_rules rules; /* while parsing */
 } attention_args;
 
@@ -119,8 +124,9 @@ error_t options_refuse(struct argp_state *state, option_set given, const options
  * parent sets the input to its defaults. */
 extern const struct argp attention_argp, thresholds_argp;
 
-/* Beside them, of the same input: --layer and --ignore-manifest; and those with --params. */
-extern const struct argp manifest_argp, params_argp;
+/* Beside them, of the same input: --layer and --ignore-manifest; those with --params; and --method
+ * with --density. */
+extern const struct argp manifest_argp, params_argp, method_argp;
 
 /* As options_parse, where `args` is what attention_argp fills in: --rules counts from the start,
  * wherever it stands. */

@@ -55,6 +55,7 @@ exit_code map_command(int argc, char **argv, file_error *error);
 exit_code info_command(int argc, char **argv, file_error *error);
 exit_code order_command(int argc, char **argv, file_error *error);
 exit_code tune_command(int argc, char **argv, file_error *error);
+exit_code methods_command(int argc, char **argv, file_error *error);
 exit_code bench_command(int argc, char **argv, file_error *error);
 
 /* ---- How they fail: what does not succeed ends the program with one line ---- */

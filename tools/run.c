@@ -1,12 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* run.c: sparge run: attention over files. */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include "sparge_mask.h"
-#include "tools/density.h"
 #include "tools/device.h"
 #include "tools/mask_file.h"
 #include "tools/npy.h"
@@ -19,7 +16,6 @@ enum {
     MASK,
     MASK_PAIRS,
     MASK_ONLY,
-    DENSITY,
     MASK_OUT,
     PAIRS_OUT,
     LSE_OUT,
@@ -36,8 +32,6 @@ static const struct argp_option run_options[] = {
      "blocks may be attended in part; of --params the lambdas hold",
      1},
     {"mask-pairs", MASK_PAIRS, "P.npy", 0, "the same by pairs of tokens, [B,H,queries,keys]", 1},
-    {"density", DENSITY, "X", 0,
-     "the tau, one for all heads, that keeps this share of the visible token pairs", 1},
     {"mask-only", MASK_ONLY, 0, 0, "no attention: the mask and what it keeps; v is not needed", 1},
     {"mask-out", MASK_OUT, "M", 0, "write the mask, in a form that --mask takes", 4},
     {"pairs-out", PAIRS_OUT, "P.npy", 0, "write which visible pairs of tokens it keeps", 4},
@@ -51,15 +45,20 @@ static const struct argp_option run_options[] = {
 
 static const options_conflict conflicts[] = {
     {DENSE,
-     {MASK, MASK_PAIRS, MASK_ONLY, DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK},
+     {MASK, MASK_PAIRS, MASK_ONLY, OPT_DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK},
      "keeps every block"},
-    {MASK, {MASK_PAIRS, DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
-    {MASK_PAIRS, {DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
+    {MASK, {MASK_PAIRS, OPT_DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
+    {MASK_PAIRS, {OPT_DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
     {MASK_ONLY,
      {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK_DTYPE, OPT_PV_DTYPE, OPT_KERNEL},
      "computes no attention"},
-    {DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK}, "finds tau"},
+    {OPT_METHOD, {DENSE, MASK, MASK_PAIRS}, "says what is kept"},
 };
+
+/* A method may look at v for its mask. */
+static bool needs_no_v(const run_args *a) { return a->mask_only && !a->attention.method.method; }
+
+enum { CHILDREN = 3 };
 
 static error_t run_parser(int key, char *text, struct argp_state *state)
 {
@@ -68,19 +67,21 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
     if (key >= OPT_COMMAND && key < RUN_END)
         shared->given |= option_bit(key);
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = shared; return 0;
+    case ARGP_KEY_INIT:
+        for (int n = 0; n < CHILDREN; n++)
+            state->child_inputs[n] = shared;
+        return 0;
     case DENSE: a->dense = true; return 0;
     case MASK: a->mask = text; return 0;
     case MASK_PAIRS: a->mask_pairs = text; return 0;
     case MASK_ONLY: a->mask_only = true; return 0;
-    case DENSITY: return options_real(state, "--density", text, 0.0, 1.0, &a->density);
     case MASK_OUT: a->mask_out = text; return 0;
     case PAIRS_OUT: a->pairs_out = text; return 0;
     case LSE_OUT: a->lse_out = text; return 0;
     case INTERMEDIATES: a->intermediates = text; return 0;
     case CHECK: a->check = true; return 0;
     case ARGP_KEY_END:
-        if (shared->files == 0 || (shared->files == 2 && !a->mask_only))
+        if (shared->files == 0 || (shared->files == 2 && !needs_no_v(a)))
             return options_wrong(
                 state,
                 "give the files of q, k and v, or one .safetensors of all, or a folder of those");
@@ -91,7 +92,7 @@ static error_t run_parser(int key, char *text, struct argp_state *state)
 }
 
 static const struct argp_child run_children[] = {
-    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {0}};
+    {&attention_argp, 0, NULL, 0}, {&params_argp, 0, NULL, 0}, {&method_argp, 0, NULL, 0}, {0}};
 static const struct argp run_argp = {
     .options = run_options,
     .parser = run_parser,
@@ -102,8 +103,6 @@ static const struct argp run_argp = {
     .children = run_children,
 };
 
-static const sparge_mask *mask_of(const run *r) { return r->args.dense ? NULL : &r->mask; }
-
 /* ---- The steps, in their order ---- */
 
 /* Refuses an output that would replace an input. */
@@ -111,6 +110,29 @@ static void spare(const run *r, const char *output)
 {
     must(inputs_spare(output, (const char *[]){r->args.mask, r->args.mask_pairs}, 2, &failure));
     settle_spare(&r->args.attention, r->capture, output);
+}
+
+/* The plan, of which the mask may be given. */
+static void plan(run *r)
+{
+    const run_args *a = &r->args;
+    const sparge_problem *p = &r->in.problem;
+    plan_make(&a->attention, r->capture, p, &r->options, &r->found, &r->plan);
+    sparge_part *part = &r->plan.part[0];
+    if (a->mask)
+        mask_read(a->mask, p, &r->options, &part->mask);
+    if (a->mask_pairs)
+        mask_read_pairs(a->mask_pairs, p, &r->options, &part->mask);
+    if (a->dense || run_mask(a))
+        part->predicted = false;
+    r->predicts = plan_is_plain(&r->plan) && part->predicted;
+    if (plan_is_plain(&r->plan))
+        mask_writable(a->mask_out, &part->mask);
+    else if (a->mask_out || a->intermediates)
+        fail(EXIT_USAGE, NULL,
+             "%s: the plan of %s has several parts, or tokens in another order; --pairs-out writes "
+             "which pairs it attends to",
+             a->mask_out ? "--mask-out" : "--intermediates", r->found.method->name);
 }
 
 static void read_files(run *r)
@@ -125,14 +147,9 @@ static void read_files(run *r)
         intermediates_path(r->args.intermediates, n, path);
         spare(r, path);
     }
-    inputs_read(a, !r->args.mask_only, &r->in);
+    inputs_read(a, !needs_no_v(&r->args), &r->in);
     settle(a, r->capture, &r->in.problem, &r->options, &r->settled);
-    must_sparge(sparge_options_resolve(&r->in.problem, &r->options, &library_error));
-    if (r->args.mask)
-        mask_read(r->args.mask, &r->in.problem, &r->options, &r->mask);
-    if (r->args.mask_pairs)
-        mask_read_pairs(r->args.mask_pairs, &r->in.problem, &r->options, &r->mask);
-    mask_writable(r->args.mask_out, &r->mask);
+    plan(r);
     mask_pairs_writable(r->args.pairs_out, &r->in.problem);
     const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], run_mask(&r->args)};
     memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
@@ -151,16 +168,15 @@ static output_file *open_file(const char *path)
 static void open_files(run *r)
 {
     const sparge_problem *p = &r->in.problem;
-    const bool predicts = run_predicts(&r->args);
     intermediate_arrays *d = &r->intermediates;
     r->o_file = open_file(r->args.attention.output);
     r->mask_file = open_file(r->args.mask_out);
     r->pairs_file = open_file(r->args.pairs_out);
     r->lse_file = open_file(r->args.lse_out);
     if (r->args.intermediates) {
-        intermediates_make(d, p, &r->options, predicts, !r->args.mask_only);
+        intermediates_make(d, p, &r->options, r->predicts, !r->args.mask_only);
         intermediates_open(d, r->args.intermediates);
-    } else if (predicts)
+    } else if (r->predicts)
         intermediates_make_one(d, INTERMEDIATE_WHY, p, &r->options);
 }
 
@@ -174,11 +190,12 @@ static void attend(run *r)
     r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32,
                                p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v};
     r->result.lse = r->args.lse_out ? r->lse.data : NULL;
-    r->result.mask = run_predicts(&r->args) ? &r->mask : NULL;
-    r->result.intermediates = &r->intermediates.intermediates;
+    r->result.intermediates = plan_is_plain(&r->plan) ? &r->intermediates.intermediates : NULL;
     progress watch = progress_begin("attention");
-    progress_watch(&watch, &r->options);
-    r->seconds = device_attend(p, &r->options, mask_of(r), run_predicts(&r->args), &r->result);
+    plan_watch(&r->plan, &watch);
+    const double before = device_seconds();
+    must_sparge(sparge_plan_run(&r->plan, &device_executor, &r->result, &library_error));
+    r->seconds = device_seconds() - before;
     progress_end(&watch);
 }
 
@@ -186,28 +203,31 @@ static void predict(run *r)
 {
     progress watch = progress_begin("prediction");
     progress_watch(&watch, &r->options);
-    if (run_predicts(&r->args))
-        r->seconds =
-            device_predict(&r->in.problem, &r->options, &r->mask, &r->intermediates.intermediates);
+    if (r->predicts)
+        r->seconds = device_predict(&r->in.problem, &r->options, r->result.mask,
+                                    &r->intermediates.intermediates);
     progress_end(&watch);
     r->result.seconds_predict = r->seconds;
 }
 
-/* The mask, and attention unless it is not wanted. */
+/* The masks, and attention unless it is not wanted. */
 static void compute(run *r)
 {
     const sparge_problem *p = &r->in.problem;
     const int64_t heads = p->batch * p->heads;
-    array *mask = &r->intermediates.array[INTERMEDIATE_MASK];
+    sparge_mask predicted = {0};
     r->result.head_counts =
         must_alloc((size_t)heads, sizeof(sparge_counts), "the counters of the heads");
-    if (run_predicts(&r->args))
-        must_sparge(sparge_mask_alloc(&r->mask, p, &r->options, &library_error));
+    if (r->predicts) {
+        must_sparge(sparge_mask_alloc(&predicted, p, &r->options, &library_error));
+        r->result.mask = &predicted;
+    }
     (r->args.mask_only ? predict : attend)(r);
-    mask_array(mask_of(r), p, &r->options, mask);
+    r->result.mask = NULL;
+    if (r->predicts)
+        r->plan.part[0].mask = predicted;
     if (r->args.mask_only) {
-        must_sparge(
-            sparge_mask_count(&r->mask, p, &r->options, r->result.head_counts, &library_error));
+        must_sparge(sparge_plan_count(&r->plan, r->result.head_counts, &library_error));
         r->result.counts = kept_sum(r->result.head_counts, heads);
     }
 }
@@ -228,48 +248,47 @@ static void write_files(run *r)
         array_free(&shaped);
     }
     must_have(r->args.mask_only || array_to_f32(o, &failure));
+    const sparge_mask *mask = plan_mask(&r->plan.part[0]);
     if (r->mask_file)
-        mask_write(output_stream(r->mask_file), r->args.mask_out, mask_of(r), p, &r->options);
+        mask_write(output_stream(r->mask_file), r->args.mask_out, mask, p, &r->options);
+    if (r->args.intermediates)
+        mask_array(mask, p, &r->options, &r->intermediates.array[INTERMEDIATE_MASK]);
     if (r->pairs_file)
-        mask_write_pairs(output_stream(r->pairs_file), r->args.pairs_out, mask_of(r), p,
-                         &r->options);
+        plan_write_pairs(output_stream(r->pairs_file), r->args.pairs_out, &r->plan, mask);
     write_file(r->lse_file, r->args.lse_out, &r->lse);
     intermediates_write(&r->intermediates);
 }
 
-/* The oracle over a mask: its lse, and how far o is from it, where there is an o. */
-static void measure(run *r, const sparge_mask *mask, const char *what, comparison *to, array *lse)
+/* The oracle over a plan: how far o is from it, where there is an o, and the lse over what is kept.
+ */
+static void measure(const run *r, sparge_plan *over, const char *what, comparison *to, array *kept)
 {
-    const sparge_problem *p = &r->in.problem;
-    array want = {0};
-    intermediates_alloc("bhq", ARRAY_F64, p, &r->options, lse);
-    if (!r->args.mask_only)
-        intermediates_alloc("bhqv", ARRAY_F64, p, &r->options, &want);
-    progress watch = progress_begin(what);
-    progress_watch(&watch, &r->options);
-    const sparge_status status = sparge_oracle(p, &r->options, mask, SPARGE_ORACLE_REAL, want.data,
-                                               lse->data, NULL, &library_error);
-    progress_end(&watch);
-    must_sparge(status);
+    array want = {0}, lse;
+    plan_oracle(over, what, r->args.mask_only ? NULL : &want, &lse, kept);
     if (want.data)
         *to = compare(&r->intermediates.array[INTERMEDIATE_O], &want);
     array_free(&want);
+    array_free(&lse);
 }
 
 static void check(run *r)
 {
-    const int64_t heads = r->in.problem.batch * r->in.problem.heads;
+    const sparge_problem *p = &r->in.problem;
+    const int64_t heads = p->batch * p->heads;
+    sparge_plan all = {.problem = *p, .options = r->options, .parts = 1};
     array dense, over = {0};
-    measure(r, NULL, "check", &r->real, &dense);
+    all.part[0] = (sparge_part){.problem = *p, .options = r->options};
+    measure(r, &all, "check", &r->real, &dense);
     r->masked = r->real;
-    if (mask_of(r))
-        measure(r, mask_of(r), "check of the mask", &r->masked, &over);
-    const array *masked = mask_of(r) ? &over : &dense;
-    r->recall = judge_recall(masked, &dense);
+    const bool whole = plan_is_plain(&r->plan) && !plan_mask(&r->plan.part[0]);
+    if (!whole)
+        measure(r, &r->plan, "check of the mask", &r->masked, &over);
+    const array *kept = whole ? &dense : &over;
+    r->recall = judge_recall(kept, &dense);
     r->head_recall = must_alloc((size_t)heads, sizeof *r->head_recall, "the recall of the heads");
     for (int64_t n = 0; n < heads; n++) {
-        const array one = array_part(masked, 1, n), all = array_part(&dense, 1, n);
-        r->head_recall[n] = judge_recall(&one, &all);
+        const array one = array_part(kept, 1, n), every = array_part(&dense, 1, n);
+        r->head_recall[n] = judge_recall(&one, &every);
     }
     array_free(&dense);
     array_free(&over);
@@ -293,8 +312,6 @@ static void run_capture(const run_args *args, const capture *c, json_t *rows)
     static run r;
     r = (run){.args = *args, .capture = c, .options = args->attention.options, .rows = rows};
     read_files(&r);
-    if (!isnan(r.args.density))
-        density_find(&r.in.problem, &r.options, r.args.density);
     open_files(&r);
     compute(&r);
     write_files(&r);
@@ -305,7 +322,7 @@ static void run_capture(const run_args *args, const capture *c, json_t *rows)
     intermediates_tidy(&r.intermediates);
     intermediates_free(&r.intermediates);
     array_free(&r.lse);
-    sparge_mask_free(&r.mask);
+    sparge_plan_free(&r.plan);
     inputs_free(&r.in);
     free(r.result.head_counts);
     free(r.head_recall);
@@ -338,7 +355,7 @@ static void run_listed(const run_args *args, const capture *c, json_t *rows)
 exit_code run_command(int argc, char **argv, file_error *error)
 {
     static given_captures given;
-    run_args args = {.base = {error}, .density = NAN};
+    run_args args = {.base = {error}};
     const attention_args *a = &args.attention;
     must(attention_parse(&run_argp, argc, argv, &args.base, &args.attention));
     given_find(a, &given);

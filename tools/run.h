@@ -9,13 +9,13 @@
 #include "tools/intermediates.h"
 #include "tools/judge.h"
 #include "tools/kept.h"
+#include "tools/plan.h"
 #include "tools/settle.h"
 
 typedef struct run_args {
     options_base base;
     attention_args attention;
     const char *mask, *mask_pairs, *mask_out, *pairs_out, *lse_out, *intermediates;
-    double density; /* NaN: not asked for */
     bool dense, mask_only, check;
 } run_args;
 
@@ -24,11 +24,13 @@ enum { RUN_INPUTS = 4 }; /* files of q, k and v, and of a mask */
 typedef struct run {
     run_args args;
     const capture *capture;
-    sparge_options options; /* as resolved */
+    sparge_options options; /* as resolved; of the first part of the plan */
     char sha256[RUN_INPUTS][SHA256_TEXT];
     inputs in;
     settled settled;
-    sparge_mask mask; /* no bits when dense */
+    method_choice found;
+    sparge_plan plan; /* predicted after compute */
+    bool predicts; /* the mask of its one part is predicted, and not given, dense or a method's */
     intermediate_arrays
         intermediates; /* of the mask, o and the reasons too when there is no --intermediates */
     array lse;
@@ -39,12 +41,6 @@ typedef struct run {
     recall recall, *head_recall; /* [heads] */
     json_t *rows;                /* of a folder of captures; NULL: there is but one */
 } run;
-
-/* Was the mask predicted, and not given or dense? */
-static inline bool run_predicts(const run_args *a)
-{
-    return !a->dense && !a->mask && !a->mask_pairs;
-}
 
 /* The file of the mask, of blocks or of pairs; NULL: it is not given. */
 static inline const char *run_mask(const run_args *a) { return a->mask ? a->mask : a->mask_pairs; }

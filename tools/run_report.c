@@ -28,16 +28,17 @@ static json_t *describe_files(const run *r)
                   ok ? list : NULL, "mask", file_json(run_mask(&r->args), r->sha256[3]));
     if (!ok)
         json_decref(list);
-    return json_joined(json, settled_json(&r->settled));
+    return json_joined(json_joined(json, settled_json(&r->settled)), method_json(&r->found));
 }
 
 /* Thresholds that every head has, and that played a part; of those of each head the file tells. */
 static json_t *describe_thresholds(const run *r)
 {
-    json_t *json = json_joined(thresholds_json(&r->options.thresholds),
-                               json_pack("{s:o}", "density", json_number(r->args.density)));
+    json_t *json =
+        json_joined(thresholds_json(&r->options.thresholds),
+                    json_pack("{s:o}", "density", json_number(r->args.attention.density)));
     static const char *const of_prediction[] = {"theta", "tau", "topk"};
-    for (int n = 0; n < 3 && json && (r->options.per_head || !run_predicts(&r->args)); n++)
+    for (int n = 0; n < 3 && json && (r->options.per_head || !r->predicts); n++)
         json_object_set_new(json, of_prediction[n], json_null());
     if (json && r->options.per_head)
         json_object_set_new(json, "lambda", json_null());
@@ -103,19 +104,29 @@ static json_t *describe_recall(const run *r)
                                  "worst_row_recall_per_head", per_head(r, worst_recall_of)));
 }
 
+/* Of what dense attention takes. */
+static double predict_multiply_adds(const run *r)
+{
+    const sparge_problem *p = &r->in.problem;
+    return r->found.method ? r->plan.multiply_adds /
+                                 ((double)r->result.counts.tokens * (double)(p->dim + p->dim_v))
+                           : NAN;
+}
+
 static json_t *describe_kept(const run *r)
 {
     const sparge_counts *c = &r->result.counts;
-    json_t *json = json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "pairs",
+    json_t *json = json_pack("{s:I, s:I, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "pairs",
                              (json_int_t)c->pairs, "kept_blocks", (json_int_t)c->qk_done,
                              "density_tokens", json_number(sparge_density_tokens(c)),
-                             "density_blocks", json_number(sparge_density_blocks(c)), "sparsity",
-                             json_number(sparge_sparsity(c)), "sparsity_qk",
+                             "density_blocks", json_number(sparge_density_blocks(c)),
+                             "predict_multiply_adds", json_number(predict_multiply_adds(r)),
+                             "sparsity", json_number(sparge_sparsity(c)), "sparsity_qk",
                              json_number(sparge_sparsity_qk(c)), "sparsity_pv",
                              json_number(sparge_sparsity_pv(c)), "density_tokens_per_head",
                              per_head(r, tokens_of), "density_blocks_per_head",
                              per_head(r, blocks_of), "sparsity_per_head", per_head(r, sparsity_of));
-    if (!run_predicts(&r->args))
+    if (!r->predicts)
         return json_joined(json, json_pack("{s:n, s:n}", "kept_by", "kept_by_alone"));
     const reasons why =
         reasons_of(&r->intermediates.array[INTERMEDIATE_WHY], &r->in.problem, &r->options);
@@ -174,7 +185,7 @@ json_t *run_json(const run *r)
 
 void run_warn(const run *r)
 {
-    if (run_predicts(&r->args)) {
+    if (r->predicts) {
         const reasons why =
             reasons_of(&r->intermediates.array[INTERMEDIATE_WHY], &r->in.problem, &r->options);
         reasons_warn(&why, &r->options, r->args.attention.file[0]);

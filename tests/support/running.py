@@ -43,7 +43,7 @@ def hinted(x):
     for row in x["files"] if isinstance(x.get("files"), list) else [x]:
         kept = row.get("kept_by") or {}
         most = max(HINTS, key=lambda reason: kept.get(reason, 0))
-        if 2 * kept.get(most, 0) > row.get("pairs", 0) and not row["params"]:
+        if 2 * kept.get(most, 0) > row.get("pairs", 0) and "file" not in (row["params"] or ()):
             words.append((f"{100 * kept[most] / row['pairs']:.0f} % {HINT}", HINTS[most]))
     return words
 

@@ -87,12 +87,13 @@ def random(seed, *shape):
 EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
-    "schema version inputs mask manifest params backend isa qk_isa pv_isa threads kernel rules "
-    "qk_dtype pv_dtype block_q block_k skip_rows "
+    "schema version inputs mask manifest params method backend isa qk_isa pv_isa threads kernel "
+    "rules qk_dtype pv_dtype block_q block_k skip_rows "
     "causal smooth_k sink softmax_scale theta tau topk lambda density"
 ).split() + SIZES + (
-    "pairs kept_blocks density_tokens density_blocks sparsity sparsity_qk sparsity_pv "
-    "density_tokens_per_head density_blocks_per_head sparsity_per_head kept_by kept_by_alone "
+    "pairs kept_blocks density_tokens density_blocks predict_multiply_adds sparsity "
+    "sparsity_qk sparsity_pv density_tokens_per_head density_blocks_per_head sparsity_per_head "
+    "kept_by kept_by_alone "
     "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops "
     "tops_executed"
 ).split()
@@ -745,7 +746,7 @@ def test_check_nonfinite():
 
 JUDGED = (
     "ok over type batch heads kv_heads q_len k_len dim dim_v block_q block_k causal manifest "
-    "params l1 "
+    "params method l1 "
     "worst_row_l1 worst_row cosine rmse").split() + COUNTS + (
         "first_nan_got first_nan_want first_nan_apart first_nonfinite_apart "
         "baseline_worst_row_l1 max_worst").split()
@@ -1113,6 +1114,206 @@ def test_density():
     nothing = save("nothing.npy", np.zeros((1, 1, 0, q.shape[-1]), np.float32))
     wrong(USAGE, "no query sees a key", "run", nothing, nothing, "--mask-only", "--density", 0.5)
     wrong(USAGE, "--density is 1.5", "run", *args, "--density", 1.5)
+
+
+# ---- Methods ----------------------------------------------------------------------------------
+
+def of_pairs(qkv, pairs, causal=None):
+    """o over pairs, and the share of its attention that each row keeps."""
+    o, lse = attention(*qkv, causal, pairs, 1, 1)
+    return o, np.exp(lse - attention(*qkv, causal)[1])
+
+
+def test_methods():
+    all_ = json.loads(sparge("methods", "--json")[1])
+    explained("sparge methods", all_)
+    code, table, err = sparge("methods")
+    check(code == FINE and err == "", "as a table", code, err)
+    for m in all_:
+        check(
+            list(m) == "name title paper repository commit class params needs evidence".split() and
+            f"{m['name']}: {m['title']}\n" in table and m["paper"] in table, "a method", m)
+        for x in m["params"]:
+            check(list(x) == "name low high default what".split() and f"{x['name']}=" in table,
+                  "a parameter", x)
+    check([m["name"] for m in all_] == sorted({m["name"] for m in all_}), "by name", all_)
+    by_name = {m["name"]: m for m in all_}
+    names = [p["name"] for p in by_name["spargeattn"]["params"]]
+    check(names == "tau theta topk lambda sink".split() and
+          by_name["spargeattn"]["params"][3]["low"] is None and
+          by_name["window"]["params"][0]["default"] == 1024 and by_name["pisa0"]["needs"] ==
+          ["not_causal"], "what they say", by_name)
+    wrong(USAGE, "takes no file", "methods", "x")
+
+
+def test_method():
+    q, k, v, qkv = files()
+    exact = EXACT[1:]
+    def run(name, *more):
+        return fine("run", *qkv, "--method", name, "-o", "o.npy", "--pairs-out", "p.npy", "--check",
+                    *more)
+    # What is asked for is what is attended to, and what is said of it is so.
+    for causal in None, "end":
+        x = run("window:window=40,sink=3", *exact, *(["--causal"] if causal else []))
+        now, key = np.arange(NQ)[:, None] + NK - NQ, np.arange(NK)
+        seen = visible(NQ, NK, causal)
+        near_ = (np.abs(key - now) < 40) & seen | (key < 3) & seen
+        want = np.broadcast_to(near_, (B, HQ, NQ, NK))
+        o, kept = of_pairs((q, k, v), want, causal)
+        check((np.load("p.npy") == want).all() and np.load("p.npy").dtype == np.uint8, "pairs")
+        near(np.load("o.npy"), o, 1e-5, "o of a window")
+        check(x["method"] == "window" and x["params"] == {"window": 40, "sink": 3}, "what ran", x)
+        check(x["density_tokens"] == round(near_.sum() / seen.sum(), 9) and
+              x["density_tokens_per_head"] == [x["density_tokens"]] * (B * HQ), "density", x)
+        check(abs(x["recall"] - kept.mean()) < 1e-6 and
+              abs(x["worst_row_recall"] - kept.min()) < 1e-6 and
+              np.allclose(x["recall_per_head"], kept.mean(-1).ravel(), atol=1e-6), "recall", x)
+        check(x["mask_worst_row_l1"] < 1e-5 < x["l1"] and x["predict_multiply_adds"] == 0 and
+              x["kept_by"] is x["theta"] is x["density"] is None, "the rest", x)
+    run("window:window=40,sink=3", "--mask-out", "m.safetensors", "--causal", *exact)
+    o = np.load("o.npy")
+    fine("run", *qkv, "--mask", "m.safetensors", "-o", "o.npy", "--causal", *exact)
+    check((np.load("o.npy") == o).all(), "--mask-out, and --mask again")
+    # SpargeAttn is what it is without --method.
+    x = run("spargeattn:theta=0.2,tau=0.7,lambda=-3", "--intermediates", "d")
+    explained("sparge run", x)
+    o, made = np.load("o.npy"), (2 * NQ + 18) * HQ + 2 * NK * HK
+    y = fine("run", *qkv, "--theta", 0.2, "--tau", 0.7, "--lambda", -3, "-o", "o.npy", "--check")
+    check((np.load("o.npy") == o).all() and os.path.exists("d/S_all.npy") and
+          x["params"] == dict(tau=0.7, theta=0.2, topk=-1, sink=0, **{"lambda": -3}), "SpargeAttn")
+    check(abs(x["predict_multiply_adds"] / (B * made * D / (B * HQ * NQ * NK * (D + DV))) - 1) <
+          1e-6, "what prediction takes", x)
+    own = "seconds", "tops", "method", "params", "predict_multiply_adds"
+    same = [n for n in KEYS if not n.startswith(own)]
+    check([x[n] for n in same] == [y[n] for n in same], "and says the same", x, y)
+    run("dense", *exact)
+    o = np.load("o.npy")
+    fine("run", *qkv, *EXACT, "-o", "o.npy")
+    check((np.load("o.npy") == o).all(), "dense is --dense")
+    check(run("xattention", "--causal")["block_k"] == 128, "blocks of its own")
+    # A mask alone.
+    x = fine("run", *qkv, "--method", "random:density=0.3", "--mask-only", "--mask-out", "m.npy")
+    kept = np.load("m.npy")
+    check(x["kept_blocks"] == kept.sum() and x["density_blocks"] == round(kept.mean(), 9), "random",
+          x)
+    wrong(USAGE, "q, k and v", "run", *qkv[:2], "--method", "window", "--mask-only")
+    # A folder.
+    folder_of("f", 1, [(1, 0)])
+    x = fine("run", "f", "--method", "window", "--pairs-out", "pairs")
+    check([y["method"] for y in x["files"]] == ["window"] and
+          os.path.exists("pairs/layer01_0.npy"), "a folder", x)
+
+
+def test_method_of_parts():
+    """Keys that are pooled: what is exact is recall, and the whole is one attention."""
+    q, k, v, qkv = files()
+    name, exact = "pisa0:density=0.3,block=32", EXACT[1:]
+    x = fine("run", *qkv, "--method", name, "-o", "o.npy", "--pairs-out", "p.npy", "--lse-out",
+             "l.npy", "--check", *exact)
+    pairs = np.load("p.npy")
+    kept = of_pairs((q, k, v), pairs == 1)[1]
+    check(set(np.unique(pairs)) == {1, 2} and abs(x["recall"] - kept.mean()) < 1e-6 and
+          abs(x["worst_row_recall"] - kept.min()) < 1e-6, "recall is of what is exact", x)
+    check(x["mask_worst_row_l1"] < 1e-5 < x["l1"], "the arithmetic", x)
+    y = fine("check", *qkv, "--method", name, "--o", "o.npy", "--lse", "l.npy")
+    explained("sparge check", {**y, "params": None})
+    check(y["ok"] and y["over"] == "method" and y["method"] == "pisa0" and
+          y["params"]["block"] == 32 and y["mask"]["recall"] == x["recall"] and
+          y["mask"]["density_tokens"] == x["density_tokens"] and
+          [h["recall"] for h in y["per_head"]] == x["recall_per_head"] and
+          y["dense"]["l1"] == x["l1"], "says what run says", y)
+    save("d.npy", attention(q, k, v)[0].astype(np.float32))
+    fine("check", *qkv, "--method", name, "--o", "d.npy", code=DIFFERENT,
+         says=["attention by the method"])
+    for out in ["--mask-out", "m.npy"], ["--intermediates", "d"]:
+        keeps("o.npy", USAGE, [out[0], "pisa0", "--pairs-out"], "run", *qkv, "--method", name, *out)
+    x = fine("run", *qkv, "--method", name, "--mask-only", "--check")
+    check(x["recall"] == y["mask"]["recall"] and x["tops"] is None, "a mask alone", x)
+    for more in [["--method", name, "--pairs-out", "r.npy"], ["--method", "window:window=50"],
+                 ["--method", "spargeattn:theta=0.2", "--density", 0.6]]:
+        code, out, err = sparge("map", *qkv, "-o", "m.svg", *more)
+        check(code == FINE and out == err == "", "map", more, code, err)
+        with open("m.svg", "rb") as f:
+            check(f.read().startswith(b"<?xml"), "a picture")
+    check((np.load("r.npy") == pairs).all(), "--pairs-out of map")
+
+
+def test_every_method():
+    """What each attends to is what it says, on the whole and in its arithmetic."""
+    q, k, v, qkv = files()
+    for m in json.loads(sparge("methods", "--json")[1]):
+        args = [*qkv, "--method", m["name"], *(["--causal"] if "causal" in m["needs"] else [])]
+        if set(m["needs"]) & {"grid", "segments", "state"}:
+            wrong(UNSUPPORTED, [m["name"], "needs"], "run", *args)
+            continue
+        x = fine("run", *args, "-o", "o.npy", "--pairs-out", "p.npy", "--check", *EXACT[1:])
+        pairs, causal = np.load("p.npy"), "end" if "--causal" in args else None
+        o, kept = of_pairs((q, k, v), pairs == 1, causal)
+        check(abs(x["recall"] - kept.mean()) < 1e-6 and x["mask_worst_row_l1"] < 2e-5, m["name"], x)
+        if not (pairs == 2).any():
+            near(np.load("o.npy"), o, 2e-5, m["name"])
+            check(x["density_tokens"] == round((pairs == 1).sum() / (
+                B * HQ * visible(NQ, NK, causal).sum()), 9), m["name"], "density", x)
+        y = fine("check", *args, "--o", "o.npy")
+        check(y["ok"] and y["mask"]["recall"] == x["recall"], m["name"], "check", y)
+
+
+def test_method_density():
+    q, k, v, qkv = files()
+    args = [*qkv, "--mask-only"]
+    for name, p in ("window:sink=2", "window"), ("random:seed=3", "density"), \
+            ("xattention:block=32", "tau"):
+        for wanted in 0.6, 0.8:
+            x = fine("run", *args, "--causal", "--method", name, "--density", wanted)
+            at, got = x["params"][p], x["density_tokens"]
+            step = [at - 1, at + 1] if p == "window" else [
+                float(np.nextafter(np.float32(at), np.float32(to))) for to in (0, 1)]
+            beside = [fine("run", *args, "--causal", "--method",
+                           f"{name}{',' if ':' in name else ':'}{p}={to!r}")["density_tokens"]
+                      for to in step]
+            check(x["density"] == wanted and all(abs(got - wanted) <= abs(to - wanted)
+                                                 for to in beside), name, "nearest", x, beside)
+    x = fine("run", *args, "--method", "spargeattn:theta=0.2", "--density", 0.5)
+    y = fine("run", *args, "--theta", 0.2, "--density", 0.5)
+    check(x["params"]["tau"] == y["tau"] == x["tau"] and x["kept_by"] == y["kept_by"], "of tau", x)
+    wrong(USAGE, ["--density 0.001 cannot be reached", "window from 1 to 633", "to 1"], "run",
+          *args, "--method", "window", "--density", 0.001)
+
+
+def test_method_usage():
+    q, k, v, qkv = files()
+    capture("c.safetensors", 1)
+    for name, words in [("xatention", "did you mean 'xattention'"), ("", "unknown method"),
+                        ("window:windw=3", ["window has no parameter 'windw'", "mean 'window'"]),
+                        ("window:", "no parameter ''"), ("dense:x=1", "has no parameters"),
+                        ("window:window", "write window=1024"),
+                        ("window:window=", "not a number"), ("window:window=1x", "not a number"),
+                        ("window:window= 1", "not a number"), ("window:window=nan", "[1, "),
+                        ("window:window=0", ["window of window is 0", "[1, "]),
+                        ("window:window=1.5", "whole number"), ("random:density=1.01", "[0, 1]"),
+                        ("window:sink=1,window=2,sink=1", "sink of window is there twice")]:
+        for command in ["run", *qkv], ["map", *qkv, "-o", "m.png"], ["check", *qkv, "--o", "q.npy"]:
+            wrong(USAGE, words, *command, "--method", name)
+    # What does not go together.
+    save("m.npy", np.ones((B, HQ, 3, 6), bool))
+    for other in [["--params", "p.json"], ["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5],
+                  ["--lambda", -3], ["--sink"], ["--dense"], ["--mask", "m.npy"],
+                  ["--mask-pairs", "m.npy"]]:
+        for args in ["--method", "window", *other], [*other, "--method", "window"]:
+            wrong(USAGE, ["--method", f"leave out {other[0]}"], "run", *qkv, *args)
+    for other in ["--mask", "m.npy"], ["--mask-pairs", "m.npy"], ["--sink"]:
+        wrong(USAGE, ["--method", f"leave out {other[0]}"], "check", *qkv, "--o", "q.npy", *other,
+              "--method", "window")
+    wrong(USAGE, "--density", "check", *qkv, "--o", "q.npy", "--density", 0.5)
+    wrong(USAGE, ["--density", "dense has no parameter"], "run", *qkv, "--method", "dense",
+          "--density", 0.5)
+    wrong(USAGE, "--density finds window of window", "run", *qkv, "--method", "window:window=3",
+          "--density", 0.5)
+    # What a method needs.
+    wrong(UNSUPPORTED, ["flexprefill needs causal", "'sparge methods'"], "run", *qkv, "--method",
+          "flexprefill")
+    wrong(UNSUPPORTED, "pisa0 needs attention without causality", "map", *qkv, "-o", "m.png",
+          "--method", "pisa0", "--causal")
 
 
 def test_contradictions():
@@ -1528,17 +1729,16 @@ def test_info_and_help():
     check(sparge("--version") == (0, f"sparge {x['version']}\n", ""), "--version")
     code, out, err = sparge("--help")
     check(
-        code == 0 and err == "" and all(c in out for c in "run diff map order bench info".split()),
-        "--help")
-    for command in "run", "diff", "map", "order", "bench", "info":
+        code == 0 and err == "" and
+        all(c in out for c in "run diff map order bench methods info".split()), "--help")
+    for command in "run", "diff", "map", "order", "bench", "methods", "info":
         code, out, err = sparge(command, "--help")
         check(code == 0 and err == "" and f"sparge {command}" in out, command, "--help", code, err)
     for option in ("--theta --tau --topk --lambda --sink --causal[= --softmax-scale --block-q "
                    "--block-k "
                    "--mask --no-smooth-k --skip-rows --rules --threads --backend --isa --dense "
                    "--mask-pairs --mask-out --pairs-out --qk-dtype --pv-dtype --lse-out "
-                   "--intermediates --check "
-                   "--layout").split():
+                   "--intermediates --check --layout --method --density").split():
         check(option in sparge("run", "--help")[1], "run --help names", option)
     wrong(USAGE, "info", "info", "x")
 
@@ -3028,6 +3228,10 @@ def test_starved():
     ], ["run", x, x, x, "--mask", "m.npy", "--lse-out", "out.npy",
             *tiny], ["run", x, x, x, "--mask", "m.safetensors", "--mask-out", "out.safetensors",
                      "--pairs-out", "out.npy", *tiny],
+                 ["run", x, x, x, "--method", "window:sink=0", "--density", 0.3, "--pairs-out",
+                  "out.npy", "--check", *tiny],
+                 ["check", x, x, x, "--o", "o.npy", "--method", "pisa0:block=16", *tiny],
+                 ["methods", "--json"],
                  ["diff", x, "o.npy"], ["diff", "m.npy", "m.npy"],
                  ["diff", "m.safetensors", "m.safetensors"],
                  ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny
@@ -3042,8 +3246,8 @@ def test_starved():
             if code == MACHINE:
                 check(
                     err.startswith("sparge: ") and err.count("\n") == 1 and
-                    (out == "" or out.endswith("}\n")), args, n, "one line, and nothing by halves",
-                    out, err)
+                    (out == "" or out.endswith(("}\n", "]\n"))), args, n,
+                    "one line, and nothing by halves", out, err)
                 check(left <= {"./out.json"}, args, n, "no file left", left)
             n += 1 if os.environ.get("SPARGE_EXHAUSTIVE") else 1 + n // 8
             for name in left:
