@@ -12,11 +12,25 @@
 #include "tools/kept.h"
 #include "tools/mask_file.h"
 #include "tools/params.h"
+#include "tools/progress.h"
 
 bool ends_with(const char *name, const char *end)
 {
     const size_t length = strlen(name), ending = strlen(end);
     return length > ending && strcmp(name + length - ending, end) == 0;
+}
+
+char *choice_end(char *item)
+{
+    char *comma = strchr(item, ',');
+    const bool method = strchr(item, ':') && (!comma || strchr(item, ':') < comma);
+    while (method && comma) {
+        const char *next = comma + 1;
+        if (strcspn(next, "=") >= strcspn(next, ",:"))
+            break;
+        comma = strchr(next, ',');
+    }
+    return comma;
 }
 
 static exit_code read_thresholds(choice *c, option_set given, const hyper *h, const char *name,
@@ -57,6 +71,23 @@ static exit_code read_mask(choice *c, const hyper *h, file_error *error)
     return EXIT_FILE;
 }
 
+static exit_code read_method(choice *c, const char *text, const hyper *h, file_error *error)
+{
+    file_error why;
+    const exit_code code = method_parse(text, &c->method, &why);
+    c->layers = h->layers;
+    if (code)
+        file_error_set(error, NULL,
+                       "--attention is f32, int8, sparse, a .json of thresholds, a .npy of masks "
+                       "or a method; %s",
+                       why.text);
+    c->state = code ? NULL : calloc((size_t)h->layers, sizeof *c->state);
+    if (code || c->state)
+        return code;
+    file_error_set(error, NULL, "no memory for the state of '%.60s'", text);
+    return EXIT_MACHINE;
+}
+
 exit_code choice_open(const char *text, const attention_args *asked, const hyper *h,
                       const char *name, const char *weights, choice *out, file_error *error)
 {
@@ -72,13 +103,8 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
     } else if (ends_with(text, ".npy")) {
         out->path = text;
         code = read_mask(out, h, error);
-    } else if (strcmp(text, "sparse") != 0) {
-        file_error_set(error, NULL,
-                       "--attention is '%.60s', it must be f32, int8, sparse, a .json of "
-                       "thresholds or a .npy of masks",
-                       text);
-        code = EXIT_USAGE;
-    }
+    } else if (strcmp(text, "sparse") != 0)
+        code = read_method(out, text, h, error);
     if (!code && out->path)
         code = capture_sha256(out->path, out->sha256, error);
     if (code)
@@ -86,10 +112,21 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
     return code;
 }
 
+void choice_begin(const choice *c)
+{
+    for (int64_t layer = 0; c->state && layer < c->layers; layer++) {
+        free(c->state[layer]);
+        c->state[layer] = NULL;
+    }
+}
+
 void choice_free(choice *c)
 {
+    choice_begin(c);
+    free(c->state);
     free(c->thresholds);
     array_free(&c->mask);
+    c->state = NULL;
     c->thresholds = NULL;
 }
 
@@ -110,6 +147,23 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
     return EXIT_FINE;
 }
 
+/* By a plan; making it is a part of the attention, and of its preparation. */
+static void run_method(const choice *c, int64_t layer, const sparge_problem *problem,
+                       sparge_result *result, measured *to)
+{
+    const sparge_context context = {.layer = layer, .state = &c->state[layer]};
+    sparge_plan plan;
+    const double start = progress_clock();
+    const sparge_method *const method = c->method.method;
+    method_must(method, sparge_method_plan(method, problem, &c->options, &context, c->method.param,
+                                           &plan, &library_error));
+    const double made = progress_clock() - start, before = device_seconds();
+    must_sparge(sparge_plan_run(&plan, &device_executor, result, &library_error));
+    to->seconds += made + device_seconds() - before;
+    to->prepare += made;
+    sparge_plan_free(&plan);
+}
+
 exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *problem,
                         const sparge_out *o, measured *to, file_error *error)
 {
@@ -123,9 +177,12 @@ exit_code choice_attend(const choice *c, int64_t layer, const sparge_problem *pr
         must_sparge(sparge_mask_alloc(&mask, problem, &options, &library_error));
         code = take_mask(c, layer, &mask, error);
     }
-    if (!code) {
+    if (c->method.method)
+        run_method(c, layer, problem, &result, to);
+    else if (!code)
         to->seconds += device_attend(problem, &options, c->mask.data ? &mask : NULL,
                                      !c->dense && !c->mask.data, &result);
+    if (!code) {
         to->layer[layer] = result.counts;
         to->prepare += result.seconds_predict + result.seconds_quantize;
         to->isa = result.isa;

@@ -24,7 +24,8 @@ static const struct argp_option lm_options[] = {
     {0, 0, 0, 0, "What is run:", 0},
     {"attention", ATTENTION, "WHICH,...", 0,
      "f32 and int8 are dense, sparse is SpargeAttn with the thresholds below, a .json has tuned "
-     "ones, a .npy masks [layers or 1,H,q blocks,k blocks] (f32,sparse)",
+     "ones, a .npy masks [layers or 1,H,q blocks,k blocks], all else is a method as sparge run "
+     "--method takes it (f32,sparse)",
      0},
     {"length", LENGTH, "N,...", 0, "tokens from the start of each text (all of it)", 0},
     {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)",
@@ -56,7 +57,7 @@ error_t lm_list(struct argp_state *state, const char *name, const char *text, in
 static error_t add_choices(struct argp_state *state, lm_args *a, char *text)
 {
     for (char *item = text; item;) {
-        char *comma = strchr(item, ',');
+        char *comma = choice_end(item);
         if (comma)
             *comma = '\0';
         if (!*item)
@@ -455,6 +456,7 @@ exit_code lm_run(lm *m, const choice *c, const int32_t *token, int64_t tokens, f
     const attender how = {attend, &r};
     const double start = progress_clock();
     m->measured.seconds = m->measured.prepare = 0.0;
+    choice_begin(c);
     const exit_code code = model_run(m->model, token, tokens, &how, hidden, m->error);
     m->seconds = progress_clock() - start;
     m->done += work_of(tokens);

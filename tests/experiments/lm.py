@@ -474,6 +474,22 @@ def test_attentions():
                           "--lambda", -0.1)
     check(row["sparsity"] > row["sparsity_qk"] and (less != some).any(), "lambda", row)
 
+    x = fine("ppl", "m.gguf", "t.npy", "--attention",
+             "dense,spargeattn:tau=0.6,theta=-1,int8,window:sink=0,window=100,f32")["rows"]
+    check([r["attention"] for r in x] == ["dense", "spargeattn:tau=0.6,theta=-1", "int8",
+                                          "window:sink=0,window=100", "f32"], "methods", x)
+    check(x[0]["surprise"] == x[2]["surprise"] and x[1]["sparsity"] > 0.1, "as they are", x)
+    for name, same in ("dense", int8), ("spargeattn:tau=0.6,theta=-1", some):
+        check((logits_of("m.gguf", "t.npy", "--attention", name)[1] == same).all(), name)
+    near = Model(seed=20, interleaved=True, window=100)
+    row, got = logits_of("m.gguf", "t.npy", "--attention", "window:sink=0,window=100", "--qk-dtype",
+                         "f32", "--pv-dtype", "f32")
+    check(apart(got, near.run(token)[0]) < EXACT, "a window", apart(got, near.run(token)[0]))
+    for name, words in [("spars", ["int8", "'spars'", "did you mean"]),
+                        ("window:window=1,sinc=2", ["'sinc'", "did you mean 'sink'"]),
+                        ("window:window=0", ["[1, "])]:
+        wrong(USAGE, words, "ppl", "m.gguf", "t.npy", "--attention", name)
+
     blocks = 5, 10
     for layers in 1, 2:
         save("ones.npy", np.ones((layers, 4, *blocks), bool))
@@ -1518,7 +1534,7 @@ def test_usage():
                         (["--length", 1], ["--length", "[2, "]), (["--length", "5,x"], "'x'"),
                         (["--length", ""], "--length"), (["--length", "5,"], "--length"),
                         (["--length", ",".join(["5"] * 17)], "more than 16"),
-                        (["--attention", "dense"], ["dense", "f32, int8, sparse"]),
+                        (["--attention", "densa"], ["'dense'", "f32, int8, sparse"]),
                         (["--attention", "f32,f32"], ["f32", "twice"]),
                         (["--attention", "f32", "--attention", "f32"], "twice"),
                         (["--attention", ""], "--attention"),

@@ -71,7 +71,7 @@ class Model:
     def __init__(self, seed=1, vocab=600, layers=2, dim=64, hidden=96, heads=4, kv_heads=2,
                  head_dim=16, context=8192, theta=10000.0, eps=1e-5, architecture="llama",
                  tied=False, name="tiny", kinds=None, usual="F32", interleaved=False,
-                 divisors=None):
+                 divisors=None, window=None):
         self.__dict__.update((x, y) for x, y in locals().items() if x != "self")
         self.rng, self.raw, self.w, self.divisor = np.random.default_rng(seed), {}, {}, np.ones(
             head_dim // 2)
@@ -146,6 +146,7 @@ class Model:
         def rope(x):
             return x * cosine + np.concatenate([-x[..., d // 2:], x[..., :d // 2]], -1) * sine
         later = np.triu(np.ones((n, n), bool), 1)
+        later |= np.tril(np.ones((n, n), bool), -(self.window or n))
         for layer in range(self.layers):
             at = f"blk.{layer}."
             h = norm(x, at + "attn_norm.weight")
