@@ -901,6 +901,7 @@ static void is_itself(question *a, sparge_rules rules, const char *name, const d
     const sparge_method *m = sparge_method_find(name);
     a->x.o.backend = rules == SPARGE_RULES_DEFAULT ? SPARGE_AUTO : SPARGE_REF;
     a->x.o.qk_dtype = a->x.o.pv_dtype = SPARGE_INT8;
+    a->x.o.skip_rows = 1; /* so that lambda skips in some row */
     check(sparge_method_plan(m, &a->x.p, &a->x.o, NULL, param, &plan, &error) == SPARGE_OK, "%s",
           error.text);
     o = a->x.o;
