@@ -109,6 +109,7 @@ struct sparge_plan {
     int parts;
     const int64_t *q_order; /* [batch][heads][q_len] which query of the caller stands at each place
                                of every part's q; NULL: itself */
+    double seconds;              /* that making the plan took */
     double multiply_adds;   /* what making the plan took */
     struct sparge_piece *memory; /* of the arrays above */
 };
@@ -127,7 +128,7 @@ struct sparge_executor {
 /* Attends by a plan. An executor of NULL is this library's on ref and cpu. result as of
  * sparge_attend: counts are of all parts, pairs and tokens of the caller's problem; mask and
  * intermediates, which must be NULL in a plan of several parts, are those of the one part. A plan
- * of one part gives what sparge_attend gives. */
+ * of one part gives what sparge_attend gives. seconds_predict has the plan's own seconds too. */
 sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *executor,
                               sparge_result *result, sparge_error *error);
 

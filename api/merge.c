@@ -61,6 +61,13 @@ sparge_status sparge_merge(const sparge_problem *problem, const sparge_partial *
                                     : "o");
     if (parts < 1)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "parts is %d, it must be at least 1", parts);
+    if (problem->batch < 0 || problem->heads < 1 || problem->q_len < 0 || problem->dim_v < 1)
+        return sparge_fail(
+            error, SPARGE_ERR_ARGUMENT,
+            "batch %lld, heads %lld, q_len %lld and dim_v %lld must be at least 0, 1, "
+            "0 and 1",
+            (long long)problem->batch, (long long)problem->heads, (long long)problem->q_len,
+            (long long)problem->dim_v);
     sparge_status status = sparge_check_result(problem, &(sparge_result){.o = *o}, error);
     for (int n = 0; n < parts && !status; n++)
         status = sparge_check_part(problem, &part[n], n, error);

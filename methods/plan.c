@@ -171,16 +171,16 @@ sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *ex
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "backend is cuda, whose arrays are in device memory: give an executor "
                            "that copies");
-    if (is_plain(plan))
-        return run_part(&plan->part[0], run, result, error);
-    if (result->mask || result->intermediates)
+    if (!is_plain(plan) && (result->mask || result->intermediates))
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "result.%s is not NULL, but the plan has other q, k and v than its "
                            "caller, or several parts",
                            result->mask ? "mask" : "intermediates");
     sparge_piece *memory = NULL;
-    const sparge_status status = run_parts(plan, run, result, &memory, error);
+    const sparge_status status = is_plain(plan) ? run_part(&plan->part[0], run, result, error)
+                                                : run_parts(plan, run, result, &memory, error);
     sparge_release(&memory);
+    result->seconds_predict += status ? 0.0 : plan->seconds;
     return sparge_with_message(status, error);
 }
 

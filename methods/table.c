@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/clock.h"
 #include "methods/entries.h"
 #include "methods/method.h"
 #include "sparge_inspect.h"
@@ -97,9 +98,11 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
         status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED, "%s needs %s", method->name, needs);
     if (status)
         return status;
+    const double start = sparge_seconds();
     plan->problem = *problem;
     plan->options = *options;
     status = method->plan(problem, options, context, param, plan, error);
+    plan->seconds = sparge_seconds() - start;
     if (status)
         sparge_plan_free(plan);
     return sparge_with_message(status, error);

@@ -195,7 +195,7 @@ static void attend(run *r)
     plan_watch(&r->plan, &watch);
     const double before = device_seconds();
     must_sparge(sparge_plan_run(&r->plan, &device_executor, &r->result, &library_error));
-    r->seconds = device_seconds() - before;
+    r->seconds = r->plan.seconds + device_seconds() - before;
     progress_end(&watch);
 }
 
@@ -207,6 +207,7 @@ static void predict(run *r)
         r->seconds = device_predict(&r->in.problem, &r->options, r->result.mask,
                                     &r->intermediates.intermediates);
     progress_end(&watch);
+    r->seconds += r->plan.seconds;
     r->result.seconds_predict = r->seconds;
 }
 

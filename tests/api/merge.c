@@ -264,6 +264,7 @@ Test(merge, refused)
     const sparge_problem p = {.batch = 1, .heads = 2, .kv_heads = 1, .q_len = 2, .dim_v = 1};
     const sparge_in in = {o, SPARGE_F32, 4, 2, 1};
     const sparge_out out = {o, SPARGE_F32, 4, 2, 1};
+    const sparge_problem negative = {.batch = 1, .heads = 2, .q_len = -1, .dim_v = 1};
     const sparge_partial sound = {in, lse, 0.0f};
     struct {
         const sparge_problem *p;
@@ -275,6 +276,7 @@ Test(merge, refused)
         {NULL, 2, &out, {sound, sound}, "problem is NULL"},
         {&p, 2, &out, {{{NULL, SPARGE_F32, 0, 0, 0}, NULL, 0.0f}, sound}, "part is NULL"},
         {&p, 2, NULL, {sound, sound}, "o is NULL"},
+        {&negative, 2, &out, {sound, sound}, "batch 1, heads 2, q_len -1 and dim_v 1 must be"},
         {&p, 0, &out, {sound, sound}, "parts is 0, it must be at least 1"},
         {&p, -1, &out, {sound, sound}, "parts is -1, it must be at least 1"},
         {&p, 2, &out, {sound, {in, NULL, 0.0f}}, "part[1].lse is NULL"},

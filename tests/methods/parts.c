@@ -491,6 +491,7 @@ Test(parts, executors_run_all)
             plan.parts = 1;
         }
         plan.part[0].predicted = true;
+        plan.seconds = 1000.0;
         for (refuses = 1; refuses <= 4 + 2 * which; refuses++) {
             sparge_error error = {""};
             sparge_result r = {.o = tensor_out(&a.o)};
@@ -498,6 +499,7 @@ Test(parts, executors_run_all)
             sparge_mask_free(&plan.part[0].mask);
             sparge_status status = sparge_plan_run(&plan, &mine, &r, &error);
             check(status || (attends == which && attentions == 1), "not run");
+            check(status || r.seconds_predict >= plan.seconds, "what the plan took is lost");
             if (!status)
                 status = sparge_plan_predict(&plan, &mine, &error);
             check(status || predicts == 1, "not predicted");
