@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* rows.h: what every kernel does to a row of scores: how many keys it sees, lambda's vote, the
+/* rows.h: what every kernel does to a row of scores: which keys it attends to, lambda's vote, the
  * running maximum, P. The rules themselves are those of common/softmax.h. */
 #ifndef SPARGE_GPU_ROWS_H
 #define SPARGE_GPU_ROWS_H
