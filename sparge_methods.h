@@ -59,7 +59,8 @@ typedef struct sparge_method {
     const char *paper;               /* "arXiv 2503.16428"; "" for our own */
     const char *repository, *commit; /* the authors' code that was read, or "" */
     const char *kind;                /* training-free, yardstick, ... */
-    const char *evidence; /* how its masks were compared with the authors': methods/README.md */
+    const char *evidence; /* how many of its blocks, pairs ... are those of the authors' code:
+                             methods/authors.csv; or "" */
     unsigned needs;       /* of sparge_needs */
     sparge_param param[SPARGE_MAX_PARAMS]; /* the first sets the density, which never falls with
                                               it; a name of NULL ends them */
@@ -109,7 +110,7 @@ struct sparge_plan {
     int parts;
     const int64_t *q_order; /* [batch][heads][q_len] which query of the caller stands at each place
                                of every part's q; NULL: itself */
-    double seconds;              /* that making the plan took */
+    double seconds;         /* that making the plan took */
     double multiply_adds;   /* what making the plan took */
     struct sparge_piece *memory; /* of the arrays above */
 };

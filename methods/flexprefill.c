@@ -198,7 +198,7 @@ const sparge_method sparge_method_flexprefill = {
     .repository = "github.com/ByteDance-Seed/FlexPrefill",
     .commit = "a24b27b",
     .kind = "training-free",
-    .evidence = "equal in f32 in 72192 of 72192 blocks",
+    .evidence = "139264 of 139264 blocks",
     .needs = SPARGE_NEEDS_CAUSAL,
     .param = {{"gamma", 0.0, 1.0, 0.9, false, "mass of keys, of diagonals or of pairs to keep"},
               {"tau", 0.0, 1.0, 0.1, false, "divergence below which means are trusted; 0: never"},

@@ -73,7 +73,7 @@ const sparge_method sparge_method_moba = {
     .repository = "github.com/MoonshotAI/MoBA",
     .commit = "61e456b",
     .kind = "trained with it, runs without",
-    .evidence = "equal in f32 in 6639672 of 6639672 chunks of queries",
+    .evidence = "246760650 of 246760650 pairs, 10859128 of 10859128 chunks",
     .param = {{"topk", 1.0, 0x1p24, 3.0, true, "chunks of a query, its own counted if causal"},
               {"chunk", 1.0, 0x1p24, 128.0, true, "keys of a chunk; the papers have 4096 and 128"}},
     .plan = plan_moba,

@@ -184,7 +184,7 @@ const sparge_method sparge_method_pbs = {
     .repository = "github.com/xinghaow99/pbs-attn",
     .commit = "8ce8e02",
     .kind = "training-free",
-    .evidence = "equal in f32 in 568629664 of 568629664 pairs",
+    .evidence = "197408520 of 197408520 pairs, 121671 of 121856 blocks, 326704 of 326712 places",
     .needs = SPARGE_NEEDS_CAUSAL,
     .param = {{"threshold", 0.0, 1.0, 0.9, false, "mass of the blocks of earlier segments"},
               {"segment", 1.0, 0x1p24, 256.0, true, "keys of a segment, a multiple of block"},

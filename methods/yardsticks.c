@@ -9,7 +9,7 @@
 #include "methods/entries.h"
 #include "methods/method.h"
 
-#define OURS .paper = "", .repository = "", .commit = "", .kind = "yardstick", .evidence = "ours"
+#define OURS .paper = "", .repository = "", .commit = "", .kind = "yardstick", .evidence = ""
 
 /* ---- dense ---- */
 
@@ -129,7 +129,7 @@ const sparge_method sparge_method_window = {
     .repository = "",
     .commit = "",
     .kind = "yardstick",
-    .evidence = "ours",
+    .evidence = "",
     .param = {{"window", 1.0, 0x1p24, 1024.0, true,
                "nearest keys, the query's own counted; on both sides if not causal"},
               {"sink", 0.0, 0x1p24, 4.0, true, "first keys"}},

@@ -62,7 +62,7 @@ static void print(const sparge_method *m)
     for (int n = 0, some = 0; n < NEEDS; n++)
         if (m->needs & needs[n].bit)
             printf("%s%s", some++ ? ", " : "\n  needs: ", needs[n].word);
-    printf("\n  masks: %s\n", m->evidence);
+    printf("%s%s\n", *m->evidence ? "\n  equal to the authors' code: " : "", m->evidence);
     for (int n = 0; n < method_params(m); n++) {
         const sparge_param *q = &m->param[n];
         char range[48];

@@ -5,6 +5,7 @@ What it computes is compared with a float64 attention written here; of everythin
 the exit code, the one line and the folder are looked at. Ends with "N passed, M failed".
 """
 import base64
+import csv
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import zlib
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -28,6 +30,7 @@ from running import (DIFFERENT, FILE, FINE, HINT, MACHINE, UNFINISHED, UNSUPPORT
                      commands_of, explained, full_device, ignored, listing, load_safetensors, read,
                      save, save_safetensors, sha256, stopped, watched, write)
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = os.path.abspath(sys.argv[1])
 sparge, fine, wrong, keeps = commands_of(PROGRAM, "sparge")
 
@@ -1144,6 +1147,38 @@ def test_methods():
           by_name["window"]["params"][0]["default"] == 1024 and by_name["pisa0"]["needs"] ==
           ["not_causal"], "what they say", by_name)
     wrong(USAGE, "takes no file", "methods", "x")
+    page = (ROOT / "methods/README.md").read_text()
+    page = page.split("\n## The methods")[1].split("\n## ")[0]
+    for m in all_:
+        check(method_row(m) in page, "a row of methods/README.md", method_row(m))
+    check(page.count("\n| `") == len(all_), "no row too many")
+
+
+def method_row(m):
+    """As methods/README.md has it."""
+    code = f"{m['repository'].removeprefix('github.com/')} {m['commit']}".strip()
+    params = ", ".join(f"`{p['name']}={p['default']:.6g}`" if p["default"] is not None else
+                       f"`{p['name']}=-inf`" for p in m["params"])
+    return (f"| `{m['name']}` | {m['title']} | {', '.join(x for x in (m['paper'], code) if x)} | "
+            f"{params} | {', '.join(m['needs']).replace('_', ' ')} | {m['evidence']} |\n")
+
+
+def test_authors():
+    """The evidence of a method is the sum of its rows, and a difference has its reason."""
+    sums = {}
+    with open(ROOT / "methods/authors.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            equal, all_ = int(row["equal"]), int(row["all"])
+            check(0 < equal <= all_ and (equal == all_) == (row["difference"] == ""), row)
+            if row["dtype"] == "f32":
+                one = sums.setdefault(row["method"], {}).setdefault(row["unit"], [0, 0])
+                one[0] += equal
+                one[1] += all_
+    for m in json.loads(sparge("methods", "--json")[1]):
+        want = [f"{e} of {a} {unit}" for unit, (e, a) in sums.pop(m["name"], {}).items()]
+        check(sorted(want) == sorted(m["evidence"].split(", ")) if want else
+              " of " not in m["evidence"], m["name"], want, m["evidence"])
+    check(not sums, "methods that are not there", sums)
 
 
 def test_method():
