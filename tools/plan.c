@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "sparge_inspect.h"
+#include "sparge_mask.h"
 #include "tools/device.h"
 #include "tools/intermediates.h"
 #include "tools/mask_file.h"
@@ -52,6 +53,27 @@ static void find(const attention_args *a, const sparge_context *context, const s
     method_must(found->method, status);
 }
 
+void plan_fit(sparge_plan *plan)
+{
+    const sparge_options usual = sparge_options_default(plan->options.rules);
+    for (int n = 0; n < plan->parts; n++) {
+        sparge_part *part = &plan->part[n];
+        sparge_options fit = part->options;
+        sparge_mask mask = {0};
+        fit.block_q = usual.block_q;
+        fit.block_k = usual.block_k;
+        if (fit.backend != SPARGE_CUDA || (part->predicted && !part->mask.bits) ||
+            (fit.block_q == part->options.block_q && fit.block_k == part->options.block_k))
+            continue;
+        if (part->mask.bits)
+            must_sparge(sparge_mask_convert(&part->mask, &part->problem, &part->options, &fit,
+                                            &mask, &library_error));
+        sparge_mask_free(&part->mask);
+        part->mask = mask;
+        part->options = fit;
+    }
+}
+
 void plan_make(const attention_args *a, const capture *c, const sparge_problem *p,
                sparge_options *o, method_choice *found, sparge_plan *out)
 {
@@ -72,6 +94,8 @@ void plan_make(const attention_args *a, const capture *c, const sparge_problem *
         sparge_mask_free(&out->part[0].mask); /* whoever runs it may ask for more than the mask */
     else
         must_sparge(sparge_plan_predict(out, &device_executor, &library_error));
+    if (found->method)
+        plan_fit(out);
     for (int n = 0; n < out->parts; n++) {
         sparge_part *part = &out->part[n];
         part->options.progress = NULL;

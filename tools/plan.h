@@ -13,6 +13,9 @@
 void plan_make(const attention_args *args, const capture *c, const sparge_problem *p,
                sparge_options *o, method_choice *found, sparge_plan *out);
 
+/* On cuda, which has blocks of one size alone, masks are converted to it. */
+void plan_fit(sparge_plan *plan);
+
 /* Is it one call of the caller's q, k and v? NULL for the mask of a part: dense. */
 bool plan_is_plain(const sparge_plan *plan);
 const sparge_mask *plan_mask(const sparge_part *part);

@@ -12,7 +12,7 @@
 #include "tools/kept.h"
 #include "tools/mask_file.h"
 #include "tools/params.h"
-#include "tools/progress.h"
+#include "tools/plan.h"
 
 bool ends_with(const char *name, const char *end)
 {
@@ -147,20 +147,19 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
     return EXIT_FINE;
 }
 
-/* By a plan; making it is a part of the attention, and of its preparation. */
+/* By a plan; making it is a part of the attention, and of its prediction. */
 static void run_method(const choice *c, int64_t layer, const sparge_problem *problem,
                        sparge_result *result, measured *to)
 {
     const sparge_context context = {.layer = layer, .state = &c->state[layer]};
-    sparge_plan plan;
-    const double start = progress_clock();
     const sparge_method *const method = c->method.method;
+    const double before = device_seconds();
+    sparge_plan plan;
     method_must(method, sparge_method_plan(method, problem, &c->options, &context, c->method.param,
                                            &plan, &library_error));
-    const double made = progress_clock() - start, before = device_seconds();
+    plan_fit(&plan);
     must_sparge(sparge_plan_run(&plan, &device_executor, result, &library_error));
-    to->seconds += made + device_seconds() - before;
-    to->prepare += made;
+    to->seconds += plan.seconds + device_seconds() - before;
     sparge_plan_free(&plan);
 }
 

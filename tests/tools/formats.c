@@ -9,6 +9,7 @@
 #include "tools/npy.h"
 #include "tools/output.h"
 #include "tools/params.h"
+#include "tools/plan.h"
 #include "tools/safetensors.h"
 #include "tools/sparge_params.h"
 
@@ -1921,4 +1922,37 @@ Test(formats, judge_two_masks)
     const mask_difference same = judge_masks(&got, &got);
     cr_expect(same.missing == 0 && same.extra == 0 && same.first_missing == -1 &&
               same.first_extra == -1);
+}
+
+/* o and lse of one part, as its number says. */
+static void sum_part(const sparge_part *part, void *user, double *o, double *lse)
+{
+    const bool first = *(int *)user == 0;
+    *(int *)user += 1;
+    cr_expect(part->pooled == !first);
+    for (int t = 0; t < 3; t++) {
+        o[t] = first ? 10.0 * t : 6.0;
+        lse[t] = first ? t : t == 2 ? -(double)INFINITY : t + log(3.0);
+    }
+}
+
+Test(formats, plan_in_another_order)
+{
+    const int64_t order[] = {2, 0, 1};
+    sparge_plan plan = {.problem = {1, 1, 1, 3, 1, 1, 1}, .parts = 2, .q_order = order};
+    plan.part[1].pooled = true;
+    array o, lse, kept;
+    int parts = 0;
+    plan_sum(&plan, sum_part, &parts, &o, &lse, &kept);
+    /* The second part has three times the weight, and no key for the last row, which is query 1. */
+    const double want_o[] = {7.0, 20.0, 4.5}, want_kept[] = {1.0, 2.0, 0.0},
+                 want_lse[] = {1.0 + log(4.0), 2.0, log(4.0)};
+    for (int t = 0; t < 3; t++) {
+        cr_expect(fabs(((double *)o.data)[t] - want_o[t]) < 1e-12, "o of %d", t);
+        cr_expect(fabs(((double *)lse.data)[t] - want_lse[t]) < 1e-12, "lse of %d", t);
+        cr_expect(((double *)kept.data)[t] == want_kept[t], "kept of %d", t);
+    }
+    array_free(&o);
+    array_free(&lse);
+    array_free(&kept);
 }

@@ -406,6 +406,15 @@ def test_cuda():
         check(np.abs(lse - l_ref).max() < 1e-3, args, "lse", np.abs(lse - l_ref).max())
         for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
             check(x[key] == ref[key], args, key, x[key], ref[key])
+    for name in "window:window=50,sink=3", "pisa0:block=32", "xattention:block=64":
+        x, y = (fine("run", *qkv, "--backend", *how, "-o", f"{how[0]}.npy", "--method", name,
+                     "--pairs-out", f"{how[0]}_p.npy", *EXACT[1:])
+                for how in (["cuda", "--kernel", 1], ["ref"]))
+        check(
+            x["backend"] == "cuda" and
+            x["density_tokens_per_head"] == y["density_tokens_per_head"] and
+            (np.load("cuda_p.npy") == np.load("ref_p.npy")).all(), name, x, y)
+        near(np.load("cuda.npy"), np.load("ref.npy"), 1e-5, name)
     x, o = run("cuda", "--kernel", 1, *EXACT)[:2]
     check(x["kernel"] == 1 and x["pv_dtype"] == "f32", "--kernel and --pv-dtype", x)
     near(o, attention(q, k, v)[0], 1e-5, "kernel 1")
