@@ -128,6 +128,28 @@ static bool is_number(const json_t *x)
     return json_is_integer(x) && json_integer_value(x) >= 0 && json_integer_value(x) <= INT32_MAX;
 }
 
+/* T, H and W; and how many tokens of text stand before the grid, or after it. */
+static bool read_grid(const json_t *manifest, sparge_grid *to)
+{
+    const json_t *grid = json_object_get(manifest, "grid"), *side[3],
+                 *text = json_object_get(manifest, "n_text"),
+                 *first = json_object_get(manifest, "text_first");
+    if (!grid || json_is_null(grid))
+        return true;
+    for (size_t n = 0; n < 3; n++) {
+        side[n] = json_array_get(grid, n);
+        if (json_array_size(grid) != 3 || !is_number(side[n]))
+            return false;
+    }
+    if (text && !json_is_null(text) && !is_number(text))
+        return false;
+    const int64_t words = json_integer_value(text);
+    *to = (sparge_grid){json_integer_value(side[0]), json_integer_value(side[1]),
+                        json_integer_value(side[2]), json_is_false(first) ? 0 : words,
+                        json_is_false(first) ? words : 0};
+    return true;
+}
+
 /* Numbers, each once. */
 static bool are_heads(const json_t *heads)
 {
@@ -229,6 +251,8 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
         wrong = "'query_heads' in its manifest is no list of numbers, each once";
     else if (!read_text(entry, "sha256", &sha))
         wrong = "'sha256' in its manifest is no text";
+    else if (!read_grid(manifest, &c->grid))
+        wrong = "'grid' in its manifest is no T, H and W, or 'n_text' no number";
     if (wrong) {
         file_error_set(error, c->path, "%s", wrong);
         return EXIT_FILE;
@@ -241,6 +265,8 @@ static exit_code describe(capture *c, json_t *manifest, const json_t *entry, fil
                     : c->aligned          ? alignment(at)
                                           : SPARGE_CAUSAL_END;
     c->softmax_scale = json_number_value(scale);
+    const json_t *step = json_object_get(entry, "step");
+    c->step = is_number(step) ? json_integer_value(step) : 0;
     if (layer) {
         c->layer = json_integer_value(layer);
         c->layer_named = false;
@@ -427,6 +453,12 @@ exit_code capture_obey(const capture *c, const sparge_problem *p, option_set giv
     else
         return EXIT_FINE;
     return EXIT_FILE;
+}
+
+double capture_tokens(const capture *c)
+{
+    const sparge_grid *g = &c->grid;
+    return (double)g->t * (double)g->h * (double)g->w + (double)(g->text_before + g->text_after);
 }
 
 json_t *capture_json(const capture *c)

@@ -6,6 +6,7 @@
 
 #include <limits.h>
 
+#include "sparge_order.h"
 #include "tools/options.h"
 
 enum { SHA256_TEXT = 65 };
@@ -23,6 +24,8 @@ typedef struct capture {
     int causal;       /* a sparge_causal; END where the manifest does not say which */
     bool aligned;     /* it does */
     double softmax_scale; /* of the scores; 0: not said */
+    sparge_grid grid;     /* of its tokens; no token: not said */
+    int64_t step;         /* of a pipeline; 0: not said */
     json_t *manifest;     /* what the above points into */
     char from[PATH_MAX];  /* its file; empty: there is none beside the capture */
 } capture;
@@ -52,6 +55,9 @@ exit_code capture_layer(const capture *c, int64_t asked, int64_t *layer, file_er
  * file does not hold the heads of the manifest. */
 exit_code capture_obey(const capture *c, const sparge_problem *p, option_set given,
                        sparge_options *o, file_error *error);
+
+/* The tokens of its grid, with text; 0: not said. */
+double capture_tokens(const capture *c);
 
 /* What the manifest says of attention; null: there is none. */
 json_t *capture_json(const capture *c);

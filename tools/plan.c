@@ -77,7 +77,17 @@ void plan_fit(sparge_plan *plan)
 void plan_make(const attention_args *a, const capture *c, const sparge_problem *p,
                sparge_options *o, method_choice *found, sparge_plan *out)
 {
-    const sparge_context context = {.layer = c->layer > 0 ? c->layer : 0};
+    const double tokens = capture_tokens(c);
+    const sparge_context context = {
+        .grid = tokens > 0.0 ? &c->grid : NULL,
+        .layer = c->layer > 0 ? c->layer : 0,
+        .step = c->step,
+    };
+    if (a->method.method && tokens > 0.0 &&
+        (tokens != (double)p->q_len || tokens != (double)p->k_len))
+        fail(EXIT_FILE, c->path,
+             "has %lld queries and %lld keys, 'grid' and 'n_text' of its manifest have %.0f tokens",
+             (long long)p->q_len, (long long)p->k_len, tokens);
     *found = a->method;
     *out = (sparge_plan){.problem = *p, .options = *o, .parts = 1};
     out->part[0] = (sparge_part){.problem = *p, .options = *o, .predicted = true};

@@ -1354,6 +1354,14 @@ def test_method_usage():
     wrong(USAGE, "--density finds window of window", "run", *qkv, "--method", "window:window=3",
           "--density", 0.5)
     # What a method needs.
+    for grid, text, fits in ([4, 8, 8], 0, True), ([4, 8, 7], 32, True), ([4, 8, 8], 1, False):
+        name = folder_of(f"g{text}", 1, [(1, 0)], grid=grid, n_text=text) + "/layer01_0.safetensors"
+        if fits:
+            fine("run", name, "--method", "window")
+        else:
+            wrong(FILE, ["layer01_0", "256 queries", "'grid'", "257 tokens"], "run", name,
+                  "--method", "window")
+            fine("run", name, "--dense")
     wrong(UNSUPPORTED, ["flexprefill needs causal", "'sparge methods'"], "run", *qkv, "--method",
           "flexprefill")
     wrong(UNSUPPORTED, "pisa0 needs attention without causality", "map", *qkv, "-o", "m.png",
@@ -2624,6 +2632,9 @@ def test_manifests():
     for value in 3, [], {}, None, "0", ["0", "1"], [0.0, 1.0], [-1, 0], [0, 1 << 31], [0,
                                                                                        0], [0, [1]]:
         both([file, "'query_heads'"], with_(query_heads=value))
+    for value in 3, {}, [1, 2], [1, 2, 3, 4], [1, 2, -3], [1, 2, 3.0], "1x2x3":
+        both([file, "'grid'"], {**good, "grid": value})
+    both([file, "'n_text'"], {**good, "grid": [1, 2, 3], "n_text": "5"})
     both([file, "2 query heads", "lists 3"], with_(query_heads=[0, 1, 2]))
     both([file, "'sha256'"], with_(sha256=7))
     for value in "", "0" * 64, entry["sha256"][:-1]:
