@@ -96,6 +96,8 @@ typedef struct sparge_ranked {
 
 /* The best first; of equals the lower `at`. */
 void sparge_rank(sparge_ranked *x, int64_t n);
+/* The best so many stand first, in any order. */
+void sparge_rank_best(sparge_ranked *x, int64_t n, int64_t count);
 /* How many of the best have this mass together. crossing: the one that reaches it belongs to them,
  * or else they stay below or at it. */
 int64_t sparge_count_mass(const sparge_ranked *x, int64_t n, double mass, bool crossing);

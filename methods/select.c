@@ -14,6 +14,30 @@ static int best_first(const void *a, const void *b)
 
 void sparge_rank(sparge_ranked *x, int64_t n) { qsort(x, (size_t)n, sizeof *x, best_first); }
 
+static void swap(sparge_ranked *a, sparge_ranked *b)
+{
+    const sparge_ranked x = *a;
+    *a = *b;
+    *b = x;
+}
+
+void sparge_rank_best(sparge_ranked *x, int64_t n, int64_t count)
+{
+    int64_t from = 0, to = n; /* what lies before is of the best, what lies after is not */
+    while (to - from > 1 && from < count && count < to) {
+        swap(&x[from + (to - from) / 2], &x[to - 1]);
+        int64_t end = from; /* of what comes before the last one */
+        for (int64_t e = from; e < to - 1; e++)
+            if (best_first(&x[e], &x[to - 1]) < 0)
+                swap(&x[e], &x[end++]);
+        swap(&x[end], &x[to - 1]);
+        if (end < count)
+            from = end + 1;
+        else
+            to = end;
+    }
+}
+
 int64_t sparge_count_mass(const sparge_ranked *x, int64_t n, double mass, bool crossing)
 {
     double sum = 0.0;

@@ -226,9 +226,9 @@ static sparge_status keep_pairs(const sparge_head *head, sparge_error *error)
             sparge_method_row(head, t, p);
             for (int64_t key = 0; key < visible; key++)
                 x[key] = (sparge_ranked){p[key], key};
-            sparge_rank(x, visible);
             const int64_t count =
                 sparge_min(visible, sparge_topk_count((float)head->param[DENSITY], visible));
+            sparge_rank_best(x, visible, count);
             for (int64_t e = 0; e < count; e++)
                 sparge_mask_row_set(pairs.bits + r * pairs.words, x[e].at);
         }

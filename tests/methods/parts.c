@@ -23,6 +23,25 @@ Test(parts, rank_of_equals_is_by_place)
     sparge_rank(x, 0);
 }
 
+/* The best of any number, beside the whole order. */
+Test(parts, the_best_stand_first)
+{
+    sparge_ranked all[40], x[40];
+    for (int n = 0; n <= 40; n++)
+        for (int count = 0; count <= n; count++) {
+            for (int e = 0; e < n; e++)
+                all[e] = x[e] = (sparge_ranked){(float)((e * 7 + count) % 5), e};
+            sparge_rank(all, n);
+            sparge_rank_best(x, n, count);
+            uint64_t want = 0, got = 0;
+            for (int e = 0; e < count; e++) {
+                want |= (uint64_t)1 << all[e].at;
+                got |= (uint64_t)1 << x[e].at;
+            }
+            check(got == want, "%d of %d", count, n);
+        }
+}
+
 Test(parts, mass_at_its_borders)
 {
     static const sparge_ranked x[] = {{0.5f, 0}, {0.25f, 1}, {0.125f, 2}, {0.125f, 3}, {0.0f, 4}};
