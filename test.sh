@@ -5,7 +5,7 @@
 #   ./test.sh all          everything: dev (gcc), clang, asan (address and undefined sanitizers), tsan
 #                          (threads), and hook; emulated processors and reproducible builds in dev
 #   ./test.sh cpu          the quick tests of a folder, built by gcc: api (of sparge.h), common, ref,
-#                          cpu, gpu, cuda_model, tune, tools, experiments, install, form
+#                          cpu, gpu, cuda_model, methods, tune, tools, experiments, install, form
 #   ./test.sh dev asan     everything in these builds
 #   ./test.sh hook         the recorder of PyTorch models, in an environment with torch; after dev
 #   ./test.sh planted      plants the bugs of tests/planted, which the tests must see; half an hour
@@ -19,7 +19,7 @@ case "${1:-}" in
 esac
 
 builds=(dev clang asan tsan hook)
-folders=(api common ref cpu gpu cuda_model tune tools experiments install form)
+folders=(api common ref cpu gpu cuda_model methods tune tools experiments install form)
 words=" ${builds[*]} ${folders[*]} planted "
 case "$*" in
 "" | all | --deps) ;;
