@@ -33,12 +33,13 @@ sparge_status sparge_mask_from_pairs(sparge_mask *mask, const sparge_problem *pr
                                      const sparge_options *options, const uint8_t *pairs,
                                      sparge_error *error);
 
-/* Writes 1 for each visible pair that is attended and 0 for the others. A mask of NULL is dense. */
+/* Writes 1 for each visible pair that the mask keeps and 0 for the others, whatever k_bias hides. A
+ * mask of NULL is dense. */
 sparge_status sparge_mask_to_pairs(const sparge_mask *mask, const sparge_problem *problem,
                                    const sparge_options *options, uint8_t *pairs,
                                    sparge_error *error);
 
-/* Allocates a mask of the same pairs in the blocks of other options. */
+/* Allocates another mask of the same pairs in the blocks of other options. NULL is dense. */
 sparge_status sparge_mask_convert(const sparge_mask *from, const sparge_problem *problem,
                                   const sparge_options *options, const sparge_options *to_options,
                                   sparge_mask *to, sparge_error *error);

@@ -7,8 +7,10 @@
  *
  *     const sparge_method *method = sparge_method_find("xattention");
  *     sparge_plan plan;
- *     sparge_status status = sparge_method_plan(method, &problem, &options, NULL, NULL, &plan,
- * &error); if (status == SPARGE_OK) status = sparge_plan_run(&plan, NULL, &result, &error);
+ *     sparge_status status =
+ *         sparge_method_plan(method, &problem, &options, NULL, NULL, &plan, &error);
+ *     if (status == SPARGE_OK)
+ *         status = sparge_plan_run(&plan, NULL, &result, &error);
  *     sparge_plan_free(&plan);
  *
  * All arrays are in host memory. A query, key or value that is not finite counts as 0 where a
@@ -73,9 +75,10 @@ const sparge_method *const *sparge_methods(int *count);    /* all, by name */
 const sparge_method *sparge_method_find(const char *name); /* NULL: there is none */
 
 /* Makes a plan. Parameters of NULL are the defaults. context may be NULL. The plan is empty if it
- * fails; SPARGE_ERR_UNSUPPORTED says what the method needs and has not got. The options' backend,
- * dtypes and threads go into the parts; the blocks do where the method has none of its own.
- * `problem`, what it points to and the context must stay until the plan is freed. */
+ * fails; SPARGE_ERR_UNSUPPORTED says what the method needs and has not got. The options go into
+ * the parts, lambda too, but for what the method has of its own: blocks, and rules and thresholds
+ * of SpargeAttn. progress gets 0. `problem`, what it points to and the context must stay until the
+ * plan is freed. */
 sparge_status sparge_method_plan(const sparge_method *method, const sparge_problem *problem,
                                  const sparge_options *options, const sparge_context *context,
                                  const double *param, sparge_plan *plan, sparge_error *error);
@@ -127,9 +130,11 @@ struct sparge_executor {
 };
 
 /* Attends by a plan. An executor of NULL is this library's on ref and cpu. result as of
- * sparge_attend: counts are of all parts, pairs and tokens of the caller's problem; mask and
- * intermediates, which must be NULL in a plan of several parts, are those of the one part. A plan
- * of one part gives what sparge_attend gives. seconds_predict has the plan's own seconds too. */
+ * sparge_attend: counts are of all parts, pairs and tokens of the caller's problem, so that a plan
+ * of several parts, or of keys in another order, may have more of qk_done than of pairs. mask and
+ * intermediates are those of a plan of one part in the caller's order, and must be NULL of others.
+ * A plan of one part gives what sparge_attend gives. progress begins again with each part.
+ * seconds_predict has the plan's own seconds too. */
 sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *executor,
                               sparge_result *result, sparge_error *error);
 
@@ -143,8 +148,8 @@ sparge_status sparge_plan_count(const sparge_plan *plan, sparge_counts *head_cou
                                 sparge_error *error);
 
 /* Writes to pairs[batch][heads][q_len][k_len] how each visible pair is attended: 1 itself, 2 by a
- * key that it is pooled in, 0 not at all. SPARGE_ERR_SHAPE names a pair that is in two parts. Masks
- * must be predicted. */
+ * key that it is pooled in, 0 not at all. Pairs that a bias hides count as if there were none.
+ * SPARGE_ERR_SHAPE names a pair that is in two parts. Masks must be predicted. */
 sparge_status sparge_plan_pairs(const sparge_plan *plan, uint8_t *pairs, sparge_error *error);
 
 void sparge_plan_free(sparge_plan *plan); /* NULL and an empty plan are allowed */

@@ -4,28 +4,9 @@
 #ifndef SPARGE_API_API_H
 #define SPARGE_API_API_H
 
-#include <errno.h>
-
 #include "common/arithmetic.h"
 #include "common/error.h"
 #include "sparge_inspect.h"
-
-/* What a call gives back as it found it. */
-typedef struct sparge_caller {
-    fenv_t arithmetic;
-    int error; /* errno, which a library below may set even where nothing fails */
-} sparge_caller;
-
-/* The default floating-point environment until the block ends, however it is left. */
-#define SPARGE_OWN_ARITHMETIC                               \
-    __attribute__((cleanup(sparge_caller_restore), unused)) \
-    sparge_caller caller = {sparge_arithmetic_begin(), errno}
-
-static inline void sparge_caller_restore(sparge_caller *caller)
-{
-    sparge_arithmetic_end(caller->arithmetic);
-    errno = caller->error;
-}
 
 /* ---- check.c ---- */
 

@@ -357,6 +357,8 @@ sparge_status sparge_mask_convert(const sparge_mask *from, const sparge_problem 
                                   sparge_mask *to, sparge_error *error)
 {
     sparge_status status = check_mask(from, problem, options, "", "", error);
+    if (!status && to && to == from)
+        status = sparge_fail(error, SPARGE_ERR_ARGUMENT, "to is from, it must be another mask");
     if (!status)
         status = sparge_mask_alloc(to, problem, to_options, error);
     if (status)
@@ -391,6 +393,7 @@ sparge_status sparge_mask_count(const sparge_mask *mask, const sparge_problem *p
                                 const sparge_options *options, sparge_counts *head_counts,
                                 sparge_error *error)
 {
+    SPARGE_OWN_ARITHMETIC;
     const sparge_status status =
         check_mask(mask, problem, options, head_counts, "head_counts", error);
     if (status)

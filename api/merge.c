@@ -68,6 +68,12 @@ sparge_status sparge_merge(const sparge_problem *problem, const sparge_partial *
             "0 and 1",
             (long long)problem->batch, (long long)problem->heads, (long long)problem->q_len,
             (long long)problem->dim_v);
+    if (!sparge_fits(sparge_max(1, problem->batch), problem->heads, sparge_max(1, problem->q_len),
+                     problem->dim_v, 8))
+        return sparge_fail(error, SPARGE_ERR_SHAPE,
+                           "batch %lld x heads %lld x tokens %lld x channels %lld overflows",
+                           (long long)problem->batch, (long long)problem->heads,
+                           (long long)problem->q_len, (long long)problem->dim_v);
     sparge_status status = sparge_check_result(problem, &(sparge_result){.o = *o}, error);
     for (int n = 0; n < parts && !status; n++)
         status = sparge_check_part(problem, &part[n], n, error);

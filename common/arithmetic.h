@@ -5,6 +5,7 @@
 #ifndef SPARGE_COMMON_ARITHMETIC_H
 #define SPARGE_COMMON_ARITHMETIC_H
 
+#include <errno.h>
 #include <fenv.h>
 
 static inline fenv_t sparge_arithmetic_begin(void)
@@ -16,5 +17,22 @@ static inline fenv_t sparge_arithmetic_begin(void)
 }
 
 static inline void sparge_arithmetic_end(fenv_t caller) { fesetenv(&caller); }
+
+/* What a public call gives back as it found it. */
+typedef struct sparge_caller {
+    fenv_t arithmetic;
+    int error; /* errno, which a library below may set even where nothing fails */
+} sparge_caller;
+
+/* The default floating-point environment until the block ends, however it is left. */
+#define SPARGE_OWN_ARITHMETIC                               \
+    __attribute__((cleanup(sparge_caller_restore), unused)) \
+    sparge_caller caller = {sparge_arithmetic_begin(), errno}
+
+static inline void sparge_caller_restore(sparge_caller *caller)
+{
+    sparge_arithmetic_end(caller->arithmetic);
+    errno = caller->error;
+}
 
 #endif

@@ -17,6 +17,7 @@
  * - a caller's k_bias weighs the keys of a pooled block, which are n if there is none;
  * - a key or value that is not finite makes what it is pooled in NaN, as attention does.
  * Masks are nested in density. multiply_adds has means as one a number, and leaves ranking out. */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -102,15 +103,18 @@ static void pool(const sparge_problem *p, int64_t block, sparge_problem *to, int
         for (int64_t j = 0; j < to->k_len; j++) {
             const int64_t first = j * block, rows = sparge_block_rows(p->k_len, block, j),
                           b = n / p->kv_heads, h = n % p->kv_heads, at = n * to->k_len + j;
-            double weight[SPARGE_MAX_BLOCK], total = 0.0;
+            const float *b_k = p->k_bias ? p->k_bias + n * p->k_len + first : NULL;
+            double weight[SPARGE_MAX_BLOCK], total = 0.0, top = b_k ? -FLT_MAX : 0.0;
+            for (int64_t r = 0; r < rows && b_k; r++) /* the largest weighs 1, or all might be 0 */
+                top = fmax(top, (double)b_k[r]);
             for (int64_t r = 0; r < rows; r++) {
                 place[n * p->k_len + first + r] = j;
-                weight[r] = p->k_bias ? exp((double)p->k_bias[n * p->k_len + first + r]) : 1.0;
+                weight[r] = b_k ? exp((double)b_k[r] - top) : 1.0;
                 total += weight[r];
             }
             pool_rows(&p->k, b, h, first, rows, p->dim, weight, total, k + at * p->dim);
             pool_rows(&p->v, b, h, first, rows, p->dim_v, weight, total, v + at * p->dim_v);
-            bias[at] = (float)log(total);
+            bias[at] = (float)(log(total) + top);
         }
 }
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/arithmetic.h"
 #include "common/counts.h"
 #include "common/element.h"
 #include "methods/method.h"
@@ -163,6 +164,7 @@ static sparge_status run_parts(const sparge_plan *plan, const sparge_executor *r
 sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *executor,
                               sparge_result *result, sparge_error *error)
 {
+    SPARGE_OWN_ARITHMETIC;
     if (!plan || plan->parts < 1 || !result)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s",
                            !result ? "result is NULL" : "plan is NULL or empty");
@@ -176,6 +178,10 @@ sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *ex
                            "result.%s is not NULL, but the plan has other q, k and v than its "
                            "caller, or several parts",
                            result->mask ? "mask" : "intermediates");
+    if (!is_plain(plan) && ((unsigned)result->o.dtype > SPARGE_BF16 ||
+                            (!result->o.data && plan->problem.batch && plan->problem.q_len)))
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "result.o has no data, or its dtype is not f32, f16 or bf16");
     sparge_piece *memory = NULL;
     const sparge_status status = is_plain(plan) ? run_part(&plan->part[0], run, result, error)
                                                 : run_parts(plan, run, result, &memory, error);

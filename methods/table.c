@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/arithmetic.h"
 #include "common/clock.h"
 #include "methods/entries.h"
 #include "methods/method.h"
@@ -69,10 +70,34 @@ static sparge_status check_params(const sparge_method *m, const double *param, s
     return SPARGE_OK;
 }
 
+/* v, and how large the copies may be that a plan makes of a tensor for each query head: what
+ * sparge_options_resolve does not ask for. */
+static sparge_status check_copies(const sparge_problem *p, sparge_error *error)
+{
+    if (p->v.data && (unsigned)p->v.dtype > SPARGE_BF16)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "v.dtype is %d, it must be one of sparge_dtype", (int)p->v.dtype);
+    if (p->v.data && p->dim_v < 1)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "dim_v is %lld, it must be at least 1",
+                           (long long)p->dim_v);
+    const int64_t size[] = {p->heads, sparge_max(p->dim, sparge_max(p->q_len, p->k_len)),
+                            sparge_max(p->dim, p->v.data ? p->dim_v : 1), sizeof(double)};
+    int64_t bytes = sparge_max(1, p->batch);
+    for (size_t n = 0; n < sizeof size / sizeof *size; n++)
+        if (__builtin_mul_overflow(bytes, sparge_max(1, size[n]), &bytes))
+            return sparge_fail(error, SPARGE_ERR_SHAPE,
+                               "batch %lld x heads %lld x tokens %lld and %lld x channels %lld and "
+                               "%lld overflows",
+                               (long long)p->batch, (long long)p->heads, (long long)p->q_len,
+                               (long long)p->k_len, (long long)p->dim, (long long)p->dim_v);
+    return SPARGE_OK;
+}
+
 sparge_status sparge_method_plan(const sparge_method *method, const sparge_problem *problem,
                                  const sparge_options *options, const sparge_context *context,
                                  const double *param, sparge_plan *plan, sparge_error *error)
 {
+    SPARGE_OWN_ARITHMETIC;
     static const sparge_context nothing;
     if (!plan)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "plan is NULL");
@@ -91,6 +116,8 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
         context = &nothing;
     sparge_options resolved = *options;
     sparge_status status = sparge_options_resolve(problem, &resolved, error);
+    if (!status)
+        status = check_copies(problem, error);
     if (!status)
         status = check_params(method, param, error);
     const char *const needs = lacking(method, options, context);

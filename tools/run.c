@@ -331,7 +331,7 @@ static void run_capture(const run_args *args, const capture *c, json_t *rows)
 }
 
 /* One of a folder: what is beside it is in folders too. A mask that is read in one form is written
- * in it, and one by pairs in the form that holds them. */
+ * in it, and one by pairs or of a method in the form that holds them. */
 static void run_listed(const run_args *args, const capture *c, json_t *rows)
 {
     run_args one = *args;
@@ -339,7 +339,7 @@ static void run_listed(const run_args *args, const capture *c, json_t *rows)
     one.attention.file[0] = c->path;
     const char *form = ".safetensors";
     place_input(&one.mask, c, form, path[0]);
-    if (one.mask ? access(one.mask, F_OK) != 0 : !one.mask_pairs) {
+    if (one.mask ? access(one.mask, F_OK) != 0 : !one.mask_pairs && !one.attention.method.method) {
         form = ".npy";
         one.mask = args->mask;
         place_input(&one.mask, c, form, path[0]);

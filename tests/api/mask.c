@@ -512,6 +512,8 @@ Test(mask, rows_are_set_in_order)
     larger.block_k = 6;
     check_equal(sparge_mask_set_row(&m, p, &larger, 0, 0, 0, all, &error), SPARGE_ERR_SHAPE);
     check_equal(sparge_mask_convert(&m, p, &larger, &s.x.o, &before, &error), SPARGE_ERR_SHAPE);
+    check_equal(sparge_mask_convert(&m, p, &s.x.o, &s.x.o, &m, &error), SPARGE_ERR_ARGUMENT);
+    check(strcmp(error.text, "to is from, it must be another mask") == 0, "%s", error.text);
     check_equal(sparge_mask_to_pairs(NULL, p, &s.x.o, NULL, &error), SPARGE_ERR_ARGUMENT);
     check(strcmp(error.text, "pairs is NULL") == 0, "%s", error.text);
     check_equal(sparge_mask_count(NULL, p, &s.x.o, NULL, &error), SPARGE_ERR_ARGUMENT);

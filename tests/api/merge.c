@@ -298,6 +298,8 @@ Test(merge, refused)
         check_equal(sparge_merge(table[n].p, part, table[n].parts, table[n].o, lse, NULL),
                     SPARGE_ERR_ARGUMENT);
     }
+    const sparge_problem vast = {.batch = 1, .heads = INT64_MAX, .q_len = 2, .dim_v = 1};
+    check_equal(sparge_merge(&vast, &sound, 1, &out, lse, &error), SPARGE_ERR_SHAPE);
     const sparge_out none = {NULL, SPARGE_F32, 4, 2, 1};
     check_equal(sparge_merge(&p, &sound, 1, &none, lse, &error), SPARGE_ERR_ARGUMENT);
     check(strstr(error.text, "o.data is NULL"), "%s", error.text);

@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* parts.c: what methods are made of, piece by piece, and plans made by hand. */
+#include <errno.h>
+#include <fenv.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -718,6 +720,61 @@ Test(parts, bad_calls_of_a_method)
     check(sparge_method_plan(&m, &x.p, &x.o, NULL, NULL, &plan, &error) != SPARGE_OK &&
               strstr(error.text, "dim"),
           "%s", error.text);
+    problem_free(&x);
+}
+
+Test(parts, copies_of_v_and_o_without_data)
+{
+    const sparge_method *const m = sparge_method_find("pisa0");
+    problem x = ask_small(SPARGE_CAUSAL_NONE);
+    sparge_plan plan;
+    sparge_error error;
+    sparge_result nowhere = {.o = {NULL, SPARGE_F32, 0, 0, 0}};
+    check_equal(sparge_method_plan(m, &x.p, &x.o, NULL, NULL, &plan, &error), SPARGE_OK);
+    check_equal(sparge_plan_run(&plan, NULL, &nowhere, &error), SPARGE_ERR_ARGUMENT);
+    check(strstr(error.text, "result.o"), "%s", error.text);
+    sparge_plan_free(&plan);
+    const struct {
+        int64_t dim_v;
+        sparge_dtype dtype;
+        sparge_status status;
+        const char *says;
+    } table[] = {
+        {0, SPARGE_F32, SPARGE_ERR_ARGUMENT, "dim_v is 0, it must be at least 1"},
+        {INT64_MAX, SPARGE_F32, SPARGE_ERR_SHAPE, "overflows"},
+        {5, SPARGE_INT8, SPARGE_ERR_ARGUMENT, "v.dtype is 4, it must be one of sparge_dtype"},
+    };
+    for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
+        x.p.dim_v = table[n].dim_v;
+        x.p.v.dtype = table[n].dtype;
+        check_equal(sparge_method_plan(m, &x.p, &x.o, NULL, NULL, &plan, &error), table[n].status);
+        check(strstr(error.text, table[n].says) && !plan.parts, "%s", error.text);
+    }
+    problem_free(&x);
+}
+
+/* A plan is the same whatever rounding the caller has, who gets it back, and errno too. */
+Test(parts, arithmetic_of_the_caller)
+{
+    problem x = ask_small(SPARGE_CAUSAL_NONE);
+    sparge_plan plan[2];
+    for (int n = 0; n < 2; n++) {
+        fesetround(n ? FE_UPWARD : FE_TONEAREST);
+        errno = 77;
+        const sparge_status status =
+            sparge_method_plan(sparge_method_find("pisa0"), &x.p, &x.o, NULL, NULL, &plan[n], NULL);
+        const int rounding = fegetround(), number = errno;
+        fesetround(FE_TONEAREST);
+        check_equal(status, SPARGE_OK);
+        check_equal(rounding, n ? FE_UPWARD : FE_TONEAREST);
+        check_equal(number, 77);
+    }
+    const sparge_problem *a = &plan[0].part[1].problem, *b = &plan[1].part[1].problem;
+    check(!memcmp(a->k.data, b->k.data,
+                  (size_t)(a->batch * a->kv_heads * a->k_len * a->dim) * sizeof(float)),
+          "mean keys depend on the caller's rounding");
+    sparge_plan_free(&plan[0]);
+    sparge_plan_free(&plan[1]);
     problem_free(&x);
 }
 

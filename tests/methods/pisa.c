@@ -77,4 +77,18 @@ Test(pisa, sums)
     x.p.k_bias = bias;
     sum = exp(1) + exp(3) + 3 * exp(2) + exp(1);
     attends(&x, 0.34, 0, (exp(1) - exp(3) + 3 * exp(2) * 3 + exp(1) * 7) / sum, log(sum));
+
+    check_case("biases that no exponential holds");
+    x.p.v.data = values;
+    x.p.k.data = keys;
+    for (int far = -1000; far <= 1000; far += 2000) {
+        const float all[N] = {(float)far, (float)far, (float)far, (float)far, (float)far};
+        x.p.k_bias = all;
+        sparge_plan plan = hand_plan(&x, "pisa0", (const double[]){0.34, 2, 0}, 3);
+        const sparge_problem *p = &plan.part[1].problem;
+        check_close(p->k_bias[0], far + log(2), 1e-4);
+        check_close(((const float *)p->k.data)[1], 3, 1e-6);
+        check_close(((const float *)p->v.data)[1], 4, 1e-6);
+        sparge_plan_free(&plan);
+    }
 }

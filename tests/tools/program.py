@@ -2857,6 +2857,8 @@ def test_folders():
         check((np.load(f"o/{name}.npy") == np.load("one.npy")).all() and
               os.path.exists(f"l/{name}.npy") and sorted(os.listdir(f"d/{name}"))[0] == "S.npy",
               "outputs", name)
+    fine("run", "caps", "--method", "moba:chunk=32", "--mask-out", "of", *TUNE)
+    check(os.path.exists(f"of/{names[0]}.safetensors"), "masks of a method, of some pairs")
     y = fine("run", "caps", "--mask", "m", *TUNE)
     check([row["sparsity_qk"] for row in x["files"]] == [row["sparsity_qk"] for row in y["files"]],
           "masks are read back")
