@@ -36,9 +36,9 @@ done
 
 # names FILE OPTION...: those that the file defines for others
 names() { nm -P --defined-only "${@:2}" "$1" | awk 'NF > 2 { print $1 }' | sort; }
-# declared HEADER...: the functions of headers, without their comments and those that are inline
+# declared HEADER...: the functions of headers, without comments, those that are inline, and pointers to some
 declared() {
-    "$cc" -E -P -I"$root" "$@" | tr '\n' ' ' | sed 's/static inline [^}]*}//g' | grep -oE '\bsparge_[a-z0-9_]+ ?\(' | tr -d ' (' | sort -u
+    "$cc" -E -P -I"$root" "$@" | tr '\n' ' ' | sed 's/static inline [^}]*}//g' | grep -oE '\bsparge_[a-z0-9_]+ ?\([^*]' | sed 's/ *(.*//' | sort -u
 }
 same() { # WHAT WANTED GOT
     diff <(echo "$2") <(echo "$3") >"$work/diff" || complain "$1: < declared, > there: $(cat "$work/diff")"
