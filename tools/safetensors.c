@@ -192,7 +192,7 @@ bool safetensors_find(const safetensors *t, const char *name, safetensors_place 
     if (!parse_type(from, &out->type))
         return input_fail(in,
                           "key '%.100s': dtype is none of F16, BF16, F32, U8, BOOL and I64; "
-                          "convert it with .float()",
+                          "convert it with .float(), or whole numbers with .long()",
                           name);
     if (!parse_shape(from, &out->rank, out->shape))
         return input_fail(

@@ -642,9 +642,12 @@ def test_mask_files():
     blocks[1, 3, 2, 5] = 0
     index, bits = index[:-1], bits[:-1]
     def tensors(**other):
-        types = {"u": "U8", "b": "BOOL", "i": "I64", "f": "F32"}
+        types = {"u1": "U8", "b1": "BOOL", "i8": "I64", "i4": "I32", "f4": "F32"}
         all_of = {**dict(blocks=blocks, partial_index=index, partial_bits=bits), **other}
-        return {n: (types[x.dtype.kind], x) for n, x in all_of.items() if x is not None}
+        return {
+            n: (types[x.dtype.str[1:]], x.shape, x.tobytes())
+            for n, x in all_of.items() if x is not None
+        }
     def changed(at, to):
         other = index.copy()
         other[at] = to
@@ -666,6 +669,7 @@ def test_mask_files():
         (dict(blocks=blocks[0]), ["blocks is u8 (4, 3, 6)", "four axes"]),
         (dict(blocks=np.ones((B, HQ, 3, 7), np.uint8)), ["(2, 4, 3, 7)", "(2, 4, 3, 6)",
                                                          "128 queries", "64 keys"]),
+        (dict(partial_index=index.astype("i4")), ["'partial_index'", "with .long()"]),
         (dict(partial_index=index.astype("f")), ["partial_index is f32", "i64 (n, 4)"]),
         (dict(partial_index=index[:, :3].copy()), ["partial_index is i64", "i64 (n, 4)"]),
         (dict(partial_bits=bits.astype(bool)), ["partial_bits is bool", "must be u8 (n, "]),
