@@ -36,7 +36,7 @@ done
 
 # names FILE OPTION...: those that the file defines for others
 names() { nm -P --defined-only "${@:2}" "$1" | awk 'NF > 2 { print $1 }' | sort; }
-# declared HEADER...: the functions of headers, without comments, those that are inline, and pointers to some
+# declared HEADER...: the functions of headers, without comments, inline ones and pointers
 declared() {
     "$cc" -E -P -I"$root" "$@" | tr '\n' ' ' | sed 's/static inline [^}]*}//g' | grep -oE '\bsparge_[a-z0-9_]+ ?\([^*]' | sed 's/ *(.*//' | sort -u
 }
