@@ -203,6 +203,6 @@ const sparge_method sparge_method_flexprefill = {
     .param = {{"gamma", 0.0, 1.0, 0.9, false, "mass of keys, of diagonals or of pairs to keep"},
               {"tau", 0.0, 1.0, 0.1, false, "divergence below which means are trusted; 0: never"},
               {"min_budget", 1.0, 0x1p24, 1024.0, true, "keys and diagonals kept at the least"},
-              {"block", 1.0, 1024.0, 128.0, true, "tokens of a block"}},
+              {"block", 1.0, SPARGE_MAX_BLOCK, 128.0, true, "tokens of a block"}},
     .plan = plan_flexprefill,
 };

@@ -182,7 +182,7 @@ const sparge_method sparge_method_pisa0 = {
     .evidence = "79240 of 79240 blocks",
     .needs = SPARGE_NEEDS_NOT_CAUSAL,
     .param = {{"density", 0.0, 1.0, 0.15, false, "share of the key blocks that are exact"},
-              {"block", 1.0, 1024.0, 64.0, true, "tokens of a block"},
+              {"block", 1.0, SPARGE_MAX_BLOCK, 64.0, true, "tokens of a block"},
               {"norm", 0.0, 1.0, 1.0, true, "rank blocks also by how their keys and values vary"}},
     .plan = plan_pisa0,
 };

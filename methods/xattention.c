@@ -122,6 +122,7 @@ const sparge_method sparge_method_xattention = {
     .evidence = "115361 of 118344 blocks",
     .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks to keep"},
               {"stride", 1.0, 64.0, 8.0, true, "tokens of an antidiagonal"},
-              {"block", 1.0, 1024.0, 128.0, true, "tokens of a block, a multiple of stride"}},
+              {"block", 1.0, SPARGE_MAX_BLOCK, 128.0, true,
+               "tokens of a block, a multiple of stride"}},
     .plan = plan_xattention,
 };
