@@ -133,10 +133,13 @@ struct sparge_executor {
  * sparge_attend: counts are of all parts, pairs and tokens of the caller's problem, so that a plan
  * of several parts, or of keys in another order, may have more of qk_done than of pairs. mask and
  * intermediates are those of a plan of one part in the caller's order, and must be NULL of others.
- * A plan of one part gives what sparge_attend gives. progress begins again with each part.
- * seconds_predict has the plan's own seconds too. */
+ * A plan of one part gives what sparge_attend gives. seconds_predict has the plan's own seconds
+ * too. */
 sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *executor,
                               sparge_result *result, sparge_error *error);
+
+/* Is the plan one call of the caller's own q, k and v, in their order? */
+bool sparge_plan_is_plain(const sparge_plan *plan);
 
 /* Predicts the masks that the plan leaves to be predicted; lambda still holds. */
 sparge_status sparge_plan_predict(sparge_plan *plan, const sparge_executor *executor,

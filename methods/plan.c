@@ -49,16 +49,34 @@ static const sparge_mask *mask_of(const sparge_part *part)
     return part->mask.bits ? &part->mask : NULL;
 }
 
-static sparge_status run_part(const sparge_part *part, const sparge_executor *run,
-                              sparge_result *result, sparge_error *error)
+/* One of several parts, to which each is an equal share of the work. */
+typedef struct share {
+    const sparge_options *options;
+    int part, parts;
+} share;
+
+static bool tell(void *user, double done)
 {
-    return part->predicted && !part->mask.bits
-               ? run->attention(&part->problem, &part->options, result, error)
-               : run->attend(&part->problem, &part->options, mask_of(part), result, error);
+    const share *s = user;
+    return s->options->progress(s->options->user, (s->part + done) / s->parts);
 }
 
-/* Is it a call of the caller's q, k and v? */
-static bool is_plain(const sparge_plan *plan)
+static sparge_status run_part(const sparge_plan *plan, int n, const sparge_executor *run,
+                              sparge_result *result, sparge_error *error)
+{
+    const sparge_part *part = &plan->part[n];
+    share s = {&part->options, n, plan->parts};
+    sparge_options o = part->options;
+    if (o.progress) {
+        o.progress = tell;
+        o.user = &s;
+    }
+    return part->predicted && !part->mask.bits
+               ? run->attention(&part->problem, &o, result, error)
+               : run->attend(&part->problem, &o, mask_of(part), result, error);
+}
+
+bool sparge_plan_is_plain(const sparge_plan *plan)
 {
     return plan->parts == 1 && !plan->q_order && !plan->part[0].place && !plan->part[0].pooled;
 }
@@ -117,7 +135,7 @@ static sparge_status run_parts(const sparge_plan *plan, const sparge_executor *r
         now.head_counts = sparge_take(memory, heads + 1, sizeof *now.head_counts);
         if (!now.o.data || !now.lse || !now.head_counts)
             return SPARGE_ERR_MEMORY;
-        const sparge_status status = run_part(&plan->part[n], run, &now, error);
+        const sparge_status status = run_part(plan, n, run, &now, error);
         if (status)
             return status;
         done[n] = (sparge_partial){
@@ -173,18 +191,20 @@ sparge_status sparge_plan_run(const sparge_plan *plan, const sparge_executor *ex
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "backend is cuda, whose arrays are in device memory: give an executor "
                            "that copies");
-    if (!is_plain(plan) && (result->mask || result->intermediates))
+    if (!sparge_plan_is_plain(plan) && (result->mask || result->intermediates))
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "result.%s is not NULL, but the plan has other q, k and v than its "
                            "caller, or several parts",
                            result->mask ? "mask" : "intermediates");
-    if (!is_plain(plan) && ((unsigned)result->o.dtype > SPARGE_BF16 ||
-                            (!result->o.data && plan->problem.batch && plan->problem.q_len)))
+    if (!sparge_plan_is_plain(plan) &&
+        ((unsigned)result->o.dtype > SPARGE_BF16 ||
+         (!result->o.data && plan->problem.batch && plan->problem.q_len)))
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "result.o has no data, or its dtype is not f32, f16 or bf16");
     sparge_piece *memory = NULL;
-    const sparge_status status = is_plain(plan) ? run_part(&plan->part[0], run, result, error)
-                                                : run_parts(plan, run, result, &memory, error);
+    const sparge_status status = sparge_plan_is_plain(plan)
+                                     ? run_part(plan, 0, run, result, error)
+                                     : run_parts(plan, run, result, &memory, error);
     sparge_release(&memory);
     result->seconds_predict += status ? 0.0 : plan->seconds;
     return sparge_with_message(status, error);
@@ -267,8 +287,10 @@ static sparge_status add_row(const sparge_plan *plan, int part_n, int64_t n, int
                 continue;
             if (to[key])
                 return sparge_fail(error, SPARGE_ERR_SHAPE,
-                                   "query %lld of head %lld attends to key %lld in two parts",
-                                   (long long)t, (long long)n, (long long)key);
+                                   "query %lld of batch %lld, head %lld attends to key %lld in two "
+                                   "parts",
+                                   (long long)t, (long long)(n / p->heads),
+                                   (long long)(n % p->heads), (long long)key);
             to[key] = part->pooled ? 2 : 1;
         }
     }

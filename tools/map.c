@@ -119,7 +119,10 @@ static void read_files(map *m)
     plan_make(a, m->capture, &m->in.problem, &m->options, &m->found, &m->plan);
 }
 
-static bool predicts(const map *m) { return plan_is_plain(&m->plan) && m->plan.part[0].predicted; }
+static bool predicts(const map *m)
+{
+    return sparge_plan_is_plain(&m->plan) && m->plan.part[0].predicted;
+}
 
 /* The picture before there is anything on it: does it fit? */
 static void lay_out(map *m)
@@ -164,7 +167,7 @@ static void take_mask(map *m)
 {
     const sparge_problem *p = &m->in.problem;
     sparge_part *part = &m->plan.part[0];
-    if (plan_is_plain(&m->plan)) {
+    if (sparge_plan_is_plain(&m->plan)) {
         if (!part->mask.bits) /* dense */
             memset(m->mask.bits, 0xff, (size_t)device_mask_bytes(&m->mask));
         else {
@@ -216,7 +219,7 @@ static void compute(map *m)
     ask(m, NULL, "attention map", &m->dense, m->mass.data);
     ask(m, &m->mask, "attention over the mask", &m->masked, NULL);
     mask_array(&m->mask, p, o, &m->keep);
-    if (plan_is_plain(&m->plan) && !m->picture.lambda)
+    if (sparge_plan_is_plain(&m->plan) && !m->picture.lambda)
         must_sparge(sparge_mask_count(&m->mask, p, o, m->counts, &library_error));
 }
 

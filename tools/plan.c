@@ -15,11 +15,6 @@
 
 /* ---- Making ---- */
 
-bool plan_is_plain(const sparge_plan *plan)
-{
-    return plan->parts == 1 && !plan->q_order && !plan->part[0].place && !plan->part[0].pooled;
-}
-
 const sparge_mask *plan_mask(const sparge_part *part)
 {
     return part->mask.bits ? &part->mask : NULL;
@@ -100,7 +95,7 @@ void plan_make(const attention_args *a, const capture *c, const sparge_problem *
                                                       out, &library_error));
     if (!a->method.method)
         found->method = NULL;
-    if (plan_is_plain(out) && out->part[0].predicted)
+    if (sparge_plan_is_plain(out) && out->part[0].predicted)
         sparge_mask_free(&out->part[0].mask); /* whoever runs it may ask for more than the mask */
     else
         must_sparge(sparge_plan_predict(out, &device_executor, &library_error));
@@ -126,7 +121,7 @@ void plan_write_pairs(FILE *stream, const char *path, const sparge_plan *plan,
                       const sparge_mask *mask)
 {
     array pairs;
-    if (plan_is_plain(plan)) {
+    if (sparge_plan_is_plain(plan)) {
         mask_write_pairs(stream, path, mask, &plan->problem, &plan->part[0].options);
         return;
     }

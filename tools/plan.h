@@ -16,8 +16,7 @@ void plan_make(const attention_args *args, const capture *c, const sparge_proble
 /* On cuda, which has blocks of one size alone, masks are converted to it. */
 void plan_fit(sparge_plan *plan);
 
-/* Is it one call of the caller's q, k and v? NULL for the mask of a part: dense. */
-bool plan_is_plain(const sparge_plan *plan);
+/* The mask of a part; NULL: dense. */
 const sparge_mask *plan_mask(const sparge_part *part);
 
 /* How its pairs are attended, as sparge_plan_pairs says; and the same as a file. mask: of a plan

@@ -125,8 +125,8 @@ static void plan(run *r)
         mask_read_pairs(a->mask_pairs, p, &r->options, &part->mask);
     if (a->dense || run_mask(a))
         part->predicted = false;
-    r->predicts = plan_is_plain(&r->plan) && part->predicted;
-    if (plan_is_plain(&r->plan))
+    r->predicts = sparge_plan_is_plain(&r->plan) && part->predicted;
+    if (sparge_plan_is_plain(&r->plan))
         mask_writable(a->mask_out, &part->mask);
     else if (a->mask_out || a->intermediates)
         fail(EXIT_USAGE, NULL,
@@ -190,7 +190,8 @@ static void attend(run *r)
     r->result.o = (sparge_out){o->data, half ? SPARGE_F16 : SPARGE_F32,
                                p->heads * p->q_len * p->dim_v, p->q_len * p->dim_v, p->dim_v};
     r->result.lse = r->args.lse_out ? r->lse.data : NULL;
-    r->result.intermediates = plan_is_plain(&r->plan) ? &r->intermediates.intermediates : NULL;
+    r->result.intermediates =
+        sparge_plan_is_plain(&r->plan) ? &r->intermediates.intermediates : NULL;
     progress watch = progress_begin("attention");
     plan_watch(&r->plan, &watch);
     const double before = device_seconds();
@@ -281,7 +282,7 @@ static void check(run *r)
     all.part[0] = (sparge_part){.problem = *p, .options = r->options};
     measure(r, &all, "check", &r->real, &dense);
     r->masked = r->real;
-    const bool whole = plan_is_plain(&r->plan) && !plan_mask(&r->plan.part[0]);
+    const bool whole = sparge_plan_is_plain(&r->plan) && !plan_mask(&r->plan.part[0]);
     if (!whole)
         measure(r, &r->plan, "check of the mask", &r->masked, &over);
     const array *kept = whole ? &dense : &over;

@@ -415,6 +415,34 @@ Test(parts, two_parts_are_merged)
     problem_free(&x);
 }
 
+/* What progress was told last, and whether it ever fell. */
+typedef struct shares {
+    double last;
+    bool fell;
+} shares;
+
+static bool note(void *user, double done)
+{
+    shares *s = user;
+    s->fell |= done < s->last;
+    s->last = done;
+    return true;
+}
+
+Test(parts, progress_goes_through_all_parts)
+{
+    problem x = ask_small(SPARGE_CAUSAL_NONE);
+    shares s = {0.0, false};
+    x.o.progress = note;
+    x.o.user = &s;
+    sparge_plan plan = halves(&x, 20, 20);
+    answer got = run_to(&x, &plan, SPARGE_F32, PACKED);
+    check(!s.fell && s.last > 0.75 && s.last <= 1.0, "%g", s.last);
+    answer_free(&got);
+    sparge_plan_free(&plan);
+    problem_free(&x);
+}
+
 Test(parts, a_pair_in_two_parts_is_an_error)
 {
     problem x = ask_small(SPARGE_CAUSAL_NONE);
@@ -422,7 +450,8 @@ Test(parts, a_pair_in_two_parts_is_an_error)
     sparge_error error;
     uint8_t *pairs = check_alloc(8 * 37 * 53);
     check_equal(sparge_plan_pairs(&plan, pairs, &error), SPARGE_ERR_SHAPE);
-    check(strstr(error.text, "query 0 of head 0 attends to key 20 in two parts"), "%s", error.text);
+    check(strstr(error.text, "query 0 of batch 0, head 0 attends to key 20 in two parts"), "%s",
+          error.text);
     check_free(pairs);
     sparge_plan_free(&plan);
     problem_free(&x);
