@@ -66,12 +66,12 @@ typedef struct sparge_method {
     unsigned needs;       /* of sparge_needs */
     sparge_param param[SPARGE_MAX_PARAMS]; /* the first sets the density, which never falls with
                                               it; a name of NULL ends them */
-    sparge_status (*plan)(const sparge_problem *problem, const sparge_options *options,
-                          const sparge_context *context, const double *param, sparge_plan *plan,
+    /* Fills in the parts of a plan whose problem and options are the caller's, checked. */
+    sparge_status (*plan)(sparge_plan *plan, const sparge_context *context, const double *param,
                           sparge_error *error);
 } sparge_method;
 
-const sparge_method *const *sparge_methods(int *count);    /* all, by name */
+const sparge_method *const *sparge_methods(int *count);    /* all, by name; how many */
 const sparge_method *sparge_method_find(const char *name); /* NULL: there is none */
 
 /* Makes a plan. Parameters of NULL are the defaults. context may be NULL. The plan is empty if it

@@ -182,11 +182,9 @@ static sparge_status keep_flexprefill(const sparge_head *head, sparge_error *err
     return SPARGE_OK;
 }
 
-static sparge_status plan_flexprefill(const sparge_problem *problem, const sparge_options *options,
-                                      const sparge_context *context, const double *param,
-                                      sparge_plan *plan, sparge_error *error)
+static sparge_status plan_flexprefill(sparge_plan *plan, const sparge_context *context,
+                                      const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     const int64_t block = (int64_t)param[BLOCK];
     return sparge_each_head(plan, context, param, block, block, false, keep_flexprefill, error);
 }

@@ -226,11 +226,10 @@ static sparge_status keep_pattern(const sparge_head *head, sparge_error *error)
                : SPARGE_ERR_MEMORY;
 }
 
-static sparge_status plan_minference(const sparge_problem *problem, const sparge_options *options,
-                                     const sparge_context *context, const double *param,
-                                     sparge_plan *plan, sparge_error *error)
+static sparge_status plan_minference(sparge_plan *plan, const sparge_context *context,
+                                     const double *param, sparge_error *error)
 {
-    (void)options;
+    const sparge_problem *problem = &plan->problem;
     sparge_context with = *context;
     const int64_t block = (int64_t)param[BLOCK];
     void *own = NULL;

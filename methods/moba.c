@@ -58,11 +58,9 @@ static sparge_status keep_chunks(const sparge_head *head, sparge_error *error)
     return status;
 }
 
-static sparge_status plan_moba(const sparge_problem *problem, const sparge_options *options,
-                               const sparge_context *context, const double *param,
-                               sparge_plan *plan, sparge_error *error)
+static sparge_status plan_moba(sparge_plan *plan, const sparge_context *context,
+                               const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     return sparge_each_head(plan, context, param, 0, 0, false, keep_chunks, error);
 }
 

@@ -160,11 +160,10 @@ static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
     return status;
 }
 
-static sparge_status plan_pbs(const sparge_problem *problem, const sparge_options *options,
-                              const sparge_context *context, const double *param, sparge_plan *plan,
+static sparge_status plan_pbs(sparge_plan *plan, const sparge_context *context, const double *param,
                               sparge_error *error)
 {
-    (void)options;
+    const sparge_problem *problem = &plan->problem;
     const int64_t segment = (int64_t)param[SEGMENT], block = (int64_t)param[BLOCK];
     if (segment % block)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,

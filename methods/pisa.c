@@ -139,11 +139,10 @@ static sparge_status mask_others(const sparge_part *exact, sparge_part *rest, ui
     return status;
 }
 
-static sparge_status plan_pisa0(const sparge_problem *problem, const sparge_options *options,
-                                const sparge_context *context, const double *param,
-                                sparge_plan *plan, sparge_error *error)
+static sparge_status plan_pisa0(sparge_plan *plan, const sparge_context *context,
+                                const double *param, sparge_error *error)
 {
-    (void)options;
+    const sparge_problem *problem = &plan->problem;
     const int64_t block = (int64_t)param[BLOCK], blocks = sparge_ceil_div(problem->k_len, block);
     sparge_status status =
         sparge_each_head(plan, context, param, block, block, true, keep_pisa, error);

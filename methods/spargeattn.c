@@ -37,27 +37,24 @@ static sparge_status plan_rules(sparge_plan *plan, const double *param, sparge_r
     return sparge_options_resolve(p, &resolved, error);
 }
 
-static sparge_status plan_default(const sparge_problem *problem, const sparge_options *options,
-                                  const sparge_context *context, const double *param,
-                                  sparge_plan *plan, sparge_error *error)
+static sparge_status plan_default(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context;
+    (void)context;
     return plan_rules(plan, param, SPARGE_RULES_DEFAULT, error);
 }
 
-static sparge_status plan_paper(const sparge_problem *problem, const sparge_options *options,
-                                const sparge_context *context, const double *param,
-                                sparge_plan *plan, sparge_error *error)
+static sparge_status plan_paper(sparge_plan *plan, const sparge_context *context,
+                                const double *param, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context;
+    (void)context;
     return plan_rules(plan, param, SPARGE_RULES_PAPER, error);
 }
 
-static sparge_status plan_upstream(const sparge_problem *problem, const sparge_options *options,
-                                   const sparge_context *context, const double *param,
-                                   sparge_plan *plan, sparge_error *error)
+static sparge_status plan_upstream(sparge_plan *plan, const sparge_context *context,
+                                   const double *param, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context;
+    (void)context;
     return plan_rules(plan, param, SPARGE_RULES_UPSTREAM, error);
 }
 

@@ -128,7 +128,7 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
     const double start = sparge_seconds();
     plan->problem = *problem;
     plan->options = *options;
-    status = method->plan(problem, options, context, param, plan, error);
+    status = method->plan(plan, context, param, error);
     plan->seconds = sparge_seconds() - start;
     if (status)
         sparge_plan_free(plan);

@@ -99,11 +99,9 @@ static sparge_status keep_xattention(const sparge_head *head, sparge_error *erro
     return SPARGE_OK;
 }
 
-static sparge_status plan_xattention(const sparge_problem *problem, const sparge_options *options,
-                                     const sparge_context *context, const double *param,
-                                     sparge_plan *plan, sparge_error *error)
+static sparge_status plan_xattention(sparge_plan *plan, const sparge_context *context,
+                                     const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     const int64_t stride = (int64_t)param[STRIDE], block = (int64_t)param[BLOCK];
     if (block % stride != 0)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,

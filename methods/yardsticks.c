@@ -13,11 +13,10 @@
 
 /* ---- dense ---- */
 
-static sparge_status plan_dense(const sparge_problem *problem, const sparge_options *options,
-                                const sparge_context *context, const double *param,
-                                sparge_plan *plan, sparge_error *error)
+static sparge_status plan_dense(sparge_plan *plan, const sparge_context *context,
+                                const double *param, sparge_error *error)
 {
-    (void)problem, (void)options, (void)context, (void)param, (void)error;
+    (void)context, (void)param, (void)error;
     sparge_plan_add(plan);
     return SPARGE_OK;
 }
@@ -72,11 +71,9 @@ static sparge_status keep_random(const sparge_head *head, sparge_error *error)
     return x ? SPARGE_OK : SPARGE_ERR_MEMORY;
 }
 
-static sparge_status plan_random(const sparge_problem *problem, const sparge_options *options,
-                                 const sparge_context *context, const double *param,
-                                 sparge_plan *plan, sparge_error *error)
+static sparge_status plan_random(sparge_plan *plan, const sparge_context *context,
+                                 const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     return sparge_each_head(plan, context, param, 0, 0, false, keep_random, error);
 }
 
@@ -114,11 +111,9 @@ static sparge_status keep_window(const sparge_head *head, sparge_error *error)
     return status;
 }
 
-static sparge_status plan_window(const sparge_problem *problem, const sparge_options *options,
-                                 const sparge_context *context, const double *param,
-                                 sparge_plan *plan, sparge_error *error)
+static sparge_status plan_window(sparge_plan *plan, const sparge_context *context,
+                                 const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     return sparge_each_head(plan, context, param, 0, 0, false, keep_window, error);
 }
 
@@ -194,11 +189,9 @@ static sparge_status keep_mass(const sparge_head *head, sparge_error *error)
     return SPARGE_OK;
 }
 
-static sparge_status plan_oracle_mass(const sparge_problem *problem, const sparge_options *options,
-                                      const sparge_context *context, const double *param,
-                                      sparge_plan *plan, sparge_error *error)
+static sparge_status plan_oracle_mass(sparge_plan *plan, const sparge_context *context,
+                                      const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     return sparge_each_head(plan, context, param, 0, 0, false, keep_mass, error);
 }
 
@@ -237,11 +230,9 @@ static sparge_status keep_pairs(const sparge_head *head, sparge_error *error)
     return status;
 }
 
-static sparge_status plan_oracle_pairs(const sparge_problem *problem, const sparge_options *options,
-                                       const sparge_context *context, const double *param,
-                                       sparge_plan *plan, sparge_error *error)
+static sparge_status plan_oracle_pairs(sparge_plan *plan, const sparge_context *context,
+                                       const double *param, sparge_error *error)
 {
-    (void)problem, (void)options;
     return sparge_each_head(plan, context, param, 0, 0, false, keep_pairs, error);
 }
 

@@ -203,11 +203,9 @@ static sparge_status look(const sparge_head *head, sparge_error *error)
 }
 
 /* A method that is what a test says. */
-static sparge_status plan_look(const sparge_problem *p, const sparge_options *o,
-                               const sparge_context *context, const double *param,
-                               sparge_plan *plan, sparge_error *error)
+static sparge_status plan_look(sparge_plan *plan, const sparge_context *context,
+                               const double *param, sparge_error *error)
 {
-    (void)p, (void)o;
     walked = 0;
     return sparge_each_head(plan, context, param, 8, 0, true, look, error);
 }
@@ -280,11 +278,9 @@ static sparge_status keep_by_hand(const sparge_head *head, sparge_error *error)
     return sparge_pairs_set(head, &pairs, 2, error);
 }
 
-static sparge_status plan_by_hand(const sparge_problem *p, const sparge_options *o,
-                                  const sparge_context *context, const double *param,
-                                  sparge_plan *plan, sparge_error *error)
+static sparge_status plan_by_hand(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_error *error)
 {
-    (void)p, (void)o;
     return sparge_each_head(plan, context, param, 16, 16, false, keep_by_hand, error);
 }
 
@@ -679,11 +675,10 @@ Test(parts, densities_that_nobody_has)
 
 static bool has_context;
 
-static sparge_status plan_whatever(const sparge_problem *p, const sparge_options *o,
-                                   const sparge_context *context, const double *param,
-                                   sparge_plan *plan, sparge_error *error)
+static sparge_status plan_whatever(sparge_plan *plan, const sparge_context *context,
+                                   const double *param, sparge_error *error)
 {
-    (void)p, (void)o, (void)error;
+    (void)error;
     has_context = context && param[0] == 0.5 && plan->options.block_q == 16;
     sparge_plan_add(plan);
     return has_context ? SPARGE_OK : SPARGE_ERR_MEMORY;
