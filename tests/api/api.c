@@ -89,7 +89,12 @@ static asked question(void)
     return (asked){
         .p = sound.p,
         .o = sound.o,
-        .m = {out.bits, BATCH, HEADS, Q_BLOCKS, K_BLOCKS, 1},
+        .m = {.bits = out.bits,
+              .batch = BATCH,
+              .heads = HEADS,
+              .q_blocks = Q_BLOCKS,
+              .k_blocks = K_BLOCKS,
+              .words = 1},
         .result = {.o = {out.o, SPARGE_F32, HEADS * Q_LEN * DIM_V, Q_LEN * DIM_V, DIM_V},
                    .lse = out.lse,
                    .head_counts = out.head},

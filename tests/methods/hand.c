@@ -9,16 +9,16 @@ hand hand_make(int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len, in
                int64_t dim_v, const float *q, const float *k, const float *v)
 {
     hand x = {
-        .p = {1,
-              heads,
-              kv_heads,
-              q_len,
-              k_len,
-              dim,
-              dim_v,
-              {q, SPARGE_F32, heads * q_len * dim, q_len * dim, dim},
-              {k, SPARGE_F32, kv_heads * k_len * dim, k_len * dim, dim},
-              {v, SPARGE_F32, kv_heads * k_len * dim_v, k_len * dim_v, dim_v}},
+        .p = {.batch = 1,
+              .heads = heads,
+              .kv_heads = kv_heads,
+              .q_len = q_len,
+              .k_len = k_len,
+              .dim = dim,
+              .dim_v = dim_v,
+              .q = {q, SPARGE_F32, heads * q_len * dim, q_len * dim, dim},
+              .k = {k, SPARGE_F32, kv_heads * k_len * dim, k_len * dim, dim},
+              .v = {v, SPARGE_F32, kv_heads * k_len * dim_v, k_len * dim_v, dim_v}},
         .o = sparge_options_default(SPARGE_RULES_DEFAULT),
     };
     x.o.backend = SPARGE_REF;

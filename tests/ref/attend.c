@@ -182,8 +182,8 @@ static void accumulate_pv(const verdict *w, row *r, const double *s, int64_t vis
 {
     const double m = larger(r->m, local), shrink = exp(r->m - m), P = w->pv_qmax;
     /* A bias adds its own rounding, and that of the sum. */
-    const double unit = (w->bias ? 3e-7 : 2e-7) * log2e,
-                 extra = w->bias ? fabs(local) + 3.0 * w->bias : 0.0;
+    const double unit = (w->bias > 0.0 ? 3e-7 : 2e-7) * log2e,
+                 extra = w->bias > 0.0 ? fabs(local) + 3.0 * w->bias : 0.0;
     r->m = m;
     r->l *= shrink;
     r->coding *= shrink;

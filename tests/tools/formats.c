@@ -1939,7 +1939,10 @@ static void sum_part(const sparge_part *part, void *user, double *o, double *lse
 Test(formats, plan_in_another_order)
 {
     const int64_t order[] = {2, 0, 1};
-    sparge_plan plan = {.problem = {1, 1, 1, 3, 1, 1, 1}, .parts = 2, .q_order = order};
+    sparge_plan plan = {.parts = 2, .q_order = order};
+    plan.problem.batch = plan.problem.heads = plan.problem.kv_heads = 1;
+    plan.problem.q_len = 3;
+    plan.problem.k_len = plan.problem.dim = plan.problem.dim_v = 1;
     plan.part[1].pooled = true;
     array o, lse, kept;
     int parts = 0;
