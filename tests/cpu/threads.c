@@ -101,16 +101,16 @@ int main(int argc, char **argv)
     float *o[2] = {values(HEADS, 4), values(HEADS, 5)};
     int failed = !(q && k && v && o[0] && o[1]);
     const sparge_problem p = {
-        BATCH,
-        HEADS,
-        KV_HEADS,
-        TOKENS,
-        TOKENS,
-        DIM,
-        DIM,
-        {q, SPARGE_F32, HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
-        {k, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
-        {v, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
+        .batch = BATCH,
+        .heads = HEADS,
+        .kv_heads = KV_HEADS,
+        .q_len = TOKENS,
+        .k_len = TOKENS,
+        .dim = DIM,
+        .dim_v = DIM,
+        .q = {q, SPARGE_F32, HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
+        .k = {k, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
+        .v = {v, SPARGE_F32, KV_HEADS * TOKENS * DIM, TOKENS * DIM, DIM},
     };
     for (int n = 0; n < 3 && !failed; n++)
         for (int causal = 0; causal < 2 && !failed; causal++) {
