@@ -108,7 +108,7 @@ typedef struct sparge_part {
 
 struct sparge_plan {
     sparge_problem problem; /* the caller's */
-    sparge_options options; /* the caller's */
+    sparge_options options; /* the caller's; softmax_scale is what 0 stands for */
     sparge_part part[SPARGE_MAX_PARTS];
     int parts;
     const int64_t *q_order; /* [batch][heads][q_len] which query of the caller stands at each place

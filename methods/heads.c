@@ -66,8 +66,7 @@ sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
         .context = context,
         .param = param,
         .g = sparge_geometry_of(&part->problem, &part->options),
-        .scale = plan->options.softmax_scale > 0.0f ? plan->options.softmax_scale
-                                                    : 1.0f / sqrtf((float)plan->problem.dim),
+        .scale = plan->options.softmax_scale,
         .plan = plan,
         .part = part,
     };

@@ -20,6 +20,14 @@ typedef struct sparge_piece sparge_piece;
 void *sparge_take(sparge_piece **pieces, int64_t count, size_t size);
 void sparge_release(sparge_piece **pieces);
 
+/* Bits that all depend on all bits of x: the end of splitmix64 (Steele, Lea, Flood 2014). */
+static inline uint64_t sparge_mix(uint64_t x)
+{
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
 /* ---- heads.c: one query head after the other ---- */
 
 /* q, k and v are packed, [tokens][channels], in f32; what is not finite is 0. */

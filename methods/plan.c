@@ -127,7 +127,7 @@ static sparge_status run_parts(const sparge_plan *plan, const sparge_executor *r
                                p->q_len * p->dim_v, p->dim_v};
     sparge_partial done[SPARGE_MAX_PARTS];
     const sparge_counts *counts[SPARGE_MAX_PARTS];
-    sparge_result sum = {.o = result->o, .lse = result->lse, .head_counts = result->head_counts};
+    sparge_result sum = {0};
     for (int n = 0; n < plan->parts; n++) {
         sparge_result now = {.o = packed};
         now.o.data = sparge_take(memory, rows * p->dim_v + 1, sizeof(float));
@@ -141,20 +141,18 @@ static sparge_status run_parts(const sparge_plan *plan, const sparge_executor *r
         done[n] = (sparge_partial){
             .o = {now.o.data, SPARGE_F32, packed.batch, packed.head, packed.token}, .lse = now.lse};
         counts[n] = now.head_counts;
-        const double predict = sum.seconds_predict + now.seconds_predict,
-                     quantize = sum.seconds_quantize + now.seconds_quantize,
-                     attend = sum.seconds_attend + now.seconds_attend;
         if (n == 0) { /* what ran is told of the first */
-            now.o = sum.o;
-            now.lse = sum.lse;
-            now.head_counts = sum.head_counts;
             sum = now;
+            continue;
         }
         sum.workspace_bytes = sparge_max(sum.workspace_bytes, now.workspace_bytes);
-        sum.seconds_predict = predict;
-        sum.seconds_quantize = quantize;
-        sum.seconds_attend = attend;
+        sum.seconds_predict += now.seconds_predict;
+        sum.seconds_quantize += now.seconds_quantize;
+        sum.seconds_attend += now.seconds_attend;
     }
+    sum.o = result->o;
+    sum.lse = result->lse;
+    sum.head_counts = result->head_counts;
     float *o = (float *)(uintptr_t)done[0].o.data, *lse = (float *)(uintptr_t)done[0].lse;
     sparge_out to = packed;
     to.data = o;

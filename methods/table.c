@@ -128,6 +128,7 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
     const double start = sparge_seconds();
     plan->problem = *problem;
     plan->options = *options;
+    plan->options.softmax_scale = resolved.softmax_scale;
     status = method->plan(plan, context, param, error);
     plan->seconds = sparge_seconds() - start;
     if (status)

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/error.h"
+#include "methods/method.h"
 
 static const int64_t most = INT64_MAX / 8; /* no memory holds more elements of 8 bytes */
 
@@ -44,16 +44,13 @@ static int64_t *nest(int64_t *place, int64_t start, side slow, side middle, side
     return place;
 }
 
-/* Uniform in 0 .. bound-1 and the same on every machine: splitmix64 (Steele, Lea, Flood 2014). */
+/* Uniform in 0 .. bound-1 and the same on every machine: splitmix64. */
 static uint64_t random_below(uint64_t bound, uint64_t *state)
 {
     const uint64_t surplus = (0 - bound) % bound; /* 2^64 mod bound: remainders one draw too many */
     uint64_t z;
     do {
-        z = *state += 0x9e3779b97f4a7c15;
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-        z ^= z >> 31;
+        z = sparge_mix(*state += 0x9e3779b97f4a7c15);
     } while (z < surplus);
     return z % bound;
 }

@@ -28,27 +28,27 @@ const sparge_method sparge_method_dense = {
 
 enum { DENSITY, SEED };
 
-/* One of 2^64, by all four numbers (splitmix64). */
+/* One of 2^64, by all four numbers. */
 static uint64_t hash(uint64_t seed, int64_t n, int64_t i, int64_t j)
 {
     const int64_t word[3] = {n, i, j};
     uint64_t x = seed;
-    for (int e = 0; e < 3; e++) {
-        x += (uint64_t)word[e] * 0x9e3779b97f4a7c15u + 0x9e3779b97f4a7c15u;
-        x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-        x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-        x ^= x >> 31;
-    }
+    for (int e = 0; e < 3; e++)
+        x = sparge_mix(x + (uint64_t)word[e] * 0x9e3779b97f4a7c15u + 0x9e3779b97f4a7c15u);
     return x;
+}
+
+static int64_t kept_of_row(const sparge_head *head, int64_t i)
+{
+    const sparge_mask *m = &head->part->mask;
+    return sparge_mask_row_count(m->bits + (head->n * m->q_blocks + i) * m->words, m->k_blocks);
 }
 
 /* Fills row i up to so many blocks, with the best of those that it lacks. */
 static void fill_row(const sparge_head *head, int64_t i, sparge_ranked *x, int64_t visible,
                      int64_t count)
 {
-    int64_t kept = 0;
-    for (int64_t j = 0; j < visible; j++)
-        kept += sparge_kept(head, i, j);
+    int64_t kept = kept_of_row(head, i);
     sparge_rank(x, visible);
     for (int64_t e = 0; e < visible && kept < count; e++) {
         kept += !sparge_kept(head, i, x[e].at);
@@ -180,10 +180,7 @@ static sparge_status keep_mass(const sparge_head *head, sparge_error *error)
     }
     for (int64_t e = 0; e < n && g->causal == SPARGE_CAUSAL_NONE; e++) { /* a row keeps its best */
         const int64_t i = x[e].at / g->k_blocks;
-        bool any = false;
-        for (int64_t j = 0; j < g->k_blocks; j++)
-            any = any || sparge_kept(head, i, j);
-        if (!any)
+        if (kept_of_row(head, i) == 0)
             sparge_keep(head, i, x[e].at % g->k_blocks);
     }
     return SPARGE_OK;
