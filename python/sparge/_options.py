@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How attention is computed: the keyword arguments that all calls share, and the structs of the
+library that they become."""
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Callable, Literal, TypedDict, TypeVar, Union
+
+import numpy as np
+
+from sparge import _arrays
+from sparge._arrays import Tensor
+from sparge._native import Watch, ffi, lib, text, threads, words
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from typing_extensions import Unpack
+
+    from sparge._params import Thresholds
+
+    Threshold = Union[float, ArrayLike, None]
+
+Causal = Union[bool, Literal["end", "start"]]
+
+BACKENDS, DTYPES, ISAS, RULES, CAUSAL = (
+    words(f) for f in (lib.sparge_backend_string, lib.sparge_dtype_string, lib.sparge_isa_string,
+                       lib.sparge_rules_string, lib.sparge_causal_string))
+THRESHOLDS = {"theta": "theta", "tau": "tau", "topk": "topk", "lambda_": "lambda"}
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of all calls (see attention())."""
+
+    is_causal: Causal
+    softmax_scale: float | None
+    theta: Threshold
+    tau: Threshold
+    topk: Threshold
+    lambda_: Threshold
+    sink: bool
+    params: Thresholds | None
+    qk_dtype: str
+    pv_dtype: str
+    smooth_k: bool
+    block: tuple[int, int]
+    skip_rows: int
+    rules: str
+    k_bias: Any
+    backend: str
+    isa: str
+    kernel: int
+    threads: int
+    layout: str
+
+
+# What stands in signatures; the numbers of None are the library's defaults.
+DEFAULTS: Options = {
+    "is_causal": False, "softmax_scale": None, "theta": None, "tau": None, "topk": None,
+    "lambda_": None, "sink": False, "params": None, "qk_dtype": "int8", "pv_dtype": "int8",
+    "smooth_k": True, "block": (128, 64), "skip_rows": 0, "rules": "default", "k_bias": None,
+    "backend": "auto", "isa": "auto", "kernel": 0, "threads": 0, "layout": "HND"
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes_options(function: Function) -> Function:
+    """Shows the options in the signature of a function that takes them as **options, and refuses
+    other names."""
+    own = inspect.signature(function)
+    named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value,
+                                annotation=Options.__annotations__[name].__forward_arg__)
+              for name, value in DEFAULTS.items() if name not in own.parameters]
+    known = [p.name for p in named + shared]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise TypeError(f"{function.__name__}() has no argument {name!r}" +
+                                (f": did you mean {near[0]!r}?" if near else ""))
+        return function(*args, **options)
+
+    checked.__signature__ = own.replace(parameters=named + shared)  # type: ignore[attr-defined]
+    return checked  # type: ignore[return-value]
+
+
+def word(name: str, value: Any, known: Mapping[str, int]) -> int:
+    """The number of a word of an enum."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, known))}")
+    return known[value]
+
+
+def causal(value: Causal, q_len: int, k_len: int) -> int:
+    """The number of is_causal. True is for squares, where "end" and "start" are the same."""
+    if value is True and q_len != k_len:
+        raise ValueError(f"is_causal is True with {q_len} queries and {k_len} keys, it must be 'end' "
+                         "(the last query sees all keys) or 'start' (the first sees one)")
+    return word("is_causal", {True: "end", False: "none"}.get(value, value), CAUSAL)
+
+
+class Problem:
+    """q, k and v as sparge_problem. It keeps the arrays alive."""
+
+    def __init__(self, q: Any, k: Any, v: Any, layout: str = "HND", k_bias: Any = None) -> None:
+        self.layout = layout
+        self.q = _arrays.read("q", q, layout)
+        self.k = _arrays.read("k", k, layout)
+        self.v = self.k if v is None else _arrays.read("v", v, layout)
+        for x in (self.k, self.v):
+            if x.batched != self.q.batched:
+                raise ValueError(f"{x.name} has {3 + x.batched} axes and q has {3 + self.q.batched}, "
+                                 "they must have as many")
+            if x.device != self.q.device:
+                raise ValueError(f"{x.name} is on {x.device} and q is on {self.q.device}, they must "
+                                 "be on one device")
+        batch, heads, q_len, dim = self.q.shape
+        _, kv_heads, k_len, _ = self.k.shape
+        for x, axis, want, what in ((self.k, 0, batch, "batch of q"), (self.v, 0, batch, "batch of q"),
+                                    (self.v, 1, kv_heads, "heads of k"), (self.v, 2, k_len,
+                                                                          "tokens of k"),
+                                    (self.k, 3, dim, "channels of q")):
+            if x.shape[axis] != want:
+                raise ValueError(f"{x.name} is [B, H, N, D] = {list(x.shape)}: {x.shape[axis]} must be "
+                                 f"{want}, the {what}")
+        self.c = ffi.new("sparge_problem *", {
+            "batch": batch, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "k_len": k_len,
+            "dim": dim, "dim_v": self.v.shape[3], "q": self.q.c(), "k": self.k.c(), "v": self.v.c()})
+        if k_bias is not None:
+            self.k_bias = self._bias(k_bias)
+            self.c.k_bias = _arrays.pointer(self.k_bias, "float *")
+
+    def _bias(self, x: Any) -> Any:
+        c, name = self.c, str(getattr(x, "dtype", "")).split(".")[-1]
+        shape = (c.batch, c.kv_heads, c.k_len)[0 if self.q.batched else 1:]
+        if tuple(getattr(x, "shape", ())) != shape or name != "float32":
+            raise ValueError(f"k_bias is {name or type(x).__name__} {list(getattr(x, 'shape', []))}, it "
+                             f"must be float32 {list(shape)}")
+        if _arrays.is_torch(x) != _arrays.is_torch(self.q.owner) or (
+                _arrays.is_torch(x) and str(x.device) != self.q.device):
+            raise ValueError(f"k_bias is on {getattr(x, 'device', 'cpu')} and q is on {self.q.device}")
+        return x.contiguous() if _arrays.is_torch(x) else np.ascontiguousarray(x)
+
+    @property
+    def heads_shape(self) -> tuple[int, ...]:
+        """[batch, heads], without batch if q has none."""
+        return (self.c.batch, self.c.heads)[0 if self.q.batched else 1:]
+
+
+class Settings:
+    """sparge_options, and what its pointers point to."""
+
+    def __init__(self, problem: Problem, options: Options) -> None:
+        o: dict[str, Any] = {**DEFAULTS, **options}
+        p = problem.c
+        self.c = ffi.new("sparge_options *")
+        lib.sparge_options_init(self.c, ffi.sizeof("sparge_options"), lib.SPARGE_VERSION_NUMBER,
+                                word("rules", o["rules"], RULES))
+        self.watch = Watch()
+        self.watch.on(self.c)
+        c = self.c
+        c.backend = word("backend", o["backend"], BACKENDS)
+        c.isa = word("isa", o["isa"], ISAS)
+        c.qk_dtype = word("qk_dtype", o["qk_dtype"], DTYPES)
+        c.pv_dtype = word("pv_dtype", o["pv_dtype"], DTYPES)
+        c.causal = causal(o["is_causal"], p.q_len, p.k_len)
+        c.block_q, c.block_k = (whole("block", n) for n in pair("block", o["block"]))
+        c.skip_rows, c.cuda.kernel = whole("skip_rows", o["skip_rows"]), whole("kernel", o["kernel"])
+        c.smooth_k, c.sink = bool(o["smooth_k"]), bool(o["sink"])
+        c.threads = threads(whole("threads", o["threads"]))
+        if o["softmax_scale"] is not None:
+            if not o["softmax_scale"] > 0:
+                raise ValueError(f"softmax_scale is {o['softmax_scale']}, it must be above 0, or None "
+                                 "for 1/sqrt(D)")
+            c.softmax_scale = o["softmax_scale"]
+        self._thresholds(p.heads, o)
+        self._device(problem)
+
+    def _thresholds(self, heads: int, o: Mapping[str, Any]) -> None:
+        given = {c: o[name] for name, c in THRESHOLDS.items() if o[name] is not None}
+        params = o["params"]
+        if params is not None:
+            if given:
+                raise ValueError(f"params has the thresholds: leave out {', '.join(given)}")
+            given = params.of(heads, self.c)
+        if "topk" in given and "tau" not in given:
+            given["tau"] = -1.0  # as on the command line: topk by itself
+        arrays = {name: np.asarray(value, np.float64) for name, value in given.items()}
+        for name, x in arrays.items():
+            if x.shape not in ((), (heads, )):
+                raise ValueError(f"{name} has the shape {list(x.shape)}, it must be a number or one for "
+                                 f"each of {heads} heads")
+        for name, x in arrays.items():
+            setattr(self.c.thresholds, name, float(x.flat[0]))
+        if any(x.shape for x in arrays.values()):
+            self.per_head = ffi.new("sparge_thresholds []", [self.c.thresholds] * heads)
+            for name, x in arrays.items():
+                for head, value in enumerate(np.broadcast_to(x, heads)):
+                    setattr(self.per_head[head], name, float(value))
+            self.c.per_head = self.per_head
+
+    def _device(self, problem: Problem) -> None:
+        on_cuda = problem.q.device != "cpu"
+        if on_cuda and self.c.backend == lib.SPARGE_AUTO:
+            self.c.backend = lib.SPARGE_CUDA
+        if on_cuda != (self.c.backend == lib.SPARGE_CUDA):
+            name = text(lib.sparge_backend_string(self.c.backend))
+            raise ValueError(f"q is on {problem.q.device} and backend is {name!r}: cuda is for tensors "
+                             "on a GPU, the others for those on the CPU")
+        if on_cuda:
+            self.c.cuda.stream = _arrays.stream(problem.q)
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{name} is {value!r}, it must be a whole number")
+    return int(value)
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
+    """Two of something."""
+    try:
+        first, second = value
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}, it must be two numbers: of queries and of keys"
+                         ) from None
+    return first, second
+
+
+def prepare(q: Any, k: Any, v: Any, options: Options) -> tuple[Problem, Settings]:
+    """What every call begins with."""
+    problem = Problem(q, k, v, options.get("layout", "HND"), options.get("k_bias"))
+    return problem, Settings(problem, options)
