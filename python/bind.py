@@ -38,8 +38,10 @@ def declarations(text):
 def main(out, *headers):
     ffi = FFI()
     ffi.cdef("\n".join(declarations(Path(header).read_text()) for header in headers) + CALLBACKS)
-    ffi.set_source("sparge._sparge", "".join(f'#include "{Path(h).name}"\n' for h in headers))
+    ffi.set_source("sparge._sparge", "".join(f'#include "{Path(h).name}"\n' for h in headers),
+                   compiler_verbose=False)  # else it prints
     ffi.emit_c_code(out)
+    Path(out).touch()  # it leaves an equal file as it was, and the build would never be up to date
 
 
 if __name__ == "__main__":
