@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* sparge_inspect.h: for programs that look inside: names and ranges, what is here, what the options
- * stand for, intermediates, the oracle, and the speed of this machine. */
+ * stand for, intermediates, the oracle, the judge of other kernels, and the speed of this machine.
+ */
 #ifndef SPARGE_INSPECT_H
 #define SPARGE_INSPECT_H
 
@@ -91,6 +92,25 @@ typedef enum sparge_oracle_mode {
 sparge_status sparge_oracle(const sparge_problem *problem, const sparge_options *options,
                             const sparge_mask *mask, sparge_oracle_mode mode, double *o,
                             double *lse, double *block_mass, sparge_error *error);
+
+/* ---- The judge of other kernels ----------------------------------------------------------- */
+
+/* Attention over a mask (NULL: dense) by the textbook formula in f32, with P and o rounded to
+ * `dtype` (F32: not at all), as FlashAttention's tests have it: what an honest kernel may lose that
+ * keeps them so. Of the options it reads the blocks, causality and softmax_scale. Arrays in host
+ * memory:
+ *   o    [batch][heads][q_len][dim_v]
+ *   lse  [batch][heads][q_len], natural log; NULL: not wanted */
+sparge_status sparge_baseline(const sparge_problem *problem, const sparge_options *options,
+                              const sparge_mask *mask, sparge_dtype dtype, float *o, float *lse,
+                              sparge_error *error);
+
+/* The largest error that passes, from that of the baseline beside the same oracle: twice that, and
+ * 1e-5. For o it is the relative L1 of the worst row, for lse the largest distance. NaN if no bound
+ * follows, as the baseline is itself further off than all that means anything: than 0.5 of a row.
+ */
+double sparge_bound_o(double baseline);
+double sparge_bound_lse(double baseline);
 
 /* ---- The speed of this machine ------------------------------------------------------------ */
 

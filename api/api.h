@@ -29,6 +29,7 @@ sparge_status sparge_check_result(const sparge_problem *p, const sparge_result *
 /* mask: to attend over; NULL: one without partly attended blocks. */
 sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, const sparge_mask *mask,
                              sparge_error *error);
+float sparge_softmax_scale(const sparge_problem *p, const sparge_options *o);
 sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error);
 
 /* ---- mask.c ---- */

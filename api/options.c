@@ -103,13 +103,17 @@ sparge_status sparge_resolve_cpu(sparge_options *o, sparge_error *error)
     return SPARGE_OK;
 }
 
+float sparge_softmax_scale(const sparge_problem *p, const sparge_options *o)
+{
+    return o->softmax_scale > 0.0f ? o->softmax_scale : 1.0f / sqrtf((float)p->dim);
+}
+
 /* Fills in what 0 and FASTEST stand for, and names a backend that can do what is asked. AUTO is
  * never cuda: whether a pointer is the host's or the device's, CUDA alone could tell. */
 sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, const sparge_mask *mask,
                              sparge_error *error)
 {
-    if (o->softmax_scale == 0.0f)
-        o->softmax_scale = 1.0f / sqrtf((float)p->dim);
+    o->softmax_scale = sparge_softmax_scale(p, o);
     if (o->skip_rows == 0)
         o->skip_rows = o->rules == SPARGE_RULES_DEFAULT ? 64
                        : o->rules == SPARGE_RULES_PAPER ? sparge_ceil_div(o->block_q, 4)

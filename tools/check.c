@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* check.c: sparge check: judges what another kernel made of q, k and v: its mask, its o and its
  * log-sum-exp. */
-#include <float.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 
+#include "sparge_inspect.h"
 #include "sparge_mask.h"
-#include "tools/baseline.h"
 #include "tools/compare.h"
 #include "tools/device.h"
 #include "tools/inputs.h"
@@ -201,8 +200,8 @@ static void be_honest(const sparge_part *part, void *user, double *o, double *ls
     const check *c = user;
     attended got;
     attended_alloc(c, ARRAY_F32, &got);
-    baseline_attend(&part->problem, &part->options, plan_mask(part), c->type, got.o.data,
-                    got.lse.data);
+    must_sparge(sparge_baseline(&part->problem, &part->options, plan_mask(part),
+                                inputs_dtype(c->type), got.o.data, got.lse.data, &library_error));
     for (int64_t n = 0; n < array_count(&got.o); n++)
         o[n] = (double)((const float *)got.o.data)[n];
     for (int64_t n = 0; n < array_count(&got.lse); n++)
@@ -243,13 +242,10 @@ static bool holds(const verdict *v) { return v->c.nonfinite_apart == 0 && v->wor
 
 static double worst_row(const comparison *c) { return c->summed ? c->worst_row_l1 : 0.0; }
 
-/* No bound follows from an honest kernel that is further off than `most`: all would be within it.
- */
-static double bound_of(const check *c, double honest, double most)
+/* What --max-worst says, or else what follows from the baseline. */
+static double bound_of(const check *c, double of_baseline)
 {
-    return !isnan(c->args.max_worst) ? c->args.max_worst
-           : honest <= most          ? 2.0 * honest + 1e-5
-                                     : NAN;
+    return isnan(c->args.max_worst) ? of_baseline : c->args.max_worst;
 }
 
 static verdict judge_o(const check *c)
@@ -257,7 +253,8 @@ static verdict judge_o(const check *c)
     const array *want = &want_of(c)->o;
     const comparison got = compare(&c->got.o, want), baseline = compare(&c->baseline.o, want);
     const double honest = worst_row(&baseline);
-    return (verdict){got, worst_row(&got), got.worst_row, honest, bound_of(c, honest, 0.5)};
+    return (verdict){got, worst_row(&got), got.worst_row, honest,
+                     bound_of(c, sparge_bound_o(honest))};
 }
 
 static verdict judge_lse(const check *c)
@@ -266,7 +263,7 @@ static verdict judge_lse(const check *c)
     const difference got = compare_elements(&c->got.lse, want, 0.0);
     const difference baseline = compare_elements(&c->baseline.lse, want, 0.0);
     return (verdict){compare(&c->got.lse, want), got.worst, got.worst_at, baseline.worst,
-                     bound_of(c, baseline.worst, DBL_MAX)};
+                     bound_of(c, sparge_bound_lse(baseline.worst))};
 }
 
 /* Why a verdict does not hold. */

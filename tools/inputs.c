@@ -90,14 +90,17 @@ static void check(const attention_args *args, const array *x, int count, int64_t
 
 /* ---- Q, K, V ---- */
 
+sparge_dtype inputs_dtype(array_type type)
+{
+    return type == ARRAY_F16 ? SPARGE_F16 : type == ARRAY_BF16 ? SPARGE_BF16 : SPARGE_F32;
+}
+
 static sparge_in view_of(const array *x, const int64_t axis[4], bool nhd)
 {
     const int64_t heads = axis[1], tokens = axis[2], channels = axis[3];
     return (sparge_in){
         .data = x->data,
-        .dtype = x->type == ARRAY_F16    ? SPARGE_F16
-                 : x->type == ARRAY_BF16 ? SPARGE_BF16
-                                         : SPARGE_F32,
+        .dtype = inputs_dtype(x->type),
         .batch = heads * tokens * channels,
         .head = nhd ? channels : tokens * channels,
         .token = nhd ? heads * channels : channels,

@@ -13,6 +13,9 @@ typedef struct inputs {
     bool nhd;
 } inputs;
 
+/* As the library has it: f64 as f32. */
+sparge_dtype inputs_dtype(array_type type);
+
 /* Those that return nothing end the program when something is wrong. */
 
 /* Reads q and k, and v too where it is needed or has a file of its own. */

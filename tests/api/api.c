@@ -27,8 +27,12 @@ const char *__asan_default_options(void) { return "allocator_may_return_null=1";
 
 /* ---- The entries, and a question that all of them accept ------------------------------------- */
 
-enum { ALLOC = 1, PREDICT = 2, ATTEND = 4, ATTENTION = 8, ORACLE = 16 };
-enum { STAGES = PREDICT | ATTEND | ATTENTION, ALL = ALLOC | STAGES | ORACLE };
+enum { ALLOC = 1, PREDICT = 2, ATTEND = 4, ATTENTION = 8, ORACLE = 16, BASELINE = 32 };
+enum {
+    STAGES = PREDICT | ATTEND | ATTENTION,
+    JUDGES = ORACLE | BASELINE,
+    ALL = ALLOC | STAGES | JUDGES
+};
 
 static const char *entry_name(int entry)
 {
@@ -36,7 +40,8 @@ static const char *entry_name(int entry)
            : entry == PREDICT   ? "predict"
            : entry == ATTEND    ? "attend"
            : entry == ATTENTION ? "attention"
-                                : "oracle";
+           : entry == ORACLE    ? "oracle"
+                                : "baseline";
 }
 
 /* 2 batches, 4 heads on 2; 3 x 3 blocks of 4 x 4 with short last ones. */
@@ -132,6 +137,10 @@ static sparge_status call(int entry, asked *a, sparge_error *error)
         status = sparge_oracle(a->problem, a->options, a->mask, a->mode, a->oracle_o,
                                out.oracle_lse, out.mass, error);
         break;
+    case BASELINE:
+        status = sparge_baseline(a->problem, a->options, a->mask, a->result.o.dtype,
+                                 a->result.o.data, a->result.lse, error);
+        break;
     default: break;
     }
     return status;
@@ -143,7 +152,7 @@ static void refused_as_it_stands(int entries, asked *a, sparge_status status, co
 {
     outputs untouched;
     memset(&untouched, 0xFF, sizeof untouched);
-    for (int entry = 1; entry <= ORACLE; entry *= 2) {
+    for (int entry = 1; entry <= BASELINE; entry *= 2) {
         if (!(entries & entry))
             continue;
         check_case("%s, refused by %s", sentence, entry_name(entry));
@@ -168,7 +177,7 @@ static void refused(int entries, asked a, sparge_status status, const char *sent
 static void accepted(int entries, asked a, const char *what)
 {
     point(&a);
-    for (int entry = 1; entry <= ORACLE; entry *= 2) {
+    for (int entry = 1; entry <= BASELINE; entry *= 2) {
         if (!(entries & entry))
             continue;
         check_case("%s, accepted by %s", what, entry_name(entry));
@@ -216,11 +225,12 @@ Test(api, null_arguments)
     refused(ALL, a, status, "k.data is NULL");
     a = question();
     a.p.v.data = NULL;
-    refused(ATTEND | ORACLE, a, status, "v.data is NULL");
+    refused(ATTEND | JUDGES, a, status, "v.data is NULL");
     accepted(ALLOC | PREDICT, a, "no v");
     a = question();
     a.result.o.data = NULL;
     refused(ATTEND, a, status, "result.o.data is NULL");
+    refused(BASELINE, a, status, "o is NULL");
 }
 
 /* Found before any work is done: no half of an answer stands in the caller's mask. */
@@ -247,7 +257,7 @@ Test(api, oracle_refuses_a_mask_without_bits)
 {
     asked a = question();
     a.m.bits = NULL;
-    refused(ORACLE, a, SPARGE_ERR_ARGUMENT, "mask.bits is NULL");
+    refused(JUDGES, a, SPARGE_ERR_ARGUMENT, "mask.bits is NULL");
 }
 
 Test(api, oracle_refuses_an_unknown_mode)
@@ -319,8 +329,8 @@ Test(api, sizes_out_of_range)
         {"dim is 0, it must be at least 1", offsetof(sparge_problem, dim), 0, ALL},
         {"dim is -8", offsetof(sparge_problem, dim), -8, ALL},
         {"dim is 257, it must be at most 256", offsetof(sparge_problem, dim), 257, ALL},
-        {"dim_v is 0, it must be at least 1", offsetof(sparge_problem, dim_v), 0, ATTEND | ORACLE},
-        {"dim_v is -1", offsetof(sparge_problem, dim_v), -1, ATTEND | ORACLE},
+        {"dim_v is 0, it must be at least 1", offsetof(sparge_problem, dim_v), 0, ATTEND | JUDGES},
+        {"dim_v is -1", offsetof(sparge_problem, dim_v), -1, ATTEND | JUDGES},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -360,7 +370,7 @@ Test(api, types_out_of_range)
     refused(ALL, a, SPARGE_ERR_ARGUMENT, "k.dtype is 17");
     a = question();
     a.p.v.dtype = (sparge_dtype)-1;
-    refused(ATTEND | ORACLE, a, SPARGE_ERR_ARGUMENT, "v.dtype is -1");
+    refused(ATTEND | JUDGES, a, SPARGE_ERR_ARGUMENT, "v.dtype is -1");
     a = question();
     a.result.o.dtype = SPARGE_FP8;
     refused(ATTEND, a, SPARGE_ERR_ARGUMENT, "result.o.dtype is 3");
@@ -394,7 +404,7 @@ Test(api, sizes_that_overflow)
     }
     asked a = question();
     a.p.dim_v = INT64_MAX / 4;
-    refused(ATTEND | ORACLE, a, SPARGE_ERR_SHAPE, "batch 2 x heads 4");
+    refused(ATTEND | JUDGES, a, SPARGE_ERR_SHAPE, "batch 2 x heads 4");
     a = question(); /* each tensor fits, the mask of one-token blocks does not */
     a.p.batch = a.p.heads = a.p.kv_heads = a.p.dim = a.o.block_q = a.o.block_k = 1;
     a.p.q_len = a.p.k_len = INT64_C(1) << 58;
@@ -416,7 +426,7 @@ Test(api, empty_problems_of_huge_sizes)
     };
     for (int64_t n = 0; n < COUNT(table); n++)
         for (int block = 1; block <= 1024; block *= 32)
-            for (int entry = 1; entry <= ORACLE; entry *= 2) {
+            for (int entry = 1; entry <= BASELINE; entry *= 2) {
                 check_case("huge %lld, blocks of %d, %s", (long long)n, block, entry_name(entry));
                 asked a = question();
                 a.p.batch = a.m.batch = table[n].batch;
@@ -637,7 +647,7 @@ Test(api, masks_of_another_shape)
             asked a = question();
             int64_t *const size[] = {&a.m.batch, &a.m.heads, &a.m.q_blocks, &a.m.k_blocks};
             *size[field] += step;
-            refused(STAGES | ORACLE, a, SPARGE_ERR_SHAPE, "mask is [");
+            refused(STAGES | JUDGES, a, SPARGE_ERR_SHAPE, "mask is [");
             asked b = question();
             b.m = a.m;
             point(&b);
@@ -651,12 +661,12 @@ Test(api, masks_of_another_shape)
         }
     asked a = question();
     a.m.words = 0;
-    refused(STAGES | ORACLE, a, SPARGE_ERR_SHAPE, "mask.words is 0");
+    refused(STAGES | JUDGES, a, SPARGE_ERR_SHAPE, "mask.words is 0");
     a.m.words = -1;
-    refused(STAGES | ORACLE, a, SPARGE_ERR_SHAPE, "mask.words is -1");
+    refused(STAGES | JUDGES, a, SPARGE_ERR_SHAPE, "mask.words is -1");
     a = question();
     a.o.block_k = 2;
-    refused(STAGES | ORACLE, a, SPARGE_ERR_SHAPE, "mask is [");
+    refused(STAGES | JUDGES, a, SPARGE_ERR_SHAPE, "mask is [");
 }
 
 /* ---- Backends and instruction sets ----------------------------------------------------------- */
@@ -698,7 +708,7 @@ Test(api, cuda_without_a_device)
             sparge_backend_built(SPARGE_CUDA) ? "rules are not" : "backend is cuda");
     a = question();
     a.o.backend = SPARGE_CUDA;
-    accepted(ALLOC | ORACLE, a, "masks and the oracle are the host's");
+    accepted(ALLOC | JUDGES, a, "masks and the oracle are the host's");
 }
 
 static asked question_in_bf16(int which)
@@ -750,7 +760,7 @@ Test(api, bf16_of_ref)
                     ? check_text("%s is bf16, which the cuda backend does not have",
                                  which & 1 ? "qk_dtype" : "pv_dtype")
                     : "backend is cuda");
-        accepted(ALLOC | ORACLE, a, "masks and the oracle are of no backend");
+        accepted(ALLOC | JUDGES, a, "masks and the oracle are of no backend");
     }
     asked a = question();
     a.o.isa = SPARGE_ISA_AVX512VNNI;
@@ -1190,7 +1200,7 @@ Test(api, mask_rows_may_be_longer_than_their_bits)
         a.o.thresholds = (sparge_thresholds){-1, 0.7f, SPARGE_OFF, -INFINITY};
         a.m.bits = words == 1 ? out.bits : wide;
         a.m.words = words;
-        for (int entry = PREDICT; entry <= ORACLE; entry *= 2) {
+        for (int entry = PREDICT; entry <= BASELINE; entry *= 2) {
             check_case("%d words, %s", words, entry_name(entry));
             check(call(entry, &a, NULL) == SPARGE_OK, "refused");
             if (words == 1)
@@ -1341,7 +1351,7 @@ static bool listen(void *user, double done)
 
 Test(api, progress_rises_to_1)
 {
-    const int entries[] = {ATTEND, ATTENTION, ORACLE};
+    const int entries[] = {ATTEND, ATTENTION, ORACLE, BASELINE};
     for (int64_t n = 0; n < COUNT(entries); n++) {
         check_case("%s", entry_name(entries[n]));
         heard h = {0, 0};
@@ -1393,7 +1403,7 @@ static int64_t gives_up(int entry, asked *a)
 
 Test(api, progress_may_give_up)
 {
-    const int entries[] = {PREDICT, ATTEND, ATTENTION, ORACLE};
+    const int entries[] = {PREDICT, ATTEND, ATTENTION, ORACLE, BASELINE};
     for (int64_t n = 0; n < COUNT(entries); n++)
         for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++) {
             asked a = question();
@@ -1454,7 +1464,7 @@ static void every_allocation_fails(int entry, sparge_backend backend, sparge_dty
 
 Test(api, every_allocation_may_fail)
 {
-    const int entries[] = {ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE};
+    const int entries[] = {ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE, BASELINE};
     for (int64_t n = 0; n < COUNT(entries); n++)
         for (int precision = 0; precision < 5; precision++)
             for (int way = 0; way < 4; way++)
