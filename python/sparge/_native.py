@@ -3,19 +3,50 @@
 and forks."""
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any, Callable
 
-# Threads of OpenMP that wait sleep at once: beside torch's they would take processors from it. The
-# variable is read when OpenMP is loaded; if torch or another has loaded it, nothing changes.
+# ---- OpenMP -----------------------------------------------------------------------------------
+
+
+def _load_torch_openmp() -> bool:
+    """Loads the OpenMP of torch, if torch is installed; it is a small file of its own.
+
+    A process has one OpenMP then, whichever of torch and sparge is imported first: threads are
+    shared and take no processors from each other, and torch.set_num_threads() holds here. The
+    module's names are bound all at once (-z now) to the first OpenMP in the process, so two are
+    never mixed. Without torch it is that of the wheel, or of the system where the wheel has none.
+    """
+    try:
+        torch = importlib.util.find_spec("torch")
+    except (ImportError, ValueError):  # something else has the name
+        return False
+    for folder in (torch.submodule_search_locations or []) if torch else []:
+        for path in Path(folder, "lib").glob("libgomp*.so*"):
+            try:
+                ctypes.CDLL(str(path), os.RTLD_GLOBAL)
+                return True
+            except OSError:
+                pass
+    return False
+
+
+# Where OpenMP is ours, threads that wait sleep at once: those that spin would take processors from
+# whatever comes between two calls. OpenMP reads the variable when it is loaded.
 _policy = os.environ.get("OMP_WAIT_POLICY")
-os.environ["OMP_WAIT_POLICY"] = _policy or "passive"
+if not _load_torch_openmp():
+    os.environ["OMP_WAIT_POLICY"] = _policy or "passive"
 try:
     from sparge._sparge import ffi, lib
 finally:
     if _policy is None:
-        del os.environ["OMP_WAIT_POLICY"]
+        os.environ.pop("OMP_WAIT_POLICY", None)
+
+# ---- Errors -----------------------------------------------------------------------------------
 
 # What the library says is wrong, as Python says it.
 ERRORS = {
@@ -79,11 +110,13 @@ class Watch:
             raise self.error
 
 
-def _lost(kind: Any, error: Any, trace: Any) -> None:
-    """Of a signal that came before a callback could look at it. The call ends all the same."""
+def _outside(kind: Any, error: BaseException, trace: Any) -> None:
+    """Takes what a signal handler raised in a callback, but before or after its try."""
+    watch: Watch = ffi.from_handle(trace.tb_frame.f_locals["user"])
+    watch.error = error
 
 
-@ffi.def_extern(error=False, onerror=_lost)  # type: ignore[untyped-decorator]
+@ffi.def_extern(error=False, onerror=_outside)  # type: ignore[untyped-decorator]
 def sparge_python_progress(user: Any, done: float) -> bool:
     watch: Watch = ffi.from_handle(user)
     try:
@@ -94,7 +127,7 @@ def sparge_python_progress(user: Any, done: float) -> bool:
     return watch.error is None
 
 
-@ffi.def_extern(onerror=_lost)  # type: ignore[untyped-decorator]
+@ffi.def_extern(onerror=_outside)  # type: ignore[untyped-decorator]
 def sparge_python_finished(user: Any, head: int) -> None:
     watch: Watch = ffi.from_handle(user)
     try:
