@@ -15,6 +15,25 @@ from cffi import FFI
 CALLBACKS = """
 extern "Python" bool sparge_python_progress(void *user, double done);
 extern "Python" void sparge_python_finished(void *user, int64_t head);
+bool sparge_python_signals(void *user, double done);
+"""
+SOURCE = """
+#include <time.h>
+
+/* For calls whose progress nobody watches: lets Python run its signal handlers, but 20 times a
+ * second at most, since it waits up to 5 ms each time if another thread of Python works. */
+static bool sparge_python_progress(void *user, double done);
+static bool sparge_python_signals(void *user, double done)
+{
+    static _Thread_local double last;
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    const double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    if (now - last < 0.05)
+        return true;
+    last = now;
+    return sparge_python_progress(user, done);
+}
 """
 C_TYPE = {"string": "static char *const", "float": "static const float", "int": "static const int"}
 
@@ -38,8 +57,8 @@ def declarations(text):
 def main(out, *headers):
     ffi = FFI()
     ffi.cdef("\n".join(declarations(Path(header).read_text()) for header in headers) + CALLBACKS)
-    ffi.set_source("sparge._sparge", "".join(f'#include "{Path(h).name}"\n' for h in headers),
-                   compiler_verbose=False)  # else it prints
+    includes = "".join(f'#include "{Path(header).name}"\n' for header in headers)
+    ffi.set_source("sparge._sparge", includes + SOURCE, compiler_verbose=False)  # else it prints
     ffi.emit_c_code(out)
     Path(out).touch()  # it leaves an equal file as it was, and the build would never be up to date
 

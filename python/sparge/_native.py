@@ -85,7 +85,7 @@ def words(function: Any) -> dict[str, int]:
 
 class Watch:
     """What the library calls while it works. Python runs its signal handlers then, and what they or
-    `progress` raise ends the library's call; `watched` raises it again."""
+    `progress` raise ends the library's call; `call` raises it again."""
 
     def __init__(self, progress: Callable[[float], Any] | None = None,
                  finished: Callable[[int], Any] | None = None) -> None:
@@ -96,7 +96,10 @@ class Watch:
     def on(self, options: Any) -> None:
         """Makes a call with these options, of sparge_options or sparge_tune_options, report
         here."""
-        options.progress, options.user = lib.sparge_python_progress, self.handle
+        watched = self.progress is not None
+        options.progress = ffi.addressof(
+            lib, "sparge_python_progress" if watched else "sparge_python_signals")
+        options.user = self.handle
 
     def call(self, function: Any, *arguments: Any) -> None:
         """call(), but what was raised meanwhile is raised."""
