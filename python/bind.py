@@ -13,6 +13,7 @@ from cffi import FFI
 
 # What C calls in Python (sparge/_native.py).
 CALLBACKS = """
+void free(void *);
 extern "Python" bool sparge_python_progress(void *user, double done);
 extern "Python" void sparge_python_finished(void *user, int64_t head);
 bool sparge_python_signals(void *user, double done);

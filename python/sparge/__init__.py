@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """sparge: SpargeAttn, training-free block-sparse int8 attention (arXiv 2502.18137)."""
-from sparge._attention import Stats, attention, predict
+from sparge._attention import attend, attention, predict
+from sparge._info import info
 from sparge._mask import BlockMask, Counts
+from sparge._methods import Method, Param, State, methods
+from sparge._order import Grid, permute, token_order, unpermute
+from sparge._plan import Part, Plan, plan
+from sparge._result import Stats
 
-__all__ = ["BlockMask", "Counts", "Stats", "attention", "predict"]
+__all__ = ["BlockMask", "Counts", "Grid", "Method", "Param", "Part", "Plan", "State", "Stats",
+           "attend", "attention", "info", "methods", "permute", "plan", "predict", "token_order",
+           "unpermute"]

@@ -2,94 +2,171 @@
 """The calls: predict, attend, and both."""
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparge import _arrays
-from sparge._mask import BlockMask, Counts
-from sparge._native import ffi, lib, text
-from sparge._options import Options, Problem, Settings, prepare, takes_options
+from sparge._mask import BlockMask
+from sparge._methods import MethodOptions, takes_method
+from sparge._native import ffi, lib
+from sparge._options import (CAUSAL, Options, Problem, Settings, causal, pair, prepare,
+                             takes_options)
+from sparge._plan import make_plan
+from sparge._result import Result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What a call did (sparge_result)."""
-
-    counts: Counts
-    head_counts: list[Counts]  # batch after batch
-    backend: str
-    isa: str
-    threads: int
-    kernel: int
-    workspace_bytes: int
-    seconds_predict: float
-    seconds_quantize: float
-    seconds_attend: float
-
-    @property
-    def sparsity(self) -> float:
-        """The paper's (Sec 4.1)."""
-        return self.counts.sparsity
-
-
-class Result:
-    """What a call writes: o as q, lse in float32, counts."""
-
-    def __init__(self, problem: Problem, settings: Settings, lse: bool, stats: bool) -> None:
-        p, q = problem.c, problem.q
-        self.o = _arrays.empty("o", (p.batch, p.heads, p.q_len, p.dim_v), q, problem.layout)
-        self.c = ffi.new("sparge_result *", {"o": self.o.c("sparge_out")})
-        self.lse = self.heads = None
-        if lse:
-            self.lse = _arrays.new((*problem.heads_shape, p.q_len), q, "float32")
-            self.c.lse = _arrays.pointer(self.lse, "float *")
-        if stats:
-            self.heads = ffi.new("sparge_counts []", p.batch * p.heads)
-            self.c.head_counts = self.heads
-
-    def stats(self) -> Stats:
-        c = self.c
-        return Stats(Counts.read(c.counts), [Counts.read(x) for x in self.heads],
-                     text(lib.sparge_backend_string(c.backend)), text(lib.sparge_isa_string(c.isa)),
-                     c.threads, c.kernel, c.workspace_bytes, c.seconds_predict, c.seconds_quantize,
-                     c.seconds_attend)
-
-
-@takes_options
+@takes_method
 def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: bool = False,
-              return_stats: bool = False, **options: Unpack[Options]) -> Any:
-    """SpargeAttn: predicts which blocks matter, and attends over them."""
+              return_stats: bool = False, **options: Unpack[MethodOptions]) -> Any:
+    """SpargeAttn: predicts which blocks of the attention map matter, and attends over them.
+
+        o = sparge.attention(q, k, v, is_causal=True)
+        o, lse, stats = sparge.attention(q, k, v, tau=0.9, return_lse=True, return_stats=True)
+        o = sparge.attention(q, k, v, method="xattention", density=0.3)
+
+    q    [H, Nq, D] or [B, H, Nq, D]: heads, tokens, channels (1 to 256)
+    k    [G, Nk, D] or [B, G, Nk, D]: H is a multiple of G, and query head h reads head h // (H / G)
+    v    [G, Nk, Dv] or [B, G, Nk, Dv]
+         Arrays of numpy or tensors of torch, or what has __dlpack__, in float32, float16 or
+         bfloat16 (numpy: ml_dtypes.bfloat16); each may be of another dtype, and of another kind on
+         the same device. Any strides are read in place as long as the channels of a token lie side
+         by side (stride 1). Lengths may be 0. The call is forward only: tensors that require
+         gradients are refused where torch records them.
+
+    Returns o [H, Nq, Dv] or [B, H, Nq, Dv], of the kind, dtype, device and layout of q (of what has
+    only __dlpack__, a numpy array). A row that sees no key is 0. With return_lse, return_mask or
+    return_stats it returns (o, lse, mask, stats), of these what was asked for:
+    lse    [H, Nq] or [B, H, Nq] float32, natural log of the sum of exp(scores); -inf: no key
+    mask   BlockMask: the blocks that were computed
+    stats  Stats: counts, what ran, seconds
+
+    What is visible, and the scores:
+    is_causal      False; "end": query t sees keys up to t + Nk - Nq (FlashAttention >= 2.1);
+                   "start": up to t (torch's is_causal); True: either, and Nq must be Nk
+    softmax_scale  factor of q.k, finite, above 0; None: 1/sqrt(D)
+    k_bias         float32 [G, Nk] or [B, G, Nk], added to the scores of a key, in natural log units;
+                   -inf hides the key. The prediction ignores it
+
+    Which blocks are kept (Sec 3.3 of the paper). A number, or [H] of them; None: the default
+    theta    -1 to 1, default 0.6: blocks whose tokens have at most this mean cosine are kept always
+    tau      0 to 1, or -1: off; default 0.98, off where topk is given: mass of the blocks to keep
+    topk     0 to 1, or -1: off; default off: share of the visible blocks to keep, beside tau's
+    lambda_  -inf to 0, natural log units; default -inf, never: P.V of a block is skipped where its
+             scores are that far below the maximum so far (Sec 3.4)
+    sink     keep key block 0 always
+    params   thresholds of each head from a file of `sparge tune` (Thresholds), instead of the four
+    rules    "default"; "paper" (as printed) and "upstream" (as released) run on ref alone
+    block    (128, 64): queries and keys of a block, 1 to 1024
+
+    Another way to choose (methods() lists all; methods work on the CPU):
+    method         None: SpargeAttn; a name, the command line's "xattention:tau=0.9,stride=8", or a
+                   Method. It has its own parameters instead of the thresholds above
+    method_params  {"tau": 0.9}: parameters by name; those left out have their defaults
+    density        0 to 1: share of the visible pairs of tokens to keep; the method's first parameter
+                   is bisected (SpargeAttn: tau, one for all heads), in some 30 plans
+    grid           (t, h, w) or (t, h, w, text_before, text_after) of the tokens, for methods that
+                   need it; segment_ends, ascending to Nk, the same
+    layer, step    of the model, from 0; state, a State, which such a method keeps from call to call
+
+    How it is computed:
+    qk_dtype   arithmetic of Q.K^T: "int8", "int12", "f32" or "bf16"
+    pv_dtype   arithmetic of P.V: also "f16", "fp8" and "fastest". Dense attention in f32 is
+               attend(q, k, v, None, qk_dtype="f32", pv_dtype="f32")
+    smooth_k   subtract the mean key before quantization (SageAttention)
+    skip_rows  rows that share a decision of lambda_; 0: 64, or as the rules say
+    backend    "auto" (cpu, ref where cpu lacks something, cuda for tensors of torch on CUDA),
+               "ref", "cpu" or "cuda"
+    isa        of cpu: "auto", "scalar", "avx2", "avxvnni", "avx512vnni" or "amx"
+    kernel     of cuda: 1 to 5 (gpu/README.md); 0: the best
+    threads    0: as many as OpenMP takes, to 1024. No bit of the result depends on it
+    layout     "HND", or "NHD" for q, k, v and o as [N, H, D] or [B, N, H, D]
+
+    Raises TypeError for a wrong kind or dtype, ValueError for a wrong value or shape,
+    NotImplementedError for what this library, machine or method lacks, MemoryError, RuntimeError for
+    errors of CUDA. KeyboardInterrupt ends the call. The defaults are those of sparge_options.h.
+    """
+    if options.get("method") is not None or options.get("density") is not None:
+        return make_plan(q, k, v, options).run(
+            return_lse=return_lse, return_mask=return_mask, return_stats=return_stats)
     problem, settings = prepare(q, k, v, options)
-    result = Result(problem, settings, return_lse, return_stats)
+    result = Result(problem, return_lse, return_stats)
     mask = None
     if return_mask:
         mask = BlockMask(problem.c, settings.c, problem.q.batched)
         result.c.mask = mask._mask
     settings.watch.call(lib.sparge_attention, problem.c, settings.c, result.c)
-    return _returned(result, return_lse, mask, return_stats)
+    return result.returned(mask)
 
 
-def _returned(result: Result, lse: bool, mask: BlockMask | None, stats: bool) -> Any:
-    """o, or a tuple of it and what was asked for beside it."""
-    found = [result.o.owner]
-    if lse:
-        found.append(result.lse)
-    if mask is not None:
-        found.append(mask)
-    if stats:
-        found.append(result.stats())
-    return found[0] if len(found) == 1 else tuple(found)
+@takes_method
+def predict(q: Any, k: Any, v: Any = None, **options: Unpack[MethodOptions]) -> BlockMask:
+    """The blocks that attention() would compute, without attention.
 
-
-@takes_options
-def predict(q: Any, k: Any, **options: Unpack[Options]) -> BlockMask:
-    """The blocks that SpargeAttn keeps of q [H, Nq, D] and k [G, Nk, D]."""
+    Arguments are those of attention(). SpargeAttn does not look at v; a method may, and then needs
+    it. The mask of a method is in blocks of its own. ValueError where the plan of the method is more
+    than one mask over q, k and v as they are (see plan()).
+    """
+    if options.get("method") is not None or options.get("density") is not None:
+        return make_plan(q, k, v, options).mask
     problem, settings = prepare(q, k, None, options)
     mask = BlockMask(problem.c, settings.c, problem.q.batched)
     settings.watch.call(lib.sparge_predict, problem.c, settings.c, mask._mask, ffi.NULL)
     return mask
+
+
+@takes_options
+def attend(q: Any, k: Any, v: Any, mask: Any, *, return_lse: bool = False,
+           return_stats: bool = False, **options: Unpack[Options]) -> Any:
+    """Attention over the blocks of a mask that is given (Algorithm 1 lines 3, 7-22).
+
+    mask  None: dense, all visible pairs; a BlockMask, whose block and causality hold and must agree
+          with what is given; or bool or uint8 [H, Qb, Kb] or [B, H, Qb, Kb] of numpy or torch, where
+          Qb = ceil(Nq / block[0]) and Kb = ceil(Nk / block[1]): 0 is not computed
+    The other arguments, what it returns and raises are as of attention(). Of the thresholds lambda_
+    alone matters. Blocks of which no pair is visible are ignored.
+    """
+    if isinstance(mask, BlockMask):
+        options = _agreed(mask, options)
+    problem, settings = prepare(q, k, v, options)
+    given = None if mask is None else _mask(mask, problem, settings)
+    result = Result(problem, return_lse, return_stats)
+    settings.watch.call(lib.sparge_attend, problem.c, settings.c,
+                        ffi.NULL if given is None else given._mask, result.c)
+    return result.returned()
+
+
+def _agreed(mask: BlockMask, options: Options) -> Options:
+    """Options with the blocks and the causality of a mask."""
+    block = tuple(pair("block", options.get("block", mask.block)))
+    if block != mask.block:
+        raise ValueError(f"block is {block} and that of mask is {mask.block}")
+    word = next(word for word, n in CAUSAL.items() if n == mask._options.causal)
+    q_len, k_len = mask._problem.q_len, mask._problem.k_len
+    if "is_causal" in options and causal(options["is_causal"], q_len, k_len) != CAUSAL[word]:
+        raise ValueError(f"is_causal is {options['is_causal']!r} and that of mask is {word!r}")
+    return {**options, "block": mask.block, "is_causal": word}
+
+
+def _mask(mask: Any, problem: Problem, settings: Settings) -> BlockMask:
+    """The mask of a call as it was given."""
+    c = problem.c
+    if isinstance(mask, BlockMask):
+        m = mask._problem
+        of_mask, of_call = ([x.batch, x.heads, x.q_len, x.k_len] for x in (m, c))
+        if of_mask != of_call:
+            raise ValueError(f"mask is of [B, H, Nq, Nk] = {of_mask}, q and k are of {of_call}")
+        return mask
+    blocks = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
+    if blocks.dtype not in (np.bool_, np.uint8):
+        raise TypeError(f"mask is {blocks.dtype}, it must be bool or uint8, a BlockMask or None")
+    made = BlockMask(c, settings.c, problem.q.batched)
+    if blocks.shape != made.shape:
+        raise ValueError(f"mask has the shape {list(blocks.shape)}, it must be {list(made.shape)}: "
+                         f"heads, and blocks of {made.block[0]} queries and {made.block[1]} keys")
+    bits = np.zeros((*made._words().shape[:3], 32 * made._mask.words), bool)
+    bits[..., :made._mask.k_blocks] = blocks.reshape(*bits.shape[:3], -1) != 0
+    made._words()[:] = np.packbits(bits, axis=-1, bitorder="little").view(np.uint32)
+    return made

@@ -67,14 +67,15 @@ DEFAULTS: Options = {
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def takes_options(function: Function) -> Function:
+def takes_options(function: Function, kind: Any = Options,
+                  defaults: Mapping[str, Any] = DEFAULTS) -> Function:
     """Shows the options in the signature of a function that takes them as **options, and refuses
     other names."""
     own = inspect.signature(function)
     named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value,
-                                annotation=Options.__annotations__[name].__forward_arg__)
-              for name, value in DEFAULTS.items() if name not in own.parameters]
+                                annotation=kind.__annotations__[name].__forward_arg__)
+              for name, value in defaults.items() if name not in own.parameters]
     known = [p.name for p in named + shared]
 
     @functools.wraps(function)

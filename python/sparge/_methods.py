@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods of sparge_methods.h by name, their parameters, and what they are told beside q, k and
+v."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from sparge._native import ffi, lib, text
+from sparge._options import DEFAULTS, Function, Options, takes_options, whole
+from sparge._order import Grid, grid_struct
+
+NEEDS = {getattr(lib, name): name[len("SPARGE_NEEDS_"):].lower()
+         for name in dir(lib) if name.startswith("SPARGE_NEEDS_")}
+
+
+@dataclass(frozen=True)
+class Param:
+    """A parameter of a method."""
+
+    name: str  # the paper's symbol, if it has one
+    low: float  # both ends belong to the range
+    high: float
+    default: float
+    whole: bool  # a whole number
+    what: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: a function from q, k and v to a plan (sparge_method)."""
+
+    name: str
+    title: str
+    paper: str  # "arXiv 2503.16428"; "" for our own
+    repository: str  # the authors' code that was read, or ""
+    commit: str
+    kind: str  # training-free, yardstick, ...
+    evidence: str  # how many of its blocks or pairs are those of the authors' code, or ""
+    needs: tuple[str, ...]  # causal, not_causal, grid, segments, state
+    params: tuple[Param, ...]  # the first sets the density, which never falls with it
+
+
+def _read(m: Any) -> Method:
+    params = []
+    for q in m.param:
+        if not q.name:
+            break
+        kind = int if q.whole else float
+        params.append(Param(text(q.name), kind(q.low), kind(q.high), kind(q.usual), q.whole,
+                            text(q.what)))
+    words = (text(getattr(m, name)) for name in ("name", "title", "paper", "repository", "commit",
+                                                 "kind", "evidence"))
+    return Method(*words, needs=tuple(word for bit, word in sorted(NEEDS.items()) if m.needs & bit),
+                  params=tuple(params))
+
+
+def methods() -> tuple[Method, ...]:
+    """All methods of the library, by name: where each is from, what it needs, its parameters with
+    their ranges and defaults. methods/README.md says more of each."""
+    count = ffi.new("int *")
+    found = lib.sparge_methods(count)
+    return tuple(_read(found[n]) for n in range(count[0]))
+
+
+class State:
+    """What a method keeps from call to call of one layer (minference: which pattern each head
+    has): make one for each layer, and give it to every call of that layer, one call at a time."""
+
+    def __init__(self) -> None:
+        self._c = ffi.gc(ffi.new("void **"), lambda kept: lib.free(kept[0]))
+
+
+class MethodOptions(Options, total=False):
+    """The keyword arguments of calls that choose what is attended (see attention())."""
+
+    method: Union[str, Method, None]
+    method_params: Mapping[str, float] | None
+    density: float | None
+    grid: Sequence[int] | None
+    segment_ends: Sequence[int] | None
+    layer: int
+    step: int
+    state: State | None
+
+
+METHOD_DEFAULTS: MethodOptions = {
+    "method": None, "method_params": None, "density": None, "grid": None, "segment_ends": None,
+    "layer": 0, "step": 0, "state": None
+}
+
+
+def takes_method(function: Function) -> Function:
+    """takes_options() of a function that takes MethodOptions."""
+    return takes_options(function, MethodOptions, {**METHOD_DEFAULTS, **DEFAULTS})
+
+
+class Choice:
+    """A method, and the values of its parameters."""
+
+    def __init__(self, name: str, params: Mapping[str, Any] | None = None) -> None:
+        self.c = lib.sparge_method_find(name.encode())
+        if not self.c:
+            raise ValueError(f"method is {name!r}, it must be one of " +
+                             ", ".join(repr(m.name) for m in methods()))
+        self.method = _read(self.c)
+        self.param = ffi.new(f"double [{lib.SPARGE_MAX_PARAMS}]",
+                             [p.default for p in self.method.params])
+        names = [p.name for p in self.method.params]
+        for key, value in (params or {}).items():
+            if key not in names:
+                near = difflib.get_close_matches(key, names, 1) or names
+                raise ValueError(f"{name} has no parameter {key!r}" +
+                                 (f": it has {', '.join(map(repr, near))}" if near else "s"))
+            self.param[names.index(key)] = value
+
+    @property
+    def params(self) -> dict[str, float]:
+        """All parameters by name, also those that were found for a density."""
+        return {p.name: int(x) if p.whole else x for p, x in zip(self.method.params, self.param)}
+
+
+def _written(spec: str) -> tuple[str, dict[str, float]]:
+    """The command line's NAME:PARAM=VALUE,..."""
+    name, _, rest = spec.partition(":")
+    found: dict[str, float] = {}
+    for item in rest.split(",") if rest else ():
+        key, _, value = item.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"method is {spec!r}: {key!r} must be followed by = and a number"
+                             ) from None
+        if key in found:
+            raise ValueError(f"method is {spec!r}: {key!r} is there twice")
+        found[key] = number
+    return name, found
+
+
+def _refuse(options: Mapping[str, Any], names: Sequence[str], why: str) -> None:
+    given = [name for name in names if options.get(name) not in (None, False)]
+    if given:
+        raise ValueError(f"{why}: leave out {' and '.join(given)}")
+
+
+def choose(options: Mapping[str, Any], settings: Any) -> Choice:
+    """The method of the options; without one SpargeAttn under their rules, with their
+    thresholds."""
+    method, density = options.get("method"), options.get("density")
+    if method is None:
+        if options.get("method_params"):
+            raise ValueError("method_params is given and method is None: name the method")
+        name = {"default": "spargeattn"}.get(options.get("rules", "default"),
+                                             f"spargeattn_{options.get('rules')}")
+        if density is not None:
+            _refuse(options, ("params", "tau", "topk"), "density finds tau")
+            if settings.c.per_head:
+                raise ValueError("density finds one tau for all heads: theta and lambda_ must be "
+                                 "numbers, not arrays")
+        t = settings.c.thresholds
+        return Choice(name, {"tau": t.tau, "theta": t.theta, "topk": t.topk,
+                             "lambda": getattr(t, "lambda"), "sink": settings.c.sink})
+    name, given = (method.name, {}) if isinstance(method, Method) else _written(method)
+    _refuse(options, ("theta", "tau", "topk", "lambda_", "sink", "params"),
+            f"method is {name!r}, which has parameters of its own (method_params)")
+    for key, value in (options.get("method_params") or {}).items():
+        if key in given:
+            raise ValueError(f"{key} stands in method and in method_params: leave out one")
+        given[key] = value
+    choice = Choice(name, given)
+    first = choice.method.params[0].name if choice.method.params else None
+    if density is not None and first in given:
+        raise ValueError(f"density finds {first} of {name}: leave out one of them")
+    return choice
+
+
+class Context:
+    """sparge_context, and what its pointers point to."""
+
+    def __init__(self, options: Mapping[str, Any], q_len: int, k_len: int) -> None:
+        self.c = ffi.new("sparge_context *", {"layer": whole("layer", options.get("layer", 0)),
+                                              "step": whole("step", options.get("step", 0))})
+        grid, ends = options.get("grid"), options.get("segment_ends")
+        if grid is not None:
+            self.grid = grid_struct(grid)
+            tokens = Grid(*grid).tokens
+            if not tokens == q_len == k_len:
+                raise ValueError(f"grid is {tuple(grid)}, of {tokens} tokens, and there are {q_len} "
+                                 f"queries and {k_len} keys")
+            self.c.grid = self.grid
+        if ends is not None:
+            ends = [whole("segment_ends", end) for end in ends]
+            if sorted(set(ends)) != ends or ends[-1:] != [k_len] or ends[0] < 0:
+                raise ValueError(f"segment_ends is {ends}, it must ascend to the {k_len} keys")
+            self.ends = ffi.new("int64_t []", ends)
+            self.c.segment_ends, self.c.segments = self.ends, len(ends)
+        state = options.get("state")
+        if state is not None:
+            self.state = state  # keeps it
+            self.c.state = state._c
