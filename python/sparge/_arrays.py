@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
 from sparge._native import ffi, lib
 
 DTYPES = {"float32": lib.SPARGE_F32, "float16": lib.SPARGE_F16, "bfloat16": lib.SPARGE_BF16}
+DLPACK_CPU = 1  # kDLCPU
 LAYOUTS = ("HND", "NHD")
 
 
@@ -40,26 +42,65 @@ def is_torch(x: Any) -> bool:
     return hasattr(x, "data_ptr") and hasattr(x, "new_empty")
 
 
+def _of_torch(name: str, x: Any) -> tuple[str, str, Any, Any, int]:
+    """dtype, device, shape, strides and address of a tensor."""
+    if x.requires_grad and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(f"{name}.requires_grad is True, it must be False: there is no backward "
+                         f"pass; call it under torch.no_grad(), or give {name}.detach()")
+    dtype, device, kind = (str(value).split(".")[-1] for value in (
+        x.dtype, x.device, getattr(x, "layout", "strided")))
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on {device}, it must be on cpu or cuda")
+    if kind != "strided" or getattr(x, "is_nested", False):
+        kind = "nested" if kind in ("strided", "jagged") else kind
+        raise TypeError(f"{name} is {kind}, it must be a strided tensor")
+    if getattr(x, "is_neg", bool)():
+        raise ValueError(f"{name}.is_neg() is True: its memory has the other sign; give "
+                         f"{name}.resolve_neg()")
+    try:
+        return dtype, device, tuple(x.shape), tuple(x.stride()), x.data_ptr()
+    except RuntimeError as error:
+        raise TypeError(f"{name} is a {type(x).__name__} without memory that can be read: {error}"
+                        ) from None
+
+
+def _of_numpy(name: str, x: Any) -> tuple[str, str, Any, Any, int]:
+    """The same of an array."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored: give "
+                        f"{name}.filled(), or hide keys by k_bias")
+    size = max(1, x.dtype.itemsize)
+    if not x.dtype.isnative:
+        raise TypeError(f"{name} is {x.dtype.str}, of another byte order, it must be of this "
+                        f"machine's: give {name}.astype({x.dtype.name!r})")
+    if not x.flags.aligned or any(stride % size for stride in x.strides):
+        raise ValueError(f"{name} has elements that are not aligned: give {name}.copy()")
+    return (x.dtype.name, "cpu", x.shape, tuple(stride // size for stride in x.strides),
+            x.ctypes.data)
+
+
+def _imported(name: str, x: Any) -> Any:
+    """An array of numpy on the memory of what has __dlpack__."""
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"{name} is a {type(x).__name__}, it must be an array of numpy, a tensor "
+                        "of torch, or have __dlpack__")
+    if x.__dlpack_device__()[0] != DLPACK_CPU:
+        raise ValueError(f"{name} is a {type(x).__name__} on another device (DLPack's number "
+                         f"{int(x.__dlpack_device__()[0])}), it must be on the CPU")
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__} of {getattr(x, 'dtype', 'no dtype')} that "
+                        f"numpy cannot read: {error}") from None
+
+
 def read(name: str, x: Any, layout: str = "HND") -> Tensor:
     """q, k, v or o as it was given; what is wrong with it is said in a sentence."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, it must be 'HND' or 'NHD'")
-    if is_torch(x):
-        if x.requires_grad and sys.modules["torch"].is_grad_enabled():
-            raise ValueError(f"{name}.requires_grad is True, it must be False: there is no backward "
-                             f"pass; call it under torch.no_grad(), or give {name}.detach()")
-        dtype, shape, strides = str(x.dtype).split(".")[-1], tuple(x.shape), tuple(x.stride())
-        data, device = x.data_ptr(), str(x.device)
-    else:
-        if not isinstance(x, np.ndarray):
-            if not hasattr(x, "__dlpack__"):
-                raise TypeError(f"{name} is a {type(x).__name__}, it must be an array of numpy or a "
-                                "tensor of torch")
-            x = np.from_dlpack(x)
-        dtype, shape, size = x.dtype.name, x.shape, max(1, x.dtype.itemsize)
-        if not x.dtype.isnative or not x.flags.aligned or any(s % size for s in x.strides):
-            raise ValueError(f"{name} has bytes in another order, or elements that are not aligned")
-        strides, data, device = tuple(s // size for s in x.strides), x.ctypes.data, "cpu"
+    if not is_torch(x) and not isinstance(x, np.ndarray):
+        x = _imported(name, x)
+    dtype, device, shape, strides, data = (_of_torch if is_torch(x) else _of_numpy)(name, x)
     if dtype not in DTYPES:
         raise TypeError(f"{name} is {dtype}, it must be float32, float16 or bfloat16")
     axes = "[B, H, N, D] or [H, N, D]" if layout == "HND" else "[B, N, H, D] or [N, H, D]"
@@ -73,6 +114,20 @@ def read(name: str, x: Any, layout: str = "HND") -> Tensor:
     order = (0, 1, 2, 3) if layout == "HND" else (0, 2, 1, 3)
     return Tensor(name, x, data, dtype, device, tuple(shape[n] for n in order),
                   tuple(strides[n] for n in order), batched)
+
+
+def packed(name: str, x: Any, like: Tensor, shape: Sequence[int]) -> Any:
+    """A small float32 array of this shape on the device of another, in one piece; its address is
+    pointer()'s."""
+    if not is_torch(x) and not isinstance(x, np.ndarray):
+        x = _imported(name, x)
+    dtype, device, found, _, _ = (_of_torch if is_torch(x) else _of_numpy)(name, x)
+    if dtype != "float32" or tuple(found) != tuple(shape):
+        raise ValueError(f"{name} is {dtype} {list(found)}, it must be float32 {list(shape)}")
+    if device != like.device:
+        raise ValueError(f"{name} is on {device} and {like.name} is on {like.device}, they must be "
+                         "on one device")
+    return x.contiguous() if is_torch(x) else np.ascontiguousarray(x)
 
 
 def empty(name: str, shape: Sequence[int], like: Tensor, layout: str,

@@ -47,8 +47,8 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
     is_causal      False; "end": query t sees keys up to t + Nk - Nq (FlashAttention >= 2.1);
                    "start": up to t (torch's is_causal); True: either, and Nq must be Nk
     softmax_scale  factor of q.k, finite, above 0; None: 1/sqrt(D)
-    k_bias         float32 [G, Nk] or [B, G, Nk], added to the scores of a key, in natural log units;
-                   -inf hides the key. The prediction ignores it
+    k_bias         float32 [G, Nk] or [B, G, Nk], added to the scores of a key, in natural log
+                   units; -inf hides the key. The prediction ignores it
 
     Which blocks are kept (Sec 3.3 of the paper). A number, or [H] of them; None: the default
     theta    -1 to 1, default 0.6: blocks whose tokens have at most this mean cosine are kept always
@@ -65,8 +65,8 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
     method         None: SpargeAttn; a name, the command line's "xattention:tau=0.9,stride=8", or a
                    Method. It has its own parameters instead of the thresholds above
     method_params  {"tau": 0.9}: parameters by name; those left out have their defaults
-    density        0 to 1: share of the visible pairs of tokens to keep; the method's first parameter
-                   is bisected (SpargeAttn: tau, one for all heads), in some 30 plans
+    density        0 to 1: share of the visible pairs of tokens to keep; the method's first
+                   parameter is bisected (SpargeAttn: tau, one for all heads), in some 30 plans
     grid           (t, h, w) or (t, h, w, text_before, text_after) of the tokens, for methods that
                    need it; segment_ends, ascending to Nk, the same
     layer, step    of the model, from 0; state, a State, which such a method keeps from call to call
@@ -85,8 +85,8 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
     layout     "HND", or "NHD" for q, k, v and o as [N, H, D] or [B, N, H, D]
 
     Raises TypeError for a wrong kind or dtype, ValueError for a wrong value or shape,
-    NotImplementedError for what this library, machine or method lacks, MemoryError, RuntimeError for
-    errors of CUDA. KeyboardInterrupt ends the call. The defaults are those of sparge_options.h.
+    NotImplementedError for what this library, machine or method lacks, MemoryError, RuntimeError
+    for errors of CUDA. KeyboardInterrupt ends the call. The defaults are those of sparge_options.h.
     """
     if options.get("method") is not None or options.get("density") is not None:
         return make_plan(q, k, v, options).run(
@@ -106,9 +106,11 @@ def predict(q: Any, k: Any, v: Any = None, **options: Unpack[MethodOptions]) -> 
     """The blocks that attention() would compute, without attention.
 
     Arguments are those of attention(). SpargeAttn does not look at v; a method may, and then needs
-    it. The mask of a method is in blocks of its own. ValueError where the plan of the method is more
-    than one mask over q, k and v as they are (see plan()).
+    it. The mask of a method is in blocks of its own. ValueError where the plan of the method is
+    more than one mask over q, k and v as they are (see plan()).
     """
+    if options.get("method") is not None and v is None:
+        raise TypeError(f"v is None and method is {options['method']!r}, which may look at it")
     if options.get("method") is not None or options.get("density") is not None:
         return make_plan(q, k, v, options).mask
     problem, settings = prepare(q, k, None, options)
@@ -122,9 +124,9 @@ def attend(q: Any, k: Any, v: Any, mask: Any, *, return_lse: bool = False,
            return_stats: bool = False, **options: Unpack[Options]) -> Any:
     """Attention over the blocks of a mask that is given (Algorithm 1 lines 3, 7-22).
 
-    mask  None: dense, all visible pairs; a BlockMask, whose block and causality hold and must agree
-          with what is given; or bool or uint8 [H, Qb, Kb] or [B, H, Qb, Kb] of numpy or torch, where
-          Qb = ceil(Nq / block[0]) and Kb = ceil(Nk / block[1]): 0 is not computed
+    mask  None: dense, all visible pairs; a BlockMask, whose block and causality hold and must
+          agree with what is given; or bool or uint8 [H, Qb, Kb] or [B, H, Qb, Kb] of numpy or
+          torch, where Qb = ceil(Nq / block[0]) and Kb = ceil(Nk / block[1]): 0 is not computed
     The other arguments, what it returns and raises are as of attention(). Of the thresholds lambda_
     alone matters. Blocks of which no pair is visible are ignored.
     """
@@ -143,10 +145,12 @@ def _agreed(mask: BlockMask, options: Options) -> Options:
     block = tuple(pair("block", options.get("block", mask.block)))
     if block != mask.block:
         raise ValueError(f"block is {block} and that of mask is {mask.block}")
-    word = next(word for word, n in CAUSAL.items() if n == mask._options.causal)
+    word: Any = next(word for word, n in CAUSAL.items() if n == mask._options.causal)
+    word = False if word == "none" else word
     q_len, k_len = mask._problem.q_len, mask._problem.k_len
-    if "is_causal" in options and causal(options["is_causal"], q_len, k_len) != CAUSAL[word]:
-        raise ValueError(f"is_causal is {options['is_causal']!r} and that of mask is {word!r}")
+    given = options.get("is_causal", word)
+    if causal(given, q_len, k_len) != mask._options.causal:
+        raise ValueError(f"is_causal is {given!r} and that of mask is {word!r}")
     return {**options, "block": mask.block, "is_causal": word}
 
 

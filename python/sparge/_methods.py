@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from sparge._native import ffi, lib, text
 from sparge._options import DEFAULTS, Function, Options, takes_options, whole
@@ -51,9 +51,9 @@ def _read(m: Any) -> Method:
         kind = int if q.whole else float
         params.append(Param(text(q.name), kind(q.low), kind(q.high), kind(q.usual), q.whole,
                             text(q.what)))
-    words = (text(getattr(m, name)) for name in ("name", "title", "paper", "repository", "commit",
-                                                 "kind", "evidence"))
-    return Method(*words, needs=tuple(word for bit, word in sorted(NEEDS.items()) if m.needs & bit),
+    return Method(text(m.name), text(m.title), text(m.paper), text(m.repository), text(m.commit),
+                  text(m.kind), text(m.evidence),
+                  needs=tuple(word for bit, word in sorted(NEEDS.items()) if m.needs & bit),
                   params=tuple(params))
 
 
@@ -76,7 +76,7 @@ class State:
 class MethodOptions(Options, total=False):
     """The keyword arguments of calls that choose what is attended (see attention())."""
 
-    method: Union[str, Method, None]
+    method: str | Method | None
     method_params: Mapping[str, float] | None
     density: float | None
     grid: Sequence[int] | None
@@ -187,8 +187,8 @@ class Context:
             self.grid = grid_struct(grid)
             tokens = Grid(*grid).tokens
             if not tokens == q_len == k_len:
-                raise ValueError(f"grid is {tuple(grid)}, of {tokens} tokens, and there are {q_len} "
-                                 f"queries and {k_len} keys")
+                raise ValueError(f"grid is {tuple(grid)}, of {tokens} tokens, and there are "
+                                 f"{q_len} queries and {k_len} keys")
             self.c.grid = self.grid
         if ends is not None:
             ends = [whole("segment_ends", end) for end in ends]

@@ -41,7 +41,8 @@ _policy = os.environ.get("OMP_WAIT_POLICY")
 if not _load_torch_openmp():
     os.environ["OMP_WAIT_POLICY"] = _policy or "passive"
 try:
-    from sparge._sparge import ffi, lib
+    from sparge._sparge import ffi as ffi
+    from sparge._sparge import lib as lib
 finally:
     if _policy is None:
         os.environ.pop("OMP_WAIT_POLICY", None)

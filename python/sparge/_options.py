@@ -6,24 +6,22 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Callable, Literal, TypedDict, TypeVar, Union
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Union
 
 import numpy as np
 
 from sparge import _arrays
-from sparge._arrays import Tensor
 from sparge._native import Watch, ffi, lib, text, threads, words
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from typing_extensions import Unpack
 
     from sparge._params import Thresholds
 
     Threshold = Union[float, ArrayLike, None]
 
-Causal = Union[bool, Literal["end", "start"]]
+Causal = Union[bool, Literal["end", "start", "none"]]
 
 BACKENDS, DTYPES, ISAS, RULES, CAUSAL = (
     words(f) for f in (lib.sparge_backend_string, lib.sparge_dtype_string, lib.sparge_isa_string,
@@ -101,9 +99,11 @@ def word(name: str, value: Any, known: Mapping[str, int]) -> int:
 def causal(value: Causal, q_len: int, k_len: int) -> int:
     """The number of is_causal. True is for squares, where "end" and "start" are the same."""
     if value is True and q_len != k_len:
-        raise ValueError(f"is_causal is True with {q_len} queries and {k_len} keys, it must be 'end' "
-                         "(the last query sees all keys) or 'start' (the first sees one)")
-    return word("is_causal", {True: "end", False: "none"}.get(value, value), CAUSAL)
+        raise ValueError(f"is_causal is True with {q_len} queries and {k_len} keys, it must be "
+                         "'end' (the last query sees all keys) or 'start' (the first sees one)")
+    if isinstance(value, bool):
+        value = "end" if value else "none"
+    return word("is_causal", value, CAUSAL)
 
 
 class Problem:
@@ -116,37 +116,28 @@ class Problem:
         self.v = self.k if v is None else _arrays.read("v", v, layout)
         for x in (self.k, self.v):
             if x.batched != self.q.batched:
-                raise ValueError(f"{x.name} has {3 + x.batched} axes and q has {3 + self.q.batched}, "
-                                 "they must have as many")
+                raise ValueError(f"{x.name} has {3 + x.batched} axes and q has {3 + self.q.batched}"
+                                 ", they must have as many")
             if x.device != self.q.device:
-                raise ValueError(f"{x.name} is on {x.device} and q is on {self.q.device}, they must "
-                                 "be on one device")
+                raise ValueError(f"{x.name} is on {x.device} and q is on {self.q.device}, they "
+                                 "must be on one device")
         batch, heads, q_len, dim = self.q.shape
         _, kv_heads, k_len, _ = self.k.shape
-        for x, axis, want, what in ((self.k, 0, batch, "batch of q"), (self.v, 0, batch, "batch of q"),
-                                    (self.v, 1, kv_heads, "heads of k"), (self.v, 2, k_len,
-                                                                          "tokens of k"),
-                                    (self.k, 3, dim, "channels of q")):
+        agree = [(self.k, 0, batch, "batch of q"), (self.v, 0, batch, "batch of q"),
+                 (self.v, 1, kv_heads, "heads of k"), (self.v, 2, k_len, "tokens of k"),
+                 (self.k, 3, dim, "channels of q")]
+        for x, axis, want, what in agree[:-1] if v is None else agree:
             if x.shape[axis] != want:
-                raise ValueError(f"{x.name} is [B, H, N, D] = {list(x.shape)}: {x.shape[axis]} must be "
-                                 f"{want}, the {what}")
+                raise ValueError(f"{x.name} is [B, H, N, D] = {list(x.shape)}: {x.shape[axis]} "
+                                 f"must be {want}, the {what}")
         self.c = ffi.new("sparge_problem *", {
             "batch": batch, "heads": heads, "kv_heads": kv_heads, "q_len": q_len, "k_len": k_len,
-            "dim": dim, "dim_v": self.v.shape[3], "q": self.q.c(), "k": self.k.c(), "v": self.v.c()})
+            "dim": dim, "dim_v": self.v.shape[3], "q": self.q.c(), "k": self.k.c(),
+            "v": self.v.c()})
         if k_bias is not None:
-            self.k_bias = self._bias(k_bias)
+            shape = (batch, kv_heads, k_len)[0 if self.q.batched else 1:]
+            self.k_bias = _arrays.packed("k_bias", k_bias, self.q, shape)
             self.c.k_bias = _arrays.pointer(self.k_bias, "float *")
-
-    def _bias(self, x: Any) -> Any:
-        c, name = self.c, str(getattr(x, "dtype", "")).split(".")[-1]
-        shape = (c.batch, c.kv_heads, c.k_len)[0 if self.q.batched else 1:]
-        if tuple(getattr(x, "shape", ())) != shape or name != "float32":
-            raise ValueError(f"k_bias is {name or type(x).__name__} {list(getattr(x, 'shape', []))}, it "
-                             f"must be float32 {list(shape)}")
-        if _arrays.is_torch(x) != _arrays.is_torch(self.q.owner) or (
-                _arrays.is_torch(x) and str(x.device) != self.q.device):
-            raise ValueError(f"k_bias is on {getattr(x, 'device', 'cpu')} and q is on {self.q.device}")
-        return x.contiguous() if _arrays.is_torch(x) else np.ascontiguousarray(x)
 
     @property
     def heads_shape(self) -> tuple[int, ...]:
@@ -172,13 +163,14 @@ class Settings:
         c.pv_dtype = word("pv_dtype", o["pv_dtype"], DTYPES)
         c.causal = causal(o["is_causal"], p.q_len, p.k_len)
         c.block_q, c.block_k = (whole("block", n) for n in pair("block", o["block"]))
-        c.skip_rows, c.cuda.kernel = whole("skip_rows", o["skip_rows"]), whole("kernel", o["kernel"])
+        c.skip_rows = whole("skip_rows", o["skip_rows"])
+        c.cuda.kernel = whole("kernel", o["kernel"])
         c.smooth_k, c.sink = bool(o["smooth_k"]), bool(o["sink"])
         c.threads = threads(whole("threads", o["threads"]))
         if o["softmax_scale"] is not None:
             if not o["softmax_scale"] > 0:
-                raise ValueError(f"softmax_scale is {o['softmax_scale']}, it must be above 0, or None "
-                                 "for 1/sqrt(D)")
+                raise ValueError(f"softmax_scale is {o['softmax_scale']}, it must be above 0, or "
+                                 "None for 1/sqrt(D)")
             c.softmax_scale = o["softmax_scale"]
         self._thresholds(p.heads, o)
         self._device(problem)
@@ -195,8 +187,8 @@ class Settings:
         arrays = {name: np.asarray(value, np.float64) for name, value in given.items()}
         for name, x in arrays.items():
             if x.shape not in ((), (heads, )):
-                raise ValueError(f"{name} has the shape {list(x.shape)}, it must be a number or one for "
-                                 f"each of {heads} heads")
+                raise ValueError(f"{name} has the shape {list(x.shape)}, it must be a number or "
+                                 f"one for each of {heads} heads")
         for name, x in arrays.items():
             setattr(self.c.thresholds, name, float(x.flat[0]))
         if any(x.shape for x in arrays.values()):
@@ -212,8 +204,8 @@ class Settings:
             self.c.backend = lib.SPARGE_CUDA
         if on_cuda != (self.c.backend == lib.SPARGE_CUDA):
             name = text(lib.sparge_backend_string(self.c.backend))
-            raise ValueError(f"q is on {problem.q.device} and backend is {name!r}: cuda is for tensors "
-                             "on a GPU, the others for those on the CPU")
+            raise ValueError(f"q is on {problem.q.device} and backend is {name!r}: cuda is for "
+                             "tensors on a GPU, the others for those on the CPU")
         if on_cuda:
             self.c.cuda.stream = _arrays.stream(problem.q)
 

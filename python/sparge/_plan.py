@@ -129,8 +129,9 @@ class Plan:
         """Which blocks of the attention map it computes, in blocks of the method's. ValueError of
         a plan that is not plain."""
         if not self.plain:
-            raise ValueError(f"the plan of {self.method.name} has {self._c.parts} parts, or tokens in "
-                             "another order, and no mask: pairs() says which pairs it attends to")
+            raise ValueError(f"the plan of {self.method.name} has several parts, or tokens in "
+                             "another order, and so no mask: pairs() says which pairs it attends "
+                             "to")
         part = self.predict()._c.part[0]
         options = ffi.new("sparge_options *", part.options)
         options.causal = self._settings.c.causal  # of a part it may be in the mask

@@ -50,7 +50,8 @@ class Result:
         p, q = problem.c, problem.q
         self.o = _arrays.empty("o", (p.batch, p.heads, p.q_len, p.dim_v), q, problem.layout)
         self.c = ffi.new("sparge_result *", {"o": self.o.c("sparge_out")})
-        self.lse = self.heads = None
+        self.lse: Any = None
+        self.heads: Any = None
         if lse:
             self.lse = _arrays.new((*problem.heads_shape, p.q_len), q, "float32")
             self.c.lse = _arrays.pointer(self.lse, "float *")
