@@ -44,6 +44,8 @@ typedef enum sparge_back_off {
     SPARGE_LEFT_DENSE      /* theta -1, tau 1, lambda -inf */
 } sparge_back_off;
 
+const char *sparge_back_off_string(sparge_back_off back_off); /* the word of JSON */
+
 typedef struct sparge_tuned {
     bool done;         /* set on entry: the head is skipped; on return: it is finished */
     bool finite;       /* false: an input or its dense output has NaN or infinity; left dense */

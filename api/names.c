@@ -4,6 +4,7 @@
 
 #include "cpu/cpu.h"
 #include "gpu/gpu.h"
+#include "sparge_tune.h"
 
 const char *sparge_status_string(sparge_status status)
 {
@@ -41,6 +42,12 @@ const char *sparge_rules_string(sparge_rules rules)
 {
     static const char *const name[] = {"default", "paper", "upstream"};
     return (unsigned)rules < sizeof name / sizeof *name ? name[rules] : "unknown rules";
+}
+
+const char *sparge_back_off_string(sparge_back_off back_off)
+{
+    static const char *const name[] = {"none", "lambda lowered", "tau raised", "left dense"};
+    return (unsigned)back_off < sizeof name / sizeof *name ? name[back_off] : "unknown";
 }
 
 int sparge_version(void) { return SPARGE_VERSION_NUMBER; }

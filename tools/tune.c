@@ -379,14 +379,13 @@ static json_t *errors_json(const sparge_tune_errors *e)
 
 static void finished(void *user, int64_t h)
 {
-    static const char *const back_offs[] = {"none", "lambda lowered", "tau raised", "left dense"};
     tune *t = user;
     const capture *c = t->layer[t->at].capture[0];
     const sparge_tuned *head = &t->tuned[h];
     const int64_t number = capture_head(c, h);
     insert(t->heads, json_joined(params_line(c->layer, number, head->dense, &head->thresholds),
                                  json_pack("{s:b, s:s, s:o, s:o, s:o, s:o, s:o}", "finite",
-                                           head->finite, "back_off", back_offs[head->back_off],
+                                           head->finite, "back_off", sparge_back_off_string(head->back_off),
                                            "in_sample", errors_json(&head->in_sample), "held_out",
                                            errors_json(&head->held_out), "held_out_first",
                                            errors_json(&head->held_out_first), "dense_passes",

@@ -5,9 +5,12 @@ from sparge._info import info
 from sparge._mask import BlockMask, Counts
 from sparge._methods import Method, Param, State, methods
 from sparge._order import Grid, permute, token_order, unpermute
+from sparge._params import Params, Thresholds, load_params
 from sparge._plan import Part, Plan, plan
 from sparge._result import Stats
+from sparge._tune import Tuned, TunedHead, TuneErrors, tune
 
-__all__ = ["BlockMask", "Counts", "Grid", "Method", "Param", "Part", "Plan", "State", "Stats",
-           "attend", "attention", "info", "methods", "permute", "plan", "predict", "token_order",
+__all__ = ["BlockMask", "Counts", "Grid", "Method", "Param", "Params", "Part", "Plan", "State",
+           "Stats", "Thresholds", "TuneErrors", "Tuned", "TunedHead", "attend", "attention", "info",
+           "load_params", "methods", "permute", "plan", "predict", "token_order", "tune",
            "unpermute"]

@@ -17,7 +17,7 @@ from sparge._native import Watch, ffi, lib, text, threads, words
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from sparge._params import Thresholds
+    from sparge._params import Params, Thresholds
 
     Threshold = Union[float, ArrayLike, None]
 
@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
     topk: Threshold
     lambda_: Threshold
     sink: bool
-    params: Thresholds | None
+    params: Thresholds | Params | None
     qk_dtype: str
     pv_dtype: str
     smooth_k: bool
@@ -149,7 +149,12 @@ class Settings:
     """sparge_options, and what its pointers point to."""
 
     def __init__(self, problem: Problem, options: Options) -> None:
-        o: dict[str, Any] = {**DEFAULTS, **options}
+        params = options.get("params")
+        if params is not None and not hasattr(params, "of"):
+            raise TypeError(f"params is a {type(params).__name__}, it must be Thresholds or "
+                            "Params: give load_params(path).layer(number)")
+        tuned = {} if params is None else params.options
+        o: dict[str, Any] = {**DEFAULTS, **tuned, **options}
         p = problem.c
         self.c = ffi.new("sparge_options *")
         lib.sparge_options_init(self.c, ffi.sizeof("sparge_options"), lib.SPARGE_VERSION_NUMBER,
@@ -172,16 +177,17 @@ class Settings:
                 raise ValueError(f"softmax_scale is {o['softmax_scale']}, it must be above 0, or "
                                  "None for 1/sqrt(D)")
             c.softmax_scale = o["softmax_scale"]
-        self._thresholds(p.heads, o)
+        self._thresholds(p, o)
         self._device(problem)
 
-    def _thresholds(self, heads: int, o: Mapping[str, Any]) -> None:
+    def _thresholds(self, problem: Any, o: Mapping[str, Any]) -> None:
+        heads = problem.heads
         given = {c: o[name] for name, c in THRESHOLDS.items() if o[name] is not None}
         params = o["params"]
         if params is not None:
             if given:
                 raise ValueError(f"params has the thresholds: leave out {', '.join(given)}")
-            given = params.of(heads, self.c)
+            given = params.of(problem, self.c)
         if "topk" in given and "tau" not in given:
             given["tau"] = -1.0  # as on the command line: topk by itself
         arrays = {name: np.asarray(value, np.float64) for name, value in given.items()}
