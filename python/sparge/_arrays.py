@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,19 +148,3 @@ def new(shape: Sequence[int], like: Tensor, dtype: str) -> Any:
 def pointer(x: Any, kind: str) -> Any:
     """The address of a packed array, as `kind`; it stays that of the array's owner."""
     return ffi.cast(kind, x.data_ptr() if is_torch(x) else x.ctypes.data)
-
-
-# ---- Devices ----------------------------------------------------------------------------------
-
-
-def on_device(tensor: Tensor) -> Any:
-    """A context in which the device of a tensor is the current one."""
-    if tensor.device == "cpu":
-        return nullcontext()
-    return sys.modules["torch"].cuda.device(tensor.owner.device)
-
-
-def stream(tensor: Tensor) -> Any:
-    """The stream of CUDA on which torch works on that device."""
-    current = sys.modules["torch"].cuda.current_stream(tensor.owner.device)
-    return ffi.cast("void *", current.cuda_stream)

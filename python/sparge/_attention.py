@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparge._device import Mirror
 from sparge._mask import BlockMask
 from sparge._methods import MethodOptions, takes_method
 from sparge._native import ffi, lib
@@ -96,8 +97,8 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
     mask = None
     if return_mask:
         mask = BlockMask(problem.c, settings.c, problem.q.batched)
-        result.c.mask = mask._mask
-    settings.watch.call(lib.sparge_attention, problem.c, settings.c, result.c)
+        result.c.mask = result.mirror.mask(mask._mask, settings.c, True)
+    result.call(settings.watch, lib.sparge_attention, problem.c, settings.c)
     return result.returned(mask)
 
 
@@ -115,7 +116,9 @@ def predict(q: Any, k: Any, v: Any = None, **options: Unpack[MethodOptions]) -> 
         return make_plan(q, k, v, options).mask
     problem, settings = prepare(q, k, None, options)
     mask = BlockMask(problem.c, settings.c, problem.q.batched)
-    settings.watch.call(lib.sparge_predict, problem.c, settings.c, mask._mask, ffi.NULL)
+    mirror = Mirror(problem.q)
+    place = mirror.mask(mask._mask, settings.c, True)
+    mirror.call(settings.watch, lib.sparge_predict, problem.c, settings.c, place, ffi.NULL)
     return mask
 
 
@@ -133,10 +136,12 @@ def attend(q: Any, k: Any, v: Any, mask: Any, *, return_lse: bool = False,
     if isinstance(mask, BlockMask):
         options = _agreed(mask, options)
     problem, settings = prepare(q, k, v, options)
-    given = None if mask is None else _mask(mask, problem, settings)
     result = Result(problem, return_lse, return_stats)
-    settings.watch.call(lib.sparge_attend, problem.c, settings.c,
-                        ffi.NULL if given is None else given._mask, result.c)
+    place = ffi.NULL
+    if mask is not None:
+        given = _mask(mask, problem, settings)
+        place = result.mirror.mask(given._mask, settings.c, False)
+    result.call(settings.watch, lib.sparge_attend, problem.c, settings.c, place)
     return result.returned()
 
 

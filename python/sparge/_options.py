@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Union
 import numpy as np
 
 from sparge import _arrays
+from sparge._device import stream
 from sparge._native import Watch, ffi, lib, text, threads, words
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Settings:
             raise ValueError(f"q is on {problem.q.device} and backend is {name!r}: cuda is for "
                              "tensors on a GPU, the others for those on the CPU")
         if on_cuda:
-            self.c.cuda.stream = _arrays.stream(problem.q)
+            self.c.cuda.stream = stream(problem.q)
 
 
 def whole(name: str, value: Any) -> int:

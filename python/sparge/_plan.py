@@ -121,7 +121,7 @@ class Plan:
         watch = Watch()
         with self._lock:
             copy = self._running(watch)
-        watch.call(lib.sparge_plan_run, copy, ffi.NULL, result.c)
+        result.call(watch, lib.sparge_plan_run, copy, ffi.NULL)
         return result.returned(mask)
 
     @property

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparge import _arrays
+from sparge._device import Mirror
 from sparge._mask import Counts
 from sparge._native import ffi, lib, text
 
 if TYPE_CHECKING:
     from sparge._mask import BlockMask
+    from sparge._native import Watch
     from sparge._options import Problem
 
 
@@ -50,6 +52,7 @@ class Result:
         p, q = problem.c, problem.q
         self.o = _arrays.empty("o", (p.batch, p.heads, p.q_len, p.dim_v), q, problem.layout)
         self.c = ffi.new("sparge_result *", {"o": self.o.c("sparge_out")})
+        self.mirror = Mirror(q)
         self.lse: Any = None
         self.heads: Any = None
         if lse:
@@ -57,7 +60,11 @@ class Result:
             self.c.lse = _arrays.pointer(self.lse, "float *")
         if stats:
             self.heads = ffi.new("sparge_counts []", p.batch * p.heads)
-            self.c.head_counts = self.heads
+            self.c.head_counts = self.mirror.place(self.heads, ffi.sizeof(self.heads), True)
+
+    def call(self, watch: Watch, function: Any, *arguments: Any) -> None:
+        """Calls a function of the library whose last argument is this result, but for the error."""
+        self.mirror.call(watch, function, *arguments, self.c)
 
     def stats(self) -> Stats:
         """Of a call whose head_counts were asked for."""
