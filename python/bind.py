@@ -11,8 +11,9 @@ from pathlib import Path
 
 from cffi import FFI
 
-# What C calls in Python (sparge/_native.py).
+# What C calls in Python (sparge/_native.py), and the memory of arrays that the library frees.
 CALLBACKS = """
+void *malloc(size_t size);
 void free(void *);
 extern "Python" bool sparge_python_progress(void *user, double done);
 extern "Python" void sparge_python_finished(void *user, int64_t head);

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of masks, as the program `sparge` has them: a .npy of blocks, or a .safetensors that holds
+partly attended blocks too (tools/mask_file.h)."""
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparge._mask import BlockMask
+from sparge._optional import optional
+
+AXES = ("batch", "head", "q_block", "k_block")
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def _is_tensors(path: str | os.PathLike[str]) -> bool:
+    return os.fspath(path).endswith(".safetensors")
+
+
+# ---- Writing ----
+
+
+def save(mask: BlockMask, path: str | os.PathLike[str]) -> None:
+    """See BlockMask.save()."""
+    blocks = mask._blocks.astype(np.uint8)
+    if _is_tensors(path):
+        index, bits = mask._partials()
+        sizes = {"q_len": mask.q_len, "k_len": mask.k_len, "block": mask.block,
+                 "is_causal": mask.is_causal}
+        data = optional("safetensors.numpy", "a .safetensors").save(
+            {"partial_index": index, "blocks": blocks, "partial_bits": np.ascontiguousarray(bits)},
+            {name: json.dumps(size) for name, size in sizes.items()})
+    elif mask.partial:
+        raise ValueError(f"{os.fspath(path)}: the mask has {mask.partial} partly attended blocks, "
+                         "which a .npy does not hold; let the name end in .safetensors")
+    else:
+        buffer = io.BytesIO()
+        np.save(buffer, blocks)
+        data = buffer.getvalue()
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+# ---- Reading ----
+
+
+def load(path: str | os.PathLike[str], given: Mapping[str, Any]) -> BlockMask:
+    """See BlockMask.load()."""
+    name = os.fspath(path)
+    arrays, sizes = _read_tensors(name) if _is_tensors(name) else (_read_npy(name), {})
+    for size, value in given.items():
+        if value is None:
+            continue
+        value = list(value) if size == "block" else value
+        if sizes.setdefault(size, value) != value:
+            raise ValueError(f"{name}: {size} is {value!r} and the file's is {sizes[size]!r}: "
+                             "leave it out, or convert() the mask afterwards")
+    for size in ("q_len", "k_len"):
+        if size not in sizes:
+            raise ValueError(f"{name}: the file does not say {size}, which must be given")
+    try:
+        return _mask(arrays, sizes)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def _read_npy(name: str) -> Arrays:
+    with open(name, "rb"):  # what cannot be opened is said as open() says it
+        pass
+    try:
+        return {"blocks": np.lib.format.open_memmap(name, mode="r")}
+    except (ValueError, EOFError, OverflowError) as error:
+        raise ValueError(f"{name}: not a .npy of blocks: {error}") from None
+
+
+def _read_tensors(name: str) -> tuple[Arrays, dict[str, Any]]:
+    safetensors = optional("safetensors", "a .safetensors")
+    with open(name, "rb"):
+        pass
+    try:
+        with safetensors.safe_open(name, "numpy") as file:
+            wanted = ["blocks"]
+            if any(key.startswith("partial_") for key in file.keys()):
+                wanted += ["partial_index", "partial_bits"]
+            found = {key: file.get_tensor(key) for key in wanted}
+            sizes = {size: json.loads(value) for size, value in (file.metadata() or {}).items()
+                     if size in ("q_len", "k_len", "block", "is_causal")}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{name}: not a mask: {error}") from None
+    return found, sizes
+
+
+def _mask(arrays: Arrays, sizes: Mapping[str, Any]) -> BlockMask:
+    """A mask of the arrays of a file, which are checked."""
+    blocks = arrays["blocks"]
+    if blocks.ndim != 4:
+        raise ValueError(f"blocks has the shape {list(blocks.shape)}, it must be [B, H, i, j]")
+    mask = BlockMask.from_blocks(blocks, **sizes)
+    index, bits = arrays.get("partial_index"), arrays.get("partial_bits")
+    if index is None or bits is None:
+        return mask
+    for name, x, dtype, shape in (
+        ("partial_index", index, np.int64, (len(bits), 4)),
+        ("partial_bits", bits, np.uint8, (len(index), mask.block[0], -(-mask.block[1] // 8)))):
+        if x.dtype != dtype or x.shape != shape:
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, it must be {np.dtype(dtype)} "
+                             f"{list(shape)}")
+    outside = np.flatnonzero(((index < 0) | (index >= blocks.shape)).any(axis=1))
+    if len(outside):
+        raise ValueError(f"partial_index[{outside[0]}] is {index[outside[0]].tolist()}, which is "
+                         f"not in blocks {list(blocks.shape)}")
+    line = np.ravel_multi_index(tuple(index[:, :3].T), blocks.shape[:3])
+    falls = np.flatnonzero(np.diff(line) < 0)
+    if len(falls):
+        raise ValueError(f"partial_index[{falls[0] + 1}] comes after a later one; sort the entries")
+    mask._fill(blocks, index, bits)
+    mask.counts  # noqa: B018 (the library checks the entries)
+    return mask
