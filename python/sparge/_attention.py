@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sparge._device import Mirror
+from sparge._given import prepare_over
 from sparge._mask import BlockMask
 from sparge._methods import MethodOptions, takes_method
 from sparge._native import ffi, lib
-from sparge._options import (CAUSAL, Options, Problem, Settings, causal, pair, prepare,
-                             takes_options)
+from sparge._options import Options, prepare, takes_options
 from sparge._plan import make_plan
 from sparge._result import Result
 
@@ -133,49 +131,10 @@ def attend(q: Any, k: Any, v: Any, mask: Any, *, return_lse: bool = False,
     The other arguments, what it returns and raises are as of attention(). Of the thresholds lambda_
     alone matters. Blocks of which no pair is visible are ignored.
     """
-    if isinstance(mask, BlockMask):
-        options = _agreed(mask, options)
-    problem, settings = prepare(q, k, v, options)
+    problem, settings, given = prepare_over(q, k, v, mask, options)
     result = Result(problem, return_lse, return_stats)
     place = ffi.NULL
-    if mask is not None:
-        given = _mask(mask, problem, settings)
+    if given is not None:
         place = result.mirror.mask(given._mask, settings.c, False)
     result.call(settings.watch, lib.sparge_attend, problem.c, settings.c, place)
     return result.returned()
-
-
-def _agreed(mask: BlockMask, options: Options) -> Options:
-    """Options with the blocks and the causality of a mask."""
-    block = tuple(pair("block", options.get("block", mask.block)))
-    if block != mask.block:
-        raise ValueError(f"block is {block} and that of mask is {mask.block}")
-    word: Any = next(word for word, n in CAUSAL.items() if n == mask._options.causal)
-    word = False if word == "none" else word
-    q_len, k_len = mask._problem.q_len, mask._problem.k_len
-    given = options.get("is_causal", word)
-    if causal(given, q_len, k_len) != mask._options.causal:
-        raise ValueError(f"is_causal is {given!r} and that of mask is {word!r}")
-    return {**options, "block": mask.block, "is_causal": word}
-
-
-def _mask(mask: Any, problem: Problem, settings: Settings) -> BlockMask:
-    """The mask of a call as it was given."""
-    c = problem.c
-    if isinstance(mask, BlockMask):
-        m = mask._problem
-        of_mask, of_call = ([x.batch, x.heads, x.q_len, x.k_len] for x in (m, c))
-        if of_mask != of_call:
-            raise ValueError(f"mask is of [B, H, Nq, Nk] = {of_mask}, q and k are of {of_call}")
-        return mask
-    blocks = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
-    if blocks.dtype not in (np.bool_, np.uint8):
-        raise TypeError(f"mask is {blocks.dtype}, it must be bool or uint8, a BlockMask or None")
-    made = BlockMask(c, settings.c, problem.q.batched)
-    if blocks.shape != made.shape:
-        raise ValueError(f"mask has the shape {list(blocks.shape)}, it must be {list(made.shape)}: "
-                         f"heads, and blocks of {made.block[0]} queries and {made.block[1]} keys")
-    bits = np.zeros((*made._words().shape[:3], 32 * made._mask.words), bool)
-    bits[..., :made._mask.k_blocks] = blocks.reshape(*bits.shape[:3], -1) != 0
-    made._words()[:] = np.packbits(bits, axis=-1, bitorder="little").view(np.uint32)
-    return made

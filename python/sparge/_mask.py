@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sparge._arrays import is_torch
 from sparge._counts import Counts as Counts
 from sparge._native import call, ffi, lib, text
-from sparge._options import Causal, Options, Problem, Settings, causal, pair, prepare, whole
+from sparge._options import Causal, causal, pair, whole
 
 Bools = NDArray[np.bool_]
 Row = Sequence[int]  # batch, head, query block
@@ -61,14 +61,10 @@ class BlockMask:
         """By blocks, each whole: bool or uint8 [B, H, i, j], [H, i, j] or [i, j], which is one
         head, with i = ceil(q_len / block[0]) and j = ceil(k_len / block[1]).
 
-        Arrays of numpy or of torch on the CPU. What is_causal hides of a block is not attended."""
-        found, batched = _read("blocks", blocks, "i, j")
+        What is_causal hides of a block is not attended."""
+        found, batched = read_bools("blocks", blocks, "i, j")
         mask = cls._empty(found.shape[:2], q_len, k_len, block, is_causal, batched)
-        if found.shape[2:] != mask._grid:
-            raise ValueError(f"blocks has the shape {list(np.shape(blocks))}, it must end in "
-                             f"{list(mask._grid)}: {q_len} queries and {k_len} keys in blocks of "
-                             f"{mask.block[0]} and {mask.block[1]}")
-        mask._fill(found)
+        mask._set_blocks("blocks", found)
         return mask
 
     @classmethod
@@ -77,9 +73,8 @@ class BlockMask:
         """By pairs of tokens: bool or uint8 [B, H, Nq, Nk], [H, Nq, Nk] or [Nq, Nk], which is one
         head; 0 is not attended. A block is computed if one of its visible pairs is attended.
 
-        Arrays of numpy or of torch on the CPU. What is_causal hides is not attended, and does not
-        count as left out."""
-        found, batched = _read("pairs", pairs, "Nq, Nk")
+        What is_causal hides is not attended, and does not count as left out."""
+        found, batched = read_bools("pairs", pairs, "Nq, Nk")
         q_len, k_len = found.shape[2:]
         mask = cls._empty(found.shape[:2], q_len, k_len, block, is_causal, batched)
         found = np.ascontiguousarray(found)
@@ -271,15 +266,17 @@ class BlockMask:
 
     def __and__(self, other: object) -> BlockMask:
         """The pairs that both attend to."""
+        if not isinstance(other, BlockMask):
+            return NotImplemented
         return self._combine(other, np.bitwise_and)
 
     def __or__(self, other: object) -> BlockMask:
         """The pairs that one of them attends to."""
-        return self._combine(other, np.bitwise_or)
-
-    def _combine(self, other: object, how: Callable[..., NDArray[np.uint32]]) -> BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
+        return self._combine(other, np.bitwise_or)
+
+    def _combine(self, other: BlockMask, how: Callable[..., NDArray[np.uint32]]) -> BlockMask:
         if self._sizes() != other._sizes():
             raise ValueError(f"{self} and {other} must have the same sizes")
         to = self._like()
@@ -296,7 +293,8 @@ class BlockMask:
     @property
     def _offset(self) -> int:
         """Query t sees keys up to t + this (sparge_causal)."""
-        return _offset(self.is_causal, self.q_len, self.k_len)
+        offsets = {lib.SPARGE_CAUSAL_END: self.k_len - self.q_len, lib.SPARGE_CAUSAL_START: 0}
+        return offsets.get(self._options.causal, self.k_len)
 
     def _first(self, axis: int) -> NDArray[np.int64]:
         """The first query (axis 0) or key (axis 1) of each block."""
@@ -330,6 +328,15 @@ class BlockMask:
         bits = _view(m.partial_bits, np.uint8, (count, block_q, 4 * -(-block_k // 32)))
         kept = self._blocks[tuple(index.T)]
         return index[kept], bits[kept, :, :octets]
+
+    def _set_blocks(self, name: str, blocks: NDArray[Any]) -> None:
+        """Sets an empty mask by an argument [batch, heads, q_blocks, k_blocks]; checks its shape."""
+        shape = (self._mask.batch, self._mask.heads, *self._grid)
+        if blocks.shape != shape:
+            raise ValueError(f"{name} is [B, H, i, j] = {list(blocks.shape)}, it must be "
+                             f"{list(shape)}: {self.q_len} queries and {self.k_len} keys in blocks "
+                             f"of {self.block[0]} and {self.block[1]}")
+        self._fill(blocks)
 
     def _fill(self, blocks: NDArray[Any], index: NDArray[np.int64] | None = None,
               bits: NDArray[np.uint8] | None = None) -> None:
@@ -366,21 +373,13 @@ class BlockMask:
              ffi.cast("uint32_t *", pairs.ctypes.data))
 
 
-def _offset(is_causal: Causal, q_len: int, k_len: int) -> int:
-    if is_causal is False:
-        return k_len
-    return 0 if is_causal == "start" else k_len - q_len
-
-
 # ---- Arrays ----
 
 
-def _read(name: str, x: Any, axes: str) -> tuple[NDArray[Any], bool]:
+def read_bools(name: str, x: Any, axes: str) -> tuple[NDArray[Any], bool]:
     """bool or uint8 [B, H, *axes], [H, *axes] or [*axes] with all four axes, and had it that of
-    batches?"""
-    if is_torch(x) and str(x.device) != "cpu":
-        raise ValueError(f"{name} is on {x.device}, it must be on the CPU: give {name}.cpu()")
-    x = np.asarray(x)
+    batches? Of numpy or torch."""
+    x = np.asarray(x.cpu() if is_torch(x) else x)
     if x.dtype not in (np.bool_, np.uint8):
         raise TypeError(f"{name} is {x.dtype}, it must be bool or uint8")
     if not 2 <= x.ndim <= 4:
@@ -403,33 +402,3 @@ def _owned(x: NDArray[Any], kind: str) -> Any:
         raise MemoryError(f"no memory for {x.nbytes} bytes of a mask")
     ffi.memmove(to, ffi.from_buffer(x), x.nbytes)
     return ffi.cast(kind, to)
-
-
-# ---- Calls over a mask ----
-
-
-def prepare_over(q: Any, k: Any, v: Any, mask: BlockMask | None,
-                 options: Options) -> tuple[Problem, Settings, Any]:
-    """prepare(), and the mask for C: NULL is dense. Block and is_causal are those of the mask;
-    where they are given too, they must be the same."""
-    if mask is None:
-        return *prepare(q, k, v, options), ffi.NULL
-    if not isinstance(mask, BlockMask):
-        raise TypeError(f"mask is a {type(mask).__name__}, it must be a BlockMask; "
-                        "BlockMask.from_blocks() and from_tokens() make one")
-    ours: Options = {"block": mask.block, "is_causal": mask.is_causal}
-    problem, settings = prepare(q, k, v, {**options, **ours})
-    p = problem.c
-    if (p.q_len, p.k_len) != (mask.q_len, mask.k_len):
-        raise ValueError(f"mask is of {mask.q_len} queries and {mask.k_len} keys, q and k have "
-                         f"{p.q_len} and {p.k_len}")
-    block = tuple(pair("block", options.get("block", mask.block)))
-    if block != mask.block:
-        raise ValueError(f"block is {block} and the mask's is {mask.block}: leave it out, or give "
-                         f"mask.convert({block})")
-    given = options.get("is_causal", mask.is_causal)
-    causal(given, p.q_len, p.k_len)
-    if _offset(given, p.q_len, p.k_len) != mask._offset:
-        raise ValueError(f"is_causal is {given!r} and the mask's is {mask.is_causal!r}: leave it "
-                         "out, or make the mask with it")
-    return problem, settings, mask._mask

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparge._files import write_whole
 from sparge._mask import BlockMask
 from sparge._optional import optional
 
@@ -43,8 +44,7 @@ def save(mask: BlockMask, path: str | os.PathLike[str]) -> None:
         buffer = io.BytesIO()
         np.save(buffer, blocks)
         data = buffer.getvalue()
-    with open(path, "wb") as file:
-        file.write(data)
+    write_whole(path, data)
 
 
 # ---- Reading ----
