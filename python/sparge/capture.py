@@ -2,11 +2,10 @@
 """Record q, k and v from a running PyTorch model: whatever it gives to
 scaled_dot_product_attention.
 
-    from hook import Recorder
+    from sparge.capture import Recorder
 
-    with Recorder(pipeline.transformer, "build/captures/flux", name="FLUX.1-dev", layers=[0, 10,
-    20],
-                  steps=range(0, 28, 7)) as record:
+    with Recorder(pipeline.transformer, "build/captures/flux", name="FLUX.1-dev",
+                  layers=[0, 10, 20], steps=range(0, 28, 7)) as record:
         for n, prompt in enumerate(prompts):
             record.begin(f"prompt{n}", prompt=prompt)
             pipeline(prompt, num_inference_steps=28)
@@ -54,28 +53,40 @@ The model must use torch's attention: attn_implementation="sdpa" in transformers
 in diffusers. A step in which all of it goes another way is refused, and so are modules that were
 compiled as a whole.
 """
+from __future__ import annotations
+
 import hashlib
 import json
-import math
-import os
-import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import save
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from sparge._files import write_whole
+from sparge._optional import optional
 
-# elements whose rounding is looked at together: there may be little room beside a model
-PART = 1 << 24
+optional("torch", "sparge.capture")
+optional("safetensors", "sparge.capture")
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import save  # noqa: E402
+
+from sparge._capture import (  # noqa: E402
+    ATTENTION,
+    PRODUCT_SOFTMAX,
+    Watch,
+    fit,
+    narrowest,
+    sight,
+    ungroup,
+)
+
+if TYPE_CHECKING:
+    Which = Iterable[int] | Callable[[int], bool] | None
 HEADER = 512  # bytes, more than the header of three tensors takes
 HIDDEN = -1e4  # added to a score, this or less hides the key
 # in each file's entry, and at the top
@@ -85,168 +96,7 @@ OURS = ("model", "model_class", "sample", "layout", "hook_point", "recorded", "f
         *FOUND)
 
 
-# ---- Tensors ----------------------------------------------------------------------------------
-
-def copies(x):
-    """How many heads in a row of x [B, H, N, D] are the same, if that is so all along: a divisor of
-    H."""
-    last = [*(x[:, 1:] != x[:, :-1]).flatten(2).any(2).any(0).tolist(), True]
-    count = last.index(True) + 1
-    return count if last == ([False] * (count - 1) + [True]) * (len(last) // count) else 1
-
-
-def ungroup(q, k, v, per_key):
-    """q as [B, H, N, D], and k and v without the copies that were made of their heads.
-
-    One token's query heads may come as if they were tokens of their key head, [B, G, H / G, D];
-    per_key is that H / G.
-    """
-    count = math.gcd(copies(k), copies(v))
-    if count == 1 < per_key == q.shape[2] and q.shape[1] == k.shape[1]:
-        return q.flatten(1, 2).unsqueeze(2), k, v
-    return q, k[:, ::count], v[:, ::count]
-
-
-def fit(q, k, v):
-    """Are they [B, H, N, D] and [B, G, N, D]?"""
-    return q.ndim == k.ndim == v.ndim == 4 and q.shape[1] % k.shape[1] == 0 and k.shape[
-        1] == v.shape[1]
-
-
-def sight(mask, is_causal, queries, keys):
-    """What queries see: "all", "end" or "start" (causal, the last or the first tokens aligned), or
-    "other"."""
-    if is_causal:
-        return "end" if queries == keys else "start"
-    if mask is None:
-        return "all"
-    seen = mask if mask.dtype == torch.bool else mask > HIDDEN
-    if mask.dtype != torch.bool and mask[seen].any():
-        return "other"
-    if seen.all():
-        return "all"
-    for where, diagonal in ("end", keys - queries), ("start", 0):
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(diagonal)
-        if seen.shape[-2:] == causal.shape and (seen == causal).all():
-            return where
-    return "other"
-
-
-def loss(tensors, dtype):
-    """The worst error of a token by rounding to this type, relative to its largest value; NaN if
-    one is not finite."""
-    worst = []
-    for x in tensors.values():
-        for some in x.flatten(0, 1).split(max(1, PART // x[0, 0].numel())):
-            some = some.to(torch.promote_types(x.dtype, torch.float32))
-            error = (some - some.to(dtype)).abs().amax(2)
-            worst.append(torch.where(error == 0, 0, error / some.abs().amax(2)).amax().item())
-    return torch.tensor(worst).amax().item()
-
-
-def narrowest(tensors):
-    """The one of float16 and bfloat16 that loses less; float32 where that is more than bfloat16's
-    last bit; or None."""
-    lost = {dtype: loss(tensors, dtype) for dtype in (torch.float16, torch.bfloat16)}
-    best = min(lost, key=lost.get)
-    if lost[best] <= torch.finfo(torch.bfloat16).eps / 2:
-        return best
-    return torch.float32 if loss(tensors,
-                                 torch.float32) <= torch.finfo(torch.float32).eps / 2 else None
-
-
-# ---- Attention of other kinds -----------------------------------------------------------------
-
-ATTENTION = re.compile("(attention|attn|sdpa|flash|transformer_encoder_layer)(?!.*backward)",
-                       re.IGNORECASE)
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv",
-            "dot"}  # of their last two tensors
-EXPONENTIALS = {"_softmax", "_safe_softmax", "_masked_softmax", "exp", "exp_", "exp2", "exp2_"}
-WEIGHT, OTHER, SCORE, PROBABILITY = -1, 0, 1, 2
-PRODUCT_SOFTMAX = "a softmax between products"
-
-
-def tensors_of(tree):
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
-
-
-def storages(tree):
-    """Where the tensors' elements are, which views share. While one of these is kept, no other
-    storage equals it."""
-    return [
-        StorageWeakRef(x.untyped_storage()) for x in tensors_of(tree) if x.layout is torch.strided
-    ]
-
-
-class Watch(TorchDispatchMode):
-    """Calls found(operation) for all attention that torch computes: for an operation of such a
-    name, and for a softmax between two products.
-
-    Tensors are marked: the model's weights, products (scores) and exponentials of these
-    (probabilities). An operation gives its result the highest mark that it was given. A product
-    with weights is a layer, and gives none.
-    """
-    supports_higher_order_operators = True
-
-    def __init__(self, found):
-        super().__init__()
-        self.found, self.paused, self.marks = found, False, {}
-
-    def begin(self, model):
-        """Copies of weights that were made in an earlier step, as autocast does, are still
-        weights."""
-        self.marks = {x: mark for x, mark in self.marks.items() if not x.expired()}
-        self.marks.update(dict.fromkeys(storages([*model.parameters(), *model.buffers()]), WEIGHT))
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = operation.name().rpartition("::")[2].partition(".")[0]
-        attention = not self.paused and ATTENTION.search(name)
-        if attention:
-            self.found(str(operation))
-        if attention or self.paused or isinstance(operation, torch._ops.HigherOrderOperator):
-            return operation(*args, **kwargs)
-        out = NotImplemented
-        if not any(x.is_nested
-                   for x in tensors_of((args, kwargs))):  # those have operations of their own
-            with self:  # where it consists of others, as matmul does
-                out = operation.decompose(*args, **kwargs)
-        if out is NotImplemented:
-            out = operation(*args, **kwargs)
-            self.mark(name, args, kwargs, out)
-        return out
-
-    def mark(self, name, args, kwargs, out):
-        mark = max(self.marks_of((args, kwargs)), default=OTHER)
-        if name in EXPONENTIALS and mark == SCORE:
-            mark = PROBABILITY
-        elif name in PRODUCTS:
-            factors = self.marks_of(args)[-2:]
-            if PROBABILITY in factors and WEIGHT not in factors:
-                self.found(PRODUCT_SOFTMAX)
-            mark = OTHER if PROBABILITY in factors or WEIGHT in factors else SCORE
-        for x in storages(out):
-            if mark == OTHER:
-                self.marks.pop(x, None)
-            else:
-                self.marks[x] = mark
-
-    def marks_of(self, tensors):
-        return [self.marks.get(x, OTHER) for x in storages(tensors)]
-
-
 # ---- Files ------------------------------------------------------------------------------------
-
-def write_whole(path, data):
-    """All of it or nothing appears at this path."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
 
 class Place(NamedTuple):
     """A layer that was left out, and why; by: the operation that was called in place of ours, or
@@ -257,8 +107,8 @@ class Place(NamedTuple):
     by: str = ""
 
 
-def by_reason(left_out):
-    counts = Counter()
+def by_reason(left_out: Counter[Place]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
     for place, n in left_out.items():
         counts[place.why] += n
     return dict(counts)
@@ -268,9 +118,11 @@ class Sample:
     """A folder, and its manifest: a head, the files' entries by name, how often a layer was left
     out, and why."""
 
-    def __init__(self, folder, head):
-        self.folder, self.head, self.entries = folder, head, {}
-        self.left_out, self.written = Counter(), []
+    def __init__(self, folder: Path, head: dict[str, Any]) -> None:
+        self.folder, self.head = folder, head
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.left_out: Counter[Place] = Counter()
+        self.written: list[int] = []
         if self.path.exists():
             before = json.loads(self.path.read_text())
             for key in (before.keys() | head.keys()) - {*SHARED, *FOUND}:
@@ -281,10 +133,10 @@ class Sample:
             self.entries = {entry["file"]: entry for entry in before["files"]}
 
     @property
-    def path(self):
+    def path(self) -> Path:
         return self.folder / "manifest.json"
 
-    def has(self, name, module):
+    def has(self, name: str, module: str) -> bool:
         if name not in self.entries or not (self.folder / name).exists():
             return False
         if (before := self.entries[name]["module"]) != module:
@@ -293,21 +145,21 @@ class Sample:
                 "choose another folder or sample")
         return True
 
-    def add(self, name, tensors, entry):
+    def add(self, name: str, tensors: dict[str, Any], entry: dict[str, Any]) -> None:
         data = save(tensors)
         write_whole(self.folder / name, data)
         self.written.append(len(data))
         self.entries[name] = {
             "file": name, "sha256": hashlib.sha256(data).hexdigest(), **entry,
-            "dtype": str(tensors["q"].dtype).removeprefix("torch."),
+            "dtype": str(tensors["q"].dtype).split(".")[-1],
             "shapes": {key: list(x.shape) for key, x in tensors.items()}}
         self.save()
 
-    def shared(self, key):
+    def shared(self, key: str) -> Any:
         values = {entry[key] for entry in self.entries.values()} - {None}
         return values.pop() if len(values) == 1 else None
 
-    def save(self):
+    def save(self) -> None:
         manifest = {
             **self.head, **{key: self.shared(key) for key in SHARED}, "left_out":
             by_reason(self.left_out), "left_out_at":
@@ -319,7 +171,7 @@ class Sample:
 
 # ---- The model --------------------------------------------------------------------------------
 
-def rule(which):
+def rule(which: Which) -> tuple[Callable[[int], bool], Any]:
     """Numbers as a function of a number; and what the manifest says of them."""
     if which is None:
         return (lambda n: True), "all"
@@ -329,12 +181,12 @@ def rule(which):
     return numbers.__contains__, sorted(numbers)
 
 
-def is_compiled(module):
+def is_compiled(module: Any) -> bool:
     return module._compiled_call_impl is not None or hasattr(module.forward,
                                                              "_torchdynamo_orig_callable")
 
 
-def holders(function):
+def holders(function: Any) -> list[tuple[ModuleType, str]]:
     """Modules that have it, and under which name: users import it from torch's, where it stays what
     it is but in F."""
     return [(module, name) for place, module in list(sys.modules.items())
@@ -346,28 +198,37 @@ class Recorder:
     """As the head of this file says."""
     active = False
 
-    def __init__(self, model, folder, name, layers=None, steps=None, heads=None, batch=None,
-                 budget=4e9, masked="refuse", cross=False, **more):
+    # Numbers as functions of a number.
+    layers: Callable[[int], bool]
+    steps: Callable[[int], bool]
+    heads: Callable[[int], bool]
+    batch: Callable[[int], bool]
+
+    def __init__(self, model: Any, folder: str | Path, name: str, layers: Which = None,
+                 steps: Which = None, heads: Which = None, batch: Which = None, budget: float = 4e9,
+                 masked: str = "refuse", cross: bool = False, **more: Any) -> None:
         if masked not in ("refuse", "skip"):
             raise ValueError(f'masked is "refuse" or "skip", not {masked!r}')
         self.model, self.folder, self.name, self.more = model, Path(folder), name, more
         self.budget, self.masked, self.cross = budget, masked, cross
-        self.recorded = {"masked": masked, "cross": cross}
+        self.recorded: dict[str, Any] = {"masked": masked, "cross": cross}
         for key, which in dict(layers=layers, steps=steps, heads=heads, batch=batch).items():
             chosen, self.recorded[key] = rule(which)
             setattr(self, key, chosen)
-        self.places, self.equal, self.seen = {}, set(), 0
-        self.inside = [
+        self.places: dict[tuple[str, int], int] = {}
+        self.equal: set[int] = set()
+        self.seen = 0
         # the modules that run, the outermost first: name, attention in it by module and operation
-        ]
-        self.watching, self.watch, self.open = ExitStack(), Watch(partial(self.miss,
-                                                                          "bypass")), None
-        self.written, self.left_out = [], Counter()
+        self.inside: list[tuple[str, set[tuple[str, str]]]] = []
+        self.watching, self.watch = ExitStack(), Watch(partial(self.miss, "bypass"))
+        self.open: Any = None  # a Sample, while the model runs
+        self.written: list[int] = []
+        self.left_out: Counter[Place] = Counter()
         self.begin("sample")
 
     # ---- Samples ----
 
-    def begin(self, sample, **more):
+    def begin(self, sample: Any, **more: Any) -> None:
         """What follows is of this sample, from step 0 on; more: what its manifest shall say of
         it."""
         more, sample = {**self.more, **more}, str(sample)
@@ -388,9 +249,10 @@ class Recorder:
                 "arguments of scaled_dot_product_attention, before the softmax scale", "recorded":
                 self.recorded, "framework": versions
             }))
-        self.step, self.timestep = -1, None
+        self.step = -1
+        self.timestep: float | None = None
 
-    def end_sample(self):
+    def end_sample(self) -> None:
         if self.open:
             self.open.save()
             self.written += self.open.written
@@ -401,7 +263,7 @@ class Recorder:
 
     # ---- Where a call comes from ----
 
-    def __enter__(self):
+    def __enter__(self) -> Recorder:
         if Recorder.active:
             raise RuntimeError("a Recorder is at work already; leave it first")
         if any(is_compiled(module) for module in self.model.modules()):
@@ -425,7 +287,7 @@ class Recorder:
         Recorder.active = True
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: Any, *_: Any) -> None:
         for module, name in self.replaced:
             setattr(module, name, self.original)
         for hook in self.hooks:
@@ -439,10 +301,11 @@ class Recorder:
             raise RuntimeError(
                 "the model was not called, so nothing is recorded; give the module that is called")
 
-    def begin_step(self, module, args, kwargs):
+    def begin_step(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.open = self.open or Sample(self.folder / self.sample, self.head)
         self.step += 1
-        self.inside, self.calls, self.taken = [], Counter(), False
+        self.inside, self.taken = [], False
+        self.calls: Counter[str] = Counter()
         self.leave_step()  # torch calls no hook after an interrupt
         self.watch.begin(self.model)
         self.watching.enter_context(
@@ -451,7 +314,7 @@ class Recorder:
         time = kwargs.get("timestep")
         self.timestep = None if time is None else float(torch.as_tensor(time).flatten()[0])
 
-    def end_step(self, *_):
+    def end_step(self, *_: Any) -> None:
         self.seen += 1
         if not self.taken:
             other = f", but {self.by} in '{self.module}'" if self.calls else ""
@@ -462,20 +325,20 @@ class Recorder:
                 "torch.nn.functional.scaled_dot_product_attention by this name"
             )
 
-    def leave_step(self, *_):
+    def leave_step(self, *_: Any) -> None:
         self.watching.close()
 
-    def enter_module(self, name, *_):
+    def enter_module(self, name: str, *_: Any) -> None:
         self.inside.append((name, set()))
 
-    def look_back(self, module, *_):
+    def look_back(self, module: Any, *_: Any) -> None:
         if not self.inside[-1][1]:
             self.miss("unseen", type(module).__name__)
 
-    def leave_module(self, *_):
+    def leave_module(self, *_: Any) -> None:
         del self.inside[-1:]
 
-    def arrive(self, by=""):
+    def arrive(self, by: str = "") -> bool:
         """At the layer of this call: of the innermost module, and which of its calls in this step
         it is. Chosen?"""
         self.module, self.by = self.inside[-1][0], by
@@ -489,7 +352,7 @@ class Recorder:
 
     # ---- What is recorded ----
 
-    def attend(self, *args, **more):
+    def attend(self, *args: Any, **more: Any) -> Any:
         if not self.inside or self.inside[0][0] != "":
             return self.original(*args, **more)
         self.watch.paused = True
@@ -500,8 +363,9 @@ class Recorder:
             self.watch.paused = False
         return out
 
-    def take(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-             enable_gqa=False):
+    def take(self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+             is_causal: bool = False, scale: float | None = None,
+             enable_gqa: bool = False) -> None:
         chosen, self.taken = self.arrive(), True
         file = f"layer{self.layer:02d}_step{self.step:03d}.safetensors"
         if query.shape[-2] == key.shape[-2]:
@@ -525,45 +389,24 @@ class Recorder:
         if seen == "other":
             return self.leave_out("mask")
         self.add(
-            file,
-            q,
-            k,
-            v,
-            {
-                "layer":
-                self.layer,
-                "step":
-                self.step,
-                "timestep":
-                self.timestep,
-                "module":
-                self.module,
-                "tokens":
-                q.shape[2],
-                "keys":
-                k.shape[2],
-                "n_heads":
-                q.shape[1],
-                "n_kv_heads":
-                k.shape[1],
-                "head_dim":
-                q.shape[3],
-                "causal":
-                None if seen == "all" and q.shape[2] == 1 else seen
-                != "all",  # the last token sees all keys
+            file, q, k, v, {
+                "layer": self.layer, "step": self.step, "timestep": self.timestep,
+                "module": self.module, "tokens": q.shape[2], "keys": k.shape[2],
+                "n_heads": q.shape[1], "n_kv_heads": k.shape[1], "head_dim": q.shape[3],
+                # the last token sees all keys
+                "causal": None if seen == "all" and q.shape[2] == 1 else seen != "all",
                 **({"causal_at": seen} if seen != "all" and q.shape[2] != k.shape[2] else {}),
-                "softmax_scale":
-                q.shape[3]**-0.5 if scale is None else float(scale)
+                "softmax_scale": q.shape[3]**-0.5 if scale is None else float(scale)
             })
 
-    def whole(self, query, key, value, grouped):
+    def whole(self, query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, Any]:
         """q [B, H, N, D] and k, v [B, G, N, D]."""
         batch = max(x.shape[0] for x in (query, key, value))
         q, k, v = (x.detach().expand(batch, -1, -1, -1) for x in (query, key, value))
         per_key = getattr(self.model.get_submodule(self.module), "num_key_value_groups", 1)
         return (q, k, v) if grouped else ungroup(q, k, v, per_key)
 
-    def add(self, file, q, k, v, entry):
+    def add(self, file: str, q: Any, k: Any, v: Any, entry: dict[str, Any]) -> None:
         """The file of what is chosen, if there is room for it."""
         rows, heads, groups = self.choose(q.shape[0], q.shape[1], k.shape[1])
         tensors = {"q": q[rows][:, heads], "k": k[rows][:, groups], "v": v[rows][:, groups]}
@@ -579,7 +422,8 @@ class Recorder:
         self.open.add(file, tensors,
                       {**entry, "batch": rows, "query_heads": heads, "kv_heads": groups})
 
-    def choose(self, batch, query_heads, key_heads):
+    def choose(self, batch: int, query_heads: int,
+               key_heads: int) -> tuple[list[int], list[int], list[int]]:
         """The numbers of the chosen parts of the batch, query heads and key heads."""
         rows = [b for b in range(batch) if self.batch(b)]
         heads = [h for h in range(query_heads) if self.heads(h)]
@@ -593,7 +437,7 @@ class Recorder:
                 f"{max(of.values())} of another; choose as many of each")
         return rows, heads, sorted(of)
 
-    def miss(self, why, by):
+    def miss(self, why: str, by: str) -> None:
         """Attention that cannot be recorded has its number too; heads or slices in a loop have one
         together."""
         name, seen = self.inside[-1]
@@ -601,12 +445,12 @@ class Recorder:
         if not looped and self.arrive(by):
             self.leave_out(why)
 
-    def leave_out(self, why):
+    def leave_out(self, why: str) -> None:
         self.open.left_out[Place(self.layer, self.module, why, self.by)] += 1
 
-    def summary(self):
+    def summary(self) -> str:
         """What was written and left out since the Recorder was entered, in a line."""
-        text = (f"hook: {self.folder}: {len(self.written)} files written, {sum(self.written):,} "
+        text = (f"sparge: {self.folder}: {len(self.written)} files written, {sum(self.written):,} "
                 "bytes")
         for n, (why, calls) in enumerate(by_reason(self.left_out).items()):
             first = min(place for place in self.left_out if place.why == why)

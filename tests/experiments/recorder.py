@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records models with experiments/capture/hook.py as its users do: python3 hook.py [PATH-OF-SPARGE
+"""Records models with sparge.capture as its users do: python3 recorder.py [PATH-OF-SPARGE
 [TEST...]]
 
 The models are tiny, of random weights, of transformers and diffusers
@@ -46,9 +46,8 @@ from counted import check, run_tests
 from running import FILE, commands_of, read, sha256, write
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "capture"))
-import hook
-from hook import Recorder
+from sparge import _files
+from sparge.capture import HEADER, Recorder
 
 SPARGE = os.path.abspath(sys.argv[1]) if len(sys.argv) > 1 else None
 warnings.filterwarnings("ignore")
@@ -724,7 +723,7 @@ def test_budget():
     one, = sizes
     check(len(names_of("all")) == 12, "twelve files", names_of("all"))
     for room in 0, 1, 5, 7, 11:
-        budget = room * one + hook.HEADER + 100
+        budget = room * one + HEADER + 100
         run_plain(f"b{room}", budget=budget)
         got = contents(f"b{room}")
         total = sum(len(got[x]) for x in names_of(f"b{room}"))
@@ -841,11 +840,11 @@ def test_interrupted():
         real(*args)
 
     for stop_at in range(1, 9):
-        count, hook.os = 0, types.SimpleNamespace(replace=replace)
+        count, _files.os = 0, types.SimpleNamespace(replace=replace, path=os.path)
         try:
             refused(OSError, ["no room"], run_plain, f"o{stop_at}")
         finally:
-            hook.os = os
+            _files.os = os
         got = contents(f"o{stop_at}")
         check(not [x for x in got if x not in want], "nothing half", set(got))
         check(all(got[x] == want[x] for x in names_of(f"o{stop_at}")), "whole files")
@@ -1061,23 +1060,23 @@ def test_what_it_says():
     size = sum(len(x) for name, x in contents("out").items() if name.endswith(".safetensors"))
     check(
         line ==
-        f"hook: out: 4 files written, {size:,} bytes; left out: 2 by bypass (first layer 1, "
+        f"sparge: out: 4 files written, {size:,} bytes; left out: 2 by bypass (first layer 1, "
         f"other, a softmax "
         "between products)\n", "all", line)
     line = said(Mixed(Call(eager)), *qkv())
-    check(line.startswith("hook: out: 0 files written, 0 bytes; left out: 2 by bypass"), "again",
+    check(line.startswith("sparge: out: 0 files written, 0 bytes; left out: 2 by bypass"), "again",
           line)
     os.rename("out", "before")
     line = said(Plain(3), [qkv(keys=7), qkv(n=15, keys=7), [x[0] for x in qkv()]])
     check(
         line ==
-        "hook: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 by "
+        "sparge: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 by "
         "shape "
         "(first layer 2, layer.2)\n", "more than one reason", line)
     os.rename("out", "nothing")
     line = said(Plain(2), *qkv(), breaks=1)
     check(
-        line.startswith("hook: out: 3 files written, ") and "left out" not in line,
+        line.startswith("sparge: out: 3 files written, ") and "left out" not in line,
         "a model that breaks", line)
 
 
