@@ -28,6 +28,6 @@ if [[ " $* " == *" --full "* ]]; then
     need_python experiments/requirements-full.txt "$python"
 fi
 
-cmake --preset release >/dev/null
+cmake --preset release -DSPARGE_PYTHON=ON -DPython_EXECUTABLE="$PWD/build/venv/bin/python" >/dev/null
 cmake --build --preset release
 exec "$python"/bin/python experiments/reproduce.py "$@"

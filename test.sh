@@ -65,8 +65,8 @@ whole() {
     if [ "$1" != hook ]; then
         prepare "$1"
         ctest --preset "$@"
-    elif need_python experiments/capture/requirements-hook.txt build/hook-venv; then
-        build/hook-venv/bin/python tests/experiments/hook.py build/dev/tools/sparge
+    elif need_python experiments/capture/requirements-recorder.txt build/hook-venv; then
+        PYTHONPATH=build/dev/python build/hook-venv/bin/python tests/experiments/recorder.py build/dev/tools/sparge
     else
         echo "skipped: its packages cannot be installed here"
     fi

@@ -36,5 +36,5 @@ need_python() {
 }
 
 compiler_packages=(gcc libc6-dev cmake ninja-build pkg-config libjansson-dev libssl-dev libcairo2-dev libpcre2-dev fonts-dejavu-core)
-python_packages=(python3 python3-venv)
+python_packages=(python3 python3-dev python3-venv)
 emulator_packages=(bochs bochs-term binutils) # bochs-term: the least of the displays that bochs asks for

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "build/release/python"))  # sparge, where PYTHONPATH has no other
 
 
 # ---- How a script ends ------------------------------------------------------------------------

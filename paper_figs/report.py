@@ -687,7 +687,7 @@ def waiting():
         'some of them a '
         'judge of pictures or answers that is not part of this project. What stands here is the '
         'paper\'s. Captures '
-        'come from a running model by <code>experiments/capture/hook.py</code>, thresholds from '
+        'come from a running model by <code>sparge.capture</code>, thresholds from '
         '<code>build/release/tools/sparge tune FOLDER -o P.json</code>; the commands are for the '
         'root of the '
         f'project, after <code>./reproduce.sh</code>.</p><ul class="missing">{lines}</ul></section>'

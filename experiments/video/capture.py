@@ -8,8 +8,8 @@
 
 A sample is made in ten Euler steps, from the noise of its seed or, with --start below 1, from a
 clip of the held-out frames that is noised to this level. SAMPLE/layerLL_stepSSS.safetensors and
-SAMPLE/manifest.json are written by experiments/capture/hook.py; SAMPLE/frames.png shows what came
-out. A sample that is whole is not made again.
+SAMPLE/manifest.json are written by sparge.capture; SAMPLE/frames.png shows what came out. A sample
+that is whole is not made again.
 """
 import argparse
 import hashlib
@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-sys.path.append(str(HERE.parent / "capture"))
 
 import clips  # noqa: E402
-from hook import Recorder  # noqa: E402
+import harness  # noqa: E402, F401  (finds sparge)
 from model import GRID, PATCH, Config, VideoModel, to_video  # noqa: E402
+from sparge.capture import Recorder  # noqa: E402
 from train import cut  # noqa: E402
 
 WEIGHTS = HERE / "weights.safetensors"

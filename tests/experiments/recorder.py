@@ -3,7 +3,7 @@
 [TEST...]]
 
 The models are tiny, of random weights, of transformers and diffusers
-(experiments/capture/requirements-hook.txt). What attention gave in them is compared with a softmax
+(experiments/capture/requirements-recorder.txt). What attention gave in them is compared with a softmax
 in float64 over the recorded files: it may differ by what rounding q, k and v to the type of the
 file can do, which is bounded for every row. Rules and refusals are looked at in a model that does
 nothing but attention. With the program, sparge reads what was recorded. Ends with "N passed, M
@@ -1070,9 +1070,8 @@ def test_what_it_says():
     line = said(Plain(3), [qkv(keys=7), qkv(n=15, keys=7), [x[0] for x in qkv()]])
     check(
         line ==
-        "sparge: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 by "
-        "shape "
-        "(first layer 2, layer.2)\n", "more than one reason", line)
+        "sparge: out: 0 files written, 0 bytes; left out: 4 by cross (first layer 0, layer.0), 2 "
+        "by shape (first layer 2, layer.2)\n", "more than one reason", line)
     os.rename("out", "nothing")
     line = said(Plain(2), *qkv(), breaks=1)
     check(
