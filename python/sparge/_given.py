@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparge._mask import BlockMask, read_bools
-from sparge._native import lib
-from sparge._options import Options, Problem, Settings, causal, pair, prepare
+from sparge._options import Options, Problem, Settings, pair, prepare
 
 
 def prepare_over(q: Any, k: Any, v: Any, mask: Any,
@@ -37,10 +36,8 @@ def _agreed(mask: BlockMask, options: Options) -> Options:
     if block != mask.block:
         raise ValueError(f"block is {block} and that of mask is {mask.block}: leave it out, or "
                          f"give mask.convert({block})")
-    asked, own = options.get("is_causal", mask.is_causal), mask._options.causal
-    given = causal(asked, mask.q_len, mask.k_len)
-    square = mask.q_len == mask.k_len and lib.SPARGE_CAUSAL_NONE not in (given, own)
-    if given != own and not square:  # of a square "end" and "start" are the same
+    asked = options.get("is_causal", mask.is_causal)
+    if not mask._has_causality(asked):
         raise ValueError(f"is_causal is {asked!r} and that of mask is {mask.is_causal!r}: leave it "
                          "out, or make the mask with it")
     return {**options, "block": mask.block, "is_causal": mask.is_causal}

@@ -290,6 +290,12 @@ class BlockMask:
     def _grid(self) -> tuple[int, int]:
         return self._mask.q_blocks, self._mask.k_blocks
 
+    def _has_causality(self, is_causal: Causal) -> bool:
+        """Is it this? Of a square "end" and "start" are the same."""
+        both = {causal(is_causal, self.q_len, self.k_len), self._options.causal}
+        square = self.q_len == self.k_len and lib.SPARGE_CAUSAL_NONE not in both
+        return len(both) == 1 or square
+
     @property
     def _offset(self) -> int:
         """Query t sees keys up to t + this (sparge_causal)."""
@@ -330,7 +336,7 @@ class BlockMask:
         return index[kept], bits[kept, :, :octets]
 
     def _set_blocks(self, name: str, blocks: NDArray[Any]) -> None:
-        """Sets an empty mask by an argument [batch, heads, q_blocks, k_blocks]; checks its shape."""
+        """Sets an empty mask by an argument [B, H, i, j], whose shape is checked."""
         shape = (self._mask.batch, self._mask.heads, *self._grid)
         if blocks.shape != shape:
             raise ValueError(f"{name} is [B, H, i, j] = {list(blocks.shape)}, it must be "

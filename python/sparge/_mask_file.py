@@ -16,7 +16,8 @@ from sparge._files import write_whole
 from sparge._mask import BlockMask
 from sparge._optional import optional
 
-AXES = ("batch", "head", "q_block", "k_block")
+METADATA = "sparge"  # one entry, since several would come in any order
+SIZES = {"q_len", "k_len", "block", "is_causal"}
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -32,11 +33,10 @@ def save(mask: BlockMask, path: str | os.PathLike[str]) -> None:
     blocks = mask._blocks.astype(np.uint8)
     if _is_tensors(path):
         index, bits = mask._partials()
-        sizes = {"q_len": mask.q_len, "k_len": mask.k_len, "block": mask.block,
-                 "is_causal": mask.is_causal}
+        sizes = {size: getattr(mask, size) for size in sorted(SIZES)}
         data = optional("safetensors.numpy", "a .safetensors").save(
             {"partial_index": index, "blocks": blocks, "partial_bits": np.ascontiguousarray(bits)},
-            {name: json.dumps(size) for name, size in sizes.items()})
+            {METADATA: json.dumps(sizes)})
     elif mask.partial:
         raise ValueError(f"{os.fspath(path)}: the mask has {mask.partial} partly attended blocks, "
                          "which a .npy does not hold; let the name end in .safetensors")
@@ -53,21 +53,23 @@ def save(mask: BlockMask, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], given: Mapping[str, Any]) -> BlockMask:
     """See BlockMask.load()."""
     name = os.fspath(path)
-    arrays, sizes = _read_tensors(name) if _is_tensors(name) else (_read_npy(name), {})
-    for size, value in given.items():
-        if value is None:
-            continue
-        value = list(value) if size == "block" else value
-        if sizes.setdefault(size, value) != value:
-            raise ValueError(f"{name}: {size} is {value!r} and the file's is {sizes[size]!r}: "
-                             "leave it out, or convert() the mask afterwards")
-    for size in ("q_len", "k_len"):
-        if size not in sizes:
-            raise ValueError(f"{name}: the file does not say {size}, which must be given")
+    arrays, own = _read_tensors(name) if _is_tensors(name) else (_read_npy(name), {})
+    sizes = {**{size: value for size, value in given.items() if value is not None}, **own}
     try:
-        return _mask(arrays, sizes)
-    except (TypeError, ValueError) as error:
+        for size in ("q_len", "k_len"):
+            if size not in sizes:
+                raise TypeError(f"the file does not say {size}, which must be given")
+        mask = _mask(arrays, sizes)
+    except (TypeError, ValueError, OverflowError) as error:
         raise type(error)(f"{name}: {error}") from None
+    for size in own:
+        value, has = given[size], getattr(mask, size)
+        same = mask._has_causality(value) if size == "is_causal" and value is not None else (
+            value is None or has == (tuple(value) if size == "block" else value))
+        if not same:
+            raise ValueError(f"{name}: {size} is {value!r} and the file's is {has!r}: leave it out, "
+                             "and convert() the mask afterwards")
+    return mask
 
 
 def _read_npy(name: str) -> Arrays:
@@ -89,8 +91,9 @@ def _read_tensors(name: str) -> tuple[Arrays, dict[str, Any]]:
             if any(key.startswith("partial_") for key in file.keys()):
                 wanted += ["partial_index", "partial_bits"]
             found = {key: file.get_tensor(key) for key in wanted}
-            sizes = {size: json.loads(value) for size, value in (file.metadata() or {}).items()
-                     if size in ("q_len", "k_len", "block", "is_causal")}
+            sizes = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            if not isinstance(sizes, dict) or not SIZES.issuperset(sizes):
+                raise ValueError(f"its metadata is {sizes!r}")
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{name}: not a mask: {error}") from None
     return found, sizes
@@ -105,12 +108,15 @@ def _mask(arrays: Arrays, sizes: Mapping[str, Any]) -> BlockMask:
     index, bits = arrays.get("partial_index"), arrays.get("partial_bits")
     if index is None or bits is None:
         return mask
-    for name, x, dtype, shape in (
-        ("partial_index", index, np.int64, (len(bits), 4)),
-        ("partial_bits", bits, np.uint8, (len(index), mask.block[0], -(-mask.block[1] // 8)))):
-        if x.dtype != dtype or x.shape != shape:
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, it must be {np.dtype(dtype)} "
-                             f"{list(shape)}")
+    if index.dtype != np.int64 or index.ndim != 2 or index.shape[1] != 4:
+        raise ValueError(f"partial_index is {index.dtype} {list(index.shape)}, it must be int64 "
+                         "[n, 4]: batch, head, block of queries, block of keys")
+    shape = (len(index), mask.block[0], -(-mask.block[1] // 8))
+    if bits.dtype != np.uint8 or bits.shape != shape:
+        raise ValueError(f"partial_bits is {bits.dtype} {list(bits.shape)}, it must be uint8 "
+                         f"{list(shape)}")
+    if not len(index):
+        return mask
     outside = np.flatnonzero(((index < 0) | (index >= blocks.shape)).any(axis=1))
     if len(outside):
         raise ValueError(f"partial_index[{outside[0]}] is {index[outside[0]].tolist()}, which is "
