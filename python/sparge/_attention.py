@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sparge._device import Mirror
 from sparge._given import prepare_over
 from sparge._mask import BlockMask
-from sparge._methods import MethodOptions, takes_method
+from sparge._methods import MethodOptions, chooses, takes_method
 from sparge._native import ffi, lib
 from sparge._options import Options, prepare, takes_options
 from sparge._plan import make_plan
@@ -87,7 +87,7 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
     NotImplementedError for what this library, machine or method lacks, MemoryError, RuntimeError
     for errors of CUDA. KeyboardInterrupt ends the call. The defaults are those of sparge_options.h.
     """
-    if options.get("method") is not None or options.get("density") is not None:
+    if chooses(options):
         return make_plan(q, k, v, options).run(
             return_lse=return_lse, return_mask=return_mask, return_stats=return_stats)
     problem, settings = prepare(q, k, v, options)
@@ -110,7 +110,7 @@ def predict(q: Any, k: Any, v: Any = None, **options: Unpack[MethodOptions]) -> 
     """
     if options.get("method") is not None and v is None:
         raise TypeError(f"v is None and method is {options['method']!r}, which may look at it")
-    if options.get("method") is not None or options.get("density") is not None:
+    if chooses(options):
         return make_plan(q, k, v, options).mask
     problem, settings = prepare(q, k, None, options)
     mask = BlockMask(problem.c, settings.c, problem.q.batched)

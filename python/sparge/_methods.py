@@ -4,8 +4,10 @@ v."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from sparge._native import ffi, lib, text
@@ -67,9 +69,11 @@ def methods() -> tuple[Method, ...]:
 
 class State:
     """What a method keeps from call to call of one layer (minference: which pattern each head
-    has): make one for each layer, and give it to every call of that layer, one call at a time."""
+    has): make one for each layer, and give it to every call of that layer with the method. Calls
+    in other threads wait for each other while they make their plans."""
 
     def __init__(self) -> None:
+        self._method, self._lock = "", Lock()
         self._c = ffi.gc(ffi.new("void **"), lambda kept: lib.free(kept[0]))
 
 
@@ -97,10 +101,18 @@ def takes_method(function: Function) -> Function:
     return takes_options(function, MethodOptions, {**METHOD_DEFAULTS, **DEFAULTS})
 
 
+def chooses(options: Mapping[str, Any]) -> bool:
+    """Is a plan asked for, by a method or a density?"""
+    if options.get("method") is None and options.get("method_params"):
+        raise ValueError("method_params is given and method is None: name the method")
+    return options.get("method") is not None or options.get("density") is not None
+
+
 class Choice:
     """A method, and the values of its parameters."""
 
-    def __init__(self, name: str, params: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, name: str, params: Mapping[str, Any], named: bool) -> None:
+        self.named = named  # was it asked for by name?
         self.c = lib.sparge_method_find(name.encode())
         if not self.c:
             raise ValueError(f"method is {name!r}, it must be one of " +
@@ -109,11 +121,12 @@ class Choice:
         self.param = ffi.new(f"double [{lib.SPARGE_MAX_PARAMS}]",
                              [p.default for p in self.method.params])
         names = [p.name for p in self.method.params]
-        for key, value in (params or {}).items():
+        for key, value in params.items():
             if key not in names:
                 near = difflib.get_close_matches(key, names, 1) or names
-                raise ValueError(f"{name} has no parameter {key!r}" +
-                                 (f": it has {', '.join(map(repr, near))}" if near else "s"))
+                raise ValueError(f"{name} has no parameter {key!r}: it has "
+                                 f"{', '.join(map(repr, near))}" if names else
+                                 f"{name} has no parameters: leave out {key!r}")
             self.param[names.index(key)] = value
 
     @property
@@ -150,8 +163,6 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
     thresholds."""
     method, density = options.get("method"), options.get("density")
     if method is None:
-        if options.get("method_params"):
-            raise ValueError("method_params is given and method is None: name the method")
         name = {"default": "spargeattn"}.get(options.get("rules", "default"),
                                              f"spargeattn_{options.get('rules')}")
         if density is not None:
@@ -161,7 +172,7 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
                                  "numbers, not arrays")
         t = settings.c.thresholds
         return Choice(name, {"tau": t.tau, "theta": t.theta, "topk": t.topk,
-                             "lambda": getattr(t, "lambda"), "sink": settings.c.sink})
+                             "lambda": getattr(t, "lambda"), "sink": settings.c.sink}, False)
     name, given = (method.name, {}) if isinstance(method, Method) else _written(method)
     _refuse(options, ("theta", "tau", "topk", "lambda_", "sink", "params"),
             f"method is {name!r}, which has parameters of its own (method_params)")
@@ -169,7 +180,7 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
         if key in given:
             raise ValueError(f"{key} stands in method and in method_params: leave out one")
         given[key] = value
-    choice = Choice(name, given)
+    choice = Choice(name, given, True)
     first = choice.method.params[0].name if choice.method.params else None
     if density is not None and first in given:
         raise ValueError(f"density finds {first} of {name}: leave out one of them")
@@ -196,7 +207,17 @@ class Context:
                 raise ValueError(f"segment_ends is {ends}, it must ascend to the {k_len} keys")
             self.ends = ffi.new("int64_t []", ends)
             self.c.segment_ends, self.c.segments = self.ends, len(ends)
-        state = options.get("state")
-        if state is not None:
-            self.state = state  # keeps it
-            self.c.state = state._c
+        self.state: State | None = options.get("state")
+        if self.state is not None:
+            self.c.state = self.state._c
+
+    @contextmanager
+    def turn(self, method: str) -> Iterator[None]:
+        """In which a plan of a method is made. Another method would take its state for its own."""
+        state = self.state or State()
+        with state._lock:
+            if state._method not in ("", method):
+                raise ValueError(f"state is that of {state._method!r} and method is {method!r}: "
+                                 "make one for each method and layer")
+            state._method = method
+            yield

@@ -2,7 +2,7 @@
 """Plans: what a method makes of q, k and v, before anything is attended (sparge_methods.h)."""
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparge import _arrays
-from sparge._mask import BlockMask, Counts
+from sparge._counts import Counts
+from sparge._mask import BlockMask
 from sparge._methods import Choice, Context, Method, MethodOptions, choose, takes_method
 from sparge._native import Watch, call, ffi, lib, threads
 from sparge._options import Problem, Settings, prepare
@@ -43,15 +44,28 @@ class Plan:
         if problem.q.device != "cpu":
             raise ValueError(f"method is {choice.method.name!r} and q is on {problem.q.device}: "
                              "methods work on the CPU")
-        self._c = c = ffi.gc(ffi.new("sparge_plan *"), lib.sparge_plan_free)
-        before = problem.c, settings.c, context.c, choice.param
-        if density is None:
-            settings.watch.call(lib.sparge_method_plan, choice.c, *before, c)
-        else:
-            settings.watch.call(lib.sparge_method_plan_at, choice.c, *before, density, ffi.NULL, c)
-        if settings.c.per_head:  # SpargeAttn, by the options as they are
-            c.part[0].options = settings.c[0]
+        self._c = ffi.gc(ffi.new("sparge_plan *"), lib.sparge_plan_free)
         self._context = context  # until the plan is freed
+        with context.turn(choice.method.name):
+            self._make(density)
+
+    def _make(self, density: float | None) -> None:
+        choice, watch, options = self._choice, self._settings.watch, self._settings.c
+        before = choice.c, self._problem.c, options, self._context.c
+        if density is not None:
+            try:
+                watch.call(lib.sparge_method_plan_at, *before, choice.param, density, ffi.NULL,
+                           self._c)
+            except ValueError as error:
+                if choice.named or not str(error).startswith("density "):
+                    raise
+                raise ValueError(f"{error}; a lower theta or smaller blocks reach further down"
+                                 ) from None
+        elif choice.named:
+            watch.call(lib.sparge_method_plan, *before, choice.param, self._c)
+        else:  # SpargeAttn, by the options as they are
+            watch.call(lib.sparge_method_plan, *before, ffi.NULL, self._c)
+            self._c.part[0].options = options[0]
 
     @property
     def method(self) -> Method:
@@ -152,8 +166,7 @@ class Plan:
     @property
     def counts(self) -> Counts:
         """The sum over all heads."""
-        heads = self.head_counts
-        return Counts(**{f.name: sum(getattr(c, f.name) for c in heads) for f in fields(Counts)})
+        return Counts.sum(self.head_counts)
 
     @property
     def density(self) -> float:

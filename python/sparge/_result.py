@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparge import _arrays
+from sparge._counts import Counts
 from sparge._device import Mirror
-from sparge._mask import Counts
 from sparge._native import ffi, lib, text
 
 if TYPE_CHECKING:
@@ -69,9 +69,10 @@ class Result:
     def stats(self) -> Stats:
         """Of a call whose head_counts were asked for."""
         c = self.c
+        heads = [Counts.read(x) for x in self.heads]
         isa = lib.sparge_isa_string
         return Stats(
-            counts=Counts.read(c.counts), head_counts=[Counts.read(x) for x in self.heads],
+            counts=Counts.sum(heads), head_counts=heads,  # those of a stream's result are 0
             backend=text(lib.sparge_backend_string(c.backend)), isa=text(isa(c.isa)),
             qk_isa=text(isa(c.qk_isa)), pv_isa=text(isa(c.pv_isa)),
             pv_dtype=text(lib.sparge_dtype_string(c.pv_dtype)), threads=c.threads, kernel=c.kernel,
