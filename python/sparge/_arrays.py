@@ -57,10 +57,12 @@ def _of_torch(name: str, x: Any) -> tuple[str, str, Any, Any, int]:
         raise ValueError(f"{name}.is_neg() is True: its memory has the other sign; give "
                          f"{name}.resolve_neg()")
     try:
-        return dtype, device, tuple(x.shape), tuple(x.stride()), x.data_ptr()
-    except RuntimeError as error:
-        raise TypeError(f"{name} is a {type(x).__name__} without memory that can be read: {error}"
-                        ) from None
+        data = x.data_ptr()
+    except (RuntimeError, UserWarning):  # of tensors that stand for others while torch traces
+        data = 0
+    if not data and 0 not in x.shape:
+        raise TypeError(f"{name} is a {type(x).__name__}, which has no memory to read")
+    return dtype, device, tuple(x.shape), tuple(x.stride()), data
 
 
 def _of_numpy(name: str, x: Any) -> tuple[str, str, Any, Any, int]:

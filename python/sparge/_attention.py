@@ -38,7 +38,8 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
     Returns o [H, Nq, Dv] or [B, H, Nq, Dv], of the kind, dtype, device and layout of q (of what has
     only __dlpack__, a numpy array). A row that sees no key is 0. With return_lse, return_mask or
     return_stats it returns (o, lse, mask, stats), of these what was asked for:
-    lse    [H, Nq] or [B, H, Nq] float32, natural log of the sum of exp(scores); -inf: no key
+    lse    [H, Nq] or [B, H, Nq] float32 in every layout, the natural log of the sum of exp(scores);
+           -inf: no key
     mask   BlockMask: the blocks that were computed
     stats  Stats: counts, what ran, seconds
 
