@@ -67,8 +67,8 @@ def load(path: str | os.PathLike[str], given: Mapping[str, Any]) -> BlockMask:
         same = mask._has_causality(value) if size == "is_causal" and value is not None else (
             value is None or has == (tuple(value) if size == "block" else value))
         if not same:
-            raise ValueError(f"{name}: {size} is {value!r} and the file's is {has!r}: leave it out, "
-                             "and convert() the mask afterwards")
+            raise ValueError(f"{name}: {size} is {value!r} and the file says {has!r}: leave "
+                             "it out, and convert() the mask afterwards")
     return mask
 
 
@@ -77,7 +77,7 @@ def _read_npy(name: str) -> Arrays:
         pass
     try:
         return {"blocks": np.lib.format.open_memmap(name, mode="r")}
-    except (ValueError, EOFError, OverflowError) as error:
+    except Exception as error:  # whatever numpy's parser of the header meets
         raise ValueError(f"{name}: not a .npy of blocks: {error}") from None
 
 

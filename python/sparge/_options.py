@@ -219,9 +219,13 @@ class Settings:
 
 def whole(name: str, value: Any) -> int:
     """A whole number."""
-    if isinstance(value, bool) or int(value) != value:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, bool) or number != value:
         raise ValueError(f"{name} is {value!r}, it must be a whole number")
-    return int(value)
+    return number
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:
