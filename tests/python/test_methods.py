@@ -115,10 +115,10 @@ def test_density_alone_is_spargeattn(qkv, program, tmp_path):
 
 
 def test_a_plan_without_a_method_is_attention(qkv):
-    tau = [0.3, 0.6, 0.9]
-    plan = sparge.plan(*qkv, tau=tau, block=(32, 32))
+    options = dict(tau=[0.3, 0.6, 0.9], theta=-1, block=(32, 32))
+    plan = sparge.plan(*qkv, **options)
     assert plan.params == {} and plan.parts[0].predicted
-    want, mask = sparge.attention(*qkv, tau=tau, block=(32, 32), return_mask=True)
+    want, mask = sparge.attention(*qkv, return_mask=True, **options)
     assert np.array_equal(plan.run(), want)  # predicts by itself
     assert np.array_equal(plan.mask.blocks, mask.blocks)
     assert np.array_equal(plan.run(), want)  # over the mask
