@@ -22,6 +22,16 @@ def cell(x, digits=3):
     return "" if math.isnan(number(x)) else f"{number(x):.{digits}f}"
 
 
+def l1(got, want):
+    """sum|got - want| / sum|want| of all of it; want is in double."""
+    return float(np.abs(got - want).sum() / np.abs(want).sum())
+
+
+def row_l1(got, want):
+    """The same of each row."""
+    return np.abs(got - want).sum(-1) / np.abs(want).sum(-1)
+
+
 def relative_l1(got, want, what):
     """sum|got - want| / sum|want| of each head of [H, N, D], over the elements that are finite.
     Those that are not are counted on stderr; a head has no error, but NaN, where they are not alike

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """sets.py: capture sets: folders of .safetensors files with a manifest.json, single heads of them,
-and the thresholds that belong to them. What is wrong with one ends the program with a line that
-names the file."""
+the thresholds that belong to them, and attention over them as in their model. What is wrong with
+one ends the program with a line that names the file."""
 import json
 import sys
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
+import harness  # noqa: F401  (finds sparge)
 import ml_dtypes
 import numpy as np
+import sparge
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -17,7 +18,8 @@ SMOLLM2 = Path(__file__).resolve().parent / "smollm2-135m"  # that is committed
 # One setting for all nine heads of it that keeps each within the relative L1 of 0.09 that the paper
 # allows a language model; it was picked by hand on these very heads, so it says what is possible,
 # not what a tuner would find blind.
-CHOSEN = ["--sink", "--theta", "0.4", "--tau", "0.98", "--lambda=-5"]
+CHOSEN = {"theta": 0.4, "tau": 0.98, "lambda_": -5.0, "sink": True}
+F32 = {"qk_dtype": "f32", "pv_dtype": "f32"}
 
 
 @dataclass(frozen=True)
@@ -123,38 +125,64 @@ def tokens_of(path, found):
     return lengths[0]
 
 
+# ---- Attention --------------------------------------------------------------------------------
+
+def wide(found):
+    """q, k and v in float32: an output in it is not rounded to the float16 of a capture."""
+    return [np.ascontiguousarray(found[name], np.float32) for name in "qkv"]
+
+
 def attends(entry):
-    """The options of sparge that say how its model attends."""
-    return ["--causal"] * entry.causal + (["--softmax-scale", entry.scale] if entry.scale else [])
+    """The arguments of sparge that say how its model attends."""
+    return {"is_causal": "end" if entry.causal else False, "softmax_scale": entry.scale}
+
+
+def attention(entry, found, **options):
+    """o [1, H, N, D] and what the call counted, as in its model and as these options have it."""
+    try:
+        return sparge.attention(*wide(found), **attends(entry), return_stats=True, **options)
+    except ValueError as error:
+        sys.exit(f"{entry.path}: {error}")
+
+
+def dense(entry, found):
+    """o of all keys, in float32."""
+    return sparge.attend(*wide(found), None, **attends(entry), **F32)
+
+
+def sparsities(stats):
+    """The paper's, of every head."""
+    return [counts.sparsity for counts in stats.head_counts]
 
 
 # ---- Thresholds -------------------------------------------------------------------------------
 
 def read_params(path):
-    tuned = read_json(path)
-    if not (isinstance(tuned, dict) and
-            {"heads", "causal", "softmax_scale", "sink", "smooth_k"} <= tuned.keys() and isinstance(
-                tuned["heads"], list) and all(isinstance(head, dict) for head in tuned["heads"])):
-        sys.exit(f"{path}: is not of sparge tune")
+    try:
+        return sparge.load_params(path)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error))
+
+
+def thresholds(params, entry):
+    """Those of its heads."""
+    if params.model and params.model != entry.model:
+        sys.exit(f"{entry.path}: the thresholds are for the model '{params.model}', not for "
+                 f"'{entry.model}'")
+    try:
+        return params.layer(entry.layer, entry.heads)
+    except LookupError as error:
+        sys.exit(f"{entry.path}: {error}")
+
+
+def tune(entry, found, **options):
+    """What the tuner finds for its heads, on it alone."""
+    tuned = sparge.tune([wide(found)], **attends(entry), **options)
+    for number, head in zip(entry.heads, tuned.heads):
+        if not head.finite:
+            print(f"{entry.path}: layer {entry.layer} head {number}: {head.nonfinite} elements of "
+                  "it, or of attention over it, are not finite; left dense", file=sys.stderr)
     return tuned
-
-
-def options_of(params):
-    """The options of sparge run that thresholds were tuned for."""
-    tuned = read_params(params)
-    causal = [] if tuned["causal"] == "none" else [f"--causal={tuned['causal']}"]
-    scale = [] if tuned["softmax_scale"] is None else ["--softmax-scale", tuned["softmax_scale"]]
-    return ["--params", params, *causal, *scale, *["--sink"] * tuned["sink"],
-            *["--no-smooth-k"] * (not tuned["smooth_k"])]
-
-
-def changed(params, to, **thresholds):
-    """A copy of thresholds with some of them the same for every head."""
-    tuned = read_params(params)
-    for head in tuned["heads"]:
-        head |= thresholds
-    Path(to).write_text(json.dumps(tuned))
-    return to
 
 
 # ---- Copies -----------------------------------------------------------------------------------
@@ -172,31 +200,24 @@ def copied(entry, found, to, dtype=np.float32):
     return to
 
 
-def beginning(entry, tokens, to):
+def beginning(found, tokens):
     """Its first tokens."""
-    return copied(entry, {name: x[:, :, :tokens] for name, x in tensors(entry.path).items()}, to)
+    return {name: x[:, :, :tokens] for name, x in found.items()}
 
 
-def order(sparge, grid, name, folder, seed=0, text=(0, 0)):
-    """An order of the tokens of a grid, by sparge order; text around it stays where it is."""
-    sparge("order", *grid, "--order", name, "--seed", seed, "--text-before", text[0],
-           "--text-after", text[1], "-o", folder / "index.npy")
-    return np.load(folder / "index.npy")
-
-
-def reordered(entry, sparge, name, to, dtype=np.float32, seed=0):
-    """A copy with its tokens in another order, and that order."""
-    found = tensors(entry.path)
-    tokens, told = tokens_of(entry.path, found), prod(entry.grid) + sum(entry.text)
-    if tokens != told:
-        grid = " x ".join(map(str, entry.grid))
-        sys.exit(f"{entry.path}: has {tokens} tokens, but its manifest says a grid of {grid}"
-                 + f" and {sum(entry.text)} of text" * any(entry.text) + f", which are {told}")
+def reordered(entry, found, order, seed=0):
+    """Its tensors with their tokens in another order, and that order."""
+    grid = sparge.Grid(*entry.grid, *entry.text)
+    tokens = tokens_of(entry.path, found)
+    if tokens != grid.tokens:
+        sides = " x ".join(map(str, entry.grid))
+        sys.exit(f"{entry.path}: has {tokens} tokens, but its manifest says a grid of {sides}"
+                 + f" and {sum(entry.text)} of text" * any(entry.text)
+                 + f", which are {grid.tokens}")
     if entry.causal:
         sys.exit(f"{entry.path}: is of causal attention, of which there is no other order")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    index = order(sparge, entry.grid, name, to.parent, seed, entry.text)
-    return copied(entry, {name: x[:, :, index] for name, x in found.items()}, to, dtype), index
+    index = sparge.token_order(order, grid, seed)
+    return {name: x[:, :, index] for name, x in found.items()}, index
 
 
 # ---- Single heads -----------------------------------------------------------------------------
@@ -207,13 +228,8 @@ def heads(folder):
             for entry in entries(folder) for place, head in enumerate(entry.heads)}
 
 
-def write_head(path, place, folder):
-    """q, k and v [N, D] of the query head at a place of a file, as the .npy files that sparge run
-    takes; in float32: an output in it is not rounded to the float16 of the capture."""
-    found = tensors(path)
-    count, kv_heads = found["q"].shape[1], found["k"].shape[1]
-    paths = [folder / f"{name}.npy" for name in "qkv"]
-    for to in paths:
-        head = place if to.stem == "q" else place * kv_heads // count
-        np.save(to, found[to.stem][0, head].astype(np.float32))
-    return paths
+def head_of(path, place):
+    """q, k and v [1, N, D] of the query head at a place of a file, in float32."""
+    q, k, v = wide(tensors(path))
+    key = place * k.shape[1] // q.shape[1]
+    return q[0, [place]], k[0, [key]], v[0, [key]]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures the cpu backend on this machine, and fills the tables of cpu/README.md.
 
-    run.py [--machine NAME]    `sparge bench`, `sparge run` and, where it is installed, torch, by
+    run.py [--machine NAME]    `sparge bench`, the package and, where it is installed, torch, by
                                turns: cases.csv, table.csv and machine.txt of machines/NAME, and of
                                no other machine
     run.py --readme            measures nothing: both tables from all of machines/, a column for
@@ -15,7 +15,6 @@ import argparse
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "capture")]
 
 import flex  # noqa: E402
 from cpu_table import CAPTURES, N, Measured, fill_readme, table  # noqa: E402
-from errors import number  # noqa: E402
+from errors import l1  # noqa: E402
 from harness import (  # noqa: E402
     ROOT,
     bench_json,
@@ -37,10 +36,13 @@ from harness import (  # noqa: E402
     write_csv,
     write_text,
 )
-from sets import CHOSEN, SMOLLM2  # noqa: E402
+from sets import CHOSEN, SMOLLM2, tensors, wide  # noqa: E402
+
+import sparge  # noqa: E402
 
 LONG = 131072
 COMMAND = "`build/full-venv/bin/python experiments/cpu_speed/run.py` on each, then `--readme`"
+CHOSEN_WORDS = ["--sink", *(f"--{x.rstrip('_')}={CHOSEN[x]}" for x in CHOSEN if x != "sink")]
 INT12 = ["--qk-dtype", "int12", "--pv-dtype", "int12"]
 BF16 = ["--qk-dtype", "bf16", "--pv-dtype", "bf16"]
 
@@ -117,16 +119,15 @@ class Torch:
                 bench.add(case, dim, threads, 1e3 * flex.seconds(call))
 
 
-# ---- By sparge run ----------------------------------------------------------------------------
+# ---- Errors and memory ------------------------------------------------------------------------
 
-def relative_l1(program, *options):
-    """Against attention in double, on 2048 tokens of normal numbers."""
+def dense_l1(dtype):
+    """Of dense attention in an arithmetic against that in double, on 2048 tokens of normal
+    numbers."""
     draw = np.random.default_rng(1)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder) / f"{name}.npy") for name in "qkv"]
-        for file in files:
-            np.save(file, draw.standard_normal((2048, 128), dtype=np.float32))
-        return number(run_json(program, "run", *files, "--dense", "--check", *options)["l1"])
+    qkv = [draw.standard_normal((1, 2048, 128), dtype=np.float32) for _ in "qkv"]
+    got = sparge.attend(*qkv, None, qk_dtype=dtype, pv_dtype=dtype)
+    return l1(got, sparge.oracle(*qkv))
 
 
 def workspaces(bench):
@@ -135,13 +136,10 @@ def workspaces(bench):
     isas = {"avx2": "avx2"} if "avx2" in bench.isas else {}
     if bench.best == "amx" or "vnni" in bench.best:
         isas["vnni"] = bench.best
-    draw = np.random.default_rng(1)
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "x.npy")
-        np.save(file, draw.standard_normal((LONG, 128), dtype=np.float32))
-        return {f"workspace {name}":
-                run_json(bench.program, "run", file, file, file, "--theta", -1, "--tau", 0,
-                         "--isa", isa)["workspace_bytes"] for name, isa in isas.items()}
+    x = np.random.default_rng(1).standard_normal((1, LONG, 128), dtype=np.float32)
+    stats = {name: sparge.attention(x, x, x, theta=-1, tau=0, isa=isa, return_stats=True)[1]
+             for name, isa in isas.items()}
+    return {f"workspace {name}": found.workspace_bytes for name, found in stats.items()}
 
 
 # ---- All of it --------------------------------------------------------------------------------
@@ -179,10 +177,12 @@ def captured(bench):
     found = {}
     for stem in CAPTURES:
         file = SMOLLM2 / f"{stem}.safetensors"
-        rows = bench("capture", "--capture", file, "--causal=end", "--threads", 1, *CHOSEN)
+        rows = bench("capture", "--capture", file, "--causal=end", "--threads", 1, *CHOSEN_WORDS)
         row, = (row for row in rows if row["case"] == "int8/int8 predicted causal")
-        check = run_json(bench.program, "run", file, "--causal", "--check", *CHOSEN)
-        found[stem] = row["speedup_vs_f32"], row["sparsity"], number(check["l1"])
+        qkv = [x[0] for x in wide(tensors(file))]
+        got = sparge.attention(*qkv, is_causal=True, **CHOSEN)
+        want = sparge.oracle(*qkv, is_causal=True)
+        found[stem] = row["speedup_vs_f32"], row["sparsity"], l1(got, want)
     return found
 
 
@@ -191,9 +191,9 @@ def measure(program, repeat):
     bench = Bench(program, repeat)
     each_isa(bench)
     beside, bf16 = turns(bench, repeat)
-    dtypes = {"int8": [], "int12": INT12} | ({"bf16": BF16} if bf16 else {})
+    dtypes = ["int8", "int12"] + ["bf16"] * bf16
     apart = captured(bench) | workspaces(bench) | {
-        f"l1 {name}": relative_l1(program, *options) for name, options in dtypes.items()}
+        f"l1 {dtype}": dense_l1(dtype) for dtype in dtypes}
     return bench.cases, table(Measured(bench.cases, apart, bench.best)), beside
 
 

@@ -14,19 +14,19 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent 
 
 from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import options_of, reordered  # noqa: E402
+from sets import attention, read_params, reordered, sparsities, tensors, thresholds  # noqa: E402
 
 
 def measure(key, how):
     """A row for each query head."""
-    rows = []
+    rows, params = [], read_params(how.params or PARAMS)
     for entry in entries_of(key, how):
-        file = entry.path
+        found = tensors(entry.path)
         if entry.grid and not entry.causal:
-            file, _ = reordered(entry, how.sparge, "hilbert", how.folder / "mixed.safetensors")
-        found = how.sparge("run", file, *options_of(how.params or PARAMS))
+            found, _ = reordered(entry, found, "hilbert")
+        _, stats = attention(entry, found, params=thresholds(params, entry))
         rows += [{"head": head, "sparsity": f"{s:.6f}"}
-                 for head, s in zip(entry.heads, found["sparsity_per_head"])]
+                 for head, s in zip(entry.heads, sparsities(stats))]
     return rows
 
 

@@ -15,22 +15,24 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
-from item import Job, run  # noqa: E402
-from sets import CHOSEN, SMOLLM2, heads, write_head  # noqa: E402
+from item import Job, run  # noqa: E402  (finds sparge)
+from sets import CHOSEN, SMOLLM2, head_of, heads  # noqa: E402
+
+import sparge  # noqa: E402
 
 CAPTURES = {"smollm2": SMOLLM2, "video": HERE.parent / "video/capture/sample0"}
-MODES = {"smollm2": ["--causal", *CHOSEN], "video": ["--theta", 0.3, "--tau", 0.9, "--lambda=-5"]}
+MODES = {"smollm2": CHOSEN | {"is_causal": "end"},
+         "video": {"theta": 0.3, "tau": 0.9, "lambda_": -5.0}}
 SHOWN = {"smollm2": [(6, 7), (12, 5), (21, 0)]}  # layer, head; of video all
 
 
 def measure(key, how):
     """Blocks that no row may see have no mass, and no row here."""
     head = heads(CAPTURES[key["source"]])[key["layer"], key["head"]]
-    files, mode = write_head(*head, how.folder), MODES[key["source"]]
-    mass, dump = how.folder / "mass.npy", how.folder / "dump"
-    how.sparge("run", *files, *mode, "--intermediates", dump)
-    how.sparge("map", *files, *mode, "-o", how.folder / "map.png", "--map-out", mass)
-    maps = [np.load(x)[0, 0] for x in (mass, dump / "mask.npy", dump / "pv_done.npy")]
+    qkv, mode = head_of(*head), MODES[key["source"]]
+    stages = sparge.intermediates(*qkv, **mode)
+    _, mass = sparge.oracle(*qkv, **mode, return_block_mass=True)
+    maps = [x[0] for x in (mass, stages["mask"], stages["pv_done"])]
     return [{
         "q_block": i, "k_block": j, "mass": f"{maps[0][i, j]:.6g}", "kept": int(maps[1][i, j]),
         "pv_done": f"{maps[2][i, j]:.6g}"

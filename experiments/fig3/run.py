@@ -4,8 +4,8 @@
 are not self-similar.
 
 q and k are made so that the pooled scores give the P of the paper's picture; what follows from it
-is what the program does: every stage out of `sparge run --intermediates`. Rows: the stage,
-query block, key block (-1: none), value.
+is what the library does, every stage of it. Rows: the stage, query block, key block (-1: none),
+value.
 """
 import sys
 from pathlib import Path
@@ -14,12 +14,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from item import Job, run  # noqa: E402
+from item import Job, run  # noqa: E402  (finds sparge)
+
+import sparge  # noqa: E402
 
 P = np.array([[0.9, 0.1, 0.0, 0.0], [0.1, 0.0, 0.9, 0.0], [0.0, 0.5, 0.5, 0.0]])
 LOW = 2  # of both: the third
 DIM, BLOCK_Q, BLOCK_K, SEED = 64, 128, 64, 1
-THRESHOLDS = ["--theta", 0.5, "--tau", 0.8, "--lambda=-3"]
+THRESHOLDS = {"theta": 0.5, "tau": 0.8, "lambda_": -3.0}
 
 
 def block(mean, rows, noise, at, draw):
@@ -46,26 +48,21 @@ def toy():
 
 
 def measure(key, how):
-    files = []
-    for name, x in zip("qkv", toy()):
-        files.append(how.folder / f"{name}.npy")
-        np.save(files[-1], x.astype(np.float32))
-    how.sparge("run", *files, *THRESHOLDS, "--intermediates", how.folder / "dump")
-    stage = {path.stem: np.load(path) for path in (how.folder / "dump").glob("*.npy")}
+    stage = sparge.intermediates(*(x[None].astype(np.float32) for x in toy()), **THRESHOLDS)
     rows = [{"stage": "P of the paper", "q_block": i, "k_block": j, "value": P[i, j]}
             for i, j in np.ndindex(P.shape)]
-    for i, value in enumerate(stage["q_sim"][0, 0]):
+    for i, value in enumerate(stage["q_sim"][0]):
         rows.append({
             "stage": "similarity of q", "q_block": i, "k_block": -1, "value": float(f"{value:.5g}")
         })
-    for j, value in enumerate(stage["k_sim"][0, 0]):
+    for j, value in enumerate(stage["k_sim"][0]):
         rows.append({
             "stage": "similarity of k", "q_block": -1, "k_block": j, "value": float(f"{value:.5g}")
         })
-    score = stage["S"][0, 0].astype(float)
+    score = stage["S"][0].astype(float)
     weight = np.exp(score - score.max(1, keepdims=True))
-    for name, map_ in [("P", weight / weight.sum(1, keepdims=True)), ("mask", stage["mask"][0, 0]),
-                       ("P.V computed", stage["pv_done"][0, 0])]:
+    for name, map_ in [("P", weight / weight.sum(1, keepdims=True)), ("mask", stage["mask"][0]),
+                       ("P.V computed", stage["pv_done"][0])]:
         rows += [{"stage": name, "q_block": i, "k_block": j, "value": float(f"{map_[i, j]:.5g}")}
                  for i, j in np.ndindex(map_.shape)]
     return rows

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from item import Job, run  # noqa: E402
-from sets import order  # noqa: E402
+from item import Job, run  # noqa: E402  (finds sparge)
+
+import sparge  # noqa: E402
 
 GRID, BLOCK, SEED = (1, 6, 6), 4, 0
 
 
 def measure(key, how):
-    places = np.unravel_index(order(how.sparge, GRID, key["order"], how.folder, SEED), GRID)
+    places = np.unravel_index(sparge.token_order(key["order"], GRID, SEED), GRID)
     return [{"place": n, "t": t, "h": h, "w": w, "block": n // BLOCK}
             for n, (t, h, w) in enumerate(zip(*(axis.tolist() for axis in places)))]
 

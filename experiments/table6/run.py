@@ -3,7 +3,7 @@
 """Table 6: what the mask leaves out and what lambda leaves out, alone and together, at the
 thresholds that the tuner found.
 
-On the committed captures by `sparge run`; and on all of SmolLM2-135M at 8192 tokens of five texts
+On the committed captures; and on all of SmolLM2-135M at 8192 tokens of five texts
 by `sparge-lm ppl`, with the perplexity that each costs. Sparsity is the paper's: Q.K and P.V are a
 half each, so that lambda alone reaches 0.5 at most.
 """
@@ -19,28 +19,36 @@ import texts  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
 from names import MODEL, perplexity  # noqa: E402
-from sets import SMOLLM2, changed, entries, options_of, tensors  # noqa: E402
+from sets import (  # noqa: E402
+    SMOLLM2,
+    attention,
+    entries,
+    read_params,
+    sparsities,
+    tensors,
+    thresholds,
+)
 
 TUNED = HERE.parent / "tune"
 COMMITTED, WORST = TUNED / "params_0.08_0.09.json", TUNED / "model_worst.json"
 TEXTS = [ROOT / f"build/texts/{text.name}.txt" for text in texts.select(["judge"])]
 WEIGHTS = model.CACHE / model.GGUF
-PARTS = {"mask": {"lambda": None}, "lambda": {"theta": -1.0, "tau": 1.0}, "both": {}}
+PARTS = {"mask": {"lambda_": None}, "lambda": {"theta": -1.0, "tau": 1.0}, "both": {}}
 LENGTH = 8192
 
 
-def of_captures(folder, params, part, how):
-    options = options_of(changed(params, how.folder / "part.json", **PARTS[part]))
-    found = [how.sparge("run", entry.path, *options) for entry in entries(folder)]
-    return {
-        "sparsity": statistics.mean(s for x in found for s in x["sparsity_per_head"]), "perplexity":
-        ""
-    }
+def of_captures(folder, path, part):
+    params = read_params(path).changed(**PARTS[part])
+    found = [attention(entry, tensors(entry.path), params=thresholds(params, entry))
+             for entry in entries(folder)]
+    return {"sparsity": statistics.mean(s for _, stats in found for s in sparsities(stats)),
+            "perplexity": ""}
 
 
 def of_model(part, how):
     """Over all heads; the perplexity over all texts."""
-    params = changed(WORST, how.folder / f"{part}.json", **PARTS[part])
+    params = how.folder / f"{part}.json"
+    read_params(WORST).changed(**PARTS[part]).save(params)
     found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params,
                      "--model", MODEL, "--sink")["rows"]
     return {
@@ -51,8 +59,8 @@ def of_model(part, how):
 
 def measure(key, how):
     part = key["part"]
-    found = (of_captures(how.captures, how.params, part, how) if how.captures else of_captures(
-        SMOLLM2, COMMITTED, part, how) if key["inputs"] == "captures" else of_model(part, how))
+    found = (of_captures(how.captures, how.params, part) if how.captures else of_captures(
+        SMOLLM2, COMMITTED, part) if key["inputs"] == "captures" else of_model(part, how))
     return found | {"sparsity": f"{found['sparsity']:.6f}"}
 
 

@@ -7,7 +7,6 @@ On the committed captures (nine heads, up to 4096 tokens); and on all heads of S
 beginnings of texts up to 8192 tokens. (l1, l2) = (0.08, 0.09), as in the paper; each text is tuned
 on by itself and not judged on others.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,42 +18,32 @@ import model  # noqa: E402
 from errors import cell, worst  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
-from sets import SMOLLM2, attends, beginning, entries, tensors, tokens_of  # noqa: E402
+from sets import SMOLLM2, beginning, entries, tensors, tokens_of, tune  # noqa: E402
 
 WEIGHTS = model.CACHE / model.GGUF
 TEXTS = ["opticks", "python_datamodel", "go_parser"]
 LENGTHS = [1024 << n for n in range(8)]
-NOT_FINITE = {"sparsity": 0.0, "worst_l1": None}  # a head that is left dense
-BOUNDS = ["--l1", 0.08, "--l2", 0.09]
+BOUNDS = {"l1": 0.08, "l2": 0.09}
 
 
 def captured(text, tokens, how):
-    """Of the whole model."""
+    """A folder with the captures of the whole model."""
     folder = how.folder / "capture"
     run_json(how.lm, "capture", WEIGHTS, ROOT / f"build/texts/{text}.txt", "--length", tokens,
              "--attention", "f32", "-o", folder)
-    return [(entry, entry.path) for entry in entries(folder)]
-
-
-def truncated(folder, tokens, how):
-    return [(entry, beginning(entry, tokens, how.folder / entry.path.stem / entry.path.name))
-            for entry in entries(folder)]
+    return folder
 
 
 def measure(key, how):
     """Each file is tuned alone. Attention that is causal has a sink."""
     text, tokens = key["text"], key["tokens"]
-    files = (truncated(how.captures, tokens, how) if how.captures else truncated(
-        SMOLLM2, tokens, how) if text == "committed" else captured(text, tokens, how))
-    heads, params = [], how.folder / "params.json"
-    for entry, file in files:
-        how.sparge("tune", file, *attends(entry), *["--sink"] * entry.causal, *BOUNDS, "-o", params)
-        heads += [
-            head["in_sample"] or NOT_FINITE for head in json.loads(params.read_text())["heads"]
-        ]
-        params.unlink()
-    return {"heads": len(heads), "sparsity": f"{statistics.mean(x['sparsity'] for x in heads):.6f}",
-            "worst_l1": cell(worst(x["worst_l1"] for x in heads), 6)}
+    folder = how.captures or (SMOLLM2 if text == "committed" else captured(text, tokens, how))
+    heads = []
+    for entry in entries(folder):
+        found = beginning(tensors(entry.path), tokens)
+        heads += [h.in_sample for h in tune(entry, found, sink=entry.causal, **BOUNDS).heads]
+    return {"heads": len(heads), "sparsity": f"{statistics.mean(x.sparsity for x in heads):.6f}",
+            "worst_l1": cell(worst(x.worst for x in heads), 6)}
 
 
 def captures(folder):

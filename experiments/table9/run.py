@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent / "video")]
@@ -23,12 +22,25 @@ import patches  # noqa: E402
 from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from errors import cell, relative_l1  # noqa: E402
 from item import run  # noqa: E402
-from sets import attends, changed, copied, entries, options_of, reordered, tensors  # noqa: E402
+from sets import (  # noqa: E402
+    attention,
+    dense,
+    entries,
+    read_params,
+    reordered,
+    sparsities,
+    tensors,
+    thresholds,
+    tune,
+    wide,
+)
+
+import sparge  # noqa: E402
 
 ORDERS = ["random", "row", "column", "time", "hilbert"]
 BLOCK_K, SEED = 64, 0
 # Chosen on the committed capture, which is of another sample.
-ALIKE = {"theta": 0.3, "tau": 0.9, "topk": None, "lambda": None}
+ALIKE = {"theta": 0.3, "tau": 0.9, "topk": None, "lambda_": None}
 OFF = {"theta": -1.0}
 VARIANTS = [("tuned", "on", {}), ("tuned", "off", OFF), ("alike", "on", ALIKE),
             ("alike", "off", ALIKE | OFF)]
@@ -43,26 +55,25 @@ def self_similarity(x, rows):
         axis=0)
 
 
-def rows_of(name, entry, params, want, how):
+def rows_of(name, entry, found, params, want):
     """Of one order: a row for each head and variant."""
-    got, dump = how.folder / "got.npy", how.folder / "dump"
-    mixed, index = reordered(entry, how.sparge, name, how.folder / "mixed.safetensors", seed=SEED)
-    raw = self_similarity(load_file(mixed)["k"][0].astype(np.float64), BLOCK_K)
+    mixed, index = reordered(entry, found, name, SEED)
+    q, k, _ = wide(mixed)
+    raw = self_similarity(k[0].astype(np.float64), BLOCK_K)
+    stages = sparge.intermediates(q, k, smooth_k=params.options["smooth_k"])
+    q_sim, k_sim = (stages[f"{x}_sim"][0].mean(-1, dtype=np.float64) for x in "qk")
+    group = len(q_sim) // len(k_sim)
     rows = []
-    for thresholds, judge, chosen in VARIANTS:
-        options = options_of(changed(params, how.folder / "params.json", **chosen))
-        result = how.sparge("run", mixed, *options, "-o", got, "--intermediates", dump)
-        error = relative_l1(
-            np.load(got)[0], want[:, index],
-            f"{entry.path}, {name}, {thresholds}, judge {judge}: o")
-        q_sim, k_sim = (np.load(dump / f"{x}_sim.npy")[0].mean(-1, dtype=np.float64) for x in "qk")
-        group = len(error) // len(k_sim)
+    for kind, judge, chosen in VARIANTS:
+        own = thresholds(params.changed(**chosen), entry)
+        got, stats = attention(entry, mixed, params=own)
+        error = relative_l1(got[0], want[:, index],
+                            f"{entry.path}, {name}, {kind}, judge {judge}: o")
         rows += [{
-            "order": name, "head": head, "thresholds": thresholds, "judge": judge, "q_sim":
-            f"{q_sim[h]:.5f}", "k_sim": f"{k_sim[h // group]:.5f}", "sim_k_raw":
-            f"{raw[h // group]:.5f}", "l1": cell(error[h], 6), "sparsity":
-            f"{result['sparsity_per_head'][h]:.6f}"
-        } for h, head in enumerate(entry.heads)]
+            "order": name, "head": head, "thresholds": kind, "judge": judge,
+            "q_sim": f"{q_sim[h]:.5f}", "k_sim": f"{k_sim[h // group]:.5f}",
+            "sim_k_raw": f"{raw[h // group]:.5f}", "l1": cell(error[h], 6), "sparsity": f"{s:.6f}"
+        } for h, (head, s) in enumerate(zip(entry.heads, sparsities(stats)))]
     return rows
 
 
@@ -74,29 +85,25 @@ def with_grid(folder):
     return of_user(folder)
 
 
-def of_patches(clip, how):
+def of_patches(clip):
     """A capture, and the thresholds for it, as those of the video model were found."""
-    other, params = patches.capture(clip, 0, how.folder / "other"), how.folder / "tuned.json"
-    file, _ = reordered(other, how.sparge, "hilbert", how.folder / "curve/patches.safetensors")
-    how.sparge("tune", file, "--l1", 0.05, "--l2", 0.06, "-o", params)
-    return patches.capture(clip, patches.FIRST[clip], how.folder / "patches"), params
+    other, found = patches.capture(clip, 0)
+    curve, _ = reordered(other, found, "hilbert")
+    params = tune(other, curve, l1=0.05, l2=0.06).params()
+    return *patches.capture(clip, patches.FIRST[clip]), params
 
 
-def of_entry(entry, params, how):
-    plain, want = how.folder / "plain.safetensors", how.folder / "want.npy"
-    copied(entry, tensors(entry.path), plain)
-    how.sparge("run", plain, "--dense", "--qk-dtype", "f32", "--pv-dtype", "f32",
-               *attends(entry), "-o", want)
-    want = np.load(want)[0].astype(np.float64)
-    return [row for name in ORDERS for row in rows_of(name, entry, params, want, how)]
+def of_entry(entry, found, params):
+    want = dense(entry, found)[0].astype(np.float64)
+    return [row for name in ORDERS for row in rows_of(name, entry, found, params, want)]
 
 
 def measure(key, how):
     if key["source"] == "patches" and not how.captures:
-        return of_entry(*of_patches(key["sample"], how), how)
-    return [
-        row for entry in entries_of(key, how) for row in of_entry(entry, how.params or PARAMS, how)
-    ]
+        return of_entry(*of_patches(key["sample"]))
+    params = read_params(how.params or PARAMS)
+    return [row for entry in entries_of(key, how)
+            for row in of_entry(entry, tensors(entry.path), params)]
 
 
 if __name__ == "__main__":

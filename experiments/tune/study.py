@@ -21,16 +21,25 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import load_file
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from errors import cell, number, relative_l1, worst  # noqa: E402
 from harness import ROOT, fill_in, read_csv, run_json, run_main, run_program, write_csv  # noqa: E402
-from run import MODE, PAIRS, TABLE, row_of, tune  # noqa: E402
-from sets import SMOLLM2, beginning, copied, entries, tensors  # noqa: E402
+from run import PAIRS, TABLE, row_of, tune  # noqa: E402
+from sets import (  # noqa: E402
+    SMOLLM2,
+    attention,
+    beginning,
+    copied,
+    dense,
+    entries,
+    head_of,
+    read_params,
+    sparsities,
+    tensors,
+    thresholds,
+)
 
 LENGTHS = [1024, 2048, 4096, 8192]
 REPEAT = 5
@@ -51,13 +60,12 @@ GRID = [
 
 def grid_head(program, entry, h, l1, l2):
     """The two searches by whole calls over one head."""
-    tensors = load_file(entry.path)
-    _, heads, tokens, dim = tensors["q"].shape
+    qkv = head_of(entry.path, h)
+    _, tokens, dim = qkv[0].shape
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.bin" for name in "qkv"]
-        for file in files:
-            head = h if file.stem == "q" else h * tensors["k"].shape[1] // heads
-            tensors[file.stem][0, head].astype("<f4").tofile(file)
+        for file, x in zip(files, qkv):
+            x.tofile(file)
         done = run_program([program, *files, tokens, dim, 1, 1, l1, l2], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -82,19 +90,15 @@ def grid(args):
 
 # ---- The whole model --------------------------------------------------------------------------
 
-def judge_file(program, params, entry):
+def judge_file(params, entry):
     """Relative L1 of every head of a capture against dense attention in f32, and its sparsity."""
-    with tempfile.TemporaryDirectory() as folder:
-        got, want = Path(folder) / "got.npy", Path(folder) / "want.npy"
-        copy = copied(entry, tensors(entry.path), Path(folder) / entry.path.name)
-        result = run_json(program, "run", copy, "--params", params, *MODE, "-o", got)
-        run_json(program, "run", copy, "--causal", "--dense", "--qk-dtype", "f32",
-                 "--pv-dtype", "f32", "-o", want)
-        l1 = relative_l1(np.load(got)[0], np.load(want)[0], f"{entry.path} under {params}: o")
+    found = tensors(entry.path)
+    got, stats = attention(entry, found, params=thresholds(read_params(params), entry))
+    l1 = relative_l1(got[0], dense(entry, found)[0], f"{entry.path} under {params}: o")
     return [{
         "text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
         "l1": cell(x, 6)
-    } for head, s, x in zip(entry.heads, result["sparsity_per_head"], l1)]
+    } for head, s, x in zip(entry.heads, sparsities(stats), l1)]
 
 
 def model(args):
@@ -120,7 +124,7 @@ def model(args):
         with ThreadPoolExecutor(args.jobs) as pool:
             judged += [
                 {"bound": bound} | row
-                for found in pool.map(lambda entry: judge_file(args.sparge, params, entry), others)
+                for found in pool.map(lambda entry: judge_file(params, entry), others)
                 for row in found
             ]
     for row in rows:
@@ -138,7 +142,8 @@ def length(args):
     for tokens in LENGTHS:
         with tempfile.TemporaryDirectory() as folder:
             for entry in entries(args.capture):
-                file = beginning(entry, tokens, Path(folder) / entry.path.stem / entry.path.name)
+                file = copied(entry, beginning(tensors(entry.path), tokens),
+                              Path(folder) / entry.path.stem / entry.path.name)
                 runs = [
                     tune(sparge(args), [file],
                          Path(folder) / "params.json", l1, l2) for _ in range(REPEAT)

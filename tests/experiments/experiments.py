@@ -22,6 +22,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -331,7 +332,7 @@ def ends(number):
         f"#!/bin/sh\necho $$ >{sign}.new && mv {sign}.new {sign} && exec sleep 600 <&- >&- 2>&-\n")
     os.chmod("slow", 0o755)
     code, _, err = stopped([
-        sys.executable, ROOT / "experiments/reproduce.py", "--only", "fig5", "--sparge",
+        sys.executable, ROOT / "experiments/reproduce.py", "--only", "tune", "--sparge",
         os.path.abspath("slow")
     ], number, lambda _: sign.exists())
     try:
@@ -567,10 +568,6 @@ def test_same():
 
 # ---- Captures ---------------------------------------------------------------------------------
 
-def order_of(*words):
-    return said(SPARGE, *map(str, words))
-
-
 def test_sets():
     draw = np.random.default_rng(1)
     q, k, v = (draw.standard_normal((1, heads, 200, 8)).astype(np.float32) for heads in (4, 2, 2))
@@ -585,11 +582,9 @@ def test_sets():
     places = {(3, h): (Path("a.safetensors"), n) for n, h in enumerate((2, 3, 6, 7))}
     check(sets.heads(Path(".")) == places, "heads", sets.heads(Path(".")))
     os.mkdir("head")
-    paths = sets.write_head(Path("a.safetensors"), 2, Path("head"))
-    for path, x in zip(paths, (q[0, 2], k[0, 1], v[0, 1])):
-        got = np.load(path)
+    for got, x in zip(sets.head_of(Path("a.safetensors"), 2), (q[0, 2], k[0, 1], v[0, 1])):
         check(got.dtype == np.float32 and (got == x.astype(np.float16)).all(),
-              "a head with its key head", path)
+              "a head with its key head", got.shape)
     wider = sets.load_file(sets.copied(entry, sets.tensors(entry.path), Path("head/b.safetensors")))
     check(wider["q"].dtype == np.float32, "wider")
     save_safetensors("b16.safetensors", **{n: ("BF16", x) for n, x in zip("qkv", (q, k, v))})
@@ -608,28 +603,25 @@ def test_sets():
     write("manifest.json", json.dumps(manifest))
     entry, = sets.entries(Path("."))
     check(not entry.causal and entry.scale == 0.25, "a file's own word", entry)
-    mixed, index = sets.reordered(entry, order_of, "random", Path("head/b.safetensors"), seed=3)
-    mixed = sets.load_file(mixed)
+    found = sets.tensors(entry.path)
+    mixed, index = sets.reordered(entry, found, "random", seed=3)
     check(sorted(index) == list(range(200)) and list(index) != sorted(index), "an order", index[:9])
     check(
         all((mixed[n] == x.astype(np.float16)[:, :, index]).all()
             for n, x in zip("qkv", (q, k, v))), "reordered")
+    sets.copied(entry, mixed, Path("head/b.safetensors"))
     check([copy.scale for copy in sets.entries(Path("head"))] == [0.25], "a copy's scale", copy)
     for first, rest in (True, range(20)), (False, range(180, 200)):
         write("manifest.json",
               json.dumps(manifest | {"grid": [2, 9, 10], "n_text": 20, "text_first": first}))
         entry, = sets.entries(Path("."))
-        _, index = sets.reordered(entry, order_of, "hilbert", Path("head/b.safetensors"))
+        _, index = sets.reordered(entry, found, "hilbert")
         check(
             list(index[list(rest)]) == list(rest) and sorted(index) == list(range(200)),
             "text stays", first, index)
-    cut = sets.load_file(sets.beginning(entry, 70, Path("head/c.safetensors")))
+    cut = sets.beginning(found, 70)
     check((cut["k"] == k.astype(np.float16)[:, :, :70]).all() and cut["q"].shape == (1, 4, 70, 8),
           "the beginning")
-    curve = sets.order(order_of, (2, 10, 10), "hilbert", Path("head"))
-    check(
-        sorted(curve) == list(range(200)) and list(curve) != sorted(curve), "along Hilbert's curve",
-        curve[:9])
 
 
 def test_patches():
@@ -638,9 +630,9 @@ def test_patches():
     os.makedirs("build/video")
     clip = np.random.default_rng(1).integers(0, 256, (20, 16, 24, 3), dtype=np.uint8)
     np.save("build/video/c.npy", clip)
-    entry = patches.capture("c", 5, Path("folder"))
+    entry, found = patches.capture("c", 5)
     check(entry.grid == (13, 2, 3) and not entry.causal and entry.heads == (0,), "a capture", entry)
-    part, found = clip[5:18].astype(np.float64), sets.tensors(entry.path)
+    part = clip[5:18].astype(np.float64)
     check(found["q"].shape == (1, 1, 78, 192) and (found["q"] == found["v"]).all(), "q, k and v",
           found["q"].shape)
     for t, h, w in (0, 0, 0), (3, 1, 2), (12, 1, 1):
@@ -651,30 +643,29 @@ def test_patches():
             want.ravel()[:4])
 
 
-def test_thresholds_that_change():
-    params = ROOT / "experiments/tune/params_0.08_0.09.json"
-    before = json.loads(params.read_text())
-    after = json.loads(
-        sets.changed(params, Path("x.json"), theta=-1.0, **{"lambda": None}).read_text())
-    check(all(h["theta"] == -1.0 and h["lambda"] is None for h in after["heads"]), "changed",
-          after["heads"][0])
-    check([h["tau"] for h in after["heads"]] == [h["tau"] for h in before["heads"]],
-          "and nothing else")
-    check(
-        sets.options_of(params) == ["--params", params, "--causal=end", "--sink"], "options",
-        sets.options_of(params))
-    capture = ROOT / "experiments/capture/smollm2-135m/layer12_group1.safetensors"
-    code, out, err = said(SPARGE, "run", capture, *map(str, sets.options_of(Path("x.json"))))
-    check(code == 0 and json.loads(out)["sparsity"] > 0.5, "sparge takes them", err)
-    own = json.loads(
-        params.read_text()) | {"softmax_scale": 0.25, "causal": "none", "sink": False,
-                               "smooth_k": False}
-    write("x.json", json.dumps(own))
-    check(
-        sets.options_of(
-            Path("x.json")) == ["--params",
-                                Path("x.json"), "--softmax-scale", 0.25, "--no-smooth-k"],
-        "their own scale", sets.options_of(Path("x.json")))
+def test_thresholds():
+    """Those of the heads of a file, for attention as in its model; and what does not fit."""
+    params = sets.read_params(ROOT / "experiments/tune/params_0.08_0.09.json")
+    entry = sets.entries(sets.SMOLLM2)[1]
+    found = sets.beginning(sets.tensors(entry.path), 512)
+
+    def ends(words, call):
+        err = io.StringIO()
+        try:
+            call()
+        except SystemExit as error:
+            err.write(str(error))
+        check(words in err.getvalue(), words, err.getvalue())
+
+    check(sets.thresholds(params, entry).heads == entry.heads == (3, 4, 5), "of its heads", entry)
+    check(sets.attends(entry) == {"is_causal": "end", "softmax_scale": 0.125}, "as in its model")
+    # One thread: other tests fork, and a child would be without the others.
+    ends("is_causal 'end', not False", lambda: sets.attention(
+        replace(entry, causal=False), found, params=sets.thresholds(params, entry), threads=1))
+    ends("for the model 'SmolLM2-135M-Instruct', not for 'n'",
+         lambda: sets.thresholds(params, replace(entry, model="n")))
+    ends("no thresholds for layer 7 head 3",
+         lambda: sets.thresholds(params, replace(entry, layer=7)))
 
 
 def make_set(folder, seed=1, heads=2, kv_heads=2, tokens=200, dtype="F16", name="a", **more):
@@ -809,7 +800,7 @@ def test_bad_captures():
               ({"files": [{"file": "a.safetensors", "layer": 0}]}, "has no 'query_heads'"),
               ({"files": [file | {"file": "b.safetensors"}]}, "b.safetensors"),
               ({"files": []}, "no manifest.json with files"),
-              ({"model": "n"}, "is for the model 'm', not for 'n'")]
+              ({"model": "n"}, "are for the model 'm', not for 'n'")]
     for n, (change, words) in enumerate(spoilt):
         shutil.copytree("good", f"bad{n}")
         write(f"bad{n}/manifest.json", json.dumps(manifest | change))
@@ -822,8 +813,8 @@ def test_bad_captures():
     wrong("good/manifest.json: Expecting", "fig14/run.py", "--captures", "good", *given)
     wrong("nowhere: has no manifest.json", "table6/run.py", "--captures", "nowhere", *given)
     write("good/manifest.json", json.dumps(manifest))
-    for text, words in ("{", "Expecting"), ("[1]", "is not of sparge"), ('{"heads": [1]}',
-                                                                         "is not of sparge"):
+    for text, words in (("{", "Expecting"), ("[1]", "is no JSON object"),
+                        ('{"heads": [1]}', "'sparge_params' must be")):
         write("p.json", text)
         wrong(f"p.json: {words}", "fig14/run.py", "--captures", "good", "--params", "p.json", "-o",
               "no.csv")
