@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 
 from sparge._native import ffi, lib, text
-from sparge._options import DEFAULTS, Function, Options, takes_options, whole
+from sparge._options import DEFAULTS, Function, Options, number, takes_options, whole
 from sparge._order import Grid, grid_struct
 
 NEEDS = {getattr(lib, name): name[len("SPARGE_NEEDS_"):].lower()
@@ -127,7 +127,7 @@ class Choice:
                 raise ValueError(f"{name} has no parameter {key!r}: it has "
                                  f"{', '.join(map(repr, near))}" if names else
                                  f"{name} has no parameters: leave out {key!r}")
-            self.param[names.index(key)] = value
+            self.param[names.index(key)] = number(f"{key} of {name}", value)
 
     @property
     def params(self) -> dict[str, float]:
@@ -173,7 +173,9 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
         t = settings.c.thresholds
         return Choice(name, {"tau": t.tau, "theta": t.theta, "topk": t.topk,
                              "lambda": getattr(t, "lambda"), "sink": settings.c.sink}, False)
-    name, given = (method.name, {}) if isinstance(method, Method) else _written(method)
+    if not isinstance(method, (str, Method)):
+        raise TypeError(f"method is a {type(method).__name__}, it must be a name or a Method")
+    name, given = _written(method) if isinstance(method, str) else (method.name, {})
     _refuse(options, ("theta", "tau", "topk", "lambda_", "sink", "params"),
             f"method is {name!r}, which has parameters of its own (method_params)")
     for key, value in (options.get("method_params") or {}).items():

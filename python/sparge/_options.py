@@ -16,7 +16,7 @@ from sparge._device import stream
 from sparge._native import Watch, ffi, lib, text, threads, words
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
     from sparge._params import Params, Thresholds
 
@@ -92,17 +92,18 @@ def takes_options(function: Function, kind: Any = Options,
 
 def word(name: str, value: Any, known: Mapping[str, int]) -> int:
     """The number of a word of an enum."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, known))}")
     return known[value]
 
 
 def causal(value: Causal, q_len: int, k_len: int) -> int:
     """The number of is_causal. True is for squares, where "end" and "start" are the same."""
-    if value is True and q_len != k_len:
+    given = isinstance(value, (bool, np.bool_))
+    if given and value and q_len != k_len:
         raise ValueError(f"is_causal is True with {q_len} queries and {k_len} keys, it must be "
                          "'end' (the last query sees all keys) or 'start' (the first sees one)")
-    if isinstance(value, bool):
+    if given:
         value = "end" if value else "none"
     return word("is_causal", value, CAUSAL)
 
@@ -171,13 +172,13 @@ class Settings:
         c.block_q, c.block_k = (whole("block", n) for n in pair("block", o["block"]))
         c.skip_rows = whole("skip_rows", o["skip_rows"])
         c.cuda.kernel = whole("kernel", o["kernel"])
-        c.smooth_k, c.sink = bool(o["smooth_k"]), bool(o["sink"])
+        c.smooth_k, c.sink = (flag(name, o[name]) for name in ("smooth_k", "sink"))
         c.threads = threads(whole("threads", o["threads"]))
         if o["softmax_scale"] is not None:
-            if not o["softmax_scale"] > 0:
-                raise ValueError(f"softmax_scale is {o['softmax_scale']}, it must be above 0, or "
-                                 "None for 1/sqrt(D)")
-            c.softmax_scale = o["softmax_scale"]
+            c.softmax_scale = scale = number("softmax_scale", o["softmax_scale"])
+            if not scale > 0:
+                raise ValueError(f"softmax_scale is {scale:g}, it must be above 0, or None for "
+                                 "1/sqrt(D)")
         self._thresholds(p, o)
         self._device(problem)
 
@@ -191,14 +192,11 @@ class Settings:
             given = params.of(problem, self.c)
         if "topk" in given and "tau" not in given:
             given["tau"] = -1.0  # as on the command line: topk by itself
-        arrays = {name: np.asarray(value, np.float64) for name, value in given.items()}
+        arrays = {name: _of_heads(name, value, heads) for name, value in given.items()}
         for name, x in arrays.items():
-            if x.shape not in ((), (heads, )):
-                raise ValueError(f"{name} has the shape {list(x.shape)}, it must be a number or "
-                                 f"one for each of {heads} heads")
-        for name, x in arrays.items():
-            setattr(self.c.thresholds, name, float(x.flat[0]))
-        if any(x.shape for x in arrays.values()):
+            if x.size:
+                setattr(self.c.thresholds, name, float(x.flat[0]))
+        if heads and any(x.shape for x in arrays.values()):
             self.per_head = ffi.new("sparge_thresholds []", [self.c.thresholds] * heads)
             for name, x in arrays.items():
                 for head, value in enumerate(np.broadcast_to(x, heads)):
@@ -217,15 +215,45 @@ class Settings:
             self.c.cuda.stream = stream(problem.q)
 
 
+def _of_heads(name: str, value: Any, heads: int) -> NDArray[np.float64]:
+    """A threshold: a number, or one for each head."""
+    try:
+        x = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}, it must be a number or one for each of {heads} "
+                         "heads") from None
+    if x.shape not in ((), (heads, )):
+        raise ValueError(f"{name} has the shape {list(x.shape)}, it must be a number or one for "
+                         f"each of {heads} heads")
+    return x
+
+
+def number(name: str, value: Any) -> float:
+    """A number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}, it must be a number") from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}, it must be True or False")
+    return bool(value)
+
+
 def whole(name: str, value: Any) -> int:
     """A whole number."""
     try:
-        number = int(value)
+        found = int(value)
     except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or isinstance(value, bool) or number != value:
+        found = None
+    if found is None or isinstance(value, bool) or found != value:
         raise ValueError(f"{name} is {value!r}, it must be a whole number")
-    return number
+    if not -2**31 <= found < 2**31:
+        raise ValueError(f"{name} is {found}, it must be below 2^31")
+    return found
 
 
 def pair(name: str, value: Any) -> tuple[int, int]:

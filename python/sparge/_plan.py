@@ -14,7 +14,7 @@ from sparge._counts import Counts
 from sparge._mask import BlockMask
 from sparge._methods import Choice, Context, Method, MethodOptions, choose, takes_method
 from sparge._native import Watch, call, ffi, lib, threads
-from sparge._options import Problem, Settings, prepare
+from sparge._options import Problem, Settings, number, prepare
 from sparge._result import Result
 
 if TYPE_CHECKING:
@@ -190,8 +190,10 @@ def make_plan(q: Any, k: Any, v: Any, options: MethodOptions) -> Plan:
     """plan() without the check of names."""
     problem, settings = prepare(q, k, v, options)
     choice = choose(options, settings)
+    density = options.get("density")
     context = Context(options, problem.c.q_len, problem.c.k_len)
-    return Plan(problem, settings, choice, context, options.get("density"))
+    return Plan(problem, settings, choice, context,
+                None if density is None else number("density", density))
 
 
 @takes_method

@@ -132,10 +132,11 @@ def test_a_bias_is_added_and_hides():
 
 def test_is_causal_true_is_for_squares():
     q, k, v = (np.random.default_rng(8).standard_normal((3, 2, 40, 16)).astype(np.float32))
-    same = [sparge.attention(q, k, v, is_causal=word) for word in (True, "end", "start")]
-    assert np.array_equal(same[0], same[1]) and np.array_equal(same[0], same[2])
-    with pytest.raises(ValueError, match="is_causal is True with 40 queries and 39 keys"):
-        sparge.attention(q, k[:, :39], v[:, :39], is_causal=True)
+    same = [sparge.attention(q, k, v, is_causal=word) for word in (True, "end", "start", np.True_)]
+    assert all(np.array_equal(same[0], x) for x in same)
+    for true in (True, np.True_):
+        with pytest.raises(ValueError, match="is_causal is True with 40 queries and 39 keys"):
+            sparge.attention(q, k[:, :39], v[:, :39], is_causal=true)
 
 
 # ---- Bits that must not differ ----
@@ -203,6 +204,14 @@ MASK = sparge.predict(X, X, is_causal=True)
     ({"block": (0, 64)}, "block_q is 0, it must be in [1, 1024]"),
     ({"block": (64.5, 64)}, "block is 64.5, it must be a whole number"),
     ({"threads": -1}, "threads is -1"),
+    ({"threads": 2**40}, "threads is 1099511627776, it must be below 2^31"),
+    ({"threads": None}, "threads is None, it must be a whole number"),
+    ({"tau": "much"}, "tau is 'much', it must be a number or one for each of 2 heads"),
+    ({"tau": np.nan}, "tau is nan, it must be in [0, 1]"),
+    ({"smooth_k": "no"}, "smooth_k is 'no', it must be True or False"),
+    ({"softmax_scale": "auto"}, "softmax_scale is 'auto', it must be a number"),
+    ({"softmax_scale": np.inf}, "softmax_scale is inf"),
+    ({"qk_dtype": np.float32}, "qk_dtype is <class 'numpy.float32'>, it must be one of 'f32', "),
     ({"softmax_scale": 0}, "softmax_scale is 0, it must be above 0, or None for 1/sqrt(D)"),
     ({"layout": "hnd"}, "layout is 'hnd', it must be 'HND' or 'NHD'"),
     ({"k_bias": np.zeros(40)}, "k_bias is float64 [40], it must be float32 [2, 40]"),

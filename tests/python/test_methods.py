@@ -175,6 +175,10 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
     ({"method": "xatention"}, "method is 'xatention', it must be one of 'dense', "),
     ({"method": "xattention:tau=2"}, "tau of xattention is 2, it must be in [0, 1]"),
     ({"method": "xattention:stride=2.5"}, "stride of xattention is 2.5, it must be a whole number"),
+    ({"method": 5}, "method is a int, it must be a name or a Method"),
+    ({"method": "xattention", "method_params": {"tau": "x"}}, "tau of xattention is 'x', it "
+     "must be a number"),
+    ({"density": "half"}, "density is 'half', it must be a number"),
     ({"method": "xattention:tau"}, "method is 'xattention:tau': 'tau' must be followed by = and a"),
     ({"method": "xattention:tau=1,tau=1"}, "method is 'xattention:tau=1,tau=1': 'tau' is there "
      "twice"),
@@ -202,7 +206,7 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
     ({"method": "dense", "layer": 1.5}, "layer is 1.5, it must be a whole number"),
 ])
 def test_what_is_wrong_is_said(options, message):
-    with pytest.raises((ValueError, NotImplementedError)) as error:
+    with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
         sparge.attention(X, X, X, **options)
     assert message in str(error.value)
 
