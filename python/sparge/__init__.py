@@ -13,8 +13,9 @@ from sparge._plan import Part, Plan, plan
 from sparge._report import Report
 from sparge._result import Stats
 from sparge._tune import Tuned, TunedHead, TuneErrors, tune
+from sparge.plotting import plot
 
 __all__ = ["BlockMask", "Counts", "Grid", "Method", "Param", "Params", "Part", "Plan", "Reason",
            "Report", "State", "Stats", "Thresholds", "TuneErrors", "Tuned", "TunedHead", "attend",
            "attention", "check", "info", "intermediates", "load_params", "methods", "oracle",
-           "permute", "plan", "predict", "token_order", "tune", "unpermute"]
+           "permute", "plan", "plot", "predict", "token_order", "tune", "unpermute"]

@@ -69,7 +69,8 @@ class Judge:
         p, c = self.problem.c, self.settings.c
         got, dtype = self._output(o)
         got_lse = None if lse is None else self._lse(lse)
-        dense_o, dense_lse = self.oracle(None)
+        mass = np.empty((p.batch, p.heads, -(-p.q_len // c.block_q), -(-p.k_len // c.block_k)))
+        dense_o, dense_lse = self.oracle(None, mass=mass)
         want, want_lse = (dense_o, dense_lse) if self.mask is None else self.oracle(self.mask)
         honest, honest_lse = self.baseline(dtype)
         errors, baseline = compare(got, want), compare(honest, want)
@@ -80,14 +81,15 @@ class Judge:
             causal=text(lib.sparge_causal_string(c.causal)), o=errors,
             baseline_worst_row_l1=baseline.worst,
             max_worst=self._bound(lib.sparge_bound_o, baseline.worst),
-            dense=None if self.mask is None else compare(got, dense_o))
+            dense=None if self.mask is None else compare(got, dense_o), given=self.mask,
+            block_mass=mass)
         if got_lse is not None:
             worst, at = distance(got_lse, want_lse)
             baseline_worst = distance(honest_lse, want_lse)[0]
             counts = compare(got_lse[..., None], want_lse[..., None])
             report.lse = LseErrors(worst, at, baseline_worst,
                                    self._bound(lib.sparge_bound_lse, baseline_worst), counts)
-        masks = self._masks(dense_lse, want_lse)
+        report.predicted, masks = self._masks(dense_lse, want_lse)
         report.mask = masks[0]
         for n in range(p.batch * p.heads):
             b, h = divmod(n, p.heads)
@@ -125,13 +127,15 @@ class Judge:
 
     # ---- What it is measured by ----
 
-    def oracle(self, mask: BlockMask | None, with_o: bool = True) -> tuple[Floats, Floats]:
+    def oracle(self, mask: BlockMask | None, with_o: bool = True,
+               mass: Floats | None = None) -> tuple[Floats, Floats]:
         """Attention in double: o [B, H, Nq, Dv] and lse [B, H, Nq]."""
         o = np.empty((*self.rows, self.problem.c.dim_v if with_o else 0))
         lse = np.empty(self.rows)
         self.settings.watch.call(
             lib.sparge_oracle, self.problem.c, self.settings.c, _c(mask), lib.SPARGE_ORACLE_REAL,
-            pointer(o, "double *") if with_o else ffi.NULL, pointer(lse, "double *"), ffi.NULL)
+            pointer(o, "double *") if with_o else ffi.NULL, pointer(lse, "double *"),
+            ffi.NULL if mass is None else pointer(mass, "double *"))
         return o, lse
 
     def baseline(self, dtype: str) -> tuple[Floats, Floats]:
@@ -147,12 +151,13 @@ class Judge:
     def _bound(self, rule: Any, baseline: float) -> float:
         return float(rule(baseline)) if self.max_worst is None else self.max_worst
 
-    def _masks(self, dense: Floats, kept: Floats) -> list[MaskErrors | None]:
-        """The mask beside the predicted one: of all heads together, and of each."""
+    def _masks(self, dense: Floats,
+               kept: Floats) -> tuple[BlockMask | None, list[MaskErrors | None]]:
+        """The predicted mask, and the given one beside it: of all heads together, and of each."""
         p, batched = self.problem.c, self.problem.q.batched
         heads = p.batch * p.heads
         if self.mask is None:
-            return [None] * (1 + heads)
+            return None, [None] * (1 + heads)
         predicted = BlockMask(p, self.settings.c, batched)
         self.settings.watch.call(lib.sparge_predict, p, self.settings.c, predicted._mask, ffi.NULL)
         foreseen = self.oracle(predicted, with_o=False)[1]
@@ -167,7 +172,7 @@ class Judge:
                                  recall(foreseen[at], dense[at]), wanted[all_of],
                                  want[at] & ~got[at], got[at] & ~want[at])
 
-        return [of(None), *map(of, range(heads))]
+        return predicted, [of(None), *map(of, range(heads))]
 
     # ---- Why ----
 

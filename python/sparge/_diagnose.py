@@ -150,7 +150,7 @@ def blocks(r: Row) -> Iterator[Found]:
         more_o, more_l = sums(np.where(attended, 0.0, w))
         less = (have_o.sum(0) - have_o) / (have_l.sum() - have_l)[:, None]
         more = (have_o.sum(0) + more_o) / (have_l.sum() + more_l)[:, None]
-    for means, weight, words in ((less, have_l, "without key block {}, to which it attends"),
+    for means, weight, words in ((less, have_l, "without key block {}, to which it must attend"),
                                  (more, more_l, "that also sees key block {} whole, of which the "
                                                 "mask keeps nothing or a part")):
         errors = np.where(weight > 0, r.error(means), np.inf)

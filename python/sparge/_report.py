@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparge._compare import Errors, Place, Recall, first, number, place
+from sparge._compare import Errors, Floats, Place, Recall, first, number, place
 from sparge._counts import Counts
+from sparge._mask import BlockMask
 
 SHOWN = 6  # of what is bad
 
@@ -121,6 +122,10 @@ class Report:
     mask: MaskErrors | None = None
     per_head: list[HeadErrors] = field(default_factory=list, repr=False)
     hint: str | None = None  # what explains the worst row to within the bound, if something does
+    given: BlockMask | None = field(default=None, repr=False)  # the mask that was judged
+    predicted: BlockMask | None = field(default=None, repr=False)  # beside it
+    # [B, H, Qb, Kb]: attention of a query block to a key block, over all keys, the mean of its rows
+    block_mass: Floats = field(default_factory=lambda: np.empty(0), repr=False)
 
     @property
     def ok(self) -> bool:

@@ -186,7 +186,7 @@ FAULTS = {
     wrong_scale: "it fits a softmax_scale of 0.0625 (1/D), not 0.25",
     other_scale: "it fits a softmax_scale of 0.3123, not 0.25",
     exp_for_exp2: "times log2(e), as for exp2, but by exp",
-    missing_block: "it fits attention without key block 0, to which it attends",
+    missing_block: "it fits attention without key block 0, to which it must attend",
     extra_block: "it fits attention that also sees key block",
     without_mask: "it fits attention to all visible keys: without the mask",
     modulo: "as of h % 2: query head h reads key head h // (H / G)",
