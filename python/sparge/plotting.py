@@ -84,7 +84,7 @@ def plot(what: Any, *, head: int = 0, batch: int = 0, panels: Any = None, ax: An
             needs = {"mask": "a mask", "predicted": "the Report of a mask"}
             raise ValueError(f"the panel {name!r} needs {needs.get(name, 'a mask, and q and k')}")
     visible = _visible(report) if report else mask.visible
-    kept = None if mask is None else _head(mask, batch, head)
+    kept: Any = None if mask is None else _head(mask, batch, head)
     pictures: dict[str, Callable[[], Any]] = {
         "attention": lambda: (_heat(mass, visible), _scale(mass)),
         "mask": lambda: _of_mask(kept, _partial(mask, batch, head), visible),

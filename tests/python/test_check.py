@@ -83,6 +83,20 @@ def test_rounding_is_all_that_passes(qkv, mask):
     assert sparge.check(o.astype(np.float32), *qkv, mask=mask, max_worst=0.01, **HOW).ok
 
 
+def test_the_bound(qkv, mask):
+    """Of the right row times a number a little nearer to 1 than the bound, and a little further."""
+    o, lse = sparge.oracle(*qkv, mask=mask, return_lse=True, **HOW)
+    bounds = sparge.check(o, *qkv, mask=mask, lse=lse, **HOW)
+    assert bounds.ok and bounds.o.worst_row_l1 == 0 == bounds.lse.worst
+    for share, passes in ((0.99, True), (1.01, False)):
+        for at_o, at_lse in ((bounds.max_worst, 0), (0, bounds.lse.max_worst)):
+            off, off_lse = o.copy(), lse.copy()
+            off[2, 50] *= 1 + share * at_o
+            off_lse[1, 60] += share * at_lse
+            report = sparge.check(off, *qkv, mask=mask, lse=off_lse, **HOW)
+            assert report.ok == passes and len(report.bad_rows) == (not passes and at_o > 0)
+
+
 def test_rows_without_a_key(qkv, mask):
     none = mask.copy()
     none[1, 3] = False

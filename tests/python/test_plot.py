@@ -80,10 +80,10 @@ def test_attention_and_what_is_dropped(matplotlib, mask, qkv):
     from matplotlib.colors import to_hex
     from sparge.plotting import _scale
     q, k, _ = qkv
-    figure = sparge.plot(mask, head=3, q=q, k=k)
+    figure = sparge.plot(mask, head=2, q=q, k=k)
     own = panels(figure)
     assert list(own) == ["attention", "mask", "attention that is dropped"]
-    mass, kept = masses(q, k, 3), mask.blocks[3]
+    mass, kept = masses(q, k, 2), mask.blocks[2]
     scale = _scale(mass)  # 10^-3 to 1 for 10 blocks
     assert (scale.norm.vmin, scale.norm.vmax) == (1e-3, 1)
 
