@@ -155,6 +155,14 @@ def test_what_intermediates_hold():
     assert Reason(3) == Reason.MASS | Reason.TOPK
 
 
+def test_intermediates_of_half_floats_and_the_fastest():
+    q, k, v = (x.astype(np.float16) for x in draw(70, 90))
+    found = sparge.intermediates(q, k, v, pv_dtype="fastest")
+    o = sparge.attention(q, k, v, pv_dtype="fastest")
+    assert o.dtype == np.float16 and found["o"].dtype == np.float32
+    assert np.array_equal(found["o"], o) and "v_int" in found
+
+
 def test_lengths_of_nothing():
     for q_len, k_len in ((0, 0), (0, 9), (9, 0)):
         found = sparge.intermediates(*draw(q_len, k_len))
