@@ -25,6 +25,8 @@ class BlockMask:
 
     Made by predict(), from_blocks(), from_tokens(), from_flex() and load(). It does not change.
     np.asarray(mask) is mask.blocks. Masks of the same sizes have ==, & and |, by pairs of tokens.
+    TypeError is raised for wrong kinds and dtypes, ValueError for wrong values and shapes, and both
+    for files that hold no mask.
     """
 
     def __init__(self, problem: Any, options: Any, batched: bool) -> None:
@@ -209,8 +211,8 @@ class BlockMask:
         causality crosses or that are attended in part ask its mask_mod, which is right for every
         pair: without torch.compile flex_attention asks nothing else.
 
-        torch.compile takes no block sizes but multiples of 16 or more; convert((128, 128)) gives
-        torch's own."""
+        Compiled, flex_attention wants blocks that its own tiles divide; convert((128, 128)) gives
+        its default."""
         from sparge import _flex
         return _flex.to_flex(self, device)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of masks, as the program `sparge` has them: a .npy of blocks, or a .safetensors that holds
-partly attended blocks too (tools/mask_file.h)."""
+partly attended blocks too (tools/mask_file.h). Beside its tensors a .safetensors of ours has the
+sizes of the mask, as JSON in its metadata, which the program does not read."""
 from __future__ import annotations
 
 import io
