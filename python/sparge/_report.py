@@ -97,7 +97,7 @@ class HeadErrors:
         return {**found, **(self.mask.to_dict() if self.mask else {})}
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What check() found. Places are (batch, head, query[, channel]) whatever the layout; batch is
     0 where q has no such axis."""
@@ -120,12 +120,12 @@ class Report:
     dense: Errors | None = None  # beside attention to all keys
     lse: LseErrors | None = None
     mask: MaskErrors | None = None
-    per_head: list[HeadErrors] = field(default_factory=list, repr=False)
+    per_head: list[HeadErrors] = field(default_factory=list)
     hint: str | None = None  # what explains the worst row to within the bound, if something does
-    given: BlockMask | None = field(default=None, repr=False)  # the mask that was judged
-    predicted: BlockMask | None = field(default=None, repr=False)  # beside it
+    given: BlockMask | None = None  # the mask that was judged
+    predicted: BlockMask | None = None  # beside it
     # [B, H, Qb, Kb]: attention of a query block to a key block, over all keys, the mean of its rows
-    block_mass: Floats = field(default_factory=lambda: np.empty(0), repr=False)
+    block_mass: Floats = field(default_factory=lambda: np.empty(0))
 
     @property
     def ok(self) -> bool:
@@ -209,6 +209,8 @@ class Report:
         lines += self._mask_lines() + self._bad_lines()
         lines += ["", *self.reasons] if self.reasons else []
         return "\n".join(lines + ([f"hint: {self.hint}"] if self.hint else []))
+
+    __repr__ = __str__  # what a prompt and a notebook show
 
     @staticmethod
     def _line(name: str, x: Errors, bound: float | None) -> str:
