@@ -315,7 +315,7 @@ SIZES = {"q_len": 32, "k_len": 48, "block": [16, 24], "is_causal": False}
     ({"metadata": json.dumps({**SIZES, "k_len": 1e300})}, "below 2.31"),
     ({"metadata": json.dumps({**SIZES, "q_len": -1})}, "q_len is -1"),
     ({"metadata": json.dumps({**SIZES, "block": [16, 0]})}, "block_k is 0"),
-    ({"metadata": json.dumps({**SIZES, "is_causal": [1]})}, "list"),
+    ({"metadata": json.dumps({**SIZES, "is_causal": [1]})}, r"is_causal is \[1\]"),
 ])
 def test_hostile_tensors(tmp_path, changed, words):
     content = {**GOOD, **changed}
