@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import ROOT, bench_json, read_csv, run_json, run_main, stands_on, write_csv, write_json
+from harness import ROOT, bench_json, read_csv, run_main, stands_on, write_csv, write_json
 
 # relative: figures are rounded, and the last bits of a double depend on the processor's libm
 TOLERANCE = 1e-4
@@ -48,9 +48,6 @@ class How:
         self.program, self.lm, self.full = args.sparge, args.sparge_lm, args.full
         self.captures, self.params = args.captures, args.params  # of the user's, or None
         self.folder = None  # an empty one, of this job
-
-    def sparge(self, *options):
-        return run_json(self.program, *options)
 
     def bench(self, *options):
         return bench_json(self.program, *options)

@@ -41,10 +41,9 @@ def measure(key, how):
                                                 **options)
         seconds = time.perf_counter() - start
         masked = want if mask is None else sparge.oracle(*qkv, mask=mask, is_causal="end")
-        figures = [stats.sparsity, 1 - stats.counts.density_blocks,
-                   l1(got, want), row_l1(got, want).max(),
-                   row_l1(got, masked).max(), stats.seconds_predict, stats.seconds_quantize,
-                   stats.seconds_attend, seconds]
+        figures = [stats.sparsity, 1 - stats.counts.density_blocks, l1(got, want),
+                   row_l1(got, want).max(), row_l1(got, masked).max(), stats.seconds_predict,
+                   stats.seconds_quantize, stats.seconds_attend, seconds]
         rows.append({"attention": attention, "arithmetic": arithmetic}
                     | {name: f"{x:.9g}" for name, x in zip(FIGURES + TIMES, figures)})
     return rows

@@ -137,22 +137,19 @@ def attends(entry):
     return {"is_causal": "end" if entry.causal else False, "softmax_scale": entry.scale}
 
 
-def attention(entry, found, **options):
-    """o [1, H, N, D] and what the call counted, as in its model and as these options have it."""
+def attention(entry, found, params):
+    """o [1, H, N, D] as in its model, under thresholds of its heads, and the sparsity of each."""
+    own = thresholds(params, entry)
     try:
-        return sparge.attention(*wide(found), **attends(entry), return_stats=True, **options)
+        o, stats = sparge.attention(*wide(found), **attends(entry), params=own, return_stats=True)
     except ValueError as error:
         sys.exit(f"{entry.path}: {error}")
+    return o, [counts.sparsity for counts in stats.head_counts]
 
 
 def dense(entry, found):
     """o of all keys, in float32."""
     return sparge.attend(*wide(found), None, **attends(entry), **F32)
-
-
-def sparsities(stats):
-    """The paper's, of every head."""
-    return [counts.sparsity for counts in stats.head_counts]
 
 
 # ---- Thresholds -------------------------------------------------------------------------------

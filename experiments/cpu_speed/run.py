@@ -13,7 +13,6 @@ refuses counts as not measured.
 """
 import argparse
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from harness import (  # noqa: E402
     processor,
     run_json,
     run_main,
-    run_program,
     write_csv,
     write_text,
 )
@@ -60,12 +58,6 @@ class Bench:
         found = bench_json(self.program, *options, "--repeat", repeat or self.repeat)
         self.cases += [row | {"call": call} for row in found]
         return found
-
-    def can(self, *options):
-        """Whether the cpu backend of this program, here, has the dtypes that these ask for."""
-        small = ["--q-len", 64, "--dim", 64, "--threads", 1, "--repeat", 1]
-        return run_program([self.program, "bench", *small, *options], stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL).returncode == 0
 
     def add(self, case, dim, threads, ms):
         """What is not ours, as a case."""
@@ -156,7 +148,7 @@ def turns(bench, repeat):
     round."""
     torch = Torch()
     own = {"amx": ["amx", "avx512vnni"]}.get(bench.best, [bench.best])
-    bf16 = bench.can(*BF16)
+    bf16 = any(sparge.info()["bf16"].values())
     shape = ["--q-len", N, "--dim", "64,128"]
     for _ in range(repeat):
         bench("turns", *shape, "--isa", ",".join(own), "--threads", 1, "--mask-kind",

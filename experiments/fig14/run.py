@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture"), str(HERE.parent 
 
 from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from item import run  # noqa: E402
-from sets import attention, read_params, reordered, sparsities, tensors, thresholds  # noqa: E402
+from sets import attention, read_params, reordered, tensors  # noqa: E402
 
 
 def measure(key, how):
@@ -24,9 +24,8 @@ def measure(key, how):
         found = tensors(entry.path)
         if entry.grid and not entry.causal:
             found, _ = reordered(entry, found, "hilbert")
-        _, stats = attention(entry, found, params=thresholds(params, entry))
         rows += [{"head": head, "sparsity": f"{s:.6f}"}
-                 for head, s in zip(entry.heads, sparsities(stats))]
+                 for head, s in zip(entry.heads, attention(entry, found, params)[1])]
     return rows
 
 

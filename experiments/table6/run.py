@@ -19,15 +19,7 @@ import texts  # noqa: E402
 from harness import ROOT, run_json  # noqa: E402
 from item import Job, run  # noqa: E402
 from names import MODEL, perplexity  # noqa: E402
-from sets import (  # noqa: E402
-    SMOLLM2,
-    attention,
-    entries,
-    read_params,
-    sparsities,
-    tensors,
-    thresholds,
-)
+import sets  # noqa: E402
 
 TUNED = HERE.parent / "tune"
 COMMITTED, WORST = TUNED / "params_0.08_0.09.json", TUNED / "model_worst.json"
@@ -38,17 +30,16 @@ LENGTH = 8192
 
 
 def of_captures(folder, path, part):
-    params = read_params(path).changed(**PARTS[part])
-    found = [attention(entry, tensors(entry.path), params=thresholds(params, entry))
-             for entry in entries(folder)]
-    return {"sparsity": statistics.mean(s for _, stats in found for s in sparsities(stats)),
-            "perplexity": ""}
+    params = sets.read_params(path).changed(**PARTS[part])
+    heads = [sparsity for entry in sets.entries(folder)
+             for sparsity in sets.attention(entry, sets.tensors(entry.path), params)[1]]
+    return {"sparsity": statistics.mean(heads), "perplexity": ""}
 
 
 def of_model(part, how):
     """Over all heads; the perplexity over all texts."""
     params = how.folder / f"{part}.json"
-    read_params(WORST).changed(**PARTS[part]).save(params)
+    sets.read_params(WORST).changed(**PARTS[part]).save(params)
     found = run_json(how.lm, "ppl", WEIGHTS, *TEXTS, "--length", LENGTH, "--attention", params,
                      "--model", MODEL, "--sink")["rows"]
     return {
@@ -60,14 +51,14 @@ def of_model(part, how):
 def measure(key, how):
     part = key["part"]
     found = (of_captures(how.captures, how.params, part) if how.captures else of_captures(
-        SMOLLM2, COMMITTED, part) if key["inputs"] == "captures" else of_model(part, how))
+        sets.SMOLLM2, COMMITTED, part) if key["inputs"] == "captures" else of_model(part, how))
     return found | {"sparsity": f"{found['sparsity']:.6f}"}
 
 
 def captures(folder):
-    paths = [entry.path for entry in entries(folder)]
+    paths = [entry.path for entry in sets.entries(folder)]
     for path in paths:
-        tensors(path)  # or says what is wrong with them
+        sets.tensors(path)  # or says what is wrong with them
     return [Job({"inputs": str(folder), "part": part}, needs=paths) for part in PARTS]
 
 

@@ -28,10 +28,9 @@ BOUNDS = {"l1": 0.08, "l2": 0.09}
 
 def captured(text, tokens, how):
     """A folder with the captures of the whole model."""
-    folder = how.folder / "capture"
     run_json(how.lm, "capture", WEIGHTS, ROOT / f"build/texts/{text}.txt", "--length", tokens,
-             "--attention", "f32", "-o", folder)
-    return folder
+             "--attention", "f32", "-o", how.folder / "capture")
+    return how.folder / "capture"
 
 
 def measure(key, how):

@@ -22,18 +22,7 @@ import patches  # noqa: E402
 from captured import PARAMS, committed, entries_of, of_user, whole  # noqa: E402
 from errors import cell, relative_l1  # noqa: E402
 from item import run  # noqa: E402
-from sets import (  # noqa: E402
-    attention,
-    dense,
-    entries,
-    read_params,
-    reordered,
-    sparsities,
-    tensors,
-    thresholds,
-    tune,
-    wide,
-)
+import sets  # noqa: E402
 
 import sparge  # noqa: E402
 
@@ -57,29 +46,29 @@ def self_similarity(x, rows):
 
 def rows_of(name, entry, found, params, want):
     """Of one order: a row for each head and variant."""
-    mixed, index = reordered(entry, found, name, SEED)
-    q, k, _ = wide(mixed)
+    mixed, index = sets.reordered(entry, found, name, SEED)
+    q, k, _ = sets.wide(mixed)
     raw = self_similarity(k[0].astype(np.float64), BLOCK_K)
     stages = sparge.intermediates(q, k, smooth_k=params.options["smooth_k"])
     q_sim, k_sim = (stages[f"{x}_sim"][0].mean(-1, dtype=np.float64) for x in "qk")
     group = len(q_sim) // len(k_sim)
     rows = []
     for kind, judge, chosen in VARIANTS:
-        own = thresholds(params.changed(**chosen), entry)
-        got, stats = attention(entry, mixed, params=own)
+        got, sparsity = sets.attention(entry, mixed, params.changed(**chosen))
         error = relative_l1(got[0], want[:, index],
                             f"{entry.path}, {name}, {kind}, judge {judge}: o")
         rows += [{
             "order": name, "head": head, "thresholds": kind, "judge": judge,
             "q_sim": f"{q_sim[h]:.5f}", "k_sim": f"{k_sim[h // group]:.5f}",
-            "sim_k_raw": f"{raw[h // group]:.5f}", "l1": cell(error[h], 6), "sparsity": f"{s:.6f}"
-        } for h, (head, s) in enumerate(zip(entry.heads, sparsities(stats)))]
+            "sim_k_raw": f"{raw[h // group]:.5f}", "l1": cell(error[h], 6),
+            "sparsity": f"{sparsity[h]:.6f}"
+        } for h, head in enumerate(entry.heads)]
     return rows
 
 
 def with_grid(folder):
     """The jobs of a user's captures: an order is one of a grid."""
-    for entry in entries(folder):
+    for entry in sets.entries(folder):
         if not entry.grid:
             sys.exit(f"table9: the manifest of {entry.path} has no 'grid' [T, H, W] of its tokens")
     return of_user(folder)
@@ -88,22 +77,22 @@ def with_grid(folder):
 def of_patches(clip):
     """A capture, and the thresholds for it, as those of the video model were found."""
     other, found = patches.capture(clip, 0)
-    curve, _ = reordered(other, found, "hilbert")
-    params = tune(other, curve, l1=0.05, l2=0.06).params()
+    curve, _ = sets.reordered(other, found, "hilbert")
+    params = sets.tune(other, curve, l1=0.05, l2=0.06).params()
     return *patches.capture(clip, patches.FIRST[clip]), params
 
 
 def of_entry(entry, found, params):
-    want = dense(entry, found)[0].astype(np.float64)
+    want = sets.dense(entry, found)[0].astype(np.float64)
     return [row for name in ORDERS for row in rows_of(name, entry, found, params, want)]
 
 
 def measure(key, how):
     if key["source"] == "patches" and not how.captures:
         return of_entry(*of_patches(key["sample"]))
-    params = read_params(how.params or PARAMS)
+    params = sets.read_params(how.params or PARAMS)
     return [row for entry in entries_of(key, how)
-            for row in of_entry(entry, tensors(entry.path), params)]
+            for row in of_entry(entry, sets.tensors(entry.path), params)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 
-from harness import write_text  # noqa: E402
+from harness import run_json, write_text  # noqa: E402
 from item import Job, run  # noqa: E402
 from sets import SMOLLM2  # noqa: E402
 
@@ -31,7 +31,8 @@ def tune(program, captures, output, l1, l2, *options):
     stays until then."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "params.json"
-        summary = program("tune", *captures, "-o", found, "--l1", l1, "--l2", l2, *MODE, *options)
+        summary = run_json(program, "tune", *captures, "-o", found, "--l1", l1, "--l2", l2, *MODE,
+                           *options)
         write_text(output, found.read_text())
     return json.loads(Path(output).read_text())["heads"], summary
 
@@ -50,7 +51,7 @@ def row_of(head):
 
 def measure(key, how):
     name = f"params_{key['l1']}_{key['l2']}.json"
-    heads, _ = tune(how.sparge, [SMOLLM2], (HERE if how.full else how.folder) / name, key["l1"],
+    heads, _ = tune(how.program, [SMOLLM2], (HERE if how.full else how.folder) / name, key["l1"],
                     key["l2"], "--held-out", OTHER)
     return [row_of(head) for head in heads]
 

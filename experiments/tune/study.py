@@ -25,29 +25,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from errors import cell, number, relative_l1, worst  # noqa: E402
-from harness import ROOT, fill_in, read_csv, run_json, run_main, run_program, write_csv  # noqa: E402
+from harness import ROOT, fill_in, read_csv, run_main, run_program, write_csv  # noqa: E402
 from run import PAIRS, TABLE, row_of, tune  # noqa: E402
-from sets import (  # noqa: E402
-    SMOLLM2,
-    attention,
-    beginning,
-    copied,
-    dense,
-    entries,
-    head_of,
-    read_params,
-    sparsities,
-    tensors,
-    thresholds,
-)
+import sets  # noqa: E402
 
 LENGTHS = [1024, 2048, 4096, 8192]
 REPEAT = 5
-
-
-def sparge(args):
-    """The program, as tune() takes it."""
-    return lambda *options: run_json(args.sparge, *options)
 
 
 # ---- Against whole calls ----------------------------------------------------------------------
@@ -60,7 +43,7 @@ GRID = [
 
 def grid_head(program, entry, h, l1, l2):
     """The two searches by whole calls over one head."""
-    qkv = head_of(entry.path, h)
+    qkv = sets.head_of(entry.path, h)
     _, tokens, dim = qkv[0].shape
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.bin" for name in "qkv"]
@@ -76,11 +59,11 @@ def grid_head(program, entry, h, l1, l2):
 
 def grid(args):
     l1, l2 = PAIRS[0]
-    jobs = [(entry, h) for entry in entries(SMOLLM2) for h in range(len(entry.heads))]
+    jobs = [(entry, h) for entry in sets.entries(sets.SMOLLM2) for h in range(len(entry.heads))]
     with ThreadPoolExecutor(args.jobs) as pool:
         rows = sum(pool.map(lambda job: grid_head(args.grid, *job, l1, l2), jobs), [])
     with tempfile.TemporaryDirectory() as folder:
-        heads, _ = tune(sparge(args), [SMOLLM2], Path(folder) / "params.json", l1, l2)
+        heads, _ = tune(args.sparge, [sets.SMOLLM2], Path(folder) / "params.json", l1, l2)
     rows += [{
         "search": "tuner", "sparsity": head["in_sample"]["sparsity"], "l1": head["in_sample"]["l1"]
     } | {key: head[key] for key in GRID if key in head} for head in heads]
@@ -92,13 +75,13 @@ def grid(args):
 
 def judge_file(params, entry):
     """Relative L1 of every head of a capture against dense attention in f32, and its sparsity."""
-    found = tensors(entry.path)
-    got, stats = attention(entry, found, params=thresholds(read_params(params), entry))
-    l1 = relative_l1(got[0], dense(entry, found)[0], f"{entry.path} under {params}: o")
+    found = sets.tensors(entry.path)
+    got, sparsity = sets.attention(entry, found, sets.read_params(params))
+    l1 = relative_l1(got[0], sets.dense(entry, found)[0], f"{entry.path} under {params}: o")
     return [{
         "text": entry.path.parent.name, "layer": entry.layer, "head": head, "sparsity": round(s, 6),
         "l1": cell(x, 6)
-    } for head, s, x in zip(entry.heads, sparsities(stats), l1)]
+    } for head, s, x in zip(entry.heads, sparsity, l1)]
 
 
 def model(args):
@@ -106,14 +89,14 @@ def model(args):
     texts = sorted(path.parent for path in Path(args.tune).glob("*/manifest.json"))
     others = [
         entry for path in sorted(Path(args.judge).glob("*/manifest.json"))
-        for entry in entries(path.parent)
+        for entry in sets.entries(path.parent)
     ]
     if not texts or not others:
         sys.exit("study.py: no captures in these folders; README.md says how they are made")
     rows, judged = [], []
     for bound in "worst", "mean":
         params = HERE / f"model_{bound}.json"
-        heads, summary = tune(sparge(args), texts, params, l1, l2, "--bound", bound)
+        heads, summary = tune(args.sparge, texts, params, l1, l2, "--bound", bound)
         print(bound, summary, flush=True)
         means = {
             "mean_l1_in": "in_sample", "first_mean_l1_out": "held_out_first", "mean_l1_out":
@@ -141,11 +124,11 @@ def length(args):
     rows = []
     for tokens in LENGTHS:
         with tempfile.TemporaryDirectory() as folder:
-            for entry in entries(args.capture):
-                file = copied(entry, beginning(tensors(entry.path), tokens),
+            for entry in sets.entries(args.capture):
+                file = sets.copied(entry, sets.beginning(sets.tensors(entry.path), tokens),
                               Path(folder) / entry.path.stem / entry.path.name)
                 runs = [
-                    tune(sparge(args), [file],
+                    tune(args.sparge, [file],
                          Path(folder) / "params.json", l1, l2) for _ in range(REPEAT)
                 ]
                 heads = runs[0][0]

@@ -647,7 +647,6 @@ def test_thresholds():
     """Those of the heads of a file, for attention as in its model; and what does not fit."""
     params = sets.read_params(ROOT / "experiments/tune/params_0.08_0.09.json")
     entry = sets.entries(sets.SMOLLM2)[1]
-    found = sets.beginning(sets.tensors(entry.path), 512)
 
     def ends(words, call):
         err = io.StringIO()
@@ -659,9 +658,6 @@ def test_thresholds():
 
     check(sets.thresholds(params, entry).heads == entry.heads == (3, 4, 5), "of its heads", entry)
     check(sets.attends(entry) == {"is_causal": "end", "softmax_scale": 0.125}, "as in its model")
-    # One thread: other tests fork, and a child would be without the others.
-    ends("is_causal 'end', not False", lambda: sets.attention(
-        replace(entry, causal=False), found, params=sets.thresholds(params, entry), threads=1))
     ends("for the model 'SmolLM2-135M-Instruct', not for 'n'",
          lambda: sets.thresholds(params, replace(entry, model="n")))
     ends("no thresholds for layer 7 head 3",
@@ -809,6 +805,7 @@ def test_bad_captures():
     for change, words in ({"grid": None}, "has no 'grid'"), ({"causal": True}, "no other order"):
         write("good/manifest.json", json.dumps(manifest | change))
         wrong(words, "table9/run.py", "--captures", "good", *given)
+    wrong("was tuned with is_causal False, not 'end'", "fig14/run.py", "--captures", "good", *given)
     write("good/manifest.json", "{")
     wrong("good/manifest.json: Expecting", "fig14/run.py", "--captures", "good", *given)
     wrong("nowhere: has no manifest.json", "table6/run.py", "--captures", "nowhere", *given)
