@@ -177,7 +177,7 @@ class Settings:
         if o["softmax_scale"] is not None:
             c.softmax_scale = scale = number("softmax_scale", o["softmax_scale"])
             if not scale > 0:
-                raise ValueError(f"softmax_scale is {scale:g}, it must be above 0, or None for "
+                raise ValueError(f"softmax_scale is {scale}, it must be above 0, or None for "
                                  "1/sqrt(D)")
         self._thresholds(p, o)
         self._device(problem)

@@ -212,7 +212,7 @@ MASK = sparge.predict(X, X, is_causal=True)
     ({"softmax_scale": "auto"}, "softmax_scale is 'auto', it must be a number"),
     ({"softmax_scale": np.inf}, "softmax_scale is inf"),
     ({"qk_dtype": np.float32}, "qk_dtype is <class 'numpy.float32'>, it must be one of 'f32', "),
-    ({"softmax_scale": 0}, "softmax_scale is 0, it must be above 0, or None for 1/sqrt(D)"),
+    ({"softmax_scale": 0}, "softmax_scale is 0.0, it must be above 0, or None for 1/sqrt(D)"),
     ({"layout": "hnd"}, "layout is 'hnd', it must be 'HND' or 'NHD'"),
     ({"k_bias": np.zeros(40)}, "k_bias is float64 [40], it must be float32 [2, 40]"),
     ({"k_bias": [0.0] * 40}, "k_bias is a list, it must be an array of numpy"),
