@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner: the numbers of `sparge tune` on the same inputs, and how it ends early. The program is
-the one that SPARGE_PROGRAM in the environment names."""
+"""The tuner: the numbers of `sparge tune` on the same inputs, and how it ends early."""
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import sparge
 from safetensors.numpy import load_file, save_file
 
 CAPTURE = Path(__file__).resolve().parents[2] / "experiments/capture/smollm2-135m"
-PROGRAM = os.environ.get("SPARGE_PROGRAM")
 BOUNDS = {"l1": 0.08, "l2": 0.09}
 CAUSAL = {"is_causal": "end", "sink": True}
 
@@ -36,16 +34,15 @@ WAYS = [
 ]
 
 
-@pytest.mark.skipif(not PROGRAM, reason="SPARGE_PROGRAM is not set")
 @pytest.mark.parametrize("arguments, options, held_out", WAYS)
-def test_the_numbers_of_the_program(inputs, tmp_path, arguments, options, held_out):
+def test_the_numbers_of_the_program(program, inputs, tmp_path, arguments, options, held_out):
     """Every figure of every head but seconds, and what the file says of itself but its inputs."""
     files = [tmp_path / str(n) / "layer06.safetensors" for n in range(len(inputs))]
     for file, some in zip(files, inputs):
         file.parent.mkdir()
         save_file(dict(zip("qkv", some)), file)
     captures = [*files[:len(files) - held_out], *["--held-out"] * held_out, *files[-1:] * held_out]
-    subprocess.run([PROGRAM, "tune", *captures, "--causal", "--sink", *options, "-o",
+    subprocess.run([program, "tune", *captures, "--causal", "--sink", *options, "-o",
                     tmp_path / "want.json"], check=True, capture_output=True)
     found = sparge.tune(inputs, held_out=held_out, **CAUSAL, **arguments)
     found.save(tmp_path / "got.json", layer=6)
