@@ -80,12 +80,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """What making the plan took."""
+        """Seconds that making the plan took."""
         return float(self._c.seconds)
 
     @property
     def multiply_adds(self) -> float:
-        """What making the plan took."""
+        """Multiply-adds that making the plan took, attention apart."""
         return float(self._c.multiply_adds)
 
     @property

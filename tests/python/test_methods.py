@@ -168,6 +168,21 @@ def test_a_plan_runs_in_many_threads(qkv):
     assert len({density for _, density in found}) == 1
 
 
+@pytest.mark.parametrize("batch, q_len, k_len", [(0, 5, 5), (1, 0, 5), (1, 5, 0), (1, 1, 1)])
+def test_plans_of_next_to_nothing(batch, q_len, k_len):
+    q, k = np.ones((batch, 2, q_len, 8), np.float32), np.ones((batch, 1, k_len, 8), np.float32)
+    for name in METHODS:
+        options = dict(method=name, is_causal="end" if causal_of(name) else False,
+                       backend="ref" if name.startswith("spargeattn_") else "auto")
+        plan = sparge.plan(q, k, k, **options)
+        o = plan.run()
+        assert o.shape == q.shape and np.all(o == (k_len > 0)), name
+        assert plan.pairs().shape == (batch, 2, q_len, k_len)
+        if METHODS[name].params and not batch * q_len * k_len:
+            with pytest.raises(ValueError, match="density 0.5 cannot be reached: no query sees a"):
+                sparge.plan(q, k, k, density=0.5, **options)
+
+
 X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
 
 

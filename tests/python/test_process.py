@@ -121,6 +121,8 @@ CALLS = {
     "ref": f"sparge.attention({LONG}, backend='ref', tau=1)".replace("HEADS", "64"),
     "cpu": f"sparge.attention({LONG}, backend='cpu', tau=1)".replace("HEADS", "1024"),
     "oracle": f"sparge.oracle({LONG})".replace("HEADS", "8"),
+    "making a plan": f"sparge.plan({LONG}, method='xattention')".replace("HEADS", "1024"),
+    "a plan": f"sparge.plan({LONG}, backend='ref', tau=1).run()".replace("HEADS", "64"),
 }
 
 
