@@ -258,7 +258,7 @@ class Reader:
         x = self.object.get(key, math.nan)
         right = x is None or (type(x) in (int, float) and abs(x) <= np.finfo(np.float32).max
                               and np.float32(low) <= np.float32(x) <= np.float32(high))
-        self.must(right, key, f"a number in [{low:g}, {high:g}], or null")
+        self.must(bool(right), key, f"a number in [{low:g}, {high:g}], or null")
 
     def word(self, key: str, known: Iterable[str]) -> None:
         first, second, third = known
