@@ -9,7 +9,8 @@
         model(**inputs)
     print(record)
 
-Forward only: where a gradient is needed, it is refused.
+Forward only: where a gradient is needed, it is refused. torch.compile leaves these calls out of its
+graphs.
 
 A mask of attn_mask hides what it hides in torch; a query that sees no key gets 0. Which blocks are
 computed is predicted first, with what the mask has of causality and without padding at either end
@@ -56,6 +57,12 @@ __all__ = ["Call", "Record", "Unsupported", "replace_sdpa", "scaled_dot_product_
 def takes_shared(function: Function) -> Function:
     """Shows the shared options in the signature of a function that takes them as **options."""
     return takes_options(function, MethodOptions, SHARED)
+
+
+def uncompiled(function: Function) -> Function:
+    """A function that torch.compile leaves out of its graphs."""
+    found: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return found
 
 
 class Unsupported(ValueError):
@@ -110,6 +117,7 @@ class Record:
 # ---- The function -----------------------------------------------------------------------------
 
 
+@uncompiled
 @takes_shared
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
                                  attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -347,6 +355,7 @@ _installed: tuple[Any, Any] | None = None  # what stands in torch's place, and t
 
 
 def _dispatcher(torchs: Callable[..., Any]) -> Callable[..., Any]:
+    @uncompiled
     @functools.wraps(torchs)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
         try:

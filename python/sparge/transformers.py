@@ -25,7 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sparge.torch import Record, Taker, Unsupported, scaled_dot_product_attention, takes_shared
+from sparge.torch import (Record, Taker, Unsupported, scaled_dot_product_attention, takes_shared,
+                          uncompiled)
 
 # What some models add to the softmax.
 FOREIGN = {"position_bias": "a bias of positions", "softcap": "a bound of the scores",
@@ -47,6 +48,7 @@ def register(name: str = "sparge", *, min_queries: int = 2, **options: Any) -> R
     scores, attention sinks as weights, returned attention weights."""
     taker = Taker(options, True, min_queries)
 
+    @uncompiled
     def forward(module: Any, query: Tensor, key: Tensor, value: Tensor,
                 attention_mask: Tensor | None, dropout: float = 0.0, scaling: float | None = None,
                 is_causal: bool | None = None, **kwargs: Any) -> tuple[Tensor, None]:

@@ -254,6 +254,20 @@ def test_in_place_and_back():
     assert call.query == call.key == (1, 2, 100, 16) and call.density == 1 and call.seconds > 0
 
 
+def test_what_is_compiled_follows():
+    q, k, v = three((1, 2, 100, 16))
+
+    @torch.compile(backend="eager")
+    def run(q):
+        return F.scaled_dot_product_attention(2 * q, k, v) + 1
+
+    with replace_sdpa(**DENSE) as record:
+        o = run(q)
+        assert torch.equal(o, scaled_dot_product_attention(2 * q, k, v, **DENSE) + 1)
+    run(q)
+    assert len(record.calls) == 1
+
+
 def test_back_after_an_exception():
     with pytest.raises(ZeroDivisionError), replace_sdpa():
         raise ZeroDivisionError
