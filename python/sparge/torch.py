@@ -61,7 +61,7 @@ def takes_shared(function: Function) -> Function:
 
 def uncompiled(function: Function) -> Function:
     """A function that torch.compile leaves out of its graphs."""
-    found: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    found: Function = torch.compiler.disable(function)
     return found
 
 
