@@ -383,14 +383,15 @@ static void finished(void *user, int64_t h)
     const capture *c = t->layer[t->at].capture[0];
     const sparge_tuned *head = &t->tuned[h];
     const int64_t number = capture_head(c, h);
-    insert(t->heads, json_joined(params_line(c->layer, number, head->dense, &head->thresholds),
-                                 json_pack("{s:b, s:s, s:o, s:o, s:o, s:o, s:o}", "finite",
-                                           head->finite, "back_off", sparge_back_off_string(head->back_off),
-                                           "in_sample", errors_json(&head->in_sample), "held_out",
-                                           errors_json(&head->held_out), "held_out_first",
-                                           errors_json(&head->held_out_first), "dense_passes",
-                                           json_rounded(head->dense_passes, 4), "seconds",
-                                           json_rounded(head->seconds, 4))));
+    insert(t->heads,
+           json_joined(params_line(c->layer, number, head->dense, &head->thresholds),
+                       json_pack("{s:b, s:s, s:o, s:o, s:o, s:o, s:o}", "finite", head->finite,
+                                 "back_off", sparge_back_off_string(head->back_off), "in_sample",
+                                 errors_json(&head->in_sample), "held_out",
+                                 errors_json(&head->held_out), "held_out_first",
+                                 errors_json(&head->held_out_first), "dense_passes",
+                                 json_rounded(head->dense_passes, 4), "seconds",
+                                 json_rounded(head->seconds, 4))));
     must(json_save(t->args.attention.output, t->header, &failure));
     if (!head->finite)
         fprintf(
