@@ -188,6 +188,9 @@ def _problems(inputs: Sequence[tuple[Any, Any, Any]], options: Options) -> list[
         raise ValueError("inputs is empty, it must have (q, k, v) of at least one sample")
     first = problems[0].c
     for n, problem in enumerate(problems):
+        if problem.q.device != "cpu":
+            raise ValueError(f"q of inputs[{n}] is on {problem.q.device}, and tune() reads inputs "
+                             "in host memory: give q.cpu()")
         causal(options.get("is_causal", False), problem.c.q_len, problem.c.k_len)
         for name in SHARED:
             if getattr(problem.c, name) != getattr(first, name):
