@@ -25,14 +25,17 @@ need_packages() {
         "${missing[@]}" >/dev/null
 }
 
-# A virtual environment, build/venv or the second argument, that holds exactly what a requirements file pins.
+# A virtual environment, build/venv or the second argument, that holds exactly what a requirements file
+# pins, and those that it names by -r.
 need_python() {
-    local requirements=$1 folder=${2:-build/venv} stamp=${2:-build/venv}/installed.txt
-    cmp -s "$requirements" "$stamp" && return
-    echo "Installing Python packages into $folder: $(tr '\n' ' ' <"$requirements")"
+    local requirements=$1 folder=${2:-build/venv} pins
+    pins=$(cd "$(dirname "$requirements")" && awk '/^-r /{f = $2; while ((getline line < f) > 0) print line; next} 1' \
+        "$(basename "$requirements")")
+    [ "$pins" = "$(cat "$folder"/installed.txt 2>/dev/null)" ] && return
+    echo "Installing Python packages into $folder: ${pins//$'\n'/ }"
     python3 -m venv --clear "$folder" &&
         "$folder"/bin/pip install --quiet --disable-pip-version-check -r "$requirements" &&
-        cp "$requirements" "$stamp"
+        echo "$pins" >"$folder"/installed.txt
 }
 
 compiler_packages=(gcc libc6-dev cmake ninja-build pkg-config libjansson-dev libssl-dev libcairo2-dev libpcre2-dev fonts-dejavu-core)

@@ -25,4 +25,4 @@ def program():
     """The path of the sparge program."""
     if "SPARGE_PROGRAM" not in os.environ:
         pytest.skip("SPARGE_PROGRAM does not say where the sparge program is")
-    return os.environ["SPARGE_PROGRAM"]
+    return os.path.abspath(os.environ["SPARGE_PROGRAM"])

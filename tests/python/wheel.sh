@@ -12,17 +12,19 @@ mkdir -p "$folder"
 python/wheel.sh "$python" "$folder"
 wheel=$(echo "$folder"/sparge-*.whl)
 
-# Python files, one module, its OpenMP, licences and what describes it; nothing of this machine.
-others=$(unzip -Z1 "$wheel" | grep -vE -e '/$' -e '^sparge/[a-z_]+[.]py$' -e '^sparge/py[.]typed$' \
-    -e '^sparge/_sparge[.]abi3[.]so$' -e '^sparge[.]libs/libgomp-[0-9a-f]+[.]so[.0-9]*$' -e \
-    '^sparge-[0-9.]+[.]dist-info/(METADATA|WHEEL|RECORD|licenses/(LICENSE|LICENSES/libgomp[.]txt)|sboms/auditwheel[.]cdx[.]json)$' || true)
-[ -z "$others" ] || { echo "the wheel holds: $others"; exit 1; }
-[[ $wheel == *-cp39-abi3-manylinux_*_x86_64.whl ]] || { echo "it is $wheel"; exit 1; }
-[ "$(stat -c %s "$wheel")" -lt 2000000 ] || { echo "it has $(stat -c %s "$wheel") bytes"; exit 1; }
 held=$(mktemp -d)
 trap 'rm -r "$held"' EXIT
-unzip -q "$wheel" -d "$held"
-if grep -rlF -e "$PWD" -e "$HOME/" "$held" || grep -rlFI "$(uname -n)" "$held"; then
+"$python" -m zipfile -e "$wheel" "$held"
+
+# Python files, one module, its OpenMP, licences and what describes it; nothing of this machine.
+others=$(cd "$held" && find . -type f | grep -vxE -e '[.]/sparge/([a-z_]+[.]py|py[.]typed)' \
+    -e '[.]/sparge/_sparge[.]abi3[.]so' -e '[.]/sparge[.]libs/libgomp-[0-9a-f]+[.]so[.0-9]*' \
+    -e '[.]/sparge-[0-9.]+[.]dist-info/(METADATA|WHEEL|RECORD|sboms/auditwheel[.]cdx[.]json)' \
+    -e '[.]/sparge-[0-9.]+[.]dist-info/licenses/(LICENSE|LICENSES/libgomp[.]txt)' || true)
+[ -z "$others" ] || { echo "the wheel holds $others"; exit 1; }
+[[ $wheel == *-cp39-abi3-manylinux_*_x86_64.whl ]] || { echo "it is $wheel"; exit 1; }
+[ "$(stat -c %s "$wheel")" -lt 2000000 ] || { echo "it has $(stat -c %s "$wheel") bytes"; exit 1; }
+if grep -rlF -e "$PWD" -e "$HOME/" "$held" || grep -rlFw "$(uname -n)" "$held"/*.dist-info; then
     echo "these hold a path of this machine, or its name"
     exit 1
 fi
