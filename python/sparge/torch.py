@@ -349,7 +349,7 @@ class _Replacement:
         return self.taker.take(torchs, args, kwargs, layer)
 
 
-_replacements: list[_Replacement] = []  # the last one is in force
+_takers: list[Callable[..., Any]] = []  # the last one is in force
 _lock = threading.Lock()
 _installed: tuple[Any, Any] | None = None  # what stands in torch's place, and torch's own
 
@@ -359,12 +359,31 @@ def _dispatcher(torchs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(torchs)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
         try:
-            replacement = _replacements[-1]
+            taker = _takers[-1]
         except IndexError:  # somebody kept this function
             return torchs(*args, **kwargs)
-        return replacement(torchs, args, kwargs)
+        return taker(torchs, args, kwargs)
 
     return scaled_dot_product_attention
+
+
+@contextmanager
+def in_place(taker: Callable[[Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
+    """Gives taker the calls of torch's function: torch's own, its arguments, and those by name."""
+    global _installed
+    with _lock:
+        if not _takers:
+            torchs = F.scaled_dot_product_attention
+            _installed = _dispatcher(torchs), torchs
+            F.scaled_dot_product_attention = _installed[0]
+        _takers.append(taker)
+    try:
+        yield
+    finally:
+        with _lock:
+            _takers.remove(taker)
+            if not _takers and _installed and F.scaled_dot_product_attention is _installed[0]:
+                F.scaled_dot_product_attention = _installed[1]
 
 
 @contextmanager
@@ -385,20 +404,10 @@ def replace_sdpa(model: torch.nn.Module | None = None, *, strict: bool = False,
     the calls.
 
     Code that took the function from torch.nn.functional before keeps torch's own."""
-    global _installed
     mine = _Replacement(Taker(options, strict, min_queries), model)
-    with _lock:
-        if not _replacements:
-            torchs = F.scaled_dot_product_attention
-            _installed = _dispatcher(torchs), torchs
-            F.scaled_dot_product_attention = _installed[0]
-        _replacements.append(mine)
     try:
-        yield mine.taker.record
+        with in_place(mine):
+            yield mine.taker.record
     finally:
-        with _lock:
-            _replacements.remove(mine)
-            if not _replacements and _installed and F.scaled_dot_product_attention is _installed[0]:
-                F.scaled_dot_product_attention = _installed[1]
         for hook in mine.hooks:
             hook.remove()
