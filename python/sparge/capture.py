@@ -87,8 +87,8 @@ from sparge._capture import (  # noqa: E402
 
 if TYPE_CHECKING:
     Which = Iterable[int] | Callable[[int], bool] | None
+
 HEADER = 512  # bytes, more than the header of three tensors takes
-HIDDEN = -1e4  # added to a score, this or less hides the key
 # in each file's entry, and at the top
 SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "softmax_scale", "dtype"
 FOUND = "left_out", "left_out_at", "files"

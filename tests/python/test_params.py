@@ -2,6 +2,7 @@
 """Thresholds of files: what is read and refused, beside what `sparge run --params` does with the
 same file."""
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -211,6 +212,21 @@ def test_a_file_is_written_as_it_was(tmp_path, name):
     sparge.load_params(EXPERIMENTS / name).save(tmp_path / "copy.json")
     assert (tmp_path / "copy.json").read_bytes() == (EXPERIMENTS / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["copy.json"]
+
+
+def test_links_and_devices_stay(tmp_path):
+    (tmp_path / "link.json").symlink_to("far.json")
+    params = sparge.load_params(TUNED)
+    params.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "far.json").read_bytes() == TUNED.read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    params.changed(tau=0.5).save(tmp_path / "pipe")
+    assert b'"tau": 0.5' in os.read(end, 1 << 16) and (tmp_path / "pipe").is_fifo()
+    os.close(end)
+    with pytest.raises(IsADirectoryError):
+        params.save(tmp_path)
 
 
 def test_thresholds_for_all_heads():
