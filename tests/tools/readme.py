@@ -3,8 +3,8 @@
 """What the README prints, as it prints it: readme.py PROGRAM.
 
 The lines of its section "From the shell" run in a folder that has the committed files and the
-program where they say; so do the program of "From C" and the lines that compile it. Ends with "N
-passed, M failed".
+program where they say; so do the program of "From C" and the lines that compile it. (Those of "From
+Python" take the package: tests/python/test_readme.py.) Ends with "N passed, M failed".
 """
 import os
 import re
