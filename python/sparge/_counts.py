@@ -12,15 +12,24 @@ from sparge._native import ffi, lib
 @dataclass(frozen=True)
 class Counts:
     """What attention over a mask computes. A pair is a query block and a key block that some row of
-    it sees (sparge_counts)."""
+    it sees (sparge_counts).
 
-    pairs: int  # visible
-    qk_done: int  # pairs with Q.K^T computed, whole or in part
-    pv_done: float  # pairs with P.V computed; a pair counts as its share of the rows
-    tokens: int  # visible (query, key) pairs of tokens
-    tile_tokens: int  # tokens of the pairs with Q.K^T computed, attended or not
-    qk_tokens: int  # tokens attended
-    pv_tokens: int  # tokens attended with P.V computed
+    pairs        visible
+    qk_done      pairs with Q.K^T computed, whole or in part
+    pv_done      pairs with P.V computed; a pair counts as its share of the rows
+    tokens       visible (query, key) pairs of tokens
+    tile_tokens  tokens of the pairs with Q.K^T computed, attended or not
+    qk_tokens    tokens attended
+    pv_tokens    tokens attended with P.V computed
+    """
+
+    pairs: int
+    qk_done: int
+    pv_done: float
+    tokens: int
+    tile_tokens: int
+    qk_tokens: int
+    pv_tokens: int
 
     @classmethod
     def read(cls, c: Any) -> Counts:

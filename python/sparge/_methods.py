@@ -20,29 +20,46 @@ NEEDS = {getattr(lib, name): name[len("SPARGE_NEEDS_"):].lower()
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of a method."""
+    """A parameter of a method.
 
-    name: str  # the paper's symbol, if it has one
-    low: float  # both ends belong to the range
+    name       the paper's symbol, if it has one
+    low, high  its range, to which both ends belong
+    default    what it is where it is not given
+    whole      must it be a whole number?
+    what       what it means, in words
+    """
+
+    name: str
+    low: float
     high: float
     default: float
-    whole: bool  # a whole number
+    whole: bool
     what: str
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method: a function from q, k and v to a plan (sparge_method)."""
+    """A method: a function from q, k and v to a plan (sparge_method).
+
+    name        for method= of a call
+    title       in words
+    paper       "arXiv 2503.16428"; "" for our own
+    repository  the authors' code that was read, at this commit; or ""
+    kind        training-free, yardstick, ...
+    evidence    how many of its blocks or pairs are those of the authors' code, or ""
+    needs       causal, not_causal, grid, segments, state
+    params      the first sets the density, which never falls with it
+    """
 
     name: str
     title: str
-    paper: str  # "arXiv 2503.16428"; "" for our own
-    repository: str  # the authors' code that was read, or ""
+    paper: str
+    repository: str
     commit: str
-    kind: str  # training-free, yardstick, ...
-    evidence: str  # how many of its blocks or pairs are those of the authors' code, or ""
-    needs: tuple[str, ...]  # causal, not_causal, grid, segments, state
-    params: tuple[Param, ...]  # the first sets the density, which never falls with it
+    kind: str
+    evidence: str
+    needs: tuple[str, ...]
+    params: tuple[Param, ...]
 
 
 def _read(m: Any) -> Method:

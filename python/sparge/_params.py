@@ -69,17 +69,19 @@ def arguments(tuned: Mapping[str, Any]) -> Options:
 class Thresholds:
     """Thresholds of the heads of one layer, to be given to a call as params=.
 
-    tau and topk are -1 where they are off, lambda_ is -inf where it is off.
+    theta   [heads], as are tau and topk, -1: off, and lambda_, -inf: off
+    heads   their numbers in the layer
+    tuned   for what: the words of the file, without its heads
+    source  who has them, for errors
     """
 
-    theta: NDArray[np.float32]  # [heads], as are the others
+    theta: NDArray[np.float32]
     tau: NDArray[np.float32]
     topk: NDArray[np.float32]
     lambda_: NDArray[np.float32]
-    heads: tuple[int, ...]  # their numbers in the layer
-    # For what: the words of the file, without its heads.
+    heads: tuple[int, ...]
     tuned: Mapping[str, Any] = field(repr=False)
-    source: str = "params"  # who has them, for errors
+    source: str = "params"
 
     @classmethod
     def read(cls, heads: Sequence[Mapping[str, Any]], tuned: Mapping[str, Any],

@@ -23,14 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One call of attention of a plan (sparge_part)."""
+    """One call of attention of a plan (sparge_part).
+
+    kv_heads, k_len, block  of the call
+    predicted               is its mask predicted by SpargeAttn?
+    pooled                  does each of its keys stand for several?
+    reordered               are its keys not the caller's, or in another order?
+    """
 
     kv_heads: int
     k_len: int
     block: tuple[int, int]
-    predicted: bool  # by SpargeAttn
-    pooled: bool  # each of its keys stands for several
-    reordered: bool  # its keys are not the caller's, or stand in another order
+    predicted: bool
+    pooled: bool
+    reordered: bool
 
 
 class Plan:

@@ -19,13 +19,19 @@ SHOWN = 6  # of what is bad
 
 @dataclass(frozen=True)
 class LseErrors:
-    """A log-sum-exp beside the oracle's."""
+    """A log-sum-exp beside the oracle's.
 
-    worst: float  # the largest distance of any element
-    worst_at: Place | None  # (batch, head, query)
+    worst, worst_at  the largest distance of any element, and its (batch, head, query)
+    baseline_worst   that of an honest kernel
+    max_worst        the bound; NaN: not known
+    errors           counts what is not finite
+    """
+
+    worst: float
+    worst_at: Place | None
     baseline_worst: float
-    max_worst: float  # the bound; NaN: not known
-    errors: Errors = field(repr=False)  # counts what is not finite
+    max_worst: float
+    errors: Errors = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As in the JSON of `sparge check`."""
@@ -37,20 +43,27 @@ class LseErrors:
 @dataclass(frozen=True)
 class MaskErrors:
     """A mask beside the one that is predicted. Recall is the share of its attention that a row
-    keeps: the mean over the rows, and the least."""
+    keeps: the mean over the rows, and the least.
+
+    rows_nonfinite  rows whose attention is not a number, which are left out
+    pairs           visible blocks
+    missing         blocks that the prediction keeps and the mask does not; the first is at
+                    first_missing, (batch, head, query block, key block)
+    extra           the other way round
+    """
 
     recall: float
     worst_row_recall: float
-    rows_nonfinite: int  # whose attention is not a number: left out
+    rows_nonfinite: int
     density_tokens: float
-    pairs: int  # visible blocks
+    pairs: int
     kept_blocks: int
     predicted_recall: float
     predicted_worst_row_recall: float
     predicted_density_tokens: float
     predicted_kept_blocks: int
-    missing: int  # blocks that the prediction keeps and the mask does not
-    extra: int  # the other way round
+    missing: int
+    extra: int
     first_missing: Place | None
     first_extra: Place | None
 
@@ -100,10 +113,24 @@ class HeadErrors:
 @dataclass(repr=False)
 class Report:
     """What check() found. Places are (batch, head, query[, channel]) whatever the layout; batch is
-    0 where q has no such axis."""
+    0 where q has no such axis.
 
-    over: str  # "mask" or "dense": what o and lse are measured by
-    type: str  # of o: "f32", "f16", "bf16", "f64"
+    over                   "mask" or "dense": what o and lse are measured by
+    type                   of o: "f32", "f16", "bf16", "f64"
+    o                      its errors, beside attention in double over the same mask
+    baseline_worst_row_l1  the worst row of an honest kernel
+    max_worst              the bound of o's worst row; NaN: not known
+    dense                  errors of o beside attention to all keys
+    lse, mask              what was found of them, where they were given
+    per_head               the same of each head, batch after batch
+    hint                   what explains the worst row to within the bound, if something does
+    given, predicted       the mask that was judged, and the one that it was compared with
+    block_mass             [B, H, Qb, Kb]: attention of a query block to a key block, over all keys,
+                           the mean of its rows
+    """
+
+    over: str
+    type: str
     batch: int
     heads: int
     kv_heads: int
@@ -114,17 +141,16 @@ class Report:
     block_q: int
     block_k: int
     causal: str
-    o: Errors  # beside attention in double over the same mask
-    baseline_worst_row_l1: float  # of an honest kernel
-    max_worst: float  # the bound of o's worst row; NaN: not known
-    dense: Errors | None = None  # beside attention to all keys
+    o: Errors
+    baseline_worst_row_l1: float
+    max_worst: float
+    dense: Errors | None = None
     lse: LseErrors | None = None
     mask: MaskErrors | None = None
     per_head: list[HeadErrors] = field(default_factory=list)
-    hint: str | None = None  # what explains the worst row to within the bound, if something does
-    given: BlockMask | None = None  # the mask that was judged
-    predicted: BlockMask | None = None  # beside it
-    # [B, H, Qb, Kb]: attention of a query block to a key block, over all keys, the mean of its rows
+    hint: str | None = None
+    given: BlockMask | None = None
+    predicted: BlockMask | None = None
     block_mass: Floats = field(default_factory=lambda: np.empty(0))
 
     @property

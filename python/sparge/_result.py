@@ -18,20 +18,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a call did (sparge_result). On CUDA seconds are 0: the call is queued on a stream."""
+    """What a call did (sparge_result). On CUDA seconds are 0: the call is queued on a stream.
 
-    counts: Counts  # the sum over all heads
-    head_counts: list[Counts]  # batch after batch
-    backend: str  # what ran, and so on
+    counts           the sum over all heads
+    head_counts      of each head, batch after batch
+    backend, isa     what ran
+    qk_isa, pv_isa   what Q.K^T and P.V ran on: isa, or what that builds on
+    pv_dtype         what "fastest" stood for
+    threads          how many worked
+    kernel           of cuda, else 0
+    workspace_bytes  memory that cpu or cuda worked in; 0 of ref
+    seconds_*        of the stages; seconds_quantize has all else that reads q, k and v once
+    """
+
+    counts: Counts
+    head_counts: list[Counts]
+    backend: str
     isa: str
-    qk_isa: str  # what Q.K^T ran on: isa, or what that builds on
+    qk_isa: str
     pv_isa: str
-    pv_dtype: str  # what "fastest" stood for
+    pv_dtype: str
     threads: int
-    kernel: int  # of cuda, else 0
-    workspace_bytes: int  # memory that cpu or cuda worked in; 0 of ref
+    kernel: int
+    workspace_bytes: int
     seconds_predict: float
-    seconds_quantize: float  # with all else that reads q, k and v once
+    seconds_quantize: float
     seconds_attend: float
 
     @property

@@ -30,13 +30,18 @@ SHARED = ("heads", "kv_heads", "dim", "dim_v")  # of all inputs
 
 @dataclass(frozen=True)
 class TuneErrors:
-    """Errors of whole calls over some inputs, as relative L1 against dense attention in f32."""
+    """Errors of whole calls over some inputs, as relative L1 against dense attention in f32.
+
+    mean, worst  over the inputs; NaN without inputs, infinite if o is not finite
+    sparsity     mean over the inputs
+    nan, inf     elements of o
+    """
 
     inputs: int
-    mean: float  # NaN without inputs, infinite if o is not finite
+    mean: float
     worst: float
-    sparsity: float  # mean over the inputs
-    nan: int  # elements of o
+    sparsity: float
+    nan: int
     inf: int
 
     def _json(self) -> dict[str, Any] | None:
@@ -49,20 +54,30 @@ class TuneErrors:
 
 @dataclass(frozen=True)
 class TunedHead:
-    """What was found for a head (sparge_tuned)."""
+    """What was found for a head (sparge_tuned).
+
+    theta         as of attention(), as are tau and topk, -1: off, and lambda_, -inf: off
+    finite        False: an input or its dense output has NaN or infinity; left dense
+    nonfinite     their elements that are NaN or infinite
+    dense         theta -1, tau 1, lambda -inf
+    back_off      what was done about an error above l2: "none", "lambda lowered" ...
+    in_sample     errors of these thresholds on the inputs tuned on
+    held_out      on inputs not tuned on; held_out_first: before backing off
+    dense_passes  products of blocks, in dense passes over the inputs
+    """
 
     theta: float
-    tau: float  # -1: off
-    topk: float  # -1: off
-    lambda_: float  # -inf: off
-    finite: bool  # False: an input or its dense output has NaN or infinity; left dense
-    nonfinite: int  # their elements that are NaN or infinite
-    dense: bool  # theta -1, tau 1, lambda -inf
-    back_off: str  # what was done about an error above l2: "none", "lambda lowered" ...
-    in_sample: TuneErrors  # of these thresholds, on the inputs tuned on
-    held_out: TuneErrors  # on inputs not tuned on
-    held_out_first: TuneErrors  # the same, before backing off
-    dense_passes: float  # products of blocks, in dense passes over the inputs
+    tau: float
+    topk: float
+    lambda_: float
+    finite: bool
+    nonfinite: int
+    dense: bool
+    back_off: str
+    in_sample: TuneErrors
+    held_out: TuneErrors
+    held_out_first: TuneErrors
+    dense_passes: float
     seconds: float
 
     @classmethod
