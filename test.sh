@@ -72,7 +72,7 @@ with_torch() {
     prepare dev tools/all
     tests/python/wheel.sh "$PWD" "$python"
     SPARGE_PROGRAM=build/dev/tools/sparge \
-        "$python" -m pytest tests/python/torch tests/python/test_process.py
+        "$python" -m pytest tests/python/torch tests/python/test_{process,readme,tour}.py
     "$python" tests/experiments/recorder.py build/dev/tools/sparge
 }
 
