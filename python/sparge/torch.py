@@ -5,7 +5,7 @@
 
     o = sparge.torch.scaled_dot_product_attention(q, k, v, is_causal=True, tau=0.95)
 
-    with sparge.torch.replace_sdpa(model, params="tuned.json") as record:
+    with sparge.torch.replace_sdpa(model, params=sparge.load_params("tuned.json")) as record:
         model(**inputs)
     print(record)
 
