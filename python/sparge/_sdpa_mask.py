@@ -31,7 +31,7 @@ def parts(shown: Bools, samples: int) -> list[Part]:
     part in no prediction. Queries in no part see no key."""
     pairs: Bools = np.any(shown, axis=1)
     boxes = [(_span(np.any(m, axis=1)), _span(np.any(m, axis=0))) for m in pairs]
-    if all(box == boxes[0] for box in boxes):
+    if boxes and all(box == boxes[0] for box in boxes):
         groups = [(slice(0, samples), slice(None), boxes[0])]
     else:
         groups = [(slice(n, n + 1), slice(n, n + 1), box) for n, box in enumerate(boxes)]
@@ -62,12 +62,23 @@ def _part(samples: slice, queries: slice, keys: slice, shown: Bools) -> Part:
 
 def restrict(predicted: BlockMask, shown: Bools) -> BlockMask:
     """The blocks of a prediction [B, H, i, j] without the pairs that are not shown. A row of blocks
-    that loses a predicted block as a whole keeps all that is shown: the prediction gave mass to
-    what it may not see."""
+    keeps all that is shown where it loses a predicted block as a whole, or where one of its queries
+    loses all of them: the prediction gave mass to what they may not see."""
     block, is_causal = predicted.block, predicted.is_causal
     batch, heads = predicted.shape[:2]
     mask = BlockMask.from_tokens(shown, block=block, is_causal=is_causal).expand(heads, batch)
-    lost = (predicted.blocks & ~mask.blocks).any(axis=3, keepdims=True)
-    kept = BlockMask.from_blocks(predicted.blocks | lost, *shown.shape[2:], block=block,
+    lost = (predicted.blocks & ~mask.blocks).any(axis=3) | _blind(predicted, shown)
+    kept = BlockMask.from_blocks(predicted.blocks | lost[..., None], *shown.shape[2:], block=block,
                                  is_causal=is_causal)
     return kept & mask
+
+
+def _blind(predicted: BlockMask, shown: Bools) -> Bools:
+    """Which rows of blocks [B, H, i] have a query that is shown keys, but none of those
+    predicted."""
+    (block_q, block_k), (q_len, k_len) = predicted.block, shown.shape[2:]
+    seen: Bools = np.logical_or.reduceat(shown, np.arange(0, k_len, block_k), axis=3)
+    found = (seen & predicted.blocks.repeat(block_q, axis=2)[:, :, :q_len]).any(axis=3)
+    blind: Bools = np.logical_or.reduceat(seen.any(axis=3) & ~found,
+                                          np.arange(0, q_len, block_q), axis=2)
+    return blind

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from sparge import _sdpa_mask
 from sparge._attention import attend, attention, predict
+from sparge._capture import HIDDEN
 from sparge._counts import Counts
 from sparge._methods import METHOD_DEFAULTS, MethodOptions
 from sparge._native import lib
@@ -129,8 +130,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
 
     query [..., H, Nq, D], key [..., G, Nk, D], value [..., G, Nk, Dv]; the result is
     [..., H, Nq, Dv] in query's dtype. Axes before them may be missing or 1, as in torch. attn_mask
-    is broadcast to [..., H, Nq, Nk]: bool, True takes part; float, 0 or -inf (or the least number
-    of its dtype); other numbers where they are the same for all queries. is_causal is aligned at
+    is broadcast to [..., H, Nq, Nk]: bool, True takes part; float, 0 or -inf (or -1e4 or
+    less); other numbers where they are the same for all queries. is_causal is aligned at
     the first query and the first key, as torch's. scale None is 1/sqrt(D).
 
     layer picks the thresholds of params and is what the record says. The options are those of
@@ -237,7 +238,7 @@ def _read_mask(mask: Tensor | None, lead: tuple[int, ...], q: Tensor, k: Tensor
     try:
         m = mask[(None,) * (len(shape) - mask.ndim)]
         torch.broadcast_shapes(m.shape, shape)
-        own = torch.broadcast_to(m, (*(lead if m.shape[:-3].numel() > 1 else (1,) * len(lead)),
+        own = torch.broadcast_to(m, (*(lead if m.shape[:-3].numel() != 1 else (1,) * len(lead)),
                                      *m.shape[-3:-1], shape[-1]))
         m = own.reshape(math.prod(own.shape[:-3]), *own.shape[-3:])
         if m.shape[1] not in (1, shape[-3]) or m.shape[2] not in (1, shape[-2]):
@@ -249,7 +250,7 @@ def _read_mask(mask: Tensor | None, lead: tuple[int, ...], q: Tensor, k: Tensor
         return _pairs(m, q, k), None
     if not m.is_floating_point():
         raise ValueError(f"attn_mask is {mask.dtype}, it must be bool or float")
-    hidden = m <= torch.finfo(m.dtype).min
+    hidden = m <= HIDDEN
     if bool((hidden | (m == 0)).all()):
         return _pairs(~hidden, q, k), None
     if m.stride(2) == 0:  # expanded

@@ -134,8 +134,8 @@ def test_masks_of_pairs(name, lengths):
     check(q, k, v, shown)
     number = torch.zeros(shown.shape).masked_fill(~shown, -torch.inf)
     check(q, k, v, number, want=torchs(q, k, v, shown))
-    least = number.clamp(min=torch.finfo(torch.float32).min)
-    check(q, k, v, least, want=torchs(q, k, v, shown))
+    for least in torch.finfo(torch.float32).min, -1e4:
+        check(q, k, v, number.clamp(min=least), want=torchs(q, k, v, shown))
 
 
 @pytest.mark.parametrize("shape", [(1, 100), (2, 1, 1, 100), (2, 2, 1, 100)])
@@ -181,6 +181,15 @@ def test_padding_changes_nothing():
     assert not o[1, :, :33].any()
 
 
+def test_padding_by_numbers_is_padding():
+    """-1e4, which many models add to hide a key: it takes part in no prediction."""
+    q, k, v = three((2, 2, 100, 16))
+    shown = (torch.arange(100) < torch.tensor([40, 70])[:, None])[:, None, None]
+    number = torch.zeros(shown.shape).masked_fill(~shown, -1e4)
+    assert torch.equal(scaled_dot_product_attention(q, k, v, number, **SPARSE),
+                       scaled_dot_product_attention(q, k, v, shown, **SPARSE))
+
+
 def test_a_mask_takes_pairs_of_predicted_blocks_away():
     q, k, v = three((1, 2, 128, 16))
     shown = draw(128, 128, seed=3) > -1  # no block is hidden as a whole
@@ -202,6 +211,25 @@ def test_rows_that_lose_a_predicted_block_keep_all_that_is_shown():
     want = torchs(q, k, v, shown)
     assert (o - want)[0, 0, 32:64].abs().max() <= CLOSE
     assert (o - want)[0, 0, 64:].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_query_keeps_keys_that_it_is_shown(seed):
+    """Its weights, by values that name the keys: none of a hidden key, and 1 in all."""
+    q, k, _ = three((2, 2, 100, 16), 64)
+    shown = draw(2, 1, 100, 64, seed=seed) > (0.5, 1, 1.5, 2)[seed]
+    weights = scaled_dot_product_attention(
+        q, k, torch.eye(64).expand(2, 2, 64, 64), shown, qk_dtype="f32", pv_dtype="f32",
+        **{**SPARSE, "block": (8, 32)})
+    assert not weights[~shown.expand(weights.shape)].any()
+    assert (weights.sum(3) - shown.any(3).float()).abs().max() <= CLOSE
+
+
+def test_an_empty_batch_with_a_mask():
+    q, k, v = three((0, 2, 10, 16))
+    for shape in (0, 1, 10, 10), (0, 2, 1, 10), (1, 1, 10, 10):
+        shown = torch.ones(shape, dtype=torch.bool)
+        assert scaled_dot_product_attention(q, k, v, shown).shape == q.shape
 
 
 # ---- What is refused --------------------------------------------------------------------------
