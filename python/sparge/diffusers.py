@@ -27,13 +27,13 @@ from typing import Any, Callable, Union
 from sparge._optional import optional
 
 optional("torch", "sparge.diffusers")
-import torch
 from torch import Tensor
 
 from sparge.torch import (
     Record,
     Unsupported,
     in_place,
+    refuse_gradients,
     scaled_dot_product_attention,
     takes_shared,
 )
@@ -139,7 +139,10 @@ class _Model:
                *args: Any, **kwargs: Any) -> Any:
         step, module = self.step, self.inside[-1]
         where = f"step {step}, layer {layer} ({module})"
-        _refuse_gradients(where, query, key, value)
+        try:
+            refuse_gradients({"query": query, "key": key, "value": value})
+        except Unsupported as error:
+            raise Unsupported(f"{where}: {error}") from None
         start, record, why = time.perf_counter(), Record(), NOT_CHOSEN
         if self.layers(layer) and self.steps(step):
             options = {name: x(layer, step) if callable(x) else x
@@ -264,7 +267,7 @@ def _backend(native: Any, options: dict[str, Any]) -> Any:
                        enable_gqa: bool = False, _parallel_config: Any = None) -> Tensor:
         if _parallel_config is not None:
             raise NotImplementedError("the backend 'sparge' knows no context parallelism")
-        _refuse_gradients("the backend 'sparge'", query, key, value)
+        refuse_gradients({"query": query, "key": key, "value": value})
         mask = attn_mask
         if mask is not None and mask.shape == (len(query), key.shape[1]):
             mask = mask[:, None, None]  # of keys: diffusers' own
@@ -280,13 +283,6 @@ def _backend(native: Any, options: dict[str, Any]) -> Any:
             return o
 
     return sparge_backend
-
-
-def _refuse_gradients(where: str, *tensors: Any) -> None:
-    """diffusers' own attention is no way out here: some layers would learn, and others not."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise Unsupported(f"{where}: its tensors require gradients, and there is no backward pass: "
-                          "run the model under torch.no_grad()")
 
 
 def _add(names: Any, value: str) -> None:

@@ -15,8 +15,9 @@ graphs.
 A mask of attn_mask hides what it hides in torch; a query that sees no key gets 0. Which blocks are
 computed is predicted first, with what the mask has of causality and without padding at either end
 of a sample. The rest of the mask then takes pairs away. A row of blocks that so loses a predicted
-block as a whole attends to all that the mask shows. A bias of keys, a float mask that is the same
-for all queries, is added to the scores and takes no part in the prediction.
+block as a whole, or in which a query loses all of them, attends to all that the mask shows. A bias
+of keys, a float mask that is the same for all queries, is added to the scores and takes no part in
+the prediction, but for the keys that it hides.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable
@@ -171,10 +172,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     """What is wrong, and what torch can do alone."""
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     given = {name: x for name, x in tensors.items() if x is not None}
-    for name, x in given.items():
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise Unsupported(f"{name}.requires_grad is True, it must be False: there is no "
-                              "backward pass; run the model under torch.no_grad()")
+    refuse_gradients(given)
     if dropout_p != 0:
         raise Unsupported(f"dropout_p is {dropout_p}, it must be 0: call model.eval()")
     if is_causal and attn_mask is not None:
@@ -197,6 +195,14 @@ def _check(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, 
     if query.shape[-1] > lib.SPARGE_MAX_DIM:
         raise Unsupported(f"query has {query.shape[-1]} channels, it must have at most "
                           f"{lib.SPARGE_MAX_DIM}")
+
+
+def refuse_gradients(tensors: Mapping[str, Any]) -> None:
+    """Raises Unsupported where one of them takes part in a gradient."""
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise Unsupported(f"{name}.requires_grad is True, it must be False: there is no "
+                              "backward pass; run the model under torch.no_grad()")
 
 
 def _cast(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -230,8 +236,8 @@ def _four_axes(tensors: list[Tensor], enable_gqa: bool
 
 def _read_mask(mask: Tensor | None, lead: tuple[int, ...], q: Tensor, k: Tensor
                ) -> tuple[Any, Tensor | None]:
-    """A mask as the pairs that it shows, [B or 1, H or 1, Nq, Nk] of numpy, or as a bias of keys,
-    [B, G, Nk]."""
+    """A mask as the pairs that it shows, [B or 1, H or 1, Nq, Nk] of numpy, and as a bias of keys,
+    [B, G, Nk]; None for what it has not."""
     if mask is None:
         return None, None
     shape = (*lead, q.shape[1], q.shape[2], k.shape[2])
@@ -258,7 +264,8 @@ def _read_mask(mask: Tensor | None, lead: tuple[int, ...], q: Tensor, k: Tensor
     if m.shape[2] != 1 or m.shape[1] not in (1, k.shape[1]):
         raise Unsupported("attn_mask has numbers other than 0 and -inf that differ between queries "
                           "or heads, they must be the same for all: a bias is of keys alone")
-    return None, m[:, :, 0].float().expand(k.shape[0], k.shape[1], -1).contiguous()
+    bias = m[:, :, 0].float().expand(k.shape[0], k.shape[1], -1).contiguous()
+    return _pairs(~hidden[:, :, :1], q, k) if bool(hidden.any()) else None, bias
 
 
 def _pairs(m: Tensor, q: Tensor, k: Tensor) -> Any:
@@ -283,8 +290,10 @@ def _run_masked(q: Tensor, k: Tensor, v: Tensor, shown: Any, settings: Any
     total = []
     for part in _sdpa_mask.parts(shown, len(q)):
         b, rows, keys = part.samples, part.queries, part.keys
+        bias = settings["k_bias"]
         o[b, :, rows], counts = _run(q[b, :, rows], k[b, :, keys], v[b, :, keys], part.shown,
-                                     {**settings, "is_causal": part.is_causal})
+                                     {**settings, "is_causal": part.is_causal,
+                                      "k_bias": bias if bias is None else bias[b, :, keys]})
         total.append(counts)
     return o, total
 
@@ -306,6 +315,7 @@ class Taker:
         query = args[0] if args else kwargs["query"]
         if query.ndim > 1 and query.shape[-2] < self.min_queries:
             return self.leave(torchs, args, kwargs, f"fewer than {self.min_queries} queries")
+        refuse_gradients({**dict(zip(("query", "key", "value", "attn_mask"), args)), **kwargs})
         try:
             return scaled_dot_product_attention(
                 *args, **{**self.options, **kwargs, "layer": layer, "record": self.record})
@@ -401,8 +411,8 @@ def replace_sdpa(model: torch.nn.Module | None = None, *, strict: bool = False,
     run; params may then be those of all layers. Without one, all calls are taken, in all threads.
     What sparge cannot take (see Unsupported), and calls of fewer than min_queries queries, go to
     torch's own function, which is said once for each reason; strict=True raises instead of the
-    former. The options are those of attention(). Replacements may be nested: the innermost takes
-    the calls.
+    former. Gradients are always refused: some layers would learn, and others not. The options are
+    those of attention(). Replacements may be nested: the innermost takes the calls.
 
     Code that took the function from torch.nn.functional before keeps torch's own."""
     mine = _Replacement(Taker(options, strict, min_queries), model)

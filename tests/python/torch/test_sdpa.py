@@ -225,6 +225,14 @@ def test_every_query_keeps_keys_that_it_is_shown(seed):
     assert (weights.sum(3) - shown.any(3).float()).abs().max() <= CLOSE
 
 
+def test_a_bias_that_hides_keys_hides_them_from_the_prediction():
+    q, k, v = three((2, 2, 80, 16), 200)
+    bias = draw(2, 1, 1, 200, seed=3).masked_fill(torch.arange(200) < 150, -torch.inf)
+    o = scaled_dot_product_attention(q, k, v, bias, **SPARSE)
+    want = scaled_dot_product_attention(q, k[:, :, 150:], v[:, :, 150:], bias[..., 150:], **SPARSE)
+    assert torch.equal(o, want)
+
+
 def test_an_empty_batch_with_a_mask():
     q, k, v = three((0, 2, 10, 16))
     for shape in (0, 1, 10, 10), (0, 2, 1, 10), (1, 1, 10, 10):
@@ -240,6 +248,8 @@ def test_gradients_are_refused():
     k.requires_grad_()
     with pytest.raises(Unsupported, match="key.requires_grad is True, it must be False"):
         scaled_dot_product_attention(q, k, v)
+    with replace_sdpa(), pytest.raises(Unsupported, match="key.requires_grad"):
+        F.scaled_dot_product_attention(q, k, v)
     with torch.no_grad():
         assert not scaled_dot_product_attention(q, k, v).requires_grad
 
