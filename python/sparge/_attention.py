@@ -2,7 +2,7 @@
 """The calls: predict, attend, and both."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from sparge._device import Mirror
 from sparge._given import prepare_over
@@ -15,6 +15,21 @@ from sparge._result import Result
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Array = TypeVar("Array")  # of numpy or torch
+
+
+@overload
+def attention(q: Array, k: Any, v: Any, *, return_lse: Literal[False] = False,
+              return_mask: Literal[False] = False, return_stats: Literal[False] = False,
+              **options: Unpack[MethodOptions]) -> Array:
+    ...
+
+
+@overload
+def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: bool = False,
+              return_stats: bool = False, **options: Unpack[MethodOptions]) -> Any:
+    ...
 
 
 @takes_method
@@ -119,6 +134,18 @@ def predict(q: Any, k: Any, v: Any = None, **options: Unpack[MethodOptions]) -> 
     place = mirror.mask(mask._mask, settings.c, True)
     mirror.call(settings.watch, lib.sparge_predict, problem.c, settings.c, place, ffi.NULL)
     return mask
+
+
+@overload
+def attend(q: Array, k: Any, v: Any, mask: Any, *, return_lse: Literal[False] = False,
+           return_stats: Literal[False] = False, **options: Unpack[Options]) -> Array:
+    ...
+
+
+@overload
+def attend(q: Any, k: Any, v: Any, mask: Any, *, return_lse: bool = False,
+           return_stats: bool = False, **options: Unpack[Options]) -> Any:
+    ...
 
 
 @takes_options
