@@ -41,7 +41,7 @@ def run(*command, **how):
 
 
 def prepare():
-    """The copy as the sources are, configured; the command of every test."""
+    """The copy as the sources are, configured; the command and the environment of every test."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True,
                            capture_output=True, text=True).stdout.split("\n")[:-1]
     for name in names:
@@ -51,19 +51,33 @@ def prepare():
                                            and to.read_bytes() == (ROOT / name).read_bytes()):
             to.write_bytes((ROOT / name).read_bytes())
             to.chmod((ROOT / name).stat().st_mode)
-    if not (COPY / "build/venv").exists():
-        BUILD.parent.mkdir(exist_ok=True)
-        (COPY / "build/venv").symlink_to(ROOT / "build/venv")
+    BUILD.parent.mkdir(exist_ok=True)
+    for venv in ("venv", "python-venv", "torch-venv"):
+        if not (COPY / "build" / venv).is_symlink():
+            (COPY / "build" / venv).symlink_to(ROOT / "build" / venv)
     run("cmake", "--preset", "dev", "-DSPARGE_CUDA=OFF",
         "-DCMAKE_C_FLAGS=-w", "-DCMAKE_CXX_FLAGS=-w", check=True)
     run("cmake", "--build", BUILD, check=True)  # CTest tells no command before its program is there
     tests = json.loads(run("ctest", "--test-dir", BUILD, "--show-only=json-v1").stdout)["tests"]
-    return {test["name"]: test["command"] for test in tests if "command" in test}
+    return {test["name"]: (test["command"], environment(test)) for test in tests
+            if "command" in test}
 
 
-def seen(command, parts):
+def environment(test):
+    """Of a test of CTest. The Python package is that of the build tree, not an installed one."""
+    told = {x["name"]: x["value"] for x in test["properties"]}.get("ENVIRONMENT", [])
+    return {**os.environ, "PYTHONPATH": str(BUILD / "python"),
+            **dict(x.split("=", 1) for x in told)}
+
+
+def seen(command, environment, parts):
     """Does the test fail? None: it does not build, or there is no such part of it."""
     programs = [os.path.relpath(x, BUILD) for x in command if x.startswith(str(BUILD) + "/")]
+    pytest = "pytest" in command
+    if pytest:
+        programs = ["tools/all", "python/all", "tests/python/all"]
+        venv = "torch-venv" if any("/torch/" in part for part in parts) else "python-venv"
+        command = [str(COPY / "build" / venv / "bin/python"), *command[1:]]
     built = run("cmake", "--build", BUILD, "--target", *programs)
     if built.returncode:
         print(built.stdout[-2000:])
@@ -71,8 +85,9 @@ def seen(command, parts):
     criterion = "--verbose" in command
     words = [f"--filter=*/@({'|'.join(parts)})"] if criterion and parts else parts
     try:
-        test = run(*command, *words, timeout=SECONDS)
+        test = run(*command, *words, timeout=SECONDS, env=environment)
         none = re.search("Tested: [^0-9]*0 |^0 passed, 0", test.stdout + test.stderr, re.M)
+        none = none or pytest and test.returncode in (4, 5)  # no such file, no such test
         return None if none else test.returncode
     except subprocess.TimeoutExpired:
         return True
@@ -87,7 +102,7 @@ def main():
         what = "no such place" if text is None else ""
         if not check and text is not None:
             (COPY / file).write_text(text)
-            caught = seen(commands[test], parts)
+            caught = seen(*commands[test], parts)
             (COPY / file).write_text((ROOT / file).read_text())
             what = "cannot be run" if caught is None else "" if caught else "SURVIVED"
         survived += [name] if what else []

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* streams.cc: streams of the model of a GPU for tests/python/test_device.py, beside the package's
- * module. */
+ * module. As torch's they do not wait for the NULL stream, nor it for them. */
 #include <cuda_runtime.h>
 
 #pragma GCC visibility push(default)
@@ -8,7 +8,7 @@ extern "C" {
 void *model_stream(void)
 {
     cudaStream_t stream;
-    return cudaStreamCreate(&stream) == cudaSuccess ? stream : NULL;
+    return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) ? NULL : stream;
 }
 
 int model_synchronize(void *stream)
