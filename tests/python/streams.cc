@@ -11,9 +11,6 @@ void *model_stream(void)
     return cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) ? NULL : stream;
 }
 
-int model_synchronize(void *stream)
-{
-    return (int)cudaStreamSynchronize((cudaStream_t)stream);
-}
+int model_synchronize(void *stream) { return (int)cudaStreamSynchronize((cudaStream_t)stream); }
 }
 #pragma GCC visibility pop
