@@ -97,7 +97,7 @@ def _imported(name: str, x: Any) -> Any:
 
 def read(name: str, x: Any, layout: str = "HND") -> Tensor:
     """q, k, v or o as it was given; what is wrong with it is said in a sentence."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout is {layout!r}, it must be 'HND' or 'NHD'")
     if not is_torch(x) and not isinstance(x, np.ndarray):
         x = _imported(name, x)

@@ -127,8 +127,8 @@ def predict(q: Any, k: Any, v: Any = None, **options: Unpack[MethodOptions]) -> 
     if options.get("method") is not None and v is None:
         raise TypeError(f"v is None and method is {options['method']!r}, which may look at it")
     if chooses(options):
-        return make_plan(q, k, v, options).mask
-    problem, settings = prepare(q, k, None, options)
+        return make_plan(q, k, k if v is None else v, options).mask
+    problem, settings = prepare(q, k, k, options)
     mask = BlockMask(problem.c, settings.c, problem.q.batched)
     mirror = Mirror(problem.q)
     place = mirror.mask(mask._mask, settings.c, True)

@@ -112,7 +112,7 @@ def intermediates(q: Any, k: Any, v: Any = None, *, mask: Any = None,
     if v is None and mask is not None:
         raise TypeError("v is None and a mask is given: there is nothing to compute")
     _on_cpu("intermediates", q=q, k=k, v=v)
-    problem, settings, given = prepare_over(q, k, v, mask, options)
+    problem, settings, given = prepare_over(q, k, k if v is None else v, mask, options)
     p, c = problem.c, settings.c
     resolved = ffi.new("sparge_options *", c[0])
     call(lib.sparge_options_resolve, p, resolved)

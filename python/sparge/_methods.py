@@ -120,7 +120,7 @@ def takes_method(function: Function) -> Function:
 
 def chooses(options: Mapping[str, Any]) -> bool:
     """Is a plan asked for, by a method or a density?"""
-    if options.get("method") is None and options.get("method_params"):
+    if options.get("method") is None and options.get("method_params") is not None:
         raise ValueError("method_params is given and method is None: name the method")
     return options.get("method") is not None or options.get("density") is not None
 
@@ -170,7 +170,8 @@ def _written(spec: str) -> tuple[str, dict[str, float]]:
 
 
 def _refuse(options: Mapping[str, Any], names: Sequence[str], why: str) -> None:
-    given = [name for name in names if options.get(name) not in (None, False)]
+    given = [name for name in names
+             if options.get(name) is not None and options[name] is not False]
     if given:
         raise ValueError(f"{why}: leave out {' and '.join(given)}")
 
@@ -180,8 +181,8 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
     thresholds."""
     method, density = options.get("method"), options.get("density")
     if method is None:
-        name = {"default": "spargeattn"}.get(options.get("rules", "default"),
-                                             f"spargeattn_{options.get('rules')}")
+        rules = settings.c.rules  # params may have them
+        name = "spargeattn" + (f"_{text(lib.sparge_rules_string(rules))}" if rules else "")
         if density is not None:
             _refuse(options, ("params", "tau", "topk"), "density finds tau")
             if settings.c.per_head:
@@ -195,7 +196,10 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
     name, given = _written(method) if isinstance(method, str) else (method.name, {})
     _refuse(options, ("theta", "tau", "topk", "lambda_", "sink", "params"),
             f"method is {name!r}, which has parameters of its own (method_params)")
-    for key, value in (options.get("method_params") or {}).items():
+    more = options.get("method_params")
+    if not isinstance(more, (Mapping, type(None))):
+        raise TypeError(f"method_params is {more!r}, it must be a dict of numbers by name")
+    for key, value in (more or {}).items():
         if key in given:
             raise ValueError(f"{key} stands in method and in method_params: leave out one")
         given[key] = value
@@ -221,13 +225,19 @@ class Context:
                                  f"{q_len} queries and {k_len} keys")
             self.c.grid = self.grid
         if ends is not None:
-            ends = [whole("segment_ends", end) for end in ends]
+            try:
+                ends = [whole("segment_ends", end) for end in ends]
+            except TypeError:
+                raise TypeError(f"segment_ends is {ends!r}, it must ascend to the {k_len} keys"
+                                ) from None
             if sorted(set(ends)) != ends or ends[-1:] != [k_len] or ends[0] < 0:
                 raise ValueError(f"segment_ends is {ends}, it must ascend to the {k_len} keys")
             self.ends = ffi.new("int64_t []", ends)
             self.c.segment_ends, self.c.segments = self.ends, len(ends)
         self.state: State | None = options.get("state")
         if self.state is not None:
+            if not isinstance(self.state, State):
+                raise TypeError(f"state is a {type(self.state).__name__}, it must be a State")
             self.c.state = self.state._c
 
     @contextmanager

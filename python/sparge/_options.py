@@ -109,13 +109,13 @@ def causal(value: Causal, q_len: int, k_len: int) -> int:
 
 
 class Problem:
-    """q, k and v as sparge_problem. It keeps the arrays alive."""
+    """q, k and v as sparge_problem. It keeps the arrays alive. Where v is not read it is k."""
 
     def __init__(self, q: Any, k: Any, v: Any, layout: str = "HND", k_bias: Any = None) -> None:
         self.layout = layout
         self.q = _arrays.read("q", q, layout)
         self.k = _arrays.read("k", k, layout)
-        self.v = self.k if v is None else _arrays.read("v", v, layout)
+        self.v = _arrays.read("v", v, layout)
         for x in (self.k, self.v):
             if x.batched != self.q.batched:
                 raise ValueError(f"{x.name} has {3 + x.batched} axes and q has {3 + self.q.batched}"
@@ -128,7 +128,7 @@ class Problem:
         agree = [(self.k, 0, batch, "batch of q"), (self.v, 0, batch, "batch of q"),
                  (self.v, 1, kv_heads, "heads of k"), (self.v, 2, k_len, "tokens of k"),
                  (self.k, 3, dim, "channels of q")]
-        for x, axis, want, what in agree[:-1] if v is None else agree:
+        for x, axis, want, what in agree:
             if x.shape[axis] != want:
                 raise ValueError(f"{x.name} is [B, H, N, D] = {list(x.shape)}: {x.shape[axis]} "
                                  f"must be {want}, the {what}")
@@ -176,7 +176,7 @@ class Settings:
         c.threads = threads(whole("threads", o["threads"]))
         if o["softmax_scale"] is not None:
             c.softmax_scale = scale = number("softmax_scale", o["softmax_scale"])
-            if not scale > 0:
+            if not c.softmax_scale > 0:  # 0 would be the default
                 raise ValueError(f"softmax_scale is {scale}, it must be above 0, or None for "
                                  "1/sqrt(D)")
         self._thresholds(p, o)
@@ -184,15 +184,16 @@ class Settings:
 
     def _thresholds(self, problem: Any, o: Mapping[str, Any]) -> None:
         heads = problem.heads
-        given = {c: o[name] for name, c in THRESHOLDS.items() if o[name] is not None}
+        given = {name: o[name] for name in THRESHOLDS if o[name] is not None}
         params = o["params"]
         if params is not None:
             if given:
                 raise ValueError(f"params has the thresholds: leave out {', '.join(given)}")
-            given = params.of(problem, self.c)
+            of = params.of(problem, self.c)
+            given = {name: of[c] for name, c in THRESHOLDS.items()}
         if "topk" in given and "tau" not in given:
             given["tau"] = -1.0  # as on the command line: topk by itself
-        arrays = {name: _of_heads(name, value, heads) for name, value in given.items()}
+        arrays = {THRESHOLDS[name]: _of_heads(name, value, heads) for name, value in given.items()}
         for name, x in arrays.items():
             if x.size:
                 setattr(self.c.thresholds, name, float(x.flat[0]))
@@ -218,8 +219,11 @@ class Settings:
 def _of_heads(name: str, value: Any, heads: int) -> NDArray[np.float64]:
     """A threshold: a number, or one for each head."""
     try:
-        x = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+        x = np.asarray(value)
+        if x.dtype.kind in "cOSU":  # numpy would drop imaginary parts, and read texts
+            raise TypeError
+        x = x.astype(np.float64)
+    except (RuntimeError, TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}, it must be a number or one for each of {heads} "
                          "heads") from None
     if x.shape not in ((), (heads, )):
@@ -231,8 +235,10 @@ def _of_heads(name: str, value: Any, heads: int) -> NDArray[np.float64]:
 def number(name: str, value: Any) -> float:
     """A number."""
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}, it must be a number") from None
 
 
@@ -247,7 +253,7 @@ def whole(name: str, value: Any) -> int:
     """A whole number."""
     try:
         found = int(value)
-    except (TypeError, ValueError, OverflowError):
+    except (OverflowError, RuntimeError, TypeError, ValueError):
         found = None
     if found is None or isinstance(value, bool) or found != value:
         raise ValueError(f"{name} is {value!r}, it must be a whole number")

@@ -115,7 +115,7 @@ def _mass(mask: BlockMask, q: Any, k: Any, batch: int, head: int,
     if own.get("k_bias") is not None:
         bias = on_host(own["k_bias"])
         own["k_bias"] = (bias[batch] if bias.ndim == 3 else bias)[kv_head:kv_head + 1]
-    problem, settings = prepare(one(q, head), one(k, kv_head), None, own)
+    problem, settings = prepare(one(q, head), one(k, kv_head), one(k, kv_head), own)
     found = np.zeros(mask.shape[-2:])
     if (problem.c.q_len, problem.c.k_len) != (mask.q_len, mask.k_len):
         raise ValueError(f"q and k have {problem.c.q_len} and {problem.c.k_len} tokens, the mask "

@@ -212,6 +212,13 @@ MASK = sparge.predict(X, X, is_causal=True)
     ({"softmax_scale": "auto"}, "softmax_scale is 'auto', it must be a number"),
     ({"softmax_scale": np.inf}, "softmax_scale is inf"),
     ({"qk_dtype": np.float32}, "qk_dtype is <class 'numpy.float32'>, it must be one of 'f32', "),
+    ({"softmax_scale": 1e-300}, "softmax_scale is 1e-300, it must be above 0"),
+    ({"softmax_scale": "1"}, "softmax_scale is '1', it must be a number"),
+    ({"softmax_scale": 10**400}, "softmax_scale is 1000"),
+    ({"lambda_": "-5"}, "lambda_ is '-5', it must be a number or one for each of 2 heads"),
+    ({"tau": [0.5, None]}, "tau is [0.5, None], it must be a number or one for each of 2 heads"),
+    ({"tau": np.array([0.5j, 1])}, "tau is array([0.+0.5j, 1.+0.j ]), it must be a number or"),
+    ({"layout": np.zeros(2)}, "layout is array([0., 0.]), it must be 'HND' or 'NHD'"),
     ({"softmax_scale": 0}, "softmax_scale is 0.0, it must be above 0, or None for 1/sqrt(D)"),
     ({"layout": "hnd"}, "layout is 'hnd', it must be 'HND' or 'NHD'"),
     ({"k_bias": np.zeros(40)}, "k_bias is float64 [40], it must be float32 [2, 40]"),
@@ -227,6 +234,11 @@ def test_what_is_wrong_with_options_is_said(options, message):
     (lambda: sparge.attention(X[None], X, X), "k has 3 axes and q has 4, they must have as many"),
     (lambda: sparge.attention(X, X[:, :, :8], X), "k is [B, H, N, D] = [1, 2, 40, 8]: 8 must be "
      "16, the channels of q"),
+    (lambda: sparge.predict(X, X[:, :, :8]), "k is [B, H, N, D] = [1, 2, 40, 8]: 8 must be 16, the "
+     "channels of q"),
+    (lambda: sparge.intermediates(X, X[:, :, :8]), "8 must be 16, the channels of q"),
+    (lambda: sparge.attention(X, X, None), "v is a NoneType, it must be an array of numpy"),
+    (lambda: sparge.attend(X, X, None, None), "v is a NoneType, it must be an array of numpy"),
     (lambda: sparge.attention(X, X, X[:, :8]), "v is [B, H, N, D] = [1, 2, 8, 16]: 8 must be 40, "
      "the tokens of k"),
     (lambda: sparge.attention(X, X, X[:1]), "v is [B, H, N, D] = [1, 1, 40, 16]: 1 must be 2, the "

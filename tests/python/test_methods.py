@@ -205,10 +205,17 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
     ({"method_params": {"tau": 1}}, "method_params is given and method is None: name the method"),
     ({"method": "xattention", "tau": 0.5, "sink": True}, "method is 'xattention', which has "
      "parameters of its own (method_params): leave out tau and sink"),
+    ({"method": "xattention", "tau": 0, "lambda_": 0.0}, "leave out tau and lambda_"),
+    ({"method": "xattention", "theta": np.zeros(2)}, "leave out theta"),
+    ({"method": "xattention", "method_params": ["tau"]}, "method_params is ['tau'], it must be a "
+     "dict of numbers by name"),
+    ({"method_params": np.zeros(2)}, "method_params is given and method is None"),
+    ({"method": "minference", "state": 1}, "state is a int, it must be a State"),
     ({"method": "xattention:tau=1", "density": 0.5}, "density finds tau of xattention: leave "
      "out one of them"),
     ({"method": "dense", "density": 0.5}, "dense has no parameter that sets its density"),
     ({"density": 0.5, "tau": 0.5}, "density finds tau: leave out tau"),
+    ({"density": 0.5, "tau": 0}, "density finds tau: leave out tau"),
     ({"density": 0.5, "theta": [0.1, 0.2]}, "density finds one tau for all heads: theta and "
      "lambda_ must be numbers"),
     ({"density": 0.0}, "density 0 cannot be reached: with tau from 0 to 1 it goes from 1 to 1; a "
@@ -218,12 +225,23 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
      "queries and 64 keys"),
     ({"method": "dense", "segment_ends": [10, 63]}, "segment_ends is [10, 63], it must ascend to "
      "the 64 keys"),
+    ({"method": "dense", "segment_ends": 64}, "segment_ends is 64, it must ascend to the 64 keys"),
     ({"method": "dense", "layer": 1.5}, "layer is 1.5, it must be a whole number"),
 ])
 def test_what_is_wrong_is_said(options, message):
     with pytest.raises((ValueError, TypeError, NotImplementedError)) as error:
         sparge.attention(X, X, X, **options)
     assert message in str(error.value)
+
+
+def test_rules_of_a_file_name_the_method(tmp_path):
+    file = tmp_path / "params.json"
+    sparge.tune([(X, X, X)], l1=0.08, l2=0.09).save(file)
+    file.write_text(file.read_text().replace('"rules": "default"', '"rules": "paper"'))
+    params = sparge.load_params(file)
+    plan = sparge.plan(X, X, X, params=params, backend="ref")
+    assert plan.method.name == "spargeattn_paper"
+    assert np.array_equal(plan.run(), sparge.attention(X, X, X, params=params, backend="ref"))
 
 
 def test_values_are_asked_for():
