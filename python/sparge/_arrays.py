@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparge._native import ffi, lib
 
@@ -129,6 +130,14 @@ def packed(name: str, x: Any, like: Tensor, shape: Sequence[int]) -> Any:
         raise ValueError(f"{name} is on {device} and {like.name} is on {like.device}, they must be "
                          "on one device")
     return x.contiguous() if is_torch(x) else np.ascontiguousarray(x)
+
+
+def host(name: str, x: Any) -> NDArray[Any]:
+    """What numpy or torch can read, as an array of numpy on the host."""
+    try:
+        return np.asarray(x.detach().cpu() if is_torch(x) else x)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(x).__name__} that numpy cannot read: {error}") from None
 
 
 def empty(name: str, shape: Sequence[int], like: Tensor, layout: str,

@@ -13,7 +13,7 @@ from sparge._diagnose import Row, diagnose, diagnose_lse, float64, head_of, row_
 from sparge._given import prepare_over
 from sparge._mask import BlockMask
 from sparge._native import ffi, lib, text
-from sparge._options import Options, Problem, Settings, takes_options
+from sparge._options import Options, Problem, Settings, number, takes_options
 from sparge._report import HeadErrors, LseErrors, MaskErrors, Report
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Judge:
 
     def __init__(self, problem: Problem, settings: Settings, mask: BlockMask | None,
                  max_worst: float | None) -> None:
-        if max_worst is not None and not max_worst >= 0:
+        if max_worst is not None and not number("max_worst", max_worst) >= 0:
             raise ValueError(f"max_worst is {max_worst}, it must be at least 0, or None")
         self.problem, self.settings, self.mask, self.max_worst = problem, settings, mask, max_worst
         p = problem.c
@@ -121,6 +121,8 @@ class Judge:
 
     def _shaped(self, name: str, x: Any, shape: tuple[int, ...]) -> Floats:
         want = shape[0 if self.problem.q.batched else 1:]
+        if not hasattr(x, "shape"):
+            raise TypeError(f"{name} is a {type(x).__name__}, it must be an array")
         if tuple(x.shape) != want:
             raise ValueError(f"{name} has the shape {list(x.shape)}, it must be {list(want)}")
         return float64(on_host(x)).reshape(shape)

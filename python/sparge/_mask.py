@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparge._arrays import is_torch
+from sparge._arrays import host
 from sparge._counts import Counts as Counts
 from sparge._native import call, ffi, lib, text
 from sparge._options import Causal, causal, pair, whole
@@ -115,7 +115,8 @@ class BlockMask:
     def expand(self, heads: int, batch: int | None = None) -> BlockMask:
         """A mask of one head for so many heads, and of one batch for so many; without `batch` as
         many as it has."""
-        m = self._mask
+        m, heads = self._mask, whole("heads", heads)
+        batch = batch if batch is None else whole("batch", batch)
         for name, has, want in (("heads", m.heads, heads), ("batch", m.batch, batch)):
             if want is not None and has not in (1, want):
                 raise ValueError(f"{name} is {want} and the mask has {has}: only 1 can be expanded")
@@ -387,7 +388,7 @@ class BlockMask:
 def read_bools(name: str, x: Any, axes: str) -> tuple[NDArray[Any], bool]:
     """bool or uint8 [B, H, *axes], [H, *axes] or [*axes] with all four axes, and had it that of
     batches? Of numpy or torch."""
-    x = np.asarray(x.cpu() if is_torch(x) else x)
+    x = host(name, x)
     if x.dtype not in (np.bool_, np.uint8):
         raise TypeError(f"{name} is {x.dtype}, it must be bool or uint8")
     if not 2 <= x.ndim <= 4:

@@ -219,11 +219,11 @@ class Settings:
 def _of_heads(name: str, value: Any, heads: int) -> NDArray[np.float64]:
     """A threshold: a number, or one for each head."""
     try:
-        x = np.asarray(value)
+        x = _arrays.host(name, value)
         if x.dtype.kind in "cOSU":  # numpy would drop imaginary parts, and read texts
             raise TypeError
         x = x.astype(np.float64)
-    except (RuntimeError, TypeError, ValueError):
+    except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}, it must be a number or one for each of {heads} "
                          "heads") from None
     if x.shape not in ((), (heads, )):

@@ -2,6 +2,7 @@
 """Orders for the tokens of images and video, and moving rows by them (sparge_order.h)."""
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from sparge import _arrays
 from sparge._native import call, ffi, lib, words
+from sparge._options import word
 
 ORDERS = words(lib.sparge_order_string)
 
@@ -54,15 +56,15 @@ def token_order(order: str, grid: Sequence[int], seed: int = 0) -> NDArray[np.in
         o = sparge.attention(*(sparge.permute(x, index) for x in (q, k, v)))
         o = sparge.unpermute(o, index)
     """
-    if order not in ORDERS:
-        raise ValueError(f"order is {order!r}, it must be one of {', '.join(map(repr, ORDERS))}")
+    number = word("order", order, ORDERS)
     c = grid_struct(grid)
     room = Grid(*grid).tokens
     index = np.empty(max(0, room) if min(grid, default=0) >= 0 else 0, np.int64)
     try:
-        call(lib.sparge_token_order, ORDERS[order], c, seed, _arrays.pointer(index, "int64_t *"))
-    except OverflowError:
-        raise ValueError(f"seed is {seed}, it must be in [0, 2^64 - 1]") from None
+        call(lib.sparge_token_order, number, c, operator.index(seed),
+             _arrays.pointer(index, "int64_t *"))
+    except (OverflowError, TypeError):
+        raise ValueError(f"seed is {seed!r}, it must be in [0, 2^64 - 1]") from None
     return index
 
 
@@ -86,7 +88,7 @@ def _moved(function: Any, x: Any, index: Any, layout: str) -> Any:
     x = _arrays.read("x", x, layout)
     if x.device != "cpu":
         raise ValueError(f"x is on {x.device}, it must be on the CPU")
-    places = np.asarray(index)
+    places = _arrays.host("index", index)
     if places.dtype.kind not in "iu":
         raise TypeError(f"index is {places.dtype}, it must be whole numbers")
     batch, heads, tokens, dim = x.shape

@@ -16,7 +16,9 @@ from sparge._options import (
     Problem,
     Settings,
     causal,
+    number,
     takes_options,
+    whole,
     word,
 )
 from sparge._params import FORMAT, Params, Thresholds, described, short
@@ -176,8 +178,10 @@ def tune(inputs: Sequence[tuple[Any, Any, Any]], *, l1: float | None = None,
                          "and bound")
     settings = Settings(problems[0], options)
     how = ffi.new("sparge_tune_options *", {
-        "l1": l1 or 0, "l2": l2 or 0, "mean": mean, "sparsity": sparsity or 0, "topk": topk,
-        "held_out": held_out, "seconds": seconds, "finished": lib.sparge_python_finished})
+        **{name: 0 if x is None else number(name, x)
+           for name, x in (("l1", l1), ("l2", l2), ("sparsity", sparsity))},
+        "mean": mean, "topk": topk, "held_out": whole("held_out", held_out),
+        "seconds": number("seconds", seconds), "finished": lib.sparge_python_finished})
     settings.watch.progress = progress
     settings.watch.on(how)
     found = ffi.new("sparge_tuned []", problems[0].c.heads)
@@ -198,7 +202,7 @@ def _problems(inputs: Sequence[tuple[Any, Any, Any]], options: Options) -> list[
             why = "of one input" if name == "k_bias" else "what is tuned"
             raise ValueError(f"{name} is {why}: leave it out")
     layout = options.get("layout", DEFAULTS["layout"])
-    problems = [Problem(*some, layout) for some in inputs]
+    problems = [Problem(*_three(n, some), layout) for n, some in enumerate(inputs)]
     if not problems:
         raise ValueError("inputs is empty, it must have (q, k, v) of at least one sample")
     first = problems[0].c
@@ -212,6 +216,14 @@ def _problems(inputs: Sequence[tuple[Any, Any, Any]], options: Options) -> list[
                 raise ValueError(f"inputs[{n}] has {name} {getattr(problem.c, name)}, it must be "
                                  f"{getattr(first, name)} as of inputs[0]")
     return problems
+
+
+def _three(n: int, some: Any) -> tuple[Any, Any, Any]:
+    try:
+        q, k, v = some
+    except (TypeError, ValueError):
+        raise TypeError(f"inputs[{n}] is a {type(some).__name__}, it must be (q, k, v)") from None
+    return q, k, v
 
 
 def rounded(x: float, digits: int) -> float | None:

@@ -129,7 +129,7 @@ class _Model:
     def __call__(self, torchs: Any, args: Any, kwargs: Any) -> Any:
         """In the place of torch's scaled_dot_product_attention."""
         if self.inside[:1] != [""] or threading.get_ident() != self.thread:
-            return torchs(*args, **kwargs)  # outside of the model, as by a text encoder
+            return NotImplemented  # outside of the model, as by a text encoder
         self.met[self.inside[-1]] += 1
         place = self.inside[-1], self.met[self.inside[-1]]
         layer = self.places.setdefault(place, len(self.places))

@@ -355,12 +355,12 @@ class _Replacement:
             return self.taker.take(torchs, args, kwargs, None)
         layer = getattr(self.here, "layer", None)
         if layer is None:
-            return torchs(*args, **kwargs)
+            return NotImplemented
         self.here.layer = layer + 1
         return self.taker.take(torchs, args, kwargs, layer)
 
 
-_takers: list[Callable[..., Any]] = []  # the last one is in force
+_takers: list[Callable[..., Any]] = []  # the last one is asked first
 _lock = threading.Lock()
 _installed: tuple[Any, Any] | None = None  # what stands in torch's place, and torch's own
 
@@ -369,18 +369,19 @@ def _dispatcher(torchs: Callable[..., Any]) -> Callable[..., Any]:
     @uncompiled
     @functools.wraps(torchs)
     def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
-        try:
-            taker = _takers[-1]
-        except IndexError:  # somebody kept this function
-            return torchs(*args, **kwargs)
-        return taker(torchs, args, kwargs)
+        for taker in reversed(tuple(_takers)):
+            o = taker(torchs, args, kwargs)
+            if o is not NotImplemented:
+                return o
+        return torchs(*args, **kwargs)
 
     return scaled_dot_product_attention
 
 
 @contextmanager
 def in_place(taker: Callable[[Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
-    """Gives taker the calls of torch's function: torch's own, its arguments, and those by name."""
+    """Gives taker the calls of torch's function: torch's own, its arguments, and those by name.
+    Where it returns NotImplemented, since its model does not run, the one around it is asked."""
     global _installed
     with _lock:
         if not _takers:
@@ -412,7 +413,8 @@ def replace_sdpa(model: torch.nn.Module | None = None, *, strict: bool = False,
     What sparge cannot take (see Unsupported), and calls of fewer than min_queries queries, go to
     torch's own function, which is said once for each reason; strict=True raises instead of the
     former. Gradients are always refused: some layers would learn, and others not. The options are
-    those of attention(). Replacements may be nested: the innermost takes the calls.
+    those of attention(). Replacements may be nested: the innermost takes the calls, or that of
+    their model.
 
     Code that took the function from torch.nn.functional before keeps torch's own."""
     mine = _Replacement(Taker(options, strict, min_queries), model)

@@ -328,6 +328,8 @@ def test_refused(qkv, mask):
         ({"o": "o.npy"}, "o is str, it must be float32"),
         ({"lse": o[0, :, 0]}, r"lse has the shape \[200\], it must be \[4, 200\]"),
         ({"mask": mask[:, 1:]}, "mask"),
+        ({"lse": [0.0] * 200}, "lse is a list, it must be an array"),
+        ({"max_worst": "1"}, "max_worst is '1', it must be a number"),
         ({"max_worst": -1}, "max_worst is -1, it must be at least 0"),
         ({"max_worst": math.nan}, "max_worst is nan, it must be at least 0"),
         ({"causal": True}, "has no argument 'causal': did you mean 'is_causal'"),

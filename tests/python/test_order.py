@@ -80,6 +80,9 @@ X = np.zeros((1, 4, 2), np.float32)
     (lambda: sparge.token_order("row", 7), "grid is 7, it must be whole numbers"),
     (lambda: sparge.token_order("row", (1, -2, 3)), "grid->h is -2, which is too small"),
     (lambda: sparge.token_order("row", (1, 2, 3), seed=-1), "seed is -1, it must be in [0, 2^64 -"),
+    (lambda: sparge.token_order("row", (1, 2, 3), seed=0.5), "seed is 0.5, it must be in [0, 2^64"),
+    (lambda: sparge.token_order(["row"], (1, 2, 3)), "order is ['row'], it must be one of 'row'"),
+    (lambda: sparge.permute(X, [[0], 1, 2, 3]), "index is a list that numpy cannot read"),
     (lambda: sparge.permute(X, [0, 1, 2]), "index has the shape [3], it must be [4], the "
      "tokens of x"),
     (lambda: sparge.permute(X, [0, 1, 2, 2]), "index[3] is 2, as an earlier entry is"),

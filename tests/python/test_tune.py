@@ -132,6 +132,9 @@ def test_nan_leaves_a_head_dense(inputs):
     ({**BOUNDS, "theta": 0.5}, "theta is what is tuned"),
     ({**BOUNDS, "topk": 0.5}, "topk is what is tuned"),
     ({**BOUNDS, "k_bias": np.zeros((1, 1, 768), np.float32)}, "k_bias is of one input"),
+    ({**BOUNDS, "held_out": 0.5}, "held_out is 0.5, it must be a whole number"),
+    ({**BOUNDS, "seconds": "1"}, "seconds is '1', it must be a number"),
+    ({"l1": "0.1", "l2": 0.2}, "l1 is '0.1', it must be a number"),
     ({**BOUNDS, "mean": True}, "no argument 'mean'"),
 ])
 def test_what_is_refused(inputs, arguments, said):
@@ -143,6 +146,8 @@ def test_inputs_that_do_not_fit(inputs):
     (q, k, v), other = inputs
     with pytest.raises(ValueError, match="inputs is empty"):
         sparge.tune([], **BOUNDS)
+    with pytest.raises(TypeError, match=r"inputs\[0\] is a tuple, it must be \(q, k, v\)"):
+        sparge.tune([(q, k)], **BOUNDS)
     with pytest.raises(ValueError, match=r"inputs\[1\] has heads 2, it must be 3"):
         sparge.tune([(q, k, v), (other[0][:, :2], *other[1:])], **BOUNDS)
     with pytest.raises(ValueError, match="is_causal is True with 100 queries and 768 keys"):

@@ -330,6 +330,15 @@ def test_nested_and_interleaved():
     assert torch.equal(kept(*inputs), torchs(*inputs))
 
 
+def test_two_models_at_once():
+    one, other, inputs = Model(), Model(), three((1, 2, 100, 16))
+    with replace_sdpa() as around, replace_sdpa(one) as a, replace_sdpa(other) as b:
+        one(*inputs)
+        other(*inputs)
+        F.scaled_dot_product_attention(*inputs)
+    assert [[c.layer for c in x.calls] for x in (around, a, b)] == [[None], [0, 1], [0, 1]]
+
+
 def test_what_it_cannot_take_goes_to_torch_and_is_said_once():
     q, k, v = three((1, 2, 100, 16))
     bias = draw(100, 100)

@@ -88,6 +88,16 @@ def test_kinds_may_differ():
                        sparge.attend(q, k, v, blocks.numpy(), block=(16, 32)))
 
 
+def test_thresholds_and_blocks_may_require_gradients():
+    q, k, v = draw()
+    tau, blocks = torch.rand(4, requires_grad=True), torch.ones(2, 4, 5, 3, dtype=torch.bfloat16)
+    assert torch.equal(sparge.attention(q, k, v, tau=tau),
+                       sparge.attention(q, k, v, tau=tau.detach().numpy()))
+    for x, what in ((blocks, "Tensor"), (blocks.bool().to("meta"), "Tensor")):
+        with pytest.raises(TypeError, match=f"mask is a {what} that numpy cannot read"):
+            sparge.attend(q, k, v, x, block=(16, 32))
+
+
 def test_orders():
     x, index = draw(torch.bfloat16)[0], torch.randperm(70)
     moved = sparge.permute(x, index)
