@@ -140,13 +140,11 @@ def host(name: str, x: Any) -> NDArray[Any]:
         raise TypeError(f"{name} is a {type(x).__name__} that numpy cannot read: {error}") from None
 
 
-def empty(name: str, shape: Sequence[int], like: Tensor, layout: str,
-          dtype: str | None = None) -> Tensor:
+def empty(name: str, shape: Sequence[int], like: Tensor, layout: str) -> Tensor:
     """An array of this shape [B, H, N, D], of the kind, dtype, device and layout of another."""
-    dtype = dtype or like.dtype
     order = (0, 1, 2, 3) if layout == "HND" else (0, 2, 1, 3)
     axes = [shape[n] for n in order][0 if like.batched else 1:]
-    return read(name, new(axes, like, dtype), layout)
+    return read(name, new(axes, like, like.dtype), layout)
 
 
 def new(shape: Sequence[int], like: Tensor, dtype: str) -> Any:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparge._arrays import host
-from sparge._counts import Counts as Counts
+from sparge._counts import Counts
 from sparge._native import call, ffi, lib, text
-from sparge._options import Causal, causal, pair, whole
+from sparge._options import DEFAULTS, Causal, causal, pair, whole
 
 Bools = NDArray[np.bool_]
 Row = Sequence[int]  # batch, head, query block
@@ -58,7 +58,8 @@ class BlockMask:
     # ---- Making ----
 
     @classmethod
-    def from_blocks(cls, blocks: Any, q_len: int, k_len: int, *, block: tuple[int, int] = (128, 64),
+    def from_blocks(cls, blocks: Any, q_len: int, k_len: int, *,
+                    block: tuple[int, int] = DEFAULTS["block"],
                     is_causal: Causal = False) -> BlockMask:
         """By blocks, each whole: bool or uint8 [B, H, i, j], [H, i, j] or [i, j], which is one
         head, with i = ceil(q_len / block[0]) and j = ceil(k_len / block[1]).
@@ -70,7 +71,7 @@ class BlockMask:
         return mask
 
     @classmethod
-    def from_tokens(cls, pairs: Any, *, block: tuple[int, int] = (128, 64),
+    def from_tokens(cls, pairs: Any, *, block: tuple[int, int] = DEFAULTS["block"],
                     is_causal: Causal = False) -> BlockMask:
         """By pairs of tokens: bool or uint8 [B, H, Nq, Nk], [H, Nq, Nk] or [Nq, Nk], which is one
         head; 0 is not attended. A block is computed if one of its visible pairs is attended.
@@ -244,6 +245,10 @@ class BlockMask:
             raise ValueError("copy is False: a mask holds bits, its array is always a copy")
         return self.blocks.astype(dtype or bool)
 
+    def __reduce__(self) -> Any:  # for copies, and for other processes
+        sizes = self.q_len, self.k_len, self.block, self.is_causal, self._batched
+        return _made_of, (self._blocks, *self._partials(), sizes)
+
     def __repr__(self) -> str:
         seen = f"is_causal={self.is_causal!r}" if self.is_causal else "not causal"
         partial = f", {self.partial} in part" if self.partial else ""
@@ -395,6 +400,14 @@ def read_bools(name: str, x: Any, axes: str) -> tuple[NDArray[Any], bool]:
         raise ValueError(f"{name} has the shape {list(x.shape)}, it must be [B, H, {axes}], "
                          f"[H, {axes}] or [{axes}]")
     return x.reshape((1, ) * (4 - x.ndim) + x.shape), x.ndim == 4
+
+
+def _made_of(blocks: Bools, index: NDArray[np.int64], bits: NDArray[np.uint8],
+             sizes: Any) -> BlockMask:
+    """A mask of what __reduce__() gives."""
+    mask = BlockMask._empty(blocks.shape[:2], *sizes)
+    mask._fill(blocks, index, bits)
+    return mask
 
 
 def _view(pointer: Any, dtype: Any, shape: Sequence[int]) -> NDArray[Any]:

@@ -214,8 +214,9 @@ class Context:
     """sparge_context, and what its pointers point to."""
 
     def __init__(self, options: Mapping[str, Any], q_len: int, k_len: int) -> None:
-        self.c = ffi.new("sparge_context *", {"layer": whole("layer", options.get("layer", 0)),
-                                              "step": whole("step", options.get("step", 0))})
+        options = {**METHOD_DEFAULTS, **options}
+        self.c = ffi.new("sparge_context *", {name: whole(name, options[name])
+                                              for name in ("layer", "step")})
         grid, ends = options.get("grid"), options.get("segment_ends")
         if grid is not None:
             self.grid = grid_struct(grid)

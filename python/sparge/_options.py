@@ -274,5 +274,6 @@ def pair(name: str, value: Any) -> tuple[int, int]:
 
 def prepare(q: Any, k: Any, v: Any, options: Options) -> tuple[Problem, Settings]:
     """What every call begins with."""
-    problem = Problem(q, k, v, options.get("layout", "HND"), options.get("k_bias"))
+    problem = Problem(q, k, v, options.get("layout", DEFAULTS["layout"]),
+                      options.get("k_bias"))
     return problem, Settings(problem, options)

@@ -45,7 +45,7 @@ from sparge._capture import HIDDEN
 from sparge._counts import Counts
 from sparge._methods import METHOD_DEFAULTS, MethodOptions
 from sparge._native import lib
-from sparge._options import DEFAULTS, Function, takes_options
+from sparge._options import DEFAULTS, Function, flag, takes_options, whole
 from sparge._params import Params
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -306,7 +306,8 @@ class Taker:
     scaled_dot_product_attention(), and torch's own where that cannot."""
 
     def __init__(self, options: Any, strict: bool = False, min_queries: int = 2) -> None:
-        self.options, self.strict, self.min_queries = options, strict, min_queries
+        self.options, self.strict = options, flag("strict", strict)
+        self.min_queries = whole("min_queries", min_queries)
         self.record = Record()
         self._said: set[str] = set()
 

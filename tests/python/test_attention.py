@@ -268,6 +268,21 @@ def test_a_causal_mask_brings_its_causality():
     assert np.array_equal(sparge.attend(X, X, X, MASK), want)
 
 
+def test_the_defaults_are_those_of_the_library():
+    from sparge._native import ffi, lib
+    from sparge._options import prepare
+    want = ffi.new("sparge_options *")
+    lib.sparge_options_init(want, ffi.sizeof("sparge_options"), lib.SPARGE_VERSION_NUMBER,
+                            lib.SPARGE_RULES_DEFAULT)
+    got = prepare(X, X, X, {})[1].c
+    for name, field in ffi.typeof("sparge_options").fields:
+        if name not in ("progress", "user") and field.type.kind in ("primitive", "enum", "pointer"):
+            assert getattr(got, name) == getattr(want, name), name
+    for struct in ("thresholds", "cuda"):
+        ours, theirs = (bytes(ffi.buffer(ffi.addressof(c, struct))) for c in (got, want))
+        assert ours == theirs
+
+
 def test_options_are_shown_and_no_other_name_is_taken():
     """help() shows every option, and no other name is taken."""
     assert "is_causal" in str(sparge.attention.__signature__)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """BlockMask beside numpy: blocks, pairs of tokens, causality, counts, and the program's files."""
+import copy
 import json
+import pickle
 import subprocess
 
 import numpy as np
@@ -167,6 +169,16 @@ def test_and_or(is_causal):
         one & two.convert((8, 8))
     with pytest.raises(TypeError, match="unsupported operand"):
         one & 1
+
+
+@pytest.mark.parametrize("is_causal", [False, "end"])
+def test_copies_and_pickles(is_causal):
+    mask = BlockMask.from_tokens(draw(6, 70, 90)[None], block=BLOCK, is_causal=is_causal)
+    for other in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert other == mask and other.partial == mask.partial > 0
+        assert other.shape == mask.shape and other.is_causal == is_causal
+    del mask
+    assert other.to_tokens().any()
 
 
 # ---- Masks in calls ---------------------------------------------------------------------------

@@ -360,6 +360,8 @@ def test_wrong_options_are_no_reason_to_leave_it_to_torch():
         F.scaled_dot_product_attention(*three((1, 2, 100, 16)))
     with pytest.raises(TypeError, match="no argument 'tua'"):
         replace_sdpa(tua=0.9)
+    with pytest.raises(ValueError, match="min_queries is 'x', it must be a whole number"):
+        replace_sdpa(min_queries="x").__enter__()
 
 
 def test_layers_of_a_model():
