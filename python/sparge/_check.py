@@ -9,7 +9,7 @@ import numpy as np
 
 from sparge._arrays import DTYPES, is_torch, pointer
 from sparge._compare import Floats, Place, compare, distance, first, recall
-from sparge._diagnose import Row, diagnose, diagnose_lse, float64, head_of, row_of
+from sparge._diagnose import Row, diagnose, diagnose_lse, float64, row_of
 from sparge._given import prepare_over
 from sparge._mask import BlockMask
 from sparge._native import ffi, lib, text
@@ -194,9 +194,7 @@ class Judge:
         elif report.lse_reason() and lse is not None and got_lse is not None:
             at = first(np.isfinite(got_lse) != np.isfinite(want_lse)) or lse.worst_at
             if at is not None:
-                r = row(at)
-                k_mean = head_of(self.problem.k, self.problem.layout, at[0], r.kv_head).mean(0)
-                found = diagnose_lse(float(got_lse[at]), float(want_lse[at]), r, k_mean,
+                found = diagnose_lse(float(got_lse[at]), float(want_lse[at]), row(at),
                                      lse.max_worst)
                 report.hint = found and f"element {at} of lse: {found}"
 

@@ -17,6 +17,7 @@ from sparge._native import ffi, lib
 
 Found = tuple[float, str]  # the relative L1 that is left, and what it says
 LOG2E = math.log2(math.e)
+NO_KEY = "it sees no key: o must be 0 there, and lse -inf"
 
 
 def float64(x: Any) -> Floats:
@@ -221,7 +222,7 @@ def factors(r: Row) -> Iterator[Found]:
 def nonfinite(r: Row) -> str | None:
     """Of a row that is not finite although it should be, or the other way round."""
     if not r.attended.any():
-        return "it sees no key: o must be 0 there, and lse -inf"
+        return NO_KEY
     sound = np.isfinite(r.k).all(-1) & np.isfinite(r.v).all(-1) & ~np.isnan(r.bias)
     if sound[r.attended].all() and not sound.all() and np.isfinite(r.q).all():
         return (f"key {int(np.flatnonzero(~sound)[0])}, which it must not see, is not finite: the "
@@ -234,16 +235,18 @@ def diagnose(r: Row, bound: float) -> str | None:
     if not (np.isfinite(r.got).all() and np.isfinite(r.want[r.batch, r.head, r.row]).all()):
         return nonfinite(r)
     if not r.attended.any():
-        return "it sees no key: o must be 0 there, and lse -inf"
+        return NO_KEY
     with np.errstate(all="ignore"):
         found = [x for rule in (factors, last_key, blocks, scales, heads) for x in rule(r)]
     error, words = min(found, key=lambda x: x[0])
     return words if error <= bound else None
 
 
-def diagnose_lse(got: float, want: float, row: Row, k_mean: Floats, bound: float) -> str | None:
+def diagnose_lse(got: float, want: float, row: Row, bound: float) -> str | None:
     """The same for an lse."""
-    lost = row.softmax_scale * float(row.q @ k_mean)
+    if not row.attended.any():
+        return NO_KEY
+    lost = row.softmax_scale * float(row.q @ row.k.mean(0))
     found = {want * LOG2E: "it is in log2 units: multiply by ln 2",
              want / LOG2E: "it is in natural units times ln 2: do not convert it twice",
              want - lost: "it is that of smoothed keys: add softmax_scale * q.mean(k)",

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Callable, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sparge._arrays import pointer
+from sparge._arrays import pointer, read
 from sparge._check import on_host
 from sparge._mask import BlockMask
 from sparge._native import ffi, lib
 from sparge._optional import optional
-from sparge._options import Causal, Options, prepare, takes_options
+from sparge._options import DEFAULTS, Causal, Options, prepare, takes_options
 from sparge._plan import Plan
 from sparge._report import Report
 
@@ -64,6 +64,9 @@ def plot(what: Any, *, head: int = 0, batch: int = 0, panels: Any = None, ax: An
     for name, n, count in (("batch", batch, shape.batch), ("head", head, shape.heads)):
         if not 0 <= n < count:
             raise ValueError(f"{name} is {n}, it must be at least 0 and below {count}")
+    grid = report.block_mass.shape[-2:] if report else mask.shape[-2:]
+    if 0 in grid:
+        raise ValueError(f"what has {grid[0]} x {grid[1]} blocks, there is nothing to draw")
     mass: Any = None
     if report:
         mass = report.block_mass[batch, head]
@@ -103,9 +106,13 @@ def _mass(mask: BlockMask, q: Any, k: Any, batch: int, head: int,
           options: Options) -> NDArray[np.float64]:
     """[Qb, Kb]: attention of one head between blocks."""
     q, k = on_host(q), on_host(k)
-    nhd = options.get("layout") == "NHD"
-    heads = [x.shape[-2 if nhd else -3] for x in (q, k)]
-    kv_head = head * heads[1] // heads[0]
+    layout = options.get("layout", DEFAULTS["layout"])
+    shapes = [read(name, x, layout).shape for name, x in (("q", q), ("k", k))]
+    nhd, heads, of = layout == "NHD", mask._mask.heads, mask._mask.batch
+    if shapes[0][:2] != (of, heads) or shapes[1][0] != of or not shapes[1][1]:
+        raise ValueError(f"q and k are [B, H, N, D] = {list(shapes[0])} and {list(shapes[1])}, the "
+                         f"mask is of [B, H] = {[of, heads]}")
+    kv_head = head * shapes[1][1] // heads
 
     def one(x: Any, h: int) -> Any:
         x = x[batch] if x.ndim == 4 else x

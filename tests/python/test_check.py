@@ -280,6 +280,12 @@ def test_lse(qkv, mask):
     assert not report.ok and "the first is (0, 3, 16)" in report.reasons[0]
 
 
+def test_lse_of_no_keys(qkv):
+    q, k, v = (x[:, :n] for x, n in zip(qkv, (3, 0, 0)))
+    report = sparge.check(np.zeros((H, 3, DV), np.float32), q, k, v, lse=np.zeros((H, 3)))
+    assert report.hint.endswith("it sees no key: o must be 0 there, and lse -inf")
+
+
 def test_mask_beside_the_predictors(qkv, mask):
     predicted = sparge.predict(*qkv[:2], theta=-1, tau=0.7, **HOW)
     other = predicted.blocks.copy()

@@ -157,6 +157,9 @@ def test_refused(matplotlib, mask, qkv):
                          ({"panels": "dropped"}, "'dropped' needs a mask, and q and k"),
                          ({"panels": "predicted"}, "'predicted' needs the Report of a mask"),
                          ({"q": qkv[0][:, 1:], "k": qkv[1]}, "q and k have 149 and 150 tokens"),
+                         ({"q": qkv[0][:2], "k": qkv[1]}, r"the mask is of \[B, H\] = \[1, 4\]"),
+                         ({"q": [0.0], "k": qkv[1]}, "q is a list, it must be an array of numpy"),
+                         ({"what": sparge.predict(qkv[0][:, :0], qkv[1])}, "what has 0 x 3 blocks"),
                          ({"ax": [None, None]}, "ax has 2 axes, it must have one for each of")):
         with pytest.raises((TypeError, ValueError), match=words):
             sparge.plot(**{"what": mask, **wrong})
