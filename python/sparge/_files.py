@@ -9,7 +9,7 @@ from pathlib import Path
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """All of it or nothing appears at this path, whose folder is made where it is missing. A device
     or a pipe is written to."""
-    path = Path(os.path.realpath(path))  # a link stays a link
+    path = Path(os.path.realpath(os.fsdecode(path)))  # a link stays a link
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return

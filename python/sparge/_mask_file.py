@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sparge._files import write_whole
 from sparge._mask import BlockMask
 from sparge._optional import optional
+from sparge._options import pair
 
 METADATA = "sparge"  # one entry, since several would come in any order
 SIZES = {"q_len", "k_len", "block", "is_causal"}
@@ -23,7 +24,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def _is_tensors(path: str | os.PathLike[str]) -> bool:
-    return os.fspath(path).endswith(".safetensors")
+    return os.fsdecode(path).endswith(".safetensors")
 
 
 # ---- Writing ----
@@ -39,8 +40,8 @@ def save(mask: BlockMask, path: str | os.PathLike[str]) -> None:
             {"partial_index": index, "blocks": blocks, "partial_bits": np.ascontiguousarray(bits)},
             {METADATA: json.dumps(sizes)})
     elif mask.partial:
-        raise ValueError(f"{os.fspath(path)}: the mask has {mask.partial} partly attended blocks, "
-                         "which a .npy does not hold; let the name end in .safetensors")
+        raise ValueError(f"{os.fsdecode(path)}: the mask has {mask.partial} partly attended blocks"
+                         ", which a .npy does not hold; let the name end in .safetensors")
     else:
         buffer = io.BytesIO()
         np.save(buffer, blocks)
@@ -53,7 +54,7 @@ def save(mask: BlockMask, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], given: Mapping[str, Any]) -> BlockMask:
     """See BlockMask.load()."""
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     arrays, own = _read_tensors(name) if _is_tensors(name) else (_read_npy(name), {})
     sizes = {**{size: value for size, value in given.items() if value is not None}, **own}
     try:
@@ -66,7 +67,7 @@ def load(path: str | os.PathLike[str], given: Mapping[str, Any]) -> BlockMask:
     for size in own:
         value, has = given[size], getattr(mask, size)
         same = mask._has_causality(value) if size == "is_causal" and value is not None else (
-            value is None or has == (tuple(value) if size == "block" else value))
+            value is None or has == (pair(size, value) if size == "block" else value))
         if not same:
             raise ValueError(f"{name}: {size} is {value!r} and the file says {has!r}: leave "
                              "it out, and convert() the mask afterwards")

@@ -59,7 +59,11 @@ def token_order(order: str, grid: Sequence[int], seed: int = 0) -> NDArray[np.in
     number = word("order", order, ORDERS)
     c = grid_struct(grid)
     room = Grid(*grid).tokens
-    index = np.empty(max(0, room) if min(grid, default=0) >= 0 else 0, np.int64)
+    try:
+        index = np.empty(room if min(grid) >= 0 else 0, np.int64)
+    except ValueError:  # more than an array may have
+        raise MemoryError(f"grid is {tuple(grid)}: no memory for the order of {room} tokens"
+                          ) from None
     try:
         call(lib.sparge_token_order, number, c, operator.index(seed),
              _arrays.pointer(index, "int64_t *"))

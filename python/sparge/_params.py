@@ -31,6 +31,7 @@ AGREE = {"rules": "rules", "block_q": "block", "block_k": "block", "skip_rows": 
          "causal": "is_causal", "sink": "sink", "smooth_k": "smooth_k",
          "softmax_scale": "softmax_scale"}
 LARGEST = 2**31 - 1  # number of a layer or a head
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def short(x: float) -> float | None:
@@ -131,6 +132,8 @@ class Params:
 
     def __init__(self, document: dict[str, Any], source: str = "params") -> None:
         """Of the JSON object of a file. ValueError: it is not one of `sparge tune`."""
+        if not isinstance(document, dict):
+            raise ValueError(f"{source}: is no JSON object")
         Reader(source, document).read_all()
         self._document, self._source = document, source
         self._heads: dict[int, list[dict[str, Any]]] = {}
@@ -211,8 +214,6 @@ def load_params(path: str | os.PathLike[str]) -> Params:
         document = json.loads(Path(path).read_bytes(), object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; is it cut short?") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: is no JSON object")
     return Params(document, str(path))
 
 
@@ -258,7 +259,7 @@ class Reader:
         lib.sparge_range(key.encode(), ends, ends + 1)
         low, high = max(ends[0], -1e30), ends[1]  # JSON has no infinity
         x = self.object.get(key, math.nan)
-        right = x is None or (type(x) in (int, float) and abs(x) <= np.finfo(np.float32).max
+        right = x is None or (type(x) in (int, float) and abs(x) <= LARGEST_FLOAT
                               and np.float32(low) <= np.float32(x) <= np.float32(high))
         self.must(bool(right), key, f"a number in [{low:g}, {high:g}], or null")
 

@@ -2,6 +2,7 @@
 """BlockMask beside numpy: blocks, pairs of tokens, causality, counts, and the program's files."""
 import copy
 import json
+import os
 import pickle
 import subprocess
 
@@ -298,6 +299,11 @@ def test_what_save_and_load_refuse(tmp_path):
         BlockMask.load(tmp_path / "b.npy")
     with pytest.raises(ValueError, match=r"b.npy: blocks is .* it must be \[1, 2, 1, 2\]"):
         BlockMask.load(tmp_path / "b.npy", q_len=70, k_len=90)
+    mask = BlockMask.from_blocks(np.ones((2, 3), bool), 20, 30, block=(10, 10))
+    mask.save(os.fsencode(tmp_path / "c.safetensors"))
+    assert BlockMask.load(os.fsencode(tmp_path / "c.safetensors"), block=(10, 10)) == mask
+    with pytest.raises(ValueError, match="block is 10, it must be two numbers"):
+        BlockMask.load(tmp_path / "c.safetensors", block=10)
     with pytest.raises(FileNotFoundError):
         BlockMask.load(tmp_path / "none.safetensors")
 

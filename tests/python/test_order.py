@@ -96,6 +96,12 @@ def test_what_is_wrong_is_said(call, message):
     assert message in str(error.value)
 
 
+def test_grids_beyond_all_arrays():
+    for grid in ((2**40, 2**40, 1), (2**62, 1, 1)):
+        with pytest.raises(MemoryError, match=f"grid is .{grid[0]}, .* no memory for the order of"):
+            sparge.token_order("row", grid)
+
+
 def test_info_is_that_of_the_program(program):
     told = json.loads(subprocess.run([program, "info", "--json"], check=True, capture_output=True,
                                      text=True).stdout)

@@ -169,6 +169,16 @@ WRONG = [
 ]
 
 
+def test_numbers_beyond_float32(document):
+    for key, value in (("tau", 1e99), ("topk", 10**400), ("theta", -10**400)):
+        document["heads"][1][key] = value
+        with pytest.raises(ValueError, match=f"{key}' must be a number in"):
+            sparge.Params(document)
+        document["heads"][1][key] = 0.5
+    with pytest.raises(ValueError, match="params: is no JSON object"):
+        sparge.Params([document])
+
+
 @pytest.mark.parametrize("key, value", WRONG)
 def test_the_sentences_of_the_program(program, qkv, document, tmp_path, key, value):
     """A wrong value is refused, and by the same words."""
