@@ -63,8 +63,9 @@ def test_other_threads_work_meanwhile(monkeypatch):
         counted += 1
         os.sched_yield()  # lets go of the GIL
     thread.join()
-    # A call that kept the GIL would leave this loop some turns before and after.
-    assert counted - since[0] > 1000
+    # A call that kept the GIL would leave this loop a turn or two. On a busy machine a turn lasts
+    # until the other processes have had theirs, some ms, and the call lasts longer too.
+    assert counted - since[0] > 30
 
 
 def test_eight_threads_at_once():
