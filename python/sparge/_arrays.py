@@ -124,8 +124,10 @@ def packed(name: str, x: Any, like: Tensor, shape: Sequence[int]) -> Any:
     if not is_torch(x) and not isinstance(x, np.ndarray):
         x = _imported(name, x)
     dtype, device, found, _, _ = (_of_torch if is_torch(x) else _of_numpy)(name, x)
-    if dtype != "float32" or tuple(found) != tuple(shape):
-        raise ValueError(f"{name} is {dtype} {list(found)}, it must be float32 {list(shape)}")
+    if dtype != "float32":
+        raise TypeError(f"{name} is {dtype}, it must be float32")
+    if tuple(found) != tuple(shape):
+        raise ValueError(f"{name} has the shape {list(found)}, it must be {list(shape)}")
     if device != like.device:
         raise ValueError(f"{name} is on {device} and {like.name} is on {like.device}, they must be "
                          "on one device")

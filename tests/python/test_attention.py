@@ -221,7 +221,8 @@ MASK = sparge.predict(X, X, is_causal=True)
     ({"layout": np.zeros(2)}, "layout is array([0., 0.]), it must be 'HND' or 'NHD'"),
     ({"softmax_scale": 0}, "softmax_scale is 0.0, it must be above 0, or None for 1/sqrt(D)"),
     ({"layout": "hnd"}, "layout is 'hnd', it must be 'HND' or 'NHD'"),
-    ({"k_bias": np.zeros(40)}, "k_bias is float64 [40], it must be float32 [2, 40]"),
+    ({"k_bias": np.zeros((2, 40))}, "k_bias is float64, it must be float32"),
+    ({"k_bias": np.zeros(40, np.float32)}, "k_bias has the shape [40], it must be [2, 40]"),
     ({"k_bias": [0.0] * 40}, "k_bias is a list, it must be an array of numpy"),
 ])
 def test_what_is_wrong_with_options_is_said(options, message):
