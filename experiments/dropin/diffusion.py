@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """diffusion.py: diffusers' pipelines with SpargeAttn in their transformers, beside their own
 attention: python experiments/dropin/diffusion.py [--check]
