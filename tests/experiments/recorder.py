@@ -840,7 +840,7 @@ def test_interrupted():
         real(*args)
 
     for stop_at in range(1, 9):
-        count, _files.os = 0, types.SimpleNamespace(replace=replace, path=os.path)
+        count, _files.os = 0, types.SimpleNamespace(**{**vars(os), "replace": replace})
         try:
             refused(OSError, ["no room"], run_plain, f"o{stop_at}")
         finally:
