@@ -66,6 +66,7 @@ typedef struct sparge_method {
     unsigned needs;       /* of sparge_needs */
     sparge_param param[SPARGE_MAX_PARAMS]; /* the first sets the density, which never falls with
                                               it; a name of NULL ends them */
+    bool falls; /* the density never rises with the first parameter, but falls */
     /* Fills in the parts of a plan whose problem and options are the caller's, checked. */
     sparge_status (*plan)(sparge_plan *plan, const sparge_context *context, const double *param,
                           sparge_error *error);

@@ -8,10 +8,12 @@
 #include "common/select.h"
 #include "methods/method.h"
 
-/* Floats as they are ordered, or whole numbers: what lies between is bisected, not measured. An end
- * that is no float stays what it is. */
-static double value_at(const sparge_param *q, int64_t place)
+/* Floats as they are ordered, or whole numbers, and backwards if the density falls with them: what
+ * lies between is bisected, not measured. An end that is no float stays what it is. */
+static double value_at(const sparge_method *m, int64_t at)
 {
+    const sparge_param *q = &m->param[0];
+    const int64_t place = m->falls ? -at : at;
     const uint32_t key = (uint32_t)place;
     const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
     float x;
@@ -19,9 +21,10 @@ static double value_at(const sparge_param *q, int64_t place)
     return q->whole ? (double)place : fmax(q->low, fmin((double)x, q->high));
 }
 
-static int64_t place_of(const sparge_param *q, double x)
+static int64_t place_of(const sparge_method *m, double x)
 {
-    return q->whole ? (int64_t)x : (int64_t)sparge_order_key((float)x);
+    const int64_t place = m->param[0].whole ? (int64_t)x : (int64_t)sparge_order_key((float)x);
+    return m->falls ? -place : place;
 }
 
 typedef struct search {
@@ -38,7 +41,7 @@ static sparge_status try_place(const search *s, int64_t place, sparge_plan *plan
                                sparge_error *error)
 {
     const int64_t heads = s->problem->batch * s->problem->heads;
-    s->param[0] = value_at(&s->method->param[0], place);
+    s->param[0] = value_at(s->method, place);
     sparge_status status =
         sparge_method_plan(s->method, s->problem, s->options, s->context, s->param, plan, error);
     if (!status)
@@ -76,8 +79,9 @@ sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_pr
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s has no parameter that sets its density",
                            method->name);
     const double most = (double)problem->q_len + (double)problem->k_len; /* whole numbers count */
-    int64_t low = place_of(q, q->low),
-            high = place_of(q, q->whole ? fmax(q->low, fmin(q->high, most)) : q->high);
+    const double last = q->whole ? fmax(q->low, fmin(q->high, most)) : q->high;
+    int64_t low = place_of(method, method->falls ? last : q->low),
+            high = place_of(method, method->falls ? q->low : last);
     double below, above;
     sparge_plan lower = {0}, upper = {0};
     sparge_status status = try_place(&s, low, &lower, &below, error);
@@ -88,7 +92,8 @@ sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_pr
                              isnan(below) ? "density %g cannot be reached: no query sees a key"
                                           : "density %g cannot be reached: with %s from %g to %g "
                                             "it goes from %.6g to %.6g",
-                             density, q->name, value_at(q, low), value_at(q, high), below, above);
+                             density, q->name, value_at(method, low), value_at(method, high), below,
+                             above);
     while (!status && high - low > 1 && below < above) {
         const int64_t middle = low + (high - low) / 2;
         sparge_plan tried;
@@ -108,7 +113,7 @@ sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_pr
         return status;
     }
     const bool lies_lower = density - below <= above - density;
-    param[0] = value_at(q, lies_lower ? low : high);
+    param[0] = value_at(method, lies_lower ? low : high);
     *plan = lies_lower ? lower : upper;
     sparge_plan_free(lies_lower ? &upper : &lower);
     return SPARGE_OK;

@@ -49,6 +49,7 @@ class Method:
     evidence    how many of its blocks or pairs are those of the authors' code, or ""
     needs       causal, not_causal, grid, segments, state
     params      the first sets the density, which never falls with it
+    falls       or which never rises with it, but falls
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     evidence: str
     needs: tuple[str, ...]
     params: tuple[Param, ...]
+    falls: bool
 
 
 def _read(m: Any) -> Method:
@@ -73,7 +75,7 @@ def _read(m: Any) -> Method:
     return Method(text(m.name), text(m.title), text(m.paper), text(m.repository), text(m.commit),
                   text(m.kind), text(m.evidence),
                   needs=tuple(word for bit, word in sorted(NEEDS.items()) if m.needs & bit),
-                  params=tuple(params))
+                  params=tuple(params), falls=m.falls)
 
 
 def methods() -> tuple[Method, ...]:

@@ -171,10 +171,11 @@ static void short_defaults(const sparge_method *m, double *param)
     }
 }
 
-/* Between the ends of the first parameter: share 0 to 1. */
-static double first_param(const sparge_method *m, const question *a, double share)
+/* Between the ends of the first parameter, from where density is least: share 0 to 1. */
+static double first_param(const sparge_method *m, const question *a, double least_first)
 {
     const sparge_param *q = &m->param[0];
+    const double share = m->falls ? 1.0 - least_first : least_first;
     const double high = q->whole ? fmin(q->high, fmax(q->low, (double)a->x.p.k_len)) : q->high;
     const double low = isinf(q->low) ? fmin(high, 0.0) - 8.0 : q->low;
     const double x = low + share * ((isinf(high) ? low + 16.0 : high) - low);
@@ -547,7 +548,7 @@ static void right_plans(const sparge_method *m, question *a, int index, int sett
         check_case("%s, setting %d, plan %d", m->name, setting, way);
         short_defaults(m, param);
         if (way == LOW || way == HIGH)
-            param[0] = way == LOW ? m->param[0].low : m->param[0].high;
+            param[0] = first_param(m, a, way == LOW ? 0.0 : 1.0);
         for (int n = 0; n < SPARGE_MAX_PARAMS && m->param[n].name && way == ALL_LOW; n++)
             param[n] = m->param[n].low;
         if (!plan_of(m, a, way == DEFAULTS ? NULL : param, &plan))
@@ -717,7 +718,7 @@ static void between(const sparge_method *m, question *a, int index, int setting)
     if (!strcmp(m->name, "random") || !m->param[0].name)
         return;
     if (sparge_method_plan_at(m, &a->x.p, &a->x.o, &a->context, param, 0.3, NULL, &plan, &error)) {
-        param[0] = m->param[0].low; /* the nearest, if it makes plans here */
+        param[0] = first_param(m, a, 0.0); /* the nearest, if it makes plans here */
         if (!plan_of(m, a, param, &plan))
             return;
         check(strstr(error.text, "cannot be reached"), "%s", error.text);

@@ -584,9 +584,10 @@ static sparge_status plan_at(const sparge_method *m, const problem *x, double *p
     return sparge_method_plan_at(m, &x->p, &x->o, NULL, param, density, &mine, plan, error);
 }
 
+enum { MOST = 37 + 53 }; /* the widest window */
+
 Test(parts, the_nearest_density)
 {
-    enum { MOST = 37 + 53 };
     problem x = ask_small(SPARGE_CAUSAL_END);
     const sparge_method *m = sparge_method_find("window");
     double there[MOST + 1];
@@ -620,6 +621,35 @@ Test(parts, the_nearest_density)
                      check_text("with window from 1 to 90 it goes from %.6g to 1", there[1])),
               "%s", error.text);
         check(!plan.parts && !plan.memory, "not empty");
+    }
+    problem_free(&x);
+}
+
+/* A window of 1 + MOST - w: density falls with its first parameter. */
+static sparge_status plan_backwards(sparge_plan *plan, const sparge_context *context,
+                                    const double *param, sparge_error *error)
+{
+    return sparge_method_find("window")->plan(
+        plan, context, (const double[]){1 + MOST - param[0], param[1]}, error);
+}
+
+Test(parts, the_nearest_density_that_falls)
+{
+    problem x = ask_small(SPARGE_CAUSAL_END);
+    const sparge_method *m = sparge_method_find("window");
+    sparge_method falls = *m;
+    falls.param[0].high = MOST;
+    falls.plan = plan_backwards;
+    falls.falls = true;
+    for (double want = 0.1; want <= 1.0; want += 0.1) {
+        double param[] = {0.0, 2.0}, param_falls[] = {0.0, 2.0};
+        sparge_plan plan;
+        check_case("%g", want);
+        check_equal(plan_at(m, &x, param, want, &plan, NULL), SPARGE_OK);
+        sparge_plan_free(&plan);
+        check_equal(plan_at(&falls, &x, param_falls, want, &plan, NULL), SPARGE_OK);
+        sparge_plan_free(&plan);
+        check_equal(param_falls[0], 1 + MOST - param[0]);
     }
     problem_free(&x);
 }

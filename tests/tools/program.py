@@ -1145,10 +1145,11 @@ def test_methods():
     explained("sparge methods", all_)
     code, table, err = sparge("methods")
     check(code == FINE and err == "", "as a table", code, err)
+    keys = "name title paper repository commit class params falls needs evidence".split()
     for m in all_:
         check(
-            list(m) == "name title paper repository commit class params needs evidence".split() and
-            f"{m['name']}: {m['title']}\n" in table and m["paper"] in table, "a method", m)
+            list(m) == keys and f"{m['name']}: {m['title']}\n" in table and m["paper"] in table,
+            "a method", m)
         for x in m["params"]:
             check(list(x) == "name low high default what".split() and f"{x['name']}=" in table,
                   "a parameter", x)
