@@ -16,8 +16,8 @@
  * - Weights are whole numbers, as TopCdf's are: a sum over cells has one value in any order.
  * - t 0 keeps every visible block, also one whose weights are all below 2^-30 of the largest.
  * - `by` says what t is held against: mass (0), mass times the visible blocks of the row, so that 1
- *   is its mean (1), or mass over the largest of the row (2).
- * Masks are nested in t. multiply_adds leaves means, softmax and sums out. */
+ *   is its mean (1), mass over the largest of the row (2), or mass times the blocks of all keys
+ * (3). Masks are nested in t. multiply_adds leaves means, softmax and sums out. */
 #include <math.h>
 #include <string.h>
 
@@ -26,7 +26,7 @@
 #include "methods/method.h"
 
 enum { T, CELL, BY };
-enum { BY_MASS, BY_MEAN, BY_LARGEST };
+enum { BY_MASS, BY_MEAN, BY_LARGEST, BY_LENGTH };
 
 /* Adds what the queries of a row of cells pay to each block, times their number. s are its scores,
  * per_block cells a block; sum has room for a number for each block. */
@@ -56,9 +56,10 @@ static void choose(const sparge_head *head, int64_t i, const double *mass)
     double most = 0.0;
     for (int64_t j = 0; j < visible; j++)
         most = fmax(most, mass[j]);
-    const double limit = head->param[BY] == BY_MASS   ? t * all
-                         : head->param[BY] == BY_MEAN ? t * all / (double)visible
-                                                      : t * most;
+    const double limit = head->param[BY] == BY_MASS      ? t * all
+                         : head->param[BY] == BY_MEAN    ? t * all / (double)visible
+                         : head->param[BY] == BY_LARGEST ? t * most
+                                                         : t * all / (double)head->g.k_blocks;
     for (int64_t j = 0; j < visible; j++)
         if (j == 0 || t == 0.0 || mass[j] > limit)
             sparge_keep(head, i, j);
@@ -123,7 +124,7 @@ const sparge_method sparge_method_submass = {
     .param = {{"t", 0.0, INFINITY, 0.003, false, "mass above which a block is kept"},
               {"cell", 0.0, SPARGE_MAX_BLOCK, 8.0, true,
                "tokens of a cell, which divide the blocks; 0: the whole block"},
-              {"by", 0.0, 2.0, 0.0, true,
-               "t is of all mass (0), of the mean of a row (1), of its largest (2)"}},
+              {"by", 0.0, 3.0, 0.0, true,
+               "t is of all mass (0), a row's mean (1), its largest (2), 1 / key blocks (3)"}},
     .plan = plan_submass,
 };

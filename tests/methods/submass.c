@@ -144,7 +144,10 @@ static void has_masses(const hand *x, const double *param, const double *masses)
         double most = 0.0, limit;
         for (int64_t j = 0; j < visible; j++)
             most = fmax(most, mass[j]);
-        limit = param[0] * (param[2] == 0 ? 1.0 : param[2] == 1 ? 1.0 / (double)visible : most);
+        limit = param[0] * (param[2] == 0   ? 1.0
+                            : param[2] == 1 ? 1.0 / (double)visible
+                            : param[2] == 2 ? most
+                                            : 1.0 / (double)g.k_blocks);
         for (int64_t j = 0; j < g.k_blocks; j++) {
             const bool forced = j < visible && (j == 0 || j >= sparge_first_diagonal(&g, i));
             const bool kept = sparge_mask_get(&plan.part[0].mask, 0, row / g.q_blocks, i, j);
@@ -196,13 +199,13 @@ static void masses_of(const hand *x, const input *in, int64_t cell, double *mass
 /* Ragged ends, heads that share keys, all of causality. */
 Test(submass, textbook)
 {
-    static const double t[] = {0.12, 0.8, 0.4}; /* by mass, mean, largest */
+    static const double t[] = {0.12, 0.8, 0.4, 0.8}; /* by mass, mean, largest, length */
     static input in;
     double masses[HEADS * 4 * 7];
     hand x = input_make(&in, false);
     for (int causal = SPARGE_CAUSAL_NONE; causal <= SPARGE_CAUSAL_START; causal++)
         for (int cell = 0; cell <= 8; cell += 4)
-            for (int by = 0; by <= 2; by++) {
+            for (int by = 0; by <= 3; by++) {
                 check_case("causal %d, cell %d, by %d", causal, cell, by);
                 x.o.causal = (sparge_causal)causal;
                 masses_of(&x, &in, cell, masses);
