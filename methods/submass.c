@@ -4,10 +4,11 @@
  * Tokens stand in cells of `cell`. A cell of queries and one of keys score the product of their
  * means, by the tokens that they have. The softmax of a row of cells over the keys' cells, summed
  * over a block of keys and averaged over the queries of a block, is the block's mass. A block is
- * kept if its mass is above t, whatever its row has kept by then: TopCdf promises every row the
- * same lost mass, so that flat rows keep many blocks that matter little, and peaked rows drop the
- * one that does. The first block and the diagonal are always kept. Causal: a cell is visible to one
- * of queries if some query of it sees some key of it.
+ * kept if its mass is above t times what each block would have if all keys of the call had the
+ * same, whatever its row has kept by then: TopCdf promises every row the same lost mass, so that
+ * flat rows keep many blocks that matter little, and peaked rows drop the one that does. The first
+ * block and the diagonal are always kept. Causal: a cell is visible to one of queries if some query
+ * of it sees some key of it.
  *
  * A cell of 0 tokens is a block: scores are SpargeAttn's (theta off), under this selector.
  *
@@ -15,9 +16,8 @@
  * - In the softmax a short cell of keys counts as any other, as a short block of SpargeAttn does.
  * - Weights are whole numbers, as TopCdf's are: a sum over cells has one value in any order.
  * - t 0 keeps every visible block, also one whose weights are all below 2^-30 of the largest.
- * - `by` says what t is held against: mass (0), mass times the visible blocks of the row, so that 1
- *   is its mean (1), mass over the largest of the row (2), or mass times the blocks of all keys
- * (3). Masks are nested in t. multiply_adds leaves means, softmax and sums out. */
+ * - All keys of the call, not those that a row sees: with one t for all rows the loss is lower.
+ * Masks are nested in t. multiply_adds leaves means, softmax and sums out. */
 #include <math.h>
 #include <string.h>
 
@@ -25,8 +25,7 @@
 #include "methods/entries.h"
 #include "methods/method.h"
 
-enum { T, CELL, BY };
-enum { BY_MASS, BY_MEAN, BY_LARGEST, BY_LENGTH };
+enum { T, CELL };
 
 /* Adds what the queries of a row of cells pay to each block, times their number. s are its scores,
  * per_block cells a block; sum has room for a number for each block. */
@@ -53,13 +52,7 @@ static void choose(const sparge_head *head, int64_t i, const double *mass)
     const int64_t visible = sparge_blocks_visible(&head->g, i);
     const double t = head->param[T];
     const double all = (double)sparge_block_rows(head->g.q_len, head->g.block_q, i);
-    double most = 0.0;
-    for (int64_t j = 0; j < visible; j++)
-        most = fmax(most, mass[j]);
-    const double limit = head->param[BY] == BY_MASS      ? t * all
-                         : head->param[BY] == BY_MEAN    ? t * all / (double)visible
-                         : head->param[BY] == BY_LARGEST ? t * most
-                                                         : t * all / (double)head->g.k_blocks;
+    const double limit = t * all / (double)head->g.k_blocks;
     for (int64_t j = 0; j < visible; j++)
         if (j == 0 || t == 0.0 || mass[j] > limit)
             sparge_keep(head, i, j);
@@ -121,10 +114,8 @@ const sparge_method sparge_method_submass = {
     .kind = "training-free",
     .evidence = "",
     .falls = true,
-    .param = {{"t", 0.0, INFINITY, 0.003, false, "mass above which a block is kept"},
+    .param = {{"t", 0.0, INFINITY, 0.2, false, "mass above which a block is kept, in even shares"},
               {"cell", 0.0, SPARGE_MAX_BLOCK, 8.0, true,
-               "tokens of a cell, which divide the blocks; 0: the whole block"},
-              {"by", 0.0, 3.0, 0.0, true,
-               "t is of all mass (0), a row's mean (1), its largest (2), 1 / key blocks (3)"}},
+               "tokens of a cell, which divide the blocks; 0: the whole block"}},
     .plan = plan_submass,
 };
