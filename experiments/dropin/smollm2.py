@@ -5,7 +5,7 @@ attention and beside sparge-lm.
 
     pip install . -r experiments/capture/requirements-verify.txt
     python experiments/dropin/smollm2.py                                # 1024 tokens of one text
-    python experiments/dropin/smollm2.py --texts judge                  # of five
+    python experiments/dropin/smollm2.py --texts judge --tokens 4096    # 4096 of five: half an hour
 
 The weights are the GGUF of experiments/capture/model.py. Dense attention in f32 must give
 transformers' perplexity to a relative 1e-5, and int8, dense and with tuned thresholds, that of
