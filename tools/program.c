@@ -139,14 +139,15 @@ exit_code print_json(json_t *object, file_error *error)
         file_error_set(error, NULL, "no memory for the result");
         return EXIT_MACHINE;
     }
-    const bool whole =
-        json_dumpf(object, stdout, JSON_REAL_PRECISION(9)) == 0 && putchar('\n') != EOF;
+    char *text = json_dumps(object, JSON_REAL_PRECISION(9)); /* all of it before any is printed */
     json_decref(object);
-    const exit_code code = flush_stdout(error);
-    if (code || whole)
-        return code;
-    file_error_set(error, NULL, "no memory to print the result");
-    return EXIT_MACHINE;
+    if (!text) {
+        file_error_set(error, NULL, "no memory to print the result");
+        return EXIT_MACHINE;
+    }
+    puts(text);
+    free(text);
+    return flush_stdout(error);
 }
 
 json_t *json_text(const char *bytes)
