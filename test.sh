@@ -35,8 +35,8 @@ case "$*" in
     ;;
 esac
 case "$*" in
-"") echo "At most 6 minutes on two idle cores, and at first 5 more to build; ./test.sh all takes 30" ;;
-all) echo "At most 30 minutes on two idle cores, and at first 10 more to build" ;;
+"") echo "At most 10 minutes on two idle cores, and at first 5 more to build; ./test.sh all takes 40" ;;
+all) echo "At most 40 minutes on two idle cores, and at first 10 more to build" ;;
 esac
 
 need_packages "${compiler_packages[@]}" "${python_packages[@]}" g++ clang locales libclang-rt-14-dev \
