@@ -10,7 +10,8 @@ import numpy as np
 from sparge._arrays import DTYPES, is_torch, pointer
 from sparge._compare import Floats, Place, compare, distance, first, recall
 from sparge._diagnose import Row, diagnose, diagnose_lse, float64, row_of
-from sparge._given import prepare_over
+from sparge._given import c_mask, prepare_over
+from sparge._inspect import ask
 from sparge._mask import BlockMask
 from sparge._native import ffi, lib, text
 from sparge._options import Options, Problem, Settings, number, takes_options
@@ -134,10 +135,7 @@ class Judge:
         """Attention in double: o [B, H, Nq, Dv] and lse [B, H, Nq]."""
         o = np.empty((*self.rows, self.problem.c.dim_v if with_o else 0))
         lse = np.empty(self.rows)
-        self.settings.watch.call(
-            lib.sparge_oracle, self.problem.c, self.settings.c, _c(mask), lib.SPARGE_ORACLE_REAL,
-            pointer(o, "double *") if with_o else ffi.NULL, pointer(lse, "double *"),
-            ffi.NULL if mass is None else pointer(mass, "double *"))
+        ask(self.problem, self.settings, mask, o=o if with_o else None, lse=lse, mass=mass)
         return o, lse
 
     def baseline(self, dtype: str) -> tuple[Floats, Floats]:
@@ -146,7 +144,7 @@ class Judge:
         lse = np.empty(self.rows, np.float32)
         kind = {"f16": lib.SPARGE_F16, "bf16": lib.SPARGE_BF16}.get(dtype, lib.SPARGE_F32)
         self.settings.watch.call(lib.sparge_baseline, self.problem.c, self.settings.c,
-                                 _c(self.mask), kind, pointer(o, "float *"),
+                                 c_mask(self.mask), kind, pointer(o, "float *"),
                                  pointer(lse, "float *"))
         return o.astype(np.float64), lse.astype(np.float64)
 
@@ -184,7 +182,7 @@ class Judge:
         o, lse = report.o, report.lse
 
         def row(at: Place) -> Row:
-            return row_of(self.problem, self.settings, _c(self.mask), got, want, at)
+            return row_of(self.problem, self.settings, c_mask(self.mask), got, want, at)
 
         if report.o_reason() and not math.isnan(report.max_worst):
             at = o.first_nonfinite_apart or o.worst_row
@@ -202,7 +200,3 @@ class Judge:
 def on_host(x: Any) -> Any:
     """A tensor of torch in host memory, without its graph; others as they are."""
     return x.detach().cpu() if is_torch(x) else x
-
-
-def _c(mask: BlockMask | None) -> Any:
-    return ffi.NULL if mask is None else mask._mask

@@ -2,7 +2,7 @@
 """What attention counts."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,3 +59,22 @@ class Counts:
     def sparsity(self) -> float:
         """The paper's (Sec 4.1): the mean of what Q.K^T and P.V leave out."""
         return float(lib.sparge_sparsity(self._c()))
+
+
+class Counted:
+    """What has counts of its heads."""
+
+    @property
+    def head_counts(self) -> Sequence[Counts]:
+        """What attention counts in each head, batch after batch."""
+        raise NotImplementedError
+
+    @property
+    def counts(self) -> Counts:
+        """The sum over all heads."""
+        return Counts.sum(self.head_counts)
+
+    @property
+    def density(self) -> float:
+        """Share of the visible pairs of tokens that are attended."""
+        return self.counts.density

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparge._mask import BlockMask, read_bools
+from sparge._native import ffi
 from sparge._options import Options, Problem, Settings, pair, prepare
 
 
@@ -28,6 +29,11 @@ def prepare_over(q: Any, k: Any, v: Any, mask: Any,
         raise ValueError(f"mask is of [B, H, Nq, Nk] = {of_mask}, q and k are of {of_call}" + (
             "; mask.expand() gives one head to many" if m.heads == 1 < c.heads else ""))
     return problem, settings, mask
+
+
+def c_mask(mask: BlockMask | None) -> Any:
+    """As sparge_mask; None: dense."""
+    return ffi.NULL if mask is None else mask._mask
 
 
 def _agreed(mask: BlockMask, options: Options) -> Options:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparge import _arrays
-from sparge._given import prepare_over
+from sparge._given import c_mask, prepare_over
 from sparge._mask import BlockMask
 from sparge._native import call, ffi, lib, text
-from sparge._options import Options, Problem, takes_options
+from sparge._options import Options, Problem, Settings, takes_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,12 +75,17 @@ def oracle(q: Any, k: Any, v: Any, *, mask: Any = None, codes: bool = False,
     shapes.update({"lse": "bhq"} if return_lse else {})
     shapes.update({"mass": "bhij"} if return_block_mass else {})
     found = {name: _zeros(axes, np.float64, problem, c) for name, axes in shapes.items()}
-    settings.watch.call(
-        lib.sparge_oracle, problem.c, c, given._mask if given else ffi.NULL,
-        lib.SPARGE_ORACLE_CODES if codes else lib.SPARGE_ORACLE_REAL,
-        *(_arrays.pointer(found[name], "double *") if name in found else ffi.NULL
-          for name in ("o", "lse", "mass")))
+    ask(problem, settings, given, codes=codes, **found)
     return found["o"] if len(found) == 1 else tuple(found.values())
+
+
+def ask(problem: Problem, settings: Settings, mask: BlockMask | None, *, codes: bool = False,
+        o: Array | None = None, lse: Array | None = None, mass: Array | None = None) -> None:
+    """The oracle, into packed float64 arrays of the caller; None: not wanted."""
+    settings.watch.call(
+        lib.sparge_oracle, problem.c, settings.c, c_mask(mask),
+        lib.SPARGE_ORACLE_CODES if codes else lib.SPARGE_ORACLE_REAL,
+        *(ffi.NULL if x is None else _arrays.pointer(x, "double *") for x in (o, lse, mass)))
 
 
 @takes_options

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparge._arrays import host
-from sparge._counts import Counts
+from sparge._counts import Counted, Counts
 from sparge._native import call, ffi, lib, text
 from sparge._options import DEFAULTS, Causal, causal, pair, whole
 
@@ -19,7 +19,7 @@ Bools = NDArray[np.bool_]
 Row = Sequence[int]  # batch, head, query block
 
 
-class BlockMask:
+class BlockMask(Counted):
     """Which blocks of an attention map are computed: of [H] or [B, H] heads, q_len x k_len tokens
     in blocks of block_q queries and block_k keys. Some blocks may be attended in part.
 
@@ -224,16 +224,6 @@ class BlockMask:
         found = ffi.new("sparge_counts []", self._mask.batch * self._mask.heads)
         call(lib.sparge_mask_count, self._mask, self._problem, self._options, found)
         return [Counts.read(c) for c in found]
-
-    @property
-    def counts(self) -> Counts:
-        """The sum over all heads."""
-        return Counts.sum(self.head_counts)
-
-    @property
-    def density(self) -> float:
-        """Share of the visible pairs of tokens that are attended."""
-        return self.counts.density
 
     @property
     def density_blocks(self) -> float:

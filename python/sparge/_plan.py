@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparge import _arrays
-from sparge._counts import Counts
+from sparge._counts import Counted, Counts
 from sparge._mask import BlockMask
 from sparge._methods import Choice, Context, Method, MethodOptions, choose, takes_method
 from sparge._native import Watch, call, ffi, lib, threads
@@ -39,7 +39,7 @@ class Part:
     reordered: bool
 
 
-class Plan:
+class Plan(Counted):
     """What is attended, and how: one or more parts, each an ordinary call of attention. plan()
     makes it. It keeps q, k and v, and may be run and read in any thread."""
 
@@ -168,16 +168,6 @@ class Plan:
         found = ffi.new("sparge_counts []", p.batch * p.heads)
         call(lib.sparge_plan_count, self.predict()._c, found)
         return [Counts.read(c) for c in found]
-
-    @property
-    def counts(self) -> Counts:
-        """The sum over all heads."""
-        return Counts.sum(self.head_counts)
-
-    @property
-    def density(self) -> float:
-        """Share of the visible pairs of tokens that are attended."""
-        return self.counts.density
 
     def pairs(self) -> NDArray[np.uint8]:
         """[H, Nq, Nk] or [B, H, Nq, Nk]: how each visible pair is attended: 1 itself, 2 by a key

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Callable, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from sparge._arrays import pointer, read
+from sparge._arrays import read
 from sparge._check import on_host
+from sparge._inspect import ask
 from sparge._mask import BlockMask
-from sparge._native import ffi, lib
 from sparge._optional import optional
 from sparge._options import DEFAULTS, Causal, Options, prepare, takes_options
 from sparge._plan import Plan
@@ -127,8 +127,7 @@ def _mass(mask: BlockMask, q: Any, k: Any, batch: int, head: int,
     if (problem.c.q_len, problem.c.k_len) != (mask.q_len, mask.k_len):
         raise ValueError(f"q and k have {problem.c.q_len} and {problem.c.k_len} tokens, the mask "
                          f"is of {mask.q_len} and {mask.k_len}")
-    settings.watch.call(lib.sparge_oracle, problem.c, settings.c, ffi.NULL, lib.SPARGE_ORACLE_REAL,
-                        ffi.NULL, ffi.NULL, pointer(found, "double *"))
+    ask(problem, settings, None, mass=found)
     return found
 
 

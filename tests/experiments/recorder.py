@@ -3,7 +3,7 @@
 [TEST...]]
 
 The models are tiny, of random weights, of transformers and diffusers
-(experiments/capture/requirements-recorder.txt). What attention gave in them is compared with a
+(tests/python/requirements-torch.txt). What attention gave in them is compared with a
 softmax in float64 over the recorded files: it may differ by what rounding q, k and v to the type of
 the file can do, which is bounded for every row. Rules and refusals are looked at in a model that
 does nothing but attention. With the program, sparge reads what was recorded. Ends with "N passed, M
