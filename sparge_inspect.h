@@ -49,18 +49,20 @@ typedef enum sparge_reason {
     SPARGE_KEPT_OVERFLOW = 16,    /* both are self-similar, but their score is not finite */
     SPARGE_KEPT_DIAGONAL = 32,    /* it holds the last key that a row sees, if causal */
     SPARGE_KEPT_SINK = 64,        /* key block 0 under options.sink */
+    SPARGE_KEPT_MIN_MASS = 128,   /* its mass is above min_mass */
 } sparge_reason;
 
 /* Packed arrays of the caller. A NULL array is not written. Nor is an array that does not apply:
  * the mean key without smooth_k, or integers and scales of what is not computed in integers. */
 struct sparge_intermediates {
     float *k_mean;  /* [batch][kv_heads][dim] */
-    float *q_pool;  /* [batch][heads][q_blocks][dim] */
-    float *k_pool;  /* [batch][kv_heads][k_blocks][dim] */
+    float *q_pool;  /* [batch][heads][q_blocks][dim], without cells */
+    float *k_pool;  /* [batch][kv_heads][k_blocks][dim], without cells */
     float *q_sim;   /* [batch][heads][q_blocks], mean cosine */
     float *k_sim;   /* [batch][kv_heads][k_blocks], mean cosine */
-    float *s_all;   /* [batch][heads][q_blocks][k_blocks], natural units; invisible: -inf */
-    float *s;       /* the same, and -inf if the keys are not self-similar */
+    float *s_all;   /* [batch][heads][q_blocks][k_blocks], natural units; invisible: -inf. With
+                       cells the masses, which add up to 1 */
+    float *s;       /* the same, and without cells -inf if the keys are not self-similar */
     uint8_t *why;   /* [batch][heads][q_blocks][k_blocks], bits of sparge_reason; 0: skipped */
     int16_t *q_int; /* [batch][heads][q_len][dim] */
     int16_t *k_int; /* [batch][kv_heads][k_len][dim] */

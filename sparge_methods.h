@@ -31,6 +31,8 @@ typedef struct sparge_context {
     const int64_t *segment_ends; /* [segments] ascending, the last is k_len; or NULL */
     int64_t segments;
     int64_t layer, step; /* of the model, from 0 */
+    const double *first; /* [heads] of the problem, the first parameter of each; or NULL: all have
+                            that of the call */
     void **state;        /* what a method keeps from call to call of one layer, or NULL. *state is
                             NULL at first. The caller gives it to free() after the last call */
 } sparge_context;

@@ -80,14 +80,18 @@ typedef enum sparge_rules {
 
 #define SPARGE_OFF (-1.0f) /* for tau or topk */
 
-/* What the paper tunes for each head (Sec 3.6). A row keeps the union of tau's and topk's blocks.
- */
+/* What is tuned for each head (Sec 3.6). A row keeps the union of tau's, topk's and min_mass's
+ * blocks. The mass of a key block is its share of a softmax over what the row sees: of mean rows of
+ * blocks, or of cells (see options.cell). */
 typedef struct sparge_thresholds {
-    float theta;  /* mean cosine above which a block is self-similar, -1 to 1; default 0.6 */
-    float tau;    /* mass of the key blocks to keep, 0 to 1 or OFF; default 0.98 */
-    float topk;   /* share of the visible key blocks to keep, 0 to 1 or OFF; default OFF */
-    float lambda; /* P.V is skipped if max - running max <= lambda (natural log), -inf to 0;
-                     default -inf: never */
+    float theta;    /* mean cosine above which a block is self-similar, -1 to 1; default 0.6 */
+    float tau;      /* mass of the key blocks to keep, 0 to 1 or OFF; default 0.98 */
+    float topk;     /* share of the visible key blocks to keep, 0 to 1 or OFF; default OFF */
+    float lambda;   /* P.V is skipped if max - running max <= lambda (natural log), -inf to 0;
+                       default -inf: never */
+    float min_mass; /* mass above which a key block is kept, in even shares: 1 is what each block
+                       has if all of the call's have the same; at least 0; default 0: off. It is of
+                       this project, not of the paper: methods/README.md */
 } sparge_thresholds;
 
 typedef struct sparge_cuda_options {
@@ -106,6 +110,9 @@ typedef struct sparge_options {
     int threads;            /* of the cpu backend, 0 to 1024; default 0: as many as OpenMP takes */
     int64_t block_q;        /* queries of a block, 1 to 1024; default 128 */
     int64_t block_k;        /* keys of a block, 1 to 1024, with INT12 P.V to 128; default 64 */
+    int64_t cell;           /* tokens of a cell, whose mean rows are scored in place of the blocks',
+                               a divisor of both blocks, and of block_k at least 1/64; default 0:
+                               none */
     int64_t skip_rows;      /* rows that share a decision of lambda; default 0: 64, or by rules */
     sparge_causal causal;   /* default NONE */
     sparge_dtype qk_dtype;  /* arithmetic of Q.K^T: INT8, INT12, F32 or BF16; default INT8 */

@@ -9,6 +9,7 @@
 
 #include "common/block_mask.h"
 #include "common/geometry.h"
+#include "common/select.h"
 
 /* Can a * b * c * d things of this size be counted in bytes? */
 bool sparge_fits(int64_t a, int64_t b, int64_t c, int64_t d, size_t size)
@@ -26,10 +27,12 @@ static const struct range {
     {"tau", 0.0, 1.0},
     {"topk", 0.0, 1.0},
     {"lambda", -(double)INFINITY, 0.0},
+    {"min_mass", 0.0, (double)FLT_MAX},
     {"softmax_scale", (double)FLT_MIN, (double)FLT_MAX},
     {"threads", 0, SPARGE_MAX_THREADS},
     {"block_q", 1, SPARGE_MAX_BLOCK},
     {"block_k", 1, SPARGE_MAX_BLOCK},
+    {"cell", 0, SPARGE_MAX_BLOCK},
     {"skip_rows", 0, 0x1p63},
     {"kernel", 0, SPARGE_KERNELS},
     {"dim", 1, SPARGE_MAX_DIM},
@@ -54,10 +57,9 @@ static sparge_status check_thresholds(const sparge_thresholds *k, int64_t head, 
         float value;
         bool may_be_off;
     } threshold[] = {
-        {"theta", k->theta, false},
-        {"tau", k->tau, true},
-        {"topk", k->topk, true},
-        {"lambda", k->lambda, false},
+        {"theta", k->theta, false},       {"tau", k->tau, true},
+        {"topk", k->topk, true},          {"lambda", k->lambda, false},
+        {"min_mass", k->min_mass, false},
     };
     char where[64] = "";
     if (head >= 0)
@@ -71,8 +73,9 @@ static sparge_status check_thresholds(const sparge_thresholds *k, int64_t head, 
                                threshold[n].name, x, where, low, high,
                                threshold[n].may_be_off ? " or SPARGE_OFF" : "");
     }
-    if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF)
-        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "tau and topk are both off%s", where);
+    if (k->tau == SPARGE_OFF && k->topk == SPARGE_OFF && k->min_mass == 0.0f)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "tau, topk and min_mass are all off%s",
+                           where);
     return SPARGE_OK;
 }
 
@@ -142,6 +145,7 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
         {"threads", o->threads, 0},
         {"block_q", o->block_q, 0},
         {"block_k", o->block_k, 0},
+        {"cell", o->cell, 0},
         {"skip_rows", o->skip_rows, 0},
         {"causal", (int64_t)o->causal, SPARGE_CAUSAL_START},
         {"rules", (int64_t)o->rules, SPARGE_RULES_UPSTREAM},
@@ -176,6 +180,13 @@ static sparge_status check_options(const sparge_problem *p, const sparge_options
             error, SPARGE_ERR_ARGUMENT,
             "block_k is %lld, with pv_dtype int12 it must be at most 128 for sums to fit int32",
             (long long)o->block_k);
+    if (o->cell && (o->block_q % o->cell || o->block_k % o->cell ||
+                    o->block_k / o->cell > SPARGE_CELLS_OF_BLOCK))
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "cell is %lld, it must divide block_q, %lld, and block_k, %lld, and be "
+                           "at least 1/%d of block_k, or be 0",
+                           (long long)o->cell, (long long)o->block_q, (long long)o->block_k,
+                           SPARGE_CELLS_OF_BLOCK);
     sparge_status status = o->per_head ? SPARGE_OK : check_thresholds(&o->thresholds, -1, error);
     for (int64_t h = 0; o->per_head && h < p->heads && !status; h++)
         status = check_thresholds(&o->per_head[h], h, error);

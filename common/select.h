@@ -64,12 +64,61 @@ SPARGE_HD double sparge_mass_limit(float tau, uint64_t total)
     return (double)tau * (double)total;
 }
 
+/* A block of more mass than this is kept. An even share is that of one of the call's k_blocks, so
+ * that a row which sees few of them needs as much as one that sees all. */
+SPARGE_HD double sparge_min_mass_limit(float min_mass, uint64_t total, int64_t k_blocks)
+{
+    return (double)min_mass * (double)total / (double)k_blocks;
+}
+
 /* How many best blocks top-k keeps: a share of the visible ones, but at least one. The addend makes
  * 0.7f of 10 seven. */
 SPARGE_HD int64_t sparge_topk_count(float topk, int64_t visible)
 {
     return sparge_max(1, (int64_t)floor((double)topk * (double)visible + 1e-5));
 }
+
+/* ---- Cells: parts of blocks. Mean rows of cells are scored in place of those of blocks. A row of
+ * cells is then a softmax row whose weights are codes (common/softmax.h), and pays a block what it
+ * pays to its cells. All sums are of integers. ---- */
+
+enum {
+    SPARGE_CELL_QMAX = 1 << 24,  /* the code of the best cell of a row */
+    SPARGE_CELLS_OF_BLOCK = 64,  /* at most, of keys: so many codes fit in 31 bits */
+    SPARGE_CELL_QUERY = 1 << 20, /* what the masses of a row add up to for each of its queries */
+};
+
+/* An element of a cell's mean row, held where no product of two rows overflows. */
+SPARGE_HD float sparge_cell_mean(float sum, int64_t rows)
+{
+    return fmaxf(-0x1p55f, fminf(sum / (float)rows, 0x1p55f));
+}
+
+/* From products of mean rows to log2 units. */
+SPARGE_HD float sparge_cell_scale(float softmax_scale)
+{
+    return fminf(softmax_scale * SPARGE_LOG2E, FLT_MAX);
+}
+
+/* What a code of a row of cells is worth in mass, where all its codes add up to `total`. */
+SPARGE_HD float sparge_cell_worth(int64_t queries, uint64_t total)
+{
+    return total ? (float)((double)(queries * SPARGE_CELL_QUERY) / (double)total) : 0.0f;
+}
+
+/* The mass that a row of cells adds to a block, from the sum of its codes there. */
+SPARGE_HD uint32_t sparge_cell_mass(int32_t codes, float worth)
+{
+    return (uint32_t)(int32_t)((float)codes * worth);
+}
+
+/* The same as a share of the row, for those who look at it. */
+SPARGE_HD float sparge_cell_share(uint32_t mass, uint64_t total)
+{
+    return total ? (float)((double)mass / (double)total) : 0.0f;
+}
+
+/* ---- Every row ---- */
 
 /* Why a visible block is kept whatever its rank: bits of sparge_reason, 0 if it need not be. A mean
  * row that does not stand for its block, on either side, says nothing of the pair; nor does a score

@@ -15,10 +15,12 @@ static void load(const sparge_in *in, int64_t b, int64_t h, int64_t tokens, int6
         }
 }
 
-static sparge_status walk(sparge_head *head, bool needs_v, sparge_head_function *function,
-                          sparge_piece **memory, sparge_error *error)
+static sparge_status walk(sparge_head *head, const double *param, bool needs_v,
+                          sparge_head_function *function, sparge_piece **memory,
+                          sparge_error *error)
 {
     const sparge_problem *p = head->problem;
+    double own[SPARGE_MAX_PARAMS];
     sparge_status status = SPARGE_OK;
     head->q = sparge_take(memory, p->q_len * p->dim + 1, sizeof(float));
     head->k = sparge_take(memory, p->k_len * p->dim + 1, sizeof(float));
@@ -33,6 +35,7 @@ static sparge_status walk(sparge_head *head, bool needs_v, sparge_head_function 
         head->h = n % p->heads;
         head->kv = n / gqa;
         head->scratch = &scratch;
+        head->param = sparge_param_of(head->context, head->h, param, own);
         load(&p->q, head->b, head->h, p->q_len, p->dim, head->q);
         if (n % gqa == 0) {
             load(&p->k, head->b, head->h / gqa, p->k_len, p->dim, head->k);
@@ -64,14 +67,13 @@ sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
         .problem = &plan->problem,
         .options = &plan->options,
         .context = context,
-        .param = param,
         .g = sparge_geometry_of(&part->problem, &part->options),
         .scale = plan->options.softmax_scale,
         .plan = plan,
         .part = part,
     };
     sparge_piece *memory = NULL;
-    status = walk(&head, needs_v, function, &memory, error);
+    status = walk(&head, param, needs_v, function, &memory, error);
     sparge_release(&memory);
     return status;
 }

@@ -60,6 +60,17 @@ sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
 sparge_part *sparge_plan_add(sparge_plan *plan);
 /* The same with an empty mask in its blocks; its options and problem are set. */
 sparge_status sparge_part_mask(sparge_part *part, sparge_error *error);
+/* Makes the last part one whose mask its backend predicts. set writes the thresholds of a head that
+ * has these parameters over those of the caller. */
+typedef void sparge_set_thresholds(const double *param, sparge_thresholds *thresholds);
+sparge_status sparge_predict_part(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_set_thresholds *set,
+                                  sparge_error *error);
+/* The parameters of a query head: those of the call, and the first its own if it has one. */
+const double *sparge_param_of(const sparge_context *context, int64_t head, const double *param,
+                              double own[SPARGE_MAX_PARAMS]);
+/* Pairs of blocks of which some query sees some key. */
+int64_t sparge_visible_pairs(const sparge_geometry *g);
 /* Keys and values of a part as packed arrays of the plan, zeroed: a view of [batch][heads][tokens]
  * [dim] floats; NULL data: no memory. */
 sparge_in sparge_plan_array(sparge_plan *plan, int64_t heads, int64_t tokens, int64_t dim);

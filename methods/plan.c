@@ -7,7 +7,9 @@
 #include "common/arithmetic.h"
 #include "common/counts.h"
 #include "common/element.h"
+#include "common/thresholds.h"
 #include "methods/method.h"
+#include "sparge_inspect.h"
 
 /* ---- Making ---- */
 
@@ -21,6 +23,46 @@ sparge_part *sparge_plan_add(sparge_plan *plan)
 sparge_status sparge_part_mask(sparge_part *part, sparge_error *error)
 {
     return sparge_mask_alloc(&part->mask, &part->problem, &part->options, error);
+}
+
+const double *sparge_param_of(const sparge_context *context, int64_t head, const double *param,
+                              double own[SPARGE_MAX_PARAMS])
+{
+    if (!context->first)
+        return param;
+    memcpy(own, param, SPARGE_MAX_PARAMS * sizeof *own);
+    own[0] = context->first[head];
+    return own;
+}
+
+sparge_status sparge_predict_part(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_set_thresholds *set,
+                                  sparge_error *error)
+{
+    sparge_part *part = &plan->part[plan->parts - 1];
+    sparge_options *o = &part->options;
+    const int64_t heads = plan->problem.heads;
+    sparge_thresholds *each = sparge_take(&plan->memory, heads, sizeof *each);
+    if (!each)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t h = 0; h < heads; h++) {
+        double own[SPARGE_MAX_PARAMS];
+        each[h] = *sparge_thresholds_of(&plan->options, h);
+        set(sparge_param_of(context, h, param, own), &each[h]);
+    }
+    o->thresholds = each[0];
+    o->per_head = plan->options.per_head || context->first ? each : NULL;
+    part->predicted = true;
+    sparge_options resolved = *o; /* is a backend here that takes these? */
+    return sparge_options_resolve(&plan->problem, &resolved, error);
+}
+
+int64_t sparge_visible_pairs(const sparge_geometry *g)
+{
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < g->q_blocks; i++)
+        pairs += sparge_blocks_visible(g, i);
+    return pairs;
 }
 
 sparge_in sparge_plan_array(sparge_plan *plan, int64_t heads, int64_t tokens, int64_t dim)

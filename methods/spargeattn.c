@@ -5,57 +5,52 @@
 
 #include "methods/entries.h"
 #include "methods/method.h"
-#include "sparge_inspect.h"
 
 enum { TAU, THETA, TOPK, LAMBDA, SINK };
 
-static sparge_status plan_rules(sparge_plan *plan, const double *param, sparge_rules rules,
-                                sparge_error *error)
+static void set(const double *param, sparge_thresholds *to)
 {
-    const sparge_problem *p = &plan->problem;
-    sparge_part *part = sparge_plan_add(plan);
-    sparge_options *o = &part->options;
-    part->predicted = true;
-    o->rules = rules;
-    o->per_head = NULL;
-    o->sink = param[SINK] != 0.0;
-    o->thresholds = (sparge_thresholds){
+    *to = (sparge_thresholds){
         .theta = (float)param[THETA],
         .tau = (float)param[TAU],
         .topk = (float)param[TOPK],
         .lambda = (float)param[LAMBDA],
     };
+}
+
+static sparge_status plan_rules(sparge_plan *plan, const sparge_context *context,
+                                const double *param, sparge_rules rules, sparge_error *error)
+{
+    const sparge_problem *p = &plan->problem;
+    sparge_options *o = &sparge_plan_add(plan)->options;
+    o->rules = rules;
+    o->cell = 0;
+    o->sink = param[SINK] != 0.0;
     /* The mean and the unit sum of every block, and a product for each visible pair of blocks. */
     const sparge_geometry g = sparge_geometry_of(p, o);
-    int64_t pairs = 0;
-    for (int64_t i = 0; i < g.q_blocks; i++)
-        pairs += sparge_blocks_visible(&g, i);
-    plan->multiply_adds = (double)p->batch * (double)p->dim *
-                          ((double)p->heads * (2.0 * (double)p->q_len + (double)pairs) +
-                           (double)p->kv_heads * 2.0 * (double)p->k_len);
-    sparge_options resolved = *o; /* is a backend here that takes these? */
-    return sparge_options_resolve(p, &resolved, error);
+    plan->multiply_adds =
+        (double)p->batch * (double)p->dim *
+        ((double)p->heads * (2.0 * (double)p->q_len + (double)sparge_visible_pairs(&g)) +
+         (double)p->kv_heads * 2.0 * (double)p->k_len);
+    return sparge_predict_part(plan, context, param, set, error);
 }
 
 static sparge_status plan_default(sparge_plan *plan, const sparge_context *context,
                                   const double *param, sparge_error *error)
 {
-    (void)context;
-    return plan_rules(plan, param, SPARGE_RULES_DEFAULT, error);
+    return plan_rules(plan, context, param, SPARGE_RULES_DEFAULT, error);
 }
 
 static sparge_status plan_paper(sparge_plan *plan, const sparge_context *context,
                                 const double *param, sparge_error *error)
 {
-    (void)context;
-    return plan_rules(plan, param, SPARGE_RULES_PAPER, error);
+    return plan_rules(plan, context, param, SPARGE_RULES_PAPER, error);
 }
 
 static sparge_status plan_upstream(sparge_plan *plan, const sparge_context *context,
                                    const double *param, sparge_error *error)
 {
-    (void)context;
-    return plan_rules(plan, param, SPARGE_RULES_UPSTREAM, error);
+    return plan_rules(plan, context, param, SPARGE_RULES_UPSTREAM, error);
 }
 
 /* By their order: TAU, THETA, TOPK, LAMBDA, SINK. */

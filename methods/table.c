@@ -108,11 +108,10 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
                            !method    ? "method"
                            : !problem ? "problem"
                                       : "options");
-    double usual[SPARGE_MAX_PARAMS] = {0};
-    for (int n = 0; n < SPARGE_MAX_PARAMS; n++)
-        usual[n] = method->param[n].usual;
-    if (!param)
-        param = usual;
+    double all[SPARGE_MAX_PARAMS] = {0}; /* the caller's may end with the last name */
+    for (int n = 0; n < SPARGE_MAX_PARAMS && method->param[n].name; n++)
+        all[n] = param ? param[n] : method->param[n].usual;
+    param = all;
     if (!context)
         context = &nothing;
     sparge_options resolved = *options;
@@ -121,6 +120,10 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
         status = check_copies(problem, error);
     if (!status)
         status = check_params(method, param, error);
+    for (int64_t h = 0; context->first && h < problem->heads && !status; h++) {
+        double own[SPARGE_MAX_PARAMS];
+        status = check_params(method, sparge_param_of(context, h, all, own), error);
+    }
     const char *const needs = lacking(method, options, context);
     if (!status && needs)
         status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED, "%s needs %s", method->name, needs);

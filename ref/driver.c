@@ -84,12 +84,18 @@ static void lay_out(arena *a, sparge_ref_work *w)
     w->k_summary = take(a, g->k_blocks, sizeof *w->k_summary);
     w->q_pool = take(a, dim, sizeof(float));
     w->unit_sum = take(a, dim, sizeof(float));
+    if (w->o->cell) {
+        w->cells = sparge_geometry_make(g->q_len, g->k_len, w->o->cell, w->o->cell, g->causal);
+        w->k_cell = take(a, w->cells.k_blocks * dim, sizeof(float));
+        w->q_cell = take(a, g->block_q / w->o->cell * dim, sizeof(float));
+        w->cell_s = take(a, w->cells.k_blocks, sizeof(float));
+    }
     w->row = (sparge_ref_row){
         .blocks = g->k_blocks,
         .sink = w->o->sink,
         .s = take(a, g->k_blocks, sizeof(float)),
         .k_similar = take(a, g->k_blocks, sizeof(bool)),
-        .order = take(a, g->k_blocks, sizeof(sparge_ref_scored)),
+        .order = take(a, g->k_blocks, sizeof(sparge_ref_ranked)),
     };
     w->tile = (sparge_ref_tile){
         .s = take(a, block_q * block_k, sizeof(float)),

@@ -41,6 +41,7 @@ bool sparge_ref_similar(const sparge_ref_summary *, float theta);
 void sparge_ref_select(const sparge_ref_row *, uint32_t *kept); /* in these steps: */
 void sparge_ref_keep_mass(const sparge_ref_row *, int64_t least, uint32_t *kept);
 void sparge_ref_keep_best(const sparge_ref_row *, int64_t count, uint32_t *kept);
+void sparge_ref_keep_above(const sparge_ref_row *, uint32_t *kept);
 void sparge_ref_keep_forced(const sparge_ref_row *, uint32_t *kept);
 
 /* ---- attend.c ---- */

@@ -11,11 +11,13 @@ static bool similar_paper(const sparge_ref_summary *s, float theta)
     return s->finite && s->sim >= theta;
 }
 
-/* TopCdf as printed may keep no block at all. (Top-k is not in the paper: as in the default.) */
+/* TopCdf as printed may keep no block at all. (Top-k and min_mass are not in the paper: as
+ * in the default.) */
 static void select_paper(const sparge_ref_row *row, uint32_t *kept)
 {
     sparge_ref_keep_mass(row, 0, kept);
     sparge_ref_keep_best(row, sparge_topk_count(row->thresholds->topk, row->visible), kept);
+    sparge_ref_keep_above(row, kept);
     sparge_ref_keep_forced(row, kept);
 }
 
@@ -45,6 +47,7 @@ static void select_upstream(const sparge_ref_row *row, uint32_t *kept)
     sparge_ref_keep_mass(row, 1, kept);
     sparge_ref_keep_best(row, sparge_max(1, (int64_t)(row->thresholds->topk * (float)row->blocks)),
                          kept);
+    sparge_ref_keep_above(row, kept);
     sparge_ref_keep_forced(&without, kept);
 }
 

@@ -27,21 +27,24 @@ typedef struct sparge_ref_summary {
     bool zero_row, full; /* some row is all zero; it is as long as a block can be */
 } sparge_ref_summary;
 
-/* A finite entry of S[i,:]. */
-typedef struct sparge_ref_scored {
-    float s;
+/* A key block that tau, topk and min_mass choose from: its score, or its mass by cells, as bits
+ * that rank it, and its mass. */
+typedef struct sparge_ref_ranked {
+    uint32_t rank, mass;
     int64_t block;
-} sparge_ref_scored;
+} sparge_ref_ranked;
 
 /* One row of S, and what else decides which of its blocks are kept. */
 typedef struct sparge_ref_row {
     int64_t visible, blocks;    /* key blocks that some row of Q_i may see: the first ones; all */
-    float *s;                   /* [blocks] S[i,:]; -inf where K_j is not similar, or not visible */
+    float *s;                   /* [blocks] S[i,:]; -inf where K_j is not similar, or not visible;
+                                   with cells the masses, which add up to 1 */
     bool q_similar, *k_similar; /* [visible] */
-    int64_t diagonal, finite;   /* the first block that causality forces; entries of order */
+    int64_t diagonal, ranked;   /* the first block that causality forces; entries of order */
     bool sink;
     const sparge_thresholds *thresholds;
-    sparge_ref_scored *order; /* [finite] best first */
+    sparge_ref_ranked *order; /* [ranked] best first */
+    uint64_t total;           /* of their masses */
     uint8_t *why;             /* [visible] gathers the bits of sparge_reason, or NULL */
 } sparge_ref_row;
 
@@ -80,6 +83,9 @@ typedef struct sparge_ref_work {
     float *k_pool;                 /* [k_blocks][dim] */
     sparge_ref_summary *k_summary; /* [k_blocks] */
     float *q_pool, *unit_sum;      /* [dim] */
+    sparge_geometry cells;         /* of cells, if there are any */
+    float *k_cell, *q_cell;        /* [k_len / cell][dim], [block_q / cell][dim] their mean rows */
+    float *cell_s;                 /* [k_len / cell] one row of products of them */
     sparge_ref_row row;
 
     sparge_ref_tile tile;

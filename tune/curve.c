@@ -17,7 +17,7 @@ sparge_thresholds tune_thresholds(tune_choice at, bool topk)
 {
     const float keep = tune_keep(at.keep);
     return (sparge_thresholds){tune_theta(at.theta), topk ? SPARGE_OFF : keep,
-                               topk ? keep : SPARGE_OFF, tune_lambda(at.lambda)};
+                               topk ? keep : SPARGE_OFF, tune_lambda(at.lambda), 0};
 }
 
 tune_choice tune_dense(void) { return (tune_choice){0, TUNE_KEEPS - 1, TUNE_LAMBDAS - 1}; }

@@ -68,7 +68,7 @@ static trial try(grid *g, sparge_thresholds thresholds)
 static sparge_thresholds at(float theta, double tau, double log2_gap)
 {
     return (sparge_thresholds){theta, (float)tau, SPARGE_OFF,
-                               (float)(-log2_gap * 0.69314718055994530942)};
+                               (float)(-log2_gap * 0.69314718055994530942), 0};
 }
 
 static float theta_of(int n) { return -1.0f + (float)n / 16.0f; }

@@ -582,32 +582,32 @@ Test(api, scales_that_are_not)
 Test(api, thresholds_out_of_range)
 {
     enum { LAST = HEADS - 1 };
-    const sparge_thresholds sound_ones = {0.6f, 0.98f, SPARGE_OFF, -INFINITY};
+    const sparge_thresholds sound_ones = {0.6f, 0.98f, SPARGE_OFF, -INFINITY, 0};
     const struct {
         sparge_thresholds thresholds;
         const char *name, *value;
     } table[] = {
-        {{1.5f, 0.9f, 0.5f, -1}, "theta", "1.5"},
-        {{-1.5f, 0.9f, 0.5f, -1}, "theta", "-1.5"},
-        {{NAN, 0.9f, 0.5f, -1}, "theta", ""},
-        {{INFINITY, 0.9f, 0.5f, -1}, "theta", "inf"},
-        {{0.5f, 1.25f, 0.5f, -1}, "tau", "1.25"},
-        {{0.5f, -0.5f, 0.5f, -1}, "tau", "-0.5"},
-        {{0.5f, -1.5f, 0.5f, -1}, "tau", "-1.5"},
-        {{0.5f, NAN, 0.5f, -1}, "tau", ""},
-        {{0.5f, 0.9f, 2, -1}, "topk", "2"},
-        {{0.5f, 0.9f, -0.25f, -1}, "topk", "-0.25"},
-        {{0.5f, 0.9f, NAN, -1}, "topk", ""},
-        {{0.5f, 0.9f, -INFINITY, -1}, "topk", "-inf"},
-        {{0.5f, 0.9f, 0.5f, 0.25f}, "lambda", "0.25"},
-        {{0.5f, 0.9f, 0.5f, INFINITY}, "lambda", "inf"},
-        {{0.5f, 0.9f, 0.5f, NAN}, "lambda", ""},
-        {{0.5f, SPARGE_OFF, SPARGE_OFF, -1}, "tau and topk", NULL},
+        {{1.5f, 0.9f, 0.5f, -1, 0}, "theta", "1.5"},
+        {{-1.5f, 0.9f, 0.5f, -1, 0}, "theta", "-1.5"},
+        {{NAN, 0.9f, 0.5f, -1, 0}, "theta", ""},
+        {{INFINITY, 0.9f, 0.5f, -1, 0}, "theta", "inf"},
+        {{0.5f, 1.25f, 0.5f, -1, 0}, "tau", "1.25"},
+        {{0.5f, -0.5f, 0.5f, -1, 0}, "tau", "-0.5"},
+        {{0.5f, -1.5f, 0.5f, -1, 0}, "tau", "-1.5"},
+        {{0.5f, NAN, 0.5f, -1, 0}, "tau", ""},
+        {{0.5f, 0.9f, 2, -1, 0}, "topk", "2"},
+        {{0.5f, 0.9f, -0.25f, -1, 0}, "topk", "-0.25"},
+        {{0.5f, 0.9f, NAN, -1, 0}, "topk", ""},
+        {{0.5f, 0.9f, -INFINITY, -1, 0}, "topk", "-inf"},
+        {{0.5f, 0.9f, 0.5f, 0.25f, 0}, "lambda", "0.25"},
+        {{0.5f, 0.9f, 0.5f, INFINITY, 0}, "lambda", "inf"},
+        {{0.5f, 0.9f, 0.5f, NAN, 0}, "lambda", ""},
+        {{0.5f, SPARGE_OFF, SPARGE_OFF, -1, 0}, "tau, topk and min_mass", NULL},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         const char *sentence = table[n].value
                                    ? check_text("%s is %s", table[n].name, table[n].value)
-                                   : "tau and topk are both off";
+                                   : "tau, topk and min_mass are all off";
         asked a = question();
         a.o.thresholds = table[n].thresholds;
         refused(ALL, a, SPARGE_ERR_ARGUMENT, sentence);
@@ -628,10 +628,10 @@ Test(api, thresholds_out_of_range)
 Test(api, thresholds_at_their_limits)
 {
     const sparge_thresholds table[] = {
-        {-1, 0, 0, 0},
-        {1, 1, 1, -INFINITY},
-        {0, SPARGE_OFF, 0, -3e38f},
-        {-0.0f, -0.0f, SPARGE_OFF, -0.0f},
+        {-1, 0, 0, 0, 0},
+        {1, 1, 1, -INFINITY, 0},
+        {0, SPARGE_OFF, 0, -3e38f, 0},
+        {-0.0f, -0.0f, SPARGE_OFF, -0.0f, 0},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -1197,7 +1197,7 @@ Test(api, mask_rows_may_be_longer_than_their_bits)
     for (int words = 1; words <= WORDS; words += WORDS - 1) {
         asked a = question();
         point(&a);
-        a.o.thresholds = (sparge_thresholds){-1, 0.7f, SPARGE_OFF, -INFINITY};
+        a.o.thresholds = (sparge_thresholds){-1, 0.7f, SPARGE_OFF, -INFINITY, 0};
         a.m.bits = words == 1 ? out.bits : wide;
         a.m.words = words;
         for (int entry = PREDICT; entry <= BASELINE; entry *= 2) {
@@ -1242,7 +1242,7 @@ Test(api, sparsity_table)
 /* attention = predict, then attend; and the sum of the heads' counts. */
 Test(api, attention_is_both_stages)
 {
-    const sparge_thresholds few = {-1, 0.7f, SPARGE_OFF, -0.1f};
+    const sparge_thresholds few = {-1, 0.7f, SPARGE_OFF, -0.1f, 0};
     asked a = question();
     a.o.thresholds = few;
     a.o.skip_rows = 1;
@@ -1565,7 +1565,7 @@ Test(api, threads_do_not_disturb_each_other)
         w->x.o.pv_dtype = precisions[n % 3];
         w->x.o.causal = (sparge_causal)(n % 3);
         w->x.o.rules = n == 3 ? SPARGE_RULES_UPSTREAM : SPARGE_RULES_DEFAULT;
-        w->x.o.thresholds = (sparge_thresholds){0.3f, 0.6f, SPARGE_OFF, -4};
+        w->x.o.thresholds = (sparge_thresholds){0.3f, 0.6f, SPARGE_OFF, -4, 0};
         mask_predict(&w->x);
         w->alone = attention(&w->x, &w->x.mask);
     }

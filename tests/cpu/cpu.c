@@ -110,7 +110,7 @@ Test(cpu, every_length)
         x.o.qk_dtype = cpu_dtypes[n / 3 % 4];
         x.o.pv_dtype = cpu_dtypes[n / 12 % 4];
         x.o.skip_rows = 1 + n % 24;
-        x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 7 ? -1.0f : -INFINITY};
+        x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 7 ? -1.0f : -INFINITY, 0};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
@@ -134,7 +134,7 @@ Test(cpu, groups_of_lambda)
         x.o.causal = (sparge_causal)(n % 3);
         x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[n % 4];
         x.o.softmax_scale = 0.5f;
-        x.o.thresholds = (sparge_thresholds){-1.0f, 0.9f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.9f, SPARGE_OFF, -1.0f, 0};
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, &sum);
         problem_free(&x);
     }
@@ -284,7 +284,7 @@ Test(cpu, every_number_of_threads)
         x.o.causal = SPARGE_CAUSAL_END;
         x.o.skip_rows = 8;
         x.o.softmax_scale = 0.5f;
-        x.o.thresholds = (sparge_thresholds){0.3f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.3f, 0.7f, SPARGE_OFF, -1.0f, 0};
         totals sum = {0};
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, &sum);
         check(sum.skipped > 0, "nothing was skipped");
@@ -308,7 +308,7 @@ Test(cpu, more_than_one_kv_batch)
         x.o.block_q = 1024;
         x.o.block_k = 1;
         x.o.qk_dtype = x.o.pv_dtype = cpu_dtypes[level];
-        x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -4.0f};
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -4.0f, 0};
         x.k.x[tensor_count(&x.k) - 1] = NAN; /* of the last batch, and of no other */
         problem_write(&x);
         verify_with(&x, ATTENTION, SPARGE_F32, PACKED, threads, NULL);
@@ -436,7 +436,7 @@ Test(cpu, rows_of_the_mask_with_ties)
             for (int64_t topk = tau == 0; topk < COUNT(share); topk++) {
                 check_case("ties of %d, tau %g, topk %g", values, (double)share[tau],
                            (double)share[topk]);
-                x.o.thresholds = (sparge_thresholds){-1.0f, share[tau], share[topk], -INFINITY};
+                x.o.thresholds = (sparge_thresholds){-1.0f, share[tau], share[topk], -INFINITY, 0};
                 x.o.smooth_k = topk % 2;
                 x.o.causal = (sparge_causal)(topk % 3);
                 x.o.sink = tau % 2;
@@ -462,9 +462,9 @@ Test(cpu, zeros_of_both_signs_tie)
     for (int64_t n = 0; n < 40; n++)
         x.k.x[n] = n % 2 ? 0x1p-49f : -0x1p-49f;
     problem_write(&x);
-    x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
+    x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.3f, -INFINITY, 0};
     verify(&x, ATTENTION);
-    x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
+    x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -INFINITY, 0};
     verify(&x, ATTENTION);
     problem_free(&x);
 }
@@ -482,9 +482,9 @@ Test(cpu, rows_of_the_mask_of_every_length)
         tensor_fill(&x.q, -size, size);
         tensor_fill(&x.k, -1, 1);
         x.o.thresholds = (sparge_thresholds){-1.0f, check_uniform(0.1f, 0.9f),
-                                             check_int(0, 1) ? SPARGE_OFF : 0.25f, -INFINITY};
+                                             check_int(0, 1) ? SPARGE_OFF : 0.25f, -INFINITY, 0};
         verify(&x, ATTENTION);
-        x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, check_uniform(0, 1), -INFINITY, 0};
         verify(&x, ATTENTION);
         problem_free(&x);
     }
@@ -877,7 +877,7 @@ Test(cpu, arithmetic_of_the_caller)
     for (int64_t n = 0; n < tensor_count(&x.v); n += 3)
         x.v.x[n] *= 1e-39f;
     problem_write(&x);
-    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -6.0f};
+    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -6.0f, 0};
     const sparge_backend each[] = {SPARGE_REF, SPARGE_CPU, SPARGE_CPU, SPARGE_CPU};
     for (int n = 0; n < COUNT(each); n++)
         for (int level = 0; level < 4; level += level ? 1 : 2) {

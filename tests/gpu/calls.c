@@ -145,8 +145,8 @@ Test(calls, a_graph_replayed_with_changed_inputs)
             check_case("kernel %d pv %d, own workspace %d", kernels[i].n, (int)kernels[i].pv_dtype,
                        own);
             problem x = usual(&kernels[i]);
-            const sparge_thresholds thresholds[2] = {{0.1f, 0.8f, SPARGE_OFF, -1.0f},
-                                                     {0.1f, SPARGE_OFF, 0.5f, -INFINITY}};
+            const sparge_thresholds thresholds[2] = {{0.1f, 0.8f, SPARGE_OFF, -1.0f, 0},
+                                                     {0.1f, SPARGE_OFF, 0.5f, -INFINITY, 0}};
             sparge_thresholds *each = malloc(sizeof thresholds);
             memcpy(each, thresholds, sizeof thresholds);
             scene s;

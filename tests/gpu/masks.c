@@ -98,7 +98,7 @@ Test(masks, only_the_second_diagonal_block)
                   (double)a.o.x[row * 16]);
         }
         answer_free(&a);
-        x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.0f, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.0f, -INFINITY, 0};
         verify(&x, r, true);
         use(&x, r);
         a = attention(&x, NULL);
@@ -260,7 +260,7 @@ Test(masks, thresholds_of_many_heads)
             sparge_thresholds *each = malloc((size_t)heads[n] * sizeof *each);
             for (int64_t h = 0; h < heads[n]; h++)
                 each[h] = (sparge_thresholds){-1.0f, check_uniform(0, 1), SPARGE_OFF,
-                                              h % 3 ? -INFINITY : 0.0f};
+                                              h % 3 ? -INFINITY : 0.0f, 0};
             x.o.per_head = each;
             verify(&x, &kernels[i], true);
             free(each);
@@ -282,7 +282,7 @@ Test(masks, rows_of_the_mask_of_many_lengths)
             continue;
         check_case("kernel %d pv %d, %lld key blocks", r->n, (int)r->pv_dtype, (long long)columns);
         problem x = question_of(r, 1, 1, 1, 140, columns * 64 - 5, 8, 8);
-        x.o.thresholds = (sparge_thresholds){-1.0f, 0.3f, 0.2f, -2.0f};
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.3f, 0.2f, -2.0f, 0};
         x.o.causal = n % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
         verify(&x, r, true);
         mask_fill(&x, n % 3 ? 0.05f : 0.5f);
@@ -307,7 +307,7 @@ Test(masks, rows_of_the_mask_with_ties)
             for (int64_t topk = tau == 0; topk < COUNT(share); topk += 1 + 2 * plain_quick()) {
                 check_case("ties of %d, tau %g, topk %g", values, (double)share[tau],
                            (double)share[topk]);
-                x.o.thresholds = (sparge_thresholds){-1.0f, share[tau], share[topk], -INFINITY};
+                x.o.thresholds = (sparge_thresholds){-1.0f, share[tau], share[topk], -INFINITY, 0};
                 x.o.smooth_k = topk % 2;
                 x.o.causal = (sparge_causal)(topk % 3);
                 x.o.sink = tau % 2;
@@ -330,7 +330,7 @@ Test(masks, similarity_at_its_threshold)
         for (int64_t e = 0; e < tensor_count(&x.k); e++)
             x.k.x[e] = e % 16 == 0 ? (n >= 3 && e / 16 % 2 ? -1.0f : 1.0f) : 0.0f;
         problem_write(&x);
-        x.o.thresholds = (sparge_thresholds){(float)(n % 3 - 1), SPARGE_OFF, 0.0f, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){(float)(n % 3 - 1), SPARGE_OFF, 0.0f, -INFINITY, 0};
         verify(&x, &kernels[2], true);
         problem_free(&x);
     }
@@ -349,7 +349,7 @@ Test(masks, short_blocks_and_zero_rows_are_judged_by_their_rows)
             for (int64_t c = 0; c < 16; c++)
                 x.k.x[t * 16 + c] = t / 64 == 2 ? 0.0f : 1.0f + 0.01f * (float)(t / 64);
         x.o.smooth_k = false;
-        x.o.thresholds = (sparge_thresholds){0.9f, SPARGE_OFF, 0.17f, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){0.9f, SPARGE_OFF, 0.17f, -INFINITY, 0};
         problem_write(&x);
         verify(&x, r, true);
         use(&x, r);
@@ -379,9 +379,9 @@ Test(masks, zeros_of_both_signs_tie)
     for (int64_t n = 0; n < 64 * 40; n++)
         x.k.x[n] = n / 64 % 2 ? 0x1p-49f : -0x1p-49f;
     problem_write(&x);
-    x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.3f, -INFINITY};
+    x.o.thresholds = (sparge_thresholds){-1.0f, SPARGE_OFF, 0.3f, -INFINITY, 0};
     verify(&x, &kernels[2], true);
-    x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -INFINITY};
+    x.o.thresholds = (sparge_thresholds){-1.0f, 0.5f, SPARGE_OFF, -INFINITY, 0};
     verify(&x, &kernels[2], true);
     problem_free(&x);
 }
@@ -393,7 +393,7 @@ Test(masks, the_scale_reaches_the_prediction)
     EACH_KERNEL(r)
     {
         problem x = question_of(r, 1, 2, 1, 256, 1280, 16, 8);
-        x.o.thresholds = (sparge_thresholds){-1.0f, 0.6f, SPARGE_OFF, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){-1.0f, 0.6f, SPARGE_OFF, -INFINITY, 0};
         int64_t kept[2];
         for (int n = 0; n < 2; n++) {
             x.o.softmax_scale = n ? 0.02f : 2.0f;

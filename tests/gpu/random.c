@@ -125,7 +125,8 @@ Test(gpu, every_length)
             static const int64_t groups[] = {16, 32, 64, 128};
             x.o.causal = (sparge_causal)(n % 3);
             x.o.skip_rows = groups[n / 3 % 4];
-            x.o.thresholds = (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY};
+            x.o.thresholds =
+                (sparge_thresholds){0.2f, 0.8f, SPARGE_OFF, n % 4 ? -1.0f : -INFINITY, 0};
             any_schedule();
             verify(&x, r, n % 5 != 0);
             problem_free(&x);

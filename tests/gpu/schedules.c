@@ -151,8 +151,8 @@ Test(schedules, groups_of_heads_are_repeated_heads)
         problem x = question(&s, r), y = question(&all, r);
         sparge_thresholds each[16];
         for (int h = 0; h < 16; h++)
-            each[h] =
-                (sparge_thresholds){0.3f, 0.05f * (float)h, SPARGE_OFF, h % 2 ? -1.0f : -INFINITY};
+            each[h] = (sparge_thresholds){0.3f, 0.05f * (float)h, SPARGE_OFF,
+                                          h % 2 ? -1.0f : -INFINITY, 0};
         x.o.per_head = y.o.per_head = each;
         memcpy(y.q.x, x.q.x, (size_t)tensor_count(&x.q) * sizeof(float));
         for (int64_t h = 0; h < group * 2; h++) {
@@ -188,7 +188,7 @@ Test(schedules, the_same_bits_every_time)
     {
         problem x = question_of(r, 1, 3, 1, 150, 330, 16, 60);
         x.o.causal = SPARGE_CAUSAL_END;
-        x.o.thresholds = (sparge_thresholds){0.0f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.0f, 0.7f, SPARGE_OFF, -1.0f, 0};
         use(&x, r);
         answer first = attention(&x, NULL);
         for (int n = 0; n < (plain_quick() ? 3 : on_model() ? 20 : 100); n++) {
@@ -255,7 +255,7 @@ static void late(int first, int end)
                 x.o.causal = SPARGE_CAUSAL_END;
                 x.o.skip_rows = 16 << seed;
                 x.o.thresholds =
-                    (sparge_thresholds){-1.0f, 0.9f, SPARGE_OFF, seed ? -3.0f : -INFINITY};
+                    (sparge_thresholds){-1.0f, 0.9f, SPARGE_OFF, seed ? -3.0f : -INFINITY, 0};
                 verify(&x, r, true);
                 mask_fill(&x, 0.15f);
                 check_answers(&x, r, GIVEN);

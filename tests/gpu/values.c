@@ -25,7 +25,8 @@ Test(values, one_element_that_is_nonfinite)
                        (long long)tokens[n]);
             problem x = question_of(r, 1, 2, 1, 200, 200, 12, 33);
             x.o.causal = n % 2 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-            x.o.thresholds = (sparge_thresholds){0.0f, 0.6f, SPARGE_OFF, n % 3 ? -INFINITY : -0.5f};
+            x.o.thresholds =
+                (sparge_thresholds){0.0f, 0.6f, SPARGE_OFF, n % 3 ? -INFINITY : -0.5f, 0};
             x.o.skip_rows = n % 2 ? 16 : 128;
             tensor *t = where == 0 ? &x.q : where == 1 ? &x.k : &x.v;
             t->x[tokens[n] * t->channels + t->channels - 1] = special[n % 3];

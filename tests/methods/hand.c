@@ -36,7 +36,9 @@ sparge_plan hand_plan(const hand *x, const char *method, const double *param, in
         all[n] = n < params ? param[n] : m->param[n].usual;
     sparge_plan plan;
     sparge_error error;
-    const sparge_status status = sparge_method_plan(m, &x->p, &x->o, NULL, all, &plan, &error);
+    sparge_status status = sparge_method_plan(m, &x->p, &x->o, NULL, all, &plan, &error);
+    if (!status)
+        status = sparge_plan_predict(&plan, NULL, &error);
     check(status == SPARGE_OK, "%s: %s", method, error.text);
     return plan;
 }

@@ -257,8 +257,8 @@ Test(submass, cells_divide_blocks)
         check_equal(sparge_method_plan(sparge_method_find("submass"), &x.p, &x.o, NULL, NULL, &plan,
                                        &error),
                     SPARGE_ERR_ARGUMENT);
-        check(strcmp(error.text, check_text("cell of submass is 8, it must divide block_q, %d, and "
-                                            "block_k, %d, or be 0",
+        check(strcmp(error.text, check_text("cell is 8, it must divide block_q, %d, and block_k, "
+                                            "%d, and be at least 1/64 of block_k, or be 0",
                                             n ? 4 : 8, n ? 8 : 4)) == 0,
               "%s", error.text);
     }

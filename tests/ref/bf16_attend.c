@@ -465,7 +465,7 @@ Test(bf16_attend, the_prediction_is_in_f32)
         check_case("prediction %lld", (long long)n);
         const shape s = shape_of(1, 4, 2, 150, 170, 16, 8);
         problem x = problem_make(&s);
-        x.o.thresholds = (sparge_thresholds){0.3f, 0.7f, SPARGE_OFF, -INFINITY};
+        x.o.thresholds = (sparge_thresholds){0.3f, 0.7f, SPARGE_OFF, -INFINITY, 0};
         x.o.smooth_k = n >= 5;                         /* a mean would make the key smaller */
         x.q.x[100 * 16] = n % 2 ? 0x1.ff8p127f : 1.0f; /* finite in f32 alone */
         x.k.x[50 * 16 + 3] = n % 3 ? 0x1.ff8p127f : 1.0f;

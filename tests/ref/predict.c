@@ -92,7 +92,7 @@ static hand by_hand(int64_t q_len, int64_t k_blocks, const float *x)
     h.o.block_q = h.o.block_k = 2;
     h.o.softmax_scale = 1;
     h.o.smooth_k = false;
-    h.o.thresholds = (sparge_thresholds){0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY, 0};
     return h;
 }
 
@@ -305,7 +305,7 @@ Test(predict, theta_is_exceeded_strictly)
 Test(predict, theta_1_keeps_everything)
 {
     hand h = by_hand(6, 3, (float[]){1, 2, 3});
-    h.o.thresholds = (sparge_thresholds){1, 0, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){1, 0, SPARGE_OFF, -INFINITY, 0};
     keeps("theta 1", &h, "111/111/111");
     drop(&h);
 }
@@ -321,7 +321,7 @@ Test(predict, a_key_block_that_is_not_similar_is_kept_for_every_row)
     disagree(h.k, 0);
     disagree(h.k, 2);
     keeps("every column: nothing is left to select", &h, "1111/1111/1111");
-    h.o.thresholds = (sparge_thresholds){0.6f, 0.5f, 0.1f, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.6f, 0.5f, 0.1f, -INFINITY, 0};
     keeps("every column, tau and topk", &h, "1111/1111/1111");
     drop(&h);
 }
@@ -431,7 +431,7 @@ Test(predict, what_no_row_may_see_is_never_on)
     hand h = by_hand(8, 2, (float[]){2, 1});
     h.o.causal = SPARGE_CAUSAL_END;
     h.o.sink = true;
-    h.o.thresholds = (sparge_thresholds){1, 1, 1, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){1, 1, 1, -INFINITY, 0};
     keeps("end", &h, "00/00/10/11");
     h.o.causal = SPARGE_CAUSAL_START;
     keeps("start", &h, "10/11/11/11");
@@ -459,7 +459,7 @@ Test(predict, sink_keeps_block_0)
 Test(predict, nothing_in_nothing_out)
 {
     hand h = by_hand(4, 2, (float[]){1, 2});
-    h.o.thresholds = (sparge_thresholds){0.6f, 0.5f, 0.5f, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.6f, 0.5f, 0.5f, -INFINITY, 0};
     h.o.sink = true;
     const sparge_causal causal[] = {SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_END, SPARGE_CAUSAL_START};
     for (int n = 0; n < 6; n++) {
@@ -539,14 +539,14 @@ Test(predict, thresholds_by_head)
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k + 8, orthogonal, sizeof orthogonal);
     const sparge_thresholds thresholds[] = {
-        {0.4f, 0, SPARGE_OFF, -INFINITY},
-        {0.6f, 0, SPARGE_OFF, -INFINITY},
-        {0.4f, SPARGE_OFF, 0.7f, -1},
-        {0.4f, 1, SPARGE_OFF, 0},
+        {0.4f, 0, SPARGE_OFF, -INFINITY, 0},
+        {0.6f, 0, SPARGE_OFF, -INFINITY, 0},
+        {0.4f, SPARGE_OFF, 0.7f, -1, 0},
+        {0.4f, 1, SPARGE_OFF, 0, 0},
     };
     h.p.heads = 4;
     h.o.per_head = thresholds;
-    h.o.thresholds = (sparge_thresholds){NAN, NAN, NAN, NAN};
+    h.o.thresholds = (sparge_thresholds){NAN, NAN, NAN, NAN, 0};
     keeps("four heads", &h, "010/010/011/011/110/110/111/111");
     drop(&h);
 }
@@ -606,7 +606,8 @@ Test(predict, a_vector_added_to_every_key_changes_no_bit)
     int64_t noticed = 0;
     for (int n = 0; n < 20; n++) {
         check_case("keys %d", n);
-        o.thresholds = (sparge_thresholds){0.4f, check_uniform(0.2f, 0.9f), SPARGE_OFF, -INFINITY};
+        o.thresholds =
+            (sparge_thresholds){0.4f, check_uniform(0.2f, 0.9f), SPARGE_OFF, -INFINITY, 0};
         for (int64_t e = 0; e < K_LEN * DIM; e++) {
             const int64_t block = e / DIM / 8, noise = block % 3 ? 2 : 20;
             k[e] = (float)(check_int(-noise, noise) + (block * 7 + e % DIM * 5) % 17 - 8);
@@ -642,7 +643,7 @@ Test(predict, a_block_that_is_nonfinite_is_kept_and_nothing_else_changes)
     for (int n = 0; n < 6; n++)
         for (int channel = 0; channel < 2; channel++) {
             hand h = by_hand(8, 4, (float[]){1, 2, 4, 3});
-            h.o.thresholds = (sparge_thresholds){theta[n / 3], 0, SPARGE_OFF, -INFINITY};
+            h.o.thresholds = (sparge_thresholds){theta[n / 3], 0, SPARGE_OFF, -INFINITY, 0};
             h.k[4 + channel] = odd[n % 3];
             keeps("first row of key block 1", &h, "0110/0110/0110/0110");
             h.k[8 + channel] = odd[n % 3];
@@ -708,7 +709,7 @@ Test(predict, a_score_that_overflows_is_kept)
     drop(&h);
 
     h = by_hand(2, 3, (float[]){1, 2, 3});
-    h.o.thresholds = (sparge_thresholds){-1, 0, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){-1, 0, SPARGE_OFF, -INFINITY, 0};
     h.q[0] = h.q[1] = h.q[2] = h.q[3] = 1e30f;
     for (int t = 0; t < 2; t++)
         h.k[2 * t] = 1e30f, h.k[2 * t + 1] = -1e30f;
@@ -750,7 +751,7 @@ Test(predict, rules_of_the_paper)
     drop(&h);
 
     h = by_hand(2, 3, (float[]){1, 2, 3});
-    h.o.thresholds = (sparge_thresholds){0.5f, 0.6f, SPARGE_OFF, -INFINITY};
+    h.o.thresholds = (sparge_thresholds){0.5f, 0.6f, SPARGE_OFF, -INFINITY, 0};
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
     mode_keeps("sim = theta is similar", &h, paper, "101", "001");
@@ -922,7 +923,8 @@ Test(predict, trace_of_s_is_minus_infinity_where_nothing_is_scored)
     h.o.causal = SPARGE_CAUSAL_END;
     const float orthogonal[] = {2, 0, 0, 2};
     memcpy(h.k, orthogonal, sizeof orthogonal);
-    const sparge_thresholds thresholds[] = {{0.6f, 1, SPARGE_OFF, 0}, {0.4f, 1, SPARGE_OFF, 0}};
+    const sparge_thresholds thresholds[] = {{0.6f, 1, SPARGE_OFF, 0, 0},
+                                            {0.4f, 1, SPARGE_OFF, 0, 0}};
     h.p.heads = 2;
     h.o.per_head = thresholds;
     float s[8], s_all[8];
@@ -1269,7 +1271,7 @@ static sparge_thresholds some_thresholds(void)
     const float tau[] = {SPARGE_OFF, 0, 0.2f, 0.5f, 0.7f, 0.9f, 0.95f, 0.98f, 1};
     const float topk[] = {SPARGE_OFF, SPARGE_OFF, 0, 0.1f, 0.25f, 0.5f, 0.7f, 1};
     sparge_thresholds thresholds = {one_of(theta, COUNT(theta)), one_of(tau, COUNT(tau)),
-                                    one_of(topk, COUNT(topk)), -INFINITY};
+                                    one_of(topk, COUNT(topk)), -INFINITY, 0};
     if (thresholds.tau == SPARGE_OFF && thresholds.topk == SPARGE_OFF)
         thresholds.tau = 0.9f;
     return thresholds;

@@ -214,7 +214,7 @@ Test(properties, scale_moves_between_q_k_and_scale)
         for (int64_t e = 0; e < tensor_count(&x.k); e++)
             y.k.x[e] *= 2.0f;
         problem_write(&y);
-        x.o.thresholds = y.o.thresholds = (sparge_thresholds){0.5f, 0.8f, SPARGE_OFF, -2.0f};
+        x.o.thresholds = y.o.thresholds = (sparge_thresholds){0.5f, 0.8f, SPARGE_OFF, -2.0f, 0};
         same_problem(&x, &y);
         answer a = attention(&x, NULL), b = attention(&y, NULL);
         same_answer(&b, &a);
@@ -360,10 +360,10 @@ Test(properties, heads_and_batches_in_any_order)
         x.o.skip_rows = 4;
         mask_fill(&x, 0.6f);
         problem y = copy_of(&x);
-        const sparge_thresholds thresholds[] = {{0, 1, SPARGE_OFF, -0.6f},
-                                                {0, 1, SPARGE_OFF, -0.3f},
-                                                {0, 1, SPARGE_OFF, 0.0f},
-                                                {0, 1, SPARGE_OFF, -INFINITY}};
+        const sparge_thresholds thresholds[] = {{0, 1, SPARGE_OFF, -0.6f, 0},
+                                                {0, 1, SPARGE_OFF, -0.3f, 0},
+                                                {0, 1, SPARGE_OFF, 0.0f, 0},
+                                                {0, 1, SPARGE_OFF, -INFINITY, 0}};
         const sparge_thresholds reversed[] = {thresholds[3], thresholds[2], thresholds[1],
                                               thresholds[0]};
         for (int64_t line = 0; line < 8; line++) {
@@ -452,7 +452,7 @@ Test(properties, grouped_heads_equal_repeated_heads)
             copy_head(&y.v, line / 4, line % 4, &x.v, line / 4, line % 4 / 2);
         }
         problem_write(&y);
-        x.o.thresholds = y.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = y.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f, 0};
         answer a = attention(&x, NULL), b = attention(&y, NULL);
         same_answer(&b, &a);
         answer_free(&a);
@@ -626,10 +626,10 @@ Test(properties, error_is_bounded_by_the_skipped_mass)
     check_case("skipped mass");
     const shape s = shape_of(2, 4, 2, 1280, 256, 16, 8);
     problem x = problem_make(&s);
-    const sparge_thresholds thresholds[] = {{-1, 0.3f, SPARGE_OFF, -INFINITY},
-                                            {0.2f, 0.6f, SPARGE_OFF, -INFINITY},
-                                            {0.2f, 0.99f, SPARGE_OFF, -INFINITY},
-                                            {-1, SPARGE_OFF, 0.5f, -INFINITY}};
+    const sparge_thresholds thresholds[] = {{-1, 0.3f, SPARGE_OFF, -INFINITY, 0},
+                                            {0.2f, 0.6f, SPARGE_OFF, -INFINITY, 0},
+                                            {0.2f, 0.99f, SPARGE_OFF, -INFINITY, 0},
+                                            {-1, SPARGE_OFF, 0.5f, -INFINITY, 0}};
     x.o.per_head = thresholds;
     answer dense = attend(&x), sparse = attention(&x, NULL);
     double largest = 0.0, tightest = 0.0;
@@ -830,7 +830,7 @@ Test(properties, repetition_and_threads_do_not_matter)
     static const int threads[] = {1, 2, 3, 7, 16, 0};
     for (int64_t n = 0; n < PAIRS; n++) {
         problem x = typical("threads", n);
-        x.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f, 0};
         answer want = attention(&x, NULL);
         for (int64_t t = 0; t < COUNT(threads); t++) {
             x.o.threads = threads[t];
@@ -848,7 +848,7 @@ Test(properties, one_call_equals_two)
     for (int64_t n = 0; n < 2 * PAIRS; n++) {
         problem x = typical("one call", n);
         x.o.causal = n / PAIRS ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE;
-        x.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f};
+        x.o.thresholds = (sparge_thresholds){0.5f, 0.7f, SPARGE_OFF, -1.0f, 0};
         mask_predict(&x);
         answer two = attend(&x);
         sparge_mask mask = {0};

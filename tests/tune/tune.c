@@ -1213,7 +1213,7 @@ Test(tune, every_number_of_threads)
     }
     m.how.held_out = 0;
     m.o.threads = 2; /* thresholds play no part */
-    m.o.thresholds = (sparge_thresholds){0.5f, 0.1f, 0.2f, -1.0f};
+    m.o.thresholds = (sparge_thresholds){0.5f, 0.1f, 0.2f, -1.0f, 0};
     const sparge_thresholds each[HEADS] = {{0}};
     m.o.per_head = each;
     sparge_tuned got[HEADS] = {{0}};
