@@ -10,7 +10,6 @@
 #include "common/bf16.h"
 #include "common/geometry.h"
 #include "common/num.h"
-#include "common/thresholds.h"
 #include "cpu/cpu.h"
 #include "gpu/gpu.h"
 
@@ -131,9 +130,7 @@ sparge_status sparge_resolve(const sparge_problem *p, sparge_options *o, const s
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "kernel is %d, which is of the cuda backend: backend is %s",
                            o->cuda.kernel, sparge_backend_string(o->backend));
-    bool on_cpu = o->rules == SPARGE_RULES_DEFAULT && !lacks_on_cpu(o) && !o->cell; /* yet */
-    for (int64_t h = 0; h < p->heads; h++)
-        on_cpu &= sparge_thresholds_of(o, h)->min_mass == 0.0f;
+    const bool on_cpu = o->rules == SPARGE_RULES_DEFAULT && !lacks_on_cpu(o);
     if (o->backend == SPARGE_AUTO)
         o->backend = wants_isa || on_cpu ? SPARGE_CPU : SPARGE_REF;
     if (!sparge_backend_built(o->backend))

@@ -30,7 +30,9 @@ enum {
     Q_BATCH_BYTES = 2 << 20,   /* of Q, unless the threads need more to share out */
     Q_BATCH_BLOCKS = 32,       /* so many query blocks a thread */
     PACKED_TOGETHER = 4,       /* blocks that a thread packs or judges before it asks for more */
-    ALIGNED = 64,              /* bytes: a cache line, and the widest vector */
+    CELLS_TOGETHER =
+        SPARGE_PANEL, /* cells of queries that are weighed at a time, of whole blocks */
+    ALIGNED = 64,     /* bytes: a cache line, and the widest vector */
 };
 
 static const size_t size_of[SPARGE_FORMATS] = {1, sizeof(int16_t), sizeof(float), sizeof(uint16_t)};
@@ -121,6 +123,7 @@ static void lay_out_scratch(arena *a, const sparge_work *w, int64_t group, sparg
                   longest = sparge_max(g->block_q, w->keys);
     const int64_t lanes = w->result ? w->q.operand.inits : 0, some = w->result ? group : 0;
     const int64_t tile = some * (w->keys + 1), selects = w->predicted ? g->k_blocks : 0;
+    const int64_t weighs = w->predicted && w->o->cell ? SPARGE_PANEL : 0;
     const sparge_format pv = w->kv.v.format;
     *t = (sparge_scratch){
         .x = take(a, longest * widest, sizeof(float)),
@@ -131,6 +134,11 @@ static void lay_out_scratch(arena *a, const sparge_work *w, int64_t group, sparg
         .order_key = take(a, selects, sizeof(uint32_t)),
         .mass = take(a, selects, sizeof(uint32_t)),
         .j = take(a, selects, sizeof(uint32_t)),
+        .cell_q =
+            take(a, weighs ? sparge_padded(w->together * w->cells_q) * k_stride : 0, sizeof(float)),
+        .cell_s = take(a, weighs * sparge_padded(g->k_blocks * w->cells_k), sizeof(float)),
+        .cell_codes = take(a, weighs * (g->k_blocks + SPARGE_PANEL), sizeof(int32_t)),
+        .cell_mass = take(a, weighs ? w->together * g->k_blocks : 0, sizeof(uint32_t)),
         .s = take(a, tile, sizeof(float)),
         .p = take(a, pv == SPARGE_FLOATS ? 0 : tile, size_of[pv]),
         .o = take(a, lanes * v_stride, sizeof(float)),
@@ -198,14 +206,18 @@ static void lay_out(arena *a, driver *d)
     w->no_mean = take(a, sparge_max(dim, dim_v), sizeof(float));
     d->tally = take(a, heads, sizeof *d->tally);
     w->kv.mean = take(a, d->kv_heads * dim, sizeof(float));
-    w->kv.pool = take(a, w->predicted || o->smooth_k ? k_blocks * dim : 0, sizeof(float));
+    w->kv.pool = take(a,
+                      w->predicted  ? (k_blocks * w->cells_k + SPARGE_PANEL) * dim
+                      : o->smooth_k ? k_blocks * dim
+                                    : 0,
+                      sizeof(float));
     w->kv.sim = take(a, w->predicted ? k_blocks : 0, sizeof(float));
     w->kv.nonfinite = take(a, k_blocks, sizeof(uint8_t));
     w->kv.k = operand(a, qk, qk_qmax, k_packed, dim, w->keys, w->keys, 1);
     w->kv.v = operand(a, pv, pv_qmax, k_packed, dim_v, w->keys, pv == SPARGE_WORDS ? dim_v : 0,
                       pv_qmax ? dim_v : 0);
     w->q.operand = operand(a, qk, qk_qmax, q_packed, dim, lanes, lanes, 1);
-    w->q.pool = take(a, w->predicted ? d->q_blocks * dim : 0, sizeof(float));
+    w->q.pool = take(a, w->predicted ? d->q_blocks * w->cells_q * dim : 0, sizeof(float));
     w->q.block = take(a, d->q_blocks, sizeof *w->q.block);
     d->scratch = take(a, o->threads, sizeof *d->scratch);
     for (int n = 0; n < o->threads; n++) {
@@ -306,7 +318,9 @@ static void run_q_batch(driver *d, int64_t first, int64_t count)
     const double start = sparge_seconds();
     on_each(d, count, PACKED_TOGETHER, sparge_pack_query);
     const double packed = sparge_seconds();
-    if (w->predicted)
+    if (w->predicted && w->o->cell)
+        on_each(d, sparge_ceil_div(count, w->together), 1, sparge_select_cells);
+    else if (w->predicted)
         on_each(d, count, PACKED_TOGETHER, sparge_select_row);
     const double predicted = sparge_seconds();
     if (w->result && !d->cancelled)
@@ -349,6 +363,12 @@ static sparge_status run(const sparge_problem *p, const sparge_options *o, sparg
             },
     };
     const sparge_geometry *g = &d.work.g;
+    const int64_t cell = o->cell;
+    d.work.cells = sparge_geometry_make(p->q_len, p->k_len, cell ? cell : o->block_q,
+                                        cell ? cell : o->block_k, o->causal);
+    d.work.cells_q = o->block_q / d.work.cells.block_q;
+    d.work.cells_k = o->block_k / d.work.cells.block_k;
+    d.work.together = sparge_max(1, CELLS_TOGETHER / d.work.cells_q);
     /* What would overflow the counts below could not be allocated either. */
     const double tokens = (double)g->k_blocks * ((double)o->block_k + SPARGE_MOST_DEPTH) +
                           (double)g->q_blocks * (double)o->block_q;

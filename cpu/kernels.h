@@ -142,6 +142,11 @@ typedef struct sparge_kernels {
     void (*score_pools)(const float *pool, const float *pools, int64_t n, int64_t stride,
                         float softmax_scale, float *s);
     void (*mass)(const float *s, int64_t n, float top, uint32_t *mass); /* sparge_mass */
+    /* Of one panel of rows of cells: codes, of SPARGE_CELL_QMAX, of so many keys at a time added
+     * up, [keys / together][16]; and those of so many blocks to the masses that the rows add to
+     * them, which stand for so many queries. */
+    void (*sum_codes)(const sparge_scores *, const float *top, int64_t together, int32_t *codes);
+    void (*cell_masses)(int32_t *codes, int64_t blocks, const int64_t *queries);
 
     /* ---- One tile (ref/attend.c); arrays of queries are [panels * 16] ---- */
     void (*score[SPARGE_FORMATS])(const sparge_product *, float *s, int64_t s_stride);

@@ -64,9 +64,10 @@ typedef struct block {
     int64_t ahead;    /* rows of it that each slice of a sweep fetches */
     int64_t fetched;  /* rows of it that are on their way */
     int64_t stride;
-    float *x;    /* [rows][stride] */
-    float max;   /* the largest magnitude */
-    bool finite; /* every element is */
+    int64_t cell; /* rows of a cell */
+    float *x;     /* [rows][stride] */
+    float max;    /* the largest magnitude */
+    bool finite;  /* every element is */
 } block;
 
 /* As many rows as a slice has, but half of them if a second sweep follows, to codes. */
@@ -86,6 +87,18 @@ static void fetch(block *b)
     }
 }
 
+/* Adds rows [first, first + rows) of the block to the pools of their cells, and to unit_sum. */
+static void sum_cells(const sparge_work *w, const block *b, int64_t first, int64_t rows,
+                      float *pool, float *unit_sum)
+{
+    const int64_t end = first + rows;
+    for (int64_t r = first, next; r < end; r = next) {
+        next = sparge_min(end, (r / b->cell + 1) * b->cell);
+        w->kernels.sum_units(b->x + r * b->stride, next - r, b->stride,
+                             pool + r / b->cell * b->stride, unit_sum);
+    }
+}
+
 /* x is the block less the mean. Rows are summed up in pool and unit_sum, and largest magnitudes of
  * channels in `most`, unless these are NULL. */
 static void read_block(const sparge_work *w, block *b, const float *mean, float *pool,
@@ -102,7 +115,7 @@ static void read_block(const sparge_work *w, block *b, const float *mean, float 
         b->finite &= w->kernels.load(&some, mean, b->stride, x, &max);
         b->max = fmaxf(b->max, max);
         if (pool)
-            w->kernels.sum_units(x, some.rows, b->stride, pool, unit_sum);
+            sum_cells(w, b, r, some.rows, pool, unit_sum);
         if (most)
             w->kernels.channel_max(x, some.rows, b->stride, most);
         fetch(b);
@@ -116,18 +129,24 @@ bool sparge_load_finite(const sparge_work *w, const sparge_rows *rows, const flo
     return w->kernels.load(rows, mean, stride, x, &max) && sparge_value_is_finite(max, dtype);
 }
 
-/* Reads the block, and line 4: its mean row; returns its self-similarity. */
+/* Reads the block, and line 4: its mean row, or those of its cells; returns its self-similarity. */
 static float summarize(const sparge_work *w, sparge_scratch *t, block *b, const float *mean,
                        float *pool, float *pools, float *sims)
 {
-    memset(pool, 0, (size_t)b->stride * sizeof *pool);
+    const int64_t cells = sparge_ceil_div(b->rows.rows, b->cell);
+    memset(pool, 0, (size_t)(cells * b->stride) * sizeof *pool);
     memset(t->unit_sum, 0, (size_t)b->stride * sizeof *t->unit_sum);
     read_block(w, b, mean, pool, t->unit_sum, NULL);
-    for (int64_t c = 0; c < b->stride; c++)
+    for (int64_t n = 0; n < cells && w->o->cell; n++)
+        for (int64_t c = 0; c < b->stride; c++)
+            pool[n * b->stride + c] = sparge_cell_mean(pool[n * b->stride + c],
+                                                       sparge_block_rows(b->rows.rows, b->cell, n));
+    for (int64_t c = 0; c < b->stride && !w->o->cell; c++)
         pool[c] /= (float)b->rows.rows;
     const float square = w->kernels.dot(t->unit_sum, t->unit_sum, b->stride);
     const float sim = sparge_mean_cosine(square, b->rows.rows);
-    sparge_record_rows(pools, b->at.block, 1, w->p->dim, pool, b->stride, sizeof *pool);
+    if (!w->o->cell)
+        sparge_record_rows(pools, b->at.block, 1, w->p->dim, pool, b->stride, sizeof *pool);
     sparge_record_rows(sims, b->at.block, 1, 1, &sim, 1, sizeof sim);
     return sim;
 }
@@ -185,9 +204,11 @@ static void pack_key(const sparge_work *w, sparge_scratch *t, int64_t n, block b
     b.rows = key_block(w, &w->p->k, n, w->p->dim);
     b.ahead = rows_ahead(w, k);
     b.stride = k->stride;
+    b.cell = w->g.block_k / w->cells_k;
     b.x = w->result && k->format == SPARGE_FLOATS ? data : t->x;
     if (w->predicted)
-        kv->sim[n] = summarize(w, t, &b, mean, kv->pool + n * k->stride, to->k_pool, to->k_sim);
+        kv->sim[n] =
+            summarize(w, t, &b, mean, kv->pool + n * w->cells_k * k->stride, to->k_pool, to->k_sim);
     else
         read_block(w, &b, mean, NULL, NULL, NULL);
     kv->nonfinite[n] = b.finite ? 0 : SPARGE_NONFINITE_K;
@@ -260,11 +281,12 @@ void sparge_pack_query(const sparge_work *w, sparge_scratch *t, int64_t n)
         .next = query_block(w, &w->q.block[sparge_min(n + 1, w->q.count - 1)]),
         .ahead = rows_ahead(w, q),
         .stride = q->stride,
+        .cell = g->block_q / w->cells_q,
         .x = t->x,
     };
     if (w->predicted)
-        block_q->sim =
-            summarize(w, t, &b, w->no_mean, w->q.pool + index * q->stride, to->q_pool, to->q_sim);
+        block_q->sim = summarize(w, t, &b, w->no_mean, w->q.pool + index * w->cells_q * q->stride,
+                                 to->q_pool, to->q_sim);
     else
         read_block(w, &b, w->no_mean, NULL, NULL, NULL);
     block_q->finite = b.finite;

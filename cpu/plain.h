@@ -219,6 +219,21 @@ static void mass(const float *s, int64_t n, float top, uint32_t *restrict to)
         to[j] = sparge_mass(s[j], top);
 }
 
+static void cell_masses(int32_t *restrict codes, int64_t blocks, const int64_t *queries)
+{
+    uint64_t total[SPARGE_PANEL] = {0};
+    float worth[SPARGE_PANEL];
+    for (int64_t j = 0; j < blocks; j++)
+        for (int n = 0; n < SPARGE_PANEL; n++)
+            total[n] += (uint32_t)codes[j * SPARGE_PANEL + n];
+    for (int n = 0; n < SPARGE_PANEL; n++)
+        worth[n] = sparge_cell_worth(queries[n], total[n]);
+    for (int64_t j = 0; j < blocks; j++)
+        for (int n = 0; n < SPARGE_PANEL; n++)
+            codes[j * SPARGE_PANEL + n] =
+                (int32_t)sparge_cell_mass(codes[j * SPARGE_PANEL + n], worth[n]);
+}
+
 /* ---- One tile ---- */
 
 static void add_bias(const sparge_scores *x, float *restrict s, int64_t keys,
@@ -312,6 +327,7 @@ static void plain_kernels(sparge_kernels *k)
     k->round_pairs = round_pairs;
     k->score_pools = score_pools;
     k->mass = mass;
+    k->cell_masses = cell_masses;
     k->add_bias = add_bias;
     k->hide = hide;
     k->update_max = update_max_lanes;

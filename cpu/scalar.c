@@ -195,6 +195,15 @@ static void softmax_floats(const sparge_scores *x, const float *top, void *p, in
     }
 }
 
+static void sum_codes(const sparge_scores *x, const float *top, int64_t together, int32_t *codes)
+{
+    memset(codes, 0, (size_t)(x->keys / together * SPARGE_PANEL) * sizeof *codes);
+    for (int64_t t = 0; t < x->keys / together * together; t++)
+        for (int64_t q = 0; q < SPARGE_PANEL; q++)
+            codes[t / together * SPARGE_PANEL + q] +=
+                sparge_weight_code(score_at(x, t, q), top[q], x->scale, SPARGE_CELL_QMAX);
+}
+
 /* ---- Ceilings ---- */
 
 static int64_t peak_floats(int64_t rounds)
@@ -228,6 +237,7 @@ void sparge_scalar_kernels(sparge_kernels *k)
     product_kernels(k, SPARGE_ISA_SCALAR);
     k->int8_scores = SPARGE_WORDS;
     k->maxima = maxima;
+    k->sum_codes = sum_codes;
     k->softmax[SPARGE_BYTES] = softmax_bytes;
     k->softmax[SPARGE_WORDS] = softmax_words;
     k->softmax[SPARGE_FLOATS] = softmax_floats;

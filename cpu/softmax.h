@@ -119,6 +119,26 @@ INLINE floats softmax_lanes_words(const softmax_lanes *w, int64_t keys, void *p)
     return f_of(sum);
 }
 
+/* A row of cells: its codes of so many keys at a time, added up. */
+INLINE void sum_codes_lanes(const softmax_lanes *w, int64_t keys, int64_t together, int32_t *to)
+{
+    int64_t added = 0;
+    ints sum = {0};
+    for (int64_t t = 0; t < keys; t += BESIDE) {
+        ints code[BESIDE];
+        codes_of(w, t, (float)SPARGE_CELL_QMAX, code);
+        for (int e = 0; e < BESIDE; e++) {
+            sum = i_add(sum, code[e]);
+            if (++added < together)
+                continue;
+            i_store(to, sum);
+            to += SPARGE_PANEL;
+            added = 0;
+            sum = (ints){0};
+        }
+    }
+}
+
 /* -(first half . second half), what Winograd's product has too much of. */
 INLINE ints words_init_of(const int16_t *p, int64_t keys)
 {
@@ -255,8 +275,17 @@ static void softmax_pairs(const sparge_scores *x, const float *top, void *p, int
     }
 }
 
+static void sum_codes(const sparge_scores *x, const float *top, int64_t together, int32_t *codes)
+{
+    for (int64_t q = 0; q < SPARGE_PANEL; q += LANES) {
+        const softmax_lanes w = lanes_at(x, q, f_load(top + q));
+        sum_codes_lanes(&w, x->keys, together, codes + q);
+    }
+}
+
 static void softmax_kernels(sparge_kernels *k)
 {
+    k->sum_codes = sum_codes;
     k->maxima = maxima;
     k->softmax[SPARGE_BYTES] = softmax_bytes;
     k->softmax[SPARGE_WORDS] = softmax_words;

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* work.h: what the cpu backend holds while it works, by how long it lives: a call, a batch of key
  * heads, a batch of their query blocks; and a thread's scratch. Its steps are pack.c (one pass over
- * q, k and v), select.c (one row of the mask) and tile.c (one query block through its key blocks).
- * None of them knows an instruction set. driver.c has memory, threads and the order of it all. */
+ * q, k and v), select.c (one row of the mask), cells.c (masses for it) and tile.c (one query block
+ * through its key blocks). None of them knows an instruction set. driver.c has memory, threads and
+ * the order of it all. */
 #ifndef SPARGE_CPU_WORK_H
 #define SPARGE_CPU_WORK_H
 
@@ -27,7 +28,8 @@ typedef struct sparge_operand {
 typedef struct sparge_kv_batch {
     int64_t first, end;
     float *mean;        /* [end - first][stride] the mean key */
-    float *pool;        /* [blocks][stride] sums of K_j until the mean is known, then mean rows */
+    float *pool;        /* [blocks][stride] sums of K_j until the mean is known, then mean rows:
+                           [blocks][cells_k][stride], and a panel of them more */
     float *sim;         /* [blocks] self-similarity of K_j */
     uint8_t *nonfinite; /* [blocks] bits of sparge_nonfinite */
     sparge_operand k, v;
@@ -50,7 +52,7 @@ typedef struct sparge_q_block {
 /* A batch of query blocks that read a batch of key heads. */
 typedef struct sparge_q_batch {
     sparge_operand operand;
-    float *pool;           /* [count][stride] mean rows */
+    float *pool;           /* [count][cells_q][stride] mean rows */
     sparge_q_block *block; /* [count] */
     int64_t count;
 } sparge_q_batch;
@@ -59,7 +61,9 @@ typedef struct sparge_work {
     const sparge_problem *p;
     const sparge_options *o;
     const sparge_intermediates *intermediates;
-    sparge_geometry g;
+    sparge_geometry g, cells;
+    int64_t cells_q, cells_k; /* of a block; without cells it is one itself */
+    int64_t together;         /* query blocks whose cells share panels */
     sparge_kernels kernels;
     int64_t keys;            /* of a key block, padded: the depth of P.V */
     sparge_mask *predicted;  /* NULL: not asked for */
@@ -76,7 +80,10 @@ typedef struct sparge_scratch {
     float *inverse;      /* [channels of V] of their scales */
     void *code;
     float *row;                       /* [k_blocks] S[i,:] */
-    uint32_t *order_key, *mass, *j;   /* [k_blocks] of the finite scores, and their key blocks */
+    uint32_t *order_key, *mass, *j;   /* [k_blocks] of what is chosen from, and their key blocks */
+    float *cell_q, *cell_s;           /* [panels][stride][16], [cells of K][16] */
+    int32_t *cell_codes;              /* [k_blocks + a panel][16] sums of codes, then masses */
+    uint32_t *cell_mass;              /* [together][k_blocks] */
     float *s;                         /* [panels of a group][(keys + 1) * 16] */
     void *p;                          /* the same in the format of V */
     float *o;                         /* [panels][channels of V][16] */
@@ -151,7 +158,11 @@ sparge_step sparge_sum_keys;       /* pack.c: a summand of the mean key */
 sparge_step sparge_pack_kv;        /* pack.c */
 sparge_step sparge_pack_query;     /* pack.c */
 sparge_step sparge_select_row;     /* select.c */
+sparge_step sparge_select_cells;   /* cells.c; n: `together` query blocks */
 sparge_step sparge_attend_q_block; /* tile.c */
+
+/* select.c: one row by the masses [visible] of its key blocks. */
+void sparge_select_masses(const sparge_work *w, sparge_scratch *t, int64_t n, const uint32_t *mass);
 
 /* pack.c: the mean key of a head of the batch, once the sums of all its blocks are there. */
 void sparge_mean_key(const sparge_work *w, int64_t head);
