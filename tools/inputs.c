@@ -3,6 +3,7 @@
 #include "tools/inputs.h"
 
 #include <float.h>
+#include <inttypes.h>
 #include <math.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -139,6 +140,7 @@ void inputs_free(inputs *in)
 {
     for (int n = 0; n < 3; n++)
         array_free(&in->tensor[n]);
+    array_free(&in->g);
 }
 
 /* ---- Beside them ---- */
@@ -189,32 +191,49 @@ _Noreturn static void unfit_output(const char *path, const array *x, const char 
     char is[ARRAY_SHAPE_TEXT], expected[ARRAY_SHAPE_TEXT];
     array_shape_string(x->rank, x->shape, is);
     array_shape_string(rank, shape, expected);
-    fail(EXIT_FILE, path,
-         "%s is %s %s, it must be of floats and %s, as sparge run writes it for this q", what,
+    fail(EXIT_FILE, path, "%s is %s %s, it must be of floats and %s, as o is for this q", what,
          array_type_string(x->type), is, expected);
+}
+
+/* Packs what has the axes of o in a file, x, which it frees: f64 stays, the rest becomes f32. */
+static void pack_output(const char *path, const inputs *in, const char *what, array *x, array *out)
+{
+    const sparge_problem *p = &in->problem;
+    const int64_t axes[] = {p->batch, p->heads, p->q_len, p->dim_v};
+    int64_t shape[4];
+    output_shape(in, shape);
+    if (x->type > ARRAY_F64 || x->rank != in->rank ||
+        memcmp(x->shape, shape, (size_t)x->rank * sizeof *shape) != 0)
+        unfit_output(path, x, what, in->rank, shape);
+    must_have((x->type == ARRAY_F64 || array_to_f32(x, &failure)) &&
+              array_alloc(x->type, 4, axes, out, &failure));
+    const size_t row = (size_t)p->dim_v * array_type_size(x->type);
+    for (int64_t to = 0; to < output_rows(in); to++)
+        memcpy((char *)out->data + (size_t)to * row,
+               (const char *)x->data + (size_t)output_row(in, to) * row, row);
+    array_free(x);
 }
 
 void inputs_output(const char *path, const inputs *in, array *out, array_type *type)
 {
     static const char *name = "o";
-    const sparge_problem *p = &in->problem;
-    const int64_t axes[] = {p->batch, p->heads, p->q_len, p->dim_v};
     array x;
-    int64_t shape[4];
     must_do(safetensors_named(path) ? safetensors_read(path, &name, 1, &x, &failure)
                                     : npy_read(path, &x, &failure));
     *type = x.type;
-    output_shape(in, shape);
-    if (x.type > ARRAY_F64 || x.rank != in->rank ||
-        memcmp(x.shape, shape, (size_t)x.rank * sizeof *shape) != 0)
-        unfit_output(path, &x, "o", in->rank, shape);
-    must_have((x.type == ARRAY_F64 || array_to_f32(&x, &failure)) &&
-              array_alloc(x.type, 4, axes, out, &failure));
-    const size_t row = (size_t)p->dim_v * array_type_size(x.type);
-    for (int64_t to = 0; to < output_rows(in); to++)
-        memcpy((char *)out->data + (size_t)to * row,
-               (const char *)x.data + (size_t)output_row(in, to) * row, row);
-    array_free(&x);
+    pack_output(path, in, name, &x, out);
+}
+
+void inputs_gradient(const char *path, inputs *in)
+{
+    static const char *name = "g";
+    array x;
+    must_do(safetensors_read(path, &name, 1, &x, &failure));
+    pack_output(path, in, name, &x, &in->g);
+    const int64_t wrong = array_nonfinite(&in->g);
+    if (wrong)
+        fail(EXIT_FILE, path, "g has %" PRId64 " elements that are not finite; record it again",
+             wrong);
 }
 
 void inputs_lse(const char *path, const inputs *in, array *out)

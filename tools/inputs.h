@@ -7,6 +7,7 @@
 
 typedef struct inputs {
     array tensor[3];        /* q, k, v; what was not wanted is empty */
+    array g;                /* of inputs_gradient, which was not asked for where it is empty */
     sparge_problem problem; /* views of them */
     array_type type;        /* of q in its file */
     int rank;               /* of all of them */
@@ -30,6 +31,10 @@ void inputs_shape_output(const inputs *in, const array *o, array *out);
  * lse, [batch][heads][q_len] in a .npy of f32 or f64; leading axes of 1 may be missing. */
 void inputs_output(const char *path, const inputs *in, array *out, array_type *type);
 void inputs_lse(const char *path, const inputs *in, array *out);
+
+/* Reads g too, `g` of the .safetensors that q, k and v are of: the gradient of the model's loss at
+ * each head's o. It has the axes of q there, and is f32 [batch][heads][q_len][dim_v] here. */
+void inputs_gradient(const char *path, inputs *in);
 
 /* A file of one array. */
 exit_code inputs_npy(const char *path, array *out, file_error *error);
