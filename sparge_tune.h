@@ -8,7 +8,7 @@
 #ifndef SPARGE_TUNE_H
 #define SPARGE_TUNE_H
 
-#include "sparge.h"
+#include "sparge_methods.h"
 
 SPARGE_BEGIN_DECLS
 
@@ -70,6 +70,70 @@ typedef struct sparge_tuned {
 sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
                           const sparge_options *options, const sparge_tune_options *how,
                           sparge_tuned *heads, sparge_error *error);
+
+/* ---- By loss ------------------------------------------------------------------------------
+ *
+ * Chooses the first parameter of a method for the heads of all layers together, by what the error
+ * of a head does to the model's loss:
+ *
+ *     double first[SPARGE_LOSS_POINTS];
+ *     int points = sparge_loss_grid(method, first);
+ *     ... for each layer: sparge_loss_measure, of all heads at each of these values
+ *     sparge_loss_goal goal = {.density = 0.5};
+ *     sparge_status status =
+ *         sparge_loss_choose(method, curve, heads_of_all_layers, points, &goal, chosen, &error);
+ *
+ * g is the gradient, at the output of a head, of the model's loss summed over the tokens, with
+ * labels drawn from the model. The loss of a head is the mean over its queries of
+ * (g . (o' - o))^2 / 2, with o of dense attention in f32: what its error adds to the KL divergence
+ * of the model from itself, in nats per token, to second order. Losses of heads add up. */
+
+typedef struct sparge_loss_input {
+    sparge_problem problem;
+    sparge_in g;                   /* [batch][heads][q_len][dim_v], in host memory */
+    const sparge_context *context; /* for the method, or NULL; without first and state */
+} sparge_loss_input;
+
+/* A head under one value of the first parameter. */
+typedef struct sparge_loss_point {
+    double first;
+    double density; /* of tokens, mean over the inputs */
+    double loss;    /* mean over the inputs; NaN if some of it is not finite */
+} sparge_loss_point;
+
+enum { SPARGE_LOSS_POINTS = 11 };
+
+/* Values of the first parameter to measure, by rising density, and how many; 0: the method has no
+ * such parameter. */
+int sparge_loss_grid(const sparge_method *method, double first[SPARGE_LOSS_POINTS]);
+
+/* Fills in density and loss of point[heads][points], whose `first` is the caller's. Costs a dense
+ * pass over the inputs in f32 and one of its density for each point; *dense_passes is their sum,
+ * over the backend's own products of blocks. The inputs are as of sparge_tune, but that they may
+ * have a k_bias. param as of sparge_method_plan; param[0] is not used. executor: as of
+ * sparge_plan_run. progress of the options gets 0 to 1. */
+sparge_status sparge_loss_measure(const sparge_loss_input *inputs, int64_t count,
+                                  const sparge_options *options, const sparge_method *method,
+                                  const double *param, const sparge_executor *executor,
+                                  sparge_loss_point *point, int64_t points, double *dense_passes,
+                                  sparge_error *error);
+
+/* What is sought: one of both, the other is 0. */
+typedef struct sparge_loss_goal {
+    double density; /* mean over the heads */
+    double loss;    /* sum over the heads */
+} sparge_loss_goal;
+
+/* Chooses for each head of curve[heads][points], by rising density: the value of least loss +
+ * price * density, at the one price that meets the goal. The losses are first made monotone and
+ * drawn halfway to the heads' mean, in the logarithm: those of single heads are estimates. Between
+ * points the losses are exponential, the densities linear, in the logarithm of the parameter (of
+ * one in [low, high] that of (first - low) / (high - first)). `chosen` has the density and the
+ * monotone loss there; a head with a loss that is NaN gets its last point. SPARGE_ERR_ARGUMENT
+ * names the goals that can be reached. */
+sparge_status sparge_loss_choose(const sparge_method *method, const sparge_loss_point *curve,
+                                 int64_t heads, int64_t points, const sparge_loss_goal *goal,
+                                 sparge_loss_point *chosen, sparge_error *error);
 
 SPARGE_END_DECLS
 

@@ -26,10 +26,9 @@ static sparge_status check_tuning(const sparge_tune_options *how, int64_t count,
 }
 
 /* Input n, beside the first one. */
-static sparge_status check_input(const sparge_problem *inputs, int64_t n, const sparge_options *o,
+static sparge_status check_shape(const sparge_problem *p, const sparge_problem *first, int64_t n,
                                  sparge_error *error)
 {
-    const sparge_problem *p = &inputs[n], *first = &inputs[0];
     if (p->batch == 0 || p->q_len == 0 || p->k_len == 0)
         return sparge_fail(error, SPARGE_ERR_SHAPE,
                            "input %lld is empty: batch %lld, q_len %lld, k_len %lld", (long long)n,
@@ -44,6 +43,16 @@ static sparge_status check_input(const sparge_problem *inputs, int64_t n, const 
             (long long)n, (long long)p->heads, (long long)p->kv_heads, (long long)p->dim,
             (long long)p->dim_v, (long long)first->heads, (long long)first->kv_heads,
             (long long)first->dim, (long long)first->dim_v);
+    return SPARGE_OK;
+}
+
+static sparge_status check_input(const sparge_problem *inputs, int64_t n, const sparge_options *o,
+                                 sparge_error *error)
+{
+    const sparge_problem *p = &inputs[n];
+    const sparge_status status = check_shape(p, inputs, n, error);
+    if (status)
+        return status;
     if (p->k_bias)
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "input %lld has a k_bias, which the tuner does not take", (long long)n);
@@ -86,5 +95,108 @@ sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
         status = sparge_resolve(&inputs[0], &o, NULL, error);
     if (!status)
         status = sparge_tune_heads(inputs, count, &o, how, heads, error);
+    return sparge_with_message(status, error);
+}
+
+/* ---- By loss ---- */
+
+static sparge_status check_loss_input(const sparge_loss_input *inputs, int64_t n,
+                                      const sparge_options *o, sparge_error *error)
+{
+    const sparge_loss_input *in = &inputs[n];
+    sparge_status status = sparge_check(&in->problem, o, true, NULL, error);
+    if (!status)
+        status = check_shape(&in->problem, &inputs[0].problem, n, error);
+    if (!status && (!in->g.data || (unsigned)in->g.dtype > SPARGE_BF16))
+        status = sparge_fail(error, SPARGE_ERR_ARGUMENT, "g of input %lld %s", (long long)n,
+                             in->g.data ? "has a dtype that is not f32, f16 or bf16" : "is NULL");
+    return status;
+}
+
+sparge_status sparge_loss_measure(const sparge_loss_input *inputs, int64_t count,
+                                  const sparge_options *options, const sparge_method *method,
+                                  const double *param, const sparge_executor *executor,
+                                  sparge_loss_point *point, int64_t points, double *dense_passes,
+                                  sparge_error *error)
+{
+    SPARGE_OWN_ARITHMETIC;
+    if (!inputs || !options || !method || !point || !dense_passes)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL",
+                           !inputs    ? "inputs"
+                           : !options ? "options"
+                           : !method  ? "method"
+                           : !point   ? "point"
+                                      : "dense_passes");
+    if (count < 1 || points < 1)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be at least 1",
+                           count < 1 ? "count" : "points", (long long)(count < 1 ? count : points));
+    if (!method->param[0].name)
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "%s has no parameter that sets its density", method->name);
+    sparge_status status = SPARGE_OK;
+    for (int64_t n = 0; n < count && !status; n++)
+        status = check_loss_input(inputs, n, options, error);
+    tune_losses of = {inputs, count, options, *options, method, param, executor, point, points};
+    if (!status)
+        status = sparge_resolve(&inputs[0].problem, &of.resolved, NULL, error);
+    if (!status && of.resolved.backend == SPARGE_CUDA && !executor)
+        status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                             "backend is cuda, whose arrays are in device memory: give an executor "
+                             "that copies");
+    if (!status)
+        status = tune_losses_measure(&of, dense_passes, error);
+    return sparge_with_message(status, error);
+}
+
+/* Every step of a head's curve goes the same way on the scale of the parameter. */
+static sparge_status check_curve(const sparge_method *method, const sparge_loss_point *curve,
+                                 int64_t points, int64_t head, sparge_error *error)
+{
+    const sparge_param *q = &method->param[0];
+    for (int64_t n = 0; n < points; n++) {
+        const double here = tune_scale(q, curve[n].first);
+        const double step = n ? here - tune_scale(q, curve[n - 1].first) : method->falls ? -1 : 1;
+        if (!isfinite(here) || !(method->falls ? step < 0.0 : step > 0.0))
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                               "point %lld of head %lld has %s %g, it must be inside [%g, %g] and "
+                               "%s the one before",
+                               (long long)n, (long long)head, q->name, curve[n].first, q->low,
+                               q->high, method->falls ? "below" : "above");
+        if (!(curve[n].density >= 0.0) || curve[n].loss < 0.0)
+            return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                               "point %lld of head %lld has density %g and loss %g, which are no "
+                               "such numbers",
+                               (long long)n, (long long)head, curve[n].density, curve[n].loss);
+    }
+    return SPARGE_OK;
+}
+
+sparge_status sparge_loss_choose(const sparge_method *method, const sparge_loss_point *curve,
+                                 int64_t heads, int64_t points, const sparge_loss_goal *goal,
+                                 sparge_loss_point *chosen, sparge_error *error)
+{
+    SPARGE_OWN_ARITHMETIC;
+    if (!method || !curve || !goal || !chosen)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is NULL",
+                           !method  ? "method"
+                           : !curve ? "curve"
+                           : !goal  ? "goal"
+                                    : "chosen");
+    if (heads < 1 || points < 1)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be at least 1",
+                           heads < 1 ? "heads" : "points", (long long)(heads < 1 ? heads : points));
+    if (!(goal->density >= 0.0 && goal->density <= 1.0 && goal->loss >= 0.0 &&
+          (goal->density > 0.0) != (goal->loss > 0.0)))
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "density is %g and loss is %g, one must be above 0 and the other be 0",
+                           goal->density, goal->loss);
+    if (!method->param[0].name)
+        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                           "%s has no parameter that sets its density", method->name);
+    sparge_status status = SPARGE_OK;
+    for (int64_t h = 0; h < heads && !status; h++)
+        status = check_curve(method, curve + h * points, points, h, error);
+    if (!status)
+        status = tune_choose(&method->param[0], curve, heads, points, goal, chosen, error);
     return sparge_with_message(status, error);
 }

@@ -138,14 +138,21 @@ static sparge_status attend(tune_input *x, const sparge_options *o, bool dense, 
     return status;
 }
 
-static sparge_status attend_dense(tune_input *x, sparge_error *error)
+sparge_options tune_dense_options(const sparge_options *of)
 {
-    sparge_options o = *x->o;
+    sparge_options o = *of;
     o.qk_dtype = o.pv_dtype = SPARGE_F32;
     if (o.backend == SPARGE_REF) /* which takes one with bf16 alone */
         o.isa = SPARGE_ISA_AUTO;
     o.cuda.kernel = 0;
     o.thresholds = tune_thresholds(tune_dense(), false);
+    o.per_head = NULL;
+    return o;
+}
+
+static sparge_status attend_dense(tune_input *x, sparge_error *error)
+{
+    const sparge_options o = tune_dense_options(x->o);
     tune_array out;
     sparge_counts counts;
     sparge_status status = attend(x, &o, true, &out, &counts, error);

@@ -2,9 +2,10 @@
 /* tune.h: what the parts of the tuner hand to each other. input.c brings one head of one input to
  * where the backend runs, blocks.c takes attention apart into what each key block contributes,
  * curve.c adds the contributions up again in the order in which tau, topk or lambda would, search.c
- * chooses for one head, and heads.c has all heads do so side by side.
+ * chooses for one head, and heads.c has all heads do so side by side. Of a tuner by loss loss.c
+ * measures and price.c chooses.
  *
- * api/ calls sparge_tune_heads, and the tuner calls attention through the public face,
+ * api/ calls it, and the tuner calls attention through the public face,
  * sparge.h, alone: it stands on top of the library as a user does, for any backend.
  *
  * Letters as in ref/ref.h: query block i, key block j, row r, channel c. */
@@ -80,6 +81,9 @@ typedef struct tune_input {
     double pairs;             /* visible (query block, key block) pairs */
     double products;          /* of blocks so far; a pair has one of Q.K^T and one of P.V */
 } tune_input;
+
+/* Of dense attention in f32 on the same backend. */
+sparge_options tune_dense_options(const sparge_options *of);
 
 /* Computes dense attention and S. After failure the input is all 0. */
 sparge_status tune_input_open(tune_input *x, const sparge_problem *p, int64_t batch, int64_t head,
@@ -171,5 +175,29 @@ sparge_status tune_head(const tune_task *task, sparge_tuned *t, sparge_error *er
 sparge_status sparge_tune_heads(const sparge_problem *inputs, int64_t count,
                                 const sparge_options *o, const sparge_tune_options *how,
                                 sparge_tuned *heads, sparge_error *error);
+
+/* ---- loss.c, price.c: by loss --------------------------------------------------------------- */
+
+/* What sparge_loss_measure is given, checked. */
+typedef struct tune_losses {
+    const sparge_loss_input *inputs; /* [count] */
+    int64_t count;
+    const sparge_options *options;
+    sparge_options resolved; /* for dense attention */
+    const sparge_method *method;
+    const double *param;
+    const sparge_executor *executor;
+    sparge_loss_point *point; /* [heads][points] */
+    int64_t points;
+} tune_losses;
+
+sparge_status tune_losses_measure(const tune_losses *of, double *dense_passes, sparge_error *error);
+
+/* As sparge_loss_choose, of whose method it needs this parameter; every step of a curve goes the
+ * same way on its scale. */
+double tune_scale(const sparge_param *param, double first);
+sparge_status tune_choose(const sparge_param *param, const sparge_loss_point *point, int64_t heads,
+                          int64_t points, const sparge_loss_goal *goal, sparge_loss_point *chosen,
+                          sparge_error *error);
 
 #endif
