@@ -91,7 +91,8 @@ enum {
 /* An element of a cell's mean row, held where no product of two rows overflows. */
 SPARGE_HD float sparge_cell_mean(float sum, int64_t rows)
 {
-    return fmaxf(-0x1p55f, fminf(sum / (float)rows, 0x1p55f));
+    const float mean = sum / (float)rows, least = mean < -0x1p55f ? -0x1p55f : mean;
+    return least > 0x1p55f ? 0x1p55f : least;
 }
 
 /* From products of mean rows to log2 units. */

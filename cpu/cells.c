@@ -54,34 +54,36 @@ static void add(const sparge_work *w, const panel *p, int64_t blocks, const int3
     }
 }
 
-static void weigh_panel(const sparge_work *w, sparge_scratch *t, const panel *p,
-                        const float *k_pool)
+/* Panels that go through K together; keys: more than any of their lanes sees. */
+static void weigh_panels(const sparge_work *w, sparge_scratch *t, const panel *p, int64_t panels,
+                         int64_t keys, const float *k_pool)
 {
-    const int64_t blocks = sparge_ceil_div(p->most, w->cells_k);
-    const int64_t keys = sparge_padded(blocks * w->cells_k);
-    float most[SPARGE_PANEL], local[SPARGE_PANEL];
+    const int64_t s_stride = keys * SPARGE_PANEL, stride = w->kv.k.stride;
     const sparge_product product = {
         .rows = keys,
-        .panels = 1,
-        .depth = w->kv.k.stride,
+        .panels = panels,
+        .depth = stride,
         .a = k_pool,
-        .a_stride = w->kv.k.stride,
-        .b = t->cell_q + p->first * w->kv.k.stride,
+        .a_stride = stride,
+        .b = t->cell_q + p->first * stride,
+        .b_stride = stride * SPARGE_PANEL,
     };
-    const sparge_scores scores = {
-        .s = t->cell_s,
-        .panels = 1,
-        .keys = keys,
-        .scale = sparge_cell_scale(w->o->softmax_scale),
-    };
-    if (!blocks)
-        return;
-    w->kernels.score[SPARGE_FLOATS](&product, t->cell_s, 0);
-    hide(p, keys, t->cell_s);
-    w->kernels.maxima(&scores, most, local);
-    w->kernels.sum_codes(&scores, most, w->cells_k, t->cell_codes);
-    w->kernels.cell_masses(t->cell_codes, blocks, p->queries);
-    add(w, p, blocks, t->cell_codes, t->cell_mass);
+    w->kernels.score[SPARGE_FLOATS](&product, t->cell_s, s_stride);
+    for (int64_t n = 0; n < panels; n++, p++) {
+        float *s = t->cell_s + n * s_stride, most[SPARGE_PANEL], local[SPARGE_PANEL];
+        const int64_t blocks = sparge_ceil_div(p->most, w->cells_k);
+        const sparge_scores scores = {
+            .s = s,
+            .panels = 1,
+            .keys = sparge_padded(blocks * w->cells_k),
+            .scale = sparge_cell_scale(w->o->softmax_scale),
+        };
+        hide(p, scores.keys, s);
+        w->kernels.maxima(&scores, most, local);
+        w->kernels.sum_codes(&scores, most, w->cells_k, t->cell_codes);
+        w->kernels.cell_masses(t->cell_codes, blocks, p->queries);
+        add(w, p, blocks, t->cell_codes, t->cell_mass);
+    }
 }
 
 /* Of query blocks [n, end), which read the same keys. */
@@ -92,9 +94,16 @@ static void weigh(const sparge_work *w, sparge_scratch *t, int64_t n, int64_t en
     memset(t->cell_mass, 0, (size_t)((end - n) * w->g.k_blocks) * sizeof *t->cell_mass);
     w->kernels.pack_columns[SPARGE_FLOATS](w->q.pool + n * w->cells_q * stride, lanes, stride,
                                            t->cell_q, NULL);
-    for (int64_t lane = 0; lane < lanes; lane += SPARGE_PANEL) {
-        const panel p = panel_of(w, n, lane, sparge_min(SPARGE_PANEL, lanes - lane));
-        weigh_panel(w, t, &p, w->kv.pool + first * w->cells_k * stride);
+    for (int64_t lane = 0; lane < lanes;) {
+        panel p[SPARGE_CELL_PANELS];
+        int64_t panels = 0, most = 0;
+        for (; panels < SPARGE_CELL_PANELS && lane < lanes; lane += SPARGE_PANEL) {
+            p[panels] = panel_of(w, n, lane, sparge_min(SPARGE_PANEL, lanes - lane));
+            most = sparge_max(most, p[panels++].most);
+        }
+        const int64_t keys = sparge_padded(sparge_whole(most, w->cells_k));
+        if (keys)
+            weigh_panels(w, t, p, panels, keys, w->kv.pool + first * w->cells_k * stride);
     }
 }
 

@@ -31,8 +31,8 @@ enum {
     Q_BATCH_BLOCKS = 32,       /* so many query blocks a thread */
     PACKED_TOGETHER = 4,       /* blocks that a thread packs or judges before it asks for more */
     CELLS_TOGETHER =
-        SPARGE_PANEL, /* cells of queries that are weighed at a time, of whole blocks */
-    ALIGNED = 64,     /* bytes: a cache line, and the widest vector */
+        SPARGE_CELL_PANELS * SPARGE_PANEL, /* of query blocks that are weighed together */
+    ALIGNED = 64,                          /* bytes: a cache line, and the widest vector */
 };
 
 static const size_t size_of[SPARGE_FORMATS] = {1, sizeof(int16_t), sizeof(float), sizeof(uint16_t)};
@@ -136,7 +136,8 @@ static void lay_out_scratch(arena *a, const sparge_work *w, int64_t group, sparg
         .j = take(a, selects, sizeof(uint32_t)),
         .cell_q =
             take(a, weighs ? sparge_padded(w->together * w->cells_q) * k_stride : 0, sizeof(float)),
-        .cell_s = take(a, weighs * sparge_padded(g->k_blocks * w->cells_k), sizeof(float)),
+        .cell_s = take(a, SPARGE_CELL_PANELS * weighs * sparge_padded(g->k_blocks * w->cells_k),
+                       sizeof(float)),
         .cell_codes = take(a, weighs * (g->k_blocks + SPARGE_PANEL), sizeof(int32_t)),
         .cell_mass = take(a, weighs ? w->together * g->k_blocks : 0, sizeof(uint32_t)),
         .s = take(a, tile, sizeof(float)),

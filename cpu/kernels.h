@@ -118,6 +118,8 @@ typedef struct sparge_kernels {
                 float *sum);
     /* pool += rows, and unit_sum += rows of length 1, [stride]. In the order of rows. */
     void (*sum_units)(const float *x, int64_t rows, int64_t stride, float *pool, float *unit_sum);
+    /* Mean rows from the sums of cells of so many rows, of which the last may be short. */
+    void (*cell_means)(float *pool, int64_t rows, int64_t cell, int64_t stride);
     /* max [stride] is at least the magnitudes of its channel. */
     void (*channel_max)(const float *x, int64_t rows, int64_t stride, float *max);
     /* Codes in [-qmax, qmax], int8 for BYTES and int16 for WORDS: n of them, a multiple of 16,

@@ -137,10 +137,8 @@ static float summarize(const sparge_work *w, sparge_scratch *t, block *b, const 
     memset(pool, 0, (size_t)(cells * b->stride) * sizeof *pool);
     memset(t->unit_sum, 0, (size_t)b->stride * sizeof *t->unit_sum);
     read_block(w, b, mean, pool, t->unit_sum, NULL);
-    for (int64_t n = 0; n < cells && w->o->cell; n++)
-        for (int64_t c = 0; c < b->stride; c++)
-            pool[n * b->stride + c] = sparge_cell_mean(pool[n * b->stride + c],
-                                                       sparge_block_rows(b->rows.rows, b->cell, n));
+    if (w->o->cell)
+        w->kernels.cell_means(pool, b->rows.rows, b->cell, b->stride);
     for (int64_t c = 0; c < b->stride && !w->o->cell; c++)
         pool[c] /= (float)b->rows.rows;
     const float square = w->kernels.dot(t->unit_sum, t->unit_sum, b->stride);

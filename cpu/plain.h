@@ -115,6 +115,13 @@ static void sum_units(const float *x, int64_t rows, int64_t stride, float *restr
     }
 }
 
+static void cell_means(float *pool, int64_t rows, int64_t cell, int64_t stride)
+{
+    for (int64_t r = 0; r < rows; r += cell, pool += stride)
+        for (int64_t c = 0; c < stride; c++)
+            pool[c] = sparge_cell_mean(pool[c], sparge_min(cell, rows - r));
+}
+
 static void channel_max(const float *x, int64_t rows, int64_t stride, float *restrict max)
 {
     for (int64_t r = 0; r < rows; r++)
@@ -315,6 +322,7 @@ static void plain_kernels(sparge_kernels *k)
     k->load = load;
     k->sum = sum_rows;
     k->sum_units = sum_units;
+    k->cell_means = cell_means;
     k->channel_max = channel_max;
     for (int f = 0; f < SPARGE_FORMATS; f++) {
         k->depth[f] = SPARGE_PANEL;

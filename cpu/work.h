@@ -12,6 +12,8 @@
 #include "cpu/kernels.h"
 #include "sparge_inspect.h"
 
+enum { SPARGE_CELL_PANELS = 2 }; /* of rows of cells that go through K together */
+
 /* Q, K or V in blocks, each as a kernel wants it. */
 typedef struct sparge_operand {
     sparge_format format;
@@ -81,7 +83,7 @@ typedef struct sparge_scratch {
     void *code;
     float *row;                       /* [k_blocks] S[i,:] */
     uint32_t *order_key, *mass, *j;   /* [k_blocks] of what is chosen from, and their key blocks */
-    float *cell_q, *cell_s;           /* [panels][stride][16], [cells of K][16] */
+    float *cell_q, *cell_s;           /* [panels][stride][16], [panels][cells of K][16] */
     int32_t *cell_codes;              /* [k_blocks + a panel][16] sums of codes, then masses */
     uint32_t *cell_mass;              /* [together][k_blocks] */
     float *s;                         /* [panels of a group][(keys + 1) * 16] */

@@ -418,6 +418,25 @@ static void test_channel_max(const sparge_kernels *k, sparge_format f)
                 fmaxf(((float *)max.want)[c], fabsf(((float *)b.x.want)[r * b.stride + c]));
 }
 
+static void test_cell_means(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t rows = size_up_to(MOST_ROWS), cell = size_up_to(MOST_ROWS),
+                  cells = sparge_ceil_div(rows, cell), stride = multiple_up_to(SPARGE_PANEL, 64);
+    const pair pool = make("pool", F32, cells * stride, stride);
+    const float size = one_in(3) ? 0x1p60f : 4.0f;
+    for (int64_t e = 0; e < cells * stride; e++)
+        ((float *)pool.got)[e] = one_in(30) ? -INFINITY : one_in(30) ? INFINITY : size * uniform();
+    snprintf(shape, sizeof shape, "%" PRId64 " rows in cells of %" PRId64, rows, cell);
+    settle();
+    k->cell_means(pool.got, rows, cell, stride);
+    for (int64_t n = 0; n < cells; n++)
+        for (int64_t c = 0; c < stride; c++) {
+            float *const x = (float *)pool.want + n * stride + c;
+            *x = fmaxf(-0x1p55f, fminf(0x1p55f, *x / (float)sparge_block_rows(rows, cell, n)));
+        }
+}
+
 /* ---- Codes ---- */
 
 /* Of PAIRS the bits. */
@@ -1077,6 +1096,53 @@ static void test_softmax(const sparge_kernels *k, sparge_format f)
     }
 }
 
+/* Of the first panel. */
+static void test_sum_codes(const sparge_kernels *k, sparge_format f)
+{
+    const scores x = make_scores(k, f);
+    const int64_t together = pick(1, 20), blocks = x.got.keys / together;
+    const pair codes = make("codes", I32, blocks * SPARGE_PANEL, SPARGE_PANEL);
+    static float local[MOST_COLUMNS];
+    k->maxima(&x.got, x.top.got, local);
+    settle();
+    k->sum_codes(&x.got, x.top.got, together, codes.got);
+    for (int64_t q = 0; q < SPARGE_PANEL; q++)
+        for (int64_t j = 0; j < blocks; j++) {
+            int32_t sum = 0;
+            for (int64_t t = j * together; t < (j + 1) * together; t++)
+                sum += sparge_weight_code(score_at(&x, t, q), ((float *)x.top.want)[q], x.got.scale,
+                                          1 << 24);
+            ((int32_t *)codes.want)[j * SPARGE_PANEL + q] = sum;
+        }
+}
+
+static void test_cell_masses(const sparge_kernels *k, sparge_format f)
+{
+    (void)f;
+    const int64_t blocks = size_up_to(MOST_ROWS);
+    const pair codes = make("codes", I32, blocks * SPARGE_PANEL, SPARGE_PANEL);
+    const int64_t most = one_in(3) ? 1 << 30 : 1 << 20;
+    int64_t queries[SPARGE_PANEL];
+    for (int64_t q = 0; q < SPARGE_PANEL; q++)
+        queries[q] = one_in(5) ? 0 : pick(1, SPARGE_MAX_BLOCK);
+    for (int64_t e = 0; e < blocks * SPARGE_PANEL; e++)
+        ((int32_t *)codes.got)[e] = one_in(4) ? 0 : (int32_t)pick(0, most);
+    snprintf(shape, sizeof shape, "%" PRId64 " blocks", blocks);
+    settle();
+    k->cell_masses(codes.got, blocks, queries);
+    for (int64_t q = 0; q < SPARGE_PANEL; q++) {
+        int64_t total = 0;
+        for (int64_t j = 0; j < blocks; j++)
+            total += ((int32_t *)codes.want)[j * SPARGE_PANEL + q];
+        const double exact = total ? (double)(queries[q] << 20) / (double)total : 0.0;
+        const float worth = (float)exact;
+        for (int64_t j = 0; j < blocks; j++) {
+            int32_t *const x = (int32_t *)codes.want + j * SPARGE_PANEL + q;
+            *x = (int32_t)((float)*x * worth);
+        }
+    }
+}
+
 /* ---- One row of the output ---- */
 
 static void test_turn(const sparge_kernels *k, sparge_format f)
@@ -1145,6 +1211,7 @@ static const struct kernel {
     {"load", test_load, 0},
     {"sum", test_sum, 0},
     {"sum_units", test_sum_units, 0},
+    {"cell_means", test_cell_means, 0},
     {"channel_max", test_channel_max, 0},
     {"quantize bytes", test_quantize, SPARGE_BYTES},
     {"quantize words", test_quantize, SPARGE_WORDS},
@@ -1165,6 +1232,8 @@ static const struct kernel {
     {"pack_transposed pairs", test_pack_transposed, SPARGE_PAIRS},
     {"score_pools", test_score_pools, 0},
     {"mass", test_mass, 0},
+    {"sum_codes", test_sum_codes, SPARGE_BYTES},
+    {"cell_masses", test_cell_masses, 0},
     {"score bytes", test_score, SPARGE_BYTES},
     {"score words", test_score, SPARGE_WORDS},
     {"score floats", test_score, SPARGE_FLOATS},
