@@ -477,6 +477,7 @@ void lm_describe(const lm *m, json_t *row)
     const sparge_counts all = measured_counts(&m->measured, m->hyper->layers);
     json_object_set_new(row, "sparsity", json_rounded(sparge_sparsity(&all), 6));
     json_object_set_new(row, "sparsity_qk", json_rounded(sparge_sparsity_qk(&all), 6));
+    json_object_set_new(row, "density_tokens", json_rounded(sparge_density_tokens(&all), 6));
     json_object_set_new(row, "seconds", json_rounded(m->seconds, 4));
     json_object_set_new(row, "seconds_attention", json_rounded(m->measured.seconds, 4));
     json_object_set_new(row, "seconds_prepare", json_rounded(m->measured.prepare, 4));

@@ -198,7 +198,8 @@ size_t rows_unknown(const json_t *rows)
 
 void rows_means(json_t *group)
 {
-    static const char *const keys[] = {"sparsity", "sparsity_qk", "seconds", "seconds_attention"};
+    static const char *const keys[] = {"sparsity", "sparsity_qk", "density_tokens", "seconds",
+                                       "seconds_attention"};
     const json_t *rows = json_object_get(group, "rows");
     const size_t count = json_array_size(rows);
     for (size_t k = 0; k < sizeof keys / sizeof *keys; k++)
