@@ -540,6 +540,30 @@ def test_attentions():
           bq["options"])
 
 
+def test_kl():
+    """How far from dense attention in f32, out of the logits of both; and the pairs of a window."""
+    Model(seed=20, interleaved=True).gguf("m.gguf")
+    some_tokens(600)
+    names = ["f32", "int8", "spargeattn:tau=0.6,theta=-1", "window:sink=0,window=100"]
+    logs = []
+    for name in names:
+        logits = logits_of("m.gguf", "t.npy", "--attention", name)[1][:-1].astype(np.float64)
+        logs.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    x = fine("ppl", "m.gguf", "t.npy", "--kl", "--attention", ",".join(names), "-o", "kl.json")
+    explained("sparge-lm ppl", x)
+    for row, log in zip(x["rows"], logs):
+        want = (np.exp(logs[0]) * (logs[0] - log)).sum(-1).mean()
+        check(abs(row["kl"] - want) < 1e-5 * want + 1e-9, row["attention"], row, want)
+    check(x["rows"][0]["kl"] == 0 < x["rows"][1]["kl"] < x["rows"][2]["kl"], "in order", x["rows"])
+    check([g["kl"] for g in x["summary"]] == [row["kl"] for row in x["rows"]], "a mean of one", x)
+    check(fine("ppl", "m.gguf", "t.npy", "--kl", "--attention", ",".join(names), "-o",
+               "kl.json") == x, "nothing is run again")
+    wrong(FILE, "of other settings", "ppl", "m.gguf", "t.npy", "-o", "kl.json")
+    seen = np.minimum(np.arange(600) + 1, 100).sum() / np.arange(601).sum()
+    check([row["density_tokens"] for row in x["rows"]][::3] == [1.0, float(f"{seen:.6g}")],
+          "pairs of a window", seen, x["rows"])
+
+
 def test_cuda():
     """On a device, where there is one, what the host gives."""
     _, sparge_fine, _, _ = commands_of(SPARGE, "sparge")
