@@ -91,6 +91,10 @@ sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
     if (!status && o.rules != SPARGE_RULES_DEFAULT)
         status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                              "rules are not the default ones, which alone are tuned");
+    if (!status && o.cell)
+        status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
+                             "cell is %lld, but theta, tau and topk are tuned without cells",
+                             (long long)o.cell);
     if (!status)
         status = sparge_resolve(&inputs[0], &o, NULL, error);
     if (!status)

@@ -27,6 +27,7 @@ static sparge_options machine_options(const bench *b, int isa, int thread)
     options.isa = (sparge_isa)b->args.isa.item[isa];
     options.threads = (int)b->args.threads.item[thread];
     options.thresholds = b->args.attention.options.thresholds;
+    options.cell = b->args.attention.options.cell;
     options.sink = b->args.attention.options.sink;
     options.progress = progress_goes_on;
     return options;

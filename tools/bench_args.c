@@ -159,8 +159,8 @@ static error_t finish(struct argp_state *state, bench_args *a)
     static const struct {
         int key;
         const char *name;
-    } selecting[] = {
-        {OPT_THETA, "--theta"}, {OPT_TAU, "--tau"}, {OPT_TOPK, "--topk"}, {OPT_SINK, "--sink"}};
+    } selecting[] = {{OPT_THETA, "--theta"},       {OPT_TAU, "--tau"},   {OPT_TOPK, "--topk"},
+                     {OPT_MIN_MASS, "--min-mass"}, {OPT_CELL, "--cell"}, {OPT_SINK, "--sink"}};
     if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
         return options_wrong(state, "--capture has its own lengths, channels and heads; leave out "
                                     "--q-len, --dim and --heads");
@@ -170,7 +170,7 @@ static error_t finish(struct argp_state *state, bench_args *a)
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
         return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; "
                                     "add random or banded to --mask-kind");
-    for (int n = 0; n < 4 && !has(&a->mask, BENCH_PREDICTED); n++)
+    for (int n = 0; n < 6 && !has(&a->mask, BENCH_PREDICTED); n++)
         if (a->attention.given & option_bit(selecting[n].key))
             return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
                                  selecting[n].name);

@@ -15,9 +15,9 @@
 const intermediate intermediate_table[INTERMEDIATE_COUNT] = {
     [INTERMEDIATE_BLOCKS] = {"blocks", "2", ARRAY_I64, ALWAYS, 0}, /* block_q, block_k */
     {"k_mean", "bgd", ARRAY_F32, SMOOTHED, FIELD(k_mean)},
-    {"k_pool", "bgjd", ARRAY_F32, PREDICTED, FIELD(k_pool)},
+    {"k_pool", "bgjd", ARRAY_F32, POOLED, FIELD(k_pool)},
     {"k_sim", "bgj", ARRAY_F32, PREDICTED, FIELD(k_sim)},
-    {"q_pool", "bhid", ARRAY_F32, PREDICTED, FIELD(q_pool)},
+    {"q_pool", "bhid", ARRAY_F32, POOLED, FIELD(q_pool)},
     {"q_sim", "bhi", ARRAY_F32, PREDICTED, FIELD(q_sim)},
     {"S_all", "bhij", ARRAY_F32, PREDICTED, FIELD(s_all)},
     {"S", "bhij", ARRAY_F32, PREDICTED, FIELD(s)},
@@ -90,6 +90,7 @@ void intermediates_make(intermediate_arrays *d, const sparge_problem *p, const s
     const bool wanted[] = {
         [ALWAYS] = true,
         [PREDICTED] = predicts,
+        [POOLED] = predicts && !o->cell,
         [SMOOTHED] = o->smooth_k && (predicts || attends),
         [ATTENDED] = attends,
         [QK_CODES] = attends && sparge_qk_qmax(o->qk_dtype),

@@ -15,6 +15,7 @@
 typedef enum intermediate_when {
     ALWAYS,
     PREDICTED,
+    POOLED, /* predicted by mean rows of blocks */
     SMOOTHED,
     ATTENDED,
     QK_CODES,

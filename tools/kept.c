@@ -25,7 +25,8 @@ double kept_pv_tiles(const sparge_counts *c)
 
 /* ---- Reasons ---- */
 
-/* In the order of the bits. since: why it holds whatever tau and topk are, and what would do. */
+/* In the order of the bits. since: why it holds whatever tau, topk and min_mass are, and what would
+ * do. */
 static const struct {
     const char *key, *words;
     bool theta; /* it is theta that finds so */
@@ -41,6 +42,7 @@ static const struct {
     {"diagonal", "the diagonal", false,
      "they are on the causal diagonal; smaller blocks leave more to choose"},
     {"sink", "the sink", false, "they are the sink; smaller key blocks leave more to choose"},
+    {"min_mass", "min-mass", false, NULL},
 };
 
 reasons reasons_of(const array *why, const sparge_problem *p, const sparge_options *o)
@@ -99,7 +101,8 @@ void reasons_warn(const reasons *r, const sparge_options *o, const char *file)
     if (names[most].theta)
         snprintf(theta, sizeof theta, "theta %g finds ", (double)o->thresholds.theta);
     fprintf(stderr,
-            "sparge: %s: %.0f %% of the visible block pairs are kept whatever tau and topk are, "
+            "sparge: %s: %.0f %% of the visible block pairs are kept whatever tau, topk and "
+            "min_mass are, "
             "since %s%s\n",
             file, percent(r, r->kept[most]), theta, names[most].since);
 }

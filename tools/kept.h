@@ -11,7 +11,7 @@ sparge_counts kept_sum(const sparge_counts *heads, int64_t count);
  * counted is those of them that are attended. */
 double kept_pv_tiles(const sparge_counts *counts);
 
-enum { REASONS = 7 }; /* of sparge_reason */
+enum { REASONS = 8 }; /* of sparge_reason */
 
 typedef struct reasons {
     int64_t pairs;          /* visible */
@@ -27,8 +27,8 @@ json_t *reasons_json(const int64_t count[REASONS]);
 /* "kept: 12 % by mass, 90 % by dissimilar keys": the reasons for which some of the visible pairs
  * are kept. */
 void reasons_text(const reasons *r, char text[256]);
-/* A line on stderr where a reason beside tau and topk keeps more than half of the visible pairs;
- * none where each head has thresholds of its own, which were tuned so. */
+/* A line on stderr where a reason beside tau, topk and min_mass keeps more than half of the visible
+ * pairs; none where each head has thresholds of its own, which were tuned so. */
 void reasons_warn(const reasons *r, const sparge_options *o, const char *file);
 
 #endif

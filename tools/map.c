@@ -233,17 +233,19 @@ static void describe_thresholds(const map *m, char text[128])
                       m->found.param[q]);
     if (method)
         return;
-    char tau[32] = "", topk[32] = "", lambda[32] = "";
+    char tau[32] = "", topk[32] = "", mass[32] = "", lambda[32] = "";
     if (k->tau != SPARGE_OFF)
         snprintf(tau, sizeof tau, ", τ %g", (double)k->tau);
     if (k->topk != SPARGE_OFF)
         snprintf(topk, sizeof topk, ", topk %g", (double)k->topk);
+    if (k->min_mass > 0.0f)
+        snprintf(mass, sizeof mass, ", mass > %g", (double)k->min_mass);
     if (m->picture.lambda)
         snprintf(lambda, sizeof lambda, ", λ %g", (double)k->lambda);
     if (m->options.per_head)
         snprintf(text, 128, "thresholds tuned for layer %lld", (long long)m->settled.layer);
     else
-        snprintf(text, 128, "θ %g%s%s%s", (double)k->theta, tau, topk, lambda);
+        snprintf(text, 128, "θ %g%s%s%s%s", (double)k->theta, tau, topk, mass, lambda);
 }
 
 /* The share of the visible pairs of a kept block that are attended. */

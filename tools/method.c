@@ -143,9 +143,9 @@ static error_t method_parser(int key, char *text, struct argp_state *state)
 {
     static const options_conflict conflicts[] = {
         {OPT_METHOD,
-         {OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_LAMBDA, OPT_SINK},
+         {OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_MIN_MASS, OPT_CELL, OPT_LAMBDA, OPT_SINK},
          "has parameters of its own"},
-        {OPT_DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK}, "finds tau"},
+        {OPT_DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK, OPT_MIN_MASS, OPT_CELL}, "finds tau"},
     };
     attention_args *a = state->input;
     if (key == OPT_METHOD || key == OPT_DENSITY)

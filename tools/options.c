@@ -118,12 +118,13 @@ int64_t options_skip_rows(const sparge_options *o)
 
 json_t *options_json(const sparge_options *o)
 {
-    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules",
+    return json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:s, s:b, s:b, s:o}", "rules",
                      sparge_rules_string(o->rules), "qk_dtype", sparge_dtype_string(o->qk_dtype),
                      "pv_dtype", sparge_dtype_string(o->pv_dtype), "block_q",
-                     (json_int_t)o->block_q, "block_k", (json_int_t)o->block_k, "skip_rows",
-                     (json_int_t)options_skip_rows(o), "causal", sparge_causal_string(o->causal),
-                     "smooth_k", o->smooth_k, "sink", o->sink, "softmax_scale",
+                     (json_int_t)o->block_q, "block_k", (json_int_t)o->block_k, "cell",
+                     (json_int_t)o->cell, "skip_rows", (json_int_t)options_skip_rows(o), "causal",
+                     sparge_causal_string(o->causal), "smooth_k", o->smooth_k, "sink", o->sink,
+                     "softmax_scale",
                      o->softmax_scale > 0.0f ? json_float(o->softmax_scale) : json_null());
 }
 
@@ -135,8 +136,9 @@ static json_t *share_json(float share)
 
 json_t *thresholds_json(const sparge_thresholds *k)
 {
-    return json_pack("{s:o, s:o, s:o, s:o}", "theta", json_float(k->theta), "tau",
-                     share_json(k->tau), "topk", share_json(k->topk), "lambda",
+    return json_pack("{s:o, s:o, s:o, s:o, s:o}", "theta", json_float(k->theta), "tau",
+                     share_json(k->tau), "topk", share_json(k->topk), "min_mass",
+                     k->min_mass > 0.0f ? json_float(k->min_mass) : json_null(), "lambda",
                      json_float(k->lambda));
 }
 
@@ -281,6 +283,12 @@ static const struct argp_option thresholds_options[] = {
     {"topk", OPT_TOPK, "X", 0,
      "keep this share of the visible key blocks, instead of tau; with --tau too, what either keeps",
      0},
+    {"min-mass", OPT_MIN_MASS, "X", 0,
+     "keep key blocks of more mass than X even shares, instead of tau; with --tau too, what either "
+     "keeps",
+     0},
+    {"cell", OPT_CELL, "N", 0,
+     "masses are of cells of N tokens, which divide both blocks (0: of whole blocks)", 0},
     {"lambda", OPT_LAMBDA, "X", 0, "drop P.V of tiles this far below the maximum (-inf: none)", 0},
     {"sink", OPT_SINK, 0, 0, "always keep key block 0", 0},
     {0},
@@ -290,16 +298,18 @@ static error_t thresholds_parser(int key, char *text, struct argp_state *state)
 {
     attention_args *a = state->input;
     sparge_thresholds *t = &a->options.thresholds;
-    if ((key >= OPT_THETA && key <= OPT_LAMBDA) || key == OPT_SINK)
+    if ((key >= OPT_THETA && key <= OPT_CELL) || key == OPT_SINK)
         a->given |= option_bit(key);
     switch (key) {
     case OPT_THETA: return options_float(state, "--theta", text, &t->theta);
     case OPT_TAU: return options_float(state, "--tau", text, &t->tau);
     case OPT_TOPK: return options_float(state, "--topk", text, &t->topk);
+    case OPT_MIN_MASS: return options_float(state, "--min-mass", text, &t->min_mass);
+    case OPT_CELL: return ranged(state, "--cell", text, 0, &a->options.cell);
     case OPT_LAMBDA: return options_float(state, "--lambda", text, &t->lambda);
     case OPT_SINK: a->options.sink = true; return 0;
     case ARGP_KEY_END:
-        if (t->topk != SPARGE_OFF && !(a->given & option_bit(OPT_TAU)))
+        if ((t->topk != SPARGE_OFF || t->min_mass > 0.0f) && !(a->given & option_bit(OPT_TAU)))
             t->tau = SPARGE_OFF;
         return 0;
     default: return ARGP_ERR_UNKNOWN;
@@ -470,7 +480,7 @@ static error_t params_parser(int key, char *text, struct argp_state *state)
 {
     static const options_conflict twice = {
         OPT_PARAMS,
-        {OPT_THETA, OPT_TAU, OPT_TOPK, OPT_LAMBDA},
+        {OPT_THETA, OPT_TAU, OPT_TOPK, OPT_MIN_MASS, OPT_LAMBDA},
         "has the thresholds",
     };
     attention_args *a = state->input;

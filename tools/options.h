@@ -55,7 +55,9 @@ enum {
     OPT_THETA = 256,
     OPT_TAU,
     OPT_TOPK,
+    OPT_MIN_MASS,
     OPT_LAMBDA,
+    OPT_CELL,
     OPT_SOFTMAX_SCALE,
     OPT_BLOCK_Q,
     OPT_BLOCK_K,
@@ -112,7 +114,7 @@ typedef struct attention_args {
 /* Options that contradict each other: `key` beside any of the others, up to a 0, which mean nothing
  * then. */
 typedef struct options_conflict {
-    int key, others[10];
+    int key, others[12];
     const char *why; /* what `key` does: "keeps every block" */
 } options_conflict;
 
@@ -120,8 +122,8 @@ typedef struct options_conflict {
 error_t options_refuse(struct argp_state *state, option_set given, const options_conflict *table,
                        size_t count);
 
-/* Of these the input is an attention_args. thresholds_argp: the thresholds and --sink alone, whose
- * parent sets the input to its defaults. */
+/* Of these the input is an attention_args. thresholds_argp: the thresholds, --cell and --sink
+ * alone, whose parent sets the input to its defaults. */
 extern const struct argp attention_argp, thresholds_argp;
 
 /* Beside them, of the same input: --layer and --ignore-manifest; those with --params; and --method

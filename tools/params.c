@@ -89,10 +89,12 @@ static bool read_head(reader *r, params_head *to)
            read_whole(r, "head", 0, INT32_MAX, &to->head) && read_bool(r, "dense", &dense) &&
            read_float(r, "theta", NAN, &k->theta) && read_float(r, "tau", SPARGE_OFF, &k->tau) &&
            read_float(r, "topk", SPARGE_OFF, &k->topk) &&
+           (!json_object_get(r->object, "min_mass") ||
+            read_float(r, "min_mass", 0.0f, &k->min_mass)) &&
            read_float(r, "lambda", -INFINITY, &k->lambda) &&
            (!isnan(k->theta) || wrong(r, "theta", "a number")) &&
-           (k->tau != SPARGE_OFF || k->topk != SPARGE_OFF ||
-            wrong(r, "tau", "a number where topk is null"));
+           (k->tau != SPARGE_OFF || k->topk != SPARGE_OFF || k->min_mass > 0.0f ||
+            wrong(r, "tau", "a number where topk and min_mass are null"));
 }
 
 static int by_place(const void *a, const void *b)
@@ -140,6 +142,8 @@ static bool read_all(reader *r, params *out)
         (!json_object_get(out->json, "rules") || read_word(r, "rules", options_rules, &rules)) &&
         read_whole(r, "block_q", 1, SPARGE_MAX_BLOCK, &o->block_q) &&
         read_whole(r, "block_k", 1, SPARGE_MAX_BLOCK, &o->block_k) &&
+        (!json_object_get(out->json, "cell") ||
+         read_whole(r, "cell", 0, SPARGE_MAX_BLOCK, &o->cell)) &&
         read_whole(r, "skip_rows", 1, SPARGE_MAX_BLOCK, &o->skip_rows) &&
         read_word(r, "causal", options_causals, &causal) &&
         read_bool(r, "smooth_k", &o->smooth_k) && read_bool(r, "sink", &o->sink) &&
@@ -218,6 +222,8 @@ static void take(const sparge_options *tuned, option_set given, sparge_options *
         o->block_q = tuned->block_q;
     if (!(given & option_bit(OPT_BLOCK_K)))
         o->block_k = tuned->block_k;
+    if (!(given & option_bit(OPT_CELL)))
+        o->cell = tuned->cell;
     if (!(given & option_bit(OPT_SKIP_ROWS)))
         o->skip_rows = tuned->skip_rows;
     if (!(given & option_bit(OPT_CAUSAL)))
@@ -233,7 +239,7 @@ static void take(const sparge_options *tuned, option_set given, sparge_options *
 exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o,
                       file_error *error)
 {
-    static const char *const keys[] = {"rules",  "block_q", "block_k",  "skip_rows",
+    static const char *const keys[] = {"rules",  "block_q", "block_k",  "cell",         "skip_rows",
                                        "causal", "sink",    "smooth_k", "softmax_scale"};
     enum { DIGITS = JSON_ENCODE_ANY | JSON_REAL_PRECISION(9) };
     take(&p->options, given, o);

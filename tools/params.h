@@ -15,7 +15,7 @@ typedef struct params_head {
 typedef struct params {
     json_t *json;                /* the whole */
     const char *model, *weights; /* NULL: not said; weights: the SHA-256 of their file */
-    sparge_options options; /* rules, blocks, skip_rows, causal, smooth_k, sink, softmax_scale */
+    sparge_options options;      /* rules to softmax_scale, as options_json has them */
     params_head *head;
     int64_t heads;
 } params;
@@ -35,9 +35,9 @@ exit_code params_find(const params *p, const char *name, int64_t layer, int64_t 
 exit_code params_model(const params *p, const char *name, const char *model, const char *weights,
                        file_error *error);
 
-/* Attention as these thresholds were tuned for: rules, blocks, skip-rows, causality, smoothing,
- * sink and scale, where they are not given; an error where they are given and are something else.
- */
+/* Attention as these thresholds were tuned for: rules, blocks, cell, skip-rows, causality,
+ * smoothing, sink and scale, where they are not given; an error where they are given and are
+ * something else. */
 exit_code params_obey(const params *p, const char *name, option_set given, sparge_options *o,
                       file_error *error);
 

@@ -45,10 +45,15 @@ static const struct argp_option run_options[] = {
 
 static const options_conflict conflicts[] = {
     {DENSE,
-     {MASK, MASK_PAIRS, MASK_ONLY, OPT_DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK},
+     {MASK, MASK_PAIRS, MASK_ONLY, OPT_DENSITY, OPT_PARAMS, OPT_THETA, OPT_TAU, OPT_TOPK,
+      OPT_MIN_MASS, OPT_CELL},
      "keeps every block"},
-    {MASK, {MASK_PAIRS, OPT_DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
-    {MASK_PAIRS, {OPT_DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_SINK}, "says what is kept"},
+    {MASK,
+     {MASK_PAIRS, OPT_DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_MIN_MASS, OPT_CELL, OPT_SINK},
+     "says what is kept"},
+    {MASK_PAIRS,
+     {OPT_DENSITY, OPT_THETA, OPT_TAU, OPT_TOPK, OPT_MIN_MASS, OPT_CELL, OPT_SINK},
+     "says what is kept"},
     {MASK_ONLY,
      {'o', LSE_OUT, OPT_LAMBDA, OPT_SKIP_ROWS, OPT_QK_DTYPE, OPT_PV_DTYPE, OPT_KERNEL},
      "computes no attention"},

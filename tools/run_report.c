@@ -37,8 +37,8 @@ static json_t *describe_thresholds(const run *r)
     json_t *json =
         json_joined(thresholds_json(&r->options.thresholds),
                     json_pack("{s:o}", "density", json_number(r->args.attention.density)));
-    static const char *const of_prediction[] = {"theta", "tau", "topk"};
-    for (int n = 0; n < 3 && json && (r->options.per_head || !r->predicts); n++)
+    static const char *const of_prediction[] = {"theta", "tau", "topk", "min_mass"};
+    for (int n = 0; n < 4 && json && (r->options.per_head || !r->predicts); n++)
         json_object_set_new(json, of_prediction[n], json_null());
     if (json && r->options.per_head)
         json_object_set_new(json, "lambda", json_null());

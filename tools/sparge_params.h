@@ -20,8 +20,8 @@ extern "C" {
 
 /* The thresholds of query heads 0 .. heads - 1 of a layer. SPARGE_ERR_ARGUMENT where the file
  * cannot be read, or is cut short, or lacks a head, or is for another model (NULL: any), or was
- * tuned under other options than these: rules, block sizes, skip_rows, causal, smooth_k, sink,
- * scale. */
+ * tuned under other options than these: rules, block sizes, cell, skip_rows, causal, smooth_k,
+ * sink, scale. */
 sparge_status sparge_params_load(const char *path, const char *model, int64_t layer, int64_t heads,
                                  const sparge_options *options, sparge_thresholds *thresholds,
                                  sparge_error *error);

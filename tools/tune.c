@@ -82,7 +82,8 @@ static error_t check_args(struct argp_state *state, tune_args *a)
         return options_wrong(state, "--l1 is %g and --l2 is %g: l1 must be the smaller", how->l1,
                              how->l2);
     if (a->attention.given & option_bits(OPT_THETA, OPT_LAMBDA))
-        return options_wrong(state, "--theta, --tau, --topk and --lambda are what is tuned");
+        return options_wrong(state,
+                             "--theta, --tau, --topk, --min-mass and --lambda are what is tuned");
     if (!is_text(a->attention.output) || (a->model && !is_text(a->model)))
         return options_wrong(state, "-o and --model must be UTF-8 text, to be written in JSON");
     return 0;

@@ -38,9 +38,10 @@ static error_t capture_parser(int key, char *text, struct argp_state *state)
             return options_wrong(state, "give one text, one --length and one --attention");
         if (!a->lm.attention.output)
             return options_wrong(state, "-o is missing: the folder to write into");
-        if (a->lm.choices == 0 && a->lm.attention.given & option_bits(OPT_THETA, OPT_LAMBDA))
-            return options_wrong(state, "--theta, --tau, --topk and --lambda are for --attention "
-                                        "sparse, which is not asked for");
+        if (a->lm.choices == 0 && a->lm.attention.given & option_bits(OPT_THETA, OPT_CELL))
+            return options_wrong(state,
+                                 "--theta, --tau, --topk, --min-mass, --cell and --lambda are for "
+                                 "--attention sparse, which is not asked for");
         return 0;
     default: return ARGP_ERR_UNKNOWN;
     }

@@ -96,7 +96,7 @@ error_t lm_check_files(struct argp_state *state, const lm_args *a)
  * lambda is left. */
 static error_t check_kept(struct argp_state *state, const lm_args *a)
 {
-    const option_set mask = option_bits(OPT_THETA, OPT_TOPK), all = mask | option_bit(OPT_LAMBDA);
+    const option_set all = option_bits(OPT_THETA, OPT_CELL), mask = all & ~option_bit(OPT_LAMBDA);
     option_set meant = a->choices ? 0 : all;
     for (int n = 0; n < a->choices; n++)
         meant |= strcmp(a->choice[n], "sparse") == 0 ? all
@@ -105,8 +105,9 @@ static error_t check_kept(struct argp_state *state, const lm_args *a)
     if (!(a->attention.given & all & ~meant))
         return 0;
     return options_wrong(state, "%s for --attention sparse, which is not asked for",
-                         a->attention.given & mask & ~meant ? "--theta, --tau and --topk are"
-                                                            : "--lambda is");
+                         a->attention.given & mask & ~meant
+                             ? "--theta, --tau, --topk, --min-mass and --cell are"
+                             : "--lambda is");
 }
 
 static error_t check_args(struct argp_state *state, const lm_args *a)

@@ -67,14 +67,19 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
 
     Which blocks are kept (Sec 3.3 of the paper). A number, or [H] of them; None: the default
     theta    -1 to 1, default 0.6: blocks whose tokens have at most this mean cosine are kept always
-    tau      0 to 1, or -1: off; default 0.98, off where topk is given: mass of the blocks to keep
+    tau      0 to 1, or -1: off; default 0.98, off where topk or min_mass is given: mass of the
+             blocks to keep
     topk     0 to 1, or -1: off; default off: share of the visible blocks to keep, beside tau's
+    min_mass at least 0; default 0, off: blocks of more mass than so many even shares of all blocks
+             are kept, beside tau's and topk's (not of the paper)
     lambda_  -inf to 0, natural log units; default -inf, never: P.V of a block is skipped where its
              scores are that far below the maximum so far (Sec 3.4)
     sink     keep key block 0 always
-    params   thresholds of each head from a file of `sparge tune` (Thresholds), instead of the four
+    params   thresholds of each head from a file of `sparge tune` (Thresholds), instead of the five
     rules    "default"; "paper" (as printed) and "upstream" (as released) run on ref alone
     block    (128, 64): queries and keys of a block, 1 to 1024
+    cell     0: masses are of mean rows of blocks; else of cells of so many tokens, a divisor of
+             both blocks. theta -1 goes with it
 
     Another way to choose (methods() lists all; methods work on the CPU):
     method         None: SpargeAttn; a name, the command line's "xattention:tau=0.9,stride=8", or a

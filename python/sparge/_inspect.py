@@ -32,14 +32,15 @@ class Reason(IntFlag):
     OVERFLOW = lib.SPARGE_KEPT_OVERFLOW  # both are self-similar, but their score is not finite
     DIAGONAL = lib.SPARGE_KEPT_DIAGONAL  # it holds the last key that a row sees, if causal
     SINK = lib.SPARGE_KEPT_SINK  # key block 0 under sink
+    MIN_MASS = lib.SPARGE_KEPT_MIN_MASS  # its mass is above min_mass
 
 
 # What intermediates() gives, in the order of the algorithm: the axes, and what must happen for it.
 # b batch, h head, g key head, q query, k key, i query block, j key block, d channel of q and k,
 # v channel of v, 2 two numbers.
 STAGES = {
-    "blocks": ("2", "always"), "k_mean": ("bgd", "smooth"), "k_pool": ("bgjd", "predict"),
-    "k_sim": ("bgj", "predict"), "q_pool": ("bhid", "predict"), "q_sim": ("bhi", "predict"),
+    "blocks": ("2", "always"), "k_mean": ("bgd", "smooth"), "k_pool": ("bgjd", "pool"),
+    "k_sim": ("bgj", "predict"), "q_pool": ("bhid", "pool"), "q_sim": ("bhi", "predict"),
     "S_all": ("bhij", "predict"), "S": ("bhij", "predict"), "why": ("bhij", "predict"),
     "mask": ("bhij", "always"), "q_scale": ("bhi", "qk_int"), "q_int": ("bhqd", "qk_int"),
     "k_scale": ("bgj", "qk_int"), "k_int": ("bgkd", "qk_int"), "v_scale": ("bgjv", "pv_int"),
@@ -100,10 +101,11 @@ def intermediates(q: Any, k: Any, v: Any = None, *, mask: Any = None,
     queries and keys, and float32 is meant where nothing is said:
     blocks           [2] int64: queries and keys of a block
     k_mean           [G, D], the mean key, under smooth_k
-    k_pool, q_pool   [G, j, D] and [H, i, D], the mean of a block's tokens
+    k_pool, q_pool   [G, j, D] and [H, i, D], the mean of a block's tokens; not with cells
     k_sim, q_sim     [G, j] and [H, i], mean cosine within a block
     S_all, S         [H, i, j], scores of the pooled tokens in natural units, invisible: -inf; and
-                     with -inf too where the keys are not self-similar
+                     with -inf too where the keys are not self-similar. With cells both are the
+                     masses, which add up to 1
     why              [H, i, j] uint8, bits of Reason; 0: skipped
     mask             [H, i, j] uint8, the visible blocks that are computed
     q_scale, k_scale [H, i] and [G, j], what code 1 stands for, if Q.K^T is in integers
@@ -123,6 +125,7 @@ def intermediates(q: Any, k: Any, v: Any = None, *, mask: Any = None,
     call(lib.sparge_options_resolve, p, resolved)
     predict, attend = given is None, v is not None
     happens = {"always": True, "predict": predict, "attend": attend, "smooth": c.smooth_k,
+               "pool": predict and not c.cell,
                "qk_int": attend and _is_integer(resolved.qk_dtype),
                "pv_int": attend and _is_integer(resolved.pv_dtype)}
 

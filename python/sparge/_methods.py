@@ -11,7 +11,15 @@ from threading import Lock
 from typing import Any
 
 from sparge._native import ffi, lib, text
-from sparge._options import DEFAULTS, Function, Options, number, takes_options, whole
+from sparge._options import (
+    DEFAULTS,
+    THRESHOLDS,
+    Function,
+    Options,
+    number,
+    takes_options,
+    whole,
+)
 from sparge._order import Grid, grid_struct
 
 NEEDS = {getattr(lib, name): name[len("SPARGE_NEEDS_"):].lower()
@@ -186,7 +194,7 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
         rules = settings.c.rules  # params may have them
         name = "spargeattn" + (f"_{text(lib.sparge_rules_string(rules))}" if rules else "")
         if density is not None:
-            _refuse(options, ("params", "tau", "topk"), "density finds tau")
+            _refuse(options, ("params", "tau", "topk", "min_mass", "cell"), "density finds tau")
             if settings.c.per_head:
                 raise ValueError("density finds one tau for all heads: theta and lambda_ must be "
                                  "numbers, not arrays")
@@ -196,7 +204,7 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
     if not isinstance(method, (str, Method)):
         raise TypeError(f"method is a {type(method).__name__}, it must be a name or a Method")
     name, given = _written(method) if isinstance(method, str) else (method.name, {})
-    _refuse(options, ("theta", "tau", "topk", "lambda_", "sink", "params"),
+    _refuse(options, (*THRESHOLDS, "cell", "sink", "params"),
             f"method is {name!r}, which has parameters of its own (method_params)")
     more = options.get("method_params")
     if not isinstance(more, (Mapping, type(None))):

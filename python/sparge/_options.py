@@ -27,7 +27,8 @@ Causal = Union[bool, Literal["end", "start", "none"]]
 BACKENDS, DTYPES, ISAS, RULES, CAUSAL = (
     words(f) for f in (lib.sparge_backend_string, lib.sparge_dtype_string, lib.sparge_isa_string,
                        lib.sparge_rules_string, lib.sparge_causal_string))
-THRESHOLDS = {"theta": "theta", "tau": "tau", "topk": "topk", "lambda_": "lambda"}
+THRESHOLDS = {"theta": "theta", "tau": "tau", "topk": "topk", "min_mass": "min_mass",
+              "lambda_": "lambda"}
 
 
 class Options(TypedDict, total=False):
@@ -38,6 +39,7 @@ class Options(TypedDict, total=False):
     theta: Threshold
     tau: Threshold
     topk: Threshold
+    min_mass: Threshold
     lambda_: Threshold
     sink: bool
     params: Thresholds | Params | None
@@ -45,6 +47,7 @@ class Options(TypedDict, total=False):
     pv_dtype: str
     smooth_k: bool
     block: tuple[int, int]
+    cell: int
     skip_rows: int
     rules: str
     k_bias: Any
@@ -58,9 +61,10 @@ class Options(TypedDict, total=False):
 # What stands in signatures; the numbers of None are the library's defaults.
 DEFAULTS: Options = {
     "is_causal": False, "softmax_scale": None, "theta": None, "tau": None, "topk": None,
-    "lambda_": None, "sink": False, "params": None, "qk_dtype": "int8", "pv_dtype": "int8",
-    "smooth_k": True, "block": (128, 64), "skip_rows": 0, "rules": "default", "k_bias": None,
-    "backend": "auto", "isa": "auto", "kernel": 0, "threads": 0, "layout": "HND"
+    "min_mass": None, "lambda_": None, "sink": False, "params": None, "qk_dtype": "int8",
+    "pv_dtype": "int8", "smooth_k": True, "block": (128, 64), "cell": 0, "skip_rows": 0,
+    "rules": "default", "k_bias": None, "backend": "auto", "isa": "auto", "kernel": 0,
+    "threads": 0, "layout": "HND"
 }
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -170,7 +174,7 @@ class Settings:
         c.pv_dtype = word("pv_dtype", o["pv_dtype"], DTYPES)
         c.causal = causal(o["is_causal"], p.q_len, p.k_len)
         c.block_q, c.block_k = (whole("block", n) for n in pair("block", o["block"]))
-        c.skip_rows = whole("skip_rows", o["skip_rows"])
+        c.cell, c.skip_rows = (whole(name, o[name]) for name in ("cell", "skip_rows"))
         c.cuda.kernel = whole("kernel", o["kernel"])
         c.smooth_k, c.sink = (flag(name, o[name]) for name in ("smooth_k", "sink"))
         c.threads = threads(whole("threads", o["threads"]))
@@ -191,9 +195,9 @@ class Settings:
                 raise ValueError(f"params has the thresholds: leave out {', '.join(given)}")
             of = params.of(problem, self.c)
             given = {name: of[c] for name, c in THRESHOLDS.items()}
-        if "topk" in given and "tau" not in given:
-            given["tau"] = -1.0  # as on the command line: topk by itself
         arrays = {THRESHOLDS[name]: _of_heads(name, value, heads) for name, value in given.items()}
+        if "tau" not in given and ("topk" in given or np.any(arrays.get("min_mass", 0))):
+            arrays["tau"] = np.array(-1.0)  # as on the command line: topk or min_mass by itself
         for name, x in arrays.items():
             if x.size:
                 setattr(self.c.thresholds, name, float(x.flat[0]))

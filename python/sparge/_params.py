@@ -20,16 +20,17 @@ from numpy.typing import NDArray
 
 from sparge._files import write_whole
 from sparge._native import ffi, lib, text
-from sparge._options import CAUSAL, RULES
+from sparge._options import CAUSAL, RULES, THRESHOLDS
 
 if TYPE_CHECKING:
     from sparge._options import Options
 
 FORMAT = 1
 # What a call must agree in, in the words of the file, and as the arguments of a call.
-AGREE = {"rules": "rules", "block_q": "block", "block_k": "block", "skip_rows": "skip_rows",
-         "causal": "is_causal", "sink": "sink", "smooth_k": "smooth_k",
+AGREE = {"rules": "rules", "block_q": "block", "block_k": "block", "cell": "cell",
+         "skip_rows": "skip_rows", "causal": "is_causal", "sink": "sink", "smooth_k": "smooth_k",
          "softmax_scale": "softmax_scale"}
+OLDER: dict[str, Any] = {"rules": "default", "cell": 0}  # where a file does not say it
 LARGEST = 2**31 - 1  # number of a layer or a head
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
@@ -51,16 +52,17 @@ def described(options: Any) -> dict[str, Any]:
     return {"rules": text(lib.sparge_rules_string(options.rules)),
             "qk_dtype": text(lib.sparge_dtype_string(options.qk_dtype)),
             "pv_dtype": text(lib.sparge_dtype_string(options.pv_dtype)),
-            "block_q": options.block_q, "block_k": options.block_k, "skip_rows": whole.skip_rows,
-            "causal": text(lib.sparge_causal_string(options.causal)),
+            "block_q": options.block_q, "block_k": options.block_k, "cell": options.cell,
+            "skip_rows": whole.skip_rows, "causal": text(lib.sparge_causal_string(options.causal)),
             "smooth_k": options.smooth_k, "sink": options.sink,
             "softmax_scale": short(options.softmax_scale) if options.softmax_scale > 0 else None}
 
 
 def arguments(tuned: Mapping[str, Any]) -> Options:
     """What a file says of attention, as arguments of a call."""
-    return {"rules": tuned.get("rules", "default"), "block": (tuned["block_q"], tuned["block_k"]),
-            "skip_rows": tuned["skip_rows"],
+    tuned = {**OLDER, **tuned}
+    return {"rules": tuned["rules"], "block": (tuned["block_q"], tuned["block_k"]),
+            "cell": tuned["cell"], "skip_rows": tuned["skip_rows"],
             "is_causal": False if tuned["causal"] == "none" else tuned["causal"],
             "smooth_k": tuned["smooth_k"], "sink": tuned["sink"],
             "softmax_scale": tuned["softmax_scale"]}
@@ -70,7 +72,7 @@ def arguments(tuned: Mapping[str, Any]) -> Options:
 class Thresholds:
     """Thresholds of the heads of one layer, to be given to a call as params=.
 
-    theta   [heads], as are tau and topk, -1: off, and lambda_, -inf: off
+    theta   [heads], as are tau and topk, -1: off, min_mass, 0: off, and lambda_, -inf: off
     heads   their numbers in the layer
     tuned   for what: the words of the file, without its heads
     source  who has them, for errors
@@ -79,6 +81,7 @@ class Thresholds:
     theta: NDArray[np.float32]
     tau: NDArray[np.float32]
     topk: NDArray[np.float32]
+    min_mass: NDArray[np.float32]
     lambda_: NDArray[np.float32]
     heads: tuple[int, ...]
     tuned: Mapping[str, Any] = field(repr=False)
@@ -93,7 +96,8 @@ class Thresholds:
 
         off = float(lib.SPARGE_OFF)
         return cls(column("theta", math.nan), column("tau", off), column("topk", off),
-                   column("lambda", -math.inf), tuple(h["head"] for h in heads), tuned, source)
+                   column("min_mass", 0), column("lambda", -math.inf),
+                   tuple(h["head"] for h in heads), tuned, source)
 
     @property
     def options(self) -> Options:
@@ -110,7 +114,7 @@ class Thresholds:
                              f"({', '.join(map(str, self.heads))}), and q has {problem.heads}")
         now = described(options)
         for key, argument in AGREE.items():
-            was, is_ = self.tuned.get(key, "default"), now[key]
+            was, is_ = self.tuned.get(key, OLDER.get(key)), now[key]
             if key == "softmax_scale":  # the last bits of 1/sqrt(D) are nobody's choice
                 was, is_ = (x or problem.dim**-0.5 for x in (was, is_))
                 if math.isclose(was, is_, rel_tol=1e-6):
@@ -119,7 +123,7 @@ class Thresholds:
                 name = argument if argument != "block" else f"block ({key})"
                 raise ValueError(f"{self.source} was tuned with {name} {_shown(was)}, not "
                                  f"{_shown(is_)}: give that, or leave {argument} out")
-        return {"theta": self.theta, "tau": self.tau, "topk": self.topk, "lambda": self.lambda_}
+        return {c: getattr(self, name) for name, c in THRESHOLDS.items()}
 
 
 def _shown(value: Any) -> str:
@@ -182,9 +186,10 @@ class Params:
         return self.layer(self.layers[0]).of(problem, options)
 
     def changed(self, **thresholds: float | None) -> Params:
-        """A copy with some of theta, tau, topk and lambda_ the same for every head; None is off."""
+        """A copy with some of theta, tau, topk, min_mass and lambda_ the same for every head; None
+        is off."""
         new = {name.rstrip("_"): x for name, x in thresholds.items()}
-        if wrong := sorted(new.keys() - {"theta", "tau", "topk", "lambda"}):
+        if wrong := sorted(new.keys() - set(THRESHOLDS.values())):
             raise TypeError(f"changed() has no argument {wrong[0]!r}")
         heads = [{**head, **new} for head in self._document["heads"]]
         return Params({**self._document, "heads": heads}, self._source)
@@ -278,6 +283,8 @@ class Reader:
             self.word("rules", RULES)
         for key in ("block_q", "block_k", "skip_rows"):
             self.whole(key, 1, largest)
+        if "cell" in self.object:
+            self.whole("cell", 0, largest)
         self.word("causal", CAUSAL)
         self.boolean("smooth_k")
         self.boolean("sink")
@@ -298,6 +305,10 @@ class Reader:
         self.boolean("dense")
         for key in ("theta", "tau", "topk", "lambda"):
             self.number(key)
+        if "min_mass" in self.object:
+            self.number("min_mass")
         self.must(self.object["theta"] is not None, "theta", "a number")
-        self.must(self.object["tau"] is not None or self.object["topk"] is not None, "tau",
-                  "a number where topk is null")
+        by_mass = np.float32(self.object.get("min_mass") or 0) > 0
+        self.must(bool(by_mass) or self.object["tau"] is not None
+                  or self.object["topk"] is not None, "tau",
+                  "a number where topk and min_mass are null")

@@ -58,7 +58,8 @@ class TuneErrors:
 class TunedHead:
     """What was found for a head (sparge_tuned).
 
-    theta         as of attention(), as are tau and topk, -1: off, and lambda_, -inf: off
+    theta         as of attention(), as are tau and topk, -1: off, min_mass, 0: off, and lambda_,
+                  -inf: off
     finite        False: an input or its dense output has NaN or infinity; left dense
     nonfinite     their elements that are NaN or infinite
     dense         theta -1, tau 1, lambda -inf
@@ -71,6 +72,7 @@ class TunedHead:
     theta: float
     tau: float
     topk: float
+    min_mass: float
     lambda_: float
     finite: bool
     nonfinite: int
@@ -99,7 +101,8 @@ class TunedHead:
         return {"dense": self.dense, "theta": short(self.theta),
                 "tau": None if self.tau == off else short(self.tau),
                 "topk": None if self.topk == off else short(self.topk),
-                "lambda": short(self.lambda_), "finite": self.finite, "back_off": self.back_off,
+                "min_mass": short(self.min_mass) or None, "lambda": short(self.lambda_),
+                "finite": self.finite, "back_off": self.back_off,
                 "in_sample": self.in_sample._json(), "held_out": self.held_out._json(),
                 "held_out_first": self.held_out_first._json(),
                 "dense_passes": rounded(self.dense_passes, 4), "seconds": rounded(self.seconds, 4)}

@@ -29,7 +29,7 @@ def listing():
 
 
 # What sparge says where a reason beside tau and topk keeps more than half of the visible blocks.
-HINT = "of the visible block pairs are kept whatever tau and topk are, since"
+HINT = "of the visible block pairs are kept whatever tau, topk and min_mass are, since"
 HINTS = {
     "dissimilar_q": "their queries", "dissimilar_k": "their keys", "overflow": "not finite",
     "diagonal": "diagonal", "sink": "sink"

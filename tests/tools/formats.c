@@ -1443,28 +1443,32 @@ Test(formats, params_literal)
     params p;
     file_error error;
     const char *thresholds = "\"theta\": -1, \"tau\": null, \"topk\": 0.25, \"lambda\": null";
+    const char *by_mass = "\"theta\": -1, \"tau\": null, \"topk\": null, \"min_mass\": 0.2, "
+                          "\"lambda\": null";
     char text[1000];
     snprintf(text, sizeof text,
              HEADER HEAD_OF("7", "3", THRESHOLDS) ", " HEAD_OF("0", "9", THRESHOLDS) ", " HEAD_OF(
-                 "7", "0", "%s") "], \"more\": []}",
-             thresholds);
+                 "7", "0", "%s") ", " HEAD_OF("8", "0", "%s") "], \"cell\": 8, \"more\": []}",
+             thresholds, by_mass);
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
     cr_expect_str_empty(error.text);
     cr_expect_str_eq(p.model, "m");
-    cr_expect(p.options.block_q == 128 && p.options.block_k == 64 && p.options.skip_rows == 64 &&
-              p.options.causal == SPARGE_CAUSAL_START);
+    cr_expect(p.options.block_q == 128 && p.options.block_k == 64 && p.options.cell == 8 &&
+              p.options.skip_rows == 64 && p.options.causal == SPARGE_CAUSAL_START);
     cr_expect(!p.options.smooth_k && p.options.sink && p.options.softmax_scale == 0.125f &&
-              p.heads == 3);
-    sparge_thresholds first, second, third;
+              p.heads == 4);
+    sparge_thresholds first, second, third, fourth;
     cr_assert(!params_find(&p, "f", 0, 9, &first, &error) &&
               !params_find(&p, "f", 7, 0, &second, &error) &&
-              !params_find(&p, "f", 7, 3, &third, &error));
+              !params_find(&p, "f", 7, 3, &third, &error) &&
+              !params_find(&p, "f", 8, 0, &fourth, &error));
     cr_expect(first.theta == 0.5f && first.tau == 0.98f && first.topk == SPARGE_OFF &&
-              first.lambda == -4.0f);
+              first.min_mass == 0.0f && first.lambda == -4.0f);
+    cr_expect(fourth.tau == SPARGE_OFF && fourth.topk == SPARGE_OFF && fourth.min_mass == 0.2f);
     cr_expect(memcmp(&third, &first, sizeof third) == 0);
     cr_expect(second.theta == -1.0f && second.tau == SPARGE_OFF && second.topk == 0.25f);
     cr_expect(second.lambda == -INFINITY);
-    static const int64_t others[][2] = {{0, 0}, {7, 1},  {7, 4},        {8, 0},
+    static const int64_t others[][2] = {{0, 0}, {7, 1},  {7, 4},        {8, 1},
                                         {9, 0}, {-1, 9}, {0, INT64_MAX}};
     for (size_t n = 0; n < sizeof others / sizeof *others; n++)
         cr_expect_eq(params_find(&p, "f", others[n][0], others[n][1], &third, &error), EXIT_FILE,
@@ -1502,6 +1506,10 @@ Test(formats, params_load)
     o.block_k = 128;
     cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "block_k 64, not 128"), "%s", why.text);
+    o.block_k = 64;
+    o.cell = 8;
+    cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
+    cr_expect(strstr(why.text, "cell 0, not 8"), "%s", why.text);
     remove(path);
     cr_expect_eq(sparge_params_load(path, "m", 7, 2, &o, thresholds, &why), SPARGE_ERR_ARGUMENT);
     cr_expect(strstr(why.text, "cannot open"), "%s", why.text);
@@ -1519,9 +1527,11 @@ Test(formats, params_ranges)
         {"theta", {"-1", "1.0"}, {"-1.0000002", "1.0000002", "null", "\"0\""}},
         {"tau", {"0", "1"}, {"-1e-9", "1.0000002", "true", "null"}},
         {"topk", {"null", "1"}, {"-1", "1.0000002", "{}", "\"0.5\""}},
+        {"min_mass", {"null", "3.4028235e38"}, {"-1e-9", "3.5e38", "true", "\"0.2\""}},
         {"lambda", {"-0.0", "-1e30"}, {"1e-9", "-1.0001e30", "\"-inf\"", "true"}},
         {"block_q", {"1", "1024"}, {"0", "1025", "128.0", "null"}},
         {"block_k", {"1", "1024"}, {"0", "1025", "64.0", "\"64\""}},
+        {"cell", {"0", "1024"}, {"-1", "1025", "8.0", "null"}},
         {"skip_rows", {"1", "1024"}, {"0", "1025", "-64", "null"}},
         {"softmax_scale", {"1.1754944e-38", "3.4028235e38"}, {"0", "1e-39", "3.5e38", "-1"}},
         {"causal", {"\"none\"", "\"end\""}, {"\"middle\"", "null", "1", "\"END\""}},
@@ -1536,7 +1546,7 @@ Test(formats, params_ranges)
         for (int n = 0; n < 6; n++) {
             const char *value = n < 2 ? cases[c].good[n] : cases[c].bad[n - 2];
             json_t *whole = json_loads(HEADER HEAD_OF("0", "0", THRESHOLDS) "]}", 0, NULL);
-            json_t *to = c < 7 ? json_array_get(json_object_get(whole, "heads"), 0) : whole;
+            json_t *to = c < 8 ? json_array_get(json_object_get(whole, "heads"), 0) : whole;
             json_object_set_new(to, cases[c].key, json_loads(value, JSON_DECODE_ANY, NULL));
             char *text = json_dumps(whole, 0);
             params p;
@@ -1572,7 +1582,11 @@ Test(formats, params_refused)
          "line 1: duplicate"},
         {HEADER HEAD_OF("1", "2",
                         "\"theta\": 0, \"tau\": null, \"topk\": null, \"lambda\": null") "]}",
-         "'heads[0].tau' must be a number where topk is null"},
+         "'heads[0].tau' must be a number where topk and min_mass are null"},
+        {HEADER HEAD_OF("1", "2",
+                        "\"theta\": 0, \"tau\": null, \"topk\": null, \"min_mass\": 0, "
+                        "\"lambda\": null") "]}",
+         "'heads[0].tau' must be a number where topk and min_mass are null"},
         {HEADER "], \"sink\": true}", "line 1: duplicate"},
         {HEADER "], \"a\": \"\n\"}", "line 1: "},
     };
@@ -1645,15 +1659,18 @@ Test(formats, params_written)
 {
     sparge_options o = sparge_options_default(SPARGE_RULES_DEFAULT);
     o.block_q = 32;
+    o.cell = 8;
     o.softmax_scale = 0.3f;
     o.causal = SPARGE_CAUSAL_END;
-    const sparge_thresholds thresholds = {
-        .theta = -0.3f, .tau = SPARGE_OFF, .topk = 0.7f, .lambda = -INFINITY};
+    const sparge_thresholds thresholds[] = {
+        {.theta = -0.3f, .tau = SPARGE_OFF, .topk = 0.7f, .lambda = -INFINITY},
+        {.tau = SPARGE_OFF, .topk = SPARGE_OFF, .min_mass = 0.2f, .lambda = -4.0f}};
     char *text = NULL;
     size_t size = 0;
     file_error error;
     json_t *header = params_header("a \"b\"\n", "ab12", &o), *heads = json_array();
-    json_array_append_new(heads, params_line(3, 4, true, &thresholds));
+    for (int64_t h = 0; h < 2; h++)
+        json_array_append_new(heads, params_line(3, 4 + h, h == 0, &thresholds[h]));
     json_object_set_new(header, "inputs", json_array());
     json_object_set_new(header, "heads", heads);
     FILE *stream = open_memstream(&text, &size);
@@ -1663,19 +1680,25 @@ Test(formats, params_written)
         "{\n \"sparge_params\": 1,\n \"version\": \"" SPARGE_VERSION "\",\n"
         " \"model\": \"a \\\"b\\\"\\n\",\n \"weights_sha256\": \"ab12\",\n"
         " \"rules\": \"default\",\n \"qk_dtype\": \"int8\",\n \"pv_dtype\": \"int8\",\n"
-        " \"block_q\": 32,\n \"block_k\": 64,\n \"skip_rows\": 32,\n \"causal\": \"end\",\n"
-        " \"smooth_k\": true,\n \"sink\": false,\n \"softmax_scale\": 0.3,\n \"inputs\": [],\n "
+        " \"block_q\": 32,\n \"block_k\": 64,\n \"cell\": 8,\n \"skip_rows\": 32,\n"
+        " \"causal\": \"end\",\n \"smooth_k\": true,\n \"sink\": false,\n \"softmax_scale\": "
+        "0.3,\n \"inputs\": [],\n "
         "\"heads\": "
         "[\n"
         "  {\"layer\": 3, \"head\": 4, \"dense\": true, \"theta\": -0.3, \"tau\": null, "
-        "\"topk\": 0.7, \"lambda\": null}\n ]\n}\n",
+        "\"topk\": 0.7, \"min_mass\": null, \"lambda\": null},\n"
+        "  {\"layer\": 3, \"head\": 5, \"dense\": false, \"theta\": 0.0, \"tau\": null, "
+        "\"topk\": null, \"min_mass\": 0.2, \"lambda\": -4.0}\n ]\n}\n",
         "%s", text);
     params p;
     cr_assert_eq(params_of(text, &p, &error), EXIT_FINE, "%s", error.text);
-    cr_expect(p.heads == 1 && p.head->layer == 3 && p.head->head == 4 &&
+    cr_expect(p.heads == 2 && p.head->layer == 3 && p.head->head == 4 && p.options.cell == 8 &&
               p.options.softmax_scale == o.softmax_scale && p.options.skip_rows == 32);
-    cr_expect(p.head->thresholds.theta == thresholds.theta &&
-              p.head->thresholds.topk == thresholds.topk);
+    for (int h = 0; h < 2; h++) {
+        const sparge_thresholds *got = &p.head[h].thresholds;
+        cr_expect(got->theta == thresholds[h].theta && got->topk == thresholds[h].topk &&
+                  got->min_mass == thresholds[h].min_mass);
+    }
     cr_expect_eq(params_obey(&p, "p.json", options_all(), &o, &error), EXIT_FINE, "%s", error.text);
     cr_expect_eq(params_model(&p, "p.json", "a \"b\"\n", NULL, &error), EXIT_FINE, "%s",
                  error.text);
@@ -1873,7 +1896,7 @@ Test(formats, kept_for_reasons)
     uint8_t bits[] = {SPARGE_KEPT_MASS | SPARGE_KEPT_DISSIMILAR_Q,
                       SPARGE_KEPT_DISSIMILAR_Q,
                       0,
-                      SPARGE_KEPT_SINK,
+                      SPARGE_KEPT_SINK | SPARGE_KEPT_MIN_MASS,
                       0,
                       SPARGE_KEPT_DISSIMILAR_K};
     const array why = {ARRAY_U8, 4, {1, 1, 2, 3}, bits};
@@ -1883,14 +1906,15 @@ Test(formats, kept_for_reasons)
     char *dumped = json_dumps(json, JSON_COMPACT);
     cr_expect_str_eq(dumped,
                      "[{\"mass\":1,\"topk\":0,\"dissimilar_q\":2,\"dissimilar_k\":1,\"overflow\":0,"
-                     "\"diagonal\":0,\"sink\":1},{\"mass\":0,\"topk\":0,\"dissimilar_q\":1,"
-                     "\"dissimilar_k\":1,\"overflow\":0,\"diagonal\":0,\"sink\":1}]");
+                     "\"diagonal\":0,\"sink\":1,\"min_mass\":1},{\"mass\":0,\"topk\":0,"
+                     "\"dissimilar_q\":1,\"dissimilar_k\":1,\"overflow\":0,\"diagonal\":0,"
+                     "\"sink\":0,\"min_mass\":0}]");
     free(dumped);
     json_decref(json);
     char text[256];
     reasons_text(&r, text);
     cr_expect_str_eq(text, "kept: 20 % by mass, 40 % by dissimilar queries, 20 % by dissimilar "
-                           "keys, 20 % by the sink");
+                           "keys, 20 % by the sink, 20 % by min-mass");
 }
 
 Test(formats, floats_as_typed)

@@ -91,8 +91,8 @@ EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
     "schema version inputs mask manifest params method backend isa qk_isa pv_isa threads kernel "
-    "rules qk_dtype pv_dtype block_q block_k skip_rows "
-    "causal smooth_k sink softmax_scale theta tau topk lambda density"
+    "rules qk_dtype pv_dtype block_q block_k cell skip_rows "
+    "causal smooth_k sink softmax_scale theta tau topk min_mass lambda density"
 ).split() + SIZES + (
     "pairs kept_blocks density_tokens density_blocks predict_multiply_adds sparsity "
     "sparsity_qk sparsity_pv density_tokens_per_head density_blocks_per_head sparsity_per_head "
@@ -100,7 +100,7 @@ KEYS = (
     "workspace_bytes seconds_predict seconds_quantize seconds_attend seconds_total tops "
     "tops_executed"
 ).split()
-REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink".split()
+REASONS = "mass topk dissimilar_q dissimilar_k overflow diagonal sink min_mass".split()
 COUNTS = "nan_got nan_want inf_got inf_want nonfinite_apart".split()
 RECALL_KEYS = ("recall worst_row_recall rows_nonfinite recall_per_head "
                "worst_row_recall_per_head").split()
@@ -214,6 +214,13 @@ def test_options():
     check((m.sum(-1) == 3).all(), "topk turns tau off", m.sum(-1))
     m1 = run("--theta", -1, "--topk", 0.5, "--tau", 1)[2]
     check(m1.all(), "topk and tau: the union")
+    x, o, m, _ = run("--theta", -1, "--min-mass", 0.9)
+    check(x["tau"] is None and x["kept_by"]["min_mass"] == m.sum() < m.size / 2 < run(
+        "--theta", -1)[2].sum(), "min_mass turns tau off", x)
+    check(run("--theta", -1, "--min-mass", 0.9, "--tau", 1)[2].all(), "min_mass and tau: the union")
+    check(run("--theta", -1, "--min-mass", 0)[0]["tau"] == 0.98, "min_mass 0 is off")
+    x, _, cells, _ = run("--theta", -1, "--min-mass", 0.9, "--cell", 8)
+    check(x["cell"] == 8 and (cells != m).any() and cells.any(), "cells", x)
     m1 = run("--theta", -1, "--tau", 0, "--sink")[2]
     check(m1[..., 0].all() and (m1[..., 1:] <= run("--theta", -1, "--tau", 0)[2][..., 1:]).all(),
           "sink")
@@ -958,10 +965,10 @@ def test_what_was_run():
              "--softmax-scale", 0.123, "--no-smooth-k", "--skip-rows", 32, "--threads", 1)
     want = dict(schema=2, version=fine("info", "--json")["version"], rules="default",
                 qk_dtype="int8",
-                pv_dtype="int8", block_q=128, block_k=64, skip_rows=32, causal="end",
+                pv_dtype="int8", block_q=128, block_k=64, cell=0, skip_rows=32, causal="end",
                 smooth_k=False,
-                sink=True, softmax_scale=0.123, theta=0.3, tau=0.9, topk=None, density=None,
-                mask=None,
+                sink=True, softmax_scale=0.123, theta=0.3, tau=0.9, topk=None, min_mass=None,
+                density=None, mask=None,
                 params=None, kernel=None, threads=1, backend="cpu")
     check({n: x[n] for n in want} == want and x["lambda"] == -7.1, "options as typed", x)
     check(x["inputs"] == [dict(file=n, sha256=sha256(n)) for n in qkv], "files", x["inputs"])
@@ -984,7 +991,8 @@ def test_what_was_run():
         x = fine("run", *qkv, *args)
         check(
             x["mask"] == mask and
-            x["theta"] is x["tau"] is x["topk"] is x["kept_by"] is x["kept_by_alone"] is None, args,
+            x["theta"] is x["tau"] is x["topk"] is x["min_mass"] is x["kept_by"] is
+            x["kept_by_alone"] is None, args,
             "no thresholds", x)
 
 
@@ -1026,7 +1034,8 @@ def test_reasons():
     for args in ([], ["--theta", 0.5, "--causal",
                       "--sink"], ["--theta", -1, "--topk", 0.3, "--tau",
                                   0.2], ["--theta", 0.45, "--rules",
-                                         "upstream"], ["--theta", -1, "--tau", 0]):
+                                         "upstream"], ["--theta", -1, "--tau", 0],
+                 ["--theta", -1, "--min-mass", 0.5, "--cell", 16, "--sink"]):
         x = fine("run", *qkv, *args, "--intermediates", "d")
         why = np.load("d/why.npy")
         check(x["kept_by"] == {r: int((why >> n & 1).sum()) for n, r in enumerate(REASONS)}, args,
@@ -1346,6 +1355,7 @@ def test_method_usage():
     # What does not go together.
     save("m.npy", np.ones((B, HQ, 3, 6), bool))
     for other in [["--params", "p.json"], ["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5],
+                  ["--min-mass", 0.5], ["--cell", 8],
                   ["--lambda", -3], ["--sink"], ["--dense"], ["--mask", "m.npy"],
                   ["--mask-pairs", "m.npy"]]:
         for args in ["--method", "window", *other], [*other, "--method", "window"]:
@@ -1378,7 +1388,8 @@ def test_contradictions():
     q, k, v, qkv = files()
     save("m.npy", np.ones((B, HQ, 3, 6), bool))
     save_safetensors("x.safetensors", q=("F32", q), k=("F32", k), v=("F32", v))
-    predicts = [["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5]]
+    predicts = [["--theta", 0.3], ["--tau", 0.5], ["--topk", 0.5], ["--min-mass", 0.5],
+                ["--cell", 8]]
     attends = [["-o", "o.npy"], ["--lse-out", "l.npy"], ["--lambda", -3], ["--skip-rows", 8],
                ["--qk-dtype", "f32"], ["--pv-dtype", "f32"]]
     for one, others in [(["--dense"], [
@@ -1389,7 +1400,7 @@ def test_contradictions():
                         (["--mask-pairs", "m.npy"], [*predicts, ["--sink"], ["--density", 0.5]]),
                         (["--mask-only"], attends),
                         (["--density", 0.5], [*predicts[1:], ["--params", "p.json"]]),
-                        (["--params", "p.json"], [*predicts, ["--lambda", -3]])]:
+                        (["--params", "p.json"], [*predicts[:-1], ["--lambda", -3]])]:
         for other in others:
             name = "--output" if other[0] == "-o" else other[0]
             for args in one + other, other + one:
@@ -2017,12 +2028,12 @@ TUNE_KEYS = (
     "held_out_worst_l1 "
     "held_out_within_l2_first held_out_within_l2 dense_passes seconds noise").split()
 HEADER_KEYS = (
-    "sparge_params version model weights_sha256 rules qk_dtype pv_dtype block_q block_k skip_rows "
-    "causal smooth_k sink "
+    "sparge_params version model weights_sha256 rules qk_dtype pv_dtype block_q block_k cell "
+    "skip_rows causal smooth_k sink "
     "softmax_scale by bound l1 l2 sparsity inputs heads").split()
 HEAD_KEYS = (
-    "layer head dense theta tau topk lambda finite back_off in_sample held_out held_out_first "
-    "dense_passes seconds").split()
+    "layer head dense theta tau topk min_mass lambda finite back_off in_sample held_out "
+    "held_out_first dense_passes seconds").split()
 ERROR_KEYS = "inputs l1 worst_l1 sparsity nan_got inf_got".split()
 
 
@@ -2117,8 +2128,8 @@ def test_tune():
     check(list(x) == TUNE_KEYS and list(p) == HEADER_KEYS, "keys in their order", list(x), list(p))
     header = dict(sparge_params=1, model=None, weights_sha256=None, rules="default",
                   qk_dtype="int8",
-                  pv_dtype="int8", block_q=32, block_k=16, skip_rows=32, causal="none",
-                  smooth_k=True,
+                  pv_dtype="int8", block_q=32, block_k=16, cell=0, skip_rows=32,
+                  causal="none", smooth_k=True,
                   sink=False, softmax_scale=None, by="tau", bound="worst", l1=0.07, l2=0.08,
                   sparsity=None)
     check(all(p[key] == value and type(p[key]) is type(value) for key, value in header.items()),
@@ -2133,6 +2144,7 @@ def test_tune():
     for n, h in enumerate(p["heads"]):
         check(list(h) == HEAD_KEYS, "keys of a head", list(h))
         check(h["dense"] is False and h["finite"] is True and h["topk"] is None, "a head", h)
+        check(h["min_mass"] is None, "min_mass is not tuned", h)
         check(h["back_off"] in ("none", "lambda lowered", "tau raised"), "back_off", h)
         check(type(h["theta"]) is float and type(h["tau"]) is float and -1 <= h["theta"] <= 1 and
               0 <= h["tau"] <= 1 and (h["lambda"] is None or h["lambda"] <= 0), "thresholds", h)
@@ -2511,6 +2523,7 @@ def test_tune_usage():
                         (["-o", "p.json", "--theta", 0.5], "--theta"),
                         (["-o", "p.json", "--tau", 0.98], "--tau"),
                         (["-o", "p.json", "--topk", 0.5], "--topk"),
+                        (["-o", "p.json", "--min-mass", 0.5], "--min-mass"),
                         (["-o", "p.json", "--lambda", "-inf"], "--lambda"),
                         (["-o", "p.json", "--params", "x.json"], "unknown option"),
                         (["-o", "p.json", "--held-out"], "needs a value"),
@@ -2523,6 +2536,8 @@ def test_tune_usage():
     for rules in "paper", "upstream":
         wrong(UNSUPPORTED, "rules", "tune", c, d, "--layer", 0, "-o", "p.json", "--rules", rules,
               *TUNE)
+    wrong(UNSUPPORTED, "cell is 8, but theta, tau and topk are tuned without cells", "tune", c, d,
+          "--layer", 0, "-o", "p.json", "--cell", 8, *TUNE)
     wrong(FILE, "nowhere", "tune", "nowhere.safetensors", "-o", "p.json")
     wrong(FILE, "nowhere", "tune", c, "--held-out", "nowhere", "-o", "p.json")
     wrong(FILE, "cannot open", "tune", "", "-o", "p.json")
@@ -2897,6 +2912,7 @@ def test_params_taken():
     good = dict(sparge_params=1, model=None, block_q=32, block_k=16, skip_rows=32, causal="none",
                 smooth_k=True, sink=False, softmax_scale=None, heads=heads)
     thresholds = ["--theta", 0.3, "--tau", 0.9, "--lambda", -3.5]
+    by_mass = ["--theta", 0.3, "--min-mass", 0.5, "--lambda", -3.5]
     for change, options in [({}, []), (dict(causal="end"), ["--causal"]),
                             (dict(causal="start"), ["--causal=start"]),
                             (dict(sink=True), ["--sink"]),
@@ -2904,12 +2920,15 @@ def test_params_taken():
                             (dict(softmax_scale=0.3), ["--softmax-scale", 0.3]),
                             (dict(block_q=64, skip_rows=64), ["--block-q", 64]),
                             (dict(block_k=32), ["--block-k", 32]),
+                            (dict(cell=8, heads=[dict(h, tau=None, min_mass=0.5) for h in heads]),
+                             ["--cell", 8]),
                             (dict(skip_rows=8), ["--skip-rows", 8]), (dict(rules="default"), []),
                             (dict(rules="paper", skip_rows=8), ["--rules", "paper"]),
                             (dict(rules="upstream", sink=True), ["--rules", "upstream", "--sink"])]:
         write("p.json", json.dumps(good | change))
         asked = [
-            *thresholds, *([] if "block_q" in change else TUNE[:2]),
+            *(by_mass if "cell" in change else thresholds),
+            *([] if "block_q" in change else TUNE[:2]),
             *([] if "block_k" in change else TUNE[2:]), *options
         ]
         want = output(c, *asked)
@@ -2977,6 +2996,14 @@ def test_params():
     by_topk = np.load("o.npy")
     fine("run", c, "-o", "o.npy", *TUNE, "--theta", 0.5, "--topk", 0.25, "--lambda", -3.5)
     check((np.load("o.npy")[:, 0] == by_topk[:, 0]).all(), "topk")
+    fine(*run(with_(cell=0, heads=[{**h, "min_mass": None} for h in heads])))
+    check((np.load("o.npy") == want).all(), "what is off may be left out")
+    fine(*run(with_(cell=8, heads=[{**h, "tau": None, "min_mass": 0.5} for h in heads])))
+    by_mass = np.load("o.npy")
+    fine("run", c, "-o", "o.npy", *TUNE, "--theta", 0.5, "--min-mass", 0.5, "--cell", 8,
+         "--lambda", -3.5)
+    check((np.load("o.npy")[:, 0] == by_mass[:, 0]).all(), "min_mass")
+    wrong(USAGE, "cell is 5, it must divide block_q, 32,", *run(with_(cell=5)))
     os.remove("o.npy")
 
     text = json.dumps({**good, "heads": [head, {**head, "head": 1}]})
@@ -2991,6 +3018,7 @@ def test_params():
     fine("run", c, "--params", write("p.json", text), *TUNE)
     for args, words in [(["--block-q", 64], ["block_q 32, not 64"]),
                         (["--block-k", 32], "block_k 16, not 32"),
+                        (["--cell", 8], "cell 0, not 8"),
                         (["--skip-rows", 8], "skip_rows 32, not 8"),
                         (["--causal"], 'causal "none", not "end"'),
                         (["--causal=start"], 'causal "none", not "start"'),
@@ -3022,6 +3050,12 @@ def test_params():
             bad(["p.json", f"'heads[1].{key}'"], with_(heads=[heads[1], {**head, key: value}]))
         bad(["p.json", f"'heads[0].{key}'"],
             with_(heads=[{k: v for k, v in head.items() if k != key}]))
+    for value in -1, 1025, 8.0, "8", None:
+        bad(["p.json", "'cell'"], with_(cell=value))
+    for value in -0.1, 3.5e38, True, "0.5":
+        bad(["p.json", "'heads[0].min_mass'"], with_(heads=[{**head, "min_mass": value}]))
+    bad(["p.json", "'heads[0].tau' must be a number where topk and min_mass are null"],
+        with_(heads=[{**head, "tau": None, "min_mass": 0}]))
     for what in 3, None, [], "x":
         bad(["p.json", "heads[0]."], with_(heads=[what]))
     bad(["p.json", "layer 0 head 1", "twice"], with_(heads=[heads[1], head, heads[1]]))
@@ -3047,7 +3081,7 @@ def test_params():
         wrong(FILE, words, "run", c, "--params", name, *TUNE)
     write("p.json", json.dumps(good))
     for args, words in [(["--theta", 0.6], "--params"), (["--tau", 0.98], "--params"),
-                        (["--topk", 1], "--params"),
+                        (["--topk", 1], "--params"), (["--min-mass", 1], "--params"),
                         (["--lambda", "-inf"], "--params"), (["--dense"], ["--dense", "--params"]),
                         (["--layer", -1], "--layer"),
                         (["--layer", "six"], "six"), (["--layer", 1 << 31], "--layer")]:
@@ -3073,6 +3107,13 @@ def test_usage():
                         (["--topk", "nan"], "--topk"), (["--lambda", "nan"], "--lambda"),
                         (["--lambda", 0.5], "[-inf, 0]"), (["--lambda", "inf"], "--lambda"),
                         (["--theta", 1.01], "[-1, 1]"), (["--topk", 2], "--topk"),
+                        (["--min-mass", -0.1], ["--min-mass", "[0, "]),
+                        (["--min-mass", "nan"], "--min-mass"),
+                        (["--min-mass", "inf"], "--min-mass"),
+                        (["--cell", -1], ["--cell", "[0, 1024]"]),
+                        (["--cell", 8.5], "whole number"), (["--cell", 1025], "[0, 1024]"),
+                        (["--cell", 5], "cell is 5, it must divide block_q, 128, and block_k, 64"),
+                        (["--cell", 1, "--block-k", 128], "at least 1/64 of block_k"),
                         (["--softmax-scale", 0], "--softmax-scale"), (["--softmax-scale", -1],
                                                                       "--softmax-scale"),
                         (["--softmax-scale", "inf"], "--softmax-scale"),

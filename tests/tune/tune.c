@@ -1572,6 +1572,8 @@ Test(tune, refuses_what_it_cannot)
             a.o.rules = SPARGE_RULES_PAPER);
     REFUSES(SPARGE_ERR_UNSUPPORTED, "rules are not the default ones",
             a.o.rules = SPARGE_RULES_UPSTREAM);
+    REFUSES(SPARGE_ERR_UNSUPPORTED, "cell is 1, but theta, tau and topk are tuned without cells",
+            a.o.cell = 1);
     REFUSES(SPARGE_ERR_ARGUMENT, "kernel is 3", a.o.cuda.kernel = 3);
     if (!sparge_backend_built(SPARGE_CUDA))
         REFUSES(SPARGE_ERR_UNSUPPORTED, "backend is cuda", a.o.backend = SPARGE_CUDA);

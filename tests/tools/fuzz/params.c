@@ -24,7 +24,8 @@ static void check_thresholds(const sparge_thresholds *k)
     require(within((double)k->theta, -1.0, 1.0));
     require(k->tau == SPARGE_OFF || within((double)k->tau, 0.0, 1.0));
     require(k->topk == SPARGE_OFF || within((double)k->topk, 0.0, 1.0));
-    require(k->tau != SPARGE_OFF || k->topk != SPARGE_OFF);
+    require(within((double)k->min_mass, 0.0, (double)FLT_MAX));
+    require(k->tau != SPARGE_OFF || k->topk != SPARGE_OFF || k->min_mass > 0.0f);
     require(k->lambda == -INFINITY || within((double)k->lambda, -1e30, 0.0));
 }
 
@@ -68,6 +69,7 @@ static void check_round_trip(const params *want, const sparge_options *o)
         require(a->layer == b->layer && a->head == b->head &&
                 a->thresholds.theta == b->thresholds.theta);
         require(a->thresholds.tau == b->thresholds.tau && a->thresholds.topk == b->thresholds.topk);
+        require(a->thresholds.min_mass == b->thresholds.min_mass);
         require(a->thresholds.lambda == b->thresholds.lambda);
     }
     require(params_model(&got, "fuzz", want->model, NULL, NULL) == EXIT_FINE);
@@ -95,6 +97,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     require(error.text[0] == '\0' && json_is_object(got.json));
     require(within((double)got.options.block_q, 1, 1024) &&
             within((double)got.options.block_k, 1, 1024));
+    require(within((double)got.options.cell, 0, 1024));
     require(within((double)got.options.skip_rows, 1, 1024) &&
             (unsigned)got.options.causal <= SPARGE_CAUSAL_START);
     require(got.options.softmax_scale == 0.0f ||
@@ -104,7 +107,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (got.options.skip_rows <= got.options.block_q) { /* as a file of ours has it */
         require(params_obey(&got, "fuzz", options_all(), &o, &error) == EXIT_FINE);
         require(params_obey(&got, "fuzz", 0, &taken, &error) == EXIT_FINE);
-        require(taken.rules == o.rules && taken.causal == o.causal &&
+        require(taken.rules == o.rules && taken.cell == o.cell && taken.causal == o.causal &&
                 taken.softmax_scale == o.softmax_scale && taken.sink == o.sink);
         check_round_trip(&got, &o);
     }
