@@ -79,16 +79,16 @@ const sparge_method *sparge_method_find(const char *name); /* NULL: there is non
 
 /* Makes a plan. Parameters of NULL are the defaults. context may be NULL. The plan is empty if it
  * fails; SPARGE_ERR_UNSUPPORTED says what the method needs and has not got. The options go into
- * the parts, lambda too, but for what the method has of its own: blocks, and rules and thresholds
- * of SpargeAttn. progress gets 0. `problem`, what it points to and the context must stay until the
- * plan is freed. */
+ * the parts, lambda too, but for cell and for what the method has of its own: blocks, and rules and
+ * thresholds of SpargeAttn and submass. progress gets 0. `problem`, what it points to and the
+ * context must stay until the plan is freed. */
 sparge_status sparge_method_plan(const sparge_method *method, const sparge_problem *problem,
                                  const sparge_options *options, const sparge_context *context,
                                  const double *param, sparge_plan *plan, sparge_error *error);
 
 /* Makes the plan whose density of tokens is nearest, by bisecting the first parameter. It writes
- * that to param[0] and takes the others from there. SPARGE_ERR_ARGUMENT names the densities that
- * can be reached. */
+ * that to param[0] and takes the others from there. One value is for all heads: context->first must
+ * be NULL. SPARGE_ERR_ARGUMENT names the densities that can be reached. */
 sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_problem *problem,
                                     const sparge_options *options, const sparge_context *context,
                                     double *param, double density, const sparge_executor *executor,

@@ -75,6 +75,11 @@ sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_pr
                            : !options ? "options"
                                       : "param");
     const sparge_param *q = &method->param[0];
+    if (context && context->first)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "context.first is not NULL, but a density is sought with one %s for all "
+                           "heads",
+                           q->name ? q->name : "parameter");
     if (!q->name)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s has no parameter that sets its density",
                            method->name);

@@ -56,7 +56,8 @@ sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
 
 /* ---- plan.c ---- */
 
-/* Adds a part of the caller's problem and options, without a mask. */
+/* Adds a part of the caller's problem and options but for its cell, which need not divide the
+ * blocks of a method; without a mask. */
 sparge_part *sparge_plan_add(sparge_plan *plan);
 /* The same with an empty mask in its blocks; its options and problem are set. */
 sparge_status sparge_part_mask(sparge_part *part, sparge_error *error);

@@ -17,6 +17,7 @@ sparge_part *sparge_plan_add(sparge_plan *plan)
 {
     sparge_part *part = &plan->part[plan->parts++];
     *part = (sparge_part){.problem = plan->problem, .options = plan->options};
+    part->options.cell = 0;
     return part;
 }
 
@@ -131,6 +132,7 @@ static sparge_status sum_counts(const sparge_plan *plan, const sparge_counts *co
     const int64_t count = plan->problem.batch * plan->problem.heads;
     o.block_q = plan->part[0].options.block_q;
     o.block_k = plan->part[0].options.block_k;
+    o.cell = 0;
     const sparge_status status = sparge_mask_count(NULL, &plan->problem, &o, heads, error);
     for (int64_t n = 0; n < count && !status; n++) {
         sparge_counts sum = {0};

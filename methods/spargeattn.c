@@ -24,7 +24,6 @@ static sparge_status plan_rules(sparge_plan *plan, const sparge_context *context
     const sparge_problem *p = &plan->problem;
     sparge_options *o = &sparge_plan_add(plan)->options;
     o->rules = rules;
-    o->cell = 0;
     o->sink = param[SINK] != 0.0;
     /* The mean and the unit sum of every block, and a product for each visible pair of blocks. */
     const sparge_geometry g = sparge_geometry_of(p, o);

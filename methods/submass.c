@@ -16,7 +16,8 @@
  * - Rows of cells count by their tokens in the average.
  * - In the softmax a short cell of keys counts as any other, as a short block of SpargeAttn does.
  * - All keys of the call, not those that a row sees: with one t for all rows the loss is lower.
- * - t 0 keeps every visible block.
+ * - t 0, or what is 0 in f32, keeps every visible block.
+ * - Other rules than the default play no part (options.rules): some force no diagonal.
  * The backend predicts (options.cell and min_mass). Masks are nested in t. multiply_adds leaves
  * means, softmax and sums out. */
 #include <math.h>
@@ -28,12 +29,13 @@ enum { T, CELL };
 
 static void set(const double *param, sparge_thresholds *to)
 {
+    const float t = (float)fmin(param[T], (double)FLT_MAX);
     *to = (sparge_thresholds){
         .theta = -1.0f,
         .tau = SPARGE_OFF,
-        .topk = param[T] > 0.0 ? SPARGE_OFF : 1.0f,
+        .topk = t > 0.0f ? SPARGE_OFF : 1.0f,
         .lambda = to->lambda,
-        .min_mass = (float)fmin(param[T], (double)FLT_MAX),
+        .min_mass = t,
     };
 }
 
@@ -42,6 +44,7 @@ static sparge_status plan_submass(sparge_plan *plan, const sparge_context *conte
 {
     const sparge_problem *p = &plan->problem;
     sparge_options *o = &sparge_plan_add(plan)->options;
+    o->rules = SPARGE_RULES_DEFAULT;
     o->cell = (int64_t)param[CELL];
     o->sink = true;
     const sparge_geometry cells =

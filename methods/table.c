@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* table.c: all methods, and plans by name. */
 #include <math.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "common/arithmetic.h"
@@ -55,18 +56,23 @@ static const char *lacking(const sparge_method *m, const sparge_options *o, cons
                : NULL;
 }
 
-static sparge_status check_params(const sparge_method *m, const double *param, sparge_error *error)
+/* head: whose own parameters they are, or -1 for those of all. */
+static sparge_status check_params(const sparge_method *m, const double *param, int64_t head,
+                                  sparge_error *error)
 {
+    char where[64] = "";
+    if (head >= 0)
+        snprintf(where, sizeof where, " in context.first[%lld]", (long long)head);
     for (int n = 0; n < SPARGE_MAX_PARAMS && m->param[n].name; n++) {
         const sparge_param *q = &m->param[n];
         if (!(param[n] >= q->low && param[n] <= q->high))
             return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                               "%s of %s is %.9g, it must be in [%g, %g]", q->name, m->name,
-                               param[n], q->low, q->high);
+                               "%s of %s is %.9g%s, it must be in [%g, %g]", q->name, m->name,
+                               param[n], where, q->low, q->high);
         if (q->whole && floor(param[n]) != param[n])
             return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                               "%s of %s is %.9g, it must be a whole number", q->name, m->name,
-                               param[n]);
+                               "%s of %s is %.9g%s, it must be a whole number", q->name, m->name,
+                               param[n], where);
     }
     return SPARGE_OK;
 }
@@ -119,10 +125,10 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
     if (!status)
         status = check_copies(problem, error);
     if (!status)
-        status = check_params(method, param, error);
+        status = check_params(method, param, -1, error);
     for (int64_t h = 0; context->first && h < problem->heads && !status; h++) {
         double own[SPARGE_MAX_PARAMS];
-        status = check_params(method, sparge_param_of(context, h, all, own), error);
+        status = check_params(method, sparge_param_of(context, h, all, own), h, error);
     }
     const char *const needs = lacking(method, options, context);
     if (!status && needs)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tests/methods/hand.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "common/geometry.h"
@@ -72,4 +73,23 @@ void has_pairs(const hand *x, const char *method, const double *param, int param
     check(*want == '\0', "left of the text: %s", want);
     check_free(pairs);
     sparge_plan_free(&plan);
+}
+
+void short_defaults(const sparge_method *m, double *param)
+{
+    for (int n = 0; n < SPARGE_MAX_PARAMS; n++) {
+        const sparge_param *q = &m->param[n];
+        param[n] = q->name && q->whole && q->usual >= 32.0 ? fmax(q->low, floor(q->usual / 8.0))
+                                                           : q->usual;
+    }
+}
+
+double first_param(const sparge_method *m, int64_t k_len, double least_first)
+{
+    const sparge_param *q = &m->param[0];
+    const double share = m->falls ? 1.0 - least_first : least_first;
+    const double high = q->whole ? fmin(q->high, fmax(q->low, (double)k_len)) : q->high;
+    const double low = isinf(q->low) ? fmin(high, 0.0) - 8.0 : q->low;
+    const double x = low + share * ((isinf(high) ? low + 16.0 : high) - low);
+    return share == 0.0 ? q->low : share == 1.0 ? q->high : q->whole ? floor(x) : x;
 }

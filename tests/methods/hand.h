@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* hand.h: inputs made by hand, and the masks that papers want for them as text. */
+/* hand.h: inputs made by hand, and the masks that papers want for them as text; parameters that fit
+ * short sequences. */
 #ifndef SPARGE_TESTS_METHODS_HAND_H
 #define SPARGE_TESTS_METHODS_HAND_H
 
@@ -27,5 +28,11 @@ void has_pairs(const hand *x, const char *method, const double *param, int param
 
 /* The plan by the first so many parameters; the others have their defaults. */
 sparge_plan hand_plan(const hand *x, const char *method, const double *param, int params);
+
+/* The defaults, with sizes in tokens as much shorter as the tests' sequences are. */
+void short_defaults(const sparge_method *m, double *param);
+
+/* Between the ends of the first parameter, from where density is least: share 0 to 1. */
+double first_param(const sparge_method *m, int64_t k_len, double least_first);
 
 #endif

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sparge_methods.h"
+#include "tests/methods/hand.h"
 #include "tests/support/problem.h"
 
 enum { EMPTY_ROWS = 1, NOT_ABOVE_RANDOM = 2, NOT_BELOW_ORACLE = 4, NOT_DENSE = 8 };
@@ -159,27 +159,6 @@ static bool plan_of(const sparge_method *m, question *a, const double *param, sp
         status = sparge_plan_predict(plan, NULL, &error);
     check(status == SPARGE_OK || status == SPARGE_ERR_UNSUPPORTED, "%s", error.text);
     return status == SPARGE_OK;
-}
-
-/* The defaults, with sizes in tokens as much shorter as these sequences are. */
-static void short_defaults(const sparge_method *m, double *param)
-{
-    for (int n = 0; n < SPARGE_MAX_PARAMS; n++) {
-        const sparge_param *q = &m->param[n];
-        param[n] = q->name && q->whole && q->usual >= 32.0 ? fmax(q->low, floor(q->usual / 8.0))
-                                                           : q->usual;
-    }
-}
-
-/* Between the ends of the first parameter, from where density is least: share 0 to 1. */
-static double first_param(const sparge_method *m, const question *a, double least_first)
-{
-    const sparge_param *q = &m->param[0];
-    const double share = m->falls ? 1.0 - least_first : least_first;
-    const double high = q->whole ? fmin(q->high, fmax(q->low, (double)a->x.p.k_len)) : q->high;
-    const double low = isinf(q->low) ? fmin(high, 0.0) - 8.0 : q->low;
-    const double x = low + share * ((isinf(high) ? low + 16.0 : high) - low);
-    return share == 0.0 ? q->low : share == 1.0 ? q->high : q->whole ? floor(x) : x;
 }
 
 static uint8_t *pairs_of(const sparge_plan *plan)
@@ -548,7 +527,7 @@ static void right_plans(const sparge_method *m, question *a, int index, int sett
         check_case("%s, setting %d, plan %d", m->name, setting, way);
         short_defaults(m, param);
         if (way == LOW || way == HIGH)
-            param[0] = first_param(m, a, way == LOW ? 0.0 : 1.0);
+            param[0] = first_param(m, a->x.p.k_len, way == LOW ? 0.0 : 1.0);
         for (int n = 0; n < SPARGE_MAX_PARAMS && m->param[n].name && way == ALL_LOW; n++)
             param[n] = m->param[n].low;
         if (!plan_of(m, a, way == DEFAULTS ? NULL : param, &plan))
@@ -624,7 +603,7 @@ static void rising_density(const sparge_method *m, question *a, int index, int s
     short_defaults(m, param);
     for (int n = 0; n <= 6 && m->param[0].name; n++) {
         sparge_plan plan;
-        param[0] = first_param(m, a, n / 6.0);
+        param[0] = first_param(m, a->x.p.k_len, n / 6.0);
         check_case("%s, %s %g", m->name, m->param[0].name, param[0]);
         if (!plan_of(m, a, param, &plan))
             break;
@@ -718,7 +697,7 @@ static void between(const sparge_method *m, question *a, int index, int setting)
     if (!strcmp(m->name, "random") || !m->param[0].name)
         return;
     if (sparge_method_plan_at(m, &a->x.p, &a->x.o, &a->context, param, 0.3, NULL, &plan, &error)) {
-        param[0] = first_param(m, a, 0.0); /* the nearest, if it makes plans here */
+        param[0] = first_param(m, a->x.p.k_len, 0.0); /* the nearest, if it makes plans here */
         if (!plan_of(m, a, param, &plan))
             return;
         check(strstr(error.text, "cannot be reached"), "%s", error.text);
