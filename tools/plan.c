@@ -20,8 +20,7 @@ const sparge_mask *plan_mask(const sparge_part *part)
     return part->mask.bits ? &part->mask : NULL;
 }
 
-/* SpargeAttn with the thresholds of the options, which --density bisects too. */
-static method_choice of_options(const sparge_options *o)
+method_choice plan_spargeattn(const sparge_options *o)
 {
     static const char *const names[] = {"spargeattn", "spargeattn_paper", "spargeattn_upstream"};
     const sparge_thresholds *t = &o->thresholds;
@@ -69,26 +68,30 @@ void plan_fit(sparge_plan *plan)
     }
 }
 
-void plan_make(const attention_args *a, const capture *c, const sparge_problem *p,
-               sparge_options *o, method_choice *found, sparge_plan *out)
+sparge_context plan_context(const capture *c, const sparge_problem *p)
 {
     const double tokens = capture_tokens(c);
-    const sparge_context context = {
+    if (tokens > 0.0 && (tokens != (double)p->q_len || tokens != (double)p->k_len))
+        fail(EXIT_FILE, c->path,
+             "has %lld queries and %lld keys, 'grid' and 'n_text' of its manifest have %.0f tokens",
+             (long long)p->q_len, (long long)p->k_len, tokens);
+    return (sparge_context){
         .grid = tokens > 0.0 ? &c->grid : NULL,
         .layer = c->layer > 0 ? c->layer : 0,
         .step = c->step,
     };
-    if (a->method.method && tokens > 0.0 &&
-        (tokens != (double)p->q_len || tokens != (double)p->k_len))
-        fail(EXIT_FILE, c->path,
-             "has %lld queries and %lld keys, 'grid' and 'n_text' of its manifest have %.0f tokens",
-             (long long)p->q_len, (long long)p->k_len, tokens);
+}
+
+void plan_make(const attention_args *a, const capture *c, const sparge_problem *p,
+               sparge_options *o, method_choice *found, sparge_plan *out)
+{
+    const sparge_context context = a->method.method ? plan_context(c, p) : (sparge_context){0};
     *found = a->method;
     *out = (sparge_plan){.problem = *p, .options = *o, .parts = 1};
     out->part[0] = (sparge_part){.problem = *p, .options = *o, .predicted = true};
     if (!isnan(a->density)) {
         if (!found->method)
-            *found = of_options(o);
+            *found = plan_spargeattn(o); /* which --density bisects too */
         find(a, &context, p, *o, found, out);
     } else if (found->method)
         method_must(found->method, sparge_method_plan(found->method, p, o, &context, found->param,

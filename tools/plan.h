@@ -7,6 +7,12 @@
 #include "tools/capture.h"
 #include "tools/progress.h"
 
+/* What a method is told of a capture beside its tensors. */
+sparge_context plan_context(const capture *c, const sparge_problem *p);
+
+/* SpargeAttn with the thresholds of the options. */
+method_choice plan_spargeattn(const sparge_options *o);
+
 /* o: settled. They become those of the first part, resolved, but for causality. `found` is the
  * method and its parameters, with the one that --density found; no method without --method. If a
  * part has no mask, that is because it is the only one, which the backend predicts. */

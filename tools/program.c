@@ -156,6 +156,13 @@ json_t *json_text(const char *bytes)
     return text ? text : json_null();
 }
 
+bool json_is_text(const char *bytes)
+{
+    json_t *text = json_string(bytes);
+    json_decref(text);
+    return text != NULL;
+}
+
 json_t *json_rounded(double x, int digits)
 {
     char text[40];

@@ -78,6 +78,7 @@ exit_code library_result(sparge_status status, const sparge_error *why, file_err
 
 json_t *json_number(double x);              /* null where JSON has no word for it */
 json_t *json_text(const char *bytes);       /* the same: they may be no UTF-8 */
+bool json_is_text(const char *bytes);       /* are they? */
 json_t *json_rounded(double x, int digits); /* the same in so many digits */
 json_t *json_float(float x);                /* the same in the fewest digits that are this float */
 

@@ -15,8 +15,9 @@
  * shrinking single heads get far too much. */
 static const double own_share = 0.5;
 
-/* How far the grid reaches to both sides of the usual value, on the scale of the parameter. */
-static const double reach = 3.0;
+/* How far the grid reaches from the usual value, on the scale of the parameter. A dense point costs
+ * most, and tells least. */
+static const double sparser = 3.0, denser = 2.3;
 
 /* ---- The scale of a parameter ---- */
 
@@ -42,7 +43,7 @@ int sparge_loss_grid(const sparge_method *method, double first[SPARGE_LOSS_POINT
         return 0;
     const sparge_param *q = &method->param[0];
     for (int n = 0; n < SPARGE_LOSS_POINTS; n++) {
-        const double away = reach * (2.0 * n / (SPARGE_LOSS_POINTS - 1) - 1.0);
+        const double away = (sparser + denser) * n / (SPARGE_LOSS_POINTS - 1) - sparser;
         const double x = value_of(q, tune_scale(q, q->usual) + (method->falls ? -away : away));
         if (points == 0 || x != first[points - 1]) /* whole numbers may meet */
             first[points++] = x;

@@ -40,23 +40,22 @@ Test(price, grids_lie_inside_and_by_rising_density)
     check_equal(sparge_loss_grid(NULL, NULL), 0);
 }
 
-/* e^3 to both sides of the default: t itself, and tau / (1 - tau). */
+/* From e^-3 of the default to e^2.3, as the density goes: of 1 / t, and of tau / (1 - tau). */
 Test(price, grids_by_hand)
 {
     check_case("by hand");
     double first[SPARGE_LOSS_POINTS];
     check_equal(sparge_loss_grid(method_of("submass"), first), 11);
     check_close(first[0], 0.2 * exp(3.0), 1e-12);
-    check_close(first[5], 0.2, 1e-12);
-    check_close(first[10], 0.2 * exp(-3.0), 1e-12);
+    check_close(first[6], 0.2 * exp(-0.18), 1e-12);
+    check_close(first[10], 0.2 * exp(-2.3), 1e-12);
     check_equal(sparge_loss_grid(method_of("spargeattn"), first), 11);
     check_close(first[0] / (1.0 - first[0]), 49.0 * exp(-3.0), 1e-9);
-    check_close(first[5], 0.98, 1e-12);
-    check_close(first[10] / (1.0 - first[10]), 49.0 * exp(3.0), 1e-7);
-    static const double window[] = {51, 93, 169, 308, 562, 1024, 1866, 3400, 6195, 11288, 20568};
-    check_equal(sparge_loss_grid(method_of("window"), first), 11);
-    for (int n = 0; n < 11; n++)
-        check_equal(first[n], window[n]);
+    check_close(first[10] / (1.0 - first[10]), 49.0 * exp(2.3), 1e-9);
+    static const double chunks[] = {1, 2, 4, 6, 10, 18, 30};
+    check_equal(sparge_loss_grid(method_of("moba"), first), 7);
+    for (int n = 0; n < 7; n++)
+        check_equal(first[n], chunks[n]);
 }
 
 /* ---- Choosing ---- */
