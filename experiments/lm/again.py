@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""again.py: a little of what stands in ppl.csv and needle.csv, measured again in a smoke run, where
-the weights and the text are here or can be fetched."""
+"""again.py: a little of what stands in ppl.csv and needle.csv, here and in submass/, measured again
+in a smoke run, where the weights and the text are here or can be fetched."""
 import sys
 from math import isclose
 from pathlib import Path
@@ -21,17 +21,18 @@ LENGTH, ATTENTION = 1024, ["f32", TUNED["0.08, 0.09"]]
 ROUNDED = 0.01
 
 
-def again(how, command, text, columns, *options):
-    """Rows of a command over a text, beside the committed ones: in words what was measured, and how
-    they differ."""
+def again(how, command, text, columns, *options, attention=ATTENTION, folder=HERE):
+    """Rows of a command over a text, beside those committed in a folder: in words what was
+    measured, and how they differ."""
     try:
         files = [weights.fetch(), *texts.fetch(texts.select([text]))]
     except SystemExit as why:
         return f"not measured: {why}", []
     found = run_json(how.lm, command, *files, "--length", LENGTH, "--attention",
-                     ",".join(map(str, ATTENTION)), "--model", MODEL, "--sink", *options)["rows"]
+                     ",".join(map(str, attention)), "--model", MODEL, "--sink", *options)["rows"]
     keys = [key for key in ("attention", "text", "tokens", "depth", "needle") if key in found[0]]
-    committed = {tuple(row[key] for key in keys): row for row in read_csv(HERE / f"{command}.csv")}
+    committed = {tuple(row[key] for key in keys): row
+                 for row in read_csv(folder / f"{command}.csv")}
     pairs = [(row, committed[tuple(str(row[key]) for key in keys)]) for row in found]
     differences = [
         f"{row['attention']}, {text}: {column} is {row[column]}, committed is {old[column]}"
@@ -50,3 +51,11 @@ def ppl(how):
 def needle(how):
     """The one in the middle."""
     return again(how, "needle", "opticks", ["right", "sparsity"], "--depths", 1, "--needles", 1)
+
+
+def submass(how):
+    """The threshold on mass at half density, beside dense attention."""
+    folder = HERE.parent / "submass"
+    row = next(row for row in read_csv(folder / "ppl.csv") if row["rule"] == "submass, one t")
+    return again(how, "ppl", "stb_image", ["perplexity", "density_tokens"],
+                 attention=["f32", row["attention"]], folder=folder)

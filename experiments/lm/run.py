@@ -15,16 +15,13 @@ Every step goes on where it was interrupted; what is unfinished lies in build/lm
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+sys.path.insert(0, str(HERE.parent))
 
-import model as weights  # noqa: E402
-import texts  # noqa: E402
 from harness import (
     ROOT,
     fill_in,
@@ -33,44 +30,21 @@ from harness import (
     read_csv,
     run_json,
     run_main,
-    run_program,  # noqa: E402
     write_text,
 )
 from names import DENSE, LENGTHS, MODEL, TITLES, TUNED, perplexity  # noqa: E402
+from program import TUNED_AT, captured, listed, lm, paths  # noqa: E402
 
 WORK = ROOT / "build/lm"
-MIDDLE = 4096
 TEXT = "opticks"  # of needles and of seconds
 MAIN = "0.08, 0.09"
-SHARED = ["--model", MODEL, "--sink"]
-
-
-def paths(name):
-    """Of a text of experiments/capture/texts.csv, or of all of a role."""
-    return texts.fetch(texts.select([name]))
-
-
-def lm(args, command, *options):
-    """A command of sparge-lm, whose progress is seen."""
-    done = run_program(
-        [args.sparge_lm, command, weights.fetch(), *options, *SHARED], stdout=subprocess.PIPE,
-        text=True)
-    if done.returncode != 0:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
 
 
 # ---- The steps --------------------------------------------------------------------------------
 
 def tune(args):
     """Captures of the tuning texts, every layer; then thresholds at the tighter bounds."""
-    folders = []
-    for path in paths("tune"):
-        folders.append(WORK / "tune" / path.stem)
-        folders[-1].parent.mkdir(parents=True, exist_ok=True)
-        manifest = folders[-1] / "manifest.json"
-        if not manifest.exists() or len(json.loads(manifest.read_text())["files"]) < 30:
-            lm(args, "capture", path, "--length", MIDDLE, "--attention", "f32", "-o", folders[-1])
+    folders = [captured(args, path) for path in paths("tune")]
     for pair, path in TUNED.items():
         if path.parent == HERE:
             bounds = [f"--{name}={x}" for name, x in zip(("l1", "l2"), pair.split(", "))]
@@ -79,17 +53,13 @@ def tune(args):
                 run_json(args.sparge, "tune", *folders, "--causal", "--sink", *bounds, "-o", path))
 
 
-def listed(items):
-    return ",".join(map(str, items))
-
-
 def ppl(args):
     """Every attention at every length; and at one of them in f32 what the sparse ones compute in
     int8."""
     texts_of = paths("judge")
     lm(args, "ppl", *texts_of, "--length", listed(LENGTHS), "--attention",
        listed([*DENSE, *TUNED.values()]), "-o", WORK / "ppl.json", "--csv", HERE / "ppl.csv")
-    lm(args, "ppl", *texts_of, "--length", MIDDLE, "--attention", listed(TUNED.values()),
+    lm(args, "ppl", *texts_of, "--length", TUNED_AT, "--attention", listed(TUNED.values()),
        "--qk-dtype", "f32", "--pv-dtype", "f32", "-o", WORK / "ppl_f32.json",
        "--csv", HERE / "ppl_f32.csv")
 
@@ -165,16 +135,16 @@ def table_length():
 def table_arithmetic():
     """What leaving out costs, and what int8 costs."""
     by_int8, by_f32 = read("ppl.csv"), read("ppl_f32.csv")
-    base = perplexity(by_int8[MIDDLE, "f32"])
+    base = perplexity(by_int8[TUNED_AT, "f32"])
 
     def cell(rows):
         return f"{perplexity(rows):.3f} ({more(perplexity(rows), base)})"
 
-    rows = [["everything", cell(by_int8[MIDDLE, "int8"]), f"{base:.3f}"]]
+    rows = [["everything", cell(by_int8[TUNED_AT, "int8"]), f"{base:.3f}"]]
     rows += [[
         f"what ({pair}) keeps",
-        cell(by_int8[MIDDLE, path.name]),
-        cell(by_f32[MIDDLE, path.name])
+        cell(by_int8[TUNED_AT, path.name]),
+        cell(by_f32[TUNED_AT, path.name])
     ] for pair, path in TUNED.items()]
     return markdown(["what is computed", "perplexity in int8", "in f32"], rows)
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""program.py: sparge-lm, and what it is given: the weights, texts by name, captures of them."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
+
+import model as weights  # noqa: E402
+import texts  # noqa: E402
+from harness import ROOT, run_program  # noqa: E402
+from names import MODEL  # noqa: E402
+
+TUNED_AT = 4096  # tokens
+SHARED = ["--model", MODEL, "--sink"]
+
+
+def paths(*names):
+    """Of texts of experiments/capture/texts.csv, or of all of a role."""
+    return texts.fetch(texts.select(list(names)))
+
+
+def listed(items):
+    return ",".join(map(str, items))
+
+
+def lm(args, command, *options):
+    """A command of sparge-lm, whose progress is seen."""
+    done = run_program(
+        [args.sparge_lm, command, weights.fetch(), *options, *SHARED], stdout=subprocess.PIPE,
+        text=True)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+    return json.loads(done.stdout)
+
+
+def captured(args, path):
+    """The folder with q, k and v of a text, every layer, under dense attention in f32."""
+    folder = ROOT / "build/lm/tune" / path.stem
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    manifest = folder / "manifest.json"
+    if not manifest.exists() or len(json.loads(manifest.read_text())["files"]) < 30:
+        lm(args, "capture", path, "--length", TUNED_AT, "--attention", "f32", "-o", folder)
+    return folder
