@@ -27,8 +27,8 @@ LAYERS, HEADS, TOKENS = 2, 3, 256
 REPORT = ("params method heads nonfinite density loss judged held_out_density held_out_loss "
           "dense_passes seconds").split()
 HEADER = ("sparge_params version model weights_sha256 rules qk_dtype pv_dtype block_q block_k cell "
-          "skip_rows causal smooth_k sink softmax_scale by method params density loss inputs values "
-          "curves heads").split()
+          "skip_rows causal smooth_k sink softmax_scale by method params density loss inputs "
+          "values curves heads").split()
 HEAD = ("layer head dense theta tau topk min_mass lambda finite in_sample held_out "
         "dense_passes").split()
 SUBMASS, SPARGEATTN = ["--method", "submass"], ["--method", "spargeattn:theta=-1,sink=1"]
@@ -88,8 +88,8 @@ def worth_of(params, name, layer):
 
 
 def chosen_well(p, density):
-    """No head could trade with another, by what the file says of both: drawn halfway to the mean and
-    monotone, one price divides all curves."""
+    """What one price buys on both sides of this density, by the curves in the file, monotone and
+    drawn halfway to their mean."""
     curve = np.array([c["loss"] for c in p["curves"]])
     drawn = np.sqrt(np.maximum.accumulate(curve[:, ::-1], 1)[:, ::-1])
     drawn *= np.sqrt((drawn**2).mean(0))
@@ -121,7 +121,7 @@ def test_by_loss():
     places = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
     for lines in p["curves"], p["heads"]:
         check([(h["layer"], h["head"]) for h in lines] == places, "heads in order", lines)
-    check(len(p["values"]) == 11 and sorted(p["values"])[::-1] == p["values"], "values", p["values"])
+    check(len(p["values"]) == 11 and sorted(p["values"])[::-1] == p["values"], "values", p)
     loss, density = np.zeros((2, 6)), np.zeros((2, 6))
     for name in "abc":
         for layer in range(LAYERS):
