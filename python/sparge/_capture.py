@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sparge.capture looks at: the tensors of a call of attention, as files hold them, and
-attention that comes by other operations than scaled_dot_product_attention."""
+"""What sparge.capture looks at: the tensors of a call of attention, as files hold them, the model,
+and attention that comes by other operations than scaled_dot_product_attention."""
 from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -86,6 +89,21 @@ def narrowest(tensors: Mapping[str, Any]) -> Any:
         return best
     return torch.float32 if loss(tensors,
                                  torch.float32) <= torch.finfo(torch.float32).eps / 2 else None
+
+
+# ---- The model --------------------------------------------------------------------------------
+
+def is_compiled(module: Any) -> bool:
+    return module._compiled_call_impl is not None or hasattr(module.forward,
+                                                             "_torchdynamo_orig_callable")
+
+
+def holders(function: Any) -> list[tuple[ModuleType, str]]:
+    """Modules that have it, and under which name: users import it from torch's, where it stays what
+    it is but in F."""
+    return [(module, name) for place, module in list(sys.modules.items())
+            if isinstance(module, ModuleType) and (module is F or place.split(".")[0] != "torch")
+            for name, value in list(vars(module).items()) if value is function]
 
 
 # ---- Attention of other kinds -----------------------------------------------------------------

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record q, k and v from a running PyTorch model: whatever it gives to
-scaled_dot_product_attention.
+scaled_dot_product_attention; and gradients of a language model.
 
     from sparge.capture import Recorder
 
@@ -49,6 +49,14 @@ torch.nn.functional.scaled_dot_product_attention:
 Such attention has a number too, so that those of the others do not depend on it. What a model
 compiles runs uncompiled while it is recorded.
 
+gradient=True is for language models of transformers. The files have g [B, H, N, D] too, in float32:
+the gradient at each head's output of the sum over positions of -log p of a label that is drawn from
+the model's own softmax, so that the mean of g g^T is the Fisher information. label_seed says which
+labels; the manifest has it. Each call of the model has its backward pass, so it gets a whole text,
+without padding, cache, torch.no_grad() and logits_to_keep. Weights get no gradient, and layers run
+again in the backward pass: memory is near that of the forward pass with its logits twice. A model
+in bfloat16 rounds g as it rounds the rest.
+
 The model must use torch's attention: attn_implementation="sdpa" in transformers, a native backend
 in diffusers. A step in which all of it goes another way is refused, and so are modules that were
 compiled as a whole.
@@ -63,7 +71,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparge._files import write_whole
@@ -80,20 +87,23 @@ from sparge._capture import (  # noqa: E402
     PRODUCT_SOFTMAX,
     Watch,
     fit,
+    holders,
+    is_compiled,
     narrowest,
     sight,
     ungroup,
 )
+from sparge._gradient import SAID, Gradient  # noqa: E402
 
 if TYPE_CHECKING:
     Which = Iterable[int] | Callable[[int], bool] | None
 
-HEADER = 512  # bytes, more than the header of three tensors takes
+HEADER = 512  # bytes, more than the header of four tensors takes
 # in each file's entry, and at the top
 SHARED = "n_heads", "n_kv_heads", "head_dim", "causal", "softmax_scale", "dtype"
 FOUND = "left_out", "left_out_at", "files"
-OURS = ("model", "model_class", "sample", "layout", "hook_point", "recorded", "framework", *SHARED,
-        *FOUND)
+OURS = ("model", "model_class", "sample", "layout", "hook_point", "gradient", "recorded",
+        "framework", *SHARED, *FOUND)
 
 
 # ---- Files ------------------------------------------------------------------------------------
@@ -181,19 +191,6 @@ def rule(which: Which) -> tuple[Callable[[int], bool], Any]:
     return numbers.__contains__, sorted(numbers)
 
 
-def is_compiled(module: Any) -> bool:
-    return module._compiled_call_impl is not None or hasattr(module.forward,
-                                                             "_torchdynamo_orig_callable")
-
-
-def holders(function: Any) -> list[tuple[ModuleType, str]]:
-    """Modules that have it, and under which name: users import it from torch's, where it stays what
-    it is but in F."""
-    return [(module, name) for place, module in list(sys.modules.items())
-            if isinstance(module, ModuleType) and (module is F or place.split(".")[0] != "torch")
-            for name, value in list(vars(module).items()) if value is function]
-
-
 class Recorder:
     """As the head of this file says."""
     active = False
@@ -206,7 +203,8 @@ class Recorder:
 
     def __init__(self, model: Any, folder: str | Path, name: str, layers: Which = None,
                  steps: Which = None, heads: Which = None, batch: Which = None, budget: float = 4e9,
-                 masked: str = "refuse", cross: bool = False, **more: Any) -> None:
+                 masked: str = "refuse", cross: bool = False, gradient: bool = False,
+                 label_seed: int = 0, **more: Any) -> None:
         if masked not in ("refuse", "skip"):
             raise ValueError(f'masked is "refuse" or "skip", not {masked!r}')
         self.model, self.folder, self.name, self.more = model, Path(folder), name, more
@@ -215,12 +213,14 @@ class Recorder:
         for key, which in dict(layers=layers, steps=steps, heads=heads, batch=batch).items():
             chosen, self.recorded[key] = rule(which)
             setattr(self, key, chosen)
+        self.gradient = Gradient(model, label_seed) if gradient else None
         self.places: dict[tuple[str, int], int] = {}
         self.equal: set[int] = set()
         self.seen = 0
         # the modules that run, the outermost first: name, attention in it by module and operation
         self.inside: list[tuple[str, set[tuple[str, str]]]] = []
-        self.watching, self.watch = ExitStack(), Watch(partial(self.miss, "bypass"))
+        self.entered, self.watching = ExitStack(), ExitStack()
+        self.watch = Watch(partial(self.miss, "bypass"))
         self.open: Any = None  # a Sample, while the model runs
         self.written: list[int] = []
         self.left_out: Counter[Place] = Counter()
@@ -246,8 +246,9 @@ class Recorder:
             json.dumps({
                 "model": self.name, "model_class": type(self.model).__name__, "sample": sample,
                 **more, "layout": "BHND", "hook_point":
-                "arguments of scaled_dot_product_attention, before the softmax scale", "recorded":
-                self.recorded, "framework": versions
+                "arguments of scaled_dot_product_attention, before the softmax scale",
+                **({"gradient": {**SAID, "seed": self.gradient.seed}} if self.gradient else {}),
+                "recorded": self.recorded, "framework": versions
             }))
         self.step = -1
         self.timestep: float | None = None
@@ -282,6 +283,8 @@ class Recorder:
                 self.hooks.append(module.register_forward_hook(self.look_back))
             self.hooks.append(module.register_forward_hook(self.leave_module, always_call=True))
         self.hooks.append(self.model.register_forward_hook(self.leave_step, always_call=True))
+        if self.gradient:
+            self.entered.enter_context(self.gradient)
         for module, name in self.replaced:
             setattr(module, name, self.attend)
         Recorder.active = True
@@ -292,6 +295,7 @@ class Recorder:
             setattr(module, name, self.original)
         for hook in self.hooks:
             hook.remove()
+        self.entered.close()
         Recorder.active, self.inside = False, []
         self.leave_step()
         self.end_sample()
@@ -301,7 +305,9 @@ class Recorder:
             raise RuntimeError(
                 "the model was not called, so nothing is recorded; give the module that is called")
 
-    def begin_step(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def begin_step(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.gradient:
+            kwargs = self.gradient.begin(kwargs)
         self.open = self.open or Sample(self.folder / self.sample, self.head)
         self.step += 1
         self.inside, self.taken = [], False
@@ -313,8 +319,9 @@ class Recorder:
         self.watching.enter_context(self.watch)
         time = kwargs.get("timestep")
         self.timestep = None if time is None else float(torch.as_tensor(time).flatten()[0])
+        return args, kwargs
 
-    def end_step(self, *_: Any) -> None:
+    def end_step(self, module: Any, args: Any, out: Any) -> None:
         self.seen += 1
         if not self.taken:
             other = f", but {self.by} in '{self.module}'" if self.calls else ""
@@ -324,6 +331,10 @@ class Recorder:
                 "let a model of your own call "
                 "torch.nn.functional.scaled_dot_product_attention by this name"
             )
+        if self.gradient:
+            self.leave_step()
+            self.inside = []  # layers that run again are of no step
+            self.gradient.run(out)
 
     def leave_step(self, *_: Any) -> None:
         self.watching.close()
@@ -331,8 +342,11 @@ class Recorder:
     def enter_module(self, name: str, *_: Any) -> None:
         self.inside.append((name, set()))
 
+    def in_step(self) -> bool:
+        return bool(self.inside) and self.inside[0][0] == ""
+
     def look_back(self, module: Any, *_: Any) -> None:
-        if not self.inside[-1][1]:
+        if self.in_step() and not self.inside[-1][1]:
             self.miss("unseen", type(module).__name__)
 
     def leave_module(self, *_: Any) -> None:
@@ -353,18 +367,18 @@ class Recorder:
     # ---- What is recorded ----
 
     def attend(self, *args: Any, **more: Any) -> Any:
-        if not self.inside or self.inside[0][0] != "":
+        if not self.in_step():
             return self.original(*args, **more)
         self.watch.paused = True
         try:
             out = self.original(*args, **more)
-            self.take(*args, **more)
+            self.take(out, *args, **more)
         finally:
             self.watch.paused = False
         return out
 
-    def take(self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-             is_causal: bool = False, scale: float | None = None,
+    def take(self, out: Any, query: Any, key: Any, value: Any, attn_mask: Any = None,
+             dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
              enable_gqa: bool = False) -> None:
         chosen, self.taken = self.arrive(), True
         file = f"layer{self.layer:02d}_step{self.step:03d}.safetensors"
@@ -389,7 +403,7 @@ class Recorder:
         if seen == "other":
             return self.leave_out("mask")
         self.add(
-            file, q, k, v, {
+            file, out, q, k, v, {
                 "layer": self.layer, "step": self.step, "timestep": self.timestep,
                 "module": self.module, "tokens": q.shape[2], "keys": k.shape[2],
                 "n_heads": q.shape[1], "n_kv_heads": k.shape[1], "head_dim": q.shape[3],
@@ -406,21 +420,33 @@ class Recorder:
         per_key = getattr(self.model.get_submodule(self.module), "num_key_value_groups", 1)
         return (q, k, v) if grouped else ungroup(q, k, v, per_key)
 
-    def add(self, file: str, q: Any, k: Any, v: Any, entry: dict[str, Any]) -> None:
+    def add(self, file: str, out: Any, q: Any, k: Any, v: Any, entry: dict[str, Any]) -> None:
         """The file of what is chosen, if there is room for it."""
         rows, heads, groups = self.choose(q.shape[0], q.shape[1], k.shape[1])
         tensors = {"q": q[rows][:, heads], "k": k[rows][:, groups], "v": v[rows][:, groups]}
         dtype = narrowest(tensors)
         if not dtype:
             raise ValueError(f"{self.where}: q, k or v is not finite, or beyond float32")
-        size = dtype.itemsize * sum(x.numel() for x in tensors.values())
+        size = HEADER + dtype.itemsize * sum(x.numel() for x in tensors.values())
         used = sum(x.stat().st_size for x in self.folder.glob("*/*.safetensors")
                    if x != self.open.folder / file)
-        if used + size + HEADER > self.budget:
+        if self.gradient:
+            size += torch.float32.itemsize * len(rows) * len(heads) * q.shape[2] * v.shape[3]
+            used += sum(self.gradient.waiting.values())
+        if used + size > self.budget:
             return self.leave_out("budget")
         tensors = {name: x.to(dtype).cpu().contiguous() for name, x in tensors.items()}
-        self.open.add(file, tensors,
-                      {**entry, "batch": rows, "query_heads": heads, "kv_heads": groups})
+        entry = {**entry, "batch": rows, "query_heads": heads, "kv_heads": groups}
+        shape = *q.shape[:3], v.shape[3]
+
+        def write(g: Any) -> None:
+            g = g.reshape(shape)[rows][:, heads].float().cpu().contiguous()
+            self.open.add(file, {**tensors, "g": g}, entry)
+
+        if self.gradient:
+            self.gradient.wait(out, file, size, write)
+        else:
+            self.open.add(file, tensors, entry)
 
     def choose(self, batch: int, query_heads: int,
                key_heads: int) -> tuple[list[int], list[int], list[int]]:
