@@ -28,6 +28,8 @@ static sparge_options machine_options(const bench *b, int isa, int thread)
     options.threads = (int)b->args.threads.item[thread];
     options.thresholds = b->args.attention.options.thresholds;
     options.cell = b->args.attention.options.cell;
+    options.block_q = b->args.attention.options.block_q;
+    options.block_k = b->args.attention.options.block_k;
     options.sink = b->args.attention.options.sink;
     options.progress = progress_goes_on;
     return options;

@@ -28,6 +28,8 @@ enum {
     JSON,
     ALLOW_BUSY,
     BACKEND,
+    BLOCK_Q,
+    BLOCK_K,
 };
 
 static const struct argp_option bench_options_[] = {
@@ -56,6 +58,8 @@ static const struct argp_option bench_options_[] = {
     {"ignore-manifest", IGNORE_MANIFEST, 0, 0,
      "of the capture, which says whether it is causal, and the scale", 0},
     {0, 0, 0, 0, "How:", 3},
+    {"block-q", BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
+    {"block-k", BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
     {"backend", BACKEND, "NAME", 0,
      "cpu, or cuda: its times are the device's own, and precisions that a kernel lacks are left "
      "out (cpu)",
@@ -218,6 +222,7 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
         [KERNEL - SPARSITY] = {"--kernel", NULL, 1, SPARGE_KERNELS, false},
     };
     bench_args *a = state->input;
+    sparge_options *o = &a->attention.options;
     bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads,  &a->mask,  &a->threads,
                               &a->isa,      &a->qk,    &a->pv,  &a->causal, &a->kernel};
     switch (key) {
@@ -225,6 +230,8 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     case CAPTURE: a->capture = text; return 0;
     case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
+    case BLOCK_Q: return options_whole(state, "--block-q", text, 1, SPARGE_MAX_BLOCK, &o->block_q);
+    case BLOCK_K: return options_whole(state, "--block-k", text, 1, SPARGE_MAX_BLOCK, &o->block_k);
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;
     case BACKEND:

@@ -185,7 +185,8 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
     char name[64];
     bench_case_name(g, c, name);
     return json_pack(
-        "{s:s, s:s, s:s, s:o, s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:s, s:o, s:o, s:o, s:o, "
+        "{s:s, s:s, s:s, s:o, s:s, s:s, s:s, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:s, s:o, s:o, "
+        "s:o, s:o, "
         "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "case", name, "mask", bench_mask_string(c->kind), "backend",
         sparge_backend_string(g->options.backend), "kernel",
@@ -193,7 +194,9 @@ static json_t *json_case(const bench_group *g, const bench_case *c)
         "qk_isa", sparge_isa_string(c->result.qk_isa), "pv_isa",
         sparge_isa_string(c->result.pv_isa), "threads", c->result.threads, "q_len",
         (json_int_t)p->q_len, "k_len", (json_int_t)p->k_len, "dim", (json_int_t)p->dim, "heads",
-        (json_int_t)p->heads, "causal", sparge_causal_string(g->options.causal), "softmax_scale",
+        (json_int_t)p->heads, "block_q", (json_int_t)g->options.block_q, "block_k",
+        (json_int_t)g->options.block_k, "causal", sparge_causal_string(g->options.causal),
+        "softmax_scale",
         g->options.softmax_scale > 0.0f ? json_float(g->options.softmax_scale) : json_null(),
         "sparsity", json_number(sparge_sparsity(&c->result.counts)), "seconds_total",
         json_number(f.seconds_total), "seconds_predict", json_number(f.seconds_predict),

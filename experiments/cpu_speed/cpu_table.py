@@ -9,6 +9,8 @@ from harness import fill_in, markdown, read_csv
 
 N = 8192
 NOT_MEASURED = "not measured"
+CELLS = (8, 16)
+BLOCKS = ((128, 64), (128, 32), (128, 16), (64, 16))  # the first is what others are compared with
 VECTOR_ISAS = ("avx2", "avxvnni", "avx512vnni")  # with f32 kernels of their own
 
 
@@ -148,6 +150,24 @@ def effective(isa):
         m.of("int8/int8 dense", dim, "baseline_pct_peak", isa, call="isas")))
 
 
+def by_cells(isa, cell):
+    def share(m, dim):
+        predict, dense = (m.of(f"int8/int8 {case}", dim, column, isa, call=f"cell {cell}")
+                          for case, column in (("predicted", "ms_predict"), ("dense", "ms")))
+        return f"{100 * predict / dense:.2f} %"
+    return dims(share)
+
+
+def by_blocks(isa, q, k):
+    """Time over that of the first of BLOCKS: dense; with 70 % left out."""
+    def over(m, dim, case):
+        other, first = (m.of(f"int8/int8 {case}", dim, "ms", isa, call=f"blocks {x} x {y}")
+                        for x, y in ((q, k), BLOCKS[0]))
+        return other / first
+    return dims(lambda m, dim: "; ".join(
+        f"{over(m, dim, case):.2f}" for case in ("dense", "random 0.7")))
+
+
 # ---- The figures -----------------------------------------------------------------------------
 
 CAPTURES = ("layer06_group2", "layer12_group1", "layer21_group0")
@@ -213,6 +233,9 @@ ASKED = {  # of an instruction set: at least, goal
     ("avx512vnni", "peak"): ("75 (70)", "82 (78)"),
     ("avx512vnni", "over"): ("2.75x (2.4x)", "3.2x (2.9x)"),
     ("avx512vnni", "efficiency"): ("96 / 95 / 93 %", "99 / 98 / 97 %"),
+    ("avx2", "cell 8"): ("3 %", ""),
+    ("avx512vnni", "cell 8"): ("3 %", ""),
+    ("amx", "cell 8"): ("8 %", ""),
     ("amx", "efficiency"): ("96 / 95 / 90 %", "99 / 98 / 96 %"),
 }
 
@@ -234,6 +257,12 @@ def figures_of(isa):
                  of_isa(isa, "int8/int8 random 0.5", "ms", "{:.1f}"))
     yield figure("efficiency at 50 / 70 / 90 %, random mask", "efficiency",
                  efficiency("random", isa))
+    for cell in CELLS:
+        yield figure(f"prediction by cells of {cell} tokens, share of dense int8", f"cell {cell}",
+                     by_cells(isa, cell))
+    for q, k in BLOCKS[1:]:
+        yield figure(f"blocks of {q} x {k}, time over those of {BLOCKS[0][0]} x {BLOCKS[0][1]}: "
+                     "dense; 70 % left out", "blocks", by_blocks(isa, q, k))
 
 
 ISAS = [figure for isa in (*VECTOR_ISAS, "amx") for figure in figures_of(isa)]

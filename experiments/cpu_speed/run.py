@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "capture")]
 
 import flex  # noqa: E402
-from cpu_table import CAPTURES, N, Measured, fill_readme, table  # noqa: E402
+from cpu_table import BLOCKS, CAPTURES, CELLS, N, Measured, fill_readme, table  # noqa: E402
 from errors import l1  # noqa: E402
 from harness import (  # noqa: E402
     ROOT,
@@ -143,6 +143,23 @@ def each_isa(bench):
     bench("int12", "--q-len", N, "--dim", 128, "--threads", 1, "--sparsity", 0, *INT12)
 
 
+def cells(bench):
+    """Prediction by the masses of cells, and dense attention beside it."""
+    for cell in CELLS:
+        bench(f"cell {cell}", "--isa", ",".join(bench.isas), "--q-len", N, "--dim", "64,128",
+              "--threads", 1, "--mask-kind", "random,predicted", "--sparsity", 0, "--cell", cell,
+              "--min-mass", 0.2, "--theta=-1", "--sink")
+
+
+def blocks(bench, repeat):
+    """Blocks of other sizes, one after the other in every round."""
+    for _ in range(repeat):
+        for q, k in BLOCKS:
+            bench(f"blocks {q} x {k}", "--isa", ",".join(bench.isas), "--q-len", N, "--dim",
+                  "64,128", "--threads", 1, "--mask-kind", "random", "--sparsity", "0,0.7",
+                  "--block-q", q, "--block-k", k, repeat=1)
+
+
 def turns(bench, repeat):
     """What is compared with torch, with bf16 and with two threads, one after the other in every
     round."""
@@ -182,6 +199,8 @@ def measure(program, repeat):
     """The cases, the figures that follow, and what was measured beside the program."""
     bench = Bench(program, repeat)
     each_isa(bench)
+    cells(bench)
+    blocks(bench, repeat)
     beside, bf16 = turns(bench, repeat)
     dtypes = ["int8", "int12"] + ["bf16"] * bf16
     apart = captured(bench) | workspaces(bench) | {

@@ -1855,11 +1855,11 @@ def test_order():
 
 
 BENCH_KEYS = (
-    "case mask backend kernel isa qk_isa pv_isa threads q_len k_len dim heads causal "
-    "softmax_scale sparsity seconds_total seconds_predict "
+    "case mask backend kernel isa qk_isa pv_isa threads q_len k_len dim heads block_q block_k "
+    "causal softmax_scale sparsity seconds_total seconds_predict "
     "seconds_quantize seconds_attend tops tops_executed pct_peak speedup_vs_f32 efficiency "
     "baseline_pct_peak read_bytes_per_second").split()
-TIMES = BENCH_KEYS[15:-1]
+TIMES = BENCH_KEYS[17:-1]
 SMALL = ["--q-len", 256, "--dim", 16, "--repeat", 1]
 ONE = [*SMALL, "--threads", 1]
 
@@ -1931,6 +1931,8 @@ def test_bench():
     for x in rows.values():
         check(x["speedup_vs_f32"] == 1 and x["pct_peak"] == x["baseline_pct_peak"], "the baseline",
               x)
+    name, x = bench(*ONE, "--sparsity", 0.5, "--block-q", 32, "--block-k", 16).popitem()
+    check([x["block_q"], x["block_k"], x["sparsity"]] == [32, 16, 0.5], "blocks", x)
     name, x = bench(*ONE, "--causal", "--sparsity", 0.9).popitem()
     check(name == "int8/int8 random 0.9 causal" and 0.5 < x["sparsity"] < 0.8,
           "a block a row at least", x)
@@ -2014,6 +2016,7 @@ def test_bench_usage():
                         (["--heads", 0], "--heads"), (["--threads", 0], "[1, 1024]"),
                         (["--threads", 1025], "[1, 1024]"), (["--threads", "some"], "whole number"),
                         (["--repeat", 0], "--repeat"), (["--tau", 2], "--tau"),
+                        (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"),
                         (["--lambda", 1], "--lambda"), (["--bogus"], "--bogus"), (["x"], "x"),
                         (["--sparsity", ",".join(["0.5"] * 33)], "32"),
                         (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed")]:
