@@ -6,6 +6,7 @@
 #include <stdio.h>
 
 #include "tools/places.h"
+#include "tools/settle.h"
 
 enum { MACHINES = BENCH_LIST * BENCH_LIST };
 
@@ -120,7 +121,6 @@ static void run_group(bench *b, bench_group *g)
 static void run_inputs(bench *b, const inputs *in)
 {
     const bench_args *a = &b->args;
-    const option_set given = a->causal_given ? option_bit(OPT_CAUSAL) : 0;
     for (int c = 0; c < a->causal.count; c++)
         for (int i = 0; i < a->isa.count; i++)
             for (int t = 0; t < a->threads.count; t++) {
@@ -131,10 +131,12 @@ static void run_inputs(bench *b, const inputs *in)
                                   .options = machine_options(b, i, t),
                                   .machine = b->machine[i * BENCH_LIST + t]};
                 g.options.causal = (sparge_causal)a->causal.item[c];
+                settled tuned = {0};
                 if (a->capture)
-                    must(capture_obey(b->given.list, &in->problem, given, &g.options, &failure));
+                    settle(&a->attention, b->given.list, &in->problem, &g.options, &tuned);
                 run_group(b, &g);
                 bench_group_free(&g);
+                settled_free(&tuned);
             }
 }
 
@@ -168,7 +170,8 @@ exit_code bench_command(int argc, char **argv, file_error *error)
     a->base.error = error;
     bench_parse(argc, argv, a);
     if (a->capture) {
-        const attention_args file = {.file = {a->capture}, .ignore_manifest = a->ignore_manifest};
+        const attention_args file = {.file = {a->capture},
+                                     .ignore_manifest = a->attention.ignore_manifest};
         given_file(&file, &b.given);
     }
     b.rows = json_array();

@@ -39,10 +39,9 @@ typedef struct bench_args {
     sparge_backend backend; /* CPU or CUDA */
     bench_list kernel;      /* of cuda; 0: the best that can do it. There FASTEST in qk is int8, or
                                f32 where a kernel has no int8 */
-    attention_args attention; /* thresholds and sink alone */
+    attention_args attention; /* what is predicted, and of a capture --params and its manifest */
     const char *capture;      /* q, k and v; NULL: synthetic */
-    bool ignore_manifest, causal_given;
-    int64_t repeat; /* rounds that count */
+    int64_t repeat;           /* rounds that count */
     bool json, allow_busy;
 } bench_args;
 

@@ -23,7 +23,6 @@ enum {
     CAUSAL,
     KERNEL,
     CAPTURE,
-    IGNORE_MANIFEST,
     REPEAT,
     JSON,
     ALLOW_BUSY,
@@ -41,8 +40,8 @@ static const struct argp_option bench_options_[] = {
     {"sparsity", SPARSITY, "X,...", 0, "of imposed masks (0,0.3,0.5,0.7,0.9); 0 is without a mask",
      0},
     {"mask-kind", MASK_KIND, "HOW,...", 0,
-     "random and banded impose one, predicted takes what the predictor gives (random; of a capture "
-     "predicted)",
+     "random and banded impose one, predicted takes what the predictor gives (random; predicted of "
+     "a capture, and where an option says what is predicted)",
      0},
     {"threads", THREADS, "N,...", 0, "1 to 1024, or all (1,all)", 0},
     {"isa", ISA, "NAME,...", 0, "auto, scalar, avx2, avxvnni, avx512vnni or amx (auto)", 0},
@@ -55,8 +54,6 @@ static const struct argp_option bench_options_[] = {
     {0, 0, 0, 0, "What is predicted:", 2},
     {"capture", CAPTURE, "QKV.safetensors", 0, "q, k and v of a model instead of synthetic ones",
      0},
-    {"ignore-manifest", IGNORE_MANIFEST, 0, 0,
-     "of the capture, which says whether it is causal, and the scale", 0},
     {0, 0, 0, 0, "How:", 3},
     {"block-q", BLOCK_Q, "N", 0, "tokens of a query block (128)", 0},
     {"block-k", BLOCK_K, "N", 0, "tokens of a key block (64)", 0},
@@ -165,16 +162,21 @@ static error_t finish(struct argp_state *state, bench_args *a)
         const char *name;
     } selecting[] = {{OPT_THETA, "--theta"},       {OPT_TAU, "--tau"},   {OPT_TOPK, "--topk"},
                      {OPT_MIN_MASS, "--min-mass"}, {OPT_CELL, "--cell"}, {OPT_SINK, "--sink"}};
+    bool predicts = a->capture;
+    for (size_t n = 0; n < sizeof selecting / sizeof *selecting; n++)
+        predicts |= (a->attention.given & option_bit(selecting[n].key)) != 0;
     if (a->capture && (a->q_len.count || a->dim.count || a->heads.count))
         return options_wrong(state, "--capture has its own lengths, channels and heads; leave out "
                                     "--q-len, --dim and --heads");
-    if (a->ignore_manifest && !a->capture)
-        return options_wrong(state, "--ignore-manifest is of --capture, which is not given");
-    default_to(&a->mask, 1, (const double[]){a->capture ? BENCH_PREDICTED : BENCH_RANDOM});
+    if ((a->attention.params || a->attention.ignore_manifest) && !a->capture)
+        return options_wrong(state, "--%s is of --capture, which is not given",
+                             a->attention.params ? "params" : "ignore-manifest");
+    default_to(&a->mask, 1, (const double[]){predicts ? BENCH_PREDICTED : BENCH_RANDOM});
     if (a->sparsity.count && !has(&a->mask, BENCH_RANDOM) && !has(&a->mask, BENCH_BANDED))
         return options_wrong(state, "--sparsity is for imposed masks, the predictor finds its own; "
                                     "add random or banded to --mask-kind");
-    for (int n = 0; n < 6 && !has(&a->mask, BENCH_PREDICTED); n++)
+    for (size_t n = 0; n < sizeof selecting / sizeof *selecting && !has(&a->mask, BENCH_PREDICTED);
+         n++)
         if (a->attention.given & option_bit(selecting[n].key))
             return options_wrong(state, "%s is of predicted masks; add predicted to --mask-kind",
                                  selecting[n].name);
@@ -201,7 +203,8 @@ static error_t finish(struct argp_state *state, bench_args *a)
     default_to(&a->qk, 1, (const double[]){cuda ? SPARGE_FASTEST : SPARGE_INT8});
     default_to(&a->pv, 1, (const double[]){cuda ? SPARGE_FASTEST : SPARGE_INT8});
     default_to(&a->kernel, 1, (const double[]){0});
-    a->causal_given = a->causal.count > 0;
+    if (a->causal.count > 0)
+        a->attention.given |= option_bit(OPT_CAUSAL);
     default_to(&a->causal, 1, (const double[]){SPARGE_CAUSAL_NONE});
     return 0;
 }
@@ -226,12 +229,15 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     bench_list *const to[] = {&a->sparsity, &a->q_len, &a->dim, &a->heads,  &a->mask,  &a->threads,
                               &a->isa,      &a->qk,    &a->pv,  &a->causal, &a->kernel};
     switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &a->attention; return 0;
+    case ARGP_KEY_INIT: state->child_inputs[0] = state->child_inputs[1] = &a->attention; return 0;
     case CAPTURE: a->capture = text; return 0;
-    case IGNORE_MANIFEST: a->ignore_manifest = true; return 0;
     case REPEAT: return options_whole(state, "--repeat", text, 1, 1000, &a->repeat);
-    case BLOCK_Q: return options_whole(state, "--block-q", text, 1, SPARGE_MAX_BLOCK, &o->block_q);
-    case BLOCK_K: return options_whole(state, "--block-k", text, 1, SPARGE_MAX_BLOCK, &o->block_k);
+    case BLOCK_Q:
+        a->attention.given |= option_bit(OPT_BLOCK_Q);
+        return options_whole(state, "--block-q", text, 1, SPARGE_MAX_BLOCK, &o->block_q);
+    case BLOCK_K:
+        a->attention.given |= option_bit(OPT_BLOCK_K);
+        return options_whole(state, "--block-k", text, 1, SPARGE_MAX_BLOCK, &o->block_k);
     case JSON: a->json = true; return 0;
     case ALLOW_BUSY: a->allow_busy = true; return 0;
     case BACKEND:
@@ -250,7 +256,8 @@ static error_t bench_parser(int key, char *text, struct argp_state *state)
     }
 }
 
-static const struct argp_child bench_children[] = {{&thresholds_argp, 0, "", 2}, {0}};
+static const struct argp_child bench_children[] = {
+    {&thresholds_argp, 0, "", 2}, {&params_argp, 0, "", 2}, {0}};
 static const struct argp bench_argp = {
     .children = bench_children,
     .options = bench_options_,
@@ -265,6 +272,7 @@ void bench_parse(int argc, char **argv, bench_args *args)
 {
     args->attention.options = sparge_options_default(SPARGE_RULES_DEFAULT);
     args->attention.base = args->base;
+    args->attention.layer = -1;
     args->repeat = 5;
     args->backend = SPARGE_CPU;
     must(options_parse(&bench_argp, argc, argv, &args->base));

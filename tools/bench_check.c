@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "common/bf16.h"
+#include "common/thresholds.h"
 #include "tools/bench.h"
 #include "tools/compare.h"
 
@@ -118,12 +119,21 @@ static void rows_alloc(const sparge_problem *p, array_type type, array *out)
     must_have(array_alloc(type, 4, shape, out, &failure));
 }
 
+/* Does some head drop what lambda says? */
+static bool has_lambda(const sparge_options *o, int64_t heads)
+{
+    bool any = false;
+    for (int64_t h = 0; h < heads; h++)
+        any |= sparge_thresholds_of(o, h)->lambda > -INFINITY;
+    return any;
+}
+
 /* How far `got` lies from what the oracle says. It knows no lambda and no bf16: where there is one
  * the reference judges, over the same mask and in the same order. */
 static comparison distance(const sparge_problem *p, const sparge_options *options,
                            const sparge_mask *mask, const array *got)
 {
-    const bool exact = options->thresholds.lambda == -INFINITY && !sparge_uses_bf16(options);
+    const bool exact = !has_lambda(options, p->heads) && !sparge_uses_bf16(options);
     sparge_options reference = *options;
     if (sparge_uses_bf16(options))
         must_sparge(sparge_options_resolve(p, &reference, &library_error));
@@ -189,6 +199,8 @@ static comparison check_block(const bench_group *g, const bench_case *c)
     p.q = view_from(&whole->q, b, h, first);
     p.k = view_from(&whole->k, b, kv, 0);
     p.v = view_from(&whole->v, b, kv, 0);
+    if (options.per_head)
+        options.per_head += h;
 
     sparge_mask mask = {0};
     array got;
@@ -220,6 +232,8 @@ static comparison compare_with_f32(bench_group *g, bench_case *c)
     exact.qk_dtype = exact.pv_dtype = SPARGE_F32;
     if (cuda) {
         exact.cuda.kernel = 2;
+        if (exact.per_head)
+            exact.per_head += p.heads - 1;
         p.q = view_from(&p.q, p.batch - 1, p.heads - 1, 0);
         p.k = view_from(&p.k, p.batch - 1, p.kv_heads - 1, 0);
         p.v = view_from(&p.v, p.batch - 1, p.kv_heads - 1, 0);
@@ -247,7 +261,7 @@ void bench_check(bench_group *g, bench_case *c, char text[256])
 {
     const sparge_options options = bench_options(g, c);
     const bool rows =
-        options.thresholds.lambda == -INFINITY && g->in->problem.dim_v >= ROW_CHANNELS;
+        !has_lambda(&options, g->problem.heads) && g->in->problem.dim_v >= ROW_CHANNELS;
     const allowed coding = from_oracle(&options, g->args->capture);
     const double rounding = from_f32(&options, g->args->capture);
     bench_times times;

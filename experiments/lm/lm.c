@@ -92,14 +92,15 @@ error_t lm_check_files(struct argp_state *state, const lm_args *a)
                : options_wrong(state, "give a model: a .gguf file, or a folder with config.json");
 }
 
-/* Thresholds mean nothing to an attention that keeps everything, or has them from a file; of a mask
- * lambda is left. */
+/* Thresholds mean nothing to an attention that keeps everything, or has them from a file, whose
+ * cells may be said again; of a mask lambda is left. */
 static error_t check_kept(struct argp_state *state, const lm_args *a)
 {
     const option_set all = option_bits(OPT_THETA, OPT_CELL), mask = all & ~option_bit(OPT_LAMBDA);
     option_set meant = a->choices ? 0 : all;
     for (int n = 0; n < a->choices; n++)
         meant |= strcmp(a->choice[n], "sparse") == 0 ? all
+                 : ends_with(a->choice[n], ".json")  ? option_bit(OPT_CELL)
                  : ends_with(a->choice[n], ".npy")   ? option_bit(OPT_LAMBDA)
                                                      : 0;
     if (!(a->attention.given & all & ~meant))

@@ -734,6 +734,17 @@ def test_capture():
     check(thresholds("A.json") == [0, 0, 0], "tau 1 in all heads")
     got = thresholds("B.json", tau=0.0)
     check(got[0] == 0 == got[2] and 0.02 < got[1] < 0.25, "tau 0 in one head", got)
+    by_mass = [dict(layer=n, head=h, **{**base, "tau": None, "min_mass": 1.5})
+               for n in range(3) for h in range(6)]
+    write("C.json", json.dumps({**heads, "cell": 8, "heads": by_mass}))
+    x = fine("ppl", "m.gguf", "t.npy", "--attention", "sparse,C.json", "--sink", "--theta", -1,
+             "--min-mass", 1.5, "--cell", 8)
+    one, two = x["rows"]
+    check(one["perplexity"] == two["perplexity"] and
+          0.05 < one["sparsity"] == two["sparsity"] and x["options"]["cell"] == 8 and
+          x["options"]["min_mass"] == 1.5 and x["options"]["tau"] is None, "min_mass by cells", x)
+    wrong(FILE, ["C.json", "cell 8, not 16"], "ppl", "m.gguf", "t.npy", "--attention", "C.json",
+          "--cell", 16)
     write("short.json", json.dumps({**heads, "heads": heads["heads"][:-1]}))
     wrong(FILE, ["short.json", "layer 2 head 5"], "ppl", "m.gguf", "t.npy", "--attention",
           "short.json", "--sink")
@@ -1609,7 +1620,8 @@ def test_usage():
     wrong(USAGE, "a model", "tokens")
     check("attention" not in lm("tokens", "--help")[1] and "--output" in lm("tokens", "--help")[1],
           "options of tokens")
-    for option in ["--tau", 0.5], ["--theta", 0.1], ["--topk", 0.5], ["--lambda", -3]:
+    for option in (["--tau", 0.5], ["--theta", 0.1], ["--topk", 0.5], ["--min-mass", 0.5],
+                   ["--cell", 8], ["--lambda", -3]):
         for attention in "f32", "int8,f32":
             wrong(USAGE, [option[0], "--attention sparse"], "ppl", "m.gguf", "t.npy", "--attention",
                   attention, *option)

@@ -1933,6 +1933,8 @@ def test_bench():
               x)
     name, x = bench(*ONE, "--sparsity", 0.5, "--block-q", 32, "--block-k", 16).popitem()
     check([x["block_q"], x["block_k"], x["sparsity"]] == [32, 16, 0.5], "blocks", x)
+    x = bench(*ONE, "--min-mass", 0.9, "--cell", 8, "--theta", -1)["int8/int8 predicted"]
+    check(0.05 < x["sparsity"] < 1 and x["seconds_predict"] > 0, "by cells, without --mask-kind", x)
     name, x = bench(*ONE, "--causal", "--sparsity", 0.9).popitem()
     check(name == "int8/int8 random 0.9 causal" and 0.5 < x["sparsity"] < 0.8,
           "a block a row at least", x)
@@ -1955,6 +1957,26 @@ def test_bench_capture():
           [200, 200, 24, 4] and x["sparsity"] == 0.75, "a capture", x)
     bench("--capture", file, "--threads", 1, "--repeat", 1, "--lambda", "-1", "--causal", "--sink",
           "--mask-kind", "predicted,random")
+    heads = [dict(layer=3, head=h, dense=False, theta=-1, tau=None, topk=None, min_mass=h / 2 + 0.5,
+                  **{"lambda": -1 if h else None}) for h in range(4)]
+    write("p.json", json.dumps(dict(
+        sparge_params=1, model=None, block_q=64, block_k=32, cell=8, skip_rows=64, causal="end",
+        smooth_k=True, sink=True, softmax_scale=None, heads=heads)))
+    x = bench("--capture", file, "--threads", 1, "--repeat", 1, "--params", "p.json")[
+        "int8/int8 predicted causal"]
+    want = fine("run", file, "--params", "p.json", "--mask-only")
+    check(0.05 < want["sparsity"] <= x["sparsity"] < 1, "with tuned thresholds", x, want)
+    bench("--capture", file, "--threads", 1, "--repeat", 1, "--params", "p.json", "--layer", 3,
+          "--qk-dtype", "f32", "--pv-dtype", "f32", "--cell", 8)
+    for args, words in ([["--cell", 16], "cell 8, not 16"],
+                        [["--block-k", 64], "block_k 32, not 64"],
+                        [["--causal=none"], 'causal "end", not "none"'],
+                        [["--layer", 2], "no thresholds for layer 2"]):
+        wrong(FILE, ["p.json", words], "bench", "--capture", file, "--threads", 1, "--params",
+              "p.json", *args)
+    wrong(USAGE, ["--params", "leave out --min-mass"], "bench", "--capture", file, "--params",
+          "p.json", "--min-mass", 1)
+    wrong(USAGE, "--params is of --capture", "bench", "--params", "p.json")
     tensors["q"][1][0, 0, 5, 0] = np.nan
     args = [
         "--capture",
@@ -2019,7 +2041,9 @@ def test_bench_usage():
                         (["--block-q", 0], "[1, 1024]"), (["--block-k", 1025], "[1, 1024]"),
                         (["--lambda", 1], "--lambda"), (["--bogus"], "--bogus"), (["x"], "x"),
                         (["--sparsity", ",".join(["0.5"] * 33)], "32"),
-                        (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed")]:
+                        (["--mask-kind", "predicted", "--sparsity", 0.5], "imposed"),
+                        (["--mask-kind", "random", "--cell", 8], "--cell is of predicted masks"),
+                        (["--sparsity", 0.5, "--min-mass", 1], "--sparsity is for imposed masks")]:
         wrong(USAGE, words, "bench", *ONE, *args)
 
 
