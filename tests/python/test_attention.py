@@ -117,6 +117,37 @@ def test_topk_stands_by_itself():
     assert sparge.predict(q, k, tau=1.0, **options).blocks.all()
 
 
+def test_min_mass_stands_by_itself():
+    q, k, _ = brute.draw(np.random.default_rng(6), lengths=(200, 200), dims=(32, ))
+    options = dict(theta=-1, block=(20, 20))
+    alone = sparge.predict(q, k, min_mass=1.0, **options).blocks
+    assert 0.05 < alone.mean() < 0.9 and not alone.all(-1).any()  # not all are above the mean
+    assert sparge.predict(q, k, min_mass=1.0, tau=1.0, **options).blocks.all()
+    cells = sparge.predict(q, k, min_mass=1.0, cell=5, **options).blocks
+    assert not np.array_equal(cells, alone) and not cells.all(-1).any()
+    usual = sparge.predict(q, k, **options).blocks
+    assert np.array_equal(sparge.predict(q, k, min_mass=0, **options).blocks, usual)
+    each = np.linspace(0.5, 2.0, q.shape[1])
+    many = sparge.predict(q, k, min_mass=each, cell=5, **options).blocks
+    for h, x in enumerate(each):
+        one = sparge.predict(q, k, min_mass=x, cell=5, **options).blocks
+        assert np.array_equal(many[:, h], one[:, h])
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"min_mass": -0.1}, "min_mass is -0.1"), ({"min_mass": np.nan}, "min_mass is nan"),
+    ({"min_mass": np.inf}, "min_mass is inf"), ({"min_mass": "much"}, "min_mass is 'much'"),
+    ({"min_mass": [0.5, 0]}, r"tau, topk and min_mass are all off in per_head\[1\]"),
+    ({"cell": -1}, "cell is -1"), ({"cell": 8.5}, "cell is 8.5, it must be a whole number"),
+    ({"cell": 5}, "cell is 5, it must divide block_q, 128, and block_k, 64"),
+    ({"cell": 1, "block": (128, 128)}, "at least 1/64 of block_k"),
+])
+def test_masses_and_cells_that_are_none(options, said):
+    q, k, v = np.random.default_rng(8).standard_normal((3, 2, 40, 16), np.float32)
+    with pytest.raises(ValueError, match=said):
+        sparge.attention(q, k, v, **options)
+
+
 def test_a_bias_is_added_and_hides():
     rng = np.random.default_rng(7)
     q, k, v = brute.draw(rng, lengths=(50, 90))

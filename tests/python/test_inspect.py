@@ -107,6 +107,8 @@ def test_the_stages_are_those_of_the_library():
     ({"qk_dtype": "int12", "pv_dtype": "fastest", "backend": "ref"},
      ["--qk-dtype", "int12", "--pv-dtype", "fastest", "--backend", "ref"]),
     ({"topk": 0.3, "v": None}, ["--topk", "0.3", "--mask-only"]),
+    ({"min_mass": 0.5, "cell": 8, "theta": -1.0, "is_causal": "end", "sink": True},
+     ["--min-mass", "0.5", "--cell", "8", "--theta", "-1", "--causal", "--sink"]),
 ])
 def test_intermediates_are_the_programs(tmp_path, program, options, words):
     content = load_file(CAPTURE)
@@ -153,6 +155,15 @@ def test_what_intermediates_hold():
     sink = sparge.intermediates(q, k, v, tau=0.1, theta=-1, block=BLOCK, sink=True)["why"]
     assert (sink[..., 0] & Reason.SINK).all() and not (sink[..., 1:] & Reason.SINK).any()
     assert Reason(3) == Reason.MASS | Reason.TOPK
+
+
+def test_masses_of_cells():
+    q, k, _ = draw(70, 90)
+    found = sparge.intermediates(q, k, min_mass=1.0, cell=8, theta=-1, block=(16, 24))
+    assert not {"q_pool", "k_pool"} & set(found) and {"q_sim", "k_sim"} <= set(found)
+    s, why = found["S"], found["why"]
+    assert np.array_equal(found["S_all"], s) and np.allclose(s.sum(-1), 1, atol=1e-6)
+    assert np.array_equal(why, np.where(s > 1 / s.shape[-1], Reason.MIN_MASS, 0))
 
 
 def test_intermediates_of_half_floats_and_the_fastest():

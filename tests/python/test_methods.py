@@ -216,6 +216,9 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
     ({"method": "dense", "density": 0.5}, "dense has no parameter that sets its density"),
     ({"density": 0.5, "tau": 0.5}, "density finds tau: leave out tau"),
     ({"density": 0.5, "tau": 0}, "density finds tau: leave out tau"),
+    ({"density": 0.5, "min_mass": 0.2, "cell": 8}, "density finds tau: leave out min_mass and "
+     "cell"),
+    ({"method": "submass", "min_mass": 0.2, "cell": 8}, "leave out min_mass and cell"),
     ({"density": 0.5, "theta": [0.1, 0.2]}, "density finds one tau for all heads: theta and "
      "lambda_ must be numbers"),
     ({"density": 0.0}, "density 0 cannot be reached: with tau from 0 to 1 it goes from 1 to 1; a "

@@ -27,7 +27,8 @@ def qkv():
 def document():
     """Of one layer with heads 0 to 2, that the tests change."""
     found = json.loads(TUNED.read_text())
-    return found | {"heads": [{**h, "head": n} for n, h in enumerate(found["heads"][:3])]}
+    heads = [{**h, "head": n} for n, h in enumerate(found["heads"][:3])]
+    return found | {"cell": 0, "heads": heads}
 
 
 def written(document, folder):
@@ -55,7 +56,8 @@ def test_what_is_in_a_file():
     layer = params.layer(6)
     first = json.loads(TUNED.read_text())["heads"][0]
     assert (layer.heads, layer.theta[0]) == ((6, 7, 8), np.float32(first["theta"]))
-    assert (layer.topk == -1).all() and layer.lambda_[0] == -np.inf and first["lambda"] is None
+    assert (layer.topk == -1).all() and (layer.min_mass == 0).all()
+    assert layer.lambda_[0] == -np.inf and first["lambda"] is None
     chosen = params.layer(6, [8, 6])
     assert chosen.heads == (8, 6) and chosen.tau.tolist() == layer.tau[[2, 0]].tolist()
 
@@ -102,6 +104,8 @@ SAID = [
     (["--rules", "paper"], {"rules": "paper"}, False),
     (["--block-q", 64], {"block": (64, 64)}, False),
     (["--block-k", 128], {"block": (128, 128)}, False),
+    (["--cell", 8], {"cell": 8}, False),
+    (["--cell", 0], {"cell": 0}, True),
     (["--skip-rows", 32], {"skip_rows": 32}, False),
     (["--skip-rows", 64], {"skip_rows": 64}, True),
     (["--causal=start"], {"is_causal": "start"}, False),
@@ -132,6 +136,28 @@ def test_options_beside_the_program(program, qkv, document, tmp_path, words, arg
     assert str(path) in str(error.value) and next(iter(arguments)) in str(error.value)
 
 
+def test_min_mass_by_cells(program, qkv, document, tmp_path):
+    """As the program has it, and as a call that says the same."""
+    document["cell"] = 16
+    document["heads"] = [{**h, "theta": -1, "tau": None, "min_mass": 0.2 + 0.3 * n}
+                         for n, h in enumerate(document["heads"])]
+    path = written(document, tmp_path)
+    params = sparge.load_params(path)
+    assert params.options["cell"] == 16 and params.layer(6).tau.tolist() == [-1, -1, -1]
+    code, said = run(program, tmp_path, qkv, "--params", path, "--layer", 6)
+    o, mask = sparge.attention(*qkv, params=params, return_mask=True)
+    assert code == 0, said
+    np.testing.assert_array_equal(o, np.load(tmp_path / "o.npy"))
+    layer = params.layer(6)
+    options = {"is_causal": "end", "sink": True, "theta": -1, "lambda_": layer.lambda_, "cell": 16}
+    np.testing.assert_array_equal(
+        o, sparge.attention(*qkv, min_mass=[0.2, 0.5, 0.8], **options))
+    assert mask.density < 0.9
+    flat = params.changed(min_mass=0.2)
+    np.testing.assert_array_equal(sparge.attention(*qkv, params=flat),
+                                  sparge.attention(*qkv, min_mass=0.2, **options))
+
+
 def test_what_none_and_0_stand_for_is_compared(qkv, document, tmp_path):
     """1/sqrt(D) of 48 channels is no float; skip_rows of 0 is 64."""
     q, k, v = (x[..., :48] for x in qkv)
@@ -159,13 +185,15 @@ def test_what_no_option_of_the_program_says(qkv):
 WRONG = [
     ("sparge_params", 2), ("sparge_params", 1.0), ("sparge_params", True), ("model", 3),
     ("model", LEFT_OUT), ("weights_sha256", 3), ("rules", "none"), ("rules", None), ("block_q", 0),
-    ("block_k", 1025), ("skip_rows", "64"), ("causal", "middle"), ("causal", LEFT_OUT),
+    ("block_k", 1025), ("cell", -1), ("cell", 8.0), ("cell", None), ("skip_rows", "64"),
+    ("causal", "middle"), ("causal", LEFT_OUT),
     ("smooth_k", 1), ("sink", None), ("softmax_scale", -1.0), ("softmax_scale", LEFT_OUT),
     ("heads", {}), ("heads", LEFT_OUT),
     # and of a head:
     ("layer", -1), ("head", 2**31), ("head", 1.5), ("dense", 0), ("theta", 1.01), ("theta", None),
     ("theta", True), ("theta", LEFT_OUT), ("tau", 1.5), ("tau", "0.9"), ("tau", None),
-    ("topk", -0.5), ("lambda", 0.5), ("lambda", -1e31),
+    ("topk", -0.5), ("min_mass", -0.1), ("min_mass", True), ("min_mass", "0.2"), ("lambda", 0.5),
+    ("lambda", -1e31),
 ]
 
 
@@ -175,6 +203,9 @@ def test_numbers_beyond_float32(document):
         with pytest.raises(ValueError, match=f"{key}' must be a number in"):
             sparge.Params(document)
         document["heads"][1][key] = 0.5
+    document["heads"][1].update(tau=None, topk=None, min_mass=1e-60)  # 0 in float32
+    with pytest.raises(ValueError, match="tau' must be a number where topk and min_mass are null"):
+        sparge.Params(document)
     with pytest.raises(ValueError, match="params: is no JSON object"):
         sparge.Params([document])
 

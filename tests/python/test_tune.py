@@ -131,6 +131,7 @@ def test_nan_leaves_a_head_dense(inputs):
     ({**BOUNDS, "by": "lambda"}, "by is 'lambda'"), ({**BOUNDS, "bound": "all"}, "bound is 'all'"),
     ({**BOUNDS, "theta": 0.5}, "theta is what is tuned"),
     ({**BOUNDS, "topk": 0.5}, "topk is what is tuned"),
+    ({**BOUNDS, "min_mass": 0.5}, "min_mass is what is tuned"),
     ({**BOUNDS, "k_bias": np.zeros((1, 1, 768), np.float32)}, "k_bias is of one input"),
     ({**BOUNDS, "held_out": 0.5}, "held_out is 0.5, it must be a whole number"),
     ({**BOUNDS, "seconds": "1"}, "seconds is '1', it must be a number"),
