@@ -1931,10 +1931,12 @@ def test_bench():
     for x in rows.values():
         check(x["speedup_vs_f32"] == 1 and x["pct_peak"] == x["baseline_pct_peak"], "the baseline",
               x)
+    x, y = (bench(*ONE, "--heads", 2, "--min-mass", 0.8, "--theta", -1, "--cell", cell)[
+        "int8/int8 predicted"] for cell in (0, 8))
+    check(0 < y["sparsity"] != x["sparsity"] > 0 < y["seconds_predict"], "without --mask-kind", x,
+          y)
     name, x = bench(*ONE, "--sparsity", 0.5, "--block-q", 32, "--block-k", 16).popitem()
     check([x["block_q"], x["block_k"], x["sparsity"]] == [32, 16, 0.5], "blocks", x)
-    x = bench(*ONE, "--min-mass", 0.9, "--cell", 8, "--theta", -1)["int8/int8 predicted"]
-    check(0.05 < x["sparsity"] < 1 and x["seconds_predict"] > 0, "by cells, without --mask-kind", x)
     name, x = bench(*ONE, "--causal", "--sparsity", 0.9).popitem()
     check(name == "int8/int8 random 0.9 causal" and 0.5 < x["sparsity"] < 0.8,
           "a block a row at least", x)
