@@ -1416,7 +1416,7 @@ def test_contradictions():
         wrong(USAGE, ["--sparsity", f"leave out {other[0]}"], "tune", "x.safetensors", "-o",
               "p.json", "--sparsity", 0.5, *other)
     for other in *predicts, ["--sink"]:
-        wrong(USAGE, [other[0], "predicted"], "bench", *ONE, *other)
+        wrong(USAGE, [other[0], "predicted"], "bench", *ONE, "--mask-kind", "banded", *other)
     fine("run", *qkv, "--dense", "--intermediates", "d")
     for bound in "--max-l1", "--max-worst":
         wrong(USAGE, [bound, "two arrays", "--tolerance"], "diff", "d", "d", bound, 0.1)
