@@ -529,6 +529,8 @@ Test(api, options_out_of_range)
         {"block_k is 0, it must be in [1, 1024]", offsetof(sparge_options, block_k), 0, 8},
         {"block_k is -1, ", offsetof(sparge_options, block_k), -1, 8},
         {"block_k is 1025, ", offsetof(sparge_options, block_k), 1025, 8},
+        {"cell is -1, it must be in [0, 1024]", offsetof(sparge_options, cell), -1, 8},
+        {"cell is 1025, ", offsetof(sparge_options, cell), 1025, 8},
         {"skip_rows is -1, ", offsetof(sparge_options, skip_rows), -1, 8},
         {"causal is 3, it must be in [0, 2]", offsetof(sparge_options, causal), 3, 4},
         {"qk_dtype is f16 (1), it must be int8, int12, f32 or bf16",
@@ -555,6 +557,38 @@ Test(api, options_out_of_range)
     a.o.pv_dtype = SPARGE_INT12;
     a.o.block_k = 129;
     refused(ALL, a, SPARGE_ERR_ARGUMENT, "block_k is 129, with pv_dtype int12");
+}
+
+/* A cell is a part of both blocks, and of keys there are 64 of them in a block at most. */
+Test(api, cells_that_do_not_fit)
+{
+    const struct {
+        int64_t cell, block_q, block_k;
+        bool fits;
+    } table[] = {
+        {3, 4, 4, false},         {8, 4, 4, false},        {4, 2, 4, false},
+        {4, 4, 2, false},         {2, 4, 5, false},        {2, 5, 4, false},
+        {1, 4, 65, false},        {15, 1024, 1024, false}, {8, 64, 1024, false},
+        {1024, 1024, 512, false}, {1, 7, 5, true},         {2, 4, 4, true},
+        {4, 4, 4, true},          {1, 1024, 64, true},     {16, 1024, 1024, true},
+        {1024, 1024, 1024, true}, {5, 5, 320, true},       {5, 5, 325, false},
+    };
+    for (int64_t n = 0; n < COUNT(table); n++) {
+        asked a = question();
+        a.o.cell = table[n].cell;
+        a.o.block_q = table[n].block_q;
+        a.o.block_k = table[n].block_k;
+        a.m.q_blocks = blocks(Q_LEN, a.o.block_q);
+        a.m.k_blocks = blocks(K_LEN, a.o.block_k);
+        if (table[n].fits)
+            accepted(ALL, a, check_text("cells of %lld", (long long)a.o.cell));
+        else
+            refused(ALL, a, SPARGE_ERR_ARGUMENT,
+                    check_text("cell is %lld, it must divide block_q, %lld, and block_k, %lld, and "
+                               "be at least 1/64 of block_k, or be 0",
+                               (long long)a.o.cell, (long long)a.o.block_q,
+                               (long long)a.o.block_k));
+    }
 }
 
 Test(api, scales_that_are_not)
@@ -602,7 +636,12 @@ Test(api, thresholds_out_of_range)
         {{0.5f, 0.9f, 0.5f, 0.25f, 0}, "lambda", "0.25"},
         {{0.5f, 0.9f, 0.5f, INFINITY, 0}, "lambda", "inf"},
         {{0.5f, 0.9f, 0.5f, NAN, 0}, "lambda", ""},
+        {{0.5f, 0.9f, 0.5f, -1, -0x1p-149f}, "min_mass", "-1.40129846e-45"},
+        {{0.5f, 0.9f, 0.5f, -1, SPARGE_OFF}, "min_mass", "-1"},
+        {{0.5f, 0.9f, 0.5f, -1, INFINITY}, "min_mass", "inf"},
+        {{0.5f, 0.9f, 0.5f, -1, NAN}, "min_mass", ""},
         {{0.5f, SPARGE_OFF, SPARGE_OFF, -1, 0}, "tau, topk and min_mass", NULL},
+        {{0.5f, SPARGE_OFF, SPARGE_OFF, -1, -0.0f}, "tau, topk and min_mass", NULL},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         const char *sentence = table[n].value
@@ -631,7 +670,10 @@ Test(api, thresholds_at_their_limits)
         {-1, 0, 0, 0, 0},
         {1, 1, 1, -INFINITY, 0},
         {0, SPARGE_OFF, 0, -3e38f, 0},
-        {-0.0f, -0.0f, SPARGE_OFF, -0.0f, 0},
+        {-0.0f, -0.0f, SPARGE_OFF, -0.0f, -0.0f},
+        {0.5f, SPARGE_OFF, SPARGE_OFF, -1, 0x1p-149f},
+        {0.5f, SPARGE_OFF, SPARGE_OFF, -1, 0x1.fffffep127f},
+        {0.5f, 1, 1, -1, 1},
     };
     for (int64_t n = 0; n < COUNT(table); n++) {
         asked a = question();
@@ -1013,6 +1055,7 @@ Test(api, defaults)
         check_equal(o.threads, 0);
         check_equal(o.block_q, 128);
         check_equal(o.block_k, 64);
+        check_equal(o.cell, 0);
         check_equal(o.skip_rows, 0);
         check_equal(o.causal, SPARGE_CAUSAL_NONE);
         check_equal(o.qk_dtype, SPARGE_INT8);
@@ -1024,6 +1067,7 @@ Test(api, defaults)
         check_equal(o.thresholds.theta, 0.6f);
         check_equal(o.thresholds.tau, 0.98f);
         check_equal(o.thresholds.topk, -1.0f);
+        check_equal(o.thresholds.min_mass, 0.0f);
         check_equal(o.cuda.kernel, 0);
         check(!o.cuda.stream && !o.cuda.workspace && !o.cuda.workspace_bytes,
               "something of a device is set");
@@ -1410,7 +1454,9 @@ Test(api, progress_may_give_up)
             point(&a);
             a.o.backend = backend;
             a.o.threads = backend == SPARGE_CPU ? 1 : 0;
-            check(gives_up(entries[n], &a) >= LINES, "called less than once for each query block");
+            for (a.o.cell = 0; a.o.cell <= 2; a.o.cell += 2)
+                check(gives_up(entries[n], &a) >= LINES,
+                      "called less than once for each query block");
         }
 }
 
@@ -1441,7 +1487,7 @@ static int64_t survives(int entry, asked *a)
 }
 
 /* `way`: without and with smoothing, with the caller's mask and counts and with those of the call's
- * own. */
+ * own, or with cells. */
 static void every_allocation_fails(int entry, sparge_backend backend, sparge_dtype precision,
                                    int way)
 {
@@ -1452,7 +1498,8 @@ static void every_allocation_fails(int entry, sparge_backend backend, sparge_dty
     a.o.qk_dtype = precision == SPARGE_F16 || precision == SPARGE_FP8 ? SPARGE_INT8 : precision;
     a.o.pv_dtype = precision;
     a.o.smooth_k = way % 2;
-    if (way / 2) {
+    a.o.cell = way / 2 == 2 ? 2 : 0;
+    if (way / 2 == 1) {
         a.mask = entry == ALLOC || entry == PREDICT ? &a.m : NULL;
         a.result.head_counts = NULL;
     }
@@ -1467,7 +1514,7 @@ Test(api, every_allocation_may_fail)
     const int entries[] = {ALLOC, PREDICT, ATTEND, ATTENTION, ORACLE, BASELINE};
     for (int64_t n = 0; n < COUNT(entries); n++)
         for (int precision = 0; precision < 5; precision++)
-            for (int way = 0; way < 4; way++)
+            for (int way = 0; way < 6; way++)
                 for (sparge_backend backend = SPARGE_REF; backend <= SPARGE_CPU; backend++)
                     if (backend == SPARGE_REF || (entries[n] & STAGES && precision < 3))
                         every_allocation_fails(entries[n], backend, precisions[precision], way);
@@ -1592,9 +1639,11 @@ Test(api, ranges_by_name)
         {"tau", 0, 1},
         {"topk", 0, 1},
         {"lambda", -INFINITY, 0},
+        {"min_mass", 0, 0x1.fffffep127},
         {"threads", 0, 1024},
         {"block_q", 1, 1024},
         {"block_k", 1, 1024},
+        {"cell", 0, 1024},
         {"skip_rows", 0, 0x1p63},
         {"kernel", 0, 5},
         {"dim", 1, 256},

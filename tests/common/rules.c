@@ -8,6 +8,7 @@
 #include "common/element.h"
 #include "common/quant.h"
 #include "common/select.h"
+#include "common/softmax.h"
 #include "common/thresholds.h"
 #include "tests/support/check.h"
 
@@ -139,6 +140,131 @@ Test(rules, topk_count)
     for (size_t i = 0; i < COUNT(table); i++) {
         check_case("line %zu", i);
         check_equal(sparge_topk_count(table[i].topk, table[i].visible), table[i].count);
+    }
+}
+
+/* In double, and of the blocks that are given. */
+Test(rules, min_mass_limit)
+{
+    check_equal(sparge_min_mass_limit(1.0f, 4, 4), 1.0);
+    check_equal(sparge_min_mass_limit(1.5f, 4, 8), 0.75);
+    check_equal(sparge_min_mass_limit(0.0f, 1u << 30, 3), 0.0);
+    check_equal(sparge_min_mass_limit(0.1f, (1u << 30) + 1, 7), (double)0.1f * 1073741825.0 / 7.0);
+    check_equal(sparge_min_mass_limit(0x1p-149f, 1, 1), 0x1p-149);
+    check_equal(sparge_min_mass_limit(FLT_MAX, 1ull << 60, 1), (double)FLT_MAX * 0x1p60);
+}
+
+/* Held at 2^55: 256 products of two are finite. */
+Test(rules, cell_mean)
+{
+    static const struct {
+        float sum;
+        int64_t rows;
+        float mean;
+    } table[] = {
+        {6.0f, 3, 2.0f},
+        {1.0f, 3, 0x1.555556p-2f},
+        {5.0f, 49, 0x1.a1f58ep-4f}, /* a quotient, not a product */
+        {-7.0f, 1, -7.0f},
+        {0x1p-149f, 1, 0x1p-149f},
+        {0x1p56f, 2, 0x1p55f},
+        {0x1.fffffep55f, 2, 0x1.fffffep54f},
+        {-0x1.fffffep55f, 2, -0x1.fffffep54f},
+        {0x1.000002p55f, 1, 0x1p55f},
+        {-0x1.000002p55f, 1, -0x1p55f},
+        {FLT_MAX, 1024, 0x1p55f},
+        {INFINITY, 1024, 0x1p55f},
+        {-INFINITY, 8, -0x1p55f},
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_equal(sparge_cell_mean(table[i].sum, table[i].rows), table[i].mean);
+    }
+    check(sparge_finite(SPARGE_MAX_DIM * (0x1p55f * 0x1p55f)), "it overflows");
+}
+
+Test(rules, cell_scale)
+{
+    check_equal(sparge_cell_scale(1.0f), 0x1.715476p+0f);
+    check_equal(sparge_cell_scale(0.125f), 0x1.715476p-3f);
+    check_equal(sparge_cell_scale(FLT_MAX), FLT_MAX);
+    check_equal(sparge_cell_scale(FLT_MAX / 2), 0x1.715474p+127f);
+}
+
+/* Codes of a row: 2^24 at the best cell, half at each unit below it, 0 from 2^-25 on. */
+Test(rules, cell_codes)
+{
+    static const struct {
+        float score, most, scale;
+        int32_t code;
+    } table[] = {
+        {3.0f, 3.0f, 1.0f, 1 << 24}, {0x1p118f, 0x1p118f, FLT_MAX, 1 << 24},
+        {2.0f, 3.0f, 1.0f, 1 << 23}, {2.0f, 3.0f, 2.0f, 1 << 22},
+        {0.0f, 24.0f, 1.0f, 1},      {0.0f, 25.0f, 1.0f, 1},
+        {0.0f, 26.0f, 1.0f, 0},      {-0x1p118f, 0x1p118f, FLT_MAX, 0},
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_equal(
+            sparge_weight_code(table[i].score, table[i].most, table[i].scale, SPARGE_CELL_QMAX),
+            table[i].code);
+    }
+}
+
+Test(rules, cell_worth_and_mass)
+{
+    check_equal(sparge_cell_worth(8, 0), 0.0f);
+    check_equal(sparge_cell_worth(1, 1 << 24), 0x1p-4f);
+    check_equal(sparge_cell_worth(1024, 1 << 24), 64.0f);
+    check_equal(sparge_cell_worth(3, 7), 0x1.b6db6ep+18f);
+    check_equal(sparge_cell_worth(1, (1 << 24) + 1), 0x1.fffffep-5f); /* one rounding, the last */
+    check_equal(sparge_cell_worth(1, 1ull << 50), 0x1p-30f);
+
+    static const struct {
+        int32_t codes;
+        float worth;
+        uint32_t mass;
+    } table[] = {
+        {0, 64.0f, 0},
+        {1 << 24, 64.0f, 1 << 30}, /* one cell has all of 1024 queries */
+        {1 << 30, 1.0f, 1 << 30},  /* and so have 64 together */
+        {3, 0.4f, 1},              /* 1.2: to the integer below */
+        {7, 0.25f, 1},
+        {16777217, 1.0f, 16777216}, /* as a float */
+        {1 << 24, 0x1p-25f, 0},
+    };
+    for (size_t i = 0; i < COUNT(table); i++) {
+        check_case("line %zu", i);
+        check_equal(sparge_cell_mass(table[i].codes, table[i].worth), table[i].mass);
+    }
+}
+
+Test(rules, cell_share)
+{
+    check_equal(sparge_cell_share(0, 0), 0.0f);
+    check_equal(sparge_cell_share(0, 5), 0.0f);
+    check_equal(sparge_cell_share(1, 3), 0x1.555556p-2f);
+    check_equal(sparge_cell_share(1u << 30, 1u << 30), 1.0f);
+    check_equal(sparge_cell_share(3u << 30, 3ull << 32), 0.25f);
+}
+
+/* The masses of a row are for each query 2^20 together, less what is cut off. */
+Test(rules, masses_of_a_row_of_cells)
+{
+    for (int n = 0; n < 1000; n++) {
+        check_case("row %d", n);
+        const int64_t blocks = check_int(1, 100), queries = check_int(1, SPARGE_MAX_BLOCK);
+        const int64_t most = check_int(0, 1) ? 1 << 30 : 1 << 12;
+        int32_t codes[100];
+        int64_t total = 0, mass = 0;
+        for (int64_t j = 0; j < blocks; j++)
+            total += codes[j] = (int32_t)check_int(j ? 0 : 1, most);
+        const float worth = sparge_cell_worth(queries, (uint64_t)total);
+        for (int64_t j = 0; j < blocks; j++)
+            mass += sparge_cell_mass(codes[j], worth);
+        const int64_t all = queries * SPARGE_CELL_QUERY, rounded = all / (1 << 22) + 1;
+        check(mass <= all + rounded && mass >= all - rounded - blocks, "%lld of %lld",
+              (long long)mass, (long long)all);
     }
 }
 

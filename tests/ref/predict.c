@@ -5,128 +5,17 @@
  * The predictor below shares nothing with ref/: it asks every token pair whether it is visible,
  * forms the Gram matrix of every block, exponentiates with exp() and sums probabilities, not
  * integers. */
-#include "sparge.h"
-
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/support/problem.h"
+#include "tests/ref/hand.h"
+#include "tests/ref/scene.h"
 
 TestSuite(predict);
 
 #define COUNT(array) ((int64_t)(sizeof(array) / sizeof *(array)))
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* ---- Asking ---------------------------------------------------------------------------------- */
-
-static bool bit(const sparge_mask *mask, int64_t line, int64_t j)
-{
-    return mask->bits[line * mask->words + j / 32] >> j % 32 & 1;
-}
-
-/* Into a mask of the exact size between guards, full of ones before: every word must be written,
- * and no bit beyond the last block be set. What is kept has a reason, and nothing else has. The
- * caller frees it. */
-static sparge_mask predicted(const sparge_problem *p, const sparge_options *o,
-                             const sparge_intermediates *intermediates)
-{
-    const int64_t q_blocks = ceil_div(p->q_len, o->block_q),
-                  k_blocks = ceil_div(p->k_len, o->block_k);
-    const int64_t words = ceil_div(k_blocks, 32), lines = p->batch * p->heads * q_blocks;
-    sparge_mask mask = {.bits = check_alloc((size_t)(lines * words) * 4),
-                        .batch = p->batch,
-                        .heads = p->heads,
-                        .q_blocks = q_blocks,
-                        .k_blocks = k_blocks,
-                        .words = words};
-    sparge_error error = {"poison"};
-    sparge_intermediates whole = intermediates ? *intermediates : (sparge_intermediates){0};
-    uint8_t *why = whole.why ? whole.why : check_alloc((size_t)(lines * k_blocks));
-    whole.why = why;
-    const sparge_status status = sparge_predict(p, o, &mask, &whole, &error);
-    check(status == SPARGE_OK && error.text[0] == '\0', "status %d: %s", (int)status, error.text);
-    for (int64_t line = 0; k_blocks % 32 && line < lines; line++)
-        check(!(mask.bits[(line + 1) * words - 1] >> k_blocks % 32),
-              "spare bits of row %lld are set", (long long)line);
-    for (int64_t at = 0; at < lines * k_blocks; at++)
-        check(bit(&mask, at / k_blocks, at % k_blocks) == (why[at] != 0),
-              "block %lld of row %lld is %s for %d", (long long)(at % k_blocks),
-              (long long)(at / k_blocks),
-              bit(&mask, at / k_blocks, at % k_blocks) ? "kept" : "skipped", why[at]);
-    if (!intermediates || !intermediates->why)
-        check_free(why);
-    return mask;
-}
-
-/* ---- By hand --------------------------------------------------------------------------------- */
-
-/* Blocks of two rows. The keys of block j are (x_j, 1), every query is (1, 0) and the scale is 1:
- * so S[i,j] = x_j and every block is similar. Both stages of selection are off until a test sets
- * one. */
-typedef struct hand {
-    sparge_problem p;
-    sparge_options o;
-    float *q, *k; /* [q_len][2], [k_len][2] */
-} hand;
-
-static hand by_hand(int64_t q_len, int64_t k_blocks, const float *x)
-{
-    const int64_t k_len = 2 * k_blocks;
-    hand h = {
-        .p = {.batch = 1, .heads = 1, .kv_heads = 1, .q_len = q_len, .k_len = k_len, .dim = 2},
-        .o = sparge_options_default(SPARGE_RULES_DEFAULT),
-        .q = check_alloc((size_t)(2 * q_len) * 4),
-        .k = check_alloc((size_t)(2 * k_len) * 4),
-    };
-    for (int64_t t = 0; t < q_len; t++)
-        h.q[2 * t] = 1, h.q[2 * t + 1] = 0;
-    for (int64_t t = 0; t < k_len; t++)
-        h.k[2 * t] = x[t / 2], h.k[2 * t + 1] = 1;
-    h.p.q = (sparge_in){h.q, SPARGE_F32, 0, 0, 2};
-    h.p.k = (sparge_in){h.k, SPARGE_F32, 0, 0, 2};
-    h.o.backend = SPARGE_REF;
-    h.o.block_q = h.o.block_k = 2;
-    h.o.softmax_scale = 1;
-    h.o.smooth_k = false;
-    h.o.thresholds = (sparge_thresholds){0.6f, SPARGE_OFF, SPARGE_OFF, -INFINITY, 0};
-    return h;
-}
-
-static void drop(hand *h)
-{
-    check_free(h->q);
-    check_free(h->k);
-}
-
-/* The second of two rows against the first: the mean cosine is 0. */
-static void disagree(float *x, int64_t block)
-{
-    float *row = x + 4 * block;
-    row[2] = -row[0], row[3] = -row[1];
-}
-
-/* want: a 0 or 1 for each key block, rows between slashes, heads and batches as further rows. */
-static void keeps(const char *what, const hand *h, const char *want)
-{
-    check_case("%s", what);
-    sparge_mask mask = predicted(&h->p, &h->o, NULL);
-    const int64_t lines = mask.batch * mask.heads * mask.q_blocks;
-    char *got = calloc((size_t)(lines * (mask.k_blocks + 1)) + 2, 1), *end = got;
-    for (int64_t line = 0; line < lines; line++) {
-        for (int64_t j = 0; j < mask.k_blocks; j++)
-            *end++ = bit(&mask, line, j) ? '1' : '0';
-        *end++ = '/';
-    }
-    if (lines)
-        end[-1] = '\0';
-    check(!strcmp(got, want), "keeps %s, should keep %s", got, want);
-    free(got);
-    check_free(mask.bits);
-}
 
 /* One query block over the scores x. */
 static void row_keeps(const char *what, int64_t k_blocks, const float *x, float tau, float topk,
@@ -939,26 +828,6 @@ Test(predict, trace_of_s_is_minus_infinity_where_nothing_is_scored)
 
 /* ---- Why ------------------------------------------------------------------------------------- */
 
-enum {
-    MASS = SPARGE_KEPT_MASS,
-    TOPK = SPARGE_KEPT_TOPK,
-    ODD_Q = SPARGE_KEPT_DISSIMILAR_Q,
-    ODD_K = SPARGE_KEPT_DISSIMILAR_K,
-    OVERFLOW_ = SPARGE_KEPT_OVERFLOW,
-    DIAGONAL = SPARGE_KEPT_DIAGONAL,
-    SINK = SPARGE_KEPT_SINK,
-};
-
-static void keeps_for(const char *what, const hand *h, const uint8_t *want, int64_t count)
-{
-    check_case("%s", what);
-    uint8_t *why = check_alloc((size_t)count);
-    sparge_mask mask = predicted(&h->p, &h->o, &(sparge_intermediates){.why = why});
-    check_same(why, want, count);
-    check_free(why);
-    check_free(mask.bits);
-}
-
 /* Four blocks, the third the best, under one thing after another. */
 Test(predict, every_reason_is_told)
 {
@@ -1037,17 +906,6 @@ Test(predict, one_trace_serves_every_theta)
 
 /* ---- In double ------------------------------------------------------------------------------- */
 
-static const double near_threshold = 1e-5;
-
-typedef struct scene {
-    sparge_problem p;
-    sparge_options o;
-    sparge_thresholds per_head[16];
-    tensor q, k;
-} scene;
-
-typedef enum verdict { DROP, KEEP, OPEN } verdict; /* open: within 1e-5 of a threshold */
-
 /* What one head should give. */
 typedef struct judged {
     double *mean, *q_pool, *k_pool, *q_sim, *k_sim,
@@ -1056,64 +914,11 @@ typedef struct judged {
     verdict *mask; /* [q_blocks][k_blocks] */
 } judged;
 
-/* Mean cosine of all pairs of rows of x less the mean, by the Gram matrix; the pooled row; and
- * whether the block is similar. What is not finite counts as 0, and makes the block dissimilar. */
-static verdict judge_block(const float *x, const double *mean, int64_t rows, int64_t dim,
-                           float theta, double *pool, double *sim)
-{
-    double *unit = malloc((size_t)(rows * dim) * sizeof *unit), sum = 0;
-    bool clean = true;
-    memset(pool, 0, (size_t)dim * sizeof *pool);
-    for (int64_t r = 0; r < rows; r++) {
-        double square = 0;
-        for (int64_t c = 0; c < dim; c++) {
-            const double value = (double)x[r * dim + c];
-            clean = clean && isfinite(value);
-            unit[r * dim + c] = isfinite(value) ? value - (mean ? mean[c] : 0) : 0;
-            square += unit[r * dim + c] * unit[r * dim + c];
-            pool[c] += unit[r * dim + c] / (double)rows;
-        }
-        for (int64_t c = 0; square > 0 && c < dim; c++)
-            unit[r * dim + c] /= sqrt(square);
-    }
-    for (int64_t a = 0; a < rows; a++)
-        for (int64_t b = 0; b < rows; b++)
-            for (int64_t c = 0; c < dim; c++)
-                sum += unit[a * dim + c] * unit[b * dim + c];
-    free(unit);
-    *sim = fmin(1, sum / ((double)rows * (double)rows));
-    if (!clean || theta >= 1)
-        return DROP;
-    if (theta >= 0 && fabs(*sim - (double)theta) <= near_threshold)
-        return OPEN;
-    return *sim > (double)theta ? KEEP : DROP;
-}
-
-static bool sees(const scene *s, int64_t t, int64_t key)
-{
-    const int64_t shift = s->o.causal == SPARGE_CAUSAL_END ? s->p.k_len - s->p.q_len : 0;
-    return s->o.causal == SPARGE_CAUSAL_NONE || key <= t + shift;
-}
-
-/* Beside a cut through the order, blocks whose scores are as good as equal may change places. Equal
- * ones may not: they go by number. */
-static void open_beside(const double *score, const int64_t *order, int64_t count, int64_t cut,
-                        verdict *row)
-{
-    for (int64_t side = cut - 1; side <= cut; side++)
-        for (int64_t n = 0; side >= 0 && side < count && n < count; n++) {
-            const double a = score[order[side]], b = score[order[n]];
-            if (a != b && fabs(a - b) <= near_threshold * fmax(1, fabs(a)) &&
-                (n < cut) != (side < cut))
-                row[order[n]] = row[order[side]] = OPEN;
-        }
-}
-
 /* Row i: S, its order, TopCdf, top-k, and what is forced. */
 static void judge_row(const scene *s, const judged *w, const sparge_thresholds *thresholds,
                       int64_t i)
 {
-    const int64_t k_blocks = ceil_div(s->p.k_len, s->o.block_k), dim = s->p.dim;
+    const int64_t k_blocks = blocks(s->p.k_len, s->o.block_k), dim = s->p.dim;
     const int64_t first = i * s->o.block_q, end = least(s->p.q_len, first + s->o.block_q);
     double *score = &w->s[i * k_blocks], total = 0, mass = 0;
     verdict *row = &w->mask[i * k_blocks];
@@ -1162,13 +967,13 @@ static void judge_row(const scene *s, const judged *w, const sparge_thresholds *
             by_tau[order[n]] = OPEN;
     }
     if (thresholds->tau >= 0)
-        open_beside(score, order, count, kept, by_tau);
+        open_beside(score, order, count, kept, near_threshold, by_tau);
     if (thresholds->topk >= 0) {
         const int64_t share = (int64_t)floor((double)thresholds->topk * (double)in_view + 1e-5);
         kept = least(count, share > 1 ? share : 1);
         for (int64_t n = 0; n < kept; n++)
             by_topk[order[n]] = KEEP;
-        open_beside(score, order, count, kept, by_topk);
+        open_beside(score, order, count, kept, near_threshold, by_topk);
     }
     for (int64_t j = 0; j < k_blocks; j++) {
         row[j] = by_tau[j] == KEEP || by_topk[j] == KEEP   ? KEEP
@@ -1194,8 +999,8 @@ static double *doubles(int64_t n) { return calloc((size_t)n + 1, sizeof(double))
 static judged judge_head(const scene *s, int64_t b, int64_t h)
 {
     const sparge_problem *p = &s->p;
-    const int64_t dim = p->dim, q_blocks = ceil_div(p->q_len, s->o.block_q);
-    const int64_t k_blocks = ceil_div(p->k_len, s->o.block_k), kv = h / (p->heads / p->kv_heads);
+    const int64_t dim = p->dim, q_blocks = blocks(p->q_len, s->o.block_q);
+    const int64_t k_blocks = blocks(p->k_len, s->o.block_k), kv = h / (p->heads / p->kv_heads);
     const sparge_thresholds *thresholds = s->o.per_head ? &s->o.per_head[h] : &s->o.thresholds;
     const float *q = tensor_row(&s->q, b, h, 0), *k = tensor_row(&s->k, b, kv, 0);
     judged w = {doubles(dim),
@@ -1229,122 +1034,17 @@ static void forget(judged *w)
     free(w->similar_q), free(w->similar_k), free(w->mask);
 }
 
-/* Tokens that drift slowly, so that most blocks agree with themselves; here and there a block of
- * noise, a block that repeats the one before (ties), a zero row, and where asked for something not
- * finite. */
-static tensor tokens_of(int64_t batch, int64_t heads, int64_t len, int64_t dim, int64_t block,
-                        float offset, bool nonfinite)
-{
-    tensor x = tensor_make(batch, heads, len, dim, (sparge_dtype)check_int(0, 2),
-                           (tensor_layout)check_int(0, LAYOUTS - 1));
-    const float noise = check_uniform(0, 1), odd[] = {NAN, INFINITY, -INFINITY};
-    for (int64_t h = 0; h < batch * heads; h++) {
-        float *head = x.x + h * len * dim;
-        const float speed = check_uniform(0.2f, 1.5f) / (float)block;
-        for (int64_t first = 0; first < len; first += block) {
-            const int64_t kind = check_int(0, 11), end = least(len, first + block);
-            for (int64_t t = first; t < end; t++)
-                for (int64_t c = 0; c < dim; c++) {
-                    const float wave =
-                        1.5f * sinf((float)t * speed * (float)(c % 5 + 1) + (float)c);
-                    head[t * dim + c] = offset * cosf((float)(3 * c)) +
-                                        (kind ? wave + noise * check_normal() : check_normal());
-                }
-            if (kind == 1 && first > 0 && end - first == block)
-                memcpy(head + first * dim, head + (first - block) * dim,
-                       (size_t)(block * dim) * sizeof *head);
-            if (kind == 2)
-                memset(head + check_int(first, end - 1) * dim, 0, (size_t)dim * sizeof *head);
-        }
-    }
-    for (int64_t n = nonfinite && len ? check_int(0, 2) : 0; n > 0; n--)
-        x.x[check_int(0, tensor_count(&x) - 1)] = odd[check_int(0, 2)];
-    tensor_write(&x);
-    return x;
-}
-
-static float one_of(const float *list, int64_t count) { return list[check_int(0, count - 1)]; }
-
-static sparge_thresholds some_thresholds(void)
-{
-    const float theta[] = {-1, -0.5f, 0.03f, 0.2f, 0.3f, 0.4f, 0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 1};
-    const float tau[] = {SPARGE_OFF, 0, 0.2f, 0.5f, 0.7f, 0.9f, 0.95f, 0.98f, 1};
-    const float topk[] = {SPARGE_OFF, SPARGE_OFF, 0, 0.1f, 0.25f, 0.5f, 0.7f, 1};
-    sparge_thresholds thresholds = {one_of(theta, COUNT(theta)), one_of(tau, COUNT(tau)),
-                                    one_of(topk, COUNT(topk)), -INFINITY, 0};
-    if (thresholds.tau == SPARGE_OFF && thresholds.topk == SPARGE_OFF)
-        thresholds.tau = 0.9f;
-    return thresholds;
-}
-
-static scene some_scene(void)
-{
-    static const struct {
-        int64_t q, k;
-    } block[] = {
-        {16, 8}, {128, 64}, {8, 16},  {64, 64}, {64, 128},
-        {7, 5},  {1, 1},    {33, 17}, {1, 64},  {13, 1},
-    };
-    static const int64_t dims[] = {1,  2,  3,  7,  15,  16,  17,  31, 32,
-                                   48, 64, 80, 96, 127, 128, 192, 256};
-    scene s = {.o = sparge_options_default(SPARGE_RULES_DEFAULT)};
-    const int64_t size = check_int(0, COUNT(block) - 1);
-    s.o.backend = SPARGE_REF;
-    s.o.block_q = block[size].q;
-    s.o.block_k = block[size].k;
-    s.p.batch = check_int(1, 2);
-    s.p.kv_heads = check_int(1, 2);
-    s.p.heads = s.p.kv_heads * check_int(1, check_int(1, 4));
-    s.p.q_len = check_int(0, 12) ? check_int(1, 4 * s.o.block_q) : check_int(0, 1);
-    s.p.k_len = check_int(0, 12) ? check_int(1, (s.o.block_k > 16 ? 10 : 40) * s.o.block_k)
-                                 : check_int(0, 1);
-    if (check_int(0, 3) == 0)
-        s.p.k_len = s.p.q_len;
-    s.p.dim = dims[check_int(0, COUNT(dims) - 1)];
-    const int64_t gram =
-        s.p.batch * s.p.heads * (s.p.q_len * s.o.block_q + s.p.k_len * s.o.block_k);
-    while (s.p.dim > 1 && gram * s.p.dim > 8000000) /* what the Gram matrices cost */
-        s.p.dim /= 2;
-    s.o.causal = (sparge_causal)check_int(0, 2);
-    s.o.smooth_k = check_int(0, 2) > 0;
-    s.o.sink = check_int(0, 4) == 0;
-    s.o.softmax_scale = (check_int(0, 1) ? 1.0f : check_uniform(0.05f, 1)) / sqrtf((float)s.p.dim);
-    s.o.thresholds = some_thresholds();
-    for (int64_t h = 0; h < s.p.heads; h++)
-        s.per_head[h] = some_thresholds();
-    const bool nonfinite = check_int(0, 5) == 0;
-    s.q = tokens_of(s.p.batch, s.p.heads, s.p.q_len, s.p.dim, s.o.block_q, 0, nonfinite);
-    s.k = tokens_of(s.p.batch, s.p.kv_heads, s.p.k_len, s.p.dim, s.o.block_k,
-                    check_int(0, 2) ? check_uniform(0, 4) : 0, nonfinite);
-    s.p.q = s.q.in;
-    s.p.k = s.k.in;
-    return s;
-}
-
 /* The largest distances seen, and how many decisions were compared. */
 typedef struct tally {
     double mean, pool, sim, s;
     int64_t decided, open, kept, dropped;
 } tally;
 
-/* Within the bound, absolute below 1 and relative above; *most becomes the largest distance. */
-static void worst(const char *what, int64_t b, int64_t h, const float *got, const double *want,
-                  int64_t n, double bound, double *most)
-{
-    for (int64_t e = 0; e < n; e++) {
-        const double value = (double)got[e];
-        const double off = value == want[e] ? 0 : fabs(value - want[e]) / fmax(1, fabs(want[e]));
-        check(off <= bound, "%s of batch %lld, head %lld, element %lld is %.9g, should be %.9g",
-              what, (long long)b, (long long)h, (long long)e, value, want[e]);
-        *most = fmax(*most, off);
-    }
-}
-
 static void compare(const scene *s, tally *sum)
 {
     const sparge_problem *p = &s->p;
-    const int64_t q_blocks = ceil_div(p->q_len, s->o.block_q),
-                  k_blocks = ceil_div(p->k_len, s->o.block_k);
+    const int64_t q_blocks = blocks(p->q_len, s->o.block_q),
+                  k_blocks = blocks(p->k_len, s->o.block_k);
     const int64_t lines = p->batch * p->heads, kv_lines = p->batch * p->kv_heads;
     const sparge_intermediates intermediates = {
         .k_mean = check_alloc((size_t)(kv_lines * p->dim) * 4),
@@ -1395,12 +1095,6 @@ static void compare(const scene *s, tally *sum)
         check_free(intermediates.k_pool);
     check_free(intermediates.q_sim), check_free(intermediates.k_sim), check_free(intermediates.s),
         check_free(mask.bits);
-}
-
-static void discard(scene *s)
-{
-    tensor_free(&s->q);
-    tensor_free(&s->k);
 }
 
 /* Class B: equal but for decisions within 1e-5 of their threshold, of which there are few. */
