@@ -373,9 +373,38 @@ def fig17():
     return figure
 
 
+# ---- Beyond the paper -------------------------------------------------------------------------
+
+def submass():
+    """What each way to choose blocks loses, by density."""
+    rows = [r for r in of_item("submass") if r["tokens"] == "4096" and not r["lambda"]]
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    colors = dict(zip(dict.fromkeys(r["rule"] for r in rows if float(r["density"]) < 1),
+                      (PAPER, "#b0413e", ACCENT, OTHER, INK, HALF)))
+    for (rule, blocks), found in grouped(rows, "rule", "blocks").items():
+        for axis, key in zip(axes, ("kl", "change")):
+            loss = 100 * column(found, key)
+            if rule in colors:
+                style = ("D" if found[0]["wanted"] == "" else "o") + ("-" if blocks == "128x64"
+                                                                     else "--")
+                axis.plot(column(found, "density"), loss, style, color=colors[rule], markersize=4,
+                          label=f"{rule}, {blocks}")
+            elif rule == "dense, int8":
+                axis.axhline(loss[0], color="black", linestyle=":", linewidth=1)
+    axes[0].set(yscale="log", xlabel="density", ylabel="KL from dense f32, 0.01 nat for each token")
+    axes[1].set_yscale("symlog", linthresh=1)
+    axes[1].set(xlabel="density", ylabel="perplexity, % over dense f32")
+    for axis, ticks in zip(axes, ((0.2, 0.5, 1, 2, 5, 10, 20, 50),
+                                  (-0.5, 0, 0.5, 1, 2, 5, 10, 20))):
+        axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+    axes[0].legend(fontsize=7)
+    return figure
+
+
 FIGURES = {
     f.__name__: f for f in (attention_map, fig2, fig3, fig4, fig5, table3, fig9, fig10, table7,
-                            fig14, fig15, fig16, fig17)
+                            fig14, fig15, fig16, fig17, submass)
 }
 
 OF_CAPTURES = {"table7": {"text", "tokens", "sparsity"}

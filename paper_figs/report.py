@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from functools import partial
 from html import escape
 
 # first: it finds experiments/
@@ -19,6 +20,7 @@ from items import CAPTIONS, ITEMS, MISSING
 
 WIDE = {"attention_map", "fig2", "fig3", "fig4", "fig9"}  # of several panels
 MAIN, DENSE = "SpargeAttn, (0.08, 0.09)", "dense, f32"
+ONE_T, BY_LOSS = "submass, one t", "submass, t by loss"
 
 
 # ---- Reading ----------------------------------------------------------------------------------
@@ -157,6 +159,33 @@ def tuned(l2, key):
     return column(rows("tune", l2=l2), key)
 
 
+def submass(rule, wanted, tokens=4096):
+    """Of blocks of 128 x 64, without lambda."""
+    return rows("submass", **{"rule": rule, "wanted": wanted, "blocks": "128x64", "lambda": "",
+                              "tokens": tokens})[0]
+
+
+def lost_by(rule, wanted):
+    return float(submass(rule, wanted)["change"])
+
+
+def lost_at_worst(rule, wanted):
+    return max(number(x) for key, x in submass(rule, wanted).items() if key.startswith("change_"))
+
+
+def needles_kept():
+    """Of one threshold at half density, less those of dense f32, as share."""
+    return statistics.mean(
+        number(submass(ONE_T, "0.5", n)["needles"]) - number(submass(DENSE, "", n)["needles"])
+        for n in (1024, 2048, 4096))
+
+
+def density_missed():
+    return max(abs(number(x) - number(row["wanted"]))
+               for row in rows("submass", rule=BY_LOSS, tokens=4096)
+               for key, x in row.items() if key.startswith("density_"))
+
+
 MEASURED = {  # by item and the place of the band in bands.csv
     "attention_map": [lambda: worst(column(rows("attention_map", attention="chosen"), "l1"))],
     "tune": [lambda: worst(tuned("0.09", "l1_out")),
@@ -185,6 +214,9 @@ MEASURED = {  # by item and the place of the band in bands.csv
               lambda: layers("step")[-1] - layers("step")[0],
               lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")),
               spread_of_heads],
+    "submass": [*(partial(what, rule, wanted) for rule in (ONE_T, BY_LOSS)
+                  for what in (lost_by, lost_at_worst) for wanted in ("0.5", "0.3")),
+                needles_kept, lambda: number(submass(ONE_T, "0.5", 8192)["speed"]), density_missed],
 }
 
 
@@ -413,7 +445,10 @@ COLUMNS = {  # what the columns of out.csv are called here, and what turns them 
     ("overhead, % of dense f32", 100), "overhead_int8": ("overhead, % of dense int8", 100), "asked":
     ("sparsity asked, %", 100), "efficiency": ("share of the ideal speed, %", 100), "q_sim":
     ("self-similarity of q", 1), "k_sim": ("self-similarity of k",
-                                           1), "sim_k_raw": ("self-similarity of k, mean kept", 1)
+                                           1), "sim_k_raw": ("self-similarity of k, mean kept", 1),
+    "wanted": ("density asked, %", 100), "density": ("density, %", 100),
+    "change": ("perplexity, change against dense f32, %", 100),
+    "kl": ("KL from dense f32, 0.01 nat", 100), "speed": ("faster than dense f32, times", 1)
 }
 
 
@@ -488,7 +523,11 @@ OURS = {
     table_of_layers, "fig9":
     table_of_needles, "table6":
     lambda: plain("table6", ["inputs", "part", "sparsity", "perplexity"]), "table7":
-    lambda: plain("table7", ["text", "tokens", "heads", "sparsity", "worst_l1"]),
+    lambda: plain("table7", ["text", "tokens", "heads", "sparsity", "worst_l1"]), "submass":
+    lambda: plain("submass", [
+        "tokens", "rule", "wanted", "blocks", "lambda", "density", "sparsity", "perplexity",
+        "change", "kl", "needles", "seconds_attention", "speed"
+    ]),
 }
 
 

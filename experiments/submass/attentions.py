@@ -15,7 +15,7 @@ from names import DENSE, TUNED  # noqa: E402
 SETTINGS = HERE / "settings.csv"
 DENSITIES = ["0.5", "0.3", "0.2"]
 BLOCKS = "128x64"
-FINE = "64x16"
+FINER = ["64x16"]
 # What one number for the model sets: the method, its other parameters, and its own.
 TAU, WHOLE, CELLS = ("SpargeAttn, one tau", "SpargeAttn's scores, one t", "submass, one t")
 ONE = {
@@ -81,8 +81,8 @@ def with_lambda():
 def of_heads():
     """Those whose thresholds, by sparge tune --by loss, are there: params_0.5.json in blocks of
     128x64, params_64x16_0.5.json in others."""
-    places = [(HERE / f"params{of}_{wanted}.json", wanted, blocks)
-              for of, blocks in (("", BLOCKS), (f"_{FINE}", FINE)) for wanted in DENSITIES]
+    places = [(HERE / f"params{'' if blocks == BLOCKS else '_' + blocks}_{x}.json", x, blocks)
+              for blocks in (BLOCKS, *FINER) for x in DENSITIES]
     return [Attention(BY_LOSS, str(path), wanted, blocks)
             for path, wanted, blocks in places if path.exists()]
 

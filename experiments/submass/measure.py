@@ -24,7 +24,7 @@ from attentions import (  # noqa: E402
     BLOCKS,
     CELLS,
     DENSITIES,
-    FINE,
+    FINER,
     ONE,
     SETTINGS,
     at_half,
@@ -87,7 +87,7 @@ def tune(args):
                 for file in sorted(captured(args, path).glob("*.safetensors"))]
     rows = settings()
     known = {(row["rule"], row["blocks"]) for row in rows}
-    for rule, blocks in [*((rule, BLOCKS) for rule in ONE), (CELLS, FINE)]:
+    for rule, blocks in [*((rule, BLOCKS) for rule in ONE), *((CELLS, x) for x in FINER)]:
         if (rule, blocks) not in known:
             rows += found_at(captures, rule, blocks)
             write_csv(SETTINGS, rows)

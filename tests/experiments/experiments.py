@@ -846,7 +846,8 @@ def test_items():
         check((folder / "run.py").exists() and f"| `{folder.name}`" in readme.replace(", `",
                                                                                       " | `"),
               "script and README", x.folder)
-        has_none = x.folder in ("attention_map", "tune", "fig2", "fig3", "fig4", "fig5")
+        has_none = x.folder in ("attention_map", "tune", "fig2", "fig3", "fig4", "fig5",
+                                  "submass")
         check(has_none != bool(set(x.covers) & paper), "the paper's numbers", x.folder)
     expected = {f"table{n}" for n in range(1, 12)} | {f"fig{n}" for n in (9, 10, 14, 15, 16, 17)}
     check(expected <= paper | {"table8"}, "every table is in paper.csv", sorted(expected - paper))
@@ -1149,8 +1150,69 @@ def test_again():
 
     again.weights.fetch = offline
     check(again.ppl(how) == ("not measured: model: cannot download", []), "offline", again.ppl(how))
-    for name in "table1", "fig9":
+    for name in "table1", "fig9", "submass":
         check("again=again." in (ROOT / f"experiments/{name}/run.py").read_text(), name)
+
+
+def test_submass_rows():
+    """Of a file that grows, what was measured at other lengths and with other thresholds stays
+    out; and figures of texts beside dense attention."""
+    sys.path.insert(0, str(ROOT / "experiments/submass"))
+    measure = load(ROOT / "experiments/submass/measure.py")
+    made = load(ROOT / "experiments/submass/run.py")
+    from attentions import BY_LOSS, Attention
+    write("p.json", "{}")
+    both = [Attention("dense, f32", "f32"), Attention(BY_LOSS, "p.json", "0.5", "64x16")]
+    (_, mine), given = both[1].name, []
+
+    def lm(_args, _command, *words):
+        given.append(words)
+        return {"rows": [{"attention": name, "attention_sha256": sha, "tokens": tokens}
+                         for name, sha in (("f32", None), ("p.json", "0" * 64), ("p.json", mine))
+                         for tokens in (1024, 4096)]}
+
+    measure.lm = lm
+    rows = measure.rows_of(None, "ppl", both, 1024, [], [])
+    check([(r["rule"], r["blocks"], r["attention_sha256"], r["tokens"]) for r in rows] ==
+          [("dense, f32", "128x64", None, 1024), (BY_LOSS, "64x16", mine, 1024)], "rows", rows)
+    check([words[words.index("--block-q"):][:4] for words in given] ==
+          [("--block-q", "128", "--block-k", "64"), ("--block-q", "64", "--block-k", "16")] and
+          given[0][-1] != given[1][-1], "blocks, and a file for each", given)
+
+    texts = [{"tokens": "11", "text": f"{name}.txt", "kl": kl, "density_tokens": kl,
+              "sparsity": "0"} for name, kl in (("a", "0.1"), ("b", "0.3"))]
+    key = {"tokens": "11", "rule": BY_LOSS, "wanted": "0.5", "blocks": "64x16", "lambda": ""}
+    dense = key | {"rule": "dense, f32", "wanted": "", "blocks": "128x64"}
+    made.TABLES = {
+        "ppl": [text | of | {"surprise": x} for of, found in ((dense, (20, 30)), (key, (21, 32)))
+                for text, x in zip(texts, found)],
+        "needle": [key | {"right": x} for x in "1101"],
+        "time": [of | {"seconds_attention": x, "seconds": 9} for of, x in ((dense, 6), (key, 2))]}
+    got = {name: float(x) for name, x in made.measure(key, None).items()}
+    for name, want in {"change": math.exp(0.15) - 1, "change_a": math.exp(0.1) - 1,
+                       "change_b": math.exp(0.2) - 1, "kl": 0.2, "density": 0.2, "density_b": 0.3,
+                       "needles": 0.75, "seconds_attention": 2, "speed": 3}.items():
+        check(abs(got[name] - want) < 1e-6, name, got[name], want)
+
+
+def test_submass_numbers():
+    """The number for a density lies between those of the grid; what tau leaves is like t."""
+    sys.path.insert(0, str(ROOT / "experiments/submass"))
+    measure = load(ROOT / "experiments/submass/measure.py")
+    from attentions import CELLS, TAU
+    measure.curve = lambda _captures, _rule, _blocks: 1 / (1 + 4 * measure.GRID)
+    for rule, found in (CELLS, lambda x: x), (TAU, lambda x: 1 - x):
+        rows = list(measure.found_at([], rule, "64x16"))
+        for row, want in zip(rows, (0.25, 0.58333, 1)):
+            x = found(float(row["value"]))
+            check(abs(x / want - 1) < 0.02, f"{rule}, {row['wanted']}", x, want)
+        check([row["wanted"] for row in rows] == ["0.5", "0.3", "0.2"], "each density", rows)
+    measure.curve = lambda _captures, _rule, _blocks: 1 / (1 + 2 * measure.GRID)**0.1
+    try:
+        list(measure.found_at([], CELLS, "64x16"))
+        check(False, "a density beyond the grid is refused")
+    except SystemExit as why:
+        check("widen GRID" in str(why), "beyond the grid", why)
 
 
 def test_report():
