@@ -147,9 +147,10 @@ CAPTIONS = {  # of the figures
     "fig16": "Fig 16: sparsity by sample: the mean (bar), the 10th to 90th percentile (line), the "
              "mean of all (dotted).",
     "fig17": "Fig 17: mean sparsity of each head, layer by layer.",
-    "submass": "Loss by density at 4096 tokens, five texts together: the KL divergence from dense "
-               "f32 (left, logarithmic), and the change of perplexity (right, linear up to 1 %). "
-               "Dotted: dense int8.",
+    "submass": "Loss of five texts together, against dense f32. Left and middle, by density at "
+               "4096 tokens: the KL divergence (logarithmic), and the change of perplexity (linear "
+               "up to 1 %). Right: the divergence by length, the numbers as found for half density "
+               "at 4096.",
 }
 
 ORDERS = ("build/venv/bin/python experiments/table9/run.py --captures FOLDER --params P.json -o "

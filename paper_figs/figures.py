@@ -376,29 +376,38 @@ def fig17():
 # ---- Beyond the paper -------------------------------------------------------------------------
 
 def submass():
-    """What each way to choose blocks loses, by density."""
-    rows = [r for r in of_item("submass") if r["tokens"] == "4096" and not r["lambda"]]
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.8))
-    colors = dict(zip(dict.fromkeys(r["rule"] for r in rows if float(r["density"]) < 1),
-                      (PAPER, "#b0413e", ACCENT, OTHER, INK, HALF)))
-    for (rule, blocks), found in grouped(rows, "rule", "blocks").items():
-        for axis, key in zip(axes, ("kl", "change")):
-            loss = 100 * column(found, key)
-            if rule in colors:
-                style = ("D" if found[0]["wanted"] == "" else "o") + ("-" if blocks == "128x64"
-                                                                     else "--")
-                axis.plot(column(found, "density"), loss, style, color=colors[rule], markersize=4,
-                          label=f"{rule}, {blocks}")
-            elif rule == "dense, int8":
-                axis.axhline(loss[0], color="black", linestyle=":", linewidth=1)
-    axes[0].set(yscale="log", xlabel="density", ylabel="KL from dense f32, 0.01 nat for each token")
+    """What each way to choose blocks loses: by density at one length, and by length at one
+    setting."""
+    rows = [r for r in of_item("submass") if not r["lambda"]]
+    colors = dict(zip(dict.fromkeys(r["rule"] for r in rows if r["rule"] != "dense, f32"),
+                      ("black", PAPER, "#b0413e", ACCENT, OTHER, INK, HALF)))
+    panels = [("kl", "density", "KL from dense f32, 0.01 nat for each token"),
+              ("change", "density", "perplexity, % over dense f32"),
+              ("kl", "tokens", "KL, the settings of half density")]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    for axis, (key, by, label) in zip(axes, panels):
+        for (rule, blocks), found in grouped(rows, "rule", "blocks").items():
+            if by == "density":
+                found = [r for r in found if r["tokens"] == "4096"]
+            else:
+                found = [r for r in found if r["wanted"] in ("", "0.5") and blocks == "128x64"]
+            if rule in colors and found:
+                style = {"marker": "o" if found[0]["wanted"] else "D", "markersize": 4,
+                         "linestyle": "-" if blocks == "128x64" else "--"}
+                axis.plot(column(found, by), 100 * column(found, key), color=colors[rule],
+                          label=f"{rule}, {blocks}", **style)
+        axis.set(xlabel=by, ylabel=label)
+    for axis in axes[0], axes[2]:
+        axis.set_yscale("log")
     axes[1].set_yscale("symlog", linthresh=1)
-    axes[1].set(xlabel="density", ylabel="perplexity, % over dense f32")
-    for axis, ticks in zip(axes, ((0.2, 0.5, 1, 2, 5, 10, 20, 50),
-                                  (-0.5, 0, 0.5, 1, 2, 5, 10, 20))):
+    axes[2].set_xscale("log")
+    axes[2].set_xticks([1024 << n for n in range(4)], [f"{1 << n}K" for n in range(4)])
+    losses = 0.2, 0.5, 1, 2, 5, 10, 20, 50
+    for axis, ticks in zip(axes, (losses, (-0.5, 0, 0.5, *losses[2:-1]), losses)):
         axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
-    axes[0].legend(fontsize=7)
+    lines = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(handles=lines.values(), fontsize=7, ncols=4, loc="outside lower center")
     return figure
 
 

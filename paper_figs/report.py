@@ -18,7 +18,7 @@ from errors import number, worst
 from harness import run_main, write_text
 from items import CAPTIONS, ITEMS, MISSING
 
-WIDE = {"attention_map", "fig2", "fig3", "fig4", "fig9"}  # of several panels
+WIDE = {"attention_map", "fig2", "fig3", "fig4", "fig9", "submass"}  # of several panels
 MAIN, DENSE = "SpargeAttn, (0.08, 0.09)", "dense, f32"
 ONE_T, BY_LOSS = "submass, one t", "submass, t by loss"
 
