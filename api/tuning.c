@@ -104,6 +104,14 @@ sparge_status sparge_tune(const sparge_problem *inputs, int64_t count,
 
 /* ---- By loss ---- */
 
+static sparge_status check_parameter(const sparge_method *method, sparge_error *error)
+{
+    return method->param[0].name
+               ? SPARGE_OK
+               : sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                             "%s has no parameter that sets its density", method->name);
+}
+
 static sparge_status check_loss_input(const sparge_loss_input *inputs, int64_t n,
                                       const sparge_options *o, sparge_error *error)
 {
@@ -131,13 +139,12 @@ sparge_status sparge_loss_measure(const sparge_loss_input *inputs, int64_t count
                            : !method  ? "method"
                            : !point   ? "point"
                                       : "dense_passes");
+    sparge_status status = check_parameter(method, error);
+    if (status)
+        return status;
     if (count < 1 || points < 1)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT, "%s is %lld, it must be at least 1",
                            count < 1 ? "count" : "points", (long long)(count < 1 ? count : points));
-    if (!method->param[0].name)
-        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                           "%s has no parameter that sets its density", method->name);
-    sparge_status status = SPARGE_OK;
     for (int64_t n = 0; n < count && !status; n++)
         status = check_loss_input(inputs, n, options, error);
     tune_losses of = {inputs, count, options, *options, method, param, executor, point, points};
@@ -194,10 +201,7 @@ sparge_status sparge_loss_choose(const sparge_method *method, const sparge_loss_
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "density is %g and loss is %g, one must be above 0 and the other be 0",
                            goal->density, goal->loss);
-    if (!method->param[0].name)
-        return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                           "%s has no parameter that sets its density", method->name);
-    sparge_status status = SPARGE_OK;
+    sparge_status status = check_parameter(method, error);
     for (int64_t h = 0; h < heads && !status; h++)
         status = check_curve(method, curve + h * points, points, h, error);
     if (!status)

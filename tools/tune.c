@@ -13,16 +13,13 @@ static const struct argp_option tune_options[] = {
     {"sparsity", SPARSITY, "X", 0,
      "instead: reach this sparsity with the least error, without lambda", 0},
     {"by", BY, "WHAT", 0,
-     "choose tau, or topk in its place; or the first parameter of the method by loss, from "
-     "captures "
-     "with g, together for the heads of all layers (tau)",
-     0},
+     "choose tau, or topk in its place; or, by loss, the first parameter of the method (tau)", 0},
     {"density", OPT_DENSITY, "X", 0, "by loss: least loss with this mean density of tokens", 0},
     {"loss", LOSS, "X", 0, "by loss: least density with this loss, in nats per token", 0},
     {"method", OPT_METHOD, "NAME[:PARAM=VALUE,...]", 0, "by loss: of this method (spargeattn)", 0},
     {"held-out", HELD_OUT, "CAPTURE", 0,
      "judge on this one and do not tune on it; may be repeated; without one, each capture is left "
-     "out in turn",
+     "out in turn, but by loss",
      0},
     {"seconds", SECONDS, "X", 0, "stop after so long; the same command goes on", 0},
     {"model", MODEL, "NAME", 0, "where no manifest says it", 0},
@@ -127,11 +124,12 @@ static const struct argp tune_argp = {
     .args_doc = "CAPTURE...",
     .doc = "Thresholds for every head: theta and tau of the most sparsity at a relative L1 below "
            "l1, then lambda below l2, on every capture; and what they cost on captures that they "
-           "were not tuned on. Or by loss.\vA capture is a .safetensors file of q, k and v, or a "
-           "folder of "
-           "them with a manifest.json, or a folder of such folders. Causality and scale are those "
-           "of the manifests. The file that -o names grows head by head; after an interruption the "
-           "same command goes on with it.",
+           "were not tuned on. --by loss weighs the heads of all layers against each other: what "
+           "an error of each costs the model is in captures that have g, the gradient of its loss "
+           "at the output of each head.\vA capture is a .safetensors file of q, k and v, or a "
+           "folder of them with a manifest.json, or a folder of such folders. Causality and scale "
+           "are those of the manifests. The file that -o names grows head by head; after an "
+           "interruption the same command goes on with it.",
     .children = tune_children,
 };
 

@@ -82,13 +82,11 @@ static void make_monotone(const market *m, curve *c)
 static void draw_to_mean(const market *m)
 {
     for (int64_t n = 0; n < m->points; n++) {
-        double sum = 0.0, count = 0.0;
-        for (const curve *c = m->curve; c < m->curve + m->heads; c++) {
+        double sum = 0.0;
+        for (const curve *c = m->curve; c < m->curve + m->heads; c++)
             sum += c->finite ? exp(c->loss[n]) : 0.0;
-            count += c->finite;
-        }
         for (curve *c = m->curve; c < m->curve + m->heads; c++)
-            c->drawn[n] = own_share * c->loss[n] + (1.0 - own_share) * log(sum / count);
+            c->drawn[n] = own_share * c->loss[n] + (1.0 - own_share) * log(sum / (double)m->heads);
     }
 }
 

@@ -165,6 +165,9 @@ def test_another_goal():
     check(timeless(read("p.json")) == timeless(read("new.json")), "as a new file")
     tune("a", "--held-out", "b", *SUBMASS, "--density", 0.5, "--threads", 1)
     check(read("p.json") == read("half.json"), "and back, by one thread")
+    tune("a", *SUBMASS, "--density", 0.5, out="alone.json")
+    check(list(map(timeless, curve_lines("alone.json"))) == list(map(timeless, before)),
+          "what is held out is not tuned on")
     loss = x["loss"] * 1.1
     y, p = tune("a", "--held-out", "b", *SUBMASS, "--loss", loss)
     check(p["loss"] and p["density"] is None and y["density"] < x["density"] and

@@ -262,7 +262,7 @@ Test(loss, refuses_what_cannot_be_measured)
     REFUSES(SPARGE_ERR_ARGUMENT, "tau of spargeattn is 1.5", a.point[4].first = 1.5);
     REFUSES(SPARGE_ERR_SHAPE, "input 1 has 2 heads", a.in[1].problem.heads = 2);
     REFUSES(SPARGE_ERR_SHAPE, "input 0 is empty", a.in[0].problem.k_len = 0);
-    REFUSES(SPARGE_ERR_UNSUPPORTED, "dense has no parameter that sets its density",
+    REFUSES(SPARGE_ERR_ARGUMENT, "dense has no parameter that sets its density",
             a.method = method_of("dense"));
     if (!sparge_backend_built(SPARGE_CUDA))
         REFUSES(SPARGE_ERR_UNSUPPORTED, "backend is cuda", a.o.backend = SPARGE_CUDA);

@@ -313,7 +313,7 @@ Test(price, refuses_what_cannot_be_chosen)
     check_equal(sparge_loss_choose(method_of("submass"), &got, 0, 1, &half, &got, NULL),
                 SPARGE_ERR_ARGUMENT);
     check_equal(sparge_loss_choose(method_of("dense"), &got, 1, 1, &half, &got, NULL),
-                SPARGE_ERR_UNSUPPORTED);
+                SPARGE_ERR_ARGUMENT);
 }
 
 Test(price, choosing_without_memory)
