@@ -8,7 +8,7 @@ attend      attention(), predict(), attend() over a given mask; plan() and metho
 masks       BlockMask
 judge       check(), which makes a Report; oracle(), the truth in double; sparge.testing
 look        plot(); intermediates() and Reason: every step, and why a block is kept
-thresholds  tune(), load_params()
+thresholds  tune(), load_params(); measure_loss() and choose_by_loss(), for all layers together
 order       token_order(), permute(), unpermute(), of images and video
 here        info(): the version, and what this machine can run
 
@@ -29,6 +29,7 @@ from sparge._check import check
 from sparge._counts import Counts
 from sparge._info import info
 from sparge._inspect import Reason, intermediates, oracle
+from sparge._loss import LossPoints, choose_by_loss, measure_loss
 from sparge._mask import BlockMask
 from sparge._methods import Method, Param, State, methods
 from sparge._order import Grid, permute, token_order, unpermute
@@ -39,7 +40,8 @@ from sparge._result import Stats
 from sparge._tune import Tuned, TunedHead, TuneErrors, tune
 from sparge.plotting import plot
 
-__all__ = ["BlockMask", "Counts", "Grid", "Method", "Param", "Params", "Part", "Plan", "Reason",
-           "Report", "State", "Stats", "Thresholds", "TuneErrors", "Tuned", "TunedHead", "attend",
-           "attention", "check", "info", "intermediates", "load_params", "methods", "oracle",
-           "permute", "plan", "plot", "predict", "token_order", "tune", "unpermute"]
+__all__ = ["BlockMask", "Counts", "Grid", "LossPoints", "Method", "Param", "Params", "Part", "Plan",
+           "Reason", "Report", "State", "Stats", "Thresholds", "TuneErrors", "Tuned", "TunedHead",
+           "attend", "attention", "check", "choose_by_loss", "info", "intermediates", "load_params",
+           "measure_loss", "methods", "oracle", "permute", "plan", "plot", "predict", "token_order",
+           "tune", "unpermute"]

@@ -206,6 +206,14 @@ def _problems(inputs: Sequence[tuple[Any, Any, Any]], options: Options) -> list[
             raise ValueError(f"{name} is {why}: leave it out")
     layout = options.get("layout", DEFAULTS["layout"])
     problems = [Problem(*_three(n, some), layout) for n, some in enumerate(inputs)]
+    like_the_first(problems)
+    for problem in problems:
+        causal(options.get("is_causal", False), problem.c.q_len, problem.c.k_len)
+    return problems
+
+
+def like_the_first(problems: Sequence[Problem]) -> None:
+    """That inputs are in host memory, and have the same heads and channels."""
     if not problems:
         raise ValueError("inputs is empty, it must have (q, k, v) of at least one sample")
     first = problems[0].c
@@ -213,12 +221,10 @@ def _problems(inputs: Sequence[tuple[Any, Any, Any]], options: Options) -> list[
         if problem.q.device != "cpu":
             raise ValueError(f"q of inputs[{n}] is on {problem.q.device}, and tune() reads inputs "
                              "in host memory: give q.cpu()")
-        causal(options.get("is_causal", False), problem.c.q_len, problem.c.k_len)
         for name in SHARED:
             if getattr(problem.c, name) != getattr(first, name):
                 raise ValueError(f"inputs[{n}] has {name} {getattr(problem.c, name)}, it must be "
                                  f"{getattr(first, name)} as of inputs[0]")
-    return problems
 
 
 def _three(n: int, some: Any) -> tuple[Any, Any, Any]:
