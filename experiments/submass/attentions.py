@@ -15,7 +15,7 @@ from names import DENSE, TUNED  # noqa: E402
 SETTINGS = HERE / "settings.csv"
 DENSITIES = ["0.5", "0.3", "0.2"]
 BLOCKS = "128x64"
-FINER = ["64x16"]
+FINER = ["64x64", "64x32", "64x16"]
 # What one number for the model sets: the method, its other parameters, and its own.
 TAU, WHOLE, CELLS = ("SpargeAttn, one tau", "SpargeAttn's scores, one t", "submass, one t")
 ONE = {
@@ -95,6 +95,7 @@ def everything():
 
 
 def at_half():
-    """One setting of each rule, for all lengths, in the usual blocks."""
-    return [a for a in everything()
-            if a.wanted in ("", DENSITIES[0]) and a.blocks == BLOCKS and not a.lambda_]
+    """One setting of each rule but those of the files that lm/ has at all lengths, in the usual
+    blocks."""
+    return [a for a in everything() if a.rule in (*DENSE.values(), TAU, CELLS, BY_LOSS)
+            and a.wanted in ("", DENSITIES[0]) and a.blocks == BLOCKS and not a.lambda_]
