@@ -21,7 +21,7 @@ SOURCES = {  # what --full needs first: about how many seconds it takes, and how
     "weights": (60, [["experiments/lm/get_model.sh"], ["experiments/capture/texts.py"]]),
     "lm": (7000, [["experiments/lm/run.py", "--sparge", "{sparge}", "--sparge-lm", "{lm}", step]
                   for step in ("ppl", "needle", "time")]),
-    "losses": (9500, [["experiments/submass/measure.py", "--sparge", "{sparge}", "--sparge-lm",
+    "losses": (10400, [["experiments/submass/measure.py", "--sparge", "{sparge}", "--sparge-lm",
                         "{lm}", step] for step in ("tune", "ppl", "needle", "time")]),
     "clips": (20, [["experiments/video/clips.py", "vtest", "cup"]]),
     "video": (3500, [["experiments/video/capture.py"],
