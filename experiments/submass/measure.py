@@ -112,11 +112,13 @@ def rows_of(args, command, attentions, tokens, files, options):
 
 
 def measure(args, command, files, columns, *options):
-    """Everything at the length that was tuned at, and one setting of each rule at the others, into
-    a table. Figures of single layers stay in build/submass."""
+    """One setting of each rule at every length, and for perplexity everything at the length that
+    was tuned at, into a table. Figures of single layers stay in build/submass."""
     rows = []
     for tokens in LENGTHS:
-        attentions = everything() if tokens == TUNED_AT else at_half()
+        if command == "needle" and tokens > TUNED_AT:
+            break
+        attentions = everything() if command == "ppl" and tokens == TUNED_AT else at_half()
         rows += rows_of(args, command, attentions, tokens, files, options)
         write_csv(HERE / f"{command}.csv", rows, [
             "rule", "wanted", "blocks", "lambda", "attention", "attention_sha256", "text",
