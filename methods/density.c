@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* density.c: the plan of a wanted density, by bisection of a method's first parameter. */
+/* density.c: the plan of a wanted density, by a search for a method's first parameter. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,9 +36,26 @@ typedef struct search {
     double *param;
 } search;
 
+/* The places that the search is between, their densities, and how near those are near enough:
+ * where a backend predicts whole blocks, one of them apart. */
+typedef struct bracket {
+    int64_t low, high;
+    double below, above, grain;
+} bracket;
+
+/* The next place to try: the default of the parameter; then by turns where a line between the ends
+ * has the density, and the middle. */
+static int64_t next_place(const sparge_method *m, const bracket *b, double density, int tried)
+{
+    const double share = tried % 2 ? (density - b->below) / (b->above - b->below) : 0.5;
+    const int64_t usual = place_of(m, m->param[0].usual);
+    const int64_t line = b->low + (int64_t)(share * (double)(b->high - b->low));
+    return sparge_max(b->low + 1, sparge_min(b->high - 1, tried ? line : usual));
+}
+
 /* The plan at one value of the parameter and its density; NaN if no query sees a key. */
 static sparge_status try_place(const search *s, int64_t place, sparge_plan *plan, double *density,
-                               sparge_error *error)
+                               double *grain, sparge_error *error)
 {
     const int64_t heads = s->problem->batch * s->problem->heads;
     s->param[0] = value_at(s->method, place);
@@ -53,6 +70,10 @@ static sparge_status try_place(const search *s, int64_t place, sparge_plan *plan
     for (int64_t n = 0; n < heads && !status; n++)
         sparge_counts_add(&sum, &head[n]);
     *density = sum.tokens ? sparge_density_tokens(&sum) : (double)NAN;
+    const sparge_options *o = &plan->part[0].options;
+    *grain = !status && plan->part[0].predicted
+                 ? (double)(o->block_q * o->block_k) / (double)sum.tokens
+                 : 0.0;
     free(head);
     if (status)
         sparge_plan_free(plan);
@@ -85,31 +106,30 @@ sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_pr
                            method->name);
     const double most = (double)problem->q_len + (double)problem->k_len; /* whole numbers count */
     const double last = q->whole ? fmax(q->low, fmin(q->high, most)) : q->high;
-    int64_t low = place_of(method, method->falls ? last : q->low),
-            high = place_of(method, method->falls ? q->low : last);
-    double below, above;
+    bracket b = {.low = place_of(method, method->falls ? last : q->low),
+                 .high = place_of(method, method->falls ? q->low : last)};
     sparge_plan lower = {0}, upper = {0};
-    sparge_status status = try_place(&s, low, &lower, &below, error);
+    sparge_status status = try_place(&s, b.low, &lower, &b.below, &b.grain, error);
     if (!status)
-        status = try_place(&s, high, &upper, &above, error);
-    if (!status && !(density >= below && density <= above))
+        status = try_place(&s, b.high, &upper, &b.above, &b.grain, error);
+    if (!status && !(density >= b.below && density <= b.above))
         status = sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                             isnan(below) ? "density %g cannot be reached: no query sees a key"
-                                          : "density %g cannot be reached: with %s from %g to %g "
-                                            "it goes from %.6g to %.6g",
-                             density, q->name, value_at(method, low), value_at(method, high), below,
-                             above);
-    while (!status && high - low > 1 && below < above) {
-        const int64_t middle = low + (high - low) / 2;
+                             isnan(b.below) ? "density %g cannot be reached: no query sees a key"
+                                            : "density %g cannot be reached: with %s from %g to %g "
+                                              "it goes from %.6g to %.6g",
+                             density, q->name, value_at(method, b.low), value_at(method, b.high),
+                             b.below, b.above);
+    for (int n = 0; !status && b.high - b.low > 1 && b.above - b.below > b.grain; n++) {
+        const int64_t place = next_place(method, &b, density, n);
         sparge_plan tried;
         double reached;
-        status = try_place(&s, middle, &tried, &reached, error);
+        status = try_place(&s, place, &tried, &reached, &b.grain, error);
         const bool fits = !status && reached <= density;
         sparge_plan_free(status ? NULL : fits ? &lower : &upper);
         if (!status) {
             *(fits ? &lower : &upper) = tried;
-            *(fits ? &low : &high) = middle;
-            *(fits ? &below : &above) = reached;
+            *(fits ? &b.low : &b.high) = place;
+            *(fits ? &b.below : &b.above) = reached;
         }
     }
     if (status) {
@@ -117,8 +137,8 @@ sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_pr
         sparge_plan_free(&upper);
         return status;
     }
-    const bool lies_lower = density - below <= above - density;
-    param[0] = value_at(method, lies_lower ? low : high);
+    const bool lies_lower = density - b.below <= b.above - density;
+    param[0] = value_at(method, lies_lower ? b.low : b.high);
     *plan = lies_lower ? lower : upper;
     sparge_plan_free(lies_lower ? &upper : &lower);
     return SPARGE_OK;

@@ -17,7 +17,8 @@ int main(int argc, char **argv)
     };
     static const program sparge = {
         "sparge",
-        "SpargeAttn: training-free block-sparse int8 attention (arXiv 2502.18137).",
+        "SpargeAttn: training-free block-sparse int8 attention (arXiv 2502.18137). What to try "
+        "first: sparge run FILE --method submass --density 0.5",
         commands,
         sizeof commands / sizeof *commands,
     };

@@ -4,6 +4,10 @@ methods beside it, and a judge for kernels; on arrays of numpy and tensors of to
 
     o = sparge.attention(q, k, v, is_causal=True)  # [H, N, D] or [B, H, N, D]
 
+What to try first, as it needs no tuning and loses least:
+
+    o = sparge.attention(q, k, v, is_causal=True, method="submass", density=0.5)
+
 attend      attention(), predict(), attend() over a given mask; plan() and methods() for others
 masks       BlockMask
 judge       check(), which makes a Report; oracle(), the truth in double; sparge.testing
