@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* device.cu: what the device at hand can do: its limits, which kernel runs for a call, its memory
  * for programs that have no CUDA of their own. */
-#include "common/thresholds.h"
 #include "gpu/host.h"
 
 using namespace sparge;
@@ -143,17 +142,6 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o,
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "blocks are %lld x %lld, the cuda backend has 128 x 64 alone",
                            (long long)o->block_q, (long long)o->block_k);
-    if (o->cell)
-        return sparge_fail(
-            error, SPARGE_ERR_UNSUPPORTED,
-            "cell is %lld, which the cuda backend does not have, but ref and cpu have",
-            (long long)o->cell);
-    for (int64_t h = 0; h < p->heads; h++)
-        if (sparge_thresholds_of(o, h)->min_mass > 0.0f)
-            return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
-                               "min_mass is %g, which the cuda backend does not have, but ref and "
-                               "cpu have",
-                               (double)sparge_thresholds_of(o, h)->min_mass);
     if (p->dim > MAX_WIDTH || p->dim_v > MAX_WIDTH)
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "dim is %lld and dim_v %lld, the cuda backend has at most 128",
@@ -166,7 +154,8 @@ sparge_status sparge_cuda_resolve(const sparge_problem *p, sparge_options *o,
             error, SPARGE_ERR_UNSUPPORTED,
             "q_len %lld, k_len %lld, batch %lld and heads %lld are too much for one launch",
             (long long)p->q_len, (long long)p->k_len, (long long)p->batch, (long long)p->heads);
-    if (!predict_fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
+    const auto fits = o->cell ? cells_fit : predict_fits;
+    if (!fits(sparge_ceil_div(p->k_len, BLOCK_K), d.shared_limit))
         return sparge_fail(error, SPARGE_ERR_UNSUPPORTED,
                            "k_len is %lld, a row of its blocks does not fit into shared memory",
                            (long long)p->k_len);

@@ -51,8 +51,12 @@ static void lay_out_prediction(work &w, const call &c, arena &a)
         w.k_mean = take_unless(t.k_mean, a, kv * w.dim);
     }
     if (c.predicts) {
-        w.q_pool = take_unless(t.q_pool, a, lines * w.dim);
-        w.k_pool = take_unless(t.k_pool, a, blocks * w.dim);
+        w.q_pool = take_unless(w.cell ? NULL : t.q_pool, a, lines * w.dim);
+        w.k_pool = take_unless(w.cell ? NULL : t.k_pool, a, blocks * w.dim);
+        if (w.cell) {
+            w.q_cell = take<float>(a, lines * w.dim * (BLOCK_Q / w.cell));
+            w.k_cell = take<float>(a, kv * w.dim * w.cells.k_blocks);
+        }
         w.q_sim = take_unless(t.q_sim, a, lines);
         w.k_sim = take_unless(t.k_sim, a, blocks);
         w.mask = take_unless(c.mask->bits, a, lines * w.words);
@@ -140,6 +144,9 @@ static int64_t lay_out(work &w, const call &c, void *base)
     w.v = p->v;
     w.softmax_scale = o->softmax_scale;
     w.sink = o->sink;
+    w.cell = (int)o->cell;
+    if (w.cell)
+        w.cells = sparge_geometry_make(p->q_len, p->k_len, w.cell, w.cell, o->causal);
     w.pv = o->pv_dtype;
     w.skip_rows = (int)o->skip_rows;
     w.may_skip = c.attends && may_skip(p, o);
@@ -283,13 +290,14 @@ static sparge_status mark(stopwatch &watch, cudaStream_t stream, sparge_error *e
 
 static sparge_status queue(const work &w, const call &c, stopwatch &watch, sparge_error *error)
 {
+    const auto choose = w.cell ? predict_cells : predict;
     const struct {
         const char *name;
         cudaError_t (*queue)(const work &, cudaStream_t); /* NULL: not in this call */
         bool marks;                                       /* the clock is read after it */
     } steps[] = {
         {"the launch of prepare", prepare, true},
-        {"the launch of predict", c.predicts ? predict : NULL, true},
+        {"the launch of predict", c.predicts ? choose : NULL, true},
         {"cudaMemsetAsync", w.skipped ? clear_skipped : NULL, false},
         {"the launch of plan", w.order ? plan : NULL, false},
         {"the launch of attend", c.attends ? attention_of(c.o->cuda.kernel) : NULL, false},

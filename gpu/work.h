@@ -41,6 +41,10 @@ struct work {
     float *k_mean;         /* [kv][dim]; NULL: smooth_k is off */
     float *q_pool, *q_sim; /* [n][q_blocks][dim], [n][q_blocks] */
     float *k_pool, *k_sim; /* [kv][k_blocks][dim], [kv][k_blocks] */
+    int cell;              /* tokens of a cell; 0: by blocks */
+    sparge_geometry cells; /* of cells */
+    float *q_cell;         /* [n][q_blocks][dim][BLOCK_Q / cell]: their mean rows */
+    float *k_cell;         /* [kv][dim][cells of k_len] */
     float *s_all, *s;      /* [n][q_blocks][k_blocks], intermediates */
     uint8_t *why;
     uint32_t *mask; /* [n][q_blocks][words]; NULL: dense */
@@ -227,10 +231,12 @@ SPARGE_DEVICE void store_state(const work &w, const query_block &q, int r, const
 
 /* The mean key, pooled rows, codes: at most 3 launches. */
 cudaError_t prepare(const work &w, cudaStream_t stream);
-/* The mask: 1 launch. */
+/* The mask by blocks, or by cells: 1 launch, or 2. */
 cudaError_t predict(const work &w, cudaStream_t stream);
-/* Does a row of S fit into shared memory? */
+cudaError_t predict_cells(const work &w, cudaStream_t stream);
+/* Does a row of blocks fit into shared memory? */
 bool predict_fits(int64_t k_blocks, int shared_limit);
+bool cells_fit(int64_t k_blocks, int shared_limit);
 /* The order of kernel 5: 1 launch. */
 cudaError_t plan(const work &w, cudaStream_t stream);
 /* lse, counters, NaN, rows without keys: 2 launches. */

@@ -157,7 +157,8 @@ problem usual(const kernel *r)
     const shape s = shape_of(1, 2, 1, 150, 200, 24, 40);
     problem x = question(&s, r);
     x.o.causal = SPARGE_CAUSAL_END;
-    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -1.0f, 0};
+    x.o.cell = r->n % 2 ? 0 : 16;
+    x.o.thresholds = (sparge_thresholds){0.2f, 0.7f, SPARGE_OFF, -1.0f, 0.5f};
     return x;
 }
 

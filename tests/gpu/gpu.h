@@ -57,7 +57,7 @@ void compare(const problem *x, const kernel *r, const reply *got, const reply *w
 /* Asks both and compares. */
 void verify_with(problem *x, const kernel *r, const terms *t);
 void verify(problem *x, const kernel *r, bool predict);
-/* Stage 1 alone: the mask is ref's, whose rows have so many words to spare. */
+/* Stage 1 alone: the mask, whose rows have so many words to spare, and intermediates are ref's. */
 void verify_prediction(problem *x, const kernel *r, int64_t spare);
 
 /* How far answers lay from the judge at most, as a share of what is allowed; printed by a test at

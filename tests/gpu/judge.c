@@ -468,19 +468,25 @@ void verify(problem *x, const kernel *r, bool predict)
 void verify_prediction(problem *x, const kernel *r, int64_t spare)
 {
     sparge_mask want = wide_mask(x, spare), got = wide_mask(x, spare);
+    answer a = answer_make(x, SPARGE_F32, PACKED), b = answer_make(x, SPARGE_F32, PACKED);
     sparge_error error;
     x->o.backend = SPARGE_REF;
     x->o.cuda.kernel = 0;
-    check(sparge_predict(&x->p, &x->o, &want, NULL, &error) == SPARGE_OK, "%s", error.text);
+    check(sparge_predict(&x->p, &x->o, &want, &a.intermediates, &error) == SPARGE_OK, "%s",
+          error.text);
     use(x, r);
     twins there = {.count = 0};
     const sparge_problem p = twin_problem(&there, x);
+    const sparge_intermediates t = twin_trace(&there, &b.intermediates);
     sparge_mask m = twin_mask(&there, &got);
-    check(sparge_predict(&p, &x->o, &m, NULL, &error) == SPARGE_OK, "%s", error.text);
+    check(sparge_predict(&p, &x->o, &m, &t, &error) == SPARGE_OK, "%s", error.text);
     twins_fetch(&there);
     twins_free(&there);
+    same_traces(x, &b, &a, true);
     check_same_as("mask", got.bits, want.bits,
                   want.batch * want.heads * want.q_blocks * want.words);
     check_free(got.bits);
     check_free(want.bits);
+    answer_free(&a);
+    answer_free(&b);
 }

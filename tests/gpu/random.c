@@ -50,6 +50,10 @@ static void ask_at_random(int64_t n, const kernel *r, totals *sum)
     x.o.causal = (sparge_causal)check_int(SPARGE_CAUSAL_NONE, SPARGE_CAUSAL_START);
     sparge_thresholds each[6];
     vary(&x, each);
+    x.o.cell = check_int(0, 1) ? (int64_t)1 << check_int(0, 6) : 0;
+    for (int h = 0; h < 6; h++)
+        each[h].min_mass = check_int(0, 1) ? check_uniform(0.0f, 2.0f) : 0.0f;
+    x.o.thresholds.min_mass = each[0].min_mass;
     const terms t = {check_int(0, 2) != 0, dtype_at_random(), layout_at_random(), check_int(0, 2)};
     if (!t.predict && check_int(0, 3))
         mask_at_random(&x);

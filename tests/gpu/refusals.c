@@ -81,6 +81,12 @@ Test(refusals, sizes_that_the_backend_does_not_have)
     p.k_len = (int64_t)1 << 28;
     refused(&p, &o, SPARGE_ERR_UNSUPPORTED,
             "k_len is 268435456, a row of its blocks does not fit into shared memory");
+    p.k_len = 64 * 40000; /* the row fits, but with cells there is more */
+    int64_t bytes;
+    check_equal(sparge_workspace_bytes(&p, &o, true, &bytes, NULL), SPARGE_OK);
+    o.cell = 8;
+    refused(&p, &o, SPARGE_ERR_UNSUPPORTED, "k_len is 2560000, a row of its blocks does not fit");
+    o = x.o;
     p.k_len = ((int64_t)1 << 30) + 1;
     refused(&p, &o, SPARGE_ERR_UNSUPPORTED, "too much for one launch");
     p = x.p;
@@ -96,7 +102,6 @@ Test(refusals, sizes_that_the_backend_does_not_have)
         for (int64_t rows = 1; rows < 140; rows++) {
             x.o.skip_rows = rows;
             const bool has = rows == 16 || rows == 32 || rows == 64 || rows >= 128;
-            int64_t bytes;
             if (!has)
                 refused(&x.p, &x.o, SPARGE_ERR_UNSUPPORTED,
                         "kernel is 5, which tests lambda for 16, 32, 64 or 128 rows");

@@ -413,7 +413,7 @@ def test_cuda():
         check(np.abs(lse - l_ref).max() < 1e-3, args, "lse", np.abs(lse - l_ref).max())
         for key in "pairs", "sparsity", "sparsity_qk", "sparsity_per_head":
             check(x[key] == ref[key], args, key, x[key], ref[key])
-    for name in "window:window=50,sink=3", "pisa0:block=32", "xattention:block=64":
+    for name in "window:window=50,sink=3", "pisa0:block=32", "xattention:block=64", "submass:t=1":
         x, y = (fine("run", *qkv, "--backend", *how, "-o", f"{how[0]}.npy", "--method", name,
                      "--pairs-out", f"{how[0]}_p.npy", *EXACT[1:])
                 for how in (["cuda", "--kernel", 1], ["ref"]))
