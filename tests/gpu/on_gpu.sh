@@ -177,6 +177,10 @@ torch 64 --q-len 32768 --dim 64
 speed 5:fp8 short $short --sparsity $shares $both
 torch flex $long --sparsity 0.5,0.9
 speed "${best:-none}" longest --q-len 131072 --dim 128 --heads 8 --mask-kind predicted
+for cell in 0 16 8; do # seconds_predict by blocks and by cells
+    step "predict_cell_$cell" 40 "$bench" bench --backend cuda --json --heads 32 --repeat 7 $long \
+        --mask-kind predicted --min-mass 0.2 --cell $cell ${model:+--q-len 129 --heads 2}
+done
 step table 20 python3 experiments/gpu_speed/table.py "$out"
 [ -e "$out/results.csv" ] && awk -F, 'NR > 1 { printf "%s %s %s D %s N %s causal %s %s %s,%s,TOPS,\n",
     $1, $2, $3, $4, $5, $7, $8, $9, $13 }' "$out/results.csv" >>"$table"
