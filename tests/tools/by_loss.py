@@ -43,7 +43,7 @@ def tensors_of(seed, tokens=TOKENS):
     q[:, 1:] += 2 * centre
     k += (1.5 * centre).astype(np.float32)
     g *= np.array([0.1, 1, 10], np.float32)[:, None, None] * 0.01
-    return dict(q=q, k=k, v=v, g=g)
+    return dict(q=q, k=k, v=v, g=g.astype(np.float16).astype(np.float32))
 
 
 def texts(*names):
@@ -176,6 +176,20 @@ def test_another_goal():
           "--loss", loss, "-o", "p.json", *BLOCKS)
     keeps("p.json", FILE, "other captures or other options", "tune", "a", "--held-out", "b", "--by",
           "loss", "--method", "submass:cell=16", "--loss", loss, "-o", "p.json", *BLOCKS)
+
+
+def test_types():
+    """g in float16, and tokens before heads."""
+    texts("a")
+    tune("a", *SUBMASS, "--density", 0.5)
+    before, nhd = list(map(timeless, curve_lines())), ["--layout", "nhd"]
+    for layer in range(LAYERS):
+        x = tensors_of([ord("a"), layer])
+        save_safetensors(f"a/layer{layer}.safetensors", **{
+            key: ("F16" if key == "g" else "F32", t.transpose(0, 2, 1, 3))
+            for key, t in x.items()})
+    tune("a", *SUBMASS, "--density", 0.5, *nhd, out="q.json")
+    check(list(map(timeless, curve_lines("q.json"))) == before, "the same curves")
 
 
 def test_spargeattn():
