@@ -109,6 +109,21 @@ def test_autograd(tmp_path, dtype, apart):
         assert (g - want).norm() <= apart * want.norm()
 
 
+def test_fisher_information(tmp_path):
+    """Half the mean of (g . d)^2 over many draws is the KL divergence that d costs."""
+    draws, model = 200, llama().double()
+    way = torch.zeros(1, TOKENS, HEADS, DIM, dtype=torch.float64)
+    way[:, :, 2] = 0.01 * torch.randn(1, TOKENS, DIM, generator=torch.Generator().manual_seed(4))
+    got = gradients(tmp_path, model, lambda: model(tokens().expand(draws, -1)), layers=[1])
+    found = (got[0] * way.transpose(1, 2)).sum((1, 2, 3)).square().mean().item() / 2
+    with torch.no_grad():
+        before = model(tokens()).logits.log_softmax(-1)
+        outputs(model, lambda n, o: (o + way.flatten(2),) if n == 1 else None)
+        after = model(tokens()).logits.log_softmax(-1)
+    want = (before.exp() * (before - after)).sum().item()
+    assert abs(found / want - 1) < 4 * (2 / draws)**0.5
+
+
 def test_a_batch_and_chosen_heads(tmp_path):
     model = llama()
     want = by_autograd(model, labels_of(model, tokens(2)), tokens(2))
