@@ -159,18 +159,19 @@ def tuned(l2, key):
     return column(rows("tune", l2=l2), key)
 
 
-def submass(rule, wanted, tokens=4096):
-    """Of blocks of 128 x 64, without lambda."""
-    return rows("submass", **{"rule": rule, "wanted": wanted, "blocks": "128x64", "lambda": "",
+def submass(rule, wanted, tokens=4096, blocks="128x64"):
+    """Without lambda."""
+    return rows("submass", **{"rule": rule, "wanted": wanted, "blocks": blocks, "lambda": "",
                               "tokens": tokens})[0]
 
 
-def lost_by(rule, wanted):
-    return float(submass(rule, wanted)["change"])
+def lost_by(rule, blocks, wanted):
+    return float(submass(rule, wanted, blocks=blocks)["change"])
 
 
-def lost_at_worst(rule, wanted):
-    return max(number(x) for key, x in submass(rule, wanted).items() if key.startswith("change_"))
+def lost_at_worst(rule, blocks, wanted):
+    return max(number(x) for key, x in submass(rule, wanted, blocks=blocks).items()
+               if key.startswith("change_"))
 
 
 def needles_kept():
@@ -214,7 +215,8 @@ MEASURED = {  # by item and the place of the band in bands.csv
               lambda: layers("step")[-1] - layers("step")[0],
               lambda: max(abs(x - statistics.mean(layers("sample"))) for x in layers("sample")),
               spread_of_heads],
-    "submass": [*(partial(what, rule, wanted) for rule in (ONE_T, BY_LOSS)
+    "submass": [*(partial(what, rule, blocks, wanted) for rule, blocks in (
+        (ONE_T, "128x64"), (BY_LOSS, "128x64"), (BY_LOSS, "64x16"))
                   for what in (lost_by, lost_at_worst) for wanted in ("0.5", "0.3")),
                 needles_kept, lambda: number(submass(ONE_T, "0.5", 8192)["speed"]), density_missed],
 }
