@@ -61,7 +61,7 @@ struct sparge_intermediates {
     float *q_sim;   /* [batch][heads][q_blocks], mean cosine */
     float *k_sim;   /* [batch][kv_heads][k_blocks], mean cosine */
     float *s_all;   /* [batch][heads][q_blocks][k_blocks], natural units; invisible: -inf. With
-                       cells the masses, which add up to 1 */
+                       cells the masses, which add up to 1, or are all 0 */
     float *s;       /* the same, and without cells -inf if the keys are not self-similar */
     uint8_t *why;   /* [batch][heads][q_blocks][k_blocks], bits of sparge_reason; 0: skipped */
     int16_t *q_int; /* [batch][heads][q_len][dim] */

@@ -90,8 +90,9 @@ typedef struct sparge_thresholds {
     float lambda;   /* P.V is skipped if max - running max <= lambda (natural log), -inf to 0;
                        default -inf: never */
     float min_mass; /* mass above which a key block is kept, in even shares: 1 is what each block
-                       has if all of the call's have the same; at least 0; default 0: off. It is of
-                       this project, not of the paper: methods/README.md */
+                       has if all of the call's have the same; at least 0; default 0: off. A row
+                       without such a block, sink or diagonal keeps none. It is of this project,
+                       not of the paper: ref/README.md, methods/submass.c */
 } sparge_thresholds;
 
 typedef struct sparge_cuda_options {

@@ -75,6 +75,8 @@ Test(cpu, questions_at_random)
         x.o.skip_rows = check_int(0, 1) ? 0 : check_int(1, 140);
         sparge_thresholds each[6];
         vary(&x, each);
+        if (check_int(0, 1))
+            masses_at_random(&x, each, 128);
         const way how = check_int(0, 3) ? ATTENTION : ATTEND;
         const sparge_dtype dtype = how == ATTEND ? dtype_at_random() : SPARGE_F32;
         if (how == ATTEND && check_int(0, 3))

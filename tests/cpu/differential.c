@@ -105,6 +105,8 @@ static void ask_wildly(void)
     make_wild(&x.v);
     sparge_thresholds each[6];
     vary(&x, each);
+    if (check_int(0, 1))
+        masses_at_random(&x, each, check_int(0, 1) ? 16 : 128);
     if (check_int(0, 2) == 0)
         x.o.softmax_scale = fabsf(sized(-126, 126));
     broadcast(&x.p.q);

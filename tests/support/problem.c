@@ -715,6 +715,27 @@ sparge_thresholds thresholds_at_random(void)
                                .lambda = lambda[check_int(0, 5)]};
 }
 
+static void min_mass_at_random(sparge_thresholds *t)
+{
+    static const float least[] = {0.0f, 0x1p-149f, 0.2f, 0.9f, 1.0f, 2.5f, FLT_MAX};
+    t->min_mass = least[check_int(0, 6)];
+    if (t->min_mass > 0.0f && check_int(0, 1))
+        t->tau = t->topk = SPARGE_OFF;
+}
+
+void masses_at_random(problem *x, sparge_thresholds each[6], int64_t longest)
+{
+    const int64_t cell = check_int(1, check_int(0, 1) ? 8 : longest);
+    x->o.cell = cell;
+    x->o.block_q = cell * check_int(1, longest / cell);
+    x->o.block_k = cell * check_int(1, longest / cell < 64 ? longest / cell : 64);
+    if (check_int(0, 3) == 0)
+        x->o.cell = 0;
+    min_mass_at_random(&x->o.thresholds);
+    for (int h = 0; h < 6; h++)
+        min_mass_at_random(&each[h]);
+}
+
 const sparge_dtype precisions[5] = {SPARGE_INT8, SPARGE_INT12, SPARGE_F32, SPARGE_F16, SPARGE_FP8};
 
 sparge_dtype dtype_at_random(void) { return (sparge_dtype)check_int(SPARGE_F32, SPARGE_BF16); }

@@ -76,6 +76,9 @@ sparge_dtype dtype_at_random(void);
 tensor_layout layout_at_random(void);
 /* Options, thresholds (of at most six heads, in `each`) and special values at random, written. */
 void vary(problem *x, sparge_thresholds each[6]);
+/* Then, for the backends that have them: min_mass, and blocks of at most `longest` tokens with
+ * cells that divide them. */
+void masses_at_random(problem *x, sparge_thresholds each[6], int64_t longest);
 void mask_at_random(problem *x); /* now and then every other row of blocks is empty */
 
 /* Masks of the shape under x->o; each throws away the one before. */
