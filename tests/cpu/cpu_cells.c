@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* cpu_cells.c: masses of cells, and masks by min_mass, on every instruction set beside the reference,
- * bit for bit. */
+/* cpu_cells.c: masses of cells, and masks by min_mass, on every instruction set beside the
+ * reference, bit for bit. */
 #include <float.h>
 #include <math.h>
 
