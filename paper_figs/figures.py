@@ -381,6 +381,7 @@ def submass():
     rows = [r for r in of_item("submass") if not r["lambda"]]
     colors = dict(zip(dict.fromkeys(r["rule"] for r in rows if r["rule"] != "dense, f32"),
                       ("black", PAPER, "#b0413e", ACCENT, OTHER, INK, HALF)))
+    lines = {"128x64": "-", "64x64": "--", "64x32": "-.", "64x16": ":"}
     panels = [("kl", "density", "KL from dense f32, 0.01 nat for each token"),
               ("change", "density", "perplexity, % over dense f32"),
               ("kl", "tokens", "KL, the settings of half density")]
@@ -393,7 +394,7 @@ def submass():
                 found = [r for r in found if r["wanted"] in ("", "0.5") and blocks == "128x64"]
             if rule in colors and found:
                 style = {"marker": "o" if found[0]["wanted"] else "D", "markersize": 4,
-                         "linestyle": "-" if blocks == "128x64" else "--"}
+                         "linestyle": lines[blocks]}
                 axis.plot(column(found, by), 100 * column(found, key), color=colors[rule],
                           label=f"{rule}, {blocks}", **style)
         axis.set(xlabel=by, ylabel=label)
@@ -406,8 +407,9 @@ def submass():
     for axis, ticks in zip(axes, (losses, (-0.5, 0, 0.5, *losses[2:-1]), losses)):
         axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
-    lines = {line.get_label(): line for axis in axes for line in axis.lines}
-    figure.legend(handles=lines.values(), fontsize=7, ncols=4, loc="outside lower center")
+    labels = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(handles=labels.values(), fontsize=7, ncols=4, handlelength=4,
+                  loc="outside lower center")
     return figure
 
 
