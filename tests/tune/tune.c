@@ -1169,7 +1169,7 @@ static void same_tuned(const sparge_tuned *got, const sparge_tuned *want)
 }
 
 static const sparge_tuned untouched = {
-    .finite = true, .thresholds = {9, 8, 7, 6}, .dense_passes = 5, .seconds = 4};
+    .finite = true, .thresholds = {9, 8, 7, 6, 0}, .dense_passes = 5, .seconds = 4};
 
 static bool is_untouched(const sparge_tuned *t)
 {
