@@ -95,7 +95,6 @@ def everything():
 
 
 def at_half():
-    """One setting of each rule but those of the files that lm/ has at all lengths, in the usual
-    blocks."""
-    return [a for a in everything() if a.rule in (*DENSE.values(), TAU, CELLS, BY_LOSS)
-            and a.wanted in ("", DENSITIES[0]) and a.blocks == BLOCKS and not a.lambda_]
+    """One setting of each rule, for all lengths, in the usual blocks."""
+    return [a for a in everything()
+            if a.wanted in ("", DENSITIES[0]) and a.blocks == BLOCKS and not a.lambda_]
