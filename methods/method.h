@@ -28,6 +28,16 @@ static inline uint64_t sparge_mix(uint64_t x)
     return x ^ x >> 31;
 }
 
+/* One of 2^64, by all four numbers. */
+static inline uint64_t sparge_hash(uint64_t seed, int64_t n, int64_t i, int64_t j)
+{
+    const int64_t word[3] = {n, i, j};
+    uint64_t x = seed;
+    for (int e = 0; e < 3; e++)
+        x = sparge_mix(x + (uint64_t)word[e] * 0x9e3779b97f4a7c15u + 0x9e3779b97f4a7c15u);
+    return x;
+}
+
 /* ---- heads.c: one query head after the other ---- */
 
 /* q, k and v are packed, [tokens][channels], in f32; what is not finite is 0. */
@@ -90,21 +100,31 @@ void sparge_method_row(const sparge_head *head, int64_t t, float *p);
 /* Sums of the rows of a map over blocks: adds p[k_len] to mass[k_blocks]. */
 void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass);
 
-/* ---- order.c: orders that bring tokens together which belong together. index[p] is the arriving
- * number of the token at place p, as sparge_token_order has it. ---- */
+/* ---- order.c: orders that bring tokens together which belong together, and keys in such an order.
+ * index[p] is the arriving number of the token at place p, as sparge_token_order has it. ---- */
 
 /* The patches of t x h x w tokens of a grid one after the other, both in row-major order; those at
  * the edges are smaller. Text keeps its place. */
 void sparge_order_patches(const sparge_grid *grid, int64_t t, int64_t h, int64_t w, int64_t *index);
 /* By the remainder of the token's number by `stride`. */
 void sparge_order_residues(int64_t len, int64_t stride, int64_t *index);
-/* By the nearest of so many centers (k-means from evenly spaced rows, so many rounds); size of each
- * cluster. x [len][dim]. SPARGE_ERR_MEMORY. */
-sparge_status sparge_order_clusters(const float *x, int64_t len, int64_t dim, int64_t clusters,
-                                    int rounds, int64_t *index, int64_t *size);
+/* A tree of halves, [len][dim]: rows are cut in two by the channel in which they lie farthest
+ * apart, weighted by how far those of y do, which they are to be multiplied by; the larger half
+ * comes first, and each half is cut again, down to one row. Cuts stand at multiples of block, and
+ * inside a block at multiples of powers of two. Adds its multiply-adds. SPARGE_ERR_MEMORY. */
+sparge_status sparge_order_tree(const float *x, int64_t len, const float *y, int64_t y_len,
+                                int64_t dim, int64_t block, int64_t *index, double *multiply_adds);
 /* Inside each whole segment of so many tokens by falling score, of equals the earlier first. */
 sparge_status sparge_order_segments(const float *score, int64_t len, int64_t segment,
                                     int64_t *index);
+/* Rows of head h of a tensor in an order, with what is not finite, to the packed floats of the head
+ * at hand. */
+void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,
+                      const int64_t *order, int64_t len, int64_t dim, const sparge_in *to);
+/* Gives the part keys of its own for each query head, and fills in those of the head at hand:
+ * order[place] is the caller's key that stands there. */
+sparge_status sparge_own_keys(const sparge_head *head);
+void sparge_order_keys(const sparge_head *head, const int64_t *order);
 
 /* ---- select.c: what is kept ---- */
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* order.c: orders that bring tokens together which belong together. */
+/* order.c: orders that bring tokens together which belong together, and keys in such an order. */
 #include <string.h>
 
+#include "common/element.h"
 #include "methods/method.h"
 
 void sparge_order_patches(const sparge_grid *grid, int64_t t, int64_t h, int64_t w, int64_t *index)
@@ -28,63 +29,78 @@ void sparge_order_residues(int64_t len, int64_t stride, int64_t *index)
             *index++ = t;
 }
 
-/* The center that is nearest to x; of equals the first. The squared length of x is the same for
- * all. */
-static int64_t nearest(const float *x, const float *center, const float *square, int64_t clusters,
-                       int64_t dim)
+/* ---- A tree of halves ---- */
+
+typedef struct tree {
+    const float *x;
+    int64_t dim, block;
+    double *sum, *apart, *weight; /* [dim] */
+    double multiply_adds;
+} tree;
+
+/* How far rows lie apart in each channel: the sum of squares about their mean. */
+static void spread(tree *t, const float *x, const sparge_ranked *row, int64_t n)
 {
-    int64_t best = 0;
-    float least = INFINITY;
-    for (int64_t n = 0; n < clusters; n++) {
-        const float far = square[n] - 2.0f * sparge_method_dot(x, center + n * dim, dim);
-        if (far < least) {
-            least = far;
-            best = n;
+    memset(t->sum, 0, (size_t)t->dim * sizeof *t->sum);
+    memset(t->apart, 0, (size_t)t->dim * sizeof *t->apart);
+    for (int64_t e = 0; e < n; e++) {
+        const float *from = x + row[e].at * t->dim;
+        for (int64_t c = 0; c < t->dim; c++) {
+            t->sum[c] += (double)from[c];
+            t->apart[c] += (double)from[c] * (double)from[c];
         }
     }
-    return best;
+    for (int64_t c = 0; c < t->dim; c++)
+        t->apart[c] -= t->sum[c] * t->sum[c] / (double)n;
+    t->multiply_adds += (double)n * (double)t->dim;
 }
 
-/* Moves each center to the mean of its rows; one without rows stays. */
-static void move_centers(const float *x, int64_t len, int64_t dim, const int64_t *label,
-                         int64_t clusters, const int64_t *size, float *center)
+/* The largest power of two below n, or the multiple of a block next to its middle. */
+static int64_t cut_of(int64_t n, int64_t block)
 {
-    for (int64_t n = 0; n < clusters; n++)
-        if (size[n])
-            memset(center + n * dim, 0, (size_t)dim * sizeof *center);
-    for (int64_t t = 0; t < len; t++)
-        for (int64_t c = 0; c < dim; c++)
-            center[label[t] * dim + c] += x[t * dim + c] / (float)size[label[t]];
+    int64_t cut = n > block ? (sparge_ceil_div(n, block) + 1) / 2 * block : 1;
+    while (n <= block && 2 * cut < n)
+        cut *= 2;
+    return cut;
 }
 
-sparge_status sparge_order_clusters(const float *x, int64_t len, int64_t dim, int64_t clusters,
-                                    int rounds, int64_t *index, int64_t *size)
+static void halve(tree *t, sparge_ranked *row, int64_t n)
+{
+    if (n < 2)
+        return;
+    const int64_t cut = cut_of(n, t->block);
+    int64_t widest = 0;
+    spread(t, t->x, row, n);
+    for (int64_t c = 1; c < t->dim; c++)
+        if (t->apart[c] * t->weight[c] > t->apart[widest] * t->weight[widest])
+            widest = c;
+    for (int64_t e = 0; e < n; e++)
+        row[e].score = t->x[row[e].at * t->dim + widest];
+    sparge_rank_best(row, n, cut);
+    halve(t, row, cut);
+    halve(t, row + cut, n - cut);
+}
+
+sparge_status sparge_order_tree(const float *x, int64_t len, const float *y, int64_t y_len,
+                                int64_t dim, int64_t block, int64_t *index, double *multiply_adds)
 {
     sparge_piece *memory = NULL;
-    float *center = sparge_take(&memory, clusters * dim, sizeof *center),
-          *square = sparge_take(&memory, clusters, sizeof *square);
-    int64_t *label = sparge_take(&memory, len + 1, sizeof *label);
-    if (!center || !square || !label) {
+    sparge_ranked *row = sparge_take(&memory, sparge_max(len, y_len) + 1, sizeof *row);
+    double *sums = sparge_take(&memory, 3 * dim, sizeof *sums);
+    if (!row || !sums) {
         sparge_release(&memory);
         return SPARGE_ERR_MEMORY;
     }
-    for (int64_t n = 0; n < clusters && len; n++)
-        memcpy(center + n * dim, x + n * len / clusters * dim, (size_t)dim * sizeof *x);
-    for (int round = 0; round <= rounds; round++) {
-        if (round > 0)
-            move_centers(x, len, dim, label, clusters, size, center);
-        memset(size, 0, (size_t)clusters * sizeof *size);
-        for (int64_t n = 0; n < clusters; n++)
-            square[n] = sparge_method_dot(center + n * dim, center + n * dim, dim);
-        for (int64_t t = 0; t < len; t++) {
-            label[t] = nearest(x + t * dim, center, square, clusters, dim);
-            size[label[t]]++;
-        }
-    }
-    for (int64_t n = 0; n < clusters; n++)
-        for (int64_t t = 0; t < len; t++)
-            if (label[t] == n)
-                *index++ = t;
+    tree t = {x, dim, block, sums, sums + 2 * dim, sums + dim, *multiply_adds};
+    for (int64_t e = 0; e < sparge_max(len, y_len); e++)
+        row[e].at = e;
+    spread(&t, y, row, y_len);
+    t.weight = t.apart;
+    t.apart = sums + dim;
+    halve(&t, row, len);
+    for (int64_t e = 0; e < len; e++)
+        index[e] = row[e].at;
+    *multiply_adds = t.multiply_adds;
     sparge_release(&memory);
     return SPARGE_OK;
 }
@@ -107,4 +123,49 @@ sparge_status sparge_order_segments(const float *score, int64_t len, int64_t seg
     }
     sparge_release(&memory);
     return SPARGE_OK;
+}
+
+/* ---- Tensors in an order ---- */
+
+void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,
+                      const int64_t *order, int64_t len, int64_t dim, const sparge_in *to)
+{
+    float *row = (float *)(uintptr_t)to->data + sparge_in_row(to, head->b, head->h, 0);
+    for (int64_t at = 0; at < len; at++)
+        for (int64_t c = 0; c < dim; c++)
+            *row++ = sparge_element_load(from->data, from->dtype,
+                                         sparge_in_row(from, head->b, h, order[at]) + c);
+}
+
+sparge_status sparge_own_keys(const sparge_head *head)
+{
+    const sparge_problem *p = head->problem;
+    const int64_t keys = p->batch * p->heads * p->k_len;
+    sparge_part *part = head->part;
+    part->problem.kv_heads = p->heads;
+    part->problem.k = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim);
+    if (p->v.data) /* which choosing does not need */
+        part->problem.v = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim_v);
+    part->place = sparge_take(&head->plan->memory, keys + 1, sizeof *part->place);
+    if (p->k_bias)
+        part->problem.k_bias = sparge_take(&head->plan->memory, keys + 1, sizeof(float));
+    const bool made = part->problem.k.data && part->place && (!p->v.data || part->problem.v.data) &&
+                      (!p->k_bias || part->problem.k_bias);
+    return made ? SPARGE_OK : SPARGE_ERR_MEMORY;
+}
+
+void sparge_order_keys(const sparge_head *head, const int64_t *order)
+{
+    const sparge_problem *p = head->problem, *own = &head->part->problem;
+    int64_t *place = (int64_t *)(uintptr_t)head->part->place + head->n * p->k_len;
+    float *bias = (float *)(uintptr_t)own->k_bias;
+    const int64_t h = head->h / (p->heads / p->kv_heads);
+    sparge_copy_rows(head, &p->k, h, order, p->k_len, p->dim, &own->k);
+    if (p->v.data)
+        sparge_copy_rows(head, &p->v, h, order, p->k_len, p->dim_v, &own->v);
+    for (int64_t at = 0; at < p->k_len; at++) {
+        place[order[at]] = at;
+        if (bias)
+            bias[head->n * p->k_len + at] = p->k_bias[head->kv * p->k_len + order[at]];
+    }
 }

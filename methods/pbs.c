@@ -19,7 +19,6 @@
  * multiply_adds leaves out softmax, sorting and the moving of keys. */
 #include <string.h>
 
-#include "common/element.h"
 #include "methods/entries.h"
 #include "methods/method.h"
 
@@ -44,55 +43,6 @@ static sparge_status order_keys(const sparge_head *head, int64_t *order)
         head->plan->multiply_adds += (double)whole * (double)dim;
     }
     return sparge_order_segments(sum, g->k_len, segment, order);
-}
-
-/* Rows of the caller's tensor for this head in another order, with what is not finite. */
-static void permute(const sparge_head *head, const sparge_in *from, const int64_t *order,
-                    int64_t dim, const sparge_in *to)
-{
-    const int64_t h = head->h / (head->problem->heads / head->problem->kv_heads);
-    float *row = (float *)(uintptr_t)to->data + sparge_in_row(to, head->b, head->h, 0);
-    for (int64_t at = 0; at < head->g.k_len; at++)
-        for (int64_t c = 0; c < dim; c++)
-            *row++ = sparge_element_load(from->data, from->dtype,
-                                         sparge_in_row(from, head->b, h, order[at]) + c);
-}
-
-/* The part of all heads: its keys are arrays of the plan, and its mask says what causality does. */
-static sparge_status make_part(const sparge_head *head)
-{
-    const sparge_problem *p = head->problem;
-    const int64_t keys = p->batch * p->heads * p->k_len;
-    sparge_part *part = head->part;
-    part->problem.kv_heads = p->heads;
-    part->problem.k = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim);
-    if (p->v.data) /* which choosing does not need */
-        part->problem.v = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim_v);
-    part->place = sparge_take(&head->plan->memory, keys + 1, sizeof *part->place);
-    if (p->k_bias)
-        part->problem.k_bias = sparge_take(&head->plan->memory, keys + 1, sizeof(float));
-    part->options.causal = SPARGE_CAUSAL_NONE;
-    const bool made = part->problem.k.data && part->place && (!p->v.data || part->problem.v.data) &&
-                      (!p->k_bias || part->problem.k_bias);
-    return made ? SPARGE_OK : SPARGE_ERR_MEMORY;
-}
-
-/* Puts the keys of this head in order, in the part and, what is not finite as 0, in k. */
-static void reorder(const sparge_head *head, const int64_t *order, float *k)
-{
-    const sparge_problem *p = head->problem;
-    sparge_part *part = head->part;
-    int64_t *place = (int64_t *)(uintptr_t)part->place + head->n * p->k_len;
-    float *bias = (float *)(uintptr_t)part->problem.k_bias;
-    permute(head, &p->k, order, p->dim, &part->problem.k);
-    if (p->v.data)
-        permute(head, &p->v, order, p->dim_v, &part->problem.v);
-    for (int64_t at = 0; at < p->k_len; at++) {
-        place[order[at]] = at;
-        memcpy(k + at * p->dim, head->k + order[at] * p->dim, (size_t)p->dim * sizeof *k);
-        if (bias)
-            bias[head->n * p->k_len + at] = p->k_bias[head->kv * p->k_len + order[at]];
-    }
 }
 
 /* How many of the first `blocks` blocks a query block keeps; x has them, the best first. */
@@ -125,14 +75,17 @@ static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
     float *p = sparge_take(head->scratch, g->k_blocks + 1, sizeof *p);
     sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
     const sparge_pairs pairs = sparge_pairs_make(head);
-    sparge_status status = head->n == 0 ? make_part(head) : SPARGE_OK;
+    sparge_status status = head->n == 0 ? sparge_own_keys(head) : SPARGE_OK;
     if (!order || !k || !q_mean || !k_mean || !p || !x || !pairs.bits)
         return SPARGE_ERR_MEMORY;
     if (!status)
         status = order_keys(head, order);
     if (status)
         return status;
-    reorder(head, order, k);
+    sparge_order_keys(head, order);
+    for (int64_t at = 0; at < g->k_len; at++)
+        memcpy(k + at * dim, head->k + order[at] * dim, (size_t)dim * sizeof *k);
+    head->part->options.causal = SPARGE_CAUSAL_NONE; /* which its mask has */
     sparge_method_pool(head->q, g->q_len, dim, block, true, q_mean);
     sparge_method_pool(k, g->k_len, dim, block, true, k_mean);
     head->plan->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;

@@ -28,16 +28,6 @@ const sparge_method sparge_method_dense = {
 
 enum { DENSITY, SEED };
 
-/* One of 2^64, by all four numbers. */
-static uint64_t hash(uint64_t seed, int64_t n, int64_t i, int64_t j)
-{
-    const int64_t word[3] = {n, i, j};
-    uint64_t x = seed;
-    for (int e = 0; e < 3; e++)
-        x = sparge_mix(x + (uint64_t)word[e] * 0x9e3779b97f4a7c15u + 0x9e3779b97f4a7c15u);
-    return x;
-}
-
 static int64_t kept_of_row(const sparge_head *head, int64_t i)
 {
     const sparge_mask *m = &head->part->mask;
@@ -63,8 +53,8 @@ static sparge_status keep_random(const sparge_head *head, sparge_error *error)
     for (int64_t i = 0; i < head->g.q_blocks && x; i++) {
         const int64_t visible = sparge_blocks_visible(&head->g, i);
         for (int64_t j = 0; j < visible; j++)
-            x[j] =
-                (sparge_ranked){(float)(hash((uint64_t)head->param[SEED], head->n, i, j) >> 40), j};
+            x[j] = (sparge_ranked){
+                (float)(sparge_hash((uint64_t)head->param[SEED], head->n, i, j) >> 40), j};
         sparge_keep_diagonal(head, i);
         fill_row(head, i, x, visible, sparge_topk_count((float)head->param[DENSITY], visible));
     }

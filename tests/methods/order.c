@@ -31,46 +31,48 @@ Test(order, residues)
     expect(index, want, 7);
 }
 
-/* Centers begin at rows 0 and 3, the values 0 and 4; then they are 0 and 10.2, 3 and 19.5, 4.2 and
- * 30. */
-Test(order, clusters)
+/* Of one channel: the largest first, of equals the first. Three levels of 8 rows, and two of y. */
+Test(order, tree_of_one_channel)
 {
-    const float x[6] = {0.0f, 3.0f, 5.0f, 4.0f, 9.0f, 30.0f};
+    const float x[8] = {3, 1, 4, 1, 5, 9, 2, 6}, y[2] = {0, 1};
+    const int64_t want[8] = {5, 7, 4, 2, 0, 6, 1, 3};
+    int64_t index[8];
+    double multiply_adds = 1.0;
+    cr_assert_eq(sparge_order_tree(x, 8, y, 2, 1, 2, index, &multiply_adds), SPARGE_OK);
+    expect(index, want, 8);
+    cr_expect_eq(multiply_adds, 1.0 + 8 * 3 + 2);
+}
+
+/* The second channel is wider, but a row of y that is the same everywhere makes nothing of it. */
+Test(order, tree_by_what_products_have)
+{
+    const float x[4][2] = {{0, 10}, {1, 0}, {0, 0}, {1, 10}};
     const struct {
-        int rounds;
-        int64_t size[2];
-    } table[] = {{0, {1, 5}}, {1, {4, 2}}, {2, {5, 1}}, {20, {5, 1}}};
-    const int64_t want[6] = {0, 1, 2, 3, 4, 5};
-    int64_t index[6], size[2];
-    for (size_t n = 0; n < sizeof table / sizeof *table; n++) {
-        cr_assert_eq(sparge_order_clusters(x, 6, 1, 2, table[n].rounds, index, size), SPARGE_OK);
-        cr_expect(size[0] == table[n].size[0] && size[1] == table[n].size[1], "%d rounds: %d, %d",
-                  table[n].rounds, (int)size[0], (int)size[1]);
-        expect(index, want, 6);
+        float y[2][2];
+        int64_t want[4];
+    } table[] = {{{{0, 5}, {1, 5}}, {1, 3, 0, 2}}, {{{0, 0}, {1, 1}}, {3, 0, 1, 2}}};
+    double multiply_adds = 0.0;
+    int64_t index[4];
+    for (size_t n = 0; n < 2; n++) {
+        cr_assert_eq(sparge_order_tree(x[0], 4, table[n].y[0], 2, 2, 4, index, &multiply_adds),
+                     SPARGE_OK);
+        expect(index, table[n].want, 4);
     }
 }
 
-/* Rows of the second cluster stand between those of the first. */
-Test(order, clusters_gather)
+/* In blocks of 4 the rows are cut into 4 and 3, and those into 2, 2, 2 and 1; in blocks of 3 into
+ * 6 and 1, then 3 and 3. The first channel weighs nine times as much. */
+Test(order, tree_of_whole_blocks)
 {
-    const float x[10] = {1, 1, 2, 1, -1, -2, 1, 2, -2, -2};
-    const int64_t want[5] = {0, 1, 3, 2, 4};
-    int64_t index[5], size[2];
-    cr_assert_eq(sparge_order_clusters(x, 5, 2, 2, 9, index, size), SPARGE_OK);
-    cr_expect(size[0] == 3 && size[1] == 2);
-    expect(index, want, 5);
-}
-
-/* All three centers are 1, and the first takes every row. Then it is 2, and the second takes the
- * ones; the third never has a row. */
-Test(order, a_center_without_rows_stays)
-{
-    const float x[4] = {1.0f, 1.0f, 1.0f, 5.0f};
-    const int64_t want[4] = {3, 0, 1, 2};
-    int64_t index[4], size[3];
-    cr_assert_eq(sparge_order_clusters(x, 4, 1, 3, 5, index, size), SPARGE_OK);
-    cr_expect(size[0] == 1 && size[1] == 3 && size[2] == 0);
-    expect(index, want, 4);
+    const float x[7][2] = {{70, 0}, {60, 0}, {50, 100}, {40, 100}, {10, 100}, {30, 90}, {20, 0}},
+                y[2][2] = {{0, 0}, {3, 1}};
+    const int64_t by_4[7] = {2, 3, 0, 1, 5, 4, 6}, by_3[7] = {2, 0, 1, 3, 5, 6, 4};
+    double multiply_adds = 0.0;
+    int64_t index[7];
+    cr_assert_eq(sparge_order_tree(x[0], 7, y[0], 2, 2, 4, index, &multiply_adds), SPARGE_OK);
+    expect(index, by_4, 7);
+    cr_assert_eq(sparge_order_tree(x[0], 7, y[0], 2, 2, 3, index, &multiply_adds), SPARGE_OK);
+    expect(index, by_3, 7);
 }
 
 Test(order, segments)
