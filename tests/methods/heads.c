@@ -246,20 +246,23 @@ Test(heads, cells_of_the_caller_play_no_part)
     }
 }
 
-/* The blocks that submass keeps are those of the default rules, the diagonal too. */
-Test(heads, rules_of_the_caller_play_no_part_in_submass)
+/* The masses of submass and strata are those of the default rules, and so is the diagonal. */
+Test(heads, rules_of_the_caller_play_no_part_in_masses)
 {
-    const sparge_method *m = sparge_method_find("submass");
-    problem x = question(m);
-    uint8_t *pairs[3];
-    for (int rules = SPARGE_RULES_DEFAULT; rules <= SPARGE_RULES_UPSTREAM; rules++) {
-        x.o.rules = (sparge_rules)rules;
-        sparge_plan plan = plan_of(m, &x, NULL, (const double[SPARGE_MAX_PARAMS]){1.0, 8.0});
-        pairs[rules] = pairs_of(&plan);
-        sparge_plan_free(&plan);
-        check_same(pairs[rules], pairs[0], 2 * HEADS * KEYS * KEYS);
+    static const char *const names[] = {"submass", "strata"};
+    for (int n = 0; n < 2; n++) {
+        const sparge_method *m = sparge_method_find(names[n]);
+        problem x = question(m);
+        uint8_t *pairs[3];
+        for (int rules = SPARGE_RULES_DEFAULT; rules <= SPARGE_RULES_UPSTREAM; rules++) {
+            x.o.rules = (sparge_rules)rules;
+            sparge_plan plan = plan_of(m, &x, NULL, (const double[SPARGE_MAX_PARAMS]){1.0, 8.0});
+            pairs[rules] = pairs_of(&plan);
+            sparge_plan_free(&plan);
+            check_same_as(names[n], pairs[rules], pairs[0], 2 * HEADS * KEYS * KEYS);
+        }
+        for (int rules = 0; rules < 3; rules++)
+            check_free(pairs[rules]);
+        problem_free(&x);
     }
-    for (int rules = 0; rules < 3; rules++)
-        check_free(pairs[rules]);
-    problem_free(&x);
 }
