@@ -3371,7 +3371,8 @@ def test_starved():
                       *tiny], ["tune", "layer3.safetensors", "-o", "out.json",
                                *tiny],
                  ["tune", "layer3.safetensors", "--by", "loss", "--method", "submass", "--density",
-                  0.9, "-o", "out.json", *tiny], ["order", 1, 4, 4, "-o", "out.npy"], ["info", "--json"],
+                  0.9, "-o", "out.json", *tiny], ["order", 1, 4, 4, "-o", "out.npy"],
+                 ["info", "--json"],
                  ["bench", "--json", "--q-len", 16, "--repeat", 1, "--threads", 1]):
         code, n = MACHINE, 0
         while code == MACHINE:
