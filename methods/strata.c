@@ -3,7 +3,7 @@
  *
  * A mask replaces what it leaves out by what it keeps. Where attention is flat, the blocks of most
  * mass are a biased sample of the values, and lose more than chance does. Here every block is
- * attended, by all of its keys or by one of each 2, 4, 8 or 16: by the fewest that leave each of
+ * attended, by all of its keys or by one of each 2, 4, 8, ...: by the fewest that leave each of
  * them t even shares of the mass at least. So peaked rows attend to their blocks, and flat ones to
  * a thin sample of all. A key that stands for n has ln n added to its score. Of each cell of n keys
  * any is drawn with the same chance, so that sums over the sample are in the mean those over all
@@ -14,7 +14,7 @@
  * of a cell less.
  *
  * - Masses are those of submass.
- * - Causal, the blocks of the diagonal are attended whole. So is a short last block of keys.
+ * - Causal, the first block and the diagonal are attended whole. So is a short last block of keys.
  * - t 0 attends to all.
  * PSA (arXiv 2512.04025) has such levels of pooled keys, HyperAttention (arXiv 2310.05869) a
  * uniform sample beside blocks of sorted keys, Sparse VideoGen2 (arXiv 2505.18875) orders by
@@ -27,13 +27,11 @@
 
 enum { T, CELL, ORDER, SEED };
 
-enum { SAMPLES = 4 }; /* 4 of 64 keys are left: fewer are not worth a tile */
-
 /* Part e of the plan has one key of each 2^e: so often can a block be halved. */
 static int sample_parts(const sparge_geometry *g)
 {
     int e = 0;
-    while (g->k_len >= g->block_k && e < SAMPLES && (g->block_k >> e) % 2 == 0)
+    while (g->k_len >= g->block_k && e + 1 < SPARGE_MAX_PARTS && (g->block_k >> e) % 2 == 0)
         e++;
     return e;
 }
@@ -173,12 +171,12 @@ static void choose(sparge_plan *plan, const sparge_context *context, const doubl
         const int64_t n = row / g.q_blocks, i = row % g.q_blocks;
         double own[SPARGE_MAX_PARAMS];
         const double t = sparge_param_of(context, n % heads, param, own)[T];
-        const int64_t whole =
-            sparge_min(g.k_len / g.block_k, sparge_first_diagonal(&g, i)); /* may be sampled */
+        const int64_t first = g.causal != SPARGE_CAUSAL_NONE, /* of those that may be sampled */
+            last = sparge_min(g.k_len / g.block_k, sparge_first_diagonal(&g, i)) - 1;
         for (int64_t j = 0; j < sparge_blocks_visible(&g, i); j++) {
             const double shares = (double)mass[row * g.k_blocks + j] * (double)g.k_blocks;
             int e = 0;
-            while (j < whole && e + 1 < plan->parts && ldexp(shares, e) < t)
+            while (j >= first && j <= last && e + 1 < plan->parts && ldexp(shares, e) < t)
                 e++;
             sparge_mask_set(&plan->part[e].mask, n / heads, n % heads, i, j, true);
         }

@@ -74,11 +74,11 @@ Test(strata, causal)
     float k[K];
     hand x = make(k, Q);
     x.o.causal = SPARGE_CAUSAL_END;
-    HAS_PAIRS(&x, "strata", 4, "22211", INFINITY, 2, 1);
+    HAS_PAIRS(&x, "strata", 4, "12211", INFINITY, 2, 1);
     x.o.causal = SPARGE_CAUSAL_START;
     HAS_PAIRS(&x, "strata", 4, "1", INFINITY, 2, 1);
     x.p.q_len = 12;
-    HAS_PAIRS(&x, "strata", 4, "1 21 221", INFINITY, 2, 1);
+    HAS_PAIRS(&x, "strata", 4, "1 11 121", INFINITY, 2, 1);
 }
 
 /* ---- Samples ---- */

@@ -3341,7 +3341,7 @@ def test_starved():
     if starve(0, "info", "--json")[0] == FINE:
         print("skipped: every allocation fails in turn (of sparge_starved)")
         return
-    save_safetensors("layer3.safetensors", **{n: ("F32", random(1, 2, 40, 8)) for n in "qkv"})
+    save_safetensors("layer3.safetensors", **{n: ("F32", random(1, 2, 40, 8)) for n in "qkvg"})
     write(
         "manifest.json",
         json.dumps(
@@ -3369,7 +3369,10 @@ def test_starved():
                  ["check", x, x, x, "--o", "o.npy", "--mask", "m.npy", *tiny
                   ], ["map", "layer3.safetensors", "--params", "p.json", "-o", "out.png",
                       *tiny], ["tune", "layer3.safetensors", "-o", "out.json",
-                               *tiny], ["order", 1, 4, 4, "-o", "out.npy"], ["info", "--json"],
+                               *tiny],
+                 ["tune", "layer3.safetensors", "--by", "loss", "--method", "submass", "--density",
+                  0.9, "-o", "out.json", *tiny], ["order", 1, 4, 4, "-o", "out.npy"],
+                 ["info", "--json"],
                  ["bench", "--json", "--q-len", 16, "--repeat", 1, "--threads", 1]):
         code, n = MACHINE, 0
         while code == MACHINE:
