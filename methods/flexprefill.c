@@ -82,7 +82,7 @@ static void pooled_row(const sparge_head *head, const float *q_mean, const float
     for (int64_t j = 0; j < blocks; j++)
         p[j] = head->scale * sparge_method_dot(q_mean, k_mean + j * dim, dim);
     sparge_method_softmax(p, blocks);
-    head->plan->multiply_adds += (double)blocks * (double)dim;
+    *head->multiply_adds += (double)blocks * (double)dim;
 }
 
 static bool is_query_aware(const sparge_head *head, const room *m)
@@ -127,7 +127,7 @@ static void keep_best_pairs(const sparge_head *head, const room *m)
     double mass = 0.0;
     int64_t n = 0;
     sparge_method_pool(head->q, g->q_len, dim, g->block_q, false, m->q_mean);
-    head->plan->multiply_adds += (double)g->q_len * (double)dim;
+    *head->multiply_adds += (double)g->q_len * (double)dim;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t visible = sparge_blocks_visible(g, i);
         pooled_row(head, m->q_mean + i * dim, m->k_mean, visible, m->estimate);
@@ -170,7 +170,7 @@ static sparge_status keep_flexprefill(const sparge_head *head, sparge_error *err
     m.q_mean = m.k_mean + g->k_blocks * dim;
     last_queries(head, &m);
     sparge_method_pool(head->k, g->k_len, dim, g->block_k, false, m.k_mean);
-    head->plan->multiply_adds += (double)(g->k_len + last_rows(g)) * (double)dim;
+    *head->multiply_adds += (double)(g->k_len + last_rows(g)) * (double)dim;
     if (is_query_aware(head, &m)) {
         keep_lines(head, &m, budget, budget);
         keep_best_pairs(head, &m);
@@ -186,7 +186,9 @@ static sparge_status plan_flexprefill(sparge_plan *plan, const sparge_context *c
                                       const double *param, sparge_error *error)
 {
     const int64_t block = (int64_t)param[BLOCK];
-    return sparge_each_head(plan, context, param, block, block, false, keep_flexprefill, error);
+    return sparge_each_head(
+        plan, context, param,
+        &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_flexprefill}, error);
 }
 
 const sparge_method sparge_method_flexprefill = {

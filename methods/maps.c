@@ -56,7 +56,7 @@ void sparge_method_row(const sparge_head *head, int64_t t, float *p)
     for (int64_t key = 0; key < visible; key++)
         p[key] = head->scale * sparge_method_dot(head->q + t * dim, head->k + key * dim, dim);
     sparge_method_softmax(p, visible);
-    head->plan->multiply_adds += (double)visible * (double)dim;
+    *head->multiply_adds += (double)visible * (double)dim;
 }
 
 void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass)

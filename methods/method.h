@@ -20,6 +20,12 @@ typedef struct sparge_piece sparge_piece;
 void *sparge_take(sparge_piece **pieces, int64_t count, size_t size);
 void sparge_release(sparge_piece **pieces);
 
+/* What a method keeps from call to call of one layer: what is there of it, or, at the first call
+ * (*fresh, which may be NULL), so many bytes, zeroed. Without a state in the context they are the
+ * plan's. SPARGE_ERR_ARGUMENT: it is of another method, or of a call of another size. */
+sparge_status sparge_state(sparge_plan *plan, const sparge_context *context, const char *method,
+                           int64_t bytes, bool *fresh, void **state, sparge_error *error);
+
 /* Bits that all depend on all bits of x: the end of splitmix64 (Steele, Lea, Flood 2014). */
 static inline uint64_t sparge_mix(uint64_t x)
 {
@@ -46,23 +52,40 @@ typedef struct sparge_head {
     const sparge_options *options;
     const sparge_context *context; /* never NULL */
     const double *param;
-    sparge_geometry g;   /* in the blocks of the part */
+    sparge_geometry g;   /* of the caller's tokens, in the blocks of the part */
     int64_t b, h, n, kv; /* n: of all query heads; kv: of all key heads */
     float scale;         /* of scores: softmax_scale */
     float *q, *k, *v;    /* v: only if the method asks for it */
+    void *shared;        /* of the walk */
     sparge_plan *plan;
-    sparge_part *part;      /* the first, whose mask has the blocks of g */
+    sparge_part *part;
+    sparge_problem one;     /* the part's, of one batch and one head */
+    sparge_mask *mask;      /* of this head alone; sparge_keep and sparge_pairs_set write to it */
+    double *multiply_adds;  /* what making the plan takes */
     sparge_piece **scratch; /* freed after this head */
 } sparge_head;
 
-/* Fills in the masks of one head. SPARGE_ERR_MEMORY needs no message. */
+/* Fills in the mask of one head. SPARGE_ERR_MEMORY needs no message. Other heads are visited at the
+ * same time: of the plan it writes to what belongs to its head, and takes no memory. */
 typedef sparge_status sparge_head_function(const sparge_head *head, sparge_error *error);
 
-/* Makes the first part with an empty mask in blocks of this size (0: of the options) and walks over
- * all heads. */
+typedef struct sparge_walk {
+    int64_t block_q, block_k; /* of the part that is made if the plan has none; 0: of the options */
+    bool needs_v;
+    bool survey;  /* the heads of the first batch, before the walk that fills in masks */
+    void *shared; /* what all heads are told */
+    sparge_head_function *visit;
+} sparge_walk;
+
+/* Adds a part in blocks of this size (0: of the options), for a walk to give it a mask. */
+sparge_part *sparge_add_blocks(sparge_plan *plan, int64_t block_q, int64_t block_k);
+/* Walks over all heads, and gives their masks to the last part, or to one that it adds. */
 sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
-                               const double *param, int64_t block_q, int64_t block_k, bool needs_v,
-                               sparge_head_function *function, sparge_error *error);
+                               const double *param, const sparge_walk *walk, sparge_error *error);
+/* All heads of a tensor as a walk has them, [batch][heads][tokens][dim]: for what looks at several
+ * heads of a layer. NULL: no memory. */
+const float *sparge_load_heads(const sparge_in *in, int64_t batch, int64_t heads, int64_t tokens,
+                               int64_t dim, sparge_piece **memory);
 
 /* ---- plan.c ---- */
 
@@ -121,10 +144,13 @@ sparge_status sparge_order_segments(const float *score, int64_t len, int64_t seg
  * at hand. */
 void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,
                       const int64_t *order, int64_t len, int64_t dim, const sparge_in *to);
-/* Gives the part keys of its own for each query head, and fills in those of the head at hand:
- * order[place] is the caller's key that stands there. */
-sparge_status sparge_own_keys(const sparge_head *head);
+/* Gives the last part keys of its own for each query head, and the plan an order of queries, and
+ * their part q; then fills in those of the head at hand: order[place] is the caller's token that
+ * stands there. */
+sparge_status sparge_own_keys(sparge_plan *plan);
+sparge_status sparge_own_queries(sparge_plan *plan);
 void sparge_order_keys(const sparge_head *head, const int64_t *order);
+void sparge_order_queries(const sparge_head *head, const int64_t *order);
 
 /* ---- select.c: what is kept ---- */
 

@@ -127,7 +127,7 @@ static bool find_means(const sparge_head *head, means *m)
         return false;
     sparge_method_pool(head->q, g->q_len, dim, g->block_q, true, m->q);
     sparge_method_pool(head->k, g->k_len, dim, g->block_k, true, m->k);
-    head->plan->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;
+    *head->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;
     return true;
 }
 
@@ -138,7 +138,7 @@ static int64_t rank_blocks(const sparge_head *head, const means *m, int64_t i)
     for (int64_t j = 0; j < visible; j++)
         m->x[j] = (sparge_ranked){sparge_method_dot(m->q + i * dim, m->k + j * dim, dim), j};
     sparge_rank(m->x, visible);
-    head->plan->multiply_adds += (double)visible * (double)dim;
+    *head->multiply_adds += (double)visible * (double)dim;
     return visible;
 }
 
@@ -202,56 +202,42 @@ static int choose(const sparge_head *head)
     return best;
 }
 
-/* What is kept between calls. */
-typedef struct choice {
-    int64_t heads;
-    int pattern[]; /* [heads]; CHOOSE: not yet */
-} choice;
+static sparge_status choose_pattern(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    int *pattern = (int *)head->shared + head->h; /* what is kept between calls */
+    if (*pattern == CHOOSE)
+        *pattern = choose(head);
+    return *pattern == CHOOSE ? SPARGE_ERR_MEMORY : SPARGE_OK;
+}
 
 static sparge_status keep_pattern(const sparge_head *head, sparge_error *error)
 {
-    int pattern = (int)head->param[PATTERN];
+    const int *chosen = head->shared,
+              pattern = chosen ? chosen[head->h] : (int)head->param[PATTERN];
     lines x;
     means m;
-    if (pattern == CHOOSE) {
-        choice *chosen = *head->context->state;
-        if (chosen->pattern[head->h] == CHOOSE)
-            chosen->pattern[head->h] = choose(head);
-        pattern = chosen->pattern[head->h];
-    }
     if (pattern == BLOCK_SPARSE)
         return find_means(head, &m) ? keep_blocks(head, &m) : SPARGE_ERR_MEMORY;
-    return pattern != CHOOSE && find_lines(head, pattern, head->param[BUDGET], &x)
-               ? keep_lines(head, &x, error)
-               : SPARGE_ERR_MEMORY;
+    return find_lines(head, pattern, head->param[BUDGET], &x) ? keep_lines(head, &x, error)
+                                                              : SPARGE_ERR_MEMORY;
 }
 
 static sparge_status plan_minference(sparge_plan *plan, const sparge_context *context,
                                      const double *param, sparge_error *error)
 {
-    const sparge_problem *problem = &plan->problem;
-    sparge_context with = *context;
-    const int64_t block = (int64_t)param[BLOCK];
-    void *own = NULL;
-    if (!with.state)
-        with.state = &own;
-    choice *chosen = *with.state;
-    if (!chosen && param[PATTERN] == CHOOSE) {
-        *with.state = chosen =
-            calloc(1, sizeof *chosen + (size_t)problem->heads * sizeof *chosen->pattern);
-        if (!chosen)
-            return SPARGE_ERR_MEMORY;
-        chosen->heads = problem->heads;
-    }
+    const int64_t block = (int64_t)param[BLOCK], heads = plan->problem.heads;
+    sparge_walk walk = {
+        .block_q = block, .block_k = block, .survey = true, .visit = choose_pattern};
     sparge_status status = SPARGE_OK;
-    if (param[PATTERN] == CHOOSE && chosen->heads != problem->heads)
-        status = sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                             "state of minference is of %lld heads, this call has %lld",
-                             (long long)chosen->heads, (long long)problem->heads);
-    if (!status)
-        status = sparge_each_head(plan, &with, param, block, block, false, keep_pattern, error);
-    free(own);
-    return status;
+    if (param[PATTERN] == CHOOSE)
+        status = sparge_state(plan, context, "minference", heads * (int64_t)sizeof(int), NULL,
+                              &walk.shared, error);
+    if (!status && walk.shared)
+        status = sparge_each_head(plan, context, param, &walk, error);
+    walk.survey = false;
+    walk.visit = keep_pattern;
+    return status ? status : sparge_each_head(plan, context, param, &walk, error);
 }
 
 const sparge_method sparge_method_minference = {

@@ -28,7 +28,7 @@ static int64_t rank_chunks(const sparge_head *head, int64_t t, const float *mean
         x[c] = (sparge_ranked){sparge_method_dot(head->q + t * dim, mean + c * dim, dim), c};
     if (head->g.causal && chunks) /* its own */
         x[chunks - 1].score = INFINITY;
-    head->plan->multiply_adds += (double)chunks * (double)dim;
+    *head->multiply_adds += (double)chunks * (double)dim;
     sparge_rank(x, chunks);
     return chunks;
 }
@@ -44,7 +44,7 @@ static sparge_status keep_chunks(const sparge_head *head, sparge_error *error)
     if (!mean || !x || !pairs.bits)
         return SPARGE_ERR_MEMORY;
     sparge_method_pool(head->k, g->k_len, dim, chunk, false, mean);
-    head->plan->multiply_adds += (double)g->k_len * (double)dim;
+    *head->multiply_adds += (double)g->k_len * (double)dim;
     sparge_status status = SPARGE_OK;
     for (int64_t i = 0; i < g->q_blocks && !status; i++) {
         sparge_pairs_clear(head, &pairs);
@@ -61,7 +61,7 @@ static sparge_status keep_chunks(const sparge_head *head, sparge_error *error)
 static sparge_status plan_moba(sparge_plan *plan, const sparge_context *context,
                                const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, 0, 0, false, keep_chunks, error);
+    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_chunks}, error);
 }
 
 const sparge_method sparge_method_moba = {

@@ -137,21 +137,39 @@ void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,
                                          sparge_in_row(from, head->b, h, order[at]) + c);
 }
 
-sparge_status sparge_own_keys(const sparge_head *head)
+sparge_status sparge_own_keys(sparge_plan *plan)
 {
-    const sparge_problem *p = head->problem;
+    const sparge_problem *p = &plan->problem;
     const int64_t keys = p->batch * p->heads * p->k_len;
-    sparge_part *part = head->part;
+    sparge_part *part = &plan->part[plan->parts - 1];
     part->problem.kv_heads = p->heads;
-    part->problem.k = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim);
+    part->problem.k = sparge_plan_array(plan, p->heads, p->k_len, p->dim);
     if (p->v.data) /* which choosing does not need */
-        part->problem.v = sparge_plan_array(head->plan, p->heads, p->k_len, p->dim_v);
-    part->place = sparge_take(&head->plan->memory, keys + 1, sizeof *part->place);
+        part->problem.v = sparge_plan_array(plan, p->heads, p->k_len, p->dim_v);
+    part->place = sparge_take(&plan->memory, keys + 1, sizeof *part->place);
     if (p->k_bias)
-        part->problem.k_bias = sparge_take(&head->plan->memory, keys + 1, sizeof(float));
+        part->problem.k_bias = sparge_take(&plan->memory, keys + 1, sizeof(float));
     const bool made = part->problem.k.data && part->place && (!p->v.data || part->problem.v.data) &&
                       (!p->k_bias || part->problem.k_bias);
     return made ? SPARGE_OK : SPARGE_ERR_MEMORY;
+}
+
+sparge_status sparge_own_queries(sparge_plan *plan)
+{
+    const sparge_problem *p = &plan->problem;
+    sparge_part *part = &plan->part[plan->parts - 1];
+    plan->q_order =
+        sparge_take(&plan->memory, p->batch * p->heads * p->q_len + 1, sizeof *plan->q_order);
+    part->problem.q = sparge_plan_array(plan, p->heads, p->q_len, p->dim);
+    return plan->q_order && part->problem.q.data ? SPARGE_OK : SPARGE_ERR_MEMORY;
+}
+
+void sparge_order_queries(const sparge_head *head, const int64_t *order)
+{
+    const sparge_problem *p = head->problem;
+    int64_t *to = (int64_t *)(uintptr_t)head->plan->q_order + head->n * p->q_len;
+    memcpy(to, order, (size_t)p->q_len * sizeof *to);
+    sparge_copy_rows(head, &p->q, head->h, order, p->q_len, p->dim, &head->part->problem.q);
 }
 
 void sparge_order_keys(const sparge_head *head, const int64_t *order)

@@ -40,7 +40,7 @@ static sparge_status order_keys(const sparge_head *head, int64_t *order)
         sparge_method_softmax(p, whole);
         for (int64_t key = 0; key < whole; key++)
             sum[key] += p[key];
-        head->plan->multiply_adds += (double)whole * (double)dim;
+        *head->multiply_adds += (double)whole * (double)dim;
     }
     return sparge_order_segments(sum, g->k_len, segment, order);
 }
@@ -57,7 +57,7 @@ static int64_t rank_blocks(const sparge_head *head, const float *q, const float 
     for (int64_t j = 0; j < blocks; j++)
         x[j] = (sparge_ranked){p[j], j};
     sparge_rank(x, blocks);
-    head->plan->multiply_adds += (double)blocks * (double)dim;
+    *head->multiply_adds += (double)blocks * (double)dim;
     return threshold < 1.0
                ? sparge_max(sparge_min(1, blocks), sparge_count_mass(x, blocks, threshold, true))
                : blocks;
@@ -75,20 +75,17 @@ static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
     float *p = sparge_take(head->scratch, g->k_blocks + 1, sizeof *p);
     sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
     const sparge_pairs pairs = sparge_pairs_make(head);
-    sparge_status status = head->n == 0 ? sparge_own_keys(head) : SPARGE_OK;
     if (!order || !k || !q_mean || !k_mean || !p || !x || !pairs.bits)
         return SPARGE_ERR_MEMORY;
-    if (!status)
-        status = order_keys(head, order);
+    sparge_status status = order_keys(head, order);
     if (status)
         return status;
     sparge_order_keys(head, order);
     for (int64_t at = 0; at < g->k_len; at++)
         memcpy(k + at * dim, head->k + order[at] * dim, (size_t)dim * sizeof *k);
-    head->part->options.causal = SPARGE_CAUSAL_NONE; /* which its mask has */
     sparge_method_pool(head->q, g->q_len, dim, block, true, q_mean);
     sparge_method_pool(k, g->k_len, dim, block, true, k_mean);
-    head->plan->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;
+    *head->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;
     const int64_t first = head->part->place[head->n * g->k_len] / block; /* has the first key */
     for (int64_t i = 0; i < g->q_blocks && !status; i++) {
         const int64_t t = i * block, rows = sparge_block_rows(g->q_len, block, i),
@@ -126,7 +123,13 @@ static sparge_status plan_pbs(sparge_plan *plan, const sparge_context *context, 
         sparge_plan_add(plan);
         return SPARGE_OK;
     }
-    return sparge_each_head(plan, context, param, block, block, false, keep_blocks, error);
+    sparge_add_blocks(plan, block, block);
+    sparge_status status = sparge_own_keys(plan);
+    plan->part[0].options.causal = SPARGE_CAUSAL_NONE; /* which its mask has */
+    if (!status)
+        status =
+            sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_blocks}, error);
+    return status;
 }
 
 const sparge_method sparge_method_pbs = {

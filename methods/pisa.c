@@ -43,7 +43,7 @@ static double covariance(const sparge_head *head, int64_t j, const float *mean, 
         }
     for (int64_t e = 0; e < dim * dim_v; e++)
         square += (double)h[e] * (double)h[e];
-    head->plan->multiply_adds +=
+    *head->multiply_adds +=
         (double)sparge_block_rows(head->g.k_len, block, j) * (double)(dim * dim_v);
     return sqrt(square);
 }
@@ -73,8 +73,7 @@ static sparge_status keep_pisa(const sparge_head *head, sparge_error *error)
         for (int64_t e = 0; e < g->k_blocks && (e == 0 || (double)e < share); e++)
             sparge_keep(head, i, x[e].at);
     }
-    head->plan->multiply_adds +=
-        (double)dim * (double)(g->q_len + g->k_len + g->q_blocks * g->k_blocks);
+    *head->multiply_adds += (double)dim * (double)(g->q_len + g->k_len + g->q_blocks * g->k_blocks);
     return SPARGE_OK;
 }
 
@@ -144,8 +143,10 @@ static sparge_status plan_pisa0(sparge_plan *plan, const sparge_context *context
 {
     const sparge_problem *problem = &plan->problem;
     const int64_t block = (int64_t)param[BLOCK], blocks = sparge_ceil_div(problem->k_len, block);
-    sparge_status status =
-        sparge_each_head(plan, context, param, block, block, true, keep_pisa, error);
+    sparge_status status = sparge_each_head(
+        plan, context, param,
+        &(sparge_walk){.block_q = block, .block_k = block, .needs_v = true, .visit = keep_pisa},
+        error);
     if (status)
         return status;
     sparge_part *rest = sparge_plan_add(plan);

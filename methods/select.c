@@ -61,12 +61,12 @@ int64_t sparge_count_above(const sparge_ranked *x, int64_t n, double threshold)
 
 void sparge_keep(const sparge_head *head, int64_t i, int64_t j)
 {
-    sparge_mask_set(&head->part->mask, head->b, head->h, i, j, true);
+    sparge_mask_set(head->mask, 0, 0, i, j, true);
 }
 
 bool sparge_kept(const sparge_head *head, int64_t i, int64_t j)
 {
-    return sparge_mask_get(&head->part->mask, head->b, head->h, i, j);
+    return sparge_mask_get(head->mask, 0, 0, i, j);
 }
 
 void sparge_keep_diagonal(const sparge_head *head, int64_t i)
@@ -100,6 +100,6 @@ void sparge_pairs_range(const sparge_head *head, const sparge_pairs *pairs, int6
 sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,
                                sparge_error *error)
 {
-    return sparge_mask_set_row(&head->part->mask, &head->part->problem, &head->part->options,
-                               head->b, head->h, i, pairs->bits, error);
+    return sparge_mask_set_row(head->mask, &head->one, &head->part->options, 0, 0, i, pairs->bits,
+                               error);
 }

@@ -54,38 +54,25 @@ static void draw(const sparge_head *head, int64_t *order)
         }
 }
 
-static bool is_ordered(const sparge_head *head)
+static bool is_ordered(const sparge_plan *plan, const double *param)
 {
-    return head->param[ORDER] != 0.0 && head->g.causal == SPARGE_CAUSAL_NONE;
-}
-
-/* What all heads share. */
-static sparge_status make(const sparge_head *head)
-{
-    const sparge_problem *p = head->problem;
-    sparge_plan *plan = head->plan;
-    if (is_ordered(head)) {
-        plan->q_order =
-            sparge_take(&plan->memory, p->batch * p->heads * p->q_len + 1, sizeof(int64_t));
-        head->part->problem.q = sparge_plan_array(plan, p->heads, p->q_len, p->dim);
-        if (!plan->q_order || !head->part->problem.q.data)
-            return SPARGE_ERR_MEMORY;
-    }
-    return sparge_own_keys(head);
+    return param[ORDER] != 0.0 && plan->options.causal == SPARGE_CAUSAL_NONE;
 }
 
 static sparge_status order_tokens(const sparge_head *head, int64_t *k_order)
 {
     const sparge_problem *p = head->problem;
-    double *count = &head->plan->multiply_adds;
-    int64_t *q_order = (int64_t *)(uintptr_t)head->plan->q_order + head->n * p->q_len;
+    double *count = head->multiply_adds;
+    int64_t *q_order = sparge_take(head->scratch, p->q_len + 1, sizeof *q_order);
+    if (!q_order)
+        return SPARGE_ERR_MEMORY;
     sparge_status status = sparge_order_tree(head->q, p->q_len, head->k, p->k_len, p->dim,
                                              head->g.block_q, q_order, count);
     if (!status)
         status = sparge_order_tree(head->k, p->k_len, head->q, p->q_len, p->dim, head->g.block_k,
                                    k_order, count);
     if (!status)
-        sparge_copy_rows(head, &p->q, head->h, q_order, p->q_len, p->dim, &head->part->problem.q);
+        sparge_order_queries(head, q_order);
     return status;
 }
 
@@ -93,10 +80,10 @@ static sparge_status order_head(const sparge_head *head, sparge_error *error)
 {
     (void)error;
     int64_t *order = sparge_take(head->scratch, head->g.k_len + 1, sizeof *order);
-    sparge_status status = !order ? SPARGE_ERR_MEMORY : head->n == 0 ? make(head) : SPARGE_OK;
+    sparge_status status = order ? SPARGE_OK : SPARGE_ERR_MEMORY;
     for (int64_t t = 0; t < head->g.k_len && !status; t++)
         order[t] = t;
-    if (!status && is_ordered(head))
+    if (!status && is_ordered(head->plan, head->param))
         status = order_tokens(head, order);
     if (status)
         return status;
@@ -192,9 +179,12 @@ static sparge_status plan_strata(sparge_plan *plan, const sparge_context *contex
                           cells = sparge_geometry_make(p->q_len, p->k_len, cell, cell, g.causal);
     float *mass =
         sparge_take(&plan->memory, p->batch * p->heads * g.q_blocks * g.k_blocks + 1, sizeof *mass);
-    sparge_status status =
-        mass ? sparge_each_head(plan, context, param, 0, 0, false, order_head, error)
-             : SPARGE_ERR_MEMORY;
+    sparge_add_blocks(plan, 0, 0);
+    sparge_status status = mass ? sparge_own_keys(plan) : SPARGE_ERR_MEMORY;
+    if (!status && is_ordered(plan, param))
+        status = sparge_own_queries(plan);
+    if (!status)
+        status = sparge_each_head(plan, context, param, &(sparge_walk){.visit = order_head}, error);
     const sparge_part keys = plan->part[0];
     if (!status && g.causal != SPARGE_CAUSAL_NONE) { /* whole blocks are the caller's */
         plan->part[0].problem = *p;

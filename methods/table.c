@@ -2,6 +2,7 @@
 /* table.c: all methods, and plans by name. */
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/arithmetic.h"
@@ -140,8 +141,13 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
     plan->problem = *problem;
     plan->options = *options;
     plan->options.softmax_scale = resolved.softmax_scale;
+    const bool fresh = context->state && !*context->state;
     status = method->plan(plan, context, param, error);
     plan->seconds = sparge_seconds() - start;
+    if (status && fresh) { /* what a plan that failed has kept is not whole */
+        free(*context->state);
+        *context->state = NULL;
+    }
     if (status)
         sparge_plan_free(plan);
     return sparge_with_message(status, error);

@@ -92,7 +92,7 @@ static sparge_status keep_xattention(const sparge_head *head, sparge_error *erro
             sparge_method_softmax(a, visible);
             for (int64_t u = 0; u < visible; u++)
                 mass[u / per_block] += (double)a[u];
-            head->plan->multiply_adds += (double)visible * (double)length;
+            *head->multiply_adds += (double)visible * (double)length;
         }
         choose(head, i, mass, x);
     }
@@ -107,7 +107,9 @@ static sparge_status plan_xattention(sparge_plan *plan, const sparge_context *co
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
                            "block of xattention is %lld, it must be a multiple of stride, %lld",
                            (long long)block, (long long)stride);
-    return sparge_each_head(plan, context, param, block, block, false, keep_xattention, error);
+    return sparge_each_head(
+        plan, context, param,
+        &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_xattention}, error);
 }
 
 const sparge_method sparge_method_xattention = {

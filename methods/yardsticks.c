@@ -30,8 +30,8 @@ enum { DENSITY, SEED };
 
 static int64_t kept_of_row(const sparge_head *head, int64_t i)
 {
-    const sparge_mask *m = &head->part->mask;
-    return sparge_mask_row_count(m->bits + (head->n * m->q_blocks + i) * m->words, m->k_blocks);
+    const sparge_mask *m = head->mask;
+    return sparge_mask_row_count(m->bits + i * m->words, m->k_blocks);
 }
 
 /* Fills row i up to so many blocks, with the best of those that it lacks. */
@@ -64,7 +64,7 @@ static sparge_status keep_random(const sparge_head *head, sparge_error *error)
 static sparge_status plan_random(sparge_plan *plan, const sparge_context *context,
                                  const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, 0, 0, false, keep_random, error);
+    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_random}, error);
 }
 
 const sparge_method sparge_method_random = {
@@ -104,7 +104,7 @@ static sparge_status keep_window(const sparge_head *head, sparge_error *error)
 static sparge_status plan_window(sparge_plan *plan, const sparge_context *context,
                                  const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, 0, 0, false, keep_window, error);
+    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_window}, error);
 }
 
 const sparge_method sparge_method_window = {
@@ -179,7 +179,7 @@ static sparge_status keep_mass(const sparge_head *head, sparge_error *error)
 static sparge_status plan_oracle_mass(sparge_plan *plan, const sparge_context *context,
                                       const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, 0, 0, false, keep_mass, error);
+    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_mass}, error);
 }
 
 const sparge_method sparge_method_oracle_mass = {
@@ -220,7 +220,7 @@ static sparge_status keep_pairs(const sparge_head *head, sparge_error *error)
 static sparge_status plan_oracle_pairs(sparge_plan *plan, const sparge_context *context,
                                        const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, 0, 0, false, keep_pairs, error);
+    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_pairs}, error);
 }
 
 const sparge_method sparge_method_oracle_pairs = {

@@ -114,6 +114,7 @@ static void question_make(question *a, const struct setting *from)
     *a = (question){.x = problem_make(&s)};
     a->x.o.block_q = from->block_q;
     a->x.o.block_k = from->block_k;
+    a->x.o.threads = 1;
     a->x.o.causal = from->causal;
     cluster(&a->x.q, from->causal == SPARGE_CAUSAL_START ? 0 : from->k_len - from->q_len, 0.0f);
     cluster(&a->x.k, 0, 0.4f);
@@ -517,6 +518,22 @@ static double check_plan(const sparge_method *m, const question *a, sparge_plan 
     return density;
 }
 
+/* Many threads make the plan of one. */
+static void same_for_threads(const sparge_method *m, question *a, const double *param,
+                             const sparge_plan *plan)
+{
+    sparge_plan other;
+    a->x.o.threads = 5;
+    check(plan_of(m, a, param, &other), "no plan");
+    uint8_t *want = pairs_of(plan), *got = pairs_of(&other);
+    check_same(got, want, problem_rows(&a->x) * a->x.p.k_len);
+    check_equal(other.multiply_adds, plan->multiply_adds);
+    check_free(want);
+    check_free(got);
+    sparge_plan_free(&other);
+    a->x.o.threads = 1;
+}
+
 /* The plans of one method in one setting. */
 static void right_plans(const sparge_method *m, question *a, int index, int setting)
 {
@@ -536,6 +553,8 @@ static void right_plans(const sparge_method *m, question *a, int index, int sett
         const bool bits = way == SHORT && (index + setting) % 3 == 0;
         const double density = check_plan(m, a, &plan, bits, index + setting);
         check(way != HIGH || density == 1.0 || excepted(m, NOT_DENSE), "density %g", density);
+        if (way == SHORT)
+            same_for_threads(m, a, param, &plan);
         sparge_plan_free(&plan);
     }
 }

@@ -178,7 +178,7 @@ static sparge_status look(const sparge_head *head, sparge_error *error)
     check(*head->scratch == NULL, "what the head before took");
     const int64_t *mine = sparge_take(head->scratch, 3, sizeof *mine);
     float p[53];
-    double mass[4] = {0}, want[4] = {0}, before = head->plan->multiply_adds;
+    double mass[4] = {0}, want[4] = {0}, before = *head->multiply_adds;
     for (int64_t t = 0; t < 37 && mine; t++) {
         double weight[53], sum = 0.0;
         const int64_t visible = sparge_keys_of_query(&head->g, t);
@@ -194,8 +194,8 @@ static sparge_status look(const sparge_head *head, sparge_error *error)
             check_close(p[key], key < visible ? weight[key] / sum : 0.0, 1e-6);
             want[key / 16] += (double)p[key];
         }
-        check_equal(head->plan->multiply_adds - before, 5.0 * (double)visible);
-        before = head->plan->multiply_adds;
+        check_equal(*head->multiply_adds - before, 5.0 * (double)visible);
+        before = *head->multiply_adds;
         sparge_method_add_blocks(head, p, mass);
     }
     check_same(mass, want, 4);
@@ -207,7 +207,8 @@ static sparge_status plan_look(sparge_plan *plan, const sparge_context *context,
                                const double *param, sparge_error *error)
 {
     walked = 0;
-    return sparge_each_head(plan, context, param, 8, 0, true, look, error);
+    return sparge_each_head(plan, context, param,
+                            &(sparge_walk){.block_q = 8, .needs_v = true, .visit = look}, error);
 }
 
 static void plan_by(const sparge_method *m, const problem *x, sparge_plan *plan)
@@ -225,6 +226,7 @@ Test(parts, heads_one_after_the_other)
         sparge_plan plan;
         x.o.softmax_scale = causal == SPARGE_CAUSAL_NONE ? 0.0f : 0.25f;
         x.o.block_q = 32; /* not of the part */
+        x.o.threads = 1;  /* so that heads come in order */
         x.k.x[3] = NAN;
         x.k.x[99] = -INFINITY;
         problem_write(&x);
@@ -247,6 +249,7 @@ Test(parts, progress_may_give_up_between_heads)
     problem x = ask_small(SPARGE_CAUSAL_NONE);
     int left = 3;
     sparge_plan plan;
+    x.o.threads = 1; /* which tells of every head */
     x.o.progress = give_up;
     x.o.user = &left;
     check_equal(
@@ -281,7 +284,9 @@ static sparge_status keep_by_hand(const sparge_head *head, sparge_error *error)
 static sparge_status plan_by_hand(sparge_plan *plan, const sparge_context *context,
                                   const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, 16, 16, false, keep_by_hand, error);
+    return sparge_each_head(plan, context, param,
+                            &(sparge_walk){.block_q = 16, .block_k = 16, .visit = keep_by_hand},
+                            error);
 }
 
 Test(parts, pairs_are_clipped_and_the_diagonal_kept)
@@ -869,6 +874,7 @@ static void survives(const sparge_method *m, sparge_causal causal, bool at)
     static const int64_t ends[] = {5, 16};
     x.o.causal = causal;
     x.o.block_q = x.o.block_k = 4;
+    x.o.threads = 1;
     for (int64_t n = 0;; n++) {
         answer a = answer_make(&x, SPARGE_F32, PACKED);
         uint8_t pairs[2 * 16 * 16];
