@@ -58,6 +58,34 @@ static const char *lacking(const sparge_method *m, const sparge_options *o, cons
                : NULL;
 }
 
+/* Are there as many tokens in the grid, or up to the end of the last segment, as in q and k? */
+static sparge_status check_tokens(const sparge_method *m, const sparge_problem *p,
+                                  const sparge_context *c, sparge_error *error)
+{
+    const sparge_grid *grid = m->needs & SPARGE_NEEDS_GRID ? c->grid : NULL;
+    int64_t tokens = p->k_len;
+    bool bad = false;
+    if (grid) {
+        bad = grid->t < 0 || grid->h < 0 || grid->w < 0 || grid->text_before < 0 ||
+              grid->text_after < 0 || __builtin_mul_overflow(grid->t, grid->h, &tokens) ||
+              __builtin_mul_overflow(tokens, grid->w, &tokens) ||
+              __builtin_add_overflow(tokens, grid->text_before, &tokens) ||
+              __builtin_add_overflow(tokens, grid->text_after, &tokens);
+    }
+    if (m->needs & SPARGE_NEEDS_SEGMENTS) {
+        tokens = c->segments > 0 ? c->segment_ends[c->segments - 1] : 0;
+        for (int64_t n = 0; n < c->segments; n++)
+            bad |= c->segment_ends[n] < (n ? c->segment_ends[n - 1] : 0);
+    }
+    if (!bad && tokens == p->k_len && (!grid || p->q_len == p->k_len))
+        return SPARGE_OK;
+    return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                       "%s of %s: %lld tokens%s; this call has %lld queries and %lld keys",
+                       grid ? "the grid" : "the segments", m->name, (long long)tokens,
+                       bad ? ", and a length is negative or too large" : "", (long long)p->q_len,
+                       (long long)p->k_len);
+}
+
 /* head: whose own parameters they are, or -1 for those of all. */
 static sparge_status check_params(const sparge_method *m, const double *param, int64_t head,
                                   sparge_error *error)
@@ -135,6 +163,8 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
     const char *const needs = lacking(method, options, context);
     if (!status && needs)
         status = sparge_fail(error, SPARGE_ERR_UNSUPPORTED, "%s needs %s", method->name, needs);
+    if (!status)
+        status = check_tokens(method, problem, context, error);
     if (status)
         return status;
     const double start = sparge_seconds();
