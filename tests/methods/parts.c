@@ -721,8 +721,8 @@ static sparge_status plan_whatever(sparge_plan *plan, const sparge_context *cont
 
 Test(parts, needs_are_asked_for)
 {
-    static const sparge_grid grid = {1, 1, 53, 0, 0};
-    static const int64_t ends[] = {53};
+    static const sparge_grid grid = {1, 1, 37, 0, 0};
+    static const int64_t ends[] = {37};
     void *state = NULL;
     const sparge_context all = {
         .grid = &grid, .segment_ends = ends, .segments = 1, .state = &state};
@@ -740,6 +740,7 @@ Test(parts, needs_are_asked_for)
                                  .param = {{"share", 0.0, 1.0, 0.5, false, "of"}},
                                  .plan = plan_whatever};
         problem x = ask_small(n == 0 ? SPARGE_CAUSAL_END : SPARGE_CAUSAL_NONE);
+        x.p.k_len = x.p.q_len; /* of 37 */
         sparge_context lacking = all;
         sparge_plan plan;
         sparge_error error;
@@ -761,6 +762,89 @@ Test(parts, needs_are_asked_for)
         }
         problem_free(&x);
     }
+}
+
+Test(parts, tokens_fit_their_grid_and_their_segments)
+{
+    static const sparge_grid grids[] = {
+        {1, 6, 6, 0, 0},         {1, 6, 6, -1, 2},        {-1, -37, 1, 0, 0}, {2, 9, 2, 1, 1},
+        {INT64_MAX, 2, 1, 0, 0}, {1, 6, 6, INT64_MAX, 2}, {1, 6, 6, 0, 1}};
+    static const int64_t ends[][2] = {{20, 36}, {38, 37}, {-1, 37}, {37, 38}, {0, 37}};
+    problem x = ask_small(SPARGE_CAUSAL_NONE);
+    x.p.k_len = x.p.q_len;
+    for (size_t n = 0; n < 12; n++) {
+        const bool has_grid = n < 7;
+        const sparge_method m = {.name = "whatever",
+                                 .needs = has_grid ? SPARGE_NEEDS_GRID : SPARGE_NEEDS_SEGMENTS,
+                                 .param = {{"share", 0.0, 1.0, 0.5, false, "of"}},
+                                 .plan = plan_whatever};
+        const sparge_context context = {.grid = has_grid ? &grids[n] : NULL,
+                                        .segment_ends = has_grid ? NULL : ends[n - 7],
+                                        .segments = 2};
+        const bool fits = n == 6 || n == 11;
+        sparge_plan plan;
+        sparge_error error;
+        check_case("%zu", n);
+        check_equal(sparge_method_plan(&m, &x.p, &x.o, &context, NULL, &plan, &error),
+                    fits ? SPARGE_OK : SPARGE_ERR_ARGUMENT);
+        check(fits || (strstr(error.text,
+                              has_grid ? "the grid of whatever" : "the segments of whatever") &&
+                       strstr(error.text, "37 keys")),
+              "%s", error.text);
+        sparge_plan_free(&plan);
+    }
+    problem_free(&x);
+}
+
+static sparge_status plan_keeping(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_error *error)
+{
+    bool fresh;
+    void *kept = NULL;
+    const sparge_status status = sparge_state(plan, context, "keeping", 8, &fresh, &kept, error);
+    if (status)
+        return status;
+    check_equal(*(double *)kept, fresh ? 0.0 : 0.25);
+    *(double *)kept = 0.25;
+    sparge_plan_add(plan);
+    return param[0] < 0.0 ? SPARGE_ERR_MEMORY : SPARGE_OK;
+}
+
+/* It is of one method and of calls of one size, and of plans that came to an end. */
+Test(parts, state_is_kept)
+{
+    static const sparge_method m = {
+        .name = "keeping", .param = {{"x", -1.0, 1.0, 0.5, false, "of"}}, .plan = plan_keeping};
+    void *state = NULL;
+    const sparge_context context = {.state = &state};
+    const double bad[1] = {-1.0};
+    sparge_plan plan;
+    sparge_error error;
+    problem x = ask_small(SPARGE_CAUSAL_END);
+    check_equal(sparge_method_plan(&m, &x.p, &x.o, &context, bad, &plan, &error),
+                SPARGE_ERR_MEMORY);
+    check(!state, "what failed was kept");
+    for (int n = 0; n < 2; n++) {
+        check_equal(sparge_method_plan(&m, &x.p, &x.o, &context, NULL, &plan, &error), SPARGE_OK);
+        sparge_plan_free(&plan);
+        check_equal(sparge_method_plan(&m, &x.p, &x.o, NULL, NULL, &plan, &error), SPARGE_OK);
+        sparge_plan_free(&plan);
+    }
+    check_equal(sparge_method_plan(&m, &x.p, &x.o, &context, bad, &plan, &error),
+                SPARGE_ERR_MEMORY);
+    check(state != NULL, "what was kept is gone");
+    const double chooses[] = {0.1, 0.0, 0.1, 4.0, 1.0, 1.0, 16.0};
+    check_equal(sparge_method_plan(sparge_method_find("minference"), &x.p, &x.o, &context, chooses,
+                                   &plan, &error),
+                SPARGE_ERR_ARGUMENT);
+    check(strstr(error.text, "state is of keeping") && strstr(error.text, "call is of minference"),
+          "%s", error.text);
+    x.p.heads = 2;
+    check_equal(sparge_method_plan(&m, &x.p, &x.o, &context, NULL, &plan, &error),
+                SPARGE_ERR_ARGUMENT);
+    check(strstr(error.text, "state is of keeping with 4 heads"), "%s", error.text);
+    free(state);
+    problem_free(&x);
 }
 
 Test(parts, bad_calls_of_a_method)
