@@ -49,8 +49,8 @@ typedef struct walk {
 } walk;
 
 /* memory: of this thread, q, k and v of one head. */
-static sparge_status visit(const walk *w, int64_t n, sparge_head *head, sparge_piece **scratch,
-                           sparge_error *error)
+static sparge_status visit(const walk *w, int64_t n, sparge_head *head, sparge_piece **packed,
+                           sparge_piece **scratch, sparge_error *error)
 {
     const sparge_problem *p = head->problem;
     const int64_t gqa = p->heads / p->kv_heads;
@@ -65,6 +65,9 @@ static sparge_status visit(const walk *w, int64_t n, sparge_head *head, sparge_p
     head->param = sparge_param_of(head->context, head->h, w->param, own);
     load(&p->q, head->b, head->h, p->q_len, p->dim, head->q);
     load(&p->k, head->b, head->h / gqa, p->k_len, p->dim, head->k);
+    head->keys = sparge_method_panels(head->k, p->k_len, p->dim, packed);
+    if (!head->keys.x)
+        return SPARGE_ERR_MEMORY;
     if (head->v)
         load(&p->v, head->b, head->h / gqa, p->k_len, p->dim_v, head->v);
     const sparge_status status =
@@ -75,14 +78,15 @@ static sparge_status visit(const walk *w, int64_t n, sparge_head *head, sparge_p
 static void visit_and_tell(walk *w, int64_t n, bool is_caller, sparge_head *head)
 {
     sparge_error error = {0};
-    sparge_piece *scratch = NULL;
+    sparge_piece *packed = NULL, *scratch = NULL;
     sparge_status status;
     bool goes_on;
 #pragma omp atomic read
     status = w->status;
     if (status)
         return;
-    status = visit(w, n, head, &scratch, &error);
+    status = visit(w, n, head, &packed, &scratch, &error);
+    sparge_release(&packed);
     sparge_release(&scratch);
     goes_on =
         !head->options->progress || !is_caller || head->options->progress(head->options->user, 0.0);

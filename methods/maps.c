@@ -5,19 +5,113 @@
 
 #include "methods/method.h"
 
-/* In 16 sums, which become vectors. */
+/* ---- Longer vectors, where the processor has them: the same bits, since no loop here has another
+ * order by them, and a product and a sum are one only where fmaf says so. ---- */
+
+#define ALWAYS static inline __attribute__((always_inline))
+#ifdef __x86_64__
+#define VECTORS(name, parameters, arguments)                                                   \
+    static void name##_plain parameters { name arguments; }                                    \
+    __attribute__((target("avx2,fma"))) static void name##_avx2 parameters { name arguments; } \
+    __attribute__((target("avx512f,avx512dq,fma"))) static void name##_avx512 parameters       \
+    {                                                                                          \
+        name arguments;                                                                        \
+    }                                                                                          \
+    static void name##_best parameters                                                         \
+    {                                                                                          \
+        if (__builtin_cpu_supports("avx512dq"))                                                \
+            name##_avx512 arguments;                                                           \
+        else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))              \
+            name##_avx2 arguments;                                                             \
+        else                                                                                   \
+            name##_plain arguments;                                                            \
+    }
+#else
+#define VECTORS(name, parameters, arguments) \
+    static void name##_best parameters { name arguments; }
+#endif
+
+/* ---- Products: in 16 sums over channels, which are added in order at the end. Here a sum has a
+ * vector, of 16 rows side by side, so that the bits are the same however long vectors are. ---- */
+
+enum { SUMS = 16 };
+
 float sparge_method_dot(const float *a, const float *b, int64_t dim)
 {
-    float part[16] = {0}, sum = 0.0f;
+    float part[SUMS] = {0}, sum = 0.0f;
     int64_t c = 0;
-    for (; c + 16 <= dim; c += 16)
-        for (int n = 0; n < 16; n++)
+    for (; c + SUMS <= dim; c += SUMS)
+        for (int n = 0; n < SUMS; n++)
             part[n] += a[c + n] * b[c + n];
-    for (int n = 0; n < 16; n++)
+    for (int n = 0; n < SUMS; n++)
         sum += part[n];
     for (; c < dim; c++)
         sum += a[c] * b[c];
     return sum == sum ? sum : 0.0f; /* infinities that cancel out */
+}
+
+/* Where a channel stands in a panel: those of one sum beside each other. */
+static int64_t place_of(int64_t c, int64_t dim)
+{
+    const int64_t terms = dim / SUMS;
+    return c < terms * SUMS ? c % SUMS * terms + c / SUMS : c;
+}
+
+sparge_panels sparge_method_panels(const float *x, int64_t rows, int64_t dim, sparge_piece **memory)
+{
+    const int64_t panels = sparge_ceil_div(rows, SPARGE_LANES);
+    float *to = sparge_take(memory, panels * SPARGE_LANES * dim + 1, sizeof *to);
+    for (int64_t c = 0; c < dim && to; c++) {
+        float *channel = to + place_of(c, dim) * SPARGE_LANES;
+        for (int64_t r = 0; r < rows; r++)
+            channel[r / SPARGE_LANES * dim * SPARGE_LANES + r % SPARGE_LANES] = x[r * dim + c];
+    }
+    return (sparge_panels){to, dim};
+}
+
+/* A channel of the rows of a panel, which stand anywhere. */
+typedef float lanes __attribute__((vector_size(SPARGE_LANES * sizeof(float)), aligned(4)));
+
+/* Of one vector with the rows of one panel. */
+ALWAYS void multiply_panel(const float *q, const lanes *panel, int64_t dim, float *product)
+{
+    const int64_t terms = dim / SUMS;
+    lanes sum = {0};
+    for (int64_t n = 0; n < SUMS; n += 4) { /* four sums at a time */
+        const lanes *x = panel + n * terms;
+        lanes a = {0}, b = {0}, c = {0}, d = {0};
+        for (int64_t e = 0; e < terms; e++) {
+            a += q[e * SUMS + n] * x[e];
+            b += q[e * SUMS + n + 1] * x[terms + e];
+            c += q[e * SUMS + n + 2] * x[2 * terms + e];
+            d += q[e * SUMS + n + 3] * x[3 * terms + e];
+        }
+        sum = sum + a + b + c + d;
+    }
+    for (int64_t c = terms * SUMS; c < dim; c++)
+        sum += q[c] * panel[c];
+    for (int r = 0; r < SPARGE_LANES; r++)
+        product[r] = sum[r] == sum[r] ? sum[r] : 0.0f;
+}
+
+ALWAYS void multiply(const sparge_panels *rows, const float *q, float scale, int64_t n, float *s)
+{
+    for (int64_t first = 0; first < n; first += SPARGE_LANES) {
+        const int64_t some = sparge_min(SPARGE_LANES, n - first);
+        float sum[SPARGE_LANES];
+        multiply_panel(q, (const lanes *)(rows->x + first * rows->dim), rows->dim, sum);
+        for (int64_t r = 0; r < some; r++)
+            s[first + r] = scale * sum[r];
+    }
+}
+
+VECTORS(multiply, (const sparge_panels *rows, const float *q, float scale, int64_t n, float *s),
+        (rows, q, scale, n, s))
+
+void sparge_method_scores(const sparge_panels *rows, const float *q, float scale, int64_t n,
+                          float *s)
+{
+    multiply_best(rows, q, scale, n, s);
 }
 
 void sparge_method_pool(const float *x, int64_t rows, int64_t dim, int64_t block, bool padded,
@@ -35,32 +129,51 @@ void sparge_method_pool(const float *x, int64_t rows, int64_t dim, int64_t block
     }
 }
 
-void sparge_method_softmax(float *s, int64_t n)
+ALWAYS void normalise(float *s, int64_t n)
 {
-    float top = -INFINITY;
-    double sum = 0.0;
-    for (int64_t t = 0; t < n; t++) {
-        s[t] = fmaxf(-FLT_MAX, fminf(s[t], FLT_MAX));
-        top = fmaxf(top, s[t]);
-    }
+    float top[SPARGE_LANES], most = -FLT_MAX;
+    double sum[SPARGE_LANES] = {0.0}, all = 0.0;
+    for (int r = 0; r < SPARGE_LANES; r++)
+        top[r] = most;
+    for (int64_t first = 0; first < n; first += SPARGE_LANES)
+        for (int64_t r = 0; r < sparge_min(SPARGE_LANES, n - first); r++) {
+            const float x = s[first + r] < FLT_MAX ? s[first + r] : FLT_MAX;
+            s[first + r] = x > -FLT_MAX ? x : -FLT_MAX;
+            top[r] = s[first + r] > top[r] ? s[first + r] : top[r];
+        }
+    for (int r = 0; r < SPARGE_LANES; r++)
+        most = fmaxf(most, top[r]);
+    for (int64_t first = 0; first < n; first += SPARGE_LANES)
+        for (int64_t r = 0; r < sparge_min(SPARGE_LANES, n - first); r++) {
+            s[first + r] = sparge_exp2((s[first + r] - most) * SPARGE_LOG2E);
+            sum[r] += (double)s[first + r];
+        }
+    for (int r = 0; r < SPARGE_LANES; r++)
+        all += sum[r];
     for (int64_t t = 0; t < n; t++)
-        sum += (double)(s[t] = sparge_exp2((s[t] - top) * SPARGE_LOG2E));
-    for (int64_t t = 0; t < n; t++)
-        s[t] = (float)((double)s[t] / sum);
+        s[t] = (float)((double)s[t] / all);
 }
+
+VECTORS(normalise, (float *s, int64_t n), (s, n))
+
+void sparge_method_softmax(float *s, int64_t n) { normalise_best(s, n); }
 
 void sparge_method_row(const sparge_head *head, int64_t t, float *p)
 {
     const int64_t dim = head->problem->dim, visible = sparge_keys_of_query(&head->g, t);
     memset(p, 0, (size_t)head->g.k_len * sizeof *p);
-    for (int64_t key = 0; key < visible; key++)
-        p[key] = head->scale * sparge_method_dot(head->q + t * dim, head->k + key * dim, dim);
+    sparge_method_scores(&head->keys, head->q + t * dim, head->scale, visible, p);
     sparge_method_softmax(p, visible);
     *head->multiply_adds += (double)visible * (double)dim;
 }
 
 void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass)
 {
-    for (int64_t key = 0; key < head->g.k_len; key++)
-        mass[key / head->g.block_k] += (double)p[key];
+    const sparge_geometry *g = &head->g;
+    for (int64_t j = 0; j < g->k_blocks; j++) {
+        double sum[4] = {0.0}; /* or each addition would wait for the last */
+        for (int64_t r = 0; r < sparge_block_rows(g->k_len, g->block_k, j); r++)
+            sum[r & 3] += (double)p[j * g->block_k + r];
+        mass[j] += sum[0] + sum[1] + sum[2] + sum[3];
+    }
 }

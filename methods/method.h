@@ -44,6 +44,13 @@ static inline uint64_t sparge_hash(uint64_t seed, int64_t n, int64_t i, int64_t 
     return x;
 }
 
+/* Rows in panels of 16, [rows / 16][dim][16], so that many products with one vector are quick. */
+enum { SPARGE_LANES = 16 };
+typedef struct sparge_panels {
+    const float *x; /* NULL: no memory */
+    int64_t dim;
+} sparge_panels;
+
 /* ---- heads.c: one query head after the other ---- */
 
 /* q, k and v are packed, [tokens][channels], in f32; what is not finite is 0. */
@@ -56,6 +63,7 @@ typedef struct sparge_head {
     int64_t b, h, n, kv; /* n: of all query heads; kv: of all key heads */
     float scale;         /* of scores: softmax_scale */
     float *q, *k, *v;    /* v: only if the method asks for it */
+    sparge_panels keys;  /* k again, for products with many */
     void *shared;        /* of the walk */
     sparge_plan *plan;
     sparge_part *part;
@@ -112,6 +120,11 @@ sparge_in sparge_plan_array(sparge_plan *plan, int64_t heads, int64_t tokens, in
 /* ---- maps.c: how much queries pay to keys ---- */
 
 float sparge_method_dot(const float *a, const float *b, int64_t dim);
+sparge_panels sparge_method_panels(const float *x, int64_t rows, int64_t dim,
+                                   sparge_piece **memory);
+/* s[r] = scale * sparge_method_dot(q, row r) of the first n rows, to the bit. */
+void sparge_method_scores(const sparge_panels *rows, const float *q, float scale, int64_t n,
+                          float *s);
 /* Means of blocks of rows, [blocks][dim]. padded: the last block counts as a whole one. */
 void sparge_method_pool(const float *x, int64_t rows, int64_t dim, int64_t block, bool padded,
                         float *mean);

@@ -35,8 +35,7 @@ static sparge_status order_keys(const sparge_head *head, int64_t *order)
     if (!p || !sum)
         return SPARGE_ERR_MEMORY;
     for (int64_t t = sparge_max(0, g->q_len - g->block_q); t < g->q_len; t++) {
-        for (int64_t key = 0; key < whole; key++)
-            p[key] = head->scale * sparge_method_dot(head->q + t * dim, head->k + key * dim, dim);
+        sparge_method_scores(&head->keys, head->q + t * dim, head->scale, whole, p);
         sparge_method_softmax(p, whole);
         for (int64_t key = 0; key < whole; key++)
             sum[key] += p[key];

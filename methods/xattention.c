@@ -77,18 +77,19 @@ static sparge_status keep_xattention(const sparge_head *head, sparge_error *erro
         sparge_geometry_make(g->q_len, g->k_len, stride, stride, g->causal);
     const float *q = make_groups(head, head->q, g->q_len, true),
                 *k = make_groups(head, head->k, g->k_len, false);
+    if (!q || !k)
+        return SPARGE_ERR_MEMORY;
     float *a = sparge_take(head->scratch, groups.k_blocks + 1, sizeof *a);
+    const sparge_panels rows = sparge_method_panels(k, groups.k_blocks, length, head->scratch);
     double *mass = sparge_take(head->scratch, g->k_blocks + 1, sizeof *mass);
     sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
-    if (!q || !k || !a || !mass || !x)
+    if (!rows.x || !a || !mass || !x)
         return SPARGE_ERR_MEMORY;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         memset(mass, 0, (size_t)g->k_blocks * sizeof *mass);
         for (int64_t t = i * per_block; t < sparge_min(groups.q_blocks, (i + 1) * per_block); t++) {
             const int64_t visible = sparge_blocks_visible(&groups, t);
-            for (int64_t u = 0; u < visible; u++)
-                a[u] = sparge_method_dot(q + t * length, k + u * length, length) * head->scale /
-                       (float)stride;
+            sparge_method_scores(&rows, q + t * length, head->scale / (float)stride, visible, a);
             sparge_method_softmax(a, visible);
             for (int64_t u = 0; u < visible; u++)
                 mass[u / per_block] += (double)a[u];

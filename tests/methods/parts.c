@@ -202,6 +202,35 @@ static sparge_status look(const sparge_head *head, sparge_error *error)
     return SPARGE_OK;
 }
 
+/* Many products at once are the single ones, whatever the vectors. */
+Test(parts, scores_are_products_to_the_bit)
+{
+    static const int64_t dims[] = {1, 5, 16, 17, 64, 100};
+    for (int e = 0; e < 6; e++)
+        for (int64_t rows = 1; rows <= 40; rows += 13) {
+            sparge_piece *memory = NULL;
+            float x[40 * 100], q[100], s[41];
+            check_case("%lld rows of %lld", (long long)rows, (long long)dims[e]);
+            for (int64_t n = 0; n < 40 * 100; n++)
+                x[n] = check_normal();
+            for (int64_t c = 0; c < dims[e]; c++)
+                q[c] = check_normal();
+            if (rows == 14) {
+                x[dims[e]] = INFINITY;
+                x[2 * dims[e] - 1] = dims[e] > 1 ? -INFINITY : NAN;
+                q[0] = q[dims[e] - 1] = 1.0f;
+            }
+            const sparge_panels panels = sparge_method_panels(x, rows, dims[e], &memory);
+            memset(s, 0x7F, sizeof s);
+            const float beyond = s[rows];
+            sparge_method_scores(&panels, q, 0.25f, rows, s);
+            for (int64_t r = 0; r < rows; r++)
+                check_equal(s[r], 0.25f * sparge_method_dot(q, x + r * dims[e], dims[e]));
+            check_equal(s[rows], beyond);
+            sparge_release(&memory);
+        }
+}
+
 /* A method that is what a test says. */
 static sparge_status plan_look(sparge_plan *plan, const sparge_context *context,
                                const double *param, sparge_error *error)
