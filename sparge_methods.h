@@ -68,7 +68,8 @@ typedef struct sparge_method {
     unsigned needs;       /* of sparge_needs */
     sparge_param param[SPARGE_MAX_PARAMS]; /* the first sets the density, which never falls with
                                               it; a name of NULL ends them */
-    bool falls; /* the density never rises with the first parameter, but falls */
+    bool falls;  /* the density never rises with the first parameter, but falls */
+    bool at_run; /* it keeps all pairs, and its density is that of P.V, which a run tells */
     /* Fills in the parts of a plan whose problem and options are the caller's, checked. */
     sparge_status (*plan)(sparge_plan *plan, const sparge_context *context, const double *param,
                           sparge_error *error);
@@ -86,9 +87,10 @@ sparge_status sparge_method_plan(const sparge_method *method, const sparge_probl
                                  const sparge_options *options, const sparge_context *context,
                                  const double *param, sparge_plan *plan, sparge_error *error);
 
-/* Makes the plan whose density of tokens is nearest, by bisecting the first parameter. It writes
- * that to param[0] and takes the others from there. One value is for all heads: context->first must
- * be NULL. SPARGE_ERR_ARGUMENT names the densities that can be reached. */
+/* Makes the plan whose density of tokens (at_run: of P.V's) is nearest, by bisecting the first
+ * parameter. It writes that to param[0] and takes the others from there. One value is for all
+ * heads: context->first must be NULL. SPARGE_ERR_ARGUMENT names the densities that can be reached.
+ */
 sparge_status sparge_method_plan_at(const sparge_method *method, const sparge_problem *problem,
                                     const sparge_options *options, const sparge_context *context,
                                     double *param, double density, const sparge_executor *executor,

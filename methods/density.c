@@ -53,6 +53,23 @@ static int64_t next_place(const sparge_method *m, const bracket *b, double densi
     return sparge_max(b->low + 1, sparge_min(b->high - 1, tried ? line : usual));
 }
 
+/* What running a plan counts, summed over heads. */
+static sparge_status count_run(const search *s, const sparge_plan *plan, sparge_counts *sum,
+                               sparge_error *error)
+{
+    const sparge_problem *p = s->problem;
+    const int64_t head = p->q_len * p->dim_v;
+    sparge_piece *memory = NULL;
+    sparge_result r = {
+        .o = {.dtype = SPARGE_F32, .batch = p->heads * head, .head = head, .token = p->dim_v}};
+    r.o.data = sparge_take(&memory, p->batch * p->heads * head + 1, sizeof(float));
+    const sparge_status status =
+        r.o.data ? sparge_plan_run(plan, s->executor, &r, error) : SPARGE_ERR_MEMORY;
+    *sum = r.counts;
+    sparge_release(&memory);
+    return sparge_with_message(status, error);
+}
+
 /* The plan at one value of the parameter and its density; NaN if no query sees a key. */
 static sparge_status try_place(const search *s, int64_t place, sparge_plan *plan, double *density,
                                double *grain, sparge_error *error)
@@ -69,7 +86,10 @@ static sparge_status try_place(const search *s, int64_t place, sparge_plan *plan
                       : sparge_fail(error, SPARGE_ERR_MEMORY, "out of memory");
     for (int64_t n = 0; n < heads && !status; n++)
         sparge_counts_add(&sum, &head[n]);
-    *density = sum.tokens ? sparge_density_tokens(&sum) : (double)NAN;
+    if (!status && s->method->at_run)
+        status = count_run(s, plan, &sum, error);
+    const double done = (double)(s->method->at_run ? sum.pv_tokens : sum.qk_tokens);
+    *density = sum.tokens ? done / (double)sum.tokens : (double)NAN;
     const sparge_options *o = &plan->part[0].options;
     *grain = !status && plan->part[0].predicted
                  ? (double)(o->block_q * o->block_k) / (double)sum.tokens

@@ -102,9 +102,13 @@ const float *sparge_load_heads(const sparge_in *in, int64_t batch, int64_t heads
 sparge_part *sparge_plan_add(sparge_plan *plan);
 /* The same with an empty mask in its blocks; its options and problem are set. */
 sparge_status sparge_part_mask(sparge_part *part, sparge_error *error);
-/* Makes the last part one whose mask its backend predicts. set writes the thresholds of a head that
- * has these parameters over those of the caller. */
-typedef void sparge_set_thresholds(const double *param, sparge_thresholds *thresholds);
+/* Gives each head of the last part its thresholds: set writes those of a head that has these
+ * parameters over those of the caller. Then a backend must be here that takes them. */
+typedef void sparge_set_thresholds(const sparge_problem *problem, const double *param,
+                                   sparge_thresholds *thresholds);
+sparge_status sparge_set_part(sparge_plan *plan, const sparge_context *context, const double *param,
+                              sparge_set_thresholds *set, sparge_error *error);
+/* The same, and its backend predicts its mask by them. */
 sparge_status sparge_predict_part(sparge_plan *plan, const sparge_context *context,
                                   const double *param, sparge_set_thresholds *set,
                                   sparge_error *error);

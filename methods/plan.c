@@ -36,9 +36,8 @@ const double *sparge_param_of(const sparge_context *context, int64_t head, const
     return own;
 }
 
-sparge_status sparge_predict_part(sparge_plan *plan, const sparge_context *context,
-                                  const double *param, sparge_set_thresholds *set,
-                                  sparge_error *error)
+sparge_status sparge_set_part(sparge_plan *plan, const sparge_context *context, const double *param,
+                              sparge_set_thresholds *set, sparge_error *error)
 {
     sparge_part *part = &plan->part[plan->parts - 1];
     sparge_options *o = &part->options;
@@ -49,13 +48,20 @@ sparge_status sparge_predict_part(sparge_plan *plan, const sparge_context *conte
     for (int64_t h = 0; h < heads; h++) {
         double own[SPARGE_MAX_PARAMS];
         each[h] = *sparge_thresholds_of(&plan->options, h);
-        set(sparge_param_of(context, h, param, own), &each[h]);
+        set(&plan->problem, sparge_param_of(context, h, param, own), &each[h]);
     }
     o->thresholds = each[0];
     o->per_head = plan->options.per_head || context->first ? each : NULL;
-    part->predicted = true;
-    sparge_options resolved = *o; /* is a backend here that takes these? */
+    sparge_options resolved = *o;
     return sparge_options_resolve(&plan->problem, &resolved, error);
+}
+
+sparge_status sparge_predict_part(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_set_thresholds *set,
+                                  sparge_error *error)
+{
+    plan->part[plan->parts - 1].predicted = true;
+    return sparge_set_part(plan, context, param, set, error);
 }
 
 int64_t sparge_visible_pairs(const sparge_geometry *g)

@@ -8,8 +8,9 @@
 
 enum { TAU, THETA, TOPK, LAMBDA, SINK };
 
-static void set(const double *param, sparge_thresholds *to)
+static void set(const sparge_problem *problem, const double *param, sparge_thresholds *to)
 {
+    (void)problem;
     *to = (sparge_thresholds){
         .theta = (float)param[THETA],
         .tau = (float)param[TAU],

@@ -27,8 +27,9 @@
 
 enum { T, CELL };
 
-static void set(const double *param, sparge_thresholds *to)
+static void set(const sparge_problem *problem, const double *param, sparge_thresholds *to)
 {
+    (void)problem;
     const float t = (float)fmin(param[T], (double)FLT_MAX);
     *to = (sparge_thresholds){
         .theta = -1.0f,

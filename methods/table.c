@@ -12,6 +12,7 @@
 #include "sparge_inspect.h"
 
 static const sparge_method *const table[] = {
+    &sparge_method_blasst,
     &sparge_method_dense,
     &sparge_method_flexprefill,
     &sparge_method_minference,

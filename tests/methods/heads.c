@@ -232,7 +232,7 @@ Test(heads, cells_of_the_caller_play_no_part)
             pairs[e] = pairs_of(&plan);
             check(sparge_plan_count(&plan, of[e], &error) == SPARGE_OK, "%s", error.text);
             answer a = ran(&x, &plan);
-            for (int h = 0; h < 2 * HEADS; h++)
+            for (int h = 0; h < 2 * HEADS && !m->at_run; h++)
                 same_counts(&a.head[h], &of[e][h]);
             answer_free(&a);
             sparge_plan_free(&plan);

@@ -262,6 +262,8 @@ Test(parts, heads_one_after_the_other)
         asked = &x;
         plan_by(&m, &x, &plan);
         check_equal(walked, 8);
+        check(causal != SPARGE_CAUSAL_NONE || plan.multiply_adds == 8.0 * 37.0 * 53.0 * 5.0,
+              "%g multiply-adds", plan.multiply_adds);
         sparge_plan_free(&plan);
         problem_free(&x);
     }
@@ -316,6 +318,47 @@ static sparge_status plan_by_hand(sparge_plan *plan, const sparge_context *conte
     return sparge_each_head(plan, context, param,
                             &(sparge_walk){.block_q = 16, .block_k = 16, .visit = keep_by_hand},
                             error);
+}
+
+/* Heads 1 and 3 attend to one key each; the others to all of block 0. */
+static sparge_status keep_one_key(const sparge_head *head, sparge_error *error)
+{
+    const sparge_pairs pairs = sparge_pairs_make(head);
+    sparge_status status = pairs.bits ? SPARGE_OK : SPARGE_ERR_MEMORY;
+    for (int64_t i = 0; i < head->g.q_blocks && !status; i++) {
+        for (int64_t r = 0; r < 16; r++)
+            sparge_pairs_range(head, &pairs, r, head->h % 2 ? head->h : 0,
+                               head->h % 2 ? head->h + 1 : 16);
+        status = sparge_pairs_set(head, &pairs, i, error);
+    }
+    return status;
+}
+
+static sparge_status plan_one_key(sparge_plan *plan, const sparge_context *context,
+                                  const double *param, sparge_error *error)
+{
+    return sparge_each_head(plan, context, param,
+                            &(sparge_walk){.block_q = 16, .block_k = 16, .visit = keep_one_key},
+                            error);
+}
+
+Test(parts, masks_of_heads_are_put_together)
+{
+    static const sparge_method m = {.name = "one key", .plan = plan_one_key};
+    problem x = ask_small(SPARGE_CAUSAL_NONE);
+    sparge_plan plan;
+    plan_by(&m, &x, &plan);
+    uint8_t *pairs = check_alloc((size_t)(8 * 37 * 53));
+    check(sparge_plan_pairs(&plan, pairs, NULL) == SPARGE_OK, "pairs");
+    for (int64_t n = 0; n < 8; n++)
+        for (int64_t t = 0; t < 37; t++)
+            for (int64_t key = 0; key < 53; key++)
+                check(pairs[(n * 37 + t) * 53 + key] == (n % 2 ? key == n % 4 : key < 16),
+                      "head %lld, query %lld, key %lld", (long long)n, (long long)t,
+                      (long long)key);
+    check_free(pairs);
+    sparge_plan_free(&plan);
+    problem_free(&x);
 }
 
 Test(parts, pairs_are_clipped_and_the_diagonal_kept)
@@ -830,7 +873,7 @@ static sparge_status plan_keeping(sparge_plan *plan, const sparge_context *conte
 {
     bool fresh;
     void *kept = NULL;
-    const sparge_status status = sparge_state(plan, context, "keeping", 8, &fresh, &kept, error);
+    const sparge_status status = sparge_state(plan, context, "keeping", 16, &fresh, &kept, error);
     if (status)
         return status;
     check_equal(*(double *)kept, fresh ? 0.0 : 0.25);
