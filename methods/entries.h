@@ -15,5 +15,6 @@ extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_pa
 extern const sparge_method sparge_method_blasst, sparge_method_flexprefill,
     sparge_method_minference, sparge_method_moba, sparge_method_pbs, sparge_method_pisa0,
     sparge_method_strata, sparge_method_submass, sparge_method_xattention;
+extern const sparge_method sparge_method_spargeattention2;
 
 #endif

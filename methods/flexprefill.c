@@ -74,24 +74,13 @@ static int64_t blocks_needed(const sparge_head *head, const float *score, sparge
     return n / head->g.block_k + 1;
 }
 
-/* The softmax of one mean query over the means of the first key blocks. */
-static void pooled_row(const sparge_head *head, const float *q_mean, const float *k_mean,
-                       int64_t blocks, float *p)
-{
-    const int64_t dim = head->problem->dim;
-    for (int64_t j = 0; j < blocks; j++)
-        p[j] = head->scale * sparge_method_dot(q_mean, k_mean + j * dim, dim);
-    sparge_method_softmax(p, blocks);
-    *head->multiply_adds += (double)blocks * (double)dim;
-}
-
 static bool is_query_aware(const sparge_head *head, const room *m)
 {
     const sparge_geometry *g = &head->g;
     const int64_t dim = head->problem->dim, rows = last_rows(g);
     const int64_t visible = sparge_blocks_visible(g, g->q_blocks - 1);
     sparge_method_pool(head->q + (g->q_len - rows) * dim, rows, dim, rows, false, m->q_mean);
-    pooled_row(head, m->q_mean, m->k_mean, visible, m->estimate);
+    sparge_method_pooled_row(head, m->q_mean, m->k_mean, visible, m->estimate);
     double divergence = 0.0;
     for (int64_t j = 0; j < visible; j++) {
         const double a = (double)m->estimate[j], b = (double)m->columns[j], mean = (a + b) / 2.0;
@@ -130,7 +119,7 @@ static void keep_best_pairs(const sparge_head *head, const room *m)
     *head->multiply_adds += (double)g->q_len * (double)dim;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t visible = sparge_blocks_visible(g, i);
-        pooled_row(head, m->q_mean + i * dim, m->k_mean, visible, m->estimate);
+        sparge_method_pooled_row(head, m->q_mean + i * dim, m->k_mean, visible, m->estimate);
         for (int64_t j = 0; j < visible; j++)
             m->x[n++] = (sparge_ranked){m->estimate[j], i * g->k_blocks + j};
         mass += visible > 0;

@@ -167,6 +167,16 @@ void sparge_method_row(const sparge_head *head, int64_t t, float *p)
     *head->multiply_adds += (double)visible * (double)dim;
 }
 
+void sparge_method_pooled_row(const sparge_head *head, const float *q_mean, const float *k_mean,
+                              int64_t blocks, float *p)
+{
+    const int64_t dim = head->problem->dim;
+    for (int64_t j = 0; j < blocks; j++)
+        p[j] = head->scale * sparge_method_dot(q_mean, k_mean + j * dim, dim);
+    sparge_method_softmax(p, blocks);
+    *head->multiply_adds += (double)blocks * (double)dim;
+}
+
 void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass)
 {
     const sparge_geometry *g = &head->g;

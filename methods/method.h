@@ -137,6 +137,10 @@ void sparge_method_softmax(float *s, int64_t n);
 /* What query t pays to each key, [k_len]: softmax over the visible ones, 0 for the others. It
  * counts its multiply-adds. */
 void sparge_method_row(const sparge_head *head, int64_t t, float *p);
+/* The softmax of one mean query over the means of the first key blocks. It counts its
+ * multiply-adds. */
+void sparge_method_pooled_row(const sparge_head *head, const float *q_mean, const float *k_mean,
+                              int64_t blocks, float *p);
 /* Sums of the rows of a map over blocks: adds p[k_len] to mass[k_blocks]. */
 void sparge_method_add_blocks(const sparge_head *head, const float *p, double *mass);
 
