@@ -14,7 +14,8 @@ extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_pa
 /* Each in the file of its name. */
 extern const sparge_method sparge_method_blasst, sparge_method_flexprefill,
     sparge_method_minference, sparge_method_moba, sparge_method_pbs, sparge_method_pisa0,
-    sparge_method_strata, sparge_method_submass, sparge_method_xattention;
+    sparge_method_powerattention, sparge_method_strata, sparge_method_submass,
+    sparge_method_xattention;
 extern const sparge_method sparge_method_spargeattention2;
 
 #endif

@@ -197,6 +197,14 @@ bool sparge_kept(const sparge_head *head, int64_t i, int64_t j);
  * query is without a key. */
 void sparge_keep_diagonal(const sparge_head *head, int64_t i);
 
+/* The key at which query t stands, its last visible one. If not causal, where that would be if the
+ * last query stood at the last key. */
+int64_t sparge_place_of(const sparge_geometry *g, int64_t t);
+/* A rule of places: does a query that stands in block `at` of the keys attend to block j? */
+typedef bool sparge_place_rule(const sparge_head *head, int64_t at, int64_t j);
+/* Keeps for each row of blocks what the rule keeps for some of its queries. */
+void sparge_keep_by_place(const sparge_head *head, sparge_place_rule *rule);
+
 /* Pairs of one row of blocks, to be set at once: [block_q][words]. */
 typedef struct sparge_pairs {
     int64_t words;

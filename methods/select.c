@@ -76,6 +76,25 @@ void sparge_keep_diagonal(const sparge_head *head, int64_t i)
         sparge_keep(head, i, j);
 }
 
+int64_t sparge_place_of(const sparge_geometry *g, int64_t t)
+{
+    const int64_t offset = g->causal == SPARGE_CAUSAL_START ? 0 : g->k_len - g->q_len;
+    return sparge_max(0, sparge_min(g->k_len - 1, t + offset));
+}
+
+void sparge_keep_by_place(const sparge_head *head, sparge_place_rule *rule)
+{
+    const sparge_geometry *g = &head->g;
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        const int64_t t = i * g->block_q, rows = sparge_block_rows(g->q_len, g->block_q, i),
+                      last = sparge_place_of(g, t + rows - 1) / g->block_k;
+        for (int64_t at = sparge_place_of(g, t) / g->block_k; at <= last; at++)
+            for (int64_t j = 0; j < sparge_blocks_visible(g, i); j++)
+                if (rule(head, at, j))
+                    sparge_keep(head, i, j);
+    }
+}
+
 sparge_pairs sparge_pairs_make(const sparge_head *head)
 {
     const int64_t words = sparge_mask_row_words(head->g.k_len);

@@ -21,6 +21,7 @@ static const sparge_method *const table[] = {
     &sparge_method_oracle_pairs,
     &sparge_method_pbs,
     &sparge_method_pisa0,
+    &sparge_method_powerattention,
     &sparge_method_random,
     &sparge_method_spargeattention2,
     &sparge_method_spargeattn,

@@ -80,19 +80,16 @@ const sparge_method sparge_method_random = {
 
 enum { WINDOW, SINK_TOKENS };
 
-/* Of the query whose last key under causality would be `now`. */
 static sparge_status keep_window(const sparge_head *head, sparge_error *error)
 {
     const sparge_geometry *g = &head->g;
     const int64_t window = (int64_t)head->param[WINDOW], sink = (int64_t)head->param[SINK_TOKENS];
-    const int64_t offset = g->causal == SPARGE_CAUSAL_START ? 0 : g->k_len - g->q_len;
     const sparge_pairs pairs = sparge_pairs_make(head);
     sparge_status status = pairs.bits ? SPARGE_OK : SPARGE_ERR_MEMORY;
     for (int64_t i = 0; i < g->q_blocks && !status; i++) {
         sparge_pairs_clear(head, &pairs);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
-            const int64_t last = sparge_min(g->k_len - 1, i * g->block_q + r + offset);
-            const int64_t now = sparge_max(0, last);
+            const int64_t now = sparge_place_of(g, i * g->block_q + r);
             sparge_pairs_range(head, &pairs, r, 0, sink);
             sparge_pairs_range(head, &pairs, r, now - window + 1, now + window);
         }
