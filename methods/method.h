@@ -150,6 +150,8 @@ void sparge_method_add_blocks(const sparge_head *head, const float *p, double *m
 /* The patches of t x h x w tokens of a grid one after the other, both in row-major order; those at
  * the edges are smaller. Text keeps its place. */
 void sparge_order_patches(const sparge_grid *grid, int64_t t, int64_t h, int64_t w, int64_t *index);
+/* Patches of h x w tokens, frame by frame, and then all text. */
+void sparge_order_frames(const sparge_grid *grid, int64_t h, int64_t w, int64_t *index);
 /* By the remainder of the token's number by `stride`. */
 void sparge_order_residues(int64_t len, int64_t stride, int64_t *index);
 /* A tree of halves, [len][dim]: rows are cut in two by the channel in which they lie farthest
@@ -161,6 +163,8 @@ sparge_status sparge_order_tree(const float *x, int64_t len, const float *y, int
 /* Inside each whole segment of so many tokens by falling score, of equals the earlier first. */
 sparge_status sparge_order_segments(const float *score, int64_t len, int64_t segment,
                                     int64_t *index);
+/* Packed rows in an order. */
+void sparge_order_rows(const float *x, const int64_t *order, int64_t len, int64_t dim, float *to);
 /* Rows of head h of a tensor in an order, with what is not finite, to the packed floats of the head
  * at hand. */
 void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,

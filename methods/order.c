@@ -22,6 +22,17 @@ void sparge_order_patches(const sparge_grid *grid, int64_t t, int64_t h, int64_t
         *place++ = before + tokens + n;
 }
 
+void sparge_order_frames(const sparge_grid *grid, int64_t h, int64_t w, int64_t *index)
+{
+    const sparge_grid video = {grid->t, grid->h, grid->w, 0, 0};
+    const int64_t before = grid->text_before, tokens = grid->t * grid->h * grid->w;
+    sparge_order_patches(&video, 1, h, w, index);
+    for (int64_t n = 0; n < tokens; n++)
+        index[n] += before;
+    for (int64_t n = 0; n < before + grid->text_after; n++)
+        index[tokens + n] = n < before ? n : tokens + n;
+}
+
 void sparge_order_residues(int64_t len, int64_t stride, int64_t *index)
 {
     for (int64_t r = 0; r < stride; r++)
@@ -126,6 +137,12 @@ sparge_status sparge_order_segments(const float *score, int64_t len, int64_t seg
 }
 
 /* ---- Tensors in an order ---- */
+
+void sparge_order_rows(const float *x, const int64_t *order, int64_t len, int64_t dim, float *to)
+{
+    for (int64_t at = 0; at < len; at++)
+        memcpy(to + at * dim, x + order[at] * dim, (size_t)dim * sizeof *to);
+}
 
 void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,
                       const int64_t *order, int64_t len, int64_t dim, const sparge_in *to)

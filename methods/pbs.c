@@ -17,8 +17,6 @@
  * blocks too. A query stands where its last visible key does: blocks of queries that lie in two
  * segments have both for their own. Each query head has its own order, as in the code.
  * multiply_adds leaves out softmax, sorting and the moving of keys. */
-#include <string.h>
-
 #include "methods/entries.h"
 #include "methods/method.h"
 
@@ -80,8 +78,7 @@ static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
     if (status)
         return status;
     sparge_order_keys(head, order);
-    for (int64_t at = 0; at < g->k_len; at++)
-        memcpy(k + at * dim, head->k + order[at] * dim, (size_t)dim * sizeof *k);
+    sparge_order_rows(head->k, order, g->k_len, dim, k);
     sparge_method_pool(head->q, g->q_len, dim, block, true, q_mean);
     sparge_method_pool(k, g->k_len, dim, block, true, k_mean);
     *head->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;

@@ -23,6 +23,17 @@ Test(order, patches)
     expect(index, want, 33);
 }
 
+/* The same, frame by frame, and text at the end. */
+Test(order, frames)
+{
+    const sparge_grid grid = {2, 3, 5, 1, 2};
+    const int64_t want[33] = {1,  2,  6,  7,  3,  4,  8,  9,  5,  10, 11, 12, 13, 14, 15, 16, 17,
+                              21, 22, 18, 19, 23, 24, 20, 25, 26, 27, 28, 29, 30, 0,  31, 32};
+    int64_t index[33];
+    sparge_order_frames(&grid, 2, 2, index);
+    expect(index, want, 33);
+}
+
 Test(order, residues)
 {
     const int64_t want[7] = {0, 3, 6, 1, 4, 2, 5};
