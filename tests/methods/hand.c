@@ -37,7 +37,7 @@ sparge_plan hand_plan(const hand *x, const char *method, const double *param, in
         all[n] = n < params ? param[n] : m->param[n].usual;
     sparge_plan plan;
     sparge_error error;
-    sparge_status status = sparge_method_plan(m, &x->p, &x->o, NULL, all, &plan, &error);
+    sparge_status status = sparge_method_plan(m, &x->p, &x->o, &x->context, all, &plan, &error);
     if (!status)
         status = sparge_plan_predict(&plan, NULL, &error);
     check(status == SPARGE_OK, "%s: %s", method, error.text);
@@ -79,7 +79,7 @@ void short_defaults(const sparge_method *m, double *param)
 {
     for (int n = 0; n < SPARGE_MAX_PARAMS; n++) {
         const sparge_param *q = &m->param[n];
-        param[n] = q->name && q->whole && q->usual >= 32.0 ? fmax(q->low, floor(q->usual / 8.0))
+        param[n] = q->name && q->whole && q->usual >= 16.0 ? fmax(q->low, floor(q->usual / 8.0))
                                                            : q->usual;
     }
 }

@@ -12,6 +12,7 @@
 typedef struct hand {
     sparge_problem p;
     sparge_options o;
+    sparge_context context;
 } hand;
 
 hand hand_make(int64_t heads, int64_t kv_heads, int64_t q_len, int64_t k_len, int64_t dim,

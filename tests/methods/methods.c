@@ -38,12 +38,19 @@ static const struct setting {
 } settings[] = {
     {2, 2, 1, 100, 300, 64, 16, 32, 32, SPARGE_CAUSAL_NONE, false},
     {1, 2, 1, 300, 300, 64, 16, 32, 16, SPARGE_CAUSAL_END, false},
+    {1, 2, 1, 190, 190, 24, 8, 32, 32, SPARGE_CAUSAL_NONE, false},
     {1, 1, 1, 512, 512, 17, 8, 64, 64, SPARGE_CAUSAL_END, false},
     {2, 2, 1, 70, 300, 33, 17, 16, 48, SPARGE_CAUSAL_END, true},
     {1, 2, 2, 300, 160, 33, 17, 48, 32, SPARGE_CAUSAL_START, false},
     {1, 1, 1, 300, 300, 33, 17, 64, 64, SPARGE_CAUSAL_NONE, true},
 };
-enum { SETTINGS = sizeof settings / sizeof *settings };
+enum { SETTINGS = sizeof settings / sizeof *settings, GRID = 2 };
+
+/* The first settings are for all methods but those that need a grid, and GRID is for those. */
+static bool fits(const sparge_method *m, int setting)
+{
+    return setting < GRID || m->needs & SPARGE_NEEDS_GRID;
+}
 
 typedef struct question {
     problem x;
@@ -124,7 +131,7 @@ static void question_make(question *a, const struct setting *from)
     for (int64_t n = 0; n < keys && a->bias; n++)
         a->bias[n] = check_uniform(-2.0f, 2.0f);
     a->x.p.k_bias = a->bias;
-    a->grid = (sparge_grid){tokens / 60, 6, 10, 0, tokens % 60};
+    a->grid = (sparge_grid){tokens / 60, 6, 10, tokens % 60 / 3, tokens % 60 - tokens % 60 / 3};
     a->segment_ends[0] = tokens / 3;
     a->segment_ends[1] = tokens / 2;
     a->segment_ends[2] = tokens;
@@ -622,11 +629,11 @@ static double share_of(const question *a, const uint8_t *pairs, int64_t from, in
 /* The first parameter from end to end. */
 static void rising_density(const sparge_method *m, question *a, int index, int setting)
 {
-    (void)index, (void)setting;
+    (void)index;
     double param[SPARGE_MAX_PARAMS], before = -1.0, recalled = -1.0;
     uint8_t *last = NULL;
     short_defaults(m, param);
-    for (int n = 0; n <= 6 && m->param[0].name; n++) {
+    for (int n = 0; n <= 6 && m->param[0].name && fits(m, setting); n++) {
         sparge_plan plan;
         param[0] = first_param(m, a->x.p.k_len, n / 6.0);
         check_case("%s, %s %g", m->name, m->param[0].name, param[0]);
@@ -649,7 +656,7 @@ static void rising_density(const sparge_method *m, question *a, int index, int s
     check_free(last);
 }
 
-Test(methods, density_never_falls) { each(0, 2, rising_density); }
+Test(methods, density_never_falls) { each(0, GRID + 1, rising_density); }
 
 /* The pairs of a yardstick of this density, in the blocks of other options. */
 static uint8_t *yardstick(const char *name, question *a, const sparge_options *o, double density,
@@ -719,8 +726,10 @@ static void between(const sparge_method *m, question *a, int index, int setting)
         best_pairs[n] = yardstick("oracle_pairs", a, &a->x.o, (double)n / STEPS, 0.0);
     }
     short_defaults(m, param);
-    if (!strcmp(m->name, "random") || !m->param[0].name)
+    if (!strcmp(m->name, "random") || !m->param[0].name || !fits(m, setting))
         return;
+    free(a->state);
+    a->state = NULL;
     if (sparge_method_plan_at(m, &a->x.p, &a->x.o, &a->context, param, 0.3, NULL, &plan, &error)) {
         param[0] = first_param(m, a->x.p.k_len, 0.0); /* the nearest, if it makes plans here */
         if (!plan_of(m, a, param, &plan))
@@ -743,7 +752,7 @@ static void between(const sparge_method *m, question *a, int index, int setting)
 
 Test(methods, between_random_and_oracle)
 {
-    each(0, 2, between);
+    each(0, GRID + 1, between);
     for (int n = 0; n <= STEPS; n++)
         check_free(best_pairs[n]);
 }
@@ -767,7 +776,7 @@ static void hidden_nan(const sparge_method *m, question *a, int index, int setti
     static const float poisons[] = {NAN, INFINITY};
     const sparge_problem *p = &a->x.p;
     const int64_t gqa = p->heads / p->kv_heads;
-    for (int which = 0; which < 6; which++) { /* of q, k, v */
+    for (int which = 0; which < 6 && fits(m, setting); which++) { /* of q, k, v */
         problem x = a->x;
         tensor *t = which / 2 == 0 ? &x.q : which / 2 == 1 ? &x.k : &x.v;
         float *bad = tensor_row(t, 0, 0, POISONED) + CHANNEL, was = *bad;
@@ -806,7 +815,7 @@ static void hidden_nan(const sparge_method *m, question *a, int index, int setti
     }
 }
 
-Test(methods, nan_goes_to_whom_it_concerns) { each(0, 2, hidden_nan); }
+Test(methods, nan_goes_to_whom_it_concerns) { each(0, GRID + 1, hidden_nan); }
 
 /* ---- Refusals ---- */
 
