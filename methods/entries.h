@@ -17,5 +17,7 @@ extern const sparge_method sparge_method_blasst, sparge_method_flexprefill,
     sparge_method_powerattention, sparge_method_strata, sparge_method_submass,
     sparge_method_xattention;
 extern const sparge_method sparge_method_spargeattention2;
+/* Of video and diffusion, the same. */
+extern const sparge_method sparge_method_biformer, sparge_method_draft;
 
 #endif

@@ -12,8 +12,10 @@
 #include "sparge_inspect.h"
 
 static const sparge_method *const table[] = {
+    &sparge_method_biformer,
     &sparge_method_blasst,
     &sparge_method_dense,
+    &sparge_method_draft,
     &sparge_method_flexprefill,
     &sparge_method_minference,
     &sparge_method_moba,
