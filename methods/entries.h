@@ -12,7 +12,7 @@ extern const sparge_method sparge_method_dense, sparge_method_random, sparge_met
 extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_paper,
     sparge_method_spargeattn_upstream;
 /* Each in the file of its name. */
-extern const sparge_method sparge_method_blasst, sparge_method_flexprefill,
+extern const sparge_method sparge_method_blasst, sparge_method_flexprefill, sparge_method_hess,
     sparge_method_minference, sparge_method_moba, sparge_method_pbs, sparge_method_pisa0,
     sparge_method_powerattention, sparge_method_strata, sparge_method_submass,
     sparge_method_xattention;

@@ -17,6 +17,7 @@ static const sparge_method *const table[] = {
     &sparge_method_dense,
     &sparge_method_draft,
     &sparge_method_flexprefill,
+    &sparge_method_hess,
     &sparge_method_minference,
     &sparge_method_moba,
     &sparge_method_oracle_mass,

@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* hess.c: HeSS: budgets of blocks by the sensitivity of heads; github.com/libary753/HeSS at
+ * 7ee2e37, which has no code: the rule is read from what is written of it.
+ *
+ * The base keeps of each row of blocks, by the softmax of mean queries times mean keys, the best
+ * until they have the mass tau, and rho of the visible ones at least. As many blocks as that is
+ * over all heads are shared out anew, in proportion to how sensitive the heads are: what is more
+ * than a head has goes to the others. Each head keeps its best blocks, of all rows.
+ *
+ * Ours:
+ * - The paper's sensitivity is the Fisher information of the weights of a head for two losses of
+ *   its task. Here it is what the base loses: the mean share of the attention that it drops with
+ *   tau 0.9. That is a proxy, measured at the first call of a state, or in each call without one.
+ * - `reversed` gives the most to the least sensitive heads, the control of the paper.
+ * - The block that reaches tau is kept. If causal the diagonal is kept, else the best of each row.
+ * - Heads of one batch share a budget. multiply_adds leaves softmax and ranking out. */
+#include <math.h>
+
+#include "common/select.h"
+#include "methods/entries.h"
+#include "methods/method.h"
+
+enum { TAU, RHO, REVERSED };
+static const double measured_at = 0.9; /* tau of the sensitivity */
+
+typedef struct heads {
+    float *map;          /* [batch * heads][q_blocks][k_blocks], 0: not visible */
+    double *budget;      /* [batch * heads] blocks */
+    double *sensitivity; /* [heads] */
+} heads;
+
+/* The visible blocks of a row, the best first, and how many the base keeps. */
+static int64_t rank_row(const sparge_geometry *g, const float *row, int64_t i, double tau,
+                        double rho, sparge_ranked *x)
+{
+    const int64_t visible = sparge_blocks_visible(g, i);
+    for (int64_t j = 0; j < visible; j++)
+        x[j] = (sparge_ranked){row[j], j};
+    sparge_rank(x, visible);
+    const int64_t count = tau < 1.0 ? sparge_count_mass(x, visible, tau, true) : visible;
+    return sparge_max(count, sparge_topk_count((float)rho, visible));
+}
+
+/* What the base drops, the mean over queries. */
+static sparge_status measure(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    const sparge_geometry *g = &head->g;
+    const heads *all = head->shared;
+    const float *map = all->map + head->n * g->q_blocks * g->k_blocks;
+    float *p = sparge_take(head->scratch, g->k_len + 1, sizeof *p);
+    double *mass = sparge_take(head->scratch, g->k_blocks + 1, sizeof *mass), lost = 0.0;
+    sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
+    if (!p || !mass || !x)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        const int64_t visible = sparge_blocks_visible(g, i),
+                      count = rank_row(g, map + i * g->k_blocks, i, measured_at, 0.0, x);
+        for (int64_t j = 0; j < g->k_blocks; j++)
+            mass[j] = 0.0;
+        for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
+            sparge_method_row(head, i * g->block_q + r, p);
+            sparge_method_add_blocks(head, p, mass);
+        }
+        for (int64_t e = count; e < visible; e++)
+            lost += mass[x[e].at];
+    }
+    all->sensitivity[head->h] = lost / (double)sparge_max(1, g->q_len);
+    return SPARGE_OK;
+}
+
+/* The maps of all heads. */
+static sparge_status make_maps(sparge_plan *plan, const sparge_geometry *g, float *map,
+                               sparge_piece **memory)
+{
+    const sparge_problem *p = &plan->problem;
+    const int64_t count = p->batch * p->heads;
+    const float *q = sparge_load_heads(&p->q, p->batch, p->heads, p->q_len, p->dim, memory),
+                *k = sparge_load_heads(&p->k, p->batch, p->kv_heads, p->k_len, p->dim, memory);
+    float *q_mean = sparge_take(memory, g->q_blocks * p->dim + 1, sizeof *q_mean),
+          *k_mean = sparge_take(memory, g->k_blocks * p->dim + 1, sizeof *k_mean);
+    if (!q || !k || !q_mean || !k_mean)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t kv = n / (p->heads / p->kv_heads);
+        sparge_method_pool(q + n * p->q_len * p->dim, p->q_len, p->dim, g->block_q, false, q_mean);
+        sparge_method_pool(k + kv * p->k_len * p->dim, p->k_len, p->dim, g->block_k, false, k_mean);
+        for (int64_t i = 0; i < g->q_blocks; i++) {
+            float *row = map + (n * g->q_blocks + i) * g->k_blocks;
+            const int64_t visible = sparge_blocks_visible(g, i);
+            for (int64_t j = 0; j < visible; j++)
+                row[j] = plan->options.softmax_scale *
+                         sparge_method_dot(q_mean + i * p->dim, k_mean + j * p->dim, p->dim);
+            sparge_method_softmax(row, visible);
+        }
+    }
+    plan->multiply_adds +=
+        (double)(count * p->dim) * (double)(p->q_len + p->k_len + sparge_visible_pairs(g));
+    return SPARGE_OK;
+}
+
+/* Shares of a sum in proportion to weights, of which none is more than `most`: what is too much for
+ * one goes to the others. share: negative as long as it is open. */
+static void fill(double sum, double most, const double *weight, int64_t n, double *share)
+{
+    double weights = 0.0;
+    bool goes_on = true;
+    for (int64_t h = 0; h < n; h++) {
+        share[h] = -1.0;
+        weights += weight[h];
+    }
+    while (goes_on) {
+        const double left = sum, open = weights;
+        goes_on = false;
+        for (int64_t h = 0; h < n; h++)
+            if (share[h] < 0.0 && left * weight[h] >= most * open) {
+                share[h] = most;
+                sum -= most;
+                weights -= weight[h];
+                goes_on = true;
+            }
+    }
+    for (int64_t h = 0; h < n; h++)
+        if (share[h] < 0.0)
+            share[h] = fmax(0.0, sum) * weight[h] / weights;
+}
+
+/* The blocks of each head. */
+static sparge_status share_out(const sparge_plan *plan, const sparge_context *context,
+                               const sparge_geometry *g, const double *param, const heads *all,
+                               sparge_piece **memory)
+{
+    const int64_t n = plan->problem.heads;
+    double *weight = sparge_take(memory, n, sizeof *weight);
+    sparge_ranked *x = sparge_take(memory, g->k_blocks + 1, sizeof *x);
+    if (!weight || !x)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t h = 0; h < n; h++) {
+        const double s = fmax(all->sensitivity[h], 1e-6); /* so that no head has nothing */
+        weight[h] = param[REVERSED] != 0.0 ? 1.0 / s : s;
+    }
+    for (int64_t b = 0; b < plan->problem.batch; b++) {
+        double sum = 0.0;
+        for (int64_t h = 0; h < n; h++)
+            for (int64_t i = 0; i < g->q_blocks; i++) {
+                double own[SPARGE_MAX_PARAMS];
+                const double *of = sparge_param_of(context, h, param, own);
+                sum += (double)rank_row(g, all->map + ((b * n + h) * g->q_blocks + i) * g->k_blocks,
+                                        i, of[TAU], of[RHO], x);
+            }
+        fill(sum, (double)sparge_visible_pairs(g), weight, n, all->budget + b * n);
+    }
+    return SPARGE_OK;
+}
+
+static sparge_status keep_best(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    const sparge_geometry *g = &head->g;
+    const heads *all = head->shared;
+    const float *map = all->map + head->n * g->q_blocks * g->k_blocks;
+    sparge_ranked *x = sparge_take(head->scratch, g->q_blocks * g->k_blocks + 1, sizeof *x);
+    int64_t n = 0;
+    if (!x)
+        return SPARGE_ERR_MEMORY;
+    for (int64_t i = 0; i < g->q_blocks; i++) {
+        const int64_t visible = sparge_blocks_visible(g, i);
+        if (g->causal == SPARGE_CAUSAL_NONE && visible) {
+            rank_row(g, map + i * g->k_blocks, i, 1.0, 0.0, x + n);
+            sparge_keep(head, i, x[n].at);
+        }
+        sparge_keep_diagonal(head, i);
+        for (int64_t j = 0; j < visible; j++)
+            x[n + j] = (sparge_ranked){map[i * g->k_blocks + j], i * g->k_blocks + j};
+        n += visible;
+    }
+    sparge_rank(x, n);
+    const int64_t count = sparge_min(n, (int64_t)llround(all->budget[head->n]));
+    for (int64_t e = 0; e < count; e++)
+        sparge_keep(head, x[e].at / g->k_blocks, x[e].at % g->k_blocks);
+    return SPARGE_OK;
+}
+
+static sparge_status plan_hess(sparge_plan *plan, const sparge_context *context,
+                               const double *param, sparge_error *error)
+{
+    const sparge_problem *p = &plan->problem;
+    const sparge_geometry g = sparge_geometry_of(p, &plan->options);
+    const int64_t count = p->batch * p->heads;
+    sparge_piece *memory = NULL;
+    heads all = {.map = sparge_take(&memory, count * g.q_blocks * g.k_blocks + 1, sizeof(float)),
+                 .budget = sparge_take(&memory, count + 1, sizeof(double))};
+    sparge_walk walk = {.shared = &all, .survey = true, .visit = measure};
+    bool fresh = false;
+    void *kept = NULL;
+    sparge_status status =
+        all.map && all.budget ? make_maps(plan, &g, all.map, &memory) : SPARGE_ERR_MEMORY;
+    if (!status)
+        status = sparge_state(plan, context, "hess", p->heads * (int64_t)sizeof(double), &fresh,
+                              &kept, error);
+    all.sensitivity = kept;
+    if (!status && fresh)
+        status = sparge_each_head(plan, context, param, &walk, error);
+    if (!status)
+        status = share_out(plan, context, &g, param, &all, &memory);
+    walk.survey = false;
+    walk.visit = keep_best;
+    if (!status)
+        status = sparge_each_head(plan, context, param, &walk, error);
+    sparge_release(&memory);
+    return status;
+}
+
+const sparge_method sparge_method_hess = {
+    .name = "hess",
+    .title = "HeSS: budgets by the sensitivity of heads",
+    .paper = "",
+    .repository = "github.com/libary753/HeSS",
+    .commit = "7ee2e37",
+    .kind = "training-free",
+    .evidence = "",
+    .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks that the base keeps"},
+              {"rho", 0.0, 1.0, 0.0, false, "share of the key blocks that it keeps at least"},
+              {"reversed", 0.0, 1.0, 0.0, true, "the most for the least sensitive heads"}},
+    .plan = plan_hess,
+};
