@@ -209,6 +209,11 @@ typedef bool sparge_place_rule(const sparge_head *head, int64_t at, int64_t j);
 /* Keeps for each row of blocks what the rule keeps for some of its queries. */
 void sparge_keep_by_place(const sparge_head *head, sparge_place_rule *rule);
 
+/* The selector of submass, for the scores of others (methods of the name NAME_t): keeps the first
+ * block, the diagonal, and each visible block of row i whose mass is above t even shares of all
+ * blocks of the call, where the masses of a row are 1 together. 0 keeps all. */
+void sparge_keep_shares(const sparge_head *head, int64_t i, const double *mass, double t);
+
 /* Pairs of one row of blocks, to be set at once: [block_q][words]. */
 typedef struct sparge_pairs {
     int64_t words;

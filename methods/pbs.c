@@ -47,7 +47,7 @@ static int64_t rank_blocks(const sparge_head *head, const float *q, const float 
                            float *p, sparge_ranked *x)
 {
     const int64_t dim = head->problem->dim;
-    const double threshold = head->param[THRESHOLD];
+    const double threshold = head->param[THRESHOLD], t = threshold / (double)head->g.k_blocks;
     for (int64_t j = 0; j < blocks; j++)
         p[j] = head->scale * sparge_method_dot(q, k + j * dim, dim);
     sparge_method_softmax(p, blocks);
@@ -55,6 +55,8 @@ static int64_t rank_blocks(const sparge_head *head, const float *q, const float 
         x[j] = (sparge_ranked){p[j], j};
     sparge_rank(x, blocks);
     *head->multiply_adds += (double)blocks * (double)dim;
+    if (head->shared) /* the selector of submass */
+        return t > 0.0 ? sparge_count_above(x, blocks, t) : blocks;
     return threshold < 1.0
                ? sparge_max(sparge_min(1, blocks), sparge_count_mass(x, blocks, threshold, true))
                : blocks;
@@ -106,27 +108,45 @@ static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
     return status;
 }
 
-static sparge_status plan_pbs(sparge_plan *plan, const sparge_context *context, const double *param,
-                              sparge_error *error)
+/* name: for the message. shared: not NULL, `threshold` is the t of submass. */
+static sparge_status plan_by(const char *name, void *shared, sparge_plan *plan,
+                             const sparge_context *context, const double *param,
+                             sparge_error *error)
 {
     const sparge_problem *problem = &plan->problem;
     const int64_t segment = (int64_t)param[SEGMENT], block = (int64_t)param[BLOCK];
     if (segment % block)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                           "segment of pbs is %lld, it must be a multiple of block, which is %lld",
-                           (long long)segment, (long long)block);
+                           "segment of %s is %lld, it must be a multiple of block, which is %lld",
+                           name, (long long)segment, (long long)block);
     if (problem->k_len <= segment) {
         sparge_plan_add(plan);
         return SPARGE_OK;
     }
-    sparge_add_blocks(plan, block, block);
-    sparge_status status = sparge_own_keys(plan);
-    plan->part[0].options.causal = SPARGE_CAUSAL_NONE; /* which its mask has */
-    if (!status)
-        status =
-            sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_blocks}, error);
-    return status;
+    sparge_part *part = sparge_add_blocks(plan, block, block);
+    const sparge_status status = sparge_own_keys(plan);
+    part->options.causal = SPARGE_CAUSAL_NONE; /* which its mask has */
+    const sparge_walk walk = {.shared = shared, .visit = keep_blocks};
+    return status ? status : sparge_each_head(plan, context, param, &walk, error);
 }
+
+static sparge_status plan_pbs(sparge_plan *plan, const sparge_context *context, const double *param,
+                              sparge_error *error)
+{
+    return plan_by("pbs", NULL, plan, context, param, error);
+}
+
+static sparge_status plan_pbs_t(sparge_plan *plan, const sparge_context *context,
+                                const double *param, sparge_error *error)
+{
+    return plan_by("pbs_t", plan, plan, context, param, error);
+}
+
+#define SEGMENTS                                                                     \
+    {"segment", 1.0, 0x1p24, 256.0, true, "keys of a segment, a multiple of block"}, \
+    {                                                                                \
+        "block", 1.0, SPARGE_MAX_BLOCK, 128.0, true, "tokens of a block"             \
+    }
 
 const sparge_method sparge_method_pbs = {
     .name = "pbs",
@@ -138,7 +158,21 @@ const sparge_method sparge_method_pbs = {
     .evidence = "197408520 of 197408520 pairs, 121671 of 121856 blocks, 326704 of 326712 places",
     .needs = SPARGE_NEEDS_CAUSAL,
     .param = {{"threshold", 0.0, 1.0, 0.9, false, "mass of the blocks of earlier segments"},
-              {"segment", 1.0, 0x1p24, 256.0, true, "keys of a segment, a multiple of block"},
-              {"block", 1.0, SPARGE_MAX_BLOCK, 128.0, true, "tokens of a block"}},
+              SEGMENTS},
     .plan = plan_pbs,
+};
+
+const sparge_method sparge_method_pbs_t = {
+    .name = "pbs_t",
+    .title = "PBS-Attn's scores above a threshold",
+    .paper = "arXiv 2510.21270",
+    .repository = "",
+    .commit = "",
+    .kind = "training-free",
+    .evidence = "",
+    .needs = SPARGE_NEEDS_CAUSAL,
+    .falls = true,
+    .param = {{"t", 0.0, INFINITY, 0.2, false, "mass above which a block is kept, in even shares"},
+              SEGMENTS},
+    .plan = plan_pbs_t,
 };

@@ -95,6 +95,18 @@ void sparge_keep_by_place(const sparge_head *head, sparge_place_rule *rule)
     }
 }
 
+void sparge_keep_shares(const sparge_head *head, int64_t i, const double *mass, double t)
+{
+    const int64_t visible = sparge_blocks_visible(&head->g, i);
+    double all = 0.0;
+    for (int64_t j = 0; j < visible; j++)
+        all += mass[j];
+    for (int64_t j = 0; j < visible; j++)
+        if (j == 0 || t <= 0.0 || mass[j] * (double)head->g.k_blocks > t * all)
+            sparge_keep(head, i, j);
+    sparge_keep_diagonal(head, i);
+}
+
 sparge_pairs sparge_pairs_make(const sparge_head *head)
 {
     const int64_t words = sparge_mask_row_words(head->g.k_len);

@@ -21,8 +21,10 @@ static const sparge_method *const table[] = {
     &sparge_method_minference,
     &sparge_method_moba,
     &sparge_method_oracle_mass,
+    &sparge_method_oracle_mass_t,
     &sparge_method_oracle_pairs,
     &sparge_method_pbs,
+    &sparge_method_pbs_t,
     &sparge_method_pisa0,
     &sparge_method_powerattention,
     &sparge_method_random,
@@ -34,6 +36,7 @@ static const sparge_method *const table[] = {
     &sparge_method_submass,
     &sparge_method_window,
     &sparge_method_xattention,
+    &sparge_method_xattention_t,
 };
 
 const sparge_method *const *sparge_methods(int *count)

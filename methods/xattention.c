@@ -26,7 +26,7 @@
 #include "methods/entries.h"
 #include "methods/method.h"
 
-enum { TAU, STRIDE, BLOCK };
+enum { TAU, STRIDE, BLOCK, T = TAU };
 
 /* Groups of tokens as long rows, [groups][stride][dim], 0 for tokens that are not there. */
 static float *make_groups(const sparge_head *head, const float *x, int64_t tokens, bool backwards)
@@ -95,23 +95,46 @@ static sparge_status keep_xattention(const sparge_head *head, sparge_error *erro
                 mass[u / per_block] += (double)a[u];
             *head->multiply_adds += (double)visible * (double)length;
         }
-        choose(head, i, mass, x);
+        if (head->shared)
+            sparge_keep_shares(head, i, mass, head->param[T]);
+        else
+            choose(head, i, mass, x);
     }
     return SPARGE_OK;
+}
+
+/* name: for the message. shared: not NULL, the threshold chooses. */
+static sparge_status plan_by(const char *name, void *shared, sparge_plan *plan,
+                             const sparge_context *context, const double *param,
+                             sparge_error *error)
+{
+    const int64_t stride = (int64_t)param[STRIDE], block = (int64_t)param[BLOCK];
+    if (block % stride != 0)
+        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
+                           "block of %s is %lld, it must be a multiple of stride, %lld", name,
+                           (long long)block, (long long)stride);
+    const sparge_walk walk = {
+        .block_q = block, .block_k = block, .shared = shared, .visit = keep_xattention};
+    return sparge_each_head(plan, context, param, &walk, error);
 }
 
 static sparge_status plan_xattention(sparge_plan *plan, const sparge_context *context,
                                      const double *param, sparge_error *error)
 {
-    const int64_t stride = (int64_t)param[STRIDE], block = (int64_t)param[BLOCK];
-    if (block % stride != 0)
-        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                           "block of xattention is %lld, it must be a multiple of stride, %lld",
-                           (long long)block, (long long)stride);
-    return sparge_each_head(
-        plan, context, param,
-        &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_xattention}, error);
+    return plan_by("xattention", NULL, plan, context, param, error);
 }
+
+static sparge_status plan_xattention_t(sparge_plan *plan, const sparge_context *context,
+                                       const double *param, sparge_error *error)
+{
+    return plan_by("xattention_t", plan, plan, context, param, error);
+}
+
+#define GROUPS                                                                                 \
+    {"stride", 1.0, 64.0, 8.0, true, "tokens of an antidiagonal"},                             \
+    {                                                                                          \
+        "block", 1.0, SPARGE_MAX_BLOCK, 128.0, true, "tokens of a block, a multiple of stride" \
+    }
 
 const sparge_method sparge_method_xattention = {
     .name = "xattention",
@@ -121,9 +144,20 @@ const sparge_method sparge_method_xattention = {
     .commit = "e379887",
     .kind = "training-free",
     .evidence = "115361 of 118344 blocks",
-    .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks to keep"},
-              {"stride", 1.0, 64.0, 8.0, true, "tokens of an antidiagonal"},
-              {"block", 1.0, SPARGE_MAX_BLOCK, 128.0, true,
-               "tokens of a block, a multiple of stride"}},
+    .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks to keep"}, GROUPS},
     .plan = plan_xattention,
+};
+
+const sparge_method sparge_method_xattention_t = {
+    .name = "xattention_t",
+    .title = "XAttention's scores above a threshold",
+    .paper = "arXiv 2503.16428",
+    .repository = "",
+    .commit = "",
+    .kind = "training-free",
+    .evidence = "",
+    .falls = true,
+    .param = {{"t", 0.0, INFINITY, 0.2, false, "mass above which a block is kept, in even shares"},
+              GROUPS},
+    .plan = plan_xattention_t,
 };

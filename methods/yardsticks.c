@@ -179,6 +179,35 @@ static sparge_status plan_oracle_mass(sparge_plan *plan, const sparge_context *c
     return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_mass}, error);
 }
 
+static sparge_status keep_above(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    const sparge_geometry *g = &head->g;
+    float *p = sparge_take(head->scratch, g->k_len + 1, sizeof *p);
+    double *mass = sparge_take(head->scratch, g->q_blocks * g->k_blocks + 1, sizeof *mass);
+    if (!p || !mass)
+        return SPARGE_ERR_MEMORY;
+    true_mass(head, p, mass);
+    for (int64_t i = 0; i < g->q_blocks; i++)
+        sparge_keep_shares(head, i, mass + i * g->k_blocks, head->param[0]);
+    return SPARGE_OK;
+}
+
+static sparge_status plan_oracle_mass_t(sparge_plan *plan, const sparge_context *context,
+                                        const double *param, sparge_error *error)
+{
+    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_above}, error);
+}
+
+const sparge_method sparge_method_oracle_mass_t = {
+    .name = "oracle_mass_t",
+    .title = "The blocks whose attention is above a threshold",
+    OURS,
+    .falls = true,
+    .param = {{"t", 0.0, INFINITY, 0.2, false, "mass above which a block is kept, in even shares"}},
+    .plan = plan_oracle_mass_t,
+};
+
 const sparge_method sparge_method_oracle_mass = {
     .name = "oracle_mass",
     .title = "The blocks of a head with the most attention for each pair",
