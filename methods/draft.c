@@ -33,13 +33,9 @@ static bool draw(const sparge_head *head, const int64_t *order, int64_t blocks, 
     sparge_method_pool(rows, tokens, dim, block, false, q);
     sparge_order_rows(head->k, order, tokens, dim, rows);
     sparge_method_pool(rows, tokens, dim, block, false, k);
-    for (int64_t i = 0; i < blocks; i++) {
-        float *to = draft + i * blocks;
-        for (int64_t j = 0; j < blocks; j++)
-            to[j] = head->scale * sparge_method_dot(q + i * dim, k + j * dim, dim);
-        sparge_method_softmax(to, blocks);
-    }
-    *head->multiply_adds += (double)(2 * tokens + blocks * blocks) * (double)dim;
+    for (int64_t i = 0; i < blocks; i++)
+        sparge_method_pooled_row(head, q + i * dim, k, blocks, draft + i * blocks);
+    *head->multiply_adds += (double)(2 * tokens) * (double)dim;
     return true;
 }
 

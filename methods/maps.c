@@ -167,6 +167,22 @@ void sparge_method_row(const sparge_head *head, int64_t t, float *p)
     *head->multiply_adds += (double)visible * (double)dim;
 }
 
+void sparge_method_output(const sparge_head *head, const float *s, const int64_t *order,
+                          const uint32_t *places, float *p, double *o)
+{
+    const int64_t keys = head->g.k_len, dim_v = head->problem->dim_v;
+    for (int64_t at = 0; at < keys; at++) {
+        const int64_t key = order ? order[at] : at;
+        p[key] = !places || places[at >> 5] >> (at & 31) & 1u ? s[key] : -INFINITY;
+    }
+    sparge_method_softmax(p, keys);
+    memset(o, 0, (size_t)dim_v * sizeof *o);
+    for (int64_t key = 0; key < keys; key++)
+        for (int64_t c = 0; c < dim_v && p[key] > 0.0f; c++)
+            o[c] += (double)p[key] * (double)head->v[key * dim_v + c];
+    *head->multiply_adds += (double)keys * (double)dim_v;
+}
+
 void sparge_method_pooled_row(const sparge_head *head, const float *q_mean, const float *k_mean,
                               int64_t blocks, float *p)
 {

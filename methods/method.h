@@ -137,6 +137,11 @@ void sparge_method_softmax(float *s, int64_t n);
 /* What query t pays to each key, [k_len]: softmax over the visible ones, 0 for the others. It
  * counts its multiply-adds. */
 void sparge_method_row(const sparge_head *head, int64_t t, float *p);
+/* The output, [dim_v], of a query that has the scores s, [k_len], over those places of an order of
+ * the keys (NULL: theirs) whose bit is set (NULL: all), and what it pays to each key. It counts its
+ * multiply-adds. */
+void sparge_method_output(const sparge_head *head, const float *s, const int64_t *order,
+                          const uint32_t *places, float *p, double *o);
 /* The softmax of one mean query over the means of the first key blocks. It counts its
  * multiply-adds. */
 void sparge_method_pooled_row(const sparge_head *head, const float *q_mean, const float *k_mean,
@@ -225,6 +230,12 @@ void sparge_pairs_clear(const sparge_head *head, const sparge_pairs *pairs);
 /* Keys from to `to` - 1, clipped to those that are, for query r of the block. */
 void sparge_pairs_range(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t from,
                         int64_t to);
+/* On a grid where text has all pairs: the share of the video's own pairs that makes this density;
+ * how many places to both sides have it; and the keys of a query at a place, so many to each. */
+double sparge_video_share(const sparge_head *head, double density);
+double sparge_video_band(const sparge_head *head, double density);
+void sparge_pairs_near(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t place,
+                       int64_t width);
 sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,
                                sparge_error *error);
 

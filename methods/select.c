@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* select.c: what is kept of what is ranked. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -126,6 +127,33 @@ void sparge_pairs_range(const sparge_head *head, const sparge_pairs *pairs, int6
     const int64_t end = sparge_min(to, head->g.k_len);
     for (int64_t t = sparge_max(0, from); t < end; t = (t | 31) + 1) /* a word at a time */
         row[t >> 5] |= sparge_mask_row_word(NULL, 0, end - t) << (t & 31);
+}
+
+double sparge_video_share(const sparge_head *head, double density)
+{
+    const sparge_grid *grid = head->context->grid;
+    const double all = (double)head->g.k_len,
+                 video = all - (double)(grid->text_before + grid->text_after);
+    return video > 0.0 ? fmax(0.0, 1.0 - (1.0 - density) * (all / video) * (all / video)) : 1.0;
+}
+
+double sparge_video_band(const sparge_head *head, double density)
+{
+    const sparge_grid *grid = head->context->grid;
+    const int64_t video = head->g.k_len - grid->text_before - grid->text_after;
+    return (double)video * (1.0 - sqrt(1.0 - sparge_video_share(head, density)));
+}
+
+void sparge_pairs_near(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t place,
+                       int64_t width)
+{
+    const sparge_grid *grid = head->context->grid;
+    const int64_t first = grid->text_before, end = head->g.k_len - grid->text_after;
+    const bool text = place < first || place >= end;
+    sparge_pairs_range(head, pairs, r, 0, text ? end : first);
+    sparge_pairs_range(head, pairs, r, sparge_max(first, place - width),
+                       sparge_min(end, place + width + 1));
+    sparge_pairs_range(head, pairs, r, end, head->g.k_len);
 }
 
 sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,

@@ -37,6 +37,7 @@ static const sparge_method *const table[] = {
     &sparge_method_spargeattn_upstream,
     &sparge_method_strata,
     &sparge_method_submass,
+    &sparge_method_svg,
     &sparge_method_window,
     &sparge_method_xattention,
     &sparge_method_xattention_t,
