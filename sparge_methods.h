@@ -25,6 +25,15 @@ SPARGE_BEGIN_DECLS
 
 /* ---- Methods ------------------------------------------------------------------------------ */
 
+/* A trained gate of SeerAttention, of one layer: by what pooled q and k are multiplied. k_heads is
+ * kv_heads, or heads. */
+typedef struct sparge_gate {
+    int64_t hidden, k_heads;
+    double rope_base; /* of the rotation that q and k have had: transformers' rope_theta; 0: none */
+    const float *q;   /* [heads][dim][hidden]; NULL: pooled q as it is, if hidden is dim */
+    const float *k;   /* [k_heads][3 * dim][hidden]: of the largest, the least and the mean */
+} sparge_gate;
+
 /* What q, k and v alone do not say. */
 typedef struct sparge_context {
     const sparge_grid *grid;     /* of the tokens, or NULL */
@@ -33,8 +42,9 @@ typedef struct sparge_context {
     int64_t layer, step; /* of the model, from 0 */
     const double *first; /* [heads] of the problem, the first parameter of each; or NULL: all have
                             that of the call */
-    void **state;        /* what a method keeps from call to call of one layer, or NULL. *state is
-                            NULL at first. The caller gives it to free() after the last call */
+    const sparge_gate *gate; /* or NULL */
+    void **state; /* what a method keeps from call to call of one layer, or NULL. *state is
+                     NULL at first. The caller gives it to free() after the last call */
 } sparge_context;
 
 enum sparge_needs {

@@ -31,6 +31,7 @@ static const sparge_method *const table[] = {
     &sparge_method_powerattention,
     &sparge_method_random,
     &sparge_method_s2,
+    &sparge_method_seer,
     &sparge_method_spargeattention2,
     &sparge_method_spargeattn,
     &sparge_method_spargeattn_paper,

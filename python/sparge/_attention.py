@@ -89,6 +89,9 @@ def attention(q: Any, k: Any, v: Any, *, return_lse: bool = False, return_mask: 
                    parameter is bisected (SpargeAttn: tau, one for all heads), in some 30 plans
     grid           (t, h, w) or (t, h, w, text_before, text_after) of the tokens, for methods that
                    need it; segment_ends, ascending to Nk, the same
+    gate           of seer: {"k": ..., "q": ..., "rope_base": ...}, matrices [G or H, 3 D, hidden]
+                   and [H, D, hidden] of one layer's gate (None: hidden is D, q is taken as it is),
+                   and rope_theta of the rotation that q and k have had (left out: none)
     layer, step    of the model, from 0; state, a State, which such a method keeps from call to call
 
     How it is computed:

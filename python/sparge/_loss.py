@@ -66,7 +66,7 @@ def measure_loss(inputs: Sequence[tuple[Any, Any, Any, Any]], *, first: Any = No
     like_the_first(problems)
     settings = Settings(problems[0], options)
     choice = choose(options, settings)
-    contexts = [Context(options, p.c.q_len, p.c.k_len) for p in problems]
+    contexts = [Context(options, p.c) for p in problems]
     c = ffi.new("sparge_loss_input []", [
         {"problem": p.c[0], "g": g.c(), "context": context.c}
         for p, g, context in zip(problems, gradients, contexts)])

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+import numpy as np
+
+from sparge._arrays import host, pointer
 from sparge._native import ffi, lib, text
 from sparge._options import (
     DEFAULTS,
@@ -112,6 +115,7 @@ class MethodOptions(Options, total=False):
     density: float | None
     grid: Sequence[int] | None
     segment_ends: Sequence[int] | None
+    gate: Mapping[str, Any] | None
     layer: int
     step: int
     state: State | None
@@ -119,7 +123,7 @@ class MethodOptions(Options, total=False):
 
 METHOD_DEFAULTS: MethodOptions = {
     "method": None, "method_params": None, "density": None, "grid": None, "segment_ends": None,
-    "layer": 0, "step": 0, "state": None
+    "gate": None, "layer": 0, "step": 0, "state": None
 }
 
 
@@ -220,11 +224,37 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
     return choice
 
 
+def _gate_struct(gate: Any, p: Any) -> tuple[Any, list[Any]]:
+    """sparge_gate, and what its pointers point to."""
+    if not isinstance(gate, Mapping) or "k" not in gate or {*gate} - {"q", "k", "rope_base"}:
+        raise TypeError(f"gate is {gate!r:.60}, it must be a dict of 'k', and 'q' and 'rope_base' "
+                        "if there are any")
+    matrices = []
+    for name, heads, rows in (("k", (p.kv_heads, p.heads), 3 * p.dim), ("q", (p.heads,), p.dim)):
+        x = gate.get(name)
+        x = None if x is None else np.ascontiguousarray(host(f"gate[{name!r}]", x), np.float32)
+        if x is None and name == "k":
+            raise TypeError("gate['k'] is None, it must be an array")
+        if x is not None and (x.ndim != 3 or x.shape[0] not in heads or x.shape[1] != rows or
+                              matrices and x.shape[2] != matrices[0].shape[2]):
+            hidden = matrices[0].shape[2] if matrices else "hidden"
+            raise ValueError(f"gate[{name!r}] has the shape {list(x.shape)}, it must be "
+                             f"[{' or '.join(map(str, sorted({*heads})))}, {rows}, {hidden}]")
+        matrices.append(x)
+    k, q = matrices
+    return ffi.new("sparge_gate *", {
+        "hidden": k.shape[2], "k_heads": k.shape[0],
+        "rope_base": number("rope_base of the gate", gate.get("rope_base", 0.0)),
+        "q": ffi.NULL if q is None else pointer(q, "float *"), "k": pointer(k, "float *")
+    }), matrices
+
+
 class Context:
     """sparge_context, and what its pointers point to."""
 
-    def __init__(self, options: Mapping[str, Any], q_len: int, k_len: int) -> None:
+    def __init__(self, options: Mapping[str, Any], problem: Any) -> None:
         options = {**METHOD_DEFAULTS, **options}
+        q_len, k_len = problem.q_len, problem.k_len
         self.c = ffi.new("sparge_context *", {name: whole(name, options[name])
                                               for name in ("layer", "step")})
         grid, ends = options.get("grid"), options.get("segment_ends")
@@ -245,6 +275,9 @@ class Context:
                 raise ValueError(f"segment_ends is {ends}, it must ascend to the {k_len} keys")
             self.ends = ffi.new("int64_t []", ends)
             self.c.segment_ends, self.c.segments = self.ends, len(ends)
+        if options.get("gate") is not None:
+            self.gate, self.matrices = _gate_struct(options["gate"], problem)
+            self.c.gate = self.gate
         self.state: State | None = options.get("state")
         if self.state is not None:
             if not isinstance(self.state, State):

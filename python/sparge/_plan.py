@@ -187,7 +187,7 @@ def make_plan(q: Any, k: Any, v: Any, options: MethodOptions) -> Plan:
     problem, settings = prepare(q, k, v, options)
     choice = choose(options, settings)
     density = options.get("density")
-    context = Context(options, problem.c.q_len, problem.c.k_len)
+    context = Context(options, problem.c)
     return Plan(problem, settings, choice, context,
                 None if density is None else number("density", density))
 

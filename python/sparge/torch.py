@@ -50,7 +50,7 @@ from sparge._params import Params
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # What a call or a model says by itself; all other options are those of attention().
-OWN = {"is_causal", "softmax_scale", "k_bias", "layout", "layer", "state"}
+OWN = {"is_causal", "softmax_scale", "k_bias", "layout", "gate", "layer", "state"}
 SHARED = {name: x for name, x in {**METHOD_DEFAULTS, **DEFAULTS}.items() if name not in OWN}
 
 __all__ = ["Call", "Record", "Unsupported", "replace_sdpa", "scaled_dot_product_attention"]

@@ -243,6 +243,19 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
     ({"method": "dense", "segment_ends": [10, 63]}, "segment_ends is [10, 63], it must ascend to "
      "the 64 keys"),
     ({"method": "dense", "segment_ends": 64}, "segment_ends is 64, it must ascend to the 64 keys"),
+    ({"method": "seer", "gate": 5}, "gate is 5, it must be a dict of 'k', and 'q' and 'rope_base'"),
+    ({"method": "seer", "gate": {"k": X[:, :48], "Q": 1}}, "it must be a dict of 'k'"),
+    ({"method": "seer", "gate": {"k": None}}, "gate['k'] is None"),
+    ({"method": "seer", "gate": {"k": X}}, "gate['k'] has the shape [2, 64, 16], it must be [2, "
+     "48, hidden]"),
+    ({"method": "seer", "gate": {"k": X[:, :48], "q": X[:, :16, :8]}}, "gate['q'] has the shape "
+     "[2, 16, 8], it must be [2, 16, 16]"),
+    ({"method": "seer", "gate": {"k": X[:, :48], "rope_base": "x"}}, "rope_base of the gate is "
+     "'x', it must be a number"),
+    ({"method": "seer", "gate": {"k": X[:, :48], "rope_base": 0.5}}, "rope_base is 0.5, it must "
+     "be 0 or at least 1"),
+    ({"method": "seer", "gate": {"k": X[:, :48] * np.inf}}, "gate holds a number that is not "
+     "finite"),
     ({"method": "dense", "layer": 1.5}, "layer is 1.5, it must be a whole number"),
 ])
 def test_what_is_wrong_is_said(options, message):
