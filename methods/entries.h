@@ -19,6 +19,7 @@ extern const sparge_method sparge_method_blasst, sparge_method_flexprefill, spar
     sparge_method_xattention_t;
 extern const sparge_method sparge_method_seer, sparge_method_spargeattention2;
 /* Of video and diffusion, the same. */
-extern const sparge_method sparge_method_biformer, sparge_method_draft, sparge_method_svg;
+extern const sparge_method sparge_method_biformer, sparge_method_draft, sparge_method_svg,
+    sparge_method_sparsevdit;
 
 #endif

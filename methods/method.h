@@ -157,6 +157,9 @@ void sparge_method_add_blocks(const sparge_head *head, const float *p, double *m
 void sparge_order_patches(const sparge_grid *grid, int64_t t, int64_t h, int64_t w, int64_t *index);
 /* Patches of h x w tokens, frame by frame, and then all text. */
 void sparge_order_frames(const sparge_grid *grid, int64_t h, int64_t w, int64_t *index);
+/* A token order of the head's grid, and where in it each token stands. */
+sparge_status sparge_order_grid(const sparge_head *head, sparge_order order, int64_t **index,
+                                int64_t **place, sparge_error *error);
 /* By the remainder of the token's number by `stride`. */
 void sparge_order_residues(int64_t len, int64_t stride, int64_t *index);
 /* A tree of halves, [len][dim]: rows are cut in two by the channel in which they lie farthest

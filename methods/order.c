@@ -33,6 +33,20 @@ void sparge_order_frames(const sparge_grid *grid, int64_t h, int64_t w, int64_t 
         index[tokens + n] = n < before ? n : tokens + n;
 }
 
+sparge_status sparge_order_grid(const sparge_head *head, sparge_order order, int64_t **index,
+                                int64_t **place, sparge_error *error)
+{
+    const int64_t tokens = head->g.k_len;
+    *index = sparge_take(head->scratch, tokens + 1, sizeof **index);
+    *place = sparge_take(head->scratch, tokens + 1, sizeof **place);
+    if (!*index || !*place)
+        return SPARGE_ERR_MEMORY;
+    const sparge_status status = sparge_token_order(order, head->context->grid, 0, *index, error);
+    for (int64_t at = 0; at < tokens && !status; at++)
+        (*place)[(*index)[at]] = at;
+    return status;
+}
+
 void sparge_order_residues(int64_t len, int64_t stride, int64_t *index)
 {
     for (int64_t r = 0; r < stride; r++)

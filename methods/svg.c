@@ -65,15 +65,8 @@ static sparge_status keep_band(const sparge_head *head, sparge_error *error)
     int64_t *order[KINDS], *place[KINDS];
     double errors[KINDS] = {0.0};
     sparge_status status = SPARGE_OK;
-    for (int kind = 0; kind < KINDS && !status; kind++) {
-        order[kind] = sparge_take(head->scratch, n + 1, sizeof *order[kind]);
-        place[kind] = sparge_take(head->scratch, n + 1, sizeof *place[kind]);
-        status = order[kind] && place[kind]
-                     ? sparge_token_order(orders[kind], head->context->grid, 0, order[kind], error)
-                     : SPARGE_ERR_MEMORY;
-        for (int64_t at = 0; at < n && !status; at++)
-            place[kind][order[kind][at]] = at;
-    }
+    for (int kind = 0; kind < KINDS && !status; kind++)
+        status = sparge_order_grid(head, orders[kind], &order[kind], &place[kind], error);
     float *s = sparge_take(head->scratch, 2 * n + 1, sizeof *s);
     double *o = sparge_take(head->scratch, 2 * head->problem->dim_v + 1, sizeof *o);
     const sparge_pairs pairs = sparge_pairs_make(head);

@@ -36,6 +36,7 @@ static const sparge_method *const table[] = {
     &sparge_method_spargeattn,
     &sparge_method_spargeattn_paper,
     &sparge_method_spargeattn_upstream,
+    &sparge_method_sparsevdit,
     &sparge_method_strata,
     &sparge_method_submass,
     &sparge_method_svg,
