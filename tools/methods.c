@@ -50,10 +50,10 @@ static json_t *describe(const sparge_method *m)
     for (int n = 0; n < NEEDS; n++)
         if (m->needs & needs[n].bit)
             json_array_append_new(words, json_string(needs[n].word));
-    return json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:o, s:b, s:o, s:s}", "name", m->name, "title",
-                     m->title, "paper", m->paper, "repository", m->repository, "commit", m->commit,
-                     "class", m->kind, "params", params, "falls", (int)m->falls, "needs", words,
-                     "evidence", m->evidence);
+    return json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:o, s:b, s:b, s:o, s:s}", "name", m->name,
+                     "title", m->title, "paper", m->paper, "repository", m->repository, "commit",
+                     m->commit, "class", m->kind, "params", params, "falls", (int)m->falls,
+                     "at_run", (int)m->at_run, "needs", words, "evidence", m->evidence);
 }
 
 static void print(const sparge_method *m)

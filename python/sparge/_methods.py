@@ -61,6 +61,7 @@ class Method:
     needs       causal, not_causal, grid, segments, state
     params      the first sets the density, which never falls with it
     falls       or which never rises with it, but falls
+    at_run      does it keep all pairs, and its density is that of P.V, which a run tells?
     """
 
     name: str
@@ -73,6 +74,7 @@ class Method:
     needs: tuple[str, ...]
     params: tuple[Param, ...]
     falls: bool
+    at_run: bool
 
 
 def _read(m: Any) -> Method:
@@ -86,7 +88,7 @@ def _read(m: Any) -> Method:
     return Method(text(m.name), text(m.title), text(m.paper), text(m.repository), text(m.commit),
                   text(m.kind), text(m.evidence),
                   needs=tuple(word for bit, word in sorted(NEEDS.items()) if m.needs & bit),
-                  params=tuple(params), falls=m.falls)
+                  params=tuple(params), falls=m.falls, at_run=m.at_run)
 
 
 def methods() -> tuple[Method, ...]:

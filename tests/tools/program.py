@@ -1154,7 +1154,7 @@ def test_methods():
     explained("sparge methods", all_)
     code, table, err = sparge("methods")
     check(code == FINE and err == "", "as a table", code, err)
-    keys = "name title paper repository commit class params falls needs evidence".split()
+    keys = "name title paper repository commit class params falls at_run needs evidence".split()
     for m in all_:
         check(
             list(m) == keys and f"{m['name']}: {m['title']}\n" in table and m["paper"] in table,
