@@ -239,6 +239,10 @@ double sparge_video_share(const sparge_head *head, double density);
 double sparge_video_band(const sparge_head *head, double density);
 void sparge_pairs_near(const sparge_head *head, const sparge_pairs *pairs, int64_t r, int64_t place,
                        int64_t width);
+/* Each query keeps so many pages of keys of this size, those whose mean keys have the largest
+ * products with its row of q, [q_len][dim]; if causal its last one first. Of equals the earlier. */
+sparge_status sparge_keep_pages(const sparge_head *head, const float *q, int64_t size,
+                                int64_t count, sparge_error *error);
 sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pairs, int64_t i,
                                sparge_error *error);
 

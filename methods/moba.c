@@ -18,51 +18,10 @@
 
 enum { TOPK, CHUNK };
 
-/* The chunks of query t, the best first; how many it sees. */
-static int64_t rank_chunks(const sparge_head *head, int64_t t, const sparge_panels *mean,
-                           float *gate, sparge_ranked *x)
-{
-    const int64_t dim = head->problem->dim, chunk = (int64_t)head->param[CHUNK];
-    const int64_t visible = sparge_keys_of_query(&head->g, t),
-                  chunks = sparge_ceil_div(visible, chunk);
-    sparge_method_scores(mean, head->q + t * dim, 1.0f, chunks, gate);
-    for (int64_t c = 0; c < chunks; c++)
-        x[c] = (sparge_ranked){gate[c], c};
-    if (head->g.causal && chunks) /* its own */
-        x[chunks - 1].score = INFINITY;
-    *head->multiply_adds += (double)chunks * (double)dim;
-    sparge_rank(x, chunks);
-    return chunks;
-}
-
 static sparge_status keep_chunks(const sparge_head *head, sparge_error *error)
 {
-    const sparge_geometry *g = &head->g;
-    const int64_t dim = head->problem->dim, topk = (int64_t)head->param[TOPK],
-                  chunk = (int64_t)head->param[CHUNK], chunks = sparge_ceil_div(g->k_len, chunk);
-    float *mean = sparge_take(head->scratch, chunks * dim + 1, sizeof *mean);
-    float *gate = sparge_take(head->scratch, chunks + 1, sizeof *gate);
-    sparge_ranked *x = sparge_take(head->scratch, chunks + 1, sizeof *x);
-    const sparge_pairs pairs = sparge_pairs_make(head);
-    if (!mean || !gate || !x || !pairs.bits)
-        return SPARGE_ERR_MEMORY;
-    sparge_method_pool(head->k, g->k_len, dim, chunk, false, mean);
-    const sparge_panels means = sparge_method_panels(mean, chunks, dim, head->scratch);
-    if (!means.x)
-        return SPARGE_ERR_MEMORY;
-    *head->multiply_adds += (double)g->k_len * (double)dim;
-    sparge_status status = SPARGE_OK;
-    for (int64_t i = 0; i < g->q_blocks && !status; i++) {
-        sparge_pairs_clear(head, &pairs);
-        for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
-            const int64_t count =
-                sparge_min(topk, rank_chunks(head, i * g->block_q + r, &means, gate, x));
-            for (int64_t e = 0; e < count; e++)
-                sparge_pairs_range(head, &pairs, r, x[e].at * chunk, (x[e].at + 1) * chunk);
-        }
-        status = sparge_pairs_set(head, &pairs, i, error);
-    }
-    return status;
+    return sparge_keep_pages(head, head->q, (int64_t)head->param[CHUNK], (int64_t)head->param[TOPK],
+                             error);
 }
 
 static sparge_status plan_moba(sparge_plan *plan, const sparge_context *context,

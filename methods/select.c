@@ -162,3 +162,51 @@ sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pair
     return sparge_mask_set_row(head->mask, &head->one, &head->part->options, 0, 0, i, pairs->bits,
                                error);
 }
+
+/* ---- Pages of keys for each query ---- */
+
+/* Those that query t sees, the best first; how many. */
+static int64_t rank_pages(const sparge_head *head, const float *q, int64_t t, int64_t size,
+                          const sparge_panels *mean, float *score, sparge_ranked *x)
+{
+    const int64_t dim = head->problem->dim,
+                  pages = sparge_ceil_div(sparge_keys_of_query(&head->g, t), size);
+    sparge_method_scores(mean, q + t * dim, 1.0f, pages, score);
+    for (int64_t n = 0; n < pages; n++)
+        x[n] = (sparge_ranked){score[n], n};
+    if (head->g.causal && pages) /* its own */
+        x[pages - 1].score = INFINITY;
+    *head->multiply_adds += (double)pages * (double)dim;
+    sparge_rank(x, pages);
+    return pages;
+}
+
+sparge_status sparge_keep_pages(const sparge_head *head, const float *q, int64_t size,
+                                int64_t count, sparge_error *error)
+{
+    const sparge_geometry *g = &head->g;
+    const int64_t dim = head->problem->dim, pages = sparge_ceil_div(g->k_len, size);
+    float *mean = sparge_take(head->scratch, pages * dim + 1, sizeof *mean);
+    float *score = sparge_take(head->scratch, pages + 1, sizeof *score);
+    sparge_ranked *x = sparge_take(head->scratch, pages + 1, sizeof *x);
+    const sparge_pairs pairs = sparge_pairs_make(head);
+    if (!mean || !score || !x || !pairs.bits)
+        return SPARGE_ERR_MEMORY;
+    sparge_method_pool(head->k, g->k_len, dim, size, false, mean);
+    const sparge_panels means = sparge_method_panels(mean, pages, dim, head->scratch);
+    if (!means.x)
+        return SPARGE_ERR_MEMORY;
+    *head->multiply_adds += (double)g->k_len * (double)dim;
+    sparge_status status = SPARGE_OK;
+    for (int64_t i = 0; i < g->q_blocks && !status; i++) {
+        sparge_pairs_clear(head, &pairs);
+        for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
+            const int64_t some =
+                sparge_min(count, rank_pages(head, q, i * g->block_q + r, size, &means, score, x));
+            for (int64_t e = 0; e < some; e++)
+                sparge_pairs_range(head, &pairs, r, x[e].at * size, (x[e].at + 1) * size);
+        }
+        status = sparge_pairs_set(head, &pairs, i, error);
+    }
+    return status;
+}

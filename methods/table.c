@@ -18,6 +18,7 @@ static const sparge_method *const table[] = {
     &sparge_method_draft,
     &sparge_method_flexprefill,
     &sparge_method_hess,
+    &sparge_method_kinetics,
     &sparge_method_minference,
     &sparge_method_moa,
     &sparge_method_moa_calibrated,
