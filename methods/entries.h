@@ -21,6 +21,6 @@ extern const sparge_method sparge_method_kinetics, sparge_method_seer,
     sparge_method_spargeattention2;
 /* Of video and diffusion, the same. */
 extern const sparge_method sparge_method_biformer, sparge_method_draft, sparge_method_svg,
-    sparge_method_sparsevdit;
+    sparge_method_sparsed, sparge_method_sparsevdit;
 
 #endif

@@ -37,6 +37,7 @@ static const sparge_method *const table[] = {
     &sparge_method_spargeattn,
     &sparge_method_spargeattn_paper,
     &sparge_method_spargeattn_upstream,
+    &sparge_method_sparsed,
     &sparge_method_sparsevdit,
     &sparge_method_strata,
     &sparge_method_submass,
