@@ -15,8 +15,8 @@ extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_pa
 extern const sparge_method sparge_method_blasst, sparge_method_flexprefill, sparge_method_hess,
     sparge_method_minference, sparge_method_moa, sparge_method_moa_calibrated, sparge_method_moba,
     sparge_method_pbs, sparge_method_pbs_t, sparge_method_pisa0, sparge_method_powerattention,
-    sparge_method_s2, sparge_method_strata, sparge_method_submass, sparge_method_xattention,
-    sparge_method_xattention_t;
+    sparge_method_radial, sparge_method_s2, sparge_method_strata, sparge_method_submass,
+    sparge_method_xattention, sparge_method_xattention_t;
 extern const sparge_method sparge_method_kinetics, sparge_method_seer,
     sparge_method_spargeattention2;
 /* Of video and diffusion, the same. */
