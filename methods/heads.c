@@ -173,6 +173,24 @@ static int threads_for(const sparge_plan *plan, int64_t heads)
     return status ? 1 : (int)sparge_max(1, sparge_min(o.threads, heads));
 }
 
+sparge_status sparge_each_step(const sparge_plan *plan, int64_t steps,
+                               sparge_step_function *function, const void *user)
+{
+    int failed = 0;
+#pragma omp parallel num_threads(threads_for(plan, steps)) reduction(| : failed)
+    {
+        const fenv_t caller = sparge_arithmetic_begin();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < steps; n++) {
+            sparge_piece *scratch = NULL;
+            failed |= !function(n, user, &scratch);
+            sparge_release(&scratch);
+        }
+        sparge_arithmetic_end(caller);
+    }
+    return failed ? SPARGE_ERR_MEMORY : SPARGE_OK;
+}
+
 sparge_part *sparge_add_blocks(sparge_plan *plan, int64_t block_q, int64_t block_k)
 {
     sparge_part *part = sparge_plan_add(plan);

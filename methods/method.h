@@ -90,6 +90,11 @@ sparge_part *sparge_add_blocks(sparge_plan *plan, int64_t block_q, int64_t block
 /* Walks over all heads, and gives their masks to the last part, or to one that it adds. */
 sparge_status sparge_each_head(sparge_plan *plan, const sparge_context *context,
                                const double *param, const sparge_walk *walk, sparge_error *error);
+/* Calls for each step from 0 on, several side by side, with memory that is freed after the step;
+ * false: no memory. For what is not of one head, before the walk. */
+typedef bool sparge_step_function(int64_t step, const void *user, sparge_piece **scratch);
+sparge_status sparge_each_step(const sparge_plan *plan, int64_t steps,
+                               sparge_step_function *function, const void *user);
 /* All heads of a tensor as a walk has them, [batch][heads][tokens][dim]: for what looks at several
  * heads of a layer. NULL: no memory. */
 const float *sparge_load_heads(const sparge_in *in, int64_t batch, int64_t heads, int64_t tokens,

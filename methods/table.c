@@ -31,6 +31,7 @@ static const sparge_method *const table[] = {
     &sparge_method_pisa0,
     &sparge_method_powerattention,
     &sparge_method_radial,
+    &sparge_method_proxyattn,
     &sparge_method_random,
     &sparge_method_s2,
     &sparge_method_seer,
