@@ -17,9 +17,6 @@ extern const sparge_method sparge_method_blasst, sparge_method_flexprefill, spar
     sparge_method_pbs, sparge_method_pbs_t, sparge_method_pisa0, sparge_method_powerattention,
     sparge_method_radial, sparge_method_s2, sparge_method_strata, sparge_method_submass,
     sparge_method_xattention, sparge_method_xattention_t;
-extern const sparge_method sparge_method_kinetics, sparge_method_seer,
-    sparge_method_s2, sparge_method_strata, sparge_method_submass, sparge_method_xattention,
-    sparge_method_xattention_t;
 extern const sparge_method sparge_method_kinetics, sparge_method_proxyattn, sparge_method_seer,
     sparge_method_spargeattention2;
 /* Of video and diffusion, the same. */
