@@ -120,6 +120,14 @@ ITEMS = [
         "a block, by the same scores; and by means of cells of 8 tokens. Numbers of the model were "
         "found on two other texts of 4096 tokens, and hold at every length.",
         full=5, smoke=10, needs=("weights", "losses"), figures=("submass", )),
+    Item(
+        "frontier", ("frontier", ), "Beyond the paper: every method at the same density",
+        f"eighteen heads of {LM}, and of {VIDEO}",
+        "Not in the paper. Every method of methods/ on the same q, k and v, at the same density of "
+        "token pairs: error in f32, the attention that is kept, what the choice takes. One value "
+        "for all heads of an input. The figure's right side is what the language model loses, "
+        "which the error of heads does not foretell.",
+        full=2400, smoke=15, needs=("weights", "clips", "steps", "field"), figures=("frontier", )),
 ]
 
 CAPTIONS = {  # of the figures
@@ -151,6 +159,9 @@ CAPTIONS = {  # of the figures
                "4096 tokens: the KL divergence (logarithmic), and the change of perplexity (linear "
                "up to 1 %). Right: the divergence by length, the numbers as found for half density "
                "at 4096.",
+    "frontier": "Error of heads by density (left, middle), and the divergence of the model from "
+                "dense f32 (right), all logarithmic. Black: chance, nearest keys, and those that "
+                "know the attention; chance and knowledge are borders for whole blocks alone.",
 }
 
 ORDERS = ("build/venv/bin/python experiments/table9/run.py --captures FOLDER --params P.json -o "

@@ -413,9 +413,49 @@ def submass():
     return figure
 
 
+BORDERS = {"random": "--", "window": ":", "oracle_mass": "-.", "oracle_mass_t": "-",
+           "oracle_pairs": (0, (1, 3))}
+
+
+def frontier():
+    """The error of heads, and what a model loses, by density: a line for each method, and between
+    which lines they lie."""
+    rows = [r for r in of_item("frontier") if r["asked"] and not ("theta=" in r["method"] and
+                                                                   "theta=-1" not in r["method"])]
+    losses = [r for r in read_csv(EXPERIMENTS / "frontier/ppl.csv") if r["tokens"] == "4096"]
+    names = [name for name in dict.fromkeys(r["method"] for r in rows) if name not in BORDERS]
+    looks = {name: {"color": plt.cm.tab20(n % 20), "linestyle": "-" if n < 20 else "--"}
+             for n, name in enumerate(names)}
+    looks |= {name: {"color": "black", "linestyle": line} for name, line in BORDERS.items()}
+    panels = [("heads of text and code", ("text", "code")), ("heads of video", ("video", ))]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 5.6))
+    for axis, (title, inputs) in zip(axes, panels):
+        for (name, ), found in grouped([r for r in rows if r["input"] in inputs],
+                                       "method").items():
+            by = [(float(asked), column(some, "l1").mean()) for (asked, ), some in
+                  grouped([r for r in found if r["reached"] == "1"], "asked").items()]
+            if by:
+                axis.plot(*zip(*by), marker=".", label=name, **looks[name])
+        axis.set(xlabel="density", ylabel="relative L1, mean of the heads", title=title)
+    for (name, ), found in grouped([r for r in losses if r["asked"]], "method").items():
+        by = [(float(asked), 100 * column(some, "kl").mean())
+              for (asked, ), some in grouped(found, "asked").items()]
+        if name in looks:
+            axes[2].plot(*zip(*sorted(by)), marker=".", label=name, **looks[name])
+    axes[2].set(xlabel="density", ylabel="KL from dense f32, 0.01 nat for each token",
+                title="SmolLM2, two texts")
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.set_xticks([0.1, 0.2, 0.3, 0.5])
+    labels = {line.get_label(): line for axis in axes for line in axis.lines}
+    figure.legend(handles=labels.values(), fontsize=7, ncols=7, handlelength=3,
+                  loc="outside lower center")
+    return figure
+
+
 FIGURES = {
     f.__name__: f for f in (attention_map, fig2, fig3, fig4, fig5, table3, fig9, fig10, table7,
-                            fig14, fig15, fig16, fig17, submass)
+                            fig14, fig15, fig16, fig17, submass, frontier)
 }
 
 OF_CAPTURES = {"table7": {"text", "tokens", "sparsity"}

@@ -18,7 +18,7 @@ from errors import number, worst
 from harness import run_main, write_text
 from items import CAPTIONS, ITEMS, MISSING
 
-WIDE = {"attention_map", "fig2", "fig3", "fig4", "fig9", "submass"}  # of several panels
+WIDE = {"attention_map", "fig2", "fig3", "fig4", "fig9", "frontier", "submass"}  # of several panels
 MAIN, DENSE = "SpargeAttn, (0.08, 0.09)", "dense, f32"
 ONE_T, BY_LOSS = "submass, one t", "submass, t by loss"
 
@@ -529,7 +529,11 @@ OURS = {
     lambda: plain("submass", [
         "tokens", "rule", "wanted", "blocks", "lambda", "density", "sparsity", "perplexity",
         "change", "kl", "needles", "seconds_attention", "speed"
-    ]),
+    ]), "frontier":
+    lambda: plain("frontier", [
+        "input", "method", "density", "l1", "l1_worst", "worst_row", "recall", "predict",
+        "seconds_predict", "seconds_attend", "seconds_dense"
+    ], asked="0.3", reached="1"),
 }
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""field.py: which methods are compared here, on what, at which densities; and the value of a
-method's first parameter that has a density over several calls."""
+"""field.py: calls of a model under a method, and the value of the method's first parameter that has
+a density over all of them."""
 import struct
 import sys
 from dataclasses import dataclass
@@ -13,28 +13,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "capture")]
 import sets  # noqa: E402
 import sparge  # noqa: E402
 
-DENSITIES = [0.5, 0.3, 0.2, 0.1]
 REACHED = 0.02  # a density that is farther off is none
 SEGMENTS = 8  # of a text, for what wants documents: none has any
 F32 = {"qk_dtype": "f32", "pv_dtype": "f32"}
-
-# What a name leaves out has its default. min_budget of FlexPrefill is cut down to sequences of 4096
-# tokens; SpargeAttn has theta -1 and its sink, unless theta is what is asked about.
-YARDSTICKS = ["random", "window", "oracle_mass", "oracle_mass_t", "oracle_pairs"]
-SPARGEATTN = "spargeattn:theta=-1,sink=1"
-THETAS = [f"spargeattn:theta={theta},sink={sink}" for sink in (0, 1)
-          for theta in (-1, 0, 0.2, 0.4, 0.6, 0.8)]
-PREDICTED = [SPARGEATTN, "spargeattention2:sink=1", "submass", "submass:cell=0", "xattention",
-             "xattention_t", "seer", "kinetics", "proxyattn", "proxyattn_t", "hess", "moba",
-             "strata", "blasst"]
-CAUSAL = ["minference", "flexprefill:min_budget=128", "pbs", "pbs_t", "s2", "blockrank"]
-STATIC = ["powerattention", "moa", "moa_calibrated"]
-GRID = ["pisa0", "draft:h=7,w=10", "biformer", "svg", "radial", "sparsevdit", "sparsed"]
-TEXT = [*YARDSTICKS, *PREDICTED, *STATIC, *CAUSAL]
-VIDEO = [*YARDSTICKS, *PREDICTED, "powerattention", *GRID]
-# The same selector, a threshold on what is told to be the mass of a block, and whose scores.
-SELECTED = ["oracle_mass_t", "submass", "submass:cell=0", "xattention_t", "proxyattn_t", "pbs_t"]
-
 
 @cache
 def methods():
@@ -128,26 +109,38 @@ def number(at):
 
 
 def find(way, density, wanted, tokens, near=0.002):
-    """(value, its density): the value whose density is nearest, or near enough, by bisection; by
-    turns in the middle and where a line between the ends has the density. density: of a value."""
+    """(value, its density): the value whose density is nearest, or near enough. Steps from the
+    default, twice as long each time, until the density lies between two values; then bisection, by
+    turns in the middle and where a line between them has the density. density: of a value."""
     if not way.method.params:
         return None, density(None)
     first = way.method.params[0]
-    whole, most = first.whole, 2.0 * tokens if first.whole else 1e6
-    to, back = (int, float) if whole else (place, number)
-    ends = [to(first.low), to(min(first.high, most))]
-    if way.method.falls:
-        ends.reverse()
-    found, turn = [density(back(at)) for at in ends], 0
-    while abs(ends[1] - ends[0]) > 1 and found[0] < wanted < found[1] and \
-            min(abs(x - wanted) for x in found) > near:
-        share = (wanted - found[0]) / (found[1] - found[0]) if turn % 2 else 0.5
-        turn += 1
-        at = ends[0] + int(share * (ends[1] - ends[0]))
-        if at in ends:
-            at = ends[0] + (1 if ends[1] > ends[0] else -1)
-        x = density(back(at))
-        side = 0 if x <= wanted else 1
-        ends[side], found[side] = at, x
-    side = min((0, 1), key=lambda n: abs(found[n] - wanted))
-    return back(ends[side]), found[side]
+    to, back = (int, float) if first.whole else (place, number)
+    least, most = to(first.low), to(min(first.high, 2.0 * tokens if first.whole else 1e6))
+    start = to(wanted if first.name == "density" else first.default)
+    seen = {}
+
+    def at(x):
+        if x not in seen:
+            seen[x] = density(back(x))
+        return seen[x]
+
+    def below(x):
+        return (at(x) <= wanted) != way.method.falls
+
+    ends, step = [start, start], max(1, start // 4) if first.whole else 1 << 22  # half as much again
+    side = 1 if below(start) else 0
+    while below(ends[side]) == (side == 1) and ends[side] not in (least, most)[side:side + 1]:
+        ends[1 - side] = ends[side]
+        ends[side] = min(most, ends[side] + step) if side else max(least, ends[side] - step)
+        step *= 2
+    for turn in range(100):
+        if ends[1] - ends[0] <= 1 or min(abs(at(x) - wanted) for x in ends) <= near:
+            break
+        gap = at(ends[1]) - at(ends[0])
+        share = (wanted - at(ends[0])) / gap if turn % 2 and gap else 0.5
+        middle = ends[0] + int(min(max(share, 0.02), 0.98) * (ends[1] - ends[0]))
+        middle = min(max(middle, ends[0] + 1), ends[1] - 1)
+        ends[0 if below(middle) else 1] = middle
+    best = min(seen, key=lambda x: abs(seen[x] - wanted))
+    return back(best), seen[best]

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM2 under every method at equal density, with sparge-lm.
 
-    model.py settings [--only METHOD,...]   the value of each method at each density: settings.csv
-    model.py ppl [--only ...]               perplexity, KL and density of two texts: ppl.csv
-    model.py needle [--only ...]            ten needles: needle.csv
-    model.py front                          the same of what is on the front, at 0.3 too, on five
-                                            texts, and at 8192 tokens
-    model.py readme                         the tables and sentences of README.md here
+    model.py settings [--only METHODS]   the value of each method at each density: settings.csv
+    model.py ppl [--only METHODS]        perplexity, KL and density of two texts: ppl.csv
+    model.py needle [--only METHODS]     ten needles: needle.csv
+    model.py front                       what is on the front: five texts at 0.3 too, and 8192
+                                         tokens
+    model.py readme                      the tables of README.md here
 
-Every step goes on where it was interrupted; what is unfinished lies in build/frontier. --only
-names shards: the files of methods are their own, and the tables have what is there.
+Every step goes on where it was interrupted; what is unfinished lies in build/frontier. METHODS, with
+semicolons between them, are a shard.
 """
 import argparse
 import sys
@@ -19,94 +19,104 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm"), str(HERE.parent / "capture")]
 
-from field import REACHED, TEXT, Way, calls_of, density_at, find  # noqa: E402
-from harness import ROOT, read_csv, run_main, write_csv, write_text, machine_line  # noqa: E402
+from harness import ROOT, machine_line, read_csv, run_main, write_csv, write_text  # noqa: E402
 from program import TUNED_AT, captured, lm, paths  # noqa: E402
+from tables import DENSE, METHODS, TEXTS, front, readme  # noqa: E402
 
 WORK = ROOT / "build/frontier"
 SETTINGS = HERE / "settings.csv"
-TEXTS = ["opticks", "hashbrown_raw"]
 NEEDLES = "opticks"
 DENSITIES = [0.5, 0.2]
-THETAS = [f"spargeattn:theta={theta},sink=1" for theta in (0.2, 0.4, 0.6)]
-METHODS = [name for name in [*TEXT, *THETAS] if name not in ("blockrank", )]  # has no documents
-DENSE = ["f32", "int8"]
-
-
-# ---- One value for the model ------------------------------------------------------------------
-
-def settings():
-    return read_csv(SETTINGS) if SETTINGS.exists() else []
-
-
-def known(rows, name, text, asked):
-    return next((row for row in rows if (row["method"], row["text"], row["asked"]) ==
-                 (name, text, f"{asked:g}")), None)
-
-
-def search(calls, name, asked):
-    """First over each third layer, then over all of them, beginning where that ended."""
-    way = Way(name)
-    value, _ = find(way, lambda x: density_at(calls[::3], way, x), asked, TUNED_AT)
-    density = density_at(calls, way, value)
-    if abs(density - asked) > REACHED / 4:
-        value, density = find(way, lambda x: density_at(calls, way, x), asked, TUNED_AT)
-    return {"value": f"{value:.9g}", "density": f"{density:.6f}",
-            "reached": int(abs(density - asked) <= REACHED)}
-
-
-def tune(args, texts=TEXTS, densities=DENSITIES):
-    """On the text's own dense attention, which is more than a method can know before it runs."""
-    for text in texts:
-        missing = [(name, asked) for name in args.only for asked in densities
-                   if not known(settings(), name, text, asked)]
-        if not missing:
-            continue
-        calls = calls_of(captured(args, *paths(text)))
-        for name, asked in missing:
-            found = search(calls, name, asked)
-            print(text, name, asked, found, flush=True)
-            rows = [*settings(), {"method": name, "text": text, "asked": f"{asked:g}"} | found]
-            write_csv(SETTINGS, rows)
-
-
-# ---- sparge-lm --------------------------------------------------------------------------------
-
+LONG = 8192
+KEYS = "method", "text", "tokens", "asked"
 COLUMNS = ["method", "asked", "text", "tokens", "attention", "text_sha256", "surprise",
            "perplexity", "kl", "depth", "needle", "number", "right", "density_tokens", "sparsity",
            "sparsity_qk", "seconds", "seconds_attention", "seconds_prepare", "isa", "threads"]
 
 
-def measure(args, command, texts, tokens, asked, *options):
-    """Rows of all methods at some densities. A method's density is that of each text."""
+def table(path):
+    return read_csv(path) if path.exists() else []
+
+
+# ---- One value for the model ------------------------------------------------------------------
+
+def settings():
+    return {tuple(row[key] for key in KEYS): row for row in table(SETTINGS)}
+
+
+def search(calls, name, asked, tokens):
+    """First over each third layer, then, where that is not near enough, over all of them."""
+    from field import REACHED, Way, density_at, find  # and the package
+    way = Way(name)
+    value, _ = find(way, lambda x: density_at(calls[::3], way, x), asked, tokens)
+    density = density_at(calls, way, value)
+    if abs(density - asked) > REACHED / 4:
+        value, density = find(way, lambda x: density_at(calls, way, x), asked, tokens)
+    return {"value": f"{value:.9g}", "density": f"{density:.6f}",
+            "reached": int(abs(density - asked) <= REACHED), "attention": way.word(value)}
+
+
+def tune(args, methods, texts, tokens, densities):
+    """On the text's own dense attention, which is more than a method can know before it runs."""
+    for text in texts:
+        keys = [(name, text, str(tokens), f"{asked:g}") for name in methods for asked in densities]
+        missing = [key for key in keys if key not in settings()]
+        if not missing:
+            continue
+        from field import calls_of
+        calls = calls_of(captured(args, *paths(text), tokens))
+        for key in missing:
+            found = dict(zip(KEYS, key)) | search(calls, key[0], float(key[3]), tokens)
+            print(*found.values(), flush=True)
+            write_csv(SETTINGS, [*table(SETTINGS), found])
+
+
+# ---- sparge-lm --------------------------------------------------------------------------------
+
+def measure(args, command, methods, texts, tokens, densities, *options):
+    """Rows of all methods at some densities, and of dense attention."""
     out = HERE / f"{command}.csv"
     for text in texts:
         words = {word: {"method": word, "asked": ""} for word in DENSE}
-        words |= {Way(name).word(float(row["value"])): {"method": name, "asked": row["asked"]}
-                  for name in args.only for at in asked
-                  if (row := known(settings(), name, text, at)) and row["reached"] == "1"}
+        for name in methods:
+            for asked in densities:
+                found = settings().get((name, text, str(tokens), f"{asked:g}"))
+                if found and found["reached"] == "1":
+                    words[found["attention"]] = {"method": name, "asked": found["asked"]}
         for word, told in words.items():
-            before = read_csv(out) if out.exists() else []
-            done = [row for row in before if (row["attention"], Path(row["text"]).stem,
-                                              row["tokens"]) == (word, text, str(tokens))]
-            if done:
+            before = table(out)
+            if any((row["attention"], Path(row["text"]).stem, row["tokens"]) ==
+                   (word, text, str(tokens)) for row in before):
                 continue
-            file = WORK / f"{command}_{text}_{tokens}.json"
             found = lm(args, command, *paths(text), "--length", tokens, "--attention", word,
-                       *options, "-o", file)["rows"]
-            new = [told | row for row in found
-                   if row["attention"] == word and row["tokens"] == tokens]
-            write_csv(out, [*before, *new], COLUMNS)
+                       *options, "-o", WORK / f"{command}_{text}_{tokens}.json")["rows"]
+            write_csv(out, [*before, *(told | row for row in found
+                                       if (row["attention"], row["tokens"]) == (word, tokens))],
+                      COLUMNS)
     write_text(HERE / "machine.txt", f"{machine_line(args.sparge)}\n")
 
 
+def find_settings(args):
+    tune(args, args.only, TEXTS, TUNED_AT, DENSITIES)
+
+
 def ppl(args):
-    measure(args, "ppl", TEXTS, TUNED_AT, DENSITIES, "--kl")
+    measure(args, "ppl", args.only, TEXTS, TUNED_AT, DENSITIES, "--kl")
 
 
 def needle(args):
     """Two at each of five depths."""
-    measure(args, "needle", [NEEDLES], TUNED_AT, DENSITIES, "--depths", 5, "--needles", 2)
+    measure(args, "needle", args.only, [NEEDLES], TUNED_AT, DENSITIES, "--depths", 5, "--needles",
+            2)
+
+
+def of_front(args):
+    every, densities = [path.stem for path in paths("judge")], [0.5, 0.3, 0.2]
+    for texts, tokens in ((every, TUNED_AT), (TEXTS, LONG)):
+        tune(args, front(), texts, tokens, densities)
+        measure(args, "ppl", front(), texts, tokens, densities, "--kl")
+    tune(args, front(), [NEEDLES], TUNED_AT, densities)
+    measure(args, "needle", front(), [NEEDLES], TUNED_AT, densities, "--depths", 5, "--needles", 2)
 
 
 def main():
@@ -118,7 +128,8 @@ def main():
                         help="the program")
     parser.add_argument("--only", type=lambda text: text.split(";"), default=METHODS,
                         help="these methods, with semicolons between them")
-    steps = {"settings": tune, "ppl": ppl, "needle": needle}
+    steps = {"settings": find_settings, "ppl": ppl, "needle": needle, "front": of_front,
+             "readme": lambda _: readme()}
     parser.add_argument("step", choices=steps)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

@@ -19,21 +19,10 @@ import numpy as np  # noqa: E402
 import sets  # noqa: E402
 import sparge  # noqa: E402
 from errors import relative_l1  # noqa: E402
-from field import (  # noqa: E402
-    DENSITIES,
-    F32,
-    REACHED,
-    TEXT,
-    THETAS,
-    VIDEO,
-    Way,
-    calls_of,
-    density_at,
-    each,
-    find,
-)
+from field import F32, REACHED, Way, calls_of, density_at, each, find  # noqa: E402
 from harness import ROOT  # noqa: E402
 from item import Job, run  # noqa: E402
+from ways import DENSITIES, TEXT, THETAS, VIDEO  # noqa: E402
 
 CAPTURES = ROOT / "experiments/capture"
 INPUTS = {

@@ -36,11 +36,11 @@ def lm(args, command, *options):
     return json.loads(done.stdout)
 
 
-def captured(args, path):
+def captured(args, path, tokens=TUNED_AT):
     """The folder with q, k and v of a text, every layer, under dense attention in f32."""
-    folder = ROOT / "build/lm/tune" / path.stem
+    folder = ROOT / "build/lm/tune" / (path.stem if tokens == TUNED_AT else f"{path.stem}_{tokens}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest = folder / "manifest.json"
     if not manifest.exists() or len(json.loads(manifest.read_text())["files"]) < 30:
-        lm(args, "capture", path, "--length", TUNED_AT, "--attention", "f32", "-o", folder)
+        lm(args, "capture", path, "--length", tokens, "--attention", "f32", "-o", folder)
     return folder
