@@ -1,26 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* entries.h: the methods, each in the file of its name. */
+/* entries.h: the methods, by name: each is in the file of its name, of which _t, _calibrated, 0 ...
+ * are variants, or in yardsticks.c. */
 #ifndef SPARGE_METHODS_ENTRIES_H
 #define SPARGE_METHODS_ENTRIES_H
 
 #include "sparge_methods.h"
 
-/* yardsticks.c */
-extern const sparge_method sparge_method_dense, sparge_method_random, sparge_method_window,
-    sparge_method_oracle_mass, sparge_method_oracle_mass_t, sparge_method_oracle_pairs;
-/* spargeattn.c */
-extern const sparge_method sparge_method_spargeattn, sparge_method_spargeattn_paper,
-    sparge_method_spargeattn_upstream;
-/* Each in the file of its name. */
-extern const sparge_method sparge_method_blasst, sparge_method_flexprefill, sparge_method_hess,
-    sparge_method_minference, sparge_method_moa, sparge_method_moa_calibrated, sparge_method_moba,
-    sparge_method_pbs, sparge_method_pbs_t, sparge_method_pisa0, sparge_method_powerattention,
-    sparge_method_radial, sparge_method_s2, sparge_method_strata, sparge_method_submass,
-    sparge_method_xattention, sparge_method_xattention_t;
-extern const sparge_method sparge_method_kinetics, sparge_method_proxyattn, sparge_method_seer,
-    sparge_method_spargeattention2;
-/* Of video and diffusion, the same. */
-extern const sparge_method sparge_method_biformer, sparge_method_draft, sparge_method_svg,
-    sparge_method_sparsed, sparge_method_sparsevdit;
+/* In the order of their names, in which they are told. */
+/* clang-format off */
+#define SPARGE_METHODS(X) \
+    X(biformer) X(blasst) X(dense) X(draft) X(flexprefill) X(hess) \
+    X(kinetics) X(minference) X(moa) X(moa_calibrated) X(moba) X(oracle_mass) \
+    X(oracle_mass_t) X(oracle_pairs) X(pbs) X(pbs_t) X(pisa0) X(powerattention) \
+    X(proxyattn) X(proxyattn_t) X(radial) X(random) X(s2) X(seer) \
+    X(spargeattention2) X(spargeattn) X(spargeattn_paper) X(spargeattn_upstream) X(sparsed) X(sparsevdit) \
+    X(strata) X(submass) X(svg) X(window) X(xattention) X(xattention_t)
+/* clang-format on */
+
+#define SPARGE_DECLARE_METHOD(name) extern const sparge_method sparge_method_##name;
+SPARGE_METHODS(SPARGE_DECLARE_METHOD)
+#undef SPARGE_DECLARE_METHOD
 
 #endif

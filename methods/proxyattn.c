@@ -20,7 +20,7 @@
 #include "methods/entries.h"
 #include "methods/method.h"
 
-enum { GAMMA, GROUP, STRIDE, BLOCK };
+enum { GAMMA, GROUP, STRIDE, BLOCK, T = GAMMA };
 
 /* Representatives, of the tokens that count, and their maps. */
 typedef struct proxies {
@@ -121,6 +121,21 @@ static int64_t find_budget(const sparge_head *head, int64_t visible, float *p, d
                : visible;
 }
 
+static sparge_status keep_above(const sparge_head *head, sparge_error *error)
+{
+    (void)error;
+    const proxies *all = head->shared;
+    const sparge_geometry *g = &head->g;
+    const int64_t proxy = head->b * all->groups + head->h / all->group;
+    double *share = sparge_take(head->scratch, g->k_blocks + 1, sizeof *share);
+    for (int64_t i = 0; i < g->q_blocks && share; i++) {
+        for (int64_t j = 0; j < g->k_blocks; j++)
+            share[j] = (double)all->map[(proxy * g->q_blocks + i) * g->k_blocks + j];
+        sparge_keep_shares(head, i, share, head->param[T]);
+    }
+    return share ? SPARGE_OK : SPARGE_ERR_MEMORY;
+}
+
 static sparge_status keep_proxyattn(const sparge_head *head, sparge_error *error)
 {
     (void)error;
@@ -152,8 +167,10 @@ static sparge_status keep_proxyattn(const sparge_head *head, sparge_error *error
     return SPARGE_OK;
 }
 
-static sparge_status plan_proxyattn(sparge_plan *plan, const sparge_context *context,
-                                    const double *param, sparge_error *error)
+/* name: for messages. */
+static sparge_status plan_by(const char *name, sparge_head_function *keep, sparge_plan *plan,
+                             const sparge_context *context, const double *param,
+                             sparge_error *error)
 {
     const sparge_problem *p = &plan->problem;
     const int64_t stride = (int64_t)param[STRIDE], block = (int64_t)param[BLOCK],
@@ -161,13 +178,14 @@ static sparge_status plan_proxyattn(sparge_plan *plan, const sparge_context *con
                   group = param[GROUP] > 0.0 ? (int64_t)param[GROUP] : p->heads;
     if (block % stride != 0)
         return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                           "block of proxyattn is %lld, it must be a multiple of stride, %lld",
+                           "block of %s is %lld, it must be a multiple of stride, %lld", name,
                            (long long)block, (long long)stride);
     if (group % gqa != 0)
-        return sparge_fail(error, SPARGE_ERR_ARGUMENT,
-                           "group of proxyattn is %lld, it must be a multiple of the query heads "
-                           "that share keys, %lld",
-                           (long long)group, (long long)gqa);
+        return sparge_fail(
+            error, SPARGE_ERR_ARGUMENT,
+            "group of %s is %lld, it must be a multiple of the query heads that share "
+            "keys, %lld",
+            name, (long long)group, (long long)gqa);
     proxies x = {
         .problem = p,
         .g = sparge_geometry_make(p->q_len, p->k_len, block, block, plan->options.causal),
@@ -183,12 +201,29 @@ static sparge_status plan_proxyattn(sparge_plan *plan, const sparge_context *con
     if (!status)
         status = sparge_each_head(
             plan, context, param,
-            &(sparge_walk){
-                .block_q = block, .block_k = block, .shared = &x, .visit = keep_proxyattn},
-            error);
+            &(sparge_walk){.block_q = block, .block_k = block, .shared = &x, .visit = keep}, error);
     sparge_release(&memory);
     return status;
 }
+
+static sparge_status plan_proxyattn(sparge_plan *plan, const sparge_context *context,
+                                    const double *param, sparge_error *error)
+{
+    return plan_by("proxyattn", keep_proxyattn, plan, context, param, error);
+}
+
+static sparge_status plan_proxyattn_t(sparge_plan *plan, const sparge_context *context,
+                                      const double *param, sparge_error *error)
+{
+    return plan_by("proxyattn_t", keep_above, plan, context, param, error);
+}
+
+#define GROUPS                                                                                 \
+    {"group", 0.0, 0x1p24, 0.0, true, "query heads with one ranking; 0: all"},                 \
+        {"stride", 1.0, SPARGE_MAX_BLOCK, 4.0, true, "tokens of which the first counts"},      \
+    {                                                                                          \
+        "block", 1.0, SPARGE_MAX_BLOCK, 128.0, true, "tokens of a block, a multiple of stride" \
+    }
 
 const sparge_method sparge_method_proxyattn = {
     .name = "proxyattn",
@@ -199,9 +234,20 @@ const sparge_method sparge_method_proxyattn = {
     .kind = "training-free",
     .evidence = "",
     .param = {{"gamma", 0.0, 1.0, 0.95, false, "mass of the last queries' key blocks to keep"},
-              {"group", 0.0, 0x1p24, 0.0, true, "query heads with one ranking; 0: all"},
-              {"stride", 1.0, SPARGE_MAX_BLOCK, 4.0, true, "tokens of which the first counts"},
-              {"block", 1.0, SPARGE_MAX_BLOCK, 128.0, true,
-               "tokens of a block, a multiple of stride"}},
+              GROUPS},
     .plan = plan_proxyattn,
+};
+
+const sparge_method sparge_method_proxyattn_t = {
+    .name = "proxyattn_t",
+    .title = "ProxyAttn's scores above a threshold",
+    .paper = "arXiv 2509.24745",
+    .repository = "",
+    .commit = "",
+    .kind = "training-free",
+    .evidence = "",
+    .falls = true,
+    .param = {{"t", 0.0, INFINITY, 0.2, false, "mass above which a block is kept, in even shares"},
+              GROUPS},
+    .plan = plan_proxyattn_t,
 };

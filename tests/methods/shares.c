@@ -40,6 +40,19 @@ Test(shares, of_rows_together)
 Test(shares, of_the_truth) { of_equal_rows("oracle_mass_t", 0.0); }
 Test(shares, of_antidiagonals_of_one) { of_equal_rows("xattention_t", 1.0); }
 
+/* One head, which is its own representative, and each token counts. Maxima are made shares. */
+Test(shares, of_representatives)
+{
+    static const float q[] = {1, 1};
+    const float k[] = {logf(.05f), logf(.5f), logf(.3f), logf(.15f)};
+    hand x = hand_make(1, 1, 2, 4, 1, 1, q, k, k);
+    HAS_PAIRS(&x, "proxyattn_t", 1, "111 111", 1.1, 0, 1, 1);
+    HAS_PAIRS(&x, "proxyattn_t", 1, "1 1", 2.1, 0, 1, 1);
+    /* The largest of the first two keys are .5, of the last two .3: 1.25 and .75 of two blocks. */
+    HAS_PAIRS(&x, "proxyattn_t", 2, "1", 0.8, 0, 1, 2);
+    HAS_PAIRS(&x, "proxyattn_t", 2, "11", 0.7, 0, 1, 2);
+}
+
 /* Segments of 2. Queries 4 and 5 pay .1, .4, .3 and .2 to the earlier ones, .6, 2.4, 1.8 and 1.2
  * even shares of six; 2 and 3 pay .2 and .8, 1.2 and 4.8. The first key and the own segment are
  * kept. */
