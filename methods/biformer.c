@@ -47,6 +47,7 @@ static bool cut(const sparge_problem *p, const sparge_grid *grid, int64_t side, 
     return true;
 }
 
+/* Means of the regions. */
 static void pool(const routing *x, const float *rows, int64_t dim, float *mean)
 {
     for (int64_t n = 0; n < x->count; n++) {
@@ -55,6 +56,7 @@ static void pool(const routing *x, const float *rows, int64_t dim, float *mean)
     }
 }
 
+/* The products of the means of all heads. */
 static bool multiply(sparge_plan *plan, routing *x)
 {
     const sparge_problem *p = &plan->problem;
@@ -88,8 +90,7 @@ static sparge_status keep_regions(const sparge_head *head, sparge_error *error)
     sparge_ranked *best = sparge_take(head->scratch, n + 1, sizeof *best);
     const sparge_pairs pairs = sparge_pairs_make(head);
     sparge_status status = best && pairs.bits ? SPARGE_OK : SPARGE_ERR_MEMORY;
-    sparge_order_queries(head, x->order);
-    sparge_order_keys(head, x->order);
+    sparge_order_tokens(head, x->order);
     for (int64_t i = 0, at = 0, of = -1; i < g->q_blocks && !status; i++) {
         sparge_pairs_clear(head, &pairs);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++, at++) {
@@ -115,9 +116,7 @@ static sparge_status route(sparge_plan *plan, const sparge_context *context, con
         return SPARGE_ERR_MEMORY;
     const int64_t block = x->h <= SPARGE_MAX_BLOCK / x->w ? x->h * x->w : SPARGE_MAX_BLOCK;
     sparge_add_blocks(plan, block, block);
-    sparge_status status = sparge_own_keys(plan);
-    if (!status)
-        status = sparge_own_queries(plan);
+    sparge_status status = sparge_own_tokens(plan);
     if (!status)
         status = sparge_each_head(plan, context, param,
                                   &(sparge_walk){.visit = keep_regions, .shared = x}, error);

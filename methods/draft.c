@@ -66,8 +66,7 @@ static sparge_status keep_blocks(const sparge_head *head, sparge_error *error)
     if (!order || !draft || !x)
         return SPARGE_ERR_MEMORY;
     sparge_order_frames(grid, (int64_t)head->param[HEIGHT], (int64_t)head->param[WIDTH], order);
-    sparge_order_queries(head, order);
-    sparge_order_keys(head, order);
+    sparge_order_tokens(head, order);
     if (!draw(head, order, blocks, draft))
         return SPARGE_ERR_MEMORY;
     const float least = threshold(head, draft, n, x);
@@ -92,9 +91,7 @@ static sparge_status plan_draft(sparge_plan *plan, const sparge_context *context
                            "h x w of draft is %lld x %lld, it must be at most %d tokens",
                            (long long)h, (long long)w, SPARGE_MAX_BLOCK);
     sparge_add_blocks(plan, h * w, h * w);
-    sparge_status status = sparge_own_keys(plan);
-    if (!status)
-        status = sparge_own_queries(plan);
+    sparge_status status = sparge_own_tokens(plan);
     if (!status)
         status =
             sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_blocks}, error);

@@ -187,8 +187,10 @@ void sparge_copy_rows(const sparge_head *head, const sparge_in *from, int64_t h,
  * stands there. */
 sparge_status sparge_own_keys(sparge_plan *plan);
 sparge_status sparge_own_queries(sparge_plan *plan);
+sparge_status sparge_own_tokens(sparge_plan *plan); /* both */
 void sparge_order_keys(const sparge_head *head, const int64_t *order);
 void sparge_order_queries(const sparge_head *head, const int64_t *order);
+void sparge_order_tokens(const sparge_head *head, const int64_t *order);
 
 /* ---- select.c: what is kept ---- */
 

@@ -195,6 +195,12 @@ sparge_status sparge_own_queries(sparge_plan *plan)
     return plan->q_order && part->problem.q.data ? SPARGE_OK : SPARGE_ERR_MEMORY;
 }
 
+sparge_status sparge_own_tokens(sparge_plan *plan)
+{
+    const sparge_status status = sparge_own_keys(plan);
+    return status ? status : sparge_own_queries(plan);
+}
+
 void sparge_order_queries(const sparge_head *head, const int64_t *order)
 {
     const sparge_problem *p = head->problem;
@@ -217,4 +223,10 @@ void sparge_order_keys(const sparge_head *head, const int64_t *order)
         if (bias)
             bias[head->n * p->k_len + at] = p->k_bias[head->kv * p->k_len + order[at]];
     }
+}
+
+void sparge_order_tokens(const sparge_head *head, const int64_t *order)
+{
+    sparge_order_queries(head, order);
+    sparge_order_keys(head, order);
 }

@@ -142,8 +142,7 @@ static sparge_status keep_mode(const sparge_head *head, sparge_error *error)
         head, mode == MULTI_DIAGONAL ? SPARGE_TIME_MAJOR : SPARGE_ROW_MAJOR, &order, &place, error);
     if (status)
         return status;
-    sparge_order_queries(head, order);
-    sparge_order_keys(head, order);
+    sparge_order_tokens(head, order);
     for (int64_t i = 0; i < head->g.q_blocks && !status; i++) {
         for (int64_t r = 0; r < sparge_block_rows(head->g.q_len, head->g.block_q, i); r++)
             set_row(head, mode, density, stripes, &pairs, r, i * head->g.block_q + r);
@@ -162,9 +161,7 @@ static sparge_status plan_sparsevdit(sparge_plan *plan, const sparge_context *co
     sparge_status status =
         sparge_state(plan, context, "sparsevdit", kept, NULL, &walk.shared, error);
     if (!status)
-        status = sparge_own_keys(plan);
-    if (!status)
-        status = sparge_own_queries(plan);
+        status = sparge_own_tokens(plan);
     if (!status)
         status = sparge_each_head(plan, context, param, &walk, error);
     walk.survey = walk.needs_v = false;

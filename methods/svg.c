@@ -77,8 +77,7 @@ static sparge_status keep_band(const sparge_head *head, sparge_error *error)
         add_errors(head, (int64_t)(any % (uint64_t)n), order, place, &pairs, s, o, errors);
     }
     const int kind = errors[TEMPORAL] < errors[SPATIAL];
-    sparge_order_queries(head, order[kind]);
-    sparge_order_keys(head, order[kind]);
+    sparge_order_tokens(head, order[kind]);
     for (int64_t i = 0; i < g->q_blocks && !status; i++) {
         sparge_pairs_clear(head, &pairs);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++)
@@ -93,9 +92,7 @@ static sparge_status plan_svg(sparge_plan *plan, const sparge_context *context, 
 {
     const int64_t block = (int64_t)param[BLOCK];
     sparge_add_blocks(plan, block, block);
-    sparge_status status = sparge_own_keys(plan);
-    if (!status)
-        status = sparge_own_queries(plan);
+    sparge_status status = sparge_own_tokens(plan);
     if (!status)
         status = sparge_each_head(plan, context, param,
                                   &(sparge_walk){.needs_v = true, .visit = keep_band}, error);
