@@ -148,12 +148,18 @@ static error_t method_parser(int key, char *text, struct argp_state *state)
         {OPT_DENSITY, {OPT_PARAMS, OPT_TAU, OPT_TOPK, OPT_MIN_MASS, OPT_CELL}, "finds tau"},
     };
     attention_args *a = state->input;
-    if (key == OPT_METHOD || key == OPT_DENSITY)
+    if (key >= OPT_METHOD && key <= OPT_ROPE_BASE)
         a->given |= option_bit(key);
     switch (key) {
     case OPT_METHOD: return method_parse(text, &a->method, a->base.error) ? EINVAL : 0;
     case OPT_DENSITY: return options_real(state, "--density", text, 0.0, 1.0, &a->density);
+    case OPT_GATE: a->gate = text; return 0;
+    case OPT_ROPE_BASE: return options_real(state, "--rope-base", text, 1.0, 1e12, &a->rope_base);
     case ARGP_KEY_END:
+        if (a->gate && (!a->method.method || strcmp(a->method.method->name, "seer") != 0))
+            return options_wrong(state, "--gate is for --method seer, which is not asked for");
+        if (a->rope_base > 0.0 && !a->gate)
+            return options_wrong(state, "--rope-base is for --gate, which is not given");
         if (a->method.method && a->given & option_bit(OPT_DENSITY)) {
             const sparge_method *m = a->method.method;
             if (!m->param[0].name)
@@ -175,6 +181,12 @@ static const struct argp_option method_options[] = {
      "the first parameter of the method (tau), one for all heads, that keeps this share of the "
      "visible token pairs",
      1},
+    {"gate", OPT_GATE, "G.safetensors", 0,
+     "a trained gate for --method seer: gate_k and gate_q, or what the authors call them in a "
+     "layer",
+     1},
+    {"rope-base", OPT_ROPE_BASE, "X", 0,
+     "rope_theta of the rotation that q and k have had, which a gate does not see (none)", 1},
     {0},
 };
 const struct argp method_argp = {.options = method_options, .parser = method_parser};

@@ -343,8 +343,8 @@ static error_t params_parser(int key, char *text, struct argp_state *state)
     case ARGP_KEY_INIT: state->child_inputs[0] = a; return 0;
     case OPT_PARAMS: a->params = text; return 0;
     case ARGP_KEY_END:
-        if (a->layer >= 0 && !a->params)
-            return options_wrong(state, "--layer needs --params");
+        if (a->layer >= 0 && !a->params && !a->gate)
+            return options_wrong(state, "--layer needs --params or --gate");
         return options_refuse(state, a->given, &twice, 1);
     default: return ARGP_ERR_UNKNOWN;
     }

@@ -77,8 +77,10 @@ enum {
     OPT_IGNORE_MANIFEST,
     OPT_PARAMS, /* of manifest_argp and params_argp */
     OPT_METHOD,
-    OPT_DENSITY, /* of method_argp */
-    OPT_COMMAND, /* the first of a command's own */
+    OPT_DENSITY,
+    OPT_GATE,
+    OPT_ROPE_BASE, /* of method_argp */
+    OPT_COMMAND,   /* the first of a command's own */
 };
 
 /* A set of them, and -o, has a bit for each. */
@@ -108,6 +110,8 @@ typedef struct attention_args {
     /* Of method_argp: */
     method_choice method;
     double density;     /* NaN: not asked for */
+    const char *gate;   /* NULL: none */
+    double rope_base;   /* 0: not given */
     sparge_rules rules; /* while parsing */
 } attention_args;
 
@@ -127,7 +131,7 @@ error_t options_refuse(struct argp_state *state, option_set given, const options
 extern const struct argp attention_argp, thresholds_argp;
 
 /* Beside them, of the same input: --layer and --ignore-manifest; those with --params; and --method
- * with --density. */
+ * with --density and --gate. */
 extern const struct argp manifest_argp, params_argp, method_argp;
 
 /* As options_parse, where `args` is what attention_argp fills in: --rules counts from the start,

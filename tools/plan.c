@@ -9,6 +9,7 @@
 #include "sparge_inspect.h"
 #include "sparge_mask.h"
 #include "tools/device.h"
+#include "tools/gate.h"
 #include "tools/intermediates.h"
 #include "tools/mask_file.h"
 #include "tools/npy.h"
@@ -85,7 +86,13 @@ sparge_context plan_context(const capture *c, const sparge_problem *p)
 void plan_make(const attention_args *a, const capture *c, const sparge_problem *p,
                sparge_options *o, method_choice *found, sparge_plan *out)
 {
-    const sparge_context context = a->method.method ? plan_context(c, p) : (sparge_context){0};
+    sparge_context context = a->method.method ? plan_context(c, p) : (sparge_context){0};
+    gate g = {0};
+    if (a->gate) {
+        must(gate_read(a->gate, a->layer >= 0 ? a->layer : c->layer, a->rope_base, p->heads,
+                       p->kv_heads, p->dim, &g, &failure));
+        context.gate = &g.c;
+    }
     *found = a->method;
     *out = (sparge_plan){.problem = *p, .options = *o, .parts = 1};
     out->part[0] = (sparge_part){.problem = *p, .options = *o, .predicted = true};
@@ -102,6 +109,7 @@ void plan_make(const attention_args *a, const capture *c, const sparge_problem *
         sparge_mask_free(&out->part[0].mask); /* whoever runs it may ask for more than the mask */
     else
         must_sparge(sparge_plan_predict(out, &device_executor, &library_error));
+    gate_free(&g);
     if (found->method)
         plan_fit(out);
     for (int n = 0; n < out->parts; n++) {

@@ -156,7 +156,8 @@ static void read_files(run *r)
     settle(a, r->capture, &r->in.problem, &r->options, &r->settled);
     plan(r);
     mask_pairs_writable(r->args.pairs_out, &r->in.problem);
-    const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], run_mask(&r->args)};
+    const char *const input[RUN_INPUTS] = {a->file[0], a->file[1], a->file[2], run_mask(&r->args),
+                                           a->gate};
     memcpy(r->sha256[0], r->capture->sha256, SHA256_TEXT);
     for (int n = 1; n < RUN_INPUTS; n++)
         if (input[n])

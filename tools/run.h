@@ -19,7 +19,7 @@ typedef struct run_args {
     bool dense, mask_only, check;
 } run_args;
 
-enum { RUN_INPUTS = 4 }; /* files of q, k and v, and of a mask */
+enum { RUN_INPUTS = 5 }; /* files of q, k and v, of a mask, and of a gate */
 
 typedef struct run {
     run_args args;

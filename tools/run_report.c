@@ -24,8 +24,9 @@ static json_t *describe_files(const run *r)
     for (int n = 0; n < a->files && ok; n++)
         ok = json_array_append_new(list, file_json(a->file[n], r->sha256[n])) == 0;
     json_t *json =
-        json_pack("{s:i, s:s, s:o, s:o}", "schema", SCHEMA, "version", SPARGE_VERSION, "inputs",
-                  ok ? list : NULL, "mask", file_json(run_mask(&r->args), r->sha256[3]));
+        json_pack("{s:i, s:s, s:o, s:o, s:o}", "schema", SCHEMA, "version", SPARGE_VERSION,
+                  "inputs", ok ? list : NULL, "mask", file_json(run_mask(&r->args), r->sha256[3]),
+                  "gate", file_json(a->gate, r->sha256[4]));
     if (!ok)
         json_decref(list);
     return json_joined(json_joined(json, settled_json(&r->settled)), method_json(&r->found));

@@ -57,7 +57,7 @@ void settled_free(settled *s)
 
 void settle_spare(const attention_args *a, const capture *c, const char *output)
 {
-    const char *const input[] = {a->file[0], a->file[1], a->file[2], a->params, c->from};
+    const char *const input[] = {a->file[0], a->file[1], a->file[2], a->params, a->gate, c->from};
     must(inputs_spare(output, input, sizeof input / sizeof *input, &failure));
 }
 

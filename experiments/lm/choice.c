@@ -20,6 +20,11 @@ bool ends_with(const char *name, const char *end)
     return length > ending && strcmp(name + length - ending, end) == 0;
 }
 
+bool choice_has_gate(const char *text)
+{
+    return strncmp(text, "seer", 4) == 0 && (!text[4] || text[4] == ':');
+}
+
 char *choice_end(char *item)
 {
     char *comma = strchr(item, ',');
@@ -71,6 +76,27 @@ static exit_code read_mask(choice *c, const hyper *h, file_error *error)
     return EXIT_FILE;
 }
 
+/* Of every layer, for q and k that have turned as the model has them. */
+static exit_code read_gates(choice *c, const hyper *h, file_error *error)
+{
+    exit_code code = EXIT_FINE;
+    for (int64_t n = 0; n < h->head_dim / 2; n++)
+        if (h->rope_divisor[n] != 1.0f) {
+            file_error_set(error, c->path,
+                           "a gate is for rotations of one base, and this model's are scaled");
+            return EXIT_UNSUPPORTED;
+        }
+    c->gate = calloc((size_t)h->layers, sizeof *c->gate);
+    if (!c->gate) {
+        file_error_set(error, c->path, "no memory for its gates");
+        return EXIT_MACHINE;
+    }
+    for (int64_t layer = 0; layer < h->layers && !code; layer++)
+        code = gate_read(c->path, layer, (double)h->rope_theta, h->heads, h->kv_heads, h->head_dim,
+                         &c->gate[layer], error);
+    return code;
+}
+
 static exit_code read_method(choice *c, const char *text, const hyper *h, file_error *error)
 {
     file_error why;
@@ -103,8 +129,13 @@ exit_code choice_open(const char *text, const attention_args *asked, const hyper
     } else if (ends_with(text, ".npy")) {
         out->path = text;
         code = read_mask(out, h, error);
-    } else if (strcmp(text, "sparse") != 0)
+    } else if (strcmp(text, "sparse") != 0) {
         code = read_method(out, text, h, error);
+        if (!code && asked->gate && choice_has_gate(text)) {
+            out->path = asked->gate;
+            code = read_gates(out, h, error);
+        }
+    }
     if (!code && out->path)
         code = capture_sha256(out->path, out->sha256, error);
     if (code)
@@ -123,10 +154,14 @@ void choice_begin(const choice *c)
 void choice_free(choice *c)
 {
     choice_begin(c);
+    for (int64_t layer = 0; c->gate && layer < c->layers; layer++)
+        gate_free(&c->gate[layer]);
+    free(c->gate);
     free(c->state);
     free(c->thresholds);
     array_free(&c->mask);
     c->state = NULL;
+    c->gate = NULL;
     c->thresholds = NULL;
 }
 
@@ -151,7 +186,8 @@ static exit_code take_mask(const choice *c, int64_t layer, sparge_mask *to, file
 static void run_method(const choice *c, int64_t layer, const sparge_problem *problem,
                        sparge_result *result, measured *to)
 {
-    const sparge_context context = {.layer = layer, .state = &c->state[layer]};
+    const sparge_context context = {
+        .layer = layer, .gate = c->gate ? &c->gate[layer].c : NULL, .state = &c->state[layer]};
     const sparge_method *const method = c->method.method;
     const double before = device_seconds();
     sparge_plan plan;

@@ -5,6 +5,7 @@
 
 #include "experiments/lm/model.h"
 #include "tools/capture.h"
+#include "tools/gate.h"
 
 /* Does a file's name end so, after something else? */
 bool ends_with(const char *name, const char *end);
@@ -22,6 +23,7 @@ typedef struct choice {
     array mask;                    /* of a .npy */
     method_choice method;
     void **state; /* [layers]: what a method keeps over the run of one text */
+    gate *gate;   /* [layers], or NULL */
     int64_t layers;
 } choice;
 
@@ -33,6 +35,9 @@ typedef struct measured {
     sparge_isa isa;
     int threads;
 } measured;
+
+/* Is it the method that takes a gate? */
+bool choice_has_gate(const char *text);
 
 /* The comma behind the first of several, or NULL. Those between the parameters of a method are
  * parts of it: "x:a=1,b=2". */

@@ -18,7 +18,7 @@
 
 /* ---- The command line ---- */
 
-enum { ATTENTION = 1024, LENGTH, MODEL, CSV };
+enum { ATTENTION = 1024, LENGTH, MODEL, CSV, GATE };
 
 static const struct argp_option lm_options[] = {
     {0, 0, 0, 0, "What is run:", 0},
@@ -30,6 +30,8 @@ static const struct argp_option lm_options[] = {
     {"length", LENGTH, "N,...", 0, "tokens from the start of each text (all of it)", 0},
     {"model", MODEL, "NAME", 0, "what the model is called, in thresholds too (what its file says)",
      0},
+    {"gate", GATE, "G.safetensors", 0,
+     "trained gates of all layers for --attention seer, under the authors' names", 0},
     {"csv", CSV, "FILE", 0, "write the rows as a table too, at the end", 0},
     {0},
 };
@@ -124,6 +126,11 @@ static error_t check_args(struct argp_state *state, const lm_args *a)
         return options_wrong(state, "--rules other than the default are not for a model");
     if (a->csv && a->attention.output && strcmp(a->csv, a->attention.output) == 0)
         return options_wrong(state, "-o and --csv are the same file");
+    bool gated = !a->attention.gate;
+    for (int n = 0; n < a->choices && !gated; n++)
+        gated = choice_has_gate(a->choice[n]);
+    if (!gated)
+        return options_wrong(state, "--gate is for --attention seer, which is not asked for");
     return check_kept(state, a);
 }
 
@@ -137,6 +144,7 @@ static error_t lm_parser(int key, char *text, struct argp_state *state)
     case LENGTH: return lm_list(state, "--length", text, 2, 1 << 24, a->length, &a->lengths);
     case MODEL: a->name = text; return 0;
     case CSV: a->csv = text; return 0;
+    case GATE: a->attention.gate = text; return 0;
     case ARGP_KEY_END: return check_args(state, a);
     default: return ARGP_ERR_UNKNOWN;
     }
@@ -247,6 +255,8 @@ exit_code lm_spare(const lm *m, const char *output)
 {
     const lm_args *a = m->args;
     exit_code code = inputs_spare(output, a->attention.file, 1, m->error);
+    if (!code)
+        code = inputs_spare(output, &a->attention.gate, 1, m->error);
     for (int64_t n = 0; n < m->files.files && !code; n++)
         code = inputs_spare(output, &m->files.file[n].name, 1, m->error);
     if (!code)

@@ -490,6 +490,34 @@ def test_attentions():
                         ("window:window=0", ["[1, "])]:
         wrong(USAGE, words, "ppl", "m.gguf", "t.npy", "--attention", name)
 
+    # Gates: without a threshold all is kept; each layer has its own.
+    shape, r = (4, 48, 16), np.random.default_rng(3)
+    def gates(*layers):
+        save_safetensors("g.safetensors", **{
+            f"model.layers.{n}.self_attn.attn_gate.mask_linear_k.weight": ("F32", x)
+            for n, x in enumerate(layers)})
+        return "--gate", "g.safetensors", "--attention", "seer:threshold=0.2"
+    flat, other = np.zeros(shape), r.standard_normal(shape)
+    some = [logits_of("m.gguf", "t.npy", *gates(*x))
+            for x in ((flat, flat), (other, flat), (flat, other))]
+    check(len({x.tobytes() for _, x in some}) == 3, "each layer has its gate")
+    check(some[0][0]["attention_sha256"] != some[1][0]["attention_sha256"] and
+          some[2][0]["attention_sha256"] == sha256("g.safetensors"), "its hash", some[2][0])
+    check(some[1][0]["layers_sparsity"][1] == some[0][0]["layers_sparsity"][1], "and no other")
+    every = logits_of("m.gguf", "t.npy", *gates(other, other)[:2], "--attention",
+                      "seer:threshold=0", "--qk-dtype", "f32", "--pv-dtype", "f32")[1]
+    check(apart(every, want) < EXACT, "threshold 0", apart(every, want))
+    wrong(FILE, ["g.safetensors", "layers.1"], "ppl", "m.gguf", "t.npy", *gates(flat))
+    wrong(FILE, ["g.safetensors", "(4, 47, 16)"], "ppl", "m.gguf", "t.npy",
+          *gates(flat, flat[:, 1:]))
+    wrong(USAGE, ["--gate", "--attention seer"], "ppl", "m.gguf", "t.npy", "--gate",
+          "g.safetensors")
+    keeps("g.safetensors", USAGE, "is an input", "ppl", "m.gguf", "t.npy", *gates(flat, flat), "-o",
+          "g.safetensors")
+    Model(seed=5, interleaved=True, divisors=np.full(8, 2.0)).gguf("scaled.gguf")
+    wrong(UNSUPPORTED, ["g.safetensors", "scaled"], "ppl", "scaled.gguf", "t.npy",
+          *gates(flat, flat))
+
     blocks = 5, 10
     for layers in 1, 2:
         save("ones.npy", np.ones((layers, 4, *blocks), bool))

@@ -90,8 +90,8 @@ def random(seed, *shape):
 EXACT = ["--dense", "--qk-dtype", "f32", "--pv-dtype", "f32"]
 SIZES = "batch heads kv_heads q_len k_len dim dim_v".split()
 KEYS = (
-    "schema version inputs mask manifest params method backend isa qk_isa pv_isa threads kernel "
-    "rules qk_dtype pv_dtype block_q block_k cell skip_rows "
+    "schema version inputs mask gate manifest params method backend isa qk_isa pv_isa threads "
+    "kernel rules qk_dtype pv_dtype block_q block_k cell skip_rows "
     "causal smooth_k sink softmax_scale theta tau topk min_mass lambda density"
 ).split() + SIZES + (
     "pairs kept_blocks density_tokens density_blocks predict_multiply_adds sparsity "
@@ -1336,6 +1336,84 @@ def test_method_density():
     check(x["params"]["tau"] == y["tau"] == x["tau"] and x["kept_by"] == y["kept_by"], "of tau", x)
     wrong(USAGE, ["--density 0.001 cannot be reached", "window from 1 to 633", "to 1"], "run",
           *args, "--method", "window", "--density", 0.001)
+
+
+def gate_mask(q, k, gate_q, gate_k, threshold, block=64):
+    """The blocks that SeerAttention's gate keeps, of q and k that do not turn."""
+    def pooled(x, how):
+        return np.stack([how(x[:, :, t:t + block].astype(np.float64), 2)
+                         for t in range(0, x.shape[2], block)], 2)
+    q = np.einsum("bhnd,hdo->bhno", pooled(q, np.mean), gate_q)
+    k = np.concatenate([pooled(k, how) for how in (np.max, np.min, np.mean)], -1)
+    k = np.repeat(np.einsum("bhnd,hdo->bhno", k, gate_k), HQ // HK, 1)
+    s = q @ k.swapaxes(2, 3) / gate_k.shape[2]**0.5
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return (p > threshold) | (p == p.max(-1, keepdims=True))
+
+
+def test_gate():
+    q, k, v, qkv = files()
+    r = np.random.default_rng(5)
+    gate_k = (r.standard_normal((HK, 3 * D, 8)) / 6).astype(np.float32)
+    gate_q = (r.standard_normal((HQ, D, 8))).astype(np.float32)
+    def gate(name="g.safetensors", **tensors):
+        return save_safetensors(name, **{n: x if isinstance(x, tuple) else ("F32", x)
+                                         for n, x in tensors.items()})
+    def run(*more, name="seer:threshold=0.1,dense_rows=0"):
+        x = fine("run", *qkv, "--method", name, "--mask-only", "--mask-out", "m.npy", *more)
+        return x, np.load("m.npy") != 0
+    both = ["--gate", gate(gate_k=gate_k, gate_q=gate_q)]
+    x, m = run(*both)
+    want = gate_mask(q, k, gate_q, gate_k, 0.1)
+    check(0.2 < want.mean() < 0.8 and (m == want).all(), "by hand", want.mean(), m.mean())
+    check(x["gate"] == {"file": "g.safetensors", "sha256": sha256("g.safetensors")}, "named", x)
+    explained("sparge run", {**x, "params": None})
+    check(fine("run", *qkv)["gate"] is None and (run()[1] != want).any(), "none")
+    check((run(*both, "--rope-base", 100)[1] != want).any(), "--rope-base")
+    # Other dtypes, and one layer of a file as the authors name its tensors.
+    half = [x.astype(np.float16) for x in (gate_q, gate_k)]
+    gate("h.safetensors", gate_k=("F16", half[1]), gate_q=("F16", half[0]))
+    check((run("--gate", "h.safetensors")[1] == gate_mask(q, k, *half, 0.1)).all(), "f16")
+    name = "model.layers.3.self_attn.attn_gate.mask_linear_"
+    of = {name + "k.weight": gate_k, name + "q.weight": gate_q}
+    gate("l.safetensors", **of, **{n.replace("3", "2"): -x for n, x in of.items()})
+    check((run("--gate", "l.safetensors", "--layer", 3)[1] == want).all(), "of layer 3")
+    code, out, err = sparge("map", *qkv, "-o", "m.svg", "--method", "seer", *both)
+    check(code == FINE and out == err == "", "map", code, err)
+    fine("run", *qkv, "--method", "seer:threshold=0.1", *both, "-o", "o.npy", *EXACT[1:])
+    check(fine("check", *qkv, "--method", "seer:threshold=0.1", *both, "--o", "o.npy")["ok"],
+          "check")
+    # What is wrong.
+    wide = np.zeros((HQ, 3 * D, D), np.float32)
+    for words, tensors in [
+        ("'gate_k': no such tensor", dict(gate_q=gate_q)),
+        (["'gate_k'", f"({HK}, {D}, 8)", f"[{HK} or as many as of queries, {3 * D}, any]"],
+         dict(gate_k=gate_k[:, :D])),
+        (["'gate_k'", "(1, "], dict(gate_k=gate_k[:1])),
+        (["'gate_k'", "(8,)"], dict(gate_k=gate_k[0, 0])),
+        (["'gate_k'", "is i64"], dict(gate_k=("I64", gate_k))),
+        ("'gate_k': 1 numbers are not finite",
+         dict(gate_k=np.where(gate_k == gate_k.max(), np.nan, gate_k))),
+        (["'gate_q': no such tensor", f"must be {D}"], dict(gate_k=gate_k)),
+        (["'gate_q'", f"({HQ}, {D}, 7)", "that of the keys"],
+         dict(gate_k=gate_k, gate_q=gate_q[..., :7])),
+        (["'gate_q'", f"({HK}, "], dict(gate_k=gate_k, gate_q=gate_q[:HK]))]:
+        gate("w.safetensors", **tensors)
+        wrong(FILE, ["w.safetensors", *([words] if isinstance(words, str) else words)], "run", *qkv,
+              "--method", "seer", "--gate", "w.safetensors")
+    fine("run", *qkv, "--method", "seer", "--gate", gate("w.safetensors", gate_k=wide))
+    wrong(FILE, "'gate_k'", "run", *qkv, "--method", "seer", "--gate", "l.safetensors")
+    wrong(FILE, "layers.4", "run", *qkv, "--method", "seer", "--gate", "l.safetensors", "--layer",
+          4)
+    wrong(FILE, "none.safetensors", "run", *qkv, "--method", "seer", "--gate", "none.safetensors")
+    keeps("g.safetensors", USAGE, "is an input", "run", *qkv, "--method", "seer", *both, "-o",
+          "g.safetensors")
+    for args in [], ["--method", "window"], ["--density", 0.5]:
+        wrong(USAGE, ["--gate", "--method seer"], "run", *qkv, *args, *both)
+    wrong(USAGE, ["--rope-base", "--gate"], "run", *qkv, "--method", "seer", "--rope-base", 1e4)
+    for base in "0.5", "nan", "x", "inf":
+        wrong(USAGE, "--rope-base", "run", *qkv, "--method", "seer", *both, "--rope-base", base)
 
 
 def test_method_usage():
