@@ -12,24 +12,30 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm")]
 import again  # noqa: E402
 from harness import read_csv  # noqa: E402
 from item import Job, run  # noqa: E402
-from names import LENGTHS, TITLES  # noqa: E402
+from names import LENGTHS, PEER_TITLES, TITLES  # noqa: E402
 
-NEEDLES, ROWS = HERE.parent / "lm/needle.csv", {}
-for row in read_csv(NEEDLES):
-    ROWS.setdefault((row["attention"], int(row["tokens"]), row["depth"]), []).append(row)
-NAMES = {title: name for name, title in TITLES.items()}
+NEEDLES, PEERS, ROWS = HERE.parent / "lm/needle.csv", HERE.parent / "lm/peers_needle.csv", {}
+NAMES = TITLES | PEER_TITLES
+for row in [*read_csv(NEEDLES), *(read_csv(PEERS) if PEERS.exists() else [])]:
+    ROWS.setdefault((NAMES[row["attention"]], int(row["tokens"]), row["depth"]), []).append(row)
+
+
+def left_out(row):
+    """Of peers, whose blocks are partial, in pairs of tokens."""
+    return 1.0 - float(row["density_tokens"]) if "density_tokens" in row else \
+        float(row["sparsity"])
 
 
 def measure(key, _how):
-    found = ROWS[NAMES[key["attention"]], key["tokens"], key["depth"]]
+    found = ROWS[key["attention"], key["tokens"], key["depth"]]
     return {"needles": len(found), "found": sum(int(row["right"]) for row in found),
-            "sparsity": f"{statistics.mean(float(row['sparsity']) for row in found):.6f}"}
+            "sparsity": f"{statistics.mean(map(left_out, found)):.6f}"}
 
 
 JOBS = [
     Job({"attention": title, "tokens": tokens, "depth": depth}, 0.01, smoke=True, needs=[NEEDLES])
-    for title, name in NAMES.items() for tokens in LENGTHS
-    for depth in sorted({at[2] for at in ROWS}) if (name, tokens, depth) in ROWS
+    for title in dict.fromkeys(NAMES.values()) for tokens in LENGTHS
+    for depth in sorted({at[2] for at in ROWS}) if (title, tokens, depth) in ROWS
 ]
 
 if __name__ == "__main__":

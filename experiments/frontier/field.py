@@ -3,6 +3,7 @@
 a density over all of them."""
 import struct
 import sys
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,8 +56,18 @@ class Call:
 
     def __init__(self, entry):
         self.entry, (self.q, self.k, self.v) = entry, sets.wide(sets.tensors(entry.path))
+
+    @property
+    def pairs(self):
+        """That some query sees, in all heads."""
         tokens = self.q.shape[2]
-        self.pairs = self.q.shape[1] * tokens * (tokens + (1 if entry.causal else tokens)) // 2
+        return self.q.shape[1] * tokens * (tokens + (1 if self.entry.causal else tokens)) // 2
+
+    def first(self, tokens):
+        """The same of its first tokens."""
+        cut = copy(self)
+        cut.q, cut.k, cut.v = (x[:, :, :tokens] for x in (self.q, self.k, self.v))
+        return cut
 
     def told(self, way):
         """What a method is told beside q, k and v."""
@@ -128,7 +139,8 @@ def find(way, density, wanted, tokens, near=0.002):
     def below(x):
         return (at(x) <= wanted) != way.method.falls
 
-    ends, step = [start, start], max(1, start // 4) if first.whole else 1 << 22  # half as much again
+    ends = [start, start]
+    step = max(1, start // 4) if first.whole else 1 << 22  # half as much again
     side = 1 if below(start) else 0
     while below(ends[side]) == (side == 1) and ends[side] not in (least, most)[side:side + 1]:
         ends[1 - side] = ends[side]

@@ -9,8 +9,8 @@
                                          tokens
     model.py readme                      the tables of README.md here
 
-Every step goes on where it was interrupted; what is unfinished lies in build/frontier. METHODS, with
-semicolons between them, are a shard.
+Every step goes on where it was interrupted; what is unfinished lies in build/frontier. METHODS,
+with semicolons between them, are a shard.
 """
 import argparse
 import sys

@@ -8,6 +8,8 @@
     run.py ppl                                   perplexity of the five judging texts: ppl.csv
     run.py needle                                needles in a haystack: needle.csv
     run.py time                                  seconds, on an idle machine: time.csv
+    run.py peers                                 MInference and FlexPrefill at the paper's
+                                                 sparsities: peers*.csv
     run.py readme                                the tables of README.md here, from those files
 
 Every step goes on where it was interrupted; what is unfinished lies in build/lm.
@@ -30,9 +32,10 @@ from harness import (
     read_csv,
     run_json,
     run_main,
+    write_csv,
     write_text,
 )
-from names import DENSE, LENGTHS, MODEL, TITLES, TUNED, perplexity  # noqa: E402
+from names import DENSE, LENGTHS, MODEL, PEERS, SETTINGS, TITLES, TUNED, perplexity  # noqa: E402
 from program import TUNED_AT, captured, listed, lm, paths  # noqa: E402
 
 WORK = ROOT / "build/lm"
@@ -78,6 +81,38 @@ def seconds(args):
                HERE / "time.csv")
     write_text(HERE / "machine.txt",
                f"{machine_line(args.sparge)}; products by {found['matmul']}\n")
+
+
+def settings_of(args, tokens):
+    """The value of each method that leaves so many pairs of tokens out, of two tuning texts."""
+    sys.path.insert(0, str(HERE.parent / "frontier"))
+    from field import Way, calls_of, density_at, find  # and the package
+    calls = [call.first(tokens) for path in paths("persuasion", "click_core")
+             for call in calls_of(captured(args, path, max(tokens, TUNED_AT)))[::3]]
+    for title, (name, sparsity) in PEERS.items():
+        way = Way(name)
+        value, _ = find(way, lambda x: density_at(calls, way, x), 1.0 - sparsity, tokens)
+        yield {"title": title, "tokens": tokens, "value": f"{value:.6g}",
+               "attention": way.word(float(f"{value:.6g}"))}
+
+
+def peers(args):
+    """At each length, as the authors say it of theirs; seconds are not told."""
+    rows = read_csv(SETTINGS) if SETTINGS.exists() else []
+    for tokens in LENGTHS:
+        if not any(row["tokens"] == str(tokens) for row in rows):
+            rows += [{k: str(v) for k, v in row.items()} for row in settings_of(args, tokens)]
+            write_csv(SETTINGS, rows)
+    columns = ["attention", "text", "text_sha256", "tokens", "depth", "needle", "number", "right",
+               "surprise", "perplexity", "sparsity", "density_tokens", "isa", "threads"]
+    for command, texts in (("ppl", paths("judge")), ("needle", paths(TEXT))):
+        found = []
+        for tokens in LENGTHS[:4 if command == "ppl" else 3]:
+            words = listed(row["attention"] for row in rows if row["tokens"] == str(tokens))
+            every = lm(args, command, *texts, "--length", tokens, "--attention", words, "-o",
+                       WORK / f"peers_{command}_{tokens}.json")["rows"]
+            found += [row for row in every if row["tokens"] == tokens]
+            write_csv(HERE / f"peers_{command}.csv", found, columns)
 
 
 # ---- The tables -------------------------------------------------------------------------------
@@ -201,7 +236,8 @@ def main():
                         help="the program")
     parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
                         help="the program")
-    steps = {"tune": tune, "ppl": ppl, "needle": needle, "time": seconds, "readme": readme}
+    steps = {"tune": tune, "ppl": ppl, "needle": needle, "time": seconds, "peers": peers,
+             "readme": readme}
     parser.add_argument("step", choices=steps)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
