@@ -15,6 +15,7 @@
  * - The block that reaches tau is kept. If causal the diagonal is kept, else the best of each row.
  * - Heads of one batch share a budget. multiply_adds leaves softmax and ranking out. */
 #include <math.h>
+#include <string.h>
 
 #include "common/select.h"
 #include "methods/entries.h"
@@ -27,6 +28,7 @@ typedef struct heads {
     float *map;          /* [batch * heads][q_blocks][k_blocks], 0: not visible */
     double *budget;      /* [batch * heads] blocks */
     double *sensitivity; /* [heads] */
+    bool fresh;          /* is it to be measured? */
 } heads;
 
 /* The visible blocks of a row, the best first, and how many the base keeps. */
@@ -42,22 +44,18 @@ static int64_t rank_row(const sparge_geometry *g, const float *row, int64_t i, d
 }
 
 /* What the base drops, the mean over queries. */
-static sparge_status measure(const sparge_head *head, sparge_error *error)
+static sparge_status measure(const sparge_head *head, const float *map, sparge_ranked *x)
 {
-    (void)error;
     const sparge_geometry *g = &head->g;
     const heads *all = head->shared;
-    const float *map = all->map + head->n * g->q_blocks * g->k_blocks;
     float *p = sparge_take(head->scratch, g->k_len + 1, sizeof *p);
     double *mass = sparge_take(head->scratch, g->k_blocks + 1, sizeof *mass), lost = 0.0;
-    sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
-    if (!p || !mass || !x)
+    if (!p || !mass)
         return SPARGE_ERR_MEMORY;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t visible = sparge_blocks_visible(g, i),
                       count = rank_row(g, map + i * g->k_blocks, i, measured_at, 0.0, x);
-        for (int64_t j = 0; j < g->k_blocks; j++)
-            mass[j] = 0.0;
+        memset(mass, 0, (size_t)g->k_blocks * sizeof *mass);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
             sparge_method_row(head, i * g->block_q + r, p);
             sparge_method_add_blocks(head, p, mass);
@@ -69,34 +67,26 @@ static sparge_status measure(const sparge_head *head, sparge_error *error)
     return SPARGE_OK;
 }
 
-/* The maps of all heads. */
-static sparge_status make_maps(sparge_plan *plan, const sparge_geometry *g, float *map,
-                               sparge_piece **memory)
+/* The map of a head, and in a first call its sensitivity. */
+static sparge_status look(const sparge_head *head, sparge_error *error)
 {
-    const sparge_problem *p = &plan->problem;
-    const int64_t count = p->batch * p->heads;
-    const float *q = sparge_load_heads(&p->q, p->batch, p->heads, p->q_len, p->dim, memory),
-                *k = sparge_load_heads(&p->k, p->batch, p->kv_heads, p->k_len, p->dim, memory);
-    float *q_mean = sparge_take(memory, g->q_blocks * p->dim + 1, sizeof *q_mean),
-          *k_mean = sparge_take(memory, g->k_blocks * p->dim + 1, sizeof *k_mean);
-    if (!q || !k || !q_mean || !k_mean)
+    (void)error;
+    const sparge_geometry *g = &head->g;
+    const heads *all = head->shared;
+    const int64_t dim = head->problem->dim;
+    float *map = all->map + head->n * g->q_blocks * g->k_blocks,
+          *q = sparge_take(head->scratch, g->q_blocks * dim + 1, sizeof *q),
+          *k = sparge_take(head->scratch, g->k_blocks * dim + 1, sizeof *k);
+    sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
+    if (!q || !k || !x)
         return SPARGE_ERR_MEMORY;
-    for (int64_t n = 0; n < count; n++) {
-        const int64_t kv = n / (p->heads / p->kv_heads);
-        sparge_method_pool(q + n * p->q_len * p->dim, p->q_len, p->dim, g->block_q, false, q_mean);
-        sparge_method_pool(k + kv * p->k_len * p->dim, p->k_len, p->dim, g->block_k, false, k_mean);
-        for (int64_t i = 0; i < g->q_blocks; i++) {
-            float *row = map + (n * g->q_blocks + i) * g->k_blocks;
-            const int64_t visible = sparge_blocks_visible(g, i);
-            for (int64_t j = 0; j < visible; j++)
-                row[j] = plan->options.softmax_scale *
-                         sparge_method_dot(q_mean + i * p->dim, k_mean + j * p->dim, p->dim);
-            sparge_method_softmax(row, visible);
-        }
-    }
-    plan->multiply_adds +=
-        (double)(count * p->dim) * (double)(p->q_len + p->k_len + sparge_visible_pairs(g));
-    return SPARGE_OK;
+    sparge_method_pool(head->q, g->q_len, dim, g->block_q, false, q);
+    sparge_method_pool(head->k, g->k_len, dim, g->block_k, false, k);
+    *head->multiply_adds += (double)(g->q_len + g->k_len) * (double)dim;
+    for (int64_t i = 0; i < g->q_blocks; i++)
+        sparge_method_pooled_row(head, q + i * dim, k, sparge_blocks_visible(g, i),
+                                 map + i * g->k_blocks);
+    return all->fresh && head->b == 0 ? measure(head, map, x) : SPARGE_OK;
 }
 
 /* Shares of a sum in proportion to weights, of which none is more than `most`: what is too much for
@@ -190,23 +180,20 @@ static sparge_status plan_hess(sparge_plan *plan, const sparge_context *context,
     sparge_piece *memory = NULL;
     heads all = {.map = sparge_take(&memory, count * g.q_blocks * g.k_blocks + 1, sizeof(float)),
                  .budget = sparge_take(&memory, count + 1, sizeof(double))};
-    sparge_walk walk = {.shared = &all, .survey = true, .visit = measure};
-    bool fresh = false;
     void *kept = NULL;
-    sparge_status status =
-        all.map && all.budget ? make_maps(plan, &g, all.map, &memory) : SPARGE_ERR_MEMORY;
-    if (!status)
-        status = sparge_state(plan, context, "hess", p->heads * (int64_t)sizeof(double), &fresh,
-                              &kept, error);
+    sparge_status status = all.map && all.budget ? sparge_state(plan, context, "hess",
+                                                                p->heads * (int64_t)sizeof(double),
+                                                                &all.fresh, &kept, error)
+                                                 : SPARGE_ERR_MEMORY;
     all.sensitivity = kept;
-    if (!status && fresh)
-        status = sparge_each_head(plan, context, param, &walk, error);
+    if (!status)
+        status = sparge_each_head(plan, context, param,
+                                  &(sparge_walk){.shared = &all, .visit = look}, error);
     if (!status)
         status = share_out(plan, context, &g, param, &all, &memory);
-    walk.survey = false;
-    walk.visit = keep_best;
     if (!status)
-        status = sparge_each_head(plan, context, param, &walk, error);
+        status = sparge_each_head(plan, context, param,
+                                  &(sparge_walk){.shared = &all, .visit = keep_best}, error);
     sparge_release(&memory);
     return status;
 }

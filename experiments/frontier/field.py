@@ -86,23 +86,24 @@ def calls_of(folder):
             sorted(sets.entries(folder), key=lambda e: (e.sample, e.layer, e.step))]
 
 
-def each(calls, way, value, function, **how):
-    """What a function of sparge gives for every call."""
-    states = {}
+def each(calls, way, value, function, states=None, **how):
+    """What a function of sparge gives for every call. states: kept from one walk to the next, by
+    sample and layer, or none."""
+    states = {} if states is None else states
     for call in calls:
         state = states.setdefault((call.entry.sample, call.entry.layer), sparge.State())
         yield call, function(call.q, call.k, call.v, **call.told(way), **way.asks(value),
                              state=state, **how)
 
 
-def density_at(calls, way, value):
+def density_at(calls, way, value, states=None):
     """Over all heads."""
     if way.method.at_run:
-        found = [stats.counts for _, (_, stats) in each(calls, way, value, sparge.attention, **F32,
-                                                        return_stats=True)]
+        found = [stats.counts for _, (_, stats) in each(calls, way, value, sparge.attention, states,
+                                                        **F32, return_stats=True)]
         kept = [counts.pv_tokens for counts in found]
     else:
-        found = [plan.counts for _, plan in each(calls, way, value, sparge.plan)]
+        found = [plan.counts for _, plan in each(calls, way, value, sparge.plan, states)]
         kept = [counts.qk_tokens for counts in found]
     return sum(kept) / sum(counts.tokens for counts in found)
 

@@ -47,11 +47,11 @@ def settings():
 def search(calls, name, asked, tokens):
     """First over each third layer, then, where that is not near enough, over all of them."""
     from field import REACHED, Way, density_at, find  # and the package
-    way = Way(name)
-    value, _ = find(way, lambda x: density_at(calls[::3], way, x), asked, tokens)
-    density = density_at(calls, way, value)
+    way, states = Way(name), {}  # what a layer's first call has calibrated stays
+    value, _ = find(way, lambda x: density_at(calls[::3], way, x, states), asked, tokens)
+    density = density_at(calls, way, value, states)
     if abs(density - asked) > REACHED / 4:
-        value, density = find(way, lambda x: density_at(calls, way, x), asked, tokens)
+        value, density = find(way, lambda x: density_at(calls, way, x, states), asked, tokens)
     return {"value": f"{value:.9g}", "density": f"{density:.6f}",
             "reached": int(abs(density - asked) <= REACHED), "attention": way.word(value)}
 
