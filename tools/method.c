@@ -137,7 +137,50 @@ exit_code method_parse(const char *text, method_choice *out, file_error *error)
     return ok ? EXIT_FINE : EXIT_USAGE;
 }
 
+int64_t *method_segments(const char *text, int64_t *count, file_error *error)
+{
+    int64_t *ends = calloc(strlen(text) / 2 + 1, sizeof *ends), before = 0;
+    bool ok = ends || file_error_set(error, NULL, "no memory for --segments");
+    *count = 0;
+    for (const char *at = text; ok && at; ++*count) {
+        char *end;
+        const int64_t x = strtoll(at, &end, 10);
+        if (end == at || (*end && *end != ',') || strchr(" \t\n\v\f\r", *at))
+            ok = file_error_set(
+                error, NULL, "--segments is '%.40s': write the ends of segments, as 100,200,4096",
+                text);
+        else if (x <= before)
+            ok = file_error_set(error, NULL, "--segments has %lld after %lld, but its ends ascend",
+                                (long long)x, (long long)before);
+        else
+            ends[*count] = before = x;
+        at = *end ? end + 1 : NULL;
+    }
+    if (ok)
+        return ends;
+    free(ends);
+    return NULL;
+}
+
 /* ---- As options ---- */
+
+static error_t read_segments(const char *text, attention_args *a)
+{
+    int64_t count, *const ends = method_segments(text, &count, a->base.error);
+    free(ends); /* they are read again where the keys are known */
+    a->segments = text;
+    return ends ? 0 : EINVAL;
+}
+
+static error_t check_segments(struct argp_state *state, const attention_args *a)
+{
+    const sparge_method *m = a->method.method;
+    if (a->segments && !m)
+        return options_wrong(state, "--segments is for a method: give --method too");
+    if (a->segments && !(m->needs & SPARGE_NEEDS_SEGMENTS))
+        return options_wrong(state, "%s looks at no segments: leave out --segments", m->name);
+    return 0;
+}
 
 static error_t method_parser(int key, char *text, struct argp_state *state)
 {
@@ -155,7 +198,10 @@ static error_t method_parser(int key, char *text, struct argp_state *state)
     case OPT_DENSITY: return options_real(state, "--density", text, 0.0, 1.0, &a->density);
     case OPT_GATE: a->gate = text; return 0;
     case OPT_ROPE_BASE: return options_real(state, "--rope-base", text, 1.0, 1e12, &a->rope_base);
+    case OPT_SEGMENTS: return read_segments(text, a);
     case ARGP_KEY_END:
+        if (check_segments(state, a))
+            return EINVAL;
         if (a->gate && (!a->method.method || strcmp(a->method.method->name, "seer") != 0))
             return options_wrong(state, "--gate is for --method seer, which is not asked for");
         if (a->rope_base > 0.0 && !a->gate)
@@ -187,6 +233,8 @@ static const struct argp_option method_options[] = {
      1},
     {"rope-base", OPT_ROPE_BASE, "X", 0,
      "rope_theta of the rotation that q and k have had, which a gate does not see (none)", 1},
+    {"segments", OPT_SEGMENTS, "END,...", 0,
+     "where the segments of the keys end, for a method that needs them: 100,200,4096", 1},
     {0},
 };
 const struct argp method_argp = {.options = method_options, .parser = method_parser};

@@ -17,6 +17,10 @@ int method_params(const sparge_method *method); /* how many it has */
 /* What is wrong is a line in *error, and EXIT_USAGE. */
 exit_code method_parse(const char *text, method_choice *out, file_error *error);
 
+/* The ends of segments, "100,200,4096", which ascend; to be freed. NULL: *error says what is wrong.
+ */
+int64_t *method_segments(const char *text, int64_t *count, file_error *error);
+
 /* A value of a parameter, null where JSON has no number for it; and all of them by name. NULL: no
  * memory. */
 json_t *method_number(const sparge_param *param, double x);

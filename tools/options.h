@@ -79,8 +79,9 @@ enum {
     OPT_METHOD,
     OPT_DENSITY,
     OPT_GATE,
-    OPT_ROPE_BASE, /* of method_argp */
-    OPT_COMMAND,   /* the first of a command's own */
+    OPT_ROPE_BASE,
+    OPT_SEGMENTS, /* of method_argp */
+    OPT_COMMAND,  /* the first of a command's own */
 };
 
 /* A set of them, and -o, has a bit for each. */
@@ -109,9 +110,10 @@ typedef struct attention_args {
     bool ignore_manifest;
     /* Of method_argp: */
     method_choice method;
-    double density;     /* NaN: not asked for */
-    const char *gate;   /* NULL: none */
-    double rope_base;   /* 0: not given */
+    double density;   /* NaN: not asked for */
+    const char *gate; /* NULL: none */
+    double rope_base; /* 0: not given */
+    const char *segments;
     sparge_rules rules; /* while parsing */
 } attention_args;
 
@@ -131,7 +133,7 @@ error_t options_refuse(struct argp_state *state, option_set given, const options
 extern const struct argp attention_argp, thresholds_argp;
 
 /* Beside them, of the same input: --layer and --ignore-manifest; those with --params; and --method
- * with --density and --gate. */
+ * with --density, --gate and --segments. */
 extern const struct argp manifest_argp, params_argp, method_argp;
 
 /* As options_parse, where `args` is what attention_argp fills in: --rules counts from the start,

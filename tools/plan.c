@@ -83,6 +83,22 @@ sparge_context plan_context(const capture *c, const sparge_problem *p)
     };
 }
 
+/* To be freed; NULL: there are none. */
+static int64_t *segment_ends(const attention_args *a, const sparge_problem *p,
+                             sparge_context *context)
+{
+    if (!a->segments)
+        return NULL;
+    int64_t *const ends = method_segments(a->segments, &context->segments, &failure);
+    must_have(ends != NULL); /* the text was read before */
+    const int64_t last = ends[context->segments - 1];
+    if (last != p->k_len)
+        fail(EXIT_USAGE, NULL, "--segments ends at %lld, and there are %lld keys", (long long)last,
+             (long long)p->k_len);
+    context->segment_ends = ends;
+    return ends;
+}
+
 void plan_make(const attention_args *a, const capture *c, const sparge_problem *p,
                sparge_options *o, method_choice *found, sparge_plan *out)
 {
@@ -93,6 +109,7 @@ void plan_make(const attention_args *a, const capture *c, const sparge_problem *
                        p->kv_heads, p->dim, &g, &failure));
         context.gate = &g.c;
     }
+    int64_t *const ends = segment_ends(a, p, &context);
     *found = a->method;
     *out = (sparge_plan){.problem = *p, .options = *o, .parts = 1};
     out->part[0] = (sparge_part){.problem = *p, .options = *o, .predicted = true};
@@ -110,6 +127,7 @@ void plan_make(const attention_args *a, const capture *c, const sparge_problem *
     else
         must_sparge(sparge_plan_predict(out, &device_executor, &library_error));
     gate_free(&g);
+    free(ends);
     if (found->method)
         plan_fit(out);
     for (int n = 0; n < out->parts; n++) {

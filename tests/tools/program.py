@@ -1461,6 +1461,36 @@ def test_method_usage():
           "--method", "pisa0", "--causal")
 
 
+def test_method_segments():
+    """--segments, of the method that needs them."""
+    q, k, v, qkv = files()
+    method = ["--method", "blockrank", "--causal"]
+    ends = [50, 200, NK - 60, NK]
+    text = ",".join(map(str, ends))
+    fine("run", *qkv, *method, "--segments", text, "--pairs-out", "p.npy", "-o", "o.npy",
+         *EXACT[1:])
+    place = np.arange(NQ) + NK - NQ
+    of_query, of_key = (np.searchsorted(ends, x, "right") for x in (place, np.arange(NK)))
+    want = (np.arange(NK) <= place[:, None]) & (
+        (of_query == 3)[:, None] | (of_key == 0) | (of_query[:, None] == of_key))
+    check((np.load("p.npy") == want).all() and 0 < want.mean() < 1, "its pairs")
+    check(sparge("map", *qkv, *method, f"--segments={NK}", "-o", "m.png")[0] == FINE, "map")
+    fine("check", *qkv, *method, "--segments", text, "--o", "o.npy")
+    wrong(UNSUPPORTED, "blockrank needs the segments", "run", *qkv, *method)
+    for text, words in [("", "100,200,4096"), ("5,", "100,200,4096"), ("5, 6", "100,200,4096"),
+                        ("5;6", "100,200,4096"), ("1e3", "100,200,4096"), ("0,5", "0 after 0"),
+                        ("-3", "-3 after 0"), ("7,7", "7 after 7"), ("9,8", "8 after 9"),
+                        (f"5,{NK + 1}", f"ends at {NK + 1}, and there are {NK} keys"),
+                        (f"5,{NK - 1}", f"ends at {NK - 1}, and there are {NK} keys"),
+                        (f"5,{10**30}", f"and there are {NK} keys")]:
+        wrong(USAGE, ["--segments", words], "run", *qkv, *method, f"--segments={text}")
+    wrong(USAGE, "--segments is for a method", "run", *qkv, "--segments", NK)
+    wrong(USAGE, ["window looks at no segments", "--segments"], "run", *qkv, "--method", "window",
+          "--segments", NK)
+    wrong(USAGE, "--density: blockrank has no parameter", "run", *qkv, *method, "--segments", NK,
+          "--density", 0.5)
+
+
 def test_contradictions():
     """Options of which one makes another meaningless."""
     q, k, v, qkv = files()
