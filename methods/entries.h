@@ -9,13 +9,14 @@
 /* In the order of their names, in which they are told. */
 /* clang-format off */
 #define SPARGE_METHODS(X) \
-    X(biformer) X(blasst) X(blockrank) X(dense) X(draft) X(flexprefill) \
-    X(hess) X(kinetics) X(minference) X(moa) X(moa_calibrated) X(moba) \
-    X(oracle_mass) X(oracle_mass_t) X(oracle_pairs) X(pbs) X(pbs_t) X(pisa0) \
-    X(powerattention) X(proxyattn) X(proxyattn_t) X(radial) X(random) X(s2) \
-    X(seer) X(spargeattention2) X(spargeattn) X(spargeattn_paper) X(spargeattn_upstream) X(sparsed) \
-    X(sparsevdit) X(strata) X(submass) X(svg) X(window) X(xattention) \
-    X(xattention_t)
+    X(biformer) X(blasst) X(blockrank) X(dense) X(draft) \
+    X(flexprefill) X(hess) X(kinetics) X(minference) X(moa) \
+    X(moa_calibrated) X(moba) X(oracle_mass) X(oracle_mass_t) X(oracle_pairs) \
+    X(pbs) X(pbs_t) X(pisa0) X(powerattention) X(proxyattn) \
+    X(proxyattn_t) X(radial) X(random) X(s2) X(seer) \
+    X(spargeattention2) X(spargeattn) X(spargeattn_paper) X(spargeattn_upstream) X(sparsed) \
+    X(sparsevdit) X(strata) X(submass) X(svg) X(window) \
+    X(xattention) X(xattention_t)
 /* clang-format on */
 
 #define SPARGE_DECLARE_METHOD(name) extern const sparge_method sparge_method_##name;
