@@ -11,6 +11,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparge._arrays import host, pointer
 from sparge._native import ffi, lib, text
@@ -226,29 +227,32 @@ def choose(options: Mapping[str, Any], settings: Any) -> Choice:
     return choice
 
 
-def _gate_struct(gate: Any, p: Any) -> tuple[Any, list[Any]]:
+def _matrices(gate: Mapping[str, Any], name: str, heads: set[int], rows: int,
+              hidden: int | None = None) -> NDArray[np.float32]:
+    try:
+        x = np.ascontiguousarray(host(f"gate[{name!r}]", gate[name]), np.float32)
+    except ValueError:
+        raise TypeError(f"gate[{name!r}] is {gate[name]!r:.60}, it must be an array of numbers"
+                        ) from None
+    if x.ndim != 3 or x.shape[0] not in heads or x.shape[1] != rows or \
+            hidden not in (None, x.shape[2]):
+        raise ValueError(f"gate[{name!r}] has the shape {list(x.shape)}, it must be "
+                         f"[{' or '.join(map(str, sorted(heads)))}, {rows}, {hidden or 'hidden'}]")
+    return x
+
+
+def _gate_struct(gate: Any, p: Any) -> tuple[Any, Any]:
     """sparge_gate, and what its pointers point to."""
-    if not isinstance(gate, Mapping) or "k" not in gate or {*gate} - {"q", "k", "rope_base"}:
+    if not isinstance(gate, Mapping) or {*gate} - {"q", "k", "rope_base"} or gate.get("k") is None:
         raise TypeError(f"gate is {gate!r:.60}, it must be a dict of 'k', and 'q' and 'rope_base' "
                         "if there are any")
-    matrices = []
-    for name, heads, rows in (("k", (p.kv_heads, p.heads), 3 * p.dim), ("q", (p.heads,), p.dim)):
-        x = gate.get(name)
-        x = None if x is None else np.ascontiguousarray(host(f"gate[{name!r}]", x), np.float32)
-        if x is None and name == "k":
-            raise TypeError("gate['k'] is None, it must be an array")
-        if x is not None and (x.ndim != 3 or x.shape[0] not in heads or x.shape[1] != rows or
-                              matrices and x.shape[2] != matrices[0].shape[2]):
-            hidden = matrices[0].shape[2] if matrices else "hidden"
-            raise ValueError(f"gate[{name!r}] has the shape {list(x.shape)}, it must be "
-                             f"[{' or '.join(map(str, sorted({*heads})))}, {rows}, {hidden}]")
-        matrices.append(x)
-    k, q = matrices
+    k = _matrices(gate, "k", {p.kv_heads, p.heads}, 3 * p.dim)
+    q = None if gate.get("q") is None else _matrices(gate, "q", {p.heads}, p.dim, k.shape[2])
     return ffi.new("sparge_gate *", {
         "hidden": k.shape[2], "k_heads": k.shape[0],
         "rope_base": number("rope_base of the gate", gate.get("rope_base", 0.0)),
         "q": ffi.NULL if q is None else pointer(q, "float *"), "k": pointer(k, "float *")
-    }), matrices
+    }), (k, q)
 
 
 class Context:

@@ -245,7 +245,8 @@ X = np.random.default_rng(0).standard_normal((2, 64, 16)).astype(np.float32)
     ({"method": "dense", "segment_ends": 64}, "segment_ends is 64, it must ascend to the 64 keys"),
     ({"method": "seer", "gate": 5}, "gate is 5, it must be a dict of 'k', and 'q' and 'rope_base'"),
     ({"method": "seer", "gate": {"k": X[:, :48], "Q": 1}}, "it must be a dict of 'k'"),
-    ({"method": "seer", "gate": {"k": None}}, "gate['k'] is None"),
+    ({"method": "seer", "gate": {"k": None}}, "it must be a dict of 'k'"),
+    ({"method": "seer", "gate": {"k": "x"}}, "gate['k'] is 'x', it must be an array"),
     ({"method": "seer", "gate": {"k": X}}, "gate['k'] has the shape [2, 64, 16], it must be [2, "
      "48, hidden]"),
     ({"method": "seer", "gate": {"k": X[:, :48], "q": X[:, :16, :8]}}, "gate['q'] has the shape "
