@@ -30,7 +30,7 @@ def causal_of(name):
 def context_of(name, tokens):
     """What a method needs beside q, k and v."""
     given = {"grid": {"grid": (1, tokens // 16, 16, 0, tokens % 16)},
-             "segments": {"segment_ends": (tokens // 2, tokens)},
+             "segments": {"segment_ends": sorted({tokens // 2, tokens})},
              "state": {"state": sparge.State()}}
     return {key: x for need in METHODS[name].needs for key, x in given.get(need, {}).items()}
 
