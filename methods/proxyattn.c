@@ -121,16 +121,22 @@ static int64_t find_budget(const sparge_head *head, int64_t visible, float *p, d
                : visible;
 }
 
+/* The ranking of a head, a row of key blocks for each row of blocks. */
+static const float *map_of(const sparge_head *head)
+{
+    const proxies *all = head->shared;
+    const int64_t proxy = head->b * all->groups + head->h / all->group;
+    return all->map + proxy * head->g.q_blocks * head->g.k_blocks;
+}
+
 static sparge_status keep_above(const sparge_head *head, sparge_error *error)
 {
     (void)error;
-    const proxies *all = head->shared;
     const sparge_geometry *g = &head->g;
-    const int64_t proxy = head->b * all->groups + head->h / all->group;
     double *share = sparge_take(head->scratch, g->k_blocks + 1, sizeof *share);
     for (int64_t i = 0; i < g->q_blocks && share; i++) {
         for (int64_t j = 0; j < g->k_blocks; j++)
-            share[j] = (double)all->map[(proxy * g->q_blocks + i) * g->k_blocks + j];
+            share[j] = (double)map_of(head)[i * g->k_blocks + j];
         sparge_keep_shares(head, i, share, head->param[T]);
     }
     return share ? SPARGE_OK : SPARGE_ERR_MEMORY;
@@ -140,9 +146,7 @@ static sparge_status keep_proxyattn(const sparge_head *head, sparge_error *error
 {
     (void)error;
     const sparge_geometry *g = &head->g;
-    const proxies *all = head->shared;
-    const int64_t proxy = head->b * all->groups + head->h / all->group,
-                  last = g->q_blocks ? sparge_blocks_visible(g, g->q_blocks - 1) : 0;
+    const int64_t last = g->q_blocks ? sparge_blocks_visible(g, g->q_blocks - 1) : 0;
     float *p = sparge_take(head->scratch, g->k_len + 1, sizeof *p);
     double *mass = sparge_take(head->scratch, g->k_blocks + 1, sizeof *mass);
     sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
@@ -151,7 +155,7 @@ static sparge_status keep_proxyattn(const sparge_head *head, sparge_error *error
     const int64_t budget = last ? find_budget(head, last, p, mass, x) : 0;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t visible = sparge_blocks_visible(g, i);
-        const float *map = all->map + (proxy * g->q_blocks + i) * g->k_blocks;
+        const float *map = map_of(head) + i * g->k_blocks;
         if (visible == 0)
             continue;
         const int64_t count = sparge_ceil_div(budget * visible, last);
