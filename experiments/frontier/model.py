@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm"), str(HERE.parent / "capture")]
 
 from harness import ROOT, machine_line, read_csv, run_main, write_csv, write_text  # noqa: E402
-from program import TUNED_AT, captured, lm, paths  # noqa: E402
+from program import TUNED_AT, captured, listed, lm, paths  # noqa: E402
 from tables import DENSE, METHODS, TEXTS, front, readme  # noqa: E402
 
 WORK = ROOT / "build/frontier"
@@ -28,6 +28,7 @@ SETTINGS = HERE / "settings.csv"
 NEEDLES = "opticks"
 DENSITIES = [0.5, 0.2]
 LONG = 8192
+AT_ONCE = 16  # attentions that sparge-lm takes
 KEYS = "method", "text", "tokens", "asked"
 COLUMNS = ["method", "asked", "text", "tokens", "attention", "text_sha256", "surprise",
            "perplexity", "kl", "depth", "needle", "number", "right", "density_tokens", "sparsity",
@@ -83,16 +84,15 @@ def measure(args, command, methods, texts, tokens, densities, *options):
                 found = settings().get((name, text, str(tokens), f"{asked:g}"))
                 if found and found["reached"] == "1":
                     words[found["attention"]] = {"method": name, "asked": found["asked"]}
-        for word, told in words.items():
-            before = table(out)
-            if any((row["attention"], Path(row["text"]).stem, row["tokens"]) ==
-                   (word, text, str(tokens)) for row in before):
-                continue
-            found = lm(args, command, *paths(text), "--length", tokens, "--attention", word,
-                       *options, "-o", WORK / f"{command}_{text}_{tokens}.json")["rows"]
-            write_csv(out, [*before, *(told | row for row in found
-                                       if (row["attention"], row["tokens"]) == (word, tokens))],
-                      COLUMNS)
+        done = {row["attention"] for row in table(out)
+                if (Path(row["text"]).stem, row["tokens"]) == (text, str(tokens))}
+        missing = [word for word in words if word not in done]
+        for some in (missing[n:n + AT_ONCE] for n in range(0, len(missing), AT_ONCE)):
+            found = lm(args, command, *paths(text), "--length", tokens, "--attention",
+                       listed(some), *options, "-o",
+                       WORK / f"{command}_{text}_{tokens}.json")["rows"]
+            write_csv(out, [*table(out), *(words[row["attention"]] | row for row in found
+                                           if row["attention"] in some)], COLUMNS)
     write_text(HERE / "machine.txt", f"{machine_line(args.sparge)}\n")
 
 

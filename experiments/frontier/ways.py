@@ -14,7 +14,8 @@ PREDICTED = [SPARGEATTN, "spargeattention2:sink=1", "submass", "submass:cell=0",
              "strata", "blasst"]
 CAUSAL = ["minference", "flexprefill:min_budget=128", "pbs", "pbs_t", "s2", "blockrank"]
 STATIC = ["powerattention:block=64", "moa", "moa_calibrated"]
-GRID = ["pisa0", "draft:h=7,w=10", "biformer", "svg", "radial", "sparsevdit", "sparsed"]
+GRID = ["pisa0", "draft:h=7,w=10", "draft:h=2,w=4", "biformer", "svg", "radial", "sparsevdit",
+        "sparsed"]
 TEXT = [*YARDSTICKS, *PREDICTED, *STATIC, *CAUSAL]
 VIDEO = [*YARDSTICKS, *PREDICTED, "powerattention:block=64", *GRID]
 # The same selector, a threshold on what is told to be the mass of a block, and whose scores.
