@@ -79,8 +79,8 @@ def measure(args, command, methods, texts, tokens, densities, *options):
     out = HERE / f"{command}.csv"
     for text in texts:
         words = {word: {"method": word, "asked": ""} for word in DENSE}
-        for name in methods:
-            for asked in densities:
+        for asked in densities:
+            for name in methods:
                 found = settings().get((name, text, str(tokens), f"{asked:g}"))
                 if found and found["reached"] == "1":
                     words[found["attention"]] = {"method": name, "asked": found["asked"]}
