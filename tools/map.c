@@ -223,13 +223,15 @@ static void compute(map *m)
         must_sparge(sparge_mask_count(&m->mask, p, o, m->counts, &library_error));
 }
 
-static void describe_thresholds(const map *m, char text[128])
+enum { WORDS = 192 }; /* of thresholds */
+
+static void describe_thresholds(const map *m, char text[WORDS])
 {
     const sparge_thresholds *k = &m->options.thresholds;
     const sparge_method *method = m->found.method;
-    for (int n = method ? snprintf(text, 128, "%s", method->name) : 0, q = 0;
-         method && q < method_params(method) && n < 128; q++)
-        n += snprintf(text + n, (size_t)(128 - n), ", %s %g", method->param[q].name,
+    for (int n = method ? snprintf(text, WORDS, "%s", method->name) : 0, q = 0;
+         method && q < method_params(method) && n < WORDS; q++)
+        n += snprintf(text + n, (size_t)(WORDS - n), ", %s %g", method->param[q].name,
                       m->found.param[q]);
     if (method)
         return;
@@ -243,9 +245,9 @@ static void describe_thresholds(const map *m, char text[128])
     if (m->picture.lambda)
         snprintf(lambda, sizeof lambda, ", λ %g", (double)k->lambda);
     if (m->options.per_head)
-        snprintf(text, 128, "thresholds tuned for layer %lld", (long long)m->settled.layer);
+        snprintf(text, WORDS, "thresholds tuned for layer %lld", (long long)m->settled.layer);
     else
-        snprintf(text, 128, "θ %g%s%s%s%s", (double)k->theta, tau, topk, mass, lambda);
+        snprintf(text, WORDS, "θ %g%s%s%s%s", (double)k->theta, tau, topk, mass, lambda);
 }
 
 /* The share of the visible pairs of a kept block that are attended. */
@@ -311,7 +313,7 @@ static void describe(map *m)
     snprintf(m->title, sizeof m->title, "%lld × %lld tokens, sparsity %.3f", (long long)p->q_len,
              (long long)p->k_len, to->heads ? sum / (double)to->heads : 0.0);
     static const char *const causal[] = {"", "causal, ", "causal from the start, "};
-    char thresholds[128];
+    char thresholds[WORDS];
     describe_thresholds(m, thresholds);
     snprintf(m->subtitle, sizeof m->subtitle, "%sblocks of %lld queries × %lld keys, %s%s",
              causal[o->causal], (long long)o->block_q, (long long)o->block_k, thresholds,
