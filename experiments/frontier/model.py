@@ -12,7 +12,6 @@
 Every step goes on where it was interrupted; what is unfinished lies in build/frontier. METHODS,
 with semicolons between them, are a shard.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm"), str(HERE.parent / "capture")]
 
 from harness import ROOT, machine_line, read_csv, run_main, write_csv, write_text  # noqa: E402
-from program import TUNED_AT, captured, listed, lm, paths  # noqa: E402
+from program import TUNED_AT, captured, listed, lm, paths, run_steps  # noqa: E402
 from tables import DENSE, METHODS, TEXTS, front, readme  # noqa: E402
 
 WORK = ROOT / "build/frontier"
@@ -119,21 +118,15 @@ def of_front(args):
     measure(args, "needle", front(), [NEEDLES], TUNED_AT, densities, "--depths", 5, "--needles", 2)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
-                        help="the program")
-    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
-                        help="the program")
+def shard(parser):
     parser.add_argument("--only", type=lambda text: text.split(";"), default=METHODS,
                         help="these methods, with semicolons between them")
+
+
+def main():
     steps = {"settings": find_settings, "ppl": ppl, "needle": needle, "front": of_front,
              "readme": lambda _: readme()}
-    parser.add_argument("step", choices=steps)
-    args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    steps[args.step](args)
+    run_steps(__doc__, steps, WORK, shard)
 
 
 if __name__ == "__main__":

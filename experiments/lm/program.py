@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """program.py: sparge-lm, and what it is given: the weights, texts by name, captures of them."""
+import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +16,21 @@ from names import MODEL  # noqa: E402
 
 TUNED_AT = 4096  # tokens
 SHARED = ["--model", MODEL, "--sink"]
+PROGRAMS = {"sparge": "build/release/tools/sparge",
+            "sparge-lm": "build/release/experiments/lm/sparge-lm"}
+
+
+def run_steps(doc, steps, work, more=lambda parser: None):
+    """main() of a script that measures by sparge-lm, a step at a time. more: adds arguments."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for program, path in PROGRAMS.items():
+        parser.add_argument(f"--{program}", default=str(ROOT / path), help="the program")
+    more(parser)
+    parser.add_argument("step", choices=steps)
+    args = parser.parse_args()
+    work.mkdir(parents=True, exist_ok=True)
+    steps[args.step](args)
 
 
 def paths(*names):

@@ -14,7 +14,6 @@
 
 Every step goes on where it was interrupted; what is unfinished lies in build/lm.
 """
-import argparse
 import json
 import statistics
 import sys
@@ -36,7 +35,7 @@ from harness import (
     write_text,
 )
 from names import DENSE, LENGTHS, MODEL, PEERS, SETTINGS, TITLES, TUNED, perplexity  # noqa: E402
-from program import TUNED_AT, captured, listed, lm, paths  # noqa: E402
+from program import TUNED_AT, captured, listed, lm, paths, run_steps  # noqa: E402
 
 WORK = ROOT / "build/lm"
 TEXT = "opticks"  # of needles and of seconds
@@ -230,18 +229,9 @@ def readme(_args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
-                        help="the program")
-    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
-                        help="the program")
     steps = {"tune": tune, "ppl": ppl, "needle": needle, "time": seconds, "peers": peers,
              "readme": readme}
-    parser.add_argument("step", choices=steps)
-    args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    steps[args.step](args)
+    run_steps(__doc__, steps, WORK)
 
 
 if __name__ == "__main__":

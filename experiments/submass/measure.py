@@ -11,7 +11,6 @@
 Every step goes on where it was interrupted; what is unfinished lies in build/submass. Thresholds by
 loss that come later (params_*.json) are measured by the same steps, alone.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from harness import (  # noqa: E402
     write_text,
 )
 from names import LENGTHS  # noqa: E402
-from program import TUNED_AT, captured, listed, lm, paths  # noqa: E402
+from program import TUNED_AT, captured, listed, lm, paths, run_steps  # noqa: E402
 
 WORK = ROOT / "build/submass"
 TUNED_ON = "persuasion", "click_core"
@@ -178,17 +177,8 @@ def readme(_args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparge", default=str(ROOT / "build/release/tools/sparge"),
-                        help="the program")
-    parser.add_argument("--sparge-lm", default=str(ROOT / "build/release/experiments/lm/sparge-lm"),
-                        help="the program")
     steps = {"tune": tune, "ppl": ppl, "needle": needle, "time": seconds, "readme": readme}
-    parser.add_argument("step", choices=steps)
-    args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    steps[args.step](args)
+    run_steps(__doc__, steps, WORK)
 
 
 if __name__ == "__main__":
