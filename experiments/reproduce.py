@@ -27,7 +27,8 @@ SOURCES = {  # what --full needs first: about how many seconds it takes, and how
     "steps": (60, [["experiments/video/capture.py", "--grid", "13", "14", "20", "--layers", "0-5",
                     "--steps", "1,5,9", "--samples", "0", "--out", "build/video/small"]]),
     "field": (10000, [["experiments/frontier/model.py", "--sparge", "{sparge}", "--sparge-lm",
-                       "{lm}", step] for step in ("settings", "ppl", "settle", "ppl", "needle", "front")]),
+                       "{lm}", step]
+                      for step in ("settings", "ppl", "settle", "ppl", "needle", "front")]),
     "video": (3500, [["experiments/video/capture.py"],
                      ["experiments/video/tune.py", "--sparge", "{sparge}"]]),
 }
