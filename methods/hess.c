@@ -9,8 +9,8 @@
  *
  * Ours:
  * - The paper's sensitivity is the Fisher information of the weights of a head for two losses of
- *   its task. Here it is what the base loses: the mean share of the attention that it drops with
- *   tau 0.9. That is a proxy, measured at the first call of a state, or in each call without one.
+ *   its task. Here it is the mean share of the attention that is lost with the best fifth of each
+ *   row's blocks. That is a proxy, measured at the first call of a state, or in each call without.
  * - `reversed` gives the most to the least sensitive heads, the control of the paper.
  * - The block that reaches tau is kept. If causal the diagonal is kept, else the best of each row.
  * - Heads of one batch share a budget. multiply_adds leaves softmax and ranking out. */
@@ -22,7 +22,7 @@
 #include "methods/method.h"
 
 enum { TAU, RHO, REVERSED };
-static const double measured_at = 0.9; /* tau of the sensitivity */
+static const double measured_at = 0.2; /* of the blocks of each row */
 
 typedef struct heads {
     float *map;          /* [batch * heads][q_blocks][k_blocks], 0: not visible */
@@ -43,7 +43,7 @@ static int64_t rank_row(const sparge_geometry *g, const float *row, int64_t i, d
     return sparge_max(count, sparge_topk_count((float)rho, visible));
 }
 
-/* What the base drops, the mean over queries. */
+/* What is lost with a share of each row, the mean over queries. */
 static sparge_status measure(const sparge_head *head, const float *map, sparge_ranked *x)
 {
     const sparge_geometry *g = &head->g;
@@ -54,7 +54,7 @@ static sparge_status measure(const sparge_head *head, const float *map, sparge_r
         return SPARGE_ERR_MEMORY;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         const int64_t visible = sparge_blocks_visible(g, i),
-                      count = rank_row(g, map + i * g->k_blocks, i, measured_at, 0.0, x);
+                      count = rank_row(g, map + i * g->k_blocks, i, 0.0, measured_at, x);
         memset(mass, 0, (size_t)g->k_blocks * sizeof *mass);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
             sparge_method_row(head, i * g->block_q + r, p);

@@ -104,12 +104,13 @@ def measure(key, _how):
 def jobs():
     """All methods; and SpargeAttn by theta, where it is a question of the prediction alone."""
     for name, folder in INPUTS.items():
-        methods = [*(VIDEO if name in ("video", "steps") else TEXT), *THETAS]
+        methods = [*(VIDEO if name in ("video", "steps") else TEXT), *(THETAS if name != "steps"
+                                                                        else [])]
         for method in dict.fromkeys(methods):
             for asked in DENSITIES if Way(method).method.params else [None]:
                 yield Job({"input": name, "method": method, "asked": asked}, 4.0,
                           smoke=(name, method) in SMOKE and asked == 0.3,
-                          needs=[folder / "manifest.json"] if name == "steps" else [])
+                          needs=[folder / "sample0/manifest.json"] if name == "steps" else [])
 
 
 TIMES = "seconds_predict", "seconds_attend", "seconds_dense"
