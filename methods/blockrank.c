@@ -35,7 +35,8 @@ static sparge_status keep_segments(const sparge_head *head, sparge_error *error)
 static sparge_status plan_blockrank(sparge_plan *plan, const sparge_context *context,
                                     const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_segments}, error);
+    return sparge_each_head(plan, context, param,
+                            &(sparge_walk){.blind = true, .visit = keep_segments}, error);
 }
 
 const sparge_method sparge_method_blockrank = {

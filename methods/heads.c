@@ -63,11 +63,13 @@ static sparge_status visit(const walk *w, int64_t n, sparge_head *head, sparge_p
     head->mask = &w->of[n].mask;
     head->multiply_adds = &w->of[n].multiply_adds;
     head->param = sparge_param_of(head->context, head->h, w->param, own);
-    load(&p->q, head->b, head->h, p->q_len, p->dim, head->q);
-    load(&p->k, head->b, head->h / gqa, p->k_len, p->dim, head->k);
-    head->keys = sparge_method_panels(head->k, p->k_len, p->dim, packed);
-    if (!head->keys.x)
-        return SPARGE_ERR_MEMORY;
+    if (head->q) {
+        load(&p->q, head->b, head->h, p->q_len, p->dim, head->q);
+        load(&p->k, head->b, head->h / gqa, p->k_len, p->dim, head->k);
+        head->keys = sparge_method_panels(head->k, p->k_len, p->dim, packed);
+        if (!head->keys.x)
+            return SPARGE_ERR_MEMORY;
+    }
     if (head->v)
         load(&p->v, head->b, head->h / gqa, p->k_len, p->dim_v, head->v);
     const sparge_status status =
@@ -109,11 +111,12 @@ static void visit_all(walk *w, int64_t heads, int threads)
         const sparge_problem *p = w->usual->problem;
         sparge_head head = *w->usual;
         sparge_piece *memory = NULL;
-        head.q = sparge_take(&memory, p->q_len * p->dim + 1, sizeof(float));
-        head.k = sparge_take(&memory, p->k_len * p->dim + 1, sizeof(float));
+        const bool sees = !w->how->blind;
+        head.q = sees ? sparge_take(&memory, p->q_len * p->dim + 1, sizeof(float)) : NULL;
+        head.k = sees ? sparge_take(&memory, p->k_len * p->dim + 1, sizeof(float)) : NULL;
         head.v =
             w->how->needs_v ? sparge_take(&memory, p->k_len * p->dim_v + 1, sizeof(float)) : NULL;
-        const bool made = head.q && head.k && (head.v || !w->how->needs_v);
+        const bool made = (!sees || (head.q && head.k)) && (head.v || !w->how->needs_v);
         if (!made)
 #pragma omp atomic write
             w->status = SPARGE_ERR_MEMORY;

@@ -34,7 +34,7 @@
 /* ---- Products: in 16 sums over channels, which are added in order at the end. Here a sum has a
  * vector, of 16 rows side by side, so that the bits are the same however long vectors are. ---- */
 
-enum { SUMS = 16 };
+enum { SUMS = 16, TOGETHER = 4 };
 
 float sparge_method_dot(const float *a, const float *b, int64_t dim)
 {
@@ -72,12 +72,44 @@ sparge_panels sparge_method_panels(const float *x, int64_t rows, int64_t dim, sp
 /* A channel of the rows of a panel, which stand anywhere. */
 typedef float lanes __attribute__((vector_size(SPARGE_LANES * sizeof(float)), aligned(4)));
 
-/* Of one vector with the rows of one panel. */
-ALWAYS void multiply_panel(const float *q, const lanes *panel, int64_t dim, float *product)
+/* Of four vectors, that stand behind each other, with the rows of one panel. */
+ALWAYS void multiply_panel(const float *q, const lanes *panel, int64_t dim, lanes *product)
+{
+    const int64_t terms = dim / SUMS;
+    const float *q1 = q + dim, *q2 = q1 + dim, *q3 = q2 + dim;
+    lanes sum = {0}, sum1 = {0}, sum2 = {0}, sum3 = {0};
+    for (int64_t n = 0; n < SUMS; n++) {
+        lanes a = {0}, b = {0}, c = {0}, d = {0};
+        for (int64_t e = 0; e < terms; e++) {
+            const lanes x = panel[n * terms + e];
+            a += q[e * SUMS + n] * x;
+            b += q1[e * SUMS + n] * x;
+            c += q2[e * SUMS + n] * x;
+            d += q3[e * SUMS + n] * x;
+        }
+        sum += a;
+        sum1 += b;
+        sum2 += c;
+        sum3 += d;
+    }
+    for (int64_t c = terms * SUMS; c < dim; c++) {
+        sum += q[c] * panel[c];
+        sum1 += q1[c] * panel[c];
+        sum2 += q2[c] * panel[c];
+        sum3 += q3[c] * panel[c];
+    }
+    product[0] = sum;
+    product[1] = sum1;
+    product[2] = sum2;
+    product[3] = sum3;
+}
+
+/* Of one vector, four sums at a time. */
+ALWAYS void multiply_alone(const float *q, const lanes *panel, int64_t dim, lanes *product)
 {
     const int64_t terms = dim / SUMS;
     lanes sum = {0};
-    for (int64_t n = 0; n < SUMS; n += 4) { /* four sums at a time */
+    for (int64_t n = 0; n < SUMS; n += 4) {
         const lanes *x = panel + n * terms;
         lanes a = {0}, b = {0}, c = {0}, d = {0};
         for (int64_t e = 0; e < terms; e++) {
@@ -90,28 +122,46 @@ ALWAYS void multiply_panel(const float *q, const lanes *panel, int64_t dim, floa
     }
     for (int64_t c = terms * SUMS; c < dim; c++)
         sum += q[c] * panel[c];
-    for (int r = 0; r < SPARGE_LANES; r++)
-        product[r] = sum[r] == sum[r] ? sum[r] : 0.0f;
+    *product = sum;
 }
 
-ALWAYS void multiply(const sparge_panels *rows, const float *q, float scale, int64_t n, float *s)
+ALWAYS void multiply(const sparge_panels *rows, const float *q, int64_t queries, float scale,
+                     int64_t n, float *s)
 {
-    for (int64_t first = 0; first < n; first += SPARGE_LANES) {
-        const int64_t some = sparge_min(SPARGE_LANES, n - first);
-        float sum[SPARGE_LANES];
-        multiply_panel(q, (const lanes *)(rows->x + first * rows->dim), rows->dim, sum);
-        for (int64_t r = 0; r < some; r++)
-            s[first + r] = scale * sum[r];
-    }
+    for (int64_t t = 0; t < queries; t += TOGETHER)
+        for (int64_t first = 0; first < n; first += SPARGE_LANES) {
+            const lanes *panel = (const lanes *)(rows->x + first * rows->dim);
+            const int64_t some = sparge_min(SPARGE_LANES, n - first),
+                          together = sparge_min(TOGETHER, queries - t);
+            lanes product[TOGETHER];
+            if (together == TOGETHER)
+                multiply_panel(q + t * rows->dim, panel, rows->dim, product);
+            for (int64_t e = 0; e < together; e++) {
+                if (together < TOGETHER)
+                    multiply_alone(q + (t + e) * rows->dim, panel, rows->dim, &product[e]);
+                for (int64_t r = 0; r < some; r++) {
+                    const float x = product[e][r];
+                    s[(t + e) * n + first + r] = scale * (x == x ? x : 0.0f);
+                }
+            }
+        }
 }
 
-VECTORS(multiply, (const sparge_panels *rows, const float *q, float scale, int64_t n, float *s),
-        (rows, q, scale, n, s))
+VECTORS(multiply,
+        (const sparge_panels *rows, const float *q, int64_t queries, float scale, int64_t n,
+         float *s),
+        (rows, q, queries, scale, n, s))
+
+void sparge_method_products(const sparge_panels *rows, const float *q, int64_t queries, float scale,
+                            int64_t n, float *s)
+{
+    multiply_best(rows, q, queries, scale, n, s);
+}
 
 void sparge_method_scores(const sparge_panels *rows, const float *q, float scale, int64_t n,
                           float *s)
 {
-    multiply_best(rows, q, scale, n, s);
+    multiply_best(rows, q, 1, scale, n, s);
 }
 
 void sparge_method_pool(const float *x, int64_t rows, int64_t dim, int64_t block, bool padded,

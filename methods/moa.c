@@ -49,9 +49,10 @@ static sparge_status plan_moa(sparge_plan *plan, const sparge_context *context, 
                               sparge_error *error)
 {
     const int64_t block = (int64_t)param[BLOCK];
-    return sparge_each_head(plan, context, param,
-                            &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_band},
-                            error);
+    return sparge_each_head(
+        plan, context, param,
+        &(sparge_walk){.block_q = block, .block_k = block, .blind = true, .visit = keep_band},
+        error);
 }
 
 const sparge_method sparge_method_moa = {

@@ -35,7 +35,8 @@ static sparge_status plan_powerattention(sparge_plan *plan, const sparge_context
     const int64_t block = (int64_t)param[BLOCK];
     return sparge_each_head(
         plan, context, param,
-        &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_powers}, error);
+        &(sparge_walk){.block_q = block, .block_k = block, .blind = true, .visit = keep_powers},
+        error);
 }
 
 const sparge_method sparge_method_powerattention = {

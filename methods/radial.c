@@ -100,7 +100,8 @@ static sparge_status plan_radial(sparge_plan *plan, const sparge_context *contex
     const int64_t block = (int64_t)param[BLOCK];
     return sparge_each_head(
         plan, context, param,
-        &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_radial}, error);
+        &(sparge_walk){.block_q = block, .block_k = block, .blind = true, .visit = keep_radial},
+        error);
 }
 
 const sparge_method sparge_method_radial = {

@@ -37,7 +37,8 @@ static sparge_status plan_s2(sparge_plan *plan, const sparge_context *context, c
     const int64_t block = (int64_t)param[BLOCK];
     return sparge_each_head(
         plan, context, param,
-        &(sparge_walk){.block_q = block, .block_k = block, .visit = keep_strides}, error);
+        &(sparge_walk){.block_q = block, .block_k = block, .blind = true, .visit = keep_strides},
+        error);
 }
 
 const sparge_method sparge_method_s2 = {

@@ -165,9 +165,9 @@ sparge_status sparge_pairs_set(const sparge_head *head, const sparge_pairs *pair
 
 /* ---- Pages of keys for each query ---- */
 
-/* Those that query t sees, the best first; how many. */
-static int64_t rank_pages(const sparge_head *head, const float *q, int64_t t, int64_t size,
-                          const sparge_panels *mean, float *score, sparge_ranked *x)
+/* The best so many of those that query t sees, in any order; how many there are. */
+static int64_t best_pages(const sparge_head *head, const float *q, int64_t t, int64_t size,
+                          int64_t count, const sparge_panels *mean, float *score, sparge_ranked *x)
 {
     const int64_t dim = head->problem->dim,
                   pages = sparge_ceil_div(sparge_keys_of_query(&head->g, t), size);
@@ -177,8 +177,9 @@ static int64_t rank_pages(const sparge_head *head, const float *q, int64_t t, in
     if (head->g.causal && pages) /* its own */
         x[pages - 1].score = INFINITY;
     *head->multiply_adds += (double)pages * (double)dim;
-    sparge_rank(x, pages);
-    return pages;
+    count = sparge_min(count, pages);
+    sparge_rank_best(x, pages, count);
+    return count;
 }
 
 sparge_status sparge_keep_pages(const sparge_head *head, const float *q, int64_t size,
@@ -202,7 +203,7 @@ sparge_status sparge_keep_pages(const sparge_head *head, const float *q, int64_t
         sparge_pairs_clear(head, &pairs);
         for (int64_t r = 0; r < sparge_block_rows(g->q_len, g->block_q, i); r++) {
             const int64_t some =
-                sparge_min(count, rank_pages(head, q, i * g->block_q + r, size, &means, score, x));
+                best_pages(head, q, i * g->block_q + r, size, count, &means, score, x);
             for (int64_t e = 0; e < some; e++)
                 sparge_pairs_range(head, &pairs, r, x[e].at * size, (x[e].at + 1) * size);
         }

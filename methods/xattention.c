@@ -79,7 +79,7 @@ static sparge_status keep_xattention(const sparge_head *head, sparge_error *erro
                 *k = make_groups(head, head->k, g->k_len, false);
     if (!q || !k)
         return SPARGE_ERR_MEMORY;
-    float *a = sparge_take(head->scratch, groups.k_blocks + 1, sizeof *a);
+    float *a = sparge_take(head->scratch, per_block * groups.k_blocks + 1, sizeof *a);
     const sparge_panels rows = sparge_method_panels(k, groups.k_blocks, length, head->scratch);
     double *mass = sparge_take(head->scratch, g->k_blocks + 1, sizeof *mass);
     sparge_ranked *x = sparge_take(head->scratch, g->k_blocks + 1, sizeof *x);
@@ -87,12 +87,16 @@ static sparge_status keep_xattention(const sparge_head *head, sparge_error *erro
         return SPARGE_ERR_MEMORY;
     for (int64_t i = 0; i < g->q_blocks; i++) {
         memset(mass, 0, (size_t)g->k_blocks * sizeof *mass);
-        for (int64_t t = i * per_block; t < sparge_min(groups.q_blocks, (i + 1) * per_block); t++) {
-            const int64_t visible = sparge_blocks_visible(&groups, t);
-            sparge_method_scores(&rows, q + t * length, head->scale / (float)stride, visible, a);
-            sparge_method_softmax(a, visible);
+        const int64_t first = i * per_block,
+                      count = sparge_min(groups.q_blocks, first + per_block) - first,
+                      most = count ? sparge_blocks_visible(&groups, first + count - 1) : 0;
+        sparge_method_products(&rows, q + first * length, count, head->scale / (float)stride, most,
+                               a);
+        for (int64_t t = 0; t < count; t++) {
+            const int64_t visible = sparge_blocks_visible(&groups, first + t);
+            sparge_method_softmax(a + t * most, visible);
             for (int64_t u = 0; u < visible; u++)
-                mass[u / per_block] += (double)a[u];
+                mass[u / per_block] += (double)a[t * most + u];
             *head->multiply_adds += (double)visible * (double)length;
         }
         if (head->shared)

@@ -64,7 +64,8 @@ static sparge_status keep_random(const sparge_head *head, sparge_error *error)
 static sparge_status plan_random(sparge_plan *plan, const sparge_context *context,
                                  const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_random}, error);
+    return sparge_each_head(plan, context, param,
+                            &(sparge_walk){.blind = true, .visit = keep_random}, error);
 }
 
 const sparge_method sparge_method_random = {
@@ -101,7 +102,8 @@ static sparge_status keep_window(const sparge_head *head, sparge_error *error)
 static sparge_status plan_window(sparge_plan *plan, const sparge_context *context,
                                  const double *param, sparge_error *error)
 {
-    return sparge_each_head(plan, context, param, &(sparge_walk){.visit = keep_window}, error);
+    return sparge_each_head(plan, context, param,
+                            &(sparge_walk){.blind = true, .visit = keep_window}, error);
 }
 
 const sparge_method sparge_method_window = {

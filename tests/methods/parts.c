@@ -209,11 +209,11 @@ Test(parts, scores_are_products_to_the_bit)
     for (int e = 0; e < 6; e++)
         for (int64_t rows = 1; rows <= 40; rows += 13) {
             sparge_piece *memory = NULL;
-            float x[40 * 100], q[100], s[41];
+            float x[40 * 100], q[7 * 100], s[41], all[7 * 40 + 1];
             check_case("%lld rows of %lld", (long long)rows, (long long)dims[e]);
             for (int64_t n = 0; n < 40 * 100; n++)
                 x[n] = check_normal();
-            for (int64_t c = 0; c < dims[e]; c++)
+            for (int64_t c = 0; c < 7 * 100; c++)
                 q[c] = check_normal();
             if (rows == 14) {
                 x[dims[e]] = INFINITY;
@@ -227,6 +227,16 @@ Test(parts, scores_are_products_to_the_bit)
             for (int64_t r = 0; r < rows; r++)
                 check_equal(s[r], 0.25f * sparge_method_dot(q, x + r * dims[e], dims[e]));
             check_equal(s[rows], beyond);
+            for (int64_t queries = 1; queries <= 7; queries += 3) {
+                memset(all, 0x7F, sizeof all);
+                sparge_method_products(&panels, q, queries, 0.25f, rows, all);
+                for (int64_t t = 0; t < queries; t++)
+                    for (int64_t r = 0; r < rows; r++)
+                        check_equal(
+                            all[t * rows + r],
+                            0.25f * sparge_method_dot(q + t * dims[e], x + r * dims[e], dims[e]));
+                check_equal(all[queries * rows], beyond);
+            }
             sparge_release(&memory);
         }
 }
