@@ -12,7 +12,8 @@
  *   its task. Here it is the mean share of the attention that is lost with the best fifth of each
  *   row's blocks. That is a proxy, measured at the first call of a state, or in each call without.
  * - `reversed` gives the most to the least sensitive heads, the control of the paper.
- * - The block that reaches tau is kept. If causal the diagonal is kept, else the best of each row.
+ * - The block that reaches tau is kept. If causal the diagonal is kept, else the best of each row;
+ *   and with `sink` the first block, which means of keys do not show.
  * - Heads of one batch share a budget. multiply_adds leaves softmax and ranking out. */
 #include <math.h>
 #include <string.h>
@@ -21,7 +22,7 @@
 #include "methods/entries.h"
 #include "methods/method.h"
 
-enum { TAU, RHO, REVERSED };
+enum { TAU, RHO, REVERSED, SINK };
 static const double measured_at = 0.2; /* of the blocks of each row */
 
 typedef struct heads {
@@ -160,6 +161,8 @@ static sparge_status keep_best(const sparge_head *head, sparge_error *error)
             sparge_keep(head, i, x[n].at);
         }
         sparge_keep_diagonal(head, i);
+        if (head->param[SINK] != 0.0 && visible)
+            sparge_keep(head, i, 0);
         for (int64_t j = 0; j < visible; j++)
             x[n + j] = (sparge_ranked){map[i * g->k_blocks + j], i * g->k_blocks + j};
         n += visible;
@@ -208,6 +211,7 @@ const sparge_method sparge_method_hess = {
     .evidence = "",
     .param = {{"tau", 0.0, 1.0, 0.9, false, "mass of the key blocks that the base keeps"},
               {"rho", 0.0, 1.0, 0.0, false, "share of the key blocks that it keeps at least"},
-              {"reversed", 0.0, 1.0, 0.0, true, "the most for the least sensitive heads"}},
+              {"reversed", 0.0, 1.0, 0.0, true, "the most for the least sensitive heads"},
+              {"sink", 0.0, 1.0, 0.0, true, "keep key block 0 always"}},
     .plan = plan_hess,
 };

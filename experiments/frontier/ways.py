@@ -10,7 +10,7 @@ SPARGEATTN = "spargeattn:theta=-1,sink=1"
 THETAS = [f"spargeattn:theta={theta},sink={sink}" for sink in (0, 1)
           for theta in (-1, 0, 0.2, 0.4, 0.6, 0.8)]
 PREDICTED = [SPARGEATTN, "spargeattention2:sink=1", "submass", "submass:cell=0", "xattention",
-             "xattention_t", "seer", "kinetics", "proxyattn", "proxyattn_t", "hess", "moba",
+             "xattention_t", "seer", "kinetics", "proxyattn", "proxyattn_t", "hess:sink=1", "moba",
              "strata", "blasst"]
 CAUSAL = ["minference", "flexprefill:min_budget=128", "pbs", "pbs_t", "s2", "blockrank"]
 STATIC = ["powerattention:block=64", "moa", "moa_calibrated"]

@@ -6,8 +6,9 @@
 
 TestSuite(hess);
 
-/* Head 0 pays the same to all four keys: the best one of each row leaves 3/4 of it out, and the base
- * keeps all at tau 0.9. Head 1 pays all but 5e-5 to the last key, which is what the base keeps. */
+/* Head 0 pays the same to all four keys: the best one of each row leaves 3/4 of it out, and the
+ * base keeps all at tau 0.9. Head 1 pays all but 5e-5 to the last key, which is what the base
+ * keeps. */
 static const float q[] = {0, 10}, keys[] = {0, 1, 2, 3};
 
 static hand make(const float *of)
@@ -26,6 +27,13 @@ Test(hess, the_sensitive_get_the_blocks_of_the_others)
     HAS_PAIRS(&x, "hess", 1, "1111 0001", 0.9);
     HAS_PAIRS(&x, "hess", 1, "1 1111", 0.9, 0, 1);
     HAS_PAIRS(&x, "hess", 1, "1111 1111", 1.0);
+}
+
+/* Of 2 blocks; and the first key beside them. */
+Test(hess, the_sink_is_kept)
+{
+    const hand x = make(q);
+    HAS_PAIRS(&x, "hess", 1, "11 1001", 0.0, 0, 0, 1);
 }
 
 /* Of 6 blocks. */
@@ -48,7 +56,7 @@ Test(hess, the_diagonal_is_kept)
 Test(hess, sensitivity_is_that_of_the_first_call)
 {
     const float other[] = {10, 0};
-    const double param[] = {0.9, 0.0, 0.0};
+    const double param[] = {0.9, 0.0, 0.0, 0.0};
     const hand x = make(q), y = make(other);
     void *state = NULL;
     const sparge_context context = {.state = &state};
