@@ -413,8 +413,8 @@ def submass():
     return figure
 
 
-BORDERS = {"random": "--", "window": ":", "oracle_mass": "-.", "oracle_mass_t": "-",
-           "oracle_pairs": (0, (1, 3))}
+BORDERS = {"random": ("black", "--"), "window": (PAPER, "--"), "oracle_mass": ("black", "-."),
+           "oracle_mass_t": ("black", "-"), "oracle_pairs": ("black", ":")}
 
 
 def frontier():
@@ -426,7 +426,7 @@ def frontier():
     names = [name for name in dict.fromkeys(r["method"] for r in rows) if name not in BORDERS]
     looks = {name: {"color": plt.cm.tab20(n % 20), "linestyle": "-" if n < 20 else "--"}
              for n, name in enumerate(names)}
-    looks |= {name: {"color": "black", "linestyle": line} for name, line in BORDERS.items()}
+    looks |= {name: dict(zip(("color", "linestyle"), look)) for name, look in BORDERS.items()}
     panels = [("heads of text and code", ("text", "code")), ("heads of video", ("video", ))]
     figure, axes = plt.subplots(1, 3, figsize=(13, 5.6))
     for axis, (title, inputs) in zip(axes, panels):
