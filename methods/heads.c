@@ -105,6 +105,7 @@ static void visit_and_tell(walk *w, int64_t n, bool is_caller, sparge_head *head
 
 static void visit_all(walk *w, int64_t heads, int threads)
 {
+    (void)threads;
 #pragma omp parallel num_threads(threads)
     {
         const fenv_t caller = sparge_arithmetic_begin();
@@ -180,7 +181,9 @@ sparge_status sparge_each_step(const sparge_plan *plan, int64_t steps,
                                sparge_step_function *function, const void *user)
 {
     int failed = 0;
-#pragma omp parallel num_threads(threads_for(plan, steps)) reduction(| : failed)
+    const int threads = threads_for(plan, steps);
+    (void)threads;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         const fenv_t caller = sparge_arithmetic_begin();
 #pragma omp for schedule(dynamic, 1)
