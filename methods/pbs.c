@@ -46,15 +46,11 @@ static sparge_status order_keys(const sparge_head *head, int64_t *order)
 static int64_t rank_blocks(const sparge_head *head, const float *q, const float *k, int64_t blocks,
                            float *p, sparge_ranked *x)
 {
-    const int64_t dim = head->problem->dim;
     const double threshold = head->param[THRESHOLD], t = threshold / (double)head->g.k_blocks;
-    for (int64_t j = 0; j < blocks; j++)
-        p[j] = head->scale * sparge_method_dot(q, k + j * dim, dim);
-    sparge_method_softmax(p, blocks);
+    sparge_method_pooled_row(head, q, k, blocks, p);
     for (int64_t j = 0; j < blocks; j++)
         x[j] = (sparge_ranked){p[j], j};
     sparge_rank(x, blocks);
-    *head->multiply_adds += (double)blocks * (double)dim;
     if (head->shared) /* the selector of submass */
         return t > 0.0 ? sparge_count_above(x, blocks, t) : blocks;
     return threshold < 1.0
