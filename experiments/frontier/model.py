@@ -20,9 +20,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "lm"), str(HERE.parent / "capture")]
 
-from harness import ROOT, machine_line, read_csv, run_main, write_csv, write_text  # noqa: E402
+from harness import ROOT, machine_line, run_main, write_csv, write_text  # noqa: E402
 from program import TUNED_AT, captured, listed, lm, paths, run_steps  # noqa: E402
-from tables import DENSE, METHODS, TEXTS, density, front, readme  # noqa: E402
+from tables import DENSE, METHODS, TEXTS, density, front, readme, rows_of  # noqa: E402
 
 WORK = ROOT / "build/frontier"
 SETTINGS = HERE / "settings.csv"
@@ -36,14 +36,10 @@ COLUMNS = ["method", "asked", "text", "tokens", "attention", "text_sha256", "sur
            "sparsity_qk", "seconds", "seconds_attention", "seconds_prepare", "isa", "threads"]
 
 
-def table(path):
-    return read_csv(path) if path.exists() else []
-
-
 # ---- One value for the model ------------------------------------------------------------------
 
 def settings():
-    return {tuple(row[key] for key in KEYS): row for row in table(SETTINGS)}
+    return {tuple(row[key] for key in KEYS): row for row in rows_of("settings")}
 
 
 def search(calls, name, asked, tokens):
@@ -70,7 +66,7 @@ def tune(args, methods, texts, tokens, densities):
         for key in missing:
             found = dict(zip(KEYS, key)) | search(calls, key[0], float(key[3]), tokens)
             print(*found.values(), flush=True)
-            write_csv(SETTINGS, [*table(SETTINGS), found])
+            write_csv(SETTINGS, [*rows_of("settings"), found])
 
 
 # ---- sparge-lm --------------------------------------------------------------------------------
@@ -85,14 +81,14 @@ def measure(args, command, methods, texts, tokens, densities, *options):
                 found = settings().get((name, text, str(tokens), f"{asked:g}"))
                 if found and found["reached"] == "1":
                     words[found["attention"]] = {"method": name, "asked": found["asked"]}
-        done = {row["attention"] for row in table(out)
+        done = {row["attention"] for row in rows_of(command)
                 if (Path(row["text"]).stem, row["tokens"]) == (text, str(tokens))}
         missing = [word for word in words if word not in done]
         for some in (missing[n:n + AT_ONCE] for n in range(0, len(missing), AT_ONCE)):
             found = lm(args, command, *paths(text), "--length", tokens, "--attention",
                        listed(some), *options, "-o",
                        WORK / f"{command}_{text}_{tokens}.json")["rows"]
-            write_csv(out, [*table(out), *(words[row["attention"]] | row for row in found
+            write_csv(out, [*rows_of(command), *(words[row["attention"]] | row for row in found
                                            if row["attention"] in some)], COLUMNS)
     write_text(HERE / "machine.txt", f"{machine_line(args.sparge)}\n")
 
@@ -116,7 +112,7 @@ def settle(args):
     """Dense attention is not the attention of the run: where that moves the density by more than is
     allowed, the value is sought for a density as far on the other side."""
     from field import REACHED, calls_of
-    again = [row for row in table(HERE / "ppl.csv") if abs(off(row)) > REACHED]
+    again = [row for row in rows_of("ppl") if abs(off(row)) > REACHED]
     for row in again:
         text, asked = Path(row["text"]).stem, float(row["asked"])
         calls = calls_of(captured(args, *paths(text), int(row["tokens"])))
@@ -124,9 +120,9 @@ def settle(args):
         key = row["method"], text, row["tokens"], row["asked"]
         print(*key, off(row), *found.values(), flush=True)
         write_csv(SETTINGS, [old | found if tuple(old[k] for k in KEYS) == key else old
-                             for old in table(SETTINGS)])
+                             for old in rows_of("settings")])
         for name in "ppl", "needle":
-            rows = table(HERE / f"{name}.csv")
+            rows = rows_of(name)
             left = [x for x in rows if (x["attention"], Path(x["text"]).stem) !=
                     (row["attention"], text)]
             if len(left) < len(rows):
